@@ -1,0 +1,28 @@
+# Every wheel is made in the first stage, so that the image has no compiler and no build tool.
+FROM python:3.12-slim AS build
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY vllm_router vllm_router
+RUN pip wheel --no-cache-dir --wheel-dir /wheels .
+
+FROM python:3.12-slim
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --no-index --find-links /wheels vllm-router-trio
+# By number: Kubernetes' runAsNonRoot does not look names up.
+RUN useradd --system --no-create-home --uid 10001 router
+USER 10001:10001
+ENV PYTHONUNBUFFERED=1
+EXPOSE 8888
+# http.client reads no proxy settings from the environment.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["python", "-c", "\
+import http.client, sys; \
+connection = http.client.HTTPConnection('127.0.0.1', 8888, timeout=2); \
+connection.request('GET', '/livez'); \
+sys.exit(connection.getresponse().status != 200)"]
+# Drains: allow more time than drain_timeout (docker run --stop-timeout, stop_grace_period).
+STOPSIGNAL SIGTERM
+# Any command of vllm-router can follow the image's name.
+ENTRYPOINT ["vllm-router"]
+# Mount the directory, not the one file: a file that is replaced atomically is a new file, which a
+# mounted file never shows, so it would not be reloaded.
+CMD ["run", "--console", "--config", "/etc/vllm-router/servers.toml"]

@@ -1,0 +1,151 @@
+"""Imports point down only, and the decisions stay free of sockets, frameworks and clocks."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_router
+
+PACKAGE = Path(vllm_router.__file__).parent
+
+PURE, TRIO, SERVING, WIRING = range(4)
+
+# Every module or subpackage directly inside vllm_router, from the ground up.
+LAYERS = {
+    "errors": PURE,
+    "config": PURE,
+    "paths": PURE,
+    "server_url": PURE,
+    "fleet": PURE,
+    "routing": PURE,
+    "http1": TRIO,
+    "proxy": TRIO,
+    "tasks": TRIO,
+    "mock": TRIO,
+    "front": SERVING,
+    "hypercorn_bridge": SERVING,
+    "web": SERVING,
+    "supervisor": WIRING,
+    "asgi": WIRING,
+    "cli": WIRING,
+    "monitor": WIRING,
+    "__main__": WIRING,
+}
+
+WEB_FRAMEWORKS = {"quart", "quart_trio", "hypercorn"}
+FORBIDDEN = {
+    PURE: {"asyncio", "trio", "socket", "httpx", "httptools", "time", *WEB_FRAMEWORKS},
+    TRIO: {"asyncio", *WEB_FRAMEWORKS},
+    SERVING: {"asyncio"},
+    WIRING: {"asyncio"},
+}
+
+# The simulated server stands for somebody else's program: it shares the wire format with the
+# router and nothing else, and only the commands know it.
+MOCK_MAY_USE = {"mock", "http1"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """Dotted names that `source` imports, wherever in it; a submodule rather than its package."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                yield submodule if submodule in MODULES else base
+
+
+class WithoutTypeOnly(ast.NodeTransformer):
+    """Drops what only a type checker executes."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return node.orelse
+        return self.generic_visit(node)
+
+
+def at_run_time(source: str) -> str:
+    return ast.unparse(WithoutTypeOnly().visit(ast.parse(source)))
+
+
+def imports_of(module: str, *, type_only: bool = True) -> set[str]:
+    path = MODULES[module]
+    source = path.read_text() if type_only else at_run_time(path.read_text())
+    return set(imports(source, module, is_package=path.name == "__init__.py"))
+
+
+def part_of(module: str) -> str | None:
+    """`fleet` for vllm_router.fleet.health; None for other distributions and the root."""
+    head, _, rest = module.partition(".")
+    return rest.split(".")[0] if head == PACKAGE.name and rest else None
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import time", "time"),
+        ("def f():\n    from trio import sleep", "trio"),
+        ("from . import paths", "vllm_router.paths"),
+        ("from .paths import classify", "vllm_router.paths"),
+        ("from vllm_router import errors", "vllm_router.errors"),
+        ("from vllm_router import __version__", "vllm_router"),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, expected: str):
+    assert list(imports(source, "vllm_router.errors")) == [expected]
+
+
+def test_relative_imports_of_a_package_start_in_the_package():
+    source = "from .health import Health\nfrom .. import errors"
+    names = list(imports(source, "vllm_router.fleet", is_package=True))
+    assert names == ["vllm_router.fleet.health", "vllm_router.errors"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_from_its_own_layer_and_below(module: str):
+    part = part_of(module)
+    if part is None:
+        # The root is below everything.
+        assert imports_of(module) <= {"__future__"}
+        return
+    assert part in LAYERS, f"{module} has no layer: give {part} one in {Path(__file__).name}"
+    layer = LAYERS[part]
+    for name in imports_of(module):
+        assert name.split(".")[0] not in FORBIDDEN[layer], f"{module} imports {name}"
+        imported = part_of(name)
+        if imported is not None:
+            assert LAYERS[imported] <= layer, f"{module} reaches up to {name}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) is not None])
+def test_simulated_server_and_router_know_nothing_of_each_other(module: str):
+    used = {part for name in imports_of(module) if (part := part_of(name)) is not None}
+    if part_of(module) == "mock":
+        assert used <= MOCK_MAY_USE
+    elif LAYERS[str(part_of(module))] < WIRING:
+        assert "mock" not in used
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module: imports_of(module, type_only=False) & MODULES.keys() for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
