@@ -21,6 +21,7 @@ LAYERS = {
     "config": PURE,
     "paths": PURE,
     "server_url": PURE,
+    "toml_reader": PURE,
     "fleet": PURE,
     "routing": PURE,
     "http1": TRIO,
