@@ -1,0 +1,68 @@
+"""Whose fault it was: the whole hierarchy on one page.
+
+Foreign exceptions are translated where they enter (`http1/client.py`, `config.py`); everything
+above speaks only of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RouterError(Exception):
+    """Base of everything the router raises on purpose."""
+
+
+class ConfigError(RouterError):
+    """The operator's configuration is wrong; nothing of it has been applied.
+
+    `problems` holds one line each, with file, key path, what was expected and what was found.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class ServerError(RouterError):
+    """A vLLM server let us down; nothing the client did."""
+
+
+class ConnectFailed(ServerError):
+    """No request byte was sent: always safe to try elsewhere."""
+
+
+class ConnectionLost(ServerError):
+    """The server closed or reset the connection before the answer was complete."""
+
+
+class ProtocolViolation(ConnectionLost):
+    """The server sent something that is not HTTP/1.1, or framed it ambiguously (RFC 9112 6.3)."""
+
+
+class OwnFault(RouterError):
+    """We ran out of something (descriptors, memory): counts against no server."""
+
+
+class Refused(RouterError):
+    """The router answers by itself: an OpenAI-shaped error with this status and code."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+
+class ClientGone(RouterError):
+    """The client left; there is nobody to answer."""
