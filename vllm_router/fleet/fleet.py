@@ -1,0 +1,200 @@
+"""The current set of servers, and who of them may take a request for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_router.config import Config, ServerConfig, Settings
+from vllm_router.fleet.server import Server, State, Transition
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """What applying a configuration did."""
+
+    added: tuple[Server, ...]
+    removed: tuple[Server, ...]
+    kept: tuple[Server, ...]
+
+
+class Fleet:
+    """Servers by name, in the order of the configuration.
+
+    `candidates` is O(1) while nothing changes: the answer per model is kept until a server
+    changes its state or a time that it depends on has come.
+    """
+
+    MAX_REMEMBERED_MODELS = 1024
+
+    def __init__(self, config: Config) -> None:
+        self.servers: dict[str, Server] = {}
+        self.leaving: list[Server] = []
+        self.settings: Settings = config.settings
+        self.on_transition: list[Callable[[Transition], None]] = []
+        self._by_url: dict[str, Server] = {}
+        self._ready: dict[str | None, tuple[Server, ...]] = {}
+        self._ready_until = float("inf")
+        self._changed: set[Server] = set()
+        self.apply(config)
+
+    # -- configuration ------------------------------------------------------------------------
+
+    def apply(self, config: Config) -> FleetChange:
+        """Make the fleet what the configuration says; unchanged servers keep all their state.
+
+        A server is the same as before if its URL is. A removed one takes no new request and
+        stays in `leaving` until its last lease is released.
+        """
+        self.settings = settings = config.settings
+        old = self._by_url
+        by_url: dict[str, Server] = {}
+        added, kept = [], []
+        for wanted in config.servers:
+            server = old.get(wanted.url)
+            if server is None:
+                server = self._returning(wanted) or Server(wanted, settings, self._note)
+                added.append(server)
+            else:
+                kept.append(server)
+            server.apply(wanted, settings)
+            by_url[wanted.url] = server
+        removed = [server for url, server in old.items() if url not in by_url]
+        for server in removed:
+            server.drain(on=True)
+        self.leaving.extend(removed)
+        self._by_url = by_url
+        self.servers = {server.name: server for server in by_url.values()}
+        self._forget_ready()
+        return FleetChange(tuple(added), tuple(removed), tuple(kept))
+
+    def _returning(self, wanted: ServerConfig) -> Server | None:
+        """A server taken out and put back before its last request ended goes on as it was."""
+        for server in self.leaving:
+            if server.url == wanted.url:
+                self.leaving.remove(server)
+                server.drain(on=False)
+                return server
+        return None
+
+    def gone(self) -> list[Server]:
+        """Those removed servers whose last request has ended; they are forgotten here."""
+        done = [server for server in self.leaving if server.in_flight == 0]
+        self.leaving = [server for server in self.leaving if server.in_flight]
+        return done
+
+    # -- candidates ---------------------------------------------------------------------------
+
+    def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
+        """The servers that may get a request for `model` now; any model if None.
+
+        Healthy and free ones first of all; if there is none, those that last refused as busy;
+        if there is none either, the ejected ones: when traffic has thrown out every server of a
+        model, trying is better than refusing (Envoy's panic rule).
+        """
+        if now >= self._ready_until or self._changed:
+            self.settle(now)
+        ready = self._ready.get(model)
+        if ready is None:
+            if len(self._ready) >= self.MAX_REMEMBERED_MODELS:
+                self._ready.clear()
+            ready = self._ready[model] = self._choose(model, now)
+        return ready
+
+    def _choose(self, model: str | None, now: float) -> tuple[Server, ...]:
+        usable = [
+            server
+            for server in self.servers.values()
+            if server.usable and (model is None or server.serves(model))
+        ]
+        if model is not None and any(server.models is not None for server in usable):
+            # A list that could not be read is a reason to try only where no list has the model.
+            usable = [s for s in usable if s.models is not None and model in s.models] or usable
+        admitted = [server for server in usable if server.traffic_health.admits(now)]
+        free = [server for server in admitted if now >= server.full_until]
+        return tuple(free or admitted or usable)
+
+    def knows(self, model: str) -> bool:
+        """Whether any server, up or down, lists the model."""
+        return any(s.models is not None and model in s.models for s in self.servers.values())
+
+    @property
+    def probed(self) -> bool:
+        """Whether every server has been probed at least once."""
+        return all(server.probe_health.up is not None for server in self.servers.values())
+
+    @property
+    def listing(self) -> bool:
+        """Whether a server that is up, or not probed yet, may still tell its models."""
+        return any(
+            s.models is None and s.probe_health.up is not False for s in self.servers.values()
+        )
+
+    def known_models(self) -> list[str]:
+        """Every model listed by any server, sorted."""
+        return sorted({m for server in self.servers.values() for m in server.models or ()})
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """The merged `/v1/models` entries of usable servers, as the engines gave them."""
+        cards: dict[str, dict[str, Any]] = {}
+        for server in self.servers.values():
+            if server.usable:
+                for model in server.models or ():
+                    card = server.model_cards.get(model) or {"id": model, "object": "model"}
+                    cards.setdefault(model, card)
+        return list(cards.values())
+
+    # -- change -------------------------------------------------------------------------------
+
+    def _note(self, server: Server) -> None:
+        self._changed.add(server)
+
+    def _forget_ready(self) -> None:
+        self._ready.clear()
+        self._ready_until = -float("inf")
+
+    def settle(self, now: float) -> None:
+        """Bring states up to date, announce transitions, forget stale candidate lists.
+
+        Called by `candidates` when something changed or expired, and by the probes on each tick,
+        so that an event is announced even when no request comes.
+        """
+        if now < self._ready_until and not self._changed:
+            return
+        self._changed.clear()
+        self._ready.clear()
+        self._ready_until = float("inf")
+        for server in self.servers.values():
+            for moment in (server.full_until, server.traffic_health.until):
+                if now < moment < self._ready_until:
+                    self._ready_until = moment
+            transition = server.update_state(now)
+            if transition is not None:
+                for announce in self.on_transition:
+                    announce(transition)
+
+    # -- totals -------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Leases held on all servers, the leaving ones included."""
+        return sum(server.in_flight for server in self.all_servers())
+
+    def all_servers(self) -> Sequence[Server]:
+        """The servers of the configuration and those still leaving."""
+        return [*self.servers.values(), *self.leaving]
+
+    def retry_after(self, model: str | None, now: float) -> float:
+        """Seconds until a server of the model may be worth another try; at least 1."""
+        moments = [
+            moment
+            for server in self.servers.values()
+            if model is None or server.serves(model)
+            for moment in (server.full_until, server.traffic_health.until)
+            if moment > now
+        ]
+        return max(1.0, min(moments) - now) if moments else 1.0
+
+    def count(self, *states: State) -> int:
+        return sum(server.state in states for server in self.servers.values())

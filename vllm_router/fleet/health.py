@@ -1,0 +1,214 @@
+"""Two small machines: what the probes say of a server, and what real traffic says.
+
+They are separate on purpose. A vLLM server in its shutdown grace answers `/health` with 200 while
+every request fails fast, so a good probe must not bring back a server that traffic has ejected;
+and a server that no request reaches can only be judged by probes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+
+
+class Check(enum.Enum):
+    """The verdict of one active check."""
+
+    GOOD = "good"
+    UNHEALTHY = "unhealthy"  # it answered, and said no
+    UNREACHABLE = "unreachable"  # refused, reset, not HTTP
+    TIMEOUT = "timeout"  # no answer in time
+
+
+@dataclass(frozen=True, slots=True)
+class HealthRules:
+    """Settings of both machines; durations in seconds."""
+
+    rise: int = 2
+    fall: int = 3
+    window: int = 10
+    min_success_rate: float = 0.8
+    max_response_time: float = 10.0
+    failure_threshold: int = 3
+    ejection_time: float = 5.0
+
+    @property
+    def max_ejection_time(self) -> float:
+        return max(60.0, self.ejection_time)
+
+
+class ProbeHealth:
+    """Up or down by active checks, with hysteresis. `up` is None until the first check.
+
+    Down after `fall` failures in a row, or when a full window of checks has too low a success
+    rate or too long a mean response time; up again after `rise` good checks in a row, with an
+    empty window, so that old failures do not outweigh a recovery.
+    """
+
+    def __init__(self, rules: HealthRules) -> None:
+        self.rules = rules
+        self.up: bool | None = None
+        self.reason = "not probed yet"
+        self.failures_in_row = 0
+        self.goods_in_row = 0
+        self.total_checks = 0
+        self.last_verdict: Check | None = None
+        self.last_response_time: float | None = None
+        self.window: deque[tuple[bool, float]] = deque(maxlen=rules.window)
+
+    def apply(self, rules: HealthRules) -> None:
+        """New rules from a reload; what has been seen stays."""
+        self.rules = rules
+        self.window = deque(self.window, maxlen=rules.window)
+
+    @property
+    def settled(self) -> bool:
+        """False while checks contradict the state: the next one should come soon."""
+        return self.failures_in_row == 0 if self.up else self.goods_in_row == 0
+
+    @property
+    def success_rate(self) -> float:
+        """Share of good checks in the window; 1 while it is empty."""
+        if not self.window:
+            return 1.0
+        return sum(good for good, _ in self.window) / len(self.window)
+
+    @property
+    def mean_response_time(self) -> float:
+        """Seconds, over the good checks in the window; 0 while there are none."""
+        times = [elapsed for good, elapsed in self.window if good]
+        return sum(times) / len(times) if times else 0.0
+
+    def observe(self, check: Check, elapsed: float, detail: str = "") -> bool:
+        """Take one `/health` check in; True if the state flipped."""
+        good = check is Check.GOOD
+        self.total_checks += 1
+        self.last_verdict = check
+        self.last_response_time = elapsed
+        self.window.append((good, elapsed))
+        self._count(good)
+        return self._judge(detail or check.value)
+
+    def observe_scrape(self, reachable: bool) -> bool:
+        """Take the reachability seen by a metrics scrape in; True if the state flipped.
+
+        An unreachable port is a failed check. An answered scrape clears failures, unless the
+        last `/health` answered no: `/metrics` of a dead engine still works. It raises nobody.
+        """
+        if not reachable:
+            self._count(good=False)
+            return self._judge(Check.UNREACHABLE.value)
+        if self.up and self.last_verdict is not Check.UNHEALTHY:
+            self.failures_in_row = 0
+        return False
+
+    def _count(self, good: bool) -> None:
+        self.failures_in_row = 0 if good else self.failures_in_row + 1
+        self.goods_in_row = self.goods_in_row + 1 if good else 0
+
+    def _judge(self, detail: str) -> bool:
+        rules = self.rules
+        if self.up is None:
+            # The first check decides alone: a fleet must be usable at once after a start.
+            self.up = self.failures_in_row == 0
+            self.reason = "" if self.up else detail
+            return True
+        if not self.up:
+            if self.goods_in_row < rules.rise:
+                return False
+            self.up, self.reason = True, ""
+            self.window.clear()
+            return True
+        fault = self._fault(detail)
+        if fault is None:
+            return False
+        self.up, self.reason = False, fault
+        self.goods_in_row = 0
+        return True
+
+    def _fault(self, detail: str) -> str | None:
+        rules = self.rules
+        if self.failures_in_row >= rules.fall:
+            return f"{detail} ({self.failures_in_row} checks in a row)"
+        if len(self.window) == rules.window:
+            if self.success_rate < rules.min_success_rate:
+                return f"only {self.success_rate:.0%} of the last {rules.window} checks were good"
+            if self.mean_response_time > rules.max_response_time:
+                return f"checks take {self.mean_response_time:.1f} s on average"
+        return None
+
+
+class TrafficHealth:
+    """Ejection by real traffic, with linkerd's probation: back in only by a trial request.
+
+    Ejected for `ejection_time` seconds times the number of recent ejections; then one request at
+    a time may try it, and the first good answer restores it. An ejection is forgotten for each
+    30 seconds that the server has served well since.
+    """
+
+    FORGET_AFTER = 30.0
+
+    def __init__(self, rules: HealthRules) -> None:
+        self.rules = rules
+        self.failures_in_row = 0
+        self.ejections = 0
+        self.ejected = False
+        self.until = 0.0
+        self.trial = False
+        self._restored_at = 0.0
+
+    def apply(self, rules: HealthRules) -> None:
+        self.rules = rules
+
+    def admits(self, now: float) -> bool:
+        """Whether a request may be sent now: not ejected, or due for its trial."""
+        return not self.ejected or (now >= self.until and not self.trial)
+
+    def failed(self, now: float, *, trial: bool, jitter: float = 1.0) -> bool:
+        """A request failed by the server's fault; True if that ejects it (again).
+
+        `trial` tells whether it was one of the trial requests. `jitter` multiplies the ejection
+        time, so that several servers do not return together.
+        """
+        self.failures_in_row += 1
+        if self.ejected:
+            if not trial:
+                return False  # a request from before the ejection; the clock is running already
+        elif self.failures_in_row < self.rules.failure_threshold:
+            return False
+        else:
+            served_well = now - self._restored_at
+            self.ejections = max(0, self.ejections - int(served_well / self.FORGET_AFTER))
+        self.ejections += 1
+        time = min(self.rules.ejection_time * self.ejections, self.rules.max_ejection_time)
+        self.ejected, self.trial, self.until = True, False, now + time * jitter
+        return True
+
+    def succeeded(self, now: float, *, trial: bool) -> bool:
+        """A request was answered; True if that ends an ejection."""
+        self.failures_in_row = 0
+        if not (self.ejected and trial):
+            return False
+        self._restore(now)
+        return True
+
+    def start_trial(self) -> bool:
+        """A request has been leased; True if that makes it a trial."""
+        self.trial = self.ejected
+        return self.trial
+
+    def trial_ended(self) -> None:
+        """The trial brought no verdict (the client left): another may follow."""
+        self.trial = False
+
+    def restarted(self, now: float) -> bool:
+        """Probes saw the server go down and come up: a new process, judged afresh."""
+        was_ejected = self.ejected
+        self.failures_in_row = 0
+        self._restore(now)
+        return was_ejected
+
+    def _restore(self, now: float) -> None:
+        self.ejected = self.trial = False
+        self._restored_at = now

@@ -1,0 +1,304 @@
+"""One vLLM server: its configuration, its live state, and the load that routing compares.
+
+Everything that changes the state goes through a method here, which brings `load` up to date and
+tells the fleet when the set of candidates may have changed. So a pick reads plain attributes and
+costs nothing per server beyond the comparison.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_router.config import ServerConfig, Settings
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
+
+STALE_AFTER_INTERVALS = 3
+"""Metrics older than so many scrape intervals are not used for routing."""
+
+BUSY_FOR = 1.0
+"""Seconds a server counts as full after a refusal that carried no `Retry-After`."""
+
+MAX_BUSY_FOR = 300.0
+
+
+class State(enum.StrEnum):
+    """What an operator sees, most telling first."""
+
+    DRAINING = "draining"
+    UNKNOWN = "unknown"
+    DOWN = "down"
+    ASLEEP = "asleep"
+    EJECTED = "ejected"
+    FULL = "full"
+    UP = "up"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A server changed its state. `reason` is for people."""
+
+    server: str
+    old: State
+    new: State
+    reason: str
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """The in-flight unit one attempt holds on a server, from the pick to the end.
+
+    `last_byte_at` moves with every byte from the server; `interrupt` ends the attempt from
+    outside with a word why.
+    """
+
+    server: Server
+    taken_at: float
+    last_byte_at: float
+    trial: bool = False
+    interrupt: Callable[[str], None] | None = None
+
+    def release(self) -> None:
+        """Give the unit back; called exactly once, in the attempt's `finally`."""
+        self.server.end_lease(self)
+
+
+class Server:
+    """A server of the fleet. `load` and `state` are current at any time."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        settings: Settings,
+        on_change: Callable[[Server], None],
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.url = config.url
+        self.capacity = config.max_concurrent_requests
+        self._on_change = on_change
+        rules = health_rules(settings)
+        self.probe_health = ProbeHealth(rules)
+        self.traffic_health = TrafficHealth(rules)
+        self.stale_after = STALE_AFTER_INTERVALS * settings.metrics_interval
+
+        self.leases: set[Lease] = set()
+        self.in_flight = 0
+        self.served = 0
+        self.load = 0.0
+        self.running = 0.0
+        self.waiting = 0.0
+
+        self.metrics: EngineMetrics | None = None
+        self.scraped_at: float | None = None
+        self.metrics_fresh = False
+        self._leases_at_scrape = 0
+
+        self.models: tuple[str, ...] | None = config.models
+        self.model_cards: dict[str, dict[str, Any]] = {}
+        self.models_at: float | None = None
+
+        self.draining = False
+        self.full_until = 0.0
+        self.last_byte_at = 0.0
+        self.checked_at: float | None = None
+        self.state = State.UNKNOWN
+        self.state_since = 0.0
+        self.state_reason = self.probe_health.reason
+        self._trust_unprobed(settings)
+
+    def __repr__(self) -> str:
+        return f"<Server {self.name} {self.state} {self.in_flight}/{self.capacity}>"
+
+    # -- configuration ------------------------------------------------------------------------
+
+    def apply(self, config: ServerConfig, settings: Settings) -> None:
+        """Take a new configuration for the same URL; what is known of the server stays."""
+        if config.models is not None or self.config.models is not None:
+            self.models = config.models
+        self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
+        rules = health_rules(settings)
+        self.probe_health.apply(rules)
+        self.traffic_health.apply(rules)
+        self.stale_after = STALE_AFTER_INTERVALS * settings.metrics_interval
+        self._trust_unprobed(settings)
+        self._update_load()
+        self._on_change(self)
+
+    def _trust_unprobed(self, settings: Settings) -> None:
+        """Without active checks a server is up until its traffic says otherwise."""
+        if not settings.enable_active_health_check:
+            self.probe_health.up, self.probe_health.reason = True, ""
+
+    # -- leases -------------------------------------------------------------------------------
+
+    def lease(self, now: float) -> Lease:
+        """Take one unit; the caller releases it in a `finally`."""
+        lease = Lease(self, now, now)
+        if self.traffic_health.ejected:
+            lease.trial = self.traffic_health.start_trial()
+            self._on_change(self)
+        self.leases.add(lease)
+        self.in_flight += 1
+        self._update_load()
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        self.leases.remove(lease)
+        self.in_flight -= 1
+        self.served += 1
+        if lease.trial and self.traffic_health.trial:
+            self.traffic_health.trial_ended()
+            self._on_change(self)
+        self._update_load()
+
+    # -- load ---------------------------------------------------------------------------------
+
+    def _update_load(self) -> None:
+        """Requests on the server now: the last scrape, corrected by what we sent and ended since.
+
+        Never less than our own leases: a gauge lags a new request by up to 41 ms (vLLM 0.32), and
+        a scrape may come before the request has reached the engine.
+        """
+        mine = self.in_flight
+        metrics = self.metrics
+        if self.metrics_fresh and metrics is not None and metrics.running is not None:
+            waiting = metrics.waiting or 0.0
+            there = metrics.running + waiting + (mine - self._leases_at_scrape)
+            there = max(there, mine)
+            self.waiting = min(waiting, there)
+            self.running = there - self.waiting
+        else:
+            self.running, self.waiting = float(mine), 0.0
+        self.load = (self.running + 0.5 * self.waiting) / self.capacity
+
+    def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
+        """A metrics page arrived; `leases` were held when it was asked for."""
+        was_asleep = self.metrics is not None and self.metrics.asleep
+        self.metrics, self.scraped_at = metrics, now
+        self.metrics_fresh = True
+        self._leases_at_scrape = leases
+        self._update_load()
+        if metrics.asleep is not was_asleep:
+            self._on_change(self)
+
+    def age_metrics(self, now: float) -> None:
+        """Called by the probe on each tick: old figures stop counting, our own leases remain."""
+        if self.metrics_fresh and self.metrics_age(now) > self.stale_after:
+            self.metrics_fresh = False
+            self._update_load()
+
+    def metrics_age(self, now: float) -> float:
+        """Seconds since the last good scrape; infinite before the first."""
+        return now - self.scraped_at if self.scraped_at is not None else float("inf")
+
+    # -- models -------------------------------------------------------------------------------
+
+    def serves(self, model: str) -> bool:
+        """Whether it lists the model; a server whose list could never be read may serve any."""
+        return self.models is None or model in self.models
+
+    def listed(self, cards: dict[str, dict[str, Any]], now: float) -> None:
+        """A `/v1/models` answer arrived; LoRA adapters are models in it."""
+        self.model_cards, self.models_at = cards, now
+        if self.config.models is None and tuple(cards) != self.models:
+            self.models = tuple(cards)
+            self._on_change(self)
+
+    # -- health -------------------------------------------------------------------------------
+
+    def checked(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
+        """One `/health` check is in. True if the server has just gone down.
+
+        A timeout is no evidence while the server has sent bytes since the check began: an API
+        process that streams at full speed may be slow to answer.
+        """
+        self.checked_at = now
+        if check is Check.TIMEOUT and self.last_byte_at >= now - elapsed:
+            check = Check.GOOD
+        return self._flipped(self.probe_health.observe(check, elapsed, detail), now)
+
+    def scrape_reached(self, reachable: bool, now: float) -> bool:
+        """A metrics scrape found the port open or closed. True if the server has just gone down."""
+        return self._flipped(self.probe_health.observe_scrape(reachable), now)
+
+    def _flipped(self, flipped: bool, now: float) -> bool:
+        if flipped:
+            if self.probe_health.up:
+                self.traffic_health.restarted(now)
+                self.full_until = 0.0
+            self._on_change(self)
+        return flipped and not self.probe_health.up
+
+    def answered(self, now: float, *, trial: bool) -> None:
+        """A request was answered by a live server, whatever it said."""
+        self.last_byte_at = now
+        if self.traffic_health.succeeded(now, trial=trial):
+            self._on_change(self)
+
+    def failed(self, now: float, *, trial: bool, jitter: float) -> None:
+        """A request failed by the server's fault."""
+        if self.traffic_health.failed(now, trial=trial, jitter=jitter):
+            self._on_change(self)
+
+    def refused(self, now: float, retry_after: float | None) -> None:
+        """429 or 503 with a body: alive, but busy. Passed over for a while, never ejected."""
+        wait = BUSY_FOR if retry_after is None else min(max(retry_after, BUSY_FOR), MAX_BUSY_FOR)
+        self.full_until = max(self.full_until, now + wait)
+        self._on_change(self)
+
+    def drain(self, on: bool) -> None:
+        """Take no new requests (or take them again); those in flight go on."""
+        self.draining = on
+        self._on_change(self)
+
+    # -- what follows from it -----------------------------------------------------------------
+
+    @property
+    def usable(self) -> bool:
+        """May be asked if need be: probed good, awake and not draining."""
+        asleep = self.metrics is not None and self.metrics.asleep
+        return bool(self.probe_health.up) and not self.draining and not asleep
+
+    def current_state(self, now: float) -> tuple[State, str]:
+        """The state and, in words, why; the most telling one where several hold."""
+        if self.draining:
+            return State.DRAINING, f"draining, {self.in_flight} in flight"
+        if self.probe_health.up is None:
+            return State.UNKNOWN, self.probe_health.reason
+        if not self.probe_health.up:
+            return State.DOWN, self.probe_health.reason
+        if self.metrics is not None and self.metrics.asleep:
+            return State.ASLEEP, "the engine sleeps"
+        if self.traffic_health.ejected:
+            failures = self.traffic_health.failures_in_row
+            return State.EJECTED, f"{failures} requests in a row failed"
+        if now < self.full_until:
+            return State.FULL, "it refused a request as too busy"
+        return State.UP, ""
+
+    def update_state(self, now: float) -> Transition | None:
+        """Recompute `state`; the transition, if it changed."""
+        state, reason = self.current_state(now)
+        old = self.state
+        self.state_reason = reason
+        if state is old:
+            return None
+        self.state, self.state_since = state, now
+        return Transition(self.name, old, state, reason)
+
+
+def health_rules(settings: Settings) -> HealthRules:
+    """The part of the settings that both health machines read."""
+    return HealthRules(
+        rise=settings.health_check_rise,
+        fall=settings.health_check_consecutive_failures,
+        window=settings.health_check_window_size,
+        min_success_rate=settings.health_check_min_success_rate,
+        max_response_time=settings.health_check_max_response_time,
+        failure_threshold=settings.failure_threshold,
+        ejection_time=settings.auto_recovery_threshold,
+    )

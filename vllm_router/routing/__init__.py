@@ -1,0 +1,1 @@
+"""Which server gets a request, and what happens when it fails. Pure."""

@@ -1,0 +1,196 @@
+"""What the end of an attempt means: whose fault it was, and whether another server is asked.
+
+One table and one function; the evidence for each row is in the operator's guide.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Outcome(enum.Enum):
+    """How one attempt ended."""
+
+    ANSWERED = "answered"  # 2xx to 4xx: passed through
+    FULL = "full"  # 429 or 503 with a body: alive, busy
+    SERVER_ERROR = "server_error"  # 500, 502, 504, or 503 without a body
+    CONNECT_FAILED = "connect_failed"
+    CONNECT_TIMEOUT = "connect_timeout"
+    STALE = "stale"  # a reused connection closed before any byte
+    LOST = "lost"  # closed or reset before the client had a byte
+    INVALID = "invalid_answer"  # not HTTP, or ambiguous framing
+    ABORTED = "aborted"  # finish_reason "abort" in a plain answer: the engine is stopping
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    IDLE_TIMEOUT = "idle_timeout"
+    TOTAL_TIMEOUT = "total_timeout"
+    BROKEN = "broken"  # died, or ended with an error, after the client had bytes
+    GONE = "gone"  # probes found the server gone while we waited
+    OWN_FAULT = "own_fault"  # we ran out of descriptors or memory
+    STOPPED = "stopped"  # the router is shutting down
+    CLIENT_GONE = "client_gone"
+
+
+class Again(enum.Enum):
+    """Where the next attempt may go."""
+
+    NO = enum.auto()
+    SAME_SERVER = enum.auto()  # once, on a fresh connection
+    ELSEWHERE = enum.auto()  # nothing was processed: always safe
+    IF_REPLAYABLE = enum.auto()  # the request was sent: only where a replay leaves nothing behind
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row: does it count against the server, may it go elsewhere, what the client gets."""
+
+    blames: bool
+    again: Again
+    status: int = 502
+    code: str = ""
+    message: str = ""
+
+
+RULES: dict[Outcome, Rule] = {
+    Outcome.ANSWERED: Rule(False, Again.NO),
+    Outcome.FULL: Rule(False, Again.ELSEWHERE, 503, "server_busy", "The server is busy."),
+    Outcome.SERVER_ERROR: Rule(
+        True, Again.IF_REPLAYABLE, 502, "server_error", "The server answered with an error."
+    ),
+    Outcome.CONNECT_FAILED: Rule(
+        True, Again.ELSEWHERE, 503, "connect_failed", "No server for this model can be reached."
+    ),
+    Outcome.CONNECT_TIMEOUT: Rule(
+        True,
+        Again.ELSEWHERE,
+        503,
+        "connect_timeout",
+        "No server for this model could be reached in time.",
+    ),
+    Outcome.STALE: Rule(
+        False,
+        Again.SAME_SERVER,
+        502,
+        "server_disconnected",
+        "The server closed the connection before it answered.",
+    ),
+    Outcome.LOST: Rule(
+        True,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_disconnected",
+        "The server closed the connection before it answered.",
+    ),
+    Outcome.INVALID: Rule(
+        True,
+        Again.IF_REPLAYABLE,
+        502,
+        "invalid_answer",
+        "The server's answer was not valid HTTP.",
+    ),
+    Outcome.ABORTED: Rule(
+        True,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_aborted",
+        "The server aborted the request, as it does while stopping.",
+    ),
+    Outcome.FIRST_BYTE_TIMEOUT: Rule(
+        True, Again.NO, 504, "first_byte_timeout", "The server did not answer in time."
+    ),
+    Outcome.IDLE_TIMEOUT: Rule(
+        True, Again.NO, 504, "idle_timeout", "The server stopped sending in mid-answer."
+    ),
+    Outcome.TOTAL_TIMEOUT: Rule(
+        False, Again.NO, 504, "total_timeout", "The request took longer than allowed."
+    ),
+    Outcome.BROKEN: Rule(
+        True,
+        Again.NO,
+        502,
+        "server_disconnected",
+        "The server disconnected in mid-answer.",
+    ),
+    Outcome.GONE: Rule(
+        False,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_gone",
+        "The server went away while the request waited on it.",
+    ),
+    Outcome.OWN_FAULT: Rule(
+        False, Again.NO, 503, "router_overloaded", "The router is out of resources."
+    ),
+    Outcome.STOPPED: Rule(False, Again.NO, 503, "router_stopping", "The router is shutting down."),
+    Outcome.CLIENT_GONE: Rule(False, Again.NO),
+}
+
+BREAKS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.INVALID, Outcome.ABORTED})
+"""Ends that a request itself may have caused; two of them make it poison."""
+
+POISON_AFTER = 2
+
+
+class RetryBudget:
+    """A token bucket that bounds replays to a share of the traffic.
+
+    Every request adds `share` of a token; every replay takes one. It holds at most as many tokens
+    as requests are in flight, and at least `floor`: the death of one server is absorbed at once,
+    a storm of failures is not amplified (Envoy's retry budget has the same share).
+    """
+
+    def __init__(self, share: float = 0.2, floor: float = 10.0) -> None:
+        self.share, self.floor = share, floor
+        self.tokens = floor
+
+    def deposit(self, in_flight: int) -> None:
+        """One new request has come, with so many in flight."""
+        self.tokens = min(self.tokens + self.share, max(self.floor, float(in_flight)))
+
+    def withdraw(self) -> bool:
+        """Take a token for one replay; False if there is none."""
+        if self.tokens < 1.0:
+            return False
+        self.tokens -= 1.0
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an exchange has behind it when an attempt ends uncommitted."""
+
+    attempts: int
+    broken: int  # attempts that ended in one of BREAKS_SERVERS, this one included
+    candidates_left: bool
+    replayable: bool
+    fresh_connection_tried: bool = False
+
+
+def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
+    """Where to go next, NO for nowhere. Takes a token from the budget if that is a replay.
+
+    Being refused by a full server costs no token: nothing failed.
+    """
+    again = RULES[outcome].again
+    if again is Again.SAME_SERVER:
+        if not standing.fresh_connection_tried:
+            return Again.SAME_SERVER
+        again = Again.IF_REPLAYABLE
+    if again is Again.NO or standing.attempts > max_retries or not standing.candidates_left:
+        return Again.NO
+    if again is Again.IF_REPLAYABLE and not standing.replayable:
+        return Again.NO
+    if standing.broken >= POISON_AFTER:
+        return Again.NO
+    if outcome is not Outcome.FULL and not budget.withdraw():
+        return Again.NO
+    return Again.ELSEWHERE
+
+
+def classify_status(status: int, has_body: bool) -> Outcome:
+    """What an answer's status says of its server. 408 says nothing and passes as an answer."""
+    if status in (429, 503):
+        return Outcome.FULL if has_body else Outcome.SERVER_ERROR
+    if status in (500, 502, 504):
+        return Outcome.SERVER_ERROR
+    return Outcome.ANSWERED
