@@ -1,0 +1,307 @@
+"""HTTP/1.1 to servers, on llhttp: one connection, and the idle ones of one server.
+
+A connection is used by one task at a time. Whatever goes wrong with it is a ConnectionLost, and
+it is never used again after that; framing that RFC 9112 section 6.3 calls faulty is a
+ProtocolViolation, so that no half or smuggled answer passes as a whole one.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+import trio
+
+from vllm_router.errors import ConnectFailed, ConnectionLost, ProtocolViolation
+from vllm_router.http1.transport import (
+    Address,
+    PlainTransport,
+    Transport,
+    connect,
+    resolve,
+    start_tls,
+)
+
+Headers = list[tuple[bytes, bytes]]
+
+MAX_HEAD = 65536
+"""Bytes of an answer's head; Envoy's limit is 60 KiB, and clients allow no more."""
+
+IDLE_LIMIT = 3.0
+"""Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
+
+RESOLVE_EVERY = 30.0
+"""Seconds a resolved name is believed; a failed connect asks again at once."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """The head of an answer. Header names are lower-case; interim (1xx) answers are dropped."""
+
+    status: int
+    headers: Headers
+    content_length: int | None
+    chunked: bool
+
+
+class Connection:
+    """One connection to a server, for one exchange at a time."""
+
+    __slots__ = (
+        "_answer",
+        "_complete",
+        "_fault",
+        "_head_bytes",
+        "_headers",
+        "_parser",
+        "_parts",
+        "_reusable",
+        "_transport",
+        "idle_since",
+        "reused",
+    )
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: Headers = []
+        self._parts: list[bytes] = []
+        self._answer: Answer | None = None
+        self._complete = False
+        self._reusable = True
+        self._fault: str | None = None
+        self._head_bytes = 0
+        self.idle_since = 0.0
+        self.reused = False
+
+    # -- llhttp's callbacks -------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self._fault = "more than one answer"
+            self._reusable = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._answer is None:  # later ones are trailers, which are dropped
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._complete:
+            return
+        status = self._parser.get_status_code()
+        headers = self._headers
+        if status < 200:
+            self._headers = []
+            if status == 101:
+                self._fault = "switching protocols, which nobody asked for"
+            return
+        length: int | None = None
+        chunked = False
+        for name, value in headers:
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                # llhttp takes any final coding and reads to the end of the stream
+                if value.strip().lower() != b"chunked" or self._parser.get_http_version() != "1.1":
+                    self._fault = "a transfer-encoding other than chunked over HTTP/1.1"
+                chunked = True
+        if length is None and not chunked and status not in (204, 304):
+            self._reusable = False  # the body ends with the connection
+        self._answer = Answer(status, headers, length, chunked)
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._complete:
+            self._parts.append(piece)
+
+    def on_message_complete(self) -> None:
+        if self._answer is None:
+            return  # an interim answer
+        self._complete = True
+        if not self._parser.should_keep_alive():
+            self._reusable = False
+
+    # -- one exchange -------------------------------------------------------------------------
+
+    async def send(self, head: bytes, body: bytes) -> None:
+        """Write a request. Raises ConnectionLost."""
+        self._headers = []
+        self._parts = []
+        self._answer = None
+        self._complete = False
+        self._head_bytes = 0
+        try:
+            sent_all = await self._transport.write(head, body)
+        except BaseException:
+            self._reusable = False
+            raise
+        if not sent_all:
+            self._reusable = False
+
+    async def read_head(self) -> Answer:
+        """Wait for the head of the final answer.
+
+        Raises ConnectionLost if the connection ends before it, ProtocolViolation if it is not
+        HTTP/1.1 or ambiguously framed.
+        """
+        while True:
+            data = await self._transport.read()
+            if not data:
+                self._reusable = False
+                if self._head_bytes:
+                    raise ProtocolViolation("the connection ended inside the head")
+                raise ConnectionLost("closed before an answer")
+            self._head_bytes += len(data)
+            self._feed(data)
+            if self._answer is not None:
+                return self._answer
+            if self._head_bytes > MAX_HEAD:
+                self._reusable = False
+                raise ProtocolViolation(f"a head of more than {MAX_HEAD} bytes")
+
+    async def read_body(self) -> bytes:
+        """The next bytes of the body as they arrive, none at its end.
+
+        Raises ConnectionLost if the connection ends before the body does.
+        """
+        while not self._parts:
+            if self._complete:
+                return b""
+            data = await self._transport.read()
+            if data:
+                self._feed(data)
+            else:
+                self._end_of_stream()
+        parts = self._parts
+        self._parts = []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def saw_bytes(self) -> bool:
+        """Whether the server has sent anything for the current request."""
+        return self._head_bytes > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole answer has been received (and, perhaps, not yet read)."""
+        return self._complete
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the whole answer has been received and read."""
+        return self._complete and not self._parts
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._reusable = False
+            if self._complete:
+                return  # junk behind a complete answer costs the connection, not the answer
+            raise ProtocolViolation(str(error)) from error
+        if self._fault is not None:
+            self._reusable = False
+            if not self._complete:
+                raise ProtocolViolation(self._fault)
+
+    def _end_of_stream(self) -> None:
+        self._reusable = False
+        answer = self._answer
+        if answer is None or answer.chunked or answer.content_length is not None:
+            raise ConnectionLost("closed in mid-answer")
+        self._complete = True  # a body without a length ends with the connection
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may be sent: the answer is complete and nothing is amiss."""
+        return self._reusable and self._complete
+
+    def alive(self) -> bool:
+        return self._transport.alive()
+
+    def close(self) -> None:
+        """Close the socket. Never blocks; may be called more than once."""
+        self._reusable = False
+        self._transport.close()
+
+
+class Pool:
+    """The connections of one server: a stack of idle ones, the last used on top. O(1)."""
+
+    def __init__(self, url: str, ssl_context: ssl.SSLContext | None = None) -> None:
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._tls = ssl_context if parts.scheme == "https" else None
+        if parts.scheme == "https" and ssl_context is None:
+            self._tls = ssl.create_default_context()
+        self._idle: list[Connection] = []
+        self._addresses: list[Address] = []
+        self._resolved_at = -float("inf")
+        self.opened = 0
+        self.closed = False
+
+    def take_idle(self, now: float) -> Connection | None:
+        """An idle connection that is still open, the most recently used; None if there is none."""
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if now - connection.idle_since < IDLE_LIMIT and connection.alive():
+                connection.reused = True
+                return connection
+            connection.close()
+        return None
+
+    async def open(self, now: float) -> Connection:
+        """A new connection; the caller bounds the time. Raises ConnectFailed or OwnFault."""
+        if now - self._resolved_at > RESOLVE_EVERY:
+            self._addresses = await resolve(self.host, self.port)
+            self._resolved_at = now
+        failure: ConnectFailed | None = None
+        for address in self._addresses:
+            try:
+                sock = await connect(address)
+            except ConnectFailed as error:
+                failure = error
+                continue
+            self.opened += 1
+            if self._tls is not None:
+                return Connection(await start_tls(sock, self.host, self._tls))
+            return Connection(PlainTransport(sock))
+        self._resolved_at = -float("inf")  # the name may have moved
+        raise failure or ConnectFailed(f"{self.host} has no address")
+
+    def give_back(self, connection: Connection, now: float) -> None:
+        """Keep a connection for the next request if it can serve one, else close it."""
+        if connection.reusable and not self.closed:
+            connection.idle_since = now
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle too long; called now and then, so that none lingers."""
+        idle = self._idle
+        expired = 0
+        while expired < len(idle) and now - idle[expired].idle_since >= IDLE_LIMIT:
+            idle[expired].close()
+            expired += 1
+        del idle[:expired]
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def close(self) -> None:
+        """Close the idle connections, and those in use when they are given back."""
+        self.closed = True
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+
+async def open_within(pool: Pool, timeout: float) -> Connection:
+    """`pool.open` with a bound in seconds; trio.TooSlowError beyond it."""
+    with trio.fail_after(timeout):
+        return await pool.open(trio.current_time())

@@ -1,0 +1,221 @@
+"""Byte streams to servers: a bare non-blocking socket, or TLS over one.
+
+A bare socket is read after waiting until it is readable, and written at once before waiting:
+for streamed answers that is one system call and one scheduler pass per read (a trio
+`SocketStream` tries first, fails, and waits).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from typing import Protocol
+
+import trio
+
+from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault
+
+READ_SIZE = 65536
+
+_OUR_ERRORS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+)
+
+Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
+
+
+class Transport(Protocol):
+    """One connection to a server. Every method but `close` raises ConnectionLost on failure."""
+
+    async def read(self) -> bytes:
+        """At least one byte, or none at the end of the stream."""
+        ...
+
+    async def write(self, head: bytes, body: bytes) -> bool:
+        """All of both, in order. False if the peer answered, or closed, before it had read all."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether an idle connection is still open and silent."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PlainTransport:
+    """A connected non-blocking socket."""
+
+    __slots__ = ("_socket",)
+
+    ANSWER_POLL = 0.1
+    """Seconds between looks for an early answer while the peer does not read."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+
+    async def read(self) -> bytes:
+        sock = self._socket
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                return sock.recv(READ_SIZE)
+            except BlockingIOError:
+                continue  # a spurious wake-up
+            except OSError as error:
+                raise ConnectionLost(str(error)) from error
+
+    async def write(self, head: bytes, body: bytes) -> bool:
+        sock = self._socket
+        if len(body) <= READ_SIZE:
+            head, body = head + body, b""
+        try:
+            sent = sock.sendmsg((head, body)) if body else sock.send(head)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
+        if sent == len(head) + len(body):
+            return True
+        if sent < len(head) and not await self._write_rest(memoryview(head)[sent:]):
+            return False
+        return await self._write_rest(memoryview(body)[max(0, sent - len(head)) :])
+
+    async def _write_rest(self, pending: memoryview) -> bool:
+        sock = self._socket
+        while pending:
+            with trio.move_on_after(self.ANSWER_POLL) as patience:
+                await trio.lowlevel.wait_writable(sock)
+            if patience.cancelled_caught:
+                if self.alive():
+                    continue
+                return False  # reading tells whether it answered or closed
+            try:
+                sent = sock.send(pending)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if self._has_input():
+                    return False
+                raise ConnectionLost(str(error)) from error
+            pending = pending[sent:]
+        return True
+
+    def _has_input(self) -> bool:
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def alive(self) -> bool:
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # closed, or it sent something nobody asked for
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TlsTransport:
+    """A trio SSL stream over a connected socket."""
+
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        self._stream = stream
+
+    async def read(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(READ_SIZE))
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
+            raise ConnectionLost(str(error)) from error
+
+    async def write(self, head: bytes, body: bytes) -> bool:
+        try:
+            await self._stream.send_all(head + body)
+            return True
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
+            raise ConnectionLost(str(error)) from error
+
+    def alive(self) -> bool:
+        # A TLS server may send session tickets at any time, so silence cannot be asked for:
+        # only a closed socket is told from an open one.
+        return not self._stream.transport_stream.socket.is_readable() or bool(
+            self._peek(self._stream.transport_stream.socket)
+        )
+
+    @staticmethod
+    def _peek(sock: trio.socket.SocketType) -> bytes:
+        raw = socket.socket(fileno=sock.fileno())
+        try:
+            return raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
+        finally:
+            raw.detach()
+
+    def close(self) -> None:
+        self._stream.transport_stream.socket.close()
+
+
+async def resolve(host: str, port: int) -> list[Address]:
+    """Every address of `host`, in the resolver's order. Raises ConnectFailed."""
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno in _OUR_ERRORS:
+            raise OwnFault(str(error)) from error
+        raise ConnectFailed(f"cannot resolve {host}: {error.strerror or error}") from error
+    return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]
+
+
+async def connect(address: Address) -> socket.socket:
+    """A connected non-blocking socket with TCP_NODELAY. Raises ConnectFailed or OwnFault.
+
+    The caller bounds the time and closes the socket.
+    """
+    family, target = address
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = sock.connect_ex(target)
+        if code == errno.EINPROGRESS:
+            await trio.lowlevel.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, errno.errorcode.get(code, str(code)))
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if error.errno in _OUR_ERRORS:
+            raise OwnFault(str(error)) from error
+        raise ConnectFailed(str(error)) from error
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+async def start_tls(sock: socket.socket, host: str, context: ssl.SSLContext) -> TlsTransport:
+    """TLS over a connected socket. Raises ConnectFailed; the socket is closed then."""
+    stream = trio.SSLStream(
+        trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
+        context,
+        server_hostname=host,
+        https_compatible=True,
+    )
+    try:
+        await stream.do_handshake()
+    except (trio.BrokenResourceError, ssl.SSLError) as error:
+        sock.close()
+        cause = error.__cause__ or error
+        raise ConnectFailed(f"TLS handshake failed: {cause}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return TlsTransport(stream)
