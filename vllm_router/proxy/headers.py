@@ -1,0 +1,183 @@
+"""Which fields pass through the router, and the heads it writes (RFC 9110 section 7.6)."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+Headers = list[tuple[bytes, bytes]]
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+# Written anew by us on every request: what the client says of itself is not forwarded.
+_OURS = frozenset(
+    {
+        b"host",
+        b"content-length",
+        b"expect",
+        b"via",
+        b"x-request-id",
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-real-ip",
+    }
+)
+_NOT_FORWARDED = _HOP_BY_HOP | _OURS
+# `Connection: authorization` must not strip what end-to-end semantics need (RFC 9110 7.6.1).
+_NEVER_NOMINATED = frozenset({b"authorization", b"content-type", b"content-encoding"})
+
+_ANSWER_DROPPED = _HOP_BY_HOP | {b"x-vllm-router-server", b"x-vllm-router-attempts"}
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
+
+VIA = b"1.1 vllm-router"
+MAX_VIA = 8
+
+
+def get(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes:
+    """The first value of a field, empty if there is none."""
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return b""
+
+
+def nominated(value: bytes) -> frozenset[bytes]:
+    """The fields that a `Connection` value makes hop-by-hop."""
+    names = {token.strip().lower() for token in value.split(b",")}
+    return frozenset(names - _NEVER_NOMINATED)
+
+
+def request_id(headers: Headers) -> bytes:
+    """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
+    given = get(headers, b"x-request-id")
+    if given and _REQUEST_ID.fullmatch(given):
+        return given
+    return secrets.token_hex(16).encode()
+
+
+class RequestHeads:
+    """Writes the heads of requests to one server; all that never changes is joined beforehand."""
+
+    def __init__(self, authority: str, prefix: str, api_key: str | None) -> None:
+        self._prefix = prefix.encode()
+        self._fixed = b" HTTP/1.1\r\nhost: " + authority.encode()
+        self._key = b"\r\nauthorization: Bearer " + api_key.encode() if api_key else b""
+
+    def write(
+        self,
+        method: str,
+        target: bytes,
+        headers: Headers,
+        added: bytes,
+        body_length: int,
+    ) -> bytes:
+        """One request head. `added` holds complete field lines, each begun by CR LF."""
+        dropped = _NOT_FORWARDED
+        connection = get(headers, b"connection")
+        if connection and connection.lower() not in (b"keep-alive", b"close"):
+            dropped = dropped | nominated(connection)
+        if self._key:
+            dropped = dropped | {b"authorization"}
+        parts = [method.encode(), b" ", self._prefix, target, self._fixed]
+        for name, value in headers:
+            if name not in dropped:
+                parts += (b"\r\n", name, b": ", value)
+        parts += (added, self._key, b"\r\ncontent-length: %d\r\n\r\n" % body_length)
+        return b"".join(parts)
+
+
+def forwarding_fields(
+    headers: Headers,
+    client: str,
+    scheme: str,
+    identifier: bytes,
+    trusted: tuple[IPv4Network | IPv6Network, ...],
+) -> bytes:
+    """`Via`, `X-Forwarded-*` and `X-Request-Id` of a forwarded request, as field lines.
+
+    What a client claims about earlier hops is believed only if it is a trusted proxy itself.
+    """
+    forwarded_for, proto, host = client.encode(), scheme.encode(), get(headers, b"host")
+    if trusted and _is_trusted(client, trusted):
+        forwarded_for = join(get_all(headers, b"x-forwarded-for"), forwarded_for)
+        proto = get(headers, b"x-forwarded-proto") or proto
+        host = get(headers, b"x-forwarded-host") or host
+    via = join(get_all(headers, b"via"), VIA)
+    return b"".join(
+        (
+            b"\r\nvia: ",
+            via,
+            b"\r\nx-forwarded-for: ",
+            forwarded_for,
+            b"\r\nx-forwarded-proto: ",
+            proto,
+            b"\r\nx-forwarded-host: " + host if host else b"",
+            b"\r\nx-request-id: ",
+            identifier,
+        )
+    )
+
+
+def get_all(headers: Headers, wanted: bytes) -> bytes:
+    """Every value of a field, as one list."""
+    return b", ".join([value for name, value in headers if name == wanted])
+
+
+def join(earlier: bytes, ours: bytes) -> bytes:
+    return earlier + b", " + ours if earlier else ours
+
+
+def loops(headers: Headers) -> bool:
+    """Whether the request has passed so many routers that it must be going round in circles."""
+    return get_all(headers, b"via").count(VIA) >= MAX_VIA
+
+
+def _is_trusted(client: str, trusted: tuple[IPv4Network | IPv6Network, ...]) -> bool:
+    try:
+        address = ip_address(client)
+    except ValueError:
+        return False
+    return any(address in network for network in trusted)
+
+
+def answer_headers(
+    headers: Headers, server: bytes, attempts: int, identifier: bytes
+) -> list[tuple[bytes, bytes]]:
+    """The fields of a server's answer that go to the client, and ours."""
+    dropped = _ANSWER_DROPPED
+    connection = get(headers, b"connection")
+    if connection and connection.lower() not in (b"keep-alive", b"close"):
+        dropped = dropped | nominated(connection)
+    kept = [field for field in headers if field[0] not in dropped]
+    if not get(headers, b"x-request-id"):
+        kept.append((b"x-request-id", identifier))
+    kept.append((b"x-vllm-router-server", server))
+    kept.append((b"x-vllm-router-attempts", b"%d" % attempts))
+    return kept
+
+
+def parse_retry_after(value: bytes) -> float | None:
+    """Seconds of a `Retry-After` (RFC 9110 10.2.3); None for a date or nonsense."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 1e6 else None

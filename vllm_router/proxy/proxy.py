@@ -1,0 +1,144 @@
+"""The data path as an ASGI application: what all exchanges share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network
+from random import Random
+from urllib.parse import urlsplit
+
+import trio
+
+from vllm_router.config import Config
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server
+from vllm_router.http1.client import Pool
+from vllm_router.proxy.exchange import Exchange
+from vllm_router.proxy.headers import RequestHeads
+from vllm_router.proxy.record import Record, Recorder
+from vllm_router.proxy.types import Receive, Scope, Send
+from vllm_router.routing.policies import POLICIES, Policy
+from vllm_router.routing.retry import Outcome, RetryBudget
+
+
+@dataclass(slots=True)
+class Link:
+    """What it takes to talk to one server."""
+
+    pool: Pool
+    heads: RequestHeads
+    name: bytes
+
+
+class Proxy:
+    """Serves inference requests. Constructed once; `apply` brings in a new configuration.
+
+    Owns the connections to the servers: `close` closes the idle ones.
+    """
+
+    def __init__(
+        self, fleet: Fleet, config: Config, recorders: Sequence[Recorder], rng: Random
+    ) -> None:
+        self.fleet = fleet
+        self.budget = RetryBudget()
+        self.exchanges: set[Exchange] = set()
+        self.links: dict[Server, Link] = {}
+        self.stopping = False
+        self._empty = trio.Event()
+        self._recorders = tuple(recorders)
+        self._rng = rng
+        self.policy: Policy = POLICIES[config.settings.policy](rng)
+        self.apply(config)
+
+    def apply(self, config: Config) -> None:
+        """Follow the fleet and the settings; exchanges under way keep their connections."""
+        self.settings = settings = config.settings
+        self.max_body = int(settings.max_body_mb * 1_000_000)
+        self.trusted = tuple(ip_network(net, strict=False) for net in settings.trusted_proxies)
+        if self.policy.name != settings.policy:
+            self.policy = POLICIES[settings.policy](self._rng)
+        servers = self.fleet.all_servers()
+        for server in servers:
+            link = self.links.get(server)
+            pool = link.pool if link is not None else Pool(server.url)
+            self.links[server] = _link(server, pool)
+        for server in self.links.keys() - set(servers):
+            self.links.pop(server).pool.close()
+
+    def sweep(self, server: Server, now: float) -> None:
+        """Close idle connections that have outlived their time; called by the probe's ticks."""
+        link = self.links.get(server)
+        if link is not None:
+            link.pool.sweep(now)
+
+    def forget(self, server: Server) -> None:
+        """A removed server's last exchange has ended."""
+        link = self.links.pop(server, None)
+        if link is not None:
+            link.pool.close()
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.pool.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One inference request (`http` scope). Returns without a last message to cut it."""
+        last = await Exchange(self, scope, receive, send).run()
+        if last is not None:
+            await send(last)
+
+    # -- what exchanges report ----------------------------------------------------------------
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        for recorder in self._recorders:
+            recorder.attempt_ended(server, outcome)
+
+    def ended(self, record: Record) -> None:
+        for recorder in self._recorders:
+            recorder.exchange_ended(record)
+        if not self.exchanges:
+            self._empty.set()
+
+    def jitter(self) -> float:
+        """A factor for ejection times: servers that fell together must not return together."""
+        return 0.9 + 0.2 * self._rng.random()
+
+    # -- ending exchanges from outside --------------------------------------------------------
+
+    def server_gone(self, server: Server, now: float, patience: float) -> int:
+        """Probes say the server is gone: end the exchanges that have heard nothing for a while.
+
+        Those without a byte for the client are replayed elsewhere. `patience` in seconds: a
+        stream that has just had a byte is left to its idle timeout.
+        """
+        silent = [
+            lease
+            for lease in server.leases
+            if lease.interrupt is not None and now - lease.last_byte_at >= patience
+        ]
+        for lease in silent:
+            assert lease.interrupt is not None
+            lease.interrupt(Outcome.GONE.value)
+        return len(silent)
+
+    async def drained(self) -> None:
+        """Wait until no exchange is left."""
+        while self.exchanges:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    def stop(self) -> int:
+        """End what is still running, honestly: an error event, or 503 where nothing was sent."""
+        running = list(self.exchanges)
+        for exchange in running:
+            exchange.interrupt(Outcome.STOPPED.value)
+        return len(running)
+
+
+def _link(server: Server, pool: Pool) -> Link:
+    parts = urlsplit(server.url)
+    authority = parts.netloc
+    heads = RequestHeads(authority, parts.path, server.config.api_key)
+    name = server.name.encode("latin-1", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
+    return Link(pool, heads, name)

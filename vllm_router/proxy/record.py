@@ -1,0 +1,66 @@
+"""What is remembered of one exchange: written once, read by metrics, feed and access log."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_router.fleet.server import Server
+from vllm_router.routing.retry import Outcome
+
+
+class Phase(enum.Enum):
+    """How far an exchange has come; a client that leaves is counted by it."""
+
+    BODY = "body"  # its request is being read
+    QUEUE = "queue"  # no server has been picked yet
+    CONNECT = "connect"
+    WAIT = "wait"  # sent, no byte of the answer passed on
+    STREAM = "stream"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen."""
+
+    started_at: float
+    method: str
+    path: bytes
+    client: str
+    request_id: bytes
+    model: str | None = None
+    stream: bool = False
+    phase: Phase = Phase.BODY
+    server: Server | None = None
+    attempts: int = 0
+    status: int = 0
+    code: str = ""
+    outcome: Outcome | None = None
+    body_read_at: float = 0.0
+    sent_at: float = 0.0
+    first_byte_at: float = 0.0
+    ended_at: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    chunks: int = 0
+    retries: list[Outcome] = field(default_factory=list)
+
+    @property
+    def overhead(self) -> float | None:
+        """Seconds from the complete request to its last byte given to the server's socket."""
+        return self.sent_at - self.body_read_at if self.sent_at else None
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds from the first to the answer's first data; None if there was none."""
+        return self.first_byte_at - self.started_at if self.first_byte_at else None
+
+
+class Recorder(Protocol):
+    """Whoever wants to know how exchanges end. Called on the loop: must be quick."""
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None: ...
+
+    def exchange_ended(self, record: Record) -> None: ...

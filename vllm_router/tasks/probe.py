@@ -1,0 +1,226 @@
+"""One server's probes: `/health`, `/metrics` and `/v1/models`, each at its own pace.
+
+Every server has a task of its own, so a slow or dead one delays no other. What an answer means is
+decided in `fleet/`; here is only the asking.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import httpx
+import trio
+
+from vllm_router.config import Settings
+from vllm_router.fleet.engine_metrics import parse_engine_metrics
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.health import Check
+from vllm_router.fleet.server import Server
+
+logger = logging.getLogger(__name__)
+
+CHECK_PATHS = ("/health", "/v1/models")
+"""The second is asked where the first does not exist: other engines speak OpenAI, too."""
+
+MODELS_EVERY = 5.0
+"""Seconds between looks at the model list of a server that is up; an adapter may be loaded."""
+
+MAX_METRICS_BYTES = 8 * 1024 * 1024
+UNSETTLED_INTERVAL = 0.5
+"""Seconds to the next check while the last one contradicts the state."""
+
+
+def control_client(server: Server, timeout: float) -> httpx.AsyncClient:
+    """A client for one server's control traffic; the caller closes it.
+
+    Its connections are not those of the data path, so that saturation does not read as sickness.
+    Proxies of the environment are ignored, and redirects are not followed.
+    """
+    headers = {"user-agent": "vllm-router-probe"}
+    if server.config.api_key:
+        headers["authorization"] = f"Bearer {server.config.api_key}"
+    return httpx.AsyncClient(
+        base_url=server.url,
+        headers=headers,
+        timeout=timeout,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=3, max_keepalive_connections=3, keepalive_expiry=3.0),
+    )
+
+
+class Probe:
+    """Asks one server until cancelled.
+
+    `went_down` is called when a check has just found the server gone; `tick` on every scrape
+    interval, for what must happen now and then on a server.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        fleet: Fleet,
+        rng: Random,
+        went_down: Callable[[Server], None],
+        tick: Callable[[Server, float], None],
+    ) -> None:
+        self._server = server
+        self._fleet = fleet
+        self._rng = rng
+        self._went_down = went_down
+        self._tick = tick
+        self._hurry = trio.Event()
+        self._client: httpx.AsyncClient
+
+    @property
+    def _settings(self) -> Settings:
+        return self._fleet.settings
+
+    async def run(self) -> None:
+        """Check, scrape and list until cancelled."""
+        async with control_client(self._server, self._settings.health_check_timeout) as client:
+            self._client = client
+            # The list first: a server must not be up before it is known what it serves.
+            await self._list_models()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_checking)
+                nursery.start_soon(self._keep_scraping)
+                nursery.start_soon(self._keep_listing)
+
+    # -- health -------------------------------------------------------------------------------
+
+    async def _keep_checking(self) -> None:
+        server = self._server
+        while True:
+            if self._settings.enable_active_health_check:
+                await self._check()
+            settled = server.probe_health.settled
+            interval = self._settings.health_check_interval
+            if not settled:
+                interval = min(interval, UNSETTLED_INTERVAL)
+            with trio.move_on_after(interval * (0.95 + 0.1 * self._rng.random())):
+                await self._hurry.wait()
+            self._hurry = trio.Event()
+
+    async def _check(self) -> None:
+        server, timeout = self._server, self._settings.health_check_timeout
+        began = trio.current_time()
+        verdict, detail = Check.TIMEOUT, f"no answer to {CHECK_PATHS[0]} in {timeout:g} s"
+        with trio.move_on_after(timeout):
+            verdict, detail = await self._ask_health()
+        now = trio.current_time()
+        was_down = server.probe_health.up is False
+        down = server.checked(verdict, now - began, now, detail)
+        if was_down and server.probe_health.up:
+            await self._list_models()
+        self._announce(down, now)
+
+    async def _ask_health(self) -> tuple[Check, str]:
+        detail = ""
+        for path in CHECK_PATHS:
+            try:
+                response = await self._client.get(path)
+            except httpx.TimeoutException as error:
+                return Check.TIMEOUT, f"{path}: {type(error).__name__}"
+            except httpx.HTTPError as error:
+                return Check.UNREACHABLE, f"{path}: {_words(error)}"
+            if response.is_success:
+                return Check.GOOD, ""
+            detail = f"{path} answered {response.status_code}"
+            if response.status_code not in (404, 405, 501):
+                break
+        return Check.UNHEALTHY, detail
+
+    def _announce(self, down: bool, now: float) -> None:
+        self._fleet.settle(now)
+        if down:
+            self._went_down(self._server)
+
+    # -- metrics ------------------------------------------------------------------------------
+
+    async def _keep_scraping(self) -> None:
+        while True:
+            began = trio.current_time()
+            await self._scrape()
+            now = trio.current_time()
+            self._server.age_metrics(now)
+            self._fleet.settle(now)
+            self._tick(self._server, now)
+            interval = self._settings.metrics_interval * (0.95 + 0.1 * self._rng.random())
+            await trio.sleep(max(interval / 4, began + interval - now))
+
+    async def _scrape(self) -> None:
+        """Read the load. Whether the port answers at all is a check of its own."""
+        server = self._server
+        answered = False
+        leases = server.in_flight
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._client.get("/metrics")
+            except httpx.TimeoutException:
+                pass  # judged below: slow metrics alone are no sickness
+            except httpx.HTTPError:
+                self._reached(reachable=False)
+                return
+            else:
+                answered = True
+                if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
+                    metrics = parse_engine_metrics(response.text)
+                    if metrics.has_load:
+                        server.scraped(metrics, trio.current_time(), leases)
+        if answered:
+            self._reached(reachable=True)
+        else:
+            self._hurry.set()
+
+    def _reached(self, *, reachable: bool) -> None:
+        if not self._settings.enable_active_health_check:
+            return
+        now = trio.current_time()
+        down = self._server.scrape_reached(reachable, now)
+        self._announce(down, now)
+        health = self._server.probe_health
+        if not health.settled or (reachable and not health.up):
+            self._hurry.set()
+
+    # -- models -------------------------------------------------------------------------------
+
+    async def _keep_listing(self) -> None:
+        while True:
+            missing = self._server.models is None
+            await trio.sleep(UNSETTLED_INTERVAL if missing else MODELS_EVERY)
+            if self._server.probe_health.up:
+                await self._list_models()
+                self._fleet.settle(trio.current_time())
+
+    async def _list_models(self) -> None:
+        """Read `/v1/models`. A server that cannot answer it keeps the list it had."""
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._client.get("/v1/models")
+                if response.is_success:
+                    cards = _cards(response.json())
+                    self._server.listed(cards, trio.current_time())
+                else:
+                    logger.debug("%s: /v1/models: %d", self._server.name, response.status_code)
+            except (httpx.HTTPError, ValueError) as error:
+                logger.debug("%s: /v1/models: %s", self._server.name, error)
+
+
+def _cards(page: Any) -> dict[str, dict[str, Any]]:
+    """Model entries by id; raises ValueError if it is no model list."""
+    entries = page.get("data") if isinstance(page, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("no list of models")
+    return {
+        entry["id"]: entry
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+    }
+
+
+def _words(error: httpx.HTTPError) -> str:
+    """What went wrong, in an operator's words."""
+    return str(error).removeprefix("[Errno -1] ") or type(error).__name__
