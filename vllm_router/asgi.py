@@ -1,0 +1,115 @@
+"""The one ASGI application: inference paths to the proxy, all others to the Quart app.
+
+`vllm_router.asgi:app` is it for any ASGI server on Trio; the configuration file is named by
+VLLM_ROUTER_CONFIG (default servers.toml), and the lifespan protocol starts and ends the tasks.
+`vllm-router run` builds the same application around a supervisor of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+import trio
+
+from vllm_router.errors import ConfigError, Refused
+from vllm_router.hypercorn_bridge import hold_last, install
+from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.headers import request_id
+from vllm_router.proxy.refusal import refusal_messages
+from vllm_router.proxy.types import App, Receive, Scope, Send
+from vllm_router.supervisor import Supervisor
+from vllm_router.tasks.watch import ConfigSource
+from vllm_router.web.app import make_app
+
+logger = logging.getLogger(__name__)
+
+_ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+
+
+class Application:
+    """Dispatch by path. Needs a supervisor that runs, unless the lifespan protocol starts one."""
+
+    def __init__(self, supervisor: Supervisor | None = None) -> None:
+        self._supervisor: Supervisor | None = None
+        self._control: App
+        if supervisor is not None:
+            self._attach(supervisor)
+
+    def _attach(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._control = hold_last(make_app(supervisor))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        supervisor = self._supervisor
+        if supervisor is None:
+            raise RuntimeError("the application needs the lifespan protocol to start")
+        if kind == "http":
+            path = _origin_form(scope)
+            path_class = classify(scope["method"], path)
+            if path_class is PathClass.INFERENCE:
+                await supervisor.proxy(scope, receive, send)
+                return
+            if (
+                path_class is PathClass.ENGINE_CONTROL
+                and not supervisor.config.settings.allow_engine_control
+            ):
+                await _refuse(scope, send, _CONTROL_CLOSED)
+                return
+        await self._control(scope, receive, send)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start the supervisor, and end it when the server does."""
+        await receive()
+        source = ConfigSource(os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml"))
+        try:
+            config = source.load()
+        except ConfigError as error:
+            for problem in error.problems:
+                logger.error("%s", problem)
+            await send({"type": "lifespan.startup.failed", "message": "\n".join(error.problems)})
+            return
+        supervisor = Supervisor(config, source)
+        self._attach(supervisor)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(supervisor.run)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await supervisor.wind_down()
+            nursery.cancel_scope.cancel(reason="shutdown")
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+_CONTROL_CLOSED = Refused(
+    403,
+    "engine_control_closed",
+    "This path controls the engine and is closed; allow_engine_control = true opens it.",
+)
+
+
+async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
+    for message in refusal_messages(refused, request_id(scope["headers"])):
+        await send(message)
+
+
+def _origin_form(scope: Scope) -> bytes:
+    """The path of the target; an absolute-form target (RFC 9112 3.2.2) loses its authority."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    if raw[:1] == b"/":
+        return raw
+    found = _ABSOLUTE.match(raw)
+    if found is None:
+        return raw
+    path = raw[found.end() :] or b"/"
+    scope["raw_path"] = path
+    scope["path"] = path.decode("latin-1")
+    return path
+
+
+install()
+app = Application()

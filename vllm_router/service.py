@@ -1,0 +1,99 @@
+"""One router process from its first listening socket to its last exchange."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from vllm_router.asgi import Application
+from vllm_router.config import Config
+from vllm_router.front import Front
+from vllm_router.supervisor import Supervisor
+from vllm_router.tasks.watch import ConfigSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What the command line decides. `source` is None if there is no file to follow."""
+
+    config: Config
+    source: ConfigSource | None = None
+    host: str = "0.0.0.0"
+    port: int = 8888
+    lane: bool = True
+
+
+async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None:
+    """Run the router until SIGTERM or SIGINT, then drain. `listening(url)` is called once it is up.
+
+    On the first signal `/readyz` answers 503 while requests are still served for `drain_grace`
+    seconds; then no connection is accepted any more, and what runs has `drain_timeout` seconds to
+    finish before it is ended with an error event. A second signal ends at once.
+    Raises OSError if the port cannot be had.
+    """
+    supervisor = Supervisor(options.config, options.source)
+    front = Front(Application(supervisor), lane=options.lane)
+    front.open(options.host, options.port)
+    signals = StopSignals()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(signals.listen)
+        await nursery.start(supervisor.run)
+        await nursery.start(front.serve)
+        listening(front.url)
+        await signals.first.wait()
+        with signals.until_second():
+            await drain(supervisor, front)
+        front.abort()
+        nursery.cancel_scope.cancel(reason="stopped")
+    logger.info("stopped")
+
+
+async def drain(supervisor: Supervisor, front: Front) -> None:
+    """Finish what runs, within the configured times."""
+    settings = supervisor.config.settings
+    supervisor.draining = True
+    if settings.drain_grace:
+        logger.info("stopping: serving for another %g s of grace", settings.drain_grace)
+        await trio.sleep(settings.drain_grace)
+    front.stop_accepting()
+    front.begin_drain()
+    await supervisor.wind_down()
+    with trio.move_on_after(LINGER):
+        await front.drained()
+
+
+LINGER = 1.0
+"""Seconds for connections to close after their last answer."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks for a drain, the second for an end."""
+
+    def __init__(self) -> None:
+        self.first = trio.Event()
+        self._second = trio.CancelScope()
+
+    async def listen(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Take signals until cancelled."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            task_status.started()
+            async for number in received:
+                name = signal.Signals(number).name
+                if self.first.is_set():
+                    logger.warning("%s again: ending at once", name)
+                    self._second.cancel(reason="second signal")
+                else:
+                    logger.info("%s: draining", name)
+                    self.first.set()
+
+    def until_second(self) -> trio.CancelScope:
+        """A scope that the second signal cancels."""
+        return self._second

@@ -1,0 +1,214 @@
+"""The one nursery: constructs everything, hands it around, starts and ends the tasks.
+
+Nothing here decides; it connects those who do. A task that fails by a defect is logged and
+started again: a router that goes on with one probe missing is better than none.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from random import Random
+
+import trio
+
+from vllm_router.config import Config, changes
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.proxy.proxy import Proxy
+from vllm_router.tasks.probe import Probe
+from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
+from vllm_router.web.feed import Feed
+from vllm_router.web.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+END_TIME = 1.0
+"""Seconds for interrupted exchanges to write their last words."""
+
+RESTART_PAUSE = 1.0
+"""Seconds before a crashed task is started again."""
+
+_LEVELS = {
+    State.DOWN: logging.WARNING,
+    State.EJECTED: logging.WARNING,
+    State.ASLEEP: logging.WARNING,
+}
+
+
+class Supervisor:
+    """Everything that lives as long as the router.
+
+    `source` is None when the servers came from the command line: then nothing is reloaded.
+    """
+
+    def __init__(
+        self, config: Config, source: ConfigSource | None, rng: Random | None = None
+    ) -> None:
+        self.rng = rng or Random()
+        self.fleet = Fleet(config)
+        self.metrics = Metrics(self.fleet)
+        self.feed = Feed(self.fleet, self.metrics)
+        self.proxy = Proxy(self.fleet, config, (self.metrics, self.feed), self.rng)
+        self.nudge = Nudge()
+        self.reloader = Reloader(source, config, self._apply) if source is not None else None
+        self.config = config
+        self.draining = False
+        self.started_at = trio.current_time()
+        self.task_restarts = 0
+        self._nursery: trio.Nursery | None = None
+        self._probes: dict[Server, trio.CancelScope] = {}
+        self.fleet.on_transition += [
+            self._log_transition,
+            self.metrics.transition,
+            self.feed.transition,
+        ]
+
+    # -- tasks --------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Probe, watch and publish until cancelled; closes the connections to the servers."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for server in self.fleet.servers.values():
+                    self._start_probe(server)
+                nursery.start_soon(self._keep, "feed", self.feed.run)
+                nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
+                if self.reloader is not None:
+                    nursery.start_soon(self._keep, "watch", self._watch)
+                    nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
+                task_status.started()
+        finally:
+            self._nursery = None
+            self.proxy.close()
+
+    async def _keep(self, name: str, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task that should never end; a defect in it is logged and it is started anew."""
+        while True:
+            try:
+                await task()
+            except Exception:
+                # Not silent, and not fatal: traffic goes on without this task for a moment.
+                logger.exception("task %s failed, starting it again", name)
+                self.task_restarts += 1
+            await trio.sleep(RESTART_PAUSE)
+
+    async def _watch(self) -> None:
+        assert self.reloader is not None
+        await watch(self.reloader, self.nudge)
+
+    async def _reload_on_sighup(self) -> None:
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            async for _ in signals:
+                self.nudge()
+
+    async def _dismiss_leavers(self) -> None:
+        """Forget removed servers once their last request has ended."""
+        while True:
+            await trio.sleep(0.25)
+            for server in self.fleet.gone():
+                logger.info("server %s has left, nothing in flight", server.name)
+                self._stop_probe(server)
+                self.proxy.forget(server)
+
+    # -- probes -------------------------------------------------------------------------------
+
+    def _start_probe(self, server: Server) -> None:
+        if self._nursery is None or server in self._probes:
+            return
+        scope = self._probes[server] = trio.CancelScope()
+        self._nursery.start_soon(self._probe, server, scope)
+
+    def _stop_probe(self, server: Server) -> None:
+        scope = self._probes.pop(server, None)
+        if scope is not None:
+            scope.cancel(reason="server removed")
+
+    async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
+        probe = Probe(server, self.fleet, self.rng, self._server_down, self.proxy.sweep)
+        with scope:
+            await self._keep(f"probe of {server.name}", probe.run)
+
+    def _server_down(self, server: Server) -> None:
+        ended = self.proxy.server_gone(server, trio.current_time(), self._patience())
+        if ended:
+            logger.info("server %s is gone: %d silent requests taken off it", server.name, ended)
+
+    def _patience(self) -> float:
+        """How long a request must have been silent to be taken off a server that went down."""
+        return self.fleet.settings.metrics_interval
+
+    # -- configuration ------------------------------------------------------------------------
+
+    def _apply(self, old: Config, new: Config) -> None:
+        change = self.fleet.apply(new)
+        self.config = new
+        self.proxy.apply(new)
+        for server in change.added:
+            self._start_probe(server)
+        for server in change.kept:
+            if self._credentials_changed(server, old):
+                self._stop_probe(server)
+                self._start_probe(server)
+        for server in change.removed:
+            if server.in_flight == 0:
+                continue
+            logger.info("server %s leaves, %d in flight", server.name, server.in_flight)
+        self.feed.event("reload", changes(old, new))
+
+    @staticmethod
+    def _credentials_changed(server: Server, old: Config) -> bool:
+        return any(
+            was.url == server.url and was.api_key != server.config.api_key for was in old.servers
+        )
+
+    def reload(self) -> Reload:
+        """Read the file again now, changed or not; UNCHANGED if there is no file."""
+        if self.reloader is None:
+            return Reload.UNCHANGED
+        return self.reloader.reload(force=True)
+
+    # -- drain --------------------------------------------------------------------------------
+
+    def drain_server(self, name: str, on: bool) -> Server | None:
+        """Take a server out of the rotation or back; None if there is none of that name."""
+        server = self.fleet.servers.get(name)
+        if server is not None:
+            server.drain(on)
+            self.fleet.settle(trio.current_time())
+        return server
+
+    async def wind_down(self) -> None:
+        """Let running exchanges finish for `drain_timeout`, then end them honestly.
+
+        Websocket clients are sent away at once (1001), the feed has nothing more to say.
+        """
+        self.draining = True
+        self.feed.close()
+        running = len(self.proxy.exchanges)
+        if running:
+            logger.info("draining: %d in flight", running)
+        with trio.move_on_after(self.config.settings.drain_timeout) as patience:
+            await self.proxy.drained()
+        self.proxy.stopping = True
+        if patience.cancelled_caught:
+            logger.warning("drain_timeout is over: ending %d exchanges", self.proxy.stop())
+            with trio.move_on_after(END_TIME):
+                await self.proxy.drained()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a load balancer should send requests here."""
+        return self.fleet.probed and not self.draining
+
+    def _log_transition(self, change: Transition) -> None:
+        logger.log(
+            _LEVELS.get(change.new, logging.INFO),
+            "server %s: %s -> %s%s",
+            change.server,
+            change.old,
+            change.new,
+            f" ({change.reason})" if change.reason else "",
+        )
