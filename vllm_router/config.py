@@ -1,0 +1,395 @@
+"""What servers.toml may say, checked once and completely.
+
+The annotated types below are the table of checks: each says in words and in msgspec constraints
+what is accepted; `Settings` and `_SERVER_KEYS` say which key has which. Whatever passes `parse` is
+complete and immutable, so nothing that uses it looks for missing keys.
+
+A problem is one line, `source: key.path: expected ..., got ...`, and never holds a secret.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from vllm_router.routing.policies import POLICY_NAMES
+from vllm_router.server_url import SHOWN_CHARS, escaped, normalise_url, quoted, server_name
+from vllm_router.toml_reader import Reader, load_document, shown_value
+
+# -- the table of checks ----------------------------------------------------------------------
+
+_MAX_INT = 2**63 - 1  # TOML integers have 64 bits
+_FINITE = sys.float_info.max
+
+
+def _reads(expected: str, read: Callable[[str], object]) -> Meta:
+    """A check that constraints cannot express; `read` returns the value to keep."""
+    return Meta(description=expected, extra={"read": read})
+
+
+def _read_policy(text: str) -> str:
+    if text not in POLICY_NAMES:
+        names = ", ".join(f'"{name}"' for name in POLICY_NAMES)
+        raise ValueError(f"expected one of {names}, got {quoted(text)}")
+    return text
+
+
+def _read_network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        raise ValueError(
+            f"expected an IP address or a network like 10.0.0.0/8, got {quoted(text)}"
+        ) from None
+
+
+class Secret(str):
+    """A string whose repr does not show it, so that no log, diff or traceback does."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+Flag = Annotated[bool, Meta(description="true or false")]
+Count = Annotated[int, Meta(ge=1, le=_MAX_INT, description="int ≥ 1")]
+CountOrZero = Annotated[int, Meta(ge=0, le=_MAX_INT, description="int ≥ 0")]
+Share = Annotated[float, Meta(ge=0, le=1, description="number from 0 to 1")]
+Seconds = Annotated[float, Meta(gt=0, le=_FINITE, description="number of seconds > 0")]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=_FINITE, description="number of seconds ≥ 0")]
+SecondsOrNone = Annotated[Seconds | None, Meta(description="number of seconds > 0")]
+# The floor keeps a typing error from becoming a busy loop.
+Interval = Annotated[float, Meta(ge=0.01, le=_FINITE, description="number of seconds ≥ 0.01")]
+Megabytes = Annotated[
+    float, Meta(gt=0, le=1e6, description="number of megabytes > 0 and ≤ 1000000")
+]
+PolicyName = Annotated[str, _reads("the name of a policy (string)", _read_policy)]
+Network = Annotated[str, _reads("an IP address or network (string)", _read_network)]
+Networks = Annotated[
+    tuple[Network, ...], Meta(description="array of IP addresses and networks (strings)")
+]
+
+_Url = Annotated[str, _reads('a URL like "http://host:8000"', normalise_url)]
+_Name = Annotated[
+    str,
+    Meta(pattern=r"^[!-~]{1,100}\Z", description="1 to 100 visible ASCII characters, no spaces"),
+]
+_Key = Annotated[
+    str,
+    Meta(
+        pattern=r"^[!-~]+\Z",
+        description="a key of visible ASCII characters, no spaces",
+        extra={"secret": True},
+    ),
+]
+_Variable = Annotated[
+    str,
+    Meta(
+        # Not shown: whoever takes the key itself for the name would find it in the log.
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
+        description="the name of an environment variable",
+        extra={"secret": True},
+    ),
+]
+_Model = Annotated[str, Meta(min_length=1, description="the name of a model (string)")]
+_Models = Annotated[
+    tuple[_Model, ...],
+    Meta(min_length=1, description="array of at least one model name (strings)"),
+]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One vLLM server. The URL is its identity across reloads.
+
+    url: as `normalise_url` writes it; requests go to url + path.
+    name: unique; in logs, metrics, response headers and `vllm-router drain`. Visible ASCII.
+    max_concurrent_requests: what the server takes at once without queueing; routing compares
+        load relative to it, and it is no hard limit.
+    api_key: sent to this server as its bearer token, from `api_key` or the environment variable
+        named by `api_key_env`; None sends what the client sent.
+    models: the models it serves, instead of asking its `/v1/models`; None asks.
+    """
+
+    url: str
+    name: str
+    max_concurrent_requests: int = 3
+    api_key: Secret | None = None
+    models: tuple[str, ...] | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The `[config]` table. All durations in seconds.
+
+    Active checks (probes), per server:
+    health_check_interval: between two checks of `/health`.
+    health_check_timeout: of one check; no answer in time is a failed check.
+    health_check_consecutive_failures: failed checks in a row that take a server out.
+    health_check_rise: good checks in a row that bring it back.
+    enable_active_health_check: false leaves the verdict to real traffic alone.
+    health_check_window_size: checks in the sliding window of the next two.
+    health_check_min_success_rate: share of good checks in a full window, below which it is out.
+    health_check_max_response_time: mean seconds per good check in a full window, above which it
+        is out.
+    metrics_interval: between two scrapes of `/metrics`.
+
+    Real traffic:
+    failure_threshold: consecutive failures by the server's fault until it is ejected.
+    auto_recovery_threshold: the first ejection lasts so long; each further one this times the
+        number of ejections, at most max(60, itself). Then one trial request decides.
+    max_retries: further attempts of a request on other servers, as long as nothing of an answer
+        has reached the client.
+    replay: whether a request that was already sent may be sent again to another server; a failed
+        connect may always go elsewhere.
+    policy: how a server is chosen, a name from `routing/policies.py`.
+
+    Timeouts of an exchange:
+    connect_timeout: to connect to a server, TLS included.
+    request_timeout: the ancestor's one timeout; here the default of the next two.
+    first_byte_timeout: from the request sent to the first byte of the answer.
+    idle_timeout: between two chunks of an answer; unset, the smaller of request_timeout and 300.
+    total_timeout: of the whole exchange with all attempts; None for no limit.
+    body_timeout: for a client to send its request body.
+    write_stall_timeout: a client that takes no byte of its answer for so long is cut off.
+
+    The router itself:
+    max_body_mb: largest request body, in MB of 10^6 bytes.
+    drain_grace: after SIGTERM, how long it still accepts while `/readyz` already says no.
+    drain_timeout: how long running exchanges may then take to finish.
+    config_reload_interval: between two looks at this file.
+    feed_interval: between two snapshots on the websocket feed.
+    allow_engine_control: forward paths such as `/sleep` and `/collective_rpc`, else 403.
+    trusted_proxies: networks whose `X-Forwarded-*` and `Forwarded` headers are believed.
+    """
+
+    health_check_interval: Interval = 2.0
+    health_check_timeout: Seconds = 2.0
+    health_check_consecutive_failures: Count = 3
+    health_check_rise: Count = 2
+    enable_active_health_check: Flag = True
+    health_check_max_response_time: Seconds = 10.0
+    health_check_min_success_rate: Share = 0.8
+    health_check_window_size: Count = 10
+    failure_threshold: Count = 3
+    auto_recovery_threshold: Seconds = 5.0
+    config_reload_interval: Interval = 1.0
+    max_retries: CountOrZero = 3
+    request_timeout: Seconds = 600.0
+    metrics_interval: Interval = 0.5
+    connect_timeout: Seconds = 2.0
+    first_byte_timeout: Seconds = 600.0
+    idle_timeout: Seconds = 300.0
+    total_timeout: SecondsOrNone = None
+    body_timeout: Seconds = 60.0
+    policy: PolicyName = "least_load"
+    max_body_mb: Megabytes = 64.0
+    drain_timeout: SecondsOrZero = 30.0
+    drain_grace: SecondsOrZero = 0.0
+    feed_interval: Interval = 0.5
+    replay: Flag = True
+    allow_engine_control: Flag = False
+    trusted_proxies: Networks = ()
+    write_stall_timeout: Seconds = 60.0
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole, valid configuration."""
+
+    servers: tuple[ServerConfig, ...]
+    settings: Settings
+
+
+_FOLLOWS: dict[str, Callable[[float], float]] = {
+    "first_byte_timeout": lambda request_timeout: request_timeout,
+    "idle_timeout": lambda request_timeout: min(request_timeout, 300.0),
+}
+"""What these are, by `request_timeout`, where the file does not say."""
+
+_SERVER_KEYS: dict[str, Any] = {
+    "url": _Url,
+    "name": _Name,
+    "max_concurrent_requests": Count,
+    "api_key": _Key,
+    "api_key_env": _Variable,
+    "models": _Models,
+}
+_SETTING_KEYS: dict[str, Any] = {
+    field.name: field.type for field in msgspec.structs.fields(Settings)
+}
+_TABLES = {"config": _SETTING_KEYS, "servers.servers": _SERVER_KEYS}
+_LATER_TABLES = frozenset({"auth", "limits", "tls", "log"})
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+def parse(data: bytes, source: str, environ: Mapping[str, str]) -> Config:
+    """The configuration in the bytes of a file called `source`.
+
+    `environ` answers `api_key_env`. Raises ConfigError with every problem found (at most
+    MAX_PROBLEMS lines), or with the one that keeps the bytes from being read as TOML.
+    """
+    document = load_document(data, source)
+    reader = Reader(source, _TABLES)
+    for key in document:
+        if key in _LATER_TABLES:
+            reader.problem(key, "not supported by this version")
+        elif key not in {"servers", "config"}:
+            reader.unknown_key("", key, ("servers", "config"))
+    servers = _servers(reader, document.get("servers", {}), environ)
+    settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
+    reader.raise_problems()
+    request_timeout = settings.get("request_timeout", Settings().request_timeout)
+    following = {key: follow(request_timeout) for key, follow in _FOLLOWS.items()}
+    return Config(servers=servers, settings=Settings(**{**following, **settings}))
+
+
+def _servers(reader: Reader, table: object, environ: Mapping[str, str]) -> tuple[ServerConfig, ...]:
+    if isinstance(table, list):
+        reader.problem("servers", "expected table, got an array: write [[servers.servers]]")
+        return ()
+    if not isinstance(table, dict):
+        reader.table("servers", table, {})
+        return ()
+    for key in table:
+        if key != "servers":
+            reader.unknown_key("servers", key, ("servers",))
+    listed = table.get("servers", [])
+    if not isinstance(listed, list):
+        reader.problem("servers.servers", f"expected array of tables, got {shown_value(listed)}")
+        return ()
+    if not listed:
+        reader.problem("servers.servers", "expected at least one server, got no servers")
+    servers: list[ServerConfig] = []
+    by_url: dict[str, tuple[str, str]] = {}
+    by_name: dict[str, str] = {}
+    for n, entry in enumerate(listed):
+        path = f"servers.servers[{n}]"
+        server = _server(reader, path, entry, environ)
+        if server is None:
+            continue
+        if server.url in by_url:
+            first, written = by_url[server.url]
+            reader.problem(
+                f"{path}.url",
+                f"expected every server once, got {quoted(entry['url'])}, "
+                f"the same server as {first} ({quoted(written)})",
+            )
+            continue
+        if server.name in by_name:
+            reader.problem(
+                f"{path}.name",
+                f"expected a name of its own, got {quoted(server.name)}, "
+                f"which {by_name[server.name]} has",
+            )
+        by_url[server.url] = path, entry["url"]
+        by_name[server.name] = path
+        servers.append(server)
+    return tuple(servers)
+
+
+def _server(
+    reader: Reader, path: str, entry: object, environ: Mapping[str, str]
+) -> ServerConfig | None:
+    if not isinstance(entry, dict):
+        reader.problem(
+            path, f'expected table like {{ url = "http://host:8000" }}, got {shown_value(entry)}'
+        )
+        return None
+    values = reader.table(path, entry, _SERVER_KEYS)
+    if "url" not in entry:
+        reader.problem(f"{path}.url", 'expected a URL like "http://host:8000", got none')
+    if "api_key" in entry and "api_key_env" in entry:
+        reader.problem(f"{path}.api_key_env", "expected api_key or api_key_env, got both")
+    variable = values.pop("api_key_env", None)
+    if variable is not None:
+        # A key from a file often ends with the file's newline.
+        key = environ.get(variable, "").strip()
+        if key:
+            values["api_key"] = reader.value(f"{path}.api_key_env", key, _Key)
+        else:
+            named = quoted(variable) if variable.isupper() else "a name that is not shown"
+            reader.problem(
+                f"{path}.api_key_env", f"expected an environment variable that is set, got {named}"
+            )
+    if "url" not in values:
+        return None
+    if values.get("api_key") is not None:
+        values["api_key"] = Secret(values["api_key"])
+    return ServerConfig(**{"name": server_name(values["url"]), **values})
+
+
+# -- the difference of two --------------------------------------------------------------------
+
+_SHOWN_CHANGES = 10
+
+
+def changes(old: Config, new: Config) -> str:
+    """What a reload changes, for the log: `+1 server, -1, request_timeout 120 → 60`.
+
+    Timeouts that only follow `request_timeout` are left out; of keys it says only that they
+    changed. Long lists are cut.
+    """
+    before = {server.url: server for server in old.servers}
+    after = {server.url: server for server in new.servers}
+    parts = []
+    if added := len(after.keys() - before.keys()):
+        parts.append(f"+{added} server{'s' if added > 1 else ''}")
+    if removed := len(before.keys() - after.keys()):
+        parts.append(f"-{removed}" if added else f"-{removed} server{'s' if removed > 1 else ''}")
+    details = [
+        f"{before[url].name} {change}"
+        for url, server in after.items()
+        if url in before
+        for change in _changed_fields(before[url], server)
+    ]
+    kept = [url for url in after if url in before]
+    if kept != [url for url in before if url in after]:
+        details.append("order of servers")
+    details += _changed_fields(old.settings, new.settings, ignore=_following(old) & _following(new))
+    parts += details[:_SHOWN_CHANGES]
+    if len(details) > _SHOWN_CHANGES:
+        parts.append(f"and {len(details) - _SHOWN_CHANGES} more")
+    return ", ".join(parts) or "nothing changed"
+
+
+def _following(config: Config) -> set[str]:
+    """The timeouts that have the value they would have if the file did not name them."""
+    settings = config.settings
+    return {
+        key
+        for key, follow in _FOLLOWS.items()
+        if getattr(settings, key) == follow(settings.request_timeout)
+    }
+
+
+def _changed_fields(
+    old: msgspec.Struct, new: msgspec.Struct, ignore: Collection[str] = ()
+) -> list[str]:
+    changed = []
+    for field in old.__struct_fields__:
+        a, b = getattr(old, field), getattr(new, field)
+        if a == b or field in ignore:
+            continue
+        secret = isinstance(a, Secret) or isinstance(b, Secret)
+        changed.append(f"{field} changed" if secret else f"{field} {_brief(a)} → {_brief(b)}")
+    return changed
+
+
+def _brief(value: object) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:.12g}"
+        case tuple():
+            text = "".join(map(escaped, f"[{', '.join(value)}]"))
+            return text if len(text) <= SHOWN_CHARS else f"[{len(value)} entries]"
+    return str(value)
