@@ -1,0 +1,461 @@
+"""Hot reload: a good file is applied whole, anything else changes nothing and is told once."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from vllm_router.config import Config, changes
+from vllm_router.errors import ConfigError
+from vllm_router.tasks.watch import SETTLE_TIME, ConfigSource, Nudge, Reload, Reloader, watch
+from vllm_router.toml_reader import MAX_FILE_BYTES
+
+ticks = itertools.count(1_700_000_000_000_000_000, 1_000_000_000)
+
+
+def toml(*names: str, **settings: object) -> str:
+    servers = "".join(f'[[servers.servers]]\nurl = "http://{name}"\n' for name in names)
+    return f"{servers}[config]\n" + "".join(f"{k} = {v}\n" for k, v in settings.items())
+
+
+def write(path: Path, text: str) -> None:
+    """In place, with a modification time of its own: real ones tick only every few ms."""
+    path.write_text(text)
+    tick = next(ticks)
+    os.utime(path, ns=(tick, tick))
+
+
+def replace(path: Path, text: str) -> None:
+    """Atomically, as editors do."""
+    fresh = path.with_suffix(".new")
+    write(fresh, text)
+    fresh.rename(path)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+class Applied:
+    """Remembers what was applied; `fault` is raised instead."""
+
+    def __init__(self) -> None:
+        self.diffs: list[str] = []
+        self.fault: Exception | None = None
+
+    def __call__(self, old: Config, new: Config) -> None:
+        if self.fault is not None:
+            raise self.fault
+        self.diffs.append(changes(old, new))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "servers.toml"
+    write(file, toml("a"))
+    return file
+
+
+@pytest.fixture
+def applied() -> Applied:
+    return Applied()
+
+
+@pytest.fixture
+def reloader(path: Path, applied: Applied) -> Reloader:
+    return make_reloader(path, applied)
+
+
+def make_reloader(path: Path, applied: Applied) -> Reloader:
+    source = ConfigSource(path, environ={})
+    return Reloader(source, source.load(), applied)
+
+
+def names(reloader: Reloader) -> list[str]:
+    return [server.name for server in reloader.current.servers]
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def make_link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def make_huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10_000_000)
+
+
+def make_nothing(path: Path) -> None:
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (make_nothing, "cannot be read: No such file or directory"),
+        (make_directory, "expected a file, got a directory"),
+        (make_pipe, "expected a file, got a named pipe"),
+        (make_device, "expected a file, got a device"),
+        (make_dangling_link, "cannot be read: No such file or directory"),
+        (make_link_to_itself, "cannot be read: Too many levels of symbolic links"),
+        (make_huge, f"expected a file of at most {MAX_FILE_BYTES} bytes, got more"),
+    ],
+)
+def test_what_is_no_file_gives_one_line_and_never_blocks(
+    tmp_path: Path, make: Callable[[Path], None], expected: str
+):
+    path = tmp_path / "x.toml"
+    make(path)
+    source = ConfigSource(path)
+    source.look()
+    with pytest.raises(ConfigError) as caught:
+        source.load()
+    assert caught.value.problems == (f"{path}: {expected}",)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "servers.toml/x", ""])
+def test_impossible_path_gives_one_line(path: Path, name: str):
+    source = ConfigSource(f"{path.parent}/{name}")
+    source.look()
+    with pytest.raises(ConfigError) as caught:
+        source.load()
+    assert len(caught.value.problems) == 1
+
+
+def test_unreadable_file_gives_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Tests may run as root, whom no mode keeps from reading.
+    def refuse(*args: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    source = ConfigSource(path)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ConfigError, match="cannot be read: Permission denied"):
+        source.load()
+
+
+def test_keys_come_from_the_environment_of_the_source(path: Path):
+    write(path, '[[servers.servers]]\nurl = "http://a"\napi_key_env = "K"\n')
+    (server,) = ConfigSource(path, environ={"K": "secret"}).load().servers
+    assert server.api_key == "secret"
+
+
+def test_no_descriptor_stays_open(path: Path, tmp_path: Path):
+    before = set(os.listdir("/proc/self/fd"))
+    ConfigSource(path).load()
+    with pytest.raises(ConfigError):
+        ConfigSource(tmp_path).load()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# -- deciding ---------------------------------------------------------------------------------
+
+
+def test_unchanged_file_is_not_read(reloader: Reloader, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reloader.source, "load", lambda: pytest.fail("read without need"))
+    assert reloader.poll() is Reload.UNCHANGED
+    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert reloader.settled
+
+
+def test_changed_file_is_applied_as_one_diff(
+    reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    write(path, toml("b", "c", max_retries=1))
+    assert reloader.reload(force=False) is Reload.APPLIED
+    assert applied.diffs == ["+2 servers, -1, max_retries 3 → 1"]
+    assert names(reloader) == ["b", "c"]
+    assert (reloader.generation, reloader.applied_total, reloader.refused_total) == (2, 1, 0)
+    assert caplog.messages == [f"configuration applied, {path}: +2 servers, -1, max_retries 3 → 1"]
+
+
+def test_poll_waits_until_a_write_is_over(reloader: Reloader, path: Path, applied: Applied):
+    write(path, toml("a", "b"))  # valid, but not what it will be
+    assert reloader.poll() is Reload.UNCHANGED
+    assert not reloader.settled
+    write(path, toml("a", "b", "c"))
+    assert reloader.poll() is Reload.UNCHANGED
+    assert reloader.poll() is Reload.APPLIED
+    assert reloader.settled
+    assert applied.diffs == ["+2 servers"]
+
+
+def test_change_that_is_taken_back_in_time_is_none(reloader: Reloader, path: Path):
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    assert reloader.poll() is Reload.UNCHANGED
+    aside.rename(path)
+    for _ in range(3):
+        assert reloader.poll() is Reload.UNCHANGED
+    assert (reloader.refused_total, reloader.last_error) == (0, None)
+
+
+def test_comment_changes_nothing(reloader: Reloader, path: Path, applied: Applied):
+    write(path, toml("a") + "# a remark\n")
+    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert (applied.diffs, reloader.generation) == ([], 1)
+
+
+def test_bad_file_keeps_the_configuration_and_is_logged_once(
+    reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
+):
+    write(path, toml("b", max_retrys=1))
+    results = [reloader.poll() for _ in range(10)]
+    assert results.count(Reload.REFUSED) == reloader.refused_total == 1
+    assert names(reloader) == ["a"]
+    assert (applied.diffs, reloader.generation) == ([], 1)
+    problem = f'{path}: config.max_retrys: unknown key "max_retrys", did you mean "max_retries"?'
+    assert reloader.last_error == problem
+    (message,) = caplog.messages
+    assert message == f"configuration refused, the one in force stays: {problem}"
+
+
+def test_log_line_of_a_very_bad_file_is_short(
+    reloader: Reloader, path: Path, caplog: pytest.LogCaptureFixture
+):
+    write(path, toml("a", **{f"k{n}": 1 for n in range(50)}))
+    assert reloader.reload(force=False) is Reload.REFUSED
+    (message,) = caplog.messages
+    assert message.endswith("; and 45 more")
+    assert reloader.last_error is not None
+    assert len(reloader.last_error.splitlines()) == 50
+
+
+def test_each_bad_file_counts(reloader: Reloader, path: Path):
+    for n in range(1, 4):
+        write(path, "broken " * n)
+        assert reloader.reload(force=False) is Reload.REFUSED
+        assert reloader.refused_total == n
+
+
+def test_repaired_file_clears_the_error(reloader: Reloader, path: Path, applied: Applied):
+    write(path, "broken")
+    reloader.reload(force=False)
+    write(path, toml("a"))
+    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert reloader.last_error is None
+    write(path, "broken")
+    reloader.reload(force=False)
+    write(path, toml("a", "b"))
+    assert reloader.reload(force=False) is Reload.APPLIED
+    assert reloader.last_error is None
+    assert applied.diffs == ["+1 server"]
+
+
+def test_file_that_vanishes_is_told_and_may_come_back(reloader: Reloader, path: Path):
+    path.unlink()
+    assert [reloader.poll() for _ in range(3)].count(Reload.REFUSED) == 1
+    assert reloader.last_error == f"{path}: cannot be read: No such file or directory"
+    assert names(reloader) == ["a"]
+    write(path, toml("a"))
+    assert [reloader.poll() for _ in range(3)] == [Reload.UNCHANGED] * 3
+    assert reloader.last_error is None
+
+
+def test_atomic_replacement_is_seen(reloader: Reloader, path: Path):
+    replace(path, toml("b"))
+    assert reloader.reload(force=False) is Reload.APPLIED
+    assert names(reloader) == ["b"]
+
+
+def test_same_size_and_modification_time_do_not_hide_a_new_file(reloader: Reloader, path: Path):
+    stamp = path.stat().st_mtime_ns
+    replace(path, toml("b"))
+    os.utime(path, ns=(stamp, stamp))
+    assert reloader.reload(force=False) is Reload.APPLIED
+
+
+def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
+    """A change of mode leaves size and modification time as they were."""
+    before = reloader.source.look()
+    for _ in range(1_000_000):  # until the file system's clock, of some ms, has ticked
+        path.chmod(0o600)
+        if reloader.source.look() != before:
+            return
+    pytest.fail("a change of mode is not seen")
+
+
+def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, applied: Applied):
+    for version, server in (("v1", "a"), ("v2", "b")):
+        (tmp_path / version).mkdir()
+        write(tmp_path / version / "servers.toml", toml(server))
+    (tmp_path / "..data").symlink_to("v1")
+    (tmp_path / "servers.toml").symlink_to("..data/servers.toml")
+    reloader = make_reloader(tmp_path / "servers.toml", applied)
+
+    (tmp_path / "..data_tmp").symlink_to("v2")
+    (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+    assert [reloader.poll(), reloader.poll()] == [Reload.UNCHANGED, Reload.APPLIED]
+    assert names(reloader) == ["b"]
+
+
+def test_change_between_load_and_watching_is_seen(path: Path, applied: Applied):
+    source = ConfigSource(path)
+    current = source.load()
+    write(path, toml("b"))
+    assert Reloader(source, current, applied).reload(force=False) is Reload.APPLIED
+
+
+def test_forced_reload_reads_an_unchanged_file(
+    path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    environ = {"K": "old"}
+    write(path, '[[servers.servers]]\nurl = "http://a"\napi_key_env = "K"\n')
+    source = ConfigSource(path, environ)
+    reloader = Reloader(source, source.load(), applied)
+    assert reloader.reload(force=True) is Reload.UNCHANGED
+    environ["K"] = "new"
+    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert reloader.reload(force=True) is Reload.APPLIED
+    assert caplog.messages == [
+        f"configuration read again, {path} changes nothing",
+        f"configuration applied, {path}: a api_key changed",
+    ]
+
+
+def test_forced_reload_does_not_wait_for_a_write_to_settle(reloader: Reloader, path: Path):
+    write(path, toml("b"))
+    assert reloader.reload(force=True) is Reload.APPLIED
+    assert reloader.settled
+
+
+def test_refusal_by_the_applier_keeps_the_configuration(
+    reloader: Reloader, path: Path, applied: Applied
+):
+    applied.fault = ConfigError(["no"])
+    write(path, toml("b"))
+    assert reloader.reload(force=False) is Reload.REFUSED
+    assert reloader.last_error == "no"
+    assert names(reloader) == ["a"]
+
+
+def test_defect_in_the_applier_is_logged_and_survived(
+    reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
+):
+    applied.fault = RuntimeError("defect")
+    write(path, toml("b"))
+    assert reloader.reload(force=False) is Reload.REFUSED
+    assert "RuntimeError: defect" in caplog.text
+    assert names(reloader) == ["a"]
+    applied.fault = None
+    assert reloader.reload(force=True) is Reload.APPLIED
+    assert reloader.last_error is None
+
+
+# -- acting -----------------------------------------------------------------------------------
+
+
+async def test_watch_applies_a_change_within_interval_and_settling(
+    reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
+):
+    nursery.start_soon(watch, reloader, Nudge())
+    await trio.sleep(10.5)
+    write(path, toml("b"))
+    await trio.sleep(1 + SETTLE_TIME)
+    assert names(reloader) == ["b"]
+
+
+async def test_watch_follows_a_changed_interval(
+    reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
+):
+    nursery.start_soon(watch, reloader, Nudge())
+    write(path, toml("a", config_reload_interval=60))
+    await trio.sleep(2)
+    assert reloader.generation == 2
+    write(path, toml("b", config_reload_interval=1))
+    await trio.sleep(50)
+    assert names(reloader) == ["a"]
+    await trio.sleep(20)
+    assert names(reloader) == ["b"]
+
+
+async def test_nudges_make_one_reading_at_once_even_of_an_unchanged_file(
+    path: Path,
+    applied: Applied,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level(logging.INFO)
+    write(path, toml("a", config_reload_interval=3600))
+    reloader = make_reloader(path, applied)
+    nudge = Nudge()
+    nursery.start_soon(watch, reloader, nudge)
+    await trio.sleep(1)
+    nudge()
+    nudge()
+    await trio.sleep(0.01)
+    assert caplog.messages == [f"configuration read again, {path} changes nothing"]
+    write(path, toml("b"))
+    nudge()
+    await trio.sleep(0.01)
+    assert names(reloader) == ["b"]
+
+
+async def test_nudge_before_the_first_wait_is_not_lost(
+    reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
+):
+    nudge = Nudge()
+    write(path, toml("b"))
+    nudge()
+    nursery.start_soon(watch, reloader, nudge)
+    await trio.sleep(0.01)
+    assert names(reloader) == ["b"]
+
+
+async def test_watch_survives_every_kind_of_broken_file(
+    reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
+):
+    nursery.start_soon(watch, reloader, Nudge())
+    for n, (make, _) in enumerate(
+        [
+            (make_nothing, 0),
+            (make_directory, 0),
+            (make_pipe, 0),
+            (make_dangling_link, 0),
+            (make_link_to_itself, 0),
+            (make_huge, 0),
+            (lambda p: write(p, ""), 0),
+            (lambda p: write(p, "\ufeff" + toml("b")), 0),
+            (lambda p: write(p, toml("b")[:-20]), 0),
+        ]
+    ):
+        remove(path)
+        make(path)
+        await trio.sleep(2)
+        assert names(reloader) == ["a"]
+        assert reloader.refused_total == n + 1
+    remove(path)
+    write(path, toml("b"))
+    await trio.sleep(2)
+    assert names(reloader) == ["b"]
+    assert reloader.last_error is None
