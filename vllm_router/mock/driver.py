@@ -1,0 +1,61 @@
+"""Lets one simulated engine live in time: wakes it when it is due and delivers what it made."""
+
+from __future__ import annotations
+
+import trio
+
+from .engine import Engine
+from .request import Request
+
+
+class EngineDriver:
+    """`run` is the engine's one task; `submit` and `abort` may be called from any other."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._alarm = trio.CancelScope()
+        self._pumping = False
+        self._again = False
+
+    async def run(self) -> None:
+        while True:
+            self._alarm = trio.CancelScope(deadline=self.engine.wake)
+            with self._alarm:
+                await trio.sleep_forever()
+            self.pump()
+
+    def submit(self, request: Request) -> None:
+        """Raises QueueFull. The answer may have been delivered on return."""
+        self.engine.submit(request, trio.current_time())
+        self.pump()
+
+    def abort(self, request: Request) -> None:
+        self.engine.abort(request)
+        self.pump()
+
+    def pump(self) -> None:
+        """Advance and deliver; a call from within a delivery is done after it."""
+        self._again = True
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._again:
+                self._again = False
+                for request, words in self.engine.advance(trio.current_time()):
+                    if request.sink is not None:
+                        request.sink.deliver(words)
+        finally:
+            self._pumping = False
+        wake = self.engine.wake
+        if wake != self._alarm.deadline:
+            self._alarm.deadline = wake
+
+    @property
+    def load(self) -> int:
+        return len(self.engine.running) + 4 * len(self.engine.waiting)
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Stand still, or go on where it stopped."""
+        self.engine.frozen = frozen
+        self.pump()
