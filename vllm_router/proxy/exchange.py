@@ -88,6 +88,7 @@ class Exchange:
         "_receive",
         "_scope",
         "_send",
+        "_server_cancels",
         "_tail",
         "_target",
         "_tried",
@@ -108,6 +109,7 @@ class Exchange:
             client[0] if client else "unknown",
             request_id(headers),
         )
+        self._server_cancels = CANCEL_ON_DISCONNECT in scope.get("extensions", ())
         self._tried: list[Server] = []
         self._broken = 0
         self._committed = False
@@ -144,7 +146,7 @@ class Exchange:
         try:
             try:
                 await self._read_request()
-                if CANCEL_ON_DISCONNECT in self._scope.get("extensions", ()):
+                if self._server_cancels:
                     await self._serve()
                 else:
                     await self._serve_watched()
@@ -214,6 +216,9 @@ class Exchange:
         return b"".join(parts)
 
     async def _receive_message(self) -> Message:
+        """One message of the body. A server that cancels us bounds the time itself, too."""
+        if self._server_cancels:
+            return await self._receive()
         with trio.move_on_after(self._proxy.settings.body_timeout):
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -528,8 +533,9 @@ class Exchange:
         send, record, tail = self._send, self.record, self._tail
         idle = self._proxy.settings.idle_timeout
         slack = idle / 16
-        moved = trio.current_time()
-        scope.deadline = min(moved + idle + slack, self._deadline)
+        moved = self.record.first_byte_at
+        if not connection.exhausted:
+            scope.deadline = min(moved + idle + slack, self._deadline)
         while piece:
             record.bytes_out += len(piece)
             record.chunks += 1
