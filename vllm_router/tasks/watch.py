@@ -180,8 +180,6 @@ class Reloader:
             # A defect in here must not end the process that serves the traffic.
             logger.exception("reload of %s failed", self.source.path)
             return self._refuse([f"{self.source.path}: {type(error).__name__} (see the log)"])
-        finally:
-            self._seen = self.source.loaded
         recovered, self.last_error = self.last_error is not None, None
         if new == old:
             if recovered or force:
