@@ -1,0 +1,319 @@
+"""The router in front of real vLLM servers.
+
+    VLLM_LAB=/path/to/start.sh scripts/test -m real
+
+How answers are compared. vLLM takes an answer's `id` from X-Request-Id, so both sides get the same
+one; `created` is the time in seconds and is masked. How many tokens an SSE event carries depends on
+the engine's timing, so streams are compared byte for byte with what the server put on the wire for
+that very request (a tap between router and server), and with a direct answer by their content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from real.lab import MODEL, RealServer, Tap, real_servers, router, until
+
+pytestmark = pytest.mark.real
+
+PROMPT = [{"role": "user", "content": "hello, who is there? 你好 🌍"}]
+SAMPLING: dict[str, Any] = {
+    "model": MODEL,
+    "messages": PROMPT,
+    "seed": 7,
+    "temperature": 0.7,
+    "max_tokens": 24,
+}
+# vLLM's own parameters, which the SDK passes on as they are.
+EXACTLY = {"ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[RealServer]]:
+    with real_servers(2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def routed(servers: list[RealServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with router([server.url for server in servers], tmp_path_factory.mktemp("router")) as url:
+        yield url
+
+
+def sdk(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def async_sdk(url: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def masked(body: bytes) -> bytes:
+    return re.sub(rb'"created":\d+', b'"created":0', body)
+
+
+def content(chunks: Iterable[Any]) -> dict[str, Any]:
+    """What a streamed chat answer says, however the engine cut it into events."""
+    chunks = list(chunks)
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    return {
+        "id": {chunk.id for chunk in chunks},
+        "model": {chunk.model for chunk in chunks},
+        "role": [choice.delta.role for choice in choices if choice.delta.role],
+        "text": "".join(choice.delta.content or "" for choice in choices),
+        "finish_reason": [choice.finish_reason for choice in choices if choice.finish_reason],
+        "usage": [chunk.usage.model_dump() for chunk in chunks if chunk.usage],
+    }
+
+
+def streamed(**more: Any) -> dict[str, Any]:
+    return {**SAMPLING, "stream": True, "stream_options": {"include_usage": True}, **more}
+
+
+def test_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer], routed: str):
+    def answer(url: str) -> httpx.Response:
+        headers = {"X-Request-Id": "the-same"}
+        with sdk(url) as client:
+            return client.chat.completions.with_raw_response.create(
+                **SAMPLING, extra_headers=headers
+            ).http_response
+
+    direct, through = answer(servers[0].url), answer(routed)
+    assert json.loads(direct.content)["choices"][0]["message"]["content"]
+    assert masked(through.content) == masked(direct.content)
+    for name in ("content-type", "content-length", "vary"):
+        assert through.headers[name] == direct.headers[name]
+
+
+def test_async_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer], routed: str):
+    async def answer(url: str) -> bytes:
+        async with async_sdk(url) as client:
+            raw = await client.chat.completions.with_raw_response.create(
+                **SAMPLING, extra_headers={"X-Request-Id": "the-same-async"}
+            )
+            return raw.http_response.content
+
+    direct, through = asyncio.run(answer(servers[1].url)), asyncio.run(answer(routed))
+    assert masked(through) == masked(direct)
+
+
+def test_stream_says_what_the_server_says_directly(servers: list[RealServer], routed: str):
+    def answer(url: str) -> dict[str, Any]:
+        with sdk(url) as client:
+            return content(
+                client.chat.completions.create(
+                    **streamed(), extra_headers={"X-Request-Id": "the-same-stream"}
+                )
+            )
+
+    direct, through = answer(servers[0].url), answer(routed)
+    assert direct["finish_reason"]
+    assert through == direct
+
+
+def test_async_streams_at_once_reach_both_servers_whole(servers: list[RealServer], routed: str):
+    before = [server.metric("vllm:request_success_total") for server in servers]
+
+    async def answer(client: openai.AsyncOpenAI) -> dict[str, Any]:
+        stream = await client.chat.completions.create(**streamed(), extra_body=EXACTLY)
+        return content([chunk async for chunk in stream])
+
+    async def answers() -> list[dict[str, Any]]:
+        async with async_sdk(routed) as client:
+            return await asyncio.gather(*(answer(client) for _ in range(12)))
+
+    # Texts may differ here: sampling depends on who shares the batch.
+    for each in asyncio.run(answers()):
+        assert each["finish_reason"] == ["length"]
+        assert each["usage"][0]["completion_tokens"] == SAMPLING["max_tokens"]
+    finished = [
+        server.metric("vllm:request_success_total") - start
+        for server, start in zip(servers, before, strict=True)
+    ]
+    assert sum(finished) == 12
+    assert min(finished) >= 4
+
+
+def test_completions_and_engine_errors_pass_unchanged(servers: list[RealServer], routed: str):
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"model": MODEL, "prompt": "one two", "max_tokens": 8, "seed": 1}),
+        ("/v1/chat/completions", {**SAMPLING, "temperature": -1}),
+        ("/v1/chat/completions", {**SAMPLING, "max_tokens": 100_000}),
+        ("/tokenize", {"model": MODEL, "prompt": "one two"}),
+        ("/v1/embeddings", {"model": MODEL, "input": "one two"}),
+    ]
+    headers = {"X-Request-Id": "unchanged"}
+    with httpx.Client(timeout=60) as client:
+        for path, body in requests:
+            direct = client.post(f"{servers[0].url}{path}", json=body, headers=headers)
+            through = client.post(f"{routed}{path}", json=body, headers=headers)
+            assert through.status_code == direct.status_code, path
+            assert masked(through.content) == masked(direct.content), path
+
+
+def test_models_keep_what_the_engine_says_of_them(servers: list[RealServer], routed: str):
+    (direct,) = httpx.get(f"{servers[0].url}/v1/models").json()["data"]
+    (through,) = httpx.get(f"{routed}/v1/models").json()["data"]
+    volatile = {"created", "permission"}  # made anew for each answer
+    assert direct["max_model_len"] == 2048
+    assert {k: v for k, v in through.items() if k not in volatile} == {
+        k: v for k, v in direct.items() if k not in volatile
+    }
+
+
+def test_stream_is_the_servers_byte_for_byte_and_never_held_back(
+    servers: list[RealServer], tmp_path: Path
+):
+    request_id = "tapped-stream"
+    # Spaces, key order and escapes that a decoder and encoder would not reproduce.
+    body = json.dumps(streamed(max_tokens=400, **EXACTLY), indent=1).encode() + b"\n"
+    headers = {
+        "X-Request-Id": request_id,
+        "Content-Type": "application/json",
+        "X-Of-The-Client": "kept",
+        "Connection": "X-Of-This-Hop",
+        "X-Of-This-Hop": "dropped",
+    }
+    with Tap(servers[0].port) as tap, router([tap.url], tmp_path) as url, httpx.Client() as client:
+        with client.stream(
+            "POST", f"{url}/v1/chat/completions", content=body, headers=headers, timeout=60
+        ) as answer:
+            raw = answer.iter_raw()
+            received = next(raw)
+            # The end had not left the server when the first bytes were here.
+            assert not tap.exchange(request_id)[1].complete
+            received += b"".join(raw)
+        request, response = tap.exchange(request_id)
+
+    assert request.body == body
+    assert request.header(b"x-of-the-client") == b"kept"
+    assert request.header(b"x-of-this-hop") is None
+    assert response.complete
+    assert received == response.body
+    assert received.endswith(b"data: [DONE]\n\n")
+    assert answer.headers["content-type"].encode() == response.header(b"content-type")
+
+
+def test_client_that_leaves_frees_the_engine(servers: list[RealServer], tmp_path: Path):
+    server = servers[0]
+
+    def running() -> float:
+        return server.metric("vllm:num_requests_running")
+
+    with router([server.url], tmp_path) as url, httpx.Client(timeout=60) as client:
+        # 1900 tokens take it about 4 s.
+        with client.stream(
+            "POST", f"{url}/v1/chat/completions", json=streamed(max_tokens=1900, **EXACTLY)
+        ) as answer:
+            assert answer.status_code == 200
+            generating = answer.iter_raw()
+            next(generating)
+            until(lambda: running() == 1, "the engine is generating", timeout_s=1.0)
+        until(lambda: running() == 0, "the engine has stopped generating", timeout_s=1.0)
+
+
+def test_vllm_bench_serve_completes_without_an_error(routed: str):
+    home = Path.home() / ".cache" / "vllm-lab"
+    vllm = Path(os.environ.get("VLLM_VENV", home / "venv")) / "bin" / "vllm"
+    model = os.environ.get("VLLM_MODEL", str(home / "tinymodel"))
+    shape = "--random-input-len 64 --random-output-len 64 --num-prompts 100 --max-concurrency 16"
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1"}
+    result = subprocess.run(
+        f"{vllm} bench serve --backend openai-chat --endpoint /v1/chat/completions"
+        f" --base-url {routed} --model {MODEL} --tokenizer {model} --dataset-name random {shape}"
+        " --ignore-eos --seed 1 --disable-tqdm".split(),
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    counts = dict(
+        re.findall(
+            r"(Successful requests|Failed requests|Total generated tokens):\s+(\d+)", result.stdout
+        )
+    )
+    print(result.stdout)
+    assert counts == {
+        "Successful requests": "100",
+        "Failed requests": "0",
+        "Total generated tokens": "6400",
+    }
+
+
+def test_sigterm_of_one_server_under_load_fails_no_answer_without_a_byte(
+    servers: list[RealServer], tmp_path: Path
+):
+    """vLLM ends a SIGTERM mid-generation in three ways, one of them silence on an open connection.
+
+    Non-streamed answers are whole, from the other server; streams of the dying one end, and not as
+    if they were whole; what comes afterwards is served as if nothing had happened.
+    """
+    tokens = 600
+    victim, _ = servers
+    bodies = [
+        {**SAMPLING, **EXACTLY, "max_tokens": tokens, "seed": number, "stream": number % 2 == 0}
+        for number in range(8)
+    ]
+    head = threading.Semaphore(0)
+
+    def ask(body: dict[str, Any]) -> tuple[int, str, bytes]:
+        received = b""
+        with httpx.Client(timeout=60) as client:
+            try:
+                with client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
+                    name = answer.headers["x-vllm-router-server"]
+                    for data in answer.iter_raw():
+                        received += data
+                        head.release()
+            except httpx.RemoteProtocolError:
+                pass  # cut short, as it must be when the server stopped half-way
+        return answer.status_code, name, received
+
+    settings = "idle_timeout = 5\nmetrics_interval = 0.2\n"
+    with router([server.url for server in servers], tmp_path, settings) as url:
+        try:
+            with ThreadPoolExecutor(len(bodies)) as pool:
+                asked = [pool.submit(ask, body) for body in bodies]
+                for _ in range(40):
+                    assert head.acquire(timeout=30)
+                victim.terminate()
+                answers = [future.result(timeout=60) for future in asked]
+
+            broken = 0
+            for body, (status, name, received) in zip(bodies, answers, strict=True):
+                assert status == 200, received
+                if not body["stream"]:
+                    answer = json.loads(received)
+                    assert answer["usage"]["completion_tokens"] == tokens
+                    assert answer["choices"][0]["finish_reason"] == "length"
+                elif b'"finish_reason":"length"' not in received:
+                    broken += 1
+                    assert name != ""
+                    assert b'"finish_reason":"stop"' not in received
+                    assert b'"finish_reason":"abort"' in received or b'data: {"error"' in received
+                    # A clean end with [DONE] would be a success to the OpenAI SDK.
+                    assert b'data: {"error"' in received or not received.endswith(b"[DONE]\n\n")
+            assert 1 <= broken <= 4
+
+            with sdk(url) as client:
+                for number in range(20):
+                    client.chat.completions.create(**{**SAMPLING, "seed": number})
+        finally:
+            victim.stop()
+            victim.start()
+            victim.wait()
