@@ -29,15 +29,14 @@ _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Application:
-    """Dispatch by path. Needs a supervisor that runs, unless the lifespan protocol starts one."""
+    """Dispatch by path. Needs a supervisor that runs: `attach` one, or use the lifespan protocol."""
 
-    def __init__(self, supervisor: Supervisor | None = None) -> None:
+    def __init__(self) -> None:
         self._supervisor: Supervisor | None = None
         self._control: App
-        if supervisor is not None:
-            self._attach(supervisor)
 
-    def _attach(self, supervisor: Supervisor) -> None:
+    def attach(self, supervisor: Supervisor) -> None:
+        """Serve with this supervisor from now on."""
         self._supervisor = supervisor
         self._control = hold_last(make_app(supervisor))
 
@@ -75,7 +74,7 @@ class Application:
             await send({"type": "lifespan.startup.failed", "message": "\n".join(error.problems)})
             return
         supervisor = Supervisor(config, source)
-        self._attach(supervisor)
+        self.attach(supervisor)
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
             await send({"type": "lifespan.startup.complete"})

@@ -20,9 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What the command line decides. `source` is None if there is no file to follow."""
+    """What the command line decides. `source` is None if there is no file to follow.
+
+    With `demo`, so many simulated servers run inside, and their addresses replace the servers of
+    `config`.
+    """
 
     config: Config
+    demo: int = 0
     source: ConfigSource | None = None
     host: str = "0.0.0.0"
     port: int = 8888
@@ -37,12 +42,19 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     finish before it is ended with an error event. A second signal ends at once.
     Raises OSError if the port cannot be had.
     """
-    supervisor = Supervisor(options.config, options.source)
-    front = Front(Application(supervisor), lane=options.lane)
+    app = Application()
+    front = Front(app, lane=options.lane)
     front.open(options.host, options.port)
     signals = StopSignals()
     async with trio.open_nursery() as nursery:
         await nursery.start(signals.listen)
+        config = options.config
+        if options.demo:
+            from vllm_router.demo import start_demo  # it costs a start without it nothing
+
+            config = await start_demo(nursery, options.demo, config.settings)
+        supervisor = Supervisor(config, options.source)
+        app.attach(supervisor)
         await nursery.start(supervisor.run)
         await nursery.start(front.serve)
         listening(front.url)
