@@ -29,7 +29,7 @@ _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 
 
 class Application:
-    """Dispatch by path. Needs a supervisor that runs: `attach` one, or use the lifespan protocol."""
+    """Dispatch by path, with a supervisor that runs: attached, or started by the lifespan."""
 
     def __init__(self) -> None:
         self._supervisor: Supervisor | None = None
