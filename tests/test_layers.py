@@ -31,6 +31,8 @@ LAYERS = {
     "front": SERVING,
     "hypercorn_bridge": SERVING,
     "web": SERVING,
+    "logs": WIRING,
+    "demo": WIRING,
     "supervisor": WIRING,
     "service": WIRING,
     "asgi": WIRING,
