@@ -62,6 +62,12 @@ class Application:
                 return
         await self._control(scope, receive, send)
 
+    async def wind_down(self) -> None:
+        """Finish what runs; called while the server still listens."""
+        if self._supervisor is not None:
+            await self._supervisor.lame_duck()
+            await self._supervisor.wind_down(still_listening=True)
+
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start the supervisor, and end it when the server does."""
         await receive()
@@ -79,7 +85,6 @@ class Application:
             await nursery.start(supervisor.run)
             await send({"type": "lifespan.startup.complete"})
             await receive()
-            await supervisor.wind_down()
             nursery.cancel_scope.cancel(reason="shutdown")
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -110,5 +115,5 @@ def _origin_form(scope: Scope) -> bytes:
     return path
 
 
-install()
 app = Application()
+install(before_shutdown=app.wind_down)

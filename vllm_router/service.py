@@ -12,6 +12,7 @@ import trio
 from vllm_router.asgi import Application
 from vllm_router.config import Config
 from vllm_router.front import Front
+from vllm_router.http1.server import Limits
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 
@@ -43,8 +44,12 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     Raises OSError if the port cannot be had.
     """
     app = Application()
-    front = Front(app, lane=options.lane)
-    front.open(options.host, options.port)
+    settings = options.config.settings
+    limits = Limits(
+        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
+    )
+    front = Front(app, lane=options.lane, limits=limits)
+    addresses = front.open(options.host, options.port)
     signals = StopSignals()
     async with trio.open_nursery() as nursery:
         await nursery.start(signals.listen)
@@ -52,12 +57,12 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
         if options.demo:
             from vllm_router.demo import start_demo  # it costs a start without it nothing
 
-            config = await start_demo(nursery, options.demo, config.settings)
+            config = await start_demo(nursery, options.demo, settings)
         supervisor = Supervisor(config, options.source)
         app.attach(supervisor)
         await nursery.start(supervisor.run)
         await nursery.start(front.serve)
-        listening(front.url)
+        listening(_url(options.host, addresses[0][1]))
         await signals.first.wait()
         with signals.until_second():
             await drain(supervisor, front)
@@ -66,13 +71,13 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     logger.info("stopped")
 
 
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 async def drain(supervisor: Supervisor, front: Front) -> None:
     """Finish what runs, within the configured times."""
-    settings = supervisor.config.settings
-    supervisor.draining = True
-    if settings.drain_grace:
-        logger.info("stopping: serving for another %g s of grace", settings.drain_grace)
-        await trio.sleep(settings.drain_grace)
+    await supervisor.lame_duck()
     front.stop_accepting()
     front.begin_drain()
     await supervisor.wind_down()

@@ -180,12 +180,22 @@ class Supervisor:
             self.fleet.settle(trio.current_time())
         return server
 
-    async def wind_down(self) -> None:
+    async def lame_duck(self) -> None:
+        """`/readyz` says no, and for `drain_grace` seconds everything is served all the same."""
+        self.draining = True
+        grace = self.config.settings.drain_grace
+        if grace:
+            logger.info("serving for another %g s of grace", grace)
+            await trio.sleep(grace)
+
+    async def wind_down(self, *, still_listening: bool = False) -> None:
         """Let running exchanges finish for `drain_timeout`, then end them honestly.
 
-        Websocket clients are sent away at once (1001), the feed has nothing more to say.
+        Websocket clients are sent away at once (1001), the feed has nothing more to say. Where
+        the port is still open, new requests are refused: else there would be no end.
         """
         self.draining = True
+        self.proxy.stopping = still_listening
         self.feed.close()
         running = len(self.proxy.exchanges)
         if running:
