@@ -1,0 +1,309 @@
+"""The public port: inference over HTTP/1.1 goes down the lane, everything else to Hypercorn.
+
+A connection starts in the lane. The first request that is not the lane's moves it to Hypercorn,
+together with the bytes read so far, and there it stays. HTTP/2 (by prior knowledge or ALPN) goes
+to Hypercorn from the first byte on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
+from vllm_router.hypercorn_bridge import HypercornSide
+from vllm_router.paths import PathClass, classify
+
+log = logging.getLogger(__name__)
+
+ACCEPTS_PER_TURN = 64
+"""Connections accepted before other tasks get their turn."""
+
+PAUSE_WHEN_EXHAUSTED = 0.1
+"""Seconds without accepting when descriptors or memory have run out."""
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+_TLS_HANDSHAKE = b"\x16"
+
+# The kernel holds back what a slow client cannot take; more would only wait in its memory.
+_UNSENT_BYTES = 65536
+
+Address = tuple[str, int]
+
+
+def is_inference(method: str, raw_path: bytes) -> bool:
+    """Which requests the lane takes."""
+    return classify(method, raw_path) is PathClass.INFERENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the front has seen."""
+
+    connections: int
+    """Open now, in the lane and with Hypercorn."""
+    lane: int
+    hypercorn: int
+    accepted: int
+    """Connections since the start."""
+    handed_over: int
+    """Of those, how many moved from the lane to Hypercorn."""
+    lane_requests: int
+    """Requests served by the lane."""
+    refused: int
+    """Requests the lane refused for their form, size or slowness."""
+
+
+class Front:
+    """Listeners, and the connections that come through them.
+
+    `app` serves every request, wherever it comes in. `lane=False` leaves everything to Hypercorn.
+    With `ssl_context`, TLS is spoken to clients that begin with it, and plain HTTP to the others
+    unless `tls_only`; requests for the lane over TLS are served by it too.
+    `max_connections` are open at a time, the others wait in the kernel's backlog.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        lane: bool = True,
+        accepts: Callable[[str, bytes], bool] = is_inference,
+        limits: Limits | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        tls_only: bool = False,
+        max_connections: int | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._lane = Server(app, accepts=accepts, limits=self._limits) if lane else None
+        self._hypercorn = HypercornSide(app, limits=self._limits)
+        self._ssl_context = ssl_context
+        self._tls_only = tls_only
+        if ssl_context is not None:
+            ssl_context.set_alpn_protocols(self._hypercorn.config.alpn_protocols)
+        self._most = math.inf if max_connections is None else max_connections
+        self._listeners: list[socket.socket] = []
+        self._accepting = trio.CancelScope()
+        self._everything = trio.CancelScope()
+        self._open = 0
+        self._accepted = 0
+        self._handed_over = 0
+        self._changed = trio.Event()
+        self._draining = False
+
+    # -- listeners -----------------------------------------------------------------------------
+
+    def open(
+        self, host: str, port: int, backlog: int = 2048, *, reuse_port: bool = False
+    ) -> list[Address]:
+        """Listen on every address of `host`; the addresses, with the port that 0 became.
+
+        Raises OSError if any of them cannot be had; those opened before are closed then.
+        """
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        opened: list[socket.socket] = []
+        try:
+            for family, kind, protocol, _, address in found:
+                sock = socket.socket(family, kind, protocol)
+                opened.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if reuse_port:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    only = len(found) > 1 or address[0] != "::"
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+                if port == 0 and len(opened) > 1:
+                    address = (address[0], opened[0].getsockname()[1], *address[2:])
+                sock.bind(address)
+                self._listen(sock, backlog)
+        except BaseException:
+            for sock in opened:
+                sock.close()
+            raise
+        self._listeners += opened
+        return [sock.getsockname()[:2] for sock in opened]
+
+    def adopt(self, fileno: int, backlog: int = 2048) -> Address:
+        """Listen on a bound socket that somebody else opened. Raises OSError."""
+        sock = socket.socket(fileno=fileno)
+        self._listen(sock, backlog)
+        self._listeners.append(sock)
+        address: Address = sock.getsockname()[:2]
+        return address
+
+    def _listen(self, sock: socket.socket, backlog: int) -> None:
+        # Accepted sockets inherit all of these (Linux), which saves four system calls for each.
+        stall = int(self._limits.write_stall_timeout * 1000)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        sock.listen(backlog)
+
+    # -- life cycle ----------------------------------------------------------------------------
+
+    async def serve(
+        self, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until `stop_accepting` and the last connection has ended, or `abort`."""
+        try:
+            with self._everything:
+                async with trio.open_nursery() as helpers:
+                    if self._lane is not None:
+                        helpers.start_soon(self._lane.watch)
+                    async with trio.open_nursery() as connections:
+                        task_status.started([s.getsockname()[:2] for s in self._listeners])
+                        with self._accepting:
+                            async with trio.open_nursery() as acceptors:
+                                for listener in self._listeners:
+                                    acceptors.start_soon(self._accept, listener, connections)
+                        self.close()
+                    helpers.cancel_scope.cancel()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the listeners."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def stop_accepting(self) -> None:
+        """Take no new connections; those that have been made go on."""
+        self._accepting.cancel(reason="stop accepting")
+
+    def begin_drain(self) -> None:
+        """Close idle connections at once, and the others after the answer they wait for."""
+        self._draining = True
+        if self._lane is not None:
+            self._lane.drain()
+        self._hypercorn.drain()
+
+    async def drained(self) -> None:
+        """Wait until no connection is open."""
+        while self._open:
+            await self._changed.wait()
+
+    def abort(self) -> None:
+        """End everything now."""
+        if self._lane is not None:
+            self._lane.abort()
+        self._hypercorn.abort()
+        self._everything.cancel(reason="aborted")
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return self._open
+
+    def statistics(self) -> Statistics:
+        lane = self._lane
+        return Statistics(
+            connections=self._open,
+            lane=lane.connections if lane is not None else 0,
+            hypercorn=self._hypercorn.connections,
+            accepted=self._accepted,
+            handed_over=self._handed_over,
+            lane_requests=lane.requests if lane is not None else 0,
+            refused=lane.refused if lane is not None else 0,
+        )
+
+    # -- connections ---------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
+        exhausted = False
+        while True:
+            while self._open >= self._most:
+                await self._changed.wait()
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(ACCEPTS_PER_TURN):
+                if self._open >= self._most:
+                    break
+                try:
+                    sock, address = listener.accept()
+                except BlockingIOError:
+                    exhausted = False
+                    break
+                except OSError as error:
+                    if error.errno not in _EXHAUSTED:
+                        continue  # that one left before it was accepted
+                    if not exhausted:
+                        log.error("cannot accept connections: %s", error)
+                        exhausted = True
+                    await trio.sleep(PAUSE_WHEN_EXHAUSTED)
+                    break
+                sock.setblocking(False)
+                self._open += 1
+                self._accepted += 1
+                connections.start_soon(self._serve, sock, address)
+
+    async def _serve(self, sock: socket.socket, address: Address) -> None:
+        """One connection, from its first byte to its last."""
+        try:
+            await self._dispatch(sock, address[:2])
+        except Exception:
+            # Whatever is wrong with it, the others go on.
+            log.exception("a connection failed")
+        finally:
+            sock.close()
+            self._open -= 1
+            self._changed.set()
+            self._changed = trio.Event()
+
+    async def _dispatch(self, sock: socket.socket, client: Address) -> None:
+        if self._ssl_context is not None:
+            with trio.move_on_after(self._limits.keep_alive_timeout):
+                await trio.lowlevel.wait_readable(sock)
+            with contextlib.suppress(OSError):
+                if self._tls_only or sock.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
+                    await self._serve_tls(sock, client)
+                    return
+        if self._lane is None:
+            await self._hypercorn.serve(_stream_over(sock))
+            return
+        try:
+            local = sock.getsockname()[:2]
+        except OSError:
+            return
+        data = await SocketConnection(self._lane, sock, client, local).run()
+        if data is not None:
+            self._handed_over += 1
+            await self._hypercorn.serve(_stream_over(sock), data)
+
+    async def _serve_tls(self, sock: socket.socket, client: Address) -> None:
+        assert self._ssl_context is not None
+        stream = trio.SSLStream(
+            _stream_over(sock), self._ssl_context, server_side=True, https_compatible=True
+        )
+        try:
+            with trio.fail_after(self._limits.header_timeout):
+                await stream.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            return
+        if self._lane is None or stream.selected_alpn_protocol() == "h2":
+            await self._hypercorn.serve(stream)
+            return
+        local = stream.transport_stream.socket.getsockname()[:2]
+        lane = StreamConnection(
+            self._lane, stream, client, local, scheme="https", fileno=sock.fileno()
+        )
+        data = await lane.run()
+        if data is not None:
+            self._handed_over += 1
+            await self._hypercorn.serve(stream, data)
+
+
+def _stream_over(sock: socket.socket) -> trio.SocketStream:
+    """The same socket as a Trio stream, which owns it from now on."""
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))

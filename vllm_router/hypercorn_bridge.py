@@ -1,0 +1,746 @@
+"""Hypercorn in our nursery, cured of what stock Hypercorn 0.18 suffers from.
+
+Every name of Hypercorn (and quart-trio) that its documentation does not promise is used in this
+file and nowhere else; tests/test_hypercorn_bridge.py tells when one of them changes.
+
+The cures, each with a test of the same subject:
+
+* An exception in one connection ended the whole server (pgjones/hypercorn #225): guarded.
+* HTTP/2 requests with a non-ASCII method or path, CONNECT without a path, DATA for an answered
+  stream, and floods of PRIORITY frames raised such exceptions: answered or ignored.
+* Rapid reset (CVE-2023-44487) started a handler per stream: streams reset in the same read are
+  never started, and a connection that resets too many is closed.
+* A client that had stopped reading could not be timed out or cancelled: TCP_USER_TIMEOUT, and the
+  socket is reset when the connection is cancelled.
+* Pipelining and leaving leaked a task: a failed send ends the connection's own scope.
+* `Upgrade: h2c` is ignored. HTTP/2 with prior knowledge stays possible.
+* Both Content-Length and Transfer-Encoding, Transfer-Encoding from HTTP/1.0, a malformed Host, an
+  unknown HTTP version or expectation, CONNECT and TRACE are refused, absolute targets understood.
+* Request heads have a time limit of their own, and so have silent request bodies.
+* Answers have a reason phrase; an early answer is read by a client that still sends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import select
+import socket
+import ssl
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h11
+import hypercorn.trio
+import hypercorn.trio.run
+import trio
+from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
+from hypercorn.trio.task_group import TaskGroup, _handle
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr, wrap_app
+
+from vllm_router.http1.headers import (
+    REASONS,
+    Refusal,
+    check_method,
+    malformed,
+    split_target,
+    valid_host,
+)
+from vllm_router.http1.server import App, Limits, Message, Scope
+
+log = logging.getLogger(__name__)
+
+SERVER_LOG = logging.getLogger("vllm_router.hypercorn")
+
+# Where Hypercorn's default breaks streams or bursts (left side: the attribute of its Config).
+TUNED: dict[str, Any] = {
+    "alpn_protocols": ["h2", "http/1.1"],
+    "backlog": 2048,  # 100 made bursts wait for SYN retries
+    "errorlog": SERVER_LOG,
+    "graceful_timeout": 1.0,  # after our own drain
+    "h11_max_incomplete_size": 65536,
+    "h2_max_concurrent_streams": 100,
+    "include_server_header": False,
+    "keep_alive_max_requests": 1_000_000,
+    "keep_alive_timeout": 75.0,  # above the idle timeout of the usual load balancers
+    "websocket_max_message_size": 65536,  # a feed is read, not written
+    "websocket_ping_interval": 20.0,  # notices vanished dashboards
+}
+
+MAX_RESETS = 100
+"""Streams that one HTTP/2 connection may reset, and one more for every second of its age."""
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+def tune(config: Config) -> None:
+    """Replace what still stands at Hypercorn's defaults; what the user chose stays."""
+    for name, value in TUNED.items():
+        if name not in vars(config) and getattr(config, name) == getattr(Config, name):
+            setattr(config, name, value)
+
+
+def hold_last(inner: App) -> App:
+    """Send the final body message after `inner` has returned.
+
+    On that message Hypercorn recycles the connection, and quart-trio reacts to the recycling by
+    cancelling the task that does it: connections were never closed nor their idle timer armed,
+    and after an early answer the next request hung.
+    """
+
+    async def asgi(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await inner(scope, receive, send)
+            return
+        last: Message | None = None
+
+        async def send_all_but_last(message: Message) -> None:
+            nonlocal last
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                last = message
+            else:
+                await send(message)
+
+        await inner(scope, receive, send_all_but_last)
+        if last is not None:
+            await send(last)
+
+    return asgi
+
+
+HANGUP_POLL = 0.25
+"""Seconds between looks whether the client of a paused reader is still there."""
+
+_P = TypeVar("_P", bound="GuardedH11Protocol | GuardedH2Protocol")
+
+
+class ReplayStream(trio.abc.Stream):
+    """A stream whose first bytes have been read already: they come once more, then the rest."""
+
+    def __init__(self, inner: trio.SocketStream | trio.SSLStream[Any], data: bytes) -> None:
+        self.inner = inner
+        self._data = data
+
+    @property
+    def replaying(self) -> bool:
+        return bool(self._data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self._data:
+            await trio.lowlevel.checkpoint()
+            size = len(self._data) if max_bytes is None else max_bytes
+            first, self._data = self._data[:size], self._data[size:]
+            return first
+        return await self.inner.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.inner.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.inner.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+class _Refused(Exception):
+    """The request has been answered with a refusal, and the connection closed."""
+
+
+class GuardedH11Protocol(H11Protocol):
+    """HTTP/1.1 that is as strict about framing as the lane is."""
+
+    async def handle(self, event: Event) -> None:
+        with contextlib.suppress(_Refused):
+            await super().handle(event)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI" and event.target == b"*" and event.http_version == b"2.0":
+            raise H2ProtocolAssumedError(
+                b"PRI * HTTP/2.0\r\n\r\n" + self.connection.trailing_data[0]
+            )
+        try:
+            _check_request(event)
+        except Refusal as refusal:
+            await self.refuse(refusal)
+            raise _Refused from None
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        if not request.target.startswith(b"/"):
+            path, query = split_target(request.method.decode("ascii"), request.target)
+            request = h11.Request(
+                method=request.method,
+                target=path + b"?" + query if query else path,
+                headers=request.headers,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        headers, body = refusal.headers_and_body()
+        headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
+        await self._send_h11_event(
+            h11.Response(
+                status_code=refusal.status, headers=headers, reason=REASONS[refusal.status]
+            )
+        )
+        if body:
+            await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+        await self.send(Closed())
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and event.status_code >= 200:
+            headers = [*event.headers, *self.config.response_headers("h11")]
+            spent = self.keep_alive_requests >= self.config.keep_alive_max_requests
+            if spent or self.context.terminated.is_set():
+                headers.append((b"connection", b"close"))
+            await self._send_h11_event(
+                h11.Response(
+                    headers=headers,
+                    status_code=event.status_code,
+                    reason=REASONS.get(event.status_code, b""),
+                )
+            )
+        else:
+            await super().stream_send(event)
+
+
+def _check_request(request: h11.Request) -> None:
+    """Raises Refusal for what h11 lets pass and RFC 9112 does not."""
+    method = request.method.decode("ascii")
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise Refusal(505, "http_version_not_supported", "only HTTP/1.1 is spoken here")
+    check_method(method)
+    split_target(method, request.target)
+    fields = dict(request.headers)
+    if b"transfer-encoding" in fields:
+        if b"content-length" in fields:
+            raise malformed("both Content-Length and Transfer-Encoding")
+        if request.http_version == b"1.0":
+            raise malformed("Transfer-Encoding in HTTP/1.0")
+    if b"host" in fields and not valid_host(fields[b"host"]):
+        raise malformed("malformed Host field")
+    if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise Refusal(417, "expectation_failed", "only 100-continue can be expected")
+
+
+class _NoStream:
+    """Takes what a client still sends for a stream that has been answered."""
+
+    idle = True
+
+    async def handle(self, event: StreamEvent) -> None:
+        pass
+
+
+class _Streams(dict[int, Any]):
+    """Hypercorn's table of streams; a stream that is over swallows what comes late."""
+
+    def __missing__(self, key: int) -> _NoStream:
+        return _NoStream()
+
+
+class GuardedH2Protocol(H2Protocol):
+    """HTTP/2 that survives its clients."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.streams = _Streams()
+        self._resets = 0
+        self._since = trio.current_time()
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        reset = {e.stream_id for e in events if isinstance(e, h2.events.StreamReset)}
+        self._resets += len(reset)
+        if self._resets > MAX_RESETS + trio.current_time() - self._since:
+            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+            await self._flush()
+            await self.send(Closed())
+            return
+        started = {e.stream_id for e in events if isinstance(e, h2.events.RequestReceived)}
+        never_seen = reset & started
+        wanted = []
+        for event in events:
+            if never_seen and getattr(event, "stream_id", None) in never_seen:
+                if isinstance(event, h2.events.DataReceived):
+                    with contextlib.suppress(h2.exceptions.ProtocolError):
+                        self.connection.acknowledge_received_data(
+                            event.flow_controlled_length, event.stream_id
+                        )
+                continue
+            wanted.append(event)
+        await super()._handle_events(wanted)
+
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        fields = dict(request.headers)
+        method, path = fields.get(b":method", b""), fields.get(b":path", b"")
+        if not (method and path and method.isascii() and path.isascii()):
+            with contextlib.suppress(h2.exceptions.ProtocolError):
+                self.connection.reset_stream(request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
+            return
+        await super()._create_stream(request)
+
+    async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
+        """Ignored: RFC 9113 5.3 deprecates the scheme, and the tree grows with every frame."""
+
+
+class GuardedProtocolWrapper(ProtocolWrapper):
+    """Chooses between the guarded protocols, and says what the client owes."""
+
+    def __init__(self, *args: Any, ended: Callable[[], bool]) -> None:
+        super().__init__(*args)
+        if isinstance(self.protocol, H2Protocol):
+            self.protocol = self._make(GuardedH2Protocol)
+        else:
+            self.protocol = self._make(GuardedH11Protocol)
+            self.protocol.can_read = _Watchful(ended)
+
+    def _make(self, kind: type[_P]) -> _P:
+        return kind(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )
+
+    async def handle(self, event: Event) -> None:
+        try:
+            await self.protocol.handle(event)
+        except H2ProtocolAssumedError as error:
+            self.protocol = self._make(GuardedH2Protocol)
+            await self.protocol.initiate()
+            await self.send(Updated(idle=True))
+            await self.protocol.handle(RawData(data=error.data))
+
+    @property
+    def _http1(self) -> h11.Connection | None:
+        connection = getattr(self.protocol, "connection", None)
+        return connection if isinstance(connection, h11.Connection) else None
+
+    @property
+    def waits_for_body(self) -> bool:
+        """Whether the rest of a request's body has yet to come."""
+        return self._http1 is not None and self._http1.their_state is h11.SEND_BODY
+
+    @property
+    def waits_for_head(self) -> bool:
+        """Whether half a request head has come."""
+        http1 = self._http1
+        return http1 is not None and http1.their_state is h11.IDLE and bool(http1.trailing_data[0])
+
+    @property
+    def cut_invisibly(self) -> bool:
+        """Whether an orderly close now would pass for the end of an unfinished answer."""
+        http1 = self._http1
+        return (
+            http1 is not None
+            and http1.our_state is h11.SEND_BODY
+            and http1.their_http_version == b"1.0"
+        )
+
+    async def time_out(self) -> None:
+        """Tell a client that is too slow so, if nothing has been said to it yet."""
+        http1 = self._http1
+        if (
+            isinstance(self.protocol, GuardedH11Protocol)
+            and http1 is not None
+            and http1.our_state in {h11.IDLE, h11.SEND_RESPONSE}
+        ):
+            await self.protocol.refuse(Refusal(408, "request_timeout", "the request took too long"))
+
+
+class _Left(Exception):
+    """The client has left while its next request waits for the answer to the one before."""
+
+
+class _Watchful(EventWrapper):
+    """Hypercorn's event for the reader that has paused, which must not outwait its client."""
+
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        super().__init__()
+        self._ended = ended
+
+    async def wait(self) -> None:
+        while not self.is_set():
+            if self._ended():
+                raise _Left
+            with trio.move_on_after(HANGUP_POLL):
+                await super().wait()
+
+
+class _Inbox:
+    """Messages for one application. Unlike Hypercorn's channel it lets a disconnect overtake:
+    nobody waits for an application that has stopped receiving."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._messages: deque[Any] = deque()
+        self._farewell: Any = None
+        self._changed = trio.Event()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def put(self, message: Any) -> None:
+        if message["type"] in ("http.disconnect", "websocket.disconnect"):
+            self._farewell = message
+            if message["type"] == "http.disconnect":
+                self._messages.clear()
+        else:
+            while len(self._messages) >= self._size and self._farewell is None:
+                await self._changed.wait()
+            if self._farewell is not None:
+                return
+            self._messages.append(message)
+        self._notify()
+
+    async def get(self) -> Any:
+        while not self._messages and self._farewell is None:
+            await self._changed.wait()
+        await trio.lowlevel.checkpoint()
+        if not self._messages:
+            return self._farewell
+        message = self._messages.popleft()
+        self._notify()
+        return message
+
+
+class GuardedTaskGroup(TaskGroup):
+    """Tasks of one connection; the helpers among them end when its reader does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scopes: set[trio.CancelScope] = set()
+
+    def stop_helpers(self) -> None:
+        for scope in self._scopes:
+            scope.cancel()
+
+    async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Any:
+        inbox = _Inbox(config.max_app_queue_size)
+        assert self._nursery is not None
+        self._nursery.start_soon(
+            _handle,
+            app,
+            config,
+            scope,
+            inbox.get,
+            send,
+            trio.to_thread.run_sync,
+            trio.from_thread.run,
+        )
+        return inbox.put
+
+    def spawn(self, func: Any, *args: Any) -> None:
+        async def helper() -> None:
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                try:
+                    await func(*args)
+                finally:
+                    self._scopes.discard(scope)
+
+        assert self._nursery is not None
+        self._nursery.start_soon(helper)
+
+
+class GuardedTCPServer(TCPServer):
+    """One connection; whatever happens to it stays its own affair."""
+
+    protocol: GuardedProtocolWrapper
+    stream: Any
+
+    def __init__(
+        self,
+        app: Any,
+        config: Config,
+        context: Any,
+        state: Any,
+        stream: Any,
+        *,
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__(app, config, context, state, stream)
+        self._limits = limits or Limits()
+        self._scope = trio.CancelScope()
+        self._reading = trio.CancelScope()
+        self._lingering = False
+        self._last_moment = math.inf
+        self._body_bytes = 0
+        self._slow_since: float | None = None
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                await self._serve()
+        except Exception:
+            # A bug of Hypercorn, of ours, or of the application that only this client meets.
+            log.exception("a connection failed")
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(1):
+                await trio.aclose_forcefully(self.stream)
+
+    def abort(self) -> None:
+        """End the connection now, whatever it is doing."""
+        self._scope.cancel(reason="aborted")
+
+    async def _serve(self) -> None:
+        stream = self.stream
+        transport: Any = stream.inner if isinstance(stream, ReplayStream) else stream
+        self._plain = transport
+        alpn = "http/1.1"
+        is_tls = isinstance(transport, trio.SSLStream)
+        if is_tls:
+            try:
+                with trio.fail_after(self._limits.header_timeout):
+                    await transport.do_handshake()
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                return
+            alpn = transport.selected_alpn_protocol() or alpn
+            transport = transport.transport_stream
+        self._socket = transport.socket
+        try:
+            self._socket.setsockopt(
+                socket.IPPROTO_TCP,
+                socket.TCP_USER_TIMEOUT,
+                int(self._limits.write_stall_timeout * 1000),
+            )
+            client = parse_socket_addr(self._socket.family, self._socket.getpeername())
+            server = parse_socket_addr(self._socket.family, self._socket.getsockname())
+        except OSError:
+            return  # it has left already
+        self._task_group = task_group = GuardedTaskGroup()
+        async with task_group:
+            self.protocol = GuardedProtocolWrapper(
+                self.app,
+                self.config,
+                self.context,
+                task_group,
+                ConnectionState(self.state),
+                is_tls,
+                client,
+                server,
+                self.protocol_send,
+                alpn,
+                ended=self._ended,
+            )
+            try:
+                await self.protocol.initiate()
+                if not (isinstance(stream, ReplayStream) and stream.replaying):
+                    await self.idle_task.restart(self._task_group, self._idle_timeout)
+                await self._read_data()
+            finally:
+                # Wakes a send, which Hypercorn shields from cancellation.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                task_group.stop_helpers()
+            await self.idle_task.stop()
+
+    async def _read_data(self) -> None:
+        with self._reading:
+            while True:
+                try:
+                    data = await self.stream.receive_some(MAX_RECV)
+                except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError):
+                    break
+                if self._lingering:
+                    if not data:
+                        break
+                    self._wait_for_silence()
+                    continue
+                self._reading.deadline = math.inf
+                try:
+                    await self.protocol.handle(RawData(bytes(data)))
+                except _Left:
+                    break
+                if not data:
+                    break
+                self._set_deadline(len(data))
+        if self._reading.cancelled_caught and not self._lingering:
+            self._reading = trio.CancelScope()
+            await self.protocol.time_out()
+            await self._read_data()  # until the client has read that
+            return
+        await self.protocol.handle(Closed())
+
+    def _set_deadline(self, received: int) -> None:
+        """How long the client may stay silent now, if it owes us something."""
+        now = trio.current_time()
+        limits = self._limits
+        if self._lingering:
+            self._wait_for_silence()
+        elif self.protocol.waits_for_head:
+            if self._slow_since is None:
+                self._slow_since = now
+            self._reading.deadline = self._slow_since + limits.header_timeout
+        elif self.protocol.waits_for_body:
+            if self._slow_since is None:
+                self._slow_since, self._body_bytes = now, 0
+            self._body_bytes += received
+            earned = self._slow_since + self._body_bytes / limits.min_body_rate
+            self._reading.deadline = min(now, earned) + limits.body_read_timeout
+        else:
+            self._slow_since = None
+
+    def _wait_for_silence(self) -> None:
+        deadline = trio.current_time() + self._limits.linger
+        self._reading.deadline = min(deadline, self._last_moment)
+
+    def _ended(self) -> bool:
+        return self._lingering or _hung_up(self._socket.fileno())
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            async with self.send_lock:
+                try:
+                    with trio.CancelScope(shield=True):
+                        await self.stream.send_all(event.data)
+                    return
+                except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
+                    self._scope.cancel(reason="client disconnected")
+            await self.protocol.handle(Closed())
+        elif isinstance(event, Closed):
+            await self._close()
+            await self.protocol.handle(Closed())
+        elif isinstance(event, Updated):
+            if event.idle:
+                await self.idle_task.restart(self._task_group, self._idle_timeout)
+            else:
+                await self.idle_task.stop()
+
+    async def _close(self) -> None:
+        """Nothing more is sent. The reader goes on until the client has taken notice: closing
+        while it still sends would reset the connection, and the reset overtake the answer."""
+        if self._lingering:
+            return
+        self._lingering = True
+        self._last_moment = trio.current_time() + self._limits.max_linger
+        self._wait_for_silence()
+        if self.protocol.cut_invisibly:
+            # A reset is all that shows an HTTP/1.0 client that the answer is not whole.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            await self.stream.aclose()
+        elif isinstance(self._plain, trio.abc.HalfCloseableStream):
+            with contextlib.suppress(
+                trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
+            ):
+                await self._plain.send_eof()
+        else:
+            with trio.move_on_after(1):
+                await self.stream.aclose()
+
+
+class HypercornSide:
+    """Serves connections with Hypercorn, in the caller's tasks.
+
+    The application's lifespan is the caller's affair.
+    """
+
+    def __init__(self, app: App, *, limits: Limits | None = None) -> None:
+        self.config = Config()
+        tune(self.config)
+        self._limits = limits or Limits()
+        framework: Any = app
+        self._app = wrap_app(framework, self.config.wsgi_max_body_size, "asgi")
+        self._context = WorkerContext(None)
+        self._connections: set[GuardedTCPServer] = set()
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
+    async def serve(
+        self, stream: trio.SocketStream | trio.SSLStream[Any], data: bytes = b""
+    ) -> None:
+        """Serve one connection to its end, and close it. `data` has been read from it already."""
+        server = GuardedTCPServer(
+            self._app,
+            self.config,
+            self._context,
+            ConnectionState({}),
+            ReplayStream(stream, data),
+            limits=self._limits,
+        )
+        self._connections.add(server)
+        try:
+            await server.run()
+        finally:
+            self._connections.discard(server)
+
+    def drain(self) -> None:
+        """Close idle connections now, and the others after their answer."""
+        terminated: Any = self._context.terminated
+        terminated._event.set()
+
+    def abort(self) -> None:
+        """End every connection now, whatever it is doing."""
+        for server in self._connections:
+            server.abort()
+
+
+def install(before_shutdown: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Give `hypercorn -k trio` and `hypercorn.trio.serve` the same connections and settings.
+
+    When Hypercorn is told to stop, `before_shutdown` is awaited first: while it runs, the
+    listeners are open and requests are served. Hypercorn itself closes them at once.
+    """
+    run: Any = hypercorn.trio.run
+    package: Any = hypercorn.trio
+    stock = getattr(run.worker_serve, "stock", run.worker_serve)
+
+    async def worker_serve(
+        app: Any,
+        config: Config,
+        *,
+        sockets: Any = None,
+        shutdown_trigger: Callable[..., Awaitable[None]] | None = None,
+        task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        tune(config)
+        if sockets is not None:
+            for sock in (*sockets.secure_sockets, *sockets.insecure_sockets):
+                sock.listen(config.backlog)  # again: the first time was before this was tuned
+
+        async def trigger() -> None:
+            if shutdown_trigger is None:
+                await trio.sleep_forever()
+            else:
+                await shutdown_trigger()
+            if before_shutdown is not None:
+                await before_shutdown()
+
+        await stock(app, config, sockets=sockets, shutdown_trigger=trigger, task_status=task_status)
+
+    worker_serve.stock = stock  # type: ignore[attr-defined]  # so that installing twice is once
+    run.TCPServer = GuardedTCPServer
+    run.worker_serve = package.worker_serve = worker_serve
+
+
+def _hung_up(fileno: int) -> bool:
+    poll = select.poll()
+    poll.register(fileno, select.POLLRDHUP)
+    return bool(poll.poll(0))
