@@ -1,0 +1,6 @@
+"""`python -m vllm_router` is the command `vllm-router`."""
+
+from vllm_router.cli import main
+
+if __name__ == "__main__":
+    main()

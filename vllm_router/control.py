@@ -1,0 +1,256 @@
+"""What the commands ask: a running router about its fleet, or the servers themselves.
+
+Everything here is a client: it opens its own connections and closes them, ignores the proxies of
+the environment and follows no redirect.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+import trio
+
+from vllm_router.config import Config, ServerConfig
+from vllm_router.errors import RouterError
+
+TIMEOUT = 5.0
+"""Seconds a router may take for an answer."""
+
+POLL_INTERVAL = 0.5
+"""Seconds between two looks at a draining server."""
+
+
+class NoRouter(RouterError):
+    """Nothing answers at the URL, or something that is not a vLLM Router."""
+
+
+class UnknownServer(RouterError):
+    """The router has no server of that name."""
+
+
+# -- a running router -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a router says of itself; both as decoded from JSON."""
+
+    health: dict[str, Any]
+    load: dict[str, Any]
+
+    @property
+    def servers(self) -> list[dict[str, Any]]:
+        """One entry per server, in the order of the configuration."""
+        return [entry for entry in self.load["servers"] if isinstance(entry, dict)]
+
+
+class Router:
+    """A client of one running router; an async context manager. Every method raises NoRouter."""
+
+    def __init__(self, url: str) -> None:
+        """`url` may lack the scheme and end in a slash."""
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def status(self) -> Status:
+        """The router and its servers, as of now."""
+        load = await self._ask("GET", "/load-stats")
+        if not isinstance(load.get("servers"), list):
+            raise NoRouter(f"{self.url} answers, but is no vLLM Router")
+        return Status(health=await self._ask("GET", "/health"), load=load)
+
+    async def drain(self, server: str, *, on: bool) -> None:
+        """Take a server out of the rotation, or back in. Raises UnknownServer."""
+        known = [str(entry.get("name")) for entry in (await self.status()).servers]
+        if server not in known:
+            names = ", ".join(known) or "none"
+            raise UnknownServer(f"{self.url} has no server {server}; it has {names}")
+        action = "drain" if on else "undrain"
+        await self._ask("POST", f"/admin/servers/{quote(server, safe='')}/{action}")
+
+    async def watch_drain(self, server: str) -> AsyncIterator[int]:
+        """The requests in flight on a server, whenever their number has changed, down to 0.
+
+        Raises UnknownServer if it has left the configuration meanwhile.
+        """
+        last = -1
+        while True:
+            number = await self._in_flight(server)
+            if number != last:
+                yield number
+            if number == 0:
+                return
+            last = number
+            await trio.sleep(POLL_INTERVAL)
+
+    async def _in_flight(self, server: str) -> int:
+        for entry in (await self.status()).servers:
+            if entry.get("name") == server:
+                return int(entry.get("in_flight", 0))
+        raise UnknownServer(f"{server} has left the configuration")
+
+    async def _ask(self, method: str, path: str) -> dict[str, Any]:
+        """A JSON object from the router. `/health` has one also when its status is 503."""
+        try:
+            response = await self._client.request(method, self.url + path)
+        except httpx.InvalidURL as error:
+            raise NoRouter(f"{self.url} is no URL: {error}") from None
+        except httpx.HTTPError as error:
+            raise NoRouter(f"no router answers at {self.url}: {words(error)}") from None
+        try:
+            page = response.json()
+        except ValueError:
+            page = None
+        if not isinstance(page, dict) or response.status_code in (401, 403, 404, 405):
+            raise NoRouter(f"{self.url} is no vLLM Router: {path} answered {response.status_code}")
+        return page
+
+
+# -- the servers themselves -------------------------------------------------------------------
+
+_LOAD_METRICS = {
+    "running": ("num_requests_running",),
+    "waiting": ("num_requests_waiting",),
+    "kv_usage": ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
+}
+_METRIC = re.compile(r"^vllm:(\w+)(?=[{ ])", re.MULTILINE)
+
+
+@dataclass(slots=True)
+class ServerReport:
+    """What one server answered. Whatever is in `problems` keeps it from serving."""
+
+    name: str
+    url: str
+    health: str = "no answer"
+    health_seconds: float | None = None
+    models: dict[str, int | None] | None = None
+    """Each with its max_model_len, if it says one; None if there was no list."""
+    metrics: tuple[str, ...] = ()
+    """Which of running, waiting and kv_usage `/metrics` tells."""
+    version: str = ""
+    key: str = "none"
+    problems: list[str] = field(default_factory=list)
+
+
+async def probe_fleet(config: Config) -> list[ServerReport]:
+    """Ask every server, all at once, for what the router will need of it."""
+    timeout = config.settings.health_check_timeout
+    reports = [ServerReport(server.name, server.url) for server in config.servers]
+    async with trio.open_nursery() as nursery:
+        for server, report in zip(config.servers, reports, strict=True):
+            nursery.start_soon(_probe, server, report, timeout)
+    return reports
+
+
+async def _probe(server: ServerConfig, report: ServerReport, timeout: float) -> None:
+    """Fill in a report; every question has `timeout` seconds."""
+    headers = {"user-agent": "vllm-router-check"}
+    keyed = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=headers, timeout=timeout, trust_env=False
+    ) as client:
+
+        async def ask(path: str, *, key: bool = True) -> httpx.Response | str:
+            with trio.move_on_after(timeout):
+                try:
+                    return await client.get(path, headers=keyed if key else {})
+                except httpx.HTTPError as error:
+                    return words(error)
+            return f"no answer in {timeout:g} s"
+
+        began = trio.current_time()
+        health = await ask("/health")
+        elapsed = trio.current_time() - began
+        models = await ask("/v1/models")
+        if isinstance(health, httpx.Response) and health.status_code in (404, 405, 501):
+            # Other engines have no /health; the router asks them for their models instead.
+            health = models
+        if isinstance(health, str):
+            report.health = health
+            report.problems.append(f"/health: {health}")
+            return
+        report.health_seconds = elapsed
+        report.health = "ok" if health.is_success else f"answered {health.status_code}"
+        if not health.is_success:
+            report.problems.append(f"/health answered {health.status_code}")
+        _judge_models(server, report, models)
+        if keyed and report.key == "accepted":
+            keyless = await ask("/v1/models", key=False)
+            if isinstance(keyless, httpx.Response) and keyless.is_success:
+                report.key = "not needed"
+        metrics = await ask("/metrics")
+        if isinstance(metrics, httpx.Response) and metrics.is_success:
+            found = set(_METRIC.findall(metrics.text))
+            report.metrics = tuple(
+                short for short, names in _LOAD_METRICS.items() if found.intersection(names)
+            )
+        version = await ask("/version")
+        if isinstance(version, httpx.Response) and version.is_success:
+            report.version = str(_object(version).get("version", ""))
+
+
+def _judge_models(server: ServerConfig, report: ServerReport, answer: httpx.Response | str) -> None:
+    """What the model list, or the lack of one, says. Only `/v1` paths look at the key."""
+    problem = ""
+    if isinstance(answer, str):
+        problem = f"/v1/models: {answer}"
+    elif answer.status_code in (401, 403):
+        report.key = "refused" if server.api_key else "missing"
+        problem = f"/v1/models answered {answer.status_code}: key {report.key}"
+    elif not answer.is_success:
+        problem = f"/v1/models answered {answer.status_code}"
+    else:
+        report.key = "accepted" if server.api_key else "none"
+        cards = _object(answer).get("data")
+        if isinstance(cards, list):
+            report.models = {
+                str(card["id"]): card.get("max_model_len")
+                for card in cards
+                if isinstance(card, dict) and "id" in card
+            }
+        else:
+            problem = "/v1/models is no list of models"
+    # The router does not ask a server whose models the configuration names.
+    if problem and (server.models is None or report.key == "refused"):
+        report.problems.append(problem)
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of an answer, empty if it is none."""
+    try:
+        page = response.json()
+    except ValueError:
+        return {}
+    return page if isinstance(page, dict) else {}
+
+
+def words(error: httpx.HTTPError) -> str:
+    """What went wrong, for people: the operating system's word for it, if it had one."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):
+            # One for each address of the host; the last was tried last.
+            cause = cause.exceptions[-1]
+        elif isinstance(cause, OSError) and cause.errno is not None:
+            # Name resolution has numbers of its own; Trio words the others at length.
+            gai = isinstance(cause, socket.gaierror)
+            return str(cause.strerror) if gai else os.strerror(cause.errno)
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
