@@ -97,7 +97,9 @@ _CONTROL_CLOSED = Refused(
 
 
 async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
-    for message in refusal_messages(refused, request_id(scope["headers"])):
+    for message in refusal_messages(
+        refused, request_id(dict(scope["headers"]).get(b"x-request-id"))
+    ):
         await send(message)
 
 

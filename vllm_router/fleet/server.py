@@ -235,7 +235,7 @@ class Server:
 
     def answered(self, now: float, *, trial: bool) -> None:
         """A request was answered by a live server, whatever it said."""
-        self.last_byte_at = now
+        self.last_byte_at = max(self.last_byte_at, now)
         if self.traffic_health.succeeded(now, trial=trial):
             self._on_change(self)
 

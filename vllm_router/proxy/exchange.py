@@ -27,7 +27,6 @@ from vllm_router.proxy import sse
 from vllm_router.proxy.headers import (
     answer_headers,
     forwarding_fields,
-    get,
     loops,
     parse_retry_after,
     request_id,
@@ -82,6 +81,7 @@ class Exchange:
         "_complete",
         "_deadline",
         "_facts",
+        "_fields",
         "_interrupted",
         "_is_sse",
         "_proxy",
@@ -101,13 +101,13 @@ class Exchange:
         self._receive = receive
         self._send = send
         client = scope.get("client")
-        headers = scope["headers"]
+        self._fields = fields = dict(scope["headers"])
         self.record = Record(
             trio.current_time(),
             scope["method"],
             scope["raw_path"],
             client[0] if client else "unknown",
-            request_id(headers),
+            request_id(fields.get(b"x-request-id")),
         )
         self._server_cancels = CANCEL_ON_DISCONNECT in scope.get("extensions", ())
         self._tried: list[Server] = []
@@ -173,13 +173,13 @@ class Exchange:
 
     async def _read_request(self) -> None:
         proxy, scope, record = self._proxy, self._scope, self.record
-        headers = scope["headers"]
+        headers, fields = scope["headers"], self._fields
         if proxy.stopping:
             raise Refused(503, "router_stopping", "The router is shutting down.", retry_after=1)
-        if loops(headers):
+        if b"via" in fields and loops(headers):
             raise Refused(508, "loop_detected", "The request has passed this router too often.")
         limit = proxy.max_body
-        length = get(headers, b"content-length")
+        length = fields.get(b"content-length")
         if length and int(length) > limit:
             raise self._too_large(limit)
         body = await self._read_body(limit)
@@ -190,10 +190,15 @@ class Exchange:
         if settings.total_timeout is not None:
             self._deadline = now + settings.total_timeout
         self._body = body
-        self._facts = facts = read_facts(record.path, get(headers, b"content-type"), body)
+        self._facts = facts = read_facts(record.path, fields.get(b"content-type", b""), body)
         record.model, record.stream = facts.model, facts.stream
         self._added = forwarding_fields(
-            headers, record.client, scope.get("scheme", "http"), record.request_id, proxy.trusted
+            headers,
+            fields,
+            record.client,
+            scope.get("scheme", "http"),
+            record.request_id,
+            proxy.trusted,
         )
         query = scope["query_string"]
         self._target = record.path + b"?" + query if query else record.path
@@ -264,8 +269,8 @@ class Exchange:
         proxy, record = self._proxy, self.record
         fleet = proxy.fleet
         proxy.budget.deposit(len(proxy.exchanges))
+        now = record.body_read_at
         while True:
-            now = trio.current_time()
             candidates = self._untried(now) or await self._wait_for_candidates()
             server = proxy.policy.pick(candidates, self._facts)
             lease = server.lease(now)
@@ -274,7 +279,7 @@ class Exchange:
             record.attempts += 1
             outcome = None
             try:
-                outcome = await self._attempt(server, lease)
+                outcome = await self._attempt(server, lease, now)
             finally:
                 lease.release()
                 if outcome is not None:
@@ -287,6 +292,7 @@ class Exchange:
                 wait = fleet.retry_after(self._facts.model, now) if rule.status == 503 else None
                 raise Refused(rule.status, rule.code, rule.message, retry_after=wait)
             record.retries.append(outcome)
+            now = trio.current_time()
 
     def _untried(self, now: float) -> list[Server] | tuple[Server, ...]:
         candidates = self._proxy.fleet.candidates(self._facts.model, now)
@@ -322,7 +328,7 @@ class Exchange:
             retry_after=fleet.retry_after(model, trio.current_time()),
         )
 
-    async def _attempt(self, server: Server, lease: Lease) -> Outcome:
+    async def _attempt(self, server: Server, lease: Lease, now: float) -> Outcome:
         """One try on one server, with a second connection if a kept one turns out closed.
 
         Sets `_committed` if the client has got the answer or a part of it, else `_again`.
@@ -330,7 +336,6 @@ class Exchange:
         link = self._proxy.links[server]
         fresh = False
         while True:
-            now = trio.current_time()
             connection = None if fresh else link.pool.take_idle(now)
             self._again = self._interrupted = None
             settings = self._proxy.settings
@@ -352,7 +357,7 @@ class Exchange:
                 return outcome
             if self._verdict(outcome, fresh) is not Again.SAME_SERVER:
                 return outcome
-            fresh = True
+            fresh, now = True, trio.current_time()
 
     def _cancelled_by(self) -> Outcome:
         """Why the scope of an attempt was cancelled."""
@@ -384,10 +389,10 @@ class Exchange:
 
     def _judge(self, server: Server, lease: Lease, outcome: Outcome) -> None:
         """Tell the server's health what this attempt showed."""
-        now = trio.current_time()
         if outcome is Outcome.ANSWERED:
-            server.answered(now, trial=lease.trial)
+            server.answered(lease.last_byte_at, trial=lease.trial)
         elif RULES[outcome].blames:
+            now = trio.current_time()
             server.failed(now, trial=lease.trial, jitter=self._proxy.jitter())
         self._proxy.attempt_ended(server, outcome)
 
@@ -409,7 +414,12 @@ class Exchange:
                 now = trio.current_time()
                 scope.deadline = min(now + settings.first_byte_timeout, self._deadline)
             head = link.heads.write(
-                record.method, self._target, self._scope["headers"], self._added, len(self._body)
+                record.method,
+                self._target,
+                self._scope["headers"],
+                self._fields.get(b"connection"),
+                self._added,
+                len(self._body),
             )
             await connection.send(head, self._body)
             if not record.sent_at:
@@ -431,7 +441,8 @@ class Exchange:
             return Outcome.LOST
         finally:
             if connection is not None:
-                pool.give_back(connection, trio.current_time())
+                # whole answers only are kept, and those ended with their last byte
+                pool.give_back(connection, lease.last_byte_at)
 
     # -- the answer ---------------------------------------------------------------------------
 
@@ -445,23 +456,24 @@ class Exchange:
         scope: trio.CancelScope,
     ) -> Outcome:
         record = self.record
-        status = answer.status
+        status, fields = answer.status, dict(answer.headers)
         outcome = Outcome.ANSWERED
+        lease.last_byte_at = trio.current_time()
         if status >= 429 and status != 431:
             outcome = classify_status(status, answer.content_length != 0)
             if outcome is Outcome.FULL:
-                wait = parse_retry_after(get(answer.headers, b"retry-after"))
-                server.refused(trio.current_time(), wait)
+                wait = parse_retry_after(fields.get(b"retry-after", b""))
+                server.refused(lease.last_byte_at, wait)
             if outcome is not Outcome.ANSWERED and self._again_for(outcome) is not Again.NO:
                 return outcome
-        is_stream = get(answer.headers, b"content-type")[:17].lower() == b"text/event-stream"
+        is_stream = fields.get(b"content-type", b"")[:17].lower() == b"text/event-stream"
         if is_stream:
             held, dead = await self._hold_stream(lease, connection, scope)
         else:
             held, dead = await self._hold_plain(lease, connection, scope)
         if dead is not None and status == 200 and self._again_for(dead) is not Again.NO:
             return dead
-        now = trio.current_time()
+        now = lease.last_byte_at
         record.first_byte_at = now
         record.phase = Phase.STREAM
         record.status = status
@@ -469,7 +481,9 @@ class Exchange:
         self._is_sse = is_stream
         if lease.trial and outcome is Outcome.ANSWERED and dead is None:
             server.answered(now, trial=True)  # a long stream need not end to prove its server
-        headers = answer_headers(answer.headers, link.name, record.attempts, record.request_id)
+        headers = answer_headers(
+            answer.headers, fields, link.name, record.attempts, record.request_id
+        )
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._relay(server, lease, connection, held, scope)
         self._complete = True
@@ -483,14 +497,17 @@ class Exchange:
         """Wait for all of a plain answer, up to a limit; tell whether the engine aborted it."""
         parts: list[bytes] = []
         size = 0
+        with_head = connection.complete
         while size < PLAIN_LIMIT:
             piece = await connection.read_body()
             if not piece:
                 break
-            now = trio.current_time()
-            lease.last_byte_at = lease.server.last_byte_at = now
             parts.append(piece)
             size += len(piece)
+            if with_head:
+                break
+            now = trio.current_time()
+            lease.last_byte_at = lease.server.last_byte_at = now
             if connection.complete:
                 break
             scope.deadline = min(now + self._proxy.settings.idle_timeout, self._deadline)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 Headers = list[tuple[bytes, bytes]]
@@ -51,23 +50,14 @@ VIA = b"1.1 vllm-router"
 MAX_VIA = 8
 
 
-def get(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes:
-    """The first value of a field, empty if there is none."""
-    for name, value in headers:
-        if name == wanted:
-            return value
-    return b""
-
-
 def nominated(value: bytes) -> frozenset[bytes]:
     """The fields that a `Connection` value makes hop-by-hop."""
     names = {token.strip().lower() for token in value.split(b",")}
     return frozenset(names - _NEVER_NOMINATED)
 
 
-def request_id(headers: Headers) -> bytes:
+def request_id(given: bytes | None) -> bytes:
     """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
-    given = get(headers, b"x-request-id")
     if given and _REQUEST_ID.fullmatch(given):
         return given
     return secrets.token_hex(16).encode()
@@ -86,12 +76,15 @@ class RequestHeads:
         method: str,
         target: bytes,
         headers: Headers,
+        connection: bytes | None,
         added: bytes,
         body_length: int,
     ) -> bytes:
-        """One request head. `added` holds complete field lines, each begun by CR LF."""
+        """One request head. `added` holds complete field lines, each begun by CR LF.
+
+        `connection` is the value of that field, which may name others that go no further.
+        """
         dropped = _NOT_FORWARDED
-        connection = get(headers, b"connection")
         if connection and connection.lower() not in (b"keep-alive", b"close"):
             dropped = dropped | nominated(connection)
         if self._key:
@@ -106,6 +99,7 @@ class RequestHeads:
 
 def forwarding_fields(
     headers: Headers,
+    fields: dict[bytes, bytes],
     client: str,
     scheme: str,
     identifier: bytes,
@@ -114,13 +108,14 @@ def forwarding_fields(
     """`Via`, `X-Forwarded-*` and `X-Request-Id` of a forwarded request, as field lines.
 
     What a client claims about earlier hops is believed only if it is a trusted proxy itself.
+    `fields` are the headers as a dictionary.
     """
-    forwarded_for, proto, host = client.encode(), scheme.encode(), get(headers, b"host")
+    forwarded_for, proto, host = client.encode(), scheme.encode(), fields.get(b"host")
     if trusted and _is_trusted(client, trusted):
         forwarded_for = join(get_all(headers, b"x-forwarded-for"), forwarded_for)
-        proto = get(headers, b"x-forwarded-proto") or proto
-        host = get(headers, b"x-forwarded-host") or host
-    via = join(get_all(headers, b"via"), VIA)
+        proto = fields.get(b"x-forwarded-proto") or proto
+        host = fields.get(b"x-forwarded-host") or host
+    via = join(get_all(headers, b"via"), VIA) if b"via" in fields else VIA
     return b"".join(
         (
             b"\r\nvia: ",
@@ -159,15 +154,15 @@ def _is_trusted(client: str, trusted: tuple[IPv4Network | IPv6Network, ...]) -> 
 
 
 def answer_headers(
-    headers: Headers, server: bytes, attempts: int, identifier: bytes
+    headers: Headers, fields: dict[bytes, bytes], server: bytes, attempts: int, identifier: bytes
 ) -> list[tuple[bytes, bytes]]:
     """The fields of a server's answer that go to the client, and ours."""
     dropped = _ANSWER_DROPPED
-    connection = get(headers, b"connection")
+    connection = fields.get(b"connection")
     if connection and connection.lower() not in (b"keep-alive", b"close"):
         dropped = dropped | nominated(connection)
     kept = [field for field in headers if field[0] not in dropped]
-    if not get(headers, b"x-request-id"):
+    if b"x-request-id" not in fields:
         kept.append((b"x-request-id", identifier))
     kept.append((b"x-vllm-router-server", server))
     kept.append((b"x-vllm-router-attempts", b"%d" % attempts))
@@ -175,7 +170,7 @@ def answer_headers(
 
 
 def parse_retry_after(value: bytes) -> float | None:
-    """Seconds of a `Retry-After` (RFC 9110 10.2.3); None for a date or nonsense."""
+    """Seconds of a `Retry-After` (RFC 9110 10.2.3); None for a date, nonsense or nothing."""
     try:
         seconds = float(value)
     except ValueError:
