@@ -123,8 +123,10 @@ class Connection:
             with self._idle:
                 while not self.closed:
                     data = await self._stream.receive_some(_RECEIVE_BYTES)
-                    if not data or not self._feed(data):
+                    if not data:
                         break
+                    if not self._end:
+                        self._feed(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # reset by the client, or closed by one of our own methods
         finally:
@@ -165,10 +167,10 @@ class Connection:
         self._drain()
 
     def close(self, how: str) -> None:
-        """`fin`: after what is still to be sent; `rst`: at once, what is unsent is lost."""
+        """`fin` or `rst`, after what is still to be sent. In memory, both are an end of stream."""
         if self.closed or self._end:
             return
-        if how == "fin" and self._flushing:
+        if self._flushing:
             self._end = how
             return
         self.closed = True
@@ -212,7 +214,7 @@ class Connection:
             answerer, self.answerer = self.answerer, None
             answerer.lost()
 
-    def _feed(self, data: bytes | bytearray) -> bool:
+    def _feed(self, data: bytes | bytearray) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -220,9 +222,8 @@ class Connection:
         except httptools.HttpParserError:
             self.write(_BAD_REQUEST)
             self.close("fin")
-            return False
+            return
         self._drain()
-        return True
 
     def _drain(self) -> None:
         """Handle what has arrived, one after the other; an answer given within the handler comes
