@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from . import checks, control, shapes
+from . import admin, checks, control, shapes
 from .checks import ApiError
 from .connection import Connection, Incoming
 from .engine import QueueFull
@@ -21,6 +21,7 @@ from .exchange import Exchange, Generation
 from .faults import Fault
 from .heads import JSON
 from .request import Request
+from .shapes_other import MessagesShape, ResponsesShape
 from .text import chat_prompt, detokenize, seed_of, token_count, tokenize
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def handle(server: MockServer, connection: Connection, incoming: Incoming) -> No
     if guarded and incoming.header(b"authorization") != f"Bearer {key}":
         server.reply(connection, incoming, 401, b'{"error":"Unauthorized"}', JSON, vary=False)
         return
-    methods = control.ROUTES.get(path) or ROUTES.get(path)
+    methods = _ALL_ROUTES.get(path)
     if methods is not None:
         handler = methods.get(incoming.method)
         if handler is None:
@@ -191,9 +192,9 @@ def _shape(
 ) -> shapes.Shape:
     created = int(time.time())
     if kind == "messages":
-        return shapes.MessagesShape(request, f"chatcmpl-{identity}", created, details)
+        return MessagesShape(request, f"chatcmpl-{identity}", created, details)
     if kind == "responses":
-        return shapes.ResponsesShape(
+        return ResponsesShape(
             request,
             f"resp_{identity}",
             created,
@@ -320,3 +321,4 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/tokenize": {"POST": _inference(_tokenize)},
     "/detokenize": {"POST": _inference(_detokenize)},
 }
+_ALL_ROUTES = {**ROUTES, **control.ROUTES, **admin.ROUTES}

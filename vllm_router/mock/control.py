@@ -1,8 +1,7 @@
-"""Paths that are not inference: health, models, metrics, sleep, LoRA, and `/mock/...`."""
+"""Paths that are not inference: health, models, metrics, sleep, LoRA adapters."""
 
 from __future__ import annotations
 
-import base64
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import trio
 from . import metrics
 from .connection import Connection, Incoming
 from .heads import JSON
-from .options import Switches
 from .shapes import VERSION
 
 if TYPE_CHECKING:
@@ -25,7 +23,9 @@ Handler = Callable[["MockServer", Connection, Incoming], None]
 encode = msgspec.json.encode
 
 
-def _json(make: Callable[[MockServer], object]) -> Handler:
+def answer_json(make: Callable[[MockServer], object]) -> Handler:
+    """A handler for a GET that has one JSON value as its answer."""
+
     def handler(server: MockServer, connection: Connection, incoming: Incoming) -> None:
         server.reply(connection, incoming, 200, encode(make(server)), JSON)
 
@@ -140,12 +140,12 @@ def _metrics(server: MockServer, connection: Connection, incoming: Incoming) -> 
     _switched(server, connection, incoming, switches.metrics, switches.metrics_delay_ms, answer)
 
 
-def _query(incoming: Incoming) -> dict[str, str]:
+def query(incoming: Incoming) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(incoming.query).items()}
 
 
 def _sleep(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    level = _query(incoming).get("level", "1")
+    level = query(incoming).get("level", "1")
     server.sleep_level = int(level) if level in ("1", "2") else 1
     server.abort_generations()
     body = {"status": "sleeping", "level": server.sleep_level}
@@ -160,7 +160,7 @@ def _wake_up(server: MockServer, connection: Connection, incoming: Incoming) -> 
 
 def _pause(server: MockServer, connection: Connection, incoming: Incoming) -> None:
     """mode=abort (default) ends what runs, keep freezes it, wait lets it finish."""
-    mode = _query(incoming).get("mode", "abort")
+    mode = query(incoming).get("mode", "abort")
     server.paused = True
     if mode == "keep":
         for driver in server.drivers:
@@ -237,93 +237,6 @@ def _object(incoming: Incoming) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# /mock/...
-
-
-def _set(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """Change some switches; answers with all of them."""
-    try:
-        changes = msgspec.json.decode(incoming.body, type=dict[str, Any])
-        switches = server.faults.switches.updated(changes)
-    except (msgspec.MsgspecError, ValueError) as error:
-        server.reply(connection, incoming, 400, encode({"error": str(error)}), JSON)
-        return
-    server.faults.change(switches)
-    server.reply(connection, incoming, 200, encode(switches), JSON)
-
-
-def _stats(server: MockServer) -> dict[str, Any]:
-    engines = [driver.engine for driver in server.drivers]
-    return {
-        "name": server.heads.name,
-        **msgspec.to_builtins(server.counts),
-        "in_flight": len(server.active),
-        "running": sum(len(engine.running) for engine in engines),
-        "waiting": sum(engine.queued for engine in engines),
-        "held": len(server.held),
-        "connections": len(server.connections),
-        "connections_total": server.connections_total,
-        "prompt_tokens": sum(engine.statistics.prompt_tokens for engine in engines),
-        "generation_tokens": sum(engine.statistics.generation_tokens for engine in engines),
-        "prefix_queries": sum(engine.statistics.prefix_queries for engine in engines),
-        "prefix_hits": sum(engine.statistics.prefix_hits for engine in engines),
-        "engine_aborts": sum(engine.statistics.aborted for engine in engines),
-        "kv_blocks_used": sum(engine.cache.used for engine in engines),
-    }
-
-
-def shown(incoming: Incoming) -> dict[str, Any]:
-    """A recorded request, as `/mock/last` and `/mock/log` give it."""
-    entry: dict[str, Any] = {
-        "method": incoming.method,
-        "path": incoming.target.decode("latin-1"),
-        "headers": [
-            [name.decode("latin-1"), value.decode("latin-1")] for name, value in incoming.headers
-        ],
-        "body": incoming.body.decode("utf-8", "replace"),
-        "connection": incoming.connection_id,
-        "number": incoming.number,
-        "time": incoming.arrived,
-    }
-    if entry["body"].encode() != incoming.body:
-        entry["body_base64"] = base64.b64encode(incoming.body).decode()
-    return entry
-
-
-def _last(server: MockServer) -> dict[str, Any] | None:
-    return shown(server.last) if server.last is not None else None
-
-
-def _log(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """All recorded requests, oldest first; `?path=` selects."""
-    path = _query(incoming).get("path")
-    entries = [shown(entry) for entry in server.log if path in (None, entry.path)]
-    server.reply(connection, incoming, 200, encode(entries), JSON)
-
-
-def _reset(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """Back to the start values: switches, counts and records; not the engines."""
-    server.faults.change(server.options.switches)
-    server.counts = type(server.counts)()
-    server.last = None
-    server.log.clear()
-    server.reply(connection, incoming, 200, encode(Switches()), JSON)
-
-
-def _close_idle(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """Close every idle keep-alive connection now."""
-    idle = [other for other in server.connections if other.idle]
-    for other in idle:
-        other.close("fin")
-    server.reply(connection, incoming, 200, encode({"closed": len(idle)}), JSON)
-
-
-def _terminate(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """The same as SIGTERM, for a server inside another process."""
-    server.reply(connection, incoming, 200, b"{}", JSON)
-    server.terminate()
-
-
 def _alive(server: MockServer, connection: Connection, incoming: Incoming) -> None:
     server.reply(connection, incoming, 200, b"")
 
@@ -331,25 +244,18 @@ def _alive(server: MockServer, connection: Connection, incoming: Incoming) -> No
 ROUTES: dict[str, dict[str, Handler]] = {
     "/health": {"GET": _health},
     "/ping": {"GET": _alive, "POST": _alive},
-    "/version": {"GET": _json(lambda server: {"version": VERSION})},
-    "/load": {"GET": _json(lambda server: {"server_load": len(server.active)})},
-    "/kv_event_sources": {"GET": _json(lambda server: {})},
+    "/version": {"GET": answer_json(lambda server: {"version": VERSION})},
+    "/load": {"GET": answer_json(lambda server: {"server_load": len(server.active)})},
+    "/kv_event_sources": {"GET": answer_json(lambda server: {})},
     "/metrics": {"GET": _metrics},
     "/v1/models": {"GET": _models},
     "/v1/load_lora_adapter": {"POST": _load_lora},
     "/v1/unload_lora_adapter": {"POST": _unload_lora},
     "/sleep": {"POST": _sleep},
     "/wake_up": {"POST": _wake_up},
-    "/is_sleeping": {"GET": _json(lambda server: {"is_sleeping": server.sleeping})},
+    "/is_sleeping": {"GET": answer_json(lambda server: {"is_sleeping": server.sleeping})},
     "/pause": {"POST": _pause},
     "/resume": {"POST": _resume},
-    "/is_paused": {"GET": _json(lambda server: {"is_paused": server.paused})},
+    "/is_paused": {"GET": answer_json(lambda server: {"is_paused": server.paused})},
     "/reset_prefix_cache": {"POST": _reset_prefix_cache},
-    "/mock/set": {"POST": _set},
-    "/mock/stats": {"GET": _json(_stats)},
-    "/mock/last": {"GET": _json(_last)},
-    "/mock/log": {"GET": _log},
-    "/mock/reset": {"POST": _reset},
-    "/mock/close_idle": {"POST": _close_idle},
-    "/mock/terminate": {"POST": _terminate},
 }

@@ -37,7 +37,9 @@ class Faults:
 
     def change(self, switches: Switches) -> None:
         """From now on; `next` starts anew."""
-        self.__init__(switches)  # type: ignore[misc]  # the state is exactly what __init__ sets
+        self.switches = switches
+        self._left = switches.next
+        self._share = 0.0
 
     def choose(
         self, name: str, path: str, headers: Mapping[bytes, bytes], *, reused: bool
