@@ -297,7 +297,9 @@ def check_config(*, file: str, probe: bool) -> None:
         ConfigSource(file), 1 if os.path.isfile(file) and os.access(file, os.R_OK) else 2
     )
     count = len(config.servers)
-    click.echo(f"{file}: OK, {count} server{'s' if count != 1 else ''}, {config.settings.policy}")
+    click.echo(
+        f"{file}: OK, {count} server{'s' if count != 1 else ''}, policy {config.settings.policy}"
+    )
     if not probe:
         return
     from vllm_router.control import probe_fleet
@@ -314,25 +316,25 @@ def check_config(*, file: str, probe: bool) -> None:
 def _print_reports(reports: Sequence[ServerReport]) -> None:
     from vllm_router.tables import Cell, Column, print_table
 
-    columns = ("SERVER", "HEALTH", "TIME", "MODELS", "MAX LEN", "METRICS", "VLLM", "KEY")
+    titles = ("SERVER", "HEALTH", "MODELS", "MAX LEN", "METRICS", "VLLM", "KEY")
     rows: list[list[Cell | str]] = []
     for report in reports:
         models = report.models or {}
         seconds = report.health_seconds
+        took = "" if seconds is None else f" {seconds * 1000:.0f} ms"
+        lengths = dict.fromkeys(length for length in models.values() if length is not None)
         rows.append(
             [
                 report.name,
-                Cell(report.health, "green" if report.health == "ok" else "bold red"),
-                "" if seconds is None else f"{seconds * 1000:.0f} ms",
+                Cell(report.health + took, "green" if report.health == "ok" else "bold red"),
                 ", ".join(models),
-                ", ".join(str(length) for length in dict.fromkeys(models.values()) if length),
-                ", ".join(report.metrics),
+                ", ".join(map(str, lengths)),
+                " ".join(report.metrics),
                 report.version,
                 Cell(report.key, "red" if report.key in ("refused", "missing") else ""),
             ]
         )
-    right = {"TIME", "MAX LEN"}
-    print_table([Column(title, right=title in right) for title in columns], rows)
+    print_table([Column(title, right=title == "MAX LEN") for title in titles], rows)
 
 
 # -- a running router -------------------------------------------------------------------------

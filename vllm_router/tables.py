@@ -58,14 +58,14 @@ def _cell(cell: Cell | str) -> Cell:
 
 def _draw(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
     # Rich costs 50 ms of start-up, which only a terminal needs.
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
+        # A value that does not fit goes on below itself: cut, it could not be copied.
+        table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell.text, style=cell.style) for cell in row))
     Console().print(table)

@@ -1,0 +1,96 @@
+"""Log lines: one record each, whatever it holds."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_router import logs
+
+FORGED = "a\n2026-01-01T00:00:00.000Z INFO    supervisor: all is well\r\x1b[2K\x00\u2028\x85b"
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Logging is global: what was set up before comes back."""
+    root, ours = logging.getLogger(), logging.getLogger("vllm_router")
+    before = root.handlers[:], root.level, ours.level
+    # Handlers that others (pytest) have put there are not ours to close.
+    root.handlers.clear()
+    yield
+    root.handlers[:], root.level, ours.level = before
+
+
+def written(form: str, log: object, level: str = "info") -> str:
+    stream = io.StringIO()
+    logs.configure(level, form, stream)
+    assert callable(log)
+    log(logging.getLogger("vllm_router.tasks.probe"))
+    return stream.getvalue()
+
+
+def fail(log: logging.Logger) -> None:
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        log.exception("probe of %s failed", FORGED)
+
+
+def test_text_line_has_time_level_and_origin():
+    text = written("text", lambda log: log.warning("server %s is %s", "a", "down"))
+    time, level, origin, message = text.split(maxsplit=3)
+    assert time.endswith("Z")
+    assert len(time) == len("2026-01-01T00:00:00.000Z")
+    assert (level, origin, message) == ("WARNING", "tasks.probe:", "server a is down\n")
+
+
+def test_value_cannot_forge_a_line():
+    text = written("text", lambda log: log.info("name %s", FORGED))
+    assert text.count("\n") == 1
+    assert text.rstrip("\n").isprintable()
+    assert r"\r\x1b[2K\x00\u2028\x85b" in text
+
+
+def test_traceback_cannot_forge_a_line():
+    first, *rest = written("text", fail).rstrip("\n").split("\n")
+    assert "ERROR" in first
+    assert any("raise ValueError" in line for line in rest)
+    assert all(line.startswith("  | ") and line.isprintable() for line in rest)
+
+
+def test_text_beyond_ascii_stays_readable():
+    assert "request_timeout 120 → 60, 模型" in written(
+        "text", lambda log: log.info("%s", "request_timeout 120 → 60, 模型")
+    )
+
+
+def test_json_is_one_object_per_record():
+    text = written("json", fail)
+    assert text.count("\n") == 1
+    assert text.rstrip("\n").isprintable()
+    record = json.loads(text)
+    assert record["level"] == "error"
+    assert record["logger"] == "vllm_router.tasks.probe"
+    assert record["message"] == f"probe of {FORGED} failed"
+    assert record["traceback"].startswith("Traceback")
+
+
+def test_json_without_a_traceback_has_no_such_field():
+    record = json.loads(written("json", lambda log: log.info("a\x7fb")))
+    assert record.keys() == {"time", "level", "logger", "message"}
+    assert record["message"] == "a\x7fb"
+
+
+@pytest.mark.parametrize(("level", "count"), [("debug", 3), ("info", 2), ("error", 0)])
+def test_level_is_that_of_the_router_alone(level: str, count: int):
+    def log(ours: logging.Logger) -> None:
+        ours.debug("1")
+        ours.info("2")
+        ours.warning("3")
+        logging.getLogger("httpx").info("HTTP Request: GET http://server/metrics")
+
+    assert written("text", log, level).count("\n") == count
