@@ -20,8 +20,8 @@ class MemoryListener(trio.abc.Listener):
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel(1000)
 
-    async def connect(self) -> trio.abc.Stream:
-        ours, theirs = trio.testing.memory_stream_pair()
+    async def connect(self, pair: Any = trio.testing.memory_stream_pair) -> trio.abc.Stream:
+        ours, theirs = pair()
         await self._send.send(theirs)
         return ours
 
@@ -162,8 +162,8 @@ class Mock:
         self.listener = listener
         self.ended = trio.Event()
 
-    async def client(self) -> Client:
-        return Client(await self.listener.connect())
+    async def client(self, pair: Any = trio.testing.memory_stream_pair) -> Client:
+        return Client(await self.listener.connect(pair))
 
     async def ask(
         self, method: str, path: str, body: Any = b"", *headers: str, **how: Any

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
 from mock_memory import Client, Mock, running_mock
@@ -135,6 +136,29 @@ async def test_a_busy_connection_is_not_closed_for_being_silent(autojump_clock):
         client = await mock.client()
         await client.ask("GET", "/health")
         assert (await client.ask("POST", CHAT_PATH, CHAT)).status == 200
+
+
+async def test_a_slow_reader_is_not_idle_while_its_answer_is_under_way(autojump_clock):
+    async with running_mock() as mock:
+        client = await mock.client(trio.testing.lockstep_stream_pair)
+        await client.ask("GET", "/health")
+        await client.send("POST", CHAT_PATH, STREAM | {"max_tokens": 1000})
+        answer = await client.head()
+        await trio.sleep(60)
+        assert (await client.rest(answer)).events[-1] == "[DONE]"
+        began = trio.current_time()
+        assert await client.everything() == b""
+        assert trio.current_time() - began == pytest.approx(5.0)
+
+
+async def test_a_request_that_arrives_slowly_on_a_used_connection_is_waited_for(autojump_clock):
+    async with running_mock() as mock:
+        client = await mock.client()
+        await client.ask("GET", "/health")
+        await client.stream.send_all(b"GET /version HTTP/1.1\r\n")
+        await trio.sleep(60)
+        await client.stream.send_all(b"\r\n")
+        assert (await client.rest(await client.head())).json == {"version": "0.32.0"}
 
 
 async def test_connection_close_is_honoured(autojump_clock):

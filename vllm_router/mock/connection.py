@@ -125,6 +125,7 @@ class Connection:
                     data = await self._stream.receive_some(_RECEIVE_BYTES)
                     if not data:
                         break
+                    self._stay()
                     if not self._end:
                         self._feed(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -163,7 +164,7 @@ class Connection:
         if not keep_alive:
             self.close("fin")
             return
-        self._idle.deadline = trio.current_time() + self._keep_alive
+        self._rest()
         self._drain()
 
     def close(self, how: str) -> None:
@@ -190,6 +191,16 @@ class Connection:
             pass  # the client was faster
         self._socket.close()
 
+    def _rest(self) -> None:
+        """From now on the connection is idle, unless an answer is still under way."""
+        if self._served and not self.busy and not self._flushing:
+            self._idle.deadline = trio.current_time() + self._keep_alive
+
+    def _stay(self) -> None:
+        """Something has arrived; as uvicorn, wait for the rest of it without limit."""
+        if self._idle.deadline != math.inf:
+            self._idle.deadline = math.inf
+
     async def _abandon(self) -> None:
         await trio.aclose_forcefully(self._stream)
 
@@ -203,6 +214,7 @@ class Connection:
             self.close("fin")
             return
         self._flushing = False
+        self._rest()
         if self._end:
             how, self._end = self._end, ""
             self.close(how)
@@ -234,7 +246,7 @@ class Connection:
         try:
             while self._ready and not self.busy and not self.closed:
                 self.busy = True
-                self._idle.deadline = math.inf
+                self._stay()
                 self._served += 1
                 request = self._ready.popleft()
                 request.number = self._served
