@@ -196,6 +196,19 @@ def test_out_of_blocks_the_youngest_is_preempted_and_computed_again():
     assert core.cache.used == 0
 
 
+def test_a_preempted_request_with_delays_of_its_own_keeps_its_pace():
+    core = engine(kv_blocks=8, block_size=4)
+    old, young = request("a" * 32, 16), request("b" * 32, 16, ttft=0.05, delay=0.25)
+    core.submit(old, 0.0)
+    core.submit(young, 0.0)
+    seen = run(core)
+    moments = times(seen, young)
+    assert (young.preempted, times(seen, old)[-1]) == (1, 1.5)
+    # Out at 1.2, so nothing at 1.3; back with the room of the other, after its ttft.
+    assert moments[:7] == [0.05, 0.3, 0.55, 0.8, 1.05, 1.55, 1.8]
+    assert len(moments) == 16
+
+
 def test_usage_counts_shared_blocks_once():
     cache = KVCache(10)
     chain = block_chain(b"x" * 16 * TOKEN_BYTES, 4, 0)
@@ -215,6 +228,16 @@ def test_a_frozen_engine_stands_still_and_goes_on_where_it_stopped():
     assert (core.advance(5.0), core.wake) == ([], math.inf)
     core.frozen = False
     assert len(times(run(core, 9.0), one)) == 2
+
+
+def test_a_frozen_engine_lets_go_of_what_is_aborted():
+    core, one = engine(), request("a", 3)
+    core.submit(one, 0.0)
+    core.advance(0.0)
+    core.frozen = True
+    core.abort(one)
+    core.advance(0.05)
+    assert (len(core.running), core.cache.used) == (0, 0)
 
 
 def test_late_advances_do_not_add_up():
