@@ -198,14 +198,14 @@ def test_out_of_blocks_the_youngest_is_preempted_and_computed_again():
 
 def test_a_preempted_request_with_delays_of_its_own_keeps_its_pace():
     core = engine(kv_blocks=8, block_size=4)
-    old, young = request("a" * 32, 16), request("b" * 32, 16, ttft=0.05, delay=0.25)
+    old, young = request("a" * 32, 16), request("b" * 32, 16, ttft=0.05, delay=0.4)
     core.submit(old, 0.0)
     core.submit(young, 0.0)
     seen = run(core)
     moments = times(seen, young)
     assert (young.preempted, times(seen, old)[-1]) == (1, 1.5)
-    # Out at 1.2, so nothing at 1.3; back with the room of the other, after its ttft.
-    assert moments[:7] == [0.05, 0.3, 0.55, 0.8, 1.05, 1.55, 1.8]
+    # Out at 1.2, so nothing at 1.25; back when the other has gone, after its ttft.
+    assert moments[:5] == [0.05, 0.45, 0.85, 1.55, 1.95]
     assert len(moments) == 16
 
 
