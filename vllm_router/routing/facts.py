@@ -7,17 +7,22 @@ from typing import Any
 
 import msgspec
 
+from vllm_router.routing.pieces import NO_PROMPT, Prompt, chat_prompt, plain_prompt
+
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
     """The facts of one request.
 
     `model` is None where the body names none: any server may have it then. `replayable` is False
-    for requests that leave something behind on a server.
+    for requests that leave something behind on a server. `session` and `prompt` are there only if
+    they were asked for: `session` is what the client calls the conversation, or its user.
     """
 
     model: str | None = None
     stream: bool = False
     replayable: bool = True
+    session: str | None = None
+    prompt: Prompt = NO_PROMPT
 
 
 class _Fields(msgspec.Struct, gc=False):
@@ -27,25 +32,52 @@ class _Fields(msgspec.Struct, gc=False):
     stream: Any = None
     store: Any = None
     background: Any = None
+    session_id: Any = None
+    user: Any = None
+
+
+_NO_JSON = msgspec.Raw(b"")
+
+
+class _AllFields(_Fields, gc=False):
+    """With those that make up the prompt."""
+
+    messages: Any = None
+    instructions: Any = None
+    system: Any = None
+    tools: msgspec.Raw = _NO_JSON
+    prompt: msgspec.Raw = _NO_JSON
+    input: msgspec.Raw = _NO_JSON
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
+_FULL_DECODER = msgspec.json.Decoder(_AllFields)
 _NOTHING = Facts()
 
 _BOUNDARY = re.compile(rb'boundary="?([^";,]{1,70})"?', re.IGNORECASE)
 _FORM_FIELD = re.compile(rb'name="?(model|stream)"?(?:;|\r|$)', re.IGNORECASE)
 
 
-def read_facts(path: bytes, content_type: bytes, body: bytes) -> Facts:
+def read_facts(
+    path: bytes,
+    content_type: bytes,
+    body: bytes,
+    session: bytes = b"",
+    *,
+    with_prompt: bool = False,
+) -> Facts:
     """Decode what routing needs; a body that cannot be read has no facts.
 
-    Nothing is refused here: the engine says best what is wrong with a request.
+    `session` is the `X-Session-ID` header; `session_id` and `user` in the body come after it.
+    With the prompt it costs up to 2 ms for a body of 1 MB, without a third of that. Nothing is
+    refused here: the engine says best what is wrong with a request.
     """
     if content_type[:10].lower() == b"multipart/":
         return _form_facts(content_type, body)
     try:
-        fields = _DECODER.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        fields = (_FULL_DECODER if with_prompt else _DECODER).decode(body)
+        prompt = _read_prompt(fields) if isinstance(fields, _AllFields) else NO_PROMPT
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return _NOTHING
     model = fields.model
     keeps = path == b"/v1/responses" and bool(fields.store or fields.background)
@@ -53,7 +85,40 @@ def read_facts(path: bytes, content_type: bytes, body: bytes) -> Facts:
         model if isinstance(model, str) and model else None,
         fields.stream is True,
         not keeps,
+        _session(session, fields),
+        prompt,
     )
+
+
+def _session(header: bytes, fields: _Fields) -> str | None:
+    if header:
+        return header.decode("latin-1")
+    for name in (fields.session_id, fields.user):
+        if isinstance(name, str) and name:
+            return name
+    return None
+
+
+def _read_prompt(fields: _AllFields) -> Prompt:
+    """The bytes that decide about the engine's prefix cache, in the order of chat templates."""
+    messages: Any = fields.messages
+    raw = bytes(fields.input)
+    if messages is None and raw:
+        if raw.lstrip(b"[ \t\r\n")[:1] != b"{" and not fields.instructions:
+            return plain_prompt(raw)
+        messages = msgspec.json.decode(raw)
+    if messages is None:
+        raw = bytes(fields.prompt)
+        return plain_prompt(raw) if raw else NO_PROMPT
+    head = [bytes(fields.tools).decode("utf-8", "replace")]
+    head += [_as_text(text) for text in (fields.system, fields.instructions)]
+    return chat_prompt(messages, head)
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _form_facts(content_type: bytes, body: bytes) -> Facts:

@@ -1,0 +1,196 @@
+"""What routing reads of a prompt: pieces, session, the marks within a conversation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.pieces import ENDS, NO_PROMPT, cut, link_of, piece_bytes, pieces_in
+
+CHAT = b"/v1/chat/completions"
+TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))
+
+
+def facts(path: bytes = CHAT, session: bytes = b"", **body: Any) -> Facts:
+    raw = msgspec.json.encode(body)
+    return read_facts(path, b"application/json", raw, session, with_prompt=True)
+
+
+def chat(*turns: tuple[str, Any], **body: Any) -> Facts:
+    return facts(messages=[{"role": role, "content": text} for role, text in turns], **body)
+
+
+def shared_pieces(one: Facts, other: Facts) -> int:
+    pairs = zip(one.prompt.chain, other.prompt.chain, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min_length(one, other))
+
+
+def min_length(one: Facts, other: Facts) -> int:
+    return min(len(one.prompt.chain), len(other.prompt.chain))
+
+
+def test_pieces_double_in_length_after_every_32():
+    lengths = [end - start for start, end in zip((0, *ENDS), ENDS, strict=False)]
+    assert lengths[:33] == [256] * 32 + [512]
+    assert lengths[64] == 1024
+    assert pieces_in(1 << 20) < 230
+
+
+@given(st.integers(0, 1 << 64), st.integers(0, len(ENDS) - 1))
+def test_hash_tells_the_length_of_its_piece(digest: int, index: int):
+    assert piece_bytes(link_of(digest, index)) == ENDS[index] - (ENDS[index - 1] if index else 0)
+
+
+@given(st.binary(min_size=600, max_size=1200), st.data())
+def test_hash_of_a_piece_covers_all_before_it(text: bytes, data: st.DataObject):
+    place = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :]
+    same = [a == b for a, b in zip(cut(text), cut(changed), strict=True)]
+    assert same == [end <= place for end in ENDS[: len(same)]]
+
+
+def test_hashes_are_the_same_in_every_process():
+    code = "from vllm_router.routing.pieces import cut; print(cut(b'x' * 600))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == str(cut(b"x" * 600))
+
+
+def test_next_turn_has_all_full_pieces_of_the_one_before():
+    first = chat(("system", TEXT[:3000]), ("user", TEXT[:2000]))
+    second = chat(
+        ("system", TEXT[:3000]), ("user", TEXT[:2000]), ("assistant", "yes"), ("user", "more")
+    )
+    assert shared_pieces(first, second) == len(first.prompt.chain) == pieces_in(5000)
+
+
+def test_spelling_of_the_json_does_not_matter():
+    compact = b'{"messages":[{"role":"user","content":"' + b"caf\xc3\xa9 " * 100 + b'"}]}'
+    spaced = b'{ "messages" : [ {"content": "' + b"caf\\u00e9 " * 100 + b'", "role": "user"} ] }'
+    one, other = (
+        read_facts(CHAT, b"", body, with_prompt=True).prompt for body in (compact, spaced)
+    )
+    assert one == other
+    assert one.chain
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": [{"type": "function", "function": {"name": "other"}}]},
+        {"role": "developer"},
+        {"content": [{"type": "text", "text": "other"}, {"type": "text", "text": TEXT[:600]}]},
+        {"image": "data:image/png;base64," + "QUJE" * 1000},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tools_roles_texts_and_images_tell_prompts_apart(change: dict[str, Any]):
+    def asked(
+        tools: Any = None,
+        role: str = "user",
+        content: Any = None,
+        image: str = "data:" + "QUJD" * 1000,
+    ) -> Facts:
+        parts = [{"type": "image_url", "image_url": {"url": image}}]
+        parts += content or [{"type": "text", "text": TEXT[:600]}]
+        tools = tools or [{"type": "function", "function": {"name": "weather"}}]
+        return facts(tools=tools, messages=[{"role": role, "content": parts}])
+
+    assert asked() == asked()
+    assert shared_pieces(asked(), asked(**change)) < len(asked().prompt.chain)
+
+
+def test_image_weighs_the_same_whatever_its_size():
+    def size(pixels: int) -> int:
+        url = "data:image/png;base64," + "QUJD" * pixels
+        return chat(("user", [{"type": "image_url", "image_url": {"url": url}}])).prompt.size
+
+    assert size(1000) == size(200_000) < 3000
+
+
+def test_marks_of_a_conversation_in_bytes():
+    first = chat(("system", "s" * 1000), ("user", "u" * 300)).prompt
+    assert (first.shared, first.earlier) == (1000 + len("\0system\0"), 0)
+    later = chat(
+        ("system", "s" * 1000), ("user", "u" * 300), ("assistant", "a" * 50), ("user", "v" * 70)
+    ).prompt
+    assert later.earlier == first.size
+    assert later.shared == first.shared
+
+
+def test_conversation_keeps_its_hash_and_differs_from_others_with_the_same_system_prompt():
+    system = ("system", TEXT[:2000])
+    first = chat(system, ("user", "tell me"))
+    later = chat(system, ("user", "tell me"), ("assistant", "what?"), ("user", "all"))
+    other = chat(system, ("user", "tell us"))
+    assert first.prompt.conversation == later.prompt.conversation != other.prompt.conversation
+
+
+def test_token_ids_are_counted():
+    prompt = facts(b"/v1/completions", prompt=list(range(5000))).prompt
+    assert prompt.tokens == 5000
+    assert prompt.chain
+
+
+def test_text_of_a_completion_and_of_a_chat_are_cut_alike_in_bytes():
+    prompt = facts(b"/v1/completions", prompt=TEXT[:5000]).prompt
+    assert (prompt.size, prompt.tokens) == (5000, None)
+    assert prompt.chain == cut(TEXT[:5000].encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [{"role": "user", "content": TEXT[:900]}], "instructions": "be kind"},
+        {"input": TEXT[:900], "instructions": "be kind"},
+        {"input": TEXT[:900]},
+        {"input": [TEXT[:400], TEXT[:500]]},
+        {"system": [{"type": "text", "text": TEXT[:300]}], "messages": TEXT[:600]},
+    ],
+)
+def test_every_api_has_a_prompt(body: dict[str, Any]):
+    assert 900 <= facts(**body).prompt.size < 1100
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"messages": 3}, {"messages": [1, None, {"content": {"a": 1}}]}, {"prompt": None}],
+)
+def test_odd_bodies_have_a_prompt_without_pieces(body: dict[str, Any]):
+    assert facts(**body).prompt.chain == ()
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff\xfe"])
+def test_unreadable_bodies_have_no_facts(body: bytes):
+    read = read_facts(CHAT, b"application/json", body, with_prompt=True)
+    assert (read.model, read.prompt.chain) == (None, ())
+
+
+def test_prompt_is_not_read_unless_it_is_asked_for():
+    body = msgspec.json.encode({"model": "m", "prompt": TEXT})
+    assert read_facts(CHAT, b"", body) == Facts("m")
+    assert read_facts(CHAT, b"", body).prompt is NO_PROMPT
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "expected"),
+    [
+        (b"from-header", {"session_id": "s", "user": "u"}, "from-header"),
+        (b"", {"session_id": "s", "user": "u"}, "s"),
+        (b"", {"user": "u"}, "u"),
+        (b"", {"session_id": 7, "user": ""}, None),
+        (b"", {}, None),
+    ],
+)
+def test_session_comes_from_header_then_session_id_then_user(
+    header: bytes, body: dict[str, Any], expected: str | None
+):
+    assert facts(session=header, **body).session == expected
