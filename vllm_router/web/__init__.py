@@ -1,0 +1,1 @@
+"""The control plane: what operators and other programs see of the router."""

@@ -1,0 +1,64 @@
+"""What an administrator may do: drain, undrain, reload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from vllm_router.errors import Refused
+from vllm_router.fleet.server import Server
+from vllm_router.tasks.watch import Reload
+from vllm_router.web.router import Router
+from vllm_router.web.status import reload_state, state_of
+
+
+def server_view(server: Server, router: Router) -> dict[str, Any]:
+    """One server as `/admin/servers` shows it; `in_flight` falls to 0 as it drains."""
+    return {
+        **state_of(server, router, trio.current_time()),
+        "leaving": router.fleet.servers.get(server.name) is not server,
+        "running": server.running,
+        "waiting": server.waiting,
+        "capacity": server.capacity,
+        "load": server.load,
+        "models": list(server.models) if server.models is not None else None,
+    }
+
+
+def servers_view(router: Router) -> dict[str, Any]:
+    return {"servers": [server_view(server, router) for server in router.fleet.all_servers()]}
+
+
+def find(router: Router, name: str) -> Server:
+    """The server of that name, one that leaves included. Raises Refused."""
+    for server in router.fleet.all_servers():
+        if server.name == name:
+            return server
+    known = ", ".join(router.fleet.servers)
+    raise Refused(404, "server_not_found", f"There is no server {name!r}. There are: {known}.")
+
+
+def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
+    """Take a server out of the rotation, or back in; doing it twice changes nothing."""
+    server = router.drain_server(name, on)
+    if server is None:
+        leaving = find(router, name)
+        if not on:
+            raise Refused(
+                409, "server_leaving", f"{name} is no longer in the configuration: put it back."
+            )
+        server = leaving
+    return server_view(server, router)
+
+
+def reload(router: Router) -> dict[str, Any]:
+    """Read the configuration file now. Raises Refused with what is wrong in it."""
+    if router.reloader is None:
+        raise Refused(
+            409, "no_config_file", "The servers came from the command line: nothing to reload."
+        )
+    result = router.reload()
+    if result is Reload.REFUSED:
+        raise Refused(422, "config_refused", router.reloader.last_error or "refused, see the log")
+    return {"result": result.value, **reload_state(router)}

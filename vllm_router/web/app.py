@@ -1,0 +1,274 @@
+"""The control plane as a Quart application: everything that is not inference."""
+
+from __future__ import annotations
+
+import platform
+from typing import Protocol, cast
+
+import trio
+from quart import Response, request, websocket
+from quart_trio import QuartTrio
+from werkzeug.routing import BaseConverter
+
+from vllm_router import __version__
+from vllm_router.errors import Refused
+from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.types import App
+from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.web import admin, answers, exposition, status
+from vllm_router.web.access import check_admin, check_origin
+from vllm_router.web.engine_control import control
+from vllm_router.web.explain import explain
+from vllm_router.web.feed import Feed
+from vllm_router.web.metrics import Metrics
+from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
+from vllm_router.web.router import Router, wall_offset
+
+MAX_BODY = 1024 * 1024
+"""Bytes of a request to the control plane."""
+
+BODY_TIMEOUT = 10.0
+SHOWN_DECISIONS = 100
+"""Decisions shown unless `limit` asks for more."""
+
+_MACHINE = platform.node()
+
+
+class Wired(Router, Protocol):
+    """A router with its recorders: the supervisor."""
+
+    metrics: Metrics
+    feed: Feed
+
+
+class AnyName(BaseConverter):
+    """A server's or model's name in a path, whatever it contains: `gpu-1:8081/prefix`."""
+
+    regex = ".+?"
+    part_isolating = False
+
+
+def make_app(router: Wired) -> App:
+    """The application for one router. `router.metrics` and `router.feed` get to know it."""
+    router.metrics.router = router.feed.router = router
+    app = QuartTrio(__name__, static_folder=None, template_folder=None)
+    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.url_map.merge_slashes = False
+    app.url_map.redirect_defaults = False
+    app.url_map.converters["name"] = AnyName
+    answers.install_errors(app)
+    _openai(app, router)
+    _observation(app, router)
+    _dashboard(app, router)
+    _feed(app, router)
+    _administration(app, router)
+    _engine_control(app, router)
+    return cast("App", app)
+
+
+# -- OpenAI's own -----------------------------------------------------------------------------
+
+
+def _openai(app: QuartTrio, router: Wired) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        cards = router.fleet.model_cards()
+        if not cards and not router.fleet.probed:
+            raise Refused(503, "starting", "No server has told its models yet.", retry_after=1.0)
+        return answers.json({"object": "list", "data": cards})
+
+    @app.get("/v1/models/<name:model>")
+    async def model(model: str) -> Response:
+        cards = router.fleet.model_cards()
+        for card in cards:
+            if card["id"] == model:
+                return answers.json(card)
+        known = ", ".join(card["id"] for card in cards)
+        raise Refused(
+            404,
+            "model_not_found",
+            f"The model {model!r} does not exist. Available models: {known}.",
+            param="model",
+        )
+
+
+# -- observation ------------------------------------------------------------------------------
+
+
+def _observation(app: QuartTrio, router: Wired) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return answers.json(status.health(router))
+
+    @app.get("/load-stats")
+    async def load_stats() -> Response:
+        return answers.json(status.load_stats(router))
+
+    @app.get("/server-models")
+    async def server_models() -> Response:
+        return answers.json(status.server_models(router))
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return answers.json({"alive": True})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        ready, body = status.readiness(router)
+        return answers.json(body, 200 if ready else 503)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return answers.json({"version": __version__, "service": "vLLM Router"})
+
+    @app.route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        return Response(b"", 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        page = await router.metrics.page()
+        return Response(page, content_type=exposition.CONTENT_TYPE)
+
+    @app.get("/explain")
+    async def explain_model() -> Response:
+        return answers.json(explain(router, Facts(request.args.get("model") or None)))
+
+    @app.post("/explain")
+    async def explain_body() -> Response:
+        content_type = answers.fields().get("content-type", "").encode("latin-1")
+        facts = read_facts(b"/explain", content_type, await answers.body())
+        return answers.json(explain(router, facts))
+
+    @app.get("/decisions")
+    async def decisions() -> Response:
+        limit = request.args.get("limit", SHOWN_DECISIONS, type=int)
+        return answers.json(
+            {"decisions": router.feed.decisions.newest(max(0, limit), wall_offset())}
+        )
+
+
+# -- the dashboard ----------------------------------------------------------------------------
+
+
+def _dashboard(app: QuartTrio, router: Wired) -> None:
+    pages = Pages()
+
+    @app.get("/")
+    async def root() -> Response:
+        page = (
+            pages.get("index.html") if "text/html" in answers.fields().get("accept", "") else None
+        )
+        if page is not None:
+            response = _page(page)
+        else:
+            running = "draining" if router.draining else "running"
+            response = answers.json(
+                {"service": "vLLM Router", "version": __version__, "status": running}
+            )
+        response.headers["vary"] = "accept"
+        return response
+
+    @app.get("/static/<name:path>")
+    async def static(path: str) -> Response:
+        page = pages.get(path)
+        if page is None:
+            raise Refused(404, "not_found", f"There is nothing at /static/{path}.")
+        return _page(page)
+
+
+def _page(page: Page) -> Response:
+    fresh = page.etag in answers.fields().get("if-none-match", "")
+    response = Response(
+        b"" if fresh else page.body, 304 if fresh else 200, content_type=page.content_type
+    )
+    response.headers.update(SECURITY_HEADERS)
+    response.headers["etag"] = page.etag
+    response.headers["cache-control"] = "no-cache"
+    return response
+
+
+# -- the feed ---------------------------------------------------------------------------------
+
+
+def _feed(app: QuartTrio, router: Wired) -> None:
+    @app.websocket("/ws/load")
+    async def load() -> None:
+        check_origin(answers.fields())
+        mailbox = router.feed.subscribe(admin=_may_admin())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_ignore_input)
+                while (text := await mailbox.get()) is not None:
+                    await websocket.send(text)
+                    missed = mailbox.take_missed()
+                    if missed:
+                        await websocket.send(router.feed.missed(missed))
+                await websocket.close(1001, "the router is shutting down")
+                nursery.cancel_scope.cancel(reason="feed closed")
+        finally:
+            router.feed.unsubscribe(mailbox)
+
+    def _may_admin() -> bool:
+        try:
+            _check_admin()
+        except Refused:
+            return False
+        return True
+
+
+async def _ignore_input() -> None:
+    """Unread input would fill Quart's queue, and the client's leaving would not be seen."""
+    while True:
+        await websocket.receive()
+
+
+# -- administration ---------------------------------------------------------------------------
+
+
+def _check_admin() -> None:
+    check_admin(answers.client(), answers.fields(), _MACHINE)
+
+
+def _administration(app: QuartTrio, router: Wired) -> None:
+    @app.get("/admin/servers")
+    async def servers() -> Response:
+        _check_admin()
+        return answers.json(admin.servers_view(router))
+
+    @app.post("/admin/servers/<name:server>/drain")
+    async def drain(server: str) -> Response:
+        _check_admin()
+        return answers.json(admin.drain(router, server, on=True))
+
+    @app.post("/admin/servers/<name:server>/undrain")
+    async def undrain(server: str) -> Response:
+        _check_admin()
+        return answers.json(admin.drain(router, server, on=False))
+
+    @app.get("/admin/servers/<name:server>")
+    async def one(server: str) -> Response:
+        _check_admin()
+        return answers.json(admin.server_view(admin.find(router, server), router))
+
+    @app.post("/admin/reload")
+    async def reload() -> Response:
+        _check_admin()
+        return answers.json(admin.reload(router))
+
+
+def _engine_control(app: QuartTrio, router: Wired) -> None:
+    @app.before_request
+    async def forward() -> Response | None:
+        scope = answers.scope()
+        method, path = scope["method"], scope["path"]
+        if classify(method, scope.get("raw_path") or b"") is not PathClass.ENGINE_CONTROL:
+            return None
+        _check_admin()
+        code, results = await control(
+            router, method, path, scope["query_string"], answers.fields(), await answers.body()
+        )
+        return answers.json(results, code)

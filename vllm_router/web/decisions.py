@@ -1,0 +1,58 @@
+"""The last picks: which server each exchange was given to, and how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+from vllm_router.proxy.record import Record
+
+KEPT = 1000
+LONGEST = 256
+"""Characters kept of what the client chose: its model name and path may be very long."""
+
+
+class Decisions:
+    """A ring of the last KEPT exchanges. Holds nothing of what was asked or answered."""
+
+    def __init__(self) -> None:
+        self._ring: deque[Record] = deque(maxlen=KEPT)
+
+    def add(self, record: Record) -> None:
+        """Called with each finished exchange; O(1)."""
+        model, path = record.model, record.path
+        if (model is not None and len(model) > LONGEST) or len(path) > LONGEST:
+            model = model[:LONGEST] if model is not None else None
+            record = replace(record, model=model, path=path[:LONGEST])
+        self._ring.append(record)
+
+    def newest(self, limit: int, wall: float) -> list[dict[str, Any]]:
+        """Newest first. `wall` is what to add to the loop's clock to get Unix time."""
+        count = min(limit, len(self._ring))
+        ring = reversed(self._ring)
+        return [_row(next(ring), wall) for _ in range(count)]
+
+
+def _row(record: Record, wall: float) -> dict[str, Any]:
+    first_byte = record.first_byte
+    return {
+        "time": round(record.started_at + wall, 3),
+        "request_id": record.request_id.decode("latin-1"),
+        "path": record.path.decode("latin-1"),
+        "model": record.model,
+        "stream": record.stream,
+        "server": record.server.name if record.server is not None else None,
+        "attempts": record.attempts,
+        "retries": [outcome.value for outcome in record.retries],
+        "outcome": outcome_label(record),
+        "status": record.status,
+        "code": record.code or None,
+        "first_byte_seconds": round(first_byte, 6) if first_byte is not None else None,
+        "duration_seconds": round(record.ended_at - record.started_at, 6),
+    }
+
+
+def outcome_label(record: Record) -> str:
+    """The end of an exchange in a word: its last attempt's, or that there was no attempt."""
+    return record.outcome.value if record.outcome is not None else "refused"

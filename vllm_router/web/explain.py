@@ -1,0 +1,81 @@
+"""Why a request goes where it goes: every server with its load, or why it is out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import trio
+
+from vllm_router.fleet.server import Server, State
+from vllm_router.routing.facts import Facts
+from vllm_router.web.router import Router
+
+
+def explain(router: Router, facts: Facts) -> dict[str, Any]:
+    """What would happen to a request with these facts now. Takes no lease, moves no policy."""
+    now = trio.current_time()
+    fleet, policy = router.fleet, router.proxy.policy
+    candidates = fleet.candidates(facts.model, now)
+    # Picking may move the policy (round robin counts): a copy of it picks here.
+    picked = copy.copy(policy).pick(candidates, facts) if candidates else None
+    return {
+        "model": facts.model,
+        "stream": facts.stream,
+        "model_known": facts.model is None or fleet.knows(facts.model),
+        "policy": policy.name,
+        "picked": picked.name if picked is not None else None,
+        "note": _note(candidates, facts, router, now),
+        "candidates": [_score(server) for server in sorted(candidates, key=lambda one: one.load)],
+        "out": [
+            {**_score(server), **_why_out(server, facts.model, now)}
+            for server in fleet.all_servers()
+            if server not in candidates
+        ],
+    }
+
+
+def _score(server: Server) -> dict[str, Any]:
+    return {
+        "server": server.name,
+        "load": round(server.load, 4),
+        "running": server.running,
+        "waiting": server.waiting,
+        "leases": server.in_flight,
+        "capacity": server.capacity,
+        "metrics_fresh": server.metrics_fresh,
+    }
+
+
+def _note(candidates: tuple[Server, ...], facts: Facts, router: Router, now: float) -> str:
+    """What is special about the choice, in a sentence; empty if nothing is."""
+    if not candidates:
+        model = facts.model
+        if model is not None and not router.fleet.knows(model):
+            return f"No server lists the model {model!r}."
+        return "No server can be asked: the request would be refused with 503."
+    if not any(server.traffic_health.admits(now) for server in candidates):
+        return "Every server of the model is ejected; they are tried all the same."
+    if all(now < server.full_until for server in candidates):
+        return "Every server of the model has just refused a request as too busy."
+    if any(server.models is None for server in candidates):
+        return "No server that can be asked lists the model; some lists could not be read."
+    lowest = min(server.load for server in candidates)
+    equals = sum(server.load == lowest for server in candidates)
+    if equals > 1 and router.proxy.policy.name == "least_load":
+        return f"{equals} servers are equal: any of them may be picked."
+    return ""
+
+
+def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
+    state, reason = server.current_state(now)
+    if model is not None and server.models is not None and model not in server.models:
+        reason = "it does not list the model"
+    elif state is State.EJECTED:
+        left = server.traffic_health.until - now
+        reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
+    elif state is State.FULL:
+        reason += f"; asked again in {server.full_until - now:.1f} s"
+    elif state is State.UP and model is not None:
+        reason = "its list of models could not be read, and another server lists the model"
+    return {"state": state, "reason": reason}

@@ -1,0 +1,118 @@
+"""The text format of Prometheus (version 0.0.4), written without building anything twice.
+
+`prometheus_client` needs 22 ms for 32 servers with three histograms each, all of it between two
+chunks of every stream. Here a sample is an object that keeps its labels as text, so that a scrape
+costs one `str()` and one join per line.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Kind(enum.StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: what it is called, what it counts, by which labels."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def header(self) -> str:
+        text = self.help.replace("\\", r"\\").replace("\n", r"\n")
+        return f"# HELP {self.name} {text}\n# TYPE {self.name} {self.kind}\n"
+
+    def key(self, *values: str) -> str:
+        """The sample's name with its labels, and the space before the value."""
+        pairs = pairs_text(dict(zip(self.labels, values, strict=True)))
+        return f"{self.name}{{{pairs}}} " if pairs else f"{self.name} "
+
+    def counter(self, *values: str) -> Counter:
+        return Counter(self.key(*values))
+
+    def histogram(self, *values: str) -> Histogram:
+        return Histogram(self, values)
+
+
+def escape(value: str) -> str:
+    """A label value as it may stand between double quotes."""
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def pairs_text(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{name}="{escape(value)}"' for name, value in labels.items())
+
+
+class Counter:
+    """One sample that only rises: add to `value`."""
+
+    __slots__ = ("_key", "value")
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self.value: float = 0
+
+    def line(self) -> str:
+        return f"{self._key}{self.value}\n"
+
+
+class Histogram:
+    """One distribution over fixed bounds."""
+
+    __slots__ = ("_bounds", "_counts", "_keys", "_sum", "_sum_key")
+
+    def __init__(self, family: Family, values: Sequence[str]) -> None:
+        self._bounds = family.buckets
+        self._counts = [0] * (len(family.buckets) + 1)
+        self._sum = 0.0
+        pairs = pairs_text(dict(zip(family.labels, values, strict=True)))
+        comma = "," if pairs else ""
+        bounds = [*(f"{bound:g}" for bound in family.buckets), "+Inf"]
+        self._keys = [f'{family.name}_bucket{{{pairs}{comma}le="{le}"}} ' for le in bounds]
+        braced = f"{{{pairs}}}" if pairs else ""
+        self._keys.append(f"{family.name}_count{braced} ")
+        self._sum_key = f"{family.name}_sum{braced} "
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def lines(self) -> str:
+        """All buckets, cumulated, then count and sum."""
+        total = 0
+        parts = []
+        keys = iter(self._keys)
+        for count in self._counts:
+            total += count
+            parts.append(f"{next(keys)}{total}\n")
+        parts.append(f"{next(keys)}{total}\n{self._sum_key}{self._sum}\n")
+        return "".join(parts)
+
+
+class Counters(dict[str, Counter]):
+    """Counters of one family by the last label, each made when it is first looked up."""
+
+    def __init__(self, family: Family, *values: str) -> None:
+        super().__init__()
+        self._family, self._values = family, values
+
+    def __missing__(self, value: str) -> Counter:
+        counter = self[value] = self._family.counter(*self._values, value)
+        return counter
+
+    def lines(self) -> str:
+        return "".join([counter.line() for counter in self.values()])

@@ -1,0 +1,38 @@
+"""What the control plane needs of the router; the supervisor is one."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import trio
+
+from vllm_router.config import Config
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server
+from vllm_router.proxy.proxy import Proxy
+from vllm_router.tasks.watch import Reload, Reloader
+
+
+class Router(Protocol):
+    """The parts are the supervisor's; `started_at` is on trio's clock."""
+
+    fleet: Fleet
+    proxy: Proxy
+    reloader: Reloader | None
+    config: Config
+    draining: bool
+    started_at: float
+    task_restarts: int
+
+    @property
+    def ready(self) -> bool: ...
+
+    def reload(self) -> Reload: ...
+
+    def drain_server(self, name: str, on: bool) -> Server | None: ...
+
+
+def wall_offset() -> float:
+    """What to add to a time of trio's clock to get Unix time, in seconds."""
+    return time.time() - trio.current_time()

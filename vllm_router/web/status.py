@@ -1,0 +1,199 @@
+"""The JSON pages of the ancestor project, each field kept, and what we know beyond them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import trio
+
+from vllm_router import __version__
+from vllm_router.fleet.server import Server, State
+from vllm_router.web.router import Router, wall_offset
+
+HEALTHY = (State.UP, State.FULL)
+
+ANCESTORS_MAX_FDS = 65535
+"""`process_max_fds` of the ancestor where a server did not tell; nothing reads it any more."""
+
+
+def is_healthy(server: Server) -> bool:
+    """Good by probes and by traffic. A draining server is healthy, though it gets nothing new."""
+    asleep = server.metrics is not None and server.metrics.asleep
+    return bool(server.probe_health.up) and not server.traffic_health.ejected and not asleep
+
+
+def timestamp(moment: float | None, wall: float) -> str | None:
+    """A time of trio's clock as ISO 8601 in UTC."""
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment + wall, UTC).isoformat(timespec="milliseconds")
+
+
+def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
+    """Name, state, reason and since when: the part that all pages share."""
+    state, reason = server.current_state(now)
+    since = server.state_since or router.started_at
+    return {
+        "name": server.name,
+        "url": server.url,
+        "state": state,
+        "reason": reason,
+        "since": timestamp(since, wall_offset()),
+        "draining": server.draining,
+        "in_flight": server.in_flight,
+    }
+
+
+def health(router: Router) -> dict[str, Any]:
+    """`/health`: always 200, the verdict is in `status`."""
+    now, wall = trio.current_time(), wall_offset()
+    servers = list(router.fleet.servers.values())
+    healthy = sum(map(is_healthy, servers))
+    ratio = healthy / len(servers) if servers else 0.0
+    settings = router.fleet.settings
+    return {
+        "status": _overall(ratio, bool(servers)),
+        "health_score": ratio,
+        "total_servers": len(servers),
+        "healthy_servers": healthy,
+        "unhealthy_servers": len(servers) - healthy,
+        "servers": [
+            _server_health(server, router, now, wall) for server in router.fleet.all_servers()
+        ],
+        "config": {
+            "health_check_enabled": settings.enable_active_health_check,
+            "health_check_interval": settings.health_check_interval,
+            "min_success_rate": settings.health_check_min_success_rate,
+            "max_response_time": settings.health_check_max_response_time,
+        },
+        "version": __version__,
+        "uptime_seconds": round(now - router.started_at, 3),
+        "ready": router.ready,
+        "draining": router.draining,
+        "in_flight": len(router.proxy.exchanges),
+        "reload": reload_state(router),
+        "task_restarts": router.task_restarts,
+    }
+
+
+def _overall(ratio: float, any_server: bool) -> str:
+    """The ancestor's words and thresholds."""
+    if not any_server:
+        return "no_servers"
+    if ratio >= 0.8:
+        return "healthy"
+    return "degraded" if ratio >= 0.5 else "unhealthy"
+
+
+def _server_health(server: Server, router: Router, now: float, wall: float) -> dict[str, Any]:
+    probe, traffic = server.probe_health, server.traffic_health
+    return {
+        **state_of(server, router, now),
+        "healthy": is_healthy(server),
+        "leaving": router.fleet.servers.get(server.name) is not server,
+        "last_check": timestamp(server.checked_at, wall),
+        "consecutive_failures": probe.failures_in_row,
+        "success_rate": probe.success_rate,
+        "avg_response_time": probe.mean_response_time,
+        "last_response_time": probe.last_response_time,
+        "total_checks": probe.total_checks,
+        "failed_requests_in_row": traffic.failures_in_row,
+        "ejections": traffic.ejections,
+        "ejected_for": round(max(0.0, traffic.until - now), 3) if traffic.ejected else None,
+        "supported_models": list(server.models or ()),
+        "models_last_updated": timestamp(server.models_at, wall),
+    }
+
+
+def reload_state(router: Router) -> dict[str, Any]:
+    reloader = router.reloader
+    if reloader is None:
+        return {"source": None, "generation": 1, "applied": 0, "refused": 0, "error": None}
+    return {
+        "source": str(reloader.source.path),
+        "generation": reloader.generation,
+        "applied": reloader.applied_total,
+        "refused": reloader.refused_total,
+        "error": reloader.last_error,
+    }
+
+
+def load_stats(router: Router) -> dict[str, Any]:
+    """`/load-stats`."""
+    now, wall = trio.current_time(), wall_offset()
+    servers = list(router.fleet.servers.values())
+    active = sum(server.running + server.waiting for server in servers)
+    capacity = sum(server.capacity for server in servers)
+    return {
+        "servers": [_server_load(server, router, now, wall) for server in servers],
+        "summary": {
+            "total_servers": len(servers),
+            "healthy_servers": sum(map(is_healthy, servers)),
+            "total_active_load": _number(active),
+            "total_capacity": capacity,
+            "overall_utilization_percent": active / capacity * 100 if capacity else 0,
+            "in_flight": router.fleet.in_flight,
+        },
+    }
+
+
+def _server_load(server: Server, router: Router, now: float, wall: float) -> dict[str, Any]:
+    there, capacity = server.running + server.waiting, server.capacity
+    metrics = server.metrics
+    kv_usage = metrics.kv_usage if metrics is not None else None
+    return {
+        **state_of(server, router, now),
+        "current_load": _number(there),
+        "max_capacity": capacity,
+        "available_capacity": _number(max(0.0, capacity - there)),
+        "utilization_percent": min(100.0, there / capacity * 100),
+        "status": is_healthy(server),
+        "last_updated": timestamp(server.scraped_at, wall),
+        "detailed_metrics": {
+            "num_requests_running": _number(server.running),
+            "num_requests_waiting": _number(server.waiting),
+            "gpu_cache_usage_perc": kv_usage or 0.0,
+            "process_max_fds": ANCESTORS_MAX_FDS,
+        },
+        "load": server.load,
+        "metrics_fresh": server.metrics_fresh,
+        "metrics_age": round(server.metrics_age(now), 3) if server.scraped_at is not None else None,
+        "models": list(server.models) if server.models is not None else None,
+        "served": server.served,
+    }
+
+
+def server_models(router: Router) -> dict[str, Any]:
+    """`/server-models`, by URL."""
+    wall = wall_offset()
+    servers = list(router.fleet.servers.values())
+    return {
+        "servers": {
+            server.url: {
+                "name": server.name,
+                "supported_models": list(server.models or ()),
+                "models_known": server.models is not None,
+                "models_last_updated": timestamp(server.models_at, wall),
+                "healthy": is_healthy(server),
+            }
+            for server in servers
+        },
+        "total_servers": len(servers),
+        "healthy_servers": sum(map(is_healthy, servers)),
+    }
+
+
+def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
+    """`/readyz`: whether to send requests here, and if not, why."""
+    waiting = [s.name for s in router.fleet.servers.values() if s.probe_health.up is None]
+    if router.draining:
+        return False, {"ready": False, "reason": "draining"}
+    if not router.ready:
+        return False, {"ready": False, "reason": "servers not probed yet", "servers": waiting}
+    return True, {"ready": True}
+
+
+def _number(value: float) -> float:
+    """Whole numbers as such: they are requests."""
+    return int(value) if value == int(value) else value
