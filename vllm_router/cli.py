@@ -361,37 +361,33 @@ def status(*, url: str, as_json: bool) -> None:
         _print_status(found)
 
 
+_FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY")
 _STYLES = {"up": "green", "full": "yellow", "draining": "yellow", "asleep": "yellow"}
 
 
 def _print_status(found: Status) -> None:
     from vllm_router.tables import Cell, Column, print_table
 
-    titles = ("SERVER", "STATE", "LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY", "MODELS")
-    rows: list[list[Cell | str]] = []
-    for server in found.servers:
-        state = str(server.get("state", ""))
-        models = server.get("models") or []
-        rows.append(
-            [
-                str(server.get("name", "")),
-                Cell(state, _STYLES.get(state, "bold red")),
-                _figure(server.get("load"), 2),
-                _figure(server.get("running")),
-                _figure(server.get("waiting")),
-                _figure(server.get("in_flight")),
-                _figure(server.get("capacity")),
-                ", ".join(map(str, models)),
-            ]
-        )
-    figures = {"LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY"}
-    print_table([Column(title, right=title in figures) for title in titles], rows)
+    titles = ("SERVER", "STATE", *_FIGURES, "MODELS", "REASON")
+    rows: list[list[Cell | str]] = [
+        [
+            server.name,
+            Cell(server.state, _STYLES.get(server.state, "bold red")),
+            _figure(server.load, 2),
+            _figure(server.running),
+            _figure(server.waiting),
+            _figure(server.in_flight),
+            _figure(server.capacity),
+            ", ".join(server.models),
+            server.reason,
+        ]
+        for server in found.servers
+    ]
+    print_table([Column(title, right=title in _FIGURES) for title in titles], rows)
 
 
-def _figure(value: object, digits: int = 0) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    return f"{value:.{digits}f}"
+def _figure(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 @cli.command()

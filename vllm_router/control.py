@@ -32,28 +32,70 @@ class NoRouter(RouterError):
     """Nothing answers at the URL, or something that is not a vLLM Router."""
 
 
-class UnknownServer(RouterError):
-    """The router has no server of that name."""
+class Refusal(RouterError):
+    """The router answered with an error; `code` is its name for it."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 # -- a running router -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """One server, as `/load-stats` tells; None is what an older or newer router does not tell."""
+
+    name: str
+    state: str
+    reason: str
+    load: float | None
+    running: float | None
+    waiting: float | None
+    in_flight: float | None
+    capacity: float | None
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
-    """What a router says of itself; both as decoded from JSON."""
+    """What a router says of itself, decoded from JSON; `load` has a list of `servers`."""
 
     health: dict[str, Any]
     load: dict[str, Any]
 
     @property
-    def servers(self) -> list[dict[str, Any]]:
-        """One entry per server, in the order of the configuration."""
-        return [entry for entry in self.load["servers"] if isinstance(entry, dict)]
+    def servers(self) -> list[ServerStatus]:
+        """In the order of the configuration."""
+        return [_server_status(entry) for entry in self.load["servers"] if isinstance(entry, dict)]
+
+
+def _server_status(entry: dict[str, Any]) -> ServerStatus:
+    metrics = entry.get("detailed_metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
+
+    def figure(value: object) -> float | None:
+        return float(value) if isinstance(value, int | float) else None
+
+    return ServerStatus(
+        name=str(entry.get("name", "")),
+        state=str(entry.get("state", "")),
+        reason=str(entry.get("reason", "")),
+        load=figure(entry.get("load")),
+        running=figure(metrics.get("num_requests_running")),
+        waiting=figure(metrics.get("num_requests_waiting")),
+        in_flight=figure(entry.get("in_flight")),
+        capacity=figure(entry.get("max_capacity")),
+        models=tuple(map(str, entry.get("models") or ())),
+    )
 
 
 class Router:
-    """A client of one running router; an async context manager. Every method raises NoRouter."""
+    """A client of one running router; an async context manager.
+
+    Every method raises NoRouter or Refusal.
+    """
 
     def __init__(self, url: str) -> None:
         """`url` may lack the scheme and end in a slash."""
@@ -74,19 +116,11 @@ class Router:
         return Status(health=await self._ask("GET", "/health"), load=load)
 
     async def drain(self, server: str, *, on: bool) -> None:
-        """Take a server out of the rotation, or back in. Raises UnknownServer."""
-        known = [str(entry.get("name")) for entry in (await self.status()).servers]
-        if server not in known:
-            names = ", ".join(known) or "none"
-            raise UnknownServer(f"{self.url} has no server {server}; it has {names}")
-        action = "drain" if on else "undrain"
-        await self._ask("POST", f"/admin/servers/{quote(server, safe='')}/{action}")
+        """Take a server out of the rotation, or back in."""
+        await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
 
     async def watch_drain(self, server: str) -> AsyncIterator[int]:
-        """The requests in flight on a server, whenever their number has changed, down to 0.
-
-        Raises UnknownServer if it has left the configuration meanwhile.
-        """
+        """The requests in flight on a server, whenever their number has changed, down to 0."""
         last = -1
         while True:
             number = await self._in_flight(server)
@@ -98,26 +132,34 @@ class Router:
             await trio.sleep(POLL_INTERVAL)
 
     async def _in_flight(self, server: str) -> int:
-        for entry in (await self.status()).servers:
-            if entry.get("name") == server:
-                return int(entry.get("in_flight", 0))
-        raise UnknownServer(f"{server} has left the configuration")
+        try:
+            return int((await self._ask("GET", _admin(server))).get("in_flight", 0))
+        except Refusal as refusal:
+            if refusal.code == "server_not_found":
+                return 0  # taken out of the configuration meanwhile, and its last request ended
+            raise
 
     async def _ask(self, method: str, path: str) -> dict[str, Any]:
-        """A JSON object from the router. `/health` has one also when its status is 503."""
+        """A JSON object from the router."""
         try:
             response = await self._client.request(method, self.url + path)
         except httpx.InvalidURL as error:
             raise NoRouter(f"{self.url} is no URL: {error}") from None
         except httpx.HTTPError as error:
             raise NoRouter(f"no router answers at {self.url}: {words(error)}") from None
-        try:
-            page = response.json()
-        except ValueError:
-            page = None
-        if not isinstance(page, dict) or response.status_code in (401, 403, 404, 405):
+        page = _object(response)
+        code = response.headers.get("x-vllm-router-error")
+        if code is not None:
+            said = page.get("error")
+            message = said.get("message") if isinstance(said, dict) else None
+            raise Refusal(code, str(message or f"{self.url} answered {code}"))
+        if not response.is_success or not page:
             raise NoRouter(f"{self.url} is no vLLM Router: {path} answered {response.status_code}")
         return page
+
+
+def _admin(server: str) -> str:
+    return f"/admin/servers/{quote(server, safe='')}"
 
 
 # -- the servers themselves -------------------------------------------------------------------
