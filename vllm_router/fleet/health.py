@@ -173,8 +173,10 @@ class TrafficHealth:
         """
         self.failures_in_row += 1
         if self.ejected:
-            if not trial:
-                return False  # a request from before the ejection; the clock is running already
+            if not trial or now < self.until:
+                # Sent before the ejection, or in panic: the clock is running already. Otherwise
+                # the many requests of one moment would count as many ejections.
+                return False
         elif self.failures_in_row < self.rules.failure_threshold:
             return False
         else:

@@ -1,0 +1,156 @@
+"""What is read from a real vLLM's metrics page, and from pages that are not so well-behaved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_router.fleet.engine_metrics import EngineMetrics, parse_engine_metrics
+
+CAPTURES = Path(__file__).parent / "data" / "vllm"
+
+
+def capture(name: str) -> EngineMetrics:
+    return parse_engine_metrics((CAPTURES / name).read_text())
+
+
+def test_a_loaded_server():
+    metrics = capture("metrics-loaded.txt")
+    assert (metrics.running, metrics.waiting) == (4.0, 8.0)
+    assert metrics.kv_usage == pytest.approx(0.470588)
+    assert (metrics.prefix_queries, metrics.prefix_hits) == (1301.0, 0.0)
+    assert (metrics.prompt_tokens, metrics.generation_tokens) == (1301.0, 2441.0)
+    assert metrics.token_latency_count == 2437.0
+    assert metrics.token_latency_sum == pytest.approx(5.834680738)
+    assert (metrics.first_token_count, metrics.first_token_sum) == (4.0, pytest.approx(0.17247))
+    assert metrics.has_load
+    assert not metrics.asleep
+    assert metrics.kv_tokens is not None
+    assert metrics.kv_tokens % 32 == 0
+
+
+def test_engines_of_a_data_parallel_server_are_summed_and_utilisation_is_averaged():
+    metrics = capture("metrics-loaded-dp2.txt")
+    assert (metrics.running, metrics.waiting) == (4.0, 0.0)
+    assert metrics.prompt_tokens == 39.0
+    assert metrics.generation_tokens == 6781.0 + 6941.0
+    assert metrics.first_token_count == 12.0
+    assert metrics.token_latency_count == 6773.0 + 6934.0
+    assert metrics.kv_usage == pytest.approx((0.025415444770283457 + 0.029325513196480912) / 2)
+
+
+def test_without_log_stats_there_is_no_load():
+    metrics = capture("metrics-disable-log-stats.txt")
+    assert metrics == EngineMetrics()
+    assert not metrics.has_load
+
+
+def test_waiting_by_reason_is_not_waiting():
+    page = (
+        'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0\n'
+        'vllm:num_requests_waiting_by_reason{engine="0",reason="deferred"} 9.0\n'
+    )
+    assert parse_engine_metrics(page).waiting is None
+    assert parse_engine_metrics(page + 'vllm:num_requests_waiting{engine="0"} 3\n').waiting == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("gpu_cache_usage_perc", "kv_cache_usage_perc", "kv_usage"),
+        ("gpu_prefix_cache_queries_total", "prefix_cache_queries_total", "prefix_queries"),
+        (
+            "time_per_output_token_seconds_sum",
+            "inter_token_latency_seconds_sum",
+            "token_latency_sum",
+        ),
+    ],
+)
+def test_old_names_are_read_and_newer_ones_go_first(old, new, field):
+    older, newer = f'vllm:{old}{{engine="0"}} 0.25\n', f'vllm:{new}{{engine="0"}} 0.75\n'
+    assert getattr(parse_engine_metrics(older), field) == 0.25
+    assert getattr(parse_engine_metrics(older + newer), field) == 0.75
+    assert getattr(parse_engine_metrics(newer + older), field) == 0.75
+
+
+def test_an_engine_that_is_not_awake_sleeps_even_if_others_are():
+    page = (
+        'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0\n'
+        'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0\n'
+        'vllm:engine_sleep_state{engine="1",sleep_state="awake"} 0.0\n'
+        'vllm:engine_sleep_state{engine="1",sleep_state="discard_all"} 1.0\n'
+    )
+    assert parse_engine_metrics(page).asleep
+    assert not parse_engine_metrics("\n".join(page.splitlines()[:2])).asleep
+
+
+def test_label_values_may_hold_braces_spaces_and_escaped_quotes():
+    page = 'vllm:num_requests_running{model_name="a} 5 \\"b\\" {",engine="0"} 3.0\n'
+    assert parse_engine_metrics(page).running == 3.0
+
+
+def test_samples_without_labels_with_a_timestamp_or_dos_line_ends_count():
+    assert parse_engine_metrics("vllm:num_requests_running 2\n").running == 2
+    assert parse_engine_metrics("vllm:num_requests_running 2 1700000000\n").running == 2
+    page = 'vllm:num_requests_running{engine="0"} 2\r\nvllm:num_requests_waiting 1\r\n'
+    metrics = parse_engine_metrics(page)
+    assert (metrics.running, metrics.waiting) == (2, 1)
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "", "many", "0x10"])
+def test_values_that_are_no_finite_numbers_are_no_values(value):
+    page = f'vllm:num_requests_running{{engine="0"}} {value}\n'
+    assert parse_engine_metrics(page).running is None
+    page += 'vllm:num_requests_running{engine="1"} 4\n'
+    assert parse_engine_metrics(page).running == 4
+
+
+def test_comments_and_other_programs_metrics_are_ignored():
+    page = (
+        "# HELP vllm:num_requests_running Number of requests\n"
+        "# vllm:num_requests_running 9\n"
+        "sglang:num_requests_running 8\n"
+        "xvllm:num_requests_running 8\n"
+        "vllm:num_requests_running_total 8\n"
+    )
+    assert parse_engine_metrics(page) == EngineMetrics()
+
+
+def test_the_size_of_the_cache_is_blocks_times_block_size_over_all_engines():
+    page = (
+        'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
+        'vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="50"} 1.0\n'
+    )
+    assert parse_engine_metrics(page).kv_tokens == 2400
+    assert parse_engine_metrics(page.replace('"100"', '"None"')).kv_tokens == 800
+    assert parse_engine_metrics("vllm:cache_config_info 1.0\n").kv_tokens is None
+
+
+_NAMES = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:engine_sleep_state",
+    "vllm:cache_config_info",
+    "vllm:kv_cache_usage_perc",
+]
+_LABELS = ['{engine="0"}', '{num_gpu_blocks="9e9",block_size="1"}', "{", '{a="}', '{a="} 1']
+_LINES = st.one_of(
+    st.text(max_size=40),
+    st.tuples(
+        st.sampled_from(_NAMES), st.sampled_from(_LABELS) | st.text(max_size=12), st.text()
+    ).map(lambda parts: f"{parts[0]}{parts[1]} {parts[2]}"),
+    st.tuples(st.sampled_from(_NAMES), st.floats()).map(lambda parts: f"{parts[0]} {parts[1]}"),
+)
+
+
+@given(st.lists(_LINES, max_size=8).map("\n".join))
+@example('vllm:cache_config_info{num_gpu_blocks="' + "9" * 5000 + '",block_size="1"} 1')
+@example("vllm:num_requests_running{" * 200)
+def test_no_page_whatever_raises_and_no_figure_is_infinite(page):
+    metrics = parse_engine_metrics(page)
+    assert metrics.running is None or math.isfinite(metrics.running)
+    assert metrics.kv_tokens is None or metrics.kv_tokens > 0

@@ -1,0 +1,246 @@
+"""The two machines of health, driven with numbers for time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
+
+GOOD, NO, REFUSED, SLOW = Check.GOOD, Check.UNHEALTHY, Check.UNREACHABLE, Check.TIMEOUT
+
+
+def probed(*checks: Check, rules: HealthRules | None = None) -> ProbeHealth:
+    health = ProbeHealth(rules or HealthRules(rise=2, fall=3))
+    for check in checks:
+        health.observe(check, 0.01)
+    return health
+
+
+# -- probes ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_known_before_the_first_check():
+    assert probed().up is None
+    assert probed().success_rate == 1.0
+
+
+@pytest.mark.parametrize(("check", "up"), [(GOOD, True), (NO, False), (REFUSED, False)])
+def test_the_first_check_decides_alone(check, up):
+    health = ProbeHealth(HealthRules())
+    assert health.observe(check, 0.01)
+    assert health.up is up
+
+
+@pytest.mark.parametrize("bad", [NO, REFUSED, SLOW])
+def test_it_falls_after_as_many_failures_in_a_row_as_configured(bad):
+    health = probed(GOOD, bad, bad)
+    assert health.up
+    assert health.observe(bad, 0.01)
+    assert not health.up
+    assert "3 checks in a row" in health.reason
+
+
+def test_a_good_check_in_between_starts_the_count_anew():
+    assert probed(GOOD, NO, NO, GOOD, NO, NO).up
+
+
+def test_it_rises_after_as_many_good_checks_in_a_row_as_configured():
+    health = probed(NO)
+    assert not health.observe(GOOD, 0.01)
+    assert not health.observe(NO, 0.01)
+    assert not health.observe(GOOD, 0.01)
+    assert health.observe(GOOD, 0.01)
+    assert health.up
+    assert health.reason == ""
+
+
+def test_old_failures_do_not_outweigh_a_recovery():
+    rules = HealthRules(rise=2, fall=3, window=5, min_success_rate=0.8)
+    health = probed(GOOD, NO, NO, NO, GOOD, GOOD, rules=rules)
+    assert health.up
+    assert not health.observe(GOOD, 0.01)
+    assert health.up
+
+
+def test_a_full_window_with_too_few_good_checks_takes_it_out():
+    rules = HealthRules(fall=3, window=5, min_success_rate=0.8)
+    health = probed(GOOD, NO, GOOD, NO, rules=rules)
+    assert health.up
+    assert health.observe(GOOD, 0.01)
+    assert not health.up
+    assert "60% of the last 5" in health.reason
+
+
+def test_a_full_window_of_slow_checks_takes_it_out_and_only_good_ones_are_timed():
+    rules = HealthRules(window=3, max_response_time=1.0, min_success_rate=0.0)
+    health = ProbeHealth(rules)
+    health.observe(GOOD, 1.5)
+    health.observe(NO, 100.0)
+    assert health.mean_response_time == 1.5
+    assert health.observe(GOOD, 1.5)
+    assert not health.up
+    assert "1.5 s" in health.reason
+
+
+def test_settled_is_false_while_checks_contradict_the_state():
+    assert probed(GOOD).settled
+    assert not probed(GOOD, NO).settled
+    assert probed(NO).settled
+    assert not probed(NO, GOOD).settled
+
+
+def test_an_answered_scrape_clears_failures_but_raises_nobody():
+    health = probed(GOOD, SLOW, SLOW)
+    assert not health.observe_scrape(reachable=True)
+    assert health.failures_in_row == 0
+    down = probed(NO)
+    for _ in range(5):
+        assert not down.observe_scrape(reachable=True)
+    assert down.up is False
+
+
+def test_metrics_of_a_dead_engine_do_not_excuse_a_health_check_that_says_no():
+    health = probed(GOOD, NO, NO)
+    health.observe_scrape(reachable=True)
+    assert health.observe(NO, 0.01)
+    assert not health.up
+
+
+def test_a_refused_scrape_is_a_failed_check():
+    health = probed(GOOD, REFUSED)
+    assert not health.observe_scrape(reachable=False)
+    assert health.observe_scrape(reachable=False)
+    assert not health.up
+
+
+def test_new_rules_keep_what_has_been_seen():
+    health = probed(GOOD, NO, NO)
+    health.apply(HealthRules(fall=5, window=2, min_success_rate=0.0))
+    assert len(health.window) == 2
+    assert health.failures_in_row == 2
+    assert not health.observe_scrape(reachable=False)
+
+
+@given(
+    st.lists(st.sampled_from(list(Check)), max_size=60),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 12),
+)
+def test_flips_are_told_exactly_when_the_state_changes(checks, rise, fall, window):
+    health = ProbeHealth(HealthRules(rise=rise, fall=fall, window=window))
+    for check in checks:
+        before = health.up
+        flipped = health.observe(check, 0.1)
+        assert flipped is (health.up is not before)
+        assert bool(health.reason) is not health.up
+
+
+# -- traffic -----------------------------------------------------------------------------------
+
+
+def ejected(at: float = 100.0, **rules: float) -> TrafficHealth:
+    health = TrafficHealth(HealthRules(failure_threshold=3, ejection_time=5.0, **rules))
+    for _ in range(3):
+        health.failed(at, trial=False)
+    assert health.ejected
+    return health
+
+
+def test_failures_in_a_row_eject_and_an_answer_between_them_does_not():
+    health = TrafficHealth(HealthRules(failure_threshold=3))
+    assert not health.failed(1.0, trial=False)
+    assert not health.failed(1.0, trial=False)
+    health.succeeded(1.0, trial=False)
+    assert not health.failed(1.0, trial=False)
+    assert not health.failed(1.0, trial=False)
+    assert health.admits(1.0)
+    assert health.failed(1.0, trial=False)
+    assert not health.admits(1.0)
+
+
+def test_after_its_time_an_ejected_server_is_admitted_to_one_trial_at_a_time():
+    health = ejected(at=100.0)
+    assert not health.admits(104.9)
+    assert health.admits(105.0)
+    assert health.start_trial()
+    assert not health.admits(105.0)
+    health.trial_ended()
+    assert health.admits(105.0)
+
+
+def test_a_good_trial_restores_and_a_straggler_from_before_does_not():
+    health = ejected(at=100.0)
+    assert not health.succeeded(101.0, trial=False)
+    assert health.ejected
+    assert health.start_trial()
+    assert health.succeeded(105.1, trial=True)
+    assert not health.ejected
+    assert health.admits(105.1)
+
+
+def test_each_ejection_lasts_longer_up_to_a_cap():
+    health, now, lasted = ejected(at=0.0), 0.0, []
+    for _ in range(15):
+        lasted.append(health.until - now)
+        now = health.until
+        health.start_trial()
+        assert health.failed(now, trial=True)
+    assert lasted[:3] == [5.0, 10.0, 15.0]
+    assert max(lasted) == lasted[-1] == 60.0
+
+
+def test_an_ejection_time_beyond_the_cap_is_kept():
+    health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=90.0))
+    health.failed(0.0, trial=False)
+    assert health.until == 90.0
+
+
+def test_failures_of_stragglers_do_not_prolong_an_ejection():
+    health = ejected(at=100.0)
+    for _ in range(50):
+        assert not health.failed(101.0, trial=False)
+    assert (health.until, health.ejections) == (105.0, 1)
+
+
+def test_requests_sent_in_panic_before_its_time_do_not_prolong_an_ejection_either():
+    """All servers ejected: they are asked all the same, 50 at once; that is one failure more."""
+    health = ejected(at=100.0)
+    for _ in range(50):
+        health.failed(101.0, trial=True)
+    assert (health.until, health.ejections) == (105.0, 1)
+
+
+def test_trials_that_overlap_prolong_an_ejection_once():
+    health = ejected(at=100.0)
+    for _ in range(50):
+        health.failed(106.0, trial=True)
+    assert (health.until, health.ejections) == (116.0, 2)
+
+
+def test_ejections_are_forgotten_with_good_service():
+    health = ejected(at=100.0)
+    health.succeeded(105.0, trial=True)
+    for _ in range(3):
+        health.failed(120.0, trial=False)
+    assert health.until == 130.0
+    health.succeeded(130.0, trial=True)
+    for _ in range(3):
+        health.failed(200.0, trial=False)
+    assert health.until == 205.0
+
+
+def test_jitter_stretches_the_ejection():
+    health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=5.0))
+    health.failed(0.0, trial=False, jitter=1.1)
+    assert health.until == pytest.approx(5.5)
+
+
+def test_a_restart_wipes_the_slate():
+    health = ejected(at=100.0)
+    assert health.restarted(101.0)
+    assert health.admits(101.0)
+    assert not health.restarted(102.0)
+    assert not health.failed(102.0, trial=False)
