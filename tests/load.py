@@ -1,0 +1,124 @@
+"""Concurrent clients for tests: what each request got, in one line each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import trio
+
+
+@dataclass(frozen=True)
+class Result:
+    """One request as its client saw it. `ended` is "done", "error event", "cut" or "failed"."""
+
+    status: int
+    ended: str
+    seconds: float
+    server: str
+    events: int = 0
+    text: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200 and self.ended == "done"
+
+
+async def ask(
+    client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> Result:
+    """One chat completion, streamed if the body says so, read to its end."""
+    began = time.monotonic()
+    status, server, events, ended, tail = 0, "", 0, "failed", b""
+    try:
+        async with client.stream(
+            "POST", "/v1/chat/completions", json=body, headers=headers
+        ) as answer:
+            status = answer.status_code
+            server = answer.headers.get("x-vllm-router-server", "")
+            async for chunk in answer.aiter_raw():
+                events += chunk.count(b"\n\n")
+                tail = (tail + chunk)[-4000:]
+        whole = not body.get("stream") or tail.rstrip().endswith(b"[DONE]")
+        ended = "done" if whole or status != 200 else "truncated"
+    except httpx.TransportError as error:
+        ended = "error event" if b'"upstream_error"' in tail else f"cut ({type(error).__name__})"
+    return Result(
+        status, ended, time.monotonic() - began, server, events, tail.decode(errors="replace")
+    )
+
+
+class Load:
+    """Closed-loop clients against a router. Enter it to start, leave it to stop and wait."""
+
+    def __init__(self, url: str, body: dict[str, Any], clients: int, *, pause: float = 0.0) -> None:
+        self.results: list[Result] = []
+        self._url, self._body, self._clients, self._pause = url, body, clients, pause
+        self._stop = False
+        self._manager: Any = None
+        self._nursery: trio.Nursery
+
+    async def _work(self, client: httpx.AsyncClient) -> None:
+        while not self._stop:
+            self.results.append(await ask(client, self._body))
+            await trio.sleep(self._pause)
+
+    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with (
+            httpx.AsyncClient(
+                base_url=self._url, timeout=60, trust_env=False, limits=limits
+            ) as client,
+            trio.open_nursery() as nursery,
+        ):
+            for _ in range(self._clients):
+                nursery.start_soon(self._work, client)
+            task_status.started()
+
+    async def __aenter__(self) -> Load:
+        self._manager = trio.open_nursery()
+        self._nursery = await self._manager.__aenter__()
+        await self._nursery.start(self._run)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._stop = True
+        await self._manager.__aexit__(*error)
+
+    async def wait_for(self, count: int) -> None:
+        """Until so many more requests have ended."""
+        wanted = len(self.results) + count
+        with trio.fail_after(30):
+            while len(self.results) < wanted:
+                await trio.sleep(0.01)
+
+    def kinds(self) -> Counter[tuple[int, str]]:
+        return Counter((result.status, result.ended) for result in self.results)
+
+    def bad(self) -> list[Result]:
+        return [result for result in self.results if not result.ok]
+
+    def p99(self) -> float:
+        times = sorted(result.seconds for result in self.results)
+        return times[math.ceil(len(times) * 0.99) - 1]
+
+
+async def burst(url: str, body: dict[str, Any], count: int) -> list[Result]:
+    """`count` requests at the same time, on connections of their own."""
+    results: list[Result] = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=60, trust_env=False, limits=limits
+    ) as client:
+
+        async def one() -> None:
+            results.append(await ask(client, body))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(count):
+                nursery.start_soon(one)
+    return results
