@@ -168,6 +168,11 @@ class Front:
                             async with trio.open_nursery() as acceptors:
                                 for listener in self._listeners:
                                     acceptors.start_soon(self._accept, listener, connections)
+                        for listener in self._listeners:
+                            # Closing would reset those whose handshake is done.
+                            with contextlib.suppress(OSError):
+                                while True:
+                                    self._take(listener, connections)
                         self.close()
                     helpers.cancel_scope.cancel()
         finally:
@@ -231,7 +236,7 @@ class Front:
                 if self._open >= self._most:
                     break
                 try:
-                    sock, address = listener.accept()
+                    self._take(listener, connections)
                 except BlockingIOError:
                     exhausted = False
                     break
@@ -243,16 +248,20 @@ class Front:
                         exhausted = True
                     await trio.sleep(PAUSE_WHEN_EXHAUSTED)
                     break
-                sock.setblocking(False)
-                self._open += 1
-                self._accepted += 1
-                connections.start_soon(self._serve, sock, address)
+
+    def _take(self, listener: socket.socket, connections: trio.Nursery) -> None:
+        """Accept one connection. Raises OSError, BlockingIOError if there is none."""
+        sock, address = listener.accept()
+        sock.setblocking(False)
+        self._open += 1
+        self._accepted += 1
+        connections.start_soon(self._serve, sock, address)
 
     async def _serve(self, sock: socket.socket, address: Address) -> None:
         """One connection, from its first byte to its last."""
         try:
             await self._dispatch(sock, address[:2])
-        except Exception:
+        except* Exception:
             # Whatever is wrong with it, the others go on.
             log.exception("a connection failed")
         finally:

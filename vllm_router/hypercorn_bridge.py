@@ -166,6 +166,8 @@ class _Refused(Exception):
 class GuardedH11Protocol(H11Protocol):
     """HTTP/1.1 that is as strict about framing as the lane is."""
 
+    _refused = False
+
     async def handle(self, event: Event) -> None:
         with contextlib.suppress(_Refused):
             await super().handle(event)
@@ -193,6 +195,8 @@ class GuardedH11Protocol(H11Protocol):
         await super()._create_stream(request)
 
     async def refuse(self, refusal: Refusal) -> None:
+        """Answer in the application's place, and close."""
+        self._refused = True
         headers, body = refusal.headers_and_body()
         headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
         await self._send_h11_event(
@@ -206,6 +210,8 @@ class GuardedH11Protocol(H11Protocol):
         await self.send(Closed())
 
     async def stream_send(self, event: StreamEvent) -> None:
+        if self._refused:
+            return
         if isinstance(event, Response) and event.status_code >= 200:
             headers = [*event.headers, *self.config.response_headers("h11")]
             spent = self.keep_alive_requests >= self.config.keep_alive_max_requests
@@ -338,6 +344,12 @@ class GuardedProtocolWrapper(ProtocolWrapper):
     def _http1(self) -> h11.Connection | None:
         connection = getattr(self.protocol, "connection", None)
         return connection if isinstance(connection, h11.Connection) else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being served."""
+        protocol = self.protocol
+        return not protocol.idle if isinstance(protocol, H2Protocol) else bool(protocol.stream)
 
     @property
     def waits_for_body(self) -> bool:
@@ -487,6 +499,7 @@ class GuardedTCPServer(TCPServer):
         self._limits = limits or Limits()
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
+        self._handling = False
         self._lingering = False
         self._last_moment = math.inf
         self._body_bytes = 0
@@ -496,7 +509,7 @@ class GuardedTCPServer(TCPServer):
         try:
             with self._scope:
                 await self._serve()
-        except Exception:
+        except* Exception:
             # A bug of Hypercorn, of ours, or of the application that only this client meets.
             log.exception("a connection failed")
         finally:
@@ -572,10 +585,13 @@ class GuardedTCPServer(TCPServer):
                     self._wait_for_silence()
                     continue
                 self._reading.deadline = math.inf
+                self._handling = True
                 try:
                     await self.protocol.handle(RawData(bytes(data)))
                 except _Left:
                     break
+                finally:
+                    self._handling = False
                 if not data:
                     break
                 self._set_deadline(len(data))
@@ -610,7 +626,7 @@ class GuardedTCPServer(TCPServer):
         self._reading.deadline = min(deadline, self._last_moment)
 
     def _ended(self) -> bool:
-        return self._lingering or _hung_up(self._socket.fileno())
+        return self._lingering or _polls(self._socket.fileno(), select.POLLRDHUP)
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
@@ -630,6 +646,15 @@ class GuardedTCPServer(TCPServer):
                 await self.idle_task.restart(self._task_group, self._idle_timeout)
             else:
                 await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        with trio.move_on_after(self.config.keep_alive_timeout):
+            await self.context.terminated.wait()
+            arrived = _polls(self._socket.fileno(), select.POLLIN) and not self._ended()
+            if arrived or self._handling or self.protocol.busy:
+                return  # a request came in time
+        with trio.CancelScope(shield=True):
+            await self._initiate_server_close()
 
     async def _close(self) -> None:
         """Nothing more is sent. The reader goes on until the client has taken notice: closing
@@ -740,7 +765,7 @@ def install(before_shutdown: Callable[[], Awaitable[None]] | None = None) -> Non
     run.worker_serve = package.worker_serve = worker_serve
 
 
-def _hung_up(fileno: int) -> bool:
+def _polls(fileno: int, mask: int) -> bool:
     poll = select.poll()
-    poll.register(fileno, select.POLLRDHUP)
+    poll.register(fileno, mask)
     return bool(poll.poll(0))

@@ -27,6 +27,8 @@ _NOTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"connecti
 # A line feed without its carriage return, or the reverse: never part of a head (RFC 9112 2.2).
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\0")
 
+_BARE_MESSAGE = "bare CR, bare LF or NUL in the head"
+
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """What an HTTP/2 client says first (RFC 9113 3.4), as far as it looks like a request head."""
 
@@ -152,6 +154,8 @@ def read_head(data: bytes, line: tuple[str, bytes, str]) -> Head:
     except httptools.HttpParserInvalidMethodError:
         raise Refusal(501, "method_not_implemented", "unknown method") from None
     except httptools.HttpParserError as error:
+        if _BARE.search(data):
+            raise malformed(_BARE_MESSAGE) from None
         raise malformed(f"malformed head: {error}") from None
     head.check()
     return head
@@ -164,7 +168,7 @@ def check_partial(data: bytes | bytearray, checked: int) -> None:
     `checked` bytes have been looked at before.
     """
     if _BARE.search(data, checked):
-        raise malformed("bare CR, bare LF or NUL in the head")
+        raise malformed(_BARE_MESSAGE)
     end = data.find(b"\r\n")
     if end >= 0:
         if end >= checked - 1 and not HTTP2_PREFACE.startswith(bytes(data)):
@@ -178,7 +182,10 @@ def check_partial(data: bytes | bytearray, checked: int) -> None:
 
 # RFC 9112 7.1. Extensions are dropped unread, but may hold no control characters.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n")
+_TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t -~\x80-\xff]*\r\n")
+
+# RFC 9110 6.5.1: a trailer that could change how the message is read is never honest.
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"host"})
 
 MAX_CHUNK_LINE = 4096
 MAX_TRAILERS = 16384
@@ -256,5 +263,6 @@ class ChunkedBody:
             self._state = _DONE
         else:
             self._trailers += len(line)
-            if self._trailers > MAX_TRAILERS or _TRAILER.fullmatch(line) is None:
+            match = _TRAILER.fullmatch(line)
+            if match is None or self._trailers > MAX_TRAILERS or match[1].lower() in _FRAMING:
                 raise malformed("malformed trailer")
