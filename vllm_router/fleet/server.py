@@ -103,7 +103,7 @@ class Server:
 
         self.draining = False
         self.full_until = 0.0
-        self.last_byte_at = 0.0
+        self.last_byte_at = -float("inf")
         self.checked_at: float | None = None
         self.state = State.UNKNOWN
         self.state_since = 0.0
@@ -176,13 +176,19 @@ class Server:
         self.load = (self.running + 0.5 * self.waiting) / self.capacity
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
-        """A metrics page arrived; `leases` were held when it was asked for."""
+        """A metrics page arrived; `leases` were held when it was asked for.
+
+        One without a load (`--disable-log-stats`) takes the figures of earlier ones back.
+        """
         was_asleep = self.metrics is not None and self.metrics.asleep
-        self.metrics, self.scraped_at = metrics, now
-        self.metrics_fresh = True
+        if metrics.has_load:
+            self.metrics, self.scraped_at = metrics, now
+        else:
+            self.metrics = self.scraped_at = None
+        self.metrics_fresh = metrics.has_load
         self._leases_at_scrape = leases
         self._update_load()
-        if metrics.asleep is not was_asleep:
+        if (metrics.has_load and metrics.asleep) is not was_asleep:
             self._on_change(self)
 
     def age_metrics(self, now: float) -> None:

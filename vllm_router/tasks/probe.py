@@ -168,8 +168,7 @@ class Probe:
                 answered = True
                 if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
                     metrics = parse_engine_metrics(response.text)
-                    if metrics.has_load:
-                        server.scraped(metrics, trio.current_time(), leases)
+                    server.scraped(metrics, trio.current_time(), leases)
         if answered:
             self._reached(reachable=True)
         else:

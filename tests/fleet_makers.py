@@ -1,0 +1,57 @@
+"""Configurations, servers and fleets for tests of what is known about them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vllm_router.config import Config, parse
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.health import Check
+from vllm_router.fleet.server import Server
+
+
+def make_config(servers: list[dict[str, Any]] | int = 1, **settings: Any) -> Config:
+    """A configuration as a file would give it; servers `a`, `b`, ... if only their number is."""
+    if isinstance(servers, int):
+        servers = [{"url": f"http://{name}.test:1", "name": name} for name in "abcdef"[:servers]]
+    lines = ["[servers]", "servers = ["]
+    for server in servers:
+        lines.append("  {" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in server.items()) + "},")
+    lines += ["]", "[config]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    return parse("\n".join(lines).encode(), "servers.toml", {})
+
+
+def make_fleet(
+    servers: list[dict[str, Any]] | int = 1, *, up: bool = True, now: float = 0.0, **settings: Any
+) -> Fleet:
+    """A fleet whose servers have been probed good and list the model `m`, unless told not to."""
+    fleet = Fleet(make_config(servers, **settings))
+    if up:
+        for server in fleet.servers.values():
+            come_up(server, now)
+        fleet.settle(now)
+    return fleet
+
+
+def come_up(server: Server, now: float, *models: str) -> None:
+    cards = {model: {"id": model, "object": "model"} for model in models or ("m",)}
+    server.listed(cards, now)
+    while not server.probe_health.up:
+        server.checked(Check.GOOD, 0.001, now)
+
+
+def go_down(server: Server, now: float) -> None:
+    while server.probe_health.up is not False:
+        server.checked(Check.UNREACHABLE, 0.001, now)
+
+
+def eject(server: Server, now: float) -> None:
+    while not server.traffic_health.ejected:
+        server.failed(now, trial=False, jitter=1.0)
+
+
+def gauges(running: float, waiting: float = 0.0, **more: Any) -> EngineMetrics:
+    return EngineMetrics(running=running, waiting=waiting, **more)
