@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,28 @@ class Fleet:
             self.settle(now)
         ready = self._ready.get(model)
         if ready is None:
-            if len(self._ready) >= self.MAX_REMEMBERED_MODELS:
-                self._ready.clear()
-            ready = self._ready[model] = self._choose(model, now)
+            ready = self._choose(model, now, ())
+            # Names that nobody knows come from clients: too many, and too long, to be kept.
+            if model is None or self.knows(model):
+                if len(self._ready) >= self.MAX_REMEMBERED_MODELS:
+                    self._ready.clear()
+                self._ready[model] = ready
         return ready
 
-    def _choose(self, model: str | None, now: float) -> tuple[Server, ...]:
+    def others(
+        self, model: str | None, now: float, tried: Collection[Server]
+    ) -> tuple[Server, ...]:
+        """Those that may still get a request that `tried` have failed; O(servers).
+
+        One that last refused as busy is better than none. An ejected one is not, unless all are.
+        """
+        if now >= self._ready_until or self._changed:
+            self.settle(now)
+        return self._choose(model, now, tried)
+
+    def _choose(
+        self, model: str | None, now: float, tried: Collection[Server]
+    ) -> tuple[Server, ...]:
         usable = [
             server
             for server in self.servers.values()
@@ -112,8 +128,13 @@ class Fleet:
             # A list that could not be read is a reason to try only where no list has the model.
             usable = [s for s in usable if s.models is not None and model in s.models] or usable
         admitted = [server for server in usable if server.traffic_health.admits(now)]
-        free = [server for server in admitted if now >= server.full_until]
-        return tuple(free or admitted or usable)
+        untried = [server for server in admitted or usable if server not in tried]
+        return tuple([server for server in untried if now >= server.full_until] or untried)
+
+    @property
+    def remembered(self) -> int:
+        """For how many models the candidates are kept."""
+        return len(self._ready)
 
     def knows(self, model: str) -> bool:
         """Whether any server, up or down, lists the model."""
@@ -165,7 +186,7 @@ class Fleet:
         self._changed.clear()
         self._ready.clear()
         self._ready_until = float("inf")
-        for server in self.servers.values():
+        for server in self.all_servers():
             for moment in (server.full_until, server.traffic_health.until):
                 if now < moment < self._ready_until:
                     self._ready_until = moment

@@ -294,12 +294,11 @@ class Exchange:
             record.retries.append(outcome)
             now = trio.current_time()
 
-    def _untried(self, now: float) -> list[Server] | tuple[Server, ...]:
-        candidates = self._proxy.fleet.candidates(self._facts.model, now)
-        tried = self._tried
-        if tried:
-            return [server for server in candidates if server not in tried]
-        return candidates
+    def _untried(self, now: float) -> tuple[Server, ...]:
+        fleet, model = self._proxy.fleet, self._facts.model
+        if self._tried:
+            return fleet.others(model, now, self._tried)
+        return fleet.candidates(model, now)
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses."""
