@@ -240,7 +240,7 @@ def test_first_byte_and_idle_timeout_follow_request_timeout(
         ("replay = 1", "replay: expected true or false, got 1"),
         ('replay = "yes"', 'replay: expected true or false, got "yes"'),
         ("max_body_mb = 1e300", "max_body_mb: expected number of megabytes > 0 and ≤ 1000000"),
-        ('policy = "best"', 'policy: expected one of "least_load", "round_robin", '),
+        ('policy = "best"', 'policy: expected one of "adaptive", "least_load", '),
         ("policy = 1", "policy: expected the name of a policy (string), got 1"),
         (
             'trusted_proxies = ["10.0.0.0/8", "proxy", 5]',

@@ -71,6 +71,17 @@ class EngineMetrics:
         """False under `--disable-log-stats`, which removes every `vllm:` metric."""
         return self.running is not None
 
+    def began_after(self, earlier: EngineMetrics) -> bool:
+        """Whether a counter has gone backwards: this is another process than the earlier one."""
+        return any(
+            now is not None and before is not None and now < before
+            for now, before in (
+                (self.prompt_tokens, earlier.prompt_tokens),
+                (self.generation_tokens, earlier.generation_tokens),
+                (self.first_token_count, earlier.first_token_count),
+            )
+        )
+
 
 def parse_engine_metrics(text: str) -> EngineMetrics:
     """Read a Prometheus text page; lines that are not understood are ignored."""

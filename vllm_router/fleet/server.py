@@ -8,6 +8,7 @@ costs nothing per server beyond the comparison.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Lease:
     """The in-flight unit one attempt holds on a server, from the pick to the end.
 
     `last_byte_at` moves with every byte from the server; `interrupt` ends the attempt from
-    outside with a word why.
+    outside with a word why; `booking` is what the policy notes about it.
     """
 
     server: Server
@@ -60,6 +61,7 @@ class Lease:
     last_byte_at: float
     trial: bool = False
     interrupt: Callable[[str], None] | None = None
+    booking: object = None
 
     def release(self) -> None:
         """Give the unit back; called exactly once, in the attempt's `finally`."""
@@ -95,11 +97,16 @@ class Server:
         self.metrics: EngineMetrics | None = None
         self.scraped_at: float | None = None
         self.metrics_fresh = False
-        self._leases_at_scrape = 0
+        self.leases_at_scrape = 0
 
         self.models: tuple[str, ...] | None = config.models
         self.model_cards: dict[str, dict[str, Any]] = {}
         self.models_at: float | None = None
+
+        self.restarts = 0
+        """How often its process was found to be a new one, with nothing cached."""
+        self.back_at = -math.inf
+        """When it last came back from being down, ejected or restarted."""
 
         self.draining = False
         self.full_until = 0.0
@@ -167,7 +174,7 @@ class Server:
         metrics = self.metrics
         if self.metrics_fresh and metrics is not None and metrics.running is not None:
             waiting = metrics.waiting or 0.0
-            there = metrics.running + waiting + (mine - self._leases_at_scrape)
+            there = metrics.running + waiting + (mine - self.leases_at_scrape)
             there = max(there, mine)
             self.waiting = min(waiting, there)
             self.running = there - self.waiting
@@ -181,12 +188,15 @@ class Server:
         One without a load (`--disable-log-stats`) takes the figures of earlier ones back.
         """
         was_asleep = self.metrics is not None and self.metrics.asleep
+        if self.metrics is not None and metrics.began_after(self.metrics):
+            self.restarts += 1
+            self.back_at = now
         if metrics.has_load:
             self.metrics, self.scraped_at = metrics, now
         else:
             self.metrics = self.scraped_at = None
         self.metrics_fresh = metrics.has_load
-        self._leases_at_scrape = leases
+        self.leases_at_scrape = leases
         self._update_load()
         if (metrics.has_load and metrics.asleep) is not was_asleep:
             self._on_change(self)
@@ -236,6 +246,10 @@ class Server:
             if self.probe_health.up:
                 self.traffic_health.restarted(now)
                 self.full_until = 0.0
+                if self.state is not State.UNKNOWN:
+                    self.back_at = now
+                    if self.metrics is None:
+                        self.restarts += 1  # no counters to tell by
             self._on_change(self)
         return flipped and not self.probe_health.up
 
@@ -243,6 +257,7 @@ class Server:
         """A request was answered by a live server, whatever it said."""
         self.last_byte_at = max(self.last_byte_at, now)
         if self.traffic_health.succeeded(now, trial=trial):
+            self.back_at = now
             self._on_change(self)
 
     def failed(self, now: float, *, trial: bool, jitter: float) -> None:

@@ -44,6 +44,7 @@ from vllm_router.routing.retry import (
     classify_status,
     decide,
 )
+from vllm_router.routing.usage import TAIL_BYTES, read_usage
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -190,7 +191,14 @@ class Exchange:
         if settings.total_timeout is not None:
             self._deadline = now + settings.total_timeout
         self._body = body
-        self._facts = facts = read_facts(record.path, fields.get(b"content-type", b""), body)
+        policy = proxy.policy
+        self._facts = facts = read_facts(
+            record.path,
+            fields.get(b"content-type", b""),
+            body,
+            fields.get(b"x-session-id", b"") if policy.needs_session else b"",
+            with_prompt=policy.needs_prompt,
+        )
         record.model, record.stream = facts.model, facts.stream
         self._added = forwarding_fields(
             headers,
@@ -272,16 +280,20 @@ class Exchange:
         now = record.body_read_at
         while True:
             candidates = self._untried(now) or await self._wait_for_candidates()
-            server = proxy.policy.pick(candidates, self._facts)
+            policy = proxy.policy
+            server = policy.pick(candidates, self._facts, now)
             lease = server.lease(now)
             self._tried.append(server)
             record.server = server
             record.attempts += 1
             outcome = None
             try:
+                policy.leased(lease, self._facts, now)
                 outcome = await self._attempt(server, lease, now)
             finally:
                 lease.release()
+                failed = outcome is not None and RULES[outcome].blames
+                policy.ended(lease, trio.current_time(), failed=failed)
                 if outcome is not None:
                     self._judge(server, lease, outcome)
             record.outcome = outcome
@@ -474,6 +486,8 @@ class Exchange:
             return dead
         now = lease.last_byte_at
         record.first_byte_at = now
+        if is_stream:
+            self._proxy.policy.first_byte(lease)
         record.phase = Phase.STREAM
         record.status = status
         self._committed = True
@@ -486,9 +500,17 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._relay(server, lease, connection, held, scope)
         self._complete = True
+        if self._proxy.policy.needs_prompt:
+            self._learn(lease)
         if dead is not None or (is_stream and sse.ends_aborted(b"".join(self._tail))):
             return Outcome.BROKEN
         return outcome
+
+    def _learn(self, lease: Lease) -> None:
+        """Let the policy know how many tokens the prompt had, if the answer ends with it."""
+        usage = read_usage(b"".join(piece[-TAIL_BYTES:] for piece in self._tail)[-TAIL_BYTES:])
+        if usage is not None:
+            self._proxy.policy.learned(lease, *usage)
 
     async def _hold_plain(
         self, lease: Lease, connection: Connection, scope: trio.CancelScope

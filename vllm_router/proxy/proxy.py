@@ -74,6 +74,7 @@ class Proxy:
 
     def forget(self, server: Server) -> None:
         """A removed server's last exchange has ended."""
+        self.policy.forget(server)
         link = self.links.pop(server, None)
         if link is not None:
             link.pool.close()

@@ -1,0 +1,39 @@
+"""Rendezvous hashing: which server is home to a key, agreed upon without talking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from hashlib import sha1
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+
+_MASK = (1 << 64) - 1
+
+
+def seed_of(text: str) -> int:
+    """64 bits for a name, the same in every process."""
+    digest = sha1(text.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def draw(key: int, seed: int) -> float:
+    """A number above 0 and at most 1, as good as random, for this key and this server."""
+    mixed = (key ^ seed) * 0x9E3779B97F4A7C15 & _MASK
+    mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _MASK
+    return ((mixed ^ mixed >> 32) + 1) / (_MASK + 1)
+
+
+def preference(key: int, servers: Sequence[Server]) -> list[Server]:
+    """The servers, the key's home first, then where it goes if that one cannot serve it.
+
+    Each is home to a share of the keys proportional to its capacity; if a server leaves, only
+    its own keys move (Thaler and Ravishankar 1998; weights as by Schindelhauer and Schomaker
+    2005). O(n log n).
+    """
+    return sorted(
+        servers,
+        key=lambda server: -math.log(draw(key, seed_of(server.url))) / server.capacity,
+    )

@@ -1,0 +1,48 @@
+"""The documented simple rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_router.routing.policies.base import Explained, Policy
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+    from vllm_router.routing.facts import Facts
+
+
+class LeastLoad(Policy):
+    """The lowest `(running + 0.5 waiting) / capacity`, corrected by our own leases.
+
+    The ancestor's rule, without its random choice among everything below 0.5: the lowest load
+    wins, equals at random.
+    """
+
+    name = "least_load"
+
+    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+        lowest = float("inf")
+        best: list[Server] = []
+        for server in candidates:
+            load = server.load
+            if load < lowest:
+                lowest = load
+                best = [server]
+            elif load == lowest:
+                best.append(server)
+        return best[0] if len(best) == 1 else self.rng.choice(best)
+
+    def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
+        return [
+            Explained(
+                server,
+                server.load,
+                {
+                    "running": server.running,
+                    "waiting": server.waiting,
+                    "capacity": server.capacity,
+                },
+            )
+            for server in sorted(candidates, key=lambda one: one.load)
+        ]
