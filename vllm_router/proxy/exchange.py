@@ -55,8 +55,9 @@ if TYPE_CHECKING:
 BODY = "http.response.body"
 LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}
 
-PLAIN_LIMIT = 256 * 1024
-"""Bytes of a plain answer that are kept until it is complete, so that it can still be retried."""
+HOLD_LIMIT = 256 * 1024
+"""Bytes of a plain answer that are kept until it is complete, so that it can still be retried, and
+of a stream until its first event is."""
 
 HOLD_COMMENTS = 10.0
 """Seconds for which a stream of nothing but SSE comments stays uncommitted."""
@@ -519,7 +520,7 @@ class Exchange:
         parts: list[bytes] = []
         size = 0
         with_head = connection.complete
-        while size < PLAIN_LIMIT:
+        while size < HOLD_LIMIT:
             piece = await connection.read_body()
             if not piece:
                 break
@@ -551,7 +552,7 @@ class Exchange:
             lease.last_byte_at = lease.server.last_byte_at = now
             scope.deadline = min(now + idle_timeout, self._deadline)
             held += piece
-            if held[:5] == b"data:" or sse.has_data(held) or now - began > HOLD_COMMENTS:
+            if sse.has_event(held) or now - began > HOLD_COMMENTS or len(held) >= HOLD_LIMIT:
                 break
         return held, Outcome.ABORTED if sse.begins_dead(held) else None
 

@@ -5,17 +5,63 @@ from __future__ import annotations
 import json
 
 ABORTED = (b'"finish_reason":"abort"', b'"finish_reason": "abort"')
-_ERROR_EVENTS = (b'data: {"error"', b'data:{"error"', b"event: error", b'"object":"error"')
+# Quotes and line breaks inside JSON strings are escaped, so no text of a model can contain these.
+_ERROR_DATA = (b'\ndata: {"error"', b'\ndata:{"error"')
+_ERROR_MARKS = (b"\nevent: error", b"\nevent:error", b'"object":"error"')
 
 
-def has_data(held: bytes) -> bool:
-    """Whether anything but comments and blank lines has arrived."""
-    return any(line.strip(b"\r") and not line.startswith(b":") for line in held.split(b"\n"))
+def has_event(held: bytes) -> bool:
+    """Whether a whole event has arrived: more than comments, up to the blank line after it."""
+    begun = False
+    for line in held.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[:-1]:
+        if line:
+            begun = begun or line[:1] != b":"
+        elif begun:
+            return True
+    return False
 
 
 def ends_aborted(tail: bytes) -> bool:
-    """Whether the last events of a complete stream say that the engine gave up."""
-    return any(mark in tail for mark in ABORTED) or any(mark in tail for mark in _ERROR_EVENTS)
+    """Whether the last events of a complete stream say that the engine gave up.
+
+    An error with a code below 500 is the request's, as it would be in a status.
+    """
+    if any(mark in tail for mark in ABORTED):
+        return True
+    tail = b"\n" + tail
+    if any(mark in tail for mark in _ERROR_MARKS):
+        return True
+    starts = [tail.rfind(mark) for mark in _ERROR_DATA]
+    if max(starts) < 0:
+        return False
+    code = _error_code(tail[max(starts) :])
+    return code is None or code >= 500
+
+
+def begins_dead(held: bytes) -> bool:
+    """Whether a stream's first event says that the engine failed before the first token.
+
+    vLLM 0.32 sends such an event, with a code of 500, when it is stopped during prefill; errors
+    of the request itself come as a plain 4xx answer or with a code below 500.
+    """
+    if any(mark in held for mark in ABORTED):
+        return True
+    held = b"\n" + held
+    starts = [start for start in map(held.find, _ERROR_DATA) if start >= 0]
+    if not starts:
+        return False
+    code = _error_code(held[min(starts) :])
+    return code is not None and code >= 500
+
+
+def _error_code(event: bytes) -> int | None:
+    """The code in an error event that `event` begins with; None if it has none."""
+    line = event[1:].split(b"\n", 1)[0]
+    try:
+        code = json.loads(line[len(b"data:") :])["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return code if isinstance(code, int) else None
 
 
 def at_boundary(tail: bytes) -> bool:
@@ -38,22 +84,3 @@ def error_event(path: bytes, code: str, message: str, tail: bytes) -> bytes:
         return start + b"event: error\ndata: " + json.dumps(body_).encode() + b"\n\n"
     error = {"message": message, "type": "upstream_error", "param": None, "code": code}
     return start + b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
-
-
-def begins_dead(held: bytes) -> bool:
-    """Whether a stream's first event says that the engine failed before the first token.
-
-    vLLM 0.32 sends such an event, with a code of 500, when it is stopped during prefill; errors
-    of the request itself come as a plain 4xx answer or with a code below 500.
-    """
-    if any(mark in held for mark in ABORTED):
-        return True
-    start = held.find(b'data: {"error"')
-    if start < 0:
-        return False
-    line = held[start + 6 :].split(b"\n", 1)[0]
-    try:
-        code = json.loads(line)["error"]["code"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return isinstance(code, int) and code >= 500
