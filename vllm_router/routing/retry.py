@@ -125,7 +125,9 @@ RULES: dict[Outcome, Rule] = {
     Outcome.CLIENT_GONE: Rule(False, Again.NO),
 }
 
-BREAKS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.INVALID, Outcome.ABORTED})
+BREAKS_SERVERS = frozenset(
+    {Outcome.SERVER_ERROR, Outcome.LOST, Outcome.INVALID, Outcome.ABORTED, Outcome.GONE}
+)
 """Ends that a request itself may have caused; two of them make it poison."""
 
 POISON_AFTER = 2
@@ -173,7 +175,7 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
     """
     again = RULES[outcome].again
     if again is Again.SAME_SERVER:
-        if not standing.fresh_connection_tried:
+        if standing.replayable and not standing.fresh_connection_tried:
             return Again.SAME_SERVER
         again = Again.IF_REPLAYABLE
     if again is Again.NO or standing.attempts > max_retries or not standing.candidates_left:

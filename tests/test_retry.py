@@ -1,0 +1,180 @@
+"""The table of outcomes, row by row, and the budget of replays."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.routing.retry import (
+    BREAKS_SERVERS,
+    RULES,
+    Again,
+    Outcome,
+    RetryBudget,
+    Standing,
+    classify_status,
+    decide,
+)
+
+NO, SAME, ELSEWHERE = Again.NO, Again.SAME_SERVER, Again.ELSEWHERE
+
+
+def standing(**changes) -> Standing:
+    values = {"attempts": 1, "broken": 0, "candidates_left": True, "replayable": True}
+    return Standing(**{**values, **changes})
+
+
+def after(outcome: Outcome, *, max_retries: int = 3, tokens: float = 10.0, **changes) -> Again:
+    budget = RetryBudget()
+    budget.tokens = tokens
+    return decide(outcome, standing(**changes), max_retries, budget)
+
+
+BLAMED = {
+    Outcome.SERVER_ERROR,
+    Outcome.CONNECT_FAILED,
+    Outcome.CONNECT_TIMEOUT,
+    Outcome.LOST,
+    Outcome.INVALID,
+    Outcome.ABORTED,
+    Outcome.FIRST_BYTE_TIMEOUT,
+    Outcome.IDLE_TIMEOUT,
+    Outcome.BROKEN,
+}
+
+ELSEWHERE_AFTER = {
+    Outcome.FULL,
+    Outcome.SERVER_ERROR,
+    Outcome.CONNECT_FAILED,
+    Outcome.CONNECT_TIMEOUT,
+    Outcome.LOST,
+    Outcome.INVALID,
+    Outcome.ABORTED,
+    Outcome.GONE,
+}
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_every_outcome_has_a_rule_that_says_whom_it_counts_against(outcome):
+    assert RULES[outcome].blames is (outcome in BLAMED)
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_where_to_go_after_each_outcome(outcome):
+    expected = ELSEWHERE if outcome in ELSEWHERE_AFTER else NO
+    assert after(outcome) is (SAME if outcome is Outcome.STALE else expected)
+
+
+@pytest.mark.parametrize("outcome", sorted(ELSEWHERE_AFTER, key=str))
+def test_nobody_left_or_tried_often_enough_is_the_end(outcome):
+    assert after(outcome, candidates_left=False) is NO
+    assert after(outcome, attempts=3) is ELSEWHERE
+    assert after(outcome, attempts=4) is NO
+    assert after(outcome, attempts=1, max_retries=0) is NO
+
+
+def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
+    sent = ELSEWHERE_AFTER - {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.FULL}
+    for outcome in sent | {Outcome.STALE}:
+        assert after(outcome, replayable=False) is NO
+    for outcome in ELSEWHERE_AFTER - sent:
+        assert after(outcome, replayable=False) is ELSEWHERE
+
+
+def test_a_stale_connection_is_tried_once_more_whatever_else():
+    assert after(Outcome.STALE, candidates_left=False, tokens=0, attempts=4) is SAME
+
+
+def test_a_request_that_broke_two_servers_goes_to_no_third():
+    for outcome in BREAKS_SERVERS:
+        assert after(outcome, broken=1) is ELSEWHERE
+        assert after(outcome, broken=2) is NO
+    assert after(Outcome.CONNECT_FAILED, broken=2) is NO
+
+
+def test_two_servers_that_went_away_under_one_request_count_as_broken_by_it():
+    assert Outcome.GONE in BREAKS_SERVERS
+    assert Outcome.FULL not in BREAKS_SERVERS
+    assert Outcome.CONNECT_FAILED not in BREAKS_SERVERS
+
+
+def test_replays_cost_budget_and_being_refused_as_busy_does_not():
+    for outcome in ELSEWHERE_AFTER - {Outcome.FULL}:
+        assert after(outcome, tokens=0.9) is NO
+        assert after(outcome, tokens=1.0) is ELSEWHERE
+    assert after(Outcome.FULL, tokens=0.0) is ELSEWHERE
+
+
+def test_a_token_is_taken_only_for_a_replay_that_happens():
+    budget = RetryBudget()
+    for changes in ({"candidates_left": False}, {"attempts": 9}, {"replayable": False}):
+        decide(Outcome.LOST, standing(**changes), 3, budget)
+    assert budget.tokens == 10.0
+    decide(Outcome.LOST, standing(), 3, budget)
+    assert budget.tokens == 9.0
+
+
+def test_the_budget_absorbs_the_death_of_one_server_at_once():
+    budget = RetryBudget()
+    for _ in range(250):
+        budget.deposit(50)
+    assert all(budget.withdraw() for _ in range(17))
+
+
+def test_the_budget_does_not_let_a_storm_grow():
+    """All fail: at most a fifth more attempts than requests, and what had been saved."""
+    budget = RetryBudget()
+    attempts = 0
+    for _ in range(2000):
+        attempts += 1
+        budget.deposit(10)
+        attempts += budget.withdraw()
+    assert 2400 <= attempts <= 2411
+
+
+def test_the_budget_is_no_deeper_than_the_requests_in_flight():
+    budget = RetryBudget()
+    for _ in range(1000):
+        budget.deposit(40)
+    assert budget.tokens == 40
+    budget.deposit(1)
+    assert budget.tokens == 10
+
+
+@given(st.lists(st.integers(0, 100) | st.none(), max_size=100))
+def test_tokens_stay_within_their_bounds(steps):
+    budget = RetryBudget()
+    for step in steps:
+        before = budget.tokens
+        if step is None:
+            assert budget.withdraw() is (before >= 1)
+        else:
+            budget.deposit(step)
+            assert budget.tokens <= max(10.0, step)
+        assert budget.tokens >= 0
+
+
+@pytest.mark.parametrize(
+    ("status", "has_body", "outcome"),
+    [
+        (200, True, Outcome.ANSWERED),
+        (204, False, Outcome.ANSWERED),
+        (400, True, Outcome.ANSWERED),
+        (401, True, Outcome.ANSWERED),
+        (404, True, Outcome.ANSWERED),
+        (408, True, Outcome.ANSWERED),
+        (422, True, Outcome.ANSWERED),
+        (499, True, Outcome.ANSWERED),
+        (501, True, Outcome.ANSWERED),
+        (505, True, Outcome.ANSWERED),
+        (429, True, Outcome.FULL),
+        (503, True, Outcome.FULL),
+        (503, False, Outcome.SERVER_ERROR),
+        (500, True, Outcome.SERVER_ERROR),
+        (502, True, Outcome.SERVER_ERROR),
+        (504, False, Outcome.SERVER_ERROR),
+    ],
+)
+def test_what_a_status_says_of_its_server(status, has_body, outcome):
+    assert classify_status(status, has_body) is outcome
