@@ -18,7 +18,8 @@ def make_config(servers: list[dict[str, Any]] | int = 1, **settings: Any) -> Con
         servers = [{"url": f"http://{name}.test:1", "name": name} for name in "abcdef"[:servers]]
     lines = ["[servers]", "servers = ["]
     for server in servers:
-        lines.append("  {" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in server.items()) + "},")
+        keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in server.items())
+        lines += [f"  {{ {keys} }},"]
     lines += ["]", "[config]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     return parse("\n".join(lines).encode(), "servers.toml", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
-
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import State
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fleet_makers import come_up, eject, gauges, go_down, make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleet_makers import come_up, eject, gauges, go_down, make_config
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import MAX_BUSY_FOR, Server, State

@@ -127,7 +127,7 @@ def _form_facts(content_type: bytes, body: bytes) -> Facts:
     if found is None:
         return _NOTHING
     values: dict[bytes, str] = {}
-    for part in body.split(b"--" + found[1]):
+    for part in body.split(b"--" + found[1])[1:]:  # before the first boundary there is no part
         head, separator, content = part[:2048].partition(b"\r\n\r\n")
         name = _FORM_FIELD.search(head)
         if separator and name is not None and b"filename" not in head.lower():
