@@ -18,7 +18,7 @@ def explain(router: Router, facts: Facts) -> dict[str, Any]:
     fleet, policy = router.fleet, router.proxy.policy
     candidates = fleet.candidates(facts.model, now)
     # Picking may move the policy (round robin counts): a copy of it picks here.
-    picked = copy.copy(policy).pick(candidates, facts) if candidates else None
+    picked = copy.copy(policy).pick(candidates, facts, now) if candidates else None
     return {
         "model": facts.model,
         "stream": facts.stream,
