@@ -499,3 +499,20 @@ async def test_what_was_received_can_be_read(autojump_clock):
         await mock.ask("POST", "/mock/reset")
         assert (await mock.ask("GET", "/mock/log")).json == []
         assert (await mock.ask("GET", "/mock/last")).json is None
+
+
+async def test_a_stream_that_has_fallen_behind_loses_no_word(mock_clock):
+    """Several steps are delivered at once then, the last with the finish reason already set."""
+    async with running_mock(ttft=0.001, token_delay=0.001) as mock:
+        client = await mock.client()
+        await client.send("POST", CHAT_PATH, STREAM)
+        answer = await client.head()
+        await wait_all_tasks_blocked()
+        for _ in range(3):
+            mock_clock.jump(0.004)
+            await wait_all_tasks_blocked()
+        mock_clock.autojump_threshold = 0
+        events = (await client.rest(answer)).events
+        words = [event["choices"][0]["delta"]["content"] for event in events[:-1]]
+        whole = (await mock.ask("POST", CHAT_PATH, CHAT)).json
+        assert "".join(words) == whole["choices"][0]["message"]["content"]

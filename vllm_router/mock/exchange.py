@@ -217,7 +217,8 @@ class Generation(Exchange):
             self._spoil(words[: limit - self._sent])
             return
         self._sent += len(words)
-        finished = self.request.finish_reason is not None
+        # The engine may be steps ahead of what is delivered: the last word is still to come then.
+        finished = self.request.finish_reason is not None and self._sent >= len(self.request.words)
         if not self.stream:
             if finished:
                 self.plain(self._shape.whole())
