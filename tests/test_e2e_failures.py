@@ -187,6 +187,7 @@ async def test_a_client_that_leaves_frees_its_server(tmp_path, front):
             async with stream:
                 await stream.send_all(
                     f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{headers}"
+                    "Content-Type: application/json\r\n"
                     f"Content-Length: {len(content)}\r\n\r\n{content}".encode()
                 )
                 with trio.move_on_after(seconds):
