@@ -26,6 +26,7 @@ from vllm_router.errors import (
 from vllm_router.proxy import sse
 from vllm_router.proxy.headers import (
     answer_headers,
+    connection_field,
     forwarding_fields,
     loops,
     parse_retry_after,
@@ -429,7 +430,7 @@ class Exchange:
                 record.method,
                 self._target,
                 self._scope["headers"],
-                self._fields.get(b"connection"),
+                connection_field(self._scope["headers"], self._fields),
                 self._added,
                 len(self._body),
             )

@@ -50,6 +50,13 @@ VIA = b"1.1 vllm-router"
 MAX_VIA = 8
 
 
+def connection_field(headers: Headers, fields: dict[bytes, bytes]) -> bytes | None:
+    """All values of `Connection` as one; `fields` are the headers as a dictionary."""
+    if len(fields) == len(headers):
+        return fields.get(b"connection")
+    return get_all(headers, b"connection") or None
+
+
 def nominated(value: bytes) -> frozenset[bytes]:
     """The fields that a `Connection` value makes hop-by-hop."""
     names = {token.strip().lower() for token in value.split(b",")}
@@ -158,7 +165,7 @@ def answer_headers(
 ) -> list[tuple[bytes, bytes]]:
     """The fields of a server's answer that go to the client, and ours."""
     dropped = _ANSWER_DROPPED
-    connection = fields.get(b"connection")
+    connection = connection_field(headers, fields)
     if connection and connection.lower() not in (b"keep-alive", b"close"):
         dropped = dropped | nominated(connection)
     kept = [field for field in headers if field[0] not in dropped]
