@@ -33,6 +33,9 @@ STRICTER = {
     "more than one Content-Length field",
     "malformed head: Content-Length already present",
     "malformed head: Invalid character in Content-Length",
+    # RFC 9110 8.6: too large to be a number is for nobody to wait for.
+    "malformed Content-Length",
+    "malformed head: Content-Length overflow",
     # RFC 9112 5.2: a server must reject obs-fold or replace it; h11 replaces it.
     "malformed head: Unexpected whitespace after header value",
     # RFC 9112 2.2: lone line feeds may be taken for line ends; h11 takes them.
