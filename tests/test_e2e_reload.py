@@ -54,7 +54,7 @@ async def test_no_request_fails_through_any_way_of_rewriting(tmp_path):
             file.write_text("[servers\nservers = 3")  # broken
             await trio.to_thread.run_sync(
                 until,
-                lambda: router.get("/health").json()["config"]["last_reload_error"] is not None,
+                lambda: router.get("/health").json()["reload"]["error"] is not None,
                 "the refusal",
             )
             await load.wait_for(40)
