@@ -8,6 +8,7 @@ for streamed answers that is one system call and one scheduler pass per read (a 
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 from typing import Protocol
@@ -21,6 +22,8 @@ READ_SIZE = 65536
 _OUR_ERRORS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 )
+
+_INTERIM = re.compile(rb"(?:HTTP/1\.[01] 1[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+\Z")
 
 Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
 
@@ -87,9 +90,9 @@ class PlainTransport:
             with trio.move_on_after(self.ANSWER_POLL) as patience:
                 await trio.lowlevel.wait_writable(sock)
             if patience.cancelled_caught:
-                if self.alive():
-                    continue
-                return False  # reading tells whether it answered or closed
+                if self._answered():
+                    return False
+                continue
             try:
                 sent = sock.send(pending)
             except BlockingIOError:
@@ -100,6 +103,16 @@ class PlainTransport:
                 raise ConnectionLost(str(error)) from error
             pending = pending[sent:]
         return True
+
+    def _answered(self) -> bool:
+        """Whether the peer has closed, or sent more than interim (1xx) answers."""
+        try:
+            seen = self._socket.recv(4096, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return _INTERIM.match(seen) is None
 
     def _has_input(self) -> bool:
         try:
