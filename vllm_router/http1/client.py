@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httptools
 import trio
 
-from vllm_router.errors import ConnectFailed, ConnectionLost, ProtocolViolation
+from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http1.transport import (
     Address,
     PlainTransport,
@@ -80,12 +80,12 @@ class Connection:
 
     def on_message_begin(self) -> None:
         if self._complete:
-            self._fault = "more than one answer"
-            self._reusable = False
+            self._reusable = False  # more than one answer
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._answer is None:  # later ones are trailers, which are dropped
-            self._headers.append((name.lower(), value))
+        # Later ones are trailers, which are dropped, or those of an answer nobody asked for.
+        if self._answer is None:
+            self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         if self._complete:
@@ -104,7 +104,11 @@ class Connection:
                 length = int(value)
             elif name == b"transfer-encoding":
                 # llhttp takes any final coding and reads to the end of the stream
-                if value.strip().lower() != b"chunked" or self._parser.get_http_version() != "1.1":
+                if (
+                    chunked
+                    or value.lower() != b"chunked"
+                    or self._parser.get_http_version() != "1.1"
+                ):
                     self._fault = "a transfer-encoding other than chunked over HTTP/1.1"
                 chunked = True
         if length is None and not chunked and status not in (204, 304):
@@ -197,13 +201,13 @@ class Connection:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._reusable = False
-            if self._complete:
-                return  # junk behind a complete answer costs the connection, not the answer
-            raise ProtocolViolation(str(error)) from error
-        if self._fault is not None:
-            self._reusable = False
+            # Junk behind a complete answer costs the connection, not the answer.
             if not self._complete:
-                raise ProtocolViolation(self._fault)
+                raise ProtocolViolation(self._fault or str(error)) from error
+        if self._fault is not None:
+            # However much of the answer came along: what it says must not depend on the packets.
+            self._reusable = False
+            raise ProtocolViolation(self._fault)
 
     def _end_of_stream(self) -> None:
         self._reusable = False
@@ -258,10 +262,14 @@ class Pool:
         if now - self._resolved_at > RESOLVE_EVERY:
             self._addresses = await resolve(self.host, self.port)
             self._resolved_at = now
-        failure: ConnectFailed | None = None
+        failure: ConnectFailed | OwnFault | None = None
         for address in self._addresses:
             try:
                 sock = await connect(address)
+            except OwnFault as error:
+                # Perhaps of this address alone: ::1 cannot be assigned where there is no IPv6.
+                failure = failure or error
+                continue
             except ConnectFailed as error:
                 failure = error
                 continue
