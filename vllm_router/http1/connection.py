@@ -436,7 +436,7 @@ class Connection:
                 await self._wait()
                 if self._handed_over is not None:
                     return
-            if self._refusal is not None:
+            if self._refusal is not None or self._gone:
                 return
             await self._respond(self._head)
             answer = self._answer
@@ -489,6 +489,7 @@ class Connection:
         while True:
             head, answer = self._head, self._answer
             if self._gone or head is None or answer is None or answer.finished:
+                await trio.lowlevel.checkpoint()  # where the application is cancelled
                 return {"type": "http.disconnect"}
             if self._pieces:
                 break
