@@ -85,7 +85,9 @@ def running(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[
         yield started
     finally:
         started.process.kill()
-        started.process.communicate()
+        started.process.wait()
+        if started.process.stdout is not None:
+            started.process.stdout.close()
 
 
 @contextlib.contextmanager

@@ -19,14 +19,18 @@ def restored() -> Iterator[None]:
     """Logging is global: what was set up before comes back."""
     root, ours = logging.getLogger(), logging.getLogger("vllm_router")
     before = root.handlers[:], root.level, ours.level
-    # Handlers that others (pytest) have put there are not ours to close.
-    root.handlers.clear()
     yield
     root.handlers[:], root.level, ours.level = before
 
 
+def forget() -> None:
+    """Take away the handlers that pytest has put there for this test: not ours to close."""
+    logging.getLogger().handlers.clear()
+
+
 def written(form: str, log: object, level: str = "info") -> str:
     stream = io.StringIO()
+    forget()
     logs.configure(level, form, stream)
     assert callable(log)
     log(logging.getLogger("vllm_router.tasks.probe"))
@@ -94,3 +98,19 @@ def test_level_is_that_of_the_router_alone(level: str, count: int):
         logging.getLogger("httpx").info("HTTP Request: GET http://server/metrics")
 
     assert written("text", log, level).count("\n") == count
+
+
+def test_logging_that_others_have_set_up_stays():
+    forget()
+    mine = logging.NullHandler()
+    logging.getLogger().addHandler(mine)
+    logs.configure_if_unset()
+    assert logging.getLogger().handlers == [mine]
+
+
+def test_logging_that_nobody_has_set_up_gets_the_defaults():
+    forget()
+    logs.configure_if_unset()
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler.formatter, logs.TextFormatter)
+    assert logging.getLogger("vllm_router").level == logging.INFO

@@ -87,6 +87,25 @@ def test_json_log_is_all_there_is(tmp_path: Path):
         assert {"time", "level", "logger", "message"} <= records[0].keys()
 
 
+def test_router_whose_stdout_nobody_reads_serves_all_the_same(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    arguments = ("run", "--demo", "1", "--host", "127.0.0.1", "--port", url.rpartition(":")[2])
+    with running(tmp_path / "stderr", *arguments) as started:
+        assert started.process.stdout is not None
+        started.process.stdout.close()
+        until(lambda: _answers(f"{url}/livez"))
+        assert started.stop() == 0
+        assert "Traceback" not in started.errors.read_text()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
 def test_servers_of_the_command_line_are_served(tmp_path: Path, front: str):
     with mock_processes(2, "--model", "m") as mocks:

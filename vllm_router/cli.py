@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "servers.toml"
 DEFAULT_URL = "http://127.0.0.1:8888"
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -249,26 +252,29 @@ def _raise_descriptor_limit() -> None:
 
 def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
     """Say that the router is up; with `quiet` in the log alone, which is then read by machines."""
-    text = f"vLLM Router {__version__} on {url}, {servers} server{'s' if servers != 1 else ''}"
-    if quiet:
-        import logging
-
-        logging.getLogger("vllm_router.cli").info("%s", text)
-        return
-    click.echo(text)
+    lines = [f"vLLM Router {__version__} on {url}, {servers} server{'s' if servers != 1 else ''}"]
     if hint:
-        from vllm_router.demo import DEMO_MODEL
+        lines.append(f"try: {_example(url)}")
+    if quiet:
+        logger.info("%s", lines[0])
+        return
+    try:
+        click.echo("\n".join(lines))
+    except OSError:
+        # Whoever started us does not read this. That is no reason not to serve, nor to fail at
+        # the exit, when Python tries to write it once more.
+        logger.warning("nobody reads stdout: %s", lines[0])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        body = {
-            "model": DEMO_MODEL,
-            "stream": True,
-            "messages": [{"role": "user", "content": "Hello!"}],
-        }
-        near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
-        click.echo(
-            f"try: curl -N {near}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d '{json.dumps(body)}'"
-        )
+
+def _example(url: str) -> str:
+    """A request that the demo answers, to be pasted into a shell."""
+    from vllm_router.demo import DEMO_MODEL
+
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": DEMO_MODEL, "stream": True, "messages": messages})
+    near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    return f"curl -N {near}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
 def _why_not_listening(error: OSError, host: str, port: int) -> str:

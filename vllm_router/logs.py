@@ -42,6 +42,12 @@ def configure(level: str = "info", form: str = "text", stream: TextIO | None = N
     logging.getLogger("vllm_router").setLevel(threshold)
 
 
+def configure_if_unset() -> None:
+    """The defaults, unless somebody has set up logging: for a start by another's command."""
+    if not logging.getLogger().handlers:
+        configure()
+
+
 def _timestamp(record: logging.LogRecord) -> str:
     """UTC, to the millisecond, as RFC 3339 has it."""
     seconds, milliseconds = divmod(int(record.created * 1000), 1000)
