@@ -1,0 +1,118 @@
+"""What is put on every contestant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One kind of load. Times in milliseconds, sizes in bytes; `rate` 0 is a closed loop."""
+
+    name: str
+    title: str
+    connections: int = 32
+    rate: float = 0
+    prompt: int = 400
+    answer: int = 400
+    stream: bool = False
+    tokens: int = 0
+    ttft: float = 0
+    interval: float = 0
+    new_connection: bool = False
+    spread: float = 0
+    servers: int = 3
+
+    @property
+    def per_chunk(self) -> bool:
+        """Whether chunks, not requests, are what costs."""
+        return self.stream and self.tokens > 100
+
+    @property
+    def unloaded(self) -> bool:
+        """Whether the load is given, so that latencies can be compared with those of direct."""
+        return self.rate > 0 or self.interval > 0 or self.connections == 1
+
+
+_LONG = 100_000  # chunks: these streams outlast the run
+
+_ALL = [
+    Workload(name="idle", title="Nothing but the feed and the scrapes", connections=0),
+    Workload(name="json", title="JSON, 400 B prompt, 32 connections"),
+    Workload(name="json1", title="JSON, 400 B prompt, 1 connection", connections=1),
+    Workload(name="json256", title="JSON, 400 B prompt, 256 connections", connections=256),
+    Workload(
+        name="open",
+        title="JSON, 400 B prompt, 500 requests/s at random times",
+        rate=500,
+        connections=64,
+    ),
+    Workload(
+        name="prompt", title="JSON, 200 KB prompt, 8 connections", prompt=200_000, connections=8
+    ),
+    Workload(
+        name="prompt-open",
+        title="JSON, 200 KB prompt, 50 requests/s at random times",
+        prompt=200_000,
+        rate=50,
+    ),
+    Workload(name="answer", title="JSON, 64 KB answer, 32 connections", answer=65536),
+    Workload(name="new", title="JSON, a new connection for every request", new_connection=True),
+    Workload(
+        name="ttft",
+        title="Short streams: first chunk after 20 ms, 10 chunks 5 ms apart, 32 connections",
+        stream=True,
+        tokens=10,
+        ttft=20,
+        interval=5,
+        spread=65,
+    ),
+    Workload(
+        name="sse",
+        title="128 streams, a chunk per 20 ms on each",
+        stream=True,
+        tokens=_LONG,
+        interval=20,
+        connections=128,
+        spread=200,
+    ),
+    Workload(
+        name="sse1000",
+        title="1000 streams, a chunk per 20 ms on each",
+        stream=True,
+        tokens=_LONG,
+        interval=20,
+        connections=1000,
+        spread=1500,
+    ),
+    Workload(
+        name="sse-fast",
+        title="32 streams of 500 chunks, as fast as they go",
+        stream=True,
+        tokens=500,
+    ),
+    Workload(
+        name="servers100",
+        title="JSON, 400 B prompt, 32 connections, 100 servers",
+        servers=100,
+    ),
+    Workload(
+        name="idle100",
+        title="Nothing but the feed and the scrapes, 100 servers",
+        connections=0,
+        servers=100,
+    ),
+]
+
+WORKLOADS = {workload.name: workload for workload in _ALL}
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same with at most four connections, for a test of the harness."""
+    return replace(
+        workload,
+        connections=min(workload.connections, 4),
+        rate=min(workload.rate, 50),
+        spread=min(workload.spread, 50),
+        servers=min(workload.servers, 5),
+    )
