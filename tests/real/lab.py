@@ -1,4 +1,4 @@
-"""Real vLLM servers, the router as a process, and a wire tap between them.
+"""Real vLLM servers, and a wire tap to put between one of them and the router.
 
 The servers come from a script named by VLLM_LAB, with the verbs `start PORT`, `wait PORT SECONDS`
 and `stop PORT`; `start` prints `port PORT: pid PID`. They all serve the same model, called `tiny`.
@@ -12,12 +12,9 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import httptools
@@ -43,14 +40,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout_s} s")
-        time.sleep(0.02)
 
 
 @dataclass
@@ -97,40 +86,6 @@ def real_servers(count: int) -> Iterator[list[RealServer]]:
     finally:
         for server in servers:
             server.stop()
-
-
-@contextlib.contextmanager
-def router(urls: Sequence[str], directory: Path, settings: str = "") -> Iterator[str]:
-    """`vllm-router run` in front of `urls`; yields its URL once every server has been probed."""
-    port = free_port()
-    config = directory / "servers.toml"
-    listed = "".join(f'    {{ url = "{url}", max_concurrent_requests = 8 }},\n' for url in urls)
-    config.write_text(f"[servers]\nservers = [\n{listed}]\n[config]\n{settings}")
-    log = (directory / "router.log").open("wb")
-    command = [sys.executable, "-m", "vllm_router", "run", "--console", "--config", str(config)]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log
-    )
-    url = f"http://127.0.0.1:{port}"
-
-    def ready() -> bool:
-        if process.poll() is not None:
-            raise RuntimeError(f"the router ended:\n{(directory / 'router.log').read_text()}")
-        try:
-            return httpx.get(f"{url}/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(ready, "router ready")
-        yield url
-        process.send_signal(signal.SIGTERM)
-        if process.wait(timeout=40) != 0:
-            raise RuntimeError(f"exit code {process.returncode}, see {directory / 'router.log'}")
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
 
 
 @dataclass
