@@ -145,6 +145,17 @@ async def test_plain_http_is_refused_where_only_tls_is_spoken():
         assert on.app.started == 0
 
 
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_silent_connections_do_not_hold_up_the_drain_where_tls_is_spoken(kind):
+    async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as silent:
+        await soon(lambda: on.front.connections)
+        on.front.stop_accepting()
+        on.front.begin_drain()
+        assert await silent.closed()
+        with trio.fail_after(2):
+            await on.front.drained()
+
+
 def server_tls() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(PEM)

@@ -123,8 +123,9 @@ async def test_malformed_chunk_ends_the_request_and_the_connection():
         assert on.app.requests == []
 
 
-async def test_head_may_have_just_so_many_bytes():
-    async with running() as on:
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_head_may_have_just_so_many_bytes(kind):
+    async with running(kind) as on:
         for size, status in [(61440, 200), (61441, 431)]:
             for pieces in (1, 7):
                 data = HEAD + b"X: \r\n\r\n"
@@ -137,8 +138,9 @@ async def test_head_may_have_just_so_many_bytes():
                     assert (await client.reply()).status == status
 
 
-async def test_endless_head_is_refused_when_it_is_too_long():
-    async with running() as on, connected(on.port) as client:
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_endless_head_is_refused_when_it_is_too_long(kind):
+    async with running(kind) as on, connected(on.port) as client:
         await client.send(HEAD + b"X: " + b"x" * 70_000)
         assert (await client.reply()).status == 431
         assert await client.closed()

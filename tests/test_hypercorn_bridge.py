@@ -128,11 +128,13 @@ def test_hypercorn_is_the_version_that_was_read():
         (bridge.H11Protocol, "_check_protocol", "self event"),
         (bridge.H11Protocol, "_create_stream", "self request"),
         (bridge.H11Protocol, "_send_h11_event", "self event"),
+        (bridge.H11Protocol, "_send_error_response", "self status_code"),
         (bridge.H11Protocol, "stream_send", "self event"),
         (bridge.H2Protocol, "_handle_events", "self events"),
         (bridge.H2Protocol, "_create_stream", "self request"),
         (bridge.H2Protocol, "_priority_updated", "self event"),
         (bridge.H2Protocol, "_flush", "self"),
+        (bridge.WSStream, "handle", "self event"),
         (bridge.TaskGroup, "spawn_app", "self app config scope send"),
         (bridge.TaskGroup, "spawn", "self func args"),
         (bridge.EventWrapper, "wait", "self"),
@@ -153,6 +155,8 @@ def test_private_attributes_are_still_set():
         assert name in inspect.getsource(bridge.H11Protocol)
     for name in ("self.streams", "def idle", "self.keep_alive_requests"):
         assert name in inspect.getsource(bridge.H2Protocol)
+    for name in ("self.closed", "self.app_put", "self.handshake", "def idle"):
+        assert name in inspect.getsource(bridge.WSStream)
     assert "self._event" in inspect.getsource(bridge.EventWrapper)
     assert "self._nursery" in inspect.getsource(bridge.TaskGroup)
     assert "TCPServer" in vars(hypercorn.trio.run)
@@ -294,8 +298,8 @@ async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(ki
     async with running(kind) as on:
         async with connected(on.port) as client:
             await client.send(HANDSHAKE + trailing)
-            with trio.move_on_after(0.5):
-                await client.closed()
+            assert (await client.reply("GET")).status == 400
+            assert await client.closed()
         assert await still_serves(on.port)
         await soon(lambda: not on.front.connections)
 
@@ -306,6 +310,7 @@ async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(ki
 @pytest.mark.parametrize(
     ("data", "status"),
     [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
         (get("/", b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
         (b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
@@ -326,6 +331,8 @@ async def test_suspicious_request_is_refused_and_the_connection_closed(kind, dat
         await client.send(data + get("/smuggled"))
         reply = await client.reply()
         assert (reply.status, reply.headers["connection"]) == (status, "close")
+        if status != 204:
+            assert reply.headers["x-vllm-router-error"] == reply.code
         assert await client.closed()
         assert on.app.started == 0
 

@@ -99,6 +99,7 @@ class Front:
         self._handed_over = 0
         self._changed = trio.Event()
         self._draining = False
+        self._silent: set[trio.CancelScope] = set()
 
     # -- listeners -----------------------------------------------------------------------------
 
@@ -191,6 +192,8 @@ class Front:
     def begin_drain(self) -> None:
         """Close idle connections at once, and the others after the answer they wait for."""
         self._draining = True
+        for patience in self._silent:
+            patience.cancel(reason="draining")
         if self._lane is not None:
             self._lane.drain()
         self._hypercorn.drain()
@@ -272,12 +275,12 @@ class Front:
 
     async def _dispatch(self, sock: socket.socket, client: Address) -> None:
         if self._ssl_context is not None:
-            with trio.move_on_after(self._limits.keep_alive_timeout):
-                await trio.lowlevel.wait_readable(sock)
-            with contextlib.suppress(OSError):
-                if self._tls_only or sock.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
-                    await self._serve_tls(sock, client)
-                    return
+            first = await self._first_byte(sock)
+            if not first:
+                return
+            if self._tls_only or first == _TLS_HANDSHAKE:
+                await self._serve_tls(sock, client)
+                return
         if self._lane is None:
             await self._hypercorn.serve(_stream_over(sock))
             return
@@ -289,6 +292,21 @@ class Front:
         if data is not None:
             self._handed_over += 1
             await self._hypercorn.serve(_stream_over(sock), data)
+
+    async def _first_byte(self, sock: socket.socket) -> bytes:
+        """What the client begins with, left unread; nothing if it says nothing."""
+        with trio.move_on_after(self._limits.keep_alive_timeout) as patience:
+            if self._draining:
+                patience.deadline = trio.current_time() + self._limits.header_timeout
+            self._silent.add(patience)
+            try:
+                await trio.lowlevel.wait_readable(sock)
+                return sock.recv(1, socket.MSG_PEEK)
+            except OSError:
+                return b""
+            finally:
+                self._silent.discard(patience)
+        return b""
 
     async def _serve_tls(self, sock: socket.socket, client: Address) -> None:
         assert self._ssl_context is not None

@@ -44,15 +44,17 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, Data, Response
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Response
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
+from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr, wrap_app
+from priority.priority import PriorityError
 
 from vllm_router.http1.headers import (
     REASONS,
@@ -60,6 +62,7 @@ from vllm_router.http1.headers import (
     check_method,
     malformed,
     split_target,
+    too_large,
     valid_host,
 )
 from vllm_router.http1.server import App, Limits, Message, Scope
@@ -74,7 +77,7 @@ TUNED: dict[str, Any] = {
     "backlog": 2048,  # 100 made bursts wait for SYN retries
     "errorlog": SERVER_LOG,
     "graceful_timeout": 1.0,  # after our own drain
-    "h11_max_incomplete_size": 65536,
+    "h11_max_incomplete_size": 61440,
     "h2_max_concurrent_streams": 100,
     "include_server_header": False,
     "keep_alive_max_requests": 1_000_000,
@@ -82,6 +85,8 @@ TUNED: dict[str, Any] = {
     "websocket_max_message_size": 65536,  # a feed is read, not written
     "websocket_ping_interval": 20.0,  # notices vanished dashboards
 }
+
+HEAD_OVERHEAD = len("  HTTP/1.1\r\n\r\n")
 
 MAX_RESETS = 100
 """Streams that one HTTP/2 connection may reset, and one more for every second of its age."""
@@ -163,6 +168,33 @@ class _Refused(Exception):
     """The request has been answered with a refusal, and the connection closed."""
 
 
+class _PatientWebsocket:
+    """A websocket whose client sent frames before the handshake was answered is refused.
+
+    Hypercorn refuses it, too, but forgets the application: its answer to the handshake came
+    after the refusal and broke the connection, or it was never told of the end.
+    """
+
+    def __init__(self, stream: WSStream, refuse: Callable[[], Awaitable[None]]) -> None:
+        self._stream = stream
+        self._refuse = refuse
+
+    @property
+    def idle(self) -> bool:
+        return self._stream.idle
+
+    async def handle(self, event: StreamEvent) -> None:
+        stream = self._stream
+        early = isinstance(event, Body | Data) and not stream.handshake.accepted
+        if early and not stream.closed:
+            stream.closed = True
+            if stream.app_put is not None:
+                await stream.app_put({"type": "websocket.disconnect", "code": 1006})
+            await self._refuse()
+        else:
+            await stream.handle(event)
+
+
 class GuardedH11Protocol(H11Protocol):
     """HTTP/1.1 that is as strict about framing as the lane is."""
 
@@ -178,7 +210,7 @@ class GuardedH11Protocol(H11Protocol):
                 b"PRI * HTTP/2.0\r\n\r\n" + self.connection.trailing_data[0]
             )
         try:
-            _check_request(event)
+            _check_request(event, self.config.h11_max_incomplete_size)
         except Refusal as refusal:
             await self.refuse(refusal)
             raise _Refused from None
@@ -193,6 +225,13 @@ class GuardedH11Protocol(H11Protocol):
                 http_version=request.http_version,
             )
         await super()._create_stream(request)
+        if isinstance(self.stream, WSStream):
+            stream: Any = _PatientWebsocket(self.stream, self._refuse_early_data)
+            self.stream = stream
+
+    async def _refuse_early_data(self) -> None:
+        await self.refuse(malformed("data before the answer to the websocket handshake"))
+        raise _Refused
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer in the application's place, and close."""
@@ -208,6 +247,11 @@ class GuardedH11Protocol(H11Protocol):
             await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())
         await self.send(Closed())
+
+    async def _send_error_response(self, status_code: int) -> None:
+        codes = {431: "request_header_fields_too_large", 501: "not_implemented"}
+        reason = REASONS.get(status_code, b"").decode().lower()
+        await self.refuse(Refusal(status_code, codes.get(status_code, "bad_request"), reason))
 
     async def stream_send(self, event: StreamEvent) -> None:
         if self._refused:
@@ -228,9 +272,18 @@ class GuardedH11Protocol(H11Protocol):
             await super().stream_send(event)
 
 
-def _check_request(request: h11.Request) -> None:
+def _check_request(request: h11.Request, max_head: int) -> None:
     """Raises Refusal for what h11 lets pass and RFC 9112 does not."""
     method = request.method.decode("ascii")
+    # h11 compares only heads that come in several reads with its limit.
+    if (
+        len(method)
+        + len(request.target)
+        + HEAD_OVERHEAD
+        + sum(len(name) + len(value) + 4 for name, value in request.headers)
+        > max_head
+    ):
+        raise too_large()
     if request.http_version not in (b"1.0", b"1.1"):
         raise Refusal(505, "http_version_not_supported", "only HTTP/1.1 is spoken here")
     check_method(method)
@@ -302,6 +355,17 @@ class GuardedH2Protocol(H2Protocol):
                 self.connection.reset_stream(request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
             return
         await super()._create_stream(request)
+        stream = self.streams.get(request.stream_id)
+        if isinstance(stream, WSStream):
+
+            async def refuse() -> None:
+                with contextlib.suppress(h2.exceptions.ProtocolError):
+                    self.connection.reset_stream(
+                        request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR
+                    )
+
+            guarded: Any = _PatientWebsocket(stream, refuse)
+            self.streams[request.stream_id] = guarded
 
     async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
         """Ignored: RFC 9113 5.3 deprecates the scheme, and the tree grows with every frame."""
@@ -509,6 +573,8 @@ class GuardedTCPServer(TCPServer):
         try:
             with self._scope:
                 await self._serve()
+        except* (h11.ProtocolError, h2.exceptions.H2Error, PriorityError) as group:
+            log.debug("a client broke the protocol: %r", group.exceptions)
         except* Exception:
             # A bug of Hypercorn, of ours, or of the application that only this client meets.
             log.exception("a connection failed")
@@ -697,6 +763,7 @@ class HypercornSide:
         tune(self.config)
         self._limits = limits or Limits()
         self.config.keep_alive_timeout = self._limits.keep_alive_timeout
+        self.config.h11_max_incomplete_size = self._limits.max_head_bytes
         framework: Any = app
         self._app = wrap_app(framework, self.config.wsgi_max_body_size, "asgi")
         self._context = WorkerContext(None)

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 import trio
 
 from vllm_router.http1.answer import Answer, Message
-from vllm_router.http1.headers import Refusal, check_method, request_line, split_target
+from vllm_router.http1.headers import Refusal, check_method, request_line, split_target, too_large
 from vllm_router.http1.request import HTTP2_PREFACE, ChunkedBody, Head, check_partial, read_head
 
 if TYPE_CHECKING:
@@ -329,13 +329,13 @@ class Connection:
 
     def _check_partial(self, checked: int) -> None:
         if len(self._buffer) > self._limits.max_head_bytes:
-            raise _too_large()
+            raise too_large()
         check_partial(self._buffer, checked)
 
     def _begin(self, data: bytes, end: int) -> None:
         """`data` starts with a whole head of `end` bytes. Raises Refusal."""
         if end > self._limits.max_head_bytes:
-            raise _too_large()
+            raise too_large()
         accepts = self._server.accepts
         if accepts is not None and data.startswith(HTTP2_PREFACE):
             self._hand_over(data)
@@ -480,7 +480,9 @@ class Connection:
             return
         except Exception:
             # Its bug, not ours: this connection ends, the others go on.
-            log.exception("the application failed: %s %s", head.method, scope["path"])
+            level = logging.DEBUG if self._gone else logging.ERROR
+            target = path.decode("ascii")
+            log.log(level, "the application failed: %s %s", head.method, target, exc_info=True)
         answer = self._answer
         if answer is not None and not answer.started and not self._gone:
             self.refuse(Refusal(500, "internal_error", "internal error"))
@@ -542,7 +544,3 @@ class Connection:
         self._sends += 1
         if self._sends % SENDS_PER_CHECKPOINT == 0:
             await trio.lowlevel.checkpoint()
-
-
-def _too_large() -> Refusal:
-    return Refusal(431, "request_header_fields_too_large", "the request head is too large")

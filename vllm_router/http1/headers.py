@@ -77,6 +77,10 @@ def malformed(message: str) -> Refusal:
     return Refusal(400, "bad_request", message)
 
 
+def too_large() -> Refusal:
+    return Refusal(431, "request_header_fields_too_large", "the request head is too large")
+
+
 class _Date:
     """The Date value of the current second, made once in it."""
 
