@@ -14,11 +14,11 @@ from vllm_router import __version__
 from vllm_router.errors import Refused
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.types import App
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
 from vllm_router.web.access import check_admin, check_origin
 from vllm_router.web.engine_control import control
-from vllm_router.web.explain import explain
+from vllm_router.web.explain import explain, facts_of
 from vllm_router.web.feed import Feed
 from vllm_router.web.metrics import Metrics
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
@@ -139,8 +139,7 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.post("/explain")
     async def explain_body() -> Response:
-        content_type = answers.fields().get("content-type", "").encode("latin-1")
-        facts = read_facts(b"/explain", content_type, await answers.body())
+        facts = facts_of(router, answers.fields(), await answers.body())
         return answers.json(explain(router, facts))
 
     @app.get("/decisions")
@@ -267,6 +266,8 @@ def _engine_control(app: QuartTrio, router: Wired) -> None:
         method, path = scope["method"], scope["path"]
         if classify(method, scope.get("raw_path") or b"") is not PathClass.ENGINE_CONTROL:
             return None
+        if not router.config.settings.allow_engine_control:
+            raise Refused(403, "engine_control_closed", "allow_engine_control is off.")
         _check_admin()
         code, results = await control(
             router, method, path, scope["query_string"], answers.fields(), await answers.body()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import trio
 
 from vllm_router.fleet.server import Server, State
-from vllm_router.routing.facts import Facts
+from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.policies import Policy
 from vllm_router.web.router import Router
 
 
 def explain(router: Router, facts: Facts) -> dict[str, Any]:
-    """What would happen to a request with these facts now. Takes no lease, moves no policy."""
+    """What would happen to a request with these facts now. Takes no lease, moves no policy.
+
+    Candidates stand in the order in which the policy prefers them, where it has one.
+    """
     now = trio.current_time()
     fleet, policy = router.fleet, router.proxy.policy
     candidates = fleet.candidates(facts.model, now)
-    # Picking may move the policy (round robin counts): a copy of it picks here.
-    picked = copy.copy(policy).pick(candidates, facts, now) if candidates else None
+    picked, ranked = _rank(policy, candidates, facts, now)
     return {
         "model": facts.model,
         "stream": facts.stream,
@@ -26,16 +30,48 @@ def explain(router: Router, facts: Facts) -> dict[str, Any]:
         "policy": policy.name,
         "picked": picked.name if picked is not None else None,
         "note": _note(candidates, facts, router, now),
-        "candidates": [_score(server) for server in sorted(candidates, key=lambda one: one.load)],
+        "candidates": ranked,
         "out": [
-            {**_score(server), **_why_out(server, facts.model, now)}
+            {**_figures(server), **_why_out(server, facts.model, now)}
             for server in fleet.all_servers()
             if server not in candidates
         ],
     }
 
 
-def _score(server: Server) -> dict[str, Any]:
+def facts_of(router: Router, fields: Mapping[str, str], body: bytes) -> Facts:
+    """What routing would read from a request with this body, with the policy in force."""
+    policy = router.proxy.policy
+    content_type = fields.get("content-type", "").encode("latin-1")
+    session = fields.get("x-session-id", "") if policy.needs_session else ""
+    return read_facts(
+        b"/explain",
+        content_type,
+        body,
+        session.encode("latin-1"),
+        with_prompt=policy.needs_prompt,
+    )
+
+
+def _rank(
+    policy: Policy, candidates: Sequence[Server], facts: Facts, now: float
+) -> tuple[Server | None, list[dict[str, Any]]]:
+    """Who would be picked, and all candidates with the score the policy gives them."""
+    if not candidates:
+        return None, []
+    explained = policy.explain(candidates, facts, now)
+    if explained is None:
+        # Picking may move such a policy (round robin counts): a copy of it picks here.
+        picked = copy.copy(policy).pick(candidates, facts, now)
+        by_load = sorted(candidates, key=lambda server: server.load)
+        return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
+    return explained[0].server, [
+        {**_figures(one.server), "score": one.score, "parts": one.parts} for one in explained
+    ]
+
+
+def _figures(server: Server) -> dict[str, Any]:
+    """The load and what it is made of."""
     return {
         "server": server.name,
         "load": round(server.load, 4),
@@ -47,7 +83,7 @@ def _score(server: Server) -> dict[str, Any]:
     }
 
 
-def _note(candidates: tuple[Server, ...], facts: Facts, router: Router, now: float) -> str:
+def _note(candidates: Sequence[Server], facts: Facts, router: Router, now: float) -> str:
     """What is special about the choice, in a sentence; empty if nothing is."""
     if not candidates:
         model = facts.model

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+import msgspec
+
+from vllm_router.web.schema import History
+
 FIGURES = (
     "requests_per_s",
     "errors_per_s",
@@ -19,6 +23,11 @@ FIGURES = (
 )
 """The series kept of the fleet, in this order."""
 
+INTERVAL = 1.0
+_MINUTES = 300
+_FACTOR = 10
+_HOUR = 360
+
 Row = tuple[float | None, ...]
 
 
@@ -26,14 +35,19 @@ class Series:
     """The last `length` rows, `interval` seconds apart, and the load of each server in them."""
 
     def __init__(self, interval: float, length: int) -> None:
-        self.interval = interval
+        self._interval = interval
+        self._end = 0.0
         self._rows: deque[Row] = deque(maxlen=length)
         self._loads: dict[str, deque[float | None]] = {}
 
-    def add(self, row: Row, loads: Mapping[str, float]) -> None:
-        """Append one row, with the loads of the servers there are; others are forgotten."""
+    def add(self, row: Row, loads: Mapping[str, float], wall: float) -> None:
+        """Append one row, with the loads of the servers there are; others are forgotten.
+
+        `wall` is the Unix time of it.
+        """
         before = len(self._rows)
         self._rows.append(row)
+        self._end = wall
         for name in self._loads.keys() - loads.keys():
             del self._loads[name]
         for name, load in loads.items():
@@ -42,37 +56,51 @@ class Series:
                 values = self._loads[name] = deque([None] * before, maxlen=self._rows.maxlen)
             values.append(load)
 
-    def fleet(self) -> dict[str, list[float | None]]:
+    def message(self) -> History:
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(FIGURES)
-        return {name: list(column) for name, column in zip(FIGURES, columns, strict=True)}
-
-    def servers(self) -> dict[str, list[float | None]]:
-        return {name: list(values) for name, values in self._loads.items()}
-
-
-class Thinner:
-    """Makes one row of `factor`: means, or the greatest where the name ends in a percentile."""
-
-    def __init__(self, factor: int) -> None:
-        self._factor = factor
-        self._rows: list[Row] = []
-
-    def add(self, row: Row) -> Row | None:
-        """Take a row in; the row of the last `factor` ones once they are complete."""
-        self._rows.append(row)
-        if len(self._rows) < self._factor:
-            return None
-        columns = list(zip(*self._rows, strict=True))
-        self._rows.clear()
-        return tuple(
-            _digest(name, [value for value in column if value is not None])
-            for name, column in zip(FIGURES, columns, strict=True)
+        return History(
+            interval=self._interval,
+            end=self._end,
+            fleet={name: list(column) for name, column in zip(FIGURES, columns, strict=True)},
+            servers={name: list(values) for name, values in self._loads.items()},
         )
+
+
+class Memory:
+    """The last five minutes second by second, and the last hour in steps of ten seconds."""
+
+    def __init__(self) -> None:
+        self._minutes = Series(INTERVAL, _MINUTES)
+        self._hour = Series(INTERVAL * _FACTOR, _HOUR)
+        self._waiting: list[Row] = []
+        self._encoded: tuple[bytes, bytes] | None = None
+
+    def add(self, row: Row, loads: Mapping[str, float], wall: float) -> None:
+        """Called every INTERVAL seconds."""
+        self._encoded = None
+        self._minutes.add(row, loads, wall)
+        self._waiting.append(row)
+        if len(self._waiting) == _FACTOR:
+            self._hour.add(digest(self._waiting), {}, wall)
+            self._waiting.clear()
+
+    def encoded(self) -> tuple[bytes, bytes]:
+        """Minutes and hour as JSON; written once for all clients of the same second."""
+        if self._encoded is None:
+            encode = msgspec.json.encode
+            self._encoded = (encode(self._minutes.message()), encode(self._hour.message()))
+        return self._encoded
+
+
+def digest(rows: list[Row]) -> Row:
+    """One row for several: their means, but the greatest of what is a percentile."""
+    return tuple(
+        _digest(name, [value for value in column if value is not None])
+        for name, column in zip(FIGURES, zip(*rows, strict=True), strict=True)
+    )
 
 
 def _digest(name: str, values: list[float]) -> float | None:
     if not values:
         return None
-    if name.endswith("_p95"):
-        return max(values)
-    return round(sum(values) / len(values), 4)
+    return max(values) if name.endswith("_p95") else round(sum(values) / len(values), 4)

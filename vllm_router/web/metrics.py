@@ -24,7 +24,29 @@ from vllm_router.paths import path_label
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.routing.retry import RULES, Again, Outcome
 from vllm_router.web.decisions import outcome_label
-from vllm_router.web.exposition import Counter, Counters, Family, Histogram, Kind
+from vllm_router.web.exposition import Counter, Counters, Family, Histogram
+from vllm_router.web.families import (
+    ATTEMPTS,
+    BUILD_INFO,
+    CHUNKS,
+    DISCONNECTS,
+    DURATION,
+    FEED_CLIENTS,
+    FEED_DROPPED,
+    FIRST_TOKEN,
+    LOOP_LAG,
+    OVERHEAD,
+    RECEIVED,
+    REFUSALS,
+    REQUESTS,
+    RETRIES,
+    ROUTER_METRICS,
+    SENT,
+    SERVER_GAUGES,
+    SERVER_INFO,
+    SERVER_STATE,
+    TRANSITIONS,
+)
 from vllm_router.web.router import Router
 
 MAX_MODELS = 100
@@ -36,202 +58,6 @@ TURN = 0.001
 """Seconds that a scrape may take before other tasks get their turn."""
 
 _STATUSES = frozenset(HTTPStatus)
-
-_BYTES_LABELS = ("server",)
-
-
-def _counter(name: str, text: str, *labels: str) -> Family:
-    return Family(f"vllm_router_{name}_total", Kind.COUNTER, text, labels)
-
-
-def _gauge(name: str, text: str, *labels: str) -> Family:
-    return Family(f"vllm_router_{name}", Kind.GAUGE, text, labels)
-
-
-def _histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Family:
-    return Family(f"vllm_router_{name}", Kind.HISTOGRAM, text, labels, tuple(buckets))
-
-
-# -- what is counted as exchanges end ---------------------------------------------------------
-
-REQUESTS = _counter(
-    "requests",
-    "Finished requests. outcome: how the last attempt ended, refused if there was none; "
-    "status: what the client got, 0 if nothing.",
-    "server",
-    "model",
-    "path",
-    "outcome",
-    "status",
-)
-ATTEMPTS = _counter("attempts", "Attempts on servers, by how they ended.", "server", "outcome")
-RETRIES = _counter("retries", "Further attempts, by why the one before had failed.", "reason")
-DISCONNECTS = _counter(
-    "client_disconnects", "Clients that left before the end, by how far it had come.", "phase"
-)
-REFUSALS = _counter("refusals", "Answers with an error of the router's own, by code.", "code")
-RECEIVED = _counter("request_bytes", "Bytes of request bodies.", *_BYTES_LABELS)
-SENT = _counter("response_bytes", "Bytes of answers' bodies passed on.", *_BYTES_LABELS)
-CHUNKS = _counter(
-    "response_chunks",
-    "Pieces of answers passed on; in a stream about one per token. Counted when it ends.",
-    *_BYTES_LABELS,
-)
-FIRST_TOKEN = _histogram(
-    "time_to_first_token_seconds",
-    "From a streamed request's arrival to its first data, with all attempts.",
-    (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-    "server",
-    "model",
-)
-DURATION = _histogram(
-    "request_duration_seconds",
-    "From a request's arrival to the end of its complete answer.",
-    (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
-    "server",
-    "model",
-)
-OVERHEAD = _histogram(
-    "overhead_seconds",
-    "From a request read to its being sent to a server, failed attempts before included.",
-    (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.025, 0.1, 1),
-)
-TRANSITIONS = _counter(
-    "server_transitions", "Changes of a server's state, by the new one.", "server", "state"
-)
-
-# -- what is read when the page is asked for --------------------------------------------------
-
-ServerReading = Callable[[Server, float], float | None]
-
-
-def _metric_age(server: Server, now: float) -> float | None:
-    return server.metrics_age(now) if server.scraped_at is not None else None
-
-
-SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
-    (
-        _gauge("server_up", "1 if the last checks of the server were good.", "server"),
-        lambda server, now: int(bool(server.probe_health.up)),
-    ),
-    (
-        _gauge("server_available", "1 if the server may be given requests now (up).", "server"),
-        lambda server, now: int(server.current_state(now)[0] is State.UP),
-    ),
-    (
-        _gauge("server_load", "(running + 0.5 waiting) / capacity, as routing sees it.", "server"),
-        lambda server, now: server.load,
-    ),
-    (
-        _gauge("server_capacity", "Requests it takes at once, as configured.", "server"),
-        lambda server, now: server.capacity,
-    ),
-    (
-        _gauge("server_running", "Requests running on it, corrected by our own.", "server"),
-        lambda server, now: server.running,
-    ),
-    (
-        _gauge("server_waiting", "Requests waiting in its queue.", "server"),
-        lambda server, now: server.waiting,
-    ),
-    (
-        _gauge("server_leases", "Requests that this router has on it.", "server"),
-        lambda server, now: server.in_flight,
-    ),
-    (
-        _gauge(
-            "server_metrics_age_seconds",
-            "Since its /metrics was last read; missing if it never was.",
-            "server",
-        ),
-        _metric_age,
-    ),
-    (
-        _gauge("server_kv_cache_usage_ratio", "Use of its KV cache, 0 to 1.", "server"),
-        lambda server, now: server.metrics.kv_usage if server.metrics is not None else None,
-    ),
-)
-SERVER_STATE = _gauge("server_state", "1 for the state the server is in.", "server", "state")
-SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "server", "url")
-
-RouterReading = Callable[[Router], float | None]
-
-
-def _last_reload_good(router: Router) -> float | None:
-    return None if router.reloader is None else int(router.reloader.last_error is None)
-
-
-ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
-    (
-        _gauge("requests_in_flight", "Requests being served now."),
-        lambda router: len(router.proxy.exchanges),
-    ),
-    (
-        _gauge("servers", "Servers of the configuration in force."),
-        lambda router: len(router.fleet.servers),
-    ),
-    (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),
-    (
-        _gauge("retry_budget_tokens", "Replays that the retry budget allows at the moment."),
-        lambda router: router.proxy.budget.tokens,
-    ),
-    (
-        _gauge("uptime_seconds", "Since the router was started."),
-        lambda router: trio.current_time() - router.started_at,
-    ),
-    (
-        _counter("task_restarts", "Background tasks that failed and were started again."),
-        lambda router: router.task_restarts,
-    ),
-    (
-        _gauge("config_generation", "Configurations that have been in force, the first included."),
-        lambda router: router.reloader.generation if router.reloader is not None else 1,
-    ),
-    (
-        _gauge(
-            "config_last_reload_successful",
-            "0 while the file is refused and an older configuration is in force.",
-        ),
-        _last_reload_good,
-    ),
-    (
-        _counter("config_reloads_applied", "Reloads that changed the configuration."),
-        lambda router: router.reloader.applied_total if router.reloader is not None else 0,
-    ),
-    (
-        _counter("config_reloads_refused", "Reloads refused because the file was bad."),
-        lambda router: router.reloader.refused_total if router.reloader is not None else 0,
-    ),
-)
-BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
-LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
-FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
-FEED_DROPPED = _counter(
-    "feed_events_dropped", "Events that clients of the feed were too slow to take."
-)
-
-FAMILIES: tuple[Family, ...] = (
-    REQUESTS,
-    ATTEMPTS,
-    RETRIES,
-    DISCONNECTS,
-    REFUSALS,
-    RECEIVED,
-    SENT,
-    CHUNKS,
-    FIRST_TOKEN,
-    DURATION,
-    OVERHEAD,
-    TRANSITIONS,
-    SERVER_STATE,
-    SERVER_INFO,
-    *(family for family, _ in SERVER_GAUGES),
-    *(family for family, _ in ROUTER_METRICS),
-    BUILD_INFO,
-    LOOP_LAG,
-    FEED_CLIENTS,
-    FEED_DROPPED,
-)
 
 
 class _Requests:

@@ -1,86 +1,82 @@
-"""The messages of the feed, `/ws/load`. docs/feed.md is written from these types.
+"""The messages of the feed, `/ws/load`. docs/feed.md and its JSON schema are written from here.
 
-Text frames of JSON, told apart by `type`. Times are Unix time and durations seconds; shares are 0
-to 1; `null` means that it is not known. New fields may come at any time and are to be ignored;
+Text frames of JSON, told apart by `type`. New fields may come at any time and are to be ignored;
 VERSION rises when one changes its meaning or goes.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
 import msgspec
+from msgspec import Meta
 
 VERSION = 1
 
+Time: TypeAlias = Annotated[float, Meta(title="Unix time")]
+Seconds: TypeAlias = Annotated[float, Meta(title="seconds")]
+Share: TypeAlias = Annotated[float, Meta(title="0 to 1")]
+
+
+def _(text: str) -> Meta:
+    return Meta(description=text)
+
 
 class Percentiles(msgspec.Struct, frozen=True, gc=False):
-    """Over the last minute, each exact to 2.5 %. `count` requests are in it."""
+    """Durations of the last minute, each exact to 2.5 %."""
 
-    p50: float
-    p95: float
-    p99: float
-    count: int
+    p50: Seconds
+    p95: Seconds
+    p99: Seconds
+    count: Annotated[int, _("How many there were.")]
 
 
 class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One server.
-
-    models: what it lists; null while its list could not be read.
-    state: `up`, `full`, `ejected`, `asleep`, `down`, `unknown` or `draining`; `reason` says in
-        words why it is not up, `since` when the state began.
-    leaving: taken out of the configuration; it vanishes with its last request.
-    running, waiting: requests on the engine, as routing sees them; `leases` are this router's.
-    capacity: what it takes at once, as configured; load: (running + 0.5 waiting) / capacity.
-    kv_usage, prefix_hit_rate: of the engine's cache; the hit rate is that of the last minute.
-    requests_per_s: finished; errors_per_s: attempts that failed by the server's fault;
-        chunks_per_s: pieces of answers passed on; tokens_per_s: generated, as the engine counts,
-        for whomever. All over the last five seconds.
-    ttft: from arrival to the first data of streamed requests; duration: of complete answers.
-    metrics_age: since its `/metrics` was read; stale: too old, our own leases are its load.
-    """
+    """One server. Rates are over the last five seconds."""
 
     name: str
     url: str
-    models: tuple[str, ...] | None
-    state: str
-    reason: str
-    since: float
-    leaving: bool
-    running: float
-    waiting: float
-    leases: int
-    capacity: int
-    load: float
-    kv_usage: float | None
-    prefix_hit_rate: float | None
-    requests_per_s: float
-    errors_per_s: float
-    chunks_per_s: float
-    tokens_per_s: float | None
-    ttft: Percentiles | None
-    duration: Percentiles | None
-    metrics_age: float | None
-    stale: bool
+    models: Annotated[
+        tuple[str, ...] | None, _("What it lists; null while its list could not be read.")
+    ]
+    state: Annotated[str, _("up, full, ejected, asleep, down, unknown or draining.")]
+    reason: Annotated[str, _("Why it is not up, in words; empty if it is.")]
+    since: Annotated[Time, _("When the state began.")]
+    leaving: Annotated[
+        bool, _("Taken out of the configuration; it vanishes with its last request.")
+    ]
+    running: Annotated[float, _("Requests the engine works on, as routing sees it.")]
+    waiting: Annotated[float, _("Requests in the engine's queue.")]
+    leases: Annotated[int, _("Requests that this router has on it.")]
+    capacity: Annotated[int, _("max_concurrent_requests of the configuration.")]
+    load: Annotated[float, _("(running + 0.5 × waiting) / capacity; may exceed 1.")]
+    kv_usage: Annotated[Share | None, _("How full the engine's KV cache is.")]
+    prefix_hit_rate: Annotated[Share | None, _("Of its prefix cache, over the last minute.")]
+    requests_per_s: Annotated[float, _("Requests finished.")]
+    errors_per_s: Annotated[float, _("Attempts that failed by the server's fault.")]
+    chunks_per_s: Annotated[float, _("Pieces of answers passed on, about one per token.")]
+    tokens_per_s: Annotated[
+        float | None, _("Tokens generated, as the engine counts them, for whomever.")
+    ]
+    ttft: Annotated[Percentiles | None, _("Time to first token of streamed requests.")]
+    duration: Annotated[Percentiles | None, _("From a request's arrival to its answer's end.")]
+    metrics_age: Annotated[Seconds | None, _("Since its /metrics was read.")]
+    stale: Annotated[bool, _("Too old to be used: this router's leases count as its load.")]
 
 
 class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """All servers together.
+    """All servers together."""
 
-    servers: in the configuration; available: of those, how many are `up` or `full`.
-    states: how many are in each state that occurs.
-    load: (running + 0.5 waiting) / capacity over the available servers.
-    errors_per_s: requests that ended in an error which was not the client's.
-    """
-
-    servers: int
-    available: int
-    states: dict[str, int]
+    servers: Annotated[int, _("Servers in the configuration.")]
+    available: Annotated[int, _("Of those, the ones that are up or full.")]
+    states: Annotated[dict[str, int], _("How many are in each state that occurs.")]
     running: float
     waiting: float
     leases: int
-    capacity: int
-    load: float
+    capacity: Annotated[int, _("Of the servers that may be asked.")]
+    load: Annotated[float, _("(running + 0.5 × waiting) / capacity of those.")]
     requests_per_s: float
-    errors_per_s: float
+    errors_per_s: Annotated[float, _("Requests that ended in an error which was not the client's.")]
     chunks_per_s: float
     tokens_per_s: float | None
     ttft: Percentiles | None
@@ -88,107 +84,104 @@ class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class ReloadView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """`source` is null if the servers came from the command line; `error` holds what is wrong
-    with the file as it is now, one problem a line, and is null while it is good.
-    """
+    """The configuration file."""
 
-    source: str | None
-    generation: int
-    applied: int
-    refused: int
-    error: str | None
+    source: Annotated[str | None, _("Its path; null if the servers are of the command line.")]
+    generation: Annotated[int, _("Configurations that have been in force so far.")]
+    applied: Annotated[int, _("Reloads that changed the configuration.")]
+    refused: Annotated[int, _("Reloads refused because the file was bad.")]
+    error: Annotated[
+        str | None, _("What is wrong with the file as it is, one problem a line; null if nothing.")
+    ]
 
 
 class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """The router's process.
+    """The router's own process."""
 
-    open_streams: requests being served; cpu: share of one core over the last seconds;
-    event_loop_lag: the longest delay of a timer within the last ten seconds.
-    """
-
-    open_streams: int
-    event_loop_lag: float
-    cpu: float
+    open_streams: Annotated[int, _("Requests being served now, streamed or not.")]
+    event_loop_lag: Annotated[Seconds, _("The longest delay of a timer in the last ten seconds.")]
+    cpu: Annotated[float, _("Cores in use, over the last five seconds.")]
     rss_bytes: int
-    uptime: float
-    ready: bool
-    draining: bool
+    uptime: Seconds
+    ready: Annotated[bool, _("What /readyz says.")]
+    draining: Annotated[bool, _("The router is about to stop.")]
     reload: ReloadView
     feed_clients: int
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
-    """The whole state, every `feed_interval`. A slow client misses some; `seq` tells."""
+    """The whole state, every `feed_interval`. Each is complete: a slow client skips some."""
 
-    seq: int
-    time: float
+    seq: Annotated[int, _("Counts up by one with each; a gap tells that some were skipped.")]
+    time: Time
     router: RouterView
     fleet: FleetView
-    servers: list[ServerView]
+    servers: Annotated[list[ServerView], _("In the order of the configuration.")]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
-    """Something happened.
+    """Something happened. Events are sent at once and in order."""
 
-    kind: `state` (a server changed it), `drained` (a draining server has nothing in flight any
-    more), `reload`, `reload_refused`, `retries_exhausted`, or `missed` (this client was too slow,
-    so many events were lost for it: `text` says how many, `id` is 0).
-    id: counts up by one from the start of the router. server: whom it is about, if one.
-    """
-
-    id: int
-    time: float
-    kind: str
-    text: str
-    server: str | None = None
-    old: str | None = None
-    new: str | None = None
+    id: Annotated[int, _("Counts up by one from the router's start; 0 if `missed`.")]
+    time: Time
+    kind: Annotated[
+        str,
+        _(
+            "state: a server changed it; drained: a draining server has nothing in flight any "
+            "more; reload; reload_refused; retries_exhausted; missed: this client read too slowly "
+            "and lost events."
+        ),
+    ]
+    text: Annotated[str, _("What happened, for people.")]
+    server: Annotated[str | None, _("Whom it is about, if one.")] = None
+    old: Annotated[str | None, _("The state before (kind state).")] = None
+    new: Annotated[str | None, _("The state now (kind state).")] = None
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What of the configuration a display needs."""
 
     policy: str
-    feed_interval: float
-    metrics_interval: float
-    health_check_interval: float
-    request_timeout: float
+    feed_interval: Seconds
+    metrics_interval: Seconds
+    health_check_interval: Seconds
+    request_timeout: Seconds
     max_retries: int
-    drain_timeout: float
+    drain_timeout: Seconds
     allow_engine_control: bool
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """One value per `interval` seconds, oldest first, the newest at `end`.
+    """Series of figures, oldest first."""
 
-    `fleet` has a series for each figure; `servers` the load of each server of the present, null
-    where it was not there.
-    """
-
-    interval: float
-    end: float
-    fleet: dict[str, list[float | None]]
-    servers: dict[str, list[float | None]]
+    interval: Annotated[Seconds, _("Between two values.")]
+    end: Annotated[Time, _("Of the last value; 0 while there is none.")]
+    fleet: Annotated[
+        dict[str, list[float | None]],
+        _(
+            "By figure: requests_per_s, errors_per_s, chunks_per_s, running, waiting, capacity, "
+            "load, open_streams, ttft_p95, duration_p95."
+        ),
+    ]
+    servers: Annotated[
+        dict[str, list[float | None]],
+        _("The load of each server there is now; null for when it was not."),
+    ]
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """The first message.
+    """The first message."""
 
-    schema: VERSION of these messages. name: of the router's machine. admin: whether this client
-    may use `/admin`. history: the last five minutes; hour: the last hour, coarser, without
-    servers. events: the last ones before this.
-    """
-
-    schema: int
-    version: str
-    name: str
-    time: float
-    started: float
-    admin: bool
+    schema: Annotated[int, _("Version of these messages.")]
+    version: Annotated[str, _("Of the router.")]
+    name: Annotated[str, _("Of the router's machine.")]
+    time: Time
+    started: Annotated[Time, _("When the router was.")]
+    admin: Annotated[bool, _("Whether this client may use /admin.")]
     config: Facts
-    history: msgspec.Raw
-    hour: msgspec.Raw
-    events: list[Event]
+    history: Annotated[History, _("The last five minutes, second by second.")]
+    hour: Annotated[History, _("The last hour in steps of ten seconds, without servers.")]
+    events: Annotated[list[Event], _("The last ones before this message, at most 100.")]
 
 
-Message = Hello | Snapshot | Event
+Message: TypeAlias = Hello | Snapshot | Event

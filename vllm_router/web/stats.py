@@ -13,6 +13,20 @@ _SMALLEST = 1e-5
 """Seconds; whatever is shorter counts as this."""
 
 
+STEP = 2.0
+"""Seconds by which the window moves."""
+
+
+def bucket_of(seconds: float) -> int:
+    """The bucket that a duration is counted in; they grow by 5 %."""
+    return int(math.log(seconds / _SMALLEST) / _LOG_GROWTH) if seconds > _SMALLEST else 0
+
+
+def step_of(now: float) -> int:
+    """The step of the window that a moment lies in."""
+    return int(now / STEP)
+
+
 @dataclass(frozen=True, slots=True)
 class Percentiles:
     """Seconds, each exact to 2.5 %. `count` values lie in the window."""
@@ -26,41 +40,38 @@ class Percentiles:
 class SlidingPercentiles:
     """The distribution of the durations seen in the last `window` seconds.
 
-    Durations are counted in buckets that grow by 5 %, so memory and time do not depend on how
-    many there were. The window moves in steps of `step` seconds.
+    They are counted in buckets, so memory and time do not depend on how many there were. Buckets
+    and steps are arguments because several distributions take in the same durations.
     """
 
-    def __init__(self, window: float = 60.0, step: float = 2.0) -> None:
-        self._step = step
-        self._kept = math.ceil(window / step)
+    def __init__(self, window: float = 60.0) -> None:
+        self._kept = math.ceil(window / STEP)
         self._total: dict[int, int] = {}
         self._steps: deque[tuple[int, dict[int, int]]] = deque()
         self._answer: Percentiles | None = None
         self._stale = False
 
-    def add(self, seconds: float, now: float) -> None:
-        """Take one duration in; O(1)."""
-        bucket = int(math.log(max(seconds, _SMALLEST) / _SMALLEST) / _LOG_GROWTH)
-        number = int(now / self._step)
-        steps = self._steps
-        if not steps or steps[-1][0] != number:
-            self._expire(number)
-            steps.append((number, {}))
+    def add(self, bucket: int, step: int) -> None:
+        """Take one duration in; O(1). Steps ascend; an earlier one counts as the last."""
+        steps, total = self._steps, self._total
+        if not steps or steps[-1][0] < step:
+            self._expire(step)
+            steps.append((step, {}))
         counts = steps[-1][1]
         counts[bucket] = counts.get(bucket, 0) + 1
-        self._total[bucket] = self._total.get(bucket, 0) + 1
+        total[bucket] = total.get(bucket, 0) + 1
         self._stale = True
 
     def read(self, now: float) -> Percentiles | None:
         """What the window holds now; None if it is empty. O(buckets in use), at most 500."""
-        self._expire(int(now / self._step))
+        self._expire(step_of(now))
         if self._stale:
             self._answer, self._stale = self._compute(), False
         return self._answer
 
-    def _expire(self, number: int) -> None:
+    def _expire(self, step: int) -> None:
         steps, total = self._steps, self._total
-        while steps and steps[0][0] <= number - self._kept:
+        while steps and steps[0][0] <= step - self._kept:
             for bucket, count in steps.popleft()[1].items():
                 total[bucket] -= count
                 if not total[bucket]:

@@ -1,12 +1,37 @@
-"""What the feed keeps of one server, or of all together, to tell rates and percentiles. Pure."""
+"""What the feed keeps of each server, and of all together, to tell rates and percentiles. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
 from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.server import Server
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.routing.retry import Outcome
+from vllm_router.routing.retry import RULES, Outcome
 from vllm_router.web.schema import Percentiles
-from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles
+from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
+
+
+class Sample(NamedTuple):
+    """What of one exchange is counted, worked out once for all tallies; buckets or -1."""
+
+    chunks: int
+    step: int
+    ttft: int
+    duration: int
+
+
+def sample_of(record: Record) -> Sample:
+    """Time to first token is that of streams that began; duration that of complete answers."""
+    now, started = record.ended_at, record.started_at
+    first = record.first_byte_at
+    ttft = duration = -1
+    if record.stream and first and record.status < 400:
+        ttft = bucket_of(first - started)
+    if record.outcome is Outcome.ANSWERED and record.phase is Phase.DONE:
+        duration = bucket_of(now - started)
+    return Sample(record.chunks, step_of(now), ttft, duration)
 
 
 class Tally:
@@ -25,15 +50,15 @@ class Tally:
         self._tokens_known = False
         self._prefix = Ratio()
 
-    def ended(self, record: Record) -> None:
-        """An exchange has ended; a few additions, twice a logarithm."""
-        now = record.ended_at
+    def ended(self, sample: Sample) -> None:
+        """An exchange has ended; a few additions."""
+        chunks, step, ttft, duration = sample
         self.requests += 1
-        self.chunks += record.chunks
-        if record.stream and record.first_byte_at and record.status < 400:
-            self._ttft.add(record.first_byte_at - record.started_at, now)
-        if record.outcome is Outcome.ANSWERED and record.phase is Phase.DONE:
-            self._duration.add(now - record.started_at, now)
+        self.chunks += chunks
+        if ttft >= 0:
+            self._ttft.add(ttft, step)
+        if duration >= 0:
+            self._duration.add(duration, step)
 
     def read(self, now: float, live_chunks: int) -> None:
         """Read the totals for the rates; `live_chunks` are those of exchanges still running."""
@@ -96,6 +121,52 @@ def _rounded(window: SlidingPercentiles, now: float) -> Percentiles | None:
 
 def failed(record: Record) -> bool:
     """Whether an exchange ended in an error that was not the client's."""
-    if record.outcome is None:
+    outcome = record.outcome
+    if outcome is None:
         return record.status >= 500
-    return record.outcome not in (Outcome.ANSWERED, Outcome.CLIENT_GONE)
+    return outcome is not Outcome.ANSWERED and outcome is not Outcome.CLIENT_GONE
+
+
+class Tallies:
+    """One tally for each server that there is, and one for the whole."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self._of: dict[Server, Tally] = {}
+
+    def of(self, server: Server) -> Tally:
+        tally = self._of.get(server)
+        if tally is None:
+            tally = self._of[server] = Tally()
+        return tally
+
+    def exchange_ended(self, record: Record) -> None:
+        """An error in the total is an exchange that failed, whoever's fault it was."""
+        sample = sample_of(record)
+        self.total.ended(sample)
+        if failed(record):
+            self.total.errors += 1
+        if record.server is not None:
+            self.of(record.server).ended(sample)
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        """An error of a server is an attempt that failed by its fault, retried or not."""
+        if RULES[outcome].blames:
+            self.of(server).errors += 1
+
+    def read(self, servers: Collection[Server], running: Iterable[Record], now: float) -> None:
+        """Read every counter that has a rate. `running` are the records of live exchanges."""
+        live: dict[Server | None, int] = {}
+        for record in running:
+            if record.chunks:
+                live[record.server] = live.get(record.server, 0) + record.chunks
+        self.total.read(now, sum(live.values()))
+        for server in servers:
+            tally = self.of(server)
+            tally.read(now, live.get(server, 0))
+            tally.read_engine(server.metrics, now)
+
+    def keep(self, servers: Collection[Server]) -> None:
+        """Forget all others."""
+        for server in self._of.keys() - set(servers):
+            del self._of[server]

@@ -1,0 +1,163 @@
+"""Rates, ratios and percentiles over sliding windows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.web.history import FIGURES, Memory, Series, digest
+from vllm_router.web.process import LAG_WINDOW, LagWatch
+from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
+
+
+def percentiles(durations, now=0.0):
+    window = SlidingPercentiles()
+    for seconds in durations:
+        window.add(bucket_of(seconds), step_of(now))
+    return window.read(now)
+
+
+def test_no_duration_has_no_percentiles():
+    assert percentiles([]) is None
+
+
+@given(st.lists(st.floats(1e-4, 3600), min_size=1, max_size=300))
+def test_percentiles_are_those_of_the_sorted_durations_to_2_5_percent(durations):
+    found = percentiles(durations)
+    durations.sort()
+    for value, share in ((found.p50, 0.50), (found.p95, 0.95), (found.p99, 0.99)):
+        rank = max(1, -int(-share * len(durations) // 1))
+        assert value == pytest.approx(durations[rank - 1], rel=0.026)
+    assert found.count == len(durations)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-9])
+def test_a_duration_too_short_to_measure_counts_as_the_shortest(seconds):
+    assert percentiles([seconds]).p99 < 2e-5
+
+
+def test_what_is_older_than_a_minute_no_longer_counts():
+    window = SlidingPercentiles(60.0)
+    window.add(bucket_of(5.0), step_of(0.0))
+    window.add(bucket_of(1.0), step_of(30.0))
+    assert window.read(59.0).count == 2
+    later = window.read(75.0)
+    assert later.count == 1
+    assert later.p99 == pytest.approx(1.0, rel=0.03)
+    assert window.read(200.0) is None
+
+
+def test_a_window_keeps_no_more_than_its_buckets_and_steps():
+    window = SlidingPercentiles(60.0)
+    for moment in range(5000):
+        window.add(bucket_of(0.001 * (1 + moment % 100)), step_of(moment))
+    assert len(window._steps) <= 31
+    assert window.read(4999).count <= 60 + 2
+
+
+def test_rate_is_the_rise_within_the_window_per_second():
+    rate = Rate(window=5.0)
+    for second in range(20):
+        rate.observe(second * 3, float(second))
+    assert rate.per_second == pytest.approx(3.0)
+    for second in range(20, 40):
+        rate.observe(60, float(second))
+    assert rate.per_second == 0.0
+
+
+def test_rate_of_one_reading_is_zero():
+    rate = Rate()
+    assert rate.per_second == 0.0
+    rate.observe(1000, 1.0)
+    assert rate.per_second == 0.0
+
+
+def test_a_counter_that_begins_anew_gives_no_negative_rate():
+    rate = Rate()
+    rate.observe(1000, 1.0)
+    rate.observe(1100, 2.0)
+    rate.observe(5, 3.0)
+    assert rate.per_second == 0.0
+    rate.observe(15, 4.0)
+    assert rate.per_second == pytest.approx(10.0)
+
+
+def test_ratio_is_of_the_window_and_of_the_lifetime_while_nothing_rises():
+    ratio = Ratio(window=60.0)
+    assert ratio.value is None
+    ratio.observe(10, 100, 0.0)
+    assert ratio.value == pytest.approx(0.1)
+    ratio.observe(60, 200, 1.0)
+    assert ratio.value == pytest.approx(0.5)
+
+
+def test_ratio_of_figures_that_are_not_exported_is_unknown():
+    ratio = Ratio()
+    ratio.observe(None, 100, 0.0)
+    ratio.observe(0, 0, 0.0)
+    assert ratio.value is None
+
+
+# -- history ----------------------------------------------------------------------------------
+
+
+def row(value):
+    return (value,) * len(FIGURES)
+
+
+def test_history_keeps_the_last_rows_and_the_servers_of_the_present():
+    series = Series(1.0, 3)
+    for second, loads in enumerate([{"a": 0.1}, {"a": 0.2}, {"a": 0.3, "b": 1.0}, {"b": 2.0}]):
+        series.add(row(second), loads, 100.0 + second)
+    message = series.message()
+    assert message.end == 103.0
+    assert message.fleet["load"] == [1, 2, 3]
+    assert message.servers == {"b": [None, 1.0, 2.0]}
+
+
+def test_history_of_a_new_router_is_empty_but_complete():
+    message = Series(1.0, 3).message()
+    assert message.fleet == {name: [] for name in FIGURES}
+
+
+def test_ten_seconds_become_one_row_of_means_and_worst_percentiles():
+    rows = [row(None), row(1.0), row(4.0)]
+    digested = dict(zip(FIGURES, digest(rows), strict=True))
+    assert digested["running"] == 2.5
+    assert digested["ttft_p95"] == 4.0
+    assert digest([row(None)]) == row(None)
+
+
+def test_an_hour_of_history_is_bounded():
+    memory = Memory()
+    for second in range(5000):
+        memory.add(row(float(second)), {"a": 1.0}, float(second))
+    minutes, hour = memory.encoded()
+    assert len(minutes) < 30_000
+    assert b'"interval":10.0' in hour
+    assert memory.encoded()[0] is minutes
+
+
+# -- the loop's lag ---------------------------------------------------------------------------
+
+
+def test_lag_is_the_worst_of_the_last_ten_seconds():
+    lag = LagWatch()
+    assert lag.worst(0.0) == 0.0
+    lag.add(0.5, 1.0)
+    lag.add(0.1, 2.0)
+    assert lag.worst(2.0) == 0.5
+    assert lag.worst(1.5 + LAG_WINDOW) == 0.1
+    assert lag.worst(5.0 + LAG_WINDOW) == 0.0
+
+
+async def test_lag_is_how_late_a_timer_goes_off(nursery, mock_clock):
+    lag = LagWatch()
+    import trio
+
+    nursery.start_soon(lag.run)
+    await trio.testing.wait_all_tasks_blocked()
+    mock_clock.jump(0.2 + 0.75)
+    await trio.testing.wait_all_tasks_blocked()
+    assert lag.worst(trio.current_time()) == pytest.approx(0.75)

@@ -1,0 +1,127 @@
+"""Engine control paths go to every server, or to one, and the answers come back by server."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+
+import trio
+
+from web_harness import Lab
+
+
+class Engine:
+    """Answers every request on a loopback port, and remembers it."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self._answer = (
+            b"HTTP/1.1 %d Whatever\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
+            % (status, len(body), body)
+        )
+        self.requests: list[bytes] = []
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        received = b""
+        async with stream:
+            while not _complete(received):
+                received += await stream.receive_some()
+            self.requests.append(received)
+            await stream.send_all(self._answer)
+
+
+def _complete(request: bytes) -> bool:
+    head, end, body = request.partition(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return bool(end) and len(body) >= int(line[15:])
+    return bool(end)
+
+
+@asynccontextmanager
+async def engines(*running: Engine, **settings):
+    """A lab with a server for each engine, and one that is not there at the end."""
+    async with trio.open_nursery() as nursery:
+        servers = []
+        for name, engine in zip("ab", running, strict=False):
+            listeners = await nursery.start(_serve, engine)
+            port = listeners[0].socket.getsockname()[1]
+            servers.append({"url": f"http://127.0.0.1:{port}", "name": name, "api_key": "k"})
+        yield Lab(servers, **{"allow_engine_control": True, **settings})
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(engine, task_status):
+    await trio.serve_tcp(engine.handle, 0, host="127.0.0.1", task_status=task_status)
+
+
+async def test_every_server_is_asked_and_every_answer_reported():
+    one, other = Engine(200, b'{"is_sleeping": true}'), Engine(200, b"")
+    async with engines(one, other) as lab:
+        reply = await lab.post("/sleep?level=1&tag=a%26b", b'{"x": 1}')
+    assert reply.status == 200
+    assert reply.json == {
+        "results": {
+            "a": {"ok": True, "status": 200, "body": {"is_sleeping": True}},
+            "b": {"ok": True, "status": 200, "body": None},
+        }
+    }
+    for engine in (one, other):
+        (request,) = engine.requests
+        assert request.startswith(b"POST /sleep?level=1&tag=a%26b HTTP/1.1\r\n")
+        assert b"authorization: bearer k" in request.lower()
+        assert request.endswith(b'{"x": 1}')
+
+
+async def test_one_failure_makes_the_whole_502_and_hides_no_other_answer():
+    async with engines(Engine(200, b"fine"), Engine(500, b"broken")) as lab:
+        reply = await lab.get("/is_sleeping")
+    assert reply.status == 502
+    assert reply.json["results"] == {
+        "a": {"ok": True, "status": 200, "body": "fine"},
+        "b": {"ok": False, "status": 500, "body": "broken"},
+    }
+
+
+async def test_a_server_that_cannot_be_reached_is_reported_as_such():
+    async with engines(Engine(200, b"")) as lab:
+        lab.apply([*_configs(lab), {"url": "http://127.0.0.1:1", "name": "gone"}])
+        reply = await lab.post("/wake_up")
+    assert reply.status == 502
+    assert reply.json["results"]["a"]["ok"] is True
+    assert reply.json["results"]["gone"]["ok"] is False
+    assert reply.json["results"]["gone"]["error"]
+
+
+def _configs(lab):
+    return [
+        {"url": server.url, "name": server.name} for server in lab.router.fleet.servers.values()
+    ]
+
+
+async def test_one_server_alone_can_be_asked():
+    one, other = Engine(200, b""), Engine(200, b"")
+    async with engines(one, other) as lab:
+        reply = await lab.post("/v1/load_lora_adapter?server=b", json.dumps({"l": 1}).encode())
+        unknown = await lab.post("/sleep?server=nope")
+    assert list(reply.json["results"]) == ["b"]
+    assert other.requests[0].startswith(b"POST /v1/load_lora_adapter HTTP/1.1\r\n")
+    assert not one.requests
+    assert (unknown.status, unknown.error["code"]) == (404, "server_not_found")
+
+
+async def test_the_rule_for_administrators_holds():
+    engine = Engine(200, b"")
+    async with engines(engine) as lab:
+        reply = await lab.post("/sleep", client="192.0.2.1")
+        assert (reply.status, reply.error["code"]) == (403, "admin_local_only")
+        reply = await lab.post("/sleep", headers={"origin": "http://evil.test"})
+        assert reply.error["code"] == "cross_origin"
+    assert not engine.requests
+
+
+async def test_nothing_is_passed_on_unless_the_configuration_allows_it():
+    engine = Engine(200, b"")
+    async with engines(engine, allow_engine_control=False) as lab:
+        reply = await lab.post("/sleep")
+    assert (reply.status, reply.error["code"]) == (403, "engine_control_closed")
+    assert not engine.requests

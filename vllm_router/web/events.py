@@ -1,0 +1,89 @@
+"""What has happened, as the feed tells it. Pure but for the wall clock, which is an argument."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+
+from vllm_router.fleet.server import Server, Transition
+from vllm_router.proxy.record import Record
+from vllm_router.tasks.watch import Reloader
+from vllm_router.web.schema import Event
+
+KEPT = 100
+"""Events that a new client is told."""
+
+EXHAUSTED_PER_SECOND = 5
+"""Events of failed requests; the rest of a second's are counted in one."""
+
+
+class EventLog:
+    """The last events, numbered; `announce` is called with each new one."""
+
+    def __init__(self, announce: Callable[[Event], None], wall: Callable[[], float]) -> None:
+        """`wall` tells Unix time."""
+        self.last: deque[Event] = deque(maxlen=KEPT)
+        self._announce = announce
+        self._wall = wall
+        self._count = 0
+        self._exhausted = 0
+        self._drained: set[Server] = set()
+        self._refused = 0
+
+    def add(
+        self,
+        kind: str,
+        text: str,
+        *,
+        server: str | None = None,
+        old: str | None = None,
+        new: str | None = None,
+    ) -> None:
+        self._count += 1
+        time = round(self._wall(), 3)
+        event = Event(
+            id=self._count, time=time, kind=kind, text=text, server=server, old=old, new=new
+        )
+        self.last.append(event)
+        self._announce(event)
+
+    def transition(self, change: Transition) -> None:
+        reason = f" ({change.reason})" if change.reason else ""
+        text = f"{change.server}: {change.old} → {change.new}{reason}"
+        self.add("state", text, server=change.server, old=change.old, new=change.new)
+
+    def exhausted(self, record: Record) -> None:
+        """A request has failed on several servers. A storm of them is one event a second more."""
+        self._exhausted += 1
+        if self._exhausted > EXHAUSTED_PER_SECOND:
+            return
+        last = record.server.name if record.server is not None else None
+        self.add(
+            "retries_exhausted",
+            f"request {record.request_id.decode('latin-1')}: {record.attempts} attempts failed, "
+            f"the last on {last}: {record.code or record.status}",
+            server=last,
+        )
+
+    def second(self) -> None:
+        """A second is over."""
+        more = self._exhausted - EXHAUSTED_PER_SECOND
+        if more > 0:
+            self.add("retries_exhausted", f"and {more} more requests within a second")
+        self._exhausted = 0
+
+    def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
+        """Notice what nobody announces."""
+        idle = {server for server in servers if server.draining and not server.in_flight}
+        for server in idle - self._drained:
+            self.add("drained", f"{server.name}: nothing in flight", server=server.name)
+        self._drained = idle
+        if reloader is not None and reloader.refused_total != self._refused:
+            self._refused = reloader.refused_total
+            self.add("reload_refused", reloader.last_error or "")
+
+
+def missed(count: int, wall: float) -> Event:
+    """For a client that was too slow for `count` events."""
+    text = f"{count} events were lost: this client reads too slowly"
+    return Event(id=0, time=round(wall, 3), kind="missed", text=text)

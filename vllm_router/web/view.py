@@ -1,0 +1,183 @@
+"""The state of everything as messages of the feed. Reads, changes nothing."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import cast
+
+import msgspec
+
+from vllm_router import __version__
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server, State
+from vllm_router.web import schema
+from vllm_router.web.process import rss_bytes
+from vllm_router.web.router import Router, wall_offset
+from vllm_router.web.tally import Tallies, Tally
+
+
+class Sums(msgspec.Struct, frozen=True, gc=False):
+    """Over all servers; capacity and load over those that may be asked."""
+
+    running: float
+    waiting: float
+    leases: int
+    capacity: int
+    load: float
+
+
+def sums_of(fleet: Fleet) -> Sums:
+    running = waiting = there = 0.0
+    leases = capacity = 0
+    for server in fleet.all_servers():
+        running += server.running
+        waiting += server.waiting
+        leases += server.in_flight
+        if server.usable:
+            capacity += server.capacity
+            there += server.load * server.capacity
+    load = round(there / capacity, 4) if capacity else 0.0
+    return Sums(round(running, 1), round(waiting, 1), leases, capacity, load)
+
+
+def server_view(
+    server: Server, tally: Tally, *, leaving: bool, started: float, now: float, wall: float
+) -> schema.ServerView:
+    """`started` is when the router did, which is since when a server has had its first state."""
+    state, reason = server.current_state(now)
+    kv_usage = server.metrics.kv_usage if server.metrics is not None else None
+    age = server.metrics_age(now) if server.scraped_at is not None else None
+    return schema.ServerView(
+        name=server.name,
+        url=server.url,
+        models=server.models,
+        state=state,
+        reason=reason,
+        since=round((server.state_since or started) + wall, 3),
+        leaving=leaving,
+        running=round(server.running, 1),
+        waiting=round(server.waiting, 1),
+        leases=server.in_flight,
+        capacity=server.capacity,
+        load=round(server.load, 4),
+        kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
+        prefix_hit_rate=tally.prefix_hit_rate,
+        requests_per_s=tally.requests_per_s,
+        errors_per_s=tally.errors_per_s,
+        chunks_per_s=tally.chunks_per_s,
+        tokens_per_s=tally.tokens_per_s,
+        ttft=tally.ttft(now),
+        duration=tally.duration(now),
+        metrics_age=round(age, 2) if age is not None else None,
+        stale=not server.metrics_fresh,
+    )
+
+
+def fleet_view(
+    fleet: Fleet, servers: list[schema.ServerView], total: Tally, now: float
+) -> schema.FleetView:
+    sums = sums_of(fleet)
+    states: dict[str, int] = {}
+    for one in servers:
+        if not one.leaving:
+            states[one.state] = states.get(one.state, 0) + 1
+    tokens = [one.tokens_per_s for one in servers if one.tokens_per_s is not None]
+    return schema.FleetView(
+        servers=len(fleet.servers),
+        available=states.get(State.UP, 0) + states.get(State.FULL, 0),
+        states=states,
+        running=sums.running,
+        waiting=sums.waiting,
+        leases=sums.leases,
+        capacity=sums.capacity,
+        load=sums.load,
+        requests_per_s=total.requests_per_s,
+        errors_per_s=total.errors_per_s,
+        chunks_per_s=total.chunks_per_s,
+        tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        ttft=total.ttft(now),
+        duration=total.duration(now),
+    )
+
+
+def router_view(
+    router: Router, *, lag: float, cpu: float, feed_clients: int, now: float
+) -> schema.RouterView:
+    reloader = router.reloader
+    return schema.RouterView(
+        open_streams=len(router.proxy.exchanges),
+        event_loop_lag=round(lag, 5),
+        cpu=round(cpu, 4),
+        rss_bytes=rss_bytes(),
+        uptime=round(now - router.started_at, 1),
+        ready=router.ready,
+        draining=router.draining,
+        reload=schema.ReloadView(
+            source=str(reloader.source.path) if reloader is not None else None,
+            generation=reloader.generation if reloader is not None else 1,
+            applied=reloader.applied_total if reloader is not None else 0,
+            refused=reloader.refused_total if reloader is not None else 0,
+            error=reloader.last_error if reloader is not None else None,
+        ),
+        feed_clients=feed_clients,
+    )
+
+
+def snapshot(
+    router: Router, tallies: Tallies, facts: schema.RouterView, *, seq: int, now: float
+) -> schema.Snapshot:
+    """Everything as it is now; O(servers)."""
+    fleet, wall = router.fleet, wall_offset()
+    servers = [
+        server_view(
+            server,
+            tallies.of(server),
+            leaving=fleet.servers.get(server.name) is not server,
+            started=router.started_at,
+            now=now,
+            wall=wall,
+        )
+        for server in fleet.all_servers()
+    ]
+    return schema.Snapshot(
+        seq=seq,
+        time=round(now + wall, 3),
+        router=facts,
+        fleet=fleet_view(fleet, servers, tallies.total, now),
+        servers=servers,
+    )
+
+
+def hello(
+    router: Router,
+    histories: tuple[bytes, bytes],
+    events: list[schema.Event],
+    *,
+    admin: bool,
+) -> schema.Hello:
+    """The first message to a client; `histories` are encoded: the minutes, then the hour."""
+    # Raw is written as it is: the type is that of what it holds.
+    minutes, hour = (cast("schema.History", msgspec.Raw(encoded)) for encoded in histories)
+    settings = router.fleet.settings
+    return schema.Hello(
+        schema=schema.VERSION,
+        version=__version__,
+        name=platform.node(),
+        time=round(time.time(), 3),
+        started=round(router.started_at + wall_offset(), 3),
+        admin=admin,
+        config=schema.Facts(
+            policy=settings.policy,
+            feed_interval=settings.feed_interval,
+            metrics_interval=settings.metrics_interval,
+            health_check_interval=settings.health_check_interval,
+            request_timeout=settings.request_timeout,
+            max_retries=settings.max_retries,
+            drain_timeout=settings.drain_timeout,
+            allow_engine_control=settings.allow_engine_control,
+        ),
+        history=minutes,
+        hour=hour,
+        events=events,
+    )
