@@ -15,6 +15,7 @@ import trio
 
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.hypercorn_bridge import hold_last, install
+from vllm_router.logs import configure_if_unset
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.refusal import refusal_messages
@@ -71,6 +72,7 @@ class Application:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start the supervisor, and end it when the server does."""
         await receive()
+        configure_if_unset()
         source = ConfigSource(os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml"))
         try:
             config = source.load()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import ssl
 from collections.abc import Awaitable, Callable
 from random import Random
 
@@ -50,7 +51,9 @@ class Supervisor:
         self.fleet = Fleet(config)
         self.metrics = Metrics(self.fleet)
         self.feed = Feed(self.fleet, self.metrics)
-        self.proxy = Proxy(self.fleet, config, (self.metrics, self.feed), self.rng)
+        # One for all servers: loading the certificate authorities takes 20 ms and more.
+        self.tls = ssl.create_default_context()
+        self.proxy = Proxy(self.fleet, config, (self.metrics, self.feed), self.rng, self.tls)
         self.nudge = Nudge()
         self.reloader = Reloader(source, config, self._apply) if source is not None else None
         self.config = config
@@ -127,7 +130,7 @@ class Supervisor:
             scope.cancel(reason="server removed")
 
     async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
-        probe = Probe(server, self.fleet, self.rng, self._server_down, self.proxy.sweep)
+        probe = Probe(server, self.fleet, self.rng, self.tls, self._server_down, self.proxy.sweep)
         with scope:
             await self._keep(f"probe of {server.name}", probe.run)
 

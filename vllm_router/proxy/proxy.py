@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -38,7 +39,12 @@ class Proxy:
     """
 
     def __init__(
-        self, fleet: Fleet, config: Config, recorders: Sequence[Recorder], rng: Random
+        self,
+        fleet: Fleet,
+        config: Config,
+        recorders: Sequence[Recorder],
+        rng: Random,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.fleet = fleet
         self.budget = RetryBudget()
@@ -48,6 +54,7 @@ class Proxy:
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
         self._rng = rng
+        self._tls = tls
         self.policy: Policy = POLICIES[config.settings.policy](rng)
         self.apply(config)
 
@@ -61,7 +68,7 @@ class Proxy:
         servers = self.fleet.all_servers()
         for server in servers:
             link = self.links.get(server)
-            pool = link.pool if link is not None else Pool(server.url)
+            pool = link.pool if link is not None else Pool(server.url, self._tls)
             self.links[server] = _link(server, pool)
         for server in self.links.keys() - set(servers):
             self.links.pop(server).pool.close()

@@ -7,6 +7,7 @@ decided in `fleet/`; here is only the asking.
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -33,7 +34,7 @@ UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
 
 
-def control_client(server: Server, timeout: float) -> httpx.AsyncClient:
+def control_client(server: Server, timeout: float, tls: ssl.SSLContext) -> httpx.AsyncClient:
     """A client for one server's control traffic; the caller closes it.
 
     Its connections are not those of the data path, so that saturation does not read as sickness.
@@ -46,6 +47,7 @@ def control_client(server: Server, timeout: float) -> httpx.AsyncClient:
         base_url=server.url,
         headers=headers,
         timeout=timeout,
+        verify=tls,
         trust_env=False,
         limits=httpx.Limits(max_connections=3, max_keepalive_connections=3, keepalive_expiry=3.0),
     )
@@ -63,12 +65,14 @@ class Probe:
         server: Server,
         fleet: Fleet,
         rng: Random,
+        tls: ssl.SSLContext,
         went_down: Callable[[Server], None],
         tick: Callable[[Server, float], None],
     ) -> None:
         self._server = server
         self._fleet = fleet
         self._rng = rng
+        self._tls = tls
         self._went_down = went_down
         self._tick = tick
         self._hurry = trio.Event()
@@ -80,7 +84,8 @@ class Probe:
 
     async def run(self) -> None:
         """Check, scrape and list until cancelled."""
-        async with control_client(self._server, self._settings.health_check_timeout) as client:
+        timeout = self._settings.health_check_timeout
+        async with control_client(self._server, timeout, self._tls) as client:
             self._client = client
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
