@@ -86,6 +86,14 @@ async def test_histograms_hold_one_observation_per_request():
     assert pick(found, "overhead_seconds_sum") == pytest.approx(0.001)
 
 
+async def test_histograms_without_observations_are_left_out():
+    lab = Lab()
+    lab.ended(lab["a"], outcome=Outcome.LOST, status=502, first_byte_at=0.0)
+    found = await samples(lab)
+    assert pick(found, "requests_total") == 1
+    assert not any(name.startswith("vllm_router_request_duration") for name, *_ in found)
+
+
 async def test_a_value_on_a_bound_belongs_to_its_bucket():
     histogram = FIRST_TOKEN.histogram("a", "m")
     histogram.observe(0.1)

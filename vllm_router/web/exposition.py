@@ -91,6 +91,11 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    @property
+    def used(self) -> bool:
+        """Whether anything has been observed."""
+        return any(self._counts)
+
     def lines(self) -> str:
         """All buckets, cumulated, then count and sum."""
         total = 0

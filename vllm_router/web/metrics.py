@@ -10,7 +10,7 @@ MAX_MODELS are; unknown paths are `other`; the series of a removed server are re
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from time import perf_counter
 
@@ -249,8 +249,8 @@ class Metrics:
         yield from family(RECEIVED, lambda one: [one.received.line()])
         yield from family(SENT, lambda one: [one.sent.line()])
         yield from family(CHUNKS, lambda one: [one.chunks.line()])
-        yield from family(FIRST_TOKEN, lambda one: [h.lines() for h in one.first_token.values()])
-        yield from family(DURATION, lambda one: [h.lines() for h in one.duration.values()])
+        yield from family(FIRST_TOKEN, lambda one: _used(one.first_token))
+        yield from family(DURATION, lambda one: _used(one.duration))
         yield OVERHEAD.header + self._overhead.lines()
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
@@ -287,3 +287,8 @@ class Metrics:
         yield f"{LOOP_LAG.header}{LOOP_LAG.key()}{self.lag}\n"
         yield f"{FEED_CLIENTS.header}{FEED_CLIENTS.key()}{self.feed_clients}\n"
         yield f"{FEED_DROPPED.header}{FEED_DROPPED.key()}{self.feed_dropped}\n"
+
+
+def _used(histograms: Mapping[str, Histogram]) -> list[str]:
+    """Those with observations; a model that only ever failed has none."""
+    return [histogram.lines() for histogram in histograms.values() if histogram.used]
