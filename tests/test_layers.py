@@ -25,6 +25,7 @@ LAYERS = {
     "fleet": PURE,
     "routing": PURE,
     "simulate": PURE,
+    "simulate": PURE,
     "http1": TRIO,
     "proxy": TRIO,
     "tasks": TRIO,

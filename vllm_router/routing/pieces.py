@@ -11,6 +11,7 @@ within 3 % of a long prompt's length, and a prompt of 1 MB has 225 pieces instea
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -107,6 +108,23 @@ def cut(text: bytes) -> tuple[int, ...]:
         chain.append(digest | index // PER_SIZE << _SIZE_SHIFT)
         start = end
     return tuple(chain)
+
+
+def pack_chain(chain: Sequence[int]) -> str:
+    """A chain as text for a log line: 8 characters per piece, from which no text can be had."""
+    low = (1 << 48) - 1
+    return b64encode(b"".join((link & low).to_bytes(6, "big") for link in chain)).decode()
+
+
+def unpack_chain(text: str) -> tuple[int, ...]:
+    """The chain that was packed, shortened to 48 bits per hash. Raises ValueError."""
+    packed = b64decode(text, validate=True)
+    if len(packed) % 6 or len(packed) > 6 * len(ENDS):
+        raise ValueError("not a chain of hashes")
+    return tuple(
+        link_of(int.from_bytes(packed[place : place + 6], "big"), index)
+        for index, place in enumerate(range(0, len(packed), 6))
+    )
 
 
 # -- the bytes of a prompt ---------------------------------------------------------------------

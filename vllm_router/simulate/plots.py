@@ -1,0 +1,72 @@
+"""Results as pictures, where matplotlib is installed (the extra `sim`)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_router.simulate.report import Cell
+
+MISSING = 'plots need matplotlib: pip install "vllm-router-trio[sim]"'
+
+_SHOWN = (
+    ("first_p99", "p99 time to first token (s)", True),
+    ("first_p50", "median time to first token (s)", True),
+    ("token_p99", "p99 time per output token (s)", True),
+    ("goodput", "goodput", False),
+    ("hit_rate", "prefix hit rate", False),
+    ("balance", "busiest server / mean", False),
+)
+
+
+def available() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One picture per workload, as PNG and as SVG; returns the files written."""
+    mpl: Any = importlib.import_module("matplotlib")
+
+    mpl.use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for workload in dict.fromkeys(cell.workload for cell in cells):
+        of_it = [cell for cell in cells if cell.workload == workload]
+        figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
+        for axis, (field, title, logarithmic) in zip(axes.flat, _SHOWN, strict=True):
+            _panel(axis, of_it, field, title, logarithmic=logarithmic)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=7, fontsize="small")
+        figure.suptitle(workload)
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        for kind in ("png", "svg"):
+            path = folder / f"{workload}.{kind}"
+            figure.savefig(path)
+            written.append(path)
+        pyplot.close(figure)
+    return written
+
+
+def _panel(axis: Any, cells: Sequence[Cell], field: str, title: str, *, logarithmic: bool) -> None:
+    for policy in dict.fromkeys(cell.policy for cell in cells):
+        points: dict[float, list[float]] = {}
+        for cell in cells:
+            if cell.policy == policy:
+                points.setdefault(cell.load, []).append(getattr(cell.figures, field))
+        loads = sorted(points)
+        means = [sum(points[load]) / len(points[load]) for load in loads]
+        ours = policy == "adaptive"
+        axis.plot(
+            [100 * load for load in loads], means, marker="o", label=policy,
+            linewidth=2.5 if ours else 1.0, markersize=4,
+        )  # fmt: skip
+    axis.set_title(title, fontsize="medium")
+    axis.set_xlabel("load (% of capacity)")
+    if logarithmic:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)

@@ -1,0 +1,64 @@
+"""Traffic from the router's own access log: sizes, times and prefix hashes, no text.
+
+One JSON object per line. Used are `time` (Unix seconds), `prompt_bytes`, `prefix` (as `pack_chain`
+writes it), `prompt_tokens` and `completion_tokens`, `stream` and `session`; other keys are
+ignored, and so are lines without a prompt.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from vllm_router.routing.pieces import unpack_chain
+from vllm_router.simulate.text import TOKEN_BYTES, Pieces
+from vllm_router.simulate.workloads import Conversation, Turn
+
+TYPICAL_OUTPUT = 200
+"""Tokens of an answer whose length the log does not tell."""
+
+
+class Line(msgspec.Struct, gc=False):
+    """The fields of one line that a replay uses."""
+
+    time: float = 0.0
+    prompt_bytes: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prefix: str = ""
+    session: str | None = None
+
+
+def read_log(lines: Iterable[bytes]) -> list[Conversation]:
+    """The log's requests as conversations of one turn each, the first at 0.
+
+    Raises ValueError with the number of the line that cannot be read.
+    """
+    decoder: Any = msgspec.json.Decoder(Line)
+    found: list[Conversation] = []
+    began: float | None = None
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        try:
+            line: Line = decoder.decode(raw)
+            links = unpack_chain(line.prefix)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not line.prompt_bytes:
+            continue
+        if began is None:
+            began = line.time
+        # In the model a token is four bytes; the log's own count scales nothing but the output.
+        text = Pieces(links, line.prompt_bytes // TOKEN_BYTES)
+        session = line.session or str(number)
+        turn = Turn(0.0, 0, line.completion_tokens or TYPICAL_OUTPUT)
+        found.append(
+            Conversation(
+                zlib.crc32(session.encode()), max(0.0, line.time - began), text, 0, iter([turn])
+            )
+        )
+    return found
