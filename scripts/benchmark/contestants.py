@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .environment import HERE, ROOT, Environment
+
+KEY = f"sk-{hashlib.sha256(b'benchmark').hexdigest()}"
+"""Sent with every request: LiteLLM wants a key, and a strong one."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def litellm(environment: Environment) -> Callable[[Place], Plan]:
             for url in place.servers
         ]
         file = place.directory / "litellm.yaml"  # JSON is YAML
-        file.write_text(json.dumps({"model_list": models}))
+        settings = {"master_key": KEY}
+        file.write_text(json.dumps({"model_list": models, "general_settings": settings}))
         command = [str(program), "--config", str(file), "--host", "127.0.0.1"]
         return Plan(
             [*command, "--port", str(place.port), "--telemetry", "False"],

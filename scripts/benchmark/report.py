@@ -85,10 +85,13 @@ def _medians(load: Workload, runs: Runs, direct: Runs) -> dict[str, float | None
     # timer makes late by up to a millisecond, for direct as well.
     for which in ("p50", "p99", "p99.9"):
         medians[f"latency_{which}_ms"] = _of(runs, "latency_ms", which)
+        medians[f"transit_{which}_ms"] = _of(runs, "transit_ms", which)
         if load.unloaded:
             medians[f"added_{which}_ms"] = added("latency_ms", which)
             medians[f"added_ttft_{which}_ms"] = added("ttft_ms", which)
             medians[f"added_transit_{which}_ms"] = added("transit_ms", which)
+    if load.ladder:
+        medians["held"] = float(all(run["held"] for run in runs))
     if load.unloaded:
         medians["added_gap_max_ms"] = added("gap_ms", "max")
     return medians
@@ -117,13 +120,20 @@ def _columns(load: Workload, baseline: str) -> list[Column]:
     if not load.connections:
         return [_value("% of a core", "cores", 1, 100), _value("RSS MB", "rss_mb", 0)]
     unit = "chunk" if load.per_chunk else "request"
-    columns = [
-        _value(f"{unit}s/s", "per_s", 0),
-        _ratio(f"× {baseline}", "per_s"),
+    columns = [_value(f"{unit}s/s", "per_s", 0)]
+    if not load.paced:
+        columns += [_ratio(f"× {baseline}", "per_s")]
+    columns += [
         _value(f"CPU µs/{unit}", "cpu_us", 1 if load.per_chunk else 0),
         _ratio(f"× {baseline}", "cpu_us"),
     ]
-    if load.unloaded and load.stream:
+    if load.ladder:
+        columns += [
+            _value("chunk under way ms p50", "transit_p50_ms", 1),
+            _value("p99", "transit_p99_ms", 1),
+            _value("held", "held", 0),
+        ]
+    elif load.unloaded and load.stream:
         columns += [
             _value("chunk late p50 ms", "added_transit_p50_ms", 2),
             _value("p99", "added_transit_p99_ms", 1),
@@ -197,10 +207,12 @@ def _headroom(load: Workload, by_contestant: dict[str, dict[str, float | None]])
     rates = {
         name: row["per_s"] for name, row in by_contestant.items() if name != DIRECT and row["per_s"]
     }
-    if load.unloaded or not direct or not rates:
+    if load.paced or load.ladder or not direct or not rates:
         return ""
     fastest = max(rates, key=lambda name: rates[name] or 0)
-    return f"Direct is {direct / (rates[fastest] or 1):.1f} × as fast as {title(fastest)}."
+    shown = [fastest, *(name for name in ("rust", "lane") if name in rates and name != fastest)]
+    times = (f"{direct / (rates[name] or 1):.1f} × as fast as {title(name)}" for name in shown)
+    return f"Direct is {', '.join(times)}."
 
 
 def title(name: str) -> str:

@@ -22,6 +22,9 @@ class Workload:
     new_connection: bool = False
     spread: float = 0
     servers: int = 3
+    most_repeats: int = 1000
+    ladder: tuple[float, ...] = ()
+    """Intervals to try one after the other, until one is too short."""
 
     @property
     def per_chunk(self) -> bool:
@@ -29,9 +32,14 @@ class Workload:
         return self.stream and self.tokens > 100
 
     @property
+    def paced(self) -> bool:
+        """Whether the load is given, and not what a contestant can take."""
+        return self.rate > 0 or self.interval > 0
+
+    @property
     def unloaded(self) -> bool:
-        """Whether the load is given, so that latencies can be compared with those of direct."""
-        return self.rate > 0 or self.interval > 0 or self.connections == 1
+        """Whether latencies can be compared with those of direct."""
+        return self.paced or self.connections == 1
 
 
 _LONG = 100_000  # chunks: these streams outlast the run
@@ -86,6 +94,16 @@ _ALL = [
         spread=1500,
     ),
     Workload(
+        name="hold",
+        title="1000 streams, chunks as often as all of them arrive in time",
+        stream=True,
+        tokens=_LONG,
+        connections=1000,
+        spread=1500,
+        ladder=(200, 100, 67, 50, 40, 33, 28, 24, 20, 17, 14),
+        most_repeats=2,
+    ),
+    Workload(
         name="sse-fast",
         title="32 streams of 500 chunks, as fast as they go",
         stream=True,
@@ -115,4 +133,5 @@ def tiny(workload: Workload) -> Workload:
         rate=min(workload.rate, 50),
         spread=min(workload.spread, 50),
         servers=min(workload.servers, 5),
+        ladder=workload.ladder[:2],
     )

@@ -26,9 +26,11 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -40,7 +42,6 @@ const (
 
 var (
 	phase  atomic.Int32
-	ends   time.Time
 	target string
 	reqs   []byte
 
@@ -53,6 +54,7 @@ var (
 	tokens      = flag.Int("tokens", 100, "max_tokens")
 	prompt      = flag.Int("prompt", 400, "bytes of prompt")
 	model       = flag.String("model", "m", "model")
+	key         = flag.String("key", "none", "API key")
 	fresh       = flag.Bool("new-connection", false, "a new connection for every request")
 	spread      = flag.Duration("spread", 0, "time over which the connections start")
 	pids        = flag.String("pids", "", "comma separated process ids of the proxy")
@@ -79,25 +81,50 @@ func fail(err error) {
 type client struct {
 	net.Conn
 	in       *bufio.Reader
-	progress atomic.Int64 // Unix nanoseconds of the last byte while waiting for an answer, else 0
+	shared   atomic.Pointer[net.Conn] // the same connection, for main to end
+	progress atomic.Int64             // Unix nanoseconds of the last byte while waiting, else 0
 	events   events
 }
 
 func (c *client) connect() error {
-	connection, err := net.DialTimeout("tcp", target, 5*time.Second)
+	dialer := net.Dialer{Timeout: 5 * time.Second}
+	if *fresh {
+		// Closed connections keep their ports for a while: from one address there are too few.
+		next := byte(connects.Load()%100 + 1)
+		dialer.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 1, next)}
+		dialer.Control = choosePortLate
+	}
+	connection, err := dialer.Dial("tcp", target)
 	if err != nil {
 		return err
 	}
 	connects.Add(1)
-	// One deadline for the whole run: a timer per request would cost as much as its parsing.
-	connection.SetDeadline(ends.Add(100 * time.Millisecond))
 	c.Conn = connection
+	c.shared.Store(&connection)
+	if phase.Load() == over {
+		c.end()
+	}
 	if c.in == nil {
 		c.in = bufio.NewReaderSize(connection, 65536)
 	} else {
 		c.in.Reset(connection)
 	}
 	return nil
+}
+
+// choosePortLate lets the kernel choose the port when it knows the other end, too.
+func choosePortLate(_, _ string, raw syscall.RawConn) error {
+	return raw.Control(func(descriptor uintptr) {
+		syscall.SetsockoptInt(int(descriptor), syscall.IPPROTO_IP, 24 /* IP_BIND_ADDRESS_NO_PORT */, 1)
+	})
+}
+
+// end makes what the client waits for fail. There is no timer per request: that would cost as much
+// as parsing the answer.
+func (c *client) end() {
+	if connection := c.shared.Load(); connection != nil {
+		(*connection).SetDeadline(time.Unix(1, 0))
+	}
 }
 
 func (c *client) drop() {
@@ -284,14 +311,17 @@ func closedLoop(c *client, wait time.Duration) {
 	c.drop()
 }
 
-// schedule hands out due times, as they come, to whichever connection is free.
+// schedule hands out due times, as they come, to whichever connection is free. It sleeps in the
+// kernel, on a thread of its own: Go's timers may be a millisecond late.
 func schedule(due chan<- time.Time) {
+	runtime.LockOSThread()
 	chance := rand.New(rand.NewSource(1)) // the same times for every contestant
 	next := time.Now()
 	for phase.Load() != over {
 		next = next.Add(time.Duration(chance.ExpFloat64() / *rate * 1e9))
-		if wait := time.Until(next); wait > 0 {
-			time.Sleep(wait)
+		for wait := time.Until(next); wait > 0; wait = time.Until(next) {
+			pause := syscall.NsecToTimespec(wait.Nanoseconds())
+			syscall.Nanosleep(&pause, nil) // a signal may end it early
 		}
 		select {
 		case due <- next:
@@ -324,8 +354,8 @@ func request() []byte {
 		connection = "Connection: close\r\n"
 	}
 	return []byte(fmt.Sprintf("POST /v1/chat/completions HTTP/1.1\r\nHost: %s\r\n%s"+
-		"Accept: application/json\r\nUser-Agent: OpenAI/Python 1.60.0\r\nAuthorization: Bearer sk-benchmark\r\n"+
-		"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", target, connection, len(body), body))
+		"Accept: application/json\r\nUser-Agent: OpenAI/Python 1.60.0\r\nAuthorization: Bearer %s\r\n"+
+		"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", target, connection, *key, len(body), body))
 }
 
 func main() {
@@ -337,7 +367,6 @@ func main() {
 	}
 	target = where.Host
 	reqs = request()
-	ends = time.Now().Add(*warmup + *duration)
 
 	if *feedURL != "" {
 		go listen(*feedURL)
@@ -363,6 +392,7 @@ func main() {
 		}()
 	}
 	if *rate > 0 {
+		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1) // for that thread
 		go schedule(due)
 	}
 
@@ -376,6 +406,7 @@ func main() {
 	after := sample()
 	silent := 0
 	for _, c := range clients {
+		c.end()
 		if since := c.progress.Load(); since != 0 && time.Since(time.Unix(0, since)) > 2*time.Second {
 			silent++
 		}
