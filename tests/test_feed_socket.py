@@ -55,7 +55,7 @@ class Served:
     async def clients(self, count: int) -> None:
         """Wait until the feed has so many."""
         with trio.fail_after(PATIENCE):
-            while self.lab.router.metrics.feed_clients != count:  # noqa: ASYNC110 (a gauge)
+            while self.lab.router.metrics.feed_clients != count:
                 await trio.sleep(0.01)
 
 

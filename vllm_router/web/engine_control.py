@@ -7,6 +7,7 @@ otherwise.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -41,6 +42,7 @@ async def control(
         {name: headers[name] for name in PASSED_ON if name in headers},
         body,
         router.config.settings.request_timeout,
+        router.tls,
     )
     results: dict[str, dict[str, Any]] = {}
     async with trio.open_nursery() as nursery:
@@ -54,10 +56,16 @@ class _Request:
     """What every server is asked."""
 
     def __init__(
-        self, method: str, target: str, headers: dict[str, str], body: bytes, timeout: float
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str],
+        body: bytes,
+        timeout: float,
+        tls: ssl.SSLContext,
     ) -> None:
         self._method, self._target, self._headers = method, target, headers
-        self._body, self._timeout = body, timeout
+        self._body, self._timeout, self._tls = body, timeout, tls
 
     async def ask(self, server: Server, results: dict[str, dict[str, Any]]) -> None:
         """One server's answer, or what went wrong, under its name."""
@@ -65,7 +73,7 @@ class _Request:
         if server.config.api_key:
             headers.pop("authorization", None)  # the client's own key is of no use there
         try:
-            async with control_client(server, self._timeout) as client:
+            async with control_client(server, self._timeout, self._tls) as client:
                 answer = await client.request(
                     self._method, self._target, headers=headers, content=self._body
                 )

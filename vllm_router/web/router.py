@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from vllm_router.tasks.watch import Reload, Reloader
 
 
 class Router(Protocol):
-    """The parts are the supervisor's; `started_at` is on trio's clock."""
+    """The parts are the supervisor's; `started_at` is on trio's clock; `tls` is for the servers."""
 
     fleet: Fleet
     proxy: Proxy
@@ -24,6 +25,7 @@ class Router(Protocol):
     draining: bool
     started_at: float
     task_restarts: int
+    tls: ssl.SSLContext
 
     @property
     def ready(self) -> bool: ...
