@@ -25,7 +25,6 @@ LAYERS = {
     "fleet": PURE,
     "routing": PURE,
     "simulate": PURE,
-    "simulate": PURE,
     "http1": TRIO,
     "proxy": TRIO,
     "tasks": TRIO,
