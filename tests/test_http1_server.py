@@ -90,6 +90,8 @@ async def test_doubtful_head_is_refused_and_nothing_behind_it_is_read(data, stat
         b"+3\r\nabc\r\n",
         b"0x3\r\nabc\r\n",
         b"3 \r\nabc\r\n",
+        b"3 ;a\r\nabc\r\n",
+        b"3\t;a\r\nabc\r\n",
         b" 3\r\nabc\r\n",
         b"3\nabc\r\n",
         b"3\r\nabcd\r\n",

@@ -180,8 +180,9 @@ def check_partial(data: bytes | bytearray, checked: int) -> None:
         raise malformed("not HTTP/1.1")
 
 
-# RFC 9112 7.1. Extensions are dropped unread, but may hold no control characters.
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+# RFC 9112 7.1, without the whitespace it tolerates before `;`, as llhttp and h11. Extensions are
+# dropped unread, but may hold no control characters.
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r\n")
 _TRAILER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t -~\x80-\xff]*\r\n")
 
 # RFC 9110 6.5.1: a trailer that could change how the message is read is never honest.
