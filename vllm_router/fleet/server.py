@@ -53,14 +53,14 @@ class Lease:
     """The in-flight unit one attempt holds on a server, from the pick to the end.
 
     `last_byte_at` moves with every byte from the server; `interrupt` ends the attempt from
-    outside with a word why; `booking` is what the policy notes about it.
+    outside with a word why, if it can; `booking` is what the policy notes about it.
     """
 
     server: Server
     taken_at: float
     last_byte_at: float
     trial: bool = False
-    interrupt: Callable[[str], None] | None = None
+    interrupt: Callable[[str], bool] | None = None
     booking: object = None
 
     def release(self) -> None:

@@ -10,7 +10,6 @@ the shutdown cancel it through `interrupt`; a client that leaves cancels the who
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -63,12 +62,20 @@ of a stream until its first event is."""
 HOLD_COMMENTS = 10.0
 """Seconds for which a stream of nothing but SSE comments stays uncommitted."""
 
-_PHASE_TIMEOUT = {
-    Phase.CONNECT: Outcome.CONNECT_TIMEOUT,
-    Phase.WAIT: Outcome.FIRST_BYTE_TIMEOUT,
-    Phase.STREAM: Outcome.IDLE_TIMEOUT,
-}
+KEPT_TAIL = 4096
+"""Bytes of an answer's end that are kept: for its last events, and to see how a stream ended."""
+
+MIN_BODY_RATE = 500.0
+"""Bytes per second that a request body must average once `body_timeout` has passed."""
+
+DEADLINE_MOVES = 16
+"""How often per idle timeout the deadline of a stream is moved, at most."""
+
+SHOWN_MODEL = 200
+"""Characters of an unknown model's name that are repeated to the client."""
+
 _INFINITY = float("inf")
+_UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
 
 
 class Exchange:
@@ -85,15 +92,18 @@ class Exchange:
         "_deadline",
         "_facts",
         "_fields",
+        "_held",
         "_interrupted",
         "_is_sse",
         "_proxy",
         "_receive",
         "_scope",
         "_send",
+        "_sending",
         "_server_cancels",
         "_tail",
         "_target",
+        "_timer",
         "_tried",
         "record",
     )
@@ -122,20 +132,25 @@ class Exchange:
         self._interrupted: Outcome | None = None
         self._attempt_scope: trio.CancelScope | None = None
         self._deadline = _INFINITY
-        self._tail: deque[bytes] = deque(maxlen=4)
+        self._timer = Outcome.CONNECT_TIMEOUT
+        self._held = b""
+        self._sending = False
+        self._tail: list[bytes] = []
 
     # -- from outside -------------------------------------------------------------------------
 
-    def interrupt(self, reason: str) -> None:
-        """End the attempt under way, if there is one; `reason` is the value of an Outcome."""
-        if self._attempt_scope is not None:
-            self._interrupted = Outcome(reason)
-            self._attempt_scope.cancel(reason=reason)
+    def interrupt(self, reason: str) -> bool:
+        """End the attempt under way; `reason` is the value of an Outcome. False if it goes on.
 
-    @property
-    def silent_since(self) -> float:
-        """When the last byte came from a server, for the probes."""
-        return self.record.first_byte_at or self.record.sent_at
+        A server that is gone does not matter while we wait for the client: what it sent before
+        may be all there is.
+        """
+        outcome = Outcome(reason)
+        if self._attempt_scope is None or (self._sending and outcome is Outcome.GONE):
+            return False
+        self._interrupted = outcome
+        self._attempt_scope.cancel(reason=reason)
+        return True
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -178,7 +193,7 @@ class Exchange:
         proxy, scope, record = self._proxy, self._scope, self.record
         headers, fields = scope["headers"], self._fields
         if proxy.stopping:
-            raise Refused(503, "router_stopping", "The router is shutting down.", retry_after=1)
+            raise _stopping()
         if b"via" in fields and loops(headers):
             raise Refused(508, "loop_detected", "The request has passed this router too often.")
         limit = proxy.max_body
@@ -215,7 +230,8 @@ class Exchange:
 
     async def _read_body(self, limit: int) -> bytes:
         """The whole body. Under the lane the first message has all of a small one."""
-        message = await self._receive_message()
+        began = trio.current_time()
+        message = await self._receive_message(began)
         body: bytes = message.get("body", b"")
         if not message.get("more_body", False):
             if len(body) > limit:
@@ -223,18 +239,22 @@ class Exchange:
             return body
         parts, total = [body], len(body)
         while message.get("more_body", False):
-            message = await self._receive_message()
+            message = await self._receive_message(began + total / MIN_BODY_RATE)
             parts.append(message.get("body", b""))
             total += len(parts[-1])
             if total > limit:
                 raise self._too_large(limit)
         return b"".join(parts)
 
-    async def _receive_message(self) -> Message:
-        """One message of the body. A server that cancels us bounds the time itself, too."""
+    async def _receive_message(self, due: float) -> Message:
+        """One message of the body. A server that cancels us bounds the time itself, too.
+
+        `due` is when what has come would have come at the lowest rate allowed.
+        """
         if self._server_cancels:
             return await self._receive()
-        with trio.move_on_after(self._proxy.settings.body_timeout):
+        timeout = self._proxy.settings.body_timeout
+        with trio.move_on_at(min(due, trio.current_time()) + timeout):
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
@@ -281,14 +301,17 @@ class Exchange:
         proxy.budget.deposit(len(proxy.exchanges))
         now = record.body_read_at
         while True:
-            candidates = self._untried(now) or await self._wait_for_candidates()
+            candidates = self._untried(now)
+            if not candidates:
+                candidates = await self._wait_for_candidates()
+                now = trio.current_time()
             policy = proxy.policy
             server = policy.pick(candidates, self._facts, now)
             lease = server.lease(now)
             self._tried.append(server)
             record.server = server
             record.attempts += 1
-            outcome = None
+            outcome = record.outcome = None
             try:
                 policy.leased(lease, self._facts, now)
                 outcome = await self._attempt(server, lease, now)
@@ -301,12 +324,14 @@ class Exchange:
             record.outcome = outcome
             if self._committed:
                 return
+            now = trio.current_time()
             if self._again is Again.NO:
                 rule = RULES[outcome]
                 wait = fleet.retry_after(self._facts.model, now) if rule.status == 503 else None
                 raise Refused(rule.status, rule.code, rule.message, retry_after=wait)
+            if proxy.stopping:
+                raise _stopping()
             record.retries.append(outcome)
-            now = trio.current_time()
 
     def _untried(self, now: float) -> tuple[Server, ...]:
         fleet, model = self._proxy.fleet, self._facts.model
@@ -316,24 +341,27 @@ class Exchange:
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses."""
-        fleet, model = self._proxy.fleet, self._facts.model
-        settings = self._proxy.settings
+        proxy, model = self._proxy, self._facts.model
+        fleet, settings = proxy.fleet, proxy.settings
         with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
-            while not fleet.probed:
+            while not (fleet.probed or proxy.stopping):
                 await trio.sleep(0.02)
                 candidates = fleet.candidates(model, trio.current_time())
                 if candidates:
                     return candidates
+        if proxy.stopping:
+            raise _stopping()
+        shown = repr(model if model is None else model[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
             known = fleet.known_models()
             if known:
                 raise Refused(
                     404,
                     "model_not_found",
-                    f"The model {model!r} does not exist. Available models: {', '.join(known)}.",
+                    f"The model {shown} does not exist. Available models: {', '.join(known)}.",
                     param="model",
                 )
-        what = f"for the model {model!r} " if model is not None else ""
+        what = f"for the model {shown} " if model is not None else ""
         raise Refused(
             503,
             "no_server_available",
@@ -344,18 +372,24 @@ class Exchange:
     async def _attempt(self, server: Server, lease: Lease, now: float) -> Outcome:
         """One try on one server, with a second connection if a kept one turns out closed.
 
+        What may not be sent twice never goes on a kept connection: if that closed, nobody could
+        tell whether the server had begun with it.
         Sets `_committed` if the client has got the answer or a part of it, else `_again`.
         """
         link = self._proxy.links[server]
         fresh = False
         while True:
-            connection = None if fresh else link.pool.take_idle(now)
+            connection = None
+            if not fresh and self._replayable:
+                connection = link.pool.take_idle(now)
             self._again = self._interrupted = None
             settings = self._proxy.settings
             if connection is None:
                 self.record.phase, timeout = Phase.CONNECT, settings.connect_timeout
+                self._timer = Outcome.CONNECT_TIMEOUT
             else:
                 self.record.phase, timeout = Phase.WAIT, settings.first_byte_timeout
+                self._timer = Outcome.FIRST_BYTE_TIMEOUT
             outcome = None
             with trio.CancelScope(deadline=min(now + timeout, self._deadline)) as scope:
                 self._attempt_scope = scope
@@ -364,6 +398,9 @@ class Exchange:
             self._attempt_scope = lease.interrupt = None
             if outcome is None:
                 outcome = self._cancelled_by()
+            if fresh and outcome in _UNREACHABLE:
+                # It was not the kept connection that had gone but the server, perhaps of this.
+                outcome = Outcome.LOST
             if self._committed:
                 if outcome is not Outcome.ANSWERED and not self._complete:
                     await self._break_off(outcome)
@@ -379,7 +416,12 @@ class Exchange:
             return interrupted
         if trio.current_time() >= self._deadline:
             return Outcome.TOTAL_TIMEOUT
-        return _PHASE_TIMEOUT[self.record.phase]
+        # A client that takes nothing for as long as a server may be silent has gone, too.
+        return Outcome.CLIENT_GONE if self._sending else self._timer
+
+    @property
+    def _replayable(self) -> bool:
+        return self._facts.replayable and self._proxy.settings.replay
 
     def _verdict(self, outcome: Outcome, fresh: bool) -> Again:
         """Where to go after an attempt; some ends are decided upon while the answer is read."""
@@ -394,7 +436,7 @@ class Exchange:
             self.record.attempts,
             self._broken,
             bool(self._untried(trio.current_time())),
-            self._facts.replayable and proxy.settings.replay,
+            self._replayable,
             fresh,
         )
         self._again = decide(outcome, standing, proxy.settings.max_retries, proxy.budget)
@@ -423,7 +465,7 @@ class Exchange:
         try:
             if connection is None:
                 connection = await pool.open(trio.current_time())
-                record.phase = Phase.WAIT
+                record.phase, self._timer = Phase.WAIT, Outcome.FIRST_BYTE_TIMEOUT
                 now = trio.current_time()
                 scope.deadline = min(now + settings.first_byte_timeout, self._deadline)
             head = link.heads.write(
@@ -479,13 +521,16 @@ class Exchange:
                 server.refused(lease.last_byte_at, wait)
             if outcome is not Outcome.ANSWERED and self._again_for(outcome) is not Again.NO:
                 return outcome
-        is_stream = fields.get(b"content-type", b"")[:17].lower() == b"text/event-stream"
+        content_type = fields.get(b"content-type", b"")[:17].lower()
+        is_stream = content_type == b"text/event-stream"
         if is_stream:
-            held, dead = await self._hold_stream(lease, connection, scope)
+            dead = await self._hold_stream(lease, connection, scope)
         else:
-            held, dead = await self._hold_plain(lease, connection, scope)
-        if dead is not None and status == 200 and self._again_for(dead) is not Again.NO:
-            return dead
+            # Others that come in chunks, such as audio, are played as they come.
+            whole = answer.content_length is not None or content_type[:16] == b"application/json"
+            dead = await self._hold_plain(lease, connection, scope, whole=whole)
+        if dead and status == 200:
+            return Outcome.ABORTED
         now = lease.last_byte_at
         record.first_byte_at = now
         if is_stream:
@@ -493,18 +538,26 @@ class Exchange:
         record.phase = Phase.STREAM
         record.status = status
         self._committed = True
-        self._is_sse = is_stream
-        if lease.trial and outcome is Outcome.ANSWERED and dead is None:
+        self._body = b""  # up to max_body_mb, and never sent again
+        # No event can be added to a stream whose length has been told.
+        self._is_sse = is_stream and answer.content_length is None
+        if lease.trial and outcome is Outcome.ANSWERED:
             server.answered(now, trial=True)  # a long stream need not end to prove its server
+            lease.trial = False  # nor may its end bring back a server that has been ejected since
         headers = answer_headers(
             answer.headers, fields, link.name, record.attempts, record.request_id
         )
+        if not connection.exhausted:
+            self._timer = Outcome.IDLE_TIMEOUT
+            idle = self._proxy.settings.idle_timeout
+            scope.deadline = min(now + idle + idle / DEADLINE_MOVES, self._deadline)
+        self._sending = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._relay(server, lease, connection, held, scope)
+        await self._relay(server, lease, connection, scope)
         self._complete = True
         if self._proxy.policy.needs_prompt:
             self._learn(lease)
-        if dead is not None or (is_stream and sse.ends_aborted(b"".join(self._tail))):
+        if is_stream and status == 200 and sse.ends_aborted(b"".join(self._tail)):
             return Outcome.BROKEN
         return outcome
 
@@ -515,9 +568,12 @@ class Exchange:
             self._proxy.policy.learned(lease, *usage)
 
     async def _hold_plain(
-        self, lease: Lease, connection: Connection, scope: trio.CancelScope
-    ) -> tuple[bytes, Outcome | None]:
-        """Wait for all of a plain answer, up to a limit; tell whether the engine aborted it."""
+        self, lease: Lease, connection: Connection, scope: trio.CancelScope, *, whole: bool
+    ) -> bool:
+        """Wait for all of a plain answer, up to a limit; True if the engine aborted it.
+
+        If it need not be `whole`, for its first bytes.
+        """
         parts: list[bytes] = []
         size = 0
         with_head = connection.complete
@@ -531,17 +587,20 @@ class Exchange:
                 break
             now = trio.current_time()
             lease.last_byte_at = lease.server.last_byte_at = now
-            if connection.complete:
+            if connection.complete or not whole:
                 break
+            self._timer = Outcome.IDLE_TIMEOUT
             scope.deadline = min(now + self._proxy.settings.idle_timeout, self._deadline)
-        held = parts[0] if len(parts) == 1 else b"".join(parts)
-        aborted = connection.complete and any(mark in held for mark in sse.ABORTED)
-        return held, Outcome.ABORTED if aborted else None
+        self._held = held = parts[0] if len(parts) == 1 else b"".join(parts)
+        return connection.complete and any(mark in held for mark in sse.ABORTED)
 
     async def _hold_stream(
         self, lease: Lease, connection: Connection, scope: trio.CancelScope
-    ) -> tuple[bytes, Outcome | None]:
-        """Wait for the first event: the head of a stream comes at once and proves nothing."""
+    ) -> bool:
+        """Wait for the first event; True if it says that the engine failed.
+
+        The head of a stream comes at once and proves nothing.
+        """
         held = b""
         began = trio.current_time()
         idle_timeout = self._proxy.settings.idle_timeout
@@ -551,19 +610,16 @@ class Exchange:
                 break
             now = trio.current_time()
             lease.last_byte_at = lease.server.last_byte_at = now
-            scope.deadline = min(now + idle_timeout, self._deadline)
             held += piece
             if sse.has_event(held) or now - began > HOLD_COMMENTS or len(held) >= HOLD_LIMIT:
                 break
-        return held, Outcome.ABORTED if sse.begins_dead(held) else None
+            self._timer = Outcome.IDLE_TIMEOUT
+            scope.deadline = min(now + idle_timeout, self._deadline)
+        self._held = held
+        return sse.begins_dead(held)
 
     async def _relay(
-        self,
-        server: Server,
-        lease: Lease,
-        connection: Connection,
-        piece: bytes,
-        scope: trio.CancelScope,
+        self, server: Server, lease: Lease, connection: Connection, scope: trio.CancelScope
     ) -> None:
         """Copy the body to the client as it arrives; back-pressure is the awaited send.
 
@@ -572,17 +628,23 @@ class Exchange:
         """
         send, record, tail = self._send, self.record, self._tail
         idle = self._proxy.settings.idle_timeout
-        slack = idle / 16
-        moved = self.record.first_byte_at
-        if not connection.exhausted:
-            scope.deadline = min(moved + idle + slack, self._deadline)
+        slack = idle / DEADLINE_MOVES
+        moved = record.first_byte_at
+        kept = 0
+        piece, self._held = self._held, b""
         while piece:
             record.bytes_out += len(piece)
             record.chunks += 1
             tail.append(piece)
+            kept += len(piece)
+            if kept > 4 * KEPT_TAIL:
+                tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
+                kept = KEPT_TAIL
+            self._sending = True
             await send({"type": BODY, "body": piece, "more_body": True})
             if connection.exhausted:
                 return
+            self._sending = False
             piece = await connection.read_body()
             lease.last_byte_at = server.last_byte_at = now = trio.current_time()
             if now - moved > slack:
@@ -593,7 +655,11 @@ class Exchange:
         """Tell the client of a stream that it is broken; the connection is cut afterwards."""
         rule = RULES[outcome]
         self.record.code = rule.code
-        if self._is_sse:
+        if self._is_sse and not self._sending:  # else a part of a piece may be with the client
             tail = b"".join(self._tail)
             event = sse.error_event(self.record.path, rule.code, rule.message, tail)
             await self._send({"type": BODY, "body": event, "more_body": True})
+
+
+def _stopping() -> Refused:
+    return Refused(503, "router_stopping", "The router is shutting down.", retry_after=1)

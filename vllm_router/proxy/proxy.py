@@ -120,15 +120,11 @@ class Proxy:
         Those without a byte for the client are replayed elsewhere. `patience` in seconds: a
         stream that has just had a byte is left to its idle timeout.
         """
-        silent = [
-            lease
-            for lease in server.leases
-            if lease.interrupt is not None and now - lease.last_byte_at >= patience
-        ]
-        for lease in silent:
-            assert lease.interrupt is not None
-            lease.interrupt(Outcome.GONE.value)
-        return len(silent)
+        ended = 0
+        for lease in server.leases:
+            if lease.interrupt is not None and now - lease.last_byte_at >= patience:
+                ended += lease.interrupt(Outcome.GONE.value)
+        return ended
 
     async def drained(self) -> None:
         """Wait until no exchange is left."""
@@ -138,10 +134,9 @@ class Proxy:
 
     def stop(self) -> int:
         """End what is still running, honestly: an error event, or 503 where nothing was sent."""
-        running = list(self.exchanges)
-        for exchange in running:
+        for exchange in self.exchanges:
             exchange.interrupt(Outcome.STOPPED.value)
-        return len(running)
+        return len(self.exchanges)
 
 
 def _link(server: Server, pool: Pool) -> Link:
