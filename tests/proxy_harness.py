@@ -244,11 +244,14 @@ class Rig:
         """Nothing is left of any exchange; each was accounted for once."""
         await trio.testing.wait_all_tasks_blocked()
         assert not self.proxy.exchanges
+        idle = dict.fromkeys(self.scripted, 0)
+        idle |= {server.name: link.pool.idle for server, link in self.proxy.links.items()}
+        if any(scripted.open > idle[name] for name, scripted in self.scripted.items()):
+            await trio.sleep(30)  # scripts that sleep have not noticed yet
         for server in self.fleet.all_servers():
             assert (server.in_flight, server.leases) == (0, set()), server
-            scripted = self.scripted[server.name]
-            idle = self.proxy.links[server].pool.idle
-            assert scripted.open <= idle, f"{scripted.open} connections open, {idle} of them idle"
+        for name, scripted in self.scripted.items():
+            assert scripted.open <= idle[name], f"{name}: {scripted.open} connections open"
         assert self.proxy.budget.tokens >= 0
 
 

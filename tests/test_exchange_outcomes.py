@@ -519,7 +519,7 @@ async def test_idle_connections_are_closed_before_the_server_closes_them(autojum
         await rig.post()
         pool = rig.proxy.links[rig.server("a")].pool
         await trio.sleep(3.0)
-        rig.proxy.sweep(rig.server("a"), trio.current_time())
+        rig.proxy.tick(rig.server("a"), trio.current_time())
         assert pool.idle == 0
         await rig.post()
         assert len(rig.scripted["a"].talks) == 2
@@ -615,6 +615,7 @@ async def test_a_stop_ends_what_waits_with_503(autojump_clock):
         rig.proxy.stopping = True
         assert rig.proxy.stop() == 1
         await rig.proxy.drained()
+        await trio.testing.wait_all_tasks_blocked()
         assert (client.got.status, client.got.code) == (503, "router_stopping")
         assert rig.recorder.outcomes == [Outcome.STOPPED]
         assert failures(rig, "a") == 0

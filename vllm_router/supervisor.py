@@ -130,7 +130,7 @@ class Supervisor:
             scope.cancel(reason="server removed")
 
     async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
-        probe = Probe(server, self.fleet, self.rng, self.tls, self._server_down, self.proxy.sweep)
+        probe = Probe(server, self.fleet, self.rng, self.tls, self._server_down, self.proxy.tick)
         with scope:
             await self._keep(f"probe of {server.name}", probe.run)
 

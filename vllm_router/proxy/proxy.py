@@ -73,11 +73,18 @@ class Proxy:
         for server in self.links.keys() - set(servers):
             self.links.pop(server).pool.close()
 
-    def sweep(self, server: Server, now: float) -> None:
-        """Close idle connections that have outlived their time; called by the probe's ticks."""
+    def tick(self, server: Server, now: float) -> None:
+        """What must happen now and then on a server; called by its probe on every scrape.
+
+        Idle connections that have outlived their time are closed. On a server that is down,
+        exchanges end that have heard nothing for as long as a check may take: those that still
+        had a byte when it was found to be gone would wait for their idle timeout.
+        """
         link = self.links.get(server)
         if link is not None:
             link.pool.sweep(now)
+        if server.probe_health.up is False:
+            self.server_gone(server, now, self.settings.health_check_timeout)
 
     def forget(self, server: Server) -> None:
         """A removed server's last exchange has ended."""
