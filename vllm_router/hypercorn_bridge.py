@@ -696,6 +696,8 @@ class GuardedTCPServer(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, RawData):
+            if not event.data:
+                return  # the end of a body whose length has been told
             async with self.send_lock:
                 try:
                     with trio.CancelScope(shield=True):
