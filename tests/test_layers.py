@@ -65,9 +65,9 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
-    """Dotted names that `source` imports, wherever in it; a submodule rather than its package."""
-    for node in ast.walk(ast.parse(source)):
+def imports(tree: ast.AST, module: str, *, is_package: bool = False) -> Iterator[str]:
+    """Dotted names imported anywhere in `tree`; a submodule rather than its package."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name
@@ -91,14 +91,12 @@ class WithoutTypeOnly(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def at_run_time(source: str) -> str:
-    return ast.unparse(WithoutTypeOnly().visit(ast.parse(source)))
-
-
 def imports_of(module: str, *, type_only: bool = True) -> set[str]:
     path = MODULES[module]
-    source = path.read_text() if type_only else at_run_time(path.read_text())
-    return set(imports(source, module, is_package=path.name == "__init__.py"))
+    tree: ast.AST = ast.parse(path.read_text())
+    if not type_only:
+        tree = WithoutTypeOnly().visit(tree)
+    return set(imports(tree, module, is_package=path.name == "__init__.py"))
 
 
 def part_of(module: str) -> str | None:
@@ -119,12 +117,12 @@ def part_of(module: str) -> str | None:
     ],
 )
 def test_every_form_of_import_is_seen(source: str, expected: str):
-    assert list(imports(source, "vllm_router.errors")) == [expected]
+    assert list(imports(ast.parse(source), "vllm_router.errors")) == [expected]
 
 
 def test_relative_imports_of_a_package_start_in_the_package():
     source = "from .health import Health\nfrom .. import errors"
-    names = list(imports(source, "vllm_router.fleet", is_package=True))
+    names = list(imports(ast.parse(source), "vllm_router.fleet", is_package=True))
     assert names == ["vllm_router.fleet.health", "vllm_router.errors"]
 
 

@@ -56,7 +56,8 @@ def test_sdist_contains_what_builds_and_tests_the_package(dist: Path):
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     sources = [*files_below(PACKAGE), *files_below(ROOT / "scripts"), *files_below(ROOT / "tests")]
     wanted = {str(path.relative_to(ROOT)) for path in sources}
-    wanted |= {"pyproject.toml", "LICENSE", "README.md", "Dockerfile", "compose.yaml"}
+    wanted |= {"pyproject.toml", "LICENSE", "README.md", "README.zh.md", "servers.example.toml"}
+    wanted |= {"Dockerfile", "compose.yaml"}
     assert wanted <= shipped
 
 
