@@ -1,0 +1,134 @@
+// What the charts show: the router's own memory from the hello, continued with the snapshots.
+
+export const FIGURES = [
+  "requests_per_s", "errors_per_s", "chunks_per_s", "running", "waiting", "capacity", "load",
+  "open_streams", "ttft_p95", "duration_p95",
+];
+const FINE = 300;
+const COARSE_STEP = 10;
+const COARSE = 360;
+/** Two rows further apart than so many intervals have a gap between them. */
+const GAP = 3.5;
+
+function rowOf(snapshot) {
+  const { fleet, router } = snapshot;
+  return [
+    fleet.requests_per_s, fleet.errors_per_s, fleet.chunks_per_s, fleet.running, fleet.waiting,
+    fleet.capacity, fleet.load, router.open_streams, fleet.ttft?.p95 ?? null,
+    fleet.duration?.p95 ?? null,
+  ];
+}
+
+/** Means, as the router thins its own; the greatest of a percentile. */
+function thin(rows) {
+  return FIGURES.map((name, column) => {
+    const values = rows.map((row) => row[column]).filter((value) => value !== null);
+    if (values.length === 0) return null;
+    if (name.endsWith("_p95")) return Math.max(...values);
+    return values.reduce((sum, value) => sum + value, 0) / values.length;
+  });
+}
+
+class Series {
+  constructor(length) {
+    this.length = length;
+    this.times = [];
+    this.rows = [];
+  }
+
+  add(time, row) {
+    this.times.push(time);
+    this.rows.push(row);
+    if (this.times.length > this.length) {
+      this.times.shift();
+      this.rows.shift();
+    }
+  }
+
+  /** Take a history in; what is older here than it (of a router before its restart) stays. */
+  load(history) {
+    const count = history.fleet.load?.length ?? 0;
+    const first = history.end - (count - 1) * history.interval;
+    const older = this.times.findIndex((time) => time >= first - history.interval / 2);
+    const keep = count === 0 || older === -1 ? this.times.length : older;
+    this.times.length = this.rows.length = keep;
+    for (let index = 0; index < count; index += 1) {
+      this.add(
+        first + index * history.interval,
+        FIGURES.map((name) => history.fleet[name]?.[index] ?? null),
+      );
+    }
+  }
+}
+
+export class History {
+  constructor() {
+    this.fine = new Series(FINE);
+    this.coarse = new Series(COARSE);
+    this.pending = [];
+    this.loads = new Map();
+  }
+
+  hello(message) {
+    this.fine.load(message.history);
+    this.coarse.load(message.hour);
+    this.pending = [];
+    this.loads = new Map(Object.entries(message.history.servers));
+  }
+
+  /** Whether the snapshot made a new row: one a second, however often they come. */
+  snapshot(message) {
+    const last = this.fine.times.at(-1) ?? 0;
+    if (message.time - last < 0.95) return false;
+    const row = rowOf(message);
+    this.fine.add(message.time, row);
+    this.pending.push(row);
+    if (this.pending.length >= COARSE_STEP) {
+      this.coarse.add(message.time, thin(this.pending));
+      this.pending = [];
+    }
+    const present = new Map();
+    for (const server of message.servers) {
+      const values = this.loads.get(server.name) ?? [];
+      values.push(server.load);
+      if (values.length > FINE) values.shift();
+      present.set(server.name, values);
+    }
+    this.loads = present;
+    return true;
+  }
+
+  /** One figure of the last five minutes. */
+  recent(name) {
+    const column = FIGURES.indexOf(name);
+    return this.fine.rows.map((row) => row[column]);
+  }
+
+  /** Columns for a chart of the last `seconds`: times, then the named figures. */
+  columns(seconds, names) {
+    const end = this.fine.times.at(-1) ?? Date.now() / 1000;
+    const start = end - seconds;
+    const picked = names.map((name) => FIGURES.indexOf(name));
+    const columns = [[], ...names.map(() => [])];
+    const put = (time, row, interval) => {
+      const before = columns[0].at(-1);
+      if (before !== undefined && time - before > interval * GAP) {
+        columns[0].push(before + interval);
+        for (let index = 1; index < columns.length; index += 1) columns[index].push(null);
+      }
+      columns[0].push(time);
+      picked.forEach((column, index) => columns[index + 1].push(row[column]));
+    };
+    const fineStart = this.fine.times[0] ?? end;
+    this.coarse.times.forEach((time, index) => {
+      if (time >= start && time < fineStart) put(time, this.coarse.rows[index], COARSE_STEP);
+    });
+    this.fine.times.forEach((time, index) => {
+      if (time >= start) {
+        const first = columns[0].length > 0 && columns[0].at(-1) < fineStart;
+        put(time, this.fine.rows[index], first ? COARSE_STEP : 1);
+      }
+    });
+    return { columns, start, end };
+  }
+}

@@ -1,0 +1,212 @@
+// Puts the page together: messages come in, the parts show them.
+
+import { attributeOf, byId, make, textOf } from "./dom.js";
+import { Charts } from "./charts.js";
+import { Confirm, Details } from "./dialogs.js";
+import { Events } from "./events.js";
+import { Feed } from "./feed.js";
+import { megabytes, percent, seconds, span } from "./format.js";
+import { History } from "./history.js";
+import { languageKey, preferred, t, use } from "./i18n.js";
+import { Table } from "./table.js";
+import { Tiles } from "./tiles.js";
+
+const SCHEMA = 1;
+const SICK = new Set(["down", "ejected"]);
+const SAY_EVERY = 5000;
+
+const history = new History();
+let hello = null;
+let snapshot = null;
+let link = { state: "connecting", age: null };
+let firstVersion = null;
+
+use(preferred());
+byId("language").value = languageKey();
+
+const tiles = new Tiles();
+const charts = new Charts(history);
+const events = new Events();
+const confirm = new Confirm((text) => say(text));
+const details = new Details();
+const table = new Table(
+  (server, action) => confirm.ask(server, action),
+  (server) => details.open(server),
+);
+
+// -- what is said aloud ------------------------------------------------------------------------
+
+const say = textOf(byId("announce"));
+let saidAt = 0;
+let trouble = [];
+
+/** Only what an operator must hear, and several things at one moment in one sentence. */
+function sayTrouble(event) {
+  if (event.kind !== "state" || !SICK.has(event.new)) return;
+  trouble.push(event);
+  if (trouble.length > 1) return;
+  setTimeout(() => {
+    const [first] = trouble;
+    say(trouble.length === 1
+      ? t("saidState", { server: first.server, state: t(`state_${first.new}`) })
+      : t("saidStates", { n: trouble.length }));
+    trouble = [];
+    saidAt = performance.now();
+  }, Math.max(300, saidAt + SAY_EVERY - performance.now()));
+}
+
+// -- the line at the top, banners, the line at the bottom ---------------------------------------
+
+const linkState = attributeOf(byId("link"), "data-link");
+const linkText = textOf(byId("link-text"));
+const pageStale = attributeOf(document.documentElement, "data-stale");
+
+function showLink() {
+  const { state, age } = link;
+  const draining = state === "live" && snapshot?.router.draining;
+  linkState(draining ? "draining" : state);
+  pageStale(state === "live" || state === "connecting" ? null : "");
+  const values = { age: span(age ?? 0) };
+  linkText(draining ? t("linkDraining") : t({
+    connecting: "linkConnecting", live: "linkLive", stale: "linkStale", lost: "linkLost",
+  }[state], values));
+}
+
+let banners = "";
+
+function showBanners() {
+  const wanted = [];
+  const reload = snapshot?.router.reload;
+  if (hello && hello.schema > SCHEMA) wanted.push({ text: t("bannerSchema"), again: true });
+  else if (hello && hello.version !== firstVersion) {
+    wanted.push({ text: t("bannerVersion", { version: hello.version }), again: true });
+  }
+  if (reload?.error) wanted.push({ text: t("bannerReload"), more: reload.error, bad: true });
+  if (snapshot?.router.draining) wanted.push({ text: t("bannerDraining") });
+  const key = JSON.stringify(wanted);
+  if (key === banners) return;
+  banners = key;
+  byId("banners").replaceChildren(...wanted.map(({ text, more, again, bad }) => {
+    const banner = make("div", { class: "banner", "data-mood": bad ? "bad" : "some" }, make("p", {}, text));
+    if (more) banner.append(make("pre", {}, more));
+    if (again) {
+      const button = make("button", { type: "button" }, t("reloadPage"));
+      button.addEventListener("click", () => location.reload());
+      banner.append(button);
+    }
+    return banner;
+  }));
+}
+
+const FACTS = [
+  ["factPolicy", () => hello.config.policy],
+  ["factConfig", ({ reload }) => (reload.source === null
+    ? t("factCommandLine")
+    : t("factGeneration", { source: reload.source, n: reload.generation }))],
+  ["factUptime", (router) => span(router.uptime)],
+  ["factCpu", (router) => percent(router.cpu)],
+  ["factMemory", (router) => megabytes(router.rss_bytes)],
+  ["factLag", (router) => seconds(router.event_loop_lag)],
+  ["factClients", (router) => String(router.feed_clients)],
+  ["factVersion", () => hello.version],
+];
+const facts = FACTS.map(([key, read]) => {
+  const [name, value] = [make("span"), make("b")];
+  byId("facts").append(make("span", { class: "fact" }, name, " ", value));
+  return { key, read, name: textOf(name), value: textOf(value) };
+});
+
+function showFacts() {
+  for (const { key, read, name, value } of facts) {
+    name(t(key));
+    value(hello && snapshot ? read(snapshot.router) : "–");
+  }
+}
+
+// -- messages -----------------------------------------------------------------------------------
+
+let newRow = false;
+let asked = false;
+const work = { draws: 0, milliseconds: 0 };
+
+function draw() {
+  asked = false;
+  if (snapshot === null) return;
+  tiles.show(snapshot);
+  table.show(snapshot);
+  if (details.dialog.open) details.show(snapshot.servers);
+  showFacts();
+  showBanners();
+  if (newRow) {
+    newRow = false;
+    tiles.draw(history);
+    table.draw(history);
+    charts.draw();
+  }
+}
+
+/** At the next frame: a page that nobody sees draws nothing, but keeps its history. */
+function drawSoon() {
+  if (asked) return;
+  asked = true;
+  requestAnimationFrame(() => {
+    const began = performance.now();
+    draw();
+    work.draws += 1;
+    work.milliseconds += performance.now() - began;
+  });
+}
+
+const routerName = textOf(byId("router-name"));
+
+function take(message) {
+  if (message.type === "snapshot") {
+    snapshot = message;
+    newRow = history.snapshot(message) || newRow;
+    drawSoon();
+  } else if (message.type === "event") {
+    events.add(message);
+    sayTrouble(message);
+  } else if (message.type === "hello") {
+    hello = message;
+    firstVersion ??= message.version;
+    history.hello(message);
+    events.hello(message.events, message.started);
+    table.allow(message.admin);
+    routerName(message.name);
+    document.title = `${message.name} · vLLM Router`;
+    newRow = true;
+    document.documentElement.classList.remove("loading");
+  }
+}
+
+function taken(now) {
+  const before = link.state;
+  link = now;
+  showLink();
+  if (before === "live" && now.state === "lost") say(t("saidLost"));
+  if ((before === "lost" || before === "stale") && now.state === "live") say(t("saidBack"));
+}
+
+byId("language").addEventListener("change", (event) => {
+  use(event.target.value, true);
+  for (const part of [tiles, charts, events, table]) part.words();
+  banners = "";
+  showLink();
+  drawSoon();
+});
+
+function remeasure() {
+  tiles.remeasure();
+  table.remeasure();
+  newRow = true;
+  drawSoon();
+}
+
+addEventListener("resize", remeasure);
+addEventListener("themechange", remeasure);
+
+showLink();
+showFacts();
+// For those who look into the page while it runs.
+globalThis.vllmRouter = { feed: new Feed(take, taken), history, work };

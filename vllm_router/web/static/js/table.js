@@ -1,0 +1,366 @@
+// The servers. A row is made once per server and from then on only written to where it changes.
+
+import { attributeOf, byId, make, shownIf, store, stored, styleOf, textOf } from "./dom.js";
+import { NONE, count, moment, percent, rate, seconds, span } from "./format.js";
+import { t } from "./i18n.js";
+import { Spark } from "./spark.js";
+import { heat } from "./tiles.js";
+
+const COLUMNS = [
+  { id: "name", title: "colServer", key: (server) => server.name },
+  { id: "state", title: "colState", key: (server) => BADNESS.indexOf(server.state) },
+  { id: "load", title: "colLoad", key: (server) => -server.load },
+  { id: "trend", title: "colTrend" },
+  { id: "leases", title: "colLeases", key: (server) => -server.leases, figure: true },
+  { id: "requests", title: "colRequests", key: (server) => -server.requests_per_s, figure: true },
+  { id: "tokens", title: "colTokens", key: (server) => -(server.tokens_per_s ?? -1), figure: true },
+  { id: "ttft", title: "colTtft", key: (server) => -(server.ttft?.p95 ?? -1), figure: true },
+  { id: "errors", title: "colErrors", key: (server) => -server.errors_per_s, figure: true },
+  { id: "kv", title: "colKv", key: (server) => -(server.kv_usage ?? -1), figure: true },
+  { id: "models", title: "colModels" },
+  { id: "actions", title: "colActions" },
+];
+const BADNESS = ["down", "ejected", "asleep", "unknown", "draining", "full", "up"];
+const SORT_EVERY = 2000;
+/** From so many rows on, bars jump instead of gliding: a hundred transitions are not cheap. */
+const MANY = 30;
+
+class Row {
+  constructor(name, table) {
+    this.table = table;
+    this.name = make("button", { type: "button", class: "server-name" }, name);
+    this.url = make("span", { class: "url" });
+    this.chip = make("span", { class: "chip" });
+    this.since = make("span", { class: "since" });
+    this.reason = make("span", { class: "reason" });
+    this.running = make("span", { class: "running" });
+    this.waiting = make("span", { class: "waiting" });
+    this.limit = make("span", { class: "limit" });
+    this.leasesBar = make("span", { class: "leases" });
+    this.bar = make("span", { class: "bar", "aria-hidden": "true" },
+      this.running, this.waiting, this.leasesBar, this.limit);
+    this.loadText = make("span", { class: "load-text" });
+    this.loadShare = make("b", { class: "load-share" });
+    this.canvas = make("canvas", { class: "spark", "aria-hidden": "true" });
+    this.button = make("button", { type: "button", class: "action" });
+    this.cells = {
+      name: [this.name, this.url],
+      state: [make("span", { class: "state-line" }, this.chip, this.since), this.reason],
+      load: [make("span", { class: "load-line" }, this.loadText, this.loadShare), this.bar],
+      trend: [this.canvas], leases: [], requests: [], tokens: [], ttft: [], errors: [], kv: [],
+      models: [], actions: [this.button],
+    };
+    this.labels = [];
+    this.root = make("tr", { role: "row" });
+    this.set = {};
+    for (const column of COLUMNS) {
+      const header = column.id === "name";
+      const cell = make(header ? "th" : "td", {
+        class: `c-${column.id}${column.figure ? " figure" : ""}`,
+        role: header ? "rowheader" : "cell", scope: header ? "row" : null,
+      }, ...this.cells[column.id]);
+      this.set[`${column.id}Label`] = attributeOf(cell, "data-label");
+      if (column.figure) {
+        const value = make("span", { class: "value" });
+        cell.append(value);
+        this.set[column.id] = textOf(value);
+      }
+      this.cells[column.id] = cell;
+      this.root.append(cell);
+    }
+    this.set.state = attributeOf(this.root, "data-state");
+    this.set.heat = attributeOf(this.root, "data-heat");
+    this.set.old = attributeOf(this.root, "data-old");
+    this.set.url = textOf(this.url);
+    this.set.chip = textOf(this.chip);
+    this.set.since = textOf(this.since);
+    this.set.sinceTitle = attributeOf(this.since, "title");
+    this.set.reason = textOf(this.reason);
+    this.set.reasonTitle = attributeOf(this.reason, "title");
+    this.set.reasonShown = shownIf(this.reason);
+    this.set.loadText = textOf(this.loadText);
+    this.set.loadShare = textOf(this.loadShare);
+    this.set.loadTitle = attributeOf(this.cells.load, "title");
+    // Transforms, as a change of width would lay the whole table out anew.
+    this.set.running = styleOf(this.running, "transform");
+    this.set.waiting = styleOf(this.waiting, "transform");
+    this.set.leasesBar = styleOf(this.leasesBar, "transform");
+    this.set.limitLeft = styleOf(this.limit, "left");
+    this.set.limitShown = shownIf(this.limit);
+    this.set.errorsMood = attributeOf(this.cells.errors, "data-mood");
+    this.set.action = textOf(this.button);
+    this.set.actionLabel = attributeOf(this.button, "aria-label");
+    this.set.nameLabel = attributeOf(this.name, "title");
+    this.set.shown = shownIf(this.root);
+    this.spark = new Spark(this.canvas, { ceiling: 1 });
+    this.models = undefined;
+    this.visible = false;
+    this.name.addEventListener("click", () => table.onDetails(this.server));
+    this.button.addEventListener("click", () => {
+      table.onAction(this.server, this.server.state === "draining" ? "undrain" : "drain");
+    });
+  }
+
+  show(server, now) {
+    this.server = server;
+    const { set } = this;
+    set.state(server.state);
+    set.heat(heat(server.load));
+    set.old(server.stale && (server.state === "up" || server.state === "full") ? "" : null);
+    set.url(server.url.replace(/^https?:\/\//, "") === server.name ? "" : server.url);
+    set.nameLabel(t("details", { server: server.name }));
+    set.chip(t(`state_${server.state}`) + (server.leaving ? `, ${t("leaving")}` : ""));
+    set.since(t("since", { span: span(now - server.since) }));
+    if (server.since !== this.sinceTime) {
+      this.sinceTime = server.since;
+      set.sinceTitle(t("sinceTitle", { moment: moment(server.since) }));
+    }
+    set.reason(server.reason);
+    set.reasonTitle(server.reason);
+    set.reasonShown(server.reason !== "");
+    const scale = Math.max(server.capacity, server.running + server.waiting, server.leases, 1);
+    const part = (value) => (value / scale).toFixed(3);
+    set.running(`scaleX(${part(server.running)})`);
+    set.waiting(`translateX(${100 * part(server.running)}%) scaleX(${part(server.waiting)})`);
+    set.leasesBar(`scaleX(${part(server.leases)})`);
+    set.limitLeft(`${100 * part(server.capacity)}%`);
+    set.limitShown(scale > server.capacity);
+    const figures = {
+      running: count(server.running), waiting: count(server.waiting),
+      leases: count(server.leases), capacity: count(server.capacity),
+    };
+    const parts = [t("loadText", figures)];
+    if (server.waiting > 0) parts.push(t("loadWaiting", figures));
+    parts.push(t("loadOf", figures));
+    set.loadText(parts.join(" · "));
+    set.loadShare((server.stale ? "≈ " : "") + percent(server.load));
+    set.loadTitle(server.stale ? t("loadStale") : t("loadTitle", figures));
+    set.leases(figures.leases);
+    set.requests(rate(server.requests_per_s));
+    set.tokens(rate(server.tokens_per_s));
+    set.ttft(server.ttft ? seconds(server.ttft.p95) : NONE);
+    set.errors(rate(server.errors_per_s));
+    set.errorsMood(server.errors_per_s > 0 ? "bad" : null);
+    set.kv(percent(server.kv_usage));
+    this.showModels(server.models);
+    if (this.table.admin) {
+      const draining = server.state === "draining";
+      set.action(t(draining ? "undrain" : "drain"));
+      set.actionLabel(t(draining ? "undrainLabel" : "drainLabel", { server: server.name }));
+    }
+  }
+
+  showModels(models) {
+    const key = models === null ? null : models.join("\n");
+    if (key === this.models) return;
+    this.models = key;
+    const cell = this.cells.models;
+    if (models === null) {
+      cell.replaceChildren(make("span", { class: "quiet" }, t("noModels")));
+      return;
+    }
+    // Two lines: two models, or one and how many more.
+    const [first, ...rest] = models.map((model) => make("span", { class: "model", title: model }, model));
+    if (rest.length > 1) {
+      const more = make("span", { class: "more", title: models.slice(1).join("\n") },
+        t("moreModels", { n: rest.length }));
+      cell.replaceChildren(first, make("br"), more);
+    } else {
+      cell.replaceChildren(...(first ? [first] : []), ...rest);
+    }
+  }
+
+  words() {
+    for (const column of COLUMNS) this.set[`${column.id}Label`](t(column.title));
+    this.models = this.sinceTime = undefined;
+  }
+
+  matches(search, state) {
+    const { name, url, models } = this.server;
+    if (state !== null && this.server.state !== state) return false;
+    return search === "" || [name, url, ...(models ?? [])]
+      .some((text) => text.toLowerCase().includes(search));
+  }
+}
+
+export class Table {
+  constructor(onAction, onDetails) {
+    this.onAction = onAction;
+    this.onDetails = onDetails;
+    this.admin = false;
+    this.rows = new Map();
+    this.servers = [];
+    this.body = document.querySelector("#fleet tbody");
+    this.sort = stored("sort");
+    this.filter = null;
+    this.search = "";
+    this.sorted = 0;
+    this.chips = new Map();
+    this.headers();
+    // Sparklines out of sight are not drawn.
+    this.watcher = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        const row = this.byRoot.get(target);
+        if (row !== undefined) row.visible = isIntersecting;
+      }
+      this.draw();
+    }, { rootMargin: "100px" });
+    this.byRoot = new WeakMap();
+    byId("search").addEventListener("input", () => {
+      this.search = byId("search").value.trim().toLowerCase();
+      this.select();
+    });
+    addEventListener("keydown", (event) => {
+      const typing = event.target.closest?.("input, select, textarea, dialog");
+      if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) {
+        event.preventDefault();
+        byId("search").focus();
+      }
+    });
+    this.words();
+  }
+
+  headers() {
+    const row = make("tr", { role: "row" });
+    this.titles = COLUMNS.map((column) => {
+      const cell = make("th", {
+        scope: "col", role: "columnheader", class: `c-${column.id}${column.figure ? " figure" : ""}`,
+      });
+      const title = column.key ? make("button", { type: "button" }) : make("span");
+      if (column.key) {
+        title.addEventListener("click", () => {
+          // Again on the same column: back to the order of the configuration.
+          this.sort = this.sort === column.id ? null : column.id;
+          store("sort", this.sort ?? "");
+          this.order(true);
+        });
+      }
+      cell.append(title);
+      row.append(cell);
+      return { column, cell, title };
+    });
+    document.querySelector("#fleet thead").append(row);
+  }
+
+  words() {
+    for (const { column, title } of this.titles) {
+      title.textContent = t(column.title);
+      if (column.key) title.title = t("sortBy", { column: t(column.title) });
+    }
+    for (const row of this.rows.values()) row.words();
+    if (this.snapshot) this.show(this.snapshot);
+  }
+
+  allow(admin) {
+    this.admin = admin;
+    byId("fleet").toggleAttribute("data-admin", admin);
+  }
+
+  show(snapshot) {
+    this.snapshot = snapshot;
+    this.servers = snapshot.servers;
+    const gone = new Set(this.rows.keys());
+    let changed = false;
+    for (const server of snapshot.servers) {
+      gone.delete(server.name);
+      let row = this.rows.get(server.name);
+      if (row === undefined) {
+        row = new Row(server.name, this);
+        row.words();
+        this.rows.set(server.name, row);
+        this.byRoot.set(row.root, row);
+        this.watcher.observe(row.root);
+        changed = true;
+      }
+      row.show(server, snapshot.time);
+    }
+    for (const name of gone) {
+      const { root } = this.rows.get(name);
+      this.watcher.unobserve(root);
+      root.remove();
+      this.rows.delete(name);
+      changed = true;
+    }
+    if (changed) byId("fleet").toggleAttribute("data-many", this.rows.size > MANY);
+    this.order(changed);
+    this.showStates(snapshot.fleet.states);
+    this.select();
+  }
+
+  /** Put the rows in order; now and then only, and not under a hand that aims at one. */
+  order(now) {
+    const time = performance.now();
+    const aiming = this.body.matches(":hover, :focus-within");
+    if (!now && (!this.sort || aiming || time - this.sorted < SORT_EVERY)) return;
+    this.sorted = time;
+    const key = COLUMNS.find(({ id }) => id === this.sort)?.key;
+    const order = [...this.servers];
+    if (key) {
+      order.sort((one, other) => {
+        const [a, b] = [key(one), key(other)];
+        if (typeof a === "string") return a.localeCompare(b, undefined, { numeric: true });
+        return a - b;
+      });
+    }
+    let place = this.body.firstElementChild;
+    for (const { name } of order) {
+      const { root } = this.rows.get(name);
+      if (root === place) place = place.nextElementSibling;
+      else this.body.insertBefore(root, place);
+    }
+    for (const { column, cell } of this.titles) {
+      if (column.id !== this.sort || !column.key) cell.removeAttribute("aria-sort");
+      else cell.setAttribute("aria-sort", column.id === "name" || column.id === "state" ? "ascending" : "descending");
+    }
+  }
+
+  /** One button per state that occurs: how many, and a click shows only those. */
+  showStates(states) {
+    for (const state of [...BADNESS].reverse()) {
+      let chip = this.chips.get(state);
+      const n = states[state] ?? 0;
+      if (chip === undefined) {
+        if (n === 0) continue;
+        const button = make("button", { type: "button", class: "chip", "data-state": state });
+        button.addEventListener("click", () => {
+          this.filter = this.filter === state ? null : state;
+          this.select();
+        });
+        chip = {
+          button, text: textOf(button), shown: shownIf(button),
+          pressed: attributeOf(button, "aria-pressed"),
+        };
+        this.chips.set(state, chip);
+        byId("states").append(button);
+      }
+      chip.text(`${n} ${t(`state_${state}`)}`);
+      chip.shown(n > 0 || this.filter === state);
+      chip.pressed(String(this.filter === state));
+    }
+  }
+
+  select() {
+    let shown = 0;
+    for (const row of this.rows.values()) {
+      const matches = row.matches(this.search, this.filter);
+      row.set.shown(matches);
+      shown += matches;
+    }
+    for (const [state, chip] of this.chips) chip.pressed(String(this.filter === state));
+    const empty = byId("no-servers");
+    empty.hidden = shown > 0;
+    if (shown === 0) empty.textContent = t(this.rows.size === 0 ? "noServers" : "noMatch");
+  }
+
+  draw(history = this.history) {
+    this.history = history;
+    if (history === undefined) return;
+    for (const [name, row] of this.rows) {
+      if (row.visible) row.spark.draw(history.loads.get(name) ?? []);
+    }
+  }
+
+  remeasure() {
+    for (const row of this.rows.values()) row.spark.remeasure();
+  }
+}
