@@ -106,11 +106,15 @@ def _outliers(rng: Random, rate: float, seconds: float) -> list[Conversation]:
     return made
 
 
+_SYSTEMS = 1 << 40
+"""Passages from here on are system prompts. None is negative: -1 and -2 hash alike."""
+
+
 def _system_prompts(rng: Random, count: int, low: int, high: int) -> list[Text]:
     texts = []
     for n in range(count):
         text = Text()
-        text.add(-1 - n, rng.randint(low, high))
+        text.add(_SYSTEMS + n, rng.randint(low, high))
         texts.append(text)
     return texts
 

@@ -1,0 +1,448 @@
+"""The adaptive policy: each term of its score, its guards, and what it learns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from fleet_makers import come_up, eject, gauges, go_down, make_fleet
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.pieces import Prompt, cut
+from vllm_router.routing.policies import Knobs
+from vllm_router.routing.policies.adaptive import Adaptive
+
+CONTEXT = bytes(n * n % 251 for n in range(40_000))
+
+
+class Situation:
+    """Some servers of equal capacity, and the policy before them."""
+
+    def __init__(self, count: int = 3, capacity: int = 4, seed: int = 1, **knobs: float) -> None:
+        self.fleet: Fleet = make_fleet(
+            [
+                {"url": f"http://{n}.test:1", "name": f"s{n}", "max_concurrent_requests": capacity}
+                for n in range(count)
+            ]
+        )
+        self.policy = Adaptive(Random(seed), Knobs(**knobs))
+        self.servers = tuple(self.fleet.servers.values())
+        self.now = 100.0
+
+    def pick(self, facts: Facts) -> Server:
+        return self.policy.pick(self.candidates, facts, self.now)
+
+    @property
+    def candidates(self) -> tuple[Server, ...]:
+        return self.fleet.candidates("m", self.now)
+
+    def send(self, facts: Facts, server: Server | None = None) -> Lease:
+        server = server or self.pick(facts)
+        lease = server.lease(self.now)
+        self.policy.leased(lease, facts, self.now)
+        return lease
+
+    def end(self, lease: Lease, *, failed: bool = False) -> None:
+        lease.release()
+        self.policy.ended(lease, self.now, failed=failed)
+
+    def serve(self, facts: Facts, server: Server) -> None:
+        """A request that is answered at once: all it leaves behind is what is cached."""
+        self.end(self.send(facts, server))
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def parts(self, facts: Facts, server: Server) -> dict[str, float]:
+        rows = self.policy.explain(self.candidates, facts, self.now)
+        return next(row.parts for row in rows if row.server is server)
+
+    def scores(self, facts: Facts) -> dict[str, float]:
+        rows = self.policy.explain(self.candidates, facts, self.now)
+        return {row.server.name: row.score for row in rows}
+
+
+def asking(text: bytes = b"", *, stream: bool = True, **marks: int) -> Facts:
+    return Facts("m", stream=stream, prompt=Prompt(cut(text), len(text), **marks))
+
+
+NOTHING = asking()
+LONG = asking(CONTEXT)
+
+
+# -- the score ---------------------------------------------------------------------------------
+
+
+def test_with_nothing_else_known_it_is_the_order_of_least_load():
+    a, b, c = (it := Situation()).servers
+    for server, leases in ((a, 2), (b, 1), (c, 3)):
+        for _ in range(leases):
+            it.send(NOTHING, server)
+    it.wait(1.0)
+    assert it.scores(NOTHING) == {"s0": 3 / 4, "s1": 2 / 4, "s2": 4 / 4}
+    assert it.pick(NOTHING) is b
+
+
+def test_waiting_requests_count_half():
+    a, b, _ = (it := Situation()).servers
+    a.scraped(gauges(2, 4), it.now, 0)
+    b.scraped(gauges(3, 0), it.now, 0)
+    scores = it.scores(NOTHING)
+    assert (scores["s0"], scores["s1"]) == (5 / 4, 4 / 4)
+
+
+def test_queued_prompt_tokens_weigh_until_the_first_byte():
+    a, _, _ = (it := Situation()).servers
+    lease = it.send(asking(b"x" * 8000), a)
+    it.wait(1.0)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 2000
+    assert it.scores(NOTHING)["s0"] == (1 + 1 + 2000 / 1000) / 4
+    it.policy.first_byte(lease)
+    it.policy.first_byte(lease)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 0
+    it.end(lease)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 0
+
+
+def test_plain_answers_count_as_begun_after_the_servers_mean_time_to_first_token():
+    a, _, _ = (it := Situation()).servers
+    a.scraped(gauges(0, first_token_sum=0.0, first_token_count=0.0), it.now, 0)
+    it.pick(NOTHING)
+    it.wait(1.0)
+    a.scraped(gauges(0, first_token_sum=40.0, first_token_count=20.0), it.now, 0)
+    it.pick(NOTHING)
+    it.send(asking(b"x" * 8000, stream=False), a)
+    it.wait(1.8)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 2000
+    it.wait(0.5)
+    assert it.parts(NOTHING, a)["queued_tokens"] == 0
+
+
+def test_only_uncached_tokens_are_queued():
+    a, _, _ = (it := Situation()).servers
+    it.serve(LONG, a)
+    it.send(LONG, a)
+    assert it.parts(NOTHING, a)["queued_tokens"] < 0.05 * 10_000
+
+
+def test_a_request_goes_where_its_prefix_is_cached():
+    _, b, _ = (it := Situation()).servers
+    it.serve(LONG, b)
+    assert it.pick(LONG) is b
+    assert it.parts(LONG, b)["cached_tokens"] > 9500
+    assert it.parts(LONG, it.servers[0])["waste_tokens"] > 9500
+
+
+def test_score_is_the_documented_formula():
+    a, b, _ = (it := Situation(tokens_per_request=500.0, waste_growth=0.25)).servers
+    it.serve(asking(CONTEXT[:8192]), b)
+    for letter in (b"y", b"z"):
+        it.send(asking(letter * 4000), a)
+    a_score = it.scores(asking(CONTEXT[:8192]))["s0"]
+    assert a_score == pytest.approx((1 + 2 + (2000 + 2048 * (1 + 0.25 * 2)) / 500) / 4)
+
+
+def test_hot_prefix_spreads():
+    it = Situation(count=4, capacity=8)
+    picked = Counter(it.send(asking(CONTEXT[:8000])).server.name for _ in range(64))
+    assert len(picked) == 4
+    assert max(picked.values()) <= 32
+
+
+def test_burst_spreads_evenly():
+    it = Situation(count=4, capacity=8)
+    picked = Counter(it.send(NOTHING).server.name for _ in range(40))
+    assert set(picked.values()) == {10}
+
+
+def test_capacity_shares_the_load():
+    fleet = make_fleet(
+        [
+            {"url": "http://big.test:1", "name": "big", "max_concurrent_requests": 30},
+            {"url": "http://small.test:1", "name": "small", "max_concurrent_requests": 10},
+        ]
+    )
+    policy = Adaptive(Random(1))
+    picked: Counter[str] = Counter()
+    for _ in range(40):
+        server = policy.pick(fleet.candidates("m", 1.0), NOTHING, 1.0)
+        policy.leased(server.lease(1.0), NOTHING, 1.0)
+        picked[server.name] += 1
+    assert picked == {"big": 30, "small": 10}
+
+
+# -- guards ------------------------------------------------------------------------------------
+
+
+def measure(it: Situation, latencies: dict[Server, float], seconds: float = 5.0) -> None:
+    """Scrapes in which each server gives 100 tokens a second at its latency."""
+    for step in range(int(seconds * 2)):
+        for server, latency in latencies.items():
+            total = 50.0 * (step + 1 + server.served)
+            server.scraped(
+                gauges(0, token_latency_sum=latency * total, token_latency_count=total), it.now, 0
+            )
+        it.pick(NOTHING)
+        it.wait(0.5)
+
+
+def test_server_five_times_slower_gets_a_fifth():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    assert it.parts(NOTHING, a)["slow"] == pytest.approx(5.0, rel=0.35)
+    assert it.parts(NOTHING, b)["slow"] == 1.0
+    assert it.scores(NOTHING)["s0"] > 3 * it.scores(NOTHING)["s1"]
+
+
+def test_of_two_servers_the_faster_one_is_the_measure():
+    a, b = (it := Situation(count=2)).servers
+    measure(it, {a: 0.05, b: 0.01})
+    assert it.parts(NOTHING, b)["slow"] == 1.0
+    assert it.parts(NOTHING, a)["slow"] > 3
+
+
+def test_small_differences_in_speed_do_not_count():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.012, b: 0.010, c: 0.009})
+    assert {it.parts(NOTHING, server)["slow"] for server in it.servers} == {1.0}
+
+
+def test_slow_server_is_tried_again_when_it_has_been_left_alone():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    before = it.parts(NOTHING, a)["slow"]
+    for step in range(240):
+        for server in (b, c):
+            total = 50.0 * (step + 12)
+            server.scraped(
+                gauges(0, token_latency_sum=0.01 * total, token_latency_count=total), it.now, 0
+            )
+        assert a.metrics is not None
+        a.scraped(a.metrics, it.now, 0)
+        it.pick(NOTHING)
+        it.wait(0.5)
+    assert it.parts(NOTHING, a)["slow"] == 1.0 < before
+
+
+def test_prefix_never_overrides_a_slow_server():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    it.serve(LONG, a)
+    assert it.pick(LONG) is not a
+
+
+def test_prefix_never_overrides_a_failing_server():
+    a, _, _ = (it := Situation()).servers
+    it.serve(LONG, a)
+    assert it.pick(LONG) is a
+    it.end(it.send(LONG, a), failed=True)
+    assert it.pick(LONG) is not a
+
+
+def test_prefix_never_overrides_a_server_that_refuses():
+    a, _, _ = (it := Situation()).servers
+    it.serve(LONG, a)
+    a.refused(it.now, None)
+    assert it.pick(LONG) is not a
+
+
+def test_errors_look_like_load_that_halves_every_five_seconds():
+    a, _, _ = (it := Situation()).servers
+    it.end(it.send(NOTHING, a), failed=True)
+    assert it.parts(NOTHING, a)["phantoms"] == 8
+    it.wait(5.0)
+    assert it.parts(NOTHING, a)["phantoms"] == pytest.approx(4)
+    it.end(it.send(NOTHING, a), failed=True)
+    assert it.parts(NOTHING, a)["phantoms"] == pytest.approx(12)
+    it.wait(60.0)
+    assert it.parts(NOTHING, a)["phantoms"] == 0
+
+
+def test_server_that_fails_fast_gets_few_requests_even_before_it_is_ejected():
+    it = Situation(count=4)
+    a = it.servers[0]
+    picked = []
+    for _ in range(200):
+        lease = it.send(NOTHING)
+        picked.append(lease.server)
+        it.end(lease, failed=lease.server is a)
+        it.wait(0.05)
+    assert picked.count(a) <= 4
+
+
+def test_server_without_prefix_caching_gets_no_credit():
+    a, _, _ = (it := Situation()).servers
+    for _ in range(40):
+        a.scraped(gauges(0, prefix_hits=0.0), it.now, 0)
+        it.serve(asking(CONTEXT[:20_000]), a)
+        it.wait(0.2)
+        it.pick(NOTHING)
+    assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] == 0
+
+
+def test_server_whose_counters_confirm_it_keeps_its_credit():
+    a, _, _ = (it := Situation()).servers
+    for step in range(40):
+        a.scraped(gauges(0, prefix_hits=4000.0 * step), it.now, 0)
+        it.serve(asking(CONTEXT[:20_000]), a)
+        it.wait(0.2)
+        it.pick(NOTHING)
+    assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] > 4000
+
+
+# -- coming back -------------------------------------------------------------------------------
+
+
+def test_server_that_comes_back_gets_its_share_slowly():
+    it = Situation(count=2, capacity=8)
+    a, b = it.servers
+    for _ in range(8):
+        it.send(NOTHING, b)
+    go_down(a, it.now)
+    it.fleet.settle(it.now)
+    it.wait(5.0)
+    come_up(a, it.now)
+    at_once = Counter(it.send(NOTHING).server.name for _ in range(4))
+    assert at_once["s0"] <= 1
+    it.wait(10.0)
+    later = Counter(it.send(NOTHING).server.name for _ in range(6))
+    assert later["s0"] == 6
+
+
+def test_first_probe_of_a_server_is_no_return():
+    it = Situation()
+    assert {it.parts(NOTHING, server)["slow_start"] for server in it.servers} == {1.0}
+
+
+def test_ejected_server_returns_slowly_after_its_trial():
+    a, _, _ = (it := Situation()).servers
+    eject(a, it.now)
+    it.wait(6.0)
+    lease = a.lease(it.now)
+    lease.release()
+    a.answered(it.now, trial=lease.trial)
+    assert a in it.candidates
+    assert it.parts(NOTHING, a)["slow_start"] == 0.1
+    it.wait(5.0)
+    assert it.parts(NOTHING, a)["slow_start"] == pytest.approx(0.5)
+
+
+def test_restarted_process_has_nothing_cached():
+    a, _, _ = (it := Situation()).servers
+    a.scraped(gauges(0, prompt_tokens=5000.0), it.now, 0)
+    it.serve(LONG, a)
+    assert it.parts(LONG, a)["cached_tokens"] > 0
+    a.scraped(gauges(0, prompt_tokens=10.0), it.now + 0.5, 0)
+    it.wait(1.0)
+    assert it.parts(LONG, a)["cached_tokens"] == 0
+
+
+# -- several routers ---------------------------------------------------------------------------
+
+
+def crowd(it: Situation, running: float = 6.0) -> None:
+    """Gauges show more requests than we sent."""
+    for _ in range(20):
+        for server in it.servers:
+            server.scraped(gauges(running), it.now, server.in_flight)
+        it.pick(NOTHING)
+        it.wait(0.5)
+
+
+def test_what_others_probably_sent_is_added_to_the_load():
+    it = Situation(capacity=32)
+    a, _, _ = it.servers
+    for server in it.servers:
+        for _ in range(3):
+            it.send(NOTHING, server)
+    crowd(it)
+    for server in it.servers:
+        server.scraped(gauges(6), it.now, 3)
+    it.pick(NOTHING)
+    it.wait(0.2)
+    it.send(NOTHING, a)
+    it.send(NOTHING, a)
+    assert it.parts(NOTHING, a)["others"] == pytest.approx(0.5 * 1 * 2, rel=0.05)
+
+
+def test_alone_nothing_is_added():
+    it = Situation(capacity=32)
+    for server in it.servers:
+        for _ in range(6):
+            it.send(NOTHING, server)
+    crowd(it)
+    it.send(NOTHING, it.servers[0])
+    assert it.parts(NOTHING, it.servers[0])["others"] == 0
+
+
+def test_routers_agree_where_a_new_conversation_begins():
+    facts = asking(b"hello " * 50, conversation=12345)
+    homes = set()
+    for seed in range(6):
+        it = Situation(count=4, capacity=32, seed=seed)
+        crowd(it)
+        homes.add(it.pick(facts).name)
+    assert len(homes) == 1
+
+
+def test_later_turns_go_home_even_if_another_router_had_the_first():
+    first = asking(CONTEXT[:8000], conversation=777)
+    later = asking(CONTEXT[:12_000], conversation=777, earlier=8000)
+    one, other = Situation(count=4, capacity=32), Situation(count=4, capacity=32, seed=2)
+    for it in (one, other):
+        crowd(it)
+    home = one.send(first).server.name
+    assert other.pick(later).name == home
+    assert other.parts(later, other.pick(later))["cached_tokens"] >= 0
+
+
+def test_busy_home_is_passed_over():
+    facts = asking(b"hello " * 50, conversation=12345)
+    it = Situation(count=4, capacity=32)
+    crowd(it)
+    home = it.pick(facts)
+    for _ in range(10):
+        it.send(NOTHING, home)
+    assert it.pick(facts) is not home
+
+
+# -- books -------------------------------------------------------------------------------------
+
+
+def test_books_are_balanced_when_all_is_done():
+    it = Situation()
+    leases = [it.send(asking(CONTEXT[: 500 * n], stream=n % 2 == 0)) for n in range(30)]
+    for lease in leases:
+        it.end(lease)
+    assert all(it.parts(NOTHING, server)["queued_tokens"] == 0 for server in it.servers)
+    assert all(lease.booking is None for lease in leases)
+
+
+def test_usage_teaches_the_size_of_tokens():
+    it = Situation()
+    facts = asking(CONTEXT[:9000])
+    for _ in range(300):
+        lease = it.send(facts, it.servers[0])
+        it.policy.learned(lease, 4500, None)
+        it.end(lease)
+    it.send(asking(b"z" * 9000), it.servers[1])
+    assert it.parts(NOTHING, it.servers[1])["queued_tokens"] == pytest.approx(4500, rel=0.02)
+
+
+def test_server_that_left_is_forgotten():
+    it = Situation()
+    a = it.servers[0]
+    it.serve(LONG, a)
+    it.policy.forget(a)
+    assert it.policy.statistics(a).recorded_bytes == 0
+
+
+def test_statistics_say_what_was_expected():
+    a, _, _ = (it := Situation()).servers
+    for _ in range(3):
+        it.serve(asking(CONTEXT[:8192]), a)
+    found = it.policy.statistics(a)
+    assert (found.prompt_tokens, found.expected_tokens, found.recorded_bytes) == (6144, 4096, 8192)

@@ -1,0 +1,415 @@
+"""The simulated engines, the world around them, replay, tables and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.routing.pieces import cut, pack_chain, pieces_in, unpack_chain
+from vllm_router.simulate.cli import simulate_command
+from vllm_router.simulate.engine import Engine, Job
+from vllm_router.simulate.grid import ALL_POLICIES, Run, execute, execute_all, rate_at, speeds_of
+from vllm_router.simulate.hardware import HARDWARE
+from vllm_router.simulate.replay import read_log
+from vllm_router.simulate.report import Cell, Figures, percentile, standings
+from vllm_router.simulate.tables import markdown
+from vllm_router.simulate.text import BLOCK_TOKENS, Text
+from vllm_router.simulate.workloads import WORKLOADS, conversations
+from vllm_router.simulate.world import Scene, World
+
+H100 = HARDWARE["8b"]
+
+
+def run_engine(engine: Engine) -> tuple[dict[Job, float], dict[Job, float]]:
+    """To the end of all work: when each job got its first and its last token."""
+    firsts: dict[Job, float] = {}
+    lasts: dict[Job, float] = {}
+    while engine.step_end < math.inf:
+        now = engine.step_end
+        first, last = engine.finish_step()
+        firsts.update(dict.fromkeys(first, now))
+        lasts.update(dict.fromkeys(last, now))
+    return firsts, lasts
+
+
+def job(tokens: int, output: int = 10, passage: int = 1, text: Text | None = None) -> Job:
+    text = text or Text()
+    text.add(passage, tokens)
+    return Job(None, text, text.length, output, 0.0)
+
+
+# -- texts -------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 300)), min_size=1, max_size=8))
+def test_texts_with_a_common_beginning_share_their_first_blocks(passages: list[tuple[int, int]]):
+    one, other = Text(), Text()
+    for passage, tokens in passages:
+        one.add(passage, tokens)
+        other.add(passage, tokens)
+    common = one.length // BLOCK_TOKENS
+    one.add(10, 200)
+    other.add(11, 200)
+    assert one.blocks[:common] == other.blocks[:common]
+    assert one.blocks[common] != other.blocks[common]
+    assert len(one.blocks) == one.length // BLOCK_TOKENS
+
+
+def test_pieces_of_a_text_are_those_of_a_prompt_of_its_length():
+    text = Text()
+    text.add(1, 5000)
+    assert len(text.chain(5000)) == pieces_in(20_000)
+    assert text.chain(1000) == text.chain(5000)[: pieces_in(4000)]
+
+
+# -- engines -----------------------------------------------------------------------------------
+
+
+def test_one_request_takes_its_prefill_and_its_steps():
+    engine = Engine(H100)
+    only = job(1000, output=100)
+    assert engine.submit(only, 0.0)
+    firsts, lasts = run_engine(engine)
+    assert firsts[only] == pytest.approx(H100.base + 1000 * H100.per_prompt_token, rel=0.1)
+    assert lasts[only] - firsts[only] == pytest.approx(99 * H100.base, rel=0.1)
+
+
+def test_cached_prompt_is_not_computed_again():
+    engine = Engine(H100)
+    engine.submit(job(6400), 0.0)
+    run_engine(engine)
+    again = job(6400)
+    engine.submit(again, 1.0)
+    firsts, _ = run_engine(engine)
+    assert again.cached == 6399
+    assert firsts[again] - 1.0 < 2 * H100.base
+
+
+def test_answer_is_cached_for_the_next_turn():
+    engine = Engine(H100)
+    text = Text()
+    text.add(1, 640)
+    text.add(2, 640)  # the answer
+    engine.submit(Job(None, text, 640, 640, 0.0), 0.0)
+    run_engine(engine)
+    text.add(3, 64)
+    later = Job(None, text, text.length, 1, 20.0)
+    engine.submit(later, 20.0)
+    run_engine(engine)
+    assert later.cached == 1280
+
+
+def test_long_prompt_is_computed_in_chunks_while_others_decode():
+    engine = Engine(H100)
+    short, long = job(100, output=200), job(30_000, passage=2)
+    engine.submit(short, 0.0)
+    engine.submit(long, 0.0)
+    firsts, lasts = run_engine(engine)
+    assert firsts[short] < firsts[long] < lasts[short]
+
+
+def test_batch_makes_tokens_slower():
+    def last_of(count: int) -> float:
+        engine = Engine(H100)
+        for n in range(count):
+            engine.submit(job(64, output=100, passage=n), 0.0)
+        return max(run_engine(engine)[1].values())
+
+    assert 1.2 * last_of(1) < last_of(100) < 20 * last_of(1)
+
+
+def test_requests_wait_while_there_is_no_room_for_their_context():
+    small = H100._replace(kv_tokens=64 * 100)
+    engine = Engine(small)
+    jobs = [job(64 * 60, passage=n) for n in range(3)]
+    for one in jobs:
+        engine.submit(one, 0.0)
+    assert engine.metrics().waiting == 2
+    firsts, lasts = run_engine(engine)
+    assert firsts[jobs[1]] >= lasts[jobs[0]]
+
+
+def test_growing_context_preempts_the_youngest_which_ends_all_the_same():
+    small = H100._replace(kv_tokens=64 * 40)
+    engine = Engine(small)
+    jobs = [job(64 * 12, output=600, passage=n) for n in range(3)]
+    for one in jobs:
+        engine.submit(one, 0.0)
+    _, lasts = run_engine(engine)
+    assert engine.preemptions > 0
+    assert set(lasts) == set(jobs)
+    assert max(lasts, key=lambda one: lasts[one]) is jobs[2]
+
+
+def test_least_recently_used_prefix_is_forgotten():
+    engine = Engine(H100._replace(kv_tokens=64 * 100))
+    for n in range(4):
+        engine.submit(job(64 * 40, passage=n), 0.0)
+        run_engine(engine)
+    oldest, newest = job(64 * 40, passage=0), job(64 * 40, passage=3)
+    engine.submit(newest, 0.0)
+    run_engine(engine)
+    engine.submit(oldest, 0.0)
+    run_engine(engine)
+    assert newest.cached > 0
+    assert oldest.cached == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 900), st.integers(1, 60)), max_size=25))
+def test_engine_ends_every_job_and_its_books_are_balanced(jobs: list[tuple[int, int, int]]):
+    engine = Engine(H100._replace(kv_tokens=64 * 30, max_running=4))
+    made = [job(tokens, output, passage) for passage, tokens, output in jobs]
+    for one in made:
+        engine.submit(one, 0.0)
+    _, lasts = run_engine(engine)
+    assert set(lasts) == set(made)
+    assert all(one.generated == one.output_tokens for one in made)
+    metrics = engine.metrics()
+    assert (metrics.running, metrics.waiting, metrics.kv_usage) == (0, 0, 0)
+    assert metrics.generation_tokens is not None
+    assert metrics.generation_tokens >= sum(one.output_tokens for one in made)
+
+
+# -- the world ---------------------------------------------------------------------------------
+
+
+def scene(**changes: object) -> Scene:
+    base = Scene(H100, (1.0,) * 4, seconds=15.0, warm_up=5.0)
+    return dataclasses.replace(base, **changes)
+
+
+def figures_of(
+    policy: str, workload: str = "chat", rate: float = 60.0, **changes: object
+) -> Figures:
+    return execute(Run(workload, 0.0, 1, policy, scene(**changes), rate)).figures
+
+
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+def test_every_policy_serves_everything(policy: str):
+    found = figures_of(policy, "multi-turn")
+    assert found.requests > 200
+    assert (found.failed, found.goodput) == (0, 1.0)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_workload_comes_at_its_rate_and_is_the_same_for_every_policy(workload: str):
+    def asked(seed: int) -> list[tuple[float, int]]:
+        made = conversations(WORKLOADS[workload], seed, 50.0, 100.0)
+        return [(one.start, turn.added) for one in made for turn in one.turns]
+
+    assert asked(1) == asked(1) != asked(2)
+    assert 0.6 < len(asked(1)) / (50 * 100) < 1.5
+
+
+def test_same_seed_same_result():
+    assert figures_of("adaptive", "agents", 10.0) == figures_of("adaptive", "agents", 10.0)
+
+
+def test_leases_come_back():
+    run = Run("multi-turn", 0.0, 1, "adaptive", scene(failing=(1,), routers=2), 60.0)
+    made = conversations(WORKLOADS["multi-turn"], 1, 60.0, 15.0)
+    world = World(run.scene, made, lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
+    assert all(server.in_flight == 0 for router in world.routers for server in router.servers)
+    assert all(call.ended_at < math.inf for call in world.calls)
+
+
+def test_prefixes_are_found_where_the_policy_minds_them():
+    blind, minding = (figures_of(name, "many-systems") for name in ("least_load", "adaptive"))
+    assert minding.hit_rate > blind.hit_rate + 0.2
+    assert minding.first_p50 < blind.first_p50
+
+
+def test_slow_server_gets_less_from_a_policy_that_sees_it():
+    blind, seeing = (figures_of(name, slow=((0, 5.0),)) for name in ("round_robin", "adaptive"))
+    assert blind.shares[0] == pytest.approx(0.25, abs=0.02)
+    assert seeing.shares[0] < 0.12
+
+
+def test_fast_failing_server_gets_next_to_nothing_and_nothing_is_lost():
+    found = figures_of("adaptive", failing=(0,), failing_from=4.0)
+    assert found.failed == 0
+    assert found.shares[0] < 0.02
+
+
+def test_several_routers_serve_everything():
+    found = figures_of("adaptive", "multi-turn", routers=3)
+    assert (found.failed, found.goodput) == (0, 1.0)
+
+
+def test_restarting_server_is_used_again():
+    found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
+    assert found.failed == 0
+    assert found.shares[0] > 0.05
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+def test_percentile_of_nothing_is_nothing():
+    assert percentile([], 0.99) == 0.0
+    assert percentile([1.0, 2.0, 3.0], 0.99) == 3.0
+
+
+def test_standing_is_relative_to_the_best_of_each_cell():
+    def cell(workload: str, policy: str, p99: float) -> Cell:
+        figures = Figures(100, 0, 0.0, p99, 0.0, 0.0, 1.0, 0.5, 1.0, 0, (1.0,))
+        return Cell(workload, 0.5, 1, policy, figures)
+
+    found = standings(
+        [
+            cell("one", "good", 0.1), cell("one", "bad", 0.7),
+            cell("two", "good", 0.1), cell("two", "bad", 0.1),
+        ]
+    )  # fmt: skip
+    assert [(row.policy, row.first_p99, row.worst) for row in found] == [
+        ("good", pytest.approx(1.0), pytest.approx(1.0)),
+        ("bad", pytest.approx(2.0), pytest.approx(4.0)),
+    ]
+    assert found[1].worst_cell == "one 50%"
+
+
+def test_rates_follow_the_size_of_the_fleet():
+    chat, unequal = WORKLOADS["chat"], WORKLOADS["unequal"]
+    assert rate_at(chat, 0.5, 16, 200.0) == 200.0
+    assert speeds_of(unequal, 5) == (1.0, 1.0, 0.4, 0.4, 1.0)
+    assert rate_at(unequal, 1.0, 4, 100.0) == pytest.approx(50.0)
+
+
+def test_table_is_markdown():
+    assert markdown(("a", "b"), [("1", "long")]) == "| a | b    |\n|---|------|\n| 1 | long |"
+
+
+def test_runs_in_other_processes_give_the_same():
+    runs = [Run("chat", 0.0, seed, "random", scene(seconds=6.0), 20.0) for seed in (1, 2, 3)]
+    told: list[Cell] = []
+    assert execute_all(runs, 2, told.append) == [execute(run) for run in runs]
+    assert len(told) == 3
+
+
+# -- replay ------------------------------------------------------------------------------------
+
+
+@given(st.binary(max_size=30_000))
+def test_chain_survives_the_log(text: bytes):
+    chain = cut(text)
+    back = unpack_chain(pack_chain(chain))
+    assert [link & 0xFFFFFFFFFFFF for link in back] == [link & 0xFFFFFFFFFFFF for link in chain]
+    assert unpack_chain(pack_chain(back)) == back
+
+
+@pytest.mark.parametrize("text", ["AAAA", "not base64!", "A" * 8 * 500])
+def test_what_is_no_chain_is_refused(text: str):
+    with pytest.raises(ValueError, match=r".+"):
+        unpack_chain(text)
+
+
+def log_line(time: float, text: bytes, **more: object) -> bytes:
+    line = {"time": time, "prompt_bytes": len(text), "prefix": pack_chain(cut(text))}
+    return msgspec.json.encode({**line, "status": 200, **more})
+
+
+def test_log_becomes_requests_at_their_times():
+    shared = bytes(n % 251 for n in range(12_000))
+    lines = [
+        log_line(1000.0, shared),
+        b"",
+        log_line(1002.5, shared + b"more" * 500, completion_tokens=7),
+    ]
+    first, second = read_log(lines)
+    assert (first.start, second.start) == (0.0, 2.5)
+    assert next(second.turns).output == 7
+    common = len(cut(shared))
+    assert first.text.chain(3000)[:common] == second.text.chain(3500)[:common]
+
+
+def test_replayed_prefixes_are_cached():
+    shared = bytes(n % 251 for n in range(40_000))
+    lines = tuple(log_line(n / 5, shared + b"%d" % n) for n in range(60))
+    found = execute(Run("log", 0.0, 1, "adaptive", scene(), 0.0, log=lines)).figures
+    assert found.hit_rate > 0.7
+
+
+def test_unreadable_line_is_named():
+    with pytest.raises(ValueError, match=r"^line 2: "):
+        read_log([log_line(1.0, b"x"), b"{"])
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> str:
+    result = CliRunner().invoke(simulate_command, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+SHORT = ("--seconds", "5", "--servers", "2", "--jobs", "1")
+
+
+def test_command_prints_tables_and_writes_json(tmp_path):
+    file = tmp_path / "out.json"
+    printed = command(
+        *SHORT, "--workload", "chat", "--load", "50", "--policy", "adaptive",
+        "--policy", "cache_aware", "--shares", "--json", str(file),
+    )  # fmt: skip
+    assert "| chat     | 50%  | adaptive    |" in printed
+    assert "Relative to the best policy" in printed
+    assert "server-1" in printed
+    rows = msgspec.json.decode(file.read_bytes())
+    assert [row["policy"] for row in rows] == ["adaptive", "cache_aware"]
+    assert all(row["requests"] > 0 for row in rows)
+
+
+def test_command_replays_a_log(tmp_path):
+    log = tmp_path / "access.log"
+    log.write_bytes(b"\n".join(log_line(n / 10, b"x" * 5000) for n in range(100)))
+    printed = command(*SHORT, "--replay", str(log), "--policy", "adaptive")
+    assert "access.log" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--slow", "7:2"), "there is no server 7: they are 0 to 1"),
+        (("--slow", "x"), "expected a server's number and a factor like 0:5"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments: tuple[str, ...], problem: str):
+    result = CliRunner().invoke(simulate_command, [*SHORT, *arguments])
+    assert result.exit_code == 2
+    assert problem in result.output
+
+
+def test_log_without_prompts_is_an_error(tmp_path):
+    log = tmp_path / "access.log"
+    log.write_text('{"time": 1}\n')
+    result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
+    assert result.exit_code == 2
+    assert "no request with a prompt in it" in result.output
+
+
+def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_router.simulate.plots.available", lambda: False)
+    result = CliRunner().invoke(
+        simulate_command,
+        [
+            *SHORT,
+            "--workload",
+            "chat",
+            "--load",
+            "50",
+            "--policy",
+            "random",
+            "--plot",
+            str(tmp_path),
+        ],
+    )
+    assert result.exit_code == 0
+    assert "vllm-router-trio[sim]" in result.stderr
+    assert not list(tmp_path.iterdir())
