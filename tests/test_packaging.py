@@ -105,7 +105,7 @@ def sources() -> Iterator[Path]:
     for path in sorted(ROOT.iterdir()):
         if path.is_file() and path.name != "servers.toml":
             yield path
-    for name in ("vllm_router", "tests", "scripts", ".ci"):
+    for name in ("vllm_router", "docs", "tests", "scripts", ".ci"):
         yield from files_below(ROOT / name)
 
 
