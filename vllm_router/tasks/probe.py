@@ -34,8 +34,10 @@ UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
 
 
-def control_client(server: Server, timeout: float, tls: ssl.SSLContext) -> httpx.AsyncClient:
+def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -> httpx.AsyncClient:
     """A client for one server's control traffic; the caller closes it.
+
+    With a `timeout` of None the caller bounds the time.
 
     Its connections are not those of the data path, so that saturation does not read as sickness.
     Proxies of the environment are ignored, and redirects are not followed.
@@ -84,8 +86,8 @@ class Probe:
 
     async def run(self) -> None:
         """Check, scrape and list until cancelled."""
-        timeout = self._settings.health_check_timeout
-        async with control_client(self._server, timeout, self._tls) as client:
+        # No timeout: each use has one around it, which follows the configuration.
+        async with control_client(self._server, None, self._tls) as client:
             self._client = client
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
@@ -115,20 +117,17 @@ class Probe:
         verdict, detail = Check.TIMEOUT, f"no answer to {CHECK_PATHS[0]} in {timeout:g} s"
         with trio.move_on_after(timeout):
             verdict, detail = await self._ask_health()
+        elapsed = trio.current_time() - began
+        if verdict is Check.GOOD and server.probe_health.up is False:
+            await self._list_models()  # before it is up: it may serve others than it did
         now = trio.current_time()
-        was_down = server.probe_health.up is False
-        down = server.checked(verdict, now - began, now, detail)
-        if was_down and server.probe_health.up:
-            await self._list_models()
-        self._announce(down, now)
+        self._announce(server.checked(verdict, elapsed, now, detail), now)
 
     async def _ask_health(self) -> tuple[Check, str]:
         detail = ""
         for path in CHECK_PATHS:
             try:
                 response = await self._client.get(path)
-            except httpx.TimeoutException as error:
-                return Check.TIMEOUT, f"{path}: {type(error).__name__}"
             except httpx.HTTPError as error:
                 return Check.UNREACHABLE, f"{path}: {_words(error)}"
             if response.is_success:
@@ -164,20 +163,17 @@ class Probe:
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
                 response = await self._client.get("/metrics")
-            except httpx.TimeoutException:
-                pass  # judged below: slow metrics alone are no sickness
             except httpx.HTTPError:
                 self._reached(reachable=False)
                 return
-            else:
-                answered = True
-                if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
-                    metrics = parse_engine_metrics(response.text)
-                    server.scraped(metrics, trio.current_time(), leases)
+            answered = True
+            if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
+                metrics = parse_engine_metrics(response.text)
+                server.scraped(metrics, trio.current_time(), leases)
         if answered:
             self._reached(reachable=True)
         else:
-            self._hurry.set()
+            self._hurry.set()  # slow metrics alone are no sickness
 
     def _reached(self, *, reachable: bool) -> None:
         if not self._settings.enable_active_health_check:
