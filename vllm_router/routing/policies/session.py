@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.hashing import preference, seed_of
+from vllm_router.routing.hashing import preference, preferred, seed_of
 from vllm_router.routing.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -33,9 +33,16 @@ class Session(Policy):
         key = seed_of(session) if session is not None else facts.prompt.conversation
         on_them = sum(server.load * server.capacity for server in candidates)
         limit = BOUND * (on_them + 1) / sum(server.capacity for server in candidates)
-        order = preference(key, candidates)
-        for server in order:
-            # One request more must fit, but a lone request fits anywhere.
-            if server.load + 1 / server.capacity <= max(limit, 1 / server.capacity):
+        home = preferred(key, candidates)
+        if _fits(home, limit):
+            return home
+        for server in preference(key, candidates):
+            if _fits(server, limit):
                 return server
-        return min(order, key=lambda server: server.load)
+        return min(candidates, key=lambda server: server.load)
+
+
+def _fits(server: Server, limit: float) -> bool:
+    """Whether one request more keeps it within the limit; a lone request fits anywhere."""
+    one = 1 / server.capacity
+    return server.load + one <= max(limit, one)
