@@ -49,9 +49,18 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="four connections: tests the harness")
     parser.add_argument("--baseline", metavar="A", help="whose values are 1.00 (rust)")
-    parser.add_argument("--no-install", action="store_true", help="skip what is not here")
+    parser.add_argument(
+        "--no-install", action="store_true", help="skip contestants that are not installed"
+    )
+    parser.add_argument(
+        "--flame",
+        action="store_true",
+        help="no measurement: a flame graph (py-spy) of each workload on the first contestant",
+    )
     parser.add_argument("--report", metavar="FILE", help="only print the tables of these results")
-    parser.add_argument("--directory", type=Path, default=ROOT / ".bench", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="where the JSON goes (.bench/results)"
+    )
     return parser.parse_args(given)
 
 
@@ -73,13 +82,13 @@ def main(given: Sequence[str]) -> int:
         workloads = [tiny(load) for load in workloads]
     options = Options(
         repeat=args.repeat or (3 if quick else 5),
-        warmup=0.7 if quick else 1.0,
+        warmup=0.2 if args.tiny else 0.7 if quick else 1.0,
         duration=args.seconds or (2.0 if quick else 4.0),
         cores=args.cores,
     )
     # SIGTERM must end what was started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    environment = Environment(args.directory, install=not args.no_install)
+    environment = Environment(ROOT / ".bench", install=not args.no_install)
     try:
         bench = Bench(environment, options)
     except Skipped as why:
@@ -87,6 +96,14 @@ def main(given: Sequence[str]) -> int:
         return 1
     about = machine()
     say(f"{len(contestants)} contestants, {len(workloads)} workloads, {options.repeat} rounds")
+    if args.flame:
+        try:
+            for picture in bench.flame(contestants[0], workloads):
+                print(picture)
+        except Skipped as why:
+            say(f"scripts/bench: {why}")
+            return 1
+        return 0
     interrupted = False
     try:
         bench.run(contestants, workloads)
@@ -100,7 +117,7 @@ def main(given: Sequence[str]) -> int:
         **asdict(bench.results),
     }
     document["summary"] = summary(document)
-    file = write(environment.directory / "results", document)
+    file = write(args.results or environment.directory / "results", document)
     print(markdown(document, _baseline(args.baseline, document)))
     print(f"\n{_noise(document)}{file}")
     return 130 if interrupted else 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,14 @@ class Environment:
     def __init__(self, directory: Path, *, install: bool = True) -> None:
         self.directory = directory
         self.install = install
-        for name in ("bin", "venvs", "logs", "results", "run"):
+        for name in ("bin", "venvs", "results", "run"):
             (directory / name).mkdir(parents=True, exist_ok=True)
+        self.run = directory / "run" / str(os.getpid())
+        """Configurations and output of what is started now."""
+        for old in (directory / "run").iterdir():
+            if not Path("/proc", old.name).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        self.run.mkdir(exist_ok=True)
 
     # -- Go ------------------------------------------------------------------------------------
 
@@ -40,7 +47,7 @@ class Environment:
         program = self.directory / "bin" / f"{name}-{digest}"
         if program.exists():
             return program
-        go = self.debian_program("go", "golang-go")
+        go = self.debian_program("go", "golang-go", install=True)
         say(f"building {name}")
         made = program.with_suffix(f".{os.getpid()}")
         environ = os.environ | {
@@ -54,29 +61,12 @@ class Environment:
 
     # -- Debian --------------------------------------------------------------------------------
 
-    def debian_program(self, command: str, package: str) -> str:
+    def debian_program(self, command: str, package: str, install: bool | None = None) -> str:
         """A program of the system, installed if that is possible. Raises Skipped."""
         path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/go/bin"
         found = shutil.which(command, path=path)
-        if found is None and self.install and os.geteuid() == 0 and shutil.which("apt-get"):
-            say(f"installing {package} with apt-get")
-            environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            _call(["apt-get", "update", "-q"], "apt-get update", env=environ)
-            # Debian starts what it installs: a service on a port is not wanted here.
-            policy = Path("/usr/sbin/policy-rc.d")
-            ours = not policy.exists()
-            if ours:
-                policy.write_text("#!/bin/sh\nexit 101\n")
-                policy.chmod(0o755)
-            try:
-                _call(
-                    ["apt-get", "install", "-qy", "--no-install-recommends", package],
-                    f"apt-get install {package}",
-                    env=environ,
-                )
-            finally:
-                if ours:
-                    policy.unlink()
+        if found is None and (self.install if install is None else install):
+            _apt_get_install(package)
             found = shutil.which(command, path=path)
         if found is None:
             raise Skipped(f"{command} is not here (Debian package {package})")
@@ -134,6 +124,36 @@ class Environment:
             subprocess.run(["tar", "-x", "-C", made], input=archive, check=True)
             made.rename(directory)
         return directory
+
+
+def _apt_get_install(package: str) -> None:
+    """As root or through password-less sudo. Raises Skipped."""
+    as_root = ["sudo", "-n"] if os.geteuid() else []
+    if not all(shutil.which(program) for program in ("apt-get", *as_root[:1])):
+        raise Skipped(f"{package} cannot be installed: neither root nor sudo, or no apt-get")
+    say(f"installing {package} with apt-get")
+    apt = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"]
+    _call([*apt, "update"], "apt-get update")
+    with _no_services():
+        _call(
+            [*apt, "install", "-y", "--no-install-recommends", package],
+            f"apt-get install {package}",
+        )
+
+
+@contextlib.contextmanager
+def _no_services() -> Iterator[None]:
+    """Debian starts the services it installs, unless this file says no."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    if os.geteuid() or policy.exists():
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink()
 
 
 def _dependencies(project: Path) -> list[str]:

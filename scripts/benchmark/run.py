@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -190,6 +189,41 @@ class Bench:
                 self._measure(server, running, some)
         return self.results
 
+    def flame(self, contestant: Contestant, workloads: list[Workload]) -> Iterator[Path]:
+        """A flame graph of a contestant written in Python, for each workload. Raises Skipped."""
+        raise_descriptor_limit()
+        spy = self.environment.venv("py-spy", "py-spy").with_name("py-spy")
+        plans = {contestant.name: contestant.prepare(self.environment)}
+        for load in workloads:
+            with contextlib.ExitStack() as cleanup:
+                server = Server(self._server, load.servers, self.cores)
+                cleanup.callback(server.stop)
+                (running,) = self._start(plans, server, cleanup, load.name)
+                running.thaw()
+                server.behave(load)
+                file = self.environment.directory / "results" / f"flame-{load.name}.svg"
+                command = [
+                    spy,
+                    "record",
+                    "--rate",
+                    "250",
+                    "--format",
+                    "flamegraph",
+                    "--nonblocking",
+                ]
+                command += ["--duration", str(int(self.options.duration) or 1), "--output", file]
+                spying = subprocess.Popen(
+                    [*command, "--pid", str(running.process.pid)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                self._load(server, load, running)
+                said, _ = spying.communicate()
+                if spying.returncode:
+                    raise Skipped(f"py-spy: {said.strip()[-200:]}")
+                yield file
+
     def _prepare(self, contestants: list[Contestant]) -> dict[str, Callable[[Place], Plan]]:
         plans = {}
         for contestant in contestants:
@@ -208,12 +242,14 @@ class Bench:
         plans: dict[str, Callable[[Place], Plan]],
         server: Server,
         cleanup: contextlib.ExitStack,
+        label: str = "",
     ) -> list[Running]:
         started = []
         for name, plan in plans.items():
-            directory = self.environment.directory / "run" / name.replace("/", "_")
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            directory = (
+                self.environment.run / f"{label or len(server.urls)}-{name.replace('/', '_')}"
+            )
+            directory.mkdir()
             port, side_port = free_ports(2)
             planned = plan(Place(port, side_port, server.urls, directory))
             log = directory / "output.log"
