@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import ssl
 from collections import Counter
@@ -65,6 +66,15 @@ class Engine:
 
 
 REFUSED = httpx.ConnectError("All connection attempts failed")
+
+
+def out_of_descriptors() -> httpx.ConnectError:
+    """As it comes out of httpx: the cause is deep inside."""
+    inner = OSError("all attempts to connect failed")
+    inner.__cause__ = ExceptionGroup("", [OSError(errno.EMFILE, "Too many open files")])
+    error = httpx.ConnectError("all attempts to connect failed")
+    error.__cause__ = inner
+    return error
 
 
 class Watched:
@@ -220,6 +230,19 @@ async def test_a_refused_port_is_down_fast(autojump_clock, monkeypatch):
         assert at - began < 1.6
         assert rig.state is State.DOWN
         assert "checks in a row" in rig.server.state_reason
+
+
+async def test_being_out_of_descriptors_ourselves_takes_no_server_down(autojump_clock, monkeypatch):
+    async with watched(monkeypatch) as rig:
+        rig.engine.everything(out_of_descriptors())
+        await trio.sleep(30)
+        assert rig.went_down == []
+        assert rig.state is State.UP
+        assert not rig.server.metrics_fresh
+        rig.engine.everything(REFUSED)
+        await trio.sleep(5)
+        assert rig.state is State.DOWN
+        assert rig.server.probe_health.total_checks < 20
 
 
 async def test_a_hung_server_is_down_after_three_timeouts(autojump_clock, monkeypatch):

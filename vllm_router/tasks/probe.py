@@ -6,6 +6,7 @@ decided in `fleet/`; here is only the asking.
 
 from __future__ import annotations
 
+import errno
 import logging
 import ssl
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import httpx
 import trio
 
 from vllm_router.config import Settings
+from vllm_router.errors import OwnFault
 from vllm_router.fleet.engine_metrics import parse_engine_metrics
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check
@@ -116,7 +118,11 @@ class Probe:
         began = trio.current_time()
         verdict, detail = Check.TIMEOUT, f"no answer to {CHECK_PATHS[0]} in {timeout:g} s"
         with trio.move_on_after(timeout):
-            verdict, detail = await self._ask_health()
+            try:
+                verdict, detail = await self._ask_health()
+            except OwnFault as error:
+                logger.warning("%s: not checked: %s", server.name, error)
+                return
         elapsed = trio.current_time() - began
         if verdict is Check.GOOD and server.probe_health.up is False:
             await self._list_models()  # before it is up: it may serve others than it did
@@ -129,6 +135,8 @@ class Probe:
             try:
                 response = await self._client.get(path)
             except httpx.HTTPError as error:
+                if _is_own_fault(error):
+                    raise OwnFault(_words(error)) from error
                 return Check.UNREACHABLE, f"{path}: {_words(error)}"
             if response.is_success:
                 return Check.GOOD, ""
@@ -163,8 +171,9 @@ class Probe:
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
                 response = await self._client.get("/metrics")
-            except httpx.HTTPError:
-                self._reached(reachable=False)
+            except httpx.HTTPError as error:
+                if not _is_own_fault(error):
+                    self._reached(reachable=False)
                 return
             answered = True
             if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
@@ -219,6 +228,20 @@ def _cards(page: Any) -> dict[str, dict[str, Any]]:
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("id"), str)
     }
+
+
+_OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def _is_own_fault(error: BaseException | None) -> bool:
+    """Whether an error came of our running out of something: then it says of no server."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OUR_ERRORS:
+            return True
+        if isinstance(error, BaseExceptionGroup) and any(map(_is_own_fault, error.exceptions)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _words(error: httpx.HTTPError) -> str:
