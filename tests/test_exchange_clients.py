@@ -232,6 +232,24 @@ async def test_a_client_that_stops_reading_blames_no_server(autojump_clock):
         assert rig.server("a").traffic_health.failures_in_row == 0
 
 
+async def test_an_answer_that_came_late_may_still_be_taken_slowly(autojump_clock):
+    """The first-byte timeout is over with the first byte, also if that is all of the answer."""
+
+    async def late(talk: Talk) -> None:
+        await talk.request()
+        await trio.sleep(9)
+        await talk.send(GOOD)
+
+    async with lab(late, first_byte_timeout=10, idle_timeout=10) as rig:
+        client = rig.client()
+        client.stall()
+        rig.nursery.start_soon(client.run)
+        await trio.sleep(12)
+        client.resume()
+        await trio.sleep(0.1)
+        assert (client.got.status, client.got.whole) == (200, True)
+
+
 async def test_a_stalled_client_holds_the_server_back_and_little_memory(autojump_clock):
     async def firehose(talk: Talk) -> None:
         await talk.request()

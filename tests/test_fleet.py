@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import pytest
+
 from fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import State
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.policies import POLICIES
 
 
 def names(servers) -> str:
@@ -285,3 +291,39 @@ def test_counts_by_state():
     fleet.settle(0.0)
     assert fleet.count(State.UP) == 2
     assert fleet.count(State.UP, State.EJECTED) == 3
+
+
+# -- with the policy ---------------------------------------------------------------------------
+
+
+def spread(fleet: Fleet, requests: int) -> dict[str, int]:
+    """Where a burst goes that comes all at once."""
+    policy = POLICIES["least_load"](Random(5))
+    leases = []
+    for _ in range(requests):
+        server = policy.pick(fleet.candidates("m", 0.0), Facts("m"), 0.0)
+        leases.append(server.lease(0.0))
+    counts = {server.name: server.in_flight for server in fleet.servers.values()}
+    for lease in leases:
+        lease.release()
+    return counts
+
+
+def test_a_burst_on_idle_equals_spreads_evenly():
+    fleet = make_fleet(3)
+    assert spread(fleet, 30) == {"a": 10, "b": 10, "c": 10}
+    for server in fleet.servers.values():
+        server.scraped(gauges(0), 0.0, leases=0)
+    assert spread(fleet, 30) == {"a": 10, "b": 10, "c": 10}
+
+
+def test_a_burst_spreads_by_capacity():
+    fleet = make_fleet(
+        [
+            {"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 3},
+            {"url": "http://b.test:1", "name": "b", "max_concurrent_requests": 5},
+        ]
+    )
+    counts = spread(fleet, 40)
+    assert counts["a"] == pytest.approx(15, abs=1)
+    assert counts["b"] == pytest.approx(25, abs=1)

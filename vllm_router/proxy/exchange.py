@@ -547,9 +547,10 @@ class Exchange:
         headers = answer_headers(
             answer.headers, fields, link.name, record.attempts, record.request_id
         )
-        if not connection.exhausted:
+        idle = self._proxy.settings.idle_timeout
+        # Moving a deadline has its price: a whole answer is left the time it has, if that is ample.
+        if not connection.exhausted or scope.deadline < now + idle / 2:
             self._timer = Outcome.IDLE_TIMEOUT
-            idle = self._proxy.settings.idle_timeout
             scope.deadline = min(now + idle + idle / DEADLINE_MOVES, self._deadline)
         self._sending = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
