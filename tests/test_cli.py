@@ -139,7 +139,9 @@ def test_help_names_every_command(arguments: list[str]):
     result = call(*arguments)
     assert result.exit_code == 0
     commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
-    assert commands == {"run", "check-config", "status", "drain", "undrain", "mock", "version"}
+    assert commands == {
+        "run", "check-config", "status", "drain", "undrain", "mock", "simulate", "version",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])

@@ -45,7 +45,10 @@ class Failure(click.ClickException):
 class Commands(click.Group):
     """The group of all commands: some are loaded when they are asked for, errors are one line."""
 
-    elsewhere = {"mock": "vllm_router.mock.cli:mock_command"}  # noqa: RUF012  never changed
+    elsewhere = {  # noqa: RUF012  never changed
+        "mock": "vllm_router.mock.cli:mock_command",
+        "simulate": "vllm_router.simulate.cli:simulate_command",
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *self.elsewhere]

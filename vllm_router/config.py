@@ -69,6 +69,9 @@ Interval = Annotated[float, Meta(ge=0.01, le=_FINITE, description="number of sec
 Megabytes = Annotated[
     float, Meta(gt=0, le=1e6, description="number of megabytes > 0 and ≤ 1000000")
 ]
+Weight = Annotated[float, Meta(gt=0, le=1000, description="number > 0 and ≤ 1000")]
+Tokens = Annotated[float, Meta(gt=0, le=1e9, description="number of tokens > 0")]
+Growth = Annotated[float, Meta(ge=0, le=1000, description="number from 0 to 1000")]
 PolicyName = Annotated[str, _reads("the name of a policy (string)", _read_policy)]
 Network = Annotated[str, _reads("an IP address or network (string)", _read_network)]
 Networks = Annotated[
@@ -111,6 +114,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: unique; in logs, metrics, response headers and `vllm-router drain`. Visible ASCII.
     max_concurrent_requests: what the server takes at once without queueing; routing compares
         load relative to it, and it is no hard limit.
+    weight: so many times the share of requests that its max_concurrent_requests would give it.
     api_key: sent to this server as its bearer token, from `api_key` or the environment variable
         named by `api_key_env`; None sends what the client sent.
     models: the models it serves, instead of asking its `/v1/models`; None asks.
@@ -119,6 +123,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     name: str
     max_concurrent_requests: int = 3
+    weight: float = 1.0
     api_key: Secret | None = None
     models: tuple[str, ...] | None = None
 
@@ -146,7 +151,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         has reached the client.
     replay: whether a request that was already sent may be sent again to another server; a failed
         connect may always go elsewhere.
-    policy: how a server is chosen, a name from `routing/policies.py`.
+    policy: how a server is chosen, a name from `routing/policies/`.
+
+    Knobs of the policies, see docs/routing.md:
+    tokens_per_request: prompt tokens to be computed that weigh as much as one request.
+    waste_growth: by how much of itself recomputing what another server has cached weighs more
+        with each request on the server.
+    prefix_memory_mb: memory for the record of cached prefixes, in MB of 10^6 bytes.
+    prefix_expiry: an entry of it that was not used for so long is forgotten.
+    slow_start: a server that comes back gets its full share again within so long.
 
     Timeouts of an exchange:
     connect_timeout: to connect to a server, TLS included.
@@ -187,6 +200,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     total_timeout: SecondsOrNone = None
     body_timeout: Seconds = 60.0
     policy: PolicyName = "least_load"
+    tokens_per_request: Tokens = 1000.0
+    waste_growth: Growth = 0.5
+    prefix_memory_mb: Megabytes = 64.0
+    prefix_expiry: Seconds = 1800.0
+    slow_start: SecondsOrZero = 10.0
     max_body_mb: Megabytes = 64.0
     drain_timeout: SecondsOrZero = 30.0
     drain_grace: SecondsOrZero = 0.0
@@ -214,6 +232,7 @@ _SERVER_KEYS: dict[str, Any] = {
     "url": _Url,
     "name": _Name,
     "max_concurrent_requests": Count,
+    "weight": Weight,
     "api_key": _Key,
     "api_key_env": _Variable,
     "models": _Models,

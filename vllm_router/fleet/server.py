@@ -81,6 +81,8 @@ class Server:
         self.name = config.name
         self.url = config.url
         self.capacity = config.max_concurrent_requests
+        self.share = self.capacity * config.weight
+        """What its load is measured against."""
         self._on_change = on_change
         rules = health_rules(settings)
         self.probe_health = ProbeHealth(rules)
@@ -127,6 +129,7 @@ class Server:
         if config.models is not None or self.config.models is not None:
             self.models = config.models
         self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
+        self.share = self.capacity * config.weight
         rules = health_rules(settings)
         self.probe_health.apply(rules)
         self.traffic_health.apply(rules)
@@ -180,7 +183,7 @@ class Server:
             self.running = there - self.waiting
         else:
             self.running, self.waiting = float(mine), 0.0
-        self.load = (self.running + 0.5 * self.waiting) / self.capacity
+        self.load = (self.running + 0.5 * self.waiting) / self.share
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
         """A metrics page arrived; `leases` were held when it was asked for.

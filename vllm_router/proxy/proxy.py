@@ -19,7 +19,7 @@ from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.proxy.types import Receive, Scope, Send
-from vllm_router.routing.policies import POLICIES, Policy
+from vllm_router.routing.policies import POLICIES, Knobs, Policy
 from vllm_router.routing.retry import Outcome, RetryBudget
 
 
@@ -55,7 +55,7 @@ class Proxy:
         self._recorders = tuple(recorders)
         self._rng = rng
         self._tls = tls
-        self.policy: Policy = POLICIES[config.settings.policy](rng)
+        self.policy: Policy = POLICIES[config.settings.policy](rng, Knobs.of(config.settings))
         self.apply(config)
 
     def apply(self, config: Config) -> None:
@@ -63,8 +63,9 @@ class Proxy:
         self.settings = settings = config.settings
         self.max_body = int(settings.max_body_mb * 1_000_000)
         self.trusted = tuple(ip_network(net, strict=False) for net in settings.trusted_proxies)
-        if self.policy.name != settings.policy:
-            self.policy = POLICIES[settings.policy](self._rng)
+        knobs = Knobs.of(settings)
+        if self.policy.name != settings.policy or self.policy.knobs != knobs:
+            self.policy = POLICIES[settings.policy](self._rng, knobs)
         servers = self.fleet.all_servers()
         for server in servers:
             link = self.links.get(server)

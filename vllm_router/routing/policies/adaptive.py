@@ -340,7 +340,7 @@ class Adaptive(Policy):
         """Rendezvous hashing, in proportion to capacity."""
         return min(
             group.accounts,
-            key=lambda account: -math.log(draw(key, account.seed)) / account.server.capacity,
+            key=lambda account: -math.log(draw(key, account.seed)) / account.server.share,
         )
 
     # -- what is known of the candidates ------------------------------------------------------
@@ -380,7 +380,7 @@ class Adaptive(Policy):
             slow = _slowness(account, middle)
             if phantoms < NO_CREDIT_PHANTOMS and slow < NO_CREDIT_SLOW and account.trusted:
                 group.credited |= account.bit
-            share = server.capacity * self._ramp(server, now)
+            share = server.share * self._ramp(server, now)
             group.slow.append(slow)
             group.factors.append(slow / share)
         group.fresh_until = now + REFRESH
@@ -487,7 +487,7 @@ class Adaptive(Policy):
                 "waste_tokens": best - cached,
                 "slow": group.slow[place],
                 "slow_start": self._ramp(server, now),
-                "capacity": float(server.capacity),
+                "share": server.share,
             }
             rows.append(Explained(server, score, parts))
         return sorted(rows, key=lambda row: row.score)

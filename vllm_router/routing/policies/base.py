@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import msgspec
 
 if TYPE_CHECKING:
+    from vllm_router.config import Settings
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.routing.facts import Facts
 
@@ -35,6 +36,11 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
     prefix_memory_mb: float = 64.0
     prefix_expiry: float = 1800.0
     slow_start: float = 10.0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Knobs:
+        """Those of a configuration; the keys have the same names."""
+        return cls(**{name: getattr(settings, name) for name in cls.__struct_fields__})
 
 
 class Explained(NamedTuple):

@@ -41,7 +41,7 @@ class LeastLoad(Policy):
                 {
                     "running": server.running,
                     "waiting": server.waiting,
-                    "capacity": server.capacity,
+                    "share": server.share,
                 },
             )
             for server in sorted(candidates, key=lambda one: one.load)

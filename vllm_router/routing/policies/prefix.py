@@ -50,7 +50,7 @@ class Prefix(Policy):
     def _limit(candidates: Sequence[Server]) -> float:
         mean = sum(server.load for server in candidates) / len(candidates)
         # Never below the lowest load: somebody is always left.
-        return BOUND * mean + 1 / max(server.capacity for server in candidates)
+        return BOUND * mean + 1 / max(server.share for server in candidates)
 
     def leased(self, lease: Lease, facts: Facts, now: float) -> None:
         self._book.insert(lease.server, facts.prompt, now)

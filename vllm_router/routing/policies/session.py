@@ -31,8 +31,8 @@ class Session(Policy):
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
         session = facts.session
         key = seed_of(session) if session is not None else facts.prompt.conversation
-        on_them = sum(server.load * server.capacity for server in candidates)
-        limit = BOUND * (on_them + 1) / sum(server.capacity for server in candidates)
+        on_them = sum(server.load * server.share for server in candidates)
+        limit = BOUND * (on_them + 1) / sum(server.share for server in candidates)
         home = preferred(key, candidates)
         if _fits(home, limit):
             return home
@@ -44,5 +44,5 @@ class Session(Policy):
 
 def _fits(server: Server, limit: float) -> bool:
     """Whether one request more keeps it within the limit; a lone request fits anywhere."""
-    one = 1 / server.capacity
+    one = 1 / server.share
     return server.load + one <= max(limit, one)
