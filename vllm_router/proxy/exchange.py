@@ -62,7 +62,7 @@ of a stream until its first event is."""
 HOLD_COMMENTS = 10.0
 """Seconds for which a stream of nothing but SSE comments stays uncommitted."""
 
-KEPT_TAIL = 4096
+KEPT_TAIL = 2048
 """Bytes of an answer's end that are kept: for its last events, and to see how a stream ended."""
 
 MIN_BODY_RATE = 500.0
@@ -558,9 +558,13 @@ class Exchange:
         self._complete = True
         if self._proxy.policy.needs_prompt:
             self._learn(lease)
-        if is_stream and status == 200 and sse.ends_aborted(b"".join(self._tail)):
+        if is_stream and status == 200 and sse.ends_aborted(self._end()):
             return Outcome.BROKEN
         return outcome
+
+    def _end(self) -> bytes:
+        """The last bytes that the client was sent."""
+        return b"".join(self._tail)[-KEPT_TAIL:]
 
     def _learn(self, lease: Lease) -> None:
         """Let the policy know how many tokens the prompt had, if the answer ends with it."""
@@ -638,7 +642,7 @@ class Exchange:
             record.chunks += 1
             tail.append(piece)
             kept += len(piece)
-            if kept > 4 * KEPT_TAIL:
+            if kept > 8 * KEPT_TAIL:
                 tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
                 kept = KEPT_TAIL
             self._sending = True
@@ -657,8 +661,7 @@ class Exchange:
         rule = RULES[outcome]
         self.record.code = rule.code
         if self._is_sse and not self._sending:  # else a part of a piece may be with the client
-            tail = b"".join(self._tail)
-            event = sse.error_event(self.record.path, rule.code, rule.message, tail)
+            event = sse.error_event(self.record.path, rule.code, rule.message, self._end())
             await self._send({"type": BODY, "body": event, "more_body": True})
 
 

@@ -12,6 +12,8 @@ _ERROR_MARKS = (b"\nevent: error", b"\nevent:error", b'"object":"error"')
 
 def has_event(held: bytes) -> bool:
     """Whether a whole event has arrived: more than comments, up to the blank line after it."""
+    if held.startswith(b"data:") and held.endswith(b"\n\n"):
+        return True  # as nearly always
     begun = False
     for line in held.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[:-1]:
         if line:
@@ -26,6 +28,8 @@ def ends_aborted(tail: bytes) -> bool:
 
     An error with a code below 500 is the request's, as it would be in a status.
     """
+    if _is_plain(tail):
+        return False
     if any(mark in tail for mark in ABORTED):
         return True
     tail = b"\n" + tail
@@ -44,6 +48,8 @@ def begins_dead(held: bytes) -> bool:
     vLLM 0.32 sends such an event, with a code of 500, when it is stopped during prefill; errors
     of the request itself come as a plain 4xx answer or with a code below 500.
     """
+    if _is_plain(held):
+        return False
     if any(mark in held for mark in ABORTED):
         return True
     held = b"\n" + held
@@ -52,6 +58,11 @@ def begins_dead(held: bytes) -> bool:
         return False
     code = _error_code(held[min(starts) :])
     return code is not None and code >= 500
+
+
+def _is_plain(events: bytes) -> bool:
+    """Whether no look for errors is needed: two searches instead of seven."""
+    return b"error" not in events and b'"abort"' not in events
 
 
 def _error_code(event: bytes) -> int | None:
