@@ -6,9 +6,11 @@ import errno
 import gc
 import itertools
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import h11
 import pytest
@@ -408,6 +410,41 @@ async def test_tls_that_is_none_is_a_failed_connect():
         with pytest.raises(ConnectFailed):
             await open_within(Pool(f"https://127.0.0.1:{server.port}"), 5)
         assert open_sockets() <= before
+        nursery.cancel_scope.cancel()
+
+
+PEM = Path(__file__).with_name("localhost.pem")
+
+
+async def test_tls_connections_are_kept_and_those_the_server_closed_are_not_taken():
+    async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        for _ in range(2):
+            seen = b""
+            while not seen.endswith(b"{}"):
+                seen += await stream.receive_some(65536)
+            await stream.send_all(ok(b"x"))
+        await stream.aclose()
+        closed.set()
+
+    closed = trio.Event()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(PEM)
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_ssl_over_tcp_listeners(
+            0, context, host="127.0.0.1", https_compatible=True
+        )
+        port = listeners[0].transport_listener.socket.getsockname()[1]
+        nursery.start_soon(trio.serve_listeners, talk, listeners)
+        pool = Pool(f"https://localhost:{port}", ssl.create_default_context(cafile=PEM))
+        connection = await open_within(pool, 5)
+        assert (await exchange(connection)).body == b"x"
+        pool.give_back(connection, 0.0)
+        assert pool.take_idle(0.0) is connection
+        assert (await exchange(connection)).body == b"x"
+        pool.give_back(connection, 0.0)
+        await closed.wait()
+        await trio.sleep(0.02)
+        assert pool.take_idle(0.0) is None
         nursery.cancel_scope.cancel()
 
 

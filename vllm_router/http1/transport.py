@@ -153,21 +153,9 @@ class TlsTransport:
             raise ConnectionLost(str(error)) from error
 
     def alive(self) -> bool:
-        # A TLS server may send session tickets at any time, so silence cannot be asked for:
-        # only a closed socket is told from an open one.
-        return not self._stream.transport_stream.socket.is_readable() or bool(
-            self._peek(self._stream.transport_stream.socket)
-        )
-
-    @staticmethod
-    def _peek(sock: trio.socket.SocketType) -> bytes:
-        raw = socket.socket(fileno=sock.fileno())
-        try:
-            return raw.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            return b""
-        finally:
-            raw.detach()
+        # What waits there is most likely the server's goodbye (close_notify); session tickets
+        # came with the first answer.
+        return not self._stream.transport_stream.socket.is_readable()
 
     def close(self) -> None:
         self._stream.transport_stream.socket.close()
