@@ -430,9 +430,7 @@ async def test_tls_connections_are_kept_and_those_the_server_closed_are_not_take
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(PEM)
     async with trio.open_nursery() as nursery:
-        listeners = await trio.open_ssl_over_tcp_listeners(
-            0, context, host="127.0.0.1", https_compatible=True
-        )
+        listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1")
         port = listeners[0].transport_listener.socket.getsockname()[1]
         nursery.start_soon(trio.serve_listeners, talk, listeners)
         pool = Pool(f"https://localhost:{port}", ssl.create_default_context(cafile=PEM))
