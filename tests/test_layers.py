@@ -18,9 +18,13 @@ PURE, TRIO, SERVING, WIRING = range(4)
 # Every module or subpackage directly inside vllm_router, from the ground up.
 LAYERS = {
     "errors": PURE,
+    "auth": PURE,
     "config": PURE,
+    "kinds": PURE,
+    "limits": PURE,
     "paths": PURE,
     "server_url": PURE,
+    "tls_config": PURE,
     "toml_reader": PURE,
     "fleet": PURE,
     "routing": PURE,
@@ -28,6 +32,7 @@ LAYERS = {
     "http1": TRIO,
     "proxy": TRIO,
     "tasks": TRIO,
+    "tls": TRIO,
     "mock": TRIO,
     "front": SERVING,
     "hypercorn_bridge": SERVING,

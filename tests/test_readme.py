@@ -14,7 +14,7 @@ import pytest
 
 from cli_process import ROOT, Running, router
 from mock_process import MockProcess, mock_processes
-from vllm_router import config
+from vllm_router import auth, config, tls_config
 from vllm_router.cli import cli
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.routing.retry import RULES
@@ -72,6 +72,18 @@ def test_every_key_of_a_server_is_there_with_its_default(readme: str):
         if field.default is not msgspec.NODEFAULT:
             assert described[field.name][0] == written(field.default, NOTHING[readme]), field.name
     assert described["api_key_env"][0] == NOTHING[readme]
+
+
+def test_every_key_of_auth_and_tls_is_there(readme: str):
+    listed = re.findall(r"^\| `((?:auth|tls)\.[\w.]+)` \|", text(readme), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    expected = {f"auth.{key}" for key in [*auth.AUTH_KEYS, "keys"]}
+    expected |= {f"auth.keys.{key}" for key in auth.KEY_KEYS}
+    expected |= {f"tls.{key}" for key in [*tls_config.TLS_KEYS, "servers"]}
+    assert set(listed) == expected
+    example = (ROOT / "servers.example.toml").read_text()
+    for key in listed:
+        assert re.search(rf"^# .*\b{key.rpartition('.')[2]}\b", example, re.MULTILINE), key
 
 
 def test_every_duration_has_seconds_as_its_unit():

@@ -1,110 +1,59 @@
 """What servers.toml may say, checked once and completely.
 
-The annotated types below are the table of checks: each says in words and in msgspec constraints
-what is accepted; `Settings` and `_SERVER_KEYS` say which key has which. Whatever passes `parse` is
-complete and immutable, so nothing that uses it looks for missing keys.
+`kinds.py` says what values are accepted; `Settings` and `_SERVER_KEYS` here, `auth.py` and
+`tls_config.py` say which key has which. Whatever passes `parse` is complete and immutable, so
+nothing that uses it looks for missing keys.
 
 A problem is one line, `source: key.path: expected ..., got ...`, and never holds a secret.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import sys
+import os.path
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
-from vllm_router.routing.policies import POLICY_NAMES
-from vllm_router.server_url import SHOWN_CHARS, escaped, normalise_url, quoted, server_name
+from vllm_router.auth import AUTH_KEYS, AuthConfig, read_auth
+from vllm_router.errors import ConfigError
+from vllm_router.kinds import (
+    AddressOrNone,
+    ApiKey,
+    Count,
+    CountOrZero,
+    Flag,
+    Growth,
+    Hosts,
+    Interval,
+    Megabytes,
+    Models,
+    Name,
+    Networks,
+    Origins,
+    PolicyName,
+    Seconds,
+    SecondsOrNone,
+    SecondsOrZero,
+    Secret,
+    Share,
+    Tokens,
+    Url,
+    Variable,
+    Weight,
+)
+from vllm_router.server_url import SHOWN_CHARS, escaped, quoted, server_name
+from vllm_router.tls_config import (
+    SERVER_TLS_KEYS,
+    TLS_KEYS,
+    File,
+    ReadFile,
+    TlsConfig,
+    check_client_certificate,
+    read_tls,
+    take_files,
+)
 from vllm_router.toml_reader import Reader, load_document, shown_value
-
-# -- the table of checks ----------------------------------------------------------------------
-
-_MAX_INT = 2**63 - 1  # TOML integers have 64 bits
-_FINITE = sys.float_info.max
-
-
-def _reads(expected: str, read: Callable[[str], object]) -> Meta:
-    """A check that constraints cannot express; `read` returns the value to keep."""
-    return Meta(description=expected, extra={"read": read})
-
-
-def _read_policy(text: str) -> str:
-    if text not in POLICY_NAMES:
-        names = ", ".join(f'"{name}"' for name in POLICY_NAMES)
-        raise ValueError(f"expected one of {names}, got {quoted(text)}")
-    return text
-
-
-def _read_network(text: str) -> str:
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        raise ValueError(
-            f"expected an IP address or a network like 10.0.0.0/8, got {quoted(text)}"
-        ) from None
-
-
-class Secret(str):
-    """A string whose repr does not show it, so that no log, diff or traceback does."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-Flag = Annotated[bool, Meta(description="true or false")]
-Count = Annotated[int, Meta(ge=1, le=_MAX_INT, description="int ≥ 1")]
-CountOrZero = Annotated[int, Meta(ge=0, le=_MAX_INT, description="int ≥ 0")]
-Share = Annotated[float, Meta(ge=0, le=1, description="number from 0 to 1")]
-Seconds = Annotated[float, Meta(gt=0, le=_FINITE, description="number of seconds > 0")]
-SecondsOrZero = Annotated[float, Meta(ge=0, le=_FINITE, description="number of seconds ≥ 0")]
-SecondsOrNone = Annotated[Seconds | None, Meta(description="number of seconds > 0")]
-# The floor keeps a typing error from becoming a busy loop.
-Interval = Annotated[float, Meta(ge=0.01, le=_FINITE, description="number of seconds ≥ 0.01")]
-Megabytes = Annotated[
-    float, Meta(gt=0, le=1e6, description="number of megabytes > 0 and ≤ 1000000")
-]
-Weight = Annotated[float, Meta(gt=0, le=1000, description="number > 0 and ≤ 1000")]
-Tokens = Annotated[float, Meta(gt=0, le=1e9, description="number of tokens > 0")]
-Growth = Annotated[float, Meta(ge=0, le=1000, description="number from 0 to 1000")]
-PolicyName = Annotated[str, _reads("the name of a policy (string)", _read_policy)]
-Network = Annotated[str, _reads("an IP address or network (string)", _read_network)]
-Networks = Annotated[
-    tuple[Network, ...], Meta(description="array of IP addresses and networks (strings)")
-]
-
-_Url = Annotated[str, _reads('a URL like "http://host:8000"', normalise_url)]
-_Name = Annotated[
-    str,
-    Meta(pattern=r"^[!-~]{1,100}\Z", description="1 to 100 visible ASCII characters, no spaces"),
-]
-_Key = Annotated[
-    str,
-    Meta(
-        pattern=r"^[!-~]+\Z",
-        description="a key of visible ASCII characters, no spaces",
-        extra={"secret": True},
-    ),
-]
-_Variable = Annotated[
-    str,
-    Meta(
-        # Not shown: whoever takes the key itself for the name would find it in the log.
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
-        description="the name of an environment variable",
-        extra={"secret": True},
-    ),
-]
-_Model = Annotated[str, Meta(min_length=1, description="the name of a model (string)")]
-_Models = Annotated[
-    tuple[_Model, ...],
-    Meta(min_length=1, description="array of at least one model name (strings)"),
-]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +67,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: sent to this server as its bearer token, from `api_key` or the environment variable
         named by `api_key_env`; None sends what the client sent.
     models: the models it serves, instead of asking its `/v1/models`; None asks.
+    ca: the authorities its certificate may come from; None for those that the system trusts.
+    client_certificate, client_key: what the router shows it of itself.
+    verify: false takes any certificate.
     """
 
     url: str
@@ -126,6 +78,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     api_key: Secret | None = None
     models: tuple[str, ...] | None = None
+    ca: File | None = None
+    client_certificate: File | None = None
+    client_key: File | None = None
+    verify: bool = True
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,12 +128,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     The router itself:
     max_body_mb: largest request body, in MB of 10^6 bytes.
+    max_bodies_mb: all request bodies together that wait to be sent; 503 beyond.
     drain_grace: after SIGTERM, how long it still accepts while `/readyz` already says no.
     drain_timeout: how long running exchanges may then take to finish.
     config_reload_interval: between two looks at this file.
     feed_interval: between two snapshots on the websocket feed.
     allow_engine_control: forward paths such as `/sleep` and `/collective_rpc`, else 403.
     trusted_proxies: networks whose `X-Forwarded-*` and `Forwarded` headers are believed.
+    admin_listen: administration, metrics, feed and page answer at this address only; None for
+        the public one.
+    cors_origins: whose pages in browsers may use the router, `*` for all.
+    allowed_hosts: the names it answers to, besides addresses and localhost; none for all.
     """
 
     health_check_interval: Interval = 2.0
@@ -206,6 +167,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_expiry: Seconds = 1800.0
     slow_start: SecondsOrZero = 10.0
     max_body_mb: Megabytes = 64.0
+    max_bodies_mb: Megabytes = 512.0
     drain_timeout: SecondsOrZero = 30.0
     drain_grace: SecondsOrZero = 0.0
     feed_interval: Interval = 0.5
@@ -213,6 +175,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_engine_control: Flag = False
     trusted_proxies: Networks = ()
     write_stall_timeout: Seconds = 60.0
+    admin_listen: AddressOrNone = None
+    cors_origins: Origins = ()
+    allowed_hosts: Hosts = ()
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,7 +185,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     servers: tuple[ServerConfig, ...]
     settings: Settings
+    auth: AuthConfig | None = None
+    tls: TlsConfig | None = None
 
+
+RESTART = ("admin_listen",)
+"""Settings that hold from the next start on."""
 
 _FOLLOWS: dict[str, Callable[[float], float]] = {
     "first_byte_timeout": lambda request_timeout: request_timeout,
@@ -229,46 +199,98 @@ _FOLLOWS: dict[str, Callable[[float], float]] = {
 """What these are, by `request_timeout`, where the file does not say."""
 
 _SERVER_KEYS: dict[str, Any] = {
-    "url": _Url,
-    "name": _Name,
+    "url": Url,
+    "name": Name,
     "max_concurrent_requests": Count,
     "weight": Weight,
-    "api_key": _Key,
-    "api_key_env": _Variable,
-    "models": _Models,
+    "api_key": ApiKey,
+    "api_key_env": Variable,
+    "models": Models,
+    **SERVER_TLS_KEYS,
 }
 _SETTING_KEYS: dict[str, Any] = {
     field.name: field.type for field in msgspec.structs.fields(Settings)
 }
-_TABLES = {"config": _SETTING_KEYS, "servers.servers": _SERVER_KEYS}
-_LATER_TABLES = frozenset({"auth", "limits", "tls", "log"})
+_TABLES = {
+    "config": _SETTING_KEYS,
+    "servers.servers": _SERVER_KEYS,
+    "auth": AUTH_KEYS,
+    "tls": TLS_KEYS,
+}
+_LATER_TABLES = frozenset({"limits", "log"})
 
 
 # -- reading ----------------------------------------------------------------------------------
 
 
-def parse(data: bytes, source: str, environ: Mapping[str, str]) -> Config:
+def parse(
+    data: bytes,
+    source: str,
+    environ: Mapping[str, str],
+    read: Callable[[str], bytes] | None = None,
+) -> Config:
     """The configuration in the bytes of a file called `source`.
 
-    `environ` answers `api_key_env`. Raises ConfigError with every problem found (at most
-    MAX_PROBLEMS lines), or with the one that keeps the bytes from being read as TOML.
+    `environ` answers `api_key_env` and the like. `read` gives the bytes of the files that are
+    named in it, and raises ConfigError; without it there are none. Raises ConfigError with every
+    problem found (at most MAX_PROBLEMS lines), or with the one that keeps the bytes from being
+    read as TOML.
     """
     document = load_document(data, source)
     reader = Reader(source, _TABLES)
     for key in document:
         if key in _LATER_TABLES:
             reader.problem(key, "not supported by this version")
-        elif key not in {"servers", "config"}:
-            reader.unknown_key("", key, ("servers", "config"))
-    servers = _servers(reader, document.get("servers", {}), environ)
+        elif key not in {"servers", "config", "auth", "tls"}:
+            reader.unknown_key("", key, ("servers", "config", "auth", "tls"))
+    read_file = _files_beside(source, read)
+    tls: TlsConfig | None = None
+    common: dict[str, Any] = {}
+    if "tls" in document:
+        tls, common = read_tls(reader, document["tls"], read_file)
+    servers = _servers(reader, document.get("servers", {}), environ, common, read_file)
+    auth = None
+    if "auth" in document:
+        auth = read_auth(reader, document["auth"], environ, read_file)
     settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
+    _check_bodies(reader, settings)
     reader.raise_problems()
     request_timeout = settings.get("request_timeout", Settings().request_timeout)
     following = {key: follow(request_timeout) for key, follow in _FOLLOWS.items()}
-    return Config(servers=servers, settings=Settings(**{**following, **settings}))
+    return Config(
+        servers=servers, settings=Settings(**{**following, **settings}), auth=auth, tls=tls
+    )
 
 
-def _servers(reader: Reader, table: object, environ: Mapping[str, str]) -> tuple[ServerConfig, ...]:
+def _files_beside(source: str, read: Callable[[str], bytes] | None) -> ReadFile:
+    """How the files are read that a configuration names: their paths start where it lies."""
+
+    def read_file(path: str) -> tuple[str, bytes]:
+        where = os.path.join(os.path.dirname(source), path)
+        if read is None:
+            raise ConfigError([f"{where}: cannot be read here"])
+        return where, read(where)
+
+    return read_file
+
+
+def _check_bodies(reader: Reader, settings: dict[str, Any]) -> None:
+    """All bodies together may be as large as one, or none of that size could ever pass."""
+    one = settings.get("max_body_mb", Settings().max_body_mb)
+    together = settings.setdefault("max_bodies_mb", max(Settings().max_bodies_mb, one))
+    if together < one:
+        reader.problem(
+            "config.max_bodies_mb", f"expected at least max_body_mb, {one:g}, got {together:g}"
+        )
+
+
+def _servers(
+    reader: Reader,
+    table: object,
+    environ: Mapping[str, str],
+    common: Mapping[str, Any],
+    read_file: ReadFile,
+) -> tuple[ServerConfig, ...]:
     if isinstance(table, list):
         reader.problem("servers", "expected table, got an array: write [[servers.servers]]")
         return ()
@@ -289,7 +311,7 @@ def _servers(reader: Reader, table: object, environ: Mapping[str, str]) -> tuple
     by_name: dict[str, str] = {}
     for n, entry in enumerate(listed):
         path = f"servers.servers[{n}]"
-        server = _server(reader, path, entry, environ)
+        server = _server(reader, path, entry, environ, common, read_file)
         if server is None:
             continue
         if server.url in by_url:
@@ -313,7 +335,12 @@ def _servers(reader: Reader, table: object, environ: Mapping[str, str]) -> tuple
 
 
 def _server(
-    reader: Reader, path: str, entry: object, environ: Mapping[str, str]
+    reader: Reader,
+    path: str,
+    entry: object,
+    environ: Mapping[str, str],
+    common: Mapping[str, Any],
+    read_file: ReadFile,
 ) -> ServerConfig | None:
     if not isinstance(entry, dict):
         reader.problem(
@@ -327,15 +354,10 @@ def _server(
         reader.problem(f"{path}.api_key_env", "expected api_key or api_key_env, got both")
     variable = values.pop("api_key_env", None)
     if variable is not None:
-        # A key from a file often ends with the file's newline.
-        key = environ.get(variable, "").strip()
-        if key:
-            values["api_key"] = reader.value(f"{path}.api_key_env", key, _Key)
-        else:
-            named = quoted(variable) if variable.isupper() else "a name that is not shown"
-            reader.problem(
-                f"{path}.api_key_env", f"expected an environment variable that is set, got {named}"
-            )
+        values["api_key"] = reader.variable(f"{path}.api_key_env", variable, environ, ApiKey)
+    take_files(reader, path, values, read_file)
+    values = {**common, **values}
+    check_client_certificate(reader, path, values)
     if "url" not in values:
         return None
     if values.get("api_key") is not None:
@@ -371,10 +393,29 @@ def changes(old: Config, new: Config) -> str:
     if kept != [url for url in before if url in after]:
         details.append("order of servers")
     details += _changed_fields(old.settings, new.settings, ignore=_following(old) & _following(new))
+    details += _changed_auth(old.auth, new.auth) + _changed_tls(old.tls, new.tls)
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:
         parts.append(f"and {len(details) - _SHOWN_CHANGES} more")
     return ", ".join(parts) or "nothing changed"
+
+
+def _changed_auth(old: AuthConfig | None, new: AuthConfig | None) -> list[str]:
+    """Keys by their names; what they are is not shown."""
+    if old is None or new is None:
+        return [] if old is new else [f"auth {'off' if new is None else 'on'}"]
+    before, after = ({key.name: key for key in auth.keys} for auth in (old, new))
+    parts = [f"key +{name}" for name in after if name not in before]
+    parts += [f"key -{name}" for name in before if name not in after]
+    for name in (name for name in after if name in before):
+        parts += [f"key {name} {change}" for change in _changed_fields(before[name], after[name])]
+    return parts + [f"auth {it}" for it in _changed_fields(old, new, ignore=("keys",))]
+
+
+def _changed_tls(old: TlsConfig | None, new: TlsConfig | None) -> list[str]:
+    if old is None or new is None:
+        return [] if old is new else [f"tls {'off' if new is None else 'on'}"]
+    return [f"tls {change}" for change in _changed_fields(old, new)]
 
 
 def _following(config: Config) -> set[str]:
@@ -396,6 +437,8 @@ def _changed_fields(
         if a == b or field in ignore:
             continue
         secret = isinstance(a, Secret) or isinstance(b, Secret)
+        if isinstance(a, File) and isinstance(b, File) and a.path == b.path:
+            secret = True  # as it was, with something else in it
         changed.append(f"{field} changed" if secret else f"{field} {_brief(a)} → {_brief(b)}")
     return changed
 

@@ -90,10 +90,20 @@ class Reader:
         self._unlisted = 0
 
     def problem(self, path: str, text: str) -> None:
+        self.line(f"{self._source}: {path}: {text}")
+
+    def line(self, problem: str) -> None:
+        """Note a whole line of another file."""
         if len(self._problems) < MAX_PROBLEMS:
-            self._problems.append(f"{self._source}: {path}: {text}")
+            self._problems.append(problem)
         else:
             self._unlisted += 1
+
+    def include(self, other: Reader) -> None:
+        """Note what another reader has found in another file."""
+        for problem in other._problems:
+            self.line(problem)
+        self._unlisted += other._unlisted
 
     def unknown_key(self, path: str, key: str, known: Collection[str]) -> None:
         """Name the nearest key: of this table, or else the table where the key belongs."""
@@ -146,6 +156,16 @@ class Reader:
         except ValueError as error:
             self.problem(path, str(error))
             return None
+
+    def variable(self, path: str, name: str, environ: Mapping[str, str], wanted: Any) -> Any:
+        """The value of an environment variable as `wanted` reads it, or None."""
+        # A key from a file often ends with the file's newline.
+        value = environ.get(name, "").strip()
+        if value:
+            return self.value(path, value, wanted)
+        named = quoted(name) if name.isupper() else "a name that is not shown"
+        self.problem(path, f"expected an environment variable that is set, got {named}")
+        return None
 
     def raise_problems(self) -> None:
         """Raise ConfigError if there were any."""

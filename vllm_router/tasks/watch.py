@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import trio
 
+from vllm_router import tls
 from vllm_router.config import Config, changes, parse
 from vllm_router.errors import ConfigError
 from vllm_router.toml_reader import MAX_FILE_BYTES
@@ -46,8 +47,9 @@ class Fingerprint(NamedTuple):
     ctime_ns: int
 
 
-Seen = Fingerprint | str
-"""The fingerprint, or why there is none: a file that vanishes has changed, too."""
+Seen = tuple[Fingerprint | str, ...]
+"""The fingerprints of the file and those it names, or why there is none: a file that vanishes has
+changed, too."""
 
 
 class ConfigSource:
@@ -57,45 +59,78 @@ class ConfigSource:
         """`path` is shown in messages as given; `environ` is os.environ unless given."""
         self.path = path
         self.loaded: Seen | None = None
+        self._named: tuple[str, ...] = ()
         self._environ = os.environ if environ is None else environ
 
     def __repr__(self) -> str:
         return f"<ConfigSource {self.path}>"
 
     def look(self) -> Seen:
-        """What the file looks like now. Never raises, never opens it."""
-        try:
-            info = os.stat(self.path)
-        except OSError as error:
-            return _reason(error)
-        except ValueError as error:  # a NUL in the path
-            return str(error)
-        return Fingerprint(
-            info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
-        )
+        """What the file, and those it named last, look like now. Never raises, never opens one."""
+        return tuple(_look(path) for path in (self.path, *self._named))
 
     def load(self) -> Config:
         """Read and check the file; raises ConfigError if it is unreadable or wrong.
 
         The fingerprint is taken first, so that a write during the reading is seen afterwards.
         """
-        self.loaded = self.look()
-        return parse(self._read(), str(self.path), self._environ)
+        first = _look(self.path)
+        named: dict[str, Fingerprint | str] = {}
 
-    def _read(self) -> bytes:
-        """At most MAX_FILE_BYTES + 1 bytes, which `parse` refuses; never blocks on a pipe."""
+        def read_named(path: str) -> bytes:
+            named[path] = _look(path)
+            data = _read(path)
+            _warn_if_open(path, data)
+            return data
+
         try:
-            kind = _kind(os.stat(self.path).st_mode)
-            if kind is None:
-                # Between the two calls the file may have become a pipe: do not wait for it.
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                with open(descriptor, "rb") as file:
-                    kind = _kind(os.fstat(descriptor).st_mode)
-                    if kind is None:
-                        return file.read(MAX_FILE_BYTES + 1)
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"{self.path}: cannot be read: {_reason(error)}"]) from None
-        raise ConfigError([f"{self.path}: expected a file, got {kind}"])
+            config = parse(_read(self.path), str(self.path), self._environ, read_named)
+            problems = tls.problems(config)
+            if problems:
+                raise ConfigError([f"{self.path}: {problem}" for problem in problems])
+            return config
+        finally:
+            self._named = tuple(named)
+            self.loaded = (first, *named.values())
+
+
+def _look(path: str | Path) -> Fingerprint | str:
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return _reason(error)
+    except ValueError as error:  # a NUL in the path
+        return str(error)
+    return Fingerprint(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _warn_if_open(path: str, data: bytes) -> None:
+    """A file of keys that everybody may read, or others change, is worth a line."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    secret = b"PRIVATE KEY-----" in data or b"-----BEGIN" not in data
+    if mode & 0o026 and secret:
+        logger.warning("%s: others may read or change it, though it holds keys: chmod 600", path)
+    elif mode & 0o022:
+        logger.warning("%s: others may change it: chmod go-w", path)
+
+
+def _read(path: str | Path) -> bytes:
+    """At most MAX_FILE_BYTES + 1 bytes, which `parse` refuses; never blocks on a pipe."""
+    try:
+        kind = _kind(os.stat(path).st_mode)
+        if kind is None:
+            # Between the two calls the file may have become a pipe: do not wait for it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                kind = _kind(os.fstat(descriptor).st_mode)
+                if kind is None:
+                    return file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{path}: cannot be read: {_reason(error)}"]) from None
+    raise ConfigError([f"{path}: expected a file, got {kind}"])
 
 
 def _reason(error: OSError | ValueError) -> str:
