@@ -283,6 +283,19 @@ def test_server_without_prefix_caching_gets_no_credit():
     assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] == 0
 
 
+def test_prompts_still_being_computed_are_no_reason_for_distrust():
+    a, _, _ = (it := Situation()).servers
+    leases = []
+    for _ in range(40):
+        a.scraped(gauges(0, prefix_hits=0.0), it.now, a.in_flight)
+        leases.append(it.send(asking(CONTEXT[:20_000]), a))
+        it.wait(0.2)
+        it.pick(NOTHING)
+    assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] > 4000
+    for lease in leases:
+        it.end(lease)
+
+
 def test_server_whose_counters_confirm_it_keeps_its_credit():
     a, _, _ = (it := Situation()).servers
     for step in range(40):

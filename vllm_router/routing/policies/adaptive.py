@@ -79,8 +79,10 @@ class _Account:
     """What the policy knows of one server."""
 
     __slots__ = (
+        "begun_hits",
         "bit",
         "due",
+        "due_hits",
         "expected",
         "expected_total",
         "extra",
@@ -118,7 +120,9 @@ class _Account:
         self.latency_sum = self.latency_count = 0.0
         self.first_token = FIRST_TOKEN
         self.gauge = self.mine = 0.0
-        self.expected = self.hits = 0.0
+        self.expected = self.hits = self.due_hits = self.begun_hits = 0.0
+        """Tokens in its prefix cache: that should have been found, were found, should be seen with
+        the next scrape, and belong to prompts computed since the last."""
         self.expected_total = self.prompt_total = 0.0
 
     def follow_scrape(self) -> None:
@@ -147,11 +151,12 @@ class _Account:
             if metrics.prefix_hits is not None:
                 fade = 0.5 ** (elapsed / TRUST_HALF_LIFE)
                 self.hits = self.hits * fade + new.hits - old.hits
-                self.expected *= fade
-            else:
-                self.expected = 0.0
+                # The engine counts a prompt when it has computed it: compare what is due.
+                self.expected = self.expected * fade + self.due_hits
+                self.due_hits, self.begun_hits = self.begun_hits, 0.0
         elif began_anew:
             self.latency_sum = self.latency_count = self.hits = self.expected = 0.0
+            self.due_hits = self.begun_hits = 0.0
         keep = 0.5 ** (elapsed / SLOW_HALF_LIFE) if self.scraped_at is not None else 0.0
         gauge = (metrics.running or 0.0) + (metrics.waiting or 0.0)
         self.gauge = self.gauge * keep + gauge * (1.0 - keep)
@@ -192,7 +197,7 @@ class _Counters:
 class _Booking:
     """What one lease has on the account of its server."""
 
-    __slots__ = ("account", "cached", "model", "prompt", "uncached")
+    __slots__ = ("account", "cached", "model", "prompt", "uncached", "waiting")
 
     def __init__(self, account: _Account, facts: Facts, uncached: float, cached: float) -> None:
         self.account = account
@@ -200,13 +205,16 @@ class _Booking:
         self.prompt = facts.prompt
         self.cached = cached
         self.uncached = uncached
+        self.waiting = True
         account.queued += uncached
 
     def begun(self) -> None:
         """The first token has come; any number of times."""
-        account = self.account
-        account.queued = max(0.0, account.queued - self.uncached)
-        self.uncached = 0.0
+        if self.waiting:
+            self.waiting = False
+            account = self.account
+            account.queued = max(0.0, account.queued - self.uncached)
+            account.begun_hits += self.cached
 
 
 class _Group:
@@ -412,7 +420,6 @@ class Adaptive(Policy):
         cached = self.book.matched_bytes(server, prompt) * per_byte
         tokens = max(0.0, prompt.size * per_byte - cached)
         lease.booking = booking = _Booking(account, facts, tokens, cached)
-        account.expected += cached
         account.expected_total += cached
         account.prompt_total += tokens + cached
         account.sent += 1
