@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "servers.toml"
 DEFAULT_URL = "http://127.0.0.1:8888"
+LOG_FILE = Path("logs/vllm-router.log")
+"""Where the log goes while the monitor has the terminal."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Commands(click.Group):
     """The group of all commands: some are loaded when they are asked for, errors are one line."""
 
     elsewhere = {  # noqa: RUF012  never changed
+        "monitor": "vllm_router.monitor.command:monitor",
         "mock": "vllm_router.mock.cli:mock_command",
         "simulate": "vllm_router.simulate.cli:simulate_command",
     }
@@ -171,13 +175,21 @@ def run(
 
     Reads servers.toml and follows it while running, unless servers are given here. SIGTERM and
     SIGINT drain and stop, a second one stops at once; SIGHUP reads the configuration again.
+
+    On a terminal it shows the full-screen monitor, whose Ctrl-C stops the router (q asks first),
+    and logs to logs/vllm-router.log; with --console, or elsewhere, it logs to stderr.
     """
     from vllm_router import logs
+    from vllm_router.monitor.terminal import on_terminal
 
     if (file is not None) + bool(urls) + bool(demo) > 1:
         raise click.UsageError("--config, --server and --demo exclude each other")
     config, source = _fleet(file, urls, demo)
-    logs.configure(log_level, log_format)
+    log = LOG_FILE if not console and on_terminal() else None
+    try:
+        logs.configure(log_level, log_format, file=log)
+    except OSError as error:
+        raise Failure(f"cannot write {log}: {error.strerror}; --console logs here") from None
     _raise_descriptor_limit()
 
     import trio
@@ -189,10 +201,16 @@ def run(
     )
 
     def listening(url: str) -> None:
-        _announce(url, demo or len(config.servers), hint=bool(demo), quiet=log_format == "json")
+        quiet = log is None and log_format == "json"
+        _announce(url, demo or len(config.servers), hint=bool(demo), quiet=quiet)
 
     try:
-        trio.run(serve, options, listening)
+        if log is None:
+            trio.run(serve, options, listening)
+        else:
+            from vllm_router.monitor.attached import serve_with_view
+
+            trio.run(serve_with_view, options, listening, log)
     except OSError as error:
         raise Failure(_why_not_listening(error, host, port)) from None
 

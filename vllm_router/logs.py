@@ -11,6 +11,8 @@ import json
 import logging
 import sys
 import time
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -29,13 +31,24 @@ def visible(text: str) -> str:
     )
 
 
-def configure(level: str = "info", form: str = "text", stream: TextIO | None = None) -> None:
+def configure(
+    level: str = "info",
+    form: str = "text",
+    stream: TextIO | None = None,
+    file: Path | None = None,
+) -> None:
     """Send all log records to `stream` (stderr), replacing what was set up before.
+
+    Or to the end of `file`, whose directory is made; one that was moved away is begun anew, so
+    that any program may rotate it. Raises OSError if it cannot be written.
 
     `level`, one of LEVELS, is the router's own; other packages speak from warning upwards only:
     httpx alone would write a line for every probe.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(stream or sys.stderr)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = WatchedFileHandler(file, encoding="utf-8")
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     threshold = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(threshold, logging.WARNING), handlers=[handler], force=True)

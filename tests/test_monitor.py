@@ -1,0 +1,415 @@
+"""The parts of the monitor that need no terminal: keys, state, what is drawn."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vllm_router.monitor import words
+from vllm_router.monitor.draw import draw, heat
+from vllm_router.monitor.keys import decode
+from vllm_router.monitor.plain import stamped, summary
+from vllm_router.monitor.state import Quit, SetDrain, View
+from vllm_router.web import schema
+
+NOW = 1_800_000_000.0
+PERCENTILES = schema.Percentiles(p50=0.1, p95=0.25, p99=1.5, count=9)
+
+
+def server(name: str, load: float = 0.5, **facts: Any) -> schema.ServerView:
+    known: dict[str, Any] = {
+        "url": f"http://{name}:8000",
+        "models": ("m",),
+        "state": "up",
+        "reason": "",
+        "since": NOW - 90,
+        "leaving": False,
+        "running": load * 10,
+        "waiting": 0.0,
+        "leases": 3,
+        "capacity": 10,
+        "kv_usage": 0.25,
+        "prefix_hit_rate": None,
+        "requests_per_s": 1.5,
+        "errors_per_s": 0.0,
+        "chunks_per_s": 30.0,
+        "tokens_per_s": 40.0,
+        "ttft": PERCENTILES,
+        "duration": PERCENTILES,
+        "metrics_age": 0.3,
+        "stale": False,
+    }
+    return schema.ServerView(name=name, load=load, **(known | facts))
+
+
+def snapshot(*servers: schema.ServerView, moment: float = NOW, **router: Any) -> schema.Snapshot:
+    facts: dict[str, Any] = {
+        "open_streams": 4,
+        "event_loop_lag": 0.001,
+        "cpu": 0.1,
+        "rss_bytes": 60_000_000,
+        "uptime": 100.0,
+        "ready": True,
+        "draining": False,
+        "reload": schema.ReloadView(source=None, generation=1, applied=0, refused=0, error=None),
+        "feed_clients": 1,
+    }
+    up = sum(one.state in ("up", "full") for one in servers)
+    states: dict[str, int] = {}
+    for one in servers:
+        states[one.state] = states.get(one.state, 0) + 1
+    return schema.Snapshot(
+        seq=1,
+        time=moment,
+        router=schema.RouterView(**(facts | router)),
+        fleet=schema.FleetView(
+            servers=len(servers),
+            available=up,
+            states=states,
+            running=12.0,
+            waiting=3.0,
+            leases=9,
+            capacity=30,
+            load=0.45,
+            requests_per_s=7.25,
+            errors_per_s=0.0,
+            chunks_per_s=200.0,
+            tokens_per_s=400.0,
+            ttft=PERCENTILES,
+            duration=None,
+        ),
+        servers=list(servers),
+    )
+
+
+def event(number: int, text: str, kind: str = "state", **more: Any) -> schema.Event:
+    return schema.Event(id=number, time=NOW, kind=kind, text=text, **more)
+
+
+def hello(*events: schema.Event, admin: bool = True, started: float = NOW - 100) -> schema.Hello:
+    history = schema.History(
+        interval=1.0,
+        end=NOW - 1,
+        fleet={"load": [None, 0.1, 0.9]},
+        servers={"a": [0.1, 0.5, 1.0]},
+    )
+    return schema.Hello(
+        schema=schema.VERSION,
+        version="1.2.3",
+        name="box",
+        time=NOW,
+        started=started,
+        admin=admin,
+        config=schema.Facts(
+            policy="least_load",
+            feed_interval=0.5,
+            metrics_interval=0.5,
+            health_check_interval=2.0,
+            request_timeout=600.0,
+            max_retries=3,
+            drain_timeout=30.0,
+            allow_engine_control=False,
+        ),
+        history=history,
+        hour=history,
+        events=list(events),
+    )
+
+
+def view(*servers: schema.ServerView, **facts: Any) -> View:
+    shown = View("http://router:8888", **facts)
+    shown.take(hello(), NOW)
+    shown.take(snapshot(*servers), NOW)
+    return shown
+
+
+def picture(shown: View, width: int = 80, height: int = 24, now: float = NOW) -> list[str]:
+    """The lines of the screen, which must be exactly so many cells wide."""
+    console = Console(
+        width=width, height=height, file=io.StringIO(), force_terminal=True, color_system=None
+    )
+    lines = console.render_lines(draw(shown, width, height, now), pad=False)
+    texts = ["".join(segment.text for segment in line) for line in lines]
+    assert len(texts) == height
+    assert all(sum(segment.cell_length for segment in line) == width for line in lines)
+    return texts
+
+
+def styles(shown: View, text: str) -> set[str]:
+    """How the screen shows a text."""
+    console = Console(width=120, height=24, file=io.StringIO(), force_terminal=True)
+    lines = console.render_lines(draw(shown, 120, 24, NOW), pad=False)
+    return {str(part.style) for line in lines for part in line if text in part.text}
+
+
+# -- keys -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "keys", "rest"),
+    [
+        (b"q", ["q"], b""),
+        (b"sd", ["s", "d"], b""),
+        (b"\x03", ["ctrl-c"], b""),
+        (b"\x1b[A\x1b[B", ["up", "down"], b""),
+        (b"\x1bOA", ["up"], b""),
+        (b"\x1b[5~x", ["page-up", "x"], b""),
+        (b"\x1b", [], b"\x1b"),
+        (b"q\x1b[", ["q"], b"\x1b["),
+        (b"\x1b[1;5C", [], b""),
+        (b"\x1b[200~", [], b""),
+        (b"\x1bq", ["q"], b""),
+        ("é中".encode(), ["é", "中"], b""),
+        ("中".encode()[:2], [], "中".encode()[:2]),
+        (b"\xff", [], b"\xff"),
+    ],
+)
+def test_keys_of_bytes(data: bytes, keys: list[str], rest: bytes):
+    assert decode(data) == (keys, rest)
+
+
+def test_keys_do_not_depend_on_how_the_bytes_come():
+    data = b"a\x1b[A\x1b[6~\x1bOBz\x03"
+    for at in range(len(data) + 1):
+        first, rest = decode(data[:at])
+        second, rest = decode(rest + data[at:])
+        assert (first + second, rest) == (["a", "up", "page-down", "down", "z", "ctrl-c"], b"")
+
+
+def test_drain_is_asked_for_and_only_y_does_it():
+    shown = view(server("a"), server("b"))
+    assert shown.key("down") is None
+    assert shown.key("d") is None
+    assert shown.question is not None
+    assert "b" in shown.question.text
+    assert shown.key("x") is None
+    assert shown.question is None
+    assert shown.key("d") is None
+    assert shown.key("y") == SetDrain("b", on=True)
+
+
+def test_undrain_is_for_what_is_draining():
+    shown = view(server("a", state="draining", reason="draining, 2 in flight"))
+    assert shown.key("d") is None
+    assert "already" in shown.message
+    shown.key("u")
+    assert shown.key("y") == SetDrain("a", on=False)
+
+
+def test_drain_is_refused_to_guests_and_without_a_connection():
+    guest = View("http://router:8888")
+    guest.take(hello(admin=False), NOW)
+    guest.take(snapshot(server("a")), NOW)
+    guest.key("d")
+    assert guest.question is None
+    assert "own machine" in guest.message
+
+    alone = view(server("a"))
+    alone.lost("Connection refused")
+    alone.key("d")
+    assert alone.question is None
+    assert "no connection" in alone.message
+
+
+def test_quit_of_the_router_s_own_view_is_asked_for_except_by_ctrl_c():
+    assert view(server("a")).key("q") == Quit()
+    own = view(server("a"), attached=True)
+    assert own.key("q") is None
+    assert own.key("n") is None
+    assert own.key("q") is None
+    assert own.key("y") == Quit()
+    own.key("q")
+    assert own.key("ctrl-c") == Quit()
+
+
+def test_selection_stays_on_its_server_through_every_order():
+    shown = view(server("b", 0.2), server("a", 0.9), server("c", 0.5, state="down"))
+    shown.key("end")
+    assert shown.selected == "c"
+    orders = []
+    for _ in range(6):
+        orders.append([one.name for one in shown.servers()])
+        shown.key("s")
+        assert shown.selected == "c"
+    assert orders[:4] == [["b", "a", "c"], ["a", "c", "b"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert shown.sort == 0
+    shown.key("home")
+    shown.key("up")
+    assert shown.selected == "b"
+    shown.take(snapshot(server("a")), NOW)
+    assert shown.selected == "a"
+
+
+# -- the feed ---------------------------------------------------------------------------------
+
+
+def test_events_are_kept_once_also_across_connections_and_restarts():
+    shown = View("http://router:8888")
+    shown.take(hello(event(1, "one"), event(2, "two")), NOW)
+    shown.take(event(3, "three"), NOW)
+    shown.take(hello(event(2, "two"), event(3, "three"), event(4, "four")), NOW)
+    assert [one.text for one in shown.events] == ["one", "two", "three", "four"]
+    shown.take(hello(event(1, "anew"), started=NOW), NOW)
+    shown.take(event(0, "missed", kind="missed"), NOW)
+    assert [one.text for one in shown.events][-2:] == ["anew", "missed"]
+
+
+def test_history_goes_on_with_one_value_a_second():
+    shown = view(server("a", 0.3))
+    assert list(shown.loads["a"]) == [0.1, 0.5, 1.0, 0.3]
+    shown.take(snapshot(server("a", 0.4), moment=NOW + 0.5), NOW + 0.5)
+    assert list(shown.loads["a"])[3:] == [0.3]
+    shown.take(snapshot(server("a", 0.6), server("new", 0.2), moment=NOW + 1), NOW + 1)
+    assert list(shown.loads["a"])[3:] == [0.3, 0.6]
+    assert list(shown.loads["new"]) == [0.2]
+    assert list(shown.fleet_load) == [None, 0.1, 0.9, 0.45, 0.45]
+
+
+def test_newer_schema_is_refused():
+    newer = hello()
+    newer = schema.Hello(
+        **{name: getattr(newer, name) for name in newer.__struct_fields__} | {"schema": 99}
+    )
+    with pytest.raises(ValueError, match="newer"):
+        View("http://router:8888").take(newer, NOW)
+
+
+# -- the picture ------------------------------------------------------------------------------
+
+
+def test_small_screen_shows_servers_totals_and_events():
+    shown = view(server("gpu-1", 0.5), server("gpu-2", 0.75), server("gpu-3", 1.2))
+    shown.take(event(1, "gpu-1: unknown → up", server="gpu-1", old="unknown", new="up"), NOW)
+    lines = picture(shown)
+    text = "\n".join(lines)
+    assert "vLLM Router 1.2.3 on box http://router:8888 live" in lines[0]
+    assert "3/3 up · 12 running · 3 waiting · 9 in flight · load 45 % of 30" in lines[-1]
+    assert "7.2 req/s" in text
+    assert "250 ms TTFT p95" in text
+    assert "▸ gpu-1" in text
+    assert "120 %" in text
+    assert "gpu-1: unknown → up" in text
+    assert "up for 1 min" in text
+    assert "drain" in lines[-2]
+
+
+def test_wide_screen_shows_more_figures():
+    text = "\n".join(picture(view(server("gpu-1"), models=True), 160, 50))
+    for title in ("TTFT95", "REQ/S", "TOK/S", "ERR/S", "KV", "LAST 5 MIN", "MODELS"):
+        assert title in text
+        assert title not in "\n".join(picture(view(server("gpu-1"))))[: 80 * 5] or title[0] == "L"
+
+
+@pytest.mark.parametrize(("load", "colour"), [(0.69, "green"), (0.7, "yellow"), (0.9, "red")])
+def test_load_has_a_colour(load: float, colour: str):
+    assert heat(load) == colour
+    assert any(colour in style for style in styles(view(server("a", load)), "█"))
+
+
+def test_sick_server_shows_why_instead_of_figures():
+    shown = view(server("a"), server("b", state="down", reason="Connection refused (3 checks)"))
+    line = next(line for line in picture(shown) if " b " in line)
+    assert "down" in line
+    assert "Connection refused (3 checks)" in line
+    assert "%" not in line
+    assert any("red" in style for style in styles(shown, "Connection refused"))
+
+
+def test_nothing_of_others_reaches_the_terminal_as_a_command():
+    evil = "\x1b]0;owned\x07\x1b[2J\n"
+    shown = view(server(f"a{evil}", models=(evil,), reason=evil, state="down"), models=True)
+    shown.take(event(1, evil, kind="reload_refused"), NOW)
+    shown.lost(evil)
+    shown.key("d")
+    text = "".join(picture(shown, 160, 40))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\\x1b]0;owned" in text
+    assert "\x1b" not in stamped(NOW, evil)
+
+
+def test_wide_characters_keep_the_columns():
+    shown = view(server("显卡服务器一号机房东侧"), server("b"))
+    lines = picture(shown)
+    row, other = (next(line for line in lines if name in line) for name in ("显卡", " b "))
+    assert Console().render_str(row[: row.index("up")]).cell_len == other.index("up")
+
+
+def test_lost_connection_is_said_and_the_figures_stay():
+    shown = view(server("gpu-1"))
+    shown.lost("Connection refused")
+    lines = picture(shown, now=NOW + 65)
+    assert "no data for 1 min, trying again" in lines[0]
+    assert "Connection refused; what is shown is old" in lines[1]
+    assert any("gpu-1" in line for line in lines)
+
+
+def test_hundred_servers_scroll_with_the_selection():
+    shown = view(*(server(f"gpu-{n:03}") for n in range(100)))
+    assert any("gpu-000" in line for line in picture(shown))
+    assert any("1-15 of 100" in line for line in picture(shown))
+    shown.key("end")
+    lines = picture(shown)
+    assert any("▸ gpu-099" in line for line in lines)
+    assert not any("gpu-000" in line for line in lines)
+    for _ in range(6):
+        shown.key("page-up")
+    assert any("▸ gpu-039" in line for line in picture(shown))
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 6), (40, 10), (80, 24), (300, 100)])
+def test_every_size_is_filled_exactly(width: int, height: int):
+    shown = view(*(server(f"gpu-{n}", n / 10) for n in range(20)), models=True)
+    for number in range(1, 50):
+        shown.take(event(number, "something " * 10, kind="reload"), NOW)
+    picture(shown, width, height)
+    shown.help = True
+    picture(shown, width, height)
+
+
+def test_before_the_first_snapshot_there_is_a_picture():
+    picture(View("http://router:8888"))
+
+
+# -- words ------------------------------------------------------------------------------------
+
+
+def test_bar_is_exact_to_an_eighth_and_never_empty_for_some_load():
+    assert words.bar(0, 4) == "    "
+    assert words.bar(0.001, 4) == "▏   "
+    assert words.bar(0.5, 4) == "██  "
+    assert words.bar(0.53, 4) == "██▏ "
+    assert words.bar(3, 4) == "████"
+
+
+def test_sparkline_keeps_peaks_gaps_and_the_newest_at_the_right():
+    assert words.sparkline([], 4) == "    "
+    assert words.sparkline([0.0, 0.5, 1.0], 5) == "  ▁▄█"
+    assert words.sparkline([0.0, 1.0, 0.0, 0.0, None, None], 3) == "█▁ "
+    assert words.sparkline([9.0], 1) == "█"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3700, "1 h 1 min"),
+        (90000, "1 d 1 h"),
+        (-1, "0 s"),
+    ],
+)
+def test_span(value: float, text: str):
+    assert words.span(value) == text
+
+
+def test_summary_is_one_line_with_the_sick_ones():
+    shown = snapshot(server("a"), server("b", state="down"))
+    assert summary(shown) == (
+        "1/2 servers (1 down), 12 running, 3 waiting, 9 in flight, load 45 %, 7.2 req/s, 0 err/s, "
+        "TTFT p95 250 ms"
+    )

@@ -1,0 +1,86 @@
+"""The terminal's input: its modes, and the bytes of its keys."""
+
+from __future__ import annotations
+
+import contextlib
+import termios
+from collections.abc import Iterator
+
+_SEQUENCES = {
+    b"\x1b[A": "up",
+    b"\x1b[B": "down",
+    b"\x1b[5~": "page-up",
+    b"\x1b[6~": "page-down",
+    b"\x1b[H": "home",
+    b"\x1b[F": "end",
+    b"\x1b[1~": "home",
+    b"\x1b[4~": "end",
+    # What some terminals send in their application mode.
+    b"\x1bOA": "up",
+    b"\x1bOB": "down",
+    b"\x1bOH": "home",
+    b"\x1bOF": "end",
+}
+_CONTROLS = {0x03: "ctrl-c", 0x04: "q", 0x0D: "enter", 0x0A: "enter", 0x0C: "redraw"}
+
+
+def decode(data: bytes) -> tuple[list[str], bytes]:
+    """The keys in `data`, and what may be the begin of one more.
+
+    A key is its character or a name: `up`, `page-down`, `ctrl-c`. Unknown sequences are dropped.
+    """
+    keys: list[str] = []
+    while data:
+        if data[0] == 0x1B:
+            length = _sequence_length(data)
+            if length is None:
+                return keys, data
+            key = _SEQUENCES.get(data[:length], "")
+        else:
+            length = _character_length(data[0])
+            if len(data) < length:
+                return keys, data
+            key = _CONTROLS.get(data[0]) or data[:length].decode(errors="replace")
+        if key:
+            keys.append(key)
+        data = data[length:]
+    return keys, b""
+
+
+def _sequence_length(data: bytes) -> int | None:
+    """Of the escape sequence at the start (ECMA-48, 5.4); None if its end has not come."""
+    if len(data) == 1:
+        return None
+    if data[1:2] == b"O":
+        return 3 if len(data) >= 3 else None
+    if data[1:2] != b"[":
+        return 1
+    for at, byte in enumerate(data[2:], 3):
+        if 0x40 <= byte <= 0x7E:
+            return at
+    return None
+
+
+def _character_length(first: int) -> int:
+    """Of a character in UTF-8, by its first byte."""
+    return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
+
+
+@contextlib.contextmanager
+def raw_input(descriptor: int) -> Iterator[None]:
+    """Keys come one by one, unseen, Ctrl-C as a byte; the modes before come back at the end.
+
+    Output is left as it is: a line feed still begins a line.
+    """
+    before = termios.tcgetattr(descriptor)
+    modes = termios.tcgetattr(descriptor)
+    modes[0] &= ~(termios.IXON | termios.ICRNL)
+    modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+    modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+    termios.tcsetattr(descriptor, termios.TCSAFLUSH, modes)
+    try:
+        yield
+    finally:
+        # The terminal itself may be gone.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)

@@ -1,0 +1,127 @@
+"""The connection to a router's feed, made again whenever it is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Callable
+
+import msgspec
+import trio
+import trio_websocket
+
+from vllm_router.errors import RouterError
+from vllm_router.web.schema import Event, Hello, Snapshot
+
+CONNECT_TIMEOUT = 5.0
+SILENCE = 10.0
+"""Seconds without a message, beyond a few feed intervals, after which a connection is dead."""
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 4.0
+GOING_AWAY = 1001
+MAX_MESSAGE = 64 * 1024 * 1024
+"""The history of a thousand servers is some megabytes."""
+
+Message = Hello | Snapshot | Event
+_decode = msgspec.json.Decoder(Message).decode
+
+
+class NoFeed(RouterError):
+    """Why there are no data; in words for the user."""
+
+
+class GoingAway(NoFeed):
+    """The router is shutting down."""
+
+
+class Feed:
+    """The messages of the router at `url` (http or https, perhaps without scheme)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        scheme, _, rest = self.url.partition("://")
+        self._address = f"{'wss' if scheme in ('https', 'wss') else 'ws'}://{rest}/ws/load"
+        self._silence = SILENCE
+
+    async def once(self, take: Callable[[Message], None]) -> None:
+        """One connection to its end, which is always an error: NoFeed."""
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT) as patience:
+                async with trio_websocket.open_websocket_url(
+                    self._address,
+                    max_message_size=MAX_MESSAGE,
+                    connect_timeout=CONNECT_TIMEOUT,
+                    disconnect_timeout=1.0,
+                ) as connection:
+                    patience.deadline = float("inf")
+                    await self._read(connection, take)
+        except (trio_websocket.HandshakeError, OSError, trio.TooSlowError, ssl.SSLError) as error:
+            raise NoFeed(_words(error)) from None
+        except ValueError as error:  # no URL
+            raise NoFeed(f"{self.url}: {error}") from None
+
+    async def _read(
+        self, connection: trio_websocket.WebSocketConnection, take: Callable[[Message], None]
+    ) -> None:
+        while True:
+            text = None
+            with trio.move_on_after(self._silence):
+                try:
+                    text = await connection.get_message()
+                except trio_websocket.ConnectionClosed as closed:
+                    if closed.reason is not None and closed.reason.code == GOING_AWAY:
+                        raise GoingAway("the router is stopping") from None
+                    raise NoFeed("the router closed the connection") from None
+            if text is None:
+                raise NoFeed(f"the router was silent for {self._silence:g} s")
+            try:
+                message = _decode(text)
+            except msgspec.DecodeError as error:
+                raise NoFeed(f"not the feed of a vLLM Router: {error}") from None
+            if isinstance(message, Hello):
+                self._silence = SILENCE + 4 * message.config.feed_interval
+            take(message)
+
+    async def follow(
+        self, take: Callable[[Message], None], lost: Callable[[NoFeed], None], *, patient: bool
+    ) -> None:
+        """Until cancelled. Without `patient`, NoFeed if the very first connection fails."""
+        pause = FIRST_PAUSE
+        came = False
+
+        def seen(message: Message) -> None:
+            nonlocal came, pause
+            came, pause = True, FIRST_PAUSE
+            take(message)
+
+        while True:
+            try:
+                await self.once(seen)
+            except NoFeed as error:
+                if not came and not patient:
+                    raise
+                lost(error)
+            await trio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong, as the operating system or the router says it."""
+    if isinstance(error, trio.TooSlowError | trio_websocket.ConnectionTimeout):
+        return "no answer in time"
+    if isinstance(error, trio_websocket.ConnectionRejected):
+        return f"it answers {error.status_code}: no vLLM Router, or not for us"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):
+            # One for each address of the host; the last was tried last.
+            cause = cause.exceptions[-1]
+        elif isinstance(cause, socket.gaierror):
+            return str(cause.strerror)
+        elif isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return str(error) or "the router does not speak the feed's protocol"
