@@ -10,6 +10,11 @@ _ERROR_DATA = (b'\ndata: {"error"', b'\ndata:{"error"')
 _ERROR_MARKS = (b"\nevent: error", b"\nevent:error", b'"object":"error"')
 
 
+def is_aborted(data: bytes) -> bool:
+    """Whether an answer, plain or streamed, says that the engine gave up on it."""
+    return ABORTED[0] in data or ABORTED[1] in data
+
+
 def has_event(held: bytes) -> bool:
     """Whether a whole event has arrived: more than comments, up to the blank line after it."""
     if held.startswith(b"data:") and held.endswith(b"\n\n"):
@@ -30,7 +35,7 @@ def ends_aborted(tail: bytes) -> bool:
     """
     if _is_plain(tail):
         return False
-    if any(mark in tail for mark in ABORTED):
+    if is_aborted(tail):
         return True
     tail = b"\n" + tail
     if any(mark in tail for mark in _ERROR_MARKS):
@@ -50,7 +55,7 @@ def begins_dead(held: bytes) -> bool:
     """
     if _is_plain(held):
         return False
-    if any(mark in held for mark in ABORTED):
+    if is_aborted(held):
         return True
     held = b"\n" + held
     starts = [start for start in map(held.find, _ERROR_DATA) if start >= 0]

@@ -1,0 +1,378 @@
+"""One attempt: a request sent to one server, and its answer passed on as it comes.
+
+Whatever the connection does becomes an Outcome. Until the client has a byte the attempt is
+uncommitted: a stream's head is held until its first event, a plain answer until it is complete,
+so that a failure can still be repeated elsewhere.
+
+The attempt runs in one cancel scope. Its deadline is moved as the phases pass; the probes and the
+shutdown cancel it through `interrupt`; a client that leaves cancels the whole task.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
+from vllm_router.proxy import sse
+from vllm_router.proxy.headers import answer_headers, parse_retry_after
+from vllm_router.proxy.record import Phase
+from vllm_router.routing.retry import RULES, Again, Outcome, classify_status
+from vllm_router.routing.usage import TAIL_BYTES, read_usage
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Lease, Server
+    from vllm_router.http1.client import Answer, Connection
+    from vllm_router.proxy.exchange import Exchange
+
+BODY = "http.response.body"
+LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}
+
+HOLD_LIMIT = 256 * 1024
+"""Bytes of a plain answer that are kept until it is complete, so that it can still be retried, and
+of a stream until its first event is."""
+
+HOLD_COMMENTS = 10.0
+"""Seconds for which a stream of nothing but SSE comments stays uncommitted."""
+
+KEPT_TAIL = 2048
+"""Bytes of an answer's end that are kept: for its last events, and to see how a stream ended."""
+
+DEADLINE_MOVES = 16
+"""How often per idle timeout the deadline of a stream is moved, at most."""
+
+_UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
+
+
+class Attempt:
+    """One try of an exchange on one server, with a second connection if a kept one was closed.
+
+    After `run`: `committed` if the client has got the answer or a part of it, `complete` if all
+    of it; else `again` says where to go next.
+    """
+
+    __slots__ = (
+        "_exchange",
+        "_held",
+        "_interrupted",
+        "_is_sse",
+        "_lease",
+        "_proxy",
+        "_scope",
+        "_sending",
+        "_server",
+        "_timer",
+        "again",
+        "committed",
+        "complete",
+        "tail",
+    )
+
+    def __init__(self, exchange: Exchange, lease: Lease) -> None:
+        self._exchange = exchange
+        self._proxy = exchange.proxy
+        self._lease = lease
+        self._server: Server = lease.server
+        self._scope: trio.CancelScope | None = None
+        self._interrupted: Outcome | None = None
+        self._timer = Outcome.CONNECT_TIMEOUT
+        self._sending = False
+        self._is_sse = False
+        self._held = b""
+        self.again: Again | None = None
+        self.committed = False
+        self.complete = False
+        self.tail: list[bytes] = []
+        """The last pieces that the client was sent."""
+
+    def interrupt(self, reason: str) -> bool:
+        """End it from outside; `reason` is the value of an Outcome. False if it goes on.
+
+        A server that is gone does not matter while we wait for the client: what it sent before
+        may be all there is.
+        """
+        outcome = Outcome(reason)
+        if self._scope is None or (self._sending and outcome is Outcome.GONE):
+            return False
+        self._interrupted = outcome
+        self._scope.cancel(reason=reason)
+        return True
+
+    async def run(self, now: float) -> Outcome:
+        """Try the server.
+
+        What may not be sent twice never goes on a kept connection: if that closed, nobody could
+        tell whether the server had begun with it.
+        """
+        exchange, lease, settings = self._exchange, self._lease, self._proxy.settings
+        pool = self._proxy.links[self._server].pool
+        record = exchange.record
+        fresh = False
+        while True:
+            connection = None
+            if not fresh and exchange.replayable:
+                connection = pool.take_idle(now)
+            self.again = self._interrupted = None
+            if connection is None:
+                record.phase, timeout = Phase.CONNECT, settings.connect_timeout
+                self._timer = Outcome.CONNECT_TIMEOUT
+            else:
+                record.phase, timeout = Phase.WAIT, settings.first_byte_timeout
+                self._timer = Outcome.FIRST_BYTE_TIMEOUT
+            outcome = None
+            with trio.CancelScope(deadline=min(now + timeout, exchange.deadline)) as scope:
+                self._scope = scope
+                lease.interrupt = self.interrupt
+                outcome = await self._try(connection, scope)
+            self._scope = lease.interrupt = None
+            if outcome is None:
+                outcome = self._cancelled_by()
+            if fresh and outcome in _UNREACHABLE:
+                # It was not the kept connection that had gone but the server, perhaps of this.
+                outcome = Outcome.LOST
+            if self.committed:
+                if outcome is not Outcome.ANSWERED and not self.complete:
+                    await self._break_off(outcome)
+                return outcome
+            if self._verdict(outcome, fresh) is not Again.SAME_SERVER:
+                return outcome
+            fresh, now = True, trio.current_time()
+
+    def _cancelled_by(self) -> Outcome:
+        """Why the scope was cancelled."""
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None:
+            return interrupted
+        if trio.current_time() >= self._exchange.deadline:
+            return Outcome.TOTAL_TIMEOUT
+        # A client that takes nothing for as long as a server may be silent has gone, too.
+        return Outcome.CLIENT_GONE if self._sending else self._timer
+
+    def _verdict(self, outcome: Outcome, fresh: bool = False) -> Again:
+        """Where to go after an uncommitted end; decided once, for some while the answer is read."""
+        if self.again is None:
+            self.again = self._exchange.decide(outcome, fresh=fresh)
+        return self.again
+
+    async def _try(self, connection: Connection | None, scope: trio.CancelScope) -> Outcome:
+        """Connect, send, receive; whatever the connection does becomes an Outcome."""
+        exchange, link = self._exchange, self._proxy.links[self._server]
+        record, request = exchange.record, exchange.request
+        try:
+            if connection is None:
+                connection = await link.pool.open(trio.current_time())
+                record.phase, self._timer = Phase.WAIT, Outcome.FIRST_BYTE_TIMEOUT
+                first_byte = trio.current_time() + self._proxy.settings.first_byte_timeout
+                scope.deadline = min(first_byte, exchange.deadline)
+            head = link.heads.write(
+                request.method,
+                request.target,
+                request.headers,
+                request.connection,
+                request.added,
+                len(request.body),
+            )
+            await connection.send(head, request.body)
+            if not record.sent_at:
+                record.sent_at = trio.current_time()
+            return await self._receive_answer(connection, await connection.read_head(), scope)
+        except OwnFault:
+            return Outcome.OWN_FAULT
+        except ConnectFailed:
+            return Outcome.CONNECT_FAILED
+        except ProtocolViolation:
+            return Outcome.BROKEN if self.committed else Outcome.INVALID
+        except ConnectionLost:
+            if self.committed:
+                return Outcome.BROKEN
+            assert connection is not None
+            if connection.reused and not connection.saw_bytes:
+                return Outcome.STALE
+            return Outcome.LOST
+        finally:
+            if connection is not None:
+                # whole answers only are kept, and those ended with their last byte
+                link.pool.give_back(connection, self._lease.last_byte_at)
+
+    # -- the answer ---------------------------------------------------------------------------
+
+    async def _receive_answer(
+        self, connection: Connection, answer: Answer, scope: trio.CancelScope
+    ) -> Outcome:
+        lease = self._lease
+        status, fields = answer.status, dict(answer.headers)
+        outcome = Outcome.ANSWERED
+        lease.last_byte_at = trio.current_time()
+        if status >= 429 and status != 431:
+            outcome = classify_status(status, answer.content_length != 0)
+            if outcome is Outcome.FULL:
+                wait = parse_retry_after(fields.get(b"retry-after", b""))
+                self._server.refused(lease.last_byte_at, wait)
+            if outcome is not Outcome.ANSWERED and self._verdict(outcome) is not Again.NO:
+                return outcome
+        content_type = fields.get(b"content-type", b"")[:17].lower()
+        is_stream = content_type == b"text/event-stream"
+        if is_stream:
+            dead = await self._hold_stream(connection, scope)
+        else:
+            # Others that come in chunks, such as audio, are played as they come.
+            whole = answer.content_length is not None or content_type[:16] == b"application/json"
+            dead = await self._hold_plain(connection, scope, whole=whole)
+        if dead and status == 200:
+            return Outcome.ABORTED
+        await self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
+        await self._relay(connection, scope)
+        self.complete = True
+        if self._proxy.policy.needs_prompt:
+            self._learn()
+        if is_stream and status == 200 and sse.ends_aborted(self._end()):
+            return Outcome.BROKEN
+        return outcome
+
+    async def _commit(
+        self,
+        connection: Connection,
+        answer: Answer,
+        fields: dict[bytes, bytes],
+        outcome: Outcome,
+        scope: trio.CancelScope,
+        *,
+        is_stream: bool,
+    ) -> None:
+        """The client gets this answer and no other: send its head."""
+        exchange, lease, proxy = self._exchange, self._lease, self._proxy
+        record = exchange.record
+        record.first_byte_at = now = lease.last_byte_at
+        if is_stream:
+            proxy.policy.first_byte(lease)
+        record.phase = Phase.STREAM
+        record.status = answer.status
+        self.committed = True
+        exchange.request.body = b""  # up to max_body_mb, and never sent again
+        # No event can be added to a stream whose length has been told.
+        self._is_sse = is_stream and answer.content_length is None
+        if lease.trial and outcome is Outcome.ANSWERED:
+            # A long stream need not end to prove its server,
+            self._server.answered(now, trial=True)
+            lease.trial = False  # nor may its end bring back one that has been ejected since.
+        headers = answer_headers(
+            answer.headers,
+            fields,
+            proxy.links[self._server].name,
+            record.attempts,
+            record.request_id,
+        )
+        idle = proxy.settings.idle_timeout
+        # Moving a deadline has its price: a whole answer is left the time it has, if that is ample.
+        if not connection.exhausted or scope.deadline < now + idle / 2:
+            self._timer = Outcome.IDLE_TIMEOUT
+            scope.deadline = min(now + idle + idle / DEADLINE_MOVES, exchange.deadline)
+        self._sending = True
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        await exchange.send(start)
+
+    async def _hold_plain(
+        self, connection: Connection, scope: trio.CancelScope, *, whole: bool
+    ) -> bool:
+        """Wait for all of a plain answer, up to a limit; True if the engine aborted it.
+
+        If it need not be `whole`, for its first bytes.
+        """
+        parts: list[bytes] = []
+        size = 0
+        with_head = connection.complete
+        while size < HOLD_LIMIT:
+            piece = await connection.read_body()
+            if not piece:
+                break
+            parts.append(piece)
+            size += len(piece)
+            if with_head:
+                break
+            now = self._heard()
+            if connection.complete or not whole:
+                break
+            self._timer = Outcome.IDLE_TIMEOUT
+            idle = now + self._proxy.settings.idle_timeout
+            scope.deadline = min(idle, self._exchange.deadline)
+        self._held = held = parts[0] if len(parts) == 1 else b"".join(parts)
+        return connection.complete and sse.is_aborted(held)
+
+    async def _hold_stream(self, connection: Connection, scope: trio.CancelScope) -> bool:
+        """Wait for the first event; True if it says that the engine failed.
+
+        The head of a stream comes at once and proves nothing.
+        """
+        held = b""
+        began = self._lease.last_byte_at
+        while True:
+            piece = await connection.read_body()
+            if not piece:
+                break
+            now = self._heard()
+            held += piece
+            if sse.has_event(held) or now - began > HOLD_COMMENTS or len(held) >= HOLD_LIMIT:
+                break
+            self._timer = Outcome.IDLE_TIMEOUT
+            idle = now + self._proxy.settings.idle_timeout
+            scope.deadline = min(idle, self._exchange.deadline)
+        self._held = held
+        return sse.begins_dead(held)
+
+    def _heard(self) -> float:
+        """Bytes have just come from the server; the time."""
+        now = trio.current_time()
+        self._lease.last_byte_at = self._server.last_byte_at = now
+        return now
+
+    async def _relay(self, connection: Connection, scope: trio.CancelScope) -> None:
+        """Copy the body to the client as it arrives; back-pressure is the awaited send.
+
+        The deadline is moved at most 16 times per idle timeout, not for every piece: moving it
+        costs as much as reading.
+        """
+        exchange, lease, server, tail = self._exchange, self._lease, self._server, self.tail
+        send, record = exchange.send, exchange.record
+        idle = self._proxy.settings.idle_timeout
+        slack = idle / DEADLINE_MOVES
+        moved = record.first_byte_at
+        kept = 0
+        piece, self._held = self._held, b""
+        while piece:
+            record.bytes_out += len(piece)
+            record.chunks += 1
+            tail.append(piece)
+            kept += len(piece)
+            if kept > 8 * KEPT_TAIL:
+                tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
+                kept = KEPT_TAIL
+            self._sending = True
+            await send({"type": BODY, "body": piece, "more_body": True})
+            if connection.exhausted:
+                return
+            self._sending = False
+            piece = await connection.read_body()
+            lease.last_byte_at = server.last_byte_at = now = trio.current_time()
+            if now - moved > slack:
+                moved = now
+                scope.deadline = min(now + idle + slack, exchange.deadline)
+
+    def _end(self) -> bytes:
+        """The last bytes that the client was sent."""
+        return b"".join(self.tail)[-KEPT_TAIL:]
+
+    def _learn(self) -> None:
+        """Let the policy know how many tokens the prompt had, if the answer ends with it."""
+        usage = read_usage(b"".join(piece[-TAIL_BYTES:] for piece in self.tail)[-TAIL_BYTES:])
+        if usage is not None:
+            self._proxy.policy.learned(self._lease, *usage)
+
+    async def _break_off(self, outcome: Outcome) -> None:
+        """Tell the client of a stream that it is broken; the connection is cut afterwards."""
+        rule = RULES[outcome]
+        record = self._exchange.record
+        record.code = rule.code
+        if self._is_sse and not self._sending:  # else a part of a piece may be with the client
+            event = sse.error_event(record.path, rule.code, rule.message, self._end())
+            await self._exchange.send({"type": BODY, "body": event, "more_body": True})

@@ -1,0 +1,123 @@
+"""The client's request, read and made ready to be sent to any server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from vllm_router.errors import ClientGone, Refused
+from vllm_router.proxy.headers import connection_field, forwarding_fields, loops
+from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.types import Message, Receive, Scope
+from vllm_router.routing.facts import Facts, read_facts
+
+if TYPE_CHECKING:
+    from vllm_router.proxy.proxy import Proxy
+
+MIN_BODY_RATE = 500.0
+"""Bytes per second that a request body must average once `body_timeout` has passed."""
+
+
+class Request:
+    """What every attempt of an exchange sends, but for what differs from server to server.
+
+    `added` holds the field lines that are ours; `connection` is the client's `Connection` field.
+    `body` is let go once it can no longer be needed.
+    """
+
+    __slots__ = ("added", "body", "connection", "facts", "headers", "method", "target")
+
+    def __init__(self, proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], body: bytes) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        path, query = scope["raw_path"], scope["query_string"]
+        policy = proxy.policy
+        self.method: str = scope["method"]
+        self.target: bytes = path + b"?" + query if query else path
+        self.headers = headers
+        self.connection = connection_field(headers, fields)
+        self.body = body
+        self.facts: Facts = read_facts(
+            path,
+            fields.get(b"content-type", b""),
+            body,
+            fields.get(b"x-session-id", b"") if policy.needs_session else b"",
+            with_prompt=policy.needs_prompt,
+        )
+        self.added = b""
+
+
+async def read_request(
+    proxy: Proxy,
+    scope: Scope,
+    receive: Receive,
+    fields: dict[bytes, bytes],
+    record: Record,
+    *,
+    bound: bool,
+) -> Request:
+    """Read the body and what routing needs of it. `fields` are the headers as a dictionary.
+
+    `bound`: the time must be bounded here; a server that cancels us does it itself.
+    Raises Refused for what is too large, too slow or goes round in circles, ClientGone if there
+    is nobody left to answer.
+    """
+    if b"via" in fields and loops(scope["headers"]):
+        raise Refused(508, "loop_detected", "The request has passed this router too often.")
+    limit = proxy.max_body
+    length = fields.get(b"content-length")
+    if length and int(length) > limit:
+        raise _too_large(limit)
+    body = await _read_body(receive, limit, proxy.settings.body_timeout if bound else None)
+    record.bytes_in = len(body)
+    record.body_read_at = trio.current_time()
+    record.phase = Phase.QUEUE
+    request = Request(proxy, scope, fields, body)
+    record.model, record.stream = request.facts.model, request.facts.stream
+    request.added = forwarding_fields(
+        request.headers,
+        fields,
+        record.client,
+        scope.get("scheme", "http"),
+        record.request_id,
+        proxy.trusted,
+    )
+    return request
+
+
+async def _read_body(receive: Receive, limit: int, timeout: float | None) -> bytes:
+    """The whole body. Under the lane the first message has all of a small one."""
+    began = trio.current_time() if timeout is not None else 0.0
+    message = await _receive_message(receive, timeout, began)
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body", False):
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
+    parts, total = [body], len(body)
+    while message.get("more_body", False):
+        message = await _receive_message(receive, timeout, began + total / MIN_BODY_RATE)
+        parts.append(message.get("body", b""))
+        total += len(parts[-1])
+        if total > limit:
+            raise _too_large(limit)
+    return b"".join(parts)
+
+
+async def _receive_message(receive: Receive, timeout: float | None, due: float) -> Message:
+    """One message of the body, within `timeout` if there is one.
+
+    `due` is when what has come would have come at the lowest rate allowed.
+    """
+    if timeout is None:
+        return await receive()
+    with trio.move_on_at(min(due, trio.current_time()) + timeout):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return message
+    raise Refused(408, "body_timeout", "The request body did not arrive in time.")
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, "body_too_large", f"The request body is larger than {limit} bytes.")
