@@ -205,7 +205,7 @@ def test_a_good_answer_that_ends_with_the_connection_is_none(environment: Enviro
 
 
 def run(requests: int, cpu: float) -> dict[str, Any]:
-    latency = {"p50": 1.0, "p99": 2.0, "p99.9": 3.0, "max": 4.0}
+    latency = {"count": requests, "p50": 1.0, "p99": 2.0, "p99.9": 3.0, "max": 4.0}
     return {
         "seconds": 2.0,
         "requests": requests,

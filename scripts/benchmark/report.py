@@ -18,8 +18,16 @@ def median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
+# Of fewer, a percentile is only another name for the largest.
+_ENOUGH = {"p99": 100, "p99.9": 1000}
+
+
 def _of(runs: Runs, kind: str, name: str) -> float | None:
-    return median((run[kind] or {}).get(name) for run in runs)
+    return median(
+        run[kind].get(name)
+        for run in runs
+        if run[kind] and run[kind].get("count", 0) >= _ENOUGH.get(name, 0)
+    )
 
 
 def _per(runs: Runs, unit: str, key: str) -> float | None:
@@ -175,10 +183,39 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
+def _overview(
+    medians: dict[str, dict[str, dict[str, float | None]]], baseline: str, key: str
+) -> str:
+    """One figure of all contestants and workloads, relative to the baseline's."""
+    loads = [
+        name
+        for name, rows in medians.items()
+        if (rows.get(baseline) or {}).get(key)
+        and WORKLOADS[name].connections
+        and (key != "per_s" or not WORKLOADS[name].paced)
+    ]
+    contestants = dict.fromkeys(name for load in loads for name in medians[load])
+    rows = [["", *(f"`{load}`" for load in loads)]]
+    for contestant in contestants:
+        if contestant == DIRECT:
+            continue
+        cells = []
+        for load in loads:
+            mine, base = medians[load].get(contestant, {}).get(key), medians[load][baseline][key]
+            ratio = None if not mine or not base else mine / base
+            cells.append(_show(ratio, 2 if ratio is not None and ratio < 10 else 0))
+        rows.append([title(contestant), *cells])
+    return _table(rows) if loads and len(rows) > 1 else ""
+
+
 def markdown(document: dict[str, Any], baseline: str) -> str:
     """One table for each workload, and what is to be known to read them."""
     parts = []
     medians = summary(document)
+    if len(medians) > 1 and baseline != DIRECT:
+        for key, what in (("cpu_us", "CPU per request or chunk"), ("per_s", "Throughput")):
+            if table := _overview(medians, baseline, key):
+                parts.append(f"### {what}, {baseline} = 1\n\n{table}")
     for name, by_contestant in medians.items():
         load = WORKLOADS[name]
         columns = _columns(load, baseline)

@@ -52,6 +52,10 @@ const (
 	hexDigits  = "0123456789abcdef"
 )
 
+var scaleOutDisabled = respond("403 Forbidden", "application/json",
+	`{"error":{"message":"Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out `+
+		`to enable them.","type":"PermissionDeniedError","param":null,"code":403}}`)
+
 func answer(size int) []byte {
 	before := `{"id":"chatcmpl-9c1d4d1c8b7d4a0e","object":"chat.completion","created":1763797000,` +
 		`"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"`
@@ -143,9 +147,16 @@ func (c *connection) serve() {
 		if err = c.readBody(length, chunked); err != nil {
 			return
 		}
-		if method == "POST" {
+		switch {
+		case method == "POST" && target == "/v1/chat/completions":
 			err = c.infer()
-		} else {
+		case method == "POST" && target == "/v1/chat/completions/render":
+			// Asked by routers that want the tokens of a prompt; vLLM's answer unless it was
+			// started with --enable-scale-out.
+			_, err = c.Write(scaleOutDisabled)
+		case method == "POST":
+			_, err = c.Write(respond("404 Not Found", "application/json", `{"detail":"Not Found"}`))
+		default:
 			err = c.tell(target)
 		}
 		if err != nil || last {
