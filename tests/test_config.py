@@ -9,7 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vllm_router.config import Config, Secret, ServerConfig, Settings, changes, parse
+from vllm_router import logs
+from vllm_router.config import (
+    Config,
+    LogSettings,
+    Secret,
+    ServerConfig,
+    Settings,
+    changes,
+    parse,
+)
 from vllm_router.errors import ConfigError
 from vllm_router.server_url import normalise_url, server_name
 from vllm_router.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
@@ -153,11 +162,12 @@ def test_example_loads():
 
 def test_example_shows_every_setting_with_its_default():
     shown = re.sub(r"^#(?=[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
-    for key in Settings.__struct_fields__:
+    for key in (*Settings.__struct_fields__, *LogSettings.__struct_fields__):
         assert re.search(rf"^{key} = ", shown, flags=re.MULTILINE), f"{key} is not in the example"
     # The keys that have no value to show by default.
     shown = re.sub(r"^(total_timeout|admin_listen)", r"#\1", shown, flags=re.MULTILINE)
     assert read(shown).settings == Settings()
+    assert read(shown).log == LogSettings()
 
 
 def test_example_shows_every_key_of_a_server():
@@ -353,9 +363,11 @@ def test_flood_of_problems_is_counted_not_listed():
             f'{ONE_SERVER}[config]\n"max retries\\n" = 3',
             'config."max retries\\n": unknown key "max retries\\n", did you mean "max_retries"?',
         ),
-        (f"{ONE_SERVER}[zzz]", 'zzz: unknown key "zzz", known here: servers, config, auth, tls'),
+        (
+            f"{ONE_SERVER}[zzz]",
+            'zzz: unknown key "zzz", known here: servers, config, auth, tls, log',
+        ),
         (f"{ONE_SERVER}[limits]", "limits: not supported by this version"),
-        (f"{ONE_SERVER}[log]", "log: not supported by this version"),
     ],
 )
 def test_unknown_key_is_an_error_that_helps(text: str, expected: str):
@@ -638,9 +650,50 @@ def test_configuration_is_immutable_and_comparable():
 
 
 def test_every_setting_is_explained():
-    assert Settings.__doc__ is not None
-    for key in Settings.__struct_fields__:
-        assert re.search(rf"^    {key}: ", Settings.__doc__, flags=re.MULTILINE), key
+    for struct in (Settings, LogSettings):
+        assert struct.__doc__ is not None
+        for key in struct.__struct_fields__:
+            assert re.search(rf"^    {key}: ", struct.__doc__, flags=re.MULTILINE), key
+
+
+# -- the log ------------------------------------------------------------------------------------
+
+
+def log(text: str) -> LogSettings:
+    return read(f"{ONE_SERVER}[log]\n{text}").log
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", LogSettings()),
+        ("access = false", LogSettings(access=False)),
+        ('access = "a.log"\nformat = "json"', LogSettings(access="a.log", format="json")),
+        ('level = "debug"\nprompts = true', LogSettings(level="debug", prompts=True)),
+    ],
+)
+def test_log_table_is_read(text: str, expected: LogSettings):
+    assert log(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('level = "loud"', 'log.level: expected one of "debug", "info", "warning", "error", got'),
+        ("level = 3", "log.level: expected one of debug, info, warning, error (string), got 3"),
+        ('access = ""', 'log.access: expected true, false or the path of a file, got ""'),
+        ("access = 3", "log.access: expected true, false or the path of a file (string), got 3"),
+        ("colour = true", 'log.colour: unknown key "colour"'),
+    ],
+)
+def test_wrong_log_setting_is_an_error(text: str, expected: str):
+    assert problem(f"{ONE_SERVER}[log]\n{text}").startswith(expected)
+
+
+def test_command_line_and_file_know_the_same_levels_and_formats():
+    for key, names in (("level", logs.LEVELS), ("format", logs.FORMATS)):
+        for name in names:
+            assert getattr(log(f'{key} = "{name}"'), key) == name
 
 
 def test_every_duration_is_finite():
@@ -667,6 +720,11 @@ def config_of(*urls: str, server: str = "", settings: str = "") -> Config:
         (config_of("http://a"), config_of("http://a", "http://b", "http://c"), "+2 servers"),
         (config_of("http://a", "http://b"), config_of("http://a"), "-1 server"),
         (config_of("http://a"), config_of("http://a/v1"), "nothing changed"),
+        (
+            config_of("http://a"),
+            config_of("http://a", settings='[log]\nlevel = "debug"'),
+            "log level info → debug",
+        ),
         (config_of("http://a", "http://b"), config_of("http://b", "http://a"), "order of servers"),
         (
             config_of("http://a"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_router.config import _SERVER_KEYS, Config, Settings, changes, parse
+from vllm_router.config import _SERVER_KEYS, Config, LogSettings, Settings, changes, parse
 from vllm_router.errors import ConfigError
 from vllm_router.server_url import normalise_url, quoted, server_name
 
@@ -78,6 +78,7 @@ documents = st.one_of(
         {
             "servers": st.fixed_dictionaries({"servers": servers | values}),
             "config": mixed(*Settings.__struct_fields__, values=values),
+            "log": mixed(*LogSettings.__struct_fields__, values=values),
         }
     ),
     mixed("servers", "config", "auth", values=values),

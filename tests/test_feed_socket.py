@@ -153,6 +153,12 @@ async def test_pages_of_the_same_origin_and_programs_may_read_the_feed(origin):
             assert isinstance(await message(websocket), schema.Hello)
 
 
+async def test_pages_of_a_listed_origin_may_read_the_feed():
+    async with served(cors_origins=["https://ops.test"]) as router:
+        async with router.feed(origin="https://ops.test") as websocket:
+            assert isinstance(await message(websocket), schema.Hello)
+
+
 async def refusal(url: str, **headers: str) -> httpx.Response:
     """The answer to a websocket handshake that is not granted."""
     async with httpx.AsyncClient(trust_env=False) as client:

@@ -18,6 +18,7 @@ PURE, TRIO, SERVING, WIRING = range(4)
 # Every module or subpackage directly inside vllm_router, from the ground up.
 LAYERS = {
     "errors": PURE,
+    "log_config": PURE,
     "auth": PURE,
     "config": PURE,
     "kinds": PURE,
@@ -38,6 +39,10 @@ LAYERS = {
     "hypercorn_bridge": SERVING,
     "web": SERVING,
     "control": WIRING,
+    "access_log": WIRING,
+    "log_output": WIRING,
+    "log_writer": WIRING,
+    "telemetry": WIRING,
     "logs": WIRING,
     "tables": WIRING,
     "demo": WIRING,

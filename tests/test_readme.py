@@ -86,6 +86,14 @@ def test_every_key_of_auth_and_tls_is_there(readme: str):
         assert re.search(rf"^# .*\b{key.rpartition('.')[2]}\b", example, re.MULTILINE), key
 
 
+def test_every_key_of_the_log_is_there_with_its_default(readme: str):
+    listed = re.findall(r"^\| `log\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
+    assert listed == [
+        (key, written(value, NOTHING[readme]))
+        for key, value in msgspec.structs.asdict(config.LogSettings()).items()
+    ]
+
+
 def test_every_duration_has_seconds_as_its_unit():
     units = {key: unit for key, (_, unit) in keys("README.md").items()}
     numbers = (config.Seconds, config.SecondsOrZero, config.SecondsOrNone, config.Interval)

@@ -15,6 +15,7 @@ import trio
 
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.hypercorn_bridge import hold_last, install
+from vllm_router.log_output import LogOutput
 from vllm_router.logs import configure_if_unset
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.headers import request_id
@@ -72,7 +73,7 @@ class Application:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start the supervisor, and end it when the server does."""
         await receive()
-        configure_if_unset()
+        ours = configure_if_unset()
         source = ConfigSource(os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml"))
         try:
             config = source.load()
@@ -81,14 +82,28 @@ class Application:
                 logger.error("%s", problem)
             await send({"type": "lifespan.startup.failed", "message": "\n".join(error.problems)})
             return
-        supervisor = Supervisor(config, source)
+        output = LogOutput(with_log=ours)
+        try:
+            output.apply(config.log)
+        except OSError as error:
+            output.close()
+            problem = f"cannot write the log: {error}"
+            logger.error("%s", problem)
+            await send({"type": "lifespan.startup.failed", "message": problem})
+            return
+        try:
+            await self._run(Supervisor(config, source, output=output), receive, send)
+        finally:
+            output.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _run(self, supervisor: Supervisor, receive: Receive, send: Send) -> None:
         self.attach(supervisor)
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             nursery.cancel_scope.cancel(reason="shutdown")
-        await send({"type": "lifespan.shutdown.complete"})
 
 
 _CONTROL_CLOSED = Refused(

@@ -26,6 +26,7 @@ from vllm_router.logs import FORMATS, LEVELS, visible
 if TYPE_CHECKING:
     from vllm_router.config import Config
     from vllm_router.control import ServerReport, Status
+    from vllm_router.log_output import LogOutput
     from vllm_router.tables import Cell
     from vllm_router.tasks.watch import ConfigSource
 
@@ -150,8 +151,14 @@ def main() -> NoReturn:
 @click.option(
     "-c", "--console", is_flag=True, help="Log lines even on a terminal, no full-screen monitor."
 )
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option("--log-level", type=click.Choice(LEVELS), help="[default: that of the file, or info]")
+@click.option("--log-format", type=click.Choice(FORMATS), help="[default: the file's, or text]")
+@click.option(
+    "--access-log",
+    metavar="PATH|-|off",
+    help="Where a line per request goes: a file, stdout (-), nowhere.  [default: the file's, or "
+    "among the log lines]",
+)
 @click.option(
     "--front",
     type=click.Choice(["lane", "hypercorn"]),
@@ -167,41 +174,65 @@ def run(
     host: str,
     port: int,
     console: bool,
-    log_level: str,
-    log_format: str,
+    log_level: str | None,
+    log_format: str | None,
+    access_log: str | None,
     front: str,
 ) -> None:
     """Start the router.
 
     Reads servers.toml and follows it while running, unless servers are given here. SIGTERM and
-    SIGINT drain and stop, a second one stops at once; SIGHUP reads the configuration again.
+    SIGINT drain and stop, a second one stops at once; SIGHUP reads the configuration again, SIGUSR1
+    opens the log files anew.
 
     On a terminal it shows the full-screen monitor, whose Ctrl-C stops the router (q asks first),
     and logs to logs/vllm-router.log; with --console, or elsewhere, it logs to stderr.
     """
-    from vllm_router import logs
+    from vllm_router.log_output import LogOutput, Overrides
     from vllm_router.monitor.terminal import on_terminal
 
     if (file is not None) + bool(urls) + bool(demo) > 1:
         raise click.UsageError("--config, --server and --demo exclude each other")
     config, source = _fleet(file, urls, demo)
     log = LOG_FILE if not console and on_terminal() else None
+    access = {"on": True, "off": False}.get(access_log, access_log) if access_log else None
     try:
-        logs.configure(log_level, log_format, file=log)
+        output = LogOutput(Overrides(level=log_level, form=log_format, access=access), file=log)
     except OSError as error:
         raise Failure(f"cannot write {log}: {error.strerror}; --console logs here") from None
-    _raise_descriptor_limit()
+    try:
+        try:
+            output.apply(config.log)
+        except OSError as error:
+            raise Failure(f"cannot write the access log: {error}") from None
+        _start(config, source, output, demo or 0, host, port, log, lane=front == "lane")
+    finally:
+        output.close()
 
+
+def _start(
+    config: Config,
+    source: ConfigSource | None,
+    output: LogOutput,
+    demo: int,
+    host: str,
+    port: int,
+    log: Path | None,
+    *,
+    lane: bool,
+) -> None:
+    """Serve until a signal ends it; with the monitor on this terminal if the log is a file."""
     import trio
 
     from vllm_router.service import ServeOptions, serve
 
+    _raise_descriptor_limit()
     options = ServeOptions(
-        config=config, source=source, demo=demo or 0, host=host, port=port, lane=front == "lane"
+        config=config, source=source, demo=demo, host=host, port=port, lane=lane, output=output
     )
 
     def listening(url: str) -> None:
-        quiet = log is None and log_format == "json"
+        quiet = log is None and output.form == "json"
         _announce(url, demo or len(config.servers), hint=bool(demo), quiet=quiet)
 
     try:

@@ -42,6 +42,7 @@ from vllm_router.kinds import (
     Variable,
     Weight,
 )
+from vllm_router.log_config import LOG_KEYS, LogSettings
 from vllm_router.server_url import SHOWN_CHARS, escaped, quoted, server_name
 from vllm_router.tls_config import (
     SERVER_TLS_KEYS,
@@ -187,6 +188,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     auth: AuthConfig | None = None
     tls: TlsConfig | None = None
+    log: LogSettings = LogSettings()
 
 
 RESTART = ("admin_listen",)
@@ -216,8 +218,10 @@ _TABLES = {
     "servers.servers": _SERVER_KEYS,
     "auth": AUTH_KEYS,
     "tls": TLS_KEYS,
+    "log": LOG_KEYS,
 }
-_LATER_TABLES = frozenset({"limits", "log"})
+_LATER_TABLES = frozenset({"limits"})
+_KNOWN_TABLES = ("servers", "config", "auth", "tls", "log")
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -241,8 +245,8 @@ def parse(
     for key in document:
         if key in _LATER_TABLES:
             reader.problem(key, "not supported by this version")
-        elif key not in {"servers", "config", "auth", "tls"}:
-            reader.unknown_key("", key, ("servers", "config", "auth", "tls"))
+        elif key not in _KNOWN_TABLES:
+            reader.unknown_key("", key, _KNOWN_TABLES)
     read_file = _files_beside(source, read)
     tls: TlsConfig | None = None
     common: dict[str, Any] = {}
@@ -253,12 +257,17 @@ def parse(
     if "auth" in document:
         auth = read_auth(reader, document["auth"], environ, read_file)
     settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
+    log = reader.table("log", document.get("log", {}), LOG_KEYS)
     _check_bodies(reader, settings)
     reader.raise_problems()
     request_timeout = settings.get("request_timeout", Settings().request_timeout)
     following = {key: follow(request_timeout) for key, follow in _FOLLOWS.items()}
     return Config(
-        servers=servers, settings=Settings(**{**following, **settings}), auth=auth, tls=tls
+        servers=servers,
+        settings=Settings(**{**following, **settings}),
+        auth=auth,
+        tls=tls,
+        log=LogSettings(**log),
     )
 
 
@@ -394,6 +403,7 @@ def changes(old: Config, new: Config) -> str:
         details.append("order of servers")
     details += _changed_fields(old.settings, new.settings, ignore=_following(old) & _following(new))
     details += _changed_auth(old.auth, new.auth) + _changed_tls(old.tls, new.tls)
+    details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:
         parts.append(f"and {len(details) - _SHOWN_CHANGES} more")

@@ -103,6 +103,22 @@ def _read_digest(key: str) -> Secret:
     return Secret(digest)
 
 
+def _one_of(*names: str) -> Meta:
+    def read(text: str) -> str:
+        if text not in names:
+            known = ", ".join(f'"{name}"' for name in names)
+            raise ValueError(f"expected one of {known}, got {quoted(text)}")
+        return text
+
+    return _reads(f"one of {', '.join(names)} (string)", read)
+
+
+def _read_access(value: bool | str) -> bool | str:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError(f"expected true, false or the path of a file, got {quoted(value)}")
+    return value
+
+
 class Secret(str):
     """A string whose repr does not show it, so that no log, diff or traceback does."""
 
@@ -181,4 +197,11 @@ Origins = Annotated[
 Hosts = Annotated[
     tuple[Annotated[str, _reads("a host name (string)", _read_host)], ...],
     Meta(description="array of host names (strings)"),
+]
+
+LogLevel = Annotated[str, _one_of("debug", "info", "warning", "error")]
+LogFormat = Annotated[str, _one_of("text", "json")]
+AccessLog = Annotated[
+    bool | str,
+    Meta(description="true, false or the path of a file (string)", extra={"read": _read_access}),
 ]

@@ -11,8 +11,6 @@ import json
 import logging
 import sys
 import time
-from logging.handlers import WatchedFileHandler
-from pathlib import Path
 from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -31,39 +29,39 @@ def visible(text: str) -> str:
     )
 
 
-def configure(
-    level: str = "info",
-    form: str = "text",
-    stream: TextIO | None = None,
-    file: Path | None = None,
-) -> None:
+def configure(level: str = "info", form: str = "text", stream: TextIO | None = None) -> None:
     """Send all log records to `stream` (stderr), replacing what was set up before.
-
-    Or to the end of `file`, whose directory is made; one that was moved away is begun anew, so
-    that any program may rotate it. Raises OSError if it cannot be written.
 
     `level`, one of LEVELS, is the router's own; other packages speak from warning upwards only:
     httpx alone would write a line for every probe.
     """
-    handler: logging.Handler = logging.StreamHandler(stream or sys.stderr)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handler = WatchedFileHandler(file, encoding="utf-8")
+    handler = logging.StreamHandler(stream or sys.stderr)
+    logging.basicConfig(handlers=[handler], force=True)
+    adjust(handler, level, form)
+
+
+def adjust(handler: logging.Handler, level: str, form: str) -> None:
+    """Let `handler` write in this form what `level` allows, as `configure` does."""
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     threshold = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(level=max(threshold, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger().setLevel(max(threshold, logging.WARNING))
     logging.getLogger("vllm_router").setLevel(threshold)
 
 
-def configure_if_unset() -> None:
-    """The defaults, unless somebody has set up logging: for a start by another's command."""
-    if not logging.getLogger().handlers:
-        configure()
+def configure_if_unset() -> bool:
+    """The defaults, unless somebody has set up logging: for a start by another's command.
+
+    False if somebody has.
+    """
+    if logging.getLogger().handlers:
+        return False
+    configure()
+    return True
 
 
-def _timestamp(record: logging.LogRecord) -> str:
+def timestamp(unix: float) -> str:
     """UTC, to the millisecond, as RFC 3339 has it."""
-    seconds, milliseconds = divmod(int(record.created * 1000), 1000)
+    seconds, milliseconds = divmod(int(unix * 1000), 1000)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"
 
 
@@ -73,9 +71,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record, a traceback on lines of its own."""
         name = record.name.removeprefix("vllm_router.")
-        lines = [
-            f"{_timestamp(record)} {record.levelname:<7} {name}: {visible(record.getMessage())}"
-        ]
+        when = timestamp(record.created)
+        lines = [f"{when} {record.levelname:<7} {name}: {visible(record.getMessage())}"]
         lines += [_CONTINUED + visible(line) for line in self._traceback(record)]
         return "\n".join(lines)
 
@@ -93,7 +90,7 @@ class JsonFormatter(TextFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record in ASCII alone: whatever reads it needs to know no encoding."""
         fields = {
-            "time": _timestamp(record),
+            "time": timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),

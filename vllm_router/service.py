@@ -13,6 +13,7 @@ from vllm_router.asgi import Application
 from vllm_router.config import Config
 from vllm_router.front import Front
 from vllm_router.http1.server import Limits
+from vllm_router.log_output import LogOutput
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """What the command line decides. `source` is None if there is no file to follow.
+
+    `output` is closed by the caller; None for no access log.
 
     With `demo`, so many simulated servers run inside, and their addresses replace the servers of
     `config`.
@@ -33,6 +36,7 @@ class ServeOptions:
     host: str = "0.0.0.0"
     port: int = 8888
     lane: bool = True
+    output: LogOutput | None = None
 
 
 async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None:
@@ -58,7 +62,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             from vllm_router.demo import start_demo  # it costs a start without it nothing
 
             config = await start_demo(nursery, options.demo, settings)
-        supervisor = Supervisor(config, options.source)
+        supervisor = Supervisor(config, options.source, output=options.output)
         app.attach(supervisor)
         await nursery.start(supervisor.run)
         await nursery.start(front.serve)

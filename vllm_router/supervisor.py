@@ -18,7 +18,9 @@ import trio
 from vllm_router.config import Config, changes
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.log_output import LogOutput
 from vllm_router.proxy.proxy import Proxy
+from vllm_router.proxy.record import Recorder
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.web.feed import Feed
@@ -43,10 +45,15 @@ class Supervisor:
     """Everything that lives as long as the router.
 
     `source` is None when the servers came from the command line: then nothing is reloaded.
+    `output` follows `[log]`; without one there is no access log. Whoever made it closes it.
     """
 
     def __init__(
-        self, config: Config, source: ConfigSource | None, rng: Random | None = None
+        self,
+        config: Config,
+        source: ConfigSource | None,
+        rng: Random | None = None,
+        output: LogOutput | None = None,
     ) -> None:
         self.rng = rng or Random()
         self.fleet = Fleet(config)
@@ -54,7 +61,12 @@ class Supervisor:
         self.feed = Feed(self.fleet, self.metrics)
         # One for all servers: loading the certificate authorities takes 20 ms and more.
         self.tls = ssl.create_default_context()
-        self.proxy = Proxy(self.fleet, config, (self.metrics, self.feed), self.rng, self.tls)
+        recorders: list[Recorder] = [self.metrics, self.feed]
+        self.output = output
+        if output is not None:
+            recorders.append(output.access)
+        self.proxy = Proxy(self.fleet, config, recorders, self.rng, self.tls)
+        self._ask_for_what_is_logged(config)
         self.nudge = Nudge()
         self.reloader = Reloader(source, config, self._apply) if source is not None else None
         self.config = config
@@ -84,6 +96,8 @@ class Supervisor:
                     nursery.start_soon(self._keep, "watch", self._watch)
                     nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
                 _settle_garbage_collector()
+                if self.output is not None:
+                    nursery.start_soon(self._keep, "log signal", self._reopen_on_sigusr1)
                 task_status.started()
         finally:
             self._nursery = None
@@ -108,6 +122,12 @@ class Supervisor:
         with trio.open_signal_receiver(signal.SIGHUP) as signals:
             async for _ in signals:
                 self.nudge()
+
+    async def _reopen_on_sigusr1(self) -> None:
+        assert self.output is not None
+        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            async for _ in signals:
+                self.output.reopen()
 
     async def _dismiss_leavers(self) -> None:
         """Forget removed servers once their last request has ended."""
@@ -151,6 +171,9 @@ class Supervisor:
         change = self.fleet.apply(new)
         self.config = new
         self.proxy.apply(new)
+        if self.output is not None:
+            self.output.follow(new.log)
+        self._ask_for_what_is_logged(new)
         for server in change.added:
             self._start_probe(server)
         for server in change.kept:
@@ -162,6 +185,17 @@ class Supervisor:
                 continue
             logger.info("server %s leaves, %d in flight", server.name, server.in_flight)
         self.feed.event("reload", changes(old, new))
+
+    def _ask_for_what_is_logged(self, config: Config) -> None:
+        """What only the access log needs to know of an exchange is not read without one."""
+        logged = self.output is not None and self.output.access.writer is not None
+        self.proxy.wants_usage = logged
+        self.proxy.wants_prompt = logged and config.log.prompts
+
+    @property
+    def log_lines_dropped(self) -> int:
+        """Lines of the log and the access log that were lost, as nobody took them."""
+        return self.output.dropped if self.output is not None else 0
 
     @staticmethod
     def _credentials_changed(server: Server, old: Config) -> bool:

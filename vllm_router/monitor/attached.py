@@ -71,6 +71,8 @@ async def serve_with_view(
             logger.warning("the monitor has ended (%s); the router goes on, Ctrl-C stops it", end)
     if failure is not None:
         if up.is_set():
+            if options.output is not None:
+                options.output.flush()
             click.echo(f"the router has failed; the end of its log, {log}:", err=True)
             for line in last_lines(log, LAST_LINES):
                 click.echo(line, err=True)

@@ -19,7 +19,7 @@ from vllm_router.proxy import sse
 from vllm_router.proxy.headers import answer_headers, parse_retry_after
 from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import RULES, Again, Outcome, classify_status
-from vllm_router.routing.usage import TAIL_BYTES, read_usage
+from vllm_router.routing.usage import TAIL_BYTES, read_completion, read_usage
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -49,7 +49,8 @@ class Attempt:
     """One try of an exchange on one server, with a second connection if a kept one was closed.
 
     After `run`: `committed` if the client has got the answer or a part of it, `complete` if all
-    of it; else `again` says where to go next.
+    of it; else `again` says where to go next. `parent`, set before, is a field line that only this
+    attempt sends.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class Attempt:
         "again",
         "committed",
         "complete",
+        "parent",
         "tail",
     )
 
@@ -83,6 +85,7 @@ class Attempt:
         self.again: Again | None = None
         self.committed = False
         self.complete = False
+        self.parent = b""
         self.tail: list[bytes] = []
         """The last pieces that the client was sent."""
 
@@ -170,7 +173,7 @@ class Attempt:
                 request.target,
                 request.headers,
                 request.connection,
-                request.added,
+                request.added + self.parent,
                 len(request.body),
             )
             await connection.send(head, request.body)
@@ -204,6 +207,9 @@ class Attempt:
         status, fields = answer.status, dict(answer.headers)
         outcome = Outcome.ANSWERED
         lease.last_byte_at = trio.current_time()
+        trace = self._exchange.record.trace
+        if trace is not None:
+            trace.answered(status)
         if status >= 429 and status != 431:
             outcome = classify_status(status, answer.content_length != 0)
             if outcome is Outcome.FULL:
@@ -224,7 +230,7 @@ class Attempt:
         await self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
         await self._relay(connection, scope)
         self.complete = True
-        if self._proxy.policy.needs_prompt:
+        if self._proxy.wants_usage or self._proxy.policy.needs_prompt:
             self._learn()
         if is_stream and status == 200 and sse.ends_aborted(self._end()):
             return Outcome.BROKEN
@@ -363,10 +369,19 @@ class Attempt:
         return b"".join(self.tail)[-KEPT_TAIL:]
 
     def _learn(self) -> None:
-        """Let the policy know how many tokens the prompt had, if the answer ends with it."""
-        usage = read_usage(b"".join(piece[-TAIL_BYTES:] for piece in self.tail)[-TAIL_BYTES:])
-        if usage is not None:
-            self._proxy.policy.learned(self._lease, *usage)
+        """Let the policy and the record know how many tokens there were, if the end tells."""
+        proxy, record = self._proxy, self._exchange.record
+        tail = b"".join([piece[-TAIL_BYTES:] for piece in self.tail])[-TAIL_BYTES:]
+        if record.trace is not None:
+            record.trace.tail(tail)
+        usage = read_usage(tail)
+        if usage is None:
+            return
+        if proxy.policy.needs_prompt:
+            proxy.policy.learned(self._lease, *usage)
+        if proxy.wants_usage:
+            record.prompt_tokens, record.cached_tokens = usage
+            record.completion_tokens = read_completion(tail)
 
     async def _break_off(self, outcome: Outcome) -> None:
         """Tell the client of a stream that it is broken; the connection is cut afterwards."""

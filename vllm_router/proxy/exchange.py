@@ -118,6 +118,8 @@ class Exchange:
 
     async def _read(self) -> None:
         proxy, record = self.proxy, self.record
+        if proxy.tracer is not None:
+            record.trace = proxy.tracer.begin(self._fields)
         if proxy.stopping:
             raise _stopping()
         self.request = await read_request(
@@ -180,11 +182,16 @@ class Exchange:
             record.attempts += 1
             attempt = self.attempt = Attempt(self, lease)
             outcome = record.outcome = None
+            trace = record.trace
+            if trace is not None:
+                attempt.parent = b"\r\ntraceparent: " + trace.attempt_started(server, now)
             try:
                 policy.leased(lease, facts, now)
                 outcome = await attempt.run(now)
             finally:
                 lease.release()
+                if trace is not None:
+                    trace.attempt_ended(outcome, trio.current_time())
                 failed = outcome is not None and RULES[outcome].blames
                 policy.ended(lease, trio.current_time(), failed=failed)
                 if outcome is not None:

@@ -17,7 +17,7 @@ from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
 from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.headers import RequestHeads
-from vllm_router.proxy.record import Record, Recorder
+from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.routing.policies import POLICIES, Knobs, Policy
 from vllm_router.routing.retry import Outcome, RetryBudget
@@ -36,6 +36,7 @@ class Proxy:
     """Serves inference requests. Constructed once; `apply` brings in a new configuration.
 
     Owns the connections to the servers: `close` closes the idle ones.
+    `wants_usage`, `wants_prompt`: whether a recorder uses a record's tokens and its facts' prompt.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Proxy:
         self.exchanges: set[Exchange] = set()
         self.links: dict[Server, Link] = {}
         self.stopping = False
+        self.wants_usage = self.wants_prompt = False
+        self.tracer: Tracer | None = None
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
         self._rng = rng
@@ -113,6 +116,7 @@ class Proxy:
     def ended(self, record: Record) -> None:
         for recorder in self._recorders:
             recorder.exchange_ended(record)
+        record.facts = record.trace = None
         if not self.exchanges:
             self._empty.set()
 

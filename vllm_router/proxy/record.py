@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_router.fleet.server import Server
+from vllm_router.routing.facts import Facts
 from vllm_router.routing.retry import Outcome
 
 
@@ -23,7 +24,11 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen."""
+    """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen.
+
+    Tokens are known where the answer's end tells them and somebody wants them. `facts` and `trace`
+    are there only until the recorders have been told: records are kept, prompts are not.
+    """
 
     started_at: float
     method: str
@@ -46,6 +51,11 @@ class Record:
     bytes_out: int = 0
     chunks: int = 0
     retries: list[Outcome] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    facts: Facts | None = None
+    trace: Trace | None = None
 
     @property
     def overhead(self) -> float | None:
@@ -64,3 +74,34 @@ class Recorder(Protocol):
     def attempt_ended(self, server: Server, outcome: Outcome) -> None: ...
 
     def exchange_ended(self, record: Record) -> None: ...
+
+
+class Trace(Protocol):
+    """One exchange as distributed tracing sees it. Called on the loop.
+
+    `replaced`: the fields of the request that are not forwarded.
+    """
+
+    replaced: frozenset[bytes]
+
+    def attempt_started(self, server: Server, now: float) -> bytes:
+        """The `traceparent` to be sent to the server."""
+        ...
+
+    def attempt_ended(self, outcome: Outcome | None, now: float) -> None:
+        """None if the exchange was broken off from outside."""
+        ...
+
+    def answered(self, status: int) -> None:
+        """The head of the server's answer has come."""
+        ...
+
+    def tail(self, tail: bytes) -> None:
+        """The last bytes of a complete answer."""
+        ...
+
+
+class Tracer(Protocol):
+    """Begins a trace, or goes on with the client's."""
+
+    def begin(self, fields: dict[bytes, bytes]) -> Trace: ...

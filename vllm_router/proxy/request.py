@@ -31,7 +31,7 @@ class Request:
     def __init__(self, proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], body: bytes) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         path, query = scope["raw_path"], scope["query_string"]
-        policy = proxy.policy
+        policy, logged = proxy.policy, proxy.wants_prompt
         self.method: str = scope["method"]
         self.target: bytes = path + b"?" + query if query else path
         self.headers = headers
@@ -41,8 +41,8 @@ class Request:
             path,
             fields.get(b"content-type", b""),
             body,
-            fields.get(b"x-session-id", b"") if policy.needs_session else b"",
-            with_prompt=policy.needs_prompt,
+            fields.get(b"x-session-id", b"") if policy.needs_session or logged else b"",
+            with_prompt=policy.needs_prompt or logged,
         )
         self.added = b""
 
@@ -73,7 +73,11 @@ async def read_request(
     record.body_read_at = trio.current_time()
     record.phase = Phase.QUEUE
     request = Request(proxy, scope, fields, body)
-    record.model, record.stream = request.facts.model, request.facts.stream
+    record.facts = facts = request.facts
+    record.model, record.stream = facts.model, facts.stream
+    if record.trace is not None:
+        replaced = record.trace.replaced
+        request.headers = [field for field in request.headers if field[0] not in replaced]
     request.added = forwarding_fields(
         request.headers,
         fields,

@@ -1,4 +1,4 @@
-"""What the end of an answer says about its prompt. Searched for, not parsed: 1 µs."""
+"""What the end of an answer says about its tokens. Searched for, not parsed: 1 µs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ TAIL_BYTES = 1024
 """The `usage` of an answer stands so near its end, plain or streamed (vLLM 0.32)."""
 
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens": ?(\d{1,9})\b')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens": ?(\d{1,9})\b')
 _CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)": ?(\d{1,9})\b')
 
 
@@ -24,3 +25,10 @@ def read_usage(tail: bytes) -> tuple[int, int | None] | None:
         return None
     cached = _CACHED.search(tail, start)
     return int(prompt[1]), int(cached[1]) if cached is not None else None
+
+
+def read_completion(tail: bytes) -> int | None:
+    """Tokens of the answer; None if there is no usage."""
+    start = tail.rfind(b'"usage"')
+    found = _COMPLETION.search(tail, start) if start >= 0 else None
+    return int(found[1]) if found is not None else None

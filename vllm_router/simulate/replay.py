@@ -1,14 +1,16 @@
 """Traffic from the router's own access log: sizes, times and prefix hashes, no text.
 
-One JSON object per line. Used are `time` (Unix seconds), `prompt_bytes`, `prefix` (as `pack_chain`
-writes it), `prompt_tokens` and `completion_tokens`, `stream` and `session`; other keys are
-ignored, and so are lines without a prompt.
+One JSON object per line, in the order in which requests ended. Used are `time` (of arrival; RFC
+3339 or Unix seconds), `prompt_bytes`, `prefix` (as `pack_chain` writes it), `prompt_tokens` and
+`completion_tokens`, `stream` and `session`; other keys are ignored, and so are lines without a
+prompt, such as those of the log among which access lines may stand.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -24,7 +26,7 @@ TYPICAL_OUTPUT = 200
 class Line(msgspec.Struct, gc=False):
     """The fields of one line that a replay uses."""
 
-    time: float = 0.0
+    time: float | datetime = 0.0
     prompt_bytes: int = 0
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -39,7 +41,6 @@ def read_log(lines: Iterable[bytes]) -> list[Conversation]:
     """
     decoder: Any = msgspec.json.Decoder(Line)
     found: list[Conversation] = []
-    began: float | None = None
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
@@ -50,15 +51,18 @@ def read_log(lines: Iterable[bytes]) -> list[Conversation]:
             raise ValueError(f"line {number}: {error}") from None
         if not line.prompt_bytes:
             continue
-        if began is None:
-            began = line.time
         # In the model a token is four bytes; the log's own count scales nothing but the output.
         text = Pieces(links, line.prompt_bytes // TOKEN_BYTES)
         session = line.session or str(number)
         turn = Turn(0.0, 0, line.completion_tokens or TYPICAL_OUTPUT)
         found.append(
-            Conversation(
-                zlib.crc32(session.encode()), max(0.0, line.time - began), text, 0, iter([turn])
-            )
+            Conversation(zlib.crc32(session.encode()), _unix(line.time), text, 0, iter([turn]))
         )
+    found.sort(key=lambda conversation: conversation.start)
+    for conversation in reversed(found):
+        conversation.start -= found[0].start
     return found
+
+
+def _unix(time: float | datetime) -> float:
+    return time.timestamp() if isinstance(time, datetime) else time

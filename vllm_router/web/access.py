@@ -31,7 +31,7 @@ def is_loopback(client: str | None) -> bool:
 
 def same_origin(origin: str | None, host: str | None, allowed: Collection[str] = ()) -> bool:
     """Whether a page of that origin may talk to us: our own, a listed one, or no page at all."""
-    if origin is None or origin in allowed:
+    if origin is None or origin in allowed or "*" in allowed:
         return True
     return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
 
@@ -60,7 +60,7 @@ def check_admin(client: str | None, headers: Mapping[str, str], machine: str) ->
         raise Refused(403, "cross_origin", f"Pages of {origin} may not administrate this router.")
 
 
-def check_origin(headers: Mapping[str, str]) -> None:
-    """Raises Refused if a page of another site asks."""
-    if not same_origin(headers.get("origin"), headers.get("host")):
+def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
+    """Raises Refused if a page of another site asks that is not one of the `allowed` origins."""
+    if not same_origin(headers.get("origin"), headers.get("host"), allowed):
         raise Refused(403, "cross_origin", "Pages of other sites may not read the feed.")

@@ -196,7 +196,7 @@ def _page(page: Page) -> Response:
 def _feed(app: QuartTrio, router: Wired) -> None:
     @app.websocket("/ws/load")
     async def load() -> None:
-        check_origin(answers.fields())
+        check_origin(answers.fields(), router.config.settings.cors_origins)
         mailbox = router.feed.subscribe(admin=_may_admin())
         try:
             async with trio.open_nursery() as nursery:

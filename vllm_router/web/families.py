@@ -173,6 +173,13 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         _counter("config_reloads_refused", "Reloads refused because the file was bad."),
         lambda router: router.reloader.refused_total if router.reloader is not None else 0,
     ),
+    (
+        _counter(
+            "log_lines_dropped",
+            "Lines of the log and the access log that were lost because writing was too slow.",
+        ),
+        lambda router: router.log_lines_dropped,
+    ),
 )
 BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")

@@ -28,6 +28,9 @@ class Router(Protocol):
     tls: ssl.SSLContext
 
     @property
+    def log_lines_dropped(self) -> int: ...
+
+    @property
     def ready(self) -> bool: ...
 
     def reload(self) -> Reload: ...

@@ -1,0 +1,237 @@
+"""Lines written by a thread, so that a slow disk or a stopped reader never holds up the loop.
+
+Handing over a line costs the loop less than a microsecond. The thread writes what has gathered,
+at most twenty times a second: woken for every line, it would take the interpreter from the loop
+just as often. At most LIMIT lines wait; what comes on top is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol, TextIO
+
+LIMIT = 10_000
+"""Lines that wait: some 5 MB, without the hashes of prompts."""
+
+GATHER = 0.05
+"""Seconds between two writings. The first line after a silence is written at once."""
+
+CLOSE_TIME = 2.0
+"""Seconds that the last lines have at the end."""
+
+logger = logging.getLogger(__name__)
+
+Entry = str | tuple[Callable[[Any], str], Any] | threading.Event
+"""A finished line, or how to make one and of what; made in the thread. Without its newline.
+
+An event is set when all before it is written.
+"""
+
+
+class Target(Protocol):
+    """Where lines go. Called in the writer's thread; raises OSError."""
+
+    name: str
+
+    def write(self, text: str) -> None: ...
+
+    def reopen(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class StreamTarget:
+    """A stream of somebody else's, such as stderr."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.name = getattr(stream, "name", "a stream")
+        self._stream = stream
+        self._descriptor: int | None = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._descriptor = stream.fileno()
+
+    def write(self, text: str) -> None:
+        if self._descriptor is None:
+            self._stream.write(text)
+        else:
+            # Past the stream's own lock: a thread stuck in it would hold up the loop's `print`.
+            _write_all(self._descriptor, text)
+
+    def reopen(self) -> None:
+        """A stream has no path."""
+
+    def close(self) -> None:
+        """It is not ours."""
+
+
+class FileTarget:
+    """The end of a file, made if it is not there, readable by its owner and group.
+
+    One that was moved or removed is begun anew, so that any program may rotate it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Makes its directory. Raises OSError if it cannot be opened."""
+        self.name = str(path)
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+    def write(self, text: str) -> None:
+        if self._moved():
+            self.reopen()
+        _write_all(self._descriptor, text)
+
+    def _moved(self) -> bool:
+        try:
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+
+    def reopen(self) -> None:
+        """Go on in the file that has the name now. The old one stays open if that fails."""
+        opened = self._open()
+        os.close(self._descriptor)
+        self._descriptor = opened
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _write_all(descriptor: int, text: str) -> None:
+    data = memoryview(text.encode("utf-8", "backslashreplace"))
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            # Whoever shares a terminal or pipe with us may have made it non-blocking.
+            select.select([], [descriptor], [], 1.0)
+
+
+class LineWriter:
+    """A thread and the lines that wait for it. `close` ends it.
+
+    `written` and `dropped` count lines; of the dropped ones a line among the others tells, made
+    by `notice(count)`.
+    """
+
+    def __init__(self, target: Target, notice: Callable[[int], str]) -> None:
+        self.target = target
+        self.written = 0
+        self.dropped = 0
+        self._notice = notice
+        self._noticed = 0
+        self._waiting: deque[Entry] = deque()
+        self._asleep = False
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._stop = threading.Event()
+        self._reopen = False
+        self._failing = False
+        self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
+        self._thread.start()
+
+    def put(self, entry: Entry) -> None:
+        """Have a line written. Never waits, never raises; any thread may call it."""
+        if len(self._waiting) >= LIMIT:
+            self.dropped += 1
+            return
+        self._waiting.append(entry)
+        if self._asleep:
+            self._asleep = False
+            self._bell.put(None)
+
+    def reopen(self) -> None:
+        """Open the file anew before the next line: it has been moved away."""
+        self._reopen = True
+        self._bell.put(None)
+
+    def flush(self) -> bool:
+        """Wait for what was put before, a second at most; False if that was not enough."""
+        done = threading.Event()
+        self.put(done)
+        return done.wait(1.0)
+
+    def close(self) -> bool:
+        """Write what waits, within CLOSE_TIME; False if that was not enough."""
+        self._stop.set()
+        self._bell.put(None)
+        self._thread.join(CLOSE_TIME)
+        if self._thread.is_alive():
+            return False  # stuck in a write: the target stays open, the thread ends with us
+        with contextlib.suppress(OSError):
+            self.target.close()
+        return True
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._asleep = True
+            if not self._waiting:
+                self._bell.get()
+            self._asleep = False
+            self._write()
+            self._stop.wait(GATHER)
+        self._write()
+
+    def _write(self) -> None:
+        if self._reopen:
+            self._reopen = False
+            try:
+                self.target.reopen()
+            except OSError as error:
+                logger.error("cannot open %s again: %s", self.target.name, error.strerror)
+        waiting = self._waiting
+        while waiting:
+            lines: list[str] = []
+            awaited: list[threading.Event] = []
+            while waiting and len(lines) < 1000:
+                entry = waiting.popleft()
+                if isinstance(entry, threading.Event):
+                    awaited.append(entry)
+                else:
+                    lines += _lines(entry)
+            if self.dropped != self._noticed:
+                lines.append(self._notice(self.dropped - self._noticed))
+                self._noticed = self.dropped
+            if lines:
+                self._hand_over(lines)
+            for event in awaited:
+                event.set()
+
+    def _hand_over(self, lines: list[str]) -> None:
+        try:
+            self.target.write("\n".join(lines) + "\n")
+        except OSError as error:
+            self.dropped += len(lines)
+            self._noticed += len(lines)
+            if not self._failing:
+                self._failing = True
+                logger.error("cannot write to %s: %s", self.target.name, error.strerror)
+        else:
+            self._failing = False
+            self.written += len(lines)
+
+
+def _lines(entry: str | tuple[Callable[[Any], str], Any]) -> list[str]:
+    """The line of an entry, or none."""
+    if isinstance(entry, str):
+        return [entry]
+    make, of = entry
+    try:
+        return [make(of)]
+    except Exception:
+        # A defect in one line must not end the thread that writes all others.
+        logger.exception("a line could not be made")
+        return []
