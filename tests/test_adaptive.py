@@ -99,7 +99,7 @@ def test_queued_prompt_tokens_weigh_until_the_first_byte():
     lease = it.send(asking(b"x" * 8000), a)
     it.wait(1.0)
     assert it.parts(NOTHING, a)["queued_tokens"] == 2000
-    assert it.scores(NOTHING)["s0"] == (1 + 1 + 2000 / 1000) / 4
+    assert it.scores(NOTHING)["s0"] == (1 + 1 + 2 * 2000 / 1000) / 4
     it.policy.first_byte(lease)
     it.policy.first_byte(lease)
     assert it.parts(NOTHING, a)["queued_tokens"] == 0
@@ -142,7 +142,18 @@ def test_score_is_the_documented_formula():
     for letter in (b"y", b"z"):
         it.send(asking(letter * 4000), a)
     a_score = it.scores(asking(CONTEXT[:8192]))["s0"]
-    assert a_score == pytest.approx((1 + 2 + (2000 + 2048 * (1 + 0.25 * 2)) / 500) / 4)
+    assert a_score == pytest.approx((1 + 2 + (2 * 2000 + 2048 * (1 + 0.25 * 2)) / 500) / 4)
+
+
+def test_prefix_never_overrides_a_server_with_much_more_to_do_than_the_rest():
+    a, _, _ = (it := Situation(capacity=8)).servers
+    it.serve(LONG, a)
+    for _ in range(2):
+        it.send(NOTHING, a)
+    assert it.pick(LONG) is a
+    for _ in range(4):
+        it.send(NOTHING, a)
+    assert it.pick(LONG) is not a
 
 
 def test_hot_prefix_spreads():

@@ -1,6 +1,6 @@
 """Load, prompt tokens to be computed, and what each server has cached, in one score.
 
-    score = slow × (1 + load + (queued + waste × (1 + K × load)) / T) / capacity
+    score = slow × (1 + load + (2 × queued + waste × (1 + K × load)) / T) / share
 
 The lowest wins, equals at random. docs/routing.md explains every term with an example; with
 nothing cached, nothing queued and equal speed it is the order of `least_load`. What changes with
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from vllm_router.routing.facts import Facts
 
 REFRESH = 0.1
+QUEUED_WEIGHT = 2.0
+"""A prompt token in the queue counts so many times: it delays the request that is placed now, and
+by the length of the engine's steps everything that is being generated there."""
+
+HOT_SHARE, HOT_ROOM, HOT_REQUESTS = 1.5, 0.25, 2.0
+"""What a server has cached does not count while its load is more than 1.5 times the mean of the
+candidates plus a quarter of its share, unless it has but two requests."""
 MAX_GROUPS = 256
 
 PHANTOMS = 8.0
@@ -36,7 +43,7 @@ PHANTOMS = 8.0
 PHANTOMS_HALVE = 5.0
 
 SLOW_HALF_LIFE = 10.0
-DEAD_BAND = 1.3
+DEAD_BAND = 2.0
 SLOWEST, FASTEST = 8.0, 0.5
 _PRIOR_TOKENS = 50.0
 """A server's latency counts as the fleet's until it has made up for so many tokens; as old
@@ -277,11 +284,14 @@ class Adaptive(Policy):
         if group.home and prompt.size:
             bonus = self._credit_homes(group, facts, levels)
         scores: list[float] = []
+        per_queued = QUEUED_WEIGHT * per_request
+        if levels:
+            levels = self._not_overloaded(group, levels)
         if not levels:
             for account, factor in zip(group.accounts, group.factors, strict=True):
                 server = account.server
                 load = server.running + 0.5 * server.waiting + account.extra
-                scores.append(factor * (1.0 + load + account.queued * per_request))
+                scores.append(factor * (1.0 + load + account.queued * per_queued))
         else:
             growth = self.knobs.waste_growth
             best = levels[0][0]
@@ -294,8 +304,8 @@ class Adaptive(Policy):
                     if holders & bit:
                         waste = best - tokens
                         break
-                tokens = account.queued + waste * (1.0 + growth * load)
-                scores.append(factor * (1.0 + load + tokens * per_request))
+                waste *= (1.0 + growth * load) * per_request
+                scores.append(factor * (1.0 + load + account.queued * per_queued + waste))
         if bonus:
             for place, account in enumerate(group.accounts):
                 if account.bit == bonus:
@@ -312,6 +322,19 @@ class Adaptive(Policy):
             return []
         per_byte = self.book.tokens_per_byte(facts.model, facts.prompt)
         return [(ENDS[count - 1] * per_byte, holders) for count, holders in found]
+
+    @staticmethod
+    def _not_overloaded(group: _Group, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
+        """Without the servers that have much more to do than the mean: a hot prefix spreads."""
+        loads = [account.server.load for account in group.accounts]
+        limit = HOT_SHARE * sum(loads) / len(loads) + HOT_ROOM
+        if max(loads) <= limit:
+            return levels
+        out = 0
+        for account, load in zip(group.accounts, loads, strict=True):
+            if load > limit and load * account.server.share > HOT_REQUESTS:
+                out |= account.bit
+        return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
 
     # -- several routers before the same servers ----------------------------------------------
 
@@ -476,7 +499,7 @@ class Adaptive(Policy):
 
     def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
         group = self._group(candidates, facts.model, now)
-        levels = self._levels(group, facts)
+        levels = self._not_overloaded(group, self._levels(group, facts))
         best = levels[0][0] if levels else 0.0
         rows = []
         for place, (account, score) in enumerate(
