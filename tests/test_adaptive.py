@@ -295,11 +295,12 @@ def test_server_without_prefix_caching_gets_no_credit():
 
 
 def test_prompts_still_being_computed_are_no_reason_for_distrust():
-    a, _, _ = (it := Situation()).servers
+    a, b, c = (it := Situation()).servers
     leases = []
     for _ in range(40):
         a.scraped(gauges(0, prefix_hits=0.0), it.now, a.in_flight)
         leases.append(it.send(asking(CONTEXT[:20_000]), a))
+        leases += [it.send(NOTHING, server) for server in (b, c)]
         it.wait(0.2)
         it.pick(NOTHING)
     assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] > 4000
