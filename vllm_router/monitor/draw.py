@@ -76,11 +76,12 @@ def draw(view: View, width: int, height: int, now: float) -> RenderableType:
 
 
 def _title(view: View, now: float) -> Text:
-    title = Text(" vLLM Router ", style="bold not dim")
+    # The panel would give its border's colour to what has none.
+    title = Text(style="not dim").append(" vLLM Router ", "bold default")
     stale = view.stale(now)
     if view.hello is not None and not stale:
-        title.append(f"{view.hello.version} on {visible(view.hello.name)} ", "not bold")
-    title.append(f"{visible(view.url)} ", "not bold cyan")
+        title.append(f"{view.hello.version} on {visible(view.hello.name)} ", "default")
+    title.append(f"{visible(view.url)} ", "cyan")
     if view.snapshot is None:
         title.append("connecting ", "yellow")
     elif stale:
@@ -107,10 +108,11 @@ def _totals(view: View) -> Text:
         (fleet.waiting, "waiting"),
         (fleet.leases, "in flight"),
     ):
-        text.append("· ", "bright_black").append(f"{figure:.0f} ", "bold").append(f"{name} ")
-    text.append("· ", "bright_black").append("load ")
+        text.append("· ", "bright_black").append(f"{figure:.0f} ", "bold default")
+        text.append(f"{name} ", "default")
+    text.append("· ", "bright_black").append("load ", "default")
     text.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
-    return text.append(" of ").append(f"{fleet.capacity} ", "bold")
+    return text.append(" of ", "default").append(f"{fleet.capacity} ", "bold default")
 
 
 # -- the inside -------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def _figures(view: View, width: int) -> Text:
         text.append(figure, f"bold {style}".strip()).append(f" {name}  ")
     room = min(60, width - text.cell_len - 1)
     if room >= 8:
-        text.append(words.sparkline(view.fleet_load, room), heat(fleet.load))
+        text.append(words.sparkline(view.fleet_load, room), "cyan")
     return text
 
 
@@ -216,7 +218,9 @@ def _table(view: View, shown: list[ServerView], heading: str, width: int) -> lis
         selected = server.name == view.selected
         line.append("▸ " if selected else "  ", "bold cyan")
         style = "strike red" if server.state in ("down", "ejected") else ""
-        line.append(_cut(visible(server.name), names), f"{style} bold" if selected else style)
+        name = _cut(visible(server.name), names)
+        line.append(name.rstrip(), f"{style} bold" if selected else style)
+        line.append(" " * (len(name) - len(name.rstrip())))
         state = "leaving" if server.leaving else server.state
         line.append(" " + state[:9].ljust(9) + " ", STATE_STYLES.get(server.state, ""))
         if server.state in _SICK and server.reason:
@@ -229,7 +233,7 @@ def _table(view: View, shown: list[ServerView], heading: str, width: int) -> lis
         line.append(words.bar(server.load, bar), colour)
         line.append(words.percent(server.load).rjust(6), f"bold {colour}")
         if spark:
-            line.append(" " + words.sparkline(view.loads.get(server.name, ()), spark), colour)
+            line.append(" " + words.sparkline(view.loads.get(server.name, ()), spark), "cyan")
         if listed:
             line.append(" ")
             line.append(_cut(_models(server), listed), "cyan")
