@@ -62,6 +62,7 @@ def test_plain_answers_are_byte_for_byte_what_the_server_gives(router, mocks, pa
     assert masked(routed.content) == masked(direct.content)
     assert routed.headers["content-type"] == direct.headers["content-type"]
     assert routed.headers["x-vllm-router-attempts"] == "1"
+    assert len(routed.headers.get_list("date")) == 1
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 200])

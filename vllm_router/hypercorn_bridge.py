@@ -30,7 +30,8 @@ import socket
 import ssl
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import h2.connection
@@ -257,7 +258,7 @@ class GuardedH11Protocol(H11Protocol):
         if self._refused:
             return
         if isinstance(event, Response) and event.status_code >= 200:
-            headers = [*event.headers, *self.config.response_headers("h11")]
+            headers = [*_without_date(event.headers), *self.config.response_headers("h11")]
             spent = self.keep_alive_requests >= self.config.keep_alive_max_requests
             if spent or self.context.terminated.is_set():
                 headers.append((b"connection", b"close"))
@@ -270,6 +271,11 @@ class GuardedH11Protocol(H11Protocol):
             )
         else:
             await super().stream_send(event)
+
+
+def _without_date(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """A server's answer has a date, and Hypercorn adds another."""
+    return [field for field in headers if field[0] != b"date"]
 
 
 def _check_request(request: h11.Request, max_head: int) -> None:
@@ -324,6 +330,11 @@ class GuardedH2Protocol(H2Protocol):
         self.streams = _Streams()
         self._resets = 0
         self._since = trio.current_time()
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response):
+            event = replace(event, headers=_without_date(event.headers))
+        await super().stream_send(event)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         reset = {e.stream_id for e in events if isinstance(e, h2.events.StreamReset)}
