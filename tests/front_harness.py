@@ -280,7 +280,7 @@ def chunked(path: str, *chunks: bytes) -> bytes:
 
 async def soon(condition) -> None:
     """Wait until `condition()` holds; it is the test's time limit that says never."""
-    while not condition():  # noqa: ASYNC110 - what it waits for has no event
+    while not condition():
         await trio.sleep(0.005)
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import trio
@@ -79,13 +79,13 @@ class Load:
                 nursery.start_soon(self._work, client)
             task_status.started()
 
-    async def __aenter__(self) -> Load:
+    async def __aenter__(self) -> Self:
         self._manager = trio.open_nursery()
         self._nursery = await self._manager.__aenter__()
         await self._nursery.start(self._run)
         return self
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self._stop = True
         await self._manager.__aexit__(*error)
 

@@ -1,7 +1,7 @@
 """The router as a real process, and small clients for it.
 
-    with router_process(servers_toml(mocks), front="lane") as router:
-        router.post("/v1/chat/completions", {...})
+with router_process(servers_toml(mocks), front="lane") as router:
+    router.post("/v1/chat/completions", {...})
 """
 
 from __future__ import annotations

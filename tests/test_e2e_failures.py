@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import trio
+
 from load import Load, ask, burst
 from mock_process import mock_processes, restarted
 from router_process import chat, router_process, servers_toml, until

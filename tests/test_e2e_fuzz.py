@@ -8,6 +8,7 @@ import select
 import socket
 
 import pytest
+
 from mock_process import mock_processes
 from router_process import chat, router_process, servers_toml, until
 

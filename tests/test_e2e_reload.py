@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import trio
+
 from load import Load, burst
 from mock_process import mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
