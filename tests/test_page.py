@@ -102,26 +102,43 @@ def test_policy_forbids_what_the_page_does_not_need(router: RouterProcess):
 async def test_load_change_appears_within_a_second(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
-    took = []
+    """By the router's clock, so that a busy machine, which draws late, does not count."""
+    took, drawn = [], []
     async with new_page(browser) as page:
         await page.open(router.url + "/")
         await page.wait(f"{row(name(mocks[0]))}?.dataset.state === 'up'")
-        # The best of three: other programs may have the machine for a moment.
         for _ in range(3):
+            await page.evaluate(_NOTE_LEASES)
+            began = time.time()
             with streaming(router.url) as server:
-                began = time.monotonic()
                 await page.wait(f"{row(server)}.querySelector('.c-leases').innerText === '1'")
+                drawn.append(time.time() - began)
+                took.append(await page.evaluate(_FIRST) - began)
                 await page.wait(f"{row(server)}.innerText.includes('1 running')")
-                took.append(time.monotonic() - began)
-                assert await page.evaluate(
+                await page.wait(
                     f"getComputedStyle({row(server)}.querySelector('.running')).transform"
-                    " !== 'matrix(0, 0, 0, 1, 0, 0)'"
+                    " === 'matrix(0.25, 0, 0, 1, 0, 0)'"
                 )
             await page.wait(f"{row(server)}.querySelector('.c-leases').innerText === '0'")
-            if took[-1] < 1:
-                break
-    print("load change seen after", took)
+    print("in the snapshot after", took, "seen after", drawn)
     assert min(took) < 1
+
+
+_FIRST = """new Promise((tell) => {
+    const look = () => (first === undefined ? setTimeout(look, 5) : tell(first));
+    look();
+})"""
+_NOTE_LEASES = """(() => {
+    globalThis.first = undefined;
+    const observer = new MutationObserver(() => {
+        // The page notes which snapshot it shows once it is drawn.
+        requestAnimationFrame(() => { globalThis.first ??= vllmRouter.work.shown; });
+        observer.disconnect();
+    });
+    for (const cell of document.querySelectorAll("td.c-leases .value")) {
+        observer.observe(cell, {characterData: true, subtree: true});
+    }
+})()"""
 
 
 async def test_model_name_is_text_and_never_markup(
@@ -273,7 +290,7 @@ async def test_killed_server_and_refused_file_and_restarted_router(browser: str,
                 await trio.to_thread.run_sync(doomed.kill)
                 await page.wait(f"{doomed_row}.dataset.state === 'down'")
                 reason = await page.evaluate(f"{doomed_row}.querySelector('.reason').innerText")
-                assert "/health" in reason
+                assert re.search("unreachable|/health|refused", reason), reason
                 red = await page.evaluate(f"getComputedStyle({doomed_row}).backgroundColor")
                 assert red != calm
                 parts = [int(part) for part in red[red.index("(") + 1 : -1].split(",")[:3]]

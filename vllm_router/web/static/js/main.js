@@ -127,7 +127,7 @@ function showFacts() {
 
 let newRow = false;
 let asked = false;
-const work = { draws: 0, milliseconds: 0 };
+const work = { draws: 0, milliseconds: 0, shown: 0 };
 
 function draw() {
   asked = false;
@@ -153,6 +153,7 @@ function drawSoon() {
     const began = performance.now();
     draw();
     work.draws += 1;
+    work.shown = snapshot?.time ?? 0;
     work.milliseconds += performance.now() - began;
   });
 }
