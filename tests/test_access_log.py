@@ -16,7 +16,7 @@ import pytest
 
 from proxy_harness import lab
 from scripted_server import DONE, answering, event, ok, streaming
-from vllm_router import access_log, log_writer
+from vllm_router import access_log, gatherer, log_writer
 from vllm_router.access_log import AccessLog, Ended, fields, json_line, text_line
 from vllm_router.log_config import LogSettings
 from vllm_router.log_output import LogOutput, Overrides
@@ -281,7 +281,7 @@ def test_nobody_waits_for_a_stalled_reader_and_the_lost_lines_are_told(
 ):
     target.open.clear()
     writer.put("first")
-    until(lambda: not writer._waiting)  # it is in the hands of the stalled target
+    until(lambda: not writer._gatherer._waiting)  # it is in the hands of the stalled target
     for _ in range(log_writer.LIMIT + 7):
         writer.put("line")
     assert writer.dropped == 7
@@ -313,7 +313,7 @@ def test_failed_writes_are_counted_and_told_once(writer: LineWriter, target: Tar
 def test_stuck_writer_does_not_hold_up_the_end(
     writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(log_writer, "CLOSE_TIME", 0.05)
+    monkeypatch.setattr(gatherer, "CLOSE_TIME", 0.05)
     target.open.clear()
     writer.put("line")
     assert not writer.close()

@@ -35,6 +35,7 @@ class Ended(NamedTuple):
     at: float
     record: Record
     facts: Facts | None
+    trace_id: str | None = None
 
 
 class AccessLog:
@@ -58,7 +59,8 @@ class AccessLog:
         if writer is None or (self.threshold > logging.INFO and not self._loud(record)):
             return
         make = json_line if self.form == "json" else text_line
-        writer.put((make, Ended(time.time(), record, record.facts)))
+        trace_id = record.trace.trace_id if record.trace is not None else None
+        writer.put((make, Ended(time.time(), record, record.facts, trace_id)))
 
     def _loud(self, record: Record) -> bool:
         return self.threshold <= logging.WARNING and failed(record)
@@ -98,7 +100,7 @@ def _shown(value: Any) -> str:
 
 def fields(ended: Ended) -> dict[str, Any]:
     """The line's values by name. `time` is when the request came; durations are in seconds."""
-    at, record, facts = ended
+    at, record, facts, trace_id = ended
     took = record.ended_at - record.started_at
     first_byte = record.first_byte
     values: dict[str, Any] = {
@@ -125,6 +127,7 @@ def fields(ended: Ended) -> dict[str, Any]:
         "completion_tokens": record.completion_tokens,
         "client": record.client,
         "request_id": record.request_id.decode("latin-1"),
+        "trace_id": trace_id,
     }
     if facts is not None:
         # Users are often called by their mail address: told apart, not named.

@@ -13,6 +13,7 @@ import re
 
 import trio
 
+from vllm_router import telemetry
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.hypercorn_bridge import hold_last, install
 from vllm_router.log_output import LogOutput
@@ -91,9 +92,13 @@ class Application:
             logger.error("%s", problem)
             await send({"type": "lifespan.startup.failed", "message": problem})
             return
+        spans = telemetry.start(config.log)
+        supervisor = Supervisor(config, source, output=output, telemetry=spans)
         try:
-            await self._run(Supervisor(config, source, output=output), receive, send)
+            await self._run(supervisor, receive, send)
         finally:
+            if spans is not None:
+                spans.close()
             output.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -1,8 +1,6 @@
 """Lines written by a thread, so that a slow disk or a stopped reader never holds up the loop.
 
-Handing over a line costs the loop less than a microsecond. The thread writes what has gathered,
-at most twenty times a second: woken for every line, it would take the interpreter from the loop
-just as often. At most LIMIT lines wait; what comes on top is dropped and counted.
+At most LIMIT lines wait; what comes on top is dropped and counted.
 """
 
 from __future__ import annotations
@@ -11,29 +9,19 @@ import contextlib
 import logging
 import os
 import select
-import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol, TextIO
+
+from vllm_router.gatherer import Gatherer
 
 LIMIT = 10_000
 """Lines that wait: some 5 MB, without the hashes of prompts."""
 
-GATHER = 0.05
-"""Seconds between two writings. The first line after a silence is written at once."""
-
-CLOSE_TIME = 2.0
-"""Seconds that the last lines have at the end."""
-
 logger = logging.getLogger(__name__)
 
-Entry = str | tuple[Callable[[Any], str], Any] | threading.Event
-"""A finished line, or how to make one and of what; made in the thread. Without its newline.
-
-An event is set when all before it is written.
-"""
+Entry = str | tuple[Callable[[Any], str], Any]
+"""A finished line, or how to make one and of what; made in the thread. Without its newline."""
 
 
 class Target(Protocol):
@@ -122,109 +110,70 @@ def _write_all(descriptor: int, text: str) -> None:
 class LineWriter:
     """A thread and the lines that wait for it. `close` ends it.
 
-    `written` and `dropped` count lines; of the dropped ones a line among the others tells, made
-    by `notice(count)`.
+    Of lines that are dropped a line among the others tells, made by `notice(count)`.
     """
 
     def __init__(self, target: Target, notice: Callable[[int], str]) -> None:
         self.target = target
-        self.written = 0
-        self.dropped = 0
         self._notice = notice
+        self._unwritten = 0
         self._noticed = 0
-        self._waiting: deque[Entry] = deque()
-        self._asleep = False
-        self._bell: SimpleQueue[None] = SimpleQueue()
-        self._stop = threading.Event()
         self._reopen = False
         self._failing = False
-        self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
-        self._thread.start()
-
-    def put(self, entry: Entry) -> None:
+        self._gatherer = Gatherer("log writer", LIMIT, self._write)
+        self.put: Callable[[Entry], None] = self._gatherer.put
         """Have a line written. Never waits, never raises; any thread may call it."""
-        if len(self._waiting) >= LIMIT:
-            self.dropped += 1
-            return
-        self._waiting.append(entry)
-        if self._asleep:
-            self._asleep = False
-            self._bell.put(None)
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost: there was no room for them, or they could not be written."""
+        return self._gatherer.dropped + self._unwritten
 
     def reopen(self) -> None:
         """Open the file anew before the next line: it has been moved away."""
         self._reopen = True
-        self._bell.put(None)
+        self._gatherer.wake()
 
     def flush(self) -> bool:
-        """Wait for what was put before, a second at most; False if that was not enough."""
-        done = threading.Event()
-        self.put(done)
-        return done.wait(1.0)
+        """Wait for the lines put before, a second at most; False if that was not enough."""
+        return self._gatherer.flush()
 
     def close(self) -> bool:
-        """Write what waits, within CLOSE_TIME; False if that was not enough."""
-        self._stop.set()
-        self._bell.put(None)
-        self._thread.join(CLOSE_TIME)
-        if self._thread.is_alive():
-            return False  # stuck in a write: the target stays open, the thread ends with us
+        """Write what waits; False if there was not enough time."""
+        if not self._gatherer.close():
+            return False  # stuck in a write: the target stays open
         with contextlib.suppress(OSError):
             self.target.close()
         return True
 
     # -- in the thread ------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._asleep = True
-            if not self._waiting:
-                self._bell.get()
-            self._asleep = False
-            self._write()
-            self._stop.wait(GATHER)
-        self._write()
-
-    def _write(self) -> None:
+    def _write(self, entries: list[Entry]) -> None:
         if self._reopen:
             self._reopen = False
             try:
                 self.target.reopen()
             except OSError as error:
                 logger.error("cannot open %s again: %s", self.target.name, error.strerror)
-        waiting = self._waiting
-        while waiting:
-            lines: list[str] = []
-            awaited: list[threading.Event] = []
-            while waiting and len(lines) < 1000:
-                entry = waiting.popleft()
-                if isinstance(entry, threading.Event):
-                    awaited.append(entry)
-                else:
-                    lines += _lines(entry)
-            if self.dropped != self._noticed:
-                lines.append(self._notice(self.dropped - self._noticed))
-                self._noticed = self.dropped
-            if lines:
-                self._hand_over(lines)
-            for event in awaited:
-                event.set()
-
-    def _hand_over(self, lines: list[str]) -> None:
+        lines = [line for entry in entries for line in _lines(entry)]
+        lost = self._gatherer.dropped
+        if lost != self._noticed:
+            lines.append(self._notice(lost - self._noticed))
+            self._noticed = lost
+        if not lines:
+            return
         try:
             self.target.write("\n".join(lines) + "\n")
         except OSError as error:
-            self.dropped += len(lines)
-            self._noticed += len(lines)
+            self._unwritten += len(lines)
             if not self._failing:
                 self._failing = True
                 logger.error("cannot write to %s: %s", self.target.name, error.strerror)
         else:
             self._failing = False
-            self.written += len(lines)
 
 
-def _lines(entry: str | tuple[Callable[[Any], str], Any]) -> list[str]:
+def _lines(entry: Entry) -> list[str]:
     """The line of an entry, or none."""
     if isinstance(entry, str):
         return [entry]

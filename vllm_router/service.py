@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import trio
 
+from vllm_router import telemetry
 from vllm_router.asgi import Application
 from vllm_router.config import Config
 from vllm_router.front import Front
@@ -55,23 +57,27 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     front = Front(app, lane=options.lane, limits=limits)
     addresses = front.open(options.host, options.port)
     signals = StopSignals()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(signals.listen)
-        config = options.config
-        if options.demo:
-            from vllm_router.demo import start_demo  # it costs a start without it nothing
+    with contextlib.ExitStack() as ending:
+        spans = telemetry.start(options.config.log)
+        if spans is not None:
+            ending.callback(spans.close)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(signals.listen)
+            config = options.config
+            if options.demo:
+                from vllm_router.demo import start_demo  # it costs a start without it nothing
 
-            config = await start_demo(nursery, options.demo, settings)
-        supervisor = Supervisor(config, options.source, output=options.output)
-        app.attach(supervisor)
-        await nursery.start(supervisor.run)
-        await nursery.start(front.serve)
-        listening(_url(options.host, addresses[0][1]))
-        await signals.first.wait()
-        with signals.until_second():
-            await drain(supervisor, front)
-        front.abort()
-        nursery.cancel_scope.cancel(reason="stopped")
+                config = await start_demo(nursery, options.demo, settings)
+            supervisor = Supervisor(config, options.source, output=options.output, telemetry=spans)
+            app.attach(supervisor)
+            await nursery.start(supervisor.run)
+            await nursery.start(front.serve)
+            listening(_url(options.host, addresses[0][1]))
+            await signals.first.wait()
+            with signals.until_second():
+                await drain(supervisor, front)
+            front.abort()
+            nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")
 
 

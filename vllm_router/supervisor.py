@@ -23,6 +23,7 @@ from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Recorder
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
+from vllm_router.telemetry import Telemetry
 from vllm_router.web.feed import Feed
 from vllm_router.web.metrics import Metrics
 
@@ -45,7 +46,8 @@ class Supervisor:
     """Everything that lives as long as the router.
 
     `source` is None when the servers came from the command line: then nothing is reloaded.
-    `output` follows `[log]`; without one there is no access log. Whoever made it closes it.
+    `output` follows `[log]`; without one there is no access log. `telemetry` makes spans. Whoever
+    made them closes them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Supervisor:
         source: ConfigSource | None,
         rng: Random | None = None,
         output: LogOutput | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.rng = rng or Random()
         self.fleet = Fleet(config)
@@ -65,7 +68,10 @@ class Supervisor:
         self.output = output
         if output is not None:
             recorders.append(output.access)
+        if telemetry is not None:
+            recorders.append(telemetry)
         self.proxy = Proxy(self.fleet, config, recorders, self.rng, self.tls)
+        self.proxy.tracer = telemetry
         self._ask_for_what_is_logged(config)
         self.nudge = Nudge()
         self.reloader = Reloader(source, config, self._apply) if source is not None else None
@@ -189,7 +195,7 @@ class Supervisor:
     def _ask_for_what_is_logged(self, config: Config) -> None:
         """What only the access log needs to know of an exchange is not read without one."""
         logged = self.output is not None and self.output.access.writer is not None
-        self.proxy.wants_usage = logged
+        self.proxy.wants_usage = logged or self.proxy.tracer is not None
         self.proxy.wants_prompt = logged and config.log.prompts
 
     @property

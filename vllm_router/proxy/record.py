@@ -84,6 +84,9 @@ class Trace(Protocol):
 
     replaced: frozenset[bytes]
 
+    @property
+    def trace_id(self) -> str: ...
+
     def attempt_started(self, server: Server, now: float) -> bytes:
         """The `traceparent` to be sent to the server."""
         ...

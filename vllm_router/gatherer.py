@@ -1,0 +1,106 @@
+"""A thread that takes over what can be done later, so that the loop never waits for it.
+
+Handing something over costs less than a microsecond. The thread takes what has gathered, at most
+twenty times a second: woken for every single thing, it would take the interpreter from the loop
+just as often. What finds no room is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+GATHER = 0.05
+"""Seconds between two takings. The first thing after a silence is taken at once."""
+
+BATCH = 1000
+
+CLOSE_TIME = 2.0
+"""Seconds that the last things have at the end."""
+
+logger = logging.getLogger(__name__)
+
+
+class Gatherer:
+    """Gives lists of things to `take`, in a thread of its own. `close` ends it.
+
+    `dropped` counts things. An event that is put is set when all before it has been taken.
+    """
+
+    def __init__(self, name: str, limit: int, take: Callable[[list[Any]], None]) -> None:
+        self.dropped = 0
+        self._limit = limit
+        self._take = take
+        self._waiting: deque[Any] = deque()
+        self._asleep = False
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, thing: Any) -> None:
+        """Have it taken. Never waits, never raises; any thread may call it."""
+        if len(self._waiting) >= self._limit:
+            self.dropped += 1
+            return
+        self._waiting.append(thing)
+        if self._asleep:
+            self._asleep = False
+            self._bell.put(None)
+
+    def wake(self) -> None:
+        """Let `take` be called soon, even with nothing."""
+        self._bell.put(None)
+
+    def flush(self) -> bool:
+        """Wait for what was put before, a second at most; False if that was not enough."""
+        done = threading.Event()
+        self.put(done)
+        return done.wait(1.0)
+
+    def close(self) -> bool:
+        """Have all taken that waits, within CLOSE_TIME; False if that was not enough.
+
+        A thread that is stuck then goes on, and ends with the process.
+        """
+        self._stop.set()
+        self.wake()
+        self._thread.join(CLOSE_TIME)
+        return not self._thread.is_alive()
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._asleep = True
+            if not self._waiting:
+                self._bell.get()
+            self._asleep = False
+            self._empty()
+            self._stop.wait(GATHER)
+        self._empty()
+
+    def _empty(self) -> None:
+        waiting = self._waiting
+        while True:
+            things: list[Any] = []
+            awaited: list[threading.Event] = []
+            while waiting and len(things) < BATCH:
+                thing = waiting.popleft()
+                if isinstance(thing, threading.Event):
+                    awaited.append(thing)
+                else:
+                    things.append(thing)
+            try:
+                self._take(things)
+            except Exception:
+                # A defect costs one batch, not the thread and everything after it.
+                logger.exception("%s failed", self._thread.name)
+            for event in awaited:
+                event.set()
+            if not waiting:
+                return
