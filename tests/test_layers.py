@@ -40,6 +40,7 @@ LAYERS = {
     "web": SERVING,
     "control": WIRING,
     "access_log": WIRING,
+    "explain_command": WIRING,
     "gatherer": WIRING,
     "log_output": WIRING,
     "log_writer": WIRING,

@@ -51,6 +51,7 @@ class Commands(click.Group):
 
     elsewhere = {  # noqa: RUF012  never changed
         "monitor": "vllm_router.monitor.command:monitor",
+        "explain": "vllm_router.explain_command:explain",
         "mock": "vllm_router.mock.cli:mock_command",
         "simulate": "vllm_router.simulate.cli:simulate_command",
     }

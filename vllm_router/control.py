@@ -115,6 +115,17 @@ class Router:
             raise NoRouter(f"{self.url} answers, but is no vLLM Router")
         return Status(health=await self._ask("GET", "/health"), load=load)
 
+    async def explain(self, model: str | None, body: bytes | None) -> dict[str, Any]:
+        """Where a request would go: one with this body, or else one for this model."""
+        if body is not None:
+            return await self._ask("POST", "/explain", body)
+        return await self._ask("GET", f"/explain?model={quote(model or '', safe='')}")
+
+    async def decisions(self, limit: int) -> list[dict[str, Any]]:
+        """The last picks, newest first."""
+        found = (await self._ask("GET", f"/decisions?limit={limit}")).get("decisions")
+        return [row for row in found or () if isinstance(row, dict)]
+
     async def drain(self, server: str, *, on: bool) -> None:
         """Take a server out of the rotation, or back in."""
         await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
@@ -139,10 +150,13 @@ class Router:
                 return 0  # taken out of the configuration meanwhile, and its last request ended
             raise
 
-    async def _ask(self, method: str, path: str) -> dict[str, Any]:
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         """A JSON object from the router."""
+        headers = {"content-type": "application/json"} if body is not None else {}
         try:
-            response = await self._client.request(method, self.url + path)
+            response = await self._client.request(
+                method, self.url + path, content=body, headers=headers
+            )
         except httpx.InvalidURL as error:
             raise NoRouter(f"{self.url} is no URL: {error}") from None
         except httpx.HTTPError as error:
