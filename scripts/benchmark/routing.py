@@ -66,10 +66,10 @@ def text(rng: random.Random, tokens: int) -> str:
 def multi_turn(rng: random.Random, seconds: float) -> list[Conversation]:
     systems = [text(rng, 1500) for _ in range(12)]
     made = []
-    for at in starts(rng, 8.0, seconds):
+    for at in starts(rng, 12.0, seconds):
         turns = [
-            (rng.uniform(0.2, 0.8), text(rng, 80), rng.randint(8, 24))
-            for _ in range(rng.randint(2, 6))
+            (rng.uniform(0.1, 0.5), text(rng, 80), rng.randint(8, 24))
+            for _ in range(rng.randint(2, 5))
         ]
         made.append(Conversation(at, rng.choice(systems), tuple(turns)))
     return made
@@ -338,7 +338,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench-routing", description=__doc__)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), metavar="A,B")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), metavar="X,Y")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of traffic per run (8)")
+    parser.add_argument("--seconds", type=float, default=7.0, help="of traffic per run (7)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rust", type=Path, help="the Rust router, if it is installed elsewhere")
     return parser.parse_args()

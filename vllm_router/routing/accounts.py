@@ -1,0 +1,213 @@
+"""What is known of one server that only a policy wants to know: prompts under way, speed, errors.
+
+Requests are booked when they are leased and settled when their first token comes; what the server
+says of itself is taken from its scrapes. Time is an argument, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median_low
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm_router.routing.hashing import seed_of
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+    from vllm_router.routing.facts import Facts
+
+PHANTOMS = 8.0
+"""Requests that an error makes a server look busier by, so that failing fast is no attraction."""
+
+PHANTOMS_HALVE = 5.0
+
+SLOW_HALF_LIFE = 10.0
+DEAD_BAND = 2.0
+"""Prefills between its steps alone make one server's tokens twice as slow as another's."""
+
+SLOWEST, FASTEST = 8.0, 0.5
+_PRIOR_TOKENS = 50.0
+"""A server's latency counts as the fleet's until it has made up for so many tokens; as old
+tokens fade, a server that is left alone is tried again."""
+
+TRUST_HALF_LIFE = 60.0
+TRUST_FROM = 20_000.0
+TRUST_SHARE = 0.1
+"""Of at least so many tokens expected in its cache it must have found this share: less, and prefix
+caching is off there."""
+
+FIRST_TOKEN = 0.5
+"""Seconds to the first token where the server does not say."""
+
+
+class PrefixStatistics(NamedTuple):
+    """Since the start: tokens sent as prompts, and how many of them were expected in the cache;
+    and the bytes of prompts that are on record now."""
+
+    prompt_tokens: int
+    expected_tokens: int
+    recorded_bytes: int
+
+
+class Account:
+    """What the policy knows of one server."""
+
+    __slots__ = (
+        "begun_hits",
+        "bit",
+        "due",
+        "due_hits",
+        "expected",
+        "expected_total",
+        "extra",
+        "first_token",
+        "gauge",
+        "hits",
+        "latency_count",
+        "latency_sum",
+        "mine",
+        "phantoms",
+        "phantoms_at",
+        "prompt_total",
+        "queued",
+        "scraped_at",
+        "seed",
+        "seen",
+        "sent",
+        "server",
+    )
+
+    def __init__(self, server: Server, bit: int) -> None:
+        self.server = server
+        self.bit = bit
+        self.seed = seed_of(server.url)
+        self.queued = 0.0
+        """Prompt tokens sent to it and not yet answered with a first token."""
+        self.due: deque[tuple[float, Booking]] = deque()
+        self.extra = 0.0
+        """Added to the load: phantoms, and what other routers probably sent."""
+        self.phantoms = 0.0
+        self.phantoms_at = 0.0
+        self.sent = 0
+        self.scraped_at: float | None = None
+        self.seen = _Counters()
+        self.latency_sum = self.latency_count = 0.0
+        self.first_token = FIRST_TOKEN
+        self.gauge = self.mine = 0.0
+        self.expected = self.hits = self.due_hits = self.begun_hits = 0.0
+        """Tokens in its prefix cache: that should have been found, were found, should be seen with
+        the next scrape, and belong to prompts computed since the last."""
+        self.expected_total = self.prompt_total = 0.0
+
+    def follow_scrape(self) -> None:
+        """Take in what the last scrape says, if it is new."""
+        server = self.server
+        metrics, at = server.metrics, server.scraped_at
+        if at is None or metrics is None or at == self.scraped_at:
+            return
+        elapsed = at - self.scraped_at if self.scraped_at is not None else 0.0
+        old, new = self.seen, _Counters()
+        new.latency_sum = metrics.token_latency_sum or 0.0
+        new.latency_count = metrics.token_latency_count or 0.0
+        new.first_sum = metrics.first_token_sum or 0.0
+        new.first_count = metrics.first_token_count or 0.0
+        new.hits = metrics.prefix_hits or 0.0
+        began_anew = new.latency_count < old.latency_count or new.first_count < old.first_count
+        if self.scraped_at is not None and not began_anew:
+            fade = 0.5 ** (elapsed / SLOW_HALF_LIFE)
+            self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
+            self.latency_count = self.latency_count * fade + new.latency_count - old.latency_count
+            firsts = new.first_count - old.first_count
+            if firsts > 0:
+                weight = 1.0 - 0.5**firsts
+                mean = (new.first_sum - old.first_sum) / firsts
+                self.first_token += weight * (mean - self.first_token)
+            if metrics.prefix_hits is not None:
+                fade = 0.5 ** (elapsed / TRUST_HALF_LIFE)
+                self.hits = self.hits * fade + new.hits - old.hits
+                # The engine counts a prompt when it has computed it: compare what is due.
+                self.expected = self.expected * fade + self.due_hits
+                self.due_hits, self.begun_hits = self.begun_hits, 0.0
+        elif began_anew:
+            self.latency_sum = self.latency_count = self.hits = self.expected = 0.0
+            self.due_hits = self.begun_hits = 0.0
+        keep = 0.5 ** (elapsed / SLOW_HALF_LIFE) if self.scraped_at is not None else 0.0
+        gauge = (metrics.running or 0.0) + (metrics.waiting or 0.0)
+        self.gauge = self.gauge * keep + gauge * (1.0 - keep)
+        self.mine = self.mine * keep + server.leases_at_scrape * (1.0 - keep)
+        self.seen, self.scraped_at, self.sent = new, at, 0
+
+    def phantoms_now(self, now: float) -> float:
+        """Requests it looks busier by, because of errors."""
+        if not self.phantoms:
+            return 0.0
+        left: float = self.phantoms * 0.5 ** ((now - self.phantoms_at) / PHANTOMS_HALVE)
+        if left < 0.05:
+            self.phantoms = left = 0.0
+        return left
+
+    @property
+    def trusted(self) -> bool:
+        """Whether its engine finds in its cache what we expect there."""
+        return self.expected < TRUST_FROM or self.hits >= TRUST_SHARE * self.expected
+
+    def settle(self, now: float) -> None:
+        """Plain answers do not show their first token: it is taken to have come by now."""
+        while self.due and self.due[0][0] <= now:
+            self.due.popleft()[1].begun()
+
+
+class _Counters:
+    """A scrape's totals that are compared with the next one's."""
+
+    __slots__ = ("first_count", "first_sum", "hits", "latency_count", "latency_sum")
+
+    def __init__(self) -> None:
+        self.latency_sum = self.latency_count = 0.0
+        self.first_sum = self.first_count = 0.0
+        self.hits = 0.0
+
+
+class Booking:
+    """What one lease has on the account of its server."""
+
+    __slots__ = ("account", "cached", "model", "prompt", "uncached", "waiting")
+
+    def __init__(self, account: Account, facts: Facts, uncached: float, cached: float) -> None:
+        self.account = account
+        self.model = facts.model
+        self.prompt = facts.prompt
+        self.cached = cached
+        self.uncached = uncached
+        self.waiting = True
+        account.queued += uncached
+
+    def begun(self) -> None:
+        """The first token has come; any number of times."""
+        if self.waiting:
+            self.waiting = False
+            account = self.account
+            account.queued = max(0.0, account.queued - self.uncached)
+            account.begun_hits += self.cached
+
+
+def middle_latency(accounts: Sequence[Account]) -> float:
+    """The median inter-token latency, in seconds; 0 where fewer than two servers have one."""
+    latencies = [
+        account.latency_sum / account.latency_count
+        for account in accounts
+        if account.latency_count >= 10.0
+    ]
+    return median_low(latencies) if len(latencies) > 1 else 0.0
+
+
+def slowness(account: Account, middle: float) -> float:
+    """How much slower than the middle of the fleet; 1 within the dead band."""
+    if not middle:
+        return 1.0
+    count = account.latency_count + _PRIOR_TOKENS
+    ratio = (account.latency_sum + _PRIOR_TOKENS * middle) / count / middle
+    if 1.0 / DEAD_BAND <= ratio <= DEAD_BAND:
+        return 1.0
+    return min(max(ratio, FASTEST), SLOWEST)
