@@ -141,6 +141,18 @@ async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(autoju
         assert rig.requests().total() == 0
 
 
+async def test_a_model_that_may_be_on_a_server_not_heard_of_yet_is_not_said_to_be_unknown(
+    autojump_clock,
+):
+    async with lab(answering(GOOD), answering(GOOD)) as rig:
+        rig.down("b")
+        rig.server("b").models = None
+        got = await rig.post({"model": "elsewhere"})
+        assert (got.status, got.code) == (503, "no_server_available")
+        assert "1 could not be asked" in got.json["error"]["message"]
+        assert int(got[b"retry-after"]) >= 1
+
+
 async def test_a_model_name_without_end_is_not_repeated_whole(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         got = await rig.post({"model": "x" * 1_000_000})

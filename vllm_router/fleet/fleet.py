@@ -146,11 +146,9 @@ class Fleet:
         return all(server.probe_health.up is not None for server in self.servers.values())
 
     @property
-    def listing(self) -> bool:
-        """Whether a server that is up, or not probed yet, may still tell its models."""
-        return any(
-            s.models is None and s.probe_health.up is not False for s in self.servers.values()
-        )
+    def unheard(self) -> list[str]:
+        """The servers that have never yet told their models."""
+        return [server.name for server in self.servers.values() if server.models is None]
 
     def known_models(self) -> list[str]:
         """Every model listed by any server, sorted."""

@@ -259,7 +259,17 @@ class Exchange:
             raise _stopping()
         shown = repr(model if model is None else model[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
-            known = fleet.known_models()
+            known, unheard = fleet.known_models(), fleet.unheard
+            if known and unheard:
+                # It may be on one of those: to say that it does not exist would be a guess.
+                raise Refused(
+                    503,
+                    "no_server_available",
+                    f"No server is known to have the model {shown}, and {len(unheard)} could not "
+                    f"be asked yet. Available models: {', '.join(known)}.",
+                    param="model",
+                    retry_after=fleet.retry_after(model, trio.current_time()),
+                )
             if known:
                 raise Refused(
                     404,
