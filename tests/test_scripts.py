@@ -185,7 +185,7 @@ def test_missing_ensurepip_says_what_to_install(clone: Clone):
     assert result.stderr.splitlines()[-1].endswith("run: sudo apt-get install python3.11-venv")
 
 
-SYSTEM_TOOLS = ("chromium", "tmux", "ps", "curl", "promtool")
+SYSTEM_TOOLS = ("chromium", "tmux", "ps", "curl", "promtool", "prometheus")
 
 
 def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
@@ -204,7 +204,7 @@ def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
 
 def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
     clone.call("setup", "--dev")
-    for tool in ("chromium", "ps", "curl", "promtool"):
+    for tool in ("chromium", "ps", "curl", "promtool", "prometheus"):
         clone.tool(tool)
     result = clone.call("test", "tests/test_layers.py")
     assert "run: sudo apt-get install tmux\n" in result.stderr
