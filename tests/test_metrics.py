@@ -285,7 +285,7 @@ async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path
     lab = Lab(file=file)
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
     lab["a"].scraped(gauges(1, kv_usage=0.5), trio.current_time(), 0)
-    lab.ended(lab["a"], code="x")
+    lab.ended(lab["a"], code="x", key_name="k")
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     for family in FAMILIES:

@@ -126,6 +126,7 @@ def fields(ended: Ended) -> dict[str, Any]:
         "cached_tokens": record.cached_tokens,
         "completion_tokens": record.completion_tokens,
         "client": record.client,
+        "key": record.key_name or None,
         "request_id": record.request_id.decode("latin-1"),
         "trace_id": trace_id,
     }

@@ -16,6 +16,7 @@ import trio
 from vllm_router import telemetry
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.hypercorn_bridge import hold_last, install
+from vllm_router.kinds import split_address
 from vllm_router.log_output import LogOutput
 from vllm_router.logs import configure_if_unset
 from vllm_router.paths import PathClass, classify
@@ -51,9 +52,17 @@ class Application:
         supervisor = self._supervisor
         if supervisor is None:
             raise RuntimeError("the application needs the lifespan protocol to start")
-        if kind == "http":
-            path = _origin_form(scope)
-            path_class = classify(scope["method"], path)
+        path = _origin_form(scope)
+        path_class = classify(scope.get("method", "GET"), path)
+        guard = supervisor.guard
+        allowed = guard.preflight(scope)
+        if allowed is not None:
+            await send({"type": "http.response.start", "status": 204, "headers": allowed})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        send = guard.for_pages(scope, path_class, send)
+        try:
+            guard.admit(scope, path_class)
             if path_class is PathClass.INFERENCE:
                 await supervisor.proxy(scope, receive, send)
                 return
@@ -61,8 +70,11 @@ class Application:
                 path_class is PathClass.ENGINE_CONTROL
                 and not supervisor.config.settings.allow_engine_control
             ):
-                await _refuse(scope, send, _CONTROL_CLOSED)
-                return
+                raise Refused(403, "engine_control_closed", _CONTROL_CLOSED)
+        except Refused as refused:
+            supervisor.metrics.refused(refused.code)
+            await _refuse(scope, receive, send, refused)
+            return
         await self._control(scope, receive, send)
 
     async def wind_down(self) -> None:
@@ -93,7 +105,13 @@ class Application:
             await send({"type": "lifespan.startup.failed", "message": problem})
             return
         spans = telemetry.start(config.log)
-        supervisor = Supervisor(config, source, output=output, telemetry=spans)
+        if config.tls is not None:
+            logger.warning("[tls] is for `vllm-router run`; Hypercorn has --certfile and --keyfile")
+        address = config.settings.admin_listen
+        admin_port = split_address(address)[1] if address is not None else None
+        supervisor = Supervisor(
+            config, source, output=output, telemetry=spans, admin_port=admin_port
+        )
         try:
             await self._run(supervisor, receive, send)
         finally:
@@ -111,18 +129,23 @@ class Application:
             nursery.cancel_scope.cancel(reason="shutdown")
 
 
-_CONTROL_CLOSED = Refused(
-    403,
-    "engine_control_closed",
-    "This path controls the engine and is closed; allow_engine_control = true opens it.",
+_CONTROL_CLOSED = (
+    "This path controls the engine and is closed; allow_engine_control = true opens it."
 )
 
 
-async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
-    for message in refusal_messages(
-        refused, request_id(dict(scope["headers"]).get(b"x-request-id"))
-    ):
-        await send(message)
+async def _refuse(scope: Scope, receive: Receive, send: Send, refused: Refused) -> None:
+    """Answer a request, or a websocket's handshake, without having read more than its head."""
+    prefix = "http"
+    if scope["type"] == "websocket":
+        await receive()
+        prefix = "websocket.http"
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            await send({"type": "websocket.close", "code": 1008})  # the server's own 403
+            return
+    identifier = request_id(dict(scope["headers"]).get(b"x-request-id"))
+    for message in refusal_messages(refused, identifier):
+        await send({**message, "type": prefix + message["type"].removeprefix("http")})
 
 
 def _origin_form(scope: Scope) -> bytes:

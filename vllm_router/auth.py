@@ -196,11 +196,15 @@ def _key_or_variable(
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who sends a request, by its key: a client, one who may read all, one who may do all."""
+    """Who sends a request, by its key: a client, one who may read all, one who may do all.
+
+    `given` says that there was a key at all.
+    """
 
     key: KeyConfig | None = None
     status: bool = False
     admin: bool = False
+    given: bool = False
 
     @property
     def known(self) -> bool:
@@ -208,6 +212,7 @@ class Identity:
 
 
 ANONYMOUS = Identity()
+STRANGER = Identity(given=True)
 
 FEED_PROTOCOL = "vllm-router.feed"
 """The websocket subprotocol that the feed answers with if a client offers any."""
@@ -244,9 +249,9 @@ class Keyring:
     """The keys of a configuration, to be compared with those of requests."""
 
     def __init__(self, auth: AuthConfig) -> None:
-        self._clients = [(key.digest, Identity(key)) for key in auth.keys]
+        self._clients = [(key.digest, Identity(key, given=True)) for key in auth.keys]
         self._others = [
-            (digest, Identity(status=True, admin=admin))
+            (digest, Identity(status=True, admin=admin, given=True))
             for digest, admin in ((auth.status_key, False), (auth.admin_key, True))
             if digest is not None
         ]
@@ -255,9 +260,10 @@ class Keyring:
         self.protects_status = auth.protect_status
 
     def identify(self, fields: Mapping[bytes, bytes]) -> Identity:
-        """Whose key it is; ANONYMOUS for none, or one that nobody has."""
-        identity = ANONYMOUS
-        for key in presented(fields):
+        """Whose key it is; ANONYMOUS for none, STRANGER for one that nobody has."""
+        keys = presented(fields)
+        identity = STRANGER if keys else ANONYMOUS
+        for key in keys:
             digest = digest_of(key.decode("latin-1"))
             for known, who in (*self._clients, *self._others):
                 if hmac.compare_digest(known, digest):

@@ -38,6 +38,7 @@ LOG_FILE = Path("logs/vllm-router.log")
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Failure(click.ClickException):
@@ -245,6 +246,8 @@ def _start(
             trio.run(serve_with_view, options, listening, log)
     except OSError as error:
         raise Failure(_why_not_listening(error, host, port)) from None
+    except RouterError as error:
+        raise Failure(str(error)) from None
 
 
 def _fleet(
@@ -399,10 +402,28 @@ def _print_reports(reports: Sequence[ServerReport]) -> None:
 # -- a running router -------------------------------------------------------------------------
 
 
+def for_router(command: F) -> F:
+    """The options of a command that talks to a router which may be locked."""
+    command = click.option(
+        "--ca",
+        envvar="VLLM_ROUTER_CA",
+        show_envvar=True,
+        metavar="FILE",
+        help="PEM file of the authorities that may have signed its certificate.",
+    )(command)
+    return click.option(
+        "--key",
+        envvar="VLLM_ROUTER_KEY",
+        show_envvar=True,
+        help="Its admin or status key. Other users of this machine can see the option.",
+    )(command)
+
+
 @cli.command()
 @click.argument("url", default=DEFAULT_URL)
+@for_router
 @click.option("--json", "as_json", is_flag=True, help="Everything the router says, as JSON.")
-def status(*, url: str, as_json: bool) -> None:
+def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
     """Show the load and state of every server of a running router.
 
     URL is the router's, http://127.0.0.1:8888 if not given.
@@ -410,7 +431,7 @@ def status(*, url: str, as_json: bool) -> None:
     from vllm_router.control import Router
 
     async def ask() -> Status:
-        async with Router(url) as router:
+        async with Router(url, key, ca) as router:
             return await router.status()
 
     found = _ask(ask)
@@ -452,7 +473,8 @@ def _figure(value: float | None, digits: int = 0) -> str:
 @cli.command()
 @click.argument("server")
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
-def drain(*, server: str, url: str) -> None:
+@for_router
+def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Send a server no new requests, and wait until its last one has ended.
 
     Ctrl-C ends the waiting, not the drain; `undrain` takes the server back.
@@ -460,7 +482,7 @@ def drain(*, server: str, url: str) -> None:
     from vllm_router.control import Router
 
     async def work() -> None:
-        async with Router(url) as router:
+        async with Router(url, key, ca) as router:
             await router.drain(server, on=True)
             async for number in router.watch_drain(server):
                 _progress(f"{server}: {number} in flight", last=number == 0)
@@ -476,12 +498,13 @@ def drain(*, server: str, url: str) -> None:
 @cli.command()
 @click.argument("server")
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
-def undrain(*, server: str, url: str) -> None:
+@for_router
+def undrain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Take a drained server back."""
     from vllm_router.control import Router
 
     async def work() -> None:
-        async with Router(url) as router:
+        async with Router(url, key, ca) as router:
             await router.drain(server, on=False)
 
     _ask(work)

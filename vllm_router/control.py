@@ -20,6 +20,7 @@ import trio
 
 from vllm_router.config import Config, ServerConfig
 from vllm_router.errors import RouterError
+from vllm_router.tls import ServerContexts
 
 TIMEOUT = 5.0
 """Seconds a router may take for an answer."""
@@ -91,16 +92,36 @@ def _server_status(entry: dict[str, Any]) -> ServerStatus:
     )
 
 
+def client_context(url: str, ca: str | None) -> ssl.SSLContext:
+    """To verify a router's certificate: by the system's authorities, or those in a PEM file.
+
+    Raises NoRouter if the file cannot be used.
+    """
+    if not url.startswith(("https:", "wss:")):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and takes no time to make
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise NoRouter(f"{ca}: cannot be used: {error.strerror or error}") from None
+
+
 class Router:
     """A client of one running router; an async context manager.
 
     Every method raises NoRouter or Refusal.
     """
 
-    def __init__(self, url: str) -> None:
-        """`url` may lack the scheme and end in a slash."""
+    def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
+        """`url` may lack the scheme and end in a slash. `key` is the router's admin or status
+        key. `ca` is a PEM file with the authorities that may have signed its certificate.
+        """
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        self._client = httpx.AsyncClient(timeout=TIMEOUT, trust_env=False)
+        self._client = httpx.AsyncClient(
+            timeout=TIMEOUT,
+            trust_env=False,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            verify=client_context(self.url, ca),
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -207,11 +228,10 @@ async def probe_fleet(config: Config) -> list[ServerReport]:
     """Ask every server, all at once, for what the router will need of it."""
     timeout = config.settings.health_check_timeout
     reports = [ServerReport(server.name, server.url) for server in config.servers]
-    # One for all: reading the certificate authorities takes 10 ms of CPU.
-    context = httpx.create_ssl_context(trust_env=False)
+    contexts = ServerContexts()
     async with trio.open_nursery() as nursery:
         for server, report in zip(config.servers, reports, strict=True):
-            nursery.start_soon(_probe, server, report, timeout, context)
+            nursery.start_soon(_probe, server, report, timeout, contexts.of(server))
     return reports
 
 

@@ -86,10 +86,10 @@ class Front:
         self._limits = limits or Limits()
         self._lane = Server(app, accepts=accepts, limits=self._limits) if lane else None
         self._hypercorn = HypercornSide(app, limits=self._limits)
-        self._ssl_context = ssl_context
+        self._ssl_context: ssl.SSLContext | None = None
         self._tls_only = tls_only
-        if ssl_context is not None:
-            ssl_context.set_alpn_protocols(self._hypercorn.config.alpn_protocols)
+        self._plain_ports: set[int] = set()
+        self.use_tls(ssl_context)
         self._most = math.inf if max_connections is None else max_connections
         self._listeners: list[socket.socket] = []
         self._accepting = trio.CancelScope()
@@ -101,13 +101,26 @@ class Front:
         self._draining = False
         self._silent: set[trio.CancelScope] = set()
 
+    def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
+        """Serve new connections with this context; None for plain HTTP."""
+        if ssl_context is not None:
+            ssl_context.set_alpn_protocols(self._hypercorn.config.alpn_protocols)
+        self._ssl_context = ssl_context
+
     # -- listeners -----------------------------------------------------------------------------
 
     def open(
-        self, host: str, port: int, backlog: int = 2048, *, reuse_port: bool = False
+        self,
+        host: str,
+        port: int,
+        backlog: int = 2048,
+        *,
+        reuse_port: bool = False,
+        plain: bool = False,
     ) -> list[Address]:
         """Listen on every address of `host`; the addresses, with the port that 0 became.
 
+        `plain` takes plain HTTP on this port even if the others speak TLS only.
         Raises OSError if any of them cannot be had; those opened before are closed then.
         """
         found = socket.getaddrinfo(
@@ -133,6 +146,8 @@ class Front:
                 sock.close()
             raise
         self._listeners += opened
+        if plain:
+            self._plain_ports.add(opened[0].getsockname()[1])
         return [sock.getsockname()[:2] for sock in opened]
 
     def adopt(self, fileno: int, backlog: int = 2048) -> Address:
@@ -274,12 +289,13 @@ class Front:
             self._changed = trio.Event()
 
     async def _dispatch(self, sock: socket.socket, client: Address) -> None:
-        if self._ssl_context is not None:
+        context = self._ssl_context
+        if context is not None:
             first = await self._first_byte(sock)
             if not first:
                 return
-            if self._tls_only or first == _TLS_HANDSHAKE:
-                await self._serve_tls(sock, client)
+            if first == _TLS_HANDSHAKE or (self._tls_only and not self._takes_plain(sock)):
+                await self._serve_tls(sock, client, context)
                 return
         if self._lane is None:
             await self._hypercorn.serve(_stream_over(sock))
@@ -308,10 +324,17 @@ class Front:
                 self._silent.discard(patience)
         return b""
 
-    async def _serve_tls(self, sock: socket.socket, client: Address) -> None:
-        assert self._ssl_context is not None
+    def _takes_plain(self, sock: socket.socket) -> bool:
+        try:
+            return sock.getsockname()[1] in self._plain_ports
+        except OSError:
+            return False
+
+    async def _serve_tls(
+        self, sock: socket.socket, client: Address, context: ssl.SSLContext
+    ) -> None:
         stream = trio.SSLStream(
-            _stream_over(sock), self._ssl_context, server_side=True, https_compatible=True
+            _stream_over(sock), context, server_side=True, https_compatible=True
         )
         try:
             with trio.fail_after(self._limits.header_timeout):

@@ -714,7 +714,12 @@ class GuardedTCPServer(TCPServer):
                     with trio.CancelScope(shield=True):
                         await self.stream.send_all(event.data)
                     return
-                except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
+                except (
+                    trio.BrokenResourceError,
+                    trio.BusyResourceError,  # just being closed by the reader
+                    trio.ClosedResourceError,
+                    ssl.SSLError,
+                ):
                     self._scope.cancel(reason="client disconnected")
             await self.protocol.handle(Closed())
         elif isinstance(event, Closed):

@@ -7,17 +7,22 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from vllm_router import telemetry
 from vllm_router.asgi import Application
 from vllm_router.config import Config
+from vllm_router.errors import RouterError
 from vllm_router.front import Front
 from vllm_router.http1.server import Limits
+from vllm_router.kinds import split_address
 from vllm_router.log_output import LogOutput
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
+from vllm_router.tls import serving_context
+from vllm_router.web.access import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +46,28 @@ class ServeOptions:
     output: LogOutput | None = None
 
 
+class CannotListen(RouterError):
+    """A port that the configuration names cannot be had."""
+
+
 async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None:
     """Run the router until SIGTERM or SIGINT, then drain. `listening(url)` is called once it is up.
 
     On the first signal `/readyz` answers 503 while requests are still served for `drain_grace`
     seconds; then no connection is accepted any more, and what runs has `drain_timeout` seconds to
     finish before it is ended with an error event. A second signal ends at once.
-    Raises OSError if the port cannot be had.
+    Raises OSError if the port cannot be had, CannotListen for that of administration, and
+    ConfigError if the files for TLS cannot be used any more.
     """
     app = Application()
     settings = options.config.settings
     limits = Limits(
         body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
     )
-    front = Front(app, lane=options.lane, limits=limits)
+    front = Front(app, lane=options.lane, limits=limits, tls_only=True)
+    take_tls(front, options.config)
     addresses = front.open(options.host, options.port)
+    admin = open_admin(front, settings.admin_listen)
     signals = StopSignals()
     with contextlib.ExitStack() as ending:
         spans = telemetry.start(options.config.log)
@@ -68,11 +80,20 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
                 from vllm_router.demo import start_demo  # it costs a start without it nothing
 
                 config = await start_demo(nursery, options.demo, settings)
-            supervisor = Supervisor(config, options.source, output=options.output, telemetry=spans)
+            supervisor = Supervisor(
+                config,
+                options.source,
+                output=options.output,
+                telemetry=spans,
+                admin_port=admin[1] if admin is not None else None,
+            )
+            supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)
             await nursery.start(supervisor.run)
             await nursery.start(front.serve)
-            listening(_url(options.host, addresses[0][1]))
+            if admin is not None:
+                logger.info("administration on %s", _url(*admin))
+            listening(_url(options.host, addresses[0][1], secure=config.tls is not None))
             await signals.first.wait()
             with signals.until_second():
                 await drain(supervisor, front)
@@ -81,8 +102,34 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     logger.info("stopped")
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def take_tls(front: Front, config: Config) -> None:
+    """New connections speak TLS, or no longer. Raises ConfigError if its files cannot be used."""
+    front.use_tls(serving_context(config.tls) if config.tls is not None else None)
+
+
+def follow_tls(front: Front, supervisor: Supervisor, new: Config) -> None:
+    """The same for a reload, if it changes something."""
+    if new.tls != supervisor.config.tls:
+        take_tls(front, new)
+
+
+def open_admin(front: Front, address: str | None) -> tuple[str, int] | None:
+    """The listener for administration, if there is to be one. Raises CannotListen.
+
+    At a loopback address it speaks plain HTTP, too: nobody else can hear it.
+    """
+    if address is None:
+        return None
+    host, port = split_address(address)
+    try:
+        return front.open(host, port, plain=is_loopback(host))[0]
+    except OSError as error:
+        raise CannotListen(f"admin_listen: {address}: {error.strerror or error}") from None
+
+
+def _url(host: str, port: int, *, secure: bool = False) -> str:
+    scheme = "https" if secure else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def drain(supervisor: Supervisor, front: Front) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-import ssl
 from collections.abc import Awaitable, Callable
 from random import Random
 
 import trio
 
-from vllm_router.config import Config, changes
+from vllm_router.config import RESTART, Config, ServerConfig, changes
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.log_output import LogOutput
@@ -24,7 +23,9 @@ from vllm_router.proxy.record import Recorder
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
+from vllm_router.tls import ServerContexts
 from vllm_router.web.feed import Feed
+from vllm_router.web.guard import Guard
 from vllm_router.web.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Supervisor:
     `source` is None when the servers came from the command line: then nothing is reloaded.
     `output` follows `[log]`; without one there is no access log. `telemetry` makes spans. Whoever
     made them closes them.
+    `admin_port` is that of the listener for administration, if there is one. `before_apply` are
+    called with a new configuration before anything changes, and may raise ConfigError.
     """
 
     def __init__(
@@ -57,13 +60,15 @@ class Supervisor:
         rng: Random | None = None,
         output: LogOutput | None = None,
         telemetry: Telemetry | None = None,
+        admin_port: int | None = None,
     ) -> None:
         self.rng = rng or Random()
         self.fleet = Fleet(config)
         self.metrics = Metrics(self.fleet)
         self.feed = Feed(self.fleet, self.metrics)
-        # One for all servers: loading the certificate authorities takes 20 ms and more.
-        self.tls = ssl.create_default_context()
+        self.tls = ServerContexts()
+        self.guard = Guard(config, admin_port)
+        self.before_apply: list[Callable[[Config], None]] = []
         recorders: list[Recorder] = [self.metrics, self.feed]
         self.output = output
         if output is not None:
@@ -158,7 +163,8 @@ class Supervisor:
             scope.cancel(reason="server removed")
 
     async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
-        probe = Probe(server, self.fleet, self.rng, self.tls, self._server_down, self.proxy.tick)
+        tls = self.tls.of(server.config)
+        probe = Probe(server, self.fleet, self.rng, tls, self._server_down, self.proxy.tick)
         with scope:
             await self._keep(f"probe of {server.name}", probe.run)
 
@@ -174,6 +180,14 @@ class Supervisor:
     # -- configuration ------------------------------------------------------------------------
 
     def _apply(self, old: Config, new: Config) -> None:
+        for server_config in new.servers:
+            self.tls.of(server_config)  # raises ConfigError while nothing has changed
+        for prepare in self.before_apply:
+            prepare(new)
+        for setting in RESTART:
+            if getattr(old.settings, setting) != getattr(new.settings, setting):
+                logger.warning("%s changes at the next start only", setting)
+        self.guard = Guard(new, self.guard.admin_port)
         change = self.fleet.apply(new)
         self.config = new
         self.proxy.apply(new)
@@ -205,8 +219,13 @@ class Supervisor:
 
     @staticmethod
     def _credentials_changed(server: Server, old: Config) -> bool:
+        def credentials(config: ServerConfig) -> tuple[object, ...]:
+            tls = config.ca, config.client_certificate, config.client_key, config.verify
+            return config.api_key, *tls
+
         return any(
-            was.url == server.url and was.api_key != server.config.api_key for was in old.servers
+            was.url == server.url and credentials(was) != credentials(server.config)
+            for was in old.servers
         )
 
     def reload(self) -> Reload:

@@ -29,6 +29,19 @@ class NoRouterThere(click.ClickException):
 
 @click.command()
 @click.argument("url", default="http://127.0.0.1:8888")
+@click.option(
+    "--key",
+    envvar="VLLM_ROUTER_KEY",
+    show_envvar=True,
+    help="Its admin or status key. Other users of this machine can see the option.",
+)
+@click.option(
+    "--ca",
+    envvar="VLLM_ROUTER_CA",
+    show_envvar=True,
+    metavar="FILE",
+    help="PEM file of the authorities that may have signed its certificate.",
+)
 @click.option("--models", is_flag=True, help="Show the models of each server; key m.")
 @click.option(
     "--interval",
@@ -38,13 +51,21 @@ class NoRouterThere(click.ClickException):
     help="Seconds between two lines, if the output is no terminal.",
 )
 @click.option("--of-router", "log", metavar="LOG", hidden=True, type=click.Path(path_type=Path))
-def monitor(*, url: str, models: bool, interval: float, log: Path | None) -> None:
+def monitor(
+    *,
+    url: str,
+    key: str | None,
+    ca: str | None,
+    models: bool,
+    interval: float,
+    log: Path | None,
+) -> None:
     """Watch a running router: servers, load, events; drain and undrain.
 
     URL is the router's, http://127.0.0.1:8888 if not given. Full screen on a terminal (? shows
     the keys), else a line every few seconds.
     """
-    feed = Feed(url)
+    feed = Feed(url, key, ca)
     try:
         if on_terminal():
             end = trio.run(Screen(feed, View(feed.url, log is not None, models)).run)

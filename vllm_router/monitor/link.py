@@ -11,6 +11,7 @@ import msgspec
 import trio
 import trio_websocket
 
+from vllm_router.control import NoRouter, client_context
 from vllm_router.errors import RouterError
 from vllm_router.web.schema import Event, Hello, Snapshot
 
@@ -39,7 +40,10 @@ class GoingAway(NoFeed):
 class Feed:
     """The messages of the router at `url` (http or https, perhaps without scheme)."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
+        """`key` and `ca` as in `control.Router`."""
+        self.key, self.ca = key, ca
+        self._headers = [(b"authorization", b"Bearer " + key.encode())] if key else None
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         scheme, _, rest = self.url.partition("://")
         self._address = f"{'wss' if scheme in ('https', 'wss') else 'ws'}://{rest}/ws/load"
@@ -47,10 +51,18 @@ class Feed:
 
     async def once(self, take: Callable[[Message], None]) -> None:
         """One connection to its end, which is always an error: NoFeed."""
+        context = None
+        if self._address.startswith("wss:"):
+            try:
+                context = client_context(self._address, self.ca)
+            except NoRouter as error:
+                raise NoFeed(str(error)) from None
         try:
             with trio.fail_after(CONNECT_TIMEOUT) as patience:
                 async with trio_websocket.open_websocket_url(
                     self._address,
+                    ssl_context=context,
+                    extra_headers=self._headers,
                     max_message_size=MAX_MESSAGE,
                     connect_timeout=CONNECT_TIMEOUT,
                     disconnect_timeout=1.0,
@@ -112,6 +124,8 @@ def _words(error: BaseException) -> str:
     if isinstance(error, trio.TooSlowError | trio_websocket.ConnectionTimeout):
         return "no answer in time"
     if isinstance(error, trio_websocket.ConnectionRejected):
+        if error.status_code == 401:
+            return "it wants its status or admin key (--key or VLLM_ROUTER_KEY)"
         return f"it answers {error.status_code}: no vLLM Router, or not for us"
     cause: BaseException | None = error
     while cause is not None:

@@ -170,7 +170,7 @@ class Screen:
         from vllm_router.control import Router
 
         try:
-            async with Router(self._feed.url) as router:
+            async with Router(self._feed.url, self._feed.key, self._feed.ca) as router:
                 await router.drain(action.server, on=action.on)
             done = "is draining" if action.on else "takes requests again"
             self._view.message = f"{action.server} {done}."

@@ -255,7 +255,7 @@ class Attempt:
         record.phase = Phase.STREAM
         record.status = answer.status
         self.committed = True
-        exchange.request.body = b""  # up to max_body_mb, and never sent again
+        exchange.let_body_go()
         # No event can be added to a stream whose length has been told.
         self._is_sse = is_stream and answer.content_length is None
         if lease.trial and outcome is Outcome.ANSWERED:

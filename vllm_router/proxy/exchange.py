@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from vllm_router.auth import Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.attempt import LAST, Attempt
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.refusal import refusal_messages
-from vllm_router.proxy.request import Request, read_request
-from vllm_router.proxy.types import CANCEL_ON_DISCONNECT
+from vllm_router.proxy.request import BodyShare, Request, read_request
+from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY
 from vllm_router.routing.retry import BREAKS_SERVERS, RULES, Again, Outcome, Standing, decide
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ class Exchange:
     """
 
     __slots__ = (
+        "_bodies",
         "_broken",
         "_complete",
         "_fields",
+        "_key",
         "_receive",
         "_scope",
         "_server_cancels",
@@ -74,6 +77,9 @@ class Exchange:
         self._tried: list[Server] = []
         self._broken = 0
         self._complete = False
+        self._bodies = BodyShare(proxy.bodies)
+        identity: Identity | None = scope.get(IDENTITY)
+        self._key = identity.key if identity is not None else None
         self.attempt: Attempt | None = None
         self.deadline = _INFINITY
 
@@ -88,10 +94,15 @@ class Exchange:
 
         None means that the answer was broken off: the connection is to be cut as it is.
         """
-        record, proxy = self.record, self.proxy
+        record, proxy, key = self.record, self.proxy, self._key
+        entered = False
         proxy.exchanges.add(self)
         try:
             try:
+                if key is not None:
+                    record.key_name = key.name
+                    proxy.usage.enter(key, record.started_at)
+                    entered = True
                 await self._read()
                 if self._server_cancels:
                     await self._serve()
@@ -111,6 +122,9 @@ class Exchange:
             return None
         finally:
             proxy.exchanges.discard(self)
+            self._bodies.give_back()
+            if entered and key is not None:
+                proxy.usage.leave(key)
             if record.phase is not Phase.DONE and record.outcome is None:
                 record.outcome = Outcome.STOPPED if proxy.stopping else Outcome.CLIENT_GONE
             record.ended_at = trio.current_time()
@@ -128,11 +142,19 @@ class Exchange:
             self._receive,
             self._fields,
             record,
+            self._bodies,
             bound=not self._server_cancels,
         )
         total = proxy.settings.total_timeout
         if total is not None:
             self.deadline = record.body_read_at + total
+        if self._key is not None and not self._key.allows(record.model):
+            raise _not_allowed(self._key, record.model)
+
+    def let_body_go(self) -> None:
+        """The body is never sent again: there may be many, of up to `max_body_mb` each."""
+        self.request.body = b""
+        self._bodies.give_back()
 
     async def _serve_watched(self) -> None:
         """`_serve`, ended when the client leaves, for a server that does not see to that itself.
@@ -271,10 +293,12 @@ class Exchange:
                     retry_after=fleet.retry_after(model, trio.current_time()),
                 )
             if known:
+                key = self._key
+                told = [name for name in known if key is None or key.allows(name)]
                 raise Refused(
                     404,
                     "model_not_found",
-                    f"The model {shown} does not exist. Available models: {', '.join(known)}.",
+                    f"The model {shown} does not exist. Available models: {', '.join(told)}.",
                     param="model",
                 )
         what = f"for the model {shown} " if model is not None else ""
@@ -284,6 +308,17 @@ class Exchange:
             f"No server {what}is available at the moment.",
             retry_after=fleet.retry_after(model, trio.current_time()),
         )
+
+
+def _not_allowed(key: KeyConfig, model: str | None) -> Refused:
+    shown = repr(model[:SHOWN_MODEL]) if model is not None else "a request that names no model"
+    models = ", ".join(key.models or ())
+    return Refused(
+        403,
+        "model_not_allowed",
+        f"This key does not allow {shown}. Allowed models: {models}.",
+        param="model",
+    )
 
 
 def _stopping() -> Refused:

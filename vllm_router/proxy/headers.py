@@ -42,7 +42,17 @@ _NOT_FORWARDED = _HOP_BY_HOP | _OURS
 # `Connection: authorization` must not strip what end-to-end semantics need (RFC 9110 7.6.1).
 _NEVER_NOMINATED = frozenset({b"authorization", b"content-type", b"content-encoding"})
 
-_ANSWER_DROPPED = _HOP_BY_HOP | {b"x-vllm-router-server", b"x-vllm-router-attempts"}
+_ANSWER_DROPPED = _HOP_BY_HOP | {
+    b"x-vllm-router-server",
+    b"x-vllm-router-attempts",
+    # Which pages may use this address is for the router to say; vLLM allows all of them.
+    b"access-control-allow-credentials",
+    b"access-control-allow-headers",
+    b"access-control-allow-methods",
+    b"access-control-allow-origin",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+}
 
 # Ids are unique, not secret: asking the kernel for each costs more than routing the request.
 _IDS = Random()

@@ -15,12 +15,15 @@ from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
+from vllm_router.limits import Usage
 from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
+from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.routing.policies import POLICIES, Knobs, Policy
 from vllm_router.routing.retry import Outcome, RetryBudget
+from vllm_router.tls import ServerContexts
 
 
 @dataclass(slots=True)
@@ -30,6 +33,7 @@ class Link:
     pool: Pool
     heads: RequestHeads
     name: bytes
+    tls: ssl.SSLContext | None
 
 
 class Proxy:
@@ -45,7 +49,7 @@ class Proxy:
         config: Config,
         recorders: Sequence[Recorder],
         rng: Random,
-        tls: ssl.SSLContext | None = None,
+        tls: ServerContexts | None = None,
     ) -> None:
         self.fleet = fleet
         self.budget = RetryBudget()
@@ -54,6 +58,8 @@ class Proxy:
         self.stopping = False
         self.wants_usage = self.wants_prompt = False
         self.tracer: Tracer | None = None
+        self.bodies = Bodies()
+        self.usage = Usage()
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
         self._rng = rng
@@ -65,6 +71,7 @@ class Proxy:
         """Follow the fleet and the settings; exchanges under way keep their connections."""
         self.settings = settings = config.settings
         self.max_body = int(settings.max_body_mb * 1_000_000)
+        self.bodies.limit = int(settings.max_bodies_mb * 1_000_000)
         self.trusted = tuple(ip_network(net, strict=False) for net in settings.trusted_proxies)
         knobs = Knobs.of(settings)
         if self.policy.name != settings.policy or self.policy.knobs != knobs:
@@ -72,10 +79,21 @@ class Proxy:
         servers = self.fleet.all_servers()
         for server in servers:
             link = self.links.get(server)
-            pool = link.pool if link is not None else Pool(server.url, self._tls)
-            self.links[server] = _link(server, pool)
+            tls = self._context(server)
+            if link is not None and link.tls is tls:
+                pool = link.pool
+            else:
+                pool = Pool(server.url, tls)
+                if link is not None:
+                    link.pool.close()  # other certificates are another server to talk to
+            self.links[server] = _link(server, pool, tls)
         for server in self.links.keys() - set(servers):
             self.links.pop(server).pool.close()
+
+    def _context(self, server: Server) -> ssl.SSLContext | None:
+        if self._tls is None or not server.url.startswith("https:"):
+            return None
+        return self._tls.of(server.config)
 
     def tick(self, server: Server, now: float) -> None:
         """What must happen now and then on a server; called by its probe on every scrape.
@@ -151,9 +169,9 @@ class Proxy:
         return len(self.exchanges)
 
 
-def _link(server: Server, pool: Pool) -> Link:
+def _link(server: Server, pool: Pool, tls: ssl.SSLContext | None) -> Link:
     parts = urlsplit(server.url)
     authority = parts.netloc
     heads = RequestHeads(authority, parts.path, server.config.api_key)
     name = server.name.encode("latin-1", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
-    return Link(pool, heads, name)
+    return Link(pool, heads, name, tls)

@@ -35,6 +35,7 @@ class Record:
     path: bytes
     client: str
     request_id: bytes
+    key_name: str = ""
     model: str | None = None
     stream: bool = False
     phase: Phase = Phase.BODY

@@ -18,6 +18,7 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    421: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable",
     504: "timeout_error",
@@ -48,6 +49,8 @@ def refusal_messages(
     ]
     if attempts:
         headers.append((b"x-vllm-router-attempts", b"%d" % attempts))
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if refused.retry_after is not None:
         headers.append((b"retry-after", b"%d" % math.ceil(refused.retry_after)))
     return (

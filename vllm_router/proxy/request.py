@@ -53,6 +53,7 @@ async def read_request(
     receive: Receive,
     fields: dict[bytes, bytes],
     record: Record,
+    bodies: BodyShare,
     *,
     bound: bool,
 ) -> Request:
@@ -60,7 +61,7 @@ async def read_request(
 
     `bound`: the time must be bounded here; a server that cancels us does it itself.
     Raises Refused for what is too large, too slow or goes round in circles, ClientGone if there
-    is nobody left to answer.
+    is nobody left to answer. What is read counts in `bodies` from its arrival on.
     """
     if b"via" in fields and loops(scope["headers"]):
         raise Refused(508, "loop_detected", "The request has passed this router too often.")
@@ -68,7 +69,8 @@ async def read_request(
     length = fields.get(b"content-length")
     if length and int(length) > limit:
         raise _too_large(limit)
-    body = await _read_body(receive, limit, proxy.settings.body_timeout if bound else None)
+    bodies.check(int(length or 0))
+    body = await _read_body(receive, limit, bodies, proxy.settings.body_timeout if bound else None)
     record.bytes_in = len(body)
     record.body_read_at = trio.current_time()
     record.phase = Phase.QUEUE
@@ -89,11 +91,14 @@ async def read_request(
     return request
 
 
-async def _read_body(receive: Receive, limit: int, timeout: float | None) -> bytes:
+async def _read_body(
+    receive: Receive, limit: int, bodies: BodyShare, timeout: float | None
+) -> bytes:
     """The whole body. Under the lane the first message has all of a small one."""
     began = trio.current_time() if timeout is not None else 0.0
     message = await _receive_message(receive, timeout, began)
     body: bytes = message.get("body", b"")
+    bodies.take(len(body))
     if not message.get("more_body", False):
         if len(body) > limit:
             raise _too_large(limit)
@@ -103,6 +108,7 @@ async def _read_body(receive: Receive, limit: int, timeout: float | None) -> byt
         message = await _receive_message(receive, timeout, began + total / MIN_BODY_RATE)
         parts.append(message.get("body", b""))
         total += len(parts[-1])
+        bodies.take(len(parts[-1]))
         if total > limit:
             raise _too_large(limit)
     return b"".join(parts)
@@ -121,6 +127,50 @@ async def _receive_message(receive: Receive, timeout: float | None, due: float) 
             raise ClientGone
         return message
     raise Refused(408, "body_timeout", "The request body did not arrive in time.")
+
+
+class Bodies:
+    """The bytes of all request bodies that are held at the moment, and how many may be."""
+
+    __slots__ = ("held", "limit")
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.limit = 0
+
+
+class BodyShare:
+    """What one exchange holds of that. Bytes count when they have come: a client that only
+    announces many keeps nobody else out.
+    """
+
+    __slots__ = ("_bodies", "_mine")
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._mine = 0
+
+    def check(self, announced: int) -> None:
+        """Raises Refused if so many bytes would be too many now."""
+        bodies = self._bodies
+        if bodies.held + announced > bodies.limit:
+            raise Refused(
+                503,
+                "bodies_full",
+                "The router holds as many bytes of requests as it may.",
+                retry_after=1.0,
+            )
+
+    def take(self, size: int) -> None:
+        """So many bytes have come. Raises Refused if they are too many."""
+        self._mine += size
+        self._bodies.held += size
+        self.check(0)
+
+    def give_back(self) -> None:
+        """The bytes are let go. May be called more than once."""
+        self._bodies.held -= self._mine
+        self._mine = 0
 
 
 def _too_large(limit: int) -> Refused:

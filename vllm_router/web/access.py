@@ -1,6 +1,6 @@
 """Who may change something. Pure.
 
-There are no users yet: the administrator is whoever sits on the router's own machine. A request
+With an admin key, whoever has it. Without one, whoever sits on the router's own machine: a request
 counts as such if it comes from a loopback address, no proxy has forwarded it, and no page of
 another site is behind it (a browser names the site in `Origin`; a name that an attacker's DNS
 points at 127.0.0.1 is no name of this machine).
@@ -47,13 +47,14 @@ def is_local_name(host: str | None, machine: str) -> bool:
     return True
 
 
-def check_admin(client: str | None, headers: Mapping[str, str], machine: str) -> None:
-    """Raises Refused unless the request may administrate. `headers` is case-insensitive."""
+def check_local(client: str | None, headers: Mapping[str, str], machine: str) -> None:
+    """Raises Refused unless the request comes from here. `headers` is case-insensitive."""
     if not is_loopback(client) or any(name in headers for name in FORWARDED):
         raise Refused(
             403,
             "admin_local_only",
-            "Administration is allowed only from the router's own machine (loopback).",
+            "Administration is allowed only from the router's own machine (loopback), or by "
+            "anybody with the admin key if there is one.",
         )
     origin, host = headers.get("origin"), headers.get("host")
     if origin is not None and not (same_origin(origin, host) and is_local_name(host, machine)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import trio
 from quart import Response, request, websocket
@@ -11,15 +11,17 @@ from quart_trio import QuartTrio
 from werkzeug.routing import BaseConverter
 
 from vllm_router import __version__
+from vllm_router.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.types import App
 from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
-from vllm_router.web.access import check_admin, check_origin
+from vllm_router.web.access import check_local, check_origin
 from vllm_router.web.engine_control import control
 from vllm_router.web.explain import explain, facts_of
 from vllm_router.web.feed import Feed
+from vllm_router.web.guard import MAY_READ, identity_of, unauthorized, visible
 from vllm_router.web.metrics import Metrics
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
 from vllm_router.web.router import Router, wall_offset
@@ -75,14 +77,14 @@ def make_app(router: Wired) -> App:
 def _openai(app: QuartTrio, router: Wired) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        cards = router.fleet.model_cards()
+        cards = _cards(router)
         if not cards and not router.fleet.probed:
             raise Refused(503, "starting", "No server has told its models yet.", retry_after=1.0)
         return answers.json({"object": "list", "data": cards})
 
     @app.get("/v1/models/<name:model>")
     async def model(model: str) -> Response:
-        cards = router.fleet.model_cards()
+        cards = _cards(router)
         for card in cards:
             if card["id"] == model:
                 return answers.json(card)
@@ -95,12 +97,24 @@ def _openai(app: QuartTrio, router: Wired) -> None:
         )
 
 
+def _cards(router: Wired) -> list[dict[str, Any]]:
+    """The models that the client may know of."""
+    return visible(router.fleet.model_cards(), identity_of(answers.scope()).key)
+
+
 # -- observation ------------------------------------------------------------------------------
+
+
+def _may_read() -> bool:
+    """Whether a path that everybody may ask may tell all it knows."""
+    return bool(answers.scope().get(MAY_READ, True))
 
 
 def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/health")
     async def health() -> Response:
+        if not _may_read():
+            return answers.json(status.health_in_short(router))
         return answers.json(status.health(router))
 
     @app.get("/load-stats")
@@ -118,6 +132,8 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/readyz")
     async def readyz() -> Response:
         ready, body = status.readiness(router)
+        if not _may_read():
+            body.pop("servers", None)
         return answers.json(body, 200 if ready else 503)
 
     @app.get("/version")
@@ -165,9 +181,8 @@ def _dashboard(app: QuartTrio, router: Wired) -> None:
             response = _page(page)
         else:
             running = "draining" if router.draining else "running"
-            response = answers.json(
-                {"service": "vLLM Router", "version": __version__, "status": running}
-            )
+            named = {"version": __version__} if _may_read() else {}
+            response = answers.json({"service": "vLLM Router", **named, "status": running})
         response.headers["vary"] = "accept"
         return response
 
@@ -197,6 +212,8 @@ def _feed(app: QuartTrio, router: Wired) -> None:
     @app.websocket("/ws/load")
     async def load() -> None:
         check_origin(answers.fields(), router.config.settings.cors_origins)
+        if FEED_PROTOCOL in websocket.requested_subprotocols:
+            await websocket.accept(subprotocol=FEED_PROTOCOL)
         mailbox = router.feed.subscribe(admin=_may_admin())
         try:
             async with trio.open_nursery() as nursery:
@@ -213,7 +230,7 @@ def _feed(app: QuartTrio, router: Wired) -> None:
 
     def _may_admin() -> bool:
         try:
-            _check_admin()
+            _check_admin(router)
         except Refused:
             return False
         return True
@@ -228,34 +245,38 @@ async def _ignore_input() -> None:
 # -- administration ---------------------------------------------------------------------------
 
 
-def _check_admin() -> None:
-    check_admin(answers.client(), answers.fields(), _MACHINE)
+def _check_admin(router: Router) -> None:
+    """By key if there is one for it, else by place. Raises Refused."""
+    if not router.guard.keyring.has_admin:
+        check_local(answers.client(), answers.fields(), _MACHINE)
+    elif not identity_of(answers.scope()).admin:
+        raise unauthorized(identity_of(answers.scope()))
 
 
 def _administration(app: QuartTrio, router: Wired) -> None:
     @app.get("/admin/servers")
     async def servers() -> Response:
-        _check_admin()
+        _check_admin(router)
         return answers.json(admin.servers_view(router))
 
     @app.post("/admin/servers/<name:server>/drain")
     async def drain(server: str) -> Response:
-        _check_admin()
+        _check_admin(router)
         return answers.json(admin.drain(router, server, on=True))
 
     @app.post("/admin/servers/<name:server>/undrain")
     async def undrain(server: str) -> Response:
-        _check_admin()
+        _check_admin(router)
         return answers.json(admin.drain(router, server, on=False))
 
     @app.get("/admin/servers/<name:server>")
     async def one(server: str) -> Response:
-        _check_admin()
+        _check_admin(router)
         return answers.json(admin.server_view(admin.find(router, server), router))
 
     @app.post("/admin/reload")
     async def reload() -> Response:
-        _check_admin()
+        _check_admin(router)
         return answers.json(admin.reload(router))
 
 
@@ -268,7 +289,7 @@ def _engine_control(app: QuartTrio, router: Wired) -> None:
             return None
         if not router.config.settings.allow_engine_control:
             raise Refused(403, "engine_control_closed", "allow_engine_control is off.")
-        _check_admin()
+        _check_admin(router)
         code, results = await control(
             router, method, path, scope["query_string"], answers.fields(), await answers.body()
         )

@@ -7,7 +7,6 @@ otherwise.
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -17,6 +16,7 @@ import trio
 
 from vllm_router.fleet.server import Server
 from vllm_router.tasks.probe import control_client
+from vllm_router.tls import ServerContexts
 from vllm_router.web.admin import find
 from vllm_router.web.router import Router
 
@@ -62,7 +62,7 @@ class _Request:
         headers: dict[str, str],
         body: bytes,
         timeout: float,
-        tls: ssl.SSLContext,
+        tls: ServerContexts,
     ) -> None:
         self._method, self._target, self._headers = method, target, headers
         self._body, self._timeout, self._tls = body, timeout, tls
@@ -73,7 +73,8 @@ class _Request:
         if server.config.api_key:
             headers.pop("authorization", None)  # the client's own key is of no use there
         try:
-            async with control_client(server, self._timeout, self._tls) as client:
+            tls = self._tls.of(server.config)
+            async with control_client(server, self._timeout, tls) as client:
                 answer = await client.request(
                     self._method, self._target, headers=headers, content=self._body
                 )

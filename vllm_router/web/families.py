@@ -41,6 +41,12 @@ DISCONNECTS = _counter(
     "client_disconnects", "Clients that left before the end, by how far it had come.", "phase"
 )
 REFUSALS = _counter("refusals", "Answers with an error of the router's own, by code.", "code")
+KEY_REQUESTS = _counter(
+    "key_requests",
+    "Finished requests by the name of the client's key; status: the first digit of what it got.",
+    "key",
+    "status",
+)
 RECEIVED = _counter("request_bytes", "Bytes of request bodies.", "server")
 SENT = _counter("response_bytes", "Bytes of answers' bodies passed on.", "server")
 CHUNKS = _counter(
@@ -138,6 +144,10 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         lambda router: len(router.proxy.exchanges),
     ),
     (
+        _gauge("request_body_bytes_held", "Bytes of request bodies that wait to be sent."),
+        lambda router: router.proxy.bodies.held,
+    ),
+    (
         _gauge("servers", "Servers of the configuration in force."),
         lambda router: len(router.fleet.servers),
     ),
@@ -194,6 +204,7 @@ FAMILIES: tuple[Family, ...] = (
     RETRIES,
     DISCONNECTS,
     REFUSALS,
+    KEY_REQUESTS,
     RECEIVED,
     SENT,
     CHUNKS,

@@ -34,6 +34,7 @@ from vllm_router.web.families import (
     FEED_CLIENTS,
     FEED_DROPPED,
     FIRST_TOKEN,
+    KEY_REQUESTS,
     LOOP_LAG,
     OVERHEAD,
     RECEIVED,
@@ -113,6 +114,7 @@ class Metrics:
         self._retries = Counters(RETRIES)
         self._disconnects = Counters(DISCONNECTS)
         self._refusals = Counters(REFUSALS)
+        self._keys: dict[str, Counters] = {}
         # A counter that exists from the start shows its first event as a rise.
         for outcome, rule in RULES.items():
             if rule.again is not Again.NO:
@@ -146,10 +148,19 @@ class Metrics:
             self._overhead.observe(record.sent_at - record.body_read_at)
         for reason in record.retries:
             self._retries[reason.value].value += 1
+        if record.key_name:
+            by_status = self._keys.get(record.key_name)
+            if by_status is None:
+                by_status = self._keys[record.key_name] = Counters(KEY_REQUESTS, record.key_name)
+            by_status[f"{record.status // 100}xx" if record.status else "0"].value += 1
         if record.code:
             self._refusals[record.code].value += 1
         if outcome is Outcome.CLIENT_GONE:
             self._disconnects[record.phase.value].value += 1
+
+    def refused(self, code: str) -> None:
+        """A request was refused by its head alone, with one of the router's own codes."""
+        self._refusals[code].value += 1
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         self._series(server.name).attempts[outcome.value].value += 1
@@ -246,6 +257,7 @@ class Metrics:
         yield RETRIES.header + self._retries.lines()
         yield DISCONNECTS.header + self._disconnects.lines()
         yield REFUSALS.header + self._refusals.lines()
+        yield KEY_REQUESTS.header + "".join([key.lines() for key in self._keys.values()])
         yield from family(RECEIVED, lambda one: [one.received.line()])
         yield from family(SENT, lambda one: [one.sent.line()])
         yield from family(CHUNKS, lambda one: [one.chunks.line()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import time
 from typing import Protocol
 
@@ -13,6 +12,8 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.tasks.watch import Reload, Reloader
+from vllm_router.tls import ServerContexts
+from vllm_router.web.guard import Guard
 
 
 class Router(Protocol):
@@ -25,7 +26,8 @@ class Router(Protocol):
     draining: bool
     started_at: float
     task_restarts: int
-    tls: ssl.SSLContext
+    tls: ServerContexts
+    guard: Guard
 
     @property
     def log_lines_dropped(self) -> int: ...

@@ -77,6 +77,13 @@ def health(router: Router) -> dict[str, Any]:
     }
 
 
+def health_in_short(router: Router) -> dict[str, Any]:
+    """`/health` for those who may not know more: the verdict."""
+    servers = list(router.fleet.servers.values())
+    ratio = sum(map(is_healthy, servers)) / len(servers) if servers else 0.0
+    return {"status": _overall(ratio, bool(servers)), "ready": router.ready}
+
+
 def _overall(ratio: float, any_server: bool) -> str:
     """The ancestor's words and thresholds."""
     if not any_server:

@@ -1,0 +1,63 @@
+"""How much each client may ask for: requests per minute and at the same time. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_router.auth import KeyConfig
+from vllm_router.errors import Refused
+
+
+@dataclass(slots=True)
+class _Use:
+    """Of one key. `tokens` is what was left of its minute's worth at `at`."""
+
+    tokens: float
+    at: float
+    running: int = 0
+
+
+class Usage:
+    """What every key is using, by its name; kept across reloads."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, _Use] = {}
+
+    def enter(self, key: KeyConfig, now: float) -> None:
+        """Count a request, which `leave` must end. Raises Refused, and counts nothing, if it is
+        one too many.
+        """
+        rate, most = key.requests_per_minute, key.max_concurrent_requests
+        use = self._uses.get(key.name)
+        if use is None:
+            use = self._uses[key.name] = _Use(max(rate or 0.0, 1.0), now)
+        if most is not None and use.running >= most:
+            raise Refused(
+                429,
+                "key_concurrency_exceeded",
+                f"This key has {use.running} requests running already, its limit.",
+                retry_after=1.0,
+            )
+        if rate is not None:
+            # A bucket that holds a minute's worth, though never less than one request.
+            depth = max(rate, 1.0)
+            use.tokens = min(depth, use.tokens + (now - use.at) * rate / 60)
+            use.at = now
+            if use.tokens < 1:
+                raise Refused(
+                    429,
+                    "key_rate_exceeded",
+                    f"This key may send {rate:g} requests a minute.",
+                    retry_after=(1 - use.tokens) * 60 / rate,
+                )
+            use.tokens -= 1
+        use.running += 1
+
+    def leave(self, key: KeyConfig) -> None:
+        """A counted request has ended."""
+        self._uses[key.name].running -= 1
+
+    def running(self, name: str) -> int:
+        """How many requests of a key are running."""
+        use = self._uses.get(name)
+        return use.running if use is not None else 0

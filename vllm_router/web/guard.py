@@ -1,0 +1,228 @@
+"""The door: what a request may do, judged by its head alone, before anything of its body is read.
+
+Pure. Made anew by every reload. Whatever path is not known to be harmless counts as one that
+reads the router's state, so that a path nobody has thought of is closed rather than open.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_router.auth import ANONYMOUS, CREDENTIALS, AuthConfig, Identity, KeyConfig, Keyring
+from vllm_router.config import Config
+from vllm_router.errors import Refused
+from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.types import IDENTITY, Message, Scope, Send
+from vllm_router.web.access import is_local_name, same_origin
+
+MAY_READ = "vllm_router.may_read"
+"""In the scope: whether answers that everybody gets may have what only some may know."""
+
+
+class Area(enum.Enum):
+    """What a path is about."""
+
+    INFERENCE = "inference"
+    MODELS = "models"
+    ENGINE_CONTROL = "engine control"
+    ADMIN = "admin"
+    ALIVE = "alive"  # says nothing but that we are there
+    HEALTH = "health"  # says more to those who may know it
+    PAGE = "page"  # the page's files, the same everywhere
+    STATUS = "status"  # all that tells of the fleet, and every other path
+
+
+_ALIVE = frozenset({"/livez", "/ping"})
+_HEALTH = frozenset({"/health", "/readyz"})
+_ONLY_AT_ADMIN = frozenset({Area.ENGINE_CONTROL, Area.ADMIN, Area.PAGE, Area.STATUS})
+
+
+def area_of(path_class: PathClass, path: str) -> Area:
+    """`path` is the decoded one, by which the control plane finds its handler."""
+    if path_class is PathClass.INFERENCE:
+        return Area.INFERENCE
+    if path_class is PathClass.ENGINE_CONTROL:
+        return Area.ENGINE_CONTROL
+    if path == "/v1/models" or path.startswith("/v1/models/"):
+        return Area.MODELS
+    if path in _ALIVE:
+        return Area.ALIVE
+    if path in _HEALTH:
+        return Area.HEALTH
+    if path == "/" or path.startswith("/static/"):
+        return Area.PAGE
+    if path.startswith("/admin/"):
+        return Area.ADMIN
+    return Area.STATUS
+
+
+class Guard:
+    """The rules of one configuration.
+
+    `admin_port` is the local port that alone serves administration and status; None for all.
+    """
+
+    def __init__(self, config: Config, admin_port: int | None = None) -> None:
+        self.admin_port = admin_port
+        self.keyring = Keyring(config.auth or AuthConfig())
+        self._has_keys = config.auth is not None
+        self._origins = frozenset(config.settings.cors_origins)
+        self._hosts = frozenset(config.settings.allowed_hosts)
+
+    def admit(self, scope: Scope, path_class: PathClass) -> None:
+        """Judge a request or websocket by its head; raises Refused.
+
+        Whose it is goes into the scope, and its key out of it: no key for this router may reach
+        a server.
+        """
+        fields: dict[bytes, bytes] = dict(scope["headers"])
+        path: str = scope["path"]
+        if path[:1] != "/":
+            raise Refused(400, "bad_request", "The request target is malformed.")
+        if self._hosts:
+            self._check_host(fields)
+        area = area_of(path_class, path)
+        if self.admin_port is not None:
+            self._check_listener(scope, area)
+        if area is Area.INFERENCE and b"origin" in fields:
+            self._check_origin(fields)
+        identity = self._identify(scope, fields) if self._has_keys else ANONYMOUS
+        scope[IDENTITY] = identity
+        self._check_key(scope, area, identity)
+
+    # -- where it comes from ------------------------------------------------------------------
+
+    def _check_host(self, fields: Mapping[bytes, bytes]) -> None:
+        """Names that an attacker's DNS may point at us are refused (DNS rebinding)."""
+        host = fields.get(b"host", b"localhost").decode("latin-1")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if name.lower().rstrip(".") not in self._hosts and not is_local_name(host, "localhost"):
+            raise Refused(421, "misdirected_request", "This router does not answer to that name.")
+
+    def _check_origin(self, fields: Mapping[bytes, bytes]) -> None:
+        origin = fields[b"origin"].decode("latin-1")
+        host = fields.get(b"host", b"").decode("latin-1")
+        if not (self._allows(origin) or same_origin(origin, host)):
+            raise Refused(
+                403, "cross_origin", "Pages of that origin may not use this router: cors_origins."
+            )
+
+    def _allows(self, origin: str) -> bool:
+        return "*" in self._origins or origin.lower() in self._origins
+
+    def _check_listener(self, scope: Scope, area: Area) -> None:
+        at_admin = self._at_admin(scope)
+        if (area is Area.INFERENCE) if at_admin else (area in _ONLY_AT_ADMIN):
+            raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
+
+    def _at_admin(self, scope: Scope) -> bool:
+        local: tuple[str, int] | None = scope.get("server")
+        return local is not None and local[1] == self.admin_port
+
+    # -- who it is ----------------------------------------------------------------------------
+
+    def _identify(self, scope: Scope, fields: Mapping[bytes, bytes]) -> Identity:
+        identity = self.keyring.identify(fields)
+        if identity.known or self.keyring.has_clients:
+            scope["headers"] = [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+        return identity
+
+    def _check_key(self, scope: Scope, area: Area, identity: Identity) -> None:
+        ring = self.keyring
+        reads = identity.status or not ring.protects_status
+        if area in (Area.HEALTH, Area.PAGE):
+            scope[MAY_READ] = reads and (self.admin_port is None or self._at_admin(scope))
+            return
+        allowed = True
+        if ring.has_clients and area is Area.INFERENCE:
+            allowed = identity.key is not None
+        elif ring.has_clients and area is Area.MODELS:
+            allowed = identity.known
+        elif area is Area.STATUS:
+            allowed = reads
+        if not allowed:
+            raise unauthorized(identity)
+
+    # -- pages of other origins ---------------------------------------------------------------
+
+    def preflight(self, scope: Scope) -> list[tuple[bytes, bytes]] | None:
+        """The fields that answer a browser's question whether a page may send a request.
+
+        None if it is no such question, or the answer is no: then it is like any other request.
+        """
+        if scope["type"] != "http" or scope["method"] != "OPTIONS" or not self._origins:
+            return None
+        fields: dict[bytes, bytes] = dict(scope["headers"])
+        method = fields.get(b"access-control-request-method", b"").decode("latin-1")
+        allow = self._allow_origin(fields)
+        area = area_of(classify(method, scope["raw_path"]), scope["path"])
+        if not method or allow is None or area not in (Area.INFERENCE, Area.MODELS):
+            return None
+        wanted = fields.get(b"access-control-request-headers", b"")
+        return [
+            *allow,
+            (b"access-control-allow-methods", b"GET, HEAD, POST"),
+            (b"access-control-allow-headers", wanted if _is_list(wanted) else b"authorization"),
+            (b"access-control-max-age", b"600"),
+        ]
+
+    def _allow_origin(self, fields: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]] | None:
+        """The fields by which a browser shows an answer to a page; None if it may not."""
+        origin = fields.get(b"origin")
+        if origin is None or not self._allows(origin.decode("latin-1")):
+            return None
+        if "*" in self._origins:
+            return [(b"access-control-allow-origin", b"*")]
+        return [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
+
+    def for_pages(self, scope: Scope, path_class: PathClass, send: Send) -> Send:
+        """`send` with the fields that let a page of an allowed origin read the answer."""
+        if not self._origins or scope["type"] != "http":
+            return send
+        allow = self._allow_origin(dict(scope["headers"]))
+        if allow is None or area_of(path_class, scope["path"]) not in (
+            Area.INFERENCE,
+            Area.MODELS,
+        ):
+            return send
+        added = [*allow, (b"access-control-expose-headers", _EXPOSED)]
+
+        async def send_allowed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        return send_allowed
+
+
+_EXPOSED = (
+    b"retry-after, x-request-id, x-vllm-router-attempts, x-vllm-router-error, x-vllm-router-server"
+)
+
+
+def _is_list(value: bytes) -> bool:
+    """Whether it is a list of field names, to be repeated without harm."""
+    names = value.replace(b" ", b"").replace(b"-", b"").replace(b"_", b"").split(b",")
+    return len(value) <= 1000 and all(name.isalnum() for name in names)
+
+
+def unauthorized(identity: Identity) -> Refused:
+    """401; the same for every key that does not do, whatever it is."""
+    if identity.given:
+        return Refused(401, "invalid_api_key", "The API key is not valid for this.")
+    return Refused(
+        401, "missing_api_key", "An API key is needed: send it as Authorization: Bearer KEY."
+    )
+
+
+def identity_of(scope: Mapping[str, Any]) -> Identity:
+    """Whose request it is, as `admit` has found."""
+    identity: Identity = scope.get(IDENTITY, ANONYMOUS)
+    return identity
+
+
+def visible(cards: list[dict[str, Any]], key: KeyConfig | None) -> list[dict[str, Any]]:
+    """The models that a key may use."""
+    return cards if key is None else [card for card in cards if key.allows(str(card["id"]))]
