@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -60,6 +60,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     help="Percent of what the fleet can take.",
 )
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, help="Runs of each, to average.")
+@click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
 @click.option("--seconds", type=click.FloatRange(5), default=60.0, help="Simulated, per run.")
 @click.option("--servers", type=click.IntRange(1, 200), default=8)
 @click.option("--hardware", type=click.Choice(list(HARDWARE)), default="8b", help="Of a server.")
@@ -97,6 +98,7 @@ def simulate_command(
     rivals: bool,
     loads: tuple[int, ...],
     seeds: int,
+    seed: int,
     seconds: float,
     servers: int,
     hardware: str,
@@ -151,10 +153,20 @@ def simulate_command(
 
     knobs = Knobs(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
     if replay is not None:
-        runs = _replayed(replay, seeds, policies, knobs, scene_of)
+        runs = _replayed(replay, range(seed, seed + seeds), policies, knobs, scene_of)
     else:
         shares_of_capacity = [load / 100 for load in loads]
-        runs = list(grid(workloads, shares_of_capacity, seeds, policies, hardware, scene_of, knobs))
+        runs = list(
+            grid(
+                workloads,
+                shares_of_capacity,
+                range(seed, seed + seeds),
+                policies,
+                hardware,
+                scene_of,
+                knobs,
+            )
+        )
     if plot is not None and not plots.available():
         click.echo(plots.MISSING, err=True)
         plot = None
@@ -174,7 +186,7 @@ def simulate_command(
 
 def _replayed(
     log: Path,
-    seeds: int,
+    seeds: Sequence[int],
     policies: tuple[str, ...],
     knobs: Knobs,
     scene_of: Callable[[Workload, float], Scene],
@@ -190,7 +202,7 @@ def _replayed(
     scene = scene_of(WORKLOADS["chat"], seconds)
     return [
         Run(log.name, 0.0, seed, policy, scene, 0.0, knobs, lines)
-        for seed in range(1, seeds + 1)
+        for seed in seeds
         for policy in policies
     ]
 

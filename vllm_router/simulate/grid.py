@@ -123,7 +123,7 @@ def calibrate(workload: Workload, hardware: str) -> float:
 def grid(
     workloads: Iterable[str],
     loads: Sequence[float],
-    seeds: int,
+    seeds: Sequence[int],
     policies: Sequence[str],
     hardware: str,
     scene_of: Callable[[Workload], Scene],
@@ -134,7 +134,7 @@ def grid(
         workload = WORKLOADS[name]
         capacity = capacity_of(workload, hardware)
         scene = scene_of(workload)
-        for load, seed, policy in itertools.product(loads, range(1, seeds + 1), policies):
+        for load, seed, policy in itertools.product(loads, seeds, policies):
             rate = rate_at(workload, load, len(scene.speeds), capacity)
             yield Run(name, load, seed, policy, scene, rate, knobs)
 
