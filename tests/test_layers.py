@@ -49,6 +49,7 @@ LAYERS = {
     "tables": WIRING,
     "demo": WIRING,
     "supervisor": WIRING,
+    "router_options": WIRING,
     "service": WIRING,
     "asgi": WIRING,
     "cli": WIRING,

@@ -22,6 +22,7 @@ import click
 from vllm_router import __version__
 from vllm_router.errors import ConfigError, RouterError
 from vllm_router.logs import FORMATS, LEVELS, visible
+from vllm_router.router_options import for_router
 
 if TYPE_CHECKING:
     from vllm_router.config import Config
@@ -38,7 +39,6 @@ LOG_FILE = Path("logs/vllm-router.log")
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Failure(click.ClickException):
@@ -400,23 +400,6 @@ def _print_reports(reports: Sequence[ServerReport]) -> None:
 
 
 # -- a running router -------------------------------------------------------------------------
-
-
-def for_router(command: F) -> F:
-    """The options of a command that talks to a router which may be locked."""
-    command = click.option(
-        "--ca",
-        envvar="VLLM_ROUTER_CA",
-        show_envvar=True,
-        metavar="FILE",
-        help="PEM file of the authorities that may have signed its certificate.",
-    )(command)
-    return click.option(
-        "--key",
-        envvar="VLLM_ROUTER_KEY",
-        show_envvar=True,
-        help="Its admin or status key. Other users of this machine can see the option.",
-    )(command)
 
 
 @cli.command()

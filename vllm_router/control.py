@@ -319,6 +319,13 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     return page if isinstance(page, dict) else {}
 
 
+def tls_words(error: ssl.SSLError) -> str:
+    """Why a TLS handshake failed."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"
+
+
 def words(error: httpx.HTTPError) -> str:
     """What went wrong, for people: the operating system's word for it, if it had one."""
     if isinstance(error, httpx.TimeoutException):
@@ -328,6 +335,8 @@ def words(error: httpx.HTTPError) -> str:
         if isinstance(cause, BaseExceptionGroup):
             # One for each address of the host; the last was tried last.
             cause = cause.exceptions[-1]
+        elif isinstance(cause, ssl.SSLError):
+            return tls_words(cause)  # its number is not the operating system's
         elif isinstance(cause, OSError) and cause.errno is not None:
             # Name resolution has numbers of its own; Trio words the others at length.
             gai = isinstance(cause, socket.gaierror)

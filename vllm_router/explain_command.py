@@ -13,6 +13,7 @@ import trio
 from vllm_router.control import Router
 from vllm_router.errors import RouterError
 from vllm_router.logs import visible
+from vllm_router.router_options import for_router
 from vllm_router.tables import Cell, Column, print_table
 
 DEFAULT_URL = "http://127.0.0.1:8888"
@@ -29,6 +30,7 @@ class Failure(click.ClickException):
 
 @click.command()
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
+@for_router
 @click.option("--model", metavar="M", help="For a request for this model.")
 @click.option(
     "--body",
@@ -48,6 +50,8 @@ class Failure(click.ClickException):
 def explain(
     *,
     url: str,
+    key: str | None,
+    ca: str | None,
     model: str | None,
     body: IO[bytes] | None,
     decisions: int | None,
@@ -63,7 +67,7 @@ def explain(
     content = body.read() if body is not None else None
 
     async def ask() -> Any:
-        async with Router(url) as router:
+        async with Router(url, key, ca) as router:
             if decisions is not None:
                 return await router.decisions(decisions)
             return await router.explain(model, content)

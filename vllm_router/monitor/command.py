@@ -16,6 +16,7 @@ from vllm_router.monitor.plain import print_lines
 from vllm_router.monitor.screen import End, Screen
 from vllm_router.monitor.state import View
 from vllm_router.monitor.terminal import on_terminal
+from vllm_router.router_options import for_router
 
 LAST_LINES = 10
 """Of a dead router's log."""
@@ -29,19 +30,7 @@ class NoRouterThere(click.ClickException):
 
 @click.command()
 @click.argument("url", default="http://127.0.0.1:8888")
-@click.option(
-    "--key",
-    envvar="VLLM_ROUTER_KEY",
-    show_envvar=True,
-    help="Its admin or status key. Other users of this machine can see the option.",
-)
-@click.option(
-    "--ca",
-    envvar="VLLM_ROUTER_CA",
-    show_envvar=True,
-    metavar="FILE",
-    help="PEM file of the authorities that may have signed its certificate.",
-)
+@for_router
 @click.option("--models", is_flag=True, help="Show the models of each server; key m.")
 @click.option(
     "--interval",

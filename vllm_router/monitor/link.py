@@ -11,7 +11,7 @@ import msgspec
 import trio
 import trio_websocket
 
-from vllm_router.control import NoRouter, client_context
+from vllm_router.control import NoRouter, client_context, tls_words
 from vllm_router.errors import RouterError
 from vllm_router.web.schema import Event, Hello, Snapshot
 
@@ -134,6 +134,8 @@ def _words(error: BaseException) -> str:
             cause = cause.exceptions[-1]
         elif isinstance(cause, socket.gaierror):
             return str(cause.strerror)
+        elif isinstance(cause, ssl.SSLError):
+            return tls_words(cause)
         elif isinstance(cause, OSError) and cause.errno is not None:
             return os.strerror(cause.errno)
         else:
