@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import socket
@@ -279,3 +280,39 @@ def test_probe_of_a_silent_server_takes_no_longer_than_its_timeout(tmp_path: Pat
         done = call("check-config", "--probe", "--config", str(path))
     assert done.returncode == 1
     assert done.stderr == "a: /health: no answer in 0.2 s\n"
+
+
+def test_access_log_in_a_file_is_rotated_and_complete_at_the_end(tmp_path: Path):
+    log, moved = tmp_path / "access.log", tmp_path / "access.log.1"
+    options = ("--demo", "1", "--console", "--access-log", str(log), "--log-format", "json")
+    arguments = ("run", "--host", "127.0.0.1", "--port", "0", *options)
+    with running(tmp_path / "stderr", *arguments) as started:
+        url = until(lambda: re.search(r"on (http://\S+?),", (tmp_path / "stderr").read_text()))[1]
+        until(lambda: httpx.get(f"{url}/readyz", trust_env=False).status_code == 200)
+
+        def ask(identifier: str) -> None:
+            body = {"model": "demo", "max_tokens": 2, "messages": []}
+            headers = {"x-request-id": identifier, "authorization": "Bearer SECRET"}
+            path = f"{url}/v1/chat/completions?key=SECRET"
+            httpx.post(path, json=body, headers=headers, trust_env=False).raise_for_status()
+
+        ask("first")
+        until(lambda: "first" in log.read_text())
+        log.rename(moved)
+        started.process.send_signal(signal.SIGUSR1)
+        until(log.exists)
+        ask("second")
+        assert started.stop() == 0
+    (line,) = log.read_text().splitlines()
+    found = json.loads(line)
+    assert (found["request_id"], found["server"], found["status"]) == ("second", "demo-1", 200)
+    assert found["completion_tokens"] == 2
+    assert moved.read_text().count("\n") == 1
+    assert "SECRET" not in line + (tmp_path / "stderr").read_text()
+
+
+def test_access_log_that_cannot_be_written_is_one_line(tmp_path: Path):
+    done = call("run", "--demo", "1", "--console", "--access-log", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("vllm-router: cannot write the access log: ")
+    assert done.stderr.count("\n") == 1
