@@ -88,11 +88,11 @@ def test_json_line_has_the_facts_of_the_exchange():
 
 
 def test_text_line_is_read_by_people():
-    record = make_record(50.0, retries=[Outcome.LOST, Outcome.FULL], completion_tokens=30)
+    record = make_record(50.0, retries=[Outcome.LOST, Outcome.FULL], prompt_tokens=12)
     assert text_line(ended(record)) == (
         "1970-01-12T13:46:39.000Z INFO    access: POST /v1/chat/completions 200 answered model=m "
         "stream=yes attempts=0 retries=lost,full ttft=0.100 duration=1.000 bytes_in=100 "
-        "bytes_out=1000 completion_tokens=30 client=192.0.2.7 request_id=id-1"
+        "bytes_out=1000 prompt_tokens=12 client=192.0.2.7 request_id=id-1"
     )
 
 

@@ -13,6 +13,8 @@ import re
 import time
 from typing import Any, NamedTuple
 
+import msgspec
+
 from vllm_router.fleet.server import Server
 from vllm_router.log_writer import LineWriter
 from vllm_router.logs import timestamp, visible
@@ -26,7 +28,8 @@ from vllm_router.web.tally import failed
 LONGEST = 256
 """Characters of a path or a model's name that are logged."""
 
-_PLAIN = re.compile(r"[^\s\"'=\\]+")
+_PLAIN = re.compile(r"[^\s\"'=\\]+").fullmatch
+"""Whether a value cannot be taken for more than one."""
 
 
 class Ended(NamedTuple):
@@ -67,42 +70,43 @@ class AccessLog:
 
 
 def json_line(ended: Ended) -> str:
-    """One object, in ASCII; what is not known is left out."""
-    return json.dumps(fields(ended)).replace("\x7f", "\\u007f")
+    """One object; what is not known is left out. In ASCII where a character does not show."""
+    values = fields(ended)
+    line = msgspec.json.encode(values).decode()
+    return line if line.isprintable() else json.dumps(values).replace("\x7f", "\\u007f")
+
+
+_LEFT_OUT = frozenset({"time", "level", "logger", "method", "path", "status", "outcome", "chunks"})
+"""Of a text line's pairs; `prefix`, too long to be read, with them."""
 
 
 def text_line(ended: Ended) -> str:
     """`2026-01-31T12:00:00.000Z INFO    access: POST /v1/... 200 answered server=a model=m ...`."""
     values = fields(ended)
-    values.pop("prefix", None)  # too long to be read
-    head = " ".join(str(values.pop(key)) for key in ("method", "path", "status", "outcome"))
-    level = str(values.pop("level")).upper()
-    for key in ("logger", "chunks"):
-        values.pop(key)
-    began = values.pop("time")
-    pairs = " ".join(f"{key}={_shown(value)}" for key, value in values.items())
-    return f"{began} {level:<7} access: {visible(head)} {pairs}"
-
-
-def _shown(value: Any) -> str:
-    """Quoted where it would be taken for more than one value."""
-    match value:
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return f"{value:.3f}"
-        case list():
-            return ",".join(value)
-        case str() if not _PLAIN.fullmatch(value):
-            return visible(json.dumps(value, ensure_ascii=False))
-    return visible(str(value))
+    values.pop("prefix", None)
+    head = f"{values['time']} {values['level'].upper():<7} access: {values['method']}"
+    parts = [f"{head} {values['path']} {values['status']} {values['outcome']}"]
+    for key, value in values.items():
+        if key not in _LEFT_OUT:
+            kind = type(value)
+            if kind is str:
+                shown = value if _PLAIN(value) else json.dumps(value, ensure_ascii=False)
+            elif kind is float:
+                shown = f"{value:.3f}"
+            elif kind is int:
+                shown = value
+            elif kind is bool:
+                shown = "yes" if value else "no"
+            else:
+                shown = ",".join(value)
+            parts.append(f"{key}={shown}")
+    return visible(" ".join(parts))
 
 
 def fields(ended: Ended) -> dict[str, Any]:
     """The line's values by name. `time` is when the request came; durations are in seconds."""
     at, record, facts, trace_id = ended
     took = record.ended_at - record.started_at
-    first_byte = record.first_byte
     values: dict[str, Any] = {
         "time": timestamp(at - took),
         "level": "warning" if failed(record) else "info",
@@ -111,32 +115,41 @@ def fields(ended: Ended) -> dict[str, Any]:
         "path": record.path[:LONGEST].decode("latin-1"),
         "status": record.status,
         "outcome": outcome_label(record),
-        "code": record.code or None,
-        "server": record.server.name if record.server is not None else None,
-        "model": record.model[:LONGEST] if record.model is not None else None,
-        "stream": record.stream,
-        "attempts": record.attempts,
-        "retries": [reason.value for reason in record.retries] or None,
-        "ttft": round(first_byte, 6) if first_byte is not None else None,
-        "duration": round(took, 6),
-        "bytes_in": record.bytes_in,
-        "bytes_out": record.bytes_out,
-        "chunks": record.chunks,
-        "prompt_tokens": record.prompt_tokens,
-        "cached_tokens": record.cached_tokens,
-        "completion_tokens": record.completion_tokens,
-        "client": record.client,
-        "key": record.key_name or None,
-        "request_id": record.request_id.decode("latin-1"),
-        "trace_id": trace_id,
     }
+    if record.code:
+        values["code"] = record.code
+    if record.server is not None:
+        values["server"] = record.server.name
+    if record.model is not None:
+        values["model"] = record.model[:LONGEST]
+    values["stream"] = record.stream
+    values["attempts"] = record.attempts
+    if record.retries:
+        values["retries"] = [reason.value for reason in record.retries]
+    if record.first_byte_at:
+        values["ttft"] = round(record.first_byte_at - record.started_at, 6)
+    values["duration"] = round(took, 6)
+    values["bytes_in"] = record.bytes_in
+    values["bytes_out"] = record.bytes_out
+    values["chunks"] = record.chunks
+    if record.prompt_tokens is not None:
+        values["prompt_tokens"] = record.prompt_tokens
+        if record.cached_tokens is not None:
+            values["cached_tokens"] = record.cached_tokens
+        if record.completion_tokens is not None:
+            values["completion_tokens"] = record.completion_tokens
+    values["client"] = record.client
+    values["request_id"] = record.request_id.decode("latin-1")
+    if trace_id is not None:
+        values["trace_id"] = trace_id
     if facts is not None:
-        # Users are often called by their mail address: told apart, not named.
-        session = facts.session
-        values["session"] = _pseudonym(session) if session is not None else None
-        values["prompt_bytes"] = facts.prompt.size or None
-        values["prefix"] = pack_chain(facts.prompt.chain) or None
-    return {key: value for key, value in values.items() if value is not None}
+        if facts.session is not None:
+            # Users are often called by their mail address: told apart, not named.
+            values["session"] = _pseudonym(facts.session)
+        if facts.prompt.size:
+            values["prompt_bytes"] = facts.prompt.size
+            values["prefix"] = pack_chain(facts.prompt.chain)
+    return values
 
 
 def _pseudonym(name: str) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from functools import lru_cache
 from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -62,7 +63,12 @@ def configure_if_unset() -> bool:
 def timestamp(unix: float) -> str:
     """UTC, to the millisecond, as RFC 3339 has it."""
     seconds, milliseconds = divmod(int(unix * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{milliseconds:03d}Z"
+    return f"{_second(seconds)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(unix: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix))
 
 
 class TextFormatter(logging.Formatter):
