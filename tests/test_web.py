@@ -230,6 +230,12 @@ async def test_a_body_too_large_for_the_control_plane_is_refused():
     assert reply.error["code"] == "body_too_large"
 
 
+async def test_every_answer_has_a_request_id():
+    for path in ("/health", "/metrics", "/v1/models", "/nowhere"):
+        reply = await Lab().get(path)
+        assert len(reply.headers["x-request-id"]) == 32, path
+
+
 async def test_the_clients_request_id_comes_back():
     reply = await Lab().get("/nope", headers={"x-request-id": "mine-1"})
     assert reply.headers["x-request-id"] == "mine-1"

@@ -14,6 +14,7 @@ from vllm_router import __version__
 from vllm_router.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
 from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.types import App
 from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
@@ -62,6 +63,7 @@ def make_app(router: Wired) -> App:
     app.url_map.redirect_defaults = False
     app.url_map.converters["name"] = AnyName
     answers.install_errors(app)
+    app.after_request(_with_request_id)
     _openai(app, router)
     _observation(app, router)
     _dashboard(app, router)
@@ -72,6 +74,14 @@ def make_app(router: Wired) -> App:
 
 
 # -- OpenAI's own -----------------------------------------------------------------------------
+
+
+def _with_request_id(response: Response) -> Response:
+    """Every answer can be named, not only those of inference requests."""
+    if "x-request-id" not in response.headers:
+        given = request.headers.get("x-request-id", "")
+        response.headers["x-request-id"] = request_id(given.encode("latin-1")).decode()
+    return response
 
 
 def _openai(app: QuartTrio, router: Wired) -> None:
