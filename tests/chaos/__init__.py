@@ -1,0 +1,1 @@
+"""The scorecard: scenarios with numeric gates against real processes, for ./scripts/chaos."""

@@ -1,0 +1,192 @@
+"""Servers that answer wrongly: broken, failing fast, full (F10 to F15)."""
+
+from __future__ import annotations
+
+import base64
+import resource
+import time
+from collections import Counter
+
+import httpx
+import trio
+
+from chaos.harness import Card, cpu_seconds, fleet, not_run, scenario, waited
+from load import Load, Result, ask
+from router_process import chat
+
+PATH = "/v1/chat/completions"
+_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+_BODY = b"Content-Length: 2\r\n\r\n{}"
+
+REPLIES: dict[str, tuple[bytes, int]] = {
+    "EOF before the head": (b"", 502),
+    "EOF in the status line": (b"HTTP/1.1 20", 502),
+    "EOF in a header": (_OK + b"Content-Le", 502),
+    "junk": (b"\x16\x03\x01 hello\r\n\r\n", 502),
+    "short body": (_OK + b"Content-Length: 100\r\n\r\n{}", 502),
+    "bad content-length": (_OK + b"Content-Length: two\r\n\r\n{}", 502),
+    "negative content-length": (_OK + b"Content-Length: -1\r\n\r\n{}", 502),
+    "both lengths": (
+        _OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        502,
+    ),
+    "two content-lengths": (_OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 502),
+    "obs-fold": (_OK + b"X-A: 1\r\n  folded\r\n" + _BODY, 502),
+    "bare CR": (_OK + b"X-A: 1\rX-B: 2\r\n" + _BODY, 502),
+    "NUL": (_OK + b"X-A: \0\r\n" + _BODY, 502),
+    "bad chunk size": (_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 502),
+    "200 KB header": (_OK + b"X-A: " + b"a" * 200_000 + b"\r\n" + _BODY, 502),
+    "body on 204": (b"HTTP/1.1 204 No Content\r\n\r\n{}", 204),
+    "103 first": (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _OK + _BODY, 200),
+    "gzip": (_OK + b"Content-Encoding: gzip\r\n" + _BODY, 200),
+}
+
+
+@scenario("F10", "broken answers of a server", p0=True)
+async def broken_answers(card: Card) -> None:
+    with fleet(card, 1, failure_threshold=1000, max_retries=0) as ([mock], router):
+        wrong, slow, unsafe = [], [], []
+        for name, (raw, expected) in REPLIES.items():
+            mock.set(mode="raw", raw=base64.b64encode(raw).decode(), next=1)
+            began = time.monotonic()
+            try:
+                with router.client(5) as client, client.stream("POST", PATH, json=chat()) as got:
+                    status: object = got.status_code
+                    for _ in got.iter_raw():
+                        pass
+            except httpx.TransportError as error:
+                status = type(error).__name__
+            if status != expected:
+                wrong.append(f"{name}: {status}, not {expected}")
+            if time.monotonic() - began > 1:
+                slow.append(name)
+            again = router.post(PATH, chat(max_tokens=2))
+            if again.status_code != 200 or "choices" not in again.json():
+                unsafe.append(name)
+        card.equal(f"wrong status of {len(REPLIES)}", wrong, [])
+        card.equal("slower than 1 s", slow, [])
+        card.equal("next request spoilt", unsafe, [])
+
+
+@scenario("F11", "1 of 3 answers 500 at once, load 50; the same with 400", p0=True)
+async def sinkhole(card: Card) -> None:
+    for status in (500, 400):
+        with fleet(card, leftovers=False) as (mocks, router):
+            name = mocks[0].url.removeprefix("http://")
+            served = lambda: router.metric("vllm_router_attempts_total", server=name)  # noqa: E731
+            total = lambda: router.metric("vllm_router_attempts_total")  # noqa: E731
+            async with Load(router.url, chat(max_tokens=10), 50) as load:
+                await load.wait_for(50)
+                mocks[0].set(mode=status, retry_after=None)
+                await trio.sleep(2)
+                first, of = served(), total()
+                await trio.sleep(card.size(4, 8))
+                share = (served() - first) / (total() - of)
+            if status == 500:
+                card.most("share with 500 after 2 s", share, 0.05)
+                card.most("failed share", len(load.bad()) / len(load.results), 0.005)
+            else:
+                card.most("with 400: off the fair share", abs(share * 3 - 1), 0.15)
+                card.equal("with 400: state", router.state(mocks[0].url), "up")
+
+
+@scenario("F12", "1 of 3 is full: 503 and Retry-After 5")
+async def full(card: Card) -> None:
+    with fleet(card) as (mocks, router):
+        mocks[0].set(mode=503, retry_after=5)
+        mocks[0].post("/mock/reset")
+        mocks[0].set(mode=503, retry_after=5)
+        async with Load(router.url, chat(max_tokens=10), 30) as load:
+            await trio.sleep(4.5)
+            sent = len(mocks[0].log(PATH))
+            state = router.state(mocks[0].url)
+        card.most("requests to it in 4.5 s", sent, 2)
+        card.most("failed", len(load.bad()), 0)
+        card.equal("state", state, "full")
+        for mock, seconds in zip(mocks, (5, 3, 8), strict=True):
+            mock.set(mode=503, retry_after=seconds)
+        await trio.sleep(5)
+        answer = router.post(PATH, chat())
+        card.equal("all full", answer.status_code, 503)
+        card.equal("smallest Retry-After", answer.headers.get("retry-after"), "3")
+
+
+async def _open_loop(url: str, rate: int, seconds: float) -> list[Result]:
+    results: list[Result] = []
+    async with httpx.AsyncClient(
+        base_url=url, timeout=30, trust_env=False, limits=httpx.Limits(max_connections=None)
+    ) as client:
+
+        async def one() -> None:
+            results.append(await ask(client, chat(max_tokens=2)))
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number in range(int(rate * seconds)):
+                nursery.start_soon(one)
+                await trio.sleep_until(began + (number + 1) / rate)
+    return results
+
+
+@scenario("F13", "all servers answer 502, 100 requests/s", p0=True)
+async def retry_storm(card: Card) -> None:
+    seconds = card.size(5, 20)
+    with fleet(card) as (mocks, router):
+        attempts = lambda: router.metric("vllm_router_attempts_total")  # noqa: E731
+        used = cpu_seconds(router)
+        await _open_loop(router.url, 100, seconds)
+        healthy = cpu_seconds(router) - used
+        for mock in mocks:
+            mock.set(mode=502)
+        sent, used = attempts(), cpu_seconds(router)
+        await _open_loop(router.url, 100, seconds)
+        cost, sent = cpu_seconds(router) - used, attempts() - sent
+        card.most("attempts", sent, 1.2 * 100 * seconds + 3)
+        card.most("CPU against healthy", cost / healthy, 1.3, "×")
+        for mock in mocks:
+            mock.set(mode="ok")
+        began = time.monotonic()
+        last_bad = began
+        while time.monotonic() - began < 4:
+            if router.post(PATH, chat(max_tokens=1)).status_code != 200:
+                last_bad = time.monotonic()
+        card.most("last failure after the end", last_bad - began, 2.0, " s")
+        all_up = lambda: {router.state(mock.url) for mock in mocks} == {"up"}  # noqa: E731
+        await waited(all_up, "all to be up", 60)
+
+
+@scenario("F14", "256 descriptors, 400 clients", p0=True)
+async def descriptors(card: Card) -> None:
+    with fleet(card, capacity=200, mock=("--model", "m", "--ttft", "1")) as (mocks, router):
+        resource.prlimit(router.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+        statuses: Counter[str] = Counter()
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=router.url, timeout=60, trust_env=False, limits=limits
+        ) as client:
+
+            async def one() -> None:
+                got = await ask(client, chat(max_tokens=2))
+                statuses["ok" if got.ok else f"{got.status} {got.ended}"] += 1
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(400):
+                    nursery.start_soon(one)
+        card.note("answers", dict(statuses))
+        good = statuses["ok"] + sum(n for kind, n in statuses.items() if kind.startswith("503"))
+        card.equal("served or 503", good, 400)
+        idle = [await trio.open_tcp_stream("127.0.0.1", router.port) for _ in range(400)]
+        await trio.sleep(0.5)
+        used = cpu_seconds(router)
+        await trio.sleep(3)
+        card.most("CPU while full", (cpu_seconds(router) - used) / 3, 0.2, " s/s")
+        for stream in idle:
+            await stream.aclose()
+        normal = lambda: router.post(PATH, chat(max_tokens=1)).status_code == 200  # noqa: E731
+        card.most("normal again", await waited(normal, "an answer") - 1.0, 2.0, " s")
+        ejected = router.metric("vllm_router_server_transitions_total", state="ejected")
+        card.most("ejections", ejected, 0)
+        card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
+
+
+not_run("F15", "poison body that kills the engine reading it", "not built: no memory of poison")
