@@ -360,3 +360,48 @@ async def test_hundred_servers_stay_quick(browser: str, tmp_path: Path, record_p
                 print(f"{part}: {each:.1f} ms of CPU a snapshot")
             assert await page.evaluate("rows.every(row => row.isConnected)")
             assert page.problems() == []
+
+
+async def test_page_of_a_locked_router_asks_for_the_key(
+    browser: str, tmp_path: Path, mocks: list[MockProcess]
+):
+    auth = '[auth]\nadmin_key = "sk-A/+?b"\nstatus_key = "sk-S"\nprotect_status = true\n'
+    asked = "document.querySelector('#key-dialog').open"
+    key_input = "document.querySelector('#key-input')"
+    config = servers_toml([mock.url for mock in mocks]) + auth
+
+    async def give(page: Any, key: str) -> None:
+        await page.evaluate(f"{key_input}.value = {json.dumps(key)}")
+        await page.click("#key-yes")
+
+    file = tmp_path / "servers.toml"
+    file.write_text(config)
+    router = RouterProcess(file)
+    try:
+        until(lambda: bool(router.url), "the port", 30)
+        until(lambda: router.get("/readyz").status_code == 200, "readiness", 30)
+        async with new_page(browser) as page:
+            await page.open(router.url + "/")
+            await page.wait(asked)
+            assert await page.evaluate(f"document.activeElement === {key_input}")
+            await give(page, "sk-wrong")
+            await page.wait(f"{asked} && !document.querySelector('#key-error').hidden")
+            await give(page, "sk-S")
+            await page.wait(LIVE)
+            assert not await page.evaluate(asked)
+            await page.click("#key")
+            await give(page, "sk-A/+?b")
+            await page.wait(f"{LIVE} && document.querySelector('#key').hidden")
+            drain = f"{row(name(mocks[0]))}.querySelector('.action')"
+            await page.wait(drain)
+            await page.evaluate(f"{drain}.click()")
+            await page.click("#confirm-yes")
+            await page.wait(f"{row(name(mocks[0]))}.dataset.state === 'draining'")
+            # It is kept in this tab, and nowhere else.
+            assert await page.evaluate("Object.values(localStorage).join()") == ""
+            assert await page.evaluate("document.cookie") == ""
+            await page.open(router.url + "/?again")
+            await page.wait(LIVE)
+    finally:
+        router.close()
+    assert "sk-" not in router.text

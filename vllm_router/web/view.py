@@ -167,6 +167,7 @@ def hello(
         time=round(time.time(), 3),
         started=round(router.started_at + wall_offset(), 3),
         admin=admin,
+        admin_key=router.guard.keyring.has_admin,
         config=schema.Facts(
             policy=settings.policy,
             feed_interval=settings.feed_interval,

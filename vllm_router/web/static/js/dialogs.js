@@ -3,6 +3,7 @@
 import { attributeOf, byId, make, textOf } from "./dom.js";
 import { NONE, count, moment, percent, rate, seconds } from "./format.js";
 import { t } from "./i18n.js";
+import { keyHeaders } from "./key.js";
 
 /** Ask before a server is drained or taken back, then do it. `done(text)` says what was done. */
 export class Confirm {
@@ -46,7 +47,7 @@ export class Confirm {
   async post() {
     const path = `admin/servers/${encodeURIComponent(this.server)}/${this.action}`;
     try {
-      const answer = await fetch(path, { method: "POST", signal: AbortSignal.timeout(8000) });
+      const answer = await fetch(path, { method: "POST", headers: keyHeaders(), signal: AbortSignal.timeout(8000) });
       if (answer.ok) return null;
       const page = await answer.json().catch(() => null);
       return page?.error?.message ?? String(answer.status);

@@ -1,5 +1,7 @@
 // The connection to the feed: opens it, keeps it, says how it is.
 
+import { keyProtocols, keyWanted } from "./key.js";
+
 const FIRST_PAUSE = 0.5;
 const LONGEST_PAUSE = 10;
 const CONNECT_TIMEOUT = 6;
@@ -14,12 +16,13 @@ const now = () => performance.now() / 1000;
 /**
  * Calls `onMessage(message)` for each message and `onLink({state, age, retryIn})` about once a
  * second: `state` is `connecting` (never had one), `live`, `stale` (open and silent) or `lost`;
- * `age` is that of the last snapshot in seconds or null.
+ * `age` is that of the last snapshot in seconds or null. Calls `onRefused()` if a key is wanted.
  */
 export class Feed {
-  constructor(onMessage, onLink) {
+  constructor(onMessage, onLink, onRefused) {
     this.onMessage = onMessage;
     this.onLink = onLink;
+    this.onRefused = onRefused;
     this.socket = null;
     this.pause = FIRST_PAUSE;
     this.interval = 0.5;
@@ -43,7 +46,7 @@ export class Feed {
     this.timer = 0;
     const url = new URL("ws/load", document.baseURI);
     url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
-    const socket = new WebSocket(url);
+    const socket = new WebSocket(url, keyProtocols());
     this.socket = socket;
     this.opened = now();
     this.live = false;
@@ -60,7 +63,10 @@ export class Feed {
       if (message.type === "snapshot") this.tell();
     });
     socket.addEventListener("close", () => {
-      if (socket === this.socket) this.lost();
+      if (socket !== this.socket) return;
+      // A browser does not say why it was refused.
+      if (!this.live) keyWanted().then((wanted) => wanted && this.onRefused());
+      this.lost();
     });
   }
 
@@ -79,6 +85,12 @@ export class Feed {
     this.socket = null;
     this.live = false;
     if (socket) socket.close();
+  }
+
+  /** Once more, with another key. */
+  again() {
+    this.drop();
+    this.hurry();
   }
 
   hurry() {

@@ -8,6 +8,7 @@ import { Feed } from "./feed.js";
 import { megabytes, percent, seconds, span } from "./format.js";
 import { History } from "./history.js";
 import { languageKey, preferred, t, use } from "./i18n.js";
+import { KeyDialog } from "./key.js";
 import { Table } from "./table.js";
 import { Tiles } from "./tiles.js";
 
@@ -29,6 +30,7 @@ const charts = new Charts(history);
 const events = new Events();
 const confirm = new Confirm((text) => say(text));
 const details = new Details();
+const keys = new KeyDialog(() => feed.again());
 const table = new Table(
   (server, action) => confirm.ask(server, action),
   (server) => details.open(server),
@@ -174,6 +176,7 @@ function take(message) {
     history.hello(message);
     events.hello(message.events, message.started);
     table.allow(message.admin);
+    keys.offer(message.admin_key && !message.admin);
     routerName(message.name);
     document.title = `${message.name} · vLLM Router`;
     newRow = true;
@@ -210,4 +213,5 @@ addEventListener("themechange", remeasure);
 showLink();
 showFacts();
 // For those who look into the page while it runs.
-globalThis.vllmRouter = { feed: new Feed(take, taken), history, work };
+const feed = new Feed(take, taken, () => keys.refused());
+globalThis.vllmRouter = { feed, history, work };

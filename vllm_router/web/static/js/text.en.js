@@ -16,6 +16,11 @@ export const en = {
   search: "Filter by name, address or model",
   tableCaption: "Servers with their state and load",
   cancel: "Cancel",
+  key: "Key",
+  keyTitle: "A key for this router",
+  keyText: "Its status key shows the fleet, its admin key also drains servers. It is kept in this tab only.",
+  keyUse: "Use it",
+  keyWrong: "The router does not take this key.",
   close: "Close",
   unitSeconds: "s",
 

@@ -16,6 +16,11 @@ export const zh = {
   search: "按名称、地址或模型筛选",
   tableCaption: "各服务器的状态与负载",
   cancel: "取消",
+  key: "密钥",
+  keyTitle: "此路由器的密钥",
+  keyText: "状态密钥可以查看整个集群，管理密钥还可以排空服务器。密钥只保存在本标签页中。",
+  keyUse: "使用",
+  keyWrong: "路由器不接受这个密钥。",
   close: "关闭",
   unitSeconds: "秒",
 

@@ -1,0 +1,77 @@
+// The key of a router that wants one. Kept for this tab, until it is closed.
+
+import { byId } from "./dom.js";
+import { t } from "./i18n.js";
+
+const NAME = "vllm-router.key";
+
+let key = "";
+try {
+  key = sessionStorage.getItem(NAME) ?? "";
+} catch {
+  // Storage is forbidden here: it holds until the page is left.
+}
+
+/** For fetch. */
+export const keyHeaders = () => (key ? { authorization: `Bearer ${key}` } : {});
+
+/** For a websocket, which can send no header: the key as a subprotocol, in base64url. */
+export function keyProtocols() {
+  if (!key) return [];
+  const token = btoa(key).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  return ["vllm-router.feed", `vllm-router.key.${token}`];
+}
+
+/** Whether the router refuses to tell its state for want of a key, or of another one. */
+export async function keyWanted() {
+  try {
+    const answer = await fetch("load-stats", { headers: keyHeaders(), signal: AbortSignal.timeout(5000) });
+    return answer.status === 401;
+  } catch {
+    return false; // not there: no question of keys
+  }
+}
+
+/** Asks for the key; `changed()` is called with another one in force. */
+export class KeyDialog {
+  constructor(changed) {
+    this.dialog = byId("key-dialog");
+    this.input = byId("key-input");
+    this.button = byId("key");
+    this.declined = false;
+    this.button.addEventListener("click", () => this.open(""));
+    byId("key-yes").addEventListener("click", (event) => {
+      event.preventDefault();
+      key = this.input.value.trim().replace(/[^!-~]/g, "");
+      try {
+        sessionStorage.setItem(NAME, key);
+      } catch {
+        // As above.
+      }
+      this.dialog.close();
+      changed();
+    });
+    this.dialog.addEventListener("close", () => { this.input.value = ""; });
+    this.dialog.addEventListener("cancel", () => { this.declined = true; });
+    byId("key-no").addEventListener("click", () => { this.declined = true; });
+  }
+
+  /** The router has refused us; asked once, then only by the button. */
+  refused() {
+    this.offer(true);
+    if (this.dialog.open || this.declined) return;
+    this.open(key ? t("keyWrong") : "");
+  }
+
+  /** Show the button, for those who could do more with a key. */
+  offer(wanted) {
+    this.button.hidden = !wanted;
+  }
+
+  open(problem) {
+    byId("key-error").textContent = problem;
+    byId("key-error").hidden = !problem;
+    this.dialog.showModal();
+    this.input.focus();
+  }
+}
