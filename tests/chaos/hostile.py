@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import time
+from collections import Counter
 
 import h2.connection
 import h2.exceptions
@@ -134,21 +135,22 @@ not_run("B7", "browsers and SSRF", "not built: scenario missing")
 async def cardinality(card: Card) -> None:
     with fleet(card) as (mocks, router):
         rng = random.Random(2)
-        series = (
-            lambda: len(  # noqa: E731
-                [line for line in router.get("/metrics").text.splitlines() if line[:1] != "#"]
-            )
-        )
+
+        def series() -> int:
+            return sum(line[:1] != "#" for line in router.get("/metrics").text.splitlines())
+
         router.post(PATH, chat(model="nobody's"))
         raw_exchange(router.port, _head(b"{}").replace(b"completions", b"x"), 0.3)
         before, lines = series(), len(router.log)
         count = card.size(200, 1000, 10_000)
+        answers: Counter[str] = Counter()
         for number in range(count):
             body = json.dumps(chat(model=f"m{rng.random()}")).encode()
             agent = "a\x1b[31m\tb" if number % 2 else "x" * 3000
             raw = _head(body, f"User-Agent: {agent}\r\nConnection: close\r\n")
             raw = raw.replace(b"chat/completions", b"x%d" % number) if number % 3 else raw
-            raw_exchange(router.port, raw, 2)
+            answers[raw_exchange(router.port, raw, 2)[9:12].decode()] += 1
+        card.note("answers", dict(answers))
         card.most("series added", series() - before, 10)
         requests = sum(f" {PATH}" in line or " /v1/x" in line for line in router.log[lines:])
         card.equal("log lines", requests, count)

@@ -6,6 +6,7 @@ import base64
 import resource
 import time
 from collections import Counter
+from functools import partial
 
 import httpx
 import trio
@@ -47,7 +48,7 @@ async def broken_answers(card: Card) -> None:
     with fleet(card, 1, failure_threshold=1000, max_retries=0) as ([mock], router):
         wrong, slow, unsafe = [], [], []
         for name, (raw, expected) in REPLIES.items():
-            mock.set(mode="raw", raw=base64.b64encode(raw).decode(), next=1)
+            mock.set(mode="raw", raw=base64.b64encode(raw).decode())
             began = time.monotonic()
             try:
                 with router.client(5) as client, client.stream("POST", PATH, json=chat()) as got:
@@ -60,6 +61,7 @@ async def broken_answers(card: Card) -> None:
                 wrong.append(f"{name}: {status}, not {expected}")
             if time.monotonic() - began > 1:
                 slow.append(name)
+            mock.set(mode="ok", raw="")
             again = router.post(PATH, chat(max_tokens=2))
             if again.status_code != 200 or "choices" not in again.json():
                 unsafe.append(name)
@@ -73,8 +75,8 @@ async def sinkhole(card: Card) -> None:
     for status in (500, 400):
         with fleet(card, leftovers=False) as (mocks, router):
             name = mocks[0].url.removeprefix("http://")
-            served = lambda: router.metric("vllm_router_attempts_total", server=name)  # noqa: E731
-            total = lambda: router.metric("vllm_router_attempts_total")  # noqa: E731
+            served = partial(router.metric, "vllm_router_attempts_total", server=name)
+            total = partial(router.metric, "vllm_router_attempts_total")
             async with Load(router.url, chat(max_tokens=10), 50) as load:
                 await load.wait_for(50)
                 mocks[0].set(mode=status, retry_after=None)
@@ -93,12 +95,12 @@ async def sinkhole(card: Card) -> None:
 @scenario("F12", "1 of 3 is full: 503 and Retry-After 5")
 async def full(card: Card) -> None:
     with fleet(card) as (mocks, router):
-        mocks[0].set(mode=503, retry_after=5)
-        mocks[0].post("/mock/reset")
-        mocks[0].set(mode=503, retry_after=5)
         async with Load(router.url, chat(max_tokens=10), 30) as load:
+            await load.wait_for(60)
+            mocks[0].set(mode=503, retry_after=5)
+            before = len(mocks[0].log(PATH))
             await trio.sleep(4.5)
-            sent = len(mocks[0].log(PATH))
+            sent = len(mocks[0].log(PATH)) - before
             state = router.state(mocks[0].url)
         card.most("requests to it in 4.5 s", sent, 2)
         card.most("failed", len(load.bad()), 0)

@@ -1,1 +1,185 @@
-"""Soon."""
+"""Reload, stop, and a clock that jumps (F16 to F19)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+
+import httpx
+import trio
+
+from chaos.harness import Card, fleet, not_run, off_loop, scenario, waited
+from chaos.stalled import stalled_reader
+from load import Load, ask, burst
+from router_process import chat, servers_toml
+
+PATH = "/v1/chat/completions"
+
+
+@scenario("F16", "reload that removes a server with streams, and takes it back", p0=True)
+async def remove(card: Card) -> None:
+    with fleet(card, mock=("--model", "m", "--token-delay", "0.05")) as (mocks, router):
+        urls = [mock.url for mock in mocks]
+        results = []
+
+        async def streams() -> None:
+            results.extend(await burst(router.url, chat(stream=True, max_tokens=80), 20))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(streams)
+            await trio.sleep(1)
+            router.config.write_text(servers_toml(urls[1:]))
+            await trio.sleep(0.5)
+            mark = len(mocks[0].log(PATH))
+            served = await burst(router.url, chat(max_tokens=1), 20)
+            card.equal("new requests to it", len(mocks[0].log(PATH)) - mark, 0)
+            card.most("failed after the reload", sum(not r.ok for r in served), 0)
+        card.equal("streams complete", sum(result.ok for result in results), 20)
+        name = urls[1].removeprefix("http://")
+        count = lambda: router.metric("vllm_router_attempts_total", server=name)  # noqa: E731
+        before = count()
+        port = urls[0].rsplit(":", 1)[1]
+        twice = [urls[0], f"HTTP://127.0.0.1:{port}/"]
+        router.config.write_text(servers_toml([*twice, *urls[1:]]))
+        await trio.sleep(1.0)
+        number = len(router.servers())
+        refused = router.metric("vllm_router_config_reloads_refused_total")
+        card.equal("duplicates: 1 server, or refused", number == 3 or refused == 1, True)
+        router.config.write_text(servers_toml(urls))
+        took = await waited(lambda: router.servers().get(urls[0], {}).get("state") == "up", "it")
+        card.note("back after", f"{took:.2f} s")
+        card.equal("counters kept", count() >= before > 0, True)
+
+
+@scenario("F17", "broken configuration files under load", p0=True)
+async def broken_files(card: Card) -> None:
+    with fleet(card) as (mocks, router):
+        file = router.config
+        good = file.read_bytes()
+        text = good.decode()
+        broken: dict[str, bytes] = {
+            "truncated": good[: len(good) // 2],
+            "wrong type": text.replace("= 3 }", '= "three" }', 1).encode(),
+            "zero": text.replace("= 3 }", "= 0 }", 1).encode(),
+            "bad URL": text.replace("http://", "ftp://", 1).encode(),
+            "no host": text.replace(mocks[0].url, "http://", 1).encode(),
+            "port": text.replace(mocks[0].url, "http://127.0.0.1:99999", 1).encode(),
+            "no URL": text.replace("url =", "name =", 1).encode(),
+            "10 MB": b"#" + b"x" * 10_000_000 + b"\n[",
+            "NUL": good + b"\0",
+            "not UTF-8": good + b'x = "\xff"\n',
+            "UTF-16": text.encode("utf-16"),
+            "unknown key": good + b"no_such_thing = 1\n",
+            "negative": good + b"request_timeout = -1\n",
+            "infinite": good + b"request_timeout = inf\n",
+            "same key twice": good + b"metrics_interval = 1\n",
+            "unknown table": good + b"[nothing]\n",
+            "servers a string": b'servers = "a"\n',
+            "JSON": b"{}",
+        }
+        refused = lambda: router.metric("vllm_router_config_reloads_refused_total")  # noqa: E731
+        unnoticed, noisy = [], []
+        async with Load(router.url, chat(max_tokens=4), 10, pause=0.02) as load:
+
+            async def event(name: str) -> None:
+                before, lines = seen
+                try:
+                    await waited(lambda: refused() > before, name, 3)
+                except TimeoutError:
+                    unnoticed.append(name)
+                await trio.sleep(0.3)
+                told = [line for line in router.log[lines:] if "ERROR" in line or "WARN" in line]
+                if len(told) != 1 or refused() != before + 1:
+                    noisy.append(f"{name}: {len(told)} lines, +{refused() - before:.0f}")
+
+            for name, data in broken.items():
+                seen = await off_loop(refused), len(router.log)
+                if len(broken) % 2:
+                    file.write_bytes(data)
+                else:
+                    swap = file.with_suffix(".new")
+                    swap.write_bytes(data)
+                    swap.replace(file)
+                await event(name)
+            seen = await off_loop(refused), len(router.log)
+            file.unlink()
+            file.mkdir()
+            await event("directory")
+            file.rmdir()
+            if os.geteuid():
+                seen = await off_loop(refused), len(router.log)
+                file.write_bytes(good)
+                file.chmod(0)
+                await event("unreadable")
+                file.unlink()
+            applied = router.metric("vllm_router_config_reloads_applied_total")
+            file.write_bytes(good + b"max_retries = 1\n")
+            again = lambda: router.metric("vllm_router_config_reloads_applied_total") > applied  # noqa: E731
+            card.most("next good file", await waited(again, "the good file"), 2.0, " s")
+        card.most("failed", len(load.bad()), 0)
+        card.equal(f"unnoticed of {len(broken) + 1}", unnoticed, [])
+        card.equal("not exactly one line and one count", noisy, [])
+        card.equal("servers kept", len(router.servers()), 3)
+
+
+@scenario("F18", "SIGTERM with 20 live streams and 5 stalled readers", p0=True)
+async def drain(card: Card) -> None:
+    with fleet(
+        card,
+        mock=("--model", "m", "--token-delay", "0.03"),
+        drain_timeout=10,
+        write_stall_timeout=5,
+        leftovers=False,
+    ) as (mocks, router):
+        results = []
+        stalled = [stalled_reader(router.port, 4000) for _ in range(5)]
+        url, codes = router.url, []
+
+        async def stream(client: httpx.AsyncClient) -> None:
+            results.append(await ask(client, chat(stream=True, max_tokens=100)))
+
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(stream, client)
+                while sum(mock.stats()["running"] for mock in mocks) < 22:
+                    await trio.sleep(0.02)
+                await trio.sleep(0.5)
+                with socket.create_connection(("127.0.0.1", router.port)) as sock:
+                    router.signal(signal.SIGTERM)
+                    began = time.monotonic()
+                    await trio.sleep(0.1)
+                    sock.settimeout(3)
+                    try:
+                        sock.sendall(b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n")
+                        codes.append(sock.recv(4096)[9:12].decode())
+                    except OSError as error:
+                        codes.append(type(error).__name__)
+                code = await off_loop(router.process.wait, 20)
+                took = time.monotonic() - began
+        card.equal("streams complete", sum(result.ok for result in results), 20)
+        card.equal("readyz meanwhile", codes, ["503"])
+        card.most("exit", took, 11, " s")
+        card.equal("exit code", code, 0)
+        for sock in stalled:
+            sock.close()
+    with fleet(card, leftovers=False, mock=("--model", "m", "--token-delay", "0.1")) as (_, router):
+        reader = stalled_reader(router.port, 1000)
+        await trio.sleep(1)
+        router.signal(signal.SIGTERM)
+        await trio.sleep(0.5)
+        router.signal(signal.SIGTERM)
+        began = time.monotonic()
+        await off_loop(router.process.wait, 30)
+        card.most("exit after the second SIGTERM", time.monotonic() - began, 1.0, " s")
+        reader.close()
+
+
+not_run(
+    "F19",
+    "the clock jumps under load",
+    "not built: scenario missing" if shutil.which("faketime") else "faketime is not installed",
+)
