@@ -11,6 +11,7 @@ from collections import Counter
 
 import h2.connection
 import h2.exceptions
+import trio
 
 from chaos.harness import Card, fleet, not_run, percentile, rss_mb, running, scenario, waited
 from router_process import chat, raw_exchange
@@ -152,6 +153,7 @@ async def cardinality(card: Card) -> None:
             answers[raw_exchange(router.port, raw, 2)[9:12].decode()] += 1
         card.note("answers", dict(answers))
         card.most("series added", series() - before, 10)
+        await trio.sleep(1)  # the log is written off the loop
         requests = sum(f" {PATH}" in line or " /v1/x" in line for line in router.log[lines:])
         card.equal("log lines", requests, count)
         control = [line for line in router.log if any(ord(c) < 32 for c in line)]

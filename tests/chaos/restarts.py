@@ -166,11 +166,13 @@ async def drain(card: Card) -> None:
         card.equal("exit code", code, 0)
         for sock in stalled:
             sock.close()
-    with fleet(card, leftovers=False, mock=("--model", "m", "--token-delay", "0.1")) as (_, router):
+    slow = ("--model", "m", "--token-delay", "0.1")
+    with fleet(card, leftovers=False, mock=slow, drain_grace=5) as (_, router):
         reader = stalled_reader(router.port, 1000)
         await trio.sleep(1)
         router.signal(signal.SIGTERM)
-        await trio.sleep(0.5)
+        await trio.sleep(0.3)
+        card.equal("readyz with drain_grace", router.get("/readyz").status_code, 503)
         router.signal(signal.SIGTERM)
         began = time.monotonic()
         await off_loop(router.process.wait, 30)
