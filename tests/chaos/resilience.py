@@ -7,13 +7,14 @@ import resource
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import httpx
 import trio
 
 from chaos.harness import Card, cpu_seconds, fleet, not_run, scenario, waited
 from load import Load, Result, ask
-from router_process import chat
+from router_process import RouterProcess, chat
 
 PATH = "/v1/chat/completions"
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -157,10 +158,20 @@ async def retry_storm(card: Card) -> None:
         await waited(all_up, "all to be up", 60)
 
 
+class _Limited(RouterProcess):
+    """With 256 descriptors from before it looks: Popen returns long before Python has imported."""
+
+    def __init__(self, config: Path, *arguments: str) -> None:
+        super().__init__(config, *arguments)
+        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+
+
 @scenario("F14", "256 descriptors, 400 clients", p0=True)
 async def descriptors(card: Card) -> None:
-    with fleet(card, capacity=200, mock=("--model", "m", "--ttft", "1")) as (mocks, router):
-        resource.prlimit(router.process.pid, resource.RLIMIT_NOFILE, (256, 256))
+    with fleet(card, capacity=200, mock=("--model", "m", "--ttft", "1"), router_class=_Limited) as (
+        mocks,
+        router,
+    ):
         statuses: Counter[str] = Counter()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
