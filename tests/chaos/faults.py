@@ -135,6 +135,8 @@ async def thaw(card: Card) -> None:
             await load.wait_for(100)
             mocks[0].freeze()
             await trio.sleep(card.size(4, 10))
+            state = await off_loop(router.state, mocks[0].url)
+            card.equal("out before SIGCONT", state in OUT, True)
             mocks[0].thaw()
             back = await waited(lambda: router.state(mocks[0].url) == "up", "its return", 20)
             card.note("back after", f"{back:.2f} s")
