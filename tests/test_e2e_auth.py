@@ -14,11 +14,14 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 from trio_websocket import open_websocket_url
 
 from cli_process import call
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
+from vllm_router.service import OwnView, ServeOptions, serve
+from vllm_router.tasks.watch import ConfigSource
 
 ADMIN, STATUS, ALICE, BOB = "sk-ADMIN-1", "sk-STATUS-2", "sk-ALICE-3", "sk-BOB-4"
 SECRETS = (ADMIN, STATUS, ALICE, BOB, "sk-SERVER-5")
@@ -551,3 +554,27 @@ def test_port_of_administration_in_use_is_one_clear_line(tmp_path: Path):
         done = call("run", "--console", "--config", str(config), "--port", "0")
     assert done.returncode == 2
     assert done.stderr.strip().endswith(f"admin_listen: 127.0.0.1:{port}: Address already in use")
+
+
+async def test_own_view_gets_in_however_the_router_is_locked(tmp_path: Path):
+    file = tmp_path / "servers.toml"
+    file.write_text(servers_toml(["http://a.test"], admin_listen="127.0.0.1:0") + AUTH)
+    source = ConfigSource(file)
+    view = OwnView()
+    options = ServeOptions(config=source.load(), source=source, host="127.0.0.1", port=0, view=view)
+    up = trio.Event()
+    async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as client:
+        nursery.start_soon(serve, options, lambda url: up.set())
+        await up.wait()
+        for path in ("/load-stats", "/admin/servers", "/livez"):
+            assert (await client.get(view.url + path)).status_code == 404
+            for key in (ADMIN, view.key[:-1]):
+                answer = await client.get(view.url + path, headers=bearer(key))
+                assert answer.status_code == 404
+            answer = await client.get(view.url + path, headers=bearer(view.key))
+            assert answer.status_code == 200
+        headers = [(b"authorization", b"Bearer " + view.key.encode())]
+        url = view.url.replace("http", "ws") + "/ws/load"
+        async with open_websocket_url(url, extra_headers=headers) as feed:
+            assert json.loads(await feed.get_message())["admin"]
+        nursery.cancel_scope.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +18,35 @@ from vllm_router.config import Config
 from vllm_router.errors import RouterError
 from vllm_router.front import Front
 from vllm_router.http1.server import Limits
-from vllm_router.kinds import split_address
+from vllm_router.kinds import digest_of, split_address
 from vllm_router.log_output import LogOutput
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.tls import serving_context
 from vllm_router.web.access import is_loopback
+from vllm_router.web.guard import OwnDoor
 
 logger = logging.getLogger(__name__)
+
+
+class OwnView:
+    """What the view that runs beside the router needs to get in, however the router is locked.
+
+    `url` is that of a loopback listener which serves nobody but the holder of `key`; it is empty,
+    and the view comes in by the public one, if there is nothing to lock it out.
+    """
+
+    def __init__(self) -> None:
+        self.key = secrets.token_urlsafe(32)
+        self.url = ""
+
+    def open(self, front: Front, config: Config) -> OwnDoor | None:
+        """Open the listener if there must be one. Raises OSError."""
+        if config.auth is None and config.tls is None and config.settings.admin_listen is None:
+            return None
+        host, port = front.open("127.0.0.1", 0, plain=True)[0]
+        self.url = _url(host, port)
+        return OwnDoor(port, digest_of(self.key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +66,7 @@ class ServeOptions:
     port: int = 8888
     lane: bool = True
     output: LogOutput | None = None
+    view: OwnView | None = None
 
 
 class CannotListen(RouterError):
@@ -68,6 +91,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     take_tls(front, options.config)
     addresses = front.open(options.host, options.port)
     admin = open_admin(front, settings.admin_listen)
+    own_door = options.view.open(front, options.config) if options.view is not None else None
     signals = StopSignals()
     with contextlib.ExitStack() as ending:
         spans = telemetry.start(options.config.log)
@@ -86,6 +110,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
                 output=options.output,
                 telemetry=spans,
                 admin_port=admin[1] if admin is not None else None,
+                own_door=own_door,
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)

@@ -25,7 +25,7 @@ from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
 from vllm_router.tls import ServerContexts
 from vllm_router.web.feed import Feed
-from vllm_router.web.guard import Guard
+from vllm_router.web.guard import Guard, OwnDoor
 from vllm_router.web.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class Supervisor:
     `source` is None when the servers came from the command line: then nothing is reloaded.
     `output` follows `[log]`; without one there is no access log. `telemetry` makes spans. Whoever
     made them closes them.
-    `admin_port` is that of the listener for administration, if there is one. `before_apply` are
+    `admin_port` is that of the listener for administration, `own_door` that of the router's own
+    view, if there are such. `before_apply` are
     called with a new configuration before anything changes, and may raise ConfigError.
     """
 
@@ -61,13 +62,14 @@ class Supervisor:
         output: LogOutput | None = None,
         telemetry: Telemetry | None = None,
         admin_port: int | None = None,
+        own_door: OwnDoor | None = None,
     ) -> None:
         self.rng = rng or Random()
         self.fleet = Fleet(config)
         self.metrics = Metrics(self.fleet)
         self.feed = Feed(self.fleet, self.metrics)
         self.tls = ServerContexts()
-        self.guard = Guard(config, admin_port)
+        self.guard = Guard(config, admin_port, own_door)
         self.before_apply: list[Callable[[Config], None]] = []
         recorders: list[Recorder] = [self.metrics, self.feed]
         self.output = output
@@ -187,7 +189,7 @@ class Supervisor:
         for setting in RESTART:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 logger.warning("%s changes at the next start only", setting)
-        self.guard = Guard(new, self.guard.admin_port)
+        self.guard = Guard(new, self.guard.admin_port, self.guard.own)
         change = self.fleet.apply(new)
         self.config = new
         self.proxy.apply(new)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -24,7 +24,7 @@ import trio
 from vllm_router.logs import TextFormatter
 from vllm_router.monitor.command import LAST_LINES, last_lines
 from vllm_router.monitor.screen import End
-from vllm_router.service import ServeOptions, serve
+from vllm_router.service import OwnView, ServeOptions, serve
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ async def serve_with_view(
 ) -> None:
     """Like `serve`, with a view of the router on this terminal; the log already goes to `log`."""
     url = ""
+    own = OwnView()
+    options = replace(options, view=own)
     failure: Exception | None = None
     up = trio.Event()
 
@@ -60,7 +62,7 @@ async def serve_with_view(
         nursery.start_soon(router)
         await up.wait()
         with _aside(log) as aside:
-            end = await _view(url, log, aside)
+            end = await _view(own.url or url, own.key, log, aside)
             # Who asked for the end needs not be told why it came.
             aside.replay = end != End.USER
         if end == End.USER:
@@ -88,12 +90,17 @@ class _Aside:
     replay: bool = True
 
 
-async def _view(url: str, log: Path, aside: _Aside) -> int:
+async def _view(url: str, key: str, log: Path, aside: _Aside) -> int:
     """Run the view to its end; its exit code, see End."""
     near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     command = [sys.executable, "-m", "vllm_router", "monitor", near, "--of-router", str(log)]
     process = await trio.run_process(
-        command, stdin=None, stdout=aside.terminal, stderr=aside.errors, check=False
+        command,
+        stdin=None,
+        stdout=aside.terminal,
+        stderr=aside.errors,
+        check=False,
+        env=os.environ | {"VLLM_ROUTER_KEY": key},
     )
     return process.returncode
 

@@ -33,12 +33,18 @@ def same_origin(origin: str | None, host: str | None, allowed: Collection[str] =
     """Whether a page of that origin may talk to us: our own, a listed one, or no page at all."""
     if origin is None or origin in allowed or "*" in allowed:
         return True
-    return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
+    try:
+        return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
+    except ValueError:  # a bracket that is not closed
+        return False
 
 
 def is_local_name(host: str | None, machine: str) -> bool:
     """Whether `host` (with or without a port) is an address, localhost, or the machine's name."""
-    name = urlsplit(f"//{host or ''}").hostname or ""
+    try:
+        name = urlsplit(f"//{host or ''}").hostname or ""
+    except ValueError:
+        return False
     try:
         ip_address(name)
     except ValueError:

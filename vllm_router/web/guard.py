@@ -7,12 +7,23 @@ reads the router's state, so that a path nobody has thought of is closed rather 
 from __future__ import annotations
 
 import enum
+import hmac
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_router.auth import ANONYMOUS, CREDENTIALS, AuthConfig, Identity, KeyConfig, Keyring
+from vllm_router.auth import (
+    ANONYMOUS,
+    CREDENTIALS,
+    AuthConfig,
+    Identity,
+    KeyConfig,
+    Keyring,
+    presented,
+)
 from vllm_router.config import Config
 from vllm_router.errors import Refused
+from vllm_router.kinds import Secret, digest_of
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.types import IDENTITY, Message, Scope, Send
 from vllm_router.web.access import is_local_name, same_origin
@@ -58,14 +69,32 @@ def area_of(path_class: PathClass, path: str) -> Area:
     return Area.STATUS
 
 
+@dataclass(frozen=True, slots=True)
+class OwnDoor:
+    """A loopback port for the view that runs beside the router, and the digest of its key."""
+
+    port: int
+    digest: Secret
+
+
+def _port(scope: Scope) -> int | None:
+    """The local port that a request has come in by."""
+    local: tuple[str, int] | None = scope.get("server")
+    return local[1] if local is not None else None
+
+
 class Guard:
     """The rules of one configuration.
 
     `admin_port` is the local port that alone serves administration and status; None for all.
+    `own` is the door of the router's own view.
     """
 
-    def __init__(self, config: Config, admin_port: int | None = None) -> None:
+    def __init__(
+        self, config: Config, admin_port: int | None = None, own: OwnDoor | None = None
+    ) -> None:
         self.admin_port = admin_port
+        self.own = own
         self.keyring = Keyring(config.auth or AuthConfig())
         self._has_keys = config.auth is not None
         self._origins = frozenset(config.settings.cors_origins)
@@ -81,6 +110,9 @@ class Guard:
         path: str = scope["path"]
         if path[:1] != "/":
             raise Refused(400, "bad_request", "The request target is malformed.")
+        if self.own is not None and _port(scope) == self.own.port:
+            self._admit_own(scope, fields, self.own)
+            return
         if self._hosts:
             self._check_host(fields)
         area = area_of(path_class, path)
@@ -118,8 +150,15 @@ class Guard:
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
 
     def _at_admin(self, scope: Scope) -> bool:
-        local: tuple[str, int] | None = scope.get("server")
-        return local is not None and local[1] == self.admin_port
+        return _port(scope) == self.admin_port
+
+    def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: OwnDoor) -> None:
+        """Everything, to whoever has the key that only the view was given; others see nothing."""
+        digests = [digest_of(key.decode("latin-1")) for key in presented(fields)]
+        if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
+            raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
+        scope["headers"] = [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+        scope[IDENTITY] = Identity(status=True, admin=True, given=True)
 
     # -- who it is ----------------------------------------------------------------------------
 
