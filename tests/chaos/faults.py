@@ -130,7 +130,12 @@ async def freeze_one(card: Card) -> None:
 
 @scenario("F5", "SIGCONT after 10 s: return with slow start")
 async def thaw(card: Card) -> None:
-    with fleet(card, capacity=20) as (mocks, router):
+    for policy in ("least_load", "adaptive"):
+        await _thaw(card, policy)
+
+
+async def _thaw(card: Card, policy: str) -> None:
+    with fleet(card, capacity=20, policy=policy) as (mocks, router):
         async with Load(router.url, chat(max_tokens=5), 50) as load:
             await load.wait_for(100)
             mocks[0].freeze()
@@ -146,8 +151,10 @@ async def thaw(card: Card) -> None:
                 marks.append(len(load.results))
         name = mocks[0].url.removeprefix("http://")
         share = lambda part: sum(r.server == name for r in part) / max(len(part), 1)  # noqa: E731
-        card.most("share in the first second", share(load.results[marks[0] : marks[1]]), 0.2)
-        card.most("× fair share in 10 s", 3 * share(load.results[marks[0] :]), 1.25)
+        card.most(
+            f"{policy}: share in the first second", share(load.results[marks[0] : marks[1]]), 0.2
+        )
+        card.most(f"{policy}: × fair share in 10 s", 3 * share(load.results[marks[0] :]), 1.25)
         card.most("failed", len(load.bad()), 0)
 
 

@@ -61,7 +61,7 @@ async def stalled_readers(card: Card) -> None:
         card.equal("in flight at the end", await off_loop(in_flight, router), 0)
 
 
-not_run("L2", "20 bodies of 40 MB at once", "not built: scenario missing", p0=True)
+not_run("L2", "20 bodies of 40 MB at once", "scenario not written yet", p0=True)
 
 
 @scenario("L3", "slow headers and slow bodies", p0=True)

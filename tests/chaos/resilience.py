@@ -202,4 +202,6 @@ async def descriptors(card: Card) -> None:
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
 
 
-not_run("F15", "poison body that kills the engine reading it", "not built: no memory of poison")
+not_run(
+    "F15", "poison body that kills the engine reading it", "not built: no memory of poison bodies"
+)
