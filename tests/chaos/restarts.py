@@ -95,9 +95,9 @@ async def broken_files(card: Card) -> None:
                 if len(told) != 1 or refused() != before + 1:
                     noisy.append(f"{name}: {len(told)} lines, +{refused() - before:.0f}")
 
-            for name, data in broken.items():
+            for number, (name, data) in enumerate(broken.items()):
                 seen = await off_loop(refused), len(router.log)
-                if len(broken) % 2:
+                if number % 2:
                     file.write_bytes(data)
                 else:
                     swap = file.with_suffix(".new")
