@@ -81,7 +81,7 @@ documents = st.one_of(
             "log": mixed(*LogSettings.__struct_fields__, values=values),
         }
     ),
-    mixed("servers", "config", "auth", values=values),
+    mixed("servers", "config", "auth", "tls", values=values),
 )
 
 

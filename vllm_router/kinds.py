@@ -88,6 +88,13 @@ def _read_address(text: str) -> str:
     return text
 
 
+def _read_path(text: str) -> str:
+    """It will stand in log lines."""
+    if not (text and text.isprintable() and len(text) <= 1000):
+        raise ValueError(f"expected the path of a file, got {quoted(text)}")
+    return text
+
+
 def digest_of(key: str) -> Secret:
     """What is kept of a key that clients send: its SHA-256, in hexadecimal digits."""
     return Secret(hashlib.sha256(key.encode("latin-1", "replace")).hexdigest())
@@ -187,7 +194,7 @@ ClientKey = Annotated[
     ),
 ]
 PerMinute = Annotated[float, Meta(gt=0, le=1e9, description="number of requests > 0")]
-FilePath = Annotated[str, Meta(min_length=1, description="the path of a file (string)")]
+FilePath = Annotated[str, _reads("the path of a file (string)", _read_path)]
 TlsVersion = Annotated[str, Meta(pattern=r"^1\.[23]\Z", description='"1.2" or "1.3"')]
 AddressOrNone = Annotated[str | None, _reads('"host:port" (string)', _read_address)]
 Origins = Annotated[
