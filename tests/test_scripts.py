@@ -204,8 +204,9 @@ def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
 
 def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
     clone.call("setup", "--dev")
-    for tool in ("chromium", "ps", "curl", "promtool", "prometheus"):
-        clone.tool(tool)
+    for tool in SYSTEM_TOOLS:
+        if tool != "tmux":
+            clone.tool(tool)
     result = clone.call("test", "tests/test_layers.py")
     assert "run: sudo apt-get install tmux\n" in result.stderr
     assert result.stdout == "python -m pytest tests/test_layers.py\n"
