@@ -140,11 +140,13 @@ class RouterProcess:
 
 
 @contextlib.contextmanager
-def router_process(config: str, directory: Path, *arguments: str) -> Iterator[RouterProcess]:
+def router_process(
+    config: str, directory: Path, *arguments: str, kind: type[RouterProcess] | None = None
+) -> Iterator[RouterProcess]:
     """A router that is ready, with this configuration in a file of `directory`."""
     file = directory / "servers.toml"
     file.write_text(config)
-    router = RouterProcess(file, *arguments)
+    router = (kind or RouterProcess)(file, *arguments)
     try:
         router.wait_ready()
         yield router

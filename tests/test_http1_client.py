@@ -32,9 +32,15 @@ from scripted_server import (
 )
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http1 import client, transport
-from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool, open_within
+from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
+
+
+async def open_within(pool: Pool, timeout: float) -> Connection:
+    """`pool.open`, whose time its caller bounds."""
+    with trio.fail_after(timeout):
+        return await pool.open(trio.current_time())
 
 
 @dataclass

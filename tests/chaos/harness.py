@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from mock_process import MockProcess, mock_processes
-from router_process import RouterProcess, chat, servers_toml, until
+from router_process import RouterProcess, chat, router_process, servers_toml, until
 
 MOCK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.01")
 MOST_SECONDS = 240.0
@@ -162,21 +162,6 @@ def table(verdicts: Iterable[Verdict]) -> str:
 
 
 @contextlib.contextmanager
-def _router(
-    kind: type[RouterProcess], config: str, directory: Path, *arguments: str
-) -> Iterator[RouterProcess]:
-    file = directory / "servers.toml"
-    file.write_text(config)
-    router = kind(file, *arguments)
-    try:
-        router.wait_ready()
-        yield router
-        assert "Traceback" not in router.text, router.text
-    finally:
-        router.close()
-
-
-@contextlib.contextmanager
 def fleet(
     card: Card,
     count: int = 3,
@@ -192,7 +177,7 @@ def fleet(
     """Servers and a router before them; afterwards its descriptors must be back (±3)."""
     with mock_processes(count, *mock) as mocks:
         config = servers_toml([*(m.url for m in mocks), *more], capacity, **settings)
-        with _router(router_class, config, card.directory, *arguments) as router:
+        with router_process(config, card.directory, *arguments, kind=router_class) as router:
             router.post("/v1/chat/completions", chat(max_tokens=1))
             time.sleep(0.5)  # until every probe and scrape has its connection
             before = router.descriptors()

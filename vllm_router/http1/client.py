@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httptools
-import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http1.transport import (
@@ -307,9 +306,3 @@ class Pool:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
-
-
-async def open_within(pool: Pool, timeout: float) -> Connection:
-    """`pool.open` with a bound in seconds; trio.TooSlowError beyond it."""
-    with trio.fail_after(timeout):
-        return await pool.open(trio.current_time())

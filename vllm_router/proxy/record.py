@@ -59,11 +59,6 @@ class Record:
     trace: Trace | None = None
 
     @property
-    def overhead(self) -> float | None:
-        """Seconds from the complete request to its last byte given to the server's socket."""
-        return self.sent_at - self.body_read_at if self.sent_at else None
-
-    @property
     def first_byte(self) -> float | None:
         """Seconds from the first to the answer's first data; None if there was none."""
         return self.first_byte_at - self.started_at if self.first_byte_at else None
