@@ -12,7 +12,9 @@ from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import Server
 
 
-def make_config(servers: list[dict[str, Any]] | int = 1, **settings: Any) -> Config:
+def make_config(
+    servers: list[dict[str, Any]] | int = 1, *, tables: str = "", **settings: Any
+) -> Config:
     """A configuration as a file would give it; servers `a`, `b`, ... if only their number is."""
     if isinstance(servers, int):
         servers = [{"url": f"http://{name}.test:1", "name": name} for name in "abcdef"[:servers]]
@@ -22,7 +24,7 @@ def make_config(servers: list[dict[str, Any]] | int = 1, **settings: Any) -> Con
         lines += [f"  {{ {keys} }},"]
     lines += ["]", "[config]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    return parse("\n".join(lines).encode(), "servers.toml", {})
+    return parse("\n".join([*lines, tables]).encode(), "servers.toml", {})
 
 
 def make_fleet(

@@ -20,6 +20,7 @@ from vllm_router.config import (
     parse,
 )
 from vllm_router.errors import ConfigError
+from vllm_router.routing.models import ModelRule
 from vllm_router.server_url import normalise_url, server_name
 from vllm_router.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
 
@@ -365,7 +366,7 @@ def test_flood_of_problems_is_counted_not_listed():
         ),
         (
             f"{ONE_SERVER}[zzz]",
-            'zzz: unknown key "zzz", known here: servers, config, auth, tls, log',
+            'zzz: unknown key "zzz", known here: servers, config, models, auth, tls, log',
         ),
         (f"{ONE_SERVER}[limits]", "limits: not supported by this version"),
     ],
@@ -763,6 +764,61 @@ def test_long_list_of_changes_is_cut():
     old, new = config_of(*urls), config_of(*urls, server="max_concurrent_requests = 4")
     assert changes(old, new).endswith("s9 max_concurrent_requests 3 → 4, and 90 more")
     assert "\n" not in changes(old, new)
+
+
+def test_models_have_their_table():
+    config = read(
+        f"""{ONE_SERVER}[models]
+        "gpt-4" = "llama-70b"
+        fast = {{ serves = "llama-8b", fallback = "gpt-4", hidden = true, policy = "session" }}
+        """
+    )
+    assert dict(config.models) == {
+        "gpt-4": ModelRule(serves="llama-70b"),
+        "fast": ModelRule(serves="llama-8b", fallback="gpt-4", hidden=True, policy="session"),
+    }
+    assert read(ONE_SERVER).models == ()
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("a = 3", "a: expected the name that servers use, or a table, got 3"),
+        ('a = ""', 'a.serves: expected the name of a model (string), got ""'),
+        ('"" = "m"', '"": expected the name of a model, got an empty one'),
+        ('a = { serve = "m" }', 'a.serve: unknown key "serve", did you mean "serves"?'),
+        ('a = { fallback = "a" }', "a.fallback: expected no circle, got a → a"),
+        (
+            'a = "b"\nb = "c"',
+            "a.serves: expected the name that servers use, got another alias (b → c)",
+        ),
+        ("a = { hidden = 1 }", "a.hidden: expected true or false, got 1"),
+    ],
+)
+def test_bad_model_is_named(table: str, expected: str):
+    assert problem(f"{ONE_SERVER}[models]\n{table}").removeprefix("models.") == expected
+
+
+def test_unknown_policy_of_a_model_is_named_with_those_there_are():
+    text = problem(f'{ONE_SERVER}[models]\na = {{ policy = "best" }}')
+    assert text.startswith('models.a.policy: expected one of "adaptive", ')
+
+
+def test_every_fallback_of_a_circle_is_named():
+    table = 'a = { fallback = "b" }\n"b\\n" = {}\nb = { fallback = "a" }\nc = { fallback = "a" }'
+    assert problems(f"{ONE_SERVER}[models]\n{table}") == (
+        "models.a.fallback: expected no circle, got a → b → a",
+        "models.b.fallback: expected no circle, got b → a → b",
+    )
+
+
+def test_changes_name_the_models():
+    def with_models(table: str) -> Config:
+        return read(f"{ONE_SERVER}[models]\n{table}")
+
+    old = with_models('a = "x"\nb = "x"\nc = "x"')
+    new = with_models('a = "x"\nb = "y"\n"d\\n" = "x"')
+    assert changes(old, new) == r"model +d\n, model -c, model b"
 
 
 def test_models_cannot_break_the_line_of_changes():

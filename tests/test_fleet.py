@@ -201,7 +201,7 @@ def test_a_model_is_served_by_those_that_list_it():
     assert names(fleet.candidates("adapter", 0.0)) == "b"
     assert fleet.candidates("unknown", 0.0) == ()
     assert names(fleet.candidates(None, 0.0)) == "ab"
-    assert fleet.known_models() == ["adapter", "m"]
+    assert fleet.public_models() == ["adapter", "m"]
     assert fleet.knows("adapter")
     assert not fleet.knows("unknown")
 

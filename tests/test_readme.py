@@ -14,7 +14,7 @@ import pytest
 
 from cli_process import ROOT, Running, router
 from mock_process import MockProcess, mock_processes
-from vllm_router import auth, config, tls_config
+from vllm_router import auth, config, models_config, tls_config
 from vllm_router.cli import cli
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.routing.retry import RULES
@@ -84,6 +84,14 @@ def test_every_key_of_auth_and_tls_is_there(readme: str):
     example = (ROOT / "servers.example.toml").read_text()
     for key in listed:
         assert re.search(rf"^# .*\b{key.rpartition('.')[2]}\b", example, re.MULTILINE), key
+
+
+def test_every_key_of_models_is_there(readme: str):
+    listed = re.findall(r"^\| `models\.NAME\.(\w+)` \|", text(readme), re.MULTILINE)
+    assert listed == list(models_config.MODEL_KEYS)
+    example = (ROOT / "servers.example.toml").read_text()
+    for key in listed:
+        assert re.search(rf"^# {key} = ", example, re.MULTILINE), key
 
 
 def test_every_key_of_the_log_is_there_with_its_default(readme: str):

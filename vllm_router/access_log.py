@@ -122,6 +122,10 @@ def fields(ended: Ended) -> dict[str, Any]:
         values["server"] = record.server.name
     if record.model is not None:
         values["model"] = record.model[:LONGEST]
+    if record.served_model is not None:
+        values["served_model"] = record.served_model
+    if record.policy:
+        values["policy"] = record.policy
     values["stream"] = record.stream
     values["attempts"] = record.attempts
     if record.retries:

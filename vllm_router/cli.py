@@ -364,11 +364,12 @@ def check_config(*, file: str, probe: bool) -> None:
     )
     if not probe:
         return
-    from vllm_router.control import probe_fleet
+    from vllm_router.control import missing_models, probe_fleet
 
     reports = _ask(probe_fleet, config)
     _print_reports(reports)
     problems = [f"{report.name}: {problem}" for report in reports for problem in report.problems]
+    problems += missing_models(config, reports)
     for line in problems:
         click.echo(visible(line), err=True)
     if problems:

@@ -1,8 +1,8 @@
 """What servers.toml may say, checked once and completely.
 
-`kinds.py` says what values are accepted; `Settings` and `_SERVER_KEYS` here, `auth.py` and
-`tls_config.py` say which key has which. Whatever passes `parse` is complete and immutable, so
-nothing that uses it looks for missing keys.
+`kinds.py` says what values are accepted; `Settings` and `_SERVER_KEYS` here, `auth.py`,
+`models_config.py` and `tls_config.py` say which key has which. Whatever passes `parse` is complete
+and immutable, so nothing that uses it looks for missing keys.
 
 A problem is one line, `source: key.path: expected ..., got ...`, and never holds a secret.
 """
@@ -43,6 +43,8 @@ from vllm_router.kinds import (
     Weight,
 )
 from vllm_router.log_config import LOG_KEYS, LogSettings
+from vllm_router.models_config import MODEL_KEYS, changed_models, read_models
+from vllm_router.routing.models import ModelRule
 from vllm_router.server_url import SHOWN_CHARS, escaped, quoted, server_name
 from vllm_router.tls_config import (
     SERVER_TLS_KEYS,
@@ -109,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replay: whether a request that was already sent may be sent again to another server; a failed
         connect may always go elsewhere.
     policy: how a server is chosen, a name from `routing/policies/`.
+    policy_header: whether a request may choose another one by `X-Router-Policy`.
 
     Knobs of the policies, see docs/routing.md:
     tokens_per_request: prompt tokens to be computed that weigh as much as one request.
@@ -162,6 +165,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     total_timeout: SecondsOrNone = None
     body_timeout: Seconds = 60.0
     policy: PolicyName = "least_load"
+    policy_header: Flag = False
     tokens_per_request: Tokens = 1000.0
     waste_growth: Growth = 0.5
     prefix_memory_mb: Megabytes = 64.0
@@ -182,10 +186,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole, valid configuration."""
+    """A whole, valid configuration. `models` has the public names with their rules."""
 
     servers: tuple[ServerConfig, ...]
     settings: Settings
+    models: tuple[tuple[str, ModelRule], ...] = ()
     auth: AuthConfig | None = None
     tls: TlsConfig | None = None
     log: LogSettings = LogSettings()
@@ -216,12 +221,13 @@ _SETTING_KEYS: dict[str, Any] = {
 _TABLES = {
     "config": _SETTING_KEYS,
     "servers.servers": _SERVER_KEYS,
+    "models.<name>": MODEL_KEYS,
     "auth": AUTH_KEYS,
     "tls": TLS_KEYS,
     "log": LOG_KEYS,
 }
 _LATER_TABLES = frozenset({"limits"})
-_KNOWN_TABLES = ("servers", "config", "auth", "tls", "log")
+_KNOWN_TABLES = ("servers", "config", "models", "auth", "tls", "log")
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -256,6 +262,7 @@ def parse(
     auth = None
     if "auth" in document:
         auth = read_auth(reader, document["auth"], environ, read_file)
+    models = read_models(reader, document.get("models", {}))
     settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
     log = reader.table("log", document.get("log", {}), LOG_KEYS)
     _check_bodies(reader, settings)
@@ -265,6 +272,7 @@ def parse(
     return Config(
         servers=servers,
         settings=Settings(**{**following, **settings}),
+        models=models,
         auth=auth,
         tls=tls,
         log=LogSettings(**log),
@@ -402,6 +410,7 @@ def changes(old: Config, new: Config) -> str:
     if kept != [url for url in before if url in after]:
         details.append("order of servers")
     details += _changed_fields(old.settings, new.settings, ignore=_following(old) & _following(new))
+    details += changed_models(old.models, new.models)
     details += _changed_auth(old.auth, new.auth) + _changed_tls(old.tls, new.tls)
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     parts += details[:_SHOWN_CHANGES]

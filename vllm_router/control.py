@@ -20,6 +20,7 @@ import trio
 
 from vllm_router.config import Config, ServerConfig
 from vllm_router.errors import RouterError
+from vllm_router.models_config import nowhere
 from vllm_router.tls import ServerContexts
 
 TIMEOUT = 5.0
@@ -233,6 +234,17 @@ async def probe_fleet(config: Config) -> list[ServerReport]:
         for server, report in zip(config.servers, reports, strict=True):
             nursery.start_soon(_probe, server, report, timeout, contexts.of(server))
     return reports
+
+
+def missing_models(config: Config, reports: list[ServerReport]) -> list[str]:
+    """What `[models]` names and no server has; nothing as long as a server's list is not known."""
+    served: set[str] = set()
+    for server, report in zip(config.servers, reports, strict=True):
+        models = server.models if server.models is not None else report.models
+        if models is None:
+            return []
+        served.update(models)
+    return nowhere(config.models, served)
 
 
 async def _probe(

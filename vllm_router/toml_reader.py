@@ -118,7 +118,7 @@ class Reader:
                 text += f', did you mean "{nearest[0]}"?'
             else:
                 text += f", known here: {', '.join(known)}"
-        self.problem(_joined(path, key), text)
+        self.problem(joined(path, key), text)
 
     def table(self, path: str, table: object, keys: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a table by key; without those that are wrong."""
@@ -130,7 +130,7 @@ class Reader:
             if key not in keys:
                 self.unknown_key(path, key, keys)
                 continue
-            read = self.value(_joined(path, key), value, keys[key])
+            read = self.value(joined(path, key), value, keys[key])
             if read is not None:
                 values[key] = read
         return values
@@ -180,6 +180,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _joined(path: str, key: str) -> str:
+def joined(path: str, key: str) -> str:
+    """The path of a key; what is no bare key is quoted."""
     part = key if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) else quoted(key)
     return f"{path}.{part}" if path else part

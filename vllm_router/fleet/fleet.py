@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_router.config import Config, ServerConfig, Settings
 from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.routing.models import Models
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class Fleet:
 
     `candidates` is O(1) while nothing changes: the answer per model is kept until a server
     changes its state or a time that it depends on has come.
+
+    Models go by the name under which servers have them, but for `model_cards` and those methods
+    that say `public`; `names` tells one from the other.
     """
 
     MAX_REMEMBERED_MODELS = 1024
@@ -32,6 +36,7 @@ class Fleet:
         self.servers: dict[str, Server] = {}
         self.leaving: list[Server] = []
         self.settings: Settings = config.settings
+        self.names = Models(config.models)
         self.on_transition: list[Callable[[Transition], None]] = []
         self._by_url: dict[str, Server] = {}
         self._ready: dict[str | None, tuple[Server, ...]] = {}
@@ -48,6 +53,7 @@ class Fleet:
         stays in `leaving` until its last lease is released.
         """
         self.settings = settings = config.settings
+        self.names = Models(config.models)
         old = self._by_url
         by_url: dict[str, Server] = {}
         added, kept = [], []
@@ -131,6 +137,11 @@ class Fleet:
         untried = [server for server in admitted or usable if server not in tried]
         return tuple([server for server in untried if now >= server.full_until] or untried)
 
+    def available(self, model: str, now: float, tried: Collection[Server] = ()) -> bool:
+        """Whether a server that is not ejected can take a request for it."""
+        found = self.others(model, now, tried) if tried else self.candidates(model, now)
+        return any(server.traffic_health.admits(now) for server in found)
+
     @property
     def remembered(self) -> int:
         """For how many models the candidates are kept."""
@@ -150,19 +161,30 @@ class Fleet:
         """The servers that have never yet told their models."""
         return [server.name for server in self.servers.values() if server.models is None]
 
-    def known_models(self) -> list[str]:
-        """Every model listed by any server, sorted."""
-        return sorted({m for server in self.servers.values() for m in server.models or ()})
+    def knows_public(self, name: str) -> bool:
+        """Whether a client may ask for this: any server lists it, or it is a configured name."""
+        return name in self.names.rules or self.knows(name)
+
+    def public_models(self) -> list[str]:
+        """What any server lists, by the names that clients are told, sorted."""
+        served = {m for server in self.servers.values() for m in server.models or ()}
+        return sorted(self.names.listed(served))
 
     def model_cards(self) -> list[dict[str, Any]]:
-        """The merged `/v1/models` entries of usable servers, as the engines gave them."""
+        """The merged `/v1/models` entries of usable servers, by their public names.
+
+        They are as the engines gave them, but for the `id` of an alias.
+        """
         cards: dict[str, dict[str, Any]] = {}
         for server in self.servers.values():
             if server.usable:
                 for model in server.models or ():
                     card = server.model_cards.get(model) or {"id": model, "object": "model"}
                     cards.setdefault(model, card)
-        return list(cards.values())
+        return [
+            cards[served] if served == public else {**cards[served], "id": public}
+            for public, served in self.names.listed(cards).items()
+        ]
 
     # -- change -------------------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ class Attempt:
         await self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
         await self._relay(connection, scope)
         self.complete = True
-        if self._proxy.wants_usage or self._proxy.policy.needs_prompt:
+        if self._proxy.wants_usage or self._exchange.request.policy.needs_prompt:
             self._learn()
         if is_stream and status == 200 and sse.ends_aborted(self._end()):
             return Outcome.BROKEN
@@ -251,7 +251,7 @@ class Attempt:
         record = exchange.record
         record.first_byte_at = now = lease.last_byte_at
         if is_stream:
-            proxy.policy.first_byte(lease)
+            exchange.request.policy.first_byte(lease)
         record.phase = Phase.STREAM
         record.status = answer.status
         self.committed = True
@@ -377,8 +377,9 @@ class Attempt:
         usage = read_usage(tail)
         if usage is None:
             return
-        if proxy.policy.needs_prompt:
-            proxy.policy.learned(self._lease, *usage)
+        policy = self._exchange.request.policy
+        if policy.needs_prompt:
+            policy.learned(self._lease, *usage)
         if proxy.wants_usage:
             record.prompt_tokens, record.cached_tokens = usage
             record.completion_tokens = read_completion(tail)

@@ -43,6 +43,7 @@ class Exchange:
         "_bodies",
         "_broken",
         "_complete",
+        "_falls_back",
         "_fields",
         "_key",
         "_receive",
@@ -76,7 +77,7 @@ class Exchange:
         self._server_cancels = CANCEL_ON_DISCONNECT in scope.get("extensions", ())
         self._tried: list[Server] = []
         self._broken = 0
-        self._complete = False
+        self._complete = self._falls_back = False
         self._bodies = BodyShare(proxy.bodies)
         identity: Identity | None = scope.get(IDENTITY)
         self._key = identity.key if identity is not None else None
@@ -150,6 +151,16 @@ class Exchange:
             self.deadline = record.body_read_at + total
         if self._key is not None and not self._key.allows(record.model):
             raise _not_allowed(self._key, record.model)
+        if record.model is not None and not proxy.plain:
+            self._ask_for(record.model)
+            rule = proxy.fleet.names.rules.get(record.model)
+            self._falls_back = rule is not None and rule.fallback is not None
+
+    def _ask_for(self, public: str) -> None:
+        record, request = self.record, self.request
+        request.ask_for(public, self.proxy)
+        served = request.facts.model
+        record.served_model = served if served != record.model else None
 
     def let_body_go(self) -> None:
         """The body is never sent again: there may be many, of up to `max_body_mb` each."""
@@ -188,16 +199,19 @@ class Exchange:
 
     async def _serve(self) -> None:
         """Try servers until one has answered. Raises Refused if none did."""
-        proxy, record, facts = self.proxy, self.record, self.request.facts
+        proxy, record, request = self.proxy, self.record, self.request
         proxy.budget.deposit(len(proxy.exchanges))
         now = record.body_read_at
         while True:
             candidates = self._untried(now)
+            if self._falls_back and proxy.fleet.probed:
+                candidates = self._fall_back(candidates, now)
             if not candidates:
                 candidates = await self._wait_for_candidates()
                 now = trio.current_time()
-            policy = proxy.policy
+            policy, facts = request.policy, request.facts
             server = policy.pick(candidates, facts, now)
+            record.policy = policy.name
             lease = server.lease(now)
             self._tried.append(server)
             record.server = server
@@ -237,6 +251,30 @@ class Exchange:
             return fleet.others(model, now, self._tried)
         return fleet.candidates(model, now)
 
+    def _fall_back(self, found: tuple[Server, ...], now: float) -> tuple[Server, ...]:
+        """The candidates; those of the model that stands in for this one, if it has none left.
+
+        Ejected servers are no reason to stay. What a key allows does not matter: the fallback is
+        the operator's choice, not the client's.
+        """
+        instead = self._instead(found, now)
+        if instead is None:
+            return found
+        self._ask_for(instead)
+        return self._untried(now)
+
+    def _instead(self, found: tuple[Server, ...], now: float) -> str | None:
+        """The public name of the model to go on with if `found` can take nothing, if there is."""
+        if any(server.traffic_health.admits(now) for server in found):
+            return None
+        fleet, model = self.proxy.fleet, self.record.model
+        assert model is not None
+        for name in fleet.names.instead(model):
+            served = fleet.names.served(name)
+            if served != self.request.facts.model and fleet.available(served, now, self._tried):
+                return name
+        return None
+
     @property
     def replayable(self) -> bool:
         """Whether the request may be sent again after a server has had it."""
@@ -249,10 +287,12 @@ class Exchange:
         """
         if outcome in BREAKS_SERVERS:
             self._broken += 1
+        now = trio.current_time()
+        others = self._untried(now)
         standing = Standing(
             self.record.attempts,
             self._broken,
-            bool(self._untried(trio.current_time())),
+            bool(others) or (self._falls_back and self._instead(others, now) is not None),
             self.replayable,
             fresh,
         )
@@ -269,7 +309,7 @@ class Exchange:
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses."""
-        proxy, model = self.proxy, self.request.facts.model
+        proxy, model, asked = self.proxy, self.request.facts.model, self.record.model
         fleet, settings = proxy.fleet, proxy.settings
         with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
             while not (fleet.probed or proxy.stopping):
@@ -279,9 +319,13 @@ class Exchange:
                     return candidates
         if proxy.stopping:
             raise _stopping()
-        shown = repr(model if model is None else model[:SHOWN_MODEL])
+        if self._falls_back:
+            candidates = self._fall_back((), trio.current_time())
+            if candidates:
+                return candidates
+        shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
-            known, unheard = fleet.known_models(), fleet.unheard
+            known, unheard = fleet.public_models(), fleet.unheard
             if known and unheard:
                 # It may be on one of those: to say that it does not exist would be a guess.
                 raise Refused(

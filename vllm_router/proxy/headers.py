@@ -38,7 +38,9 @@ _OURS = frozenset(
         b"x-real-ip",
     }
 )
-_NOT_FORWARDED = _HOP_BY_HOP | _OURS
+# Meant for the router, and it is the router that has read it.
+_FOR_US = frozenset({b"x-router-policy"})
+_NOT_FORWARDED = _HOP_BY_HOP | _OURS | _FOR_US
 # `Connection: authorization` must not strip what end-to-end semantics need (RFC 9110 7.6.1).
 _NEVER_NOMINATED = frozenset({b"authorization", b"content-type", b"content-encoding"})
 

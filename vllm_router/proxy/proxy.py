@@ -21,7 +21,8 @@ from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.types import Receive, Scope, Send
-from vllm_router.routing.policies import POLICIES, Knobs, Policy
+from vllm_router.routing.policies import Knobs
+from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.retry import Outcome, RetryBudget
 from vllm_router.tls import ServerContexts
 
@@ -40,6 +41,7 @@ class Proxy:
     """Serves inference requests. Constructed once; `apply` brings in a new configuration.
 
     Owns the connections to the servers: `close` closes the idle ones.
+    `plain` says that all requests are chosen for alike, under the names that clients use.
     `wants_usage`, `wants_prompt`: whether a recorder uses a record's tokens and its facts' prompt.
     """
 
@@ -64,7 +66,7 @@ class Proxy:
         self._recorders = tuple(recorders)
         self._rng = rng
         self._tls = tls
-        self.policy: Policy = POLICIES[config.settings.policy](rng, Knobs.of(config.settings))
+        self.policies = PolicySet(rng, config.settings.policy, {}, Knobs.of(config.settings))
         self.apply(config)
 
     def apply(self, config: Config) -> None:
@@ -73,9 +75,10 @@ class Proxy:
         self.max_body = int(settings.max_body_mb * 1_000_000)
         self.bodies.limit = int(settings.max_bodies_mb * 1_000_000)
         self.trusted = tuple(ip_network(net, strict=False) for net in settings.trusted_proxies)
-        knobs = Knobs.of(settings)
-        if self.policy.name != settings.policy or self.policy.knobs != knobs:
-            self.policy = POLICIES[settings.policy](self._rng, knobs)
+        own = {name: rule.policy for name, rule in config.models if rule.policy is not None}
+        on_request = settings.policy_header
+        self.policies.apply(settings.policy, own, Knobs.of(settings), on_request=on_request)
+        self.plain = not (config.models or on_request)
         servers = self.fleet.all_servers()
         for server in servers:
             link = self.links.get(server)
@@ -110,7 +113,7 @@ class Proxy:
 
     def forget(self, server: Server) -> None:
         """A removed server's last exchange has ended."""
-        self.policy.forget(server)
+        self.policies.forget(server)
         link = self.links.pop(server, None)
         if link is not None:
             link.pool.close()

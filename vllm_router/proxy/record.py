@@ -28,6 +28,8 @@ class Record:
 
     Tokens are known where the answer's end tells them and somebody wants them. `facts` and `trace`
     are there only until the recorders have been told: records are kept, prompts are not.
+    `model` is what the client asked for, `served_model` what the server was, if that differs;
+    `policy` is the one that picked.
     """
 
     started_at: float
@@ -57,6 +59,8 @@ class Record:
     completion_tokens: int | None = None
     facts: Facts | None = None
     trace: Trace | None = None
+    served_model: str | None = None
+    policy: str = ""
 
     @property
     def first_byte(self) -> float | None:

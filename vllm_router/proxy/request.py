@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.headers import connection_field, forwarding_fields, loops
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.types import Message, Receive, Scope
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.facts import Facts, for_model, read_facts
+from vllm_router.routing.policies import POLICY_NAMES, Policy
 
 if TYPE_CHECKING:
     from vllm_router.proxy.proxy import Proxy
+
+_OF_THE_BODY = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
+"""Fields that are wrong once the body has been edited (RFC 9530, RFC 3230)."""
 
 MIN_BODY_RATE = 500.0
 """Bytes per second that a request body must average once `body_timeout` has passed."""
@@ -23,28 +29,70 @@ class Request:
     """What every attempt of an exchange sends, but for what differs from server to server.
 
     `added` holds the field lines that are ours; `connection` is the client's `Connection` field.
-    `body` is let go once it can no longer be needed.
+    `body` is let go once it can no longer be needed. `policy` chooses its servers.
     """
 
-    __slots__ = ("added", "body", "connection", "facts", "headers", "method", "target")
+    __slots__ = (
+        "_content_type",
+        "_wanted",
+        "added",
+        "body",
+        "connection",
+        "facts",
+        "headers",
+        "method",
+        "policy",
+        "target",
+    )
 
     def __init__(self, proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], body: bytes) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         path, query = scope["raw_path"], scope["query_string"]
-        policy, logged = proxy.policy, proxy.wants_prompt
+        policies, logged = proxy.policies, proxy.wants_prompt
+        wanted = None if proxy.plain else wanted_policy(proxy, fields)
+        read = policies if wanted is None else wanted
         self.method: str = scope["method"]
         self.target: bytes = path + b"?" + query if query else path
         self.headers = headers
         self.connection = connection_field(headers, fields)
         self.body = body
+        self._wanted = wanted
+        self._content_type = content_type = fields.get(b"content-type", b"")
         self.facts: Facts = read_facts(
             path,
-            fields.get(b"content-type", b""),
+            content_type,
             body,
-            fields.get(b"x-session-id", b"") if policy.needs_session or logged else b"",
-            with_prompt=policy.needs_prompt or logged,
+            fields.get(b"x-session-id", b"") if read.needs_session or logged else b"",
+            with_prompt=read.needs_prompt or logged,
         )
+        self.policy: Policy = policies.default if wanted is None else wanted
         self.added = b""
+
+    def ask_for(self, public: str, proxy: Proxy) -> None:
+        """Become a request for the model of this public name: the body is edited if it must be."""
+        served = proxy.fleet.names.served(public)
+        if served != self.facts.model:
+            self.facts = msgspec.structs.replace(self.facts, model=served)
+            self.body = for_model(self.body, self._content_type, served)
+            self.headers = [field for field in self.headers if field[0] not in _OF_THE_BODY]
+        if self._wanted is None:
+            self.policy = proxy.policies.for_model(public)
+
+
+def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
+    """The one that `X-Router-Policy` names, if requests may choose. Raises Refused."""
+    name = fields.get(b"x-router-policy")
+    if name is None or not proxy.policies.on_request:
+        return None
+    text = name.decode("latin-1")
+    if text not in POLICY_NAMES:
+        raise Refused(
+            400,
+            "unknown_policy",
+            f"X-Router-Policy must be one of {', '.join(POLICY_NAMES)}.",
+            param="X-Router-Policy",
+        )
+    return proxy.policies.named(text)
 
 
 async def read_request(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -22,77 +23,119 @@ class ModelRule(msgspec.Struct, frozen=True, kw_only=True):
     policy: str | None = None
 
 
-class Resolved(msgspec.Struct, frozen=True, gc=False):
-    """What a request's model comes to. `asked` is the public name that answers, `served` the one
-    to be sent: if that is not what the client wrote, the body is to be edited."""
-
-    asked: str
-    served: str
-    policy: str | None
-
-
 class Models:
     """The `[models]` table. Names that are not in it stand for themselves."""
 
-    def __init__(self, rules: Mapping[str, ModelRule]) -> None:
+    def __init__(self, rules: Mapping[str, ModelRule] | Iterable[tuple[str, ModelRule]]) -> None:
         self.rules = dict(rules)
 
-    def resolve(self, name: str, available: Callable[[str], bool]) -> Resolved:
-        """Follow aliases and fallbacks; `available` tells whether a served name has a server now.
+    def served(self, public: str) -> str:
+        """The name under which the servers have it."""
+        return self.rules.get(public, _NO_RULE).serves or public
 
-        The first of the chain that is available answers; if none is, the one that was asked for
-        is refused under its own name. O(length of the chain).
+    def instead(self, public: str) -> Iterator[str]:
+        """The public names of the models that answer in its place, the first choice first."""
+        seen = {public}
+        step = self.rules.get(public, _NO_RULE).fallback
+        while step is not None and step not in seen:
+            yield step
+            seen.add(step)
+            step = self.rules.get(step, _NO_RULE).fallback
+
+    def answering(self, public: str, available: Callable[[str], bool]) -> str:
+        """The public name that answers for `public`: itself or the first that stands in for it.
+
+        `available` tells of a served name whether a server has it now. If none does, it is itself
+        again, to be refused under its own name. O(length of the chain).
         """
-        seen: set[str] = set()
-        asked: str | None = name
-        while asked is not None and asked not in seen:
-            seen.add(asked)
-            rule = self.rules.get(asked, _NO_RULE)
-            served = rule.serves or asked
-            if available(served):
-                return Resolved(asked, served, rule.policy)
-            asked = rule.fallback
-        rule = self.rules.get(name, _NO_RULE)
-        return Resolved(name, rule.serves or name, rule.policy)
+        if available(self.served(public)):
+            return public
+        for name in self.instead(public):
+            if available(self.served(name)):
+                return name
+        return public
 
-    def listed(self, served: Iterable[str]) -> dict[str, str]:
-        """The public names to list, and what each serves, for the names that servers have."""
-        names = list(served)
-        renamed = {rule.serves for rule in self.rules.values() if rule.serves is not None}
-        found = {name: name for name in names if name not in renamed}
+    def listed(self, names: Iterable[str]) -> dict[str, str]:
+        """The public names to list, and what each comes to, for the names that servers have.
+
+        A name that servers use is left out if it has another one in public, unless the table has
+        it, too. A model without a server is listed while another one answers for it.
+        """
+        there = list(dict.fromkeys(names))
+        renamed = {rule.serves for rule in self.rules.values() if not rule.hidden}
+        found = {name: name for name in there if name not in renamed and name not in self.rules}
         for public, rule in self.rules.items():
-            if (rule.serves or public) in names:
-                found[public] = rule.serves or public
-        return {
-            public: name
-            for public, name in found.items()
-            if not self.rules.get(public, _NO_RULE).hidden
-        }
+            served = self.served(self.answering(public, there.__contains__))
+            if served in there and not rule.hidden:
+                found[public] = served
+        return found
 
-    def problems(self) -> list[str]:
-        """Fallbacks that lead in a circle, as lines for the operator."""
+    def problems(self) -> list[tuple[str, str, str]]:
+        """What cannot be meant: the public name, the key, and what is wrong there."""
         found = []
-        for name in self.rules:
+        for name, rule in self.rules.items():
             seen: list[str] = []
             step: str | None = name
             while step is not None and step not in seen:
                 seen.append(step)
                 step = self.rules.get(step, _NO_RULE).fallback
             if step == name:
-                found.append(f"models.{name}.fallback: leads back to itself: {' → '.join(seen)}")
+                circle = " → ".join([*seen, name])
+                found.append((name, "fallback", f"expected no circle, got {circle}"))
+            target = rule.serves
+            if target is not None and self.served(target) != target:
+                further = self.served(target)
+                text = f"another alias ({target} → {further})"
+                found.append((name, "serves", f"expected the name that servers use, got {text}"))
         return found
 
 
 _NO_RULE = ModelRule()
-_TOP: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+# A string, read without looking back, or a bracket. Whatever msgspec has read is made of these.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]]', re.DOTALL)
+_TEXT = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
+_KEY = b'"model"'
+_ESCAPED_LETTER = b"\\u006"
+"""Every letter of `model` is written so if it is written as an escape."""
 
 
 def with_model(body: bytes, model: str) -> bytes:
     """The body with another model in it: the one edit that is allowed.
 
-    The values of all other keys stay byte for byte what they were. Raises msgspec.MsgspecError if
-    the body is no JSON object.
+    `body` is a JSON object that has a string as its `model`; only that string is replaced, all
+    other bytes stay. O(1) in Python where the word stands there but once, as it nearly always
+    does; else 0.2 µs for each string and bracket.
     """
-    fields = _TOP.decode(body)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(fields)
+    name = msgspec.json.encode(model)
+    if body.count(_KEY) == 1 and _ESCAPED_LETTER not in body:
+        text = _TEXT.match(body, body.index(_KEY) + len(_KEY))
+        spans = [text.span(1)] if text is not None else []
+    else:
+        spans = list(_top_level_models(body))
+    parts: list[bytes] = []
+    place = 0
+    for start, end in spans:
+        parts += (body[place:start], name)
+        place = end
+    parts.append(body[place:])
+    return b"".join(parts)
+
+
+def _top_level_models(body: bytes) -> Iterator[tuple[int, int]]:
+    """Where the values of the outermost `model` are; parsers take the last, so all are replaced."""
+    depth = 0
+    for token in _TOKEN.finditer(body):
+        word = token[0]
+        if word in (b"{", b"["):
+            depth += 1
+        elif word in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1:
+            text = _TEXT.match(body, token.end())
+            if text is not None and (word == _KEY or _is_model(word)):
+                yield text.span(1)
+
+
+def _is_model(word: bytes) -> bool:
+    return b"\\" in word and msgspec.json.decode(word) == "model"

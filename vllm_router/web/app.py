@@ -20,7 +20,7 @@ from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
 from vllm_router.web.access import check_local, check_origin
 from vllm_router.web.engine_control import control
-from vllm_router.web.explain import explain, facts_of
+from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import MAY_READ, identity_of, unauthorized, visible
 from vllm_router.web.metrics import Metrics
@@ -161,12 +161,15 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/explain")
     async def explain_model() -> Response:
-        return answers.json(explain(router, Facts(request.args.get("model") or None)))
+        facts = Facts(request.args.get("model") or None)
+        return answers.json(explain(router, facts, policy_of(router, answers.fields())))
 
     @app.post("/explain")
     async def explain_body() -> Response:
-        facts = facts_of(router, answers.fields(), await answers.body())
-        return answers.json(explain(router, facts))
+        fields = answers.fields()
+        policy = policy_of(router, fields)
+        facts = facts_of(router, fields, await answers.body(), policy)
+        return answers.json(explain(router, facts, policy))
 
     @app.get("/decisions")
     async def decisions() -> Response:

@@ -41,6 +41,8 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
         "request_id": record.request_id.decode("latin-1"),
         "path": record.path.decode("latin-1"),
         "model": record.model,
+        "served_model": record.served_model,
+        "policy": record.policy or None,
         "stream": record.stream,
         "server": record.server.name if record.server is not None else None,
         "attempts": record.attempts,

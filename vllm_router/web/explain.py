@@ -6,30 +6,40 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import trio
 
 from vllm_router.fleet.server import Server, State
+from vllm_router.proxy.request import wanted_policy
 from vllm_router.routing.facts import Facts, read_facts
 from vllm_router.routing.policies import Policy
 from vllm_router.web.router import Router
 
 
-def explain(router: Router, facts: Facts) -> dict[str, Any]:
+def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[str, Any]:
     """What would happen to a request with these facts now. Takes no lease, moves no policy.
 
-    Candidates stand in the order in which the policy prefers them, where it has one.
+    Candidates stand in the order in which the policy prefers them, where it has one: `policy`, or
+    that of the model.
     """
     now = trio.current_time()
-    fleet, policy = router.fleet, router.proxy.policy
+    fleet, asked = router.fleet, facts.model
+    if asked is not None:
+        names = fleet.names
+        answering = names.answering(asked, lambda served: fleet.available(served, now))
+        facts = msgspec.structs.replace(facts, model=names.served(answering))
+        policy = policy or router.proxy.policies.for_model(answering)
+    policy = policy or router.proxy.policies.default
     candidates = fleet.candidates(facts.model, now)
     picked, ranked = _rank(policy, candidates, facts, now)
     return {
-        "model": facts.model,
+        "model": asked,
+        "served_model": facts.model,
         "stream": facts.stream,
         "model_known": facts.model is None or fleet.knows(facts.model),
         "policy": policy.name,
         "picked": picked.name if picked is not None else None,
-        "note": _note(candidates, facts, router, now),
+        "note": _note(candidates, facts, router, policy, now),
         "candidates": ranked,
         "out": [
             {**_figures(server), **_why_out(server, facts.model, now)}
@@ -39,17 +49,26 @@ def explain(router: Router, facts: Facts) -> dict[str, Any]:
     }
 
 
-def facts_of(router: Router, fields: Mapping[str, str], body: bytes) -> Facts:
-    """What routing would read from a request with this body, with the policy in force."""
-    policy = router.proxy.policy
+def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
+    """The policy that the request names, if it may. Raises Refused."""
+    name = fields.get("x-router-policy")
+    given = {} if name is None else {b"x-router-policy": name.encode("latin-1", "replace")}
+    return wanted_policy(router.proxy, given)
+
+
+def facts_of(
+    router: Router, fields: Mapping[str, str], body: bytes, policy: Policy | None
+) -> Facts:
+    """What routing would read from a request with this body, for `policy` or those in force."""
+    read = policy or router.proxy.policies
     content_type = fields.get("content-type", "").encode("latin-1")
-    session = fields.get("x-session-id", "") if policy.needs_session else ""
+    session = fields.get("x-session-id", "") if read.needs_session else ""
     return read_facts(
         b"/explain",
         content_type,
         body,
         session.encode("latin-1"),
-        with_prompt=policy.needs_prompt,
+        with_prompt=read.needs_prompt,
     )
 
 
@@ -83,7 +102,9 @@ def _figures(server: Server) -> dict[str, Any]:
     }
 
 
-def _note(candidates: Sequence[Server], facts: Facts, router: Router, now: float) -> str:
+def _note(
+    candidates: Sequence[Server], facts: Facts, router: Router, policy: Policy, now: float
+) -> str:
     """What is special about the choice, in a sentence; empty if nothing is."""
     if not candidates:
         model = facts.model
@@ -98,7 +119,7 @@ def _note(candidates: Sequence[Server], facts: Facts, router: Router, now: float
         return "No server that can be asked lists the model; some lists could not be read."
     lowest = min(server.load for server in candidates)
     equals = sum(server.load == lowest for server in candidates)
-    if equals > 1 and router.proxy.policy.name == "least_load":
+    if equals > 1 and policy.name == "least_load":
         return f"{equals} servers are equal: any of them may be picked."
     return ""
 

@@ -202,7 +202,7 @@ class Metrics:
             return NONE
         if model in self._models:
             return model
-        if len(self._models) < MAX_MODELS and self._fleet.knows(model):
+        if len(self._models) < MAX_MODELS and self._fleet.knows_public(model):
             self._models.add(model)
             return model
         return OTHER
@@ -219,7 +219,7 @@ class Metrics:
         for name in self._servers.keys() - names:
             del self._servers[name]
         if len(self._models) >= MAX_MODELS:
-            gone = self._models - set(self._fleet.known_models())
+            gone = {name for name in self._models if not self._fleet.knows_public(name)}
             self._models -= gone
             for series in self._servers.values():
                 series.forget_models(gone)
