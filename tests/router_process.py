@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,18 @@ def servers_toml(urls: Iterable[str], capacity: int = 3, **settings: Any) -> str
 
 
 class RouterProcess:
-    """One running router. Its log lines are in `log`."""
+    """One running router. Its log lines are in `log`.
 
-    def __init__(self, config: Path, *arguments: str) -> None:
+    `passed` are listening sockets that it gets as from systemd.
+    """
+
+    def __init__(self, config: Path, *arguments: str, passed: Sequence[socket.socket] = ()) -> None:
         self.config = config
         self.log: list[str] = []
         self.url = ""
         self.process = subprocess.Popen(
             [
+                *_passing(passed),
                 *(sys.executable, "-W", "error", "-m", "vllm_router", "run", "--console"),
                 *("--config", str(config), "--host", "127.0.0.1", "--port", "0", *arguments),
             ],
@@ -64,6 +68,7 @@ class RouterProcess:
             text=True,
             cwd=_ROOT,
             env=os.environ | {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"},
+            pass_fds=[sock.fileno() for sock in passed],
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -137,6 +142,24 @@ class RouterProcess:
         self._reader.join(5)
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+_PASS = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(",")]
+for number, fd in enumerate(high):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(high))}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _passing(sockets: Sequence[socket.socket]) -> list[str]:
+    """What starts a program with these as descriptors 3, 4, ... and says so to it."""
+    if not sockets:
+        return []
+    return [sys.executable, "-S", "-c", _PASS, ",".join(str(sock.fileno()) for sock in sockets)]
 
 
 @contextlib.contextmanager

@@ -314,6 +314,18 @@ async def test_drain_closes_the_idle_and_lets_the_busy_finish(kind):
         await on.front.drained()
 
 
+async def test_last_call_keeps_idle_connections_for_one_more_request(kind):
+    async with running(kind) as on, connected(on.port) as idle, connected(on.port) as fresh:
+        await idle.send(post())
+        await idle.reply()
+        on.front.last_call()
+        for client in (idle, fresh):
+            await client.send(post())
+            reply = await client.reply()
+            assert (reply.status, reply.headers["connection"]) == (200, "close")
+            assert await client.closed()
+
+
 async def test_requests_that_came_before_the_drain_are_answered(kind):
     async with running(kind) as on, connected(on.port) as known:
         await known.send(post())

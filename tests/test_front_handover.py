@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import resource
 import socket
 import ssl
@@ -222,7 +224,8 @@ async def test_ipv6_is_served():
             front.abort()
 
 
-async def test_connections_beyond_the_most_wait_their_turn():
+async def test_connections_beyond_the_most_wait_their_turn(caplog):
+    caplog.set_level(logging.INFO)
     async with running(max_connections=2) as on:
         async with connected(on.port), connected(on.port) as second, connected(on.port) as third:
             await soon(lambda: on.front.connections == 2)
@@ -232,6 +235,25 @@ async def test_connections_beyond_the_most_wait_their_turn():
             assert waited.cancelled_caught
             await second.stream.aclose()
             assert (await third.reply()).status == 200
+    assert "2 connections are open, as many as there are descriptors for" in caplog.text
+    assert "accepting connections again" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_idle_connections_make_room_for_those_that_wait(kind, caplog):
+    async with running(kind, max_connections=4) as on:
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connected(on.port)) for _ in range(12)]
+            for client in clients:
+                await client.send(post())
+            for client in clients:
+                assert (await client.reply()).status == 200
+            busy = await stack.enter_async_context(connected(on.port))
+            await busy.send(post("/v1/hang"))
+            await soon(lambda: on.app.active)
+            on.app.release.set()
+            assert (await busy.reply()).status == 200
+    assert 1 <= caplog.text.count("as many as there are descriptors for") <= 5
 
 
 async def test_running_out_of_descriptors_is_survived(caplog):

@@ -37,6 +37,7 @@ LAYERS = {
     "tls": TRIO,
     "mock": TRIO,
     "front": SERVING,
+    "handover": TRIO,
     "hypercorn_bridge": SERVING,
     "web": SERVING,
     "control": WIRING,

@@ -168,6 +168,11 @@ def main() -> NoReturn:
     show_default=True,
     help="Who serves inference requests: our own HTTP/1.1 server or Hypercorn.",
 )
+@click.option(
+    "--reuse-port",
+    is_flag=True,
+    help="Share the port with other routers that say so: a new one takes over from an old one.",
+)
 def run(
     *,
     file: str | None,
@@ -175,6 +180,7 @@ def run(
     demo: int | None,
     host: str,
     port: int,
+    reuse_port: bool,
     console: bool,
     log_level: str | None,
     log_format: str | None,
@@ -185,7 +191,8 @@ def run(
 
     Reads servers.toml and follows it while running, unless servers are given here. SIGTERM and
     SIGINT drain and stop, a second one stops at once; SIGHUP reads the configuration again, SIGUSR1
-    opens the log files anew.
+    opens the log files anew. Listening sockets that systemd passes are used instead of --host and
+    --port.
 
     On a terminal it shows the full-screen monitor, whose Ctrl-C stops the router (q asks first),
     and logs to logs/vllm-router.log; with --console, or elsewhere, it logs to stderr.
@@ -207,7 +214,17 @@ def run(
             output.apply(config.log)
         except OSError as error:
             raise Failure(f"cannot write the access log: {error}") from None
-        _start(config, source, output, demo or 0, host, port, log, lane=front == "lane")
+        _start(
+            config,
+            source,
+            output,
+            demo or 0,
+            host,
+            port,
+            log,
+            lane=front == "lane",
+            reuse_port=reuse_port,
+        )
     finally:
         output.close()
 
@@ -222,15 +239,29 @@ def _start(
     log: Path | None,
     *,
     lane: bool,
+    reuse_port: bool,
 ) -> None:
     """Serve until a signal ends it; with the monitor on this terminal if the log is a file."""
     import trio
 
+    from vllm_router.handover import passed_sockets
     from vllm_router.service import ServeOptions, serve
 
+    try:
+        passed = tuple(passed_sockets(os.environ))
+    except ValueError as error:
+        raise Failure(str(error)) from None
     _raise_descriptor_limit()
     options = ServeOptions(
-        config=config, source=source, demo=demo, host=host, port=port, lane=lane, output=output
+        config=config,
+        source=source,
+        demo=demo,
+        host=host,
+        port=port,
+        lane=lane,
+        reuse_port=reuse_port,
+        passed=passed,
+        output=output,
     )
 
     def listening(url: str) -> None:

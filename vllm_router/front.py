@@ -18,17 +18,30 @@ from dataclasses import dataclass
 
 import trio
 
+from vllm_router.handover import step_aside, take_turns
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.paths import PathClass, classify
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048
+"""Connections that wait to be accepted; the kernel allows net.core.somaxconn at most."""
+
 ACCEPTS_PER_TURN = 64
 """Connections accepted before other tasks get their turn."""
 
 PAUSE_WHEN_EXHAUSTED = 0.1
 """Seconds without accepting when descriptors or memory have run out."""
+
+RELIEF = 0.9
+"""The share of `max_connections` below which reaching it again is worth another line of the log."""
+
+IDLE_WHEN_FULL = 1.0
+"""Seconds that a connection may wait for a request while others wait to be accepted."""
+
+ASIDE = 0.5
+"""Seconds for handshakes to end that had begun before a successor got all the new ones."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -69,7 +82,8 @@ class Front:
     `app` serves every request, wherever it comes in. `lane=False` leaves everything to Hypercorn.
     With `ssl_context`, TLS is spoken to clients that begin with it, and plain HTTP to the others
     unless `tls_only`; requests for the lane over TLS are served by it too.
-    `max_connections` are open at a time, the others wait in the kernel's backlog.
+    `max_connections` are open at a time, the others wait in the kernel's backlog, and those that
+    are open make room as soon as they are idle.
     """
 
     def __init__(
@@ -92,6 +106,7 @@ class Front:
         self.use_tls(ssl_context)
         self._most = math.inf if max_connections is None else max_connections
         self._listeners: list[socket.socket] = []
+        self._shared: list[socket.socket] = []
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._open = 0
@@ -99,6 +114,7 @@ class Front:
         self._handed_over = 0
         self._changed = trio.Event()
         self._draining = False
+        self._full = False
         self._silent: set[trio.CancelScope] = set()
 
     def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
@@ -113,14 +129,14 @@ class Front:
         self,
         host: str,
         port: int,
-        backlog: int = 2048,
         *,
         reuse_port: bool = False,
         plain: bool = False,
     ) -> list[Address]:
         """Listen on every address of `host`; the addresses, with the port that 0 became.
 
-        `plain` takes plain HTTP on this port even if the others speak TLS only.
+        `plain` takes plain HTTP on this port even if the others speak TLS only. With `reuse_port`
+        other processes may listen at the same address: this one does from `serve` on.
         Raises OSError if any of them cannot be had; those opened before are closed then.
         """
         found = socket.getaddrinfo(
@@ -140,32 +156,50 @@ class Front:
                 if port == 0 and len(opened) > 1:
                     address = (address[0], opened[0].getsockname()[1], *address[2:])
                 sock.bind(address)
-                self._listen(sock, backlog)
+                self._prepare(sock)
+                if not reuse_port:
+                    sock.listen(BACKLOG)
         except BaseException:
             for sock in opened:
                 sock.close()
             raise
         self._listeners += opened
+        if reuse_port:
+            self._shared += opened
         if plain:
-            self._plain_ports.add(opened[0].getsockname()[1])
+            self.allow_plain(opened[0].getsockname()[1])
         return [sock.getsockname()[:2] for sock in opened]
 
-    def adopt(self, fileno: int, backlog: int = 2048) -> Address:
-        """Listen on a bound socket that somebody else opened. Raises OSError."""
+    def adopt(self, fileno: int) -> Address:
+        """Listen on a bound socket that somebody else opened. Raises OSError.
+
+        The descriptor is ours from then on; processes that we start do not get it.
+        """
         sock = socket.socket(fileno=fileno)
-        self._listen(sock, backlog)
+        try:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                raise OSError(errno.EAFNOSUPPORT, "the passed socket is not one of TCP")
+            address: Address = sock.getsockname()[:2]
+            sock.set_inheritable(False)
+            self._prepare(sock)
+            sock.listen(BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
         self._listeners.append(sock)
-        address: Address = sock.getsockname()[:2]
         return address
 
-    def _listen(self, sock: socket.socket, backlog: int) -> None:
+    def allow_plain(self, port: int) -> None:
+        """Take plain HTTP on this port even if the others speak TLS only."""
+        self._plain_ports.add(port)
+
+    def _prepare(self, sock: socket.socket) -> None:
         # Accepted sockets inherit all of these (Linux), which saves four system calls for each.
         stall = int(self._limits.write_stall_timeout * 1000)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        sock.listen(backlog)
 
     # -- life cycle ----------------------------------------------------------------------------
 
@@ -174,6 +208,9 @@ class Front:
     ) -> None:
         """Serve until `stop_accepting` and the last connection has ended, or `abort`."""
         try:
+            for listener in self._shared:
+                listener.listen(BACKLOG)
+                take_turns(listener)
             with self._everything:
                 async with trio.open_nursery() as helpers:
                     if self._lane is not None:
@@ -181,9 +218,8 @@ class Front:
                     async with trio.open_nursery() as connections:
                         task_status.started([s.getsockname()[:2] for s in self._listeners])
                         with self._accepting:
-                            async with trio.open_nursery() as acceptors:
-                                for listener in self._listeners:
-                                    acceptors.start_soon(self._accept, listener, connections)
+                            await self._accept_from(self._listeners, connections)
+                        await self._step_aside(connections)
                         for listener in self._listeners:
                             # Closing would reset those whose handshake is done.
                             with contextlib.suppress(OSError):
@@ -199,14 +235,28 @@ class Front:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        self._notify()
 
     def stop_accepting(self) -> None:
-        """Take no new connections; those that have been made go on."""
+        """Take no new connections; those that have been made go on.
+
+        On a port that is shared with another process, those go on, too, whose handshake has begun.
+        """
         self._accepting.cancel(reason="stop accepting")
+
+    def last_call(self) -> None:
+        """From now on an answer is the last one of its connection.
+
+        Those that are idle stay open, until `begin_drain`: their clients may be about to use them.
+        """
+        self._draining = True
+        if self._lane is not None:
+            self._lane.draining = True
+        self._set_closing()
 
     def begin_drain(self) -> None:
         """Close idle connections at once, and the others after the answer they wait for."""
-        self._draining = True
+        self.last_call()
         for patience in self._silent:
             patience.cancel(reason="draining")
         if self._lane is not None:
@@ -214,8 +264,8 @@ class Front:
         self._hypercorn.drain()
 
     async def drained(self) -> None:
-        """Wait until no connection is open."""
-        while self._open:
+        """Wait until nothing is listened on and no connection is open."""
+        while self._open or self._listeners:
             await self._changed.wait()
 
     def abort(self) -> None:
@@ -244,11 +294,23 @@ class Front:
 
     # -- connections ---------------------------------------------------------------------------
 
+    async def _accept_from(self, listeners: list[socket.socket], connections: trio.Nursery) -> None:
+        async with trio.open_nursery() as acceptors:
+            for listener in listeners:
+                acceptors.start_soon(self._accept, listener, connections)
+
+    async def _step_aside(self, connections: trio.Nursery) -> None:
+        """Let a successor on the same port have the handshakes that begin from now on."""
+        left = [listener for listener in self._shared if step_aside(listener)]
+        if left:
+            with trio.move_on_after(ASIDE):
+                await self._accept_from(left, connections)
+
     async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
         exhausted = False
         while True:
             while self._open >= self._most:
-                await self._changed.wait()
+                await self._relieve()
             await trio.lowlevel.wait_readable(listener)
             for _ in range(ACCEPTS_PER_TURN):
                 if self._open >= self._most:
@@ -275,6 +337,34 @@ class Front:
         self._accepted += 1
         connections.start_soon(self._serve, sock, address)
 
+    async def _relieve(self) -> None:
+        """Wait for a connection to end. Meanwhile none is kept open for requests to come."""
+        if not self._full:
+            self._full = True
+            self._set_closing()
+            log.error(
+                "%d connections are open, as many as there are descriptors for: others wait",
+                self._open,
+            )
+        if self._lane is not None:
+            self._lane.close_idle(IDLE_WHEN_FULL)
+        self._hypercorn.close_idle(IDLE_WHEN_FULL)
+        soon = trio.current_time() + IDLE_WHEN_FULL
+        for patience in self._silent:
+            patience.deadline = min(patience.deadline, soon)
+        with trio.move_on_after(IDLE_WHEN_FULL / 2):
+            await self._changed.wait()
+
+    def _set_closing(self) -> None:
+        closing = self._draining or self._full
+        if self._lane is not None:
+            self._lane.closing = closing
+        self._hypercorn.closing = closing
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
     async def _serve(self, sock: socket.socket, address: Address) -> None:
         """One connection, from its first byte to its last."""
         try:
@@ -285,8 +375,11 @@ class Front:
         finally:
             sock.close()
             self._open -= 1
-            self._changed.set()
-            self._changed = trio.Event()
+            if self._full and self._open < self._most * RELIEF:
+                self._full = False
+                self._set_closing()
+                log.info("accepting connections again")
+            self._notify()
 
     async def _dispatch(self, sock: socket.socket, client: Address) -> None:
         context = self._ssl_context

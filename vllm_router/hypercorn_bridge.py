@@ -197,9 +197,13 @@ class _PatientWebsocket:
 
 
 class GuardedH11Protocol(H11Protocol):
-    """HTTP/1.1 that is as strict about framing as the lane is."""
+    """HTTP/1.1 that is as strict about framing as the lane is.
+
+    `upgrading` is called when a request begins a websocket.
+    """
 
     _refused = False
+    upgrading: Callable[[], None]
 
     async def handle(self, event: Event) -> None:
         with contextlib.suppress(_Refused):
@@ -227,6 +231,7 @@ class GuardedH11Protocol(H11Protocol):
             )
         await super()._create_stream(request)
         if isinstance(self.stream, WSStream):
+            self.upgrading()
             stream: Any = _PatientWebsocket(self.stream, self._refuse_early_data)
             self.stream = stream
 
@@ -260,7 +265,7 @@ class GuardedH11Protocol(H11Protocol):
         if isinstance(event, Response) and event.status_code >= 200:
             headers = [*_without_date(event.headers), *self.config.response_headers("h11")]
             spent = self.keep_alive_requests >= self.config.keep_alive_max_requests
-            if spent or self.context.terminated.is_set():
+            if spent or self.context.terminated.is_set() or getattr(self.context, "closing", False):
                 headers.append((b"connection", b"close"))
             await self._send_h11_event(
                 h11.Response(
@@ -385,12 +390,15 @@ class GuardedH2Protocol(H2Protocol):
 class GuardedProtocolWrapper(ProtocolWrapper):
     """Chooses between the guarded protocols, and says what the client owes."""
 
-    def __init__(self, *args: Any, ended: Callable[[], bool]) -> None:
+    def __init__(
+        self, *args: Any, ended: Callable[[], bool], upgrading: Callable[[], None]
+    ) -> None:
         super().__init__(*args)
         if isinstance(self.protocol, H2Protocol):
             self.protocol = self._make(GuardedH2Protocol)
         else:
             self.protocol = self._make(GuardedH11Protocol)
+            self.protocol.upgrading = upgrading
             self.protocol.can_read = _Watchful(ended)
 
     def _make(self, kind: type[_P]) -> _P:
@@ -579,6 +587,7 @@ class GuardedTCPServer(TCPServer):
         self._last_moment = math.inf
         self._body_bytes = 0
         self._slow_since: float | None = None
+        self._idle_from = math.inf
 
     async def run(self) -> None:
         try:
@@ -592,6 +601,11 @@ class GuardedTCPServer(TCPServer):
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await trio.aclose_forcefully(self.stream)
+
+    @property
+    def idle_since(self) -> float:
+        """When it began to wait for a request; inf if it does not."""
+        return math.inf if math.isinf(self._idle_from) or self._has_request() else self._idle_from
 
     def abort(self) -> None:
         """End the connection now, whatever it is doing."""
@@ -613,11 +627,7 @@ class GuardedTCPServer(TCPServer):
             transport = transport.transport_stream
         self._socket = transport.socket
         try:
-            self._socket.setsockopt(
-                socket.IPPROTO_TCP,
-                socket.TCP_USER_TIMEOUT,
-                int(self._limits.write_stall_timeout * 1000),
-            )
+            self._end_when_stalled_for(self._limits.write_stall_timeout)
             client = parse_socket_addr(self._socket.family, self._socket.getpeername())
             server = parse_socket_addr(self._socket.family, self._socket.getsockname())
         except OSError:
@@ -636,10 +646,12 @@ class GuardedTCPServer(TCPServer):
                 self.protocol_send,
                 alpn,
                 ended=self._ended,
+                upgrading=self._be_a_websocket,
             )
             try:
                 await self.protocol.initiate()
                 if not (isinstance(stream, ReplayStream) and stream.replaying):
+                    self._idle_from = trio.current_time()
                     await self.idle_task.restart(self._task_group, self._idle_timeout)
                 await self._read_data()
             finally:
@@ -648,6 +660,18 @@ class GuardedTCPServer(TCPServer):
                     self._socket.shutdown(socket.SHUT_RDWR)
                 task_group.stop_helpers()
             await self.idle_task.stop()
+
+    def _end_when_stalled_for(self, seconds: float) -> None:
+        milliseconds = int(seconds * 1000)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+    def _be_a_websocket(self) -> None:
+        limits = self._limits
+        # Of a socket that has gone already the reader will hear.
+        with contextlib.suppress(OSError):
+            self._end_when_stalled_for(
+                min(limits.websocket_stall_timeout, limits.write_stall_timeout)
+            )
 
     async def _read_data(self) -> None:
         with self._reading:
@@ -726,6 +750,7 @@ class GuardedTCPServer(TCPServer):
             await self._close()
             await self.protocol.handle(Closed())
         elif isinstance(event, Updated):
+            self._idle_from = trio.current_time() if event.idle else math.inf
             if event.idle:
                 await self.idle_task.restart(self._task_group, self._idle_timeout)
             else:
@@ -770,6 +795,12 @@ class GuardedTCPServer(TCPServer):
                 await self.stream.aclose()
 
 
+class _Context(WorkerContext):
+    """With `closing`, every answer ends its connection."""
+
+    closing = False
+
+
 class HypercornSide:
     """Serves connections with Hypercorn, in the caller's tasks.
 
@@ -784,7 +815,7 @@ class HypercornSide:
         self.config.h11_max_incomplete_size = self._limits.max_head_bytes
         framework: Any = app
         self._app = wrap_app(framework, self.config.wsgi_max_body_size, "asgi")
-        self._context = WorkerContext(None)
+        self._context = _Context(None)
         self._connections: set[GuardedTCPServer] = set()
 
     @property
@@ -809,6 +840,22 @@ class HypercornSide:
             await server.run()
         finally:
             self._connections.discard(server)
+
+    @property
+    def closing(self) -> bool:
+        """Whether every HTTP/1.1 answer is the last one of its connection."""
+        return self._context.closing
+
+    @closing.setter
+    def closing(self, value: bool) -> None:
+        self._context.closing = value
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that have waited so long for a request."""
+        moment = trio.current_time() - seconds
+        for server in self._connections:
+            if server.idle_since <= moment:
+                server.abort()
 
     def drain(self) -> None:
         """Close idle connections now, and the others after their answer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import resource
 import secrets
 import signal
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from vllm_router import telemetry
 from vllm_router.asgi import Application
 from vllm_router.config import Config
 from vllm_router.errors import RouterError
-from vllm_router.front import Front
+from vllm_router.front import Address, Front
+from vllm_router.handover import notify
 from vllm_router.http1.server import Limits
 from vllm_router.kinds import digest_of, split_address
 from vllm_router.log_output import LogOutput
@@ -57,6 +60,10 @@ class ServeOptions:
 
     With `demo`, so many simulated servers run inside, and their addresses replace the servers of
     `config`.
+
+    `passed` are descriptors of listening sockets to be used instead of `host` and `port`: the one
+    at the port of `admin_listen`, if there is one, for administration. With `reuse_port` other
+    processes may listen at the same addresses.
     """
 
     config: Config
@@ -65,6 +72,8 @@ class ServeOptions:
     host: str = "0.0.0.0"
     port: int = 8888
     lane: bool = True
+    reuse_port: bool = False
+    passed: tuple[int, ...] = ()
     output: LogOutput | None = None
     view: OwnView | None = None
 
@@ -87,10 +96,15 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     limits = Limits(
         body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
     )
-    front = Front(app, lane=options.lane, limits=limits, tls_only=True)
+    front = Front(
+        app,
+        lane=options.lane,
+        limits=limits,
+        tls_only=True,
+        max_connections=most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    )
     take_tls(front, options.config)
-    addresses = front.open(options.host, options.port)
-    admin = open_admin(front, settings.admin_listen)
+    public, admin = listen(front, options)
     own_door = options.view.open(front, options.config) if options.view is not None else None
     signals = StopSignals()
     with contextlib.ExitStack() as ending:
@@ -115,11 +129,15 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)
             await nursery.start(supervisor.run)
+            if options.passed or options.reuse_port:
+                await probed(supervisor)
             await nursery.start(front.serve)
             if admin is not None:
                 logger.info("administration on %s", _url(*admin))
-            listening(_url(options.host, addresses[0][1], secure=config.tls is not None))
+            listening(_url(*public, secure=config.tls is not None))
+            notify("READY=1", os.environ)
             await signals.first.wait()
+            notify("STOPPING=1", os.environ)
             with signals.until_second():
                 await drain(supervisor, front)
             front.abort()
@@ -138,18 +156,59 @@ def follow_tls(front: Front, supervisor: Supervisor, new: Config) -> None:
         take_tls(front, new)
 
 
-def open_admin(front: Front, address: str | None) -> tuple[str, int] | None:
-    """The listener for administration, if there is to be one. Raises CannotListen.
+DESCRIPTORS_KEPT = 64
+"""For files, checks of servers and connections to them that are idle."""
 
-    At a loopback address it speaks plain HTTP, too: nobody else can hear it.
-    """
-    if address is None:
+
+def most_connections(descriptors: int) -> int | None:
+    """How many clients there are descriptors for: each may need one more, to a server."""
+    if descriptors == resource.RLIM_INFINITY:
         return None
-    host, port = split_address(address)
-    try:
-        return front.open(host, port, plain=is_loopback(host))[0]
-    except OSError as error:
-        raise CannotListen(f"admin_listen: {address}: {error.strerror or error}") from None
+    return max(1, (descriptors - DESCRIPTORS_KEPT) // 2)
+
+
+def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None]:
+    """Open or adopt the public listener and that of administration, if there is to be one.
+
+    At a loopback address the latter speaks plain HTTP, too: nobody else can hear it. Raises
+    OSError, and CannotListen for what the configuration names or was passed.
+    """
+    wanted = options.config.settings.admin_listen
+    host, port = split_address(wanted) if wanted is not None else ("", 0)
+    public = admin = None
+    for fileno in options.passed:
+        try:
+            address = front.adopt(fileno)
+        except OSError as error:
+            raise CannotListen(f"passed socket {fileno}: {error.strerror or error}") from None
+        if port and address[1] == port:
+            admin = address
+            if is_loopback(address[0]):
+                front.allow_plain(port)
+        else:
+            public = public or address
+    if options.passed and public is None:
+        raise CannotListen("no socket was passed for the public port")
+    shared = options.reuse_port
+    if public is None:
+        found = front.open(options.host, options.port, reuse_port=shared)
+        public = options.host, found[0][1]
+    if wanted is not None and admin is None:
+        try:
+            admin = front.open(host, port, plain=is_loopback(host), reuse_port=shared)[0]
+        except OSError as error:
+            raise CannotListen(f"admin_listen: {wanted}: {error.strerror or error}") from None
+    return public, admin
+
+
+async def probed(supervisor: Supervisor) -> None:
+    """Wait until every server has been asked once: until then another process serves the port.
+
+    What does not answer is not waited for.
+    """
+    with trio.move_on_after(supervisor.config.settings.health_check_timeout + 1):
+        while not supervisor.fleet.probed:  # noqa: ASYNC110 (nobody is told, and it is soon)
+            await trio.sleep(0.02)
 
 
 def _url(host: str, port: int, *, secure: bool = False) -> str:
@@ -160,12 +219,20 @@ def _url(host: str, port: int, *, secure: bool = False) -> str:
 async def drain(supervisor: Supervisor, front: Front) -> None:
     """Finish what runs, within the configured times."""
     await supervisor.lame_duck()
+    supervisor.feed.close()
     front.stop_accepting()
+    front.last_call()
+    with trio.move_on_after(LAST_CALL):
+        await front.drained()
     front.begin_drain()
     await supervisor.wind_down()
     with trio.move_on_after(LINGER):
         await front.drained()
 
+
+LAST_CALL = 1.0
+"""Seconds that idle connections stay open: a request may be on its way. It is served; `/readyz`
+says no. Their clients take the port's closing, or the last answer's, as the sign to go."""
 
 LINGER = 1.0
 """Seconds for connections to close after their last answer."""

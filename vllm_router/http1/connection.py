@@ -199,6 +199,11 @@ class Connection:
         if self._head is None and not self._buffer and not self.has_input():
             self._scope.cancel(reason="draining")
 
+    def close_if_idle_since(self, moment: float) -> None:
+        """Close a connection that has waited for a request since `moment` or longer."""
+        if self.deadline - self._limits.keep_alive_timeout <= moment:
+            self.close_if_idle()
+
     def expire(self) -> None:
         """The deadline has passed."""
         self.deadline = math.inf
@@ -440,7 +445,7 @@ class Connection:
                 return
             await self._respond(self._head)
             answer = self._answer
-            if answer is None or answer.close or not answer.finished or self._server.draining:
+            if answer is None or answer.close or not answer.finished or self._server.closing:
                 return
             self._head = self._answer = None
             self._pieces.clear()
@@ -518,7 +523,7 @@ class Connection:
         kind = message["type"]
         if kind == "http.response.body":
             # An answer to half a request cannot be followed by another.
-            data = answer.encode(message, close=self._body_open or self._server.draining)
+            data = answer.encode(message, close=self._body_open or self._server.closing)
             if data:
                 await self._write_all(data)
             if answer.finished:

@@ -41,7 +41,7 @@ class Limits:
 
     max_head_bytes: int = 61440
     """Of request line and fields together; 431 beyond."""
-    header_timeout: float = 10.0
+    header_timeout: float = 9.0
     """From the first byte of a head to its last; 408 after."""
     keep_alive_timeout: float = 75.0
     """Silence between requests, or before the first."""
@@ -51,6 +51,8 @@ class Limits:
     """Bytes per second a body must average once `body_read_timeout` has passed; 408 below."""
     write_stall_timeout: float = 60.0
     """How long sent bytes may stay unacknowledged (TCP_USER_TIMEOUT), then the connection ends."""
+    websocket_stall_timeout: float = 20.0
+    """The same for websockets, where something is sent all the time."""
     max_unread_body: int = 262144
     """Bytes of a body that wait for the application before reading pauses."""
     max_read_ahead: int = 65536
@@ -69,7 +71,8 @@ class Limits:
 class Server:
     """What connections share: the application, the limits, and the one task that watches time.
 
-    `accepts(method, path)` says which requests are served here; None means all of them.
+    `accepts(method, path)` says which requests are served here; None means all of them. While
+    `closing` is true, every answer is the last one of its connection.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Server:
         self.accepts = accepts
         self.limits = limits or Limits()
         self.draining = False
+        self.closing = False
         self.requests = 0
         self.refused = 0
         self._connections: set[Connection] = set()
@@ -102,9 +106,15 @@ class Server:
 
     def drain(self) -> None:
         """Close idle connections now, and the others after their answer."""
-        self.draining = True
+        self.draining = self.closing = True
         for connection in self._connections:
             connection.close_if_idle()
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that have waited so long for a request."""
+        moment = trio.current_time() - seconds
+        for connection in self._connections:
+            connection.close_if_idle_since(moment)
 
     def abort(self) -> None:
         """End every connection now, whatever it is doing."""

@@ -31,6 +31,9 @@ MAX_BODY = 1024 * 1024
 """Bytes of a request to the control plane."""
 
 BODY_TIMEOUT = 10.0
+FEED_STALL_TIMEOUT = 20.0
+"""Seconds in which a client of the feed must take a message, or it is sent away."""
+
 SHOWN_DECISIONS = 100
 """Decisions shown unless `limit` asks for more."""
 
@@ -232,12 +235,16 @@ def _feed(app: QuartTrio, router: Wired) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_ignore_input)
                 while (text := await mailbox.get()) is not None:
-                    await websocket.send(text)
-                    missed = mailbox.take_missed()
-                    if missed:
-                        await websocket.send(router.feed.missed(missed))
+                    # Over HTTP/1.1 the kernel ends a connection that is stalled for as long.
+                    with trio.fail_after(FEED_STALL_TIMEOUT):
+                        await websocket.send(text)
+                        missed = mailbox.take_missed()
+                        if missed:
+                            await websocket.send(router.feed.missed(missed))
                 await websocket.close(1001, "the router is shutting down")
                 nursery.cancel_scope.cancel(reason="feed closed")
+        except* trio.TooSlowError:
+            pass  # it has left without saying so, or might as well have
         finally:
             router.feed.unsubscribe(mailbox)
 
