@@ -13,7 +13,11 @@ from vllm_router.fleet.server import Server
 
 
 def make_config(
-    servers: list[dict[str, Any]] | int = 1, *, tables: str = "", **settings: Any
+    servers: list[dict[str, Any]] | int = 1,
+    *,
+    tables: str = "",
+    limits: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Config:
     """A configuration as a file would give it; servers `a`, `b`, ... if only their number is."""
     if isinstance(servers, int):
@@ -24,6 +28,8 @@ def make_config(
         lines += [f"  {{ {keys} }},"]
     lines += ["]", "[config]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    if limits is not None:
+        lines += ["[limits]", *(f"{key} = {json.dumps(value)}" for key, value in limits.items())]
     return parse("\n".join([*lines, tables]).encode(), "servers.toml", {})
 
 

@@ -23,6 +23,7 @@ LAYERS = {
     "config": PURE,
     "kinds": PURE,
     "limits": PURE,
+    "limits_config": PURE,
     "models_config": PURE,
     "paths": PURE,
     "server_url": PURE,

@@ -52,7 +52,7 @@ def test_running_requests_are_limited_until_one_ends():
     usage.enter(limited, 0.0)
     usage.enter(limited, 0.0)
     assert refusal(usage, limited, 0.0).code == "key_concurrency_exceeded"
-    usage.leave(limited)
+    usage.leave(limited, 1.0)
     usage.enter(limited, 0.0)
     assert usage.running("a") == 2
 
@@ -61,9 +61,9 @@ def test_what_is_refused_uses_nothing():
     usage, limited = Usage(), key(max_concurrent_requests=1, requests_per_minute=2)
     usage.enter(limited, 0.0)
     refusal(usage, limited, 0.0)
-    usage.leave(limited)
+    usage.leave(limited, 1.0)
     usage.enter(limited, 0.0)
-    usage.leave(limited)
+    usage.leave(limited, 1.0)
     assert refusal(usage, limited, 0.0).code == "key_rate_exceeded"
     assert usage.running("a") == 0
 
@@ -72,7 +72,7 @@ def test_limits_follow_a_reload_and_the_count_is_kept():
     usage = Usage()
     usage.enter(key(), 0.0)
     assert refusal(usage, key(max_concurrent_requests=1), 0.0).status == 429
-    usage.leave(key())
+    usage.leave(key(), 1.0)
     usage.enter(key(max_concurrent_requests=1), 0.0)
 
 

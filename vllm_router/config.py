@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_router.auth import AUTH_KEYS, AuthConfig, read_auth
+from vllm_router.auth import AUTH_KEYS, AuthConfig, KeyConfig, read_auth
 from vllm_router.errors import ConfigError
 from vllm_router.kinds import (
     AddressOrNone,
@@ -42,6 +42,7 @@ from vllm_router.kinds import (
     Variable,
     Weight,
 )
+from vllm_router.limits_config import LIMITS_KEYS, LimitsConfig
 from vllm_router.log_config import LOG_KEYS, LogSettings
 from vllm_router.models_config import MODEL_KEYS, changed_models, read_models
 from vllm_router.routing.models import ModelRule
@@ -67,6 +68,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_concurrent_requests: what the server takes at once without queueing; routing compares
         load relative to it, and it is no hard limit.
     weight: so many times the share of requests that its max_concurrent_requests would give it.
+    max_in_flight: its cap, from here or from `[limits]`; None for none.
     api_key: sent to this server as its bearer token, from `api_key` or the environment variable
         named by `api_key_env`; None sends what the client sent.
     models: the models it serves, instead of asking its `/v1/models`; None asks.
@@ -79,6 +81,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     max_concurrent_requests: int = 3
     weight: float = 1.0
+    max_in_flight: int | None = None
     api_key: Secret | None = None
     models: tuple[str, ...] | None = None
     ca: File | None = None
@@ -192,6 +195,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     models: tuple[tuple[str, ModelRule], ...] = ()
     auth: AuthConfig | None = None
+    limits: LimitsConfig | None = None
     tls: TlsConfig | None = None
     log: LogSettings = LogSettings()
 
@@ -210,6 +214,7 @@ _SERVER_KEYS: dict[str, Any] = {
     "name": Name,
     "max_concurrent_requests": Count,
     "weight": Weight,
+    "max_in_flight": Count,
     "api_key": ApiKey,
     "api_key_env": Variable,
     "models": Models,
@@ -223,11 +228,11 @@ _TABLES = {
     "servers.servers": _SERVER_KEYS,
     "models.<name>": MODEL_KEYS,
     "auth": AUTH_KEYS,
+    "limits": LIMITS_KEYS,
     "tls": TLS_KEYS,
     "log": LOG_KEYS,
 }
-_LATER_TABLES = frozenset({"limits"})
-_KNOWN_TABLES = ("servers", "config", "models", "auth", "tls", "log")
+_KNOWN_TABLES = ("servers", "config", "models", "auth", "limits", "tls", "log")
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -249,19 +254,22 @@ def parse(
     document = load_document(data, source)
     reader = Reader(source, _TABLES)
     for key in document:
-        if key in _LATER_TABLES:
-            reader.problem(key, "not supported by this version")
-        elif key not in _KNOWN_TABLES:
+        if key not in _KNOWN_TABLES:
             reader.unknown_key("", key, _KNOWN_TABLES)
     read_file = _files_beside(source, read)
     tls: TlsConfig | None = None
     common: dict[str, Any] = {}
     if "tls" in document:
         tls, common = read_tls(reader, document["tls"], read_file)
-    servers = _servers(reader, document.get("servers", {}), environ, common, read_file)
+    limits: LimitsConfig | None = None
+    if "limits" in document:
+        limits = LimitsConfig(**reader.table("limits", document["limits"], LIMITS_KEYS))
+    servers = _servers(reader, document.get("servers", {}), environ, common, read_file, limits)
     auth = None
     if "auth" in document:
         auth = read_auth(reader, document["auth"], environ, read_file)
+        if limits is not None:
+            auth = _with_limits(auth, limits)
     models = read_models(reader, document.get("models", {}))
     settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
     log = reader.table("log", document.get("log", {}), LOG_KEYS)
@@ -274,6 +282,7 @@ def parse(
         settings=Settings(**{**following, **settings}),
         models=models,
         auth=auth,
+        limits=limits,
         tls=tls,
         log=LogSettings(**log),
     )
@@ -289,6 +298,20 @@ def _files_beside(source: str, read: Callable[[str], bytes] | None) -> ReadFile:
         return where, read(where)
 
     return read_file
+
+
+def _with_limits(auth: AuthConfig, limits: LimitsConfig) -> AuthConfig:
+    """The limits of `[limits]` for every key without its own."""
+
+    def limited(key: KeyConfig) -> KeyConfig:
+        rate, most = key.requests_per_minute, key.max_concurrent_requests
+        return msgspec.structs.replace(
+            key,
+            requests_per_minute=limits.key_requests_per_minute if rate is None else rate,
+            max_concurrent_requests=limits.key_max_concurrent_requests if most is None else most,
+        )
+
+    return msgspec.structs.replace(auth, keys=tuple(map(limited, auth.keys)))
 
 
 def _check_bodies(reader: Reader, settings: dict[str, Any]) -> None:
@@ -307,6 +330,7 @@ def _servers(
     environ: Mapping[str, str],
     common: Mapping[str, Any],
     read_file: ReadFile,
+    limits: LimitsConfig | None,
 ) -> tuple[ServerConfig, ...]:
     if isinstance(table, list):
         reader.problem("servers", "expected table, got an array: write [[servers.servers]]")
@@ -328,7 +352,7 @@ def _servers(
     by_name: dict[str, str] = {}
     for n, entry in enumerate(listed):
         path = f"servers.servers[{n}]"
-        server = _server(reader, path, entry, environ, common, read_file)
+        server = _server(reader, path, entry, environ, common, read_file, limits)
         if server is None:
             continue
         if server.url in by_url:
@@ -358,6 +382,7 @@ def _server(
     environ: Mapping[str, str],
     common: Mapping[str, Any],
     read_file: ReadFile,
+    limits: LimitsConfig | None,
 ) -> ServerConfig | None:
     if not isinstance(entry, dict):
         reader.problem(
@@ -379,7 +404,13 @@ def _server(
         return None
     if values.get("api_key") is not None:
         values["api_key"] = Secret(values["api_key"])
-    return ServerConfig(**{"name": server_name(values["url"]), **values})
+    server = ServerConfig(**{"name": server_name(values["url"]), **values})
+    if server.max_in_flight is not None and limits is None:
+        reader.problem(f"{path}.max_in_flight", "expected a [limits] table beside it, got none")
+    if server.max_in_flight is None and limits is not None:
+        cap = limits.cap_of(server.max_concurrent_requests)
+        server = msgspec.structs.replace(server, max_in_flight=cap)
+    return server
 
 
 # -- the difference of two --------------------------------------------------------------------
@@ -411,7 +442,9 @@ def changes(old: Config, new: Config) -> str:
         details.append("order of servers")
     details += _changed_fields(old.settings, new.settings, ignore=_following(old) & _following(new))
     details += changed_models(old.models, new.models)
-    details += _changed_auth(old.auth, new.auth) + _changed_tls(old.tls, new.tls)
+    details += _changed_auth(old.auth, new.auth)
+    details += _changed_table("limits", old.limits, new.limits)
+    details += _changed_table("tls", old.tls, new.tls)
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:
@@ -431,10 +464,11 @@ def _changed_auth(old: AuthConfig | None, new: AuthConfig | None) -> list[str]:
     return parts + [f"auth {it}" for it in _changed_fields(old, new, ignore=("keys",))]
 
 
-def _changed_tls(old: TlsConfig | None, new: TlsConfig | None) -> list[str]:
+def _changed_table(name: str, old: msgspec.Struct | None, new: msgspec.Struct | None) -> list[str]:
+    """Of a table that may be missing."""
     if old is None or new is None:
-        return [] if old is new else [f"tls {'off' if new is None else 'on'}"]
-    return [f"tls {change}" for change in _changed_fields(old, new)]
+        return [] if old is new else [f"{name} {'off' if new is None else 'on'}"]
+    return [f"{name} {change}" for change in _changed_fields(old, new)]
 
 
 def _following(config: Config) -> set[str]:

@@ -138,6 +138,7 @@ class Secret(str):
 Flag = Annotated[bool, Meta(description="true or false")]
 Count = Annotated[int, Meta(ge=1, le=_MAX_INT, description="int ≥ 1")]
 CountOrZero = Annotated[int, Meta(ge=0, le=_MAX_INT, description="int ≥ 0")]
+CountOrNone = Annotated[Count | None, Meta(description="int ≥ 1")]
 Share = Annotated[float, Meta(ge=0, le=1, description="number from 0 to 1")]
 Seconds = Annotated[float, Meta(gt=0, le=_FINITE, description="number of seconds > 0")]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=_FINITE, description="number of seconds ≥ 0")]
@@ -194,6 +195,7 @@ ClientKey = Annotated[
     ),
 ]
 PerMinute = Annotated[float, Meta(gt=0, le=1e9, description="number of requests > 0")]
+PerMinuteOrNone = Annotated[PerMinute | None, Meta(description="number of requests > 0")]
 FilePath = Annotated[str, _reads("the path of a file (string)", _read_path)]
 TlsVersion = Annotated[str, Meta(pattern=r"^1\.[23]\Z", description='"1.2" or "1.3"')]
 AddressOrNone = Annotated[str | None, _reads('"host:port" (string)', _read_address)]

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from vllm_router.auth import KeyConfig
 from vllm_router.errors import Refused
 
+NEWEST = 0.1
+"""Share of the last request in the mean time that a key's requests take."""
+
 
 @dataclass(slots=True)
 class _Use:
-    """Of one key. `tokens` is what was left of its minute's worth at `at`."""
+    """Of one key. `tokens` is what was left of its minute's worth at `at`, `mean` the seconds
+    that its requests took lately.
+    """
 
     tokens: float
     at: float
     running: int = 0
+    mean: float = 1.0
 
 
 class Usage:
@@ -36,7 +42,8 @@ class Usage:
                 429,
                 "key_concurrency_exceeded",
                 f"This key has {use.running} requests running already, its limit.",
-                retry_after=1.0,
+                # when the next one of them will have ended, if they are evenly spread
+                retry_after=max(1.0, use.mean / use.running),
             )
         if rate is not None:
             # A bucket that holds a minute's worth, though never less than one request.
@@ -53,9 +60,11 @@ class Usage:
             use.tokens -= 1
         use.running += 1
 
-    def leave(self, key: KeyConfig) -> None:
-        """A counted request has ended."""
-        self._uses[key.name].running -= 1
+    def leave(self, key: KeyConfig, took: float) -> None:
+        """A counted request has ended, after so many seconds."""
+        use = self._uses[key.name]
+        use.running -= 1
+        use.mean += (took - use.mean) * NEWEST
 
     def running(self, name: str) -> int:
         """How many requests of a key are running."""

@@ -38,6 +38,8 @@ class Fleet:
         self.settings: Settings = config.settings
         self.names = Models(config.models)
         self.on_transition: list[Callable[[Transition], None]] = []
+        self.on_settled: list[Callable[[float], None]] = []
+        """Called with the time when who may be asked may have changed."""
         self._by_url: dict[str, Server] = {}
         self._ready: dict[str | None, tuple[Server, ...]] = {}
         self._ready_until = float("inf")
@@ -214,6 +216,8 @@ class Fleet:
             if transition is not None:
                 for announce in self.on_transition:
                     announce(transition)
+        for follow in self.on_settled:
+            follow(now)
 
     # -- totals -------------------------------------------------------------------------------
 

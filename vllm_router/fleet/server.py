@@ -83,6 +83,8 @@ class Server:
         self.capacity = config.max_concurrent_requests
         self.share = self.capacity * config.weight
         """What its load is measured against."""
+        self.cap = _cap_of(config)
+        """Requests of ours that it may have at once; infinite unless `[limits]` says so."""
         self._on_change = on_change
         rules = health_rules(settings)
         self.probe_health = ProbeHealth(rules)
@@ -130,6 +132,7 @@ class Server:
             self.models = config.models
         self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
         self.share = self.capacity * config.weight
+        self.cap = _cap_of(config)
         rules = health_rules(settings)
         self.probe_health.apply(rules)
         self.traffic_health.apply(rules)
@@ -287,6 +290,11 @@ class Server:
         asleep = self.metrics is not None and self.metrics.asleep
         return bool(self.probe_health.up) and not self.draining and not asleep
 
+    @property
+    def at_cap(self) -> bool:
+        """Has as many requests of ours as it may, and gets no other until one has ended."""
+        return self.in_flight >= self.cap
+
     def current_state(self, now: float) -> tuple[State, str]:
         """The state and, in words, why; the most telling one where several hold."""
         if self.draining:
@@ -313,6 +321,10 @@ class Server:
             return None
         self.state, self.state_since = state, now
         return Transition(self.name, old, state, reason)
+
+
+def _cap_of(config: ServerConfig) -> float:
+    return math.inf if config.max_in_flight is None else config.max_in_flight
 
 
 def health_rules(settings: Settings) -> HealthRules:

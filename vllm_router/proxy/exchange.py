@@ -7,6 +7,7 @@ answer that breaks is cut where it is, never completed.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,6 +31,9 @@ SHOWN_MODEL = 200
 """Characters of an unknown model's name that are repeated to the client."""
 
 _INFINITY = float("inf")
+
+_SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}")
+_PRIORITY = re.compile(rb"[+-]?[0-9]{1,18}")
 
 
 class Exchange:
@@ -125,7 +129,7 @@ class Exchange:
             proxy.exchanges.discard(self)
             self._bodies.give_back()
             if entered and key is not None:
-                proxy.usage.leave(key)
+                proxy.usage.leave(key, trio.current_time() - record.started_at)
             if record.phase is not Phase.DONE and record.outcome is None:
                 record.outcome = Outcome.STOPPED if proxy.stopping else Outcome.CLIENT_GONE
             record.ended_at = trio.current_time()
@@ -136,7 +140,7 @@ class Exchange:
         if proxy.tracer is not None:
             record.trace = proxy.tracer.begin(self._fields)
         if proxy.stopping:
-            raise _stopping()
+            raise stopping()
         self.request = await read_request(
             proxy,
             self._scope,
@@ -149,6 +153,8 @@ class Exchange:
         total = proxy.settings.total_timeout
         if total is not None:
             self.deadline = record.body_read_at + total
+        if proxy.gate is not None:
+            self._heed_deadline()
         if self._key is not None and not self._key.allows(record.model):
             raise _not_allowed(self._key, record.model)
         if record.model is not None and not proxy.plain:
@@ -161,6 +167,28 @@ class Exchange:
         request.ask_for(public, self.proxy)
         served = request.facts.model
         record.served_model = served if served != record.model else None
+
+    def _heed_deadline(self) -> None:
+        """Follow the client's `X-Request-Timeout`; raises Refused if it is none, or over."""
+        given = self._fields.get(b"x-request-timeout")
+        if given is None:
+            return
+        if not _SECONDS.fullmatch(given) or float(given) <= 0:
+            raise Refused(
+                400,
+                "invalid_request_timeout",
+                "X-Request-Timeout: expected a number of seconds > 0.",
+            )
+        self.deadline = min(self.deadline, self.record.started_at + float(given))
+        if self.record.body_read_at >= self.deadline:
+            rule = RULES[Outcome.TOTAL_TIMEOUT]
+            raise Refused(rule.status, rule.code, rule.message)
+
+    @property
+    def priority(self) -> int:
+        """Lower is earlier. As in vLLM the header goes before the body."""
+        given = self._fields.get(b"x-vllm-priority", b"")
+        return int(given) if _PRIORITY.fullmatch(given) else self.request.facts.priority
 
     def let_body_go(self) -> None:
         """The body is never sent again: there may be many, of up to `max_body_mb` each."""
@@ -203,16 +231,19 @@ class Exchange:
         proxy.budget.deposit(len(proxy.exchanges))
         now = record.body_read_at
         while True:
-            candidates = self._untried(now)
-            if self._falls_back and proxy.fleet.probed:
-                candidates = self._fall_back(candidates, now)
+            candidates = self.choices(now)
             if not candidates:
                 candidates = await self._wait_for_candidates()
                 now = trio.current_time()
-            policy, facts = request.policy, request.facts
-            server = policy.pick(candidates, facts, now)
+            gate = proxy.gate
+            if gate is None:
+                policy, facts = request.policy, request.facts
+                lease = policy.pick(candidates, facts, now).lease(now)
+            else:
+                policy, lease = await gate.pass_through(self, candidates, now)
+                facts, now = request.facts, trio.current_time()
+            server = lease.server
             record.policy = policy.name
-            lease = server.lease(now)
             self._tried.append(server)
             record.server = server
             record.attempts += 1
@@ -222,7 +253,8 @@ class Exchange:
             if trace is not None:
                 attempt.parent = b"\r\ntraceparent: " + trace.attempt_started(server, now)
             try:
-                policy.leased(lease, facts, now)
+                if gate is None:
+                    policy.leased(lease, facts, now)
                 outcome = await attempt.run(now)
             finally:
                 lease.release()
@@ -232,6 +264,8 @@ class Exchange:
                 policy.ended(lease, trio.current_time(), failed=failed)
                 if outcome is not None:
                     self._judge(server, lease, outcome)
+                if proxy.gate is not None:
+                    proxy.gate.freed(server)
             record.outcome = outcome
             if attempt.committed:
                 self._complete = attempt.complete
@@ -242,8 +276,15 @@ class Exchange:
                 wait = proxy.fleet.retry_after(facts.model, now) if rule.status == 503 else None
                 raise Refused(rule.status, rule.code, rule.message, retry_after=wait)
             if proxy.stopping:
-                raise _stopping()
+                raise stopping()
             record.retries.append(outcome)
+
+    def choices(self, now: float) -> tuple[Server, ...]:
+        """The servers that may be asked now, perhaps for the model that stands in for its own."""
+        candidates = self._untried(now)
+        if self._falls_back and self.proxy.fleet.probed:
+            candidates = self._fall_back(candidates, now)
+        return candidates
 
     def _untried(self, now: float) -> tuple[Server, ...]:
         fleet, model = self.proxy.fleet, self.request.facts.model
@@ -308,8 +349,10 @@ class Exchange:
         self.proxy.attempt_ended(server, outcome)
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
-        """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses."""
-        proxy, model, asked = self.proxy, self.request.facts.model, self.record.model
+        """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses,
+        unless there is a room to wait in.
+        """
+        proxy, model = self.proxy, self.request.facts.model
         fleet, settings = proxy.fleet, proxy.settings
         with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
             while not (fleet.probed or proxy.stopping):
@@ -318,17 +361,24 @@ class Exchange:
                 if candidates:
                     return candidates
         if proxy.stopping:
-            raise _stopping()
+            raise stopping()
         if self._falls_back:
             candidates = self._fall_back((), trio.current_time())
             if candidates:
                 return candidates
+        if proxy.gate is not None and (model is None or fleet.knows(model)):
+            return ()
+        raise self.nobody()
+
+    def nobody(self) -> Refused:
+        """Nobody can serve the model: what the client is told."""
+        model, asked, fleet = self.request.facts.model, self.record.model, self.proxy.fleet
         shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
             known, unheard = fleet.public_models(), fleet.unheard
             if known and unheard:
                 # It may be on one of those: to say that it does not exist would be a guess.
-                raise Refused(
+                return Refused(
                     503,
                     "no_server_available",
                     f"No server is known to have the model {shown}, and {len(unheard)} could not "
@@ -339,14 +389,14 @@ class Exchange:
             if known:
                 key = self._key
                 told = [name for name in known if key is None or key.allows(name)]
-                raise Refused(
+                return Refused(
                     404,
                     "model_not_found",
                     f"The model {shown} does not exist. Available models: {', '.join(told)}.",
                     param="model",
                 )
         what = f"for the model {shown} " if model is not None else ""
-        raise Refused(
+        return Refused(
             503,
             "no_server_available",
             f"No server {what}is available at the moment.",
@@ -365,5 +415,6 @@ def _not_allowed(key: KeyConfig, model: str | None) -> Refused:
     )
 
 
-def _stopping() -> Refused:
+def stopping() -> Refused:
+    """What whoever comes too late is told."""
     return Refused(503, "router_stopping", "The router is shutting down.", retry_after=1)

@@ -16,7 +16,9 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
 from vllm_router.limits import Usage
-from vllm_router.proxy.exchange import Exchange
+from vllm_router.limits_config import LimitsConfig
+from vllm_router.proxy.exchange import Exchange, stopping
+from vllm_router.proxy.gate import Gate
 from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
@@ -62,6 +64,8 @@ class Proxy:
         self.tracer: Tracer | None = None
         self.bodies = Bodies()
         self.usage = Usage()
+        self.gate: Gate | None = None
+        """There if `[limits]` are."""
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
         self._rng = rng
@@ -92,6 +96,19 @@ class Proxy:
             self.links[server] = _link(server, pool, tls)
         for server in self.links.keys() - set(servers):
             self.links.pop(server).pool.close()
+        self._apply_limits(config.limits)
+
+    def _apply_limits(self, limits: LimitsConfig | None) -> None:
+        """Whoever waits and may go on under the new ones does so at once."""
+        gate = self.gate
+        if limits is None:
+            self.gate = None
+            if gate is not None:
+                gate.close()
+        elif gate is None:
+            self.gate = Gate(self, limits)
+        else:
+            gate.apply(limits)
 
     def _context(self, server: Server) -> ssl.SSLContext | None:
         if self._tls is None or not server.url.startswith("https:"):
@@ -169,6 +186,8 @@ class Proxy:
         """End what is still running, honestly: an error event, or 503 where nothing was sent."""
         for exchange in self.exchanges:
             exchange.interrupt(Outcome.STOPPED.value)
+        if self.gate is not None:
+            self.gate.stop(stopping())
         return len(self.exchanges)
 
 

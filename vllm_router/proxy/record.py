@@ -26,6 +26,8 @@ class Phase(enum.Enum):
 class Record:
     """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen.
 
+    `waited` is how long it stood in the waiting room.
+
     Tokens are known where the answer's end tells them and somebody wants them. `facts` and `trace`
     are there only until the recorders have been told: records are kept, prompts are not.
     `model` is what the client asked for, `served_model` what the server was, if that differs;
@@ -50,6 +52,7 @@ class Record:
     sent_at: float = 0.0
     first_byte_at: float = 0.0
     ended_at: float = 0.0
+    waited: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
     chunks: int = 0

@@ -18,6 +18,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     `model` is None where the body names none: any server may have it then. `replayable` is False
     for requests that leave something behind on a server. `session` and `prompt` are there only if
     they were asked for: `session` is what the client calls the conversation, or its user.
+    `priority` is the body's: the lower, the earlier, as vLLM orders.
     """
 
     model: str | None = None
@@ -25,6 +26,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     replayable: bool = True
     session: str | None = None
     prompt: Prompt = NO_PROMPT
+    priority: int = 0
 
 
 class _Fields(msgspec.Struct, gc=False):
@@ -36,6 +38,7 @@ class _Fields(msgspec.Struct, gc=False):
     background: Any = None
     session_id: Any = None
     user: Any = None
+    priority: Any = None
 
 
 _NO_JSON = msgspec.Raw(b"")
@@ -89,6 +92,7 @@ def read_facts(
         not keeps,
         _session(session, fields),
         prompt,
+        fields.priority if type(fields.priority) is int else 0,
     )
 
 
