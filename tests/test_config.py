@@ -366,9 +366,12 @@ def test_flood_of_problems_is_counted_not_listed():
         ),
         (
             f"{ONE_SERVER}[zzz]",
-            'zzz: unknown key "zzz", known here: servers, config, models, auth, tls, log',
+            'zzz: unknown key "zzz", known here: servers, config, models, auth, limits, tls, log',
         ),
-        (f"{ONE_SERVER}[limits]", "limits: not supported by this version"),
+        (
+            f"{ONE_SERVER}[limits]\nmax_in_fligth = 3",
+            'limits.max_in_fligth: unknown key "max_in_fligth", did you mean "max_in_flight"?',
+        ),
     ],
 )
 def test_unknown_key_is_an_error_that_helps(text: str, expected: str):
@@ -824,3 +827,78 @@ def test_changes_name_the_models():
 def test_models_cannot_break_the_line_of_changes():
     new = config_of("http://a", server=r'models = ["x\ny"]')
     assert changes(config_of("http://a"), new) == r"a models none → [x\ny]"
+
+
+# -- [limits] ---------------------------------------------------------------------------------
+
+TWO_SERVERS = """[servers]
+servers = [
+    { url = "http://a:1", max_concurrent_requests = 5 },
+    { url = "http://b:1", max_in_flight = 9 },
+]
+"""
+
+
+def caps(limits: str) -> list[int | None]:
+    text = TWO_SERVERS + limits
+    return [server.max_in_flight for server in parse(text.encode(), "f", {}).servers]
+
+
+def test_cap_of_a_server_is_its_own_or_that_of_all_or_its_capacity():
+    assert caps("[limits]") == [None, 9]
+    assert caps("[limits]\nmax_in_flight = 4") == [4, 9]
+    assert caps("[limits]\nstrict_capacity = true") == [5, 9]
+    assert caps("[limits]\nmax_in_flight = 4\nstrict_capacity = true") == [4, 9]
+
+
+def test_cap_without_the_table_of_limits_is_an_error():
+    assert problem(TWO_SERVERS) == (
+        "servers.servers[1].max_in_flight: expected a [limits] table beside it, got none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("max_in_flight = 0", "limits.max_in_flight: expected int ≥ 1, got 0"),
+        ('max_in_flight = "many"', 'limits.max_in_flight: expected int ≥ 1, got "many"'),
+        ("queue_size = -1", "limits.queue_size: expected int ≥ 0, got -1"),
+        ("queue_timeout = 0", "limits.queue_timeout: expected number of seconds > 0, got 0"),
+        ("client_priority = 1", "limits.client_priority: expected true or false, got 1"),
+        (
+            "key_requests_per_minute = 0",
+            "limits.key_requests_per_minute: expected number of requests > 0, got 0",
+        ),
+    ],
+)
+def test_bad_limit_is_named_with_what_was_expected(line: str, expected: str):
+    assert problem(f"{ONE_SERVER}[limits]\n{line}") == expected
+
+
+def test_keys_without_limits_of_their_own_have_those_of_the_table():
+    text = f"""{ONE_SERVER}
+[limits]
+key_requests_per_minute = 60
+key_max_concurrent_requests = 2
+[[auth.keys]]
+name = "plain"
+key = "k1"
+[[auth.keys]]
+name = "own"
+key = "k2"
+requests_per_minute = 6000
+"""
+    config = parse(text.encode(), "f", {})
+    assert config.auth is not None
+    plain, own = config.auth.keys
+    assert (plain.requests_per_minute, plain.max_concurrent_requests) == (60, 2)
+    assert (own.requests_per_minute, own.max_concurrent_requests) == (6000, 2)
+
+
+def test_changed_limits_are_told():
+    without, with_ = ONE_SERVER, f"{ONE_SERVER}[limits]\nqueue_size = 3"
+    more = f"{ONE_SERVER}[limits]\nqueue_size = 5"
+    one, two, three = (parse(text.encode(), "f", {}) for text in (without, with_, more))
+    assert changes(one, two) == "limits on"
+    assert changes(two, three) == "limits queue_size 3 → 5"
+    assert changes(three, one) == "limits off"
