@@ -94,6 +94,17 @@ def test_every_key_of_models_is_there(readme: str):
         assert re.search(rf"^# {key} = ", example, re.MULTILINE), key
 
 
+def test_every_key_of_the_limits_is_there_with_its_default(readme: str):
+    listed = re.findall(r"^\| `limits\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
+    assert listed == [
+        (key, written(value, NOTHING[readme]))
+        for key, value in msgspec.structs.asdict(config.LimitsConfig()).items()
+    ]
+    example = (ROOT / "servers.example.toml").read_text()
+    for key, _ in listed:
+        assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
+
+
 def test_every_key_of_the_log_is_there_with_its_default(readme: str):
     listed = re.findall(r"^\| `log\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
     assert listed == [
