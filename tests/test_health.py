@@ -14,7 +14,7 @@ GOOD, NO, REFUSED, SLOW = Check.GOOD, Check.UNHEALTHY, Check.UNREACHABLE, Check.
 def probed(*checks: Check, rules: HealthRules | None = None) -> ProbeHealth:
     health = ProbeHealth(rules or HealthRules(rise=2, fall=3))
     for check in checks:
-        health.observe(check, 0.01)
+        health.observe(check, 0.01, 0.0)
     return health
 
 
@@ -29,7 +29,7 @@ def test_nothing_is_known_before_the_first_check():
 @pytest.mark.parametrize(("check", "up"), [(GOOD, True), (NO, False), (REFUSED, False)])
 def test_the_first_check_decides_alone(check, up):
     health = ProbeHealth(HealthRules())
-    assert health.observe(check, 0.01)
+    assert health.observe(check, 0.01, 0.0)
     assert health.up is up
 
 
@@ -37,7 +37,7 @@ def test_the_first_check_decides_alone(check, up):
 def test_it_falls_after_as_many_failures_in_a_row_as_configured(bad):
     health = probed(GOOD, bad, bad)
     assert health.up
-    assert health.observe(bad, 0.01)
+    assert health.observe(bad, 0.01, 0.0)
     assert not health.up
     assert "3 checks in a row" in health.reason
 
@@ -48,10 +48,10 @@ def test_a_good_check_in_between_starts_the_count_anew():
 
 def test_it_rises_after_as_many_good_checks_in_a_row_as_configured():
     health = probed(NO)
-    assert not health.observe(GOOD, 0.01)
-    assert not health.observe(NO, 0.01)
-    assert not health.observe(GOOD, 0.01)
-    assert health.observe(GOOD, 0.01)
+    assert not health.observe(GOOD, 0.01, 0.0)
+    assert not health.observe(NO, 0.01, 0.0)
+    assert not health.observe(GOOD, 0.01, 0.0)
+    assert health.observe(GOOD, 0.01, 0.0)
     assert health.up
     assert health.reason == ""
 
@@ -60,7 +60,7 @@ def test_old_failures_do_not_outweigh_a_recovery():
     rules = HealthRules(rise=2, fall=3, window=5, min_success_rate=0.8)
     health = probed(GOOD, NO, NO, NO, GOOD, GOOD, rules=rules)
     assert health.up
-    assert not health.observe(GOOD, 0.01)
+    assert not health.observe(GOOD, 0.01, 0.0)
     assert health.up
 
 
@@ -68,7 +68,7 @@ def test_a_full_window_with_too_few_good_checks_takes_it_out():
     rules = HealthRules(fall=3, window=5, min_success_rate=0.8)
     health = probed(GOOD, NO, GOOD, NO, rules=rules)
     assert health.up
-    assert health.observe(GOOD, 0.01)
+    assert health.observe(GOOD, 0.01, 0.0)
     assert not health.up
     assert "60% of the last 5" in health.reason
 
@@ -76,10 +76,10 @@ def test_a_full_window_with_too_few_good_checks_takes_it_out():
 def test_a_full_window_of_slow_checks_takes_it_out_and_only_good_ones_are_timed():
     rules = HealthRules(window=3, max_response_time=1.0, min_success_rate=0.0)
     health = ProbeHealth(rules)
-    health.observe(GOOD, 1.5)
-    health.observe(NO, 100.0)
+    health.observe(GOOD, 1.5, 0.0)
+    health.observe(NO, 100.0, 0.0)
     assert health.mean_response_time == 1.5
-    assert health.observe(GOOD, 1.5)
+    assert health.observe(GOOD, 1.5, 0.0)
     assert not health.up
     assert "1.5 s" in health.reason
 
@@ -93,25 +93,25 @@ def test_settled_is_false_while_checks_contradict_the_state():
 
 def test_an_answered_scrape_clears_failures_but_raises_nobody():
     health = probed(GOOD, SLOW, SLOW)
-    assert not health.observe_scrape(reachable=True)
+    assert not health.observe_scrape(True, 0.0)
     assert health.failures_in_row == 0
     down = probed(NO)
     for _ in range(5):
-        assert not down.observe_scrape(reachable=True)
+        assert not down.observe_scrape(True, 0.0)
     assert down.up is False
 
 
 def test_metrics_of_a_dead_engine_do_not_excuse_a_health_check_that_says_no():
     health = probed(GOOD, NO, NO)
-    health.observe_scrape(reachable=True)
-    assert health.observe(NO, 0.01)
+    health.observe_scrape(True, 0.0)
+    assert health.observe(NO, 0.01, 0.0)
     assert not health.up
 
 
 def test_a_refused_scrape_is_a_failed_check():
     health = probed(GOOD, REFUSED)
-    assert not health.observe_scrape(reachable=False)
-    assert health.observe_scrape(reachable=False)
+    assert not health.observe_scrape(False, 0.0)
+    assert health.observe_scrape(False, 0.0)
     assert not health.up
 
 
@@ -120,7 +120,7 @@ def test_new_rules_keep_what_has_been_seen():
     health.apply(HealthRules(fall=5, window=2, min_success_rate=0.0))
     assert len(health.window) == 2
     assert health.failures_in_row == 2
-    assert not health.observe_scrape(reachable=False)
+    assert not health.observe_scrape(False, 0.0)
 
 
 @given(
@@ -133,7 +133,7 @@ def test_flips_are_told_exactly_when_the_state_changes(checks, rise, fall, windo
     health = ProbeHealth(HealthRules(rise=rise, fall=fall, window=window))
     for check in checks:
         before = health.up
-        flipped = health.observe(check, 0.1)
+        flipped = health.observe(check, 0.1, 0.0)
         assert flipped is (health.up is not before)
         assert bool(health.reason) is not health.up
 

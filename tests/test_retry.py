@@ -27,7 +27,7 @@ def standing(**changes) -> Standing:
 
 def after(outcome: Outcome, *, max_retries: int = 3, tokens: float = 10.0, **changes) -> Again:
     budget = RetryBudget()
-    budget.tokens = tokens
+    budget.depth = tokens
     return decide(outcome, standing(**changes), max_retries, budget)
 
 
@@ -45,6 +45,7 @@ BLAMED = {
 
 ELSEWHERE_AFTER = {
     Outcome.FULL,
+    Outcome.LIMITED,
     Outcome.SERVER_ERROR,
     Outcome.CONNECT_FAILED,
     Outcome.CONNECT_TIMEOUT,
@@ -75,7 +76,8 @@ def test_nobody_left_or_tried_often_enough_is_the_end(outcome):
 
 
 def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
-    sent = ELSEWHERE_AFTER - {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.FULL}
+    refused = {Outcome.FULL, Outcome.LIMITED}
+    sent = ELSEWHERE_AFTER - refused - {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT}
     for outcome in sent | {Outcome.STALE}:
         assert after(outcome, replayable=False) is NO
     for outcome in ELSEWHERE_AFTER - sent:
@@ -106,7 +108,7 @@ def test_replays_cost_budget_and_being_refused_as_busy_does_not():
     assert after(Outcome.FULL, tokens=0.0) is ELSEWHERE
 
 
-def test_a_token_is_taken_only_for_a_replay_that_happens():
+def test_the_budget_pays_only_for_a_replay_that_happens():
     budget = RetryBudget()
     for changes in ({"candidates_left": False}, {"attempts": 9}, {"replayable": False}):
         decide(Outcome.LOST, standing(**changes), 3, budget)
@@ -115,44 +117,67 @@ def test_a_token_is_taken_only_for_a_replay_that_happens():
     assert budget.tokens == 9.0
 
 
-def test_the_budget_absorbs_the_death_of_one_server_at_once():
+@pytest.mark.parametrize("before", [0, 1000])
+def test_the_budget_absorbs_the_death_of_two_of_three_whatever_came_before(before):
     budget = RetryBudget()
-    for _ in range(250):
-        budget.deposit(50)
-    assert all(budget.withdraw() for _ in range(17))
+    for _ in range(before):
+        budget.requested(1)
+        budget.answered()
+    for in_flight in range(50):
+        budget.requested(in_flight + 1)
+    assert all(budget.withdraw() for _ in range(34))
 
 
-def test_the_budget_does_not_let_a_storm_grow():
-    """All fail: at most a fifth more attempts than requests, and what had been saved."""
+@pytest.mark.parametrize("requests", [100, 500, 2000])
+def test_the_budget_does_not_let_a_storm_grow(requests):
+    """All fail: at most a fifth more attempts than requests, and three (scorecard F13)."""
     budget = RetryBudget()
     attempts = 0
-    for _ in range(2000):
+    for _ in range(requests):
         attempts += 1
-        budget.deposit(10)
+        budget.requested(10)
         attempts += budget.withdraw()
-    assert 2400 <= attempts <= 2411
+    assert attempts <= 1.2 * requests + 3
+    assert attempts == requests + 10
+
+
+def test_where_every_other_request_fails_replays_are_a_fifth_of_those_answered():
+    budget = RetryBudget()
+    replays = 0
+    for number in range(2000):
+        budget.requested(4)
+        if number % 2 == 0 or budget.withdraw():
+            replays += number % 2
+            budget.answered()
+    assert replays <= 0.2 * 2000 + 10
 
 
 def test_the_budget_is_no_deeper_than_the_requests_in_flight():
     budget = RetryBudget()
-    for _ in range(1000):
-        budget.deposit(40)
+    budget.requested(40)
     assert budget.tokens == 40
-    budget.deposit(1)
-    assert budget.tokens == 10
+    assert all(budget.withdraw() for _ in range(40))
+    assert not budget.withdraw()
+    budget.requested(1)
+    assert budget.tokens == 0
+    for _ in range(5 * 10):
+        budget.answered()
+    assert budget.tokens == pytest.approx(10)
 
 
-@given(st.lists(st.integers(0, 100) | st.none(), max_size=100))
-def test_tokens_stay_within_their_bounds(steps):
+@given(st.lists(st.integers(0, 100) | st.sampled_from(["withdraw", "answered"]), max_size=100))
+def test_what_is_owed_stays_within_its_bounds(steps):
     budget = RetryBudget()
     for step in steps:
         before = budget.tokens
-        if step is None:
+        if step == "withdraw":
             assert budget.withdraw() is (before >= 1)
+        elif step == "answered":
+            budget.answered()
         else:
-            budget.deposit(step)
+            budget.requested(step)
             assert budget.tokens <= max(10.0, step)
-        assert budget.tokens >= 0
+        assert 0 <= budget.owed <= budget.depth
 
 
 @pytest.mark.parametrize(
@@ -178,3 +203,11 @@ def test_tokens_stay_within_their_bounds(steps):
 )
 def test_what_a_status_says_of_its_server(status, has_body, outcome):
     assert classify_status(status, has_body) is outcome
+
+
+def test_a_429_to_a_key_of_the_client_says_nothing_of_the_server():
+    assert classify_status(429, True, own_key=True) is Outcome.LIMITED
+    assert classify_status(503, True, own_key=True) is Outcome.FULL
+    assert not RULES[Outcome.LIMITED].blames
+    assert after(Outcome.LIMITED, tokens=1.0) is ELSEWHERE
+    assert after(Outcome.LIMITED, tokens=0.0) is NO

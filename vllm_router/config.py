@@ -108,7 +108,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Real traffic:
     failure_threshold: consecutive failures by the server's fault until it is ejected.
     auto_recovery_threshold: the first ejection lasts so long; each further one this times the
-        number of ejections, at most max(60, itself). Then one trial request decides.
+        number of ejections, at most max(60, itself). Then one trial request decides. A server
+        that keeps failing its checks is held back for as long, see docs/reliability.md.
+    max_ejected_share: of the servers, may be ejected at a time; one may unless it is 0.
     max_retries: further attempts of a request on other servers, as long as nothing of an answer
         has reached the client.
     replay: whether a request that was already sent may be sent again to another server; a failed
@@ -158,6 +160,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     health_check_window_size: Count = 10
     failure_threshold: Count = 3
     auto_recovery_threshold: Seconds = 5.0
+    max_ejected_share: Share = 0.5
     config_reload_interval: Interval = 1.0
     max_retries: CountOrZero = 3
     request_timeout: Seconds = 600.0

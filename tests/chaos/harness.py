@@ -49,6 +49,11 @@ class Card:
         ok = value <= limit
         self.checks.append(Check(what, f"{value:.4g}{unit}", f"≤ {limit:.4g}{unit}", ok))
 
+    def least(self, what: str, value: float, limit: float, unit: str = "") -> None:
+        """A gate that `value` must reach."""
+        ok = value >= limit
+        self.checks.append(Check(what, f"{value:.4g}{unit}", f"≥ {limit:.4g}{unit}", ok))
+
     def equal(self, what: str, value: object, expected: object) -> None:
         self.checks.append(Check(what, str(value), str(expected), value == expected))
 

@@ -89,6 +89,7 @@ async def sinkhole(card: Card) -> None:
                 card.most("share with 500 after 2 s", share, 0.05)
                 card.most("failed share", len(load.bad()) / len(load.results), 0.005)
             else:
+                card.note("with 400: × fair share", f"{share * 3:.3f}")
                 card.most("with 400: off the fair share", abs(share * 3 - 1), 0.15)
                 card.equal("with 400: state", router.state(mocks[0].url), "up")
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from vllm_router.config import Config, ServerConfig, Settings
-from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.fleet.server import PACE, Server, State, Transition
 from vllm_router.routing.models import Models
+
+OUTLIER_VOLUME = 10
+"""Of so many requests at least must a success rate be made that is compared with others'."""
+
+OUTLIER_RATE = 0.8
+"""A server is ejected whose success rate is less than so much of the median of the others."""
+
+MOVE_EVERY = 0.01
+"""Seconds between two looks at servers whose load changes with time alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,9 @@ class Fleet:
         self._ready: dict[str | None, tuple[Server, ...]] = {}
         self._ready_until = float("inf")
         self._changed: set[Server] = set()
+        self._moving: set[Server] = set()
+        self._move_at = 0.0
+        self._typical = 0.0
         self.apply(config)
 
     # -- configuration ------------------------------------------------------------------------
@@ -63,6 +76,7 @@ class Fleet:
             server = old.get(wanted.url)
             if server is None:
                 server = self._returning(wanted) or Server(wanted, settings, self._note)
+                server.joined = bool(old)
                 added.append(server)
             else:
                 kept.append(server)
@@ -99,10 +113,13 @@ class Fleet:
 
         Healthy and free ones first of all; if there is none, those that last refused as busy;
         if there is none either, the ejected ones: when traffic has thrown out every server of a
-        model, trying is better than refusing (Envoy's panic rule).
+        model, trying is better than refusing (Envoy's panic rule). Those whose checks are good
+        but that have kept falling are the last.
         """
         if now >= self._ready_until or self._changed:
             self.settle(now)
+        elif self._moving and now >= self._move_at:
+            self._move(now)
         ready = self._ready.get(model)
         if ready is None:
             ready = self._choose(model, now, ())
@@ -127,11 +144,8 @@ class Fleet:
     def _choose(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
-        usable = [
-            server
-            for server in self.servers.values()
-            if server.usable and (model is None or server.serves(model))
-        ]
+        serving = [s for s in self.servers.values() if model is None or s.serves(model)]
+        usable = [s for s in serving if s.usable] or [s for s in serving if s.held_back]
         if model is not None and any(server.models is not None for server in usable):
             # A list that could not be read is a reason to try only where no list has the model.
             usable = [s for s in usable if s.models is not None and model in s.models] or usable
@@ -216,8 +230,75 @@ class Fleet:
             if transition is not None:
                 for announce in self.on_transition:
                     announce(transition)
+            if now - server.back_at < server.slow_start:
+                self._moving.add(server)
+        self._move(now)
         for follow in self.on_settled:
             follow(now)
+
+    def _move(self, now: float) -> None:
+        """Bring the loads up to date that change with time alone."""
+        self._moving = {server for server in self._moving if server.move(now)}
+        self._move_at = now + MOVE_EVERY
+
+    # -- what requests show -------------------------------------------------------------------
+
+    def took(self, server: Server, seconds: float) -> None:
+        """A request got a good answer from the server, in so much time."""
+        server.took(seconds)
+        self._typical += (PACE if self._typical else 1.0) * (seconds - self._typical)
+
+    def erred(self, server: Server, now: float, seconds: float) -> None:
+        """A request got an error from the server, whoever's fault it was, in so much time."""
+        server.haunt(now, seconds, self._typical)
+        if server.moving:
+            self._moving.add(server)
+
+    def failed(
+        self, server: Server, now: float, *, trial: bool, jitter: float, body: int | None = None
+    ) -> None:
+        """A request failed by the server's fault: that may eject it. See `TrafficHealth.failed`.
+
+        Besides failures in a row a success rate ejects that is far below that of the others; it
+        takes their median, so that a trouble of all is nobody's. O(servers).
+        """
+        allowed = self._may_eject()
+        server.failed(now, trial=trial, jitter=jitter, body=body, allowed=allowed)
+        if allowed and not server.traffic_health.ejected:
+            reason = self._outlier(server, now)
+            if reason:
+                server.eject(now, jitter, reason)
+
+    def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
+        """Another server has answered the request that failed on this."""
+        server.not_its_fault(body, now, jitter=jitter, allowed=self._may_eject())
+
+    def _may_eject(self) -> bool:
+        """Whether one server more may be ejected; those that are down do not count."""
+        share = self.settings.max_ejected_share
+        most = max(1, int(share * len(self.servers))) if share else 0
+        ejected = sum(
+            server.traffic_health.ejected and bool(server.probe_health.up)
+            for server in self.servers.values()
+        )
+        return ejected < most
+
+    def _outlier(self, server: Server, now: float) -> str:
+        """Why its success rate is reason enough to eject it; empty if it is not."""
+        rate, count = server.traffic_health.success_rate(now)
+        if count < OUTLIER_VOLUME:
+            return ""
+        others = [
+            other.traffic_health.success_rate(now)
+            for other in self.servers.values()
+            if other is not server
+        ]
+        rates = [other for other, requests in others if requests >= OUTLIER_VOLUME]
+        if not rates or rate >= OUTLIER_RATE * median(rates):
+            return ""
+        return (
+            f"only {rate:.0%} of its last {count} requests succeeded, {median(rates):.0%} elsewhere"
+        )
 
     # -- totals -------------------------------------------------------------------------------
 

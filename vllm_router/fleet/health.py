@@ -33,9 +33,13 @@ class HealthRules:
     failure_threshold: int = 3
     ejection_time: float = 5.0
 
-    @property
-    def max_ejection_time(self) -> float:
-        return max(60.0, self.ejection_time)
+    def time_out(self, times: int) -> float:
+        """How long a server stays out that has failed so often lately: longer each time."""
+        return min(self.ejection_time * times, max(60.0, self.ejection_time))
+
+
+FORGET_AFTER = 30.0
+"""For each so many seconds of good service one earlier failure of a server is forgotten."""
 
 
 class ProbeHealth:
@@ -44,6 +48,9 @@ class ProbeHealth:
     Down after `fall` failures in a row, or when a full window of checks has too low a success
     rate or too long a mean response time; up again after `rise` good checks in a row, with an
     empty window, so that old failures do not outweigh a recovery.
+
+    One that keeps falling is held back: after its second fall within a while its checks must have
+    been good for `ejection_time` seconds on end, after the third for twice that, and so on.
     """
 
     def __init__(self, rules: HealthRules) -> None:
@@ -56,11 +63,20 @@ class ProbeHealth:
         self.last_verdict: Check | None = None
         self.last_response_time: float | None = None
         self.window: deque[tuple[bool, float]] = deque(maxlen=rules.window)
+        self.falls = 0
+        """How often it has fallen lately."""
+        self._up_since = 0.0
+        self._good_since = 0.0
 
     def apply(self, rules: HealthRules) -> None:
         """New rules from a reload; what has been seen stays."""
         self.rules = rules
         self.window = deque(self.window, maxlen=rules.window)
+
+    @property
+    def held_back(self) -> bool:
+        """It is out only because it has fallen too often: its checks are good again."""
+        return self.up is False and self.goods_in_row >= self.rules.rise
 
     @property
     def settled(self) -> bool:
@@ -80,50 +96,58 @@ class ProbeHealth:
         times = [elapsed for good, elapsed in self.window if good]
         return sum(times) / len(times) if times else 0.0
 
-    def observe(self, check: Check, elapsed: float, detail: str = "") -> bool:
-        """Take one `/health` check in; True if the state flipped."""
+    def observe(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
+        """Take one `/health` check in that took `elapsed`; True if the state flipped."""
         good = check is Check.GOOD
         self.total_checks += 1
         self.last_verdict = check
         self.last_response_time = elapsed
         self.window.append((good, elapsed))
-        self._count(good)
-        return self._judge(detail or check.value)
+        self._count(good, now)
+        return self._judge(now, detail or check.value)
 
-    def observe_scrape(self, reachable: bool) -> bool:
+    def observe_scrape(self, reachable: bool, now: float) -> bool:
         """Take the reachability seen by a metrics scrape in; True if the state flipped.
 
         An unreachable port is a failed check. An answered scrape clears failures, unless the
         last `/health` answered no: `/metrics` of a dead engine still works. It raises nobody.
         """
         if not reachable:
-            self._count(good=False)
-            return self._judge(Check.UNREACHABLE.value)
+            self._count(False, now)
+            return self._judge(now, Check.UNREACHABLE.value)
         if self.up and self.last_verdict is not Check.UNHEALTHY:
             self.failures_in_row = 0
         return False
 
-    def _count(self, good: bool) -> None:
+    def _count(self, good: bool, now: float) -> None:
+        if good and not self.goods_in_row:
+            self._good_since = now
         self.failures_in_row = 0 if good else self.failures_in_row + 1
         self.goods_in_row = self.goods_in_row + 1 if good else 0
 
-    def _judge(self, detail: str) -> bool:
+    def _judge(self, now: float, detail: str) -> bool:
         rules = self.rules
         if self.up is None:
             # The first check decides alone: a fleet must be usable at once after a start.
             self.up = self.failures_in_row == 0
             self.reason = "" if self.up else detail
+            self._up_since = now
             return True
         if not self.up:
             if self.goods_in_row < rules.rise:
                 return False
-            self.up, self.reason = True, ""
+            hold = rules.time_out(self.falls - 1) if self.falls > 1 else 0.0
+            if now - self._good_since < hold:
+                self.reason = f"it fell {self.falls} times: back after {hold:g} s of good checks"
+                return False
+            self.up, self.reason, self._up_since = True, "", now
             self.window.clear()
             return True
         fault = self._fault(detail)
         if fault is None:
             return False
         self.up, self.reason = False, fault
+        self.falls = max(0, self.falls - int((now - self._up_since) / FORGET_AFTER)) + 1
         self.goods_in_row = 0
         return True
 
@@ -145,18 +169,27 @@ class TrafficHealth:
     Ejected for `ejection_time` seconds times the number of recent ejections; then one request at
     a time may try it, and the first good answer restores it. An ejection is forgotten for each
     30 seconds that the server has served well since.
+
+    Failures that the request itself may have caused are told by its `body`: the same body again
+    does not count again, until another server has answered it (`not_its_fault`). So a client that
+    repeats what makes every server fail ejects none of them.
     """
 
-    FORGET_AFTER = 30.0
+    WINDOW = 10.0
+    """Seconds over which the success rate is looked at: half of them at least, in two halves."""
 
     def __init__(self, rules: HealthRules) -> None:
         self.rules = rules
         self.failures_in_row = 0
         self.ejections = 0
         self.ejected = False
+        self.reason = ""
         self.until = 0.0
         self.trial = False
         self._restored_at = 0.0
+        self._last_body: int | None = None
+        self._repeats = 0
+        self._forget_rate(0.0)
 
     def apply(self, rules: HealthRules) -> None:
         self.rules = rules
@@ -165,31 +198,93 @@ class TrafficHealth:
         """Whether a request may be sent now: not ejected, or due for its trial."""
         return not self.ejected or (now >= self.until and not self.trial)
 
-    def failed(self, now: float, *, trial: bool, jitter: float = 1.0) -> bool:
+    # -- the success rate ---------------------------------------------------------------------
+
+    def _forget_rate(self, now: float) -> None:
+        self._good = self._bad = self._old_good = self._old_bad = 0
+        self._half_until = now + self.WINDOW / 2
+
+    def _turn(self, now: float) -> None:
+        """A half of the window is over."""
+        if now >= self._half_until + self.WINDOW / 2:
+            self._forget_rate(now)
+            return
+        self._old_good, self._old_bad, self._good, self._bad = self._good, self._bad, 0, 0
+        self._half_until += self.WINDOW / 2
+
+    def success_rate(self, now: float) -> tuple[float, int]:
+        """The share of good ones among its last requests, and how many those are."""
+        if now >= self._half_until:
+            self._turn(now)
+        bad = self._bad + self._old_bad
+        count = self._good + self._old_good + bad
+        return (1.0 - bad / count if count else 1.0), count
+
+    # -- what requests show -------------------------------------------------------------------
+
+    def failed(
+        self,
+        now: float,
+        *,
+        trial: bool,
+        jitter: float = 1.0,
+        body: int | None = None,
+        allowed: bool = True,
+    ) -> bool:
         """A request failed by the server's fault; True if that ejects it (again).
 
         `trial` tells whether it was one of the trial requests. `jitter` multiplies the ejection
-        time, so that several servers do not return together.
+        time, so that several servers do not return together. `body` is a fingerprint, where the
+        request may be the reason. Nothing is ejected unless `allowed`.
         """
-        self.failures_in_row += 1
+        if now >= self._half_until:
+            self._turn(now)
+        if body is not None and body == self._last_body:
+            self._repeats += 1
+        else:
+            self._last_body = body
+            self.failures_in_row += 1
+            self._bad += 1
         if self.ejected:
             if not trial or now < self.until:
                 # Sent before the ejection, or in panic: the clock is running already. Otherwise
                 # the many requests of one moment would count as many ejections.
                 return False
-        elif self.failures_in_row < self.rules.failure_threshold:
+            self.eject(now, jitter, "its trial request failed")
+            return True
+        return allowed and self._eject_failing(now, jitter)
+
+    def not_its_fault(self, body: int, now: float, *, jitter: float, allowed: bool) -> bool:
+        """Another server has answered the request that failed here; True if that ejects this."""
+        if body != self._last_body:
             return False
-        else:
-            served_well = now - self._restored_at
-            self.ejections = max(0, self.ejections - int(served_well / self.FORGET_AFTER))
-        self.ejections += 1
-        time = min(self.rules.ejection_time * self.ejections, self.rules.max_ejection_time)
-        self.ejected, self.trial, self.until = True, False, now + time * jitter
+        self.failures_in_row += self._repeats
+        self._bad += self._repeats
+        self._last_body, self._repeats = None, 0
+        return allowed and not self.ejected and self._eject_failing(now, jitter)
+
+    def _eject_failing(self, now: float, jitter: float) -> bool:
+        if self.failures_in_row < self.rules.failure_threshold:
+            return False
+        self.eject(now, jitter, f"{self.failures_in_row} requests in a row failed")
         return True
+
+    def eject(self, now: float, jitter: float, reason: str) -> None:
+        """Out with it, for longer than the last time."""
+        if not self.ejected:
+            served_well = now - self._restored_at
+            self.ejections = max(0, self.ejections - int(served_well / FORGET_AFTER))
+        self.ejections += 1
+        time = self.rules.time_out(self.ejections)
+        self.ejected, self.trial, self.until = True, False, now + time * jitter
+        self.reason = reason
 
     def succeeded(self, now: float, *, trial: bool) -> bool:
         """A request was answered; True if that ends an ejection."""
-        self.failures_in_row = 0
+        self.failures_in_row = self._repeats = 0
+        if now >= self._half_until:
+            self._turn(now)
+        self._good += 1
         if not (self.ejected and trial):
             return False
         self._restore(now)
@@ -207,10 +302,11 @@ class TrafficHealth:
     def restarted(self, now: float) -> bool:
         """Probes saw the server go down and come up: a new process, judged afresh."""
         was_ejected = self.ejected
-        self.failures_in_row = 0
+        self.failures_in_row = self._repeats = 0
         self._restore(now)
         return was_ejected
 
     def _restore(self, now: float) -> None:
         self.ejected = self.trial = False
         self._restored_at = now
+        self._forget_rate(now)

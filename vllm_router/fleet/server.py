@@ -25,6 +25,17 @@ BUSY_FOR = 1.0
 
 MAX_BUSY_FOR = 300.0
 
+SLOW_START_FROM = 0.1
+"""What slow start begins with, of a server's share."""
+
+GHOST_SECONDS = 1.0
+"""How long a good answer is taken to last on a server that has not yet given one."""
+
+GHOST_GONE = 0.01
+
+PACE = 0.05
+"""How fast the mean time of good answers follows."""
+
 
 class State(enum.StrEnum):
     """What an operator sees, most telling first."""
@@ -97,6 +108,23 @@ class Server:
         self.load = 0.0
         self.running = 0.0
         self.waiting = 0.0
+        self.work = 0.0
+        """`running + 0.5 waiting` and the ghosts: what policies count."""
+        self.burden = 0.0
+        """That, by its share: what policies compare. In slow start the share is a part of it, and
+        the next request counts, too; so a server that has nothing yet is no magnet."""
+        self.ramp = 1.0
+        """The part of its share that it gets: less than 1 in slow start."""
+        self.ghosts = 0.0
+        """Errors that it gave fast go on to count as requests for as long as good answers take;
+        else the server that fails fastest would look least busy."""
+        self.moving = False
+        """Whether `ramp` or `ghosts` change with time; then the fleet calls `move`."""
+        self.slow_start = settings.slow_start
+        self.joined = False
+        """Whether it was added to a fleet that was there already."""
+        self._typical = 0.0
+        self._moved_at = 0.0
 
         self.metrics: EngineMetrics | None = None
         self.scraped_at: float | None = None
@@ -110,7 +138,9 @@ class Server:
         self.restarts = 0
         """How often its process was found to be a new one, with nothing cached."""
         self.back_at = -math.inf
-        """When it last came back from being down, ejected or restarted."""
+        """When it last came back from being down, ejected, asleep or restarted, or was added."""
+        self.fell_at = -math.inf
+        """When it was last found to be down, or to be a new process."""
 
         self.draining = False
         self.full_until = 0.0
@@ -133,6 +163,7 @@ class Server:
         self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
         self.share = self.capacity * config.weight
         self.cap = _cap_of(config)
+        self.slow_start = settings.slow_start
         rules = health_rules(settings)
         self.probe_health.apply(rules)
         self.traffic_health.apply(rules)
@@ -186,7 +217,45 @@ class Server:
             self.running = there - self.waiting
         else:
             self.running, self.waiting = float(mine), 0.0
-        self.load = (self.running + 0.5 * self.waiting) / self.share
+        self.work = work = self.running + 0.5 * self.waiting
+        self.load = self.burden = work / self.share
+        if self.moving:
+            self.work = work = work + self.ghosts
+            self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
+
+    def move(self, now: float) -> bool:
+        """Bring up to date what changes with time alone; False once nothing does any more."""
+        age = now - self.back_at
+        self.ramp = 1.0
+        if age < self.slow_start:
+            self.ramp = max(SLOW_START_FROM, age / self.slow_start)
+        if self.ghosts:
+            left = self.ghosts * math.exp((self._moved_at - now) / (self._typical or GHOST_SECONDS))
+            self.ghosts = left if left > GHOST_GONE else 0.0
+        self._moved_at = now
+        self.moving = self.ramp < 1.0 or self.ghosts > 0.0
+        self._update_load()
+        return self.moving
+
+    def took(self, seconds: float) -> None:
+        """It has given a good answer, in so much time."""
+        self._typical += (PACE if self._typical else 1.0) * (seconds - self._typical)
+
+    def haunt(self, now: float, seconds: float, typical: float) -> None:
+        """It has given an error, in so much time; the caller sees to it that it is moved.
+
+        `typical` is the time that good answers take in the fleet: what it would take itself is
+        known the less, the longer it gives none.
+        """
+        if typical:
+            self.took(typical)
+        typical = self._typical or GHOST_SECONDS
+        if seconds < typical:
+            self.move(now)
+            # As ghosts fade exponentially, this is in sum what is missing of a good answer's time.
+            self.ghosts += 1.0 - seconds / typical
+            self.moving = True
+            self._update_load()
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
         """A metrics page arrived; `leases` were held when it was asked for.
@@ -196,7 +265,8 @@ class Server:
         was_asleep = self.metrics is not None and self.metrics.asleep
         if self.metrics is not None and metrics.began_after(self.metrics):
             self.restarts += 1
-            self.back_at = now
+            self.back_at = self.fell_at = now
+            self._on_change(self)
         if metrics.has_load:
             self.metrics, self.scraped_at = metrics, now
         else:
@@ -241,11 +311,11 @@ class Server:
         self.checked_at = now
         if check is Check.TIMEOUT and self.last_byte_at >= now - elapsed:
             check = Check.GOOD
-        return self._flipped(self.probe_health.observe(check, elapsed, detail), now)
+        return self._flipped(self.probe_health.observe(check, elapsed, now, detail), now)
 
     def scrape_reached(self, reachable: bool, now: float) -> bool:
         """A metrics scrape found the port open or closed. True if the server has just gone down."""
-        return self._flipped(self.probe_health.observe_scrape(reachable), now)
+        return self._flipped(self.probe_health.observe_scrape(reachable, now), now)
 
     def _flipped(self, flipped: bool, now: float) -> bool:
         if flipped:
@@ -256,6 +326,8 @@ class Server:
                     self.back_at = now
                     if self.metrics is None:
                         self.restarts += 1  # no counters to tell by
+            else:
+                self.fell_at = now
             self._on_change(self)
         return flipped and not self.probe_health.up
 
@@ -266,10 +338,27 @@ class Server:
             self.back_at = now
             self._on_change(self)
 
-    def failed(self, now: float, *, trial: bool, jitter: float) -> None:
-        """A request failed by the server's fault."""
-        if self.traffic_health.failed(now, trial=trial, jitter=jitter):
+    def failed(
+        self,
+        now: float,
+        *,
+        trial: bool,
+        jitter: float,
+        body: int | None = None,
+        allowed: bool = True,
+    ) -> None:
+        """A request failed by the server's fault; see `TrafficHealth.failed`."""
+        if self.traffic_health.failed(now, trial=trial, jitter=jitter, body=body, allowed=allowed):
             self._on_change(self)
+
+    def not_its_fault(self, body: int, now: float, *, jitter: float, allowed: bool) -> None:
+        """Another server has answered the request with this body that failed here."""
+        if self.traffic_health.not_its_fault(body, now, jitter=jitter, allowed=allowed):
+            self._on_change(self)
+
+    def eject(self, now: float, jitter: float, reason: str) -> None:
+        self.traffic_health.eject(now, jitter, reason)
+        self._on_change(self)
 
     def refused(self, now: float, retry_after: float | None) -> None:
         """429 or 503 with a body: alive, but busy. Passed over for a while, never ejected."""
@@ -286,7 +375,7 @@ class Server:
 
     @property
     def usable(self) -> bool:
-        """May be asked if need be: probed good, awake and not draining."""
+        """May be asked: probed good, awake and not draining."""
         asleep = self.metrics is not None and self.metrics.asleep
         return bool(self.probe_health.up) and not self.draining and not asleep
 
@@ -294,6 +383,12 @@ class Server:
     def at_cap(self) -> bool:
         """Has as many requests of ours as it may, and gets no other until one has ended."""
         return self.in_flight >= self.cap
+
+    @property
+    def held_back(self) -> bool:
+        """May be asked where there is no other: its checks are good, but it has kept falling."""
+        asleep = self.metrics is not None and self.metrics.asleep
+        return self.probe_health.held_back and not self.draining and not asleep
 
     def current_state(self, now: float) -> tuple[State, str]:
         """The state and, in words, why; the most telling one where several hold."""
@@ -306,8 +401,7 @@ class Server:
         if self.metrics is not None and self.metrics.asleep:
             return State.ASLEEP, "the engine sleeps"
         if self.traffic_health.ejected:
-            failures = self.traffic_health.failures_in_row
-            return State.EJECTED, f"{failures} requests in a row failed"
+            return State.EJECTED, self.traffic_health.reason
         if now < self.full_until:
             return State.FULL, "it refused a request as too busy"
         return State.UP, ""
@@ -319,6 +413,8 @@ class Server:
         self.state_reason = reason
         if state is old:
             return None
+        if old is State.ASLEEP or (old is State.UNKNOWN and self.joined):
+            self.back_at = now
         self.state, self.state_since = state, now
         return Transition(self.name, old, state, reason)
 

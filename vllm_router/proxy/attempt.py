@@ -211,7 +211,8 @@ class Attempt:
         if trace is not None:
             trace.answered(status)
         if status >= 429 and status != 431:
-            outcome = classify_status(status, answer.content_length != 0)
+            own_key = self._exchange.has_key and self._server.config.api_key is None
+            outcome = classify_status(status, answer.content_length != 0, own_key=own_key)
             if outcome is Outcome.FULL:
                 wait = parse_retry_after(fields.get(b"retry-after", b""))
                 self._server.refused(lease.last_byte_at, wait)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vllm_router.auth import Identity, KeyConfig
+from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.attempt import LAST, Attempt
 from vllm_router.proxy.headers import request_id
@@ -20,7 +20,17 @@ from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import BodyShare, Request, read_request
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY
-from vllm_router.routing.retry import BREAKS_SERVERS, RULES, Again, Outcome, Standing, decide
+from vllm_router.routing.poison import Death, fingerprint
+from vllm_router.routing.retry import (
+    BREAKS_SERVERS,
+    KILLS_SERVERS,
+    POISON_AFTER,
+    RULES,
+    Again,
+    Outcome,
+    Standing,
+    decide,
+)
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -47,8 +57,10 @@ class Exchange:
         "_bodies",
         "_broken",
         "_complete",
+        "_deaths",
         "_falls_back",
         "_fields",
+        "_fingerprint",
         "_key",
         "_receive",
         "_scope",
@@ -82,6 +94,8 @@ class Exchange:
         self._tried: list[Server] = []
         self._broken = 0
         self._complete = self._falls_back = False
+        self._deaths: tuple[Death, ...] = ()
+        self._fingerprint: int | None = None
         self._bodies = BodyShare(proxy.bodies)
         identity: Identity | None = scope.get(IDENTITY)
         self._key = identity.key if identity is not None else None
@@ -191,8 +205,12 @@ class Exchange:
         return int(given) if _PRIORITY.fullmatch(given) else self.request.facts.priority
 
     def let_body_go(self) -> None:
-        """The body is never sent again: there may be many, of up to `max_body_mb` each."""
-        self.request.body = b""
+        """An answer has come, so that the body is never sent again: there may be many, of up to
+        `max_body_mb` each."""
+        request = self.request
+        if self.record.status < 500:
+            self.proxy.poison.answered(request.target, request.body)
+        request.body = b""
         self._bodies.give_back()
 
     async def _serve_watched(self) -> None:
@@ -228,9 +246,11 @@ class Exchange:
     async def _serve(self) -> None:
         """Try servers until one has answered. Raises Refused if none did."""
         proxy, record, request = self.proxy, self.record, self.request
-        proxy.budget.deposit(len(proxy.exchanges))
+        proxy.budget.requested(len(proxy.exchanges))
         now = record.body_read_at
         while True:
+            if proxy.poison.entries:
+                self._refuse_poison(now)
             candidates = self.choices(now)
             if not candidates:
                 candidates = await self._wait_for_candidates()
@@ -321,6 +341,11 @@ class Exchange:
         """Whether the request may be sent again after a server has had it."""
         return self.request.facts.replayable and self.proxy.settings.replay
 
+    @property
+    def has_key(self) -> bool:
+        """Whether the client sent a key of its own that servers are shown."""
+        return any(name in CREDENTIALS for name, _ in self.request.headers)
+
     def decide(self, outcome: Outcome, *, fresh: bool) -> Again:
         """Where to go after an attempt that ended so, uncommitted; counts against the budget.
 
@@ -328,6 +353,7 @@ class Exchange:
         """
         if outcome in BREAKS_SERVERS:
             self._broken += 1
+            self._note_break(outcome)
         now = trio.current_time()
         others = self._untried(now)
         standing = Standing(
@@ -339,14 +365,47 @@ class Exchange:
         )
         return decide(outcome, standing, self.proxy.settings.max_retries, self.proxy.budget)
 
+    def _note_break(self, outcome: Outcome) -> None:
+        """The request, or something else, has broken a server."""
+        request, poison = self.request, self.proxy.poison
+        self._fingerprint = key = fingerprint(request.target, request.body)
+        if outcome in KILLS_SERVERS:
+            now = trio.current_time()
+            certain = outcome is not Outcome.SERVER_ERROR
+            self._deaths = deaths = (*self._deaths, Death(self._tried[-1], now, certain))
+            if len(deaths) == POISON_AFTER:
+                poison.remember(key, request.body, deaths, now)
+
+    def _refuse_poison(self, now: float) -> None:
+        request = self.request
+        if self.proxy.poison.holds(fingerprint(request.target, request.body), now):
+            raise Refused(
+                502,
+                "poison_request",
+                "Two servers have died of this request in the last minute: it is not sent again.",
+            )
+
     def _judge(self, server: Server, lease: Lease, outcome: Outcome) -> None:
         """Tell the server's health what this attempt showed."""
+        proxy, fleet = self.proxy, self.proxy.fleet
         if outcome is Outcome.ANSWERED:
-            server.answered(lease.last_byte_at, trial=lease.trial)
+            now = lease.last_byte_at
+            server.answered(now, trial=lease.trial)
+            if self.record.status < 400:
+                fleet.took(server, now - lease.taken_at)
+            else:
+                fleet.erred(server, now, now - lease.taken_at)
+            if proxy.budget.owed:
+                proxy.budget.answered()
+            if self._fingerprint is not None:
+                for failed in self._tried[:-1]:
+                    fleet.not_its_fault(failed, now, jitter=proxy.jitter(), body=self._fingerprint)
         elif RULES[outcome].blames:
             now = trio.current_time()
-            server.failed(now, trial=lease.trial, jitter=self.proxy.jitter())
-        self.proxy.attempt_ended(server, outcome)
+            body = self._fingerprint if outcome is Outcome.SERVER_ERROR else None
+            fleet.erred(server, now, now - lease.taken_at)
+            fleet.failed(server, now, trial=lease.trial, jitter=proxy.jitter(), body=body)
+        proxy.attempt_ended(server, outcome)
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses,

@@ -23,6 +23,7 @@ from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.types import Receive, Scope, Send
+from vllm_router.routing.poison import Poison
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.retry import Outcome, RetryBudget
@@ -57,6 +58,7 @@ class Proxy:
     ) -> None:
         self.fleet = fleet
         self.budget = RetryBudget()
+        self.poison = Poison()
         self.exchanges: set[Exchange] = set()
         self.links: dict[Server, Link] = {}
         self.stopping = False

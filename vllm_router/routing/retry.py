@@ -14,6 +14,7 @@ class Outcome(enum.Enum):
 
     ANSWERED = "answered"  # 2xx to 4xx: passed through
     FULL = "full"  # 429 or 503 with a body: alive, busy
+    LIMITED = "limited"  # 429 to a key that is the client's own: not for others
     SERVER_ERROR = "server_error"  # 500, 502, 504, or 503 without a body
     CONNECT_FAILED = "connect_failed"
     CONNECT_TIMEOUT = "connect_timeout"
@@ -54,6 +55,9 @@ class Rule:
 RULES: dict[Outcome, Rule] = {
     Outcome.ANSWERED: Rule(False, Again.NO),
     Outcome.FULL: Rule(False, Again.ELSEWHERE, 503, "server_busy", "The server is busy."),
+    Outcome.LIMITED: Rule(
+        False, Again.ELSEWHERE, 429, "rate_limited", "The server limits this key's requests."
+    ),
     Outcome.SERVER_ERROR: Rule(
         True, Again.IF_REPLAYABLE, 502, "server_error", "The server answered with an error."
     ),
@@ -130,30 +134,47 @@ BREAKS_SERVERS = frozenset(
 )
 """Ends that a request itself may have caused; two of them make it poison."""
 
+KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.GONE})
+"""Those of them after which the server may be dead: of what `poison.py` remembers."""
+
 POISON_AFTER = 2
 
 
 class RetryBudget:
-    """A token bucket that bounds replays to a share of the traffic.
+    """Bounds replays: those that have not been paid for yet are at most as many as `depth`.
 
-    Every request adds `share` of a token; every replay takes one. It holds at most as many tokens
-    as requests are in flight, and at least `floor`: the death of one server is absorbed at once,
-    a storm of failures is not amplified (Envoy's retry budget has the same share).
+    Each replay is a debt of one, and each request that gets an answer pays `share` of one back.
+    `depth` is the number of requests in flight, and at least `floor`: the death of one server is
+    absorbed at once, whatever came before. While nothing is answered nothing is paid back, so
+    that a storm in which all servers fail has its few replays once, and then none (gRPC's
+    throttle, A6, pays so, too; Envoy's retry budget has the same share).
     """
 
     def __init__(self, share: float = 0.2, floor: float = 10.0) -> None:
         self.share, self.floor = share, floor
-        self.tokens = floor
+        self.depth = floor
+        self.owed = 0.0
 
-    def deposit(self, in_flight: int) -> None:
+    @property
+    def tokens(self) -> float:
+        """So many replays it would allow now."""
+        return max(0.0, self.depth - self.owed)
+
+    def requested(self, in_flight: int) -> None:
         """One new request has come, with so many in flight."""
-        self.tokens = min(self.tokens + self.share, max(self.floor, float(in_flight)))
+        self.depth = depth = max(self.floor, in_flight)
+        if self.owed > depth:
+            self.owed = depth
+
+    def answered(self) -> None:
+        """A server has answered a request."""
+        self.owed = max(0.0, self.owed - self.share)
 
     def withdraw(self) -> bool:
-        """Take a token for one replay; False if there is none."""
-        if self.tokens < 1.0:
+        """Take one replay; False if there is none."""
+        if self.owed + 1.0 > self.depth:
             return False
-        self.tokens -= 1.0
+        self.owed += 1.0
         return True
 
 
@@ -169,9 +190,9 @@ class Standing:
 
 
 def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
-    """Where to go next, NO for nowhere. Takes a token from the budget if that is a replay.
+    """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
 
-    Being refused by a full server costs no token: nothing failed.
+    Being refused by a full server costs nothing: nothing failed.
     """
     again = RULES[outcome].again
     if again is Again.SAME_SERVER:
@@ -189,8 +210,15 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
     return Again.ELSEWHERE
 
 
-def classify_status(status: int, has_body: bool) -> Outcome:
-    """What an answer's status says of its server. 408 says nothing and passes as an answer."""
+def classify_status(status: int, has_body: bool, *, own_key: bool = False) -> Outcome:
+    """What an answer's status says of its server. 408 says nothing and passes as an answer.
+
+    `own_key` if the server was shown a key that is the client's own. A 429 may then be about that
+    key, as gateways limit it, and says nothing of how full the server is; vLLM says 503 when its
+    queue is.
+    """
+    if status == 429 and own_key:
+        return Outcome.LIMITED
     if status in (429, 503):
         return Outcome.FULL if has_body else Outcome.SERVER_ERROR
     if status in (500, 502, 504):

@@ -191,7 +191,9 @@ class Probe:
         down = self._server.scrape_reached(reachable, now)
         self._announce(down, now)
         health = self._server.probe_health
-        if not health.settled or (reachable and not health.up):
+        # One that may be coming back is looked at now, but not again at once: two good checks
+        # within a moment would say no more than one.
+        if not health.settled if health.up else reachable and not health.goods_in_row:
             self._hurry.set()
 
     # -- models -------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def _rank(
     if explained is None:
         # Picking may move such a policy (round robin counts): a copy of it picks here.
         picked = copy.copy(policy).pick(candidates, facts, now)
-        by_load = sorted(candidates, key=lambda server: server.load)
+        by_load = sorted(candidates, key=lambda server: server.burden)
         return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
     return explained[0].server, [
         {**_figures(one.server), "score": one.score, "parts": one.parts} for one in explained
@@ -117,8 +117,8 @@ def _note(
         return "Every server of the model has just refused a request as too busy."
     if any(server.models is None for server in candidates):
         return "No server that can be asked lists the model; some lists could not be read."
-    lowest = min(server.load for server in candidates)
-    equals = sum(server.load == lowest for server in candidates)
+    lowest = min(server.burden for server in candidates)
+    equals = sum(server.burden == lowest for server in candidates)
     if equals > 1 and policy.name == "least_load":
         return f"{equals} servers are equal: any of them may be picked."
     return ""

@@ -55,9 +55,6 @@ HOME_BONUS = 2.0
 HOME_TOKENS = 256.0
 """A shared beginning shorter than this is worth no home."""
 
-FULL_SHARE = 0.1
-"""What slow start begins with, of a server's share."""
-
 
 class _Group:
     """The candidates for a model, with what they have in common."""
@@ -125,14 +122,14 @@ class Adaptive(Policy):
         if not levels:
             for account, factor in zip(group.accounts, group.factors, strict=True):
                 server = account.server
-                load = server.running + 0.5 * server.waiting + account.extra
+                load = server.work + account.extra
                 scores.append(factor * (1.0 + load + account.queued * per_queued))
         else:
             growth = self.knobs.waste_growth
             best = levels[0][0]
             for account, factor in zip(group.accounts, group.factors, strict=True):
                 server = account.server
-                load = server.running + 0.5 * server.waiting + account.extra
+                load = server.work + account.extra
                 waste = best
                 bit = account.bit
                 for tokens, holders in levels:
@@ -246,17 +243,10 @@ class Adaptive(Policy):
             slow = slowness(account, middle)
             if phantoms < NO_CREDIT_PHANTOMS and slow < NO_CREDIT_SLOW and account.trusted:
                 group.credited |= account.bit
-            share = server.share * self._ramp(server, now)
+            share = server.share * server.ramp
             group.slow.append(slow)
             group.factors.append(slow / share)
         group.fresh_until = now + REFRESH
-
-    def _ramp(self, server: Server, now: float) -> float:
-        """The part of its share that a server gets which has just come back."""
-        age = now - server.back_at
-        if age >= self.knobs.slow_start:
-            return 1.0
-        return max(FULL_SHARE, age / self.knobs.slow_start)
 
     @staticmethod
     def _look_for_others(group: _Group) -> None:
@@ -351,7 +341,8 @@ class Adaptive(Policy):
                 "cached_tokens": cached,
                 "waste_tokens": best - cached,
                 "slow": group.slow[place],
-                "slow_start": self._ramp(server, now),
+                "fast_errors": server.ghosts,
+                "slow_start": server.ramp,
                 "share": server.share,
             }
             rows.append(Explained(server, score, parts))

@@ -28,14 +28,12 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
     prefix_memory_mb: memory for the record of who has cached what, in MB of 10^6 bytes, shared
         equally between the servers.
     prefix_expiry: seconds after which an unused entry of it is forgotten.
-    slow_start: seconds over which a server that has come back gets its full share again.
     """
 
     tokens_per_request: float = 1000.0
     waste_growth: float = 0.5
     prefix_memory_mb: float = 64.0
     prefix_expiry: float = 1800.0
-    slow_start: float = 10.0
 
     @classmethod
     def of(cls, settings: Settings) -> Knobs:
@@ -66,8 +64,17 @@ class Policy:
         self.knobs = knobs
 
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        """One of `candidates`, of which there is at least one. O(len(candidates))."""
+        """One of `candidates`, of which there is at least one. O(len(candidates)).
+
+        To be compared: `server.burden`, in which slow start and fast errors are. A policy that
+        compares nothing asks `takes`.
+        """
         raise NotImplementedError
+
+    def takes(self, server: Server) -> bool:
+        """Whether a server that the policy has come upon is to be taken: in slow start only as
+        often as it may have a part of its share."""
+        return server.ramp >= 1.0 or self.rng.random() < server.ramp
 
     def leased(self, lease: Lease, facts: Facts, now: float) -> None:
         """The server just picked for these facts was leased; called in the same step."""

@@ -20,8 +20,13 @@ class RoundRobin(Policy):
     _turn = 0
 
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        self._turn += 1
-        return candidates[self._turn % len(candidates)]
+        server = candidates[0]
+        for _ in candidates:
+            self._turn += 1
+            server = candidates[self._turn % len(candidates)]
+            if self.takes(server):
+                break
+        return server
 
 
 class RandomChoice(Policy):
@@ -30,4 +35,9 @@ class RandomChoice(Policy):
     name = "random"
 
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        return self.rng.choice(candidates)
+        server = self.rng.choice(candidates)
+        for _ in candidates:
+            if self.takes(server):
+                break
+            server = self.rng.choice(candidates)
+        return server

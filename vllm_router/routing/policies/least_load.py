@@ -16,7 +16,7 @@ class LeastLoad(Policy):
     """The lowest `(running + 0.5 waiting) / capacity`, corrected by our own leases.
 
     The ancestor's rule, without its random choice among everything below 0.5: the lowest load
-    wins, equals at random.
+    wins, equals at random. A server in slow start is compared by a part of its share.
     """
 
     name = "least_load"
@@ -25,7 +25,7 @@ class LeastLoad(Policy):
         lowest = float("inf")
         best: list[Server] = []
         for server in candidates:
-            load = server.load
+            load = server.burden
             if load < lowest:
                 lowest = load
                 best = [server]
@@ -37,12 +37,14 @@ class LeastLoad(Policy):
         return [
             Explained(
                 server,
-                server.load,
+                server.burden,
                 {
                     "running": server.running,
                     "waiting": server.waiting,
+                    "fast_errors": server.ghosts,
+                    "slow_start": server.ramp,
                     "share": server.share,
                 },
             )
-            for server in sorted(candidates, key=lambda one: one.load)
+            for server in sorted(candidates, key=lambda one: one.burden)
         ]

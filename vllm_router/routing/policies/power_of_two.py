@@ -21,4 +21,4 @@ class PowerOfTwo(Policy):
         if len(candidates) == 1:
             return candidates[0]
         one, other = self.rng.sample(candidates, 2)
-        return one if one.load <= other.load else other
+        return one if one.burden <= other.burden else other

@@ -37,9 +37,9 @@ class Prefix(Policy):
         best: list[Server] = []
         best_key = (float("inf"), float("inf"))
         for server in candidates:
-            if server.load > limit:
+            if server.burden > limit:
                 continue
-            key = (-float(matched.get(server, 0)), server.load)
+            key = (-float(matched.get(server, 0)), server.burden)
             if key < best_key:
                 best, best_key = [server], key
             elif key == best_key:
@@ -48,7 +48,7 @@ class Prefix(Policy):
 
     @staticmethod
     def _limit(candidates: Sequence[Server]) -> float:
-        mean = sum(server.load for server in candidates) / len(candidates)
+        mean = sum(server.burden for server in candidates) / len(candidates)
         # Never below the lowest load: somebody is always left.
         return BOUND * mean + 1 / max(server.share for server in candidates)
 
@@ -64,8 +64,8 @@ class Prefix(Policy):
         rows = [
             Explained(
                 server,
-                server.load if server.load > limit else -float(matched.get(server, 0)),
-                {"cached_bytes": matched.get(server, 0), "load": server.load, "limit": limit},
+                server.burden if server.burden > limit else -float(matched.get(server, 0)),
+                {"cached_bytes": matched.get(server, 0), "load": server.burden, "limit": limit},
             )
             for server in candidates
         ]

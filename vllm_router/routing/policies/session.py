@@ -31,7 +31,7 @@ class Session(Policy):
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
         session = facts.session
         key = seed_of(session) if session is not None else facts.prompt.conversation
-        on_them = sum(server.load * server.share for server in candidates)
+        on_them = sum(server.work for server in candidates)
         limit = BOUND * (on_them + 1) / sum(server.share for server in candidates)
         home = preferred(key, candidates)
         if _fits(home, limit):
@@ -39,10 +39,10 @@ class Session(Policy):
         for server in preference(key, candidates):
             if _fits(server, limit):
                 return server
-        return min(candidates, key=lambda server: server.load)
+        return min(candidates, key=lambda server: server.burden)
 
 
 def _fits(server: Server, limit: float) -> bool:
     """Whether one request more keeps it within the limit; a lone request fits anywhere."""
     one = 1 / server.share
-    return server.load + one <= max(limit, one)
+    return server.burden + one <= max(limit, one)
