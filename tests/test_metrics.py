@@ -279,13 +279,21 @@ async def test_a_long_page_lets_other_tasks_run_in_between(nursery, monkeypatch)
     nursery.cancel_scope.cancel()
 
 
+async def refused_as_full(lab):
+    """A request has waited, so that there is a queue."""
+    lab["a"].lease(trio.current_time())
+    with trio.move_on_after(0.01):
+        await lab.infer()
+
+
 async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path):
     file = tmp_path / "servers.toml"
-    file.write_text(TOML)
+    file.write_text(f"{TOML}[limits]\nmax_in_flight = 1\n")
     lab = Lab(file=file)
+    await refused_as_full(lab)
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
     lab["a"].scraped(gauges(1, kv_usage=0.5), trio.current_time(), 0)
-    lab.ended(lab["a"], code="x", key_name="k")
+    lab.ended(lab["a"], code="x", key_name="k", waited=0.5)
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     for family in FAMILIES:

@@ -15,6 +15,7 @@ from fleet_makers import come_up, make_config
 from vllm_router.fleet.server import Server
 from vllm_router.hypercorn_bridge import hold_last
 from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.types import App
 from vllm_router.routing.retry import Outcome
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
@@ -87,6 +88,7 @@ class Lab:
         body: bytes = b"",
         headers: dict[str, str] | None = None,
         client: str = LOCAL,
+        app: App | None = None,
     ) -> Reply:
         """One request, as a server would hand it to the application."""
         path, _, query = target.partition("?")
@@ -117,11 +119,18 @@ class Lab:
         async def send(message: Any) -> None:
             answers.append(message)
 
-        await self.app(scope, receive, send)
+        await (app or self.app)(scope, receive, send)
         start, *parts = answers
         assert start["type"] == "http.response.start"
         received = {name.decode().lower(): value.decode() for name, value in start["headers"]}
         return Reply(start["status"], received, b"".join(part.get("body", b"") for part in parts))
+
+    async def infer(self, model: str = "m", **headers: str) -> Reply:
+        """An inference request, which must be answered without a server."""
+        body = json.dumps({"model": model}).encode()
+        return await self.request(
+            "POST", "/v1/chat/completions", body=body, headers=headers, app=self.router.proxy
+        )
 
     # -- traffic ------------------------------------------------------------------------------
 

@@ -130,6 +130,8 @@ def fields(ended: Ended) -> dict[str, Any]:
     values["attempts"] = record.attempts
     if record.retries:
         values["retries"] = [reason.value for reason in record.retries]
+    if record.waited:
+        values["waited"] = round(record.waited, 6)
     if record.first_byte_at:
         values["ttft"] = round(record.first_byte_at - record.started_at, 6)
     values["duration"] = round(took, 6)

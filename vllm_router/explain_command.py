@@ -91,7 +91,9 @@ def _run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 def _print_explanation(found: dict[str, Any]) -> None:
     picked = found.get("picked")
     subject = f"the model {found['model']!r}" if found.get("model") else "any model"
-    verdict = f"would go to {picked}" if picked else "would be refused"
+    verdict = "would wait" if found.get("would_wait") else "would be refused"
+    if picked:
+        verdict = f"would go to {picked}"
     note = f" {found['note']}" if found.get("note") else ""
     click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
     candidates, out = found.get("candidates") or [], found.get("out") or []

@@ -110,6 +110,9 @@ def _totals(view: View) -> Text:
     ):
         text.append("· ", "bright_black").append(f"{figure:.0f} ", "bold default")
         text.append(f"{name} ", "default")
+    if fleet.queued:
+        text.append("· ", "bright_black").append(f"{fleet.queued} ", "bold yellow")
+        text.append("queued ", "default")
     text.append("· ", "bright_black").append("load ", "default")
     text.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
     return text.append(" of ", "default").append(f"{fleet.capacity} ", "bold default")

@@ -23,6 +23,7 @@ def summary(snapshot: Snapshot) -> str:
         f"{fleet.running:.0f} running",
         f"{fleet.waiting:.0f} waiting",
         f"{fleet.leases} in flight",
+        *([f"{fleet.queued} queued"] if fleet.queued else ()),
         f"load {words.percent(fleet.load)}",
         f"{words.rate(fleet.requests_per_s)} req/s",
         f"{words.rate(fleet.errors_per_s)} err/s",

@@ -53,16 +53,20 @@ class Gate:
 
     @property
     def rooms(self) -> list[Room[Waiter]]:
-        """In which somebody waits."""
-        return [room for room in self._rooms.rooms.values() if room]
+        """In which somebody waits or has waited; ANY_UNKNOWN is one of them."""
+        return list(self._rooms.rooms.values())
 
     @property
     def waiting(self) -> int:
+        """How many wait, for whatever model."""
         return len(self._rooms)
 
-    def waiting_for(self, model: str | None) -> int:
+    def ahead(self, model: str | None, priority: int = 0) -> tuple[int, bool]:
+        """How many would go before one more request, and whether there is a place for it."""
         room = self._rooms.rooms.get(self._key(model))
-        return len(room) if room is not None else 0
+        if room is None:
+            return 0, self.limits.queue_size > 0
+        return room.before(priority, ""), room.size < self.limits.queue_size
 
     # -- one request --------------------------------------------------------------------------
 

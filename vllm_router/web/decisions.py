@@ -50,6 +50,7 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
         "outcome": outcome_label(record),
         "status": record.status,
         "code": record.code or None,
+        "waited_seconds": round(record.waited, 6),
         "first_byte_seconds": round(first_byte, 6) if first_byte is not None else None,
         "duration_seconds": round(record.ended_at - record.started_at, 6),
     }

@@ -30,7 +30,8 @@ def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[
         facts = msgspec.structs.replace(facts, model=names.served(answering))
         policy = policy or router.proxy.policies.for_model(answering)
     policy = policy or router.proxy.policies.default
-    candidates = fleet.candidates(facts.model, now)
+    allowed = fleet.candidates(facts.model, now)
+    candidates = [server for server in allowed if not server.at_cap]
     picked, ranked = _rank(policy, candidates, facts, now)
     return {
         "model": asked,
@@ -39,7 +40,10 @@ def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[
         "model_known": facts.model is None or fleet.knows(facts.model),
         "policy": policy.name,
         "picked": picked.name if picked is not None else None,
-        "note": _note(candidates, facts, router, policy, now),
+        "would_wait": picked is None and _may_wait(router, facts),
+        "note": _note(candidates, facts, router, policy, now)
+        if candidates
+        else _none_free(allowed, facts, router),
         "candidates": ranked,
         "out": [
             {**_figures(server), **_why_out(server, facts.model, now)}
@@ -98,6 +102,7 @@ def _figures(server: Server) -> dict[str, Any]:
         "waiting": server.waiting,
         "leases": server.in_flight,
         "capacity": server.capacity,
+        "max_in_flight": server.config.max_in_flight,
         "metrics_fresh": server.metrics_fresh,
     }
 
@@ -106,11 +111,6 @@ def _note(
     candidates: Sequence[Server], facts: Facts, router: Router, policy: Policy, now: float
 ) -> str:
     """What is special about the choice, in a sentence; empty if nothing is."""
-    if not candidates:
-        model = facts.model
-        if model is not None and not router.fleet.knows(model):
-            return f"No server lists the model {model!r}."
-        return "No server can be asked: the request would be refused with 503."
     if not any(server.traffic_health.admits(now) for server in candidates):
         return "Every server of the model is ejected; they are tried all the same."
     if all(now < server.full_until for server in candidates):
@@ -124,6 +124,26 @@ def _note(
     return ""
 
 
+def _none_free(allowed: Sequence[Server], facts: Facts, router: Router) -> str:
+    """Why nobody gets it, and what becomes of it."""
+    model, gate = facts.model, router.proxy.gate
+    if not allowed and model is not None and not router.fleet.knows(model):
+        return f"No server lists the model {model!r}."
+    why = "Every server of the model is at its cap" if allowed else "No server can be asked"
+    if gate is None or not _may_wait(router, facts):
+        return f"{why}: the request would be refused with {429 if allowed else 503}."
+    return f"{why}: the request would wait, {gate.ahead(model, facts.priority)[0]} before it."
+
+
+def _may_wait(router: Router, facts: Facts) -> bool:
+    """Whether there is a place for it, should there be no server."""
+    gate, model = router.proxy.gate, facts.model
+    if gate is None:
+        return False
+    busy = bool(router.fleet.candidates(model, trio.current_time()))
+    return (busy or model is None or router.fleet.knows(model)) and gate.ahead(model)[1]
+
+
 def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     state, reason = server.current_state(now)
     if model is not None and server.models is not None and model not in server.models:
@@ -133,6 +153,8 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
         reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
     elif state is State.FULL:
         reason += f"; asked again in {server.full_until - now:.1f} s"
+    elif state is State.UP and server.at_cap:
+        reason = f"at its cap: {server.in_flight} of {server.config.max_in_flight} in flight"
     elif state is State.UP and model is not None:
         reason = "its list of models could not be read, and another server lists the model"
     return {"state": state, "reason": reason}

@@ -104,6 +104,14 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: server.capacity,
     ),
     (
+        _gauge(
+            "server_max_in_flight",
+            "Requests that it may have of this router; missing without a cap.",
+            "server",
+        ),
+        lambda server, now: server.config.max_in_flight,
+    ),
+    (
         _gauge("server_running", "Requests running on it, corrected by our own.", "server"),
         lambda server, now: server.running,
     ),
@@ -128,6 +136,15 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: server.metrics.kv_usage if server.metrics is not None else None,
     ),
 )
+QUEUE_LENGTH = _gauge(
+    "queue_length", "Requests that wait in the router for a server, by model.", "model"
+)
+QUEUE_WAIT = _histogram(
+    "queue_wait_seconds",
+    "How long requests have waited in the router, whatever came of it; only those that did.",
+    (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    "model",
+)
 SERVER_STATE = _gauge("server_state", "1 for the state the server is in.", "server", "state")
 SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "server", "url")
 
@@ -150,6 +167,10 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     (
         _gauge("servers", "Servers of the configuration in force."),
         lambda router: len(router.fleet.servers),
+    ),
+    (
+        _gauge("queue_limit", "Requests that may wait per model; missing without [limits]."),
+        lambda router: router.proxy.gate.limits.queue_size if router.proxy.gate else None,
     ),
     (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),
     (
@@ -211,6 +232,8 @@ FAMILIES: tuple[Family, ...] = (
     FIRST_TOKEN,
     DURATION,
     OVERHEAD,
+    QUEUE_LENGTH,
+    QUEUE_WAIT,
     TRANSITIONS,
     SERVER_STATE,
     SERVER_INFO,

@@ -37,6 +37,8 @@ from vllm_router.web.families import (
     KEY_REQUESTS,
     LOOP_LAG,
     OVERHEAD,
+    QUEUE_LENGTH,
+    QUEUE_WAIT,
     RECEIVED,
     REFUSALS,
     REQUESTS,
@@ -122,6 +124,7 @@ class Metrics:
         for phase in (Phase.BODY, Phase.QUEUE, Phase.CONNECT, Phase.WAIT, Phase.STREAM):
             self._disconnects[phase.value].value = 0
         self._overhead = OVERHEAD.histogram()
+        self._waits: dict[str, Histogram] = {}
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
@@ -144,6 +147,8 @@ class Metrics:
                 requests.first_token.observe(record.first_byte_at - record.started_at)
         if outcome is Outcome.ANSWERED and record.phase is Phase.DONE:
             requests.duration.observe(record.ended_at - record.started_at)
+        if record.waited:
+            self._waited(record)
         if record.sent_at:
             self._overhead.observe(record.sent_at - record.body_read_at)
         for reason in record.retries:
@@ -157,6 +162,13 @@ class Metrics:
             self._refusals[record.code].value += 1
         if outcome is Outcome.CLIENT_GONE:
             self._disconnects[record.phase.value].value += 1
+
+    def _waited(self, record: Record) -> None:
+        model = self._model_label(record.served_model or record.model)
+        waits = self._waits.get(model)
+        if waits is None:
+            waits = self._waits[model] = QUEUE_WAIT.histogram(model)
+        waits.observe(record.waited)
 
     def refused(self, code: str) -> None:
         """A request was refused by its head alone, with one of the router's own codes."""
@@ -223,6 +235,8 @@ class Metrics:
             self._models -= gone
             for series in self._servers.values():
                 series.forget_models(gone)
+            for model in gone:
+                self._waits.pop(model, None)
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -264,7 +278,19 @@ class Metrics:
         yield from family(FIRST_TOKEN, lambda one: _used(one.first_token))
         yield from family(DURATION, lambda one: _used(one.duration))
         yield OVERHEAD.header + self._overhead.lines()
+        yield QUEUE_LENGTH.header + self._queue_lengths()
+        yield QUEUE_WAIT.header + "".join(_used(self._waits))
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
+
+    def _queue_lengths(self) -> str:
+        gate = self.router.proxy.gate if self.router is not None else None
+        lengths: dict[str, int] = {}
+        for room in gate.rooms if gate is not None else ():
+            label = self._model_label(room.model)
+            lengths[label] = lengths.get(label, 0) + len(room)
+        return "".join(
+            [f"{QUEUE_LENGTH.key(label)}{length}\n" for label, length in lengths.items()]
+        )
 
     def _server_gauges(self) -> Iterator[str]:
         now = trio.current_time()

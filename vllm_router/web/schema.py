@@ -49,6 +49,9 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     waiting: Annotated[float, _("Requests in the engine's queue.")]
     leases: Annotated[int, _("Requests that this router has on it.")]
     capacity: Annotated[int, _("max_concurrent_requests of the configuration.")]
+    max_in_flight: Annotated[
+        int | None, _("How many requests this router has on it at most; null without a cap.")
+    ] = None
     load: Annotated[float, _("(running + 0.5 × waiting) / capacity; may exceed 1.")]
     kv_usage: Annotated[Share | None, _("How full the engine's KV cache is.")]
     prefix_hit_rate: Annotated[Share | None, _("Of its prefix cache, over the last minute.")]
@@ -73,6 +76,7 @@ class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     running: float
     waiting: float
     leases: int
+    queued: Annotated[int, _("Requests that wait in this router for a server.")] = 0
     capacity: Annotated[int, _("Of the servers that may be asked.")]
     load: Annotated[float, _("(running + 0.5 × waiting) / capacity of those.")]
     requests_per_s: float
@@ -81,6 +85,21 @@ class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     tokens_per_s: float | None
     ttft: Percentiles | None
     duration: Percentiles | None
+
+
+class QueueView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Those who wait in the router for one model."""
+
+    model: Annotated[
+        str | None,
+        _("null: requests that name none; an empty name: models that no server lists."),
+    ]
+    waiting: int
+    limit: Annotated[int, _("How many may wait.")]
+    longest: Annotated[Seconds, _("For how long the first of them has waited.")]
+    freed_per_s: Annotated[
+        float | None, _("Servers that become free for them, lately; null if not known.")
+    ]
 
 
 class ReloadView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -117,6 +136,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     router: RouterView
     fleet: FleetView
     servers: Annotated[list[ServerView], _("In the order of the configuration.")]
+    queues: Annotated[list[QueueView], _("Of the models for which somebody waits.")] = []
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):

@@ -141,6 +141,7 @@ def load_stats(router: Router) -> dict[str, Any]:
             "total_capacity": capacity,
             "overall_utilization_percent": active / capacity * 100 if capacity else 0,
             "in_flight": router.fleet.in_flight,
+            "queued": router.proxy.gate.waiting if router.proxy.gate is not None else 0,
         },
     }
 
@@ -164,6 +165,7 @@ def _server_load(server: Server, router: Router, now: float, wall: float) -> dic
             "process_max_fds": ANCESTORS_MAX_FDS,
         },
         "load": server.load,
+        "max_in_flight": server.config.max_in_flight,
         "metrics_fresh": server.metrics_fresh,
         "metrics_age": round(server.metrics_age(now), 3) if server.scraped_at is not None else None,
         "models": list(server.models) if server.models is not None else None,

@@ -11,6 +11,7 @@ import msgspec
 from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
+from vllm_router.proxy.gate import Gate
 from vllm_router.web import schema
 from vllm_router.web.process import rss_bytes
 from vllm_router.web.router import Router, wall_offset
@@ -60,6 +61,7 @@ def server_view(
         waiting=round(server.waiting, 1),
         leases=server.in_flight,
         capacity=server.capacity,
+        max_in_flight=server.config.max_in_flight,
         load=round(server.load, 4),
         kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
         prefix_hit_rate=tally.prefix_hit_rate,
@@ -75,7 +77,7 @@ def server_view(
 
 
 def fleet_view(
-    fleet: Fleet, servers: list[schema.ServerView], total: Tally, now: float
+    fleet: Fleet, servers: list[schema.ServerView], total: Tally, queued: int, now: float
 ) -> schema.FleetView:
     sums = sums_of(fleet)
     states: dict[str, int] = {}
@@ -90,6 +92,7 @@ def fleet_view(
         running=sums.running,
         waiting=sums.waiting,
         leases=sums.leases,
+        queued=queued,
         capacity=sums.capacity,
         load=sums.load,
         requests_per_s=total.requests_per_s,
@@ -99,6 +102,25 @@ def fleet_view(
         ttft=total.ttft(now),
         duration=total.duration(now),
     )
+
+
+def queue_views(gate: Gate | None, now: float) -> list[schema.QueueView]:
+    """O(all who wait); none without `[limits]`."""
+    views = []
+    for room in gate.rooms if gate is not None and gate.waiting else ():
+        oldest = room.oldest
+        if oldest is not None and gate is not None:
+            rate = room.rate.per_second(now)
+            views.append(
+                schema.QueueView(
+                    model=room.model,
+                    waiting=len(room),
+                    limit=gate.limits.queue_size,
+                    longest=round(now - oldest, 2),
+                    freed_per_s=round(rate, 3) if rate is not None else None,
+                )
+            )
+    return views
 
 
 def router_view(
@@ -140,12 +162,14 @@ def snapshot(
         )
         for server in fleet.all_servers()
     ]
+    queues = queue_views(router.proxy.gate, now)
     return schema.Snapshot(
         seq=seq,
         time=round(now + wall, 3),
         router=facts,
-        fleet=fleet_view(fleet, servers, tallies.total, now),
+        fleet=fleet_view(fleet, servers, tallies.total, sum(one.waiting for one in queues), now),
         servers=servers,
+        queues=queues,
     )
 
 

@@ -52,6 +52,7 @@ export const en = {
   perSecond: "/s",
   subTokens: "{n} tokens/s",
   subStreams: "{running} running, {waiting} waiting",
+  subStreamsQueued: "{running} running, {waiting} waiting, {queued} queued here",
   subTtft: "median {p50}, p99 {p99}",
   subNoTtft: "no streamed request in the last minute",
   subErrors: "{share} of requests",

@@ -52,6 +52,7 @@ export const zh = {
   perSecond: "/秒",
   subTokens: "{n} 词元/秒",
   subStreams: "运行 {running}，排队 {waiting}",
+  subStreamsQueued: "运行 {running}，排队 {waiting}，路由器内等候 {queued}",
   subTtft: "中位数 {p50}，p99 {p99}",
   subNoTtft: "最近一分钟没有流式请求",
   subErrors: "占请求的 {share}",

@@ -20,7 +20,9 @@ const TILES = [
     id: "streams", title: "tileStreams", figure: "open_streams",
     read: ({ fleet, router }) => ({
       value: count(router.open_streams),
-      sub: t("subStreams", { running: count(fleet.running), waiting: count(fleet.waiting) }),
+      sub: t(fleet.queued ? "subStreamsQueued" : "subStreams", {
+        running: count(fleet.running), waiting: count(fleet.waiting), queued: count(fleet.queued),
+      }),
     }),
   },
   {
