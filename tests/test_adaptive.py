@@ -462,7 +462,9 @@ def test_server_that_left_is_forgotten():
     a = it.servers[0]
     it.serve(LONG, a)
     it.policy.forget(a)
-    assert it.policy.statistics(a).recorded_bytes == 0
+    assert it.policy.statistics(a) is None
+    it.serve(LONG, a)
+    assert it.parts(LONG, it.servers[1])["waste_tokens"] > 0
 
 
 def test_statistics_say_what_was_expected():
@@ -471,3 +473,8 @@ def test_statistics_say_what_was_expected():
         it.serve(asking(CONTEXT[:8192]), a)
     found = it.policy.statistics(a)
     assert (found.prompt_tokens, found.expected_tokens, found.recorded_bytes) == (6144, 4096, 8192)
+    assert found.told_tokens == 0
+    lease = it.send(asking(CONTEXT[:8192]), a)
+    it.policy.learned(lease, 2048, 2032)
+    it.end(lease)
+    assert it.policy.statistics(a).told_tokens == 2032

@@ -198,7 +198,9 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
     scratch = tmp_path_factory.mktemp("prometheus")
     with (
         mock_processes(2, "--model", "m", "--speed", "0.2") as mocks,
-        router_process(servers_toml([mock.url for mock in mocks]), scratch) as router,
+        router_process(
+            servers_toml([mock.url for mock in mocks], policy="adaptive"), scratch
+        ) as router,
     ):
         port = free_port()
         text = (PROMETHEUS / "prometheus.yml").read_text()

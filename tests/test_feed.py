@@ -12,6 +12,9 @@ import trio
 
 from fleet_makers import come_up, gauges, go_down
 from vllm_router.proxy.record import Phase
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.pieces import plain_prompt
+from vllm_router.routing.policies import Knobs
 from vllm_router.routing.retry import Outcome
 from vllm_router.web import schema
 from vllm_router.web.events import EXHAUSTED_PER_SECOND
@@ -88,6 +91,22 @@ async def test_a_snapshot_tells_what_routing_sees(autojump_clock, lab):
     fleet = snapshot.fleet
     assert (fleet.servers, fleet.available, fleet.states) == (2, 1, {"up": 1, "down": 1})
     assert (fleet.running, fleet.capacity, fleet.load) == (2, 3, a.load)
+
+
+async def test_a_snapshot_tells_what_the_policy_expects_of_prefix_caches(autojump_clock, lab):
+    lab.router.proxy.policies.apply("adaptive", {}, Knobs(), on_request=False)
+    adaptive, facts = (
+        lab.router.proxy.policies.default,
+        Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096))),
+    )
+    for _ in range(4):
+        lease = lab["a"].lease(trio.current_time())
+        adaptive.leased(lease, facts, trio.current_time())
+        lease.release()
+        await trio.sleep(1.1)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert snapshot.servers[0].expected_hit_rate == pytest.approx(1.0, abs=0.01)
+    assert snapshot.servers[1].expected_hit_rate is None
 
 
 async def test_rates_and_percentiles_are_told_by_server_and_in_total(autojump_clock, lab):

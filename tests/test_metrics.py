@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet_makers import come_up, gauges, go_down
 from vllm_router.fleet.server import State
 from vllm_router.proxy.record import Phase
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.pieces import plain_prompt
 from vllm_router.routing.retry import Outcome
 from vllm_router.web import metrics as metrics_module
 from vllm_router.web.exposition import Counter, Family, Kind
@@ -166,6 +168,31 @@ async def test_gauges_of_a_server_are_those_that_routing_uses():
     assert pick(found, "server_info", url="http://a.test:1") == 1
 
 
+async def test_expected_hits_of_prefix_caches_stand_beside_those_that_came_true():
+    lab = Lab(1, policy="adaptive")
+    server, adaptive = lab["a"], lab.router.proxy.policies.default
+    found = await samples(lab)
+    assert not series(found, "server_prompt_tokens_total", "server")
+    assert not series(found, "server_prefix_cache_hits_total", "server")
+    facts = Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096)))
+    for _ in range(2):
+        lease = server.lease(0.0)
+        adaptive.leased(lease, facts, 0.0)
+        adaptive.learned(lease, 1024, 512)
+        lease.release()
+        adaptive.ended(lease, 0.0, failed=False)
+    server.scraped(gauges(0, prefix_queries=2048, prefix_hits=1000), trio.current_time(), 0)
+    found = await samples(lab)
+    expected = {
+        "server_prompt_tokens_total": 2048,
+        "server_expected_cached_tokens_total": 1024,
+        "server_told_cached_tokens_total": 1024,
+        "server_prefix_cache_queries_total": 2048,
+        "server_prefix_cache_hits_total": 1000,
+    }
+    assert {name: pick(found, name, server="a") for name in expected} == expected
+
+
 async def test_exactly_one_state_of_a_server_is_set():
     lab = Lab()
     go_down(lab["a"], trio.current_time())
@@ -288,11 +315,14 @@ async def refused_as_full(lab):
 
 async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path):
     file = tmp_path / "servers.toml"
-    file.write_text(f"{TOML}[limits]\nmax_in_flight = 1\n")
+    tables = '[config]\npolicy = "adaptive"\n[limits]\nmax_in_flight = 1\n'
+    file.write_text(TOML + tables)
     lab = Lab(file=file)
     await refused_as_full(lab)
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
-    lab["a"].scraped(gauges(1, kv_usage=0.5), trio.current_time(), 0)
+    told = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
+    lab["a"].scraped(told, trio.current_time(), 0)
+    lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), Facts("m"), 0.0)
     lab.ended(lab["a"], code="x", key_name="k", waited=0.5)
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}

@@ -42,11 +42,13 @@ FIRST_TOKEN = 0.5
 
 
 class PrefixStatistics(NamedTuple):
-    """Since the start: tokens sent as prompts, and how many of them were expected in the cache;
-    and the bytes of prompts that are on record now."""
+    """Of one server, since the start, by the policy's estimate: tokens sent as prompts, and how
+    many of them were expected in its cache. What answers said: cached tokens, where they tell.
+    And the bytes of prompts that are on record now."""
 
     prompt_tokens: int
     expected_tokens: int
+    told_tokens: int
     recorded_bytes: int
 
 
@@ -76,6 +78,7 @@ class Account:
         "seen",
         "sent",
         "server",
+        "told_total",
     )
 
     def __init__(self, server: Server, bit: int) -> None:
@@ -99,6 +102,7 @@ class Account:
         """Tokens in its prefix cache: that should have been found, were found, should be seen with
         the next scrape, and belong to prompts computed since the last."""
         self.expected_total = self.prompt_total = 0.0
+        self.told_total = 0
 
     def follow_scrape(self) -> None:
         """Take in what the last scrape says, if it is new."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
+from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.routing.policies import POLICIES, Knobs, Policy
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ class PolicySet:
         """The server has left the fleet."""
         for policy in self._made.values():
             policy.forget(server)
+
+    def statistics(self, server: Server) -> PrefixStatistics | None:
+        """Of all policies that look at prompts together; None if there is none."""
+        found = [policy.statistics(server) for policy in self._made.values()]
+        known = [one for one in found if one is not None]
+        return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
 
     def __iter__(self) -> Iterator[Policy]:
         """Those that have been made."""

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server, State
+from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.web.exposition import Family, Kind
 from vllm_router.web.router import Router
 
@@ -145,6 +147,51 @@ QUEUE_WAIT = _histogram(
     (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     "model",
 )
+PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]
+
+PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
+    (
+        _counter(
+            "server_prompt_tokens",
+            "Tokens of prompts sent to it, as policies that look at prompts estimate them.",
+            "server",
+        ),
+        lambda expected, engine: expected.prompt_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_expected_cached_tokens",
+            "Of those, tokens that were expected in its prefix cache.",
+            "server",
+        ),
+        lambda expected, engine: expected.expected_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_told_cached_tokens",
+            "Tokens that its answers told to have been cached "
+            "(vllm serve --enable-prompt-tokens-details).",
+            "server",
+        ),
+        lambda expected, engine: expected.told_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_prefix_cache_queries",
+            "Tokens that the engine looked for in its prefix cache, by its own count.",
+            "server",
+        ),
+        lambda expected, engine: engine.prefix_queries if engine is not None else None,
+    ),
+    (
+        _counter(
+            "server_prefix_cache_hits",
+            "Of those, tokens that it found, by its own count.",
+            "server",
+        ),
+        lambda expected, engine: engine.prefix_hits if engine is not None else None,
+    ),
+)
 SERVER_STATE = _gauge("server_state", "1 for the state the server is in.", "server", "state")
 SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "server", "url")
 
@@ -238,6 +285,7 @@ FAMILIES: tuple[Family, ...] = (
     SERVER_STATE,
     SERVER_INFO,
     *(family for family, _ in SERVER_GAUGES),
+    *(family for family, _ in PREFIX_COUNTERS),
     *(family for family, _ in ROUTER_METRICS),
     BUILD_INFO,
     LOOP_LAG,

@@ -144,7 +144,9 @@ class Feed:
         router = self.router
         exchanges = router.proxy.exchanges if router is not None else ()
         servers = self._fleet.all_servers()
-        self._tallies.read(servers, [exchange.record for exchange in exchanges], now)
+        policies = router.proxy.policies if router is not None else None
+        records = [exchange.record for exchange in exchanges]
+        self._tallies.read(servers, records, policies, now)
         self._events.look(servers, router.reloader if router is not None else None)
         self._cpu.observe(cpu_seconds(), now)
         self._metrics.lag = self._lag.worst(now)

@@ -37,6 +37,7 @@ from vllm_router.web.families import (
     KEY_REQUESTS,
     LOOP_LAG,
     OVERHEAD,
+    PREFIX_COUNTERS,
     QUEUE_LENGTH,
     QUEUE_WAIT,
     RECEIVED,
@@ -314,6 +315,20 @@ class Metrics:
                 if value is not None:
                     parts.append(f"{series.gauge_keys[number]}{value}\n")
             yield "".join(parts)
+        yield from self._prefix_counters(servers)
+
+    def _prefix_counters(self, servers: list[Server]) -> Iterator[str]:
+        """What was expected of prefix caches, and what the engines say has come true."""
+        if self.router is None:
+            return
+        policies = self.router.proxy.policies
+        read = [(server, policies.statistics(server), server.metrics) for server in servers]
+        for family, value_of in PREFIX_COUNTERS:
+            values = [(server, value_of(told, engine)) for server, told, engine in read]
+            lines = [
+                f"{family.key(one.name)}{value}\n" for one, value in values if value is not None
+            ]
+            yield family.header + "".join(lines)
 
     def _router_metrics(self) -> Iterator[str]:
         if self.router is not None:

@@ -55,6 +55,10 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     load: Annotated[float, _("(running + 0.5 × waiting) / capacity; may exceed 1.")]
     kv_usage: Annotated[Share | None, _("How full the engine's KV cache is.")]
     prefix_hit_rate: Annotated[Share | None, _("Of its prefix cache, over the last minute.")]
+    expected_hit_rate: Annotated[
+        Share | None,
+        _("What the policy expected it to be; null if it does not look at prompts."),
+    ] = None
     requests_per_s: Annotated[float, _("Requests finished.")]
     errors_per_s: Annotated[float, _("Attempts that failed by the server's fault.")]
     chunks_per_s: Annotated[float, _("Pieces of answers passed on, about one per token.")]

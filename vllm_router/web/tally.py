@@ -8,6 +8,8 @@ from typing import NamedTuple
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.record import Phase, Record
+from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.retry import RULES, Outcome
 from vllm_router.web.schema import Percentiles
 from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
@@ -49,6 +51,7 @@ class Tally:
         self._tokens_rate = Rate()
         self._tokens_known = False
         self._prefix = Ratio()
+        self._expected = Ratio()
 
     def ended(self, sample: Sample) -> None:
         """An exchange has ended; a few additions."""
@@ -65,6 +68,11 @@ class Tally:
         self._requests_rate.observe(self.requests, now)
         self._errors_rate.observe(self.errors, now)
         self._chunks_rate.observe(self.chunks + live_chunks, now)
+
+    def read_expected(self, found: PrefixStatistics | None, now: float) -> None:
+        """Read what the policies expected of its prefix cache."""
+        if found is not None:
+            self._expected.observe(found.expected_tokens, found.prompt_tokens, now)
 
     def read_engine(self, metrics: EngineMetrics | None, now: float) -> None:
         """Read the engine's own counters, as far as it exports them."""
@@ -98,6 +106,11 @@ class Tally:
     @property
     def prefix_hit_rate(self) -> float | None:
         value = self._prefix.value
+        return round(value, 4) if value is not None else None
+
+    @property
+    def expected_hit_rate(self) -> float | None:
+        value = self._expected.value
         return round(value, 4) if value is not None else None
 
     def ttft(self, now: float) -> Percentiles | None:
@@ -154,7 +167,13 @@ class Tallies:
         if RULES[outcome].blames:
             self.of(server).errors += 1
 
-    def read(self, servers: Collection[Server], running: Iterable[Record], now: float) -> None:
+    def read(
+        self,
+        servers: Collection[Server],
+        running: Iterable[Record],
+        policies: PolicySet | None,
+        now: float,
+    ) -> None:
         """Read every counter that has a rate. `running` are the records of live exchanges."""
         live: dict[Server | None, int] = {}
         for record in running:
@@ -165,6 +184,8 @@ class Tallies:
             tally = self.of(server)
             tally.read(now, live.get(server, 0))
             tally.read_engine(server.metrics, now)
+            if policies is not None:
+                tally.read_expected(policies.statistics(server), now)
 
     def keep(self, servers: Collection[Server]) -> None:
         """Forget all others."""

@@ -65,6 +65,7 @@ def server_view(
         load=round(server.load, 4),
         kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
         prefix_hit_rate=tally.prefix_hit_rate,
+        expected_hit_rate=tally.expected_hit_rate,
         requests_per_s=tally.requests_per_s,
         errors_per_s=tally.errors_per_s,
         chunks_per_s=tally.chunks_per_s,

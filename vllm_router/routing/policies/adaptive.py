@@ -289,7 +289,10 @@ class Adaptive(Policy):
             return
         prompt = booking.prompt
         self.book.learn(booking.model, prompt, prompt_tokens)
-        if cached_tokens is not None and booking.cached >= HOME_TOKENS:
+        if cached_tokens is None:
+            return
+        booking.account.told_total += cached_tokens
+        if booking.cached >= HOME_TOKENS:
             self.book.judge(lease.server, booking.cached, cached_tokens)
 
     def ended(self, lease: Lease, now: float, *, failed: bool) -> None:
@@ -313,12 +316,14 @@ class Adaptive(Policy):
 
     # -- to be seen ---------------------------------------------------------------------------
 
-    def statistics(self, server: Server) -> PrefixStatistics:
-        """What was expected of a server's prefix cache; its own counters say what came true."""
-        account = self._account(server)
+    def statistics(self, server: Server) -> PrefixStatistics | None:
+        account = self._accounts.get(server)
+        if account is None:
+            return None
         return PrefixStatistics(
             round(account.prompt_total),
             round(account.expected_total),
+            account.told_total,
             self.book.table.held(account.bit),
         )
 

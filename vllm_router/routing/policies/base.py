@@ -16,6 +16,7 @@ import msgspec
 if TYPE_CHECKING:
     from vllm_router.config import Settings
     from vllm_router.fleet.server import Lease, Server
+    from vllm_router.routing.accounts import PrefixStatistics
     from vllm_router.routing.facts import Facts
 
 
@@ -90,6 +91,13 @@ class Policy:
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""
+
+    def statistics(self, server: Server) -> PrefixStatistics | None:
+        """What was expected of a server's prefix cache, whose own counters say what came true.
+
+        None if nothing was sent there, or if the policy does not look at prompts.
+        """
+        return None
 
     def explain(
         self, candidates: Sequence[Server], facts: Facts, now: float

@@ -77,6 +77,7 @@ const DETAILS = [
   ["detailDuration", (server) => three(server.duration)],
   ["detailKv", (server) => percent(server.kv_usage)],
   ["detailPrefix", (server) => percent(server.prefix_hit_rate)],
+  ["detailExpected", (server) => percent(server.expected_hit_rate)],
   ["detailMetrics", (server) => seconds(server.metrics_age)],
 ];
 

@@ -140,6 +140,7 @@ export const en = {
   detailCapacity: "Capacity",
   detailKv: "KV cache used",
   detailPrefix: "Prefix cache hits, last minute",
+  detailExpected: "… expected by the router",
   detailRequests: "Requests/s",
   detailChunks: "Chunks/s",
   detailTokens: "Tokens/s",

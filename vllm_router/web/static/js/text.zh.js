@@ -140,6 +140,7 @@ export const zh = {
   detailCapacity: "容量",
   detailKv: "KV 缓存占用",
   detailPrefix: "前缀缓存命中率（最近一分钟）",
+  detailExpected: "…路由器的预期",
   detailRequests: "请求/秒",
   detailChunks: "数据块/秒",
   detailTokens: "词元/秒",
