@@ -13,12 +13,7 @@ RUN useradd --system --no-create-home --uid 10001 router
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
 EXPOSE 8888
-# http.client reads no proxy settings from the environment.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["python", "-c", "\
-import http.client, sys; \
-connection = http.client.HTTPConnection('127.0.0.1', 8888, timeout=2); \
-connection.request('GET', '/livez'); \
-sys.exit(connection.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["python", "-m", "vllm_router.alive"]
 # Drains: allow more time than drain_timeout (docker run --stop-timeout, stop_grace_period).
 STOPSIGNAL SIGTERM
 # Any command of vllm-router can follow the image's name.

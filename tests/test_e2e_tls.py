@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import ssl
 import threading
@@ -18,6 +19,7 @@ from certificates import Authority
 from cli_process import call
 from mock_process import mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
+from vllm_router.alive import alive
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,23 @@ def serial(router: RouterProcess, context: ssl.SSLContext) -> str:
     ):
         shown: Any = secure.getpeercert()
         return str(shown["serialNumber"])
+
+
+@pytest.mark.parametrize("client_ca", [False, True])
+def test_containers_check_finds_a_router_with_tls_alive(
+    tmp_path: Path, authority: Authority, client_ca: bool
+):
+    certificate, key = authority.sign("checked")
+    tls = f'certificate = "{certificate}"\nkey = "{key}"\n'
+    tls += f'client_ca = "{authority.file}"\n' if client_ca else ""
+    with secure_router(["http://127.0.0.1:9"], tmp_path, tls) as router:
+        port = int(address(router).rsplit(":", 1)[1])
+        assert alive("127.0.0.1", port)
+        assert alive("127.0.0.1", router.port)  # administration, in plain HTTP
+        router.signal(signal.SIGSTOP)
+        assert not alive("127.0.0.1", port)
+        router.signal(signal.SIGCONT)
+    assert not alive("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])

@@ -13,6 +13,7 @@ from front_harness import (
     Application,
     Client,
     Limits,
+    answer,
     chunked,
     connected,
     get,
@@ -252,6 +253,51 @@ async def test_stalled_reader_does_not_hold_up_the_end(kind):
         on.front.abort()
         await soon(lambda: not on.front.connections)
         assert trio.current_time() - began < 2
+
+
+async def test_refused_client_is_not_asked_for_its_body(kind):
+    async def locked(scope, receive, send) -> None:
+        await answer(send, 401, b"{}")
+
+    async with running(kind, app=locked) as on, connected(on.port) as client:
+        await client.send(post(CHAT, b"abc", b"Expect: 100-continue")[:-3])
+        received = await client.rest()
+        assert received.startswith(b"HTTP/1.1 401 ")
+        assert b"100 Continue" not in received
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "code"),
+    [
+        (b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: \x1b\r\n\r\n", b"POST /v1/score HTTP/1.1", 400),
+        (b"GET /page HTTP/1.1\r\n\r\n", b"GET /page HTTP/1.1", 400),
+        (b"POST /v1/score HTTP/3.7\r\nHost: a\r\n\r\n", b"POST /v1/score HTTP/3.7", 505),
+        (b"POST /v1/score HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", b"POST /v1/score HTTP/1.1", 400),
+        (b"POST /v1/score HTTP/1.1\r\nHost: a\nA: b\r\n\r\n", b"POST /v1/score HTTP/1.1", 400),
+    ],
+    ids=["control byte", "no Host", "version", "folded", "bare LF"],
+)
+async def test_refusal_of_what_no_application_sees_is_told(kind, data, line, code):
+    told = []
+    async with running(kind, told=lambda *about: told.append(about)) as on:
+        async with connected(on.port) as client:
+            await client.send(data)
+            assert (await client.reply()).status == code
+        ((refusal, client_, line_),) = told
+        assert (refusal.status, client_[0], line_) == (code, "127.0.0.1", line)
+        assert on.app.started == 0
+
+
+async def test_slow_head_is_told(kind):
+    told = []
+    limits = Limits(header_timeout=0.2)
+    options = {"limits": limits, "told": lambda *about: told.append(about)}
+    async with running(kind, **options) as on, connected(on.port) as client:
+        await client.send(b"POST /v1/score HTTP/1.1\r\nHo")
+        assert (await client.reply()).status == 408
+    assert [(refusal.status, line) for refusal, _, line in told] == [
+        (408, b"POST /v1/score HTTP/1.1")
+    ]
 
 
 async def test_slow_head_is_timed_out(kind):

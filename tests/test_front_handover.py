@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import resource
 import socket
 import ssl
@@ -225,7 +224,6 @@ async def test_ipv6_is_served():
 
 
 async def test_connections_beyond_the_most_wait_their_turn(caplog):
-    caplog.set_level(logging.INFO)
     async with running(max_connections=2) as on:
         async with connected(on.port), connected(on.port) as second, connected(on.port) as third:
             await soon(lambda: on.front.connections == 2)
@@ -236,7 +234,6 @@ async def test_connections_beyond_the_most_wait_their_turn(caplog):
             await second.stream.aclose()
             assert (await third.reply()).status == 200
     assert "2 connections are open, as many as there are descriptors for" in caplog.text
-    assert "accepting connections again" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
@@ -253,7 +250,7 @@ async def test_idle_connections_make_room_for_those_that_wait(kind, caplog):
             await soon(lambda: on.app.active)
             on.app.release.set()
             assert (await busy.reply()).status == 200
-    assert 1 <= caplog.text.count("as many as there are descriptors for") <= 5
+    assert caplog.text.count("as many as there are descriptors for") == 1
 
 
 async def test_running_out_of_descriptors_is_survived(caplog):

@@ -412,6 +412,24 @@ async def test_idle_connections_after_quart_routes_do_not_hold_up_the_drain(kind
             await on.front.drained()
 
 
+async def test_stalled_websocket_is_ended_earlier_than_a_stalled_answer():
+    async def flood(scope, receive, send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while True:
+            await send({"type": "websocket.send", "bytes": bytes(65536)})
+            await trio.lowlevel.checkpoint()
+
+    upgrade = b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    upgrade += b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    limits = Limits(websocket_stall_timeout=0.5)
+    async with running(app=flood, limits=limits) as on, connected(on.port, buffer=4096) as client:
+        await client.send(upgrade)
+        await soon(lambda: on.front.connections == 1)
+        with trio.fail_after(10):
+            await soon(lambda: on.front.connections == 0)
+
+
 # -- under Hypercorn itself --------------------------------------------------------------------
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vllm_router.fleet.server import Server
+from vllm_router.http1.headers import Refusal
 from vllm_router.log_writer import LineWriter
 from vllm_router.logs import timestamp, visible
-from vllm_router.proxy.record import Record
+from vllm_router.proxy.record import Phase, Record
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.pieces import pack_chain
 from vllm_router.routing.retry import Outcome
@@ -27,6 +28,11 @@ from vllm_router.web.tally import failed
 
 LONGEST = 256
 """Characters of a path or a model's name that are logged."""
+
+LONGEST_METHOD = 20
+
+NOTHING = "-"
+"""In the place of what a refused request did not say."""
 
 _PLAIN = re.compile(r"[^\s\"'=\\]+").fullmatch
 """Whether a value cannot be taken for more than one."""
@@ -64,6 +70,24 @@ class AccessLog:
         make = json_line if self.form == "json" else text_line
         trace_id = record.trace.trace_id if record.trace is not None else None
         writer.put((make, Ended(time.time(), record, record.facts, trace_id)))
+
+    def refused(self, refusal: Refusal, client: tuple[str, int] | None, line: bytes) -> None:
+        """A request that was no HTTP, or too much of it: it never became an exchange."""
+        method, _, rest = line.partition(b" ")
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        self.exchange_ended(
+            Record(
+                started_at=0.0,
+                ended_at=0.0,
+                method=method[:LONGEST_METHOD].decode("latin-1") or NOTHING,
+                path=path or NOTHING.encode(),
+                client=client[0] if client is not None else NOTHING,
+                request_id=NOTHING.encode(),
+                phase=Phase.DONE,
+                status=refusal.status,
+                code=refusal.code,
+            )
+        )
 
     def _loud(self, record: Record) -> bool:
         return self.threshold <= logging.WARNING and failed(record)

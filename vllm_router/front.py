@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import trio
 
 from vllm_router.handover import step_aside, take_turns
+from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.paths import PathClass, classify
@@ -35,7 +36,10 @@ PAUSE_WHEN_EXHAUSTED = 0.1
 """Seconds without accepting when descriptors or memory have run out."""
 
 RELIEF = 0.9
-"""The share of `max_connections` below which reaching it again is worth another line of the log."""
+"""The share of `max_connections` below which connections may be idle again."""
+
+FULL_TOLD_EVERY = 60.0
+"""Seconds between two lines of the log that say that `max_connections` are open."""
 
 IDLE_WHEN_FULL = 1.0
 """Seconds that a connection may wait for a request while others wait to be accepted."""
@@ -83,7 +87,7 @@ class Front:
     With `ssl_context`, TLS is spoken to clients that begin with it, and plain HTTP to the others
     unless `tls_only`; requests for the lane over TLS are served by it too.
     `max_connections` are open at a time, the others wait in the kernel's backlog, and those that
-    are open make room as soon as they are idle.
+    are open make room as soon as they are idle. `told` hears of requests that `app` never sees.
     """
 
     def __init__(
@@ -96,10 +100,11 @@ class Front:
         ssl_context: ssl.SSLContext | None = None,
         tls_only: bool = False,
         max_connections: int | None = None,
+        told: RefusalTold | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._lane = Server(app, accepts=accepts, limits=self._limits) if lane else None
-        self._hypercorn = HypercornSide(app, limits=self._limits)
+        self._lane = Server(app, accepts=accepts, limits=self._limits, told=told) if lane else None
+        self._hypercorn = HypercornSide(app, limits=self._limits, told=told)
         self._ssl_context: ssl.SSLContext | None = None
         self._tls_only = tls_only
         self._plain_ports: set[int] = set()
@@ -115,6 +120,7 @@ class Front:
         self._changed = trio.Event()
         self._draining = False
         self._full = False
+        self._full_told_at = -math.inf
         self._silent: set[trio.CancelScope] = set()
 
     def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
@@ -342,10 +348,13 @@ class Front:
         if not self._full:
             self._full = True
             self._set_closing()
-            log.error(
-                "%d connections are open, as many as there are descriptors for: others wait",
-                self._open,
-            )
+            now = trio.current_time()
+            if now - self._full_told_at >= FULL_TOLD_EVERY:
+                self._full_told_at = now
+                log.error(
+                    "%d connections are open, as many as there are descriptors for: others wait",
+                    self._open,
+                )
         if self._lane is not None:
             self._lane.close_idle(IDLE_WHEN_FULL)
         self._hypercorn.close_idle(IDLE_WHEN_FULL)
@@ -378,7 +387,6 @@ class Front:
             if self._full and self._open < self._most * RELIEF:
                 self._full = False
                 self._set_closing()
-                log.info("accepting connections again")
             self._notify()
 
     async def _dispatch(self, sock: socket.socket, client: Address) -> None:

@@ -16,6 +16,8 @@ The cures, each with a test of the same subject:
 * `Upgrade: h2c` is ignored. HTTP/2 with prior knowledge stays possible.
 * Both Content-Length and Transfer-Encoding, Transfer-Encoding from HTTP/1.0, a malformed Host, an
   unknown HTTP version or expectation, CONNECT and TRACE are refused, absolute targets understood.
+* 100 Continue was said before the application had seen the request: it is when it wants the body.
+* Folded lines, bare CR and LF, and chunks are as strictly judged as by the lane (strict_h11.py).
 * Request heads have a time limit of their own, and so have silent request bodies.
 * Answers have a reason phrase; an early answer is read by a client that still sends.
 """
@@ -60,6 +62,7 @@ from priority.priority import PriorityError
 from vllm_router.http1.headers import (
     REASONS,
     Refusal,
+    RefusalTold,
     check_method,
     malformed,
     split_target,
@@ -67,6 +70,7 @@ from vllm_router.http1.headers import (
     valid_host,
 )
 from vllm_router.http1.server import App, Limits, Message, Scope
+from vllm_router.strict_h11 import StrictConnection
 
 log = logging.getLogger(__name__)
 
@@ -199,11 +203,25 @@ class _PatientWebsocket:
 class GuardedH11Protocol(H11Protocol):
     """HTTP/1.1 that is as strict about framing as the lane is.
 
-    `upgrading` is called when a request begins a websocket.
+    `upgrading` is called when a request begins a websocket, `told` when one is refused of which
+    the application does not hear.
     """
 
     _refused = False
     upgrading: Callable[[], None]
+    told: RefusalTold | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.connection = StrictConnection(self.config.h11_max_incomplete_size)
+
+    async def ask_for_body(self) -> None:
+        """Say 100 Continue, if the client waits for it."""
+        connection = self.connection
+        if isinstance(connection, StrictConnection) and connection.expects_continue:
+            await self._send_h11_event(
+                h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            )
 
     async def handle(self, event: Event) -> None:
         with contextlib.suppress(_Refused):
@@ -242,6 +260,9 @@ class GuardedH11Protocol(H11Protocol):
     async def refuse(self, refusal: Refusal) -> None:
         """Answer in the application's place, and close."""
         self._refused = True
+        if self.told is not None and self.stream is None:
+            line = getattr(self.connection, "line", b"")
+            self.told(refusal, self.client, line)
         headers, body = refusal.headers_and_body()
         headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
         await self._send_h11_event(
@@ -391,7 +412,11 @@ class GuardedProtocolWrapper(ProtocolWrapper):
     """Chooses between the guarded protocols, and says what the client owes."""
 
     def __init__(
-        self, *args: Any, ended: Callable[[], bool], upgrading: Callable[[], None]
+        self,
+        *args: Any,
+        ended: Callable[[], bool],
+        upgrading: Callable[[], None],
+        told: RefusalTold | None,
     ) -> None:
         super().__init__(*args)
         if isinstance(self.protocol, H2Protocol):
@@ -399,6 +424,7 @@ class GuardedProtocolWrapper(ProtocolWrapper):
         else:
             self.protocol = self._make(GuardedH11Protocol)
             self.protocol.upgrading = upgrading
+            self.protocol.told = told
             self.protocol.can_read = _Watchful(ended)
 
     def _make(self, kind: type[_P]) -> _P:
@@ -422,6 +448,11 @@ class GuardedProtocolWrapper(ProtocolWrapper):
             await self.protocol.initiate()
             await self.send(Updated(idle=True))
             await self.protocol.handle(RawData(data=error.data))
+
+    async def ask_for_body(self) -> None:
+        """An application wants the body whose head it has seen."""
+        if isinstance(self.protocol, GuardedH11Protocol):
+            await self.protocol.ask_for_body()
 
     @property
     def _http1(self) -> h11.Connection | None:
@@ -524,7 +555,12 @@ class _Inbox:
 
 
 class GuardedTaskGroup(TaskGroup):
-    """Tasks of one connection; the helpers among them end when its reader does."""
+    """Tasks of one connection; the helpers among them end when its reader does.
+
+    `ask_for_body` is awaited when an application begins to receive.
+    """
+
+    ask_for_body: Callable[[], Awaitable[None]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -536,13 +572,20 @@ class GuardedTaskGroup(TaskGroup):
 
     async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Any:
         inbox = _Inbox(config.max_app_queue_size)
+        receive = inbox.get
+        if any(name == b"expect" for name, _ in scope["headers"]):
+
+            async def receive() -> Any:
+                await self.ask_for_body()
+                return await inbox.get()
+
         assert self._nursery is not None
         self._nursery.start_soon(
             _handle,
             app,
             config,
             scope,
-            inbox.get,
+            receive,
             send,
             trio.to_thread.run_sync,
             trio.from_thread.run,
@@ -577,9 +620,11 @@ class GuardedTCPServer(TCPServer):
         stream: Any,
         *,
         limits: Limits | None = None,
+        told: RefusalTold | None = None,
     ) -> None:
         super().__init__(app, config, context, state, stream)
         self._limits = limits or Limits()
+        self._told = told
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._handling = False
@@ -647,7 +692,9 @@ class GuardedTCPServer(TCPServer):
                 alpn,
                 ended=self._ended,
                 upgrading=self._be_a_websocket,
+                told=self._told,
             )
+            task_group.ask_for_body = self.protocol.ask_for_body
             try:
                 await self.protocol.initiate()
                 if not (isinstance(stream, ReplayStream) and stream.replaying):
@@ -807,7 +854,10 @@ class HypercornSide:
     The application's lifespan is the caller's affair.
     """
 
-    def __init__(self, app: App, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, app: App, *, limits: Limits | None = None, told: RefusalTold | None = None
+    ) -> None:
+        self._told = told
         self.config = Config()
         tune(self.config)
         self._limits = limits or Limits()
@@ -834,6 +884,7 @@ class HypercornSide:
             ConnectionState({}),
             ReplayStream(stream, data),
             limits=self._limits,
+            told=self._told,
         )
         self._connections.add(server)
         try:

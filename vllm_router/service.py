@@ -101,6 +101,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
         lane=options.lane,
         limits=limits,
         tls_only=True,
+        told=options.output.access.refused if options.output is not None else None,
         max_connections=most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
     take_tls(front, options.config)

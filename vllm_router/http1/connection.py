@@ -189,6 +189,13 @@ class Connection:
         self.deadline = math.inf
         self._scope.cancel(reason=refusal.code)
 
+    def _refuse_head(self, refusal: Refusal, data: bytes) -> None:
+        """The same, for a request of which nobody will hear otherwise."""
+        told = self._server.told
+        if told is not None:
+            told(refusal, self._client, bytes(self._buffer or data).partition(b"\r\n")[0])
+        self.refuse(refusal)
+
     def abort(self) -> None:
         """End the connection now, whatever it is doing."""
         self._gone = True
@@ -210,7 +217,8 @@ class Connection:
         if self._head is not None:
             self.refuse(Refusal(408, "request_timeout", "the request body took too long"))
         elif self._buffer:
-            self.refuse(Refusal(408, "request_timeout", "the request head took too long"))
+            slow = Refusal(408, "request_timeout", "the request head took too long")
+            self._refuse_head(slow, b"")
         else:
             self._scope.cancel(reason="idle")
 
@@ -309,7 +317,7 @@ class Connection:
             else:
                 self._begin(data, end)
         except Refusal as refusal:
-            self.refuse(refusal)
+            self._refuse_head(refusal, data)
 
     def _look_further(self, data: bytes) -> None:
         buffer = self._buffer

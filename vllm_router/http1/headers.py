@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 
@@ -71,6 +72,10 @@ class Refusal(Exception):
             lines,
             body,
         )
+
+
+RefusalTold = Callable[[Refusal, tuple[str, int] | None, bytes], None]
+"""Called with a refusal, the client's address, and the request's first line as far as it came."""
 
 
 def malformed(message: str) -> Refusal:

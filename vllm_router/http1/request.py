@@ -25,9 +25,9 @@ Headers = list[tuple[bytes, bytes]]
 _NOTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"})
 
 # A line feed without its carriage return, or the reverse: never part of a head (RFC 9112 2.2).
-_BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\0")
+BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\0")
 
-_BARE_MESSAGE = "bare CR, bare LF or NUL in the head"
+BARE_MESSAGE = "bare CR, bare LF or NUL in the head"
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """What an HTTP/2 client says first (RFC 9113 3.4), as far as it looks like a request head."""
@@ -154,8 +154,8 @@ def read_head(data: bytes, line: tuple[str, bytes, str]) -> Head:
     except httptools.HttpParserInvalidMethodError:
         raise Refusal(501, "method_not_implemented", "unknown method") from None
     except httptools.HttpParserError as error:
-        if _BARE.search(data):
-            raise malformed(_BARE_MESSAGE) from None
+        if BARE.search(data):
+            raise malformed(BARE_MESSAGE) from None
         raise malformed(f"malformed head: {error}") from None
     head.check()
     return head
@@ -167,8 +167,8 @@ def check_partial(data: bytes | bytearray, checked: int) -> None:
     A client that speaks something else is told so at once instead of being waited for. The first
     `checked` bytes have been looked at before.
     """
-    if _BARE.search(data, checked):
-        raise malformed(_BARE_MESSAGE)
+    if BARE.search(data, checked):
+        raise malformed(BARE_MESSAGE)
     end = data.find(b"\r\n")
     if end >= 0:
         if end >= checked - 1 and not HTTP2_PREFACE.startswith(bytes(data)):

@@ -22,6 +22,7 @@ import trio
 
 from vllm_router.http1.answer import Message
 from vllm_router.http1.connection import READ_SIZE, App, Connection, Scope
+from vllm_router.http1.headers import RefusalTold
 
 __all__ = [
     "App",
@@ -72,7 +73,8 @@ class Server:
     """What connections share: the application, the limits, and the one task that watches time.
 
     `accepts(method, path)` says which requests are served here; None means all of them. While
-    `closing` is true, every answer is the last one of its connection.
+    `closing` is true, every answer is the last one of its connection. `told` hears of the requests
+    that were refused before there was a head to be served.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class Server:
         *,
         accepts: Callable[[str, bytes], bool] | None = None,
         limits: Limits | None = None,
+        told: RefusalTold | None = None,
     ) -> None:
         self.app = app
         self.accepts = accepts
+        self.told = told
         self.limits = limits or Limits()
         self.draining = False
         self.closing = False

@@ -1,0 +1,98 @@
+"""h11 as strict about request framing as the lane is.
+
+h11 joins folded lines, lets control characters pass, takes a bare LF for the end of a line, and a
+bare CR in a chunk extension or framing fields in a trailer for nothing special; RFC 9112 allows
+most of that. Behind two servers with one address, a request must mean the same to both.
+
+What h11's documentation does not promise is used in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from typing import Any, NoReturn
+
+import h11
+from h11._readers import ChunkedReader, maybe_read_from_IDLE_client
+
+from vllm_router.http1.headers import Refusal
+from vllm_router.http1.request import BARE, BARE_MESSAGE, ChunkedBody
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+_FOLDED = re.compile(rb"\n[ \t]")
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class StrictConnection(h11.Connection):
+    """The server's side of one connection.
+
+    `line` is the first line of the last request head, well-formed or not. 100 Continue is not
+    asked for by the server but by the application: see `expects_continue`.
+    """
+
+    def __init__(self, max_head: int) -> None:
+        self.line = b""
+        super().__init__(h11.SERVER, max_incomplete_event_size=max_head)
+
+    @property
+    def they_are_waiting_for_100_continue(self) -> bool:
+        """False: Hypercorn would say it before anybody has looked at the request."""
+        return False
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits to be asked for its body."""
+        return self.client_is_waiting_for_100_continue and self.our_state is h11.SEND_RESPONSE
+
+    def _get_io_object(self, role: Any, event: Any, io_dict: Any) -> Any:
+        found = super()._get_io_object(role, event, io_dict)
+        if found is maybe_read_from_IDLE_client:
+            return self._read_head
+        return _Chunks() if isinstance(found, ChunkedReader) else found
+
+    def _read_head(self, buffer: Any) -> Any:
+        data = bytes(buffer)
+        while data.startswith(b"\r\n"):
+            # RFC 9112 2.2: empty lines before a request are an old client's mistake.
+            buffer.maybe_extract_at_most(2)
+            data = data[2:]
+        end = _HEAD_END.search(data)
+        head = data[: end.end()] if end is not None else data
+        if end is not None or b"\n" in head:
+            self.line = head.partition(b"\r\n")[0]
+        if BARE.search(head):
+            raise h11.LocalProtocolError(BARE_MESSAGE)
+        if _FOLDED.search(head):
+            raise h11.LocalProtocolError("folded line in the head")
+        if _CONTROL.search(head):
+            raise h11.LocalProtocolError("control character in the head")
+        return maybe_read_from_IDLE_client(buffer)
+
+
+class _Chunks:
+    """h11's reader of a chunked body, on the lane's."""
+
+    def __init__(self) -> None:
+        self._body = ChunkedBody()
+        self._pieces: deque[bytes] = deque()
+
+    def __call__(self, buffer: Any) -> h11.Data | h11.EndOfMessage | None:
+        if not self._pieces and not self._body.complete:
+            data = bytes(buffer.maybe_extract_at_most(len(buffer)) or b"")
+            if not data:
+                return None
+            try:
+                pieces, used = self._body.feed(data)
+            except Refusal as refusal:
+                raise h11.LocalProtocolError(
+                    refusal.message, error_status_hint=refusal.status
+                ) from None
+            self._pieces += pieces
+            buffer += data[used:]
+        if self._pieces:
+            return h11.Data(data=self._pieces.popleft())
+        return h11.EndOfMessage() if self._body.complete else None
+
+    def read_eof(self) -> NoReturn:
+        raise h11.RemoteProtocolError("the client left in the middle of a chunked body")
