@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from fleet_makers import come_up, eject, make_config
 from proxy_harness import Client, Rig, lab
-from scripted_server import DONE, Talk, event, ok, silent, streaming
+from scripted_server import DONE, MemoryPool, ScriptedServer, Talk, event, ok, silent, streaming
 from vllm_router.auth import Identity, KeyConfig
 from vllm_router.kinds import digest_of
 from vllm_router.proxy.record import Phase
@@ -499,6 +499,23 @@ async def test_who_waits_for_a_removed_model_is_told_that_it_is_gone(autojump_cl
         reload(rig, servers=[{"url": "http://b.test:1", "name": "b"}], limits={"max_in_flight": 1})
         await wait_all_tasks_blocked()
         assert [(one.got.status, one.got.code) for one in left] == [(404, "model_not_found")] * 2
+        await trio.sleep(20)
+        assert order(running) == [0]
+
+
+async def test_who_waits_goes_to_the_server_that_replaces_its_own(autojump_clock):
+    async with limited(working(9)) as rig:
+        running, waits = await started(rig, body(0)), await started(rig, body(1))
+        reload(rig, servers=[{"url": "http://b.test:1", "name": "b"}], limits={"max_in_flight": 1})
+        await trio.sleep(1)
+        assert not waits.done  # the new one may have the model
+        scripted = rig.scripted["b"] = ScriptedServer(rig.nursery, working(1))
+        rig.proxy.links[rig.server("b")].pool = MemoryPool(scripted)
+        come_up(rig.server("b"), trio.current_time(), "m")
+        rig.fleet.settle(trio.current_time())
+        await trio.sleep(1.5)
+        assert order(waits) == [1]
+        assert waits.got[b"x-vllm-router-server"] == b"b"
         await trio.sleep(20)
         assert order(running) == [0]
 

@@ -203,7 +203,8 @@ class Gate:
         knows = self._fleet.knows
         self._rooms.forget(knows)
         for room in self.rooms:
-            if room.model and not knows(room.model):
+            # a server that has not told its models yet may have this one
+            if room and room.model and not knows(room.model) and not self._fleet.unheard:
                 self._empty(room)
 
     def _admit(self, now: float) -> None:
