@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -49,8 +50,11 @@ def servers_toml(urls: Iterable[str], capacity: int = 3, **settings: Any) -> str
 class RouterProcess:
     """One running router. Its log lines are in `log`.
 
-    `passed` are listening sockets that it gets as from systemd.
+    `passed` are listening sockets that it gets as from systemd. `environment` of a subclass is
+    on top of ours.
     """
+
+    environment: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: Path, *arguments: str, passed: Sequence[socket.socket] = ()) -> None:
         self.config = config
@@ -67,7 +71,12 @@ class RouterProcess:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=_ROOT,
-            env=os.environ | {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(_ROOT),
+                "PYTHONUNBUFFERED": "1",
+                **self.environment,
+            },
             pass_fds=[sock.fileno() for sock in passed],
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

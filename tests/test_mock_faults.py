@@ -204,6 +204,13 @@ async def test_only_one_path_fails(autojump_clock):
         assert (await mock.ask("POST", "/tokenize", {"prompt": "x"})).status == 500
 
 
+async def test_only_a_body_with_a_certain_text_fails(autojump_clock):
+    async with running_mock() as mock:
+        await mock.set(mode="500", only_body="poison")
+        assert (await mock.ask("POST", PATH, CHAT)).status == 200
+        assert (await mock.ask("POST", PATH, CHAT | {"user": "poison"})).status == 500
+
+
 async def test_a_header_can_be_meant_for_another_server(autojump_clock):
     async with running_mock(name="m1") as mock:
         other = await mock.ask("POST", PATH, CHAT, "x-mock-mode: 500", "x-mock-only: m2")

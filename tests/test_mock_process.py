@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import urllib.error
 
+import httpx
 import pytest
 from click.testing import CliRunner
 
@@ -127,6 +129,21 @@ def test_sigint_ends_it_at_once():
             connection.sendall(REQUEST)
             mock.process.send_signal(signal.SIGINT)
             assert mock.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("mode", ["die", "engine_death"])
+def test_it_can_die_of_a_request(mode):
+    switches = json.dumps({"mode": mode, "only_body": "poison"})
+    with mock_processes(1, *FAST, "--set", switches) as [mock]:
+        assert httpx.post(mock.url + PATH, json=CHAT, trust_env=False).status_code == 200
+        poison = CHAT | {"user": "poison"}
+        if mode == "die":
+            with pytest.raises(httpx.TransportError):
+                httpx.post(mock.url + PATH, json=poison, trust_env=False)
+        else:
+            assert httpx.post(mock.url + PATH, json=poison, trust_env=False).status_code == 500
+            assert httpx.get(mock.url + "/health", trust_env=False).status_code == 503
+        assert mock.process.wait(5) == 0
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(mock):

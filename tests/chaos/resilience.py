@@ -6,13 +6,15 @@ import base64
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 
 import httpx
 import trio
 
-from chaos.harness import Card, cpu_seconds, fleet, not_run, scenario, waited
+from chaos.harness import Card, cpu_seconds, fleet, off_loop, scenario, waited
 from load import Load, Result, ask
 from router_process import RouterProcess, chat
 
@@ -73,25 +75,30 @@ async def broken_answers(card: Card) -> None:
 
 @scenario("F11", "1 of 3 answers 500 at once, load 50; the same with 400", p0=True)
 async def sinkhole(card: Card) -> None:
-    for status in (500, 400):
-        with fleet(card, leftovers=False) as (mocks, router):
-            name = mocks[0].url.removeprefix("http://")
-            served = partial(router.metric, "vllm_router_attempts_total", server=name)
-            total = partial(router.metric, "vllm_router_attempts_total")
-            async with Load(router.url, chat(max_tokens=10), 50) as load:
-                await load.wait_for(50)
-                mocks[0].set(mode=status, retry_after=None)
-                await trio.sleep(2)
-                first, of = served(), total()
-                await trio.sleep(card.size(4, 8))
-                share = (served() - first) / (total() - of)
-            if status == 500:
-                card.most("share with 500 after 2 s", share, 0.05)
-                card.most("failed share", len(load.bad()) / len(load.results), 0.005)
-            else:
-                card.note("with 400: × fair share", f"{share * 3:.3f}")
-                card.most("with 400: off the fair share", abs(share * 3 - 1), 0.15)
-                card.equal("with 400: state", router.state(mocks[0].url), "up")
+    for policy in ("least_load", "adaptive"):
+        for status in (500, 400):
+            await _sinkhole(card, policy, status)
+
+
+async def _sinkhole(card: Card, policy: str, status: int) -> None:
+    with fleet(card, leftovers=False, policy=policy) as (mocks, router):
+        name = mocks[0].url.removeprefix("http://")
+        served = partial(router.metric, "vllm_router_attempts_total", server=name)
+        total = partial(router.metric, "vllm_router_attempts_total")
+        async with Load(router.url, chat(max_tokens=10), 50) as load:
+            await load.wait_for(50)
+            mocks[0].set(mode=status, retry_after=None)
+            await trio.sleep(2)
+            first, of = served(), total()
+            await trio.sleep(card.size(4, 8))
+            share = (served() - first) / (total() - of)
+        if status == 500:
+            card.most(f"{policy}: share with 500 after 2 s", share, 0.05)
+            card.most("failed share", len(load.bad()) / len(load.results), 0.005)
+        else:
+            card.note(f"{policy}, with 400: × fair share", f"{share * 3:.3f}")
+            card.most("off it", abs(share * 3 - 1), 0.15)
+            card.equal("state", router.state(mocks[0].url), "up")
 
 
 @scenario("F12", "1 of 3 is full: 503 and Retry-After 5")
@@ -203,6 +210,106 @@ async def descriptors(card: Card) -> None:
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
 
 
-not_run(
-    "F15", "poison body that kills the engine reading it", "not built: no memory of poison bodies"
-)
+@scenario("F15", "poison body that kills the engine reading it")
+async def poison(card: Card) -> None:
+    bad = chat(text="POISON")
+    for mode in ("die", "engine_death"):
+        with fleet(card, 4, leftovers=False) as (mocks, router):
+            for mock in mocks:
+                mock.set(mode=mode, only_body="POISON")
+            async with Load(router.url, chat(max_tokens=10), 12) as load:
+                await load.wait_for(40)
+                answer = await off_loop(router.post, PATH, bad)
+                card.equal(f"{mode}: client", answer.status_code in (500, 502), True)
+                await trio.sleep(2.5)  # until a dying engine's checks have failed
+                sent = Counter()
+                for _ in range(10):
+                    answer = await off_loop(router.post, PATH, bad)
+                    sent[answer.status_code, answer.headers.get("x-vllm-router-error")] += 1
+                await load.wait_for(40)
+            dead = sum(mock.process.poll() is not None for mock in mocks)
+            card.most(f"{mode}: engines dead", dead, 2)
+            card.equal(f"{mode}: the same body again", dict(sent), {(502, "poison_request"): 10})
+            card.note(f"{mode}: others failed", f"{len(load.bad())} of {len(load.results)}")
+            other = await off_loop(router.post, PATH, chat(text="harmless"))
+            card.equal(f"{mode}: another body", other.status_code, 200)
+
+
+class _Shifted(RouterProcess):
+    """A router whose wall clock can be set while it runs; the monotonic clock goes on."""
+
+
+def _wall_clock(directory: Path) -> tuple[str, Callable[[int], None]]:
+    """How the wall clock is moved, and what moves it by so many seconds.
+
+    With libfaketime for everything in the process, where it is installed; else for what Python
+    code reads.
+    """
+    file = directory / "wall-clock"
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    file.write_text("+0")
+    if library is not None:
+        _Shifted.environment = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_NO_CACHE": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+    else:
+        (directory / "sitecustomize.py").write_text(_SITE)
+        _Shifted.environment = {
+            "PYTHONPATH": f"{directory}:{Path(__file__).parents[2]}",
+            "WALL_CLOCK": str(file),
+        }
+    return library.name if library else "sitecustomize", lambda by: _replace(file, f"{by:+d}")
+
+
+def _replace(file: Path, text: str) -> None:
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
+
+
+_SITE = """
+import os, time
+_time = time.time
+def _shifted():
+    with open(os.environ["WALL_CLOCK"]) as file:
+        return _time() + float(file.read())
+time.time = _shifted
+time.time_ns = lambda: int(_shifted() * 1e9)
+_local, _gm = time.localtime, time.gmtime
+time.localtime = lambda at=None: _local(_shifted() if at is None else at)
+time.gmtime = lambda at=None: _gm(_shifted() if at is None else at)
+"""
+
+
+@scenario("F19", "the wall clock jumps by an hour and back by two, under load")
+async def clock_jumps(card: Card) -> None:
+    how, move = _wall_clock(card.directory)
+    card.note("clock", how)
+    with fleet(card, router_class=_Shifted) as (mocks, router):
+        ages: list[float] = []
+        hours: set[int] = set()
+
+        def look() -> None:
+            page = router.get("/load-stats")
+            ages.extend(server["metrics_age"] for server in page.json()["servers"])
+            shown = parsedate_to_datetime(page.headers["date"]).timestamp()
+            hours.add(round((shown - time.time()) / 3600))
+
+        async with Load(router.url, chat(stream=True, max_tokens=20), 20, pause=0.02) as load:
+            for shift in (3600, -3600, 0):
+                await load.wait_for(40)
+                move(shift)
+                for _ in range(card.size(4, 10)):
+                    await off_loop(look)
+                    await trio.sleep(0.25)
+        card.equal("hours off, as its answers say", sorted(hours), [-1, 0, 1])
+        card.most("failed", len(load.bad()), 0)
+        moved = router.metric("vllm_router_server_transitions_total") - len(mocks)
+        card.most("transitions", moved, 0)
+        timeouts = [r for r in load.results if r.status == 504]
+        card.most("timeouts", len(timeouts), 0)
+        card.least("smallest age", min(ages), 0.0, " s")
+        card.most("largest age", max(ages), 5, " s")

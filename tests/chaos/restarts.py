@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import time
@@ -11,7 +10,7 @@ import time
 import httpx
 import trio
 
-from chaos.harness import Card, fleet, not_run, off_loop, scenario, waited
+from chaos.harness import Card, fleet, off_loop, scenario, waited
 from chaos.stalled import stalled_reader
 from load import Load, ask, burst
 from router_process import chat, servers_toml
@@ -178,10 +177,3 @@ async def drain(card: Card) -> None:
         await off_loop(router.process.wait, 30)
         card.most("exit after the second SIGTERM", time.monotonic() - began, 1.0, " s")
         reader.close()
-
-
-not_run(
-    "F19",
-    "the clock jumps under load",
-    "scenario not written yet" if shutil.which("faketime") else "faketime is not installed",
-)

@@ -96,7 +96,11 @@ def _fault(server: MockServer, incoming: Incoming) -> Fault:
     server.counts.total += 1
     try:
         return server.faults.choose(
-            server.heads.name, incoming.path, incoming.mock, reused=incoming.number > 1
+            server.heads.name,
+            incoming.path,
+            incoming.mock,
+            reused=incoming.number > 1,
+            body=incoming.body,
         )
     except ValueError as error:
         raise ApiError(400, f"X-Mock header: {error}", "MockError") from None

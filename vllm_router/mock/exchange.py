@@ -102,6 +102,13 @@ class Exchange:
             if not fault.keep_open:
                 self._leave()
                 self.connection.close("fin")
+        elif fault.mode == "die":
+            self.server.stop()
+        elif fault.mode == "engine_death":
+            self._leave()
+            self.server.counts.failed += 1
+            self.server.reply(self.connection, self.incoming, 500, engine_dead(), JSON)
+            self.server.lose_engine()
         else:
             return fault.mode == "hang"
         return True

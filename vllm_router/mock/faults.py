@@ -42,14 +42,20 @@ class Faults:
         self._share = 0.0
 
     def choose(
-        self, name: str, path: str, headers: Mapping[bytes, bytes], *, reused: bool
+        self,
+        name: str,
+        path: str,
+        headers: Mapping[bytes, bytes],
+        *,
+        reused: bool,
+        body: bytes = b"",
     ) -> Fault:
         """The treatment of the request that has just come. ValueError: a header is wrong."""
         switches = self.switches
         told = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers.items()}
         if told.get("only", name) != name:
             told = {}
-        mode = str(told["mode"]) if "mode" in told else self._next_mode(path)
+        mode = str(told["mode"]) if "mode" in told else self._next_mode(path, body)
         if mode.endswith("_reused"):
             mode = mode.removesuffix("_reused") if reused else "ok"
         if mode == "ok" and not told and switches.ttft_ms is None and switches.delay_ms is None:
@@ -69,10 +75,12 @@ class Faults:
             keep_open=told["keep-open"] == "1" if "keep-open" in told else switches.keep_open,
         )
 
-    def _next_mode(self, path: str) -> str:
+    def _next_mode(self, path: str, body: bytes) -> str:
         switches = self.switches
         mode = str(switches.mode)
         if mode == "ok" or switches.only_path not in (None, path):
+            return "ok"
+        if switches.only_body is not None and switches.only_body.encode() not in body:
             return "ok"
         self._share += switches.fraction
         if self._share < 1.0:

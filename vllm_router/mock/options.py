@@ -13,15 +13,17 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     unless the name says otherwise; all times are milliseconds, as in the `X-Mock-*` headers.
 
     `mode` is one of `MODES` or an HTTP status. `next` limits it to that many requests,
-    `fraction` to a share of them (spread evenly, not at random), `only_path` to one path. `after`
-    is the number of tokens the `mid*`, `abort_finish` and `error_event` modes let pass, by default
-    half of them; a plain answer is cut in the middle whatever it says.
+    `fraction` to a share of them (spread evenly, not at random), `only_path` to one path,
+    `only_body` to those whose body has this text. `after` is the number of tokens the `mid*`,
+    `abort_finish` and `error_event` modes let pass, by default half of them; a plain answer is cut
+    in the middle whatever it says.
     """
 
     mode: str | int = "ok"
     next: int | None = None
     fraction: float = 1.0
     only_path: str | None = None
+    only_body: str | None = None
     retry_after: float | None = None
     after: int | None = None
     ttft_ms: float | None = None
@@ -65,6 +67,8 @@ MODES = frozenset(
         "abort_finish",  # clean end with finish_reason "abort", as after SIGTERM
         "error_event",  # error event, then [DONE], as after SIGTERM
         "raw",
+        "die",  # the server ends without a byte, as of SIGKILL
+        "engine_death",  # 500 to all it has, 503 to checks, and soon it ends
     }
 )
 

@@ -238,6 +238,18 @@ class MockServer:
             self.ending = True
             self.start_soon(self._end)
 
+    def lose_engine(self) -> None:
+        """The engine has died: all requests get their 500, checks a 503, and soon it is over."""
+
+        async def end() -> None:
+            await trio.sleep(0.3)
+            self.stop()
+
+        self.faults.change(self.faults.switches.updated({"health": 503}))
+        for exchange in list(self.active):
+            exchange.terminate(error=True)
+        self.start_soon(end)
+
     def stop(self) -> None:
         """Cut everything and return from `serve`, like SIGKILL."""
         self.stopped.set()

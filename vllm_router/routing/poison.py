@@ -46,7 +46,9 @@ class Death(NamedTuple):
 
     @property
     def happened(self) -> bool:
-        return self.certain or self.server.fell_at >= self.at
+        """Whether the server has died, by what is known now: its first bad check is enough."""
+        health = self.server.probe_health
+        return self.certain or self.server.fell_at >= self.at or health.failures_in_row > 0
 
 
 class Poison:
