@@ -7,7 +7,7 @@ import json
 import pytest
 import trio
 
-from fleet_makers import come_up, eject, make_config
+from fleet_makers import come_up, eject, gauges, make_config
 from proxy_harness import CHAT, Rig, lab
 from scripted_server import (
     DONE,
@@ -556,6 +556,44 @@ async def test_the_same_body_again_and_again_ejects_a_server_that_alone_cannot_a
             assert (await rig.post()).status == 200
         assert rig.requests()["a"] == 3
         assert rig.server("a").traffic_health.ejected
+
+
+async def test_who_waits_on_a_server_that_is_put_to_sleep_goes_elsewhere(autojump_clock):
+    async with lab(silent, answering(GOOD)) as rig:
+        rig.prefer("a")
+        client = rig.start()
+        await trio.sleep(3)
+        a = rig.server("a")
+        a.scraped(gauges(0, asleep=True), trio.current_time(), 1)
+        rig.proxy.tick(a, trio.current_time())
+        await trio.sleep(0.1)
+        assert (client.got.status, client.got[b"x-vllm-router-server"]) == (200, b"b")
+        assert rig.recorder.outcomes == [Outcome.GONE, Outcome.ANSWERED]
+        assert failures(rig, "a") == 0
+
+
+async def test_a_stream_that_has_begun_is_left_alone_when_its_server_is_put_to_sleep(
+    autojump_clock,
+):
+    awake = trio.Event()
+
+    async def pauses(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(), chunk(event("hi")))
+        await awake.wait()
+        await talk.send(chunk(DONE), END)
+
+    async with lab(pauses) as rig:
+        client = rig.start_stream()
+        await client.heard.wait()
+        await trio.sleep(10)
+        a = rig.server("a")
+        a.scraped(gauges(0, asleep=True), trio.current_time(), 1)
+        rig.proxy.tick(a, trio.current_time())
+        await trio.sleep(0.1)
+        awake.set()
+        await trio.sleep(0.1)
+        assert client.got.whole
 
 
 # -- limits of keys ----------------------------------------------------------------------------

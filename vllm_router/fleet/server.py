@@ -63,14 +63,16 @@ class Transition:
 class Lease:
     """The in-flight unit one attempt holds on a server, from the pick to the end.
 
-    `last_byte_at` moves with every byte from the server; `interrupt` ends the attempt from
-    outside with a word why, if it can; `booking` is what the policy notes about it.
+    `last_byte_at` moves with every byte from the server; `committed` when the client is given
+    some; `interrupt` ends the attempt from outside with a word why, if it can; `booking` is what
+    the policy notes about it.
     """
 
     server: Server
     taken_at: float
     last_byte_at: float
     trial: bool = False
+    committed: bool = False
     interrupt: Callable[[str], bool] | None = None
     booking: object = None
 
@@ -376,8 +378,7 @@ class Server:
     @property
     def usable(self) -> bool:
         """May be asked: probed good, awake and not draining."""
-        asleep = self.metrics is not None and self.metrics.asleep
-        return bool(self.probe_health.up) and not self.draining and not asleep
+        return bool(self.probe_health.up) and not self.draining and not self.asleep
 
     @property
     def at_cap(self) -> bool:
@@ -385,10 +386,14 @@ class Server:
         return self.in_flight >= self.cap
 
     @property
+    def asleep(self) -> bool:
+        """Its engine sleeps: requests would wait until it is woken up."""
+        return self.metrics is not None and self.metrics.asleep
+
+    @property
     def held_back(self) -> bool:
         """May be asked where there is no other: its checks are good, but it has kept falling."""
-        asleep = self.metrics is not None and self.metrics.asleep
-        return self.probe_health.held_back and not self.draining and not asleep
+        return self.probe_health.held_back and not self.draining and not self.asleep
 
     def current_state(self, now: float) -> tuple[State, str]:
         """The state and, in words, why; the most telling one where several hold."""
@@ -398,7 +403,7 @@ class Server:
             return State.UNKNOWN, self.probe_health.reason
         if not self.probe_health.up:
             return State.DOWN, self.probe_health.reason
-        if self.metrics is not None and self.metrics.asleep:
+        if self.asleep:
             return State.ASLEEP, "the engine sleeps"
         if self.traffic_health.ejected:
             return State.EJECTED, self.traffic_health.reason

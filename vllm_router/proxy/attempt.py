@@ -255,7 +255,7 @@ class Attempt:
             exchange.request.policy.first_byte(lease)
         record.phase = Phase.STREAM
         record.status = answer.status
-        self.committed = True
+        self.committed = lease.committed = True
         exchange.let_body_go()
         # No event can be added to a stream whose length has been told.
         self._is_sse = is_stream and answer.content_length is None

@@ -370,9 +370,10 @@ class Exchange:
         request, poison = self.request, self.proxy.poison
         self._fingerprint = key = fingerprint(request.target, request.body)
         if outcome in KILLS_SERVERS:
-            now = trio.current_time()
-            certain = outcome is not Outcome.SERVER_ERROR
-            self._deaths = deaths = (*self._deaths, Death(self._tried[-1], now, certain))
+            now, server = trio.current_time(), self._tried[-1]
+            asleep = outcome is Outcome.GONE and server.probe_health.up
+            certain = outcome is not Outcome.SERVER_ERROR and not asleep
+            self._deaths = deaths = (*self._deaths, Death(server, now, certain))
             if len(deaths) == POISON_AFTER:
                 poison.remember(key, request.body, deaths, now)
 

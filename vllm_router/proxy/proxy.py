@@ -122,12 +122,13 @@ class Proxy:
 
         Idle connections that have outlived their time are closed. On a server that is down,
         exchanges end that have heard nothing for as long as a check may take: those that still
-        had a byte when it was found to be gone would wait for their idle timeout.
+        had a byte when it was found to be gone would wait for their idle timeout. On one that has
+        been put to sleep those end that can go elsewhere.
         """
         link = self.links.get(server)
         if link is not None:
             link.pool.sweep(now)
-        if server.probe_health.up is False:
+        if server.probe_health.up is False or server.asleep:
             self.server_gone(server, now, self.settings.health_check_timeout)
 
     def forget(self, server: Server) -> None:
@@ -170,10 +171,14 @@ class Proxy:
         """Probes say the server is gone: end the exchanges that have heard nothing for a while.
 
         Those without a byte for the client are replayed elsewhere. `patience` in seconds: a
-        stream that has just had a byte is left to its idle timeout.
+        stream that has just had a byte is left to its idle timeout, and so is any other on a server
+        that only sleeps.
         """
         ended = 0
+        spared = bool(server.probe_health.up)
         for lease in server.leases:
+            if lease.committed and spared:
+                continue
             if lease.interrupt is not None and now - lease.last_byte_at >= patience:
                 ended += lease.interrupt(Outcome.GONE.value)
         return ended
