@@ -56,6 +56,7 @@ LAYERS = {
     "supervisor": WIRING,
     "router_options": WIRING,
     "service": WIRING,
+    "workers": WIRING,
     "asgi": WIRING,
     "cli": WIRING,
     "monitor": WIRING,

@@ -20,6 +20,7 @@ from vllm_router.web import metrics as metrics_module
 from vllm_router.web.exposition import Counter, Family, Kind
 from vllm_router.web.families import FAMILIES, FIRST_TOKEN
 from vllm_router.web.metrics import MAX_MODELS
+from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
 from web_harness import TOML, Lab
 
 ROOT = Path(__file__).parent.parent
@@ -324,6 +325,7 @@ async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path
     lab["a"].scraped(told, trio.current_time(), 0)
     lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), Facts("m"), 0.0)
     lab.ended(lab["a"], code="x", key_name="k", waited=0.5)
+    lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     for family in FAMILIES:

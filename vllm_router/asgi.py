@@ -39,10 +39,10 @@ class Application:
         self._supervisor: Supervisor | None = None
         self._control: App
 
-    def attach(self, supervisor: Supervisor) -> None:
-        """Serve with this supervisor from now on."""
+    def attach(self, supervisor: Supervisor, control: App | None = None) -> None:
+        """Serve with this supervisor from now on; `control` has what is not inference."""
         self._supervisor = supervisor
-        self._control = hold_last(make_app(supervisor))
+        self._control = control if control is not None else hold_last(make_app(supervisor))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -72,9 +72,10 @@ class Application:
             ):
                 raise Refused(403, "engine_control_closed", _CONTROL_CLOSED)
         except Refused as refused:
-            supervisor.metrics.refused(refused.code)
+            supervisor.refused(refused.code)
             await _refuse(scope, receive, send, refused)
             return
+        supervisor.fleet.look()
         await self._control(scope, receive, send)
 
     async def wind_down(self) -> None:

@@ -173,6 +173,14 @@ def main() -> NoReturn:
     is_flag=True,
     help="Share the port with other routers that say so: a new one takes over from an old one.",
 )
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Processes that serve inference requests, on one port and with one view of the fleet.",
+)
 def run(
     *,
     file: str | None,
@@ -186,6 +194,7 @@ def run(
     log_format: str | None,
     access_log: str | None,
     front: str,
+    workers: int,
 ) -> None:
     """Start the router.
 
@@ -202,6 +211,8 @@ def run(
 
     if (file is not None) + bool(urls) + bool(demo) > 1:
         raise click.UsageError("--config, --server and --demo exclude each other")
+    if workers > 1 and front != "lane":
+        raise click.UsageError("--workers needs --front lane: Hypercorn serves in one process only")
     config, source = _fleet(file, urls, demo)
     log = LOG_FILE if not console and on_terminal() else None
     access = {"on": True, "off": False}.get(access_log, access_log) if access_log else None
@@ -222,6 +233,7 @@ def run(
             host,
             port,
             log,
+            workers,
             lane=front == "lane",
             reuse_port=reuse_port,
         )
@@ -237,6 +249,7 @@ def _start(
     host: str,
     port: int,
     log: Path | None,
+    workers: int,
     *,
     lane: bool,
     reuse_port: bool,
@@ -262,7 +275,10 @@ def _start(
         reuse_port=reuse_port,
         passed=passed,
         output=output,
+        workers=workers,
     )
+    if workers > 1:
+        from vllm_router.workers.parent import serve_workers as serve
 
     def listening(url: str) -> None:
         quiet = log is None and output.form == "json"
@@ -274,7 +290,7 @@ def _start(
         else:
             from vllm_router.monitor.attached import serve_with_view
 
-            trio.run(serve_with_view, options, listening, log)
+            trio.run(serve_with_view, serve, options, listening, log)
     except OSError as error:
         raise Failure(_why_not_listening(error, host, port)) from None
     except RouterError as error:

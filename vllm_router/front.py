@@ -15,13 +15,14 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
 from vllm_router.handover import step_aside, take_turns
 from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
-from vllm_router.hypercorn_bridge import HypercornSide
+from vllm_router.hypercorn_bridge import ALPN_PROTOCOLS, HypercornSide
 from vllm_router.paths import PathClass, classify
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,49 @@ class Statistics:
     """Requests the lane refused for their form, size or slowness."""
 
 
+Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
+
+class Side(Protocol):
+    """Who serves the connections that are not the lane's.
+
+    With `closing`, every HTTP/1.1 answer is the last one of its connection.
+    """
+
+    closing: bool
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        ...
+
+    async def serve(self, stream: Stream, data: bytes = b"") -> None:
+        """One connection to its end, `data` having been read from it."""
+        ...
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that have waited so long for a request."""
+        ...
+
+    def drain(self) -> None:
+        """Close idle connections, and the others after their answer."""
+        ...
+
+    def abort(self) -> None:
+        """End every connection now."""
+        ...
+
+
+class Gate(Protocol):
+    """Which of several processes accepts a connection. `turn` is awaited before each."""
+
+    async def turn(self) -> None: ...
+
+    def count(self, connections: int) -> None:
+        """So many are open."""
+        ...
+
+
 class Front:
     """Listeners, and the connections that come through them.
 
@@ -88,6 +132,9 @@ class Front:
     unless `tls_only`; requests for the lane over TLS are served by it too.
     `max_connections` are open at a time, the others wait in the kernel's backlog, and those that
     are open make room as soon as they are idle. `told` hears of requests that `app` never sees.
+
+    One of several processes may give what is not the lane's to another `side` than Hypercorn, and
+    let a `gate` decide which of them accepts.
     """
 
     def __init__(
@@ -101,10 +148,13 @@ class Front:
         tls_only: bool = False,
         max_connections: int | None = None,
         told: RefusalTold | None = None,
+        side: Side | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._lane = Server(app, accepts=accepts, limits=self._limits, told=told) if lane else None
-        self._hypercorn = HypercornSide(app, limits=self._limits, told=told)
+        self._hypercorn: Side = side or HypercornSide(app, limits=self._limits, told=told)
+        self._gate = gate
         self._ssl_context: ssl.SSLContext | None = None
         self._tls_only = tls_only
         self._plain_ports: set[int] = set()
@@ -126,7 +176,7 @@ class Front:
     def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
         """Serve new connections with this context; None for plain HTTP."""
         if ssl_context is not None:
-            ssl_context.set_alpn_protocols(self._hypercorn.config.alpn_protocols)
+            ssl_context.set_alpn_protocols(ALPN_PROTOCOLS)
         self._ssl_context = ssl_context
 
     # -- listeners -----------------------------------------------------------------------------
@@ -194,6 +244,11 @@ class Front:
             raise
         self._listeners.append(sock)
         return address
+
+    @property
+    def listeners(self) -> list[socket.socket]:
+        """The listening sockets."""
+        return list(self._listeners)
 
     def allow_plain(self, port: int) -> None:
         """Take plain HTTP on this port even if the others speak TLS only."""
@@ -318,7 +373,9 @@ class Front:
             while self._open >= self._most:
                 await self._relieve()
             await trio.lowlevel.wait_readable(listener)
-            for _ in range(ACCEPTS_PER_TURN):
+            if self._gate is not None:
+                await self._gate.turn()
+            for _ in range(ACCEPTS_PER_TURN if self._gate is None else 1):
                 if self._open >= self._most:
                     break
                 try:
@@ -339,7 +396,7 @@ class Front:
         """Accept one connection. Raises OSError, BlockingIOError if there is none."""
         sock, address = listener.accept()
         sock.setblocking(False)
-        self._open += 1
+        self._count(1)
         self._accepted += 1
         connections.start_soon(self._serve, sock, address)
 
@@ -374,6 +431,11 @@ class Front:
         self._changed.set()
         self._changed = trio.Event()
 
+    def _count(self, difference: int) -> None:
+        self._open += difference
+        if self._gate is not None:
+            self._gate.count(self._open)
+
     async def _serve(self, sock: socket.socket, address: Address) -> None:
         """One connection, from its first byte to its last."""
         try:
@@ -383,7 +445,7 @@ class Front:
             log.exception("a connection failed")
         finally:
             sock.close()
-            self._open -= 1
+            self._count(-1)
             if self._full and self._open < self._most * RELIEF:
                 self._full = False
                 self._set_closing()
@@ -395,7 +457,7 @@ class Front:
             first = await self._first_byte(sock)
             if not first:
                 return
-            if first == _TLS_HANDSHAKE or (self._tls_only and not self._takes_plain(sock)):
+            if first == _TLS_HANDSHAKE or (self._tls_only and not self.takes_plain(sock)):
                 await self._serve_tls(sock, client, context)
                 return
         if self._lane is None:
@@ -425,7 +487,7 @@ class Front:
                 self._silent.discard(patience)
         return b""
 
-    def _takes_plain(self, sock: socket.socket) -> bool:
+    def takes_plain(self, sock: socket.socket) -> bool:
         try:
             return sock.getsockname()[1] in self._plain_ports
         except OSError:

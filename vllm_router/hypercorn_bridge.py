@@ -33,7 +33,7 @@ import ssl
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import h2.connection
@@ -76,9 +76,11 @@ log = logging.getLogger(__name__)
 
 SERVER_LOG = logging.getLogger("vllm_router.hypercorn")
 
+ALPN_PROTOCOLS = ["h2", "http/1.1"]
+
 # Where Hypercorn's default breaks streams or bursts (left side: the attribute of its Config).
 TUNED: dict[str, Any] = {
-    "alpn_protocols": ["h2", "http/1.1"],
+    "alpn_protocols": ALPN_PROTOCOLS,
     "backlog": 2048,  # 100 made bursts wait for SYN retries
     "errorlog": SERVER_LOG,
     "graceful_timeout": 1.0,  # after our own drain
@@ -137,6 +139,8 @@ def hold_last(inner: App) -> App:
 HANGUP_POLL = 0.25
 """Seconds between looks whether the client of a paused reader is still there."""
 
+Address = tuple[str, int]
+
 _P = TypeVar("_P", bound="GuardedH11Protocol | GuardedH2Protocol")
 
 
@@ -167,6 +171,18 @@ class ReplayStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         await self.inner.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """Another process talks to the client, over TLS, and passes the bytes on.
+
+    `client` and `local` are the addresses there; `alpn` is what the handshake agreed on.
+    """
+
+    client: Address
+    local: Address
+    alpn: str
 
 
 class _Refused(Exception):
@@ -621,8 +637,10 @@ class GuardedTCPServer(TCPServer):
         *,
         limits: Limits | None = None,
         told: RefusalTold | None = None,
+        relay: Relay | None = None,
     ) -> None:
         super().__init__(app, config, context, state, stream)
+        self._relay = relay
         self._limits = limits or Limits()
         self._told = told
         self._scope = trio.CancelScope()
@@ -671,12 +689,19 @@ class GuardedTCPServer(TCPServer):
             alpn = transport.selected_alpn_protocol() or alpn
             transport = transport.transport_stream
         self._socket = transport.socket
-        try:
-            self._end_when_stalled_for(self._limits.write_stall_timeout)
-            client = parse_socket_addr(self._socket.family, self._socket.getpeername())
-            server = parse_socket_addr(self._socket.family, self._socket.getsockname())
-        except OSError:
-            return  # it has left already
+        relay = self._relay
+        client: Address | None
+        server: Address | None
+        if relay is not None:
+            client, server = relay.client, relay.local
+            alpn, is_tls = relay.alpn or alpn, True
+        else:
+            try:
+                self._end_when_stalled_for(self._limits.write_stall_timeout)
+                client = parse_socket_addr(self._socket.family, self._socket.getpeername())
+                server = parse_socket_addr(self._socket.family, self._socket.getsockname())
+            except OSError:
+                return  # it has left already
         self._task_group = task_group = GuardedTaskGroup()
         async with task_group:
             self.protocol = GuardedProtocolWrapper(
@@ -874,7 +899,10 @@ class HypercornSide:
         return len(self._connections)
 
     async def serve(
-        self, stream: trio.SocketStream | trio.SSLStream[Any], data: bytes = b""
+        self,
+        stream: trio.SocketStream | trio.SSLStream[Any],
+        data: bytes = b"",
+        relay: Relay | None = None,
     ) -> None:
         """Serve one connection to its end, and close it. `data` has been read from it already."""
         server = GuardedTCPServer(
@@ -885,6 +913,7 @@ class HypercornSide:
             ReplayStream(stream, data),
             limits=self._limits,
             told=self._told,
+            relay=relay,
         )
         self._connections.add(server)
         try:

@@ -41,7 +41,8 @@ class LogOutput:
 
     `access` is the Recorder that writes access lines; `form` is text or json. The log goes to
     `file`, or else to `stream` (stderr). With `with_log` False somebody else has set up logging,
-    which is left alone: then only access lines go there.
+    which is left alone: then only access lines go there. Where several processes of one router log
+    to the same place, `tag` says which this one is; no line is then torn apart by another's.
     """
 
     def __init__(
@@ -51,16 +52,19 @@ class LogOutput:
         file: Path | None = None,
         stream: TextIO | None = None,
         with_log: bool = True,
+        tag: str = "",
     ) -> None:
         """Raises OSError if `file` cannot be written."""
         self.access = AccessLog()
-        self._overrides = overrides or Overrides()
+        self.overrides = overrides or Overrides()
+        self.file = file
+        self._tag = tag
         self._with_log = with_log
         self.form = "text"
         self._target: bool | str = False
         self._file: LineWriter | None = None
         self._lost = 0
-        target: Target = StreamTarget(stream or sys.stderr)
+        target: Target = StreamTarget(stream or sys.stderr, shared=bool(tag))
         if file is not None:
             target = FileTarget(file)
         self._log = LineWriter(target, self._notice)
@@ -70,14 +74,14 @@ class LogOutput:
 
     def apply(self, settings: LogSettings) -> None:
         """Log as these settings say. Raises OSError, with nothing changed, if a file fails."""
-        overrides = self._overrides
+        overrides = self.overrides
         access = settings.access if overrides.access is None else overrides.access
         if access != self._target:
             self._switch(access)
         level = overrides.level or settings.level
         self.form = self.access.form = overrides.form or settings.format
         if self._with_log:
-            logs.adjust(self._handler, level, self.form)
+            logs.adjust(self._handler, level, self.form, self._tag)
         # A file of their own gets all access lines; among others they obey the level.
         alone = self._file is not None
         threshold = logging.getLevelNamesMapping()[level.upper()]
@@ -93,7 +97,11 @@ class LogOutput:
     def _switch(self, access: bool | str) -> None:
         before = self._file
         if isinstance(access, str):
-            target = StreamTarget(sys.stdout) if access == "-" else FileTarget(access)
+            target: Target
+            if access == "-":
+                target = StreamTarget(sys.stdout, shared=bool(self._tag))
+            else:
+                target = FileTarget(access)
             self._file = self.access.writer = LineWriter(target, self._notice)
         else:
             self._file = None

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -37,9 +37,13 @@ class Target(Protocol):
 
 
 class StreamTarget:
-    """A stream of somebody else's, such as stderr."""
+    """A stream of somebody else's, such as stderr.
 
-    def __init__(self, stream: TextIO) -> None:
+    If it is `shared` with other processes, lines of up to PIPE_BUF bytes stay whole in a pipe.
+    """
+
+    def __init__(self, stream: TextIO, *, shared: bool = False) -> None:
+        self._shared = shared
         self.name = getattr(stream, "name", "a stream")
         self._stream = stream
         self._descriptor: int | None = None
@@ -51,7 +55,8 @@ class StreamTarget:
             self._stream.write(text)
         else:
             # Past the stream's own lock: a thread stuck in it would hold up the loop's `print`.
-            _write_all(self._descriptor, text)
+            for piece in _pieces(text) if self._shared else (text,):
+                _write_all(self._descriptor, piece)
 
     def reopen(self) -> None:
         """A stream has no path."""
@@ -95,6 +100,20 @@ class FileTarget:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Whole lines, together no longer than what a pipe takes without letting others in between."""
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        length = len(line.encode("utf-8", "backslashreplace"))
+        if size and size + length > select.PIPE_BUF:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += length
+    yield "".join(piece)
 
 
 def _write_all(descriptor: int, text: str) -> None:

@@ -41,9 +41,12 @@ def configure(level: str = "info", form: str = "text", stream: TextIO | None = N
     adjust(handler, level, form)
 
 
-def adjust(handler: logging.Handler, level: str, form: str) -> None:
-    """Let `handler` write in this form what `level` allows, as `configure` does."""
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+def adjust(handler: logging.Handler, level: str, form: str, tag: str = "") -> None:
+    """Let `handler` write in this form what `level` allows, as `configure` does.
+
+    `tag` names this one of several processes that write to the same place.
+    """
+    handler.setFormatter(JsonFormatter(tag) if form == "json" else TextFormatter(tag))
     threshold = logging.getLevelNamesMapping()[level.upper()]
     logging.getLogger().setLevel(max(threshold, logging.WARNING))
     logging.getLogger("vllm_router").setLevel(threshold)
@@ -74,11 +77,16 @@ def _second(unix: int) -> str:
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z WARNING supervisor: server a: up -> down`."""
 
+    def __init__(self, tag: str = "") -> None:
+        super().__init__()
+        self._tag = tag
+
     def format(self, record: logging.LogRecord) -> str:
         """The record, a traceback on lines of its own."""
         name = record.name.removeprefix("vllm_router.")
         when = timestamp(record.created)
-        lines = [f"{when} {record.levelname:<7} {name}: {visible(record.getMessage())}"]
+        tag = f" [{self._tag}]" if self._tag else ""
+        lines = [f"{when} {record.levelname:<7}{tag} {name}: {visible(record.getMessage())}"]
         lines += [_CONTINUED + visible(line) for line in self._traceback(record)]
         return "\n".join(lines)
 
@@ -101,6 +109,8 @@ class JsonFormatter(TextFormatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._tag:
+            fields["worker"] = self._tag
         if traceback := self._traceback(record):
             fields["traceback"] = "\n".join(traceback)
         # The one control character that JSON leaves as it is.

@@ -48,7 +48,7 @@ class OwnView:
         if config.auth is None and config.tls is None and config.settings.admin_listen is None:
             return None
         host, port = front.open("127.0.0.1", 0, plain=True)[0]
-        self.url = _url(host, port)
+        self.url = url_of(host, port)
         return OwnDoor(port, digest_of(self.key))
 
 
@@ -57,6 +57,8 @@ class ServeOptions:
     """What the command line decides. `source` is None if there is no file to follow.
 
     `output` is closed by the caller; None for no access log.
+
+    `workers` is for those who start them: `serve` is one process.
 
     With `demo`, so many simulated servers run inside, and their addresses replace the servers of
     `config`.
@@ -74,6 +76,7 @@ class ServeOptions:
     lane: bool = True
     reuse_port: bool = False
     passed: tuple[int, ...] = ()
+    workers: int = 1
     output: LogOutput | None = None
     view: OwnView | None = None
 
@@ -134,8 +137,8 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
                 await probed(supervisor)
             await nursery.start(front.serve)
             if admin is not None:
-                logger.info("administration on %s", _url(*admin))
-            listening(_url(*public, secure=config.tls is not None))
+                logger.info("administration on %s", url_of(*admin))
+            listening(url_of(*public, secure=config.tls is not None))
             notify("READY=1", os.environ)
             await signals.first.wait()
             notify("STOPPING=1", os.environ)
@@ -212,7 +215,7 @@ async def probed(supervisor: Supervisor) -> None:
             await trio.sleep(0.02)
 
 
-def _url(host: str, port: int, *, secure: bool = False) -> str:
+def url_of(host: str, port: int, *, secure: bool = False) -> str:
     scheme = "https" if secure else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
@@ -256,10 +259,14 @@ class StopSignals:
                 name = signal.Signals(number).name
                 if self.first.is_set():
                     logger.warning("%s again: ending at once", name)
-                    self._second.cancel(reason="second signal")
+                    self.end_now()
                 else:
                     logger.info("%s: draining", name)
                     self.first.set()
+
+    def end_now(self) -> None:
+        """The second signal has come."""
+        self._second.cancel(reason="second signal")
 
     def until_second(self) -> trio.CancelScope:
         """A scope that the second signal cancels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from random import Random
 
 import trio
@@ -18,8 +18,9 @@ from vllm_router.config import RESTART, Config, ServerConfig, changes
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.log_output import LogOutput
+from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
-from vllm_router.proxy.record import Recorder
+from vllm_router.proxy.record import Record, Recorder
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
@@ -52,6 +53,8 @@ class Supervisor:
     `admin_port` is that of the listener for administration, `own_door` that of the router's own
     view, if there are such. `before_apply` are
     called with a new configuration before anything changes, and may raise ConfigError.
+    One of several processes brings a `fleet` that knows of the others, and a worker a `recorder`
+    that tells the leader what would be counted here.
     """
 
     def __init__(
@@ -63,15 +66,19 @@ class Supervisor:
         telemetry: Telemetry | None = None,
         admin_port: int | None = None,
         own_door: OwnDoor | None = None,
+        fleet: Fleet | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.rng = rng or Random()
-        self.fleet = Fleet(config)
+        self.fleet = fleet if fleet is not None else Fleet(config)
         self.metrics = Metrics(self.fleet)
         self.feed = Feed(self.fleet, self.metrics)
         self.tls = ServerContexts()
         self.guard = Guard(config, admin_port, own_door)
         self.before_apply: list[Callable[[Config], None]] = []
-        recorders: list[Recorder] = [self.metrics, self.feed]
+        recorders: list[Recorder] = [recorder] if recorder is not None else []
+        if recorder is None:
+            recorders += [self.metrics, self.feed]
         self.output = output
         if output is not None:
             recorders.append(output.access)
@@ -101,20 +108,27 @@ class Supervisor:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for server in self.fleet.servers.values():
-                    self._start_probe(server)
-                nursery.start_soon(self._keep, "feed", self.feed.run)
-                nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
-                if self.reloader is not None:
-                    nursery.start_soon(self._keep, "watch", self._watch)
-                    nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
+                self._start_tasks(nursery)
                 _settle_garbage_collector()
-                if self.output is not None:
-                    nursery.start_soon(self._keep, "log signal", self._reopen_on_sigusr1)
                 task_status.started()
         finally:
             self._nursery = None
             self.proxy.close()
+
+    def _start_tasks(self, nursery: trio.Nursery) -> None:
+        for server in self.fleet.servers.values():
+            self._start_probe(server)
+        nursery.start_soon(self._keep, "feed", self.feed.run)
+        nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
+        if self.reloader is not None:
+            nursery.start_soon(self._keep, "watch", self._watch)
+        self._follow_signals(nursery)
+
+    def _follow_signals(self, nursery: trio.Nursery) -> None:
+        if self.reloader is not None:
+            nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
+        if self.output is not None:
+            nursery.start_soon(self._keep, "log signal", self._reopen_on_sigusr1)
 
     async def _keep(self, name: str, task: Callable[[], Awaitable[None]]) -> None:
         """Run a task that should never end; a defect in it is logged and it is started anew."""
@@ -235,6 +249,33 @@ class Supervisor:
         if self.reloader is None:
             return Reload.UNCHANGED
         return self.reloader.reload(force=True)
+
+    # -- what the pages are told --------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being served now."""
+        return len(self.proxy.exchanges)
+
+    def running(self) -> list[Record]:
+        """Those of the requests being served now."""
+        return [exchange.record for exchange in self.proxy.exchanges]
+
+    def queues(self, now: float) -> list[Queue]:
+        """Who waits for a server; none without `[limits]`."""
+        return self.proxy.gate.queues(now) if self.proxy.gate is not None else []
+
+    def elsewhere(self, figure: str) -> float | None:
+        """What other processes of this router add to a figure; None if there are none."""
+        return None
+
+    def workers(self) -> Mapping[str, Mapping[str, float]]:
+        """The figures of each worker process; none if there is but this one."""
+        return {}
+
+    def refused(self, code: str) -> None:
+        """A request was refused by its head alone."""
+        self.metrics.refused(code)
 
     # -- drain --------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Fleet:
         for wanted in config.servers:
             server = old.get(wanted.url)
             if server is None:
-                server = self._returning(wanted) or Server(wanted, settings, self._note)
+                server = self._returning(wanted) or self._new_server(wanted, settings)
                 server.joined = bool(old)
                 added.append(server)
             else:
@@ -91,6 +91,9 @@ class Fleet:
         self._forget_ready()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
 
+    def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
+        return Server(wanted, settings, self._note)
+
     def _returning(self, wanted: ServerConfig) -> Server | None:
         """A server taken out and put back before its last request ended goes on as it was."""
         for server in self.leaving:
@@ -99,6 +102,9 @@ class Fleet:
                 server.drain(on=False)
                 return server
         return None
+
+    def look(self) -> None:
+        """Bring the servers' leases up to date, where other processes hold some, too."""
 
     def gone(self) -> list[Server]:
         """Those removed servers whose last request has ended; they are forgotten here."""

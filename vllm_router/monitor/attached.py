@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import trio
 from vllm_router.logs import TextFormatter
 from vllm_router.monitor.command import LAST_LINES, last_lines
 from vllm_router.monitor.screen import End
-from vllm_router.service import OwnView, ServeOptions, serve
+from vllm_router.service import OwnView, ServeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,15 @@ REPLAY_SECONDS = 2.0
 
 
 async def serve_with_view(
-    options: ServeOptions, listening: Callable[[str], None], log: Path
+    serve: Callable[[ServeOptions, Callable[[str], None]], Awaitable[None]],
+    options: ServeOptions,
+    listening: Callable[[str], None],
+    log: Path,
 ) -> None:
-    """Like `serve`, with a view of the router on this terminal; the log already goes to `log`."""
+    """Like `serve`, of one process or several, with a view of the router on this terminal.
+
+    The log already goes to `log`.
+    """
     url = ""
     own = OwnView()
     options = replace(options, view=own)

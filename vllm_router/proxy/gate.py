@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 
 Grant = tuple["Policy", "Lease"]
 """A server that was leased, and the policy that chose it."""
+
+
+class Queue(NamedTuple):
+    """One room as others see it: how many wait, for how many seconds the first of them has, and
+    how many servers become free per second, if that is known."""
+
+    model: str | None
+    waiting: int
+    longest: float
+    freed_per_s: float | None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -55,6 +65,18 @@ class Gate:
     def rooms(self) -> list[Room[Waiter]]:
         """In which somebody waits or has waited; ANY_UNKNOWN is one of them."""
         return list(self._rooms.rooms.values())
+
+    def queues(self, now: float) -> list[Queue]:
+        """The rooms in figures. O(all who wait)."""
+        return [
+            Queue(
+                room.model,
+                len(room),
+                now - room.oldest if room.oldest is not None else 0.0,
+                room.rate.per_second(now),
+            )
+            for room in self.rooms
+        ]
 
     @property
     def waiting(self) -> int:

@@ -167,6 +167,7 @@ class Probe:
         """Read the load. Whether the port answers at all is a check of its own."""
         server = self._server
         answered = False
+        self._fleet.look()
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:

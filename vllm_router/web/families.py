@@ -10,7 +10,7 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server, State
 from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.web.exposition import Family, Kind
-from vllm_router.web.router import Router
+from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, Router
 
 
 def _counter(name: str, text: str, *labels: str) -> Family:
@@ -198,6 +198,12 @@ SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "se
 RouterReading = Callable[[Router], float | None]
 
 
+def _of_workers(router: Router, figure: str, alone: float) -> float:
+    """A figure of the workers; `alone` where there are none beside this process."""
+    value = router.elsewhere(figure)
+    return alone if value is None else value
+
+
 def _last_reload_good(router: Router) -> float | None:
     return None if router.reloader is None else int(router.reloader.last_error is None)
 
@@ -205,7 +211,7 @@ def _last_reload_good(router: Router) -> float | None:
 ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     (
         _gauge("requests_in_flight", "Requests being served now."),
-        lambda router: len(router.proxy.exchanges),
+        lambda router: router.in_flight,
     ),
     (
         _gauge("request_body_bytes_held", "Bytes of request bodies that wait to be sent."),
@@ -258,7 +264,46 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         ),
         lambda router: router.log_lines_dropped,
     ),
+    (
+        _gauge("workers", "Processes that serve inference requests."),
+        lambda router: _of_workers(router, "workers", 1),
+    ),
+    (
+        _counter("worker_restarts", "Worker processes that ended and were replaced."),
+        lambda router: _of_workers(router, "restarts", 0),
+    ),
+    (
+        _counter(
+            "worker_reports_dropped",
+            "What workers could not report, as there was nobody to hear it: it is counted nowhere.",
+        ),
+        lambda router: _of_workers(router, "reports_dropped", 0),
+    ),
 )
+SUMMED = frozenset(
+    f"vllm_router_{name}"
+    for name in (
+        "request_body_bytes_held",
+        "retry_budget_tokens",
+        "task_restarts_total",
+        "log_lines_dropped_total",
+    )
+)
+"""Those of the router's figures that every process has a part of."""
+WORKER_METRICS: tuple[tuple[Family, str], ...] = (
+    (
+        _gauge("worker_connections", "Clients' connections, by worker process.", "worker"),
+        CONNECTIONS,
+    ),
+    (
+        _gauge("worker_requests_in_flight", "Requests being served now, by worker.", "worker"),
+        IN_FLIGHT,
+    ),
+    (_counter("worker_cpu_seconds", "CPU time, user and system, by worker.", "worker"), CPU),
+    (_gauge("worker_resident_memory_bytes", "Resident memory, by worker.", "worker"), MEMORY),
+)
+"""Missing if there is but one process; with the name of the figure that a worker tells."""
+
 BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
 FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
@@ -287,6 +332,7 @@ FAMILIES: tuple[Family, ...] = (
     *(family for family, _ in SERVER_GAUGES),
     *(family for family, _ in PREFIX_COUNTERS),
     *(family for family, _ in ROUTER_METRICS),
+    *(family for family, _ in WORKER_METRICS),
     BUILD_INFO,
     LOOP_LAG,
     FEED_CLIENTS,

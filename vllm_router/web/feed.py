@@ -20,7 +20,7 @@ from vllm_router.web.decisions import Decisions
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.metrics import Metrics
 from vllm_router.web.process import LagWatch, cpu_seconds
-from vllm_router.web.router import Router
+from vllm_router.web.router import CPU, LAG, Router
 from vllm_router.web.stats import Rate
 from vllm_router.web.tally import Tallies, failed
 
@@ -142,14 +142,16 @@ class Feed:
 
     def _read(self, now: float) -> None:
         router = self.router
-        exchanges = router.proxy.exchanges if router is not None else ()
+        running = router.running() if router is not None else ()
+        self._fleet.look()
         servers = self._fleet.all_servers()
         policies = router.proxy.policies if router is not None else None
-        records = [exchange.record for exchange in exchanges]
-        self._tallies.read(servers, records, policies, now)
+        self._tallies.read(servers, running, policies, now)
         self._events.look(servers, router.reloader if router is not None else None)
-        self._cpu.observe(cpu_seconds(), now)
-        self._metrics.lag = self._lag.worst(now)
+        cpu = router.elsewhere(CPU) if router is not None else None
+        self._cpu.observe(cpu_seconds() + (cpu or 0.0), now)
+        lag = router.elsewhere(LAG) if router is not None else None
+        self._metrics.lag = max(self._lag.worst(now), lag or 0.0)
 
     def _remember(self, now: float) -> None:
         """A second is over: one row of history, and what has left is forgotten."""
@@ -163,7 +165,7 @@ class Feed:
         """The values of `history.FIGURES`."""
         total, sums = self._tallies.total, view.sums_of(self._fleet)
         ttft, duration = total.ttft(now), total.duration(now)
-        streams = len(self.router.proxy.exchanges) if self.router is not None else sums.leases
+        streams = self.router.in_flight if self.router is not None else sums.leases
         return (
             total.requests_per_s,
             total.errors_per_s,
@@ -188,7 +190,7 @@ class Feed:
         router = self._attached()
         facts = view.router_view(
             router,
-            lag=self._lag.worst(now),
+            lag=max(self._lag.worst(now), router.elsewhere(LAG) or 0.0),
             cpu=self._cpu.per_second,
             feed_clients=len(self._mailboxes),
             now=now,

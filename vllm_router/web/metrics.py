@@ -49,7 +49,9 @@ from vllm_router.web.families import (
     SERVER_GAUGES,
     SERVER_INFO,
     SERVER_STATE,
+    SUMMED,
     TRANSITIONS,
+    WORKER_METRICS,
 )
 from vllm_router.web.router import Router
 
@@ -284,11 +286,11 @@ class Metrics:
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
     def _queue_lengths(self) -> str:
-        gate = self.router.proxy.gate if self.router is not None else None
         lengths: dict[str, int] = {}
-        for room in gate.rooms if gate is not None else ():
-            label = self._model_label(room.model)
-            lengths[label] = lengths.get(label, 0) + len(room)
+        now = trio.current_time()
+        for queue in self.router.queues(now) if self.router is not None else ():
+            label = self._model_label(queue.model)
+            lengths[label] = lengths.get(label, 0) + queue.waiting
         return "".join(
             [f"{QUEUE_LENGTH.key(label)}{length}\n" for label, length in lengths.items()]
         )
@@ -334,8 +336,14 @@ class Metrics:
         if self.router is not None:
             for family, read in ROUTER_METRICS:
                 value = read(self.router)
+                if value is not None and family.name in SUMMED:
+                    value += self.router.elsewhere(family.name) or 0
                 if value is not None:
                     yield f"{family.header}{family.key()}{value}\n"
+            workers = self.router.workers()
+            for family, figure in WORKER_METRICS if workers else ():
+                samples = [f"{family.key(name)}{it[figure]}\n" for name, it in workers.items()]
+                yield family.header + "".join(samples)
         yield f"{BUILD_INFO.header}{BUILD_INFO.key(__version__, platform.python_version())}1\n"
         yield f"{LOOP_LAG.header}{LOOP_LAG.key()}{self.lag}\n"
         yield f"{FEED_CLIENTS.header}{FEED_CLIENTS.key()}{self.feed_clients}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Protocol
 
 import trio
@@ -10,10 +11,21 @@ import trio
 from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
+from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
+from vllm_router.proxy.record import Record
 from vllm_router.tasks.watch import Reload, Reloader
 from vllm_router.tls import ServerContexts
 from vllm_router.web.guard import Guard
+
+CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
+    "connections",
+    "in_flight",
+    "cpu_seconds",
+    "rss_bytes",
+    "lag",
+)
+"""Names of figures that worker processes tell."""
 
 
 class Router(Protocol):
@@ -31,6 +43,17 @@ class Router(Protocol):
 
     @property
     def log_lines_dropped(self) -> int: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def queues(self, now: float) -> list[Queue]: ...
+
+    def running(self) -> list[Record]: ...
+
+    def elsewhere(self, figure: str) -> float | None: ...
+
+    def workers(self) -> Mapping[str, Mapping[str, float]]: ...
 
     @property
     def ready(self) -> bool: ...

@@ -71,7 +71,7 @@ def health(router: Router) -> dict[str, Any]:
         "uptime_seconds": round(now - router.started_at, 3),
         "ready": router.ready,
         "draining": router.draining,
-        "in_flight": len(router.proxy.exchanges),
+        "in_flight": router.in_flight,
         "reload": reload_state(router),
         "task_restarts": router.task_restarts,
     }
@@ -141,7 +141,7 @@ def load_stats(router: Router) -> dict[str, Any]:
             "total_capacity": capacity,
             "overall_utilization_percent": active / capacity * 100 if capacity else 0,
             "in_flight": router.fleet.in_flight,
-            "queued": router.proxy.gate.waiting if router.proxy.gate is not None else 0,
+            "queued": sum(queue.waiting for queue in router.queues(now)),
         },
     }
 

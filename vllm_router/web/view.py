@@ -11,10 +11,9 @@ import msgspec
 from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
-from vllm_router.proxy.gate import Gate
 from vllm_router.web import schema
 from vllm_router.web.process import rss_bytes
-from vllm_router.web.router import Router, wall_offset
+from vllm_router.web.router import MEMORY, Router, wall_offset
 from vllm_router.web.tally import Tallies, Tally
 
 
@@ -105,23 +104,22 @@ def fleet_view(
     )
 
 
-def queue_views(gate: Gate | None, now: float) -> list[schema.QueueView]:
+def queue_views(router: Router, now: float) -> list[schema.QueueView]:
     """O(all who wait); none without `[limits]`."""
-    views = []
-    for room in gate.rooms if gate is not None and gate.waiting else ():
-        oldest = room.oldest
-        if oldest is not None and gate is not None:
-            rate = room.rate.per_second(now)
-            views.append(
-                schema.QueueView(
-                    model=room.model,
-                    waiting=len(room),
-                    limit=gate.limits.queue_size,
-                    longest=round(now - oldest, 2),
-                    freed_per_s=round(rate, 3) if rate is not None else None,
-                )
-            )
-    return views
+    gate = router.proxy.gate
+    if gate is None:
+        return []
+    return [
+        schema.QueueView(
+            model=queue.model,
+            waiting=queue.waiting,
+            limit=gate.limits.queue_size,
+            longest=round(queue.longest, 2),
+            freed_per_s=round(queue.freed_per_s, 3) if queue.freed_per_s is not None else None,
+        )
+        for queue in router.queues(now)
+        if queue.waiting
+    ]
 
 
 def router_view(
@@ -129,10 +127,10 @@ def router_view(
 ) -> schema.RouterView:
     reloader = router.reloader
     return schema.RouterView(
-        open_streams=len(router.proxy.exchanges),
+        open_streams=router.in_flight,
         event_loop_lag=round(lag, 5),
         cpu=round(cpu, 4),
-        rss_bytes=rss_bytes(),
+        rss_bytes=rss_bytes() + int(router.elsewhere(MEMORY) or 0),
         uptime=round(now - router.started_at, 1),
         ready=router.ready,
         draining=router.draining,
@@ -163,7 +161,7 @@ def snapshot(
         )
         for server in fleet.all_servers()
     ]
-    queues = queue_views(router.proxy.gate, now)
+    queues = queue_views(router, now)
     return schema.Snapshot(
         seq=seq,
         time=round(now + wall, 3),

@@ -1,0 +1,287 @@
+"""`run --workers 2` as real processes: one port, one view, and whoever dies is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from trio_websocket import wrap_client_stream
+
+from certificates import Authority
+from cli_process import call
+from load import Load, burst
+from mock_process import MockProcess, mock_processes
+from router_process import RouterProcess, chat, router_process, servers_toml, until
+from worker_processes import connections, family, pids
+
+MOCK = ("--model", "m", "--ttft", "0.3", "--token-delay", "0.02", "--max-num-seqs", "64")
+WORKERS = ("--workers", "2")
+
+
+@pytest.fixture(scope="module")
+def mocks() -> Iterator[list[MockProcess]]:
+    with mock_processes(3, *MOCK) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def quiet(
+    mocks: list[MockProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RouterProcess]:
+    """A router that no test does anything violent to."""
+    config = servers_toml((mock.url for mock in mocks), failure_threshold=3)
+    with router_process(config, tmp_path_factory.mktemp("quiet"), *WORKERS) as router:
+        yield router
+
+
+@asynccontextmanager
+async def streams(router: RouterProcess, count: int, tokens: int):
+    """So many streams at the same time, all of which have begun; what came of them, in a list."""
+    results = []
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            results.extend(await burst(router.url, chat(max_tokens=tokens, stream=True), count))
+
+        nursery.start_soon(run)
+        await in_thread(lambda: router.metric("vllm_router_server_leases") == count, "the streams")
+        yield results
+
+
+async def in_thread(condition, what: str, seconds: float = 10.0) -> None:
+    await trio.to_thread.run_sync(until, condition, what, seconds)
+
+
+async def shares(router: RouterProcess, count: int) -> dict[str, int]:
+    """The connections of each worker once both have told of so many together."""
+    await in_thread(lambda: sum(connections(router).values()) == count, "the connections")
+    return await trio.to_thread.run_sync(connections, router)
+
+
+# -- one router -------------------------------------------------------------------------------
+
+
+async def test_burst_spreads_over_servers_and_workers_and_is_counted_once(quiet: RouterProcess):
+    before = quiet.metric("vllm_router_requests_total")
+    async with streams(quiet, 60, 120) as results, feed(quiet) as websocket:
+        by_worker = await shares(quiet, 60)
+        assert min(by_worker.values()) >= 25, by_worker
+        stats = await trio.to_thread.run_sync(lambda: quiet.get("/load-stats").json())
+        assert stats["summary"]["in_flight"] == 60
+        health = await trio.to_thread.run_sync(lambda: quiet.get("/health").json())
+        assert health["in_flight"] == 60
+        with trio.fail_after(10):
+            seen = await snapshot(websocket)
+            while not seen["fleet"]["leases"] == seen["router"]["open_streams"] == 60:
+                seen = await snapshot(websocket)
+    assert [result for result in results if not result.ok] == []
+    by_server = Counter(result.server for result in results)
+    assert len(by_server) == 3
+    assert max(by_server.values()) - min(by_server.values()) <= 3, by_server
+    await in_thread(lambda: quiet.metric("vllm_router_requests_total") == before + 60, "the count")
+    assert quiet.metric("vllm_router_server_leases") == 0
+    assert quiet.metric("vllm_router_response_chunks_total") > 60 * 100
+
+
+@asynccontextmanager
+async def feed(router: RouterProcess):
+    """A client of the feed."""
+    stream = await trio.open_tcp_stream("127.0.0.1", router.port)
+    async with stream, trio.open_nursery() as nursery:
+        yield await wrap_client_stream(
+            nursery, stream, f"127.0.0.1:{router.port}", "/ws/load", max_message_size=2**24
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def snapshot(websocket) -> dict[str, Any]:
+    """The next one."""
+    while True:
+        message = json.loads(await websocket.get_message())
+        if message["type"] == "snapshot":
+            return message
+
+
+def test_client_that_asks_for_models_first_is_served_by_the_lane_again(quiet: RouterProcess):
+    with quiet.client() as client:
+        for _ in range(3):
+            assert client.get("/v1/models").json()["data"][0]["id"] == "m"
+            answer = client.post("/v1/chat/completions", json=chat())
+            assert answer.status_code == 200
+            assert answer.headers.get("connection") != "close"
+
+
+async def test_failures_seen_by_both_workers_eject_for_both(
+    quiet: RouterProcess, mocks: list[MockProcess]
+):
+    bad = mocks[0]
+    bad.set(mode="500")
+    try:
+        body = chat(max_tokens=1)
+        results = await burst(quiet.url, body, 18)
+        assert [result for result in results if not result.ok] == []
+        await in_thread(lambda: quiet.state(bad.url) == "ejected", "the ejection")
+        seen = bad.stats()["total"]
+        results = await burst(quiet.url, body, 12)
+        assert [result for result in results if not result.ok] == []
+        assert bad.stats()["total"] <= seen + 2  # the trials that were due meanwhile
+    finally:
+        bad.reset()
+    await in_thread(lambda: _serves_again(quiet, bad), "the trial")
+
+
+def _serves_again(router: RouterProcess, mock: MockProcess) -> bool:
+    router.post("/v1/chat/completions", chat(max_tokens=1))
+    return router.state(mock.url) == "up"
+
+
+def test_log_says_which_process_speaks(quiet: RouterProcess):
+    assert any(" [leader] supervisor: server " in line for line in quiet.log)
+
+
+# -- reload, drain, end -----------------------------------------------------------------------
+
+
+async def test_reload_reaches_both_and_a_drain_ends_streams_of_both(
+    tmp_path: Path, mocks: list[MockProcess]
+):
+    urls = [mock.url for mock in mocks]
+    with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
+        router.config.write_text(servers_toml(urls[1:]))
+        router.signal(signal.SIGHUP)
+        await in_thread(lambda: urls[0] not in router.servers(), "the reload")
+        async with streams(router, 12, 30) as results:
+            by_worker = await shares(router, 12)
+            assert min(by_worker.values()) >= 4
+            router.signal(signal.SIGTERM)
+            code = await trio.to_thread.run_sync(router.process.wait, 15)
+        assert code == 0
+        assert [result for result in results if not result.ok] == []
+        assert len({result.server for result in results}) == 2
+        assert pids(router) == {}
+
+
+def test_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[MockProcess]):
+    with router_process(servers_toml([mocks[0].url]), tmp_path, *WORKERS) as router:
+        started = pids(router)
+        body = json.dumps(chat(max_tokens=2000, stream=True))
+        command = ["curl", "-sN", f"{router.url}/v1/chat/completions", "--json", body]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline().startswith(b"data:")
+            router.signal(signal.SIGTERM)
+            until(lambda: "draining: 1 in flight" in router.text, "the drain")
+            router.signal(signal.SIGTERM)
+            assert router.process.wait(5) == 0
+        assert not any(map(alive, started.values()))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_start_that_fails_is_one_line(tmp_path: Path, quiet: RouterProcess):
+    fixed = ("run", "--console", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1")
+    taken = call(*fixed, "--port", str(quiet.port), *WORKERS, cwd=tmp_path)
+    assert taken.returncode == 2
+    assert taken.stderr == f"vllm-router: port {quiet.port} on 127.0.0.1 is already in use\n"
+    both = call(*fixed, *WORKERS, "--front", "hypercorn", cwd=tmp_path)
+    assert both.returncode == 2
+    assert "--workers needs --front lane" in both.stderr
+
+
+# -- who dies ---------------------------------------------------------------------------------
+
+
+async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
+    tmp_path: Path, mocks: list[MockProcess]
+):
+    urls = [mock.url for mock in mocks]
+    with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
+        before = family(router)
+        async with streams(router, 20, 150) as results:
+            by_worker = await shares(router, 20)
+            os.kill(before["worker 1"], signal.SIGKILL)
+            await in_thread(
+                lambda: router.metric("vllm_router_server_leases") == by_worker["2"], "leases"
+            )
+        lost = [result for result in results if not result.ok]
+        assert len(lost) == by_worker["1"]
+        assert 0 < len(lost) < 20
+        await in_thread(lambda: router.metric("vllm_router_workers") == 2, "the successor")
+        assert router.metric("vllm_router_worker_restarts_total") == 1
+        assert router.metric("vllm_router_server_leases") == 0
+        assert "worker 1 was killed by SIGKILL" in router.text
+        after = family(router)
+        assert after["worker 1"] != before["worker 1"]
+        assert after["worker 2"] == before["worker 2"]
+
+        # The leader: nobody who asks for tokens notices.
+        assert router.post(f"/admin/servers/{_name(urls[0])}/drain", {}).status_code == 200
+        async with Load(router.url, chat(max_tokens=2), 8) as load:
+            await load.wait_for(10)
+            os.kill(after["leader"], signal.SIGKILL)
+            await in_thread(
+                lambda: family(router).get("leader", 0) not in (0, after["leader"]), "it"
+            )
+            await load.wait_for(30)
+            await in_thread(lambda: router.get("/readyz").status_code == 200, "readiness")
+            await load.wait_for(10)
+        assert load.bad() == []
+        assert router.state(urls[0]) == "draining"
+        assert router.metric("vllm_router_requests_total") > 0
+
+        # The parent: without it nobody would be replaced any more.
+        everybody = family(router)
+        router.process.kill()
+        await in_thread(lambda: not any(map(alive, everybody.values())), "the end of all")
+
+
+def _name(url: str) -> str:
+    return url.removeprefix("http://")
+
+
+# -- TLS --------------------------------------------------------------------------------------
+
+
+async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: list[MockProcess]):
+    authority = Authority(tmp_path, "ca")
+    certificate, key = authority.sign("router")
+    context = ssl.create_default_context(cafile=str(authority.file))
+    config = servers_toml([mock.url for mock in mocks])
+    config += f'[tls]\ncertificate = "{certificate}"\nkey = "{key}"\n'
+    file = tmp_path / "servers.toml"
+    file.write_text(config)
+    router = RouterProcess(file, *WORKERS)
+    try:
+        until(lambda: "on https://" in router.text, "the port")
+        url = router.text.partition(" on ")[2].partition(",")[0]
+        for http2 in (False, True):
+            async with httpx.AsyncClient(
+                base_url=url, verify=context, http2=http2, trust_env=False, timeout=20
+            ) as client:
+                with trio.fail_after(20):
+                    while (await client.get("/readyz")).status_code != 200:
+                        await trio.sleep(0.05)
+                answer = await client.post("/v1/chat/completions", json=chat())
+                assert answer.status_code == 200, answer.text
+                assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
+                assert (await client.get("/admin/servers")).status_code == 200
+        assert "Traceback" not in router.text, router.text
+    finally:
+        router.close()

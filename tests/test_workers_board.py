@@ -1,0 +1,139 @@
+"""Counts in shared memory: one row per process, everybody reads all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.workers.board import COLUMNS, CONNECTIONS, Board, Sums
+
+
+@pytest.fixture
+def boards() -> Iterator[list[Board]]:
+    """The same board as four processes map it: a leader and three workers."""
+    fileno = Board.create(4)
+    try:
+        yield [Board(fileno, 4) for _ in range(4)]
+    finally:
+        os.close(fileno)
+
+
+def sums(boards: list[Board], *columns: int) -> list[Sums]:
+    made = [Sums(board, number) for number, board in enumerate(boards)]
+    for one in made:
+        for column in columns:
+            one.watch(column)
+    return made
+
+
+def test_what_one_counts_the_others_see(boards: list[Board]):
+    leader, one, two, _ = sums(boards, 5)
+    one.put(5, 3)
+    two.put(5, 4)
+    assert sorted(leader.look()) == [(5, 3), (5, 4)]
+    assert leader.elsewhere[5] == 7
+    one.put(5, 1)
+    assert leader.look() == [(5, -2)]
+    assert leader.elsewhere[5] == 5
+    assert leader.look() == []
+
+
+def test_own_counts_are_not_the_others(boards: list[Board]):
+    leader, one, *_ = sums(boards, 5)
+    one.put(5, 3)
+    assert one.look() == []
+    assert leader.look() == [(5, 3)]
+
+
+def test_column_that_is_watched_late_shows_what_has_been_counted_before(boards: list[Board]):
+    leader, one, *_ = sums(boards)
+    one.put(9, 2)
+    assert leader.look() == []
+    leader.watch(9)
+    assert leader.look() == [(9, 2)]
+
+
+def test_row_of_the_dead_is_cleared(boards: list[Board]):
+    leader, one, two, _ = sums(boards, 5)
+    one.put(5, 3)
+    two.put(5, 1)
+    leader.look()
+    boards[0].clear(1)
+    assert leader.look() == [(5, -3)]
+    assert leader.elsewhere[5] == 1
+
+
+def test_successor_begins_with_nothing_and_sees_the_others(boards: list[Board]):
+    leader, one, two, _ = sums(boards, 5)
+    one.put(5, 3)
+    two.put(5, 1)
+    leader.look()
+    again = Sums(boards[1], 1)
+    again.watch(5)
+    assert again.look() == [(5, 1)]
+    assert leader.look() == [(5, -3)]
+
+
+def test_fewest_counts_workers_only(boards: list[Board]):
+    _, one, two, three = sums(boards, CONNECTIONS)
+    one.put(CONNECTIONS, 9)
+    two.put(CONNECTIONS, 2)
+    three.put(CONNECTIONS, 4)
+    assert one.fewest(CONNECTIONS) == 2
+    assert two.fewest(CONNECTIONS) == 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 100))))
+def test_sums_are_those_of_the_others_rows(steps: list[tuple[int, int, int]]):
+    fileno = Board.create(4)
+    try:
+        made = sums([Board(fileno, 4) for _ in range(4)], 20)
+        rows = [[0] * 21 for _ in range(4)]
+        for number, column, count in steps:
+            made[number].put(column, count)
+            rows[number][column] = count
+            for mine, one in enumerate(made):
+                one.look()
+                for at in range(21):
+                    others = sum(row[at] for n, row in enumerate(rows) if n != mine)
+                    assert one.elsewhere[at] == others
+    finally:
+        os.close(fileno)
+
+
+# -- columns ----------------------------------------------------------------------------------
+
+
+def test_column_is_found_by_its_key_in_every_process(boards: list[Board]):
+    assert boards[1].find("http://a:1") is None
+    column = boards[0].assign("http://a:1")
+    assert column is not None
+    assert boards[1].find("http://a:1") == column
+    assert boards[0].assign("http://a:1") == column
+    assert boards[0].assign("http://b:1") != column
+
+
+def test_no_key_gets_the_column_of_connections(boards: list[Board]):
+    assert boards[0].assign("http://a:1") != CONNECTIONS
+
+
+def test_column_is_free_again_once_nothing_is_counted_in_it(boards: list[Board]):
+    leader = boards[0]
+    column = leader.assign("http://a:1")
+    assert column is not None
+    boards[2].row(2)[column] = 1
+    leader.keep(set())
+    assert leader.find("http://a:1") is None
+    assert leader.assign("http://b:1") != column
+    boards[2].row(2)[column] = 0
+    assert leader.assign("http://c:1") == column
+
+
+def test_board_that_is_full_has_no_column(boards: list[Board]):
+    for number in range(1, COLUMNS):
+        assert boards[0].assign(f"http://a:{number}") is not None
+    assert boards[0].assign("http://b:1") is None

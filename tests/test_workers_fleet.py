@@ -1,0 +1,240 @@
+"""Fleets of several processes that count their leases together, and follow one leader."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from fleet_makers import come_up, eject, gauges, go_down, make_config
+from vllm_router.config import Config
+from vllm_router.fleet.server import Lease, Server, State
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.policies import POLICIES
+from vllm_router.workers.board import Board, Sums
+from vllm_router.workers.fleet import FollowingFleet, LeadingFleet, state_of
+from vllm_router.workers.messages import States, Verdict, decode_from_leader, encode
+
+
+class Router:
+    """A leader's fleet and those of two workers, as far as they concern each other."""
+
+    def __init__(self, fileno: int, config: Config) -> None:
+        self.fileno = fileno
+        self.news: list[Server] = []
+        self.verdicts: list[Verdict] = []
+        self.leader = LeadingFleet(config, Sums(Board(fileno, 3), 0), self.news.append)
+        self.workers = [self.worker(config, 1), self.worker(config, 2)]
+        for server in self.leader.servers.values():
+            come_up(server, 0.0)
+        self.tell(0.0)
+
+    def worker(self, config: Config, number: int) -> FollowingFleet:
+        return FollowingFleet(config, Sums(Board(self.fileno, 3), number), self.verdicts.append)
+
+    def tell(self, now: float) -> None:
+        """The leader's news, as they travel."""
+        self.leader.settle(now)
+        message = decode_from_leader(encode(States([state_of(server) for server in self.news])))
+        assert isinstance(message, States)
+        self.news.clear()
+        for worker in self.workers:
+            for state in message.servers:
+                worker.follow(state, now)
+            worker.settle(now)
+
+    def apply(self, config: Config, now: float) -> None:
+        self.leader.apply(config)
+        for worker in self.workers:
+            worker.apply(config)
+        self.news += self.leader.all_servers()
+        self.tell(now)
+
+
+@pytest.fixture
+def board() -> Iterator[int]:
+    fileno = Board.create(3)
+    yield fileno
+    os.close(fileno)
+
+
+@pytest.fixture
+def router(board: int) -> Router:
+    return Router(board, make_config(3))
+
+
+# -- leases -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["least_load", "adaptive"])
+def test_burst_over_two_workers_spreads_as_evenly_as_over_one(router: Router, policy: str):
+    policies = [POLICIES[policy](Random(seed)) for seed in (1, 2)]
+    leases: Counter[str] = Counter()
+    facts = Facts("m")
+    for number in range(60):
+        fleet = router.workers[number % 2]
+        server = policies[number % 2].pick(fleet.candidates("m", 1.0), facts, 1.0)
+        policies[number % 2].leased(server.lease(1.0), facts, 1.0)
+        leases[server.name] += 1
+    assert leases == {"a": 20, "b": 20, "c": 20}
+
+
+def test_leases_of_all_are_seen_by_all(router: Router):
+    one, two = router.workers
+    kept = one.servers["a"].lease(1.0)
+    two.servers["a"].lease(1.0)
+    for fleet in (router.leader, one, two):
+        fleet.look()
+        assert fleet.servers["a"].in_flight == 2
+        assert fleet.servers["a"].load == pytest.approx(2 / 3)
+        assert fleet.in_flight == 2
+    kept.release()
+    two.look()
+    assert two.servers["a"].in_flight == 1
+
+
+def test_leases_of_a_dead_worker_are_gone(router: Router, board: int):
+    router.workers[0].servers["a"].lease(1.0)
+    router.workers[1].servers["a"].lease(1.0)
+    router.leader.look()
+    Board(board, 3).clear(1)
+    router.leader.look()
+    assert router.leader.servers["a"].in_flight == 1
+
+
+def test_successor_of_a_dead_worker_sees_the_others_leases(router: Router):
+    router.workers[1].servers["b"].lease(1.0)
+    again = router.worker(make_config(3), 1)
+    again.look()
+    assert [server.in_flight for server in again.servers.values()] == [0, 1, 0]
+
+
+def test_scrape_is_corrected_by_the_leases_of_all(router: Router):
+    leases: list[Lease] = [fleet.servers["a"].lease(1.0) for fleet in router.workers]
+    router.leader.look()
+    server = router.leader.servers["a"]
+    server.scraped(gauges(running=5.0), 1.0, server.in_flight)
+    router.tell(1.0)
+    leases += [router.workers[0].servers["a"].lease(1.1)]
+    router.workers[1].look()
+    assert router.workers[1].servers["a"].running == 6.0
+    for lease in leases:
+        lease.release()
+    router.workers[1].look()
+    assert router.workers[1].servers["a"].running == 3.0
+
+
+def test_worker_that_was_there_before_the_leader_finds_its_places_later(board: int):
+    early = FollowingFleet(make_config(1), Sums(Board(board, 3), 1), lambda verdict: None)
+    early.servers["a"].lease(1.0)
+    leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
+    early.take_places()
+    leader.look()
+    assert leader.servers["a"].in_flight == 1
+    assert early.servers["a"].in_flight == 1
+
+
+def test_removed_server_stays_until_the_last_lease_of_any_worker_is_back(router: Router):
+    lease = router.workers[0].servers["a"].lease(1.0)
+    servers = [{"url": f"http://{name}.test:1", "name": name} for name in "bc"]
+    router.apply(make_config(servers), 2.0)
+    for fleet in (router.leader, *router.workers):
+        assert fleet.gone() == []
+        assert [server.name for server in fleet.leaving] == ["a"]
+    lease.release()
+    for fleet in (router.leader, *router.workers):
+        assert [server.name for server in fleet.gone()] == ["a"]
+
+
+def test_server_that_comes_back_counts_from_zero(router: Router):
+    servers = [{"url": f"http://{name}.test:1", "name": name} for name in "bc"]
+    router.apply(make_config(servers), 2.0)
+    for fleet in (router.leader, *router.workers):
+        fleet.gone()
+    router.apply(make_config(3), 3.0)
+    router.workers[0].servers["a"].lease(3.0)
+    router.leader.look()
+    assert router.leader.servers["a"].in_flight == 1
+    assert router.leader.servers["b"].in_flight == 0
+
+
+# -- state ------------------------------------------------------------------------------------
+
+
+def test_workers_know_what_the_leader_has_found(router: Router):
+    for worker in router.workers:
+        assert {s.state for s in worker.servers.values()} == {State.UP}
+        assert worker.probed
+        assert worker.knows("m")
+    go_down(router.leader.servers["b"], 2.0)
+    router.tell(2.0)
+    for worker in router.workers:
+        assert worker.servers["b"].state is State.DOWN
+        assert [s.name for s in worker.candidates("m", 2.0)] == ["a", "c"]
+
+
+def test_worker_is_told_when_a_server_has_just_gone_down(router: Router):
+    server = router.leader.servers["b"]
+    go_down(server, 2.0)
+    state = state_of(server)
+    worker = router.workers[0]
+    assert worker.follow(state, 2.0) is worker.servers["b"]
+    assert worker.follow(state, 2.1) is None
+
+
+def test_failures_reach_the_leader_who_ejects_for_all(router: Router):
+    for fleet in [*router.workers, router.workers[0]]:
+        fleet.failed(fleet.servers["c"], 5.0, trial=False, jitter=1.0)
+    assert not router.workers[0].servers["c"].traffic_health.ejected
+    assert [verdict.what for verdict in router.verdicts] == ["failed"] * 3
+    eject(router.leader.servers["c"], 5.0)
+    router.tell(5.0)
+    for worker in router.workers:
+        assert worker.servers["c"].state is State.EJECTED
+        assert [s.name for s in worker.candidates("m", 5.0)] == ["a", "b"]
+
+
+def test_server_in_trial_is_asked_once_by_a_worker(router: Router):
+    server = router.leader.servers["c"]
+    eject(server, 5.0)
+    router.tell(5.0)
+    later = server.traffic_health.until + 0.1
+    worker = router.workers[0]
+    lease = worker.servers["c"].lease(later)
+    assert lease.trial
+    assert worker.servers["c"] not in worker.candidates("m", later)
+    router.news.append(server)
+    router.tell(later)  # a scrape in the meantime does not let a second one through
+    assert worker.servers["c"] not in worker.candidates("m", later)
+
+
+def test_refusal_counts_at_once_where_it_was_seen_and_is_told(router: Router):
+    one, two = router.workers
+    one.servers["a"].refused(1.0, 5.0)
+    assert one.servers["a"] not in one.candidates("m", 1.1)
+    assert two.servers["a"] in two.candidates("m", 1.1)
+    assert router.verdicts == [
+        Verdict("refused", router.leader.servers["a"].url, 1.0, retry_after=5.0)
+    ]
+
+
+def test_drain_and_names_and_models_are_followed(router: Router):
+    router.leader.servers["a"].drain(on=True)
+    come_up(router.leader.servers["b"], 2.0, "m", "lora")
+    router.tell(2.0)
+    worker = router.workers[0]
+    assert worker.servers["a"].state is State.DRAINING
+    assert [s.name for s in worker.candidates("lora", 2.0)] == ["b"]
+
+
+def test_old_metrics_are_told_but_not_used(router: Router):
+    server = router.leader.servers["a"]
+    server.scraped(gauges(running=5.0), 1.0, 0)
+    router.news.clear()
+    worker = router.workers[0]
+    worker.follow(state_of(server), 100.0)
+    assert not worker.servers["a"].metrics_fresh
+    assert worker.servers["a"].running == 0.0

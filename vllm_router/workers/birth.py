@@ -1,0 +1,133 @@
+"""What a process of the router is told when it is started, and how it is told what to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import msgspec
+import trio
+
+from vllm_router.service import StopSignals
+from vllm_router.workers.channel import Channel
+
+logger = logging.getLogger(__name__)
+
+
+class Birth(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers are descriptors, unless said otherwise.
+
+    number: 0 for the leader, else the worker's.
+    workers: how many there are.
+    line: the channel to the parent.
+    channels: to every worker, for the leader; to the leader alone, for a worker.
+    board, in_force: the shared memory of these names.
+    listeners: what this process accepts from.
+    plain: those of them that take plain HTTP even if the others speak TLS only.
+    admin_port, door: the ports of administration and of the router's own view, with the digest of
+        the key for the latter.
+    source: the configuration file, to be followed by the leader.
+    patient: another process serves the port, until this one knows the servers.
+    log: the file that the log goes to, None for stderr; level, form, access: as in Overrides.
+    """
+
+    number: int
+    workers: int
+    line: int
+    channels: tuple[int, ...]
+    board: int
+    in_force: int
+    listeners: tuple[int, ...]
+    plain: tuple[int, ...] = ()
+    admin_port: int | None = None
+    door: tuple[int, str] | None = None
+    source: str | None = None
+    demo: int = 0
+    patient: bool = False
+    log: str | None = None
+    level: str | None = None
+    form: str | None = None
+    access: bool | str | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All that the process inherits."""
+        return (self.line, self.board, self.in_force, *self.channels, *self.listeners)
+
+    @property
+    def name(self) -> str:
+        return f"worker {self.number}" if self.number else "leader"
+
+
+def write(birth: Birth) -> int:
+    """A descriptor to be inherited, from which `read` gets it; whoever calls closes it."""
+    fileno = os.memfd_create("vllm-router birth")
+    os.pwrite(fileno, msgspec.json.encode(birth), 0)
+    return fileno
+
+
+def read(fileno: int) -> Birth:
+    """Closes the descriptor."""
+    with open(fileno, "rb") as file:
+        file.seek(0)
+        return msgspec.json.decode(file.read(), type=Birth)
+
+
+SERVING = b"serving"
+FAILED = b"failed "
+"""Begins the one line that says why a process cannot start."""
+
+LAME = b"lame"
+DRAIN = b"drain"
+STOP = b"stop"
+RELOAD = b"reload"
+REOPEN = b"reopen"
+
+
+class Orders(StopSignals):
+    """What the parent says, instead of signals: those may reach a whole process group at once.
+
+    A parent that is gone is an order to drain. `reload` and `reopen` are called when asked for,
+    `lame` when the router is about to stop.
+    """
+
+    def __init__(self, fileno: int) -> None:
+        super().__init__()
+        self._line = Channel(socket.socket(fileno=fileno))
+        self.reload = self.reopen = self.lame = _nothing
+
+    def close(self) -> None:
+        self._line.close()
+
+    def say(self, word: bytes) -> None:
+        """Tell the parent."""
+        self._line.send_now(word)
+
+    async def listen(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        task_status.started()
+        while True:
+            word, _ = await self._line.receive()
+            match word:
+                case b"":
+                    if not self.first.is_set():
+                        logger.warning("the process that started this one is gone: draining")
+                    self.first.set()
+                    return
+                case b"lame":
+                    self.lame()
+                case b"drain":
+                    self.first.set()
+                case b"stop":
+                    self.first.set()
+                    self.end_now()
+                case b"reload":
+                    self.reload()
+                case b"reopen":
+                    self.reopen()
+
+
+def _nothing() -> None:
+    """Nobody has asked for it yet."""

@@ -1,0 +1,266 @@
+"""The fleet as one of several processes knows it.
+
+Every process has servers of its own, whose `in_flight` counts the leases of all: those taken here
+and, from the board, those taken elsewhere. So policies, `load` and the pages need to know nothing
+of other processes.
+
+The leader decides what state a server is in; workers tell it how their attempts ended and take
+over what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from vllm_router.config import Config, ServerConfig, Settings
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.fleet import Fleet, FleetChange
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.workers.board import Sums
+from vllm_router.workers.messages import ServerState, Verdict
+
+
+class SharedServer(Server):
+    """A server of which several processes hold leases."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        settings: Settings,
+        on_change: Callable[[Server], None],
+        sums: Sums,
+    ) -> None:
+        self._sums = sums
+        self._column: int | None = None
+        super().__init__(config, settings, on_change)
+
+    def stand_in(self, column: int | None) -> None:
+        """The place on the board; None if there is none left: then only our own leases count."""
+        if column == self._column:
+            return
+        if self._column is not None:
+            self._sums.put(self._column, 0)
+        self._column = column
+        self.in_flight = len(self.leases)
+        if column is not None:
+            self._sums.watch(column)
+            self._sums.put(column, self.in_flight)
+            self.in_flight += self._sums.elsewhere[column]
+        self._update_load()
+
+    def changed_elsewhere(self, difference: int) -> None:
+        """Other processes have taken, or given back, so many leases."""
+        self.in_flight += difference
+        self._update_load()
+
+    def lease(self, now: float) -> Lease:
+        lease = super().lease(now)
+        if self._column is not None:
+            self._sums.put(self._column, len(self.leases))
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        super().end_lease(lease)
+        if self._column is not None:
+            self._sums.put(self._column, len(self.leases))
+
+
+class LeadingServer(SharedServer):
+    """The leader's: `tell` hears of every scrape; the fleet, of every change of state."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        settings: Settings,
+        on_change: Callable[[Server], None],
+        sums: Sums,
+        tell: Callable[[Server], None],
+    ) -> None:
+        self._tell = tell
+        super().__init__(config, settings, on_change, sums)
+
+    def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
+        super().scraped(metrics, now, leases)
+        self._tell(self)
+
+
+class FollowingServer(SharedServer):
+    """A worker's: judged by the leader, whom `tell` reaches."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        settings: Settings,
+        on_change: Callable[[Server], None],
+        sums: Sums,
+        tell: Callable[[Verdict], None],
+    ) -> None:
+        self._tell = tell
+        self._decides: tuple[object, ...] = ()
+        super().__init__(config, settings, on_change, sums)
+
+    def answered(self, now: float, *, trial: bool) -> None:
+        self.last_byte_at = max(self.last_byte_at, now)
+        self._tell(Verdict("answered", self.url, now, trial))
+
+    def refused(self, now: float, retry_after: float | None) -> None:
+        super().refused(now, retry_after)
+        self._tell(Verdict("refused", self.url, now, retry_after=retry_after))
+
+    def follow(self, state: ServerState, now: float) -> bool:
+        """Take over what the leader knows. True if the server has just gone down."""
+        probe, traffic = self.probe_health, self.traffic_health
+        went_down = bool(probe.up) and not state.up
+        probe.up, probe.reason = state.up, state.reason
+        probe.goods_in_row = probe.rules.rise if state.held_back else 0
+        came_back = state.back_at > self.back_at
+        self.full_until = state.full_until if came_back else max(self.full_until, state.full_until)
+        self.back_at, self.fell_at, self.restarts = state.back_at, state.fell_at, state.restarts
+        was_asleep = self.metrics is not None and self.metrics.asleep
+        self.metrics, self.scraped_at = state.metrics, state.scraped_at
+        self.metrics_fresh = state.metrics is not None and (
+            self.metrics_age(now) <= self.stale_after
+        )
+        self.leases_at_scrape = state.leases_at_scrape
+        self._update_load()
+        asleep = state.metrics is not None and state.metrics.asleep
+        decides = (
+            *(state.up, state.held_back, state.ejected, state.ejected_until, self.full_until),
+            *(state.back_at, state.models, state.draining, asleep),
+        )
+        if decides != self._decides or asleep is not was_asleep:
+            self._decides = decides
+            traffic.ejected, traffic.until = state.ejected, state.ejected_until
+            traffic.reason = state.ejected_for
+            self.models, self.draining = state.models, state.draining
+            self._on_change(self)
+        return went_down
+
+
+def state_of(server: Server) -> ServerState:
+    """What the leader tells of a server. Trials are each process's own."""
+    return ServerState(
+        url=server.url,
+        up=server.probe_health.up,
+        reason=server.probe_health.reason,
+        held_back=server.probe_health.held_back,
+        ejected=server.traffic_health.ejected,
+        ejected_until=server.traffic_health.until,
+        ejected_for=server.traffic_health.reason,
+        full_until=server.full_until,
+        back_at=server.back_at,
+        fell_at=server.fell_at,
+        restarts=server.restarts,
+        metrics=server.metrics,
+        scraped_at=server.scraped_at,
+        leases_at_scrape=server.leases_at_scrape,
+        models=server.models,
+        draining=server.draining,
+    )
+
+
+class SharedFleet(Fleet):
+    """What the fleets of the leader and of workers have in common."""
+
+    def __init__(self, config: Config, sums: Sums) -> None:
+        self._sums = sums
+        self._by_column: dict[int, SharedServer] = {}
+        self._known: dict[str, SharedServer] = {}
+        super().__init__(config)
+
+    def apply(self, config: Config) -> FleetChange:
+        change = super().apply(config)
+        self.look()
+        self.take_places()
+        return change
+
+    def take_places(self) -> None:
+        """Find every server's column on the board, again: the leader may have given it one."""
+        servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
+        self._known = {server.url: server for server in reversed(servers)}
+        self._by_column.clear()
+        for url, server in self._known.items():
+            column = self._column_of(url)
+            server.stand_in(column)
+            if column is not None:
+                self._by_column[column] = server
+
+    def _column_of(self, url: str) -> int | None:
+        return self._sums.board.find(url)
+
+    def by_url(self, url: str) -> Server | None:
+        """The server at a URL, one that leaves included."""
+        return self._known.get(url)
+
+    # -- leases of other processes ------------------------------------------------------------
+
+    def look(self) -> None:
+        for column, difference in self._sums.look():
+            server = self._by_column.get(column)
+            if server is not None:
+                server.changed_elsewhere(difference)
+
+    def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
+        self.look()
+        return super().candidates(model, now)
+
+    def others(
+        self, model: str | None, now: float, tried: Collection[Server]
+    ) -> tuple[Server, ...]:
+        self.look()
+        return super().others(model, now, tried)
+
+    def gone(self) -> list[Server]:
+        self.look()
+        gone = super().gone()
+        if gone:
+            self.take_places()
+        return gone
+
+
+class LeadingFleet(SharedFleet):
+    """The leader's. `tell` is called with every server of which workers must know more."""
+
+    def __init__(self, config: Config, sums: Sums, tell: Callable[[Server], None]) -> None:
+        self._tell = tell
+        super().__init__(config, sums)
+
+    def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
+        return LeadingServer(wanted, settings, self._note, self._sums, self._tell)
+
+    def _note(self, server: Server) -> None:
+        super()._note(server)
+        self._tell(server)
+
+    def take_places(self) -> None:
+        self._sums.board.keep({server.url for server in self.all_servers()})
+        super().take_places()
+
+    def _column_of(self, url: str) -> int | None:
+        return self._sums.board.assign(url)
+
+
+class FollowingFleet(SharedFleet):
+    """A worker's. `tell` is called with what its attempts have shown."""
+
+    def __init__(self, config: Config, sums: Sums, tell: Callable[[Verdict], None]) -> None:
+        self._tell = tell
+        super().__init__(config, sums)
+
+    def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
+        return FollowingServer(wanted, settings, self._note, self._sums, self._tell)
+
+    def failed(
+        self, server: Server, now: float, *, trial: bool, jitter: float, body: int | None = None
+    ) -> None:
+        self._tell(Verdict("failed", server.url, now, trial, jitter, body))
+
+    def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
+        self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))
+
+    def follow(self, state: ServerState, now: float) -> FollowingServer | None:
+        """Take over what the leader knows of a server; it, if it has just gone down."""
+        server = self._known.get(state.url)
+        if isinstance(server, FollowingServer) and server.follow(state, now):
+            return server
+        return None

@@ -1,0 +1,305 @@
+"""The process that probes, decides, and answers for all; it accepts no inference connection.
+
+Workers come and go, each at its end of a channel that outlives both sides. A worker's `Hello` is
+answered with everything the leader knows; from then on it is told what changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import trio
+
+from vllm_router.config import Config
+from vllm_router.fleet.server import Server
+from vllm_router.hypercorn_bridge import HypercornSide
+from vllm_router.log_output import LogOutput
+from vllm_router.proxy.gate import Queue
+from vllm_router.proxy.record import Phase, Record
+from vllm_router.routing.retry import Outcome
+from vllm_router.supervisor import Supervisor
+from vllm_router.tasks.watch import ConfigSource
+from vllm_router.telemetry import Telemetry
+from vllm_router.web.guard import OwnDoor
+from vllm_router.web.router import CPU, IN_FLIGHT, LAG
+from vllm_router.workers.board import Sums
+from vllm_router.workers.channel import Channel
+from vllm_router.workers.fleet import LeadingFleet, state_of
+from vllm_router.workers.handover import take_over
+from vllm_router.workers.in_force import InForce
+from vllm_router.workers.messages import (
+    Configured,
+    Connection,
+    Figures,
+    Hello,
+    Report,
+    States,
+    Verdict,
+    Welcome,
+    decode_from_worker,
+    encode,
+)
+from vllm_router.workers.reporter import unpack
+
+logger = logging.getLogger(__name__)
+
+STATES = 25
+"""Servers in one message; one with a thousand models takes some 30 KB."""
+
+TOTALS = frozenset(
+    {
+        CPU,
+        "reports_dropped",
+        "vllm_router_task_restarts_total",
+        "vllm_router_log_lines_dropped_total",
+    }
+)
+"""Figures that only rise: those of a worker that has ended still count."""
+
+
+class Link:
+    """The leader's side of one worker."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        self.number = number
+        self.channel = channel
+        self.pid: int | None = None
+        self.figures = Figures(False, {}, {}, [])
+        self.news: set[Server] = set()
+        self.welcome: Welcome | None = Welcome(first=True)
+        self.configured = 0
+        self.wake = trio.Event()
+        self.wake.set()
+
+
+class Leader(Supervisor):
+    """A supervisor whose proxy serves hardly anything, and whose fleet all workers share.
+
+    `channels` are the ends of the workers; the caller closes them. `side` serves what they hand
+    over.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: ConfigSource | None,
+        *,
+        side: HypercornSide,
+        sums: Sums,
+        channels: Sequence[Channel],
+        in_force: InForce,
+        output: LogOutput | None = None,
+        telemetry: Telemetry | None = None,
+        admin_port: int | None = None,
+        own_door: OwnDoor | None = None,
+    ) -> None:
+        self._links = [Link(number, channel) for number, channel in enumerate(channels, 1)]
+        self._in_force = in_force
+        self._generation = 1
+        self._past: Counter[str] = Counter()
+        self.worker_restarts = 0
+        self._side = side
+        fleet = LeadingFleet(config, sums, self._news_of)
+        self.shared_fleet = fleet
+        super().__init__(
+            config,
+            source,
+            output=output,
+            telemetry=telemetry,
+            admin_port=admin_port,
+            own_door=own_door,
+            fleet=fleet,
+        )
+        in_force.write(config)
+
+    def _start_tasks(self, nursery: trio.Nursery) -> None:
+        super()._start_tasks(nursery)
+        for link in self._links:
+            nursery.start_soon(self._keep, f"worker {link.number}", self._listener(link, nursery))
+            nursery.start_soon(self._keep, f"news for {link.number}", self._teller(link))
+
+    def _follow_signals(self, nursery: trio.Nursery) -> None:
+        """The parent gets them, and tells."""
+
+    # -- what workers say ---------------------------------------------------------------------
+
+    def _listener(self, link: Link, nursery: trio.Nursery) -> Callable[[], Any]:
+        async def listen() -> None:
+            while True:
+                data, fileno = await link.channel.receive()
+                if not data:
+                    await trio.sleep_forever()  # the parent has gone, and we go, too
+                try:
+                    message = decode_from_worker(data)
+                except msgspec.DecodeError:
+                    logger.exception("worker %d said what nobody understands", link.number)
+                    continue
+                match message:
+                    case Report():
+                        await self._report(message)
+                    case Figures():
+                        link.figures = message
+                    case Connection() if fileno is not None:
+                        nursery.start_soon(take_over, self._side, message, fileno)
+                    case Hello():
+                        self._hello(link, message)
+
+        return listen
+
+    def _hello(self, link: Link, hello: Hello) -> None:
+        if link.pid is not None and link.pid != hello.pid:
+            self.worker_restarts += 1
+            for name, value in link.figures.values.items():
+                if name in TOTALS:
+                    self._past[name] += value  # type: ignore[assignment]  # seconds, too
+            link.figures = Figures(False, {}, {}, [])
+        link.pid = hello.pid
+        for url in hello.draining:
+            server = self.shared_fleet.by_url(url)
+            if server is not None and not server.draining:
+                server.drain(on=True)
+        link.news = set(self.fleet.all_servers())
+        link.welcome = Welcome(first=False)
+        link.configured = 0
+        link.wake.set()
+
+    async def _report(self, report: Report) -> None:
+        fleet = self.shared_fleet
+        for verdict in report.verdicts:
+            server = fleet.by_url(verdict.url)
+            if server is not None:
+                self._judge(server, verdict)
+        if report.verdicts:
+            fleet.settle(trio.current_time())
+        for url, outcome in report.attempts:
+            server = fleet.by_url(url)
+            if server is not None:
+                self.proxy.attempt_ended(server, Outcome(outcome))
+        for ended in report.ended:
+            record = unpack(ended, fleet)
+            self.metrics.exchange_ended(record)
+            self.feed.exchange_ended(record)
+        for code in report.refusals:
+            self.refused(code)
+        await trio.lowlevel.checkpoint()
+
+    def _judge(self, server: Server, verdict: Verdict) -> None:
+        """What an attempt in a worker has shown, as if it had been made here."""
+        now, jitter, body = verdict.at, verdict.jitter, verdict.body
+        match verdict.what:
+            case "answered":
+                server.answered(now, trial=verdict.trial)
+            case "failed":
+                self.fleet.failed(server, now, trial=verdict.trial, jitter=jitter, body=body)
+            case "not_its_fault" if body is not None:
+                self.fleet.not_its_fault(server, now, jitter=jitter, body=body)
+            case "refused":
+                server.refused(now, verdict.retry_after)
+
+    # -- what workers are told ----------------------------------------------------------------
+
+    def _news_of(self, server: Server) -> None:
+        for link in self._links:
+            link.news.add(server)
+            link.wake.set()
+
+    def _teller(self, link: Link) -> Callable[[], Any]:
+        async def tell() -> None:
+            while True:
+                await link.wake.wait()
+                link.wake = trio.Event()
+                welcome, link.welcome = link.welcome, None
+                if welcome is not None:
+                    await link.channel.send(encode(welcome))
+                if link.pid is None:
+                    continue
+                if link.configured != self._generation:
+                    link.configured = self._generation
+                    await link.channel.send(encode(Configured(self._generation)))
+                while link.news:
+                    told = [link.news.pop() for _ in range(min(STATES, len(link.news)))]
+                    # A leader that has just begun knows less than its workers.
+                    known = [state_of(one) for one in told if one.probe_health.up is not None]
+                    await link.channel.send(encode(States(known)))
+
+        return tell
+
+    def _apply(self, old: Config, new: Config) -> None:
+        super()._apply(old, new)
+        self._in_force.write(new)
+        self._generation += 1
+        for link in self._links:
+            link.news.update(self.fleet.all_servers())
+            link.wake.set()
+
+    # -- one router ---------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> int:
+        """How many workers accept connections."""
+        return sum(link.figures.serving for link in self._links)
+
+    @property
+    def ready(self) -> bool:
+        return super().ready and self.serving > 0
+
+    @property
+    def in_flight(self) -> int:
+        return super().in_flight + int(self.elsewhere(IN_FLIGHT) or 0)
+
+    def running(self) -> list[Record]:
+        running = super().running()
+        for link in self._links:
+            for url, chunks in link.figures.chunks.items():
+                running.append(
+                    Record(
+                        0.0,
+                        "",
+                        b"",
+                        "",
+                        b"",
+                        phase=Phase.STREAM,
+                        server=self.shared_fleet.by_url(url),
+                        chunks=chunks,
+                    )
+                )
+        return running
+
+    def workers(self) -> Mapping[str, Mapping[str, float]]:
+        return {
+            str(link.number): link.figures.values for link in self._links if link.figures.values
+        }
+
+    def queues(self, now: float) -> list[Queue]:
+        queues = {queue.model: queue for queue in super().queues(now)}
+        for link in self._links:
+            for queue in link.figures.queues:
+                queues[queue.model] = _together(queue, queues.get(queue.model))
+        return list(queues.values())
+
+    def elsewhere(self, figure: str) -> float | None:
+        if figure == "workers":
+            return self.serving
+        if figure == "restarts":
+            return self.worker_restarts
+        values = [link.figures.values.get(figure, 0.0) for link in self._links]
+        if figure == LAG:
+            return max(values)
+        return sum(values) + self._past.get(figure, 0)
+
+
+def _together(one: Queue, other: Queue | None) -> Queue:
+    """Two workers' queues for the same model."""
+    if other is None:
+        return one
+    rates = [queue.freed_per_s for queue in (one, other) if queue.freed_per_s is not None]
+    return Queue(
+        one.model,
+        one.waiting + other.waiting,
+        max(one.longest, other.longest),
+        sum(rates) if rates else None,
+    )

@@ -1,0 +1,241 @@
+"""One leader or worker from its start to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vllm_router import telemetry
+from vllm_router.asgi import Application
+from vllm_router.config import Config
+from vllm_router.errors import ConfigError, RouterError
+from vllm_router.front import Front
+from vllm_router.http1.server import Limits
+from vllm_router.hypercorn_bridge import HypercornSide
+from vllm_router.kinds import Secret
+from vllm_router.log_output import LogOutput, Overrides
+from vllm_router.service import LINGER, drain, follow_tls, most_connections, probed, take_tls
+from vllm_router.supervisor import Supervisor
+from vllm_router.tasks.watch import ConfigSource
+from vllm_router.web.guard import OwnDoor
+from vllm_router.workers import birth as line
+from vllm_router.workers.birth import Birth, Orders
+from vllm_router.workers.board import Board, Sums
+from vllm_router.workers.channel import Channel
+from vllm_router.workers.clock import SharedClock
+from vllm_router.workers.handover import LeaderSide, Turns
+from vllm_router.workers.in_force import InForce
+from vllm_router.workers.leader import Leader
+from vllm_router.workers.reporter import Reporter
+from vllm_router.workers.worker import Worker, not_here
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS = 1.0
+"""Seconds for the last reports to be taken."""
+
+
+def live(fileno: int) -> int:
+    """Be what the descriptor says; the exit code."""
+    birth = line.read(fileno)
+    orders = Orders(birth.line)
+    channels = [Channel(socket.socket(fileno=end)) for end in birth.channels]
+    try:
+        return _live(birth, orders, channels)
+    finally:
+        orders.close()
+        for channel in channels:
+            channel.close()
+
+
+def _live(birth: Birth, orders: Orders, channels: list[Channel]) -> int:
+    in_force = InForce(birth.in_force)
+    log = Path(birth.log) if birth.log is not None else None
+    overrides = Overrides(level=birth.level, form=birth.form, access=birth.access)
+    try:
+        output = LogOutput(overrides, file=log, tag=birth.name)
+    except OSError as error:
+        orders.say(line.FAILED + str(error).encode())
+        return 2
+    try:
+        config = _read(in_force)
+        output.apply(config.log)
+        run = _worker if birth.number else _lead
+        trio.run(run, birth, config, in_force, orders, channels, output, clock=SharedClock())
+    except (RouterError, ConfigError, OSError) as error:
+        orders.say(line.FAILED + str(error).encode())
+        return 2
+    finally:
+        output.close()
+    return 0
+
+
+def _read(in_force: InForce) -> Config:
+    config = in_force.read()
+    if config is None:
+        raise ConfigError(["the configuration in force cannot be read"])
+    return config
+
+
+def _limits(config: Config) -> Limits:
+    settings = config.settings
+    return Limits(
+        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
+    )
+
+
+def _most() -> int | None:
+    return most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _listen(front: Front, birth: Birth, config: Config) -> None:
+    take_tls(front, config)
+    for fileno in birth.listeners:
+        address = front.adopt(fileno)
+        if fileno in birth.plain:
+            front.allow_plain(address[1])
+
+
+def _follow(orders: Orders, supervisor: Supervisor, output: LogOutput) -> None:
+    orders.reopen = output.reopen
+    orders.reload = supervisor.nudge
+
+
+async def _worker(
+    birth: Birth,
+    config: Config,
+    in_force: InForce,
+    orders: Orders,
+    channels: list[Channel],
+    output: LogOutput,
+) -> None:
+    app = Application()
+    (channel,) = channels
+    sums = Sums(Board(birth.board, birth.workers + 1), birth.number)
+    reporter = Reporter(channel)
+    front = Front(
+        app,
+        limits=_limits(config),
+        tls_only=True,
+        max_connections=_most(),
+        side=LeaderSide(channel, reporter),
+        gate=Turns(sums),
+    )
+    _listen(front, birth, config)
+    with contextlib.ExitStack() as ending:
+        spans = telemetry.start(config.log)
+        if spans is not None:
+            ending.callback(spans.close)
+        async with trio.open_nursery() as nursery:
+            supervisor = Worker(
+                config,
+                output=output,
+                telemetry=spans,
+                admin_port=birth.admin_port,
+                sums=sums,
+                channel=channel,
+                reporter=reporter,
+                in_force=in_force,
+                workers=birth.workers,
+            )
+            supervisor.before_apply.append(partial(follow_tls, front, supervisor))
+            app.attach(supervisor, not_here)
+            _follow(orders, supervisor, output)
+            await nursery.start(orders.listen)
+            await nursery.start(supervisor.run)
+            await _either(supervisor.welcomed, orders.first)
+            if birth.patient:
+                await probed(supervisor)
+            supervisor.connections = lambda: front.connections
+            await nursery.start(front.serve)
+            supervisor.serving = True
+            orders.say(line.SERVING)
+            await orders.first.wait()
+            with orders.until_second():
+                await drain(supervisor, front)
+            supervisor.serving = False
+            with trio.move_on_after(LAST_WORDS), contextlib.suppress(trio.BrokenResourceError):
+                await reporter.flush()
+                await supervisor.tell_figures()
+            front.abort()
+            nursery.cancel_scope.cancel(reason="stopped")
+    logger.info("stopped")
+
+
+async def _lead(
+    birth: Birth,
+    config: Config,
+    in_force: InForce,
+    orders: Orders,
+    channels: list[Channel],
+    output: LogOutput,
+) -> None:
+    app = Application()
+    limits = _limits(config)
+    side = HypercornSide(app, limits=limits)
+    side.closing = True  # the next request may be for the lane, which is elsewhere
+    front = Front(app, limits=limits, tls_only=True, side=side)
+    _listen(front, birth, config)
+    with contextlib.ExitStack() as ending:
+        spans = telemetry.start(config.log)
+        if spans is not None:
+            ending.callback(spans.close)
+        async with trio.open_nursery() as nursery:
+            if birth.demo:
+                from vllm_router.demo import start_demo
+
+                config = await start_demo(nursery, birth.demo, config.settings)
+            door = None
+            if birth.door is not None:
+                door = OwnDoor(birth.door[0], Secret(birth.door[1]))
+            supervisor = Leader(
+                config,
+                ConfigSource(birth.source) if birth.source is not None else None,
+                output=output,
+                telemetry=spans,
+                admin_port=birth.admin_port,
+                own_door=door,
+                sums=Sums(Board(birth.board, birth.workers + 1), 0),
+                channels=channels,
+                in_force=in_force,
+                side=side,
+            )
+            supervisor.before_apply.append(partial(follow_tls, front, supervisor))
+            app.attach(supervisor)
+            _follow(orders, supervisor, output)
+            orders.lame = partial(setattr, supervisor, "draining", True)
+            await nursery.start(orders.listen)
+            await nursery.start(supervisor.run)
+            nursery.start_soon(front.serve)
+            orders.say(line.SERVING)
+            await orders.first.wait()
+            with orders.until_second():
+                # The workers have gone: there was time enough for everything.
+                front.stop_accepting()
+                front.begin_drain()
+                await supervisor.wind_down()
+                with trio.move_on_after(LINGER):
+                    while front.connections or side.connections:  # noqa: ASYNC110 (for a second)
+                        await trio.sleep(0.01)
+            front.abort()
+            nursery.cancel_scope.cancel(reason="stopped")
+    logger.info("stopped")
+
+
+async def _either(*events: Any) -> None:
+    """Wait for the first of them."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel(reason="one has come")
+
+        for event in events:
+            nursery.start_soon(wait, event)

@@ -1,0 +1,129 @@
+"""What the processes of one router tell each other, as MessagePack.
+
+Times are those of trio's clock, which all of them share (`clock.py`). Servers are named by URL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.proxy.gate import Queue
+
+# -- worker to leader -------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag=True, array_like=True):
+    """A worker is there: new, or answering a new leader's `Welcome`.
+
+    `draining` are the servers that an operator has taken out of the rotation, which a new leader
+    learns from those who have served under the one before.
+    """
+
+    pid: int
+    draining: list[str]
+
+
+class Verdict(msgspec.Struct, array_like=True):
+    """What an attempt showed of its server: the method of Fleet or Server that is told here, and
+    its arguments. `what` is answered, failed, refused or not_its_fault.
+    """
+
+    what: str
+    url: str
+    at: float
+    trial: bool = False
+    jitter: float = 1.0
+    body: int | None = None
+    retry_after: float | None = None
+
+
+Ended = tuple[Any, ...]
+"""A finished exchange, see `reporter.py`."""
+
+
+class Report(msgspec.Struct, tag=True, array_like=True):
+    """What has happened since the last report. `attempts` are pairs of URL and outcome."""
+
+    verdicts: list[Verdict]
+    attempts: list[tuple[str, str]]
+    ended: list[Ended]
+    refusals: list[str]
+
+
+class Figures(msgspec.Struct, tag=True, array_like=True):
+    """How much of what there is now: gauges and totals to be added up, by name.
+
+    `chunks` are those that running exchanges have had so far, by server; `queues` are who waits.
+    """
+
+    serving: bool
+    values: dict[str, float]
+    chunks: dict[str, int]
+    queues: list[Queue]
+
+
+class Connection(msgspec.Struct, tag=True, array_like=True):
+    """A connection that is not for the lane; its descriptor comes along.
+
+    `data` has been read from it already. `client` and `local` are its addresses if the descriptor
+    is not that of the client's socket but of a relay, which has TLS behind it.
+    """
+
+    data: bytes
+    client: tuple[str, int] | None = None
+    local: tuple[str, int] | None = None
+    alpn: str = ""
+
+
+FromWorker = Hello | Report | Figures | Connection
+
+# -- leader to worker -------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, tag=True, array_like=True):
+    """From now on the worker gets everything. Answered with `Hello` if it has not begun with it."""
+
+    first: bool
+
+
+class Configured(msgspec.Struct, tag=True, array_like=True):
+    """Another configuration is in force: read it."""
+
+    generation: int
+
+
+class ServerState(msgspec.Struct, array_like=True):
+    """What the leader knows of a server, and routing needs to know."""
+
+    url: str
+    up: bool | None
+    reason: str
+    held_back: bool
+    ejected: bool
+    ejected_until: float
+    ejected_for: str
+    full_until: float
+    back_at: float
+    fell_at: float
+    restarts: int
+    metrics: EngineMetrics | None
+    scraped_at: float | None
+    leases_at_scrape: int
+    models: tuple[str, ...] | None
+    draining: bool
+
+
+class States(msgspec.Struct, tag=True, array_like=True):
+    """The servers whose state has changed."""
+
+    servers: list[ServerState]
+
+
+FromLeader = Welcome | Configured | States
+
+encode = msgspec.msgpack.Encoder().encode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode

@@ -1,0 +1,348 @@
+"""The process that was started: it opens the port, starts the others, and replaces who dies.
+
+It serves nothing, so hardly anything can happen to it. It holds what must outlive the others: the
+listening sockets, whose backlog waits for whoever accepts next, both ends of every channel, and
+the shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from vllm_router.errors import RouterError
+from vllm_router.front import ASIDE, Address, Front
+from vllm_router.handover import notify, step_aside, take_turns
+from vllm_router.http1.server import Limits
+from vllm_router.log_output import Overrides
+from vllm_router.proxy.types import Receive, Scope, Send
+from vllm_router.service import ServeOptions, StopSignals, listen, take_tls, url_of
+from vllm_router.workers import birth
+from vllm_router.workers.birth import Birth
+from vllm_router.workers.board import Board
+from vllm_router.workers.channel import Channel, pair
+from vllm_router.workers.in_force import InForce
+
+logger = logging.getLogger(__name__)
+
+LONG_LIFE = 10.0
+"""Seconds after which a death is no longer part of a series."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before a process is started again: doubled with each early death."""
+
+KILL_AFTER = 5.0
+"""Seconds that a process has to end when it was told to do so at once."""
+
+
+class CannotStart(RouterError):
+    """A leader or worker has said why it cannot even begin."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What all processes inherit."""
+
+    options: ServeOptions
+    listeners: list[socket.socket]
+    private: list[socket.socket]
+    plain: list[int]
+    admin_port: int | None
+    door: tuple[int, str] | None
+    board_fd: int
+    board: Board
+    in_force: int
+    channels: list[tuple[socket.socket, socket.socket]]
+
+
+async def serve_workers(options: ServeOptions, listening: Callable[[str], None]) -> None:
+    """Like `serve`, with `options.workers` processes that serve and one that leads them.
+
+    Raises what `serve` does, and CannotStart.
+    """
+    with contextlib.ExitStack() as ending:
+        shared, public, admin = _open(options, ending)
+        signals = StopSignals()
+        failure: RouterError | None = None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(signals.listen)
+            crew = Crew(shared, nursery)
+            nursery.start_soon(crew.pass_on, signal.SIGHUP, birth.RELOAD)
+            nursery.start_soon(crew.pass_on, signal.SIGUSR1, birth.REOPEN)
+            try:
+                await crew.start()
+                if admin is not None:
+                    logger.info("administration on %s", url_of(*admin))
+                listening(url_of(*public, secure=options.config.tls is not None))
+                if options.reuse_port:
+                    for listener in shared.listeners:
+                        take_turns(listener)
+                notify("READY=1", os.environ)
+                await signals.first.wait()
+                notify("STOPPING=1", os.environ)
+                with signals.until_second() as patience:
+                    await crew.drain()
+                if patience.cancelled_caught:
+                    await crew.stop()
+            except CannotStart as error:
+                failure = error  # raised outside, where no group wraps it
+            nursery.cancel_scope.cancel(reason="stopped")
+    if failure is not None:
+        raise failure
+    logger.info("stopped")
+
+
+def _open(
+    options: ServeOptions, ending: contextlib.ExitStack
+) -> tuple[_Shared, Address, Address | None]:
+    """Everything that can fail before a process is started. `ending` closes it."""
+    settings = options.config.settings
+    front = Front(_nobody, limits=Limits(write_stall_timeout=settings.write_stall_timeout))
+    ending.callback(front.close)
+    take_tls(front, options.config)
+    public, admin = listen(front, options)
+    listeners = [sock for sock in front.listeners if sock.getsockname()[1] == public[1]]
+    own_door = options.view.open(front, options.config) if options.view is not None else None
+    private = [sock for sock in front.listeners if sock not in listeners]
+    plain = [sock.fileno() for sock in private if front.takes_plain(sock)]
+    rows = options.workers + 1
+    board_fd = Board.create(rows)
+    ending.callback(os.close, board_fd)
+    in_force = InForce.create(options.config)
+    ending.callback(os.close, in_force)
+    channels = []
+    for _ in range(options.workers):
+        ends = pair()
+        channels.append(ends)
+        for end in ends:
+            ending.callback(end.close)
+    shared = _Shared(
+        options,
+        listeners,
+        private,
+        plain,
+        admin[1] if admin is not None else None,
+        (own_door.port, str.__str__(own_door.digest)) if own_door is not None else None,
+        board_fd,
+        Board(board_fd, rows),
+        in_force,
+        channels,
+    )
+    return shared, public, admin
+
+
+async def _nobody(scope: Scope, receive: Receive, send: Send) -> None:
+    raise RuntimeError("the parent accepts no connections")
+
+
+class Member:
+    """One place in the crew and the process that has it. `number` 0 leads."""
+
+    def __init__(self, shared: _Shared, number: int) -> None:
+        self._shared = shared
+        self._number = number
+        self.name = f"worker {number}" if number else "leader"
+        self.serving = trio.Event()
+        self.ended = trio.Event()
+        self.leaving = False
+        self._line: Channel | None = None
+        self._process: trio.Process | None = None
+        self._scope = trio.CancelScope()
+        self.failure: str | None = None
+        self._why = ""
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Have a process in this place until it is told to leave."""
+        pause = FIRST_PAUSE
+        with self._scope:
+            while True:
+                began = trio.current_time()
+                code = await self._live()
+                self._shared.board.clear(self._number)
+                if self.leaving:
+                    break
+                if not self.serving.is_set():
+                    self.failure = self._why or f"the {self.name} {_how(code)} at its start"
+                    break
+                pause = FIRST_PAUSE if trio.current_time() - began > LONG_LIFE else pause
+                logger.error("%s %s: starting another", self.name, _how(code))
+                if self._why:
+                    logger.error("%s: %s", self.name, self._why)
+                await trio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+        self.ended.set()
+
+    async def _live(self) -> int:
+        """One process from start to end; how it ended."""
+        ours, theirs = pair()
+        told = self._birth(theirs.fileno())
+        record = birth.write(told)
+        # What is not a line of the log must not spoil the view.
+        elsewhere = subprocess.DEVNULL if told.log is not None else None
+        self._why = ""
+        try:
+            process = self._process = await trio.lowlevel.open_process(
+                [sys.executable, *_flags(), "-m", "vllm_router.workers", str(record), self.name],
+                pass_fds=[record, *told.descriptors],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                stdout=elsewhere,
+                stderr=elsewhere,
+            )
+        finally:
+            theirs.close()
+            os.close(record)
+        line = self._line = Channel(ours)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen, line)
+                code: int = await process.wait()
+            return code
+        finally:
+            self._line = self._process = None
+            line.close()
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+
+    async def _listen(self, line: Channel) -> None:
+        """Hear what it says until it has ended."""
+        while word := (await line.receive())[0]:
+            if word == birth.SERVING:
+                self.serving.set()
+            elif word.startswith(birth.FAILED):
+                self._why = word.removeprefix(birth.FAILED).decode(errors="replace")
+
+    def _birth(self, line: int) -> Birth:
+        shared, options = self._shared, self._shared.options
+        output = options.output
+        if self._number:
+            channels = [shared.channels[self._number - 1][1]]
+            listeners = shared.listeners
+        else:
+            channels = [ours for ours, _ in shared.channels]
+            listeners = shared.private
+        overrides = output.overrides if output is not None else Overrides(access=False)
+        return Birth(
+            number=self._number,
+            workers=options.workers,
+            line=line,
+            channels=tuple(end.fileno() for end in channels),
+            board=shared.board_fd,
+            in_force=shared.in_force,
+            listeners=tuple(listener.fileno() for listener in listeners),
+            plain=tuple(shared.plain),
+            admin_port=shared.admin_port,
+            door=shared.door,
+            source=str(options.source.path) if options.source is not None else None,
+            demo=options.demo,
+            patient=options.reuse_port or bool(options.passed),
+            log=str(output.file) if output is not None and output.file is not None else None,
+            level=overrides.level,
+            form=overrides.form,
+            access=overrides.access,
+        )
+
+    async def served_or_ended(self) -> None:
+        """Wait until it serves, or until it cannot."""
+        async with trio.open_nursery() as nursery:
+
+            async def wait(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel(reason="one has come")
+
+            nursery.start_soon(wait, self.serving)
+            nursery.start_soon(wait, self.ended)
+
+    # -- orders -------------------------------------------------------------------------------
+
+    def tell(self, word: bytes) -> None:
+        """Pass an order on; whoever comes after the one who has it is not told."""
+        if self._line is not None:
+            self._line.send_now(word)
+
+    def leave(self, word: bytes) -> None:
+        """The process ends, soon or at once, and none takes its place."""
+        self.leaving = True
+        self.tell(word)
+        if self._process is None:
+            self._scope.cancel(reason="leaving")
+
+
+class Crew:
+    """The leader and the workers."""
+
+    def __init__(self, shared: _Shared, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._shared = shared
+        self._leader = Member(shared, 0)
+        self._workers = [Member(shared, 1 + n) for n in range(shared.options.workers)]
+
+    @property
+    def _all(self) -> list[Member]:
+        return [self._leader, *self._workers]
+
+    async def start(self) -> None:
+        """Start everybody; returns once all serve. Raises CannotStart."""
+        for member in self._all:
+            self._nursery.start_soon(member.run)
+        for member in self._all:
+            await member.served_or_ended()
+            if member.failure is not None:
+                raise CannotStart(member.failure)
+
+    async def pass_on(self, number: signal.Signals, word: bytes) -> None:
+        """Tell all what a signal means, whenever it comes."""
+        with trio.open_signal_receiver(number) as signals:
+            async for _ in signals:
+                for member in self._all:
+                    member.tell(word)
+
+    async def drain(self) -> None:
+        """The workers finish what they have; then the leader ends, which answered meanwhile."""
+        self._leader.tell(birth.LAME)
+        shared = self._shared.listeners if self._shared.options.reuse_port else ()
+        if [listener for listener in shared if step_aside(listener)]:
+            # New handshakes go to a successor; those that have begun get time to end.
+            await trio.sleep(ASIDE)
+        for worker in self._workers:
+            worker.leave(birth.DRAIN)
+        for worker in self._workers:
+            await worker.ended.wait()
+        self._leader.leave(birth.DRAIN)
+        await self._leader.ended.wait()
+
+    async def stop(self) -> None:
+        """All end at once."""
+        for member in self._all:
+            member.leave(birth.STOP)
+        with trio.move_on_after(KILL_AFTER):
+            for member in self._all:
+                await member.ended.wait()
+
+
+def _how(code: int) -> str:
+    """How a process has ended."""
+    if code >= 0:
+        return f"has ended with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _flags() -> list[str]:
+    """The options of this interpreter that its children shall have, too."""
+    return [f"-W{option}" for option in sys.warnoptions]

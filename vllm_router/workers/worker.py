@@ -1,0 +1,241 @@
+"""A process that serves inference, and leaves everything else to the leader.
+
+It has a fleet, a proxy and a lane of its own, and no probes, no pages and no file to follow: what
+it knows of the servers it has been told. While there is no leader it goes on with what it knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from vllm_router.config import Config
+from vllm_router.errors import ConfigError
+from vllm_router.fleet.server import Transition
+from vllm_router.log_output import LogOutput
+from vllm_router.proxy.types import Receive, Scope, Send
+from vllm_router.supervisor import Supervisor
+from vllm_router.telemetry import Telemetry
+from vllm_router.web.families import ROUTER_METRICS, SUMMED
+from vllm_router.web.process import LagWatch, cpu_seconds, rss_bytes
+from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, LAG, MEMORY
+from vllm_router.workers.board import Sums
+from vllm_router.workers.channel import Channel
+from vllm_router.workers.fleet import FollowingFleet
+from vllm_router.workers.in_force import InForce
+from vllm_router.workers.messages import (
+    Configured,
+    Figures,
+    Hello,
+    States,
+    Welcome,
+    decode_from_leader,
+    encode,
+)
+from vllm_router.workers.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.01
+"""Seconds between two looks at the other workers' leases while somebody waits."""
+
+FIGURES_EVERY = 0.1
+"""Seconds between two looks at what there is to be told."""
+
+
+class Worker(Supervisor):
+    """A supervisor that follows the leader at the other end of `channel`.
+
+    `workers` is how many there are: what the configuration allows the router in memory and
+    retries is divided by it. `serving` says whether connections are accepted, `connections` how
+    many there are.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        sums: Sums,
+        channel: Channel,
+        reporter: Reporter,
+        in_force: InForce,
+        workers: int,
+        output: LogOutput | None = None,
+        telemetry: Telemetry | None = None,
+        admin_port: int | None = None,
+    ) -> None:
+        self._workers = workers
+        self._channel = channel
+        self._in_force = in_force
+        self._reporter = reporter
+        self._lag = LagWatch()
+        self.serving = False
+        self.connections: Callable[[], int] = int
+        self.welcomed = trio.Event()
+        config = self._share_of(config)
+        fleet = FollowingFleet(config, sums, reporter.verdict)
+        self.shared_fleet = fleet
+        super().__init__(
+            config,
+            None,
+            output=output,
+            telemetry=telemetry,
+            admin_port=admin_port,
+            fleet=fleet,
+            recorder=reporter,
+        )
+        self.proxy.budget.floor /= workers
+        self.proxy.budget.depth = self.proxy.budget.floor
+
+    def _share_of(self, config: Config) -> Config:
+        """The configuration as one of the workers has it; a body of the largest size fits in."""
+        settings = config.settings
+        limits = config.limits
+        bodies = max(settings.max_body_mb, settings.max_bodies_mb / self._workers)
+        if limits is not None:
+            places = math.ceil(limits.queue_size / self._workers)
+            limits = msgspec.structs.replace(limits, queue_size=places)
+        return msgspec.structs.replace(
+            config, settings=msgspec.structs.replace(settings, max_bodies_mb=bodies), limits=limits
+        )
+
+    def _start_tasks(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
+        nursery.start_soon(self._keep, "leader", self._listen)
+        nursery.start_soon(self._keep, "reports", self._reporter.run)
+        nursery.start_soon(self._keep, "figures", self._keep_telling)
+        nursery.start_soon(self._keep, "upkeep", self._look_after)
+        nursery.start_soon(self._keep, "lag", self._lag.run)
+        nursery.start_soon(self._keep, "waiting", self._admit)
+
+    def _start_probe(self, server: object) -> None:
+        """The leader does."""
+
+    def _log_transition(self, change: Transition) -> None:
+        """The leader does."""
+
+    def refused(self, code: str) -> None:
+        self._reporter.refused(code)
+
+    # -- the leader ---------------------------------------------------------------------------
+
+    def _hello(self) -> bytes:
+        draining = [server.url for server in self.fleet.servers.values() if server.draining]
+        return encode(Hello(os.getpid(), draining))
+
+    async def _listen(self) -> None:
+        await self._channel.send(self._hello())
+        while True:
+            data, _ = await self._channel.receive()
+            if not data:
+                await trio.sleep_forever()  # the parent has gone, and we go, too
+            match decode_from_leader(data):
+                case States(servers):
+                    now = trio.current_time()
+                    for state in servers:
+                        down = self.shared_fleet.follow(state, now)
+                        if down is not None:
+                            self._server_down(down)
+                    self.fleet.settle(now)
+                case Configured():
+                    self._read_configuration()
+                case Welcome(first):
+                    if first:
+                        await self._channel.send(self._hello())
+                    else:
+                        self.welcomed.set()
+
+    def _read_configuration(self) -> None:
+        new = self._in_force.read()
+        if new is None:
+            return  # being written again, of which we shall be told
+        new = self._share_of(new)
+        old = self.config
+        if new == old:
+            self.shared_fleet.take_places()
+            return
+        try:
+            self._apply(old, new)
+        except ConfigError as error:
+            logger.error("configuration not taken over: %s", "; ".join(error.problems))
+
+    async def _look_after(self) -> None:
+        """What the probes do in a router of one process, besides asking."""
+        while True:
+            await trio.sleep(self.fleet.settings.metrics_interval)
+            now = trio.current_time()
+            for server in self.fleet.all_servers():
+                server.age_metrics(now)
+                self.proxy.tick(server, now)
+            self.fleet.settle(now)
+
+    async def tell_figures(self) -> None:
+        """Tell how much of what there is now."""
+        await self._channel.send(encode(self._figures()))
+
+    async def _admit(self) -> None:
+        """Let those in who wait for a server that another worker has made free."""
+        while True:
+            gate = self.proxy.gate
+            if gate is None or not gate.waiting:
+                await trio.sleep(LOOK_EVERY * 5)
+                continue
+            await trio.sleep(LOOK_EVERY)
+            self.fleet.look()
+            gate.look(trio.current_time())
+
+    async def _keep_telling(self) -> None:
+        told: Figures | None = None
+        last = -float("inf")
+        while True:
+            figures = self._figures()
+            now = trio.current_time()
+            if figures != told and (now - last > 1 or _changed(figures, told)):
+                told, last = figures, now
+                await self._channel.send(encode(figures))
+            await trio.sleep(FIGURES_EVERY)
+
+    def _figures(self) -> Figures:
+        values: dict[str, float] = {
+            CONNECTIONS: self.connections(),
+            IN_FLIGHT: self.in_flight,
+            CPU: round(cpu_seconds(), 2),
+            MEMORY: rss_bytes(),
+            LAG: round(self._lag.worst(trio.current_time()), 4),
+            "reports_dropped": self._reporter.dropped,
+        }
+        for family, read in ROUTER_METRICS:
+            if family.name in SUMMED:
+                values[family.name] = read(self) or 0.0
+        chunks: dict[str, int] = {}
+        for record in self.running():
+            if record.chunks and record.server is not None:
+                url = record.server.url
+                chunks[url] = chunks.get(url, 0) + record.chunks
+        return Figures(self.serving, values, chunks, self.queues(trio.current_time()))
+
+    @property
+    def ready(self) -> bool:
+        return self.serving and super().ready
+
+
+def _changed(figures: Figures, told: Figures | None) -> bool:
+    """Whether more has changed than what the process itself costs."""
+    return (
+        told is None
+        or figures.serving != told.serving
+        or figures.chunks != told.chunks
+        or figures.queues != told.queues
+        or figures.values[CONNECTIONS] != told.values[CONNECTIONS]
+        or figures.values[IN_FLIGHT] != told.values[IN_FLIGHT]
+    )
+
+
+async def not_here(scope: Scope, receive: Receive, send: Send) -> None:
+    """The control plane of a worker: the lane hands everything else over before it comes here."""
+    raise RuntimeError(f"{scope['type']} {scope.get('path')} belongs to the leader")
