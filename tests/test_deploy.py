@@ -253,7 +253,7 @@ def test_queries_about_what_happens_have_data(scraped: Scraped):
     # What did not happen has none: failures, and rates whose scrapes lie further apart than asked.
     without = re.compile(
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
-        r"|queue_|max_in_flight"
+        r"|queue_|max_in_flight|worker_"
     )
     missing = [
         query

@@ -21,6 +21,7 @@ from vllm_router.log_output import LogOutput
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record, Recorder
+from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
@@ -264,6 +265,10 @@ class Supervisor:
     def queues(self, now: float) -> list[Queue]:
         """Who waits for a server; none without `[limits]`."""
         return self.proxy.gate.queues(now) if self.proxy.gate is not None else []
+
+    def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
+        """What the policies expected of a server's prefix cache; None if none looks at prompts."""
+        return self.proxy.policies.statistics(server)
 
     def elsewhere(self, figure: str) -> float | None:
         """What other processes of this router add to a figure; None if there are none."""

@@ -47,7 +47,9 @@ class Contestant:
 # -- ours -------------------------------------------------------------------------------------
 
 
-def ours(front: str, revision: str = "") -> Callable[[Environment], Callable[[Place], Plan]]:
+def ours(
+    front: str, revision: str = "", *options: str
+) -> Callable[[Environment], Callable[[Place], Plan]]:
     """The router with everything on: probes, scrapes, metrics, log, feed."""
 
     def prepare(environment: Environment) -> Callable[[Place], Plan]:
@@ -61,7 +63,7 @@ def ours(front: str, revision: str = "") -> Callable[[Environment], Callable[[Pl
             ]
             file.write_text("\n".join(["[servers]", "servers = [", *lines, "]"]) + "\n")
             run = ["-m", "vllm_router", "run", "--console", "--config", str(file), "--front", front]
-            run += ["--host", "127.0.0.1", "--port", str(place.port)]
+            run += ["--host", "127.0.0.1", "--port", str(place.port), *options]
             url = f"http://127.0.0.1:{place.port}"
             return Plan(
                 [str(python), *run],
@@ -227,6 +229,7 @@ _ALL = [
     Contestant("rust", "vllm-router 0.1.17 (Rust), round_robin", rust("--policy", "round_robin")),
     Contestant("rust-default", "vllm-router 0.1.17 (Rust), default policy", rust()),
     Contestant("lane", "this router", ours("lane")),
+    Contestant("lane-2", "this router, --workers 2", ours("lane", "", "--workers", "2")),
     Contestant("hypercorn", "this router, --front hypercorn", ours("hypercorn")),
     Contestant("naive", "Hypercorn + Quart-Trio + httpx, 40 lines", naive),
     Contestant("litellm", "LiteLLM proxy", litellm),

@@ -145,8 +145,8 @@ class Feed:
         running = router.running() if router is not None else ()
         self._fleet.look()
         servers = self._fleet.all_servers()
-        policies = router.proxy.policies if router is not None else None
-        self._tallies.read(servers, running, policies, now)
+        expected = router.prefix_statistics if router is not None else None
+        self._tallies.read(servers, running, expected, now)
         self._events.look(servers, router.reloader if router is not None else None)
         cpu = router.elsewhere(CPU) if router is not None else None
         self._cpu.observe(cpu_seconds() + (cpu or 0.0), now)

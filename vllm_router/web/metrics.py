@@ -323,8 +323,8 @@ class Metrics:
         """What was expected of prefix caches, and what the engines say has come true."""
         if self.router is None:
             return
-        policies = self.router.proxy.policies
-        read = [(server, policies.statistics(server), server.metrics) for server in servers]
+        told_of = self.router.prefix_statistics
+        read = [(server, told_of(server), server.metrics) for server in servers]
         for family, value_of in PREFIX_COUNTERS:
             values = [(server, value_of(told, engine)) for server, told, engine in read]
             lines = [

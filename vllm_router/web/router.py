@@ -14,6 +14,7 @@ from vllm_router.fleet.server import Server
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record
+from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.tasks.watch import Reload, Reloader
 from vllm_router.tls import ServerContexts
 from vllm_router.web.guard import Guard
@@ -48,6 +49,8 @@ class Router(Protocol):
     def in_flight(self) -> int: ...
 
     def queues(self, now: float) -> list[Queue]: ...
+
+    def prefix_statistics(self, server: Server) -> PrefixStatistics | None: ...
 
     def running(self) -> list[Record]: ...
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.routing.accounts import PrefixStatistics
-from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.retry import RULES, Outcome
 from vllm_router.web.schema import Percentiles
 from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
@@ -171,7 +170,7 @@ class Tallies:
         self,
         servers: Collection[Server],
         running: Iterable[Record],
-        policies: PolicySet | None,
+        expected: Callable[[Server], PrefixStatistics | None] | None,
         now: float,
     ) -> None:
         """Read every counter that has a rate. `running` are the records of live exchanges."""
@@ -184,8 +183,8 @@ class Tallies:
             tally = self.of(server)
             tally.read(now, live.get(server, 0))
             tally.read_engine(server.metrics, now)
-            if policies is not None:
-                tally.read_expected(policies.statistics(server), now)
+            if expected is not None:
+                tally.read_expected(expected(server), now)
 
     def keep(self, servers: Collection[Server]) -> None:
         """Forget all others."""

@@ -20,6 +20,7 @@ from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.record import Phase, Record
+from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.routing.retry import Outcome
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
@@ -68,7 +69,7 @@ class Link:
         self.number = number
         self.channel = channel
         self.pid: int | None = None
-        self.figures = Figures(False, {}, {}, [])
+        self.figures = Figures(False, {}, {})
         self.news: set[Server] = set()
         self.welcome: Welcome | None = Welcome(first=True)
         self.configured = 0
@@ -156,7 +157,7 @@ class Leader(Supervisor):
             for name, value in link.figures.values.items():
                 if name in TOTALS:
                     self._past[name] += value  # type: ignore[assignment]  # seconds, too
-            link.figures = Figures(False, {}, {}, [])
+            link.figures = Figures(False, {}, {})
         link.pid = hello.pid
         for url in hello.draining:
             server = self.shared_fleet.by_url(url)
@@ -280,6 +281,12 @@ class Leader(Supervisor):
             for queue in link.figures.queues:
                 queues[queue.model] = _together(queue, queues.get(queue.model))
         return list(queues.values())
+
+    def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
+        own = super().prefix_statistics(server)
+        told = [link.figures.prefixes.get(server.url) for link in self._links]
+        known = [one for one in (own, *told) if one is not None]
+        return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
 
     def elsewhere(self, figure: str) -> float | None:
         if figure == "workers":

@@ -125,6 +125,7 @@ async def _worker(
         limits=_limits(config),
         tls_only=True,
         max_connections=_most(),
+        told=output.access.refused,
         side=LeaderSide(channel, reporter),
         gate=Turns(sums),
     )
@@ -179,7 +180,7 @@ async def _lead(
 ) -> None:
     app = Application()
     limits = _limits(config)
-    side = HypercornSide(app, limits=limits)
+    side = HypercornSide(app, limits=limits, told=output.access.refused)
     side.closing = True  # the next request may be for the lane, which is elsewhere
     front = Front(app, limits=limits, tls_only=True, side=side)
     _listen(front, birth, config)

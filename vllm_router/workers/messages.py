@@ -11,6 +11,7 @@ import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.proxy.gate import Queue
+from vllm_router.routing.accounts import PrefixStatistics
 
 # -- worker to leader -------------------------------------------------------------------------
 
@@ -56,13 +57,15 @@ class Report(msgspec.Struct, tag=True, array_like=True):
 class Figures(msgspec.Struct, tag=True, array_like=True):
     """How much of what there is now: gauges and totals to be added up, by name.
 
-    `chunks` are those that running exchanges have had so far, by server; `queues` are who waits.
+    `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
+    have expected of prefix caches, both by server; `queues` are who waits.
     """
 
     serving: bool
     values: dict[str, float]
     chunks: dict[str, int]
-    queues: list[Queue]
+    queues: list[Queue] = []
+    prefixes: dict[str, PrefixStatistics] = {}
 
 
 class Connection(msgspec.Struct, tag=True, array_like=True):

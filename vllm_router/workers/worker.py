@@ -217,7 +217,13 @@ class Worker(Supervisor):
             if record.chunks and record.server is not None:
                 url = record.server.url
                 chunks[url] = chunks.get(url, 0) + record.chunks
-        return Figures(self.serving, values, chunks, self.queues(trio.current_time()))
+        prefixes = {}
+        for server in self.fleet.all_servers():
+            statistics = self.prefix_statistics(server)
+            if statistics is not None:
+                prefixes[server.url] = statistics
+        queues = self.queues(trio.current_time())
+        return Figures(self.serving, values, chunks, queues, prefixes)
 
     @property
     def ready(self) -> bool:
