@@ -94,7 +94,9 @@ async def serve_workers(options: ServeOptions, listening: Callable[[str], None])
                 if patience.cancelled_caught:
                     await crew.stop()
             except CannotStart as error:
-                failure = error  # raised outside, where no group wraps it
+                # Ctrl-C in a terminal ends a process at once that has not got so far as to ignore it.
+                if not signals.first.is_set():
+                    failure = error  # raised outside, where no group wraps it
             nursery.cancel_scope.cancel(reason="stopped")
     if failure is not None:
         raise failure
@@ -196,7 +198,6 @@ class Member:
                 [sys.executable, *_flags(), "-m", "vllm_router.workers", str(record), self.name],
                 pass_fds=[record, *told.descriptors],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
                 stdout=elsewhere,
                 stderr=elsewhere,
             )
