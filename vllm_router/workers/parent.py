@@ -94,7 +94,7 @@ async def serve_workers(options: ServeOptions, listening: Callable[[str], None])
                 if patience.cancelled_caught:
                     await crew.stop()
             except CannotStart as error:
-                # Ctrl-C in a terminal ends a process at once that has not got so far as to ignore it.
+                # Ctrl-C in a terminal ends a process that has not got so far as to ignore it.
                 if not signals.first.is_set():
                     failure = error  # raised outside, where no group wraps it
             nursery.cancel_scope.cancel(reason="stopped")
