@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -189,6 +193,39 @@ async def test_errors_of_one_client_eject_nobody(tmp_path):
         assert {server["state"] for server in router.servers().values()} == {"up"}
         good = await burst(router.url, chat(), 10)
         assert all(result.ok for result in good)
+
+
+# -- what the operator's guide promises ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("fate", ["killed", "stopped", "error event"])
+def test_the_guides_client_gets_a_whole_answer_when_its_stream_breaks(tmp_path, fate):
+    guide = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    (code,) = re.findall(r"^```python\n(import openai.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    sigterm = "error" if fate == "error event" else "abort"
+    with (
+        mock_processes(2, *MOCK, "--token-delay", "0.03", "--sigterm", sigterm) as mocks,
+        router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
+    ):
+        there: dict[str, Any] = {}
+        exec(code.replace("http://router:8888", router.url), there)
+        asked = []
+
+        def harm() -> None:
+            until(lambda: any(mock.stats()["running"] for mock in mocks), "the stream")
+            (busy,) = [mock for mock in mocks if mock.stats()["running"]]
+            asked.append(busy)
+            time.sleep(0.2)  # some tokens
+            busy.kill() if fate == "killed" else busy.terminate()
+
+        thread = threading.Thread(target=harm)
+        thread.start()
+        with there["client"]:
+            text = there["generate"]([{"role": "user", "content": "Hello"}])
+        thread.join()
+        (other,) = [mock for mock in mocks if mock not in asked]
+        assert other.stats()["done"] == 1
+        assert text
 
 
 # -- names ---------------------------------------------------------------------------------------

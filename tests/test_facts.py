@@ -163,3 +163,14 @@ def test_facts_agree_with_a_whole_decoding_of_the_body(body):
     model = body.get("model")
     assert facts.model == (model if isinstance(model, str) and model else None)
     assert facts.stream is (body.get("stream") is True)
+
+
+@pytest.mark.parametrize("body", [b'{"model":"m"}', b"not json", b""])
+def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
+    for path in (CHAT, b"/v1/embeddings", b"/tokenize", b"/v1/audio/transcriptions"):
+        assert of(body, path).replayable
+    for path in (b"/v1/files", b"/v1/batches", b"/v1/responses/resp_1/cancel", b"/v1/anything"):
+        assert not of(body, path).replayable
+    assert of(body, b"/v1/responses").replayable is body.startswith(b"{")
+    form = b"multipart/form-data; boundary=x"
+    assert not of(b"--x\r\n\r\n--x--", b"/v1/files", form).replayable

@@ -98,6 +98,11 @@ def classify(method: str, raw_path: bytes) -> PathClass:
     return PathClass.LOCAL
 
 
+def is_pure(raw_path: bytes) -> bool:
+    """Whether vLLM only computes here, as far as we know: nothing else may be sent twice."""
+    return raw_path in _INFERENCE
+
+
 def path_label(raw_path: bytes) -> str:
     """The path as a metric label: one of the known inference paths, or `other`."""
     return raw_path.decode() if raw_path in _INFERENCE else "other"

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_router.paths import is_pure
 from vllm_router.routing.models import with_model
 from vllm_router.routing.pieces import NO_PROMPT, Prompt, chat_prompt, plain_prompt
 
@@ -16,9 +17,9 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     """The facts of one request.
 
     `model` is None where the body names none: any server may have it then. `replayable` is False
-    for requests that leave something behind on a server. `session` and `prompt` are there only if
-    they were asked for: `session` is what the client calls the conversation, or its user.
-    `priority` is the body's: the lower, the earlier, as vLLM orders.
+    for requests that leave something behind on a server, or may do so. `session` and `prompt` are
+    there only if they were asked for: `session` is what the client calls the conversation, or its
+    user. `priority` is the body's: the lower, the earlier, as vLLM orders.
     """
 
     model: str | None = None
@@ -58,6 +59,9 @@ class _AllFields(_Fields, gc=False):
 _DECODER = msgspec.json.Decoder(_Fields)
 _FULL_DECODER = msgspec.json.Decoder(_AllFields)
 _NOTHING = Facts()
+RESPONSES = b"/v1/responses"
+"""The one path of those on which something may be left behind, if the body says so."""
+_NOTHING_KEPT = Facts(replayable=False)
 
 _BOUNDARY = re.compile(rb'boundary="?([^";,]{1,70})"?', re.IGNORECASE)
 _FORM_FIELD = re.compile(rb'name="?(model|stream)"?(?:;|\r|$)', re.IGNORECASE)
@@ -77,15 +81,24 @@ def read_facts(
     With the prompt it costs up to 2 ms for a body of 1 MB, without a third of that. Nothing is
     refused here: the engine says best what is wrong with a request.
     """
+    facts = _read(path, content_type, body, session, with_prompt=with_prompt)
+    if is_pure(path):
+        return facts
+    return msgspec.structs.replace(facts, replayable=False)
+
+
+def _read(
+    path: bytes, content_type: bytes, body: bytes, session: bytes, *, with_prompt: bool
+) -> Facts:
     if _is_form(content_type):
         return _form_facts(content_type, body)
     try:
         fields = (_FULL_DECODER if with_prompt else _DECODER).decode(body)
         prompt = _read_prompt(fields) if isinstance(fields, _AllFields) else NO_PROMPT
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return _NOTHING
+        return _NOTHING if path != RESPONSES else _NOTHING_KEPT
     model = fields.model
-    keeps = path == b"/v1/responses" and bool(fields.store or fields.background)
+    keeps = path == RESPONSES and bool(fields.store or fields.background)
     return Facts(
         model if isinstance(model, str) and model else None,
         fields.stream is True,
