@@ -31,6 +31,7 @@ class Situation:
         self.policy = Adaptive(Random(seed), Knobs(**knobs))
         self.servers = tuple(self.fleet.servers.values())
         self.now = 100.0
+        self.measured: dict[Server, tuple[float, float]] = {}
 
     def pick(self, facts: Facts) -> Server:
         return self.policy.pick(self.candidates, facts, self.now)
@@ -188,24 +189,56 @@ def test_capacity_shares_the_load():
 # -- guards ------------------------------------------------------------------------------------
 
 
-def measure(it: Situation, latencies: dict[Server, float], seconds: float = 5.0) -> None:
-    """Scrapes in which each server gives 100 tokens a second at its latency."""
-    for step in range(int(seconds * 2)):
+def measure(
+    it: Situation,
+    latencies: dict[Server, float],
+    steps: int = 10,
+    running: float = 0.0,
+    idle: Server | None = None,
+) -> None:
+    """Two scrapes a second in which each server gives 100 tokens a second at its latency."""
+    for _ in range(steps):
         for server, latency in latencies.items():
-            total = 50.0 * (step + 1 + server.served)
-            server.scraped(
-                gauges(0, token_latency_sum=latency * total, token_latency_count=total), it.now, 0
+            seconds, tokens = it.measured.get(server, (0.0, 0.0))
+            it.measured[server] = seconds, tokens = seconds + 50 * latency, tokens + 50
+            told = gauges(
+                0 if server is idle else running,
+                token_latency_sum=seconds,
+                token_latency_count=tokens,
             )
+            server.scraped(told, it.now, 0)
         it.pick(NOTHING)
         it.wait(0.5)
 
 
-def test_server_five_times_slower_gets_a_fifth():
+def test_server_five_times_slower_gets_a_fifth_and_once_that_lasts_hardly_anything():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.05, b: 0.01, c: 0.01})
     assert it.parts(NOTHING, a)["slow"] == pytest.approx(5.0, rel=0.35)
     assert it.parts(NOTHING, b)["slow"] == 1.0
     assert it.scores(NOTHING)["s0"] > 3 * it.scores(NOTHING)["s1"]
+    for _ in range(10):
+        measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    assert it.parts(NOTHING, a)["slow"] == pytest.approx(25.0, rel=0.2)
+    assert it.parts(NOTHING, b)["slow"] == 1.0
+
+
+def test_long_prompt_that_slows_a_server_for_a_moment_does_not_count_squared():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01})
+    measure(it, {a: 0.04, b: 0.01, c: 0.01}, steps=8)
+    assert 1.0 < it.parts(NOTHING, a)["slow"] < 4.0
+
+
+def test_slow_server_is_not_taken_for_a_fast_one_because_it_has_little_to_do():
+    a, b, c = (it := Situation()).servers
+    for _ in range(10):
+        measure(it, {a: 0.05, b: 0.01, c: 0.01}, running=20)
+    before = it.parts(NOTHING, a)["slow"]
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, running=20, idle=a)
+    assert it.parts(NOTHING, a)["slow"] > 0.5 * before
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=200, running=20)
+    assert it.parts(NOTHING, a)["slow"] == 1.0
 
 
 def test_of_two_servers_the_faster_one_is_the_measure():
@@ -432,6 +465,38 @@ def test_busy_home_is_passed_over():
     for _ in range(10):
         it.send(NOTHING, home)
     assert it.pick(facts) is not home
+
+
+# -- explained ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_score_is_made_of_the_terms_that_are_shown(others: bool):
+    it = Situation(count=4, capacity=8)
+    a, b, c, d = it.servers
+    for _ in range(4):
+        measure(it, {a: 0.05, b: 0.01, c: 0.01, d: 0.012})
+    if others:
+        crowd(it)
+    it.serve(LONG, b)
+    it.serve(asking(CONTEXT[:4000]), c)
+    it.send(asking(CONTEXT[:3000]), b)
+    it.end(it.send(NOTHING, d), failed=True)
+    it.wait(1.0)
+    opening = asking(b"another text " * 200, conversation=9)
+    for facts in (LONG, NOTHING, opening):
+        shown = it.policy.explain(it.candidates, facts, it.now)
+        assert [row.score for row in shown] == sorted(row.score for row in shown)
+        for row in shown:
+            of = row.parts
+            waste = of["waste_tokens"] * (1 + 0.5 * of["load"])
+            terms = 1 + of["load"] + (2 * of["queued_tokens"] + waste) / 1000 - of["home"]
+            score = of["slow"] * terms / (of["share"] * of["slow_start"])
+            assert row.score == pytest.approx(score), row.server
+        before = it.pick(facts)
+        assert it.scores(facts)[before.name] == pytest.approx(shown[0].score)
+    assert any(it.parts(opening, one)["home"] for one in it.servers) is others
+    assert it.parts(LONG, b)["cached_tokens"] > it.parts(LONG, c)["cached_tokens"] > 0
 
 
 # -- books -------------------------------------------------------------------------------------

@@ -27,6 +27,15 @@ DEAD_BAND = 2.0
 """Prefills between its steps alone make one server's tokens twice as slow as another's."""
 
 SLOWEST, FASTEST = 8.0, 0.5
+LEARN_SLOW = 10.0
+"""Long prompts between its steps make any server slow for a while. What lasts is learnt, by half
+within so many seconds, and counts squared: so few requests that they are no hundredth of all."""
+
+FORGET_SLOW = 60.0
+IDLE_SHARE = 0.5
+"""With less than this part of the others' load, a slow server's steps are as short as theirs. That
+does not show that it has become fast, so what was learnt fades with FORGET_SLOW only."""
+
 _PRIOR_TOKENS = 50.0
 """A server's latency counts as the fleet's until it has made up for so many tokens; as old
 tokens fade, a server that is left alone is tried again."""
@@ -66,6 +75,8 @@ class Account:
         "first_token",
         "gauge",
         "hits",
+        "judged_at",
+        "lasting",
         "latency_count",
         "latency_sum",
         "mine",
@@ -96,6 +107,9 @@ class Account:
         self.scraped_at: float | None = None
         self.seen = _Counters()
         self.latency_sum = self.latency_count = 0.0
+        self.lasting = 1.0
+        """How much slower than the middle of the fleet it has been for some time."""
+        self.judged_at: float | None = None
         self.first_token = FIRST_TOKEN
         self.gauge = self.mine = 0.0
         self.expected = self.hits = self.due_hits = self.begun_hits = 0.0
@@ -135,6 +149,7 @@ class Account:
                 self.due_hits, self.begun_hits = self.begun_hits, 0.0
         elif began_anew:
             self.latency_sum = self.latency_count = self.hits = self.expected = 0.0
+            self.lasting = 1.0
             self.due_hits = self.begun_hits = 0.0
         keep = 0.5 ** (elapsed / SLOW_HALF_LIFE) if self.scraped_at is not None else 0.0
         gauge = (metrics.running or 0.0) + (metrics.waiting or 0.0)
@@ -206,12 +221,27 @@ def middle_latency(accounts: Sequence[Account]) -> float:
     return median_low(latencies) if len(latencies) > 1 else 0.0
 
 
-def slowness(account: Account, middle: float) -> float:
-    """How much slower than the middle of the fleet; 1 within the dead band."""
-    if not middle:
-        return 1.0
-    count = account.latency_count + _PRIOR_TOKENS
-    ratio = (account.latency_sum + _PRIOR_TOKENS * middle) / count / middle
-    if 1.0 / DEAD_BAND <= ratio <= DEAD_BAND:
-        return 1.0
-    return min(max(ratio, FASTEST), SLOWEST)
+def middle_load(accounts: Sequence[Account]) -> float:
+    """The median of what is on the servers, by their shares."""
+    return median_low([account.gauge / account.server.share for account in accounts])
+
+
+def slowness(account: Account, middle: float, load: float, now: float) -> float:
+    """What it counts for being slower than the middle of the fleet; 1 within the dead band.
+
+    `middle` and `load` are those of the fleet. What lasts counts squared; see LEARN_SLOW.
+    """
+    ratio = 1.0
+    if middle:
+        count = account.latency_count + _PRIOR_TOKENS
+        ratio = (account.latency_sum + _PRIOR_TOKENS * middle) / count / middle
+        ratio = min(max(ratio, FASTEST), SLOWEST)
+    idle = account.gauge / account.server.share < IDLE_SHARE * load
+    half_life = FORGET_SLOW if idle and ratio < account.lasting else LEARN_SLOW
+    age = now - account.judged_at if account.judged_at is not None else 0.0
+    fade: float = 0.5 ** (age / half_life)
+    account.lasting = lasting = ratio + fade * (account.lasting - ratio)
+    account.judged_at = now
+    if lasting > DEAD_BAND:
+        return max(ratio, lasting * lasting)
+    return 1.0 if 1.0 / DEAD_BAND <= ratio <= DEAD_BAND else ratio

@@ -10,7 +10,14 @@ import msgspec
 
 from vllm_router.paths import is_pure
 from vllm_router.routing.models import with_model
-from vllm_router.routing.pieces import NO_PROMPT, Prompt, chat_prompt, plain_prompt
+from vllm_router.routing.pieces import (
+    NO_PROMPT,
+    Message,
+    Prompt,
+    chat_prompt,
+    messages_in,
+    plain_prompt,
+)
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
@@ -48,9 +55,9 @@ _NO_JSON = msgspec.Raw(b"")
 class _AllFields(_Fields, gc=False):
     """With those that make up the prompt."""
 
-    messages: Any = None
-    instructions: Any = None
-    system: Any = None
+    messages: list[Message] | None = None
+    instructions: msgspec.Raw = _NO_JSON
+    system: msgspec.Raw = _NO_JSON
     tools: msgspec.Raw = _NO_JSON
     prompt: msgspec.Raw = _NO_JSON
     input: msgspec.Raw = _NO_JSON
@@ -58,6 +65,15 @@ class _AllFields(_Fields, gc=False):
 
 _DECODER = msgspec.json.Decoder(_Fields)
 _FULL_DECODER = msgspec.json.Decoder(_AllFields)
+
+
+class _OddFields(_AllFields, gc=False):
+    """Of a body whose messages are not what they should be."""
+
+    messages: Any = None
+
+
+_ODD_DECODER = msgspec.json.Decoder(_OddFields)
 _NOTHING = Facts()
 RESPONSES = b"/v1/responses"
 """The one path of those on which something may be left behind, if the body says so."""
@@ -93,7 +109,7 @@ def _read(
     if _is_form(content_type):
         return _form_facts(content_type, body)
     try:
-        fields = (_FULL_DECODER if with_prompt else _DECODER).decode(body)
+        fields = _all_fields(body) if with_prompt else _DECODER.decode(body)
         prompt = _read_prompt(fields) if isinstance(fields, _AllFields) else NO_PROMPT
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return _NOTHING if path != RESPONSES else _NOTHING_KEPT
@@ -118,26 +134,28 @@ def _session(header: bytes, fields: _Fields) -> str | None:
     return None
 
 
+def _all_fields(body: bytes) -> _AllFields:
+    try:
+        return _FULL_DECODER.decode(body)
+    except msgspec.ValidationError:
+        fields = _ODD_DECODER.decode(body)
+        if fields.messages is not None:
+            fields.messages = messages_in(msgspec.json.encode(fields.messages))
+        return fields
+
+
 def _read_prompt(fields: _AllFields) -> Prompt:
     """The bytes that decide about the engine's prefix cache, in the order of chat templates."""
-    messages: Any = fields.messages
-    raw = bytes(fields.input)
-    if messages is None and raw:
-        if raw.lstrip(b"[ \t\r\n")[:1] != b"{" and not fields.instructions:
-            return plain_prompt(raw)
-        messages = msgspec.json.decode(raw)
+    messages, given = fields.messages, fields.input
+    if messages is None and given is not _NO_JSON:
+        begins = bytes(memoryview(given)[:64]).lstrip(b"[ \t\r\n")[:1]
+        if begins != b"{" and fields.instructions is _NO_JSON:
+            return plain_prompt(given)
+        messages = messages_in(given)
     if messages is None:
-        raw = bytes(fields.prompt)
-        return plain_prompt(raw) if raw else NO_PROMPT
-    head = [bytes(fields.tools).decode("utf-8", "replace")]
-    head += [_as_text(text) for text in (fields.system, fields.instructions)]
+        return plain_prompt(fields.prompt) if fields.prompt is not _NO_JSON else NO_PROMPT
+    head = [bytes(fields.tools), bytes(fields.system), bytes(fields.instructions)]
     return chat_prompt(messages, head)
-
-
-def _as_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _is_form(content_type: bytes) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 from zlib import adler32, crc32
 
@@ -91,22 +90,33 @@ def link_of(digest: int, index: int) -> int:
     return digest & _DIGEST_MASK | index // PER_SIZE << _SIZE_SHIFT
 
 
-def cut(text: bytes) -> tuple[int, ...]:
-    """The chain of hashes of `text`. 0.5 µs per piece and 0.5 ms per megabyte.
+def cut(*texts: bytes | memoryview) -> tuple[int, ...]:
+    """The chain of hashes of the texts, one behind the other. 0.5 µs per piece and 0.5 ms per MB.
 
     Two running checksums of different kind make a hash: enough to tell texts apart, and three
     times as fast as the fastest digest. Whoever forges one only misplaces his own request.
     """
-    chain = []
-    start, low, high = 0, 0, 1
-    for index in range(pieces_in(len(text))):
-        end = ENDS[index]
-        piece = text[start:end]
-        low = crc32(piece, low)
-        high = adler32(piece, high)
-        digest = high << 32 & _DIGEST_MASK | low
-        chain.append(digest | index // PER_SIZE << _SIZE_SHIFT)
-        start = end
+    chain: list[int] = []
+    index, place, end = 0, 0, PIECE
+    low, high = 0, 1
+    for text in texts:
+        start, length = 0, len(text)
+        while place + length - start >= end and index < len(ENDS):
+            stop = start + end - place
+            piece = text[start:stop]
+            low = crc32(piece, low)
+            high = adler32(piece, high)
+            digest = high << 32 & _DIGEST_MASK | low
+            size = index // PER_SIZE
+            chain.append(digest | size << _SIZE_SHIFT)
+            start, place = stop, end
+            index += 1
+            end = place + (PIECE << index // PER_SIZE)
+        if start < length:
+            piece = text[start:]
+            low = crc32(piece, low)
+            high = adler32(piece, high)
+            place += length - start
     return tuple(chain)
 
 
@@ -129,36 +139,74 @@ def unpack_chain(text: str) -> tuple[int, ...]:
 
 # -- the bytes of a prompt ---------------------------------------------------------------------
 
+_ABSENT = msgspec.Raw(b"")
 
-def chat_prompt(messages: Any, head: Iterable[str]) -> Prompt:
+
+class Message(msgspec.Struct, gc=False):
+    """What counts of a message, as it stands in the body: to decode long texts would cost more
+    than all else. So clients that escape characters differently share nothing on record.
+    """
+
+    role: msgspec.Raw = _ABSENT
+    content: msgspec.Raw = _ABSENT
+    tool_calls: msgspec.Raw = _ABSENT
+    arguments: msgspec.Raw = _ABSENT
+    output: msgspec.Raw = _ABSENT
+    tool_call_id: msgspec.Raw = _ABSENT
+    call_id: msgspec.Raw = _ABSENT
+
+
+class _Part(msgspec.Struct, gc=False):
+    text: msgspec.Raw = _ABSENT
+
+
+_MESSAGES = msgspec.json.Decoder(list[Message])
+_PARTS = msgspec.json.Decoder(list[msgspec.Raw])
+_PART = msgspec.json.Decoder(_Part)
+_PREFACE = (b'"system"', b'"developer"')
+
+
+def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
+    """The messages of a conversation, or of whatever else the body had in their place."""
+    if _begins(raw) == b'"':
+        return [Message(role=msgspec.Raw(b'"user"'), content=msgspec.Raw(raw))]
+    try:
+        return _MESSAGES.decode(raw)
+    except msgspec.ValidationError:
+        found = msgspec.json.decode(raw)
+    return [_as_message(one) for one in found] if isinstance(found, list) else []
+
+
+def _as_message(value: Any) -> Message:
+    raw = msgspec.Raw(msgspec.json.encode(value))
+    return msgspec.json.decode(raw, type=Message) if isinstance(value, dict) else Message(role=raw)
+
+
+def chat_prompt(messages: Iterable[Message], head: Iterable[bytes]) -> Prompt:
     """The prompt of a conversation. `head` is what stands before it: instructions, tools.
 
-    `messages` is whatever the body had: a list of messages, one text, or something else. Roles,
-    contents and calls count, in order; other keys do not, nor how the client wrote its JSON.
+    Roles, contents and calls count, in order; other keys do not, nor the order of keys.
     """
-    texts = list(head)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    elif not isinstance(messages, list):
-        messages = []
+    texts: list[_Text] = list(head)
     shared: int | None = None
     first_turn = 0
     last_answer = 0
     for message in messages:
-        if not isinstance(message, dict):
-            texts.append(str(message))
-            continue
-        role = message.get("role")
-        if shared is None and role not in ("system", "developer"):
+        role = bytes(message.role)
+        if shared is None and role not in _PREFACE:
             shared = len(texts)
-        if role == "assistant":
+        if role == b'"assistant"':
             last_answer = len(texts)
-        texts.append(f"\0{role}\0")
-        _add_content(message.get("content"), texts)
-        for key in ("tool_calls", "arguments", "output", "tool_call_id", "call_id"):
-            value = message.get(key)
-            if value is not None:
-                texts.append(value if isinstance(value, str) else _json(value))
+        texts.append(b"\0" + role[1:-1] + b"\0")
+        _add_content(message.content, texts)
+        for value in (
+            message.tool_calls,
+            message.arguments,
+            message.output,
+            message.tool_call_id,
+            message.call_id,
+        ):
+            texts += [_bare(value)] if value is not _ABSENT else []
         if shared is not None and not first_turn:
             first_turn = len(texts)
     if shared is None:
@@ -166,44 +214,55 @@ def chat_prompt(messages: Any, head: Iterable[str]) -> Prompt:
     return _prompt(texts, shared, last_answer, first_turn or len(texts))
 
 
-def _prompt(texts: Sequence[str], shared: int, last_answer: int, first_turn: int) -> Prompt:
+_Text = bytes | memoryview
+
+_JOINED_BELOW = 1 << 16
+"""Bytes. Pages of memory for a copy of more than this cost as much as reading it."""
+
+
+def _prompt(texts: list[_Text], shared: int, last_answer: int, first_turn: int) -> Prompt:
     """Marks are places in `texts`; they become places in the bytes."""
-    marks = sorted({0, shared, last_answer, first_turn, len(texts)})
-    parts, place, size = [], {0: 0}, 0
-    for start, end in pairwise(marks):
-        part = "".join(texts[start:end]).encode("utf-8", "surrogatepass")
-        parts.append(part)
-        size += len(part)
-        place[end] = size
-    text = parts[0] if len(parts) == 1 else b"".join(parts)
-    return Prompt(
-        cut(text),
-        size,
-        None,
-        place[shared],
-        place[last_answer],
-        crc32(text[: min(place[first_turn], _TOLD_APART_BY)]),
-    )
+    sizes = list(map(len, texts))
+    size = sum(sizes)
+    chain = cut(b"".join(texts)) if size < _JOINED_BELOW else cut(*texts)
+    conversation, left = 0, _TOLD_APART_BY
+    for text in texts[:first_turn]:
+        conversation = crc32(text[:left], conversation)
+        left = max(0, left - len(text))
+    return Prompt(chain, size, None, sum(sizes[:shared]), sum(sizes[:last_answer]), conversation)
 
 
-def _add_content(content: Any, texts: list[str]) -> None:
-    if isinstance(content, str):
-        texts.append(content)
-    elif isinstance(content, list):
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) else part
-            texts.append(text if isinstance(text, str) else _medium(part))
-    elif content is not None:
-        texts.append(_json(content))
+def _begins(raw: msgspec.Raw | bytes) -> bytes:
+    """What kind of value it is, by its first byte; empty if there is none."""
+    return bytes(memoryview(raw)[:1])
 
 
-def _medium(part: Any) -> str:
+def _bare(raw: msgspec.Raw | bytes) -> _Text:
+    """A string without its quotes, anything else as it is; nothing for null."""
+    view = memoryview(raw)
+    if _begins(raw) == b'"':
+        return view[1:-1]
+    return view if bytes(view[:5]) != b"null" else b""
+
+
+def _add_content(raw: msgspec.Raw, texts: list[_Text]) -> None:
+    if _begins(raw) != b"[":
+        texts.append(_bare(raw))
+        return
+    for part in _PARTS.decode(raw):
+        text = part
+        if _begins(part) == b"{":
+            text = _PART.decode(part).text
+        texts.append(_bare(text) if _begins(text) == b'"' else _medium(msgspec.json.decode(part)))
+
+
+def _medium(part: Any) -> bytes:
     """Stands for an image or a sound: what it is, a checksum of its data, and its weight."""
     if not isinstance(part, dict):
-        return _json(part)
+        return msgspec.json.encode(part)
     found: list[str] = []
     _walk(part, found.append)
-    text = "\0".join(found)
+    text = "\0".join(found).encode("utf-8", "surrogatepass")
     return text.ljust(MEDIA_BYTES) if part.get("type") not in _NO_MEDIA else text
 
 
@@ -225,20 +284,14 @@ def _walk(value: Any, found: Callable[[str], None]) -> None:
         found(str(value))
 
 
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def plain_prompt(raw: bytes) -> Prompt:
+def plain_prompt(raw: msgspec.Raw | bytes) -> Prompt:
     """The prompt of a completion, an embedding or the like, from its JSON as it stands in the body.
 
-    A text is taken as it is. Lists are taken as JSON: of token ids (their number is known then),
-    or of several texts.
+    A text is taken as it stands there. Lists are taken as JSON: of token ids (their number is
+    known then), or of several texts.
     """
-    if raw[:1] == b'"':
-        text = msgspec.json.decode(raw, type=str).encode("utf-8", "surrogatepass")
-        return Prompt(cut(text), len(text), conversation=crc32(text[:_TOLD_APART_BY]))
+    text = _bare(raw)
     tokens = None
-    if raw[:1] == b"[" and raw[1:16].strip(b" []")[:1].isdigit():
-        tokens = raw.count(b",") + 1
-    return Prompt(cut(raw), len(raw), tokens, conversation=crc32(raw[:_TOLD_APART_BY]))
+    if text[:1] == b"[" and bytes(text[1:16]).strip(b" []")[:1].isdigit():
+        tokens = bytes(text).count(b",") + 1
+    return Prompt(cut(text), len(text), tokens, conversation=crc32(text[:_TOLD_APART_BY]))
