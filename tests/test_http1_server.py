@@ -276,7 +276,7 @@ async def test_waiting_for_the_application_is_not_the_clients_slowness(autojump_
         await nothing(scope, receive, send)
 
     async with trio.open_nursery() as nursery:
-        on = Memory(nursery, dawdle, max_unread_body=10)
+        on = Memory(nursery, dawdle, max_read_ahead=10)
         await on.client.send_all(HEAD + b"Content-Length: 100\r\n\r\n" + bytes(10))
         await trio.testing.wait_all_tasks_blocked()
         await on.client.send_all(bytes(50))

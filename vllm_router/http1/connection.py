@@ -46,27 +46,27 @@ class Connection:
 
     __slots__ = (
         "_answer",
-        "_body_began",
         "_body_open",
         "_body_received",
+        "_body_waited",
         "_buffer",
         "_chunks",
         "_client",
         "_delivered",
+        "_finished",
         "_gone",
         "_handed_over",
         "_head",
+        "_hung_up",
         "_left",
         "_limits",
         "_local",
-        "_paused_task",
         "_pieces",
+        "_reading",
         "_refusal",
         "_scope",
         "_sends",
         "_server",
-        "_unread",
-        "_waiting",
         "deadline",
     )
 
@@ -87,26 +87,29 @@ class Connection:
         self._sends = 0
         # Why it ends, if it does.
         self._gone = False
+        self._hung_up = False
         self._refusal: Refusal | None = None
-        self._handed_over: bytearray | None = None
-        # Who waits.
-        self._waiting: trio.lowlevel.Task | None = None
-        self._paused_task: trio.lowlevel.Task | None = None
+        self._handed_over: bytes | None = None
         # Bytes behind the current request.
         self._buffer = bytearray()
         # The current request, and its body as far as it has come.
         self._head: Head | None = None
         self._answer: Answer | None = None
+        self._finished: trio.Event | None = None
+        self._reading = False
         self._body_open = False
         self._chunks: ChunkedBody | None = None
         self._left = 0
         self._pieces: list[bytes] = []
-        self._unread = 0
         self._delivered = False
         self._body_received = 0
-        self._body_began = 0.0
+        self._body_waited = 0.0
 
     # -- what a transport does -----------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Answer requests, and call `hang_up` when the client closes while nobody reads."""
+        raise NotImplementedError
 
     async def _read(self) -> bytes:
         """Some bytes; none when the client has left. Loses nothing when cancelled."""
@@ -120,13 +123,13 @@ class Connection:
         """Send all of `data`. Raises OSError."""
         raise NotImplementedError
 
-    def hung_up(self) -> bool:
-        """Whether the client has left, though nobody reads."""
-        raise NotImplementedError
-
     def has_input(self) -> bool:
         """Whether there are bytes that nobody has read."""
         raise NotImplementedError
+
+    def left_unseen(self) -> bool:
+        """Whether the client has left behind more bytes than are read ahead."""
+        return False
 
     async def _end_output(self) -> None:
         """Show the client the end of the stream, but go on listening. Raises OSError."""
@@ -146,7 +149,7 @@ class Connection:
                 await self._serve()
                 if self._handed_over is not None:
                     kept_open = True
-                    return bytes(self._handed_over)
+                    return self._handed_over
             await self._say_goodbye()
             return None
         finally:
@@ -157,30 +160,51 @@ class Connection:
                 with trio.CancelScope(shield=True):
                     await self._close(reset=truncated)
 
-    async def _serve(self) -> None:
-        limits = self._limits
-        patience = limits.header_timeout if self._server.draining else limits.keep_alive_timeout
+    async def _answer_all(self) -> None:
+        """One request after the other, until the connection ends or is somebody else's."""
+        server, limits = self._server, self._limits
+        patience = limits.header_timeout if server.draining else limits.keep_alive_timeout
         self.deadline = trio.current_time() + patience
-        # Until the first request, one task is enough.
-        while self._head is None:
-            data = await self._read()
-            if not data:
-                self._gone = True
+        while True:
+            head = self._head
+            while head is None:
+                data = await self._read()
+                if not data:
+                    self._gone = True
+                    return
+                self._look_for_head(data)
+                if self._handed_over is not None or self._refusal is not None:
+                    return
+                head = self._head
+            await self._respond(head)
+            answer = self._answer
+            if answer is None or answer.close or not answer.finished or server.closing:
                 return
-            self._look_for_head(data)
-            if self._handed_over is not None:
-                return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_reading)
-            await self._keep_answering()
-            nursery.cancel_scope.cancel()
+            self._head = self._answer = self._finished = None
+            self._pieces.clear()
+            if self._buffer:
+                data = bytes(self._buffer)
+                self._buffer.clear()
+                self._look_for_head(data)
+                if self._handed_over is not None or self._refusal is not None:
+                    return
+            else:
+                self.deadline = trio.current_time() + limits.keep_alive_timeout
+
+    def hang_up(self) -> None:
+        """The client has closed its side; bytes that it sent before may still be unread.
+
+        Whoever is reading will find the end behind them.
+        """
+        self._hung_up = True
+        if self._head is not None and not self._reading:
+            self.client_left()
 
     def client_left(self) -> None:
         """End everything: nobody is there to be answered."""
         self._gone = True
         self.deadline = math.inf
         self._scope.cancel(reason="client disconnected")
-        self._wake()
 
     def refuse(self, refusal: Refusal) -> None:
         """End the connection; the client is told why, unless an answer has begun."""
@@ -249,54 +273,6 @@ class Connection:
                 return  # it did not want to hear
 
     # -- reading -------------------------------------------------------------------------------
-
-    async def _keep_reading(self) -> None:
-        limits = self._limits
-        while True:
-            data = await self._read()
-            if self._handed_over is not None:
-                self._handed_over += data
-                return
-            if not data:
-                self.client_left()
-                return
-            if self._head is None:
-                self._look_for_head(data)
-            elif self._body_open:
-                self._take_body(data)
-            else:
-                self._buffer += data
-            while self._head is not None and (
-                self._unread >= limits.max_unread_body
-                if self._body_open
-                else len(self._buffer) >= limits.max_read_ahead
-            ):
-                await self._pause()
-
-    @property
-    def paused(self) -> bool:
-        """Whether the reader waits for the application rather than for the client."""
-        return self._paused_task is not None
-
-    async def _pause(self) -> None:
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._paused_task = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        before = trio.current_time()
-        self.deadline = math.inf
-        self._paused_task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
-        if self._body_open:
-            now = trio.current_time()
-            self._body_began += now - before
-            self.deadline = now + self._limits.body_read_timeout
-
-    def _resume(self) -> None:
-        task = self._paused_task
-        if task is not None:
-            self._paused_task = None
-            trio.lowlevel.reschedule(task)
 
     def _look_for_head(self, data: bytes) -> None:
         """Begin the next request if its head is complete; `data` comes behind the buffer."""
@@ -377,16 +353,34 @@ class Connection:
             self._body_open = True
             self._chunks = ChunkedBody() if head.chunked else None
             self._left = length
-            self._unread = 0
             self._body_received = 0
-            self._body_began = trio.current_time()
-            self._take_body(data[end:])
-        self._wake()
+            self._body_waited = 0.0
+            self.deadline = math.inf
+            if end < len(data):
+                self._take_body(data[end:])
 
     def _hand_over(self, data: bytes) -> None:
-        self._handed_over = bytearray(data)
+        self._handed_over = data
         self.deadline = math.inf
-        self._wake()
+
+    async def _read_body(self) -> None:
+        """Wait for more of the current request's body; only now can its client be too slow."""
+        limits, now = self._limits, trio.current_time()
+        credit = self._body_received / limits.min_body_rate - self._body_waited
+        self.deadline = now + limits.body_read_timeout + min(0.0, credit)
+        self._reading = True
+        try:
+            data = await self._read()
+        finally:
+            self._reading = False
+            self.deadline = math.inf
+            self._body_waited += trio.current_time() - now
+        if data:
+            self._take_body(data)
+            if self._hung_up and not self._body_open:
+                self.client_left()
+        else:
+            self.client_left()
 
     def _take_body(self, data: bytes) -> None:
         """More of the current request's body, perhaps with something behind it."""
@@ -394,10 +388,8 @@ class Connection:
         if chunks is None:
             used = min(len(data), self._left)
             self._left -= used
-            self._unread += used
             complete = not self._left
-            if used:
-                self._pieces.append(data if used == len(data) else data[:used])
+            self._pieces.append(data if used == len(data) else data[:used])
         else:
             try:
                 pieces, used = chunks.feed(data)
@@ -405,72 +397,21 @@ class Connection:
                 self.refuse(refusal)
                 return
             self._pieces += pieces
-            self._unread += sum(map(len, pieces))
             complete = chunks.complete
+        self._body_received += used
         if complete:
             self._body_open = False
-            self.deadline = math.inf
             if used < len(data):
                 self._buffer += data[used:]
-        else:
-            limits = self._limits
-            self._body_received += used
-            self.deadline = limits.body_read_timeout + min(
-                trio.current_time(),
-                self._body_began + self._body_received / limits.min_body_rate,
-            )
-        self._wake()
-
-    # -- the handler's waiting -----------------------------------------------------------------
-
-    async def _wait(self) -> None:
-        """Until the reader has something new."""
-        if self._waiting is not None:
-            raise RuntimeError("two tasks receive from one connection")
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._waiting = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        self._waiting = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def _wake(self) -> None:
-        task = self._waiting
-        if task is not None:
-            self._waiting = None
-            trio.lowlevel.reschedule(task)
 
     # -- answering -----------------------------------------------------------------------------
-
-    async def _keep_answering(self) -> None:
-        while True:
-            while self._head is None:
-                await self._wait()
-                if self._handed_over is not None:
-                    return
-            if self._refusal is not None or self._gone:
-                return
-            await self._respond(self._head)
-            answer = self._answer
-            if answer is None or answer.close or not answer.finished or self._server.closing:
-                return
-            self._head = self._answer = None
-            self._pieces.clear()
-            if self._buffer:
-                data = bytes(self._buffer)
-                self._buffer.clear()
-                self._look_for_head(data)
-                if self._handed_over is not None or self._refusal is not None:
-                    return
-                self._resume()
-            else:
-                self.deadline = trio.current_time() + self._limits.keep_alive_timeout
 
     async def _respond(self, head: Head) -> None:
         """One request, from the application's first step to its last."""
         server = self._server
         server.requests += 1
+        if self._hung_up and not self._body_open:
+            self.client_left()
         path = head.path
         scope: Scope = {
             "type": "http",
@@ -501,26 +442,30 @@ class Connection:
             self.refuse(Refusal(500, "internal_error", "internal error"))
 
     async def _receive(self) -> Message:
-        while True:
+        pieces = self._pieces
+        while not pieces:
             head, answer = self._head, self._answer
             if self._gone or head is None or answer is None or answer.finished:
                 await trio.lowlevel.checkpoint()  # where the application is cancelled
                 return {"type": "http.disconnect"}
-            if self._pieces:
+            if self._refusal is not None:
+                await trio.sleep_forever()  # until the application is cancelled
+            if self._reading:
+                raise RuntimeError("two tasks receive from one connection")
+            if self._body_open:
+                if head.expects_continue and not answer.started:
+                    head.expects_continue = False
+                    await self._write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await self._read_body()
+            elif not self._delivered:
                 break
-            if not self._body_open:
-                if not self._delivered:
-                    break
-            elif head.expects_continue and not answer.started:
-                head.expects_continue = False
-                await self._write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-                continue
-            await self._wait()
-        pieces = self._pieces
+            else:
+                # Whoever asks once more wants to know of the end.
+                if self._finished is None:
+                    self._finished = trio.Event()
+                await self._finished.wait()
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        self._unread = 0
-        self._resume()
         self._delivered = not self._body_open
         return {"type": "http.request", "body": body, "more_body": self._body_open}
 
@@ -534,8 +479,8 @@ class Connection:
             data = answer.encode(message, close=self._body_open or self._server.closing)
             if data:
                 await self._write_all(data)
-            if answer.finished:
-                self._wake()
+            if self._finished is not None and answer.finished:
+                self._finished.set()
         elif kind == "http.response.start":
             answer.hold(message)
         else:

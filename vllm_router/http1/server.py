@@ -1,9 +1,9 @@
 """An ASGI server for HTTP/1.1: strict, small, and cheap per request.
 
-One connection is two tasks. The *reader* waits for bytes all the time, so that it sees the client
-leave while the application waits for an engine; the *handler* runs the application, one request
-after the other. Neither a task, nor a nursery, nor a cancel scope is made per request: when the
-client leaves, the connection's scope is cancelled, and the application with it (ASGI extension
+One connection is one task: it reads a request, runs the application, writes the answer. Neither a
+task, nor a nursery, nor a cancel scope is made per request. While the application waits for an
+engine nobody reads, yet the client may leave: `HangUps` learns that from the kernel for all
+connections, the connection's scope is cancelled, and the application with it (ASGI extension
 `vllm_router.cancel_on_disconnect`).
 
 A client that closes its sending side has left: there is no telling it from one that is gone.
@@ -54,10 +54,9 @@ class Limits:
     """How long sent bytes may stay unacknowledged (TCP_USER_TIMEOUT), then the connection ends."""
     websocket_stall_timeout: float = 20.0
     """The same for websockets, where something is sent all the time."""
-    max_unread_body: int = 262144
-    """Bytes of a body that wait for the application before reading pauses."""
     max_read_ahead: int = 65536
-    """Bytes behind the current request (pipelining) before reading pauses."""
+    """Bytes of a TLS connection that wait for the application before reading pauses; of others the
+    kernel keeps what is not asked for."""
     linger: float = 2.0
     """Silence, when closing on a client that still sends, before it is cut off."""
     max_linger: float = 30.0
@@ -93,6 +92,7 @@ class Server:
         self.closing = False
         self.requests = 0
         self.refused = 0
+        self.hang_ups = HangUps()
         self._connections: set[Connection] = set()
         self._occupied = trio.Event()
 
@@ -126,11 +126,16 @@ class Server:
             connection.abort()
 
     async def watch(self) -> None:
-        """Enforce the timeouts, until cancelled.
+        """See clients leave and enforce the timeouts, until cancelled.
 
-        One task for all connections: a scope around every read would cost a request more than
-        its parsing does.
+        One task each for all connections: a scope around every read would cost a request more
+        than its parsing does.
         """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.hang_ups.watch)
+            await self._enforce_timeouts()
+
+    async def _enforce_timeouts(self) -> None:
         tick = self.limits.tick()
         while True:
             if not self._connections:
@@ -141,8 +146,36 @@ class Server:
             for connection in self._connections:
                 if connection.deadline <= now:
                     connection.expire()
-                elif connection.paused and connection.hung_up():
+                elif connection.left_unseen():
                     connection.client_left()
+
+
+class HangUps:
+    """Tells connections that their clients have closed their side, or all of it.
+
+    One epoll for all of them, which says so of each once, and is itself waited for like a socket.
+    Registering costs two system calls per connection, and nothing per request.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Connection] = {}
+
+    def add(self, fileno: int, connection: Connection) -> None:
+        self._watched[fileno] = connection
+        self._epoll.register(fileno, select.EPOLLRDHUP | select.EPOLLET)
+
+    def discard(self, fileno: int) -> None:
+        """To be called before the descriptor is closed or given to somebody else."""
+        del self._watched[fileno]
+        self._epoll.unregister(fileno)
+
+    async def watch(self) -> None:
+        """Tell them, until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fileno, _ in self._epoll.poll(0):
+                self._watched[fileno].hang_up()
 
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -162,6 +195,14 @@ class SocketConnection(Connection):
     ) -> None:
         super().__init__(server, client, address)
         self._socket = sock
+
+    async def _serve(self) -> None:
+        hang_ups, fileno = self._server.hang_ups, self._socket.fileno()
+        hang_ups.add(fileno, self)
+        try:
+            await self._answer_all()
+        finally:
+            hang_ups.discard(fileno)
 
     async def _read(self) -> bytes:
         sock = self._socket
@@ -190,11 +231,8 @@ class SocketConnection(Connection):
             except BlockingIOError:
                 continue
 
-    def hung_up(self) -> bool:
-        return _hung_up(self._socket.fileno())
-
     def has_input(self) -> bool:
-        return _has_input(self._socket.fileno())
+        return _events(self._socket.fileno(), select.POLLIN)
 
     async def _end_output(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
@@ -206,9 +244,21 @@ class SocketConnection(Connection):
 
 
 class StreamConnection(Connection):
-    """A connection on a Trio stream (TLS, memory), which `run` closes."""
+    """A connection on a Trio stream (TLS, memory), which `run` closes.
 
-    __slots__ = ("_fileno", "_stream", "scheme")
+    Its end shows only to who reads, so a second task reads ahead.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_ended",
+        "_fileno",
+        "_news",
+        "_pumping",
+        "_room",
+        "_stream",
+        "scheme",
+    )
 
     def __init__(
         self,
@@ -224,12 +274,55 @@ class StreamConnection(Connection):
         self._stream = stream
         self._fileno = fileno
         self.scheme = scheme
+        self._arrived = bytearray()
+        self._ended = False
+        self._pumping = False
+        self._news = trio.Event()
+        self._room = trio.Event()
 
-    async def _read(self) -> bytes:
+    async def _serve(self) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._pumping = True
+                nursery.start_soon(self._pump)
+                await self._answer_all()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._pumping = False
+        if self._handed_over is not None:
+            self._handed_over += self._arrived
+
+    async def _pump(self) -> None:
+        while not self._ended:
+            data = await self._receive_some()
+            self._arrived += data
+            self._ended = not data
+            self._news.set()
+            while len(self._arrived) >= self._limits.max_read_ahead:
+                self._room = trio.Event()
+                await self._room.wait()
+        self.hang_up()
+
+    async def _receive_some(self) -> bytes:
         try:
             return bytes(await self._stream.receive_some(READ_SIZE))
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
             return b""
+
+    async def _read(self) -> bytes:
+        while self._pumping and not self._arrived and not self._ended:
+            self._news = trio.Event()
+            await self._news.wait()
+        if not self._arrived and not self._ended:
+            return await self._receive_some()
+        data = bytes(self._arrived)
+        self._arrived.clear()
+        self._room.set()
+        return data
+
+    def left_unseen(self) -> bool:
+        full = len(self._arrived) >= self._limits.max_read_ahead
+        return full and self._fileno is not None and _events(self._fileno, select.POLLRDHUP)
 
     def _write_now(self, data: bytes) -> int:
         return 0
@@ -240,11 +333,10 @@ class StreamConnection(Connection):
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
             raise OSError(str(error)) from error
 
-    def hung_up(self) -> bool:
-        return self._fileno is not None and _hung_up(self._fileno)
-
     def has_input(self) -> bool:
-        return self._fileno is not None and _has_input(self._fileno)
+        if self._arrived:
+            return True
+        return self._fileno is not None and _events(self._fileno, select.POLLIN)
 
     async def _end_output(self) -> None:
         # TLS ends both directions at once; what the client still sends is read and dropped.
@@ -266,11 +358,3 @@ def _events(fileno: int, mask: int) -> bool:
     poll = select.poll()
     poll.register(fileno, mask)
     return bool(poll.poll(0))
-
-
-def _hung_up(fileno: int) -> bool:
-    return _events(fileno, select.POLLRDHUP)
-
-
-def _has_input(fileno: int) -> bool:
-    return _events(fileno, select.POLLIN)
