@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from random import Random
 
@@ -24,8 +25,12 @@ from scripted_server import (
     sse_head,
     streaming,
 )
+from vllm_router.fleet.server import Lease
 from vllm_router.http1.client import Pool
-from vllm_router.proxy.record import Phase
+from vllm_router.proxy.attempt import Attempt
+from vllm_router.proxy.exchange import Exchange
+from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.request import Request
 from vllm_router.routing.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
@@ -395,3 +400,20 @@ async def test_many_streams_over_tcp_arrive_whole():
             for link in rig.proxy.links.values():
                 link.pool.close()
         nursery.cancel_scope.cancel()
+
+
+async def test_nothing_of_an_exchange_waits_for_the_garbage_collector(autojump_clock):
+    async with lab(answering(ok(b'{"answer":1}'), ok(b'{"answer":1}'))) as rig:
+        await rig.post()
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            await rig.post()
+            gc.collect()
+            left = {type(thing) for thing in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.enable()
+            gc.garbage.clear()
+        assert not left & {Attempt, Exchange, Lease, Record, Request}

@@ -277,6 +277,8 @@ class Exchange:
                     policy.leased(lease, facts, now)
                 outcome = await attempt.run(now)
             finally:
+                # Without these two, nothing of the exchange would go before a garbage collection.
+                self.attempt = lease.interrupt = None
                 lease.release()
                 if trace is not None:
                     trace.attempt_ended(outcome, trio.current_time())
