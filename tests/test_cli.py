@@ -107,7 +107,7 @@ def test_run_with_a_file_without_servers_is_one_line():
 def test_check_config_of_a_good_file_says_so():
     result = call("check-config", "--config", str(EXAMPLE))
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [f"{EXAMPLE}: OK, 3 servers, policy least_load"]
+    assert result.stdout.splitlines() == [f"{EXAMPLE}: OK, 3 servers, policy adaptive"]
 
 
 def test_check_config_reports_every_problem_with_its_key_path(scratch: Path):

@@ -144,7 +144,7 @@ def test_request_chooses_its_policy_and_the_log_says_so(rig: Rig):
 
 def test_explanation_follows_names_and_policies(rig: Rig):
     found = rig.router.post("/explain", chat(model="chat")).json()
-    assert (found["model"], found["served_model"], found["policy"]) == ("chat", "m", "least_load")
+    assert (found["model"], found["served_model"], found["policy"]) == ("chat", "m", "adaptive")
     assert [row["server"] for row in found["candidates"]] == [rig.big.url.removeprefix("http://")]
     found = rig.router.get("/explain?model=small").json()
     assert found["policy"] == "round_robin"

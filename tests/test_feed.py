@@ -53,7 +53,7 @@ async def test_the_first_messages_are_a_hello_and_a_snapshot(autojump_clock, lab
     hello = await client.next()
     assert isinstance(hello, schema.Hello)
     assert hello.schema == schema.VERSION
-    assert hello.config.policy == "least_load"
+    assert hello.config.policy == "adaptive"
     assert [event.text for event in hello.events] == ["a: unknown → up", "b: unknown → up"]
     before = trio.current_time()
     snapshot = await client.next()

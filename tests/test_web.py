@@ -245,7 +245,7 @@ async def test_the_clients_request_id_comes_back():
 
 
 async def test_explain_ranks_the_candidates_and_picks_the_least_loaded():
-    lab = Lab(3)
+    lab = Lab(3, policy="least_load")
     now = trio.current_time()
     lab["a"].scraped(gauges(2), now, 0)
     lab["b"].scraped(gauges(0), now, 0)

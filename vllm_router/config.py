@@ -170,7 +170,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout: Seconds = 300.0
     total_timeout: SecondsOrNone = None
     body_timeout: Seconds = 60.0
-    policy: PolicyName = "least_load"
+    policy: PolicyName = "adaptive"
     policy_header: Flag = False
     tokens_per_request: Tokens = 1000.0
     waste_growth: Growth = 0.5

@@ -117,9 +117,11 @@ def _note(
         return "Every server of the model has just refused a request as too busy."
     if any(server.models is None for server in candidates):
         return "No server that can be asked lists the model; some lists could not be read."
-    lowest = min(server.burden for server in candidates)
-    equals = sum(server.burden == lowest for server in candidates)
-    if equals > 1 and policy.name == "least_load":
+    # Others look at more than their score.
+    scored = policy.name in ("adaptive", "least_load")
+    explained = policy.explain(candidates, facts, now) if scored else None
+    equals = sum(row.score == explained[0].score for row in explained) if explained else 0
+    if equals > 1:
         return f"{equals} servers are equal: any of them may be picked."
     return ""
 
