@@ -270,11 +270,28 @@ async def test_who_cannot_make_it_is_told_at_once(autojump_clock):
         await trio.sleep(9.5)  # one a second: the last one will wait for 20 more
         late = await rig.post(body(99), headers=((b"x-request-timeout", b"8"),))
         assert (late.status, late.code, late.took) == (503, "queue_too_long", 0.0)
-        assert late[b"retry-after"] in (b"13", b"14", b"15")
+        assert late[b"retry-after"] in (b"14", b"15", b"16")
         patient = await rig.post(body(100), headers=((b"x-request-timeout", b"40"),))
         assert patient.status == 200
         assert 20 < patient.took < 23
         assert order(*clients) == list(range(30))
+
+
+async def test_who_has_less_time_than_any_answer_took_is_not_begun(autojump_clock):
+    async with limited(working(4.0)) as rig:
+        for n in range(5):
+            await rig.post(body(n))
+        running = await started(rig, body(5))
+        hopeless = rig.start(body(6), headers=((b"x-request-timeout", b"7"),))
+        await wait_all_tasks_blocked()
+        patient = await started(rig, body(7))
+        await trio.sleep(9)
+        # three seconds were left to it when its turn came, and four are needed
+        assert (hopeless.got.status, hopeless.got.code) == (504, "total_timeout")
+        assert 4 <= hopeless.got.took < 4.1
+        assert order(running, patient) == [5, 7]
+        assert patient.got.took == pytest.approx(8)
+        assert rig.requests()["a"] == 7
 
 
 async def test_whoever_is_first_in_line_may_hope(autojump_clock):

@@ -10,7 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_router.routing.waiting import RATE_FROM, DrainRate, Place, WaitingRooms
+from vllm_router.routing.waiting import (
+    RATE_FROM,
+    RATE_OVER,
+    DrainRate,
+    Place,
+    Quickest,
+    WaitingRooms,
+)
 
 
 def place(room: str | None = "m", priority: int = 0, key: str = "", **more: Any) -> Place:
@@ -157,6 +164,18 @@ def test_rooms_of_forgotten_models_are_dropped_when_empty():
     rooms.room(None)
     rooms.forget(lambda _: False)
     assert set(rooms.rooms) == {"busy", None}
+
+
+def test_quickest_is_that_of_the_last_answers():
+    quickest = Quickest()
+    for seconds in (5.0, 1.0, 3.0):
+        quickest.add(seconds)
+    assert quickest.seconds == 0.0  # too few to tell
+    quickest.add(4.0)
+    assert quickest.seconds == 1.0
+    for _ in range(RATE_OVER):
+        quickest.add(2.0)
+    assert quickest.seconds == 2.0
 
 
 # -- all of it against a model ----------------------------------------------------------------

@@ -177,11 +177,15 @@ def fleet(
     leftovers: bool = True,
     arguments: Iterable[str] = (),
     router_class: type[RouterProcess] = RouterProcess,
+    tables: str = "",
     **settings: Any,
 ) -> Iterator[tuple[list[MockProcess], RouterProcess]]:
-    """Servers and a router before them; afterwards its descriptors must be back (±3)."""
+    """Servers and a router before them; afterwards its descriptors must be back (±3).
+
+    `tables` is what the configuration has beside servers and settings.
+    """
     with mock_processes(count, *mock) as mocks:
-        config = servers_toml([*(m.url for m in mocks), *more], capacity, **settings)
+        config = servers_toml([*(m.url for m in mocks), *more], capacity, **settings) + tables
         with router_process(config, card.directory, *arguments, kind=router_class) as router:
             router.post("/v1/chat/completions", chat(max_tokens=1))
             time.sleep(0.5)  # until every probe and scrape has its connection

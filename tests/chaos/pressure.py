@@ -110,8 +110,6 @@ async def slow_senders(card: Card) -> None:
         card.most("failed of the others", len(load.bad()), 0)
 
 
-not_run("L4", "overload with a waiting room", "not built: no waiting room", p0=True)
-
 # What has been sent, whether streamed, how long until the client leaves, and how.
 LEAVING = (
     ("half a head", False, 0.1, "FIN"),

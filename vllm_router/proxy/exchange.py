@@ -287,6 +287,8 @@ class Exchange:
                 if outcome is not None:
                     self._judge(server, lease, outcome)
                 if proxy.gate is not None:
+                    if attempt.complete and record.status == 200:
+                        proxy.gate.served(facts.model, trio.current_time() - lease.taken_at)
                     proxy.gate.freed(server)
             record.outcome = outcome
             if attempt.committed:

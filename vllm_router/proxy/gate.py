@@ -9,7 +9,7 @@ nothing, and nobody overtakes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -156,13 +156,14 @@ class Gate:
             raise self._full(waiter, any_server, now)
         ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
         if ahead and rate is not None and any_server:
-            wait, most = (ahead + 1) / rate, waiter.until - now
+            wait = (ahead + 1) / rate
+            most = min(limits.queue_timeout, exchange.deadline - now - room.quickest.seconds)
             if wait > most:
                 raise Refused(
                     503,
                     "queue_too_long",
                     f"It would wait about {_shown(wait)} s for a server, and may for "
-                    f"{_shown(most)} s.",
+                    f"{_shown(max(0.0, most))} s.",
                     retry_after=self._bounded(wait - most),
                 )
         return waiter
@@ -184,8 +185,7 @@ class Gate:
         """Why it is sent away after a wait."""
         exchange, now = waiter.exchange, trio.current_time()
         if now >= exchange.deadline:
-            rule = RULES[Outcome.TOTAL_TIMEOUT]
-            return Refused(rule.status, rule.code, rule.message)
+            return _time_is_over()
         if not exchange.choices(now):
             return exchange.nobody()
         return Refused(
@@ -216,6 +216,10 @@ class Gate:
         if not server.at_cap:
             self._rooms.left_free(now, lambda room: not room or server.serves(room))
 
+    def served(self, model: str | None, seconds: float) -> None:
+        """A server has answered a request for the model completely, in so many seconds."""
+        self._rooms.room(self._key(model)).quickest.add(seconds)
+
     def look(self, now: float) -> None:
         """Who may be asked may have changed."""
         if self._admitting:
@@ -242,18 +246,23 @@ class Gate:
             self.look(now)
 
     def _give(self, waiter: Waiter, now: float) -> bool:
+        """Let it go on, if it can: with a server, or because its time is as good as over."""
         exchange = waiter.exchange
+        if now + self._rooms.room(waiter.room).quickest.seconds > exchange.deadline:
+            waiter.refused = _time_is_over()
+            waiter.woken.set()
+            return True
         waiter.grant = self._grant(exchange, exchange.choices(now), now)
         if waiter.grant is None:
             return False
         waiter.woken.set()
         return True
 
-    def _empty(self, room: Room[Waiter], refused: Refused | None = None) -> None:
+    def _empty(self, room: Room[Waiter], refused: Callable[[], Refused] | None = None) -> None:
         """Send everybody away, with that there is no server if with nothing else."""
         for waiter in list(room):
             self._rooms.leave(waiter)
-            waiter.refused = refused or waiter.exchange.nobody()
+            waiter.refused = refused() if refused is not None else waiter.exchange.nobody()
             waiter.woken.set()
 
     # -- configuration and end ----------------------------------------------------------------
@@ -270,10 +279,15 @@ class Gate:
         for room in self.rooms:
             self._empty(room)
 
-    def stop(self, refused: Refused) -> None:
+    def stop(self, refused: Callable[[], Refused]) -> None:
         """The router is about to end: tell everybody who waits."""
         for room in self.rooms:
             self._empty(room, refused)
+
+
+def _time_is_over() -> Refused:
+    rule = RULES[Outcome.TOTAL_TIMEOUT]
+    return Refused(rule.status, rule.code, rule.message)
 
 
 def _shown(seconds: float) -> str:

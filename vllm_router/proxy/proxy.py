@@ -194,7 +194,7 @@ class Proxy:
         for exchange in self.exchanges:
             exchange.interrupt(Outcome.STOPPED.value)
         if self.gate is not None:
-            self.gate.stop(stopping())
+            self.gate.stop(stopping)
         return len(self.exchanges)
 
 

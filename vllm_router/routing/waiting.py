@@ -86,6 +86,23 @@ class DrainRate:
         return freed / elapsed if freed >= RATE_FROM and elapsed > 0.0 else None
 
 
+class Quickest:
+    """The least time in which an answer was complete, of the last ones: whoever has less left
+    cannot make it. What is slower on average may still be quick, so nobody is given up by a mean.
+    """
+
+    def __init__(self) -> None:
+        self._took: deque[float] = deque(maxlen=RATE_OVER)
+
+    def add(self, seconds: float) -> None:
+        self._took.append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """0 as long as it cannot be told."""
+        return min(self._took) if len(self._took) >= RATE_FROM else 0.0
+
+
 class _Line(Generic[P]):
     """Those of one priority. No empty queue is kept."""
 
@@ -147,6 +164,7 @@ class Room(Generic[P]):
     def __init__(self, model: str | None) -> None:
         self.model = model
         self.rate = DrainRate()
+        self.quickest = Quickest()
         self.size = 0
         """How many there are, without those who return: they had been let in before."""
         self._returning = 0
@@ -235,7 +253,8 @@ class WaitingRooms(Generic[P]):
     def admit(self, now: float, give: Callable[[P], bool]) -> list[P]:
         """Give everybody a server for whom there is one, in order; who has got one.
 
-        `give` finds one and takes it, or says that there is none. O(rooms) calls of it beyond
+        `give` finds one and takes it, or says that there is none; who need not wait any longer for
+        another reason has got one, too. O(rooms) calls of it beyond
         those that succeed, and one for each who returns.
         """
         admitted = []
