@@ -18,7 +18,7 @@ import trio
 from vllm_router.errors import Refused
 from vllm_router.limits_config import LimitsConfig
 from vllm_router.routing.retry import RULES, Outcome
-from vllm_router.routing.waiting import ANY_UNKNOWN, Place, Room, WaitingRooms
+from vllm_router.routing.waiting import ANY_UNKNOWN, MARGIN, Place, Room, WaitingRooms
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -157,7 +157,8 @@ class Gate:
         ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
         if ahead and rate is not None and any_server:
             wait = (ahead + 1) / rate
-            most = min(limits.queue_timeout, exchange.deadline - now - room.quickest.seconds)
+            left = (exchange.deadline - now - room.quickest.seconds) / MARGIN
+            most = min(limits.queue_timeout, left)
             if wait > most:
                 raise Refused(
                     503,
