@@ -71,6 +71,17 @@ def test_a_server_without_others_to_be_compared_with_is_not_judged_by_its_rate()
     assert ejected(fleet) == ""
 
 
+def test_a_server_is_compared_with_those_that_have_a_model_in_common():
+    fleet = make_fleet(3)
+    fleet.servers["b"].listed({"other": {"id": "other"}}, 0.0)
+    traffic(fleet, "b", "." * 20, 1.0)
+    traffic(fleet, "a", "x." * 10, 1.0)
+    assert ejected(fleet) == ""
+    traffic(fleet, "c", "." * 20, 1.0)
+    traffic(fleet, "a", "x", 1.0)
+    assert ejected(fleet) == "a"
+
+
 def test_two_servers_are_enough_to_compare():
     fleet = make_fleet(2)
     traffic(fleet, "b", "." * 20, 1.0)
@@ -258,6 +269,21 @@ def test_where_all_others_are_gone_one_that_is_held_back_is_asked():
     assert [server.name for server in fleet.candidates("m", 3.0)] == ["b"]
     go_down(b, 3.0)
     assert [server.name for server in fleet.candidates("m", 3.0)] == ["a"]
+
+
+def test_it_is_asked_as_soon_as_its_checks_are_good_and_no_longer():
+    fleet = make_fleet(1, health_check_rise=1)
+    (a,) = fleet.servers.values()
+    go_down(a, 1.0)
+    a.checked(GOOD, 0.01, 1.0)
+    go_down(a, 2.0)
+    assert fleet.candidates("m", 2.0) == ()
+    a.checked(GOOD, 0.01, 2.5)
+    assert fleet.candidates("m", 2.5) == (a,)
+    assert a.state is State.DOWN
+    assert a.state_reason == "it fell 2 times: back after 5 s of good checks"
+    a.checked(NO, 0.01, 3.0)
+    assert fleet.candidates("m", 3.0) == ()
 
 
 def test_ejection_and_falls_are_separate():

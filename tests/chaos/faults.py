@@ -6,6 +6,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from statistics import median
 
 import trio
 
@@ -220,19 +221,24 @@ async def black_hole(card: Card) -> None:
             sock.setblocking(False)
             sock.connect_ex(hole.getsockname())
         url = f"http://127.0.0.1:{hole.getsockname()[1]}"
-        p99s = []
-        for more in ([], [url]):
-            with fleet(card, more=more, leftovers=False) as (_, router):
+        # By turns, and the medians: what else the machine does moves a single p99 by more than
+        # the gate allows.
+        p99s: dict[bool, list[float]] = {False: [], True: []}
+        failed, longest = 0, 0.0
+        for with_hole in (False, True, True, False, False, True)[: card.size(2, 6)]:
+            with fleet(card, more=[url] * with_hole, leftovers=False) as (_, router):
                 async with Load(router.url, body, 20, pause=0.02) as load:
                     await trio.sleep(5)
-                p99s.append(percentile(result.seconds for result in load.results))
-                longest = max(result.seconds for result in load.results)
-                failed = len(load.bad())
+            p99s[with_hole].append(percentile(result.seconds for result in load.results))
+            if with_hole:
+                failed += len(load.bad())
+                longest = max(longest, *(result.seconds for result in load.results))
         for sock in fill:
             sock.close()
+    without, beside = median(p99s[False]), median(p99s[True])
     card.most("failed", failed, 0)
-    card.most("longest", longest, 1.3 + p99s[0], " s")
-    card.most("p99 against none", p99s[1] / p99s[0], 1.1, "×")
+    card.most("longest", longest, 1.3 + without, " s")
+    card.most("p99 against none", beside / without, 1.1, "×")
 
 
 @scenario("F9", "idle connections closed as they are used", p0=True)

@@ -266,7 +266,8 @@ class Fleet:
         """A request failed by the server's fault: that may eject it. See `TrafficHealth.failed`.
 
         Besides failures in a row a success rate ejects that is far below that of the others; it
-        takes their median, so that a trouble of all is nobody's. O(servers).
+        takes their median, so that a trouble of all is nobody's. Others are those with a model in
+        common. O(servers).
         """
         allowed = self._may_eject()
         server.failed(now, trial=trial, jitter=jitter, body=body, allowed=allowed)
@@ -297,7 +298,7 @@ class Fleet:
         others = [
             other.traffic_health.success_rate(now)
             for other in self.servers.values()
-            if other is not server
+            if other is not server and _alike(server, other)
         ]
         rates = [other for other, requests in others if requests >= OUTLIER_VOLUME]
         if not rates or rate >= OUTLIER_RATE * median(rates):
@@ -330,3 +331,10 @@ class Fleet:
 
     def count(self, *states: State) -> int:
         return sum(server.state in states for server in self.servers.values())
+
+
+def _alike(one: Server, other: Server) -> bool:
+    """Whether they may have a model in common."""
+    return (
+        one.models is None or other.models is None or not set(one.models).isdisjoint(other.models)
+    )

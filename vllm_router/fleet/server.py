@@ -127,6 +127,7 @@ class Server:
         """Whether it was added to a fleet that was there already."""
         self._typical = 0.0
         self._moved_at = 0.0
+        self._was_held_back = False
 
         self.metrics: EngineMetrics | None = None
         self.scraped_at: float | None = None
@@ -320,6 +321,10 @@ class Server:
         return self._flipped(self.probe_health.observe_scrape(reachable, now), now)
 
     def _flipped(self, flipped: bool, now: float) -> bool:
+        held_back = self.probe_health.held_back
+        if held_back or self._was_held_back:
+            self._was_held_back = held_back
+            self._on_change(self)  # it may be asked where nobody else can, and its reason changes
         if flipped:
             if self.probe_health.up:
                 self.traffic_health.restarted(now)
