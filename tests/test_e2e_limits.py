@@ -99,9 +99,8 @@ async def test_no_server_ever_gets_more_than_its_cap(tmp_path, front):
         assert queued(router) == 0
 
 
-@pytest.mark.parametrize("front", FRONTS)
-def test_full_room_answers_429_with_when_to_come_back(tmp_path, front):
-    with fleet(tmp_path, front=front, queue_size=2) as (mocks, router):
+def test_full_room_answers_429_with_when_to_come_back(tmp_path):
+    with fleet(tmp_path, queue_size=2) as (mocks, router):
         with occupied(router, waiting=2):
             got = router.post("/v1/chat/completions", SHORT)
             assert got.status_code == 429
@@ -128,9 +127,8 @@ def test_client_that_leaves_the_room_frees_its_place(tmp_path, front):
         assert router.metric("vllm_router_server_leases") == 0
 
 
-@pytest.mark.parametrize("front", FRONTS)
-def test_deadline_of_the_client_is_kept(tmp_path, front):
-    with fleet(tmp_path, front=front) as (mocks, router):
+def test_deadline_of_the_client_is_kept(tmp_path):
+    with fleet(tmp_path) as (mocks, router):
         headers = {"x-request-timeout": "0.5"}
         with occupied(router):
             began = time.monotonic()
@@ -184,9 +182,8 @@ async def test_killed_server_loses_nobody_and_no_cap_is_exceeded(tmp_path):
         assert [mocks[n].stats()["rejected"] for n in (0, 2)] == [0, 0]
 
 
-@pytest.mark.parametrize("front", FRONTS)
-async def test_requests_wait_while_the_only_server_restarts(tmp_path, front):
-    with fleet(tmp_path, front=front, queue_timeout=30) as (mocks, router):
+async def test_requests_wait_while_the_only_server_restarts(tmp_path):
+    with fleet(tmp_path, queue_timeout=30) as (mocks, router):
         mocks[0].kill()
         until(lambda: router.state(mocks[0].url) == "down", "its fall")
         results: list[Result] = []

@@ -57,6 +57,17 @@ def test_running_requests_are_limited_until_one_ends():
     assert usage.running("a") == 2
 
 
+def test_who_has_too_many_running_comes_back_when_one_should_have_ended():
+    usage, limited = Usage(), key(max_concurrent_requests=2)
+    for _ in range(100):
+        usage.enter(limited, 0.0)
+        usage.leave(limited, 30.0)
+    usage.enter(limited, 0.0)
+    usage.enter(limited, 0.0)
+    # two that take half a minute each: on average one ends every 15 s
+    assert refusal(usage, limited, 0.0).retry_after == pytest.approx(15.0, rel=0.01)
+
+
 def test_what_is_refused_uses_nothing():
     usage, limited = Usage(), key(max_concurrent_requests=1, requests_per_minute=2)
     usage.enter(limited, 0.0)

@@ -324,7 +324,8 @@ async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path
     told = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
     lab["a"].scraped(told, trio.current_time(), 0)
     lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), Facts("m"), 0.0)
-    lab.ended(lab["a"], code="x", key_name="k", waited=0.5)
+    lab.ended(lab["a"], code="x", key_name="k")
+    lab.ended(lab["a"], waited=0.5)
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}

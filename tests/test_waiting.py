@@ -112,6 +112,21 @@ def test_places_of_those_who_return_are_not_counted_against_the_room():
     assert (room.size, len(room)) == (1, 2)
 
 
+def test_handing_out_a_server_costs_the_same_however_many_wait():
+    asked = 0
+
+    def give(_: Place) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 1
+
+    for waiting in (2, 20_000):
+        asked = 0
+        rooms = line(*(place(key=f"k{n % 7}", priority=n % 3) for n in range(waiting)))
+        assert len(rooms.admit(0.0, give)) == 1
+        assert asked == 2  # the one who gets it, and the next one, for whom there is none
+
+
 # -- the drain rate ---------------------------------------------------------------------------
 
 

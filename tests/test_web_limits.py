@@ -59,6 +59,14 @@ async def test_metrics_have_how_long_it_took(autojump_clock):
         assert 'vllm_router_refusals_total{code="queue_timeout"} 3\n' in page
 
 
+async def test_a_wait_is_no_overhead_of_the_router():
+    lab = Lab()
+    lab.ended(lab["a"], waited=5.0)
+    lab.ended(lab["a"])
+    page = (await lab.get("/metrics")).body.decode()
+    assert "vllm_router_overhead_seconds_count 1\n" in page
+
+
 async def test_metrics_without_limits_have_no_queue():
     page = (await Lab().get("/metrics")).body.decode()
     for name in ("queue_length{", "queue_limit ", "queue_wait_seconds_count", "max_in_flight{"):

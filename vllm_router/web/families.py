@@ -72,7 +72,8 @@ DURATION = _histogram(
 )
 OVERHEAD = _histogram(
     "overhead_seconds",
-    "From a request read to its being sent to a server, failed attempts before included.",
+    "From a request read to its being sent to a server, failed attempts before included; of those "
+    "that did not have to wait.",
     (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.025, 0.1, 1),
 )
 TRANSITIONS = _counter(

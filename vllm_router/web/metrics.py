@@ -152,7 +152,7 @@ class Metrics:
             requests.duration.observe(record.ended_at - record.started_at)
         if record.waited:
             self._waited(record)
-        if record.sent_at:
+        elif record.sent_at:
             self._overhead.observe(record.sent_at - record.body_read_at)
         for reason in record.retries:
             self._retries[reason.value].value += 1
