@@ -107,11 +107,6 @@ def test_how_many_go_before_one_more_follows_priority_and_turns():
     assert room.before(9, "a") == 8
 
 
-def test_places_of_those_who_return_are_not_counted_against_the_room():
-    room = line(place(), place(returning=True)).room("m")
-    assert (room.size, len(room)) == (1, 2)
-
-
 def test_handing_out_a_server_costs_the_same_however_many_wait():
     asked = 0
 

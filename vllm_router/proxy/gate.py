@@ -88,7 +88,7 @@ class Gate:
         room = self._rooms.rooms.get(self._key(model))
         if room is None:
             return 0, self.limits.queue_size > 0
-        return room.before(priority, ""), room.size < self.limits.queue_size
+        return room.before(priority, ""), len(room) < self.limits.queue_size
 
     # -- one request --------------------------------------------------------------------------
 
@@ -146,13 +146,13 @@ class Gate:
             exchange=exchange,
         )
         if returning:
-            return waiter  # it had been let in, and there are no more of those than caps allow
+            return waiter  # it had been let in: whoever is new has to stand back
         room = self._rooms.room(waiter.room)
         if any_server:
             room.rate.begin(now)
         else:
             room.rate.end(now)
-        if room.size >= limits.queue_size:
+        if len(room) >= limits.queue_size:
             raise self._full(waiter, any_server, now)
         ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
         if ahead and rate is not None and any_server:

@@ -169,14 +169,12 @@ class Room(Generic[P]):
         self.model = model
         self.rate = DrainRate()
         self.quickest = Quickest()
-        self.size = 0
-        """How many there are, without those who return: they had been let in before."""
-        self._returning = 0
+        self._size = 0
         self._lines: dict[int, _Line[P]] = {}
         self._priorities: list[int] = []
 
     def __len__(self) -> int:
-        return self.size + self._returning
+        return self._size
 
     def __iter__(self) -> Iterator[P]:
         for line in self._lines.values():
@@ -188,7 +186,7 @@ class Room(Generic[P]):
             line = self._lines[place.priority] = _Line()
             insort(self._priorities, place.priority)
         line.add(place)
-        self._count(place, 1)
+        self._size += 1
 
     def remove(self, place: P, *, served: bool) -> None:
         line = self._lines[place.priority]
@@ -199,13 +197,7 @@ class Room(Generic[P]):
         if not line:
             del self._lines[place.priority]
             self._priorities.remove(place.priority)
-        self._count(place, -1)
-
-    def _count(self, place: P, change: int) -> None:
-        if place.returning:
-            self._returning += change
-        else:
-            self.size += change
+        self._size -= 1
 
     def fronts(self) -> Iterator[P]:
         """Everybody who may be next, the first one first. Nothing may change meanwhile."""
