@@ -107,7 +107,9 @@ class Load:
         return times[math.ceil(len(times) * 0.99) - 1]
 
 
-async def burst(url: str, body: dict[str, Any], count: int) -> list[Result]:
+async def burst(
+    url: str, body: dict[str, Any], count: int, headers: dict[str, str] | None = None
+) -> list[Result]:
     """`count` requests at the same time, on connections of their own."""
     results: list[Result] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -116,7 +118,7 @@ async def burst(url: str, body: dict[str, Any], count: int) -> list[Result]:
     ) as client:
 
         async def one() -> None:
-            results.append(await ask(client, body))
+            results.append(await ask(client, body, headers))
 
         async with trio.open_nursery() as nursery:
             for _ in range(count):

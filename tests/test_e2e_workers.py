@@ -147,6 +147,31 @@ def test_log_says_which_process_speaks(quiet: RouterProcess):
     assert any(" [leader] supervisor: server " in line for line in quiet.log)
 
 
+async def test_limits_hold_for_all_workers_together(tmp_path: Path):
+    few, slow = "sk-few-0123456789abcdef", "sk-slow-0123456789abcdef"
+    keys = [
+        f'{{ name = "few", key = "{few}", max_concurrent_requests = 3 }}',
+        f'{{ name = "slow", key = "{slow}", requests_per_minute = 6 }}',
+    ]
+    tables = f"[auth]\nkeys = [{', '.join(keys)}]\n[limits]\nmax_in_flight = 4\n"
+    mock = ("--model", "m", "--ttft", "0.1", "--token-delay", "0.01", "--max-num-seqs", "64")
+    with (
+        mock_processes(1, *mock) as (server,),
+        router_process(servers_toml([server.url]) + tables, tmp_path, *WORKERS) as router,
+    ):
+        body = chat(max_tokens=20)
+        results = await burst(router.url, body, 10, {"authorization": f"Bearer {few}"})
+        statuses = Counter(result.status for result in results)
+        # Two workers that let one in at the very same moment may exceed a limit by it.
+        assert statuses[200] in (3, 4)
+        assert statuses.total() == statuses[200] + statuses[429]
+        slowly = {"authorization": f"Bearer {slow}"}
+        results = await burst(router.url, body, 20, slowly)
+        statuses = Counter(result.status for result in results)
+        assert statuses[200] in (6, 7)
+        assert statuses.total() == statuses[200] + statuses[429]
+
+
 # -- reload, drain, end -----------------------------------------------------------------------
 
 

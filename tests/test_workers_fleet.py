@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
 from random import Random
+from time import perf_counter
 
 import pytest
 
 from fleet_makers import come_up, eject, gauges, go_down, make_config
+from vllm_router.auth import KeyConfig
 from vllm_router.config import Config
+from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server, State
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
@@ -238,3 +242,56 @@ def test_old_metrics_are_told_but_not_used(router: Router):
     worker.follow(state_of(server), 100.0)
     assert not worker.servers["a"].metrics_fresh
     assert worker.servers["a"].running == 0.0
+
+
+# -- limits of keys ---------------------------------------------------------------------------
+
+AUTH = """
+[auth]
+keys = [
+    { name = "few", key = "sk-few-0123456789abcdef", max_concurrent_requests = 3 },
+    { name = "slow", key = "sk-slow-0123456789abcdef", requests_per_minute = 6 },
+]
+"""
+
+
+def keys_of(config: Config) -> dict[str, KeyConfig]:
+    assert config.auth is not None
+    return {key.name: key for key in config.auth.keys}
+
+
+def admitted(router: Router, key: KeyConfig, count: int) -> int:
+    """How many of so many requests are let in, by one worker and the other in turns."""
+    done = 0
+    for number in range(count):
+        with contextlib.suppress(Refused):
+            router.workers[number % 2].usage.enter(key, perf_counter())
+            done += 1
+    return done
+
+
+def test_key_has_its_concurrency_once_and_not_in_every_worker(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    key = keys_of(config)["few"]
+    assert admitted(router, key, 10) == 3
+    router.workers[0].usage.leave(key, 1.0)
+    assert admitted(router, key, 4) == 1
+    Board(board, 3).clear(1)  # with two of them
+    assert router.workers[1].usage.running("few") == 3
+    assert admitted(router, key, 10) == 2
+
+
+def test_key_has_its_rate_once_and_not_in_every_worker(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    assert admitted(router, keys_of(config)["slow"], 20) == 6
+    Board(board, 3).clear(1)
+    assert admitted(router, keys_of(config)["slow"], 20) == 0
+
+
+def test_key_that_comes_with_a_reload_is_shared_too(board: int):
+    router = Router(board, make_config(1))
+    config = make_config(1, tables=AUTH)
+    router.apply(config, 1.0)
+    assert admitted(router, keys_of(config)["few"], 10) == 3

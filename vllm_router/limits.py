@@ -12,7 +12,7 @@ NEWEST = 0.1
 
 
 @dataclass(slots=True)
-class _Use:
+class Use:
     """Of one key. `tokens` is what was left of its minute's worth at `at`, `mean` the seconds
     that its requests took lately.
     """
@@ -23,11 +23,16 @@ class _Use:
     mean: float = 1.0
 
 
+def new_use(key: KeyConfig, now: float) -> Use:
+    """Of a key that has not been used lately."""
+    return Use(max(key.requests_per_minute or 0.0, 1.0), now)
+
+
 class Usage:
     """What every key is using, by its name; kept across reloads."""
 
     def __init__(self) -> None:
-        self._uses: dict[str, _Use] = {}
+        self._uses: dict[str, Use] = {}
 
     def enter(self, key: KeyConfig, now: float) -> None:
         """Count a request, which `leave` must end. Raises Refused, and counts nothing, if it is
@@ -36,7 +41,7 @@ class Usage:
         rate, most = key.requests_per_minute, key.max_concurrent_requests
         use = self._uses.get(key.name)
         if use is None:
-            use = self._uses[key.name] = _Use(max(rate or 0.0, 1.0), now)
+            use = self._uses[key.name] = new_use(key, now)
         if most is not None and use.running >= most:
             raise Refused(
                 429,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 
 import msgspec
 import trio
@@ -83,19 +84,24 @@ DRAIN = b"drain"
 STOP = b"stop"
 RELOAD = b"reload"
 REOPEN = b"reopen"
+LOST = b"lost "
+"""Begins what the leader is told of a worker that has died: its number follows."""
 
 
 class Orders(StopSignals):
     """What the parent says, instead of signals: those may reach a whole process group at once.
 
     A parent that is gone is an order to drain. `reload` and `reopen` are called when asked for,
-    `lame` when the router is about to stop.
+    `lame` when the router is about to stop, `lost` with the number of a worker that has died.
     """
 
     def __init__(self, fileno: int) -> None:
         super().__init__()
         self._line = Channel(socket.socket(fileno=fileno))
-        self.reload = self.reopen = self.lame = _nothing
+        self.reload: Callable[[], None] = _nothing
+        self.reopen: Callable[[], None] = _nothing
+        self.lame: Callable[[], None] = _nothing
+        self.lost: Callable[[int], None] = _nothing
 
     def close(self) -> None:
         self._line.close()
@@ -127,7 +133,9 @@ class Orders(StopSignals):
                     self.reload()
                 case b"reopen":
                     self.reopen()
+                case _ if word.startswith(LOST):
+                    self.lost(int(word.removeprefix(LOST)))
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Nobody has asked for it yet."""

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from vllm_router.auth import KeyConfig
 from vllm_router.config import Config, ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet, FleetChange
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.workers.board import Sums
 from vllm_router.workers.messages import ServerState, Verdict
+from vllm_router.workers.usage import SharedUsage, column_keys
 
 
 class SharedServer(Server):
@@ -160,16 +162,19 @@ def state_of(server: Server) -> ServerState:
 
 
 class SharedFleet(Fleet):
-    """What the fleets of the leader and of workers have in common."""
+    """What the fleets of the leader and of workers have in common; `usage` is that of keys."""
 
     def __init__(self, config: Config, sums: Sums) -> None:
         self._sums = sums
         self._by_column: dict[int, SharedServer] = {}
         self._known: dict[str, SharedServer] = {}
+        self._keys: tuple[KeyConfig, ...] = ()
+        self.usage = SharedUsage(sums, self.look)
         super().__init__(config)
 
     def apply(self, config: Config) -> FleetChange:
         change = super().apply(config)
+        self._keys = config.auth.keys if config.auth is not None else ()
         self.look()
         self.take_places()
         return change
@@ -184,9 +189,10 @@ class SharedFleet(Fleet):
             server.stand_in(column)
             if column is not None:
                 self._by_column[column] = server
+        self.usage.take_places(self._keys, self._column_of)
 
-    def _column_of(self, url: str) -> int | None:
-        return self._sums.board.find(url)
+    def _column_of(self, key: str) -> int | None:
+        return self._sums.board.find(key)
 
     def by_url(self, url: str) -> Server | None:
         """The server at a URL, one that leaves included."""
@@ -199,6 +205,8 @@ class SharedFleet(Fleet):
             server = self._by_column.get(column)
             if server is not None:
                 server.changed_elsewhere(difference)
+            else:
+                self.usage.changed(column, difference)
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
         self.look()
@@ -233,11 +241,12 @@ class LeadingFleet(SharedFleet):
         self._tell(server)
 
     def take_places(self) -> None:
-        self._sums.board.keep({server.url for server in self.all_servers()})
+        kept = {server.url for server in self.all_servers()}
+        self._sums.board.keep(kept.union(*map(column_keys, self._keys)))
         super().take_places()
 
-    def _column_of(self, url: str) -> int | None:
-        return self._sums.board.assign(url)
+    def _column_of(self, key: str) -> int | None:
+        return self._sums.board.assign(key)
 
 
 class FollowingFleet(SharedFleet):

@@ -115,6 +115,7 @@ class Leader(Supervisor):
             own_door=own_door,
             fleet=fleet,
         )
+        self.proxy.usage = fleet.usage
         in_force.write(config)
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
@@ -143,7 +144,7 @@ class Leader(Supervisor):
                     case Report():
                         await self._report(message)
                     case Figures():
-                        link.figures = message
+                        self._take(link, message)
                     case Connection() if fileno is not None:
                         nursery.start_soon(take_over, self._side, message, fileno)
                     case Hello():
@@ -151,13 +152,23 @@ class Leader(Supervisor):
 
         return listen
 
+    def _take(self, link: Link, figures: Figures) -> None:
+        link.figures = figures
+        for url, moment in figures.heard.items():
+            server = self.shared_fleet.by_url(url)
+            if server is not None:
+                server.last_byte_at = max(server.last_byte_at, moment)
+
+    def lost(self, number: int) -> None:
+        """A worker has died."""
+        link = self._links[number - 1]
+        self.worker_restarts += 1
+        for name, value in link.figures.values.items():
+            if name in TOTALS:
+                self._past[name] += value  # type: ignore[assignment]  # seconds, too
+        link.figures = Figures(False, {}, {})
+
     def _hello(self, link: Link, hello: Hello) -> None:
-        if link.pid is not None and link.pid != hello.pid:
-            self.worker_restarts += 1
-            for name, value in link.figures.values.items():
-                if name in TOTALS:
-                    self._past[name] += value  # type: ignore[assignment]  # seconds, too
-            link.figures = Figures(False, {}, {})
         link.pid = hello.pid
         for url in hello.draining:
             server = self.shared_fleet.by_url(url)
@@ -179,6 +190,7 @@ class Leader(Supervisor):
         for url, outcome in report.attempts:
             server = fleet.by_url(url)
             if server is not None:
+                server.served += 1
                 self.proxy.attempt_ended(server, Outcome(outcome))
         for ended in report.ended:
             record = unpack(ended, fleet)

@@ -211,6 +211,7 @@ async def _lead(
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)
             _follow(orders, supervisor, output)
+            orders.lost = supervisor.lost
             orders.lame = partial(setattr, supervisor, "draining", True)
             await nursery.start(orders.listen)
             await nursery.start(supervisor.run)

@@ -58,7 +58,8 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
     """How much of what there is now: gauges and totals to be added up, by name.
 
     `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
-    have expected of prefix caches, both by server; `queues` are who waits.
+    have expected of prefix caches, both by server; `queues` are who waits, and `heard` when
+    servers last sent a byte: a server that streams is alive, however slow its checks.
     """
 
     serving: bool
@@ -66,6 +67,7 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
     chunks: dict[str, int]
     queues: list[Queue] = []
     prefixes: dict[str, PrefixStatistics] = {}
+    heard: dict[str, float] = {}
 
 
 class Connection(msgspec.Struct, tag=True, array_like=True):

@@ -147,10 +147,14 @@ async def _nobody(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Member:
-    """One place in the crew and the process that has it. `number` 0 leads."""
+    """One place in the crew and the process that has it. `number` 0 leads.
 
-    def __init__(self, shared: _Shared, number: int) -> None:
+    `lost` is called with the number when the process has died.
+    """
+
+    def __init__(self, shared: _Shared, number: int, lost: Callable[[int], None]) -> None:
         self._shared = shared
+        self._lost = lost
         self._number = number
         self.name = f"worker {number}" if number else "leader"
         self.serving = trio.Event()
@@ -179,6 +183,7 @@ class Member:
                     break
                 pause = FIRST_PAUSE if trio.current_time() - began > LONG_LIFE else pause
                 logger.error("%s %s: starting another", self.name, _how(code))
+                self._lost(self._number)
                 if self._why:
                     logger.error("%s: %s", self.name, self._why)
                 await trio.sleep(pause)
@@ -288,8 +293,9 @@ class Crew:
     def __init__(self, shared: _Shared, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._shared = shared
-        self._leader = Member(shared, 0)
-        self._workers = [Member(shared, 1 + n) for n in range(shared.options.workers)]
+        numbers = range(1, 1 + shared.options.workers)
+        self._leader = Member(shared, 0, self._lost)
+        self._workers = [Member(shared, number, self._lost) for number in numbers]
 
     @property
     def _all(self) -> list[Member]:
@@ -303,6 +309,10 @@ class Crew:
             await member.served_or_ended()
             if member.failure is not None:
                 raise CannotStart(member.failure)
+
+    def _lost(self, number: int) -> None:
+        if number:
+            self._leader.tell(birth.LOST + str(number).encode())
 
     async def pass_on(self, number: signal.Signals, word: bytes) -> None:
         """Tell all what a signal means, whenever it comes."""

@@ -89,6 +89,7 @@ class Worker(Supervisor):
             fleet=fleet,
             recorder=reporter,
         )
+        self.proxy.usage = fleet.usage
         self.proxy.budget.floor /= workers
         self.proxy.budget.depth = self.proxy.budget.floor
 
@@ -223,7 +224,9 @@ class Worker(Supervisor):
             if statistics is not None:
                 prefixes[server.url] = statistics
         queues = self.queues(trio.current_time())
-        return Figures(self.serving, values, chunks, queues, prefixes)
+        servers = self.fleet.all_servers()
+        heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
+        return Figures(self.serving, values, chunks, queues, prefixes, heard)
 
     @property
     def ready(self) -> bool:

@@ -1,0 +1,89 @@
+"""Limits of keys that hold for all processes together.
+
+Each shows the others how many requests of a key it is serving, and how many it has ever let in; so
+each runs the same bucket, from which what the others let in is taken as soon as it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from time import perf_counter
+
+from vllm_router.auth import KeyConfig
+from vllm_router.limits import Usage, Use, new_use
+from vllm_router.workers.board import Sums
+
+
+def column_keys(key: KeyConfig) -> tuple[str, str]:
+    """What the two columns of a key are found by."""
+    return f"key {key.name}: running", f"key {key.name}: let in"
+
+
+class SharedUsage(Usage):
+    """`look` brings in what the others have shown, by calling `changed`."""
+
+    def __init__(self, sums: Sums, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._sums = sums
+        self._look = look
+        self._columns: dict[str, tuple[int, int]] = {}
+        self._of_column: dict[int, tuple[KeyConfig, bool]] = {}
+        self._running: dict[str, int] = {}
+        self._let_in: dict[str, int] = {}
+
+    def take_places(
+        self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
+    ) -> None:
+        """Find the columns of these keys; one without counts its own requests alone."""
+        self._of_column.clear()
+        for key in keys:
+            running, let_in = map(column_of, column_keys(key))
+            if running is None or let_in is None:
+                continue
+            self._of_column[running] = key, True
+            self._of_column[let_in] = key, False
+            if self._columns.get(key.name) != (running, let_in):
+                self._columns[key.name] = running, let_in
+                self._sums.watch(max(running, let_in))
+                own = self._running.get(key.name, 0)
+                self._use(key).running = own + self._sums.elsewhere[running]
+                self._show(key.name)
+
+    def changed(self, column: int, difference: int) -> None:
+        """What the others show has changed."""
+        found = self._of_column.get(column)
+        if found is None:
+            return
+        key, is_running = found
+        use = self._use(key)
+        if is_running:
+            use.running += difference
+        elif difference > 0:  # else it is a process that begins anew
+            rate = key.requests_per_minute or 0.0
+            now = perf_counter()
+            use.tokens = min(max(rate, 1.0), use.tokens + (now - use.at) * rate / 60) - difference
+            use.at = now
+
+    def _use(self, key: KeyConfig) -> Use:
+        use = self._uses.get(key.name)
+        if use is None:
+            use = self._uses[key.name] = new_use(key, perf_counter())
+        return use
+
+    def _show(self, name: str) -> None:
+        places = self._columns.get(name)
+        if places is not None:
+            self._sums.put(places[0], self._running.get(name, 0))
+            self._sums.put(places[1], self._let_in.get(name, 0))
+
+    def enter(self, key: KeyConfig, now: float) -> None:
+        self._look()
+        super().enter(key, now)
+        self._running[key.name] = self._running.get(key.name, 0) + 1
+        self._let_in[key.name] = self._let_in.get(key.name, 0) + 1
+        self._show(key.name)
+
+    def leave(self, key: KeyConfig, took: float) -> None:
+        super().leave(key, took)
+        self._running[key.name] -= 1
+        self._show(key.name)
