@@ -11,7 +11,16 @@ from pathlib import Path
 import trio
 
 import vllm_router
-from chaos import faults, hostile, overload, pressure, resilience, restarts  # noqa: F401 (they register)
+from chaos import (  # noqa: F401 (they register)
+    bulk,
+    faults,
+    guarded,
+    hostile,
+    overload,
+    pressure,
+    resilience,
+    restarts,
+)
 from chaos.harness import SCENARIOS, judge, table
 
 RESULT = Path(__file__).parents[2] / ".bench" / "chaos.json"

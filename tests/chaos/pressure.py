@@ -11,7 +11,7 @@ import time
 
 import trio
 
-from chaos.harness import Card, fleet, not_run, off_loop, percentile, rss_mb, running, scenario
+from chaos.harness import Card, fleet, off_loop, percentile, rss_mb, running, scenario
 from chaos.harness import waited as wait_for
 from chaos.rivals import NAMES, rival
 from chaos.stalled import stalled_reader
@@ -59,9 +59,6 @@ async def stalled_readers(card: Card) -> None:
         card.most("failed of the others", len(load.bad()), 0)
         card.most("all gone", took, stall + 5, " s")
         card.equal("in flight at the end", await off_loop(in_flight, router), 0)
-
-
-not_run("L2", "20 bodies of 40 MB at once", "scenario not written yet", p0=True)
 
 
 @scenario("L3", "slow headers and slow bodies", p0=True)
@@ -184,9 +181,6 @@ async def leaving(card: Card) -> None:
                 card.note(name, f"idle after {took:.2f} s")
             except TimeoutError:
                 card.note(name, "engines not idle after 40 s")
-
-
-not_run("L6", "soak of 200,000 mixed requests", "scripts/soak does it", p0=True)
 
 
 @scenario("L7", "connections closed by request, HTTP/1.0, long keep-alive")

@@ -46,6 +46,10 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+TLS_PIECE = 262144
+"""Bytes of a body that are encrypted at a time."""
+
+
 class PlainTransport:
     """A connected non-blocking socket."""
 
@@ -147,7 +151,14 @@ class TlsTransport:
 
     async def write(self, head: bytes, body: bytes) -> bool:
         try:
-            await self._stream.send_all(head + body)
+            if len(body) <= READ_SIZE:
+                await self._stream.send_all(head + body)
+                return True
+            # The encrypted copy is of a piece, not of the whole.
+            await self._stream.send_all(head)
+            whole = memoryview(body)
+            for start in range(0, len(body), TLS_PIECE):
+                await self._stream.send_all(whole[start : start + TLS_PIECE])
             return True
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
             raise ConnectionLost(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -151,15 +152,18 @@ async def _read_body(
         if len(body) > limit:
             raise _too_large(limit)
         return body
-    parts, total = [body], len(body)
+    # Unlike a list of parts it gives its bytes away in the end, not a copy of them.
+    whole, total = BytesIO(), len(body)
+    whole.write(body)
     while message.get("more_body", False):
         message = await _receive_message(receive, timeout, began + total / MIN_BODY_RATE)
-        parts.append(message.get("body", b""))
-        total += len(parts[-1])
-        bodies.take(len(parts[-1]))
+        part = message.get("body", b"")
+        total += len(part)
+        bodies.take(len(part))
         if total > limit:
             raise _too_large(limit)
-    return b"".join(parts)
+        whole.write(part)
+    return whole.getvalue()
 
 
 async def _receive_message(receive: Receive, timeout: float | None, due: float) -> Message:
