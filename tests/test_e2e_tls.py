@@ -55,7 +55,8 @@ def secure_router(
 
         def listening() -> bool:
             assert router.process.poll() is None, router.text
-            return " on https://" in router.text
+            # The one is printed, the other logged, by a thread of its own.
+            return " on https://" in router.text and "administration on" in router.text
 
         until(listening, "the router")
         found = re.search(r"administration on (http://\S+)", router.text)
@@ -151,7 +152,7 @@ def test_renewed_certificate_is_shown_without_a_restart(tmp_path: Path, authorit
         assert kept.get(f"{address(router)}/livez").status_code == 200
         authority.sign("renewed")
         until(lambda: serial(router, context) != before, "the new certificate")
-        assert "tls certificate changed" in router.text
+        until(lambda: "tls certificate changed" in router.text, "the log line")
         assert kept.get(f"{address(router)}/livez").status_code == 200
         renewed = serial(router, context)
         certificate.write_text("no certificate")
