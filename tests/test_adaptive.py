@@ -254,6 +254,22 @@ def test_small_differences_in_speed_do_not_count():
     assert {it.parts(NOTHING, server)["slow"] for server in it.servers} == {1.0}
 
 
+def test_time_that_a_server_was_frozen_for_does_not_make_it_slow():
+    """The tokens that it owed come when it goes on, and took as long as it was frozen."""
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01})
+    go_down(a, it.now)
+    it.wait(10.0)
+    it.fleet.settle(it.now)
+    come_up(a, it.now)
+    it.measured[a] = it.measured[a][0] + 170.0, it.measured[a][1] + 17
+    it.wait(0.2)
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=1)
+    assert it.parts(NOTHING, a)["slow"] == 1.0
+    measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    assert it.parts(NOTHING, a)["slow"] > 3
+
+
 def test_slow_server_is_tried_again_when_it_has_been_left_alone():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.05, b: 0.01, c: 0.01})

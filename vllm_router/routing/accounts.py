@@ -132,6 +132,8 @@ class Account:
         new.first_count = metrics.first_token_count or 0.0
         new.hits = metrics.prefix_hits or 0.0
         began_anew = new.latency_count < old.latency_count or new.first_count < old.first_count
+        if self.scraped_at is not None and self.scraped_at < server.back_at:
+            began_anew = True  # how slow it was while it was gone is not how slow it is
         if self.scraped_at is not None and not began_anew:
             fade = 0.5 ** (elapsed / SLOW_HALF_LIFE)
             self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
