@@ -19,10 +19,11 @@ import trio
 from trio_websocket import wrap_client_stream
 
 from certificates import Authority
-from cli_process import call
+from cli_process import call, command
 from load import Load, burst
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
+from tmux import terminal
 from worker_processes import connections, family, pids
 
 MOCK = ("--model", "m", "--ttft", "0.3", "--token-delay", "0.02", "--max-num-seqs", "64")
@@ -307,3 +308,17 @@ async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: 
         assert "Traceback" not in router.text, router.text
     finally:
         router.close()
+
+
+# -- on a terminal ----------------------------------------------------------------------------
+
+
+def test_view_on_the_terminal_is_of_all_and_the_log_is_in_its_file(tmp_path: Path):
+    start = ("run", "--demo", "2", "--host", "127.0.0.1", "--port", "0", *WORKERS)
+    with terminal(command(*start), tmp_path) as screen:
+        screen.wait("live", "2/2 up")
+        screen.type("C-c")
+        assert screen.ended() == 0
+    log = (tmp_path / "logs" / "vllm-router.log").read_text()
+    assert "[leader] supervisor: server demo-1: unknown -> up" in log
+    assert "[worker 2] workers.life: stopped" in log
