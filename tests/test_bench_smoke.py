@@ -26,11 +26,11 @@ from benchmark.report import markdown  # noqa: E402
 from benchmark.run import Cores, Server  # noqa: E402
 from benchmark.workloads import WORKLOADS, Workload  # noqa: E402
 
-ALWAYS = ("direct", "lane", "hypercorn", "naive")
+ALWAYS = ("direct", "lane", "lane-2", "hypercorn", "naive")
 """What needs nothing that the tests do not need, too."""
 
 # LiteLLM takes a quarter of a minute to start.
-CONTESTANTS = ("nginx", "haproxy", "rust", "lane", "hypercorn", "naive")
+CONTESTANTS = ("nginx", "haproxy", "rust", "lane", "lane-2", "hypercorn", "naive")
 
 
 def bench(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
