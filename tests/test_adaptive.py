@@ -217,7 +217,7 @@ def test_server_five_times_slower_gets_a_fifth_and_once_that_lasts_hardly_anythi
     assert it.parts(NOTHING, a)["slow"] == pytest.approx(5.0, rel=0.35)
     assert it.parts(NOTHING, b)["slow"] == 1.0
     assert it.scores(NOTHING)["s0"] > 3 * it.scores(NOTHING)["s1"]
-    for _ in range(10):
+    for _ in range(30):
         measure(it, {a: 0.05, b: 0.01, c: 0.01})
     assert it.parts(NOTHING, a)["slow"] == pytest.approx(25.0, rel=0.2)
     assert it.parts(NOTHING, b)["slow"] == 1.0
@@ -228,6 +228,14 @@ def test_long_prompt_that_slows_a_server_for_a_moment_does_not_count_squared():
     measure(it, {a: 0.01, b: 0.01, c: 0.01})
     measure(it, {a: 0.04, b: 0.01, c: 0.01}, steps=8)
     assert 1.0 < it.parts(NOTHING, a)["slow"] < 4.0
+
+
+def test_pause_of_a_moment_is_no_speed():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=1)
+    measure(it, {a: 1.0, b: 0.01, c: 0.01}, steps=1)
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=12)
+    assert it.parts(NOTHING, a)["slow"] == 1.0
 
 
 def test_slow_server_is_not_taken_for_a_fast_one_because_it_has_little_to_do():

@@ -27,7 +27,7 @@ DEAD_BAND = 2.0
 """Prefills between its steps alone make one server's tokens twice as slow as another's."""
 
 SLOWEST, FASTEST = 8.0, 0.5
-LEARN_SLOW = 10.0
+LEARN_SLOW = 20.0
 """Long prompts between its steps make any server slow for a while. What lasts is learnt, by half
 within so many seconds, and counts squared: so few requests that they are no hundredth of all."""
 
@@ -235,6 +235,9 @@ def slowness(account: Account, middle: float, load: float, now: float) -> float:
     """
     ratio = 1.0
     if middle:
+        # One pause, as in a first request, is no speed: it is not to outweigh a hundred tokens.
+        limit = account.latency_count * SLOWEST * middle
+        account.latency_sum = min(account.latency_sum, limit)
         count = account.latency_count + _PRIOR_TOKENS
         ratio = (account.latency_sum + _PRIOR_TOKENS * middle) / count / middle
         ratio = min(max(ratio, FASTEST), SLOWEST)
