@@ -399,6 +399,28 @@ def test_first_probe_of_a_server_is_no_return():
     assert {it.parts(NOTHING, server)["slow_start"] for server in it.servers} == {1.0}
 
 
+@pytest.mark.parametrize("how", ["ejected", "restarted"])
+def test_old_errors_do_not_keep_away_a_server_that_may_be_asked_again(how):
+    a, b, _ = (it := Situation()).servers
+    for _ in range(12):
+        it.end(it.send(NOTHING, a), failed=True)
+    it.wait(1.0)
+    assert it.parts(NOTHING, a)["phantoms"] > 50
+    if how == "ejected":
+        eject(a, it.now)
+        it.wait(6.0)
+        assert it.parts(NOTHING, a)["phantoms"] == 0.0
+        for server in (b, *it.servers[2:]):
+            it.send(NOTHING, server)
+        assert it.pick(NOTHING) is a
+    else:
+        go_down(a, it.now)
+        it.wait(1.0)
+        it.fleet.settle(it.now)
+        come_up(a, it.now)
+        assert it.parts(NOTHING, a)["phantoms"] == 0.0
+
+
 def test_ejected_server_returns_slowly_after_its_trial():
     a, _, _ = (it := Situation()).servers
     eject(a, it.now)

@@ -160,7 +160,13 @@ class Account:
         self.seen, self.scraped_at, self.sent = new, at, 0
 
     def phantoms_now(self, now: float) -> float:
-        """Requests it looks busier by, because of errors."""
+        """Requests it looks busier by, because of errors since it last came back.
+
+        None once it is ejected: then its trial decides, and that must come.
+        """
+        server = self.server
+        if server.traffic_health.ejected or self.phantoms_at < server.back_at:
+            self.phantoms = 0.0
         if not self.phantoms:
             return 0.0
         left: float = self.phantoms * 0.5 ** ((now - self.phantoms_at) / PHANTOMS_HALVE)
