@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
+import subprocess
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
-from chaos.harness import Card, scenario
+from chaos.harness import Card, NotRun, off_loop, scenario
 from chaos.rivals import NAMES, rival
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml
@@ -294,3 +297,47 @@ async def browsers(card: Card) -> None:
                 card.equal(f"{front}: let through", dict(+counts), {})
                 card.equal(f"{front}: servers from a client", codes <= {403, 404, 405}, True)
                 card.equal(f"{front}: servers", len(router.servers()), 1)
+
+
+# -- B9 ---------------------------------------------------------------------------------------
+
+NOT_OURS = "/v1/models/{model}"
+"""A POST there is an inference request by its path, and the engine's to refuse."""
+
+
+@scenario("B9", "schemathesis on /openapi.json")
+async def schema(card: Card) -> None:
+    program = shutil.which("schemathesis") or shutil.which("st")
+    if program is None:
+        raise NotRun("schemathesis is not installed")
+    for front in FRONTS:
+        with mock_processes(1, "--model", "m") as (mock,):
+            with router_process(
+                servers_toml([mock.url]), card.directory, "--front", front
+            ) as router:
+                name = mock.url.removeprefix("http://")
+                (card.directory / "schemathesis.toml").write_text(
+                    f'[parameters]\n"path.server" = "{name}"\n"path.model" = "m"\n'
+                )
+                command = [program, "run", f"{router.url}/openapi.json", "--checks", "all"]
+                command += ["--phases", "coverage,fuzzing", "--no-color", "-w", "1"]
+                command += ["--max-examples", str(card.size(5, 30, 300)), "--seed", "1"]
+
+                def run(command: list[str] = command) -> subprocess.CompletedProcess[str]:
+                    return subprocess.run(
+                        command,
+                        capture_output=True,
+                        text=True,
+                        stdin=subprocess.DEVNULL,
+                        cwd=card.directory,
+                    )
+
+                done = await off_loop(run)
+                tried = re.search(r"(\d+) generated", done.stdout)
+                card.note(f"{front}: cases", tried[1] if tried else done.stderr[-200:])
+                found = re.findall(r"^_+ ([A-Z]+ /\S*) _+$", done.stdout, re.MULTILINE)
+                found = [one for one in found if not one.endswith(NOT_OURS)]
+                card.equal(f"{front}: operations with a finding", found, [])
+                card.equal(f"{front}: ran", tried is not None, True)
+                errors = [line for line in router.log if " ERROR " in line]
+                card.equal(f"{front}: errors in the log", errors[:3], [])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
+import shutil
 import socket
 import struct
+import subprocess
 import time
 
 import trio
@@ -105,6 +108,43 @@ async def slow_senders(card: Card) -> None:
         card.equal("bodies answered", set(answers), {b"408"})
         card.most("p99 of the others", after / before, 2.0, "×")
         card.most("failed of the others", len(load.bad()), 0)
+    await _slowhttptest(card)
+
+
+TOOL = {
+    "headers": ("-H", "-c", "500", "-r", "250", "-i", "3", "-t", "POST", "-x", "24"),
+    "bodies": ("-B", "-c", "300", "-r", "150", "-i", "3", "-t", "POST", "-x", "24", "-s", "8192"),
+    "readers": ("-X", "-c", "300", "-r", "150", "-w", "512", "-y", "1024", "-n", "5", "-z", "32"),
+}
+
+
+async def _slowhttptest(card: Card) -> None:
+    """The same by the usual tool, where it is installed, against both fronts."""
+    tool = shutil.which("slowhttptest")
+    if tool is None:
+        card.note("slowhttptest", "not installed")
+        return
+    for front in ("lane", "hypercorn"):
+        arguments = ("--front", front)
+        with fleet(card, 1, arguments=arguments, body_timeout=5, write_stall_timeout=10) as (_, r):
+            for kind, options in TOOL.items():
+                path = "/static/app.js" if kind == "readers" else PATH
+                command = [tool, *options, "-p", "3", "-l", "15", "-u", r.url + path]
+
+                def run(command: list[str] = command) -> str:
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, stdin=subprocess.DEVNULL
+                    )
+                    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
+
+                said = await off_loop(run)
+                available = set(re.findall(r"service available:\s+(\w+)", said))
+                card.equal(f"slowhttptest, {front}, {kind}: service available", available, {"YES"})
+                ended = re.search(r"ended on (\d+)", said)
+                if kind != "readers":
+                    # Those who read a little now and then are served, slowly.
+                    seconds = int(ended[1]) if ended else 99
+                    card.most(f"slowhttptest, {front}, {kind}: all closed", seconds, 12, " s")
 
 
 # What has been sent, whether streamed, how long until the client leaves, and how.

@@ -24,6 +24,7 @@ from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import MAY_READ, identity_of, unauthorized, visible
 from vllm_router.web.metrics import Metrics
+from vllm_router.web.openapi import document
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
 from vllm_router.web.router import Router, wall_offset
 
@@ -36,6 +37,9 @@ FEED_STALL_TIMEOUT = 20.0
 
 SHOWN_DECISIONS = 100
 """Decisions shown unless `limit` asks for more."""
+
+MAX_DIGITS = 9
+"""Of `limit`: enough to ask for all."""
 
 _MACHINE = platform.node()
 
@@ -54,6 +58,12 @@ class AnyName(BaseConverter):
     part_isolating = False
 
 
+class ServerName(AnyName):
+    """The same, where what may be done with a server follows its name."""
+
+    regex = r".+?(?<!/drain)(?<!/undrain)"
+
+
 def make_app(router: Wired) -> App:
     """The application for one router. `router.metrics` and `router.feed` get to know it."""
     router.metrics.router = router.feed.router = router
@@ -65,6 +75,7 @@ def make_app(router: Wired) -> App:
     app.url_map.merge_slashes = False
     app.url_map.redirect_defaults = False
     app.url_map.converters["name"] = AnyName
+    app.url_map.converters["server"] = ServerName
     answers.install_errors(app)
     app.after_request(_with_request_id)
     _openai(app, router)
@@ -174,12 +185,17 @@ def _observation(app: QuartTrio, router: Wired) -> None:
         facts = facts_of(router, fields, await answers.body(), policy)
         return answers.json(explain(router, facts, policy))
 
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return answers.json(document())
+
     @app.get("/decisions")
     async def decisions() -> Response:
-        limit = request.args.get("limit", SHOWN_DECISIONS, type=int)
-        return answers.json(
-            {"decisions": router.feed.decisions.newest(max(0, limit), wall_offset())}
-        )
+        given = request.args.get("limit", str(SHOWN_DECISIONS))
+        if not (given.isascii() and given.isdigit()):
+            raise Refused(400, "bad_request", "limit: expected a number, 0 or more.", param="limit")
+        limit = int(given[:MAX_DIGITS])
+        return answers.json({"decisions": router.feed.decisions.newest(limit, wall_offset())})
 
 
 # -- the dashboard ----------------------------------------------------------------------------
@@ -289,7 +305,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
         _check_admin(router)
         return answers.json(admin.drain(router, server, on=False))
 
-    @app.get("/admin/servers/<name:server>")
+    @app.get("/admin/servers/<server:server>")
     async def one(server: str) -> Response:
         _check_admin(router)
         return answers.json(admin.server_view(admin.find(router, server), router))

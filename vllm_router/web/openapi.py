@@ -1,0 +1,300 @@
+"""What the control plane offers, as an OpenAPI 3.1 document: GET /openapi.json.
+
+Of inference paths only the engines know all that they take; what they answer with is theirs. So
+this is of the router's own paths. Objects may get more fields than are named here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_router import __version__
+
+Doc = dict[str, Any]
+
+_TEXT: Doc = {"type": "string"}
+_FLAG: Doc = {"type": "boolean"}
+_COUNT: Doc = {"type": "integer", "minimum": 0}
+_NUMBER: Doc = {"type": "number"}
+_TIME: Doc = {"type": ["string", "null"], "description": "ISO 8601, UTC."}
+
+
+def _list(items: Doc) -> Doc:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: Doc) -> Doc:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _object(required: Doc, **optional: Doc) -> Doc:
+    return {
+        "type": "object",
+        "properties": {**required, **optional},
+        "required": list(required),
+    }
+
+
+def _ref(name: str) -> Doc:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answer(description: str, schema: Doc, kind: str = "application/json") -> Doc:
+    return {"description": description, "content": {kind: {"schema": schema}}}
+
+
+_STATE: Doc = {
+    "name": _TEXT,
+    "url": _TEXT,
+    "state": {"enum": ["up", "full", "ejected", "asleep", "down", "unknown", "draining"]},
+    "reason": _TEXT,
+    "since": _TIME,
+    "draining": _FLAG,
+    "in_flight": _COUNT,
+}
+_FIGURES: Doc = {
+    "server": _TEXT,
+    "load": _NUMBER,
+    "running": _NUMBER,
+    "waiting": _NUMBER,
+    "leases": _COUNT,
+    "capacity": _COUNT,
+}
+
+_SCHEMAS: Doc = {
+    "Error": _object(
+        {
+            "error": _object(
+                {
+                    "message": _TEXT,
+                    "type": _TEXT,
+                    "param": _or_null(_TEXT),
+                    "code": _or_null(_TEXT),
+                }
+            )
+        }
+    ),
+    "Model": _object({"id": _TEXT}, object=_TEXT),
+    "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
+    "Alive": _object({"alive": {"const": True}}),
+    "Ready": _object({"ready": _FLAG}, reason=_TEXT, servers=_list(_TEXT)),
+    "Health": _object(
+        {
+            "status": {"enum": ["healthy", "degraded", "unhealthy", "no_servers"]},
+            "ready": _FLAG,
+        },
+        health_score=_NUMBER,
+        total_servers=_COUNT,
+        healthy_servers=_COUNT,
+        unhealthy_servers=_COUNT,
+        servers=_list(_object(_STATE)),
+        uptime_seconds=_NUMBER,
+    ),
+    "LoadStats": _object({"servers": _list(_object(_STATE)), "summary": {"type": "object"}}),
+    "ServerModels": _object(
+        {"servers": {"type": "object"}, "total_servers": _COUNT, "healthy_servers": _COUNT}
+    ),
+    "Version": _object({"version": _TEXT, "service": _TEXT}),
+    "Service": _object({"service": _TEXT, "status": {"enum": ["running", "draining"]}}),
+    "Explanation": _object(
+        {
+            "model": _or_null(_TEXT),
+            "stream": _FLAG,
+            "model_known": _FLAG,
+            "policy": _TEXT,
+            "picked": _or_null(_TEXT),
+            "candidates": _list(_object(_FIGURES)),
+            "out": _list(_object(_FIGURES)),
+            "note": _TEXT,
+        }
+    ),
+    "Decisions": _object(
+        {
+            "decisions": _list(
+                _object(
+                    {
+                        "time": _NUMBER,
+                        "request_id": _TEXT,
+                        "path": _TEXT,
+                        "server": _or_null(_TEXT),
+                        "attempts": _COUNT,
+                        "outcome": _TEXT,
+                        "status": _COUNT,
+                    }
+                )
+            )
+        }
+    ),
+    "Server": _object(
+        {
+            **_STATE,
+            "leaving": _FLAG,
+            "running": _NUMBER,
+            "waiting": _NUMBER,
+            "capacity": _COUNT,
+            "load": _NUMBER,
+            "models": _or_null(_list(_TEXT)),
+        }
+    ),
+    "Servers": _object({"servers": _list(_ref("Server"))}),
+    "Reload": _object({"result": _TEXT, "generation": _COUNT, "error": _or_null(_TEXT)}),
+}
+
+_ERRORS = {
+    400: "The request is malformed.",
+    401: "A key is missing or wrong.",
+    403: "From here, or from this page, this may not be done.",
+    404: "There is no such thing.",
+    408: "The body did not arrive in time.",
+    409: "Not in the state that this needs.",
+    413: "The body is too large.",
+    421: "The router does not answer to this name.",
+    422: "The configuration file is wrong: the old one stays in force.",
+    503: "Not yet, or not any more.",
+}
+
+
+def _operation(summary: str, name: str, *errors: int, **more: Any) -> Doc:
+    """One that answers 200 with the schema of this name."""
+    answers = {"200": _answer(summary, _ref(name))}
+    answers |= {str(code): _answer(_ERRORS[code], _ref("Error")) for code in (400, 421, *errors)}
+    return {"summary": summary, "responses": dict(sorted(answers.items())), **more}
+
+
+def _named(name: str, text: str) -> Doc:
+    """A parameter in the path. A name that reaches the router as another path is none."""
+    schema = {"type": "string", "minLength": 1, "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.:-]*$"}
+    return {"name": name, "in": "path", "required": True, "description": text, "schema": schema}
+
+
+_READING: Doc = {"security": [{}, {"key": []}], "tags": ["observation"]}
+_ADMIN: Doc = {"security": [{}, {"key": []}], "tags": ["administration"]}
+_OPEN: Doc = {"security": [], "tags": ["health checks"]}
+_SERVER = _named("server", "Its name in the configuration.")
+_MODEL_ASKED = {
+    "name": "model",
+    "in": "query",
+    "description": "As a request would name it.",
+    "schema": _TEXT,
+}
+_LIMIT = {
+    "name": "limit",
+    "in": "query",
+    "description": "How many at most.",
+    "schema": {"type": "integer", "minimum": 0, "default": 100},
+}
+_BODY = {
+    "description": "The body of a request to an inference path.",
+    "content": {"application/json": {"schema": {}}},
+}
+
+
+def _plain(summary: str, kind: str, *errors: int, **more: Any) -> Doc:
+    """One whose answer is text."""
+    found = _operation(summary, "Error", *errors, **more)
+    found["responses"]["200"] = _answer(summary, _TEXT, kind)
+    return found
+
+
+def _ping() -> Doc:
+    found = _operation("Whether the router is there.", "Error", **_OPEN)
+    found["responses"]["200"] = {"description": "It is."}
+    return found
+
+
+def _ready() -> Doc:
+    found = _operation("Whether requests should be sent here.", "Ready", **_OPEN)
+    found["responses"]["503"] = _answer("They should not.", _ref("Ready"))
+    return found
+
+
+def document() -> Doc:
+    """The whole."""
+    paths: Doc = {
+        "/livez": {"get": _operation("The process is alive.", "Alive", **_OPEN)},
+        "/readyz": {"get": _ready()},
+        "/ping": {"get": _ping(), "post": _ping()},
+        "/health": {"get": _operation("The fleet's health.", "Health", **_OPEN)},
+        "/v1/models": {
+            "get": _operation("All models of the fleet.", "Models", 401, 503, tags=["models"])
+        },
+        "/v1/models/{model}": {
+            "get": _operation("One model.", "Model", 401, 404, tags=["models"]),
+            "parameters": [_named("model", "Its name.")],
+        },
+        "/load-stats": {"get": _operation("The load now.", "LoadStats", 401, 404, **_READING)},
+        "/server-models": {
+            "get": _operation("Who has which models.", "ServerModels", 401, 404, **_READING)
+        },
+        "/version": {"get": _operation("The version.", "Version", 401, 404, **_READING)},
+        "/metrics": {"get": _plain("For Prometheus.", "text/plain", 401, 404, **_READING)},
+        "/explain": {
+            "get": _operation(
+                "Where a request for a model would go.",
+                "Explanation",
+                401,
+                404,
+                parameters=[_MODEL_ASKED],
+                **_READING,
+            ),
+            "post": _operation(
+                "Where this request would go.",
+                "Explanation",
+                401,
+                403,
+                404,
+                408,
+                413,
+                requestBody=_BODY,
+                **_READING,
+            ),
+        },
+        "/decisions": {
+            "get": _operation(
+                "The last requests, the newest first.",
+                "Decisions",
+                401,
+                404,
+                parameters=[_LIMIT],
+                **_READING,
+            )
+        },
+        "/openapi.json": {
+            "get": _operation("This document.", "Document", 401, 404, **_READING),
+        },
+        "/": {"get": _operation("What this is; the page, for a browser.", "Service", 404)},
+        "/admin/servers": {
+            "get": _operation("All servers.", "Servers", 401, 403, 404, **_ADMIN),
+        },
+        "/admin/servers/{server}": {
+            "get": _operation("One server.", "Server", 401, 403, 404, **_ADMIN),
+            "parameters": [_SERVER],
+        },
+        "/admin/servers/{server}/drain": {
+            "post": _operation("No new requests to it.", "Server", 401, 403, 404, **_ADMIN),
+            "parameters": [_SERVER],
+        },
+        "/admin/servers/{server}/undrain": {
+            "post": _operation("Requests to it again.", "Server", 401, 403, 404, 409, **_ADMIN),
+            "parameters": [_SERVER],
+        },
+        "/admin/reload": {
+            "post": _operation(
+                "Read the configuration file now.", "Reload", 401, 403, 404, 409, 422, **_ADMIN
+            )
+        },
+    }
+    keys = {"type": "http", "scheme": "bearer", "description": "status_key or admin_key."}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "vLLM Router",
+            "version": __version__,
+            "description": "The router's own paths. Inference paths are those of vLLM.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": {**_SCHEMAS, "Document": {"type": "object"}},
+            "securitySchemes": {"key": keys},
+        },
+    }
