@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import trio
 import trio.testing
 from hypothesis import given, settings
@@ -19,6 +21,8 @@ from scripted_server import (
     ok,
     sse_head,
 )
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000")) // 80
 
 STREAM = sse_head() + chunk(event("a")) + chunk(event("b", "stop")) + chunk(DONE) + END
 ANSWERS = [
@@ -76,7 +80,7 @@ def is_honest(got: Got) -> bool:
     watched=st.booleans(),
     down_at=st.one_of(st.none(), st.floats(0, 10)),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_every_exchange_ends_once_and_honestly(servers, stays, watched, down_at):
     async def main() -> None:
         async with lab(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -33,6 +34,9 @@ from scripted_server import (
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http1 import client, transport
 from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool
+
+# FUZZ_EXAMPLES=1000000 looks harder, here as in the tests of the listening side.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000")) // 25
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
@@ -649,7 +653,9 @@ RAW = st.builds(
 
 @given(raw=RAW, cuts=st.lists(st.integers(0, 200), max_size=6))
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_whatever_it_takes_for_an_answer_h11_reads_the_same(raw, cuts):
     points = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
