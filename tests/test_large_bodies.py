@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from typing import Any
 
 from vllm_router.http1.transport import TLS_PIECE, TlsTransport
 from vllm_router.proxy.request import Bodies, BodyShare, _read_body
+from vllm_router.routing.facts import read_facts
+from vllm_router.routing.pieces import MEDIA_BYTES
 
 MB = 1_000_000
 
@@ -43,3 +46,32 @@ async def test_body_is_encrypted_in_pieces_and_arrives_whole():
     assert await TlsTransport(stream).write(b"head", body)
     assert b"".join(stream.pieces) == b"head" + body
     assert max(map(len, stream.pieces)) <= TLS_PIECE
+
+
+def picture(data: str) -> bytes:
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    content = [{"type": "text", "text": "What is this?"}, part]
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
+
+
+def test_picture_is_read_without_a_copy_of_it():
+    body = picture("A" * 20 * MB)
+    tracemalloc.start()
+    try:
+        facts = read_facts(b"/v1/chat/completions", b"application/json", body, with_prompt=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert facts.prompt.size == MEDIA_BYTES + len("\0user\0What is this?")
+    assert peak < MB
+
+
+def test_pictures_are_told_apart_by_their_ends_and_length():
+    def chain(data: str) -> tuple[int, ...]:
+        return read_facts(
+            b"/v1/chat/completions", b"application/json", picture(data), with_prompt=True
+        ).prompt.chain
+
+    data = "A" * MB
+    assert chain(data) == chain(data)
+    assert len({chain(data), chain("B" + data[1:]), chain(data[1:] + "B"), chain(data[1:])}) == 4

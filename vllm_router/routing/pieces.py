@@ -163,6 +163,7 @@ class _Part(msgspec.Struct, gc=False):
 _MESSAGES = msgspec.json.Decoder(list[Message])
 _PARTS = msgspec.json.Decoder(list[msgspec.Raw])
 _PART = msgspec.json.Decoder(_Part)
+_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _PREFACE = (b'"system"', b'"developer"')
 
 
@@ -250,38 +251,55 @@ def _add_content(raw: msgspec.Raw, texts: list[_Text]) -> None:
         texts.append(_bare(raw))
         return
     for part in _PARTS.decode(raw):
-        text = part
         if _begins(part) == b"{":
-            text = _PART.decode(part).text
-        texts.append(_bare(text) if _begins(text) == b'"' else _medium(msgspec.json.decode(part)))
+            # Reading a picture once more costs more than all else of the request.
+            text = _PART.decode(part).text if len(part) < _JOINED_BELOW else _ABSENT
+            if _begins(text) != b'"':
+                texts.append(_other_part(_VALUES.decode(part)))
+            else:
+                texts.append(_bare(text))
+        elif _begins(part) == b'"':
+            texts.append(_bare(part))
+        else:
+            texts.append(msgspec.json.encode(msgspec.json.decode(part)))
 
 
-def _medium(part: Any) -> bytes:
+def _other_part(values: dict[str, msgspec.Raw]) -> _Text:
     """Stands for an image or a sound: what it is, a checksum of its data, and its weight."""
-    if not isinstance(part, dict):
-        return msgspec.json.encode(part)
-    found: list[str] = []
-    _walk(part, found.append)
-    text = "\0".join(found).encode("utf-8", "surrogatepass")
-    return text.ljust(MEDIA_BYTES) if part.get("type") not in _NO_MEDIA else text
+    text = values.get("text", _ABSENT)
+    if _begins(text) == b'"':
+        return _bare(text)
+    found: list[bytes] = []
+    for value in values.values():
+        _walk(value, found.append)
+    whole = b"\0".join(found)
+    return whole if bytes(values.get("type", b"")) in _NO_MEDIA else whole.ljust(MEDIA_BYTES)
 
 
-_NO_MEDIA = ("text", "refusal", "tool_use", "tool_result", "thinking")
+_NO_MEDIA = (b'"text"', b'"refusal"', b'"tool_use"', b'"tool_result"', b'"thinking"')
+
+_LOOKED_AT = 1 << 16
+"""Bytes at either end of a medium's data; with its length they tell it from others."""
 
 
-def _walk(value: Any, found: Callable[[str], None]) -> None:
-    if isinstance(value, str):
-        if len(value) > _MEDIA_FROM:
-            value = f"{len(value)}:{crc32(value.encode('utf-8', 'surrogatepass'))}"
-        found(value)
-    elif isinstance(value, dict):
-        for inner in value.values():
+def _walk(raw: msgspec.Raw, found: Callable[[bytes], None]) -> None:
+    """Long strings are megabytes of pictures: nothing here makes a copy of one."""
+    begins = _begins(raw)
+    if begins == b'"':
+        data = memoryview(raw)[1:-1]
+        if len(data) > _MEDIA_FROM:
+            ends = crc32(data[-_LOOKED_AT:], crc32(data[:_LOOKED_AT]))
+            found(b"%d:%d" % (len(data), ends))
+        else:
+            found(bytes(data))
+    elif begins == b"{":
+        for inner in _VALUES.decode(raw).values():
             _walk(inner, found)
-    elif isinstance(value, list):
-        for inner in value:
+    elif begins == b"[":
+        for inner in _PARTS.decode(raw):
             _walk(inner, found)
     else:
-        found(str(value))
+        found(bytes(raw))
 
 
 def plain_prompt(raw: msgspec.Raw | bytes) -> Prompt:
