@@ -109,6 +109,24 @@ async def test_limits_without_a_cap_forward_at_once(autojump_clock):
         assert most == [40]
 
 
+async def test_policy_chooses_among_the_candidates_it_knows_and_only_where_there_is_a_choice(
+    autojump_clock, monkeypatch
+):
+    async with limited(working(), working(), working(), cap=1) as rig:
+        seen: list[Any] = []
+        pick = rig.proxy.policies.default.pick
+
+        def watched(candidates: Any, facts: Any, now: float) -> Any:
+            seen.append(candidates)
+            return pick(candidates, facts, now)
+
+        monkeypatch.setattr(rig.proxy.policies.default, "pick", watched)
+        for number in range(3):
+            await started(rig, body(number))
+        assert [len(candidates) for candidates in seen] == [3, 2]
+        assert seen[0] is rig.fleet.candidates("m", trio.current_time())
+
+
 async def test_first_come_first_served(autojump_clock):
     async with limited(working()) as rig:
         clients = [await started(rig, body(n)) for n in range(6)]

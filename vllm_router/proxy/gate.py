@@ -128,7 +128,10 @@ class Gate:
         if not free:
             return None
         policy, facts = exchange.request.policy, exchange.request.facts
-        lease = policy.pick(free, facts, now).lease(now)
+        # A policy that remembers candidates knows them by the tuple, and one needs no choice.
+        among = candidates if len(free) == len(candidates) else free
+        server = policy.pick(among, facts, now) if len(free) > 1 else free[0]
+        lease = server.lease(now)
         policy.leased(lease, facts, now)
         return policy, lease
 
