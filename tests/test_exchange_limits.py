@@ -125,6 +125,7 @@ async def test_policy_chooses_among_the_candidates_it_knows_and_only_where_there
             await started(rig, body(number))
         assert [len(candidates) for candidates in seen] == [3, 2]
         assert seen[0] is rig.fleet.candidates("m", trio.current_time())
+        await trio.sleep(2)
 
 
 async def test_first_come_first_served(autojump_clock):
