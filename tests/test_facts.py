@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.pieces import Prompt
 
 JSON = b"application/json"
 CHAT = b"/v1/chat/completions"
@@ -174,3 +175,12 @@ def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
     assert of(body, b"/v1/responses").replayable is body.startswith(b"{")
     form = b"multipart/form-data; boundary=x"
     assert not of(b"--x\r\n\r\n--x--", b"/v1/files", form).replayable
+
+
+def test_of_a_short_body_the_prompt_is_known_by_its_size_alone():
+    body = json.dumps({"model": "m", "user": "u", "prompt": "x" * 600}).encode()
+    facts = read_facts(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body) + 1)
+    assert facts.prompt == Prompt(size=len(body))
+    assert (facts.model, facts.session) == ("m", "u")
+    facts = read_facts(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body))
+    assert (facts.prompt.size, len(facts.prompt.chain)) == (600, 2)

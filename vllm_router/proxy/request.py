@@ -13,7 +13,7 @@ from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.headers import connection_field, forwarding_fields, loops
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.types import Message, Receive, Scope
-from vllm_router.routing.facts import Facts, for_model, read_facts
+from vllm_router.routing.facts import SHORT, Facts, for_model, read_facts
 from vllm_router.routing.policies import POLICY_NAMES, Policy
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Request:
             body,
             fields.get(b"x-session-id", b"") if read.needs_session or logged else b"",
             with_prompt=read.needs_prompt or logged,
+            shortest=SHORT,
         )
         self.policy: Policy = policies.default if wanted is None else wanted
         self.added = b""

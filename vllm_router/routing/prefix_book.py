@@ -106,7 +106,7 @@ class PrefixBook:
 
     def learn(self, model: str | None, prompt: Prompt, tokens: int) -> None:
         """An answer said how many tokens this prompt had."""
-        if prompt.tokens is not None or tokens <= 0 or prompt.size < 64:
+        if prompt.tokens is not None or tokens <= 0 or not prompt.chain:
             return
         known = self._bytes_per_token
         if model not in known and len(known) >= MAX_MODELS:

@@ -11,7 +11,7 @@ import trio
 
 from vllm_router.fleet.server import Server, State
 from vllm_router.proxy.request import wanted_policy
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.facts import SHORT, Facts, read_facts
 from vllm_router.routing.policies import Policy
 from vllm_router.web.router import Router
 
@@ -73,6 +73,7 @@ def facts_of(
         body,
         session.encode("latin-1"),
         with_prompt=read.needs_prompt,
+        shortest=SHORT,
     )
 
 

@@ -166,7 +166,7 @@ class Adaptive(Policy):
                 if holders & credited
             ]
         bonus = 0
-        if group.home and facts.prompt.size:
+        if group.home and facts.prompt.conversation:
             bonus = self._credit_homes(group, facts, levels)
         return self._not_overloaded(group, levels) if levels else levels, bonus
 
