@@ -6,10 +6,12 @@ import json
 import tracemalloc
 from typing import Any
 
+import pytest
+
 from vllm_router.http1.transport import TLS_PIECE, TlsTransport
 from vllm_router.proxy.request import Bodies, BodyShare, _read_body
 from vllm_router.routing.facts import read_facts
-from vllm_router.routing.pieces import MEDIA_BYTES
+from vllm_router.routing.pieces import MEDIA_BYTES, Prompt
 
 MB = 1_000_000
 
@@ -75,3 +77,28 @@ def test_pictures_are_told_apart_by_their_ends_and_length():
     data = "A" * MB
     assert chain(data) == chain(data)
     assert len({chain(data), chain("B" + data[1:]), chain(data[1:] + "B"), chain(data[1:])}) == 4
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "source": {"type": "base64", "data": "DATA"}},
+        {"type": "input_image", "image_url": "DATA"},
+        {"type": "input_audio", "input_audio": {"data": "DATA", "format": "wav"}},
+        {"type": "image_url", "image_url": {"url": "DATA"}, "uuid": "1"},
+    ],
+    ids=["Anthropic", "Responses", "sound", "with more"],
+)
+def test_every_kind_of_medium_weighs_the_same_and_is_told_apart(part: dict[str, Any]):
+    def prompt(data: str) -> Prompt:
+        content = [
+            {"type": "text", "text": "What?"},
+            json.loads(json.dumps(part).replace("DATA", data)),
+        ]
+        body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+        path = b"/v1/chat/completions"
+        return read_facts(path, b"application/json", body, with_prompt=True).prompt
+
+    a, b = prompt("A" * MB), prompt("A" * (MB - 1) + "B")
+    assert a.size == b.size == MEDIA_BYTES + len("\0user\0What?")
+    assert a.chain != b.chain

@@ -160,9 +160,29 @@ class _Part(msgspec.Struct, gc=False):
     text: msgspec.Raw = _ABSENT
 
 
+class _Picture(msgspec.Struct, gc=False):
+    """A part as nearly all clients write it. Read in one go: what is megabytes long is not to be
+    gone through once for each level of its nesting.
+    """
+
+    text: msgspec.Raw = _ABSENT
+    type: msgspec.Raw = _ABSENT
+    image_url: dict[str, msgspec.Raw] | None = None
+    input_audio: dict[str, msgspec.Raw] | None = None
+    audio_url: dict[str, msgspec.Raw] | None = None
+    video_url: dict[str, msgspec.Raw] | None = None
+
+    def values(self) -> dict[str, msgspec.Raw]:
+        """All there is but the text; nothing if that is all, or not of a kind known here."""
+        media = (self.image_url, self.input_audio, self.audio_url, self.video_url)
+        found = {key: value for medium in media if medium for key, value in medium.items()}
+        return {"type": self.type, **found} if found else {}
+
+
 _MESSAGES = msgspec.json.Decoder(list[Message])
 _PARTS = msgspec.json.Decoder(list[msgspec.Raw])
 _PART = msgspec.json.Decoder(_Part)
+_PICTURES = msgspec.json.Decoder(list[_Picture])
 _VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _PREFACE = (b'"system"', b'"developer"')
 
@@ -250,25 +270,38 @@ def _add_content(raw: msgspec.Raw, texts: list[_Text]) -> None:
     if _begins(raw) != b"[":
         texts.append(_bare(raw))
         return
+    if len(raw) >= _JOINED_BELOW and _add_pictures(raw, texts):
+        return
     for part in _PARTS.decode(raw):
         if _begins(part) == b"{":
-            # Reading a picture once more costs more than all else of the request.
-            text = _PART.decode(part).text if len(part) < _JOINED_BELOW else _ABSENT
-            if _begins(text) != b'"':
-                texts.append(_other_part(_VALUES.decode(part)))
-            else:
-                texts.append(_bare(text))
+            text = _PART.decode(part).text
+            is_text = _begins(text) == b'"'
+            texts.append(_bare(text) if is_text else _medium(_VALUES.decode(part)))
         elif _begins(part) == b'"':
             texts.append(_bare(part))
         else:
             texts.append(msgspec.json.encode(msgspec.json.decode(part)))
 
 
-def _other_part(values: dict[str, msgspec.Raw]) -> _Text:
+def _add_pictures(raw: msgspec.Raw, texts: list[_Text]) -> bool:
+    """False, and nothing is added, if not all parts are as `_Picture` knows them."""
+    found: list[_Text] = []
+    try:
+        for part in _PICTURES.decode(raw):
+            if _begins(part.text) == b'"':
+                found.append(_bare(part.text))
+            elif values := part.values():
+                found.append(_medium(values))
+            else:
+                return False
+    except msgspec.ValidationError:
+        return False
+    texts += found
+    return True
+
+
+def _medium(values: dict[str, msgspec.Raw]) -> bytes:
     """Stands for an image or a sound: what it is, a checksum of its data, and its weight."""
-    text = values.get("text", _ABSENT)
-    if _begins(text) == b'"':
-        return _bare(text)
     found: list[bytes] = []
     for value in values.values():
         _walk(value, found.append)
