@@ -21,7 +21,7 @@ from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
 from vllm_router.tasks import probe as probe_module
-from vllm_router.tasks.probe import Probe
+from vllm_router.tasks.probe import MAX_METRICS_BYTES, Probe, _page
 
 METRICS = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} %d\n'
 SLEEP = 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} %d\n'
@@ -437,3 +437,17 @@ async def test_over_tcp_a_new_timeout_holds_at_once():
             while not server.probe_health.up:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
+
+
+async def test_page_too_long_to_be_metrics_is_not_read_to_its_end():
+    read = 0
+
+    async def endless():
+        nonlocal read
+        while True:
+            read += 1_000_000
+            yield bytes(1_000_000)
+
+    assert await _page(httpx.Response(200, content=endless())) is None
+    assert read <= MAX_METRICS_BYTES + 1_000_000
+    assert await _page(httpx.Response(200, content=b"a \xc3\xa4 \xff")) == "a ä \ufffd"

@@ -171,15 +171,15 @@ class Probe:
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._client.get("/metrics")
+                async with self._client.stream("GET", "/metrics") as response:
+                    page = await _page(response) if response.is_success else None
             except httpx.HTTPError as error:
                 if not _is_own_fault(error):
                     self._reached(reachable=False)
                 return
             answered = True
-            if response.is_success and len(response.content) <= MAX_METRICS_BYTES:
-                metrics = parse_engine_metrics(response.text)
-                server.scraped(metrics, trio.current_time(), leases)
+            if page is not None:
+                server.scraped(parse_engine_metrics(page), trio.current_time(), leases)
         if answered:
             self._reached(reachable=True)
         else:
@@ -219,6 +219,20 @@ class Probe:
                     logger.debug("%s: /v1/models: %d", self._server.name, response.status_code)
             except (httpx.HTTPError, ValueError) as error:
                 logger.debug("%s: /v1/models: %s", self._server.name, error)
+
+
+async def _page(response: httpx.Response) -> str | None:
+    """The body, or None if it is too long to be metrics.
+
+    Read by hand: a response of httpx is part of a cycle, and what it had read itself, tens of
+    kilobytes twice over, would stay until the garbage collector comes by, which here is seldom.
+    """
+    page = bytearray()
+    async for piece in response.aiter_bytes():
+        page += piece
+        if len(page) > MAX_METRICS_BYTES:
+            return None
+    return page.decode("utf-8", "replace")
 
 
 def _cards(page: Any) -> dict[str, dict[str, Any]]:
