@@ -231,7 +231,7 @@ async def soak(card: Card) -> None:
                     for _ in range(24):
                         nursery.start_soon(work.client)
                 codes += work.codes
-                await trio.sleep(1)
+                await trio.sleep(4)  # idle connections to servers are closed after 3 s
                 marks.append((rss_mb(router), router.descriptors()))
             reloading.cancel_scope.cancel()
         router.config.write_text(servers_toml(urls, 50))

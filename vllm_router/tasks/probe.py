@@ -229,10 +229,10 @@ async def _page(response: httpx.Response) -> str | None:
     """
     page = bytearray()
     async for piece in response.aiter_bytes():
-        page += piece
-        if len(page) > MAX_METRICS_BYTES:
-            return None
-    return page.decode("utf-8", "replace")
+        # Read to its end all the same: httpx cannot be stopped in the middle without a mess.
+        if len(page) <= MAX_METRICS_BYTES:
+            page += piece
+    return page.decode("utf-8", "replace") if len(page) <= MAX_METRICS_BYTES else None
 
 
 def _cards(page: Any) -> dict[str, dict[str, Any]]:
