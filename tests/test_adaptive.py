@@ -557,6 +557,15 @@ def test_books_are_balanced_when_all_is_done():
     assert all(lease.booking is None for lease in leases)
 
 
+def test_nothing_is_kept_of_requests_that_needed_no_choice():
+    """Where one server alone is free it is taken unasked, perhaps for days."""
+    it = Situation(count=1)
+    for n in range(1000):
+        it.serve(asking(CONTEXT[:n], stream=False), it.servers[0])
+        it.wait(1.0)
+    assert len(it.policy._account(it.servers[0]).due) < 10
+
+
 def test_usage_teaches_the_size_of_tokens():
     it = Situation()
     facts = asking(CONTEXT[:9000])

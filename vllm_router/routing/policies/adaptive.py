@@ -305,6 +305,7 @@ class Adaptive(Policy):
         if group is not None and group.others:
             account.extra += group.others
         if not facts.stream:
+            account.settle(now)  # nobody else may: where there is no choice, no pick looks
             account.due.append((now + account.first_token, booking))
         self.book.insert(server, prompt, now)
 
