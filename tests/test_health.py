@@ -232,6 +232,16 @@ def test_ejections_are_forgotten_with_good_service():
     assert health.until == 205.0
 
 
+def test_repeats_of_one_body_are_not_held_against_a_server_for_another_body():
+    health = TrafficHealth(HealthRules(failure_threshold=3))
+    for _ in range(5):
+        assert not health.failed(100.0, trial=False, body=1)
+    assert not health.failed(100.0, trial=False, body=2)
+    assert not health.not_its_fault(2, 100.0, jitter=1.0, allowed=True)
+    assert not health.ejected
+    assert health.failures_in_row == 2
+
+
 def test_jitter_stretches_the_ejection():
     health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=5.0))
     health.failed(0.0, trial=False, jitter=1.1)

@@ -242,7 +242,7 @@ class TrafficHealth:
         if body is not None and body == self._last_body:
             self._repeats += 1
         else:
-            self._last_body = body
+            self._last_body, self._repeats = body, 0
             self.failures_in_row += 1
             self._bad += 1
         if self.ejected:
