@@ -207,3 +207,15 @@ def test_an_error_that_took_as_long_as_an_answer_leaves_no_ghost():
     assert a.ghosts == pytest.approx(1.0)
     fleet.candidates("m", 100.5)
     assert a.ghosts == pytest.approx(0.3679, abs=0.001)
+
+
+def test_an_error_that_is_heard_of_late_does_not_turn_time_back():
+    """A client took the end of a large refusal after a minute only."""
+    fleet = make_fleet(described(1), now=100.0)
+    a = fleet.servers["a"]
+    fleet.took(a, 0.05)
+    fleet.erred(a, 160.0, 0.0)
+    fleet.erred(a, 100.0, 0.0)
+    assert a.ghosts == pytest.approx(2.0)
+    fleet.candidates("m", 170.0)
+    assert a.ghosts == 0.0

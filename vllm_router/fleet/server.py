@@ -227,7 +227,11 @@ class Server:
             self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
 
     def move(self, now: float) -> bool:
-        """Bring up to date what changes with time alone; False once nothing does any more."""
+        """Bring up to date what changes with time alone; False once nothing does any more.
+
+        A time that has passed already counts as the last one.
+        """
+        now = max(now, self._moved_at)
         age = now - self.back_at
         self.ramp = 1.0
         if age < self.slow_start:
