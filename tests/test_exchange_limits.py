@@ -614,6 +614,23 @@ async def test_who_waits_goes_to_the_model_that_stands_in_when_its_own_is_gone(a
         assert first.got.status == 200
 
 
+async def test_who_waits_goes_back_to_its_own_model_when_that_is_there_again(autojump_clock):
+    tables = '[models.m]\nfallback = "spare"\n'
+    async with limited(working(1), working(25), more={"tables": tables}) as rig:
+        come_up(rig.server("b"), 0.0, "spare")
+        busy = await started(rig, {"model": "spare", "n": 9})
+        first, *rest = [await started(rig, body(n)) for n in range(4)]
+        rig.down("a")
+        await trio.sleep(0.5)
+        come_up(rig.server("a"), trio.current_time(), "m")
+        rig.fleet.settle(trio.current_time())
+        await trio.sleep(4)
+        assert order(*rest) == [1, 2, 3]
+        assert {one.got[b"x-vllm-router-server"] for one in rest} == {b"a"}
+        await trio.sleep(60)
+        assert (busy.got.status, first.got.status) == (200, 200)
+
+
 # -- cost -------------------------------------------------------------------------------------
 
 

@@ -305,10 +305,9 @@ class Exchange:
 
     def choices(self, now: float) -> tuple[Server, ...]:
         """The servers that may be asked now, perhaps for the model that stands in for its own."""
-        candidates = self._untried(now)
         if self._falls_back and self.proxy.fleet.probed:
-            candidates = self._fall_back(candidates, now)
-        return candidates
+            return self._choices_of_all(now)
+        return self._untried(now)
 
     def _untried(self, now: float) -> tuple[Server, ...]:
         fleet, model = self.proxy.fleet, self.request.facts.model
@@ -316,27 +315,24 @@ class Exchange:
             return fleet.others(model, now, self._tried)
         return fleet.candidates(model, now)
 
-    def _fall_back(self, found: tuple[Server, ...], now: float) -> tuple[Server, ...]:
-        """The candidates; those of the model that stands in for this one, if it has none left.
+    def _choices_of_all(self, now: float) -> tuple[Server, ...]:
+        """The candidates of its own model; of the one that stands in for it, if it has none left.
 
-        Ejected servers are no reason to stay. What a key allows does not matter: the fallback is
-        the operator's choice, not the client's.
+        Ejected servers are no reason to stay. Whoever waits may go back, too, should its own model
+        be there again. What a key allows does not matter: the fallback is the operator's choice,
+        not the client's.
         """
-        instead = self._instead(found, now)
-        if instead is None:
-            return found
-        self._ask_for(instead)
+        name = self._available(now)
+        if name is not None and self.proxy.fleet.names.served(name) != self.request.facts.model:
+            self._ask_for(name)
         return self._untried(now)
 
-    def _instead(self, found: tuple[Server, ...], now: float) -> str | None:
-        """The public name of the model to go on with if `found` can take nothing, if there is."""
-        if any(server.traffic_health.admits(now) for server in found):
-            return None
+    def _available(self, now: float) -> str | None:
+        """The public name of the first model, its own or one that stands in, that has servers."""
         fleet, model = self.proxy.fleet, self.record.model
         assert model is not None
-        for name in fleet.names.instead(model):
-            served = fleet.names.served(name)
-            if served != self.request.facts.model and fleet.available(served, now, self._tried):
+        for name in (model, *fleet.names.instead(model)):
+            if fleet.available(fleet.names.served(name), now, self._tried):
                 return name
         return None
 
@@ -363,7 +359,7 @@ class Exchange:
         standing = Standing(
             self.record.attempts,
             self._broken,
-            bool(others) or (self._falls_back and self._instead(others, now) is not None),
+            bool(others) or (self._falls_back and self._available(now) is not None),
             self.replayable,
             fresh,
         )
@@ -427,7 +423,7 @@ class Exchange:
         if proxy.stopping:
             raise stopping()
         if self._falls_back:
-            candidates = self._fall_back((), trio.current_time())
+            candidates = self._choices_of_all(trio.current_time())
             if candidates:
                 return candidates
         if proxy.gate is not None and (model is None or fleet.knows(model)):
