@@ -631,6 +631,31 @@ async def test_who_waits_goes_back_to_its_own_model_when_that_is_there_again(aut
         assert (busy.got.status, first.got.status) == (200, 200)
 
 
+async def test_who_waits_for_a_removed_model_may_wait_for_the_one_that_stands_in(autojump_clock):
+    tables = '[models.m]\nfallback = "spare"\n'
+    async with limited(working(9), working(9), more={"tables": tables}) as rig:
+        come_up(rig.server("b"), 0.0, "spare")
+        clients = [await started(rig, body(0)), await started(rig, {"model": "spare", "n": 1})]
+        clients += [await started(rig, body(n)) for n in (2, 3)]
+        come_up(rig.server("a"), trio.current_time(), "other")
+        rig.fleet.settle(trio.current_time())
+        await trio.sleep(60)
+        assert [client.got.status for client in clients] == [200] * 4
+
+
+async def test_who_waits_for_a_name_that_turns_out_to_be_nobodys_is_told(autojump_clock):
+    async with limited(working(9)) as rig:
+        rig.server("a").models = None
+        running = await started(rig, body(0))
+        left = await started(rig, {"model": "invented"})
+        come_up(rig.server("a"), trio.current_time(), "m")
+        rig.fleet.settle(trio.current_time())
+        await wait_all_tasks_blocked()
+        assert (left.got.status, left.got.code) == (404, "model_not_found")
+        await trio.sleep(10)
+        assert running.got.status == 200
+
+
 # -- cost -------------------------------------------------------------------------------------
 
 

@@ -230,12 +230,33 @@ class Gate:
             self._missed = True  # asking the fleet for candidates has brought us here again
             return
         self._admit(now)
+        self._rooms.forget(self._fleet.knows)
+        self._admitting = True
+        try:
+            self._dismiss(now)
+        finally:
+            self._admitting = False
+        self._look_again(now)
+
+    def _dismiss(self, now: float) -> None:
+        """Send those away whose model nobody has any more, nor one that stands in for it."""
         knows = self._fleet.knows
-        self._rooms.forget(knows)
-        for room in self.rooms:
-            # a server that has not told its models yet may have this one
-            if room and room.model and not knows(room.model) and not self._fleet.unheard:
-                self._empty(room)
+        rooms = [
+            room for room in self.rooms if room and not (room.model is None or knows(room.model))
+        ]
+        if not rooms or self._fleet.unheard:
+            return  # a server that has not told its models yet may have these
+        for room in rooms:
+            for waiter in list(room):
+                exchange = waiter.exchange
+                model = exchange.request.facts.model
+                if not (model is None or knows(model) or exchange.choices(now)):
+                    self._send_away(waiter, exchange.nobody())
+
+    def _look_again(self, now: float) -> None:
+        if self._missed:
+            self._missed = False
+            self.look(now)
 
     def _admit(self, now: float) -> None:
         if not self._rooms:
@@ -245,9 +266,7 @@ class Gate:
             self._rooms.admit(now, lambda waiter: self._give(waiter, now))
         finally:
             self._admitting = False
-        if self._missed:
-            self._missed = False
-            self.look(now)
+        self._look_again(now)
 
     def _give(self, waiter: Waiter, now: float) -> bool:
         """Let it go on, if it can: with a server, or because its time is as good as over."""
@@ -265,9 +284,12 @@ class Gate:
     def _empty(self, room: Room[Waiter], refused: Callable[[], Refused] | None = None) -> None:
         """Send everybody away, with that there is no server if with nothing else."""
         for waiter in list(room):
-            self._rooms.leave(waiter)
-            waiter.refused = refused() if refused is not None else waiter.exchange.nobody()
-            waiter.woken.set()
+            self._send_away(waiter, refused() if refused else waiter.exchange.nobody())
+
+    def _send_away(self, waiter: Waiter, refused: Refused) -> None:
+        self._rooms.leave(waiter)
+        waiter.refused = refused
+        waiter.woken.set()
 
     # -- configuration and end ----------------------------------------------------------------
 
