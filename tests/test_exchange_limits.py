@@ -656,6 +656,19 @@ async def test_who_waits_for_a_name_that_turns_out_to_be_nobodys_is_told(autojum
         assert running.got.status == 200
 
 
+async def test_those_who_wait_do_not_follow_a_request_that_kills_servers(autojump_clock):
+    async def mortal(talk: Talk) -> None:
+        await talk.request()
+        await trio.sleep(1)
+
+    async with limited(*[mortal] * 4, more={"failure_threshold": 1000}) as rig:
+        clients = [await started(rig, body(0)) for _ in range(12)]
+        await trio.sleep(20)
+        codes = [client.got.code for client in clients]
+        assert set(codes) == {"server_disconnected", "poison_request"}
+        assert rig.requests().total() <= 8  # those who were on the four servers, and once more
+
+
 # -- cost -------------------------------------------------------------------------------------
 
 

@@ -250,7 +250,9 @@ class Exchange:
         now = record.body_read_at
         while True:
             if proxy.poison.entries:
-                self._refuse_poison(now)
+                refused = self.poisonous(now)
+                if refused is not None:
+                    raise refused
             candidates = self.choices(now)
             if not candidates:
                 candidates = await self._wait_for_candidates()
@@ -377,14 +379,16 @@ class Exchange:
             if len(deaths) == POISON_AFTER:
                 poison.remember(key, request.body, deaths, now)
 
-    def _refuse_poison(self, now: float) -> None:
-        request = self.request
-        if self.proxy.poison.holds(fingerprint(request.target, request.body), now):
-            raise Refused(
-                502,
-                "poison_request",
-                "Two servers have died of this request in the last minute: it is not sent again.",
-            )
+    def poisonous(self, now: float) -> Refused | None:
+        """What it is to be told if servers have died of it lately."""
+        request, poison = self.request, self.proxy.poison
+        if not poison.entries or not poison.holds(fingerprint(request.target, request.body), now):
+            return None
+        return Refused(
+            502,
+            "poison_request",
+            "Two servers have died of this request in the last minute: it is not sent again.",
+        )
 
     def _judge(self, server: Server, lease: Lease, outcome: Outcome) -> None:
         """Tell the server's health what this attempt showed."""

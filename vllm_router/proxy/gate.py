@@ -269,15 +269,17 @@ class Gate:
         self._look_again(now)
 
     def _give(self, waiter: Waiter, now: float) -> bool:
-        """Let it go on, if it can: with a server, or because its time is as good as over."""
+        """Let it go on, if it can: with a server, or because it is to have none."""
         exchange = waiter.exchange
         if now + self._rooms.room(waiter.room).quickest.seconds > exchange.deadline:
             waiter.refused = _time_is_over()
-            waiter.woken.set()
-            return True
-        waiter.grant = self._grant(exchange, exchange.choices(now), now)
-        if waiter.grant is None:
-            return False
+        else:
+            # of a request like this servers may have died since it came
+            waiter.refused = exchange.poisonous(now)
+        if waiter.refused is None:
+            waiter.grant = self._grant(exchange, exchange.choices(now), now)
+            if waiter.grant is None:
+                return False
         waiter.woken.set()
         return True
 
