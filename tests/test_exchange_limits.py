@@ -19,6 +19,8 @@ from vllm_router.proxy.record import Phase
 from vllm_router.proxy.types import IDENTITY
 from vllm_router.routing.retry import Outcome
 
+PRIORITY = (b"x-vllm-priority", b"-1")
+
 
 def working(seconds: float = 1.0, most: list[int] | None = None) -> Any:
     """A server that takes so long for each request, and notes how many it had at most."""
@@ -667,6 +669,21 @@ async def test_those_who_wait_do_not_follow_a_request_that_kills_servers(autojum
         codes = [client.got.code for client in clients]
         assert set(codes) == {"server_disconnected", "poison_request"}
         assert rig.requests().total() <= 8  # those who were on the four servers, and once more
+
+
+async def test_who_is_sent_away_for_want_of_time_is_no_server_that_became_free(autojump_clock):
+    async with limited(working(4.0)) as rig:
+        for n in range(5):
+            await rig.post(body(n))
+        running = [await started(rig, body(n)) for n in range(3)]
+        for n in range(20):
+            await started(rig, body(n), headers=((b"x-request-timeout", b"7"), PRIORITY))
+        await trio.sleep(5)
+        assert rig.proxy.gate is not None
+        (queue,) = rig.proxy.gate.queues(trio.current_time())
+        assert queue.freed_per_s is None or queue.freed_per_s < 0.5
+        await trio.sleep(20)
+        assert len(order(*running)) == 3
 
 
 # -- cost -------------------------------------------------------------------------------------

@@ -280,6 +280,7 @@ class Gate:
             waiter.grant = self._grant(exchange, exchange.choices(now), now)
             if waiter.grant is None:
                 return False
+        waiter.given_up = waiter.grant is None
         waiter.woken.set()
         return True
 

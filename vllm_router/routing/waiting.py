@@ -42,6 +42,8 @@ class Place:
     since: float
     until: float
     returning: bool = False
+    given_up: bool = False
+    """It was let go without a server, so that none has become free, and its key's turn is left."""
     number: int = 0
     """The order in which all of them came, given when it joins."""
 
@@ -249,9 +251,9 @@ class WaitingRooms(Generic[P]):
     def admit(self, now: float, give: Callable[[P], bool]) -> list[P]:
         """Give everybody a server for whom there is one, in order; who has got one.
 
-        `give` finds one and takes it, or says that there is none; who need not wait any longer for
-        another reason has got one, too. O(rooms) calls of it beyond
-        those that succeed, and one for each who returns.
+        `give` finds one and takes it, or says that there is none; it may let one go who need not
+        wait any longer (`given_up`). O(rooms) calls of it beyond those that succeed, and one for
+        each who returns.
         """
         admitted = []
         waiting = [room for room in self.rooms.values() if room]
@@ -262,8 +264,9 @@ class WaitingRooms(Generic[P]):
             if place is None:
                 del waiting[0]
                 continue
-            room.remove(place, served=True)
-            room.rate.freed(now)
+            room.remove(place, served=not place.given_up)
+            if not place.given_up:
+                room.rate.freed(now)
             admitted.append(place)
             if not room:
                 del waiting[0]
