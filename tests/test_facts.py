@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.facts import Facts, for_model, read_facts
 from vllm_router.routing.pieces import Prompt
 
 JSON = b"application/json"
@@ -127,6 +127,15 @@ def test_a_file_with_a_form_in_it_does_not_name_the_model():
     inner = FILE + b'name="model"\r\n\r\nevil'
     facts = of(form(inner, MODEL), content_type=b"multipart/form-data; boundary=xYz")
     assert facts.model == "whisper"
+
+
+def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
+    """Else a key might pass off one that it may not use as another."""
+    other = MODEL.replace(b"whisper", b"other")
+    body, content_type = form(other, MODEL), b"multipart/form-data; boundary=xYz"
+    assert of(body, content_type=content_type).model == "whisper"
+    edited = for_model(body, content_type, "v3")
+    assert edited == form(*[MODEL.replace(b"whisper", b"v3")] * 2)
 
 
 @pytest.mark.parametrize(

@@ -173,10 +173,13 @@ def _is_form(content_type: bytes) -> bool:
 
 
 def _form_facts(content_type: bytes, body: bytes) -> Facts:
-    """`model` and `stream` of a multipart form (RFC 7578): audio requests carry them so."""
+    """`model` and `stream` of a multipart form (RFC 7578): audio requests carry them so.
+
+    Of a field that comes again the last one counts, as for the engine (Starlette's FormData).
+    """
     values: dict[bytes, str] = {}
     for name, start, end in _form_fields(content_type, body):
-        values.setdefault(name, body[start:end].decode("utf-8", "replace"))
+        values[name] = body[start:end].decode("utf-8", "replace")
     return Facts(values.get(b"model") or None, values.get(b"stream", "").lower() == "true")
 
 
@@ -200,7 +203,11 @@ def for_model(body: bytes, content_type: bytes, model: str) -> bytes:
     """The body, whose facts named a model, with this one instead; nothing else is changed."""
     if not _is_form(content_type):
         return with_model(body, model)
+    parts: list[bytes] = []
+    place = 0
     for name, start, end in _form_fields(content_type, body):
         if name == b"model":
-            return body[:start] + model.encode("utf-8", "surrogatepass") + body[end:]
-    return body
+            parts += (body[place:start], model.encode("utf-8", "surrogatepass"))
+            place = end
+    parts.append(body[place:])
+    return b"".join(parts)
