@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fleet_makers import come_up, eject, go_down, make_fleet
+from fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
 from vllm_router.fleet.server import State
@@ -142,6 +142,20 @@ def test_servers_that_are_down_leave_room_and_who_still_fails_is_next():
     traffic(fleet, "b", "x", 2.0)
     assert ejected(fleet) == "ab"
     assert [server.name for server in fleet.candidates("m", 2.0)] == ["b"]
+
+
+def test_ejected_ones_that_are_drained_or_asleep_leave_room_too():
+    """They get no trial: nobody else could be ejected for as long as they stay so."""
+    for how in ("drained", "asleep"):
+        fleet = make_fleet(3)
+        traffic(fleet, "a", "xxx", 1.0)
+        if how == "drained":
+            fleet.servers["a"].drain(on=True)
+        else:
+            fleet.servers["a"].scraped(gauges(0, asleep=True), 2.0, leases=0)
+        traffic(fleet, "b", "xxx", 2.0)
+        assert ejected(fleet) == "ab", how
+        assert [server.name for server in fleet.candidates("m", 2.0)] == ["c"]
 
 
 def test_a_trial_that_fails_ejects_again_though_others_are_out():

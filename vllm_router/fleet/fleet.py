@@ -281,12 +281,15 @@ class Fleet:
         server.not_its_fault(body, now, jitter=jitter, allowed=self._may_eject())
 
     def _may_eject(self) -> bool:
-        """Whether one server more may be ejected; those that are down do not count."""
+        """Whether one server more may be ejected.
+
+        Those that would not be asked anyway (down, draining, asleep) do not count: they may stay
+        ejected for long, as they get no trial.
+        """
         share = self.settings.max_ejected_share
         most = max(1, int(share * len(self.servers))) if share else 0
         ejected = sum(
-            server.traffic_health.ejected and bool(server.probe_health.up)
-            for server in self.servers.values()
+            server.traffic_health.ejected and server.usable for server in self.servers.values()
         )
         return ejected < most
 
