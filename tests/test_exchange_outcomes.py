@@ -24,6 +24,7 @@ from scripted_server import (
     sse_head,
     streaming,
 )
+from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import State
 from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import Outcome
@@ -594,6 +595,30 @@ async def test_a_stream_that_has_begun_is_left_alone_when_its_server_is_put_to_s
         awake.set()
         await trio.sleep(0.1)
         assert client.got.whole
+
+
+async def test_one_that_is_held_back_has_the_time_that_its_answer_takes(autojump_clock):
+    """Its checks are good, and it is asked because there is no other: nobody has found it gone."""
+
+    async def slow(talk: Talk) -> None:
+        await talk.request()
+        await trio.sleep(4)
+        await talk.send(GOOD)
+
+    async with lab(slow, health_check_timeout=1) as rig:
+        a = rig.server("a")
+        rig.down("a")
+        come_up(a, trio.current_time())
+        rig.down("a")
+        for _ in range(2):
+            a.checked(Check.GOOD, 0.001, trio.current_time())
+        assert a.held_back
+        client = rig.start()
+        for _ in range(9):
+            await trio.sleep(0.5)
+            rig.proxy.tick(a, trio.current_time())
+        assert a.held_back
+        assert client.got.status == 200
 
 
 # -- limits of keys ----------------------------------------------------------------------------

@@ -122,13 +122,15 @@ class Proxy:
 
         Idle connections that have outlived their time are closed. On a server that is down,
         exchanges end that have heard nothing for as long as a check may take: those that still
-        had a byte when it was found to be gone would wait for their idle timeout. On one that has
-        been put to sleep those end that can go elsewhere.
+        had a byte when it was found to be gone would wait for their idle timeout. One that is held
+        back is there, and is asked if there is no other. On one that has been put to sleep those
+        end that can go elsewhere.
         """
         link = self.links.get(server)
         if link is not None:
             link.pool.sweep(now)
-        if server.probe_health.up is False or server.asleep:
+        health = server.probe_health
+        if (health.up is False and not health.held_back) or server.asleep:
             self.server_gone(server, now, self.settings.health_check_timeout)
 
     def forget(self, server: Server) -> None:
