@@ -154,3 +154,15 @@ def test_no_page_whatever_raises_and_no_figure_is_infinite(page):
     metrics = parse_engine_metrics(page)
     assert metrics.running is None or math.isfinite(metrics.running)
     assert metrics.kv_tokens is None or metrics.kv_tokens > 0
+
+
+def test_figures_that_nobody_can_count_with_are_left_out():
+    """Two of them make an infinite load, and routing would fail with every request."""
+    blocks = "9" * 400
+    page = parse_engine_metrics(
+        'vllm:num_requests_running{engine="0"} 1e308\n'
+        'vllm:num_requests_running{engine="1"} 1e308\n'
+        'vllm:num_requests_waiting{engine="0"} 2\n'
+        f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1\n'
+    )
+    assert (page.running, page.waiting, page.kv_tokens) == (None, 2, None)

@@ -8,7 +8,6 @@ Names that vLLM has renamed are read under both (vLLM pull requests 18354, 24110
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -41,6 +40,9 @@ _SAMPLE = re.compile(
     + r")(?:\{(.*)\})? ([^ \n]+)",
     re.MULTILINE,
 )
+TOO_LARGE = 1e15
+"""No figure of a server is: what is gets no say, as infinite loads and sums would break routing."""
+
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -95,8 +97,8 @@ def parse_engine_metrics(text: str) -> EngineMetrics:
             value = float(number)
         except ValueError:
             continue
-        if not math.isfinite(value):
-            continue
+        if not abs(value) < TOO_LARGE:
+            continue  # nor is NaN
         if name == "engine_sleep_state":
             if 'sleep_state="awake"' in labels:
                 awake = min(awake, value)
@@ -120,6 +122,7 @@ def _kv_tokens(labels: str) -> int:
     """Blocks times block size, from the labels of `vllm:cache_config_info`."""
     found = dict(_LABEL.findall(labels))
     try:
-        return int(found["num_gpu_blocks"]) * int(found["block_size"])
+        tokens = int(found["num_gpu_blocks"]) * int(found["block_size"])
     except (KeyError, ValueError):
         return 0  # CPU builds and future versions may leave one out ("None")
+    return tokens if tokens < TOO_LARGE else 0
