@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import socket
 import ssl
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from front_harness import (
     CHAT,
@@ -155,6 +157,30 @@ async def test_silent_connections_do_not_hold_up_the_drain_where_tls_is_spoken(k
         assert await silent.closed()
         with trio.fail_after(2):
             await on.front.drained()
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_first_bytes_before_the_drain_are_heard_where_tls_is_spoken(kind):
+    async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as client:
+        await soon(lambda: on.front.connections)
+        await trio.testing.wait_all_tasks_blocked()
+        os.write(client.stream.socket.fileno(), post())  # without giving the front a turn
+        on.front.stop_accepting()
+        on.front.begin_drain()
+        reply = await client.reply()
+        assert (reply.status, reply.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_unfinished_answer_to_http_1_0_over_tls_is_a_reset(kind):
+    async with running(kind, ssl_context=server_tls()) as on:
+        stream = await over_tls(on.port)
+        client = Client(stream)
+        await client.send(post("/v1/truncated", version="1.0"))
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await client.rest()
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        await trio.aclose_forcefully(stream)
 
 
 def server_tls() -> ssl.SSLContext:

@@ -480,12 +480,13 @@ class Front:
             self._silent.add(patience)
             try:
                 await trio.lowlevel.wait_readable(sock)
-                return sock.recv(1, socket.MSG_PEEK)
-            except OSError:
-                return b""
             finally:
                 self._silent.discard(patience)
-        return b""
+        # When the patience has ended, something may have come that nobody had a turn to see.
+        try:
+            return sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return b""
 
     def takes_plain(self, sock: socket.socket) -> bool:
         try:

@@ -348,6 +348,11 @@ class StreamConnection(Connection):
 
     async def _close(self, *, reset: bool) -> None:
         if reset:
+            stream = self._stream
+            if isinstance(stream, trio.SSLStream):
+                stream = stream.transport_stream
+            if isinstance(stream, trio.SocketStream):
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await trio.aclose_forcefully(self._stream)
         else:
             with trio.move_on_after(1):
