@@ -230,6 +230,17 @@ async def test_idle_connection_is_closed_after_the_keep_alive_time(autojump_cloc
         nursery.cancel_scope.cancel()
 
 
+async def test_empty_line_behind_a_request_does_not_keep_the_connection(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        on = Memory(nursery, nothing)
+        await trio.sleep(10)
+        await on.client.send_all(post() + b"\r\n")
+        with trio.fail_after(100):
+            assert (await on.received()).startswith(b"HTTP/1.1 200 ")
+        assert 85 <= trio.current_time() <= 86
+        nursery.cancel_scope.cancel()
+
+
 async def test_head_has_ten_seconds_however_it_trickles(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing)

@@ -17,7 +17,7 @@ import h11
 from h11._readers import ChunkedReader, maybe_read_from_IDLE_client
 
 from vllm_router.http1.headers import Refusal
-from vllm_router.http1.request import BARE, BARE_MESSAGE, ChunkedBody
+from vllm_router.http1.request import BARE, BARE_MESSAGE, ChunkedBody, without_empty_lines
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _FOLDED = re.compile(rb"\n[ \t]")
@@ -53,10 +53,11 @@ class StrictConnection(h11.Connection):
 
     def _read_head(self, buffer: Any) -> Any:
         data = bytes(buffer)
-        while data.startswith(b"\r\n"):
+        if data.startswith(b"\r\n"):
             # RFC 9112 2.2: empty lines before a request are an old client's mistake.
-            buffer.maybe_extract_at_most(2)
-            data = data[2:]
+            found = without_empty_lines(data)
+            buffer.maybe_extract_at_most(len(data) - len(found))
+            data = found
         end = _HEAD_END.search(data)
         head = data[: end.end()] if end is not None else data
         if end is not None or b"\n" in head:

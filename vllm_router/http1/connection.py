@@ -12,7 +12,14 @@ import trio
 
 from vllm_router.http1.answer import Answer, Message
 from vllm_router.http1.headers import Refusal, check_method, request_line, split_target, too_large
-from vllm_router.http1.request import HTTP2_PREFACE, ChunkedBody, Head, check_partial, read_head
+from vllm_router.http1.request import (
+    HTTP2_PREFACE,
+    ChunkedBody,
+    Head,
+    check_partial,
+    read_head,
+    without_empty_lines,
+)
 
 if TYPE_CHECKING:
     from vllm_router.http1.server import Server
@@ -182,14 +189,13 @@ class Connection:
                 return
             self._head = self._answer = self._finished = None
             self._pieces.clear()
+            self.deadline = trio.current_time() + limits.keep_alive_timeout
             if self._buffer:
                 data = bytes(self._buffer)
                 self._buffer.clear()
                 self._look_for_head(data)
                 if self._handed_over is not None or self._refusal is not None:
                     return
-            else:
-                self.deadline = trio.current_time() + limits.keep_alive_timeout
 
     def hang_up(self) -> None:
         """The client has closed its side; bytes that it sent before may still be unread.
@@ -282,10 +288,10 @@ class Connection:
                 self._look_further(data)
                 return
             # RFC 9112 2.2: empty lines before a request are an old client's mistake.
-            while data.startswith(b"\r\n"):
-                data = data[2:]
-            if not data:
-                return
+            if data.startswith(b"\r\n"):
+                data = without_empty_lines(data)
+                if not data:
+                    return
             self.deadline = trio.current_time() + self._limits.header_timeout
             end = data.find(b"\r\n\r\n") + 4
             if end < 4:

@@ -29,6 +29,8 @@ BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)(?!\Z)|\0")
 
 BARE_MESSAGE = "bare CR, bare LF or NUL in the head"
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
+
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """What an HTTP/2 client says first (RFC 9113 3.4), as far as it looks like a request head."""
 
@@ -159,6 +161,12 @@ def read_head(data: bytes, line: tuple[str, bytes, str]) -> Head:
         raise malformed(f"malformed head: {error}") from None
     head.check()
     return head
+
+
+def without_empty_lines(data: bytes) -> bytes:
+    """`data` from its first line on that is not empty; one pass, however many there are."""
+    found = _EMPTY_LINES.match(data)
+    return data[found.end() :] if found is not None else data
 
 
 def check_partial(data: bytes | bytearray, checked: int) -> None:
