@@ -233,8 +233,13 @@ class Connection:
 
     def close_if_idle(self) -> None:
         """Close a connection that waits for a request; bytes that have arrived count as one."""
-        if self._head is None and not self._buffer and not self.has_input():
-            self._scope.cancel(reason="draining")
+        if (
+            self._head is None
+            and self._handed_over is None
+            and not self._buffer
+            and not self.has_input()
+        ):
+            self._scope.cancel(reason="closed while idle")
 
     def close_if_idle_since(self, moment: float) -> None:
         """Close a connection that has waited for a request since `moment` or longer."""
@@ -243,14 +248,13 @@ class Connection:
 
     def expire(self) -> None:
         """The deadline has passed."""
-        self.deadline = math.inf
         if self._head is not None:
             self.refuse(Refusal(408, "request_timeout", "the request body took too long"))
         elif self._buffer:
             slow = Refusal(408, "request_timeout", "the request head took too long")
             self._refuse_head(slow, b"")
         else:
-            self._scope.cancel(reason="idle")
+            self.close_if_idle()
 
     async def _say_goodbye(self) -> None:
         """The last bytes, and patience enough for the client to read them.
