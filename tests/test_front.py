@@ -289,6 +289,19 @@ async def test_refusal_of_what_no_application_sees_is_told(kind, data, line, cod
         assert on.app.started == 0
 
 
+async def test_line_that_is_told_is_the_first_however_the_head_arrives(kind):
+    told = []
+    async with running(kind, told=lambda *about: told.append(about)) as on:
+        for cut in (10, 25, 40):
+            data = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: \x1b\r\n\r\n"
+            async with connected(on.port) as client:
+                await client.send(data[:cut])
+                await trio.sleep(0.02)
+                await client.send(data[cut:])
+                assert (await client.reply()).status == 400
+    assert [line for _, _, line in told] == [b"POST /v1/score HTTP/1.1"] * 3
+
+
 async def test_slow_head_is_told(kind):
     told = []
     limits = Limits(header_timeout=0.2)

@@ -13,7 +13,7 @@ from front_harness import CHAT, Limits, chunked, connected, get, post, running, 
 from vllm_router.http1.answer import Answer
 from vllm_router.http1.headers import Refusal, split_target, valid_host
 from vllm_router.http1.request import ChunkedBody, Head
-from vllm_router.http1.server import Server, StreamConnection
+from vllm_router.http1.server import Server, SocketConnection, StreamConnection
 
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -168,6 +168,72 @@ async def test_empty_lines_before_a_request_are_ignored():
             await trio.testing.wait_all_tasks_blocked()
         assert (await client.reply()).status == 200
         assert (await client.reply()).status == 200
+
+
+async def test_empty_lines_are_skipped_however_many():
+    async with running() as on, connected(on.port) as client:
+        await client.send(b"\r\n" * 50_000 + post())
+        assert (await client.reply()).status == 200
+
+
+async def test_refusal_of_a_body_is_told_to_a_client_that_sends_no_more():
+    async with running() as on:
+        for _ in range(16):  # tasks take turns at random
+            on.app.received = 0
+            async with connected(on.port) as client:
+                await client.send(CHUNKED + b"3\r\nabc\r\n")
+                await soon(lambda: on.app.received == 3)
+                await trio.testing.wait_all_tasks_blocked()
+                os.write(client.stream.socket.fileno(), b"nonsense\r\n")
+                client.stream.socket.shutdown(socket.SHUT_WR)
+                assert (await client.reply()).status == 400
+
+
+async def test_refusal_of_the_first_chunk_is_told():
+    told = []
+    async with running(told=lambda *about: told.append(about)) as on:
+        async with connected(on.port) as client:
+            await client.send(CHUNKED + b"nonsense\r\n")
+            assert (await client.reply()).status == 400
+        assert on.app.started == 0
+    ((refusal, _, line),) = told
+    assert (refusal.status, line) == (400, b"POST /v1/score HTTP/1.1")
+
+
+async def test_request_that_comes_when_the_patience_ends_is_answered():
+    client, side = socket.socketpair()
+    with client:
+        side.setblocking(False)
+        connection = SocketConnection(Server(nothing), side)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            await trio.testing.wait_all_tasks_blocked()
+            client.send(post(CHAT, b"", b"Connection: close"))
+            connection.expire()
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_drain_loses_nothing_that_is_just_being_handed_over():
+    moved = []
+
+    async def drain() -> None:
+        server.drain()
+
+    def not_here(method: str, path: bytes) -> bool:
+        nursery.start_soon(drain)
+        return False
+
+    async def serve() -> None:
+        moved.append(await StreamConnection(server, side).run())
+
+    for _ in range(8):  # tasks take turns at random
+        server = Server(nothing, accepts=not_here)
+        client, side = trio.testing.memory_stream_pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await trio.testing.wait_all_tasks_blocked()
+            await client.send_all(get("/page"))
+    assert moved == [get("/page")] * 8
 
 
 async def test_continue_is_not_said_for_a_refusal():

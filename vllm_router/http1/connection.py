@@ -200,10 +200,10 @@ class Connection:
     def hang_up(self) -> None:
         """The client has closed its side; bytes that it sent before may still be unread.
 
-        Whoever is reading will find the end behind them.
+        Whoever is reading will find the end behind them, and whoever is refused shall hear it.
         """
         self._hung_up = True
-        if self._head is not None and not self._reading:
+        if self._head is not None and not self._reading and self._refusal is None:
             self.client_left()
 
     def client_left(self) -> None:
@@ -320,7 +320,10 @@ class Connection:
         else:
             whole = bytes(buffer)
             buffer.clear()
-            self._begin(whole, end)
+            try:
+                self._begin(whole, end)
+            except Refusal as refusal:
+                self._refuse_head(refusal, whole)
 
     def _keep_partial(self, data: bytes) -> None:
         self._buffer += data
@@ -386,14 +389,20 @@ class Connection:
             self.deadline = math.inf
             self._body_waited += trio.current_time() - now
         if data:
-            self._take_body(data)
+            try:
+                self._take_body(data)
+            except Refusal as refusal:
+                self.refuse(refusal)
             if self._hung_up and not self._body_open:
                 self.client_left()
         else:
             self.client_left()
 
     def _take_body(self, data: bytes) -> None:
-        """More of the current request's body, perhaps with something behind it."""
+        """More of the current request's body, perhaps with something behind it.
+
+        Raises Refusal.
+        """
         chunks = self._chunks
         if chunks is None:
             used = min(len(data), self._left)
@@ -401,11 +410,7 @@ class Connection:
             complete = not self._left
             self._pieces.append(data if used == len(data) else data[:used])
         else:
-            try:
-                pieces, used = chunks.feed(data)
-            except Refusal as refusal:
-                self.refuse(refusal)
-                return
+            pieces, used = chunks.feed(data)
             self._pieces += pieces
             complete = chunks.complete
         self._body_received += used
