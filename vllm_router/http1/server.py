@@ -162,8 +162,8 @@ class HangUps:
         self._watched: dict[int, Connection] = {}
 
     def add(self, fileno: int, connection: Connection) -> None:
-        self._watched[fileno] = connection
         self._epoll.register(fileno, select.EPOLLRDHUP | select.EPOLLET)
+        self._watched[fileno] = connection
 
     def discard(self, fileno: int) -> None:
         """To be called before the descriptor is closed or given to somebody else."""
