@@ -18,7 +18,7 @@ from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server, State
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
-from vllm_router.workers.board import Board, Sums
+from vllm_router.workers.board import COLUMNS, Board, Sums
 from vllm_router.workers.fleet import FollowingFleet, LeadingFleet, state_of
 from vllm_router.workers.messages import States, Verdict, decode_from_leader, encode
 
@@ -295,3 +295,85 @@ def test_key_that_comes_with_a_reload_is_shared_too(board: int):
     config = make_config(1, tables=AUTH)
     router.apply(config, 1.0)
     assert admitted(router, keys_of(config)["few"], 10) == 3
+
+
+def test_successor_of_a_dead_worker_does_not_charge_a_key_for_all_that_was_ever_let_in(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    key = keys_of(config)["slow"]
+    now = perf_counter()
+    for minute in range(10):
+        router.workers[1].usage.enter(key, now + 60 * minute)
+    again = router.worker(config, 1)
+    again.usage.enter(key, perf_counter())
+
+
+def test_key_that_was_away_counts_what_others_are_running_now(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    key = keys_of(config)["few"]
+    assert admitted(router, key, 3) == 3
+    router.apply(make_config(1), 1.0)
+    for number in (0, 1, 0):
+        router.workers[number].usage.leave(key, 1.0)
+    router.apply(config, 2.0)
+    assert [worker.usage.running("few") for worker in router.workers] == [0, 0]
+    assert admitted(router, key, 10) == 3
+
+
+def test_key_that_was_away_is_not_charged_again_for_what_it_had_been_let_in(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    key = keys_of(config)["slow"]
+    for _ in range(5):
+        router.workers[0].usage.enter(key, perf_counter())
+    router.apply(make_config(1), 1.0)
+    router.leader.apply(config)
+    for worker in reversed(router.workers):
+        worker.apply(config)
+    for worker in router.workers:
+        worker.look()
+    router.workers[1].usage.enter(key, perf_counter())
+
+
+def test_request_that_outlives_its_key_does_not_count_for_who_has_its_place_now(board: int):
+    config = make_config(1, tables=AUTH)
+    router = Router(board, config)
+    key = keys_of(config)["few"]
+    worker = router.workers[0]
+    worker.usage.enter(key, perf_counter())
+    router.apply(make_config(1), 1.0)
+    router.apply(make_config(3), 2.0)
+    leases = [server.lease(2.0) for server in worker.servers.values()]
+    worker.usage.leave(key, 1.0)
+    router.leader.look()
+    assert [server.in_flight for server in router.leader.servers.values()] == [1, 1, 1]
+    assert len(leases) == 3
+
+
+def test_servers_that_have_changed_places_keep_their_counts(board: int):
+    router = Router(board, make_config(2))
+    worker = router.workers[0]
+    worker.servers["a"].lease(1.0)
+    worker.servers["b"].lease(1.0)
+    worker.servers["b"].lease(1.0)
+    one, other = (worker.servers[name].url for name in "ab")
+    shared = Board(board, 3)
+    before = {url: shared.find(url) for url in (one, other)}
+    shared.keep(set())
+    Board(board, 3).row(1)[:] = memoryview(bytes(8 * COLUMNS)).cast("q")
+    after = {url: shared.assign(url) for url in (one, other)}
+    assert before == {one: after[other], other: after[one]}
+    worker.take_places()
+    row = shared.row(1)
+    assert [row[column] for column in after.values() if column is not None] == [1, 2]
+
+
+def test_state_is_followed_again_after_a_reload_that_began_anew(router: Router):
+    server = router.leader.servers["a"]
+    worker = router.workers[0]
+    worker.apply(make_config([{"url": server.url, "name": "a", "models": ["x"]}]))
+    worker.apply(make_config(1))
+    assert worker.servers["a"].models is None
+    worker.follow(state_of(server), 1.0)
+    assert worker.servers["a"].models == ("m",)

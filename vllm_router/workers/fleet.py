@@ -36,12 +36,18 @@ class SharedServer(Server):
         self._column: int | None = None
         super().__init__(config, settings, on_change)
 
+    def give_back(self, column: int | None) -> None:
+        """Leave the place on the board unless it is this one: another server may get it."""
+        if self._column is not None and self._column != column:
+            self._sums.put(self._column, 0)
+            self._column = None
+            self.in_flight = len(self.leases)
+            self._update_load()
+
     def stand_in(self, column: int | None) -> None:
         """The place on the board; None if there is none left: then only our own leases count."""
         if column == self._column:
             return
-        if self._column is not None:
-            self._sums.put(self._column, 0)
         self._column = column
         self.in_flight = len(self.leases)
         if column is not None:
@@ -100,6 +106,10 @@ class FollowingServer(SharedServer):
         self._tell = tell
         self._decides: tuple[object, ...] = ()
         super().__init__(config, settings, on_change, sums)
+
+    def apply(self, config: ServerConfig, settings: Settings) -> None:
+        super().apply(config, settings)
+        self._decides = ()  # the next word of the leader counts, even if it is the same again
 
     def answered(self, now: float, *, trial: bool) -> None:
         self.last_byte_at = max(self.last_byte_at, now)
@@ -184,8 +194,11 @@ class SharedFleet(Fleet):
         servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
         self._known = {server.url: server for server in reversed(servers)}
         self._by_column.clear()
-        for url, server in self._known.items():
-            column = self._column_of(url)
+        places = [(server, self._column_of(url)) for url, server in self._known.items()]
+        for server, column in places:
+            server.give_back(column)
+        self.usage.give_places_back(self._keys, self._column_of)
+        for server, column in places:
             server.stand_in(column)
             if column is not None:
                 self._by_column[column] = server

@@ -19,6 +19,11 @@ def column_keys(key: KeyConfig) -> tuple[str, str]:
     return f"key {key.name}: running", f"key {key.name}: let in"
 
 
+def _places(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int, int] | None:
+    running, let_in = map(column_of, column_keys(key))
+    return None if running is None or let_in is None else (running, let_in)
+
+
 class SharedUsage(Usage):
     """`look` brings in what the others have shown, by calling `changed`."""
 
@@ -31,22 +36,38 @@ class SharedUsage(Usage):
         self._running: dict[str, int] = {}
         self._let_in: dict[str, int] = {}
 
+    def give_places_back(
+        self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
+    ) -> None:
+        """Leave the columns that are not those of these keys any more: others may get them."""
+        wanted = {key.name: _places(key, column_of) for key in keys}
+        for name, places in list(self._columns.items()):
+            if wanted.get(name) != places:
+                del self._columns[name]
+                for column in places:
+                    self._sums.put(column, 0)
+
     def take_places(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
         """Find the columns of these keys; one without counts its own requests alone."""
+        found = [(key, _places(key, column_of)) for key in keys]
+        self._sums.watch(max((max(places) for _, places in found if places), default=0))
+        # What others have let in before we look for the first time is not taken from the bucket.
+        self._look()
         self._of_column.clear()
-        for key in keys:
-            running, let_in = map(column_of, column_keys(key))
-            if running is None or let_in is None:
+        for key, places in found:
+            own = self._running.get(key.name, 0)
+            if places is None:
+                self._use(key).running = own
                 continue
+            running, let_in = places
             self._of_column[running] = key, True
             self._of_column[let_in] = key, False
-            if self._columns.get(key.name) != (running, let_in):
-                self._columns[key.name] = running, let_in
-                self._sums.watch(max(running, let_in))
-                own = self._running.get(key.name, 0)
-                self._use(key).running = own + self._sums.elsewhere[running]
+            self._use(key).running = own + self._sums.elsewhere[running]
+            if self._columns.get(key.name) != places:
+                self._columns[key.name] = places
+                self._let_in[key.name] = 0
                 self._show(key.name)
 
     def changed(self, column: int, difference: int) -> None:
