@@ -2,23 +2,32 @@
 
 A pair of sequenced-packet sockets: a message is there or not, never in part, so that a process
 that dies in the middle of something leaves no half of it behind. What it had not read yet is read
-by its successor, for the parent keeps both ends open.
+by its successor, for the parent keeps both ends open. A message that is too long for the socket
+goes over as a descriptor of the memory that it is in.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
+import logging
 import os
 import socket
 from collections.abc import Sequence
 
 import trio
 
-LARGEST = 160_000
-"""Bytes of a message; the kernel takes some 200 000 (net.core.wmem_default)."""
+logger = logging.getLogger(__name__)
 
-_DESCRIPTORS = socket.CMSG_SPACE(array.array("i").itemsize)
+LARGEST = 100_000
+"""Bytes of a message in the socket, which takes twice as much (net.core.wmem_default)."""
+
+_ELSEWHERE = b"\xc1"
+"""Instead of a message: it is in the memory of the first descriptor. MessagePack has no such byte,
+and no word to or from the parent is that."""
+
+_DESCRIPTORS = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -36,6 +45,15 @@ class Channel:
 
     async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """Raises trio.BrokenResourceError if nobody holds the other end."""
+        with contextlib.ExitStack() as ending:
+            if len(message) > LARGEST:
+                memory = os.memfd_create("vllm-router message")
+                ending.callback(os.close, memory)
+                _fill(memory, message)
+                message, descriptors = _ELSEWHERE, (memory, *descriptors)
+            await self._send(message, descriptors)
+
+    async def _send(self, message: bytes, descriptors: Sequence[int]) -> None:
         ancillary = []
         if descriptors:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -73,7 +91,15 @@ class Channel:
                 continue
             except OSError:
                 return b"", None
-            return data, _descriptor(ancillary)
+            descriptors = _descriptors(ancillary)
+            if data == _ELSEWHERE:
+                if not descriptors:
+                    logger.error("a message is lost: there is no descriptor left to read it from")
+                    continue
+                data = _emptied(descriptors.pop(0))
+            for spare in descriptors[1:]:
+                os.close(spare)
+            return data, descriptors[0] if descriptors else None
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -82,11 +108,21 @@ class Channel:
         self._socket.close()
 
 
-def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int | None:
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     found = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.frombytes(data[: len(data) - len(data) % found.itemsize])
-    for spare in found[1:]:
-        os.close(spare)
-    return found[0] if found else None
+    return found.tolist()
+
+
+def _fill(memory: int, data: bytes) -> None:
+    with open(memory, "wb", closefd=False) as file:
+        file.write(data)
+
+
+def _emptied(memory: int) -> bytes:
+    """What is in it; closes the descriptor."""
+    with open(memory, "rb") as file:
+        file.seek(0)
+        return file.read()
