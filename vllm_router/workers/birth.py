@@ -85,14 +85,15 @@ STOP = b"stop"
 RELOAD = b"reload"
 REOPEN = b"reopen"
 LOST = b"lost "
-"""Begins what the leader is told of a worker that has died: its number follows."""
+"""Begins what the leader is told of a worker that has died: number and process id follow."""
 
 
 class Orders(StopSignals):
     """What the parent says, instead of signals: those may reach a whole process group at once.
 
     A parent that is gone is an order to drain. `reload` and `reopen` are called when asked for,
-    `lame` when the router is about to stop, `lost` with the number of a worker that has died.
+    `lame` when the router is about to stop, `lost` with the number and process id of a
+    worker that has died.
     """
 
     def __init__(self, fileno: int) -> None:
@@ -101,7 +102,7 @@ class Orders(StopSignals):
         self.reload: Callable[[], None] = _nothing
         self.reopen: Callable[[], None] = _nothing
         self.lame: Callable[[], None] = _nothing
-        self.lost: Callable[[int], None] = _nothing
+        self.lost: Callable[[int, int], None] = _nothing
 
     def close(self) -> None:
         self._line.close()
@@ -134,7 +135,8 @@ class Orders(StopSignals):
                 case b"reopen":
                     self.reopen()
                 case _ if word.startswith(LOST):
-                    self.lost(int(word.removeprefix(LOST)))
+                    number, pid = map(int, word.removeprefix(LOST).split())
+                    self.lost(number, pid)
 
 
 def _nothing(*_: object) -> None:

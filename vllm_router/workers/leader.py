@@ -7,8 +7,11 @@ answered with everything the leader knows; from then on it is told what changes.
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,6 +19,7 @@ import trio
 
 from vllm_router.config import Config
 from vllm_router.fleet.server import Server
+from vllm_router.front import FULL_TOLD_EVERY, IDLE_WHEN_FULL
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.gate import Queue
@@ -27,6 +31,7 @@ from vllm_router.tasks.watch import ConfigSource
 from vllm_router.telemetry import Telemetry
 from vllm_router.web.guard import OwnDoor
 from vllm_router.web.router import CPU, IN_FLIGHT, LAG
+from vllm_router.workers.admit import admit
 from vllm_router.workers.board import Sums
 from vllm_router.workers.channel import Channel
 from vllm_router.workers.fleet import LeadingFleet, state_of
@@ -69,6 +74,7 @@ class Link:
         self.number = number
         self.channel = channel
         self.pid: int | None = None
+        self.alive = False
         self.figures = Figures(False, {}, {})
         self.news: set[Server] = set()
         self.welcome: Welcome | None = Welcome(first=True)
@@ -81,7 +87,7 @@ class Leader(Supervisor):
     """A supervisor whose proxy serves hardly anything, and whose fleet all workers share.
 
     `channels` are the ends of the workers; the caller closes them. `side` serves what they hand
-    over.
+    over, `most_connections` at a time: if there were more, probes would get no descriptors.
     """
 
     def __init__(
@@ -97,7 +103,11 @@ class Leader(Supervisor):
         telemetry: Telemetry | None = None,
         admin_port: int | None = None,
         own_door: OwnDoor | None = None,
+        most_connections: int | None = None,
     ) -> None:
+        self._most = math.inf if most_connections is None else most_connections
+        self._full_told_at = -math.inf
+        self._handed_over = 0
         self._links = [Link(number, channel) for number, channel in enumerate(channels, 1)]
         self._in_force = in_force
         self._generation = 1
@@ -120,6 +130,7 @@ class Leader(Supervisor):
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         super()._start_tasks(nursery)
+        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy))
         for link in self._links:
             nursery.start_soon(self._keep, f"worker {link.number}", self._listener(link, nursery))
             nursery.start_soon(self._keep, f"news for {link.number}", self._teller(link))
@@ -145,31 +156,69 @@ class Leader(Supervisor):
                         await self._report(message)
                     case Figures():
                         self._take(link, message)
-                    case Connection() if fileno is not None:
-                        nursery.start_soon(take_over, self._side, message, fileno)
+                    case Connection():
+                        self._take_over(message, fileno, nursery)
                     case Hello():
                         self._hello(link, message)
 
         return listen
 
+    def _take_over(self, message: Connection, fileno: int | None, nursery: trio.Nursery) -> None:
+        if fileno is not None and self._handed_over < self._most:
+            self._handed_over += 1
+            nursery.start_soon(self._serve, message, fileno)
+            return
+        if fileno is not None:
+            os.close(fileno)
+        self._side.close_idle(IDLE_WHEN_FULL)
+        now = trio.current_time()
+        if now - self._full_told_at >= FULL_TOLD_EVERY:
+            self._full_told_at = now
+            logger.error(
+                "%d connections are open that are not of the lane, as many as there are "
+                "descriptors for: others are closed",
+                self._handed_over,
+            )
+
+    async def _serve(self, message: Connection, fileno: int) -> None:
+        try:
+            await take_over(self._side, message, fileno)
+        finally:
+            self._handed_over -= 1
+
     def _take(self, link: Link, figures: Figures) -> None:
+        if not link.alive:
+            return  # the last words of one whose death is known
         link.figures = figures
         for url, moment in figures.heard.items():
             server = self.shared_fleet.by_url(url)
             if server is not None:
                 server.last_byte_at = max(server.last_byte_at, moment)
 
-    def lost(self, number: int) -> None:
-        """A worker has died."""
+    def lost(self, number: int, pid: int) -> None:
+        """A worker has died, which had this process id."""
         link = self._links[number - 1]
         self.worker_restarts += 1
+        if link.pid == pid:  # else its successor has been heard of before
+            self._bury(link)
+
+    def _bury(self, link: Link) -> None:
+        if not link.alive:
+            return
+        link.alive = False
         for name, value in link.figures.values.items():
             if name in TOTALS:
                 self._past[name] += value  # type: ignore[assignment]  # seconds, too
         link.figures = Figures(False, {}, {})
 
+    def pid_of(self, number: int) -> int | None:
+        """The process id of a worker, once it has said hello."""
+        return self._links[number - 1].pid
+
     def _hello(self, link: Link, hello: Hello) -> None:
-        link.pid = hello.pid
+        if link.pid != hello.pid:
+            self._bury(link)
+        link.pid, link.alive = hello.pid, True
         for url in hello.draining:
             server = self.shared_fleet.by_url(url)
             if server is not None and not server.draining:
@@ -226,7 +275,7 @@ class Leader(Supervisor):
                 await link.wake.wait()
                 link.wake = trio.Event()
                 welcome, link.welcome = link.welcome, None
-                if welcome is not None:
+                if welcome is not None and welcome.first:
                     await link.channel.send(encode(welcome))
                 if link.pid is None:
                     continue
@@ -238,6 +287,9 @@ class Leader(Supervisor):
                     # A leader that has just begun knows less than its workers.
                     known = [state_of(one) for one in told if one.probe_health.up is not None]
                     await link.channel.send(encode(States(known)))
+                if welcome is not None and not welcome.first:
+                    # Last, for it is the sign to serve: whoever does must know the servers.
+                    await link.channel.send(encode(welcome))
 
         return tell
 

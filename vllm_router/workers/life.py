@@ -207,6 +207,7 @@ async def _lead(
                 channels=channels,
                 in_force=in_force,
                 side=side,
+                most_connections=_most(),
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)

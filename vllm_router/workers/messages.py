@@ -89,7 +89,9 @@ FromWorker = Hello | Report | Figures | Connection
 
 
 class Welcome(msgspec.Struct, tag=True, array_like=True):
-    """From now on the worker gets everything. Answered with `Hello` if it has not begun with it."""
+    """`first` asks for a `Hello`: there is a new leader. Else the worker has been told everything
+    that there is to know, and may serve.
+    """
 
     first: bool
 

@@ -149,10 +149,10 @@ async def _nobody(scope: Scope, receive: Receive, send: Send) -> None:
 class Member:
     """One place in the crew and the process that has it. `number` 0 leads.
 
-    `lost` is called with the number when the process has died.
+    `lost` is called with the number and the process id when the process has died.
     """
 
-    def __init__(self, shared: _Shared, number: int, lost: Callable[[int], None]) -> None:
+    def __init__(self, shared: _Shared, number: int, lost: Callable[[int, int], None]) -> None:
         self._shared = shared
         self._lost = lost
         self._number = number
@@ -165,6 +165,7 @@ class Member:
         self._scope = trio.CancelScope()
         self.failure: str | None = None
         self._why = ""
+        self._pid = 0
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Member:
                     break
                 pause = FIRST_PAUSE if trio.current_time() - began > LONG_LIFE else pause
                 logger.error("%s %s: starting another", self.name, _how(code))
-                self._lost(self._number)
+                self._lost(self._number, self._pid)
                 if self._why:
                     logger.error("%s: %s", self.name, self._why)
                 await trio.sleep(pause)
@@ -209,6 +210,7 @@ class Member:
         finally:
             theirs.close()
             os.close(record)
+        self._pid = process.pid
         line = self._line = Channel(ours)
         try:
             async with trio.open_nursery() as nursery:
@@ -310,9 +312,9 @@ class Crew:
             if member.failure is not None:
                 raise CannotStart(member.failure)
 
-    def _lost(self, number: int) -> None:
+    def _lost(self, number: int, pid: int) -> None:
         if number:
-            self._leader.tell(birth.LOST + str(number).encode())
+            self._leader.tell(birth.LOST + f"{number} {pid}".encode())
 
     async def pass_on(self, number: signal.Signals, word: bytes) -> None:
         """Tell all what a signal means, whenever it comes."""

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import trio
@@ -24,6 +25,7 @@ from vllm_router.telemetry import Telemetry
 from vllm_router.web.families import ROUTER_METRICS, SUMMED
 from vllm_router.web.process import LagWatch, cpu_seconds, rss_bytes
 from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, LAG, MEMORY
+from vllm_router.workers.admit import admit
 from vllm_router.workers.board import Sums
 from vllm_router.workers.channel import Channel
 from vllm_router.workers.fleet import FollowingFleet
@@ -40,9 +42,6 @@ from vllm_router.workers.messages import (
 from vllm_router.workers.reporter import Reporter
 
 logger = logging.getLogger(__name__)
-
-LOOK_EVERY = 0.01
-"""Seconds between two looks at the other workers' leases while somebody waits."""
 
 FIGURES_EVERY = 0.1
 """Seconds between two looks at what there is to be told."""
@@ -112,7 +111,7 @@ class Worker(Supervisor):
         nursery.start_soon(self._keep, "figures", self._keep_telling)
         nursery.start_soon(self._keep, "upkeep", self._look_after)
         nursery.start_soon(self._keep, "lag", self._lag.run)
-        nursery.start_soon(self._keep, "waiting", self._admit)
+        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy))
 
     def _start_probe(self, server: object) -> None:
         """The leader does."""
@@ -148,6 +147,7 @@ class Worker(Supervisor):
                 case Welcome(first):
                     if first:
                         await self._channel.send(self._hello())
+                        await self.tell_figures()
                     else:
                         self.welcomed.set()
 
@@ -178,17 +178,6 @@ class Worker(Supervisor):
     async def tell_figures(self) -> None:
         """Tell how much of what there is now."""
         await self._channel.send(encode(self._figures()))
-
-    async def _admit(self) -> None:
-        """Let those in who wait for a server that another worker has made free."""
-        while True:
-            gate = self.proxy.gate
-            if gate is None or not gate.waiting:
-                await trio.sleep(LOOK_EVERY * 5)
-                continue
-            await trio.sleep(LOOK_EVERY)
-            self.fleet.look()
-            gate.look(trio.current_time())
 
     async def _keep_telling(self) -> None:
         told: Figures | None = None
