@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 from collections import Counter
@@ -205,6 +206,8 @@ def test_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[MockProcess]
             assert client.stdout.readline().startswith(b"data:")
             router.signal(signal.SIGTERM)
             until(lambda: "draining: 1 in flight" in router.text, "the drain")
+            with pytest.raises(ConnectionRefusedError):  # who waited would wait in vain
+                socket.create_connection(("127.0.0.1", router.port), 5).close()
             router.signal(signal.SIGTERM)
             assert router.process.wait(5) == 0
         assert not any(map(alive, started.values()))
@@ -305,9 +308,24 @@ async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: 
                 assert answer.status_code == 200, answer.text
                 assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
                 assert (await client.get("/admin/servers")).status_code == 200
+        await trio.to_thread.run_sync(_stream_over_http2_outlives_sigterm, router, url, authority)
+        assert await trio.to_thread.run_sync(router.process.wait, 10) == 0
         assert "Traceback" not in router.text, router.text
     finally:
         router.close()
+
+
+def _stream_over_http2_outlives_sigterm(router: RouterProcess, url: str, authority: Authority):
+    """It is relayed by a worker and served by the leader: both let it end."""
+    body = json.dumps(chat(max_tokens=150, stream=True))
+    ask = ["curl", "-sN", "--http2", "--cacert", str(authority.file), "--json", body]
+    with subprocess.Popen(
+        [*ask, f"{url}/v1/chat/completions"], stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline().startswith("data:")
+        router.signal(signal.SIGTERM)
+        assert client.stdout.read().endswith("data: [DONE]\n\n")
 
 
 # -- on a terminal ----------------------------------------------------------------------------

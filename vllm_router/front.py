@@ -162,6 +162,7 @@ class Front:
         self._most = math.inf if max_connections is None else max_connections
         self._listeners: list[socket.socket] = []
         self._shared: list[socket.socket] = []
+        self._later: list[socket.socket] = []
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._open = 0
@@ -226,10 +227,11 @@ class Front:
             self.allow_plain(opened[0].getsockname()[1])
         return [sock.getsockname()[:2] for sock in opened]
 
-    def adopt(self, fileno: int) -> Address:
+    def adopt(self, fileno: int, *, later: bool = False) -> Address:
         """Listen on a bound socket that somebody else opened. Raises OSError.
 
-        The descriptor is ours from then on; processes that we start do not get it.
+        The descriptor is ours from then on; processes that we start do not get it. With `later`
+        it is listened on from `serve` on: others may be serving the address until then.
         """
         sock = socket.socket(fileno=fileno)
         try:
@@ -238,11 +240,14 @@ class Front:
             address: Address = sock.getsockname()[:2]
             sock.set_inheritable(False)
             self._prepare(sock)
-            sock.listen(BACKLOG)
+            if not later:
+                sock.listen(BACKLOG)
         except BaseException:
             sock.close()
             raise
         self._listeners.append(sock)
+        if later:
+            self._later.append(sock)
         return address
 
     @property
@@ -272,6 +277,8 @@ class Front:
             for listener in self._shared:
                 listener.listen(BACKLOG)
                 take_turns(listener)
+            for listener in self._later:
+                listener.listen(BACKLOG)
             with self._everything:
                 async with trio.open_nursery() as helpers:
                     if self._lane is not None:

@@ -92,7 +92,7 @@ class Orders(StopSignals):
     """What the parent says, instead of signals: those may reach a whole process group at once.
 
     A parent that is gone is an order to drain. `reload` and `reopen` are called when asked for,
-    `lame` when the router is about to stop, `lost` with the number and process id of a
+    `lame` when the router begins to drain, `lost` with the number and process id of a
     worker that has died.
     """
 

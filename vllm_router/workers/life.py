@@ -21,7 +21,15 @@ from vllm_router.http1.server import Limits
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput, Overrides
-from vllm_router.service import LINGER, drain, follow_tls, most_connections, probed, take_tls
+from vllm_router.service import (
+    LAST_CALL,
+    LINGER,
+    drain,
+    follow_tls,
+    most_connections,
+    probed,
+    take_tls,
+)
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.guard import OwnDoor
@@ -98,7 +106,7 @@ def _most() -> int | None:
 def _listen(front: Front, birth: Birth, config: Config) -> None:
     take_tls(front, config)
     for fileno in birth.listeners:
-        address = front.adopt(fileno)
+        address = front.adopt(fileno, later=birth.patient)
         if fileno in birth.plain:
             front.allow_plain(address[1])
 
@@ -120,13 +128,14 @@ async def _worker(
     (channel,) = channels
     sums = Sums(Board(birth.board, birth.workers + 1), birth.number)
     reporter = Reporter(channel)
+    side = LeaderSide(channel, reporter)
     front = Front(
         app,
         limits=_limits(config),
         tls_only=True,
         max_connections=_most(),
         told=output.access.refused,
-        side=LeaderSide(channel, reporter),
+        side=side,
         gate=Turns(sums),
     )
     _listen(front, birth, config)
@@ -155,6 +164,7 @@ async def _worker(
             if birth.patient:
                 await probed(supervisor)
             supervisor.connections = lambda: front.connections
+            supervisor.relays = lambda: side.connections
             await nursery.start(front.serve)
             supervisor.serving = True
             orders.say(line.SERVING)
@@ -213,10 +223,12 @@ async def _lead(
             app.attach(supervisor)
             _follow(orders, supervisor, output)
             orders.lost = supervisor.lost
-            orders.lame = partial(setattr, supervisor, "draining", True)
+            lame = trio.Event()
+            orders.lame = lame.set
             await nursery.start(orders.listen)
             await nursery.start(supervisor.run)
             nursery.start_soon(front.serve)
+            nursery.start_soon(_drain_with_workers, supervisor, side, lame)
             orders.say(line.SERVING)
             await orders.first.wait()
             with orders.until_second():
@@ -230,6 +242,15 @@ async def _lead(
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")
+
+
+async def _drain_with_workers(supervisor: Leader, side: HypercornSide, lame: trio.Event) -> None:
+    """Finish what the workers have handed over while they finish the rest."""
+    await lame.wait()
+    await supervisor.lame_duck()
+    await trio.sleep(LAST_CALL)
+    side.drain()
+    await supervisor.wind_down()
 
 
 async def _either(*events: Any) -> None:

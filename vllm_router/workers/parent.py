@@ -112,9 +112,11 @@ def _open(
     ending.callback(front.close)
     take_tls(front, options.config)
     public, admin = listen(front, options)
-    listeners = [sock for sock in front.listeners if sock.getsockname()[1] == public[1]]
     own_door = options.view.open(front, options.config) if options.view is not None else None
-    private = [sock for sock in front.listeners if sock not in listeners]
+    doors = {admin[1] if admin is not None else None, own_door.port if own_door else None}
+    doors.discard(public[1])
+    private = [sock for sock in front.listeners if sock.getsockname()[1] in doors]
+    listeners = [sock for sock in front.listeners if sock not in private]
     plain = [sock.fileno() for sock in private if front.takes_plain(sock)]
     rows = options.workers + 1
     board_fd = Board.create(rows)
@@ -159,7 +161,7 @@ class Member:
         self.name = f"worker {number}" if number else "leader"
         self.serving = trio.Event()
         self.ended = trio.Event()
-        self.leaving = False
+        self.leaving = self.lame = False
         self._line: Channel | None = None
         self._process: trio.Process | None = None
         self._scope = trio.CancelScope()
@@ -175,15 +177,19 @@ class Member:
         with self._scope:
             while True:
                 began = trio.current_time()
-                code = await self._live()
+                try:
+                    how = _how(await self._live())
+                except OSError as error:
+                    how = "cannot be started"
+                    self._why = str(error)
                 self._shared.board.clear(self._number)
                 if self.leaving:
                     break
                 if not self.serving.is_set():
-                    self.failure = self._why or f"the {self.name} {_how(code)} at its start"
+                    self.failure = self._why or f"the {self.name} {how} at its start"
                     break
                 pause = FIRST_PAUSE if trio.current_time() - began > LONG_LIFE else pause
-                logger.error("%s %s: starting another", self.name, _how(code))
+                logger.error("%s %s: starting another", self.name, how)
                 self._lost(self._number, self._pid)
                 if self._why:
                     logger.error("%s: %s", self.name, self._why)
@@ -192,26 +198,17 @@ class Member:
         self.ended.set()
 
     async def _live(self) -> int:
-        """One process from start to end; how it ended."""
+        """One process from start to end; how it ended. Raises OSError if there can be none."""
+        self._why, self._pid = "", 0
         ours, theirs = pair()
-        told = self._birth(theirs.fileno())
-        record = birth.write(told)
-        # What is not a line of the log must not spoil the view.
-        elsewhere = subprocess.DEVNULL if told.log is not None else None
-        self._why = ""
+        line = Channel(ours)
         try:
-            process = self._process = await trio.lowlevel.open_process(
-                [sys.executable, *_flags(), "-m", "vllm_router.workers", str(record), self.name],
-                pass_fds=[record, *told.descriptors],
-                stdin=subprocess.DEVNULL,
-                stdout=elsewhere,
-                stderr=elsewhere,
-            )
-        finally:
-            theirs.close()
-            os.close(record)
+            process = self._process = await self._start(theirs)
+        except BaseException:
+            line.close()
+            raise
         self._pid = process.pid
-        line = self._line = Channel(ours)
+        self._line = line
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, line)
@@ -225,11 +222,31 @@ class Member:
                 with trio.CancelScope(shield=True):
                     await process.wait()
 
+    async def _start(self, theirs: socket.socket) -> trio.Process:
+        """The process, at that end of its line, which is closed here. Raises OSError."""
+        with contextlib.ExitStack() as ending:
+            ending.callback(theirs.close)
+            told = self._birth(theirs.fileno())
+            record = birth.write(told)
+            ending.callback(os.close, record)
+            # What is not a line of the log must not spoil the view.
+            elsewhere = subprocess.DEVNULL if told.log is not None else None
+            process: trio.Process = await trio.lowlevel.open_process(
+                [sys.executable, *_flags(), "-m", "vllm_router.workers", str(record), self.name],
+                pass_fds=[record, *told.descriptors],
+                stdin=subprocess.DEVNULL,
+                stdout=elsewhere,
+                stderr=elsewhere,
+            )
+            return process
+
     async def _listen(self, line: Channel) -> None:
         """Hear what it says until it has ended."""
         while word := (await line.receive())[0]:
             if word == birth.SERVING:
                 self.serving.set()
+                if self.lame:
+                    self.tell(birth.LAME)
             elif word.startswith(birth.FAILED):
                 self._why = word.removeprefix(birth.FAILED).decode(errors="replace")
 
@@ -320,11 +337,15 @@ class Crew:
         """Tell all what a signal means, whenever it comes."""
         with trio.open_signal_receiver(number) as signals:
             async for _ in signals:
+                output = self._shared.options.output
+                if word == birth.REOPEN and output is not None:
+                    output.reopen()
                 for member in self._all:
                     member.tell(word)
 
     async def drain(self) -> None:
-        """The workers finish what they have; then the leader ends, which answered meanwhile."""
+        """All finish what they have. The leader ends last, for it answers meanwhile."""
+        self._leader.lame = True
         self._leader.tell(birth.LAME)
         shared = self._shared.listeners if self._shared.options.reuse_port else ()
         if [listener for listener in shared if step_aside(listener)]:
@@ -332,6 +353,9 @@ class Crew:
             await trio.sleep(ASIDE)
         for worker in self._workers:
             worker.leave(birth.DRAIN)
+        # Else they would go on listening when the workers no longer do, and clients wait in vain.
+        for listener in self._shared.listeners:
+            listener.close()
         for worker in self._workers:
             await worker.ended.wait()
         self._leader.leave(birth.DRAIN)

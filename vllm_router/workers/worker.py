@@ -20,7 +20,7 @@ from vllm_router.errors import ConfigError
 from vllm_router.fleet.server import Transition
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.types import Receive, Scope, Send
-from vllm_router.supervisor import Supervisor
+from vllm_router.supervisor import END_TIME, Supervisor
 from vllm_router.telemetry import Telemetry
 from vllm_router.web.families import ROUTER_METRICS, SUMMED
 from vllm_router.web.process import LagWatch, cpu_seconds, rss_bytes
@@ -52,7 +52,7 @@ class Worker(Supervisor):
 
     `workers` is how many there are: what the configuration allows the router in memory and
     retries is divided by it. `serving` says whether connections are accepted, `connections` how
-    many there are.
+    many there are, `relays` how many of them the leader serves through us.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Worker(Supervisor):
         self._lag = LagWatch()
         self.serving = False
         self.connections: Callable[[], int] = int
+        self.relays: Callable[[], int] = int
         self.welcomed = trio.Event()
         config = self._share_of(config)
         fleet = FollowingFleet(config, sums, reporter.verdict)
@@ -216,6 +217,17 @@ class Worker(Supervisor):
         servers = self.fleet.all_servers()
         heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
         return Figures(self.serving, values, chunks, queues, prefixes, heard)
+
+    async def wind_down(self, *, still_listening: bool = False) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wait_for_relays)
+            await super().wind_down(still_listening=still_listening)
+
+    async def _wait_for_relays(self) -> None:
+        """The leader, which drains at the same time, ends them when they have been answered."""
+        with trio.move_on_after(self.config.settings.drain_timeout + END_TIME):
+            while self.relays():  # noqa: ASYNC110 (nobody is told, and it is soon)
+                await trio.sleep(0.02)
 
     @property
     def ready(self) -> bool:
