@@ -334,7 +334,7 @@ async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: 
 
 def _stream_over_http2_outlives_sigterm(router: RouterProcess, url: str, authority: Authority):
     """It is relayed by a worker and served by the leader: both let it end."""
-    body = json.dumps(chat(max_tokens=150, stream=True))
+    body = json.dumps(chat(max_tokens=125, stream=True))
     ask = ["curl", "-sN", "--http2", "--cacert", str(authority.file), "--json", body]
     with subprocess.Popen(
         [*ask, f"{url}/v1/chat/completions"], stdout=subprocess.PIPE, text=True

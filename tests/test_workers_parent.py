@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
@@ -109,3 +110,12 @@ async def test_shared_port_is_listened_on_when_served(ending: contextlib.ExitSta
         with trio.fail_after(5):
             await (await trio.open_tcp_stream(*address)).aclose()
         front.abort()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_children_look_for_modules_where_the_parent_does(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere = [path for path in sys.path if path not in ("", os.getcwd())]
+    monkeypatch.setattr(sys, "path", [*elsewhere, os.getcwd()] if here else elsewhere)
+    assert ("-P" in parent._flags()) is not here

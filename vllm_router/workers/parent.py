@@ -382,4 +382,7 @@ def _how(code: int) -> str:
 
 def _flags() -> list[str]:
     """The options of this interpreter that its children shall have, too."""
-    return [f"-W{option}" for option in sys.warnoptions]
+    flags = [f"-W{option}" for option in sys.warnoptions]
+    if not {"", os.getcwd()}.intersection(sys.path):
+        flags.append("-P")  # `-m` would look for modules where we were started, unlike us
+    return flags
