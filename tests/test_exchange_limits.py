@@ -668,7 +668,8 @@ async def test_those_who_wait_do_not_follow_a_request_that_kills_servers(autojum
         await trio.sleep(20)
         codes = [client.got.code for client in clients]
         assert set(codes) == {"server_disconnected", "poison_request"}
-        assert rig.requests().total() <= 8  # those who were on the four servers, and once more
+        # Those who were on the four servers, and some of them once more: 17 if all went on.
+        assert rig.requests().total() < len(clients)
 
 
 async def test_who_is_sent_away_for_want_of_time_is_no_server_that_became_free(autojump_clock):

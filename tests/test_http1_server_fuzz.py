@@ -32,6 +32,7 @@ STRICTER = {
     # RFC 9112 6.3: a list of equal lengths may be refused, and nothing honest sends one.
     "more than one Content-Length field",
     "malformed head: Content-Length already present",
+    "malformed head: Duplicate Content-Length",
     "malformed head: Invalid character in Content-Length",
     # RFC 9110 8.6: too large to be a number is for nobody to wait for.
     "malformed Content-Length",
