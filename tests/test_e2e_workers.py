@@ -136,9 +136,11 @@ async def test_failures_seen_by_both_workers_eject_for_both(
     bad.set(mode="500")
     try:
         body = chat(max_tokens=1)
-        results = await burst(quiet.url, body, 18)
-        assert [result for result in results if not result.ok] == []
-        await in_thread(lambda: quiet.state(bad.url) == "ejected", "the ejection")
+        # Failures of one body count once until it has been answered elsewhere: not all of a burst.
+        with trio.fail_after(20):
+            while await trio.to_thread.run_sync(quiet.state, bad.url) != "ejected":
+                results = await burst(quiet.url, body, 18)
+                assert [result for result in results if not result.ok] == []
         seen = bad.stats()["total"]
         results = await burst(quiet.url, body, 12)
         assert [result for result in results if not result.ok] == []
