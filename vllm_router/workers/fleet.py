@@ -11,6 +11,7 @@ over what it says.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Generic, TypeVar
 
 from vllm_router.auth import KeyConfig
 from vllm_router.config import Config, ServerConfig, Settings
@@ -21,9 +22,12 @@ from vllm_router.workers.board import Sums
 from vllm_router.workers.messages import ServerState, Verdict
 from vllm_router.workers.usage import SharedUsage, column_keys
 
+News = TypeVar("News", Server, Verdict)
+"""What a process tells the others: the leader of servers, a worker of its attempts."""
 
-class SharedServer(Server):
-    """A server of which several processes hold leases."""
+
+class SharedServer(Server, Generic[News]):
+    """A server of which several processes hold leases. `tell` reaches those processes."""
 
     def __init__(
         self,
@@ -31,8 +35,10 @@ class SharedServer(Server):
         settings: Settings,
         on_change: Callable[[Server], None],
         sums: Sums,
+        tell: Callable[[News], None],
     ) -> None:
         self._sums = sums
+        self._tell: Callable[[News], None] = tell
         self._column: int | None = None
         super().__init__(config, settings, on_change)
 
@@ -73,39 +79,18 @@ class SharedServer(Server):
             self._sums.put(self._column, len(self.leases))
 
 
-class LeadingServer(SharedServer):
-    """The leader's: `tell` hears of every scrape; the fleet, of every change of state."""
-
-    def __init__(
-        self,
-        config: ServerConfig,
-        settings: Settings,
-        on_change: Callable[[Server], None],
-        sums: Sums,
-        tell: Callable[[Server], None],
-    ) -> None:
-        self._tell = tell
-        super().__init__(config, settings, on_change, sums)
+class LeadingServer(SharedServer[Server]):
+    """The leader's: it tells of every scrape, and its fleet of every change of state."""
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
         super().scraped(metrics, now, leases)
         self._tell(self)
 
 
-class FollowingServer(SharedServer):
-    """A worker's: judged by the leader, whom `tell` reaches."""
+class FollowingServer(SharedServer[Verdict]):
+    """A worker's, judged by the leader."""
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        settings: Settings,
-        on_change: Callable[[Server], None],
-        sums: Sums,
-        tell: Callable[[Verdict], None],
-    ) -> None:
-        self._tell = tell
-        self._decides: tuple[object, ...] = ()
-        super().__init__(config, settings, on_change, sums)
+    _decides: tuple[object, ...] = ()
 
     def apply(self, config: ServerConfig, settings: Settings) -> None:
         super().apply(config, settings)
@@ -171,13 +156,14 @@ def state_of(server: Server) -> ServerState:
     )
 
 
-class SharedFleet(Fleet):
+class SharedFleet(Fleet, Generic[News]):
     """What the fleets of the leader and of workers have in common; `usage` is that of keys."""
 
-    def __init__(self, config: Config, sums: Sums) -> None:
+    def __init__(self, config: Config, sums: Sums, tell: Callable[[News], None]) -> None:
         self._sums = sums
-        self._by_column: dict[int, SharedServer] = {}
-        self._known: dict[str, SharedServer] = {}
+        self._tell: Callable[[News], None] = tell
+        self._by_column: dict[int, SharedServer[News]] = {}
+        self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
         self.usage = SharedUsage(sums, self.look)
         super().__init__(config)
@@ -239,12 +225,8 @@ class SharedFleet(Fleet):
         return gone
 
 
-class LeadingFleet(SharedFleet):
+class LeadingFleet(SharedFleet[Server]):
     """The leader's. `tell` is called with every server of which workers must know more."""
-
-    def __init__(self, config: Config, sums: Sums, tell: Callable[[Server], None]) -> None:
-        self._tell = tell
-        super().__init__(config, sums)
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
         return LeadingServer(wanted, settings, self._note, self._sums, self._tell)
@@ -262,12 +244,8 @@ class LeadingFleet(SharedFleet):
         return self._sums.board.assign(key)
 
 
-class FollowingFleet(SharedFleet):
+class FollowingFleet(SharedFleet[Verdict]):
     """A worker's. `tell` is called with what its attempts have shown."""
-
-    def __init__(self, config: Config, sums: Sums, tell: Callable[[Verdict], None]) -> None:
-        self._tell = tell
-        super().__init__(config, sums)
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
         return FollowingServer(wanted, settings, self._note, self._sums, self._tell)

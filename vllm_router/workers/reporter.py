@@ -51,7 +51,7 @@ def pack(record: Record) -> Ended:
     )
 
 
-def unpack(ended: Ended, fleet: SharedFleet) -> Record:
+def unpack(ended: Ended, fleet: SharedFleet[Server]) -> Record:
     """The record as the worker had it."""
     as_it_is, path, model, phase, url, outcome, retries = ended
     return Record(
