@@ -105,19 +105,17 @@ class Application:
             logger.error("%s", problem)
             await send({"type": "lifespan.startup.failed", "message": problem})
             return
-        spans = telemetry.start(config.log)
         if config.tls is not None:
             logger.warning("[tls] is for `vllm-router run`; Hypercorn has --certfile and --keyfile")
         address = config.settings.admin_listen
         admin_port = split_address(address)[1] if address is not None else None
-        supervisor = Supervisor(
-            config, source, output=output, telemetry=spans, admin_port=admin_port
-        )
         try:
-            await self._run(supervisor, receive, send)
+            with telemetry.running(config.log) as spans:
+                supervisor = Supervisor(
+                    config, source, output=output, telemetry=spans, admin_port=admin_port
+                )
+                await self._run(supervisor, receive, send)
         finally:
-            if spans is not None:
-                spans.close()
             output.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
@@ -16,7 +15,7 @@ import trio
 
 from vllm_router import telemetry
 from vllm_router.asgi import Application
-from vllm_router.config import Config
+from vllm_router.config import Config, Settings
 from vllm_router.errors import RouterError
 from vllm_router.front import Address, Front
 from vllm_router.handover import notify
@@ -96,25 +95,19 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     """
     app = Application()
     settings = options.config.settings
-    limits = Limits(
-        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
-    )
     front = Front(
         app,
         lane=options.lane,
-        limits=limits,
+        limits=client_limits(settings),
         tls_only=True,
         told=options.output.access.refused if options.output is not None else None,
-        max_connections=most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        max_connections=most_connections(),
     )
     take_tls(front, options.config)
     public, admin = listen(front, options)
     own_door = options.view.open(front, options.config) if options.view is not None else None
     signals = StopSignals()
-    with contextlib.ExitStack() as ending:
-        spans = telemetry.start(options.config.log)
-        if spans is not None:
-            ending.callback(spans.close)
+    with telemetry.running(options.config.log) as spans:
         async with trio.open_nursery() as nursery:
             await nursery.start(signals.listen)
             config = options.config
@@ -149,6 +142,13 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     logger.info("stopped")
 
 
+def client_limits(settings: Settings) -> Limits:
+    """What a client may take, as far as the configuration says."""
+    return Limits(
+        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
+    )
+
+
 def take_tls(front: Front, config: Config) -> None:
     """New connections speak TLS, or no longer. Raises ConfigError if its files cannot be used."""
     front.use_tls(serving_context(config.tls) if config.tls is not None else None)
@@ -164,8 +164,9 @@ DESCRIPTORS_KEPT = 64
 """For files, checks of servers and connections to them that are idle."""
 
 
-def most_connections(descriptors: int) -> int | None:
+def most_connections() -> int | None:
     """How many clients there are descriptors for: each may need one more, to a server."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return None
     return max(1, (descriptors - DESCRIPTORS_KEPT) // 2)

@@ -9,11 +9,12 @@ Without the extra, or where nothing asks for spans, no exchange pays anything.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from time import time
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,17 @@ _OPERATIONS = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def running(settings: LogSettings) -> Iterator[Telemetry | None]:
+    """`start`, closed at the end."""
+    telemetry = start(settings)
+    try:
+        yield telemetry
+    finally:
+        if telemetry is not None:
+            telemetry.close()
 
 
 def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Telemetry | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import socket
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,13 @@ from vllm_router.asgi import Application
 from vllm_router.config import Config
 from vllm_router.errors import ConfigError, RouterError
 from vllm_router.front import Front
-from vllm_router.http1.server import Limits
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput, Overrides
 from vllm_router.service import (
     LAST_CALL,
     LINGER,
+    client_limits,
     drain,
     follow_tls,
     most_connections,
@@ -92,17 +91,6 @@ def _read(in_force: InForce) -> Config:
     return config
 
 
-def _limits(config: Config) -> Limits:
-    settings = config.settings
-    return Limits(
-        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
-    )
-
-
-def _most() -> int | None:
-    return most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-
-
 def _listen(front: Front, birth: Birth, config: Config) -> None:
     take_tls(front, config)
     for fileno in birth.listeners:
@@ -131,18 +119,15 @@ async def _worker(
     side = LeaderSide(channel, reporter)
     front = Front(
         app,
-        limits=_limits(config),
+        limits=client_limits(config.settings),
         tls_only=True,
-        max_connections=_most(),
+        max_connections=most_connections(),
         told=output.access.refused,
         side=side,
         gate=Turns(sums),
     )
     _listen(front, birth, config)
-    with contextlib.ExitStack() as ending:
-        spans = telemetry.start(config.log)
-        if spans is not None:
-            ending.callback(spans.close)
+    with telemetry.running(config.log) as spans:
         async with trio.open_nursery() as nursery:
             supervisor = Worker(
                 config,
@@ -189,15 +174,12 @@ async def _lead(
     output: LogOutput,
 ) -> None:
     app = Application()
-    limits = _limits(config)
+    limits = client_limits(config.settings)
     side = HypercornSide(app, limits=limits, told=output.access.refused)
     side.closing = True  # the next request may be for the lane, which is elsewhere
     front = Front(app, limits=limits, tls_only=True, side=side)
     _listen(front, birth, config)
-    with contextlib.ExitStack() as ending:
-        spans = telemetry.start(config.log)
-        if spans is not None:
-            ending.callback(spans.close)
+    with telemetry.running(config.log) as spans:
         async with trio.open_nursery() as nursery:
             if birth.demo:
                 from vllm_router.demo import start_demo
@@ -217,7 +199,7 @@ async def _lead(
                 channels=channels,
                 in_force=in_force,
                 side=side,
-                most_connections=_most(),
+                most_connections=most_connections(),
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             app.attach(supervisor)
