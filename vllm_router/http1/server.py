@@ -69,7 +69,7 @@ class Limits:
 
 
 class Server:
-    """What connections share: the application, the limits, and the one task that watches time.
+    """What connections share: the application, the limits, and those who watch for all of them.
 
     `accepts(method, path)` says which requests are served here; None means all of them. While
     `closing` is true, every answer is the last one of its connection. `told` hears of the requests

@@ -249,10 +249,9 @@ class Exchange:
         proxy.budget.requested(len(proxy.exchanges))
         now = record.body_read_at
         while True:
-            if proxy.poison.entries:
-                refused = self.poisonous(now)
-                if refused is not None:
-                    raise refused
+            refused = self.poisonous(now)
+            if refused is not None:
+                raise refused
             candidates = self.choices(now)
             if not candidates:
                 candidates = await self._wait_for_candidates()
@@ -282,21 +281,21 @@ class Exchange:
                 # Without these two, nothing of the exchange would go before a garbage collection.
                 self.attempt = lease.interrupt = None
                 lease.release()
+                now = trio.current_time()
                 if trace is not None:
-                    trace.attempt_ended(outcome, trio.current_time())
+                    trace.attempt_ended(outcome, now)
                 failed = outcome is not None and RULES[outcome].blames
-                policy.ended(lease, trio.current_time(), failed=failed)
+                policy.ended(lease, now, failed=failed)
                 if outcome is not None:
                     self._judge(server, lease, outcome)
                 if proxy.gate is not None:
                     if attempt.complete and record.status == 200:
-                        proxy.gate.served(facts.model, trio.current_time() - lease.taken_at)
+                        proxy.gate.served(facts.model, now - lease.taken_at)
                     proxy.gate.freed(server)
             record.outcome = outcome
             if attempt.committed:
                 self._complete = attempt.complete
                 return
-            now = trio.current_time()
             if attempt.again is Again.NO:
                 rule = RULES[outcome]
                 wait = proxy.fleet.retry_after(facts.model, now) if rule.status == 503 else None
