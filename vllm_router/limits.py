@@ -22,6 +22,12 @@ class Use:
     running: int = 0
     mean: float = 1.0
 
+    def refill(self, rate: float, now: float) -> None:
+        """Bring `tokens` up to date, for so many a minute. The bucket holds a minute's worth,
+        though never less than one request."""
+        self.tokens = min(max(rate, 1.0), self.tokens + (now - self.at) * rate / 60)
+        self.at = now
+
 
 def new_use(key: KeyConfig, now: float) -> Use:
     """Of a key that has not been used lately."""
@@ -51,10 +57,7 @@ class Usage:
                 retry_after=max(1.0, use.mean / use.running),
             )
         if rate is not None:
-            # A bucket that holds a minute's worth, though never less than one request.
-            depth = max(rate, 1.0)
-            use.tokens = min(depth, use.tokens + (now - use.at) * rate / 60)
-            use.at = now
+            use.refill(rate, now)
             if use.tokens < 1:
                 raise Refused(
                     429,

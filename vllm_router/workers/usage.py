@@ -80,10 +80,8 @@ class SharedUsage(Usage):
         if is_running:
             use.running += difference
         elif difference > 0:  # else it is a process that begins anew
-            rate = key.requests_per_minute or 0.0
-            now = perf_counter()
-            use.tokens = min(max(rate, 1.0), use.tokens + (now - use.at) * rate / 60) - difference
-            use.at = now
+            use.refill(key.requests_per_minute or 0.0, perf_counter())
+            use.tokens -= difference
 
     def _use(self, key: KeyConfig) -> Use:
         use = self._uses.get(key.name)
