@@ -332,10 +332,9 @@ class Exchange:
         """The public name of the first model, its own or one that stands in, that has servers."""
         fleet, model = self.proxy.fleet, self.record.model
         assert model is not None
-        for name in (model, *fleet.names.instead(model)):
-            if fleet.available(fleet.names.served(name), now, self._tried):
-                return name
-        return None
+        return fleet.names.first_available(
+            model, lambda served: fleet.available(served, now, self._tried)
+        )
 
     @property
     def replayable(self) -> bool:

@@ -48,12 +48,14 @@ class Models:
         `available` tells of a served name whether a server has it now. If none does, it is itself
         again, to be refused under its own name. O(length of the chain).
         """
-        if available(self.served(public)):
-            return public
-        for name in self.instead(public):
+        return self.first_available(public, available) or public
+
+    def first_available(self, public: str, available: Callable[[str], bool]) -> str | None:
+        """The same, but None if none does."""
+        for name in (public, *self.instead(public)):
             if available(self.served(name)):
                 return name
-        return public
+        return None
 
     def listed(self, names: Iterable[str]) -> dict[str, str]:
         """The public names to list, and what each comes to, for the names that servers have.
