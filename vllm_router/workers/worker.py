@@ -208,13 +208,13 @@ class Worker(Supervisor):
             if record.chunks and record.server is not None:
                 url = record.server.url
                 chunks[url] = chunks.get(url, 0) + record.chunks
+        servers = self.fleet.all_servers()
         prefixes = {}
-        for server in self.fleet.all_servers():
+        for server in servers:
             statistics = self.prefix_statistics(server)
             if statistics is not None:
                 prefixes[server.url] = statistics
         queues = self.queues(trio.current_time())
-        servers = self.fleet.all_servers()
         heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
         return Figures(self.serving, values, chunks, queues, prefixes, heard)
 
