@@ -219,6 +219,10 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         lambda router: router.proxy.bodies.held,
     ),
     (
+        _gauge("tasks", "Tasks of the process that answers: they go when what they serve is over."),
+        lambda _: trio.lowlevel.current_statistics().tasks_living,
+    ),
+    (
         _gauge("servers", "Servers of the configuration in force."),
         lambda router: len(router.fleet.servers),
     ),
