@@ -390,8 +390,9 @@ async def test_request_ids_are_returned_when_enabled_and_name_the_answer(autojum
 
 async def test_silent_streams_get_comments_when_enabled(autojump_clock):
     async with running_mock(ttft=25.0, sse_keep_alive=10.0) as mock:
+        await trio.sleep(3)
         answer = await mock.ask("POST", CHAT_PATH, STREAM)
-    assert answer.events[:2] == [": keep-alive", ": keep-alive"]
+    assert answer.events[:3].count(": keep-alive") == 2
     assert answer.events[-1] == "[DONE]"
 
 

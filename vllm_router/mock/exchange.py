@@ -210,10 +210,14 @@ class Generation(Exchange):
         if self.driver is not None:
             self.driver.abort(self.request)
 
-    def comment(self, silent_since: float) -> None:
-        """A sign of life on a stream that has been silent."""
-        if self.stream and self.last_write <= silent_since and not self.over:
+    def comment(self, now: float, interval: float) -> float:
+        """A sign of life if this is a stream that has been silent; when the next may be due."""
+        if not self.stream or self.over:
+            return now + interval
+        if self.last_write + interval <= now:
             self.connection.write(b"e\r\n: keep-alive\n\n\r\n")
+            self.last_write = now
+        return self.last_write + interval
 
     def deliver(self, words: list[bytes]) -> None:
         if self.over:

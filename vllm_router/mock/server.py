@@ -224,11 +224,13 @@ class MockServer:
     async def _keep_streams_alive(self) -> None:
         interval = self.options.sse_keep_alive
         while True:
-            await trio.sleep(interval)
-            since = trio.current_time() - interval
+            now = trio.current_time()
+            # Those that begin meanwhile are silent for no longer than that.
+            due = now + interval
             for exchange in list(self.active):
                 if isinstance(exchange, Generation):
-                    exchange.comment(since)
+                    due = min(due, exchange.comment(now, interval))
+            await trio.sleep_until(due)
 
     # the end
 
