@@ -29,9 +29,16 @@ class Result:
 
 
 async def ask(
-    client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str] | None = None
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    headers: dict[str, str] | None = None,
+    *,
+    keep: int = 4000,
 ) -> Result:
-    """One chat completion, streamed if the body says so, read to its end."""
+    """One chat completion, streamed if the body says so, read to its end.
+
+    `text` has the last `keep` bytes of it.
+    """
     began = time.monotonic()
     status, server, events, ended, tail = 0, "", 0, "failed", b""
     try:
@@ -42,7 +49,7 @@ async def ask(
             server = answer.headers.get("x-vllm-router-server", "")
             async for chunk in answer.aiter_raw():
                 events += chunk.count(b"\n\n")
-                tail = (tail + chunk)[-4000:]
+                tail = (tail + chunk)[-keep:]
         whole = not body.get("stream") or tail.rstrip().endswith(b"[DONE]")
         ended = "done" if whole or status != 200 else "truncated"
     except httpx.TransportError as error:
@@ -108,7 +115,12 @@ class Load:
 
 
 async def burst(
-    url: str, body: dict[str, Any], count: int, headers: dict[str, str] | None = None
+    url: str,
+    body: dict[str, Any],
+    count: int,
+    headers: dict[str, str] | None = None,
+    *,
+    keep: int = 4000,
 ) -> list[Result]:
     """`count` requests at the same time, on connections of their own."""
     results: list[Result] = []
@@ -118,7 +130,7 @@ async def burst(
     ) as client:
 
         async def one() -> None:
-            results.append(await ask(client, body, headers))
+            results.append(await ask(client, body, headers, keep=keep))
 
         async with trio.open_nursery() as nursery:
             for _ in range(count):

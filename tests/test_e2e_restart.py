@@ -26,9 +26,9 @@ WAYS = ["passed", "reuse_port"]
 class Routers:
     """Routers one after the other on the same port."""
 
-    def __init__(self, way: str, config: Path, front: str) -> None:
+    def __init__(self, way: str, config: Path, arguments: tuple[str, ...]) -> None:
         self.current: RouterProcess | None = None
-        self._way, self._config, self._front = way, config, front
+        self._way, self._config, self._arguments = way, config, arguments
         self._all: list[RouterProcess] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = self._listener.getsockname()[1]
@@ -37,7 +37,7 @@ class Routers:
 
     def start(self) -> RouterProcess:
         """A new one, which has said that it is up."""
-        arguments = ["--port", str(self.port), "--front", self._front]
+        arguments = ["--port", str(self.port), *self._arguments]
         if self._way == "passed":
             router = RouterProcess(self._config, *arguments, passed=[self._listener])
         else:
@@ -64,10 +64,10 @@ class Routers:
 
 
 @contextlib.contextmanager
-def routers(way: str, directory: Path, config: str, front: str = "lane") -> Iterator[Routers]:
+def routers(way: str, directory: Path, config: str, *arguments: str) -> Iterator[Routers]:
     file = directory / "servers.toml"
     file.write_text(config)
-    found = Routers(way, file, front)
+    found = Routers(way, file, arguments)
     try:
         found.start().wait_ready()
         yield found
@@ -99,7 +99,7 @@ async def connect_anew(port: int, counts: Counter[str], stopped: trio.Event) -> 
 async def test_router_is_replaced_under_load_and_nobody_notices(tmp_path, way, front):
     with mock_processes(2, *MOCK) as mocks:
         config = servers_toml((m.url for m in mocks), capacity=50, drain_timeout=20)
-        with routers(way, tmp_path, config, front) as line:
+        with routers(way, tmp_path, config, "--front", front) as line:
             url = f"http://127.0.0.1:{line.port}"
             counts: Counter[str] = Counter()
             stopped = trio.Event()

@@ -20,6 +20,7 @@ from chaos import (  # noqa: F401 (they register)
     pressure,
     resilience,
     restarts,
+    rivals,
 )
 from chaos.harness import SCENARIOS, judge, table
 
@@ -49,6 +50,7 @@ def main() -> int:
         print(table([verdict]).split("\n", 1)[1], flush=True)
         RESULT.parent.mkdir(exist_ok=True)
         versions = {"router": vllm_router.__version__, "python": platform.python_version()}
+        versions |= rivals.versions()
         known = json.loads(RESULT.read_text())["scenarios"] if RESULT.exists() else {}
         known[row.id] = verdict.json() | {"quick": options.quick, "long": options.long}
         RESULT.write_text(json.dumps({"versions": versions, "scenarios": known}, indent=1))

@@ -180,7 +180,7 @@ def fleet(
     tables: str = "",
     **settings: Any,
 ) -> Iterator[tuple[list[MockProcess], RouterProcess]]:
-    """Servers and a router before them; afterwards its descriptors must be back (±3).
+    """Servers and a router before them; afterwards its descriptors and tasks must be back (±3).
 
     `tables` is what the configuration has beside servers and settings.
     """
@@ -189,12 +189,17 @@ def fleet(
         with router_process(config, card.directory, *arguments, kind=router_class) as router:
             router.post("/v1/chat/completions", chat(max_tokens=1))
             time.sleep(0.5)  # until every probe and scrape has its connection
-            before = router.descriptors()
+            looks = {
+                "descriptors": router.descriptors,
+                "tasks": lambda: router.metric("vllm_router_tasks"),
+            }
+            before = {what: look() for what, look in looks.items()}
             yield mocks, router
             if leftovers and router.process.poll() is None:
-                with contextlib.suppress(TimeoutError):
-                    until(lambda: router.descriptors() <= before + 3, "descriptors", 10)
-                card.most("descriptors left", router.descriptors() - before, 3)
+                for what, look in looks.items():
+                    with contextlib.suppress(TimeoutError):
+                        until(lambda what=what, look=look: look() <= before[what] + 3, what, 10)
+                    card.most(f"{what} left", look() - before[what], 3)
 
 
 async def waited(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> float:

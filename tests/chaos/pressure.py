@@ -11,14 +11,16 @@ import socket
 import struct
 import subprocess
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import trio
 
-from chaos.harness import Card, fleet, off_loop, percentile, rss_mb, running, scenario
+from chaos.harness import MOCK, Card, fleet, off_loop, percentile, rss_mb, running, scenario
 from chaos.harness import waited as wait_for
 from chaos.rivals import NAMES, rival
 from chaos.stalled import stalled_reader
-from load import Load, ask
+from load import Load, burst
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, raw_exchange
 
@@ -33,7 +35,7 @@ def in_flight(router: RouterProcess) -> float:
 @scenario("L1", "stalled readers beside 20 normal clients", p0=True)
 async def stalled_readers(card: Card) -> None:
     count = card.size(100, 500)
-    stall = 10
+    stall = card.size(12, 40)
     # One write per answer: 2 MB at once are more than all the kernel's buffers take.
     with fleet(card, mock=(*QUICK, "--token-delay", "0"), write_stall_timeout=stall) as (_, router):
         async with Load(router.url, chat(max_tokens=4), 20, pause=0.02) as load:
@@ -44,9 +46,12 @@ async def stalled_readers(card: Card) -> None:
             for _ in range(count):
                 readers.append(await off_loop(stalled_reader, router.port, 8000))
                 await trio.sleep(0.01)
-            last = time.monotonic()
+            last, flat = time.monotonic(), []
             while time.monotonic() - last < stall + 20:
-                most = max(most, rss_mb(router))
+                memory, passed = rss_mb(router), time.monotonic() - last
+                most = max(most, memory)
+                if 2 < passed < stall * 0.8:
+                    flat.append(memory)
                 now = await off_loop(in_flight, router)
                 peak = max(peak, now)
                 if now <= 20:
@@ -58,6 +63,8 @@ async def stalled_readers(card: Card) -> None:
             reader.close()
         card.note("in flight at most", f"{peak:.0f}, of {count} readers")
         card.most("RSS added", most - base, 100, " MB")
+        spread = (max(flat) - min(flat)) / 2
+        card.most(f"RSS in {stall * 0.8 - 2:.0f} s: ±", spread, 2, " MB")
         card.most("p99 of the others", after / before, 2.0, "×")
         card.most("failed of the others", len(load.bad()), 0)
         card.most("all gone", took, stall + 5, " s")
@@ -243,16 +250,45 @@ async def closing(card: Card) -> None:
         card.equal("keep-alive", {answer.status_code for answer in codes}, {200})
 
 
-@scenario("L8", "silent prefill")
+@scenario("L8", "silent prefill, also with comments of the engine")
 async def silence(card: Card) -> None:
-    seconds = card.size(10, 30, 120)
-    with fleet(card) as (mocks, router):
-        import httpx
+    seconds = card.size(25, 40, 120)
+    every = card.size(11, 15)
+    (card.directory / "other").mkdir()
+    other = replace(card, directory=card.directory / "other")
+    with (
+        fleet(card) as (mocks, router),
+        fleet(other, 1, (*MOCK, "--sse-keep-alive", str(every))) as (_, talkative),
+    ):
+        results = []
+        comments: list[float] = []
 
-        async with httpx.AsyncClient(base_url=router.url, timeout=200, trust_env=False) as client:
-            headers = {"x-mock-ttft-ms": str(seconds * 1000)}
-            got = await ask(client, chat(stream=True), headers)
-        card.equal(f"{seconds} s without a byte", got.ok, True)
+        async def silent() -> None:
+            results.extend(await burst(router.url, chat(stream=True), 1, headers))
+
+        async def commented() -> None:
+            body = json.dumps(chat(stream=True)).encode()
+            head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+            head += "Content-Type: application/json\r\n"
+            head += f"X-Mock-Ttft-Ms: {seconds * 1000}\r\nContent-Length: {len(body)}\r\n\r\n"
+            began = time.monotonic()
+            received = b""
+            async with await trio.open_tcp_stream("127.0.0.1", talkative.port) as stream:
+                await stream.send_all(head.encode() + body)
+                while piece := await stream.receive_some():
+                    received += piece
+                    comments.extend([time.monotonic() - began] * piece.count(b"\n: "))
+            comments.append(time.monotonic() - began)
+            card.equal("with comments: its end", received.count(b"data: [DONE]"), 1)
+
+        headers = {"x-mock-ttft-ms": str(seconds * 1000)}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(silent)
+            nursery.start_soon(commented)
+        card.equal(f"{seconds} s without a byte", [result.ok for result in results], [True])
+        card.equal("comments", len(comments) - 1, (seconds - 1) // every)
+        gaps = [after - before for before, after in pairwise([0.0, *comments])]
+        card.most("longest silence between comments", max(gaps), every + 0.5, " s")
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
         await _leave(router.port, "slow", True, 1.0, "FIN")
         took = await wait_for(lambda: running(mocks) == 0, "idle engines")

@@ -81,7 +81,7 @@ async def sinkhole(card: Card) -> None:
 
 
 async def _sinkhole(card: Card, policy: str, status: int) -> None:
-    with fleet(card, leftovers=False, policy=policy) as (mocks, router):
+    with fleet(card, policy=policy) as (mocks, router):
         name = mocks[0].url.removeprefix("http://")
         served = partial(router.metric, "vllm_router_attempts_total", server=name)
         total = partial(router.metric, "vllm_router_attempts_total")
@@ -208,6 +208,8 @@ async def descriptors(card: Card) -> None:
         ejected = router.metric("vllm_router_server_transitions_total", state="ejected")
         card.most("ejections", ejected, 0)
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
+        told = sum("as there are descriptors for" in line for line in router.log)
+        card.equal("lines in the log", told, 1)
 
 
 @scenario("F15", "poison body that kills the engine reading it")

@@ -1,4 +1,4 @@
-"""Reload, stop, and a clock that jumps (F16 to F19)."""
+"""Reload, stop, and replace: the router and its servers (F16 to F18, F20, F21)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 
 import httpx
 import trio
 
-from chaos.harness import Card, fleet, off_loop, scenario, waited
+from chaos.harness import MOCK, Card, fleet, off_loop, scenario, waited
 from chaos.stalled import stalled_reader
-from load import Load, ask, burst
+from load import Load, Result, ask, burst
+from mock_process import mock_processes, restarted
 from router_process import chat, servers_toml
+from test_e2e_restart import WAYS, connect_anew, routers
 
 PATH = "/v1/chat/completions"
 
@@ -78,12 +81,19 @@ async def broken_files(card: Card) -> None:
             "unknown table": good + b"[nothing]\n",
             "servers a string": b'servers = "a"\n',
             "JSON": b"{}",
+            "empty": b"",
+            "no server": b"[servers]\nservers = []\n",
+            "two byte order marks": b"\xef\xbb\xbf" * 2 + good,
+            "control character": good + b"\x01",
+            "same server twice": text.replace(mocks[1].url, mocks[0].url, 1).encode(),
         }
         refused = lambda: router.metric("vllm_router_config_reloads_refused_total")  # noqa: E731
-        unnoticed, noisy = [], []
+        unnoticed, noisy, events = [], [], 0
         async with Load(router.url, chat(max_tokens=4), 10, pause=0.02) as load:
 
             async def event(name: str) -> None:
+                nonlocal events
+                events += 1
                 before, lines = seen
                 try:
                     await waited(lambda: refused() > before, name, 3)
@@ -108,6 +118,18 @@ async def broken_files(card: Card) -> None:
             file.mkdir()
             await event("directory")
             file.rmdir()
+            for name, target in (("link to itself", file), ("link to nothing", swap)):
+                seen = await off_loop(refused), len(router.log)
+                file.symlink_to(target)
+                await event(name)
+                file.unlink()
+            seen = await off_loop(refused), len(router.log)
+            with file.open("wb", buffering=0) as half:  # as an editor that stalls in the middle
+                half.write(good[: len(good) // 3])
+                await event("half written")
+                half.write(good[len(good) // 3 :])
+            good_now = "vllm_router_config_last_reload_successful"
+            await waited(lambda: router.metric(good_now) == 1, "the other half", 3)
             if os.geteuid():
                 seen = await off_loop(refused), len(router.log)
                 file.write_bytes(good)
@@ -119,7 +141,7 @@ async def broken_files(card: Card) -> None:
             again = lambda: router.metric("vllm_router_config_reloads_applied_total") > applied  # noqa: E731
             card.most("next good file", await waited(again, "the good file"), 2.0, " s")
         card.most("failed", len(load.bad()), 0)
-        card.equal(f"unnoticed of {len(broken) + 1}", unnoticed, [])
+        card.equal(f"unnoticed of {events}", unnoticed, [])
         card.equal("not exactly one line and one count", noisy, [])
         card.equal("servers kept", len(router.servers()), 3)
 
@@ -177,3 +199,72 @@ async def drain(card: Card) -> None:
         await off_loop(router.process.wait, 30)
         card.most("exit after the second SIGTERM", time.monotonic() - began, 1.0, " s")
         reader.close()
+
+
+@scenario(
+    "F20", "every server restarted in turn under load, whatever it does with SIGTERM", p0=True
+)
+async def rolling(card: Card) -> None:
+    for fate in ("abort", "error", "silence"):
+        arguments = (*MOCK, "--sigterm", fate)
+        with fleet(card, mock=arguments) as (mocks, router):
+            plain = Load(router.url, chat(max_tokens=15), 20)
+            streams = Load(router.url, chat(max_tokens=60, stream=True), 10)
+            async with plain, streams:
+                await plain.wait_for(40)
+                for number, mock in enumerate(mocks):
+                    mock.terminate()
+                    await off_loop(mock.process.wait)
+                    mock.close()
+                    mocks[number] = mock = await off_loop(restarted, mock, *arguments)
+                    back = lambda url=mock.url: router.state(url) == "up"  # noqa: E731
+                    await waited(back, "its return", 20)
+                    await plain.wait_for(40)
+        card.most(f"{fate}: failed of {len(plain.results)}", len(plain.bad()), 0)
+        told = Counter(result.ended for result in streams.results)
+        card.note(f"{fate}: streams", dict(told))
+        unbegun = sum(result.status != 200 for result in streams.results)
+        card.most(f"{fate}: streams failed without a byte", unbegun, 0)
+        # "done" has the server's own [DONE]: with finish_reason "abort", or behind its error event.
+        silent = told.total() - told["done"] - told["error event"]
+        card.most(f"{fate}: streams that ended without a word", silent, 0)
+
+
+@scenario("F21", "the router replaced under load, both ways: nobody is refused", p0=True)
+async def replaced(card: Card) -> None:
+    for way in WAYS:
+        for workers in ("1", "2"):
+            await _replaced(card, way, workers)
+
+
+async def _replaced(card: Card, way: str, workers: str) -> None:
+    what = f"{way}, {workers} worker{'s' * (workers != '1')}"
+    fresh: Counter[str] = Counter()
+    stopped = trio.Event()
+    streams: list[Result] = []
+    codes = []
+    with mock_processes(2, *MOCK) as mocks:
+        config = servers_toml((m.url for m in mocks), capacity=50, drain_timeout=20)
+        with routers(way, card.directory, config, "--workers", workers) as line:
+            url = f"http://127.0.0.1:{line.port}"
+
+            async def stream() -> None:
+                streams.extend(await burst(url, chat(stream=True, max_tokens=150), 5))
+
+            kept = Load(url, chat(max_tokens=3), 10)
+            async with kept, trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(connect_anew, line.port, fresh, stopped)
+                await kept.wait_for(20)
+                for _ in range(card.size(1, 4)):
+                    nursery.start_soon(stream)
+                    await trio.sleep(0.3)
+                    codes.append(await off_loop(line.replace))
+                    await kept.wait_for(20)
+                stopped.set()
+    card.note(f"{what}: connections", fresh.total())
+    card.equal(f"{what}: refused, reset or not 200", fresh.keys() - {"200"}, set())
+    card.most(f"{what}: failed on kept ones, of {len(kept.results)}", len(kept.bad()), 0)
+    cut = sum(not result.ok for result in streams)
+    card.most(f"{what}: streams cut, of {len(streams)}", cut, 0)
+    card.equal(f"{what}: exit codes", set(codes), {0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -22,10 +23,26 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def versions() -> dict[str, str]:
+    """What is installed of the rivals and of the tools, by its own words."""
+    asked = {"haproxy": "-v", "nginx": "-v", "slowhttptest": "-h", "schemathesis": "--version"}
+    found = {}
+    for name, option in asked.items():
+        if program := _program(name):
+            done = subprocess.run([program, option], capture_output=True, text=True)
+            number = re.search(r"\d+\.\d+[.\d]*", done.stdout + done.stderr)
+            found[name] = number[0] if number else "?"
+    return found
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+
+
 @contextlib.contextmanager
 def rival(name: str, urls: Iterable[str], directory: Path) -> Iterator[str | None]:
     """The URL of a running rival, or None where it is not installed."""
-    program = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    program = _program(name)
     if program is None:
         yield None
         return
