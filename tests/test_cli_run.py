@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -59,6 +60,18 @@ def test_start_says_where_and_how_many_and_the_hint_works(tmp_path: Path):
 def test_signal_ends_it_with_success(demo: Running, number: signal.Signals):
     assert demo.stop(number) == 0
     assert "Traceback" not in demo.errors.read_text()
+
+
+def test_limit_of_descriptors_is_raised_to_what_the_system_allows(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with router(tmp_path / "stderr", "--demo", "1") as started:
+            page = httpx.get(f"{started.url}/metrics", trust_env=False).text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    allowed = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    assert f"process_max_fds {float(allowed)}\n" in page
 
 
 def test_port_in_use_is_one_line(tmp_path: Path):
