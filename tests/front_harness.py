@@ -32,6 +32,8 @@ class Application:
         """Method, raw path and body of every request that was read to its end."""
         self.release = trio.Event()
         self.received = 0
+        self.parts = 0
+        """Pieces of a flood that it has begun to send."""
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "websocket":
@@ -102,6 +104,7 @@ class Application:
         elif kind == "flood":
             await start(send, 200)
             while True:
+                self.parts += 1
                 await part(send, bytes(65536))
         elif kind == "truncated":
             await start(send, 200)

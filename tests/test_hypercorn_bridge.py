@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import inspect
+import json
 
 import h2.config
 import h2.connection
@@ -18,6 +19,7 @@ import hyperframe.frame
 import pytest
 import quart_trio
 import trio
+import trio.testing
 from hypercorn.config import Config
 
 from front_harness import (
@@ -134,6 +136,11 @@ def test_hypercorn_is_the_version_that_was_read():
         (bridge.H2Protocol, "_create_stream", "self request"),
         (bridge.H2Protocol, "_priority_updated", "self event"),
         (bridge.H2Protocol, "_flush", "self"),
+        (bridge.H2Protocol, "_send_data", "self stream_id"),
+        (bridge.H2Protocol, "_close_stream", "self stream_id"),
+        (bridge.H2Protocol, "_window_updated", "self stream_id"),
+        (bridge.StreamBuffer, "push", "self data"),
+        (bridge.StreamBuffer, "pop", "self max_length"),
         (bridge.WSStream, "handle", "self event"),
         (bridge.TaskGroup, "spawn_app", "self app config scope send"),
         (bridge.TaskGroup, "spawn", "self func args"),
@@ -153,10 +160,12 @@ def test_private_attributes_are_still_set():
         assert name in inspect.getsource(bridge.TCPServer)
     for name in ("self.can_read", "self.connection", "self.keep_alive_requests", "self.stream"):
         assert name in inspect.getsource(bridge.H11Protocol)
-    for name in ("self.streams", "def idle", "self.keep_alive_requests"):
+    for name in ("self.streams", "self.stream_buffers", "def idle", "self.keep_alive_requests"):
         assert name in inspect.getsource(bridge.H2Protocol)
     for name in ("self.closed", "self.app_put", "self.handshake", "def idle"):
         assert name in inspect.getsource(bridge.WSStream)
+    for name in ("self.buffer", "self._complete", "self._is_empty", "self._paused"):
+        assert name in inspect.getsource(bridge.StreamBuffer)
     assert "self._event" in inspect.getsource(bridge.EventWrapper)
     assert "self._nursery" in inspect.getsource(bridge.TaskGroup)
     assert "TCPServer" in vars(hypercorn.trio.run)
@@ -271,6 +280,84 @@ async def test_http2_connection_without_a_request_is_closed_like_any_idle_one(ki
         await client.send(PREFACE + hyperframe.frame.SettingsFrame(0).serialize())
         while await client.stream.receive_some():
             pass
+
+
+# A client says how much it takes (RFC 9113 5.2), and may never say so.
+NO_WINDOW = hyperframe.frame.SettingsFrame(
+    0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 0}
+).serialize()
+
+
+async def test_http2_answer_that_is_not_taken_holds_the_application_back(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(b"/v1/flood")
+        await peer.flush()
+        await soon(lambda: on.app.parts > 0)
+        for _ in range(50):
+            await trio.testing.wait_all_tasks_blocked()
+        assert on.app.parts == 1
+        # A byte more or less: the rest waits for a window that holds it.
+        await client.send(
+            hyperframe.frame.WindowUpdateFrame(stream, window_increment=1).serialize()
+        )
+        for _ in range(50):
+            await trio.testing.wait_all_tasks_blocked()
+        assert on.app.parts == 1
+
+
+@pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
+async def test_http2_stream_that_is_not_taken_is_reset_in_time(kind, path):
+    limits = Limits(write_stall_timeout=0.3)
+    async with running(kind, limits=limits) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(path)
+        assert (await peer.statuses(stream))[stream] == b"reset"
+        await soon(lambda: not on.app.active)
+        # Only that stream: the connection lives on.
+        await client.send(
+            hyperframe.frame.SettingsFrame(
+                0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 65535}
+            ).serialize()
+        )
+        again = peer.request()
+        assert (await peer.statuses(again))[again] == b"200"
+
+
+@pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
+async def test_http2_client_that_takes_nothing_and_leaves_is_forgotten(kind, path):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            peer = H2Client(client)
+            await peer.flush()
+            await client.send(NO_WINDOW)
+            peer.request(path)
+            await peer.flush()
+            while not any(isinstance(e, h2.events.ResponseReceived) for e in await peer.events()):
+                pass
+        await soon(lambda: not on.front.connections and not on.app.active)
+
+
+async def test_http2_answer_arrives_whole_through_a_small_window(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request()
+        await peer.flush()
+        received, ended = b"", False
+        while not ended:
+            more = hyperframe.frame.WindowUpdateFrame(stream, window_increment=7)
+            await client.send(more.serialize())
+            for event in await peer.events():
+                if isinstance(event, h2.events.DataReceived):
+                    received += event.data
+                ended = ended or isinstance(event, h2.events.StreamEnded)
+        assert json.loads(received)["path"] == "/v1/score"
 
 
 async def test_upgrade_to_http2_is_declined(kind):

@@ -11,7 +11,9 @@ The cures, each with a test of the same subject:
 * Rapid reset (CVE-2023-44487) started a handler per stream: streams reset in the same read are
   never started, and a connection that resets too many is closed.
 * A client that had stopped reading could not be timed out or cancelled: TCP_USER_TIMEOUT, and the
-  socket is reset when the connection is cancelled.
+  socket is reset when the connection is cancelled. Over HTTP/2 a client that opens no window had
+  the whole answer kept for it, for ever, even when it had left: now it holds the application
+  back, and the stream is reset in time.
 * Pipelining and leaving leaked a task: a failed send ends the connection's own scope.
 * `Upgrade: h2c` is ignored. HTTP/2 with prior knowledge stays possible.
 * Both Content-Length and Transfer-Encoding, Transfer-Encoding from HTTP/1.0, a malformed Host, an
@@ -49,7 +51,12 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, Data, Response
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h2 import (
+    BUFFER_HIGH_WATER,
+    BufferCompleteError,
+    H2Protocol,
+    StreamBuffer,
+)
 from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
 from hypercorn.protocol.ws_stream import WSStream
 from hypercorn.trio.task_group import TaskGroup, _handle
@@ -97,6 +104,8 @@ HEAD_OVERHEAD = len("  HTTP/1.1\r\n\r\n")
 
 MAX_RESETS = 100
 """Streams that one HTTP/2 connection may reset, and one more for every second of its age."""
+
+HTTP2_READ_SIZE = 16384
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -364,18 +373,64 @@ class _Streams(dict[int, Any]):
         return _NoStream()
 
 
+class _StreamBuffer(StreamBuffer):
+    """What of an answer waits for the client's window: Hypercorn's let the application go on
+    whenever it had looked, though nothing had been taken."""
+
+    async def push(self, data: bytes) -> None:
+        if self._complete:
+            raise BufferCompleteError
+        self.buffer.extend(data)
+        await self._is_empty.clear()
+        while len(self.buffer) >= BUFFER_HIGH_WATER and not self._complete:
+            await self._paused.clear()
+            await self._paused.wait()
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        if len(self.buffer) < BUFFER_HIGH_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+
+class _StreamBuffers(dict[int, StreamBuffer]):
+    """Hypercorn's table of buffers; whatever it makes for a stream, ours is put there."""
+
+    def __setitem__(self, key: int, value: StreamBuffer) -> None:
+        super().__setitem__(key, _StreamBuffer(EventWrapper))
+
+
 class GuardedH2Protocol(H2Protocol):
     """HTTP/2 that survives its clients."""
+
+    limits: Limits
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.streams = _Streams()
+        self.stream_buffers = _StreamBuffers()
         self._resets = 0
         self._since = trio.current_time()
+        self._stalled: dict[int, float] = {}
+        """Streams of which something waits for the client, and since when it has taken nothing."""
+        self._watching = False
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            # Or an application whose answer the client has not taken would wait for ever.
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response):
             event = replace(event, headers=_without_date(event.headers))
+        elif isinstance(event, Body) and event.stream_id not in self.streams:
+            # Nobody takes it: whoever goes on sending must at least let others have their turn.
+            await trio.lowlevel.checkpoint()
         await super().stream_send(event)
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
@@ -399,6 +454,40 @@ class GuardedH2Protocol(H2Protocol):
                 continue
             wanted.append(event)
         await super()._handle_events(wanted)
+
+    async def _send_data(self, stream_id: int) -> None:
+        buffer = self.stream_buffers.get(stream_id)
+        before = len(buffer.buffer) if buffer is not None else 0
+        await super()._send_data(stream_id)
+        left = len(buffer.buffer) if buffer is not None else 0
+        if not left:
+            self._stalled.pop(stream_id, None)
+        elif left < before or stream_id not in self._stalled:
+            self._stalled[stream_id] = trio.current_time()
+            if not self._watching:
+                self._watching = True
+                self.task_group.spawn(self._end_stalled)
+
+    async def _end_stalled(self) -> None:
+        """Reset the streams of which the client takes nothing, as long as there may be any."""
+        timeout = self.limits.write_stall_timeout
+        while self._stalled:
+            await trio.sleep_until(min(self._stalled.values()) + timeout)
+            since = trio.current_time() - timeout
+            for stream_id in [one for one, moment in self._stalled.items() if moment <= since]:
+                del self._stalled[stream_id]
+                await self._reset(stream_id)
+        self._watching = False
+
+    async def _reset(self, stream_id: int) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
+        await self._flush()
+        if stream_id in self.stream_buffers:
+            # Empty and complete: the sender finds that the stream is over, and forgets it.
+            await self.stream_buffers[stream_id].close()
+        await self._close_stream(stream_id)
+        await self._window_updated(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         fields = dict(request.headers)
@@ -430,18 +519,25 @@ class GuardedProtocolWrapper(ProtocolWrapper):
     def __init__(
         self,
         *args: Any,
+        limits: Limits,
         ended: Callable[[], bool],
         upgrading: Callable[[], None],
         told: RefusalTold | None,
     ) -> None:
+        self._limits = limits
         super().__init__(*args)
         if isinstance(self.protocol, H2Protocol):
-            self.protocol = self._make(GuardedH2Protocol)
+            self.protocol = self._make_h2()
         else:
             self.protocol = self._make(GuardedH11Protocol)
             self.protocol.upgrading = upgrading
             self.protocol.told = told
             self.protocol.can_read = _Watchful(ended)
+
+    def _make_h2(self) -> GuardedH2Protocol:
+        protocol = self._make(GuardedH2Protocol)
+        protocol.limits = self._limits
+        return protocol
 
     def _make(self, kind: type[_P]) -> _P:
         return kind(
@@ -460,7 +556,7 @@ class GuardedProtocolWrapper(ProtocolWrapper):
         try:
             await self.protocol.handle(event)
         except H2ProtocolAssumedError as error:
-            self.protocol = self._make(GuardedH2Protocol)
+            self.protocol = self._make_h2()
             await self.protocol.initiate()
             await self.send(Updated(idle=True))
             await self.protocol.handle(RawData(data=error.data))
@@ -474,6 +570,12 @@ class GuardedProtocolWrapper(ProtocolWrapper):
     def _http1(self) -> h11.Connection | None:
         connection = getattr(self.protocol, "connection", None)
         return connection if isinstance(connection, h11.Connection) else None
+
+    @property
+    def read_size(self) -> int:
+        """How much is read at a time. Of HTTP/2 less: it may be thousands of frames of nine bytes,
+        and nobody else has a turn until all of them have been looked at."""
+        return HTTP2_READ_SIZE if isinstance(self.protocol, H2Protocol) else MAX_RECV
 
     @property
     def busy(self) -> bool:
@@ -651,6 +753,7 @@ class GuardedTCPServer(TCPServer):
         self._body_bytes = 0
         self._slow_since: float | None = None
         self._idle_from = math.inf
+        self._over = False
 
     async def run(self) -> None:
         try:
@@ -715,6 +818,7 @@ class GuardedTCPServer(TCPServer):
                 server,
                 self.protocol_send,
                 alpn,
+                limits=self._limits,
                 ended=self._ended,
                 upgrading=self._be_a_websocket,
                 told=self._told,
@@ -727,6 +831,7 @@ class GuardedTCPServer(TCPServer):
                     await self.idle_task.restart(self._task_group, self._idle_timeout)
                 await self._read_data()
             finally:
+                self._over = True
                 # Wakes a send, which Hypercorn shields from cancellation.
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
@@ -749,7 +854,7 @@ class GuardedTCPServer(TCPServer):
         with self._reading:
             while True:
                 try:
-                    data = await self.stream.receive_some(MAX_RECV)
+                    data = await self.stream.receive_some(self.protocol.read_size)
                 except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError):
                     break
                 if self._lingering:
@@ -823,6 +928,8 @@ class GuardedTCPServer(TCPServer):
             await self.protocol.handle(Closed())
         elif isinstance(event, Updated):
             self._idle_from = trio.current_time() if event.idle else math.inf
+            if self._over:
+                return  # an answer that nobody waits for any more has ended
             if event.idle:
                 await self.idle_task.restart(self._task_group, self._idle_timeout)
             else:

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import h2.connection
 import trio
 
 from chaos.harness import MOCK, Card, fleet, off_loop, percentile, rss_mb, running, scenario
@@ -343,3 +344,48 @@ async def feed(card: Card) -> None:
         card.most("RSS added", added, 20, " MB")
         card.most("HTTP p99", after / before, 1.1, "×")
         card.equal("feed clients left after 30 s", clients, 180.0)
+
+
+NO_WINDOW = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000006040000000000000400000000")
+"""The preface of HTTP/2, and a SETTINGS frame by which the client takes nothing of any answer."""
+
+
+def _http2(port: int, streams: int, body: bytes, *, whole: bool) -> socket.socket:
+    """A connection with so many requests on it; their bodies come to an end if `whole`."""
+    peer = h2.connection.H2Connection()
+    peer.initiate_connection()
+    peer.clear_outbound_data_buffer()
+    fields = [(":method", "POST"), (":path", PATH), (":scheme", "http"), (":authority", "a")]
+    for number in range(streams):
+        peer.send_headers(2 * number + 1, [*fields, ("content-type", "application/json")])
+        peer.send_data(2 * number + 1, body if whole else body[:10], end_stream=whole)
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.sendall(NO_WINDOW + peer.data_to_send())
+    return sock
+
+
+@scenario("L11", "HTTP/2 clients that take nothing of their answers, and bodies that never end")
+async def http2_slow(card: Card) -> None:
+    count, streams, stall = card.size(5, 20), 25, 5
+    long = json.dumps(chat(stream=True, max_tokens=8000)).encode()
+    arguments = (*QUICK, "--token-delay", "0")
+    with fleet(card, mock=arguments, write_stall_timeout=stall, body_timeout=stall) as (_, router):
+        for what, body, whole in (("answers", long, True), ("bodies", long, False)):
+            base, most, began = rss_mb(router), 0.0, time.monotonic()
+            open_ = [
+                await off_loop(lambda: _http2(router.port, streams, body, whole=whole))  # noqa: B023
+                for _ in range(count)
+            ]
+            asked = time.monotonic() - began
+            peak = await off_loop(in_flight, router)
+            while await off_loop(in_flight, router) and time.monotonic() - began < stall + 30:
+                most = max(most, rss_mb(router))
+                await trio.sleep(0.1)
+            took = time.monotonic() - began - asked
+            card.note(f"{what}: in flight at most", f"{peak:.0f}, of {count * streams}")
+            card.most(f"{what}: all gone", took, stall + 5, " s")
+            card.most(f"{what}: RSS added", most - base, 100, " MB")
+            alive = await off_loop(router.post, PATH, chat(max_tokens=1))
+            card.equal(f"{what}: others afterwards", alive.status_code, 200)
+            for sock in open_:
+                sock.close()
