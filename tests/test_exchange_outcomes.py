@@ -240,6 +240,28 @@ async def test_if_all_are_busy_the_engines_own_answer_passes(autojump_clock):
         assert rig.proxy.budget.tokens >= 10
 
 
+@pytest.mark.parametrize("last", ["a", "b", "c"])
+async def test_if_all_are_busy_the_client_is_told_when_the_first_of_them_is_not(
+    autojump_clock, last
+):
+    waits = {"a": b"5", "b": b"3", "c": b"8"}
+    behaviour = [answering(answer(503, b"{}", b"retry-after: " + wait)) for wait in waits.values()]
+    async with lab(*behaviour) as rig:
+        for server in rig.servers:
+            busiest = gauges(9 if server.name == last else 0)
+            server.scraped(busiest, trio.current_time(), leases=0)
+        got = await rig.post()
+        assert (got.status, got[b"x-vllm-router-server"]) == (503, last.encode())
+        assert [value for name, value in got.headers if name == b"retry-after"] == [b"3"]
+
+
+async def test_a_busy_server_that_says_nothing_of_when_has_nothing_added(autojump_clock):
+    async with lab(answering(BUSY)) as rig:
+        got = await rig.post()
+        assert got.status == 503
+        assert b"retry-after" not in dict(got.headers)
+
+
 async def test_a_503_without_a_body_is_a_sick_server(autojump_clock):
     async with lab(answering(answer(503, b"")), answering(GOOD)) as rig:
         rig.prefer("a")

@@ -16,7 +16,7 @@ import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.proxy import sse
-from vllm_router.proxy.headers import answer_headers, parse_retry_after
+from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
 from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import RULES, Again, Outcome, classify_status
 from vllm_router.routing.usage import TAIL_BYTES, read_completion, read_usage
@@ -263,8 +263,13 @@ class Attempt:
             # A long stream need not end to prove its server,
             self._server.answered(now, trial=True)
             lease.trial = False  # nor may its end bring back one that has been ejected since.
+        told = answer.headers
+        if outcome is Outcome.FULL:
+            # Of those that are full, another may be free before this one.
+            model = exchange.request.facts.model
+            told = sooner(told, proxy.fleet.retry_after(model, now))
         headers = answer_headers(
-            answer.headers,
+            told,
             fields,
             proxy.links[self._server].name,
             record.attempts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from random import Random
@@ -189,6 +190,17 @@ def answer_headers(
     kept.append((b"x-vllm-router-server", server))
     kept.append((b"x-vllm-router-attempts", b"%d" % attempts))
     return kept
+
+
+def sooner(headers: Headers, seconds: float) -> Headers:
+    """With that as `Retry-After`, if they say a longer time."""
+    whole = math.ceil(seconds)
+    return [
+        (name, b"%d" % whole)
+        if name == b"retry-after" and (parse_retry_after(value) or 0.0) > whole
+        else (name, value)
+        for name, value in headers
+    ]
 
 
 def parse_retry_after(value: bytes) -> float | None:
