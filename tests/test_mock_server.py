@@ -388,6 +388,14 @@ async def test_request_ids_are_returned_when_enabled_and_name_the_answer(autojum
         assert len((await mock.ask("GET", "/health"))["x-request-id"]) == 32
 
 
+async def test_model_name_that_is_no_unicode_is_unknown():
+    async with running_mock() as mock:
+        body = CHAT | {"model": "\ud800"}
+        answer = await mock.ask("POST", CHAT_PATH, body)
+    assert answer.status == 404
+    assert "The model `?` does not exist" in answer.json["error"]["message"]
+
+
 async def test_silent_streams_get_comments_when_enabled(autojump_clock):
     async with running_mock(ttft=25.0, sse_keep_alive=10.0) as mock:
         await trio.sleep(3)

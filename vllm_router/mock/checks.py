@@ -26,7 +26,8 @@ class ApiError(Exception):
         return msgspec.json.encode(
             {
                 "error": {
-                    "message": self.message,
+                    # A lone surrogate is valid in JSON, but no UTF-8.
+                    "message": self.message.encode("utf-8", "replace").decode(),
                     "type": self.kind,
                     "param": self.param,
                     "code": self.status,
