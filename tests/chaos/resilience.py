@@ -73,11 +73,31 @@ async def broken_answers(card: Card) -> None:
         card.equal("next request spoilt", unsafe, [])
 
 
-@scenario("F11", "1 of 3 answers 500 at once, load 50; the same with 400", p0=True)
+@scenario("F11", "1 of 3 answers 500 at once, load 50; 400; 500 to every other request", p0=True)
 async def sinkhole(card: Card) -> None:
     for policy in ("least_load", "adaptive"):
         for status in (500, 400):
             await _sinkhole(card, policy, status)
+        await _half_bad(card, policy)
+
+
+async def _half_bad(card: Card, policy: str) -> None:
+    """Seldom three failures in a row: its share of good answers must tell, or the policy."""
+    with fleet(card, policy=policy) as (mocks, router):
+        name = mocks[0].url.removeprefix("http://")
+        served = partial(router.metric, "vllm_router_attempts_total", server=name)
+        total = partial(router.metric, "vllm_router_attempts_total")
+        async with Load(router.url, chat(max_tokens=10), 50) as load:
+            await load.wait_for(200)
+            mocks[0].set(mode="500", fraction=0.5)
+            await trio.sleep(3)
+            first, of = served(), total()
+            await trio.sleep(card.size(3, 6))
+            share = (served() - first) / (total() - of)
+            state = await off_loop(router.state, mocks[0].url)
+        card.note(f"{policy}, 500 to every other: state", state)
+        card.most("share after 3 s", share, 0.05)
+        card.most("failed share", len(load.bad()) / len(load.results), 0.005)
 
 
 async def _sinkhole(card: Card, policy: str, status: int) -> None:
