@@ -17,6 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h2.config
+import h2.connection
+import h2.events
+import hpack
 import pytest
 
 from mock_process import MockProcess, mock_processes
@@ -185,6 +189,112 @@ def test_server_sees_the_requests_that_the_client_was_answered_for(lab: Lab, kin
         assert names.count("content-length") == 1
         assert names.count("host") == 1
         assert not {"transfer-encoding", "x-forged", "upgrade", "connection"} & set(names)
+
+
+# -- HTTP/2, which is written anew as HTTP/1.1 -------------------------------------------------
+
+Fields = list[tuple[bytes, bytes]]
+
+
+def request(*fields: tuple[bytes, bytes], **pseudo: bytes) -> Fields:
+    known = {"method": b"POST", "path": PATH, "scheme": b"http", "authority": b"a"} | pseudo
+    return [(f":{name}".encode(), value) for name, value in known.items()] + list(fields)
+
+
+CUT = PATH + b" HTTP/1.1\r\nHost: a\r\n\r\n" + HIDDEN
+HTTP2_REFUSED: dict[str, Fields] = {
+    "CL of nothing": request((b"content-length", b"0")),
+    "CL too small": request((b"content-length", b"5")),
+    "CL too large": request((b"content-length", b"9999")),
+    "CL twice": request((b"content-length", b"%d" % len(BODY)), (b"content-length", b"0")),
+    "CL list": request((b"content-length", b"%d, 0" % len(BODY))),
+    "CL with a sign": request((b"content-length", b"+%d" % len(BODY))),
+    "TE": request((b"transfer-encoding", b"chunked")),
+    "TE in capitals": request((b"Transfer-Encoding", b"chunked")),
+    "TE in a value": request((b"x", b"y\r\ntransfer-encoding: chunked")),
+    "TE in a name": request((b"x: y\r\ntransfer-encoding", b"chunked")),
+    "LF in a value": request((b"x", b"y\nz: 0")),
+    "CR in a value": request((b"x", b"y\rz: 0")),
+    "NUL in a value": request((b"x", b"y\0")),
+    "colon in a name": request((b"x:y", b"z")),
+    "space in a name": request((b"x y", b"z")),
+    "empty name": request((b"", b"z")),
+    "line in the path": request(path=CUT),
+    "space in the path": request(path=PATH + b" x"),
+    "path of another request": request(path=b"http://a/v1/../sleep"),
+    "line in the method": request(method=b"POST /v1/completions HTTP/1.1\r\nx: y"),
+    "space in the method": request(method=b"POST /v1/completions"),
+    "line in the authority": request(authority=b"a\r\nx: y"),
+    "space in the authority": request(authority=b"a b"),
+    "path in the authority": request(authority=b"a/b"),
+    "line in the scheme": request(scheme=b"http\r\nx: y"),
+    "another host": request((b"host", b"other")),
+    "second path": request((b":path", b"/sleep")),
+    "unknown pseudo field": request((b":x", b"y")),
+    "connection": request((b"connection", b"authorization")),
+    "upgrade": request((b"upgrade", b"h2c")),
+}
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    head = len(payload).to_bytes(3, "big") + bytes((kind, flags))
+    return head + stream.to_bytes(4, "big") + payload
+
+
+def http2(port: int, fields: Fields, body: bytes = BODY, trailers: Fields | None = None) -> str:
+    """The status of the answer, or what else became of the request."""
+    peer = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
+    peer.initiate_connection()
+    peer.send_headers(1, request(), end_stream=True)  # it must know of the stream
+    coder = hpack.Encoder()
+    sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+    sent += frame(1, 4, 1, coder.encode(fields, huffman=False)) + frame(0, not trailers, 1, body)
+    if trailers:
+        sent += frame(1, 5, 1, coder.encode(trailers, huffman=False))
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(sent)
+        status = "nothing"
+        while piece := sock.recv(65536):
+            for event in peer.receive_data(piece):
+                if isinstance(event, h2.events.ResponseReceived):
+                    status = dict(event.headers)[b":status"].decode()
+                elif isinstance(event, h2.events.StreamReset | h2.events.ConnectionTerminated):
+                    return "refused"
+                elif isinstance(event, h2.events.StreamEnded):
+                    return status
+    return "closed"
+
+
+@pytest.mark.parametrize("kind", HTTP2_REFUSED)
+def test_http2_request_that_would_be_another_one_is_refused(lab: Lab, kind: str):
+    lab.mock.reset()
+    told = http2(lab.router.port, HTTP2_REFUSED[kind], BODY + HIDDEN)
+    assert told in ("refused", "400", "404", "405")
+    assert lab.seen() == []
+
+
+def test_http2_trailers_do_not_frame_anything(lab: Lab):
+    lab.mock.reset()
+    fields = request((b"content-type", b"application/json"))
+    framing = [(b"content-length", b"0"), (b"transfer-encoding", b"chunked")]
+    assert http2(lab.router.port, fields, BODY, framing) == "refused"
+    assert lab.seen() == []
+    assert http2(lab.router.port, fields, BODY, [(b"x-forged", b"1")]) == "200"
+    [entry] = lab.seen()
+    assert not {"x-forged", "transfer-encoding"} & {name for name, _ in entry["headers"]}
+
+
+def test_http2_request_reaches_the_server_as_http1(lab: Lab):
+    lab.mock.reset()
+    own = [(b"content-type", b"application/json"), (b"cookie", b"a=1"), (b"te", b"trailers")]
+    assert http2(lab.router.port, request(*own)) == "200"
+    without = [(b"host" if name == b":authority" else name, value) for name, value in request(*own)]
+    without.sort(key=lambda field: not field[0].startswith(b":"))
+    assert http2(lab.router.port, without) == "200"
+    [entry, _] = lab.seen()
+    names = [name for name, _ in entry["headers"]]
+    assert (names.count("host"), names.count("content-length")) == (1, 1)
+    assert not [name for name in names if name.startswith(":") or name in ("te", "connection")]
 
 
 # -- B5: paths --------------------------------------------------------------------------------

@@ -492,7 +492,9 @@ class GuardedH2Protocol(H2Protocol):
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         fields = dict(request.headers)
         method, path = fields.get(b":method", b""), fields.get(b":path", b"")
-        if not (method and path and method.isascii() and path.isascii()):
+        known = method and path and method.isascii() and path.isascii()
+        hosts = [fields[name] for name in (b":authority", b"host") if name in fields]
+        if not known or not all(map(valid_host, hosts)):
             with contextlib.suppress(h2.exceptions.ProtocolError):
                 self.connection.reset_stream(request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
             return
@@ -683,8 +685,11 @@ class GuardedTaskGroup(TaskGroup):
     def __init__(self) -> None:
         super().__init__()
         self._scopes: set[trio.CancelScope] = set()
+        self._stopped = False
 
     def stop_helpers(self) -> None:
+        """End those that run, and those that an application's last words would still begin."""
+        self._stopped = True
         for scope in self._scopes:
             scope.cancel()
 
@@ -714,6 +719,8 @@ class GuardedTaskGroup(TaskGroup):
         async def helper() -> None:
             with trio.CancelScope() as scope:
                 self._scopes.add(scope)
+                if self._stopped:
+                    scope.cancel()
                 try:
                     await func(*args)
                 finally:

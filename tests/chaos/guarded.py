@@ -31,7 +31,19 @@ from test_e2e_auth import (
     Locked,
     bearer,
 )
-from test_e2e_smuggling import GOOD, REFUSED, SERVED, Lab, answers, length, post
+from test_e2e_smuggling import (
+    BODY,
+    GOOD,
+    HIDDEN,
+    HTTP2_REFUSED,
+    REFUSED,
+    SERVED,
+    Lab,
+    answers,
+    http2,
+    length,
+    post,
+)
 
 PATH = "/v1/chat/completions"
 FRONTS = ("lane", "hypercorn")
@@ -71,6 +83,13 @@ async def smuggling(card: Card) -> None:
                 counts = _smuggle(router.port, mock)
                 for what, number in counts.items():
                     card.equal(f"{front}: {what}, of {len(REFUSED) + len(SERVED)}", number, 0)
+                mock.reset()
+                told = [
+                    http2(router.port, fields, BODY + HIDDEN) for fields in HTTP2_REFUSED.values()
+                ]
+                what = f"{front}, HTTP/2: answered or seen by the engine, of {len(told)}"
+                seen = [entry["path"] for entry in mock.log() if entry["method"] == "POST"]
+                card.equal(what, told.count("200") + len(seen), 0)
     for name in NAMES:
         with (
             mock_processes(1, *quick) as (mock,),
