@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import inspect
 import json
@@ -16,6 +17,7 @@ import hypercorn
 import hypercorn.trio
 import hypercorn.trio.run
 import hyperframe.frame
+import priority
 import pytest
 import quart_trio
 import trio
@@ -358,6 +360,23 @@ async def test_http2_answer_arrives_whole_through_a_small_window(kind):
                     received += event.data
                 ended = ended or isinstance(event, h2.events.StreamEnded)
         assert json.loads(received)["path"] == "/v1/score"
+
+
+async def test_nothing_of_an_http2_connection_waits_for_the_garbage_collector(kind):
+    gc.collect()
+    gc.disable()
+    try:
+        async with running(kind) as on:
+            for _ in range(3):
+                async with connected(on.port) as client:
+                    peer = H2Client(client)
+                    stream = peer.request()
+                    assert await peer.statuses(stream) == {stream: b"200"}
+            await soon(lambda: not on.front.connections)
+            kinds = (bridge.GuardedH2Protocol, priority.PriorityTree)
+            assert [one for one in gc.get_objects() if isinstance(one, kinds)] == []
+    finally:
+        gc.enable()
 
 
 async def test_upgrade_to_http2_is_declined(kind):

@@ -774,6 +774,18 @@ class GuardedTCPServer(TCPServer):
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await trio.aclose_forcefully(self.stream)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Take apart what refers to itself: of HTTP/2 20 KB a connection, which would stay until
+        the garbage collector comes by, and here it seldom does."""
+        wrapper = vars(self).pop("protocol", None)
+        if wrapper is not None:
+            protocol = wrapper.protocol
+            parts = [getattr(protocol, name, None) for name in ("connection", "priority", "stream")]
+            for part in (*parts, protocol, wrapper):
+                if part is not None:
+                    vars(part).clear()
 
     @property
     def idle_since(self) -> float:

@@ -47,6 +47,7 @@ class RealServer:
     """One vLLM server; `start` and `wait` are apart so that two can come up together."""
 
     port: int = field(default_factory=free_port)
+    arguments: tuple[str, ...] = ()
     pid: int = 0
 
     @property
@@ -54,7 +55,7 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        found = re.search(r"pid (\d+)", lab("start", str(self.port)))
+        found = re.search(r"pid (\d+)", lab("start", str(self.port), *self.arguments))
         assert found is not None
         self.pid = int(found[1])
 
@@ -68,6 +69,15 @@ class RealServer:
         """SIGTERM alone, as an orchestrator sends it."""
         os.kill(self.pid, signal.SIGTERM)
 
+    @property
+    def runs(self) -> bool:
+        """Whether its process is still there."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def metric(self, name: str) -> float:
         """The sum over all labels."""
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
@@ -75,8 +85,8 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_servers(count: int) -> Iterator[list[RealServer]]:
-    servers = [RealServer() for _ in range(count)]
+def real_servers(count: int, *arguments: str) -> Iterator[list[RealServer]]:
+    servers = [RealServer(arguments=arguments) for _ in range(count)]
     try:
         for server in servers:
             server.start()

@@ -328,3 +328,53 @@ def test_sigterm_of_one_server_under_load_fails_no_answer_without_a_byte(
                 victim.stop()
                 victim.start()
                 victim.wait()
+
+
+def test_sigterm_with_a_grace_period_fails_no_answer_at_all(
+    servers: list[RealServer], tmp_path: Path
+):
+    """While it lets its streams finish, `/health` is 200 and each new request gets a quick 500."""
+    long = streamed(max_tokens=1500, **EXACTLY)
+    short = {**SAMPLING, **EXACTLY, "max_tokens": 16}
+    begun = threading.Semaphore(0)
+    over = threading.Event()
+
+    def stream() -> tuple[str, bytes]:
+        received = b""
+        with httpx.Client(timeout=60) as client:
+            with client.stream("POST", f"{url}/v1/chat/completions", json=long) as answer:
+                for data in answer.iter_raw():
+                    received += data
+                    begun.release()
+        return answer.headers["x-vllm-router-server"], received
+
+    def ask() -> list[tuple[str, int, int]]:
+        """Where from, the status and the attempts of each."""
+        told = []
+        with httpx.Client(timeout=60) as client:
+            while not over.is_set():
+                answer = client.post(f"{url}/v1/chat/completions", json=short)
+                headers = answer.headers
+                served_by = headers.get("x-vllm-router-server", "")
+                told.append((served_by, answer.status_code, int(headers["x-vllm-router-attempts"])))
+        return told
+
+    with real_servers(1, "--shutdown-timeout", "20") as [patient]:
+        with router([servers[0], patient], tmp_path) as url, ThreadPoolExecutor(8) as pool:
+            streams = [pool.submit(stream) for _ in range(4)]
+            for _ in range(20):
+                assert begun.acquire(timeout=30)
+            asking = [pool.submit(ask) for _ in range(4)]
+            patient.terminate()
+            try:
+                ends = [future.result(timeout=60) for future in streams]
+                until(lambda: not patient.runs, "its end", 30)
+            finally:
+                over.set()
+            answers = [answer for future in asking for answer in future.result(timeout=60)]
+    assert any(str(patient.port) in name for name, _ in ends)
+    for _, received in ends:
+        assert b'"finish_reason":"length"' in received
+        assert received.endswith(b"data: [DONE]\n\n")
+    assert {status for _, status, _ in answers} == {200}
+    assert max(attempts for _, _, attempts in answers) == 2, "nobody was turned away by it"
