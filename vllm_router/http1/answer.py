@@ -76,6 +76,10 @@ class Answer:
             self.finished = True
         return data
 
+    def part(self, piece: bytes) -> bytes:
+        """The bytes for a piece of a body that has begun and does not end with it."""
+        return self._frame(piece, more=True)
+
     def _begin(self, start: Message, known: int | None, close: bool) -> bytes:
         """Status line and fields. `known` is the length of the body if all of it is there."""
         head = self._head

@@ -8,6 +8,7 @@ ProtocolViolation, so that no half or smuggled answer passes as a whole one.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -179,6 +180,31 @@ class Connection:
         parts = self._parts
         self._parts = []
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def pours(self) -> bool:
+        """Whether `pour` is the cheaper way to read a body that comes in many pieces."""
+        return self._transport.pours
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        """Have `take` called with the pieces of the body as they arrive, between tasks.
+
+        Until it returns False, or the body has ended. Raises ConnectionLost as `read_body` does,
+        and what `take` raises.
+        """
+
+        def arrived(data: bytes) -> bool:
+            if data:
+                self._feed(data)
+            else:
+                self._end_of_stream()
+            parts, more = self._parts, not self._complete
+            if parts:
+                self._parts = []
+                return take(parts[0] if len(parts) == 1 else b"".join(parts)) and more
+            return more
+
+        await self._transport.pour(arrived)
 
     @property
     def saw_bytes(self) -> bool:

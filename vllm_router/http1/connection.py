@@ -31,9 +31,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-READ_SIZE = 65536
-
 CANCEL_ON_DISCONNECT = "vllm_router.cancel_on_disconnect"
+OUTLET = "vllm_router.outlet"
 
 SENDS_PER_CHECKPOINT = 16
 """Sends that went straight into the kernel's buffer before other tasks get their turn."""
@@ -122,21 +121,29 @@ class Connection:
         """Some bytes; none when the client has left. Loses nothing when cancelled."""
         raise NotImplementedError
 
-    def _write_now(self, data: bytes) -> int:
-        """Send what fits at once; the number of bytes that did. Raises OSError."""
+    def _write_now(self, data: bytes) -> bool:
+        """Begin to send. False if somebody has to wait, in `_write_rest`. Raises OSError."""
         raise NotImplementedError
 
-    async def _write_rest(self, data: memoryview) -> None:
-        """Send all of `data`. Raises OSError."""
+    async def _write_rest(self, data: bytes) -> None:
+        """Wait until what `_write_now` was given has been sent. Raises OSError."""
         raise NotImplementedError
 
     def has_input(self) -> bool:
         """Whether there are bytes that nobody has read."""
         raise NotImplementedError
 
+    def has_output(self) -> bool:
+        """Whether there are bytes that have not been sent."""
+        return False
+
     def left_unseen(self) -> bool:
         """Whether the client has left behind more bytes than are read ahead."""
         return False
+
+    def extensions(self) -> dict[str, Any]:
+        """What is offered to the application beyond ASGI."""
+        return {CANCEL_ON_DISCONNECT: {}}
 
     async def _end_output(self) -> None:
         """Show the client the end of the stream, but go on listening. Raises OSError."""
@@ -238,6 +245,7 @@ class Connection:
             and self._handed_over is None
             and not self._buffer
             and not self.has_input()
+            and not self.has_output()
         ):
             self._scope.cancel(reason="closed while idle")
 
@@ -441,7 +449,7 @@ class Connection:
             "headers": head.headers,
             "client": self._client,
             "server": self._local,
-            "extensions": {CANCEL_ON_DISCONNECT: {}},
+            "extensions": self.extensions(),
         }
         try:
             await server.app(scope, self._receive, self._send)
@@ -506,9 +514,8 @@ class Connection:
         try:
             if self._gone:
                 raise ClientGone("the client has left")
-            sent = self._write_now(data)
-            if sent < len(data):
-                await self._write_rest(memoryview(data)[sent:])
+            if not self._write_now(data):
+                await self._write_rest(data)
                 return
         except OSError as error:
             self.client_left()

@@ -2,8 +2,8 @@
 
 One connection is one task: it reads a request, runs the application, writes the answer. Neither a
 task, nor a nursery, nor a cancel scope is made per request. While the application waits for an
-engine nobody reads, yet the client may leave: `HangUps` learns that from the kernel for all
-connections, the connection's scope is cancelled, and the application with it (ASGI extension
+engine nobody reads, yet the client may leave: its wire hears of that from the kernel, the
+connection's scope is cancelled, and the application with it (ASGI extension
 `vllm_router.cancel_on_disconnect`).
 
 A client that closes its sending side has left: there is no telling it from one that is gone.
@@ -17,12 +17,21 @@ import ssl
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from vllm_router.http1.answer import Message
-from vllm_router.http1.connection import READ_SIZE, App, Connection, Scope
+from vllm_router.http1.connection import (
+    CANCEL_ON_DISCONNECT,
+    OUTLET,
+    App,
+    ClientGone,
+    Connection,
+    Scope,
+)
 from vllm_router.http1.headers import RefusalTold
+from vllm_router.http1.wires import READ_SIZE, Wire
 
 __all__ = [
     "App",
@@ -69,7 +78,7 @@ class Limits:
 
 
 class Server:
-    """What connections share: the application, the limits, and those who watch for all of them.
+    """What connections share: the application, the limits, and who watches the time for all.
 
     `accepts(method, path)` says which requests are served here; None means all of them. While
     `closing` is true, every answer is the last one of its connection. `told` hears of the requests
@@ -92,7 +101,6 @@ class Server:
         self.closing = False
         self.requests = 0
         self.refused = 0
-        self.hang_ups = HangUps()
         self._connections: set[Connection] = set()
         self._occupied = trio.Event()
 
@@ -126,16 +134,11 @@ class Server:
             connection.abort()
 
     async def watch(self) -> None:
-        """See clients leave and enforce the timeouts, until cancelled.
+        """Enforce the timeouts, until cancelled.
 
-        One task each for all connections: a scope around every read would cost a request more
-        than its parsing does.
+        One task for all connections: a scope around every read would cost a request more than its
+        parsing does.
         """
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.hang_ups.watch)
-            await self._enforce_timeouts()
-
-    async def _enforce_timeouts(self) -> None:
         tick = self.limits.tick()
         while True:
             if not self._connections:
@@ -150,41 +153,13 @@ class Server:
                     connection.client_left()
 
 
-class HangUps:
-    """Tells connections that their clients have closed their side, or all of it.
-
-    One epoll for all of them, which says so of each once, and is itself waited for like a socket.
-    Registering costs two system calls per connection, and nothing per request.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._watched: dict[int, Connection] = {}
-
-    def add(self, fileno: int, connection: Connection) -> None:
-        self._epoll.register(fileno, select.EPOLLRDHUP | select.EPOLLET)
-        self._watched[fileno] = connection
-
-    def discard(self, fileno: int) -> None:
-        """To be called before the descriptor is closed or given to somebody else."""
-        del self._watched[fileno]
-        self._epoll.unregister(fileno)
-
-    async def watch(self) -> None:
-        """Tell them, until cancelled."""
-        while True:
-            await trio.lowlevel.wait_readable(self._epoll.fileno())
-            for fileno, _ in self._epoll.poll(0):
-                self._watched[fileno].hang_up()
-
-
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class SocketConnection(Connection):
     """A connection on a bare non-blocking socket, which `run` closes."""
 
-    __slots__ = ("_socket",)
+    __slots__ = ("_socket", "_wire")
 
     def __init__(
         self,
@@ -195,49 +170,73 @@ class SocketConnection(Connection):
     ) -> None:
         super().__init__(server, client, address)
         self._socket = sock
+        self._wire = Wire(sock, self._news)
 
     async def _serve(self) -> None:
-        hang_ups, fileno = self._server.hang_ups, self._socket.fileno()
-        hang_ups.add(fileno, self)
-        try:
-            await self._answer_all()
-        finally:
-            hang_ups.discard(fileno)
+        await self._answer_all()
+        if not self._gone:
+            await self._wire.caught_up()
+            if self._handed_over is not None:
+                self._wire.leave()
+
+    def _news(self) -> None:
+        """The client has closed its side, or takes nothing any more."""
+        if self._wire.broken:
+            self.client_left()
+        else:
+            self.hang_up()
 
     async def _read(self) -> bytes:
-        sock = self._socket
-        while True:
-            # Waiting first saves the system call that would fail.
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                return sock.recv(READ_SIZE)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return b""
-
-    def _write_now(self, data: bytes) -> int:
         try:
-            return self._socket.send(data)
-        except BlockingIOError:
-            return 0
+            return await self._wire.read()
+        except OSError:
+            return b""
 
-    async def _write_rest(self, data: memoryview) -> None:
-        sock = self._socket
-        while data:
-            await trio.lowlevel.wait_writable(sock)
-            try:
-                data = data[sock.send(data) :]
-            except BlockingIOError:
-                continue
+    def _write_now(self, data: bytes) -> bool:
+        wire = self._wire
+        if wire.broken:
+            raise BrokenPipeError
+        wire.write(data)
+        return not wire.late
+
+    async def _write_rest(self, data: bytes) -> None:
+        await self._wire.caught_up()
+        if self._wire.broken:
+            raise BrokenPipeError
+
+    def extensions(self) -> dict[str, Any]:
+        return {CANCEL_ON_DISCONNECT: {}, OUTLET: self}
+
+    def send_part(self, piece: bytes) -> bool:
+        """See proxy.types.Outlet."""
+        answer, wire = self._answer, self._wire
+        if answer is None or self._gone or wire.broken:
+            return False
+        wire.write(answer.part(piece))
+        return not wire.late
+
+    async def caught_up(self) -> None:
+        """See proxy.types.Outlet."""
+        if not self._gone:
+            await self._wire.caught_up()
+        if self._gone or self._wire.broken:
+            self.client_left()
+            await trio.lowlevel.checkpoint()  # where the application is cancelled
+            raise ClientGone("the client has left")
 
     def has_input(self) -> bool:
         return _events(self._socket.fileno(), select.POLLIN)
 
+    def has_output(self) -> bool:
+        return self._wire.late
+
     async def _end_output(self) -> None:
+        with trio.move_on_after(self._limits.linger):
+            await self._wire.caught_up()
         self._socket.shutdown(socket.SHUT_WR)
 
     async def _close(self, *, reset: bool) -> None:
+        self._wire.leave()
         if reset:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._socket.close()
@@ -324,10 +323,10 @@ class StreamConnection(Connection):
         full = len(self._arrived) >= self._limits.max_read_ahead
         return full and self._fileno is not None and _events(self._fileno, select.POLLRDHUP)
 
-    def _write_now(self, data: bytes) -> int:
-        return 0
+    def _write_now(self, data: bytes) -> bool:
+        return False
 
-    async def _write_rest(self, data: memoryview) -> None:
+    async def _write_rest(self, data: bytes) -> None:
         try:
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:

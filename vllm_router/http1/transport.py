@@ -1,8 +1,6 @@
 """Byte streams to servers: a bare non-blocking socket, or TLS over one.
 
-A bare socket is read after waiting until it is readable, and written at once before waiting:
-for streamed answers that is one system call and one scheduler pass per read (a trio
-`SocketStream` tries first, fails, and waits).
+What fits into one write goes out by the socket's wire, together with what others write.
 """
 
 from __future__ import annotations
@@ -11,13 +9,13 @@ import errno
 import re
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault
-
-READ_SIZE = 65536
+from vllm_router.http1.wires import READ_SIZE, SOON, Wire
 
 _OUR_ERRORS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -33,6 +31,15 @@ class Transport(Protocol):
 
     async def read(self) -> bytes:
         """At least one byte, or none at the end of the stream."""
+        ...
+
+    @property
+    def pours(self) -> bool:
+        """Whether there is `pour`."""
+        ...
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        """Have `take` called with what `read` would return, between tasks, until it is False."""
         ...
 
     async def write(self, head: bytes, body: bytes) -> bool:
@@ -53,26 +60,33 @@ TLS_PIECE = 262144
 class PlainTransport:
     """A connected non-blocking socket."""
 
-    __slots__ = ("_socket",)
+    __slots__ = ("_socket", "_wire")
 
     ANSWER_POLL = 0.1
     """Seconds between looks for an early answer while the peer does not read."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
+        self._wire = Wire(connected)
 
     async def read(self) -> bytes:
-        sock = self._socket
-        while True:
-            await trio.lowlevel.wait_readable(sock)
-            try:
-                return sock.recv(READ_SIZE)
-            except BlockingIOError:
-                continue  # a spurious wake-up
-            except OSError as error:
-                raise ConnectionLost(str(error)) from error
+        try:
+            return await self._wire.read()
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
+
+    pours = True
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        try:
+            await self._wire.pour(take)
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
 
     async def write(self, head: bytes, body: bytes) -> bool:
+        if len(head) + len(body) <= SOON:
+            self._wire.write(head + body)
+            return True
         sock = self._socket
         if len(body) <= READ_SIZE:
             head, body = head + body, b""
@@ -125,15 +139,12 @@ class PlainTransport:
             return False
 
     def alive(self) -> bool:
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False  # closed, or it sent something nobody asked for
+        # What comes unasked cannot be an answer to what will be.
+        wire = self._wire
+        return wire.silent and not wire.ended and not wire.broken
 
     def close(self) -> None:
+        self._wire.leave()
         self._socket.close()
 
 
@@ -148,6 +159,12 @@ class TlsTransport:
             return bytes(await self._stream.receive_some(READ_SIZE))
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
             raise ConnectionLost(str(error)) from error
+
+    pours = False
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        while take(await self.read()):
+            pass
 
     async def write(self, head: bytes, body: bytes) -> bool:
         try:

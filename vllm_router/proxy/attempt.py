@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.http1.client import Answer, Connection
     from vllm_router.proxy.exchange import Exchange
+    from vllm_router.proxy.types import Outlet
 
 BODY = "http.response.body"
 LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}
@@ -58,7 +59,9 @@ class Attempt:
         "_held",
         "_interrupted",
         "_is_sse",
+        "_kept",
         "_lease",
+        "_moved",
         "_proxy",
         "_scope",
         "_sending",
@@ -82,6 +85,8 @@ class Attempt:
         self._sending = False
         self._is_sse = False
         self._held = b""
+        self._kept = 0
+        self._moved = 0.0
         self.again: Again | None = None
         self.committed = False
         self.complete = False
@@ -341,34 +346,66 @@ class Attempt:
     async def _relay(self, connection: Connection, scope: trio.CancelScope) -> None:
         """Copy the body to the client as it arrives; back-pressure is the awaited send.
 
-        The deadline is moved at most 16 times per idle timeout, not for every piece: moving it
-        costs as much as reading.
+        Where both sides allow it, no task is woken for a piece.
         """
-        exchange, lease, server, tail = self._exchange, self._lease, self._server, self.tail
-        send, record = exchange.send, exchange.record
-        idle = self._proxy.settings.idle_timeout
-        slack = idle / DEADLINE_MOVES
-        moved = record.first_byte_at
-        kept = 0
+        send = self._exchange.send
+        outlet = self._exchange.outlet if connection.pours else None
+        self._moved = self._exchange.record.first_byte_at
         piece, self._held = self._held, b""
         while piece:
-            record.bytes_out += len(piece)
-            record.chunks += 1
-            tail.append(piece)
-            kept += len(piece)
-            if kept > 8 * KEPT_TAIL:
-                tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
-                kept = KEPT_TAIL
+            self._note(piece)
             self._sending = True
             await send({"type": BODY, "body": piece, "more_body": True})
             if connection.exhausted:
                 return
             self._sending = False
+            if outlet is not None:
+                await self._pour(connection, outlet, scope)
+                return
             piece = await connection.read_body()
-            lease.last_byte_at = server.last_byte_at = now = trio.current_time()
-            if now - moved > slack:
-                moved = now
-                scope.deadline = min(now + idle + slack, exchange.deadline)
+            self._live_on(scope)
+
+    async def _pour(self, connection: Connection, outlet: Outlet, scope: trio.CancelScope) -> None:
+        """The rest of the body, passed on between tasks while the client keeps up."""
+
+        def take(piece: bytes) -> bool:
+            self._live_on(scope)
+            self._note(piece)
+            return outlet.send_part(piece)
+
+        while True:
+            await connection.pour(take)
+            self._live_on(scope)
+            if connection.exhausted:
+                return
+            self._sending = True
+            await outlet.caught_up()
+            self._sending = False
+
+    def _note(self, piece: bytes) -> None:
+        """A piece of the body goes to the client."""
+        record, tail = self._exchange.record, self.tail
+        size = len(piece)
+        record.bytes_out += size
+        record.chunks += 1
+        tail.append(piece)
+        self._kept += size
+        if self._kept > 8 * KEPT_TAIL:
+            tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
+            self._kept = KEPT_TAIL
+
+    def _live_on(self, scope: trio.CancelScope) -> None:
+        """Bytes have come: the server may be silent for `idle_timeout` from now on.
+
+        The deadline is moved at most 16 times per idle timeout, not for every piece: moving it
+        costs as much as reading.
+        """
+        self._lease.last_byte_at = self._server.last_byte_at = now = trio.current_time()
+        idle = self._proxy.settings.idle_timeout
+        slack = idle / DEADLINE_MOVES
+        if now - self._moved > slack:
+            self._moved = now
+            scope.deadline = min(now + idle + slack, self._exchange.deadline)
 
     def _end(self) -> bytes:
         """The last bytes that the client was sent."""

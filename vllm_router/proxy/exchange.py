@@ -19,7 +19,7 @@ from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import BodyShare, Request, read_request
-from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY
+from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
     BREAKS_SERVERS,
@@ -50,7 +50,7 @@ class Exchange:
     """One client request with all its attempts. Used once.
 
     Attempts read `proxy`, `record`, `request`, `replayable` and `deadline` (of the whole, on
-    trio's clock), answer through `send`, and ask `decide` where to go.
+    trio's clock), answer through `send` and `outlet`, and ask `decide` where to go.
     """
 
     __slots__ = (
@@ -68,6 +68,7 @@ class Exchange:
         "_tried",
         "attempt",
         "deadline",
+        "outlet",
         "proxy",
         "record",
         "request",
@@ -90,7 +91,9 @@ class Exchange:
             client[0] if client else "unknown",
             request_id(fields.get(b"x-request-id")),
         )
-        self._server_cancels = CANCEL_ON_DISCONNECT in scope.get("extensions", ())
+        extensions = scope.get("extensions") or {}
+        self._server_cancels = CANCEL_ON_DISCONNECT in extensions
+        self.outlet: Outlet | None = extensions.get(OUTLET)
         self._tried: list[Server] = []
         self._broken = 0
         self._complete = self._falls_back = False

@@ -1,0 +1,328 @@
+"""Sockets of the data path: what is read, written together, late, and told between tasks."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from vllm_router.http1 import wires
+from vllm_router.http1.wires import READ_SIZE, SOON, Wire
+
+
+@contextmanager
+def pair(hung_up: Callable[[], None] | None = None) -> Iterator[tuple[Wire, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    wire = Wire(ours, hung_up)
+    try:
+        yield wire, theirs
+    finally:
+        wire.leave()
+        ours.close()
+        theirs.close()
+
+
+async def read_all(wire: Wire) -> bytes:
+    got = b""
+    while data := await wire.read():
+        got += data
+    return got
+
+
+def received(peer: socket.socket) -> bytes:
+    try:
+        return peer.recv(READ_SIZE)
+    except BlockingIOError:
+        return b""
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+async def test_reads_what_comes_and_then_the_end():
+    with pair() as (wire, peer):
+        async with trio.open_nursery() as nursery:
+            got = []
+
+            async def read() -> None:
+                got.append(await wire.read())
+                got.append(await wire.read())
+                got.append(await wire.read())
+
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            peer.send(b"one")
+            await trio.testing.wait_all_tasks_blocked()
+            peer.send(b"two")
+            peer.close()
+        assert got == [b"one", b"two", b""]
+        assert wire.ended
+
+
+@pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE])
+async def test_whatever_does_not_fit_into_one_read_is_read_without_further_news(size: int):
+    ours, theirs = await _tcp()
+    wire = Wire(ours)
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+                await stream.send_all(b"x" * size)
+                await stream.send_eof()
+
+            nursery.start_soon(send)
+            with trio.fail_after(5):
+                assert len(await read_all(wire)) == size
+    finally:
+        wire.leave()
+        ours.close()
+        theirs.close()
+
+
+async def test_cancelled_read_loses_nothing():
+    with pair() as (wire, peer):
+        with trio.move_on_after(0.01):
+            await wire.read()
+        assert wire.silent
+        peer.send(b"late")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not wire.silent
+        assert await wire.read() == b"late"
+        assert wire.silent
+
+
+async def test_what_came_unread_before_the_end_is_read_before_it():
+    with pair() as (wire, peer):
+        peer.send(b"goodbye")
+        peer.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert wire.ended
+        assert await read_all(wire) == b"goodbye"
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+async def test_writes_leave_together_when_all_have_had_their_turn():
+    with pair() as (wire, peer):
+        wire.write(b"one ")
+        wire.write(b"two")
+        assert received(peer) == b""
+        await trio.testing.wait_all_tasks_blocked()
+        assert received(peer) == b"one two"
+
+
+async def test_large_write_is_not_put_off():
+    with pair() as (wire, peer):
+        wire.write(b"small")
+        wire.write(b"x" * (SOON + 1))
+        assert len(received(peer)) == 5 + SOON + 1
+
+
+async def test_peer_that_does_not_read_is_waited_for():
+    with pair() as (wire, peer):
+        whole = b"x" * 10_000_000
+        wire.write(whole)
+        assert wire.late
+        wire.write(b"end")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wire.caught_up)
+            await trio.testing.wait_all_tasks_blocked()
+            got = b""
+            with trio.fail_after(10):
+                while not got.endswith(b"end"):
+                    await trio.lowlevel.wait_readable(peer)
+                    got += received(peer)
+        assert got == whole + b"end"
+        assert not wire.late
+
+
+async def test_rest_is_sent_though_nobody_waits_for_it():
+    with pair() as (wire, peer):
+        wire.write(b"x" * 1_000_000)
+        got = 0
+        with trio.fail_after(10):
+            while got < 1_000_000:
+                await trio.lowlevel.wait_readable(peer)
+                got += len(received(peer))
+        await trio.testing.wait_all_tasks_blocked()
+        assert not wire.late
+
+
+async def test_failed_write_is_told_and_wakes_who_waits():
+    told = []
+    with pair(lambda: told.append(wire.broken)) as (wire, peer):
+        wire.write(b"x" * 10_000_000)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wire.caught_up)
+            await trio.testing.wait_all_tasks_blocked()
+            peer.close()
+            with trio.fail_after(5):
+                while not wire.broken:
+                    await trio.testing.wait_all_tasks_blocked()
+        assert told[-1] is True
+
+
+async def test_write_that_fails_as_the_loop_goes_to_wait_is_told_at_once():
+    told = trio.Event()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    wire = Wire(ours, told.set)
+    await trio.testing.wait_all_tasks_blocked()
+    wire.ended = True  # as if the news of its end had been taken in already
+    theirs.close()
+    wire.write(b"x")
+    with trio.fail_after(5):
+        await told.wait()
+    assert wire.broken
+    wire.leave()
+    ours.close()
+
+
+# -- pouring ------------------------------------------------------------------------------------
+
+
+async def test_pours_between_tasks_until_it_is_enough():
+    with pair() as (wire, peer):
+        got = []
+        woken = False
+
+        def take(data: bytes) -> bool:
+            got.append(data)
+            return data != b"stop"
+
+        async def pour() -> None:
+            nonlocal woken
+            await wire.pour(take)
+            woken = True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour)
+            for piece in (b"one", b"two", b"stop"):
+                await trio.testing.wait_all_tasks_blocked()
+                assert not woken
+                peer.send(piece)
+        assert got == [b"one", b"two", b"stop"]
+        peer.send(b"more")
+        assert await wire.read() == b"more"
+
+
+async def test_pours_the_end_too():
+    with pair() as (wire, peer):
+        got = []
+
+        def take(data: bytes) -> bool:
+            got.append(data)
+            return bool(data)
+
+        peer.send(b"all")
+        peer.close()
+        with trio.fail_after(5):
+            await wire.pour(take)
+        assert got == [b"all", b""]
+
+
+async def test_much_at_once_is_poured_to_its_end():
+    ours, theirs = await _tcp()
+    wire = Wire(ours)
+    try:
+        theirs.setblocking(True)
+        size = 0
+
+        def take(data: bytes) -> bool:
+            nonlocal size
+            size += len(data)
+            return size < 5 * READ_SIZE
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, theirs.sendall, b"x" * (5 * READ_SIZE))
+            with trio.fail_after(5):
+                await wire.pour(take)
+        assert size == 5 * READ_SIZE
+    finally:
+        wire.leave()
+        ours.close()
+        theirs.close()
+
+
+async def test_what_the_taker_raises_reaches_the_task():
+    with pair() as (wire, peer):
+        peer.send(b"x")
+        with pytest.raises(ZeroDivisionError):
+            await wire.pour(lambda data: bool(1 / 0))
+        peer.send(b"y")
+        assert await wire.read() == b"y"
+
+
+async def test_cancelled_pour_loses_nothing():
+    with pair() as (wire, peer):
+        got = []
+
+        def take(data: bytes) -> bool:
+            got.append(data)
+            return True
+
+        with trio.move_on_after(0.01):
+            await wire.pour(take)
+        peer.send(b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        assert got == []
+        assert await wire.read() == b"x"
+
+
+# -- the hub ------------------------------------------------------------------------------------
+
+
+async def test_news_of_the_end_come_once():
+    told = []
+    with pair(lambda: told.append(1)) as (wire, peer):
+        peer.send(b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == []
+        peer.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == [1]
+        assert await wire.read() == b"x"
+
+
+async def test_socket_that_has_left_belongs_to_somebody_else():
+    with pair() as (wire, peer):
+        wire.write(b"last words")
+        wire.leave()
+        wire.leave()
+        assert received(peer) == b"last words"
+        peer.send(b"x")
+        await trio.lowlevel.wait_readable(wire.sock)
+        assert wire.sock.recv(10) == b"x"
+        assert wire.silent
+
+
+async def test_defect_in_one_wire_is_logged_and_costs_no_other(caplog: pytest.LogCaptureFixture):
+    with pair(lambda: print(1 / 0)) as (_, theirs), pair() as (wire, peer):
+        theirs.close()
+        await trio.testing.wait_all_tasks_blocked()
+        peer.send(b"x")
+        with trio.fail_after(5):
+            assert await wire.read() == b"x"
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_loop_knows_where_trio_keeps_its_epoll():
+    """Trio's I/O manager is not public; should it change, each pass costs a task's turn more."""
+    with pair():
+        assert wires.Hub.of_this_run().in_trios_epoll
+
+
+async def _tcp() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    ours.setblocking(False)
+    return ours, theirs

@@ -1,0 +1,328 @@
+"""Sockets of the data path: read when the kernel says so, written to together.
+
+Trio waits for a socket by registering it with its epoll anew each time, and a write of its own
+wakes the peer at once. For thousands of short waits and writes a second both cost more than the
+work between them. So a `Wire` is registered once, edge-triggered, in an epoll of the data path,
+and what tasks write while they have their turns leaves when all have had theirs, just before the
+loop waits again: what goes to one peer in one piece, and to many without waking each in between.
+
+The epoll is itself waited for like a socket. Reading and writing hook into the loop as one of
+Trio's instruments (`before_io_wait`, `after_io_wait`), between tasks and never inside one.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+from collections.abc import Callable
+
+import outcome
+import trio
+from trio.lowlevel import Abort, RaiseCancelT, current_task, reschedule, wait_task_rescheduled
+
+log = logging.getLogger(__name__)
+
+READ_SIZE = 65536
+
+SOON = 16384
+"""A write of more bytes is not put off: it would be copied, or held while others are."""
+
+_IN, _OUT = select.EPOLLIN, select.EPOLLOUT
+_ENDED = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_EVENTS = _IN | _OUT | select.EPOLLRDHUP | select.EPOLLET
+
+_MOST_EVENTS = 1024
+"""That are looked at in one pass; the others are still there in the next."""
+
+
+class Wire:
+    """A connected non-blocking socket, owned by whoever made the wire; one task reads at a time.
+
+    `ended` is true once the peer has closed its side, though bytes may be unread before the end.
+    `hung_up`, if there is one, is called then, and when a write fails. `broken` is true after
+    that: nothing can be sent any more. Both are called between tasks.
+    """
+
+    __slots__ = (
+        "_hub",
+        "_late",
+        "_late_task",
+        "_out",
+        "_reader",
+        "_ready",
+        "_take",
+        "_wrong",
+        "broken",
+        "ended",
+        "fileno",
+        "hung_up",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, hung_up: Callable[[], None] | None = None) -> None:
+        self.sock = sock
+        self.fileno = sock.fileno()
+        self.hung_up = hung_up
+        self.ended = self.broken = False
+        self._reader: trio.lowlevel.Task | None = None
+        self._ready = False
+        self._take: Callable[[bytes], bool] | None = None
+        self._wrong: Exception | None = None
+        self._out: list[bytes] = []
+        self._late = b""
+        self._late_task: trio.lowlevel.Task | None = None
+        self._hub = hub = Hub.of_this_run()
+        hub.add(self)
+
+    def leave(self) -> None:
+        """The socket is about to be closed, or given to somebody else. Sends what it can before.
+
+        May be called more than once.
+        """
+        hub = self._hub
+        if hub.wires.get(self.fileno) is self:
+            self.flush()
+            del hub.wires[self.fileno]
+            if not hub.epoll.closed:
+                hub.epoll.unregister(self.fileno)
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come that nobody has read, as far as the loop has looked."""
+        return not self._ready
+
+    async def read(self) -> bytes:
+        """Some bytes, none at the end. Loses nothing when cancelled. Raises OSError."""
+        while True:
+            if self._ready:
+                await trio.lowlevel.checkpoint()  # others shall have their turn, too
+            else:
+                self._reader = current_task()
+                await wait_task_rescheduled(self._abort_read)
+            try:
+                data = self.sock.recv(READ_SIZE)
+            except BlockingIOError:
+                self._ready = False
+                continue
+            # Of what comes after a short read the kernel tells; of the end it has told.
+            self._ready = self.ended or len(data) == READ_SIZE
+            return data
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        """Have `take` called with what comes, as `read` would return it, until it returns False.
+
+        It is called between tasks: no task has to be woken for what is only passed on. What it
+        raises is raised here. Loses nothing when cancelled. Raises OSError.
+        """
+        more = True
+        while more:
+            if self._ready:
+                await trio.lowlevel.checkpoint()
+                more = self._take_some(take)
+            else:
+                self._take, self._reader = take, current_task()
+                more = await wait_task_rescheduled(self._abort_read)
+            if self._wrong is not None:
+                wrong, self._wrong = self._wrong, None
+                raise wrong
+
+    def _take_some(self, take: Callable[[bytes], bool]) -> bool:
+        """Whether it wants more; False, too, if something is `_wrong`."""
+        try:
+            data = self.sock.recv(READ_SIZE)
+            self._ready = self.ended or len(data) == READ_SIZE
+            return take(data)
+        except BlockingIOError:
+            self._ready = False
+            return True
+        except Exception as error:  # noqa: BLE001 (raised by `pour`, in the task)
+            self._wrong = error
+            return False
+
+    def _abort_read(self, _: RaiseCancelT) -> Abort:
+        self._reader = self._take = None
+        return Abort.SUCCEEDED
+
+    # -- writing ------------------------------------------------------------------------------
+
+    @property
+    def late(self) -> bool:
+        """Whether the peer has not taken all that it was sent: `caught_up` waits for it."""
+        return bool(self._late)
+
+    def write(self, data: bytes) -> None:
+        """Have all of it sent, soon. Raises nothing: `broken` and `hung_up` tell."""
+        out = self._out
+        if not out:
+            self._hub.written.append(self)
+        out.append(data)
+        if len(data) > SOON:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send now what has been written."""
+        out = self._out
+        if not out:
+            return
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        if self._late:
+            self._late += data
+        elif not self.broken:
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._late = b""
+            self._break()
+            return
+        self._late = b"" if sent == len(data) else data[sent:]
+
+    def _break(self) -> None:
+        self.broken = self._ready = True
+        self._hub.tell_soon(self)
+
+    async def caught_up(self) -> None:
+        """Wait until the peer has taken everything, or is gone. Cancelled, it takes the rest on."""
+        self.flush()
+        while self._late and not self.broken:
+            self._late_task = current_task()
+            await wait_task_rescheduled(self._abort_late)
+
+    def _abort_late(self, _: RaiseCancelT) -> Abort:
+        self._late_task = None
+        return Abort.SUCCEEDED
+
+    # -- what the hub tells -------------------------------------------------------------------
+
+    def happened(self, events: int) -> None:
+        """The kernel has news. Between tasks."""
+        if events & _OUT and self._late:
+            self._send(self._late)
+            self._wake_writer()
+        if events & _ENDED and not self.ended:
+            self.ended = self._ready = True
+            if self.hung_up is not None:
+                self.hung_up()
+        if events & _IN:
+            self._ready = True
+        if self._ready and self._reader is not None:
+            take = self._take
+            more = take is not None and self._take_some(take)
+            if not more or self._ready:
+                self._wake_reader(more)
+
+    def failed(self) -> None:
+        """A write has failed. Between tasks."""
+        if self.hung_up is not None:
+            self.hung_up()
+        self._wake_writer()
+        if self._reader is not None:
+            self._wake_reader(more=True)
+
+    def _wake_reader(self, more: bool) -> None:
+        reader, self._reader = self._reader, None
+        self._take = None
+        assert reader is not None
+        reschedule(reader, outcome.Value(more))
+
+    def _wake_writer(self) -> None:
+        if self._late_task is not None and (self.broken or not self._late):
+            task, self._late_task = self._late_task, None
+            reschedule(task)
+
+
+class Hub(trio.abc.Instrument):
+    """All wires of one run of Trio, as its own I/O manager has all other sockets."""
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.wires: dict[int, Wire] = {}
+        self.written: list[Wire] = []
+        self._failed: list[Wire] = []
+        self._token = trio.lowlevel.current_trio_token()
+        self.in_trios_epoll = _put_into_trios_epoll(self.epoll.fileno())
+
+    @classmethod
+    def of_this_run(cls) -> Hub:
+        """The one of the running loop, made with its first wire."""
+        hub = _hub.get(None)
+        if hub is None:
+            hub = cls()
+            _hub.set(hub)
+            trio.lowlevel.add_instrument(hub)
+            trio.lowlevel.spawn_system_task(hub._keep_waiting)
+        return hub
+
+    def add(self, wire: Wire) -> None:
+        self.epoll.register(wire.fileno, _EVENTS)
+        self.wires[wire.fileno] = wire
+
+    def tell_soon(self, wire: Wire) -> None:
+        """Its write has failed, perhaps while the loop was about to wait."""
+        self._failed.append(wire)
+        self._token.run_sync_soon(self._tell, idempotent=True)
+
+    def _tell(self) -> None:
+        failed, self._failed = self._failed, []
+        for wire in failed:
+            wire.failed()
+
+    async def _keep_waiting(self) -> None:
+        """Have the loop wake up for our epoll, until the run ends."""
+        fileno = self.epoll.fileno()
+        try:
+            if self.in_trios_epoll:
+                await trio.sleep_forever()
+            while True:
+                await trio.lowlevel.wait_readable(fileno)
+        finally:
+            trio.lowlevel.remove_instrument(self)
+            self.epoll.close()
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Every task has had its turn: send what they wrote."""
+        written = self.written
+        if written:
+            self.written = []
+            for wire in written:
+                wire.flush()
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Wake those for whom something has come."""
+        wires = self.wires
+        for fileno, events in self.epoll.poll(0, _MOST_EVENTS):
+            wire = wires.get(fileno)
+            if wire is None:
+                continue
+            try:
+                wire.happened(events)
+            except Exception:
+                # Trio would drop the instrument, and all wires with it.
+                log.exception("a connection failed")
+
+
+def _put_into_trios_epoll(fileno: int) -> bool:
+    """Have the loop wake up for a descriptor without a task that asks for it again and again.
+
+    What it finds there and nobody waits for, Trio passes over. Its epoll is not public: False if
+    it is not where it used to be (Trio 0.31 to 0.35).
+    """
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        epoll: select.epoll = GLOBAL_RUN_CONTEXT.runner.io_manager._epoll
+    except (ImportError, AttributeError):
+        return False
+    epoll.register(fileno, select.EPOLLIN)
+    return True
+
+
+_hub: trio.lowlevel.RunVar[Hub | None] = trio.lowlevel.RunVar("vllm_router.wires", None)
