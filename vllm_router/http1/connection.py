@@ -16,6 +16,7 @@ from vllm_router.http1.request import (
     HTTP2_PREFACE,
     ChunkedBody,
     Head,
+    KnownHead,
     check_partial,
     read_head,
     without_empty_lines,
@@ -64,6 +65,7 @@ class Connection:
         "_handed_over",
         "_head",
         "_hung_up",
+        "_known",
         "_left",
         "_limits",
         "_local",
@@ -99,6 +101,7 @@ class Connection:
         # Bytes behind the current request.
         self._buffer = bytearray()
         # The current request, and its body as far as it has come.
+        self._known = KnownHead()
         self._head: Head | None = None
         self._answer: Answer | None = None
         self._finished: trio.Event | None = None
@@ -346,17 +349,11 @@ class Connection:
         """`data` starts with a whole head of `end` bytes. Raises Refusal."""
         if end > self._limits.max_head_bytes:
             raise too_large()
-        accepts = self._server.accepts
-        if accepts is not None and data.startswith(HTTP2_PREFACE):
-            self._hand_over(data)
-            return
-        line = request_line(data[: data.find(b"\r\n")])
-        method, target, _ = line
-        check_method(method)
-        if accepts is not None and not accepts(method, split_target(method, target)[0]):
-            self._hand_over(data)
-            return
-        head = read_head(data[:end], line)
+        head = self._known.read(data, end)
+        if head is None:
+            head = self._read_new(data, end)
+            if head is None:
+                return
         self._head = head
         self._answer = Answer(head)
         self._delivered = False
@@ -379,6 +376,22 @@ class Connection:
             self.deadline = math.inf
             if end < len(data):
                 self._take_body(data[end:])
+
+    def _read_new(self, data: bytes, end: int) -> Head | None:
+        """A head that is not the same as the last; None if it is handed over. Raises Refusal."""
+        accepts = self._server.accepts
+        if accepts is not None and data.startswith(HTTP2_PREFACE):
+            self._hand_over(data)
+            return None
+        line = request_line(data[: data.find(b"\r\n")])
+        method, target, _ = line
+        check_method(method)
+        if accepts is not None and not accepts(method, split_target(method, target)[0]):
+            self._hand_over(data)
+            return None
+        head = read_head(data[:end], line)
+        self._known.note(data[:end], head)
+        return head
 
     def _hand_over(self, data: bytes) -> None:
         self._handed_over = data

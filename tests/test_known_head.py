@@ -1,0 +1,102 @@
+"""A connection's repeated heads are not parsed again, and mean what they mean when parsed."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.http1.headers import Refusal, request_line
+from vllm_router.http1.request import Head, KnownHead, read_head
+
+HEAD = b"POST /v1/score?q=1 HTTP/1.1\r\nHost: h\r\nContent-Length: %b\r\nX-Y:  z \r\n\r\n"
+
+
+def parsed(data: bytes) -> Head:
+    return read_head(data, request_line(data[: data.find(b"\r\n")]))
+
+
+def seen(head: Head) -> tuple:
+    return (
+        head.method,
+        head.path,
+        head.query,
+        head.http_version,
+        head.headers,
+        head.content_length,
+        head.chunked,
+        head.keep_alive,
+        head.expects_continue,
+    )
+
+
+def knowing(data: bytes) -> KnownHead:
+    known = KnownHead()
+    known.note(data, parsed(data))
+    return known
+
+
+def test_same_head_with_another_length_is_known():
+    known = knowing(HEAD % b"5")
+    for length in (b"5", b"0", b"123456", b"007"):
+        data = HEAD % length
+        head = known.read(data + b"body", len(data))
+        assert head is not None
+        assert seen(head) == seen(parsed(data))
+
+
+def test_fields_of_an_earlier_request_are_left_alone():
+    known = knowing(HEAD % b"5")
+    first = known.read(HEAD % b"6", len(HEAD % b"6"))
+    assert first is not None
+    fields = first.headers
+    known.read(HEAD % b"77", len(HEAD % b"77"))
+    assert (b"content-length", b"6") in fields
+
+
+def test_whatever_else_differs_is_parsed():
+    known = knowing(HEAD % b"5")
+    for other in (
+        HEAD.replace(b"POST", b"PUT ") % b"5",
+        HEAD.replace(b"X-Y", b"X-Z") % b"5",
+        HEAD.replace(b"z ", b"z") % b"5",
+        HEAD.replace(b"\r\n\r\n", b"\r\nA: b\r\n\r\n") % b"5",
+        HEAD % b"",
+        HEAD % b"-1",
+        HEAD % b"+5",
+        HEAD % b"5, 5",
+        HEAD % b"5\r\nContent-Length: 6",
+        HEAD % b"5\r\nTransfer-Encoding: chunked",
+        HEAD % b"1234567890123456789",
+        HEAD % b"\xb2",
+    ):
+        assert known.read(other, len(other)) is None
+
+
+def test_only_lengths_are_left_open():
+    for data in (
+        b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n",
+    ):
+        assert knowing(data).read(data, len(data)) is None
+
+
+_name = st.sampled_from([b"Host", b"content-LENGTH", b"X-Content-Length", b"Connection", b"A"])
+_value = st.sampled_from([b"h", b"5", b"close", b"\r\ncontent-length: 7", b"12 ", b"\t3", b"x:5"])
+_heads = st.lists(st.tuples(_name, _value), max_size=5).map(
+    lambda fields: (
+        b"POST / HTTP/1.1\r\n" + b"".join(b"%b: %b\r\n" % field for field in fields) + b"\r\n"
+    )
+)
+
+
+@given(_heads, _heads)
+def test_known_or_not_it_means_the_same(first: bytes, second: bytes):
+    try:
+        known = knowing(first)
+    except Refusal:
+        return
+    for data in (first, second):
+        head = known.read(data, len(data))
+        if head is not None:
+            assert seen(head) == seen(parsed(data))
