@@ -22,7 +22,7 @@ from vllm_router.log_config import LogSettings
 from vllm_router.log_output import LogOutput, Overrides
 from vllm_router.log_writer import FileTarget, LineWriter, StreamTarget
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.routing.facts import Facts
+from vllm_router.routing.facts import Facts, read_facts
 from vllm_router.routing.retry import Outcome
 from vllm_router.simulate.replay import read_log
 from web_harness import make_record
@@ -94,6 +94,29 @@ def test_text_line_is_read_by_people():
         "stream=yes attempts=0 retries=lost,full ttft=0.100 duration=1.000 bytes_in=100 "
         "bytes_out=1000 prompt_tokens=12 client=192.0.2.7 request_id=id-1"
     )
+
+
+def test_text_line_tells_what_the_fields_are_but_for_chunks_and_prefix():
+    record = make_record(
+        50.0,
+        retries=[Outcome.LOST],
+        attempts=2,
+        code="c",
+        served_model="served",
+        policy="adaptive",
+        waited=0.5,
+        prompt_tokens=12,
+        cached_tokens=8,
+        completion_tokens=30,
+    )
+    body = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
+    facts = read_facts(
+        b"/v1/chat/completions", b"application/json", body, b"s", with_prompt=True, shortest=0
+    )
+    whole = Ended(1_000_000.0, record, facts, "trace")
+    told = [pair.partition("=")[0] for pair in text_line(whole).split() if "=" in pair]
+    in_front = {"time", "level", "logger", "method", "path", "status", "outcome"}
+    assert told == [key for key in fields(whole) if key not in in_front | {"chunks", "prefix"}]
 
 
 def test_failed_exchange_is_a_warning_with_its_code():

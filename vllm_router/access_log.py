@@ -100,31 +100,58 @@ def json_line(ended: Ended) -> str:
     return line if line.isprintable() else json.dumps(values).replace("\x7f", "\\u007f")
 
 
-_LEFT_OUT = frozenset({"time", "level", "logger", "method", "path", "status", "outcome", "chunks"})
-"""Of a text line's pairs; `prefix`, too long to be read, with them."""
-
-
 def text_line(ended: Ended) -> str:
-    """`2026-01-31T12:00:00.000Z INFO    access: POST /v1/... 200 answered server=a model=m ...`."""
-    values = fields(ended)
-    values.pop("prefix", None)
-    head = f"{values['time']} {values['level'].upper():<7} access: {values['method']}"
-    parts = [f"{head} {values['path']} {values['status']} {values['outcome']}"]
-    for key, value in values.items():
-        if key not in _LEFT_OUT:
-            kind = type(value)
-            if kind is str:
-                shown = value if _PLAIN(value) else json.dumps(value, ensure_ascii=False)
-            elif kind is float:
-                shown = f"{value:.3f}"
-            elif kind is int:
-                shown = value
-            elif kind is bool:
-                shown = "yes" if value else "no"
-            else:
-                shown = ",".join(value)
-            parts.append(f"{key}={shown}")
+    """`2026-01-31T12:00:00.000Z INFO    access: POST /v1/... 200 answered server=a model=m ...`.
+
+    What `fields` tells, but for chunks and prefix, in its order; written out, as it is made for
+    every request.
+    """
+    at, record, facts, trace_id = ended
+    took = record.ended_at - record.started_at
+    level = "WARNING" if failed(record) else "INFO   "
+    path = record.path[:LONGEST].decode("latin-1")
+    head = f"{timestamp(at - took)} {level} access: {record.method} {path} {record.status}"
+    parts = [head, outcome_label(record)]
+    add = parts.append
+    if record.code:
+        add(f"code={_shown(record.code)}")
+    if record.server is not None:
+        add(f"server={_shown(record.server.name)}")
+    if record.model is not None:
+        add(f"model={_shown(record.model[:LONGEST])}")
+    if record.served_model is not None:
+        add(f"served_model={_shown(record.served_model)}")
+    if record.policy:
+        add(f"policy={record.policy}")
+    add(f"stream={'yes' if record.stream else 'no'} attempts={record.attempts}")
+    if record.retries:
+        add(f"retries={','.join([reason.value for reason in record.retries])}")
+    if record.waited:
+        add(f"waited={record.waited:.3f}")
+    if record.first_byte_at:
+        add(f"ttft={record.first_byte_at - record.started_at:.3f}")
+    add(f"duration={took:.3f} bytes_in={record.bytes_in} bytes_out={record.bytes_out}")
+    if record.prompt_tokens is not None:
+        add(f"prompt_tokens={record.prompt_tokens}")
+        if record.cached_tokens is not None:
+            add(f"cached_tokens={record.cached_tokens}")
+        if record.completion_tokens is not None:
+            add(f"completion_tokens={record.completion_tokens}")
+    identifier = record.request_id.decode("latin-1")
+    add(f"client={_shown(record.client)} request_id={_shown(identifier)}")
+    if trace_id is not None:
+        add(f"trace_id={trace_id}")
+    if facts is not None:
+        if facts.session is not None:
+            add(f"session={_pseudonym(facts.session)}")
+        if facts.prompt.size:
+            add(f"prompt_bytes={facts.prompt.size}")
     return visible(" ".join(parts))
+
+
+def _shown(value: str) -> str:
+    """A value that cannot be taken for more than one."""
+    return value if _PLAIN(value) else json.dumps(value, ensure_ascii=False)
 
 
 def fields(ended: Ended) -> dict[str, Any]:
