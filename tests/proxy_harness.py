@@ -82,6 +82,7 @@ class Client:
         with self._task:
             await self._rig.proxy(self._scope, self._receive, self._send)
         self.got.took = trio.current_time() - began
+        await trio.lowlevel.cancel_shielded_checkpoint()  # recorders are told at the turn's end
         self.done = True
         return self.got
 

@@ -145,6 +145,7 @@ async def test_reasons_and_phases_are_there_before_the_first_of_them():
 async def test_attempts_are_counted_by_how_they_ended():
     lab = Lab()
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
+    await trio.lowlevel.checkpoint()  # recorders are told at the turn's end
     found = await samples(lab)
     assert pick(found, "attempts_total", server="a", outcome="lost") == 1
 

@@ -247,6 +247,7 @@ class Hub(trio.abc.Instrument):
         self.wires: dict[int, Wire] = {}
         self.written: list[Wire] = []
         self._failed: list[Wire] = []
+        self._at_end: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
         self.in_trios_epoll = _put_into_trios_epoll(self.epoll.fileno())
 
@@ -287,8 +288,19 @@ class Hub(trio.abc.Instrument):
             trio.lowlevel.remove_instrument(self)
             self.epoll.close()
 
+    def at_turns_end(self, call: Callable[[], None]) -> None:
+        """Have it called once, when every task has had its turn, before anything is sent."""
+        self._at_end.append(call)
+
     def before_io_wait(self, timeout: float) -> None:
         """Every task has had its turn: send what they wrote."""
+        if self._at_end:
+            calls, self._at_end = self._at_end, []
+            for call in calls:
+                try:
+                    call()
+                except Exception:
+                    log.exception("something put off to the end of the loop's turn failed")
         written = self.written
         if written:
             self.written = []

@@ -15,6 +15,7 @@ from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
+from vllm_router.http1.wires import Hub
 from vllm_router.limits import Usage
 from vllm_router.limits_config import LimitsConfig
 from vllm_router.proxy.exchange import Exchange, stopping
@@ -70,6 +71,8 @@ class Proxy:
         """There if `[limits]` are."""
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
+        self._ended_attempts: list[tuple[Server, Outcome]] = []
+        self._ended: list[Record] = []
         self._rng = rng
         self._tls = tls
         self.policies = PolicySet(rng, config.settings.policy, {}, Knobs.of(config.settings))
@@ -141,6 +144,7 @@ class Proxy:
             link.pool.close()
 
     def close(self) -> None:
+        self.tell()
         for link in self.links.values():
             link.pool.close()
 
@@ -153,15 +157,32 @@ class Proxy:
     # -- what exchanges report ----------------------------------------------------------------
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        for recorder in self._recorders:
-            recorder.attempt_ended(server, outcome)
+        if not self._ended_attempts:
+            Hub.of_this_run().at_turns_end(self.tell)
+        self._ended_attempts.append((server, outcome))
 
     def ended(self, record: Record) -> None:
-        for recorder in self._recorders:
-            recorder.exchange_ended(record)
-        record.facts = record.trace = None
+        if not self._ended:
+            Hub.of_this_run().at_turns_end(self.tell)
+        self._ended.append(record)
         if not self.exchanges:
             self._empty.set()
+
+    def tell(self) -> None:
+        """Tell the recorders of what has ended in this turn of the loop, before its clients hear.
+
+        One recorder after the other, not one exchange after the other: what takes 15 µs by itself
+        takes 5 where the processor's caches are warm.
+        """
+        attempts, self._ended_attempts = self._ended_attempts, []
+        records, self._ended = self._ended, []
+        for recorder in self._recorders:
+            for server, outcome in attempts:
+                recorder.attempt_ended(server, outcome)
+            for record in records:
+                recorder.exchange_ended(record)
+        for record in records:
+            record.facts = record.trace = None
 
     def jitter(self) -> float:
         """A factor for ejection times: servers that fell together must not return together."""
