@@ -25,6 +25,7 @@ _CONNECTION_FIELDS = frozenset(
         b"upgrade",
     }
 )
+_OF_OUR_CONCERN = _CONNECTION_FIELDS | {b"content-length", b"date"}
 
 
 class Answer:
@@ -94,16 +95,17 @@ class Answer:
         dated = False
         for name, value in start.get("headers", ()):
             field = name.lower()
-            if field in _CONNECTION_FIELDS:
-                if field == b"connection" and b"close" in value.lower():
-                    close = True
-                continue
-            if field == b"content-length":
-                length = int(value)
-                if status == 204:  # RFC 9110 8.6: MUST NOT
+            if field in _OF_OUR_CONCERN:
+                if field == b"content-length":
+                    length = int(value)
+                    if status == 204:  # RFC 9110 8.6: MUST NOT
+                        continue
+                elif field == b"date":
+                    dated = True
+                else:
+                    if field == b"connection" and b"close" in value.lower():
+                        close = True
                     continue
-            elif field == b"date":
-                dated = True
             lines.append(b"%b: %b\r\n" % (field, value))
         if not dated:
             lines.append(b"date: %b\r\n" % http_date())

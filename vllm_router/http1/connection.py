@@ -181,7 +181,8 @@ class Connection:
         """One request after the other, until the connection ends or is somebody else's."""
         server, limits = self._server, self._limits
         patience = limits.header_timeout if server.draining else limits.keep_alive_timeout
-        self.deadline = trio.current_time() + patience
+        now = server.now
+        self.deadline = now() + patience
         while True:
             head = self._head
             while head is None:
@@ -199,7 +200,7 @@ class Connection:
                 return
             self._head = self._answer = self._finished = None
             self._pieces.clear()
-            self.deadline = trio.current_time() + limits.keep_alive_timeout
+            self.deadline = now() + limits.keep_alive_timeout
             if self._buffer:
                 data = bytes(self._buffer)
                 self._buffer.clear()
@@ -307,9 +308,9 @@ class Connection:
                 data = without_empty_lines(data)
                 if not data:
                     return
-            self.deadline = trio.current_time() + self._limits.header_timeout
             end = data.find(b"\r\n\r\n") + 4
             if end < 4:
+                self.deadline = self._server.now() + self._limits.header_timeout
                 self._keep_partial(data)
             else:
                 self._begin(data, end)
@@ -399,7 +400,7 @@ class Connection:
 
     async def _read_body(self) -> None:
         """Wait for more of the current request's body; only now can its client be too slow."""
-        limits, now = self._limits, trio.current_time()
+        limits, now = self._limits, self._server.now()
         credit = self._body_received / limits.min_body_rate - self._body_waited
         self.deadline = now + limits.body_read_timeout + min(0.0, credit)
         self._reading = True
@@ -408,7 +409,7 @@ class Connection:
         finally:
             self._reading = False
             self.deadline = math.inf
-            self._body_waited += trio.current_time() - now
+            self._body_waited += self._server.now() - now
         if data:
             try:
                 self._take_body(data)

@@ -183,7 +183,7 @@ class Attempt:
             )
             await connection.send(head, request.body)
             if not record.sent_at:
-                record.sent_at = trio.current_time()
+                record.sent_at = self._proxy.now()
             return await self._receive_answer(connection, await connection.read_head(), scope)
         except OwnFault:
             return Outcome.OWN_FAULT
@@ -211,7 +211,7 @@ class Attempt:
         lease = self._lease
         status, fields = answer.status, dict(answer.headers)
         outcome = Outcome.ANSWERED
-        lease.last_byte_at = trio.current_time()
+        lease.last_byte_at = self._proxy.now()
         trace = self._exchange.record.trace
         if trace is not None:
             trace.answered(status)
@@ -339,7 +339,7 @@ class Attempt:
 
     def _heard(self) -> float:
         """Bytes have just come from the server; the time."""
-        now = trio.current_time()
+        now = self._proxy.now()
         self._lease.last_byte_at = self._server.last_byte_at = now
         return now
 
@@ -400,10 +400,11 @@ class Attempt:
         The deadline is moved at most 16 times per idle timeout, not for every piece: moving it
         costs as much as reading.
         """
-        self._lease.last_byte_at = self._server.last_byte_at = now = trio.current_time()
-        idle = self._proxy.settings.idle_timeout
-        slack = idle / DEADLINE_MOVES
-        if now - self._moved > slack:
+        proxy = self._proxy
+        self._lease.last_byte_at = self._server.last_byte_at = now = proxy.now()
+        if now - self._moved > proxy.settings.idle_timeout / DEADLINE_MOVES:
+            idle = proxy.settings.idle_timeout
+            slack = idle / DEADLINE_MOVES
             self._moved = now
             scope.deadline = min(now + idle + slack, self._exchange.deadline)
 

@@ -85,7 +85,7 @@ class Exchange:
         client = scope.get("client")
         self._fields = fields = dict(scope["headers"])
         self.record = Record(
-            trio.current_time(),
+            proxy.now(),
             scope["method"],
             scope["raw_path"],
             client[0] if client else "unknown",
@@ -149,7 +149,7 @@ class Exchange:
                 proxy.usage.leave(key, trio.current_time() - record.started_at)
             if record.phase is not Phase.DONE and record.outcome is None:
                 record.outcome = Outcome.STOPPED if proxy.stopping else Outcome.CLIENT_GONE
-            record.ended_at = trio.current_time()
+            record.ended_at = proxy.now()
             proxy.ended(record)
 
     async def _read(self) -> None:
@@ -284,7 +284,7 @@ class Exchange:
                 # Without these two, nothing of the exchange would go before a garbage collection.
                 self.attempt = lease.interrupt = None
                 lease.release()
-                now = trio.current_time()
+                now = proxy.now()
                 if trace is not None:
                     trace.attempt_ended(outcome, now)
                 failed = outcome is not None and RULES[outcome].blames

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 from random import Random
@@ -62,6 +62,8 @@ class Proxy:
         self.poison = Poison()
         self.exchanges: set[Exchange] = set()
         self.links: dict[Server, Link] = {}
+        self.now: Callable[[], float] = trio.lowlevel.current_clock().current_time
+        """trio.current_time, without its two detours."""
         self.stopping = False
         self.wants_usage = self.wants_prompt = False
         self.tracer: Tracer | None = None

@@ -122,7 +122,7 @@ async def read_request(
     bodies.check(int(length or 0))
     body = await _read_body(receive, limit, bodies, proxy.settings.body_timeout if bound else None)
     record.bytes_in = len(body)
-    record.body_read_at = trio.current_time()
+    record.body_read_at = proxy.now()
     record.phase = Phase.QUEUE
     request = Request(proxy, scope, fields, body)
     record.facts = facts = request.facts
