@@ -180,3 +180,45 @@ def test_prefix_never_overrides_a_server_busier_than_the_rest():
     policy.leased(four[2].lease(0.0), facts, 0.0)
     load(four[2], 6)
     assert policy.pick(four, facts, 1.0) is not four[2]
+
+
+# -- other routers' ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chwbl", "chwbl-prefix"])
+def test_consistent_hashing_stays_until_the_bound_is_reached(name: str):
+    policy, four = make(name), servers()
+    facts = asking(b"x" * 1000)
+    home = policy.pick(four, facts, 0.0)
+    assert {policy.pick(four[::-1], facts, 0.0) for _ in range(5)} == {home}
+    for server in four:
+        load(server, 4)
+    load(home, 1)
+    assert policy.pick(four, facts, 0.0) is home  # 5 of a mean of 4.5
+    load(home, 1)
+    assert policy.pick(four, facts, 0.0) is not home
+
+
+def test_consistent_hashing_goes_by_the_question_or_by_the_beginning():
+    system = b"s" * 2000
+    four = servers()
+    asked = [asking(system + bytes([n]) * 500) for n in range(32)]
+    for name, homes in (("chwbl", 4), ("chwbl-prefix", 1)):
+        policy = make(name)
+        assert len({policy.pick(four, facts, 0.0) for facts in asked}) == homes
+
+
+def test_llm_d_sticks_to_a_server_with_the_prefix_until_it_is_saturated():
+    policy, four = make("llm-d-sticky"), servers()
+    facts = asking(b"x" * 8000)
+
+    def send(server: Server, what: Facts) -> None:
+        policy.leased(server.lease(0.0), what, 0.0)
+
+    first = policy.pick(four, facts, 0.0)
+    send(first, facts)
+    assert policy.pick(four, facts, 0.0) is first
+    send(first, asking(b"y" * 1_100_000))
+    assert policy.pick(four, facts, 0.0) is first
+    send(first, asking(b"z" * 100_000))
+    assert policy.pick(four, facts, 0.0) is not first

@@ -2,8 +2,9 @@
 
 They see the same servers, the same health and the same metrics as ours; `scrape_interval` is how
 old the metrics are where theirs are fresher. Sources: the defaults of vllm-router 0.1.17
-(`router_args.py`), the llm-d scheduler's documented scorers, LMetric (arXiv 2025), the ancestor's
-`load_balancer.py`, production-stack's `routing_logic.py`.
+(`router_args.py`), the llm-d scheduler's documented scorers and its guide's optimized baseline,
+KubeAI's `PrefixHash`, LMetric (arXiv 2025), the ancestor's `load_balancer.py`, production-stack's
+`routing_logic.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from vllm_router.routing.hashing import preference
 from vllm_router.routing.pieces import pieces_in
 from vllm_router.routing.policies.base import Knobs, Policy
-from vllm_router.routing.prefix_book import PrefixBook
+from vllm_router.routing.prefix_book import BYTES_PER_TOKEN, PrefixBook
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -131,33 +133,20 @@ class LoadAwarePrefix(_Remembering):
         return self.lowest([(server.load, server) for server in short or candidates])
 
 
-class LMetric(_Remembering):
-    """Tokens to be computed, queued ones included, times requests there: no weights to tune."""
-
-    name = "lmetric"
+class _Queueing(_Remembering):
+    """Knows how much of the prompts sent to each server has not been computed yet, in bytes."""
 
     def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
         super().__init__(rng, knobs)
         self._queued: dict[Server, float] = {}
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        matches = self.matches(candidates, facts)
-        size = facts.prompt.size
-        return self.lowest(
-            [
-                (
-                    (self._queued.get(server, 0.0) + size - matches.get(server, 0) + 1.0)
-                    * (server.running + server.waiting + 1.0),
-                    server,
-                )
-                for server in candidates
-            ]
-        )
+    def queued(self, server: Server) -> float:
+        return self._queued.get(server, 0.0)
 
     def leased(self, lease: Lease, facts: Facts, now: float) -> None:
         server = lease.server
         new = facts.prompt.size - self.book.matched_bytes(server, facts.prompt)
-        self._queued[server] = self._queued.get(server, 0.0) + new
+        self._queued[server] = self.queued(server) + new
         lease.booking = float(new)
         super().leased(lease, facts, now)
 
@@ -168,6 +157,79 @@ class LMetric(_Remembering):
 
     def ended(self, lease: Lease, now: float, *, failed: bool) -> None:
         self.first_byte(lease)
+
+
+class LMetric(_Queueing):
+    """Tokens to be computed, queued ones included, times requests there: no weights to tune."""
+
+    name = "lmetric"
+
+    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+        matches = self.matches(candidates, facts)
+        size = facts.prompt.size
+        return self.lowest(
+            [
+                (
+                    (self.queued(server) + size - matches.get(server, 0) + 1.0)
+                    * (server.running + server.waiting + 1.0),
+                    server,
+                )
+                for server in candidates
+            ]
+        )
+
+
+class LlmdSticky(_Queueing):
+    """llm-d's optimized baseline: servers that have 80 % of the prompt, unless they need 18 s
+    longer than the others for what they have to compute (its default, at 15928 tokens/s); of the
+    rest, the fewest tokens to be computed."""
+
+    name = "llm-d-sticky"
+    sticky_from, penalty = 0.8, 18.0 * 15_928 * BYTES_PER_TOKEN
+
+    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+        matches = self.matches(candidates, facts)
+        pieces = max(1, pieces_in(facts.prompt.size))
+        sticky = [
+            server
+            for server in candidates
+            if pieces_in(matches.get(server, 0)) / pieces >= self.sticky_from
+        ]
+        others = [self.queued(server) for server in candidates if server not in sticky]
+        if sticky and others:
+            late = min(map(self.queued, sticky)) - min(others)
+            sticky = sticky if late <= self.penalty else []
+        return self.lowest([(self.queued(s) - matches.get(s, 0), s) for s in sticky or candidates])
+
+
+class Chwbl(_Remembering):
+    """Consistent hashing with bounded loads as in KubeAI: by the beginning of the first question,
+    which is the conversation here; the next server where this one has more than 1.25 times the
+    mean of the requests in flight."""
+
+    name = "chwbl"
+    bound = 1.25
+
+    def key(self, facts: Facts) -> int:
+        return facts.prompt.conversation
+
+    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+        mean = (sum(server.in_flight for server in candidates) + 1) / len(candidates)
+        order = preference(self.key(facts), candidates)
+        return next((s for s in order if s.in_flight <= self.bound * mean), order[0])
+
+    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
+        pass
+
+
+class ChwblPrefix(Chwbl):
+    """The same by the beginning of the prompt, so that whoever shares a system prompt meets."""
+
+    name = "chwbl-prefix"
+
+    def key(self, facts: Facts) -> int:
+        prompt = facts.prompt
+        return prompt.chain[0] if prompt.chain else prompt.conversation
 
 
 class PrefixOnly(_Remembering):
@@ -184,6 +246,7 @@ class PrefixOnly(_Remembering):
 RIVALS: dict[str, type[Policy]] = {
     rival.name: rival
     for rival in (
-        LeastInFlight, Ancestor, CacheAware, LlmdBlend, LoadAwarePrefix, LMetric, PrefixOnly
+        LeastInFlight, Ancestor, CacheAware, Chwbl, ChwblPrefix, LlmdBlend, LlmdSticky,
+        LoadAwarePrefix, LMetric, PrefixOnly,
     )
 }  # fmt: skip
