@@ -6,10 +6,12 @@ from collections import Counter
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Lease, Server
+from vllm_router.fleet.server import Journal, Lease, Server
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.pieces import Prompt, cut
 from vllm_router.routing.policies import Knobs
@@ -144,6 +146,88 @@ def test_score_is_the_documented_formula():
         it.send(asking(letter * 4000), a)
     a_score = it.scores(asking(CONTEXT[:8192]))["s0"]
     assert a_score == pytest.approx((1 + 2 + (2 * 2000 + 2048 * (1 + 0.25 * 2)) / 500) / 4)
+
+
+STEPS = st.tuples(
+    st.sampled_from(["send", "send elsewhere", "begin", "end", "fail", "scrape", "wait", "out"]),
+    st.integers(0, 5),
+    st.integers(0, 3),
+)
+
+
+@given(st.lists(STEPS, max_size=60), st.booleans())
+def test_score_is_the_sum_of_the_terms_that_are_explained_whatever_happened(
+    steps: list[tuple[str, int, int]], others: bool
+):
+    """Scores are kept as things happen; their terms are read when they are asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "LONGEST", 7)  # so that changes are missed, too
+        it = Situation(count=6)
+        leases: list[Lease] = []
+        texts = [asking(CONTEXT[: 700 * n], conversation=n, shared=512) for n in (0, 1, 3, 9)]
+        for what, place, text in steps:
+            server, facts = it.servers[place], texts[text]
+            if what == "send":
+                leases.append(it.send(facts))
+            elif what == "send elsewhere":
+                server.lease(it.now)  # by another policy
+            elif what == "scrape":
+                server.scraped(gauges(place + (50 if others else 0), text), it.now, 0)
+            elif what == "out":
+                server.refused(it.now, None)
+            elif what == "wait":
+                it.wait(0.03 + text)
+            elif leases:
+                lease = leases[place % len(leases)]
+                if what == "begin":
+                    it.policy.first_byte(lease)
+                else:
+                    leases.remove(lease)
+                    it.end(lease, failed=what == "fail")
+            for row in it.policy.explain(it.candidates, facts, it.now):
+                assert row.score == pytest.approx(score_of(row.parts), rel=1e-6)
+
+
+@pytest.mark.parametrize("system", range(7))
+@pytest.mark.parametrize("whole", range(3))
+def test_each_server_is_charged_for_what_it_does_not_have(system: int, whole: int):
+    it = Situation(count=6)
+    for server in it.servers[:system]:
+        it.serve(asking(CONTEXT[:4096]), server)
+    for server in it.servers[3 : 3 + whole]:
+        it.serve(asking(CONTEXT[:16_384]), server)
+    it.send(NOTHING, it.servers[1])
+    rows = {row.server: row for row in it.policy.explain(it.candidates, LONG, it.now)}
+    for place, server in enumerate(it.servers):
+        cached = 4096 if 3 <= place < 3 + whole else 1024 if place < system else 0
+        assert rows[server].parts["cached_tokens"] == cached
+        best = 4096 if whole else 1024 if system else 0
+        assert rows[server].parts["waste_tokens"] == best - cached
+        assert rows[server].score == pytest.approx(score_of(rows[server].parts))
+
+
+def score_of(parts: dict[str, float], per_request: float = 1000.0, growth: float = 0.5) -> float:
+    """The documented formula."""
+    load = parts["load"]
+    tokens = 2 * parts["queued_tokens"] + parts["waste_tokens"] * (1 + growth * load)
+    share = parts["share"] * parts["slow_start"]
+    return parts["slow"] * (1 + load - parts["home"] + tokens / per_request) / share
+
+
+def test_a_pick_reads_only_what_has_changed():
+    it = Situation(count=50)
+    it.send(NOTHING)
+    board = it.policy._board(it.candidates, "m", it.now)
+    measured = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(type(board), "_measure", lambda self, place: measured.append(place))
+    try:
+        it.servers[7].lease(it.now)
+        it.pick(NOTHING)
+        it.pick(NOTHING)
+    finally:
+        patch.undo()
+    assert measured == [7]
 
 
 def test_prefix_never_overrides_a_server_with_much_more_to_do_than_the_rest():
@@ -534,11 +618,7 @@ def test_score_is_made_of_the_terms_that_are_shown(others: bool):
         shown = it.policy.explain(it.candidates, facts, it.now)
         assert [row.score for row in shown] == sorted(row.score for row in shown)
         for row in shown:
-            of = row.parts
-            waste = of["waste_tokens"] * (1 + 0.5 * of["load"])
-            terms = 1 + of["load"] + (2 * of["queued_tokens"] + waste) / 1000 - of["home"]
-            score = of["slow"] * terms / (of["share"] * of["slow_start"])
-            assert row.score == pytest.approx(score), row.server
+            assert row.score == pytest.approx(score_of(row.parts)), row.server
         before = it.pick(facts)
         assert it.scores(facts)[before.name] == pytest.approx(shown[0].score)
     assert any(it.parts(opening, one)["home"] for one in it.servers) is others

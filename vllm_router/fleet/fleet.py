@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from vllm_router.config import Config, ServerConfig, Settings
-from vllm_router.fleet.server import PACE, Server, State, Transition
+from vllm_router.fleet.server import PACE, Journal, Server, State, Transition
 from vllm_router.routing.models import Models
 
 OUTLIER_VOLUME = 10
@@ -47,6 +47,7 @@ class Fleet:
         self.leaving: list[Server] = []
         self.settings: Settings = config.settings
         self.names = Models(config.models)
+        self.journal = Journal()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
         """Called with the time when who may be asked may have changed."""
@@ -77,6 +78,7 @@ class Fleet:
             if server is None:
                 server = self._returning(wanted) or self._new_server(wanted, settings)
                 server.joined = bool(old)
+                server.journal = self.journal
                 added.append(server)
             else:
                 kept.append(server)

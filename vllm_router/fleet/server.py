@@ -81,6 +81,17 @@ class Lease:
         self.server.end_lease(self)
 
 
+class Journal:
+    """`servers` whose load has changed, in order, for those who keep figures made of loads. Once
+    it is long another list is begun: who holds the old one has missed something.
+    """
+
+    LONGEST = 4096
+
+    def __init__(self) -> None:
+        self.servers: list[Server] = []
+
+
 class Server:
     """A server of the fleet. `load` and `state` are current at any time."""
 
@@ -99,6 +110,8 @@ class Server:
         self.cap = _cap_of(config)
         """Requests of ours that it may have at once; infinite unless `[limits]` says so."""
         self._on_change = on_change
+        self.journal = Journal()
+        """The fleet's, if it is in one."""
         rules = health_rules(settings)
         self.probe_health = ProbeHealth(rules)
         self.traffic_health = TrafficHealth(rules)
@@ -225,6 +238,14 @@ class Server:
         if self.moving:
             self.work = work = work + self.ghosts
             self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
+        self.touch()
+
+    def touch(self) -> None:
+        """Its load has changed, or something that a policy adds to it."""
+        servers = self.journal.servers
+        servers.append(self)
+        if len(servers) > Journal.LONGEST:
+            self.journal.servers = []
 
     def move(self, now: float) -> bool:
         """Bring up to date what changes with time alone; False once nothing does any more.

@@ -216,6 +216,7 @@ class Booking:
             self.waiting = False
             account = self.account
             account.queued = max(0.0, account.queued - self.uncached)
+            account.server.touch()
             account.begun_hits += self.cached
 
 

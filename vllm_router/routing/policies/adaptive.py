@@ -4,9 +4,8 @@
 
 The lowest wins, equals at random. docs/routing.md explains every term with an example; with
 nothing cached, nothing queued and equal speed it is the order of `least_load`. What changes with
-each request is kept up to date as it happens; what changes with time (slowness, phantoms, slow
-start) is brought up to date at most every REFRESH seconds, so that a pick costs 0.5 µs per
-server and 0.1 µs per piece of the prompt.
+each request is kept up to date as it happens, for the servers it happens to; what changes with
+time (slowness, phantoms, slow start) is brought up to date at most every REFRESH seconds.
 """
 
 from __future__ import annotations
@@ -25,26 +24,18 @@ from vllm_router.routing.accounts import (
     middle_load,
     slowness,
 )
-from vllm_router.routing.hashing import draw, seed_of
+from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.pieces import ENDS, pieces_in
 from vllm_router.routing.policies.base import Explained, Knobs, Policy
 from vllm_router.routing.prefix_book import PrefixBook
+from vllm_router.routing.scoreboard import HOME_BONUS, Scoreboard
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.routing.facts import Facts
 
 REFRESH = 0.1
-MAX_GROUPS = 256
-MAX_HOMES = 4096
-
-QUEUED_WEIGHT = 2.0
-"""A prompt token in the queue counts so many times: it delays the request that is placed now, and
-by the length of the engine's steps everything that is being generated there."""
-
-HOT_SHARE, HOT_ROOM, HOT_REQUESTS = 1.5, 0.25, 2.0
-"""What a server has cached does not count while its load is more than 1.5 times the mean of the
-candidates plus a quarter of its share, unless it has but two requests."""
+MAX_BOARDS = 256
 
 NO_CREDIT_PHANTOMS = 2.0
 NO_CREDIT_SLOW = 2.0
@@ -53,39 +44,8 @@ NO_CREDIT_SLOW = 2.0
 OTHERS_RATIO = 1.3
 """Gauges this much above our own leases mean that other routers send to the same servers."""
 
-HOME_BONUS = 2.0
 HOME_TOKENS = 256.0
 """A shared beginning shorter than this is worth no home."""
-
-
-class _Group:
-    """The candidates for a model, with what they have in common."""
-
-    __slots__ = (
-        "accounts",
-        "candidates",
-        "credited",
-        "everyone",
-        "factors",
-        "fresh_until",
-        "home",
-        "homes",
-        "others",
-        "slow",
-    )
-
-    def __init__(self, candidates: Sequence[Server], accounts: list[Account]) -> None:
-        self.candidates = candidates
-        self.accounts = accounts
-        self.factors: list[float] = []
-        self.slow: list[float] = []
-        self.credited = 0
-        self.everyone = sum(account.bit for account in accounts)
-        self.fresh_until = -math.inf
-        self.others = 0.0
-        """Of what we sent since the scrape, how much more others probably sent."""
-        self.home = False
-        self.homes: dict[int, Account] = {}
 
 
 class Adaptive(Policy):
@@ -99,18 +59,22 @@ class Adaptive(Policy):
         super().__init__(rng, knobs)
         self.book = PrefixBook(knobs)
         self._accounts: dict[Server, Account] = {}
-        self._groups: dict[str | None, _Group] = {}
+        self._boards: dict[str | None, Scoreboard] = {}
         self._matched: tuple[tuple[int, ...], list[tuple[int, int]]] = (), []
         """What the last pick has found on record, for the lease that follows it."""
 
     # -- the decision -------------------------------------------------------------------------
 
     def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        group = self._group(candidates, facts.model, now)
+        board = self._board(candidates, facts.model, now)
+        scores = board.bases
         chain = facts.prompt.chain
-        found = self.book.table.match(chain, group.everyone) if chain else []
-        self._matched = chain, found
-        scores = self._scores(group, *self._known(group, facts, found))
+        if chain or board.home:
+            found = self.book.table.match(chain, board.everyone)
+            self._matched = chain, found
+            levels, bonus = self._known(board, facts, found)
+            if levels or bonus:
+                scores = board.scores(levels, bonus)
         lowest = min(scores)
         if scores.count(lowest) == 1:
             return candidates[scores.index(lowest)]
@@ -118,38 +82,8 @@ class Adaptive(Policy):
             [server for server, score in zip(candidates, scores, strict=True) if score == lowest]
         )
 
-    def _scores(self, group: _Group, levels: list[tuple[float, int]], bonus: int) -> list[float]:
-        """One score per candidate, in their order, by what `_known` has found."""
-        per_request = 1.0 / self.knobs.tokens_per_request
-        per_queued = QUEUED_WEIGHT * per_request
-        if not levels:
-            scores = [
-                factor * (1.0 + account.server.work + account.extra + account.queued * per_queued)
-                for account, factor in zip(group.accounts, group.factors, strict=True)
-            ]
-        else:
-            scores = []
-            growth = self.knobs.waste_growth
-            best = levels[0][0]
-            for account, factor in zip(group.accounts, group.factors, strict=True):
-                server = account.server
-                load = server.work + account.extra
-                waste = best
-                bit = account.bit
-                for tokens, holders in levels:
-                    if holders & bit:
-                        waste = best - tokens
-                        break
-                waste *= (1.0 + growth * load) * per_request
-                scores.append(factor * (1.0 + load + account.queued * per_queued + waste))
-        if bonus:
-            for place, account in enumerate(group.accounts):
-                if account.bit == bonus:
-                    scores[place] -= group.factors[place] * HOME_BONUS
-        return scores
-
     def _known(
-        self, group: _Group, facts: Facts, found: list[tuple[int, int]]
+        self, board: Scoreboard, facts: Facts, found: list[tuple[int, int]]
     ) -> tuple[list[tuple[float, int]], int]:
         """Who has how many tokens of the prompt cached, the most first, as far as that counts.
 
@@ -159,33 +93,22 @@ class Adaptive(Policy):
         levels: list[tuple[float, int]] = []
         if found:
             per_byte = self.book.tokens_per_byte(facts.model, facts.prompt)
-            credited = group.credited
+            credited = board.credited
             levels = [
                 (ENDS[count - 1] * per_byte, holders & credited)
                 for count, holders in found
                 if holders & credited
             ]
         bonus = 0
-        if group.home and facts.prompt.conversation:
-            bonus = self._credit_homes(group, facts, levels)
-        return self._not_overloaded(group, levels) if levels else levels, bonus
-
-    @staticmethod
-    def _not_overloaded(group: _Group, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
-        """Without the servers that have much more to do than the mean: a hot prefix spreads."""
-        loads = [account.server.load for account in group.accounts]
-        limit = HOT_SHARE * sum(loads) / len(loads) + HOT_ROOM
-        if max(loads) <= limit:
-            return levels
-        out = 0
-        for account, load in zip(group.accounts, loads, strict=True):
-            if load > limit and load * account.server.share > HOT_REQUESTS:
-                out |= account.bit
-        return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
+        if board.home and facts.prompt.conversation:
+            bonus = self._credit_homes(board, facts, levels)
+        return board.not_overloaded(levels) if levels else levels, bonus
 
     # -- several routers before the same servers ----------------------------------------------
 
-    def _credit_homes(self, group: _Group, facts: Facts, levels: list[tuple[float, int]]) -> int:
+    def _credit_homes(
+        self, board: Scoreboard, facts: Facts, levels: list[tuple[float, int]]
+    ) -> int:
         """Servers that other routers probably sent this conversation to are taken to have it.
 
         All routers agree on the home of a conversation and of a shared beginning. Changes
@@ -199,45 +122,35 @@ class Adaptive(Policy):
         homes: list[tuple[float, int]] = []
         if known <= shared:
             if facts.session is not None:
-                home = self._home(group, seed_of(facts.session))
+                home = board.home_of(seed_of(facts.session))
             else:
-                home = self._home(group, prompt.conversation)
+                home = board.home_of(prompt.conversation)
             if prompt.earlier:
                 homes.append((prompt.earlier * per_byte, home.bit))
             else:
                 bonus = home.bit
         pieces = pieces_in(prompt.shared)
         if shared >= HOME_TOKENS and pieces:
-            homes.append((shared, self._home(group, prompt.chain[pieces - 1]).bit))
-        levels += [credit for credit in homes if credit[1] & group.credited]
+            homes.append((shared, board.home_of(prompt.chain[pieces - 1]).bit))
+        levels += [credit for credit in homes if credit[1] & board.credited]
         levels.sort(reverse=True)
         return bonus
 
-    @staticmethod
-    def _home(group: _Group, key: int) -> Account:
-        """Rendezvous hashing, in proportion to capacity. Remembered: it costs 0.6 µs per server."""
-        home = group.homes.get(key)
-        if home is None:
-            if len(group.homes) >= MAX_HOMES:
-                group.homes.clear()
-            home = group.homes[key] = min(
-                group.accounts,
-                key=lambda account: -math.log(draw(key, account.seed)) / account.server.share,
-            )
-        return home
-
     # -- what is known of the candidates ------------------------------------------------------
 
-    def _group(self, candidates: Sequence[Server], model: str | None, now: float) -> _Group:
-        group = self._groups.get(model)
-        if group is None or group.candidates is not candidates:
-            group = _Group(candidates, [self._account(server) for server in candidates])
-            if len(self._groups) >= MAX_GROUPS:
-                self._groups.clear()
-            self._groups[model] = group
-        if now >= group.fresh_until:
-            self._refresh(group, now)
-        return group
+    def _board(self, candidates: Sequence[Server], model: str | None, now: float) -> Scoreboard:
+        board = self._boards.get(model)
+        if board is None or board.candidates is not candidates:
+            accounts = [self._account(server) for server in candidates]
+            board = Scoreboard(candidates, accounts, self.knobs)
+            if len(self._boards) >= MAX_BOARDS:
+                self._boards.clear()
+            self._boards[model] = board
+        if now >= board.fresh_until:
+            self._refresh(board, now)
+        else:
+            board.follow()
+        return board
 
     def _account(self, server: Server) -> Account:
         account = self._accounts.get(server)
@@ -245,39 +158,40 @@ class Adaptive(Policy):
             account = self._accounts[server] = Account(server, self.book.bit(server))
         return account
 
-    def _refresh(self, group: _Group, now: float) -> None:
+    def _refresh(self, board: Scoreboard, now: float) -> None:
         """Bring up to date what changes with time. O(candidates), at most every REFRESH."""
-        accounts = group.accounts
-        self.book.follow(group.candidates, now)
+        accounts = board.accounts
+        self.book.follow(board.candidates, now)
         for account in accounts:
             account.follow_scrape()
             account.settle(now)
-        self._look_for_others(group)
+        self._look_for_others(board)
         middle, usual = middle_latency(accounts), middle_load(accounts)
-        group.credited = 0
-        group.factors, group.slow = [], []
+        board.credited = 0
+        board.factors, board.slow = [], []
         for account in accounts:
             server = account.server
             phantoms = account.phantoms_now(now)
-            account.extra = phantoms + group.others * account.sent
+            account.extra = phantoms + board.others * account.sent
             slow = slowness(account, middle, usual, now)
             if phantoms < NO_CREDIT_PHANTOMS and slow < NO_CREDIT_SLOW and account.trusted:
-                group.credited |= account.bit
+                board.credited |= account.bit
             share = server.share * server.ramp
-            group.slow.append(slow)
-            group.factors.append(slow / share)
-        group.fresh_until = now + REFRESH
+            board.slow.append(slow)
+            board.factors.append(slow / share)
+        board.fresh_until = now + REFRESH
+        board.measure_all()
 
     @staticmethod
-    def _look_for_others(group: _Group) -> None:
-        accounts = group.accounts
+    def _look_for_others(board: Scoreboard) -> None:
+        accounts = board.accounts
         there = sum(account.gauge for account in accounts)
         mine = sum(account.mine for account in accounts)
         # At least a request per server: a gauge lags, and short requests make much of that.
-        group.home = there > OTHERS_RATIO * mine and there - mine >= len(accounts)
-        group.others = 0.0
-        if group.home:
-            group.others = 0.5 * min(max(there / max(mine, 0.1) - 1.0, 0.0), 8.0)
+        board.home = there > OTHERS_RATIO * mine and there - mine >= len(accounts)
+        board.others = 0.0
+        if board.home:
+            board.others = 0.5 * min(max(there / max(mine, 0.1) - 1.0, 0.0), 8.0)
 
     # -- what happens to requests -------------------------------------------------------------
 
@@ -301,9 +215,9 @@ class Adaptive(Policy):
         account.expected_total += cached
         account.prompt_total += tokens + cached
         account.sent += 1
-        group = self._groups.get(facts.model)
-        if group is not None and group.others:
-            account.extra += group.others
+        board = self._boards.get(facts.model)
+        if board is not None and board.others:
+            account.extra += board.others
         if not facts.stream:
             account.settle(now)  # nobody else may: where there is no choice, no pick looks
             account.due.append((now + account.first_token, booking))
@@ -337,12 +251,12 @@ class Adaptive(Policy):
             account.phantoms = account.phantoms_now(now) + PHANTOMS
             account.phantoms_at = now
             account.extra += PHANTOMS
-            for group in self._groups.values():
-                group.fresh_until = -math.inf
+            for board in self._boards.values():
+                board.fresh_until = -math.inf
 
     def forget(self, server: Server) -> None:
         self._accounts.pop(server, None)
-        self._groups.clear()
+        self._boards.clear()
         self.book.forget(server)
 
     # -- to be seen ---------------------------------------------------------------------------
@@ -359,13 +273,13 @@ class Adaptive(Policy):
         )
 
     def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
-        group = self._group(candidates, facts.model, now)
-        found = self.book.table.match(facts.prompt.chain, group.everyone)
-        levels, bonus = self._known(group, facts, found)
-        scores = self._scores(group, levels, bonus)
+        board = self._board(candidates, facts.model, now)
+        found = self.book.table.match(facts.prompt.chain, board.everyone)
+        levels, bonus = self._known(board, facts, found)
+        scores = board.scores(levels, bonus)
         best = levels[0][0] if levels else 0.0
         rows = []
-        for place, (account, score) in enumerate(zip(group.accounts, scores, strict=True)):
+        for place, (account, score) in enumerate(zip(board.accounts, scores, strict=True)):
             server = account.server
             cached = next((tokens for tokens, bits in levels if bits & account.bit), 0.0)
             phantoms = account.phantoms_now(now)
@@ -377,7 +291,7 @@ class Adaptive(Policy):
                 "cached_tokens": cached,
                 "waste_tokens": best - cached,
                 "home": HOME_BONUS if account.bit == bonus else 0.0,
-                "slow": group.slow[place],
+                "slow": board.slow[place],
                 "fast_errors": server.ghosts,
                 "slow_start": server.ramp,
                 "share": server.share,
