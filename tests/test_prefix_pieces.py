@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.routing.facts import Facts, read_facts
-from vllm_router.routing.pieces import ENDS, NO_PROMPT, cut, link_of, piece_bytes, pieces_in
+from vllm_router.routing.pieces import (
+    ENDS,
+    LOOKED_INTO,
+    NO_PROMPT,
+    cut,
+    link_of,
+    piece_bytes,
+    pieces_in,
+)
 
 CHAT = b"/v1/chat/completions"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))
@@ -133,6 +141,45 @@ def test_conversation_keeps_its_hash_and_differs_from_others_with_the_same_syste
     later = chat(system, ("user", "tell me"), ("assistant", "what?"), ("user", "all"))
     other = chat(system, ("user", "tell us"))
     assert first.prompt.conversation == later.prompt.conversation != other.prompt.conversation
+
+
+def test_of_many_messages_the_later_ones_count_as_well():
+    turns = [(("user", "assistant")[n % 2], f"{n} " * 30) for n in range(LOOKED_INTO + 201)]
+    whole, before = chat(*turns), chat(*turns[:-2])
+    assert before.prompt.chain == whole.prompt.chain[: len(before.prompt.chain)]
+    assert whole.prompt.earlier == before.prompt.size
+    assert whole.prompt.conversation == before.prompt.conversation
+    other = turns.copy()
+    other[-100] = ("user", "something else, and as long as all the others are, more or less")
+    assert 0 < shared_pieces(whole, chat(*other)) < len(whole.prompt.chain)
+
+
+def test_pictures_and_calls_in_later_messages_weigh_what_they_do_in_the_first():
+    def grows_by(message: dict[str, Any]) -> list[int]:
+        sizes = []
+        for count in (1, LOOKED_INTO + 1):
+            turns = [{"role": "user", "content": "x" * 100}] * count
+            before = facts(messages=turns).prompt.size
+            sizes.append(facts(messages=[*turns, message]).prompt.size - before)
+        return sizes
+
+    url = "data:image/png;base64," + "QUJD" * 50_000
+    part = {"type": "image_url", "image_url": {"url": url}}
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    for message in (
+        {"role": "user", "content": [part]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "user", "content": [{"type": "text", "text": "x" * 5000}]},
+    ):
+        first, later = grows_by(message)
+        assert first == later > 50
+
+
+def test_of_many_parts_the_later_ones_count_as_well():
+    parts = [{"type": "text", "text": f"part {n} " * 15} for n in range(LOOKED_INTO + 300)]
+    whole = chat(("user", parts))
+    other = chat(("user", [*parts[:-50], {"type": "text", "text": "!" * 120}, *parts[-49:]]))
+    assert 0 < shared_pieces(whole, other) < len(whole.prompt.chain)
 
 
 def test_token_ids_are_counted():

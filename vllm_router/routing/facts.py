@@ -74,10 +74,10 @@ class _OddFields(_AllFields, gc=False):
 
 
 _ODD_DECODER = msgspec.json.Decoder(_OddFields)
-_NOTHING = Facts()
 RESPONSES = b"/v1/responses"
 """The one path of those on which something may be left behind, if the body says so."""
-_NOTHING_KEPT = Facts(replayable=False)
+
+_JSON = b"application/json"
 
 SHORT = 1024
 """Bytes of a body in which no prompt is looked for: 256 tokens are computed sooner than it would
@@ -104,31 +104,26 @@ def read_facts(
     With the prompt it costs up to 2 ms for a body of 1 MB, without a third of that. Nothing is
     refused here: the engine says best what is wrong with a request.
     """
-    short = with_prompt and len(body) < shortest
-    facts = _read(path, content_type, body, session, with_prompt=with_prompt and not short)
-    if short:
-        facts = msgspec.structs.replace(facts, prompt=Prompt(size=len(body)))
-    if is_pure(path):
-        return facts
-    return msgspec.structs.replace(facts, replayable=False)
-
-
-def _read(
-    path: bytes, content_type: bytes, body: bytes, session: bytes, *, with_prompt: bool
-) -> Facts:
-    if _is_form(content_type):
-        return _form_facts(content_type, body)
+    replayable = is_pure(path)
+    if content_type != _JSON and _is_form(content_type):
+        return _form_facts(content_type, body, replayable)
     try:
-        fields = _all_fields(body) if with_prompt else _DECODER.decode(body)
-        prompt = _read_prompt(fields) if isinstance(fields, _AllFields) else NO_PROMPT
+        if with_prompt and len(body) >= shortest:
+            every = _all_fields(body)
+            fields: _Fields = every
+            prompt = _read_prompt(every)
+        else:
+            fields = _DECODER.decode(body)
+            prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return _NOTHING if path != RESPONSES else _NOTHING_KEPT
+        return Facts(replayable=replayable and path != RESPONSES)
+    if path == RESPONSES and (fields.store or fields.background):
+        replayable = False
     model = fields.model
-    keeps = path == RESPONSES and bool(fields.store or fields.background)
     return Facts(
         model if isinstance(model, str) and model else None,
         fields.stream is True,
-        not keeps,
+        replayable,
         _session(session, fields),
         prompt,
         fields.priority if type(fields.priority) is int else 0,
@@ -172,7 +167,7 @@ def _is_form(content_type: bytes) -> bool:
     return content_type[:10].lower() == b"multipart/"
 
 
-def _form_facts(content_type: bytes, body: bytes) -> Facts:
+def _form_facts(content_type: bytes, body: bytes, replayable: bool) -> Facts:
     """`model` and `stream` of a multipart form (RFC 7578): audio requests carry them so.
 
     Of a field that comes again the last one counts, as for the engine (Starlette's FormData).
@@ -180,7 +175,8 @@ def _form_facts(content_type: bytes, body: bytes) -> Facts:
     values: dict[bytes, str] = {}
     for name, start, end in _form_fields(content_type, body):
         values[name] = body[start:end].decode("utf-8", "replace")
-    return Facts(values.get(b"model") or None, values.get(b"stream", "").lower() == "true")
+    stream = values.get(b"stream", "").lower() == "true"
+    return Facts(values.get(b"model") or None, stream, replayable)
 
 
 def _form_fields(content_type: bytes, body: bytes) -> Iterator[tuple[bytes, int, int]]:
