@@ -30,11 +30,15 @@ def run(*arguments: str, stdin: str | None = None, code: int = 0) -> str:
 
 
 def test_table_has_every_server_its_score_and_the_pick(router: RouterProcess):
-    first, header, *rows = run("--url", router.url, "--model", "m").splitlines()
+    first, header, *rest = run("--url", router.url, "--model", "m").splitlines()
+    rows, formula = rest[:2], rest[2:]
     assert first.startswith("A request for the model 'm' would go to 127.0.0.1:")
     assert first.split("would go to ")[1].split()[0] in rows[0]
     assert "SCORE" in header
-    assert len(rows) == 2
+    assert formula[0].startswith("score = slow × (1 + load")
+    assert "WHY OUT" not in header
+    for part in header.split("SCORE")[1].split("  "):
+        assert part.strip() in " ".join(formula)
     assert [row.startswith("→") for row in rows] == [True, False]
 
 
@@ -42,9 +46,10 @@ def test_server_that_is_out_says_why(router: RouterProcess):
     name = router.get("/load-stats").json()["servers"][0]["name"]
     router.post(f"/admin/servers/{name}/drain", {})
     try:
-        out = run("--url", router.url, "--model", "m").splitlines()[-1]
+        header, *_, out = run("--url", router.url, "--model", "m").splitlines()[1:4]
     finally:
         router.post(f"/admin/servers/{name}/undrain", {})
+    assert "WHY OUT" in header
     assert name in out
     assert "draining" in out
 
@@ -61,7 +66,7 @@ def test_body_of_a_request_is_explained(router: RouterProcess, tmp_path: Path):
     file.write_text(json.dumps(chat(text="word " * 2000)))
     from_file = run("--url", router.url, "--body", str(file))
     assert "A request for the model 'm' would go to" in from_file
-    assert "WASTE" in from_file or "SCORE" in from_file
+    assert "SCORE" in from_file
     assert "would go to" in run("--url", router.url, "--body", "-", stdin=file.read_text())
 
 

@@ -98,6 +98,7 @@ def _print_explanation(found: dict[str, Any]) -> None:
     click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
     candidates, out = found.get("candidates") or [], found.get("out") or []
     # Only figures that tell the candidates apart from nothing: a column of zeros explains little.
+    # They are called as in the formula; `LOAD` is by the share, and what all other pages show.
     parts = [
         name
         for name in (candidates[0].get("parts") or {} if candidates else {})
@@ -106,15 +107,16 @@ def _print_explanation(found: dict[str, Any]) -> None:
     columns = [Column(""), Column("SERVER")]
     columns += [Column(title, right=True) for title, _ in _FIGURES]
     columns += [Column("CAPACITY", right=True), Column("SCORE", right=True)]
-    columns += [Column(name.upper().replace("_", " "), right=True) for name in parts]
-    columns.append(Column("WHY OUT"))
+    columns += [Column(name.replace("_", " "), right=True) for name in parts]
+    columns += [Column("WHY OUT")] if out else []
     rows: list[list[Cell | str]] = []
     for row in candidates:
         chosen = row["server"] == picked
         name = Cell(row["server"], "bold green" if chosen else "")
         figures = [_figure(row["parts"].get(part)) for part in parts]
         rows.append(
-            ["→" if chosen else " ", name, *_load(row), _figure(row.get("score")), *figures, ""]
+            ["→" if chosen else " ", name, *_load(row), _figure(row.get("score")), *figures]
+            + ([""] if out else [])
         )
     for row in out:
         why = f"{row.get('state', '')}: {row.get('reason', '')}".strip(": ")
@@ -122,6 +124,8 @@ def _print_explanation(found: dict[str, Any]) -> None:
         rows.append([" ", Cell(row["server"], "dim"), *_load(row), *blank, Cell(why, "red")])
     if rows:
         print_table(columns, rows)
+    if candidates and found.get("formula"):
+        click.echo(visible(found["formula"]).replace("; ", "\n"))
 
 
 def _load(row: dict[str, Any]) -> list[str]:

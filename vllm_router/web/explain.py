@@ -39,6 +39,7 @@ def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[
         "stream": facts.stream,
         "model_known": facts.model is None or fleet.knows(facts.model),
         "policy": policy.name,
+        "formula": policy.formula(),
         "picked": picked.name if picked is not None else None,
         "would_wait": picked is None and _may_wait(router, facts),
         "note": _note(candidates, facts, router, policy, now)

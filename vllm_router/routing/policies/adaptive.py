@@ -28,7 +28,7 @@ from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.pieces import ENDS, pieces_in
 from vllm_router.routing.policies.base import Explained, Knobs, Policy
 from vllm_router.routing.prefix_book import PrefixBook
-from vllm_router.routing.scoreboard import HOME_BONUS, Scoreboard
+from vllm_router.routing.scoreboard import HOME_BONUS, QUEUED_WEIGHT, Scoreboard
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -270,6 +270,14 @@ class Adaptive(Policy):
             round(account.expected_total),
             account.told_total,
             self.book.table.held(account.bit),
+        )
+
+    def formula(self) -> str:
+        queued, knobs = QUEUED_WEIGHT, self.knobs
+        return (
+            f"score = slow × (1 + load - home + ({queued:g} × queued tokens + waste tokens × "
+            f"(1 + {knobs.waste_growth:g} × load)) / {knobs.tokens_per_request:g}) / "
+            "(share × slow start); load = running + 0.5 × waiting + phantoms + others + fast errors"
         )
 
     def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:

@@ -99,6 +99,10 @@ class Policy:
         """
         return None
 
+    def formula(self) -> str:
+        """What the score is, in the words of its parts; empty if it is by no score."""
+        return ""
+
     def explain(
         self, candidates: Sequence[Server], facts: Facts, now: float
     ) -> list[Explained] | None:

@@ -33,6 +33,11 @@ class LeastLoad(Policy):
                 best.append(server)
         return best[0] if len(best) == 1 else self.rng.choice(best)
 
+    def formula(self) -> str:
+        return (
+            "score = (1 + running + 0.5 × waiting + fast errors) / (share × slow start) - 1 / share"
+        )
+
     def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
         return [
             Explained(

@@ -58,6 +58,9 @@ class Prefix(Policy):
     def forget(self, server: Server) -> None:
         self._book.forget(server)
 
+    def formula(self) -> str:
+        return "score = -cached bytes while load ≤ limit, else load; equals by load"
+
     def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
         matched = self._book.match(candidates, facts.prompt)
         limit = self._limit(candidates)
