@@ -335,6 +335,12 @@ def test_replayed_prefixes_are_cached():
     assert found.hit_rate > 0.7
 
 
+def test_answers_that_were_not_streamed_are_not_in_the_replay_either():
+    lines = [log_line(1.0, b"x" * 5000, stream=False), log_line(2.0, b"y" * 5000, stream=True)]
+    world = World(scene(), read_log(lines), lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
+    assert [call.facts.stream for call in world.calls] == [False, True]
+
+
 def test_unreadable_line_is_named():
     with pytest.raises(ValueError, match=r"^line 2: "):
         read_log([log_line(1.0, b"x"), b"{"])
@@ -392,6 +398,18 @@ def test_log_without_prompts_is_an_error(tmp_path):
     result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
     assert result.exit_code == 2
     assert "no request with a prompt in it" in result.output
+
+
+@pytest.mark.parametrize("loads", [("50",), ("50", "80")])
+def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
+    pytest.importorskip("matplotlib")
+    several = [argument for load in loads for argument in ("--load", load)]
+    policies = ("--policy", "adaptive", "--policy", "random")
+    command(*SHORT, "--workload", "chat", *several, *policies, "--plot", str(tmp_path))
+    assert (tmp_path / "chat.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "chat.svg").read_text()
+    assert "adaptive" in drawn
+    assert ("load (% of capacity)" in drawn) is (len(loads) > 1)
 
 
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):

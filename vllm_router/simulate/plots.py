@@ -55,19 +55,29 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
 
 
 def _panel(axis: Any, cells: Sequence[Cell], field: str, title: str, *, logarithmic: bool) -> None:
-    for policy in dict.fromkeys(cell.policy for cell in cells):
-        points: dict[float, list[float]] = {}
-        for cell in cells:
-            if cell.policy == policy:
-                points.setdefault(cell.load, []).append(getattr(cell.figures, field))
-        loads = sorted(points)
-        means = [sum(points[load]) / len(points[load]) for load in loads]
-        ours = policy == "adaptive"
-        axis.plot(
-            [100 * load for load in loads], means, marker="o", label=policy,
-            linewidth=2.5 if ours else 1.0, markersize=4,
-        )  # fmt: skip
+    """A line per policy over the load; a bar per policy where there is but one load."""
+    policies = list(dict.fromkeys(cell.policy for cell in cells))
+    figures: dict[tuple[str, float], list[float]] = {}
+    for cell in cells:
+        figures.setdefault((cell.policy, cell.load), []).append(getattr(cell.figures, field))
+    means = {point: sum(found) / len(found) for point, found in figures.items()}
+    loads = sorted({cell.load for cell in cells})
     axis.set_title(title, fontsize="medium")
+    if len(loads) == 1:
+        for place, policy in enumerate(policies):
+            bar = axis.barh(place, means[policy, loads[0]], color=f"C{place % 10}", label=policy)
+            axis.bar_label(bar, fmt="%.3g", padding=3, fontsize="small")
+        axis.set_yticks([])
+        axis.invert_yaxis()
+        axis.margins(x=0.18)
+        axis.grid(axis="x", alpha=0.3)
+        return
+    for policy in policies:
+        known = [load for load in loads if (policy, load) in means]
+        axis.plot(
+            [100 * load for load in known], [means[policy, load] for load in known], marker="o",
+            label=policy, linewidth=2.5 if policy == "adaptive" else 1.0, markersize=4,
+        )  # fmt: skip
     axis.set_xlabel("load (% of capacity)")
     if logarithmic:
         axis.set_yscale("log")

@@ -31,6 +31,7 @@ class Line(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prefix: str = ""
+    stream: bool = True
     session: str | None = None
 
 
@@ -56,7 +57,14 @@ def read_log(lines: Iterable[bytes]) -> list[Conversation]:
         session = line.session or str(number)
         turn = Turn(0.0, 0, line.completion_tokens or TYPICAL_OUTPUT)
         found.append(
-            Conversation(zlib.crc32(session.encode()), _unix(line.time), text, 0, iter([turn]))
+            Conversation(
+                zlib.crc32(session.encode()),
+                _unix(line.time),
+                text,
+                0,
+                iter([turn]),
+                stream=line.stream,
+            )
         )
     found.sort(key=lambda conversation: conversation.start)
     for conversation in reversed(found):

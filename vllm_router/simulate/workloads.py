@@ -24,7 +24,8 @@ class Turn:
 class Conversation:
     """A client's sequence of requests; each waits for the answer to the one before.
 
-    `shared` are the tokens at the start that others have, too.
+    `shared` are the tokens at the start that others have, too. Without `stream` its answers come
+    whole.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Conversation:
     turns: Iterator[Turn]
     count: int = 0
     earlier: int = field(default=0)
+    stream: bool = True
 
 
 Making = Callable[[Random, float, float], list[Conversation]]

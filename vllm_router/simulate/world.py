@@ -179,7 +179,7 @@ class World:
         text.add(hash((conversation.number, conversation.count, 2)), turn.output)
         facts = Facts(
             MODEL,
-            self.rng.random() >= self.scene.plain,
+            self.rng.random() >= self.scene.plain and conversation.stream,
             prompt=Prompt(
                 text.chain(prompt),
                 prompt * TOKEN_BYTES,
