@@ -134,7 +134,7 @@ def standings(cells: Sequence[Cell]) -> list[Standing]:
                     p99[name] / min(p99.values()),
                     p50[name] / min(p50.values()),
                     bad[name] / min(bad.values()),
-                    f"{workload} {load:.0%}",
+                    f"{workload} {load:.0%}" if load else workload,
                 )
             )
             rates.setdefault(name, []).append(sum(f.hit_rate for f in them) / len(them))
