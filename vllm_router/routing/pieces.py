@@ -230,7 +230,7 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
         if message is answer:
             last_answer = len(texts)
         content = message.content
-        if place >= LOOKED_INTO and _is_short(content) and message.tool_calls is _ABSENT:
+        if place >= LOOKED_INTO and 0 < len(content) < SHORT_TEXT and message.tool_calls is _ABSENT:
             texts.append(content)
             continue
         role = bytes(message.role)
@@ -263,10 +263,6 @@ def _last_answer(messages: Sequence[Message]) -> Message | None:
         if bytes(message.role) == b'"assistant"':
             return message
     return None
-
-
-def _is_short(raw: msgspec.Raw) -> bool:
-    return 0 < len(raw) < SHORT_TEXT
 
 
 _JOINED_BELOW = 1 << 16
@@ -333,7 +329,7 @@ def _add_pictures(raw: msgspec.Raw, texts: list[_Text]) -> bool:
     try:
         for place, part in enumerate(_PICTURES.decode(raw)):
             text = part.text
-            if place >= LOOKED_INTO and _is_short(text):
+            if place >= LOOKED_INTO and 0 < len(text) < SHORT_TEXT:
                 found.append(text)
                 continue
             if _begins(text) == b'"':
