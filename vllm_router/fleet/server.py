@@ -228,12 +228,15 @@ class Server:
         if self.metrics_fresh and metrics is not None and metrics.running is not None:
             waiting = metrics.waiting or 0.0
             there = metrics.running + waiting + (mine - self.leases_at_scrape)
-            there = max(there, mine)
-            self.waiting = min(waiting, there)
-            self.running = there - self.waiting
+            if there < mine:
+                there = mine
+            if waiting > there:
+                waiting = there
+            running = there - waiting
         else:
-            self.running, self.waiting = float(mine), 0.0
-        self.work = work = self.running + 0.5 * self.waiting
+            running, waiting = float(mine), 0.0
+        self.running, self.waiting = running, waiting
+        self.work = work = running + 0.5 * waiting
         self.load = self.burden = work / self.share
         if self.moving:
             self.work = work = work + self.ghosts

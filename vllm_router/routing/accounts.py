@@ -208,7 +208,7 @@ class Booking:
         self.cached = cached
         self.uncached = uncached
         self.waiting = True
-        account.queued += uncached
+        account.queued += uncached  # the server has noted a change: it was leased in this step
 
     def begun(self) -> None:
         """The first token has come; any number of times."""
