@@ -88,7 +88,9 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG."
 )
-@click.option("--shares", is_flag=True, help="Also: which part of the requests each server got.")
+@click.option(
+    "--shares", is_flag=True, help="Also: which part of the requests was sent to each server."
+)
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="At a time.")
 @click.option("--calibrate", "find", is_flag=True, help="Find the fleet's capacity instead.")
 def simulate_command(

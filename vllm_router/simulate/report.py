@@ -20,7 +20,8 @@ _OFFSET = 0.1
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Seconds and shares. `token_time` is the mean between the tokens of one answer; `balance`
-    the busiest server's busy time over the mean; `shares` each server's part of the requests."""
+    the busiest server's busy time over the mean; `shares` which part of the requests was sent to
+    each server, in vain or not: from a second after servers begin to fail, where some do."""
 
     requests: int
     failed: int
@@ -69,11 +70,19 @@ def figures(world: World) -> Figures:
         sum(call.cached for call in calls) / asked if asked else 0.0,
         max(busy) * len(busy) / sum(busy) if any(busy) else 1.0,
         sum(engine.preemptions for engine in world.engines),
-        tuple(
-            sum(call.server == place for call in calls) / max(1, len(calls))
-            for place in range(len(busy))
-        ),
+        _shares(world, calls),
     )
+
+
+def _shares(world: World, calls: Sequence[Call]) -> tuple[float, ...]:
+    scene = world.scene
+    since = scene.failing_from + 1.0 if scene.failing else 0.0
+    counted = [call for call in calls if call.arrived >= since]
+    sent = [0] * len(scene.speeds)
+    for call in counted:
+        for place in {call.server, *(call.router.place[server] for server in call.tried)}:
+            sent[place] += 1
+    return tuple(count / max(1, len(counted)) for count in sent)
 
 
 def _token_time(call: Call) -> float:

@@ -57,7 +57,7 @@ def standing_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
 
 
 def share_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
-    """Which part of the requests each server got, per policy."""
+    """Which part of the requests was sent to each server, per policy."""
     servers = max(len(cell.figures.shares) for cell in cells)
     head = ("workload", "load", "policy", *(f"server-{n}" for n in range(servers)))
     return head, [
