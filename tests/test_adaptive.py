@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -204,6 +205,25 @@ def test_each_server_is_charged_for_what_it_does_not_have(system: int, whole: in
         best = 4096 if whole else 1024 if system else 0
         assert rows[server].parts["waste_tokens"] == best - cached
         assert rows[server].score == pytest.approx(score_of(rows[server].parts))
+
+
+def test_example_of_the_documentation():
+    a, b, c = (it := Situation(capacity=8)).servers
+    prompt = bytes(n * n % 253 for n in range(32_000))
+    it.serve(asking(prompt[: 4 * 6144]), a)
+    for _ in range(2):
+        it.send(NOTHING, a)
+    it.send(asking(b"x" * 2000), c)
+    rows = {row.server: row for row in it.policy.explain(it.candidates, asking(prompt), it.now)}
+    assert [rows[server].parts["load"] for server in (a, b, c)] == [2, 0, 1]
+    assert [rows[server].parts["waste_tokens"] for server in (a, b, c)] == [0, 6144, 6144]
+    scores = [round(rows[server].score, 3) for server in (a, b, c)]
+    assert scores == [0.375, 0.893, 1.527]
+    documented = (Path(__file__).parent.parent / "docs" / "routing.md").read_text()
+    assert all(str(score) in documented for score in scores)
+    for _ in range(4):
+        it.send(NOTHING, a)
+    assert it.pick(asking(prompt)) is b
 
 
 def score_of(parts: dict[str, float], per_request: float = 1000.0, growth: float = 0.5) -> float:
