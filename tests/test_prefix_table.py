@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from random import Random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_makers import gauges, make_fleet
-from vllm_router.routing.pieces import Prompt, cut
+from vllm_router.routing.pieces import PIECE, Prompt, cut, link_of
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.prefix import PrefixTable
 from vllm_router.routing.prefix_book import PrefixBook
@@ -135,10 +139,29 @@ def test_record_is_bounded_by_the_kv_cache_of_each_server():
     assert book.match((a, b), prompt()) == {a: 1024, b: 2560}
 
 
+@pytest.mark.parametrize("megabytes", [2.0, 4.0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_keeps_its_bound_however_long_entries_come_and_go(megabytes: float, count: int):
+    """Dictionaries whose entries are replaced all the time are larger than those just filled."""
+    servers = tuple(make_fleet(count).servers.values())
+    rng = Random(1)
+    tracemalloc.start()
+    try:
+        book = PrefixBook(Knobs(prefix_memory_mb=megabytes))
+        for now in range(1000):
+            chain = tuple(link_of(rng.getrandbits(60), place) for place in range(50))
+            book.insert(servers[now % count], Prompt(chain, 50 * PIECE), now / 10)
+            del chain
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.25 * megabytes < used / 1e6 < megabytes
+
+
 def test_memory_is_shared_between_the_servers():
     fleet = make_fleet(4)
     servers = tuple(fleet.servers.values())
-    book = PrefixBook(Knobs(prefix_memory_mb=0.004))
+    book = PrefixBook(Knobs(prefix_memory_mb=0.0072))
     for _ in range(2):
         for seed, server in enumerate(servers):
             book.insert(server, prompt(seed), 1.0)
