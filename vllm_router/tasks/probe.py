@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import ssl
 from collections.abc import Callable
 from random import Random
@@ -22,6 +23,8 @@ from vllm_router.fleet.engine_metrics import parse_engine_metrics
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import Server
+from vllm_router.http1.client import Pool
+from vllm_router.tasks.carrier import Carrier
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ UNSETTLED_INTERVAL = 0.5
 def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -> httpx.AsyncClient:
     """A client for one server's control traffic; the caller closes it.
 
-    With a `timeout` of None the caller bounds the time.
+    With a `timeout` of None the caller bounds the time, and it costs a third.
 
     Its connections are not those of the data path, so that saturation does not read as sickness.
     Proxies of the environment are ignored, and redirects are not followed.
@@ -54,6 +57,7 @@ def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -
         verify=tls,
         trust_env=False,
         limits=httpx.Limits(max_connections=3, max_keepalive_connections=3, keepalive_expiry=3.0),
+        transport=Carrier(Pool(server.url, tls)) if timeout is None else None,
     )
 
 
@@ -253,6 +257,8 @@ _OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 def _is_own_fault(error: BaseException | None) -> bool:
     """Whether an error came of our running out of something: then it says of no server."""
     while error is not None:
+        if isinstance(error, OwnFault):
+            return True
         if isinstance(error, OSError) and error.errno in _OUR_ERRORS:
             return True
         if isinstance(error, BaseExceptionGroup) and any(map(_is_own_fault, error.exceptions)):
@@ -261,6 +267,9 @@ def _is_own_fault(error: BaseException | None) -> bool:
     return False
 
 
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
+
+
 def _words(error: httpx.HTTPError) -> str:
     """What went wrong, in an operator's words."""
-    return str(error).removeprefix("[Errno -1] ") or type(error).__name__
+    return _ERRNO.sub("", str(error)) or type(error).__name__
