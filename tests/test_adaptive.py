@@ -617,6 +617,35 @@ def test_busy_home_is_passed_over():
     assert it.pick(facts) is not home
 
 
+@pytest.mark.parametrize("why", ["slow", "failing", "recovering"])
+def test_home_that_is_no_good_attracts_nobody(why: str):
+    """It has hardly anything to do, and its score is multiplied: less than nothing would grow."""
+    it = Situation(count=4, capacity=32)
+    a, b, c, d = it.servers
+    crowd(it)
+    facts = next(
+        facts
+        for facts in (asking(b"hello " * 50, conversation=n) for n in range(1, 99))
+        if it.pick(facts) is a
+    )
+    if why == "slow":
+        for _ in range(8):
+            measure(it, {a: 0.05, b: 0.01, c: 0.01, d: 0.01}, running=12, idle=a)
+    elif why == "failing":
+        it.end(it.send(facts, a), failed=True)
+        for server in it.servers:
+            server.scraped(gauges(6 if server is not a else 0), it.now, 0)
+    else:
+        go_down(a, it.now)
+        it.fleet.settle(it.now)
+        come_up(a, it.now)
+        a.scraped(gauges(0), it.now, 0)
+    assert it.parts(facts, b)["others"] >= 0
+    assert it.policy._board(it.candidates, "m", it.now).home
+    assert {row.score > 0 for row in it.policy.explain(it.candidates, facts, it.now)} == {True}
+    assert it.parts(facts, a)["home"] == 0
+
+
 # -- explained ---------------------------------------------------------------------------------
 
 

@@ -127,7 +127,8 @@ class Adaptive(Policy):
                 home = board.home_of(prompt.conversation)
             if prompt.earlier:
                 homes.append((prompt.earlier * per_byte, home.bit))
-            else:
+            elif home.bit & board.credited and home.server.ramp >= 1.0:
+                # A score below 0 would be the lower, the slower or the newer the server is.
                 bonus = home.bit
         pieces = pieces_in(prompt.shared)
         if shared >= HOME_TOKENS and pieces:
