@@ -12,7 +12,16 @@ import msgspec
 
 from vllm_router.routing.policies import POLICY_NAMES, Knobs
 from vllm_router.simulate import plots
-from vllm_router.simulate.grid import ALL_POLICIES, Run, calibrate, execute_all, grid, speeds_of
+from vllm_router.simulate.grid import (
+    ALL_POLICIES,
+    CALIBRATED_HARDWARE,
+    Run,
+    calibrate,
+    capacity_of,
+    execute_all,
+    grid,
+    speeds_of,
+)
 from vllm_router.simulate.hardware import HARDWARE
 from vllm_router.simulate.replay import read_log
 from vllm_router.simulate.report import Cell
@@ -164,7 +173,7 @@ def simulate_command(
                 shares_of_capacity,
                 range(seed, seed + seeds),
                 policies,
-                hardware,
+                _capacities(workloads, hardware),
                 scene_of,
                 knobs,
             )
@@ -184,6 +193,18 @@ def simulate_command(
     if plot is not None:
         for path in plots.draw(cells, plot):
             click.echo(f"wrote {path}", err=True)
+
+
+def _capacities(workloads: Sequence[str], hardware: str) -> dict[str, float]:
+    """Of eight servers, by workload. Those of other hardware than 8b take a while to be found."""
+    if hardware == CALIBRATED_HARDWARE:
+        return {name: capacity_of(WORKLOADS[name], hardware) for name in workloads}
+    found: dict[str, float] = {}
+    label = f"capacity of {hardware} servers"
+    with click.progressbar(workloads, label=label, file=sys.stderr, item_show_func=str) as bar:
+        for name in bar:
+            found[name] = capacity_of(WORKLOADS[name], hardware)
+    return found
 
 
 def _replayed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from random import Random
 from typing import NamedTuple
@@ -125,21 +125,20 @@ def grid(
     loads: Sequence[float],
     seeds: Sequence[int],
     policies: Sequence[str],
-    hardware: str,
+    capacities: Mapping[str, float],
     scene_of: Callable[[Workload], Scene],
     knobs: Knobs,
 ) -> Iterator[Run]:
-    """Every combination, the policies innermost."""
+    """Every combination, the policies innermost; `capacities` as `capacity_of` finds them."""
     for name in workloads:
         workload = WORKLOADS[name]
-        capacity = capacity_of(workload, hardware)
         scene = scene_of(workload)
         for load, seed, policy in itertools.product(loads, seeds, policies):
-            rate = rate_at(workload, load, len(scene.speeds), capacity)
+            rate = rate_at(workload, load, len(scene.speeds), capacities[name])
             yield Run(name, load, seed, policy, scene, rate, knobs)
 
 
 __all__ = [
-    "ALL_POLICIES", "Run", "calibrate", "execute", "execute_all", "grid",
+    "ALL_POLICIES", "Run", "calibrate", "capacity_of", "execute", "execute_all", "grid",
     "rate_at", "simulate", "speeds_of",
 ]  # fmt: skip
