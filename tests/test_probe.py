@@ -406,6 +406,7 @@ async def test_over_tcp_a_server_that_hung_for_a_while_is_probed_good_again():
                 await trio.sleep(0.01)
         assert server.running == 1
         assert scripted.requests[-1][b"authorization"] == b"Bearer k"
+        assert scripted.requests[-1][b"accept-encoding"] == b"identity"
         assert scripted.requests[-1][b"user-agent"] == b"vllm-router-probe"
         nursery.cancel_scope.cancel()
 

@@ -6,6 +6,7 @@ What fits into one write goes out by the socket's wire, together with what other
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 import ssl
@@ -216,13 +217,13 @@ async def connect(address: Address) -> socket.socket:
             await trio.lowlevel.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, errno.errorcode.get(code, str(code)))
+            raise OSError(code, os.strerror(code))
     except OSError as error:
         if sock is not None:
             sock.close()
         if error.errno in _OUR_ERRORS:
             raise OwnFault(str(error)) from error
-        raise ConnectFailed(str(error)) from error
+        raise ConnectFailed(error.strerror or str(error)) from error
     except BaseException:
         if sock is not None:
             sock.close()

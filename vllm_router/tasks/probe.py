@@ -47,7 +47,8 @@ def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -
     Its connections are not those of the data path, so that saturation does not read as sickness.
     Proxies of the environment are ignored, and redirects are not followed.
     """
-    headers = {"user-agent": "vllm-router-probe"}
+    # Packing a page of metrics costs the engine more than sending it.
+    headers = {"user-agent": "vllm-router-probe", "accept-encoding": "identity"}
     if server.config.api_key:
         headers["authorization"] = f"Bearer {server.config.api_key}"
     return httpx.AsyncClient(
