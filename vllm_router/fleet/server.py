@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from vllm_router.config import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
@@ -59,8 +61,7 @@ class Transition:
     reason: str
 
 
-@dataclass(eq=False, slots=True)
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """The in-flight unit one attempt holds on a server, from the pick to the end.
 
     `last_byte_at` moves with every byte from the server; `committed` when the client is given

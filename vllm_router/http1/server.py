@@ -189,9 +189,9 @@ class SocketConnection(Connection):
         else:
             self.hang_up()
 
-    async def _read(self) -> bytes:
+    async def _read(self, size: int = READ_SIZE) -> bytes:
         try:
-            return await self._wire.read()
+            return await self._wire.read(size)
         except OSError:
             return b""
 
@@ -311,7 +311,7 @@ class StreamConnection(Connection):
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
             return b""
 
-    async def _read(self) -> bytes:
+    async def _read(self, size: int = READ_SIZE) -> bytes:
         while self._pumping and not self._arrived and not self._ended:
             self._news = trio.Event()
             await self._news.wait()

@@ -94,8 +94,8 @@ class Wire:
         """Whether nothing has come that nobody has read, as far as the loop has looked."""
         return not self._ready
 
-    async def read(self) -> bytes:
-        """Some bytes, none at the end. Loses nothing when cancelled. Raises OSError."""
+    async def read(self, size: int = READ_SIZE) -> bytes:
+        """At most `size` bytes, none at the end. Loses nothing when cancelled. Raises OSError."""
         while True:
             if self._ready:
                 await trio.lowlevel.checkpoint()  # others shall have their turn, too
@@ -103,12 +103,12 @@ class Wire:
                 self._reader = current_task()
                 await wait_task_rescheduled(self._abort_read)
             try:
-                data = self.sock.recv(READ_SIZE)
+                data = self.sock.recv(size)
             except BlockingIOError:
                 self._ready = False
                 continue
             # Of what comes after a short read the kernel tells; of the end it has told.
-            self._ready = self.ended or len(data) == READ_SIZE
+            self._ready = self.ended or len(data) == size
             return data
 
     async def pour(self, take: Callable[[bytes], bool]) -> None:

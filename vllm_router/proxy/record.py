@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from vllm_router.fleet.server import Server
 from vllm_router.routing.facts import Facts
@@ -22,8 +23,7 @@ class Phase(enum.Enum):
     DONE = "done"
 
 
-@dataclass(slots=True, eq=False)
-class Record:
+class Record(msgspec.Struct, eq=False, gc=False):
     """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen.
 
     `waited` is how long it stood in the waiting room.
@@ -56,7 +56,7 @@ class Record:
     bytes_in: int = 0
     bytes_out: int = 0
     chunks: int = 0
-    retries: list[Outcome] = field(default_factory=list)
+    retries: list[Outcome] = []
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from vllm_router.proxy.record import Record
 
@@ -24,7 +25,7 @@ class Decisions:
         model, path = record.model, record.path
         if (model is not None and len(model) > LONGEST) or len(path) > LONGEST:
             model = model[:LONGEST] if model is not None else None
-            record = replace(record, model=model, path=path[:LONGEST])
+            record = msgspec.structs.replace(record, model=model, path=path[:LONGEST])
         self._ring.append(record)
 
     def newest(self, limit: int, wall: float) -> list[dict[str, Any]]:

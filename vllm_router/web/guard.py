@@ -99,6 +99,8 @@ class Guard:
         self._has_keys = config.auth is not None
         self._origins = frozenset(config.settings.cors_origins)
         self._hosts = frozenset(config.settings.allowed_hosts)
+        self._open = not (self._has_keys or self._hosts or own or admin_port is not None)
+        """Whether everybody may ask for inference, however they come."""
 
     def admit(self, scope: Scope, path_class: PathClass) -> None:
         """Judge a request or websocket by its head; raises Refused.
@@ -107,6 +109,11 @@ class Guard:
         a server.
         """
         fields: dict[bytes, bytes] = dict(scope["headers"])
+        if self._open and path_class is PathClass.INFERENCE:
+            if b"origin" in fields:
+                self._check_origin(fields)
+            scope[IDENTITY] = ANONYMOUS
+            return
         path: str = scope["path"]
         if path[:1] != "/":
             raise Refused(400, "bad_request", "The request target is malformed.")

@@ -8,7 +8,6 @@ are dropped and counted.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import fields
 from operator import attrgetter
 from typing import TypeVar
 
@@ -31,7 +30,7 @@ LONGEST = 300
 
 
 _NOT_AS_IT_IS = {"path", "model", "phase", "server", "outcome", "retries", "facts", "trace"}
-_AS_IT_IS = tuple(one.name for one in fields(Record) if one.name not in _NOT_AS_IT_IS)
+_AS_IT_IS = tuple(name for name in Record.__struct_fields__ if name not in _NOT_AS_IT_IS)
 _as_it_is = attrgetter(*_AS_IT_IS)
 _PHASES = {phase.value: phase for phase in Phase}
 _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
