@@ -86,6 +86,7 @@ class Probe:
         self._tick = tick
         self._hurry = trio.Event()
         self._client: httpx.AsyncClient
+        self._metrics_request: httpx.Request
 
     @property
     def _settings(self) -> Settings:
@@ -96,6 +97,7 @@ class Probe:
         # No timeout: each use has one around it, which follows the configuration.
         async with control_client(self._server, None, self._tls) as client:
             self._client = client
+            self._metrics_request = client.build_request("GET", "/metrics")
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
             async with trio.open_nursery() as nursery:
@@ -176,8 +178,12 @@ class Probe:
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                async with self._client.stream("GET", "/metrics") as response:
+                # The same request every time: making one costs more than asking.
+                response = await self._client.send(self._metrics_request, stream=True)
+                try:
                     page = await _page(response) if response.is_success else None
+                finally:
+                    await response.aclose()
             except httpx.HTTPError as error:
                 if not _is_own_fault(error):
                     self._reached(reachable=False)
