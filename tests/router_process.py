@@ -187,8 +187,12 @@ def router_process(
         router.close()
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> float:
-    """Wait for a condition; the seconds it took. Connection errors count as not yet."""
+def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> float:
+    """Wait for a condition; the seconds it took. Connection errors count as not yet.
+
+    A server that fails is ejected by its third failure, and a careful policy takes its time to try
+    it for the third time.
+    """
     began = time.monotonic()
     while True:
         with contextlib.suppress(httpx.TransportError, ConnectionError):
