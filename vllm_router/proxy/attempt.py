@@ -352,6 +352,11 @@ class Attempt:
         outlet = self._exchange.outlet if connection.pours else None
         self._moved = self._exchange.record.first_byte_at
         piece, self._held = self._held, b""
+        if piece and connection.exhausted:
+            # All of it: it goes with the end of the answer, when the lease has been given back.
+            self._note(piece)
+            self._exchange.last = {"type": BODY, "body": piece, "more_body": False}
+            return
         while piece:
             self._note(piece)
             self._sending = True

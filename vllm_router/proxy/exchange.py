@@ -68,6 +68,7 @@ class Exchange:
         "_tried",
         "attempt",
         "deadline",
+        "last",
         "outlet",
         "proxy",
         "record",
@@ -103,6 +104,7 @@ class Exchange:
         identity: Identity | None = scope.get(IDENTITY)
         self._key = identity.key if identity is not None else None
         self.attempt: Attempt | None = None
+        self.last: Message = LAST
         self.deadline = _INFINITY
 
     def interrupt(self, reason: str) -> bool:
@@ -139,7 +141,7 @@ class Exchange:
             if not self._complete:
                 return None
             record.phase = Phase.DONE
-            return LAST
+            return self.last
         except ClientGone:
             return None
         finally:
