@@ -167,6 +167,19 @@ async def test_a_shutdown_grace_with_a_green_health_and_500s_is_no_sinkhole(tmp_
         assert load.bad() == []
 
 
+async def test_streams_that_end_before_their_first_token_are_answered_by_others(tmp_path):
+    with (
+        mock_processes(3, *MOCK) as mocks,
+        router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
+    ):
+        mocks[0].set(mode="no_token")
+        results = await burst(router.url, chat(stream=True, max_tokens=5), 30)
+        assert all(result.ok for result in results)
+        assert {result.text.count('"finish_reason":"length"') for result in results} == {1}
+        assert router.metric("vllm_router_retries_total", reason="aborted") > 0
+        await becomes(router, mocks[0], "ejected")
+
+
 async def test_a_trickle_is_slow_but_no_failure(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,

@@ -150,12 +150,27 @@ async def test_a_line_without_end_is_not_held_for_ever(autojump_clock):
         client.leave()
 
 
+# vLLM 0.32 to one in its queue, when it is stopped with a grace period.
+OPENING = (
+    b'data: {"id":"chatcmpl-8ff5","object":"chat.completion.chunk","created":1,"model":"m",'
+    b'"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
+    b'"finish_reason":null}],"prompt_token_ids":null,"prompt_text":null}\n\n'
+)
+USAGE = (
+    b'data: {"id":"chatcmpl-8ff5","object":"chat.completion.chunk","created":1,"model":"m",'
+    b'"choices":[],"usage":{"prompt_tokens":16,"total_tokens":16,"completion_tokens":0}}\n\n'
+)
+
 # -- dead on arrival ---------------------------------------------------------------------------
 
 DEAD_FIRST = {
     "error event": [ERROR % 500, DONE],
     "error event after a comment": [COMMENT, ERROR % 500, DONE],
     "abort at once": [event("", "abort"), DONE],
+    "no token": [OPENING, USAGE, DONE],
+    "no token, all at once": [OPENING + USAGE + DONE],
+    "no token, abort": [OPENING, event("", "abort"), DONE],
+    "no token, nor its end": [OPENING],
     "error event in pieces": [(ERROR % 500)[:9], (ERROR % 500)[9:30], (ERROR % 500)[30:], DONE],
 }
 

@@ -45,6 +45,62 @@ def test_comments_and_halves_are_no_event(held):
     assert not sse.has_event(held)
 
 
+OPENING = (
+    b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
+    b'"finish_reason":null}],"prompt_token_ids":null}\n\n'
+)
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":16,"completion_tokens":0}}\n\n'
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        OPENING,
+        b": keep-alive\n\n" + OPENING,
+        OPENING * 2,  # n = 2
+        USAGE,
+        OPENING + USAGE,
+        OPENING.replace(b'""', b'"","reasoning_content":null'),
+        OPENING.replace(b":", b": "),
+    ],
+)
+def test_what_comes_before_the_first_token_is_no_event_yet(held):
+    assert not sse.has_event(held)
+    assert not sse.begins_dead(held)
+    assert sse.has_event(held + CHUNK % b"hi")
+    assert not sse.begins_dead(held + CHUNK % b"hi")
+    assert not sse.begins_dead(held + CHUNK % b"hi" + DONE)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        OPENING.replace(b'""', b'"hi"'),
+        OPENING.replace(b'""', b'"","reasoning_content":"so"'),
+        OPENING.replace(b'"finish_reason":null', b'"finish_reason":"length"'),
+        b'data: {"choices":[{"text":""}]}\n\n',
+    ],
+)
+def test_an_opening_that_says_more_is_an_event(held):
+    assert sse.has_event(held)
+    assert not sse.begins_dead(held + DONE)
+    assert not sse.begins_dead(held, whole=True)
+
+
+@pytest.mark.parametrize("held", [OPENING, USAGE, OPENING + USAGE, b": c\n\n" + OPENING])
+def test_a_stream_that_ends_before_its_first_token_is_dead(held):
+    """As those of vLLM do that wait in its queue when it is stopped with a grace period."""
+    assert sse.has_event(held + DONE)
+    assert sse.begins_dead(held + DONE)
+    assert sse.begins_dead(held, whole=True)
+
+
+def test_a_stream_of_nothing_is_dead_only_if_it_says_so():
+    assert sse.begins_dead(DONE)
+    assert not sse.begins_dead(b"", whole=True)
+    assert not sse.begins_dead(b": comment\n\n", whole=True)
+
+
 def test_a_first_event_with_an_error_of_the_server_is_dead():
     assert sse.begins_dead(ERROR % 500)
     assert sse.begins_dead(b": keep-alive\n\n" + ERROR % 500 + DONE)

@@ -222,6 +222,9 @@ class Generation(Exchange):
     def deliver(self, words: list[bytes]) -> None:
         if self.over:
             return
+        if self.fault.mode == "no_token":
+            self._end_before_the_first_token()
+            return
         limit = self._limit
         cut_here = self.stream or self.fault.mode in ("abort_finish", "error_event")
         if limit is not None and cut_here and self._sent + len(words) >= limit:
@@ -304,6 +307,15 @@ class Generation(Exchange):
             self._leave()
             self.server.counts.failed += 1
             self.server.reply(self.connection, self.incoming, 500, engine_dead(), JSON)
+
+    def _end_before_the_first_token(self) -> None:
+        """A clean-looking end of a stream with no token and no reason; 500 if it is no stream."""
+        if not self.stream:
+            self.error([])
+            return
+        self._stop_engine([], None)
+        self.spoiled = True
+        self._write(b"".join([*self._shape.opening(), DONE, LAST_CHUNK]), complete=True)
 
     def terminate(self, *, error: bool) -> None:
         if error:

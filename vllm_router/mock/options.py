@@ -66,6 +66,7 @@ MODES = frozenset(
         "trickle",  # a byte every trickle_ms
         "abort_finish",  # clean end with finish_reason "abort", as after SIGTERM
         "error_event",  # error event, then [DONE], as after SIGTERM
+        "no_token",  # a stream that ends cleanly before its first token, as of those in the queue
         "raw",
         "die",  # the server ends without a byte, as of SIGKILL
         "engine_death",  # 500 to all it has, 503 to checks, and soon it ends

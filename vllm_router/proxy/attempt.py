@@ -317,7 +317,7 @@ class Attempt:
         return connection.complete and sse.is_aborted(held)
 
     async def _hold_stream(self, connection: Connection, scope: trio.CancelScope) -> bool:
-        """Wait for the first event; True if it says that the engine failed.
+        """Wait for the first event that says something; True if it is that the engine failed.
 
         The head of a stream comes at once and proves nothing.
         """
@@ -335,7 +335,7 @@ class Attempt:
             idle = now + self._proxy.settings.idle_timeout
             scope.deadline = min(idle, self._exchange.deadline)
         self._held = held
-        return sse.begins_dead(held)
+        return sse.begins_dead(held, whole=not piece)
 
     def _heard(self) -> float:
         """Bytes have just come from the server; the time."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 ABORTED = (b'"finish_reason":"abort"', b'"finish_reason": "abort"')
 # Quotes and line breaks inside JSON strings are escaped, so no text of a model can contain these.
 _ERROR_DATA = (b'\ndata: {"error"', b'\ndata:{"error"')
+_OPENING = re.compile(rb'"delta": ?{"role": ?"assistant", ?"content": ?""(?:, ?"\w+": ?null)*}')
+_FINISHED = re.compile(rb'"finish_reason": ?"')
+_NO_CHOICE = re.compile(rb'"choices": ?\[\]')
 _ERROR_MARKS = (b"\nevent: error", b"\nevent:error", b'"object":"error"')
 
 
@@ -16,16 +20,40 @@ def is_aborted(data: bytes) -> bool:
 
 
 def has_event(held: bytes) -> bool:
-    """Whether a whole event has arrived: more than comments, up to the blank line after it."""
-    if held.startswith(b"data:") and held.endswith(b"\n\n"):
-        return True  # as nearly always
-    begun = False
-    for line in held.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[:-1]:
-        if line:
-            begun = begun or line[:1] != b":"
-        elif begun:
-            return True
-    return False
+    """Whether a whole event has arrived that says something: no comment, nor what comes before
+    the first token or behind the last, up to the blank line after it.
+    """
+    simple = held.startswith(b"data:") and held.endswith(b"\n\n")
+    if simple and b'"role"' not in held and b"[]" not in held:
+        return True
+    return any(not _says_nothing(event) for event in _events(held))
+
+
+def _events(data: bytes) -> list[bytes]:
+    """The whole events in it, without those that are but comments."""
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return [
+        event
+        for event in lines.split(b"\n\n")[:-1]
+        if any(line and line[:1] != b":" for line in event.split(b"\n"))
+    ]
+
+
+def _says_nothing(event: bytes) -> bool:
+    """Whether it only opens a chat answer, or only counts its tokens."""
+    if _NO_CHOICE.search(event):
+        return True
+    return _OPENING.search(event) is not None and _FINISHED.search(event) is None
+
+
+def _is_empty(events: list[bytes], *, whole: bool) -> bool:
+    """Whether a stream has come to its end without a token, and without a reason for that.
+
+    vLLM 0.32 ends those so that wait in its queue when it is stopped with a grace period.
+    """
+    said = [event for event in events if event.strip() != b"data: [DONE]"]
+    ended = len(said) < len(events) or (whole and bool(said))
+    return ended and all(map(_says_nothing, said))
 
 
 def ends_aborted(tail: bytes) -> bool:
@@ -47,12 +75,15 @@ def ends_aborted(tail: bytes) -> bool:
     return code is None or code >= 500
 
 
-def begins_dead(held: bytes) -> bool:
-    """Whether a stream's first event says that the engine failed before the first token.
+def begins_dead(held: bytes, *, whole: bool = False) -> bool:
+    """Whether the engine failed before the first token, as a stream's first events tell.
 
     vLLM 0.32 sends such an event, with a code of 500, when it is stopped during prefill; errors
-    of the request itself come as a plain 4xx answer or with a code below 500.
+    of the request itself come as a plain 4xx answer or with a code below 500. `whole` if nothing
+    comes after what is held.
     """
+    if (whole or b"[DONE]" in held) and _is_empty(_events(held), whole=whole):
+        return True
     if _is_plain(held):
         return False
     if is_aborted(held):
