@@ -121,12 +121,13 @@ async def burst(
     headers: dict[str, str] | None = None,
     *,
     keep: int = 4000,
+    http2: bool = False,
 ) -> list[Result]:
-    """`count` requests at the same time, on connections of their own."""
+    """`count` requests at the same time, on connections of their own; on one with `http2`."""
     results: list[Result] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=url, timeout=60, trust_env=False, limits=limits
+        base_url=url, timeout=60, trust_env=False, limits=limits, http1=not http2, http2=http2
     ) as client:
 
         async def one() -> None:

@@ -42,8 +42,9 @@ async def test_killing_one_of_three_fails_no_request_without_a_byte(tmp_path, fr
         until(lambda: router.state(mocks[1].url) == "up", "its return")
 
 
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
 @pytest.mark.parametrize("front", FRONTS)
-async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, front):
+async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, front, http2):
     with (
         mock_processes(3, "--model", "m", "--token-delay", "0.03") as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path, "--front", front) as router,
@@ -52,7 +53,8 @@ async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, fro
         async with trio.open_nursery() as nursery:
 
             async def streams() -> None:
-                results.extend(await burst(router.url, chat(stream=True, max_tokens=60), 30))
+                body = chat(stream=True, max_tokens=60)
+                results.extend(await burst(router.url, body, 30, http2=http2))
 
             nursery.start_soon(streams)
             while mocks[0].stats()["running"] < 8:

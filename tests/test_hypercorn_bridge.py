@@ -344,6 +344,48 @@ async def test_http2_client_that_takes_nothing_and_leaves_is_forgotten(kind, pat
         await soon(lambda: not on.front.connections and not on.app.active)
 
 
+@pytest.mark.parametrize("path", [b"/v1/truncated", b"/v1/short"])
+async def test_http2_answer_that_is_broken_off_is_reset_behind_its_last_byte(kind, path):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(path)
+        await peer.flush()
+        received, ended = b"", None
+        while ended is None:
+            for event in await peer.events():
+                if isinstance(event, h2.events.DataReceived):
+                    received += event.data
+                elif isinstance(event, h2.events.StreamReset | h2.events.StreamEnded):
+                    ended = event
+                elif isinstance(event, h2.events.ResponseReceived):
+                    more = hyperframe.frame.WindowUpdateFrame(stream, window_increment=100)
+                    await client.send(more.serialize())
+        assert received == b"half of "
+        assert isinstance(ended, h2.events.StreamReset)
+        again = peer.request(b"/v1/empty")
+        assert (await peer.statuses(again))[again] == b"204"
+        await soon(lambda: not on.app.active)
+
+
+async def test_http2_client_that_resets_what_it_has_not_taken_frees_the_application(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        streams = [peer.request(path) for path in (b"/v1/flood", b"/v1/score")]
+        await peer.flush()
+        answered = 0
+        while answered < 2:
+            found = await peer.events()
+            answered += sum(isinstance(event, h2.events.ResponseReceived) for event in found)
+        for stream in streams:
+            peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+        await peer.flush()
+        await soon(lambda: not on.app.active)
+
+
 async def test_http2_answer_arrives_whole_through_a_small_window(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)

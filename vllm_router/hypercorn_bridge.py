@@ -14,6 +14,7 @@ The cures, each with a test of the same subject:
   socket is reset when the connection is cancelled. Over HTTP/2 a client that opens no window had
   the whole answer kept for it, for ever, even when it had left: now it holds the application
   back, and the stream is reset in time.
+* Over HTTP/2 an answer that was broken off never ended: the stream is reset.
 * Pipelining and leaving leaked a task: a failed send ends the connection's own scope.
 * `Upgrade: h2c` is ignored. HTTP/2 with prior knowledge stays possible.
 * Both Content-Length and Transfer-Encoding, Transfer-Encoding from HTTP/1.0, a malformed Host, an
@@ -49,7 +50,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.events import Body, Data, Response
+from hypercorn.protocol.events import Body, Data, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import (
     BUFFER_HIGH_WATER,
@@ -418,12 +419,14 @@ class GuardedH2Protocol(H2Protocol):
         """Streams of which something waits for the client, and since when it has taken nothing."""
         self._watching = False
 
-    async def handle(self, event: Event) -> None:
-        await super().handle(event)
-        if isinstance(event, Closed):
-            # Or an application whose answer the client has not taken would wait for ever.
-            for buffer in list(self.stream_buffers.values()):
-                await buffer.close()
+    async def _close_stream(self, stream_id: int) -> None:
+        await super()._close_stream(stream_id)
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is not None:
+            # Or an application whose answer the client has not taken would wait for ever; and the
+            # sender, woken, finds that the stream is over, and forgets it.
+            await buffer.close()
+            await self._window_updated(stream_id)
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response):
@@ -431,7 +434,21 @@ class GuardedH2Protocol(H2Protocol):
         elif isinstance(event, Body) and event.stream_id not in self.streams:
             # Nobody takes it: whoever goes on sending must at least let others have their turn.
             await trio.lowlevel.checkpoint()
+        elif isinstance(event, StreamClosed) and event.stream_id in self.streams:
+            await self._break_off(event.stream_id)
         await super().stream_send(event)
+
+    async def _break_off(self, stream_id: int) -> None:
+        """The application has ended: if its answer has not, the client must hear of it, behind the
+        last of what there is. Hypercorn left it waiting."""
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None or buffer._complete:
+            return
+        if buffer.buffer:
+            await buffer.drain()
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+        await self._flush()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         reset = {e.stream_id for e in events if isinstance(e, h2.events.StreamReset)}
@@ -483,11 +500,7 @@ class GuardedH2Protocol(H2Protocol):
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
         await self._flush()
-        if stream_id in self.stream_buffers:
-            # Empty and complete: the sender finds that the stream is over, and forgets it.
-            await self.stream_buffers[stream_id].close()
         await self._close_stream(stream_id)
-        await self._window_updated(stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         fields = dict(request.headers)

@@ -68,6 +68,12 @@ def _said(result: Result) -> str:
 
 @scenario("F2", "SIGKILL under 48 streams past their first chunk", p0=True)
 async def kill_streams(card: Card) -> None:
+    for http2 in (False, True):
+        await _kill_streams(card, http2=http2)
+
+
+async def _kill_streams(card: Card, *, http2: bool) -> None:
+    card.note("over", "HTTP/2" if http2 else "HTTP/1.1")
     with fleet(card, mock=("--model", "m", "--token-delay", "0.04")) as (mocks, router):
         results = []
         lost = 0.0
@@ -75,7 +81,7 @@ async def kill_streams(card: Card) -> None:
         async with trio.open_nursery() as nursery:
 
             async def streams() -> None:
-                results.extend(await burst(router.url, body, 48, keep=WHOLE))
+                results.extend(await burst(router.url, body, 48, keep=WHOLE, http2=http2))
 
             nursery.start_soon(streams)
             while (await off_loop(mocks[0].stats))["running"] < 14:
