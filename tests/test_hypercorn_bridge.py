@@ -404,6 +404,23 @@ async def test_http2_answer_arrives_whole_through_a_small_window(kind):
         assert json.loads(received)["path"] == "/v1/score"
 
 
+async def test_http2_streams_end_whole_while_the_server_drains(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        streams = [peer.request(b"/v1/stream") for _ in range(20)]
+        await peer.flush()
+        await soon(lambda: on.app.active == 20)
+        on.front.stop_accepting()
+        on.front.begin_drain()
+        on.app.release.set()
+        ended = set()
+        for event in await peer.ending():
+            if isinstance(event, h2.events.StreamEnded):
+                ended.add(event.stream_id)
+        assert ended == set(streams)
+        await soon(lambda: not on.front.connections)
+
+
 async def test_nothing_of_an_http2_connection_waits_for_the_garbage_collector(kind):
     gc.collect()
     gc.disable()

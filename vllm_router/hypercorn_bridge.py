@@ -14,7 +14,8 @@ The cures, each with a test of the same subject:
   socket is reset when the connection is cancelled. Over HTTP/2 a client that opens no window had
   the whole answer kept for it, for ever, even when it had left: now it holds the application
   back, and the stream is reset in time.
-* Over HTTP/2 an answer that was broken off never ended: the stream is reset.
+* Over HTTP/2 an answer that was broken off never ended: the stream is reset. In a drain the last
+  ones lost their ends: the connection is closed behind those.
 * Pipelining and leaving leaked a task: a failed send ends the connection's own scope.
 * `Upgrade: h2c` is ignored. HTTP/2 with prior knowledge stays possible.
 * Both Content-Length and Transfer-Encoding, Transfer-Encoding from HTTP/1.0, a malformed Host, an
@@ -107,6 +108,9 @@ MAX_RESETS = 100
 """Streams that one HTTP/2 connection may reset, and one more for every second of its age."""
 
 HTTP2_READ_SIZE = 16384
+
+GOODBYE = 0.2
+"""Seconds between the last answer on an HTTP/2 connection and its end, in a drain."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -434,9 +438,33 @@ class GuardedH2Protocol(H2Protocol):
         elif isinstance(event, Body) and event.stream_id not in self.streams:
             # Nobody takes it: whoever goes on sending must at least let others have their turn.
             await trio.lowlevel.checkpoint()
-        elif isinstance(event, StreamClosed) and event.stream_id in self.streams:
-            await self._break_off(event.stream_id)
+        elif isinstance(event, StreamClosed):
+            if event.stream_id in self.streams:
+                await self._break_off(event.stream_id)
+            await self._close_stream(event.stream_id)
+            await self._rest()
+            return
         await super().stream_send(event)
+
+    async def _rest(self) -> None:
+        """Say so once nothing is left to do. Hypercorn did while the ends of streams were still to
+        be sent: in a drain it closed the connection before them."""
+        if self.stream_buffers or not self.idle:
+            return
+        if self.context.terminated.is_set():
+            self.task_group.spawn(self._say_goodbye)
+        else:
+            await self.send(Updated(idle=True))
+
+    async def _say_goodbye(self) -> None:
+        """End the connection, when the client has had the time to read what there was: httpcore,
+        for one, gives up all streams when it hears of the end, even whole ones it has yet to read.
+        """
+        await trio.sleep(GOODBYE)
+        if self.idle and not self.stream_buffers:
+            self.connection.close_connection()
+            await self._flush()
+            await self.send(Updated(idle=True))
 
     async def _break_off(self, stream_id: int) -> None:
         """The application has ended: if its answer has not, the client must hear of it, behind the
@@ -477,6 +505,8 @@ class GuardedH2Protocol(H2Protocol):
         before = len(buffer.buffer) if buffer is not None else 0
         await super()._send_data(stream_id)
         left = len(buffer.buffer) if buffer is not None else 0
+        if stream_id not in self.stream_buffers:
+            await self._rest()
         if not left:
             self._stalled.pop(stream_id, None)
         elif left < before or stream_id not in self._stalled:

@@ -146,7 +146,7 @@ async def broken_files(card: Card) -> None:
         card.equal("servers kept", len(router.servers()), 3)
 
 
-@scenario("F18", "SIGTERM with 20 live streams and 5 stalled readers", p0=True)
+@scenario("F18", "SIGTERM with 20 live streams, 10 over HTTP/2, and 5 stalled readers", p0=True)
 async def drain(card: Card) -> None:
     with fleet(
         card,
@@ -162,10 +162,14 @@ async def drain(card: Card) -> None:
         async def stream(client: httpx.AsyncClient) -> None:
             results.append(await ask(client, chat(stream=True, max_tokens=100)))
 
-        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        options = {"base_url": url, "timeout": 60, "trust_env": False}
+        async with (
+            httpx.AsyncClient(**options) as http1,
+            httpx.AsyncClient(**options, http1=False, http2=True) as http2,
+        ):
             async with trio.open_nursery() as nursery:
-                for _ in range(20):
-                    nursery.start_soon(stream, client)
+                for number in range(20):
+                    nursery.start_soon(stream, (http1, http2)[number % 2])
                 while sum(mock.stats()["running"] for mock in mocks) < 22:
                     await trio.sleep(0.02)
                 await trio.sleep(0.5)
