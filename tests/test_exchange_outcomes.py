@@ -881,6 +881,19 @@ async def test_a_stop_ends_what_waits_with_503(autojump_clock):
         assert failures(rig, "a") == 0
 
 
+async def test_everybody_who_waits_for_the_last_exchange_is_told(autojump_clock):
+    async with lab(silent) as rig:
+        rig.start()
+        await trio.sleep(1)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                for _ in range(2):  # a leader's drain and its end
+                    nursery.start_soon(rig.proxy.drained)
+                    await trio.testing.wait_all_tasks_blocked()
+                rig.proxy.stop()
+        await rig.proxy.drained()
+
+
 async def test_a_request_that_has_gone_round_in_circles_is_refused(autojump_clock):
     via = (b"via", b", ".join([b"1.1 vllm-router"] * 8))
     async with lab(answering(GOOD)) as rig:

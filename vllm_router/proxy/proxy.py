@@ -209,9 +209,10 @@ class Proxy:
         return ended
 
     async def drained(self) -> None:
-        """Wait until no exchange is left."""
+        """Wait until no exchange is left. Several may."""
         while self.exchanges:
-            self._empty = trio.Event()
+            if self._empty.is_set():
+                self._empty = trio.Event()
             await self._empty.wait()
 
     def stop(self) -> int:
