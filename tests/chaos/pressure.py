@@ -15,13 +15,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 import h2.connection
+import httpx
 import trio
 
 from chaos.harness import MOCK, Card, fleet, off_loop, percentile, rss_mb, running, scenario
 from chaos.harness import waited as wait_for
 from chaos.rivals import NAMES, rival
 from chaos.stalled import stalled_reader
-from load import Load, burst
+from load import Load, ask
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, raw_exchange
 
@@ -265,7 +266,9 @@ async def silence(card: Card) -> None:
         comments: list[float] = []
 
         async def silent() -> None:
-            results.extend(await burst(router.url, chat(stream=True), 1, headers))
+            options = {"base_url": router.url, "timeout": seconds + 60, "trust_env": False}
+            async with httpx.AsyncClient(**options) as client:
+                results.append(await ask(client, chat(stream=True), headers))
 
         async def commented() -> None:
             body = json.dumps(chat(stream=True)).encode()
