@@ -11,12 +11,14 @@ import msgspec
 from vllm_router.paths import is_pure
 from vllm_router.routing.models import with_model
 from vllm_router.routing.pieces import (
+    CROWDED,
     NO_PROMPT,
     Message,
     Prompt,
     chat_prompt,
     messages_in,
     plain_prompt,
+    raw_prompt,
 )
 
 
@@ -67,13 +69,21 @@ _DECODER = msgspec.json.Decoder(_Fields)
 _FULL_DECODER = msgspec.json.Decoder(_AllFields)
 
 
-class _OddFields(_AllFields, gc=False):
-    """Of a body whose messages are not what they should be."""
+class _RawFields(_Fields, gc=False):
+    """The same with nothing looked into."""
 
-    messages: Any = None
+    messages: msgspec.Raw = _NO_JSON
+    instructions: msgspec.Raw = _NO_JSON
+    system: msgspec.Raw = _NO_JSON
+    tools: msgspec.Raw = _NO_JSON
+    prompt: msgspec.Raw = _NO_JSON
+    input: msgspec.Raw = _NO_JSON
 
 
-_ODD_DECODER = msgspec.json.Decoder(_OddFields)
+_RAW_DECODER = msgspec.json.Decoder(_RawFields)
+_COUNTED_FROM = 4 * CROWDED
+"""Bytes of a body; of a shorter one so much is not looked at for long."""
+
 RESPONSES = b"/v1/responses"
 """The one path of those on which something may be left behind, if the body says so."""
 
@@ -101,17 +111,15 @@ def read_facts(
     Of a body with fewer bytes than `shortest` the prompt has a size only, that of the body.
 
     `session` is the `X-Session-ID` header; `session_id` and `user` in the body come after it.
-    With the prompt it costs up to 2 ms for a body of 1 MB, without a third of that. Nothing is
-    refused here: the engine says best what is wrong with a request.
+    With the prompt it costs 1 ms for a body of 1 MB, 3 if that is made of short messages or parts,
+    without 0.3. Nothing is refused here: the engine says best what is wrong with a request.
     """
     replayable = is_pure(path)
     if content_type != _JSON and _is_form(content_type):
         return _form_facts(content_type, body, replayable)
     try:
         if with_prompt and len(body) >= shortest:
-            every = _all_fields(body)
-            fields: _Fields = every
-            prompt = _read_prompt(every)
+            fields, prompt = _with_prompt(body)
         else:
             fields = _DECODER.decode(body)
             prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
@@ -139,14 +147,19 @@ def _session(header: bytes, fields: _Fields) -> str | None:
     return None
 
 
-def _all_fields(body: bytes) -> _AllFields:
-    try:
-        return _FULL_DECODER.decode(body)
-    except msgspec.ValidationError:
-        fields = _ODD_DECODER.decode(body)
-        if fields.messages is not None:
-            fields.messages = messages_in(msgspec.json.encode(fields.messages))
-        return fields
+def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
+    if len(body) <= _COUNTED_FROM or body.count(b"{") <= CROWDED:
+        try:
+            fields = _FULL_DECODER.decode(body)
+            return fields, _read_prompt(fields)
+        except msgspec.ValidationError:
+            pass  # the messages are none
+    raw = _RAW_DECODER.decode(body)
+    head = (raw.tools, raw.system, raw.instructions)
+    for said in (raw.messages, raw.input):
+        if said is not _NO_JSON:
+            return raw, raw_prompt(*head, said)
+    return raw, plain_prompt(raw.prompt) if raw.prompt is not _NO_JSON else NO_PROMPT
 
 
 def _read_prompt(fields: _AllFields) -> Prompt:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 from zlib import adler32, crc32
 
 import msgspec
@@ -55,6 +54,13 @@ SHORT_TEXT = 2048
 LOOKED_INTO = 512
 """So many messages, or parts of one, are looked into: one costs 0.5 µs, and a body may have ten
 thousand of them. Of the others only long ones are, which may be pictures."""
+
+CROWDED = 1 << 16
+"""A value with more things in it than this is taken as it stands: nobody talks like that, and to
+look at millions of things would hold up all other requests."""
+
+_DEEPEST = 8
+"""Levels of nesting in a part that are gone down."""
 
 _MEDIA_FROM = 1024
 """A string in a content part that is longer than this is the data of a medium."""
@@ -200,19 +206,10 @@ _NO_MORE = (_ABSENT,) * 5
 
 
 def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
-    """The messages of a conversation, or of whatever else the body had in their place."""
+    """The messages of a conversation; one if it is but a text. Raises ValidationError."""
     if _begins(raw) == b'"':
         return [Message(role=msgspec.Raw(b'"user"'), content=msgspec.Raw(raw))]
-    try:
-        return _MESSAGES.decode(raw)
-    except msgspec.ValidationError:
-        found = msgspec.json.decode(raw)
-    return [_as_message(one) for one in found] if isinstance(found, list) else []
-
-
-def _as_message(value: Any) -> Message:
-    raw = msgspec.Raw(msgspec.json.encode(value))
-    return msgspec.json.decode(raw, type=Message) if isinstance(value, dict) else Message(role=raw)
+    return _MESSAGES.decode(raw)
 
 
 def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
@@ -230,8 +227,11 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
         if message is answer:
             last_answer = len(texts)
         content = message.content
-        if place >= LOOKED_INTO and 0 < len(content) < SHORT_TEXT and message.tool_calls is _ABSENT:
+        if place >= LOOKED_INTO and len(content) < SHORT_TEXT:
             texts.append(content)
+            more = _more_of(message)
+            if more != _NO_MORE:
+                texts += more
             continue
         role = bytes(message.role)
         if shared is None and role not in _PREFACE:
@@ -241,13 +241,7 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
             texts.append(_unquoted(text))
         else:
             _add_content(content, texts)
-        more = (
-            message.tool_calls,
-            message.arguments,
-            message.output,
-            message.tool_call_id,
-            message.call_id,
-        )
+        more = _more_of(message)
         if more != _NO_MORE:
             texts += [_bare(value) for value in more if value is not _ABSENT]
         if shared is not None and not first_turn:
@@ -255,6 +249,16 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
     if shared is None:
         shared = len(texts)
     return _prompt(texts, shared, last_answer, first_turn or len(texts))
+
+
+def _more_of(message: Message) -> tuple[msgspec.Raw, ...]:
+    return (
+        message.tool_calls,
+        message.arguments,
+        message.output,
+        message.tool_call_id,
+        message.call_id,
+    )
 
 
 def _last_answer(messages: Sequence[Message]) -> Message | None:
@@ -267,6 +271,11 @@ def _last_answer(messages: Sequence[Message]) -> Message | None:
 
 _JOINED_BELOW = 1 << 16
 """Bytes. Pages of memory for a copy of more than this cost as much as reading it."""
+
+
+def raw_prompt(*texts: _Text) -> Prompt:
+    """The prompt of a conversation that is not looked into."""
+    return _prompt([*texts], 0, 0, len(texts))
 
 
 def _prompt(texts: list[_Text], shared: int, last_answer: int, first_turn: int) -> Prompt:
@@ -312,8 +321,13 @@ def _add_content(raw: msgspec.Raw, texts: list[_Text]) -> None:
         return
     if len(raw) >= _JOINED_BELOW and _add_pictures(raw, texts):
         return
-    for part in _PARTS.decode(raw):
-        if _begins(part) == b"{":
+    if _is_crowded(raw):
+        texts.append(raw)
+        return
+    for place, part in enumerate(_PARTS.decode(raw)):
+        if place >= LOOKED_INTO and len(part) < SHORT_TEXT:
+            texts.append(part)
+        elif _begins(part) == b"{":
             text = _PART.decode(part).text
             is_text = _begins(text) == b'"'
             texts.append(_bare(text) if is_text else _medium(_VALUES.decode(part)))
@@ -329,8 +343,8 @@ def _add_pictures(raw: msgspec.Raw, texts: list[_Text]) -> bool:
     try:
         for place, part in enumerate(_PICTURES.decode(raw)):
             text = part.text
-            if place >= LOOKED_INTO and 0 < len(text) < SHORT_TEXT:
-                found.append(text)
+            if place >= LOOKED_INTO and len(text) < SHORT_TEXT:
+                found.append(text or part.type)
                 continue
             if _begins(text) == b'"':
                 found.append(_bare(text))
@@ -350,6 +364,8 @@ def _medium(values: dict[str, msgspec.Raw]) -> bytes:
     for value in values.values():
         _walk(value, found.append)
     whole = b"\0".join(found)
+    if not whole:
+        return whole
     return whole if bytes(values.get("type", b"")) in _NO_MEDIA else whole.ljust(MEDIA_BYTES)
 
 
@@ -359,24 +375,33 @@ _LOOKED_AT = 1 << 16
 """Bytes at either end of a medium's data; with its length they tell it from others."""
 
 
-def _walk(raw: msgspec.Raw, found: Callable[[bytes], None]) -> None:
+def _walk(raw: msgspec.Raw, found: Callable[[bytes], None], depth: int = 0) -> None:
     """Long strings are megabytes of pictures: nothing here makes a copy of one."""
     begins = _begins(raw)
-    if begins == b'"':
-        data = memoryview(raw)[1:-1]
-        if len(data) > _MEDIA_FROM:
-            ends = crc32(data[-_LOOKED_AT:], crc32(data[:_LOOKED_AT]))
-            found(b"%d:%d" % (len(data), ends))
-        else:
-            found(bytes(data))
-    elif begins == b"{":
-        for inner in _VALUES.decode(raw).values():
-            _walk(inner, found)
-    elif begins == b"[":
-        for inner in _PARTS.decode(raw):
-            _walk(inner, found)
+    if begins in (b"{", b"[") and depth < _DEEPEST and not _is_crowded(raw):
+        inside = _VALUES.decode(raw).values() if begins == b"{" else _PARTS.decode(raw)
+        for inner in inside:
+            _walk(inner, found, depth + 1)
+        return
+    data = memoryview(raw)[1:-1] if begins == b'"' else memoryview(raw)
+    if len(data) > _MEDIA_FROM:
+        ends = crc32(data[-_LOOKED_AT:], crc32(data[:_LOOKED_AT]))
+        found(b"%d:%d" % (len(data), ends))
     else:
-        found(bytes(raw))
+        found(bytes(data))
+
+
+def _is_crowded(raw: msgspec.Raw) -> bool:
+    """Whether more than CROWDED things may be in it. 0.4 ms per MB, and no copy of the whole."""
+    size = len(raw)
+    if size <= 2 * CROWDED:
+        return False
+    view, commas = memoryview(raw), 0
+    for start in range(0, size, _LOOKED_AT):
+        commas += bytes(view[start : start + _LOOKED_AT]).count(b",")
+        if commas > CROWDED:
+            return True
+    return False
 
 
 def plain_prompt(raw: msgspec.Raw | bytes) -> Prompt:
