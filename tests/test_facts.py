@@ -84,6 +84,11 @@ def test_a_stored_or_background_response_leaves_something_behind():
     assert not of({"model": "m", "store": True}, responses).replayable
     assert not of({"model": "m", "background": True}, responses).replayable
     assert of({"model": "m", "store": True}, CHAT).replayable
+    for odd in ("yes", 1, [0], {"a": 1}, "x" * 10_000):
+        assert not of({"model": "m", "store": odd}, responses).replayable
+        assert of({"model": "m", "store": odd, "stream": True}, responses).stream
+    for nothing in (0, "", [], None):
+        assert of({"model": "m", "store": nothing}, responses).replayable
 
 
 # -- multipart ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ from vllm_router.routing.pieces import (
     plain_prompt,
     raw_prompt,
 )
+
+_Kind = TypeVar("_Kind", str, bool, int)
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
@@ -42,13 +44,13 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
 class _Fields(msgspec.Struct, gc=False):
     """The few keys that are decoded; everything else is skipped without being built."""
 
-    model: Any = None
-    stream: Any = None
-    store: Any = None
-    background: Any = None
-    session_id: Any = None
-    user: Any = None
-    priority: Any = None
+    model: str | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    background: bool | None = None
+    session_id: str | None = None
+    user: str | None = None
+    priority: int | None = None
 
 
 _NO_JSON = msgspec.Raw(b"")
@@ -69,9 +71,16 @@ _DECODER = msgspec.json.Decoder(_Fields)
 _FULL_DECODER = msgspec.json.Decoder(_AllFields)
 
 
-class _RawFields(_Fields, gc=False):
-    """The same with nothing looked into."""
+class _RawFields(msgspec.Struct, gc=False):
+    """The same with nothing looked into: for what is not what it should be, or too much."""
 
+    model: msgspec.Raw = _NO_JSON
+    stream: msgspec.Raw = _NO_JSON
+    store: msgspec.Raw = _NO_JSON
+    background: msgspec.Raw = _NO_JSON
+    session_id: msgspec.Raw = _NO_JSON
+    user: msgspec.Raw = _NO_JSON
+    priority: msgspec.Raw = _NO_JSON
     messages: msgspec.Raw = _NO_JSON
     instructions: msgspec.Raw = _NO_JSON
     system: msgspec.Raw = _NO_JSON
@@ -81,6 +90,7 @@ class _RawFields(_Fields, gc=False):
 
 
 _RAW_DECODER = msgspec.json.Decoder(_RawFields)
+_LONGEST_VALUE = 4096
 _COUNTED_FROM = 4 * CROWDED
 """Bytes of a body; of a shorter one so much is not looked at for long."""
 
@@ -121,20 +131,19 @@ def read_facts(
         if with_prompt and len(body) >= shortest:
             fields, prompt = _with_prompt(body)
         else:
-            fields = _DECODER.decode(body)
+            fields = _few_fields(body)
             prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return Facts(replayable=replayable and path != RESPONSES)
     if path == RESPONSES and (fields.store or fields.background):
         replayable = False
-    model = fields.model
     return Facts(
-        model if isinstance(model, str) and model else None,
+        fields.model or None,
         fields.stream is True,
         replayable,
         _session(session, fields),
         prompt,
-        fields.priority if type(fields.priority) is int else 0,
+        fields.priority or 0,
     )
 
 
@@ -142,9 +151,16 @@ def _session(header: bytes, fields: _Fields) -> str | None:
     if header:
         return header.decode("latin-1")
     for name in (fields.session_id, fields.user):
-        if isinstance(name, str) and name:
+        if name:
             return name
     return None
+
+
+def _few_fields(body: bytes) -> _Fields:
+    try:
+        return _DECODER.decode(body)
+    except msgspec.ValidationError:
+        return _odd_fields(_RAW_DECODER.decode(body))
 
 
 def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
@@ -153,13 +169,39 @@ def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
             fields = _FULL_DECODER.decode(body)
             return fields, _read_prompt(fields)
         except msgspec.ValidationError:
-            pass  # the messages are none
+            pass
     raw = _RAW_DECODER.decode(body)
     head = (raw.tools, raw.system, raw.instructions)
-    for said in (raw.messages, raw.input):
+    prompt = plain_prompt(raw.prompt) if raw.prompt is not _NO_JSON else NO_PROMPT
+    for said in (raw.input, raw.messages):
         if said is not _NO_JSON:
-            return raw, raw_prompt(*head, said)
-    return raw, plain_prompt(raw.prompt) if raw.prompt is not _NO_JSON else NO_PROMPT
+            prompt = raw_prompt(*head, said)
+    return _odd_fields(raw), prompt
+
+
+def _odd_fields(raw: _RawFields) -> _Fields:
+    """What is of the wrong kind is as good as not there; but whoever says anything as `store` may
+    leave something behind."""
+    return _Fields(
+        _value(raw.model, str),
+        _value(raw.stream, bool),
+        _is_said(raw.store),
+        _is_said(raw.background),
+        _value(raw.session_id, str),
+        _value(raw.user, str),
+        _value(raw.priority, int),
+    )
+
+
+def _value(raw: msgspec.Raw, kind: type[_Kind]) -> _Kind | None:
+    if not 0 < len(raw) <= _LONGEST_VALUE:
+        return None
+    value = msgspec.json.decode(raw)
+    return value if type(value) is kind else None
+
+
+def _is_said(raw: msgspec.Raw) -> bool:
+    return len(raw) > _LONGEST_VALUE or (len(raw) > 0 and bool(msgspec.json.decode(raw)))
 
 
 def _read_prompt(fields: _AllFields) -> Prompt:
