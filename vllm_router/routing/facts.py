@@ -164,7 +164,7 @@ def _few_fields(body: bytes) -> _Fields:
 
 
 def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
-    if len(body) <= _COUNTED_FROM or body.count(b"{") <= CROWDED:
+    if len(body) <= _COUNTED_FROM or not _is_crowded(body):
         try:
             fields = _FULL_DECODER.decode(body)
             return fields, _read_prompt(fields)
@@ -177,6 +177,17 @@ def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
         if said is not _NO_JSON:
             prompt = raw_prompt(*head, said)
     return _odd_fields(raw), prompt
+
+
+def _is_crowded(body: bytes) -> bool:
+    """Whether there are more than CROWDED objects in it. To find a brace costs nothing where there
+    are few, and to count many 0.3 ms per MB."""
+    place = -1
+    for _ in range(1024):
+        place = body.find(b"{", place + 1)
+        if place < 0:
+            return False
+    return body.count(b"{", place) > CROWDED
 
 
 def _odd_fields(raw: _RawFields) -> _Fields:

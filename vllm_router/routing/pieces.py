@@ -229,9 +229,8 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
         content = message.content
         if place >= LOOKED_INTO and len(content) < SHORT_TEXT:
             texts.append(content)
-            more = _more_of(message)
-            if more != _NO_MORE:
-                texts += more
+            if not (message.tool_calls is message.arguments is message.output is _ABSENT):
+                texts += _more_of(message)
             continue
         role = bytes(message.role)
         if shared is None and role not in _PREFACE:
