@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,7 +26,9 @@ from scripted_server import (
     silent,
 )
 from vllm_router.errors import ConnectFailed
+from vllm_router.http1.client import Pool
 from vllm_router.tasks.carrier import Carrier
+from vllm_router.tasks.probe import _words
 
 
 @asynccontextmanager
@@ -126,6 +129,16 @@ async def test_refused_connection_is_an_error_of_httpx_with_its_cause(autojump_c
         with pytest.raises(httpx.ConnectError, match="refused") as caught:
             await client.get("/")
         assert isinstance(caught.value.__cause__, ConnectFailed)
+
+
+async def test_words_for_a_port_where_nobody_listens():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, transport=Carrier(Pool(url))) as client:
+            with pytest.raises(httpx.ConnectError) as caught:
+                await client.get("/health")
+    assert _words(caught.value) == "Connection refused"
 
 
 async def test_whoever_stops_waiting_leaves_no_connection_behind(autojump_clock):
