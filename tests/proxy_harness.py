@@ -26,7 +26,7 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record
-from vllm_router.proxy.types import CANCEL_ON_DISCONNECT
+from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, OUTLET
 from vllm_router.routing.retry import Outcome
 
 CHAT = "/v1/chat/completions"
@@ -129,6 +129,22 @@ class Client:
         got.whole = not message.get("more_body", False)
         self.heard.set()
 
+    # -- as an Outlet: what the lane offers beside `send` --------------------------------------
+
+    def send_part(self, piece: bytes) -> bool:
+        assert self.got.status, "a part before the head"
+        assert self.got.pieces, "a part that does not follow what was sent"
+        assert not self.got.whole, "a part after the last message"
+        self.got.pieces.append(piece)
+        self.heard.set()
+        return not self.stalled
+
+    async def caught_up(self) -> None:
+        if self.stalled:
+            await self._unstall.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
 
 class Recorder:
     """Counts what the proxy reports."""
@@ -223,7 +239,10 @@ class Rig:
             "server": ("router", 80),
             "extensions": {} if self.watched else {CANCEL_ON_DISCONNECT: {}},
         }
-        return Client(self, scope, pieces)
+        client = Client(self, scope, pieces)
+        if not self.watched:
+            scope["extensions"][OUTLET] = client
+        return client
 
     async def post(self, body: Any = None, **options: Any) -> Got:
         return await self.client(body, **options).run()

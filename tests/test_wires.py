@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from vllm_router.http1 import wires
-from vllm_router.http1.wires import READ_SIZE, SOON, Wire
+from vllm_router.http1.wires import READ_SIZE, SOON, Interrupted, Wire
 
 
 @contextmanager
@@ -326,3 +326,62 @@ async def _tcp() -> tuple[socket.socket, socket.socket]:
         ours, _ = listener.accept()
     ours.setblocking(False)
     return ours, theirs
+
+
+# -- waits with an end --------------------------------------------------------------------------
+
+
+async def test_wait_ends_when_its_time_is_over(autojump_clock):
+    with pair() as (wire, peer):
+        for seconds in (600.0, 2.0, 5.0):
+            began = trio.current_time()
+            with pytest.raises(Interrupted):
+                await wire.read(until=began + seconds)
+            assert trio.current_time() - began == pytest.approx(seconds)
+        peer.send(b"x")
+        assert await wire.read(until=trio.current_time() + 1) == b"x"
+
+
+async def test_each_wait_has_its_own_end(autojump_clock):
+    took = {}
+
+    async def wait(wire: Wire, seconds: float) -> None:
+        began = trio.current_time()
+        with pytest.raises(Interrupted):
+            await wire.read(until=began + seconds)
+        took[seconds] = trio.current_time() - began
+
+    with pair() as (one, _), pair() as (two, _), pair() as (three, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, one, 30.0)
+            nursery.start_soon(wait, two, 10.0)
+            await trio.sleep(1)
+            nursery.start_soon(wait, three, 5.0)
+    assert took == {seconds: pytest.approx(seconds) for seconds in (30.0, 10.0, 5.0)}
+
+
+async def test_wait_that_is_over_ends_no_later_one(autojump_clock):
+    with pair() as (wire, peer):
+        peer.send(b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        assert await wire.read(until=trio.current_time() + 3) == b"x"
+        with trio.move_on_after(10) as scope:
+            await wire.read()
+        assert scope.cancelled_caught
+
+
+async def test_wait_is_ended_from_outside():
+    with pair() as (wire, peer):
+        assert not wire.interrupt()
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                with pytest.raises(Interrupted):
+                    await wire.read()
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert wire.interrupt()
+            assert not wire.interrupt()
+        peer.send(b"x")
+        assert await wire.read() == b"x"

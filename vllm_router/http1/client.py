@@ -7,6 +7,7 @@ ProtocolViolation, so that no half or smuggled answer passes as a whole one.
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,14 +144,18 @@ class Connection:
         if not sent_all:
             self._reusable = False
 
-    async def read_head(self) -> Answer:
-        """Wait for the head of the final answer.
+    def interrupt(self) -> bool:
+        """End the wait for a head that has an `until`; False if it has come."""
+        return self._transport.interrupt()
+
+    async def read_head(self, until: float = math.inf) -> Answer:
+        """Wait for the head of the final answer; raises Interrupted `until` then, if it `pours`.
 
         Raises ConnectionLost if the connection ends before it, ProtocolViolation if it is not
         HTTP/1.1 or ambiguously framed.
         """
         while True:
-            data = await self._transport.read()
+            data = await self._transport.read(until)
             if not data:
                 self._reusable = False
                 if self._head_bytes:

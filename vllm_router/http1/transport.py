@@ -6,6 +6,7 @@ What fits into one write goes out by the socket's wire, together with what other
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import socket
@@ -30,8 +31,16 @@ Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int
 class Transport(Protocol):
     """One connection to a server. Every method but `close` raises ConnectionLost on failure."""
 
-    async def read(self) -> bytes:
-        """At least one byte, or none at the end of the stream."""
+    async def read(self, until: float = math.inf) -> bytes:
+        """At least one byte, or none at the end of the stream.
+
+        Where there is `pour`, `until` bounds the time, and `interrupt` ends the wait. Then raises
+        Interrupted.
+        """
+        ...
+
+    def interrupt(self) -> bool:
+        """False if nobody waits."""
         ...
 
     @property
@@ -70,11 +79,14 @@ class PlainTransport:
         self._socket = connected
         self._wire = Wire(connected)
 
-    async def read(self) -> bytes:
+    async def read(self, until: float = math.inf) -> bytes:
         try:
-            return await self._wire.read()
+            return await self._wire.read(READ_SIZE, until)
         except OSError as error:
             raise ConnectionLost(str(error)) from error
+
+    def interrupt(self) -> bool:
+        return self._wire.interrupt()
 
     pours = True
 
@@ -155,11 +167,14 @@ class TlsTransport:
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self._stream = stream
 
-    async def read(self) -> bytes:
+    async def read(self, until: float = math.inf) -> bytes:
         try:
             return bytes(await self._stream.receive_some(READ_SIZE))
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
             raise ConnectionLost(str(error)) from error
+
+    def interrupt(self) -> bool:
+        return False
 
     pours = False
 

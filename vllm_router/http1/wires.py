@@ -13,9 +13,11 @@ Trio's instruments (`before_io_wait`, `after_io_wait`), between tasks and never 
 from __future__ import annotations
 
 import logging
+import math
 import select
 import socket
 from collections.abc import Callable
+from typing import NoReturn
 
 import outcome
 import trio
@@ -36,6 +38,10 @@ _MOST_EVENTS = 1024
 """That are looked at in one pass; the others are still there in the next."""
 
 
+class Interrupted(Exception):
+    """A wait has been ended from outside, or has lasted too long."""
+
+
 class Wire:
     """A connected non-blocking socket, owned by whoever made the wire; one task reads at a time.
 
@@ -52,6 +58,7 @@ class Wire:
         "_reader",
         "_ready",
         "_take",
+        "_until",
         "_wrong",
         "broken",
         "ended",
@@ -68,6 +75,7 @@ class Wire:
         self._reader: trio.lowlevel.Task | None = None
         self._ready = False
         self._take: Callable[[bytes], bool] | None = None
+        self._until = math.inf
         self._wrong: Exception | None = None
         self._out: list[bytes] = []
         self._late = b""
@@ -94,14 +102,23 @@ class Wire:
         """Whether nothing has come that nobody has read, as far as the loop has looked."""
         return not self._ready
 
-    async def read(self, size: int = READ_SIZE) -> bytes:
-        """At most `size` bytes, none at the end. Loses nothing when cancelled. Raises OSError."""
+    async def read(self, size: int = READ_SIZE, until: float = math.inf) -> bytes:
+        """At most `size` bytes, none at the end. Loses nothing when cancelled. Raises OSError.
+
+        Raises Interrupted if nothing has come `until` then, by Trio's clock, or at `interrupt`:
+        what a cancel scope around it would do, for a tenth of its price.
+        """
         while True:
             if self._ready:
                 await trio.lowlevel.checkpoint()  # others shall have their turn, too
             else:
                 self._reader = current_task()
+                if until != math.inf:
+                    self._until = until
+                    self._hub.wake_up_by(until)
                 await wait_task_rescheduled(self._abort_read)
+                if self._wrong is not None:
+                    self._raise_wrong()
             try:
                 data = self.sock.recv(size)
             except BlockingIOError:
@@ -126,8 +143,20 @@ class Wire:
                 self._take, self._reader = take, current_task()
                 more = await wait_task_rescheduled(self._abort_read)
             if self._wrong is not None:
-                wrong, self._wrong = self._wrong, None
-                raise wrong
+                self._raise_wrong()
+
+    def interrupt(self) -> bool:
+        """End the wait of who reads; False if nobody waits, for something has come."""
+        if self._reader is None:
+            return False
+        self._wrong = Interrupted()
+        self._wake_reader(more=False)
+        return True
+
+    def _raise_wrong(self) -> NoReturn:
+        wrong, self._wrong = self._wrong, None
+        assert wrong is not None
+        raise wrong
 
     def _take_some(self, take: Callable[[bytes], bool]) -> bool:
         """Whether it wants more; False, too, if something is `_wrong`."""
@@ -142,8 +171,19 @@ class Wire:
             self._wrong = error
             return False
 
+    def expired(self, now: float) -> float:
+        """When the wait of who reads must end; if that was before `now`, it ends."""
+        until = self._until
+        if self._reader is None:
+            return math.inf
+        if until <= now:
+            self.interrupt()
+            return math.inf
+        return until
+
     def _abort_read(self, _: RaiseCancelT) -> Abort:
         self._reader = self._take = None
+        self._until = math.inf
         return Abort.SUCCEEDED
 
     # -- writing ------------------------------------------------------------------------------
@@ -230,6 +270,7 @@ class Wire:
     def _wake_reader(self, more: bool) -> None:
         reader, self._reader = self._reader, None
         self._take = None
+        self._until = math.inf
         assert reader is not None
         reschedule(reader, outcome.Value(more))
 
@@ -249,6 +290,8 @@ class Hub(trio.abc.Instrument):
         self._failed: list[Wire] = []
         self._at_end: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
+        self._timer = trio.CancelScope()
+        self._wake_up = math.inf
         self.in_trios_epoll = _put_into_trios_epoll(self.epoll.fileno())
 
     @classmethod
@@ -260,6 +303,7 @@ class Hub(trio.abc.Instrument):
             _hub.set(hub)
             trio.lowlevel.add_instrument(hub)
             trio.lowlevel.spawn_system_task(hub._keep_waiting)
+            trio.lowlevel.spawn_system_task(hub._keep_time)
         return hub
 
     def add(self, wire: Wire) -> None:
@@ -275,6 +319,25 @@ class Hub(trio.abc.Instrument):
         failed, self._failed = self._failed, []
         for wire in failed:
             wire.failed()
+
+    def wake_up_by(self, until: float) -> None:
+        """A wait must end then. Only a time before all others is a reason to do something."""
+        if until < self._wake_up:
+            self._wake_up = self._timer.deadline = until
+
+    async def _keep_time(self) -> None:
+        """End the waits that last too long: one look at all of them when the first of them may be
+        over, or would have been.
+        """
+        while True:
+            with self._timer:
+                await trio.sleep_forever()
+            self._timer = trio.CancelScope()
+            self._wake_up = math.inf
+            now = trio.current_time()
+            self.wake_up_by(
+                min([wire.expired(now) for wire in self.wires.values()], default=math.inf)
+            )
 
     async def _keep_waiting(self) -> None:
         """Have the loop wake up for our epoll, until the run ends."""

@@ -5,16 +5,19 @@ uncommitted: a stream's head is held until its first event, a plain answer until
 so that a failure can still be repeated elsewhere.
 
 The attempt runs in one cancel scope. Its deadline is moved as the phases pass; the probes and the
-shutdown cancel it through `interrupt`; a client that leaves cancels the whole task.
+shutdown cancel it through `interrupt`; a client that leaves cancels the whole task. An answer that
+comes whole after one wait, as most do, needs no scope: the wire bounds that wait and ends it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
+from vllm_router.http1.wires import Interrupted
 from vllm_router.proxy import sse
 from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
 from vllm_router.proxy.record import Phase
@@ -43,6 +46,9 @@ KEPT_TAIL = 2048
 DEADLINE_MOVES = 16
 """How often per idle timeout the deadline of a stream is moved, at most."""
 
+AT_ONCE = 8192
+"""Bytes of a request's body that go to a server without a wait."""
+
 _UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
 
 
@@ -67,6 +73,7 @@ class Attempt:
         "_sending",
         "_server",
         "_timer",
+        "_waiting",
         "again",
         "committed",
         "complete",
@@ -80,6 +87,7 @@ class Attempt:
         self._lease = lease
         self._server: Server = lease.server
         self._scope: trio.CancelScope | None = None
+        self._waiting: Connection | None = None
         self._interrupted: Outcome | None = None
         self._timer = Outcome.CONNECT_TIMEOUT
         self._sending = False
@@ -101,10 +109,13 @@ class Attempt:
         may be all there is.
         """
         outcome = Outcome(reason)
-        if self._scope is None or (self._sending and outcome is Outcome.GONE):
+        if self._sending and outcome is Outcome.GONE:
+            return False
+        if self._scope is not None:
+            self._scope.cancel(reason=reason)
+        elif self._waiting is None or not self._waiting.interrupt():
             return False
         self._interrupted = outcome
-        self._scope.cancel(reason=reason)
         return True
 
     async def run(self, now: float) -> Outcome:
@@ -129,10 +140,14 @@ class Attempt:
                 record.phase, timeout = Phase.WAIT, settings.first_byte_timeout
                 self._timer = Outcome.FIRST_BYTE_TIMEOUT
             outcome = None
-            with trio.CancelScope(deadline=min(now + timeout, exchange.deadline)) as scope:
-                self._scope = scope
-                lease.interrupt = self.interrupt
-                outcome = await self._try(connection, scope)
+            until = min(now + timeout, exchange.deadline)
+            lease.interrupt = self.interrupt
+            if connection is not None and connection.pours and self._waits_for_nothing_else:
+                outcome = await self._try_unscoped(connection, until)
+            else:
+                with trio.CancelScope(deadline=until) as scope:
+                    self._scope = scope
+                    outcome = await self._try(connection, scope)
             self._scope = lease.interrupt = None
             if outcome is None:
                 outcome = self._cancelled_by()
@@ -163,8 +178,35 @@ class Attempt:
             self.again = self._exchange.decide(outcome, fresh=fresh)
         return self.again
 
-    async def _try(self, connection: Connection | None, scope: trio.CancelScope) -> Outcome:
-        """Connect, send, receive; whatever the connection does becomes an Outcome."""
+    @property
+    def _waits_for_nothing_else(self) -> bool:
+        """Whether the answer's head is all that there may be to wait for if the answer is short:
+        the request goes out at once, and so does what the client gets.
+        """
+        return self._exchange.outlet is not None and len(self._exchange.request.body) <= AT_ONCE
+
+    async def _try_unscoped(self, connection: Connection, until: float) -> Outcome | None:
+        """`_try` over a kept connection, with a scope only if not all of the answer comes with its
+        head. None if it was ended from outside.
+        """
+        self._waiting = connection
+        try:
+            return await self._try(connection, None, until)
+        except Interrupted:
+            return None
+        finally:
+            self._waiting = None
+
+    async def _try(
+        self,
+        connection: Connection | None,
+        scope: trio.CancelScope | None,
+        until: float = math.inf,
+    ) -> Outcome | None:
+        """Connect, send, receive; whatever the connection does becomes an Outcome.
+
+        Without a `scope` the head is waited for `until` then. None if a scope of its own ended it.
+        """
         exchange, link = self._exchange, self._proxy.links[self._server]
         record, request = exchange.record, exchange.request
         try:
@@ -172,6 +214,7 @@ class Attempt:
                 connection = await link.pool.open(trio.current_time())
                 record.phase, self._timer = Phase.WAIT, Outcome.FIRST_BYTE_TIMEOUT
                 first_byte = trio.current_time() + self._proxy.settings.first_byte_timeout
+                assert scope is not None
                 scope.deadline = min(first_byte, exchange.deadline)
             head = link.heads.write(
                 request.method,
@@ -184,7 +227,13 @@ class Attempt:
             await connection.send(head, request.body)
             if not record.sent_at:
                 record.sent_at = self._proxy.now()
-            return await self._receive_answer(connection, await connection.read_head(), scope)
+            answer = await connection.read_head(until)
+            if scope is not None or connection.complete:
+                return await self._receive_answer(connection, answer, scope)
+            with trio.CancelScope(deadline=until) as scope:
+                self._scope = scope
+                return await self._receive_answer(connection, answer, scope)
+            return None
         except OwnFault:
             return Outcome.OWN_FAULT
         except ConnectFailed:
@@ -206,8 +255,9 @@ class Attempt:
     # -- the answer ---------------------------------------------------------------------------
 
     async def _receive_answer(
-        self, connection: Connection, answer: Answer, scope: trio.CancelScope
+        self, connection: Connection, answer: Answer, scope: trio.CancelScope | None
     ) -> Outcome:
+        """`scope` is None if all of the answer is there."""
         lease = self._lease
         status, fields = answer.status, dict(answer.headers)
         outcome = Outcome.ANSWERED
@@ -248,7 +298,7 @@ class Attempt:
         answer: Answer,
         fields: dict[bytes, bytes],
         outcome: Outcome,
-        scope: trio.CancelScope,
+        scope: trio.CancelScope | None,
         *,
         is_stream: bool,
     ) -> None:
@@ -282,7 +332,7 @@ class Attempt:
         )
         idle = proxy.settings.idle_timeout
         # Moving a deadline has its price: a whole answer is left the time it has, if that is ample.
-        if not connection.exhausted or scope.deadline < now + idle / 2:
+        if scope is not None and (not connection.exhausted or scope.deadline < now + idle / 2):
             self._timer = Outcome.IDLE_TIMEOUT
             scope.deadline = min(now + idle + idle / DEADLINE_MOVES, exchange.deadline)
         self._sending = True
@@ -290,7 +340,7 @@ class Attempt:
         await exchange.send(start)
 
     async def _hold_plain(
-        self, connection: Connection, scope: trio.CancelScope, *, whole: bool
+        self, connection: Connection, scope: trio.CancelScope | None, *, whole: bool
     ) -> bool:
         """Wait for all of a plain answer, up to a limit; True if the engine aborted it.
 
@@ -312,11 +362,12 @@ class Attempt:
                 break
             self._timer = Outcome.IDLE_TIMEOUT
             idle = now + self._proxy.settings.idle_timeout
-            scope.deadline = min(idle, self._exchange.deadline)
+            if scope is not None:
+                scope.deadline = min(idle, self._exchange.deadline)
         self._held = held = parts[0] if len(parts) == 1 else b"".join(parts)
         return connection.complete and sse.is_aborted(held)
 
-    async def _hold_stream(self, connection: Connection, scope: trio.CancelScope) -> bool:
+    async def _hold_stream(self, connection: Connection, scope: trio.CancelScope | None) -> bool:
         """Wait for the first event that says something; True if it is that the engine failed.
 
         The head of a stream comes at once and proves nothing.
@@ -333,7 +384,8 @@ class Attempt:
                 break
             self._timer = Outcome.IDLE_TIMEOUT
             idle = now + self._proxy.settings.idle_timeout
-            scope.deadline = min(idle, self._exchange.deadline)
+            if scope is not None:
+                scope.deadline = min(idle, self._exchange.deadline)
         self._held = held
         return sse.begins_dead(held, whole=not piece)
 
@@ -343,7 +395,7 @@ class Attempt:
         self._lease.last_byte_at = self._server.last_byte_at = now
         return now
 
-    async def _relay(self, connection: Connection, scope: trio.CancelScope) -> None:
+    async def _relay(self, connection: Connection, scope: trio.CancelScope | None) -> None:
         """Copy the body to the client as it arrives; back-pressure is the awaited send.
 
         Where both sides allow it, no task is woken for a piece.
@@ -370,7 +422,9 @@ class Attempt:
             piece = await connection.read_body()
             self._live_on(scope)
 
-    async def _pour(self, connection: Connection, outlet: Outlet, scope: trio.CancelScope) -> None:
+    async def _pour(
+        self, connection: Connection, outlet: Outlet, scope: trio.CancelScope | None
+    ) -> None:
         """The rest of the body, passed on between tasks while the client keeps up."""
 
         def take(piece: bytes) -> bool:
@@ -399,7 +453,7 @@ class Attempt:
             tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
             self._kept = KEPT_TAIL
 
-    def _live_on(self, scope: trio.CancelScope) -> None:
+    def _live_on(self, scope: trio.CancelScope | None) -> None:
         """Bytes have come: the server may be silent for `idle_timeout` from now on.
 
         The deadline is moved at most 16 times per idle timeout, not for every piece: moving it
@@ -407,7 +461,7 @@ class Attempt:
         """
         proxy = self._proxy
         self._lease.last_byte_at = self._server.last_byte_at = now = proxy.now()
-        if now - self._moved > proxy.settings.idle_timeout / DEADLINE_MOVES:
+        if scope is not None and now - self._moved > proxy.settings.idle_timeout / DEADLINE_MOVES:
             idle = proxy.settings.idle_timeout
             slack = idle / DEADLINE_MOVES
             self._moved = now
