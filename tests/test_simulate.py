@@ -403,7 +403,6 @@ def test_log_without_prompts_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("loads", [("50",), ("50", "80")])
 def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
-    pytest.importorskip("matplotlib")
     several = [argument for load in loads for argument in ("--load", load)]
     policies = ("--policy", "adaptive", "--policy", "random")
     command(*SHORT, "--workload", "chat", *several, *policies, "--plot", str(tmp_path))
