@@ -119,6 +119,33 @@ async def test_writes_leave_together_when_all_have_had_their_turn():
         assert received(peer) == b"one two"
 
 
+async def test_request_is_not_sent_to_a_peer_that_has_spoken_unasked():
+    with pair() as (wire, peer):
+        wire.ask(b"request")
+        peer.send(b"unasked")  # after the loop has looked, before the request leaves
+        with pytest.raises(ConnectionAbortedError):
+            await wire.read()
+        assert received(peer) == b""
+        assert wire.broken
+
+
+async def test_request_is_not_sent_to_a_peer_that_has_closed():
+    with pair() as (wire, peer):
+        wire.ask(b"request")
+        peer.close()
+        with pytest.raises(ConnectionAbortedError):
+            await wire.read()
+
+
+async def test_request_is_sent_to_a_silent_peer():
+    with pair() as (wire, peer):
+        wire.ask(b"request")
+        await trio.testing.wait_all_tasks_blocked()
+        assert received(peer) == b"request"
+        peer.send(b"answer")
+        assert await wire.read() == b"answer"
+
+
 async def test_large_write_is_not_put_off():
     with pair() as (wire, peer):
         wire.write(b"small")

@@ -70,7 +70,7 @@ TLS_PIECE = 262144
 class PlainTransport:
     """A connected non-blocking socket."""
 
-    __slots__ = ("_socket", "_wire")
+    __slots__ = ("_socket", "_used", "_wire")
 
     ANSWER_POLL = 0.1
     """Seconds between looks for an early answer while the peer does not read."""
@@ -78,6 +78,7 @@ class PlainTransport:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._wire = Wire(connected)
+        self._used = False
 
     async def read(self, until: float = math.inf) -> bytes:
         try:
@@ -97,9 +98,15 @@ class PlainTransport:
             raise ConnectionLost(str(error)) from error
 
     async def write(self, head: bytes, body: bytes) -> bool:
+        wary, self._used = self._used, True
         if len(head) + len(body) <= SOON:
-            self._wire.write(head + body)
+            if wary:
+                self._wire.ask(head + body)
+            else:
+                self._wire.write(head + body)
             return True
+        if wary and self._wire.has_input():
+            raise ConnectionLost("it has closed, or spoken unasked")
         sock = self._socket
         if len(body) <= READ_SIZE:
             head, body = head + body, b""
@@ -152,7 +159,7 @@ class PlainTransport:
             return False
 
     def alive(self) -> bool:
-        # What comes unasked cannot be an answer to what will be.
+        # As far as the loop has looked; `write` looks again.
         wire = self._wire
         return wire.silent and not wire.ended and not wire.broken
 

@@ -51,6 +51,7 @@ class Wire:
     """
 
     __slots__ = (
+        "_asks",
         "_hub",
         "_late",
         "_late_task",
@@ -75,6 +76,7 @@ class Wire:
         self._reader: trio.lowlevel.Task | None = None
         self._ready = False
         self._take: Callable[[bytes], bool] | None = None
+        self._asks = False
         self._until = math.inf
         self._wrong: Exception | None = None
         self._out: list[bytes] = []
@@ -102,6 +104,16 @@ class Wire:
         """Whether nothing has come that nobody has read, as far as the loop has looked."""
         return not self._ready
 
+    def has_input(self) -> bool:
+        """Whether there are bytes that nobody has read, or the end. Asks the kernel."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
     async def read(self, size: int = READ_SIZE, until: float = math.inf) -> bytes:
         """At most `size` bytes, none at the end. Loses nothing when cancelled. Raises OSError.
 
@@ -117,8 +129,8 @@ class Wire:
                     self._until = until
                     self._hub.wake_up_by(until)
                 await wait_task_rescheduled(self._abort_read)
-                if self._wrong is not None:
-                    self._raise_wrong()
+            if self._wrong is not None:
+                self._raise_wrong()
             try:
                 data = self.sock.recv(size)
             except BlockingIOError:
@@ -202,6 +214,15 @@ class Wire:
         if len(data) > SOON:
             self.flush()
 
+    def ask(self, data: bytes) -> None:
+        """`write` a request, to which what is read next must be the answer.
+
+        It is not sent if something has come before, or the end: an answer that nobody asked for
+        must not reach whoever asks next. Then `read` raises ConnectionAbortedError.
+        """
+        self._asks = True
+        self.write(data)
+
     def flush(self) -> None:
         """Send now what has been written."""
         out = self._out
@@ -215,6 +236,12 @@ class Wire:
             self._send(data)
 
     def _send(self, data: bytes) -> None:
+        if self._asks:
+            self._asks = False
+            if self.has_input():
+                self._wrong = ConnectionAbortedError("it has closed, or spoken unasked")
+                self._break()
+                return
         try:
             sent = self.sock.send(data)
         except BlockingIOError:
