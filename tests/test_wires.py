@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -329,6 +331,29 @@ async def test_socket_that_has_left_belongs_to_somebody_else():
         await trio.lowlevel.wait_readable(wire.sock)
         assert wire.sock.recv(10) == b"x"
         assert wire.silent
+
+
+async def test_wire_that_has_left_goes_without_a_garbage_collection():
+    class Owner:
+        def __init__(self, sock: socket.socket) -> None:
+            self.wire = Wire(sock, self.hung_up)
+
+        def hung_up(self) -> None:
+            raise AssertionError
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        gc.disable()
+        try:
+            owner = Owner(ours)
+            seen = weakref.ref(owner)
+            owner.wire.write(b"x")
+            owner.wire.leave()
+            await trio.testing.wait_all_tasks_blocked()
+            del owner
+            assert seen() is None
+        finally:
+            gc.enable()
 
 
 async def test_defect_in_one_wire_is_logged_and_costs_no_other(caplog: pytest.LogCaptureFixture):

@@ -94,6 +94,7 @@ class Wire:
         if hub.wires.get(self.fileno) is self:
             self.flush()
             del hub.wires[self.fileno]
+            self.hung_up = None  # whose owner has us: a cycle would wait for a garbage collection
             if not hub.epoll.closed:
                 hub.epoll.unregister(self.fileno)
 
