@@ -228,7 +228,7 @@ class SocketConnection(Connection):
             raise ClientGone("the client has left")
 
     def has_input(self) -> bool:
-        return _events(self._socket.fileno(), select.POLLIN)
+        return self._wire.has_input()
 
     def has_output(self) -> bool:
         return self._wire.late
