@@ -198,7 +198,9 @@ def test_a_good_answer_that_ends_with_the_connection_is_none(environment: Enviro
     with answering(HEAD + b"\r\n" + DATA + b"data: [DONE]\n\n") as url:
         result = load(environment, url, "-c", "1", "-stream", "-duration", "300ms")
     assert result["failures"] == 0
-    assert result["chunks"] == result["requests"] > 0
+    # The measurement may begin or end between an answer's chunk and the answer's end.
+    assert result["requests"] > 1
+    assert abs(result["chunks"] - result["requests"]) <= 1
 
 
 # -- the tables -------------------------------------------------------------------------------
