@@ -115,9 +115,11 @@ class Side(Protocol):
 
 
 class Gate(Protocol):
-    """Which of several processes accepts a connection. `turn` is awaited before each."""
+    """Which of several processes accepts a connection."""
 
-    async def turn(self) -> None: ...
+    async def turn(self) -> int:
+        """Awaited before any is accepted; how many may be until it is asked again."""
+        ...
 
     def count(self, connections: int) -> None:
         """So many are open."""
@@ -380,9 +382,8 @@ class Front:
             while self._open >= self._most:
                 await self._relieve()
             await trio.lowlevel.wait_readable(listener)
-            if self._gate is not None:
-                await self._gate.turn()
-            for _ in range(ACCEPTS_PER_TURN if self._gate is None else 1):
+            most = ACCEPTS_PER_TURN if self._gate is None else await self._gate.turn()
+            for _ in range(most):
                 if self._open >= self._most:
                     break
                 try:

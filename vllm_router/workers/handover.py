@@ -23,7 +23,11 @@ logger = logging.getLogger(__name__)
 READ_SIZE = 65536
 
 HESITATION = 0.001
-"""Seconds that a worker with more connections than another leaves the next one to that."""
+"""Seconds that a worker with too many more connections than another leaves the next to that."""
+
+LEAD = 2
+"""Connections more than another that a worker may have at least, and beyond that an eighth: where
+they live for one request each, the counts are never quite the same."""
 
 
 class LeaderSide:
@@ -117,7 +121,7 @@ async def take_over(side: HypercornSide, message: Connection, fileno: int) -> No
 
 
 class Turns:
-    """The `Gate` of a worker: whoever has more connections than another lets that go first.
+    """The `Gate` of a worker: who has many more connections than another lets that go first.
 
     All wait for the same socket. Who is woken first would get most of them, and keep them.
     """
@@ -126,9 +130,17 @@ class Turns:
         self._sums = sums
         self._mine = 0
 
-    async def turn(self) -> None:
-        if self._mine > self._sums.fewest(CONNECTIONS):
+    async def turn(self) -> int:
+        room = self._room()
+        if room <= 0:
             await trio.sleep(HESITATION)
+            room = self._room()
+        return max(1, room)
+
+    def _room(self) -> int:
+        """How many more than now leave the others what is theirs."""
+        fewest = self._sums.fewest(CONNECTIONS)
+        return fewest + LEAD + fewest // 8 - self._mine
 
     def count(self, connections: int) -> None:
         self._mine = connections
