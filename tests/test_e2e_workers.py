@@ -259,7 +259,7 @@ async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
     urls = [mock.url for mock in mocks]
     with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
         before = family(router)
-        async with streams(router, 20, 120, pace=0.02) as results:
+        async with streams(router, 20, 240, pace=0.02) as results:
             by_worker = await shares(router, 20)
             os.kill(before["worker 1"], signal.SIGKILL)
             await in_thread(
