@@ -14,7 +14,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from zlib import adler32, crc32
+from zlib import crc32
 
 import msgspec
 
@@ -28,6 +28,9 @@ _SIZES = 15
 _SIZE_SHIFT = 60
 _DIGEST_MASK = (1 << _SIZE_SHIFT) - 1
 """The top four of a hash's 64 bits tell its piece's length, PIECE << size."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 divided by the golden ratio: odd, so no two numbers become one (Knuth, TAOCP 6.4)."""
 
 
 def _ends() -> tuple[int, ...]:
@@ -107,32 +110,27 @@ def link_of(digest: int, index: int) -> int:
 
 
 def cut(*texts: _Text) -> tuple[int, ...]:
-    """The chain of hashes of the texts, one behind the other. 0.5 µs per piece and 0.5 ms per MB.
+    """The chain of hashes of the texts, one behind the other. 0.4 µs per piece and 0.2 ms per MB.
 
-    Two running checksums of different kind make a hash: enough to tell texts apart, and three
-    times as fast as the fastest digest. Whoever forges one only misplaces his own request.
+    The running checksums of all pieces so far, mixed, make a hash: enough to tell texts apart, and
+    three times as fast as the fastest digest. Whoever forges one only misplaces his own request.
     """
     chain: list[int] = []
     index, place, end = 0, 0, PIECE
-    low, high = 0, 1
+    checksum = digest = 0
     for whole in texts:
         text = memoryview(whole)
         start, length = 0, len(text)
         while place + length - start >= end and index < len(ENDS):
             stop = start + end - place
-            piece = text[start:stop]
-            low = crc32(piece, low)
-            high = adler32(piece, high)
-            digest = high << 32 & _DIGEST_MASK | low
-            size = index // PER_SIZE
-            chain.append(digest | size << _SIZE_SHIFT)
+            checksum = crc32(text[start:stop], checksum)
+            digest = (digest ^ checksum) * _GOLDEN & _DIGEST_MASK
+            chain.append(digest | index // PER_SIZE << _SIZE_SHIFT)
             start, place = stop, end
             index += 1
             end = place + (PIECE << index // PER_SIZE)
         if start < length:
-            piece = text[start:]
-            low = crc32(piece, low)
-            high = adler32(piece, high)
+            checksum = crc32(text[start:], checksum)
             place += length - start
     return tuple(chain)
 
