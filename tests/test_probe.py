@@ -107,9 +107,8 @@ class Watched:
     def tick(self, server: Server, now: float) -> None:
         self.ticks[server.name] += 1
 
-    def client(self, server: Server, *_: object) -> httpx.AsyncClient:
-        transport = httpx.MockTransport(self.engines[server.url].handle)
-        return httpx.AsyncClient(base_url=server.url, transport=transport)
+    def transport(self, server: Server, _: ssl.SSLContext) -> httpx.MockTransport:
+        return httpx.MockTransport(self.engines[server.url].handle)
 
 
 @asynccontextmanager
@@ -123,7 +122,7 @@ async def watched(
     rig = Watched(Fleet(make_config(servers, **settings)))
     if prepare is not None:
         prepare(rig)
-    monkeypatch.setattr(probe_module, "control_client", rig.client)
+    monkeypatch.setattr(probe_module, "probe_transport", rig.transport)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with trio.open_nursery() as nursery:
         for server in rig.fleet.servers.values():

@@ -39,10 +39,15 @@ UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
 
 
-def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -> httpx.AsyncClient:
-    """A client for one server's control traffic; the caller closes it.
+def control_client(
+    server: Server,
+    timeout: float | None,
+    tls: ssl.SSLContext,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> httpx.AsyncClient:
+    """A client for one server's control traffic; the caller closes it, and with it the transport.
 
-    With a `timeout` of None the caller bounds the time, and it costs a third.
+    With a `timeout` of None the caller bounds the time.
 
     Its connections are not those of the data path, so that saturation does not read as sickness.
     Proxies of the environment are ignored, and redirects are not followed.
@@ -58,8 +63,13 @@ def control_client(server: Server, timeout: float | None, tls: ssl.SSLContext) -
         verify=tls,
         trust_env=False,
         limits=httpx.Limits(max_connections=3, max_keepalive_connections=3, keepalive_expiry=3.0),
-        transport=Carrier(Pool(server.url, tls)) if timeout is None else None,
+        transport=transport,
     )
+
+
+def probe_transport(server: Server, tls: ssl.SSLContext) -> httpx.AsyncBaseTransport:
+    """What carries one server's probes: it bounds no time, and costs a third."""
+    return Carrier(Pool(server.url, tls))
 
 
 class Probe:
@@ -86,6 +96,7 @@ class Probe:
         self._tick = tick
         self._hurry = trio.Event()
         self._client: httpx.AsyncClient
+        self._transport: httpx.AsyncBaseTransport
         self._metrics_request: httpx.Request
 
     @property
@@ -95,7 +106,8 @@ class Probe:
     async def run(self) -> None:
         """Check, scrape and list until cancelled."""
         # No timeout: each use has one around it, which follows the configuration.
-        async with control_client(self._server, None, self._tls) as client:
+        self._transport = transport = probe_transport(self._server, self._tls)
+        async with control_client(self._server, None, self._tls, transport) as client:
             self._client = client
             self._metrics_request = client.build_request("GET", "/metrics")
             # The list first: a server must not be up before it is known what it serves.
@@ -178,8 +190,9 @@ class Probe:
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                # The same request every time: making one costs more than asking.
-                response = await self._client.send(self._metrics_request, stream=True)
+                # The same request every time, past the client: making one costs more than asking,
+                # and looking for redirects and cookies costs as much.
+                response = await self._transport.handle_async_request(self._metrics_request)
                 try:
                     page = await _page(response) if response.is_success else None
                 finally:
