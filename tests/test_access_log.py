@@ -496,15 +496,16 @@ def _time_of(log: AccessLog, record: Record) -> float:
     return (time.perf_counter() - began) / 100
 
 
-def test_no_line_is_made_on_the_loop(monkeypatch: pytest.MonkeyPatch):
+def test_no_hash_of_a_prompt_is_written_on_the_loop(monkeypatch: pytest.MonkeyPatch):
     threads: set[int] = set()
 
     def make(of: Ended) -> str:
         threads.add(threading.get_ident())
         return "line"
 
-    monkeypatch.setattr(access_log, "text_line", make)
+    monkeypatch.setattr(access_log, "json_line", make)
     log = AccessLog()
+    log.form = "json"
     log.writer = LineWriter(Target(), str)
     log.exchange_ended(make_record(50.0))
     log.writer.close()

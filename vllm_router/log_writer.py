@@ -174,7 +174,9 @@ class LineWriter:
                 self.target.reopen()
             except OSError as error:
                 logger.error("cannot open %s again: %s", self.target.name, error.strerror)
-        lines = [line for entry in entries for line in _lines(entry)]
+        lines = [entry for entry in entries if isinstance(entry, str)]
+        if len(lines) < len(entries):
+            lines = [line for entry in entries for line in _lines(entry)]
         lost = self._gatherer.dropped
         if lost != self._noticed:
             lines.append(self._notice(lost - self._noticed))
