@@ -16,8 +16,9 @@ import logging
 import math
 import select
 import socket
-from collections.abc import Callable
-from typing import NoReturn
+import types
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn
 
 import outcome
 import trio
@@ -36,6 +37,31 @@ _EVENTS = _IN | _OUT | select.EPOLLRDHUP | select.EPOLLET
 
 _MOST_EVENTS = 1024
 """That are looked at in one pass; the others are still there in the next."""
+
+
+_MORE, _NO_MORE = outcome.Value(True), outcome.Value(False)
+"""What a task that waits is told: to go on, or that `pour` is over. They are never unwrapped, which
+may be done once only: so the same two do for every wait."""
+
+
+def _trap(abort: Callable[[RaiseCancelT], Abort]) -> object:
+    """What Trio is handed by a task that waits and may be woken by such an `abort`.
+
+    `wait_task_rescheduled` makes one for each wait; a wire has the same for all.
+    """
+    waiting = wait_task_rescheduled(abort)
+    trap: object = waiting.send(None)
+    waiting.close()
+    return trap
+
+
+@types.coroutine
+def _wait(trap: object) -> Generator[object, Any, bool]:
+    """Wait until the task is rescheduled, and return what it was told; raises when cancelled."""
+    told = yield trap
+    if told is _MORE:
+        return True
+    return told is not _NO_MORE and bool(told.unwrap())
 
 
 class Interrupted(Exception):
@@ -59,6 +85,7 @@ class Wire:
         "_reader",
         "_ready",
         "_take",
+        "_trap",
         "_until",
         "_wrong",
         "broken",
@@ -75,6 +102,7 @@ class Wire:
         self.ended = self.broken = False
         self._reader: trio.lowlevel.Task | None = None
         self._ready = False
+        self._trap: object = _trap(self._abort_read)
         self._take: Callable[[bytes], bool] | None = None
         self._asks = False
         self._until = math.inf
@@ -94,7 +122,8 @@ class Wire:
         if hub.wires.get(self.fileno) is self:
             self.flush()
             del hub.wires[self.fileno]
-            self.hung_up = None  # whose owner has us: a cycle would wait for a garbage collection
+            # Cycles, which would wait for a garbage collection: its owner has us, and the trap.
+            self.hung_up = self._trap = None
             if not hub.epoll.closed:
                 hub.epoll.unregister(self.fileno)
 
@@ -129,7 +158,7 @@ class Wire:
                 if until != math.inf:
                     self._until = until
                     self._hub.wake_up_by(until)
-                await wait_task_rescheduled(self._abort_read)
+                await _wait(self._trap)
             if self._wrong is not None:
                 self._raise_wrong()
             try:
@@ -154,7 +183,7 @@ class Wire:
                 more = self._take_some(take)
             else:
                 self._take, self._reader = take, current_task()
-                more = await wait_task_rescheduled(self._abort_read)
+                more = await _wait(self._trap)
             if self._wrong is not None:
                 self._raise_wrong()
 
@@ -300,7 +329,7 @@ class Wire:
         self._take = None
         self._until = math.inf
         assert reader is not None
-        reschedule(reader, outcome.Value(more))
+        reschedule(reader, _MORE if more else _NO_MORE)
 
     def _wake_writer(self) -> None:
         if self._late_task is not None and (self.broken or not self._late):
