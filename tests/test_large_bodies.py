@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_router.http1.transport import TLS_PIECE, TlsTransport
-from vllm_router.proxy.request import Bodies, BodyShare, _read_body
+from vllm_router.proxy.request import Bodies, BodyShare, read_body
 from vllm_router.routing.facts import read_facts
 from vllm_router.routing.pieces import MEDIA_BYTES, Prompt
 
@@ -27,7 +27,7 @@ async def test_body_that_comes_in_parts_is_held_once():
     bodies.limit = 64 * MB
     tracemalloc.start()
     try:
-        body = await _read_body(receive, 64 * MB, BodyShare(bodies), None)
+        body = await read_body(receive, 64 * MB, BodyShare(bodies), None)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

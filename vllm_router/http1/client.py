@@ -129,13 +129,14 @@ class Connection:
 
     # -- one exchange -------------------------------------------------------------------------
 
+    def ask(self, head: bytes, body: bytes) -> bool:
+        """Write a request without a wait; False, and nothing is written, if it must be `send`."""
+        self._begin()
+        return self._transport.write_soon(head, body)
+
     async def send(self, head: bytes, body: bytes) -> None:
         """Write a request. Raises ConnectionLost."""
-        self._headers = []
-        self._parts = []
-        self._answer = None
-        self._complete = False
-        self._head_bytes = 0
+        self._begin()
         try:
             sent_all = await self._transport.write(head, body)
         except BaseException:
@@ -143,6 +144,13 @@ class Connection:
             raise
         if not sent_all:
             self._reusable = False
+
+    def _begin(self) -> None:
+        self._headers = []
+        self._parts = []
+        self._answer = None
+        self._complete = False
+        self._head_bytes = 0
 
     def interrupt(self) -> bool:
         """End the wait for a head that has an `until`; False if it has come."""
@@ -155,7 +163,10 @@ class Connection:
         HTTP/1.1 or ambiguously framed.
         """
         while True:
-            data = await self._transport.read(until)
+            try:
+                data = await self._transport.read(until)
+            except OSError as error:
+                raise ConnectionLost(str(error)) from error
             if not data:
                 self._reusable = False
                 if self._head_bytes:
@@ -177,13 +188,19 @@ class Connection:
         while not self._parts:
             if self._complete:
                 return b""
-            data = await self._transport.read()
+            try:
+                data = await self._transport.read()
+            except OSError as error:
+                raise ConnectionLost(str(error)) from error
             if data:
                 self._feed(data)
             else:
                 self._end_of_stream()
-        parts = self._parts
-        self._parts = []
+        return self.take()
+
+    def take(self) -> bytes:
+        """What of the body has arrived and has not been read; perhaps nothing."""
+        parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @property
@@ -209,7 +226,10 @@ class Connection:
                 return take(parts[0] if len(parts) == 1 else b"".join(parts)) and more
             return more
 
-        await self._transport.pour(arrived)
+        try:
+            await self._transport.pour(arrived)
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
 
     @property
     def saw_bytes(self) -> bool:

@@ -124,7 +124,7 @@ class Connection:
         raise NotImplementedError
 
     async def _read(self, size: int = READ_SIZE) -> bytes:
-        """Some bytes; none when the client has left. Loses nothing when cancelled.
+        """Some bytes; none when the client has left, or an OSError. Loses nothing when cancelled.
 
         No more than `size` if they need not be read ahead.
         """
@@ -192,7 +192,10 @@ class Connection:
         while True:
             head = self._head
             while head is None:
-                data = await self._read()
+                try:
+                    data = await self._read()
+                except OSError:
+                    data = b""
                 if not data:
                     self._gone = True
                     return
@@ -413,6 +416,8 @@ class Connection:
         try:
             # What is known to come is taken in larger pieces: each costs a turn of the loop.
             data = await self._read(BODY_READ_SIZE if self._left > READ_SIZE else READ_SIZE)
+        except OSError:
+            data = b""
         finally:
             self._reading = False
             self.deadline = math.inf
@@ -521,8 +526,9 @@ class Connection:
         if kind == "http.response.body":
             # An answer to half a request cannot be followed by another.
             data = answer.encode(message, close=self._body_open or self._server.closing)
-            if data:
-                await self._write_all(data)
+            wait = self._write(data) if data else None
+            if wait is not None:
+                await wait
             if self._finished is not None and answer.finished:
                 self._finished.set()
         elif kind == "http.response.start":
@@ -532,16 +538,32 @@ class Connection:
 
     async def _write_all(self, data: bytes) -> None:
         """At once if the transport takes it, with a checkpoint only now and then."""
+        wait = self._write(data)
+        if wait is not None:
+            await wait
+
+    def _write(self, data: bytes) -> Awaitable[None] | None:
+        """The same; what there is to be awaited is returned, if there is anything."""
+        if self._gone:
+            raise ClientGone("the client has left")
         try:
-            if self._gone:
-                raise ClientGone("the client has left")
-            if not self._write_now(data):
-                await self._write_rest(data)
-                return
+            written = self._write_now(data)
         except OSError as error:
-            self.client_left()
-            await trio.lowlevel.checkpoint()  # where the application is cancelled
-            raise ClientGone("the client has left") from error
+            return self._fail(error)
+        if not written:
+            return self._write_on(data)
         self._sends += 1
-        if self._sends % SENDS_PER_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
+        if self._sends % SENDS_PER_CHECKPOINT:
+            return None
+        return trio.lowlevel.checkpoint()  # noqa: ASYNC105 (the caller does)
+
+    async def _write_on(self, data: bytes) -> None:
+        try:
+            await self._write_rest(data)
+        except OSError as error:
+            await self._fail(error)
+
+    async def _fail(self, error: OSError) -> None:
+        self.client_left()
+        await trio.lowlevel.checkpoint()  # where the application is cancelled
+        raise ClientGone("the client has left") from error

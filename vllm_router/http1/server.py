@@ -15,7 +15,7 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,11 +189,8 @@ class SocketConnection(Connection):
         else:
             self.hang_up()
 
-    async def _read(self, size: int = READ_SIZE) -> bytes:
-        try:
-            return await self._wire.read(size)
-        except OSError:
-            return b""
+    def _read(self, size: int = READ_SIZE) -> Coroutine[Any, Any, bytes]:
+        return self._wire.read(size)
 
     def _write_now(self, data: bytes) -> bool:
         wire = self._wire

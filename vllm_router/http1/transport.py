@@ -11,8 +11,8 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 import trio
 
@@ -29,7 +29,8 @@ Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int
 
 
 class Transport(Protocol):
-    """One connection to a server. Every method but `close` raises ConnectionLost on failure."""
+    """One connection to a server. On failure `write` raises ConnectionLost, `read` and `pour` that
+    or an OSError."""
 
     async def read(self, until: float = math.inf) -> bytes:
         """At least one byte, or none at the end of the stream.
@@ -50,6 +51,10 @@ class Transport(Protocol):
 
     async def pour(self, take: Callable[[bytes], bool]) -> None:
         """Have `take` called with what `read` would return, between tasks, until it is False."""
+        ...
+
+    def write_soon(self, head: bytes, body: bytes) -> bool:
+        """All of both without a wait; False, and nothing of it, if they need `write`."""
         ...
 
     async def write(self, head: bytes, body: bytes) -> bool:
@@ -80,31 +85,33 @@ class PlainTransport:
         self._wire = Wire(connected)
         self._used = False
 
-    async def read(self, until: float = math.inf) -> bytes:
-        try:
-            return await self._wire.read(READ_SIZE, until)
-        except OSError as error:
-            raise ConnectionLost(str(error)) from error
+    # The wire's own coroutines: one more around each would be resumed with every wait.
+
+    def read(self, until: float = math.inf) -> Coroutine[Any, Any, bytes]:
+        return self._wire.read(READ_SIZE, until)
 
     def interrupt(self) -> bool:
         return self._wire.interrupt()
 
     pours = True
 
-    async def pour(self, take: Callable[[bytes], bool]) -> None:
-        try:
-            await self._wire.pour(take)
-        except OSError as error:
-            raise ConnectionLost(str(error)) from error
+    def pour(self, take: Callable[[bytes], bool]) -> Coroutine[Any, Any, None]:
+        return self._wire.pour(take)
+
+    def write_soon(self, head: bytes, body: bytes) -> bool:
+        if len(head) + len(body) > SOON:
+            return False
+        if self._used:
+            self._wire.ask(head + body)
+        else:
+            self._used = True
+            self._wire.write(head + body)
+        return True
 
     async def write(self, head: bytes, body: bytes) -> bool:
-        wary, self._used = self._used, True
-        if len(head) + len(body) <= SOON:
-            if wary:
-                self._wire.ask(head + body)
-            else:
-                self._wire.write(head + body)
+        if self.write_soon(head, body):
             return True
+        wary, self._used = self._used, True
         if wary and self._wire.has_input():
             raise ConnectionLost("it has closed, or spoken unasked")
         sock = self._socket
@@ -188,6 +195,9 @@ class TlsTransport:
     async def pour(self, take: Callable[[bytes], bool]) -> None:
         while take(await self.read()):
             pass
+
+    def write_soon(self, head: bytes, body: bytes) -> bool:
+        return False
 
     async def write(self, head: bytes, body: bytes) -> bool:
         try:

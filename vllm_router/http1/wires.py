@@ -49,7 +49,7 @@ def _trap(abort: Callable[[RaiseCancelT], Abort]) -> object:
 
     `wait_task_rescheduled` makes one for each wait; a wire has the same for all.
     """
-    waiting = wait_task_rescheduled(abort)
+    waiting = wait_task_rescheduled(abort)  # noqa: ASYNC105 (asked for its first step only)
     trap: object = waiting.send(None)
     waiting.close()
     return trap

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.http1.client import Answer, Connection
     from vllm_router.proxy.exchange import Exchange
-    from vllm_router.proxy.types import Outlet
+    from vllm_router.proxy.types import Message, Outlet
 
 BODY = "http.response.body"
 LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}
@@ -143,7 +143,13 @@ class Attempt:
             until = min(now + timeout, exchange.deadline)
             lease.interrupt = self.interrupt
             if connection is not None and connection.pours and self._waits_for_nothing_else:
-                outcome = await self._try_unscoped(connection, until)
+                self._waiting = connection
+                try:
+                    outcome = await self._try(connection, None, until)
+                except Interrupted:
+                    outcome = None
+                finally:
+                    self._waiting = None
             else:
                 with trio.CancelScope(deadline=until) as scope:
                     self._scope = scope
@@ -185,18 +191,6 @@ class Attempt:
         """
         return self._exchange.outlet is not None and len(self._exchange.request.body) <= AT_ONCE
 
-    async def _try_unscoped(self, connection: Connection, until: float) -> Outcome | None:
-        """`_try` over a kept connection, with a scope only if not all of the answer comes with its
-        head. None if it was ended from outside.
-        """
-        self._waiting = connection
-        try:
-            return await self._try(connection, None, until)
-        except Interrupted:
-            return None
-        finally:
-            self._waiting = None
-
     async def _try(
         self,
         connection: Connection | None,
@@ -205,7 +199,9 @@ class Attempt:
     ) -> Outcome | None:
         """Connect, send, receive; whatever the connection does becomes an Outcome.
 
-        Without a `scope` the head is waited for `until` then. None if a scope of its own ended it.
+        Without a `scope`, over a kept connection, the head is waited for `until` then, and only if
+        not all of the answer comes with it a scope is made; None if that has ended it. Raises
+        Interrupted.
         """
         exchange, link = self._exchange, self._proxy.links[self._server]
         record, request = exchange.record, exchange.request
@@ -224,7 +220,8 @@ class Attempt:
                 request.added + self.parent,
                 len(request.body),
             )
-            await connection.send(head, request.body)
+            if not connection.ask(head, request.body):
+                await connection.send(head, request.body)
             if not record.sent_at:
                 record.sent_at = self._proxy.now()
             answer = await connection.read_head(until)
@@ -258,15 +255,15 @@ class Attempt:
         self, connection: Connection, answer: Answer, scope: trio.CancelScope | None
     ) -> Outcome:
         """`scope` is None if all of the answer is there."""
-        lease = self._lease
+        exchange, lease = self._exchange, self._lease
         status, fields = answer.status, dict(answer.headers)
         outcome = Outcome.ANSWERED
         lease.last_byte_at = self._proxy.now()
-        trace = self._exchange.record.trace
+        trace = exchange.record.trace
         if trace is not None:
             trace.answered(status)
         if status >= 429 and status != 431:
-            own_key = self._exchange.has_key and self._server.config.api_key is None
+            own_key = exchange.has_key and self._server.config.api_key is None
             outcome = classify_status(status, answer.content_length != 0, own_key=own_key)
             if outcome is Outcome.FULL:
                 wait = parse_retry_after(fields.get(b"retry-after", b""))
@@ -277,22 +274,31 @@ class Attempt:
         is_stream = content_type == b"text/event-stream"
         if is_stream:
             dead = await self._hold_stream(connection, scope)
+        elif connection.complete:
+            self._held = connection.take()
+            dead = sse.is_aborted(self._held)
         else:
             # Others that come in chunks, such as audio, are played as they come.
             whole = answer.content_length is not None or content_type[:16] == b"application/json"
             dead = await self._hold_plain(connection, scope, whole=whole)
         if dead and status == 200:
             return Outcome.ABORTED
-        await self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
-        await self._relay(connection, scope)
+        start = self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
+        await exchange.send(start)
+        if connection.exhausted and self._held:
+            # All of it: it goes with the end of the answer, when the lease has been given back.
+            self._note(self._held)
+            exchange.last = {"type": BODY, "body": self._held, "more_body": False}
+        else:
+            await self._relay(connection, scope)
         self.complete = True
-        if self._proxy.wants_usage or self._exchange.request.policy.needs_prompt:
+        if self._proxy.wants_usage or exchange.request.policy.needs_prompt:
             self._learn()
         if is_stream and status == 200 and sse.ends_aborted(self._end()):
             return Outcome.BROKEN
         return outcome
 
-    async def _commit(
+    def _commit(
         self,
         connection: Connection,
         answer: Answer,
@@ -301,8 +307,8 @@ class Attempt:
         scope: trio.CancelScope | None,
         *,
         is_stream: bool,
-    ) -> None:
-        """The client gets this answer and no other: send its head."""
+    ) -> Message:
+        """The client gets this answer and no other: its head, to be sent."""
         exchange, lease, proxy = self._exchange, self._lease, self._proxy
         record = exchange.record
         record.first_byte_at = now = lease.last_byte_at
@@ -336,8 +342,7 @@ class Attempt:
             self._timer = Outcome.IDLE_TIMEOUT
             scope.deadline = min(now + idle + idle / DEADLINE_MOVES, exchange.deadline)
         self._sending = True
-        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
-        await exchange.send(start)
+        return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
     async def _hold_plain(
         self, connection: Connection, scope: trio.CancelScope | None, *, whole: bool
@@ -348,15 +353,12 @@ class Attempt:
         """
         parts: list[bytes] = []
         size = 0
-        with_head = connection.complete
         while size < HOLD_LIMIT:
             piece = await connection.read_body()
             if not piece:
                 break
             parts.append(piece)
             size += len(piece)
-            if with_head:
-                break
             now = self._heard()
             if connection.complete or not whole:
                 break
@@ -404,11 +406,6 @@ class Attempt:
         outlet = self._exchange.outlet if connection.pours else None
         self._moved = self._exchange.record.first_byte_at
         piece, self._held = self._held, b""
-        if piece and connection.exhausted:
-            # All of it: it goes with the end of the answer, when the lease has been given back.
-            self._note(piece)
-            self._exchange.last = {"type": BODY, "body": piece, "more_body": False}
-            return
         while piece:
             self._note(piece)
             self._sending = True

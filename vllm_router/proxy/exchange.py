@@ -18,7 +18,13 @@ from vllm_router.proxy.attempt import LAST, Attempt
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.refusal import refusal_messages
-from vllm_router.proxy.request import BodyShare, Request, read_request
+from vllm_router.proxy.request import (
+    BodyShare,
+    Request,
+    check_head,
+    make_request,
+    read_body,
+)
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
@@ -160,15 +166,12 @@ class Exchange:
             record.trace = proxy.tracer.begin(self._fields)
         if proxy.stopping:
             raise stopping()
-        self.request = await read_request(
-            proxy,
-            self._scope,
-            self._receive,
-            self._fields,
-            record,
-            self._bodies,
-            bound=not self._server_cancels,
-        )
+        scope, fields, bodies = self._scope, self._fields, self._bodies
+        check_head(proxy, scope["headers"], fields, bodies)
+        # A server that cancels us bounds the time, too.
+        timeout = None if self._server_cancels else proxy.settings.body_timeout
+        body = await read_body(self._receive, proxy.max_body, bodies, timeout)
+        self.request = make_request(proxy, scope, fields, record, body)
         total = proxy.settings.total_timeout
         if total is not None:
             self.deadline = record.body_read_at + total

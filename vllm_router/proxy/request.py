@@ -97,30 +97,25 @@ def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
     return proxy.policies.named(text)
 
 
-async def read_request(
-    proxy: Proxy,
-    scope: Scope,
-    receive: Receive,
-    fields: dict[bytes, bytes],
-    record: Record,
-    bodies: BodyShare,
-    *,
-    bound: bool,
-) -> Request:
-    """Read the body and what routing needs of it. `fields` are the headers as a dictionary.
-
-    `bound`: the time must be bounded here; a server that cancels us does it itself.
-    Raises Refused for what is too large, too slow or goes round in circles, ClientGone if there
-    is nobody left to answer. What is read counts in `bodies` from its arrival on.
+def check_head(
+    proxy: Proxy, headers: list[tuple[bytes, bytes]], fields: dict[bytes, bytes], bodies: BodyShare
+) -> None:
+    """Judge a request by its head. Raises Refused for what announces too much or goes round in
+    circles. `fields` are the headers as a dictionary.
     """
-    if b"via" in fields and loops(scope["headers"]):
+    if b"via" in fields and loops(headers):
         raise Refused(508, "loop_detected", "The request has passed this router too often.")
     limit = proxy.max_body
     length = fields.get(b"content-length")
     if length and int(length) > limit:
         raise _too_large(limit)
     bodies.check(int(length or 0))
-    body = await _read_body(receive, limit, bodies, proxy.settings.body_timeout if bound else None)
+
+
+def make_request(
+    proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], record: Record, body: bytes
+) -> Request:
+    """What the body and the head say, also for the record."""
     record.bytes_in = len(body)
     record.body_read_at = proxy.now()
     record.phase = Phase.QUEUE
@@ -141,12 +136,16 @@ async def read_request(
     return request
 
 
-async def _read_body(
-    receive: Receive, limit: int, bodies: BodyShare, timeout: float | None
+async def read_body(
+    receive: Receive, limit: int, bodies: BodyShare, timeout: float | None = None
 ) -> bytes:
-    """The whole body. Under the lane the first message has all of a small one."""
+    """The whole body, each message of it within `timeout` if there is one.
+
+    Under the lane the first message has all of a small one. Raises Refused for one that is too
+    large or too slow.
+    """
     began = trio.current_time() if timeout is not None else 0.0
-    message = await _receive_message(receive, timeout, began)
+    message = await (receive() if timeout is None else _receive_within(timeout, receive, began))
     body: bytes = message.get("body", b"")
     bodies.take(len(body))
     if not message.get("more_body", False):
@@ -157,7 +156,8 @@ async def _read_body(
     whole, total = BytesIO(), len(body)
     whole.write(body)
     while message.get("more_body", False):
-        message = await _receive_message(receive, timeout, began + total / MIN_BODY_RATE)
+        due = began + total / MIN_BODY_RATE
+        message = await (receive() if timeout is None else _receive_within(timeout, receive, due))
         part = message.get("body", b"")
         total += len(part)
         bodies.take(len(part))
@@ -167,13 +167,10 @@ async def _read_body(
     return whole.getvalue()
 
 
-async def _receive_message(receive: Receive, timeout: float | None, due: float) -> Message:
-    """One message of the body, within `timeout` if there is one.
-
-    `due` is when what has come would have come at the lowest rate allowed.
+async def _receive_within(timeout: float, receive: Receive, due: float) -> Message:
+    """One message of the body. `due` is when what has come would have come at the lowest rate
+    allowed. Raises Refused, or ClientGone.
     """
-    if timeout is None:
-        return await receive()
     with trio.move_on_at(min(due, trio.current_time()) + timeout):
         message = await receive()
         if message["type"] == "http.disconnect":
