@@ -9,6 +9,7 @@ import pytest
 from vllm_router.proxy.headers import (
     MAX_VIA,
     VIA,
+    ForwardedFields,
     RequestHeads,
     answer_headers,
     connection_field,
@@ -38,9 +39,9 @@ def written(
 ) -> bytes:
     heads = RequestHeads("server:8000", prefix, api_key)
     networks = tuple(ip_network(network) for network in trusted)
-    added = forwarding_fields(headers, dict(headers), client, "http", b"rid", networks)
-    connection = connection_field(headers, dict(headers))
-    return heads.write("POST", target, headers, connection, added, 5)
+    added = forwarding_fields(headers, dict(headers), client, "http", networks)
+    forwarded = ForwardedFields(headers, connection_field(headers, dict(headers)))
+    return heads.write("POST", target, forwarded, added + b"\r\nx-request-id: rid", 5)
 
 
 def test_a_whole_head():

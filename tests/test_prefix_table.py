@@ -220,14 +220,14 @@ def test_usage_is_found_in_plain_and_streamed_answers():
         b'..."finish_reason":"stop"}],"usage":{"prompt_tokens":48,"total_tokens":51,'
         b'"completion_tokens":3,"prompt_tokens_details":null},"prompt_logprobs":null}'
     )
-    assert read_usage(plain) == (48, None)
+    assert read_usage(plain) == (48, None, 3)
     stream = (
         b'data: {"choices":[],"usage":{"prompt_tokens": 48, "prompt_tokens_details":'
         b'{"cached_tokens": 32}}}\n\ndata: [DONE]\n\n'
     )
-    assert read_usage(stream) == (48, 32)
+    assert read_usage(stream) == (48, 32, None)
     anthropic = b'"usage":{"input_tokens":48,"output_tokens":3,"cache_read_input_tokens":16}}'
-    assert read_usage(anthropic) == (48, 16)
+    assert read_usage(anthropic) == (48, 16, 3)
 
 
 def test_no_usage_is_none():

@@ -53,8 +53,11 @@ class Application:
         if supervisor is None:
             raise RuntimeError("the application needs the lifespan protocol to start")
         path = _origin_form(scope)
-        path_class = classify(scope.get("method", "GET"), path)
         guard = supervisor.guard
+        if guard.remembers(scope):
+            await supervisor.proxy(scope, receive, send)
+            return
+        path_class = classify(scope.get("method", "GET"), path)
         allowed = guard.preflight(scope)
         if allowed is not None:
             await send({"type": "http.response.start", "status": 204, "headers": allowed})

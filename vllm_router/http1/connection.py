@@ -35,6 +35,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CANCEL_ON_DISCONNECT = "vllm_router.cancel_on_disconnect"
 OUTLET = "vllm_router.outlet"
+HEAD_MEMO = "vllm_router.head_memo"
 
 BODY_READ_SIZE = 262144
 
@@ -150,9 +151,9 @@ class Connection:
         """Whether the client has left behind more bytes than are read ahead."""
         return False
 
-    def extensions(self) -> dict[str, Any]:
+    def extensions(self, head: Head) -> dict[str, Any]:
         """What is offered to the application beyond ASGI."""
-        return {CANCEL_ON_DISCONNECT: {}}
+        return {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo}
 
     async def _end_output(self) -> None:
         """Show the client the end of the stream, but go on listening. Raises OSError."""
@@ -475,7 +476,7 @@ class Connection:
             "headers": head.headers,
             "client": self._client,
             "server": self._local,
-            "extensions": self.extensions(),
+            "extensions": self.extensions(head),
         }
         try:
             await server.app(scope, self._receive, self._send)

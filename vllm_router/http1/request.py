@@ -8,6 +8,7 @@ are known when it is handed to another server, a parser has no state that an ill
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httptools
 
@@ -39,7 +40,10 @@ MAX_LENGTH_DIGITS = 18
 
 
 class Head:
-    """The head of a request that may be served. Field names are lower-case."""
+    """The head of a request that may be served. Field names are lower-case.
+
+    `memo` is for what others have found to follow from it, whatever the length of the body.
+    """
 
     __slots__ = (
         "_connection",
@@ -54,6 +58,7 @@ class Head:
         "headers",
         "http_version",
         "keep_alive",
+        "memo",
         "method",
         "path",
         "query",
@@ -69,6 +74,7 @@ class Head:
         self.chunked = False
         self.expects_continue = False
         self.keep_alive = True
+        self.memo: dict[Any, Any] = {}
         self._host: bytes | None = None
         self._length: bytes | None = None
         self._transfer: bytes | None = None

@@ -24,6 +24,7 @@ import trio
 from vllm_router.http1.answer import Message
 from vllm_router.http1.connection import (
     CANCEL_ON_DISCONNECT,
+    HEAD_MEMO,
     OUTLET,
     App,
     ClientGone,
@@ -31,6 +32,7 @@ from vllm_router.http1.connection import (
     Scope,
 )
 from vllm_router.http1.headers import RefusalTold
+from vllm_router.http1.request import Head
 from vllm_router.http1.wires import READ_SIZE, Wire
 
 __all__ = [
@@ -204,8 +206,8 @@ class SocketConnection(Connection):
         if self._wire.broken:
             raise BrokenPipeError
 
-    def extensions(self) -> dict[str, Any]:
-        return {CANCEL_ON_DISCONNECT: {}, OUTLET: self}
+    def extensions(self, head: Head) -> dict[str, Any]:
+        return {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo, OUTLET: self}
 
     def send_part(self, piece: bytes) -> bool:
         """See proxy.types.Outlet."""

@@ -22,7 +22,7 @@ from vllm_router.proxy import sse
 from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
 from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import RULES, Again, Outcome, classify_status
-from vllm_router.routing.usage import TAIL_BYTES, read_completion, read_usage
+from vllm_router.routing.usage import TAIL_BYTES, read_usage
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -215,8 +215,7 @@ class Attempt:
             head = link.heads.write(
                 request.method,
                 request.target,
-                request.headers,
-                request.connection,
+                request.forwarded,
                 request.added + self.parent,
                 len(request.body),
             )
@@ -471,7 +470,11 @@ class Attempt:
     def _learn(self) -> None:
         """Let the policy and the record know how many tokens there were, if the end tells."""
         proxy, record = self._proxy, self._exchange.record
-        tail = b"".join([piece[-TAIL_BYTES:] for piece in self.tail])[-TAIL_BYTES:]
+        pieces = self.tail
+        if len(pieces) == 1:
+            tail = pieces[0][-TAIL_BYTES:]
+        else:
+            tail = b"".join([piece[-TAIL_BYTES:] for piece in pieces])[-TAIL_BYTES:]
         if record.trace is not None:
             record.trace.tail(tail)
         usage = read_usage(tail)
@@ -479,10 +482,9 @@ class Attempt:
             return
         policy = self._exchange.request.policy
         if policy.needs_prompt:
-            policy.learned(self._lease, *usage)
+            policy.learned(self._lease, usage.prompt, usage.cached)
         if proxy.wants_usage:
-            record.prompt_tokens, record.cached_tokens = usage
-            record.completion_tokens = read_completion(tail)
+            record.prompt_tokens, record.cached_tokens, record.completion_tokens = usage
 
     async def _break_off(self, outcome: Outcome) -> None:
         """Tell the client of a stream that it is broken; the connection is cut afterwards."""

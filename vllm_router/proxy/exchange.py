@@ -20,6 +20,7 @@ from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import (
     BodyShare,
+    ClientHead,
     Request,
     check_head,
     make_request,
@@ -65,8 +66,8 @@ class Exchange:
         "_complete",
         "_deaths",
         "_falls_back",
-        "_fields",
         "_fingerprint",
+        "_head",
         "_key",
         "_receive",
         "_scope",
@@ -89,14 +90,15 @@ class Exchange:
         self.send = send
         self._scope = scope
         self._receive = receive
-        client = scope.get("client")
-        self._fields = fields = dict(scope["headers"])
+        address = scope.get("client")
+        client = address[0] if address else "unknown"
+        self._head = head = ClientHead.of(scope, client, proxy)
         self.record = Record(
             proxy.now(),
             scope["method"],
             scope["raw_path"],
-            client[0] if client else "unknown",
-            request_id(fields.get(b"x-request-id")),
+            client,
+            request_id(head.fields.get(b"x-request-id")),
         )
         extensions = scope.get("extensions") or {}
         self._server_cancels = CANCEL_ON_DISCONNECT in extensions
@@ -163,15 +165,15 @@ class Exchange:
     async def _read(self) -> None:
         proxy, record = self.proxy, self.record
         if proxy.tracer is not None:
-            record.trace = proxy.tracer.begin(self._fields)
+            record.trace = proxy.tracer.begin(self._head.fields)
         if proxy.stopping:
             raise stopping()
-        scope, fields, bodies = self._scope, self._fields, self._bodies
-        check_head(proxy, scope["headers"], fields, bodies)
+        scope, head, bodies = self._scope, self._head, self._bodies
+        check_head(proxy, scope["headers"], head, bodies)
         # A server that cancels us bounds the time, too.
         timeout = None if self._server_cancels else proxy.settings.body_timeout
         body = await read_body(self._receive, proxy.max_body, bodies, timeout)
-        self.request = make_request(proxy, scope, fields, record, body)
+        self.request = make_request(proxy, scope, head, record, body)
         total = proxy.settings.total_timeout
         if total is not None:
             self.deadline = record.body_read_at + total
@@ -192,7 +194,7 @@ class Exchange:
 
     def _heed_deadline(self) -> None:
         """Follow the client's `X-Request-Timeout`; raises Refused if it is none, or over."""
-        given = self._fields.get(b"x-request-timeout")
+        given = self._head.fields.get(b"x-request-timeout")
         if given is None:
             return
         if not _SECONDS.fullmatch(given) or float(given) <= 0:
@@ -209,7 +211,7 @@ class Exchange:
     @property
     def priority(self) -> int:
         """Lower is earlier. As in vLLM the header goes before the body."""
-        given = self._fields.get(b"x-vllm-priority", b"")
+        given = self._head.fields.get(b"x-vllm-priority", b"")
         return int(given) if _PRIORITY.fullmatch(given) else self.request.facts.priority
 
     def let_body_go(self) -> None:

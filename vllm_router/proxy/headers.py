@@ -86,6 +86,34 @@ def request_id(given: bytes | None) -> bytes:
     return b"%032x" % _IDS.getrandbits(128)
 
 
+class ForwardedFields:
+    """A client's fields that go on to a server, as field lines, each begun by CR LF.
+
+    `connection` is the value of that field, which may name others that go no further.
+    """
+
+    __slots__ = ("_headers", "_keyless", "lines")
+
+    def __init__(self, headers: Headers, connection: bytes | None) -> None:
+        dropped = _NOT_FORWARDED
+        if connection and connection.lower() not in (b"keep-alive", b"close"):
+            dropped = dropped | nominated(connection)
+        self._headers = kept = [field for field in headers if field[0] not in dropped]
+        self._keyless: bytes | None = None
+        self.lines = _lines(kept)
+
+    @property
+    def keyless(self) -> bytes:
+        """Those for a server that gets a key from us."""
+        if self._keyless is None:
+            self._keyless = _lines([one for one in self._headers if one[0] != b"authorization"])
+        return self._keyless
+
+
+def _lines(headers: Headers) -> bytes:
+    return b"".join([b"\r\n%b: %b" % field for field in headers])
+
+
 class RequestHeads:
     """Writes the heads of requests to one server; all that never changes is joined beforehand."""
 
@@ -95,29 +123,19 @@ class RequestHeads:
         self._key = b"\r\nauthorization: Bearer " + api_key.encode() if api_key else b""
 
     def write(
-        self,
-        method: str,
-        target: bytes,
-        headers: Headers,
-        connection: bytes | None,
-        added: bytes,
-        body_length: int,
+        self, method: str, target: bytes, fields: ForwardedFields, added: bytes, body_length: int
     ) -> bytes:
-        """One request head. `added` holds complete field lines, each begun by CR LF.
-
-        `connection` is the value of that field, which may name others that go no further.
-        """
-        dropped = _NOT_FORWARDED
-        if connection and connection.lower() not in (b"keep-alive", b"close"):
-            dropped = dropped | nominated(connection)
-        if self._key:
-            dropped = dropped | {b"authorization"}
-        parts = [method.encode(), b" ", self._prefix, target, self._fixed]
-        for name, value in headers:
-            if name not in dropped:
-                parts += (b"\r\n", name, b": ", value)
-        parts += (added, self._key, b"\r\ncontent-length: %d\r\n\r\n" % body_length)
-        return b"".join(parts)
+        """One request head. `added` holds more field lines."""
+        return b"%b %b%b%b%b%b%b\r\ncontent-length: %d\r\n\r\n" % (
+            method.encode(),
+            self._prefix,
+            target,
+            self._fixed,
+            fields.keyless if self._key else fields.lines,
+            added,
+            self._key,
+            body_length,
+        )
 
 
 def forwarding_fields(
@@ -125,10 +143,9 @@ def forwarding_fields(
     fields: dict[bytes, bytes],
     client: str,
     scheme: str,
-    identifier: bytes,
     trusted: tuple[IPv4Network | IPv6Network, ...],
 ) -> bytes:
-    """`Via`, `X-Forwarded-*` and `X-Request-Id` of a forwarded request, as field lines.
+    """`Via` and `X-Forwarded-*` of a forwarded request, as field lines, each begun by CR LF.
 
     What a client claims about earlier hops is believed only if it is a trusted proxy itself.
     `fields` are the headers as a dictionary.
@@ -148,8 +165,6 @@ def forwarding_fields(
             b"\r\nx-forwarded-proto: ",
             proto,
             b"\r\nx-forwarded-host: " + host if host else b"",
-            b"\r\nx-request-id: ",
-            identifier,
         )
     )
 

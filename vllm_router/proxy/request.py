@@ -10,9 +10,14 @@ import msgspec
 import trio
 
 from vllm_router.errors import ClientGone, Refused
-from vllm_router.proxy.headers import connection_field, forwarding_fields, loops
+from vllm_router.proxy.headers import (
+    ForwardedFields,
+    connection_field,
+    forwarding_fields,
+    loops,
+)
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.proxy.types import Message, Receive, Scope
+from vllm_router.proxy.types import HEAD_MEMO, Message, Receive, Scope
 from vllm_router.routing.facts import SHORT, Facts, for_model, read_facts
 from vllm_router.routing.policies import POLICY_NAMES, Policy
 
@@ -26,59 +31,118 @@ MIN_BODY_RATE = 500.0
 """Bytes per second that a request body must average once `body_timeout` has passed."""
 
 
-class Request:
-    """What every attempt of an exchange sends, but for what differs from server to server.
+class ClientHead:
+    """What follows from a request's head alone, under these settings: worked out once for all
+    requests of a connection that have the same head but for Content-Length.
 
-    `added` holds the field lines that are ours; `connection` is the client's `Connection` field.
-    `body` is let go once it can no longer be needed. `policy` chooses its servers.
+    `fields` are the headers as a dictionary, the length in them that of the first request;
+    `forwarded` and `added` are the field lines that servers get, the client's and ours.
     """
 
     __slots__ = (
-        "_content_type",
+        "_length_at",
+        "added",
+        "content_type",
+        "fields",
+        "forwarded",
+        "loops",
+        "session",
+        "settings",
+        "target",
+    )
+
+    def __init__(self, scope: Scope, client: str, proxy: Proxy) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        path, query = scope["raw_path"], scope["query_string"]
+        self.settings = proxy.settings
+        self.fields = fields = dict(headers)
+        names = [name for name, _ in headers]
+        self._length_at = names.index(b"content-length") if b"content-length" in fields else -1
+        self.target: bytes = path + b"?" + query if query else path
+        self.content_type = fields.get(b"content-type", b"")
+        self.session = fields.get(b"x-session-id", b"")
+        self.loops = b"via" in fields and loops(headers)
+        self.forwarded = ForwardedFields(headers, connection_field(headers, fields))
+        self.added = forwarding_fields(
+            headers, fields, client, scope.get("scheme", "http"), proxy.trusted
+        )
+
+    @classmethod
+    def of(cls, scope: Scope, client: str, proxy: Proxy) -> ClientHead:
+        """That of this request, perhaps as it was worked out for the last one."""
+        memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
+        if memo is None:
+            return cls(scope, client, proxy)
+        head: ClientHead | None = memo.get(cls)
+        if head is None or head.settings is not proxy.settings:
+            head = memo[cls] = cls(scope, client, proxy)
+        return head
+
+    def length(self, headers: list[tuple[bytes, bytes]]) -> int:
+        """How long the body is to be, by the head with these headers; 0 if it does not say."""
+        return int(headers[self._length_at][1]) if self._length_at >= 0 else 0
+
+
+class Request:
+    """What every attempt of an exchange sends, but for what differs from server to server.
+
+    `forwarded` and `added` are field lines, the client's and ours. `body` is let go once it can no
+    longer be needed. `policy` chooses its servers.
+    """
+
+    __slots__ = (
+        "_head",
         "_wanted",
         "added",
         "body",
-        "connection",
         "facts",
+        "forwarded",
         "headers",
         "method",
         "policy",
         "target",
     )
 
-    def __init__(self, proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], body: bytes) -> None:
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        path, query = scope["raw_path"], scope["query_string"]
+    def __init__(
+        self, proxy: Proxy, scope: Scope, head: ClientHead, identifier: bytes, body: bytes
+    ) -> None:
         policies, logged = proxy.policies, proxy.wants_prompt
-        wanted = None if proxy.plain else wanted_policy(proxy, fields)
+        wanted = None if proxy.plain else wanted_policy(proxy, head.fields)
         read = policies if wanted is None else wanted
-        self.method: str = scope["method"]
-        self.target: bytes = path + b"?" + query if query else path
-        self.headers = headers
-        self.connection = connection_field(headers, fields)
-        self.body = body
+        self._head = head
         self._wanted = wanted
-        self._content_type = content_type = fields.get(b"content-type", b"")
+        self.method: str = scope["method"]
+        self.target = head.target
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.forwarded = head.forwarded
+        self.added = b"%b\r\nx-request-id: %b" % (head.added, identifier)
+        self.body = body
         self.facts: Facts = read_facts(
-            path,
-            content_type,
+            scope["raw_path"],
+            head.content_type,
             body,
-            fields.get(b"x-session-id", b"") if read.needs_session or logged else b"",
+            head.session if read.needs_session or logged else b"",
             with_prompt=read.needs_prompt or logged,
             shortest=SHORT,
         )
         self.policy: Policy = policies.default if wanted is None else wanted
-        self.added = b""
 
     def ask_for(self, public: str, proxy: Proxy) -> None:
         """Become a request for the model of this public name: the body is edited if it must be."""
         served = proxy.fleet.names.served(public)
         if served != self.facts.model:
             self.facts = msgspec.structs.replace(self.facts, model=served)
-            self.body = for_model(self.body, self._content_type, served)
-            self.headers = [field for field in self.headers if field[0] not in _OF_THE_BODY]
+            self.body = for_model(self.body, self._head.content_type, served)
+            self.drop(_OF_THE_BODY)
         if self._wanted is None:
             self.policy = proxy.policies.for_model(public)
+
+    def drop(self, names: frozenset[bytes]) -> None:
+        """Do not forward these fields."""
+        if not names.isdisjoint(self._head.fields):
+            self.headers = headers = [field for field in self.headers if field[0] not in names]
+            connection = connection_field(self.headers, self._head.fields)
+            self.forwarded = ForwardedFields(headers, connection)
 
 
 def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
@@ -98,41 +162,31 @@ def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
 
 
 def check_head(
-    proxy: Proxy, headers: list[tuple[bytes, bytes]], fields: dict[bytes, bytes], bodies: BodyShare
+    proxy: Proxy, headers: list[tuple[bytes, bytes]], head: ClientHead, bodies: BodyShare
 ) -> None:
     """Judge a request by its head. Raises Refused for what announces too much or goes round in
-    circles. `fields` are the headers as a dictionary.
+    circles.
     """
-    if b"via" in fields and loops(headers):
+    if head.loops:
         raise Refused(508, "loop_detected", "The request has passed this router too often.")
-    limit = proxy.max_body
-    length = fields.get(b"content-length")
-    if length and int(length) > limit:
-        raise _too_large(limit)
-    bodies.check(int(length or 0))
+    length = head.length(headers)
+    if length > proxy.max_body:
+        raise _too_large(proxy.max_body)
+    bodies.check(length)
 
 
 def make_request(
-    proxy: Proxy, scope: Scope, fields: dict[bytes, bytes], record: Record, body: bytes
+    proxy: Proxy, scope: Scope, head: ClientHead, record: Record, body: bytes
 ) -> Request:
     """What the body and the head say, also for the record."""
     record.bytes_in = len(body)
     record.body_read_at = proxy.now()
     record.phase = Phase.QUEUE
-    request = Request(proxy, scope, fields, body)
+    request = Request(proxy, scope, head, record.request_id, body)
     record.facts = facts = request.facts
     record.model, record.stream = facts.model, facts.stream
     if record.trace is not None:
-        replaced = record.trace.replaced
-        request.headers = [field for field in request.headers if field[0] not in replaced]
-    request.added = forwarding_fields(
-        request.headers,
-        fields,
-        record.client,
-        scope.get("scheme", "http"),
-        record.request_id,
-        proxy.trusted,
-    )
+        request.drop(record.trace.replaced)
     return request
 
 

@@ -21,6 +21,11 @@ OUTLET = "vllm_router.outlet"
 """Extension by which a server offers an Outlet for the answer's body."""
 
 
+HEAD_MEMO = "vllm_router.head_memo"
+"""Extension by which a server offers a dictionary that is the same for all requests of a connection
+whose heads are the same but for Content-Length: for what follows from the head alone."""
+
+
 class Outlet(Protocol):
     """A way to send pieces of a body without a task: cheaper than `send` for many small ones."""
 

@@ -31,6 +31,9 @@ class Outcome(enum.Enum):
     STOPPED = "stopped"  # the router is shutting down
     CLIENT_GONE = "client_gone"
 
+    # There is one of each: looked up several times per request, an Enum's own costs as much again.
+    __hash__ = object.__hash__
+
 
 class Again(enum.Enum):
     """Where the next attempt may go."""

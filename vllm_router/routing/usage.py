@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 TAIL_BYTES = 1024
 """The `usage` of an answer stands so near its end, plain or streamed (vLLM 0.32)."""
 
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens": ?(\d{1,9})\b')
-_COMPLETION = re.compile(rb'"(?:completion|output)_tokens": ?(\d{1,9})\b')
-_CACHED = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens)": ?(\d{1,9})\b')
+_TOKENS = re.compile(
+    rb'"(?:(prompt|input)|(completion|output)|cached|cache_read_input)_tokens": ?(\d{1,9})\b'
+)
 
 
-def read_usage(tail: bytes) -> tuple[int, int | None] | None:
-    """Tokens of the prompt, and how many were cached if it says so; None if there is no usage.
+class Usage(NamedTuple):
+    """Tokens of the prompt, how many of them were cached, and those of the answer; None where it
+    does not say."""
 
-    OpenAI's names and Anthropic's. Streams have it only if the client asked for it.
+    prompt: int
+    cached: int | None
+    completion: int | None
+
+
+def read_usage(tail: bytes) -> Usage | None:
+    """OpenAI's names and Anthropic's; None if there is no usage.
+
+    Streams have it only if the client asked for it.
     """
     start = tail.rfind(b'"usage"')
     if start < 0:
         return None
-    prompt = _PROMPT.search(tail, start)
-    if prompt is None:
-        return None
-    cached = _CACHED.search(tail, start)
-    return int(prompt[1]), int(cached[1]) if cached is not None else None
-
-
-def read_completion(tail: bytes) -> int | None:
-    """Tokens of the answer; None if there is no usage."""
-    start = tail.rfind(b'"usage"')
-    found = _COMPLETION.search(tail, start) if start >= 0 else None
-    return int(found[1]) if found is not None else None
+    prompt = cached = completion = None
+    for of_prompt, of_answer, number in _TOKENS.findall(tail, start):
+        if of_prompt:
+            prompt = int(number) if prompt is None else prompt
+        elif of_answer:
+            completion = int(number) if completion is None else completion
+        elif cached is None:
+            cached = int(number)
+    return Usage(prompt, cached, completion) if prompt is not None else None

@@ -10,7 +10,7 @@ import enum
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_router.auth import (
     ANONYMOUS,
@@ -25,7 +25,7 @@ from vllm_router.config import Config
 from vllm_router.errors import Refused
 from vllm_router.kinds import Secret, digest_of
 from vllm_router.paths import PathClass, classify
-from vllm_router.proxy.types import IDENTITY, Message, Scope, Send
+from vllm_router.proxy.types import HEAD_MEMO, IDENTITY, Message, Scope, Send
 from vllm_router.web.access import is_local_name, same_origin
 
 MAY_READ = "vllm_router.may_read"
@@ -83,6 +83,18 @@ def _port(scope: Scope) -> int | None:
     return local[1] if local is not None else None
 
 
+class _Admitted(NamedTuple):
+    """By whose rules a request was admitted, as whose, and whether it had a key for us alone."""
+
+    guard: Guard
+    identity: Identity
+    stripped: bool
+
+
+def _without_keys(scope: Scope) -> list[tuple[bytes, bytes]]:
+    return [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+
+
 class Guard:
     """The rules of one configuration.
 
@@ -113,6 +125,7 @@ class Guard:
             if b"origin" in fields:
                 self._check_origin(fields)
             scope[IDENTITY] = ANONYMOUS
+            self._remember(scope, fields, stripped=False)
             return
         path: str = scope["path"]
         if path[:1] != "/":
@@ -127,9 +140,39 @@ class Guard:
             self._check_listener(scope, area)
         if area is Area.INFERENCE and b"origin" in fields:
             self._check_origin(fields)
+        headers = scope["headers"]
         identity = self._identify(scope, fields) if self._has_keys else ANONYMOUS
+        stripped = scope["headers"] is not headers
         scope[IDENTITY] = identity
         self._check_key(scope, area, identity)
+        if area is Area.INFERENCE:
+            self._remember(scope, fields, stripped=stripped)
+
+    # -- connections that repeat themselves ---------------------------------------------------
+
+    def remembers(self, scope: Scope) -> bool:
+        """Whether `admit` has let a request for inference with this head through on the same
+        connection; then it is let through as that was.
+
+        If not, what others remember of the head is forgotten: it may be of other rules.
+        """
+        memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
+        if memo is None:
+            return False
+        admitted: _Admitted | None = memo.get(Guard)
+        if admitted is None or admitted.guard is not self:
+            memo.clear()
+            return False
+        scope[IDENTITY] = admitted.identity
+        if admitted.stripped:
+            scope["headers"] = _without_keys(scope)
+        return True
+
+    def _remember(self, scope: Scope, fields: Mapping[bytes, bytes], *, stripped: bool) -> None:
+        """Answers to pages of other origins are told so, one by one."""
+        memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
+        if memo is not None and b"origin" not in fields:
+            memo[Guard] = _Admitted(self, scope[IDENTITY], stripped)
 
     # -- where it comes from ------------------------------------------------------------------
 
@@ -164,7 +207,7 @@ class Guard:
         digests = [digest_of(key.decode("latin-1")) for key in presented(fields)]
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
-        scope["headers"] = [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+        scope["headers"] = _without_keys(scope)
         scope[IDENTITY] = Identity(status=True, admin=True, given=True)
 
     # -- who it is ----------------------------------------------------------------------------
@@ -172,7 +215,7 @@ class Guard:
     def _identify(self, scope: Scope, fields: Mapping[bytes, bytes]) -> Identity:
         identity = self.keyring.identify(fields)
         if identity.known or self.keyring.has_clients:
-            scope["headers"] = [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+            scope["headers"] = _without_keys(scope)
         return identity
 
     def _check_key(self, scope: Scope, area: Area, identity: Identity) -> None:
