@@ -410,6 +410,34 @@ async def test_over_tcp_a_server_that_hung_for_a_while_is_probed_good_again():
         nursery.cancel_scope.cancel()
 
 
+async def test_answers_that_stop_in_their_middle_leave_no_connection():
+    async def half(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
+        await talk.gone()
+
+    async with trio.open_nursery() as nursery:
+        scripted = ScriptedServer(nursery, half)
+        port = await nursery.start(scripted.listen)
+        config = make_config(
+            [{"url": f"http://127.0.0.1:{port}", "name": "a"}],
+            health_check_timeout=0.1,
+            health_check_interval=0.05,
+            metrics_interval=0.1,
+        )
+        fleet = Fleet(config)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        server = fleet.servers["a"]
+        probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
+        nursery.start_soon(probe.run)
+        with trio.fail_after(10):
+            while len(scripted.talks) < 12:
+                await trio.sleep(0.01)
+        # The checks, the scrapes and the list: one each, and one that may just have ended.
+        assert scripted.open <= 6
+        nursery.cancel_scope.cancel()
+
+
 async def test_over_tcp_a_new_timeout_holds_at_once():
     async def slow(talk: Talk) -> None:
         await trio.sleep(0.3)

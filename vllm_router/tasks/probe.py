@@ -28,7 +28,8 @@ from vllm_router.tasks.carrier import Carrier
 
 logger = logging.getLogger(__name__)
 
-CHECK_PATHS = ("/health", "/v1/models")
+METRICS_PATH, MODELS_PATH = "/metrics", "/v1/models"
+CHECK_PATHS = ("/health", MODELS_PATH)
 """The second is asked where the first does not exist: other engines speak OpenAI, too."""
 
 MODELS_EVERY = 5.0
@@ -95,9 +96,8 @@ class Probe:
         self._went_down = went_down
         self._tick = tick
         self._hurry = trio.Event()
-        self._client: httpx.AsyncClient
         self._transport: httpx.AsyncBaseTransport
-        self._metrics_request: httpx.Request
+        self._requests: dict[str, httpx.Request]
 
     @property
     def _settings(self) -> Settings:
@@ -108,14 +108,31 @@ class Probe:
         # No timeout: each use has one around it, which follows the configuration.
         self._transport = transport = probe_transport(self._server, self._tls)
         async with control_client(self._server, None, self._tls, transport) as client:
-            self._client = client
-            self._metrics_request = client.build_request("GET", "/metrics")
+            paths = (*CHECK_PATHS, METRICS_PATH)
+            self._requests = {path: client.build_request("GET", path) for path in paths}
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_checking)
                 nursery.start_soon(self._keep_scraping)
                 nursery.start_soon(self._keep_listing)
+
+    async def _ask(self, path: str) -> httpx.Response:
+        """The answer's head; the caller closes it.
+
+        The same request every time, and past httpx's client: making one costs more than asking,
+        and looking for redirects, cookies and a login in the answer as much again.
+        """
+        return await self._transport.handle_async_request(self._requests[path])
+
+    async def _read(self, path: str) -> httpx.Response:
+        """All of the answer."""
+        response = await self._ask(path)
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
+        return response
 
     # -- health -------------------------------------------------------------------------------
 
@@ -152,7 +169,7 @@ class Probe:
         detail = ""
         for path in CHECK_PATHS:
             try:
-                response = await self._client.get(path)
+                response = await self._read(path)
             except httpx.HTTPError as error:
                 if _is_own_fault(error):
                     raise OwnFault(_words(error)) from error
@@ -190,9 +207,7 @@ class Probe:
         leases = server.in_flight
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                # The same request every time, past the client: making one costs more than asking,
-                # and looking for redirects and cookies costs as much.
-                response = await self._transport.handle_async_request(self._metrics_request)
+                response = await self._ask(METRICS_PATH)
                 try:
                     page = await _page(response) if response.is_success else None
                 finally:
@@ -235,7 +250,7 @@ class Probe:
         """Read `/v1/models`. A server that cannot answer it keeps the list it had."""
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._client.get("/v1/models")
+                response = await self._read(MODELS_PATH)
                 if response.is_success:
                     cards = _cards(response.json())
                     self._server.listed(cards, trio.current_time())
