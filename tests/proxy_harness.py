@@ -178,6 +178,7 @@ class Rig:
         self.recorder = Recorder()
         self.rng = Random(1)
         self.proxy = Proxy(self.fleet, self.config, (self.recorder,), self.rng)
+        self.proxy.tell_every = 0.0  # else a second answer in 5 ms is told of later
         self.scripted: dict[str, ScriptedServer] = {}
         for server, script in zip(self.servers, scripts, strict=True):
             scripted = self.scripted[server.name] = ScriptedServer(nursery, script)

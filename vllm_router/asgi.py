@@ -79,6 +79,7 @@ class Application:
             await _refuse(scope, receive, send, refused)
             return
         supervisor.fleet.look()
+        supervisor.proxy.tell()
         await self._control(scope, receive, send)
 
     async def wind_down(self) -> None:

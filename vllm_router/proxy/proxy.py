@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.retry import Outcome, RetryBudget
 from vllm_router.tls import ServerContexts
 
+TELL_EVERY = 0.005
+TELL_AT = 64
+"""Exchanges of which the recorders are told together, and no later than so many."""
+
 
 @dataclass(slots=True)
 class Link:
@@ -45,6 +50,7 @@ class Proxy:
     """Serves inference requests. Constructed once; `apply` brings in a new configuration.
 
     Owns the connections to the servers: `close` closes the idle ones.
+    `tell_every`: seconds between two tellings of the recorders on a busy router; see `tell`.
     `plain` says that all requests are chosen for alike, under the names that clients use.
     `wants_usage`, `wants_prompt`: whether a recorder uses a record's tokens and its facts' prompt.
     """
@@ -73,6 +79,9 @@ class Proxy:
         """There if `[limits]` are."""
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
+        self.tell_every = TELL_EVERY
+        self._told_at = -math.inf
+        self._to_be_told = False
         self._ended_attempts: list[tuple[Server, Outcome]] = []
         self._ended: list[Record] = []
         self._rng = rng
@@ -159,23 +168,36 @@ class Proxy:
     # -- what exchanges report ----------------------------------------------------------------
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        if not self._ended_attempts:
-            Hub.of_this_run().at_turns_end(self.tell)
         self._ended_attempts.append((server, outcome))
+        if not self._to_be_told:
+            self._tell_later()
 
     def ended(self, record: Record) -> None:
-        if not self._ended:
-            Hub.of_this_run().at_turns_end(self.tell)
         self._ended.append(record)
+        if not self._to_be_told:
+            self._tell_later()
         if not self.exchanges:
             self._empty.set()
 
-    def tell(self) -> None:
-        """Tell the recorders of what has ended in this turn of the loop, before its clients hear.
+    def _tell_later(self) -> None:
+        self._to_be_told = True
+        Hub.of_this_run().at_turns_end(self._turn_has_ended)
 
-        One recorder after the other, not one exchange after the other: what takes 15 µs by itself
-        takes 5 where the processor's caches are warm.
+    def _turn_has_ended(self) -> None:
+        if len(self._ended) < TELL_AT and self.now() - self._told_at < self.tell_every:
+            self._tell_later()
+        else:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the recorders of what has ended.
+
+        They hear at the end of the loop's turn, before the clients do, or, on a busy router, of
+        what has ended in some milliseconds together; whoever reads what they have counted calls
+        this first. One recorder after the other, not one exchange after the other: what takes
+        15 µs by itself takes 5 where the processor's caches are warm.
         """
+        self._told_at, self._to_be_told = self.now(), False
         attempts, self._ended_attempts = self._ended_attempts, []
         records, self._ended = self._ended, []
         for recorder in self._recorders:

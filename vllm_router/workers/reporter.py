@@ -8,6 +8,7 @@ are dropped and counted.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from operator import attrgetter
 from typing import TypeVar
 
@@ -68,9 +69,13 @@ T = TypeVar("T")
 
 
 class Reporter:
-    """A worker's only Recorder beside its access log. `run` sends what has gathered."""
+    """A worker's only Recorder beside its access log. `run` sends what has gathered.
+
+    `gather` is called before: it may have more to report.
+    """
 
     def __init__(self, channel: Channel) -> None:
+        self.gather: Callable[[], None] = lambda: None
         self.dropped = 0
         self._channel = channel
         self._ended: deque[Ended] = deque()
@@ -122,6 +127,7 @@ class Reporter:
 
     async def flush(self) -> None:
         """Send everything there is."""
+        self.gather()
         while self._ended or self._attempts or self._verdicts or self._refusals:
             report = Report(
                 _take(self._verdicts),

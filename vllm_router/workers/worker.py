@@ -90,6 +90,7 @@ class Worker(Supervisor):
             recorder=reporter,
         )
         self.proxy.usage = fleet.usage
+        reporter.gather = self.proxy.tell
         self.proxy.budget.floor /= workers
         self.proxy.budget.depth = self.proxy.budget.floor
 
