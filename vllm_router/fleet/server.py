@@ -242,7 +242,10 @@ class Server:
         if self.moving:
             self.work = work = work + self.ghosts
             self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
-        self.touch()
+        servers = self.journal.servers
+        servers.append(self)
+        if len(servers) > Journal.LONGEST:
+            self.journal.servers = []
 
     def touch(self) -> None:
         """Its load has changed, or something that a policy adds to it."""

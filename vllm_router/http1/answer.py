@@ -106,7 +106,7 @@ class Answer:
                     if field == b"connection" and b"close" in value.lower():
                         close = True
                     continue
-            lines.append(b"%b: %b\r\n" % (field, value))
+            lines.append(field + b": " + value + b"\r\n")
         if not dated:
             lines.append(b"date: %b\r\n" % http_date())
         if status in NO_BODY or head.method == "HEAD":
@@ -127,7 +127,7 @@ class Answer:
         elif head.http_version == "1.0":
             lines.append(b"connection: keep-alive\r\n")
         block = b"".join(lines)
-        if block.count(b"\n") != len(lines) or block.count(b"\r") != len(lines) or b"\0" in block:
+        if len(block.translate(None, b"\r\n\0")) != len(block) - 2 * len(lines):
             raise RuntimeError("control character in a field of the answer")
         self.close = close
         return block

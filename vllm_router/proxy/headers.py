@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from ipaddress import IPv4Network, IPv6Network, ip_address
+from itertools import count
 from random import Random
 
 Headers = list[tuple[bytes, bytes]]
@@ -57,8 +58,9 @@ _ANSWER_DROPPED = _HOP_BY_HOP | {
     b"access-control-max-age",
 }
 
-# Ids are unique, not secret: asking the kernel for each costs more than routing the request.
-_IDS = Random()
+# Ids are unique, not secret: half of one is random and of this process, half counts.
+_ID_BEGINS = b"%016x" % Random().getrandbits(64)
+_ID_ENDS = count(Random().getrandbits(32))
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
 
@@ -83,7 +85,7 @@ def request_id(given: bytes | None) -> bytes:
     """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
     if given and _REQUEST_ID.fullmatch(given):
         return given
-    return b"%032x" % _IDS.getrandbits(128)
+    return b"%b%016x" % (_ID_BEGINS, next(_ID_ENDS))
 
 
 class ForwardedFields:

@@ -267,9 +267,11 @@ class BodyShare:
 
     def take(self, size: int) -> None:
         """So many bytes have come. Raises Refused if they are too many."""
+        bodies = self._bodies
         self._mine += size
-        self._bodies.held += size
-        self.check(0)
+        bodies.held += size
+        if bodies.held > bodies.limit:
+            self.check(0)
 
     def give_back(self) -> None:
         """The bytes are let go. May be called more than once."""

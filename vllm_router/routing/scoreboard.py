@@ -94,7 +94,7 @@ class Scoreboard:
         if read != len(journal):
             self._read = len(journal)
             places = self._places
-            for server in journal[read:]:
+            for server in set(journal[read:]):
                 place = places.get(server)
                 if place is not None:
                     self._measure(place)
