@@ -131,6 +131,11 @@ class Client:
 
     # -- as an Outlet: what the lane offers beside `send` --------------------------------------
 
+    def whole_body(self) -> bytes | None:
+        if len(self._pieces) != 1 or self._pieces[0] is None:
+            return None
+        return self._pieces.pop()
+
     def send_part(self, piece: bytes) -> bool:
         assert self.got.status, "a part before the head"
         assert self.got.pieces, "a part that does not follow what was sent"

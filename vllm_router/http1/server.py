@@ -209,6 +209,15 @@ class SocketConnection(Connection):
     def extensions(self, head: Head) -> dict[str, Any]:
         return {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo, OUTLET: self}
 
+    def whole_body(self) -> bytes | None:
+        """See proxy.types.Outlet."""
+        if self._body_open or self._delivered or self._gone or self._refusal is not None:
+            return None
+        pieces, self._delivered = self._pieces, True
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body
+
     def send_part(self, piece: bytes) -> bool:
         """See proxy.types.Outlet."""
         answer, wire = self._answer, self._wire

@@ -25,6 +25,7 @@ from vllm_router.proxy.request import (
     check_head,
     make_request,
     read_body,
+    taken,
 )
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.poison import Death, fingerprint
@@ -170,9 +171,13 @@ class Exchange:
             raise stopping()
         scope, head, bodies = self._scope, self._head, self._bodies
         check_head(proxy, scope["headers"], head, bodies)
-        # A server that cancels us bounds the time, too.
-        timeout = None if self._server_cancels else proxy.settings.body_timeout
-        body = await read_body(self._receive, proxy.max_body, bodies, timeout)
+        body = self.outlet.whole_body() if self.outlet is not None else None
+        if body is not None:
+            taken(body, proxy.max_body, bodies)
+        else:
+            # A server that cancels us bounds the time, too.
+            timeout = None if self._server_cancels else proxy.settings.body_timeout
+            body = await read_body(self._receive, proxy.max_body, bodies, timeout)
         self.request = make_request(proxy, scope, head, record, body)
         total = proxy.settings.total_timeout
         if total is not None:

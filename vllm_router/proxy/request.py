@@ -190,6 +190,14 @@ def make_request(
     return request
 
 
+def taken(body: bytes, limit: int, bodies: BodyShare) -> bytes:
+    """A body that has come at once. Raises Refused if it is too large."""
+    bodies.take(len(body))
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
 async def read_body(
     receive: Receive, limit: int, bodies: BodyShare, timeout: float | None = None
 ) -> bytes:
@@ -201,13 +209,11 @@ async def read_body(
     began = trio.current_time() if timeout is not None else 0.0
     message = await (receive() if timeout is None else _receive_within(timeout, receive, began))
     body: bytes = message.get("body", b"")
-    bodies.take(len(body))
     if not message.get("more_body", False):
-        if len(body) > limit:
-            raise _too_large(limit)
-        return body
+        return taken(body, limit, bodies)
     # Unlike a list of parts it gives its bytes away in the end, not a copy of them.
     whole, total = BytesIO(), len(body)
+    bodies.take(total)
     whole.write(body)
     while message.get("more_body", False):
         due = began + total / MIN_BODY_RATE

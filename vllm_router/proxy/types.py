@@ -18,7 +18,7 @@ CANCEL_ON_DISCONNECT = "vllm_router.cancel_on_disconnect"
 """Extension by which a server says that it cancels the application when the client leaves."""
 
 OUTLET = "vllm_router.outlet"
-"""Extension by which a server offers an Outlet for the answer's body."""
+"""Extension by which a server offers an Outlet."""
 
 
 HEAD_MEMO = "vllm_router.head_memo"
@@ -27,10 +27,14 @@ whose heads are the same but for Content-Length: for what follows from the head 
 
 
 class Outlet(Protocol):
-    """A way to send pieces of a body without a task: cheaper than `send` for many small ones."""
+    """Ways to receive and send without a wait, where there is none."""
+
+    def whole_body(self) -> bytes | None:
+        """The request's body if all of it has come and none of it has been received, else None."""
+        ...
 
     def send_part(self, piece: bytes) -> bool:
-        """Send a piece that is not the last, after `send` has begun the body.
+        """Send a piece of the answer's body that is not the last, after `send` has begun it.
 
         False if the client does not keep up, or has left: then the next `send` waits for it.
         """
