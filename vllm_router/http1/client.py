@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
+from vllm_router.http1.repeated import Headers, Repeated
 from vllm_router.http1.transport import (
     Address,
     PlainTransport,
@@ -24,8 +25,6 @@ from vllm_router.http1.transport import (
     resolve,
     start_tls,
 )
-
-Headers = list[tuple[bytes, bytes]]
 
 MAX_HEAD = 65536
 """Bytes of an answer's head; Envoy's limit is 60 KiB, and clients allow no more."""
@@ -47,6 +46,44 @@ class Answer:
     chunked: bool
 
 
+class KnownAnswer:
+    """The last head of one server's answers: within a second it says the same again and again.
+
+    Only of answers that came whole, on a connection that stays open, with a length and that many
+    bytes of a body: of such there is nothing else for a parser to find.
+    """
+
+    __slots__ = ("_answer", "_said")
+
+    def __init__(self) -> None:
+        self._said = Repeated()
+        self._answer: Answer | None = None
+
+    def note(self, data: bytes, answer: Answer) -> None:
+        """`data` has been found to be an answer, from its first byte to its last."""
+        end = data.find(b"\r\n\r\n") + 4
+        fits = not answer.chunked and answer.content_length == len(data) - end
+        known = fits and self._said.note(data[:end], answer.headers)
+        self._answer = answer if known else None
+
+    def read(self, data: bytes) -> tuple[Answer, bytes] | None:
+        """The head and the body that `data` is, if the head is known and the body is all of it."""
+        answer = self._answer
+        if answer is None:
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        digits = self._said.length_of(data, end)
+        if digits is None:
+            return None
+        length = int(digits)
+        if length != len(data) - end:
+            return None
+        if length != answer.content_length:
+            headers = self._said.with_length(answer.headers, digits)
+            answer = Answer(answer.status, headers, length, chunked=False)
+        return answer, data[end:]
+
+
 class Connection:
     """One connection to a server, for one exchange at a time."""
 
@@ -56,6 +93,7 @@ class Connection:
         "_fault",
         "_head_bytes",
         "_headers",
+        "_known",
         "_parser",
         "_parts",
         "_reusable",
@@ -64,8 +102,9 @@ class Connection:
         "reused",
     )
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, known: KnownAnswer | None = None) -> None:
         self._transport = transport
+        self._known = known or KnownAnswer()
         self._parser = httptools.HttpResponseParser(self)
         self._headers: Headers = []
         self._parts: list[bytes] = []
@@ -172,9 +211,19 @@ class Connection:
                 if self._head_bytes:
                     raise ProtocolViolation("the connection ended inside the head")
                 raise ConnectionLost("closed before an answer")
+            first = not self._head_bytes
             self._head_bytes += len(data)
+            if first and (found := self._known.read(data)) is not None:
+                # The parser stands between two answers, and is left standing there.
+                self._answer, body = found
+                self._complete = True
+                if body:
+                    self._parts.append(body)
+                return self._answer
             self._feed(data)
             if self._answer is not None:
+                if first and self._complete and self._reusable:
+                    self._known.note(data, self._answer)
                 return self._answer
             if self._head_bytes > MAX_HEAD:
                 self._reusable = False
@@ -290,6 +339,7 @@ class Pool:
         self._tls = ssl_context if parts.scheme == "https" else None
         if parts.scheme == "https" and ssl_context is None:
             self._tls = ssl.create_default_context()
+        self._known = KnownAnswer()
         self._idle: list[Connection] = []
         self._addresses: list[Address] = []
         self._resolved_at = -float("inf")
@@ -325,8 +375,8 @@ class Pool:
                 continue
             self.opened += 1
             if self._tls is not None:
-                return Connection(await start_tls(sock, self.host, self._tls))
-            return Connection(PlainTransport(sock))
+                return Connection(await start_tls(sock, self.host, self._tls), self._known)
+            return Connection(PlainTransport(sock), self._known)
         self._resolved_at = -float("inf")  # the name may have moved
         raise failure or ConnectFailed(f"{self.host} has no address")
 

@@ -20,8 +20,7 @@ from vllm_router.http1.headers import (
     split_target,
     valid_host,
 )
-
-Headers = list[tuple[bytes, bytes]]
+from vllm_router.http1.repeated import MAX_LENGTH_DIGITS, Headers, Repeated
 
 _NOTED = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"})
 
@@ -34,9 +33,6 @@ _EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\n"
 """What an HTTP/2 client says first (RFC 9113 3.4), as far as it looks like a request head."""
-
-MAX_LENGTH_DIGITS = 18
-"""Of a Content-Length: just below 2**63, so that no program behind can overflow."""
 
 
 class Head:
@@ -141,11 +137,6 @@ class Head:
                 raise Refusal(417, "expectation_failed", "only 100-continue can be expected")
             self.expects_continue = self.http_version == "1.1"
 
-    @property
-    def length_field(self) -> bytes | None:
-        """The value of Content-Length, if there is one."""
-        return self._length
-
     def _connection_has(self, option: bytes) -> bool:
         if self._connection is None:
             return False
@@ -181,46 +172,29 @@ class KnownHead:
     of the body, so it is not parsed again.
     """
 
-    __slots__ = ("_after", "_before", "_head", "_place")
+    __slots__ = ("_head", "_said")
 
     def __init__(self) -> None:
-        self._before = self._after = b""
+        self._said = Repeated()
         self._head: Head | None = None
-        self._place = 0
 
     def note(self, data: bytes, head: Head) -> None:
         """`data` is what `head` was read from. Remembered if it ends a body by a length alone."""
-        self._head = None
-        length = head.length_field
-        if length is None or head.expects_continue:
-            return
-        self._place = place = [name for name, _ in head.headers].index(b"content-length")
-        found = _LENGTH_LINE.search(data)
-        if found is not None and head.headers[place][1] == found[1]:
-            self._before, self._after = data[: found.start(1)], data[found.end(1) :]
-            self._head = head
+        known = not head.expects_continue and self._said.note(data, head.headers)
+        self._head = head if known else None
 
     def read(self, data: bytes, end: int) -> Head | None:
         """The head that `data` begins with, `end` bytes long, if it is known.
 
         The object is the same every time: a connection has one request after the other.
         """
-        head, before = self._head, self._before
-        if head is None or not data.startswith(before):
-            return None
-        start, stop = len(before), end - len(self._after)
-        digits = data[start:stop]
-        if not digits.isdigit() or len(digits) > MAX_LENGTH_DIGITS:
-            return None
-        if data[stop:end] != self._after:
+        head = self._head
+        digits = self._said.length_of(data, end) if head is not None else None
+        if head is None or digits is None:
             return None
         head.content_length = int(digits)
-        head.headers = headers = head.headers.copy()
-        headers[self._place] = (b"content-length", digits)
+        head.headers = self._said.with_length(head.headers, digits)
         return head
-
-
-_LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 
 
 def without_empty_lines(data: bytes) -> bytes:

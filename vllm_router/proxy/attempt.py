@@ -20,8 +20,15 @@ from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, Protocol
 from vllm_router.http1.wires import Interrupted
 from vllm_router.proxy import sse
 from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
-from vllm_router.proxy.record import Phase
-from vllm_router.routing.retry import RULES, Again, Outcome, classify_status
+from vllm_router.proxy.record import STREAM, WAIT, Phase
+from vllm_router.routing.retry import (
+    ANSWERED,
+    FULL,
+    RULES,
+    Again,
+    Outcome,
+    classify_status,
+)
 from vllm_router.routing.usage import TAIL_BYTES, read_usage
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ DEADLINE_MOVES = 16
 AT_ONCE = 8192
 """Bytes of a request's body that go to a server without a wait."""
 
+_FIRST_BYTE_TIMEOUT = Outcome.FIRST_BYTE_TIMEOUT
 _UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
 
 
@@ -89,7 +97,7 @@ class Attempt:
         self._scope: trio.CancelScope | None = None
         self._waiting: Connection | None = None
         self._interrupted: Outcome | None = None
-        self._timer = Outcome.CONNECT_TIMEOUT
+        self._timer = _FIRST_BYTE_TIMEOUT
         self._sending = False
         self._is_sse = False
         self._held = b""
@@ -137,8 +145,8 @@ class Attempt:
                 record.phase, timeout = Phase.CONNECT, settings.connect_timeout
                 self._timer = Outcome.CONNECT_TIMEOUT
             else:
-                record.phase, timeout = Phase.WAIT, settings.first_byte_timeout
-                self._timer = Outcome.FIRST_BYTE_TIMEOUT
+                record.phase, timeout = WAIT, settings.first_byte_timeout
+                self._timer = _FIRST_BYTE_TIMEOUT
             outcome = None
             until = min(now + timeout, exchange.deadline)
             lease.interrupt = self.interrupt
@@ -161,7 +169,7 @@ class Attempt:
                 # It was not the kept connection that had gone but the server, perhaps of this.
                 outcome = Outcome.LOST
             if self.committed:
-                if outcome is not Outcome.ANSWERED and not self.complete:
+                if outcome is not ANSWERED and not self.complete:
                     await self._break_off(outcome)
                 return outcome
             if self._verdict(outcome, fresh) is not Again.SAME_SERVER:
@@ -208,7 +216,7 @@ class Attempt:
         try:
             if connection is None:
                 connection = await link.pool.open(trio.current_time())
-                record.phase, self._timer = Phase.WAIT, Outcome.FIRST_BYTE_TIMEOUT
+                record.phase, self._timer = WAIT, Outcome.FIRST_BYTE_TIMEOUT
                 first_byte = trio.current_time() + self._proxy.settings.first_byte_timeout
                 assert scope is not None
                 scope.deadline = min(first_byte, exchange.deadline)
@@ -256,7 +264,7 @@ class Attempt:
         """`scope` is None if all of the answer is there."""
         exchange, lease = self._exchange, self._lease
         status, fields = answer.status, dict(answer.headers)
-        outcome = Outcome.ANSWERED
+        outcome = ANSWERED
         lease.last_byte_at = self._proxy.now()
         trace = exchange.record.trace
         if trace is not None:
@@ -264,10 +272,10 @@ class Attempt:
         if status >= 429 and status != 431:
             own_key = exchange.has_key and self._server.config.api_key is None
             outcome = classify_status(status, answer.content_length != 0, own_key=own_key)
-            if outcome is Outcome.FULL:
+            if outcome is FULL:
                 wait = parse_retry_after(fields.get(b"retry-after", b""))
                 self._server.refused(lease.last_byte_at, wait)
-            if outcome is not Outcome.ANSWERED and self._verdict(outcome) is not Again.NO:
+            if outcome is not ANSWERED and self._verdict(outcome) is not Again.NO:
                 return outcome
         content_type = fields.get(b"content-type", b"")[:17].lower()
         is_stream = content_type == b"text/event-stream"
@@ -313,18 +321,18 @@ class Attempt:
         record.first_byte_at = now = lease.last_byte_at
         if is_stream:
             exchange.request.policy.first_byte(lease)
-        record.phase = Phase.STREAM
+        record.phase = STREAM
         record.status = answer.status
         self.committed = lease.committed = True
         exchange.let_body_go()
         # No event can be added to a stream whose length has been told.
         self._is_sse = is_stream and answer.content_length is None
-        if lease.trial and outcome is Outcome.ANSWERED:
+        if lease.trial and outcome is ANSWERED:
             # A long stream need not end to prove its server,
             self._server.answered(now, trial=True)
             lease.trial = False  # nor may its end bring back one that has been ejected since.
         told = answer.headers
-        if outcome is Outcome.FULL:
+        if outcome is FULL:
             # Of those that are full, another may be free before this one.
             model = exchange.request.facts.model
             told = sooner(told, proxy.fleet.retry_after(model, now))

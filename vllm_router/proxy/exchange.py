@@ -16,7 +16,7 @@ from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.attempt import LAST, Attempt
 from vllm_router.proxy.headers import request_id
-from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.record import DONE, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import (
     BodyShare,
@@ -30,6 +30,7 @@ from vllm_router.proxy.request import (
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
+    ANSWERED,
     BREAKS_SERVERS,
     KILLS_SERVERS,
     POISON_AFTER,
@@ -145,11 +146,11 @@ class Exchange:
                 record.status, record.code = refused.status, refused.code
                 start, last = refusal_messages(refused, record.request_id, record.attempts)
                 await self.send(start)
-                record.phase = Phase.DONE
+                record.phase = DONE
                 return last
             if not self._complete:
                 return None
-            record.phase = Phase.DONE
+            record.phase = DONE
             return self.last
         except ClientGone:
             return None
@@ -158,7 +159,7 @@ class Exchange:
             self._bodies.give_back()
             if entered and key is not None:
                 proxy.usage.leave(key, trio.current_time() - record.started_at)
-            if record.phase is not Phase.DONE and record.outcome is None:
+            if record.phase is not DONE and record.outcome is None:
                 record.outcome = Outcome.STOPPED if proxy.stopping else Outcome.CLIENT_GONE
             record.ended_at = proxy.now()
             proxy.ended(record)
@@ -406,7 +407,7 @@ class Exchange:
     def _judge(self, server: Server, lease: Lease, outcome: Outcome) -> None:
         """Tell the server's health what this attempt showed."""
         proxy, fleet = self.proxy, self.proxy.fleet
-        if outcome is Outcome.ANSWERED:
+        if outcome is ANSWERED:
             now = lease.last_byte_at
             server.answered(now, trial=lease.trial)
             if self.record.status < 400:

@@ -23,6 +23,9 @@ class Phase(enum.Enum):
     DONE = "done"
 
 
+QUEUE, WAIT, STREAM, DONE = Phase.QUEUE, Phase.WAIT, Phase.STREAM, Phase.DONE
+
+
 class Record(msgspec.Struct, eq=False, gc=False):
     """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen.
 

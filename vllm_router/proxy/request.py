@@ -16,7 +16,7 @@ from vllm_router.proxy.headers import (
     forwarding_fields,
     loops,
 )
-from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.record import QUEUE, Record
 from vllm_router.proxy.types import HEAD_MEMO, Message, Receive, Scope
 from vllm_router.routing.facts import SHORT, Facts, for_model, read_facts
 from vllm_router.routing.policies import POLICY_NAMES, Policy
@@ -181,7 +181,7 @@ def make_request(
     """What the body and the head say, also for the record."""
     record.bytes_in = len(body)
     record.body_read_at = proxy.now()
-    record.phase = Phase.QUEUE
+    record.phase = QUEUE
     request = Request(proxy, scope, head, record.request_id, body)
     record.facts = facts = request.facts
     record.model, record.stream = facts.model, facts.stream

@@ -35,6 +35,11 @@ class Outcome(enum.Enum):
     __hash__ = object.__hash__
 
 
+ANSWERED, FULL = Outcome.ANSWERED, Outcome.FULL
+"""By names of their own, as others that every request asks for: to find a member of an Enum takes
+ten times as long as to find a name (CPython 3.11)."""
+
+
 class Again(enum.Enum):
     """Where the next attempt may go."""
 

@@ -21,8 +21,8 @@ from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.paths import path_label
-from vllm_router.proxy.record import Phase, Record
-from vllm_router.routing.retry import RULES, Again, Outcome
+from vllm_router.proxy.record import DONE, Phase, Record
+from vllm_router.routing.retry import ANSWERED, RULES, Again, Outcome
 from vllm_router.web.decisions import outcome_label
 from vllm_router.web.exposition import Counter, Counters, Family, Histogram
 from vllm_router.web.families import (
@@ -148,7 +148,7 @@ class Metrics:
             series.chunks.value += record.chunks
             if record.stream and record.status < 400:
                 requests.first_token.observe(record.first_byte_at - record.started_at)
-        if outcome is Outcome.ANSWERED and record.phase is Phase.DONE:
+        if outcome is ANSWERED and record.phase is DONE:
             requests.duration.observe(record.ended_at - record.started_at)
         if record.waited:
             self._waited(record)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
-from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.record import DONE, Record
 from vllm_router.routing.accounts import PrefixStatistics
-from vllm_router.routing.retry import RULES, Outcome
+from vllm_router.routing.retry import ANSWERED, RULES, Outcome
 from vllm_router.web.schema import Percentiles
 from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
 
@@ -30,7 +30,7 @@ def sample_of(record: Record) -> Sample:
     ttft = duration = -1
     if record.stream and first and record.status < 400:
         ttft = bucket_of(first - started)
-    if record.outcome is Outcome.ANSWERED and record.phase is Phase.DONE:
+    if record.outcome is ANSWERED and record.phase is DONE:
         duration = bucket_of(now - started)
     return Sample(record.chunks, step_of(now), ttft, duration)
 
@@ -136,7 +136,7 @@ def failed(record: Record) -> bool:
     outcome = record.outcome
     if outcome is None:
         return record.status >= 500
-    return outcome is not Outcome.ANSWERED and outcome is not Outcome.CLIENT_GONE
+    return outcome is not ANSWERED and outcome is not Outcome.CLIENT_GONE
 
 
 class Tallies:

@@ -1,0 +1,162 @@
+"""A server's repeated heads are not parsed again, and mean what they mean when parsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.errors import ConnectionLost
+from vllm_router.http1.client import Connection, KnownAnswer
+
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ndate: Fri, 27 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"
+    b"content-length: %d\r\ncontent-type: application/json\r\n\r\n"
+)
+
+
+class Scripted:
+    """A transport that gives what it was given, a read at a time, and then the end."""
+
+    pours = False
+
+    def __init__(self, reads: list[bytes]) -> None:
+        self.reads = list(reads)
+
+    async def read(self, until: float = math.inf) -> bytes:
+        return self.reads.pop(0) if self.reads else b""
+
+    def write_soon(self, head: bytes, body: bytes) -> bool:
+        return True
+
+    async def write(self, head: bytes, body: bytes) -> bool:
+        return True
+
+    def interrupt(self) -> bool:
+        return False
+
+    async def pour(self, take: Callable[[bytes], bool]) -> None:
+        raise AssertionError
+
+    def alive(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+async def answer_of(connection: Connection) -> Any:
+    """All that can be told of one answer."""
+    connection.ask(b"GET / HTTP/1.1\r\n\r\n", b"")
+    try:
+        answer = await connection.read_head()
+        body = b""
+        while piece := await connection.read_body():
+            body += piece
+    except ConnectionLost as error:
+        return type(error), connection.reusable
+    head = answer.status, answer.headers, answer.content_length, answer.chunked
+    return *head, body, connection.reusable
+
+
+def told(reads: list[bytes], known: KnownAnswer | None) -> Any:
+    return trio.run(answer_of, Connection(Scripted(reads), known))
+
+
+def knowing(*answers: bytes) -> KnownAnswer:
+    known = KnownAnswer()
+    for answer in answers:
+        told([answer], known)
+    return known
+
+
+def test_same_head_is_known_with_any_length():
+    known = knowing(HEAD % 5 + b"hello")
+    for body in (b"hello", b"", b"other", b"x" * 70_000):
+        data = HEAD % len(body) + body
+        assert known.read(data) is not None
+        assert told([data], known) == told([data], None)
+
+
+def test_fields_of_an_earlier_answer_are_left_alone():
+    known = knowing(HEAD % 5 + b"hello")
+    first, _ = known.read(HEAD % 2 + b"hi")
+    known.read(HEAD % 3 + b"you")
+    assert (b"content-length", b"2") in first.headers
+
+
+def test_whatever_else_differs_is_parsed():
+    known = knowing(HEAD % 5 + b"hello")
+    for data in (
+        HEAD.replace(b"03:00:00", b"03:00:01") % 5 + b"hello",
+        HEAD.replace(b"200 OK", b"500 No") % 5 + b"hello",
+        HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") % 5 + b"hello",
+        HEAD % 5 + b"hell",
+        HEAD % 5 + b"hello" + HEAD % 0,
+        (HEAD % 5)[:-2],
+        HEAD.replace(b"%d", b"+5") + b"hello",
+        HEAD.replace(b"%d", b"") + b"",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD % 5 + b"hello",
+        b"",
+    ):
+        assert known.read(data) is None
+        assert told([data], known) == told([data], None)
+
+
+def test_only_whole_answers_with_a_length_on_a_kept_connection_are_remembered():
+    for answer in (
+        HEAD.replace(b"server", b"connection: close\r\nserver") % 5 + b"hello",
+        HEAD.replace(b"content-length: %d", b"transfer-encoding: chunked") + b"0\r\n\r\n",
+        HEAD.replace(b"content-length: %d\r\n", b"") + b"to the end",
+        HEAD % 5 + b"hello" + b"junk",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD % 5 + b"hello",
+        b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n",
+    ):
+        known = knowing(answer)
+        assert known.read(answer) is None, answer
+        assert known.read(HEAD % 5 + b"hello") is None
+
+
+def test_connection_goes_on_with_what_is_not_known():
+    known = knowing(HEAD % 2 + b"ok")
+    strange = HEAD.replace(b"uvicorn", b"other") % 3 + b"yes"
+    connection = Connection(Scripted([HEAD % 2 + b"ok", strange, HEAD % 4 + b"half"]), known)
+
+    async def all_of_it() -> list[Any]:
+        return [await answer_of(connection) for _ in range(3)]
+
+    bodies = [answer[-2] for answer in trio.run(all_of_it)]
+    assert bodies == [b"ok", b"yes", b"half"]
+
+
+PARTS = st.sampled_from(
+    [
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.0 200 OK\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"content-length: 3\r\n",
+        b"Content-Length:3 \r\n",
+        b"content-length: 12\r\n",
+        b"content-length: 3, 3\r\n",
+        b"transfer-encoding: chunked\r\n",
+        b"connection: close\r\n",
+        b"a: b\r\n",
+        b"\r\n",
+        b"abc",
+        b"3\r\nabc\r\n0\r\n\r\n",
+    ]
+)
+WHOLE = st.integers(0, 30).map(lambda size: HEAD % size + b"x" * size)
+DATA = st.one_of(WHOLE, st.lists(PARTS, max_size=8).map(b"".join))
+
+
+@given(st.lists(st.tuples(DATA, st.integers(0, 400)), min_size=1, max_size=6))
+def test_any_sequence_of_answers_means_the_same(answers: list[tuple[bytes, int]]):
+    known = KnownAnswer()
+    for data, cut in answers:
+        reads = [piece for piece in (data[:cut], data[cut:]) if piece]
+        assert told(reads, known) == told(reads, None)
