@@ -22,7 +22,7 @@ from vllm_router.logs import configure_if_unset
 from vllm_router.paths import PathClass, classify
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.refusal import refusal_messages
-from vllm_router.proxy.types import App, Receive, Scope, Send
+from vllm_router.proxy.types import OUTLET, App, Receive, Scope, Send
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.app import make_app
@@ -63,7 +63,11 @@ class Application:
             await send({"type": "http.response.start", "status": 204, "headers": allowed})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
-        send = guard.for_pages(scope, path_class, send)
+        bare, send = send, guard.for_pages(scope, path_class, send)
+        if send is not bare:
+            # An outlet would send past the fields that are added.
+            scope["extensions"] = {**scope.get("extensions", {})}
+            scope["extensions"].pop(OUTLET, None)
         try:
             guard.admit(scope, path_class)
             if path_class is PathClass.INFERENCE:

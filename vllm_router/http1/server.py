@@ -218,6 +218,17 @@ class SocketConnection(Connection):
         pieces.clear()
         return body
 
+    def send_whole(self, start: Message, last: Message) -> bool:
+        """See proxy.types.Outlet."""
+        answer, wire = self._answer, self._wire
+        if answer is None or self._gone or wire.broken:
+            return False
+        answer.hold(start)
+        wire.write(answer.encode(last, close=self._body_open or self._server.closing))
+        if self._finished is not None:
+            self._finished.set()
+        return not wire.late
+
     def send_part(self, piece: bytes) -> bool:
         """See proxy.types.Outlet."""
         answer, wire = self._answer, self._wire

@@ -291,12 +291,13 @@ class Attempt:
         if dead and status == 200:
             return Outcome.ABORTED
         start = self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
-        await exchange.send(start)
         if connection.exhausted and self._held:
-            # All of it: it goes with the end of the answer, when the lease has been given back.
+            # All of it: it goes to the client when the lease has been given back.
             self._note(self._held)
+            exchange.start = start
             exchange.last = {"type": BODY, "body": self._held, "more_body": False}
         else:
+            await exchange.send(start)
             await self._relay(connection, scope)
         self.complete = True
         if self._proxy.wants_usage or exchange.request.policy.needs_prompt:

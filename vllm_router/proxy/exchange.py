@@ -83,6 +83,7 @@ class Exchange:
         "record",
         "request",
         "send",
+        "start",
     )
 
     request: Request
@@ -114,6 +115,7 @@ class Exchange:
         identity: Identity | None = scope.get(IDENTITY)
         self._key = identity.key if identity is not None else None
         self.attempt: Attempt | None = None
+        self.start: Message | None = None
         self.last: Message = LAST
         self.deadline = _INFINITY
 
@@ -124,7 +126,8 @@ class Exchange:
     # -- the whole ----------------------------------------------------------------------------
 
     async def run(self) -> Message | None:
-        """Serve the request. The caller sends the message returned, which ends the answer.
+        """Serve the request. The caller sends the message returned, which ends the answer; before
+        it `start`, if there is one.
 
         None means that the answer was broken off: the connection is to be cut as it is.
         """

@@ -161,9 +161,18 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One inference request (`http` scope). Returns without a last message to cut it."""
-        last = await Exchange(self, scope, receive, send).run()
-        if last is not None:
+        exchange = Exchange(self, scope, receive, send)
+        last = await exchange.run()
+        if last is None:
+            return
+        start, outlet = exchange.start, exchange.outlet
+        if start is None:
             await send(last)
+        elif outlet is None:
+            await send(start)
+            await send(last)
+        elif not outlet.send_whole(start, last):
+            await outlet.caught_up()
 
     # -- what exchanges report ----------------------------------------------------------------
 

@@ -33,6 +33,13 @@ class Outlet(Protocol):
         """The request's body if all of it has come and none of it has been received, else None."""
         ...
 
+    def send_whole(self, start: Message, last: Message) -> bool:
+        """Send an answer that is but its head and one message with all of the body.
+
+        False if the client does not keep up, or has left: `caught_up` waits for it then.
+        """
+        ...
+
     def send_part(self, piece: bytes) -> bool:
         """Send a piece of the answer's body that is not the last, after `send` has begun it.
 
