@@ -84,6 +84,13 @@ def naive(environment: Environment) -> Callable[[Place], Plan]:
     )
 
 
+def fastapi(environment: Environment) -> Callable[[Place], Plan]:
+    python = environment.venv("fastapi", "fastapi", "uvicorn[standard]", "aiohttp")
+    return lambda place: Plan(
+        [str(python), str(HERE / "fastapi_proxy.py"), str(place.port), *place.servers]
+    )
+
+
 # -- the others -------------------------------------------------------------------------------
 
 
@@ -232,6 +239,7 @@ _ALL = [
     Contestant("lane-2", "this router, --workers 2", ours("lane", "", "--workers", "2")),
     Contestant("hypercorn", "this router, --front hypercorn", ours("hypercorn")),
     Contestant("naive", "Hypercorn + Quart-Trio + httpx, 40 lines", naive),
+    Contestant("fastapi", "FastAPI + uvicorn + aiohttp, 40 lines", fastapi),
     Contestant("litellm", "LiteLLM proxy", litellm),
 ]
 CONTESTANTS = {contestant.name: contestant for contestant in _ALL}
