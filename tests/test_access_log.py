@@ -513,6 +513,20 @@ def test_no_hash_of_a_prompt_is_written_on_the_loop(monkeypatch: pytest.MonkeyPa
     assert threading.get_ident() not in threads
 
 
+def test_hurried_lines_do_not_wait_as_long_as_others(
+    writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a busy router the access lines wait for each other, what it says of itself does not."""
+    monkeypatch.setattr(gatherer, "GATHER", 60.0)
+    writer.put("first")
+    until(lambda: target.lines == ["first"])
+    for number in range(100):
+        writer.put(str(number))
+        writer.hurry()
+    until(lambda: len(target.lines) == 101)
+    assert writer._gatherer._bell.qsize() <= 1
+
+
 def test_flush_waits_for_what_was_put_before(writer: LineWriter, target: Target):
     for number in range(3000):
         writer.put(str(number))

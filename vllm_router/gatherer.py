@@ -7,15 +7,19 @@ millisecond until its caches are warm again. What finds no room is dropped and c
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 GATHER = 0.25
 """Seconds between two takings. The first thing after a silence is taken at once."""
+
+HURRY = 0.05
+"""The same, where somebody cannot wait so long."""
 
 BATCH = 1000
 
@@ -53,13 +57,15 @@ class Gatherer:
             self._bell.put(None)
 
     def wake(self) -> None:
-        """Let `take` be called soon, even with nothing."""
-        self._bell.put(None)
+        """Let `take` be called soon, within HURRY, even with nothing."""
+        if self._bell.empty():
+            self._bell.put(None)
 
     def flush(self) -> bool:
         """Wait for what was put before, a second at most; False if that was not enough."""
         done = threading.Event()
         self.put(done)
+        self.wake()
         return done.wait(1.0)
 
     def close(self) -> bool:
@@ -81,7 +87,9 @@ class Gatherer:
                 self._bell.get()
             self._asleep = False
             self._empty()
-            self._stop.wait(GATHER)
+            self._stop.wait(HURRY)
+            with contextlib.suppress(Empty):
+                self._bell.get(timeout=GATHER - HURRY)
         self._empty()
 
     def _empty(self) -> None:

@@ -34,6 +34,7 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._writer.put(self.format(record))
+        self._writer.hurry()
 
 
 class LogOutput:

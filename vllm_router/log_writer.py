@@ -148,6 +148,10 @@ class LineWriter:
         """Lines lost: there was no room for them, or they could not be written."""
         return self._gatherer.dropped + self._unwritten
 
+    def hurry(self) -> None:
+        """Have the lines put so far written soon."""
+        self._gatherer.wake()
+
     def reopen(self) -> None:
         """Open the file anew before the next line: it has been moved away."""
         self._reopen = True
