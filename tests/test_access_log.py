@@ -513,6 +513,21 @@ def test_no_hash_of_a_prompt_is_written_on_the_loop(monkeypatch: pytest.MonkeyPa
     assert threading.get_ident() not in threads
 
 
+@pytest.mark.parametrize("after", [0.0, 1.5 * gatherer.HURRY, 1.5 * gatherer.GATHER])
+def test_file_is_opened_anew_whatever_the_thread_is_waiting_for(tmp_path: Path, after: float):
+    path = tmp_path / "log"
+    writer = LineWriter(FileTarget(path), lambda count: f"{count} lost")
+    try:
+        writer.put("first")
+        until(lambda: path.read_text() == "first\n")
+        time.sleep(after)
+        path.rename(tmp_path / "moved")
+        writer.reopen()
+        until(path.exists)
+    finally:
+        writer.close()
+
+
 def test_hurried_lines_do_not_wait_as_long_as_others(
     writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,6 @@ millisecond until its caches are warm again. What finds no room is dropped and c
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -81,16 +80,23 @@ class Gatherer:
     # -- in the thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
+        rung = False
         while not self._stop.is_set():
             self._asleep = True
-            if not self._waiting:
+            if not (rung or self._waiting):
                 self._bell.get()
             self._asleep = False
             self._empty()
             self._stop.wait(HURRY)
-            with contextlib.suppress(Empty):
-                self._bell.get(timeout=GATHER - HURRY)
+            rung = self._rings_within(GATHER - HURRY)
         self._empty()
+
+    def _rings_within(self, seconds: float) -> bool:
+        try:
+            self._bell.get(timeout=seconds)
+        except Empty:
+            return False
+        return True
 
     def _empty(self) -> None:
         waiting = self._waiting
