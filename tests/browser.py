@@ -123,6 +123,9 @@ class DevTools:
         return result
 
 
+NOT_YET = "if (error instanceof TypeError) return false; throw error"
+
+
 class Page:
     """One tab."""
 
@@ -152,9 +155,15 @@ class Page:
         return answer["result"].get("value")
 
     async def wait(self, expression: str, seconds: float = SECONDS) -> float:
-        """Until JavaScript is truthy; how long it took. Looks at every change of the page."""
+        """Until JavaScript is truthy; how long it took. Looks at every change of the page.
+
+        What asks for an element that is not yet there is not so yet.
+        """
         began = time.monotonic()
-        while not await self.evaluate(f"Boolean({expression})"):
+        guarded = (
+            f"(() => {{ try {{ return Boolean({expression}) }} catch (error) {{ {NOT_YET} }} }})()"
+        )
+        while not await self.evaluate(guarded):
             if time.monotonic() - began > seconds:
                 text = await self.evaluate("document.body?.innerText ?? ''")
                 raise AssertionError(f"not so after {seconds} s: {expression}\n{text[:2000]}")
