@@ -242,10 +242,7 @@ class Server:
         if self.moving:
             self.work = work = work + self.ghosts
             self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
-        servers = self.journal.servers
-        servers.append(self)
-        if len(servers) > Journal.LONGEST:
-            self.journal.servers = []
+        self.touch()
 
     def touch(self) -> None:
         """Its load has changed, or something that a policy adds to it."""

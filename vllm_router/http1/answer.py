@@ -127,6 +127,7 @@ class Answer:
         elif head.http_version == "1.0":
             lines.append(b"connection: keep-alive\r\n")
         block = b"".join(lines)
+        # One CR and one LF for each line, and no NUL.
         if len(block.translate(None, b"\r\n\0")) != len(block) - 2 * len(lines):
             raise RuntimeError("control character in a field of the answer")
         self.close = close

@@ -97,7 +97,7 @@ class Attempt:
         self._scope: trio.CancelScope | None = None
         self._waiting: Connection | None = None
         self._interrupted: Outcome | None = None
-        self._timer = _FIRST_BYTE_TIMEOUT
+        self._timer = Outcome.CONNECT_TIMEOUT
         self._sending = False
         self._is_sse = False
         self._held = b""
