@@ -94,6 +94,10 @@ class RouterProcess:
     def text(self) -> str:
         return "\n".join(self.log)
 
+    def wait_for_text(self, text: str) -> None:
+        """Until it has said that: a thread writes its lines, so they come after what they tell."""
+        until(lambda: text in self.text, f"{text!r} in its log")
+
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])

@@ -342,12 +342,12 @@ def test_keys_are_taken_up_and_withdrawn_while_it_runs(tmp_path: Path):
         config = servers_toml([mock.url]) + f'[auth]\nkeys_file = "keys.toml"\n'  # noqa: F541
         with router_process(config, tmp_path) as router:
             lab = Locked(router, mock)
-            assert "keys.toml: others may read" in router.text
+            router.wait_for_text("keys.toml: others may read")
             assert (lab.chat(ALICE).status_code, lab.chat(BOB).status_code) == (200, 401)
             keys.write_text(f'[[keys]]\nname = "b"\nkey = "{BOB}"\n')
             until(lambda: lab.chat(BOB).status_code == 200, "the new key")
             assert lab.chat(ALICE).status_code == 401
-            assert "key +b, key -a" in router.text
+            router.wait_for_text("key +b, key -a")
             keys.write_text("[[keys]]\nname = 3\n")
             until(lambda: "configuration refused" in router.text, "the refusal")
             assert lab.chat(BOB).status_code == 200

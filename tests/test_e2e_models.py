@@ -172,7 +172,7 @@ def test_fallback_answers_when_the_last_server_of_a_model_dies(front: str, tmp_p
             assert router.post(CHAT, chat(model="safe")).status_code == 404
             router.config.write_text(config + TABLES.partition("[auth]")[0])
             until(lambda: "safe" in listed(router, "x"), "the reload")
-            assert any("model +chat, model +secret" in line for line in router.log)
+            router.wait_for_text("model +chat, model +secret")
             assert router.post(CHAT, chat(model="safe")).json()["model"] == "m"
             big.kill()
             # At once, while the router does not know yet, and after it has found out.

@@ -157,7 +157,7 @@ def test_renewed_certificate_is_shown_without_a_restart(tmp_path: Path, authorit
         renewed = serial(router, context)
         certificate.write_text("no certificate")
         until(lambda: "configuration refused" in router.text, "the refusal")
-        assert "tls.certificate: cannot be used" in router.text
+        router.wait_for_text("tls.certificate: cannot be used")
         assert serial(router, context) == renewed
 
 

@@ -153,7 +153,7 @@ async def test_failures_seen_by_both_workers_eject_for_both(
 
 
 def test_log_says_which_process_speaks(quiet: RouterProcess):
-    assert any(" [leader] supervisor: server " in line for line in quiet.log)
+    quiet.wait_for_text(" [leader] supervisor: server ")
 
 
 async def test_limits_hold_for_all_workers_together(tmp_path: Path):
@@ -271,7 +271,7 @@ async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
         await in_thread(lambda: router.metric("vllm_router_workers") == 2, "the successor")
         assert router.metric("vllm_router_worker_restarts_total") == 1
         assert router.metric("vllm_router_server_leases") == 0
-        assert "worker 1 was killed by SIGKILL" in router.text
+        router.wait_for_text("worker 1 was killed by SIGKILL")
         after = family(router)
         assert after["worker 1"] != before["worker 1"]
         assert after["worker 2"] == before["worker 2"]
