@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.web.history import FIGURES, Memory, Series, digest
-from vllm_router.web.process import LAG_WINDOW, LagWatch
 from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
 
 
@@ -137,27 +136,3 @@ def test_an_hour_of_history_is_bounded():
     assert len(minutes) < 30_000
     assert b'"interval":10.0' in hour
     assert memory.encoded()[0] is minutes
-
-
-# -- the loop's lag ---------------------------------------------------------------------------
-
-
-def test_lag_is_the_worst_of_the_last_ten_seconds():
-    lag = LagWatch()
-    assert lag.worst(0.0) == 0.0
-    lag.add(0.5, 1.0)
-    lag.add(0.1, 2.0)
-    assert lag.worst(2.0) == 0.5
-    assert lag.worst(1.5 + LAG_WINDOW) == 0.1
-    assert lag.worst(5.0 + LAG_WINDOW) == 0.0
-
-
-async def test_lag_is_how_late_a_timer_goes_off(nursery, mock_clock):
-    lag = LagWatch()
-    import trio
-
-    nursery.start_soon(lag.run)
-    await trio.testing.wait_all_tasks_blocked()
-    mock_clock.jump(0.2 + 0.75)
-    await trio.testing.wait_all_tasks_blocked()
-    assert lag.worst(trio.current_time()) == pytest.approx(0.75)

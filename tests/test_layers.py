@@ -33,6 +33,7 @@ LAYERS = {
     "routing": PURE,
     "simulate": PURE,
     "http1": TRIO,
+    "stalls": TRIO,
     "proxy": TRIO,
     "tasks": TRIO,
     "tls": TRIO,

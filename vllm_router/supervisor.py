@@ -24,6 +24,7 @@ from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.stalls import StallMonitor
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
@@ -75,7 +76,8 @@ class Supervisor:
         self.rng = rng or Random()
         self.fleet = fleet if fleet is not None else Fleet(config)
         self.metrics = Metrics(self.fleet)
-        self.feed = Feed(self.fleet, self.metrics)
+        self.stalls = StallMonitor()
+        self.feed = Feed(self.fleet, self.metrics, self.stalls.lag)
         self.tls = ServerContexts()
         self.guard = Guard(config, admin_port, own_door)
         self.before_apply: list[Callable[[Config], None]] = []
@@ -122,6 +124,7 @@ class Supervisor:
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         for server in self.fleet.servers.values():
             self._start_probe(server)
+        nursery.start_soon(self._keep, "stalls", self.stalls.run)
         nursery.start_soon(self._keep, "feed", self.feed.run)
         nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
         if self.reloader is not None:

@@ -240,6 +240,14 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         lambda router: trio.current_time() - router.started_at,
     ),
     (
+        _counter("event_loop_stalls", "Times that the event loop stood still for over 50 ms."),
+        lambda router: router.stalls.count,
+    ),
+    (
+        _counter("event_loop_stall_seconds", "Total length of those stalls."),
+        lambda router: router.stalls.seconds,
+    ),
+    (
         _counter("task_restarts", "Background tasks that failed and were started again."),
         lambda router: router.task_restarts,
     ),
@@ -290,6 +298,8 @@ SUMMED = frozenset(
     for name in (
         "request_body_bytes_held",
         "retry_budget_tokens",
+        "event_loop_stalls_total",
+        "event_loop_stall_seconds_total",
         "task_restarts_total",
         "log_lines_dropped_total",
     )

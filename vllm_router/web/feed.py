@@ -15,11 +15,12 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, Transition
 from vllm_router.proxy.record import Record
 from vllm_router.routing.retry import Outcome
+from vllm_router.stalls import LagWatch
 from vllm_router.web import events, history, schema, view
 from vllm_router.web.decisions import Decisions
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.metrics import Metrics
-from vllm_router.web.process import LagWatch, cpu_seconds
+from vllm_router.web.process import cpu_seconds
 from vllm_router.web.router import CPU, LAG, Router
 from vllm_router.web.stats import Rate
 from vllm_router.web.tally import Tallies, failed
@@ -34,10 +35,11 @@ def _text(message: schema.Message) -> str:
 class Feed:
     """Publishes, and keeps what it takes as a Recorder of the proxy.
 
-    `router` is attached by the application, before the first client comes.
+    `router` is attached by the application, before the first client comes. `lag` is filled by
+    the stall monitor.
     """
 
-    def __init__(self, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, lag: LagWatch) -> None:
         self.router: Router | None = None
         self.decisions = Decisions()
         self._fleet = fleet
@@ -50,7 +52,7 @@ class Feed:
         self._seq = 0
         self._latest = (-float("inf"), "")
         self._cpu = Rate()
-        self._lag = LagWatch()
+        self._lag = lag
 
     # -- what exchanges and servers report ----------------------------------------------------
 
@@ -119,11 +121,6 @@ class Feed:
 
     async def run(self) -> None:
         """Tick until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._lag.run)
-            nursery.start_soon(self._publish)
-
-    async def _publish(self) -> None:
         next_row = next_snapshot = trio.current_time()
         while True:
             await trio.sleep_until(min(next_row, next_snapshot) if self._mailboxes else next_row)

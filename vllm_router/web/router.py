@@ -15,6 +15,7 @@ from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record
 from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.stalls import StallMonitor
 from vllm_router.tasks.watch import Reload, Reloader
 from vllm_router.tls import ServerContexts
 from vllm_router.web.guard import Guard
@@ -41,6 +42,7 @@ class Router(Protocol):
     task_restarts: int
     tls: ServerContexts
     guard: Guard
+    stalls: StallMonitor
 
     @property
     def log_lines_dropped(self) -> int: ...

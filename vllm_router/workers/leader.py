@@ -60,6 +60,8 @@ TOTALS = frozenset(
     {
         CPU,
         "reports_dropped",
+        "vllm_router_event_loop_stalls_total",
+        "vllm_router_event_loop_stall_seconds_total",
         "vllm_router_task_restarts_total",
         "vllm_router_log_lines_dropped_total",
     }

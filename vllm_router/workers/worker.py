@@ -23,7 +23,7 @@ from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.supervisor import END_TIME, Supervisor
 from vllm_router.telemetry import Telemetry
 from vllm_router.web.families import ROUTER_METRICS, SUMMED
-from vllm_router.web.process import LagWatch, cpu_seconds, rss_bytes
+from vllm_router.web.process import cpu_seconds, rss_bytes
 from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, LAG, MEMORY
 from vllm_router.workers.admit import admit
 from vllm_router.workers.board import Sums
@@ -72,7 +72,6 @@ class Worker(Supervisor):
         self._channel = channel
         self._in_force = in_force
         self._reporter = reporter
-        self._lag = LagWatch()
         self.serving = False
         self.connections: Callable[[], int] = int
         self.relays: Callable[[], int] = int
@@ -112,7 +111,7 @@ class Worker(Supervisor):
         nursery.start_soon(self._keep, "reports", self._reporter.run)
         nursery.start_soon(self._keep, "figures", self._keep_telling)
         nursery.start_soon(self._keep, "upkeep", self._look_after)
-        nursery.start_soon(self._keep, "lag", self._lag.run)
+        nursery.start_soon(self._keep, "stalls", self.stalls.run)
         nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy))
 
     def _start_probe(self, server: object) -> None:
@@ -198,7 +197,7 @@ class Worker(Supervisor):
             IN_FLIGHT: self.in_flight,
             CPU: round(cpu_seconds(), 2),
             MEMORY: rss_bytes(),
-            LAG: round(self._lag.worst(trio.current_time()), 4),
+            LAG: round(self.stalls.lag.worst(trio.current_time()), 4),
             "reports_dropped": self._reporter.dropped,
         }
         for family, read in ROUTER_METRICS:
