@@ -183,12 +183,58 @@ def test_after_a_failure_a_busy_server_is_better_than_none():
     assert names(fleet.others("m", 0.0, [of(fleet, "a")])) == "b"
 
 
-def test_after_a_failure_an_ejected_server_is_asked_only_if_all_are_ejected():
+def test_others_only_ejected_server_left_is_asked():
+    fleet = make_fleet(3)
+    a, b, c = fleet.servers.values()
+    eject(b, 0.0)
+    assert names(fleet.others("m", 0.0, [a])) == "c"
+    assert names(fleet.others("m", 0.0, [a, c])) == "b"
+    eject(a, 0.0)
+    assert names(fleet.others("m", 0.0, [c])) == "ab"
+
+
+def test_others_busy_server_is_asked_before_ejected_one():
+    fleet = make_fleet(3)
+    a, b, c = fleet.servers.values()
+    eject(b, 0.0)
+    c.refused(0.0, 5.0)
+    assert names(fleet.others("m", 0.0, [a])) == "c"
+
+
+def test_others_server_that_is_down_is_never_asked():
     fleet = make_fleet(2)
-    eject(of(fleet, "b"), 0.0)
-    assert fleet.others("m", 0.0, [of(fleet, "a")]) == ()
-    eject(of(fleet, "a"), 0.0)
-    assert names(fleet.others("m", 0.0, [of(fleet, "a")])) == "b"
+    a, b = fleet.servers.values()
+    eject(b, 0.0)
+    go_down(b, 0.0)
+    assert fleet.others("m", 0.0, [a]) == ()
+
+
+def test_candidates_silent_trial_lets_another_follow_after_longer_and_longer_times():
+    fleet = make_fleet(2, auto_recovery_threshold=5)
+    a = of(fleet, "a")
+    eject(a, 10.0)
+    now, gaps = 15.0, []
+    for _ in range(8):
+        assert names(fleet.candidates("m", now)) == "ab"
+        a.lease(now)
+        assert names(fleet.candidates("m", now)) == "b"
+        began = now
+        while names(fleet.candidates("m", now)) == "b":
+            now += 0.5
+        gaps.append(now - began)
+    assert gaps == [2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_candidates_after_long_panic_first_trials_still_follow_soon():
+    fleet = make_fleet(2, auto_recovery_threshold=5)
+    a, b = fleet.servers.values()
+    eject(a, 10.0)
+    eject(b, 10.0)
+    for _ in range(3000):
+        a.lease(11.0)
+    b.answered(12.0, trial=True)
+    assert names(fleet.candidates("m", 14.9)) == "b"
+    assert names(fleet.candidates("m", 15.0)) == "ab"
 
 
 # -- models ------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_after_its_time_an_ejected_server_is_admitted_to_one_trial_at_a_time():
     health = ejected(at=100.0)
     assert not health.admits(104.9)
     assert health.admits(105.0)
-    assert health.start_trial()
+    assert health.start_trial(105.0)
     assert not health.admits(105.0)
     health.trial_ended()
     assert health.admits(105.0)
@@ -175,7 +175,7 @@ def test_a_good_trial_restores_and_a_straggler_from_before_does_not():
     health = ejected(at=100.0)
     assert not health.succeeded(101.0, trial=False)
     assert health.ejected
-    assert health.start_trial()
+    assert health.start_trial(105.0)
     assert health.succeeded(105.1, trial=True)
     assert not health.ejected
     assert health.admits(105.1)
@@ -186,7 +186,7 @@ def test_each_ejection_lasts_longer_up_to_a_cap():
     for _ in range(15):
         lasted.append(health.until - now)
         now = health.until
-        health.start_trial()
+        health.start_trial(now)
         assert health.failed(now, trial=True)
     assert lasted[:3] == [5.0, 10.0, 15.0]
     assert max(lasted) == lasted[-1] == 60.0

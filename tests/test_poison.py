@@ -7,8 +7,8 @@ import pytest
 from fleet_makers import go_down, make_fleet
 from vllm_router.fleet.health import Check
 from vllm_router.routing.poison import (
+    KEPT_BYTES,
     KNOWN_BODIES,
-    KNOWN_BYTES,
     MOST,
     REMEMBERED_FOR,
     Death,
@@ -94,5 +94,20 @@ def test_the_table_is_bounded():
     assert len(poison.entries) == MOST
     assert not poison.holds(9, 10.0)
     assert poison.holds(10, 10.0)
-    poison.answered(PATH, b"x" * (KNOWN_BYTES + 1))
-    assert not poison.known
+    for number in range(KNOWN_BODIES + 10):
+        poison.answered(PATH, b"%d" % number)
+        poison.answered(PATH, b"x" * (KEPT_BYTES + number))
+    assert len(poison.known) == KNOWN_BODIES
+
+
+@pytest.mark.parametrize("size", [5_000, KEPT_BYTES, KEPT_BYTES + 1, 1_000_000])
+def test_poison_remember_long_body_answered_lately_is_not_held(size):
+    body = b'{"prompt":"' + b"x" * size + b'"}'
+    key = fingerprint(PATH, body)
+    poison = Poison()
+    poison.answered(PATH, body)
+    poison.remember(key, body, two_deaths(), 10.0)
+    assert not poison.holds(key, 10.0)
+    other = body + b" "
+    poison.remember(fingerprint(PATH, other), other, two_deaths(), 10.0)
+    assert poison.holds(fingerprint(PATH, other), 10.0)

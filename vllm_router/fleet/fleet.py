@@ -119,10 +119,8 @@ class Fleet:
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
         """The servers that may get a request for `model` now; any model if None.
 
-        Healthy and free ones first of all; if there is none, those that last refused as busy;
-        if there is none either, the ejected ones: when traffic has thrown out every server of a
-        model, trying is better than refusing (Envoy's panic rule). Those whose checks are good
-        but that have kept falling are the last.
+        Only the servers of the best rank that has any, see `_rank`: trying an ejected server is
+        better than refusing the request (Envoy's panic rule).
         """
         if now >= self._ready_until or self._changed:
             self.settle(now)
@@ -141,9 +139,10 @@ class Fleet:
     def others(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
-        """Those that may still get a request that `tried` have failed; O(servers).
+        """The servers that may still get a request that the `tried` ones have failed; O(servers).
 
-        One that last refused as busy is better than none. An ejected one is not, unless all are.
+        As for a first attempt, an ejected server is better than none: it may be well again, and
+        its answer to this request ends the ejection.
         """
         if now >= self._ready_until or self._changed:
             self.settle(now)
@@ -153,13 +152,15 @@ class Fleet:
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
         serving = [s for s in self.servers.values() if model is None or s.serves(model)]
-        usable = [s for s in serving if s.usable] or [s for s in serving if s.held_back]
+        usable = [server for server in serving if server.usable]
         if model is not None and any(server.models is not None for server in usable):
             # A list that could not be read is a reason to try only where no list has the model.
             usable = [s for s in usable if s.models is not None and model in s.models] or usable
-        admitted = [server for server in usable if server.traffic_health.admits(now)]
-        untried = [server for server in admitted or usable if server not in tried]
-        return tuple([server for server in untried if now >= server.full_until] or untried)
+        untried = [server for server in usable if server not in tried]
+        untried += [server for server in serving if server.held_back and server not in tried]
+        ranks = [_rank(server, now) for server in untried]
+        best = min(ranks, default=0)
+        return tuple([s for s, rank in zip(untried, ranks, strict=True) if rank == best])
 
     def available(self, model: str, now: float, tried: Collection[Server] = ()) -> bool:
         """Whether a server that is not ejected can take a request for it."""
@@ -231,7 +232,8 @@ class Fleet:
         self._ready.clear()
         self._ready_until = float("inf")
         for server in self.all_servers():
-            for moment in (server.full_until, server.traffic_health.until):
+            traffic = server.traffic_health
+            for moment in (server.full_until, traffic.until, traffic.next_trial_at):
                 if now < moment < self._ready_until:
                     self._ready_until = moment
             transition = server.update_state(now)
@@ -263,7 +265,14 @@ class Fleet:
             self._moving.add(server)
 
     def failed(
-        self, server: Server, now: float, *, trial: bool, jitter: float, body: int | None = None
+        self,
+        server: Server,
+        now: float,
+        *,
+        trial: bool,
+        jitter: float,
+        body: int | None = None,
+        odd: bool = False,
     ) -> None:
         """A request failed by the server's fault: that may eject it. See `TrafficHealth.failed`.
 
@@ -272,7 +281,7 @@ class Fleet:
         common. O(servers).
         """
         allowed = self._may_eject()
-        server.failed(now, trial=trial, jitter=jitter, body=body, allowed=allowed)
+        server.failed(now, trial=trial, jitter=jitter, body=body, odd=odd, allowed=allowed)
         if allowed and not server.traffic_health.ejected:
             reason = self._outlier(server, now)
             if reason:
@@ -336,6 +345,19 @@ class Fleet:
 
     def count(self, *states: State) -> int:
         return sum(server.state in states for server in self.servers.values())
+
+
+def _rank(server: Server, now: float) -> int:
+    """How gladly a server is asked that may be asked at all: 0 is best, and free of doubt.
+
+    1: it has just refused a request as busy. 2: traffic has ejected it. 3: its checks are good,
+    but it keeps going down.
+    """
+    if not server.usable:
+        return 3
+    if not server.traffic_health.admits(now):
+        return 2
+    return 1 if now < server.full_until else 0
 
 
 def _alike(one: Server, other: Server) -> bool:

@@ -42,6 +42,16 @@ FORGET_AFTER = 30.0
 """For each so many seconds of good service one earlier failure of a server is forgotten."""
 
 
+TRIAL_GAP = 2.0
+"""Seconds that a trial of an ejected server may be silent before a second one follows."""
+
+LONGEST_TRIAL_GAP = 60.0
+
+
+ODD_REMEMBERED = 60.0
+"""Seconds for which an odd answer is remembered, until one to another request is odd, too."""
+
+
 class ProbeHealth:
     """Up or down by active checks, with hysteresis. `up` is None until the first check.
 
@@ -166,13 +176,17 @@ class ProbeHealth:
 class TrafficHealth:
     """Ejection by real traffic, with linkerd's probation: back in only by a trial request.
 
-    Ejected for `ejection_time` seconds times the number of recent ejections; then one request at
-    a time may try it, and the first good answer restores it. An ejection is forgotten for each
-    30 seconds that the server has served well since.
+    Ejected for `ejection_time` seconds times the number of recent ejections; then one request
+    tries it, and the first good answer restores it. While a trial is silent another one follows
+    after TRIAL_GAP seconds, then after twice that, and so on: a trial may be a plain answer that
+    takes minutes. An ejection is forgotten for each 30 seconds that the server has served well
+    since.
 
     Failures that the request itself may have caused are told by its `body`: the same body again
     does not count again, until another server has answered it (`not_its_fault`). So a client that
-    repeats what makes every server fail ejects none of them.
+    repeats what makes every server fail ejects none of them. An `odd` answer (not valid HTTP) is
+    held against the request first: it counts once the answer to a different body is odd, too, or
+    another server has answered this body well.
     """
 
     WINDOW = 10.0
@@ -186,9 +200,14 @@ class TrafficHealth:
         self.reason = ""
         self.until = 0.0
         self.trial = False
+        self.next_trial_at = 0.0
+        """When another trial may follow one that is still silent."""
+        self._trials = 0
         self._restored_at = 0.0
         self._last_body: int | None = None
         self._repeats = 0
+        self._odd_body: int | None = None
+        self._odd_until = 0.0
         self._forget_rate(0.0)
 
     def apply(self, rules: HealthRules) -> None:
@@ -196,7 +215,9 @@ class TrafficHealth:
 
     def admits(self, now: float) -> bool:
         """Whether a request may be sent now: not ejected, or due for its trial."""
-        return not self.ejected or (now >= self.until and not self.trial)
+        if not self.ejected:
+            return True
+        return now >= self.until and (not self.trial or now >= self.next_trial_at)
 
     # -- the success rate ---------------------------------------------------------------------
 
@@ -229,14 +250,18 @@ class TrafficHealth:
         trial: bool,
         jitter: float = 1.0,
         body: int | None = None,
+        odd: bool = False,
         allowed: bool = True,
     ) -> bool:
         """A request failed by the server's fault; True if that ejects it (again).
 
         `trial` tells whether it was one of the trial requests. `jitter` multiplies the ejection
         time, so that several servers do not return together. `body` is a fingerprint, where the
-        request may be the reason. Nothing is ejected unless `allowed`.
+        request may be the reason; `odd` says that it probably is. Nothing is ejected unless
+        `allowed`.
         """
+        if odd and not self._odd_again(body, now):
+            return False
         if now >= self._half_until:
             self._turn(now)
         if body is not None and body == self._last_body:
@@ -254,8 +279,20 @@ class TrafficHealth:
             return True
         return allowed and self._eject_failing(now, jitter)
 
+    def _odd_again(self, body: int | None, now: float) -> bool:
+        """Whether a different request has had an odd answer lately; notes this one if not."""
+        if self._odd_body is None or now >= self._odd_until:
+            self._odd_body, self._odd_until = body, now + ODD_REMEMBERED
+            return False
+        return body != self._odd_body
+
     def not_its_fault(self, body: int, now: float, *, jitter: float, allowed: bool) -> bool:
         """Another server has answered the request that failed here; True if that ejects this."""
+        if body == self._odd_body:
+            self._odd_body = None
+            self.failures_in_row += 1
+            self._bad += 1
+            return allowed and not self.ejected and self._eject_failing(now, jitter)
         if body != self._last_body:
             return False
         self.failures_in_row += self._repeats
@@ -277,6 +314,7 @@ class TrafficHealth:
         self.ejections += 1
         time = self.rules.time_out(self.ejections)
         self.ejected, self.trial, self.until = True, False, now + time * jitter
+        self._trials = 0
         self.reason = reason
 
     def succeeded(self, now: float, *, trial: bool) -> bool:
@@ -290,9 +328,14 @@ class TrafficHealth:
         self._restore(now)
         return True
 
-    def start_trial(self) -> bool:
+    def start_trial(self, now: float) -> bool:
         """A request has been leased; True if that makes it a trial."""
         self.trial = self.ejected
+        if self.trial:
+            gap = min(TRIAL_GAP * 2 ** min(self._trials, 8), LONGEST_TRIAL_GAP)
+            self.next_trial_at = now + gap
+            if now >= self.until:  # else it was sent for want of any other server
+                self._trials += 1
         return self.trial
 
     def trial_ended(self) -> None:

@@ -200,7 +200,7 @@ class Server:
         """Take one unit; the caller releases it in a `finally`."""
         lease = Lease(self, now, now)
         if self.traffic_health.ejected:
-            lease.trial = self.traffic_health.start_trial()
+            lease.trial = self.traffic_health.start_trial(now)
             self._on_change(self)
         self.leases.add(lease)
         self.in_flight += 1
@@ -381,10 +381,13 @@ class Server:
         trial: bool,
         jitter: float,
         body: int | None = None,
+        odd: bool = False,
         allowed: bool = True,
     ) -> None:
         """A request failed by the server's fault; see `TrafficHealth.failed`."""
-        if self.traffic_health.failed(now, trial=trial, jitter=jitter, body=body, allowed=allowed):
+        if self.traffic_health.failed(
+            now, trial=trial, jitter=jitter, body=body, odd=odd, allowed=allowed
+        ):
             self._on_change(self)
 
     def not_its_fault(self, body: int, now: float, *, jitter: float, allowed: bool) -> None:

@@ -26,8 +26,12 @@ from vllm_router.http1.transport import (
     start_tls,
 )
 
-MAX_HEAD = 65536
-"""Bytes of an answer's head; Envoy's limit is 60 KiB, and clients allow no more."""
+MAX_HEAD = 1024 * 1024
+"""Bytes of an answer's head. vLLM sends binary embeddings with a field `metadata` that has some
+100 bytes for each of them (vllm#30249)."""
+
+MAX_FIELDS = 1000
+"""Lines of a head that has not ended: each costs memory of its own. vLLM allows 256 of a client."""
 
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
@@ -225,9 +229,11 @@ class Connection:
                 if first and self._complete and self._reusable:
                     self._known.note(data, self._answer)
                 return self._answer
-            if self._head_bytes > MAX_HEAD:
+            if self._head_bytes > MAX_HEAD or len(self._headers) > MAX_FIELDS:
                 self._reusable = False
-                raise ProtocolViolation(f"a head of more than {MAX_HEAD} bytes")
+                raise ProtocolViolation(
+                    f"a head of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields"
+                )
 
     async def read_body(self) -> bytes:
         """The next bytes of the body as they arrive, none at its end.

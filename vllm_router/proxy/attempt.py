@@ -275,7 +275,7 @@ class Attempt:
             if outcome is FULL:
                 wait = parse_retry_after(fields.get(b"retry-after", b""))
                 self._server.refused(lease.last_byte_at, wait)
-            if outcome is not ANSWERED and self._verdict(outcome) is not Again.NO:
+            if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
                 return outcome
         content_type = fields.get(b"content-type", b"")[:17].lower()
         is_stream = content_type == b"text/event-stream"

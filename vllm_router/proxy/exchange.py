@@ -32,6 +32,7 @@ from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
     ANSWERED,
     BREAKS_SERVERS,
+    FULL,
     KILLS_SERVERS,
     POISON_AFTER,
     RULES,
@@ -316,12 +317,20 @@ class Exchange:
                 self._complete = attempt.complete
                 return
             if attempt.again is Again.NO:
-                rule = RULES[outcome]
+                rule = RULES[Outcome.FULL if self._better_called_busy(outcome) else outcome]
                 wait = proxy.fleet.retry_after(facts.model, now) if rule.status == 503 else None
                 raise Refused(rule.status, rule.code, rule.message, retry_after=wait)
             if proxy.stopping:
                 raise stopping()
             record.retries.append(outcome)
+
+    def passes(self, outcome: Outcome, again: Again) -> bool:
+        """Whether the client gets the answer of an attempt that ended so."""
+        return again is Again.NO and not self._better_called_busy(outcome)
+
+    def _better_called_busy(self, outcome: Outcome) -> bool:
+        """Whether the last server failed, perhaps an ejected one, but a well one was only full."""
+        return RULES[outcome].blames and FULL in self.record.retries
 
     def choices(self, now: float) -> tuple[Server, ...]:
         """The servers that may be asked now, perhaps for the model that stands in for its own."""
@@ -419,14 +428,16 @@ class Exchange:
                 fleet.erred(server, now, now - lease.taken_at)
             if proxy.budget.owed:
                 proxy.budget.answered()
-            if self._fingerprint is not None:
+            if self._fingerprint is not None and self.record.status < 400:
                 for failed in self._tried[:-1]:
                     fleet.not_its_fault(failed, now, jitter=proxy.jitter(), body=self._fingerprint)
         elif RULES[outcome].blames:
             now = trio.current_time()
-            body = self._fingerprint if outcome is Outcome.SERVER_ERROR else None
+            odd = outcome is Outcome.INVALID
+            body = self._fingerprint if odd or outcome is Outcome.SERVER_ERROR else None
+            jitter = proxy.jitter()
             fleet.erred(server, now, now - lease.taken_at)
-            fleet.failed(server, now, trial=lease.trial, jitter=proxy.jitter(), body=body)
+            fleet.failed(server, now, trial=lease.trial, jitter=jitter, body=body, odd=odd)
         proxy.attempt_ended(server, outcome)
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:

@@ -251,9 +251,16 @@ class FollowingFleet(SharedFleet[Verdict]):
         return FollowingServer(wanted, settings, self._note, self._sums, self._tell)
 
     def failed(
-        self, server: Server, now: float, *, trial: bool, jitter: float, body: int | None = None
+        self,
+        server: Server,
+        now: float,
+        *,
+        trial: bool,
+        jitter: float,
+        body: int | None = None,
+        odd: bool = False,
     ) -> None:
-        self._tell(Verdict("failed", server.url, now, trial, jitter, body))
+        self._tell(Verdict("failed", server.url, now, trial, jitter, body, odd=odd))
 
     def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
         self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))

@@ -258,7 +258,9 @@ class Leader(Supervisor):
             case "answered":
                 server.answered(now, trial=verdict.trial)
             case "failed":
-                self.fleet.failed(server, now, trial=verdict.trial, jitter=jitter, body=body)
+                self.fleet.failed(
+                    server, now, trial=verdict.trial, jitter=jitter, body=body, odd=verdict.odd
+                )
             case "not_its_fault" if body is not None:
                 self.fleet.not_its_fault(server, now, jitter=jitter, body=body)
             case "refused":

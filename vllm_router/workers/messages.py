@@ -39,6 +39,7 @@ class Verdict(msgspec.Struct, array_like=True):
     jitter: float = 1.0
     body: int | None = None
     retry_after: float | None = None
+    odd: bool = False
 
 
 Ended = tuple[Any, ...]
