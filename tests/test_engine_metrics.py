@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from time import process_time
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_router.fleet.engine_metrics import EngineMetrics, parse_engine_metrics
+from vllm_router.errors import UnusablePage
+from vllm_router.fleet.engine_metrics import (
+    MAX_LINE,
+    MAX_SAMPLES,
+    EngineMetrics,
+    MetricsReader,
+    parse_engine_metrics,
+)
 
 CAPTURES = Path(__file__).parent / "data" / "vllm"
 
@@ -166,3 +174,65 @@ def test_figures_that_nobody_can_count_with_are_left_out():
         f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1\n'
     )
     assert (page.running, page.waiting, page.kv_tokens) == (None, 2, None)
+
+
+def in_pieces(page: bytes, size: int) -> EngineMetrics:
+    reader = MetricsReader()
+    for start in range(0, len(page), size):
+        reader.feed(page[start : start + size])
+    return reader.result()
+
+
+@pytest.mark.parametrize("name", ["metrics-loaded.txt", "metrics-loaded-dp2.txt"])
+@pytest.mark.parametrize("size", [1, 7, 100, 32_768])
+def test_metrics_reader_page_in_pieces_reads_as_the_whole(name, size):
+    page = (CAPTURES / name).read_bytes()
+    assert in_pieces(page, size) == parse_engine_metrics(page.decode())
+
+
+def test_metrics_reader_line_without_an_end_is_dropped_and_the_next_one_read():
+    reader = MetricsReader()
+    for _ in range(100):
+        reader.feed(b"x" * 32_768)
+    assert len(reader._line) <= MAX_LINE
+    reader.feed(b"\nvllm:num_requests_running 3\n")
+    assert reader.result().running == 3
+
+
+def test_metrics_reader_too_many_samples_are_refused():
+    reader = MetricsReader()
+    with pytest.raises(UnusablePage, match="more than 10000 samples"):
+        for _ in range(MAX_SAMPLES):
+            reader.feed(b"vllm:num_requests_running 1\nvllm:num_requests_waiting 1\n")
+
+
+@pytest.mark.parametrize("number", ["-1", "1" + "0" * 60, "1" * 100_000, "1e15"])
+def test_metrics_reader_number_that_no_engine_has_is_ignored(number):
+    assert parse_engine_metrics(f"vllm:num_requests_running {number}\n").running is None
+
+
+_HOSTILE = {
+    "words in the labels": b"vllm:cache_config_info{" + b"a" * 16_000 + b"} 1\n",
+    "open quotes": b"vllm:cache_config_info{" + b'a="' * 5_000 + b"} 1\n",
+    "braces": b"vllm:num_requests_running{" + b"}" * 16_000 + b"\n",
+    "escapes": b'vllm:cache_config_info{a="' + b"\\\\" * 8_000 + b"} 1\n",
+    "spaces": b"vllm:num_requests_running" + b" " * 16_000 + b"\n",
+    "digits": b"vllm:num_requests_running " + b"1" * 16_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("line", _HOSTILE.values(), ids=_HOSTILE)
+def test_metrics_reader_hostile_line_costs_no_more_than_its_length(line):
+    """A hundred such lines, 1.6 MB, would take minutes to read if the cost grew with the square."""
+    began = process_time()
+    in_pieces(line * 100, 32_768)
+    assert process_time() - began < 30
+
+
+@given(st.lists(st.binary(max_size=80) | st.sampled_from([*_HOSTILE.values()]), max_size=8))
+def test_metrics_reader_whatever_the_page_raises_nothing_but_refusals(pieces):
+    reader = MetricsReader()
+    for piece in pieces:
+        reader.feed(piece)
+    metrics = reader.result()
+    assert metrics.running is None or 0 <= metrics.running < 1e15

@@ -6,6 +6,7 @@ import errno
 import gc
 import itertools
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from scripted_server import (
     END,
+    Script,
     ScriptedServer,
     Talk,
     answer,
@@ -321,6 +323,67 @@ async def test_a_server_that_never_reads_holds_a_large_request_until_cancelled(a
             await exchange(connection, LARGE)
         assert not connection.reusable
         connection.close()
+
+
+# -- servers that mean harm --------------------------------------------------------------------
+
+
+def repeating(start: bytes, piece: bytes) -> Script:
+    """A script that answers with `start` and then with `piece` again and again."""
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(start)
+        while True:
+            await talk.send(piece)
+
+    return script
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("pours", [False, True])
+@pytest.mark.parametrize(
+    ("start", "piece", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"a:b\r\n" * 1000, "65536 bytes|256 fields"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, "65536 bytes"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 100, "65536 bytes"),
+        (b"", b"\r\n" * 1000, "65536 bytes"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000, "65536 bytes|no body"),
+        (CHUNKED + b"1;", b"a" * 10_000, "65536 bytes|no body"),
+        (CHUNKED + chunk(b"x") + b"1;a=", b"b" * 10_000, "no body"),
+        (CHUNKED + chunk(b"x"), b"0" * 10_000, "."),
+    ],
+    ids=["fields", "100", "103", "line ends", "trailers", "extension", "late extension", "size"],
+)
+async def test_connection_endless_framing_is_a_violation(pours, start, piece, words):
+    """However the answer is read; nothing of it is kept."""
+    error: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        connection = ScriptedServer(nursery, repeating(start, piece)).connection()
+        with trio.fail_after(30):
+            await connection.send(HEAD, b"{}")
+            try:
+                await connection.read_head()
+                while not connection.complete:
+                    if pours:
+                        await connection.pour(lambda _: True)
+                    else:
+                        await connection.read_body()
+            except ProtocolViolation as violation:
+                error = violation
+        connection.close()
+        nursery.cancel_scope.cancel()
+    assert re.search(words, str(error))
+
+
+async def test_connection_answer_with_too_many_fields_is_a_violation():
+    fields = [b"x-%d: y" % number for number in range(300)]
+    with pytest.raises(ProtocolViolation, match="more than 256 fields"):
+        await told(answer(200, b"{}", *fields))
+    assert (await told(answer(200, b"{}", *fields[:200]))).status == 200
 
 
 # -- connecting --------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import ssl
-import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
 from vllm_router.tasks import probe as probe_module
-from vllm_router.tasks.probe import MAX_METRICS_BYTES, Probe, _page
+from vllm_router.tasks.probe import Probe
 
 METRICS = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} %d\n'
 SLEEP = 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} %d\n'
@@ -466,18 +465,3 @@ async def test_over_tcp_a_new_timeout_holds_at_once():
             while not server.probe_health.up:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
-
-
-async def test_page_too_long_to_be_metrics_is_not_kept():
-    async def long():
-        for _ in range(30):
-            yield bytes(1_000_000)
-
-    tracemalloc.start()
-    try:
-        assert await _page(httpx.Response(200, content=long())) is None
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2 * MAX_METRICS_BYTES
-    assert await _page(httpx.Response(200, content=b"a \xc3\xa4 \xff")) == "a ä \ufffd"

@@ -40,6 +40,11 @@ class ProtocolViolation(ConnectionLost):
     """The server sent something that is not HTTP/1.1, or framed it ambiguously (RFC 9112 6.3)."""
 
 
+class UnusablePage(ServerError):
+    """A page that a probe asked for is too long, packed in an unknown way, or not what it should
+    be. The message says so in words for an operator."""
+
+
 class OwnFault(RouterError):
     """We ran out of something (descriptors, memory): counts against no server."""
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_router.errors import UnusablePage
+
 # our field -> the names vLLM has exported it under, newest first
 _NAMES: dict[str, tuple[str, ...]] = {
     "running": ("num_requests_running",),
@@ -41,9 +43,20 @@ _SAMPLE = re.compile(
     + r")(?:\{(.*)\})? ([^ \n]+)"
 )
 TOO_LARGE = 1e15
-"""No figure of a server is: what is gets no say, as infinite loads and sums would break routing."""
+"""A figure of this size or more is ignored: infinite loads and sums would break routing."""
 
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+MAX_LINE = 16_384
+"""Characters of a line that is read; vLLM 0.32 writes 2 KB at most. Longer lines are ignored."""
+
+MAX_SAMPLES = 10_000
+"""Samples of the names above on one page: twelve names for each of 800 engines."""
+
+MAX_NUMBER = 40
+"""Characters of a number; Python writes 24 at most."""
+
+# Each of them can be matched in one way only, so a hostile line costs no more than its length.
+_BLOCKS = re.compile(r'(?:^|[,{ ])num_gpu_blocks="([0-9]{1,15})"')
+_BLOCK_SIZE = re.compile(r'(?:^|[,{ ])block_size="([0-9]{1,15})"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,44 +98,101 @@ class EngineMetrics:
         )
 
 
-def parse_engine_metrics(text: str) -> EngineMetrics:
-    """Read a Prometheus text page; lines that are not understood are ignored."""
-    totals: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    rank_of: dict[str, int] = {}
-    awake = 1.0
-    kv_tokens = 0
-    for name, labels, number in _SAMPLE.findall("\n" + text):
-        try:
-            value = float(number)
-        except ValueError:
-            continue
-        if not abs(value) < TOO_LARGE:
-            continue  # nor is NaN
-        if name == "engine_sleep_state":
-            if 'sleep_state="awake"' in labels:
-                awake = min(awake, value)
-        elif name == "cache_config_info":
-            kv_tokens += _kv_tokens(labels)
+class MetricsReader:
+    """Reads a Prometheus text page in pieces, as they come; lines not understood are ignored.
+
+    The page itself is not kept: at most one unfinished line is.
+    """
+
+    def __init__(self) -> None:
+        self._line = "\n"
+        self._skipping = False
+        self._samples = 0
+        self._totals: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._rank_of: dict[str, int] = {}
+        self._awake = 1.0
+        self._kv_tokens = 0
+
+    def feed(self, piece: bytes) -> None:
+        """Read the next bytes of the page. Raises UnusablePage if it has too many samples."""
+        # All that is looked for is ASCII, and no cut between two pieces can be wrong.
+        text = piece.decode("latin-1")
+        if self._skipping:
+            end = text.find("\n")
+            if end < 0:
+                return
+            self._skipping, text = False, text[end:]
         else:
-            field, rank = _FIELD_OF[name], _RANK[name]
-            if rank > rank_of.get(field, rank):
-                continue  # both names are exported: the newer one counts
-            if rank < rank_of.get(field, rank):
-                totals[field], counts[field] = 0.0, 0
-            rank_of[field] = rank
-            totals[field] = totals.get(field, 0.0) + value
-            counts[field] = counts.get(field, 0) + 1
-    if "kv_usage" in totals:
-        totals["kv_usage"] /= counts["kv_usage"]
-    return EngineMetrics(**totals, asleep=awake == 0.0, kv_tokens=kv_tokens or None)
+            text = self._line + text
+        end = text.rfind("\n")
+        self._line = text[end:]
+        if len(self._line) > MAX_LINE:
+            self._skipping, self._line = True, "\n"
+        self._read(text[:end])
+
+    def result(self) -> EngineMetrics:
+        """The figures, once the whole page has been fed."""
+        if not self._skipping:
+            self._read(self._line)
+        self._line = "\n"
+        totals = {field: total for field, total in self._totals.items() if total < TOO_LARGE}
+        if "kv_usage" in totals:
+            totals["kv_usage"] = min(1.0, totals["kv_usage"] / self._counts["kv_usage"])
+        return EngineMetrics(**totals, asleep=self._awake == 0.0, kv_tokens=self._kv_tokens or None)
+
+    def _read(self, lines: str) -> None:
+        """Whole lines, with a line break before the first of them."""
+        samples = _SAMPLE.findall(lines)
+        self._samples += len(samples)
+        if self._samples > MAX_SAMPLES:
+            raise UnusablePage(f"more than {MAX_SAMPLES} samples")
+        for name, labels, number in samples:
+            value = _figure(number)
+            if value is None or len(labels) > MAX_LINE:
+                continue
+            if name == "engine_sleep_state":
+                if 'sleep_state="awake"' in labels:
+                    self._awake = min(self._awake, value)
+            elif name == "cache_config_info":
+                self._kv_tokens += _kv_tokens(labels)
+            else:
+                self._add(name, value)
+
+    def _add(self, name: str, value: float) -> None:
+        field, rank = _FIELD_OF[name], _RANK[name]
+        known = self._rank_of.get(field, rank)
+        if rank > known:
+            return  # both names are exported: the newer one counts
+        if rank < known:
+            self._totals[field], self._counts[field] = 0.0, 0
+        self._rank_of[field] = rank
+        self._totals[field] = self._totals.get(field, 0.0) + value
+        self._counts[field] = self._counts.get(field, 0) + 1
+
+
+def _figure(number: str) -> float | None:
+    """A finite number that is not negative, as all of these are; else None."""
+    if len(number) > MAX_NUMBER:
+        return None
+    try:
+        value = float(number)
+    except ValueError:
+        return None
+    return value if 0.0 <= value < TOO_LARGE else None  # nor is NaN
+
+
+def parse_engine_metrics(text: str) -> EngineMetrics:
+    """Read a whole page. Raises UnusablePage."""
+    reader = MetricsReader()
+    reader.feed(text.encode())
+    return reader.result()
 
 
 def _kv_tokens(labels: str) -> int:
     """Blocks times block size, from the labels of `vllm:cache_config_info`."""
-    found = dict(_LABEL.findall(labels))
-    try:
-        tokens = int(found["num_gpu_blocks"]) * int(found["block_size"])
-    except (KeyError, ValueError):
+    blocks, size = _BLOCKS.search(labels), _BLOCK_SIZE.search(labels)
+    if blocks is None or size is None:
         return 0  # CPU builds and future versions may leave one out ("None")
+    tokens = int(blocks[1]) * int(size[1])
     return tokens if tokens < TOO_LARGE else 0

@@ -33,6 +33,12 @@ MAX_HEAD = 1024 * 1024
 MAX_FIELDS = 1000
 """Lines of a head that has not ended: each costs memory of its own. vLLM allows 256 of a client."""
 
+MAX_BARREN = 65536
+"""Bytes in a row that bring no byte of the body: extensions of chunks, trailers."""
+
+MAX_FIELDS = 256
+"""Fields of an answer's head. vLLM sends six; proxies refuse more than 100 (nginx, Envoy)."""
+
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
 
@@ -93,6 +99,7 @@ class Connection:
 
     __slots__ = (
         "_answer",
+        "_barren",
         "_complete",
         "_fault",
         "_head_bytes",
@@ -116,7 +123,7 @@ class Connection:
         self._complete = False
         self._reusable = True
         self._fault: str | None = None
-        self._head_bytes = 0
+        self._head_bytes = self._barren = 0
         self.idle_since = 0.0
         self.reused = False
 
@@ -141,6 +148,9 @@ class Connection:
             if status == 101:
                 self._fault = "switching protocols, which nobody asked for"
             return
+        if len(headers) > MAX_FIELDS:
+            self._fault = f"a head of more than {MAX_FIELDS} fields"
+            headers = []
         length: int | None = None
         chunked = False
         for name, value in headers:
@@ -249,9 +259,19 @@ class Connection:
                 raise ConnectionLost(str(error)) from error
             if data:
                 self._feed(data)
+                if not self._parts:
+                    self._brought_nothing(data)
             else:
                 self._end_of_stream()
+        self._barren = 0
         return self.take()
+
+    def _brought_nothing(self, data: bytes) -> None:
+        """Bound what a server may send beside the body. Raises ProtocolViolation."""
+        self._barren += len(data)
+        if self._barren > MAX_BARREN and not self._complete:
+            self._reusable = False
+            raise ProtocolViolation(f"more than {MAX_BARREN} bytes that are no body")
 
     def take(self) -> bytes:
         """What of the body has arrived and has not been read; perhaps nothing."""
@@ -277,8 +297,9 @@ class Connection:
                 self._end_of_stream()
             parts, more = self._parts, not self._complete
             if parts:
-                self._parts = []
+                self._parts, self._barren = [], 0
                 return take(parts[0] if len(parts) == 1 else b"".join(parts)) and more
+            self._brought_nothing(data)
             return more
 
         try:

@@ -12,19 +12,20 @@ import re
 import ssl
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import httpx
 import trio
 
 from vllm_router.config import Settings
-from vllm_router.errors import OwnFault
-from vllm_router.fleet.engine_metrics import parse_engine_metrics
+from vllm_router.errors import OwnFault, UnusablePage
+from vllm_router.fleet.engine_metrics import MetricsReader
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check
+from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
 from vllm_router.tasks.carrier import Carrier
+from vllm_router.tasks.page import read_pieces, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,12 @@ CHECK_PATHS = ("/health", MODELS_PATH)
 MODELS_EVERY = 5.0
 """Seconds between looks at the model list of a server that is up; an adapter may be loaded."""
 
-MAX_METRICS_BYTES = 8 * 1024 * 1024
+MAX_METRICS_BYTES = 4 * 1024 * 1024
+"""Bytes of a page of metrics: vLLM 0.32 writes some 50 000 for each engine."""
+
+MAX_PAUSE = 16
+"""A page that cannot be used is asked for less and less often, down to one time in so many."""
+
 UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
 
@@ -96,6 +102,7 @@ class Probe:
         self._went_down = went_down
         self._tick = tick
         self._hurry = trio.Event()
+        self._pages = {METRICS_PATH: _Page(), MODELS_PATH: _Page()}
         self._transport: httpx.AsyncBaseTransport
         self._requests: dict[str, httpx.Request]
 
@@ -124,15 +131,6 @@ class Probe:
         and looking for redirects, cookies and a login in the answer as much again.
         """
         return await self._transport.handle_async_request(self._requests[path])
-
-    async def _read(self, path: str) -> httpx.Response:
-        """All of the answer."""
-        response = await self._ask(path)
-        try:
-            await response.aread()
-        finally:
-            await response.aclose()
-        return response
 
     # -- health -------------------------------------------------------------------------------
 
@@ -169,17 +167,28 @@ class Probe:
         detail = ""
         for path in CHECK_PATHS:
             try:
-                response = await self._read(path)
+                status = await self._status(path)
             except httpx.HTTPError as error:
                 if _is_own_fault(error):
                     raise OwnFault(_words(error)) from error
                 return Check.UNREACHABLE, f"{path}: {_words(error)}"
-            if response.is_success:
+            if 200 <= status < 300:
                 return Check.GOOD, ""
-            detail = f"{path} answered {response.status_code}"
-            if response.status_code not in (404, 405, 501):
+            detail = f"{path} answered {status}"
+            if status not in (404, 405, 501):
                 break
         return Check.UNHEALTHY, detail
+
+    async def _status(self, path: str) -> int:
+        """The status of an answer. Its body is read, as that keeps the connection, and dropped."""
+        response = await self._ask(path)
+        try:
+            await read_pieces(response, MAX_LIST_BYTES, lambda _: None)
+        except UnusablePage:
+            pass  # the status has been told, and the connection is closed
+        finally:
+            await response.aclose()
+        return response.status_code
 
     def _announce(self, down: bool, now: float) -> None:
         self._fleet.settle(now)
@@ -189,9 +198,14 @@ class Probe:
     # -- metrics ------------------------------------------------------------------------------
 
     async def _keep_scraping(self) -> None:
+        page, skip = self._pages[METRICS_PATH], 0
         while True:
             began = trio.current_time()
-            await self._scrape()
+            if skip:
+                skip -= 1
+            else:
+                await self._scrape()
+                skip = page.pause - 1
             now = trio.current_time()
             self._server.age_metrics(now)
             self._fleet.settle(now)
@@ -209,7 +223,7 @@ class Probe:
             try:
                 response = await self._ask(METRICS_PATH)
                 try:
-                    page = await _page(response) if response.is_success else None
+                    await self._read_metrics(response, leases)
                 finally:
                     await response.aclose()
             except httpx.HTTPError as error:
@@ -217,12 +231,30 @@ class Probe:
                     self._reached(reachable=False)
                 return
             answered = True
-            if page is not None:
-                server.scraped(parse_engine_metrics(page), trio.current_time(), leases)
         if answered:
             self._reached(reachable=True)
         else:
             self._hurry.set()  # slow metrics alone are no sickness
+
+    async def _read_metrics(self, response: httpx.Response, leases: int) -> None:
+        """Take the page in as it comes. One that cannot be used leaves the figures as they are."""
+        if not response.is_success:
+            return
+        reader, page = MetricsReader(), self._pages[METRICS_PATH]
+        try:
+            await read_pieces(response, MAX_METRICS_BYTES, reader.feed)
+            metrics = reader.result()
+        except UnusablePage as problem:
+            if page.refused(str(problem)):
+                logger.warning(
+                    "server %s: /metrics cannot be used: %s. Its load is taken to be the requests "
+                    "sent through here",
+                    self._server.name,
+                    problem,
+                )
+            return
+        page.accepted()
+        self._server.scraped(metrics, trio.current_time(), leases)
 
     def _reached(self, *, reachable: bool) -> None:
         if not self._settings.enable_active_health_check:
@@ -241,49 +273,79 @@ class Probe:
     async def _keep_listing(self) -> None:
         while True:
             missing = self._server.models is None
-            await trio.sleep(UNSETTLED_INTERVAL if missing else MODELS_EVERY)
+            interval = UNSETTLED_INTERVAL if missing else MODELS_EVERY
+            await trio.sleep(interval * self._pages[MODELS_PATH].pause)
             if self._server.probe_health.up:
                 await self._list_models()
                 self._fleet.settle(trio.current_time())
 
     async def _list_models(self) -> None:
         """Read `/v1/models`. A server that cannot answer it keeps the list it had."""
+        name = self._server.name
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
-                response = await self._read(MODELS_PATH)
-                if response.is_success:
-                    cards = _cards(response.json())
-                    self._server.listed(cards, trio.current_time())
-                else:
-                    logger.debug("%s: /v1/models: %d", self._server.name, response.status_code)
-            except (httpx.HTTPError, ValueError) as error:
-                logger.debug("%s: /v1/models: %s", self._server.name, error)
+                response = await self._ask(MODELS_PATH)
+                try:
+                    if response.is_success:
+                        self._listed(await _model_list(response))
+                    else:
+                        logger.debug("%s: /v1/models: %d", name, response.status_code)
+                finally:
+                    await response.aclose()
+            except httpx.HTTPError as error:
+                logger.debug("%s: /v1/models: %s", name, _words(error))
+            except UnusablePage as problem:
+                if self._pages[MODELS_PATH].refused(str(problem)):
+                    logger.warning(
+                        "server %s: /v1/models cannot be used: %s. %s; its models can be named in "
+                        "servers.toml (models = [...])",
+                        name,
+                        problem,
+                        "It is asked for any model that no other server lists"
+                        if self._server.models is None
+                        else "The list it gave before holds",
+                    )
+
+    def _listed(self, found: ModelList) -> None:
+        page = self._pages[MODELS_PATH]
+        if page.accepted(found.problem) and found.problem:
+            logger.warning(
+                "server %s: /v1/models: %d entries are left out: %s",
+                self._server.name,
+                found.left_out,
+                found.problem,
+            )
+        self._server.listed(found.cards, trio.current_time())
 
 
-async def _page(response: httpx.Response) -> str | None:
-    """The body, or None if it is too long to be metrics.
+class _Page:
+    """What came of a page lately: whether to speak of it, and how often to ask for it."""
 
-    Read by hand: a response of httpx is part of a cycle, and what it had read itself, tens of
-    kilobytes twice over, would stay until the garbage collector comes by, which here is seldom.
-    """
-    page = bytearray()
-    async for piece in response.aiter_bytes():
-        # Read to its end all the same: httpx cannot be stopped in the middle without a mess.
-        if len(page) <= MAX_METRICS_BYTES:
-            page += piece
-    return page.decode("utf-8", "replace") if len(page) <= MAX_METRICS_BYTES else None
+    def __init__(self) -> None:
+        self.pause = 1
+        """How many times the usual interval passes before the page is asked for again."""
+        self._problem = ""
+
+    def refused(self, problem: str) -> bool:
+        """It could not be used; True if that was not so, or for another reason, the last time."""
+        self.pause = min(2 * self.pause, MAX_PAUSE)
+        known, self._problem = self._problem, problem
+        return known != problem
+
+    def accepted(self, but: str = "") -> bool:
+        """It could be used, all of it or all `but` something; True if that is new."""
+        self.pause = 1
+        known, self._problem = self._problem, but
+        return known != but
 
 
-def _cards(page: Any) -> dict[str, dict[str, Any]]:
-    """Model entries by id; raises ValueError if it is no model list."""
-    entries = page.get("data") if isinstance(page, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError("no list of models")
-    return {
-        entry["id"]: entry
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
-    }
+async def _model_list(response: httpx.Response) -> ModelList:
+    """Raises UnusablePage."""
+    found = ModelList()
+    for step in read_model_list(await read_whole(response, MAX_LIST_BYTES)):
+        found = step
+        await trio.lowlevel.checkpoint()
+    return found
 
 
 _OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

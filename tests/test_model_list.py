@@ -1,0 +1,144 @@
+"""What is read from a server's `/v1/models`: real lists, odd names, and pages that mean harm."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.errors import UnusablePage
+from vllm_router.fleet.model_list import (
+    MAX_ENTRY,
+    MAX_LIST_BYTES,
+    MAX_MODELS,
+    MAX_NAME,
+    PASSED_ON,
+    ModelList,
+    read_model_list,
+)
+
+
+def read(page: bytes | list[Any]) -> ModelList:
+    if isinstance(page, list):
+        page = json.dumps({"object": "list", "data": page}).encode()
+    *_, found = read_model_list(page)
+    return found
+
+
+def entry(name: str, **more: Any) -> dict[str, Any]:
+    permission = [{"id": "modelperm-1", "allow_sampling": True, "group": None}]
+    return {"id": name, "object": "model", "max_model_len": 4096, "permission": permission, **more}
+
+
+def test_read_model_list_entries_are_passed_on_as_they_are():
+    entries = [entry("Qwen/Qwen3-8B"), entry("模型 7"), entry("/data/models/a b", parent="x")]
+    found = read(entries)
+    assert list(found.cards.values()) == entries
+    assert (found.left_out, found.problem) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\ud800",
+        "a\nb",
+        "\x1b[31mred",
+        "\x00",
+        "right\u202eleft",
+        "a\u2028b",
+        "\ufeff",
+        "",
+        7,
+        None,
+        ["m"],
+        True,
+        "x" * (MAX_NAME + 1),
+    ],
+)
+def test_read_model_list_odd_name_is_left_out_and_others_stay(name):
+    found = read([entry("good"), entry(name), entry("also good")])
+    assert list(found.cards) == ["good", "also good"]
+    assert found.left_out == 1
+    assert found.problem.isprintable()
+    assert len(found.problem) < 250
+
+
+@pytest.mark.parametrize("odd", [7, None, "m", [], {}, {"name": "m"}, [[[]]]])
+def test_read_model_list_entry_that_is_none_is_left_out(odd):
+    found = read([odd, entry("good")])
+    assert (list(found.cards), found.left_out) == (["good"], 1)
+
+
+def test_read_model_list_with_nan_is_read():
+    page = b'{"data": [{"id": "m", "created": NaN}, {"id": "n", "x": -Infinity}]}'
+    assert list(read(page).cards) == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"x": "\ud800"},
+        {"x": json.loads("[" * 300 + "]" * 300)},
+        {"x": "y" * PASSED_ON},
+    ],
+)
+def test_read_model_list_entry_that_cannot_be_written_again_is_cut_to_its_name(odd):
+    found = read([{**entry("m"), **odd}])
+    assert found.cards == {"m": {"id": "m", "object": "model", "max_model_len": 4096}}
+
+
+def test_read_model_list_takes_a_few_entries_at_a_time():
+    page = json.dumps({"data": [entry(f"m{number}") for number in range(MAX_MODELS)]}).encode()
+    steps = list(read_model_list(page))
+    assert len(steps) > 4
+    assert len(steps[-1].cards) == MAX_MODELS
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (b'{"data": [%s]}' % (b" " * MAX_LIST_BYTES), "longer than 1048576 bytes"),
+        (b'{"data": [%s0]}' % (b"0," * MAX_MODELS), "more than 2048 entries"),
+        (b'{"data": [%s0]}' % (b"0," * 100_000), "more than 60000 values"),
+        (b'{"data": [%s]}' % (b"[" * 5000 + b"]" * 5000), "nested too deeply"),
+        (b"[" * 60_000, "nested too deeply"),
+        (b'{"data": {}}', "no JSON object with a list called data"),
+        (b"[]", "no JSON object with a list called data"),
+        (b"<html>login</html>", "no JSON"),
+        (b"", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+    ],
+)
+def test_read_model_list_page_that_is_no_list_is_refused(page, words):
+    with pytest.raises(UnusablePage, match=words):
+        read(page)
+
+
+def test_read_model_list_entry_that_is_too_long_is_left_out():
+    found = read([entry("a" * MAX_ENTRY), entry("m")])
+    assert (list(found.cards), found.left_out) == (["m"], 1)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+_ENTRIES = st.lists(_JSON | st.fixed_dictionaries({"id": _JSON, "x": _JSON}), max_size=6)
+
+
+@given(st.binary(max_size=60) | _ENTRIES.map(lambda data: json.dumps({"data": data}).encode()))
+def test_read_model_list_whatever_the_page_its_names_are_safe(page):
+    try:
+        found = read(page)
+    except UnusablePage:
+        return
+    for name, card in found.cards.items():
+        assert name.isprintable()
+        assert card["id"] == name
+        msgspec.json.encode(card)
+        name.encode()

@@ -1,0 +1,180 @@
+"""A server's `/v1/models`, read so that no name in it can harm a page, a log line or a metric.
+
+A list is refused as a whole only if it cannot be read or is too large. An entry that cannot be used
+is left out, and the list says how many were and why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from vllm_router.errors import UnusablePage
+from vllm_router.server_url import quoted
+
+MAX_LIST_BYTES = 1024 * 1024
+"""Bytes of a list that is read: vLLM 0.32 writes some 450 for each model or adapter."""
+
+MAX_MODELS = 2048
+"""Models of one server. Every page that shows a server names them all."""
+
+MAX_NAME = 512
+"""Characters of a model's name."""
+
+MAX_VALUES = 60_000
+"""JSON values of a list; 2048 entries of vLLM 0.32 have 45 000. Decoding so many takes 5 ms."""
+
+MAX_BRACKETS = 200
+"""Brackets of an entry that is passed on as it is, and so its depth. One of vLLM 0.32 has four."""
+
+PASSED_ON = 16_384
+"""Bytes of an entry that is passed on as it is; of a longer one only the most needed is read."""
+
+MAX_ENTRY = 65_536
+"""Bytes of an entry that is read at all."""
+
+STEP = 65_536
+"""Bytes of entries that are read at a time: 1 ms."""
+
+LOOSE = 131_072
+"""Bytes of a list that is read although it is not quite JSON, which takes ten times as long."""
+
+_REPLACEMENT = "\ufffd"
+
+_NO_LIST = "it is no JSON object with a list called data"
+
+Card = dict[str, Any]
+
+
+class _Page(msgspec.Struct):
+    data: list[msgspec.Raw]
+
+
+class _LongCard(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+_decode_page = msgspec.json.Decoder(_Page).decode
+_decode_long_card = msgspec.json.Decoder(_LongCard).decode
+
+
+@dataclass(slots=True)
+class ModelList:
+    """The entries by id, as the server gave them, and what was wrong with those left out."""
+
+    cards: dict[str, Card] = field(default_factory=dict)
+    left_out: int = 0
+    problem: str = ""
+    """What is wrong with the first entry that was left out."""
+
+    def leave_out(self, problem: str) -> None:
+        self.left_out += 1
+        self.problem = self.problem or problem
+
+
+def read_model_list(page: bytes) -> Iterator[ModelList]:
+    """Read the list a few entries at a time; what is yielded last is complete.
+
+    The caller may let others go on between two steps. Raises UnusablePage.
+    """
+    found = ModelList()
+    done = 0
+    for entry in _entries(page):
+        _take(found, entry)
+        done += len(entry) if isinstance(entry, bytes) else STEP // 64
+        if done >= STEP:
+            done = 0
+            yield found
+    yield found
+
+
+def _entries(page: bytes) -> Sequence[bytes | object]:
+    """The entries of the list: their bytes, or decoded if the list is not quite JSON."""
+    if len(page) > MAX_LIST_BYTES:
+        raise UnusablePage(f"it is longer than {MAX_LIST_BYTES} bytes")
+    if page.count(b",") + page.count(b"[") + page.count(b"{") > MAX_VALUES:
+        raise UnusablePage(f"it has more than {MAX_VALUES} values")
+    entries: Sequence[bytes | object]
+    try:
+        entries = [bytes(entry) for entry in _decode_page(page).data]
+    except (msgspec.DecodeError, RecursionError):
+        entries = _entries_read_loosely(page)
+    if len(entries) > MAX_MODELS:
+        raise UnusablePage(f"it has more than {MAX_MODELS} entries")
+    return entries
+
+
+def _entries_read_loosely(page: bytes) -> list[object]:
+    """What Python reads and strict JSON does not allow: NaN, half a character (`"\\ud800"`)."""
+    if len(page) > LOOSE:
+        raise UnusablePage(_NO_LIST)
+    try:
+        read = json.loads(page.decode("utf-8", "replace"), parse_constant=lambda _: None)
+    except RecursionError:
+        raise UnusablePage("it is nested too deeply") from None
+    except ValueError:
+        raise UnusablePage("it is no JSON") from None
+    entries = read.get("data") if isinstance(read, dict) else None
+    if not isinstance(entries, list):
+        raise UnusablePage(_NO_LIST)
+    return entries
+
+
+def _take(found: ModelList, entry: bytes | object) -> None:
+    """Add one entry to the list, or note why it is left out."""
+    card = entry
+    if isinstance(entry, bytes):
+        if len(entry) > MAX_ENTRY:
+            found.leave_out(f"an entry is longer than {MAX_ENTRY} bytes")
+            return
+        try:
+            if len(entry) > PASSED_ON:
+                card = msgspec.structs.asdict(_decode_long_card(entry))
+            else:
+                card = msgspec.json.decode(entry)
+        except (msgspec.DecodeError, RecursionError):
+            found.leave_out("an entry cannot be read")
+            return
+    name = card.get("id") if isinstance(card, dict) else None
+    problem = _wrong_name(name)
+    if problem:
+        found.leave_out(problem)
+        return
+    assert isinstance(card, dict)
+    assert isinstance(name, str)
+    long = isinstance(entry, bytes) and len(entry) > PASSED_ON
+    found.cards[name] = card if not long and _can_be_passed_on(card) else _plain_card(card)
+
+
+def _wrong_name(name: object) -> str:
+    """Why a name cannot be used; empty if it can."""
+    if not isinstance(name, str) or not name:
+        return "an id is no text"
+    if len(name) > MAX_NAME:
+        return f"a name has more than {MAX_NAME} characters: {quoted(name)}"
+    if not name.isprintable() or _REPLACEMENT in name:
+        return f"a name has characters that cannot be printed: {quoted(name)}"
+    return ""
+
+
+def _can_be_passed_on(card: Card) -> bool:
+    """Whether the entry can be written again, at any depth of our own calls."""
+    try:
+        written = msgspec.json.encode(card)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return False
+    return written.count(b"[") + written.count(b"{") <= MAX_BRACKETS
+
+
+def _plain_card(card: Card) -> Card:
+    """What routing and clients need most of an entry that cannot be passed on."""
+    plain: Card = {"id": card["id"], "object": "model"}
+    length = card.get("max_model_len")
+    if isinstance(length, int) and not isinstance(length, bool) and 0 < length < 2**53:
+        plain["max_model_len"] = length
+    return plain
