@@ -347,12 +347,12 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 @pytest.mark.parametrize(
     ("start", "piece", "words"),
     [
-        (b"HTTP/1.1 200 OK\r\n", b"a:b\r\n" * 1000, "65536 bytes|256 fields"),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, "65536 bytes"),
-        (b"", b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 100, "65536 bytes"),
-        (b"", b"\r\n" * 1000, "65536 bytes"),
-        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000, "65536 bytes|no body"),
-        (CHUNKED + b"1;", b"a" * 10_000, "65536 bytes|no body"),
+        (b"HTTP/1.1 200 OK\r\n", b"a:b\r\n" * 1000, "1000 fields"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, "a head of more than"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 100, "a head of more than"),
+        (b"", b"\r\n" * 1000, "a head of more than"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000, "no body"),
+        (CHUNKED + b"1;", b"a" * 10_000, "no body"),
         (CHUNKED + chunk(b"x") + b"1;a=", b"b" * 10_000, "no body"),
         (CHUNKED + chunk(b"x"), b"0" * 10_000, "."),
     ],
@@ -380,10 +380,10 @@ async def test_connection_endless_framing_is_a_violation(pours, start, piece, wo
 
 
 async def test_connection_answer_with_too_many_fields_is_a_violation():
-    fields = [b"x-%d: y" % number for number in range(300)]
-    with pytest.raises(ProtocolViolation, match="more than 256 fields"):
+    fields = [b"x-%d: y" % number for number in range(1100)]
+    with pytest.raises(ProtocolViolation, match="1000 fields"):
         await told(answer(200, b"{}", *fields))
-    assert (await told(answer(200, b"{}", *fields[:200]))).status == 200
+    assert (await told(answer(200, b"{}", *fields[:900]))).status == 200
 
 
 # -- connecting --------------------------------------------------------------------------------

@@ -31,13 +31,10 @@ MAX_HEAD = 1024 * 1024
 100 bytes for each of them (vllm#30249)."""
 
 MAX_FIELDS = 1000
-"""Lines of a head that has not ended: each costs memory of its own. vLLM allows 256 of a client."""
+"""Fields of a head: each costs memory and time of its own. vLLM allows 256 of a client."""
 
 MAX_BARREN = 65536
 """Bytes in a row that bring no byte of the body: extensions of chunks, trailers."""
-
-MAX_FIELDS = 256
-"""Fields of an answer's head. vLLM sends six; proxies refuse more than 100 (nginx, Envoy)."""
 
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
@@ -149,7 +146,7 @@ class Connection:
                 self._fault = "switching protocols, which nobody asked for"
             return
         if len(headers) > MAX_FIELDS:
-            self._fault = f"a head of more than {MAX_FIELDS} fields"
+            self._fault = f"a head of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields"
             headers = []
         length: int | None = None
         chunked = False
