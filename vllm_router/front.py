@@ -22,6 +22,7 @@ import trio
 from vllm_router.handover import step_aside, take_turns
 from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
+from vllm_router.http1.tls_stream import Handshakes, TlsStream, take_apart
 from vllm_router.hypercorn_bridge import ALPN_PROTOCOLS, HypercornSide
 from vllm_router.paths import PathClass, classify
 
@@ -81,7 +82,7 @@ class Statistics:
     """Requests the lane refused for their form, size or slowness."""
 
 
-Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+Stream = trio.SocketStream | TlsStream
 
 
 class Side(Protocol):
@@ -160,6 +161,7 @@ class Front:
         self._ssl_context: ssl.SSLContext | None = None
         self._tls_only = tls_only
         self._plain_ports: set[int] = set()
+        self._handshakes = Handshakes()
         self.use_tls(ssl_context)
         self._most = math.inf if max_connections is None else max_connections
         self._listeners: list[socket.socket] = []
@@ -285,6 +287,7 @@ class Front:
                 async with trio.open_nursery() as helpers:
                     if self._lane is not None:
                         helpers.start_soon(self._lane.watch)
+                    helpers.start_soon(self._handshakes.run)
                     async with trio.open_nursery() as connections:
                         task_status.started([s.getsockname()[:2] for s in self._listeners])
                         with self._accepting:
@@ -505,14 +508,19 @@ class Front:
     async def _serve_tls(
         self, sock: socket.socket, client: Address, context: ssl.SSLContext
     ) -> None:
-        stream = trio.SSLStream(
-            _stream_over(sock), context, server_side=True, https_compatible=True
+        stream = await self._handshakes.accept(
+            _stream_over(sock), context, self._limits.header_timeout
         )
-        try:
-            with trio.fail_after(self._limits.header_timeout):
-                await stream.do_handshake()
-        except (trio.BrokenResourceError, trio.TooSlowError):
+        if stream is None:
             return
+        try:
+            await self._serve_encrypted(stream, sock, client)
+        finally:
+            take_apart(stream)
+
+    async def _serve_encrypted(
+        self, stream: TlsStream, sock: socket.socket, client: Address
+    ) -> None:
         if self._lane is None or stream.selected_alpn_protocol() == "h2":
             await self._hypercorn.serve(stream)
             return

@@ -79,6 +79,7 @@ from vllm_router.http1.headers import (
     valid_host,
 )
 from vllm_router.http1.server import App, Limits, Message, Scope
+from vllm_router.http1.tls_stream import end_tls, take_apart
 from vllm_router.strict_h11 import StrictConnection
 
 log = logging.getLogger(__name__)
@@ -793,6 +794,7 @@ class GuardedTCPServer(TCPServer):
     ) -> None:
         super().__init__(app, config, context, state, stream)
         self._relay = relay
+        self._plain: Any = stream.inner if isinstance(stream, ReplayStream) else stream
         self._limits = limits or Limits()
         self._told = told
         self._scope = trio.CancelScope()
@@ -822,6 +824,8 @@ class GuardedTCPServer(TCPServer):
     def _forget(self) -> None:
         """Take apart what refers to itself: of HTTP/2 20 KB a connection, which would stay until
         the garbage collector comes by, and here it seldom does."""
+        if isinstance(self._plain, trio.SSLStream):
+            take_apart(self._plain)
         wrapper = vars(self).pop("protocol", None)
         if wrapper is not None:
             protocol = wrapper.protocol
@@ -841,8 +845,7 @@ class GuardedTCPServer(TCPServer):
 
     async def _serve(self) -> None:
         stream = self.stream
-        transport: Any = stream.inner if isinstance(stream, ReplayStream) else stream
-        self._plain = transport
+        transport = self._plain
         alpn = "http/1.1"
         is_tls = isinstance(transport, trio.SSLStream)
         if is_tls:
@@ -915,9 +918,12 @@ class GuardedTCPServer(TCPServer):
     async def _read_data(self) -> None:
         with self._reading:
             while True:
+                stream = self.stream
                 try:
-                    data = await self.stream.receive_some(self.protocol.read_size)
+                    data = await stream.receive_some(self.protocol.read_size)
                 except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError):
+                    if self.stream is not stream:
+                        continue  # TLS has been ended, what still comes is read without it
                     break
                 if self._lingering:
                     if not data:
@@ -1024,13 +1030,17 @@ class GuardedTCPServer(TCPServer):
         self._wait_for_silence()
         if self.protocol.cut_invisibly:
             # A reset is all that shows an HTTP/1.0 client that the answer is not whole.
+            # Nor may TLS announce an end.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            await self.stream.aclose()
+            await trio.aclose_forcefully(self.stream)
         elif isinstance(self._plain, trio.abc.HalfCloseableStream):
             with contextlib.suppress(
                 trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
             ):
                 await self._plain.send_eof()
+        elif isinstance(self._plain, trio.SSLStream):
+            with trio.move_on_after(1):
+                self.stream = await end_tls(self._plain)
         else:
             with trio.move_on_after(1):
                 await self.stream.aclose()

@@ -33,6 +33,7 @@ from vllm_router.http1.connection import (
 )
 from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.request import Head
+from vllm_router.http1.tls_stream import end_tls
 from vllm_router.http1.wires import READ_SIZE, Wire
 
 __all__ = [
@@ -360,12 +361,15 @@ class StreamConnection(Connection):
         return self._fileno is not None and _events(self._fileno, select.POLLIN)
 
     async def _end_output(self) -> None:
-        # TLS ends both directions at once; what the client still sends is read and dropped.
-        if isinstance(self._stream, trio.abc.HalfCloseableStream):
-            try:
+        try:
+            if isinstance(self._stream, trio.SSLStream):
+                # What the client still sends is read and dropped as it is.
+                with trio.move_on_after(self._limits.linger):
+                    self._stream = await end_tls(self._stream)
+            elif isinstance(self._stream, trio.abc.HalfCloseableStream):
                 await self._stream.send_eof()
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise OSError(str(error)) from error
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise OSError(str(error)) from error
 
     async def _close(self, *, reset: bool) -> None:
         if reset:
