@@ -23,6 +23,8 @@ from typing import Any
 
 import httpx
 
+from vllm_router.own_machine import find_socket, short_path
+
 _ROOT = Path(__file__).parent.parent
 _START_SECONDS = 30.0
 
@@ -97,6 +99,11 @@ class RouterProcess:
     def wait_for_text(self, text: str) -> None:
         """Until it has said that: a thread writes its lines, so they come after what they tell."""
         until(lambda: text in self.text, f"{text!r} in its log")
+
+    def administrate(self, method: str, path: str) -> httpx.Response:
+        """A request by the Unix socket that proves that we are on the router's own machine."""
+        with own_machine(self.url) as client:
+            return client.request(method, path)
 
     @property
     def port(self) -> int:
@@ -189,6 +196,17 @@ def router_process(
         assert "Traceback" not in router.text, router.text
     finally:
         router.close()
+
+
+@contextlib.contextmanager
+def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
+    """A client that comes in by the Unix socket of the router at a URL."""
+    path = find_socket(url)
+    assert path is not None, f"no Unix socket beside {url}"
+    with short_path(path) as short:
+        transport = httpx.HTTPTransport(uds=short)
+        with httpx.Client(base_url=url, timeout=timeout, transport=transport) as client:
+            yield client
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> float:

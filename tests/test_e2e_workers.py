@@ -277,7 +277,9 @@ async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
         assert after["worker 2"] == before["worker 2"]
 
         # The leader: nobody who asks for tokens notices.
-        assert router.post(f"/admin/servers/{_name(urls[0])}/drain", {}).status_code == 200
+        assert (
+            router.administrate("POST", f"/admin/servers/{_name(urls[0])}/drain").status_code == 200
+        )
         async with Load(router.url, chat(max_tokens=2), 8) as load:
             await load.wait_for(10)
             os.kill(after["leader"], signal.SIGKILL)
@@ -326,7 +328,7 @@ async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: 
                 answer = await client.post("/v1/chat/completions", json=chat())
                 assert answer.status_code == 200, answer.text
                 assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
-                assert (await client.get("/admin/servers")).status_code == 200
+                assert (await client.get("/load-stats")).status_code == 200
         await trio.to_thread.run_sync(_stream_over_http2_outlives_sigterm, router, url, authority)
         assert await trio.to_thread.run_sync(router.process.wait, 10) == 0
         assert "Traceback" not in router.text, router.text

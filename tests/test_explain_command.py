@@ -44,11 +44,11 @@ def test_table_has_every_server_its_score_and_the_pick(router: RouterProcess):
 
 def test_server_that_is_out_says_why(router: RouterProcess):
     name = router.get("/load-stats").json()["servers"][0]["name"]
-    router.post(f"/admin/servers/{name}/drain", {})
+    router.administrate("POST", f"/admin/servers/{name}/drain")
     try:
         header, *_, out = run("--url", router.url, "--model", "m").splitlines()[1:4]
     finally:
-        router.post(f"/admin/servers/{name}/undrain", {})
+        router.administrate("POST", f"/admin/servers/{name}/undrain")
     assert "WHY OUT" in header
     assert name in out
     assert "draining" in out

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from cli_process import ROOT, environment, router
+from router_process import own_machine
 
 SCRIPT = ROOT / "scripts" / "feed_tail.py"
 
@@ -26,7 +26,8 @@ def test_example_follows_load_and_events(tmp_path: Path):
         try:
             assert tail.stdout is not None
             assert tail.stdout.readline() == "demo-1 0%, demo-2 0%\n"
-            httpx.post(f"{started.url}/admin/servers/demo-2/drain", trust_env=False)
+            with own_machine(started.url) as client:
+                client.post("/admin/servers/demo-2/drain")
             event = next(line for line in tail.stdout if line.startswith("*"))
             assert event.startswith("* demo-2: up → draining")
         finally:

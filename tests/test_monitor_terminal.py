@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from cli_process import Running, call, command, environment, router, running, until
+from router_process import own_machine
 from tmux import Terminal, terminal
 
 DEMO = ("run", "--demo", "--host", "127.0.0.1", "--port", "0")
@@ -163,10 +164,12 @@ def test_lines_where_there_is_no_terminal(demo: Running, tmp_path: Path):
         assert first[10:11] == "T"
         assert "3/3 servers, 0 running, 0 waiting, 0 in flight, load 0 %" in first
         assert "\x1b" not in first
-        httpx.post(f"{demo.url}/admin/servers/demo-3/drain", trust_env=False)
+        with own_machine(demo.url) as client:
+            client.post("/admin/servers/demo-3/drain")
         until(lambda: "demo-3: up → draining" in lines.line())
         until(lambda: "2/3 servers (1 draining)" in lines.line())
-        httpx.post(f"{demo.url}/admin/servers/demo-3/undrain", trust_env=False)
+        with own_machine(demo.url) as client:
+            client.post("/admin/servers/demo-3/undrain")
         assert lines.stop() == 0
     assert (tmp_path / "errors").read_text() == ""
 

@@ -59,6 +59,11 @@ def name(mock: MockProcess) -> str:
     return mock.url.removeprefix("http://")
 
 
+def signed_in(router: RouterProcess) -> str:
+    """The link that `vllm-router open` prints."""
+    return f"{router.url}/#sign-in={router.administrate('POST', '/admin/sign-in').json()['code']}"
+
+
 @contextlib.contextmanager
 def streaming(url: str) -> Iterator[str]:
     """A request under way, whose end is not in sight; the server that has it."""
@@ -221,6 +226,7 @@ async def test_drain_button_asks_then_drains_and_takes_back(
     button = f"{row(server)}.querySelector('.action')"
     async with new_page(browser) as page:
         await page.open(router.url + "/")
+        await page.evaluate(f"location.assign({signed_in(router)!r})")
         await page.wait(f"{row(server)}?.querySelector('.action').innerText === 'Drain'")
         with streaming(router.url):
             # Return on the focused button, and again in the question, whose answer is then no.
@@ -250,13 +256,29 @@ async def test_drain_button_asks_then_drains_and_takes_back(
 async def test_buttons_are_only_for_those_who_may(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
+    seen = "[...document.querySelectorAll('.action')].some(button => button.checkVisibility())"
     async with new_page(browser) as page:
-        # The name of another site: whoever owns it must not administrate through our browser.
+        await page.open(router.url + "/")
+        await page.wait(f"{row(name(mocks[0]))}?.dataset.state === 'up'")
+        assert not await page.evaluate(seen)
+        # It says how to sign in.
+        await page.click("#key")
+        assert await page.text("#key-command") == f"vllm-router open {router.url}"
+        # The same tab, signed in; the code does not stay in the address.
+        link = signed_in(router)
+        await page.evaluate(f"location.assign({link!r})")
+        await page.wait(f"{LIVE} && {seen}")
+        assert await page.evaluate("location.href") == f"{router.url}/"
+        assert await page.evaluate("document.querySelector('#key').hidden")
+        # Another site's name has another origin: its pages have no part in this.
         await page.open(f"http://router.test:{router.port}/")
         await page.wait(f"{row(name(mocks[0]))}?.dataset.state === 'up'")
-        assert not await page.evaluate(
-            "[...document.querySelectorAll('.action')].some(button => button.checkVisibility())"
-        )
+        assert not await page.evaluate(seen)
+        # A link works once.
+        await page.open("about:blank")
+        await page.evaluate(f"location.assign({link!r})")
+        await page.wait("document.querySelector('#key-dialog')?.open")
+        assert "vllm-router open" in await page.text("#key-error")
 
 
 async def test_history_range_is_chosen_and_kept(browser: str, router: RouterProcess):

@@ -16,6 +16,7 @@ from cli_process import ROOT, Running, router
 from mock_process import MockProcess, mock_processes
 from vllm_router import auth, config, models_config, tls_config
 from vllm_router.cli import cli
+from vllm_router.own_machine import find_socket
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.routing.retry import RULES
 
@@ -179,7 +180,9 @@ def _fleet(mocks: list[MockProcess]) -> str:
 
 @pytest.mark.parametrize(("command", "shown"), CURLS, ids=[command for command, _ in CURLS])
 def test_curl_line_answers_as_shown(demo: Running, command: str, shown: str):
-    words = shlex.split(command.replace("http://127.0.0.1:8888", demo.url), comments=True)
+    command = command.replace("http://127.0.0.1:8888", demo.url)
+    command = command.replace("$SOCKET", str(find_socket(demo.url)))
+    words = shlex.split(command, comments=True)
     done = subprocess.run(
         [*words, "--silent", "--noproxy", "*"],
         capture_output=True,

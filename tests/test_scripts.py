@@ -185,7 +185,10 @@ def test_missing_ensurepip_says_what_to_install(clone: Clone):
     assert result.stderr.splitlines()[-1].endswith("run: sudo apt-get install python3.11-venv")
 
 
-SYSTEM_TOOLS = ("chromium", "tmux", "ps", "curl", "promtool", "openssl", "go", "prometheus")
+SYSTEM_TOOLS = (
+    *("chromium", "tmux", "ps", "curl", "promtool", "openssl", "go", "prometheus"),
+    *("nginx", "haproxy", "caddy"),
+)
 
 
 def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):

@@ -12,16 +12,20 @@ from urllib.parse import unquote
 import trio
 
 from fleet_makers import come_up, make_config
+from vllm_router.auth import Identity
 from vllm_router.fleet.server import Server
 from vllm_router.hypercorn_bridge import hold_last
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.proxy.types import App
+from vllm_router.proxy.types import IDENTITY, App
 from vllm_router.routing.retry import Outcome
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.app import make_app
 
 LOCAL = "127.0.0.1"
+
+ADMINISTRATOR = Identity(status=True, admin=True, given=True)
+"""As the guard finds it by the Unix socket, an admin key, or the key of a page that signed in."""
 
 TOML = '[servers]\nservers = [{ url = "http://a.test:1", name = "a" }]\n'
 
@@ -88,9 +92,10 @@ class Lab:
         body: bytes = b"",
         headers: dict[str, str] | None = None,
         client: str = LOCAL,
+        identity: Identity = ADMINISTRATOR,
         app: App | None = None,
     ) -> Reply:
-        """One request, as a server would hand it to the application."""
+        """One request, as the guard would hand it to the application."""
         path, _, query = target.partition("?")
         fields = {"host": "router.test", **(headers or {})}
         scope = {
@@ -107,6 +112,7 @@ class Lab:
             "client": (client, 50000),
             "server": (LOCAL, 8888),
             "extensions": {},
+            IDENTITY: identity,
         }
         requests = [{"type": "http.request", "body": body, "more_body": False}]
         answers: list[Any] = []

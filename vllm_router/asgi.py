@@ -7,16 +7,21 @@ VLLM_ROUTER_CONFIG (default servers.toml), and the lifespan protocol starts and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import sys
 
 import trio
+from hypercorn.config import Config as HypercornConfig
 
 from vllm_router import telemetry
 from vllm_router.errors import ConfigError, Refused
+from vllm_router.front import Address
 from vllm_router.hypercorn_bridge import hold_last, install
 from vllm_router.kinds import split_address
+from vllm_router.local_door import LocalDoor, LocalSockets
 from vllm_router.log_output import LogOutput
 from vllm_router.logs import configure_if_unset
 from vllm_router.paths import PathClass, classify
@@ -38,6 +43,7 @@ class Application:
     def __init__(self) -> None:
         self._supervisor: Supervisor | None = None
         self._control: App
+        self._addresses: list[Address] = []
 
     def attach(self, supervisor: Supervisor, control: App | None = None) -> None:
         """Serve with this supervisor from now on; `control` has what is not inference."""
@@ -86,6 +92,21 @@ class Application:
         supervisor.proxy.tell()
         await self._control(scope, receive, send)
 
+    def prepare(self, hypercorn: HypercornConfig, addresses: list[Address]) -> None:
+        """Hypercorn is about to start with this configuration, and listens at these addresses.
+
+        Several processes of Hypercorn would be several routers: each with its own limits of keys,
+        its own view of the load, and drains that the others do not know.
+        """
+        if hypercorn.workers > 1:
+            sys.stderr.write(
+                f"vllm-router: hypercorn -w {hypercorn.workers} would run "
+                f"{hypercorn.workers} routers that know nothing of each other; for several "
+                f"processes use: vllm-router run --workers {hypercorn.workers}\n"
+            )
+            raise SystemExit(2)
+        self._addresses = addresses
+
     async def wind_down(self) -> None:
         """Finish what runs; called while the server still listens."""
         if self._supervisor is not None:
@@ -129,8 +150,16 @@ class Application:
 
     async def _run(self, supervisor: Supervisor, receive: Receive, send: Send) -> None:
         self.attach(supervisor)
+        with contextlib.closing(LocalSockets()) as local:
+            local.open(self._addresses)
+            await self._run_with(supervisor, LocalDoor(self, local.sockets), receive, send)
+
+    async def _run_with(
+        self, supervisor: Supervisor, door: LocalDoor, receive: Receive, send: Send
+    ) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)
+            await nursery.start(door.serve)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             nursery.cancel_scope.cancel(reason="shutdown")
@@ -170,4 +199,4 @@ def _origin_form(scope: Scope) -> bytes:
 
 
 app = Application()
-install(before_shutdown=app.wind_down)
+install(before_shutdown=app.wind_down, before_start=app.prepare)

@@ -60,7 +60,7 @@ class AuthConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     keys: of the clients; without any, inference is open.
     admin_key: the digest of the key for drain, reload and engine control, which also reads all.
-        Without one, these are for the router's own machine.
+        Without one, these are for the router's own user on its own machine.
     status_key: the digest of a key that only reads.
     protect_status: whether reading (metrics, load, feed, explanations) takes one of those two.
     """

@@ -52,6 +52,7 @@ class Commands(click.Group):
 
     elsewhere = {  # noqa: RUF012  never changed
         "monitor": "vllm_router.monitor.command:monitor",
+        "open": "vllm_router.open_command:open_page",
         "explain": "vllm_router.explain_command:explain",
         "mock": "vllm_router.mock.cli:mock_command",
         "simulate": "vllm_router.simulate.cli:simulate_command",

@@ -6,6 +6,7 @@ the environment and follows no redirect.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ import trio
 from vllm_router.config import Config, ServerConfig
 from vllm_router.errors import RouterError
 from vllm_router.models_config import nowhere
+from vllm_router.own_machine import find_socket, short_path
 from vllm_router.tls import ServerContexts
 
 TIMEOUT = 5.0
@@ -109,6 +111,7 @@ def client_context(url: str, ca: str | None) -> ssl.SSLContext:
 class Router:
     """A client of one running router; an async context manager.
 
+    A router of the same user on this machine is asked by its Unix socket, which proves who asks.
     Every method raises NoRouter or Refusal.
     """
 
@@ -117,11 +120,21 @@ class Router:
         key. `ca` is a PEM file with the authorities that may have signed its certificate.
         """
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._asked = self.url
+        self._ending = contextlib.ExitStack()
+        transport: httpx.AsyncHTTPTransport | None = None
+        path = find_socket(self.url)
+        if path is not None:
+            with contextlib.suppress(OSError):  # the router ends just now
+                short = self._ending.enter_context(short_path(path))
+                transport = httpx.AsyncHTTPTransport(uds=short)
+                self._asked = "http://" + self.url.partition("://")[2]
         self._client = httpx.AsyncClient(
             timeout=TIMEOUT,
             trust_env=False,
             headers={"authorization": f"Bearer {key}"} if key else {},
-            verify=client_context(self.url, ca),
+            transport=transport,
+            verify=client_context(self._asked, ca),
         )
 
     async def __aenter__(self) -> Self:
@@ -129,6 +142,7 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
+        self._ending.close()
 
     async def status(self) -> Status:
         """The router and its servers, as of now."""
@@ -151,6 +165,10 @@ class Router:
     async def drain(self, server: str, *, on: bool) -> None:
         """Take a server out of the rotation, or back in."""
         await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
+
+    async def sign_in(self) -> str:
+        """A code that signs a page in, once."""
+        return str((await self._ask("POST", "/admin/sign-in")).get("code", ""))
 
     async def watch_drain(self, server: str) -> AsyncIterator[int]:
         """The requests in flight on a server, whenever their number has changed, down to 0."""
@@ -177,7 +195,7 @@ class Router:
         headers = {"content-type": "application/json"} if body is not None else {}
         try:
             response = await self._client.request(
-                method, self.url + path, content=body, headers=headers
+                method, self._asked + path, content=body, headers=headers
             )
         except httpx.InvalidURL as error:
             raise NoRouter(f"{self.url} is no URL: {error}") from None

@@ -1127,9 +1127,14 @@ class HypercornSide:
             server.abort()
 
 
-def install(before_shutdown: Callable[[], Awaitable[None]] | None = None) -> None:
+def install(
+    before_shutdown: Callable[[], Awaitable[None]] | None = None,
+    before_start: Callable[[Config, list[Address]], None] | None = None,
+) -> None:
     """Give `hypercorn -k trio` and `hypercorn.trio.serve` the same connections and settings.
 
+    `before_start` is called with Hypercorn's configuration and the TCP addresses that it listens
+    at, before the lifespan begins; what it raises ends Hypercorn.
     When Hypercorn is told to stop, `before_shutdown` is awaited first: while it runs, the
     listeners are open and requests are served. Hypercorn itself closes them at once.
     """
@@ -1146,9 +1151,19 @@ def install(before_shutdown: Callable[[], Awaitable[None]] | None = None) -> Non
         task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         tune(config)
-        if sockets is not None:
-            for sock in (*sockets.secure_sockets, *sockets.insecure_sockets):
-                sock.listen(config.backlog)  # again: the first time was before this was tuned
+        made = sockets is None
+        if sockets is None:
+            sockets = config.create_sockets()
+        listeners = (*sockets.secure_sockets, *sockets.insecure_sockets)
+        if before_start is not None:
+            addresses = [
+                sock.getsockname()[:2]
+                for sock in listeners
+                if sock.family in (socket.AF_INET, socket.AF_INET6)
+            ]
+            before_start(config, addresses)
+        for sock in listeners:
+            sock.listen(config.backlog)  # again: the first time was before this was tuned
 
         async def trigger() -> None:
             if shutdown_trigger is None:
@@ -1158,7 +1173,14 @@ def install(before_shutdown: Callable[[], Awaitable[None]] | None = None) -> Non
             if before_shutdown is not None:
                 await before_shutdown()
 
-        await stock(app, config, sockets=sockets, shutdown_trigger=trigger, task_status=task_status)
+        try:
+            await stock(
+                app, config, sockets=sockets, shutdown_trigger=trigger, task_status=task_status
+            )
+        finally:
+            if made:
+                for sock in listeners:
+                    sock.close()
 
     worker_serve.stock = stock  # type: ignore[attr-defined]  # so that installing twice is once
     run.TCPServer = GuardedTCPServer

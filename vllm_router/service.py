@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -21,6 +22,7 @@ from vllm_router.front import Address, Front
 from vllm_router.handover import notify
 from vllm_router.http1.server import Limits
 from vllm_router.kinds import digest_of, split_address
+from vllm_router.local_door import LocalDoor, LocalSockets
 from vllm_router.log_output import LogOutput
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
@@ -42,9 +44,14 @@ class OwnView:
         self.key = secrets.token_urlsafe(32)
         self.url = ""
 
-    def open(self, front: Front, config: Config) -> OwnDoor | None:
-        """Open the listener if there must be one. Raises OSError."""
-        if config.auth is None and config.tls is None and config.settings.admin_listen is None:
+    def open(self, front: Front, config: Config, local: LocalSockets) -> OwnDoor | None:
+        """Open the listener if there must be one. Raises OSError.
+
+        Without keys, TLS and a listener of its own for administration the view comes in as any
+        command of this machine does, by one of the `local` sockets.
+        """
+        locked = config.auth is not None or config.tls is not None
+        if not locked and config.settings.admin_listen is None and local.sockets:
             return None
         host, port = front.open("127.0.0.1", 0, plain=True)[0]
         self.url = url_of(host, port)
@@ -95,19 +102,25 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     """
     app = Application()
     settings = options.config.settings
+    limits = client_limits(settings)
+    told = options.output.access.refused if options.output is not None else None
     front = Front(
         app,
         lane=options.lane,
-        limits=client_limits(settings),
+        limits=limits,
         tls_only=True,
-        told=options.output.access.refused if options.output is not None else None,
+        told=told,
         max_connections=most_connections(),
     )
     take_tls(front, options.config)
     public, admin = listen(front, options)
-    own_door = options.view.open(front, options.config) if options.view is not None else None
     signals = StopSignals()
-    with telemetry.running(options.config.log) as spans:
+    with contextlib.ExitStack() as ending:
+        local = ending.enter_context(contextlib.closing(LocalSockets()))
+        local.open(addresses_of(front))
+        view = options.view
+        own_door = view.open(front, options.config, local) if view is not None else None
+        spans = ending.enter_context(telemetry.running(options.config.log))
         async with trio.open_nursery() as nursery:
             await nursery.start(signals.listen)
             config = options.config
@@ -129,6 +142,8 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             if options.passed or options.reuse_port:
                 await probed(supervisor)
             await nursery.start(front.serve)
+            door = LocalDoor(app, local.sockets, limits=limits, told=told)
+            await nursery.start(door.serve)
             if admin is not None:
                 logger.info("administration on %s", url_of(*admin))
             listening(url_of(*public, secure=config.tls is not None))
@@ -204,6 +219,11 @@ def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None
         except OSError as error:
             raise CannotListen(f"admin_listen: {wanted}: {error.strerror or error}") from None
     return public, admin
+
+
+def addresses_of(front: Front) -> list[Address]:
+    """The TCP addresses that it listens at, with the ports that 0 became."""
+    return [listener.getsockname()[:2] for listener in front.listeners]
 
 
 async def probed(supervisor: Supervisor) -> None:

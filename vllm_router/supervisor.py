@@ -19,6 +19,7 @@ import trio
 from vllm_router.config import RESTART, Config, ServerConfig, changes
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
@@ -32,6 +33,7 @@ from vllm_router.tls import ServerContexts
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import Guard, OwnDoor
 from vllm_router.web.metrics import Metrics
+from vllm_router.web.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ class Supervisor:
         self.stalls = StallMonitor()
         self.feed = Feed(self.fleet, self.metrics, self.stalls.lag)
         self.tls = ServerContexts()
-        self.guard = Guard(config, admin_port, own_door)
+        self.sessions = Sessions(trio.current_time)
+        self.guard = Guard(config, admin_port, own_door, self.sessions)
         self.before_apply: list[Callable[[Config], None]] = []
         recorders: list[Recorder] = [recorder] if recorder is not None else []
         if recorder is None:
@@ -210,7 +213,9 @@ class Supervisor:
         for setting in RESTART:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 logger.warning("%s changes at the next start only", setting)
-        self.guard = Guard(new, self.guard.admin_port, self.guard.own)
+        if _admin_key(new) != _admin_key(old):
+            self.sessions.end()
+        self.guard = Guard(new, self.guard.admin_port, self.guard.own, self.sessions)
         change = self.fleet.apply(new)
         self.config = new
         self.proxy.apply(new)
@@ -340,6 +345,10 @@ class Supervisor:
             change.new,
             f" ({change.reason})" if change.reason else "",
         )
+
+
+def _admin_key(config: Config) -> Secret | None:
+    return config.auth.admin_key if config.auth is not None else None
 
 
 def _settle_garbage_collector() -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import msgspec
 import trio
@@ -13,6 +14,7 @@ import trio_websocket
 
 from vllm_router.control import NoRouter, client_context, tls_words
 from vllm_router.errors import RouterError
+from vllm_router.own_machine import find_socket, short_path
 from vllm_router.web.schema import Event, Hello, Snapshot
 
 CONNECT_TIMEOUT = 5.0
@@ -51,6 +53,10 @@ class Feed:
 
     async def once(self, take: Callable[[Message], None]) -> None:
         """One connection to its end, which is always an error: NoFeed."""
+        path = find_socket(self.url)
+        if path is not None:
+            await self._once_by_socket(path, take)
+            return
         context = None
         if self._address.startswith("wss:"):
             try:
@@ -73,6 +79,41 @@ class Feed:
             raise NoFeed(_words(error)) from None
         except ValueError as error:  # no URL
             raise NoFeed(f"{self.url}: {error}") from None
+
+    async def _once_by_socket(self, path: str, take: Callable[[Message], None]) -> None:
+        """The same by the Unix socket of a router on this machine."""
+        parts = urlsplit(self._address)
+        failure: NoFeed | None = None
+        try:
+            with short_path(path) as short:
+                stream = await trio.open_unix_socket(short)
+            # The stream serves a TCP socket and this one alike.
+            like_tcp: trio.SocketStream = stream
+            async with trio.open_nursery() as nursery, like_tcp:
+                with trio.fail_after(CONNECT_TIMEOUT):
+                    connection = await trio_websocket.wrap_client_stream(
+                        nursery,
+                        like_tcp,
+                        parts.netloc,
+                        parts.path,
+                        extra_headers=self._headers,
+                        max_message_size=MAX_MESSAGE,
+                    )
+                try:
+                    await self._read(connection, take)
+                except NoFeed as error:
+                    failure = error  # raised outside, where no group wraps it
+                nursery.cancel_scope.cancel(reason="no feed any more")
+        except* (
+            trio_websocket.HandshakeError,
+            trio_websocket.ConnectionClosed,
+            trio.BrokenResourceError,
+            OSError,
+            trio.TooSlowError,
+        ) as group:
+            failure = NoFeed(_words(group))
+        if failure is not None:
+            raise failure
 
     async def _read(
         self, connection: trio_websocket.WebSocketConnection, take: Callable[[Message], None]

@@ -205,7 +205,7 @@ class View:
         if server is None:
             return
         if self.hello is not None and not self.hello.admin:
-            self.message = "Only the router's own machine may drain its servers."
+            self.message = "To drain: on the router's own machine as its user, or with --key."
         elif not self.connected:
             self.message = "There is no connection to the router."
         elif on == (server.state == "draining"):

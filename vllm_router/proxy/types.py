@@ -14,6 +14,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 IDENTITY = "vllm_router.identity"
 """In the scope: the auth.Identity of whoever sent the request, if keys are in use."""
 
+OWN_MACHINE = "vllm_router.own_machine"
+"""In the scope, and true, of a request that came in by the Unix socket of the router's own user."""
+
 CANCEL_ON_DISCONNECT = "vllm_router.cancel_on_disconnect"
 """Extension by which a server says that it cancels the application when the client leaves."""
 

@@ -1,9 +1,9 @@
-"""Who may change something. Pure.
+"""Who may change something, and which pages may ask. Pure.
 
-With an admin key, whoever has it. Without one, whoever sits on the router's own machine: a request
-counts as such if it comes from a loopback address, no proxy has forwarded it, and no page of
-another site is behind it (a browser names the site in `Origin`; a name that an attacker's DNS
-points at 127.0.0.1 is no name of this machine).
+With an admin key, its holder. Without one, the user who runs the router: that is proven by the
+Unix socket (`own_machine`), or by a key that the page got from it (`sessions`). An address proves
+nothing: a proxy or a port forward on this machine has a loopback address for every client. None of
+the proofs is one that a browser adds by itself, so no page of another site can borrow it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from vllm_router.auth import Identity
 from vllm_router.errors import Refused
-
-FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 def is_loopback(client: str | None) -> bool:
@@ -53,18 +52,27 @@ def is_local_name(host: str | None, machine: str) -> bool:
     return True
 
 
-def check_local(client: str | None, headers: Mapping[str, str], machine: str) -> None:
-    """Raises Refused unless the request comes from here. `headers` is case-insensitive."""
-    if not is_loopback(client) or any(name in headers for name in FORWARDED):
-        raise Refused(
-            403,
-            "admin_local_only",
-            "Administration is allowed only from the router's own machine (loopback), or by "
-            "anybody with the admin key if there is one.",
-        )
-    origin, host = headers.get("origin"), headers.get("host")
-    if origin is not None and not (same_origin(origin, host) and is_local_name(host, machine)):
-        raise Refused(403, "cross_origin", f"Pages of {origin} may not administrate this router.")
+def check_admin(identity: Identity, *, has_admin_key: bool) -> None:
+    """Raises Refused unless this is an administrator."""
+    if identity.admin:
+        return
+    if has_admin_key:
+        raise unauthorized(identity)
+    raise Refused(
+        403,
+        "admin_local_only",
+        "Administration is for the user who runs the router, on the router's own machine: use the "
+        "vllm-router command there (vllm-router open signs a browser in), or set auth.admin_key.",
+    )
+
+
+def unauthorized(identity: Identity) -> Refused:
+    """401; the same for every key that does not do, whatever it is."""
+    if identity.given:
+        return Refused(401, "invalid_api_key", "The API key is not valid for this.")
+    return Refused(
+        401, "missing_api_key", "An API key is needed: send it as Authorization: Bearer KEY."
+    )
 
 
 def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:

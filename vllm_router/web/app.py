@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any, Protocol, cast
 
+import msgspec
 import trio
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
@@ -18,15 +18,16 @@ from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.types import App
 from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
-from vllm_router.web.access import check_local, check_origin
+from vllm_router.web.access import check_admin, check_origin
 from vllm_router.web.engine_control import control
 from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
-from vllm_router.web.guard import MAY_READ, identity_of, unauthorized, visible
+from vllm_router.web.guard import MAY_READ, identity_of, visible
 from vllm_router.web.metrics import Metrics
 from vllm_router.web.openapi import document
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
 from vllm_router.web.router import Router, wall_offset
+from vllm_router.web.sessions import CODE_SECONDS, SESSION_SECONDS
 
 MAX_BODY = 1024 * 1024
 """Bytes of a request to the control plane."""
@@ -41,14 +42,18 @@ SHOWN_DECISIONS = 100
 MAX_DIGITS = 9
 """Of `limit`: enough to ask for all."""
 
-_MACHINE = platform.node()
-
 
 class Wired(Router, Protocol):
     """A router with its recorders: the supervisor."""
 
     metrics: Metrics
     feed: Feed
+
+
+class _SignIn(msgspec.Struct):
+    """What the page sends: the code of its URL."""
+
+    code: str
 
 
 class AnyName(BaseConverter):
@@ -282,11 +287,9 @@ async def _ignore_input() -> None:
 
 
 def _check_admin(router: Router) -> None:
-    """By key if there is one for it, else by place. Raises Refused."""
-    if not router.guard.keyring.has_admin:
-        check_local(answers.client(), answers.fields(), _MACHINE)
-    elif not identity_of(answers.scope()).admin:
-        raise unauthorized(identity_of(answers.scope()))
+    """By what the guard has found. Raises Refused."""
+    identity = identity_of(answers.scope())
+    check_admin(identity, has_admin_key=router.guard.keyring.has_admin)
 
 
 def _administration(app: QuartTrio, router: Wired) -> None:
@@ -309,6 +312,26 @@ def _administration(app: QuartTrio, router: Wired) -> None:
     async def one(server: str) -> Response:
         _check_admin(router)
         return answers.json(admin.server_view(admin.find(router, server), router))
+
+    @app.post("/admin/sign-in")
+    async def new_code() -> Response:
+        _check_admin(router)
+        return answers.json({"code": router.sessions.new_code(), "seconds": CODE_SECONDS})
+
+    @app.post("/sign-in")
+    async def sign_in() -> Response:
+        try:
+            code = msgspec.json.decode(await answers.body(), type=_SignIn).code
+        except msgspec.DecodeError as error:
+            raise Refused(400, "bad_request", f"sign-in: {error}") from None
+        key = router.sessions.exchange(code)
+        if key is None:
+            raise Refused(
+                403,
+                "sign_in_expired",
+                "This link has been used, or is too old: vllm-router open makes another.",
+            )
+        return answers.json({"key": key, "seconds": SESSION_SECONDS})
 
     @app.post("/admin/reload")
     async def reload() -> Response:

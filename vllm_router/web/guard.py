@@ -25,8 +25,9 @@ from vllm_router.config import Config
 from vllm_router.errors import Refused
 from vllm_router.kinds import Secret, digest_of
 from vllm_router.paths import PathClass, classify
-from vllm_router.proxy.types import HEAD_MEMO, IDENTITY, Message, Scope, Send
-from vllm_router.web.access import is_local_name, same_origin
+from vllm_router.proxy.types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Message, Scope, Send
+from vllm_router.web.access import is_local_name, same_origin, unauthorized
+from vllm_router.web.sessions import Sessions
 
 MAY_READ = "vllm_router.may_read"
 """In the scope: whether answers that everybody gets may have what only some may know."""
@@ -41,12 +42,13 @@ class Area(enum.Enum):
     ADMIN = "admin"
     ALIVE = "alive"  # says nothing but that we are there
     HEALTH = "health"  # says more to those who may know it
-    PAGE = "page"  # the page's files, the same everywhere
+    PAGE = "page"  # the page's files, the same everywhere, and its sign-in
     STATUS = "status"  # all that tells of the fleet, and every other path
 
 
 _ALIVE = frozenset({"/livez", "/ping"})
 _HEALTH = frozenset({"/health", "/readyz"})
+_PAGE = frozenset({"/", "/sign-in"})
 _ONLY_AT_ADMIN = frozenset({Area.ENGINE_CONTROL, Area.ADMIN, Area.PAGE, Area.STATUS})
 
 
@@ -62,7 +64,7 @@ def area_of(path_class: PathClass, path: str) -> Area:
         return Area.ALIVE
     if path in _HEALTH:
         return Area.HEALTH
-    if path == "/" or path.startswith("/static/"):
+    if path in _PAGE or path.startswith("/static/"):
         return Area.PAGE
     if path.startswith("/admin/"):
         return Area.ADMIN
@@ -75,6 +77,9 @@ class OwnDoor:
 
     port: int
     digest: Secret
+
+
+_ADMINISTRATOR = Identity(status=True, admin=True, given=True)
 
 
 def _port(scope: Scope) -> int | None:
@@ -99,12 +104,17 @@ class Guard:
     """The rules of one configuration.
 
     `admin_port` is the local port that alone serves administration and status; None for all.
-    `own` is the door of the router's own view.
+    `own` is the door of the router's own view. `sessions` are the pages that have signed in.
     """
 
     def __init__(
-        self, config: Config, admin_port: int | None = None, own: OwnDoor | None = None
+        self,
+        config: Config,
+        admin_port: int | None = None,
+        own: OwnDoor | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
+        self._sessions = sessions
         self.admin_port = admin_port
         self.own = own
         self.keyring = Keyring(config.auth or AuthConfig())
@@ -133,16 +143,19 @@ class Guard:
         if self.own is not None and _port(scope) == self.own.port:
             self._admit_own(scope, fields, self.own)
             return
-        if self._hosts:
+        own_machine = OWN_MACHINE in scope
+        if self._hosts and not own_machine:
             self._check_host(fields)
         area = area_of(path_class, path)
-        if self.admin_port is not None:
+        if self.admin_port is not None and not own_machine:
             self._check_listener(scope, area)
         if area is Area.INFERENCE and b"origin" in fields:
             self._check_origin(fields)
         headers = scope["headers"]
         identity = self._identify(scope, fields) if self._has_keys else ANONYMOUS
         stripped = scope["headers"] is not headers
+        if area not in (Area.INFERENCE, Area.MODELS):
+            identity = self._administrator(scope, fields, identity)
         scope[IDENTITY] = identity
         self._check_key(scope, area, identity)
         if area is Area.INFERENCE:
@@ -200,7 +213,7 @@ class Guard:
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
 
     def _at_admin(self, scope: Scope) -> bool:
-        return _port(scope) == self.admin_port
+        return OWN_MACHINE in scope or _port(scope) == self.admin_port
 
     def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: OwnDoor) -> None:
         """Everything, to whoever has the key that only the view was given; others see nothing."""
@@ -208,7 +221,7 @@ class Guard:
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
         scope["headers"] = _without_keys(scope)
-        scope[IDENTITY] = Identity(status=True, admin=True, given=True)
+        scope[IDENTITY] = _ADMINISTRATOR
 
     # -- who it is ----------------------------------------------------------------------------
 
@@ -216,6 +229,17 @@ class Guard:
         identity = self.keyring.identify(fields)
         if identity.known or self.keyring.has_clients:
             scope["headers"] = _without_keys(scope)
+        return identity
+
+    def _administrator(
+        self, scope: Scope, fields: Mapping[bytes, bytes], identity: Identity
+    ) -> Identity:
+        """The identity, with all rights if the request has another proof than the admin key."""
+        if OWN_MACHINE in scope and not self.keyring.has_admin:
+            return _ADMINISTRATOR
+        if self._sessions is not None and self._sessions.holds(presented(fields)):
+            scope["headers"] = _without_keys(scope)
+            return _ADMINISTRATOR
         return identity
 
     def _check_key(self, scope: Scope, area: Area, identity: Identity) -> None:
@@ -295,15 +319,6 @@ def _is_list(value: bytes) -> bool:
     """Whether it is a list of field names, to be repeated without harm."""
     names = value.replace(b" ", b"").replace(b"-", b"").replace(b"_", b"").split(b",")
     return len(value) <= 1000 and all(name.isalnum() for name in names)
-
-
-def unauthorized(identity: Identity) -> Refused:
-    """401; the same for every key that does not do, whatever it is."""
-    if identity.given:
-        return Refused(401, "invalid_api_key", "The API key is not valid for this.")
-    return Refused(
-        401, "missing_api_key", "An API key is needed: send it as Authorization: Bearer KEY."
-    )
 
 
 def identity_of(scope: Mapping[str, Any]) -> Identity:

@@ -137,6 +137,8 @@ _SCHEMAS: Doc = {
         }
     ),
     "Servers": _object({"servers": _list(_ref("Server"))}),
+    "Code": _object({"code": _TEXT, "seconds": _NUMBER}),
+    "SignedIn": _object({"key": _TEXT, "seconds": _NUMBER}),
     "Reload": _object({"result": _TEXT, "generation": _COUNT, "error": _or_null(_TEXT)}),
 }
 
@@ -186,6 +188,11 @@ _LIMIT = {
 _BODY = {
     "description": "The body of a request to an inference path.",
     "content": {"application/json": {"schema": {}}},
+}
+_CODE = {
+    "description": "The code that /admin/sign-in made.",
+    "required": True,
+    "content": {"application/json": {"schema": _object({"code": _TEXT})}},
 }
 
 
@@ -277,6 +284,14 @@ def document() -> Doc:
         "/admin/servers/{server}/undrain": {
             "post": _operation("Requests to it again.", "Server", 401, 403, 404, 409, **_ADMIN),
             "parameters": [_SERVER],
+        },
+        "/admin/sign-in": {
+            "post": _operation("A code that signs a page in once.", "Code", 401, 403, 404, **_ADMIN)
+        },
+        "/sign-in": {
+            "post": _operation(
+                "The key for a code.", "SignedIn", 400, 403, 404, 408, 413, requestBody=_CODE
+            )
         },
         "/admin/reload": {
             "post": _operation(

@@ -19,6 +19,7 @@ from vllm_router.stalls import StallMonitor
 from vllm_router.tasks.watch import Reload, Reloader
 from vllm_router.tls import ServerContexts
 from vllm_router.web.guard import Guard
+from vllm_router.web.sessions import Sessions
 
 CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
     "connections",
@@ -43,6 +44,7 @@ class Router(Protocol):
     tls: ServerContexts
     guard: Guard
     stalls: StallMonitor
+    sessions: Sessions
 
     @property
     def log_lines_dropped(self) -> int: ...

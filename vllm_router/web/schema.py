@@ -202,7 +202,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     time: Time
     started: Annotated[Time, _("When the router was.")]
     admin: Annotated[bool, _("Whether this client may use /admin.")]
-    admin_key: Annotated[bool, _("Whether there is a key with which it might.")] = False
+    admin_key: Annotated[
+        bool,
+        _("Whether there is an admin key."),
+    ] = False
     config: Facts
     history: Annotated[History, _("The last five minutes, second by second.")]
     hour: Annotated[History, _("The last hour in steps of ten seconds, without servers.")]

@@ -26,6 +26,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     board, in_force: the shared memory of these names.
     listeners: what this process accepts from.
     plain: those of them that take plain HTTP even if the others speak TLS only.
+    local: listening Unix sockets for the commands on this machine; the leader serves them.
     admin_port, door: the ports of administration and of the router's own view, with the digest of
         the key for the latter.
     source: the configuration file, to be followed by the leader.
@@ -41,6 +42,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     in_force: int
     listeners: tuple[int, ...]
     plain: tuple[int, ...] = ()
+    local: tuple[int, ...] = ()
     admin_port: int | None = None
     door: tuple[int, str] | None = None
     source: str | None = None
@@ -54,7 +56,14 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All that the process inherits."""
-        return (self.line, self.board, self.in_force, *self.channels, *self.listeners)
+        return (
+            self.line,
+            self.board,
+            self.in_force,
+            *self.channels,
+            *self.listeners,
+            *self.local,
+        )
 
     @property
     def name(self) -> str:

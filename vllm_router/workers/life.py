@@ -18,6 +18,7 @@ from vllm_router.errors import ConfigError, RouterError
 from vllm_router.front import Front
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.kinds import Secret
+from vllm_router.local_door import LocalDoor
 from vllm_router.log_output import LogOutput, Overrides
 from vllm_router.service import (
     LAST_CALL,
@@ -176,6 +177,8 @@ async def _lead(
     app = Application()
     limits = client_limits(config.settings)
     side = HypercornSide(app, limits=limits, told=output.access.refused)
+    local = [socket.socket(fileno=fileno) for fileno in birth.local]
+    door = LocalDoor(app, local, limits=limits, told=output.access.refused)
     side.closing = True  # the next request may be for the lane, which is elsewhere
     front = Front(app, limits=limits, tls_only=True, side=side)
     _listen(front, birth, config)
@@ -185,16 +188,16 @@ async def _lead(
                 from vllm_router.demo import start_demo
 
                 config = await start_demo(nursery, birth.demo, config.settings)
-            door = None
+            own_door = None
             if birth.door is not None:
-                door = OwnDoor(birth.door[0], Secret(birth.door[1]))
+                own_door = OwnDoor(birth.door[0], Secret(birth.door[1]))
             supervisor = Leader(
                 config,
                 ConfigSource(birth.source) if birth.source is not None else None,
                 output=output,
                 telemetry=spans,
                 admin_port=birth.admin_port,
-                own_door=door,
+                own_door=own_door,
                 sums=Sums(Board(birth.board, birth.workers + 1), 0),
                 channels=channels,
                 in_force=in_force,
@@ -210,6 +213,7 @@ async def _lead(
             await nursery.start(orders.listen)
             await nursery.start(supervisor.run)
             nursery.start_soon(front.serve)
+            await nursery.start(door.serve)
             nursery.start_soon(_drain_with_workers, supervisor, side, lame)
             orders.say(line.SERVING)
             await orders.first.wait()

@@ -23,9 +23,10 @@ from vllm_router.errors import RouterError
 from vllm_router.front import ASIDE, Address, Front
 from vllm_router.handover import notify, step_aside, take_turns
 from vllm_router.http1.server import Limits
+from vllm_router.local_door import LocalSockets
 from vllm_router.log_output import Overrides
 from vllm_router.proxy.types import Receive, Scope, Send
-from vllm_router.service import ServeOptions, StopSignals, listen, take_tls, url_of
+from vllm_router.service import ServeOptions, StopSignals, addresses_of, listen, take_tls, url_of
 from vllm_router.workers import birth
 from vllm_router.workers.birth import Birth
 from vllm_router.workers.board import Board
@@ -55,6 +56,7 @@ class _Shared:
     options: ServeOptions
     listeners: list[socket.socket]
     private: list[socket.socket]
+    local: list[socket.socket]
     plain: list[int]
     admin_port: int | None
     door: tuple[int, str] | None
@@ -112,7 +114,10 @@ def _open(
     ending.callback(front.close)
     take_tls(front, options.config)
     public, admin = listen(front, options)
-    own_door = options.view.open(front, options.config) if options.view is not None else None
+    local = ending.enter_context(contextlib.closing(LocalSockets()))
+    local.open(addresses_of(front))
+    view = options.view
+    own_door = view.open(front, options.config, local) if view is not None else None
     doors = {admin[1] if admin is not None else None, own_door.port if own_door else None}
     doors.discard(public[1])
     private = [sock for sock in front.listeners if sock.getsockname()[1] in doors]
@@ -133,6 +138,7 @@ def _open(
         options,
         listeners,
         private,
+        local.sockets,
         plain,
         admin[1] if admin is not None else None,
         (own_door.port, str.__str__(own_door.digest)) if own_door is not None else None,
@@ -269,6 +275,7 @@ class Member:
             in_force=shared.in_force,
             listeners=tuple(listener.fileno() for listener in listeners),
             plain=tuple(shared.plain),
+            local=tuple(sock.fileno() for sock in shared.local) if not self._number else (),
             admin_port=shared.admin_port,
             door=shared.door,
             source=str(options.source.path) if options.source is not None else None,

@@ -12,6 +12,40 @@ try {
   // Storage is forbidden here: it holds until the page is left.
 }
 
+function keep(given) {
+  key = given;
+  try {
+    sessionStorage.setItem(NAME, key);
+  } catch {
+    // As above.
+  }
+}
+
+/**
+ * `vllm-router open` has put a code into the fragment of our URL: exchange it for a key.
+ * Returns "" if that worked, else why not, in words; null if there is no code.
+ */
+export async function signIn() {
+  const found = /^#sign-in=([\w-]+)$/.exec(location.hash);
+  if (found === null) return null;
+  // Out of the address bar and the browser's history.
+  history.replaceState(null, "", location.pathname + location.search);
+  try {
+    const answer = await fetch("sign-in", {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ code: found[1] }),
+      signal: AbortSignal.timeout(8000),
+    });
+    const page = await answer.json();
+    if (!answer.ok) return page.error?.message ?? String(answer.status);
+    keep(page.key);
+    return "";
+  } catch {
+    return t("unreachable");
+  }
+}
+
 /** For fetch. */
 export const keyHeaders = () => (key ? { authorization: `Bearer ${key}` } : {});
 
@@ -42,12 +76,7 @@ export class KeyDialog {
     this.button.addEventListener("click", () => this.open(""));
     byId("key-yes").addEventListener("click", (event) => {
       event.preventDefault();
-      key = this.input.value.trim().replace(/[^!-~]/g, "");
-      try {
-        sessionStorage.setItem(NAME, key);
-      } catch {
-        // As above.
-      }
+      keep(this.input.value.trim().replace(/[^!-~]/g, ""));
       this.dialog.close();
       changed();
     });
@@ -69,6 +98,7 @@ export class KeyDialog {
   }
 
   open(problem) {
+    byId("key-command").textContent = `vllm-router open ${location.origin}`;
     byId("key-error").textContent = problem;
     byId("key-error").hidden = !problem;
     this.dialog.showModal();

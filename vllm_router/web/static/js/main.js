@@ -8,7 +8,7 @@ import { Feed } from "./feed.js";
 import { megabytes, percent, seconds, span } from "./format.js";
 import { History } from "./history.js";
 import { languageKey, preferred, t, use } from "./i18n.js";
-import { KeyDialog } from "./key.js";
+import { KeyDialog, signIn } from "./key.js";
 import { Table } from "./table.js";
 import { Tiles } from "./tiles.js";
 
@@ -176,7 +176,7 @@ function take(message) {
     history.hello(message);
     events.hello(message.events, message.started);
     table.allow(message.admin);
-    keys.offer(message.admin_key && !message.admin);
+    keys.offer(!message.admin);
     routerName(message.name);
     document.title = `${message.name} · vLLM Router`;
     newRow = true;
@@ -213,5 +213,13 @@ addEventListener("themechange", remeasure);
 showLink();
 showFacts();
 // For those who look into the page while it runs.
+const problem = await signIn();
 const feed = new Feed(take, taken, () => keys.refused());
+if (problem) keys.open(problem);
+// A link that is opened in a tab that shows the page already changes the fragment alone.
+addEventListener("hashchange", async () => {
+  const result = await signIn();
+  if (result) keys.open(result);
+  else if (result === "") feed.again();
+});
 globalThis.vllmRouter = { feed, history, work };
