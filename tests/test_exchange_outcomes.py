@@ -57,7 +57,7 @@ async def test_an_answer_passes_byte_for_byte(autojump_clock, watched):
         assert rig.recorder.last.phase is Phase.DONE
 
 
-@pytest.mark.parametrize("status", [201, 204, 400, 401, 403, 404, 408, 413, 422, 499, 501, 505])
+@pytest.mark.parametrize("status", [201, 204, 400, 404, 408, 422, 499, 505])
 async def test_what_a_live_server_says_passes_untouched_and_counts_against_nobody(
     autojump_clock, status
 ):

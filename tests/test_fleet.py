@@ -286,13 +286,15 @@ def test_names_of_models_that_nobody_has_are_not_remembered():
     assert fleet.remembered == before
 
 
-def test_cards_are_merged_over_usable_servers_as_the_engines_gave_them():
+def test_model_cards_several_servers_have_the_model_longest_context_counts():
     fleet = make_fleet(3)
     of(fleet, "a").listed({"m": {"id": "m", "max_model_len": 1}}, 0.0)
     of(fleet, "b").listed({"m": {"id": "m", "max_model_len": 2}, "x": {"id": "x"}}, 0.0)
     of(fleet, "c").listed({"down": {"id": "down"}}, 0.0)
     go_down(of(fleet, "c"), 0.0)
-    assert fleet.model_cards() == [{"id": "m", "max_model_len": 1}, {"id": "x"}]
+    assert fleet.model_cards() == [{"id": "m", "max_model_len": 2}, {"id": "x"}]
+    of(fleet, "b").drain(on=True)
+    assert fleet.model_cards() == [{"id": "m", "max_model_len": 1}]
 
 
 def test_a_configured_model_has_a_card_although_the_engine_gave_none():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_router.routing.retry import (
     BREAKS_SERVERS,
+    NOT_COMPUTED,
     RULES,
     Again,
     Outcome,
@@ -44,6 +45,10 @@ BLAMED = {
 }
 
 ELSEWHERE_AFTER = {
+    Outcome.REFUSED,
+    Outcome.MISDIRECTED,
+    Outcome.NO_MODEL,
+    Outcome.TOO_LONG,
     Outcome.FULL,
     Outcome.LIMITED,
     Outcome.SERVER_ERROR,
@@ -76,7 +81,7 @@ def test_nobody_left_or_tried_often_enough_is_the_end(outcome):
 
 
 def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
-    refused = {Outcome.FULL, Outcome.LIMITED}
+    refused = {*NOT_COMPUTED, Outcome.LIMITED}
     sent = ELSEWHERE_AFTER - refused - {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT}
     for outcome in sent | {Outcome.STALE}:
         assert after(outcome, replayable=False) is NO
@@ -102,10 +107,11 @@ def test_two_servers_that_went_away_under_one_request_count_as_broken_by_it():
 
 
 def test_replays_cost_budget_and_being_refused_as_busy_does_not():
-    for outcome in ELSEWHERE_AFTER - {Outcome.FULL}:
+    for outcome in ELSEWHERE_AFTER - NOT_COMPUTED:
         assert after(outcome, tokens=0.9) is NO
         assert after(outcome, tokens=1.0) is ELSEWHERE
-    assert after(Outcome.FULL, tokens=0.0) is ELSEWHERE
+    for outcome in NOT_COMPUTED:
+        assert after(outcome, tokens=0.0) is ELSEWHERE
 
 
 def test_the_budget_pays_only_for_a_replay_that_happens():

@@ -412,10 +412,12 @@ def check_config(*, file: str, probe: bool) -> None:
     )
     if not probe:
         return
-    from vllm_router.control import missing_models, probe_fleet
+    from vllm_router.control import missing_models, probe_fleet, uneven_lengths
 
     reports = _ask(probe_fleet, config)
     _print_reports(reports)
+    for line in uneven_lengths(reports):
+        click.echo(visible(line), err=True)
     problems = [f"{report.name}: {problem}" for report in reports for problem in report.problems]
     problems += missing_models(config, reports)
     for line in problems:
@@ -474,7 +476,10 @@ def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
 
 
 _FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY")
-_STYLES = {"up": "green", "full": "yellow", "draining": "yellow", "asleep": "yellow"}
+_STYLES = {
+    "up": "green",
+    **dict.fromkeys(("full", "draining", "asleep", "paused", "silent", "refusing"), "yellow"),
+}
 
 
 def _print_status(found: Status) -> None:

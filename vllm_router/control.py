@@ -265,6 +265,23 @@ def missing_models(config: Config, reports: list[ServerReport]) -> list[str]:
     return nowhere(config.models, served)
 
 
+def uneven_lengths(reports: list[ServerReport]) -> list[str]:
+    """A line for each model whose longest context (`max_model_len`) differs between servers."""
+    lengths: dict[str, dict[int, list[str]]] = {}
+    for report in reports:
+        for model, length in (report.models or {}).items():
+            if length is not None:
+                lengths.setdefault(model, {}).setdefault(length, []).append(report.name)
+    return [
+        f"warning: the model {model!r} has contexts of different lengths: "
+        + ", ".join(f"{length} on {', '.join(names)}" for length, names in sorted(found.items()))
+        + "; /v1/models tells the longest, and prompts too long for one server are sent to a "
+        "longer one"
+        for model, found in lengths.items()
+        if len(found) > 1
+    ]
+
+
 async def _probe(
     server: ServerConfig, report: ServerReport, timeout: float, context: ssl.SSLContext
 ) -> None:

@@ -47,6 +47,9 @@ _LEVELS = {
     State.DOWN: logging.WARNING,
     State.EJECTED: logging.WARNING,
     State.ASLEEP: logging.WARNING,
+    State.PAUSED: logging.WARNING,
+    State.SILENT: logging.WARNING,
+    State.REFUSING: logging.WARNING,
 }
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from vllm_router.config import Config, ServerConfig, Settings
+from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import PACE, Journal, Server, State, Transition
 from vllm_router.routing.models import Models
 
@@ -51,8 +52,15 @@ class Fleet:
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
         """Called with the time when who may be asked may have changed."""
+        self.on_stale_list: list[Callable[[Server], None]] = []
+        """Called with a server whose list of models has proved wrong."""
         self._by_url: dict[str, Server] = {}
         self._ready: dict[str | None, tuple[Server, ...]] = {}
+        self.choosy: frozenset[Server] = frozenset()
+        """Servers that do not take every request for their models: see `fitting`."""
+        self._shorter: set[Server] = set()
+        self._lengths: dict[Server, dict[str, int]] = {}
+        self._fitting: dict[tuple[object, ...], tuple[Server, ...]] = {}
         self._ready_until = float("inf")
         self._changed: set[Server] = set()
         self._moving: set[Server] = set()
@@ -89,6 +97,7 @@ class Fleet:
             server.drain(on=True)
         self.leaving.extend(removed)
         self._by_url = by_url
+        self._lengths = {}
         self.servers = {server.name: server for server in by_url.values()}
         self._forget_ready()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
@@ -148,6 +157,34 @@ class Fleet:
             self.settle(now)
         return self._choose(model, now, tried)
 
+    def fitting(
+        self,
+        model: str | None,
+        now: float,
+        tried: Collection[Server],
+        asked: Asked,
+        tokens: int = 0,
+        longer_than: int = 0,
+    ) -> tuple[Server, ...]:
+        """`candidates`, or `others`, without the servers known to refuse such a request.
+
+        If there is no other server, one that refuses it is asked all the same: the client is to
+        get its answer. Only `longer_than` excludes for good: a shorter context would say what has
+        been said. See `Server.fits` for both lengths.
+        """
+        found = self.others(model, now, tried) if tried else self.candidates(model, now)
+        others = self.servers.values() if longer_than else self.choosy
+        unfit = tuple([s for s in others if not s.fits(asked, now, tokens, longer_than)])
+        if not unfit:
+            return found
+        key = (model, longer_than, *unfit)
+        fitting = None if tried else self._fitting.get(key)
+        if fitting is None:
+            fitting = self._choose(model, now, (*tried, *unfit))
+            if not tried and len(self._fitting) < self.MAX_REMEMBERED_MODELS:
+                self._fitting[key] = fitting
+        return fitting if fitting or longer_than else found
+
     def _choose(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
@@ -198,14 +235,19 @@ class Fleet:
     def model_cards(self) -> list[dict[str, Any]]:
         """The merged `/v1/models` entries of usable servers, by their public names.
 
-        They are as the engines gave them, but for the `id` of an alias.
+        They are as the engines gave them, but for the `id` of an alias. Of several the one with
+        the longest context counts (`max_model_len`): a request that is too long for the others
+        goes to that server, and clients cut their prompts to the length that is told here.
         """
         cards: dict[str, dict[str, Any]] = {}
+        lengths: dict[str, int] = {}
         for server in self.servers.values():
             if server.usable:
                 for model in server.models or ():
                     card = server.model_cards.get(model) or {"id": model, "object": "model"}
-                    cards.setdefault(model, card)
+                    length = server.lengths.get(model, 0)
+                    if model not in cards or length > lengths[model]:
+                        cards[model], lengths[model] = card, length
         return [
             cards[served] if served == public else {**cards[served], "id": public}
             for public, served in self.names.listed(cards).items()
@@ -228,12 +270,21 @@ class Fleet:
         """
         if now < self._ready_until and not self._changed:
             return
+        if any(server.lengths is not self._lengths.get(server) for server in self._changed):
+            self._compare_lengths()
         self._changed.clear()
         self._ready.clear()
+        self._fitting.clear()
         self._ready_until = float("inf")
+        self.choosy = frozenset(
+            [s for s in self.servers.values() if s in self._shorter or s.refusals.count()]
+        )
         for server in self.all_servers():
             traffic = server.traffic_health
-            for moment in (server.full_until, traffic.until, traffic.next_trial_at):
+            moments = (server.full_until, traffic.until, traffic.next_trial_at)
+            for moment in (
+                (*moments, *server.refusals.moments()) if server.refusals.known else moments
+            ):
                 if now < moment < self._ready_until:
                     self._ready_until = moment
             transition = server.update_state(now)
@@ -245,6 +296,24 @@ class Fleet:
         self._move(now)
         for follow in self.on_settled:
             follow(now)
+
+    def _compare_lengths(self) -> None:
+        """Find the servers that have a model with a shorter context than another server has."""
+        longest: dict[str, int] = {}
+        for server in self.servers.values():
+            for model, length in server.lengths.items():
+                longest[model] = max(length, longest.get(model, 0))
+        self._lengths = {server: server.lengths for server in self.servers.values()}
+        self._shorter = {
+            server
+            for server in self.servers.values()
+            if any(length < longest[model] for model, length in server.lengths.items())
+        }
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether a model has a shorter context on one server than on another."""
+        return bool(self._shorter)
 
     def _move(self, now: float) -> None:
         """Bring the loads up to date that change with time alone."""
@@ -286,6 +355,35 @@ class Fleet:
             reason = self._outlier(server, now)
             if reason:
                 server.eject(now, jitter, reason)
+
+    def others_take(
+        self,
+        server: Server,
+        name: str,
+        size: int,
+        words: str,
+        now: float,
+        *,
+        body: int,
+        sure: bool,
+    ) -> None:
+        """Another server has taken what this one refused; see `Refusals.refused`."""
+        server.others_take(name, size, words, now, body=body, sure=sure)
+        self.settle(now)
+
+    def refused_again(self, server: Server, name: str, now: float) -> None:
+        """It refuses what it was tried with after a time."""
+        server.refused_again(name, now)
+
+    def takes_again(self, server: Server, asked: Asked) -> None:
+        """It has taken such a request."""
+        server.takes_again(asked)
+
+    def unlist(self, server: Server, model: str) -> None:
+        """It said that it has no such model, though its list names it; the list is to be read."""
+        server.unlist(model)
+        for read_list in self.on_stale_list:
+            read_list(server)
 
     def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
         """Another server has answered the request that failed on this."""

@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 
 from vllm_router.config import ServerConfig, Settings
-from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.engine_metrics import TOO_LARGE, EngineMetrics
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
+from vllm_router.fleet.refusals import Asked, Refusals
 
 STALE_AFTER_INTERVALS = 3
 """Metrics older than so many scrape intervals are not used for routing."""
@@ -46,7 +47,10 @@ class State(enum.StrEnum):
     UNKNOWN = "unknown"
     DOWN = "down"
     ASLEEP = "asleep"
+    PAUSED = "paused"
     EJECTED = "ejected"
+    SILENT = "silent"
+    REFUSING = "refusing"
     FULL = "full"
     UP = "up"
 
@@ -151,6 +155,10 @@ class Server:
         self.models: tuple[str, ...] | None = config.models
         self.model_cards: dict[str, dict[str, Any]] = {}
         self.models_at: float | None = None
+        self.lengths: dict[str, int] = {}
+        """The longest context of each model in tokens (`max_model_len`), where the server says."""
+        self.refusals = Refusals()
+        """What it refuses that others take."""
 
         self.restarts = 0
         """How often its process was found to be a new one, with nothing cached."""
@@ -177,6 +185,8 @@ class Server:
         """Take a new configuration for the same URL; what is known of the server stays."""
         if config.models is not None or self.config.models is not None:
             self.models = config.models
+        if config.api_key != self.config.api_key or config.models != self.config.models:
+            self.refusals.clear()
         self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
         self.share = self.capacity * config.weight
         self.cap = _cap_of(config)
@@ -311,6 +321,8 @@ class Server:
 
     def age_metrics(self, now: float) -> None:
         """Called by the probe on each tick: old figures stop counting, our own leases remain."""
+        if self.refusals.known and self.refusals.expire(now):
+            self._on_change(self)
         if self.metrics_fresh and self.metrics_age(now) > self.stale_after:
             self.metrics_fresh = False
             self._update_load()
@@ -328,9 +340,55 @@ class Server:
     def listed(self, cards: dict[str, dict[str, Any]], now: float) -> None:
         """A `/v1/models` answer arrived; LoRA adapters are models in it."""
         self.model_cards, self.models_at = cards, now
+        lengths = {name: length for name, card in cards.items() if (length := _length_in(card))}
+        if lengths != self.lengths:
+            self.lengths = lengths
+            self._on_change(self)
         if self.config.models is None and tuple(cards) != self.models:
             self.models = tuple(cards)
             self._on_change(self)
+
+    def unlist(self, model: str) -> bool:
+        """The server said that it has no such model; True if its list named it until now."""
+        if self.config.models is not None or self.models is None or model not in self.models:
+            return False
+        self.models = tuple(name for name in self.models if name != model)
+        self.model_cards = {name: card for name, card in self.model_cards.items() if name != model}
+        self._on_change(self)
+        return True
+
+    # -- what it refuses ----------------------------------------------------------------------
+
+    def others_take(
+        self, name: str, size: int, words: str, now: float, *, body: int, sure: bool
+    ) -> None:
+        """Another server has taken what this one refused; see `Refusals.refused`."""
+        hold = self.traffic_health.rules.ejection_time
+        if self.refusals.refused(name, size, words, now, hold=hold, body=body, sure=sure):
+            self._on_change(self)
+
+    def refused_again(self, name: str, now: float) -> None:
+        """It refuses what it was tried with; see `Refusals.refused_again`."""
+        if self.refusals.refused_again(name, now, hold=self.traffic_health.rules.ejection_time):
+            self._on_change(self)
+
+    def takes_again(self, asked: Asked) -> None:
+        """It has taken such a request."""
+        if self.refusals.answered(asked):
+            self._on_change(self)
+
+    def fits(self, asked: Asked, now: float, tokens: int, longer_than: int) -> bool:
+        """Whether a request may be sent to it, by what it is known to refuse.
+
+        `tokens` is how long its context must be at least, `longer_than` how long another server's
+        was that proved too short; both may be 0.
+        """
+        length = self.lengths.get(asked.model, 0) if asked.model is not None else 0
+        if longer_than and length <= longer_than:
+            return False
+        if length and length < tokens:
+            return False
+        return not self.refusals.refuses(asked, now)
 
     # -- health -------------------------------------------------------------------------------
 
@@ -357,6 +415,7 @@ class Server:
         if flipped:
             if self.probe_health.up:
                 self.traffic_health.restarted(now)
+                self.refusals.clear()
                 self.full_until = 0.0
                 if self.state is not State.UNKNOWN:
                     self.back_at = now
@@ -444,6 +503,8 @@ class Server:
             return State.ASLEEP, "the engine sleeps"
         if self.traffic_health.ejected:
             return State.EJECTED, self.traffic_health.reason
+        if self.refusals.known and (reason := self.refusals.reason()):
+            return State.REFUSING, reason
         if now < self.full_until:
             return State.FULL, "it refused a request as too busy"
         return State.UP, ""
@@ -463,6 +524,12 @@ class Server:
 
 def _cap_of(config: ServerConfig) -> float:
     return math.inf if config.max_in_flight is None else config.max_in_flight
+
+
+def _length_in(card: dict[str, Any]) -> int:
+    """`max_model_len` of an entry of `/v1/models` (vLLM, SGLang); 0 if there is none."""
+    length = card.get("max_model_len")
+    return length if type(length) is int and 0 < length < TOO_LARGE else 0
 
 
 def health_rules(settings: Settings) -> HealthRules:

@@ -25,11 +25,15 @@ STATE_STYLES = {
     "full": "yellow",
     "draining": "blue",
     "asleep": "magenta",
+    "paused": "magenta",
+    "refusing": "yellow",
+    "silent": "bold yellow",
     "unknown": "dim",
     "down": "bold red",
     "ejected": "bold red",
 }
-_SICK = ("down", "ejected", "asleep", "unknown")
+_PUT_OUT = ("asleep", "paused")
+_SICK = ("down", "ejected", "silent", "refusing", "unknown", *_PUT_OUT)
 _EVENTS_LEAST = 3
 _EVENTS_MOST = 12
 
@@ -227,7 +231,7 @@ def _table(view: View, shown: list[ServerView], heading: str, width: int) -> lis
         state = "leaving" if server.leaving else server.state
         line.append(" " + state[:9].ljust(9) + " ", STATE_STYLES.get(server.state, ""))
         if server.state in _SICK and server.reason:
-            line.append(visible(server.reason), "red" if server.state != "asleep" else "")
+            line.append(visible(server.reason), "red" if server.state not in _PUT_OUT else "")
             lines.append(line)
             continue
         for column in columns:

@@ -16,7 +16,18 @@ PAGE = 10
 STALE_SECONDS = 2.5
 """Silence after which the figures are called old."""
 
-_BADNESS = ("down", "ejected", "asleep", "unknown", "draining", "full", "up")
+_BADNESS = (
+    "down",
+    "ejected",
+    "silent",
+    "asleep",
+    "paused",
+    "unknown",
+    "draining",
+    "refusing",
+    "full",
+    "up",
+)
 
 SortKey = Callable[[ServerView], tuple[float, str]]
 

@@ -29,6 +29,7 @@ from vllm_router.routing.retry import (
     Outcome,
     classify_status,
 )
+from vllm_router.routing.status_rules import is_page
 from vllm_router.routing.usage import TAIL_BYTES, read_usage
 
 if TYPE_CHECKING:
@@ -290,6 +291,12 @@ class Attempt:
             dead = await self._hold_plain(connection, scope, whole=whole)
         if dead and status == 200:
             return Outcome.ABORTED
+        if status >= 300 or is_page(content_type):
+            whole_body = self._held if connection.complete else None
+            if outcome is ANSWERED:
+                outcome = exchange.judge_answer(status, content_type, fields, whole_body)
+            if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
+                return outcome
         start = self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
         if connection.exhausted and self._held:
             # All of it: it goes to the client when the lease has been given back.

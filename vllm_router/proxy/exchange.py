@@ -8,6 +8,7 @@ answer that breaks is cut where it is, never completed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import trio
@@ -27,6 +28,7 @@ from vllm_router.proxy.request import (
     read_body,
     taken,
 )
+from vllm_router.proxy.selection import Selection
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
@@ -35,6 +37,7 @@ from vllm_router.routing.retry import (
     FULL,
     KILLS_SERVERS,
     POISON_AFTER,
+    REFUSALS,
     RULES,
     Again,
     Outcome,
@@ -74,6 +77,7 @@ class Exchange:
         "_key",
         "_receive",
         "_scope",
+        "_selection",
         "_server_cancels",
         "_tried",
         "attempt",
@@ -112,6 +116,7 @@ class Exchange:
         self._complete = self._falls_back = False
         self._deaths: tuple[Death, ...] = ()
         self._fingerprint: int | None = None
+        self._selection: Selection | None = None
         self._bodies = BodyShare(proxy.bodies)
         identity: Identity | None = scope.get(IDENTITY)
         self._key = identity.key if identity is not None else None
@@ -325,7 +330,12 @@ class Exchange:
             record.retries.append(outcome)
 
     def passes(self, outcome: Outcome, again: Again) -> bool:
-        """Whether the client gets the answer of an attempt that ended so."""
+        """Whether the client gets the answer of an attempt that ended so.
+
+        A redirect would lead it past the router, and without its key.
+        """
+        if outcome is Outcome.MISDIRECTED:
+            return False
         return again is Again.NO and not self._better_called_busy(outcome)
 
     def _better_called_busy(self, outcome: Outcome) -> bool:
@@ -340,6 +350,8 @@ class Exchange:
 
     def _untried(self, now: float) -> tuple[Server, ...]:
         fleet, model = self.proxy.fleet, self.request.facts.model
+        if fleet.choosy or self._selection is not None:
+            return self._select().servers(now, self._tried)
         if self._tried:
             return fleet.others(model, now, self._tried)
         return fleet.candidates(model, now)
@@ -362,6 +374,32 @@ class Exchange:
         assert model is not None
         return fleet.names.first_available(
             model, lambda served: fleet.available(served, now, self._tried)
+        )
+
+    def _select(self) -> Selection:
+        selection = self._selection
+        if selection is None:
+            selection = Selection(self.proxy.fleet, self.request, self.record)
+            self._selection = selection
+        return selection
+
+    def judge_answer(
+        self,
+        status: int,
+        content_type: bytes,
+        headers: Mapping[bytes, bytes],
+        body: bytes | None,
+    ) -> Outcome:
+        """What an answer that is no result says of its server; see `Selection.judge`."""
+        client_key = self.has_key and self._tried[-1].config.api_key is None
+        return self._select().judge(
+            self._tried,
+            trio.current_time(),
+            status,
+            content_type,
+            headers,
+            body,
+            client_key=client_key,
         )
 
     @property
@@ -387,11 +425,14 @@ class Exchange:
         standing = Standing(
             self.record.attempts,
             self._broken,
-            bool(others) or (self._falls_back and self._available(now) is not None),
+            bool(others) or (outcome is not Outcome.TOO_LONG and self._may_fall_back(now)),
             self.replayable,
             fresh,
         )
         return decide(outcome, standing, self.proxy.settings.max_retries, self.proxy.budget)
+
+    def _may_fall_back(self, now: float) -> bool:
+        return self._falls_back and self._available(now) is not None
 
     def _note_break(self, outcome: Outcome) -> None:
         """The request, or something else, has broken a server."""
@@ -431,6 +472,15 @@ class Exchange:
             if self._fingerprint is not None and self.record.status < 400:
                 for failed in self._tried[:-1]:
                     fleet.not_its_fault(failed, now, jitter=proxy.jitter(), body=self._fingerprint)
+            if self.record.status < 400:
+                if self._selection is not None:
+                    self._selection.taken(now)
+                if server.refusals.known:
+                    fleet.takes_again(server, self._select().asked())
+        elif outcome in REFUSALS:
+            now = trio.current_time()
+            fleet.erred(server, now, now - lease.taken_at)
+            self._select().note_refusal(server, now)
         elif RULES[outcome].blames:
             now = trio.current_time()
             odd = outcome is Outcome.INVALID

@@ -13,6 +13,10 @@ class Outcome(enum.Enum):
     """How one attempt ended."""
 
     ANSWERED = "answered"  # 2xx to 4xx: passed through
+    REFUSED = "server_refused"  # 4xx about the server: its key, a missing route, its proxy's limit
+    MISDIRECTED = "misdirected"  # a redirect, or a page for people
+    NO_MODEL = "no_model"  # 404 for a model that its list named
+    TOO_LONG = "too_long"  # 400 as too long for its context; another server's is longer
     FULL = "full"  # 429 or 503 with a body: alive, busy
     LIMITED = "limited"  # 429 to a key that is the client's own: not for others
     SERVER_ERROR = "server_error"  # 500, 502, 504, or 503 without a body
@@ -62,6 +66,26 @@ class Rule:
 
 RULES: dict[Outcome, Rule] = {
     Outcome.ANSWERED: Rule(False, Again.NO),
+    Outcome.REFUSED: Rule(
+        False, Again.ELSEWHERE, 502, "server_error", "The server refuses such requests."
+    ),
+    Outcome.MISDIRECTED: Rule(
+        False,
+        Again.ELSEWHERE,
+        502,
+        "server_misdirects",
+        "The server answered with a redirect or a web page instead of an API's answer.",
+    ),
+    Outcome.NO_MODEL: Rule(
+        False, Again.ELSEWHERE, 404, "model_not_found", "The server has no such model any more."
+    ),
+    Outcome.TOO_LONG: Rule(
+        False,
+        Again.ELSEWHERE,
+        400,
+        "server_error",
+        "The request is too long for the context of the server's model.",
+    ),
     Outcome.FULL: Rule(False, Again.ELSEWHERE, 503, "server_busy", "The server is busy."),
     Outcome.LIMITED: Rule(
         False, Again.ELSEWHERE, 429, "rate_limited", "The server limits this key's requests."
@@ -145,6 +169,12 @@ BREAKS_SERVERS = frozenset(
 KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.GONE})
 """Those of them after which the server may be dead: of what `poison.py` remembers."""
 
+REFUSALS = frozenset({Outcome.REFUSED, Outcome.MISDIRECTED, Outcome.NO_MODEL, Outcome.TOO_LONG})
+"""The server has computed nothing and is alive; another server may take the request."""
+
+NOT_COMPUTED = REFUSALS | {Outcome.FULL}
+"""Ends after which another attempt costs no replay: nothing failed, and nothing was computed."""
+
 POISON_AFTER = 2
 
 
@@ -200,7 +230,7 @@ class Standing:
 def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
     """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
 
-    Being refused by a full server costs nothing: nothing failed.
+    What is NOT_COMPUTED costs nothing.
     """
     again = RULES[outcome].again
     if again is Again.SAME_SERVER:
@@ -213,7 +243,7 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
         return Again.NO
     if standing.broken >= POISON_AFTER:
         return Again.NO
-    if outcome is not Outcome.FULL and not budget.withdraw():
+    if outcome not in NOT_COMPUTED and not budget.withdraw():
         return Again.NO
     return Again.ELSEWHERE
 

@@ -119,6 +119,9 @@ def _note(
         return "Every server of the model has just refused a request as too busy."
     if any(server.models is None for server in candidates):
         return "No server that can be asked lists the model; some lists could not be read."
+    refusing = [server for server in candidates if server.refusals.count()]
+    if refusing:
+        return f"{refusing[0].name} {refusing[0].refusals.reason()}. Such requests go elsewhere."
     # Others look at more than their score.
     scored = policy.name in ("adaptive", "least_load")
     explained = policy.explain(candidates, facts, now) if scored else None
@@ -155,6 +158,9 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     elif state is State.EJECTED:
         left = server.traffic_health.until - now
         reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
+    elif state is State.REFUSING:
+        moments = [moment - now for moment in server.refusals.moments() if moment > now]
+        reason += f"; tried again in {min(moments):.1f} s" if moments else "; tried again now"
     elif state is State.FULL:
         reason += f"; asked again in {server.full_until - now:.1f} s"
     elif state is State.UP and server.at_cap:

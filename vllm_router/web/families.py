@@ -95,8 +95,20 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: int(bool(server.probe_health.up)),
     ),
     (
-        _gauge("server_available", "1 if the server may be given requests now (up).", "server"),
-        lambda server, now: int(server.current_state(now)[0] is State.UP),
+        _gauge(
+            "server_available",
+            "1 if the server may be given requests now (up, or refusing some of them).",
+            "server",
+        ),
+        lambda server, now: int(server.current_state(now)[0] in (State.UP, State.REFUSING)),
+    ),
+    (
+        _gauge(
+            "server_refusals",
+            "Paths, sizes and models that it refuses by its own fault, while others take them.",
+            "server",
+        ),
+        lambda server, now: server.refusals.count(),
     ),
     (
         _gauge("server_load", "(running + 0.5 waiting) / capacity, as routing sees it.", "server"),

@@ -39,7 +39,13 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     models: Annotated[
         tuple[str, ...] | None, _("What it lists; null while its list could not be read.")
     ]
-    state: Annotated[str, _("up, full, ejected, asleep, down, unknown or draining.")]
+    state: Annotated[
+        str,
+        _(
+            "up, full, refusing (some requests that others take), silent, ejected, asleep, paused, "
+            "down, unknown or draining; `reason` says why."
+        ),
+    ]
     reason: Annotated[str, _("Why it is not up, in words; empty if it is.")]
     since: Annotated[Time, _("When the state began.")]
     leaving: Annotated[

@@ -87,7 +87,7 @@ def fleet_view(
     tokens = [one.tokens_per_s for one in servers if one.tokens_per_s is not None]
     return schema.FleetView(
         servers=len(fleet.servers),
-        available=states.get(State.UP, 0) + states.get(State.FULL, 0),
+        available=sum(states.get(one, 0) for one in (State.UP, State.FULL, State.REFUSING)),
         states=states,
         running=sums.running,
         waiting=sums.waiting,

@@ -17,6 +17,7 @@ from vllm_router.auth import KeyConfig
 from vllm_router.config import Config, ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet, FleetChange
+from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.workers.board import Sums
 from vllm_router.workers.messages import ServerState, Verdict
@@ -124,12 +125,16 @@ class FollowingServer(SharedServer[Verdict]):
         decides = (
             *(state.up, state.held_back, state.ejected, state.ejected_until, self.full_until),
             *(state.back_at, state.models, state.draining, asleep),
+            *(state.lengths, state.refusals),
         )
         if decides != self._decides or asleep is not was_asleep:
             self._decides = decides
             traffic.ejected, traffic.until = state.ejected, state.ejected_until
             traffic.reason = state.ejected_for
             self.models, self.draining = state.models, state.draining
+            self.refusals.replace(state.refusals)
+            if state.lengths != self.lengths:
+                self.lengths = state.lengths
             self._on_change(self)
         return went_down
 
@@ -153,6 +158,8 @@ def state_of(server: Server) -> ServerState:
         leases_at_scrape=server.leases_at_scrape,
         models=server.models,
         draining=server.draining,
+        lengths=server.lengths,
+        refusals=server.refusals.all(),
     )
 
 
@@ -261,6 +268,32 @@ class FollowingFleet(SharedFleet[Verdict]):
         odd: bool = False,
     ) -> None:
         self._tell(Verdict("failed", server.url, now, trial, jitter, body, odd=odd))
+
+    def others_take(
+        self,
+        server: Server,
+        name: str,
+        size: int,
+        words: str,
+        now: float,
+        *,
+        body: int,
+        sure: bool,
+    ) -> None:
+        verdict = Verdict("others_take", server.url, now, body=body)
+        verdict.name, verdict.size, verdict.words, verdict.sure = name, size, words, sure
+        self._tell(verdict)
+
+    def refused_again(self, server: Server, name: str, now: float) -> None:
+        self._tell(Verdict("refused_again", server.url, now, name=name))
+
+    def takes_again(self, server: Server, asked: Asked) -> None:
+        self._tell(Verdict("takes_again", server.url, 0.0, asked=asked))
+
+    def unlist(self, server: Server, model: str) -> None:
+        """Until the leader, which reads the list again, has told what is in it."""
+        server.unlist(model)
+        self._tell(Verdict("unlist", server.url, 0.0, name=model))
 
     def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
         self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))

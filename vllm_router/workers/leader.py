@@ -265,6 +265,22 @@ class Leader(Supervisor):
                 self.fleet.not_its_fault(server, now, jitter=jitter, body=body)
             case "refused":
                 server.refused(now, verdict.retry_after)
+            case "others_take" if body is not None:
+                self.fleet.others_take(
+                    server,
+                    verdict.name,
+                    verdict.size,
+                    verdict.words,
+                    now,
+                    body=body,
+                    sure=verdict.sure,
+                )
+            case "refused_again":
+                self.fleet.refused_again(server, verdict.name, now)
+            case "takes_again" if verdict.asked is not None:
+                self.fleet.takes_again(server, verdict.asked)
+            case "unlist":
+                self.fleet.unlist(server, verdict.name)
 
     # -- what workers are told ----------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.refusals import Asked, Refusal
 from vllm_router.proxy.gate import Queue
 from vllm_router.routing.accounts import PrefixStatistics
 
@@ -29,7 +30,8 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
 
 class Verdict(msgspec.Struct, array_like=True):
     """What an attempt showed of its server: the method of Fleet or Server that is told here, and
-    its arguments. `what` is answered, failed, refused or not_its_fault.
+    its arguments. `what` is answered, failed, refused, not_its_fault, others_take, refused_again,
+    takes_again or unlist; `name` is what it refuses, or the model.
     """
 
     what: str
@@ -40,6 +42,11 @@ class Verdict(msgspec.Struct, array_like=True):
     body: int | None = None
     retry_after: float | None = None
     odd: bool = False
+    name: str = ""
+    size: int = 0
+    words: str = ""
+    sure: bool = False
+    asked: Asked | None = None
 
 
 Ended = tuple[Any, ...]
@@ -122,6 +129,8 @@ class ServerState(msgspec.Struct, array_like=True):
     leases_at_scrape: int
     models: tuple[str, ...] | None
     draining: bool
+    lengths: dict[str, int]
+    refusals: tuple[Refusal, ...]
 
 
 class States(msgspec.Struct, tag=True, array_like=True):

@@ -20,7 +20,7 @@ const COLUMNS = [
   { id: "models", title: "colModels" },
   { id: "actions", title: "colActions" },
 ];
-const BADNESS = ["down", "ejected", "asleep", "unknown", "draining", "full", "up"];
+const BADNESS = ["down", "ejected", "silent", "asleep", "paused", "unknown", "draining", "refusing", "full", "up"];
 const SORT_EVERY = 2000;
 /** From so many rows on, bars jump instead of gliding: a hundred transitions are not cheap. */
 const MANY = 30;

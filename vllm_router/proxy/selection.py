@@ -1,0 +1,129 @@
+"""Which servers suit one exchange, where servers differ in what they take.
+
+Made only for an exchange that needs it: a server has refused it, or the fleet has servers that do
+not take every request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm_router.fleet.refusals import Asked
+from vllm_router.routing.lengths import sure_tokens
+from vllm_router.routing.poison import fingerprint
+from vllm_router.routing.retry import ANSWERED, Outcome
+from vllm_router.routing.status_rules import ITS_ANSWER, Judgement, Scope, judge_answer
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.fleet import Fleet
+    from vllm_router.fleet.server import Server
+    from vllm_router.proxy.record import Record
+    from vllm_router.proxy.request import Request
+
+LONGEST_PATH = 200
+"""Characters of a path by which refusals are told apart."""
+
+
+class _Refused(NamedTuple):
+    """A server has refused the request; see `Fleet.others_take`."""
+
+    server: Server
+    name: str
+    size: int
+    words: str
+    body: int
+    sure: bool
+
+
+class Selection:
+    """What one exchange has learnt of the servers that refused it."""
+
+    __slots__ = (
+        "_fleet",
+        "_judgement",
+        "_record",
+        "_refused",
+        "_request",
+        "_tokens",
+        "longer_than",
+    )
+
+    def __init__(self, fleet: Fleet, request: Request, record: Record) -> None:
+        self._fleet = fleet
+        self._request = request
+        self._record = record
+        self._judgement: Judgement = ITS_ANSWER
+        self._refused: list[_Refused] = []
+        self._tokens: int | None = None
+        self.longer_than = 0
+        """The longest context in tokens that has proved too short; 0 if none has."""
+
+    def asked(self) -> Asked:
+        """What of the request matters for who takes it."""
+        path = self._record.path[:LONGEST_PATH].decode("latin-1")
+        return Asked(path, self._request.facts.model, self._record.bytes_in)
+
+    def servers(self, now: float, tried: Sequence[Server]) -> tuple[Server, ...]:
+        """The servers that may be asked; see `Fleet.fitting`."""
+        fleet = self._fleet
+        if self._tokens is None and fleet.lengths_differ:
+            self._tokens = sure_tokens(self._request.body)
+        model, tokens = self._request.facts.model, self._tokens or 0
+        return fleet.fitting(model, now, tried, self.asked(), tokens, self.longer_than)
+
+    def judge(
+        self,
+        tried: Sequence[Server],
+        now: float,
+        status: int,
+        content_type: bytes,
+        headers: Mapping[bytes, bytes],
+        body: bytes | None,
+        *,
+        client_key: bool,
+    ) -> Outcome:
+        """What an answer that is no result says of the last server tried.
+
+        `body` is None if it has not come whole. A server that turns out not to have the model is
+        no candidate for it from now on. A context that is too short matters only if there is a
+        longer one.
+        """
+        server, model = tried[-1], self._request.facts.model
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            body = None
+        self._judgement = judgement = judge_answer(
+            status, content_type, body, client_key=client_key, asked_model=model is not None
+        )
+        if judgement.outcome is Outcome.NO_MODEL and model is not None:
+            if not server.serves(model):
+                return ANSWERED
+            self._fleet.unlist(server, model)
+        elif judgement.outcome is Outcome.TOO_LONG:
+            known = server.lengths.get(model, 0) if model is not None else 0
+            length = known or judgement.length
+            if not length:
+                return ANSWERED
+            self.longer_than = max(length, self.longer_than)
+            if not self.servers(now, tried):
+                return ANSWERED
+        return judgement.outcome
+
+    def note_refusal(self, server: Server, now: float) -> None:
+        """The server refuses by its own fault, if another one takes the request."""
+        judgement, asked, request = self._judgement, self.asked(), self._request
+        if judgement.outcome is Outcome.TOO_LONG:
+            return
+        scope = judgement.scope
+        name = f"model {asked.model}" if scope is Scope.MODEL else asked.path
+        size = asked.size if scope is Scope.SIZE else 0
+        body = fingerprint(request.target, request.body)
+        sure = scope in (Scope.ROUTE, Scope.SIZE)
+        self._refused.append(_Refused(server, name, size, judgement.words, body, sure))
+        if server.refusals.known:
+            self._fleet.refused_again(server, name, now)
+
+    def taken(self, now: float) -> None:
+        """A server has taken the request that others have refused."""
+        for server, name, size, words, body, sure in self._refused:
+            self._fleet.others_take(server, name, size, words, now, body=body, sure=sure)
