@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_router.control import ServerReport, uneven_lengths
 from vllm_router.routing.lengths import sure_tokens
 from vllm_router.routing.retry import Outcome
 from vllm_router.routing.status_rules import Scope, judge_answer
@@ -182,3 +183,14 @@ def test_sure_tokens_counts_what_is_certain(body, tokens):
 def test_sure_tokens_is_never_more_than_the_longest_prompt(prompts):
     found = sure_tokens(json.dumps({"prompt": prompts}).encode())
     assert 0 < found <= max(map(len, prompts))
+
+
+def test_uneven_lengths_names_the_model_and_the_servers():
+    reports = [
+        ServerReport("a", "", models={"m": 1000, "n": 50}),
+        ServerReport("b", "", models={"m": 4000, "n": 50, "o": None}),
+        ServerReport("c", "", models=None),
+    ]
+    (line,) = uneven_lengths(reports)
+    assert "'m'" in line
+    assert "1000 on a, 4000 on b" in line
