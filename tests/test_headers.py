@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
-
 import pytest
 
+from vllm_router.addresses import is_in, parse_networks, plain_host, plain_peer
+from vllm_router.auth import is_credential, without_credentials
 from vllm_router.proxy.headers import (
     MAX_VIA,
     VIA,
@@ -38,8 +38,7 @@ def written(
     target: bytes = b"/v1/completions",
 ) -> bytes:
     heads = RequestHeads("server:8000", prefix, api_key)
-    networks = tuple(ip_network(network) for network in trusted)
-    added = forwarding_fields(headers, dict(headers), client, "http", networks)
+    added = forwarding_fields(headers, dict(headers), client, "http", parse_networks(trusted))
     forwarded = ForwardedFields(headers, connection_field(headers, dict(headers)))
     return heads.write("POST", target, forwarded, added + b"\r\nx-request-id: rid", 5)
 
@@ -132,6 +131,106 @@ def test_a_servers_own_key_replaces_the_clients():
     assert keys == [b"Bearer own"]
 
 
+CREDENTIALS = (
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"apikey",
+    b"api_key",
+    b"x-apikey",
+    b"x-goog-api-key",
+    b"ocp-apim-subscription-key",
+    b"openai-api-key",
+    b"x-litellm-api-key",
+    b"x-functions-key",
+    b"x-access-key",
+    b"x-key",
+    b"cookie",
+    b"cookie2",
+    b"x-auth-token",
+    b"x-access-token",
+    b"x-api-token",
+    b"token",
+    b"private-token",
+    b"x-amz-security-token",
+    b"x-ms-token-aad-access-token",
+    b"x-forwarded-access-token",
+    b"x-auth-request-access-token",
+    b"x-amzn-oidc-accesstoken",
+    b"x-amzn-oidc-data",
+    b"cf-access-jwt-assertion",
+    b"cf-access-client-secret",
+    b"x-goog-iap-jwt-assertion",
+    b"x-original-authorization",
+    b"x-authorization",
+    b"x-ms-authorization-auxiliary",
+    b"helicone-auth",
+    b"dpop",
+    b"x-password",
+    b"x-forwarded-client-cert",
+    b"client-cert-chain",
+)
+NO_CREDENTIALS = (
+    b"accept",
+    b"anthropic-beta",
+    b"anthropic-version",
+    b"cache-control",
+    b"content-type",
+    b"idempotency-key",
+    b"openai-organization",
+    b"sec-websocket-key",
+    b"traceparent",
+    b"user-agent",
+    b"x-idempotency-key",
+    b"x-max-tokens",
+    b"x-request-timeout",
+    b"x-session-id",
+    b"x-stainless-retry-count",
+    b"x-vllm-priority",
+)
+
+
+@pytest.mark.parametrize("name", CREDENTIALS)
+def test_a_server_with_its_own_key_gets_no_credential_of_the_client(name):
+    assert is_credential(name)
+    fields = sent([(name, b"client-secret"), (b"x-other", b"1")], api_key="own")
+    assert b"client-secret" not in [value for _, value in fields]
+    assert (b"x-other", b"1") in fields
+    assert (b"authorization", b"Bearer own") in fields
+
+
+@pytest.mark.parametrize("name", NO_CREDENTIALS)
+def test_a_server_with_its_own_key_gets_the_other_fields(name):
+    assert not is_credential(name)
+    assert (name, b"1") in sent([(name, b"1")], api_key="own")
+
+
+@pytest.mark.parametrize("name", set(CREDENTIALS) - {b"client-cert-chain"})
+def test_a_server_without_a_key_gets_the_clients(name):
+    assert (name, b"client-secret") in sent([(name, b"client-secret")])
+
+
+@pytest.mark.parametrize(
+    ("query", "left"),
+    [
+        (b"api-key=s", b""),
+        (b"a=1&key=s&b=2", b"a=1&b=2"),
+        (b"KEY=s&api%2Dkey=s&api_key=s&access_token=s&%6bey=s", b""),
+        (b"api-version=2024-10-21&code=s&sig=s", b"api-version=2024-10-21"),
+        (b"beta=true", b"beta=true"),
+        (b"max_tokens=1&model=key", b"max_tokens=1&model=key"),
+        (b"a=1&&b", b"a=1&&b"),
+    ],
+)
+def test_a_query_loses_its_credentials_for_a_server_with_its_own_key(query, left):
+    assert without_credentials(query) == left
+    head = written([], api_key="own", target=b"/v1/completions?" + query)
+    mark = b"?" if left else b""
+    assert head.startswith(b"POST /v1/completions%b%b HTTP/1.1\r\n" % (mark, left))
+    kept = written([], target=b"/v1/completions?" + query)
+    assert kept.startswith(b"POST /v1/completions?%b HTTP/1.1\r\n" % query)
+
+
 def test_lengths_and_hosts_are_ours():
     fields = sent([(b"content-length", b"99"), (b"host", b"evil")])
     assert [v for n, v in fields if n == b"content-length"] == [b"5"]
@@ -165,6 +264,45 @@ def test_claims_of_trusted_proxies_are_carried_on(client, network):
     assert value == b"10.9.9.9, 10.8.8.8, " + client.encode()
     assert dict(fields)[b"x-forwarded-proto"] == b"https"
     assert dict(fields)[b"x-forwarded-host"] == b"api.example.com"
+
+
+@pytest.mark.parametrize(
+    ("client", "network"),
+    [
+        ("::ffff:10.1.1.1", "10.0.0.0/8"),
+        ("::ffff:10.1.1.1", "10.1.1.1"),
+        ("::ffff:a01:101", "10.0.0.0/8"),
+        ("10.1.1.1", "::ffff:10.0.0.0/104"),
+        ("::ffff:10.1.1.1", "::ffff:10.1.1.1"),
+        ("::ffff:10.1.1.1", "0.0.0.0/0"),
+    ],
+)
+def test_mapped_addresses_are_those_of_ipv4(client, network):
+    assert is_in(client, parse_networks((network,)))
+    fields = dict(sent(CLAIMS, client=client, trusted=(network,)))
+    assert fields[b"x-forwarded-proto"] == b"https"
+
+
+@pytest.mark.parametrize(
+    ("client", "network"),
+    [
+        ("::ffff:11.1.1.1", "10.0.0.0/8"),
+        ("::a01:101", "10.0.0.0/8"),
+        ("64:ff9b::a01:101", "10.0.0.0/8"),
+        ("10.1.1.1", "2001:db8::/32"),
+        ("unix", "0.0.0.0/0"),
+        (None, "::/0"),
+    ],
+)
+def test_other_addresses_are_in_no_network_of_ipv4(client, network):
+    assert not is_in(client, parse_networks((network,)))
+
+
+def test_a_mapped_peer_is_named_by_its_ipv4_address():
+    assert plain_peer(("::ffff:192.0.2.1", 5)) == ("192.0.2.1", 5)
+    assert plain_peer(("::1", 5, 0, 0)) == ("::1", 5)
+    assert plain_peer(("192.0.2.1", 5)) == ("192.0.2.1", 5)
+    assert plain_host("router") == "router"
 
 
 def test_a_client_without_an_address_is_nobody_to_trust():
@@ -232,6 +370,11 @@ def test_an_engine_cannot_say_that_it_is_another():
     fields = answered([(b"x-vllm-router-server", b"fake"), (b"x-vllm-router-attempts", b"9")])
     assert dict(fields)[b"x-vllm-router-server"] == b"gpu-1"
     assert len(fields) == 3
+
+
+@pytest.mark.parametrize("name", [b"x-vllm-router-error", b"x-vllm-router-new", b"alt-svc"])
+def test_an_engine_cannot_speak_for_the_router(name):
+    assert len(answered([(name, b"fake"), (name, b"again")])) == 3
 
 
 @pytest.mark.parametrize(

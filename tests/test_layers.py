@@ -17,7 +17,10 @@ PURE, TRIO, SERVING, WIRING = range(4)
 
 # Every module or subpackage directly inside vllm_router, from the ground up.
 LAYERS = {
+    "addresses": PURE,
     "errors": PURE,
+    "dialects": PURE,
+    "request_ids": PURE,
     "log_config": PURE,
     "auth": PURE,
     "config": PURE,

@@ -24,10 +24,10 @@ from vllm_router.kinds import split_address
 from vllm_router.local_door import LocalDoor, LocalSockets
 from vllm_router.log_output import LogOutput
 from vllm_router.logs import configure_if_unset
-from vllm_router.paths import PathClass, classify
-from vllm_router.proxy.headers import request_id
+from vllm_router.paths import PathClass, classify, without_slash
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.types import OUTLET, App, Receive, Scope, Send
+from vllm_router.request_ids import request_id
 from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.app import make_app
@@ -63,7 +63,7 @@ class Application:
         if guard.remembers(scope):
             await supervisor.proxy(scope, receive, send)
             return
-        path_class = classify(scope.get("method", "GET"), path)
+        path_class = classify(scope.get("method", ""), path)
         allowed = guard.preflight(scope)
         if allowed is not None:
             await send({"type": "http.response.start", "status": 204, "headers": allowed})
@@ -180,21 +180,26 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, refused: Refused) 
             await send({"type": "websocket.close", "code": 1008})  # the server's own 403
             return
     identifier = request_id(dict(scope["headers"]).get(b"x-request-id"))
-    for message in refusal_messages(refused, identifier):
+    for message in refusal_messages(refused, identifier, path=scope["raw_path"]):
         await send({**message, "type": prefix + message["type"].removeprefix("http")})
 
 
 def _origin_form(scope: Scope) -> bytes:
-    """The path of the target; an absolute-form target (RFC 9112 3.2.2) loses its authority."""
+    """The path of the target, which becomes the scope's.
+
+    An absolute-form target (RFC 9112 3.2.2) loses its authority, and a path the slashes at its end.
+    """
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    if raw[:1] == b"/":
+    if raw[:1] == b"/" and raw[-1:] != b"/":
         return raw
     found = _ABSOLUTE.match(raw)
-    if found is None:
-        return raw
-    path = raw[found.end() :] or b"/"
+    if found is not None:
+        raw = raw[found.end() :] or b"/"
+        scope["path"] = raw.decode("latin-1")
+    path = without_slash(raw)
+    if len(path) < len(raw):
+        scope["path"] = scope["path"][: len(path) - len(raw)]
     scope["raw_path"] = path
-    scope["path"] = path.decode("latin-1")
     return path
 
 

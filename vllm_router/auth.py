@@ -12,6 +12,7 @@ import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -221,6 +222,46 @@ KEY_PROTOCOL = b"vllm-router.key."
 """Begins the one that carries a key: a browser's websocket can send no other field."""
 
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+"""The fields in which the router itself looks for a key."""
+
+_SECRETS = frozenset(
+    b"accesstoken apikey assertion auth authentication authorization bearer cert certificate cookie"
+    b" cookie2 credential credentials dpop idtoken jwt passwd password secret token".split()
+)
+"""Last words of names of fields that carry a secret or prove an identity."""
+
+_KEYS = frozenset(
+    b"access api auth client functions master sas secret shared subscription virtual".split()
+)
+"""Words before `key` in such names. `Idempotency-Key` is no secret."""
+
+_OTHER_SECRETS = frozenset({b"key", b"x-key", b"x-amzn-oidc-data", b"client-cert-chain"})
+
+_SECRET_PARAMETERS = frozenset({b"code", b"key", b"sig"})
+"""Of queries: Google's key, and Azure's for functions and shared access signatures."""
+
+
+def is_credential(name: bytes) -> bool:
+    """Whether a field or parameter of this name, in lower case, carries a credential.
+
+    True for `Authorization`, `Cookie` and the API keys of all usual clients (`x-api-key`,
+    `api-key`, `x-goog-api-key`, `Ocp-Apim-Subscription-Key`), and for any other name whose last
+    word says that it is a key for access, a token, a password or a certificate.
+    """
+    *before, last = name.replace(b"_", b"-").split(b"-")
+    if last == b"key" and before and before[-1] in _KEYS:
+        return True
+    return last in _SECRETS or b"authorization" in before or name in _OTHER_SECRETS
+
+
+def without_credentials(query: bytes) -> bytes:
+    """A query without its credentials, such as `key=` and `api-key=`."""
+    return b"&".join([pair for pair in query.split(b"&") if not _is_secret_parameter(pair)])
+
+
+def _is_secret_parameter(pair: bytes) -> bool:
+    name = unquote_to_bytes(pair.partition(b"=")[0].replace(b"+", b" ")).strip().lower()
+    return name in _SECRET_PARAMETERS or is_credential(name)
 
 
 def presented(fields: Mapping[bytes, bytes]) -> list[bytes]:

@@ -143,6 +143,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     config_reload_interval: between two looks at this file.
     feed_interval: between two snapshots on the websocket feed.
     allow_engine_control: forward paths such as `/sleep` and `/collective_rpc`, else 403.
+    allow_kv_transfer_params: let clients send `kv_transfer_params` and `ec_transfer_params`, which
+        name addresses that the engine connects to, else 400.
+    allow_data_parallel_rank: let clients send `X-data-parallel-rank`, else 400.
     trusted_proxies: networks whose `X-Forwarded-*` and `Forwarded` headers are believed.
     admin_listen: administration, metrics, feed and page answer at this address only; None for
         the public one.
@@ -184,6 +187,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     feed_interval: Interval = 0.5
     replay: Flag = True
     allow_engine_control: Flag = False
+    allow_kv_transfer_params: Flag = False
+    allow_data_parallel_rank: Flag = False
     trusted_proxies: Networks = ()
     write_stall_timeout: Seconds = 60.0
     admin_listen: AddressOrNone = None

@@ -50,7 +50,10 @@ class OwnFault(RouterError):
 
 
 class Refused(RouterError):
-    """The router answers by itself: an OpenAI-shaped error with this status and code."""
+    """The router answers by itself, with this status and code in the client's dialect.
+
+    `allow` are the methods that the path has, for a 405.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Refused(RouterError):
         *,
         param: str | None = None,
         retry_after: float | None = None,
+        allow: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -67,6 +71,7 @@ class Refused(RouterError):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
 
 class ClientGone(RouterError):

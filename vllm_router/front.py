@@ -19,12 +19,13 @@ from typing import Protocol
 
 import trio
 
+from vllm_router.addresses import plain_peer
 from vllm_router.handover import step_aside, take_turns
 from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
 from vllm_router.http1.tls_stream import Handshakes, TlsStream, take_apart
 from vllm_router.hypercorn_bridge import ALPN_PROTOCOLS, HypercornSide
-from vllm_router.paths import PathClass, classify
+from vllm_router.paths import PathClass, classify, without_slash
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ Address = tuple[str, int]
 
 def is_inference(method: str, raw_path: bytes) -> bool:
     """Which requests the lane takes."""
-    return classify(method, raw_path) is PathClass.INFERENCE
+    return classify(method, without_slash(raw_path)) is PathClass.INFERENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +410,7 @@ class Front:
         sock.setblocking(False)
         self._count(1)
         self._accepted += 1
-        connections.start_soon(self._serve, sock, address)
+        connections.start_soon(self._serve, sock, plain_peer(address))
 
     async def _relieve(self) -> None:
         """Wait for a connection to end. Meanwhile none is kept open for requests to come."""

@@ -68,6 +68,8 @@ from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr, wrap_app
 from priority.priority import PriorityError
 
+from vllm_router.addresses import plain_peer
+from vllm_router.dialects import path_of
 from vllm_router.http1.headers import (
     REASONS,
     Refusal,
@@ -291,8 +293,9 @@ class GuardedH11Protocol(H11Protocol):
     async def refuse(self, refusal: Refusal) -> None:
         """Answer in the application's place, and close."""
         self._refused = True
+        line = getattr(self.connection, "line", b"")
+        refusal.path = path_of(line)
         if self.told is not None and self.stream is None:
-            line = getattr(self.connection, "line", b"")
             self.told(refusal, self.client, line)
         headers, body = refusal.headers_and_body()
         headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
@@ -866,7 +869,8 @@ class GuardedTCPServer(TCPServer):
         else:
             try:
                 self._end_when_stalled_for(self._limits.write_stall_timeout)
-                client = parse_socket_addr(self._socket.family, self._socket.getpeername())
+                peer = parse_socket_addr(self._socket.family, self._socket.getpeername())
+                client = plain_peer(peer) if peer is not None else None
                 server = parse_socket_addr(self._socket.family, self._socket.getsockname())
             except OSError:
                 return  # it has left already

@@ -2,7 +2,8 @@
 
 The decision is made on the raw bytes of the target, before any decoding: a path that would have
 to be decoded or normalised to be understood (percent escapes, dot segments, empty segments) is
-never an inference path, so nothing of the kind can reach an engine.
+never an inference path, so nothing of the kind can reach an engine. Slashes at the end are the one
+exception: `without_slash` removes them before anything else looks at the path.
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ class PathClass(enum.Enum):
     LOCAL = "local"
 
 
-# POST paths of vLLM 0.33 that generate or compute and change nothing (research: peers.md E3).
+INVOCATIONS = b"/invocations"
+"""SageMaker's one path; vLLM tells from the body which of its APIs is meant."""
+
+# POST paths of vLLM 0.32 and 0.33 that generate or compute and change nothing.
 _INFERENCE = frozenset(
     {
         b"/v1/chat/completions",
+        b"/v1/chat/completions/batch",
+        b"/v1/chat/completions/render",
+        b"/v1/chat/completions/derender",
         b"/v1/completions",
+        b"/v1/completions/render",
+        b"/v1/completions/derender",
         b"/v1/embeddings",
         b"/v1/responses",
+        b"/v1/responses/render",
         b"/v1/messages",
+        b"/v1/messages/render",
         b"/v1/messages/count_tokens",
         b"/v1/score",
         b"/score",
@@ -39,8 +50,16 @@ _INFERENCE = frozenset(
         b"/generative_scoring",
         b"/v1/audio/transcriptions",
         b"/v1/audio/translations",
+        b"/v1/systemone",
+        b"/cohere/v2/chat",
+        b"/cohere/v2/chat/render",
+        b"/inference/v1/generate",
+        INVOCATIONS,
     }
 )
+
+# GET paths of vLLM that tell something of the model and change nothing: any server may answer.
+_READING = frozenset({b"/tokenizer_info"})
 
 # Paths that change or reveal an engine's state. Refused on any method unless the operator allows
 # them; vLLM's own API key does not guard most of these.
@@ -75,7 +94,7 @@ _ENGINE_CONTROL = frozenset(
         b"/weight_checker",
         b"/get_world_size",
         b"/abort_requests",
-        b"/tokenizer_info",
+        b"/adapters",
         b"/kv_event_sources",
         b"/inference/v1/abort_requests",
         b"/v1/load_lora_adapter",
@@ -86,6 +105,10 @@ _ENGINE_CONTROL = frozenset(
 # `.` and `..` as whole segments are excluded by the lookahead, escapes by the character class.
 _PLAIN_V1 = re.compile(rb"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~:@-]+)+")
 
+_CANCEL = re.compile(rb"/v1/responses/[^/]+/cancel")
+_STORED = re.compile(rb"/v1/responses/[^/]+")
+_MESSAGES = b"/v1/messages"
+
 
 def classify(method: str, raw_path: bytes) -> PathClass:
     """Sort a request by method and the exact bytes of its path (without the query)."""
@@ -95,14 +118,42 @@ def classify(method: str, raw_path: bytes) -> PathClass:
         return PathClass.ENGINE_CONTROL
     if method == "POST" and _PLAIN_V1.fullmatch(raw_path):
         return PathClass.INFERENCE
+    if method == "GET" and raw_path in _READING:
+        return PathClass.INFERENCE
     return PathClass.LOCAL
+
+
+def without_slash(raw_path: bytes) -> bytes:
+    """The path without slashes at its end; `/` and `//` stay as they are.
+
+    vLLM redirects `/v1/models/` to `/v1/models` (Starlette's `redirect_slashes`). A redirect from
+    behind the router would name the server, so the router serves the path at once instead.
+    """
+    return raw_path.rstrip(b"/") or raw_path
+
+
+def inference_methods(raw_path: bytes) -> tuple[str, ...]:
+    """The methods of an inference path that vLLM is known to have; none for any other path."""
+    if raw_path in _INFERENCE or _CANCEL.fullmatch(raw_path):
+        return ("POST",)
+    return ("GET",) if raw_path in _READING else ()
+
+
+def is_stored_response(raw_path: bytes) -> bool:
+    """Whether the path names one stored response, which vLLM serves and the router does not."""
+    return raw_path not in _INFERENCE and _STORED.fullmatch(raw_path) is not None
+
+
+def is_anthropic(raw_path: bytes) -> bool:
+    """Whether clients of the path speak Anthropic's dialect: `/v1/messages` and below."""
+    return raw_path.startswith(_MESSAGES) and raw_path[len(_MESSAGES) :][:1] in (b"", b"/")
 
 
 def is_pure(raw_path: bytes) -> bool:
     """Whether vLLM only computes here, as far as we know: nothing else may be sent twice."""
-    return raw_path in _INFERENCE
+    return raw_path in _INFERENCE or raw_path in _READING
 
 
 def path_label(raw_path: bytes) -> str:
     """The path as a metric label: one of the known inference paths, or `other`."""
-    return raw_path.decode() if raw_path in _INFERENCE else "other"
+    return raw_path.decode() if is_pure(raw_path) else "other"

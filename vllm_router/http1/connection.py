@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 import trio
 
+from vllm_router.dialects import path_of
 from vllm_router.http1.answer import Answer, Message
 from vllm_router.http1.headers import Refusal, check_method, request_line, split_target, too_large
 from vllm_router.http1.request import (
@@ -236,15 +237,21 @@ class Connection:
     def refuse(self, refusal: Refusal) -> None:
         """End the connection; the client is told why, unless an answer has begun."""
         self._server.refused += 1
+        head = self._head
+        if head is not None:
+            refusal.path = head.path
+            refusal.request_id = dict(head.headers).get(b"x-request-id")
         self._refusal = refusal
         self.deadline = math.inf
         self._scope.cancel(reason=refusal.code)
 
     def _refuse_head(self, refusal: Refusal, data: bytes) -> None:
         """The same, for a request of which nobody will hear otherwise."""
+        line = bytes(self._buffer or data).partition(b"\r\n")[0]
+        refusal.path = path_of(line)
         told = self._server.told
         if told is not None:
-            told(refusal, self._client, bytes(self._buffer or data).partition(b"\r\n")[0])
+            told(refusal, self._client, line)
         self.refuse(refusal)
 
     def abort(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
+
+from vllm_router.dialects import error_answer
+from vllm_router.request_ids import request_id
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -37,7 +39,8 @@ NO_BODY = frozenset({204, 304})
 class Refusal(Exception):
     """The request must not be served: answered with `status`, then the connection is closed.
 
-    `code` goes into the error body and the `x-vllm-router-error` header.
+    `code` goes into the error body and the `x-vllm-router-error` header. `path` and `request_id`
+    are set as soon as the request is known that far: the path decides about the body's dialect.
     """
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -45,19 +48,16 @@ class Refusal(Exception):
         self.status = status
         self.code = code
         self.message = message
+        self.path = b""
+        self.request_id: bytes | None = None
 
     def headers_and_body(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """OpenAI's error shape, so that clients show the message."""
+        """In the client's dialect, so that clients show the message."""
         if self.status == 204:
             return [(b"allow", b"GET, HEAD, POST, OPTIONS")], b""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        body = json.dumps({"error": error}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"x-vllm-router-error", self.code.encode()),
-        ]
+        headers, body = error_answer(
+            self.path, self.status, self.code, self.message, request_id(self.request_id)
+        )
         if self.status == 405:
             headers.append((b"allow", b"GET, HEAD, POST, OPTIONS"))
         return headers, body

@@ -153,7 +153,9 @@ class Exchange:
                     await self._serve_watched()
             except Refused as refused:
                 record.status, record.code = refused.status, refused.code
-                start, last = refusal_messages(refused, record.request_id, record.attempts)
+                start, last = refusal_messages(
+                    refused, record.request_id, record.attempts, path=record.path
+                )
                 await self.send(start)
                 record.phase = DONE
                 return last

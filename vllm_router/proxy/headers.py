@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-from ipaddress import IPv4Network, IPv6Network, ip_address
-from itertools import count
-from random import Random
+
+from vllm_router.addresses import Network, is_in
+from vllm_router.auth import is_credential, without_credentials
+from vllm_router.request_ids import request_id as request_id
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -47,22 +47,20 @@ _NOT_FORWARDED = _HOP_BY_HOP | _OURS | _FOR_US
 _NEVER_NOMINATED = frozenset({b"authorization", b"content-type", b"content-encoding"})
 
 _ANSWER_DROPPED = _HOP_BY_HOP | {
-    b"x-vllm-router-server",
-    b"x-vllm-router-attempts",
+    # It would lead clients to another address than the router's (RFC 7838).
+    b"alt-svc",
     # Which pages may use this address is for the router to say; vLLM allows all of them.
     b"access-control-allow-credentials",
     b"access-control-allow-headers",
     b"access-control-allow-methods",
     b"access-control-allow-origin",
+    b"access-control-allow-private-network",
     b"access-control-expose-headers",
     b"access-control-max-age",
 }
 
-# Ids are unique, not secret: half of one is random and of this process, half counts.
-_ID_BEGINS = b"%016x" % Random().getrandbits(64)
-_ID_ENDS = count(Random().getrandbits(32))
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
+_OURS_PREFIX = b"x-vllm-router-"
+"""Begins the names of fields that only the router writes; those of a server are dropped."""
 
 VIA = b"1.1 vllm-router"
 MAX_VIA = 8
@@ -79,13 +77,6 @@ def nominated(value: bytes) -> frozenset[bytes]:
     """The fields that a `Connection` value makes hop-by-hop."""
     names = {token.strip().lower() for token in value.split(b",")}
     return frozenset(names - _NEVER_NOMINATED)
-
-
-def request_id(given: bytes | None) -> bytes:
-    """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
-    if given and _REQUEST_ID.fullmatch(given):
-        return given
-    return b"%b%016x" % (_ID_BEGINS, next(_ID_ENDS))
 
 
 class ForwardedFields:
@@ -106,9 +97,9 @@ class ForwardedFields:
 
     @property
     def keyless(self) -> bytes:
-        """Those for a server that gets a key from us."""
+        """The lines for a server that gets a key from us: without credentials of the client."""
         if self._keyless is None:
-            self._keyless = _lines([one for one in self._headers if one[0] != b"authorization"])
+            self._keyless = _lines([one for one in self._headers if not is_credential(one[0])])
         return self._keyless
 
 
@@ -127,7 +118,14 @@ class RequestHeads:
     def write(
         self, method: str, target: bytes, fields: ForwardedFields, added: bytes, body_length: int
     ) -> bytes:
-        """One request head. `added` holds more field lines."""
+        """One request head. `added` holds more field lines.
+
+        With a key of the server's own, no credential of the client is left in fields and query.
+        """
+        if self._key and b"?" in target:
+            path, _, query = target.partition(b"?")
+            query = without_credentials(query)
+            target = path + b"?" + query if query else path
         return b"%b %b%b%b%b%b%b\r\ncontent-length: %d\r\n\r\n" % (
             method.encode(),
             self._prefix,
@@ -145,7 +143,7 @@ def forwarding_fields(
     fields: dict[bytes, bytes],
     client: str,
     scheme: str,
-    trusted: tuple[IPv4Network | IPv6Network, ...],
+    trusted: tuple[Network, ...],
 ) -> bytes:
     """`Via` and `X-Forwarded-*` of a forwarded request, as field lines, each begun by CR LF.
 
@@ -153,7 +151,7 @@ def forwarding_fields(
     `fields` are the headers as a dictionary.
     """
     forwarded_for, proto, host = client.encode(), scheme.encode(), fields.get(b"host")
-    if trusted and _is_trusted(client, trusted):
+    if trusted and is_in(client, trusted):
         forwarded_for = join(get_all(headers, b"x-forwarded-for"), forwarded_for)
         proto = fields.get(b"x-forwarded-proto") or proto
         host = fields.get(b"x-forwarded-host") or host
@@ -185,14 +183,6 @@ def loops(headers: Headers) -> bool:
     return get_all(headers, b"via").count(VIA) >= MAX_VIA
 
 
-def _is_trusted(client: str, trusted: tuple[IPv4Network | IPv6Network, ...]) -> bool:
-    try:
-        address = ip_address(client)
-    except ValueError:
-        return False
-    return any(address in network for network in trusted)
-
-
 def answer_headers(
     headers: Headers, fields: dict[bytes, bytes], server: bytes, attempts: int, identifier: bytes
 ) -> list[tuple[bytes, bytes]]:
@@ -201,6 +191,8 @@ def answer_headers(
     connection = connection_field(headers, fields)
     if connection and connection.lower() not in (b"keep-alive", b"close"):
         dropped = dropped | nominated(connection)
+    if _OURS_PREFIX in b" ".join(fields):
+        dropped = dropped | {name for name in fields if name.startswith(_OURS_PREFIX)}
     kept = [field for field in headers if field[0] not in dropped]
     if b"x-request-id" not in fields:
         kept.append((b"x-request-id", identifier))

@@ -6,12 +6,12 @@ import math
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_network
 from random import Random
 from urllib.parse import urlsplit
 
 import trio
 
+from vllm_router.addresses import parse_networks
 from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
@@ -94,7 +94,7 @@ class Proxy:
         self.settings = settings = config.settings
         self.max_body = int(settings.max_body_mb * 1_000_000)
         self.bodies.limit = int(settings.max_bodies_mb * 1_000_000)
-        self.trusted = tuple(ip_network(net, strict=False) for net in settings.trusted_proxies)
+        self.trusted = parse_networks(settings.trusted_proxies)
         own = {name: rule.policy for name, rule in config.models if rule.policy is not None}
         on_request = settings.policy_header
         self.policies.apply(settings.policy, own, Knobs.of(settings), on_request=on_request)

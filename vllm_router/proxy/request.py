@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
+from vllm_router.config import Settings
 from vllm_router.errors import ClientGone, Refused
+from vllm_router.paths import INVOCATIONS
 from vllm_router.proxy.headers import (
     ForwardedFields,
+    Headers,
     connection_field,
     forwarding_fields,
     loops,
@@ -36,7 +39,8 @@ class ClientHead:
     requests of a connection that have the same head but for Content-Length.
 
     `fields` are the headers as a dictionary, the length in them that of the first request;
-    `forwarded` and `added` are the field lines that servers get, the client's and ours.
+    `forwarded` and `added` are the field lines that servers get, the client's and ours. `refused`
+    is the answer to a request whose head alone rules it out.
     """
 
     __slots__ = (
@@ -45,7 +49,7 @@ class ClientHead:
         "content_type",
         "fields",
         "forwarded",
-        "loops",
+        "refused",
         "session",
         "settings",
         "target",
@@ -61,7 +65,7 @@ class ClientHead:
         self.target: bytes = path + b"?" + query if query else path
         self.content_type = fields.get(b"content-type", b"")
         self.session = fields.get(b"x-session-id", b"")
-        self.loops = b"via" in fields and loops(headers)
+        self.refused = _refused_by_head(path, headers, fields, proxy.settings)
         self.forwarded = ForwardedFields(headers, connection_field(headers, fields))
         self.added = forwarding_fields(
             headers, fields, client, scope.get("scheme", "http"), proxy.trusted
@@ -164,27 +168,65 @@ def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
 def check_head(
     proxy: Proxy, headers: list[tuple[bytes, bytes]], head: ClientHead, bodies: BodyShare
 ) -> None:
-    """Judge a request by its head. Raises Refused for what announces too much or goes round in
-    circles.
-    """
-    if head.loops:
-        raise Refused(508, "loop_detected", "The request has passed this router too often.")
+    """Raises Refused if the head rules the request out, or announces too large a body."""
+    if head.refused is not None:
+        raise head.refused
     length = head.length(headers)
     if length > proxy.max_body:
         raise _too_large(proxy.max_body)
     bodies.check(length)
 
 
+def _refused_by_head(
+    path: bytes, headers: Headers, fields: Mapping[bytes, bytes], settings: Settings
+) -> Refused | None:
+    """The error for a request that goes round in circles, or whose fields would choose a rank or a
+    model behind the router's back."""
+    if b"via" in fields and loops(headers):
+        return Refused(508, "loop_detected", "The request has passed this router too often.")
+    if b"x-data-parallel-rank" in fields and not settings.allow_data_parallel_rank:
+        return Refused(
+            400,
+            "unsupported_parameter",
+            "X-data-parallel-rank is not passed on: the engine chooses the rank. "
+            "allow_data_parallel_rank = true in the router's [config] lets clients choose.",
+            param="X-data-parallel-rank",
+        )
+    if path == INVOCATIONS and b"x-amzn-sagemaker-adapter-identifier" in fields:
+        return Refused(
+            400,
+            "unsupported_parameter",
+            "X-Amzn-SageMaker-Adapter-Identifier is not passed on: "
+            'name the adapter as "model" in the body.',
+            param="X-Amzn-SageMaker-Adapter-Identifier",
+        )
+    return None
+
+
+def _check_transfer(parameter: str, settings: Settings) -> None:
+    """Raises Refused for a body that tells the engine where to fetch cached blocks."""
+    if not settings.allow_kv_transfer_params:
+        raise Refused(
+            400,
+            "unsupported_parameter",
+            f"{parameter} is not passed on: it makes the engine connect to the address that it "
+            "names. allow_kv_transfer_params = true in the router's [config] lets it through.",
+            param=parameter,
+        )
+
+
 def make_request(
     proxy: Proxy, scope: Scope, head: ClientHead, record: Record, body: bytes
 ) -> Request:
-    """What the body and the head say, also for the record."""
+    """What the body and the head say, also for the record. Raises Refused."""
     record.bytes_in = len(body)
     record.body_read_at = proxy.now()
     record.phase = QUEUE
     request = Request(proxy, scope, head, record.request_id, body)
     record.facts = facts = request.facts
     record.model, record.stream = facts.model, facts.stream
+    if facts.transfer is not None:
+        _check_transfer(facts.transfer, proxy.settings)
     if record.trace is not None:
         request.drop(record.trace.replaced)
     return request

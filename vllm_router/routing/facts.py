@@ -20,6 +20,7 @@ from vllm_router.routing.pieces import (
     plain_prompt,
     raw_prompt,
 )
+from vllm_router.routing.transfer import transfer_parameter
 
 _Kind = TypeVar("_Kind", str, bool, int)
 
@@ -30,7 +31,8 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     `model` is None where the body names none: any server may have it then. `replayable` is False
     for requests that leave something behind on a server, or may do so. `session` and `prompt` are
     there only if they were asked for: `session` is what the client calls the conversation, or its
-    user. `priority` is the body's: the lower, the earlier, as vLLM orders.
+    user. `priority` is the body's: the lower, the earlier, as vLLM orders. `transfer` is the path
+    of a parameter that tells the engine where to fetch cached blocks (`routing/transfer.py`).
     """
 
     model: str | None = None
@@ -39,6 +41,10 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     session: str | None = None
     prompt: Prompt = NO_PROMPT
     priority: int = 0
+    transfer: str | None = None
+
+
+_NO_JSON = msgspec.Raw(b"")
 
 
 class _Fields(msgspec.Struct, gc=False):
@@ -51,9 +57,10 @@ class _Fields(msgspec.Struct, gc=False):
     session_id: str | None = None
     user: str | None = None
     priority: int | None = None
-
-
-_NO_JSON = msgspec.Raw(b"")
+    kv_transfer_params: msgspec.Raw = _NO_JSON
+    ec_transfer_params: msgspec.Raw = _NO_JSON
+    vllm_xargs: msgspec.Raw = _NO_JSON
+    sampling_params: msgspec.Raw = _NO_JSON
 
 
 class _AllFields(_Fields, gc=False):
@@ -81,6 +88,10 @@ class _RawFields(msgspec.Struct, gc=False):
     session_id: msgspec.Raw = _NO_JSON
     user: msgspec.Raw = _NO_JSON
     priority: msgspec.Raw = _NO_JSON
+    kv_transfer_params: msgspec.Raw = _NO_JSON
+    ec_transfer_params: msgspec.Raw = _NO_JSON
+    vllm_xargs: msgspec.Raw = _NO_JSON
+    sampling_params: msgspec.Raw = _NO_JSON
     messages: msgspec.Raw = _NO_JSON
     instructions: msgspec.Raw = _NO_JSON
     system: msgspec.Raw = _NO_JSON
@@ -144,7 +155,16 @@ def read_facts(
         _session(session, fields),
         prompt,
         fields.priority or 0,
+        _transfer(fields),
     )
+
+
+def _transfer(fields: _Fields) -> str | None:
+    kv, ec = fields.kv_transfer_params, fields.ec_transfer_params
+    xargs, sampling = fields.vllm_xargs, fields.sampling_params
+    if kv is _NO_JSON and ec is _NO_JSON and xargs is _NO_JSON and sampling is _NO_JSON:
+        return None
+    return transfer_parameter(kv, ec, xargs, sampling)
 
 
 def _session(header: bytes, fields: _Fields) -> str | None:
@@ -201,6 +221,10 @@ def _odd_fields(raw: _RawFields) -> _Fields:
         _value(raw.session_id, str),
         _value(raw.user, str),
         _value(raw.priority, int),
+        raw.kv_transfer_params,
+        raw.ec_transfer_params,
+        raw.vllm_xargs,
+        raw.sampling_params,
     )
 
 

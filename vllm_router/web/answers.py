@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from quart import Response, has_websocket_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing.exceptions import WebsocketMismatch
 
 from vllm_router.errors import Refused
-from vllm_router.paths import PathClass, classify
-from vllm_router.proxy.headers import request_id
+from vllm_router.paths import inference_methods, is_stored_response
 from vllm_router.proxy.refusal import refusal_messages
+from vllm_router.request_ids import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +65,16 @@ async def body() -> bytes:
 def refusal(refused: Refused) -> Response:
     """The answer to a request that is refused."""
     identifier = fields().get("x-request-id", "").encode("latin-1")
-    start, last = refusal_messages(refused, request_id(identifier))
+    start, last = refusal_messages(refused, request_id(identifier), path=_raw_path())
     response = Response(last["body"], refused.status)
     for name, value in start["headers"]:
         response.headers[name.decode()] = value.decode("latin-1")
     return response
+
+
+def _raw_path() -> bytes:
+    raw: bytes = scope().get("raw_path") or b""
+    return raw
 
 
 def install_errors(app: QuartTrio) -> None:
@@ -90,19 +97,55 @@ def install_errors(app: QuartTrio) -> None:
 
 def _http_error(error: HTTPException) -> Response:
     """What Quart and Werkzeug raise: unknown paths, wrong methods, too large bodies."""
-    current = scope()
     status = error.code or 500
-    methods = getattr(error, "valid_methods", None)
-    if status == 404 and classify("POST", current.get("raw_path") or b"") is PathClass.INFERENCE:
-        status, methods = 405, ["POST"]
+    if isinstance(error, WebsocketMismatch):
+        return refusal(_wrong_protocol())
     if status == 404:
-        message = f"There is nothing at {current['path']}."
-    elif status == 405:
-        allowed = ", ".join(sorted(methods or ()))
-        message = f"{current.get('method')} is not allowed at {current['path']}: {allowed} is."
-    else:
-        message = error.description or error.name
-    response = refusal(Refused(status, _CODES.get(status, "http_error"), message))
+        return refusal(not_served(scope()))
+    if status == 405:
+        return refusal(_not_allowed(sorted(getattr(error, "valid_methods", None) or ())))
+    message = error.description or error.name
+    return refusal(Refused(status, _CODES.get(status, "http_error"), message))
+
+
+def not_served(current: Mapping[str, Any]) -> Refused:
+    """404 for a path that has no method here, 405 for an inference path with another method."""
+    path, raw = current["path"], current.get("raw_path") or b""
+    if current["type"] == "websocket":
+        return Refused(
+            404,
+            "not_found",
+            f"There is no websocket at {path}: the router has one at /ws/load, and does not pass "
+            "others on to servers.",
+        )
+    methods = inference_methods(raw)
     if methods:
-        response.headers["allow"] = ", ".join(sorted(methods))
-    return response
+        return _not_allowed(methods)
+    if is_stored_response(raw):
+        return Refused(
+            404,
+            "not_found",
+            f"Stored responses cannot be read through the router: {path} is not passed on. "
+            "Ask the server that has made the response.",
+        )
+    return Refused(404, "not_found", f"There is nothing at {path}.")
+
+
+def _not_allowed(methods: Sequence[str]) -> Refused:
+    current, allowed = scope(), ", ".join(methods)
+    return Refused(
+        405,
+        "method_not_allowed",
+        f"{current.get('method')} is not allowed at {current['path']}. Allowed: {allowed}.",
+        allow=methods,
+    )
+
+
+def _wrong_protocol() -> Refused:
+    """For a websocket at a path of pages, or a plain request at the path of the feed."""
+    current = scope()
+    if current["type"] == "websocket":
+        return not_served(current)
+    return Refused(
+        400, "bad_request", f"{current['path']} is a websocket: the request must be an upgrade."
+    )

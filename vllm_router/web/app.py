@@ -14,8 +14,8 @@ from vllm_router import __version__
 from vllm_router.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
 from vllm_router.paths import PathClass, classify
-from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.types import App
+from vllm_router.request_ids import request_id
 from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
 from vllm_router.web.access import check_admin, check_origin
@@ -149,6 +149,10 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/load-stats")
     async def load_stats() -> Response:
         return answers.json(status.load_stats(router))
+
+    @app.get("/load")
+    async def server_load() -> Response:
+        return answers.json(status.server_load(router))
 
     @app.get("/server-models")
     async def server_models() -> Response:

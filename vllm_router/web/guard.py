@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from vllm_router.auth import (
     ANONYMOUS,
-    CREDENTIALS,
     AuthConfig,
     Identity,
     KeyConfig,
     Keyring,
+    is_credential,
     presented,
+    without_credentials,
 )
 from vllm_router.config import Config
 from vllm_router.errors import Refused
@@ -89,15 +90,27 @@ def _port(scope: Scope) -> int | None:
 
 
 class _Admitted(NamedTuple):
-    """By whose rules a request was admitted, as whose, and whether it had a key for us alone."""
+    """By whose rules a request was admitted, and as whose.
+
+    `secret` are the names of its credentials, if they are for the router alone.
+    """
 
     guard: Guard
     identity: Identity
-    stripped: bool
+    secret: frozenset[bytes] | None
 
 
-def _without_keys(scope: Scope) -> list[tuple[bytes, bytes]]:
-    return [field for field in scope["headers"] if field[0] not in CREDENTIALS]
+def _credentials(scope: Scope) -> frozenset[bytes]:
+    """The names of the fields that carry credentials."""
+    return frozenset([name for name, _ in scope["headers"] if is_credential(name)])
+
+
+def _strip(scope: Scope, secret: frozenset[bytes]) -> None:
+    """Remove these fields, and the query's credentials: no server gets to see them."""
+    if secret:
+        scope["headers"] = [field for field in scope["headers"] if field[0] not in secret]
+    if scope["query_string"]:
+        scope["query_string"] = without_credentials(scope["query_string"])
 
 
 class Guard:
@@ -135,7 +148,7 @@ class Guard:
             if b"origin" in fields:
                 self._check_origin(fields)
             scope[IDENTITY] = ANONYMOUS
-            self._remember(scope, fields, stripped=False)
+            self._remember(scope, fields, None)
             return
         path: str = scope["path"]
         if path[:1] != "/":
@@ -151,15 +164,18 @@ class Guard:
             self._check_listener(scope, area)
         if area is Area.INFERENCE and b"origin" in fields:
             self._check_origin(fields)
-        headers = scope["headers"]
-        identity = self._identify(scope, fields) if self._has_keys else ANONYMOUS
-        stripped = scope["headers"] is not headers
+        identity, secret = ANONYMOUS, None
+        if self._has_keys:
+            identity = self.keyring.identify(fields)
+            if identity.known or self.keyring.has_clients:
+                secret = _credentials(scope)
+                _strip(scope, secret)
         if area not in (Area.INFERENCE, Area.MODELS):
             identity = self._administrator(scope, fields, identity)
         scope[IDENTITY] = identity
         self._check_key(scope, area, identity)
         if area is Area.INFERENCE:
-            self._remember(scope, fields, stripped=stripped)
+            self._remember(scope, fields, secret)
 
     # -- connections that repeat themselves ---------------------------------------------------
 
@@ -177,15 +193,17 @@ class Guard:
             memo.clear()
             return False
         scope[IDENTITY] = admitted.identity
-        if admitted.stripped:
-            scope["headers"] = _without_keys(scope)
+        if admitted.secret is not None:
+            _strip(scope, admitted.secret)
         return True
 
-    def _remember(self, scope: Scope, fields: Mapping[bytes, bytes], *, stripped: bool) -> None:
+    def _remember(
+        self, scope: Scope, fields: Mapping[bytes, bytes], secret: frozenset[bytes] | None
+    ) -> None:
         """Answers to pages of other origins are told so, one by one."""
         memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
         if memo is not None and b"origin" not in fields:
-            memo[Guard] = _Admitted(self, scope[IDENTITY], stripped)
+            memo[Guard] = _Admitted(self, scope[IDENTITY], secret)
 
     # -- where it comes from ------------------------------------------------------------------
 
@@ -220,16 +238,10 @@ class Guard:
         digests = [digest_of(key.decode("latin-1")) for key in presented(fields)]
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
-        scope["headers"] = _without_keys(scope)
+        _strip(scope, _credentials(scope))
         scope[IDENTITY] = _ADMINISTRATOR
 
     # -- who it is ----------------------------------------------------------------------------
-
-    def _identify(self, scope: Scope, fields: Mapping[bytes, bytes]) -> Identity:
-        identity = self.keyring.identify(fields)
-        if identity.known or self.keyring.has_clients:
-            scope["headers"] = _without_keys(scope)
-        return identity
 
     def _administrator(
         self, scope: Scope, fields: Mapping[bytes, bytes], identity: Identity
@@ -238,7 +250,7 @@ class Guard:
         if OWN_MACHINE in scope and not self.keyring.has_admin:
             return _ADMINISTRATOR
         if self._sessions is not None and self._sessions.holds(presented(fields)):
-            scope["headers"] = _without_keys(scope)
+            _strip(scope, _credentials(scope))
             return _ADMINISTRATOR
         return identity
 

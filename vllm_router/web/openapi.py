@@ -95,6 +95,7 @@ _SCHEMAS: Doc = {
         {"servers": {"type": "object"}, "total_servers": _COUNT, "healthy_servers": _COUNT}
     ),
     "Version": _object({"version": _TEXT, "service": _TEXT}),
+    "ServerLoad": _object({"server_load": _COUNT}),
     "Service": _object({"service": _TEXT, "status": {"enum": ["running", "draining"]}}),
     "Explanation": _object(
         {
@@ -232,6 +233,9 @@ def document() -> Doc:
         "/load-stats": {"get": _operation("The load now.", "LoadStats", 401, 404, **_READING)},
         "/server-models": {
             "get": _operation("Who has which models.", "ServerModels", 401, 404, **_READING)
+        },
+        "/load": {
+            "get": _operation("The load as vLLM says it.", "ServerLoad", 401, 404, **_READING)
         },
         "/version": {"get": _operation("The version.", "Version", 401, 404, **_READING)},
         "/metrics": {"get": _plain("For Prometheus.", "text/plain", 401, 404, **_READING)},

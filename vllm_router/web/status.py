@@ -146,6 +146,12 @@ def load_stats(router: Router) -> dict[str, Any]:
     }
 
 
+def server_load(router: Router) -> dict[str, int]:
+    """`/load` as vLLM answers it: the requests in the engines, here of the whole fleet."""
+    servers = router.fleet.servers.values()
+    return {"server_load": round(sum(server.running + server.waiting for server in servers))}
+
+
 def _server_load(server: Server, router: Router, now: float, wall: float) -> dict[str, Any]:
     there, capacity = server.running + server.waiting, server.capacity
     metrics = server.metrics

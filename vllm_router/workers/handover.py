@@ -11,6 +11,7 @@ import socket
 
 import trio
 
+from vllm_router.addresses import plain_peer
 from vllm_router.front import Stream
 from vllm_router.hypercorn_bridge import HypercornSide, Relay
 from vllm_router.workers.board import CONNECTIONS, Sums
@@ -59,7 +60,7 @@ class LeaderSide:
     async def _relay(self, stream: trio.SSLStream[trio.SocketStream], data: bytes) -> None:
         outer = stream_socket(stream)
         try:
-            client, local = outer.getpeername()[:2], outer.getsockname()[:2]
+            client, local = plain_peer(outer.getpeername()), outer.getsockname()[:2]
         except OSError:
             return  # it has left already
         ours, theirs = socket.socketpair()

@@ -1,0 +1,20 @@
+"""Names of requests: the client's `X-Request-Id`, or a new one."""
+
+from __future__ import annotations
+
+import re
+from itertools import count
+from random import Random
+
+# Ids are unique, not secret: half of one is random and of this process, half counts.
+_ID_BEGINS = b"%016x" % Random().getrandbits(64)
+_ID_ENDS = count(Random().getrandbits(32))
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
+
+
+def request_id(given: bytes | None) -> bytes:
+    """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
+    if given and _REQUEST_ID.fullmatch(given):
+        return given
+    return b"%b%016x" % (_ID_BEGINS, next(_ID_ENDS))

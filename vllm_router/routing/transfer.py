@@ -1,0 +1,61 @@
+"""Parameters by which a client tells the engine where to fetch cached blocks.
+
+vLLM 0.32 takes `kv_transfer_params` and `ec_transfer_params` at the top level of a JSON body and
+copies them into the sampling parameters' `extra_args`. `vllm_xargs` and, on
+`/inference/v1/generate`, `sampling_params.extra_args` end up in the same place, so they are looked
+into as well (vllm/entrypoints/openai/chat_completion/protocol.py, `to_sampling_params`). An engine
+with a connector connects to the address that is named there; a set that was used before, or one
+of the wrong type, ends the engine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+_ABSENT = msgspec.Raw(b"")
+
+
+class _Transfer(msgspec.Struct, gc=False):
+    kv_transfer_params: msgspec.Raw = _ABSENT
+    ec_transfer_params: msgspec.Raw = _ABSENT
+
+
+class _SamplingParams(msgspec.Struct, gc=False):
+    extra_args: msgspec.Raw = _ABSENT
+
+
+def transfer_parameter(
+    kv: msgspec.Raw, ec: msgspec.Raw, xargs: msgspec.Raw, sampling: msgspec.Raw
+) -> str | None:
+    """The path of the first transfer parameter that is set, such as `kv_transfer_params`, or None.
+
+    The arguments are the raw values of `kv_transfer_params`, `ec_transfer_params`, `vllm_xargs`
+    and `sampling_params`; `null` counts as absent, as it does for vLLM.
+    """
+    if _is_set(kv):
+        return "kv_transfer_params"
+    if _is_set(ec):
+        return "ec_transfer_params"
+    inner = _inside(xargs)
+    if inner is not None:
+        return f"vllm_xargs.{inner}"
+    try:
+        extra = msgspec.json.decode(sampling or b"{}", type=_SamplingParams).extra_args
+    except msgspec.MsgspecError:
+        return None  # not an object: vLLM answers 400
+    inner = _inside(extra)
+    return f"sampling_params.extra_args.{inner}" if inner is not None else None
+
+
+def _inside(value: msgspec.Raw) -> str | None:
+    try:
+        found = msgspec.json.decode(value or b"{}", type=_Transfer)
+    except msgspec.MsgspecError:
+        return None  # not an object: vLLM answers 400
+    if _is_set(found.kv_transfer_params):
+        return "kv_transfer_params"
+    return "ec_transfer_params" if _is_set(found.ec_transfer_params) else None
+
+
+def _is_set(value: msgspec.Raw) -> bool:
+    return len(value) > 0 and bytes(value).strip() != b"null"
