@@ -152,6 +152,24 @@ async def test_failures_seen_by_both_workers_eject_for_both(
             await burst(quiet.url, body, 6)  # one of them may be the trial
 
 
+def test_worker_model_loaded_a_moment_ago_is_served_and_an_unknown_one_is_404(
+    quiet: RouterProcess, mocks: list[MockProcess]
+):
+    with quiet.client() as client:
+        for number in range(3):
+            name = f"adapter-{number}"
+            loaded = httpx.post(
+                f"{mocks[number].url}/v1/load_lora_adapter",
+                json={"lora_name": name, "lora_path": "/adapters/x"},
+                trust_env=False,
+            )
+            assert loaded.status_code == 200, loaded.text
+            answer = client.post("/v1/chat/completions", json=chat(model=name, max_tokens=1))
+            assert answer.status_code == 200, answer.text
+        answer = client.post("/v1/chat/completions", json=chat(model="nobody-has-it"))
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
 def test_log_says_which_process_speaks(quiet: RouterProcess):
     quiet.wait_for_text(" [leader] supervisor: server ")
 

@@ -86,6 +86,7 @@ class Watched:
         self.went_down: list[tuple[str, float]] = []
         self.ticks: Counter[str] = Counter()
         self.told: list[State] = []
+        self.probes: dict[str, Probe] = {}
         fleet.on_transition.append(lambda change: self.told.append(change.new))
 
     @property
@@ -126,6 +127,7 @@ async def watched(
     async with trio.open_nursery() as nursery:
         for server in rig.fleet.servers.values():
             probe = Probe(server, rig.fleet, Random(1), context, rig.down, rig.tick)
+            rig.probes[server.name] = probe
             nursery.start_soon(probe.run)
         await trio.sleep(0.01)
         yield rig
@@ -164,6 +166,20 @@ async def test_an_adapter_that_appears_is_served(autojump_clock, monkeypatch):
         rig.engine.answers["/v1/models"] = {"data": [{"id": "m"}, {"id": "adapter"}]}
         await trio.sleep(6)
         assert rig.fleet.candidates("adapter", trio.current_time()) == (rig.server,)
+
+
+async def test_list_that_proved_stale_is_read_at_once_but_not_in_a_busy_loop(
+    autojump_clock, monkeypatch
+):
+    async with watched(monkeypatch) as rig:
+        for _ in range(100):
+            rig.server.unlist("m")
+            rig.probes["a"].read_list_soon()
+            await trio.sleep(0.01)
+            assert rig.engine.asked["/v1/models"] > 1
+        await trio.sleep(1)
+        assert rig.server.models == ("m",)
+        assert rig.engine.asked["/v1/models"] <= 6
 
 
 @pytest.mark.parametrize(

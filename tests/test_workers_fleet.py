@@ -15,6 +15,7 @@ from fleet_makers import come_up, eject, gauges, go_down, make_config
 from vllm_router.auth import KeyConfig
 from vllm_router.config import Config
 from vllm_router.errors import Refused
+from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server, State
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
@@ -223,6 +224,48 @@ def test_refusal_counts_at_once_where_it_was_seen_and_is_told(router: Router):
     assert router.verdicts == [
         Verdict("refused", router.leader.servers["a"].url, 1.0, retry_after=5.0)
     ]
+
+
+def test_workers_refusal_seen_by_one_is_followed_by_all_and_ended_by_one(router: Router):
+    one, other = router.workers
+    asked = Asked("/v1/responses", "m", 10)
+    one.others_take(one.servers["a"], asked.path, 0, "404: no such route", 5.0, body=7, sure=True)
+    (verdict,) = router.verdicts
+    assert (verdict.what, verdict.name, verdict.words) == (
+        "others_take",
+        asked.path,
+        "404: no such route",
+    )
+    router.leader.others_take(
+        router.leader.servers["a"],
+        verdict.name,
+        verdict.size,
+        verdict.words,
+        verdict.at,
+        body=7,
+        sure=True,
+    )
+    router.tell(5.0)
+    for worker in router.workers:
+        assert worker.servers["a"].state is State.REFUSING
+        assert [s.name for s in worker.fitting("m", 5.0, (), asked)] == ["b", "c"]
+    router.verdicts.clear()
+    other.takes_again(other.servers["a"], asked)
+    (verdict,) = router.verdicts
+    assert verdict.asked == asked
+    router.leader.takes_again(router.leader.servers["a"], asked)
+    router.tell(6.0)
+    assert [worker.servers["a"].state for worker in router.workers] == [State.UP, State.UP]
+
+
+def test_workers_context_lengths_are_followed(router: Router):
+    router.leader.servers["a"].listed({"m": {"id": "m", "max_model_len": 100}}, 1.0)
+    router.leader.servers["b"].listed({"m": {"id": "m", "max_model_len": 900}}, 1.0)
+    router.tell(1.0)
+    asked = Asked("/v1/completions", "m", 10)
+    for worker in router.workers:
+        assert worker.lengths_differ
+        assert [s.name for s in worker.fitting("m", 1.0, (), asked, tokens=200)] == ["b", "c"]
 
 
 def test_drain_and_names_and_models_are_followed(router: Router):

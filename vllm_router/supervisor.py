@@ -26,6 +26,7 @@ from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.stalls import StallMonitor
+from vllm_router.tasks.model_lists import ModelLists, Reader
 from vllm_router.tasks.probe import Probe
 from vllm_router.tasks.watch import ConfigSource, Nudge, Reload, Reloader, watch
 from vllm_router.telemetry import Telemetry
@@ -106,6 +107,10 @@ class Supervisor:
         self.task_restarts = 0
         self._nursery: trio.Nursery | None = None
         self._probes: dict[Server, trio.CancelScope] = {}
+        self._probing: dict[Server, Probe] = {}
+        self.lists = ModelLists(self._list_readers)
+        self.proxy.look_at_lists = self._look_at_lists
+        self.fleet.on_stale_list.append(self._read_list_soon)
         self.fleet.on_transition += [
             self._log_transition,
             self.metrics.transition,
@@ -132,6 +137,7 @@ class Supervisor:
             self._start_probe(server)
         nursery.start_soon(self._keep, "stalls", self.stalls.run)
         nursery.start_soon(self._keep, "feed", self.feed.run)
+        nursery.start_soon(self._keep, "lists", self.lists.run)
         nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
         if self.reloader is not None:
             nursery.start_soon(self._keep, "watch", self._watch)
@@ -194,8 +200,13 @@ class Supervisor:
     async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
         tls = self.tls.of(server.config)
         probe = Probe(server, self.fleet, self.rng, tls, self._server_down, self.proxy.tick)
-        with scope:
-            await self._keep(f"probe of {server.name}", probe.run)
+        self._probing[server] = probe
+        try:
+            with scope:
+                await self._keep(f"probe of {server.name}", probe.run)
+        finally:
+            if self._probing.get(server) is probe:
+                del self._probing[server]
 
     def _server_down(self, server: Server) -> None:
         ended = self.proxy.server_gone(server, trio.current_time(), self._patience())
@@ -205,6 +216,17 @@ class Supervisor:
     def _patience(self) -> float:
         """How long a request must have been silent to be taken off a server that went down."""
         return self.fleet.settings.metrics_interval
+
+    def _read_list_soon(self, server: Server) -> None:
+        probe = self._probing.get(server)
+        if probe is not None:
+            probe.read_list_soon()
+
+    def _list_readers(self) -> list[Reader]:
+        return [probe.read_list for probe in self._probing.values()]
+
+    async def _look_at_lists(self, found: Callable[[], bool]) -> None:
+        await self.lists.fresh(found, self.fleet.settings.health_check_timeout + 1.0)
 
     # -- configuration ------------------------------------------------------------------------
 

@@ -510,6 +510,11 @@ class Exchange:
             candidates = self._choices_of_all(trio.current_time())
             if candidates:
                 return candidates
+        if model is not None and not fleet.knows(model) and proxy.look_at_lists is not None:
+            await proxy.look_at_lists(lambda: fleet.knows(model))
+            candidates = self.choices(trio.current_time())
+            if candidates:
+                return candidates
         if proxy.gate is not None and (model is None or fleet.knows(model)):
             return ()
         raise self.nobody()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from urllib.parse import urlsplit
@@ -75,6 +75,9 @@ class Proxy:
         self.tracer: Tracer | None = None
         self.bodies = Bodies()
         self.usage = Usage()
+        self.look_at_lists: Callable[[Callable[[], bool]], Awaitable[None]] | None = None
+        """Reads the servers' lists of models again; returns once that is done, or what it is given
+        says yes. None where nothing reads lists."""
         self.gate: Gate | None = None
         """There if `[limits]` are."""
         self._empty = trio.Event()

@@ -102,6 +102,7 @@ class Probe:
         self._went_down = went_down
         self._tick = tick
         self._hurry = trio.Event()
+        self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: _Page(), MODELS_PATH: _Page()}
         self._transport: httpx.AsyncBaseTransport
         self._requests: dict[str, httpx.Request]
@@ -274,10 +275,23 @@ class Probe:
         while True:
             missing = self._server.models is None
             interval = UNSETTLED_INTERVAL if missing else MODELS_EVERY
-            await trio.sleep(interval * self._pages[MODELS_PATH].pause)
-            if self._server.probe_health.up:
-                await self._list_models()
-                self._fleet.settle(trio.current_time())
+            with trio.move_on_after(interval * self._pages[MODELS_PATH].pause):
+                await self._list_is_stale.wait()
+            stale = self._list_is_stale.is_set()
+            self._list_is_stale = trio.Event()
+            await self.read_list()
+            if stale:
+                await trio.sleep(UNSETTLED_INTERVAL)  # a list that stays wrong would be a busy loop
+
+    def read_list_soon(self) -> None:
+        """The server has proved its list wrong: read it at once. One reading serves all."""
+        self._list_is_stale.set()
+
+    async def read_list(self) -> None:
+        """Read the list of a server that is up."""
+        if self._server.probe_health.up:
+            await self._list_models()
+            self._fleet.settle(trio.current_time())
 
     async def _list_models(self) -> None:
         """Read `/v1/models`. A server that cannot answer it keeps the list it had."""

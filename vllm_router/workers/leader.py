@@ -42,6 +42,8 @@ from vllm_router.workers.messages import (
     Connection,
     Figures,
     Hello,
+    ListsRead,
+    LookAtLists,
     Report,
     States,
     Verdict,
@@ -81,6 +83,7 @@ class Link:
         self.news: set[Server] = set()
         self.welcome: Welcome | None = Welcome(first=True)
         self.configured = 0
+        self.lists_read = False
         self.wake = trio.Event()
         self.wake.set()
 
@@ -162,8 +165,16 @@ class Leader(Supervisor):
                         self._take_over(message, fileno, nursery)
                     case Hello():
                         self._hello(link, message)
+                    case LookAtLists():
+                        nursery.start_soon(self._look_for, link)
 
         return listen
+
+    async def _look_for(self, link: Link) -> None:
+        """A worker waits for a fresh look at the lists of models."""
+        await self._look_at_lists(lambda: False)
+        link.lists_read = True
+        link.wake.set()
 
     def _take_over(self, message: Connection, fileno: int | None, nursery: trio.Nursery) -> None:
         if fileno is not None and self._handed_over < self._most:
@@ -307,6 +318,9 @@ class Leader(Supervisor):
                     # A leader that has just begun knows less than its workers.
                     known = [state_of(one) for one in told if one.probe_health.up is not None]
                     await link.channel.send(encode(States(known)))
+                if link.lists_read:
+                    link.lists_read = False
+                    await link.channel.send(encode(ListsRead()))
                 if welcome is not None and not welcome.first:
                     # Last, for it is the sign to serve: whoever does must know the servers.
                     await link.channel.send(encode(welcome))

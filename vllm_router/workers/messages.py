@@ -91,7 +91,11 @@ class Connection(msgspec.Struct, tag=True, array_like=True):
     alpn: str = ""
 
 
-FromWorker = Hello | Report | Figures | Connection
+class LookAtLists(msgspec.Struct, tag=True, array_like=True):
+    """Read the servers' lists of models again, and say `ListsRead`."""
+
+
+FromWorker = Hello | Report | Figures | Connection | LookAtLists
 
 # -- leader to worker -------------------------------------------------------------------------
 
@@ -139,7 +143,11 @@ class States(msgspec.Struct, tag=True, array_like=True):
     servers: list[ServerState]
 
 
-FromLeader = Welcome | Configured | States
+class ListsRead(msgspec.Struct, tag=True, array_like=True):
+    """The lists have been read; what changed was told before."""
+
+
+FromLeader = Welcome | Configured | States | ListsRead
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

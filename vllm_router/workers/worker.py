@@ -21,6 +21,7 @@ from vllm_router.fleet.server import Transition
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.supervisor import END_TIME, Supervisor
+from vllm_router.tasks.model_lists import LOOK_GAP, ModelLists
 from vllm_router.telemetry import Telemetry
 from vllm_router.web.families import ROUTER_METRICS, SUMMED
 from vllm_router.web.process import cpu_seconds, rss_bytes
@@ -34,6 +35,8 @@ from vllm_router.workers.messages import (
     Configured,
     Figures,
     Hello,
+    ListsRead,
+    LookAtLists,
     States,
     Welcome,
     decode_from_leader,
@@ -45,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 FIGURES_EVERY = 0.1
 """Seconds between two looks at what there is to be told."""
+
+
+LISTS_GAP = 0.1
+"""Seconds between two times that the leader is asked to read the lists; its own gap is longer."""
 
 
 class Worker(Supervisor):
@@ -89,6 +96,8 @@ class Worker(Supervisor):
             recorder=reporter,
         )
         self.proxy.usage = fleet.usage
+        self.lists = ModelLists(lambda: [self._leader_reads_lists], LISTS_GAP)
+        self._lists_read = trio.Event()
         reporter.gather = self.proxy.tell
         self.proxy.budget.floor /= workers
         self.proxy.budget.depth = self.proxy.budget.floor
@@ -108,6 +117,7 @@ class Worker(Supervisor):
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
         nursery.start_soon(self._keep, "leader", self._listen)
+        nursery.start_soon(self._keep, "lists", self.lists.run)
         nursery.start_soon(self._keep, "reports", self._reporter.run)
         nursery.start_soon(self._keep, "figures", self._keep_telling)
         nursery.start_soon(self._keep, "upkeep", self._look_after)
@@ -145,12 +155,21 @@ class Worker(Supervisor):
                     self.fleet.settle(now)
                 case Configured():
                     self._read_configuration()
+                case ListsRead():
+                    self._lists_read.set()
                 case Welcome(first):
                     if first:
                         await self._channel.send(self._hello())
                         await self.tell_figures()
                     else:
                         self.welcomed.set()
+
+    async def _leader_reads_lists(self) -> None:
+        """Have the leader read the servers' lists of models; what it finds comes first."""
+        self._lists_read = trio.Event()
+        with trio.move_on_after(LOOK_GAP + self.fleet.settings.health_check_timeout + 1.0):
+            await self._channel.send(encode(LookAtLists()))
+            await self._lists_read.wait()
 
     def _read_configuration(self) -> None:
         new = self._in_force.read()
