@@ -179,6 +179,10 @@ class MemoryPool(Pool):
         super().__init__("http://server.test:1")
         self.server = server
 
+    @property
+    def has_address(self) -> bool:
+        return True
+
     async def open(self, now: float) -> Connection:
         await trio.lowlevel.checkpoint()
         if self.server.swallows:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import socket
 
 import pytest
 import trio
@@ -26,6 +28,8 @@ from scripted_server import (
 )
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import State
+from vllm_router.http1.client import Pool
+from vllm_router.http1.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import Outcome
 
@@ -367,6 +371,29 @@ async def test_if_nobody_can_be_reached_it_is_503_with_retry_after(autojump_cloc
         assert (got.status, got.code) == (503, code)
         assert int(got[b"retry-after"]) >= 1
         assert len(rig.recorder.attempts) == 2
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_exchange_resolver_that_fails_or_hangs_blames_no_server(autojump_clock, hangs):
+    """Where no address has ever been known; another server is asked."""
+
+    async def look_up(name: str) -> list[Host]:
+        await trio.sleep(math.inf if hangs else 0.5)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    async with lab(silent, answering(GOOD), connect_timeout=1.5) as rig:
+        rig.prefer("a")
+        rig.proxy.links[rig.server("a")].pool = Pool("http://a.test:1", None, Resolver(look_up))
+        got = await rig.post()
+        assert (got.status, got.took) == (200, pytest.approx(1.5 if hangs else 0.5))
+        assert rig.recorder.attempts[0] == ("a", Outcome.UNRESOLVED)
+        assert failures(rig, "a") == 0
+        rig.proxy.links[rig.server("b")].pool.close()
+        rig.proxy.links[rig.server("b")].pool = Pool("http://b.test:1", None, Resolver(look_up))
+        got = await rig.post()
+        assert (got.status, got.code) == (503, "name_not_resolved")
+        assert int(got[b"retry-after"]) >= 1
+        assert failures(rig, "a") == failures(rig, "b") == 0
 
 
 async def test_a_silent_server_is_a_504_and_nobody_else_is_asked(autojump_clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -9,7 +10,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from scripted_server import (
     sse_head,
 )
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
-from vllm_router.http1 import client, transport
+from vllm_router.http1 import transport
 from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool
 
 # FUZZ_EXAMPLES=1000000 looks harder, here as in the tests of the listening side.
@@ -413,36 +414,6 @@ async def test_an_unknown_name_is_a_failed_connect():
         await open_within(Pool("http://no-such-host.invalid:1"), 5)
 
 
-@pytest.mark.parametrize(
-    "failure", [ConnectFailed("refused"), OwnFault("cannot assign requested address")], ids=repr
-)
-async def test_the_next_address_is_tried_when_one_cannot_be_reached(monkeypatch, failure):
-    """`localhost` is ::1 first, which a container without IPv6 cannot even assign."""
-
-    async def resolve(host, port):
-        return [
-            (socket.AF_INET, ("127.0.0.2", 9)),
-            (socket.AF_INET, ("127.0.0.1", port)),
-        ]
-
-    real = transport.connect
-
-    async def connect(address):
-        if address[1][0] == "127.0.0.2":
-            raise failure
-        return await real(address)
-
-    monkeypatch.setattr(client, "resolve", resolve)
-    monkeypatch.setattr(client, "connect", connect)
-    async with trio.open_nursery() as nursery:
-        server = ScriptedServer(nursery)
-        await nursery.start(server.listen)
-        connection = await open_loopback(server)
-        assert (await exchange(connection)).status == 200
-        connection.close()
-        nursery.cancel_scope.cancel()
-
-
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
 async def test_being_out_of_descriptors_is_our_own_fault(monkeypatch, code):
     def no_socket(*args, **kwargs):
@@ -517,6 +488,119 @@ async def test_tls_connections_are_kept_and_those_the_server_closed_are_not_take
         await trio.sleep(0.02)
         assert pool.take_idle(0.0) is None
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def tls_server(
+    talk: Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]],
+) -> AsyncIterator[int]:
+    """The port of a server that speaks TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(PEM)
+
+    async def serve(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await talk(stream)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        yield listeners[0].transport_listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nall of it"
+
+
+@pytest.mark.parametrize("said", [UNTIL_CLOSE, sse_head() + chunk(b"x"), b"HTTP/1.1 200", b""])
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_tls_body_until_close_is_whole_only_with_a_goodbye(said, goodbye):
+    """RFC 9112 section 9.8: without close_notify anybody on the way may have cut it."""
+
+    async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        seen = b""
+        while not seen.endswith(b"{}"):
+            seen += await stream.receive_some(65536)
+        await stream.send_all(said)
+        if goodbye:
+            await stream.aclose()
+        else:
+            stream.transport_stream.socket.shutdown(socket.SHUT_WR)
+            await stream.transport_stream.receive_some(1)
+
+    async with tls_server(talk) as port:
+        pool = Pool(f"https://localhost:{port}", ssl.create_default_context(cafile=PEM))
+        connection = await open_within(pool, 30)
+        result = None
+        with trio.fail_after(30):
+            try:
+                result = (await exchange(connection)).body
+            except ConnectionLost as lost:
+                error = str(lost)
+        connection.close()
+    if goodbye and said == UNTIL_CLOSE:
+        assert result == b"all of it"
+    else:
+        assert result is None
+        assert goodbye or "close_notify" in error
+
+
+def client_streams() -> int:
+    """What is left of TLS connections to servers, the collector of cycles standing still."""
+    return sum(
+        isinstance(thing, ssl.SSLObject) and not thing.server_side for thing in gc.get_objects()
+    )
+
+
+@pytest.mark.parametrize("host", ["localhost", "wrong.test"])
+async def test_tls_connection_leaves_nothing_for_the_collector(host):
+    """Whether its handshake fails, as each second with an expired certificate, or it is closed."""
+
+    async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        await stream.receive_some(1)
+
+    context = ssl.create_default_context(cafile=PEM)
+    async with tls_server(talk) as port:
+        gc.collect()
+        gc.disable()
+        try:
+            before = client_streams()
+            for _ in range(5):
+                sock = await transport.connect((socket.AF_INET, ("127.0.0.1", port)))
+                with contextlib.suppress(ConnectFailed):
+                    (await transport.start_tls(sock, host, context)).close()
+            assert client_streams() == before
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("plain", "it does not speak TLS there"),
+        ("closes", "it closed the connection during the handshake"),
+        ("unknown", "its certificate is not trusted: self-signed certificate"),
+    ],
+)
+async def test_tls_handshake_that_fails_tells_why(reason, words):
+    async def other(talk: Talk) -> None:
+        if reason == "plain":
+            await talk.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            await talk.gone()
+
+    async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        await stream.receive_some(1)
+
+    async with trio.open_nursery() as nursery, tls_server(talk) as tls_port:
+        server = ScriptedServer(nursery, other)
+        port = await nursery.start(server.listen)
+        port = tls_port if reason == "unknown" else port
+        try:
+            await open_within(Pool(f"https://127.0.0.1:{port}"), 30)
+        except ConnectFailed as failed:
+            told = str(failed)
+        nursery.cancel_scope.cancel()
+    assert words in told
 
 
 # -- keeping connections -----------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Watched:
     def tick(self, server: Server, now: float) -> None:
         self.ticks[server.name] += 1
 
-    def transport(self, server: Server, _: ssl.SSLContext) -> httpx.MockTransport:
+    def transport(self, server: Server, *_: object) -> httpx.MockTransport:
         return httpx.MockTransport(self.engines[server.url].handle)
 
 

@@ -54,11 +54,15 @@ ELSEWHERE_AFTER = {
     Outcome.SERVER_ERROR,
     Outcome.CONNECT_FAILED,
     Outcome.CONNECT_TIMEOUT,
+    Outcome.UNRESOLVED,
     Outcome.LOST,
     Outcome.INVALID,
     Outcome.ABORTED,
     Outcome.GONE,
 }
+
+
+UNSENT = {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.UNRESOLVED}
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
@@ -82,7 +86,7 @@ def test_nobody_left_or_tried_often_enough_is_the_end(outcome):
 
 def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
     refused = {*NOT_COMPUTED, Outcome.LIMITED}
-    sent = ELSEWHERE_AFTER - refused - {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT}
+    sent = ELSEWHERE_AFTER - refused - UNSENT
     for outcome in sent | {Outcome.STALE}:
         assert after(outcome, replayable=False) is NO
     for outcome in ELSEWHERE_AFTER - sent:

@@ -21,6 +21,7 @@ import trio
 
 from vllm_router.config import Config, ServerConfig
 from vllm_router.errors import RouterError
+from vllm_router.http1.transport import tls_words
 from vllm_router.models_config import nowhere
 from vllm_router.own_machine import find_socket, short_path
 from vllm_router.tls import ServerContexts
@@ -364,13 +365,6 @@ def _object(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return page if isinstance(page, dict) else {}
-
-
-def tls_words(error: ssl.SSLError) -> str:
-    """Why a TLS handshake failed."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"
 
 
 def words(error: httpx.HTTPError) -> str:

@@ -32,6 +32,10 @@ class ConnectFailed(ServerError):
     """No request byte was sent: always safe to try elsewhere."""
 
 
+class NameNotResolved(ConnectFailed):
+    """No address of the server is known, and the resolver gave none: no fault of the server."""
+
+
 class ConnectionLost(ServerError):
     """The server closed or reset the connection before the answer was complete."""
 

@@ -19,6 +19,7 @@ import trio
 from vllm_router.config import RESTART, Config, ServerConfig, changes
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.http1.resolver import Resolver
 from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput
 from vllm_router.proxy.gate import Queue
@@ -87,6 +88,7 @@ class Supervisor:
         self.tls = ServerContexts()
         self.sessions = Sessions(trio.current_time)
         self.guard = Guard(config, admin_port, own_door, self.sessions)
+        self.resolver = Resolver()
         self.before_apply: list[Callable[[Config], None]] = []
         recorders: list[Recorder] = [recorder] if recorder is not None else []
         if recorder is None:
@@ -96,7 +98,7 @@ class Supervisor:
             recorders.append(output.access)
         if telemetry is not None:
             recorders.append(telemetry)
-        self.proxy = Proxy(self.fleet, config, recorders, self.rng, self.tls)
+        self.proxy = Proxy(self.fleet, config, recorders, self.rng, self.tls, self.resolver)
         self.proxy.tracer = telemetry
         self._ask_for_what_is_logged(config)
         self.nudge = Nudge()
@@ -199,7 +201,8 @@ class Supervisor:
 
     async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
         tls = self.tls.of(server.config)
-        probe = Probe(server, self.fleet, self.rng, tls, self._server_down, self.proxy.tick)
+        down, tick = self._server_down, self.proxy.tick
+        probe = Probe(server, self.fleet, self.rng, tls, down, tick, self.resolver)
         self._probing[server] = probe
         try:
             with scope:

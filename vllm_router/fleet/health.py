@@ -75,6 +75,8 @@ class ProbeHealth:
         self.window: deque[tuple[bool, float]] = deque(maxlen=rules.window)
         self.falls = 0
         """How often it has fallen lately."""
+        self._detail = ""
+        """What the last failed check said."""
         self._up_since = 0.0
         self._good_since = 0.0
 
@@ -116,7 +118,7 @@ class ProbeHealth:
         self._count(good, now)
         return self._judge(now, detail or check.value)
 
-    def observe_scrape(self, reachable: bool, now: float) -> bool:
+    def observe_scrape(self, reachable: bool, now: float, detail: str = "") -> bool:
         """Take the reachability seen by a metrics scrape in; True if the state flipped.
 
         An unreachable port is a failed check. An answered scrape clears failures, unless the
@@ -124,7 +126,7 @@ class ProbeHealth:
         """
         if not reachable:
             self._count(False, now)
-            return self._judge(now, Check.UNREACHABLE.value)
+            return self._judge(now, detail or Check.UNREACHABLE.value)
         if self.up and self.last_verdict is not Check.UNHEALTHY:
             self.failures_in_row = 0
         return False
@@ -141,9 +143,12 @@ class ProbeHealth:
             # The first check decides alone: a fleet must be usable at once after a start.
             self.up = self.failures_in_row == 0
             self.reason = "" if self.up else detail
+            self._detail = detail
             self._up_since = now
             return True
         if not self.up:
+            if self.failures_in_row and detail != self._detail:
+                self.reason = self._detail = detail  # the latest one helps most
             if self.goods_in_row < rules.rise:
                 return False
             hold = rules.time_out(self.falls - 1) if self.falls > 1 else 0.0
@@ -156,7 +161,7 @@ class ProbeHealth:
         fault = self._fault(detail)
         if fault is None:
             return False
-        self.up, self.reason = False, fault
+        self.up, self.reason, self._detail = False, fault, detail
         self.falls = max(0, self.falls - int((now - self._up_since) / FORGET_AFTER)) + 1
         self.goods_in_row = 0
         return True

@@ -403,9 +403,9 @@ class Server:
             check = Check.GOOD
         return self._flipped(self.probe_health.observe(check, elapsed, now, detail), now)
 
-    def scrape_reached(self, reachable: bool, now: float) -> bool:
+    def scrape_reached(self, reachable: bool, now: float, detail: str = "") -> bool:
         """A metrics scrape found the port open or closed. True if the server has just gone down."""
-        return self._flipped(self.probe_health.observe_scrape(reachable, now), now)
+        return self._flipped(self.probe_health.observe_scrape(reachable, now, detail), now)
 
     def _flipped(self, flipped: bool, now: float) -> bool:
         held_back = self.probe_health.held_back

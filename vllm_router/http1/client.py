@@ -15,16 +15,11 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
+from vllm_router.errors import ConnectFailed, ConnectionLost, ProtocolViolation
+from vllm_router.http1.connecting import Race
 from vllm_router.http1.repeated import Headers, Repeated
-from vllm_router.http1.transport import (
-    Address,
-    PlainTransport,
-    Transport,
-    connect,
-    resolve,
-    start_tls,
-)
+from vllm_router.http1.resolver import Resolver, literal_address
+from vllm_router.http1.transport import PlainTransport, Transport, connect, start_tls
 
 MAX_HEAD = 1024 * 1024
 """Bytes of an answer's head. vLLM sends binary embeddings with a field `metadata` that has some
@@ -39,8 +34,8 @@ MAX_BARREN = 65536
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
 
-RESOLVE_EVERY = 30.0
-"""Seconds a resolved name is believed; a failed connect asks again at once."""
+_CONNECTION, _HANDSHAKE = "connection", "TLS handshake"
+"""What a new connection waits for, see `Pool.doing`."""
 
 
 @dataclass(slots=True)
@@ -326,7 +321,7 @@ class Connection:
             self._reusable = False
             # Junk behind a complete answer costs the connection, not the answer.
             if not self._complete:
-                raise ProtocolViolation(self._fault or str(error)) from error
+                raise ProtocolViolation(self._fault or _what_it_is(data, error)) from error
         if self._fault is not None:
             # However much of the answer came along: what it says must not depend on the packets.
             self._reusable = False
@@ -354,9 +349,22 @@ class Connection:
 
 
 class Pool:
-    """The connections of one server: a stack of idle ones, the last used on top. O(1)."""
+    """The connections of one server: a stack of idle ones, the last used on top. O(1).
 
-    def __init__(self, url: str, ssl_context: ssl.SSLContext | None = None) -> None:
+    `doing` says in words what a new connection waits for; it is empty while none is being made.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        ssl_context: ssl.SSLContext | None = None,
+        resolver: Resolver | None = None,
+        *,
+        spread: bool = True,
+    ) -> None:
+        """`resolver` is one for all servers of a router. With `spread` the addresses of a name are
+        used in turn; without, the first that works.
+        """
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -365,8 +373,10 @@ class Pool:
             self._tls = ssl.create_default_context()
         self._known = KnownAnswer()
         self._idle: list[Connection] = []
-        self._addresses: list[Address] = []
-        self._resolved_at = -float("inf")
+        self._literal = literal_address(self.host, self.port)
+        self._name = None if self._literal else (resolver or Resolver()).name(self.host)
+        self._spread = spread
+        self.doing = ""
         self.opened = 0
         self.closed = False
 
@@ -383,26 +393,38 @@ class Pool:
 
     async def open(self, now: float) -> Connection:
         """A new connection; the caller bounds the time. Raises ConnectFailed or OwnFault."""
-        if now - self._resolved_at > RESOLVE_EVERY:
-            self._addresses = await resolve(self.host, self.port)
-            self._resolved_at = now
-        failure: ConnectFailed | OwnFault | None = None
-        for address in self._addresses:
+        if self._literal is not None:
+            self.doing = _CONNECTION
+            sock = await connect(self._literal)
+            if self._tls is None:
+                transport: Transport = PlainTransport(sock)
+            else:
+                self.doing = _HANDSHAKE
+                transport = await start_tls(sock, self.host, self._tls)
+        else:
+            transport = await self._open_by_name()
+        self.doing = ""
+        self.opened += 1
+        return Connection(transport, self._known)
+
+    @property
+    def has_address(self) -> bool:
+        """Whether there is an address to connect to: if not, no server can be blamed."""
+        return self._name is None or bool(self._name.hosts)
+
+    async def _open_by_name(self) -> Transport:
+        assert self._name is not None
+        self.doing = _CONNECTION if self._name.hosts else f"answer of the resolver for {self.host}"
+        race = Race(self._name, self.port, self.opened if self._spread else 0)
+        while True:
+            sock, address = await race.next()
+            if self._tls is None:
+                return PlainTransport(sock)
+            self.doing = _HANDSHAKE
             try:
-                sock = await connect(address)
-            except OwnFault as error:
-                # Perhaps of this address alone: ::1 cannot be assigned where there is no IPv6.
-                failure = failure or error
-                continue
-            except ConnectFailed as error:
-                failure = error
-                continue
-            self.opened += 1
-            if self._tls is not None:
-                return Connection(await start_tls(sock, self.host, self._tls), self._known)
-            return Connection(PlainTransport(sock), self._known)
-        self._resolved_at = -float("inf")  # the name may have moved
-        raise failure or ConnectFailed(f"{self.host} has no address")
+                return await start_tls(sock, self.host, self._tls)
+            except ConnectFailed as failure:
+                race.failed(address, failure)
 
     def give_back(self, connection: Connection, now: float) -> None:
         """Keep a connection for the next request if it can serve one, else close it."""
@@ -431,3 +453,16 @@ class Pool:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+
+
+_TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
+"""How an alert and a handshake begin."""
+
+
+def _what_it_is(data: bytes, error: Exception) -> str:
+    """What a server sent that could not be parsed, in an operator's words where they are known."""
+    if data.startswith(_TLS_RECORDS):
+        return "it speaks TLS: its url must begin with https://"
+    if str(error).startswith("Expected HTTP/"):
+        return "it answers with something that is no HTTP/1.1"
+    return str(error)

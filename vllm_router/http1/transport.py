@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault
+from vllm_router.http1.resolver import Address
 from vllm_router.http1.wires import READ_SIZE, SOON, Wire
 
 _OUR_ERRORS = frozenset(
@@ -24,8 +25,6 @@ _OUR_ERRORS = frozenset(
 )
 
 _INTERIM = re.compile(rb"(?:HTTP/1\.[01] 1[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+\Z")
-
-Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
 
 
 class Transport(Protocol):
@@ -67,6 +66,8 @@ class Transport(Protocol):
 
     def close(self) -> None: ...
 
+
+_TLS_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
 
 TLS_PIECE = 262144
 """Bytes of a body that are encrypted at a time."""
@@ -176,16 +177,22 @@ class PlainTransport:
 
 
 class TlsTransport:
-    """A trio SSL stream over a connected socket."""
+    """A trio SSL stream over a connected socket.
+
+    A stream that ends without the peer's close_notify is cut: `read` raises ConnectionLost, as
+    nothing else tells the end of a body without a length from a broken line (RFC 9112 section 9.8).
+    """
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self._stream = stream
+        self._socket = stream.transport_stream.socket
+        self._closed = False
 
     async def read(self, until: float = math.inf) -> bytes:
         try:
             return bytes(await self._stream.receive_some(READ_SIZE))
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
-            raise ConnectionLost(str(error)) from error
+        except _TLS_ERRORS as error:
+            raise ConnectionLost(_why_lost(error)) from error
 
     def interrupt(self) -> bool:
         return False
@@ -210,33 +217,39 @@ class TlsTransport:
             for start in range(0, len(body), TLS_PIECE):
                 await self._stream.send_all(whole[start : start + TLS_PIECE])
             return True
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
-            raise ConnectionLost(str(error)) from error
+        except _TLS_ERRORS as error:
+            raise ConnectionLost(_why_lost(error)) from error
 
     def alive(self) -> bool:
         # What waits there is most likely the server's goodbye (close_notify); session tickets
         # came with the first answer.
-        return not self._stream.transport_stream.socket.is_readable()
+        return not self._closed and not self._socket.is_readable()
 
     def close(self) -> None:
-        self._stream.transport_stream.socket.close()
+        self._closed = True
+        self._socket.close()
+        _take_apart(self._stream)
 
 
-async def resolve(host: str, port: int) -> list[Address]:
-    """Every address of `host`, in the resolver's order. Raises ConnectFailed."""
-    try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        if error.errno in _OUR_ERRORS:
-            raise OwnFault(str(error)) from error
-        raise ConnectFailed(f"cannot resolve {host}: {error.strerror or error}") from error
-    return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]
+SLOW_AFTER = 0.25
+"""Seconds after which an address is slow to answer (RFC 8305 section 5: Connection Attempt Delay).
+"""
+
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+)
+"""The kernel asks a silent peer each 60 s whether it is there, and gives it up 60 s after. It keeps
+connections known to firewalls and address translators, which forget silent ones in 5 minutes."""
 
 
-async def connect(address: Address) -> socket.socket:
-    """A connected non-blocking socket with TCP_NODELAY. Raises ConnectFailed or OwnFault.
+async def connect(address: Address, slow: Callable[[], None] | None = None) -> socket.socket:
+    """A connected non-blocking socket with TCP_NODELAY and keepalive.
 
-    The caller bounds the time and closes the socket.
+    `slow` is called if it has not connected in SLOW_AFTER seconds; it is waited for all the same.
+    The caller bounds the time and closes the socket. Raises ConnectFailed or OwnFault.
     """
     family, target = address
     sock = None
@@ -244,9 +257,11 @@ async def connect(address: Address) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for level, option, value in KEEPALIVE:
+            sock.setsockopt(level, option, value)
         code = sock.connect_ex(target)
         if code == errno.EINPROGRESS:
-            await trio.lowlevel.wait_writable(sock)
+            await _connected(sock, slow)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
@@ -263,21 +278,65 @@ async def connect(address: Address) -> socket.socket:
     return sock
 
 
+async def _connected(sock: socket.socket, slow: Callable[[], None] | None) -> None:
+    """Wait until the attempt to connect has ended, well or not."""
+    if slow is not None:
+        with trio.move_on_after(SLOW_AFTER):
+            await trio.lowlevel.wait_writable(sock)
+            return
+        slow()
+    await trio.lowlevel.wait_writable(sock)
+
+
 async def start_tls(sock: socket.socket, host: str, context: ssl.SSLContext) -> TlsTransport:
     """TLS over a connected socket. Raises ConnectFailed; the socket is closed then."""
+    # Python sets this option, by which OpenSSL takes any end of the stream for a proper one.
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     stream = trio.SSLStream(
-        trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-        context,
-        server_hostname=host,
-        https_compatible=True,
+        trio.SocketStream(trio.socket.from_stdlib_socket(sock)), context, server_hostname=host
     )
     try:
         await stream.do_handshake()
     except (trio.BrokenResourceError, ssl.SSLError) as error:
         sock.close()
-        cause = error.__cause__ or error
-        raise ConnectFailed(f"TLS handshake failed: {cause}") from error
+        _take_apart(stream)
+        cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+        raise ConnectFailed(tls_words(cause)) from error
     except BaseException:
         sock.close()
+        _take_apart(stream)
         raise
     return TlsTransport(stream)
+
+
+def _take_apart(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Free a stream that is not used any more: 30 KB, which it would keep as part of a cycle.
+
+    The collector of cycles comes by once in hours here, and a server whose certificate has expired
+    is connected to every second.
+    """
+    vars(stream).clear()
+
+
+def _why_lost(error: Exception) -> str:
+    """Why a TLS stream that stood does no more."""
+    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+    if isinstance(cause, ssl.SSLEOFError):
+        return "cut: TLS was not closed (close_notify)"
+    if isinstance(cause, ssl.SSLError):
+        return tls_words(cause)
+    return str(cause or error) or "closed"
+
+
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"})
+
+
+def tls_words(error: BaseException | None) -> str:
+    """Why a TLS handshake failed, for an operator."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason in _NO_TLS:
+        return "TLS failed: it does not speak TLS there, should its url begin with http://?"
+    if isinstance(error, ssl.SSLEOFError) or not isinstance(error, ssl.SSLError):
+        return "TLS failed: it closed the connection during the handshake"
+    return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"

@@ -12,8 +12,9 @@ import msgspec
 import trio
 import trio_websocket
 
-from vllm_router.control import NoRouter, client_context, tls_words
+from vllm_router.control import NoRouter, client_context
 from vllm_router.errors import RouterError
+from vllm_router.http1.transport import tls_words
 from vllm_router.own_machine import find_socket, short_path
 from vllm_router.web.schema import Event, Hello, Snapshot
 

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
+from vllm_router.errors import (
+    ConnectFailed,
+    ConnectionLost,
+    NameNotResolved,
+    OwnFault,
+    ProtocolViolation,
+)
 from vllm_router.http1.wires import Interrupted
 from vllm_router.proxy import sse
 from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
@@ -185,7 +191,16 @@ class Attempt:
         if trio.current_time() >= self._exchange.deadline:
             return Outcome.TOTAL_TIMEOUT
         # A client that takes nothing for as long as a server may be silent has gone, too.
-        return Outcome.CLIENT_GONE if self._sending else self._timer
+        if self._sending:
+            return Outcome.CLIENT_GONE
+        if self._timer is Outcome.CONNECT_TIMEOUT and not self._can_connect:
+            return Outcome.UNRESOLVED
+        return self._timer
+
+    @property
+    def _can_connect(self) -> bool:
+        """Whether an address of the server is known."""
+        return self._proxy.links[self._server].pool.has_address
 
     def _verdict(self, outcome: Outcome, fresh: bool = False) -> Again:
         """Where to go after an uncommitted end; decided once, for some while the answer is read."""
@@ -241,6 +256,8 @@ class Attempt:
             return None
         except OwnFault:
             return Outcome.OWN_FAULT
+        except NameNotResolved:
+            return Outcome.UNRESOLVED
         except ConnectFailed:
             return Outcome.CONNECT_FAILED
         except ProtocolViolation:

@@ -16,6 +16,7 @@ from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
+from vllm_router.http1.resolver import Resolver
 from vllm_router.http1.wires import Hub
 from vllm_router.limits import Usage
 from vllm_router.limits_config import LimitsConfig
@@ -62,6 +63,7 @@ class Proxy:
         recorders: Sequence[Recorder],
         rng: Random,
         tls: ServerContexts | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
         self.fleet = fleet
         self.budget = RetryBudget()
@@ -89,6 +91,7 @@ class Proxy:
         self._ended: list[Record] = []
         self._rng = rng
         self._tls = tls
+        self._resolver = resolver or Resolver()
         self.policies = PolicySet(rng, config.settings.policy, {}, Knobs.of(config.settings))
         self.apply(config)
 
@@ -109,7 +112,7 @@ class Proxy:
             if link is not None and link.tls is tls:
                 pool = link.pool
             else:
-                pool = Pool(server.url, tls)
+                pool = Pool(server.url, tls, self._resolver)
                 if link is not None:
                     link.pool.close()  # other certificates are another server to talk to
             self.links[server] = _link(server, pool, tls)

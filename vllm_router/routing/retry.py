@@ -22,6 +22,7 @@ class Outcome(enum.Enum):
     SERVER_ERROR = "server_error"  # 500, 502, 504, or 503 without a body
     CONNECT_FAILED = "connect_failed"
     CONNECT_TIMEOUT = "connect_timeout"
+    UNRESOLVED = "name_not_resolved"  # no address of the server is known: the resolver's fault
     STALE = "stale"  # a reused connection closed before any byte
     LOST = "lost"  # closed or reset before the client had a byte
     INVALID = "invalid_answer"  # not HTTP, or ambiguous framing
@@ -102,6 +103,13 @@ RULES: dict[Outcome, Rule] = {
         503,
         "connect_timeout",
         "No server for this model could be reached in time.",
+    ),
+    Outcome.UNRESOLVED: Rule(
+        False,
+        Again.ELSEWHERE,
+        503,
+        "name_not_resolved",
+        "The name of no server for this model can be resolved.",
     ),
     Outcome.STALE: Rule(
         False,

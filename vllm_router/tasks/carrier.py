@@ -25,6 +25,16 @@ class Carrier(httpx.AsyncBaseTransport):
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
+    @property
+    def doing(self) -> str:
+        """What a request waits for before it is sent, see `Pool.doing`; empty once it is."""
+        return self._pool.doing
+
+    @property
+    def has_address(self) -> bool:
+        """Whether there is an address to connect to."""
+        return self._pool.has_address
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = await request.aread()
         try:

@@ -17,13 +17,14 @@ import httpx
 import trio
 
 from vllm_router.config import Settings
-from vllm_router.errors import OwnFault, UnusablePage
+from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
 from vllm_router.fleet.engine_metrics import MetricsReader
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
+from vllm_router.http1.resolver import Resolver
 from vllm_router.tasks.carrier import Carrier
 from vllm_router.tasks.page import read_pieces, read_whole
 
@@ -74,9 +75,14 @@ def control_client(
     )
 
 
-def probe_transport(server: Server, tls: ssl.SSLContext) -> httpx.AsyncBaseTransport:
-    """What carries one server's probes: it bounds no time, and costs a third."""
-    return Carrier(Pool(server.url, tls))
+def probe_transport(
+    server: Server, tls: ssl.SSLContext, resolver: Resolver | None
+) -> httpx.AsyncBaseTransport:
+    """What carries one server's probes: it bounds no time, and costs a third.
+
+    Of several addresses of a name it keeps to one: their counters would look like restarts.
+    """
+    return Carrier(Pool(server.url, tls, resolver, spread=False))
 
 
 class Probe:
@@ -94,6 +100,7 @@ class Probe:
         tls: ssl.SSLContext,
         went_down: Callable[[Server], None],
         tick: Callable[[Server, float], None],
+        resolver: Resolver | None = None,
     ) -> None:
         self._server = server
         self._fleet = fleet
@@ -101,6 +108,7 @@ class Probe:
         self._tls = tls
         self._went_down = went_down
         self._tick = tick
+        self._resolver = resolver
         self._hurry = trio.Event()
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: _Page(), MODELS_PATH: _Page()}
@@ -114,7 +122,7 @@ class Probe:
     async def run(self) -> None:
         """Check, scrape and list until cancelled."""
         # No timeout: each use has one around it, which follows the configuration.
-        self._transport = transport = probe_transport(self._server, self._tls)
+        self._transport = transport = probe_transport(self._server, self._tls, self._resolver)
         async with control_client(self._server, None, self._tls, transport) as client:
             paths = (*CHECK_PATHS, METRICS_PATH)
             self._requests = {path: client.build_request("GET", path) for path in paths}
@@ -151,12 +159,17 @@ class Probe:
     async def _check(self) -> None:
         server, timeout = self._server, self._settings.health_check_timeout
         began = trio.current_time()
-        verdict, detail = Check.TIMEOUT, f"no answer to {CHECK_PATHS[0]} in {timeout:g} s"
+        verdict, detail = Check.TIMEOUT, ""
         with trio.move_on_after(timeout):
             try:
                 verdict, detail = await self._ask_health()
             except OwnFault as error:
                 logger.warning("%s: not checked: %s", server.name, error)
+                return
+        if verdict is Check.TIMEOUT:
+            detail = f"no {self._waiting_for} in {timeout:g} s"
+            if server.probe_health.up and not self._has_address:
+                logger.warning("%s: not checked: %s", server.name, detail)
                 return
         elapsed = trio.current_time() - began
         if verdict is Check.GOOD and server.probe_health.up is False:
@@ -164,15 +177,30 @@ class Probe:
         now = trio.current_time()
         self._announce(server.checked(verdict, elapsed, now, detail), now)
 
+    @property
+    def _has_address(self) -> bool:
+        return not isinstance(self._transport, Carrier) or self._transport.has_address
+
+    def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
+        """Whether we are out of something, or the resolver does not know a server that is up."""
+        unresolved = isinstance(error.__cause__, NameNotResolved)
+        return _is_own_fault(error) or (unresolved and bool(self._server.probe_health.up))
+
+    @property
+    def _waiting_for(self) -> str:
+        """What a check that takes too long waits for."""
+        doing = self._transport.doing if isinstance(self._transport, Carrier) else ""
+        return doing or f"answer to {CHECK_PATHS[0]}"
+
     async def _ask_health(self) -> tuple[Check, str]:
         detail = ""
         for path in CHECK_PATHS:
             try:
                 status = await self._status(path)
             except httpx.HTTPError as error:
-                if _is_own_fault(error):
+                if self._is_no_fault_of_the_server(error):
                     raise OwnFault(_words(error)) from error
-                return Check.UNREACHABLE, f"{path}: {_words(error)}"
+                return Check.UNREACHABLE, _words(error)
             if 200 <= status < 300:
                 return Check.GOOD, ""
             detail = f"{path} answered {status}"
@@ -228,8 +256,8 @@ class Probe:
                 finally:
                     await response.aclose()
             except httpx.HTTPError as error:
-                if not _is_own_fault(error):
-                    self._reached(reachable=False)
+                if not self._is_no_fault_of_the_server(error):
+                    self._reached(reachable=False, detail=_words(error))
                 return
             answered = True
         if answered:
@@ -257,11 +285,11 @@ class Probe:
         page.accepted()
         self._server.scraped(metrics, trio.current_time(), leases)
 
-    def _reached(self, *, reachable: bool) -> None:
+    def _reached(self, *, reachable: bool, detail: str = "") -> None:
         if not self._settings.enable_active_health_check:
             return
         now = trio.current_time()
-        down = self._server.scrape_reached(reachable, now)
+        down = self._server.scrape_reached(reachable, now, detail)
         self._announce(down, now)
         health = self._server.probe_health
         # One that may be coming back is looked at now, but not again at once: two good checks
