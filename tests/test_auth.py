@@ -283,9 +283,6 @@ def test_origins_hosts_and_addresses_are_normalised():
     "line",
     [
         'cors_origins = ["app.example"]',
-        'cors_origins = ["https://app.example/"]',
-        'cors_origins = ["null"]',
-        'cors_origins = ["https://*.example"]',
         'cors_origins = ["https://a\\r\\nx"]',
         'allowed_hosts = ["a:1"]',
         'allowed_hosts = ["*"]',

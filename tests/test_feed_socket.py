@@ -175,6 +175,19 @@ async def test_pages_of_other_origins_may_not_read_the_feed(origin):
         assert router.lab.router.metrics.feed_clients == 0
 
 
+async def test_a_refused_page_can_ask_why():
+    """A browser keeps the answer to a refused websocket to itself."""
+    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
+        url = f"{router.url}/ws/load"
+        refused = await client.post(url, headers={"origin": "https://llm.example"})
+        assert refused.status_code == 403
+        message = refused.json()["error"]["message"]
+        assert 'cors_origins = ["https://llm.example"]' in message
+        assert 'trusted_proxies = ["127.0.0.1"]' in message
+        own = await client.post(url, headers={"origin": router.url})
+        assert own.status_code in (400, 405)
+
+
 async def test_a_websocket_at_another_path_is_refused():
     async with served() as router:
         reply = await refusal(f"{router.url}/ws/nope")

@@ -28,6 +28,7 @@ LAYERS = {
     "limits": PURE,
     "limits_config": PURE,
     "models_config": PURE,
+    "origins": PURE,
     "paths": PURE,
     "server_url": PURE,
     "tls_config": PURE,

@@ -427,3 +427,40 @@ async def test_page_of_a_locked_router_asks_for_the_key(
     finally:
         router.close()
     assert "sk-" not in router.text
+
+
+async def _rewrite_host(client: trio.SocketStream, port: int, wanted: bytes, seen: bytes) -> None:
+    """One connection of a proxy that changes `Host`, as a `proxy_pass` without settings does."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as server, client:
+
+        async def answers() -> None:
+            async for data in server:
+                await client.send_all(data)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answers)
+            async for data in client:
+                await server.send_all(data.replace(b"Host: " + wanted, b"Host: " + seen))
+            nursery.cancel_scope.cancel()
+
+
+async def test_page_behind_a_proxy_that_changes_host_says_what_to_add(
+    browser: str, router: RouterProcess
+):
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        address = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+
+        async def handle(stream: trio.SocketStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await _rewrite_host(stream, router.port, address.encode(), b"backend.internal")
+
+        nursery.start_soon(trio.serve_listeners, handle, [listener])
+        async with new_page(browser) as page:
+            await page.open(f"http://{address}/")
+            await page.wait("document.querySelector('#banners pre')")
+            said = await page.evaluate("document.querySelector('#banners').innerText")
+            assert f'cors_origins = ["http://{address}"]' in said
+            assert "(here backend.internal)" in said
+            assert "X-Forwarded-Host" in said
+        nursery.cancel_scope.cancel()

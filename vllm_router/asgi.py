@@ -64,17 +64,17 @@ class Application:
             await supervisor.proxy(scope, receive, send)
             return
         path_class = classify(scope.get("method", ""), path)
-        allowed = guard.preflight(scope)
-        if allowed is not None:
-            await send({"type": "http.response.start", "status": 204, "headers": allowed})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
         bare, send = send, guard.for_pages(scope, path_class, send)
         if send is not bare:
             # An outlet would send past the fields that are added.
             scope["extensions"] = {**scope.get("extensions", {})}
             scope["extensions"].pop(OUTLET, None)
         try:
+            allowed = guard.preflight(scope)
+            if allowed is not None:
+                await bare({"type": "http.response.start", "status": 204, "headers": allowed})
+                await bare({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             guard.admit(scope, path_class)
             if path_class is PathClass.INFERENCE:
                 await supervisor.proxy(scope, receive, send)

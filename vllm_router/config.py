@@ -149,7 +149,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: networks whose `X-Forwarded-*` and `Forwarded` headers are believed.
     admin_listen: administration, metrics, feed and page answer at this address only; None for
         the public one.
-    cors_origins: whose pages in browsers may use the router, `*` for all.
+    cors_origins: whose pages in browsers may use the router, `*` for all; see `origins.py`.
     allowed_hosts: the names it answers to, besides addresses and localhost; none for all.
     """
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from vllm_router.origins import read_origin
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.server_url import normalise_url, quoted
 
@@ -44,22 +45,15 @@ def _read_network(text: str) -> str:
         ) from None
 
 
-_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 _HOST = re.compile(r"[a-z0-9._-]{1,253}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def _read_origin(text: str) -> str:
-    """As browsers write it: lower case, without the default port, a path or a final slash."""
-    origin = text.lower()
-    if origin != "*" and not _ORIGIN.fullmatch(origin):
-        raise ValueError(
-            f'expected an origin like "https://app.example" or "*", got {quoted(text)}'
-        )
-    for scheme, port in (("http", ":80"), ("https", ":443")):
-        if origin.startswith(f"{scheme}://"):
-            origin = origin.removesuffix(port)
-    return origin
+    try:
+        return read_origin(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, got {quoted(text)}") from None
 
 
 def _read_host(text: str) -> str:

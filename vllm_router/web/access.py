@@ -1,4 +1,4 @@
-"""Who may change something, and which pages may ask. Pure.
+"""Who may change something. Pure.
 
 With an admin key, its holder. Without one, the user who runs the router: that is proven by the
 Unix socket (`own_machine`), or by a key that the page got from it (`sessions`). An address proves
@@ -8,7 +8,6 @@ the proofs is one that a browser adds by itself, so no page of another site can 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -26,16 +25,6 @@ def is_loopback(client: str | None) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return address.is_loopback or (mapped is not None and mapped.is_loopback)
-
-
-def same_origin(origin: str | None, host: str | None, allowed: Collection[str] = ()) -> bool:
-    """Whether a page of that origin may talk to us: our own, a listed one, or no page at all."""
-    if origin is None or origin in allowed or "*" in allowed:
-        return True
-    try:
-        return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
-    except ValueError:  # a bracket that is not closed
-        return False
 
 
 def is_local_name(host: str | None, machine: str) -> bool:
@@ -73,9 +62,3 @@ def unauthorized(identity: Identity) -> Refused:
     return Refused(
         401, "missing_api_key", "An API key is needed: send it as Authorization: Bearer KEY."
     )
-
-
-def check_origin(headers: Mapping[str, str], allowed: Collection[str]) -> None:
-    """Raises Refused if a page of another site asks that is not one of the `allowed` origins."""
-    if not same_origin(headers.get("origin"), headers.get("host"), allowed):
-        raise Refused(403, "cross_origin", "Pages of other sites may not read the feed.")

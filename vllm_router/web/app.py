@@ -18,11 +18,11 @@ from vllm_router.proxy.types import App
 from vllm_router.request_ids import request_id
 from vllm_router.routing.facts import Facts
 from vllm_router.web import admin, answers, exposition, status
-from vllm_router.web.access import check_admin, check_origin
+from vllm_router.web.access import check_admin
 from vllm_router.web.engine_control import control
 from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
-from vllm_router.web.guard import MAY_READ, identity_of, visible
+from vllm_router.web.guard import FEED_PATH, MAY_READ, identity_of, visible
 from vllm_router.web.metrics import Metrics
 from vllm_router.web.openapi import document
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
@@ -250,9 +250,8 @@ def _page(page: Page) -> Response:
 
 
 def _feed(app: QuartTrio, router: Wired) -> None:
-    @app.websocket("/ws/load")
+    @app.websocket(FEED_PATH)
     async def load() -> None:
-        check_origin(answers.fields(), router.config.settings.cors_origins)
         if FEED_PROTOCOL in websocket.requested_subprotocols:
             await websocket.accept(subprotocol=FEED_PROTOCOL)
         mailbox = router.feed.subscribe(admin=_may_admin())

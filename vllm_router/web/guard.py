@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vllm_router.addresses import is_in, parse_networks
 from vllm_router.auth import (
     ANONYMOUS,
     AuthConfig,
@@ -25,10 +26,14 @@ from vllm_router.auth import (
 from vllm_router.config import Config
 from vllm_router.errors import Refused
 from vllm_router.kinds import Secret, digest_of
+from vllm_router.origins import Origins, forwarded_hosts, is_own, refusal_text
 from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.headers import get_all
 from vllm_router.proxy.types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Message, Scope, Send
-from vllm_router.web.access import is_local_name, same_origin, unauthorized
+from vllm_router.web.access import is_local_name, unauthorized
 from vllm_router.web.sessions import Sessions
+
+FEED_PATH = "/ws/load"
 
 MAY_READ = "vllm_router.may_read"
 """In the scope: whether answers that everybody gets may have what only some may know."""
@@ -132,7 +137,8 @@ class Guard:
         self.own = own
         self.keyring = Keyring(config.auth or AuthConfig())
         self._has_keys = config.auth is not None
-        self._origins = frozenset(config.settings.cors_origins)
+        self._origins = Origins(config.settings.cors_origins)
+        self._trusted = parse_networks(config.settings.trusted_proxies)
         self._hosts = frozenset(config.settings.allowed_hosts)
         self._open = not (self._has_keys or self._hosts or own or admin_port is not None)
         """Whether everybody may ask for inference, however they come."""
@@ -146,7 +152,7 @@ class Guard:
         fields: dict[bytes, bytes] = dict(scope["headers"])
         if self._open and path_class is PathClass.INFERENCE:
             if b"origin" in fields:
-                self._check_origin(fields)
+                self._check_origin(scope, fields)
             scope[IDENTITY] = ANONYMOUS
             self._remember(scope, fields, None)
             return
@@ -162,8 +168,8 @@ class Guard:
         area = area_of(path_class, path)
         if self.admin_port is not None and not own_machine:
             self._check_listener(scope, area)
-        if area is Area.INFERENCE and b"origin" in fields:
-            self._check_origin(fields)
+        if b"origin" in fields and (area is Area.INFERENCE or path == FEED_PATH):
+            self._check_origin(scope, fields)
         identity, secret = ANONYMOUS, None
         if self._has_keys:
             identity = self.keyring.identify(fields)
@@ -214,16 +220,22 @@ class Guard:
         if name.lower().rstrip(".") not in self._hosts and not is_local_name(host, "localhost"):
             raise Refused(421, "misdirected_request", "This router does not answer to that name.")
 
-    def _check_origin(self, fields: Mapping[bytes, bytes]) -> None:
+    def _check_origin(self, scope: Scope, fields: Mapping[bytes, bytes]) -> None:
+        """Raises Refused for a page that is neither listed nor the router's own."""
         origin = fields[b"origin"].decode("latin-1")
+        if origin in self._origins:
+            return
+        peer: tuple[str, int] | None = scope.get("client")
         host = fields.get(b"host", b"").decode("latin-1")
-        if not (self._allows(origin) or same_origin(origin, host)):
-            raise Refused(
-                403, "cross_origin", "Pages of that origin may not use this router: cors_origins."
+        hosts = [host]
+        if self._trusted and peer is not None and is_in(peer[0], self._trusted):
+            hosts += forwarded_hosts(
+                get_all(scope["headers"], b"x-forwarded-host").decode("latin-1"),
+                get_all(scope["headers"], b"forwarded").decode("latin-1"),
             )
-
-    def _allows(self, origin: str) -> bool:
-        return "*" in self._origins or origin.lower() in self._origins
+        if not is_own(origin, hosts):
+            text = refusal_text(origin, host, peer[0] if peer is not None else None)
+            raise Refused(403, "cross_origin", text)
 
     def _check_listener(self, scope: Scope, area: Area) -> None:
         at_admin = self._at_admin(scope)
@@ -275,17 +287,24 @@ class Guard:
     def preflight(self, scope: Scope) -> list[tuple[bytes, bytes]] | None:
         """The fields that answer a browser's question whether a page may send a request.
 
-        None if it is no such question, or the answer is no: then it is like any other request.
+        None if it is no such question. Raises Refused if the answer is no.
         """
-        if scope["type"] != "http" or scope["method"] != "OPTIONS" or not self._origins:
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
             return None
         fields: dict[bytes, bytes] = dict(scope["headers"])
         method = fields.get(b"access-control-request-method", b"").decode("latin-1")
-        allow = self._allow_origin(fields)
+        if not method or b"origin" not in fields:
+            return None
         area = area_of(classify(method, scope["raw_path"]), scope["path"])
-        if not method or allow is None or area not in (Area.INFERENCE, Area.MODELS):
+        if area not in (Area.INFERENCE, Area.MODELS):
+            return None
+        allow = self._allow_origin(fields)
+        if allow is None:
+            self._check_origin(scope, fields)
             return None
         wanted = fields.get(b"access-control-request-headers", b"")
+        if fields.get(b"access-control-request-private-network") == b"true":
+            allow.append((b"access-control-allow-private-network", b"true"))
         return [
             *allow,
             (b"access-control-allow-methods", b"GET, HEAD, POST"),
@@ -296,9 +315,9 @@ class Guard:
     def _allow_origin(self, fields: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]] | None:
         """The fields by which a browser shows an answer to a page; None if it may not."""
         origin = fields.get(b"origin")
-        if origin is None or not self._allows(origin.decode("latin-1")):
+        if origin is None or origin.decode("latin-1") not in self._origins:
             return None
-        if "*" in self._origins:
+        if self._origins.everyone:
             return [(b"access-control-allow-origin", b"*")]
         return [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
 
@@ -323,7 +342,8 @@ class Guard:
 
 
 _EXPOSED = (
-    b"retry-after, x-request-id, x-vllm-router-attempts, x-vllm-router-error, x-vllm-router-server"
+    b"request-id, retry-after, x-request-id, x-vllm-router-attempts, x-vllm-router-error, "
+    b"x-vllm-router-server"
 )
 
 

@@ -1,6 +1,6 @@
 // The connection to the feed: opens it, keeps it, says how it is.
 
-import { keyProtocols, keyWanted } from "./key.js";
+import { keyProtocols, keyWanted, originProblem } from "./key.js";
 
 const FIRST_PAUSE = 0.5;
 const LONGEST_PAUSE = 10;
@@ -16,13 +16,15 @@ const now = () => performance.now() / 1000;
 /**
  * Calls `onMessage(message)` for each message and `onLink({state, age, retryIn})` about once a
  * second: `state` is `connecting` (never had one), `live`, `stale` (open and silent) or `lost`;
- * `age` is that of the last snapshot in seconds or null. Calls `onRefused()` if a key is wanted.
+ * `age` is that of the last snapshot in seconds or null. Calls `onRefused()` if a key is wanted,
+ * and `onProblem(text)` with what the router says against the page's origin, "" for nothing.
  */
 export class Feed {
-  constructor(onMessage, onLink, onRefused) {
+  constructor(onMessage, onLink, onRefused, onProblem) {
     this.onMessage = onMessage;
     this.onLink = onLink;
     this.onRefused = onRefused;
+    this.onProblem = onProblem;
     this.socket = null;
     this.pause = FIRST_PAUSE;
     this.interval = 0.5;
@@ -57,6 +59,7 @@ export class Feed {
       if (message.type === "snapshot") {
         this.heard = now();
         this.pause = FIRST_PAUSE;
+        if (!this.live) this.onProblem("");
         this.live = true;
       }
       this.onMessage(message);
@@ -65,7 +68,10 @@ export class Feed {
     socket.addEventListener("close", () => {
       if (socket !== this.socket) return;
       // A browser does not say why it was refused.
-      if (!this.live) keyWanted().then((wanted) => wanted && this.onRefused());
+      if (!this.live) {
+        keyWanted().then((wanted) => wanted && this.onRefused());
+        originProblem().then(this.onProblem);
+      }
       this.lost();
     });
   }

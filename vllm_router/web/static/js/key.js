@@ -66,6 +66,19 @@ export async function keyWanted() {
   }
 }
 
+/**
+ * What the router says against this page's origin, or "". A browser keeps the answer to a refused
+ * websocket to itself; the router answers a POST at the same path in the same words.
+ */
+export async function originProblem() {
+  try {
+    const answer = await fetch("ws/load", { method: "POST", headers: keyHeaders(), signal: AbortSignal.timeout(5000) });
+    return answer.status === 403 ? (await answer.json()).error.message : "";
+  } catch {
+    return ""; // not there: no question of origins
+  }
+}
+
 /** Asks for the key; `changed()` is called with another one in force. */
 export class KeyDialog {
   constructor(changed) {

@@ -75,6 +75,7 @@ function showLink() {
 }
 
 let banners = "";
+let originRefused = "";
 
 function showBanners() {
   const wanted = [];
@@ -83,6 +84,7 @@ function showBanners() {
   else if (hello && hello.version !== firstVersion) {
     wanted.push({ text: t("bannerVersion", { version: hello.version }), again: true });
   }
+  if (originRefused) wanted.push({ text: t("bannerOrigin"), more: originRefused, bad: true });
   if (reload?.error) wanted.push({ text: t("bannerReload"), more: reload.error, bad: true });
   if (snapshot?.router.draining) wanted.push({ text: t("bannerDraining") });
   const key = JSON.stringify(wanted);
@@ -214,7 +216,10 @@ showLink();
 showFacts();
 // For those who look into the page while it runs.
 const problem = await signIn();
-const feed = new Feed(take, taken, () => keys.refused());
+const feed = new Feed(take, taken, () => keys.refused(), (text) => {
+  originRefused = text;
+  showBanners();
+});
 if (problem) keys.open(problem);
 // A link that is opened in a tab that shows the page already changes the fragment alone.
 addEventListener("hashchange", async () => {

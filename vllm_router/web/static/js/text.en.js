@@ -39,6 +39,7 @@ export const en = {
   saidLost: "Connection to the router lost. The figures are old.",
   saidBack: "Connected again. The figures are live.",
 
+  bannerOrigin: "The router does not take this page for its own and refuses it the feed.",
   bannerReload: "The configuration file has a fault; the router goes on with the one before.",
   bannerDraining: "The router is stopping: it finishes what runs and takes nothing new.",
   bannerSchema: "The router speaks a newer language than this page. Load the page again.",

@@ -39,6 +39,7 @@ export const zh = {
   saidLost: "与路由器的连接已中断，数据不是最新的。",
   saidBack: "已重新连接，数据恢复实时。",
 
+  bannerOrigin: "路由器不认为此页面是自己的页面，拒绝向它发送实时数据。",
   bannerReload: "配置文件有错误；路由器继续使用之前的配置。",
   bannerDraining: "路由器正在停止：处理完现有请求，不再接收新请求。",
   bannerSchema: "路由器的数据格式比本页面新，请重新加载页面。",
