@@ -48,6 +48,7 @@ LAYERS = {
     "hypercorn_bridge": SERVING,
     "own_machine": TRIO,
     "local_door": SERVING,
+    "hypercorn_websocket": SERVING,
     "web": SERVING,
     "control": WIRING,
     "access_log": WIRING,

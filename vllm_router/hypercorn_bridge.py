@@ -1,7 +1,7 @@
 """Hypercorn in our nursery, cured of what stock Hypercorn 0.18 suffers from.
 
 Every name of Hypercorn (and quart-trio) that its documentation does not promise is used in this
-file and nowhere else; tests/test_hypercorn_bridge.py tells when one of them changes.
+file or in hypercorn_websocket.py; tests/test_hypercorn_bridge.py tells when one of them changes.
 
 The cures, each with a test of the same subject:
 
@@ -22,6 +22,7 @@ The cures, each with a test of the same subject:
   unknown HTTP version or expectation, CONNECT and TRACE are refused, absolute targets understood.
 * 100 Continue was said before the application had seen the request: it is when it wants the body.
 * Folded lines, bare CR and LF, and chunks are as strictly judged as by the lane (strict_h11.py).
+* Websockets buffered without end and worked without a break (hypercorn_websocket.py).
 * Request heads have a time limit of their own, and so have silent request bodies.
 * Answers have a reason phrase; an early answer is read by a client that still sends.
 """
@@ -51,7 +52,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.events import Body, Data, Response, StreamClosed
+from hypercorn.protocol.events import Body, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import (
     BUFFER_HIGH_WATER,
@@ -82,6 +83,7 @@ from vllm_router.http1.headers import (
 )
 from vllm_router.http1.server import App, Limits, Message, Scope
 from vllm_router.http1.tls_stream import end_tls, take_apart
+from vllm_router.hypercorn_websocket import GuardedWebsocket
 from vllm_router.strict_h11 import StrictConnection
 
 log = logging.getLogger(__name__)
@@ -206,33 +208,6 @@ class _Refused(Exception):
     """The request has been answered with a refusal, and the connection closed."""
 
 
-class _PatientWebsocket:
-    """A websocket whose client sent frames before the handshake was answered is refused.
-
-    Hypercorn refuses it, too, but forgets the application: its answer to the handshake came
-    after the refusal and broke the connection, or it was never told of the end.
-    """
-
-    def __init__(self, stream: WSStream, refuse: Callable[[], Awaitable[None]]) -> None:
-        self._stream = stream
-        self._refuse = refuse
-
-    @property
-    def idle(self) -> bool:
-        return self._stream.idle
-
-    async def handle(self, event: StreamEvent) -> None:
-        stream = self._stream
-        early = isinstance(event, Body | Data) and not stream.handshake.accepted
-        if early and not stream.closed:
-            stream.closed = True
-            if stream.app_put is not None:
-                await stream.app_put({"type": "websocket.disconnect", "code": 1006})
-            await self._refuse()
-        else:
-            await stream.handle(event)
-
-
 class GuardedH11Protocol(H11Protocol):
     """HTTP/1.1 that is as strict about framing as the lane is.
 
@@ -283,7 +258,7 @@ class GuardedH11Protocol(H11Protocol):
         await super()._create_stream(request)
         if isinstance(self.stream, WSStream):
             self.upgrading()
-            stream: Any = _PatientWebsocket(self.stream, self._refuse_early_data)
+            stream: Any = GuardedWebsocket(self.stream, self._refuse_early_data)
             self.stream = stream
 
     async def _refuse_early_data(self) -> None:
@@ -555,7 +530,7 @@ class GuardedH2Protocol(H2Protocol):
                         request.stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR
                     )
 
-            guarded: Any = _PatientWebsocket(stream, refuse)
+            guarded: Any = GuardedWebsocket(stream, refuse)
             self.streams[request.stream_id] = guarded
 
     async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
