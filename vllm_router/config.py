@@ -134,6 +134,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     total_timeout: of the whole exchange with all attempts; None for no limit.
     body_timeout: for a client to send its request body.
     write_stall_timeout: a client that takes no byte of its answer for so long is cut off.
+    client_idle_timeout: a client's connection is kept open for so long between two requests.
 
     The router itself:
     max_body_mb: largest request body, in MB of 10^6 bytes.
@@ -191,6 +192,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_data_parallel_rank: Flag = False
     trusted_proxies: Networks = ()
     write_stall_timeout: Seconds = 60.0
+    client_idle_timeout: Seconds = 75.0
     admin_listen: AddressOrNone = None
     cors_origins: Origins = ()
     allowed_hosts: Hosts = ()

@@ -22,6 +22,7 @@ import trio
 from vllm_router.addresses import plain_peer
 from vllm_router.handover import step_aside, take_turns
 from vllm_router.http1.headers import RefusalTold
+from vllm_router.http1.keepalive import enable_keepalive
 from vllm_router.http1.server import App, Limits, Server, SocketConnection, StreamConnection
 from vllm_router.http1.tls_stream import Handshakes, TlsStream, take_apart
 from vllm_router.hypercorn_bridge import ALPN_PROTOCOLS, HypercornSide
@@ -101,6 +102,10 @@ class Side(Protocol):
 
     async def serve(self, stream: Stream, data: bytes = b"") -> None:
         """One connection to its end, `data` having been read from it."""
+        ...
+
+    def use_limits(self, limits: Limits) -> None:
+        """Serve new connections within these limits."""
         ...
 
     def close_idle(self, seconds: float) -> None:
@@ -185,6 +190,15 @@ class Front:
             ssl_context.set_alpn_protocols(ALPN_PROTOCOLS)
         self._ssl_context = ssl_context
 
+    def use_limits(self, limits: Limits) -> None:
+        """Serve new connections within these limits."""
+        self._limits = limits
+        if self._lane is not None:
+            self._lane.limits = limits
+        self._hypercorn.use_limits(limits)
+        for listener in self._listeners:
+            self._prepare(listener)
+
     # -- listeners -----------------------------------------------------------------------------
 
     def open(
@@ -268,6 +282,7 @@ class Front:
         # Accepted sockets inherit all of these (Linux), which saves four system calls for each.
         stall = int(self._limits.write_stall_timeout * 1000)
         sock.setblocking(False)
+        enable_keepalive(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)

@@ -14,6 +14,7 @@ The cures, each with a test of the same subject:
   socket is reset when the connection is cancelled. Over HTTP/2 a client that opens no window had
   the whole answer kept for it, for ever, even when it had left: now it holds the application
   back, and the stream is reset in time.
+* A client's GOAWAY aborted its running requests: they go on, and the connection ends behind them.
 * Over HTTP/2 an answer that was broken off never ended: the stream is reset. In a drain the last
   ones lost their ends: the connection is closed behind those.
 * Pipelining and leaving leaked a task: a failed send ends the connection's own scope.
@@ -67,6 +68,7 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr, wrap_app
+from hyperframe.frame import GoAwayFrame
 from priority.priority import PriorityError
 
 from vllm_router.addresses import plain_peer
@@ -81,6 +83,7 @@ from vllm_router.http1.headers import (
     too_large,
     valid_host,
 )
+from vllm_router.http1.keepalive import enable_keepalive
 from vllm_router.http1.server import App, Limits, Message, Scope
 from vllm_router.http1.tls_stream import end_tls, take_apart
 from vllm_router.hypercorn_websocket import GuardedWebsocket
@@ -396,11 +399,25 @@ class GuardedH2Protocol(H2Protocol):
         super().__init__(*args)
         self.streams = _Streams()
         self.stream_buffers = _StreamBuffers()
+        # h2 would give up every stream at once, and refuse to send on them.
+        self.connection._frame_dispatch_table[GoAwayFrame] = self._client_goes
+        self._going = False
         self._resets = 0
         self._since = trio.current_time()
         self._stalled: dict[int, float] = {}
         """Streams of which something waits for the client, and since when it has taken nothing."""
         self._watching = False
+
+    def _client_goes(self, frame: GoAwayFrame) -> tuple[list[Any], list[Any]]:
+        """GOAWAY: the client begins no more requests; those that run go on (RFC 9113 6.8)."""
+        self._going = True
+        return [], []
+
+    async def handle(self, event: Event) -> None:
+        going = self._going
+        await super().handle(event)
+        if self._going and not going and not self.closed:
+            await self._rest()
 
     async def _close_stream(self, stream_id: int) -> None:
         await super()._close_stream(stream_id)
@@ -430,7 +447,7 @@ class GuardedH2Protocol(H2Protocol):
         be sent: in a drain it closed the connection before them."""
         if self.stream_buffers or not self.idle:
             return
-        if self.context.terminated.is_set():
+        if self._going or self.context.terminated.is_set():
             self.task_group.spawn(self._say_goodbye)
         else:
             await self.send(Updated(idle=True))
@@ -443,7 +460,7 @@ class GuardedH2Protocol(H2Protocol):
         if self.idle and not self.stream_buffers:
             self.connection.close_connection()
             await self._flush()
-            await self.send(Updated(idle=True))
+            await self.send(Closed() if self._going else Updated(idle=True))
 
     async def _break_off(self, stream_id: int) -> None:
         """The application has ended: if its answer has not, the client must hear of it, behind the
@@ -1043,9 +1060,7 @@ class HypercornSide:
         self._told = told
         self.config = Config()
         tune(self.config)
-        self._limits = limits or Limits()
-        self.config.keep_alive_timeout = self._limits.keep_alive_timeout
-        self.config.h11_max_incomplete_size = self._limits.max_head_bytes
+        self.use_limits(limits or Limits())
         framework: Any = app
         self._app = wrap_app(framework, self.config.wsgi_max_body_size, "asgi")
         self._context = _Context(None)
@@ -1078,6 +1093,12 @@ class HypercornSide:
             await server.run()
         finally:
             self._connections.discard(server)
+
+    def use_limits(self, limits: Limits) -> None:
+        """Serve new connections within these limits."""
+        self._limits = limits
+        self.config.keep_alive_timeout = limits.keep_alive_timeout
+        self.config.h11_max_incomplete_size = limits.max_head_bytes
 
     @property
     def closing(self) -> bool:
@@ -1143,6 +1164,7 @@ def install(
             before_start(config, addresses)
         for sock in listeners:
             sock.listen(config.backlog)  # again: the first time was before this was tuned
+            enable_keepalive(sock)
 
         async def trigger() -> None:
             if shutdown_trigger is None:

@@ -137,6 +137,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
                 own_door=own_door,
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
+            supervisor.before_apply.append(partial(follow_limits, front, supervisor))
             app.attach(supervisor)
             await nursery.start(supervisor.run)
             if options.passed or options.reuse_port:
@@ -160,13 +161,22 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
 def client_limits(settings: Settings) -> Limits:
     """What a client may take, as far as the configuration says."""
     return Limits(
-        body_read_timeout=settings.body_timeout, write_stall_timeout=settings.write_stall_timeout
+        body_read_timeout=settings.body_timeout,
+        write_stall_timeout=settings.write_stall_timeout,
+        keep_alive_timeout=settings.client_idle_timeout,
     )
 
 
 def take_tls(front: Front, config: Config) -> None:
     """New connections speak TLS, or no longer. Raises ConfigError if its files cannot be used."""
     front.use_tls(serving_context(config.tls) if config.tls is not None else None)
+
+
+def follow_limits(front: Front, supervisor: Supervisor, new: Config) -> None:
+    """A reload changes what clients may take: new connections have it so."""
+    limits = client_limits(new.settings)
+    if limits != client_limits(supervisor.config.settings):
+        front.use_limits(limits)
 
 
 def follow_tls(front: Front, supervisor: Supervisor, new: Config) -> None:

@@ -2,7 +2,8 @@
 
 h11 joins folded lines, lets control characters pass, takes a bare LF for the end of a line, and a
 bare CR in a chunk extension or framing fields in a trailer for nothing special; RFC 9112 allows
-most of that. Behind two servers with one address, a request must mean the same to both.
+most of that. Behind two servers with one address, a request must mean the same to both. And it
+refuses the last request of a connection for the bytes that come behind it.
 
 What h11's documentation does not promise is used in this file and nowhere else.
 """
@@ -14,7 +15,7 @@ from collections import deque
 from typing import Any, NoReturn
 
 import h11
-from h11._readers import ChunkedReader, maybe_read_from_IDLE_client
+from h11._readers import ChunkedReader, expect_nothing, maybe_read_from_IDLE_client
 
 from vllm_router.http1.headers import Refusal
 from vllm_router.http1.request import BARE, BARE_MESSAGE, ChunkedBody, without_empty_lines
@@ -49,6 +50,8 @@ class StrictConnection(h11.Connection):
         found = super()._get_io_object(role, event, io_dict)
         if found is maybe_read_from_IDLE_client:
             return self._read_head
+        if found is expect_nothing:
+            return _drop
         return _Chunks() if isinstance(found, ChunkedReader) else found
 
     def _read_head(self, buffer: Any) -> Any:
@@ -69,6 +72,14 @@ class StrictConnection(h11.Connection):
         if _CONTROL.search(head):
             raise h11.LocalProtocolError("control character in the head")
         return maybe_read_from_IDLE_client(buffer)
+
+
+def _drop(buffer: Any) -> None:
+    """Behind the last request of a connection: bytes that RFC 9112 9.6 has no use for.
+
+    h11 takes them for an error of the request before, and refuses that.
+    """
+    buffer.maybe_extract_at_most(len(buffer))
 
 
 class _Chunks:

@@ -145,12 +145,11 @@ class Server:
         One task for all connections: a scope around every read would cost a request more than its
         parsing does.
         """
-        tick = self.limits.tick()
         while True:
             if not self._connections:
                 self._occupied = trio.Event()
                 await self._occupied.wait()
-            await trio.sleep(tick)
+            await trio.sleep(self.limits.tick())
             now = trio.current_time()
             for connection in self._connections:
                 if connection.deadline <= now:

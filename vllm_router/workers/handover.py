@@ -13,6 +13,7 @@ import trio
 
 from vllm_router.addresses import plain_peer
 from vllm_router.front import Stream
+from vllm_router.http1.server import Limits
 from vllm_router.hypercorn_bridge import HypercornSide, Relay
 from vllm_router.workers.board import CONNECTIONS, Sums
 from vllm_router.workers.channel import Channel
@@ -82,6 +83,9 @@ class LeaderSide:
         finally:
             self._relays.discard(scope)
             inner.socket.close()
+
+    def use_limits(self, limits: Limits) -> None:
+        """The leader has its own."""
 
     def close_idle(self, seconds: float) -> None:
         """The leader does not keep any."""

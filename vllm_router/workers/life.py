@@ -25,6 +25,7 @@ from vllm_router.service import (
     LINGER,
     client_limits,
     drain,
+    follow_limits,
     follow_tls,
     most_connections,
     probed,
@@ -142,6 +143,7 @@ async def _worker(
                 workers=birth.workers,
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
+            supervisor.before_apply.append(partial(follow_limits, front, supervisor))
             app.attach(supervisor, not_here)
             _follow(orders, supervisor, output)
             await nursery.start(orders.listen)
@@ -205,6 +207,7 @@ async def _lead(
                 most_connections=most_connections(),
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
+            supervisor.before_apply.append(partial(follow_limits, front, supervisor))
             app.attach(supervisor)
             _follow(orders, supervisor, output)
             orders.lost = supervisor.lost
