@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from hostile import FRONTS, Hostile, Lab, lab
+from hostile_servers import SERVERS
 from mock_process import mock_processes
 
 
@@ -38,7 +39,7 @@ HTTP1 = [
 ]
 
 
-TABLES = {"http1": HTTP1}
+TABLES = {"http1": HTTP1, "servers": SERVERS}
 ROWS = [
     pytest.param(front, row, id=f"{front}{'-tls' * row.tls}-{table}: {row.name}")
     for front in FRONTS
