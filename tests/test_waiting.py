@@ -1,27 +1,22 @@
-"""Who waits for a server, and in what order they get one."""
+"""Requests that wait for a server, and in what order they get one."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_router.routing.waiting import (
-    RATE_FROM,
-    RATE_OVER,
-    DrainRate,
-    Place,
-    Quickest,
-    WaitingRooms,
-)
+from vllm_router.routing.place import Place, Route, Verdict
+from vllm_router.routing.waiting import OWNER_BITS, WaitingRooms
+
+ANY = Route(frozenset({"server"}))
 
 
 def place(room: str | None = "m", priority: int = 0, key: str = "", **more: Any) -> Place:
-    return Place(room, priority, key, more.pop("since", 0.0), 1e9, **more)
+    route = more.pop("route", Route(frozenset({"server"}), room))
+    return Place(room, priority, key, more.pop("since", 0.0), 1e9, route=route, **more)
 
 
 def line(*places: Place) -> WaitingRooms[Place]:
@@ -32,14 +27,25 @@ def line(*places: Place) -> WaitingRooms[Place]:
 
 
 def served(rooms: WaitingRooms[Place], free: int) -> list[Place]:
-    """Who gets one of so many servers that take everybody."""
+    """The places that get one of so many servers, each good for every request."""
 
-    def give(_: Place) -> bool:
+    def give(one: Place) -> Verdict:
         nonlocal free
         free -= 1
-        return free >= 0
+        one.server = "server"
+        return Verdict.SERVED if free >= 0 else Verdict.BLOCKED
 
     return rooms.admit(0.0, give)
+
+
+def only(condition: Any) -> Any:
+    """A `give` with servers for these places alone."""
+
+    def give(one: Place) -> Verdict:
+        one.server = "server"
+        return Verdict.SERVED if condition(one) else Verdict.BLOCKED
+
+    return give
 
 
 def test_the_lower_priority_goes_first_and_equals_as_they_came():
@@ -81,15 +87,123 @@ def test_of_two_models_the_one_whose_first_came_earlier_goes_first():
 def test_a_model_without_a_server_holds_up_no_other():
     stuck, lucky = place("stuck", priority=-9), place("lucky")
     rooms = line(stuck, lucky)
-    assert rooms.admit(0.0, lambda one: one.room == "lucky") == [lucky]
+    assert rooms.admit(0.0, only(lambda one: one.room == "lucky")) == [lucky]
     assert len(rooms) == 1
 
 
-def test_who_returns_and_finds_its_own_server_free_lets_the_next_one_pass():
-    back, new = place(returning=True), place()
+def test_request_that_returns_and_finds_its_own_server_free_lets_the_next_one_pass():
+    back, new = place(returning=True, route=Route(frozenset(), "tried")), place()
     rooms = line(back, new)
-    assert rooms.admit(0.0, lambda one: not one.returning) == [new]
+    assert rooms.admit(0.0, only(lambda one: not one.returning)) == [new]
     assert list(rooms.room("m")) == [back]
+
+
+def test_request_of_another_route_is_not_held_up_in_the_same_room():
+    stuck = [place(route=Route(frozenset({"busy"})), priority=-n) for n in range(5)]
+    lucky = [place(route=Route(frozenset({"free"})), key=f"k{n}") for n in range(3)]
+    rooms = line(*stuck, *lucky)
+    assert rooms.admit(0.0, only(lambda one: "free" in one.route.servers)) == lucky
+    assert len(rooms) == len(rooms.room("m")) == 5
+
+
+def test_keys_take_turns_across_models_of_the_same_server():
+    many = [place(f"lora-{n}", key="many") for n in range(4)]
+    few = [place("lora-9", key="few") for _ in range(2)]
+    rooms = line(*many, *few)
+    assert served(rooms, 6) == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+def test_turn_on_one_server_costs_a_key_nothing_on_others():
+    quick = [place("quick", key="both", route=Route(frozenset({"q"}))) for _ in range(9)]
+    a = place("slow", key="both", route=Route(frozenset({"s"})))
+    b = place("slow", key="other", route=Route(frozenset({"s"})))
+    rooms = line(*quick, a, b)
+
+    def give(one: Place) -> Verdict:
+        one.server = "q"
+        return Verdict.SERVED if one.room == "quick" else Verdict.BLOCKED
+
+    rooms.admit(1.0, give)
+    assert served_on(rooms, "s", 1) == [a]
+
+
+def served_on(rooms: WaitingRooms[Place], server: str, free: int) -> list[Place]:
+    """The places that get one of so many units of a server."""
+
+    def give(one: Place) -> Verdict:
+        nonlocal free
+        if server not in one.route.servers or not free:
+            return Verdict.BLOCKED
+        free -= 1
+        one.server = server
+        return Verdict.SERVED
+
+    return rooms.admit(2.0, give)
+
+
+# -- places of other processes ----------------------------------------------------------------
+
+
+def test_held_place_stays_and_the_next_ones_are_asked_in_order():
+    theirs = [place(key=key, owner=1) for key in "aab"]
+    ours = [place(key=key, route=Route(frozenset({"server"}), "ours")) for key in "ac"]
+    rooms = line(*theirs, *ours)
+    asked = []
+
+    def give(one: Place) -> Verdict:
+        asked.append(one)
+        one.server = "server"
+        return Verdict.HELD if one.owner else Verdict.SERVED
+
+    assert rooms.admit(0.0, give) == ours
+    assert asked == [theirs[0], theirs[2], ours[0], ours[1], theirs[1]]
+    assert len(rooms) == 3
+
+
+def test_stamps_rise_even_if_the_clock_does_not_and_tell_the_process():
+    rooms: WaitingRooms[Place] = WaitingRooms(owner=3)
+    first, second = rooms.stamp(5.0), rooms.stamp(5.0)
+    assert first < second
+    assert first % (1 << OWNER_BITS) == 3
+    other: WaitingRooms[Place] = WaitingRooms(owner=1)
+    other.seen(second)
+    assert other.stamp(0.0) > second
+
+
+# -- a full room ------------------------------------------------------------------------------
+
+
+def displaced(rooms: WaitingRooms[Place], priority: int = 0, key: str = "") -> Place | None:
+    return rooms.room("m").displaced_by(priority, key)
+
+
+def test_last_of_the_greediest_key_leaves_for_a_key_with_fewer():
+    a = [place(key="a") for _ in range(4)]
+    b = [place(key="b") for _ in range(2)]
+    rooms = line(*a, *b)
+    assert displaced(rooms, key="c") is a[3]
+    assert displaced(rooms, key="b") is a[3]
+    assert displaced(rooms, key="a") is None
+    rooms.leave(a[3], 0.0)
+    assert displaced(rooms, key="b") is None  # three each would be no gain
+    assert displaced(rooms, key="c") is a[2]
+
+
+def test_last_of_the_lowest_priority_leaves_for_a_better_one():
+    good = [place(priority=-1, key="a") for _ in range(9)]
+    bad = [place(priority=7, key=key) for key in "aba"]
+    rooms = line(*good, *bad)
+    assert displaced(rooms, priority=6, key="a") is bad[2]
+    assert displaced(rooms, priority=8) is None
+    assert displaced(rooms, priority=7, key="c") is bad[2]
+    assert displaced(rooms, priority=7, key="b") is None
+
+
+def test_request_that_returns_is_never_displaced():
+    rooms = line(*(place(priority=9, returning=True) for _ in range(3)))
+    assert displaced(rooms, priority=-5) is None
+    assert rooms.room("m").waiting == 0
+    assert len(rooms) == 3
 
 
 def test_how_many_go_before_one_more_follows_priority_and_turns():
@@ -107,56 +221,26 @@ def test_how_many_go_before_one_more_follows_priority_and_turns():
     assert room.before(9, "a") == 8
 
 
-def test_handing_out_a_server_costs_the_same_however_many_wait():
+@pytest.mark.parametrize("keys", [1, 7, 20_000])
+@pytest.mark.parametrize("models", [1, 500])
+def test_handing_out_a_server_asks_as_few_however_many_wait(keys: int, models: int):
     asked = 0
 
-    def give(_: Place) -> bool:
+    def give(one: Place) -> Verdict:
         nonlocal asked
         asked += 1
-        return asked == 1
+        one.server = "server"
+        return Verdict.SERVED if asked == 1 else Verdict.BLOCKED
 
     for waiting in (2, 20_000):
         asked = 0
-        rooms = line(*(place(key=f"k{n % 7}", priority=n % 3) for n in range(waiting)))
+        places = (
+            place(f"m{n % models}", key=f"k{n % keys}", priority=n % 3, route=ANY)
+            for n in range(waiting)
+        )
+        rooms = line(*places)
         assert len(rooms.admit(0.0, give)) == 1
-        assert asked == 2  # the one who gets it, and the next one, for whom there is none
-
-
-# -- the drain rate ---------------------------------------------------------------------------
-
-
-def rate_after(*moments: float, begin: float = 0.0) -> DrainRate:
-    rate = DrainRate()
-    rate.begin(begin)
-    for now in moments:
-        rate.freed(now)
-    return rate
-
-
-def test_rate_is_what_became_free_per_second_of_waiting():
-    rate = rate_after(*(n / 10 for n in range(1, 21)))
-    assert rate.per_second(2.0) == pytest.approx(10)
-    rate.end(2.0)
-    assert rate.per_second(1000.0) == pytest.approx(10)  # nobody waited meanwhile
-    rate.begin(1000.0)
-    assert rate.per_second(1002.0) == pytest.approx(5)  # but now nothing becomes free
-
-
-def test_rate_is_unknown_before_anything_was_measured():
-    assert DrainRate().per_second(5.0) is None
-    assert rate_after(*([1.0] * (RATE_FROM - 1))).per_second(2.0) is None
-
-
-def test_rate_follows_the_last_ones():
-    rate = rate_after(*(n / 10 for n in range(1, 101)), *(10.0 + n for n in range(1, 101)))
-    assert rate.per_second(110.0) == pytest.approx(1)
-
-
-def test_servers_that_come_back_are_no_drain():
-    rate = DrainRate()
-    for _ in range(50):
-        rate.freed(1.0)
-    assert rate.per_second(2.0) is None
+        assert asked == 2  # the one that gets it, and the next one, for which there is none
 
 
 def test_a_server_left_free_ends_the_measurement_of_those_it_serves():
@@ -170,122 +254,19 @@ def test_a_server_left_free_ends_the_measurement_of_those_it_serves():
 
 def test_rooms_of_forgotten_models_are_dropped_when_empty():
     rooms = line(place("gone"), place("busy"))
-    rooms.leave(next(iter(rooms.room("gone"))))
+    rooms.leave(next(iter(rooms.room("gone"))), 0.0)
     rooms.room(None)
     rooms.forget(lambda _: False)
     assert set(rooms.rooms) == {"busy", None}
 
 
-def test_quickest_is_that_of_the_last_answers():
-    quickest = Quickest()
-    for seconds in (5.0, 1.0, 3.0):
-        quickest.add(seconds)
-    assert quickest.seconds == 0.0  # too few to tell
-    quickest.add(4.0)
-    assert quickest.seconds == pytest.approx(1.1)
-    for _ in range(RATE_OVER):
-        quickest.add(2.0)
-    assert quickest.seconds == pytest.approx(2.2)
-
-
-# -- all of it against a model ----------------------------------------------------------------
-
-MODELS = {"a": ("x", "y"), "b": ("x",), "c": ("z",)}
-"""Servers by name, and the models that each serves."""
-
-
-class Overload(RuleBasedStateMachine):
-    """Requests come, wait, are served and leave; a plain list tells what must be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rooms: WaitingRooms[Place] = WaitingRooms()
-        self.caps = dict.fromkeys(MODELS, 1)
-        self.running: list[tuple[str, Place]] = []
-        self.waiting: list[Place] = []
-        self.passed: defaultdict[Place, Counter[str]] = defaultdict(Counter)
-        self.seen = self.gone = 0
-        self.now = 0.0
-
-    def servers_for(self, one: Place) -> list[str]:
-        return [name for name, models in MODELS.items() if one.room in models]
-
-    def in_flight(self, name: str) -> int:
-        return sum(server == name for server, _ in self.running)
-
-    def free_for(self, one: Place) -> list[str]:
-        return [name for name in self.servers_for(one) if self.in_flight(name) < self.caps[name]]
-
-    def give(self, one: Place) -> bool:
-        free = self.free_for(one)
-        if free:
-            self.running.append((free[0], one))
-        return bool(free)
-
-    def turn_of(self, served: Place) -> None:
-        """No key has two turns while the first of another one waits."""
-        fronts: dict[str, Place] = {}
-        for one in self.waiting:
-            if (one.room, one.priority) == (served.room, served.priority):
-                fronts.setdefault(one.key, one)
-        for key, one in fronts.items():
-            if key != served.key:
-                self.passed[one][served.key] += 1
-                assert self.passed[one][served.key] <= 1, self.passed[one]
-
-    def admit(self) -> None:
-        self.now += 1.0
-        before = len(self.running)
-        admitted = self.rooms.admit(self.now, self.give)
-        assert admitted == [one for _, one in self.running[before:]]
-        for one in admitted:
-            equals = [o for o in self.waiting if o.room == one.room]
-            best = min(o.priority for o in equals)
-            assert one.priority == best
-            mine = [o for o in equals if o.priority == best and o.key == one.key]
-            assert mine[0] is one, "a later request of the same key was first"
-            self.waiting.remove(one)
-            self.turn_of(one)
-
-    @rule(model=st.sampled_from("xyz"), priority=st.integers(-1, 1), key=st.sampled_from("pqr"))
-    def arrive(self, model: str, priority: int, key: str) -> None:
-        self.seen += 1
-        one = place(model, priority, key)
-        if not any(o.room == model for o in self.waiting) and self.give(one):
-            return
-        self.waiting.append(one)
-        self.rooms.join(one)
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        self.gone += 1
-        self.admit()
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def give_up(self, data: st.DataObject) -> None:
-        one = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
-        self.rooms.leave(one)
-        self.gone += 1
-
-    @rule(name=st.sampled_from("abc"), cap=st.integers(0, 4))
-    def reload(self, name: str, cap: int) -> None:
-        self.caps[name] = cap
-        self.admit()
-
-    @invariant()
-    def nobody_is_lost(self) -> None:
-        assert self.seen == len(self.running) + len(self.waiting) + self.gone
-        assert sorted(o.number for room in self.rooms.rooms.values() for o in room) == sorted(
-            o.number for o in self.waiting
-        )
-
-    @invariant()
-    def nobody_waits_beside_a_free_server(self) -> None:
-        assert not any(self.free_for(one) for one in self.waiting)
-
-
-TestOverload = Overload.TestCase
-TestOverload.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-1, 1), st.sampled_from("abc")), max_size=25),
+    st.tuples(st.integers(-1, 1), st.sampled_from("abcd")),
+)
+def test_no_more_go_before_than_was_told(others: list[tuple[int, str]], newcomer: tuple[int, str]):
+    rooms = line(*(place(priority=priority, key=key) for priority, key in others))
+    told = rooms.room("m").before(*newcomer)
+    one = place(priority=newcomer[0], key=newcomer[1])
+    rooms.join(one)
+    assert told - 3 <= served(rooms, 99).index(one) <= told

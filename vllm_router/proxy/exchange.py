@@ -30,6 +30,7 @@ from vllm_router.proxy.request import (
 )
 from vllm_router.proxy.selection import Selection
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
+from vllm_router.routing.place import Route
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
     ANSWERED,
@@ -46,6 +47,8 @@ from vllm_router.routing.retry import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.proxy.proxy import Proxy
     from vllm_router.proxy.types import Message, Receive, Scope, Send
@@ -369,6 +372,25 @@ class Exchange:
         if name is not None and self.proxy.fleet.names.served(name) != self.request.facts.model:
             self._ask_for(name)
         return self._untried(now)
+
+    def route(self, serving: Callable[[str | None], frozenset[Server]]) -> Route:
+        """Where it may go from now on: everything that `choices` depends on besides the state of
+        the fleet. Of two exchanges with equal routes either both have a server to go to or none.
+
+        `serving` tells which servers have a model, whatever their state.
+        """
+        model, public = self.request.facts.model, self.record.model
+        if self._falls_back and public is not None:
+            names = self.proxy.fleet.names
+            servers = serving(names.served(public)).union(
+                *(serving(names.served(name)) for name in names.instead(public))
+            )
+        else:
+            public, servers = None, serving(model)
+        if not self._tried:
+            return Route(servers, public)
+        tried = frozenset(self._tried)
+        return Route(servers - tried, (public, tried))
 
     def _available(self, now: float) -> str | None:
         """The public name of the first model, its own or one that stands in, that has servers."""

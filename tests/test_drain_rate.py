@@ -1,0 +1,129 @@
+"""How fast requests that wait get a server, and how long that is believed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_router.routing.drain_rate import (
+    IDLE_FORGETS,
+    RATE_FROM,
+    RATE_OVER,
+    REMEMBERED,
+    DrainRate,
+    Quickest,
+)
+
+
+def rate_after(*moments: float, begin: float = 0.0) -> DrainRate:
+    rate = DrainRate()
+    rate.begin(begin)
+    for now in moments:
+        rate.freed(now)
+    return rate
+
+
+def test_rate_is_what_became_free_per_second_of_waiting():
+    rate = rate_after(*(n / 10 for n in range(1, 21)))
+    assert rate.per_second(2.0) == pytest.approx(10)
+    rate.end(2.0)
+    assert rate.per_second(6.0) == pytest.approx(10)  # no request waited meanwhile
+    rate.begin(6.0)
+    assert rate.per_second(8.0) == pytest.approx(5)  # but now nothing becomes free
+
+
+def test_rate_after_an_idle_time_is_unknown():
+    rate = rate_after(*(n / 10 for n in range(1, 21)))
+    rate.end(2.0)
+    assert rate.per_second(2.0 + IDLE_FORGETS + 1) is None
+    rate.begin(2.0 + IDLE_FORGETS + 1)
+    assert rate.per_second(2.0 + IDLE_FORGETS + 2) is None
+
+
+def test_rate_of_a_fleet_that_stands_still_becomes_unknown():
+    rate = rate_after(1.0, 2.0, 3.0, 4.0, 5.0)
+    assert rate.per_second(10.0) == pytest.approx(0.5)
+    assert rate.per_second(10.0 + REMEMBERED) is None
+
+
+def test_rate_is_current_only_after_enough_since_requests_began_to_wait():
+    rate = rate_after(1.0, 2.0, 3.0, 4.0)
+    assert rate.is_current
+    rate.end(4.0)
+    rate.begin(5.0)
+    assert not rate.is_current
+    assert rate.per_second(5.0) == pytest.approx(1.0)
+    for now in (5.1, 5.2, 5.3, 5.4):
+        rate.freed(now)
+    assert rate.is_current
+    assert rate.per_second(5.4) == pytest.approx(10.0)  # what was before does not count any more
+
+
+def test_rate_is_unknown_before_anything_was_measured():
+    assert DrainRate().per_second(5.0) is None
+    assert rate_after(*([1.0] * (RATE_FROM - 1))).per_second(2.0) is None
+
+
+def test_rate_follows_the_last_ones():
+    rate = rate_after(*(n / 10 for n in range(1, 101)), *(10.0 + n for n in range(1, 101)))
+    assert rate.per_second(110.0) == pytest.approx(1)
+
+
+def test_server_that_comes_back_is_no_drain():
+    rate = DrainRate()
+    for _ in range(50):
+        rate.freed(1.0)
+    assert rate.per_second(2.0) is None
+
+
+def test_forget_measures_anew_while_requests_wait():
+    rate = rate_after(1.0, 2.0, 3.0, 4.0)
+    rate.forget(4.0)
+    assert rate.per_second(4.0) is None
+    assert not rate.is_current
+    for now in (4.1, 4.2, 4.3, 4.4):
+        rate.freed(now)
+    assert rate.per_second(4.4) == pytest.approx(10.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("bef!"), st.floats(0.0, 90.0)), max_size=60))
+def test_rate_is_never_negative_and_never_from_old_times(steps: list[tuple[str, float]]):
+    rate, now, freed = DrainRate(), 0.0, []
+    for what, seconds in steps:
+        now += seconds
+        if what == "b":
+            rate.begin(now)
+        elif what == "e":
+            rate.end(now)
+        elif what == "f":
+            if rate.running:
+                freed.append(now)
+            rate.freed(now)
+        else:
+            rate.forget(now)
+            freed.clear()
+        found = rate.per_second(now)
+        lately = [moment for moment in freed if now - moment <= REMEMBERED]
+        assert found is None or (found > 0.0 and len(lately) >= RATE_FROM)
+
+
+def test_quickest_is_that_of_the_last_answers():
+    quickest = Quickest()
+    for seconds in (5.0, 1.0, 3.0):
+        quickest.add(seconds, 0.0)
+    assert quickest.seconds(0.0) == 0.0  # too few to tell
+    quickest.add(4.0, 0.0)
+    assert quickest.seconds(0.0) == pytest.approx(1.1)
+    for _ in range(RATE_OVER):
+        quickest.add(2.0, 0.0)
+    assert quickest.seconds(0.0) == pytest.approx(2.2)
+
+
+def test_quickest_forgets_old_answers():
+    quickest = Quickest()
+    for now in range(8):
+        quickest.add(9.0, float(now))
+    assert quickest.seconds(REMEMBERED + 3.0) == pytest.approx(9.9)
+    assert quickest.seconds(REMEMBERED + 3.5) == pytest.approx(9.9)
+    assert quickest.seconds(REMEMBERED + 4.5) == 0.0

@@ -1,0 +1,83 @@
+"""An exchange that waits for a server, and what it takes to share its order with other processes.
+
+`Peers` is implemented by `workers/`; a router of one process has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from vllm_router.errors import Refused
+from vllm_router.routing.place import Place, Route, Verdict
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Lease, Server
+    from vllm_router.proxy.exchange import Exchange
+    from vllm_router.routing.policies import Policy
+
+Grant = tuple["Policy", "Lease"]
+"""A server that was leased, and the policy that chose it."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Waiter(Place):
+    """An exchange that waits. It is woken with a grant, or with what it is to be told."""
+
+    exchange: Exchange
+    woken: trio.Event = field(default_factory=trio.Event)
+    grant: Grant | None = None
+    refused: Refused | None = None
+
+
+class Peers(Protocol):
+    """The requests that wait in the other processes of this router.
+
+    Their places stand in the gate's own `WaitingRooms` beside ours; `look` brings them up to date.
+    """
+
+    number: int
+    """Of this process: the owner of our places."""
+
+    promised: Mapping[Server, int]
+    """Free units of servers, in the pass under way, that requests of other processes go before us
+    for."""
+
+    def key(self, name: str) -> Hashable:
+        """What stands for the name of an API key in all processes."""
+
+    def look(self, now: float) -> None:
+        """Take over what the others have published."""
+
+    def where(self, place: Place) -> tuple[str | None, Route]:
+        """The room and the route of another process's place, by what this process knows."""
+
+    def is_full(self) -> bool:
+        """Whether no further place of ours can be published."""
+
+    def publish(self, waiter: Waiter, displaced: Place | None) -> None:
+        """Show the others a place of ours, and which place it has taken."""
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """A place of ours is gone; published or not."""
+
+    def begin(self, now: float) -> None:
+        """A pass over all places begins."""
+
+    def give(self, place: Place, now: float) -> Verdict:
+        """Leave a server to a place of another process: HELD, or BLOCKED if none is for it."""
+
+    def passed_over(self, waiter: Waiter, now: float) -> None:
+        """It was the turn of a place of ours, and no server was for it."""
+
+    def end(self, now: float) -> None:
+        """The pass is over: wake the processes that have a server to take."""
+
+    def freed(self, server: Server, now: float) -> None:
+        """A lease of ours on a server has been released."""
+
+    def close(self) -> None:
+        """Nothing waits here any more."""
