@@ -88,11 +88,17 @@ class Client:
         self._buffer = b""
 
     async def send(
-        self, method: str, path: str, body: Any = b"", *headers: str, kind: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = b"",
+        *headers: str,
+        kind: str = "application/json",
+        host: str = "mock",
     ) -> None:
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        lines = [f"{method} {path} HTTP/1.1", "host: mock", *headers]
+        lines = [f"{method} {path} HTTP/1.1", f"host: {host}", *headers]
         if body:
             lines += [f"content-type: {kind}", f"content-length: {len(body)}"]
         await self.stream.send_all("\r\n".join([*lines, "", ""]).encode() + body)

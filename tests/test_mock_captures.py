@@ -4,65 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mock_memory import Answer, running_mock
-
-DATA = Path(__file__).parent / "data" / "vllm"
-# On top of vLLM's own: who answered.
-OURS = {"x-mock-server"}
-
-
-def capture(name: str) -> tuple[str, str, str | None, Answer]:
-    """Method, path, body and the real answer; without the curl trailer."""
-    text = (DATA / f"{name}.txt").read_text()
-    text = text.split("\n# curl rc=")[0]
-    request, head, body = re.fullmatch(r"# ([^\n]*)\n(.*?)\n\n(.*)", text, re.DOTALL).groups()
-    given = re.search(r" -d (.*)$", request)
-    method = request.split()[0] if request.startswith("GET ") else "GET"
-    path = re.search(r"/\S*", request)[0]
-    answer = Answer(head.replace("\n", "\r\n").encode())
-    answer.body = body.encode()
-    return "POST" if given or " -X POST" in request else method, path, given and given[1], answer
-
-
-def shape(value: Any) -> Any:
-    """Field names in order, and kinds of values."""
-    if isinstance(value, dict):
-        return [(key, shape(item)) for key, item in value.items()]
-    if isinstance(value, list):
-        return [shape(value[0])] if value else []
-    return type(value).__name__
-
-
-def shapes(answer: Answer) -> list[Any]:
-    """Of the events, neighbours of one shape being one; or of the whole body."""
-    if answer["content-type"].startswith("text/event-stream"):
-        found = [shape(event) for event in answer.events]
-    else:
-        found = [shape(answer.json)]
-    return [key for key, _ in groupby(found)]
-
-
-def header_names(answer: Answer) -> list[str]:
-    # --enable-request-id-headers was on for some captures only.
-    return [name for name, _ in answer.headers if name not in OURS | {"x-request-id"}]
+from vllm_captures import DATA, capture, header_names, names, shape, shapes
 
 
 async def ask(name: str, **options: Any) -> tuple[Answer, Answer]:
-    method, path, body, real = capture(name)
+    real = capture(name)
     async with running_mock(max_model_len=2048, **options) as mock:
         client = await mock.client()
         json_kind = "noheaderct" not in name
         kind = "application/json" if json_kind else "application/x-www-form-urlencoded"
-        headers = [f"content-type: {kind}"] if method == "POST" and not body else []
-        ours = await client.ask(method, path, (body or "").encode(), *headers, kind=kind)
+        headers = [f"content-type: {kind}"] if real.method == "POST" and not real.body else []
+        body = (real.body or "").encode()
+        ours = await client.ask(real.method, real.path, body, *headers, kind=kind)
         await client.aclose()
-        return ours, real
+        return ours, real.answer
 
 
 @pytest.mark.parametrize(
@@ -80,6 +40,11 @@ async def ask(name: str, **options: Any) -> tuple[Answer, Answer]:
         "responses-stream",
         "get-v1_models",
         "tokenize",
+        "count-tokens",
+        "encoded-slash",
+        "invocations-chat-stream",
+        "invocations-completion",
+        *names("zero-*"),
     ],
 )
 async def test_answers_have_the_captured_fields_in_the_captured_order(name, autojump_clock):
@@ -89,7 +54,7 @@ async def test_answers_have_the_captured_fields_in_the_captured_order(name, auto
     assert shapes(ours) == shapes(real)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in DATA.glob("err-*.txt")))
+@pytest.mark.parametrize("name", names("err-*"))
 async def test_errors_are_the_captured_ones_to_the_letter(name, autojump_clock):
     ours, real = await ask(name)
     assert (ours.status, header_names(ours)) == (real.status, header_names(real))
@@ -97,7 +62,22 @@ async def test_errors_are_the_captured_ones_to_the_letter(name, autojump_clock):
     assert ours["allow"] == real["allow"]
 
 
-@pytest.mark.parametrize("name", ["chat-noheaderct", "get-version", "get-load", "get-health"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat-noheaderct",
+        "get-version",
+        "get-load",
+        "get-health",
+        "get-invocations",
+        "invocations-nothing-fits",
+        "scale-out-disabled",
+        "pause",
+        "pause-bad-mode",
+        "resume",
+        "abort-requests-no-body",
+    ],
+)
 async def test_small_answers_are_the_captured_ones_to_the_letter(name, autojump_clock):
     ours, real = await ask(name)
     assert (ours.status, header_names(ours)) == (real.status, header_names(real))
@@ -116,7 +96,7 @@ async def test_a_stream_has_as_many_events_as_the_captured_one_each_in_its_own_c
 
 
 async def test_usage_tells_cached_tokens_where_the_captured_server_does(autojump_clock):
-    real = capture("prefix-cache-2")[3].json["usage"]
+    real = capture("prefix-cache-2").answer.json["usage"]
     prompt = "hello world the of and " * 55
     async with running_mock(enable_prompt_tokens_details=True, block_size=32) as mock:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 2}
@@ -158,7 +138,7 @@ async def test_metrics_have_the_captured_names_and_labels(autojump_clock):
 
 
 async def test_http_10_gets_the_chunked_answer_that_uvicorn_gives(autojump_clock):
-    real = capture("http10")[3]
+    real = capture("http10").answer
     body = b'{"model":"tiny","prompt":"a","max_tokens":2,"stream":true}'
     head = b"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: %d"
     async with running_mock() as mock:
@@ -170,7 +150,7 @@ async def test_http_10_gets_the_chunked_answer_that_uvicorn_gives(autojump_clock
 
 
 def test_the_captures_are_read_as_meant():
-    method, path, body, real = capture("chat-stream")
-    assert (method, path) == ("POST", "/v1/chat/completions")
-    assert json.loads(body)["stream"] is True
-    assert real.events[-1] == "[DONE]"
+    real = capture("chat-stream")
+    assert (real.method, real.path, real.end) == ("POST", "/v1/chat/completions", 0)
+    assert json.loads(real.body)["stream"] is True
+    assert real.answer.events[-1] == "[DONE]"

@@ -171,17 +171,6 @@ async def test_an_error_event_is_followed_by_done(autojump_clock):
     assert (plain.status, len(plain.body)) == (500, 153)
 
 
-async def test_a_stream_can_end_before_its_first_token(autojump_clock):
-    async with running_mock() as mock:
-        await mock.set(mode="no_token")
-        stream = await mock.ask("POST", PATH, STREAM)
-        plain = await mock.ask("POST", PATH, CHAT)
-    [opening, done] = stream.events
-    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert opening["choices"][0]["finish_reason"] is None
-    assert (done, plain.status) == ("[DONE]", 500)
-
-
 @pytest.mark.parametrize("keep_open", [False, True])
 async def test_raw_bytes_are_sent_as_given(keep_open, autojump_clock):
     given = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhe\xff"

@@ -359,7 +359,8 @@ async def test_the_other_paths_answer_something_sensible(autojump_clock):
         )
         count = {"messages": CHAT["messages"]}
         assert (await mock.ask("POST", "/v1/messages/count_tokens", count)).json == {
-            "input_tokens": 14
+            "input_tokens": 14,
+            "context_management": {"original_input_tokens": 14},
         }
         echoed = await mock.ask("POST", "/v1/rerank", b"\x00\xff raw", kind="a/b")
         assert (echoed.body, echoed["content-type"]) == (b"\x00\xff raw", "a/b")
@@ -388,12 +389,14 @@ async def test_request_ids_are_returned_when_enabled_and_name_the_answer(autojum
         assert len((await mock.ask("GET", "/health"))["x-request-id"]) == 32
 
 
-async def test_model_name_that_is_no_unicode_is_unknown():
+async def test_model_name_that_is_no_unicode_is_a_bad_request():
+    """A real server says no more, for it finds out when it writes that there is no such model."""
     async with running_mock() as mock:
-        body = CHAT | {"model": "\ud800"}
-        answer = await mock.ask("POST", CHAT_PATH, body)
-    assert answer.status == 404
-    assert "The model `?` does not exist" in answer.json["error"]["message"]
+        answer = await mock.ask("POST", CHAT_PATH, CHAT | {"model": "\ud800"})
+    assert answer.status == 400
+    assert answer.json["error"]["message"] == (
+        r"'utf-8' codec can't encode character '\ud800' in position 32: surrogates not allowed"
+    )
 
 
 async def test_silent_streams_get_comments_when_enabled(autojump_clock):
@@ -525,3 +528,5 @@ async def test_a_stream_that_has_fallen_behind_loses_no_word(mock_clock):
         words = [event["choices"][0]["delta"]["content"] for event in events[:-1]]
         whole = (await mock.ask("POST", CHAT_PATH, CHAT)).json
         assert "".join(words) == whole["choices"][0]["message"]["content"]
+        reasons = [event["choices"][0]["finish_reason"] for event in events[:-1]]
+        assert [reason for reason in reasons if reason] == ["length"]

@@ -2,109 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
+from .api_error import ApiError, bad_request, invalid, shown
 from .options import MockOptions
 from .text import bytes_of, chat_prompt, content_text, token_count
 
-
-class ApiError(Exception):
-    """An answer of the API server that is not 200."""
-
-    def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind
-        self.param = param
-
-    def body(self) -> bytes:
-        return msgspec.json.encode(
-            {
-                "error": {
-                    # A lone surrogate is valid in JSON, but no UTF-8.
-                    "message": self.message.encode("utf-8", "replace").decode(),
-                    "type": self.kind,
-                    "param": self.param,
-                    "code": self.status,
-                }
-            }
-        )
+_TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
+_FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 
-def bad_request(message: str, param: str) -> ApiError:
-    return ApiError(400, message, "BadRequestError", param)
-
-
-def invalid(problems: Sequence[dict[str, Any]]) -> ApiError:
-    """Pydantic's complaints as vLLM's handler for request validation errors prints them."""
-    plural = "s" if len(problems) != 1 else ""
-    lines = "".join(f"\n  {problem}" for problem in problems)
-    message = f"{len(problems)} validation error{plural}:{lines}"
-    return ApiError(400, message, "Bad Request", problems[0]["loc"])
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return f"<dict of {len(value)} items>"
-    if isinstance(value, list):
-        return f"<list of {len(value)} items>"
-    return str(value)
-
-
-def decode(body: bytes, content_type: str | None) -> dict[str, Any]:
-    """The JSON object in a request's body."""
-    kind = (content_type or "").partition(";")[0].strip().lower()
-    if not (kind == "application/json" or kind.endswith("+json")):
-        raise ApiError(
-            400,
-            "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed",
-            "Bad Request",
-        )
-    if not body:
-        raise invalid(
-            [{"type": "missing", "loc": "body", "msg": "Field required", "input": "None"}]
-        )
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        value = _decode_slowly(body)
-    if not isinstance(value, dict):
-        raise invalid(
-            [
-                {
-                    "type": "model_attributes_type",
-                    "loc": "body",
-                    "msg": "Input should be a valid dictionary or object to extract fields from",
-                    "input": _shown(value),
-                }
-            ]
-        )
-    return value
-
-
-def _decode_slowly(body: bytes) -> object:
-    """Python's own parser, for its wording and position of an error (and for NaN)."""
-    try:
-        return json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        where = error.pos if isinstance(error, json.JSONDecodeError) else 0
-        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise invalid(
-            [
-                {
-                    "type": "json_invalid",
-                    "loc": f"body.{where}",
-                    "msg": "JSON decode error",
-                    "input": "<dict of 0 items>",
-                    "ctx": {"error": what},
-                }
-            ]
-        ) from None
+def truth(value: object) -> bool:
+    """A boolean as pydantic reads it, once `check_types` has found it right."""
+    return value.lower() in _TRUE if isinstance(value, str) else bool(value)
 
 
 _KINDS: dict[str, tuple[tuple[type, ...], str, str]] = {
@@ -157,15 +68,23 @@ def check_types(kind: str, body: Mapping[str, Any]) -> None:
         if value is None:
             if field in required and field not in body:
                 problems.append(_problem("missing", field, "Field required", body))
+            elif required.get(field):
+                if kind == "chat":  # seen too late for pydantic
+                    raise ApiError(400, "'NoneType' object is not iterable", "BadRequestError")
+                problems.append(_problem("list_type", field, "Input should be a valid list", None))
             continue
         if not expected:
             continue
         types, name, text = _KINDS[expected]
         if isinstance(value, types) and (expected == "bool" or not isinstance(value, bool)):
             continue
+        if expected == "bool" and value in (0, 1):
+            continue
         if isinstance(value, str) and expected in _PARSING:
-            if expected != "bool" and _is_number(value, expected):
+            if _is_written(value, expected):
                 continue
+            name, text = _PARSING[expected]
+        elif expected == "bool" and isinstance(value, int):
             name, text = _PARSING[expected]
         problems.append(_problem(name, field, text, value))
     if problems:
@@ -173,10 +92,13 @@ def check_types(kind: str, body: Mapping[str, Any]) -> None:
 
 
 def _problem(kind: str, field: str, text: str, value: object) -> dict[str, Any]:
-    return {"type": kind, "loc": f"body.{field}", "msg": text, "input": _shown(value)}
+    return {"type": kind, "loc": f"body.{field}", "msg": text, "input": shown(value)}
 
 
-def _is_number(text: str, kind: str) -> bool:
+def _is_written(text: str, kind: str) -> bool:
+    """Whether a string stands for a value of this kind."""
+    if kind == "bool":
+        return text.lower() in _TRUE | _FALSE
     try:
         int(text) if kind == "int" else float(text)
     except ValueError:
@@ -186,6 +108,10 @@ def _is_number(text: str, kind: str) -> bool:
 
 def unknown_model(name: object, known: Sequence[str]) -> ApiError:
     message = f"The model `{name}` does not exist. Valid aliases: {', '.join(known)}."
+    try:
+        f'{{"error":{{"message":"{message}'.encode()  # as a real server finds it out, and where
+    except UnicodeEncodeError as error:
+        return ApiError(400, str(error), "BadRequestError")
     return ApiError(404, message, "NotFoundError", "model")
 
 
@@ -235,23 +161,37 @@ def output_limit(kind: str, body: Mapping[str, Any], prompt: bytes, options: Moc
             f"(parameter=input_tokens, value={longest + 1})",
             "input_tokens",
         )
-    wanted = next(
+    field, wanted = next(
         (
-            int(body[field])
+            (field, int(body[field]))
             for field in ("max_completion_tokens", "max_output_tokens", "max_tokens")
             if body.get(field) is not None
         ),
-        16 if kind == "completions" else 0,  # OpenAI's default for completions
+        ("max_tokens", 16 if kind == "completions" else 0),  # OpenAI's default for completions
     )
-    if wanted < 0 or (wanted == 0 and body.get("max_tokens") == 0):
+    if wanted < 0 or (wanted == 0 and body.get(field) == 0):
+        if kind == "messages":
+            raise invalid([_not_positive(wanted)])
         raise bad_request(
             f"max_tokens must be at least 1, got {wanted}. (parameter=max_tokens, value={wanted})",
             "max_tokens",
         )
     if wanted > longest:
+        if kind == "messages":
+            field = "max_completion_tokens"  # the chat's, of which it is made
         raise bad_request(
-            f"max_tokens={wanted} cannot be greater than max_model_len={longest}. Please request "
-            f"fewer output tokens. (parameter=max_tokens, value={wanted})",
-            "max_tokens",
+            f"{field}={wanted} cannot be greater than max_model_len={longest}. Please request "
+            f"fewer output tokens. (parameter={field}, value={wanted})",
+            field,
         )
     return min(wanted, max(1, longest - used)) if wanted else 0
+
+
+def _not_positive(wanted: int) -> dict[str, Any]:
+    return {
+        "type": "value_error",
+        "loc": "body.max_tokens",
+        "msg": "Value error, max_tokens must be positive",
+        "input": str(wanted),
+        "ctx": {"error": ValueError("max_tokens must be positive")},
+    }

@@ -68,7 +68,8 @@ def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> Non
     """One simulated vLLM server, with failures on demand.
 
     Behaviour at run time: POST /mock/set, GET /mock/stats, /mock/last, /mock/log; per request
-    X-Mock-Mode, X-Mock-Ttft-Ms, X-Mock-Delay-Ms, X-Mock-After, X-Mock-Output-Tokens, X-Mock-Only.
+    X-Mock-Mode, X-Mock-Ttft-Ms, X-Mock-Delay-Ms, X-Mock-After, X-Mock-Output-Tokens, X-Mock-Error,
+    X-Mock-Framing, X-Mock-Packing, X-Mock-Only.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:

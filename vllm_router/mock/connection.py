@@ -14,6 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
+from urllib.parse import unquote
 
 import httptools
 import trio
@@ -60,7 +61,8 @@ class Incoming:
 
     @property
     def path(self) -> str:
-        return self.target.partition(b"?")[0].decode("latin-1")
+        path = self.target.partition(b"?")[0].decode("latin-1")
+        return unquote(path) if "%" in path else path
 
     @property
     def query(self) -> str:

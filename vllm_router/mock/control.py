@@ -1,4 +1,4 @@
-"""Paths that are not inference: health, models, metrics, sleep, LoRA adapters."""
+"""Paths that are not inference: health, models, metrics, LoRA adapters."""
 
 from __future__ import annotations
 
@@ -144,40 +144,6 @@ def query(incoming: Incoming) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(incoming.query).items()}
 
 
-def _sleep(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    level = query(incoming).get("level", "1")
-    server.sleep_level = int(level) if level in ("1", "2") else 1
-    server.abort_generations()
-    body = {"status": "sleeping", "level": server.sleep_level}
-    server.reply(connection, incoming, 200, encode(body), JSON)
-
-
-def _wake_up(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    server.sleep_level = 0
-    server.release()
-    server.reply(connection, incoming, 200, b'{"status":"awake","tags":null}', JSON)
-
-
-def _pause(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """mode=abort (default) ends what runs, keep freezes it, wait lets it finish."""
-    mode = query(incoming).get("mode", "abort")
-    server.paused = True
-    if mode == "keep":
-        for driver in server.drivers:
-            driver.freeze(frozen=True)
-    elif mode != "wait":
-        server.abort_generations()
-    server.reply(connection, incoming, 200, b'{"status":"paused"}', JSON)
-
-
-def _resume(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    server.paused = False
-    for driver in server.drivers:
-        driver.freeze(frozen=False)
-    server.release()
-    server.reply(connection, incoming, 200, b'{"status":"resumed"}', JSON)
-
-
 def _reset_prefix_cache(server: MockServer, connection: Connection, incoming: Incoming) -> None:
     for driver in server.drivers:
         driver.engine.cache.clear()
@@ -251,11 +217,5 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/models": {"GET": _models},
     "/v1/load_lora_adapter": {"POST": _load_lora},
     "/v1/unload_lora_adapter": {"POST": _unload_lora},
-    "/sleep": {"POST": _sleep},
-    "/wake_up": {"POST": _wake_up},
-    "/is_sleeping": {"GET": answer_json(lambda server: {"is_sleeping": server.sleeping})},
-    "/pause": {"POST": _pause},
-    "/resume": {"POST": _resume},
-    "/is_paused": {"GET": answer_json(lambda server: {"is_paused": server.paused})},
     "/reset_prefix_cache": {"POST": _reset_prefix_cache},
 }

@@ -16,6 +16,7 @@ class EngineDriver:
         self._alarm = trio.CancelScope()
         self._pumping = False
         self._again = False
+        self.quiet = trio.Event()  # set, and replaced, when the engine has come to run nothing
 
     async def run(self) -> None:
         while True:
@@ -47,6 +48,9 @@ class EngineDriver:
                         request.sink.deliver(words)
         finally:
             self._pumping = False
+        if not self.engine.running:
+            self.quiet.set()
+            self.quiet = trio.Event()
         wake = self.engine.wake
         if wake != self._alarm.deadline:
             self._alarm.deadline = wake
@@ -54,6 +58,11 @@ class EngineDriver:
     @property
     def load(self) -> int:
         return len(self.engine.running) + 4 * len(self.engine.waiting)
+
+    def admit(self, *, admitting: bool) -> None:
+        """Whether waiting requests get the places that become free."""
+        self.engine.admitting = admitting
+        self.pump()
 
     def freeze(self, *, frozen: bool) -> None:
         """Stand still, or go on where it stopped."""

@@ -39,6 +39,7 @@ class Engine:
         self.running: dict[Request, None] = {}  # in order of admission
         self.waiting: deque[Request] = deque()
         self.frozen = False  # paused or asleep: what runs stands still
+        self.admitting = True  # False: paused, what waits goes on waiting
         self._batch: list[Request] = []
         self._step_end: float | None = None
         self._timed: list[tuple[float, int, Request]] = []
@@ -57,7 +58,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Waiting requests beyond those the free places of the batch will take."""
-        free = self.options.max_num_seqs - len(self.running)
+        free = self.options.max_num_seqs - len(self.running) if self.admitting else 0
         return max(0, len(self.waiting) - max(0, free))
 
     def submit(self, request: Request, now: float) -> None:
@@ -103,7 +104,7 @@ class Engine:
                 return emitted
 
     def _admit(self, now: float) -> None:
-        while self.waiting and len(self.running) < self.options.max_num_seqs:
+        while self.admitting and self.waiting and len(self.running) < self.options.max_num_seqs:
             request = self.waiting[0]
             if not request.aborted and not self._place(request):
                 return
@@ -214,8 +215,9 @@ class Engine:
         else:
             statistics.inter_token_latency.observe(now - request.last_token)
         request.last_token = now
+        before = request.generated
         words = request.take(request.limit if burst else 1)
-        statistics.generation_tokens += len(words)
+        statistics.generation_tokens += request.generated - before
         emitted.append((request, words))
         if request.finish_reason is not None:
             self._leave(request)

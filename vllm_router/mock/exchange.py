@@ -8,26 +8,12 @@ import trio
 
 from .connection import Connection, Incoming
 from .faults import Fault
-from .heads import EVENT_STREAM, JSON
-from .request import Request
-from .shapes import DONE, ENGINE_DEAD, LAST_CHUNK, Shape, encode, error_event
+from .heads import JSON
+from .shapes import encode, engine_dead
+from .wire import Wire
 
 if TYPE_CHECKING:
-    from .driver import EngineDriver
     from .server import MockServer
-
-
-def engine_dead() -> bytes:
-    return encode(
-        {
-            "error": {
-                "message": ENGINE_DEAD,
-                "type": "InternalServerError",
-                "param": None,
-                "code": 500,
-            }
-        }
-    )
 
 
 class Exchange:
@@ -40,6 +26,7 @@ class Exchange:
         self.connection = connection
         self.incoming = incoming
         self.fault = fault
+        self.wire = Wire.of(fault)
         self.over = False
         self.spoiled = False  # complete, but wrong on purpose
         server.active.add(self)
@@ -107,20 +94,41 @@ class Exchange:
         elif fault.mode == "engine_death":
             self._leave()
             self.server.counts.failed += 1
-            self.server.reply(self.connection, self.incoming, 500, engine_dead(), JSON)
+            self.server.reply(self.connection, self.incoming, 500, engine_dead().body(), JSON)
             self.server.lose_engine()
         else:
             return fault.mode == "hang"
         return True
+
+    def head(self, content_type: bytes, length: int | None) -> bytes:
+        """Of an answer with status 200; `length` None: chunked, or until the connection ends."""
+        wire = self.wire
+        if wire is None:
+            return self.server.heads.head(
+                self.incoming, 200, length=length, content_type=content_type
+            )
+        if wire.until_close:
+            self.incoming.keep_alive = False
+        return self.server.heads.head(
+            self.incoming,
+            200,
+            length=None if wire.until_close else length,
+            content_type=content_type,
+            extra=wire.headers,
+            chunked=length is None and not wire.until_close,
+        )
 
     def plain(self, body: bytes, content_type: bytes = JSON) -> None:
         """A complete answer, or as much of it as the fault lets through."""
         if self.over:
             return
         mode = self.fault.mode
-        head = self.server.heads.head(
-            self.incoming, 200, length=len(body), content_type=content_type
-        )
+        if mode in ("empty", "unfinished"):
+            self.spoiled = True
+            body = b"" if mode == "empty" else body[: len(body) // 2]
+        if self.wire is not None:
+            body = self.wire.whole(body)
+        head = self.head(content_type, len(body))
         if mode == "hang_after_head":
             self.connection.write(head)
         elif mode in ("midreset", "midclose", "midhang"):
@@ -163,162 +171,3 @@ class Trickle:
                 self._exchange.end()
                 return
             await trio.sleep(self._exchange.fault.trickle)
-
-
-class Generation(Exchange):
-    """An exchange that gets words from an engine. Is the request's sink."""
-
-    def __init__(
-        self,
-        server: MockServer,
-        connection: Connection,
-        incoming: Incoming,
-        fault: Fault,
-        request: Request,
-        shape: Shape,
-        *,
-        stream: bool,
-    ) -> None:
-        super().__init__(server, connection, incoming, fault)
-        request.sink = self
-        self.request = request
-        self.driver: EngineDriver | None = None
-        self.stream = stream
-        self.last_write = incoming.arrived
-        self._shape = shape
-        self._opened = False
-        self._sent = 0
-        self._trickle: Trickle | None = None
-        self._limit: int | None = None  # tokens to let pass before the fault
-        if fault.mode in ("midreset", "midclose", "midhang", "abort_finish", "error_event"):
-            self._limit = fault.after if fault.after is not None else request.limit // 2
-
-    def begin(self) -> None:
-        """Called when the engine has accepted the request: a stream's head goes out at once."""
-        if self.stream:
-            self.connection.write(
-                self.server.heads.head(self.incoming, 200, length=None, content_type=EVENT_STREAM)
-            )
-            if self.fault.mode == "trickle":
-                self._trickle = Trickle(self, complete=False)
-                self.server.start_soon(self._trickle.run)
-        elif self.fault.mode == "hang_after_head":
-            self.plain(self._shape.whole())
-
-    def lost(self) -> None:
-        super().lost()
-        if self.driver is not None:
-            self.driver.abort(self.request)
-
-    def comment(self, now: float, interval: float) -> float:
-        """A sign of life if this is a stream that has been silent; when the next may be due."""
-        if not self.stream or self.over:
-            return now + interval
-        if self.last_write + interval <= now:
-            self.connection.write(b"e\r\n: keep-alive\n\n\r\n")
-            self.last_write = now
-        return self.last_write + interval
-
-    def deliver(self, words: list[bytes]) -> None:
-        if self.over:
-            return
-        if self.fault.mode == "no_token":
-            self._end_before_the_first_token()
-            return
-        limit = self._limit
-        cut_here = self.stream or self.fault.mode in ("abort_finish", "error_event")
-        if limit is not None and cut_here and self._sent + len(words) >= limit:
-            self._spoil(words[: limit - self._sent])
-            return
-        self._sent += len(words)
-        # The engine may be steps ahead of what is delivered: the last word is still to come then.
-        finished = self.request.finish_reason is not None and self._sent >= len(self.request.words)
-        if not self.stream:
-            if finished:
-                self.plain(self._shape.whole())
-            return
-        events = self._events(words)
-        if finished:
-            events += self._ending()
-        self._write(b"".join(events), complete=finished)
-
-    def _events(self, words: list[bytes]) -> list[bytes]:
-        events = [] if self._opened else self._shape.opening()
-        self._opened = True
-        return events + self._shape.delta(words)
-
-    def _ending(self) -> list[bytes]:
-        events = self._shape.closing()
-        if self._shape.done:
-            events.append(DONE)
-        return [*events, LAST_CHUNK]
-
-    def _write(self, data: bytes, *, complete: bool) -> None:
-        if self._trickle is not None:
-            self._trickle.add(data, complete=complete)
-            return
-        self.connection.write(data)
-        if complete:
-            self.end()
-        else:
-            self.last_write = trio.current_time()
-
-    def _stop_engine(self, words: list[bytes], reason: str | None) -> None:
-        """Take the request away from the engine, with no more than `words` delivered on top."""
-        request = self.request
-        if self.driver is not None:
-            self.driver.abort(request)
-        self._sent += len(words)
-        request.words = request.words[: self._sent]
-        request.generated = len(request.words)
-        request.finish_reason = reason
-
-    def _spoil(self, words: list[bytes]) -> None:
-        """The point of the fault is reached; these are the last words to pass."""
-        mode = self.fault.mode
-        if mode == "abort_finish":
-            self.abort_finish(words)
-        elif mode == "error_event":
-            self.error(words)
-        else:
-            self._stop_engine(words, None)
-            if words or self._sent:
-                self.connection.write(b"".join(self._events(words)))
-            self._break(mode)
-
-    def abort_finish(self, words: list[bytes]) -> None:
-        """A clean-looking end with finish_reason "abort"."""
-        self._stop_engine(words, "abort")
-        self.spoiled = True
-        if self.stream:
-            self._write(b"".join(self._events(words) + self._ending()), complete=True)
-        else:
-            self._limit = None
-            self.plain(self._shape.whole())
-
-    def error(self, words: list[bytes]) -> None:
-        """An error event and `[DONE]`; status 500 if nothing has been sent."""
-        self._stop_engine(words, None)
-        self.spoiled = True
-        if self.stream:
-            events = self._events(words) if words or self._opened else []
-            self._write(b"".join([*events, error_event(), DONE, LAST_CHUNK]), complete=True)
-        else:
-            self._leave()
-            self.server.counts.failed += 1
-            self.server.reply(self.connection, self.incoming, 500, engine_dead(), JSON)
-
-    def _end_before_the_first_token(self) -> None:
-        """A clean-looking end of a stream with no token and no reason; 500 if it is no stream."""
-        if not self.stream:
-            self.error([])
-            return
-        self._stop_engine([], None)
-        self.spoiled = True
-        self._write(b"".join([*self._shape.opening(), DONE, LAST_CHUNK]), complete=True)
-
-    def terminate(self, *, error: bool) -> None:
-        if error:
-            self.error([])
-        else:
-            self.abort_finish([])

@@ -34,8 +34,11 @@ class Heads:
         content_type: bytes = b"",
         extra: bytes = b"",
         vary: bool = True,
+        chunked: bool = True,
+        location: bytes = b"",
     ) -> bytes:
-        """`length` None: chunked. `extra` and `vary` are lines as the captures show them."""
+        """`length` None: chunked, or until the connection ends. `extra`, `location` and `vary`
+        are lines where the captures have them."""
         now = int(time.time())
         if now != self._second:
             self._second = now
@@ -47,6 +50,8 @@ class Heads:
         parts = [line, self._dated, extra]
         if length is not None:
             parts.append(b"content-length: %d\r\n" % length)
+        if location:
+            parts.append(b"location: %b\r\n" % location)
         if content_type:
             parts.append(b"content-type: %b\r\n" % content_type)
         if vary:
@@ -58,7 +63,7 @@ class Heads:
         parts.append(b"x-mock-server: %b\r\n" % self.name.encode())
         if not incoming.keep_alive:
             parts.append(b"connection: close\r\n")
-        if length is None:
+        if length is None and chunked:
             parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n")
         return b"".join(parts)

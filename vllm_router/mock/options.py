@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from .foreign import ERRORS
+
 
 class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Failure switches, as `POST /mock/set` takes them. They act on inference requests
@@ -15,8 +17,9 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     `mode` is one of `MODES` or an HTTP status. `next` limits it to that many requests,
     `fraction` to a share of them (spread evenly, not at random), `only_path` to one path,
     `only_body` to those whose body has this text. `after` is the number of tokens the `mid*`,
-    `abort_finish` and `error_event` modes let pass, by default half of them; a plain answer is cut
-    in the middle whatever it says.
+    `abort_finish`, `error_event` and `unfinished` modes let pass, by default half of them; a plain
+    answer is cut in the middle whatever it says. `framing`, `packing`, `early_opening`,
+    `null_error` and `output_tokens` go with every mode.
     """
 
     mode: str | int = "ok"
@@ -29,6 +32,12 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     ttft_ms: float | None = None
     delay_ms: float | None = None
     trickle_ms: float = 50.0
+    output_tokens: int | None = None  # how long answers are; 0: the end comes at once, without text
+    error: str = ""  # of another engine, for `error_event`: a key of `foreign.ERRORS`
+    framing: Literal["", "close"] = ""  # close: the end of the connection ends the body
+    packing: Literal["", "gzip"] = ""
+    early_opening: bool = False  # streams open before the engine's first output, in every API
+    null_error: bool = False  # every JSON event of a stream has `"error": null`
     raw: str = ""  # base64 of the exact bytes `mode: raw` answers
     keep_open: bool = False  # raw: leave the connection open afterwards
     health: int | Literal["hang", "close"] = 200
@@ -43,6 +52,8 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not (isinstance(self.mode, int) or self.mode in MODES or self.mode.isdecimal()):
             raise ValueError(f"mode: expected a status or one of {', '.join(sorted(MODES))}")
+        if self.error and self.error not in ERRORS:
+            raise ValueError(f"error: expected one of {', '.join(ERRORS)}")
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError("fraction: expected 0 to 1")
 
@@ -65,8 +76,11 @@ MODES = frozenset(
         "midhang",
         "trickle",  # a byte every trickle_ms
         "abort_finish",  # clean end with finish_reason "abort", as after SIGTERM
-        "error_event",  # error event, then [DONE], as after SIGTERM
-        "no_token",  # a stream that ends cleanly before its first token, as of those in the queue
+        "error_event",  # what the API says when the engine dies, or the switch `error`
+        "no_token",  # an end without a token, as of a request that is aborted in the queue
+        "empty",  # 200 with nothing in it
+        "opening",  # the opening events of a stream, then its end; a plain answer without content
+        "unfinished",  # tokens and then a proper end of the body, but none of the answer
         "raw",
         "die",  # the server ends without a byte, as of SIGKILL
         "engine_death",  # 500 to all it has, 503 to checks, and soon it ends

@@ -16,7 +16,8 @@ class Sink(Protocol):
 
 class Request:
     """`limit` tokens are generated, then `ending` ("length" or "stop") is the finish reason, unless
-    one of `stops` comes first. `ttft` and `delay` (seconds) replace the engine's own times.
+    one of `stops` comes first. `ttft` and `delay` (seconds) replace the engine's own times. A
+    `silent` one ends with its first token, which has no text: the model has nothing to say.
 
     The times are those given to the engine; `sink` is not used by it.
     """
@@ -43,6 +44,7 @@ class Request:
         "private",
         "prompt",
         "prompt_tokens",
+        "silent",
         "sink",
         "stop_reason",
         "stops",
@@ -62,6 +64,7 @@ class Request:
         stops: tuple[bytes, ...] = (),
         ttft: float | None = None,
         delay: float | None = None,
+        silent: bool = False,
     ) -> None:
         self.model = model
         self.prompt = prompt
@@ -71,6 +74,7 @@ class Request:
         self.stops = stops
         self.ttft = ttft
         self.delay = delay
+        self.silent = silent
         self.sink: Sink | None = None
 
         self.words: list[bytes] = []
@@ -97,6 +101,9 @@ class Request:
 
     def take(self, count: int) -> list[bytes]:
         """Generate up to `count` more words; sets `finish_reason` at the end."""
+        if self.silent:
+            self.generated, self.finish_reason = 1, "stop"
+            return []
         state = self._state
         words = []
         for _ in range(min(count, self.limit - self.generated)):

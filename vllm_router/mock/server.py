@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 
 import msgspec
 import trio
 
 from . import api
-from .checks import ApiError
+from .api_error import ApiError
 from .connection import Connection, Incoming
 from .driver import EngineDriver
 from .engine import Engine, QueueFull
-from .exchange import Exchange, Generation
+from .exchange import Exchange
 from .faults import Faults
+from .generation import Generation
 from .heads import JSON, Heads
 from .options import MockOptions
 
@@ -165,6 +166,7 @@ class MockServer:
         *,
         extra: bytes = b"",
         vary: bool = True,
+        location: bytes = b"",
     ) -> None:
         """A whole answer that nothing spoils."""
         head = self.heads.head(
@@ -174,6 +176,7 @@ class MockServer:
             content_type=content_type,
             extra=extra,
             vary=vary,
+            location=location,
         )
         connection.write(head if incoming.method == "HEAD" else head + body)
         connection.finish(keep_alive=incoming.keep_alive)
@@ -215,11 +218,33 @@ class MockServer:
                 generation.driver = min(self.drivers, key=lambda driver: driver.load)
                 generation.driver.submit(generation.request)
 
-    def abort_generations(self) -> None:
-        """Finish what the engines run with finish_reason "abort"; what is held stays held."""
-        for exchange in list(self.active):
-            if isinstance(exchange, Generation) and exchange not in self.held:
-                exchange.abort_finish([])
+    def abort_generations(self, identities: Container[str] | None = None) -> int:
+        """End them as the engine does that aborts them: running, waiting and held ones alike, or
+        only those whose answers have these ids. Returns how many."""
+        chosen = [
+            exchange
+            for exchange in list(self.active)
+            if isinstance(exchange, Generation)
+            and (identities is None or exchange.identity in identities)
+        ]
+        for generation in chosen:
+            generation.abort_finish([])
+        return len(chosen)
+
+    def freeze(self, *, frozen: bool) -> None:
+        for driver in self.drivers:
+            driver.freeze(frozen=frozen)
+
+    def admit(self, *, admitting: bool) -> None:
+        """Whether waiting requests get the places that become free."""
+        for driver in self.drivers:
+            driver.admit(admitting=admitting)
+
+    async def run_dry(self) -> None:
+        """Until no engine runs a request."""
+        for driver in self.drivers:
+            while driver.engine.running:
+                await driver.quiet.wait()
 
     async def _keep_streams_alive(self) -> None:
         interval = self.options.sse_keep_alive
@@ -241,7 +266,7 @@ class MockServer:
             self.start_soon(self._end)
 
     def lose_engine(self) -> None:
-        """The engine has died: all requests get their 500, checks a 503, and soon it is over."""
+        """The engine has died: all requests fail, checks get a 503, and soon it is over."""
 
         async def end() -> None:
             await trio.sleep(0.3)
@@ -258,21 +283,23 @@ class MockServer:
 
     async def _end(self) -> None:
         """vLLM 0.32, observed: with a shutdown timeout all but new generation goes on to the end of
-        it; then, or without one, the port refuses at once, and the requests in the engine meet
-        one of three fates."""
+        it; then, or without one, the port refuses at once, and the requests in the engine, those
+        that wait included, meet one of three fates. After a timeout none is aborted: the engine is
+        killed."""
+        fate = self.options.sigterm
         if self.options.shutdown_timeout:
             await trio.sleep(self.options.shutdown_timeout)
+            fate = "silence" if fate == "silence" else "error"
         self._accepting.cancel()
         for connection in list(self.connections):
             if connection.answerer is None:
                 connection.close("fin")
-        if self.options.sigterm == "silence":
-            for driver in self.drivers:
-                driver.freeze(frozen=True)
+        if fate == "silence":
+            self.freeze(frozen=True)
         else:
             for exchange in list(self.active):
                 exchange.incoming.keep_alive = False
-                exchange.terminate(error=self.options.sigterm == "error")
+                exchange.terminate(error=fate == "error")
         if self.connections:
             await self._all_gone.wait()
         self.stopped.set()
