@@ -481,3 +481,79 @@ async def test_over_tcp_a_new_timeout_holds_at_once():
             while not server.probe_health.up:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
+
+
+# -- busy, and paused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [503, 429])
+async def test_check_says_busy_while_answers_flow_server_is_full_not_down(
+    autojump_clock, monkeypatch, status
+):
+    async with watched(monkeypatch) as rig:
+        rig.engine.answers["/health"] = status
+        for _ in range(40):
+            rig.server.answered(trio.current_time(), trial=False)
+            await trio.sleep(0.5)
+            assert rig.state in (State.FULL, State.UP)
+        assert State.FULL in rig.told
+        assert rig.went_down == []
+
+
+async def test_check_says_busy_while_long_plain_answers_run_server_is_not_down(
+    autojump_clock, monkeypatch
+):
+    """Plain answers of 12 s, one of which ends every 10 s."""
+    async with watched(monkeypatch) as rig:
+        rig.server.took(12.0)
+        rig.engine.answers["/health"] = 503
+        for _ in range(4):
+            rig.server.answered(trio.current_time(), trial=False)
+            await trio.sleep(10)
+        assert rig.went_down == []
+
+
+async def test_check_says_busy_and_counters_move_server_is_not_down(autojump_clock, monkeypatch):
+    async with watched(monkeypatch) as rig:
+        rig.engine.answers["/health"] = 503
+        for tokens in range(30):
+            page = METRICS % (1, 0) + f'vllm:generation_tokens_total{{engine="0"}} {tokens}\n'
+            rig.engine.answers["/metrics"] = page
+            await trio.sleep(0.5)
+        assert rig.went_down == []
+
+
+@pytest.mark.parametrize("why", ["silent", "failing"])
+async def test_check_says_busy_and_no_answer_flows_server_is_down(autojump_clock, monkeypatch, why):
+    async with watched(monkeypatch, failure_threshold=100) as rig:
+        rig.engine.answers["/health"] = 503
+        for _ in range(20):
+            if why == "failing":
+                now = trio.current_time()
+                rig.server.answered(now, trial=False)
+                rig.server.failed(now, trial=False, jitter=1.0)
+            await trio.sleep(0.5)
+        assert rig.state is State.DOWN
+
+
+async def test_paused_server_that_was_told_directly_to_go_on_is_asked_again(
+    autojump_clock, monkeypatch
+):
+    async with watched(monkeypatch) as rig:
+        rig.engine.answers["/is_paused"] = {"is_paused": True}
+        rig.server.pause(on=True, now=trio.current_time())
+        await trio.sleep(30)
+        assert rig.state is State.PAUSED
+        rig.engine.answers["/is_paused"] = {"is_paused": False}
+        await trio.sleep(3)
+        assert rig.state is State.UP
+        asked = rig.engine.asked["/is_paused"]
+        await trio.sleep(10)
+        assert rig.engine.asked["/is_paused"] == asked
+
+
+async def test_paused_server_that_knows_no_such_question_is_a_new_one(autojump_clock, monkeypatch):
+    async with watched(monkeypatch) as rig:
+        rig.server.pause(on=True, now=trio.current_time())
+        await trio.sleep(3)
+        assert rig.state is State.UP

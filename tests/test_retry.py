@@ -49,6 +49,7 @@ ELSEWHERE_AFTER = {
     Outcome.MISDIRECTED,
     Outcome.NO_MODEL,
     Outcome.TOO_LONG,
+    Outcome.SILENT,
     Outcome.FULL,
     Outcome.LIMITED,
     Outcome.SERVER_ERROR,

@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from fleet_makers import come_up
 from vllm_router.auth import ANONYMOUS
+from vllm_router.fleet.server import State
 from web_harness import Lab
 
 
@@ -124,3 +126,24 @@ async def test_nothing_is_passed_on_unless_the_configuration_allows_it():
         reply = await lab.post("/sleep")
     assert (reply.status, reply.error["code"]) == (403, "engine_control_closed")
     assert not engine.requests
+
+
+async def test_pause_through_the_router_is_a_state_until_resume():
+    one, other = Engine(200, b'{"status":"paused"}'), Engine(500, b"")
+    async with engines(one, other) as lab:
+        for server in lab.router.fleet.servers.values():
+            come_up(server, trio.current_time())
+        await lab.post("/pause")
+        states = {name: one.state for name, one in lab.router.fleet.servers.items()}
+        assert states == {"a": State.PAUSED, "b": State.UP}
+        assert [one.name for one in lab.router.fleet.candidates("m", trio.current_time())] == ["b"]
+        await lab.post("/resume")
+        assert lab.router.fleet.servers["a"].state is State.UP
+
+
+async def test_is_paused_through_the_router_is_believed():
+    engine = Engine(200, b'{"is_paused": true}')
+    async with engines(engine) as lab:
+        come_up(lab.router.fleet.servers["a"], trio.current_time())
+        await lab.get("/is_paused")
+        assert lab.router.fleet.servers["a"].state is State.PAUSED

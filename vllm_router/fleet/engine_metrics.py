@@ -86,6 +86,21 @@ class EngineMetrics:
         """False under `--disable-log-stats`, which removes every `vllm:` metric."""
         return self.running is not None
 
+    def progressed(self, earlier: EngineMetrics) -> bool:
+        """Whether the engine has worked since: a counter, or the use of its KV cache, has moved."""
+        return self._work() != earlier._work()
+
+    def _work(self) -> tuple[float | None, ...]:
+        return (
+            *(self.prompt_tokens, self.generation_tokens, self.first_token_count),
+            *(self.token_latency_count, self.prefix_queries, self.kv_usage),
+        )
+
+    @property
+    def counts(self) -> bool:
+        """Whether it exports a counter, so that standing still means something."""
+        return self.prompt_tokens is not None or self.generation_tokens is not None
+
     def began_after(self, earlier: EngineMetrics) -> bool:
         """Whether a counter has gone backwards: this is another process than the earlier one."""
         return any(

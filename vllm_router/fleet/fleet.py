@@ -193,7 +193,7 @@ class Fleet:
         if model is not None and any(server.models is not None for server in usable):
             # A list that could not be read is a reason to try only where no list has the model.
             usable = [s for s in usable if s.models is not None and model in s.models] or usable
-        untried = [server for server in usable if server not in tried]
+        untried = [s for s in usable if s not in tried and not (tried and s.paused_at is not None)]
         untried += [server for server in serving if server.held_back and server not in tried]
         ranks = [_rank(server, now) for server in untried]
         best = min(ranks, default=0)
@@ -281,10 +281,11 @@ class Fleet:
         )
         for server in self.all_servers():
             traffic = server.traffic_health
-            moments = (server.full_until, traffic.until, traffic.next_trial_at)
-            for moment in (
-                (*moments, *server.refusals.moments()) if server.refusals.known else moments
-            ):
+            moments = [server.full_until, traffic.until, traffic.next_trial_at]
+            moments.append(server.silence.until)
+            if server.refusals.known:
+                moments += server.refusals.moments()
+            for moment in moments:
                 if now < moment < self._ready_until:
                     self._ready_until = moment
             transition = server.update_state(now)
@@ -355,6 +356,32 @@ class Fleet:
             reason = self._outlier(server, now)
             if reason:
                 server.eject(now, jitter, reason)
+
+    def timed_out(
+        self,
+        server: Server,
+        now: float,
+        since: float,
+        *,
+        trial: bool,
+        jitter: float,
+        stream: bool,
+    ) -> None:
+        """A request has heard nothing since then, for as long as a server may be silent.
+
+        The server is to blame only if it has answered no other since. A plain answer shows nothing
+        until it is whole, and may take longer than that: it makes the server suspect, no more.
+        """
+        if server.output_since(since):
+            return
+        if stream:
+            self.failed(server, now, trial=trial, jitter=jitter)
+        server.waited_in_vain(since, now, f"no answer in {now - since:.0f} s, and none to others")
+
+    def waited_in_vain(self, server: Server, now: float, since: float) -> None:
+        """A request was given up that had had no byte since then; see `Server.waited_in_vain`."""
+        reason = f"a request waited {now - since:.1f} s in vain, and no other has had a token since"
+        server.waited_in_vain(since, now, reason)
 
     def others_take(
         self,
@@ -448,12 +475,17 @@ class Fleet:
 def _rank(server: Server, now: float) -> int:
     """How gladly a server is asked that may be asked at all: 0 is best, and free of doubt.
 
-    1: it has just refused a request as busy. 2: traffic has ejected it. 3: its checks are good,
-    but it keeps going down.
+    1: it has just refused a request as busy. 2: it has fallen silent. 3: traffic has ejected it.
+    4: its checks are good, but it keeps going down. 5: it is paused, where requests wait until it
+    goes on, as vLLM's clients expect.
     """
+    if server.paused_at is not None:
+        return 5
     if not server.usable:
-        return 3
+        return 4
     if not server.traffic_health.admits(now):
+        return 3
+    if not server.silence.admits(now):
         return 2
     return 1 if now < server.full_until else 0
 

@@ -17,6 +17,7 @@ class Check(enum.Enum):
 
     GOOD = "good"
     UNHEALTHY = "unhealthy"  # it answered, and said no
+    BUSY = "busy"  # 503 or 429: full, if it has just answered requests; else as good as no
     UNREACHABLE = "unreachable"  # refused, reset, not HTTP
     TIMEOUT = "timeout"  # no answer in time
 

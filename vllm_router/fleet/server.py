@@ -19,6 +19,7 @@ from vllm_router.config import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import TOO_LARGE, EngineMetrics
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
 from vllm_router.fleet.refusals import Asked, Refusals
+from vllm_router.fleet.silence import LEFT_AFTER, STILL_FOR, TRIAL_PATIENCE, Silence, StandStill
 
 STALE_AFTER_INTERVALS = 3
 """Metrics older than so many scrape intervals are not used for routing."""
@@ -27,6 +28,13 @@ BUSY_FOR = 1.0
 """Seconds a server counts as full after a refusal that carried no `Retry-After`."""
 
 MAX_BUSY_FOR = 300.0
+
+BUSY_CHECK = 2.0
+"""Seconds a server counts as full after a check that it answered with 503."""
+
+FLOW_SECONDS, MAX_FLOW_SECONDS = 6.0, 60.0
+"""A server whose last bytes are no older than the first, or twice what its answers take up to the
+second, is alive, though it says 503 to checks."""
 
 SLOW_START_FROM = 0.1
 """What slow start begins with, of a server's share."""
@@ -160,6 +168,17 @@ class Server:
         self.refusals = Refusals()
         """What it refuses that others take."""
 
+        self.silence = Silence()
+        self.stuck = 0.0
+        """Requests in its gauges that are not there: see `look_for_silence`."""
+        self.paused_at: float | None = None
+        """When its engine was paused through this router; None if it was not, or has gone on."""
+        self.output_at = -math.inf
+        """When a request last had output of its engine, comments of a stream not counted."""
+        self.progress_at = -math.inf
+        """When a scrape last showed that the engine had worked."""
+        self._stand_still = StandStill()
+
         self.restarts = 0
         """How often its process was found to be a new one, with nothing cached."""
         self.back_at = -math.inf
@@ -212,6 +231,9 @@ class Server:
         if self.traffic_health.ejected:
             lease.trial = self.traffic_health.start_trial(now)
             self._on_change(self)
+        elif self.silence.since is not None and self.silence.start_trial(now):
+            lease.trial = True
+            self._on_change(self)
         self.leases.add(lease)
         self.in_flight += 1
         self._update_load()
@@ -221,10 +243,20 @@ class Server:
         self.leases.remove(lease)
         self.in_flight -= 1
         self.served += 1
-        if lease.trial and self.traffic_health.trial:
+        if lease.committed and lease.last_byte_at > self.output_at:
+            self.output_at = lease.last_byte_at
+        if lease.trial:
+            self._trial_ended()
+        self._update_load()
+
+    def _trial_ended(self) -> None:
+        """Another trial may follow, if that brought no verdict."""
+        if self.traffic_health.trial:
             self.traffic_health.trial_ended()
             self._on_change(self)
-        self._update_load()
+        if self.silence.trial:
+            self.silence.trial = False
+            self._on_change(self)
 
     # -- load ---------------------------------------------------------------------------------
 
@@ -238,7 +270,7 @@ class Server:
         metrics = self.metrics
         if self.metrics_fresh and metrics is not None and metrics.running is not None:
             waiting = metrics.waiting or 0.0
-            there = metrics.running + waiting + (mine - self.leases_at_scrape)
+            there = metrics.running + waiting - self.stuck + (mine - self.leases_at_scrape)
             if there < mine:
                 there = mine
             if waiting > there:
@@ -308,7 +340,8 @@ class Server:
         if self.metrics is not None and metrics.began_after(self.metrics):
             self.restarts += 1
             self.back_at = self.fell_at = now
-            self._on_change(self)
+            self._new_process()
+        self._note_progress(metrics, now)
         if metrics.has_load:
             self.metrics, self.scraped_at = metrics, now
         else:
@@ -396,12 +429,23 @@ class Server:
         """One `/health` check is in. True if the server has just gone down.
 
         A timeout is no evidence while the server has sent bytes since the check began: an API
-        process that streams at full speed may be slow to answer.
+        process that streams at full speed may be slow to answer. One that says 503 while its
+        answers flow is full.
         """
         self.checked_at = now
+        if check is Check.BUSY:
+            if self._answers_flow(now):
+                self.refused(now, BUSY_CHECK)
+            check = Check.GOOD if self._answers_flow(now) else Check.UNHEALTHY
         if check is Check.TIMEOUT and self.last_byte_at >= now - elapsed:
             check = Check.GOOD
         return self._flipped(self.probe_health.observe(check, elapsed, now, detail), now)
+
+    def _answers_flow(self, now: float) -> bool:
+        """Whether it has lately given bytes of an answer, or worked, and not failed since."""
+        life = max(self.last_byte_at, self.progress_at)
+        patience = min(max(FLOW_SECONDS, 2.0 * self._typical), MAX_FLOW_SECONDS)
+        return now - life <= patience and self.traffic_health.failures_in_row == 0
 
     def scrape_reached(self, reachable: bool, now: float, detail: str = "") -> bool:
         """A metrics scrape found the port open or closed. True if the server has just gone down."""
@@ -415,7 +459,7 @@ class Server:
         if flipped:
             if self.probe_health.up:
                 self.traffic_health.restarted(now)
-                self.refusals.clear()
+                self._new_process()
                 self.full_until = 0.0
                 if self.state is not State.UNKNOWN:
                     self.back_at = now
@@ -432,6 +476,8 @@ class Server:
         if self.traffic_health.succeeded(now, trial=trial):
             self.back_at = now
             self._on_change(self)
+        if self.silence.since is not None:
+            self._end_silence(now)
 
     def failed(
         self,
@@ -469,6 +515,98 @@ class Server:
         self.draining = on
         self._on_change(self)
 
+    # -- silence ------------------------------------------------------------------------------
+
+    def last_output(self) -> float:
+        """When a request last had output of its engine; O(leases)."""
+        running = [lease.last_byte_at for lease in self.leases if lease.committed]
+        return max(running, default=self.output_at)
+
+    def output_since(self, moment: float) -> bool:
+        """Whether any request has had output since, or the engine has worked, as far as known."""
+        known = max(self.output_at, self.progress_at)
+        return known > moment or self.last_output() > moment
+
+    def waited_in_vain(self, since: float, now: float, reason: str) -> None:
+        """A request sent then has had no output; evidence of silence if no other has had any."""
+        if not self.output_since(since):
+            hold = self.traffic_health.rules.ejection_time
+            if self.silence.suspect(since, now, reason, hold):
+                self._on_change(self)
+
+    def is_evidence(self, waited: float, *, stream: bool) -> bool:
+        """Whether a client that leaves without a byte has waited long enough to say anything."""
+        return waited >= (LEFT_AFTER if stream else max(LEFT_AFTER, self._typical))
+
+    def look_for_silence(self, now: float) -> None:
+        """Called on every scrape interval: end a silence, or see that one has begun.
+
+        With requests of ours on it, and counters that stand still for STILL_FOR, it is silent.
+        Without any, its gauges are stuck or its engine hangs: what they say is taken off its load,
+        and a trial tells which of both it is.
+        """
+        if self.silence.since is not None:
+            self._end_silence(now)
+        metrics = self.metrics
+        if metrics is None or not (self.metrics_fresh and metrics.counts):
+            self._stand_still.over()
+            return
+        gauges = (metrics.running or 0.0, metrics.waiting or 0.0)
+        if sum(gauges) < self.stuck:
+            self.stuck = sum(gauges)
+            self._update_load()
+        mine = self.in_flight > 0
+        if not (mine or sum(gauges) > self.stuck) or self.paused_at is not None or self.asleep:
+            self._stand_still.over()
+            return
+        life = max(self.progress_at, self.output_at)
+        if self._stand_still.lasts(now, life, gauges, mine=mine) < STILL_FOR:
+            return
+        since = now - STILL_FOR
+        if mine:
+            reason = f"no token for {STILL_FOR:g} s while {self.in_flight} requests wait on it"
+            self.waited_in_vain(since, now, reason)
+        elif self.silence.suspect(since, now, f"its load stands still at {sum(gauges):g}", 0.0):
+            self.stuck = sum(gauges)
+            self._update_load()
+            self._on_change(self)
+
+    def _end_silence(self, now: float) -> None:
+        since = self.silence.since
+        if since is not None and self.output_since(since):
+            self.silence.clear()
+            self.back_at = now
+            self._on_change(self)
+
+    def trial_patience(self) -> float:
+        """Seconds that a trial of a silent server may stay silent."""
+        return max(TRIAL_PATIENCE, 2.0 * self._typical)
+
+    def _note_progress(self, metrics: EngineMetrics, now: float) -> None:
+        earlier = self.metrics
+        if earlier is None or not metrics.has_load or not metrics.progressed(earlier):
+            return
+        self.progress_at = now
+        paused, scraped = self.paused_at, self.scraped_at
+        if paused is not None and scraped is not None and scraped > paused:
+            self.pause(on=False, now=now)
+
+    def pause(self, *, on: bool, now: float) -> None:
+        """Its engine was paused, or told to go on, through this router."""
+        if on is not (self.paused_at is not None):
+            self.paused_at = now if on else None
+            if not on:
+                self.silence.clear()
+                self.back_at = now
+            self._on_change(self)
+
+    def _new_process(self) -> None:
+        """What was learnt of the old one does not hold."""
+        self.refusals.clear()
+        self.silence.clear()
+        self.paused_at, self.stuck = None, 0.0
+        self._on_change(self)
+
     # -- what follows from it -----------------------------------------------------------------
 
     @property
@@ -501,8 +639,12 @@ class Server:
             return State.DOWN, self.probe_health.reason
         if self.asleep:
             return State.ASLEEP, "the engine sleeps"
+        if self.paused_at is not None:
+            return State.PAUSED, "its engine was paused through the router: POST /resume"
         if self.traffic_health.ejected:
             return State.EJECTED, self.traffic_health.reason
+        if self.silence.since is not None:
+            return State.SILENT, self.silence.reason
         if self.refusals.known and (reason := self.refusals.reason()):
             return State.REFUSING, reason
         if now < self.full_until:

@@ -126,6 +126,8 @@ class Attempt:
         outcome = Outcome(reason)
         if self._sending and outcome is Outcome.GONE:
             return False
+        if outcome is Outcome.SILENT and (self.committed or not self._exchange.may_move()):
+            return False
         if self._scope is not None:
             self._scope.cancel(reason=reason)
         elif self._waiting is None or not self._waiting.interrupt():
@@ -348,7 +350,8 @@ class Attempt:
             exchange.request.policy.first_byte(lease)
         record.phase = STREAM
         record.status = answer.status
-        self.committed = lease.committed = True
+        self.committed = True
+        lease.committed = answer.status < 400  # an error is none of the engine's output
         exchange.let_body_go()
         # No event can be added to a stream whose length has been told.
         self._is_sse = is_stream and answer.content_length is None

@@ -17,7 +17,7 @@ from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.proxy.attempt import LAST, Attempt
 from vllm_router.proxy.headers import request_id
-from vllm_router.proxy.record import DONE, Record
+from vllm_router.proxy.record import DONE, WAIT, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import (
     BodyShare,
@@ -40,6 +40,7 @@ from vllm_router.routing.retry import (
     POISON_AFTER,
     REFUSALS,
     RULES,
+    WAITED_IN_VAIN,
     Again,
     Outcome,
     Standing,
@@ -315,9 +316,13 @@ class Exchange:
                 if trace is not None:
                     trace.attempt_ended(outcome, now)
                 failed = outcome is not None and RULES[outcome].blames
+                if failed and outcome in WAITED_IN_VAIN:
+                    failed = not server.output_since(lease.taken_at)
                 policy.ended(lease, now, failed=failed)
                 if outcome is not None:
                     self._judge(server, lease, outcome)
+                elif not attempt.committed:
+                    self._note_wait(server, lease, now)
                 if proxy.gate is not None:
                     if attempt.complete and record.status == 200:
                         proxy.gate.served(facts.model, now - lease.taken_at)
@@ -505,6 +510,19 @@ class Exchange:
             now = trio.current_time()
             fleet.erred(server, now, now - lease.taken_at)
             self._select().note_refusal(server, now)
+        elif outcome in WAITED_IN_VAIN:
+            now = trio.current_time()
+            idle = outcome is Outcome.IDLE_TIMEOUT
+            since = lease.last_byte_at if idle else lease.taken_at
+            stream = self.record.stream or idle
+            jitter = proxy.jitter()
+            fleet.timed_out(server, now, since, trial=lease.trial, jitter=jitter, stream=stream)
+        elif outcome is Outcome.SILENT:
+            if server.paused_at is None:
+                fleet.waited_in_vain(server, trio.current_time(), lease.taken_at)
+        elif outcome is Outcome.TOTAL_TIMEOUT:
+            if not lease.committed:
+                self._note_wait(server, lease, trio.current_time())
         elif RULES[outcome].blames:
             now = trio.current_time()
             odd = outcome is Outcome.INVALID
@@ -513,6 +531,24 @@ class Exchange:
             fleet.erred(server, now, now - lease.taken_at)
             fleet.failed(server, now, trial=lease.trial, jitter=jitter, body=body, odd=odd)
         proxy.attempt_ended(server, outcome)
+
+    def _note_wait(self, server: Server, lease: Lease, now: float) -> None:
+        """The client has gone, or its time is over, before the first byte of an answer."""
+        record, waited = self.record, now - lease.taken_at
+        if record.phase is not WAIT or self.proxy.stopping:
+            return
+        if server.is_evidence(waited, stream=record.stream):
+            self.proxy.fleet.waited_in_vain(server, now, lease.taken_at)
+
+    def may_move(self) -> bool:
+        """Whether the attempt under way may be ended to ask another server instead."""
+        proxy, now = self.proxy, trio.current_time()
+        if not self.replayable or not proxy.budget.has_one or self._broken >= POISON_AFTER:
+            return False
+        return self.record.attempts <= proxy.settings.max_retries and any(
+            server.traffic_health.admits(now) and server.silence.since is None
+            for server in self._untried(now)
+        )
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses,

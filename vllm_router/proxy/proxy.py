@@ -149,6 +149,9 @@ class Proxy:
         link = self.links.get(server)
         if link is not None:
             link.pool.sweep(now)
+        server.look_for_silence(now)
+        if server.paused_at is not None or server.silence.trial:
+            self._move_on(server, now)
         health = server.probe_health
         if (health.up is False and not health.held_back) or server.asleep:
             self.server_gone(server, now, self.settings.health_check_timeout)
@@ -244,6 +247,17 @@ class Proxy:
             if lease.interrupt is not None and now - lease.last_byte_at >= patience:
                 ended += lease.interrupt(Outcome.GONE.value)
         return ended
+
+    def _move_on(self, server: Server, now: float) -> None:
+        """Take requests to other servers that wait on a paused one, or are the trial of a silent
+        one; those that cannot go elsewhere stay."""
+        paused = server.paused_at is not None
+        patience = self.settings.metrics_interval if paused else server.trial_patience()
+        for lease in list(server.leases):
+            waits = lease.interrupt is not None and not lease.committed
+            if waits and (paused or lease.trial) and now - lease.taken_at >= patience:
+                assert lease.interrupt is not None
+                lease.interrupt(Outcome.SILENT.value)
 
     async def drained(self) -> None:
         """Wait until no exchange is left. Several may."""

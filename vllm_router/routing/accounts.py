@@ -154,7 +154,7 @@ class Account:
             self.lasting = 1.0
             self.due_hits = self.begun_hits = 0.0
         keep = 0.5 ** (elapsed / SLOW_HALF_LIFE) if self.scraped_at is not None else 0.0
-        gauge = (metrics.running or 0.0) + (metrics.waiting or 0.0)
+        gauge = max(0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - server.stuck)
         self.gauge = self.gauge * keep + gauge * (1.0 - keep)
         self.mine = self.mine * keep + server.leases_at_scrape * (1.0 - keep)
         self.seen, self.scraped_at, self.sent = new, at, 0

@@ -32,6 +32,7 @@ class Outcome(enum.Enum):
     TOTAL_TIMEOUT = "total_timeout"
     BROKEN = "broken"  # died, or ended with an error, after the client had bytes
     GONE = "gone"  # probes found the server gone while we waited
+    SILENT = "silent"  # it was tried, and gave nothing to anybody: taken elsewhere
     OWN_FAULT = "own_fault"  # we ran out of descriptors or memory
     STOPPED = "stopped"  # the router is shutting down
     CLIENT_GONE = "client_gone"
@@ -162,6 +163,9 @@ RULES: dict[Outcome, Rule] = {
         "server_gone",
         "The server went away while the request waited on it.",
     ),
+    Outcome.SILENT: Rule(
+        False, Again.IF_REPLAYABLE, 504, "first_byte_timeout", "The server did not answer in time."
+    ),
     Outcome.OWN_FAULT: Rule(
         False, Again.NO, 503, "router_overloaded", "The router is out of resources."
     ),
@@ -182,6 +186,9 @@ REFUSALS = frozenset({Outcome.REFUSED, Outcome.MISDIRECTED, Outcome.NO_MODEL, Ou
 
 NOT_COMPUTED = REFUSALS | {Outcome.FULL}
 """Ends after which another attempt costs no replay: nothing failed, and nothing was computed."""
+
+WAITED_IN_VAIN = frozenset({Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
+"""Ends after a wait that counts against a server only if it has answered no other request."""
 
 POISON_AFTER = 2
 
@@ -215,6 +222,11 @@ class RetryBudget:
     def answered(self) -> None:
         """A server has answered a request."""
         self.owed = max(0.0, self.owed - self.share)
+
+    @property
+    def has_one(self) -> bool:
+        """Whether it would allow a replay now."""
+        return self.owed + 1.0 <= self.depth
 
     def withdraw(self) -> bool:
         """Take one replay; False if there is none."""

@@ -31,6 +31,7 @@ from vllm_router.tasks.page import read_pieces, read_whole
 logger = logging.getLogger(__name__)
 
 METRICS_PATH, MODELS_PATH = "/metrics", "/v1/models"
+PAUSED_PATH = "/is_paused"
 CHECK_PATHS = ("/health", MODELS_PATH)
 """The second is asked where the first does not exist: other engines speak OpenAI, too."""
 
@@ -42,6 +43,14 @@ MAX_METRICS_BYTES = 4 * 1024 * 1024
 
 MAX_PAUSE = 16
 """A page that cannot be used is asked for less and less often, down to one time in so many."""
+
+MAX_ANSWER = 4096
+"""Bytes of an answer that says yes or no."""
+
+_NO_SUCH_PATH = frozenset({404, 405, 501})
+_BUSY = frozenset({429, 503})
+"""What servers answer to a check when they are full (llama.cpp#5594, sidecars), and vLLM when its
+engine is dead: the one that has just answered requests is full."""
 
 UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
@@ -124,7 +133,7 @@ class Probe:
         # No timeout: each use has one around it, which follows the configuration.
         self._transport = transport = probe_transport(self._server, self._tls, self._resolver)
         async with control_client(self._server, None, self._tls, transport) as client:
-            paths = (*CHECK_PATHS, METRICS_PATH)
+            paths = (*CHECK_PATHS, METRICS_PATH, PAUSED_PATH)
             self._requests = {path: client.build_request("GET", path) for path in paths}
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
@@ -148,6 +157,8 @@ class Probe:
         while True:
             if self._settings.enable_active_health_check:
                 await self._check()
+            if server.paused_at is not None:
+                await self._ask_whether_paused()
             settled = server.probe_health.settled
             interval = self._settings.health_check_interval
             if not settled:
@@ -192,8 +203,30 @@ class Probe:
         doing = self._transport.doing if isinstance(self._transport, Carrier) else ""
         return doing or f"answer to {CHECK_PATHS[0]}"
 
+    async def _ask_whether_paused(self) -> None:
+        """A server that was paused through this router may have been told directly to go on.
+
+        One that does not know the question any more is a new process, without vLLM's dev mode.
+        """
+        server, paused = self._server, True
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._ask(PAUSED_PATH)
+                try:
+                    paused = response.status_code not in _NO_SUCH_PATH
+                    if response.is_success:
+                        paused = b"false" not in await read_whole(response, MAX_ANSWER)
+                finally:
+                    await response.aclose()
+            except (httpx.HTTPError, UnusablePage) as error:
+                logger.debug("%s: %s: %s", server.name, PAUSED_PATH, error)
+        if not paused:
+            now = trio.current_time()
+            server.pause(on=False, now=now)
+            self._fleet.settle(now)
+
     async def _ask_health(self) -> tuple[Check, str]:
-        detail = ""
+        detail, status = "", 0
         for path in CHECK_PATHS:
             try:
                 status = await self._status(path)
@@ -204,9 +237,9 @@ class Probe:
             if 200 <= status < 300:
                 return Check.GOOD, ""
             detail = f"{path} answered {status}"
-            if status not in (404, 405, 501):
+            if status not in _NO_SUCH_PATH:
                 break
-        return Check.UNHEALTHY, detail
+        return Check.BUSY if status in _BUSY else Check.UNHEALTHY, detail
 
     async def _status(self, path: str) -> int:
         """The status of an answer. Its body is read, as that keeps the connection, and dropped."""

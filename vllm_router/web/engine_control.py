@@ -48,8 +48,29 @@ async def control(
     async with trio.open_nursery() as nursery:
         for server in servers:
             nursery.start_soon(request.ask, server, results)
+    _note_pauses(router, method, path, results)
     status = 200 if all(result["ok"] for result in results.values()) else 502
     return status, {"results": {server.name: results[server.name] for server in servers}}
+
+
+def _note_pauses(
+    router: Router, method: str, path: str, results: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """What the answers say of paused engines: a paused server gets no request that another can
+    take."""
+    now = trio.current_time()
+    for name, result in results.items():
+        server = router.fleet.servers.get(name)
+        if server is None or not result["ok"]:
+            continue
+        if method == "POST" and path in ("/pause", "/resume"):
+            server.pause(on=path == "/pause", now=now)
+        elif path == "/is_paused":
+            said = result.get("body")
+            paused = said.get("is_paused") if isinstance(said, dict) else None
+            if isinstance(paused, bool):
+                server.pause(on=paused, now=now)
+    router.fleet.settle(now)
 
 
 class _Request:

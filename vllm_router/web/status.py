@@ -19,8 +19,8 @@ ANCESTORS_MAX_FDS = 65535
 
 def is_healthy(server: Server) -> bool:
     """Good by probes and by traffic. A draining server is healthy, though it gets nothing new."""
-    asleep = server.metrics is not None and server.metrics.asleep
-    return bool(server.probe_health.up) and not server.traffic_health.ejected and not asleep
+    answers = not server.asleep and server.paused_at is None
+    return bool(server.probe_health.up) and not server.traffic_health.ejected and answers
 
 
 def timestamp(moment: float | None, wall: float) -> str | None:

@@ -105,6 +105,9 @@ class FollowingServer(SharedServer[Verdict]):
         super().refused(now, retry_after)
         self._tell(Verdict("refused", self.url, now, retry_after=retry_after))
 
+    def look_for_silence(self, now: float) -> None:
+        """The leader does, which hears of all processes."""
+
     def follow(self, state: ServerState, now: float) -> bool:
         """Take over what the leader knows. True if the server has just gone down."""
         probe, traffic = self.probe_health, self.traffic_health
@@ -119,13 +122,14 @@ class FollowingServer(SharedServer[Verdict]):
         self.metrics_fresh = state.metrics is not None and (
             self.metrics_age(now) <= self.stale_after
         )
-        self.leases_at_scrape = state.leases_at_scrape
+        self.leases_at_scrape, self.stuck = state.leases_at_scrape, state.stuck
         self._update_load()
         asleep = state.metrics is not None and state.metrics.asleep
         decides = (
             *(state.up, state.held_back, state.ejected, state.ejected_until, self.full_until),
             *(state.back_at, state.models, state.draining, asleep),
-            *(state.lengths, state.refusals),
+            *(state.lengths, state.refusals, state.paused_at),
+            *(state.silent_since, state.silent_until),
         )
         if decides != self._decides or asleep is not was_asleep:
             self._decides = decides
@@ -133,6 +137,10 @@ class FollowingServer(SharedServer[Verdict]):
             traffic.reason = state.ejected_for
             self.models, self.draining = state.models, state.draining
             self.refusals.replace(state.refusals)
+            silence = self.silence
+            silence.since, silence.until = state.silent_since, state.silent_until
+            silence.reason, self.paused_at = state.silent_for, state.paused_at
+            silence.trial = silence.trial and silence.since is not None
             if state.lengths != self.lengths:
                 self.lengths = state.lengths
             self._on_change(self)
@@ -160,6 +168,11 @@ def state_of(server: Server) -> ServerState:
         draining=server.draining,
         lengths=server.lengths,
         refusals=server.refusals.all(),
+        silent_since=server.silence.since,
+        silent_until=server.silence.until,
+        silent_for=server.silence.reason,
+        stuck=server.stuck,
+        paused_at=server.paused_at,
     )
 
 
@@ -268,6 +281,25 @@ class FollowingFleet(SharedFleet[Verdict]):
         odd: bool = False,
     ) -> None:
         self._tell(Verdict("failed", server.url, now, trial, jitter, body, odd=odd))
+
+    def timed_out(
+        self,
+        server: Server,
+        now: float,
+        since: float,
+        *,
+        trial: bool,
+        jitter: float,
+        stream: bool,
+    ) -> None:
+        if not server.output_since(since):
+            verdict = Verdict("timed_out", server.url, now, trial, jitter)
+            verdict.since, verdict.sure = since, stream
+            self._tell(verdict)
+
+    def waited_in_vain(self, server: Server, now: float, since: float) -> None:
+        if not server.output_since(since):
+            self._tell(Verdict("waited_in_vain", server.url, now, since=since))
 
     def others_take(
         self,

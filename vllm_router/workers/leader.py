@@ -207,6 +207,10 @@ class Leader(Supervisor):
             server = self.shared_fleet.by_url(url)
             if server is not None:
                 server.last_byte_at = max(server.last_byte_at, moment)
+        for url, moment in figures.outputs.items():
+            server = self.shared_fleet.by_url(url)
+            if server is not None:
+                server.output_at = max(server.output_at, moment)
 
     def lost(self, number: int, pid: int) -> None:
         """A worker has died, which had this process id."""
@@ -276,6 +280,17 @@ class Leader(Supervisor):
                 self.fleet.not_its_fault(server, now, jitter=jitter, body=body)
             case "refused":
                 server.refused(now, verdict.retry_after)
+            case "timed_out":
+                self.fleet.timed_out(
+                    server,
+                    now,
+                    verdict.since,
+                    trial=verdict.trial,
+                    jitter=jitter,
+                    stream=verdict.sure,
+                )
+            case "waited_in_vain":
+                self.fleet.waited_in_vain(server, now, verdict.since)
             case "others_take" if body is not None:
                 self.fleet.others_take(
                     server,

@@ -31,7 +31,7 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
 class Verdict(msgspec.Struct, array_like=True):
     """What an attempt showed of its server: the method of Fleet or Server that is told here, and
     its arguments. `what` is answered, failed, refused, not_its_fault, others_take, refused_again,
-    takes_again or unlist; `name` is what it refuses, or the model.
+    takes_again, unlist, timed_out or waited_in_vain; `name` is what it refuses, or the model.
     """
 
     what: str
@@ -47,6 +47,7 @@ class Verdict(msgspec.Struct, array_like=True):
     words: str = ""
     sure: bool = False
     asked: Asked | None = None
+    since: float = 0.0
 
 
 Ended = tuple[Any, ...]
@@ -67,7 +68,8 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
 
     `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
     have expected of prefix caches, both by server; `queues` are who waits, and `heard` when
-    servers last sent a byte: a server that streams is alive, however slow its checks.
+    servers last sent a byte: a server that streams is alive, however slow its checks. `outputs` is
+    when they last sent something of an answer.
     """
 
     serving: bool
@@ -76,6 +78,7 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
     queues: list[Queue] = []
     prefixes: dict[str, PrefixStatistics] = {}
     heard: dict[str, float] = {}
+    outputs: dict[str, float] = {}
 
 
 class Connection(msgspec.Struct, tag=True, array_like=True):
@@ -135,6 +138,11 @@ class ServerState(msgspec.Struct, array_like=True):
     draining: bool
     lengths: dict[str, int]
     refusals: tuple[Refusal, ...]
+    silent_since: float | None
+    silent_until: float
+    silent_for: str
+    stuck: float
+    paused_at: float | None
 
 
 class States(msgspec.Struct, tag=True, array_like=True):

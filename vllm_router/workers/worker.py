@@ -235,7 +235,8 @@ class Worker(Supervisor):
                 prefixes[server.url] = statistics
         queues = self.queues(trio.current_time())
         heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
-        return Figures(self.serving, values, chunks, queues, prefixes, heard)
+        outputs = {one.url: moment for one in servers if (moment := one.last_output()) > -math.inf}
+        return Figures(self.serving, values, chunks, queues, prefixes, heard, outputs)
 
     async def wind_down(self, *, still_listening: bool = False) -> None:
         async with trio.open_nursery() as nursery:
