@@ -256,6 +256,8 @@ ANTHROPIC = {
     "503": ({"model": "gone"}, anthropic.InternalServerError, "overloaded_error"),
     "504": ({"text": "hang"}, anthropic.InternalServerError, "timeout_error"),
 }
+
+
 @pytest.mark.parametrize("status", ANTHROPIC)
 def test_anthropic_sdk_raises_the_class_of_the_status(router: RouterProcess, status: str):
     request, kind, name = ANTHROPIC[status]

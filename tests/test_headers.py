@@ -335,7 +335,7 @@ def test_any_other_request_id_is_replaced(given):
 
 
 def answered(headers: Fields) -> Fields:
-    return answer_headers(headers, dict(headers), b"gpu-1", 2, b"rid")
+    return answer_headers(headers, dict(headers), b"gpu-1", 2, b"rid", b"/v1/completions")
 
 
 def test_an_answers_fields_pass_and_ours_are_added():

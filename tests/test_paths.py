@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.paths import PathClass, classify, path_label
+from vllm_router.front import is_inference
+from vllm_router.paths import (
+    PathClass,
+    classify,
+    inference_methods,
+    is_anthropic,
+    is_pure,
+    is_stored_response,
+    path_label,
+    without_slash,
+)
 
 INFERENCE, CONTROL, LOCAL = PathClass.INFERENCE, PathClass.ENGINE_CONTROL, PathClass.LOCAL
 
@@ -32,6 +42,9 @@ INFERENCE, CONTROL, LOCAL = PathClass.INFERENCE, PathClass.ENGINE_CONTROL, PathC
         "/detokenize",
         "/v1/audio/transcriptions",
         "/v1/audio/translations",
+        "/cohere/v2/chat",
+        "/inference/v1/generate",
+        "/invocations",
         "/v1/something/new",
         "/v1/responses/resp_1~a.b:c@d/cancel",
     ],
@@ -119,6 +132,79 @@ def test_what_counts_as_inference_needs_no_decoding(path):
         assert not {b".", b".."} & set(path.split(b"/"))
         assert path.isascii()
         assert path.decode().isprintable()
+
+
+def test_tokenizer_is_read_from_a_server_and_nothing_else_is():
+    assert classify("GET", b"/tokenizer_info") is INFERENCE
+    assert is_pure(b"/tokenizer_info")
+    for method in ("POST", "HEAD", "PUT", ""):
+        assert classify(method, b"/tokenizer_info") is LOCAL
+    for path in (b"/kv_event_sources", b"/server_info", b"/adapters"):
+        assert classify("GET", path) is CONTROL
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        (b"/v1/models/", b"/v1/models"),
+        (b"/v1/models//", b"/v1/models"),
+        (b"/v1/models", b"/v1/models"),
+        (b"/a%2F", b"/a%2F"),
+        (b"/", b"/"),
+        (b"//", b"//"),
+        (b"", b""),
+    ],
+)
+def test_slashes_at_the_end_are_removed(path, kept):
+    assert without_slash(path) == kept
+
+
+def test_lane_takes_inference_with_a_slash_at_the_end():
+    assert is_inference("POST", b"/v1/chat/completions/")
+    assert not is_inference("POST", b"/sleep/")
+    assert not is_inference("POST", b"//v1/chat/completions/")
+
+
+@given(st.sampled_from(["GET", "POST", "PUT"]), st.binary(max_size=30).map(lambda p: b"/" + p))
+def test_methods_of_a_path_are_those_that_are_served(method, path):
+    if method in inference_methods(path):
+        assert classify(method, path) is INFERENCE
+
+
+@pytest.mark.parametrize(
+    ("path", "methods", "stored"),
+    [
+        (b"/v1/chat/completions", ("POST",), False),
+        (b"/v1/responses", ("POST",), False),
+        (b"/v1/responses/resp_1", (), True),
+        (b"/v1/responses/render", ("POST",), False),
+        (b"/v1/responses/resp_1/cancel", ("POST",), False),
+        (b"/v1/responses/a/b/c", (), False),
+        (b"/tokenizer_info", ("GET",), False),
+        (b"/v1/nowhere", (), False),
+        (b"/sleep", (), False),
+        (b"/health", (), False),
+    ],
+)
+def test_known_methods_of_inference_paths(path, methods, stored):
+    assert inference_methods(path) == methods
+    assert is_stored_response(path) is stored
+
+
+@pytest.mark.parametrize(
+    ("path", "anthropic"),
+    [
+        (b"/v1/messages", True),
+        (b"/v1/messages/", True),
+        (b"/v1/messages/count_tokens", True),
+        (b"/v1/messages2", False),
+        (b"/v1/message", False),
+        (b"/v1/chat/completions", False),
+        (b"", False),
+    ],
+)
+def test_anthropics_dialect_is_for_its_paths(path, anthropic):
+    assert is_anthropic(path) is anthropic
 
 
 def test_labels_are_the_known_paths_and_nothing_a_client_invents():

@@ -18,6 +18,9 @@ class PathClass(enum.Enum):
     LOCAL = "local"
 
 
+MESSAGES = b"/v1/messages"
+"""Anthropic's API."""
+
 INVOCATIONS = b"/invocations"
 """SageMaker's one path; vLLM tells from the body which of its APIs is meant."""
 
@@ -34,7 +37,7 @@ _INFERENCE = frozenset(
         b"/v1/embeddings",
         b"/v1/responses",
         b"/v1/responses/render",
-        b"/v1/messages",
+        MESSAGES,
         b"/v1/messages/render",
         b"/v1/messages/count_tokens",
         b"/v1/score",
@@ -107,7 +110,6 @@ _PLAIN_V1 = re.compile(rb"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~:@-]+)+")
 
 _CANCEL = re.compile(rb"/v1/responses/[^/]+/cancel")
 _STORED = re.compile(rb"/v1/responses/[^/]+")
-_MESSAGES = b"/v1/messages"
 
 
 def classify(method: str, raw_path: bytes) -> PathClass:
@@ -146,7 +148,7 @@ def is_stored_response(raw_path: bytes) -> bool:
 
 def is_anthropic(raw_path: bytes) -> bool:
     """Whether clients of the path speak Anthropic's dialect: `/v1/messages` and below."""
-    return raw_path.startswith(_MESSAGES) and raw_path[len(_MESSAGES) :][:1] in (b"", b"/")
+    return raw_path.startswith(MESSAGES) and raw_path[len(MESSAGES) :][:1] in (b"", b"/")
 
 
 def is_pure(raw_path: bytes) -> bool:

@@ -370,6 +370,7 @@ class Attempt:
             proxy.links[self._server].name,
             record.attempts,
             record.request_id,
+            record.path,
         )
         idle = proxy.settings.idle_timeout
         # Moving a deadline has its price: a whole answer is left the time it has, if that is ample.

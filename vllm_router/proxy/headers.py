@@ -6,6 +6,7 @@ import math
 
 from vllm_router.addresses import Network, is_in
 from vllm_router.auth import is_credential, without_credentials
+from vllm_router.paths import MESSAGES, is_anthropic
 from vllm_router.request_ids import request_id as request_id
 
 Headers = list[tuple[bytes, bytes]]
@@ -184,9 +185,17 @@ def loops(headers: Headers) -> bool:
 
 
 def answer_headers(
-    headers: Headers, fields: dict[bytes, bytes], server: bytes, attempts: int, identifier: bytes
+    headers: Headers,
+    fields: dict[bytes, bytes],
+    server: bytes,
+    attempts: int,
+    identifier: bytes,
+    path: bytes,
 ) -> list[tuple[bytes, bytes]]:
-    """The fields of a server's answer that go to the client, and ours."""
+    """The fields of a server's answer that go to the client, and ours.
+
+    Anthropic's clients, by the request's raw path, get the request's id in `request-id` as well.
+    """
     dropped = _ANSWER_DROPPED
     connection = connection_field(headers, fields)
     if connection and connection.lower() not in (b"keep-alive", b"close"):
@@ -196,6 +205,8 @@ def answer_headers(
     kept = [field for field in headers if field[0] not in dropped]
     if b"x-request-id" not in fields:
         kept.append((b"x-request-id", identifier))
+    if path.startswith(MESSAGES) and is_anthropic(path) and b"request-id" not in fields:
+        kept.append((b"request-id", fields.get(b"x-request-id", identifier)))
     kept.append((b"x-vllm-router-server", server))
     kept.append((b"x-vllm-router-attempts", b"%d" % attempts))
     return kept
