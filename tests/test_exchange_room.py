@@ -207,6 +207,24 @@ async def test_request_that_returns_with_a_better_priority_holds_up_no_other(aut
         assert (back.got.status, busy.got.status) == (200, 200)
 
 
+async def test_request_that_is_too_long_for_a_free_server_holds_up_no_shorter_one(autojump_clock):
+    async with limited(working(1), working(50)) as rig:
+        for name, length in (("a", 10), ("b", 100_000)):
+            rig.server(name).listed({"m": {"id": "m", "max_model_len": length}}, 0.0)
+        rig.fleet.settle(trio.current_time())
+        running = await started(rig, body(0, max_tokens=2000))
+        waits = await started(rig, body(1, max_tokens=2000))
+        assert running.got.status == waits.got.status == 0
+        assert rig.requests() == {"a": 0, "b": 1}
+        short = [await started(rig, body(n, max_tokens=1)) for n in (2, 3, 4)]
+        await trio.sleep(4)
+        assert order(*short) == [2, 3, 4]
+        assert rig.requests() == {"a": 3, "b": 1}
+        running.leave()
+        await trio.sleep(60)
+        assert order(waits) == [1]
+
+
 # -- after slow hours -------------------------------------------------------------------------
 
 

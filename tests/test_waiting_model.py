@@ -213,9 +213,7 @@ class Overload(RuleBasedStateMachine):
         for one in self.waiting:
             route = self.route(one)
             if route != one.route:
-                self.rooms.leave(one, self.now)
-                one.route = route
-                self.rooms.join(one)
+                self.rooms.move(one, one.room, route, self.now)
         self.passed.clear()
         self.admit()
 

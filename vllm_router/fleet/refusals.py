@@ -133,6 +133,10 @@ class Refusals:
         """Whether the server had better not be asked now."""
         return any(now < one.until and one.concerns(asked) for one in self.known.values())
 
+    def active(self, now: float) -> tuple[tuple[str, int], ...]:
+        """What it had better not be asked for now: names, and sizes in bytes from which on."""
+        return tuple([(one.what, one.size) for one in self.known.values() if now < one.until])
+
     def expire(self, now: float) -> bool:
         """Forget what was not tried for long; True if there was anything."""
         old = [one.what for one in self.all() if now - max(one.at, one.until) > FORGET_AFTER]

@@ -378,9 +378,9 @@ class Exchange:
             self._ask_for(name)
         return self._untried(now)
 
-    def route(self, serving: Callable[[str | None], frozenset[Server]]) -> Route:
-        """Where it may go from now on: everything that `choices` depends on besides the state of
-        the fleet. Of two exchanges with equal routes either both have a server to go to or none.
+    def route(self, serving: Callable[[str | None], frozenset[Server]], now: float) -> Route:
+        """Where it may go from now on: everything about the exchange that `choices` depends on. Of
+        two exchanges with equal routes either both have a server to go to or none.
 
         `serving` tells which servers have a model, whatever their state.
         """
@@ -392,10 +392,14 @@ class Exchange:
             )
         else:
             public, servers = None, serving(model)
-        if not self._tried:
+        selection = None
+        if self.proxy.fleet.choosy or self._selection is not None:
+            made = self._select()
+            selection = made.unfit(now), made.longer_than > 0
+        if not self._tried and selection is None:
             return Route(servers, public)
         tried = frozenset(self._tried)
-        return Route(servers - tried, (public, tried))
+        return Route(servers - tried, (public, tried, selection))
 
     def _available(self, now: float) -> str | None:
         """The public name of the first model, its own or one that stands in, that has servers."""

@@ -61,7 +61,7 @@ class Gate:
         self.limits = limits
         self.fleet = proxy.fleet
         self._admitting = self._missed = False
-        self._lists: list[tuple[Server, tuple[str, ...] | None]] = []
+        self._lists: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
         self._peers = make_peers(self) if make_peers is not None else None
         self.places: WaitingRooms[Place] = WaitingRooms(
@@ -195,7 +195,7 @@ class Gate:
             now,
             min(now + limits.queue_timeout, exchange.deadline),
             exchange.record.attempts > 0,
-            exchange.route(self.serving),
+            exchange.route(self.serving, now),
             self._peers.number if self._peers is not None else 0,
             exchange=exchange,
         )
@@ -284,8 +284,12 @@ class Gate:
         return found
 
     def _follow_lists(self, now: float) -> None:
-        """If servers have come, gone or changed their models: who waits where? O(waiting)."""
-        lists = [(server, server.models) for server in self.fleet.servers.values()]
+        """Find all waiting requests their routes anew if servers have come, gone or changed what
+        they take. O(servers), and O(waiting) if they have."""
+        lists: list[tuple[object, ...]] = [
+            (server, server.models, server.lengths, server.refusals.active(now))
+            for server in self.fleet.servers.values()
+        ]
         if lists == self._lists:
             return
         self._lists = lists
@@ -295,14 +299,12 @@ class Gate:
                 if isinstance(place, Waiter):
                     exchange = place.exchange
                     new_room = self.room_of(exchange.request.facts.model)
-                    new_route = exchange.route(self.serving)
+                    new_route = exchange.route(self.serving, now)
                 else:
                     assert self._peers is not None
                     new_room, new_route = self._peers.where(place)
                 if (new_room, new_route) != (place.room, place.route):
-                    self.places.leave(place, now)
-                    place.room, place.route = new_room, new_route
-                    self.places.join(place)
+                    self.places.move(place, new_room, new_route, now)
 
     # -- servers that become free -------------------------------------------------------------
 

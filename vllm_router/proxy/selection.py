@@ -66,11 +66,20 @@ class Selection:
 
     def servers(self, now: float, tried: Sequence[Server]) -> tuple[Server, ...]:
         """The servers that may be asked; see `Fleet.fitting`."""
-        fleet = self._fleet
-        if self._tokens is None and fleet.lengths_differ:
+        model, tokens = self._request.facts.model, self._needed()
+        return self._fleet.fitting(model, now, tried, self.asked(), tokens, self.longer_than)
+
+    def unfit(self, now: float) -> frozenset[Server]:
+        """The servers that are known to refuse such a request now."""
+        asked, tokens = self.asked(), self._needed()
+        servers = self._fleet.servers.values()
+        return frozenset([s for s in servers if not s.fits(asked, now, tokens, self.longer_than)])
+
+    def _needed(self) -> int:
+        """The tokens of context that the request needs at least; 0 if it does not matter."""
+        if self._tokens is None and self._fleet.lengths_differ:
             self._tokens = sure_tokens(self._request.body)
-        model, tokens = self._request.facts.model, self._tokens or 0
-        return fleet.fitting(model, now, tried, self.asked(), tokens, self.longer_than)
+        return self._tokens or 0
 
     def judge(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 
 class Route(NamedTuple):
@@ -58,3 +59,19 @@ class Place:
     number: int = 0
     server: Hashable = None
     served_at: int = 0
+
+
+P = TypeVar("P", bound=Place)
+
+
+def append(queue: OrderedDict[P, None], place: P) -> None:
+    """Add a place, nearly always the youngest; others come from another pool."""
+    youngest = next(reversed(queue)) if queue else place
+    queue[place] = None
+    if place.number < youngest.number:
+        for one in sorted(queue, key=_number):
+            queue.move_to_end(one)
+
+
+def _number(place: Place) -> int:
+    return place.number

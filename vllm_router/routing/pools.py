@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
-from vllm_router.routing.place import Place, Route
+from vllm_router.routing.place import Place, Route, append
 
 P = TypeVar("P", bound=Place)
 
@@ -57,12 +57,12 @@ class _Line(Generic[P]):
 
     def add(self, place: P) -> None:
         if place.returning:
-            _append(self._returning, place)
+            append(self._returning, place)
             return
         queue = self._by_key.get(place.key)
         if queue is None:
             queue = self._by_key[place.key] = OrderedDict()
-        _append(queue, place)
+        append(queue, place)
         if next(iter(queue)) is place:
             self._push(place)
 
@@ -139,19 +139,6 @@ class _Line(Generic[P]):
                     still.append((turn, first))
                     yield 1, rounds, turn, place_or_none
             live = still
-
-
-def _append(queue: OrderedDict[P, None], place: P) -> None:
-    """Add a place, nearly always the youngest; others come from another pool."""
-    youngest = next(reversed(queue)) if queue else place
-    queue[place] = None
-    if place.number < youngest.number:
-        for one in sorted(queue, key=_number):
-            queue.move_to_end(one)
-
-
-def _number(place: Place) -> int:
-    return place.number
 
 
 class Pool(Generic[P]):

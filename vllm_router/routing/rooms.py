@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
 from vllm_router.routing.drain_rate import DrainRate, Quickest
-from vllm_router.routing.place import Place
+from vllm_router.routing.place import Place, append
 
 P = TypeVar("P", bound=Place)
 
@@ -32,7 +32,7 @@ class _Level(Generic[P]):
     def add(self, place: P) -> None:
         queue = self._by_key.setdefault(place.key, OrderedDict())
         count = len(queue)
-        queue[place] = None
+        append(queue, place)
         if count == len(self._at_least):
             self._at_least.append(0)
         self._at_least[count] += 1
@@ -110,7 +110,7 @@ class Room(Generic[P]):
         return next(iter(self._places)).since if self._places else None
 
     def add(self, place: P) -> None:
-        self._places[place] = None
+        append(self._places, place)
         if place.returning:
             insort(self._returning, place.priority)
             return

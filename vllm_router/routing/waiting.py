@@ -81,6 +81,13 @@ class WaitingRooms(Generic[P]):
         self.room(place.room).add(place)
         self._size += 1
 
+    def move(self, place: P, room: str | None, route: Route, now: float) -> None:
+        """Wait for something else from now on, with the same number."""
+        number = place.number
+        self.leave(place, now)
+        place.room, place.route, place.number = room, route, number
+        self.join(place)
+
     def leave(self, place: P, now: float) -> None:
         """Wait no longer. O(log n)."""
         pool = self.pools[place.route]
