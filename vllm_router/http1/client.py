@@ -137,7 +137,9 @@ class Connection:
         headers = self._headers
         if status < 200:
             self._headers = []
-            if status == 101:
+            if status < 100:
+                self._fault = f"status {status}: expected 100 to 599"
+            elif status == 101:
                 self._fault = "switching protocols, which nobody asked for"
             return
         if len(headers) > MAX_FIELDS:
@@ -159,6 +161,8 @@ class Connection:
                 chunked = True
         if length is None and not chunked and status not in (204, 304):
             self._reusable = False  # the body ends with the connection
+        if status > 599:
+            self._fault = f"status {status}: expected 100 to 599"
         self._answer = Answer(status, headers, length, chunked)
 
     def on_body(self, piece: bytes) -> None:
@@ -237,16 +241,17 @@ class Connection:
                     f"a head of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields"
                 )
 
-    async def read_body(self) -> bytes:
+    async def read_body(self, until: float = math.inf) -> bytes:
         """The next bytes of the body as they arrive, none at its end.
 
-        Raises ConnectionLost if the connection ends before the body does.
+        Raises ConnectionLost if the connection ends before the body does, Interrupted if nothing
+        has come `until` then, on Trio's clock and if it `pours`.
         """
         while not self._parts:
             if self._complete:
                 return b""
             try:
-                data = await self._transport.read()
+                data = await self._transport.read(until)
             except OSError as error:
                 raise ConnectionLost(str(error)) from error
             if data:

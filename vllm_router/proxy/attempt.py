@@ -1,8 +1,10 @@
 """One attempt: a request sent to one server, and its answer passed on as it comes.
 
-Whatever the connection does becomes an Outcome. Until the client has a byte the attempt is
-uncommitted: a stream's head is held until its first event, a plain answer until it is complete,
-so that a failure can still be repeated elsewhere.
+Whatever the connection does becomes an Outcome. Until an event or a body proves that the engine
+has answered the attempt is uncommitted, so that a failure can still be repeated elsewhere: a
+stream is held until its first output (`routing/answers`), a plain answer until it is complete.
+Comments of a stream, and its head once it has been held for HEAD_AFTER, go to the client before
+that: they keep its connection alive and commit to nothing.
 
 The attempt runs in one cancel scope. Its deadline is moved as the phases pass; the probes and the
 shutdown cancel it through `interrupt`; a client that leaves cancels the whole task. An answer that
@@ -24,11 +26,20 @@ from vllm_router.errors import (
     ProtocolViolation,
 )
 from vllm_router.http1.wires import Interrupted
-from vllm_router.proxy import sse
+from vllm_router.paths import is_pure
+from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
 from vllm_router.proxy.record import STREAM, WAIT, Phase
+from vllm_router.proxy.tail import PlainTail, StreamTail
+from vllm_router.routing.answers.events import at_boundary, decode_json
+from vllm_router.routing.answers.faults import message_of
+from vllm_router.routing.answers.opening import Opening, Verdict
+from vllm_router.routing.answers.tables import Api, api_of
+from vllm_router.routing.answers.usage import Usage
+from vllm_router.routing.answers.whole import read_whole
 from vllm_router.routing.retry import (
     ANSWERED,
+    DOUBTFUL,
     FULL,
     RULES,
     Again,
@@ -36,7 +47,6 @@ from vllm_router.routing.retry import (
     classify_status,
 )
 from vllm_router.routing.status_rules import is_page
-from vllm_router.routing.usage import TAIL_BYTES, read_usage
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -48,14 +58,28 @@ BODY = "http.response.body"
 LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}
 
 HOLD_LIMIT = 256 * 1024
-"""Bytes of a plain answer that are kept until it is complete, so that it can still be retried, and
-of a stream until its first event is."""
+"""Bytes of a plain answer that are kept until it is complete, so that it can still be retried."""
 
-HOLD_COMMENTS = 10.0
-"""Seconds for which a stream of nothing but SSE comments stays uncommitted."""
+HOLD_STREAM = 1024 * 1024
+"""Bytes of a stream that are kept until an event proves it. The opening events of /v1/responses
+repeat the request's instructions and tools, twice."""
 
-KEPT_TAIL = 2048
-"""Bytes of an answer's end that are kept: for its last events, and to see how a stream ended."""
+HEAD_AFTER = 2.0
+"""Seconds after which a stream's head goes to the client, though no event has proven it: clients
+give up on a head before they give up on an event. Until then a failure can have a status."""
+
+CHECK_AFTER = 0.2
+"""Seconds after an abort at which the server is looked for: vLLM 0.32 stops to listen 0.1 s after
+a SIGTERM, and goes on listening when it has been told to abort or pause."""
+
+EARLY_STREAM, EARLY_JSON = b"stream", b"json"
+"""What has begun for the client if something has gone to it before the answer was proven."""
+
+RETRIED = b": vllm-router: another server answers\n\n"
+"""A comment in a stream whose head is from a server that has failed since."""
+
+TRACED = 1024
+"""Bytes of an answer's end that a trace is shown."""
 
 DEADLINE_MOVES = 16
 """How often per idle timeout the deadline of a stream is moved, at most."""
@@ -64,6 +88,29 @@ AT_ONCE = 8192
 """Bytes of a request's body that go to a server without a wait."""
 
 _FIRST_BYTE_TIMEOUT = Outcome.FIRST_BYTE_TIMEOUT
+_JSON = b"application/json"
+_EVENTS = b"text/event-stream"
+_AFTER_TYPE = (b"", b";", b" ")
+_FOR_CLIENT = (Verdict.PROVEN, Verdict.UNJUDGED)
+_OUTCOMES = {
+    Verdict.NO_TOKENS: Outcome.NO_TOKENS,
+    Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
+    Verdict.EMPTY: Outcome.EMPTY,
+    Verdict.UNFINISHED: Outcome.UNFINISHED,
+    Verdict.ABORTED: Outcome.ABORTED,
+    Verdict.FAILED: Outcome.ERROR_EVENT,
+    Verdict.BUSY: FULL,
+}
+"""What an uncommitted answer amounts to, if it is not the client's."""
+
+_ENDINGS = {
+    Verdict.CUT: Outcome.ENGINE_ABORT,
+    Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
+    Verdict.FAILED: Outcome.BROKEN,
+    Verdict.BUSY: Outcome.BROKEN,
+    Verdict.UNFINISHED: Outcome.BROKEN,
+}
+"""The same of the end of an answer of which the client has the beginning."""
 _UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
 
 
@@ -72,27 +119,31 @@ class Attempt:
 
     After `run`: `committed` if the client has got the answer or a part of it, `complete` if all
     of it; else `again` says where to go next. `parent`, set before, is a field line that only this
-    attempt sends.
+    attempt sends. `rejected` says that the answer is an error of the client's own, `kept` is a
+    doubtful answer that may still become the client's.
     """
 
     __slots__ = (
+        "_api",
         "_exchange",
         "_held",
         "_interrupted",
-        "_is_sse",
-        "_kept",
         "_lease",
         "_moved",
+        "_opened",
         "_proxy",
         "_scope",
         "_sending",
         "_server",
         "_timer",
+        "_usage",
         "_waiting",
         "again",
         "committed",
         "complete",
+        "kept",
         "parent",
+        "rejected",
         "tail",
     )
 
@@ -106,16 +157,18 @@ class Attempt:
         self._interrupted: Outcome | None = None
         self._timer = Outcome.CONNECT_TIMEOUT
         self._sending = False
-        self._is_sse = False
+        self._opened = False
+        self._api = Api.OTHER
         self._held = b""
-        self._kept = 0
+        self._usage: Usage | None = None
         self._moved = 0.0
         self.again: Again | None = None
         self.committed = False
         self.complete = False
         self.parent = b""
-        self.tail: list[bytes] = []
-        """The last pieces that the client was sent."""
+        self.rejected = False
+        self.kept: tuple[Message, bytes] | None = None
+        self.tail: StreamTail | PlainTail | None = None
 
     def interrupt(self, reason: str) -> bool:
         """End it from outside; `reason` is the value of an Outcome. False if it goes on.
@@ -175,7 +228,7 @@ class Attempt:
             if outcome is None:
                 outcome = self._cancelled_by()
             if fresh and outcome in _UNREACHABLE:
-                # It was not the kept connection that had gone but the server, perhaps of this.
+                # The reconnect failed, too: the server has gone, perhaps because of this request.
                 outcome = Outcome.LOST
             if self.committed:
                 if outcome is not ANSWERED and not self.complete:
@@ -270,6 +323,8 @@ class Attempt:
             assert connection is not None
             if connection.reused and not connection.saw_bytes:
                 return Outcome.STALE
+            if self._opened:
+                return Outcome.OPENED_LOST
             return Outcome.LOST
         finally:
             if connection is not None:
@@ -297,40 +352,133 @@ class Attempt:
                 self._server.refused(lease.last_byte_at, wait)
             if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
                 return outcome
+        path = exchange.record.path
         content_type = fields.get(b"content-type", b"")[:17].lower()
+        readable = b"content-encoding" not in fields
+        page = is_page(content_type)
+        judged = status < 300 and readable and not page and is_pure(path)
         is_stream = content_type == b"text/event-stream"
-        if is_stream:
-            dead = await self._hold_stream(connection, scope)
+        is_json = content_type[:16] == _JSON and content_type[16:] in _AFTER_TYPE
+        self._api = api_of(path)
+        verdict = Verdict.UNJUDGED
+        if is_stream and judged:
+            early = exchange.early is None or exchange.early == EARLY_STREAM
+            verdict = await self._hold_stream(connection, answer if early else None, fields, scope)
         elif connection.complete:
             self._held = connection.take()
-            dead = sse.is_aborted(self._held)
+            if judged:
+                verdict = self._judge_whole(is_json=is_json)
         else:
-            # Others that come in chunks, such as audio, are played as they come.
-            whole = answer.content_length is not None or content_type[:16] == b"application/json"
-            dead = await self._hold_plain(connection, scope, whole=whole)
-        if dead and status == 200:
-            return Outcome.ABORTED
-        if status >= 300 or is_page(content_type):
+            # What comes in pieces, such as audio, and what is packed, is used as it comes: it is
+            # held until its first bytes only.
+            whole = not is_stream and (answer.content_length is not None or is_json)
+            early = is_json and judged and answer.content_length is None
+            await self._hold_plain(
+                connection, answer if early else None, fields, scope, whole=whole and readable
+            )
+            if judged and connection.exhausted:
+                verdict = self._judge_whole(is_json=is_json)
+        if status >= 300 or page:
             whole_body = self._held if connection.complete else None
             if outcome is ANSWERED:
                 outcome = exchange.judge_answer(status, content_type, fields, whole_body)
             if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
                 return outcome
+        if verdict not in _FOR_CLIENT:
+            outcome = await self._unproven(verdict, connection, answer, fields, outcome)
+            if outcome is not ANSWERED and outcome is not Outcome.ENGINE_ABORT:
+                return outcome
+        if exchange.early is not None:
+            kind = EARLY_STREAM if is_stream else EARLY_JSON if is_json else b""
+            if not judged or kind != exchange.early:
+                await self._answer_late(status)
+                return outcome
+        if is_stream and readable:
+            self.tail = StreamTail()
+        elif not connection.complete:
+            until_close = answer.content_length is None and not answer.chunked
+            self.tail = PlainTail(json=is_json and readable, until_close=until_close)
         start = self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
-        if connection.exhausted and self._held:
+        if exchange.early is None and connection.exhausted and self._held:
             # All of it: it goes to the client when the lease has been given back.
             self._note(self._held)
-            exchange.start = start
-            exchange.last = {"type": BODY, "body": self._held, "more_body": False}
-        else:
+            outcome = self._end(verdict, outcome)
+            if self.complete:
+                exchange.start = start
+                exchange.last = {"type": BODY, "body": self._held, "more_body": False}
+            else:
+                await exchange.send(start)
+                await exchange.send({"type": BODY, "body": self._held, "more_body": True})
+                self._sending = False
+            return outcome
+        if exchange.early is None:
             await exchange.send(start)
-            await self._relay(connection, scope)
-        self.complete = True
-        if self._proxy.wants_usage or exchange.request.policy.needs_prompt:
-            self._learn()
-        if is_stream and status == 200 and sse.ends_aborted(self._end()):
-            return Outcome.BROKEN
+        await self._relay(connection, scope)
+        self._sending = False
+        return self._end(verdict, outcome)
+
+    def _judge_whole(self, *, is_json: bool) -> Verdict:
+        """What a complete plain answer amounts to. Silence has an empty transcription."""
+        if is_json or self._api is not Api.OTHER:
+            verdict, self._usage = read_whole(self._api, self._held)
+            return verdict
+        return Verdict.UNJUDGED if self._held else Verdict.NO_TOKENS
+
+    async def _unproven(
+        self,
+        verdict: Verdict,
+        connection: Connection,
+        answer: Answer,
+        fields: dict[bytes, bytes],
+        outcome: Outcome,
+    ) -> Outcome:
+        """What an answer is that has no token, or an error, or was given up by the engine."""
+        if verdict is Verdict.REJECTED:
+            self.rejected = True
+            return outcome
+        if verdict is Verdict.CUT:
+            return Outcome.ENGINE_ABORT if await self._still_listens() else Outcome.ABORTED
+        outcome = _OUTCOMES[verdict]
+        if outcome is FULL:
+            self._server.refused(self._lease.last_byte_at, None)
+        elif outcome in DOUBTFUL:
+            # If no other server says more, this is the client's answer, all of it.
+            while not connection.exhausted and len(self._held) < HOLD_STREAM:
+                self._held += await connection.read_body()
+            self.kept = (self._head_for_client(answer, fields), self._held)
         return outcome
+
+    async def _still_listens(self) -> bool:
+        """Whether a server that has aborted a request takes new connections: it is not stopping."""
+        await trio.sleep(CHECK_AFTER)
+        pool = self._proxy.links[self._server].pool
+        try:
+            probe = await pool.open(trio.current_time())
+        except (ConnectFailed, OwnFault):
+            return False
+        probe.close()
+        return True
+
+    def _head_for_client(self, answer: Answer, fields: dict[bytes, bytes]) -> Message:
+        """The head of the answer as the client gets it.
+
+        An event stream goes without its Content-Length, so that an end that is not an end can be
+        cut and an error event can be added.
+        """
+        record, proxy = self._exchange.record, self._proxy
+        headers = answer_headers(
+            answer.headers,
+            fields,
+            proxy.links[self._server].name,
+            record.attempts,
+            record.request_id,
+            record.path,
+        )
+        if answer.content_length is not None and fields.get(b"content-type", b"").startswith(
+            _EVENTS
+        ):
+            headers = [field for field in headers if field[0] != b"content-length"]
+        return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
     def _commit(
         self,
@@ -353,39 +501,36 @@ class Attempt:
         self.committed = True
         lease.committed = answer.status < 400  # an error is none of the engine's output
         exchange.let_body_go()
-        # No event can be added to a stream whose length has been told.
-        self._is_sse = is_stream and answer.content_length is None
         if lease.trial and outcome is ANSWERED:
             # A long stream need not end to prove its server,
             self._server.answered(now, trial=True)
             lease.trial = False  # nor may its end bring back one that has been ejected since.
-        told = answer.headers
+        start = self._head_for_client(answer, fields)
         if outcome is FULL:
-            # Of those that are full, another may be free before this one.
+            # Of the servers that are full another may be free before this one.
             model = exchange.request.facts.model
-            told = sooner(told, proxy.fleet.retry_after(model, now))
-        headers = answer_headers(
-            told,
-            fields,
-            proxy.links[self._server].name,
-            record.attempts,
-            record.request_id,
-            record.path,
-        )
+            start["headers"] = sooner(start["headers"], proxy.fleet.retry_after(model, now))
         idle = proxy.settings.idle_timeout
         # Moving a deadline has its price: a whole answer is left the time it has, if that is ample.
         if scope is not None and (not connection.exhausted or scope.deadline < now + idle / 2):
             self._timer = Outcome.IDLE_TIMEOUT
             scope.deadline = min(now + idle + idle / DEADLINE_MOVES, exchange.deadline)
         self._sending = True
-        return {"type": "http.response.start", "status": answer.status, "headers": headers}
+        return start
+
+    # -- before the answer is proven ----------------------------------------------------------
 
     async def _hold_plain(
-        self, connection: Connection, scope: trio.CancelScope | None, *, whole: bool
-    ) -> bool:
-        """Wait for all of a plain answer, up to a limit; True if the engine aborted it.
-
-        If it need not be `whole`, for its first bytes.
+        self,
+        connection: Connection,
+        early: Answer | None,
+        fields: dict[bytes, bytes],
+        scope: trio.CancelScope | None,
+        *,
+        whole: bool,
+    ) -> None:
+        """Wait for all of a plain answer, up to a limit; if it need not be `whole`, for its first
+        bytes. White space before JSON is a heartbeat: the client gets it at once if `early`.
         """
         parts: list[bytes] = []
         size = 0
@@ -393,45 +538,99 @@ class Attempt:
             piece = await connection.read_body()
             if not piece:
                 break
-            parts.append(piece)
-            size += len(piece)
             now = self._heard()
+            if early is not None and not parts and piece.isspace():
+                await self._send_early(early, fields, piece, EARLY_JSON)
+            else:
+                parts.append(piece)
+                size += len(piece)
             if connection.complete or not whole:
                 break
-            self._timer = Outcome.IDLE_TIMEOUT
-            idle = now + self._proxy.settings.idle_timeout
-            if scope is not None:
-                scope.deadline = min(idle, self._exchange.deadline)
-        self._held = held = parts[0] if len(parts) == 1 else b"".join(parts)
-        return connection.complete and sse.is_aborted(held)
+            self._expect_more(now, scope)
+        self._held = parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _hold_stream(self, connection: Connection, scope: trio.CancelScope | None) -> bool:
-        """Wait for the first event that says something; True if it is that the engine failed.
+    async def _hold_stream(
+        self,
+        connection: Connection,
+        early: Answer | None,
+        fields: dict[bytes, bytes],
+        scope: trio.CancelScope | None,
+    ) -> Verdict:
+        """Wait for the event that proves the answer, or shows that it is none.
 
-        The head of a stream comes at once and proves nothing.
+        The head of a stream comes at once and proves nothing. Comments go to the client as they
+        come if `early`, and after HEAD_AFTER at least the head.
         """
-        held = b""
-        began = self._lease.last_byte_at
-        while True:
-            piece = await connection.read_body()
-            if not piece:
-                break
-            now = self._heard()
-            held += piece
-            if sse.has_event(held) or now - began > HOLD_COMMENTS or len(held) >= HOLD_LIMIT:
-                break
-            self._timer = Outcome.IDLE_TIMEOUT
-            idle = now + self._proxy.settings.idle_timeout
-            if scope is not None:
-                scope.deadline = min(idle, self._exchange.deadline)
-        self._held = held
-        return sse.begins_dead(held, whole=not piece)
+        opening = Opening(self._api)
+        exchange = self._exchange
+        head_at = math.inf
+        if early is not None and exchange.early is None:
+            head_at = self._lease.last_byte_at + HEAD_AFTER
+        verdict = Verdict.WAIT
+        try:
+            while verdict is Verdict.WAIT:
+                piece = await _read_before(connection, head_at)
+                if piece is None:
+                    assert early is not None
+                    head_at = math.inf
+                    await self._send_early(early, fields, b"", EARLY_STREAM)
+                    continue
+                if not piece:
+                    verdict = opening.end()
+                    break
+                now = self._heard()
+                verdict = opening.feed(piece)
+                if verdict is not Verdict.WAIT:
+                    break
+                comments = opening.take_comments()
+                if comments and early is not None:
+                    head_at = math.inf
+                    await self._send_early(early, fields, comments, EARLY_STREAM)
+                if opening.size >= HOLD_STREAM:
+                    verdict = Verdict.UNJUDGED
+                self._expect_more(now, scope)
+        except ConnectionLost:
+            self._opened = self._api is Api.RESPONSES and opening.has_events
+            raise
+        self._held = opening.take_comments() + opening.held
+        if exchange.early_from not in (None, self._server):
+            self._held = RETRIED + self._held
+        return verdict
+
+    async def _send_early(
+        self, answer: Answer, fields: dict[bytes, bytes], data: bytes, kind: bytes
+    ) -> None:
+        """Send what commits to nothing: the head and comments, or white space."""
+        exchange = self._exchange
+        self._sending = True
+        if exchange.early is None:
+            exchange.early, exchange.early_from = kind, self._server
+            await exchange.send(self._head_for_client(answer, fields))
+        await exchange.send({"type": BODY, "body": data, "more_body": True})
+        self._sending = False
+
+    def _expect_more(self, now: float, scope: trio.CancelScope | None) -> None:
+        """More of an answer has come that is held: the next piece is due in `idle_timeout`."""
+        self._timer = Outcome.IDLE_TIMEOUT
+        if scope is not None:
+            scope.deadline = min(now + self._proxy.settings.idle_timeout, self._exchange.deadline)
+
+    async def _answer_late(self, status: int) -> None:
+        """Another server's answer does not fit the head that the client has: tell what it says."""
+        exchange = self._exchange
+        self.committed = self.rejected = True
+        exchange.record.status, exchange.record.phase = 200, STREAM
+        exchange.let_body_go()
+        text = message_of(decode_json(self._held)) or f"The server answered {status}."
+        await exchange.break_off("late_error", text)
 
     def _heard(self) -> float:
         """Bytes have just come from the server; the time."""
         now = self._proxy.now()
         self._lease.last_byte_at = self._server.last_byte_at = now
         return now
+
+    # -- passing it on ------------------------------------------------------------------------
 
     async def _relay(self, connection: Connection, scope: trio.CancelScope | None) -> None:
         """Copy the body to the client as it arrives; back-pressure is the awaited send.
@@ -476,15 +675,11 @@ class Attempt:
 
     def _note(self, piece: bytes) -> None:
         """A piece of the body goes to the client."""
-        record, tail = self._exchange.record, self.tail
-        size = len(piece)
-        record.bytes_out += size
+        record = self._exchange.record
+        record.bytes_out += len(piece)
         record.chunks += 1
-        tail.append(piece)
-        self._kept += size
-        if self._kept > 8 * KEPT_TAIL:
-            tail[:] = [b"".join(tail)[-KEPT_TAIL:]]
-            self._kept = KEPT_TAIL
+        if self.tail is not None:
+            self.tail.add(piece)
 
     def _live_on(self, scope: trio.CancelScope | None) -> None:
         """Bytes have come: the server may be silent for `idle_timeout` from now on.
@@ -500,21 +695,34 @@ class Attempt:
             self._moved = now
             scope.deadline = min(now + idle + slack, self._exchange.deadline)
 
-    def _end(self) -> bytes:
-        """The last bytes that the client was sent."""
-        return b"".join(self.tail)[-KEPT_TAIL:]
+    # -- its end ------------------------------------------------------------------------------
 
-    def _learn(self) -> None:
-        """Let the policy and the record know how many tokens there were, if the end tells."""
+    def _end(self, verdict: Verdict, outcome: Outcome) -> Outcome:
+        """Read the end of an answer that has come to its end; `verdict` is that of its beginning.
+
+        `complete` if the client can have it as it is: an end that tells of a failure is told, a
+        missing one must be cut.
+        """
+        self.complete = True
+        usage = self._usage
+        if self.tail is not None:
+            ending = self.tail.read(self._api)
+            usage = ending.usage
+            if ending.verdict is Verdict.UNFINISHED:
+                plain = isinstance(self.tail, PlainTail)
+                self.complete = not plain and verdict is Verdict.UNJUDGED
+            if ending.verdict is Verdict.REJECTED:
+                self.rejected = True
+            elif not self.complete or ending.verdict is not Verdict.UNFINISHED:
+                outcome = _ENDINGS.get(ending.verdict, outcome)
+        self._learn(usage)
+        return outcome
+
+    def _learn(self, usage: Usage | None) -> None:
+        """Let the trace, the policy and the record know how many tokens there were."""
         proxy, record = self._proxy, self._exchange.record
-        pieces = self.tail
-        if len(pieces) == 1:
-            tail = pieces[0][-TAIL_BYTES:]
-        else:
-            tail = b"".join([piece[-TAIL_BYTES:] for piece in pieces])[-TAIL_BYTES:]
         if record.trace is not None:
-            record.trace.tail(tail)
-        usage = read_usage(tail)
+            record.trace.tail(self._held[-TRACED:] if self.tail is None else self.tail.bytes)
         if usage is None:
             return
         policy = self._exchange.request.policy
@@ -524,10 +732,28 @@ class Attempt:
             record.prompt_tokens, record.cached_tokens, record.completion_tokens = usage
 
     async def _break_off(self, outcome: Outcome) -> None:
-        """Tell the client of a stream that it is broken; the connection is cut afterwards."""
+        """Tell the client of a stream that it is broken; the connection is cut afterwards.
+
+        Nothing follows half an event: a blank line would make it count as a whole one.
+        """
         rule = RULES[outcome]
-        record = self._exchange.record
-        record.code = rule.code
-        if self._is_sse and not self._sending:  # else a part of a piece may be with the client
-            event = sse.error_event(record.path, rule.code, rule.message, self._end())
-            await self._exchange.send({"type": BODY, "body": event, "more_body": True})
+        exchange = self._exchange
+        exchange.record.code = rule.code
+        tail = self.tail
+        if isinstance(tail, StreamTail) and not self._sending and at_boundary(tail.bytes):
+            event = error_event(exchange.record.path, rule.code, rule.message)
+            await exchange.send({"type": BODY, "body": event, "more_body": True})
+
+
+async def _read_before(connection: Connection, until: float) -> bytes | None:
+    """The next bytes of a body, b"" at its end; None if nothing has come `until` then."""
+    if until == math.inf:
+        return await connection.read_body()
+    if connection.pours:
+        try:
+            return await connection.read_body(until)
+        except Interrupted:
+            return None
+    with trio.move_on_at(until):
+        return await connection.read_body()
+    return None

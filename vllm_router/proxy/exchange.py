@@ -15,9 +15,10 @@ import trio
 
 from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
-from vllm_router.proxy.attempt import LAST, Attempt
+from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
+from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import request_id
-from vllm_router.proxy.record import DONE, WAIT, Record
+from vllm_router.proxy.record import DONE, STREAM, WAIT, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import (
     BodyShare,
@@ -35,6 +36,7 @@ from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
     ANSWERED,
     BREAKS_SERVERS,
+    DOUBTFUL,
     FULL,
     KILLS_SERVERS,
     POISON_AFTER,
@@ -67,7 +69,9 @@ class Exchange:
     """One client request with all its attempts. Used once.
 
     Attempts read `proxy`, `record`, `request`, `replayable` and `deadline` (of the whole, on
-    trio's clock), answer through `send` and `outlet`, and ask `decide` where to go.
+    trio's clock), answer through `send` and `outlet`, and ask `decide` where to go. `early` is set
+    by an attempt that has sent a head, with comments or white space, before its answer was proven;
+    `early_from` is its server.
     """
 
     __slots__ = (
@@ -75,9 +79,11 @@ class Exchange:
         "_broken",
         "_complete",
         "_deaths",
+        "_doubted",
         "_falls_back",
         "_fingerprint",
         "_head",
+        "_kept",
         "_key",
         "_receive",
         "_scope",
@@ -86,6 +92,8 @@ class Exchange:
         "_tried",
         "attempt",
         "deadline",
+        "early",
+        "early_from",
         "last",
         "outlet",
         "proxy",
@@ -127,6 +135,10 @@ class Exchange:
         self.attempt: Attempt | None = None
         self.start: Message | None = None
         self.last: Message = LAST
+        self.early: bytes | None = None
+        self.early_from: Server | None = None
+        self._doubted: list[Server] = []
+        self._kept: tuple[Message, bytes] | None = None
         self.deadline = _INFINITY
 
     def interrupt(self, reason: str) -> bool:
@@ -156,6 +168,10 @@ class Exchange:
                 else:
                     await self._serve_watched()
             except Refused as refused:
+                if self.early is not None:
+                    record.status, record.phase = 200, STREAM
+                    await self.break_off(refused.code, refused.message)
+                    return None
                 record.status, record.code = refused.status, refused.code
                 start, last = refusal_messages(
                     refused, record.request_id, record.attempts, path=record.path
@@ -178,6 +194,13 @@ class Exchange:
                 record.outcome = Outcome.STOPPED if proxy.stopping else Outcome.CLIENT_GONE
             record.ended_at = proxy.now()
             proxy.ended(record)
+
+    async def break_off(self, code: str, message: str) -> None:
+        """Tell the client why an answer whose head it has does not come; the caller cuts it."""
+        self.record.code = code
+        if self.early == EARLY_STREAM:
+            event = error_event(self.record.path, code, message)
+            await self.send({"type": BODY, "body": event, "more_body": True})
 
     async def _read(self) -> None:
         proxy, record = self.proxy, self.record
@@ -320,7 +343,7 @@ class Exchange:
                     failed = not server.output_since(lease.taken_at)
                 policy.ended(lease, now, failed=failed)
                 if outcome is not None:
-                    self._judge(server, lease, outcome)
+                    self._judge(server, lease, attempt, outcome)
                 elif not attempt.committed:
                     self._note_wait(server, lease, now)
                 if proxy.gate is not None:
@@ -331,7 +354,13 @@ class Exchange:
             if attempt.committed:
                 self._complete = attempt.complete
                 return
+            if outcome in DOUBTFUL:
+                self._doubted.append(server)
+                self._kept = self._kept or attempt.kept
             if attempt.again is Again.NO:
+                if self._kept is not None:
+                    self._deliver(*self._kept)
+                    return
                 rule = RULES[Outcome.FULL if self._better_called_busy(outcome) else outcome]
                 wait = proxy.fleet.retry_after(facts.model, now) if rule.status == 503 else None
                 raise Refused(rule.status, rule.code, rule.message, retry_after=wait)
@@ -351,6 +380,20 @@ class Exchange:
     def _better_called_busy(self, outcome: Outcome) -> bool:
         """Whether the last server failed, perhaps an ejected one, but a well one was only full."""
         return RULES[outcome].blames and FULL in self.record.retries
+
+    def _deliver(self, start: Message, body: bytes) -> None:
+        """The doubtful answer is the client's: no other server says more."""
+        record = self.record
+        if record.outcome is Outcome.NO_TOKENS:
+            record.outcome = ANSWERED
+        record.status, record.phase = start["status"], STREAM
+        record.bytes_out += len(body)
+        record.chunks += 1
+        record.first_byte_at = trio.current_time()
+        self.let_body_go()
+        self.start = start if self.early is None else None
+        self.last = {"type": BODY, "body": body, "more_body": False}
+        self._complete = True
 
     def choices(self, now: float) -> tuple[Server, ...]:
         """The servers that may be asked now, perhaps for the model that stands in for its own."""
@@ -461,6 +504,7 @@ class Exchange:
             bool(others) or (outcome is not Outcome.TOO_LONG and self._may_fall_back(now)),
             self.replayable,
             fresh,
+            len(self._doubted) + (outcome in DOUBTFUL),
         )
         return decide(outcome, standing, self.proxy.settings.max_retries, self.proxy.budget)
 
@@ -490,14 +534,15 @@ class Exchange:
             "Two servers have died of this request in the last minute: it is not sent again.",
         )
 
-    def _judge(self, server: Server, lease: Lease, outcome: Outcome) -> None:
+    def _judge(self, server: Server, lease: Lease, attempt: Attempt, outcome: Outcome) -> None:
         """Tell the server's health what this attempt showed."""
         proxy, fleet = self.proxy, self.proxy.fleet
         if outcome is ANSWERED:
             now = lease.last_byte_at
             server.answered(now, trial=lease.trial)
-            if self.record.status < 400:
+            if self.record.status < 400 and not attempt.rejected:
                 fleet.took(server, now - lease.taken_at)
+                self._blame_doubted(now)
             else:
                 fleet.erred(server, now, now - lease.taken_at)
             if proxy.budget.owed:
@@ -534,6 +579,14 @@ class Exchange:
             jitter = proxy.jitter()
             fleet.erred(server, now, now - lease.taken_at)
             fleet.failed(server, now, trial=lease.trial, jitter=jitter, body=body, odd=odd)
+        elif outcome in DOUBTFUL:
+            now = trio.current_time()
+            fleet.erred(server, now, now - lease.taken_at)
+            if attempt.again is Again.NO and outcome is Outcome.NO_TOKENS:
+                # No other server says more: the answer stands, and its server is well.
+                server.answered(now, trial=lease.trial)
+        elif outcome is Outcome.ENGINE_ABORT:
+            server.answered(lease.last_byte_at, trial=lease.trial)
         proxy.attempt_ended(server, outcome)
 
     def _note_wait(self, server: Server, lease: Lease, now: float) -> None:
@@ -553,6 +606,12 @@ class Exchange:
             server.traffic_health.admits(now) and server.silence.since is None
             for server in self._untried(now)
         )
+
+    def _blame_doubted(self, now: float) -> None:
+        """Another server has given tokens to what these gave none."""
+        proxy = self.proxy
+        for server in self._doubted:
+            proxy.fleet.failed(server, now, trial=False, jitter=proxy.jitter())
 
     async def _wait_for_candidates(self) -> tuple[Server, ...]:
         """Nobody can serve the model now. Waits only for servers not heard of yet; else refuses,

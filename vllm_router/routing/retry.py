@@ -26,7 +26,14 @@ class Outcome(enum.Enum):
     STALE = "stale"  # a reused connection closed before any byte
     LOST = "lost"  # closed or reset before the client had a byte
     INVALID = "invalid_answer"  # not HTTP, or ambiguous framing
-    ABORTED = "aborted"  # finish_reason "abort" in a plain answer: the engine is stopping
+    ABORTED = "aborted"  # the engine gave the request up before its first token
+    ENGINE_ABORT = "engine_abort"  # the same after tokens: the engine's answer, cut on purpose
+    EMPTY = "empty_answer"  # a 200 without a token, a result or a reason
+    UNFINISHED = "unfinished_answer"  # a 200 with output and without an end; the client has none
+    ERROR_EVENT = "error_event"  # a 200 that reports a failure of the server
+    NO_TOKENS = "no_tokens"  # a proper end without a token: right, or a sick server
+    UNCLEAR_ERROR = "unclear_error"  # a 200 with an error that may be the client's or the server's
+    OPENED_LOST = "opened_lost"  # closed after opening events: how vLLM ends bad /v1/responses
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
@@ -140,6 +147,41 @@ RULES: dict[Outcome, Rule] = {
         "server_aborted",
         "The server aborted the request, as it does while stopping.",
     ),
+    Outcome.ENGINE_ABORT: Rule(False, Again.NO),
+    Outcome.EMPTY: Rule(
+        True,
+        Again.IF_REPLAYABLE,
+        502,
+        "empty_answer",
+        "The server answered 200 without any content.",
+    ),
+    Outcome.UNFINISHED: Rule(
+        True, Again.IF_REPLAYABLE, 502, "unfinished_answer", "The server's answer is incomplete."
+    ),
+    Outcome.ERROR_EVENT: Rule(
+        True,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_error",
+        "The server reported an error instead of an answer.",
+    ),
+    Outcome.NO_TOKENS: Rule(
+        False, Again.IF_REPLAYABLE, 502, "no_tokens", "The server generated no tokens."
+    ),
+    Outcome.UNCLEAR_ERROR: Rule(
+        False,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_error",
+        "The server reported an error instead of an answer.",
+    ),
+    Outcome.OPENED_LOST: Rule(
+        False,
+        Again.IF_REPLAYABLE,
+        502,
+        "server_disconnected",
+        "The server closed the connection before the first token.",
+    ),
     Outcome.FIRST_BYTE_TIMEOUT: Rule(
         True, Again.NO, 504, "first_byte_timeout", "The server did not answer in time."
     ),
@@ -174,7 +216,14 @@ RULES: dict[Outcome, Rule] = {
 }
 
 BREAKS_SERVERS = frozenset(
-    {Outcome.SERVER_ERROR, Outcome.LOST, Outcome.INVALID, Outcome.ABORTED, Outcome.GONE}
+    {
+        Outcome.SERVER_ERROR,
+        Outcome.ERROR_EVENT,
+        Outcome.LOST,
+        Outcome.INVALID,
+        Outcome.ABORTED,
+        Outcome.GONE,
+    }
 )
 """Ends that a request itself may have caused; two of them make it poison."""
 
@@ -189,6 +238,10 @@ NOT_COMPUTED = REFUSALS | {Outcome.FULL}
 
 WAITED_IN_VAIN = frozenset({Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
 """Ends after a wait that counts against a server only if it has answered no other request."""
+
+DOUBTFUL = frozenset({Outcome.NO_TOKENS, Outcome.UNCLEAR_ERROR, Outcome.OPENED_LOST})
+"""Ends that are the request's fault or the server's. One other server is asked: if it gives
+tokens, the first is to blame; if it says the same, that is the answer."""
 
 POISON_AFTER = 2
 
@@ -245,6 +298,7 @@ class Standing:
     candidates_left: bool
     replayable: bool
     fresh_connection_tried: bool = False
+    doubtful: int = 0  # attempts that ended in one of DOUBTFUL, this one included
 
 
 def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
@@ -261,11 +315,19 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
         return Again.NO
     if again is Again.IF_REPLAYABLE and not standing.replayable:
         return Again.NO
+    if outcome in DOUBTFUL and standing.doubtful > 1:
+        return Again.NO
     if standing.broken >= POISON_AFTER:
         return Again.NO
     if outcome not in NOT_COMPUTED and not budget.withdraw():
         return Again.NO
     return Again.ELSEWHERE
+
+
+_ANSWERS = frozenset({501, 505, 508})
+"""Statuses from 500 that are about the request: not implemented (vLLM says so of parameters and
+routes), the HTTP version, a loop of routers. Others are the server's or its proxy's: 520 to 530 are
+Cloudflare's, 529 is also Anthropic's `overloaded_error`."""
 
 
 def classify_status(status: int, has_body: bool, *, own_key: bool = False) -> Outcome:
@@ -277,8 +339,8 @@ def classify_status(status: int, has_body: bool, *, own_key: bool = False) -> Ou
     """
     if status == 429 and own_key:
         return Outcome.LIMITED
-    if status in (429, 503):
+    if status in (429, 503, 529):
         return Outcome.FULL if has_body else Outcome.SERVER_ERROR
-    if status in (500, 502, 504):
+    if status >= 500 and status not in _ANSWERS:
         return Outcome.SERVER_ERROR
     return Outcome.ANSWERED

@@ -1,0 +1,21 @@
+"""Errors of the router inside an event stream, in the dialect of the client's API."""
+
+from __future__ import annotations
+
+import json
+
+
+def error_event(path: bytes, code: str, message: str) -> bytes:
+    """The event that tells the client of a broken stream.
+
+    It may only follow a whole event. `[DONE]` never follows it: to the OpenAI SDK a stream that
+    ends cleanly is a success.
+    """
+    if path.startswith(b"/v1/messages"):
+        body = {"type": "error", "error": {"type": "api_error", "message": message}}
+        return b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"
+    if path.startswith(b"/v1/responses"):
+        body_ = {"type": "error", "code": code, "message": message, "param": None}
+        return b"event: error\ndata: " + json.dumps(body_).encode() + b"\n\n"
+    error = {"message": message, "type": "upstream_error", "param": None, "code": code}
+    return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"
