@@ -28,7 +28,7 @@ from vllm_router.proxy.record import Phase
 from vllm_router.routing.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
-ABORT = ok(b'{"choices":[{"text":"half","finish_reason":"abort"}]}')
+ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
 
 
 def first_good_then(script: Script) -> Script:

@@ -75,7 +75,7 @@ async def test_name_that_the_servers_use_is_sent_as_it_came(autojump_clock):
 
 
 async def test_fallback_answers_while_no_server_has_the_model(autojump_clock):
-    async with lab(answering(GOOD), answering(ok(b"{}")), **models()) as rig:
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
         assert (await rig.post({"model": "safe"}))[b"x-vllm-router-server"] == b"a"
         rig.down("a")
@@ -92,7 +92,7 @@ async def test_fallback_answers_while_no_server_has_the_model(autojump_clock):
 
 
 async def test_fallback_comes_before_servers_that_traffic_has_ejected(autojump_clock):
-    async with lab(answering(GOOD), answering(ok(b"{}")), **models()) as rig:
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
         eject(rig.server("a"), trio.current_time())
         rig.fleet.settle(trio.current_time())
@@ -105,7 +105,7 @@ async def test_request_that_its_model_s_servers_cannot_take_falls_back_unseen(
     autojump_clock, status
 ):
     broken = answer(status, b'{"error":{}}')
-    async with lab(answering(broken), answering(ok(b"{}")), **models()) as rig:
+    async with lab(answering(broken), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
         got = await rig.post({"model": "safe"})
         assert (got.status, got[b"x-vllm-router-attempts"]) == (200, b"2")
@@ -115,7 +115,7 @@ async def test_request_that_its_model_s_servers_cannot_take_falls_back_unseen(
 
 
 async def test_fallback_waits_until_all_servers_have_been_asked(autojump_clock):
-    async with lab(answering(GOOD), answering(ok(b"{}")), **models()) as rig:
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         come_up(rig.server("b"), trio.current_time(), "small")
         client = rig.start({"model": "safe"})
         await trio.sleep(0.1)
@@ -136,7 +136,7 @@ async def test_unknown_model_is_told_the_public_names(autojump_clock):
 
 async def test_key_s_models_are_public_names_and_their_fallback_comes_with_them(autojump_clock):
     key = KeyConfig(name="k", digest=digest_of("k"), models=("safe",))
-    async with lab(answering(GOOD), answering(ok(b"{}")), **models()) as rig:
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
 
         async def ask(model: str) -> int:
@@ -152,7 +152,7 @@ async def test_key_s_models_are_public_names_and_their_fallback_comes_with_them(
 
 
 async def test_models_follow_a_reload(autojump_clock):
-    async with lab(answering(GOOD), answering(ok(b"{}")), up=False) as rig:
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), up=False) as rig:
         two(rig)
         assert (await rig.post({"model": "chat"})).status == 404
         new = make_config(2, tables=TABLES)

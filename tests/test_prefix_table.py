@@ -14,7 +14,6 @@ from vllm_router.routing.pieces import PIECE, Prompt, cut, link_of
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.prefix import PrefixTable
 from vllm_router.routing.prefix_book import PrefixBook
-from vllm_router.routing.usage import read_usage
 
 A, B, C = 1, 2, 4
 MANY = 10**9
@@ -213,24 +212,3 @@ def test_learnt_models_are_bounded():
 
 
 # -- usage at the end of answers ---------------------------------------------------------------
-
-
-def test_usage_is_found_in_plain_and_streamed_answers():
-    plain = (
-        b'..."finish_reason":"stop"}],"usage":{"prompt_tokens":48,"total_tokens":51,'
-        b'"completion_tokens":3,"prompt_tokens_details":null},"prompt_logprobs":null}'
-    )
-    assert read_usage(plain) == (48, None, 3)
-    stream = (
-        b'data: {"choices":[],"usage":{"prompt_tokens": 48, "prompt_tokens_details":'
-        b'{"cached_tokens": 32}}}\n\ndata: [DONE]\n\n'
-    )
-    assert read_usage(stream) == (48, 32, None)
-    anthropic = b'"usage":{"input_tokens":48,"output_tokens":3,"cache_read_input_tokens":16}}'
-    assert read_usage(anthropic) == (48, 16, 3)
-
-
-def test_no_usage_is_none():
-    assert read_usage(b"") is None
-    assert read_usage(b'"usage":null}') is None
-    assert read_usage(b'{"prompt_tokens": 7}') is None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_router.routing.retry import (
     BREAKS_SERVERS,
+    DOUBTFUL,
     NOT_COMPUTED,
     RULES,
     Again,
@@ -39,6 +40,9 @@ BLAMED = {
     Outcome.LOST,
     Outcome.INVALID,
     Outcome.ABORTED,
+    Outcome.EMPTY,
+    Outcome.UNFINISHED,
+    Outcome.ERROR_EVENT,
     Outcome.FIRST_BYTE_TIMEOUT,
     Outcome.IDLE_TIMEOUT,
     Outcome.BROKEN,
@@ -59,7 +63,11 @@ ELSEWHERE_AFTER = {
     Outcome.LOST,
     Outcome.INVALID,
     Outcome.ABORTED,
+    Outcome.EMPTY,
+    Outcome.UNFINISHED,
+    Outcome.ERROR_EVENT,
     Outcome.GONE,
+    *DOUBTFUL,
 }
 
 
@@ -103,6 +111,23 @@ def test_a_request_that_broke_two_servers_goes_to_no_third():
         assert after(outcome, broken=1) is ELSEWHERE
         assert after(outcome, broken=2) is NO
     assert after(Outcome.CONNECT_FAILED, broken=2) is NO
+
+
+def test_decide_after_a_second_doubtful_answer_asks_no_third_server():
+    for outcome in DOUBTFUL:
+        assert after(outcome, doubtful=1) is ELSEWHERE
+        assert after(outcome, doubtful=2) is NO
+    assert after(Outcome.LOST, doubtful=2) is ELSEWHERE
+
+
+def test_classify_status_gateways_codes_are_server_errors():
+    for status in (500, 502, 504, 506, 507, 511, 520, 521, 525, 530, 598, 599):
+        assert classify_status(status, has_body=True) is Outcome.SERVER_ERROR
+    for status in (429, 503, 529):
+        assert classify_status(status, has_body=True) is Outcome.FULL
+        assert classify_status(status, has_body=False) is Outcome.SERVER_ERROR
+    for status in (200, 400, 404, 408, 422, 499, 501, 505, 508):
+        assert classify_status(status, has_body=True) is Outcome.ANSWERED
 
 
 def test_two_servers_that_went_away_under_one_request_count_as_broken_by_it():

@@ -63,7 +63,7 @@ def read_ending(api: Api, tail: bytes, *, whole_event: bool = True) -> Ending:
             return Ending(Verdict.CUT, usage)
         seen |= signs
         _note_choices(event, open_choices)
-        if signs & FINISHES and (seen & ENDS or len(open_choices) < 2):
+        if signs & FINISHES and seen & ENDS:
             break
     return Ending(_verdict(seen, half=half, unfinished=any(open_choices.values())), usage)
 

@@ -64,7 +64,8 @@ def read_event(api: Api, event: Event) -> Signs:
             table = RESPONSES if api is Api.RESPONSES else MESSAGES
             kind = payload.get("type")
             reader = table.get(kind if isinstance(kind, str) else event.name)
-            return reader(payload) if reader is not None else UNKNOWN
+            if reader is not None:
+                return reader(payload)
         return chunk(payload)
     except RecursionError:
         return UNKNOWN

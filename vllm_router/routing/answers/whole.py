@@ -47,7 +47,7 @@ def read_whole(api: Api, body: bytes) -> Whole:
     if reports_error(payload):
         return Whole(FAULTS[fault_of(payload)], None)
     try:
-        signs = _READERS[api](payload)
+        signs = chunk(payload) if "choices" in payload else _READERS[api](payload)
     except RecursionError:
         return Whole(Verdict.UNJUDGED, None)
     return Whole(_verdict(signs, payload), usage_of(payload.get("usage")))
