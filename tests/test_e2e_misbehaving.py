@@ -176,7 +176,7 @@ async def test_streams_that_end_before_their_first_token_are_answered_by_others(
         results = await burst(router.url, chat(stream=True, max_tokens=5), 30)
         assert all(result.ok for result in results)
         assert {result.text.count('"finish_reason":"length"') for result in results} == {1}
-        assert router.metric("vllm_router_retries_total", reason="aborted") > 0
+        assert router.metric("vllm_router_retries_total", reason="empty_answer") > 0
         await becomes(router, mocks[0], "ejected")
 
 

@@ -158,8 +158,9 @@ async def test_judge_odd_answer_that_another_server_gives_well_counts(autojump_c
 async def test_answer_with_head_of_half_a_megabyte_passes(autojump_clock):
     metadata = json.dumps([{"index": i, "embedding": i * 4096} for i in range(15_000)]).encode()
     assert len(metadata) > 500_000
-    async with lab(answering(ok(b"\x00" * 64, b"metadata: " + metadata))) as rig:
-        got = await rig.post()
+    raw = answer(200, b"\x00" * 64, b"metadata: " + metadata, content_type=b"application/binary")
+    async with lab(answering(raw)) as rig:
+        got = await rig.post(path="/v1/embeddings")
         assert got[b"metadata"] == metadata
 
 

@@ -80,7 +80,7 @@ def sent(rig: Rig, name: bytes, server: str = "a") -> list[bytes]:
 
 
 async def test_trace_context_is_passed_on_unchanged(autojump_clock):
-    async with lab(answering(ok(b"{}"))) as rig:
+    async with lab(answering(ok(b'{"a":1}'))) as rig:
         await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
         assert sent(rig, b"traceparent") == [PARENT]
         assert sent(rig, b"tracestate") == [STATE.lower()]
@@ -160,7 +160,7 @@ async def test_exchange_has_a_span_and_its_attempt_another(autojump_clock):
 
 
 async def test_server_is_sent_the_attempts_span_as_its_parent(autojump_clock):
-    async with traced(answering(ok(b"{}"))) as (rig, made):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
         server, (attempt,) = made.exchange()
         (forwarded,) = sent(rig, b"traceparent")
@@ -184,7 +184,7 @@ async def test_server_is_sent_the_attempts_span_as_its_parent(autojump_clock):
     ],
 )
 async def test_trace_context_that_is_invalid_begins_a_trace_of_its_own(autojump_clock, given):
-    async with traced(answering(ok(b"{}"))) as (rig, made):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         await rig.post(headers=(JSON, (b"traceparent", given), (b"tracestate", STATE)))
         server, _ = made.exchange()
         assert sent(rig, b"tracestate") == []
@@ -193,7 +193,7 @@ async def test_trace_context_that_is_invalid_begins_a_trace_of_its_own(autojump_
 
 
 async def test_every_attempt_has_a_span_and_says_what_went_wrong(autojump_clock):
-    async with traced(answering(answer(500, b"{}")), answering(ok(b"{}"))) as (rig, made):
+    async with traced(answering(answer(500, b"{}")), answering(ok(b'{"a":1}'))) as (rig, made):
         rig.prefer("a")
         await rig.post({"model": "m"})
         server, (first, second) = made.exchange()
@@ -208,7 +208,7 @@ async def test_every_attempt_has_a_span_and_says_what_went_wrong(autojump_clock)
 
 
 async def test_refused_exchange_has_a_span_without_attempts(autojump_clock):
-    async with traced(answering(ok(b"{}"))) as (rig, made):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         rig.server("a").models = {"m": None}
         await rig.post({"model": "nope"})
         server, attempts = made.exchange()
@@ -235,7 +235,7 @@ async def test_client_that_leaves_ends_both_spans(autojump_clock):
 
 
 async def test_what_is_not_sampled_is_not_built_and_the_server_is_told(autojump_clock):
-    async with traced(answering(ok(b"{}")), sampler=ALWAYS_OFF) as (rig, made):
+    async with traced(answering(ok(b'{"a":1}')), sampler=ALWAYS_OFF) as (rig, made):
         await rig.post()
         assert made.spans() == []
         assert sent(rig, b"traceparent")[0].endswith(b"-00")

@@ -79,10 +79,12 @@ def usage_of_finished(body: bytes) -> Usage | None:
         return None
     choices = said.choices
     if choices:
+        if said.status is not None or said.stop_reason is not None:
+            return None
         for choice in choices:
-            if choice.finish_reason is None or choice.finish_reason == "abort":
+            if not choice.finish_reason or choice.finish_reason == "abort":
                 return None
-    elif said.stop_reason is None and said.status not in ("completed", "incomplete"):
+    elif not said.stop_reason and said.status not in ("completed", "incomplete"):
         return None
     return _usage(usage)
 
@@ -124,7 +126,7 @@ def finished_usage(tail: bytes) -> tuple[Usage | None] | None:
         choices = said.choices
         if choices:
             reason = choices[0].finish_reason
-            sure = len(choices) == 1 and reason is not None and reason != "abort"
+            sure = len(choices) == 1 and reason and reason != "abort"
             return (usage,) if sure else None
         end = start - 2
     return None
