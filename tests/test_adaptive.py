@@ -15,7 +15,7 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Journal, Lease, Server
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.pieces import Prompt, cut
-from vllm_router.routing.policies import Knobs
+from vllm_router.routing.policies import POLICIES, Knobs
 from vllm_router.routing.policies.adaptive import Adaptive
 
 CONTEXT = bytes(n * n % 251 for n in range(40_000))
@@ -727,3 +727,65 @@ def test_statistics_say_what_was_expected():
     it.policy.learned(lease, 2048, 2032)
     it.end(lease)
     assert it.policy.statistics(a).told_tokens == 2032
+
+
+# -- refusing is no attraction ---------------------------------------------------------------------
+
+
+def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400) -> float:
+    """The share of a server that answers 400 at once among two, under closed-loop clients.
+
+    Good answers take 2 s, their first token 1 s. All prompts are different.
+    """
+    fleet = make_fleet(2)
+    bad = fleet.servers["a"]
+    now, sent = 100.0, Counter()
+    waiting: list[tuple[float, Lease]] = []
+    for number in range(rounds):
+        text = bytes((number * 7 + n * n) % 251 for n in range(64)) * (size // 64)
+        facts = asking(text)
+        server = policy.pick(fleet.candidates("m", now), facts, now)
+        lease = server.lease(now)
+        policy.leased(lease, facts, now)
+        sent[server.name] += 1
+        if server is bad:
+            lease.release()
+            policy.ended(lease, now + 0.002, failed=False, refused=True)
+            fleet.erred(server, now + 0.002, 0.002)
+        else:
+            waiting.append((now + 2.0, lease))
+        now += 2.0 / clients
+        for end, running in waiting:
+            if running.last_byte_at == running.taken_at and end - 1.0 <= now:
+                running.last_byte_at = end - 1.0
+                policy.first_byte(running)
+        while waiting and waiting[0][0] <= now:
+            _, answered = waiting.pop(0)
+            answered.release()
+            policy.ended(answered, now, failed=False)
+            fleet.took(answered.server, 2.0)
+        fleet.settle(now)
+    return sent[bad.name] / rounds
+
+
+@pytest.mark.parametrize("size", [64, 30_000])
+@pytest.mark.parametrize("policy", ["adaptive", "least_load", "power_of_two", "prefix"])
+def test_ended_server_that_refuses_at_once_is_no_magnet(policy, size):
+    share = share_of_refusing(POLICIES[policy](Random(3)), size=size)
+    assert share < 0.62
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "prefix"])
+def test_ended_prompt_that_a_server_refused_is_not_on_record_there(policy):
+    it = Situation()
+    it.policy = POLICIES[policy](Random(3))
+    a, b, _ = it.servers
+    shared, question = asking(CONTEXT[:20_000]), asking(CONTEXT)
+    it.serve(shared, a)
+    lease = it.send(question, a)
+    lease.release()
+    it.policy.ended(lease, it.now, failed=False, refused=True)
+    it.serve(question, b)
+    rows = {row.server: row.parts for row in it.policy.explain(it.candidates, question, it.now)}
+    cached = "cached_tokens" if policy == "adaptive" else "cached_bytes"
+    assert 0 < rows[a][cached] < 0.6 * rows[b][cached]

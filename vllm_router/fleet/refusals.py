@@ -9,9 +9,12 @@ answered, the refusal is over, else it lasts longer. Pure: time is an argument, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
+
+MODEL = "model "
+"""Before the name of a model that is refused; paths begin with a slash."""
 
 MOST = 32
 """Refusals that are remembered of one server: paths below /v1/ come from clients."""
@@ -66,7 +69,7 @@ class Refusal(msgspec.Struct, array_like=True):
 
 
 def _names(asked: Asked) -> tuple[str, ...]:
-    return (asked.path,) if asked.model is None else (asked.path, f"model {asked.model}")
+    return (asked.path,) if asked.model is None else (asked.path, MODEL + asked.model)
 
 
 class Refusals:
@@ -129,6 +132,15 @@ class Refusals:
             del self.known[refusal.what]
         return any(refusal.believed for refusal in over)
 
+    def relisted(self, before: Collection[str], listed: Collection[str]) -> bool:
+        """A list of models has been read: a refusal of a model ends when the list names it no more,
+        or names it anew. True if that is so."""
+        refused = [what for what in self.known if what.startswith(MODEL)]
+        over = [what for what in refused if not (_model(what) in listed and _model(what) in before)]
+        for what in over:
+            del self.known[what]
+        return bool(over)
+
     def refuses(self, asked: Asked, now: float) -> bool:
         """Whether the server had better not be asked now."""
         return any(now < one.until and one.concerns(asked) for one in self.known.values())
@@ -162,6 +174,10 @@ class Refusals:
     def _make_room(self) -> None:
         while len(self.known) >= MOST:
             del self.known[min(self.known, key=lambda name: self.known[name].until)]
+
+
+def _model(what: str) -> str:
+    return what.removeprefix(MODEL)
 
 
 def _shown(refusal: Refusal) -> str:

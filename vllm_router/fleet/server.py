@@ -165,6 +165,7 @@ class Server:
         self.models_at: float | None = None
         self.lengths: dict[str, int] = {}
         """The longest context of each model in tokens (`max_model_len`), where the server says."""
+        self._listed: frozenset[str] = frozenset()
         self.refusals = Refusals()
         """What it refuses that others take."""
 
@@ -372,6 +373,9 @@ class Server:
 
     def listed(self, cards: dict[str, dict[str, Any]], now: float) -> None:
         """A `/v1/models` answer arrived; LoRA adapters are models in it."""
+        before, self._listed = self._listed, frozenset(cards)
+        if self.refusals.known and self.refusals.relisted(before, self._listed):
+            self._on_change(self)
         self.model_cards, self.models_at = cards, now
         lengths = {name: length for name, card in cards.items() if (length := _length_in(card))}
         if lengths != self.lengths:

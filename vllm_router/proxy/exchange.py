@@ -341,7 +341,8 @@ class Exchange:
                 failed = outcome is not None and RULES[outcome].blames
                 if failed and outcome in WAITED_IN_VAIN:
                     failed = not server.output_since(lease.taken_at)
-                policy.ended(lease, now, failed=failed)
+                uncomputed = outcome is not None and not lease.committed
+                policy.ended(lease, now, failed=failed, refused=uncomputed)
                 if outcome is not None:
                     self._judge(server, lease, attempt, outcome)
                 elif not attempt.committed:

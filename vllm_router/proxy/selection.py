@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.refusals import MODEL, Asked
 from vllm_router.routing.lengths import sure_tokens
 from vllm_router.routing.poison import fingerprint
 from vllm_router.routing.retry import ANSWERED, Outcome
@@ -124,7 +124,7 @@ class Selection:
         if judgement.outcome is Outcome.TOO_LONG:
             return
         scope = judgement.scope
-        name = f"model {asked.model}" if scope is Scope.MODEL else asked.path
+        name = f"{MODEL}{asked.model}" if scope is Scope.MODEL else asked.path
         size = asked.size if scope is Scope.SIZE else 0
         body = fingerprint(request.target, request.body)
         sure = scope in (Scope.ROUTE, Scope.SIZE)

@@ -15,7 +15,7 @@ from vllm_router.routing.hashing import seed_of
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.pieces import Prompt
 
 PHANTOMS = 8.0
 """Requests that an error makes a server look busier by, so that failing fast is no attraction."""
@@ -199,12 +199,22 @@ class _Counters:
 class Booking:
     """What one lease has on the account of its server."""
 
-    __slots__ = ("account", "cached", "model", "prompt", "uncached", "waiting")
+    __slots__ = ("account", "cached", "known", "model", "prompt", "uncached", "waiting")
 
-    def __init__(self, account: Account, facts: Facts, uncached: float, cached: float) -> None:
+    def __init__(
+        self,
+        account: Account,
+        model: str | None,
+        prompt: Prompt,
+        uncached: float,
+        cached: float,
+        known: int = 0,
+    ) -> None:
         self.account = account
-        self.model = facts.model
-        self.prompt = facts.prompt
+        self.model = model
+        self.prompt = prompt
+        self.known = known
+        """Leading pieces of the prompt that were on record for the server before."""
         self.cached = cached
         self.uncached = uncached
         self.waiting = True
@@ -218,6 +228,19 @@ class Booking:
             account.queued = max(0.0, account.queued - self.uncached)
             account.server.touch()
             account.begun_hits += self.cached
+
+
+def keep_queued(booking: Booking, usual: float, now: float, since: float) -> None:
+    """A server has refused the request of this booking, leased at `since`, without computing it.
+
+    Its prompt goes on to count for as long as a first token takes: `usual` in the fleet, or on this
+    server if that is longer. Else the server that refuses fastest would look least busy.
+    """
+    account = booking.account
+    until = since + max(usual, account.first_token)
+    if booking.uncached and until > now:
+        kept = Booking(account, booking.model, booking.prompt, booking.uncached, 0.0)
+        account.due.append((until, kept))
 
 
 def middle_latency(accounts: Sequence[Account]) -> float:

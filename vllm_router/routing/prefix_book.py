@@ -79,6 +79,15 @@ class PrefixBook:
             room = int(tokens * BYTES_PER_TOKEN * self._room.get(server, 1.0))
             self.table.insert(prompt.chain, self.bit(server), room, now)
 
+    def known_pieces(self, server: Server, prompt: Prompt) -> int:
+        """How many leading pieces of the prompt the server has."""
+        found = self.table.match(prompt.chain, self.bit(server))
+        return found[0][0] if found else 0
+
+    def unlearn(self, server: Server, prompt: Prompt, known: int) -> None:
+        """The server was sent the prompt and has not computed it: only `known` pieces are there."""
+        self.table.remove(prompt.chain[known:], self.bit(server))
+
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""
         bit = self._bits.pop(server, None)

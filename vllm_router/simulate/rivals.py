@@ -155,7 +155,7 @@ class _Queueing(_Remembering):
             self._queued[lease.server] -= lease.booking
             lease.booking = None
 
-    def ended(self, lease: Lease, now: float, *, failed: bool) -> None:
+    def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
         self.first_byte(lease)
 
 

@@ -20,6 +20,7 @@ from vllm_router.routing.accounts import (
     Account,
     Booking,
     PrefixStatistics,
+    keep_queued,
     middle_latency,
     middle_load,
     slowness,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 REFRESH = 0.1
 MAX_BOARDS = 256
+
+PACE = 0.05
+"""How fast the mean time to the first token follows."""
 
 NO_CREDIT_PHANTOMS = 2.0
 NO_CREDIT_SLOW = 2.0
@@ -60,6 +64,8 @@ class Adaptive(Policy):
         self.book = PrefixBook(knobs)
         self._accounts: dict[Server, Account] = {}
         self._boards: dict[str | None, Scoreboard] = {}
+        self._first_token = 0.0
+        """Seconds to the first token of a stream, on average over all servers."""
         self._matched: tuple[tuple[int, ...], list[tuple[int, int]]] = (), []
         """What the last pick has found on record, for the lease that follows it."""
 
@@ -200,7 +206,7 @@ class Adaptive(Policy):
         server, prompt = lease.server, facts.prompt
         account = self._account(server)
         per_byte = self.book.tokens_per_byte(facts.model, prompt)
-        cached = 0.0
+        cached, pieces = 0.0, 0
         chain = prompt.chain
         if chain:
             known, found = self._matched
@@ -209,10 +215,10 @@ class Adaptive(Policy):
             self._matched = (), []
             for count, holders in found:
                 if holders & account.bit:
-                    cached = ENDS[count - 1] * per_byte
+                    cached, pieces = ENDS[count - 1] * per_byte, count
                     break
         tokens = max(0.0, prompt.size * per_byte - cached)
-        lease.booking = booking = Booking(account, facts, tokens, cached)
+        lease.booking = booking = Booking(account, facts.model, prompt, tokens, cached, pieces)
         account.expected_total += cached
         account.prompt_total += tokens + cached
         account.sent += 1
@@ -228,6 +234,8 @@ class Adaptive(Policy):
         booking = lease.booking
         if isinstance(booking, Booking):
             booking.begun()
+            took = lease.last_byte_at - lease.taken_at
+            self._first_token += (PACE if self._first_token else 1.0) * (took - self._first_token)
 
     def learned(self, lease: Lease, prompt_tokens: int, cached_tokens: int | None) -> None:
         booking = lease.booking
@@ -241,10 +249,14 @@ class Adaptive(Policy):
         if booking.cached >= HOME_TOKENS:
             self.book.judge(lease.server, booking.cached, cached_tokens)
 
-    def ended(self, lease: Lease, now: float, *, failed: bool) -> None:
+    def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
         booking = lease.booking
         if not isinstance(booking, Booking):
             return
+        if refused:
+            booking.cached = 0.0  # the engine has not looked for it
+            self.book.unlearn(lease.server, booking.prompt, booking.known)
+            keep_queued(booking, self._first_token, now, lease.taken_at)
         booking.begun()
         lease.booking = None
         if failed:

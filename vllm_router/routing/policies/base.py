@@ -86,8 +86,10 @@ class Policy:
     def learned(self, lease: Lease, prompt_tokens: int, cached_tokens: int | None) -> None:
         """What the answer's `usage` said; None for cached tokens if it did not say."""
 
-    def ended(self, lease: Lease, now: float, *, failed: bool) -> None:
-        """The attempt is over; `failed` if that is the server's fault."""
+    def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
+        """The attempt is over; `failed` if that is the server's fault. `refused` if the server has
+        ended it without any output, whatever the reason: it has computed nothing.
+        """
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""

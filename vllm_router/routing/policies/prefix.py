@@ -53,7 +53,15 @@ class Prefix(Policy):
         return BOUND * mean + 1 / max(server.share for server in candidates)
 
     def leased(self, lease: Lease, facts: Facts, now: float) -> None:
-        self._book.insert(lease.server, facts.prompt, now)
+        prompt = facts.prompt
+        lease.booking = prompt, self._book.known_pieces(lease.server, prompt)
+        self._book.insert(lease.server, prompt, now)
+
+    def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
+        booking, lease.booking = lease.booking, None
+        if refused and isinstance(booking, tuple):
+            prompt, known = booking
+            self._book.unlearn(lease.server, prompt, known)
 
     def forget(self, server: Server) -> None:
         self._book.forget(server)
