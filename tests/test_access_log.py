@@ -22,7 +22,8 @@ from vllm_router.log_config import LogSettings
 from vllm_router.log_output import LogOutput, Overrides
 from vllm_router.log_writer import FileTarget, LineWriter, StreamTarget
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.body_reader import read_facts
+from vllm_router.routing.facts import Facts
 from vllm_router.routing.retry import Outcome
 from vllm_router.simulate.replay import read_log
 from web_harness import make_record

@@ -350,7 +350,7 @@ async def test_a_body_that_never_comes_is_a_408(autojump_clock):
 async def test_a_body_that_drips_is_a_408_and_a_slow_one_is_not(autojump_clock):
     async with lab(answering(GOOD), watched=True, body_timeout=5) as rig:
         for size, status in ((10, 408), (5000, 200)):
-            client = rig.client([b"x" * size] * 20)
+            client = rig.client([b" " * size] * 19 + [b"[]"])
             receive = client._receive
 
             async def slowly(receive=receive):

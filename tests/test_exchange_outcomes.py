@@ -110,7 +110,7 @@ async def test_a_form_is_routed_by_its_model_and_sent_as_it_is(autojump_clock):
 
 async def test_requests_without_a_model_go_anywhere(autojump_clock):
     async with lab(answering(GOOD)) as rig:
-        for body in (b"", b"{", b"[]", b'{"model":null}', b"\xff"):
+        for body in (b"", b"[]", b'{"model":null}'):
             assert (await rig.post(body)).status == 200
 
 

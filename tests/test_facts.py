@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.facts import Facts, for_model, read_facts
+from vllm_router.errors import InvalidBody
+from vllm_router.routing.body_reader import read_facts, read_in_slices, replaced
+from vllm_router.routing.facts import Facts
+from vllm_router.routing.forms import is_true
 from vllm_router.routing.pieces import Prompt
+from vllm_router.routing.steps import finish
 
 JSON = b"application/json"
 CHAT = b"/v1/chat/completions"
+AUDIO = b"/v1/audio/transcriptions"
 
 
 def of(body: bytes | dict, path: bytes = CHAT, content_type: bytes = JSON) -> Facts:
@@ -37,9 +44,21 @@ def test_a_model_that_is_no_name_is_none(model):
     assert of({"model": model}).model is None
 
 
-@pytest.mark.parametrize("stream", [1, "true", None, [True], {}, False])
-def test_only_true_is_a_stream(stream):
+@pytest.mark.parametrize("stream", [0, "false", "no", 2, None, [True], {}, False, 1.5, "x" * 9000])
+def test_stream_that_pydantic_does_not_take_for_true_is_false(stream):
     assert of({"model": "m", "stream": stream}).stream is False
+
+
+@pytest.mark.parametrize("stream", [True, 1, 1.0, "true", "True", "yes", "ON", "1", "t", "y"])
+def test_stream_that_pydantic_takes_for_true_is_true(stream):
+    assert of({"model": "m", "stream": stream}).stream is True
+
+
+@pytest.mark.parametrize(
+    ("priority", "expected"), [(5, 5), ("-5", -5), (5.0, 5), ("x", 0), (5.5, 0), (True, 0), ([], 0)]
+)
+def test_priority_is_read_as_pydantic_reads_an_integer(priority, expected):
+    assert of({"model": "m", "priority": priority}).priority == expected
 
 
 def test_the_last_of_two_models_counts_as_in_the_engine():
@@ -48,27 +67,43 @@ def test_the_last_of_two_models_counts_as_in_the_engine():
 
 @pytest.mark.parametrize(
     "body",
-    [
-        b"",
-        b"{",
-        b'{"model": "m"',
-        b'{"model": "m"}{',
-        b"[1, 2]",
-        b'"m"',
-        b"null",
-        b"\xff\xfe{",
-        b'{"model": "\xff"}',
-        b'{"model": "\\ud800"}',
-        b"[" * 200_000,
-        b'{"x":' * 100_000,
-        b'{"model":' + b"[" * 200_000,
-        b'{"model": ' + b"9" * 50_000 + b"}",
-        b'{"model": 1e999999}',
-        b"\x00" * 100,
-    ],
+    [b"", b"[1, 2]", b'"m"', b"null", b'{"model": ' + b"9" * 4000 + b"}", b'{"model": 1e999999}'],
+    ids=lambda body: repr(body[:20]),
 )
-def test_a_body_that_cannot_be_read_has_no_facts(body):
+def test_body_whose_kind_the_server_refuses_has_no_facts(body):
     assert of(body) == Facts()
+
+
+BROKEN = [
+    (b"{", "Expecting property name enclosed in double quotes at line 1 column 2"),
+    (b'{"model": "m"', "Expecting ',' delimiter"),
+    (b'{"model": "m"}{', "Extra data at line 1 column 15"),
+    (b'{\n"model" "m"}', "Expecting ':' delimiter at line 2 column 9"),
+    (b"\xff\xfe{", "truncated data"),
+    (b'{"model": "\xff"}', "not valid utf-8: invalid start byte at byte 11"),
+    (b'{"model": "\\ud800"}', "surrogate pair"),
+    (b'{"model": "m", "x": "\t"}', "Invalid control character"),
+    (b"[" * 100_000, "too deeply"),
+    (b'{"x":' * 100_000, "deep"),
+    (b'{"model":' + b"[" * 200_000, "deeper than 500 levels"),
+    (b'{"model": "m", "x": ' + b"[" * 600 + b"]" * 600 + b', "y": NaN}', "500 levels"),
+    (b"\x00" * 100, "Expecting value"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BROKEN, ids=lambda value: repr(value[:20]))
+def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(body, message):
+    with pytest.raises(InvalidBody, match=re.escape(message)):
+        of(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [(CHAT, b"text/plain"), (CHAT, b""), (b"/v1/files", JSON), (b"/v1/audio/transcriptions", JSON)],
+)
+def test_body_that_is_perhaps_no_json_has_no_facts(path, content_type):
+    """There the server tells what is wrong, or takes it."""
+    assert of(b"{", path, content_type).model is None
 
 
 def test_what_routing_does_not_need_may_be_as_odd_as_it_likes():
@@ -139,8 +174,10 @@ def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
     other = MODEL.replace(b"whisper", b"other")
     body, content_type = form(other, MODEL), b"multipart/form-data; boundary=xYz"
     assert of(body, content_type=content_type).model == "whisper"
-    edited = for_model(body, content_type, "v3")
+    reading = finish(read_in_slices(AUDIO, content_type, body))
+    edited, places = finish(replaced(body, reading.places, reading.name("v3")))
     assert edited == form(*[MODEL.replace(b"whisper", b"v3")] * 2)
+    assert [edited[start:end] for start, end in places] == [b"v3", b"v3"]
 
 
 @pytest.mark.parametrize(
@@ -151,17 +188,20 @@ def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
         b"multipart/form-data; boundary=no",
     ],
 )
-def test_a_form_without_its_boundary_has_no_facts(content_type):
+def test_form_without_its_boundary_is_refused_where_a_form_is_due(content_type):
     assert of(form(MODEL), content_type=content_type) == Facts()
+    with pytest.raises(InvalidBody):
+        of(form(MODEL), AUDIO, content_type)
 
 
 @given(
     st.binary(max_size=300),
     st.sampled_from([JSON, b"", b"multipart/form-data; boundary=a", b"text/plain"]),
 )
-def test_no_body_whatever_raises(body, content_type):
-    facts = of(body, content_type=content_type)
-    assert facts.model is None or facts.model
+def test_no_body_raises_anything_but_that_it_is_invalid(body, content_type):
+    with contextlib.suppress(InvalidBody):
+        facts = of(body, content_type=content_type)
+        assert facts.model is None or facts.model
 
 
 _VALUES = st.recursive(
@@ -177,10 +217,11 @@ def test_facts_agree_with_a_whole_decoding_of_the_body(body):
     facts = of(body)
     model = body.get("model")
     assert facts.model == (model if isinstance(model, str) and model else None)
-    assert facts.stream is (body.get("stream") is True)
+    stream = body.get("stream")
+    assert facts.stream is (stream is True or is_true(stream))
 
 
-@pytest.mark.parametrize("body", [b'{"model":"m"}', b"not json", b""])
+@pytest.mark.parametrize("body", [b'{"model":"m"}', b"[]", b""])
 def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
     for path in (CHAT, b"/v1/embeddings", b"/tokenize", b"/v1/audio/transcriptions"):
         assert of(body, path).replayable

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.facts import for_model, read_facts
+from vllm_router.routing.body_reader import read_facts, read_in_slices, replaced
 from vllm_router.routing.models import ModelRule, Models, with_model
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
+from vllm_router.routing.steps import finish
 
 MODELS = Models(
     {
@@ -127,10 +128,12 @@ def test_form_has_another_model_and_stays_as_it_was():
             b'--XX\r\nContent-Disposition: form-data; name="file"; filename="model"\r\n\r\n\x00\r\n'
         )
         field = b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + model + b"\r\n"
-        return b"preamble\r\n" + sound + field + b"--XX--\r\n"
+        return sound + field + b"--XX--\r\nepilogue"
 
-    assert for_model(form(b"whisper"), kind, "large") == form(b"large")
-    assert read_facts(b"/v1/audio/transcriptions", kind, form(b"large")).model == "large"
+    path, body = b"/v1/audio/transcriptions", form(b"whisper")
+    reading = finish(read_in_slices(path, kind, body))
+    assert finish(replaced(body, reading.places, reading.name("large")))[0] == form(b"large")
+    assert read_facts(path, kind, form(b"large")).model == "large"
 
 
 def policies(**by_model: str) -> PolicySet:

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.facts import Facts, read_facts
+from vllm_router.routing.body_reader import read_facts
+from vllm_router.routing.facts import Facts
 from vllm_router.routing.pieces import (
     ENDS,
     LOOKED_INTO,
     NO_PROMPT,
+    Prompt,
     cut,
     link_of,
     piece_bytes,
@@ -259,8 +261,8 @@ def test_odd_bodies_have_a_prompt_without_pieces(body: dict[str, Any]):
     assert facts(**body).prompt.chain == ()
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"prompt": "\\ud800"}', b"\xff\xfe"])
-def test_unreadable_bodies_have_no_facts(body: bytes):
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt": "\\ud800"}'])
+def test_bodies_without_a_model_have_no_chain(body: bytes):
     read = read_facts(CHAT, b"application/json", body, with_prompt=True)
     assert (read.model, read.prompt.chain) == (None, ())
 
@@ -285,3 +287,40 @@ def test_session_comes_from_header_then_session_id_then_user(
     header: bytes, body: dict[str, Any], expected: str | None
 ):
     assert facts(session=header, **body).session == expected
+
+
+# -- salts -------------------------------------------------------------------------------------
+
+CONVERSATION = [{"role": "user", "content": TEXT}]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": CONVERSATION}),
+        (b"/v1/completions", {"prompt": TEXT}),
+        (b"/v1/completions", {"prompt": list(range(500))}),
+        (b"/v1/responses", {"input": TEXT}),
+        (b"/v1/responses", {"input": CONVERSATION, "instructions": "Be brief."}),
+        (b"/v1/messages", {"messages": CONVERSATION, "system": TEXT}),
+        (b"/v1/embeddings", {"input": [TEXT, TEXT]}),
+        (CHAT, {"messages": CONVERSATION, "stream": "yes"}),
+        (CHAT, {"messages": [{"role": "user", "content": "a b" * 500_000}]}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_prompts_with_different_salts_have_nothing_in_common(path: bytes, fields: dict[str, Any]):
+    """vLLM's prefix cache shares no block between them, so the table of prefixes must not."""
+
+    def prompt(**more: Any) -> Prompt:
+        return facts(path, **fields, **more).prompt
+
+    bare, empty = prompt(), prompt(cache_salt=None)
+    a, again, b = prompt(cache_salt="a"), prompt(cache_salt="a"), prompt(cache_salt="b")
+    assert bare == empty
+    assert a == again
+    assert a.chain
+    assert {bare.size, a.size, b.size} == {bare.size}
+    for left, right in ((bare, a), (a, b), (bare, b)):
+        assert not set(left.chain) & set(right.chain)
+        assert left.conversation != right.conversation

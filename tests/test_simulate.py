@@ -393,6 +393,25 @@ def test_command_says_what_is_wrong(arguments: tuple[str, ...], problem: str):
     assert problem in result.output
 
 
+@pytest.mark.parametrize("requests", [1, 50])
+def test_log_shorter_than_the_warm_up_is_an_error(tmp_path, requests):
+    log = tmp_path / "access.log"
+    log.write_bytes(b"\n".join(log_line(n / 1000, b"x" * 5000) for n in range(requests)))
+    result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
+    assert result.exit_code == 2
+    assert "too short to be measured" in result.output
+    assert "|" not in result.stdout
+
+
+def test_log_with_few_requests_after_the_warm_up_says_so(tmp_path):
+    log = tmp_path / "access.log"
+    log.write_bytes(b"\n".join(log_line(n, b"x" * 5000) for n in range(6)))
+    arguments = [*SHORT, "--replay", str(log), "--policy", "least_load"]
+    result = CliRunner().invoke(simulate_command, arguments)
+    assert result.exit_code == 0
+    assert "only 4 of 6 requests come after the warm-up" in result.stderr
+
+
 def test_log_without_prompts_is_an_error(tmp_path):
     log = tmp_path / "access.log"
     log.write_text('{"time": 1}\n')

@@ -78,5 +78,12 @@ class Refused(RouterError):
         self.allow = allow
 
 
+class InvalidBody(RouterError):
+    """The request body cannot be read, so the model that it asks for is not known.
+
+    The message is a sentence for the client.
+    """
+
+
 class ClientGone(RouterError):
     """The client left; there is nobody to answer."""

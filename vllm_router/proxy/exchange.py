@@ -27,10 +27,13 @@ from vllm_router.proxy.request import (
     check_head,
     make_request,
     read_body,
+    read_request,
     taken,
 )
 from vllm_router.proxy.selection import Selection
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
+from vllm_router.routing.facts import UNREAD
+from vllm_router.routing.models import EDITED_AT_ONCE
 from vllm_router.routing.place import Route
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
@@ -218,6 +221,8 @@ class Exchange:
             timeout = None if self._server_cancels else proxy.settings.body_timeout
             body = await read_body(self._receive, proxy.max_body, bodies, timeout)
         self.request = make_request(proxy, scope, head, record, body)
+        if self.request.facts is UNREAD:
+            await self._read_in_slices(scope["raw_path"])
         total = proxy.settings.total_timeout
         if total is not None:
             self.deadline = record.body_read_at + total
@@ -226,9 +231,23 @@ class Exchange:
         if self._key is not None and not self._key.allows(record.model):
             raise _not_allowed(self._key, record.model)
         if record.model is not None and not proxy.plain:
+            if len(body) > EDITED_AT_ONCE:
+                await self.request.make_editable(record.model, proxy)
             self._ask_for(record.model)
             rule = proxy.fleet.names.rules.get(record.model)
             self._falls_back = rule is not None and rule.fallback is not None
+
+    async def _read_in_slices(self, path: bytes) -> None:
+        """Read a form, a long body, or JSON that is not read at once. Raises Refused."""
+        key = self._key
+        oddity = await read_request(self.request, path, self.proxy, self.record)
+        if oddity and key is not None and key.models is not None:
+            # The key may use some models only, and other readers might find another one in it.
+            raise Refused(
+                400,
+                "form_not_plain",
+                f"This key is limited to some models, so forms must be plain, but {oddity}.",
+            )
 
     def _ask_for(self, public: str) -> None:
         record, request = self.record, self.request

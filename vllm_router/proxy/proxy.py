@@ -76,6 +76,8 @@ class Proxy:
         self.wants_usage = self.wants_prompt = False
         self.tracer: Tracer | None = None
         self.bodies = Bodies()
+        self.turns = trio.Lock()
+        """Of long bodies that are read in slices."""
         self.usage = Usage()
         self.look_at_lists: Callable[[Callable[[], bool]], Awaitable[None]] | None = None
         """Reads the servers' lists of models again; returns once that is done, or what it is given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from vllm_router.config import Settings
-from vllm_router.errors import ClientGone, Refused
+from vllm_router.errors import ClientGone, InvalidBody, Refused
 from vllm_router.paths import INVOCATIONS
 from vllm_router.proxy.headers import (
     ForwardedFields,
@@ -20,9 +20,13 @@ from vllm_router.proxy.headers import (
     loops,
 )
 from vllm_router.proxy.record import QUEUE, Record
+from vllm_router.proxy.slices import in_slices
 from vllm_router.proxy.types import HEAD_MEMO, Message, Receive, Scope
-from vllm_router.routing.facts import SHORT, Facts, for_model, read_facts
+from vllm_router.routing.body_reader import read_in_slices, replaced
+from vllm_router.routing.facts import SHORT, UNREAD, Facts, read_at_once
+from vllm_router.routing.models import json_name, model_places, with_model
 from vllm_router.routing.policies import POLICY_NAMES, Policy
+from vllm_router.routing.steps import finish
 
 if TYPE_CHECKING:
     from vllm_router.proxy.proxy import Proxy
@@ -40,12 +44,14 @@ class ClientHead:
 
     `fields` are the headers as a dictionary, the length in them that of the first request;
     `forwarded` and `added` are the field lines that servers get, the client's and ours. `refused`
-    is the answer to a request whose head alone rules it out.
+    is the answer to a request whose head alone rules it out. `alike` is False for a request with
+    several Content-Types: programs differ in which of them they heed.
     """
 
     __slots__ = (
         "_length_at",
         "added",
+        "alike",
         "content_type",
         "fields",
         "forwarded",
@@ -64,6 +70,10 @@ class ClientHead:
         self._length_at = names.index(b"content-length") if b"content-length" in fields else -1
         self.target: bytes = path + b"?" + query if query else path
         self.content_type = fields.get(b"content-type", b"")
+        self.alike = names.count(b"content-type") < 2
+        if not self.alike:
+            given = (value for name, value in headers if name == b"content-type")
+            self.content_type = b", ".join(given)
         self.session = fields.get(b"x-session-id", b"")
         self.refused = _refused_by_head(path, headers, fields, proxy.settings)
         self.forwarded = ForwardedFields(headers, connection_field(headers, fields))
@@ -91,11 +101,14 @@ class Request:
     """What every attempt of an exchange sends, but for what differs from server to server.
 
     `forwarded` and `added` are field lines, the client's and ours. `body` is let go once it can no
-    longer be needed. `policy` chooses its servers.
+    longer be needed. `policy` chooses its servers. `facts` are UNREAD until `read` for a body that
+    is not read at once.
     """
 
     __slots__ = (
         "_head",
+        "_name",
+        "_places",
         "_wanted",
         "added",
         "body",
@@ -121,7 +134,7 @@ class Request:
         self.forwarded = head.forwarded
         self.added = b"%b\r\nx-request-id: %b" % (head.added, identifier)
         self.body = body
-        self.facts: Facts = read_facts(
+        facts = read_at_once(
             scope["raw_path"],
             head.content_type,
             body,
@@ -129,17 +142,78 @@ class Request:
             with_prompt=read.needs_prompt or logged,
             shortest=SHORT,
         )
+        self.facts: Facts = UNREAD if facts is None else facts
         self.policy: Policy = policies.default if wanted is None else wanted
+        self._places: tuple[tuple[int, int], ...] | None = None
+        self._name: Callable[[str], bytes] = json_name
+
+    async def read(self, path: bytes, proxy: Proxy) -> str:
+        """Read a body that is not read at once. Why it is no plain form, or an empty text.
+
+        Raises Refused for a body that vLLM would refuse, or that is beyond a bound.
+        """
+        head, logged = self._head, proxy.wants_prompt
+        read = proxy.policies if self._wanted is None else self._wanted
+        if not head.alike:
+            raise Refused(400, "invalid_body", "The request has more than one Content-Type.")
+        steps = read_in_slices(
+            path,
+            head.content_type,
+            self.body,
+            head.session if read.needs_session or logged else b"",
+            with_prompt=read.needs_prompt or logged,
+            shortest=SHORT,
+        )
+        try:
+            reading = await in_slices(steps, proxy.turns)
+        except InvalidBody as error:
+            raise _invalid(error) from None
+        self.facts = reading.facts
+        self._places, self._name = reading.places, reading.name
+        if reading.text is not None and reading.facts.model in proxy.fleet.names.rules:
+            # The model may have to be edited. To vLLM the same in UTF-8 is the same.
+            self.body = reading.text
+            self.drop(_OF_THE_BODY)
+        return reading.oddity
 
     def ask_for(self, public: str, proxy: Proxy) -> None:
-        """Become a request for the model of this public name: the body is edited if it must be."""
+        """Become a request for the model of this public name: the body is edited if it must be.
+
+        Raises Refused if it cannot be.
+        """
         served = proxy.fleet.names.served(public)
         if served != self.facts.model:
-            self.facts = msgspec.structs.replace(self.facts, model=served)
-            self.body = for_model(self.body, self._head.content_type, served)
-            self.drop(_OF_THE_BODY)
+            try:
+                if self._places is None:
+                    self.body = with_model(self.body, served)
+                else:
+                    steps = replaced(self.body, self._places, self._name(served))
+                    self.body, self._places = finish(steps)
+            except InvalidBody as error:
+                raise _invalid(error) from None
+            self._has_become(served)
         if self._wanted is None:
             self.policy = proxy.policies.for_model(public)
+
+    async def make_editable(self, public: str, proxy: Proxy) -> None:
+        """Do before `ask_for` of this public name what takes long for a body of more than
+        EDITED_AT_ONCE bytes. Raises Refused."""
+        if public not in proxy.fleet.names.rules:
+            return
+        served = proxy.fleet.names.served(public)
+        try:
+            if self._places is None:
+                self._places = await in_slices(model_places(self.body), proxy.turns)
+            if served != self.facts.model:
+                steps = replaced(self.body, self._places, self._name(served))
+                self.body, self._places = await in_slices(steps, proxy.turns)
+                self._has_become(served)
+        except InvalidBody as error:
+            raise _invalid(error) from None
+
+    def _has_become(self, served: str) -> None:
+        self.facts = msgspec.structs.replace(self.facts, model=served)
+        self.drop(_OF_THE_BODY)
 
     def drop(self, names: frozenset[bytes]) -> None:
         """Do not forward these fields."""
@@ -163,6 +237,10 @@ def wanted_policy(proxy: Proxy, fields: Mapping[bytes, bytes]) -> Policy | None:
             param="X-Router-Policy",
         )
     return proxy.policies.named(text)
+
+
+def _invalid(error: InvalidBody) -> Refused:
+    return Refused(400, "invalid_body", str(error))
 
 
 def check_head(
@@ -238,6 +316,17 @@ def taken(body: bytes, limit: int, bodies: BodyShare) -> bytes:
     if len(body) > limit:
         raise _too_large(limit)
     return body
+
+
+async def read_request(request: Request, path: bytes, proxy: Proxy, record: Record) -> str:
+    """`Request.read`, also for the record."""
+    oddity = await request.read(path, proxy)
+    record.body_read_at = proxy.now()
+    record.facts = facts = request.facts
+    record.model, record.stream = facts.model, facts.stream
+    if facts.transfer is not None:
+        _check_transfer(facts.transfer, proxy.settings)
+    return oddity
 
 
 async def read_body(

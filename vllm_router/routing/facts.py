@@ -1,15 +1,19 @@
-"""What routing reads from a request body. The body itself is forwarded as it came."""
+"""What routing reads from a request body. The body itself is forwarded as it came.
+
+`read_at_once` reads nearly all bodies, with msgspec. `body_reader` reads the others: long ones,
+forms, and JSON that Python reads and msgspec does not.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import TypeVar
+import json
+from zlib import crc32
 
 import msgspec
 
+from vllm_router.errors import InvalidBody
 from vllm_router.paths import is_pure
-from vllm_router.routing.models import with_model
+from vllm_router.routing.forms import LONGEST_NAME, is_true
 from vllm_router.routing.pieces import (
     CROWDED,
     NO_PROMPT,
@@ -21,8 +25,6 @@ from vllm_router.routing.pieces import (
     raw_prompt,
 )
 from vllm_router.routing.transfer import transfer_parameter
-
-_Kind = TypeVar("_Kind", str, bool, int)
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
@@ -44,7 +46,11 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     transfer: str | None = None
 
 
-_NO_JSON = msgspec.Raw(b"")
+NO_JSON = msgspec.Raw(b"")
+_BLANK = b" \t\r\n"
+
+UNREAD = Facts()
+"""Stands for the facts of a body that is yet to be read in slices. Compared by identity."""
 
 
 class _Fields(msgspec.Struct, gc=False):
@@ -57,50 +63,52 @@ class _Fields(msgspec.Struct, gc=False):
     session_id: str | None = None
     user: str | None = None
     priority: int | None = None
-    kv_transfer_params: msgspec.Raw = _NO_JSON
-    ec_transfer_params: msgspec.Raw = _NO_JSON
-    vllm_xargs: msgspec.Raw = _NO_JSON
-    sampling_params: msgspec.Raw = _NO_JSON
+    kv_transfer_params: msgspec.Raw = NO_JSON
+    ec_transfer_params: msgspec.Raw = NO_JSON
+    vllm_xargs: msgspec.Raw = NO_JSON
+    sampling_params: msgspec.Raw = NO_JSON
 
 
-class _AllFields(_Fields, gc=False):
-    """With those that make up the prompt."""
+class AllFields(_Fields, gc=False):
+    """With those that make up the prompt, and the salt of the engine's prefix cache."""
 
     messages: list[Message] | None = None
-    instructions: msgspec.Raw = _NO_JSON
-    system: msgspec.Raw = _NO_JSON
-    tools: msgspec.Raw = _NO_JSON
-    prompt: msgspec.Raw = _NO_JSON
-    input: msgspec.Raw = _NO_JSON
+    instructions: msgspec.Raw = NO_JSON
+    system: msgspec.Raw = NO_JSON
+    tools: msgspec.Raw = NO_JSON
+    prompt: msgspec.Raw = NO_JSON
+    input: msgspec.Raw = NO_JSON
+    cache_salt: msgspec.Raw = NO_JSON
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
-_FULL_DECODER = msgspec.json.Decoder(_AllFields)
+_FULL_DECODER = msgspec.json.Decoder(AllFields)
 
 
-class _RawFields(msgspec.Struct, gc=False):
+class RawFields(msgspec.Struct, gc=False):
     """The same with nothing looked into: for what is not what it should be, or too much."""
 
-    model: msgspec.Raw = _NO_JSON
-    stream: msgspec.Raw = _NO_JSON
-    store: msgspec.Raw = _NO_JSON
-    background: msgspec.Raw = _NO_JSON
-    session_id: msgspec.Raw = _NO_JSON
-    user: msgspec.Raw = _NO_JSON
-    priority: msgspec.Raw = _NO_JSON
-    kv_transfer_params: msgspec.Raw = _NO_JSON
-    ec_transfer_params: msgspec.Raw = _NO_JSON
-    vllm_xargs: msgspec.Raw = _NO_JSON
-    sampling_params: msgspec.Raw = _NO_JSON
-    messages: msgspec.Raw = _NO_JSON
-    instructions: msgspec.Raw = _NO_JSON
-    system: msgspec.Raw = _NO_JSON
-    tools: msgspec.Raw = _NO_JSON
-    prompt: msgspec.Raw = _NO_JSON
-    input: msgspec.Raw = _NO_JSON
+    model: msgspec.Raw = NO_JSON
+    stream: msgspec.Raw = NO_JSON
+    store: msgspec.Raw = NO_JSON
+    background: msgspec.Raw = NO_JSON
+    session_id: msgspec.Raw = NO_JSON
+    user: msgspec.Raw = NO_JSON
+    priority: msgspec.Raw = NO_JSON
+    kv_transfer_params: msgspec.Raw = NO_JSON
+    ec_transfer_params: msgspec.Raw = NO_JSON
+    vllm_xargs: msgspec.Raw = NO_JSON
+    sampling_params: msgspec.Raw = NO_JSON
+    messages: msgspec.Raw = NO_JSON
+    instructions: msgspec.Raw = NO_JSON
+    system: msgspec.Raw = NO_JSON
+    tools: msgspec.Raw = NO_JSON
+    prompt: msgspec.Raw = NO_JSON
+    input: msgspec.Raw = NO_JSON
+    cache_salt: msgspec.Raw = NO_JSON
 
 
-_RAW_DECODER = msgspec.json.Decoder(_RawFields)
+_RAW_DECODER = msgspec.json.Decoder(RawFields)
 _LONGEST_VALUE = 4096
 _COUNTED_FROM = 4 * CROWDED
 """Bytes of a body; of a shorter one so much is not looked at for long."""
@@ -114,11 +122,11 @@ SHORT = 1024
 """Bytes of a body in which no prompt is looked for: 256 tokens are computed sooner than it would
 matter where they are cached."""
 
-_BOUNDARY = re.compile(rb'boundary="?([^";,]{1,70})"?', re.IGNORECASE)
-_FORM_FIELD = re.compile(rb'name="?(model|stream)"?(?:;|\r|$)', re.IGNORECASE)
+AT_ONCE = 1 << 20
+"""Bytes of a body that are read without a break: 7 ms for the worst, 1 ms for ordinary JSON."""
 
 
-def read_facts(
+def read_at_once(
     path: bytes,
     content_type: bytes,
     body: bytes,
@@ -126,48 +134,63 @@ def read_facts(
     *,
     with_prompt: bool = False,
     shortest: int = 0,
-) -> Facts:
-    """Decode what routing needs; a body that cannot be read has no facts.
+) -> Facts | None:
+    """Decode what routing needs; None for a body that `body_reader` must read.
 
-    Of a body with fewer bytes than `shortest` the prompt has a size only, that of the body.
+    Of a body with fewer bytes than `shortest` the prompt has a size only, the body's.
 
     `session` is the `X-Session-ID` header; `session_id` and `user` in the body come after it.
     With the prompt it costs 1 ms for a body of 1 MB, 3 if that is made of short messages or parts,
-    without 0.3. Nothing is refused here: the engine says best what is wrong with a request.
+    without 0.3.
     """
-    replayable = is_pure(path)
-    if content_type != _JSON and _is_form(content_type):
-        return _form_facts(content_type, body, replayable)
+    if len(body) > AT_ONCE or (content_type != _JSON and may_be_form(content_type)):
+        return None
     try:
         if with_prompt and len(body) >= shortest:
             fields, prompt = _with_prompt(body)
         else:
             fields = _few_fields(body)
             prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return Facts(replayable=replayable and path != RESPONSES)
-    if path == RESPONSES and (fields.store or fields.background):
-        replayable = False
+        transfer = _transfer(fields)
+    except (msgspec.MsgspecError, InvalidBody, RecursionError, UnicodeError):
+        return None
+    return facts_from(path, fields, session, prompt, transfer)
+
+
+def facts_from(
+    path: bytes,
+    fields: _Fields,
+    session: bytes,
+    prompt: Prompt = NO_PROMPT,
+    transfer: str | None = None,
+) -> Facts:
+    """The facts of a request that has these fields."""
+    left_behind = path == RESPONSES and bool(fields.store or fields.background)
     return Facts(
         fields.model or None,
         fields.stream is True,
-        replayable,
-        _session(session, fields),
+        is_pure(path) and not left_behind,
+        session_of(session, fields),
         prompt,
         fields.priority or 0,
-        _transfer(fields),
+        transfer,
     )
+
+
+def may_be_form(content_type: bytes) -> bool:
+    """False if Starlette surely takes a body of this type for no form."""
+    return b"form" in content_type.lower()
 
 
 def _transfer(fields: _Fields) -> str | None:
     kv, ec = fields.kv_transfer_params, fields.ec_transfer_params
     xargs, sampling = fields.vllm_xargs, fields.sampling_params
-    if kv is _NO_JSON and ec is _NO_JSON and xargs is _NO_JSON and sampling is _NO_JSON:
+    if kv is NO_JSON and ec is NO_JSON and xargs is NO_JSON and sampling is NO_JSON:
         return None
     return transfer_parameter(kv, ec, xargs, sampling)
 
 
-def _session(header: bytes, fields: _Fields) -> str | None:
+def session_of(header: bytes, fields: _Fields) -> str | None:
     if header:
         return header.decode("latin-1")
     for name in (fields.session_id, fields.user):
@@ -180,23 +203,24 @@ def _few_fields(body: bytes) -> _Fields:
     try:
         return _DECODER.decode(body)
     except msgspec.ValidationError:
-        return _odd_fields(_RAW_DECODER.decode(body))
+        return odd_fields(_RAW_DECODER.decode(body))
 
 
 def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
     if len(body) <= _COUNTED_FROM or not _is_crowded(body):
         try:
             fields = _FULL_DECODER.decode(body)
-            return fields, _read_prompt(fields)
+            return fields, read_prompt(fields)
         except msgspec.ValidationError:
             pass
     raw = _RAW_DECODER.decode(body)
     head = (raw.tools, raw.system, raw.instructions)
-    prompt = plain_prompt(raw.prompt) if raw.prompt is not _NO_JSON else NO_PROMPT
+    seed = seed_of(raw.cache_salt)
+    prompt = plain_prompt(raw.prompt, seed) if raw.prompt is not NO_JSON else NO_PROMPT
     for said in (raw.input, raw.messages):
-        if said is not _NO_JSON:
-            prompt = raw_prompt(*head, said)
-    return _odd_fields(raw), prompt
+        if said is not NO_JSON:
+            prompt = raw_prompt(*head, said, seed=seed)
+    return odd_fields(raw), prompt
 
 
 def _is_crowded(body: bytes) -> bool:
@@ -210,17 +234,20 @@ def _is_crowded(body: bytes) -> bool:
     return body.count(b"{", place) > CROWDED
 
 
-def _odd_fields(raw: _RawFields) -> _Fields:
-    """What is of the wrong kind is as good as not there; but whoever says anything as `store` may
-    leave something behind."""
+def odd_fields(raw: RawFields) -> _Fields:
+    """The fields where some are of another kind than they should be, as Pydantic converts them.
+
+    Other values count as absent, but any value of `store` may leave something behind. Raises
+    InvalidBody for a `model` that no server can have.
+    """
     return _Fields(
-        _value(raw.model, str),
-        _value(raw.stream, bool),
+        _model(raw.model),
+        is_true(_value(raw.stream)),
         _is_said(raw.store),
         _is_said(raw.background),
-        _value(raw.session_id, str),
-        _value(raw.user, str),
-        _value(raw.priority, int),
+        _text(raw.session_id),
+        _text(raw.user),
+        _integer(raw.priority),
         raw.kv_transfer_params,
         raw.ec_transfer_params,
         raw.vllm_xargs,
@@ -228,72 +255,72 @@ def _odd_fields(raw: _RawFields) -> _Fields:
     )
 
 
-def _value(raw: msgspec.Raw, kind: type[_Kind]) -> _Kind | None:
+def _value(raw: msgspec.Raw) -> object:
     if not 0 < len(raw) <= _LONGEST_VALUE:
         return None
-    value = msgspec.json.decode(raw)
-    return value if type(value) is kind else None
+    try:
+        value: object = json.loads(bytes(raw))
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _model(raw: msgspec.Raw) -> str | None:
+    if len(raw) > LONGEST_NAME:
+        if bytes(memoryview(raw)[:64]).lstrip(_BLANK)[:1] != b'"':
+            return None
+        raise InvalidBody(f"`model` is longer than {LONGEST_NAME} bytes.")
+    name = _value(raw)
+    if not isinstance(name, str):
+        return None
+    if not _is_unicode(name):
+        raise InvalidBody("`model` has half of a surrogate pair: it is no valid Unicode text.")
+    return name
+
+
+def _text(raw: msgspec.Raw) -> str | None:
+    text = _value(raw)
+    return text if isinstance(text, str) and _is_unicode(text) else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _integer(raw: msgspec.Raw) -> int | None:
+    """Pydantic takes `5.0` and `"5"` for 5."""
+    value = _value(raw)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _is_said(raw: msgspec.Raw) -> bool:
-    return len(raw) > _LONGEST_VALUE or (len(raw) > 0 and bool(msgspec.json.decode(raw)))
+    return len(raw) > _LONGEST_VALUE or bool(_value(raw))
 
 
-def _read_prompt(fields: _AllFields) -> Prompt:
+def read_prompt(fields: AllFields) -> Prompt:
     """The bytes that decide about the engine's prefix cache, in the order of chat templates."""
     messages, given = fields.messages, fields.input
-    if messages is None and given is not _NO_JSON:
+    seed = seed_of(fields.cache_salt) if fields.cache_salt is not NO_JSON else 0
+    if messages is None and given is not NO_JSON:
         begins = bytes(memoryview(given)[:64]).lstrip(b"[ \t\r\n")[:1]
-        if begins != b"{" and fields.instructions is _NO_JSON:
-            return plain_prompt(given)
+        if begins != b"{" and fields.instructions is NO_JSON:
+            return plain_prompt(given, seed)
         messages = messages_in(given)
     if messages is None:
-        return plain_prompt(fields.prompt) if fields.prompt is not _NO_JSON else NO_PROMPT
+        return plain_prompt(fields.prompt, seed) if fields.prompt is not NO_JSON else NO_PROMPT
     head = [bytes(fields.tools), bytes(fields.system), bytes(fields.instructions)]
-    return chat_prompt(messages, head)
+    return chat_prompt(messages, head, seed)
 
 
-def _is_form(content_type: bytes) -> bool:
-    return content_type[:10].lower() == b"multipart/"
-
-
-def _form_facts(content_type: bytes, body: bytes, replayable: bool) -> Facts:
-    """`model` and `stream` of a multipart form (RFC 7578): audio requests carry them so.
-
-    Of a field that comes again the last one counts, as for the engine (Starlette's FormData).
-    """
-    values: dict[bytes, str] = {}
-    for name, start, end in _form_fields(content_type, body):
-        values[name] = body[start:end].decode("utf-8", "replace")
-    stream = values.get(b"stream", "").lower() == "true"
-    return Facts(values.get(b"model") or None, stream, replayable)
-
-
-def _form_fields(content_type: bytes, body: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the fields that matter, as far as they are no longer than names."""
-    found = _BOUNDARY.search(content_type)
-    if found is None:
-        return
-    place = 0
-    for number, part in enumerate(body.split(b"--" + found[1])):
-        head, separator, content = part[:2048].partition(b"\r\n\r\n")
-        name = _FORM_FIELD.search(head)
-        # Before the first boundary there is no part.
-        if number and separator and name is not None and b"filename" not in head.lower():
-            start = place + len(head) + len(separator)
-            yield name[1].lower(), start, start + len(content.removesuffix(b"\r\n"))
-        place += len(part) + len(found[1]) + 2
-
-
-def for_model(body: bytes, content_type: bytes, model: str) -> bytes:
-    """The body, whose facts named a model, with this one instead; nothing else is changed."""
-    if not _is_form(content_type):
-        return with_model(body, model)
-    parts: list[bytes] = []
-    place = 0
-    for name, start, end in _form_fields(content_type, body):
-        if name == b"model":
-            parts += (body[place:start], model.encode("utf-8", "surrogatepass"))
-            place = end
-    parts.append(body[place:])
-    return b"".join(parts)
+def seed_of(salt: msgspec.Raw) -> int:
+    """Where the hashes of a prompt begin: engines share no cache between different salts."""
+    text = bytes(salt).strip(_BLANK)
+    return crc32(text) if text not in (b"", b"null") else 0

@@ -109,15 +109,17 @@ def link_of(digest: int, index: int) -> int:
     return digest & _DIGEST_MASK | index // PER_SIZE << _SIZE_SHIFT
 
 
-def cut(*texts: _Text) -> tuple[int, ...]:
+def cut(*texts: _Text, seed: int = 0) -> tuple[int, ...]:
     """The chain of hashes of the texts, one behind the other. 0.4 µs per piece and 0.2 ms per MB.
+
+    Chains with different seeds have nothing in common.
 
     The running checksums of all pieces so far, mixed, make a hash: enough to tell texts apart, and
     three times as fast as the fastest digest. Whoever forges one only misplaces his own request.
     """
     chain: list[int] = []
     index, place, end = 0, 0, PIECE
-    checksum = digest = 0
+    checksum, digest = seed, 0
     for whole in texts:
         text = memoryview(whole)
         start, length = 0, len(text)
@@ -210,7 +212,7 @@ def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
     return _MESSAGES.decode(raw)
 
 
-def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
+def chat_prompt(messages: Sequence[Message], head: Iterable[bytes], seed: int = 0) -> Prompt:
     """The prompt of a conversation. `head` is what stands before it: instructions, tools.
 
     Roles, contents and calls count, in order; other keys do not, nor the order of keys. Short
@@ -245,7 +247,7 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes]) -> Prompt:
             first_turn = len(texts)
     if shared is None:
         shared = len(texts)
-    return _prompt(texts, shared, last_answer, first_turn or len(texts))
+    return _prompt(texts, shared, last_answer, first_turn or len(texts), seed)
 
 
 def _more_of(message: Message) -> tuple[msgspec.Raw, ...]:
@@ -270,18 +272,20 @@ _JOINED_BELOW = 1 << 16
 """Bytes. Pages of memory for a copy of more than this cost as much as reading it."""
 
 
-def raw_prompt(*texts: _Text) -> Prompt:
+def raw_prompt(*texts: _Text, seed: int = 0) -> Prompt:
     """The prompt of a conversation that is not looked into."""
-    return _prompt([*texts], 0, 0, len(texts))
+    return _prompt([*texts], 0, 0, len(texts), seed)
 
 
-def _prompt(texts: list[_Text], shared: int, last_answer: int, first_turn: int) -> Prompt:
+def _prompt(
+    texts: list[_Text], shared: int, last_answer: int, first_turn: int, seed: int
+) -> Prompt:
     """Marks are places in `texts`; they become places in the bytes."""
     sizes = list(map(len, texts))
     size = sum(sizes)
     join = size < _JOINED_BELOW or size < SHORT_TEXT * len(texts)
-    chain = cut(b"".join(texts)) if join else cut(*texts)
-    conversation, left = 0, _TOLD_APART_BY
+    chain = cut(b"".join(texts), seed=seed) if join else cut(*texts, seed=seed)
+    conversation, left = seed, _TOLD_APART_BY
     for text in texts[:first_turn]:
         conversation = crc32(memoryview(text)[:left], conversation)
         left -= len(text)
@@ -368,7 +372,7 @@ def _medium(values: dict[str, msgspec.Raw]) -> bytes:
 
 _NO_MEDIA = (b'"text"', b'"refusal"', b'"tool_use"', b'"tool_result"', b'"thinking"')
 
-_LOOKED_AT = 1 << 16
+MEDIA_ENDS = 1 << 16
 """Bytes at either end of a medium's data; with its length they tell it from others."""
 
 
@@ -382,7 +386,7 @@ def _walk(raw: msgspec.Raw, found: Callable[[bytes], None], depth: int = 0) -> N
         return
     data = memoryview(raw)[1:-1] if begins == b'"' else memoryview(raw)
     if len(data) > _MEDIA_FROM:
-        ends = crc32(data[-_LOOKED_AT:], crc32(data[:_LOOKED_AT]))
+        ends = crc32(data[-MEDIA_ENDS:], crc32(data[:MEDIA_ENDS]))
         found(b"%d:%d" % (len(data), ends))
     else:
         found(bytes(data))
@@ -394,14 +398,14 @@ def _is_crowded(raw: msgspec.Raw) -> bool:
     if size <= 2 * CROWDED:
         return False
     view, commas = memoryview(raw), 0
-    for start in range(0, size, _LOOKED_AT):
-        commas += bytes(view[start : start + _LOOKED_AT]).count(b",")
+    for start in range(0, size, MEDIA_ENDS):
+        commas += bytes(view[start : start + MEDIA_ENDS]).count(b",")
         if commas > CROWDED:
             return True
     return False
 
 
-def plain_prompt(raw: msgspec.Raw | bytes) -> Prompt:
+def plain_prompt(raw: msgspec.Raw | bytes, seed: int = 0) -> Prompt:
     """The prompt of a completion, an embedding or the like, from its JSON as it stands in the body.
 
     A text is taken as it stands there. Lists are taken as JSON: of token ids (their number is
@@ -411,4 +415,5 @@ def plain_prompt(raw: msgspec.Raw | bytes) -> Prompt:
     tokens = None
     if text[:1] == b"[" and bytes(text[1:16]).strip(b" []")[:1].isdigit():
         tokens = bytes(text).count(b",") + 1
-    return Prompt(cut(text), len(text), tokens, conversation=crc32(text[:_TOLD_APART_BY]))
+    conversation = crc32(text[:_TOLD_APART_BY], seed)
+    return Prompt(cut(text, seed=seed), len(text), tokens, conversation=conversation)

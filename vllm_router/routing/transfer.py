@@ -30,7 +30,8 @@ def transfer_parameter(
     """The path of the first transfer parameter that is set, such as `kv_transfer_params`, or None.
 
     The arguments are the raw values of `kv_transfer_params`, `ec_transfer_params`, `vllm_xargs`
-    and `sampling_params`; `null` counts as absent, as it does for vLLM.
+    and `sampling_params`; `null` counts as absent, as it does for vLLM. Raises DecodeError for JSON
+    that msgspec does not read, such as a key with half of a surrogate pair: vLLM may read it.
     """
     if _is_set(kv):
         return "kv_transfer_params"
@@ -41,7 +42,7 @@ def transfer_parameter(
         return f"vllm_xargs.{inner}"
     try:
         extra = msgspec.json.decode(sampling or b"{}", type=_SamplingParams).extra_args
-    except msgspec.MsgspecError:
+    except msgspec.ValidationError:
         return None  # not an object: vLLM answers 400
     inner = _inside(extra)
     return f"sampling_params.extra_args.{inner}" if inner is not None else None
@@ -50,7 +51,7 @@ def transfer_parameter(
 def _inside(value: msgspec.Raw) -> str | None:
     try:
         found = msgspec.json.decode(value or b"{}", type=_Transfer)
-    except msgspec.MsgspecError:
+    except msgspec.ValidationError:
         return None  # not an object: vLLM answers 400
     if _is_set(found.kv_transfer_params):
         return "kv_transfer_params"

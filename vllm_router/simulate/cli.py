@@ -32,6 +32,9 @@ from vllm_router.simulate.world import Scene
 
 _KNOBS = Knobs()
 
+FEW = 30
+"""Requests of a replayed log after the warm-up: of fewer the percentiles say little."""
+
 
 class _SlowServer(click.ParamType[tuple[int, float]]):
     """`SERVER:FACTOR`."""
@@ -221,8 +224,21 @@ def _replayed(
         raise click.UsageError(f"{log}: {error}") from None
     if not found:
         raise click.UsageError(f"{log}: no request with a prompt in it")
-    seconds = max(conversation.start for conversation in found) + 1.0
-    scene = scene_of(WORKLOADS["chat"], seconds)
+    last = max(conversation.start for conversation in found)
+    scene = scene_of(WORKLOADS["chat"], last + 1.0)
+    measured = sum(conversation.start >= scene.warm_up for conversation in found)
+    if not measured:
+        raise click.UsageError(
+            f"{log}: too short to be measured: its {len(found)} requests came within {last:.1f} s, "
+            f"and the first {scene.warm_up:.1f} s of a replay only warm up the caches. "
+            "Replay a longer log."
+        )
+    if measured < FEW:
+        click.echo(
+            f"{log}: only {measured} of {len(found)} requests come after the warm-up: percentiles "
+            "of so few say little.",
+            err=True,
+        )
     return [
         Run(log.name, 0.0, seed, policy, scene, 0.0, knobs, lines)
         for seed in seeds

@@ -191,7 +191,7 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     async def explain_body() -> Response:
         fields = answers.fields()
         policy = policy_of(router, fields)
-        facts = facts_of(router, fields, await answers.body(), policy)
+        facts = await facts_of(router, fields, await answers.body(), policy)
         return answers.json(explain(router, facts, policy))
 
     @app.get("/openapi.json")

@@ -9,9 +9,12 @@ from typing import Any
 import msgspec
 import trio
 
+from vllm_router.errors import InvalidBody, Refused
 from vllm_router.fleet.server import Server, State
 from vllm_router.proxy.request import wanted_policy
-from vllm_router.routing.facts import SHORT, Facts, read_facts
+from vllm_router.proxy.slices import in_slices
+from vllm_router.routing.body_reader import EXPLAIN, read_in_slices
+from vllm_router.routing.facts import SHORT, Facts, read_at_once
 from vllm_router.routing.policies import Policy
 from vllm_router.web.router import Router
 
@@ -61,21 +64,25 @@ def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
     return wanted_policy(router.proxy, given)
 
 
-def facts_of(
+async def facts_of(
     router: Router, fields: Mapping[str, str], body: bytes, policy: Policy | None
 ) -> Facts:
-    """What routing would read from a request with this body, for `policy` or those in force."""
+    """What routing would read from a request with this body, for `policy` or those in force.
+
+    Raises Refused for a body that cannot be read.
+    """
     read = policy or router.proxy.policies
     content_type = fields.get("content-type", "").encode("latin-1")
-    session = fields.get("x-session-id", "") if read.needs_session else ""
-    return read_facts(
-        b"/explain",
-        content_type,
-        body,
-        session.encode("latin-1"),
-        with_prompt=read.needs_prompt,
-        shortest=SHORT,
-    )
+    session = (fields.get("x-session-id", "") if read.needs_session else "").encode("latin-1")
+    wanted = read.needs_prompt
+    facts = read_at_once(EXPLAIN, content_type, body, session, with_prompt=wanted, shortest=SHORT)
+    if facts is not None:
+        return facts
+    steps = read_in_slices(EXPLAIN, content_type, body, session, with_prompt=wanted, shortest=SHORT)
+    try:
+        return (await in_slices(steps, router.proxy.turns)).facts
+    except InvalidBody as error:
+        raise Refused(400, "invalid_body", str(error)) from None
 
 
 def _rank(
