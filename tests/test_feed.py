@@ -256,7 +256,7 @@ async def test_a_refused_reload_is_told_with_its_problems(autojump_clock, nurser
     nursery.start_soon(lab.router.feed.run)
     client = Client(lab)
     file.write_text("nonsense")
-    lab.router.reload()
+    await lab.router.reload()
     event = await client.next_of(schema.Event)
     assert event.kind == "reload_refused"
     assert "servers.toml" in event.text

@@ -76,9 +76,14 @@ def reloader(path: Path, applied: Applied) -> Reloader:
     return make_reloader(path, applied)
 
 
+async def inline(load: Callable[[], Config]) -> Config:
+    """In place of a thread, during which virtual time would pass."""
+    return load()
+
+
 def make_reloader(path: Path, applied: Applied) -> Reloader:
     source = ConfigSource(path, environ={})
-    return Reloader(source, source.load(), applied)
+    return Reloader(source, source.load(), applied, beside=inline)
 
 
 def names(reloader: Reloader) -> list[str]:
@@ -178,57 +183,57 @@ def test_no_descriptor_stays_open(path: Path, tmp_path: Path):
 # -- deciding ---------------------------------------------------------------------------------
 
 
-def test_unchanged_file_is_not_read(reloader: Reloader, monkeypatch: pytest.MonkeyPatch):
+async def test_unchanged_file_is_not_read(reloader: Reloader, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reloader.source, "load", lambda: pytest.fail("read without need"))
-    assert reloader.poll() is Reload.UNCHANGED
-    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert await reloader.poll() is Reload.UNCHANGED
+    assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert reloader.settled
 
 
-def test_changed_file_is_applied_as_one_diff(
+async def test_changed_file_is_applied_as_one_diff(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
     write(path, toml("b", "c", max_retries=1))
-    assert reloader.reload(force=False) is Reload.APPLIED
+    assert await reloader.reload(force=False) is Reload.APPLIED
     assert applied.diffs == ["+2 servers, -1, max_retries 3 → 1"]
     assert names(reloader) == ["b", "c"]
     assert (reloader.generation, reloader.applied_total, reloader.refused_total) == (2, 1, 0)
     assert caplog.messages == [f"configuration applied, {path}: +2 servers, -1, max_retries 3 → 1"]
 
 
-def test_poll_waits_until_a_write_is_over(reloader: Reloader, path: Path, applied: Applied):
+async def test_poll_waits_until_a_write_is_over(reloader: Reloader, path: Path, applied: Applied):
     write(path, toml("a", "b"))  # valid, but not what it will be
-    assert reloader.poll() is Reload.UNCHANGED
+    assert await reloader.poll() is Reload.UNCHANGED
     assert not reloader.settled
     write(path, toml("a", "b", "c"))
-    assert reloader.poll() is Reload.UNCHANGED
-    assert reloader.poll() is Reload.APPLIED
+    assert await reloader.poll() is Reload.UNCHANGED
+    assert await reloader.poll() is Reload.APPLIED
     assert reloader.settled
     assert applied.diffs == ["+2 servers"]
 
 
-def test_change_that_is_taken_back_in_time_is_none(reloader: Reloader, path: Path):
+async def test_change_that_is_taken_back_in_time_is_none(reloader: Reloader, path: Path):
     aside = path.with_suffix(".aside")
     path.rename(aside)
-    assert reloader.poll() is Reload.UNCHANGED
+    assert await reloader.poll() is Reload.UNCHANGED
     aside.rename(path)
     for _ in range(3):
-        assert reloader.poll() is Reload.UNCHANGED
+        assert await reloader.poll() is Reload.UNCHANGED
     assert (reloader.refused_total, reloader.last_error) == (0, None)
 
 
-def test_comment_changes_nothing(reloader: Reloader, path: Path, applied: Applied):
+async def test_comment_changes_nothing(reloader: Reloader, path: Path, applied: Applied):
     write(path, toml("a") + "# a remark\n")
-    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert (applied.diffs, reloader.generation) == ([], 1)
 
 
-def test_bad_file_keeps_the_configuration_and_is_logged_once(
+async def test_bad_file_keeps_the_configuration_and_is_logged_once(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     write(path, toml("b", max_retrys=1))
-    results = [reloader.poll() for _ in range(10)]
+    results = [await reloader.poll() for _ in range(10)]
     assert results.count(Reload.REFUSED) == reloader.refused_total == 1
     assert names(reloader) == ["a"]
     assert (applied.diffs, reloader.generation) == ([], 1)
@@ -238,59 +243,61 @@ def test_bad_file_keeps_the_configuration_and_is_logged_once(
     assert message == f"configuration refused, the one in force stays: {problem}"
 
 
-def test_log_line_of_a_very_bad_file_is_short(
+async def test_log_line_of_a_very_bad_file_is_short(
     reloader: Reloader, path: Path, caplog: pytest.LogCaptureFixture
 ):
     write(path, toml("a", **{f"k{n}": 1 for n in range(50)}))
-    assert reloader.reload(force=False) is Reload.REFUSED
+    assert await reloader.reload(force=False) is Reload.REFUSED
     (message,) = caplog.messages
     assert message.endswith("; and 45 more")
     assert reloader.last_error is not None
     assert len(reloader.last_error.splitlines()) == 50
 
 
-def test_each_bad_file_counts(reloader: Reloader, path: Path):
+async def test_each_bad_file_counts(reloader: Reloader, path: Path):
     for n in range(1, 4):
         write(path, "broken " * n)
-        assert reloader.reload(force=False) is Reload.REFUSED
+        assert await reloader.reload(force=False) is Reload.REFUSED
         assert reloader.refused_total == n
 
 
-def test_repaired_file_clears_the_error(reloader: Reloader, path: Path, applied: Applied):
+async def test_repaired_file_clears_the_error(reloader: Reloader, path: Path, applied: Applied):
     write(path, "broken")
-    reloader.reload(force=False)
+    await reloader.reload(force=False)
     write(path, toml("a"))
-    assert reloader.reload(force=False) is Reload.UNCHANGED
+    assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert reloader.last_error is None
     write(path, "broken")
-    reloader.reload(force=False)
+    await reloader.reload(force=False)
     write(path, toml("a", "b"))
-    assert reloader.reload(force=False) is Reload.APPLIED
+    assert await reloader.reload(force=False) is Reload.APPLIED
     assert reloader.last_error is None
     assert applied.diffs == ["+1 server"]
 
 
-def test_file_that_vanishes_is_told_and_may_come_back(reloader: Reloader, path: Path):
+async def test_file_that_vanishes_is_told_and_may_come_back(reloader: Reloader, path: Path):
     path.unlink()
-    assert [reloader.poll() for _ in range(3)].count(Reload.REFUSED) == 1
+    assert [await reloader.poll() for _ in range(3)].count(Reload.REFUSED) == 1
     assert reloader.last_error == f"{path}: cannot be read: No such file or directory"
     assert names(reloader) == ["a"]
     write(path, toml("a"))
-    assert [reloader.poll() for _ in range(3)] == [Reload.UNCHANGED] * 3
+    assert [await reloader.poll() for _ in range(3)] == [Reload.UNCHANGED] * 3
     assert reloader.last_error is None
 
 
-def test_atomic_replacement_is_seen(reloader: Reloader, path: Path):
+async def test_atomic_replacement_is_seen(reloader: Reloader, path: Path):
     replace(path, toml("b"))
-    assert reloader.reload(force=False) is Reload.APPLIED
+    assert await reloader.reload(force=False) is Reload.APPLIED
     assert names(reloader) == ["b"]
 
 
-def test_same_size_and_modification_time_do_not_hide_a_new_file(reloader: Reloader, path: Path):
+async def test_same_size_and_modification_time_do_not_hide_a_new_file(
+    reloader: Reloader, path: Path
+):
     stamp = path.stat().st_mtime_ns
     replace(path, toml("b"))
     os.utime(path, ns=(stamp, stamp))
-    assert reloader.reload(force=False) is Reload.APPLIED
+    assert await reloader.reload(force=False) is Reload.APPLIED
 
 
 def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
@@ -303,7 +310,7 @@ def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
     pytest.fail("a change of mode is not seen")
 
 
-def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, applied: Applied):
+async def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, applied: Applied):
     for version, server in (("v1", "a"), ("v2", "b")):
         (tmp_path / version).mkdir()
         write(tmp_path / version / "servers.toml", toml(server))
@@ -313,61 +320,64 @@ def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, applied: A
 
     (tmp_path / "..data_tmp").symlink_to("v2")
     (tmp_path / "..data_tmp").rename(tmp_path / "..data")
-    assert [reloader.poll(), reloader.poll()] == [Reload.UNCHANGED, Reload.APPLIED]
+    assert [await reloader.poll(), await reloader.poll()] == [Reload.UNCHANGED, Reload.APPLIED]
     assert names(reloader) == ["b"]
 
 
-def test_change_between_load_and_watching_is_seen(path: Path, applied: Applied):
+async def test_change_between_load_and_watching_is_seen(path: Path, applied: Applied):
     source = ConfigSource(path)
     current = source.load()
     write(path, toml("b"))
-    assert Reloader(source, current, applied).reload(force=False) is Reload.APPLIED
+    assert (
+        await Reloader(source, current, applied, beside=inline).reload(force=False)
+        is Reload.APPLIED
+    )
 
 
-def test_forced_reload_reads_an_unchanged_file(
+async def test_forced_reload_reads_an_unchanged_file(
     path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
     environ = {"K": "old"}
     write(path, '[[servers.servers]]\nurl = "http://a"\napi_key_env = "K"\n')
     source = ConfigSource(path, environ)
-    reloader = Reloader(source, source.load(), applied)
-    assert reloader.reload(force=True) is Reload.UNCHANGED
+    reloader = Reloader(source, source.load(), applied, beside=inline)
+    assert await reloader.reload(force=True) is Reload.UNCHANGED
     environ["K"] = "new"
-    assert reloader.reload(force=False) is Reload.UNCHANGED
-    assert reloader.reload(force=True) is Reload.APPLIED
+    assert await reloader.reload(force=False) is Reload.UNCHANGED
+    assert await reloader.reload(force=True) is Reload.APPLIED
     assert caplog.messages == [
         f"configuration read again, {path} changes nothing",
         f"configuration applied, {path}: a api_key changed",
     ]
 
 
-def test_forced_reload_does_not_wait_for_a_write_to_settle(reloader: Reloader, path: Path):
+async def test_forced_reload_does_not_wait_for_a_write_to_settle(reloader: Reloader, path: Path):
     write(path, toml("b"))
-    assert reloader.reload(force=True) is Reload.APPLIED
+    assert await reloader.reload(force=True) is Reload.APPLIED
     assert reloader.settled
 
 
-def test_refusal_by_the_applier_keeps_the_configuration(
+async def test_refusal_by_the_applier_keeps_the_configuration(
     reloader: Reloader, path: Path, applied: Applied
 ):
     applied.fault = ConfigError(["no"])
     write(path, toml("b"))
-    assert reloader.reload(force=False) is Reload.REFUSED
+    assert await reloader.reload(force=False) is Reload.REFUSED
     assert reloader.last_error == "no"
     assert names(reloader) == ["a"]
 
 
-def test_defect_in_the_applier_is_logged_and_survived(
+async def test_defect_in_the_applier_is_logged_and_survived(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     applied.fault = RuntimeError("defect")
     write(path, toml("b"))
-    assert reloader.reload(force=False) is Reload.REFUSED
+    assert await reloader.reload(force=False) is Reload.REFUSED
     assert "RuntimeError: defect" in caplog.text
     assert names(reloader) == ["a"]
     applied.fault = None
-    assert reloader.reload(force=True) is Reload.APPLIED
+    assert await reloader.reload(force=True) is Reload.APPLIED
     assert reloader.last_error is None
 
 

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from random import Random
 
@@ -44,6 +45,15 @@ END_TIME = 1.0
 
 RESTART_PAUSE = 1.0
 """Seconds before a crashed task is started again."""
+
+SERVERS_AT_ONCE = 4
+"""Servers whose probes are started, or ended, in one turn of the loop: 5 ms."""
+
+BREATH = 0.005
+"""Seconds between two such turns."""
+
+PREPARED_AT_ONCE = 50
+"""New servers that are made in one turn of the loop: 5 ms."""
 
 _LEVELS = {
     State.DOWN: logging.WARNING,
@@ -102,7 +112,9 @@ class Supervisor:
         self.proxy.tracer = telemetry
         self._ask_for_what_is_logged(config)
         self.nudge = Nudge()
-        self.reloader = Reloader(source, config, self._apply) if source is not None else None
+        self.reloader = (
+            Reloader(source, config, self._apply, self._prepare) if source is not None else None
+        )
         self.config = config
         self.draining = False
         self.started_at = trio.current_time()
@@ -110,6 +122,8 @@ class Supervisor:
         self._nursery: trio.Nursery | None = None
         self._probes: dict[Server, trio.CancelScope] = {}
         self._probing: dict[Server, Probe] = {}
+        self._to_start: deque[tuple[Server, trio.CancelScope]] = deque()
+        self._start_some = trio.Event()
         self.lists = ModelLists(self._list_readers)
         self.proxy.look_at_lists = self._look_at_lists
         self.fleet.on_stale_list.append(self._read_list_soon)
@@ -137,6 +151,7 @@ class Supervisor:
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         for server in self.fleet.servers.values():
             self._start_probe(server)
+        nursery.start_soon(self._keep, "probes", self._start_probes)
         nursery.start_soon(self._keep, "stalls", self.stalls.run)
         nursery.start_soon(self._keep, "feed", self.feed.run)
         nursery.start_soon(self._keep, "lists", self.lists.run)
@@ -181,7 +196,9 @@ class Supervisor:
         """Forget removed servers once their last request has ended."""
         while True:
             await trio.sleep(0.25)
-            for server in self.fleet.gone():
+            for number, server in enumerate(self.fleet.gone(), 1):
+                if number % SERVERS_AT_ONCE == 0:
+                    await trio.sleep(BREATH)
                 logger.info("server %s has left, nothing in flight", server.name)
                 self._stop_probe(server)
                 self.proxy.forget(server)
@@ -192,7 +209,20 @@ class Supervisor:
         if self._nursery is None or server in self._probes:
             return
         scope = self._probes[server] = trio.CancelScope()
-        self._nursery.start_soon(self._probe, server, scope)
+        self._to_start.append((server, scope))
+        self._start_some.set()
+
+    async def _start_probes(self) -> None:
+        """Start the probes that wait for it, a few at a time: each takes a millisecond."""
+        while True:
+            await self._start_some.wait()
+            self._start_some = trio.Event()
+            while self._to_start:
+                for _ in range(min(SERVERS_AT_ONCE, len(self._to_start))):
+                    server, scope = self._to_start.popleft()
+                    if self._nursery is not None and self._probes.get(server) is scope:
+                        self._nursery.start_soon(self._probe, server, scope)
+                await trio.sleep(BREATH)
 
     def _stop_probe(self, server: Server) -> None:
         scope = self._probes.pop(server, None)
@@ -233,9 +263,16 @@ class Supervisor:
 
     # -- configuration ------------------------------------------------------------------------
 
+    async def _prepare(self, new: Config) -> None:
+        """Make what takes long of a new configuration, a little at a time. Raises ConfigError."""
+        await trio.to_thread.run_sync(self.tls.prepare, new.servers)
+        for number, server in enumerate(self.fleet.prepare(new), 1):
+            self.proxy.prepare(server)
+            if number % PREPARED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+
     def _apply(self, old: Config, new: Config) -> None:
-        for server_config in new.servers:
-            self.tls.of(server_config)  # raises ConfigError while nothing has changed
+        self.tls.prepare(new.servers)  # raises ConfigError while nothing has changed
         for prepare in self.before_apply:
             prepare(new)
         for setting in RESTART:
@@ -252,8 +289,9 @@ class Supervisor:
         self._ask_for_what_is_logged(new)
         for server in change.added:
             self._start_probe(server)
+        before = {server.url: _credentials(server) for server in old.servers}
         for server in change.kept:
-            if self._credentials_changed(server, old):
+            if before[server.url] != _credentials(server.config):
                 self._stop_probe(server)
                 self._start_probe(server)
         for server in change.removed:
@@ -273,22 +311,11 @@ class Supervisor:
         """Lines of the log and the access log that were lost, as nobody took them."""
         return self.output.dropped if self.output is not None else 0
 
-    @staticmethod
-    def _credentials_changed(server: Server, old: Config) -> bool:
-        def credentials(config: ServerConfig) -> tuple[object, ...]:
-            tls = config.ca, config.client_certificate, config.client_key, config.verify
-            return config.api_key, *tls
-
-        return any(
-            was.url == server.url and credentials(was) != credentials(server.config)
-            for was in old.servers
-        )
-
-    def reload(self) -> Reload:
+    async def reload(self) -> Reload:
         """Read the file again now, changed or not; UNCHANGED if there is no file."""
         if self.reloader is None:
             return Reload.UNCHANGED
-        return self.reloader.reload(force=True)
+        return await self.reloader.reload(force=True)
 
     # -- what the pages are told --------------------------------------------------------------
 
@@ -377,6 +404,12 @@ class Supervisor:
 
 def _admin_key(config: Config) -> Secret | None:
     return config.auth.admin_key if config.auth is not None else None
+
+
+def _credentials(config: ServerConfig) -> tuple[object, ...]:
+    """What a probe keeps for as long as it runs."""
+    tls = config.ca, config.client_certificate, config.client_key, config.verify
+    return config.api_key, *tls
 
 
 def _settle_garbage_collector() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from vllm_router.config import Config, ServerConfig
@@ -63,14 +63,29 @@ class ServerContexts:
 
     def __init__(self) -> None:
         self._made: dict[tuple[File | None, File | None, File | None, bool], ssl.SSLContext] = {}
+        self._unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def of(self, server: ServerConfig) -> ssl.SSLContext:
-        """The context for one server. Raises ConfigError, for files it has not seen before."""
+        """The context for one server, one without authorities if it speaks no TLS.
+
+        Raises ConfigError, for files it has not seen before.
+        """
+        if not server.url.startswith("https:"):
+            return self._unused
         wanted = (server.ca, server.client_certificate, server.client_key, server.verify)
         context = self._made.get(wanted)
         if context is None:
             context = self._made[wanted] = self._make(server)
         return context
+
+    def check(self, server: ServerConfig) -> None:
+        """Raises ConfigError if the server's files are no good, whether it speaks TLS or not."""
+        self._make(server)
+
+    def prepare(self, servers: Iterable[ServerConfig]) -> None:
+        """Make all contexts that are new. May run in a thread. Raises ConfigError."""
+        for server in servers:
+            self.of(server)
 
     def _make(self, server: ServerConfig) -> ssl.SSLContext:
         name = f"server {server.name}"
@@ -103,7 +118,7 @@ def problems(config: Config) -> list[str]:
     for server in config.servers:
         if server.ca is not None or server.client_certificate is not None:
             try:
-                contexts.of(server)
+                contexts.check(server)
             except ConfigError as error:
                 found += error.problems
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -66,6 +66,7 @@ class Fleet:
         self._moving: set[Server] = set()
         self._move_at = 0.0
         self._typical = 0.0
+        self._prepared: dict[str, Server] = {}
         self.apply(config)
 
     # -- configuration ------------------------------------------------------------------------
@@ -76,7 +77,9 @@ class Fleet:
         A server is the same as before if its URL is. A removed one takes no new request and
         stays in `leaving` until its last lease is released.
         """
-        self.settings = settings = config.settings
+        settings = config.settings
+        same = settings == self.settings
+        self.settings = settings
         self.names = Models(config.models)
         old = self._by_url
         by_url: dict[str, Server] = {}
@@ -84,13 +87,16 @@ class Fleet:
         for wanted in config.servers:
             server = old.get(wanted.url)
             if server is None:
-                server = self._returning(wanted) or self._new_server(wanted, settings)
+                server = self._returning(wanted) or self._made(wanted, settings)
                 server.joined = bool(old)
                 server.journal = self.journal
                 added.append(server)
             else:
                 kept.append(server)
-            server.apply(wanted, settings)
+            if not same or server.config != wanted:
+                server.apply(wanted, settings)
+            else:
+                self._note(server)
             by_url[wanted.url] = server
         removed = [server for url, server in old.items() if url not in by_url]
         for server in removed:
@@ -98,9 +104,27 @@ class Fleet:
         self.leaving.extend(removed)
         self._by_url = by_url
         self._lengths = {}
+        self._prepared.clear()
         self.servers = {server.name: server for server in by_url.values()}
         self._forget_ready()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
+
+    def prepare(self, config: Config) -> Iterator[Server]:
+        """Make the servers that `apply` will add, one after the other: a hundred take 10 ms."""
+        self._prepared.clear()
+        leaving = {server.url for server in self.leaving}
+        for wanted in config.servers:
+            if wanted.url not in self._by_url and wanted.url not in leaving:
+                server = self._prepared[wanted.url] = self._new_server(wanted, config.settings)
+                yield server
+
+    def _made(self, wanted: ServerConfig, settings: Settings) -> Server:
+        """A new server, made beforehand if it was to be like this."""
+        server = self._prepared.pop(wanted.url, None)
+        if server is None:
+            return self._new_server(wanted, settings)
+        server.apply(wanted, settings)
+        return server
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
         return Server(wanted, settings, self._note)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import trio
 
 from vllm_router.addresses import parse_networks
-from vllm_router.config import Config
+from vllm_router.config import Config, ServerConfig
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http1.client import Pool
@@ -45,6 +45,7 @@ class Link:
     heads: RequestHeads
     name: bytes
     tls: ssl.SSLContext | None
+    config: ServerConfig
 
 
 class Proxy:
@@ -109,18 +110,24 @@ class Proxy:
         self.plain = not (config.models or on_request)
         servers = self.fleet.all_servers()
         for server in servers:
-            link = self.links.get(server)
-            tls = self._context(server)
-            if link is not None and link.tls is tls:
-                pool = link.pool
-            else:
-                pool = Pool(server.url, tls, self._resolver)
-                if link is not None:
-                    link.pool.close()  # other certificates are another server to talk to
-            self.links[server] = _link(server, pool, tls)
+            self.prepare(server)
         for server in self.links.keys() - set(servers):
             self.links.pop(server).pool.close()
         self._apply_limits(config.limits)
+
+    def prepare(self, server: Server) -> None:
+        """Have what it takes to talk to the server; called before it joins the fleet, too."""
+        link = self.links.get(server)
+        tls = self._context(server)
+        if link is not None and link.tls is tls:
+            if link.config is server.config:
+                return
+            pool = link.pool
+        else:
+            pool = Pool(server.url, tls, self._resolver)
+            if link is not None:
+                link.pool.close()  # other certificates are another server to talk to
+        self.links[server] = _link(server, pool, tls)
 
     def _apply_limits(self, limits: LimitsConfig | None) -> None:
         """Whoever waits and may go on under the new ones does so at once."""
@@ -282,4 +289,4 @@ def _link(server: Server, pool: Pool, tls: ssl.SSLContext | None) -> Link:
     authority = parts.netloc
     heads = RequestHeads(authority, parts.path, server.config.api_key)
     name = server.name.encode("latin-1", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
-    return Link(pool, heads, name, tls)
+    return Link(pool, heads, name, tls, server.config)

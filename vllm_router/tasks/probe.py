@@ -69,19 +69,23 @@ def control_client(
     Its connections are not those of the data path, so that saturation does not read as sickness.
     Proxies of the environment are ignored, and redirects are not followed.
     """
-    # Packing a page of metrics costs the engine more than sending it.
-    headers = {"user-agent": "vllm-router-probe", "accept-encoding": "identity"}
-    if server.config.api_key:
-        headers["authorization"] = f"Bearer {server.config.api_key}"
     return httpx.AsyncClient(
         base_url=server.url,
-        headers=headers,
+        headers=_headers(server),
         timeout=timeout,
         verify=tls,
         trust_env=False,
         limits=httpx.Limits(max_connections=3, max_keepalive_connections=3, keepalive_expiry=3.0),
         transport=transport,
     )
+
+
+def _headers(server: Server) -> dict[str, str]:
+    # Packing a page of metrics costs the engine more than sending it.
+    headers = {"user-agent": "vllm-router-probe", "accept-encoding": "identity"}
+    if server.config.api_key:
+        headers["authorization"] = f"Bearer {server.config.api_key}"
+    return headers
 
 
 def probe_transport(
@@ -131,10 +135,8 @@ class Probe:
     async def run(self) -> None:
         """Check, scrape and list until cancelled."""
         # No timeout: each use has one around it, which follows the configuration.
-        self._transport = transport = probe_transport(self._server, self._tls, self._resolver)
-        async with control_client(self._server, None, self._tls, transport) as client:
-            paths = (*CHECK_PATHS, METRICS_PATH, PAUSED_PATH)
-            self._requests = {path: client.build_request("GET", path) for path in paths}
+        self._requests = {}
+        async with probe_transport(self._server, self._tls, self._resolver) as self._transport:
             # The list first: a server must not be up before it is known what it serves.
             await self._list_models()
             async with trio.open_nursery() as nursery:
@@ -148,7 +150,14 @@ class Probe:
         The same request every time, and past httpx's client: making one costs more than asking,
         and looking for redirects, cookies and a login in the answer as much again.
         """
-        return await self._transport.handle_async_request(self._requests[path])
+        request = self._requests.get(path)
+        if request is None:
+            server = self._server
+            headers = _headers(server)
+            request = self._requests[path] = httpx.Request(
+                "GET", server.url + path, headers=headers
+            )
+        return await self._transport.handle_async_request(request)
 
     # -- health -------------------------------------------------------------------------------
 

@@ -52,13 +52,13 @@ def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
     return server_view(server, router)
 
 
-def reload(router: Router) -> dict[str, Any]:
+async def reload(router: Router) -> dict[str, Any]:
     """Read the configuration file now. Raises Refused with what is wrong in it."""
     if router.reloader is None:
         raise Refused(
             409, "no_config_file", "The servers came from the command line: nothing to reload."
         )
-    result = router.reload()
+    result = await router.reload()
     if result is Reload.REFUSED:
         raise Refused(422, "config_refused", router.reloader.last_error or "refused, see the log")
     return {"result": result.value, **reload_state(router)}

@@ -339,7 +339,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
     @app.post("/admin/reload")
     async def reload() -> Response:
         _check_admin(router)
-        return answers.json(admin.reload(router))
+        return answers.json(await admin.reload(router))
 
 
 def _engine_control(app: QuartTrio, router: Wired) -> None:

@@ -154,7 +154,7 @@ class Worker(Supervisor):
                             self._server_down(down)
                     self.fleet.settle(now)
                 case Configured():
-                    self._read_configuration()
+                    await self._read_configuration()
                 case ListsRead():
                     self._lists_read.set()
                 case Welcome(first):
@@ -171,7 +171,7 @@ class Worker(Supervisor):
             await self._channel.send(encode(LookAtLists()))
             await self._lists_read.wait()
 
-    def _read_configuration(self) -> None:
+    async def _read_configuration(self) -> None:
         new = self._in_force.read()
         if new is None:
             return  # being written again, of which we shall be told
@@ -181,6 +181,7 @@ class Worker(Supervisor):
             self.shared_fleet.take_places()
             return
         try:
+            await self._prepare(new)
             self._apply(old, new)
         except ConfigError as error:
             logger.error("configuration not taken over: %s", "; ".join(error.problems))
