@@ -1,0 +1,170 @@
+"""A reload of a thousand servers: never much at a time, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from vllm_router.supervisor import PREPARED_AT_ONCE, SERVERS_AT_ONCE, Supervisor
+from vllm_router.tasks.probe import Probe
+from vllm_router.tasks.watch import ConfigSource, Reload
+from vllm_router.tls import ServerContexts
+
+MANY = 1000
+TURN_LIMIT = 0.5
+"""Seconds of computing in one turn of the loop: generous, for CI; it was 1.3 to 5.7 s."""
+
+
+def toml(count: int, scheme: str = "http", **settings: float) -> str:
+    servers = [
+        f'{{ url = "{scheme}://127.{number // 250 + 1}.0.{number % 250 + 1}:9" }},'
+        for number in range(count)
+    ]
+    settings = {"config_reload_interval": 3600, **settings}  # the tests reload
+    config = [f"{key} = {value}" for key, value in settings.items()]
+    return "\n".join(["[servers]", "servers = [", *servers, "]", "[config]", *config])
+
+
+class Turns(trio.abc.Instrument):
+    """The most computing that one turn of the loop has done, in seconds."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self._began: float | None = None
+
+    def after_io_wait(self, timeout: float) -> None:
+        self._began = time.thread_time()
+
+    def before_io_wait(self, timeout: float) -> None:
+        if self._began is not None:
+            self.worst = max(self.worst, time.thread_time() - self._began)
+
+
+class Rig:
+    """A supervisor whose probes do nothing but note that they run."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path = path
+        self.running: set[str] = set()
+        self.begun: list[int] = []
+        self.turns = Turns()
+        self.path.write_text(toml(2))
+        source = ConfigSource(path, {})
+        self.supervisor = Supervisor(source.load(), source)
+        rig = self
+
+        async def run(probe: Probe) -> None:
+            name = probe._server.url
+            rig.running.add(name)
+            rig.begun.append(int(trio.current_time() * 1e6))
+            try:
+                await trio.sleep_forever()
+            finally:
+                rig.running.discard(name)
+
+        monkeypatch.setattr(Probe, "run", run)
+
+    @property
+    def names(self) -> set[str]:
+        return {server.url for server in self.supervisor.fleet.servers.values()}
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        with trio.fail_after(60):
+            while not condition():
+                await trio.sleep(0.01)
+
+
+@pytest.fixture
+async def rig(tmp_path, monkeypatch) -> Rig:
+    return Rig(tmp_path / "servers.toml", monkeypatch)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_reload_thousand_servers_hold_the_loop_for_a_slice_only(rig: Rig, scheme: str):
+    """Added, changed and taken out again; every one is probed, and no other."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(rig.supervisor.run)
+        await rig.until(lambda: len(rig.running) == 2)
+        trio.lowlevel.add_instrument(rig.turns)
+        for text, count in [
+            (toml(MANY, scheme), MANY),
+            (toml(MANY, scheme, health_check_interval=7), MANY),
+            (toml(3, scheme), 3),
+        ]:
+            rig.path.write_text(text)
+            assert await rig.supervisor.reload() is Reload.APPLIED
+            assert len(rig.names) == count
+            await rig.until(lambda: rig.running == rig.names)
+        assert rig.turns.worst < TURN_LIMIT
+        assert len(rig.begun) >= MANY
+        nursery.cancel_scope.cancel()
+
+
+async def test_reload_starts_the_probes_of_new_servers_a_few_at_a_time(rig: Rig, autojump_clock):
+    async with trio.open_nursery() as nursery:
+        await nursery.start(rig.supervisor.run)
+        await rig.until(lambda: len(rig.running) == 2)
+        rig.begun.clear()
+        rig.path.write_text(toml(100))
+        assert await rig.supervisor.reload() is Reload.APPLIED
+        await rig.until(lambda: rig.running == rig.names)
+        at_once = max(rig.begun.count(moment) for moment in rig.begun)
+        assert at_once <= SERVERS_AT_ONCE
+        assert len(rig.begun) == 98
+        nursery.cancel_scope.cancel()
+
+
+async def test_reload_server_that_goes_before_its_probe_has_begun_is_not_probed(
+    rig: Rig, autojump_clock
+):
+    async with trio.open_nursery() as nursery:
+        await nursery.start(rig.supervisor.run)
+        rig.path.write_text(toml(200))
+        await rig.supervisor.reload()
+        rig.path.write_text(toml(2))
+        await rig.supervisor.reload()
+        await trio.sleep(5)
+        assert rig.running == rig.names
+        assert len(rig.names) == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_reload_prepares_servers_in_slices_and_keeps_none_that_is_refused(rig: Rig):
+    supervisor = rig.supervisor
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    rig.path.write_text(toml(500))
+    new = supervisor.reloader.source.load()  # type: ignore[union-attr]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await supervisor._prepare(new)
+        assert turns >= 500 // PREPARED_AT_ONCE - 1
+        assert len(rig.names) == 2
+        nursery.cancel_scope.cancel()
+    assert supervisor.fleet.all_servers() == list(supervisor.fleet.servers.values())
+    supervisor._apply(supervisor.config, supervisor.config)
+    assert len(supervisor.proxy.links) == 2
+
+
+def test_server_contexts_are_shared_and_none_is_made_without_tls(tmp_path, monkeypatch):
+    made: list[str] = []
+    real = ServerContexts._make
+    monkeypatch.setattr(
+        ServerContexts, "_make", lambda self, server: made.append(server.name) or real(self, server)
+    )
+    contexts = ServerContexts()
+    for scheme, expected in (("http", 0), ("https", 1)):
+        path = tmp_path / f"{scheme}.toml"
+        path.write_text(toml(50, scheme))
+        contexts.prepare(ConfigSource(path, {}).load().servers)
+        assert len(made) == expected
