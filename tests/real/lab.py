@@ -13,23 +13,34 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Self
 
 import httptools
 import httpx
 
 MODEL = "tiny"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 START_S = 240.0
 
 
-def lab(*arguments: str) -> str:
+# The paths for development, and the store of answers of the responses API.
+DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+
+
+def lab(*arguments: str, environment: Mapping[str, str] = NOTHING) -> str:
     script = os.environ.get("VLLM_LAB")
     if not script:
         raise RuntimeError("set VLLM_LAB to the script that starts real vLLM servers")
     result = subprocess.run(
-        [script, *arguments], stdout=subprocess.PIPE, text=True, timeout=START_S + 30, check=False
+        [script, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=START_S + 30,
+        check=False,
+        env={**os.environ, **environment},
     )
     if result.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)}: {result.stdout}")
@@ -48,6 +59,7 @@ class RealServer:
 
     port: int = field(default_factory=free_port)
     arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     pid: int = 0
 
     @property
@@ -55,7 +67,8 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        found = re.search(r"pid (\d+)", lab("start", str(self.port), *self.arguments))
+        told = lab("start", str(self.port), *self.arguments, environment=self.environment)
+        found = re.search(r"pid (\d+)", told)
         assert found is not None
         self.pid = int(found[1])
 
@@ -64,6 +77,16 @@ class RealServer:
 
     def stop(self) -> None:
         lab("stop", str(self.port))
+
+    def kill(self) -> None:
+        """SIGKILL for all its processes: what it has begun ends without a word."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def revive(self) -> None:
+        """Start it again, whatever is left of it."""
+        self.stop()
+        self.start()
+        self.wait()
 
     def terminate(self) -> None:
         """SIGTERM alone, as an orchestrator sends it."""
@@ -85,8 +108,10 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def real_servers(count: int, *arguments: str) -> Iterator[list[RealServer]]:
-    servers = [RealServer(arguments=arguments) for _ in range(count)]
+def real_servers(
+    count: int, *arguments: str, environment: Mapping[str, str] = NOTHING
+) -> Iterator[list[RealServer]]:
+    servers = [RealServer(arguments=arguments, environment=environment) for _ in range(count)]
     try:
         for server in servers:
             server.start()

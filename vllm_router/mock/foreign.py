@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 Blame = Literal["client", "server", "unclear"]
 
 _LONG = "This model's maximum context length is 2048 tokens"
+_BROKEN = "The model runner has stopped"
 
 
 class ForeignError(NamedTuple):
@@ -27,29 +28,30 @@ def _event(name: str, text: str) -> bytes:
     return f"event: {name}\ndata: {text}\n\n".encode()
 
 
-def _error(kind: str, code: str) -> str:
+def _error(kind: str, code: str, message: str = _LONG) -> str:
     more = f',"code":{code}' if code else ""
-    return f'{{"error":{{"message":"{_LONG}","type":"{kind}","param":null{more}}}}}'
+    return f'{{"error":{{"message":"{message}","type":"{kind}","param":null{more}}}}}'
 
 
 _RESPONSE = '"response":{{"id":"resp_1","object":"response","status":"failed","error":{error}}}'
 
 
-def _failed(code: str) -> bytes:
-    error = f'{{"code":"{code}","message":"{_LONG}"}}'
+def _failed(code: str, message: str = _LONG) -> bytes:
+    error = f'{{"code":"{code}","message":"{message}"}}'
     response = _RESPONSE.format(error=error)
     return _event("response.failed", f'{{"type":"response.failed",{response},"sequence_number":2}}')
 
 
-def _responses_error(code: str) -> bytes:
+def _responses_error(code: str, message: str = _LONG) -> bytes:
     return _event(
         "error",
-        f'{{"type":"error","code":"{code}","message":"{_LONG}","param":null,"sequence_number":2}}',
+        f'{{"type":"error","code":"{code}","message":"{message}","param":null,'
+        '"sequence_number":2}',
     )
 
 
-def _anthropic(kind: str) -> bytes:
-    return _event("error", f'{{"type":"error","error":{{"type":"{kind}","message":"{_LONG}"}}}}')
+def _anthropic(kind: str, message: str = _LONG) -> bytes:
+    return _event("error", f'{{"type":"error","error":{{"type":"{kind}","message":"{message}"}}}}')
 
 
 ERRORS: dict[str, ForeignError] = {
@@ -75,20 +77,24 @@ ERRORS: dict[str, ForeignError] = {
     "responses_error": ForeignError(_responses_error("invalid_prompt"), "client"),
     "responses_failed": ForeignError(_failed("invalid_prompt"), "client"),
     # The server is at fault.
-    "code_500": ForeignError(_data(_error("InternalServerError", "500")), "server"),
-    "code_503_text": ForeignError(_data(_error("ServiceUnavailableError", '"503"')), "server"),
+    "code_500": ForeignError(_data(_error("InternalServerError", "500", _BROKEN)), "server"),
+    "code_503_text": ForeignError(
+        _data(_error("ServiceUnavailableError", '"503"', _BROKEN)), "server"
+    ),
     "tgi_overloaded": ForeignError(
         _data('{"error":"Model is overloaded","error_type":"overloaded"}'), "server"
     ),
-    "anthropic_overloaded": ForeignError(_anthropic("overloaded_error"), "server"),
-    "anthropic_api": ForeignError(_anthropic("api_error"), "server"),
-    "responses_error_server": ForeignError(_responses_error("server_error"), "server"),
-    "responses_failed_server": ForeignError(_failed("server_error"), "server"),
+    "anthropic_overloaded": ForeignError(_anthropic("overloaded_error", _BROKEN), "server"),
+    "anthropic_api": ForeignError(_anthropic("api_error", _BROKEN), "server"),
+    "responses_error_server": ForeignError(_responses_error("server_error", _BROKEN), "server"),
+    "responses_failed_server": ForeignError(_failed("server_error", _BROKEN), "server"),
     # One and the same error, spelled as the SSE standard allows.
     "byte_order_mark": ForeignError(
-        b"\xef\xbb\xbf" + _data(_error("InternalServerError", "500")), "server"
+        b"\xef\xbb\xbf" + _data(_error("InternalServerError", "500", _BROKEN)), "server"
     ),
-    "two_spaces": ForeignError(_data(" " + _error("InternalServerError", "500")), "server"),
+    "two_spaces": ForeignError(
+        _data(" " + _error("InternalServerError", "500", _BROKEN)), "server"
+    ),
     "spaced": ForeignError(_data('{ "error" : { "message" : "dead" , "code" : 500 } }'), "server"),
     "two_lines": ForeignError(
         b'data: {"error": {"message": "dead",\ndata: "code": 500}}\n\n', "server"
@@ -97,7 +103,8 @@ ERRORS: dict[str, ForeignError] = {
         b'data: {"error":{"message":"dead","code":500}}\r\n\r\n', "server"
     ),
     "error_field": ForeignError(b'error: {"code":500,"message":"dead"}\n\n', "unclear"),
-    # Nothing in it says whose fault it is.
+    # It does not say whose fault it is, or says two things.
+    "contradictory": ForeignError(_anthropic("api_error"), "unclear"),
     "no_type": ForeignError(_data(f'{{"error":{{"message":"{_LONG}"}}}}'), "unclear"),
     "text": ForeignError(_data('{"error":"something went wrong"}'), "unclear"),
 }

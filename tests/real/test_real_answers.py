@@ -1,0 +1,387 @@
+"""What real vLLM servers say in each API when they are full, stopped, paused or asked to abort, and
+what clients of the router get then.
+
+    VLLM_LAB=/path/to/start.sh scripts/test -m real tests/real/test_real_answers.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from real.lab import DEVELOPMENT, MODEL, RealServer, real_servers
+from router_process import RouterProcess, router_process, servers_toml, until
+
+pytestmark = pytest.mark.real
+
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
+KINDS = [(api, stream) for api in PATHS for stream in (True, False)]
+# Every API has its way to say that an answer has come to its end.
+ENDS = {
+    "chat": b"data: [DONE]",
+    "completions": b"data: [DONE]",
+    "responses": b"event: response.completed",
+    "messages": b"event: message_stop",
+}
+PLACES = 2
+
+
+def body(api: str, tokens: int, *, stream: bool, text: str = "Hello") -> dict[str, Any]:
+    asked: dict[str, Any] = {"model": MODEL, "stream": stream}
+    if api == "completions":
+        asked |= {"prompt": text, "max_tokens": tokens}
+    elif api == "responses":
+        asked |= {"input": text, "max_output_tokens": tokens}
+    else:
+        asked |= {"messages": [{"role": "user", "content": text}], "max_tokens": tokens}
+    if api in ("chat", "completions"):
+        asked |= {"ignore_eos": True}
+    return asked
+
+
+@dataclass
+class Got:
+    """One answer as a client has it; `whole`: its framing ended as it should."""
+
+    api: str
+    stream: bool
+    status: int = 0
+    headers: httpx.Headers = field(default_factory=httpx.Headers)
+    body: bytes = b""
+    whole: bool = False
+    error: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the model said, whatever the API."""
+        if not self.stream:
+            return said(json.loads(self.body))
+        return "".join(said(event) for event in self.events)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        lines = (line for line in self.body.split(b"\n") if line.startswith(b"data: {"))
+        return [json.loads(line[6:]) for line in lines]
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it says that the engine gave the request up; responses do not say it."""
+        if self.api in ("chat", "completions"):
+            return b'"finish_reason":"abort"' in self.body
+        if self.api == "messages" and self.stream:
+            return b'"delta":{"stop_reason":null' in self.body
+        return self.api == "messages" and b'"stop_reason"' not in self.body
+
+
+def said(value: dict[str, Any]) -> str:
+    """The text in a plain answer or in one event that adds to it."""
+    if value.get("type") == "response.output_text.delta":
+        return str(value["delta"])
+    if value.get("type") == "content_block_delta":
+        return str(value["delta"].get("text", ""))
+    if "choices" in value:
+        return "".join(
+            choice.get("text")
+            or (choice.get("delta") or choice.get("message") or {}).get("content")
+            or ""
+            for choice in value["choices"]
+        )
+    parts = [value] if value.get("type") == "message" else value.get("output", [])
+    return "".join(
+        part.get("text", "") for item in parts for part in item.get("content") or [] if part
+    )
+
+
+def ask(
+    url: str,
+    api: str,
+    tokens: int,
+    *,
+    stream: bool,
+    text: str = "Hello",
+    begun: threading.Semaphore | None = None,
+    timeout: float = 90.0,
+) -> Got:
+    got = Got(api, stream)
+    asked = body(api, tokens, stream=stream, text=text)
+    with httpx.Client(timeout=timeout) as client:
+        try:
+            with client.stream("POST", url + PATHS[api], json=asked) as answer:
+                got.status, got.headers = answer.status_code, answer.headers
+                for data in answer.iter_raw():
+                    got.body += data
+                    if begun is not None and said_something(got):
+                        begun.release()
+                        begun = None
+            got.whole = True
+        except httpx.TransportError as error:
+            got.error = repr(error)
+    return got
+
+
+def said_something(got: Got) -> bool:
+    try:
+        return bool(got.text)
+    except json.JSONDecodeError:
+        return False  # the last event, or the answer, has not come whole
+
+
+@contextlib.contextmanager
+def router(servers: list[RealServer], directory: Path, **settings: Any) -> Iterator[RouterProcess]:
+    config = servers_toml([server.url for server in servers], capacity=32, **settings)
+    with router_process(config, directory) as process:
+        try:
+            yield process
+        finally:
+            print(process.text)  # pytest shows it where a test failed
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[RealServer]]:
+    with real_servers(2, "--max-num-seqs", str(PLACES), environment=DEVELOPMENT) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def full(server: RealServer) -> Iterator[None]:
+    """All places of its engine are taken, past the router, so that what comes waits."""
+    with contextlib.ExitStack() as stack:
+        for number in range(PLACES):
+            client = stack.enter_context(httpx.Client(timeout=90))
+            asked = body("completions", 1900, stream=True, text=f"place {number}")
+            answer = client.stream("POST", f"{server.url}/v1/completions", json=asked)
+            next(stack.enter_context(answer).iter_raw())
+        yield
+
+
+def load(server: RealServer) -> int:
+    return int(httpx.get(f"{server.url}/load").json()["server_load"])
+
+
+def total(servers: list[RealServer], metric: str) -> float:
+    return sum(server.metric(metric) for server in servers)
+
+
+def wait_for_tokens(servers: list[RealServer], count: int) -> None:
+    wanted = total(servers, "vllm:generation_tokens_total") + count
+    until(lambda: total(servers, "vllm:generation_tokens_total") >= wanted, "tokens")
+
+
+def in_flight(process: RouterProcess, server: RealServer) -> int:
+    return int(process.servers()[server.url]["in_flight"])
+
+
+def test_requests_that_a_server_has_only_opened_survive_its_death(
+    servers: list[RealServer], tmp_path: Path
+):
+    """A paused server sends heads and opening events, and nothing else; then it is killed."""
+    victim = servers[0]
+    httpx.post(f"{victim.url}/pause")
+    try:
+        with router(servers, tmp_path) as process, ThreadPoolExecutor(32) as pool:
+            asked = [
+                pool.submit(ask, process.url, api, 5, stream=stream, text=f"{api} {number}")
+                for number in range(4)
+                for api, stream in KINDS
+            ]
+            until(lambda: in_flight(process, victim) >= len(KINDS), "requests on the paused server")
+            victim.kill()
+            answers = [future.result(timeout=90) for future in asked]
+    finally:
+        victim.revive()
+    for got in answers:
+        assert (got.status, got.whole, got.error) == (200, True, ""), got
+        assert got.text, got
+        if got.stream:
+            assert got.body.count(ENDS[got.api]) == 1
+            assert got.body.count(b"event: response.created") == (got.api == "responses")
+            assert got.body.count(b"event: message_start") == (got.api == "messages")
+            assert got.body.count(b'"role":"assistant","content":""') == (got.api == "chat")
+    assert {got.headers["x-vllm-router-attempts"] for got in answers} == {"1", "2"}
+
+
+def test_requests_in_the_queue_of_a_stopping_server_get_tokens_from_another(
+    servers: list[RealServer], tmp_path: Path
+):
+    """Whichever of its three ends vLLM chooses: aborts, errors or silence."""
+    victim = servers[0]
+    try:
+        with (
+            router(servers, tmp_path, idle_timeout=5) as process,
+            ThreadPoolExecutor(32) as pool,
+            full(victim),
+        ):
+            asked = [
+                pool.submit(ask, process.url, api, 5, stream=stream, text=f"{api} {number}")
+                for number in range(4)
+                for api, stream in KINDS
+            ]
+            until(lambda: load(victim) >= PLACES + 4, "requests in the queue of one server")
+            victim.terminate()
+            answers = [future.result(timeout=90) for future in asked]
+    finally:
+        victim.revive()
+    for got in answers:
+        assert (got.status, got.whole, got.error) == (200, True, ""), got
+        assert got.text, got
+        assert not got.aborted
+    assert "2" in {got.headers["x-vllm-router-attempts"] for got in answers}
+
+
+def test_abort_with_tokens_is_the_engines_answer(servers: list[RealServer], tmp_path: Path):
+    """A client that wants partial answers gets them: once, and no server is blamed."""
+    begun = threading.Semaphore(0)
+    with router(servers, tmp_path) as process, ThreadPoolExecutor(8) as pool:
+        for api in PATHS:
+            before = total(servers, "vllm:request_success_total")
+            asked = [
+                pool.submit(ask, process.url, api, 1900, stream=stream, begun=begun)
+                for stream in (True, False)
+            ]
+            assert begun.acquire(timeout=60)
+            until(lambda: sum(map(load, servers)) == 2, "both answers in progress")
+            wait_for_tokens(servers, 50)
+            for server in servers:
+                httpx.post(f"{server.url}/abort_requests", json={})
+            for got in [future.result(timeout=90) for future in asked]:
+                assert (got.status, got.whole, got.error) == (200, True, ""), got
+                assert got.text, got
+                assert got.headers["x-vllm-router-attempts"] == "1"
+                assert got.aborted == (api != "responses"), got
+                if got.stream:
+                    assert got.body.count(ENDS[api]) == 1
+                    assert b'"error"' not in got.body
+            until(lambda: sum(map(load, servers)) == 0, "the end of both")
+            after = total(servers, "vllm:request_success_total")
+            assert after - before <= 2
+        assert {each["state"] for each in process.servers().values()} == {"up"}
+
+
+def json_bodies(model: str) -> dict[str, bytes]:
+    text = json.dumps(body("chat", 2, stream=False) | {"model": model})
+    plus = text[:-1]
+    return {
+        "plain": text.encode(),
+        "byte order mark": b"\xef\xbb\xbf" + text.encode(),
+        "UTF-16": text.encode("utf-16"),
+        "UTF-16LE": text.encode("utf-16-le"),
+        "UTF-16BE": text.encode("utf-16-be"),
+        "UTF-32": text.encode("utf-32"),
+        "NaN": (plus + ', "x": NaN}').encode(),
+        "Infinity": (plus + ', "x": [-Infinity]}').encode(),
+        "lone surrogate": (plus + r', "x": "\ud800"}').encode(),
+        "surrogate bytes": plus.encode() + b', "user": "\xed\xa0\x80"}',
+        "beyond a double": (plus + ', "x": 1e400}').encode(),
+        "long integer": (plus + f', "x": {"9" * 4000}' + "}").encode(),
+        "last of two models": b'{"model": "nope", ' + text[1:].encode(),
+        "escaped key": text.replace('"model"', r'"\u006dodel"').encode(),
+        "capitals": (plus + ', "MODEL": "nope"}').encode(),
+        "deep": (plus + f', "x": {"[" * 500}{"]" * 500}' + "}").encode(),
+    }
+
+
+@pytest.fixture(scope="module")
+def aliased(
+    servers: list[RealServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RouterProcess]:
+    """A router whose clients say `small` for the model."""
+    config = servers_toml([server.url for server in servers], capacity=32)
+    config += f'[models]\nsmall = "{MODEL}"\n'
+    with router_process(config, tmp_path_factory.mktemp("aliased")) as process:
+        yield process
+
+
+@pytest.mark.parametrize("case", json_bodies(""))
+def test_json_that_vllm_reads_is_read(servers: list[RealServer], aliased: RouterProcess, case: str):
+    """The alias is applied, which it can only be if the model has been seen."""
+    headers = {"content-type": "application/json"}
+    path = "/v1/chat/completions"
+    with httpx.Client(timeout=60) as client:
+        direct = client.post(
+            f"{servers[0].url}{path}", content=json_bodies(MODEL)[case], headers=headers
+        )
+        through = client.post(
+            f"{aliased.url}{path}", content=json_bodies("small")[case], headers=headers
+        )
+    assert (direct.status_code, through.status_code) == (200, 200), through.text
+    assert through.json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'{"model": "small", "messages": [{"role": "user", "content": "gr\xfcn"}]}',
+        b'{"model": "small", "messages": [], }',
+        b'{"model": "small"} x',
+        b"\xff\xfe\xfd",
+    ],
+)
+def test_json_that_vllm_does_not_read_is_a_400(
+    servers: list[RealServer], aliased: RouterProcess, sent: bytes
+):
+    headers = {"content-type": "application/json"}
+    path = "/v1/chat/completions"
+    with httpx.Client(timeout=60) as client:
+        direct = client.post(f"{servers[0].url}{path}", content=sent, headers=headers)
+        through = client.post(f"{aliased.url}{path}", content=sent, headers=headers)
+    assert (direct.status_code, through.status_code) == (400, 400)
+    assert through.json()["error"]["message"]
+
+
+def test_conversation_leaves_a_server_that_was_paused_past_the_router(
+    servers: list[RealServer], tmp_path: Path
+):
+    """The first client that leaves without a byte is the evidence; no later one has to wait."""
+    paused = servers[0]
+    httpx.post(f"{paused.url}/pause")
+    try:
+        with router(servers, tmp_path, policy="prefix") as process:
+            tries = [
+                ask(process.url, "chat", 3, stream=number % 2 == 0, timeout=4.0)
+                for number in range(12)
+            ]
+            first = next((i for i, got in enumerate(tries) if not got.whole), len(tries))
+            assert all(got.whole for got in tries[first + 1 :]), [got.error for got in tries]
+            assert process.servers()[paused.url]["state"] in ("silent", "up")
+            httpx.post(f"{paused.url}/resume")
+            until(
+                lambda: (
+                    ask(process.url, "chat", 3, stream=False).whole
+                    and process.state(paused.url) == "up"
+                ),
+                "the server that goes on",
+                60,
+            )
+    finally:
+        httpx.post(f"{paused.url}/resume")
+
+
+def test_server_that_is_paused_through_the_router_gets_no_request_until_it_goes_on(
+    servers: list[RealServer], tmp_path: Path
+):
+    paused = servers[0]
+    with router(servers, tmp_path, allow_engine_control=True) as process:
+        name = process.servers()[paused.url]["name"]
+        try:
+            assert process.administrate("POST", f"/pause?server={name}").status_code == 200
+            assert process.state(paused.url) == "paused"
+            for number in range(10):
+                got = ask(process.url, "chat", 3, stream=number % 2 == 0, timeout=20.0)
+                assert (got.whole, got.headers["x-vllm-router-attempts"]) == (True, "1"), got
+        finally:
+            assert process.administrate("POST", f"/resume?server={name}").status_code == 200
+        until(lambda: process.state(paused.url) == "up", "the server that goes on")
