@@ -694,7 +694,7 @@ def test_quick_ending_says_what_the_table_says(payloads):
             ),
             "usage": _USAGE,
             "error": st.sampled_from([None, "boom"]),
-            "status": st.sampled_from(["completed", "failed", "cancelled"]),
+            "status": st.sampled_from(["completed", "failed", "cancelled", None]),
             "stop_reason": st.sampled_from([None, "end_turn"]),
         },
     ),

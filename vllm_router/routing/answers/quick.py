@@ -84,6 +84,8 @@ def usage_of_finished(body: bytes) -> Usage | None:
         for choice in choices:
             if not choice.finish_reason or choice.finish_reason == "abort":
                 return None
+    elif said.stop_reason and said.status is not None:
+        return None
     elif not said.stop_reason and said.status not in ("completed", "incomplete"):
         return None
     return _usage(usage)
