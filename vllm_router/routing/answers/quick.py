@@ -77,18 +77,17 @@ def usage_of_finished(body: bytes) -> Usage | None:
         return None
     if not (usage.completion_tokens or usage.output_tokens or 0) > 0:
         return None
-    choices = said.choices
-    if choices:
-        if said.status is not None or said.stop_reason is not None:
-            return None
-        for choice in choices:
-            if not choice.finish_reason or choice.finish_reason == "abort":
-                return None
-    elif said.stop_reason and said.status is not None:
-        return None
-    elif not said.stop_reason and said.status not in ("completed", "incomplete"):
-        return None
-    return _usage(usage)
+    return _usage(usage) if _is_finished(said) else None
+
+
+def _is_finished(said: _Body) -> bool:
+    """Whether the fields of exactly one API say that the answer has come to its end."""
+    ends = (bool(said.choices), said.stop_reason is not None, said.status is not None)
+    if ends.count(True) != 1:
+        return False
+    if said.choices:
+        return all(choice.finish_reason not in ("", None, "abort") for choice in said.choices)
+    return said.status in ("completed", "incomplete") or bool(said.stop_reason)
 
 
 def has_content(piece: bytes) -> bool:
