@@ -395,3 +395,22 @@ def test_an_engine_cannot_speak_for_the_router(name):
 )
 def test_retry_after_in_seconds(value, seconds):
     assert parse_retry_after(value) == seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([(b"content-type", b"text/event-stream; charset=utf-8")], [b"no"]),
+        ([(b"content-type", b"Text/Event-Stream")], [b"no"]),
+        ([(b"content-type", b"application/x-ndjson")], [b"no"]),
+        ([(b"content-type", b"audio/wav")], [b"no"]),
+        ([(b"content-type", b"audio/wav"), (b"content-length", b"9")], []),
+        ([(b"content-type", b"application/json")], []),
+        ([], []),
+        # A server that says otherwise knows why.
+        ([(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"yes")], [b"yes"]),
+    ],
+)
+def test_answer_headers_of_a_stream_ask_nginx_not_to_buffer(given, expected):
+    told = answer_headers(given, dict(given), b"gpu-1", 1, b"rid", b"/v1/completions")
+    assert [value for name, value in told if name == b"x-accel-buffering"] == expected

@@ -73,6 +73,7 @@ from priority.priority import PriorityError
 
 from vllm_router.addresses import plain_peer
 from vllm_router.dialects import path_of
+from vllm_router.http1.delivered import delivered
 from vllm_router.http1.headers import (
     REASONS,
     Refusal,
@@ -1026,6 +1027,7 @@ class GuardedTCPServer(TCPServer):
         self._wait_for_silence()
         if self.protocol.cut_invisibly:
             # A reset is all that shows an HTTP/1.0 client that the answer is not whole.
+            await delivered(self._socket, self._limits.linger)
             # Nor may TLS announce an end.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await trio.aclose_forcefully(self.stream)

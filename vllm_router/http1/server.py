@@ -31,6 +31,7 @@ from vllm_router.http1.connection import (
     Connection,
     Scope,
 )
+from vllm_router.http1.delivered import delivered
 from vllm_router.http1.headers import RefusalTold
 from vllm_router.http1.request import Head
 from vllm_router.http1.tls_stream import end_tls
@@ -258,6 +259,10 @@ class SocketConnection(Connection):
         self._socket.shutdown(socket.SHUT_WR)
 
     async def _close(self, *, reset: bool) -> None:
+        if reset:
+            with trio.move_on_after(self._limits.linger):
+                await self._wire.caught_up()
+                await delivered(self._socket, self._limits.linger)
         self._wire.leave()
         if reset:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
@@ -376,6 +381,7 @@ class StreamConnection(Connection):
             if isinstance(stream, trio.SSLStream):
                 stream = stream.transport_stream
             if isinstance(stream, trio.SocketStream):
+                await delivered(stream.socket, self._limits.linger)
                 stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             await trio.aclose_forcefully(self._stream)
         else:

@@ -63,6 +63,19 @@ _ANSWER_DROPPED = _HOP_BY_HOP | {
 _OURS_PREFIX = b"x-vllm-router-"
 """Begins the names of fields that only the router writes; those of a server are dropped."""
 
+NOT_BUFFERED = (b"x-accel-buffering", b"no")
+"""Tells nginx in front of us to pass a stream on as it comes. By default it collects answers of
+unknown length to their end, and drops what it has if they break."""
+
+_STREAMED = (
+    b"text/event-stream",
+    b"application/x-ndjson",
+    b"application/jsonl",
+    b"application/json-seq",
+    b"audio/",
+)
+"""Types of answers that are read while they are still being written."""
+
 VIA = b"1.1 vllm-router"
 MAX_VIA = 8
 
@@ -203,6 +216,12 @@ def answer_headers(
     if _OURS_PREFIX in b" ".join(fields):
         dropped = dropped | {name for name in fields if name.startswith(_OURS_PREFIX)}
     kept = [field for field in headers if field[0] not in dropped]
+    if (
+        b"content-length" not in fields
+        and b"x-accel-buffering" not in fields
+        and fields.get(b"content-type", b"").lower().startswith(_STREAMED)
+    ):
+        kept.append(NOT_BUFFERED)
     if b"x-request-id" not in fields:
         kept.append((b"x-request-id", identifier))
     if path.startswith(MESSAGES) and is_anthropic(path) and b"request-id" not in fields:
