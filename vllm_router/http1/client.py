@@ -31,6 +31,9 @@ MAX_FIELDS = 1000
 MAX_BARREN = 65536
 """Bytes in a row that bring no byte of the body: extensions of chunks, trailers."""
 
+RESERVED = b"x-vllm-router-"
+"""Begins the names of fields that only the router writes: those of a server are dropped."""
+
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
 
@@ -128,7 +131,9 @@ class Connection:
     def on_header(self, name: bytes, value: bytes) -> None:
         # Later ones are trailers, which are dropped, or those of an answer nobody asked for.
         if self._answer is None:
-            self._headers.append((name.lower(), value.rstrip(b" \t")))
+            name = name.lower()
+            if not name.startswith(RESERVED):
+                self._headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         if self._complete:

@@ -472,7 +472,7 @@ class Attempt:
             proxy.links[self._server].name,
             record.attempts,
             record.request_id,
-            record.path,
+            self._exchange.request.anthropic,
         )
         if answer.content_length is not None and fields.get(b"content-type", b"").startswith(
             _EVENTS

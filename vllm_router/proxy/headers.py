@@ -6,7 +6,6 @@ import math
 
 from vllm_router.addresses import Network, is_in
 from vllm_router.auth import is_credential, without_credentials
-from vllm_router.paths import MESSAGES, is_anthropic
 from vllm_router.request_ids import request_id as request_id
 
 Headers = list[tuple[bytes, bytes]]
@@ -59,9 +58,6 @@ _ANSWER_DROPPED = _HOP_BY_HOP | {
     b"access-control-expose-headers",
     b"access-control-max-age",
 }
-
-_OURS_PREFIX = b"x-vllm-router-"
-"""Begins the names of fields that only the router writes; those of a server are dropped."""
 
 NOT_BUFFERED = (b"x-accel-buffering", b"no")
 """Tells nginx in front of us to pass a stream on as it comes. By default it collects answers of
@@ -203,18 +199,17 @@ def answer_headers(
     server: bytes,
     attempts: int,
     identifier: bytes,
-    path: bytes,
+    anthropic: bool,
 ) -> list[tuple[bytes, bytes]]:
     """The fields of a server's answer that go to the client, and ours.
 
-    Anthropic's clients, by the request's raw path, get the request's id in `request-id` as well.
+    Fields named as ours have been dropped when they were read (`http1/client.py`). Clients of
+    Anthropic's API get the request's id in `request-id` as well.
     """
     dropped = _ANSWER_DROPPED
     connection = connection_field(headers, fields)
     if connection and connection.lower() not in (b"keep-alive", b"close"):
         dropped = dropped | nominated(connection)
-    if _OURS_PREFIX in b" ".join(fields):
-        dropped = dropped | {name for name in fields if name.startswith(_OURS_PREFIX)}
     kept = [field for field in headers if field[0] not in dropped]
     if (
         b"content-length" not in fields
@@ -224,7 +219,7 @@ def answer_headers(
         kept.append(NOT_BUFFERED)
     if b"x-request-id" not in fields:
         kept.append((b"x-request-id", identifier))
-    if path.startswith(MESSAGES) and is_anthropic(path) and b"request-id" not in fields:
+    if anthropic and b"request-id" not in fields:
         kept.append((b"request-id", fields.get(b"x-request-id", identifier)))
     kept.append((b"x-vllm-router-server", server))
     kept.append((b"x-vllm-router-attempts", b"%d" % attempts))

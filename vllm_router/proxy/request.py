@@ -11,7 +11,7 @@ import trio
 
 from vllm_router.config import Settings
 from vllm_router.errors import ClientGone, InvalidBody, Refused
-from vllm_router.paths import INVOCATIONS
+from vllm_router.paths import INVOCATIONS, is_anthropic
 from vllm_router.proxy.headers import (
     ForwardedFields,
     Headers,
@@ -43,6 +43,7 @@ class ClientHead:
     requests of a connection that have the same head but for Content-Length.
 
     `fields` are the headers as a dictionary, the length in them that of the first request;
+    `anthropic` says that the client speaks Anthropic's API;
     `forwarded` and `added` are the field lines that servers get, the client's and ours. `refused`
     is the answer to a request whose head alone rules it out. `alike` is False for a request with
     several Content-Types: programs differ in which of them they heed.
@@ -52,6 +53,7 @@ class ClientHead:
         "_length_at",
         "added",
         "alike",
+        "anthropic",
         "content_type",
         "fields",
         "forwarded",
@@ -68,6 +70,7 @@ class ClientHead:
         self.fields = fields = dict(headers)
         names = [name for name, _ in headers]
         self._length_at = names.index(b"content-length") if b"content-length" in fields else -1
+        self.anthropic = is_anthropic(path)
         self.target: bytes = path + b"?" + query if query else path
         self.content_type = fields.get(b"content-type", b"")
         self.alike = names.count(b"content-type") < 2
@@ -111,6 +114,7 @@ class Request:
         "_places",
         "_wanted",
         "added",
+        "anthropic",
         "body",
         "facts",
         "forwarded",
@@ -132,6 +136,7 @@ class Request:
         self.target = head.target
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.forwarded = head.forwarded
+        self.anthropic = head.anthropic
         self.added = b"%b\r\nx-request-id: %b" % (head.added, identifier)
         self.body = body
         facts = read_at_once(
