@@ -11,7 +11,7 @@ import pytest
 
 from proxy_harness import lab
 from scripted_server import answering, ok
-from vllm_router.routing.facts import read_facts
+from vllm_router.routing.body_reader import read_facts
 
 GOOD = ok(b'{"answer":1}')
 SOMEWHERE = {"do_remote_prefill": True, "remote_host": "192.0.2.66", "remote_port": 5600}
@@ -102,6 +102,59 @@ async def test_same_words_elsewhere_in_the_body_are_passed_on(body, autojump_clo
 def test_transfer_parameter_is_seen_however_the_body_is_written(body, with_prompt):
     facts = read_facts(b"/v1/completions", b"application/json", body, with_prompt=with_prompt)
     assert facts.transfer == "kv_transfer_params"
+
+
+OTHERWISE_WRITTEN = {
+    "byte order mark": b'\xef\xbb\xbf{"model": "m", "kv_transfer_params": {"a": 1}}',
+    "UTF-16": '{"model": "m", "kv_transfer_params": {"a": 1}}'.encode("utf-16"),
+    "NaN": b'{"model": "m", "temperature": NaN, "kv_transfer_params": {"a": NaN}}',
+    "NaN in xargs": b'{"model": "m", "vllm_xargs": {"x": NaN, "kv_transfer_params": "x"}}',
+    "lone surrogate": b'{"model": "m", "user": "\\ud800", "kv_transfer_params": {"a": 1}}',
+    "long": b'{"model": "m", "prompt": "%b", "kv_transfer_params": {"a": 1}}' % (b"x" * 2_000_000),
+    "long, within": b'{"prompt": "%b", "vllm_xargs": {"ec_transfer_params": 1}}'
+    % (b"x" * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("written", OTHERWISE_WRITTEN)
+async def test_transfer_parameter_is_refused_in_json_that_only_python_reads(
+    written, autojump_clock
+):
+    async with lab(answering(GOOD)) as rig:
+        got = await rig.post(OTHERWISE_WRITTEN[written])
+        assert (got.status, got.code) == (400, "unsupported_parameter")
+        assert rig.requests()["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("xargs", "parameter"),
+    [
+        ('{"kv_transfer_params": "x"}', "vllm_xargs.kv_transfer_params"),
+        ('{"a": 1, "ec\\u005ftransfer_params": [1]}', "vllm_xargs.ec_transfer_params"),
+        ('{"kv_transfer_params": null}', None),
+        ('{"a": "kv_transfer_params"}', None),
+        ('["kv_transfer_params"]', None),
+        ("kv_transfer_params", None),
+        ("[" * 60_000, None),
+        ("", None),
+    ],
+)
+async def test_transfer_parameter_in_a_forms_xargs_is_refused(xargs, parameter, autojump_clock):
+    head = '--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    body = (head % ("model", "m") + head % ("vllm_xargs", xargs) + "--b--\r\n").encode()
+    headers = ((b"content-type", b"multipart/form-data; boundary=b"),)
+    async with lab(answering(GOOD)) as rig:
+        got = await rig.post(body, path="/v1/audio/transcriptions", headers=headers)
+        assert got.status == (200 if parameter is None else 400)
+        if parameter is not None:
+            assert got.json["error"]["param"] == parameter
+
+
+async def test_request_refused_by_its_head_is_refused_alike_each_time(autojump_clock):
+    headers = ((b"x-data-parallel-rank", b"1"),)
+    async with lab(answering(GOOD)) as rig:
+        for _ in range(3):
+            assert (await rig.post(headers=headers)).code == "unsupported_parameter"
 
 
 @pytest.mark.parametrize("name", [b"x-data-parallel-rank"])

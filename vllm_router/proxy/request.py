@@ -253,7 +253,7 @@ def check_head(
 ) -> None:
     """Raises Refused if the head rules the request out, or announces too large a body."""
     if head.refused is not None:
-        raise head.refused
+        raise head.refused.with_traceback(None)  # one object for all requests of a connection
     length = head.length(headers)
     if length > proxy.max_body:
         raise _too_large(proxy.max_body)

@@ -138,7 +138,7 @@ def read_in_slices(
             raise
         return unknown
     fields = AllFields(model=form.model, stream=form.stream)
-    facts = facts_from(path, fields, session)
+    facts = facts_from(path, fields, session, transfer=form.transfer)
     name = partial(form_value, kind, form.charset)
     return Reading(facts, None, form.places, name, form.oddity)
 

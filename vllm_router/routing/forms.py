@@ -20,12 +20,16 @@ from vllm_router.routing.multipart import (
     read_multipart,
 )
 from vllm_router.routing.steps import Steps
+from vllm_router.routing.transfer import transfer_in_form
 
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
 
 LONGEST_NAME = 4096
 """Bytes of a model's name in a body."""
+
+LONGEST_XARGS = 1 << 16
+"""Bytes of the field `vllm_xargs`, whose JSON is read without a break."""
 
 _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
 """Pydantic's spellings of true, in any case."""
@@ -36,13 +40,17 @@ _LONGEST_KEY = 3 * len("stream")
 
 @dataclass(slots=True)
 class FormFields:
-    """`places` are those of the texts of `model`. `oddity` says why the form is not plain."""
+    """`places` are those of the texts of `model`. `oddity` says why the form is not plain.
+
+    `transfer` is the path of a parameter that tells the engine where to fetch cached blocks.
+    """
 
     model: str | None = None
     stream: bool = False
     places: tuple[tuple[int, int], ...] = ()
     charset: str = "utf-8"
     oddity: str = ""
+    transfer: str | None = None
 
 
 def form_kind(content_type: bytes) -> str | None:
@@ -74,6 +82,12 @@ def _fields_of(form: Form, body: bytes) -> FormFields:
                 places.append((part.start, part.end))
         elif part.name == "stream":
             found.stream = not part.is_file and is_true(_text(part, form, body, 8))
+        elif part.name == "vllm_xargs" and not part.is_file:
+            if part.end - part.start > LONGEST_XARGS:
+                raise InvalidBody(f"`vllm_xargs` is longer than {LONGEST_XARGS} bytes.")
+            found.transfer = found.transfer or transfer_in_form(
+                _text(part, form, body, LONGEST_XARGS)
+            )
         elif part.name.strip().lower() == "model":
             found.oddity = found.oddity or "it has a field with a name that is nearly `model`"
     found.places = tuple(places)

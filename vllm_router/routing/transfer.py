@@ -1,14 +1,16 @@
 """Parameters by which a client tells the engine where to fetch cached blocks.
 
 vLLM 0.32 takes `kv_transfer_params` and `ec_transfer_params` at the top level of a JSON body and
-copies them into the sampling parameters' `extra_args`. `vllm_xargs` and, on
-`/inference/v1/generate`, `sampling_params.extra_args` end up in the same place, so they are looked
-into as well (vllm/entrypoints/openai/chat_completion/protocol.py, `to_sampling_params`). An engine
-with a connector connects to the address that is named there; a set that was used before, or one
-of the wrong type, ends the engine.
+copies them into the sampling parameters' `extra_args` (`to_sampling_params` in
+vllm/entrypoints/openai/chat_completion/protocol.py). `vllm_xargs`, also as a field of a form, and
+`sampling_params.extra_args` on `/inference/v1/generate` end up in the same place, so they are
+looked into as well. An engine with a connector connects to the address that is named there; a set
+that was used before, or one of the wrong type, ends the engine.
 """
 
 from __future__ import annotations
+
+import json
 
 import msgspec
 
@@ -46,6 +48,19 @@ def transfer_parameter(
         return None  # not an object: vLLM answers 400
     inner = _inside(extra)
     return f"sampling_params.extra_args.{inner}" if inner is not None else None
+
+
+def transfer_in_form(text: str) -> str | None:
+    """The same for the text of a form's field `vllm_xargs`, which vLLM reads as JSON."""
+    try:
+        xargs = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # vLLM answers 400
+    if isinstance(xargs, dict):
+        for name in _Transfer.__struct_fields__:
+            if xargs.get(name) is not None:
+                return f"vllm_xargs.{name}"
+    return None
 
 
 def _inside(value: msgspec.Raw) -> str | None:
