@@ -13,37 +13,16 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from zlib import crc32
-
-import msgspec
 
 from vllm_router.errors import InvalidBody
 from vllm_router.paths import is_pure
-from vllm_router.routing.facts import (
-    AT_ONCE,
-    NO_JSON,
-    AllFields,
-    Facts,
-    RawFields,
-    facts_from,
-    may_be_form,
-    odd_fields,
-    read_at_once,
-    read_prompt,
-    seed_of,
-)
+from vllm_router.routing.facts import Facts, facts_from, may_be_form, read_at_once
+from vllm_router.routing.fields import AllFields, RawFields, odd_fields
 from vllm_router.routing.forms import LONGEST_NAME, form_kind, form_value, read_form
 from vllm_router.routing.json_scan import Members, scan
+from vllm_router.routing.long_prompt import Values, long_prompt
 from vllm_router.routing.models import json_name, name_place
-from vllm_router.routing.pieces import (
-    CROWDED,
-    MEDIA_ENDS,
-    NO_PROMPT,
-    Prompt,
-    messages_in,
-    plain_prompt,
-    raw_prompt,
-)
+from vllm_router.routing.pieces import NO_PROMPT, Prompt
 from vllm_router.routing.steps import Steps, finish
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
@@ -60,15 +39,6 @@ SLICE = 1 << 20
 """Bytes that are copied at once."""
 
 _DECODED_AT_ONCE = 1 << 17
-_LOOKED_INTO = 1 << 22
-"""Bytes of a prompt, without its pictures and sounds, that are looked into: 1 million tokens."""
-
-_STRUCTURE_LOOKED_INTO = 1 << 18
-"""Bytes outside strings of a long body that is looked into. What is mostly text is read fast."""
-
-_HASHED = 1 << 23
-"""Bytes of a longer prompt that are hashed: 2 ms, and more than two million tokens."""
-
 _WANTED = frozenset(RawFields.__struct_fields__)
 
 
@@ -164,14 +134,14 @@ def _read_json(
     members = yield from scan(text, _WANTED, start)
     if members is None:
         return None
-    values = _Values(text, members)
+    values = Values(text, members)
     fields = odd_fields(RawFields(**{name: values.short(name) for name in members.spans}))
     if shortest is None:
         prompt = NO_PROMPT
     elif len(body) < shortest:
         prompt = Prompt(size=len(body))
     else:
-        prompt = yield from _prompt(values)
+        prompt = yield from long_prompt(values)
     transfer = yield from _transfer(text, members)
     facts = facts_from(path, fields, session, prompt, transfer)
     places = tuple(filter(None, (name_place(text, *span) for span in members.models)))
@@ -233,116 +203,6 @@ def _as_utf8(body: bytes) -> Steps[tuple[bytes, int]]:
     except UnicodeError as error:
         raise InvalidBody(f"The request body is not valid {encoding}: {error}.") from None
     return found.getvalue(), 0
-
-
-class _Values:
-    """The values of the members, the data of pictures and sounds replaced by checksums.
-
-    The checksums are those of `pieces`, so a conversation has the same hashes when it grows long.
-    """
-
-    def __init__(self, text: bytes, members: Members) -> None:
-        self._text = text
-        self._members = members
-
-    def span(self, name: str) -> tuple[int, int]:
-        """Where the value begins and ends; an empty place if it is absent."""
-        return self._members.spans.get(name, (0, 0))
-
-    def short(self, name: str) -> msgspec.Raw:
-        """The value as it stands there; of a long one only that it is one."""
-        start, end = self.span(name)
-        value = self._text[start : min(end, start + 2 * LONGEST_NAME)]
-        return msgspec.Raw(value.strip() or value)
-
-    def pieces(self, name: str) -> list[memoryview | bytes]:
-        """The whole value, without a copy of what is long."""
-        at, end = self.span(name)
-        view = memoryview(self._text)
-        found: list[memoryview | bytes] = []
-        for start, stop in self._members.media:
-            if at <= start < end:
-                found += (view[at:start], _checksum(view[start:stop]))
-                at = stop
-        found.append(view[at:end])
-        return found
-
-    def whole(self, name: str) -> msgspec.Raw:
-        """The whole value; NO_JSON if it is absent."""
-        if name not in self._members.spans:
-            return NO_JSON
-        return msgspec.Raw(b"".join(self.pieces(name)).strip())
-
-    @property
-    def is_looked_into(self) -> bool:
-        size = len(self._text) - sum(end - start for start, end in self._members.media)
-        if size <= AT_ONCE:
-            return True
-        return size <= _LOOKED_INTO and self._members.structure <= _STRUCTURE_LOOKED_INTO
-
-
-def _checksum(data: memoryview) -> bytes:
-    return b"%d:%d" % (len(data), crc32(data[-MEDIA_ENDS:], crc32(data[:MEDIA_ENDS])))
-
-
-_ABOUT_PROMPT = ("tools", "system", "instructions")
-
-
-def _prompt(values: _Values) -> Steps[Prompt]:
-    yield
-    if values.is_looked_into:
-        prompt = _short_prompt(values)
-        if prompt is not None:
-            return prompt
-    seed = seed_of(values.whole("cache_salt"))
-    for name in ("messages", "input"):
-        if values.span(name) != (0, 0):
-            head = [piece for about in _ABOUT_PROMPT for piece in values.pieces(about)]
-            return _hashed([*head, *values.pieces(name)], seed)
-    return (yield from _long_plain_prompt(values, seed))
-
-
-def _short_prompt(values: _Values) -> Prompt | None:
-    """As `facts` makes it; None if something in it is not what it should be."""
-    given = values.whole("messages")
-    if bytes(given).count(b"{") > CROWDED:
-        return None
-    try:
-        fields = AllFields(
-            messages=messages_in(given) if bytes(given) not in (b"", b"null") else None,
-            tools=values.whole("tools"),
-            system=values.whole("system"),
-            instructions=values.whole("instructions"),
-            prompt=values.whole("prompt"),
-            input=values.whole("input"),
-            cache_salt=values.whole("cache_salt"),
-        )
-        return read_prompt(fields)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return None
-
-
-def _hashed(pieces: list[memoryview | bytes], seed: int) -> Prompt:
-    """The prompt that these bytes make up, hashed as far as that is fast."""
-    size, first = 0, []
-    for piece in pieces:
-        if size < _HASHED:
-            first.append(piece[: _HASHED - size])
-        size += len(piece)
-    return msgspec.structs.replace(raw_prompt(*first, seed=seed), size=size)
-
-
-def _long_plain_prompt(values: _Values, seed: int) -> Steps[Prompt]:
-    """The prompt of a completion that is too long to be looked into."""
-    pieces = values.pieces("prompt")
-    commas = 0
-    for piece in pieces:
-        for place in range(0, len(piece), SLICE):
-            commas += bytes(piece[place : place + SLICE]).count(b",")
-            yield
-    start = plain_prompt(bytes(pieces[0][:LONGEST_NAME]).lstrip())
-    prompt = _hashed(pieces, seed)
-    return msgspec.structs.replace(prompt, tokens=start.tokens and commas + 1)
 
 
 def replaced(

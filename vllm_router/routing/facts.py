@@ -6,18 +6,16 @@ forms, and JSON that Python reads and msgspec does not.
 
 from __future__ import annotations
 
-import json
 from zlib import crc32
 
 import msgspec
 
 from vllm_router.errors import InvalidBody
 from vllm_router.paths import is_pure
-from vllm_router.routing.forms import LONGEST_NAME, is_true
+from vllm_router.routing.fields import BLANK, NO_JSON, AllFields, Fields, RawFields, odd_fields
 from vllm_router.routing.pieces import (
     CROWDED,
     NO_PROMPT,
-    Message,
     Prompt,
     chat_prompt,
     messages_in,
@@ -46,70 +44,13 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     transfer: str | None = None
 
 
-NO_JSON = msgspec.Raw(b"")
-_BLANK = b" \t\r\n"
-
 UNREAD = Facts()
 """Stands for the facts of a body that is yet to be read in slices. Compared by identity."""
 
 
-class _Fields(msgspec.Struct, gc=False):
-    """The few keys that are decoded; everything else is skipped without being built."""
-
-    model: str | None = None
-    stream: bool | None = None
-    store: bool | None = None
-    background: bool | None = None
-    session_id: str | None = None
-    user: str | None = None
-    priority: int | None = None
-    kv_transfer_params: msgspec.Raw = NO_JSON
-    ec_transfer_params: msgspec.Raw = NO_JSON
-    vllm_xargs: msgspec.Raw = NO_JSON
-    sampling_params: msgspec.Raw = NO_JSON
-
-
-class AllFields(_Fields, gc=False):
-    """With those that make up the prompt, and the salt of the engine's prefix cache."""
-
-    messages: list[Message] | None = None
-    instructions: msgspec.Raw = NO_JSON
-    system: msgspec.Raw = NO_JSON
-    tools: msgspec.Raw = NO_JSON
-    prompt: msgspec.Raw = NO_JSON
-    input: msgspec.Raw = NO_JSON
-    cache_salt: msgspec.Raw = NO_JSON
-
-
-_DECODER = msgspec.json.Decoder(_Fields)
+_DECODER = msgspec.json.Decoder(Fields)
 _FULL_DECODER = msgspec.json.Decoder(AllFields)
-
-
-class RawFields(msgspec.Struct, gc=False):
-    """The same with nothing looked into: for what is not what it should be, or too much."""
-
-    model: msgspec.Raw = NO_JSON
-    stream: msgspec.Raw = NO_JSON
-    store: msgspec.Raw = NO_JSON
-    background: msgspec.Raw = NO_JSON
-    session_id: msgspec.Raw = NO_JSON
-    user: msgspec.Raw = NO_JSON
-    priority: msgspec.Raw = NO_JSON
-    kv_transfer_params: msgspec.Raw = NO_JSON
-    ec_transfer_params: msgspec.Raw = NO_JSON
-    vllm_xargs: msgspec.Raw = NO_JSON
-    sampling_params: msgspec.Raw = NO_JSON
-    messages: msgspec.Raw = NO_JSON
-    instructions: msgspec.Raw = NO_JSON
-    system: msgspec.Raw = NO_JSON
-    tools: msgspec.Raw = NO_JSON
-    prompt: msgspec.Raw = NO_JSON
-    input: msgspec.Raw = NO_JSON
-    cache_salt: msgspec.Raw = NO_JSON
-
-
 _RAW_DECODER = msgspec.json.Decoder(RawFields)
-_LONGEST_VALUE = 4096
 _COUNTED_FROM = 4 * CROWDED
 """Bytes of a body; of a shorter one so much is not looked at for long."""
 
@@ -159,7 +100,7 @@ def read_at_once(
 
 def facts_from(
     path: bytes,
-    fields: _Fields,
+    fields: Fields,
     session: bytes,
     prompt: Prompt = NO_PROMPT,
     transfer: str | None = None,
@@ -182,7 +123,7 @@ def may_be_form(content_type: bytes) -> bool:
     return b"form" in content_type.lower()
 
 
-def _transfer(fields: _Fields) -> str | None:
+def _transfer(fields: Fields) -> str | None:
     kv, ec = fields.kv_transfer_params, fields.ec_transfer_params
     xargs, sampling = fields.vllm_xargs, fields.sampling_params
     if kv is NO_JSON and ec is NO_JSON and xargs is NO_JSON and sampling is NO_JSON:
@@ -190,7 +131,7 @@ def _transfer(fields: _Fields) -> str | None:
     return transfer_parameter(kv, ec, xargs, sampling)
 
 
-def session_of(header: bytes, fields: _Fields) -> str | None:
+def session_of(header: bytes, fields: Fields) -> str | None:
     if header:
         return header.decode("latin-1")
     for name in (fields.session_id, fields.user):
@@ -199,14 +140,14 @@ def session_of(header: bytes, fields: _Fields) -> str | None:
     return None
 
 
-def _few_fields(body: bytes) -> _Fields:
+def _few_fields(body: bytes) -> Fields:
     try:
         return _DECODER.decode(body)
     except msgspec.ValidationError:
         return odd_fields(_RAW_DECODER.decode(body))
 
 
-def _with_prompt(body: bytes) -> tuple[_Fields, Prompt]:
+def _with_prompt(body: bytes) -> tuple[Fields, Prompt]:
     if len(body) <= _COUNTED_FROM or not _is_crowded(body):
         try:
             fields = _FULL_DECODER.decode(body)
@@ -234,77 +175,6 @@ def _is_crowded(body: bytes) -> bool:
     return body.count(b"{", place) > CROWDED
 
 
-def odd_fields(raw: RawFields) -> _Fields:
-    """The fields where some are of another kind than they should be, as Pydantic converts them.
-
-    Other values count as absent, but any value of `store` may leave something behind. Raises
-    InvalidBody for a `model` that no server can have.
-    """
-    return _Fields(
-        _model(raw.model),
-        is_true(_value(raw.stream)),
-        _is_said(raw.store),
-        _is_said(raw.background),
-        _text(raw.session_id),
-        _text(raw.user),
-        _integer(raw.priority),
-        raw.kv_transfer_params,
-        raw.ec_transfer_params,
-        raw.vllm_xargs,
-        raw.sampling_params,
-    )
-
-
-def _value(raw: msgspec.Raw) -> object:
-    if not 0 < len(raw) <= _LONGEST_VALUE:
-        return None
-    try:
-        value: object = json.loads(bytes(raw))
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
-def _model(raw: msgspec.Raw) -> str | None:
-    if len(raw) > LONGEST_NAME:
-        if bytes(memoryview(raw)[:64]).lstrip(_BLANK)[:1] != b'"':
-            return None
-        raise InvalidBody(f"`model` is longer than {LONGEST_NAME} bytes.")
-    name = _value(raw)
-    if not isinstance(name, str):
-        return None
-    if not _is_unicode(name):
-        raise InvalidBody("`model` has half of a surrogate pair: it is no valid Unicode text.")
-    return name
-
-
-def _text(raw: msgspec.Raw) -> str | None:
-    text = _value(raw)
-    return text if isinstance(text, str) and _is_unicode(text) else None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _integer(raw: msgspec.Raw) -> int | None:
-    """Pydantic takes `5.0` and `"5"` for 5."""
-    value = _value(raw)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _is_said(raw: msgspec.Raw) -> bool:
-    return len(raw) > _LONGEST_VALUE or bool(_value(raw))
-
-
 def read_prompt(fields: AllFields) -> Prompt:
     """The bytes that decide about the engine's prefix cache, in the order of chat templates."""
     messages, given = fields.messages, fields.input
@@ -322,5 +192,5 @@ def read_prompt(fields: AllFields) -> Prompt:
 
 def seed_of(salt: msgspec.Raw) -> int:
     """Where the hashes of a prompt begin: engines share no cache between different salts."""
-    text = bytes(salt).strip(_BLANK)
+    text = bytes(salt).strip(BLANK)
     return crc32(text) if text not in (b"", b"null") else 0
