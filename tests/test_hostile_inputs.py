@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from hostile import FRONTS, Hostile, Lab, lab
+from hostile_bodies import BODIES
 from hostile_servers import SERVERS
 from mock_process import mock_processes
 
@@ -39,7 +40,7 @@ HTTP1 = [
 ]
 
 
-TABLES = {"http1": HTTP1, "servers": SERVERS}
+TABLES = {"http1": HTTP1, "bodies": BODIES, "servers": SERVERS}
 ROWS = [
     pytest.param(front, row, id=f"{front}{'-tls' * row.tls}-{table}: {row.name}")
     for front in FRONTS
