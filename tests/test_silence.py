@@ -137,11 +137,29 @@ async def test_leave_while_counters_move_is_no_evidence(autojump_clock):
         rig.prefer("a")
         client = rig.start_stream()
         await trio.sleep(2)
-        rig.server("a").scraped(gauges(1, generation_tokens=5), trio.current_time(), leases=1)
-        rig.server("a").scraped(gauges(1, generation_tokens=9), trio.current_time(), leases=1)
+        for tokens in (5, 9):
+            now = trio.current_time()
+            rig.server("a").scraped(gauges(1, generation_tokens=tokens), now, leases=1)
+            await trio.sleep(0.5)
         client.leave()
         await trio.testing.wait_all_tasks_blocked()
         assert state(rig.server("a")) is State.UP
+
+
+async def test_leave_work_of_earlier_requests_that_shows_late_does_not_excuse(autojump_clock):
+    async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
+        a = rig.server("a")
+        a.scraped(gauges(1, generation_tokens=5), trio.current_time(), leases=0)
+        await trio.sleep(0.3)
+        rig.prefer("a")
+        a.metrics = gauges(1, generation_tokens=5)
+        client = rig.start_stream()
+        await trio.sleep(0.2)
+        a.scraped(gauges(1, generation_tokens=9), trio.current_time(), leases=1)
+        await trio.sleep(2)
+        client.leave()
+        await trio.testing.wait_all_tasks_blocked()
+        assert state(a) is State.SILENT
 
 
 async def test_trial_of_a_silent_server_goes_elsewhere_after_its_patience(autojump_clock):
@@ -391,7 +409,7 @@ async def test_deadline_long_plain_answers_eject_no_server(autojump_clock):
 
 
 async def test_deadline_streams_of_a_server_that_answers_nobody_eject_it(autojump_clock):
-    async with lab(head_only, first_byte_timeout=5, idle_timeout=5) as rig:
+    async with lab(silent, first_byte_timeout=5) as rig:
         for _ in range(3):
             assert (await rig.stream()).status == 504
         assert rig.server("a").traffic_health.ejected

@@ -177,7 +177,8 @@ class Server:
         self.output_at = -math.inf
         """When a request last had output of its engine, comments of a stream not counted."""
         self.progress_at = -math.inf
-        """When a scrape last showed that the engine had worked."""
+        """When the engine worked at the earliest, by the last two scrapes that differed: between
+        them. What an earlier request had done may show after this one was sent."""
         self._stand_still = StandStill()
 
         self.restarts = 0
@@ -587,12 +588,13 @@ class Server:
         return max(TRIAL_PATIENCE, 2.0 * self._typical)
 
     def _note_progress(self, metrics: EngineMetrics, now: float) -> None:
-        earlier = self.metrics
-        if earlier is None or not metrics.has_load or not metrics.progressed(earlier):
+        earlier, scraped = self.metrics, self.scraped_at
+        if earlier is None or scraped is None:
             return
-        self.progress_at = now
-        paused, scraped = self.paused_at, self.scraped_at
-        if paused is not None and scraped is not None and scraped > paused:
+        if not metrics.has_load or not metrics.progressed(earlier):
+            return
+        self.progress_at = scraped
+        if self.paused_at is not None and scraped > self.paused_at:
             self.pause(on=False, now=now)
 
     def pause(self, *, on: bool, now: float) -> None:

@@ -19,8 +19,9 @@ LEFT_AFTER = 0.5
 STILL_FOR = 10.0
 """Seconds for which counters must stand still while requests wait."""
 
-TRIAL_PATIENCE = 5.0
-"""Seconds that a trial may be silent before it goes elsewhere; twice what answers take, if more."""
+TRIAL_PATIENCE = 1.0
+"""Seconds that a trial may be silent before it goes elsewhere; twice what answers take, if more.
+Any work of the engine that its counters show ends the silence sooner."""
 
 LONGEST = 60.0
 """Seconds between two trials, at most."""
