@@ -21,6 +21,7 @@ from chaos import (  # noqa: F401 (they register)
     resilience,
     restarts,
     rivals,
+    upstreams,
 )
 from chaos.harness import SCENARIOS, judge, table
 

@@ -39,7 +39,7 @@ REPLIES: dict[str, tuple[bytes, int]] = {
     "bare CR": (_OK + b"X-A: 1\rX-B: 2\r\n" + _BODY, 502),
     "NUL": (_OK + b"X-A: \0\r\n" + _BODY, 502),
     "bad chunk size": (_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 502),
-    "200 KB header": (_OK + b"X-A: " + b"a" * 200_000 + b"\r\n" + _BODY, 502),
+    "2 MB header": (_OK + b"X-A: " + b"a" * 2_000_000 + b"\r\n" + _BODY, 502),
     "body on 204": (b"HTTP/1.1 204 No Content\r\n\r\n{}", 204),
     "103 first": (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _OK + _BODY, 200),
     "gzip": (_OK + b"Content-Encoding: gzip\r\n" + _BODY, 200),
