@@ -13,6 +13,8 @@ from proxy_harness import lab
 from scripted_server import answering, ok
 from vllm_router.asgi import Application
 from vllm_router.dialects import anthropic_type, path_of
+from vllm_router.front import Front
+from vllm_router.http1.headers import Refusal
 from web_harness import Lab, Reply
 
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches", "/v1/messages/")
@@ -228,11 +230,18 @@ async def test_stored_response_is_404_and_says_why():
 
 @pytest.mark.parametrize(
     ("path", "methods"),
-    [("/health", "GET, HEAD, OPTIONS"), ("/admin/reload", "OPTIONS, POST")],
+    [
+        ("/health", "GET, HEAD, OPTIONS"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v1/models/m", "GET, HEAD, OPTIONS"),
+        ("/load", "GET, HEAD, OPTIONS"),
+        ("/admin/reload", "OPTIONS, POST"),
+    ],
 )
 async def test_wrong_method_at_a_path_of_the_router_lists_the_right_ones(path, methods):
-    reply = await Whole().ask("DELETE", path)
-    assert (reply.status, reply.headers["allow"]) == (405, methods)
+    for method in ("DELETE", "PUT") if "POST" in methods else ("DELETE", "POST"):
+        reply = await Whole().ask(method, path)
+        assert (reply.status, reply.headers["allow"]) == (405, methods)
 
 
 async def test_plain_request_at_the_path_of_the_feed_says_that_it_is_a_websocket():
@@ -300,3 +309,48 @@ async def test_load_is_that_of_the_whole_fleet():
     assert (await whole.ask("GET", "/load")).json == {"server_load": 1}
     lease.release()
     assert (await whole.ask("GET", "/load")).json == {"server_load": 0}
+
+
+# -- addresses of clients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_client_of_ipv4_on_a_socket_of_ipv6_has_its_own_address(kind):
+    seen: list[Any] = []
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        seen.append(scope["client"][0])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    limits = Limits(linger=0.3, max_linger=2.0)
+    server = Front(app, lane=kind == "lane", limits=limits)
+    try:
+        (_, port), *_ = server.open("::", 0)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve)
+        async with connected(port) as client:
+            await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
+            assert (await client.reply()).status == 200
+        server.abort()
+    assert seen == ["127.0.0.1"]
+
+
+# -- what the access log says ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_id_that_a_refused_client_is_told_is_known_to_the_log(kind):
+    told: list[Refusal] = []
+
+    def note(refusal: Refusal, _client: Any, _line: bytes) -> None:
+        told.append(refusal)
+
+    async with running(kind, told=note) as it, connected(it.port) as client:
+        await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n")
+        reply = await client.reply()
+        assert [(refusal.request_id or b"").decode() for refusal in told] == [
+            reply.headers["request-id"]
+        ]

@@ -118,6 +118,8 @@ def test_engine_control_is_control_on_any_method(path, method):
         b"/",
         b"/metrics",
         b"/health",
+        b"/v1/models",
+        b"/v1/models/m",
     ],
 )
 def test_everything_else_stays_with_the_router(path):

@@ -87,7 +87,7 @@ class AccessLog:
                 method=method[:LONGEST_METHOD].decode("latin-1") or NOTHING,
                 path=path or NOTHING.encode(),
                 client=client[0] if client is not None else NOTHING,
-                request_id=NOTHING.encode(),
+                request_id=refusal.request_id or NOTHING.encode(),
                 phase=Phase.DONE,
                 status=refusal.status,
                 code=refusal.code,

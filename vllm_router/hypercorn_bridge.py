@@ -88,6 +88,7 @@ from vllm_router.http1.keepalive import enable_keepalive
 from vllm_router.http1.server import App, Limits, Message, Scope
 from vllm_router.http1.tls_stream import end_tls, take_apart
 from vllm_router.hypercorn_websocket import GuardedWebsocket
+from vllm_router.request_ids import request_id
 from vllm_router.strict_h11 import StrictConnection
 
 log = logging.getLogger(__name__)
@@ -274,6 +275,7 @@ class GuardedH11Protocol(H11Protocol):
         self._refused = True
         line = getattr(self.connection, "line", b"")
         refusal.path = path_of(line)
+        refusal.request_id = request_id(None)
         if self.told is not None and self.stream is None:
             self.told(refusal, self.client, line)
         headers, body = refusal.headers_and_body()

@@ -118,11 +118,16 @@ def classify(method: str, raw_path: bytes) -> PathClass:
         return PathClass.INFERENCE
     if raw_path in _ENGINE_CONTROL:
         return PathClass.ENGINE_CONTROL
-    if method == "POST" and _PLAIN_V1.fullmatch(raw_path):
+    if method == "POST" and _PLAIN_V1.fullmatch(raw_path) and not _is_models(raw_path):
         return PathClass.INFERENCE
     if method == "GET" and raw_path in _READING:
         return PathClass.INFERENCE
     return PathClass.LOCAL
+
+
+def _is_models(raw_path: bytes) -> bool:
+    """Whether the path is of the list of models, which the router answers and which has no POST."""
+    return raw_path == b"/v1/models" or raw_path.startswith(b"/v1/models/")
 
 
 def without_slash(raw_path: bytes) -> bytes:

@@ -23,6 +23,7 @@ from vllm_router.http1.request import (
     without_empty_lines,
 )
 from vllm_router.http1.wires import READ_SIZE
+from vllm_router.request_ids import request_id
 
 if TYPE_CHECKING:
     from vllm_router.http1.server import Server
@@ -249,6 +250,7 @@ class Connection:
         """The same, for a request of which nobody will hear otherwise."""
         line = bytes(self._buffer or data).partition(b"\r\n")[0]
         refusal.path = path_of(line)
+        refusal.request_id = request_id(None)
         told = self._server.told
         if told is not None:
             told(refusal, self._client, line)
