@@ -64,7 +64,7 @@ def test_json_line_has_the_facts_of_the_exchange():
         completion_tokens=30,
     )
     assert json.loads(json_line(ended(record))) == {
-        "time": "1970-01-12T13:46:39.000Z",
+        "time": "1970-01-12T13:46:40.000Z",
         "level": "info",
         "logger": "vllm_router.access",
         "method": "POST",
@@ -76,6 +76,7 @@ def test_json_line_has_the_facts_of_the_exchange():
         "attempts": 2,
         "retries": ["connect_failed"],
         "ttft": 0.1,
+        "started": "1970-01-12T13:46:39.000Z",
         "duration": 1.0,
         "bytes_in": 100,
         "bytes_out": 1000,
@@ -91,9 +92,10 @@ def test_json_line_has_the_facts_of_the_exchange():
 def test_text_line_is_read_by_people():
     record = make_record(50.0, retries=[Outcome.LOST, Outcome.FULL], prompt_tokens=12)
     assert text_line(ended(record)) == (
-        "1970-01-12T13:46:39.000Z INFO    access: POST /v1/chat/completions 200 answered model=m "
-        "stream=yes attempts=0 retries=lost,full ttft=0.100 duration=1.000 bytes_in=100 "
-        "bytes_out=1000 prompt_tokens=12 client=192.0.2.7 request_id=id-1"
+        "1970-01-12T13:46:40.000Z INFO    access: POST /v1/chat/completions 200 answered model=m "
+        "stream=yes attempts=0 retries=lost,full ttft=0.100 "
+        "started=1970-01-12T13:46:39.000Z duration=1.000 bytes_in=100 bytes_out=1000 "
+        "prompt_tokens=12 client=192.0.2.7 request_id=id-1"
     )
 
 

@@ -18,6 +18,7 @@ PURE, TRIO, SERVING, WIRING = range(4)
 # Every module or subpackage directly inside vllm_router, from the ground up.
 LAYERS = {
     "addresses": PURE,
+    "early_signals": PURE,
     "errors": PURE,
     "dialects": PURE,
     "request_ids": PURE,

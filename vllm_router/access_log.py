@@ -115,7 +115,7 @@ def text_line(ended: Ended) -> str:
     took = record.ended_at - record.started_at
     level = "WARNING" if failed(record) else "INFO   "
     line = (
-        f"{timestamp(at - took)} {level} access: {_plain(record.method)} "
+        f"{timestamp(at)} {level} access: {_plain(record.method)} "
         f"{_path(record.path[:LONGEST])} {record.status} {outcome_label(record)}"
     )
     if record.code:
@@ -135,7 +135,8 @@ def text_line(ended: Ended) -> str:
         line += f" waited={record.waited:.3f}"
     if record.first_byte_at:
         line += f" ttft={record.first_byte_at - record.started_at:.3f}"
-    line += f" duration={took:.3f} bytes_in={record.bytes_in} bytes_out={record.bytes_out}"
+    line += f" started={timestamp(at - took)} duration={took:.3f}"
+    line += f" bytes_in={record.bytes_in} bytes_out={record.bytes_out}"
     if record.prompt_tokens is not None:
         line += f" prompt_tokens={record.prompt_tokens}"
         if record.cached_tokens is not None:
@@ -174,11 +175,13 @@ def _path(path: bytes) -> str:
 
 
 def fields(ended: Ended) -> dict[str, Any]:
-    """The line's values by name. `time` is when the request came; durations are in seconds."""
+    """The line's values by name. `time` is when the exchange ended, as it is in every line of a
+    log; `started` when the request came; durations are in seconds.
+    """
     at, record, facts, trace_id = ended
     took = record.ended_at - record.started_at
     values: dict[str, Any] = {
-        "time": timestamp(at - took),
+        "time": timestamp(at),
         "level": "warning" if failed(record) else "info",
         "logger": "vllm_router.access",
         "method": record.method,
@@ -204,6 +207,7 @@ def fields(ended: Ended) -> dict[str, Any]:
         values["waited"] = round(record.waited, 6)
     if record.first_byte_at:
         values["ttft"] = round(record.first_byte_at - record.started_at, 6)
+    values["started"] = timestamp(at - took)
     values["duration"] = round(took, 6)
     values["bytes_in"] = record.bytes_in
     values["bytes_out"] = record.bytes_out

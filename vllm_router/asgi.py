@@ -5,7 +5,13 @@ VLLM_ROUTER_CONFIG (default servers.toml), and the lifespan protocol starts and 
 `vllm-router run` builds the same application around a supervisor of its own.
 """
 
+# ruff: noqa: E402 (signals must not kill while the rest is imported)
+
 from __future__ import annotations
+
+from vllm_router.early_signals import hold
+
+hold()
 
 import contextlib
 import logging

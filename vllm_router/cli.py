@@ -6,13 +6,19 @@ could not do its work, 130 interrupted. Expected errors are one line on stderr e
 
 from __future__ import annotations
 
+import sys
+
+from vllm_router.early_signals import hold
+
+if sys.argv[1:2] == ["run"]:
+    hold()
+
 import errno
 import importlib
 import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar

@@ -18,6 +18,7 @@ from random import Random
 import trio
 
 from vllm_router.config import RESTART, Config, ServerConfig, changes
+from vllm_router.early_signals import came
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.http1.resolver import Resolver
@@ -183,12 +184,16 @@ class Supervisor:
 
     async def _reload_on_sighup(self) -> None:
         with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            if came(signal.SIGHUP):
+                self.nudge()
             async for _ in signals:
                 self.nudge()
 
     async def _reopen_on_sigusr1(self) -> None:
         assert self.output is not None
         with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            if came(signal.SIGUSR1):
+                self.output.reopen()
             async for _ in signals:
                 self.output.reopen()
 

@@ -1,9 +1,9 @@
 """Traffic from the router's own access log: sizes, times and prefix hashes, no text.
 
-One JSON object per line, in the order in which requests ended. Used are `time` (of arrival; RFC
-3339 or Unix seconds), `prompt_bytes`, `prefix` (as `pack_chain` writes it), `prompt_tokens` and
-`completion_tokens`, `stream` and `session`; other keys are ignored, and so are lines without a
-prompt, such as those of the log among which access lines may stand.
+One JSON object per line, in the order in which requests ended. Used are `started` (of arrival; RFC
+3339 or Unix seconds; older logs have it in `time`), `prompt_bytes`, `prefix` (as `pack_chain`
+writes it), `prompt_tokens` and `completion_tokens`, `stream` and `session`; other keys are ignored,
+and so are lines without a prompt, such as those of the log among which access lines may stand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TYPICAL_OUTPUT = 200
 class Line(msgspec.Struct, gc=False):
     """The fields of one line that a replay uses."""
 
+    started: float | datetime | None = None
     time: float | datetime = 0.0
     prompt_bytes: int = 0
     prompt_tokens: int | None = None
@@ -59,7 +60,7 @@ def read_log(lines: Iterable[bytes]) -> list[Conversation]:
         found.append(
             Conversation(
                 zlib.crc32(session.encode()),
-                _unix(line.time),
+                _unix(line.time if line.started is None else line.started),
                 text,
                 0,
                 iter([turn]),

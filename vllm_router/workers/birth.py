@@ -88,6 +88,11 @@ SERVING = b"serving"
 FAILED = b"failed "
 """Begins the one line that says why a process cannot start."""
 
+ALIVE = b"alive"
+"""Said every ALIVE_EVERY seconds, from the loop that does the work."""
+
+ALIVE_EVERY = 0.5
+
 LAME = b"lame"
 DRAIN = b"drain"
 STOP = b"stop"
@@ -123,7 +128,18 @@ class Orders(StopSignals):
     async def listen(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_saying_alive)
+            task_status.started()
+            await self._follow()
+            nursery.cancel_scope.cancel(reason="no parent any more")
+
+    async def _keep_saying_alive(self) -> None:
+        while True:
+            self.say(ALIVE)
+            await trio.sleep(ALIVE_EVERY)
+
+    async def _follow(self) -> None:
         while True:
             word, _ = await self._line.receive()
             match word:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import trio
 
+from vllm_router.early_signals import came
 from vllm_router.errors import RouterError
 from vllm_router.front import ASIDE, Address, Front
 from vllm_router.handover import notify, step_aside, take_turns
@@ -40,6 +41,13 @@ LONG_LIFE = 10.0
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before a process is started again: doubled with each early death."""
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at whether a process still gives signs of life."""
+
+LEADER_HANGS, WORKER_HANGS = 8, 20
+"""Looks in a row without one, after which a process is killed and another takes its place. Looks
+and not seconds: when this process was stopped, too, or the machine asleep, nothing is known."""
 
 KILL_AFTER = 5.0
 """Seconds that a process has to end when it was told to do so at once."""
@@ -174,6 +182,7 @@ class Member:
         self.failure: str | None = None
         self._why = ""
         self._pid = 0
+        self._beats = 0
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -218,7 +227,9 @@ class Member:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, line)
+                nursery.start_soon(self._watch, process)
                 code: int = await process.wait()
+                nursery.cancel_scope.cancel(reason="it has ended")
             return code
         finally:
             self._line = self._process = None
@@ -246,9 +257,26 @@ class Member:
             )
             return process
 
+    async def _watch(self, process: trio.Process) -> None:
+        """Kill a process that has stopped to give signs of life: stopped, or its loop stuck.
+
+        Its start, with all that it imports, takes as long as it takes.
+        """
+        most = WORKER_HANGS if self._number else LEADER_HANGS
+        seen = missed = self._beats = 0
+        while True:
+            await trio.sleep(LOOK_EVERY)
+            missed = missed + 1 if seen == self._beats > 0 else 0
+            seen = self._beats
+            if missed >= most:
+                logger.error("%s has hung for %g s: killing it", self.name, most * LOOK_EVERY)
+                process.kill()
+                return
+
     async def _listen(self, line: Channel) -> None:
         """Hear what it says until it has ended."""
         while word := (await line.receive())[0]:
+            self._beats += 1
             if word == birth.SERVING:
                 self.serving.set()
                 if self.lame:
@@ -343,12 +371,17 @@ class Crew:
     async def pass_on(self, number: signal.Signals, word: bytes) -> None:
         """Tell all what a signal means, whenever it comes."""
         with trio.open_signal_receiver(number) as signals:
+            if came(number):
+                self._pass_on(word)
             async for _ in signals:
-                output = self._shared.options.output
-                if word == birth.REOPEN and output is not None:
-                    output.reopen()
-                for member in self._all:
-                    member.tell(word)
+                self._pass_on(word)
+
+    def _pass_on(self, word: bytes) -> None:
+        output = self._shared.options.output
+        if word == birth.REOPEN and output is not None:
+            output.reopen()
+        for member in self._all:
+            member.tell(word)
 
     async def drain(self) -> None:
         """All finish what they have. The leader ends last, for it answers meanwhile."""
