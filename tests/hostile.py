@@ -1,8 +1,9 @@
 """A running router that hostile inputs are sent to, and what is measured meanwhile.
 
 `tests/test_hostile_inputs.py` has the tables of inputs. A row is a `Hostile`: a name, what it
-sends, and what must come of it. Every row is sent to every kind of front. One process of each kind
-serves all rows one after the other, with and without TLS, and after each row these must hold:
+sends, and what must come of it. Every row is sent to the lane, and to one of the other kinds of
+front: to all kinds with HOSTILE_INPUTS=all in the environment. One process of each kind serves all
+rows one after the other, with and without TLS, and after each row these must hold:
 
 * the event loop never stood still for long (measured by the router's own stall monitor),
 * other clients were answered all the time,
@@ -48,6 +49,9 @@ CHAT = "/v1/chat/completions"
 PATIENCE = 30.0
 """Seconds until an expected answer is given up."""
 
+START = 120.0
+"""Seconds until a router that does not start is given up."""
+
 _STALLED = re.compile(r"stood still for ([\d.]+) s, computing for ([\d.]+) s")
 _SITE = "import vllm_router.stalls\nvllm_router.stalls.QUIET = 0.0\n"
 
@@ -63,6 +67,7 @@ class Hostile:
     `tls` is for rows that need a router with TLS; `sends` goes within TLS then. `memory` and
     `peak` are MB above what the router had before: when the row is over, and at any time. `log`
     are regular expressions of lines that may be errors, `says` of lines that must appear.
+    `fronts` are the kinds of front that it is sent to in every run.
     """
 
     name: str
@@ -75,7 +80,7 @@ class Hostile:
     peak: float = 200.0
     log: tuple[str, ...] = ()
     says: tuple[str, ...] = ()
-    fronts: tuple[str, ...] = ("lane", "hypercorn", "workers")
+    fronts: tuple[str, ...] = ()
 
 
 FRONTS: dict[str, tuple[str, ...]] = {
@@ -83,6 +88,9 @@ FRONTS: dict[str, tuple[str, ...]] = {
     "hypercorn": ("--front", "hypercorn"),
     "workers": ("--workers", "2"),
 }
+
+
+EVERY_KIND = tuple(FRONTS)
 
 
 class Router(RouterProcess):
@@ -392,12 +400,12 @@ def _wait_until_ready(router: Router, *, tls: bool) -> int:
     """The public port."""
     wanted = (" on https://", "administration on") if tls else (" on http://",)
     listening = lambda: all(text in router.text for text in wanted)  # noqa: E731
-    until(lambda: listening() or router.process.poll() is not None, "the router")
+    until(lambda: listening() or router.process.poll() is not None, "the router", START)
     public = re.search(r" on https?://[^,\s]+:(\d+),", router.text)
     assert public is not None, router.text
     if tls:
         plain = re.search(r"administration on (http://\S+)", router.text)
         assert plain is not None
         router.url = plain[1]
-    until(lambda: router.get("/readyz").status_code == 200, "readiness")
+    until(lambda: router.get("/readyz").status_code == 200, "readiness", START)
     return int(public[1])

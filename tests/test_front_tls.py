@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from front_harness import CHAT, QUICK, Client, Limits, connected, get, post, running, soon
 from test_front_handover import PEM, over_tls, server_tls
@@ -169,28 +170,58 @@ async def test_handshakes_beyond_the_most_end_the_oldest(monkeypatch):
             await request_and_leave(on.port)
 
 
-async def test_handshakes_take_turns_with_everything_else():
-    """Of many hellos that arrive at once, no more than a few are computed before others run."""
-    computed = 0
-    passes: list[int] = []
+async def computed_per_turn(count: int, *, begun: bool) -> list[int]:
+    """How many of so many handshakes compute in each turn of the loop."""
+    computed: list[int] = []
+    turns: list[int] = []
     handshakes = Handshakes()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(handshakes.run)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(handshakes.run)
 
-        async def one() -> None:
-            nonlocal computed
-            await handshakes.step()
-            computed += 1
+            async def one(number: int) -> None:
+                assert await handshakes.step(ours.fileno(), begun=begun)
+                computed.append(number)
 
-        for _ in range(100):
-            nursery.start_soon(one)
-        while computed < 100:
-            before = computed
-            await trio.lowlevel.checkpoint()
-            passes.append(computed - before)
-        nursery.cancel_scope.cancel()
-    assert max(passes) <= 2 * tls_stream.STEPS_PER_TURN  # the order within a turn is random
-    assert sum(passes) == 100
+            for number in range(count):
+                nursery.start_soon(one, number)
+            while len(computed) < count:
+                before = len(computed)
+                await trio.lowlevel.checkpoint()
+                turns.append(len(computed) - before)
+            nursery.cancel_scope.cancel()
+    return turns
+
+
+@pytest.mark.parametrize(
+    ("begun", "most"), [(False, tls_stream.NEW_PER_TURN), (True, tls_stream.BEGUN_PER_TURN)]
+)
+async def test_handshakes_many_at_once_compute_a_few_per_turn(begun, most):
+    turns = await computed_per_turn(100, begun=begun)
+    assert max(turns) <= 2 * most  # the order within a turn is random
+    assert sum(turns) == 100
+
+
+async def test_handshakes_of_leavers_take_no_turns():
+    handshakes = Handshakes()
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    seen = []
+    with ours:
+        async with trio.open_nursery() as nursery:
+
+            async def one() -> None:
+                seen.append(await handshakes.step(ours.fileno(), begun=False))
+
+            for _ in range(tls_stream.LEAVERS_PER_TURN):
+                nursery.start_soon(one)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(handshakes.run)
+            for _ in range(4):
+                await trio.lowlevel.checkpoint()
+            assert seen == [False] * tls_stream.LEAVERS_PER_TURN
+            nursery.cancel_scope.cancel()
 
 
 async def test_handshake_of_a_client_that_has_left_is_not_computed(monkeypatch):
@@ -242,6 +273,14 @@ async def test_tls_end_is_announced_by_close_notify(kind, request_bytes):
         answer = await client.rest()  # raises BrokenResourceError without close_notify
         assert answer.startswith(b"HTTP/1.1 ")
         await trio.aclose_forcefully(stream)
+
+
+async def test_end_tls_of_a_socket_that_was_shut_down_is_quiet():
+    async with running(ssl_context=server_tls(), limits=QUICK) as on:
+        stream = await strictly(on.port)
+        stream.transport_stream.socket.shutdown(socket.SHUT_RDWR)
+        transport = await tls_stream.end_tls(stream)
+        await transport.aclose()
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])

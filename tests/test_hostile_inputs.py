@@ -1,53 +1,53 @@
 """No bytes from a client or a server hold up the others, fill the memory, or break anything.
 
 To add an input: a row in one of the tables (see `hostile.Hostile`). `pytest -rP` shows the worst
-stall of every row.
+stall of every row, HOSTILE_INPUTS=all sends every row to every kind of front.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from hostile import FRONTS, Hostile, Lab, lab
 from hostile_bodies import BODIES
+from hostile_http1 import HTTP1
+from hostile_http2 import HTTP2
 from hostile_servers import SERVERS
+from hostile_tls import TLS
+from hostile_websocket import WEBSOCKET
 from mock_process import mock_processes
 
-
-def head(method: str, path: str, *fields: str, version: str = "1.1") -> bytes:
-    lines = [f"{method} {path} HTTP/{version}", "Host: a", *fields]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n"
-
-
-def post(path: str, body: bytes, *fields: str, kind: str = "application/json") -> bytes:
-    length = f"Content-Length: {len(body)}"
-    return head("POST", path, f"Content-Type: {kind}", length, *fields) + body
-
-
-# -- HTTP/1.1 ----------------------------------------------------------------------------------
-
-HTTP1 = [
-    Hostile("nothing, and it leaves", b""),
-    Hostile("half a head", b"POST / HTTP/1.1\r\nHost: a\r\n"),
-    Hostile("a head without an end", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 50_000, b" 431 ", True),
-    Hostile("a line without an end", b"GET /" + b"a" * 1_000_000, b" 431 ", True),
-    Hostile("10 000 fields", head("GET", "/livez", *["a: b"] * 10_000), b" 200 .*alive"),
-    Hostile("empty lines only", b"\r\n" * 200_000),
-    Hostile("zeros", bytes(1_000_000), b" (400|431) ", True),
-]
+TABLES = {
+    "http1": HTTP1,
+    "http2": HTTP2,
+    "websocket": WEBSOCKET,
+    "tls": TLS,
+    "bodies": BODIES,
+    "servers": SERVERS,
+}
+EVERYTHING = os.environ.get("HOSTILE_INPUTS") == "all"
 
 
-TABLES = {"http1": HTTP1, "bodies": BODIES, "servers": SERVERS}
+def fronts_for(row: Hostile, number: int) -> set[str]:
+    """The kinds of front that a row is sent to in this run."""
+    if EVERYTHING:
+        return set(FRONTS)
+    if row.fronts:
+        return set(row.fronts)
+    return {"lane", "workers" if number % 2 else "hypercorn"}
+
+
 ROWS = [
     pytest.param(front, row, id=f"{front}{'-tls' * row.tls}-{table}: {row.name}")
     for front in FRONTS
     for tls in (False, True)
     for table, rows in TABLES.items()
-    for row in rows
-    if front in row.fronts and row.tls == tls
+    for number, row in enumerate(rows)
+    if front in fronts_for(row, number) and row.tls == tls
 ]
 
 

@@ -50,6 +50,8 @@ LAYERS = {
     "own_machine": TRIO,
     "local_door": SERVING,
     "hypercorn_websocket": SERVING,
+    "allowance": PURE,
+    "http2_frames": PURE,
     "web": SERVING,
     "control": WIRING,
     "access_log": WIRING,

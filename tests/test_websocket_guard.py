@@ -10,7 +10,6 @@ import trio
 
 from front_harness import Client, connected, running, soon
 from test_hypercorn_bridge import H2Client, still_serves
-from vllm_router.hypercorn_websocket import BURST, FRAMES_PER_SECOND, Allowance
 from websocket_frames import (
     BINARY,
     CLOSE,
@@ -174,13 +173,3 @@ async def test_websocket_over_http2_endless_frame_ends_its_stream_only():
             ended = any(type(e).__name__ in ("StreamEnded", "StreamReset") for e in events)
         other = client.request()
         assert await client.statuses(other) == {other: b"200"}
-
-
-def test_allowance_refills_with_time_up_to_the_burst():
-    allowance = Allowance(now=10.0)
-    assert all(allowance.take(now=10.0) for _ in range(BURST))
-    assert not allowance.take(now=10.0)
-    assert allowance.take(now=10.0 + 1.5 / FRAMES_PER_SECOND)
-    assert not allowance.take(now=10.0 + 1.5 / FRAMES_PER_SECOND)
-    assert all(allowance.take(now=1e6) for _ in range(BURST))
-    assert not allowance.take(now=1e6)

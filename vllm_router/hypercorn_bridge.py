@@ -14,6 +14,8 @@ The cures, each with a test of the same subject:
   socket is reset when the connection is cancelled. Over HTTP/2 a client that opens no window had
   the whole answer kept for it, for ever, even when it had left: now it holds the application
   back, and the stream is reset in time.
+* Floods of small HTTP/2 frames kept the loop busy: few are worked through at a time, and too many
+  end the connection.
 * A client's GOAWAY aborted its running requests: they go on, and the connection ends behind them.
 * Over HTTP/2 an answer that was broken off never ended: the stream is reset. In a drain the last
   ones lost their ends: the connection is closed behind those.
@@ -72,6 +74,7 @@ from hyperframe.frame import GoAwayFrame
 from priority.priority import PriorityError
 
 from vllm_router.addresses import plain_peer
+from vllm_router.allowance import Allowance
 from vllm_router.dialects import path_of
 from vllm_router.http1.delivered import delivered
 from vllm_router.http1.headers import (
@@ -87,6 +90,7 @@ from vllm_router.http1.headers import (
 from vllm_router.http1.keepalive import enable_keepalive
 from vllm_router.http1.server import App, Limits, Message, Scope
 from vllm_router.http1.tls_stream import end_tls, take_apart
+from vllm_router.http2_frames import FrameCutter
 from vllm_router.hypercorn_websocket import GuardedWebsocket
 from vllm_router.request_ids import request_id
 from vllm_router.strict_h11 import StrictConnection
@@ -118,6 +122,12 @@ MAX_RESETS = 100
 """Streams that one HTTP/2 connection may reset, and one more for every second of its age."""
 
 HTTP2_READ_SIZE = 16384
+
+HTTP2_BURST, HTTP2_FRAMES_PER_SECOND = 5000, 100.0
+"""Frames without a request that an HTTP/2 client may send at once, and in the long run."""
+
+UPDATES_PER_FRAME = 4
+"""Window updates that each frame of an answer allows on top."""
 
 GOODBYE = 0.2
 """Seconds between the last answer on an HTTP/2 connection and its end, in a drain."""
@@ -405,8 +415,12 @@ class GuardedH2Protocol(H2Protocol):
         # h2 would give up every stream at once, and refuse to send on them.
         self.connection._frame_dispatch_table[GoAwayFrame] = self._client_goes
         self._going = False
+        self._cutter = FrameCutter()
+        now = trio.current_time()
+        self._overhead = Allowance(now, HTTP2_BURST, HTTP2_FRAMES_PER_SECOND)
+        self._updates = Allowance(now, HTTP2_BURST, HTTP2_FRAMES_PER_SECOND)
         self._resets = 0
-        self._since = trio.current_time()
+        self._since = now
         self._stalled: dict[int, float] = {}
         """Streams of which something waits for the client, and since when it has taken nothing."""
         self._watching = False
@@ -417,10 +431,34 @@ class GuardedH2Protocol(H2Protocol):
         return [], []
 
     async def handle(self, event: Event) -> None:
+        if not isinstance(event, RawData) or not event.data:
+            await super().handle(event)
+            return
         going = self._going
-        await super().handle(event)
+        for number, piece in enumerate(self._cutter.cut(event.data)):
+            if number:
+                await trio.lowlevel.checkpoint()
+            if self.closed:
+                return
+            if piece.overlong:
+                await self._end_with(h2.errors.ErrorCodes.FRAME_SIZE_ERROR)
+                return
+            now = trio.current_time()
+            if not (
+                self._overhead.take(now, piece.overhead) and self._updates.take(now, piece.updates)
+            ):
+                await self._end_with(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                return
+            await super().handle(RawData(piece.data))
         if self._going and not going and not self.closed:
             await self._rest()
+
+    async def _end_with(self, code: h2.errors.ErrorCodes) -> None:
+        """Close a connection that is a flood or broken."""
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self.connection.close_connection(code)
+        await self._flush()
+        await self.send(Closed())
 
     async def _close_stream(self, stream_id: int) -> None:
         await super()._close_stream(stream_id)
@@ -481,9 +519,7 @@ class GuardedH2Protocol(H2Protocol):
         reset = {e.stream_id for e in events if isinstance(e, h2.events.StreamReset)}
         self._resets += len(reset)
         if self._resets > MAX_RESETS + trio.current_time() - self._since:
-            self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
-            await self._flush()
-            await self.send(Closed())
+            await self._end_with(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
             return
         started = {e.stream_id for e in events if isinstance(e, h2.events.RequestReceived)}
         never_seen = reset & started
@@ -503,6 +539,7 @@ class GuardedH2Protocol(H2Protocol):
         buffer = self.stream_buffers.get(stream_id)
         before = len(buffer.buffer) if buffer is not None else 0
         await super()._send_data(stream_id)
+        self._updates.earn(UPDATES_PER_FRAME)
         left = len(buffer.buffer) if buffer is not None else 0
         if stream_id not in self.stream_buffers:
             await self._rest()

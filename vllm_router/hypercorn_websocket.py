@@ -22,6 +22,8 @@ from wsproto.events import CloseConnection, Message, Ping
 from wsproto.events import Event as FrameEvent
 from wsproto.frame_protocol import CloseReason
 
+from vllm_router.allowance import Allowance
+
 BURST = 300
 """Frames that a client may send at once. What it sends is ignored: the feed only speaks."""
 
@@ -31,23 +33,6 @@ FRAMES_PER_SECOND = 30.0
 SLICE = 1024
 """Bytes looked at before other tasks have their turn: at most some 170 frames, or 1 MB when they
 are compressed."""
-
-
-class Allowance:
-    """A bucket of BURST frames that is filled by FRAMES_PER_SECOND."""
-
-    def __init__(self, now: float) -> None:
-        self._left = float(BURST)
-        self._at = now
-
-    def take(self, now: float) -> bool:
-        """Whether one more frame is within the allowance at this time, in seconds."""
-        self._left = min(BURST, self._left + (now - self._at) * FRAMES_PER_SECOND)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
 
 
 class GuardedWebsocket:
@@ -61,7 +46,7 @@ class GuardedWebsocket:
     def __init__(self, stream: WSStream, refuse: Callable[[], Awaitable[None]]) -> None:
         self._stream = stream
         self._refuse = refuse
-        self._allowance = Allowance(trio.current_time())
+        self._allowance = Allowance(trio.current_time(), BURST, FRAMES_PER_SECOND)
 
     @property
     def idle(self) -> bool:

@@ -11,13 +11,12 @@ What h11's documentation does not promise is used in this file and nowhere else.
 from __future__ import annotations
 
 import re
-from collections import deque
 from typing import Any, NoReturn
 
 import h11
 from h11._readers import ChunkedReader, expect_nothing, maybe_read_from_IDLE_client
 
-from vllm_router.http1.headers import Refusal
+from vllm_router.http1.headers import Refusal, too_many_fields
 from vllm_router.http1.request import BARE, BARE_MESSAGE, ChunkedBody, without_empty_lines
 
 _HEAD_END = re.compile(rb"\n\r?\n")
@@ -65,6 +64,8 @@ class StrictConnection(h11.Connection):
         head = data[: end.end()] if end is not None else data
         if end is not None or b"\n" in head:
             self.line = head.partition(b"\r\n")[0]
+        if end is not None and too_many_fields(head):
+            raise h11.LocalProtocolError("too many fields", error_status_hint=431)
         if BARE.search(head):
             raise h11.LocalProtocolError(BARE_MESSAGE)
         if _FOLDED.search(head):
@@ -87,7 +88,7 @@ class _Chunks:
 
     def __init__(self) -> None:
         self._body = ChunkedBody()
-        self._pieces: deque[bytes] = deque()
+        self._pieces: list[bytes] = []
 
     def __call__(self, buffer: Any) -> h11.Data | h11.EndOfMessage | None:
         if not self._pieces and not self._body.complete:
@@ -103,7 +104,10 @@ class _Chunks:
             self._pieces += pieces
             buffer += data[used:]
         if self._pieces:
-            return h11.Data(data=self._pieces.popleft())
+            # One event for all: a body may come in chunks of one byte.
+            body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            return h11.Data(data=body)
         return h11.EndOfMessage() if self._body.complete else None
 
     def read_eof(self) -> NoReturn:

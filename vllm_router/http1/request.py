@@ -18,6 +18,8 @@ from vllm_router.http1.headers import (
     malformed,
     request_line,
     split_target,
+    too_large,
+    too_many_fields,
     valid_host,
 )
 from vllm_router.http1.repeated import MAX_LENGTH_DIGITS, Headers, Repeated
@@ -148,6 +150,8 @@ def read_head(data: bytes, line: tuple[str, bytes, str]) -> Head:
 
     `line` is what `request_line` said about its first line.
     """
+    if too_many_fields(data):
+        raise too_large()
     method, target, version = line
     path, query = split_target(method, target)
     head = Head(method, path, query, version)

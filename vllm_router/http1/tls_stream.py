@@ -15,11 +15,26 @@ import trio
 MAX_HANDSHAKES = 1024
 """Handshakes in progress, each with some 30 KB of OpenSSL's; one more ends the oldest."""
 
-STEPS_PER_TURN = 2
-"""Handshake steps computed in one turn of the loop. A step takes up to a few milliseconds (RSA),
-and everything else in the process waits for it."""
+NEW_PER_TURN, BEGUN_PER_TURN = 1, 2
+"""Handshake steps computed in one turn of the loop: of clients that have just said hello, and of
+those that go on. A step takes up to a few milliseconds (RSA), and everything else in the process
+waits for it."""
+
+LEAVERS_PER_TURN = 64
+"""Clients that have left, which cost no computing, forgotten in one turn."""
 
 TlsStream = trio.SSLStream[trio.SocketStream]
+
+
+class _Waiter:
+    """A handshake that waits for its turn to compute."""
+
+    __slots__ = ("fileno", "present", "turn")
+
+    def __init__(self, fileno: int) -> None:
+        self.fileno = fileno
+        self.present = True
+        self.turn = trio.Event()
 
 
 class Handshakes:
@@ -28,7 +43,8 @@ class Handshakes:
     def __init__(self, most: int = MAX_HANDSHAKES) -> None:
         self._most = most
         self._scopes: dict[trio.CancelScope, None] = {}
-        self._lot = trio.lowlevel.ParkingLot()
+        self._new: dict[_Waiter, None] = {}
+        self._begun: dict[_Waiter, None] = {}
         self._arrived = trio.Event()
 
     @property
@@ -39,16 +55,35 @@ class Handshakes:
     async def run(self) -> None:
         """Hand out the turns, until cancelled."""
         while True:
-            while self._lot:
-                self._lot.unpark(count=STEPS_PER_TURN)
+            while self._new or self._begun:
+                self._let_compute(self._begun, BEGUN_PER_TURN)
+                self._let_compute(self._new, NEW_PER_TURN)
                 await trio.lowlevel.checkpoint()
             self._arrived = trio.Event()
             await self._arrived.wait()
 
-    async def step(self) -> None:
-        """Wait for the turn to compute."""
+    @staticmethod
+    def _let_compute(waiters: dict[_Waiter, None], most: int) -> None:
+        for _ in range(LEAVERS_PER_TURN):
+            if not waiters or not most:
+                return
+            waiter = next(iter(waiters))
+            del waiters[waiter]
+            waiter.present = not _has_left(waiter.fileno)
+            most -= waiter.present
+            waiter.turn.set()
+
+    async def step(self, fileno: int, *, begun: bool) -> bool:
+        """Wait for the turn to compute. False if the client at the descriptor has left by then."""
+        waiter = _Waiter(fileno)
+        waiters = self._begun if begun else self._new
+        waiters[waiter] = None
         self._arrived.set()
-        await self._lot.park()
+        try:
+            await waiter.turn.wait()
+        finally:
+            waiters.pop(waiter, None)
+        return waiter.present
 
     async def accept(
         self, transport: trio.SocketStream, context: ssl.SSLContext, timeout: float
@@ -98,7 +133,9 @@ async def end_tls(stream: TlsStream) -> trio.SocketStream:
     transport = stream.transport_stream
     closing: Any = _HalfClosing(transport, stream)
     stream.transport_stream = closing
-    await stream.aclose()
+    # The client, or another task, may have ended the connection by now.
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.aclose()
     return transport
 
 
@@ -130,13 +167,15 @@ class _Paced(_Transport):
     def __init__(self, inner: trio.SocketStream, handshakes: Handshakes) -> None:
         super().__init__(inner)
         self._handshakes = handshakes
+        self._begun = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         data = await self._inner.receive_some(max_bytes)
         if data:
-            await self._handshakes.step()
-            if _has_left(self._inner):
+            fileno = self._inner.socket.fileno()
+            if not await self._handshakes.step(fileno, begun=self._begun):
                 return b""
+            self._begun = True
         return data
 
 
@@ -158,7 +197,7 @@ class _HalfClosing(_Transport):
             await self._inner.send_eof()
 
 
-def _has_left(stream: trio.SocketStream) -> bool:
+def _has_left(fileno: int) -> bool:
     poll = select.poll()
-    poll.register(stream.socket.fileno(), select.POLLRDHUP)
+    poll.register(fileno, select.POLLRDHUP)
     return bool(poll.poll(0))
