@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
 from fleet_makers import come_up
+from scripted_server import ScriptedServer, silent
 from vllm_router.auth import ANONYMOUS
 from vllm_router.fleet.server import State
 from web_harness import Lab
@@ -29,7 +32,8 @@ class Engine:
             while not _complete(received):
                 received += await stream.receive_some()
             self.requests.append(received)
-            await stream.send_all(self._answer)
+            with contextlib.suppress(trio.BrokenResourceError):  # it need not take all of it
+                await stream.send_all(self._answer)
 
 
 def _complete(request: bytes) -> bool:
@@ -147,3 +151,45 @@ async def test_is_paused_through_the_router_is_believed():
         come_up(lab.router.fleet.servers["a"], trio.current_time())
         await lab.get("/is_paused")
         assert lab.router.fleet.servers["a"].state is State.PAUSED
+
+
+HOSTILE = {
+    "half a character": (b'{"a": "\\ud800"}', str),
+    "no UTF-8": (b'{"a": "\xff"}', str),
+    "NaN": (b"NaN", str),
+    "nested": (b"[" * 900 + b"]" * 900, str),
+    "nested far too deeply": (b"[" * 100_000, str),
+    "many values": (b"[" + b"0," * 200_000 + b"0]", str),
+    "a large number": (b"1" + b"0" * 5000, str),
+    "good": (b'{"a": [1, "\xc3\xa9"]}', dict),
+}
+
+
+@pytest.mark.parametrize(("body", "kind"), HOSTILE.values(), ids=HOSTILE)
+async def test_engine_control_odd_answer_is_passed_on_as_text(body, kind):
+    async with engines(Engine(200, body)) as lab:
+        reply = await lab.get("/is_sleeping")
+    assert reply.status == 200
+    assert isinstance(reply.json["results"]["a"]["body"], kind)
+
+
+async def test_engine_control_answer_that_is_too_long_is_told_and_not_kept():
+    async with engines(Engine(200, bytes(3_000_000)), Engine(200, b"1")) as lab:
+        reply = await lab.get("/is_sleeping")
+    assert reply.status == 502
+    assert "longer than 1048576 bytes" in reply.json["results"]["a"]["error"]
+    assert reply.json["results"]["b"]["ok"] is True
+
+
+async def test_engine_control_server_that_never_answers_is_told(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        scripted = ScriptedServer(nursery, silent)
+        port = await nursery.start(scripted.listen)
+        lab = Lab(
+            [{"url": f"http://127.0.0.1:{port}", "name": "a"}],
+            allow_engine_control=True,
+            request_timeout=7,
+        )
+        reply = await lab.post("/wake_up")
+        nursery.cancel_scope.cancel()
+    assert reply.json["results"]["a"] == {"ok": False, "error": "no answer in 7 s"}

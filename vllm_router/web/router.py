@@ -11,6 +11,7 @@ import trio
 from vllm_router.config import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
+from vllm_router.http1.resolver import Resolver
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record
@@ -32,7 +33,8 @@ CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
 
 
 class Router(Protocol):
-    """The parts are the supervisor's; `started_at` is on trio's clock; `tls` is for the servers."""
+    """The parts are the supervisor's; `started_at` is on trio's clock; `tls` and `resolver`
+    are for the servers."""
 
     fleet: Fleet
     proxy: Proxy
@@ -42,6 +44,7 @@ class Router(Protocol):
     started_at: float
     task_restarts: int
     tls: ServerContexts
+    resolver: Resolver
     guard: Guard
     stalls: StallMonitor
     sessions: Sessions
