@@ -17,13 +17,19 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
+import msgspec
 import trio
 
 from vllm_router.config import Config, ServerConfig
-from vllm_router.errors import RouterError
+from vllm_router.errors import RouterError, UnusablePage
+from vllm_router.fleet.model_list import read_model_list
+from vllm_router.http1.client import Pool
 from vllm_router.http1.transport import tls_words
 from vllm_router.models_config import nowhere
 from vllm_router.own_machine import find_socket, short_path
+from vllm_router.tasks.carrier import Carrier
+from vllm_router.tasks.page import read_whole
+from vllm_router.tasks.probe import MAX_METRICS_BYTES
 from vllm_router.tls import ServerContexts
 
 TIMEOUT = 5.0
@@ -224,7 +230,10 @@ _LOAD_METRICS = {
     "waiting": ("num_requests_waiting",),
     "kv": ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
 }
-_METRIC = re.compile(r"^vllm:(\w+)(?=[{ ])", re.MULTILINE)
+_METRIC = re.compile(rb"^vllm:(\w+)(?=[{ ])", re.MULTILINE)
+
+SHOWN_VERSION = 40
+"""Characters of a server's version that are shown."""
 
 
 @dataclass(slots=True)
@@ -287,25 +296,25 @@ async def _probe(
     server: ServerConfig, report: ServerReport, timeout: float, context: ssl.SSLContext
 ) -> None:
     """Fill in a report; every question has `timeout` seconds."""
-    headers = {"user-agent": "vllm-router-check"}
+    agent = {"user-agent": "vllm-router-check", "accept-encoding": "identity"}
     keyed = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-    async with httpx.AsyncClient(
-        base_url=server.url, headers=headers, timeout=timeout, trust_env=False, verify=context
-    ) as client:
+    async with Carrier(Pool(server.url, context, spread=False)) as carrier:
 
-        async def ask(path: str, *, key: bool = True) -> httpx.Response | str:
+        async def ask(path: str, *, key: bool = True) -> _Answer | str:
+            headers = agent | (keyed if key else {})
+            request = httpx.Request("GET", server.url + path, headers=headers)
             with trio.move_on_after(timeout):
                 try:
-                    return await client.get(path, headers=keyed if key else {})
+                    return await _answer_to(carrier, request)
                 except httpx.HTTPError as error:
                     return words(error)
-            return f"no answer in {timeout:g} s"
+            return f"no {carrier.doing or 'answer'} in {timeout:g} s"
 
         began = trio.current_time()
         health = await ask("/health")
         elapsed = trio.current_time() - began
         models = await ask("/v1/models")
-        if isinstance(health, httpx.Response) and health.status_code in (404, 405, 501):
+        if isinstance(health, _Answer) and health.status in (404, 405, 501):
             # Other engines have no /health; the router asks them for their models instead.
             health = models
         if isinstance(health, str):
@@ -313,53 +322,93 @@ async def _probe(
             report.problems.append(f"/health: {health}")
             return
         report.health_seconds = elapsed
-        report.health = "ok" if health.is_success else f"answered {health.status_code}"
+        report.health = "ok" if health.is_success else f"answered {health.status}"
         if not health.is_success:
-            report.problems.append(f"/health answered {health.status_code}")
+            report.problems.append(f"/health answered {health.status}")
         _judge_models(server, report, models)
         if keyed and report.key == "accepted":
             keyless = await ask("/v1/models", key=False)
-            if isinstance(keyless, httpx.Response) and keyless.is_success:
+            if isinstance(keyless, _Answer) and keyless.is_success:
                 report.key = "not needed"
         metrics = await ask("/metrics")
-        if isinstance(metrics, httpx.Response) and metrics.is_success:
-            found = set(_METRIC.findall(metrics.text))
+        if isinstance(metrics, _Answer) and metrics.is_success:
+            found = {name.decode() for name in _METRIC.findall(metrics.content)}
             report.metrics = tuple(
                 short for short, names in _LOAD_METRICS.items() if found.intersection(names)
             )
         version = await ask("/version")
-        if isinstance(version, httpx.Response) and version.is_success:
-            report.version = str(_object(version).get("version", ""))
+        if isinstance(version, _Answer) and version.is_success:
+            report.version = _version_in(version.content)
 
 
-def _judge_models(server: ServerConfig, report: ServerReport, answer: httpx.Response | str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """`problem` says why the content cannot be used; the content is empty then."""
+
+    status: int
+    content: bytes
+    problem: str = ""
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+
+async def _answer_to(carrier: Carrier, request: httpx.Request) -> _Answer:
+    response = await carrier.handle_async_request(request)
+    try:
+        return _Answer(response.status_code, await read_whole(response, MAX_METRICS_BYTES))
+    except UnusablePage as problem:
+        return _Answer(response.status_code, b"", str(problem))
+    finally:
+        await response.aclose()
+
+
+def _judge_models(server: ServerConfig, report: ServerReport, answer: _Answer | str) -> None:
     """What the model list, or the lack of one, says. Only `/v1` paths look at the key."""
     problem = ""
     if isinstance(answer, str):
         problem = f"/v1/models: {answer}"
-    elif answer.status_code in (401, 403):
+    elif answer.status in (401, 403):
         report.key = "refused" if server.api_key else "missing"
-        problem = f"/v1/models answered {answer.status_code}: key {report.key}"
+        problem = f"/v1/models answered {answer.status}: key {report.key}"
     elif not answer.is_success:
-        problem = f"/v1/models answered {answer.status_code}"
+        problem = f"/v1/models answered {answer.status}"
     else:
         report.key = "accepted" if server.api_key else "none"
-        cards = _object(answer).get("data")
-        if isinstance(cards, list):
-            report.models = {
-                str(card["id"]): card.get("max_model_len")
-                for card in cards
-                if isinstance(card, dict) and "id" in card
-            }
-        else:
-            problem = "/v1/models is no list of models"
+        try:
+            if answer.problem:
+                raise UnusablePage(answer.problem)
+            *_, found = read_model_list(answer.content)
+            report.models = {name: _length_of(card) for name, card in found.cards.items()}
+            problem = f"/v1/models: {found.problem}" if found.left_out else ""
+        except UnusablePage as unusable:
+            problem = f"/v1/models cannot be used: {unusable}"
     # The router does not ask a server whose models the configuration names.
     if problem and (server.models is None or report.key == "refused"):
         report.problems.append(problem)
 
 
+def _length_of(card: dict[str, Any]) -> int | None:
+    length = card.get("max_model_len")
+    return length if isinstance(length, int) else None
+
+
+def _version_in(page: bytes) -> str:
+    """The version that a page tells; empty if it tells none that can be shown."""
+    try:
+        version = msgspec.json.decode(page, type=_Version).version
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return ""
+    return version[:SHOWN_VERSION] if version.isprintable() else ""
+
+
+class _Version(msgspec.Struct):
+    version: str = ""
+
+
 def _object(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of an answer, empty if it is none."""
+    """The JSON object of a router's answer, empty if it is none."""
     try:
         page = response.json()
     except ValueError:

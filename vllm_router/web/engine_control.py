@@ -121,7 +121,7 @@ class _Request:
             request = client.build_request(
                 self._method, self._target, headers=headers, content=self._body
             )
-            answer = await client.send(request, stream=True)
+            answer = await transport.handle_async_request(request)
             try:
                 content = await read_whole(answer, MAX_ANSWER)
             finally:
