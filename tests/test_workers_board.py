@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.workers.board import COLUMNS, CONNECTIONS, Board, Sums
+from vllm_router.workers.board import COLUMNS, CONNECTIONS, Board, Sums, columns_for
 
 
 @pytest.fixture
@@ -137,3 +137,32 @@ def test_board_that_is_full_has_no_column(boards: list[Board]):
     for number in range(1, COLUMNS):
         assert boards[0].assign(f"http://a:{number}") is not None
     assert boards[0].assign("http://b:1") is None
+
+
+def test_board_as_large_as_a_configuration_needs_has_columns_for_all_of_it():
+    keys = [f"key {number}" for number in range(5_000)]
+    columns = columns_for(len(keys))
+    fileno = Board.create(3, columns)
+    try:
+        leader, worker = (Board(fileno, 3, columns) for _ in range(2))
+        places = leader.assign_all(keys)
+        assert len(set(places.values()) - {None, CONNECTIONS}) == len(keys)
+        assert worker.places(keys) == places
+        last = places[keys[-1]]
+        assert last is not None
+        told, seen = Sums(leader, 0), Sums(worker, 1)
+        seen.watch(last)
+        told.put(last, 7)
+        assert seen.look() == [(last, 7)]
+    finally:
+        os.close(fileno)
+
+
+def test_room_for_counts_what_others_give_up_but_not_what_they_still_count(boards: list[Board]):
+    leader = boards[0]
+    column = leader.assign("old")
+    assert column is not None
+    assert leader.room_for(["new"]) == COLUMNS - 1
+    boards[1].row(1)[column] = 1
+    assert leader.room_for(["new"]) == COLUMNS - 2
+    assert leader.room_for(["old"]) == COLUMNS - 1

@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from random import Random
 from time import perf_counter
 
+import msgspec
 import pytest
 
 from fleet_makers import come_up, eject, gauges, go_down, make_config
-from vllm_router.auth import KeyConfig
+from vllm_router.auth import AuthConfig, KeyConfig
 from vllm_router.config import Config
-from vllm_router.errors import Refused
+from vllm_router.errors import ConfigError, Refused
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server, State
+from vllm_router.kinds import digest_of
 from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
-from vllm_router.workers.board import COLUMNS, Board, Sums
-from vllm_router.workers.fleet import FollowingFleet, LeadingFleet, state_of
+from vllm_router.workers.board import COLUMNS, Board, Sums, columns_for
+from vllm_router.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
 from vllm_router.workers.messages import States, Verdict, decode_from_leader, encode
 
 
@@ -420,3 +422,45 @@ def test_state_is_followed_again_after_a_reload_that_began_anew(router: Router):
     assert worker.servers["a"].models is None
     worker.follow(state_of(server), 1.0)
     assert worker.servers["a"].models == ("m",)
+
+
+def with_keys(number: int) -> Config:
+    """A configuration with so many keys, each for one request at a time."""
+    keys = tuple(
+        KeyConfig(name=f"k{one}", digest=digest_of(f"k{one}"), max_concurrent_requests=1)
+        for one in range(number)
+    )
+    return msgspec.structs.replace(make_config(1), auth=AuthConfig(keys=keys))
+
+
+@pytest.mark.parametrize("number", [510, 2_000])
+def test_limits_of_many_keys_hold_for_all_workers_together(number: int):
+    config = with_keys(number)
+    columns = columns_for(len(counted_in(config)))
+    fileno = Board.create(3, columns)
+    try:
+        LeadingFleet(config, Sums(Board(fileno, 3, columns), 0), lambda server: None)
+        one, other = (
+            FollowingFleet(config, Sums(Board(fileno, 3, columns), worker), lambda verdict: None)
+            for worker in (1, 2)
+        )
+        assert config.auth is not None
+        for key in config.auth.keys:
+            one.usage.enter(key, 0.0)
+        for key in config.auth.keys:
+            with pytest.raises(Refused):
+                other.usage.enter(key, 0.0)
+    finally:
+        os.close(fileno)
+
+
+def test_check_room_refuses_a_reload_that_the_board_cannot_hold(board: int):
+    leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
+    leader.check_room(with_keys(COLUMNS // 2 - 1))
+    with pytest.raises(ConfigError, match="restart the router"):
+        leader.check_room(with_keys(COLUMNS // 2))
+
+
+def test_key_without_a_place_is_told_aloud(board: int, caplog: pytest.LogCaptureFixture):
+    LeadingFleet(with_keys(COLUMNS), Sums(Board(board, 3), 0), lambda server: None)
+    assert "counted by each worker for itself" in caplog.text

@@ -24,6 +24,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     line: the channel to the parent.
     channels: to every worker, for the leader; to the leader alone, for a worker.
     board, in_force: the shared memory of these names.
+    columns: of the board.
     listeners: what this process accepts from.
     plain: those of them that take plain HTTP even if the others speak TLS only.
     local: listening Unix sockets for the commands on this machine; the leader serves them.
@@ -39,6 +40,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     line: int
     channels: tuple[int, ...]
     board: int
+    columns: int
     in_force: int
     listeners: tuple[int, ...]
     plain: tuple[int, ...] = ()

@@ -10,11 +10,13 @@ over what it says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Iterable
 from typing import Generic, TypeVar
 
 from vllm_router.auth import KeyConfig
 from vllm_router.config import Config, ServerConfig, Settings
+from vllm_router.errors import ConfigError
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet, FleetChange
 from vllm_router.fleet.refusals import Asked
@@ -25,6 +27,20 @@ from vllm_router.workers.usage import SharedUsage, column_keys
 
 News = TypeVar("News", Server, Verdict)
 """What a process tells the others: the leader of servers, a worker of its attempts."""
+
+
+logger = logging.getLogger(__name__)
+
+
+def counted_of_keys(keys: Iterable[KeyConfig]) -> list[str]:
+    """What is counted of keys."""
+    return [name for key in keys for name in column_keys(key)]
+
+
+def counted_in(config: Config) -> set[str]:
+    """What all workers count together: requests on each server, and those of each key."""
+    keys = config.auth.keys if config.auth is not None else ()
+    return {server.url for server in config.servers}.union(counted_of_keys(keys))
 
 
 class SharedServer(Server, Generic[News]):
@@ -185,6 +201,7 @@ class SharedFleet(Fleet, Generic[News]):
         self._by_column: dict[int, SharedServer[News]] = {}
         self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
+        self._places: dict[str, int | None] = {}
         self.usage = SharedUsage(sums, self.look)
         super().__init__(config)
 
@@ -200,6 +217,7 @@ class SharedFleet(Fleet, Generic[News]):
         servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
         self._known = {server.url: server for server in reversed(servers)}
         self._by_column.clear()
+        self._places = self._find_places([*self._known, *counted_of_keys(self._keys)])
         places = [(server, self._column_of(url)) for url, server in self._known.items()]
         for server, column in places:
             server.give_back(column)
@@ -210,8 +228,11 @@ class SharedFleet(Fleet, Generic[News]):
                 self._by_column[column] = server
         self.usage.take_places(self._keys, self._column_of)
 
+    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
+        return self._sums.board.places(counted)
+
     def _column_of(self, key: str) -> int | None:
-        return self._sums.board.find(key)
+        return self._places.get(key)
 
     def by_url(self, url: str) -> Server | None:
         """The server at a URL, one that leaves included."""
@@ -255,13 +276,32 @@ class LeadingFleet(SharedFleet[Server]):
         super()._note(server)
         self._tell(server)
 
-    def take_places(self) -> None:
-        kept = {server.url for server in self.all_servers()}
-        self._sums.board.keep(kept.union(*map(column_keys, self._keys)))
-        super().take_places()
+    def check_room(self, config: Config) -> None:
+        """Raises ConfigError for more servers and keys than can be counted for all workers."""
+        counted = counted_in(config)
+        room = self._sums.board.room_for(counted)
+        if len(counted) > room:
+            keys = len(counted) - len(config.servers)
+            problem = (
+                f"{len(config.servers)} servers and {keys} counts of keys (two for each key) are "
+                f"more than the {room} that all workers can count together since the start: "
+                "restart the router to make room"
+            )
+            raise ConfigError([problem])
 
-    def _column_of(self, key: str) -> int | None:
-        return self._sums.board.assign(key)
+    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
+        """The leader gives places, where there are none yet."""
+        board = self._sums.board
+        board.keep(set(counted))
+        places = board.assign_all(counted)
+        without = [key for key, column in places.items() if column is None]
+        if without:
+            logger.error(
+                "%d servers and keys are counted by each worker for itself until others end: %s",
+                len(without),
+                ", ".join(without[:3]),
+            )
+        return places
 
 
 class FollowingFleet(SharedFleet[Verdict]):

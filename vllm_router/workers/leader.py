@@ -131,6 +131,7 @@ class Leader(Supervisor):
             fleet=fleet,
         )
         self.proxy.usage = fleet.usage
+        self.before_apply.append(fleet.check_room)
         in_force.write(config)
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:

@@ -116,7 +116,7 @@ async def _worker(
 ) -> None:
     app = Application()
     (channel,) = channels
-    sums = Sums(Board(birth.board, birth.workers + 1), birth.number)
+    sums = Sums(Board(birth.board, birth.workers + 1, birth.columns), birth.number)
     reporter = Reporter(channel)
     side = LeaderSide(channel, reporter)
     front = Front(
@@ -200,7 +200,7 @@ async def _lead(
                 telemetry=spans,
                 admin_port=birth.admin_port,
                 own_door=own_door,
-                sums=Sums(Board(birth.board, birth.workers + 1), 0),
+                sums=Sums(Board(birth.board, birth.workers + 1, birth.columns), 0),
                 channels=channels,
                 in_force=in_force,
                 side=side,

@@ -30,8 +30,9 @@ from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.service import ServeOptions, StopSignals, addresses_of, listen, take_tls, url_of
 from vllm_router.workers import birth
 from vllm_router.workers.birth import Birth
-from vllm_router.workers.board import Board
+from vllm_router.workers.board import Board, columns_for
 from vllm_router.workers.channel import Channel, pair
+from vllm_router.workers.fleet import counted_in
 from vllm_router.workers.in_force import InForce
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ def _open(
     listeners = [sock for sock in front.listeners if sock not in private]
     plain = [sock.fileno() for sock in private if front.takes_plain(sock)]
     rows = options.workers + 1
-    board_fd = Board.create(rows)
+    columns = columns_for(len(counted_in(options.config)) + options.demo)
+    board_fd = Board.create(rows, columns)
     ending.callback(os.close, board_fd)
     in_force = InForce.create(options.config)
     ending.callback(os.close, in_force)
@@ -151,7 +153,7 @@ def _open(
         admin[1] if admin is not None else None,
         (own_door.port, str.__str__(own_door.digest)) if own_door is not None else None,
         board_fd,
-        Board(board_fd, rows),
+        Board(board_fd, rows, columns),
         in_force,
         channels,
     )
@@ -300,6 +302,7 @@ class Member:
             line=line,
             channels=tuple(end.fileno() for end in channels),
             board=shared.board_fd,
+            columns=shared.board.columns,
             in_force=shared.in_force,
             listeners=tuple(listener.fileno() for listener in listeners),
             plain=tuple(shared.plain),
