@@ -272,8 +272,9 @@ def test_blanks_before_and_after_a_long_value_do_not_hide_it():
             b"{" + b",".join(b'"%d":[%b0]' % (n, b"[]," * 2000) for n in range(600)) + b"}",
             "too many values",
         ),
+        (b'{"model":"m","x":[' + b"[]," * 4_200_000 + b"1]}", "too many values"),
     ],
-    ids=["members", "nesting", "name", "surrogate", "values"],
+    ids=["members", "nesting", "name", "surrogate", "top values", "values"],
 )
 def test_long_body_beyond_a_bound_is_refused(body: bytes, message: str):
     with pytest.raises(InvalidBody, match=message):

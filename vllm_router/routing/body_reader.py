@@ -8,7 +8,6 @@ repeated the last one counts. The same is read here, in slices and without build
 from __future__ import annotations
 
 import codecs
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from vllm_router.routing.json_scan import Members, scan
 from vllm_router.routing.long_prompt import Values, long_prompt
 from vllm_router.routing.models import json_name, name_place
 from vllm_router.routing.pieces import NO_PROMPT, Prompt
-from vllm_router.routing.steps import Steps, finish
+from vllm_router.routing.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
 """Where vLLM takes a form; on the other paths it takes JSON."""
@@ -34,9 +33,6 @@ EXPLAIN = b"/explain"
 CHECKED = 1 << 17
 """Bytes of JSON that are read with Python's `json` to tell what is wrong: 5 ms in the worst case.
 Of a longer body the server tells it."""
-
-SLICE = 1 << 20
-"""Bytes that are copied at once."""
 
 _DECODED_AT_ONCE = 1 << 17
 _WANTED = frozenset(RawFields.__struct_fields__)
@@ -193,31 +189,29 @@ def _as_utf8(body: bytes) -> Steps[tuple[bytes, int]]:
     if encoding == "utf-8-sig":
         return body, len(codecs.BOM_UTF8)
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-    found = io.BytesIO()
+    pieces = []
     try:
         for place in range(0, len(body), _DECODED_AT_ONCE):
             is_last = place + _DECODED_AT_ONCE >= len(body)
             text = decoder.decode(body[place : place + _DECODED_AT_ONCE], is_last)
-            found.write(text.encode("utf-8", "surrogatepass"))
+            pieces.append(text.encode("utf-8", "surrogatepass"))
             yield
     except UnicodeError as error:
         raise InvalidBody(f"The request body is not valid {encoding}: {error}.") from None
-    return found.getvalue(), 0
+    return (yield from joined(pieces)), 0
 
 
 def replaced(
     body: bytes, places: tuple[tuple[int, int], ...], name: bytes
 ) -> Steps[tuple[bytes, tuple[tuple[int, int], ...]]]:
     """The body with `name` in these places, and the places where it stands then."""
-    found, now, at = io.BytesIO(), [], 0
-    for start, end in (*places, (len(body), len(body))):
-        while at < start:
-            stop = min(at + SLICE, start)
-            found.write(memoryview(body)[at:stop])
-            at = stop
-            yield
-        if end > start:
-            now.append((found.tell(), found.tell() + len(name)))
-            found.write(name)
+    view, at, longer = memoryview(body), 0, 0
+    pieces: list[memoryview] = []
+    now: list[tuple[int, int]] = []
+    for start, end in places:
+        pieces += (view[at:start], memoryview(name))
         at = end
-    return found.getvalue(), tuple(now)
+        now.append((start + longer, start + longer + len(name)))
+        longer += len(name) - (end - start)
+    whole = yield from joined([*pieces, view[at:]])
+    return whole, tuple(now)

@@ -6,7 +6,8 @@ in between: `finish` goes on at once, `proxy.slices` lets other tasks run.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import io
+from collections.abc import Generator, Sequence
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -23,3 +24,19 @@ def finish(steps: Steps[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+COPIED_AT_ONCE = 1 << 20
+"""Bytes: 1 ms at the most, as the memory is new."""
+
+
+def joined(pieces: Sequence[bytes | memoryview]) -> Steps[bytes]:
+    """One after the other, as one: what `join` does, which takes 20 ms for 64 MB."""
+    # The memory is taken at once and written in place: nothing is moved while it grows.
+    whole = io.BytesIO(bytes(sum(map(len, pieces))))
+    for piece in pieces:
+        view = memoryview(piece)
+        for place in range(0, len(view), COPIED_AT_ONCE):
+            whole.write(view[place : place + COPIED_AT_ONCE])
+            yield
+    return whole.getvalue()
