@@ -251,3 +251,41 @@ async def test_decorations_are_for_the_chosen_requests_only(autojump_clock):
         second = await ask(mock, CHAT, stream=False)
     packed = [answer["content-encoding"] for answer in (other, first, second)]
     assert packed == [None, "gzip", None]
+
+
+FAILURES = {
+    "/v1/chat/completions": b"[DONE]\n\n",
+    "/v1/completions": b"[DONE]\n\n",
+    "/v1/messages": b'"error"',
+}
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("path", APIS)
+async def test_dead_engine_is_told_in_the_words_of_each_api(path, after, autojump_clock):
+    async with running_mock() as mock:
+        await mock.set(mode="error_event", after=after)
+        client = await mock.client()
+        await client.send("POST", path, BODIES[path] | {"stream": True})
+        answer = await client.head()
+        try:
+            await client.rest(answer)
+            cut = False
+        except EOFError:
+            cut = True
+        assert (await mock.stats())["failed"] == 1
+    assert cut == (path == "/v1/responses")
+    assert FAILURES.get(path, b"response.") in answer.body
+    told = [kind for kind in kinds(answer) if kind and "delta" in kind]
+    assert len(told) == (after if path in ("/v1/responses", "/v1/messages") else 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("/v1/messages", "anthropic_invalid"), ("/v1/responses", "responses_failed")],
+)
+async def test_error_of_another_engine_ends_apis_without_done(path, error, autojump_clock):
+    async with running_mock() as mock:
+        await mock.set(mode="error_event", error=error, after=2)
+        answer = await ask(mock, path)
+    assert answer.body.endswith(ERRORS[error].event)
