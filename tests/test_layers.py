@@ -28,6 +28,8 @@ LAYERS = {
     "kinds": PURE,
     "limits": PURE,
     "limits_config": PURE,
+    "memory_config": PURE,
+    "memory_limit": TRIO,
     "models_config": PURE,
     "origins": PURE,
     "paths": PURE,

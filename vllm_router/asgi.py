@@ -30,11 +30,13 @@ from vllm_router.kinds import split_address
 from vllm_router.local_door import LocalDoor, LocalSockets
 from vllm_router.log_output import LogOutput
 from vllm_router.logs import configure_if_unset
+from vllm_router.memory_config import Memory
+from vllm_router.memory_limit import memory_limit_mb
 from vllm_router.paths import PathClass, classify, without_slash
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.types import OUTLET, App, Receive, Scope, Send
 from vllm_router.request_ids import request_id
-from vllm_router.supervisor import Supervisor
+from vllm_router.supervisor import Supervisor, tell_memory
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.app import make_app
 
@@ -123,7 +125,8 @@ class Application:
         """Start the supervisor, and end it when the server does."""
         await receive()
         ours = configure_if_unset()
-        source = ConfigSource(os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml"))
+        file = os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml")
+        source = ConfigSource(file, memory=Memory(memory_limit_mb()))
         try:
             config = source.load()
         except ConfigError as error:
@@ -155,6 +158,7 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _run(self, supervisor: Supervisor, receive: Receive, send: Send) -> None:
+        tell_memory(supervisor.config.settings, workers=1)
         self.attach(supervisor)
         with contextlib.closing(LocalSockets()) as local:
             local.open(self._addresses)

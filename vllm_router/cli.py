@@ -220,7 +220,7 @@ def run(
         raise click.UsageError("--config, --server and --demo exclude each other")
     if workers > 1 and front != "lane":
         raise click.UsageError("--workers needs --front lane: Hypercorn serves in one process only")
-    config, source = _fleet(file, urls, demo)
+    config, source = _fleet(file, urls, demo, workers)
     log = LOG_FILE if not console and on_terminal() else None
     access = {"on": True, "off": False}.get(access_log, access_log) if access_log else None
     try:
@@ -305,22 +305,25 @@ def _start(
 
 
 def _fleet(
-    file: str | None, urls: Sequence[str], demo: int | None
+    file: str | None, urls: Sequence[str], demo: int | None, workers: int
 ) -> tuple[Config, ConfigSource | None]:
     """The configuration that the options name, and the file to follow, if it is one."""
-    from vllm_router.config import Config, Settings
+    from vllm_router.config import Config, default_settings
+    from vllm_router.memory_config import Memory
+    from vllm_router.memory_limit import memory_limit_mb
     from vllm_router.tasks.watch import ConfigSource
 
+    memory = Memory(memory_limit_mb(), workers)
     if demo:
-        return Config(servers=(), settings=Settings()), None
+        return Config(servers=(), settings=default_settings(memory)), None
     if urls:
-        return Config(servers=_servers(urls), settings=Settings()), None
+        return Config(servers=_servers(urls), settings=default_settings(memory)), None
     if file is None and not os.path.lexists(DEFAULT_CONFIG):
         raise Failure(
             f"no {DEFAULT_CONFIG} here: name a file with --config FILE, servers with --server URL, "
             "or try --demo"
         )
-    source = ConfigSource(file or DEFAULT_CONFIG)
+    source = ConfigSource(file or DEFAULT_CONFIG, memory=memory)
     return _load(source, 2), source
 
 

@@ -44,6 +44,7 @@ from vllm_router.kinds import (
 )
 from vllm_router.limits_config import LIMITS_KEYS, LimitsConfig
 from vllm_router.log_config import LOG_KEYS, LogSettings
+from vllm_router.memory_config import Memory, fitting
 from vllm_router.models_config import MODEL_KEYS, changed_models, read_models
 from vllm_router.routing.models import ModelRule
 from vllm_router.server_url import SHOWN_CHARS, escaped, quoted, server_name
@@ -210,6 +211,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log: LogSettings = LogSettings()
 
 
+_OF_MEMORY = ("max_body_mb", "max_bodies_mb", "prefix_memory_mb")
+
 RESTART = ("admin_listen",)
 """Settings that hold from the next start on."""
 
@@ -253,13 +256,14 @@ def parse(
     source: str,
     environ: Mapping[str, str],
     read: Callable[[str], bytes] | None = None,
+    memory: Memory = Memory(),  # noqa: B008 (never changes)
 ) -> Config:
     """The configuration in the bytes of a file called `source`.
 
     `environ` answers `api_key_env` and the like. `read` gives the bytes of the files that are
-    named in it, and raises ConfigError; without it there are none. Raises ConfigError with every
-    problem found (at most MAX_PROBLEMS lines), or with the one that keeps the bytes from being
-    read as TOML.
+    named in it, and raises ConfigError; without it there are none. Defaults fit into `memory`.
+    Raises ConfigError with every problem found (at most MAX_PROBLEMS lines), or with the one that
+    keeps the bytes from being read as TOML.
     """
     document = load_document(data, source)
     reader = Reader(source, _TABLES)
@@ -283,7 +287,7 @@ def parse(
     models = read_models(reader, document.get("models", {}))
     settings = reader.table("config", document.get("config", {}), _SETTING_KEYS)
     log = reader.table("log", document.get("log", {}), LOG_KEYS)
-    _check_bodies(reader, settings)
+    _check_bodies(reader, settings, memory)
     reader.raise_problems()
     request_timeout = settings.get("request_timeout", Settings().request_timeout)
     following = {key: follow(request_timeout) for key, follow in _FOLLOWS.items()}
@@ -324,10 +328,22 @@ def _with_limits(auth: AuthConfig, limits: LimitsConfig) -> AuthConfig:
     return msgspec.structs.replace(auth, keys=tuple(map(limited, auth.keys)))
 
 
-def _check_bodies(reader: Reader, settings: dict[str, Any]) -> None:
+def default_settings(memory: Memory) -> Settings:
+    """The settings where there is no file."""
+    return msgspec.structs.replace(Settings(), **_fitting(memory))
+
+
+def _fitting(memory: Memory) -> dict[str, float]:
+    usual = Settings()
+    return fitting({key: getattr(usual, key) for key in _OF_MEMORY}, memory)
+
+
+def _check_bodies(reader: Reader, settings: dict[str, Any], memory: Memory) -> None:
     """All bodies together may be as large as one, or none of that size could ever pass."""
-    one = settings.get("max_body_mb", Settings().max_body_mb)
-    together = settings.setdefault("max_bodies_mb", max(Settings().max_bodies_mb, one))
+    defaults = _fitting(memory)
+    settings.setdefault("prefix_memory_mb", defaults["prefix_memory_mb"])
+    one = settings.setdefault("max_body_mb", defaults["max_body_mb"])
+    together = settings.setdefault("max_bodies_mb", max(defaults["max_bodies_mb"], one))
     if together < one:
         reader.problem(
             "config.max_bodies_mb", f"expected at least max_body_mb, {one:g}, got {together:g}"

@@ -24,7 +24,7 @@ from vllm_router.http1.server import Limits
 from vllm_router.kinds import digest_of, split_address
 from vllm_router.local_door import LocalDoor, LocalSockets
 from vllm_router.log_output import LogOutput
-from vllm_router.supervisor import Supervisor
+from vllm_router.supervisor import Supervisor, tell_memory
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.tls import serving_context
 from vllm_router.web.access import is_loopback
@@ -102,6 +102,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     """
     app = Application()
     settings = options.config.settings
+    tell_memory(settings, options.workers)
     limits = client_limits(settings)
     told = options.output.access.refused if options.output is not None else None
     front = Front(

@@ -17,13 +17,15 @@ from random import Random
 
 import trio
 
-from vllm_router.config import RESTART, Config, ServerConfig, changes
+from vllm_router.config import RESTART, Config, ServerConfig, Settings, changes
 from vllm_router.early_signals import came
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.http1.resolver import Resolver
 from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput
+from vllm_router.memory_config import Memory, memory_line
+from vllm_router.memory_limit import memory_limit_mb
 from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record, Recorder
@@ -405,6 +407,14 @@ class Supervisor:
             change.new,
             f" ({change.reason})" if change.reason else "",
         )
+
+
+def tell_memory(settings: Settings, workers: int) -> None:
+    """Log, at the start, what follows from the memory that there is."""
+    told = memory_line(settings, Memory(memory_limit_mb(), workers))
+    if told is not None:
+        warn, line = told
+        logger.log(logging.WARNING if warn else logging.INFO, "%s", line)
 
 
 def _admin_key(config: Config) -> Secret | None:

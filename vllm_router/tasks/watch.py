@@ -21,6 +21,7 @@ import trio
 from vllm_router import tls
 from vllm_router.config import Config, changes, parse
 from vllm_router.errors import ConfigError
+from vllm_router.memory_config import Memory
 from vllm_router.toml_reader import MAX_FILE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,16 @@ changed, too."""
 class ConfigSource:
     """The file a configuration comes from. Opens it only while it reads."""
 
-    def __init__(self, path: str | Path, environ: Mapping[str, str] | None = None) -> None:
-        """`path` is shown in messages as given; `environ` is os.environ unless given."""
+    def __init__(
+        self,
+        path: str | Path,
+        environ: Mapping[str, str] | None = None,
+        memory: Memory = Memory(),  # noqa: B008 (never changes)
+    ) -> None:
+        """`path` is shown in messages as given; `environ` is os.environ unless given; defaults
+        fit into `memory`.
+        """
+        self.memory = memory
         self.path = path
         self.loaded: Seen | None = None
         self._named: tuple[str, ...] = ()
@@ -84,7 +93,7 @@ class ConfigSource:
             return data
 
         try:
-            config = parse(_read(self.path), str(self.path), self._environ, read_named)
+            config = parse(_read(self.path), str(self.path), self._environ, read_named, self.memory)
             problems = tls.problems(config)
             if problems:
                 raise ConfigError([f"{self.path}: {problem}" for problem in problems])

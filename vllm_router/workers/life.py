@@ -20,6 +20,8 @@ from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.kinds import Secret
 from vllm_router.local_door import LocalDoor
 from vllm_router.log_output import LogOutput, Overrides
+from vllm_router.memory_config import Memory
+from vllm_router.memory_limit import memory_limit_mb
 from vllm_router.service import (
     LAST_CALL,
     LINGER,
@@ -195,7 +197,9 @@ async def _lead(
                 own_door = OwnDoor(birth.door[0], Secret(birth.door[1]))
             supervisor = Leader(
                 config,
-                ConfigSource(birth.source) if birth.source is not None else None,
+                ConfigSource(birth.source, memory=Memory(memory_limit_mb(), birth.workers))
+                if birth.source is not None
+                else None,
                 output=output,
                 telemetry=spans,
                 admin_port=birth.admin_port,

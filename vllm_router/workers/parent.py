@@ -28,6 +28,7 @@ from vllm_router.local_door import LocalSockets
 from vllm_router.log_output import Overrides
 from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.service import ServeOptions, StopSignals, addresses_of, listen, take_tls, url_of
+from vllm_router.supervisor import tell_memory
 from vllm_router.workers import birth
 from vllm_router.workers.birth import Birth
 from vllm_router.workers.board import Board, columns_for
@@ -119,6 +120,7 @@ def _open(
 ) -> tuple[_Shared, Address, Address | None]:
     """Everything that can fail before a process is started. `ending` closes it."""
     settings = options.config.settings
+    tell_memory(settings, options.workers)
     front = Front(_nobody, limits=Limits(write_stall_timeout=settings.write_stall_timeout))
     ending.callback(front.close)
     take_tls(front, options.config)

@@ -1,0 +1,108 @@
+"""Memory: what limits it, and defaults that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_router.config import Settings, parse
+from vllm_router.memory_config import Memory, fitting, memory_line
+from vllm_router.memory_limit import memory_limit_mb
+from vllm_router.tasks.watch import ConfigSource
+
+TOML = b'[servers]\nservers = [{ url = "http://a.test:1" }]\n'
+USUAL = {"max_body_mb": 64.0, "max_bodies_mb": 512.0, "prefix_memory_mb": 64.0}
+
+
+def system(directory: Path, cgroup: str, limits: dict[str, str], total_kb: int = 0) -> Path:
+    """/proc and /sys below a directory."""
+    (directory / "proc/self").mkdir(parents=True)
+    (directory / "proc/self/cgroup").write_text(cgroup)
+    if total_kb:
+        (directory / "proc/meminfo").write_text(f"MemTotal:  {total_kb} kB\nMemFree: 1 kB\n")
+    for name, text in limits.items():
+        file = directory / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "limits", "total_kb", "expected"),
+    [
+        # Version 2, in a container of its own namespace.
+        ("0::/\n", {"memory.max": "268435456\n"}, 0, 268.435456),
+        # A unit below a slice that has less.
+        (
+            "0::/a.slice/b.service\n",
+            {"a.slice/memory.max": "100000000", "a.slice/b.service/memory.max": "200000000"},
+            0,
+            100.0,
+        ),
+        ("0::/\n", {"memory.max": "max\n"}, 0, None),
+        ("0::/\n", {"memory.max": "max\n"}, 1_000_000, 1024.0),
+        # Version 1; a container that sees the host's path, and its own cgroup at the top.
+        (
+            "5:cpu:/x\n4:memory:/docker/abc\n0::/\n",
+            {"memory/memory.limit_in_bytes": "300000000"},
+            0,
+            300.0,
+        ),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 0, None),
+        # Nothing to be read, or nonsense.
+        ("", {}, 0, None),
+        ("nonsense\n::\n0::/../..\n", {"memory.max": "-5"}, 0, None),
+    ],
+)
+def test_memory_limit_is_the_least_of_cgroups_and_machine(
+    tmp_path: Path, cgroup: str, limits: dict[str, str], total_kb: int, expected: float | None
+):
+    assert memory_limit_mb(system(tmp_path, cgroup, limits, total_kb)) == expected
+
+
+@pytest.mark.parametrize("limit", [64, 128, 256, 512, 1024, 4096, 1_000_000])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_defaults_fit_wherever_the_processes_do(limit: int, workers: int):
+    memory = Memory(limit, workers)
+    found = fitting(USUAL, memory)
+    assert all(0 < found[key] <= USUAL[key] for key in USUAL)
+    assert found["max_body_mb"] <= found["max_bodies_mb"]
+    most = memory.idle_mb + found["max_bodies_mb"] + workers * found["prefix_memory_mb"]
+    if limit >= 2 * memory.idle_mb:
+        assert most <= limit
+
+
+def test_defaults_of_a_small_container_and_of_a_large_one():
+    small = parse(TOML, "t", {}, memory=Memory(256.0)).settings
+    assert (small.max_bodies_mb, small.max_body_mb, small.prefix_memory_mb) == (96, 64, 16)
+    assert parse(TOML, "t", {}, memory=Memory(64_000.0)).settings == Settings()
+    assert parse(TOML, "t", {}).settings == Settings()
+
+
+def test_what_the_file_says_holds_whatever_the_limit_is():
+    said = TOML + b"[config]\nmax_body_mb = 100\nprefix_memory_mb = 200\n"
+    settings = parse(said, "t", {}, memory=Memory(256.0)).settings
+    assert (settings.max_body_mb, settings.max_bodies_mb) == (100, 100)
+    assert settings.prefix_memory_mb == 200
+    line = memory_line(settings, Memory(256.0))
+    assert line is not None
+    assert line[0]
+    assert line[1].startswith("memory limit 256 MB: max_bodies_mb is 100,")
+    assert "may take 364 MB" in line[1]
+
+
+def test_line_of_the_log_is_for_limits_that_matter():
+    assert memory_line(Settings(), Memory(None)) is None
+    assert memory_line(Settings(), Memory(64_000.0)) is None
+    small = parse(TOML, "t", {}, memory=Memory(256.0)).settings
+    line = memory_line(small, Memory(256.0))
+    assert line is not None
+    assert not line[0]
+
+
+def test_source_of_a_configuration_reads_it_for_its_memory(tmp_path: Path):
+    file = tmp_path / "servers.toml"
+    file.write_bytes(TOML)
+    assert ConfigSource(file, {}, memory=Memory(256.0)).load().settings.max_bodies_mb == 96
+    assert ConfigSource(file, {}).load().settings.max_bodies_mb == 512
