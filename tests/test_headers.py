@@ -6,12 +6,12 @@ import pytest
 
 from vllm_router.addresses import is_in, parse_networks, plain_host, plain_peer
 from vllm_router.auth import is_credential, without_credentials
+from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.headers import (
     MAX_VIA,
     VIA,
     ForwardedFields,
     RequestHeads,
-    answer_headers,
     connection_field,
     forwarding_fields,
     loops,
@@ -334,8 +334,13 @@ def test_any_other_request_id_is_replaced(given):
 # -- answers -----------------------------------------------------------------------------------
 
 
+def length_in(headers: Fields) -> int | None:
+    lengths = [int(value) for name, value in headers if name == b"content-length"]
+    return lengths[0] if lengths else None
+
+
 def answered(headers: Fields) -> Fields:
-    return answer_headers(headers, dict(headers), b"gpu-1", 2, b"rid", False)
+    return AnswerHead(headers).for_client(length_in(headers), b"gpu-1", 2, b"rid", anthropic=False)
 
 
 def test_an_answers_fields_pass_and_ours_are_added():
@@ -407,5 +412,5 @@ def test_retry_after_in_seconds(value, seconds):
     ],
 )
 def test_answer_headers_of_a_stream_ask_nginx_not_to_buffer(given, expected):
-    told = answer_headers(given, dict(given), b"gpu-1", 1, b"rid", b"/v1/completions")
+    told = AnswerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
     assert [value for name, value in told if name == b"x-accel-buffering"] == expected

@@ -11,6 +11,7 @@ import math
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -43,12 +44,17 @@ _CONNECTION, _HANDSHAKE = "connection", "TLS handshake"
 
 @dataclass(slots=True)
 class Answer:
-    """The head of an answer. Header names are lower-case; interim (1xx) answers are dropped."""
+    """The head of an answer. Header names are lower-case; interim (1xx) answers are dropped.
+
+    `memo` is there for what a reader derives from the head: it is the same for all answers whose
+    heads differ in Content-Length alone.
+    """
 
     status: int
     headers: Headers
     content_length: int | None
     chunked: bool
+    memo: dict[object, Any] | None = None
 
 
 class KnownAnswer:
@@ -70,6 +76,8 @@ class KnownAnswer:
         fits = not answer.chunked and answer.content_length == len(data) - end
         known = fits and self._said.note(data[:end], answer.headers)
         self._answer = answer if known else None
+        if known:
+            answer.memo = {}
 
     def read(self, data: bytes) -> tuple[Answer, bytes] | None:
         """The head and the body that `data` is, if the head is known and the body is all of it."""
@@ -85,7 +93,7 @@ class KnownAnswer:
             return None
         if length != answer.content_length:
             headers = self._said.with_length(answer.headers, digits)
-            answer = Answer(answer.status, headers, length, chunked=False)
+            answer = Answer(answer.status, headers, length, False, answer.memo)
         return answer, data[end:]
 
 

@@ -27,8 +27,9 @@ from vllm_router.errors import (
 )
 from vllm_router.http1.wires import Interrupted
 from vllm_router.paths import is_pure
+from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.dialect import error_event
-from vllm_router.proxy.headers import answer_headers, parse_retry_after, sooner
+from vllm_router.proxy.headers import parse_retry_after, sooner
 from vllm_router.proxy.record import STREAM, WAIT, Phase
 from vllm_router.proxy.tail import PlainTail, StreamTail
 from vllm_router.routing.answers.events import at_boundary, decode_json
@@ -46,7 +47,6 @@ from vllm_router.routing.retry import (
     Outcome,
     classify_status,
 )
-from vllm_router.routing.status_rules import is_page
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -88,9 +88,6 @@ AT_ONCE = 8192
 """Bytes of a request's body that go to a server without a wait."""
 
 _FIRST_BYTE_TIMEOUT = Outcome.FIRST_BYTE_TIMEOUT
-_JSON = b"application/json"
-_EVENTS = b"text/event-stream"
-_AFTER_TYPE = (b"", b";", b" ")
 _FOR_CLIENT = (Verdict.PROVEN, Verdict.UNJUDGED)
 _OUTCOMES = {
     Verdict.NO_TOKENS: Outcome.NO_TOKENS,
@@ -338,7 +335,7 @@ class Attempt:
     ) -> Outcome:
         """`scope` is None if all of the answer is there."""
         exchange, lease = self._exchange, self._lease
-        status, fields = answer.status, dict(answer.headers)
+        status, head = answer.status, AnswerHead.of(answer)
         outcome = ANSWERED
         lease.last_byte_at = self._proxy.now()
         trace = exchange.record.trace
@@ -348,22 +345,18 @@ class Attempt:
             own_key = exchange.has_key and self._server.config.api_key is None
             outcome = classify_status(status, answer.content_length != 0, own_key=own_key)
             if outcome is FULL:
-                wait = parse_retry_after(fields.get(b"retry-after", b""))
+                wait = parse_retry_after(head.fields.get(b"retry-after", b""))
                 self._server.refused(lease.last_byte_at, wait)
             if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
                 return outcome
         path = exchange.record.path
-        content_type = fields.get(b"content-type", b"")[:17].lower()
-        readable = b"content-encoding" not in fields
-        page = is_page(content_type)
-        judged = status < 300 and readable and not page and is_pure(path)
-        is_stream = content_type == b"text/event-stream"
-        is_json = content_type[:16] == _JSON and content_type[16:] in _AFTER_TYPE
+        is_stream, is_json, readable = head.is_stream, head.is_json, head.readable
+        judged = status < 300 and readable and not head.is_page and is_pure(path)
         self._api = api_of(path)
         verdict = Verdict.UNJUDGED
         if is_stream and judged:
             early = exchange.early is None or exchange.early == EARLY_STREAM
-            verdict = await self._hold_stream(connection, answer if early else None, fields, scope)
+            verdict = await self._hold_stream(connection, answer if early else None, head, scope)
         elif connection.complete:
             self._held = connection.take()
             if judged:
@@ -374,18 +367,18 @@ class Attempt:
             whole = not is_stream and (answer.content_length is not None or is_json)
             early = is_json and judged and answer.content_length is None
             await self._hold_plain(
-                connection, answer if early else None, fields, scope, whole=whole and readable
+                connection, answer if early else None, head, scope, whole=whole and readable
             )
             if judged and connection.exhausted:
                 verdict = self._judge_whole(is_json=is_json)
-        if status >= 300 or page:
+        if status >= 300 or head.is_page:
             whole_body = self._held if connection.complete else None
             if outcome is ANSWERED:
-                outcome = exchange.judge_answer(status, content_type, fields, whole_body)
+                outcome = exchange.judge_answer(status, head.content_type, head.fields, whole_body)
             if outcome is not ANSWERED and not exchange.passes(outcome, self._verdict(outcome)):
                 return outcome
         if verdict not in _FOR_CLIENT:
-            outcome = await self._unproven(verdict, connection, answer, fields, outcome)
+            outcome = await self._unproven(verdict, connection, answer, head, outcome)
             if outcome is not ANSWERED and outcome is not Outcome.ENGINE_ABORT:
                 return outcome
         if exchange.early is not None:
@@ -398,11 +391,15 @@ class Attempt:
         elif not connection.complete:
             until_close = answer.content_length is None and not answer.chunked
             self.tail = PlainTail(json=is_json and readable, until_close=until_close)
-        start = self._commit(connection, answer, fields, outcome, scope, is_stream=is_stream)
+        start = self._commit(connection, answer, head, outcome, scope, is_stream=is_stream)
         if exchange.early is None and connection.exhausted and self._held:
             # All of it: it goes to the client when the lease has been given back.
             self._note(self._held)
-            outcome = self._end(verdict, outcome)
+            if self.tail is None:
+                self.complete = True
+                self._learn(self._usage)
+            else:
+                outcome = self._end(verdict, outcome)
             if self.complete:
                 exchange.start = start
                 exchange.last = {"type": BODY, "body": self._held, "more_body": False}
@@ -429,7 +426,7 @@ class Attempt:
         verdict: Verdict,
         connection: Connection,
         answer: Answer,
-        fields: dict[bytes, bytes],
+        head: AnswerHead,
         outcome: Outcome,
     ) -> Outcome:
         """What an answer is that has no token, or an error, or was given up by the engine."""
@@ -445,7 +442,7 @@ class Attempt:
             # If no other server says more, this is the client's answer, all of it.
             while not connection.exhausted and len(self._held) < HOLD_STREAM:
                 self._held += await connection.read_body()
-            self.kept = (self._head_for_client(answer, fields), self._held)
+            self.kept = (self._head_for_client(answer, head), self._held)
         return outcome
 
     async def _still_listens(self) -> bool:
@@ -459,32 +456,24 @@ class Attempt:
         probe.close()
         return True
 
-    def _head_for_client(self, answer: Answer, fields: dict[bytes, bytes]) -> Message:
-        """The head of the answer as the client gets it.
-
-        An event stream goes without its Content-Length, so that an end that is not an end can be
-        cut and an error event can be added.
-        """
-        record, proxy = self._exchange.record, self._proxy
-        headers = answer_headers(
-            answer.headers,
-            fields,
-            proxy.links[self._server].name,
+    def _head_for_client(self, answer: Answer, head: AnswerHead) -> Message:
+        """The head of the answer as the client gets it."""
+        exchange = self._exchange
+        record = exchange.record
+        headers = head.for_client(
+            answer.content_length,
+            self._proxy.links[self._server].name,
             record.attempts,
             record.request_id,
-            self._exchange.request.anthropic,
+            anthropic=exchange.request.anthropic,
         )
-        if answer.content_length is not None and fields.get(b"content-type", b"").startswith(
-            _EVENTS
-        ):
-            headers = [field for field in headers if field[0] != b"content-length"]
         return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
     def _commit(
         self,
         connection: Connection,
         answer: Answer,
-        fields: dict[bytes, bytes],
+        head: AnswerHead,
         outcome: Outcome,
         scope: trio.CancelScope | None,
         *,
@@ -505,7 +494,7 @@ class Attempt:
             # A long stream need not end to prove its server,
             self._server.answered(now, trial=True)
             lease.trial = False  # nor may its end bring back one that has been ejected since.
-        start = self._head_for_client(answer, fields)
+        start = self._head_for_client(answer, head)
         if outcome is FULL:
             # Of the servers that are full another may be free before this one.
             model = exchange.request.facts.model
@@ -524,7 +513,7 @@ class Attempt:
         self,
         connection: Connection,
         early: Answer | None,
-        fields: dict[bytes, bytes],
+        head: AnswerHead,
         scope: trio.CancelScope | None,
         *,
         whole: bool,
@@ -540,7 +529,7 @@ class Attempt:
                 break
             now = self._heard()
             if early is not None and not parts and piece.isspace():
-                await self._send_early(early, fields, piece, EARLY_JSON)
+                await self._send_early(early, head, piece, EARLY_JSON)
             else:
                 parts.append(piece)
                 size += len(piece)
@@ -553,7 +542,7 @@ class Attempt:
         self,
         connection: Connection,
         early: Answer | None,
-        fields: dict[bytes, bytes],
+        head: AnswerHead,
         scope: trio.CancelScope | None,
     ) -> Verdict:
         """Wait for the event that proves the answer, or shows that it is none.
@@ -573,7 +562,7 @@ class Attempt:
                 if piece is None:
                     assert early is not None
                     head_at = math.inf
-                    await self._send_early(early, fields, b"", EARLY_STREAM)
+                    await self._send_early(early, head, b"", EARLY_STREAM)
                     continue
                 if not piece:
                     verdict = opening.end()
@@ -585,7 +574,7 @@ class Attempt:
                 comments = opening.take_comments()
                 if comments and early is not None:
                     head_at = math.inf
-                    await self._send_early(early, fields, comments, EARLY_STREAM)
+                    await self._send_early(early, head, comments, EARLY_STREAM)
                 if opening.size >= HOLD_STREAM:
                     verdict = Verdict.UNJUDGED
                 self._expect_more(now, scope)
@@ -597,15 +586,13 @@ class Attempt:
             self._held = RETRIED + self._held
         return verdict
 
-    async def _send_early(
-        self, answer: Answer, fields: dict[bytes, bytes], data: bytes, kind: bytes
-    ) -> None:
+    async def _send_early(self, answer: Answer, head: AnswerHead, data: bytes, kind: bytes) -> None:
         """Send what commits to nothing: the head and comments, or white space."""
         exchange = self._exchange
         self._sending = True
         if exchange.early is None:
             exchange.early, exchange.early_from = kind, self._server
-            await exchange.send(self._head_for_client(answer, fields))
+            await exchange.send(self._head_for_client(answer, head))
         await exchange.send({"type": BODY, "body": data, "more_body": True})
         self._sending = False
 

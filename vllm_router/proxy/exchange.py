@@ -141,7 +141,7 @@ class Exchange:
         self.early: bytes | None = None
         self.early_from: Server | None = None
         self._doubted: list[Server] = []
-        self._kept: tuple[Message, bytes] | None = None
+        self._kept: tuple[Message, bytes, Outcome] | None = None
         self.deadline = _INFINITY
 
     def interrupt(self, reason: str) -> bool:
@@ -376,7 +376,8 @@ class Exchange:
                 return
             if outcome in DOUBTFUL:
                 self._doubted.append(server)
-                self._kept = self._kept or attempt.kept
+                if self._kept is None and attempt.kept is not None:
+                    self._kept = (*attempt.kept, outcome)
             if attempt.again is Again.NO:
                 if self._kept is not None:
                     self._deliver(*self._kept)
@@ -401,11 +402,10 @@ class Exchange:
         """Whether the last server failed, perhaps an ejected one, but a well one was only full."""
         return RULES[outcome].blames and FULL in self.record.retries
 
-    def _deliver(self, start: Message, body: bytes) -> None:
+    def _deliver(self, start: Message, body: bytes, outcome: Outcome) -> None:
         """The doubtful answer is the client's: no other server says more."""
         record = self.record
-        if record.outcome is Outcome.NO_TOKENS:
-            record.outcome = ANSWERED
+        record.outcome = ANSWERED if outcome is Outcome.NO_TOKENS else outcome
         record.status, record.phase = start["status"], STREAM
         record.bytes_out += len(body)
         record.chunks += 1
@@ -562,7 +562,8 @@ class Exchange:
             server.answered(now, trial=lease.trial)
             if self.record.status < 400 and not attempt.rejected:
                 fleet.took(server, now - lease.taken_at)
-                self._blame_doubted(now)
+                if self._doubted:
+                    self._blame_doubted(now)
             else:
                 fleet.erred(server, now, now - lease.taken_at)
             if proxy.budget.owed:

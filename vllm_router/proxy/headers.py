@@ -63,7 +63,7 @@ NOT_BUFFERED = (b"x-accel-buffering", b"no")
 """Tells nginx in front of us to pass a stream on as it comes. By default it collects answers of
 unknown length to their end, and drops what it has if they break."""
 
-_STREAMED = (
+STREAMED = (
     b"text/event-stream",
     b"application/x-ndjson",
     b"application/jsonl",
@@ -193,37 +193,15 @@ def loops(headers: Headers) -> bool:
     return get_all(headers, b"via").count(VIA) >= MAX_VIA
 
 
-def answer_headers(
-    headers: Headers,
-    fields: dict[bytes, bytes],
-    server: bytes,
-    attempts: int,
-    identifier: bytes,
-    anthropic: bool,
-) -> list[tuple[bytes, bytes]]:
-    """The fields of a server's answer that go to the client, and ours.
-
-    Fields named as ours have been dropped when they were read (`http1/client.py`). Clients of
-    Anthropic's API get the request's id in `request-id` as well.
+def passed_on(headers: Headers, fields: dict[bytes, bytes]) -> Headers:
+    """The fields of a server's answer that are not for one hop only (RFC 9110 7.6.1); a list of
+    its own. `fields` are the headers as a dictionary.
     """
     dropped = _ANSWER_DROPPED
     connection = connection_field(headers, fields)
     if connection and connection.lower() not in (b"keep-alive", b"close"):
         dropped = dropped | nominated(connection)
-    kept = [field for field in headers if field[0] not in dropped]
-    if (
-        b"content-length" not in fields
-        and b"x-accel-buffering" not in fields
-        and fields.get(b"content-type", b"").lower().startswith(_STREAMED)
-    ):
-        kept.append(NOT_BUFFERED)
-    if b"x-request-id" not in fields:
-        kept.append((b"x-request-id", identifier))
-    if anthropic and b"request-id" not in fields:
-        kept.append((b"request-id", fields.get(b"x-request-id", identifier)))
-    kept.append((b"x-vllm-router-server", server))
-    kept.append((b"x-vllm-router-attempts", b"%d" % attempts))
-    return kept
+    return [field for field in headers if field[0] not in dropped]
 
 
 def sooner(headers: Headers, seconds: float) -> Headers:

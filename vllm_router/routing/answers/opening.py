@@ -22,7 +22,7 @@ from vllm_router.routing.answers.signs import (
     UNKNOWN,
     Signs,
 )
-from vllm_router.routing.answers.tables import Api, read_event
+from vllm_router.routing.answers.tables import CHUNKED, Api, read_event
 
 
 class Verdict(enum.Enum):
@@ -48,9 +48,6 @@ FAULTS = {
     Fault.BUSY: Verdict.BUSY,
     Fault.UNCLEAR: Verdict.UNCLEAR,
 }
-
-
-_CHUNKED = (Api.CHAT, Api.COMPLETIONS)
 
 
 class Opening:
@@ -97,7 +94,7 @@ class Opening:
     def feed(self, piece: bytes) -> Verdict:
         """Read one piece. After another verdict than WAIT it must not be called again."""
         self._size += len(piece)
-        if self._api in _CHUNKED and self._blocks.empty and has_content(piece):
+        if self._api in CHUNKED and self._blocks.empty and has_content(piece):
             self._held.append(piece)
             return Verdict.PROVEN
         for block in self._blocks.feed(piece):

@@ -11,6 +11,7 @@ import msgspec
 from vllm_router.routing.answers.usage import Usage
 
 _NO_JSON = msgspec.Raw(b"")
+_NO_END = ("", "abort")
 _END = b"\n\ndata: [DONE]\n\n"
 
 
@@ -26,6 +27,24 @@ class _Usage(msgspec.Struct, gc=False):
     cache_read_input_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+
+
+class _ChatUsage(msgspec.Struct, gc=False):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _Details | None = None
+
+
+class _ChatChoice(msgspec.Struct, gc=False):
+    finish_reason: str
+
+
+class _ChatBody(msgspec.Struct, gc=False):
+    """A plain answer of a chat or completion that has come to an end."""
+
+    choices: list[_ChatChoice]
+    usage: _ChatUsage
+    error: msgspec.Raw = _NO_JSON
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -62,8 +81,29 @@ class _Chunk(msgspec.Struct, gc=False):
     type: str | None = None
 
 
+_CHAT_BODY = msgspec.json.Decoder(_ChatBody)
 _BODY = msgspec.json.Decoder(_Body)
 _CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+def chat_usage(body: bytes) -> Usage | None:
+    """The usage of a plain chat or completion that has tokens and an orderly end; None if unsure.
+
+    The kind of answer of which there are most.
+    """
+    try:
+        said = _CHAT_BODY.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    usage, choices = said.usage, said.choices
+    if usage.completion_tokens <= 0 or said.error is not _NO_JSON or not choices:
+        return None
+    for choice in choices:
+        if choice.finish_reason in _NO_END:
+            return None
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details is not None else None
+    return Usage(usage.prompt_tokens, cached, usage.completion_tokens)
 
 
 def usage_of_finished(body: bytes) -> Usage | None:

@@ -35,6 +35,9 @@ class Api(enum.Enum):
     OTHER = "other"
 
 
+CHUNKED = (Api.CHAT, Api.COMPLETIONS)
+"""The APIs whose streams have one kind of event."""
+
 _PATHS = {
     b"/v1/chat/completions": Api.CHAT,
     b"/v1/completions": Api.COMPLETIONS,

@@ -10,9 +10,9 @@ import msgspec
 from vllm_router.routing.answers.events import NOT_JSON, decode_json
 from vllm_router.routing.answers.faults import fault_of
 from vllm_router.routing.answers.opening import FAULTS, Verdict
-from vllm_router.routing.answers.quick import usage_of_finished
+from vllm_router.routing.answers.quick import chat_usage, usage_of_finished
 from vllm_router.routing.answers.signs import ABORTS, FAILS, FINISHES, PROVES, UNKNOWN, Signs
-from vllm_router.routing.answers.tables import Api, chunk, message, reports_error, response
+from vllm_router.routing.answers.tables import CHUNKED, Api, chunk, message, reports_error, response
 from vllm_router.routing.answers.usage import Usage, usage_of
 
 _NO_JSON = msgspec.Raw(b"")
@@ -36,7 +36,7 @@ def read_whole(api: Api, body: bytes) -> Whole:
     """
     if api is Api.OTHER:
         return _read_other(body)
-    usage = usage_of_finished(body)
+    usage = chat_usage(body) if api in CHUNKED else usage_of_finished(body)
     if usage is not None:
         return Whole(Verdict.PROVEN, usage)
     payload = decode_json(body)

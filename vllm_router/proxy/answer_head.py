@@ -1,0 +1,93 @@
+"""What follows from the head of a server's answer, worked out once while the head repeats."""
+
+from __future__ import annotations
+
+from vllm_router.http1.client import Answer
+from vllm_router.http1.repeated import Headers
+from vllm_router.proxy.headers import NOT_BUFFERED, STREAMED, passed_on
+from vllm_router.routing.status_rules import is_page
+
+_JSON = b"application/json"
+_EVENTS = b"text/event-stream"
+_AFTER_TYPE = (b"", b";", b" ")
+
+
+class AnswerHead:
+    """The head of an answer, read. It holds for all answers that differ in Content-Length alone.
+
+    `fields` are the headers as a dictionary, the length in them that of the first answer.
+    `readable` says that the body is not packed, `is_page` that it is a page for people.
+    """
+
+    __slots__ = (
+        "_has_id",
+        "_kept",
+        "_length_at",
+        "_request_id",
+        "content_type",
+        "fields",
+        "is_json",
+        "is_page",
+        "is_stream",
+        "readable",
+    )
+
+    def __init__(self, headers: Headers) -> None:
+        self.fields = fields = dict(headers)
+        self.content_type = kind = fields.get(b"content-type", b"").lower()
+        self.readable = b"content-encoding" not in fields
+        self.is_stream = kind.startswith(_EVENTS)
+        self.is_json = kind.startswith(_JSON) and kind[len(_JSON) : len(_JSON) + 1] in _AFTER_TYPE
+        self.is_page = is_page(kind)
+        kept = passed_on(headers, fields)
+        if self.is_stream:
+            # So that an end that is none can be cut, and an error event can be added.
+            kept = [field for field in kept if field[0] != b"content-length"]
+        if (
+            (self.is_stream or b"content-length" not in fields)
+            and b"x-accel-buffering" not in fields
+            and kind.startswith(STREAMED)
+        ):
+            kept.append(NOT_BUFFERED)
+        self._kept = kept
+        names = [name for name, _ in kept]
+        self._length_at = names.index(b"content-length") if b"content-length" in names else -1
+        self._request_id = fields.get(b"x-request-id")
+        self._has_id = b"request-id" in fields
+
+    @classmethod
+    def of(cls, answer: Answer) -> AnswerHead:
+        """The head of this answer, perhaps as it was read for the last one."""
+        memo = answer.memo
+        if memo is None:
+            return cls(answer.headers)
+        head: AnswerHead | None = memo.get(cls)
+        if head is None:
+            head = memo[cls] = cls(answer.headers)
+        return head
+
+    def for_client(
+        self,
+        length: int | None,
+        server: bytes,
+        attempts: int,
+        identifier: bytes,
+        *,
+        anthropic: bool,
+    ) -> Headers:
+        """The fields that go to the client, and ours; `length` is that of this answer's body.
+
+        Fields named as ours have been dropped when they were read (`http1/client.py`). Clients of
+        Anthropic's API get the request's id in `request-id` as well.
+        """
+        headers = self._kept.copy()
+        if self._length_at >= 0 and length is not None:
+            headers[self._length_at] = (b"content-length", b"%d" % length)
+        given = self._request_id
+        if given is None:
+            headers.append((b"x-request-id", identifier))
+        if anthropic and not self._has_id:
+            headers.append((b"request-id", identifier if given is None else given))
+        headers.append((b"x-vllm-router-server", server))
+        headers.append((b"x-vllm-router-attempts", b"%d" % attempts))
+        return headers
