@@ -20,6 +20,7 @@ from vllm_router.routing.steps import finish
 JSON = b"application/json"
 CHAT = b"/v1/chat/completions"
 AUDIO = b"/v1/audio/transcriptions"
+FORM = b"multipart/form-data; boundary=xYz"
 
 
 def of(body: bytes | dict, path: bytes = CHAT, content_type: bytes = JSON) -> Facts:
@@ -99,7 +100,14 @@ def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(body, message)
 
 @pytest.mark.parametrize(
     ("path", "content_type"),
-    [(CHAT, b"text/plain"), (CHAT, b""), (b"/v1/files", JSON), (b"/v1/audio/transcriptions", JSON)],
+    [
+        (CHAT, b"text/plain"),
+        (CHAT, b""),
+        (CHAT, b"application/x-www-form-urlencoded"),
+        (CHAT, b"multipart/form-data; boundary=x"),
+        (b"/v1/files", b"application/octet-stream"),
+        (AUDIO, JSON),
+    ],
 )
 def test_body_that_is_perhaps_no_json_has_no_facts(path, content_type):
     """There the server tells what is wrong, or takes it."""
@@ -124,6 +132,14 @@ def test_a_stored_or_background_response_leaves_something_behind():
         assert of({"model": "m", "store": odd, "stream": True}, responses).stream
     for nothing in (0, "", [], None):
         assert of({"model": "m", "store": nothing}, responses).replayable
+
+
+@pytest.mark.parametrize("content_type", [b"application/x-www-form-urlencoded", FORM, b"text/x"])
+def test_path_for_json_is_read_as_json_whatever_the_type(content_type):
+    """vLLM's `/invocations` looks at the Content-Type, and then at the body itself."""
+    body = b'{"model":"m","x":"&model=other&--xYz--"}'
+    assert of(body, b"/invocations", content_type).model == "m"
+    assert of(body, CHAT, content_type).model == "m"
 
 
 # -- multipart ---------------------------------------------------------------------------------
@@ -153,19 +169,19 @@ MODEL = b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper'
 def test_a_form_names_its_model_wherever_it_stands(content_type):
     stream = b'content-disposition: form-data; name="stream"\r\n\r\nTrue'
     for parts in ([MODEL, FILE, stream], [FILE, stream, MODEL]):
-        facts = of(form(*parts), content_type=content_type)
+        facts = of(form(*parts), AUDIO, content_type)
         assert (facts.model, facts.stream) == ("whisper", True)
 
 
 def test_a_file_called_model_is_not_the_model():
     file = b'Content-Disposition: form-data; name="file"; filename="model"\r\n\r\nnot me'
-    facts = of(form(file), content_type=b"multipart/form-data; boundary=xYz")
+    facts = of(form(file), AUDIO, FORM)
     assert facts == Facts()
 
 
 def test_a_file_with_a_form_in_it_does_not_name_the_model():
     inner = FILE + b'name="model"\r\n\r\nevil'
-    facts = of(form(inner, MODEL), content_type=b"multipart/form-data; boundary=xYz")
+    facts = of(form(inner, MODEL), AUDIO, FORM)
     assert facts.model == "whisper"
 
 
@@ -173,7 +189,7 @@ def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
     """Else a key might pass off one that it may not use as another."""
     other = MODEL.replace(b"whisper", b"other")
     body, content_type = form(other, MODEL), b"multipart/form-data; boundary=xYz"
-    assert of(body, content_type=content_type).model == "whisper"
+    assert of(body, AUDIO, content_type).model == "whisper"
     reading = finish(read_in_slices(AUDIO, content_type, body))
     edited, places = finish(replaced(body, reading.places, reading.name("v3")))
     assert edited == form(*[MODEL.replace(b"whisper", b"v3")] * 2)
@@ -229,7 +245,7 @@ def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
         assert not of(body, path).replayable
     assert of(body, b"/v1/responses").replayable is body.startswith(b"{")
     form = b"multipart/form-data; boundary=x"
-    assert not of(b"--x\r\n\r\n--x--", b"/v1/files", form).replayable
+    assert not of(b"--x--", b"/v1/files", form).replayable
 
 
 def test_of_a_short_body_the_prompt_is_known_by_its_size_alone():

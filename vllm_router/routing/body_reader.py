@@ -86,13 +86,14 @@ def read_in_slices(
 ) -> Steps[Reading]:
     """Read a body that `read_at_once` does not.
 
-    Raises InvalidBody for a body that vLLM surely refuses on this path, or that is beyond a bound,
-    where its model is needed. A body that vLLM refuses for its Content-Type, or because it is no
-    object, has no facts: the server tells what is wrong. So does an empty one.
+    Raises InvalidBody for a body that is not what its Content-Type says, so that vLLM surely
+    refuses it, or that is beyond a bound. A body that vLLM refuses for its Content-Type, or because
+    it is empty or no object, has no facts: the server tells what is wrong.
     """
     unknown = Reading(Facts(replayable=is_pure(path) and path != b"/v1/responses"))
+    is_form = may_be_form(content_type) and not _takes_json(path)
     try:
-        kind = form_kind(content_type) if may_be_form(content_type) else None
+        kind = form_kind(content_type) if is_form else None
         if kind is None:
             if not body:
                 return unknown
@@ -100,7 +101,7 @@ def read_in_slices(
             return (yield from _read_json(path, body, session, wants)) or unknown
         form = yield from read_form(kind, content_type, body)
     except InvalidBody:
-        if _is_refused(path, content_type):
+        if is_form or _says_json(path, content_type):
             raise
         return unknown
     fields = AllFields(model=form.model, stream=form.stream)
@@ -109,15 +110,15 @@ def read_in_slices(
     return Reading(facts, None, form.places, name, form.oddity)
 
 
-def _is_refused(path: bytes, content_type: bytes) -> bool:
-    """Whether vLLM would read the body on this path as what it says it is, and fail."""
-    if path == EXPLAIN:
-        return True
-    if not is_pure(path):
-        return False
-    if path in FORM_PATHS:
-        return may_be_form(content_type)
-    return content_type.split(b";", 1)[0].strip().lower() == b"application/json"
+def _takes_json(path: bytes) -> bool:
+    """Whether vLLM reads nothing but JSON on this path, whatever the Content-Type says."""
+    return is_pure(path) and path not in FORM_PATHS
+
+
+def _says_json(path: bytes, content_type: bytes) -> bool:
+    """Whether the body has to be JSON: by its Content-Type, where vLLM would read it so."""
+    media_type = content_type.split(b";", 1)[0].strip().lower()
+    return path == EXPLAIN or (path not in FORM_PATHS and media_type == b"application/json")
 
 
 def _read_json(
