@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from fleet_makers import make_config
+from vllm_router.http1.resolver import Resolver
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.web.router import CPU
 from vllm_router.workers.board import Board, Sums
@@ -22,6 +23,7 @@ from vllm_router.workers.messages import (
     Connection,
     Figures,
     Hello,
+    NamesKnown,
     States,
     Welcome,
     decode_from_leader,
@@ -83,6 +85,30 @@ async def test_worker_is_asked_to_serve_after_it_has_been_told_of_all_servers():
             elif isinstance(message, Welcome) and not message.first:
                 break
         assert told == {server.url for server in leader.fleet.servers.values()}
+
+
+async def test_leader_and_worker_tell_each_other_the_addresses_of_names():
+    """One that is started while the resolver fails must not take the fleet for gone."""
+    async with leading() as (leader, worker):
+        known, unknown = (leader.resolver.name(host) for host in ("known.test", "unknown.test"))
+        known.seed([(socket.AF_INET, "10.0.0.1", 0, 0)])
+        hello = Hello(1, [], {"unknown.test": [(socket.AF_INET6, "fd00::1", 0, 0)], "other": []})
+        await worker.send(encode(hello))
+        told: dict[str, Any] = {}
+        while True:
+            message = decode_from_leader((await worker.receive())[0])
+            if isinstance(message, NamesKnown):
+                told |= message.addresses
+            elif message == Welcome(first=False):
+                break
+        assert told["known.test"] == [(socket.AF_INET, "10.0.0.1", 0, 0)]
+        assert unknown.addresses(80, 0.0, 0) == [(socket.AF_INET6, ("fd00::1", 80, 0, 0))]
+        mine = Resolver()
+        name = mine.name("known.test")
+        mine.take_over(told)
+        assert name.hosts == known.hosts
+        name.seed([(socket.AF_INET, "10.9.9.9", 0, 0)])
+        assert name.hosts == known.hosts
 
 
 @pytest.mark.parametrize("late", [False, True])

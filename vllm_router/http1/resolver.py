@@ -12,7 +12,7 @@ import logging
 import math
 import socket
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 
 import trio
@@ -174,6 +174,11 @@ class Name:
             )
         self.failure = failure
 
+    def seed(self, hosts: Sequence[tuple[int, str, int, int]]) -> None:
+        """Take over what another process knows, unless something is known here."""
+        if not self.hosts:
+            self.hosts = tuple((socket.AddressFamily(one[0]), *one[1:]) for one in hosts)
+
     # -- using --------------------------------------------------------------------------------
 
     def addresses(self, port: int, now: float, turn: int) -> list[Address]:
@@ -216,6 +221,24 @@ class Resolver:
         if name is None:
             name = self._names[host] = Name(host, self._look_up)
         return name
+
+    def known(self) -> dict[str, list[tuple[int, str, int, int]]]:
+        """The addresses of all names, to `take_over` in another process."""
+        names = list(self._names.values())
+        return {
+            name.host: [
+                (int(family), text, flow, scope) for family, text, flow, scope in name.hosts
+            ]
+            for name in names
+            if name.hosts
+        }
+
+    def take_over(self, known: Mapping[str, Sequence[tuple[int, str, int, int]]]) -> None:
+        """What another process knows of the names that are used here."""
+        for host, hosts in known.items():
+            name = self._names.get(host)
+            if name is not None:
+                name.seed(hosts)
 
 
 def literal_address(host: str, port: int) -> Address | None:

@@ -44,12 +44,14 @@ from vllm_router.workers.messages import (
     Hello,
     ListsRead,
     LookAtLists,
+    NamesKnown,
     Report,
     States,
     Verdict,
     Welcome,
     decode_from_worker,
     encode,
+    parts_of,
 )
 from vllm_router.workers.reporter import unpack
 
@@ -237,6 +239,7 @@ class Leader(Supervisor):
         if link.pid != hello.pid:
             self._bury(link)
         link.pid, link.alive = hello.pid, True
+        self.resolver.take_over(hello.addresses)
         for url in hello.draining:
             server = self.shared_fleet.by_url(url)
             if server is not None and not server.draining:
@@ -338,6 +341,8 @@ class Leader(Supervisor):
                     link.lists_read = False
                     await link.channel.send(encode(ListsRead()))
                 if welcome is not None and not welcome.first:
+                    for some in parts_of(self.resolver.known()):
+                        await link.channel.send(encode(NamesKnown(some)))
                     # Last, for it is the sign to serve: whoever does must know the servers.
                     await link.channel.send(encode(welcome))
 

@@ -5,6 +5,7 @@ Times are those of trio's clock, which all of them share (`clock.py`). Servers a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -17,15 +18,21 @@ from vllm_router.routing.accounts import PrefixStatistics
 # -- worker to leader -------------------------------------------------------------------------
 
 
+Addresses = dict[str, list[tuple[int, str, int, int]]]
+"""What one process knows of names of servers: another may be started while the resolver fails."""
+
+
 class Hello(msgspec.Struct, tag=True, array_like=True):
     """A worker is there: new, or answering a new leader's `Welcome`.
 
     `draining` are the servers that an operator has taken out of the rotation, which a new leader
-    learns from those who have served under the one before.
+    learns from those who have served under the one before; so it does `addresses`, of the first
+    hundred names.
     """
 
     pid: int
     draining: list[str]
+    addresses: Addresses = {}
 
 
 class Verdict(msgspec.Struct, array_like=True):
@@ -151,11 +158,28 @@ class States(msgspec.Struct, tag=True, array_like=True):
     servers: list[ServerState]
 
 
+class NamesKnown(msgspec.Struct, tag=True, array_like=True):
+    """Addresses that the leader knows."""
+
+    addresses: Addresses
+
+
 class ListsRead(msgspec.Struct, tag=True, array_like=True):
     """The lists have been read; what changed was told before."""
 
 
-FromLeader = Welcome | Configured | States | ListsRead
+FromLeader = Welcome | Configured | States | NamesKnown | ListsRead
+
+NAMES = 100
+"""Names in one message; one with eight addresses each takes 30 KB."""
+
+
+def parts_of(addresses: Addresses) -> Iterator[Addresses]:
+    """So many names at a time as fit into a message."""
+    names = list(addresses)
+    for start in range(0, len(names), NAMES):
+        yield {name: addresses[name] for name in names[start : start + NAMES]}
+
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

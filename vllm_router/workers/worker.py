@@ -37,10 +37,12 @@ from vllm_router.workers.messages import (
     Hello,
     ListsRead,
     LookAtLists,
+    NamesKnown,
     States,
     Welcome,
     decode_from_leader,
     encode,
+    parts_of,
 )
 from vllm_router.workers.reporter import Reporter
 
@@ -137,7 +139,9 @@ class Worker(Supervisor):
 
     def _hello(self) -> bytes:
         draining = [server.url for server in self.fleet.servers.values() if server.draining]
-        return encode(Hello(os.getpid(), draining))
+        # One message has room for so many; a new leader soon finds the others itself.
+        addresses = next(parts_of(self.resolver.known()), {})
+        return encode(Hello(os.getpid(), draining, addresses))
 
     async def _listen(self) -> None:
         await self._channel.send(self._hello())
@@ -155,6 +159,8 @@ class Worker(Supervisor):
                     self.fleet.settle(now)
                 case Configured():
                     await self._read_configuration()
+                case NamesKnown(addresses):
+                    self.resolver.take_over(addresses)
                 case ListsRead():
                     self._lists_read.set()
                 case Welcome(first):
