@@ -165,6 +165,9 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     elif state is State.EJECTED:
         left = server.traffic_health.until - now
         reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
+    elif state is State.SILENT:
+        left = server.silence.until - now
+        reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is due"
     elif state is State.REFUSING:
         moments = [moment - now for moment in server.refusals.moments() if moment > now]
         reason += f"; tried again in {min(moments):.1f} s" if moments else "; tried again now"

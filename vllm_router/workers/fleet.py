@@ -157,8 +157,11 @@ class FollowingServer(SharedServer[Verdict]):
             silence.since, silence.until = state.silent_since, state.silent_until
             silence.reason, self.paused_at = state.silent_for, state.paused_at
             silence.trial = silence.trial and silence.since is not None
-            if state.lengths != self.lengths:
-                self.lengths = state.lengths
+            lengths = state.lengths
+            if isinstance(lengths, int):
+                lengths = dict.fromkeys(state.models or (), lengths)
+            if lengths != self.lengths:
+                self.lengths = lengths
             self._on_change(self)
         return went_down
 
@@ -182,7 +185,7 @@ def state_of(server: Server) -> ServerState:
         leases_at_scrape=server.leases_at_scrape,
         models=server.models,
         draining=server.draining,
-        lengths=server.lengths,
+        lengths=_short(server.lengths, server.models),
         refusals=server.refusals.all(),
         silent_since=server.silence.since,
         silent_until=server.silence.until,
@@ -190,6 +193,13 @@ def state_of(server: Server) -> ServerState:
         stuck=server.stuck,
         paused_at=server.paused_at,
     )
+
+
+def _short(lengths: dict[str, int], models: tuple[str, ...] | None) -> dict[str, int] | int:
+    """The lengths of contexts as they travel with every scrape: one where all are the same."""
+    if len(lengths) == len(models or ()) and len(found := set(lengths.values())) == 1:
+        return found.pop()
+    return lengths
 
 
 class SharedFleet(Fleet, Generic[News]):

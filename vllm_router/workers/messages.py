@@ -125,7 +125,8 @@ class Configured(msgspec.Struct, tag=True, array_like=True):
 
 
 class ServerState(msgspec.Struct, array_like=True):
-    """What the leader knows of a server, and routing needs to know."""
+    """What the leader knows of a server, and routing needs to know. `lengths` is a number where all
+    models have the same."""
 
     url: str
     up: bool | None
@@ -143,7 +144,7 @@ class ServerState(msgspec.Struct, array_like=True):
     leases_at_scrape: int
     models: tuple[str, ...] | None
     draining: bool
-    lengths: dict[str, int]
+    lengths: dict[str, int] | int
     refusals: tuple[Refusal, ...]
     silent_since: float | None
     silent_until: float
