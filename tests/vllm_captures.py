@@ -90,7 +90,7 @@ def reasons(value: Any) -> list[Any]:
 
 
 def assert_shapes_agree(ours: Answer, real: Capture) -> None:
-    """The same shapes in the same order; of a shortened stream, those that are left."""
+    """The same shapes in the same order; of a shortened stream, the ones that are left."""
     found, wanted = shapes(ours), shapes(real.answer)
     if real.shortened:
         rest = iter(found)

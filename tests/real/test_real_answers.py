@@ -233,8 +233,8 @@ def test_json_that_vllm_does_not_read_is_a_400(
 def test_conversation_leaves_a_server_that_was_paused_past_the_router(
     servers: list[RealServer], tmp_path: Path
 ):
-    """The first client that leaves without a byte is the evidence. Later ones are answered, also
-    those that the router tries the server with: after 5 s without a token they go elsewhere."""
+    """The first client that leaves without a byte is the evidence. Later requests are answered,
+    also one that the router tries the server with: after 5 s without a token they go elsewhere."""
     paused = servers[0]
     httpx.post(f"{paused.url}/pause")
     try:

@@ -37,8 +37,8 @@ _MODES = "'abort', 'wait' or 'keep'"
 
 
 def _pause(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    """mode=abort (default) aborts all, waiting requests too. keep freezes all. wait lets those that
-    run finish, which is when it answers, and keeps the waiting ones. New requests are held."""
+    """mode=abort (default) aborts all, waiting requests too. keep freezes all. wait lets running
+    requests finish, which is when it answers, and keeps the waiting ones. New requests are held."""
     mode = query(incoming).get("mode", "abort")
     if mode not in ("abort", "keep", "wait"):
         problem = {

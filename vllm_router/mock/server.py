@@ -250,7 +250,7 @@ class MockServer:
         interval = self.options.sse_keep_alive
         while True:
             now = trio.current_time()
-            # Those that begin meanwhile are silent for no longer than that.
+            # A stream that begins meanwhile is silent for no longer than that.
             due = now + interval
             for exchange in list(self.active):
                 if isinstance(exchange, Generation):
@@ -283,8 +283,8 @@ class MockServer:
 
     async def _end(self) -> None:
         """vLLM 0.32, observed: with a shutdown timeout all but new generation goes on to the end of
-        it; then, or without one, the port refuses at once, and the requests in the engine, those
-        that wait included, meet one of three fates. After a timeout none is aborted: the engine is
+        it; then, or without one, the port refuses at once, and the requests in the engine,
+        running or waiting, meet one of three fates. After a timeout none is aborted: the engine is
         killed."""
         fate = self.options.sigterm
         if self.options.shutdown_timeout:

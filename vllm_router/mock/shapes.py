@@ -29,11 +29,6 @@ def chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-def data(value: object) -> bytes:
-    """One unnamed event."""
-    return chunk(b"data: %b\n\n" % encode(value))
-
-
 def named(value: dict[str, Any]) -> bytes:
     """One event named by its `type`, as Anthropic's and the responses API have it."""
     return chunk(b"event: %b\ndata: %b\n\n" % (value["type"].encode(), encode(value)))

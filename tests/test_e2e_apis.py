@@ -1,4 +1,5 @@
-"""A server that stops with a queue, in all four APIs, streamed and plain, on real processes."""
+"""All four APIs, streamed and plain, on real processes: a server that stops with a queue, aborts
+with tokens, mistakes of clients that are found inside a stream."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from api_clients import ENDS, KINDS, ask, body
+from api_clients import ENDS, KINDS, PATHS, ask, body
 from mock_process import MockProcess, mock_processes
 from router_process import router_process, servers_toml, until
 
@@ -89,3 +91,30 @@ def test_abort_with_tokens_is_passed_on_and_blames_no_server(tmp_path: Path):
             assert got.aborted == (api != "responses")
         assert {each["state"] for each in router.servers().values()} == {"up"}
         assert sum(mock.stats()["total"] for mock in mocks) == len(KINDS)
+
+
+SCHEMA = {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}
+LATE_MISTAKES: dict[str, dict[str, Any]] = {
+    "chat": {"stop_token_ids": [99_999_999]},
+    "completions": {"logit_bias": {"99999999": 1}},
+    "responses": {"stop_token_ids": [99_999_999]},
+    "messages": {"output_config": SCHEMA},
+}
+
+
+def test_mistake_that_is_found_inside_a_stream_takes_no_server_out(tmp_path: Path):
+    """In a Responses stream it looks like a server that dies, on every server."""
+    with (
+        mock_processes(2, *WELL) as mocks,
+        router_process(servers_toml(mock.url for mock in mocks), tmp_path) as router,
+        router.client() as client,
+    ):
+        for number in range(8):
+            for api, wrong in LATE_MISTAKES.items():
+                asked = body(api, 5, stream=True, text=f"{number}") | wrong
+                answer = client.post(PATHS[api], json=asked)
+                assert (answer.status_code == 502) == (api == "responses"), answer.text
+                assert "error" in answer.text
+            assert {each["state"] for each in router.servers().values()} == {"up"}
+        for api, stream in KINDS:
+            assert ask(router.url, api, 5, stream=stream).text
