@@ -147,3 +147,20 @@ async def test_whoever_stops_waiting_leaves_no_connection_behind(autojump_clock)
             await client.get("/")
         await closed(server)
         assert not math.isnan(server.talks[0].left_at)
+
+
+async def test_carrier_tells_what_a_request_waits_for_before_it_is_sent(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        server = ScriptedServer(nursery, answering(ok(b"{}")))
+        pool = MemoryPool(server)
+        carrier = Carrier(pool)
+        request = httpx.Request("GET", "http://server.test:1/health")
+        response = await carrier.handle_async_request(request)
+        await response.aread()
+        await response.aclose()
+        pool.doing = "connection"  # of another request, which was given up
+        response = await carrier.handle_async_request(request)
+        assert carrier.doing == ""
+        await response.aclose()
+        await carrier.aclose()
+        nursery.cancel_scope.cancel()

@@ -70,8 +70,9 @@ class ServerContexts:
 
         Raises ConfigError, for files it has not seen before.
         """
-        if not server.url.startswith("https:"):
-            return self._unused
+        return self._shared(server) if server.url.startswith("https:") else self._unused
+
+    def _shared(self, server: ServerConfig) -> ssl.SSLContext:
         wanted = (server.ca, server.client_certificate, server.client_key, server.verify)
         context = self._made.get(wanted)
         if context is None:
@@ -80,7 +81,7 @@ class ServerContexts:
 
     def check(self, server: ServerConfig) -> None:
         """Raises ConfigError if the server's files are no good, whether it speaks TLS or not."""
-        self._make(server)
+        self._shared(server)
 
     def prepare(self, servers: Iterable[ServerConfig]) -> None:
         """Make all contexts that are new. May run in a thread. Raises ConfigError."""

@@ -53,6 +53,8 @@ class Carrier(httpx.AsyncBaseTransport):
         while True:
             if connection is None:
                 connection = await pool.open(now)
+            else:
+                pool.doing = ""  # another attempt may have been given up
             try:
                 await connection.send(head, body)
                 return connection, await connection.read_head()
