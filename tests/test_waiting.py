@@ -155,9 +155,40 @@ def test_held_place_stays_and_the_next_ones_are_asked_in_order():
         one.server = "server"
         return Verdict.HELD if one.owner else Verdict.SERVED
 
-    assert rooms.admit(0.0, give) == ours
-    assert asked == [theirs[0], theirs[2], ours[0], ours[1], theirs[1]]
+    assert rooms.admit(0.0, give) == ours[::-1]
+    assert asked == [theirs[0], theirs[2], ours[1], theirs[1], ours[0]]
     assert len(rooms) == 3
+
+
+def test_held_place_loses_neither_its_turn_nor_its_place():
+    theirs = [place(key=key, owner=1) for key in "aab"]
+    rooms = line(*theirs)
+    for _ in range(3):
+        asked = []
+
+        def hold(one: Place, asked: list[Place] = asked) -> Verdict:
+            asked.append(one)
+            one.server = "server"
+            return Verdict.HELD
+
+        assert rooms.admit(0.0, hold) == []
+        assert asked == [theirs[0], theirs[2], theirs[1]]
+    assert served(rooms, 3) == [theirs[0], theirs[2], theirs[1]]
+
+
+def test_turn_that_a_key_has_had_meanwhile_counts_after_a_hold():
+    theirs, ours = place(key="a", owner=1), place(key="a", route=Route(ANY.servers, "ours"))
+    later, other = place(key="a", owner=1), place(key="b", owner=1)
+    rooms = line(theirs, ours, later, other)
+
+    def give(one: Place) -> Verdict:
+        one.server = "server"
+        return Verdict.HELD if one is theirs else Verdict.SERVED if one is ours else Verdict.BLOCKED
+
+    rooms.leave(other, 0.0)
+    assert rooms.admit(0.0, give) == [ours]
+    rooms.join(other)
+    assert served(rooms, 3) == [other, theirs, later]
 
 
 def test_stamps_rise_even_if_the_clock_does_not_and_tell_the_process():

@@ -225,7 +225,7 @@ class Overload(RuleBasedStateMachine):
         numbers = sorted(one.number for one in self.waiting)
         assert sorted(o.number for room in self.rooms.rooms.values() for o in room) == numbers
         pools = self.rooms.pools.values()
-        assert sorted(o.number for pool in pools for _, o in pool.order()) == numbers
+        assert sorted(o.number for pool in pools for o in pool) == numbers
         assert len(self.rooms) == len(numbers)
         assert all(self.rooms.pools.values()), "an empty pool is kept"
 
@@ -239,13 +239,6 @@ class Overload(RuleBasedStateMachine):
             new = [one for one in self.waiting if one.room == room.model and not one.returning]
             assert room.waiting == len(new) <= QUEUE_SIZE
             assert len(room) == sum(one.room == room.model for one in self.waiting)
-
-    @invariant()
-    def ranks_are_those_of_the_order(self) -> None:
-        for pool in self.rooms.pools.values():
-            ranks = [rank for rank, _ in pool.order()]
-            assert ranks == sorted(ranks)
-            assert pool.first()[1] is next(pool.order())[1]
 
 
 TestOverload = Overload.TestCase

@@ -15,6 +15,7 @@ from fleet_makers import make_config
 from vllm_router.http1.resolver import Resolver
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.web.router import CPU
+from vllm_router.workers.bells import Bells
 from vllm_router.workers.board import Board, Sums
 from vllm_router.workers.channel import Channel, pair
 from vllm_router.workers.in_force import InForce
@@ -29,6 +30,8 @@ from vllm_router.workers.messages import (
     decode_from_leader,
     encode,
 )
+from vllm_router.workers.peers import SharedQueue
+from vllm_router.workers.queue_board import QueueBoard
 
 
 async def _no_app(*_: Any) -> None:
@@ -43,12 +46,14 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
     )
     ours, theirs = map(Channel, pair())
     board, in_force = Board.create(2), InForce.create(config)
+    queue, bells = QueueBoard.create(2), [Bells.create(), Bells.create()]
     try:
         leader = Leader(
             config,
             None,
             side=HypercornSide(_no_app),
             sums=Sums(Board(board, 2), 0),
+            queue=SharedQueue(QueueBoard(queue, 2), 0, Bells(bells, 0)),
             channels=[ours],
             in_force=InForce(in_force),
             most_connections=most,
@@ -61,8 +66,8 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
     finally:
         ours.close()
         theirs.close()
-        os.close(board)
-        os.close(in_force)
+        for fileno in (board, in_force, queue, *bells):
+            os.close(fileno)
 
 
 def figures(cpu: float) -> bytes:

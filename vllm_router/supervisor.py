@@ -26,7 +26,7 @@ from vllm_router.kinds import Secret
 from vllm_router.log_output import LogOutput
 from vllm_router.memory_config import Memory, memory_line
 from vllm_router.memory_limit import memory_limit_mb
-from vllm_router.proxy.gate import Queue
+from vllm_router.proxy.gate import PeersMaker, Queue
 from vllm_router.proxy.proxy import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.accounts import PrefixStatistics
@@ -77,8 +77,8 @@ class Supervisor:
     `admin_port` is that of the listener for administration, `own_door` that of the router's own
     view, if there are such. `before_apply` are
     called with a new configuration before anything changes, and may raise ConfigError.
-    One of several processes brings a `fleet` that knows of the others, and a worker a `recorder`
-    that tells the leader what would be counted here.
+    One of several processes brings a `fleet` that knows of the others and `make_peers` for its
+    waiting room, and a worker a `recorder` that tells the leader what would be counted here.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Supervisor:
         own_door: OwnDoor | None = None,
         fleet: Fleet | None = None,
         recorder: Recorder | None = None,
+        make_peers: PeersMaker | None = None,
     ) -> None:
         self.rng = rng or Random()
         self.fleet = fleet if fleet is not None else Fleet(config)
@@ -111,7 +112,9 @@ class Supervisor:
             recorders.append(output.access)
         if telemetry is not None:
             recorders.append(telemetry)
-        self.proxy = Proxy(self.fleet, config, recorders, self.rng, self.tls, self.resolver)
+        self.proxy = Proxy(
+            self.fleet, config, recorders, self.rng, self.tls, self.resolver, make_peers
+        )
         self.proxy.tracer = telemetry
         self._ask_for_what_is_logged(config)
         self.nudge = Nudge()

@@ -415,6 +415,11 @@ class Exchange:
         self.last = {"type": BODY, "body": body, "more_body": False}
         self._complete = True
 
+    @property
+    def falls_back(self) -> bool:
+        """Whether another model may stand in for the one that it asked for."""
+        return self._falls_back
+
     def choices(self, now: float) -> tuple[Server, ...]:
         """The servers that may be asked now, perhaps for the model that stands in for its own."""
         if self._falls_back and self.proxy.fleet.probed:

@@ -60,6 +60,9 @@ class Gate:
     ) -> None:
         self.limits = limits
         self.fleet = proxy.fleet
+        self.generation = 0
+        """Counted up when servers have come, gone or changed what they take."""
+        self._waiters = 0
         self._admitting = self._missed = False
         self._lists: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
@@ -77,8 +80,7 @@ class Gate:
 
     def queues(self, now: float) -> list[Queue]:
         """The rooms in figures, with the requests of all processes. O(rooms)."""
-        if self._peers is not None:
-            self._peers.look(now)
+        self._look_elsewhere(now)
         return [
             Queue(
                 room.model,
@@ -88,6 +90,11 @@ class Gate:
             )
             for room in self.rooms
         ]
+
+    @property
+    def holds_waiters(self) -> bool:
+        """Whether requests of this process wait."""
+        return self._waiters > 0
 
     @property
     def waiting(self) -> int:
@@ -114,7 +121,8 @@ class Gate:
         Raises Refused if there is no place to wait, or if it has waited too long.
         """
         if self._peers is not None:
-            self._peers.look(now)
+            self._look_elsewhere(now)
+            self._look_again(now)
         waiter = None
         if self._peers is None or not self.places:
             # No waiting request can use a server that is free: else it would have it.
@@ -143,6 +151,7 @@ class Gate:
         return waiter.grant
 
     async def _wait(self, waiter: Waiter, now: float) -> Grant:
+        self._waiters += 1
         try:
             with trio.move_on_at(waiter.until):
                 await waiter.woken.wait()
@@ -154,6 +163,7 @@ class Gate:
                 self.freed(lease.server)
             raise
         finally:
+            self._waiters -= 1
             then = trio.current_time()
             waiter.exchange.record.waited += then - now
             if waiter.grant is None and waiter.refused is None:
@@ -242,7 +252,9 @@ class Gate:
     def displace(self, place: Place, now: float) -> None:
         """A request with an earlier turn has taken this place."""
         if not isinstance(place, Waiter):
-            self.places.leave(place, now)  # its own process tells the client
+            self.places.leave(place, now)
+            if self._peers is not None:
+                self._peers.displaced(place)
             return
         room = self.places.room(place.room)
         some = place.exchange.choices(now)
@@ -290,9 +302,11 @@ class Gate:
             (server, server.models, server.lengths, server.refusals.active(now))
             for server in self.fleet.servers.values()
         ]
+        lists.append((self.fleet.names,))
         if lists == self._lists:
             return
         self._lists = lists
+        self.generation += 1
         self._serving.clear()
         for room in self.rooms:
             for place in list(room):
@@ -305,6 +319,8 @@ class Gate:
                     new_room, new_route = self._peers.where(place)
                 if (new_room, new_route) != (place.room, place.route):
                     self.places.move(place, new_room, new_route, now)
+                    if self._peers is not None and isinstance(place, Waiter):
+                        self._peers.moved(place)
 
     # -- servers that become free -------------------------------------------------------------
 
@@ -313,7 +329,7 @@ class Gate:
         now = trio.current_time()
         if self._peers is not None:
             self._peers.freed(server, now)
-            self._peers.look(now)
+            self._look_elsewhere(now)
         self._admit(now)
         if not server.at_cap:
             self.places.left_free(now, lambda room: not room or server.serves(room))
@@ -323,11 +339,29 @@ class Gate:
         room = self.places.room(self.room_of(model))
         room.quickest.add(seconds, trio.current_time())
 
+    def woken(self, now: float) -> None:
+        """Another process has rung, or it is time to look what it has done."""
+        self._look_elsewhere(now)
+        self._admit(now)
+        self._look_again(now)
+
+    def _look_elsewhere(self, now: float) -> None:
+        """Bring the places of other processes up to date."""
+        if self._peers is not None:
+            admitting, self._admitting = self._admitting, True
+            try:
+                self._peers.look(now)
+            finally:
+                self._admitting = admitting
+
     def look(self, now: float) -> None:
-        """Which servers may be asked may have changed, or what waits in other processes."""
+        """Which servers may be asked may have changed."""
         if self._admitting:
             self._missed = True  # asking the fleet for candidates has brought us here again
             return
+        if self._peers is not None:
+            self._peers.changed(now)
+            self._look_elsewhere(now)
         self._follow_lists(now)
         self._admit(now)
         self.places.forget(self.fleet.knows)
@@ -434,8 +468,6 @@ class Gate:
         self.fleet.on_settled.remove(self.look)
         self.fleet.on_transition.remove(self._server_changed)
         self._empty(lambda waiter: waiter.exchange.nobody())
-        if self._peers is not None:
-            self._peers.close()
 
     def stop(self, refused: Callable[[], Refused]) -> None:
         """The router is about to end: tell all requests that wait."""

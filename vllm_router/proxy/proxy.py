@@ -21,7 +21,7 @@ from vllm_router.http1.wires import Hub
 from vllm_router.limits import Usage
 from vllm_router.limits_config import LimitsConfig
 from vllm_router.proxy.exchange import Exchange, stopping
-from vllm_router.proxy.gate import Gate
+from vllm_router.proxy.gate import Gate, PeersMaker
 from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
@@ -54,6 +54,7 @@ class Proxy:
     Owns the connections to the servers: `close` closes the idle ones.
     `tell_every`: seconds between two tellings of the recorders on a busy router; see `tell`.
     `plain` says that all requests are chosen for alike, under the names that clients use.
+    `make_peers` connects the waiting room with those of the router's other processes.
     `wants_usage`, `wants_prompt`: whether a recorder uses a record's tokens and its facts' prompt.
     """
 
@@ -65,6 +66,7 @@ class Proxy:
         rng: Random,
         tls: ServerContexts | None = None,
         resolver: Resolver | None = None,
+        make_peers: PeersMaker | None = None,
     ) -> None:
         self.fleet = fleet
         self.budget = RetryBudget()
@@ -85,6 +87,7 @@ class Proxy:
         says yes. None where nothing reads lists."""
         self.gate: Gate | None = None
         """There if `[limits]` are."""
+        self._make_peers = make_peers
         self._empty = trio.Event()
         self._recorders = tuple(recorders)
         self.tell_every = TELL_EVERY
@@ -137,7 +140,7 @@ class Proxy:
             if gate is not None:
                 gate.close()
         elif gate is None:
-            self.gate = Gate(self, limits)
+            self.gate = Gate(self, limits, self._make_peers)
         else:
             gate.apply(limits)
 

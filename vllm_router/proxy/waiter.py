@@ -39,12 +39,14 @@ class Peers(Protocol):
     Their places stand in the gate's own `WaitingRooms` beside ours; `look` brings them up to date.
     """
 
-    number: int
-    """Of this process: the owner of our places."""
+    @property
+    def number(self) -> int:
+        """Of this process: the owner of our places."""
 
-    promised: Mapping[Server, int]
-    """Free units of servers, in the pass under way, that requests of other processes go before us
-    for."""
+    @property
+    def promised(self) -> Mapping[Server, int]:
+        """Units of servers that are free, but for requests of other processes; known during a
+        pass."""
 
     def key(self, name: str) -> Hashable:
         """What stands for the name of an API key in all processes."""
@@ -60,6 +62,12 @@ class Peers(Protocol):
 
     def publish(self, waiter: Waiter, displaced: Place | None) -> None:
         """Show the others a place of ours, and which place it has taken."""
+
+    def moved(self, waiter: Waiter) -> None:
+        """A place of ours that may have been published has got another room or route."""
+
+    def displaced(self, place: Place) -> None:
+        """A place of another process has been taken; that process tells the client."""
 
     def withdraw(self, waiter: Waiter) -> None:
         """A place of ours is gone; published or not."""
@@ -79,5 +87,5 @@ class Peers(Protocol):
     def freed(self, server: Server, now: float) -> None:
         """A lease of ours on a server has been released."""
 
-    def close(self) -> None:
-        """Nothing waits here any more."""
+    def changed(self, now: float) -> None:
+        """Which servers may be asked may have changed: no place has been considered since."""

@@ -65,10 +65,13 @@ P = TypeVar("P", bound=Place)
 
 
 def append(queue: OrderedDict[P, None], place: P) -> None:
-    """Add a place, nearly always the youngest; others come from another pool."""
+    """Add a place, nearly always the youngest; others come back or from another queue."""
     youngest = next(reversed(queue)) if queue else place
+    oldest = next(iter(queue)) if queue else place
     queue[place] = None
-    if place.number < youngest.number:
+    if place.number < oldest.number:
+        queue.move_to_end(place, last=False)
+    elif place.number < youngest.number:
         for one in sorted(queue, key=_number):
             queue.move_to_end(one)
 

@@ -6,7 +6,6 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
-from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
 from vllm_router.routing.place import Place, Route, append
@@ -20,14 +19,12 @@ _SPARE_ENTRIES = 16
 class Rank(NamedTuple):
     """Where a place stands among all; the smallest goes first.
 
-    `is_new` is 0 for requests that return from a server; `rounds` counts the requests of the same
-    key that go before in the same walk; `turn` is the stamp of the key's last turn, or of its first
-    request if that is later.
+    `is_new` is 0 for requests that return from a server; `turn` is the stamp of the key's last
+    turn, or of its first request if that is later.
     """
 
     priority: int
     is_new: int
-    rounds: int
     turn: int
     number: int
 
@@ -117,28 +114,21 @@ class _Line(Generic[P]):
         turn, _, _, place = heap[0]
         return 1, turn, place
 
-    def order(self) -> Iterator[tuple[int, int, int, P]]:
-        """`is_new`, round, turn and place of all, in order. O(keys) at its start."""
-        for place in list(self._returning):
-            yield 0, 0, place.number, place
-        heap = [entry for entry in self._heap if self._is_current(entry)]
-        heapify(heap)
-        live: list[tuple[int, P]] = []
-        while heap:
-            turn, _, _, place = heappop(heap)
-            if not live or live[-1][1] is not place:  # two entries may say the same
-                live.append((turn, place))
-                yield 1, 0, turn, place
-        rounds = 0
-        while live:
-            rounds += 1
-            still = []
-            for turn, first in live:
-                place_or_none = next(islice(self._by_key[first.key], rounds, None), None)
-                if place_or_none is not None:
-                    still.append((turn, first))
-                    yield 1, rounds, turn, place_or_none
-            live = still
+    def turn(self, key: Hashable) -> int:
+        """The stamp of its last turn while requests of it wait here; 0 if none."""
+        return self._turns.get(key, 0)
+
+    def restore(self, key: Hashable, stamp: int, before: int) -> None:
+        """Take a turn back, unless the key has had a later one."""
+        queue = self._by_key.get(key)
+        if queue is not None and self._turns.get(key, stamp) == stamp:
+            self._turns[key] = before
+            self._push(next(iter(queue)))
+
+    def __iter__(self) -> Iterator[P]:
+        yield from self._returning
+        for queue in self._by_key.values():
+            yield from queue
 
 
 class Pool(Generic[P]):
@@ -175,42 +165,20 @@ class Pool(Generic[P]):
         """The next one; the pool is not empty. O(log n)."""
         priority = self._priorities[0]
         is_new, turn, place = self._lines[priority].first()
-        return Rank(priority, is_new, 0, turn, place.number), place
+        return Rank(priority, is_new, turn, place.number), place
 
-    def order(self) -> Iterator[tuple[Rank, P]]:
-        """All, in order. The pool must not change meanwhile."""
-        for priority in self._priorities:
-            for is_new, rounds, turn, place in self._lines[priority].order():
-                yield Rank(priority, is_new, rounds, turn, place.number), place
+    def __iter__(self) -> Iterator[P]:
+        """All places, in no order."""
+        for line in self._lines.values():
+            yield from line
 
-    def walk(self) -> Walk[P]:
-        return Walk(self)
+    def turn(self, priority: int, key: Hashable) -> int:
+        """The stamp of a key's last turn while requests of it wait here; 0 if none."""
+        line = self._lines.get(priority)
+        return line.turn(key) if line is not None else 0
 
-
-class Walk(Generic[P]):
-    """One way through a pool that is not empty: at its first place, until `advance` is called."""
-
-    __slots__ = ("_rest", "place", "pool", "rank")
-
-    def __init__(self, pool: Pool[P]) -> None:
-        self.pool = pool
-        self.rank, self.place = pool.first()
-        self._rest: Iterator[tuple[Rank, P]] | None = None
-
-    def renew(self) -> Rank:
-        """The rank of the place that it is at, after other pools or this one have changed."""
-        if self._rest is None:
-            self.rank, self.place = self.pool.first()
-        return self.rank
-
-    def advance(self) -> bool:
-        """Pass over the place, which stays; False if it was the last. From then on the pool must
-        not change."""
-        if self._rest is None:
-            self._rest = self.pool.order()
-            next(self._rest)
-        following = next(self._rest, None)
-        if following is None:
-            return False
-        self.rank, self.place = following
-        return True
+    def restore(self, priority: int, key: Hashable, stamp: int, before: int) -> None:
+        """Take the turn with this stamp back, unless the key has had a later one."""
+        line = self._lines.get(priority)
+        if line is not None:
+            line.restore(key, stamp, before)

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from vllm_router.routing.place import Place, Route, Verdict
-from vllm_router.routing.pools import Pool, Rank, Walk
+from vllm_router.routing.pools import Pool
 from vllm_router.routing.rooms import Room
 
 OWNER_BITS = 10
@@ -32,6 +32,14 @@ ANY_UNKNOWN = ""
 
 
 P = TypeVar("P", bound=Place)
+
+
+class _Held(NamedTuple, Generic[P]):
+    """A place that is held during a pass, with the turns that its key had before."""
+
+    place: P
+    stamp: int
+    turns: list[tuple[Pool[P], int]]
 
 
 class WaitingRooms(Generic[P]):
@@ -104,6 +112,11 @@ class WaitingRooms(Generic[P]):
         """A waiting request has got `place.server`, with the stamp `place.served_at`."""
         self.rooms[place.room].rate.freed(now)
         self.leave(place, now)
+        self.turned(place)
+
+    def turned(self, place: P) -> None:
+        """Its key has had a turn on `place.server`: the other keys go first where they may go
+        there, too."""
         if not place.returning:
             for pool in self.pools.values():
                 if place.server in pool.route.servers:
@@ -117,23 +130,21 @@ class WaitingRooms(Generic[P]):
         `give` finds a server for a place and takes it. O(pools) calls of it beyond those that let
         a place go.
         """
-        heads: list[tuple[Rank, Walk[P]]] = []
-        for pool in self.pools.values():
-            walk = pool.walk()
-            heads.append((walk.rank, walk))
+        heads = [(pool.first()[0], pool) for pool in self.pools.values()]
         heapify(heads)
-        gone = []
+        gone: list[P] = []
+        held: list[_Held[P]] = []
         while heads:
-            rank, walk = heappop(heads)
-            if walk.renew() > rank:
-                heappush(heads, (walk.rank, walk))  # another pool has used its key's turn
+            rank, pool = heappop(heads)
+            current, place = pool.first()
+            if current > rank:
+                heappush(heads, (current, pool))  # another pool has used its key's turn
                 continue
-            place = walk.place
             verdict = give(place)
             if verdict is Verdict.BLOCKED:
                 continue
             if verdict is Verdict.HELD:
-                more = walk.advance()
+                held.append(self._hold(place, now))
             else:
                 gone.append(place)
                 if verdict is Verdict.SERVED:
@@ -141,10 +152,29 @@ class WaitingRooms(Generic[P]):
                     self.served(place, now)
                 else:
                     self.leave(place, now)
-                more = bool(walk.pool)
-            if more:
-                heappush(heads, (walk.renew(), walk))
+            if pool:
+                heappush(heads, (pool.first()[0], pool))
+        for one in reversed(held):
+            self._put_back(one)
         return gone
+
+    def _hold(self, place: P, now: float) -> _Held[P]:
+        """Take the place out of its pool, and its key's turn, as if it had been served."""
+        stamp = self.stamp(now)
+        turns = []
+        if not place.returning:
+            for pool in self.pools.values():
+                if place.server in pool.route.servers:
+                    turns.append((pool, pool.turn(place.priority, place.key)))
+                    pool.turned(place.priority, place.key, stamp)
+        self.pools[place.route].remove(place)
+        return _Held(place, stamp, turns)
+
+    def _put_back(self, held: _Held[P]) -> None:
+        place = held.place
+        self.pools[place.route].add(place)
+        for pool, before in held.turns:
+            pool.restore(place.priority, place.key, held.stamp, before)
 
     def left_free(self, now: float, serves: Callable[[str | None], bool]) -> None:
         """A server is free, and no waiting request can use it. `serves` says for which models."""

@@ -9,6 +9,9 @@ What they share:
 
 * The *board* (board.py): shared memory with a row of leases for each process, which only its owner
   writes. Every pick reads all rows, so that a burst over N workers spreads as over one.
+* The *queue board* (queue_board.py): shared memory with a page for each process, which holds its
+  requests that wait for a server (`[limits]`). All read all pages and keep one order (peers.py); an
+  event descriptor for each process is the *bell* that wakes it (bells.py).
 * The *configuration in force* (in_force.py): written by the leader, read by whoever is started.
 * A *channel* for each worker (channel.py), to the leader. The worker says `Hello` and the leader
   `Welcome`; then the leader tells the `States` of servers as it learns of them, and that a new

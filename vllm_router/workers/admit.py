@@ -1,22 +1,27 @@
-"""Servers that other processes make free, for those who wait here."""
+"""Servers that other processes make free, for requests that wait here."""
 
 from __future__ import annotations
 
 import trio
 
 from vllm_router.proxy.proxy import Proxy
+from vllm_router.workers.bells import Bells
 
 LOOK_EVERY = 0.01
-"""Seconds between two looks at the other processes' leases while somebody waits."""
+"""Seconds between two looks at the other processes while requests wait here; they ring before."""
+
+IDLE_LOOK_EVERY = 0.05
+"""The same while no request waits here, so that there is never much to catch up with."""
 
 
-async def admit(proxy: Proxy) -> None:
-    """Let those in who wait for a server that another process has made free."""
+async def admit(proxy: Proxy, bells: Bells) -> None:
+    """Give requests that wait here the servers that other processes have made free."""
     while True:
         gate = proxy.gate
-        if gate is None or not gate.waiting:
-            await trio.sleep(LOOK_EVERY * 5)
-            continue
-        await trio.sleep(LOOK_EVERY)
-        proxy.fleet.look()
-        gate.look(trio.current_time())
+        pause = LOOK_EVERY if gate is not None and gate.holds_waiters else IDLE_LOOK_EVERY
+        with trio.move_on_after(pause):
+            await bells.wait()
+        gate = proxy.gate
+        if gate is not None:
+            proxy.fleet.look()
+            gate.woken(trio.current_time())

@@ -25,6 +25,8 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     channels: to every worker, for the leader; to the leader alone, for a worker.
     board, in_force: the shared memory of these names.
     columns: of the board.
+    queue: the shared memory with the requests that wait in each process. bells: what wakes each of
+        the processes, the leader first.
     listeners: what this process accepts from.
     plain: those of them that take plain HTTP even if the others speak TLS only.
     local: listening Unix sockets for the commands on this machine; the leader serves them.
@@ -42,6 +44,8 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     board: int
     columns: int
     in_force: int
+    queue: int
+    bells: tuple[int, ...]
     listeners: tuple[int, ...]
     plain: tuple[int, ...] = ()
     local: tuple[int, ...] = ()
@@ -62,6 +66,8 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
             self.line,
             self.board,
             self.in_force,
+            self.queue,
+            *self.bells,
             *self.channels,
             *self.listeners,
             *self.local,

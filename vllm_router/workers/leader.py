@@ -22,7 +22,6 @@ from vllm_router.fleet.server import Server
 from vllm_router.front import FULL_TOLD_EVERY, IDLE_WHEN_FULL
 from vllm_router.hypercorn_bridge import HypercornSide
 from vllm_router.log_output import LogOutput
-from vllm_router.proxy.gate import Queue
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.routing.accounts import PrefixStatistics
 from vllm_router.routing.retry import Outcome
@@ -53,6 +52,7 @@ from vllm_router.workers.messages import (
     encode,
     parts_of,
 )
+from vllm_router.workers.peers import SharedQueue
 from vllm_router.workers.reporter import unpack
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class Leader(Supervisor):
         *,
         side: HypercornSide,
         sums: Sums,
+        queue: SharedQueue,
         channels: Sequence[Channel],
         in_force: InForce,
         output: LogOutput | None = None,
@@ -121,6 +122,7 @@ class Leader(Supervisor):
         self._past: Counter[str] = Counter()
         self.worker_restarts = 0
         self._side = side
+        self._queue = queue
         fleet = LeadingFleet(config, sums, self._news_of)
         self.shared_fleet = fleet
         super().__init__(
@@ -131,6 +133,7 @@ class Leader(Supervisor):
             admin_port=admin_port,
             own_door=own_door,
             fleet=fleet,
+            make_peers=queue.make_peers,
         )
         self.proxy.usage = fleet.usage
         self.before_apply.append(fleet.check_room)
@@ -138,7 +141,7 @@ class Leader(Supervisor):
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         super()._start_tasks(nursery)
-        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy))
+        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy, self._queue.bells))
         for link in self._links:
             nursery.start_soon(self._keep, f"worker {link.number}", self._listener(link, nursery))
             nursery.start_soon(self._keep, f"news for {link.number}", self._teller(link))
@@ -394,13 +397,6 @@ class Leader(Supervisor):
             str(link.number): link.figures.values for link in self._links if link.figures.values
         }
 
-    def queues(self, now: float) -> list[Queue]:
-        queues = {queue.model: queue for queue in super().queues(now)}
-        for link in self._links:
-            for queue in link.figures.queues:
-                queues[queue.model] = _together(queue, queues.get(queue.model))
-        return list(queues.values())
-
     def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
         own = super().prefix_statistics(server)
         told = [link.figures.prefixes.get(server.url) for link in self._links]
@@ -416,16 +412,3 @@ class Leader(Supervisor):
         if figure == LAG:
             return max(values)
         return sum(values) + self._past.get(figure, 0)
-
-
-def _together(one: Queue, other: Queue | None) -> Queue:
-    """Two workers' queues for the same model."""
-    if other is None:
-        return one
-    rates = [queue.freed_per_s for queue in (one, other) if queue.freed_per_s is not None]
-    return Queue(
-        one.model,
-        one.waiting + other.waiting,
-        max(one.longest, other.longest),
-        sum(rates) if rates else None,
-    )

@@ -37,6 +37,7 @@ from vllm_router.supervisor import Supervisor
 from vllm_router.tasks.watch import ConfigSource
 from vllm_router.web.guard import OwnDoor
 from vllm_router.workers import birth as line
+from vllm_router.workers.bells import Bells
 from vllm_router.workers.birth import Birth, Orders
 from vllm_router.workers.board import Board, Sums
 from vllm_router.workers.channel import Channel
@@ -44,6 +45,8 @@ from vllm_router.workers.clock import SharedClock
 from vllm_router.workers.handover import LeaderSide, Turns
 from vllm_router.workers.in_force import InForce
 from vllm_router.workers.leader import Leader
+from vllm_router.workers.peers import SharedQueue, check_limits
+from vllm_router.workers.queue_board import QueueBoard
 from vllm_router.workers.reporter import Reporter
 from vllm_router.workers.worker import Worker, not_here
 
@@ -103,6 +106,11 @@ def _listen(front: Front, birth: Birth, config: Config) -> None:
             front.allow_plain(address[1])
 
 
+def _queue(birth: Birth) -> SharedQueue:
+    board = QueueBoard(birth.queue, birth.workers + 1)
+    return SharedQueue(board, birth.number, Bells(birth.bells, birth.number))
+
+
 def _follow(orders: Orders, supervisor: Supervisor, output: LogOutput) -> None:
     orders.reopen = output.reopen
     orders.reload = supervisor.nudge
@@ -141,6 +149,7 @@ async def _worker(
                 sums=sums,
                 channel=channel,
                 reporter=reporter,
+                queue=_queue(birth),
                 in_force=in_force,
                 workers=birth.workers,
             )
@@ -205,6 +214,7 @@ async def _lead(
                 admin_port=birth.admin_port,
                 own_door=own_door,
                 sums=Sums(Board(birth.board, birth.workers + 1, birth.columns), 0),
+                queue=_queue(birth),
                 channels=channels,
                 in_force=in_force,
                 side=side,
@@ -212,6 +222,7 @@ async def _lead(
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             supervisor.before_apply.append(partial(follow_limits, front, supervisor))
+            supervisor.before_apply.append(check_limits)
             app.attach(supervisor)
             _follow(orders, supervisor, output)
             orders.lost = supervisor.lost

@@ -12,7 +12,6 @@ import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.refusals import Asked, Refusal
-from vllm_router.proxy.gate import Queue
 from vllm_router.routing.accounts import PrefixStatistics
 
 # -- worker to leader -------------------------------------------------------------------------
@@ -74,7 +73,7 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
     """How much of what there is now: gauges and totals to be added up, by name.
 
     `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
-    have expected of prefix caches, both by server; `queues` are who waits, and `heard` when
+    have expected of prefix caches, both by server; `heard` when
     servers last sent a byte: a server that streams is alive, however slow its checks. `outputs` is
     when they last sent something of an answer.
     """
@@ -82,7 +81,6 @@ class Figures(msgspec.Struct, tag=True, array_like=True):
     serving: bool
     values: dict[str, float]
     chunks: dict[str, int]
-    queues: list[Queue] = []
     prefixes: dict[str, PrefixStatistics] = {}
     heard: dict[str, float] = {}
     outputs: dict[str, float] = {}

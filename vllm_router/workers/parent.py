@@ -30,11 +30,14 @@ from vllm_router.proxy.types import Receive, Scope, Send
 from vllm_router.service import ServeOptions, StopSignals, addresses_of, listen, take_tls, url_of
 from vllm_router.supervisor import tell_memory
 from vllm_router.workers import birth
+from vllm_router.workers.bells import Bells
 from vllm_router.workers.birth import Birth
 from vllm_router.workers.board import Board, columns_for
 from vllm_router.workers.channel import Channel, pair
 from vllm_router.workers.fleet import counted_in
 from vllm_router.workers.in_force import InForce
+from vllm_router.workers.peers import check_limits
+from vllm_router.workers.queue_board import QueueBoard
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,9 @@ class _Shared:
     board_fd: int
     board: Board
     in_force: int
+    queue_fd: int
+    queue: QueueBoard
+    bells: tuple[int, ...]
     channels: list[tuple[socket.socket, socket.socket]]
 
 
@@ -120,6 +126,7 @@ def _open(
 ) -> tuple[_Shared, Address, Address | None]:
     """Everything that can fail before a process is started. `ending` closes it."""
     settings = options.config.settings
+    check_limits(options.config)
     tell_memory(settings, options.workers)
     front = Front(_nobody, limits=Limits(write_stall_timeout=settings.write_stall_timeout))
     ending.callback(front.close)
@@ -140,6 +147,11 @@ def _open(
     ending.callback(os.close, board_fd)
     in_force = InForce.create(options.config)
     ending.callback(os.close, in_force)
+    queue_fd = QueueBoard.create(rows)
+    ending.callback(os.close, queue_fd)
+    bells = tuple([Bells.create() for _ in range(rows)])
+    for bell in bells:
+        ending.callback(os.close, bell)
     channels = []
     for _ in range(options.workers):
         ends = pair()
@@ -157,6 +169,9 @@ def _open(
         board_fd,
         Board(board_fd, rows, columns),
         in_force,
+        queue_fd,
+        QueueBoard(queue_fd, rows),
+        bells,
         channels,
     )
     return shared, public, admin
@@ -202,6 +217,7 @@ class Member:
                     how = "cannot be started"
                     self._why = str(error)
                 self._shared.board.clear(self._number)
+                self._shared.queue.pages[self._number].reset()
                 if self.leaving:
                     break
                 if not self.serving.is_set():
@@ -306,6 +322,8 @@ class Member:
             board=shared.board_fd,
             columns=shared.board.columns,
             in_force=shared.in_force,
+            queue=shared.queue_fd,
+            bells=shared.bells,
             listeners=tuple(listener.fileno() for listener in listeners),
             plain=tuple(shared.plain),
             local=tuple(sock.fileno() for sock in shared.local) if not self._number else (),

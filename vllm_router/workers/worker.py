@@ -44,6 +44,7 @@ from vllm_router.workers.messages import (
     encode,
     parts_of,
 )
+from vllm_router.workers.peers import SharedQueue
 from vllm_router.workers.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Worker(Supervisor):
         sums: Sums,
         channel: Channel,
         reporter: Reporter,
+        queue: SharedQueue,
         in_force: InForce,
         workers: int,
         output: LogOutput | None = None,
@@ -85,6 +87,7 @@ class Worker(Supervisor):
         self.connections: Callable[[], int] = int
         self.relays: Callable[[], int] = int
         self.welcomed = trio.Event()
+        self._queue = queue
         config = self._share_of(config)
         fleet = FollowingFleet(config, sums, reporter.verdict)
         self.shared_fleet = fleet
@@ -96,6 +99,7 @@ class Worker(Supervisor):
             admin_port=admin_port,
             fleet=fleet,
             recorder=reporter,
+            make_peers=queue.make_peers,
         )
         self.proxy.usage = fleet.usage
         self.lists = ModelLists(lambda: [self._leader_reads_lists], LISTS_GAP)
@@ -107,13 +111,9 @@ class Worker(Supervisor):
     def _share_of(self, config: Config) -> Config:
         """The configuration as one of the workers has it; a body of the largest size fits in."""
         settings = config.settings
-        limits = config.limits
         bodies = max(settings.max_body_mb, settings.max_bodies_mb / self._workers)
-        if limits is not None:
-            places = math.ceil(limits.queue_size / self._workers)
-            limits = msgspec.structs.replace(limits, queue_size=places)
         return msgspec.structs.replace(
-            config, settings=msgspec.structs.replace(settings, max_bodies_mb=bodies), limits=limits
+            config, settings=msgspec.structs.replace(settings, max_bodies_mb=bodies)
         )
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
@@ -124,7 +124,7 @@ class Worker(Supervisor):
         nursery.start_soon(self._keep, "figures", self._keep_telling)
         nursery.start_soon(self._keep, "upkeep", self._look_after)
         nursery.start_soon(self._keep, "stalls", self.stalls.run)
-        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy))
+        nursery.start_soon(self._keep, "waiting", partial(admit, self.proxy, self._queue.bells))
 
     def _start_probe(self, server: object) -> None:
         """The leader does."""
@@ -240,10 +240,9 @@ class Worker(Supervisor):
             statistics = self.prefix_statistics(server)
             if statistics is not None:
                 prefixes[server.url] = statistics
-        queues = self.queues(trio.current_time())
         heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
         outputs = {one.url: moment for one in servers if (moment := one.last_output()) > -math.inf}
-        return Figures(self.serving, values, chunks, queues, prefixes, heard, outputs)
+        return Figures(self.serving, values, chunks, prefixes, heard, outputs)
 
     async def wind_down(self, *, still_listening: bool = False) -> None:
         async with trio.open_nursery() as nursery:
@@ -267,7 +266,6 @@ def _changed(figures: Figures, told: Figures | None) -> bool:
         told is None
         or figures.serving != told.serving
         or figures.chunks != told.chunks
-        or figures.queues != told.queues
         or figures.values[CONNECTIONS] != told.values[CONNECTIONS]
         or figures.values[IN_FLIGHT] != told.values[IN_FLIGHT]
     )
