@@ -487,8 +487,8 @@ async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(ki
         (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204),
         (b"GET http:// HTTP/1.1\r\nHost: a\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: cake\r\n\r\n", 417),
-        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 405),
-        (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 501),
+        (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 501),
     ],
 )  # fmt: skip
 async def test_suspicious_request_is_refused_and_the_connection_closed(kind, data, status):

@@ -254,5 +254,9 @@ def test_text_for_a_refused_page_names_an_entry_that_helps(origin):
     assert origin in origins(origin)
 
 
-def test_text_for_what_is_no_origin_lists_none():
-    assert "is no origin" in refusal_text("x" * 5000, "h", "192.0.2.1")
+@pytest.mark.parametrize("origin", ["", "x" * 5000, "a b", "*://x"])
+def test_text_for_what_is_no_origin_lists_none(origin):
+    text = refusal_text(origin, "h", "192.0.2.1")
+    assert (
+        text == f'The request has the Origin "{origin[:200]}", which is none: no page may use that.'
+    )

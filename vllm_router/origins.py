@@ -133,12 +133,14 @@ def refusal_text(origin: str, host: str, peer: str | None) -> str:
     `host` is the request's `Host`, `peer` the address that it came from.
     """
     shown = origin[:200]
-    text = f"Pages of {shown} may not use this router: "
     try:
         listed = read_origin(shown)
     except ValueError:
-        return text + f"{shown} is no origin that cors_origins could list."
-    text += f'cors_origins = ["{listed}"] in [config] allows them.'
+        return f'The request has the Origin "{shown}", which is none: no page may use that.'
+    text = (
+        f"Pages of {shown} may not use this router: "
+        f'cors_origins = ["{listed}"] in [config] allows them.'
+    )
     if listed != "null" and peer is not None:
         text += (
             " If this is the router's own page behind a proxy that changes Host "

@@ -58,8 +58,6 @@ class Refusal(Exception):
         headers, body = error_answer(
             self.path, self.status, self.code, self.message, request_id(self.request_id)
         )
-        if self.status == 405:
-            headers.append((b"allow", b"GET, HEAD, POST, OPTIONS"))
         return headers, body
 
     def encode(self) -> bytes:
@@ -135,9 +133,13 @@ def request_line(line: bytes) -> tuple[str, bytes, str]:
 
 
 def check_method(method: str) -> None:
-    """Raises Refusal for the two methods no part of the router serves (RFC 9110 9.3.6, 9.3.8)."""
+    """Raises Refusal for the two methods that no part of the router serves.
+
+    501 and not 405, as they are for no resource (RFC 9110 9.3.6, 9.3.8, 15.6.2); a 405 would have
+    to list the methods of the path.
+    """
     if method in ("CONNECT", "TRACE"):
-        raise Refusal(405, "method_not_allowed", f"{method} is not allowed")
+        raise Refusal(501, "method_not_implemented", f"{method} is not allowed")
 
 
 def split_target(method: str, target: bytes) -> tuple[bytes, bytes]:
