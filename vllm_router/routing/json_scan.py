@@ -48,7 +48,7 @@ _DATA = re.compile(rb"[A-Za-z0-9+/=_:;,.\\-]*+")
 """Base64, perhaps with `data:image/png;base64,` before it; some encoders write `\\/`."""
 
 _BLANK = b" \t\r\n"
-_QUOTE, _COMMA = b'",'
+_QUOTE, _COMMA, _ESCAPE = b'",\\'
 _OPENING, _CLOSING = b"{[", b"}]"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _STEP = bytes(1 if byte in b"{[" else 255 for byte in range(256))
@@ -229,26 +229,37 @@ class _Scanner:
 
 
 def _string_end(text: bytes, place: int) -> Steps[int]:
-    """The place behind the string whose first quote is at `place`; -1 if it does not end."""
+    """The place behind the string whose first quote is at `place`; -1 if it does not end.
+
+    Most long strings have no quote in them, so it looks for quotes, and token by token only behind
+    an escaped one.
+    """
     at, size = place + 1, len(text)
     while at < size:
         stop = min(at + _STRING_WINDOW, size)
         quote = text.find(b'"', at, stop)
-        escape = text.find(b"\\", at, stop if quote < 0 else quote)
-        if escape < 0:
+        end = stop if quote < 0 else quote
+        if text[end - 1] != _ESCAPE or not _ends_escaped(text, at, end):
             if quote >= 0:
                 return quote + 1
             at = stop
+        elif quote < 0:
+            if stop == size:
+                return -1
+            at = stop + 1
         else:
-            inside = _IN_STRING.match(text, escape, escape + 4 * _WINDOW)
-            end = escape if inside is None else inside.end()
-            if end == escape:
-                return -1  # an escape at the very end of the text
-            at = end
+            inside = _IN_STRING.match(text, quote + 1, quote + 1 + 4 * _WINDOW)
+            at = quote + 1 if inside is None else inside.end()
             if at < size and text[at] == _QUOTE:
                 return at + 1
         yield
     return -1
+
+
+def _ends_escaped(text: bytes, start: int, end: int) -> bool:
+    """Whether the byte at `end` is escaped: an odd number of backslashes stands before it."""
+    window = text[start:end]
+    return (len(window) - len(window.rstrip(b"\\"))) % 2 == 1
 
 
 def _is_data(text: bytes, start: int, end: int) -> bool:
