@@ -16,6 +16,7 @@ from chaos import (  # noqa: F401 (they register)
     faults,
     guarded,
     hostile,
+    in_front,
     overload,
     pressure,
     resilience,
