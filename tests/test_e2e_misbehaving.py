@@ -70,7 +70,7 @@ async def test_a_server_whose_metrics_are_gone_or_hang_serves_on_and_gets_its_sh
         assert transitions == 2
 
 
-async def test_a_server_that_answers_health_but_no_inference_is_ejected_until_it_does(tmp_path):
+async def test_a_server_that_answers_health_but_no_inference_is_left_until_it_does(tmp_path):
     config = lambda mocks: servers_toml((m.url for m in mocks), first_byte_timeout=0.7)  # noqa: E731
     with (
         mock_processes(3, *MOCK) as mocks,
@@ -79,7 +79,7 @@ async def test_a_server_that_answers_health_but_no_inference_is_ejected_until_it
         async with Load(router.url, chat(max_tokens=10), 12, pause=0.01) as load:
             await load.wait_for(30)
             mocks[0].set(mode="hang")
-            await becomes(router, mocks[0], "ejected")
+            await becomes(router, mocks[0], "silent", "ejected")
             stuck = len(load.bad())
             await load.wait_for(150)
             trials = len(load.bad()) - stuck

@@ -264,7 +264,10 @@ class Proxy:
         """Take requests to other servers that wait on a paused one, or are the trial of a silent
         one; those that cannot go elsewhere stay."""
         paused = server.paused_at is not None
-        patience = self.settings.metrics_interval if paused else server.trial_patience()
+        settings = self.settings
+        patience = min(server.trial_patience(), settings.first_byte_timeout / 2)
+        if paused:
+            patience = settings.metrics_interval
         for lease in list(server.leases):
             waits = lease.interrupt is not None and not lease.committed
             if waits and (paused or lease.trial) and now - lease.taken_at >= patience:
