@@ -10,9 +10,10 @@ import pytest
 import trio
 import trio.testing
 
-from front_harness import CHAT, QUICK, Limits, connected, get, post, running, soon
+from front_harness import CHAT, QUICK, Limits, chunked, connected, get, post, running, soon
 from test_hypercorn_bridge import H2Client
 from vllm_router.front import Front
+from vllm_router.http1.request import MAX_PIECES, ChunkedBody
 
 KINDS = ["lane", "hypercorn"]
 
@@ -168,3 +169,31 @@ async def test_new_limits_hold_for_new_connections(kind):
             assert await client.closed()
         (listener,) = on.front.listeners
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 5000
+
+
+# -- bodies in very small pieces -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", [CHAT, "/page"])
+async def test_body_in_one_byte_chunks_is_whole_and_others_have_their_turns(kind, path):
+    body = bytes(range(256)) * 40
+    async with running(kind) as on, connected(on.port) as client, connected(on.port) as other:
+        await client.send(chunked(path, *(bytes([byte]) for byte in body)) + get("/next"))
+        await other.send(post())
+        assert (await other.reply()).status == 200
+        assert (await client.reply()).status == 200
+        assert (await client.reply("GET")).status == 200
+        assert body in [received for _, _, received in on.app.requests]
+
+
+def test_chunked_body_feed_stops_after_so_many_pieces():
+    data = b"1\r\na\r\n" * (2 * MAX_PIECES) + b"0\r\n\r\nnext"
+    chunks, found, calls = ChunkedBody(), b"", 0
+    while not chunks.complete:
+        pieces, used = chunks.feed(data)
+        assert len(pieces) <= MAX_PIECES
+        found += b"".join(pieces)
+        data = data[used:]
+        calls += 1
+    assert (found, data, calls) == (b"a" * 2 * MAX_PIECES, b"next", 2)

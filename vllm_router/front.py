@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 2048
 """Connections that wait to be accepted; the kernel allows net.core.somaxconn at most."""
 
-ACCEPTS_PER_TURN = 64
+ACCEPTS_PER_TURN = 16
 """Connections accepted before other tasks get their turn."""
 
 PAUSE_WHEN_EXHAUSTED = 0.1

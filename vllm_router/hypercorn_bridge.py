@@ -740,6 +740,9 @@ class _Inbox:
             if self._farewell is not None:
                 return
             self._messages.append(message)
+            self._notify()
+            await trio.lowlevel.checkpoint()  # a client may have much to say in small pieces
+            return
         self._notify()
 
     async def get(self) -> Any:

@@ -19,15 +19,15 @@ import trio
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT = 0.02
+HEARTBEAT = 0.025
 """Seconds between two looks at the loop; each costs a wake-up of some 20 µs."""
 
 STALL = 0.05
 """Seconds of delay that count as a stall."""
 
-SAMPLE_AFTER = 0.045
-"""Seconds without a heartbeat after which the thread looks at the loop's stack: early enough for
-every stall that counts, late enough for a loop that is merely busy."""
+SAMPLE_AFTER = 0.05
+"""Seconds without a heartbeat after which the thread looks at the loop's stack: half of them have
+been a stall then, or all."""
 
 HANG = 5.0
 """Seconds after which a stall is logged while it lasts: it may never end."""

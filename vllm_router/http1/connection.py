@@ -81,6 +81,7 @@ class Connection:
         "_scope",
         "_sends",
         "_server",
+        "_unfed",
         "deadline",
     )
 
@@ -114,6 +115,7 @@ class Connection:
         self._reading = False
         self._body_open = False
         self._chunks: ChunkedBody | None = None
+        self._unfed = b""
         self._left = 0
         self._pieces: list[bytes] = []
         self._delivered = False
@@ -424,8 +426,12 @@ class Connection:
         self.deadline = now + limits.body_read_timeout + min(0.0, credit)
         self._reading = True
         try:
-            # What is known to come is taken in larger pieces: each costs a turn of the loop.
-            data = await self._read(BODY_READ_SIZE if self._left > READ_SIZE else READ_SIZE)
+            if self._unfed:
+                data, self._unfed = self._unfed, b""
+                await trio.lowlevel.checkpoint()
+            else:
+                # What is known to come is taken in larger pieces: each costs a turn of the loop.
+                data = await self._read(BODY_READ_SIZE if self._left > READ_SIZE else READ_SIZE)
         except OSError:
             data = b""
         finally:
@@ -457,6 +463,8 @@ class Connection:
             pieces, used = chunks.feed(data)
             self._pieces += pieces
             complete = chunks.complete
+            if not complete:
+                self._unfed = data[used:]
         self._body_received += used
         if complete:
             self._body_open = False

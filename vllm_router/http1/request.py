@@ -239,6 +239,9 @@ MAX_TRAILERS = 16384
 MAX_EXCESS = 16384
 """Bytes of chunk framing beyond what an honest sender needs; the rule is that of Go's net/http."""
 
+MAX_PIECES = 1000
+"""Chunks looked at in one call: a read may hold thousands of one byte, a few microseconds each."""
+
 _SIZE, _DATA, _DATA_END, _TRAILERS, _DONE = range(5)
 
 
@@ -259,15 +262,18 @@ class ChunkedBody:
         return self._state == _DONE
 
     def feed(self, data: bytes) -> tuple[list[bytes], int]:
-        """Pieces of the body in `data`, and how many bytes of `data` belong to it.
+        """Pieces of the body in `data`, and how many bytes of `data` have been used.
 
-        Raises Refusal. After `complete`, bytes beyond the count are the next request's.
+        Raises Refusal. After `complete`, bytes beyond the count are the next request's; else they
+        are to be fed again, after others have had their turn: MAX_PIECES have been found.
         """
         pieces: list[bytes] = []
         position = 0
         end = len(data)
         while position < end and self._state != _DONE:
             if self._state == _DATA:
+                if len(pieces) == MAX_PIECES:
+                    break
                 piece = data[position : position + self._left]
                 pieces.append(piece)
                 position += len(piece)
