@@ -21,6 +21,7 @@ from vllm_router.http1.resolver import (
     BELIEVED_FOR,
     FAILED_FOR,
     LOOK_UP_LIMIT,
+    MAX_ADDRESSES,
     Address,
     Host,
     Name,
@@ -262,6 +263,14 @@ async def test_addresses_families_alternate_and_equals_are_turned(autojump_clock
 )
 def test_literal_address_is_one_without_a_look_up(text, expected):
     assert literal_address(text, 8000) == expected
+
+
+async def test_addresses_beyond_measure_are_cut(autojump_clock):
+    many = [f"10.{number // 250}.1.{number % 250}" for number in range(10_000)]
+    name = FakeResolver(*many).name()
+    name.refresh(0.0)
+    await name.found()
+    assert texts(name.addresses(80, 0.0, 0)) == many[:MAX_ADDRESSES]
 
 
 async def test_pool_addresses_of_a_name_are_used_in_turn(autojump_clock, network, caplog):

@@ -33,6 +33,9 @@ LOOK_UP_LIMIT = 60.0
 FAILED_FOR = 60.0
 """Seconds for which an address that could not be connected to is tried after all others."""
 
+MAX_ADDRESSES = 64
+"""Addresses of a name that are used; a name with more is cut, as each new connection sorts them."""
+
 MAX_LOOK_UPS = 16
 """Look-ups that run at a time: each has a thread, which cannot be stopped while it hangs."""
 
@@ -142,7 +145,7 @@ class Name:
             self._looking = None
             ended.set()
         if found:
-            self._learn(tuple(found), trio.current_time())
+            self._learn(tuple(found[:MAX_ADDRESSES]), trio.current_time())
         else:
             self._note_failure(failure)
 
