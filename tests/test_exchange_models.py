@@ -12,6 +12,7 @@ from proxy_harness import Rig, lab
 from scripted_server import DONE, answer, answering, event, ok, streaming
 from vllm_router.auth import Identity, KeyConfig
 from vllm_router.kinds import digest_of
+from vllm_router.proxy.refusal import names_shown
 from vllm_router.proxy.types import IDENTITY
 
 GOOD = ok(b'{"model":"big"}')
@@ -217,3 +218,10 @@ async def test_first_token_and_usage_reach_the_policy_that_picked(autojump_clock
         assert adaptive.statistics(server).prompt_tokens > 900
         assert adaptive._accounts[server].queued == 0
         assert adaptive.book._bytes_per_token["m"] < 4.0
+
+
+def test_names_shown_are_cut_if_they_are_many_or_long():
+    assert names_shown([]) == ""
+    assert names_shown(["a", "b"]) == "a, b"
+    assert names_shown([f"m{n}" for n in range(2000)]).endswith("m18, m19 and 1980 more")
+    assert len(names_shown(["x" * 512] * 2000)) < 2200

@@ -19,7 +19,7 @@ from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
 from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.record import DONE, STREAM, WAIT, Record
-from vllm_router.proxy.refusal import refusal_messages
+from vllm_router.proxy.refusal import names_shown, refusal_messages
 from vllm_router.proxy.request import (
     BodyShare,
     ClientHead,
@@ -671,24 +671,23 @@ class Exchange:
         model, asked, fleet = self.request.facts.model, self.record.model, self.proxy.fleet
         shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
-            known, unheard = fleet.public_models(), fleet.unheard
+            known, unheard, key = fleet.public_models(), fleet.unheard, self._key
+            told = names_shown([name for name in known if key is None or key.allows(name)])
             if known and unheard:
                 # It may be on one of those: to say that it does not exist would be a guess.
                 return Refused(
                     503,
                     "no_server_available",
                     f"No server is known to have the model {shown}, and {len(unheard)} could not "
-                    f"be asked yet. Available models: {', '.join(known)}.",
+                    f"be asked yet. Available models: {told}.",
                     param="model",
                     retry_after=fleet.retry_after(model, trio.current_time()),
                 )
             if known:
-                key = self._key
-                told = [name for name in known if key is None or key.allows(name)]
                 return Refused(
                     404,
                     "model_not_found",
-                    f"The model {shown} does not exist. Available models: {', '.join(told)}.",
+                    f"The model {shown} does not exist. Available models: {told}.",
                     param="model",
                 )
         what = f"for the model {shown} " if model is not None else ""

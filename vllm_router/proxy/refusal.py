@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_router.dialects import error_answer
 from vllm_router.errors import Refused
+
+SHOWN_NAMES, SHOWN_LENGTH = 20, 100
+"""Names in a message, and characters of each: servers may list thousands of models."""
+
+
+def names_shown(names: Sequence[str]) -> str:
+    """Names for a message, cut if they are many or long."""
+    shown = [
+        name if len(name) <= SHOWN_LENGTH else f"{name[:SHOWN_LENGTH]}…"
+        for name in names[:SHOWN_NAMES]
+    ]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def refusal_messages(

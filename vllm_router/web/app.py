@@ -14,6 +14,7 @@ from vllm_router import __version__
 from vllm_router.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
 from vllm_router.paths import PathClass, classify
+from vllm_router.proxy.refusal import names_shown
 from vllm_router.proxy.types import App
 from vllm_router.request_ids import request_id
 from vllm_router.routing.facts import Facts
@@ -117,7 +118,7 @@ def _openai(app: QuartTrio, router: Wired) -> None:
         for card in cards:
             if card["id"] == model:
                 return answers.json(card)
-        known = ", ".join(card["id"] for card in cards)
+        known = names_shown([card["id"] for card in cards])
         raise Refused(
             404,
             "model_not_found",
