@@ -23,11 +23,11 @@ from router_process import RouterProcess, router_process, servers_toml, until
 
 pytestmark = pytest.mark.real
 
-PLACES = 2
-
 
 @contextlib.contextmanager
 def router(servers: list[RealServer], directory: Path, **settings: Any) -> Iterator[RouterProcess]:
+    # Two cores that compute may keep a check waiting for a second.
+    settings = {"health_check_timeout": 5.0, **settings}
     config = servers_toml([server.url for server in servers], capacity=32, **settings)
     with router_process(config, directory) as process:
         try:
@@ -38,22 +38,8 @@ def router(servers: list[RealServer], directory: Path, **settings: Any) -> Itera
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[RealServer]]:
-    with real_servers(2, "--max-num-seqs", str(PLACES), environment=DEVELOPMENT) as started:
+    with real_servers(2, "--max-num-seqs", "2", environment=DEVELOPMENT) as started:
         yield started
-
-
-@contextlib.contextmanager
-def full(server: RealServer) -> Iterator[None]:
-    """All places of its engine are taken, past the router, so that what comes waits."""
-    taken = []  # the iterators must live: their end would close the connections
-    with contextlib.ExitStack() as stack:
-        for number in range(PLACES):
-            client = stack.enter_context(httpx.Client(timeout=90))
-            asked = body("completions", 1900, stream=True, text=f"place {number}")
-            answer = client.stream("POST", f"{server.url}/v1/completions", json=asked)
-            taken.append(stack.enter_context(answer).iter_raw())
-            next(taken[-1])
-        yield
 
 
 def load(server: RealServer) -> int:
@@ -105,20 +91,21 @@ def test_requests_that_a_server_has_only_opened_survive_its_death(
 def test_requests_in_the_queue_of_a_stopping_server_get_tokens_from_another(
     servers: list[RealServer], tmp_path: Path
 ):
-    """Whichever of its three ends vLLM chooses: aborts, errors or silence."""
+    """Whichever of its three ends vLLM chooses: aborts, errors or silence. Its engine stands still,
+    so that the queue is there for as long as the test needs it."""
     victim = servers[0]
+    httpx.post(f"{victim.url}/pause?mode=keep")
     try:
         with (
-            router(servers, tmp_path, idle_timeout=5) as process,
-            ThreadPoolExecutor(32) as pool,
-            full(victim),
+            router(servers, tmp_path, idle_timeout=5, policy="round_robin") as process,
+            ThreadPoolExecutor(16) as pool,
         ):
             asked = [
                 pool.submit(ask, process.url, api, 5, stream=stream, text=f"{api} {number}")
-                for number in range(4)
+                for number in range(2)
                 for api, stream in KINDS
             ]
-            until(lambda: load(victim) >= PLACES + 4, "requests in the queue of one server")
+            until(lambda: load(victim) >= len(KINDS), "requests in the queue of one server")
             victim.terminate()
             answers = [future.result(timeout=90) for future in asked]
     finally:
@@ -206,7 +193,7 @@ def test_json_that_vllm_reads_is_read(servers: list[RealServer], aliased: Router
             f"{aliased.url}{path}", content=json_bodies("small")[case], headers=headers
         )
     assert (direct.status_code, through.status_code) == (200, 200), through.text
-    assert through.json()["choices"][0]["message"]["content"]
+    assert through.json()["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +214,8 @@ def test_json_that_vllm_does_not_read_is_a_400(
         direct = client.post(f"{servers[0].url}{path}", content=sent, headers=headers)
         through = client.post(f"{aliased.url}{path}", content=sent, headers=headers)
     assert (direct.status_code, through.status_code) == (400, 400)
-    assert through.json()["error"]["message"]
+    said = through.json()
+    assert said.get("detail") or said["error"]["message"]
 
 
 def test_conversation_leaves_a_server_that_was_paused_past_the_router(
