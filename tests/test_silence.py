@@ -86,6 +86,28 @@ async def test_leave_before_any_token_next_requests_go_elsewhere(autojump_clock,
         assert rig.requests()["a"] <= 3
 
 
+async def test_leave_soon_where_first_tokens_take_their_time_is_no_evidence(autojump_clock):
+    async def slow(talk: Talk) -> None:
+        while True:
+            await talk.request()
+            await talk.send(sse_head())
+            await trio.sleep(1)
+            await talk.send(chunk(event("hi", "stop")), chunk(DONE), END)
+
+    async with lab(slow, streaming(event("hi", "stop"), DONE)) as rig:
+        rig.prefer("a")
+        assert (await rig.stream())[b"x-vllm-router-server"] == b"a"
+        for waits, expected in ((0.9, State.UP), (0.99, State.UP)):
+            rig.prefer("a")
+            client = rig.start_stream()
+            await trio.sleep(waits)
+            client.leave()
+            await trio.testing.wait_all_tasks_blocked()
+            assert state(rig.server("a")) is expected
+        assert not rig.server("a").is_evidence(2.9, stream=True)
+        assert rig.server("a").is_evidence(3.1, stream=True)
+
+
 async def test_leave_at_once_is_no_evidence(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         for _ in range(5):

@@ -132,6 +132,10 @@ TOO_LONG = {
         b'{"object":"error","message":"The input is longer than the context length (4096)."}',
         4096,
     ),
+    "TGI": (
+        b'{"error":"`inputs` tokens + `max_new_tokens` must be <= 4096","error_type":"validation"}',
+        4096,
+    ),
     "llama.cpp": (error("the request exceeds the available context size, try increasing it"), 0),
     "Anthropic": (
         b'{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long"}}',
@@ -143,7 +147,7 @@ TOO_LONG = {
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_judge_answer_too_long_tells_the_length(name):
     body, length = TOO_LONG[name]
-    judgement = judge(400, body)
+    judgement = judge(422 if name == "TGI" else 400, body)
     assert (judgement.outcome, judgement.length) == (Outcome.TOO_LONG, length)
 
 

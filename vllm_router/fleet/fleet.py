@@ -197,7 +197,9 @@ class Fleet:
         been said. See `Server.fits` for both lengths.
         """
         found = self.others(model, now, tried) if tried else self.candidates(model, now)
-        others = self.servers.values() if longer_than else self.choosy
+        others: Collection[Server] = self.servers.values() if longer_than else self.choosy
+        if not (tokens or longer_than):
+            others = [server for server in others if server.refusals.known]
         unfit = tuple([s for s in others if not s.fits(asked, now, tokens, longer_than)])
         if not unfit:
             return found

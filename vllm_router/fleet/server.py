@@ -19,7 +19,14 @@ from vllm_router.config import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import TOO_LARGE, EngineMetrics
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
 from vllm_router.fleet.refusals import Asked, Refusals
-from vllm_router.fleet.silence import LEFT_AFTER, STILL_FOR, TRIAL_PATIENCE, Silence, StandStill
+from vllm_router.fleet.silence import (
+    LEFT_AFTER,
+    LEFT_TIMES,
+    STILL_FOR,
+    TRIAL_PATIENCE,
+    Silence,
+    StandStill,
+)
 
 STALE_AFTER_INTERVALS = 3
 """Metrics older than so many scrape intervals are not used for routing."""
@@ -152,6 +159,7 @@ class Server:
         self.joined = False
         """Whether it was added to a fleet that was there already."""
         self._typical = 0.0
+        self._first_token = 0.0
         self._moved_at = 0.0
         self._was_held_back = False
 
@@ -316,6 +324,10 @@ class Server:
     def took(self, seconds: float) -> None:
         """It has given a good answer, in so much time."""
         self._typical += (PACE if self._typical else 1.0) * (seconds - self._typical)
+
+    def began(self, seconds: float) -> None:
+        """A stream has begun after so much time."""
+        self._first_token += (PACE if self._first_token else 1.0) * (seconds - self._first_token)
 
     def haunt(self, now: float, seconds: float, typical: float) -> None:
         """It has given an error, in so much time; the caller sees to it that it is moved.
@@ -541,7 +553,8 @@ class Server:
 
     def is_evidence(self, waited: float, *, stream: bool) -> bool:
         """Whether a client that leaves without a byte has waited long enough to say anything."""
-        return waited >= (LEFT_AFTER if stream else max(LEFT_AFTER, self._typical))
+        usual = LEFT_TIMES * self._first_token if stream else self._typical
+        return waited >= max(LEFT_AFTER, usual)
 
     def look_for_silence(self, now: float) -> None:
         """Called on every scrape interval: end a silence, or see that one has begun.

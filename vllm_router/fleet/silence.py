@@ -13,8 +13,9 @@ is an argument, in seconds.
 
 from __future__ import annotations
 
-LEFT_AFTER = 0.5
-"""Seconds that a client must have waited to be evidence: others change their minds."""
+LEFT_AFTER, LEFT_TIMES = 1.0, 3.0
+"""A client is evidence that has waited for so many seconds, and so many times as long as the first
+token of a stream takes on the server: others change their minds, as those that complete code."""
 
 STILL_FOR = 10.0
 """Seconds for which counters must stand still while requests wait."""

@@ -50,11 +50,13 @@ ITS_ANSWER = Judgement(Outcome.ANSWERED)
 
 _TOO_LONG = re.compile(
     r"context[_ ](?:length|size|window)|max_model_len|maximum (?:model|input|sequence) length|"
-    r"longer than the (?:maximum )?model length|prompt is too long",
+    r"longer than the (?:maximum )?model length|prompt is too long|max_new_tokens`? must be|"
+    r"must have less than \d+ tokens",
     re.IGNORECASE,
 )
 _LENGTH = re.compile(
-    r"(?:context (?:length|size|window)(?: is| of)?|max_model_len) ?[=:(]? ?(\d{1,12})",
+    r"(?:context (?:length|size|window)(?: is| of)?|max_model_len|max_new_tokens`? must be <=|"
+    r"must have less than) ?[=:(]? ?(\d{1,12})",
     re.IGNORECASE,
 )
 _NO_MODEL = re.compile(
@@ -121,7 +123,7 @@ def judge_answer(
         return _judge_missing(status, page, body, asked_model=asked_model)
     if status in (403, 414, 431, 501) or page:
         return Judgement(Outcome.REFUSED, Scope.REQUEST, _WORDS.get(status, f"{status}"))
-    if status == 400 and body is not None:
+    if status in (400, 422) and body is not None:
         return _judge_length(body)
     return ITS_ANSWER
 
