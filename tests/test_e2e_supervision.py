@@ -185,6 +185,44 @@ def test_stopped_worker_gives_the_port_back_when_its_parent_dies(tmp_path: Path,
                 os.kill(pid, signal.SIGKILL)
 
 
+def test_orphan_whose_loop_is_stuck_ends_all_the_same():
+    script = (
+        "import os, socket\n"
+        "from vllm_router.workers import orphan\n"
+        "orphan.GRACE_S = 0.1\n"
+        "ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "if os.fork() == 0:\n"
+        "    ours.close()\n"
+        "    orphan.end_when_orphaned(theirs.fileno(), lambda: 0.1)\n"
+        "    print('stuck', os.getpid(), flush=True)\n"
+        "    while True: pass\n"
+        "theirs.close()\n"
+        "input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert parent.stdout is not None
+        stuck = int(parent.stdout.readline().split()[1])
+    finally:
+        parent.kill()
+        parent.communicate()
+    until(lambda: not _lives(stuck), "the end of the orphan")
+
+
+def _lives(pid: int) -> bool:
+    """Whether it runs: nobody may have waited for it yet."""
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+        return state != "Z"
+    return False
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

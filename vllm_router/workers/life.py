@@ -45,6 +45,7 @@ from vllm_router.workers.clock import SharedClock
 from vllm_router.workers.handover import LeaderSide, Turns
 from vllm_router.workers.in_force import InForce
 from vllm_router.workers.leader import Leader
+from vllm_router.workers.orphan import end_when_orphaned
 from vllm_router.workers.peers import SharedQueue, check_limits
 from vllm_router.workers.queue_board import QueueBoard
 from vllm_router.workers.reporter import Reporter
@@ -80,6 +81,7 @@ def _live(birth: Birth, orders: Orders, channels: list[Channel]) -> int:
         return 2
     try:
         config = _read(in_force)
+        end_when_orphaned(birth.line, lambda: _longest_end(in_force.read() or config))
         output.apply(config.log)
         run = _worker if birth.number else _lead
         trio.run(run, birth, config, in_force, orders, channels, output, clock=SharedClock())
@@ -89,6 +91,12 @@ def _live(birth: Birth, orders: Orders, channels: list[Channel]) -> int:
     finally:
         output.close()
     return 0
+
+
+def _longest_end(config: Config) -> float:
+    """Seconds that an orderly end may take."""
+    settings = config.settings
+    return settings.drain_grace + settings.drain_timeout + LAST_CALL + LINGER + LAST_WORDS
 
 
 def _read(in_force: InForce) -> Config:
