@@ -567,7 +567,7 @@ class Exchange:
             server.answered(now, trial=lease.trial)
             if self.record.status < 400 and not attempt.rejected:
                 fleet.took(server, now - lease.taken_at)
-                if self.record.stream:
+                if self.record.stream and self.record.first_byte_at > lease.taken_at:
                     server.began(self.record.first_byte_at - lease.taken_at)
                 if self._doubted:
                     self._blame_doubted(now)
