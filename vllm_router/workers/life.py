@@ -198,12 +198,15 @@ async def _lead(
     app = Application()
     limits = client_limits(config.settings)
     side = HypercornSide(app, limits=limits, told=output.access.refused)
-    local = [socket.socket(fileno=fileno) for fileno in birth.local]
-    door = LocalDoor(app, local, limits=limits, told=output.access.refused)
     side.closing = True  # the next request may be for the lane, which is elsewhere
     front = Front(app, limits=limits, tls_only=True, side=side)
     _listen(front, birth, config)
-    with telemetry.running(config.log) as spans:
+    with contextlib.ExitStack() as ending:
+        local = [socket.socket(fileno=fileno) for fileno in birth.local]
+        for sock in local:
+            ending.callback(sock.close)
+        door = LocalDoor(app, local, limits=limits, told=output.access.refused)
+        spans = ending.enter_context(telemetry.running(config.log))
         async with trio.open_nursery() as nursery:
             if birth.demo:
                 from vllm_router.demo import start_demo
