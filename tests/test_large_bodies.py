@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ async def test_body_is_encrypted_in_pieces_and_arrives_whole():
     class Stream:
         def __init__(self) -> None:
             self.pieces: list[bytes] = []
+            self.transport_stream = SimpleNamespace(socket=None)
 
         async def send_all(self, data: bytes | memoryview) -> None:
             self.pieces.append(bytes(data))
