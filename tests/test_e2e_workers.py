@@ -66,7 +66,7 @@ async def streams(router: RouterProcess, count: int, tokens: int, pace: float = 
         yield results
 
 
-async def in_thread(condition, what: str, seconds: float = 10.0) -> None:
+async def in_thread(condition, what: str, seconds: float = 30.0) -> None:
     await trio.to_thread.run_sync(until, condition, what, seconds)
 
 
