@@ -140,7 +140,7 @@ def test_help_names_every_command(arguments: list[str]):
     assert result.exit_code == 0
     commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
     assert commands == {
-        "run", "check-config", "status", "drain", "undrain", "monitor", "explain", "mock",
+        "run", "check-config", "status", "drain", "undrain", "monitor", "explain", "mock", "open",
         "simulate", "version",
     }  # fmt: skip
 

@@ -109,7 +109,9 @@ def test_containers_check_finds_a_router_with_tls_alive(
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_both_fronts_speak_tls_and_nothing_else(tmp_path: Path, authority: Authority, front: str):
+def test_both_fronts_speak_tls_and_nothing_else(
+    tmp_path: Path, authority: Authority, front: str, monkeypatch: pytest.MonkeyPatch
+):
     certificate, key = authority.sign(f"router-{front}")
     tls = f'certificate = "{certificate}"\nkey = "{key}"\nmin_version = "1.3"\n'
     context = trusting(authority)
@@ -134,6 +136,8 @@ def test_both_fronts_speak_tls_and_nothing_else(tmp_path: Path, authority: Autho
             secure = router.url.replace("http:", "https:")
             assert client.get(f"{secure}/metrics").status_code == 200
             assert call("status", secure, "--ca", str(authority.file)).returncode == 0
+            assert call("status", secure).returncode == 0, "by the router's own socket"
+            monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
             refused = call("status", secure)
             assert refused.returncode == 2
             assert "certificate" in refused.stderr.lower()
