@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections import Counter
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,13 @@ class Clients:
 
         async def post() -> None:
             body = chat(seed=number, **{"max_tokens": 1, **more})
-            with scope:
+            # A worker that is killed takes its connections along.
+            with scope, suppress(httpx.TransportError):
                 self.answers[number] = await client.post(
                     "/v1/chat/completions", json=body, headers=headers
                 )
+
+            await client.aclose()
 
         self._nursery.start_soon(post)
         while await self.under_way() == before and number not in self.answers:
@@ -120,13 +123,12 @@ async def test_workers_and_http2_serve_in_one_order(tmp_path: Path, workers: int
         assert mocks[0].stats()["rejected"] == 0
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path, workers: int):
+async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path):
     """Clients that keep their connections and ask again as soon as they have an answer."""
-    count, rounds = 18, 8
+    count, rounds = 12, 5
     with (
-        mock_processes(1, *ONE_AT_A_TIME, "--ttft", "0.01", "--token-delay", "0") as mocks,
-        router_process(config(mocks), tmp_path, "--workers", str(workers)) as router,
+        mock_processes(1, *ONE_AT_A_TIME, "--ttft", "0.05", "--token-delay", "0") as mocks,
+        router_process(config(mocks), tmp_path, "--workers", "2") as router,
     ):
         answers: Counter[int] = Counter()
         codes: Counter[str] = Counter()
@@ -152,7 +154,7 @@ async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path,
 async def test_full_room_of_all_workers_gives_every_key_its_share(tmp_path: Path):
     with (
         mock_processes(1, *ONE_AT_A_TIME, "--token-delay", "0.02") as mocks,
-        router_process(config(mocks, queue_size=6), tmp_path, "--workers", "3") as router,
+        router_process(config(mocks, queue_size=6), tmp_path, "--workers", "2") as router,
     ):
         async with clients_of(router) as clients:
             occupier = await clients.send(0, max_tokens=4000)
@@ -188,15 +190,19 @@ async def test_worker_that_dies_or_hangs_does_not_hold_up_the_others(tmp_path: P
             occupier = await clients.send(0, max_tokens=4000, http2=True)
             for number in range(1, 9):
                 await clients.send(number, http2=number > 6)
+            counts = await trio.to_thread.run_sync(connections, router)
             victim = await trio.to_thread.run_sync(lambda: pids(router)["worker 1"])
             os.kill(victim, how)
             try:
                 occupier.cancel()
-                await in_thread(lambda: {7, 8} <= clients.answers.keys(), "those of the leader")
-                counts = Counter(answer.status_code for answer in clients.answers.values())
-                assert counts[200] >= 4  # the other worker's, too
+                others = 8 - counts["1"]
+                await in_thread(
+                    lambda: {7, 8} <= clients.answers.keys() and len(clients.answers) >= others,
+                    "the answers of the leader and the other worker",
+                )
+                assert {answer.status_code for answer in clients.answers.values()} == {200}
             finally:
-                if how == signal.SIGSTOP:
+                with suppress(ProcessLookupError):  # the parent replaces what hangs
                     os.kill(victim, signal.SIGCONT)
 
 

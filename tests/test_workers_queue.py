@@ -341,3 +341,52 @@ async def test_limits_that_are_taken_away_and_come_back_start_anew(autojump_cloc
         await trio.sleep(20)
         assert [client.got.status for client in clients] == [200] * 4
         assert order(*late) == [4, 5, 6, 7]
+
+
+# -- any sequence of events -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_sequence_of_events_keeps_order_caps_and_requests(autojump_clock, seed):
+    """Requests come in all processes and leave, servers fall and come back, caps change."""
+    rng = Random(seed)
+    most = [0]
+    async with crew(
+        3, working(0.7, most), working(0.4, most), limits={"queue_size": 200}
+    ) as router:
+        clients: list[Client] = []
+        left: set[int] = set()
+        for number in range(60):
+            clients.append(
+                await router.start(
+                    rng.randrange(3),
+                    number,
+                    rng.choice(["a", "a", "b"]),
+                    priority=rng.choice([0, 1]),
+                )
+            )
+            await trio.sleep(rng.choice([0.0, 0.01, 0.2]))
+            what = rng.random()
+            if what < 0.1:
+                one = rng.randrange(len(clients))
+                if not clients[one].done:
+                    clients[one].leave()
+                    left.add(one)
+            elif what < 0.2:
+                name, on = rng.choice("ab"), rng.random() < 0.5
+                router.each(lambda process, name=name, on=on: process.server(name).drain(on=on))
+            elif what < 0.25:
+                cap = rng.choice([1, 2])
+                config = make_config(2, policy="least_load", limits={"max_in_flight": cap})
+                for process in router.processes:
+                    process.fleet.apply(config)
+                    process.proxy.apply(config)
+        router.each(lambda process: [one.drain(on=False) for one in process.servers])
+        for _ in range(60):
+            if not all(client.done for client in clients):
+                await trio.sleep(1)
+        missing = [n for n, client in enumerate(clients) if n not in left and not client.got.whole]
+        assert missing == []
+        codes = {client.got.status for n, client in enumerate(clients) if n not in left}
+        assert codes == {200}
+        assert most[0] <= 4  # two servers, of which each takes two at most
