@@ -52,6 +52,8 @@ def servers() -> Iterator[list[RealServer]]:
 @contextlib.contextmanager
 def router(servers: Iterable[RealServer | Tap], directory: Path, **settings: Any) -> Iterator[str]:
     """The URL of a router in front of these; it must also end as it should."""
+    # Two cores that compute may keep a check waiting for a second.
+    settings = {"health_check_timeout": 5.0, **settings}
     config = servers_toml([server.url for server in servers], capacity=8, **settings)
     with router_process(config, directory) as process:
         try:
