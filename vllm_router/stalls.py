@@ -20,8 +20,8 @@ import trio
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 0.05
-"""Seconds between two looks at the loop. Each wakes an idle process: at 0.025 the monitor took 1.8 %
-of a core. A stall may have begun so much earlier than its delay says."""
+"""Seconds between two looks at the loop. Each wakes an idle process: at 0.025 the monitor took
+1.8 % of a core. A stall may have begun so much earlier than its delay says."""
 
 STALL = 0.05
 """Seconds of delay that count as a stall."""
