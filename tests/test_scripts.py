@@ -197,11 +197,7 @@ def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
         clone.tool(tool)
     clone.tool("ruff", 'echo "ruff $1"; [ "$1" != check ]')
     result = clone.call("test")
-    assert result.stdout.splitlines() == [
-        "ruff check",
-        "ruff format",
-        "python -m pytest -n 2 --dist loadfile",
-    ]
+    assert result.stdout.splitlines() == ["ruff check", "ruff format", "python -m pytest"]
     assert "failed before pytest: ruff check\n" in result.stderr
     assert result.returncode == 1
 
