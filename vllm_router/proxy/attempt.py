@@ -646,10 +646,18 @@ class Attempt:
     ) -> None:
         """The rest of the body, passed on between tasks while the client keeps up."""
 
+        record, tail = self._exchange.record, self.tail
+        live_on, send_part = self._live_on, outlet.send_part
+        note = tail.add if tail is not None else None
+
         def take(piece: bytes) -> bool:
-            self._live_on(scope)
-            self._note(piece)
-            return outlet.send_part(piece)
+            # `_note`, in place: this runs once for every chunk.
+            live_on(scope)
+            record.bytes_out += len(piece)
+            record.chunks += 1
+            if note is not None:
+                note(piece)
+            return send_part(piece)
 
         while True:
             await connection.pour(take)
