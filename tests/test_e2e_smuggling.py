@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -378,13 +379,15 @@ def test_nothing_a_client_sends_writes_a_line_or_commands_a_terminal(lab: Lab):
 
 
 def test_invented_names_make_no_metrics(lab: Lab):
-    for number in range(30):
-        lab.router.post("/v1/chat/completions", chat(model=f"first-{number}"))
-        lab.router.post(f"/v1/first-{number}", chat(model="m"))
-    before = len(lab.router.get("/metrics").text.splitlines())
-    for number in range(200):
-        lab.router.post("/v1/chat/completions", chat(model=f"second-{number}"))
-        lab.router.post(f"/v1/second-{number}", chat(model="m"))
+    def invent(name: str) -> None:
+        lab.router.post("/v1/chat/completions", chat(model=name))
+        lab.router.post(f"/v1/{name}", chat(model="m"))
+
+    # Together: each waits until the servers' lists have been read again.
+    with ThreadPoolExecutor(20) as clients:
+        list(clients.map(invent, [f"first-{number}" for number in range(30)]))
+        before = len(lab.router.get("/metrics").text.splitlines())
+        list(clients.map(invent, [f"second-{number}" for number in range(200)]))
     page = lab.router.get("/metrics").text
     assert len(page.splitlines()) <= before + 10
     assert "second-" not in page
