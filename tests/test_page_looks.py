@@ -37,9 +37,13 @@ async def opened(page: Page, demo: Running) -> None:
 
 async def administrating(page: Page, demo: Running) -> None:
     """Open the page with the rights of the router's own machine: it has buttons then."""
+    await opened(page, demo)
+    await sign_in(page, demo)
+
+
+async def sign_in(page: Page, demo: Running) -> None:
     with own_machine(demo.url) as client:
         code = client.post("/admin/sign-in").json()["code"]
-    await opened(page, demo)
     await page.evaluate(f"location.assign({f'{demo.url}/#sign-in={code}'!r})")
     await page.wait(
         "[...document.querySelectorAll('button.action')].filter(b => b.checkVisibility()).length"
@@ -229,6 +233,19 @@ async def test_screen_reader_finds_names_roles_and_a_table(browser: str, demo: R
             "[...document.querySelectorAll('[id]')].length"
             " === new Set([...document.querySelectorAll('[id]')].map(node => node.id)).size"
         )
+
+
+async def test_buttons_are_named_as_soon_as_signing_in_shows_them(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        await page.evaluate(
+            """new MutationObserver(() => {
+                const shown = [...document.querySelectorAll("button.action")];
+                window.names = shown.filter(b => b.checkVisibility()).map(b => b.textContent);
+            }).observe(document.querySelector("#fleet"), {attributeFilter: ["data-admin"]})"""
+        )
+        await sign_in(page, demo)
+        assert await page.evaluate("window.names") == ["Drain"] * 3
 
 
 async def test_keyboard_reaches_everything_and_focus_is_seen(browser: str, demo: Running):

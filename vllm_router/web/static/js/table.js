@@ -253,6 +253,8 @@ export class Table {
 
   allow(admin) {
     this.admin = admin;
+    // Names the buttons before the column is shown: the next snapshot comes later.
+    if (this.snapshot) this.show(this.snapshot);
     byId("fleet").toggleAttribute("data-admin", admin);
   }
 
