@@ -20,6 +20,7 @@ from worker_processes import connections, pids
 
 ONE_AT_A_TIME = ("--model", "m", "--max-num-seqs", "1", "--max-num-queued-reqs", "0")
 WITH_ONE_WAITING = (*ONE_AT_A_TIME[:-1], "1")
+"""For tests whose first client leaves: the engine notices that a moment later than the router."""
 KEYS = "".join(
     f'[[auth.keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in ("greedy", "modest")
 )
@@ -104,7 +105,6 @@ def seeds(mock: MockProcess) -> list[int]:
 @pytest.mark.parametrize("workers", [2, 4])
 async def test_workers_and_http2_serve_in_one_order(tmp_path: Path, workers: int):
     with (
-        # The engine hears a moment later than the router that the client of the first has left.
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks), tmp_path, "--workers", str(workers)) as router,
     ):
@@ -157,7 +157,7 @@ async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path)
 
 async def test_full_room_of_all_workers_gives_every_key_its_share(tmp_path: Path):
     with (
-        mock_processes(1, *ONE_AT_A_TIME, "--token-delay", "0.02") as mocks,
+        mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks, queue_size=6), tmp_path, "--workers", "2") as router,
     ):
         async with clients_of(router) as clients:
@@ -187,7 +187,7 @@ async def test_full_room_of_all_workers_gives_every_key_its_share(tmp_path: Path
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_worker_that_dies_or_hangs_does_not_hold_up_the_others(tmp_path: Path, how: int):
     with (
-        mock_processes(1, *ONE_AT_A_TIME, "--token-delay", "0.02") as mocks,
+        mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks), tmp_path, "--workers", "2") as router,
     ):
         async with clients_of(router) as clients:

@@ -445,6 +445,12 @@ class Liar:
 MODELS = b'{"object":"list","data":[{"id":"m","object":"model"}]}'
 
 
+COMPLETION = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,'
+    b'"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}'
+)
+
+
 def plain(body: bytes, fields: bytes = b"") -> bytes:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
     return head + fields + b"Content-Length: %d\r\n\r\n" % len(body) + body
@@ -478,7 +484,7 @@ def lying(
 @pytest.mark.parametrize("kind", SPLIT)
 def test_servers_answer_cannot_be_split(lying: tuple[Liar, RouterProcess], kind: str):
     liar, router = lying
-    liar.answer = plain(b"{}", SPLIT[kind])
+    liar.answer = plain(COMPLETION, SPLIT[kind])
     answer = router.post("/v1/chat/completions", chat())
     assert answer.status_code == 502
     assert "set-cookie" not in answer.headers
@@ -487,7 +493,7 @@ def test_servers_answer_cannot_be_split(lying: tuple[Liar, RouterProcess], kind:
 def test_server_speaks_neither_for_the_router_nor_about_pages(lying: tuple[Liar, RouterProcess]):
     liar, router = lying
     liar.answer = plain(
-        b"{}",
+        COMPLETION,
         b"Access-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true\r\n"
         b"X-Vllm-Router-Server: forged\r\nConnection: x-secret\r\nX-Secret: 1\r\n",
     )
