@@ -106,7 +106,8 @@ LOCK_FILES = {"uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock", "package-loc
 def sources() -> Iterator[Path]:
     """The files under version control, by their places: works in an unpacked sdist as well."""
     for path in sorted(ROOT.iterdir()):
-        if path.is_file() and path.name != "servers.toml":
+        # In a second work tree .git is a file with the path of the first.
+        if path.is_file() and path.name not in ("servers.toml", ".git"):
             yield path
     for name in ("vllm_router", "docs", "tests", "scripts", ".ci"):
         yield from files_below(ROOT / name)
