@@ -4,13 +4,23 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 
-import hypothesis
+import pytest
 
-# A busy machine is no failure.
-hypothesis.settings.register_profile("suite", deadline=None)
-hypothesis.settings.load_profile("suite")
+import fuzzing  # noqa: F401
+from browser import chromium
+from distribution import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)
+from time_limit import pytest_runtest_call, pytest_timeout_set_timer  # noqa: F401
+
+# Hundreds of processes import the package: without bytecode, each would compile it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # The routers of the tests have their Unix sockets here, and the commands look for them here.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vllm-router-tests-")
@@ -19,3 +29,10 @@ atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True
 # A shell makes what it starts in the background ignore SIGINT, and that is inherited: the
 # processes that tests start and interrupt would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one browser for all tests of pages."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as address:
+        yield address

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import trio
 import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzzing import EXAMPLES
 from proxy_harness import Got, lab
 from scripted_server import (
     DONE,
@@ -21,8 +20,6 @@ from scripted_server import (
     ok,
     sse_head,
 )
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000")) // 80
 
 STREAM = sse_head() + chunk(event("a")) + chunk(event("b", "stop")) + chunk(DONE) + END
 ANSWERS = [
@@ -80,7 +77,7 @@ def is_honest(got: Got) -> bool:
     watched=st.booleans(),
     down_at=st.one_of(st.none(), st.floats(0, 10)),
 )
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES // 10, deadline=None)
 def test_every_exchange_ends_once_and_honestly(servers, stays, watched, down_at):
     async def main() -> None:
         async with lab(

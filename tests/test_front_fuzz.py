@@ -4,7 +4,6 @@ connection fails in a way that nobody has thought of."""
 from __future__ import annotations
 
 import logging
-import os
 
 import hyperframe.frame
 import pytest
@@ -13,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from front_harness import QUICK, Limits, connected, post, running, soon
+from fuzzing import EXAMPLES
 from test_http1_server_fuzz import conversations
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000")) // 200
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + hyperframe.frame.SettingsFrame(0).serialize()
 
@@ -63,7 +61,7 @@ websockets = st.lists(st.binary(max_size=40), max_size=3).map(lambda sent: [HAND
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 def test_no_input_harms_the_server(kind, caplog):
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES // 25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.one_of(conversations(), http2, websockets), min_size=5, max_size=15))
     def check(clients):
         caplog.clear()

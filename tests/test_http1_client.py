@@ -6,7 +6,6 @@ import contextlib
 import errno
 import gc
 import itertools
-import os
 import re
 import socket
 import ssl
@@ -21,6 +20,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzzing import EXAMPLES
 from scripted_server import (
     END,
     Script,
@@ -37,9 +37,6 @@ from scripted_server import (
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http1 import transport
 from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool
-
-# FUZZ_EXAMPLES=1000000 looks harder, here as in the tests of the listening side.
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000")) // 25
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
@@ -800,7 +797,7 @@ RAW = st.builds(
 
 @given(raw=RAW, cuts=st.lists(st.integers(0, 200), max_size=6))
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=EXAMPLES // 3,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

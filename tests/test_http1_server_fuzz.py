@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import dataclass, field
 
 import h11
@@ -17,9 +16,8 @@ import trio.testing
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fuzzing import EXAMPLES
 from vllm_router.http1.server import Server, StreamConnection
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10000"))
 
 # Messages of refusals that h11 does not share, each with the reason for having it.
 STRICTER = {
@@ -305,7 +303,7 @@ def test_requests_are_read_as_h11_reads_them_or_refused_for_a_named_reason(piece
     check(pieces)
 
 
-@settings(max_examples=EXAMPLES // 10, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=4))
 def test_garbage_never_becomes_a_request(pieces):
     assert through_the_lane(pieces).requests == []

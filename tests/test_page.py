@@ -15,19 +15,13 @@ import httpx
 import pytest
 import trio
 
-from browser import chromium, new_page
+from browser import new_page
 from cli_process import router as demo_router
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
 
 EVIL = '<img src=x onerror="document.title=1">'
 LIVE = "document.querySelector('#link').dataset.link === 'live'"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

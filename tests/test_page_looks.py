@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 
-from browser import Page, chromium, contrast, new_page
+from browser import Page, contrast, new_page
 from cli_process import Running, router
 from router_process import own_machine
 
 LIVE = "document.querySelector('#link').dataset.link === 'live'"
 READY = f"{LIVE} && document.querySelectorAll('#fleet tbody tr').length === 3"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

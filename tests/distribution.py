@@ -1,0 +1,46 @@
+"""How the tests are spread over the processes of pytest-xdist (`-n`): one file to one process.
+
+The tests of a file share what its module-scoped fixtures start. FIRST are the files that take
+longest, longest first, so that none of them is the last to end. The files of a set in TOGETHER
+share one process, because they share one browser.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+FIRST: tuple[str, ...] = ()
+TOGETHER: tuple[frozenset[str], ...] = (frozenset({"test_page", "test_page_looks"}),)
+
+
+def file_of(nodeid: str) -> str:
+    return PurePosixPath(nodeid.partition("::")[0]).stem
+
+
+class Files(LoadScopeScheduling):  # type: ignore[misc]
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        config.option.loadscopereorder = False  # it would put files with many tests first
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = file_of(nodeid)
+        for files in TOGETHER:
+            if name in files:
+                return " and ".join(sorted(files))
+        return nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files | None:
+    """The scheduler, unless `--dist` asks for another one than `-n` chooses by itself."""
+    return Files(config, log) if config.getvalue("dist") == "load" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        ranks = {name: rank for rank, name in enumerate(FIRST)}
+        items.sort(key=lambda item: ranks.get(file_of(item.nodeid), len(ranks)))
