@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 
+import httpx
 import pytest
 import trio
 
@@ -40,6 +41,29 @@ async def test_killing_one_of_three_fails_no_request_without_a_byte(tmp_path, fr
         mocks[1].close()
         mocks[1] = restarted(mocks[1], *MOCK)
         until(lambda: router.state(mocks[1].url) == "up", "its return")
+
+
+async def test_killing_three_of_four_at_once_fails_no_request_without_a_byte(tmp_path):
+    with (
+        mock_processes(4, *MOCK) as mocks,
+        router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
+    ):
+        results = []
+
+        async def keep_asking(client: httpx.AsyncClient, number: int) -> None:
+            for turn in range(12):
+                body = chat(max_tokens=10, text=f"{number}.{turn}")
+                results.append(await ask(client, body))
+
+        async with httpx_client(router.url) as client, trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(keep_asking, client, number)
+            while len(results) < 60:
+                await trio.sleep(0.01)
+            for mock in mocks[:3]:
+                mock.kill()
+        assert [result for result in results if not result.ok] == []
+        assert {result.server for result in results[-20:]} == {mocks[3].url.removeprefix("http://")}
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
@@ -221,9 +245,7 @@ async def test_a_client_that_leaves_frees_its_server(tmp_path, front):
         until(lambda: router.descriptors() <= descriptors + 6, "the descriptors to be closed", 15)
 
 
-def httpx_client(url: str):
-    import httpx
-
+def httpx_client(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
 
 

@@ -321,6 +321,8 @@ async def test_it_does_not_where_it_must_not(autojump_clock, case, how):
         rig.prefer("a")
         if how == "no budget":
             rig.proxy.budget.owed = rig.proxy.budget.floor
+            for server in rig.servers[1:]:
+                rig.proxy.failures.note(server, 1, trio.current_time(), deadly=False)
         if how == "stored":
             got = await rig.post({"model": "m", "store": True}, path="/v1/responses")
         else:
@@ -453,10 +455,12 @@ async def test_our_own_faults_count_against_nobody(autojump_clock, monkeypatch):
 # -- which server next -------------------------------------------------------------------------
 
 
-async def test_no_server_is_tried_twice_and_no_more_than_max_retries(autojump_clock):
-    full = answering(BUSY)
-    async with lab(full, full, full, full, full, max_retries=2) as rig:
-        assert (await rig.post()).status == 503
+async def test_exchange_max_retries_bounds_the_attempts_and_no_server_is_tried_twice(
+    autojump_clock,
+):
+    empty, full = answering(ok(b"")), answering(BUSY)
+    async with lab(empty, empty, empty, empty, empty, max_retries=2) as rig:
+        assert (await rig.post()).code == "empty_answer"
         assert sorted(rig.requests().values()) == [0, 0, 1, 1, 1]
     async with lab(full, full, max_retries=50) as rig:
         assert (await rig.post()).status == 503

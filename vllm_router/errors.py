@@ -40,6 +40,10 @@ class ConnectionLost(ServerError):
     """The server closed or reset the connection before the answer was complete."""
 
 
+class NotSent(ConnectionLost):
+    """A kept connection turned out closed before the request was written to it."""
+
+
 class ProtocolViolation(ConnectionLost):
     """The server sent something that is not HTTP/1.1, or framed it ambiguously (RFC 9112 6.3)."""
 

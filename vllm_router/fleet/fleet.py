@@ -516,6 +516,11 @@ def _rank(server: Server, now: float) -> int:
     return 1 if now < server.full_until else 0
 
 
+def is_surely_well(server: Server, now: float) -> bool:
+    """Whether nothing at all speaks against the server."""
+    return _rank(server, now) == 0
+
+
 def _alike(one: Server, other: Server) -> bool:
     """Whether they may have a model in common."""
     return (

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from vllm_router.errors import ConnectFailed, ConnectionLost, ProtocolViolation
+from vllm_router.errors import ConnectFailed, ConnectionLost, NotSent, ProtocolViolation
 from vllm_router.http1.connecting import Race
 from vllm_router.http1.repeated import Headers, Repeated
 from vllm_router.http1.resolver import Resolver, literal_address
@@ -227,6 +227,8 @@ class Connection:
         while True:
             try:
                 data = await self._transport.read(until)
+            except ConnectionAbortedError as error:
+                raise NotSent(str(error)) from error  # by `Wire.ask`
             except OSError as error:
                 raise ConnectionLost(str(error)) from error
             if not data:

@@ -22,6 +22,7 @@ from vllm_router.errors import (
     ConnectFailed,
     ConnectionLost,
     NameNotResolved,
+    NotSent,
     OwnFault,
     ProtocolViolation,
 )
@@ -122,6 +123,7 @@ class Attempt:
 
     __slots__ = (
         "_api",
+        "_closed_before",
         "_exchange",
         "_held",
         "_interrupted",
@@ -155,6 +157,7 @@ class Attempt:
         self._timer = Outcome.CONNECT_TIMEOUT
         self._sending = False
         self._opened = False
+        self._closed_before = False
         self._api = Api.OTHER
         self._held = b""
         self._usage: Usage | None = None
@@ -184,6 +187,11 @@ class Attempt:
             return False
         self._interrupted = outcome
         return True
+
+    @property
+    def chosen_at(self) -> float:
+        """When the server was chosen: before it was sent anything."""
+        return self._lease.taken_at
 
     async def run(self, now: float) -> Outcome:
         """Try the server.
@@ -224,7 +232,7 @@ class Attempt:
             self._scope = lease.interrupt = None
             if outcome is None:
                 outcome = self._cancelled_by()
-            if fresh and outcome in _UNREACHABLE:
+            if fresh and outcome in _UNREACHABLE and not self._closed_before:
                 # The reconnect failed, too: the server has gone, perhaps because of this request.
                 outcome = Outcome.LOST
             if self.committed:
@@ -314,7 +322,8 @@ class Attempt:
             return Outcome.CONNECT_FAILED
         except ProtocolViolation:
             return Outcome.BROKEN if self.committed else Outcome.INVALID
-        except ConnectionLost:
+        except ConnectionLost as lost:
+            self._closed_before = isinstance(lost, NotSent)
             if self.committed:
                 return Outcome.BROKEN
             assert connection is not None

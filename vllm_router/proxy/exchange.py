@@ -8,13 +8,14 @@ answer that breaks is cut where it is, never completed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
+from vllm_router.fleet.fleet import is_surely_well
 from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
 from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import request_id
@@ -33,18 +34,23 @@ from vllm_router.proxy.request import (
 from vllm_router.proxy.selection import Selection
 from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.routing.facts import UNREAD
+from vllm_router.routing.failures import End
 from vllm_router.routing.models import EDITED_AT_ONCE
 from vllm_router.routing.place import Route
 from vllm_router.routing.poison import Death, fingerprint
 from vllm_router.routing.retry import (
     ANSWERED,
     BREAKS_SERVERS,
+    COSTLESS,
+    DEADLY,
     DOUBTFUL,
+    FAILURES,
     FULL,
     KILLS_SERVERS,
     POISON_AFTER,
     REFUSALS,
     RULES,
+    UNREACHABLE,
     WAITED_IN_VAIN,
     Again,
     Outcome,
@@ -64,6 +70,9 @@ SHOWN_MODEL = 200
 
 _INFINITY = float("inf")
 
+EVIDENCE_AFTER = 0.25
+"""Seconds after which a request that two servers failed under is looked at again."""
+
 _SECONDS = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}")
 _PRIORITY = re.compile(rb"[+-]?[0-9]{1,18}")
 
@@ -79,10 +88,11 @@ class Exchange:
 
     __slots__ = (
         "_bodies",
-        "_broken",
         "_complete",
+        "_costless",
         "_deaths",
         "_doubted",
+        "_ends",
         "_falls_back",
         "_fingerprint",
         "_head",
@@ -127,7 +137,8 @@ class Exchange:
         self._server_cancels = CANCEL_ON_DISCONNECT in extensions
         self.outlet: Outlet | None = extensions.get(OUTLET)
         self._tried: list[Server] = []
-        self._broken = 0
+        self._costless = 0
+        self._ends: tuple[End, ...] = ()
         self._complete = self._falls_back = False
         self._deaths: tuple[Death, ...] = ()
         self._fingerprint: int | None = None
@@ -378,6 +389,9 @@ class Exchange:
                 self._doubted.append(server)
                 if self._kept is None and attempt.kept is not None:
                     self._kept = (*attempt.kept, outcome)
+            if attempt.again is Again.NO and outcome in BREAKS_SERVERS:
+                attempt.again = await self._reconsider(outcome)
+                now = trio.current_time()
             if attempt.again is Again.NO:
                 if self._kept is not None:
                     self._deliver(*self._kept)
@@ -429,10 +443,17 @@ class Exchange:
     def _untried(self, now: float) -> tuple[Server, ...]:
         fleet, model = self.proxy.fleet, self.request.facts.model
         if fleet.choosy or self._selection is not None:
-            return self._select().servers(now, self._tried)
-        if self._tried:
-            return fleet.others(model, now, self._tried)
-        return fleet.candidates(model, now)
+            found = self._select().servers(now, self._tried)
+        elif self._tried:
+            found = fleet.others(model, now, self._tried)
+        else:
+            return fleet.candidates(model, now)
+        return (self._surely_well(found, now) or found) if self._tried else found
+
+    def _surely_well(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
+        """Those of the servers that nothing speaks against."""
+        failures = self.proxy.failures
+        return tuple([s for s in servers if failures.is_free(s, now) and is_surely_well(s, now)])
 
     def _choices_of_all(self, now: float) -> tuple[Server, ...]:
         """The candidates of its own model; of the one that stands in for it, if it has none left.
@@ -518,34 +539,66 @@ class Exchange:
 
         `fresh` if it was made on a connection opened after a kept one had turned out closed.
         """
-        if outcome in BREAKS_SERVERS:
-            self._broken += 1
-            self._note_break(outcome)
         now = trio.current_time()
+        if outcome in BREAKS_SERVERS:
+            self._note_break(outcome, now)
+        if outcome in COSTLESS:
+            self._costless += 1
+        return self._next_step(outcome, now, fresh=fresh)
+
+    def _next_step(self, outcome: Outcome, now: float, *, fresh: bool = False) -> Again:
         others = self._untried(now)
         standing = Standing(
             self.record.attempts,
-            self._broken,
+            len(self._broken()),
             bool(others) or (outcome is not Outcome.TOO_LONG and self._may_fall_back(now)),
             self.replayable,
             fresh,
             len(self._doubted) + (outcome in DOUBTFUL),
+            self._costless,
+            bool(self._surely_well(others, now)),
         )
         return decide(outcome, standing, self.proxy.settings.max_retries, self.proxy.budget)
 
     def _may_fall_back(self, now: float) -> bool:
         return self._falls_back and self._available(now) is not None
 
-    def _note_break(self, outcome: Outcome) -> None:
+    def _broken(self) -> tuple[Server, ...]:
+        """The servers that only this request can have broken, by what is known now."""
+        if len(self._ends) < POISON_AFTER:
+            return tuple([end.server for end in self._ends])
+        key, proxy = self._fingerprint, self.proxy
+        assert key is not None
+        if proxy.poison.knows(key, self.request.body):
+            key = None  # others with the same body are no accomplices
+        return proxy.failures.suspect(self._ends, key, proxy.fleet.servers.values())
+
+    async def _reconsider(self, outcome: Outcome) -> Again:
+        """Where to go after all, if a moment later more servers are found to have failed: servers
+        that stop at once do not do so in the same millisecond.
+        """
+        if len(self._ends) < POISON_AFTER or not self._untried(trio.current_time()):
+            return Again.NO
+        if len(self._broken()) >= POISON_AFTER:
+            await trio.sleep(EVIDENCE_AFTER)
+        if len(self._broken()) >= POISON_AFTER:
+            return Again.NO
+        assert self._fingerprint is not None
+        self.proxy.poison.forget(self._fingerprint)
+        return self._next_step(outcome, trio.current_time())
+
+    def _note_break(self, outcome: Outcome, now: float) -> None:
         """The request, or something else, has broken a server."""
-        request, poison = self.request, self.proxy.poison
+        request, poison, server = self.request, self.proxy.poison, self._tried[-1]
         self._fingerprint = key = fingerprint(request.target, request.body)
+        assert self.attempt is not None
+        end = End(server, self.attempt.chosen_at, now, outcome in DEADLY)
+        self._ends = (*self._ends, end)
         if outcome in KILLS_SERVERS:
-            now, server = trio.current_time(), self._tried[-1]
             asleep = outcome is Outcome.GONE and server.probe_health.up
             certain = outcome is not Outcome.SERVER_ERROR and not asleep
             self._deaths = deaths = (*self._deaths, Death(server, now, certain))
-            if len(deaths) == POISON_AFTER:
+            if len(deaths) >= POISON_AFTER and len(self._broken()) >= POISON_AFTER:
                 poison.remember(key, request.body, deaths, now)
 
     def poisonous(self, now: float) -> Refused | None:
@@ -615,7 +668,17 @@ class Exchange:
                 server.answered(now, trial=lease.trial)
         elif outcome is Outcome.ENGINE_ABORT:
             server.answered(lease.last_byte_at, trial=lease.trial)
+        if outcome in FAILURES:
+            self._note_failure(server, outcome, trio.current_time())
         proxy.attempt_ended(server, outcome)
+
+    def _note_failure(self, server: Server, outcome: Outcome, now: float) -> None:
+        """Remember it for the requests that fail on this server, or on others, at the same time."""
+        key = None
+        if outcome not in UNREACHABLE:
+            request = self.request
+            key = self._fingerprint or fingerprint(request.target, request.body)
+        self.proxy.failures.note(server, key, now, deadly=outcome in DEADLY)
 
     def _note_wait(self, server: Server, lease: Lease, now: float) -> None:
         """The client has gone, or its time is over, before the first byte of an answer."""
@@ -628,7 +691,7 @@ class Exchange:
     def may_move(self) -> bool:
         """Whether the attempt under way may be ended to ask another server instead."""
         proxy, now = self.proxy, trio.current_time()
-        if not self.replayable or not proxy.budget.has_one or self._broken >= POISON_AFTER:
+        if not self.replayable or not proxy.budget.has_one or len(self._broken()) >= POISON_AFTER:
             return False
         return self.record.attempts <= proxy.settings.max_retries and any(
             server.traffic_health.admits(now) and server.silence.since is None

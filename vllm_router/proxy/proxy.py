@@ -26,6 +26,7 @@ from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.types import Receive, Scope, Send
+from vllm_router.routing.failures import Failures
 from vllm_router.routing.poison import Poison
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
@@ -71,6 +72,7 @@ class Proxy:
         self.fleet = fleet
         self.budget = RetryBudget()
         self.poison = Poison()
+        self.failures = Failures()
         self.exchanges: set[Exchange] = set()
         self.links: dict[Server, Link] = {}
         self.now: Callable[[], float] = trio.lowlevel.current_clock().current_time
@@ -171,6 +173,7 @@ class Proxy:
     def forget(self, server: Server) -> None:
         """A removed server's last exchange has ended."""
         self.policies.forget(server)
+        self.failures.forget(server)
         link = self.links.pop(server, None)
         if link is not None:
             link.pool.close()

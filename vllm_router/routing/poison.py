@@ -67,13 +67,21 @@ class Poison:
 
     def remember(self, key: int, body: bytes, deaths: Sequence[Death], now: float) -> None:
         """Two attempts of one request ended in `deaths`."""
-        if body in self.known or key in self.known:
+        if self.knows(key, body):
             return
         self.entries.pop(key, None)
         while len(self.entries) >= MOST:
             del self.entries[next(iter(self.entries))]
         self._last_until = now + REMEMBERED_FOR
         self.entries[key] = (self._last_until, tuple(deaths))
+
+    def knows(self, key: int, body: bytes) -> bool:
+        """Whether a server has answered this request lately."""
+        return body in self.known or key in self.known
+
+    def forget(self, key: int) -> None:
+        """The deaths have turned out to have another reason."""
+        self.entries.pop(key, None)
 
     def holds(self, key: int, now: float) -> bool:
         """Whether the request is known to take servers down."""

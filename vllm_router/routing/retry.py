@@ -230,6 +230,17 @@ BREAKS_SERVERS = frozenset(
 KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.GONE})
 """Those of them after which the server may be dead: of what `poison.py` remembers."""
 
+DEADLY = frozenset(
+    {
+        Outcome.LOST,
+        Outcome.BROKEN,
+        Outcome.GONE,
+        Outcome.CONNECT_FAILED,
+        Outcome.CONNECT_TIMEOUT,
+    }
+)
+"""Ends as they come when a server's process or machine has died."""
+
 REFUSALS = frozenset({Outcome.REFUSED, Outcome.MISDIRECTED, Outcome.NO_MODEL, Outcome.TOO_LONG})
 """The server has computed nothing and is alive; another server may take the request."""
 
@@ -242,6 +253,18 @@ WAITED_IN_VAIN = frozenset({Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
 DOUBTFUL = frozenset({Outcome.NO_TOKENS, Outcome.UNCLEAR_ERROR, Outcome.OPENED_LOST})
 """Ends that are the request's fault or the server's. One other server is asked: if it gives
 tokens, the first is to blame; if it says the same, that is the answer."""
+
+UNREACHABLE = frozenset({Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.UNRESOLVED})
+"""The server has not been sent the request at all."""
+
+COSTLESS = UNREACHABLE | {Outcome.FULL}
+"""Ends that say nothing of the request, and after which no server has worked for it."""
+
+FAILURES = frozenset({outcome for outcome in Outcome if RULES[outcome].blames}) | {
+    Outcome.GONE,
+    Outcome.UNRESOLVED,
+}
+"""Ends after which a server is not surely well; see `failures.py`."""
 
 POISON_AFTER = 2
 
@@ -294,24 +317,30 @@ class Standing:
     """What an exchange has behind it when an attempt ends uncommitted."""
 
     attempts: int
-    broken: int  # attempts that ended in one of BREAKS_SERVERS, this one included
+    broken: int  # servers that only the request can have broken, this one included
     candidates_left: bool
     replayable: bool
     fresh_connection_tried: bool = False
     doubtful: int = 0  # attempts that ended in one of DOUBTFUL, this one included
+    costless: int = 0  # attempts that ended in one of COSTLESS, this one included
+    well_left: bool = False  # a candidate is up, not full, and has failed nothing lately
 
 
 def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
     """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
 
-    What is NOT_COMPUTED costs nothing.
+    What is NOT_COMPUTED costs nothing. Neither an empty budget nor servers that could not be
+    reached keep a request from a server that is surely well. That cannot amplify a storm: a server
+    that fails one request is not surely well any more.
     """
     again = RULES[outcome].again
     if again is Again.SAME_SERVER:
         if standing.replayable and not standing.fresh_connection_tried:
             return Again.SAME_SERVER
         again = Again.IF_REPLAYABLE
-    if again is Again.NO or standing.attempts > max_retries or not standing.candidates_left:
+    if again is Again.NO or not standing.candidates_left:
+        return Again.NO
+    if standing.attempts > max_retries and not _may_go_on(standing, max_retries):
         return Again.NO
     if again is Again.IF_REPLAYABLE and not standing.replayable:
         return Again.NO
@@ -319,9 +348,15 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
         return Again.NO
     if standing.broken >= POISON_AFTER:
         return Again.NO
-    if outcome not in NOT_COMPUTED and not budget.withdraw():
-        return Again.NO
-    return Again.ELSEWHERE
+    if outcome in NOT_COMPUTED or budget.withdraw():
+        return Again.ELSEWHERE
+    return Again.ELSEWHERE if standing.well_left and outcome in FAILURES else Again.NO
+
+
+def _may_go_on(standing: Standing, max_retries: int) -> bool:
+    """Whether attempts that cost nothing are not held against a request with a well server left."""
+    paid = standing.attempts - standing.costless
+    return standing.well_left and 0 < max_retries >= paid
 
 
 _ANSWERS = frozenset({501, 505, 508})
