@@ -13,7 +13,7 @@ RUN useradd --system --no-create-home --uid 10001 router
 USER 10001:10001
 ENV PYTHONUNBUFFERED=1
 EXPOSE 8888
-HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["python", "-m", "vllm_router.alive"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s CMD ["python", "-m", "vllm_router.cli.alive"]
 # Drains: allow more time than drain_timeout (docker run --stop-timeout, stop_grace_period).
 STOPSIGNAL SIGTERM
 # Any command of vllm-router can follow the image's name.

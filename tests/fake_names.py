@@ -34,8 +34,8 @@ def _answer(host, *args, **kwargs):
         raise socket.gaierror(getattr(socket, said["failure"]), said["failure"])
     return [one for text in said["addresses"] for one in _ask(text, *args, **kwargs)]
 socket.getaddrinfo = _answer
-import vllm_router.http1.resolver
-vllm_router.http1.resolver.BELIEVED_FOR = float(os.environ["FAKE_NAMES_BELIEVED_FOR"])
+import vllm_router.http.client.resolver
+vllm_router.http.client.resolver.BELIEVED_FOR = float(os.environ["FAKE_NAMES_BELIEVED_FOR"])
 """
 
 

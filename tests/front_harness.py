@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import h11
 import trio
 
-from vllm_router.front import Front
-from vllm_router.http1.server import Limits
+from vllm_router.http.server.listener import Front
+from vllm_router.http.server.server import Limits
+from vllm_router.routing.paths import is_inference
 
 # Everything that a test waits for takes milliseconds; this is for a machine that is very busy.
 PATIENCE = 20
@@ -163,7 +164,7 @@ async def running(kind: str = "lane", **options) -> AsyncIterator[Running]:
     """A front of one kind, `lane` or `hypercorn`; aborted at the end, and nothing may be left."""
     app = options.pop("app", None) or Application()
     options.setdefault("limits", QUICK)
-    front = Front(app, lane=kind == "lane", **options)
+    front = Front(app, lane=kind == "lane", **{"accepts": is_inference, **options})
     (_, port), *_ = front.open("127.0.0.1", 0)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:

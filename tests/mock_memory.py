@@ -11,7 +11,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from vllm_router.mock import MockOptions, MockServer
+from vllm_router.lab.mock import MockOptions, MockServer
 
 
 class MemoryListener(trio.abc.Listener):

@@ -36,7 +36,7 @@ class MockProcess:
         self.url = ""
         self.port = port
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_router.mock", "--port", str(port), *arguments],
+            [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(port), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             cwd=_ROOT,

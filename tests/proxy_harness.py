@@ -24,10 +24,10 @@ from fleet_makers import come_up, gauges, go_down, make_config
 from scripted_server import MemoryPool, Script, ScriptedServer
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.proxy.proxy import Proxy
+from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, OUTLET
+from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record
-from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, OUTLET
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 CHAT = "/v1/chat/completions"
 

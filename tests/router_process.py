@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from vllm_router.own_machine import find_socket, short_path
+from vllm_router.runtime.own_machine import find_socket, short_path
 
 _ROOT = Path(__file__).parent.parent
 _START_SECONDS = 30.0

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import trio
 
 from vllm_router.errors import ConnectFailed
-from vllm_router.http1.client import Connection, Pool
-from vllm_router.http1.transport import PlainTransport
+from vllm_router.http.client.client import Connection, Pool
+from vllm_router.http.client.transport import PlainTransport
 
 SSE = b"text/event-stream; charset=utf-8"
 JSON = b"application/json"

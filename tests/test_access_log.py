@@ -16,16 +16,18 @@ import pytest
 
 from proxy_harness import lab
 from scripted_server import DONE, answering, event, ok, streaming
-from vllm_router import access_log, gatherer, log_writer
-from vllm_router.access_log import AccessLog, Ended, fields, json_line, text_line
-from vllm_router.log_config import LogSettings
-from vllm_router.log_output import LogOutput, Overrides
-from vllm_router.log_writer import FileTarget, LineWriter, StreamTarget
+from vllm_router.config.log import LogSettings
+from vllm_router.lab.simulate.replay import read_log
+from vllm_router.observability import access_log
+from vllm_router.observability import background_writer as gatherer
+from vllm_router.observability import line_writer as log_writer
+from vllm_router.observability.access_log import AccessLog, Ended, fields, json_line, text_line
+from vllm_router.observability.line_writer import FileTarget, LineWriter, StreamTarget
+from vllm_router.observability.log_output import LogOutput, Overrides
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.routing.body_reader import read_facts
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.retry import Outcome
-from vllm_router.simulate.replay import read_log
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.prompt.body_reader import read_facts
+from vllm_router.routing.prompt.facts import Facts
 from web_harness import make_record
 
 FORGED = "m\n2026-01-01T00:00:00.000Z INFO    access: GET /\x1b[2K\u2028 x=1"

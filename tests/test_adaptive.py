@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Journal, Lease, Server
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import Prompt, cut
 from vllm_router.routing.policies import POLICIES, Knobs
 from vllm_router.routing.policies.adaptive import Adaptive
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt, cut
 
 CONTEXT = bytes(n * n % 251 for n in range(40_000))
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.answers import quick
-from vllm_router.routing.answers.ending import read_ending
-from vllm_router.routing.answers.events import (
+from vllm_router.proxy.answers import quick
+from vllm_router.proxy.answers.ending import read_ending
+from vllm_router.proxy.answers.events import (
     DONE,
     NOT_JSON,
     BlockReader,
@@ -20,12 +20,12 @@ from vllm_router.routing.answers.events import (
     blocks_of,
     decode_event,
 )
-from vllm_router.routing.answers.faults import Fault, fault_of, message_of
-from vllm_router.routing.answers.opening import Opening, Verdict
-from vllm_router.routing.answers.signs import ABORTS, ENDS, FAILS, FINISHES, OPENS, PROVES, UNKNOWN
-from vllm_router.routing.answers.tables import Api, api_of, read_event
-from vllm_router.routing.answers.usage import Usage, UsageScanner, usage_of
-from vllm_router.routing.answers.whole import JsonBalance, read_whole
+from vllm_router.proxy.answers.faults import Fault, fault_of, message_of
+from vllm_router.proxy.answers.opening import Opening, Verdict
+from vllm_router.proxy.answers.signs import ABORTS, ENDS, FAILS, FINISHES, OPENS, PROVES, UNKNOWN
+from vllm_router.proxy.answers.tables import Api, api_of, read_event
+from vllm_router.proxy.answers.usage import Usage, UsageScanner, usage_of
+from vllm_router.proxy.answers.whole import JsonBalance, read_whole
 
 CAPTURES = Path(__file__).parent / "data" / "vllm"
 STREAM_APIS = [Api.CHAT, Api.COMPLETIONS, Api.RESPONSES, Api.MESSAGES]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.auth import ANONYMOUS, STRANGER, AuthConfig, Identity, Keyring, presented
-from vllm_router.config import Config, changes, parse
+from vllm_router.config.auth import ANONYMOUS, STRANGER, AuthConfig, Identity, Keyring, presented
+from vllm_router.config.schema import Config, changes, parse
 from vllm_router.errors import ConfigError
 
 ONE_SERVER = '[servers]\nservers = [{ url = "https://h:8000", name = "h" }]\n'

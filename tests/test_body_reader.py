@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_router.errors import InvalidBody
-from vllm_router.routing.body_reader import Reading, read_facts, read_in_slices, replaced
-from vllm_router.routing.facts import AT_ONCE, Facts, read_at_once
-from vllm_router.routing.json_scan import DEEPEST, MOST_MEMBERS, Members, scan
-from vllm_router.routing.models import with_model
-from vllm_router.routing.pieces import Prompt
-from vllm_router.routing.steps import Steps, finish
+from vllm_router.routing.prompt.body_reader import Reading, read_facts, read_in_slices, replaced
+from vllm_router.routing.prompt.facts import AT_ONCE, Facts, read_at_once
+from vllm_router.routing.prompt.json_scan import DEEPEST, MOST_MEMBERS, Members, scan
+from vllm_router.routing.prompt.model_name import with_model
+from vllm_router.routing.prompt.pieces import Prompt
+from vllm_router.routing.prompt.steps import Steps, finish
 
 CHAT = b"/v1/chat/completions"
 AUDIO = b"/v1/audio/transcriptions"
@@ -220,7 +220,7 @@ def test_long_body_has_the_facts_of_a_short_one(name: str, monkeypatch: pytest.M
     assert len(body) > AT_ONCE
     assert read_at_once(CHAT, JSON, body, with_prompt=True) is None
     found = reading(body, with_prompt=True).facts
-    monkeypatch.setattr("vllm_router.routing.facts.AT_ONCE", 1 << 30)
+    monkeypatch.setattr("vllm_router.routing.prompt.facts.AT_ONCE", 1 << 30)
     assert found == read_at_once(CHAT, JSON, body, with_prompt=True)
     assert found.prompt.chain
 
@@ -301,8 +301,8 @@ def test_alias_is_refused_for_a_body_with_too_many_members():
 def test_places_do_not_depend_on_where_a_slice_ends(body: bytes):
     def places(window: int) -> tuple[dict[str, Any], list[tuple[int, int]]] | None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vllm_router.routing.json_scan._WINDOW", window)
-            patch.setattr("vllm_router.routing.json_scan._STRING_WINDOW", window)
+            patch.setattr("vllm_router.routing.prompt.json_scan._WINDOW", window)
+            patch.setattr("vllm_router.routing.prompt.json_scan._STRING_WINDOW", window)
             found: Members | None = finish(scan(body, frozenset({"model", "x", "stream"})))
         return None if found is None else (found.spans, found.models)
 

@@ -26,9 +26,9 @@ from scripted_server import (
     silent,
 )
 from vllm_router.errors import ConnectFailed
-from vllm_router.http1.client import Pool
-from vllm_router.tasks.carrier import Carrier
-from vllm_router.tasks.probe import _words
+from vllm_router.http.client.client import Pool
+from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.runtime.probe import _words
 
 
 @asynccontextmanager

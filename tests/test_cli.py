@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vllm_router
-from vllm_router.cli import cli
-from vllm_router.control import Router, Status
-from vllm_router.tables import Cell, Column, plain_lines, print_table
+from vllm_router.cli.admin_client import Router, Status
+from vllm_router.cli.main import cli
+from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
 
 EXAMPLE = Path(__file__).parent.parent / "servers.example.toml"
 
@@ -155,7 +155,7 @@ HEAVY = {"trio", "httpx", "quart", "hypercorn", "rich", "msgspec"}
 
 def test_help_loads_none_of_the_heavy_modules():
     code = (
-        "import sys, vllm_router.cli as c\n"
+        "import sys, vllm_router.cli.main as c\n"
         "try: c.cli(['run', '--help'])\n"
         f"except SystemExit: print(sorted({HEAVY} & sys.modules.keys()))"
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_router import logs
+from vllm_router.observability import formatting as logs
 
 FORGED = "a\n2026-01-01T00:00:00.000Z INFO    supervisor: all is well\r\x1b[2K\x00\u2028\x85b"
 
@@ -33,7 +33,7 @@ def written(form: str, log: object, level: str = "info") -> str:
     forget()
     logs.configure(level, form, stream)
     assert callable(log)
-    log(logging.getLogger("vllm_router.tasks.probe"))
+    log(logging.getLogger("vllm_router.runtime.probe"))
     return stream.getvalue()
 
 
@@ -49,7 +49,7 @@ def test_text_line_has_time_level_and_origin():
     time, level, origin, message = text.split(maxsplit=3)
     assert time.endswith("Z")
     assert len(time) == len("2026-01-01T00:00:00.000Z")
-    assert (level, origin, message) == ("WARNING", "tasks.probe:", "server a is down\n")
+    assert (level, origin, message) == ("WARNING", "probe:", "server a is down\n")
 
 
 def test_value_cannot_forge_a_line():
@@ -78,7 +78,7 @@ def test_json_is_one_object_per_record():
     assert text.rstrip("\n").isprintable()
     record = json.loads(text)
     assert record["level"] == "error"
-    assert record["logger"] == "vllm_router.tasks.probe"
+    assert record["logger"] == "vllm_router.runtime.probe"
     assert record["message"] == f"probe of {FORGED} failed"
     assert record["traceback"].startswith("Traceback")
 

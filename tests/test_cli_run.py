@@ -18,7 +18,7 @@ import pytest
 import vllm_router
 from cli_process import Running, call, router, running, until
 from mock_process import mock_processes
-from vllm_router.demo import DEMO_MODEL
+from vllm_router.lab.demo import DEMO_MODEL
 
 CHAT = {"model": DEMO_MODEL, "messages": [{"role": "user", "content": "Hello!"}]}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vllm_router import logs
-from vllm_router.config import (
+from vllm_router.config.model_aliases import ModelRule
+from vllm_router.config.schema import (
     Config,
     LogSettings,
     Secret,
@@ -19,10 +19,11 @@ from vllm_router.config import (
     changes,
     parse,
 )
+from vllm_router.config.server_url import normalise_url, server_name
+from vllm_router.config.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
 from vllm_router.errors import ConfigError
-from vllm_router.routing.models import ModelRule
-from vllm_router.server_url import normalise_url, server_name
-from vllm_router.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
+from vllm_router.observability import formatting as logs
+from vllm_router.routing.policies import POLICY_NAMES
 
 EXAMPLE = Path(__file__).parent.parent / "servers.example.toml"
 
@@ -56,7 +57,7 @@ health_check_consecutive_failures = 3"""
 
 def read(text: str | bytes, **environ: str) -> Config:
     data = text.encode() if isinstance(text, str) else text
-    return parse(data, "servers.toml", environ)
+    return parse(data, "servers.toml", environ, policies=POLICY_NAMES)
 
 
 def settings(text: str) -> Settings:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_router.config import _SERVER_KEYS, Config, LogSettings, Settings, changes, parse
+from vllm_router.config.schema import _SERVER_KEYS, Config, LogSettings, Settings, changes, parse
+from vllm_router.config.server_url import normalise_url, quoted, server_name
 from vllm_router.errors import ConfigError
-from vllm_router.server_url import normalise_url, quoted, server_name
 
 SECRET = "SeCrEt0123456789"
 

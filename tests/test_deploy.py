@@ -18,8 +18,8 @@ import pytest
 
 from mock_process import mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.web.exposition import Kind
-from vllm_router.web.families import FAMILIES
+from vllm_router.observability.metric_families import FAMILIES
+from vllm_router.observability.prometheus_text import Kind
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"

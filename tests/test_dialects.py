@@ -11,10 +11,11 @@ import trio
 from front_harness import CHAT, Limits, connected, running
 from proxy_harness import lab
 from scripted_server import answering, ok
-from vllm_router.asgi import Application
-from vllm_router.dialects import anthropic_type, path_of
-from vllm_router.front import Front
-from vllm_router.http1.headers import Refusal
+from vllm_router.http.error_format import anthropic_type, path_of
+from vllm_router.http.headers import Refusal
+from vllm_router.http.server.listener import Front
+from vllm_router.routing.paths import is_inference
+from vllm_router.runtime.dispatch import Dispatcher
 from web_harness import Lab, Reply
 
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches", "/v1/messages/")
@@ -37,7 +38,7 @@ class Whole:
 
     def __init__(self, **settings: Any) -> None:
         self.lab = Lab(1, **settings)
-        self._app = Application()
+        self._app = Dispatcher()
         self._app.attach(self.lab.router, self.lab.app)
 
     async def ask(self, method: str, target: str, **more: Any) -> Reply:
@@ -324,7 +325,7 @@ async def test_client_of_ipv4_on_a_socket_of_ipv6_has_its_own_address(kind):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     limits = Limits(linger=0.3, max_linger=2.0)
-    server = Front(app, lane=kind == "lane", limits=limits)
+    server = Front(app, accepts=is_inference, lane=kind == "lane", limits=limits)
     try:
         (_, port), *_ = server.open("::", 0)
     except OSError:

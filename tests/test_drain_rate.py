@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.drain_rate import (
+from vllm_router.routing.queue.drain_rate import (
     IDLE_FORGETS,
     RATE_FROM,
     RATE_OVER,

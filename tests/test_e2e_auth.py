@@ -20,8 +20,8 @@ from trio_websocket import open_websocket_url
 from cli_process import call
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.service import OwnView, ServeOptions, serve
-from vllm_router.tasks.watch import ConfigSource
+from vllm_router.config.reload import ConfigSource
+from vllm_router.runtime.serve import OwnView, ServeOptions, serve
 
 ADMIN, STATUS, ALICE, BOB = "sk-ADMIN-1", "sk-STATUS-2", "sk-ALICE-3", "sk-BOB-4"
 SECRETS = (ADMIN, STATUS, ALICE, BOB, "sk-SERVER-5")

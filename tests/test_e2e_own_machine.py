@@ -23,7 +23,7 @@ from cli_process import ROOT, call, environment
 from mock_process import MockProcess, mock_processes
 from proxies_in_front import NGINX_PLAIN, free_port, proxy
 from router_process import RouterProcess, own_machine, router_process, servers_toml, until
-from vllm_router.own_machine import find_socket
+from vllm_router.runtime.own_machine import find_socket
 from worker_processes import pids
 
 KINDS = {

@@ -131,7 +131,7 @@ def test_early_sighup_is_a_reload_all_the_same(tmp_path: Path):
     """Noted by `hold`, done by the task that follows the signal."""
     script = (
         "import os, signal\n"
-        "from vllm_router.early_signals import came, hold\n"
+        "from vllm_router.runtime.early_signals import came, hold\n"
         "hold(); hold()\n"
         "os.kill(os.getpid(), signal.SIGHUP)\n"
         "print(came(signal.SIGHUP), came(signal.SIGHUP), came(signal.SIGUSR1))\n"
@@ -196,7 +196,7 @@ def test_stopped_worker_gives_the_port_back_when_its_parent_dies(tmp_path: Path,
 def test_orphan_whose_loop_is_stuck_ends_all_the_same():
     script = (
         "import os, socket\n"
-        "from vllm_router.workers import orphan\n"
+        "from vllm_router.runtime.workers import orphan\n"
         "orphan.GRACE_S = 0.1\n"
         "ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
         "if os.fork() == 0:\n"

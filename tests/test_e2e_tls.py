@@ -19,7 +19,7 @@ from certificates import Authority
 from cli_process import call
 from mock_process import mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.alive import alive
+from vllm_router.cli.alive import alive
 
 
 @pytest.fixture(scope="module")

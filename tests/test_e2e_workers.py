@@ -378,4 +378,4 @@ def test_view_on_the_terminal_is_of_all_and_the_log_is_in_its_file(tmp_path: Pat
         assert screen.ended() == 0
     log = (tmp_path / "logs" / "vllm-router.log").read_text()
     assert "[leader] supervisor: server demo-1: unknown -> up" in log
-    assert "[worker 2] workers.life: stopped" in log
+    assert "[worker 2] life: stopped" in log

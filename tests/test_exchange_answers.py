@@ -25,7 +25,7 @@ from scripted_server import (
     streaming,
 )
 from vllm_router.proxy.attempt import RETRIED
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 HELLO, STOP = event("hello"), event("", "stop")

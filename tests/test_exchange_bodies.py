@@ -15,11 +15,11 @@ from fleet_makers import come_up
 from form_oracle import make_form, model_seen_by_starlette, seen_by_fastapi
 from proxy_harness import Got, Rig, lab
 from scripted_server import answering, ok
-from vllm_router.auth import Identity, KeyConfig
-from vllm_router.kinds import digest_of
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.slices import in_slices
-from vllm_router.proxy.types import IDENTITY
-from vllm_router.routing.steps import Steps
+from vllm_router.routing.prompt.steps import Steps
 
 GOOD = ok(b'{"answer":1}')
 JSON_TYPE = (b"content-type", b"application/json")

@@ -26,12 +26,12 @@ from scripted_server import (
     streaming,
 )
 from vllm_router.fleet.server import Lease
-from vllm_router.http1.client import Pool
+from vllm_router.http.client.client import Pool
 from vllm_router.proxy.attempt import Attempt
 from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.request import Request
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 HELLO = event("hello")

@@ -25,7 +25,7 @@ from scripted_server import (
 )
 from vllm_router.proxy.attempt import AT_ONCE
 from vllm_router.proxy.record import Phase
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')

@@ -13,11 +13,11 @@ from trio.testing import wait_all_tasks_blocked
 from fleet_makers import come_up, eject, make_config
 from proxy_harness import Client, Rig, lab
 from scripted_server import DONE, MemoryPool, ScriptedServer, Talk, event, ok, silent, streaming
-from vllm_router.auth import Identity, KeyConfig
-from vllm_router.kinds import digest_of
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.record import Phase
-from vllm_router.proxy.types import IDENTITY
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 PRIORITY = (b"x-vllm-priority", b"-1")
 

@@ -10,10 +10,10 @@ import trio
 from fleet_makers import come_up, eject, make_config
 from proxy_harness import Rig, lab
 from scripted_server import DONE, answer, answering, event, ok, streaming
-from vllm_router.auth import Identity, KeyConfig
-from vllm_router.kinds import digest_of
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.refusal import names_shown
-from vllm_router.proxy.types import IDENTITY
 
 GOOD = ok(b'{"model":"big"}')
 JSON_TYPE = (b"content-type", b"application/json")

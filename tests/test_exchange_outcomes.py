@@ -28,10 +28,10 @@ from scripted_server import (
 )
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import State
-from vllm_router.http1.client import Pool
-from vllm_router.http1.resolver import Host, Resolver
+from vllm_router.http.client.client import Pool
+from vllm_router.http.client.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 BUSY = answer(503, b'{"error":{"message":"busy"}}')

@@ -21,9 +21,9 @@ from test_exchange_limits import (
     waiting,
     working,
 )
-from vllm_router.auth import Identity, KeyConfig
-from vllm_router.kinds import digest_of
-from vllm_router.proxy.types import IDENTITY
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
 
 FALLBACK = '[models.m]\nfallback = "spare"\n[models.plain]\nserves = "m"\n'
 """Requests for `m` may go to `spare`; requests for `plain` get the same model and may not."""

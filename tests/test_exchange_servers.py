@@ -18,8 +18,8 @@ from scripted_server import (
     once,
 )
 from vllm_router.fleet.server import State
-from vllm_router.http1.client import MAX_FIELDS, MAX_HEAD
-from vllm_router.routing.retry import Outcome
+from vllm_router.http.client.client import MAX_FIELDS, MAX_HEAD
+from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 NO_ROUTE = answer(404, b'{"detail":"Not Found"}')

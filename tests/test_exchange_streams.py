@@ -24,7 +24,7 @@ from scripted_server import (
     streaming,
 )
 from vllm_router.proxy.attempt import RETRIED
-from vllm_router.routing.retry import RULES, Outcome
+from vllm_router.proxy.retry import RULES, Outcome
 
 HELLO = event("hello")
 GOOD = streaming(HELLO, event("", "stop"), DONE)

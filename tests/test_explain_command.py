@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from mock_process import mock_processes
 from router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.explain_command import _print_decisions, _print_explanation, explain
+from vllm_router.cli.explain import _print_decisions, _print_explanation, explain
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.errors import InvalidBody
-from vllm_router.routing.body_reader import read_facts, read_in_slices, replaced
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.forms import is_true
-from vllm_router.routing.pieces import Prompt
-from vllm_router.routing.steps import finish
+from vllm_router.routing.prompt.body_reader import read_facts, read_in_slices, replaced
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.forms import is_true
+from vllm_router.routing.prompt.pieces import Prompt
+from vllm_router.routing.prompt.steps import finish
 
 JSON = b"application/json"
 CHAT = b"/v1/chat/completions"

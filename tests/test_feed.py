@@ -12,10 +12,10 @@ import trio
 
 from fleet_makers import come_up, gauges, go_down
 from vllm_router.proxy.record import Phase
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import plain_prompt
+from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.policies import Knobs
-from vllm_router.routing.retry import Outcome
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import plain_prompt
 from vllm_router.web import schema
 from vllm_router.web.events import EXHAUSTED_PER_SECOND
 from vllm_router.web.mailbox import MAX_EVENTS, Mailbox

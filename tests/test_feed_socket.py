@@ -12,7 +12,7 @@ from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from fleet_makers import go_down
 from front_harness import PATIENCE, running
-from vllm_router.asgi import Application
+from vllm_router.runtime.dispatch import Dispatcher
 from vllm_router.web import schema
 from web_harness import Lab
 
@@ -62,7 +62,7 @@ class Served:
 @asynccontextmanager
 async def served(servers=2, **settings):
     lab = Lab(servers, **settings)
-    app = Application()
+    app = Dispatcher()
     app.attach(lab.router)
     async with running(app=app) as front, trio.open_nursery() as nursery:
         nursery.start_soon(lab.router.feed.run)

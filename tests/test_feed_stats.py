@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_router.observability.sliding import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
 from vllm_router.web.history import FIGURES, Memory, Series, digest
-from vllm_router.web.stats import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
 
 
 def percentiles(durations, now=0.0):

@@ -9,8 +9,8 @@ import pytest
 from fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import State
-from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
+from vllm_router.routing.prompt.facts import Facts
 
 
 def names(servers) -> str:

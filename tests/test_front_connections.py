@@ -12,8 +12,9 @@ import trio.testing
 
 from front_harness import CHAT, QUICK, Limits, chunked, connected, get, post, running, soon
 from test_hypercorn_bridge import H2Client
-from vllm_router.front import Front
-from vllm_router.http1.request import MAX_PIECES, ChunkedBody
+from vllm_router.http.request_head import MAX_PIECES, ChunkedBody
+from vllm_router.http.server.listener import Front
+from vllm_router.routing.paths import is_inference
 
 KINDS = ["lane", "hypercorn"]
 
@@ -134,7 +135,7 @@ def goaway(client: H2Client, code: int = 0) -> bytes:
 
 
 async def test_accepted_connections_are_probed_by_the_kernel():
-    front = Front(None)  # type: ignore[arg-type]
+    front = Front(None, accepts=is_inference)  # type: ignore[arg-type]
     (_, port), *_ = front.open("127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", port)):
         (listener,) = front.listeners

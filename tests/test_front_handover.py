@@ -25,7 +25,8 @@ from front_harness import (
     running,
     soon,
 )
-from vllm_router.front import Front
+from vllm_router.http.server.listener import Front
+from vllm_router.routing.paths import is_inference
 
 # Key and certificate of nobody, for localhost, good for a hundred years.
 PEM = Path(__file__).with_name("localhost.pem")
@@ -204,7 +205,7 @@ async def over_tls(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStre
 
 def test_port_in_use_is_an_oserror_and_leaves_nothing_open():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        front = Front(Application())
+        front = Front(Application(), accepts=is_inference)
         with pytest.raises(OSError, match=r".") as caught:
             front.open("127.0.0.1", taken.getsockname()[1])
         assert caught.value.errno == errno.EADDRINUSE
@@ -213,13 +214,13 @@ def test_port_in_use_is_an_oserror_and_leaves_nothing_open():
 
 def test_unknown_host_is_an_oserror():
     with pytest.raises(OSError, match=r"."):
-        Front(Application()).open("no-such-host.invalid", 0)
+        Front(Application(), accepts=is_inference).open("no-such-host.invalid", 0)
 
 
 async def test_adopted_socket_is_listened_on():
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    front = Front(Application())
+    front = Front(Application(), accepts=is_inference)
     _, port = front.adopt(sock.detach())
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -231,7 +232,7 @@ async def test_adopted_socket_is_listened_on():
 
 
 async def test_ipv6_is_served():
-    front = Front(Application())
+    front = Front(Application(), accepts=is_inference)
     try:
         (host, port), *_ = front.open("::1", 0)
     except OSError as error:

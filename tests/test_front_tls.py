@@ -14,8 +14,8 @@ import trio.testing
 
 from front_harness import CHAT, QUICK, Client, Limits, connected, get, post, running, soon
 from test_front_handover import PEM, over_tls, server_tls
-from vllm_router.http1 import tls_stream
-from vllm_router.http1.tls_stream import Handshakes
+from vllm_router.http.server import tls_stream
+from vllm_router.http.server.tls_stream import Handshakes
 
 
 def client_hello() -> bytes:
@@ -156,7 +156,7 @@ async def test_tls_connection_ended_leaves_no_garbage(kind, ending):
 
 
 async def test_handshakes_beyond_the_most_end_the_oldest(monkeypatch):
-    monkeypatch.setattr("vllm_router.front.Handshakes", lambda: Handshakes(3))
+    monkeypatch.setattr("vllm_router.http.server.listener.Handshakes", lambda: Handshakes(3))
     async with running(ssl_context=server_tls(), tls_only=True) as on:
         async with contextlib.AsyncExitStack() as stack:
             clients = []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_router.handover import notify, passed_sockets, step_aside, take_turns
+from vllm_router.http.server.socket_handover import notify, passed_sockets, step_aside, take_turns
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ from fleet_makers import make_config
 from mock_process import MockProcess, mock_processes
 from router_process import RouterProcess, router_process, servers_toml, until
 from test_auth import read
-from vllm_router.auth import ANONYMOUS
-from vllm_router.paths import classify
+from vllm_router.config.auth import ANONYMOUS
+from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY
 from vllm_router.proxy.request import ClientHead
-from vllm_router.proxy.types import HEAD_MEMO, IDENTITY
+from vllm_router.routing.paths import classify
 from vllm_router.web.guard import Guard
 
 PATH = "/v1/chat/completions"

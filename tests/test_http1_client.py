@@ -35,8 +35,8 @@ from scripted_server import (
     sse_head,
 )
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
-from vllm_router.http1 import transport
-from vllm_router.http1.client import IDLE_LIMIT, Connection, Pool
+from vllm_router.http.client import transport
+from vllm_router.http.client.client import IDLE_LIMIT, Connection, Pool
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 

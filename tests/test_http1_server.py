@@ -10,10 +10,10 @@ import trio
 import trio.testing
 
 from front_harness import CHAT, Limits, chunked, connected, get, post, running, soon
-from vllm_router.http1.answer import Answer
-from vllm_router.http1.headers import Refusal, split_target, valid_host
-from vllm_router.http1.request import ChunkedBody, Head
-from vllm_router.http1.server import Server, SocketConnection, StreamConnection
+from vllm_router.http.headers import Refusal, split_target, valid_host
+from vllm_router.http.request_head import ChunkedBody, Head
+from vllm_router.http.server.response_writer import Answer
+from vllm_router.http.server.server import Server, SocketConnection, StreamConnection
 
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

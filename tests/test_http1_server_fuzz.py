@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fuzzing import EXAMPLES
-from vllm_router.http1.server import Server, StreamConnection
+from vllm_router.http.server.server import Server, StreamConnection
 
 # Messages of refusals that h11 does not share, each with the reason for having it.
 STRICTER = {

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.allowance import Allowance
-from vllm_router.http2_frames import FRAMES_PER_PIECE, PREFACE, FrameCutter
+from vllm_router.http.hypercorn.allowance import Allowance
+from vllm_router.http.hypercorn.h2_frames import FRAMES_PER_PIECE, PREFACE, FrameCutter
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING = 0, 1, 2, 3, 4, 6
 GOAWAY, WINDOW_UPDATE, CONTINUATION = 7, 8, 9

@@ -34,7 +34,7 @@ from front_harness import (
     running,
     soon,
 )
-from vllm_router import hypercorn_bridge as bridge
+from vllm_router.http.hypercorn import bridge
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.errors import ConnectionLost
-from vllm_router.http1.client import Connection, KnownAnswer
+from vllm_router.http.client.client import Connection, KnownAnswer
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\ndate: Fri, 27 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.http1.headers import Refusal, request_line
-from vllm_router.http1.request import Head, KnownHead, read_head
+from vllm_router.http.headers import Refusal, request_line
+from vllm_router.http.request_head import Head, KnownHead, read_head
 
 HEAD = b"POST /v1/score?q=1 HTTP/1.1\r\nHost: h\r\nContent-Length: %b\r\nX-Y:  z \r\n\r\n"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from vllm_router.http1.transport import TLS_PIECE, TlsTransport
+from vllm_router.http.client.transport import TLS_PIECE, TlsTransport
 from vllm_router.proxy.request import Bodies, BodyShare, read_body
-from vllm_router.routing.body_reader import read_facts
-from vllm_router.routing.pieces import MEDIA_BYTES, Prompt
+from vllm_router.routing.prompt.body_reader import read_facts
+from vllm_router.routing.prompt.pieces import MEDIA_BYTES, Prompt
 
 MB = 1_000_000
 

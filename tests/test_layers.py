@@ -1,9 +1,8 @@
-"""Imports point down only, and the decisions stay free of sockets, frameworks and clocks."""
+"""The import rules of the package: a level list, no circles, and pure decisions."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,81 +13,51 @@ import vllm_router
 
 PACKAGE = Path(vllm_router.__file__).parent
 
-PURE, TRIO, SERVING, WIRING = range(4)
+# A room imports only rooms of lower levels. Rooms of the same level do not know each other.
+LEVELS = (
+    {"errors"},
+    {"config", "http"},
+    {"fleet", "discovery"},
+    {"routing"},
+    {"proxy", "lab"},
+    {"observability"},
+    {"web"},
+    {"runtime"},
+    {"asgi", "cli"},
+    {"__main__"},
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-# Every module or subpackage directly inside vllm_router, from the ground up.
-LAYERS = {
-    "addresses": PURE,
-    "early_signals": PURE,
-    "errors": PURE,
-    "dialects": PURE,
-    "request_ids": PURE,
-    "log_config": PURE,
-    "auth": PURE,
-    "config": PURE,
-    "kinds": PURE,
-    "limits": PURE,
-    "limits_config": PURE,
-    "memory_config": PURE,
-    "memory_limit": TRIO,
-    "models_config": PURE,
-    "origins": PURE,
-    "paths": PURE,
-    "server_url": PURE,
-    "tls_config": PURE,
-    "toml_reader": PURE,
-    "fleet": PURE,
-    "routing": PURE,
-    "simulate": PURE,
-    "http1": TRIO,
-    "stalls": TRIO,
-    "proxy": TRIO,
-    "tasks": TRIO,
-    "tls": TRIO,
-    "mock": TRIO,
-    "front": SERVING,
-    "handover": TRIO,
-    "strict_h11": TRIO,
-    "hypercorn_bridge": SERVING,
-    "own_machine": TRIO,
-    "local_door": SERVING,
-    "hypercorn_websocket": SERVING,
-    "allowance": PURE,
-    "http2_frames": PURE,
-    "web": SERVING,
-    "control": WIRING,
-    "access_log": WIRING,
-    "alive": WIRING,
-    "explain_command": WIRING,
-    "open_command": WIRING,
-    "gatherer": WIRING,
-    "log_output": WIRING,
-    "log_writer": WIRING,
-    "telemetry": WIRING,
-    "logs": WIRING,
-    "tables": WIRING,
-    "demo": WIRING,
-    "supervisor": WIRING,
-    "router_options": WIRING,
-    "service": WIRING,
-    "workers": WIRING,
-    "asgi": WIRING,
-    "cli": WIRING,
-    "monitor": WIRING,
-    "__main__": WIRING,
+# Simulated servers are for commands and tests; `run --demo` starts some in the router's process.
+MAY_USE_LAB = {"cli", "runtime"}
+
+# A simulated server stands for another program: it shares the HTTP code with the router, no more.
+MOCK = "vllm_router.lab.mock"
+MOCK_MAY_USE = (MOCK, "vllm_router.http", "vllm_router.errors")
+
+# These import no I/O, web framework or clock: time is an argument.
+PURE = (
+    "vllm_router.config",
+    "vllm_router.fleet",
+    "vllm_router.routing",
+    "vllm_router.proxy.answers",
+)
+PURE_MODULES = ("errors", "proxy.retry", "proxy.quarantine", "proxy.status_rules")
+IMPURE = {
+    # They read files and build TLS contexts for the pure rest of their room.
+    "vllm_router.config.reload",
+    "vllm_router.config.ssl_contexts",
+}
+IO_AND_CLOCKS = {
+    *("trio", "asyncio", "socket", "time", "httpx", "httptools"),
+    *("quart", "quart_trio", "hypercorn"),
 }
 
+CIRCLES = ("vllm_router.proxy", "vllm_router.lab.mock", "vllm_router.http.server")
+
+# Web frameworks are known to the control plane and to the adapter only.
 WEB_FRAMEWORKS = {"quart", "quart_trio", "hypercorn"}
-FORBIDDEN = {
-    PURE: {"asyncio", "trio", "socket", "httpx", "httptools", "time", *WEB_FRAMEWORKS},
-    TRIO: {"asyncio", *WEB_FRAMEWORKS},
-    SERVING: {"asyncio"},
-    WIRING: {"asyncio"},
-}
-
-# The simulated server stands for somebody else's program: it shares the wire format with the
-# router and nothing else, and only the commands know it.
-MOCK_MAY_USE = {"mock", "http1"}
+MAY_USE_FRAMEWORKS = ("vllm_router.http.hypercorn", "vllm_router.web", "vllm_router.asgi")
 
 
 def name_of(path: Path) -> str:
@@ -116,28 +85,24 @@ def imports(tree: ast.AST, module: str, *, is_package: bool = False) -> Iterator
                 yield submodule if submodule in MODULES else base
 
 
-class WithoutTypeOnly(ast.NodeTransformer):
-    """Drops what only a type checker executes."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return node.orelse
-        return self.generic_visit(node)
-
-
-@functools.cache
-def imports_of(module: str, *, type_only: bool = True) -> frozenset[str]:
+def imports_of(module: str) -> set[str]:
+    """All imports, those for type checkers only and those inside functions included."""
     path = MODULES[module]
-    tree: ast.AST = ast.parse(path.read_text())
-    if not type_only:
-        tree = WithoutTypeOnly().visit(tree)
-    return frozenset(imports(tree, module, is_package=path.name == "__init__.py"))
+    tree = ast.parse(path.read_text())
+    return set(imports(tree, module, is_package=path.name == "__init__.py")) - {module}
 
 
-def part_of(module: str) -> str | None:
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def room_of(module: str) -> str | None:
     """`fleet` for vllm_router.fleet.health; None for other distributions and the root."""
-    head, _, rest = module.partition(".")
-    return rest.split(".")[0] if head == PACKAGE.name and rest else None
+    parts = module.split(".")
+    return parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 @pytest.mark.parametrize(
@@ -145,56 +110,94 @@ def part_of(module: str) -> str | None:
     [
         ("import time", "time"),
         ("def f():\n    from trio import sleep", "trio"),
-        ("from . import paths", "vllm_router.paths"),
-        ("from .paths import classify", "vllm_router.paths"),
+        ("if TYPE_CHECKING:\n    import trio", "trio"),
+        ("from . import errors", "vllm_router.errors"),
+        ("from .errors import Refused", "vllm_router.errors"),
         ("from vllm_router import errors", "vllm_router.errors"),
         ("from vllm_router import __version__", "vllm_router"),
     ],
 )
-def test_every_form_of_import_is_seen(source: str, expected: str):
-    assert list(imports(ast.parse(source), "vllm_router.errors")) == [expected]
+def test_imports_are_found_in_every_form(source: str, expected: str) -> None:
+    assert set(imports(ast.parse(source), "vllm_router.asgi")) == {expected}
 
 
-def test_relative_imports_of_a_package_start_in_the_package():
-    source = "from .health import Health\nfrom .. import errors"
-    names = list(imports(ast.parse(source), "vllm_router.fleet", is_package=True))
-    assert names == ["vllm_router.fleet.health", "vllm_router.errors"]
+def test_every_module_is_in_a_room_of_the_level_list() -> None:
+    rooms = {room_of(module) for module in MODULES} - {None}
+    assert rooms - {"discovery"} == set(LEVEL_OF) - {"discovery"}
 
 
-def test_every_module_has_a_layer():
-    assert {part for module in MODULES if (part := part_of(module))} <= LAYERS.keys()
-
-
-def test_package_root_imports_nothing():
-    for module in MODULES:
-        if part_of(module) is None:
-            assert imports_of(module) <= {"__future__"}
-
-
-def test_modules_import_only_from_their_own_layer_and_below():
-    wrong = [
-        f"{module} imports {name}"
-        for module in MODULES
-        if (part := part_of(module)) is not None
-        for name in imports_of(module)
-        if name.split(".")[0] in FORBIDDEN[LAYERS[part]]
-        or ((imported := part_of(name)) is not None and LAYERS[imported] > LAYERS[part])
+def test_rooms_import_only_lower_levels() -> None:
+    upward = [
+        f"{module} -> {imported}"
+        for module, found in IMPORTS.items()
+        for imported in found
+        if (room := room_of(module)) is not None
+        and (other := room_of(imported)) is not None
+        and room != other
+        and LEVEL_OF[other] >= LEVEL_OF[room]
     ]
-    assert wrong == []
+    assert upward == []
 
 
-def test_simulated_server_and_router_know_nothing_of_each_other():
-    wrong = []
-    for module in MODULES:
-        part = part_of(module)
-        used = {found for name in imports_of(module) if (found := part_of(name)) is not None}
-        if part == "mock":
-            wrong += [f"{module} imports {name}" for name in used - MOCK_MAY_USE]
-        elif part is not None and LAYERS[part] < WIRING and "mock" in used:
-            wrong.append(f"{module} imports mock")
-    assert wrong == []
+def test_lab_is_imported_by_commands_only() -> None:
+    users = {
+        room_of(module)
+        for module, found in IMPORTS.items()
+        if any(room_of(imported) == "lab" for imported in found)
+    }
+    assert users - {"lab"} <= MAY_USE_LAB
 
 
-def test_no_module_imports_itself_through_others():
-    graph = {module: imports_of(module, type_only=False) & MODULES.keys() for module in MODULES}
-    graphlib.TopologicalSorter(graph).prepare()
+def test_mock_shares_only_http_with_the_router() -> None:
+    foreign = [
+        f"{module} -> {imported}"
+        for module, found in IMPORTS.items()
+        if within(module, (MOCK,))
+        for imported in found
+        if room_of(imported) is not None and not within(imported, MOCK_MAY_USE)
+    ]
+    assert foreign == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = {
+        module: {
+            imported
+            for imported in found
+            if imported in MODULES
+            and not any(within(module, (room,)) and within(imported, (room,)) for room in CIRCLES)
+        }
+        for module, found in IMPORTS.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_pure_modules_import_no_io_and_no_clock() -> None:
+    named = {f"vllm_router.{name}" for name in PURE_MODULES}
+    assert named <= MODULES.keys()
+    assert MODULES.keys() >= IMPURE
+    pure = {module for module in MODULES if within(module, PURE)} | named
+    impure = [
+        f"{module} -> {imported}"
+        for module in sorted(pure - IMPURE)
+        for imported in IMPORTS[module]
+        if imported.split(".")[0] in IO_AND_CLOCKS
+    ]
+    assert impure == []
+
+
+def test_web_frameworks_are_imported_by_their_rooms_only() -> None:
+    users = [
+        f"{module} -> {imported}"
+        for module, found in IMPORTS.items()
+        for imported in found
+        if imported.split(".")[0] in WEB_FRAMEWORKS and not within(module, MAY_USE_FRAMEWORKS)
+    ]
+    assert users == []
+
+
+def test_asyncio_is_imported_nowhere() -> None:
+    assert [module for module, found in IMPORTS.items() if "asyncio" in found] == []

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_makers import make_config
-from vllm_router.auth import KeyConfig
+from vllm_router.config.auth import KeyConfig
+from vllm_router.config.origins import is_own
+from vllm_router.config.types import digest_of
 from vllm_router.errors import Refused
-from vllm_router.kinds import digest_of
-from vllm_router.limits import Usage
-from vllm_router.origins import is_own
-from vllm_router.paths import classify
+from vllm_router.proxy.key_limits import Usage
+from vllm_router.routing.paths import classify
 from vllm_router.web.access import is_local_name
 from vllm_router.web.guard import Area, Guard, area_of
 

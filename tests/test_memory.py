@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_router.config import Settings, parse
-from vllm_router.memory_config import Memory, fitting, memory_line
-from vllm_router.memory_limit import memory_limit_mb
-from vllm_router.tasks.watch import ConfigSource
+from vllm_router.config.memory import Memory, fitting, memory_line
+from vllm_router.config.reload import ConfigSource
+from vllm_router.config.schema import Settings, parse
+from vllm_router.runtime.memory_limit import memory_limit_mb
 
 TOML = b'[servers]\nservers = [{ url = "http://a.test:1" }]\n'
 USUAL = {"max_body_mb": 64.0, "max_bodies_mb": 512.0, "prefix_memory_mb": 64.0}

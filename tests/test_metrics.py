@@ -12,15 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fleet_makers import come_up, gauges, go_down
 from vllm_router.fleet.server import State
+from vllm_router.observability import metrics as metrics_module
+from vllm_router.observability.metric_families import FAMILIES, FIRST_TOKEN
+from vllm_router.observability.metrics import MAX_MODELS
+from vllm_router.observability.prometheus_text import Counter, Family, Kind
+from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
 from vllm_router.proxy.record import Phase
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import plain_prompt
-from vllm_router.routing.retry import Outcome
-from vllm_router.web import metrics as metrics_module
-from vllm_router.web.exposition import Counter, Family, Kind
-from vllm_router.web.families import FAMILIES, FIRST_TOKEN
-from vllm_router.web.metrics import MAX_MODELS
-from vllm_router.web.router import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import plain_prompt
 from web_harness import TOML, Lab
 
 ROOT = Path(__file__).parent.parent

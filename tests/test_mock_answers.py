@@ -11,14 +11,14 @@ import pytest
 from mock_memory import Answer, running_mock
 from test_mock_wires import APIS, BODIES
 from vllm_captures import COMPLETE, CUT, capture, names
-from vllm_router.mock.foreign import ERRORS
-from vllm_router.routing.answers.ending import read_ending
-from vllm_router.routing.answers.events import blocks_of, decode_event
-from vllm_router.routing.answers.faults import Fault, fault_of
-from vllm_router.routing.answers.opening import Opening, Verdict
-from vllm_router.routing.answers.signs import ENDS, FINISHES, PROVES, UNKNOWN
-from vllm_router.routing.answers.tables import api_of, read_event
-from vllm_router.routing.answers.whole import read_whole
+from vllm_router.lab.mock.foreign import ERRORS
+from vllm_router.proxy.answers.ending import read_ending
+from vllm_router.proxy.answers.events import blocks_of, decode_event
+from vllm_router.proxy.answers.faults import Fault, fault_of
+from vllm_router.proxy.answers.opening import Opening, Verdict
+from vllm_router.proxy.answers.signs import ENDS, FINISHES, PROVES, UNKNOWN
+from vllm_router.proxy.answers.tables import api_of, read_event
+from vllm_router.proxy.answers.whole import read_whole
 
 WAIT, PROVEN, ABORTED, NO_TOKENS = (
     Verdict.WAIT,

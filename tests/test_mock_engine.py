@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_router.mock.engine import Engine, QueueFull
-from vllm_router.mock.kvcache import KVCache, block_chain
-from vllm_router.mock.options import MockOptions
-from vllm_router.mock.request import Request
-from vllm_router.mock.text import TOKEN_BYTES, WORDS, detokenize, tokenize
+from vllm_router.lab.mock.engine import Engine, QueueFull
+from vllm_router.lab.mock.kvcache import KVCache, block_chain
+from vllm_router.lab.mock.options import MockOptions
+from vllm_router.lab.mock.request import Request
+from vllm_router.lab.mock.text import TOKEN_BYTES, WORDS, detokenize, tokenize
 
 
 def engine(**options: Any) -> Engine:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from mock_process import MockProcess, mock_processes, restarted
-from vllm_router.mock.cli import mock_command
+from vllm_router.lab.mock.cli import mock_command
 
 FAST = ("--model", "m", "--ttft", "0", "--token-delay", "0")
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
@@ -148,7 +148,7 @@ def test_it_can_die_of_a_request(mode):
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(mock):
     ended = subprocess.run(
-        [sys.executable, "-m", "vllm_router.mock", "--port", str(mock.port)],
+        [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(mock.port)],
         capture_output=True,
         timeout=30,
         check=False,

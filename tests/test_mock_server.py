@@ -10,7 +10,7 @@ import trio.testing
 from trio.testing import wait_all_tasks_blocked
 
 from mock_memory import Client, Mock, running_mock
-from vllm_router.mock import MockOptions, serve_mock
+from vllm_router.lab.mock import MockOptions, serve_mock
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 STREAM = CHAT | {"stream": True}

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from mock_memory import Answer, Client, Mock, running_mock
-from vllm_router.mock.foreign import ERRORS
+from vllm_router.lab.mock.foreign import ERRORS
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6},

@@ -8,7 +8,7 @@ import trio.testing
 
 from proxy_harness import lab
 from scripted_server import answering, ok
-from vllm_router.tasks.model_lists import LOOK_GAP, ModelLists
+from vllm_router.runtime.model_lists import LOOK_GAP, ModelLists
 
 GOOD = ok(b'{"answer":1}')
 

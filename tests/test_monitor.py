@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vllm_router.monitor import words
-from vllm_router.monitor.draw import draw, heat
-from vllm_router.monitor.keys import decode
-from vllm_router.monitor.plain import stamped, summary
-from vllm_router.monitor.state import Quit, SetDrain, View
+from vllm_router.cli.monitor import words
+from vllm_router.cli.monitor.draw import draw, heat
+from vllm_router.cli.monitor.keys import decode
+from vllm_router.cli.monitor.plain import stamped, summary
+from vllm_router.cli.monitor.state import Quit, SetDrain, View
 from vllm_router.web import schema
 
 NOW = 1_800_000_000.0

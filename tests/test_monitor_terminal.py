@@ -132,7 +132,7 @@ def test_terminal_is_restored_after_a_signal(demo: Running, tmp_path: Path, numb
 
 def test_terminal_is_restored_after_a_defect(demo: Running, tmp_path: Path):
     broken = (
-        "import vllm_router.monitor.screen as s, vllm_router.cli as c\n"
+        "import vllm_router.cli.monitor.screen as s, vllm_router.cli.main as c\n"
         "draw, count = s.draw, []\n"
         "def fail(*a):\n"
         "    count.append(1)\n"
@@ -205,8 +205,8 @@ def test_run_shows_the_view_logs_to_a_file_and_ctrl_c_stops_both(tmp_path: Path)
         assert screen.ended() == 0
         text = screen.all()
         assert "vLLM Router" in text
-        assert "service: SIGTERM: draining" in text
-        assert "service: stopped" in text
+        assert "serve: SIGTERM: draining" in text
+        assert "serve: stopped" in text
         assert "unknown -> up" not in text
 
 
@@ -252,8 +252,8 @@ def test_signal_to_the_router_ends_both_and_is_told(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         os.kill(pid, signal.SIGTERM)
         assert screen.ended() == 0
-        assert "service: SIGTERM: draining" in screen.all()
-        assert "service: stopped" in screen.all()
+        assert "serve: SIGTERM: draining" in screen.all()
+        assert "serve: stopped" in screen.all()
 
 
 def test_killed_router_leaves_the_terminal_and_the_end_of_its_log(tmp_path: Path):

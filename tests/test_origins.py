@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from fleet_makers import make_config
-from vllm_router.config import parse
+from vllm_router.config.origins import Origins, forwarded_hosts, is_own, read_origin, refusal_text
+from vllm_router.config.schema import parse
 from vllm_router.errors import ConfigError, Refused
-from vllm_router.origins import Origins, forwarded_hosts, is_own, read_origin, refusal_text
-from vllm_router.paths import classify
+from vllm_router.routing.paths import classify
 from vllm_router.web.guard import Guard
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_router import own_machine
-from vllm_router.local_door import LocalSockets
-from vllm_router.own_machine import NoDirectory, directories, find_socket, open_directory
+from vllm_router.runtime import own_machine
+from vllm_router.runtime.local_door import LocalSockets
+from vllm_router.runtime.own_machine import NoDirectory, directories, find_socket, open_directory
 
 UID = os.geteuid()
 

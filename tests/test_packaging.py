@@ -68,7 +68,7 @@ def test_installed_version_is_that_of_the_source():
 
 def test_command_is_installed():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="vllm-router")
-    assert command.value == "vllm_router.cli:main"
+    assert command.value == "vllm_router.cli.main:main"
 
 
 def third_party_imports() -> set[str]:

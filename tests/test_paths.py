@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.front import is_inference
-from vllm_router.paths import (
+from vllm_router.http.error_format import is_anthropic
+from vllm_router.routing.paths import (
     PathClass,
     classify,
     inference_methods,
-    is_anthropic,
+    is_inference,
     is_pure,
     is_stored_response,
     path_label,

@@ -6,7 +6,7 @@ import pytest
 
 from fleet_makers import go_down, make_fleet
 from vllm_router.fleet.health import Check
-from vllm_router.routing.poison import (
+from vllm_router.proxy.quarantine import (
     KEPT_BYTES,
     KNOWN_BODIES,
     MOST,

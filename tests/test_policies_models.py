@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.body_reader import read_facts, read_in_slices, replaced
-from vllm_router.routing.models import ModelRule, Models, with_model
+from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
-from vllm_router.routing.steps import finish
+from vllm_router.routing.prompt.body_reader import read_facts, read_in_slices, replaced
+from vllm_router.routing.prompt.model_name import with_model
+from vllm_router.routing.prompt.steps import finish
 
 MODELS = Models(
     {

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fleet_makers import make_fleet
 from vllm_router.fleet.server import Server
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import Prompt, cut
+from vllm_router.lab.simulate.rivals import RIVALS
 from vllm_router.routing.policies import POLICIES, POLICY_NAMES, Knobs, Policy
-from vllm_router.simulate.rivals import RIVALS
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt, cut
 
 EVERY = {**POLICIES, **RIVALS}
 

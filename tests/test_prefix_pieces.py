@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.body_reader import read_facts
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import (
+from vllm_router.routing.prompt.body_reader import read_facts
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import (
     ENDS,
     LOOKED_INTO,
     NO_PROMPT,
@@ -68,7 +68,7 @@ def test_hash_of_a_piece_covers_all_before_it(text: bytes, data: st.DataObject):
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from vllm_router.routing.pieces import cut; print(cut(b'x' * 600))"
+    code = "from vllm_router.routing.prompt.pieces import cut; print(cut(b'x' * 600))"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet_makers import gauges, make_fleet
-from vllm_router.routing.pieces import PIECE, Prompt, cut, link_of
 from vllm_router.routing.policies import Knobs
-from vllm_router.routing.prefix import PrefixTable
-from vllm_router.routing.prefix_book import PrefixBook
+from vllm_router.routing.prefix.book import PrefixBook
+from vllm_router.routing.prefix.table import PrefixTable
+from vllm_router.routing.prompt.pieces import PIECE, Prompt, cut, link_of
 
 A, B, C = 1, 2, 4
 MANY = 10**9

@@ -17,11 +17,11 @@ import trio
 
 from fleet_makers import eject, make_config
 from scripted_server import ClientLeft, ScriptedServer, Talk, ok
-from vllm_router.config import Config
+from vllm_router.config.schema import Config
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
-from vllm_router.tasks import probe as probe_module
-from vllm_router.tasks.probe import Probe
+from vllm_router.runtime import probe as probe_module
+from vllm_router.runtime.probe import Probe
 
 METRICS = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} %d\n'
 SLEEP = 'vllm:engine_sleep_state{engine="0",sleep_state="awake"} %d\n'

@@ -20,9 +20,9 @@ from scripted_server import Script, ScriptedServer, Talk, answer, answering, ok,
 from vllm_router.errors import ConnectFailed
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
-from vllm_router.http1 import connecting
-from vllm_router.http1.resolver import Address, Host, Resolver
-from vllm_router.tasks.probe import Probe
+from vllm_router.http.client import connecting
+from vllm_router.http.client.resolver import Address, Host, Resolver
+from vllm_router.runtime.probe import Probe
 
 NO_ANSWER = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 NO_SUCH_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")

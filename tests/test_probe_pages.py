@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from vllm_router.errors import UnusablePage
-from vllm_router.tasks.page import PIECE, read_pieces, read_whole
+from vllm_router.http.client.page import PIECE, read_pieces, read_whole
 
 MB = 1_000_000
 

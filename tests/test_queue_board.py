@@ -10,9 +10,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.workers import queue_board
-from vllm_router.workers.bells import Bells
-from vllm_router.workers.queue_board import SLOTS, Entry, FreeSlots, Page, QueueBoard, mark
+from vllm_router.runtime.workers import queue_board
+from vllm_router.runtime.workers.bells import Bells
+from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, Page, QueueBoard, mark
 
 
 def entry(number: int, **more: int) -> Entry:

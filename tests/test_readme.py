@@ -14,11 +14,14 @@ import pytest
 
 from cli_process import ROOT, Running, router
 from mock_process import MockProcess, mock_processes
-from vllm_router import auth, config, models_config, tls_config
-from vllm_router.cli import cli
-from vllm_router.own_machine import find_socket
+from vllm_router.cli.main import cli
+from vllm_router.config import auth
+from vllm_router.config import models as models_config
+from vllm_router.config import schema as config
+from vllm_router.config import tls as tls_config
+from vllm_router.proxy.retry import RULES
 from vllm_router.routing.policies import POLICY_NAMES
-from vllm_router.routing.retry import RULES
+from vllm_router.runtime.own_machine import find_socket
 
 READMES = ("README.md", "README.zh.md")
 NOTHING = {"README.md": "none", "README.zh.md": "无"}

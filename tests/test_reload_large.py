@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from vllm_router.supervisor import PREPARED_AT_ONCE, SERVERS_AT_ONCE, Supervisor
-from vllm_router.tasks.probe import Probe
-from vllm_router.tasks.watch import ConfigSource, Reload
-from vllm_router.tls import ServerContexts
+from vllm_router.config.reload import ConfigSource, Reload
+from vllm_router.config.ssl_contexts import ServerContexts
+from vllm_router.runtime.probe import Probe
+from vllm_router.runtime.supervisor import PREPARED_AT_ONCE, SERVERS_AT_ONCE, Supervisor
 
 MANY = 1000
 TURN_LIMIT = 0.5

@@ -13,10 +13,10 @@ import trio
 
 from scripted_server import ScriptedServer
 from vllm_router.errors import ConnectFailed, NameNotResolved, OwnFault
-from vllm_router.http1 import connecting, transport
-from vllm_router.http1.client import Pool
-from vllm_router.http1.connecting import FRESH_WAIT, Race
-from vllm_router.http1.resolver import (
+from vllm_router.http.client import connecting, transport
+from vllm_router.http.client.client import Pool
+from vllm_router.http.client.connecting import FRESH_WAIT, Race
+from vllm_router.http.client.resolver import (
     AGAIN_AFTER,
     BELIEVED_FOR,
     FAILED_FOR,
@@ -28,7 +28,7 @@ from vllm_router.http1.resolver import (
     Resolver,
     literal_address,
 )
-from vllm_router.http1.transport import SLOW_AFTER
+from vllm_router.http.client.transport import SLOW_AFTER
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 NO_SUCH_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")

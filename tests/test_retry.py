@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.retry import (
+from vllm_router.proxy.retry import (
     BREAKS_SERVERS,
     DOUBTFUL,
     NOT_COMPUTED,

@@ -24,7 +24,7 @@ from scripted_server import (
 )
 from vllm_router.fleet.server import Server, State
 from vllm_router.fleet.silence import STILL_FOR, TRIAL_PATIENCE, Silence
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 

@@ -11,17 +11,24 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.pieces import cut, pack_chain, pieces_in, unpack_chain
-from vllm_router.simulate.cli import simulate_command
-from vllm_router.simulate.engine import Engine, Job
-from vllm_router.simulate.grid import ALL_POLICIES, Run, execute, execute_all, rate_at, speeds_of
-from vllm_router.simulate.hardware import HARDWARE
-from vllm_router.simulate.replay import read_log
-from vllm_router.simulate.report import Cell, Figures, percentile, standings
-from vllm_router.simulate.tables import markdown
-from vllm_router.simulate.text import BLOCK_TOKENS, Text
-from vllm_router.simulate.workloads import WORKLOADS, conversations
-from vllm_router.simulate.world import Scene, World
+from vllm_router.lab.simulate.cli import simulate_command
+from vllm_router.lab.simulate.engine import Engine, Job
+from vllm_router.lab.simulate.grid import (
+    ALL_POLICIES,
+    Run,
+    execute,
+    execute_all,
+    rate_at,
+    speeds_of,
+)
+from vllm_router.lab.simulate.hardware import HARDWARE
+from vllm_router.lab.simulate.replay import read_log
+from vllm_router.lab.simulate.report import Cell, Figures, percentile, standings
+from vllm_router.lab.simulate.tables import markdown
+from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
+from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
+from vllm_router.lab.simulate.world import Scene, World
+from vllm_router.routing.prompt.pieces import cut, pack_chain, pieces_in, unpack_chain
 
 H100 = HARDWARE["8b"]
 
@@ -432,7 +439,7 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
 
 
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_router.simulate.plots.available", lambda: False)
+    monkeypatch.setattr("vllm_router.lab.simulate.plots.available", lambda: False)
     result = CliRunner().invoke(
         simulate_command,
         [

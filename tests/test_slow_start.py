@@ -13,9 +13,9 @@ import pytest
 from fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import State
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.pieces import Prompt, cut
 from vllm_router.routing.policies import POLICIES, Policy
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt, cut
 
 SERVICE = 0.2
 

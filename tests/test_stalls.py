@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from vllm_router.stalls import HEARTBEAT, STALL, WINDOW, LagWatch, StallMonitor
+from vllm_router.observability.stalls import HEARTBEAT, STALL, WINDOW, LagWatch, StallMonitor
 
 
 def hog_the_loop(seconds: float) -> None:
@@ -85,7 +85,7 @@ async def test_monitor_many_stalls_log_only_the_longer_ones(nursery, mock_clock,
 
 
 async def test_monitor_hang_is_logged_while_it_lasts(nursery, caplog, monkeypatch):
-    monkeypatch.setattr("vllm_router.stalls.HANG", 0.1)
+    monkeypatch.setattr("vllm_router.observability.stalls.HANG", 0.1)
     monitor = StallMonitor()
     nursery.start_soon(monitor.run)
     await trio.testing.wait_all_tasks_blocked()

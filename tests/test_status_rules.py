@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.control import ServerReport, uneven_lengths
-from vllm_router.routing.lengths import sure_tokens
-from vllm_router.routing.retry import Outcome
-from vllm_router.routing.status_rules import Scope, judge_answer
+from vllm_router.cli.admin_client import ServerReport, uneven_lengths
+from vllm_router.proxy.retry import Outcome
+from vllm_router.proxy.status_rules import Scope, judge_answer
+from vllm_router.routing.prompt.lengths import sure_tokens
 
 JSON, HTML, TEXT = b"application/json", b"text/html; charse", b"text/plain"
 

@@ -19,9 +19,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from proxy_harness import Rig, lab
 from scripted_server import Talk, answer, answering, chunk, event, ok, sse_head
-from vllm_router import telemetry
-from vllm_router.log_config import LogSettings
-from vllm_router.telemetry import Telemetry
+from vllm_router.config.log import LogSettings
+from vllm_router.observability import tracing as telemetry
+from vllm_router.observability.tracing import Telemetry
 
 PARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 STATE = b"vendor=t61rcWkgMzE"
@@ -100,8 +100,8 @@ def test_nothing_is_exported_unless_asked_for(settings: LogSettings, environ: di
 
 def test_router_that_exports_nothing_does_not_load_opentelemetry():
     script = (
-        "import sys; from vllm_router import service, telemetry; "
-        "from vllm_router.log_config import LogSettings; telemetry.start(LogSettings(), {}); "
+        "import sys; from vllm_router.observability import tracing; from vllm_router.runtime import serve; "
+        "from vllm_router.config.log import LogSettings; tracing.start(LogSettings(), {}); "
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

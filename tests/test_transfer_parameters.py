@@ -11,7 +11,7 @@ import pytest
 
 from proxy_harness import lab
 from scripted_server import answering, ok
-from vllm_router.routing.body_reader import read_facts
+from vllm_router.routing.prompt.body_reader import read_facts
 
 GOOD = ok(b'{"answer":1}')
 SOMEWHERE = {"do_remote_prefill": True, "remote_host": "192.0.2.66", "remote_port": 5600}

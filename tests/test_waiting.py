@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.place import Place, Route, Verdict
-from vllm_router.routing.waiting import OWNER_BITS, WaitingRooms
+from vllm_router.routing.queue.place import Place, Route, Verdict
+from vllm_router.routing.queue.waiting import OWNER_BITS, WaitingRooms
 
 ANY = Route(frozenset({"server"}))
 

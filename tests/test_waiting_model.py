@@ -12,8 +12,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_router.routing.place import Place, Route, Verdict
-from vllm_router.routing.waiting import WaitingRooms
+from vllm_router.routing.queue.place import Place, Route, Verdict
+from vllm_router.routing.queue.waiting import WaitingRooms
 
 SERVERS = {"a": "xy", "b": "x", "c": "z", "d": "yz"}
 """Servers by name, and the models that each has at first."""

@@ -12,10 +12,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from vllm_router.config import Config, changes
+from vllm_router.config.reload import SETTLE_TIME, ConfigSource, Nudge, Reload, Reloader, watch
+from vllm_router.config.schema import Config, changes
+from vllm_router.config.toml_reader import MAX_FILE_BYTES
 from vllm_router.errors import ConfigError
-from vllm_router.tasks.watch import SETTLE_TIME, ConfigSource, Nudge, Reload, Reloader, watch
-from vllm_router.toml_reader import MAX_FILE_BYTES
 
 ticks = itertools.count(1_700_000_000_000_000_000, 1_000_000_000)
 

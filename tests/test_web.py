@@ -9,10 +9,10 @@ import trio
 
 from fleet_makers import come_up, eject, gauges, go_down
 from vllm_router import __version__
-from vllm_router.auth import ANONYMOUS
+from vllm_router.config.auth import ANONYMOUS
 from vllm_router.fleet.health import Check
-from vllm_router.routing.retry import Outcome
-from vllm_router.web.decisions import KEPT, LONGEST
+from vllm_router.observability.decisions import KEPT, LONGEST
+from vllm_router.proxy.retry import Outcome
 from web_harness import LOCAL, TOML, Lab
 
 # -- models -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import trio
 
 from fleet_makers import come_up
 from scripted_server import ScriptedServer, silent
-from vllm_router.auth import ANONYMOUS
+from vllm_router.config.auth import ANONYMOUS
 from vllm_router.fleet.server import State
 from web_harness import Lab
 

@@ -11,11 +11,11 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from vllm_router.access_log import Ended, fields
-from vllm_router.explain_command import _print_explanation
-from vllm_router.monitor.plain import summary
+from vllm_router.cli.explain import _print_explanation
+from vllm_router.cli.monitor.plain import summary
+from vllm_router.observability.access_log import Ended, fields
+from vllm_router.observability.tally import Tallies
 from vllm_router.web import schema, view
-from vllm_router.web.tally import Tallies
 from web_harness import Lab, make_record
 
 

@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from vllm_router.http1 import wires
-from vllm_router.http1.wires import READ_SIZE, SOON, Interrupted, Wire
+from vllm_router.http.io import wires
+from vllm_router.http.io.wires import READ_SIZE, SOON, Interrupted, Wire
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.workers.board import COLUMNS, CONNECTIONS, Board, Sums, columns_for
+from vllm_router.runtime.workers.board import COLUMNS, CONNECTIONS, Board, Sums, columns_for
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from vllm_router.workers.channel import LARGEST, Channel, pair
+from vllm_router.runtime.workers.channel import LARGEST, Channel, pair
 
 
 @pytest.fixture

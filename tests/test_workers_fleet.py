@@ -13,17 +13,17 @@ import msgspec
 import pytest
 
 from fleet_makers import come_up, eject, gauges, go_down, make_config
-from vllm_router.auth import AuthConfig, KeyConfig
-from vllm_router.config import Config
+from vllm_router.config.auth import AuthConfig, KeyConfig
+from vllm_router.config.schema import Config
+from vllm_router.config.types import digest_of
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server, State
-from vllm_router.kinds import digest_of
-from vllm_router.routing.facts import Facts
 from vllm_router.routing.policies import POLICIES
-from vllm_router.workers.board import COLUMNS, Board, Sums, columns_for
-from vllm_router.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
-from vllm_router.workers.messages import States, Verdict, decode_from_leader, encode
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.runtime.workers.board import COLUMNS, Board, Sums, columns_for
+from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
+from vllm_router.runtime.workers.messages import States, Verdict, decode_from_leader, encode
 
 
 class Router:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleet_makers import make_config
-from vllm_router.workers.in_force import InForce
+from vllm_router.runtime.workers.in_force import InForce
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ import pytest
 import trio
 
 from fleet_makers import make_config
-from vllm_router.http1.resolver import Resolver
-from vllm_router.hypercorn_bridge import HypercornSide
-from vllm_router.web.router import CPU
-from vllm_router.workers.bells import Bells
-from vllm_router.workers.board import Board, Sums
-from vllm_router.workers.channel import Channel, pair
-from vllm_router.workers.in_force import InForce
-from vllm_router.workers.leader import Leader
-from vllm_router.workers.messages import (
+from vllm_router.http.client.resolver import Resolver
+from vllm_router.http.hypercorn.bridge import HypercornSide
+from vllm_router.observability.router_state import CPU
+from vllm_router.runtime.workers.bells import Bells
+from vllm_router.runtime.workers.board import Board, Sums
+from vllm_router.runtime.workers.channel import Channel, pair
+from vllm_router.runtime.workers.in_force import InForce
+from vllm_router.runtime.workers.leader import Leader
+from vllm_router.runtime.workers.messages import (
     Connection,
     Figures,
     Hello,
@@ -30,8 +30,8 @@ from vllm_router.workers.messages import (
     decode_from_leader,
     encode,
 )
-from vllm_router.workers.peers import SharedQueue
-from vllm_router.workers.queue_board import QueueBoard
+from vllm_router.runtime.workers.peers import SharedQueue
+from vllm_router.runtime.workers.queue_board import QueueBoard
 
 
 async def _no_app(*_: Any) -> None:

@@ -16,11 +16,12 @@ import pytest
 import trio
 
 from fleet_makers import make_config
-from vllm_router.front import Front
-from vllm_router.log_output import LogOutput
-from vllm_router.service import ServeOptions
-from vllm_router.workers import parent
-from vllm_router.workers.birth import REOPEN
+from vllm_router.http.server.listener import Front
+from vllm_router.observability.log_output import LogOutput
+from vllm_router.routing.paths import is_inference
+from vllm_router.runtime.serve import ServeOptions
+from vllm_router.runtime.workers import parent
+from vllm_router.runtime.workers.birth import REOPEN
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_workers_serve_all_sockets_that_were_passed(ending: contextlib.ExitStack
 async def test_shared_port_is_listened_on_when_served(ending: contextlib.ExitStack):
     shared = parent._open(options(reuse_port=True), ending)[0]
     (listener,) = shared.listeners
-    front = Front(parent._nobody)
+    front = Front(parent._nobody, accepts=is_inference)
     address = front.adopt(os.dup(listener.fileno()), later=True)
     with pytest.raises(OSError, match="all attempts"):
         await trio.open_tcp_stream(*address)

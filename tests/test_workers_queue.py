@@ -21,13 +21,13 @@ from proxy_harness import Client, Recorder, Rig
 from scripted_server import MemoryPool, ScriptedServer
 from test_exchange_limits import PRIORITY, body, order, working
 from test_exchange_room import FALLBACK, client_of
-from vllm_router.proxy.gate import Gate
-from vllm_router.proxy.proxy import Proxy
-from vllm_router.workers.admit import LOOK_EVERY
-from vllm_router.workers.board import Board, Sums
-from vllm_router.workers.fleet import LeadingFleet
-from vllm_router.workers.peers import PATIENCE, QueuePeers
-from vllm_router.workers.queue_board import QueueBoard
+from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.handler import Proxy
+from vllm_router.runtime.workers.admit import LOOK_EVERY
+from vllm_router.runtime.workers.board import Board, Sums
+from vllm_router.runtime.workers.fleet import LeadingFleet
+from vllm_router.runtime.workers.peers import PATIENCE, QueuePeers
+from vllm_router.runtime.workers.queue_board import QueueBoard
 
 
 class Process(Rig):

@@ -12,14 +12,14 @@ from urllib.parse import unquote
 import trio
 
 from fleet_makers import come_up, make_config
-from vllm_router.auth import Identity
+from vllm_router.config.auth import Identity
+from vllm_router.config.reload import ConfigSource
 from vllm_router.fleet.server import Server
-from vllm_router.hypercorn_bridge import hold_last
+from vllm_router.http.asgi_types import IDENTITY, App
+from vllm_router.http.hypercorn.bridge import hold_last
 from vllm_router.proxy.record import Phase, Record
-from vllm_router.proxy.types import IDENTITY, App
-from vllm_router.routing.retry import Outcome
-from vllm_router.supervisor import Supervisor
-from vllm_router.tasks.watch import ConfigSource
+from vllm_router.proxy.retry import Outcome
+from vllm_router.runtime.supervisor import Supervisor
 from vllm_router.web.app import make_app
 
 LOCAL = "127.0.0.1"

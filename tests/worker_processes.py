@@ -19,7 +19,7 @@ def pids(router: RouterProcess) -> dict[str, int]:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
             parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(") ")[2].split()[1])
-            if parent == router.process.pid and b"vllm_router.workers" in words:
+            if parent == router.process.pid and b"vllm_router.runtime.workers" in words:
                 found[words[-2].decode()] = int(entry)
     return found
 

@@ -1,7 +1,7 @@
 """Whose fault it was: the whole hierarchy on one page.
 
-Foreign exceptions are translated where they enter (`http1/client.py`, `config.py`); everything
-above speaks only of these.
+Exceptions of libraries are translated where they enter (`http/client/`, `config/`); all other
+code raises and catches only these.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from vllm_router.cli import main
+from vllm_router.cli.main import main
 
 
 class TaskCount(trio.abc.Instrument):

@@ -25,7 +25,7 @@ from pathlib import Path
 import trio
 
 from vllm_router.errors import RouterError
-from vllm_router.http1.client import Pool
+from vllm_router.http.client.client import Pool
 
 from .environment import ROOT, Environment, Skipped, say
 
@@ -146,7 +146,7 @@ def servers(speeds: Sequence[float], folder: Path) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         ports = [free_port() for _ in speeds]
         for port, speed in zip(ports, speeds, strict=True):
-            run = [sys.executable, "-m", "vllm_router.mock", "--port", str(port), *MOCK]
+            run = [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(port), *MOCK]
             stack.enter_context(process([*run, "--speed", str(speed)], folder / f"mock-{port}.log"))
         for port in ports:
             await_port(port)

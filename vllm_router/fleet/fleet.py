@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from vllm_router.config import Config, ServerConfig, Settings
+from vllm_router.config.model_aliases import Models
+from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import PACE, Journal, Server, State, Transition
-from vllm_router.routing.models import Models
 
 OUTLIER_VOLUME = 10
 """Of so many requests at least must a success rate be made that is compared with others'."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from vllm_router.config.server_url import quoted
 from vllm_router.errors import UnusablePage
-from vllm_router.server_url import quoted
 
 MAX_LIST_BYTES = 1024 * 1024
 """Bytes of a list that is read: vLLM 0.32 writes some 450 for each model or adapter."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_router.config import ServerConfig, Settings
+from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import TOO_LARGE, EngineMetrics
 from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
 from vllm_router.fleet.refusals import Asked, Refusals

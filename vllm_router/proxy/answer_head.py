@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_router.http1.client import Answer
-from vllm_router.http1.repeated import Headers
+from vllm_router.http.client.client import Answer
+from vllm_router.http.head_cache import Headers
 from vllm_router.proxy.headers import NOT_BUFFERED, STREAMED, passed_on
-from vllm_router.routing.status_rules import is_page
+from vllm_router.proxy.status_rules import is_page
 
 _JSON = b"application/json"
 _EVENTS = b"text/event-stream"
@@ -77,8 +77,8 @@ class AnswerHead:
     ) -> Headers:
         """The fields that go to the client, and ours; `length` is that of this answer's body.
 
-        Fields named as ours have been dropped when they were read (`http1/client.py`). Clients of
-        Anthropic's API get the request's id in `request-id` as well.
+        The client has dropped fields with the router's own names (`http/client/client.py`). Clients
+        of Anthropic's API get the request's id in `request-id` as well.
         """
         headers = self._kept.copy()
         if self._length_at >= 0 and length is not None:

@@ -26,34 +26,26 @@ from vllm_router.errors import (
     OwnFault,
     ProtocolViolation,
 )
-from vllm_router.http1.wires import Interrupted
-from vllm_router.paths import is_pure
+from vllm_router.http.io.wires import Interrupted
 from vllm_router.proxy.answer_head import AnswerHead
+from vllm_router.proxy.answers.events import at_boundary, decode_json
+from vllm_router.proxy.answers.faults import message_of
+from vllm_router.proxy.answers.opening import Opening, Verdict
+from vllm_router.proxy.answers.tables import Api, api_of
+from vllm_router.proxy.answers.usage import Usage
+from vllm_router.proxy.answers.whole import read_whole
 from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import parse_retry_after, sooner
 from vllm_router.proxy.record import STREAM, WAIT, Phase
+from vllm_router.proxy.retry import ANSWERED, DOUBTFUL, FULL, RULES, Again, Outcome, classify_status
 from vllm_router.proxy.tail import PlainTail, StreamTail
-from vllm_router.routing.answers.events import at_boundary, decode_json
-from vllm_router.routing.answers.faults import message_of
-from vllm_router.routing.answers.opening import Opening, Verdict
-from vllm_router.routing.answers.tables import Api, api_of
-from vllm_router.routing.answers.usage import Usage
-from vllm_router.routing.answers.whole import read_whole
-from vllm_router.routing.retry import (
-    ANSWERED,
-    DOUBTFUL,
-    FULL,
-    RULES,
-    Again,
-    Outcome,
-    classify_status,
-)
+from vllm_router.routing.paths import is_pure
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.http1.client import Answer, Connection
+    from vllm_router.http.asgi_types import Message, Outlet
+    from vllm_router.http.client.client import Answer, Connection
     from vllm_router.proxy.exchange import Exchange
-    from vllm_router.proxy.types import Message, Outlet
 
 BODY = "http.response.body"
 LAST: dict[str, Any] = {"type": BODY, "body": b"", "more_body": False}

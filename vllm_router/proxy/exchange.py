@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vllm_router.auth import CREDENTIALS, Identity, KeyConfig
+from vllm_router.config.auth import CREDENTIALS, Identity, KeyConfig
 from vllm_router.errors import ClientGone, Refused
+from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.fleet.fleet import is_surely_well
 from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
 from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.headers import request_id
+from vllm_router.proxy.quarantine import Death, fingerprint
 from vllm_router.proxy.record import DONE, STREAM, WAIT, Record
 from vllm_router.proxy.refusal import names_shown, refusal_messages
 from vllm_router.proxy.request import (
@@ -31,14 +33,15 @@ from vllm_router.proxy.request import (
     read_request,
     taken,
 )
+
 from vllm_router.proxy.selection import Selection
-from vllm_router.proxy.types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
-from vllm_router.routing.facts import UNREAD
+from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
+from vllm_router.routing.prompt.facts import UNREAD
 from vllm_router.routing.failures import End
-from vllm_router.routing.models import EDITED_AT_ONCE
-from vllm_router.routing.place import Route
-from vllm_router.routing.poison import Death, fingerprint
-from vllm_router.routing.retry import (
+from vllm_router.config.model_aliases import EDITED_AT_ONCE
+from vllm_router.routing.queue.place import Route
+from vllm_router.proxy.quarantine import Death, fingerprint
+from vllm_router.proxy.retry import (
     ANSWERED,
     BREAKS_SERVERS,
     COSTLESS,
@@ -57,13 +60,17 @@ from vllm_router.routing.retry import (
     Standing,
     decide,
 )
+from vllm_router.proxy.selection import Selection
+from vllm_router.routing.prompt.facts import UNREAD
+from vllm_router.routing.prompt.model_name import EDITED_AT_ONCE
+from vllm_router.routing.queue.place import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.proxy.proxy import Proxy
-    from vllm_router.proxy.types import Message, Receive, Scope, Send
+    from vllm_router.http.asgi_types import Message, Receive, Scope, Send
+    from vllm_router.proxy.handler import Proxy
 
 SHOWN_MODEL = 200
 """Characters of an unknown model's name that are repeated to the client."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from vllm_router.addresses import Network, is_in
-from vllm_router.auth import is_credential, without_credentials
-from vllm_router.request_ids import request_id as request_id
+from vllm_router.config.auth import is_credential, without_credentials
+from vllm_router.http.addresses import Network, is_in
+from vllm_router.http.request_ids import request_id as request_id
 
 Headers = list[tuple[bytes, bytes]]
 

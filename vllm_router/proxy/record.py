@@ -8,8 +8,8 @@ from typing import Protocol
 import msgspec
 
 from vllm_router.fleet.server import Server
-from vllm_router.routing.facts import Facts
-from vllm_router.routing.retry import Outcome
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.prompt.facts import Facts
 
 
 class Phase(enum.Enum):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_router.dialects import error_answer
 from vllm_router.errors import Refused
+from vllm_router.http.error_format import error_answer
 
 SHOWN_NAMES, SHOWN_LENGTH = 20, 100
 """Names in a message, and characters of each: servers may list thousands of models."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from vllm_router.config import Settings
+from vllm_router.config.schema import Settings
 from vllm_router.errors import ClientGone, InvalidBody, Refused
-from vllm_router.paths import INVOCATIONS, is_anthropic
+from vllm_router.http.asgi_types import HEAD_MEMO, Message, Receive, Scope
+from vllm_router.http.error_format import is_anthropic
 from vllm_router.proxy.headers import (
     ForwardedFields,
     Headers,
@@ -21,15 +22,15 @@ from vllm_router.proxy.headers import (
 )
 from vllm_router.proxy.record import QUEUE, Record
 from vllm_router.proxy.slices import in_slices
-from vllm_router.proxy.types import HEAD_MEMO, Message, Receive, Scope
-from vllm_router.routing.body_reader import read_in_slices, replaced
-from vllm_router.routing.facts import SHORT, UNREAD, Facts, read_at_once
-from vllm_router.routing.models import json_name, model_places, with_model
+from vllm_router.routing.paths import INVOCATIONS
 from vllm_router.routing.policies import POLICY_NAMES, Policy
-from vllm_router.routing.steps import finish
+from vllm_router.routing.prompt.body_reader import read_in_slices, replaced
+from vllm_router.routing.prompt.facts import SHORT, UNREAD, Facts, read_at_once
+from vllm_router.routing.prompt.model_name import json_name, model_places, with_model
+from vllm_router.routing.prompt.steps import finish
 
 if TYPE_CHECKING:
-    from vllm_router.proxy.proxy import Proxy
+    from vllm_router.proxy.handler import Proxy
 
 _OF_THE_BODY = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
 """Fields that are wrong once the body has been edited (RFC 9530, RFC 3230)."""

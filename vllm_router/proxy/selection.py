@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_router.fleet.refusals import MODEL, Asked
-from vllm_router.routing.lengths import sure_tokens
-from vllm_router.routing.poison import fingerprint
-from vllm_router.routing.retry import ANSWERED, Outcome
-from vllm_router.routing.status_rules import ITS_ANSWER, Judgement, Scope, judge_answer
+from vllm_router.proxy.quarantine import fingerprint
+from vllm_router.proxy.retry import ANSWERED, Outcome
+from vllm_router.proxy.status_rules import ITS_ANSWER, Judgement, Scope, judge_answer
+from vllm_router.routing.prompt.lengths import sure_tokens
 
 if TYPE_CHECKING:
     from vllm_router.fleet.fleet import Fleet

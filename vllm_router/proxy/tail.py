@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vllm_router.routing.answers.ending import Ending, read_ending
-from vllm_router.routing.answers.events import block_start
-from vllm_router.routing.answers.opening import Verdict
-from vllm_router.routing.answers.tables import Api
-from vllm_router.routing.answers.usage import Usage, UsageScanner
-from vllm_router.routing.answers.whole import JsonBalance
+from vllm_router.proxy.answers.ending import Ending, read_ending
+from vllm_router.proxy.answers.events import block_start
+from vllm_router.proxy.answers.opening import Verdict
+from vllm_router.proxy.answers.tables import Api
+from vllm_router.proxy.answers.usage import Usage, UsageScanner
+from vllm_router.proxy.answers.whole import JsonBalance
 
 KEPT = 2048
 """Bytes of a stream's end that are kept at least: its last few events."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from vllm_router.errors import Refused
-from vllm_router.routing.place import Place, Route, Verdict
+from vllm_router.routing.queue.place import Place, Route, Verdict
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server

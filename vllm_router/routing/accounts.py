@@ -15,7 +15,7 @@ from vllm_router.routing.hashing import seed_of
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.pieces import Prompt
+    from vllm_router.routing.prompt.pieces import Prompt
 
 PHANTOMS = 8.0
 """Requests that an error makes a server look busier by, so that failing fast is no attraction."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from vllm_router.auth import Identity
+from vllm_router.config.auth import Identity
 from vllm_router.errors import Refused
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import trio
 
+from vllm_router.config.reload import Reload
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Server
-from vllm_router.tasks.watch import Reload
 from vllm_router.web.router import Router
 from vllm_router.web.status import reload_state, state_of
 

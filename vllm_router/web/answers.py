@@ -13,9 +13,9 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing.exceptions import WebsocketMismatch
 
 from vllm_router.errors import Refused
-from vllm_router.paths import inference_methods, is_stored_response
+from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
-from vllm_router.request_ids import request_id
+from vllm_router.routing.paths import inference_methods, is_stored_response
 
 logger = logging.getLogger(__name__)
 

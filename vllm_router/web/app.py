@@ -11,23 +11,25 @@ from quart_trio import QuartTrio
 from werkzeug.routing import BaseConverter
 
 from vllm_router import __version__
-from vllm_router.auth import FEED_PROTOCOL
+from vllm_router.config.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
-from vllm_router.paths import PathClass, classify
+from vllm_router.http.asgi_types import App
+from vllm_router.http.request_ids import request_id
+from vllm_router.observability import prometheus_text as exposition
+from vllm_router.observability.metrics import Metrics
+from vllm_router.observability.router_state import wall_offset
 from vllm_router.proxy.refusal import names_shown
-from vllm_router.proxy.types import App
-from vllm_router.request_ids import request_id
-from vllm_router.routing.facts import Facts
-from vllm_router.web import admin, answers, exposition, status
+from vllm_router.routing.paths import PathClass, classify
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.web import admin, answers, status
 from vllm_router.web.access import check_admin
 from vllm_router.web.engine_control import control
 from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import FEED_PATH, MAY_READ, identity_of, visible
-from vllm_router.web.metrics import Metrics
 from vllm_router.web.openapi import document
 from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
-from vllm_router.web.router import Router, wall_offset
+from vllm_router.web.router import Router
 from vllm_router.web.sessions import CODE_SECONDS, SESSION_SECONDS
 
 MAX_BODY = 1024 * 1024

@@ -14,12 +14,12 @@ import httpx
 import msgspec
 import trio
 
+from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import UnusablePage
 from vllm_router.fleet.server import Server
-from vllm_router.http1.resolver import Resolver
-from vllm_router.tasks.page import read_whole
-from vllm_router.tasks.probe import control_client, probe_transport
-from vllm_router.tls import ServerContexts
+from vllm_router.http.client.control_client import control_client, control_transport
+from vllm_router.http.client.page import read_whole
+from vllm_router.http.client.resolver import Resolver
 from vllm_router.web.admin import find
 from vllm_router.web.router import Router
 
@@ -116,8 +116,10 @@ class _Request:
         results[server.name] = result
 
     async def _ask(self, server: Server, headers: dict[str, str]) -> dict[str, Any]:
-        transport = probe_transport(server, self._tls.of(server.config), self._resolver)
-        async with control_client(server, None, self._tls.of(server.config), transport) as client:
+        transport = control_transport(server.url, self._tls.of(server.config), self._resolver)
+        async with control_client(
+            server.url, server.config.api_key, None, self._tls.of(server.config), transport
+        ) as client:
             request = client.build_request(
                 self._method, self._target, headers=headers, content=self._body
             )

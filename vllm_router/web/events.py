@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection
 
+from vllm_router.config.reload import Reloader
 from vllm_router.fleet.server import Server, Transition
 from vllm_router.proxy.record import Record
-from vllm_router.tasks.watch import Reloader
 from vllm_router.web.schema import Event
 
 KEPT = 100

@@ -13,9 +13,9 @@ from vllm_router.errors import InvalidBody, Refused
 from vllm_router.fleet.server import Server, State
 from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
-from vllm_router.routing.body_reader import EXPLAIN, read_in_slices
-from vllm_router.routing.facts import SHORT, Facts, read_at_once
 from vllm_router.routing.policies import Policy
+from vllm_router.routing.prompt.body_reader import EXPLAIN, read_in_slices
+from vllm_router.routing.prompt.facts import SHORT, Facts, read_at_once
 from vllm_router.web.router import Router
 
 

@@ -13,17 +13,18 @@ import trio
 
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, Transition
+from vllm_router.observability.decisions import Decisions
+from vllm_router.observability.metrics import Metrics
+from vllm_router.observability.process import cpu_seconds
+from vllm_router.observability.router_state import CPU, LAG
+from vllm_router.observability.sliding import Rate
+from vllm_router.observability.stalls import LagWatch
+from vllm_router.observability.tally import Tallies, failed
 from vllm_router.proxy.record import Record
-from vllm_router.routing.retry import Outcome
-from vllm_router.stalls import LagWatch
+from vllm_router.proxy.retry import Outcome
 from vllm_router.web import events, history, schema, view
-from vllm_router.web.decisions import Decisions
 from vllm_router.web.mailbox import Mailbox
-from vllm_router.web.metrics import Metrics
-from vllm_router.web.process import cpu_seconds
-from vllm_router.web.router import CPU, LAG, Router
-from vllm_router.web.stats import Rate
-from vllm_router.web.tally import Tallies, failed
+from vllm_router.web.router import Router
 
 _encode = msgspec.json.Encoder().encode
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_router.addresses import is_in, parse_networks
-from vllm_router.auth import (
+from vllm_router.config.auth import (
     ANONYMOUS,
     AuthConfig,
     Identity,
@@ -23,13 +22,14 @@ from vllm_router.auth import (
     presented,
     without_credentials,
 )
-from vllm_router.config import Config
+from vllm_router.config.origins import Origins, forwarded_hosts, is_own, refusal_text
+from vllm_router.config.schema import Config
+from vllm_router.config.types import Secret, digest_of
 from vllm_router.errors import Refused
-from vllm_router.kinds import Secret, digest_of
-from vllm_router.origins import Origins, forwarded_hosts, is_own, refusal_text
-from vllm_router.paths import PathClass, classify
+from vllm_router.http.addresses import is_in, parse_networks
+from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Message, Scope, Send
 from vllm_router.proxy.headers import get_all
-from vllm_router.proxy.types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Message, Scope, Send
+from vllm_router.routing.paths import PathClass, classify
 from vllm_router.web.access import is_local_name, unauthorized
 from vllm_router.web.sessions import Sessions
 

@@ -11,24 +11,17 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from vllm_router.observability.sliding import Percentiles as Percentiles
+from vllm_router.observability.sliding import Seconds
+
 VERSION = 1
 
 Time: TypeAlias = Annotated[float, Meta(title="Unix time")]
-Seconds: TypeAlias = Annotated[float, Meta(title="seconds")]
 Share: TypeAlias = Annotated[float, Meta(title="0 to 1")]
 
 
 def _(text: str) -> Meta:
     return Meta(description=text)
-
-
-class Percentiles(msgspec.Struct, frozen=True, gc=False):
-    """Durations of the last minute, each exact to 2.5 %."""
-
-    p50: Seconds
-    p95: Seconds
-    p99: Seconds
-    count: Annotated[int, _("How many there were.")]
 
 
 class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):

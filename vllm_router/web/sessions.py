@@ -12,7 +12,7 @@ import hmac
 import secrets
 from collections.abc import Callable, Iterable
 
-from vllm_router.kinds import Secret, digest_of
+from vllm_router.config.types import Secret, digest_of
 
 CODE_SECONDS = 300.0
 """For which a code may wait to be used."""

@@ -9,7 +9,8 @@ import trio
 
 from vllm_router import __version__
 from vllm_router.fleet.server import Server, State
-from vllm_router.web.router import Router, wall_offset
+from vllm_router.observability.router_state import wall_offset
+from vllm_router.web.router import Router
 
 HEALTHY = (State.UP, State.FULL)
 

@@ -11,10 +11,11 @@ import msgspec
 from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
+from vllm_router.observability.process import rss_bytes
+from vllm_router.observability.router_state import MEMORY, wall_offset
+from vllm_router.observability.tally import Tallies, Tally
 from vllm_router.web import schema
-from vllm_router.web.process import rss_bytes
-from vllm_router.web.router import MEMORY, Router, wall_offset
-from vllm_router.web.tally import Tallies, Tally
+from vllm_router.web.router import Router
 
 
 class Sums(msgspec.Struct, frozen=True, gc=False):

@@ -26,14 +26,14 @@ from vllm_router.routing.accounts import (
     slowness,
 )
 from vllm_router.routing.hashing import seed_of
-from vllm_router.routing.pieces import ENDS, pieces_in
 from vllm_router.routing.policies.base import Explained, Knobs, Policy
-from vllm_router.routing.prefix_book import PrefixBook
+from vllm_router.routing.prefix.book import PrefixBook
+from vllm_router.routing.prompt.pieces import ENDS, pieces_in
 from vllm_router.routing.scoreboard import HOME_BONUS, QUEUED_WEIGHT, Scoreboard
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.prompt.facts import Facts
 
 REFRESH = 0.1
 MAX_BOARDS = 256

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import msgspec
 
 if TYPE_CHECKING:
-    from vllm_router.config import Settings
+    from vllm_router.config.schema import Settings
     from vllm_router.fleet.server import Lease, Server
     from vllm_router.routing.accounts import PrefixStatistics
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.prompt.facts import Facts
 
 
 class Knobs(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from vllm_router.routing.policies.base import Policy
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.prompt.facts import Facts
 
 
 class PowerOfTwo(Policy):

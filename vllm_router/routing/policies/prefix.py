@@ -7,11 +7,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.policies.base import Explained, Knobs, Policy
-from vllm_router.routing.prefix_book import PrefixBook
+from vllm_router.routing.prefix.book import PrefixBook
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.prompt.facts import Facts
 
 BOUND = 1.25
 """Servers with more than this times the mean load, plus one request, are left out."""

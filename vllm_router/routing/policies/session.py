@@ -10,7 +10,7 @@ from vllm_router.routing.policies.base import Policy
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.facts import Facts
+    from vllm_router.routing.prompt.facts import Facts
 
 BOUND = 1.25
 """A server takes a session only while its load stays below this times the mean."""

@@ -1,0 +1,1 @@
+"""Commands of `vllm-router`, and the full-screen terminal monitor."""

@@ -1,0 +1,168 @@
+"""`vllm-router explain`: why a request goes where it goes, as a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Coroutine
+from typing import IO, Any
+
+import click
+import trio
+
+from vllm_router.cli.admin_client import Router
+from vllm_router.cli.options import for_router
+from vllm_router.cli.tables import Cell, Column, print_table
+from vllm_router.errors import RouterError
+from vllm_router.observability.formatting import visible
+
+DEFAULT_URL = "http://127.0.0.1:8888"
+SHOWN_DECISIONS = 20
+
+_FIGURES = (("LOAD", "load"), ("RUNNING", "running"), ("WAITING", "waiting"), ("LEASES", "leases"))
+
+
+class Failure(click.ClickException):
+    """The router could not be asked."""
+
+    exit_code = 2
+
+
+@click.command()
+@click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
+@for_router
+@click.option("--model", metavar="M", help="For a request for this model.")
+@click.option(
+    "--body",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="For a request with the body in this file; - is stdin.",
+)
+@click.option(
+    "--decisions",
+    is_flag=False,
+    flag_value=SHOWN_DECISIONS,
+    type=click.IntRange(1, 1000),
+    metavar="[N]",
+    help=f"The last N picks instead ({SHOWN_DECISIONS} if not said).",
+)
+@click.option("--json", "as_json", is_flag=True, help="What the router says, as JSON.")
+def explain(
+    *,
+    url: str,
+    key: str | None,
+    ca: str | None,
+    model: str | None,
+    body: IO[bytes] | None,
+    decisions: int | None,
+    as_json: bool,
+) -> None:
+    """Show where a request would go now, and why.
+
+    Every server with its score (the lowest is picked) and what the score is made of, or why it is
+    out. Nothing is sent to a server.
+    """
+    if (model is not None) + (body is not None) + (decisions is not None) > 1:
+        raise click.UsageError("--model, --body and --decisions exclude each other")
+    content = body.read() if body is not None else None
+
+    async def ask() -> Any:
+        async with Router(url, key, ca) as router:
+            if decisions is not None:
+                return await router.decisions(decisions)
+            return await router.explain(model, content)
+
+    found = _run(ask)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif decisions is not None:
+        _print_decisions(found)
+    else:
+        _print_explanation(found)
+
+
+def _run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    try:
+        return trio.run(work)
+    except RouterError as error:
+        raise Failure(str(error)) from None
+
+
+def _print_explanation(found: dict[str, Any]) -> None:
+    picked = found.get("picked")
+    subject = f"the model {found['model']!r}" if found.get("model") else "any model"
+    verdict = "would wait" if found.get("would_wait") else "would be refused"
+    if picked:
+        verdict = f"would go to {picked}"
+    note = f" {found['note']}" if found.get("note") else ""
+    click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
+    candidates, out = found.get("candidates") or [], found.get("out") or []
+    # Only figures that tell the candidates apart from nothing: a column of zeros explains little.
+    # They are called as in the formula; `LOAD` is by the share, and what all other pages show.
+    parts = [
+        name
+        for name in (candidates[0].get("parts") or {} if candidates else {})
+        if any(row["parts"].get(name) for row in candidates)
+    ]
+    columns = [Column(""), Column("SERVER")]
+    columns += [Column(title, right=True) for title, _ in _FIGURES]
+    columns += [Column("CAPACITY", right=True), Column("SCORE", right=True)]
+    columns += [Column(name.replace("_", " "), right=True) for name in parts]
+    columns += [Column("WHY OUT")] if out else []
+    rows: list[list[Cell | str]] = []
+    for row in candidates:
+        chosen = row["server"] == picked
+        name = Cell(row["server"], "bold green" if chosen else "")
+        figures = [_figure(row["parts"].get(part)) for part in parts]
+        rows.append(
+            ["→" if chosen else " ", name, *_load(row), _figure(row.get("score")), *figures]
+            + ([""] if out else [])
+        )
+    for row in out:
+        why = f"{row.get('state', '')}: {row.get('reason', '')}".strip(": ")
+        blank = [""] * (len(parts) + 1)
+        rows.append([" ", Cell(row["server"], "dim"), *_load(row), *blank, Cell(why, "red")])
+    if rows:
+        print_table(columns, rows)
+    if candidates and found.get("formula"):
+        click.echo(visible(found["formula"]).replace("; ", "\n"))
+
+
+def _load(row: dict[str, Any]) -> list[str]:
+    return [*(_figure(row.get(key)) for _, key in _FIGURES), _figure(row.get("capacity"))]
+
+
+def _figure(value: Any) -> str:
+    """Four digits, which is more than a decision hangs on."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
+
+
+def _print_decisions(rows: list[dict[str, Any]]) -> None:
+    titles = ("TIME", "SERVER", "MODEL", "PATH", "STATUS", "OUTCOME", "ATTEMPTS", "RETRIED FOR")
+    durations = ("FIRST BYTE", "DURATION")
+    columns = [Column(title) for title in titles]
+    columns[6:6] = [Column(title, right=True) for title in durations]
+    print_table(
+        columns,
+        [
+            [
+                time.strftime("%H:%M:%S", time.localtime(row.get("time", 0))),
+                row.get("server") or "",
+                row.get("model") or "",
+                row.get("path") or "",
+                str(row.get("status") or ""),
+                row.get("outcome") or "",
+                _seconds(row.get("first_byte_seconds")),
+                _seconds(row.get("duration_seconds")),
+                str(row.get("attempts", "")),
+                ", ".join(row.get("retries") or ()),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _seconds(value: Any) -> str:
+    return f"{value:.3f} s" if isinstance(value, int | float) else ""

@@ -1,0 +1,108 @@
+"""`vllm-router monitor`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+import trio
+
+from vllm_router.cli.monitor.link import Feed, NoFeed
+from vllm_router.cli.monitor.plain import print_lines
+from vllm_router.cli.monitor.screen import End, Screen
+from vllm_router.cli.monitor.state import View
+from vllm_router.cli.monitor.terminal import on_terminal
+from vllm_router.cli.options import for_router
+from vllm_router.observability.formatting import visible
+
+LAST_LINES = 10
+"""Of a dead router's log."""
+
+
+class NoRouterThere(click.ClickException):
+    """Nothing to watch."""
+
+    exit_code = 2
+
+
+@click.command()
+@click.argument("url", default="http://127.0.0.1:8888")
+@for_router
+@click.option("--models", is_flag=True, help="Show the models of each server; key m.")
+@click.option(
+    "--interval",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 3600),
+    help="Seconds between two lines, if the output is no terminal.",
+)
+@click.option("--of-router", "log", metavar="LOG", hidden=True, type=click.Path(path_type=Path))
+def monitor(
+    *,
+    url: str,
+    key: str | None,
+    ca: str | None,
+    models: bool,
+    interval: float,
+    log: Path | None,
+) -> None:
+    """Watch a running router: servers, load, events; drain and undrain.
+
+    URL is the router's, http://127.0.0.1:8888 if not given. Full screen on a terminal (? shows
+    the keys), else a line every few seconds.
+    """
+    feed = Feed(url, key, ca)
+    try:
+        if on_terminal():
+            end = trio.run(Screen(feed, View(feed.url, log is not None, models)).run)
+        else:
+            end = trio.run(_plain, feed, interval)
+    except NoFeed as error:
+        raise NoRouterThere(f"no router answers at {feed.url}: {error}") from None
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has enough. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if end is End.ROUTER_DIED and log is not None:
+        click.echo(f"\nthe router has died; the end of its log, {log}:", err=True)
+        for line in last_lines(log, LAST_LINES):
+            click.echo(line, err=True)
+    if log is not None:
+        raise click.exceptions.Exit(end)
+
+
+async def _plain(feed: Feed, interval: float) -> End:
+    problem: Exception | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def until_signal(*, task_status: trio.TaskStatus[None]) -> None:
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            with trio.open_signal_receiver(*numbers) as received:
+                task_status.started()
+                async for _ in received:
+                    nursery.cancel_scope.cancel(reason="signal")
+
+        await nursery.start(until_signal)
+        try:
+            await print_lines(feed, interval)
+        except (NoFeed, BrokenPipeError) as error:
+            # Not out of the nursery, which would wrap it.
+            problem = error
+            nursery.cancel_scope.cancel(reason="no feed")
+    if problem is not None:
+        raise problem
+    return End.USER
+
+
+def last_lines(file: Path, number: int) -> list[str]:
+    """The end of a file, without what could command a terminal; empty if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 64 * 1024))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [visible(line) for line in lines[-number:]]

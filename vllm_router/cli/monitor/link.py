@@ -1,0 +1,185 @@
+"""The connection to a router's feed, made again whenever it is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import msgspec
+import trio
+import trio_websocket
+
+from vllm_router.cli.admin_client import NoRouter, client_context
+from vllm_router.errors import RouterError
+from vllm_router.http.client.transport import tls_words
+from vllm_router.runtime.own_machine import find_socket, short_path
+from vllm_router.web.schema import Event, Hello, Snapshot
+
+CONNECT_TIMEOUT = 5.0
+SILENCE = 10.0
+"""Seconds without a message, beyond a few feed intervals, after which a connection is dead."""
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 4.0
+GOING_AWAY = 1001
+MAX_MESSAGE = 64 * 1024 * 1024
+"""The history of a thousand servers is some megabytes."""
+
+Message = Hello | Snapshot | Event
+_decode = msgspec.json.Decoder(Message).decode
+
+
+class NoFeed(RouterError):
+    """Why there are no data; in words for the user."""
+
+
+class GoingAway(NoFeed):
+    """The router is shutting down."""
+
+
+class Feed:
+    """The messages of the router at `url` (http or https, perhaps without scheme)."""
+
+    def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
+        """`key` and `ca` as in `control.Router`."""
+        self.key, self.ca = key, ca
+        self._headers = [(b"authorization", b"Bearer " + key.encode())] if key else None
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        scheme, _, rest = self.url.partition("://")
+        self._address = f"{'wss' if scheme in ('https', 'wss') else 'ws'}://{rest}/ws/load"
+        self._silence = SILENCE
+
+    async def once(self, take: Callable[[Message], None]) -> None:
+        """One connection to its end, which is always an error: NoFeed."""
+        path = find_socket(self.url)
+        if path is not None:
+            await self._once_by_socket(path, take)
+            return
+        context = None
+        if self._address.startswith("wss:"):
+            try:
+                context = client_context(self._address, self.ca)
+            except NoRouter as error:
+                raise NoFeed(str(error)) from None
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT) as patience:
+                async with trio_websocket.open_websocket_url(
+                    self._address,
+                    ssl_context=context,
+                    extra_headers=self._headers,
+                    max_message_size=MAX_MESSAGE,
+                    connect_timeout=CONNECT_TIMEOUT,
+                    disconnect_timeout=1.0,
+                ) as connection:
+                    patience.deadline = float("inf")
+                    await self._read(connection, take)
+        except (trio_websocket.HandshakeError, OSError, trio.TooSlowError, ssl.SSLError) as error:
+            raise NoFeed(_words(error)) from None
+        except ValueError as error:  # no URL
+            raise NoFeed(f"{self.url}: {error}") from None
+
+    async def _once_by_socket(self, path: str, take: Callable[[Message], None]) -> None:
+        """The same by the Unix socket of a router on this machine."""
+        parts = urlsplit(self._address)
+        failure: NoFeed | None = None
+        try:
+            with short_path(path) as short:
+                stream = await trio.open_unix_socket(short)
+            # The stream serves a TCP socket and this one alike.
+            like_tcp: trio.SocketStream = stream
+            async with trio.open_nursery() as nursery, like_tcp:
+                with trio.fail_after(CONNECT_TIMEOUT):
+                    connection = await trio_websocket.wrap_client_stream(
+                        nursery,
+                        like_tcp,
+                        parts.netloc,
+                        parts.path,
+                        extra_headers=self._headers,
+                        max_message_size=MAX_MESSAGE,
+                    )
+                try:
+                    await self._read(connection, take)
+                except NoFeed as error:
+                    failure = error  # raised outside, where no group wraps it
+                nursery.cancel_scope.cancel(reason="no feed any more")
+        except* (
+            trio_websocket.HandshakeError,
+            trio_websocket.ConnectionClosed,
+            trio.BrokenResourceError,
+            OSError,
+            trio.TooSlowError,
+        ) as group:
+            failure = NoFeed(_words(group))
+        if failure is not None:
+            raise failure
+
+    async def _read(
+        self, connection: trio_websocket.WebSocketConnection, take: Callable[[Message], None]
+    ) -> None:
+        while True:
+            text = None
+            with trio.move_on_after(self._silence):
+                try:
+                    text = await connection.get_message()
+                except trio_websocket.ConnectionClosed as closed:
+                    if closed.reason is not None and closed.reason.code == GOING_AWAY:
+                        raise GoingAway("the router is stopping") from None
+                    raise NoFeed("the router closed the connection") from None
+            if text is None:
+                raise NoFeed(f"the router was silent for {self._silence:g} s")
+            try:
+                message = _decode(text)
+            except msgspec.DecodeError as error:
+                raise NoFeed(f"not the feed of a vLLM Router: {error}") from None
+            if isinstance(message, Hello):
+                self._silence = SILENCE + 4 * message.config.feed_interval
+            take(message)
+
+    async def follow(
+        self, take: Callable[[Message], None], lost: Callable[[NoFeed], None], *, patient: bool
+    ) -> None:
+        """Until cancelled. Without `patient`, NoFeed if the very first connection fails."""
+        pause = FIRST_PAUSE
+        came = False
+
+        def seen(message: Message) -> None:
+            nonlocal came, pause
+            came, pause = True, FIRST_PAUSE
+            take(message)
+
+        while True:
+            try:
+                await self.once(seen)
+            except NoFeed as error:
+                if not came and not patient:
+                    raise
+                lost(error)
+            await trio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong, as the operating system or the router says it."""
+    if isinstance(error, trio.TooSlowError | trio_websocket.ConnectionTimeout):
+        return "no answer in time"
+    if isinstance(error, trio_websocket.ConnectionRejected):
+        if error.status_code == 401:
+            return "it wants its status or admin key (--key or VLLM_ROUTER_KEY)"
+        return f"it answers {error.status_code}: no vLLM Router, or not for us"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):
+            # One for each address of the host; the last was tried last.
+            cause = cause.exceptions[-1]
+        elif isinstance(cause, socket.gaierror):
+            return str(cause.strerror)
+        elif isinstance(cause, ssl.SSLError):
+            return tls_words(cause)
+        elif isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return str(error) or "the router does not speak the feed's protocol"

@@ -1,0 +1,199 @@
+"""The monitor on a terminal: paints the view, reads keys, puts the terminal back as it was."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import sys
+import time
+
+import trio
+from rich.console import Console
+from rich.live import Live
+
+from vllm_router.cli.monitor.draw import draw
+from vllm_router.cli.monitor.keys import decode, raw_input
+from vllm_router.cli.monitor.link import Feed, GoingAway, Message, NoFeed
+from vllm_router.cli.monitor.state import SetDrain, View
+from vllm_router.errors import RouterError
+
+FRAME = 0.05
+"""Seconds between two paintings at least."""
+
+TICK = 1.0
+"""Seconds between two at most: what is old must look old."""
+
+ESCAPE_TIME = 0.05
+"""Seconds for the rest of a key that begins with an escape."""
+
+PARENT_INTERVAL = 0.25
+
+
+class End(enum.IntEnum):
+    """Why the view has ended, as its exit code when it belongs to a router."""
+
+    USER = 0
+    ROUTER_STOPS = 3
+    ROUTER_DIED = 4
+    SIGNALLED = 5
+    HANGUP = 6
+
+
+_ENDS = {
+    signal.SIGINT: End.USER,
+    signal.SIGTERM: End.SIGNALLED,
+    signal.SIGHUP: End.HANGUP,
+}
+
+
+class Screen:
+    """One view on this process's terminal."""
+
+    def __init__(self, feed: Feed, view: View) -> None:
+        self._feed = feed
+        self._view = view
+        self._changed = trio.Event()
+        self._end = End.USER
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._parent = os.getppid()
+        self._error: NoFeed | None = None
+
+    async def run(self) -> End:
+        """Until the user or a signal ends it. NoFeed if there is no router at the start.
+
+        Whatever happens, the terminal is then as it was before.
+        """
+        view = self._view
+        first = trio.Event()
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._follow, first)
+                    await nursery.start(self._signals)
+                    # Nothing is painted before there is something: errors stay readable lines.
+                    await first.wait()
+                    descriptor = sys.stdin.fileno()
+                    console = Console()
+                    with (
+                        raw_input(descriptor),
+                        Live(
+                            console=console,
+                            screen=True,
+                            auto_refresh=False,
+                            redirect_stdout=False,
+                            redirect_stderr=False,
+                        ) as live,
+                    ):
+                        nursery.start_soon(self._keys, descriptor)
+                        if view.attached:
+                            nursery.start_soon(self._watch_parent)
+                        await self._paint(console, live)
+        finally:
+            self._nursery = None
+        if self._error is not None:
+            raise self._error
+        return self._end
+
+    def _stop(self, end: End) -> None:
+        self._end = end
+        self._scope.cancel(reason=end.name)
+
+    # -- tasks ----------------------------------------------------------------------------------
+
+    async def _follow(self, first: trio.Event) -> None:
+        view = self._view
+
+        def take(message: Message) -> None:
+            try:
+                view.take(message, time.time())
+            except ValueError as error:
+                raise NoFeed(str(error)) from None
+            if view.snapshot is not None:
+                first.set()
+            self._changed.set()
+
+        def lost(error: NoFeed) -> None:
+            view.lost(str(error))
+            self._changed.set()
+            if view.attached and isinstance(error, GoingAway):
+                self._stop(End.ROUTER_STOPS)
+
+        try:
+            await self._feed.follow(take, lost, patient=view.attached)
+        except NoFeed as error:
+            self._error = error
+            self._scope.cancel(reason="no feed")
+
+    async def _paint(self, console: Console, live: Live) -> None:
+        while True:
+            width, height = console.size
+            live.update(draw(self._view, width, height, time.time()), refresh=True)
+            self._changed = trio.Event()
+            with trio.move_on_after(TICK):
+                await self._changed.wait()
+            await trio.sleep(FRAME)
+
+    async def _keys(self, descriptor: int) -> None:
+        rest = b""
+        while True:
+            with trio.move_on_after(ESCAPE_TIME if rest else float("inf")) as patience:
+                await trio.lowlevel.wait_readable(descriptor)
+            if patience.cancelled_caught:
+                rest = b""  # an Escape by itself, which asks for nothing
+                self._press("escape")
+                continue
+            try:
+                data = os.read(descriptor, 1024)
+            except OSError:  # the terminal is gone
+                data = b""
+            if not data:
+                self._stop(End.HANGUP)
+                return
+            keys, rest = decode(rest + data)
+            for key in keys:
+                self._press(key)
+
+    def _press(self, key: str) -> None:
+        action = self._view.key(key)
+        self._changed.set()
+        if isinstance(action, SetDrain):
+            if self._nursery is not None:
+                self._nursery.start_soon(self._drain, action)
+        elif action is not None:
+            self._stop(End.USER)
+
+    async def _drain(self, action: SetDrain) -> None:
+        # Half of this program's start-up, which most of its runs do not need.
+        from vllm_router.cli.admin_client import Router
+
+        try:
+            async with Router(self._feed.url, self._feed.key, self._feed.ca) as router:
+                await router.drain(action.server, on=action.on)
+            done = "is draining" if action.on else "takes requests again"
+            self._view.message = f"{action.server} {done}."
+        except RouterError as error:
+            self._view.message = str(error)
+        self._changed.set()
+
+    async def _signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGWINCH, signal.SIGCONT)
+        with trio.open_signal_receiver(*numbers) as received:
+            task_status.started()
+            async for number in received:
+                if number in (signal.SIGWINCH, signal.SIGCONT):
+                    self._changed.set()
+                elif number == signal.SIGINT and self._view.attached:
+                    # It went to the router as well, which will say good-bye to us.
+                    continue
+                else:
+                    self._stop(_ENDS[signal.Signals(number)])
+
+    async def _watch_parent(self) -> None:
+        """A router that is killed cannot end its view."""
+        while True:
+            await trio.sleep(PARENT_INTERVAL)
+            if os.getppid() != self._parent:
+                self._stop(End.ROUTER_DIED)

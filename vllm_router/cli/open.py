@@ -1,0 +1,54 @@
+"""`vllm-router open`: the page, signed in."""
+
+from __future__ import annotations
+
+import os
+import webbrowser
+
+import click
+import trio
+
+from vllm_router.cli.admin_client import Router
+from vllm_router.cli.options import for_router
+from vllm_router.errors import RouterError
+
+
+class NoLink(click.ClickException):
+    """The router gives no code."""
+
+    exit_code = 2
+
+
+@click.command("open")
+@click.argument("url", default="http://127.0.0.1:8888")
+@for_router
+@click.option("--page", metavar="URL", help="Where the browser finds the page, if not at URL.")
+@click.option("--print", "only_print", is_flag=True, help="Do not start a browser.")
+def open_page(
+    *, url: str, key: str | None, ca: str | None, page: str | None, only_print: bool
+) -> None:
+    """Sign a browser in to a router's page, so that it may drain servers.
+
+    URL is the router's. On the router's machine its user (and root) needs no key; elsewhere --key
+    is the admin key. Prints a link that works once, within five minutes, and opens it where there
+    is a desktop.
+    """
+
+    async def ask() -> tuple[str, str]:
+        async with Router(url, key, ca) as router:
+            return router.url, await router.sign_in()
+
+    try:
+        base, code = trio.run(ask)
+    except RouterError as error:
+        raise NoLink(str(error)) from None
+    link = f"{_reachable(page or base)}/#sign-in={code}"
+    click.echo(link)
+    if not only_print and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(link)
+
+
+def _reachable(url: str) -> str:
+    """A browser cannot open the address that stands for all of a machine's."""
+    near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    return near.rstrip("/")

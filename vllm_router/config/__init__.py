@@ -1,0 +1,1 @@
+"""What servers.toml may say: schema, parsing, validation, diff and reload."""

@@ -1,0 +1,1 @@
+"""The connecting side: DNS, connection pools, and the transport for httpx."""

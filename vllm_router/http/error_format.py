@@ -1,0 +1,98 @@
+"""The router's own errors in the dialect of the client's API: OpenAI's, or Anthropic's. Pure.
+
+OpenAI: `{"error": {"message", "type", "param", "code"}}`, the request's id in `x-request-id`.
+Anthropic, on `/v1/messages` and below: `{"type": "error", "error": {"type", "message"},
+"request_id"}`, the id in `request-id` as well (https://docs.anthropic.com/en/api/errors). Both
+carry `x-vllm-router-error` with the code, which marks an error as the router's.
+"""
+
+from __future__ import annotations
+
+import json
+
+ERROR_HEADER = b"x-vllm-router-error"
+
+MESSAGES = b"/v1/messages"
+"""The path of Anthropic's API."""
+
+_OPENAI_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+}
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def is_anthropic(raw_path: bytes) -> bool:
+    """Whether clients of the path speak Anthropic's dialect: `/v1/messages` and below."""
+    return raw_path.startswith(MESSAGES) and raw_path[len(MESSAGES) :][:1] in (b"", b"/")
+
+
+def openai_type(status: int) -> str:
+    """The `type` of an error with this status."""
+    other = "invalid_request_error" if status < 500 else "server_error"
+    return _OPENAI_TYPES.get(status, other)
+
+
+def anthropic_type(status: int) -> str:
+    """The same for Anthropic's clients."""
+    other = "invalid_request_error" if status < 500 else "api_error"
+    return _ANTHROPIC_TYPES.get(status, other)
+
+
+def error_answer(
+    path: bytes,
+    status: int,
+    code: str,
+    message: str,
+    request_id: bytes,
+    *,
+    param: str | None = None,
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """The header fields and the body of an error answer.
+
+    `path` is the raw path of the request as far as it is known; it decides about the dialect.
+    """
+    body: dict[str, object]
+    headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
+    if is_anthropic(path):
+        headers.append((b"request-id", request_id))
+        body = {
+            "type": "error",
+            "error": {"type": anthropic_type(status), "message": message},
+            "request_id": request_id.decode("latin-1"),
+        }
+    else:
+        error = {"message": message, "type": openai_type(status), "param": param, "code": code}
+        body = {"error": error}
+    data = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    headers.append((ERROR_HEADER, code.encode()))
+    headers.append((b"content-length", b"%d" % len(data)))
+    return headers, data
+
+
+def path_of(line: bytes) -> bytes:
+    """The raw path in a request line, as far as it came; empty if it has none.
+
+    An absolute target loses its scheme and authority (RFC 9112 3.2.2).
+    """
+    target = line.partition(b" ")[2].partition(b" ")[0].partition(b"?")[0]
+    if not target.startswith(b"/"):
+        rest = target.partition(b"://")[2]
+        target = rest[rest.find(b"/") :] if b"/" in rest else b""
+    return target

@@ -1,0 +1,1 @@
+"""Hypercorn behind the listener, with the cures of its defects."""

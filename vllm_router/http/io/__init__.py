@@ -1,0 +1,1 @@
+"""Sockets on an event loop hub of our own inside Trio."""

@@ -1,0 +1,1 @@
+"""Simulated servers and fleets; for the commands `mock`, `simulate`, `run --demo` and tests."""

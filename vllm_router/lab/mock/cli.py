@@ -1,0 +1,109 @@
+"""The command line of the simulated server; the router's own CLI offers it as `mock`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import click
+import msgspec
+import trio
+
+from vllm_router.lab.mock.options import MockOptions, Switches
+from vllm_router.lab.mock.server import MockServer
+
+_DEFAULT = MockOptions()
+
+
+@click.command(name="mock", context_settings={"show_default": True})
+@click.option("--host", default=_DEFAULT.host, help="Address to listen on.")
+@click.option("--port", default=8101, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--name", default="", help="Sent as x-mock-server. Empty: mock-<port>.")
+@click.option("--model", "models", multiple=True, default=_DEFAULT.models, help="Repeatable.")
+@click.option("--lora", "loras", multiple=True, help="NAME or NAME=PATH; repeatable.")
+@click.option("--max-model-len", default=_DEFAULT.max_model_len, help="Tokens.")
+@click.option("--api-key", default=None, help="Demanded on /v1 paths.")
+@click.option("--ttft", default=_DEFAULT.ttft, help="Seconds before a first token.")
+@click.option(
+    "--prefill-tokens-per-second",
+    default=_DEFAULT.prefill_tokens_per_second,
+    help="Uncached prompt tokens; 0: no time.",
+)
+@click.option("--token-delay", default=_DEFAULT.token_delay, help="Seconds per decode step.")
+@click.option(
+    "--batch-slowdown",
+    default=_DEFAULT.batch_slowdown,
+    help="Share of the token delay that each further running request adds.",
+)
+@click.option("--speed", default=_DEFAULT.speed, help="Everything this many times as fast.")
+@click.option("--engines", default=_DEFAULT.engines, help="Data-parallel engine cores.")
+@click.option("--max-num-seqs", default=_DEFAULT.max_num_seqs, help="Size of the batch.")
+@click.option("--max-num-batched-tokens", default=_DEFAULT.max_num_batched_tokens)
+@click.option("--max-num-queued-reqs", type=int, default=None, help="503 beyond; none: no limit.")
+@click.option("--kv-blocks", default=_DEFAULT.kv_blocks, help="KV cache size in blocks.")
+@click.option("--block-size", default=_DEFAULT.block_size, help="Tokens per KV block.")
+@click.option("--old-metric-names", is_flag=True, help="gpu_cache_usage_perc and its like.")
+@click.option("--disable-log-stats", is_flag=True, help="No vllm: metrics.")
+@click.option("--enable-prompt-tokens-details", is_flag=True, help="Cached tokens in usage.")
+@click.option("--enable-request-id-headers", is_flag=True, help="x-request-id in answers.")
+@click.option("--keep-alive", default=_DEFAULT.keep_alive, help="Idle connections, seconds.")
+@click.option("--sse-keep-alive", default=_DEFAULT.sse_keep_alive, help="Comment interval; 0: off.")
+@click.option("--log-size", default=_DEFAULT.log_size, help="Requests that /mock/log keeps.")
+@click.option(
+    "--sigterm",
+    default=_DEFAULT.sigterm,
+    type=click.Choice(["abort", "error", "silence"]),
+    help="What SIGTERM does to running requests.",
+)
+@click.option(
+    "--shutdown-timeout",
+    default=_DEFAULT.shutdown_timeout,
+    help="Seconds in which running requests may finish after SIGTERM and new ones get a 500.",
+)
+@click.option("--set", "switches", default="{}", help="Failure switches, JSON as for /mock/set.")
+def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> None:
+    """One simulated vLLM server, with failures on demand.
+
+    Behaviour at run time: POST /mock/set, GET /mock/stats, /mock/last, /mock/log; per request
+    X-Mock-Mode, X-Mock-Ttft-Ms, X-Mock-Delay-Ms, X-Mock-After, X-Mock-Output-Tokens, X-Mock-Error,
+    X-Mock-Framing, X-Mock-Packing, X-Mock-Only.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        names = tuple(name for text in models for name in text.split(",") if name)
+        options = MockOptions(
+            models=names,
+            switches=Switches().updated(msgspec.json.decode(switches, type=dict[str, Any])),
+            **given,
+        )
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        trio.run(_run, MockServer(options))
+    except OSError as error:
+        click.echo(f"cannot listen on {options.host}:{options.port}: {error.strerror}", err=True)
+        raise SystemExit(2) from None
+
+
+async def _run(server: MockServer) -> None:
+    """Serve until a signal: SIGTERM as the options say, SIGINT or a second signal at once."""
+    options = server.options
+    listeners = await trio.open_tcp_listeners(options.port, host=options.host)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen() -> None:
+                async for number in signals:
+                    if number == signal.SIGINT or server.ending:
+                        server.stop()
+                    else:
+                        server.terminate()
+
+            nursery.start_soon(listen)
+            host, port = await nursery.start(partial(server.serve, listeners=listeners))
+            click.echo(f"{server.heads.name}: http://{host}:{port} {', '.join(options.models)}")
+            await server.stopped.wait()
+            nursery.cancel_scope.cancel()

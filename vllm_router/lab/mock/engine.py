@@ -1,0 +1,263 @@
+"""Pure simulation of one vLLM engine: continuous batching, no clock, no sockets.
+
+Law of this file: time is an argument, and nothing happens between two calls of `advance`. The
+caller calls it when `wake` has come and after every `submit` or `abort`, and delivers what it
+returns.
+
+The model: a running request either takes part in the common step of the batch, or it is *timed*
+(waiting for its `ttft`, or told its own delays by a header) and has a moment of its own. A step
+lasts `token_delay`, a little longer the larger the batch is, plus the time for the prompt tokens
+in it; all in it then get a token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+
+from vllm_router.lab.mock.kvcache import KVCache, block_chain
+from vllm_router.lab.mock.options import MockOptions
+from vllm_router.lab.mock.request import Request
+from vllm_router.lab.mock.statistics import EngineStatistics
+
+# A step that ended this little ago is continued from its end, so that delays do not add up.
+_CATCH_UP_SECONDS = 0.02
+
+
+class QueueFull(Exception):
+    """`max_num_queued_reqs` requests are waiting already."""
+
+
+class Engine:
+    """One engine core. Not thread-safe; `Request` objects belong to it from submit to the end."""
+
+    def __init__(self, options: MockOptions) -> None:
+        self.options = options
+        self.cache = KVCache(options.kv_blocks)
+        self.statistics = EngineStatistics()
+        self.running: dict[Request, None] = {}  # in order of admission
+        self.waiting: deque[Request] = deque()
+        self.frozen = False  # paused or asleep: what runs stands still
+        self.admitting = True  # False: paused, what waits goes on waiting
+        self._batch: list[Request] = []
+        self._step_end: float | None = None
+        self._timed: list[tuple[float, int, Request]] = []
+        self._common: dict[Request, None] = {}
+        self._aborted: list[Request] = []
+        self._sequence = 0
+
+    @property
+    def wake(self) -> float:
+        """When `advance` must be called next; infinity if only a submit can change anything."""
+        if self.frozen:
+            return math.inf
+        due = self._timed[0][0] if self._timed else math.inf
+        return due if self._step_end is None else min(due, self._step_end)
+
+    @property
+    def queued(self) -> int:
+        """Waiting requests beyond those the free places of the batch will take."""
+        free = self.options.max_num_seqs - len(self.running) if self.admitting else 0
+        return max(0, len(self.waiting) - max(0, free))
+
+    def submit(self, request: Request, now: float) -> None:
+        """Queue a request; call `advance` afterwards. Raises QueueFull."""
+        limit = self.options.max_num_queued_reqs
+        present = len(self.running) + len(self.waiting)
+        if limit is not None and present >= self.options.max_num_seqs and self.queued >= limit:
+            raise QueueFull
+        root = hash(request.model)
+        request.chain = block_chain(request.prompt, self.options.block_size, root)
+        request.arrived = now
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """The client has left: the request goes at the end of the current step."""
+        if request.finish_reason is None and not request.aborted:
+            request.aborted = True
+            self._aborted.append(request)
+
+    def advance(self, now: float) -> list[tuple[Request, list[bytes]]]:
+        """Do all that is due at `now`: returns requests with their new words, in order. A request
+        that is through has its `finish_reason` set and is no longer the engine's."""
+        emitted: list[tuple[Request, list[bytes]]] = []
+        if self.frozen:
+            self._purge()
+            return emitted
+        while True:
+            started = now
+            if self._step_end is not None and now >= self._step_end:
+                if now - self._step_end < _CATCH_UP_SECONDS:
+                    started = self._step_end
+                self._finish_step(now, emitted)
+            while self._timed and self._timed[0][0] <= now:
+                due, ticket, request = heapq.heappop(self._timed)
+                if ticket == request.ticket and not request.aborted:  # else preempted or gone
+                    self._due(request, due, now, emitted)
+            if self._step_end is None:
+                self._purge()
+            self._admit(now)
+            if self._step_end is None:
+                self._start_step(started)
+            if self.wake > now:
+                return emitted
+
+    def _admit(self, now: float) -> None:
+        while self.admitting and self.waiting and len(self.running) < self.options.max_num_seqs:
+            request = self.waiting[0]
+            if not request.aborted and not self._place(request):
+                return
+            self.waiting.popleft()
+            if request.aborted:
+                continue
+            self.running[request] = None
+            request.admitted = now
+            self.statistics.queue_time.observe(now - request.arrived)
+            if request.ttft is not None:
+                self._time(request, now + request.ttft)
+            elif self.options.first_token_seconds and request.generated == 0:
+                self._time(request, now + self.options.first_token_seconds, joins=True)
+            else:
+                self._common[request] = None
+
+    def _place(self, request: Request) -> bool:
+        """Find room in the KV cache, and what is there already. Nobody running: always room."""
+        size = self.options.block_size
+        tokens = request.prompt_tokens + request.generated
+        private = -(-tokens // size) - len(request.chain)
+        if self.running and not self.cache.fits(request.chain, private):
+            return False
+        # vLLM always computes at least the last prompt token, so a full match is cut by a block.
+        found = min(self.cache.match(request.chain), (request.prompt_tokens - 1) // size)
+        request.private = private
+        request.prefill_left = tokens - found * size
+        if request.preempted == 0:
+            request.cached_tokens = found * size
+            request.created_tokens = (len(request.chain) - found) * size
+            self.statistics.prefix_queries += request.prompt_tokens
+            self.statistics.prefix_hits += request.cached_tokens
+        self.cache.hold(request.chain, private)
+        return True
+
+    def _time(self, request: Request, due: float, *, joins: bool = False) -> None:
+        request.joins = joins
+        self._sequence += 1
+        request.ticket = self._sequence
+        heapq.heappush(self._timed, (due, self._sequence, request))
+
+    def _due(
+        self, request: Request, due: float, now: float, emitted: list[tuple[Request, list[bytes]]]
+    ) -> None:
+        if request.joins:
+            self._common[request] = None
+            return
+        self._emit(request, now, emitted, burst=request.delay == 0)
+        if request not in self.running:
+            return
+        if request.delay is None:
+            self._common[request] = None
+        else:
+            self._time(request, max(due, now - _CATCH_UP_SECONDS) + request.delay)
+
+    def _start_step(self, now: float) -> None:
+        if not self._common:
+            return
+        options = self.options
+        budget = options.max_num_batched_tokens
+        batch: list[Request] = []
+        decoding = prefill = 0
+        for request in self._common:
+            if request.prefill_left:
+                if prefill >= budget:
+                    continue
+                part = min(request.prefill_left, budget - prefill)
+                request.prefill_left -= part
+                prefill += part
+                if request.prefill_left:
+                    continue
+            else:
+                decoding += 1
+            batch.append(request)
+        duration = prefill / options.prefill_rate
+        if decoding:
+            duration += options.step_seconds * (
+                1.0 + options.batch_slowdown * (len(self.running) - 1)
+            )
+        self._batch, self._step_end = batch, now + duration
+        self.statistics.iteration_tokens.observe(prefill + decoding)
+
+    def _finish_step(self, now: float, emitted: list[tuple[Request, list[bytes]]]) -> None:
+        batch, self._batch, self._step_end = self._batch, [], None
+        burst = self.options.step_seconds == 0
+        for request in batch:
+            if request.aborted or request not in self.running:
+                continue
+            self._emit(request, now, emitted, burst=burst and request.delay is None)
+            if request.delay is not None and request in self.running:
+                del self._common[request]
+                self._time(request, now + request.delay)
+
+    def _emit(
+        self,
+        request: Request,
+        now: float,
+        emitted: list[tuple[Request, list[bytes]]],
+        *,
+        burst: bool,
+    ) -> None:
+        statistics = self.statistics
+        if request.first_token is None:
+            request.first_token = now
+            request.prefill_left = 0
+            statistics.time_to_first_token.observe(now - request.arrived)
+            statistics.prompt_tokens += request.prompt_tokens
+        else:
+            statistics.inter_token_latency.observe(now - request.last_token)
+        request.last_token = now
+        before = request.generated
+        words = request.take(request.limit if burst else 1)
+        statistics.generation_tokens += request.generated - before
+        emitted.append((request, words))
+        if request.finish_reason is not None:
+            self._leave(request)
+            statistics.request_ended(request, now)
+            text = request.prompt + b"".join(request.words)
+            chain = block_chain(text, self.options.block_size, hash(request.model))
+            self.cache.remember(chain[len(request.chain) :])
+            return
+        blocks = -(-(request.prompt_tokens + request.generated) // self.options.block_size)
+        more = blocks - len(request.chain) - request.private
+        if more > 0:
+            while self.cache.used + more > self.cache.total and len(self.running) > 1:
+                victim = next(reversed(self.running))
+                self._preempt(victim)
+                if victim is request:
+                    return
+            request.private += more
+            self.cache.grow(more)
+
+    def _preempt(self, victim: Request) -> None:
+        """Out of blocks: the youngest goes back to the head of the queue and is computed anew."""
+        self._leave(victim)
+        victim.preempted += 1
+        self.statistics.preemptions += 1
+        self.waiting.appendleft(victim)
+
+    def _leave(self, request: Request) -> None:
+        del self.running[request]
+        self._common.pop(request, None)
+        request.ticket = 0
+        self.cache.release(request.chain, request.private)
+        request.private = 0
+
+    def _purge(self) -> None:
+        if not self._aborted:
+            return
+        for request in self._aborted:
+            if request in self.running:
+                self._leave(request)
+            elif request in self.waiting:
+                self.waiting.remove(request)
+            self.statistics.aborted += 1
+        self._aborted.clear()

@@ -1,0 +1,173 @@
+"""One answer in progress, and everything that may deliberately go wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from vllm_router.lab.mock.connection import Connection, Incoming
+from vllm_router.lab.mock.faults import Fault
+from vllm_router.lab.mock.heads import JSON
+from vllm_router.lab.mock.shapes import encode, engine_dead
+from vllm_router.lab.mock.wire import Wire
+
+if TYPE_CHECKING:
+    from vllm_router.lab.mock.server import MockServer
+
+
+class Exchange:
+    """Holds its place in `server.active` until it is ended or the client leaves."""
+
+    def __init__(
+        self, server: MockServer, connection: Connection, incoming: Incoming, fault: Fault
+    ) -> None:
+        self.server = server
+        self.connection = connection
+        self.incoming = incoming
+        self.fault = fault
+        self.wire = Wire.of(fault)
+        self.over = False
+        self.spoiled = False  # complete, but wrong on purpose
+        server.active.add(self)
+        connection.answerer = self
+
+    def end(self) -> None:
+        """All has been written."""
+        self._leave()
+        if self.spoiled:
+            self.server.counts.failed += 1
+        else:
+            self.server.counts.done += 1
+        self.connection.finish(keep_alive=self.incoming.keep_alive)
+
+    def cut(self, how: str) -> None:
+        """Close the connection in the middle of something: `fin` or `rst`."""
+        self._leave()
+        self.server.counts.failed += 1
+        self.connection.close(how)
+
+    def lost(self) -> None:
+        """The client has left."""
+        if not self.over:
+            self._leave()
+            self.server.counts.aborted += 1
+
+    def terminate(self, *, error: bool) -> None:
+        """The server ends while this waits: not a byte, as was seen of a real one."""
+        self.cut("fin")
+
+    def _leave(self) -> None:
+        self.over = True
+        self.server.active.discard(self)
+
+    def mistreat_unanswered(self) -> bool:
+        """Modes that need no answer to spoil; True if the request has been dealt with."""
+        fault = self.fault
+        if fault.status:
+            kind = "BadRequestError" if fault.status < 500 else "InternalServerError"
+            error = {
+                "message": f"mock {fault.status}",
+                "type": kind,
+                "param": None,
+                "code": fault.status,
+            }
+            extra = b""
+            if fault.retry_after is not None:
+                extra = b"retry-after: %b\r\n" % f"{fault.retry_after:g}".encode()
+            self._leave()
+            self.server.counts.failed += 1
+            body = b"" if fault.status in (204, 304) else encode({"error": error})
+            self.server.reply(self.connection, self.incoming, fault.status, body, JSON, extra=extra)
+        elif fault.mode == "reset":
+            self.cut("rst")
+        elif fault.mode == "close":
+            self.cut("fin")
+        elif fault.mode == "raw":
+            self.connection.write(fault.raw)
+            self.server.counts.failed += 1
+            if not fault.keep_open:
+                self._leave()
+                self.connection.close("fin")
+        elif fault.mode == "die":
+            self.server.stop()
+        elif fault.mode == "engine_death":
+            self._leave()
+            self.server.counts.failed += 1
+            self.server.reply(self.connection, self.incoming, 500, engine_dead().body(), JSON)
+            self.server.lose_engine()
+        else:
+            return fault.mode == "hang"
+        return True
+
+    def head(self, content_type: bytes, length: int | None) -> bytes:
+        """Of an answer with status 200; `length` None: chunked, or until the connection ends."""
+        wire = self.wire
+        if wire is None:
+            return self.server.heads.head(
+                self.incoming, 200, length=length, content_type=content_type
+            )
+        if wire.until_close:
+            self.incoming.keep_alive = False
+        return self.server.heads.head(
+            self.incoming,
+            200,
+            length=None if wire.until_close else length,
+            content_type=content_type,
+            extra=wire.headers,
+            chunked=length is None and not wire.until_close,
+        )
+
+    def plain(self, body: bytes, content_type: bytes = JSON) -> None:
+        """A complete answer, or as much of it as the fault lets through."""
+        if self.over:
+            return
+        mode = self.fault.mode
+        if mode in ("empty", "unfinished"):
+            self.spoiled = True
+            body = b"" if mode == "empty" else body[: len(body) // 2]
+        if self.wire is not None:
+            body = self.wire.whole(body)
+        head = self.head(content_type, len(body))
+        if mode == "hang_after_head":
+            self.connection.write(head)
+        elif mode in ("midreset", "midclose", "midhang"):
+            self.connection.write(head + body[: len(body) // 2])
+            self._break(mode)
+        elif mode == "trickle":
+            self.connection.write(head)
+            self.server.start_soon(Trickle(self, body).run)
+        else:
+            self.connection.write(head + body)
+            self.end()
+
+    def _break(self, mode: str) -> None:
+        if mode == "midreset":
+            self.cut("rst")
+        elif mode == "midclose":
+            self.cut("fin")
+        else:
+            self.server.counts.failed += 1  # and stays open, silent
+
+
+class Trickle:
+    """Sends byte by byte; what is added later follows. Ends the exchange when told so."""
+
+    def __init__(self, exchange: Exchange, data: bytes = b"", *, complete: bool = True) -> None:
+        self._exchange = exchange
+        self._data = data
+        self._complete = complete
+
+    def add(self, data: bytes, *, complete: bool) -> None:
+        self._data += data
+        self._complete = complete
+
+    async def run(self) -> None:
+        while not self._exchange.over:
+            if self._data:
+                self._exchange.connection.write(self._data[:1])
+                self._data = self._data[1:]
+            elif self._complete:
+                self._exchange.end()
+                return
+            await trio.sleep(self._exchange.fault.trickle)

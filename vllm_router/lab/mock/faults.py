@@ -1,0 +1,150 @@
+"""Which request is to be mistreated, and how: the switches and the X-Mock-* headers. Pure."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+
+import msgspec
+
+from vllm_router.lab.mock.foreign import ERRORS
+from vllm_router.lab.mock.options import Switches
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """The treatment of one request; times in seconds."""
+
+    mode: str = "ok"
+    status: int = 0  # not 0: answer this at once
+    retry_after: float | None = None
+    after: int | None = None
+    ttft: float | None = None
+    delay: float | None = None
+    output_tokens: int | None = None
+    error: str = ""
+    framing: str = ""
+    packing: str = ""
+    early_opening: bool = False
+    null_error: bool = False
+    trickle: float = 0.05
+    raw: bytes = b""
+    keep_open: bool = False
+
+
+class Faults:
+    """Keeps count of `next` and `fraction`. Headers overrule the switches, except on a server whose
+    name is not the one in `X-Mock-Only`."""
+
+    def __init__(self, switches: Switches) -> None:
+        self.change(switches)
+
+    def change(self, switches: Switches) -> None:
+        """From now on; `next` starts anew."""
+        self.switches = switches
+        self._left = switches.next
+        self._share = 0.0
+        self._decorated = _decorated(switches)
+        self._harmless = (
+            switches.mode == "ok"
+            and not self._decorated
+            and switches.ttft_ms is None
+            and switches.delay_ms is None
+        )
+
+    def choose(
+        self,
+        name: str,
+        path: str,
+        headers: Mapping[bytes, bytes],
+        *,
+        reused: bool,
+        body: bytes = b"",
+    ) -> Fault:
+        """The treatment of the request that has just come. ValueError: a header is wrong."""
+        if self._harmless and not headers:
+            return _OK
+        switches = self.switches
+        told = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers.items()}
+        if told.get("only", name) != name:
+            told = {}
+        chosen = "mode" not in told and self._chosen(path, body)
+        mode = told.get("mode") or (str(switches.mode) if chosen else "ok")
+        if mode.endswith("_reused"):
+            mode = mode.removesuffix("_reused") if reused else "ok"
+        after = told.get("after")
+        output = told.get("output-tokens")
+        error = told.get("error", switches.error if chosen else "")
+        if error and error not in ERRORS:
+            raise ValueError(f"error: expected one of {', '.join(ERRORS)}")
+        return Fault(
+            mode=mode,
+            status=int(mode) if mode.isdecimal() else 0,
+            retry_after=_number(told, "retry-after", switches.retry_after),
+            after=switches.after if after is None else int(after),
+            ttft=_seconds(_number(told, "ttft-ms", switches.ttft_ms)),
+            delay=_seconds(_number(told, "delay-ms", switches.delay_ms)),
+            output_tokens=(
+                (switches.output_tokens if chosen else None) if output is None else int(output)
+            ),
+            error=error,
+            framing=told.get("framing", switches.framing if chosen else ""),
+            packing=told.get("packing", switches.packing if chosen else ""),
+            early_opening=_flag(told, "early-opening", chosen and switches.early_opening),
+            null_error=_flag(told, "null-error", chosen and switches.null_error),
+            trickle=(_number(told, "trickle-ms", switches.trickle_ms) or 0.0) / 1000,
+            raw=_raw(told.get("raw", switches.raw)) if mode == "raw" else b"",
+            keep_open=_flag(told, "keep-open", switches.keep_open),
+        )
+
+    def _chosen(self, path: str, body: bytes) -> bool:
+        """Whether the switches are meant for this request; counts it if they are."""
+        switches = self.switches
+        if switches.mode == "ok" and not self._decorated:
+            return False
+        if switches.only_path not in (None, path):
+            return False
+        if switches.only_body is not None and switches.only_body.encode() not in body:
+            return False
+        self._share += switches.fraction
+        if self._share < 1.0:
+            return False
+        self._share -= 1.0
+        if self._left is not None:
+            if self._left <= 0:
+                return False
+            self._left -= 1
+        return True
+
+
+_OK = Fault()
+
+
+def _decorated(switches: Switches) -> bool:
+    """Whether answers differ even in mode ok."""
+    return bool(
+        switches.framing
+        or switches.packing
+        or switches.early_opening
+        or switches.null_error
+        or switches.output_tokens is not None
+    )
+
+
+def _flag(told: Mapping[str, str], name: str, otherwise: bool) -> bool:
+    return told[name] == "1" if name in told else otherwise
+
+
+def _number(told: Mapping[str, str], name: str, otherwise: float | None) -> float | None:
+    return float(told[name]) if name in told else otherwise
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _raw(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise ValueError("raw: expected base64") from None

@@ -1,0 +1,266 @@
+"""`vllm-router simulate`: what would be if."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+
+from vllm_router.lab.simulate import plots
+from vllm_router.lab.simulate.grid import (
+    ALL_POLICIES,
+    CALIBRATED_HARDWARE,
+    Run,
+    calibrate,
+    capacity_of,
+    execute_all,
+    grid,
+    speeds_of,
+)
+from vllm_router.lab.simulate.hardware import HARDWARE
+from vllm_router.lab.simulate.replay import read_log
+from vllm_router.lab.simulate.report import Cell
+from vllm_router.lab.simulate.rivals import RIVALS
+from vllm_router.lab.simulate.tables import cell_rows, markdown, share_rows, standing_rows
+from vllm_router.lab.simulate.workloads import WORKLOADS, Workload
+from vllm_router.lab.simulate.world import Scene
+from vllm_router.routing.policies import POLICY_NAMES, Knobs
+
+_KNOBS = Knobs()
+
+FEW = 30
+"""Requests of a replayed log after the warm-up: of fewer the percentiles say little."""
+
+
+class _SlowServer(click.ParamType[tuple[int, float]]):
+    """`SERVER:FACTOR`."""
+
+    name = "server:factor"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        place, _, factor = str(value).partition(":")
+        try:
+            return int(place), float(factor or 5.0)
+        except ValueError:
+            self.fail(f"expected a server's number and a factor like 0:5, got {value!r}")
+
+
+@click.command(name="simulate", context_settings={"show_default": True})
+@click.option(
+    "--workload", "workloads", multiple=True, type=click.Choice(list(WORKLOADS)), help="[all]"
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Choice(list(ALL_POLICIES)),
+    help="[all that the router has]",
+)
+@click.option("--rivals", is_flag=True, help="Other routers' policies, too.")
+@click.option(
+    "--load",
+    "loads",
+    multiple=True,
+    type=click.IntRange(1, 300),
+    default=(50, 70, 85, 95),
+    help="Percent of what the fleet can take.",
+)
+@click.option("--seeds", type=click.IntRange(1, 100), default=1, help="Runs of each, to average.")
+@click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
+@click.option("--seconds", type=click.FloatRange(5), default=60.0, help="Simulated, per run.")
+@click.option("--servers", type=click.IntRange(1, 200), default=8)
+@click.option("--hardware", type=click.Choice(list(HARDWARE)), default="8b", help="Of a server.")
+@click.option(
+    "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
+)
+@click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
+@click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
+@click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
+@click.option(
+    "--failing", multiple=True, type=int, help="A server that fails everything, /health green."
+)
+@click.option("--restarting", multiple=True, type=int, help="A server that restarts.")
+@click.option(
+    "--plain", type=click.FloatRange(0, 1), default=0.0, help="Share of answers not streamed."
+)
+@click.option(
+    "--replay",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The router's access log (JSON lines) instead of a workload.",
+)
+@click.option("--tokens-per-request", default=_KNOBS.tokens_per_request, help="Knob T.")
+@click.option("--waste-growth", default=_KNOBS.waste_growth, help="Knob K.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Every run, as JSON.")
+@click.option(
+    "--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG."
+)
+@click.option(
+    "--shares", is_flag=True, help="Also: which part of the requests was sent to each server."
+)
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="At a time.")
+@click.option("--calibrate", "find", is_flag=True, help="Find the fleet's capacity instead.")
+def simulate_command(
+    *,
+    workloads: tuple[str, ...],
+    policies: tuple[str, ...],
+    rivals: bool,
+    loads: tuple[int, ...],
+    seeds: int,
+    seed: int,
+    seconds: float,
+    servers: int,
+    hardware: str,
+    capacity: int,
+    routers: int,
+    metrics_interval: float,
+    slow: tuple[tuple[int, float], ...],
+    failing: tuple[int, ...],
+    restarting: tuple[int, ...],
+    plain: float,
+    replay: Path | None,
+    tokens_per_request: float,
+    waste_growth: float,
+    json_file: Path | None,
+    plot: Path | None,
+    shares: bool,
+    jobs: int,
+    find: bool,
+) -> None:
+    """Try policies on a simulated fleet of vLLM servers.
+
+    The policies are the very ones of the router, the servers a model of vLLM: continuous batching,
+    chunked prefill, a KV cache with preemption and a prefix cache. Same seed, same result.
+    """
+    workloads = workloads or tuple(WORKLOADS)
+    policies = policies or POLICY_NAMES
+    if rivals:
+        policies = tuple(dict.fromkeys((*policies, *RIVALS)))
+    if find:
+        for name in workloads:
+            click.echo(f"{name}: {calibrate(WORKLOADS[name], hardware):.4g} requests/s")
+        return
+    for place in (*failing, *restarting, *(place for place, _ in slow)):
+        if not 0 <= place < servers:
+            raise click.UsageError(f"there is no server {place}: they are 0 to {servers - 1}")
+
+    def scene_of(workload: Workload, seconds: float = seconds) -> Scene:
+        return Scene(
+            HARDWARE[hardware],
+            speeds_of(workload, servers),
+            capacity=capacity,
+            routers=routers,
+            scrape_interval=metrics_interval,
+            seconds=seconds,
+            warm_up=seconds / 3,
+            slow=slow,
+            failing=failing,
+            restarting=restarting,
+            failing_from=0.4 * seconds,
+            plain=plain,
+        )
+
+    knobs = Knobs(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
+    if replay is not None:
+        runs = _replayed(replay, range(seed, seed + seeds), policies, knobs, scene_of)
+    else:
+        shares_of_capacity = [load / 100 for load in loads]
+        runs = list(
+            grid(
+                workloads,
+                shares_of_capacity,
+                range(seed, seed + seeds),
+                policies,
+                _capacities(workloads, hardware),
+                scene_of,
+                knobs,
+            )
+        )
+    if plot is not None and not plots.available():
+        click.echo(plots.MISSING, err=True)
+        plot = None
+    cells = _run(runs, jobs)
+    click.echo(markdown(*cell_rows(cells)))
+    if len(policies) > 1:
+        click.echo("\nRelative to the best policy of each row (geometric means):\n")
+        click.echo(markdown(*standing_rows(cells)))
+    if shares:
+        click.echo("\n" + markdown(*share_rows(cells)))
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode([_row(c) for c in cells])))
+    if plot is not None:
+        for path in plots.draw(cells, plot):
+            click.echo(f"wrote {path}", err=True)
+
+
+def _capacities(workloads: Sequence[str], hardware: str) -> dict[str, float]:
+    """Of eight servers, by workload. Those of other hardware than 8b take a while to be found."""
+    if hardware == CALIBRATED_HARDWARE:
+        return {name: capacity_of(WORKLOADS[name], hardware) for name in workloads}
+    found: dict[str, float] = {}
+    label = f"capacity of {hardware} servers"
+    with click.progressbar(workloads, label=label, file=sys.stderr, item_show_func=str) as bar:
+        for name in bar:
+            found[name] = capacity_of(WORKLOADS[name], hardware)
+    return found
+
+
+def _replayed(
+    log: Path,
+    seeds: Sequence[int],
+    policies: tuple[str, ...],
+    knobs: Knobs,
+    scene_of: Callable[[Workload, float], Scene],
+) -> list[Run]:
+    lines = tuple(log.read_bytes().splitlines())
+    try:
+        found = read_log(lines)
+    except ValueError as error:
+        raise click.UsageError(f"{log}: {error}") from None
+    if not found:
+        raise click.UsageError(f"{log}: no request with a prompt in it")
+    last = max(conversation.start for conversation in found)
+    scene = scene_of(WORKLOADS["chat"], last + 1.0)
+    measured = sum(conversation.start >= scene.warm_up for conversation in found)
+    if not measured:
+        raise click.UsageError(
+            f"{log}: too short to be measured: its {len(found)} requests came within {last:.1f} s, "
+            f"and the first {scene.warm_up:.1f} s of a replay only warm up the caches. "
+            "Replay a longer log."
+        )
+    if measured < FEW:
+        click.echo(
+            f"{log}: only {measured} of {len(found)} requests come after the warm-up: percentiles "
+            "of so few say little.",
+            err=True,
+        )
+    return [
+        Run(log.name, 0.0, seed, policy, scene, 0.0, knobs, lines)
+        for seed in seeds
+        for policy in policies
+    ]
+
+
+def _run(runs: list[Run], jobs: int) -> list[Cell]:
+    with click.progressbar(
+        length=len(runs),
+        label=f"{len(runs)} runs",
+        file=sys.stderr,
+        item_show_func=lambda cell: f"{cell.policy}, {cell.workload}" if cell is not None else "",
+    ) as bar:
+        return execute_all(runs, min(jobs, len(runs)), lambda cell: bar.update(1, cell))
+
+
+def _row(cell: Cell) -> dict[str, object]:
+    return {
+        "workload": cell.workload,
+        "load": cell.load,
+        "seed": cell.seed,
+        "policy": cell.policy,
+        **cell.figures.as_json(),
+    }

@@ -1,0 +1,144 @@
+"""Many runs: every policy on every workload at every load, with several seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from random import Random
+from typing import NamedTuple
+
+from vllm_router.lab.simulate.hardware import HARDWARE
+from vllm_router.lab.simulate.replay import read_log
+from vllm_router.lab.simulate.report import Cell, Figures, figures
+from vllm_router.lab.simulate.rivals import RIVALS
+from vllm_router.lab.simulate.workloads import WORKLOADS, Conversation, Workload, conversations
+from vllm_router.lab.simulate.world import Scene, World
+from vllm_router.routing.policies import POLICIES, Knobs, Policy
+
+ALL_POLICIES: dict[str, type[Policy]] = {**POLICIES, **RIVALS}
+
+CALIBRATED_SERVERS = 8
+CALIBRATED_HARDWARE = "8b"
+
+
+class Run(NamedTuple):
+    """One run, as it can be sent to another process.
+
+    `rate` in requests per second; `log` are the lines of an access log to replay instead.
+    """
+
+    workload: str
+    load: float
+    seed: int
+    policy: str
+    scene: Scene
+    rate: float
+    knobs: Knobs = Knobs()
+    log: tuple[bytes, ...] = ()
+
+
+def execute(run: Run) -> Cell:
+    """Simulate it. Takes a second or two for a minute of eight servers."""
+    return Cell(run.workload, run.load, run.seed, run.policy, figures(simulate(run)))
+
+
+def simulate(run: Run) -> World:
+    def make_policy(rng: Random) -> Policy:
+        return ALL_POLICIES[run.policy](rng, run.knobs)
+
+    return World(run.scene, _traffic(run), make_policy, run.seed).run()
+
+
+def _traffic(run: Run) -> list[Conversation]:
+    if run.log:
+        return read_log(run.log)
+    return conversations(WORKLOADS[run.workload], run.seed, run.rate, run.scene.seconds)
+
+
+def execute_all(runs: Sequence[Run], jobs: int, shown: Callable[[Cell], None]) -> list[Cell]:
+    """All of them, `jobs` at a time in processes of their own; `shown` is told of each."""
+    if jobs <= 1:
+        return [_tell(execute(run), shown) for run in runs]
+    cells: dict[int, Cell] = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        numbered = iter(enumerate(runs))
+        pending: dict[Future[Cell], int] = {}
+        while True:
+            for number, run in itertools.islice(numbered, 2 * jobs - len(pending)):
+                pending[pool.submit(execute, run)] = number
+            if not pending:
+                return [cells[number] for number in sorted(cells)]
+            done, _ = wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                cells[pending.pop(future)] = _tell(future.result(), shown)
+
+
+def _tell(cell: Cell, shown: Callable[[Cell], None]) -> Cell:
+    shown(cell)
+    return cell
+
+
+def speeds_of(workload: Workload, servers: int) -> tuple[float, ...]:
+    return tuple(itertools.islice(itertools.cycle(workload.speeds), servers))
+
+
+def rate_at(workload: Workload, load: float, servers: int, per_eight: float) -> float:
+    """Requests per second that are this share of what so many servers can take."""
+    whole = sum(speeds_of(workload, CALIBRATED_SERVERS))
+    return load * per_eight * sum(speeds_of(workload, servers)) / whole
+
+
+def capacity_of(workload: Workload, hardware: str) -> float:
+    """What eight servers can take, in requests per second: known for the 8B model, else found."""
+    if hardware == CALIBRATED_HARDWARE:
+        return workload.capacity
+    return calibrate(workload, hardware)
+
+
+def calibrate(workload: Workload, hardware: str) -> float:
+    """The highest rate at which half of the first tokens still come within a second, after two
+    minutes under the `adaptive` policy. A few dozen seconds of work."""
+
+    def bears(rate: float) -> bool:
+        scene = Scene(
+            HARDWARE[hardware],
+            speeds_of(workload, CALIBRATED_SERVERS),
+            seconds=120.0,
+            warm_up=60.0,
+            patience=1.0,
+        )
+        found: Figures = execute(Run(workload.name, 1.0, 7, "adaptive", scene, rate)).figures
+        return found.first_p50 <= 1.0
+
+    low, high = 0.0, 8.0
+    while bears(high):
+        low, high = high, 2 * high
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if bears(middle) else (low, middle)
+    return low
+
+
+def grid(
+    workloads: Iterable[str],
+    loads: Sequence[float],
+    seeds: Sequence[int],
+    policies: Sequence[str],
+    capacities: Mapping[str, float],
+    scene_of: Callable[[Workload], Scene],
+    knobs: Knobs,
+) -> Iterator[Run]:
+    """Every combination, the policies innermost; `capacities` as `capacity_of` finds them."""
+    for name in workloads:
+        workload = WORKLOADS[name]
+        scene = scene_of(workload)
+        for load, seed, policy in itertools.product(loads, seeds, policies):
+            rate = rate_at(workload, load, len(scene.speeds), capacities[name])
+            yield Run(name, load, seed, policy, scene, rate, knobs)
+
+
+__all__ = [
+    "ALL_POLICIES", "Run", "calibrate", "capacity_of", "execute", "execute_all", "grid",
+    "rate_at", "simulate", "speeds_of",
+]  # fmt: skip

@@ -1,0 +1,169 @@
+"""What came out of a run, in the figures that users feel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_router.lab.simulate.world import Call, World
+
+GOOD_FIRST_TOKEN = 1.0
+GOOD_TOKEN_TIME = 0.05
+"""Seconds: an answer that is slower is no good put."""
+
+_OFFSET = 0.1
+"""Added to a time to first token before two are compared: nobody feels less than 100 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Seconds and shares. `token_time` is the mean between the tokens of one answer; `balance`
+    the busiest server's busy time over the mean; `shares` which part of the requests was sent to
+    each server, in vain or not: from a second after servers begin to fail, where some do."""
+
+    requests: int
+    failed: int
+    first_p50: float
+    first_p99: float
+    token_p50: float
+    token_p99: float
+    goodput: float
+    hit_rate: float
+    balance: float
+    preemptions: int
+    shares: tuple[float, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: _rounded(value) for key, value in asdict(self).items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def figures(world: World) -> Figures:
+    """Over the requests that arrived after the warm-up. What is still unanswered counts with the
+    time it has waited."""
+    calls = [call for call in world.calls if call.arrived >= world.scene.warm_up]
+    firsts = sorted(min(call.first_at, world.now) - call.arrived for call in calls)
+    times = sorted(map(_token_time, (call for call in calls if call.ended_at < math.inf)))
+    good = sum(
+        call.first_at - call.arrived <= GOOD_FIRST_TOKEN
+        and call.ended_at < math.inf
+        and _token_time(call) <= GOOD_TOKEN_TIME
+        for call in calls
+    )
+    busy = [engine.busy for engine in world.engines]
+    asked = sum(call.prompt_tokens for call in calls)
+    return Figures(
+        len(calls),
+        sum(call.failed for call in calls),
+        percentile(firsts, 0.5),
+        percentile(firsts, 0.99),
+        percentile(times, 0.5),
+        percentile(times, 0.99),
+        good / len(calls) if calls else 0.0,
+        sum(call.cached for call in calls) / asked if asked else 0.0,
+        max(busy) * len(busy) / sum(busy) if any(busy) else 1.0,
+        sum(engine.preemptions for engine in world.engines),
+        _shares(world, calls),
+    )
+
+
+def _shares(world: World, calls: Sequence[Call]) -> tuple[float, ...]:
+    scene = world.scene
+    since = scene.failing_from + 1.0 if scene.failing else 0.0
+    counted = [call for call in calls if call.arrived >= since]
+    sent = [0] * len(scene.speeds)
+    for call in counted:
+        for place in {call.server, *(call.router.place[server] for server in call.tried)}:
+            sent[place] += 1
+    return tuple(count / max(1, len(counted)) for count in sent)
+
+
+def _token_time(call: Call) -> float:
+    if call.failed:
+        return 0.0
+    return (call.ended_at - call.first_at) / max(1, call.output_tokens - 1)
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    if not ordered:
+        return 0.0
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: what was tried, and what came out."""
+
+    workload: str
+    load: float
+    seed: int
+    policy: str
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A policy over all cells, relative to the best policy of each: 1 is the best possible."""
+
+    policy: str
+    first_p99: float
+    worst: float
+    worst_cell: str
+    first_p50: float
+    bad: float
+    hit_rate: float
+
+
+def standings(cells: Sequence[Cell]) -> list[Standing]:
+    """Geometric means over the cells, seeds pooled; the best p99 first."""
+    by_place: dict[tuple[str, float], dict[str, list[Figures]]] = {}
+    for cell in cells:
+        place = by_place.setdefault((cell.workload, cell.load), {})
+        place.setdefault(cell.policy, []).append(cell.figures)
+    ratios: dict[str, list[tuple[float, float, float, str]]] = {}
+    rates: dict[str, list[float]] = {}
+    for (workload, load), policies in by_place.items():
+        p99 = {
+            name: _mean([_OFFSET + f.first_p99 for f in them]) for name, them in policies.items()
+        }
+        p50 = {
+            name: _mean([_OFFSET + f.first_p50 for f in them]) for name, them in policies.items()
+        }
+        bad = {name: _mean([0.01 + 1 - f.goodput for f in them]) for name, them in policies.items()}
+        for name, them in policies.items():
+            ratios.setdefault(name, []).append(
+                (
+                    p99[name] / min(p99.values()),
+                    p50[name] / min(p50.values()),
+                    bad[name] / min(bad.values()),
+                    f"{workload} {load:.0%}" if load else workload,
+                )
+            )
+            rates.setdefault(name, []).append(sum(f.hit_rate for f in them) / len(them))
+    found = []
+    for name, rows in ratios.items():
+        worst = max(rows)
+        found.append(
+            Standing(
+                name,
+                _mean([row[0] for row in rows]),
+                worst[0],
+                worst[3],
+                _mean([row[1] for row in rows]),
+                _mean([row[2] for row in rows]),
+                sum(rates[name]) / len(rates[name]),
+            )
+        )
+    return sorted(found, key=lambda standing: standing.first_p99)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(sum(map(math.log, values)) / len(values))

@@ -1,0 +1,290 @@
+"""Clients, routers and engines on one clock.
+
+Each router has its own fleet, metrics and policy, as it would have in its own process; the servers
+are the product's `Server` objects, leased, scraped and failed as the proxy and the probes do it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from vllm_router.config.schema import Config, ServerConfig, Settings
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.health import Check
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.lab.simulate.engine import Engine, Job
+from vllm_router.lab.simulate.hardware import Hardware
+from vllm_router.lab.simulate.text import TOKEN_BYTES
+from vllm_router.lab.simulate.workloads import Conversation, Turn
+from vllm_router.routing.policies.base import Policy
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt
+
+MODEL = "model"
+MAX_ATTEMPTS = 4
+FAIL_SECONDS = 0.005
+"""How long a server that fails fast takes for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Who is there. Times in seconds.
+
+    speeds: one per server, relative to `hardware`; it is also their share of `capacity`.
+    slow: factors by which servers are slower than their capacity says, by place.
+    failing: servers that fail every request within 5 ms, from `failing_from` on, `/health` green.
+    restarting: servers that restart at `failing_from`, and are down for five seconds.
+    plain: the share of answers that are not streamed.
+    """
+
+    hardware: Hardware
+    speeds: tuple[float, ...]
+    capacity: int = 32
+    routers: int = 1
+    scrape_interval: float = 0.5
+    seconds: float = 60.0
+    warm_up: float = 20.0
+    patience: float = 60.0
+    slow: tuple[tuple[int, float], ...] = ()
+    failing: tuple[int, ...] = ()
+    restarting: tuple[int, ...] = ()
+    failing_from: float = 25.0
+    plain: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request, from the client's point of view. `server` is the last it was sent to."""
+
+    conversation: Conversation
+    arrived: float
+    prompt_tokens: int
+    output_tokens: int
+    facts: Facts
+    router: Router
+    server: int = -1
+    attempts: int = 0
+    cached: int = 0
+    first_at: float = math.inf
+    ended_at: float = math.inf
+    failed: bool = False
+    lease: Lease | None = None
+    tried: tuple[Server, ...] = ()
+
+
+class Router:
+    """One router's view of the servers."""
+
+    def __init__(self, scene: Scene, policy: Policy) -> None:
+        settings = Settings(metrics_interval=scene.scrape_interval)
+        self.fleet = Fleet(
+            Config(
+                servers=tuple(
+                    ServerConfig(
+                        url=f"http://server-{n}:8000",
+                        name=f"server-{n}",
+                        max_concurrent_requests=max(1, round(scene.capacity * speed)),
+                    )
+                    for n, speed in enumerate(scene.speeds)
+                ),
+                settings=settings,
+            )
+        )
+        self.policy = policy
+        self.servers = tuple(self.fleet.servers.values())
+        self.place = {server: n for n, server in enumerate(self.servers)}
+        for server in self.servers:
+            self.mark(server, 0.0, up=True)
+
+    def mark(self, server: Server, now: float, *, up: bool) -> None:
+        """Probes have found the server up, or gone."""
+        for _ in range(3):
+            server.checked(Check.GOOD if up else Check.UNREACHABLE, 0.001, now)
+        self.fleet.settle(now)
+
+
+class World:
+    """Runs one scene to its end; `calls` are then the results."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        conversations: Sequence[Conversation],
+        make_policy: Callable[[Random], Policy],
+        seed: int,
+    ) -> None:
+        self.scene = scene
+        self.rng = rng = Random(seed)
+        slow = dict(scene.slow)
+        self.engines = [
+            Engine(scene.hardware.faster(speed / slow.get(place, 1.0)))
+            for place, speed in enumerate(scene.speeds)
+        ]
+        self.routers = [
+            Router(scene, make_policy(Random(rng.random()))) for _ in range(scene.routers)
+        ]
+        self.calls: list[Call] = []
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._ticket = itertools.count()
+        self._down: set[int] = set()
+        for conversation in conversations:
+            self._next_turn(conversation, conversation.start, first=True)
+        for router in self.routers:
+            interval = getattr(router.policy, "scrape_interval", scene.scrape_interval)
+            for place in range(len(scene.speeds)):
+                self._at(rng.random() * interval, self._scrape, router, place, interval)
+        for place in scene.restarting:
+            self._at(scene.failing_from, self._go_down, place)
+
+    def run(self, progress: Callable[[float], None] | None = None) -> World:
+        """To the end of the traffic, and until it is answered or patience is at its end."""
+        end = self.scene.seconds + self.scene.patience
+        events, shown = self._events, 0.0
+        while events and events[0][0] <= end:
+            self.now, _, act, arguments = heapq.heappop(events)
+            if self.now > self.scene.seconds and not self._open:
+                break
+            act(*arguments)
+            if progress is not None and self.now >= shown + 1.0:
+                progress(self.now - shown)
+                shown = self.now
+        return self
+
+    _open = 0
+
+    def _at(self, time: float, act: Callable[..., None], *arguments: object) -> None:
+        heapq.heappush(self._events, (time, next(self._ticket), act, arguments))
+
+    # -- clients ------------------------------------------------------------------------------
+
+    def _next_turn(self, conversation: Conversation, now: float, *, first: bool = False) -> None:
+        turn = next(conversation.turns, None)
+        if turn is None:
+            return
+        at = now if first else now + turn.pause
+        if at < self.scene.seconds:
+            self._at(at, self._ask, conversation, turn)
+
+    def _ask(self, conversation: Conversation, turn: Turn) -> None:
+        text = conversation.text
+        conversation.count += 1
+        text.add(hash((conversation.number, conversation.count, 1)), turn.added)
+        prompt = text.length
+        text.add(hash((conversation.number, conversation.count, 2)), turn.output)
+        facts = Facts(
+            MODEL,
+            self.rng.random() >= self.scene.plain and conversation.stream,
+            prompt=Prompt(
+                text.chain(prompt),
+                prompt * TOKEN_BYTES,
+                None,
+                conversation.shared * TOKEN_BYTES,
+                conversation.earlier * TOKEN_BYTES,
+                conversation.number * 2654435761 % (1 << 32),
+            ),
+        )
+        conversation.earlier = prompt
+        router = self.rng.choice(self.routers)
+        call = Call(conversation, self.now, prompt, turn.output, facts, router)
+        self.calls.append(call)
+        self._open += 1
+        self._send(call)
+
+    def _done(self, call: Call) -> None:
+        self._open -= 1
+        call.ended_at = self.now
+        if not call.failed:
+            self._next_turn(call.conversation, self.now)
+
+    # -- routers ------------------------------------------------------------------------------
+
+    def _send(self, call: Call) -> None:
+        router, now = call.router, self.now
+        fleet = router.fleet
+        if call.tried:
+            candidates = fleet.others(MODEL, now, call.tried)
+        else:
+            candidates = fleet.candidates(MODEL, now)
+        if not candidates or call.attempts == MAX_ATTEMPTS:
+            call.failed = True
+            self._done(call)
+            return
+        server = router.policy.pick(candidates, call.facts, now)
+        call.lease = lease = server.lease(now)
+        call.attempts += 1
+        call.server = place = router.place[server]
+        router.policy.leased(lease, call.facts, now)
+        failing = place in self.scene.failing and now >= self.scene.failing_from
+        if failing or place in self._down:
+            self._at(now + FAIL_SECONDS, self._failed, call)
+            return
+        # What the text has grown by since does not matter: a conversation waits for its answers.
+        job = Job(call, call.conversation.text, call.prompt_tokens, call.output_tokens, now)
+        if self.engines[place].submit(job, now):
+            self._at(self.engines[place].step_end, self._step, place)
+
+    def _failed(self, call: Call) -> None:
+        server = self._release(call, failed=True)
+        server.failed(self.now, trial=call.lease is not None and call.lease.trial, jitter=1.0)
+        call.tried = (*call.tried, server)
+        self._send(call)
+
+    def _release(self, call: Call, *, failed: bool) -> Server:
+        lease = call.lease
+        assert lease is not None
+        lease.release()
+        call.router.policy.ended(lease, self.now, failed=failed)
+        return lease.server
+
+    def _scrape(self, router: Router, place: int, interval: float) -> None:
+        server = router.servers[place]
+        if place not in self._down:
+            server.scraped(self.engines[place].metrics(), self.now, server.in_flight)
+        router.fleet.settle(self.now)
+        self._at(self.now + interval * (0.95 + 0.1 * self.rng.random()), self._scrape,
+                 router, place, interval)  # fmt: skip
+
+    # -- servers ------------------------------------------------------------------------------
+
+    def _step(self, place: int) -> None:
+        engine = self.engines[place]
+        first, last = engine.finish_step()
+        for job in first:
+            call = job.owner
+            assert isinstance(call, Call)
+            call.first_at, call.cached = self.now, job.cached
+            if call.facts.stream and call.lease is not None:
+                call.router.policy.first_byte(call.lease)
+        for job in last:
+            call = job.owner
+            assert isinstance(call, Call)
+            lease = call.lease
+            assert lease is not None
+            call.router.policy.learned(lease, call.prompt_tokens, None)
+            server = self._release(call, failed=False)
+            server.answered(self.now, trial=lease.trial)
+            self._done(call)
+        if engine.step_end < math.inf:
+            self._at(engine.step_end, self._step, place)
+
+    def _go_down(self, place: int) -> None:
+        """The server takes no more requests; those it has are finished, then it starts anew."""
+        self._down.add(place)
+        for router in self.routers:
+            router.mark(router.servers[place], self.now, up=False)
+        self._at(self.now + 5.0, self._come_up, place)
+
+    def _come_up(self, place: int) -> None:
+        if self.engines[place].running:
+            self._at(self.now + 0.5, self._come_up, place)
+            return
+        self._down.discard(place)
+        self.engines[place].restart()
+        for router in self.routers:
+            router.mark(router.servers[place], self.now, up=True)

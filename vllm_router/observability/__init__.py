@@ -1,0 +1,1 @@
+"""Metrics, access log, tracing, decision history, and stalls of the event loop."""

@@ -1,0 +1,236 @@
+"""The access log: one line for each finished exchange, written in another thread.
+
+A line of text is made on the loop, where what it tells is at hand: to a thread on another core each
+value would have to be fetched, for as long as making the line takes, with the interpreter withheld
+from the loop. JSON, which has the hashes of the prompt, is made in the thread.
+
+No prompt, no answer, no header but the request id, so never a key. What a client or server chose
+is escaped and cut: it can neither forge a line nor fill a disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vllm_router.fleet.server import Server
+from vllm_router.http.headers import Refusal
+from vllm_router.observability.decisions import outcome_label
+from vllm_router.observability.formatting import timestamp, visible
+from vllm_router.observability.line_writer import LineWriter
+from vllm_router.observability.tally import failed
+from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import pack_chain
+
+LONGEST = 256
+"""Characters of a path or a model's name that are logged."""
+
+LONGEST_METHOD = 20
+
+NOTHING = "-"
+"""In the place of what a refused request did not say."""
+
+_IS_PLAIN = re.compile(r"[^\s\"'=\\]+").fullmatch
+"""Whether a value cannot be taken for more than one."""
+
+
+class Ended(NamedTuple):
+    """A finished exchange: when it ended (Unix time), and what is known of it."""
+
+    at: float
+    record: Record
+    facts: Facts | None
+    trace_id: str | None = None
+
+
+class AccessLog:
+    """A Recorder of the proxy. Costs it some 3 µs per exchange.
+
+    `writer` is None while there is no access log; `form` is text or json; lines of a level below
+    `threshold` are left out (good exchanges are INFO, failed ones WARNING).
+    """
+
+    def __init__(self) -> None:
+        self.writer: LineWriter | None = None
+        self.threshold = logging.INFO
+        self.form = "text"
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        """Told by the exchange's record."""
+
+    def exchange_ended(self, record: Record) -> None:
+        """Hand it to the thread. The record is not changed any more."""
+        writer = self.writer
+        if writer is None or (self.threshold > logging.INFO and not self._loud(record)):
+            return
+        trace_id = record.trace.trace_id if record.trace is not None else None
+        ended = Ended(time.time(), record, record.facts, trace_id)
+        writer.put((json_line, ended) if self.form == "json" else text_line(ended))
+
+    def refused(self, refusal: Refusal, client: tuple[str, int] | None, line: bytes) -> None:
+        """A request that was no HTTP, or too much of it: it never became an exchange."""
+        method, _, rest = line.partition(b" ")
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        self.exchange_ended(
+            Record(
+                started_at=0.0,
+                ended_at=0.0,
+                method=method[:LONGEST_METHOD].decode("latin-1") or NOTHING,
+                path=path or NOTHING.encode(),
+                client=client[0] if client is not None else NOTHING,
+                request_id=refusal.request_id or NOTHING.encode(),
+                phase=Phase.DONE,
+                status=refusal.status,
+                code=refusal.code,
+            )
+        )
+
+    def _loud(self, record: Record) -> bool:
+        return self.threshold <= logging.WARNING and failed(record)
+
+
+def json_line(ended: Ended) -> str:
+    """One object; what is not known is left out. In ASCII where a character does not show."""
+    values = fields(ended)
+    line = msgspec.json.encode(values).decode()
+    return line if line.isprintable() else json.dumps(values).replace("\x7f", "\\u007f")
+
+
+def text_line(ended: Ended) -> str:
+    """`2026-01-31T12:00:00.000Z INFO    access: POST /v1/... 200 answered server=a model=m ...`.
+
+    What `fields` tells, but for chunks and prefix, in its order; written out, as it is made for
+    every request. Whatever others chose goes through `_plain` or `_shown`.
+    """
+    at, record, facts, trace_id = ended
+    took = record.ended_at - record.started_at
+    level = "WARNING" if failed(record) else "INFO   "
+    line = (
+        f"{timestamp(at)} {level} access: {_plain(record.method)} "
+        f"{_path(record.path[:LONGEST])} {record.status} {outcome_label(record)}"
+    )
+    if record.code:
+        line += f" code={_shown(record.code)}"
+    if record.server is not None:
+        line += f" server={_shown(record.server.name)}"
+    if record.model is not None:
+        line += f" model={_shown(record.model[:LONGEST])}"
+    if record.served_model is not None:
+        line += f" served_model={_shown(record.served_model)}"
+    if record.policy:
+        line += f" policy={record.policy}"
+    line += f" stream={'yes' if record.stream else 'no'} attempts={record.attempts}"
+    if record.retries:
+        line += f" retries={','.join([reason.value for reason in record.retries])}"
+    if record.waited:
+        line += f" waited={record.waited:.3f}"
+    if record.first_byte_at:
+        line += f" ttft={record.first_byte_at - record.started_at:.3f}"
+    line += f" started={timestamp(at - took)} duration={took:.3f}"
+    line += f" bytes_in={record.bytes_in} bytes_out={record.bytes_out}"
+    if record.prompt_tokens is not None:
+        line += f" prompt_tokens={record.prompt_tokens}"
+        if record.cached_tokens is not None:
+            line += f" cached_tokens={record.cached_tokens}"
+        if record.completion_tokens is not None:
+            line += f" completion_tokens={record.completion_tokens}"
+    # An id that would not do has been replaced (proxy.headers.request_id).
+    line += f" client={_shown(record.client)} request_id={record.request_id.decode('latin-1')}"
+    if trace_id is not None:
+        line += f" trace_id={trace_id}"
+    if facts is not None:
+        if facts.session is not None:
+            line += f" session={_pseudonym(facts.session)}"
+        if facts.prompt.size:
+            line += f" prompt_bytes={facts.prompt.size}"
+    return line
+
+
+# The same few names are shown again and again.
+
+
+@lru_cache(maxsize=512)
+def _shown(value: str) -> str:
+    """A value that cannot be taken for more than one."""
+    return visible(value if _IS_PLAIN(value) else json.dumps(value, ensure_ascii=False))
+
+
+@lru_cache(maxsize=512)
+def _plain(text: str) -> str:
+    return visible(text)
+
+
+@lru_cache(maxsize=512)
+def _path(path: bytes) -> str:
+    return visible(path.decode("latin-1"))
+
+
+def fields(ended: Ended) -> dict[str, Any]:
+    """The line's values by name. `time` is when the exchange ended, as it is in every line of a
+    log; `started` when the request came; durations are in seconds.
+    """
+    at, record, facts, trace_id = ended
+    took = record.ended_at - record.started_at
+    values: dict[str, Any] = {
+        "time": timestamp(at),
+        "level": "warning" if failed(record) else "info",
+        "logger": "vllm_router.access",
+        "method": record.method,
+        "path": record.path[:LONGEST].decode("latin-1"),
+        "status": record.status,
+        "outcome": outcome_label(record),
+    }
+    if record.code:
+        values["code"] = record.code
+    if record.server is not None:
+        values["server"] = record.server.name
+    if record.model is not None:
+        values["model"] = record.model[:LONGEST]
+    if record.served_model is not None:
+        values["served_model"] = record.served_model
+    if record.policy:
+        values["policy"] = record.policy
+    values["stream"] = record.stream
+    values["attempts"] = record.attempts
+    if record.retries:
+        values["retries"] = [reason.value for reason in record.retries]
+    if record.waited:
+        values["waited"] = round(record.waited, 6)
+    if record.first_byte_at:
+        values["ttft"] = round(record.first_byte_at - record.started_at, 6)
+    values["started"] = timestamp(at - took)
+    values["duration"] = round(took, 6)
+    values["bytes_in"] = record.bytes_in
+    values["bytes_out"] = record.bytes_out
+    values["chunks"] = record.chunks
+    if record.prompt_tokens is not None:
+        values["prompt_tokens"] = record.prompt_tokens
+        if record.cached_tokens is not None:
+            values["cached_tokens"] = record.cached_tokens
+        if record.completion_tokens is not None:
+            values["completion_tokens"] = record.completion_tokens
+    values["client"] = record.client
+    values["request_id"] = record.request_id.decode("latin-1")
+    if trace_id is not None:
+        values["trace_id"] = trace_id
+    if facts is not None:
+        if facts.session is not None:
+            # Users are often called by their mail address: told apart, not named.
+            values["session"] = _pseudonym(facts.session)
+        if facts.prompt.size:
+            values["prompt_bytes"] = facts.prompt.size
+            values["prefix"] = pack_chain(facts.prompt.chain)
+    return values
+
+
+def _pseudonym(name: str) -> str:
+    return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).hexdigest()

@@ -1,0 +1,367 @@
+"""Every metric of the router: names, labels and meanings. docs/metrics.md is written from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import trio
+
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.server import Server, State
+from vllm_router.observability.prometheus_text import Family, Kind
+from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, RouterState
+from vllm_router.routing.accounts import PrefixStatistics
+
+
+def _counter(name: str, text: str, *labels: str) -> Family:
+    return Family(f"vllm_router_{name}_total", Kind.COUNTER, text, labels)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Family:
+    return Family(f"vllm_router_{name}", Kind.GAUGE, text, labels)
+
+
+def _histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> Family:
+    return Family(f"vllm_router_{name}", Kind.HISTOGRAM, text, labels, tuple(buckets))
+
+
+# -- what is counted as exchanges end ---------------------------------------------------------
+
+REQUESTS = _counter(
+    "requests",
+    "Finished requests. outcome: how the last attempt ended, refused if there was none; "
+    "status: what the client got, 0 if nothing.",
+    "server",
+    "model",
+    "path",
+    "outcome",
+    "status",
+)
+ATTEMPTS = _counter("attempts", "Attempts on servers, by how they ended.", "server", "outcome")
+RETRIES = _counter("retries", "Further attempts, by why the one before had failed.", "reason")
+DISCONNECTS = _counter(
+    "client_disconnects", "Clients that left before the end, by how far it had come.", "phase"
+)
+REFUSALS = _counter("refusals", "Answers with an error of the router's own, by code.", "code")
+KEY_REQUESTS = _counter(
+    "key_requests",
+    "Finished requests by the name of the client's key; status: the first digit of what it got.",
+    "key",
+    "status",
+)
+RECEIVED = _counter("request_bytes", "Bytes of request bodies.", "server")
+SENT = _counter("response_bytes", "Bytes of answers' bodies passed on.", "server")
+CHUNKS = _counter(
+    "response_chunks",
+    "Pieces of answers passed on; in a stream about one per token. Counted when it ends.",
+    "server",
+)
+FIRST_TOKEN = _histogram(
+    "time_to_first_token_seconds",
+    "From a streamed request's arrival to its first data, with all attempts.",
+    (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+    "server",
+    "model",
+)
+DURATION = _histogram(
+    "request_duration_seconds",
+    "From a request's arrival to the end of its complete answer.",
+    (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+    "server",
+    "model",
+)
+OVERHEAD = _histogram(
+    "overhead_seconds",
+    "From a request read to its being sent to a server, failed attempts before included; of those "
+    "that did not have to wait.",
+    (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.025, 0.1, 1),
+)
+TRANSITIONS = _counter(
+    "server_transitions", "Changes of a server's state, by the new one.", "server", "state"
+)
+
+# -- what is read when the page is asked for --------------------------------------------------
+
+ServerReading = Callable[[Server, float], float | None]
+
+
+def _metric_age(server: Server, now: float) -> float | None:
+    return server.metrics_age(now) if server.scraped_at is not None else None
+
+
+SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
+    (
+        _gauge("server_up", "1 if the last checks of the server were good.", "server"),
+        lambda server, now: int(bool(server.probe_health.up)),
+    ),
+    (
+        _gauge(
+            "server_available",
+            "1 if the server may be given requests now (up, or refusing some of them).",
+            "server",
+        ),
+        lambda server, now: int(server.current_state(now)[0] in (State.UP, State.REFUSING)),
+    ),
+    (
+        _gauge(
+            "server_refusals",
+            "Paths, sizes and models that it refuses by its own fault, while others take them.",
+            "server",
+        ),
+        lambda server, now: server.refusals.count(),
+    ),
+    (
+        _gauge("server_load", "(running + 0.5 waiting) / capacity, as routing sees it.", "server"),
+        lambda server, now: server.load,
+    ),
+    (
+        _gauge("server_capacity", "Requests it takes at once, as configured.", "server"),
+        lambda server, now: server.capacity,
+    ),
+    (
+        _gauge(
+            "server_max_in_flight",
+            "Requests that it may have of this router; missing without a cap.",
+            "server",
+        ),
+        lambda server, now: server.config.max_in_flight,
+    ),
+    (
+        _gauge("server_running", "Requests running on it, corrected by our own.", "server"),
+        lambda server, now: server.running,
+    ),
+    (
+        _gauge("server_waiting", "Requests waiting in its queue.", "server"),
+        lambda server, now: server.waiting,
+    ),
+    (
+        _gauge("server_leases", "Requests that this router has on it.", "server"),
+        lambda server, now: server.in_flight,
+    ),
+    (
+        _gauge(
+            "server_metrics_age_seconds",
+            "Since its /metrics was last read; missing if it never was.",
+            "server",
+        ),
+        _metric_age,
+    ),
+    (
+        _gauge("server_kv_cache_usage_ratio", "Use of its KV cache, 0 to 1.", "server"),
+        lambda server, now: server.metrics.kv_usage if server.metrics is not None else None,
+    ),
+)
+QUEUE_LENGTH = _gauge(
+    "queue_length", "Requests that wait in the router for a server, by model.", "model"
+)
+QUEUE_WAIT = _histogram(
+    "queue_wait_seconds",
+    "How long requests have waited in the router, whatever came of it; only those that did.",
+    (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    "model",
+)
+PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]
+
+PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
+    (
+        _counter(
+            "server_prompt_tokens",
+            "Tokens of prompts sent to it, as policies that look at prompts estimate them.",
+            "server",
+        ),
+        lambda expected, engine: expected.prompt_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_expected_cached_tokens",
+            "Of those, tokens that were expected in its prefix cache.",
+            "server",
+        ),
+        lambda expected, engine: expected.expected_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_told_cached_tokens",
+            "Tokens that its answers told to have been cached "
+            "(vllm serve --enable-prompt-tokens-details).",
+            "server",
+        ),
+        lambda expected, engine: expected.told_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_prefix_cache_queries",
+            "Tokens that the engine looked for in its prefix cache, by its own count.",
+            "server",
+        ),
+        lambda expected, engine: engine.prefix_queries if engine is not None else None,
+    ),
+    (
+        _counter(
+            "server_prefix_cache_hits",
+            "Of those, tokens that it found, by its own count.",
+            "server",
+        ),
+        lambda expected, engine: engine.prefix_hits if engine is not None else None,
+    ),
+)
+SERVER_STATE = _gauge("server_state", "1 for the state the server is in.", "server", "state")
+SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "server", "url")
+
+RouterReading = Callable[[RouterState], float | None]
+
+
+def _of_workers(router: RouterState, figure: str, alone: float) -> float:
+    """A figure of the workers; `alone` where there are none beside this process."""
+    value = router.elsewhere(figure)
+    return alone if value is None else value
+
+
+def _last_reload_good(router: RouterState) -> float | None:
+    return None if router.reloader is None else int(router.reloader.last_error is None)
+
+
+ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
+    (
+        _gauge("requests_in_flight", "Requests being served now."),
+        lambda router: router.in_flight,
+    ),
+    (
+        _gauge("request_body_bytes_held", "Bytes of request bodies that wait to be sent."),
+        lambda router: router.proxy.bodies.held,
+    ),
+    (
+        _gauge("tasks", "Tasks of the process that answers: they go when what they serve is over."),
+        lambda _: trio.lowlevel.current_statistics().tasks_living,
+    ),
+    (
+        _gauge("servers", "Servers of the configuration in force."),
+        lambda router: len(router.fleet.servers),
+    ),
+    (
+        _gauge("queue_limit", "Requests that may wait per model; missing without [limits]."),
+        lambda router: router.proxy.gate.limits.queue_size if router.proxy.gate else None,
+    ),
+    (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),
+    (
+        _gauge("retry_budget_tokens", "Replays that the retry budget allows at the moment."),
+        lambda router: router.proxy.budget.tokens,
+    ),
+    (
+        _gauge("uptime_seconds", "Since the router was started."),
+        lambda router: trio.current_time() - router.started_at,
+    ),
+    (
+        _counter("event_loop_stalls", "Times that the event loop stood still for over 50 ms."),
+        lambda router: router.stalls.count,
+    ),
+    (
+        _counter("event_loop_stall_seconds", "Total length of those stalls."),
+        lambda router: router.stalls.seconds,
+    ),
+    (
+        _counter("task_restarts", "Background tasks that failed and were started again."),
+        lambda router: router.task_restarts,
+    ),
+    (
+        _gauge("config_generation", "Configurations that have been in force, the first included."),
+        lambda router: router.reloader.generation if router.reloader is not None else 1,
+    ),
+    (
+        _gauge(
+            "config_last_reload_successful",
+            "0 while the file is refused and an older configuration is in force.",
+        ),
+        _last_reload_good,
+    ),
+    (
+        _counter("config_reloads_applied", "Reloads that changed the configuration."),
+        lambda router: router.reloader.applied_total if router.reloader is not None else 0,
+    ),
+    (
+        _counter("config_reloads_refused", "Reloads refused because the file was bad."),
+        lambda router: router.reloader.refused_total if router.reloader is not None else 0,
+    ),
+    (
+        _counter(
+            "log_lines_dropped",
+            "Lines of the log and the access log that were lost because writing was too slow.",
+        ),
+        lambda router: router.log_lines_dropped,
+    ),
+    (
+        _gauge("workers", "Processes that serve inference requests."),
+        lambda router: _of_workers(router, "workers", 1),
+    ),
+    (
+        _counter("worker_restarts", "Worker processes that ended and were replaced."),
+        lambda router: _of_workers(router, "restarts", 0),
+    ),
+    (
+        _counter(
+            "worker_reports_dropped",
+            "What workers could not report, as there was nobody to hear it: it is counted nowhere.",
+        ),
+        lambda router: _of_workers(router, "reports_dropped", 0),
+    ),
+)
+SUMMED = frozenset(
+    f"vllm_router_{name}"
+    for name in (
+        "request_body_bytes_held",
+        "retry_budget_tokens",
+        "event_loop_stalls_total",
+        "event_loop_stall_seconds_total",
+        "task_restarts_total",
+        "log_lines_dropped_total",
+    )
+)
+"""Those of the router's figures that every process has a part of."""
+WORKER_METRICS: tuple[tuple[Family, str], ...] = (
+    (
+        _gauge("worker_connections", "Clients' connections, by worker process.", "worker"),
+        CONNECTIONS,
+    ),
+    (
+        _gauge("worker_requests_in_flight", "Requests being served now, by worker.", "worker"),
+        IN_FLIGHT,
+    ),
+    (_counter("worker_cpu_seconds", "CPU time, user and system, by worker.", "worker"), CPU),
+    (_gauge("worker_resident_memory_bytes", "Resident memory, by worker.", "worker"), MEMORY),
+)
+"""Missing if there is but one process; with the name of the figure that a worker tells."""
+
+BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
+LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
+FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
+FEED_DROPPED = _counter(
+    "feed_events_dropped", "Events that clients of the feed were too slow to take."
+)
+
+FAMILIES: tuple[Family, ...] = (
+    REQUESTS,
+    ATTEMPTS,
+    RETRIES,
+    DISCONNECTS,
+    REFUSALS,
+    KEY_REQUESTS,
+    RECEIVED,
+    SENT,
+    CHUNKS,
+    FIRST_TOKEN,
+    DURATION,
+    OVERHEAD,
+    QUEUE_LENGTH,
+    QUEUE_WAIT,
+    TRANSITIONS,
+    SERVER_STATE,
+    SERVER_INFO,
+    *(family for family, _ in SERVER_GAUGES),
+    *(family for family, _ in PREFIX_COUNTERS),
+    *(family for family, _ in ROUTER_METRICS),
+    *(family for family, _ in WORKER_METRICS),
+    BUILD_INFO,
+    LOOP_LAG,
+    FEED_CLIENTS,
+    FEED_DROPPED,
+)

@@ -1,0 +1,355 @@
+"""The router's own metrics: what is counted, and the page that shows it.
+
+An exchange costs one dictionary look-up and a few additions, all at its end; a chunk costs
+nothing. Gauges are read when the page is asked for.
+
+The number of series is bounded: a model is a label only while the fleet lists it, and at most
+MAX_MODELS are; unknown paths are `other`; the series of a removed server are removed.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http import HTTPStatus
+from time import perf_counter
+
+import trio
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
+from vllm_router import __version__
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.observability.decisions import outcome_label
+from vllm_router.observability.metric_families import (
+    ATTEMPTS,
+    BUILD_INFO,
+    CHUNKS,
+    DISCONNECTS,
+    DURATION,
+    FEED_CLIENTS,
+    FEED_DROPPED,
+    FIRST_TOKEN,
+    KEY_REQUESTS,
+    LOOP_LAG,
+    OVERHEAD,
+    PREFIX_COUNTERS,
+    QUEUE_LENGTH,
+    QUEUE_WAIT,
+    RECEIVED,
+    REFUSALS,
+    REQUESTS,
+    RETRIES,
+    ROUTER_METRICS,
+    SENT,
+    SERVER_GAUGES,
+    SERVER_INFO,
+    SERVER_STATE,
+    SUMMED,
+    TRANSITIONS,
+    WORKER_METRICS,
+)
+from vllm_router.observability.prometheus_text import Counter, Counters, Family, Histogram
+from vllm_router.observability.router_state import RouterState
+from vllm_router.proxy.record import DONE, Phase, Record
+from vllm_router.proxy.retry import ANSWERED, RULES, Again, Outcome
+from vllm_router.routing.paths import path_label
+
+MAX_MODELS = 100
+OTHER = "other"
+NONE = "none"
+"""The label of what an exchange did not have: no model named, no server tried."""
+
+TURN = 0.001
+"""Seconds that a scrape may take before other tasks get their turn."""
+
+_STATUSES = frozenset(HTTPStatus)
+
+
+class _Requests:
+    """One series of REQUESTS, and the histograms that its exchanges go to."""
+
+    __slots__ = ("count", "duration", "first_token")
+
+    def __init__(self, count: Counter, first_token: Histogram, duration: Histogram) -> None:
+        self.count, self.first_token, self.duration = count, first_token, duration
+
+
+class _ServerSeries:
+    """Everything that is counted under one server's name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.by_request: dict[tuple[str | None, bytes, int, Outcome | None], _Requests] = {}
+        self.requests: dict[tuple[str, str, str, str], Counter] = {}
+        self.first_token: dict[str, Histogram] = {}
+        self.duration: dict[str, Histogram] = {}
+        self.attempts = Counters(ATTEMPTS, name)
+        self.transitions = Counters(TRANSITIONS, name)
+        self.received = RECEIVED.counter(name)
+        self.sent = SENT.counter(name)
+        self.chunks = CHUNKS.counter(name)
+        self.state_keys = {state: SERVER_STATE.key(name, state) for state in State}
+        self.gauge_keys = [family.key(name) for family, _ in SERVER_GAUGES]
+
+    def forget_models(self, models: set[str]) -> None:
+        self.by_request.clear()
+        for key in [key for key in self.requests if key[0] in models]:
+            del self.requests[key]
+        for model in models:
+            self.first_token.pop(model, None)
+            self.duration.pop(model, None)
+
+
+class Metrics:
+    """Counts, as a Recorder of the proxy, and renders.
+
+    `router` is attached by the application; without it the router's own gauges are missing.
+    `lag`, `feed_clients` and `feed_dropped` are written by the feed.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.router: RouterState | None = None
+        self.lag = 0.0
+        self.feed_clients = 0
+        self.feed_dropped = 0
+        self._fleet = fleet
+        self._servers: dict[str, _ServerSeries] = {}
+        self._models: set[str] = set()
+        self._retries = Counters(RETRIES)
+        self._disconnects = Counters(DISCONNECTS)
+        self._refusals = Counters(REFUSALS)
+        self._keys: dict[str, Counters] = {}
+        # A counter that exists from the start shows its first event as a rise.
+        for outcome, rule in RULES.items():
+            if rule.again is not Again.NO:
+                self._retries[outcome.value].value = 0
+        for phase in (Phase.BODY, Phase.QUEUE, Phase.CONNECT, Phase.WAIT, Phase.STREAM):
+            self._disconnects[phase.value].value = 0
+        self._overhead = OVERHEAD.histogram()
+        self._waits: dict[str, Histogram] = {}
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+
+    # -- counting -----------------------------------------------------------------------------
+
+    def exchange_ended(self, record: Record) -> None:
+        """One look-up, then additions; a combination not seen before costs more, once."""
+        server = record.server
+        series = self._series(server.name if server is not None else NONE)
+        outcome = record.outcome
+        requests = series.by_request.get((record.model, record.path, record.status, outcome))
+        if requests is None:
+            requests = self._find_requests(series, record)
+        requests.count.value += 1
+        series.received.value += record.bytes_in
+        if record.first_byte_at:
+            series.sent.value += record.bytes_out
+            series.chunks.value += record.chunks
+            if record.stream and record.status < 400:
+                requests.first_token.observe(record.first_byte_at - record.started_at)
+        if outcome is ANSWERED and record.phase is DONE:
+            requests.duration.observe(record.ended_at - record.started_at)
+        if record.waited:
+            self._waited(record)
+        elif record.sent_at:
+            self._overhead.observe(record.sent_at - record.body_read_at)
+        for reason in record.retries:
+            self._retries[reason.value].value += 1
+        if record.key_name:
+            by_status = self._keys.get(record.key_name)
+            if by_status is None:
+                by_status = self._keys[record.key_name] = Counters(KEY_REQUESTS, record.key_name)
+            by_status[f"{record.status // 100}xx" if record.status else "0"].value += 1
+        if record.code:
+            self._refusals[record.code].value += 1
+        if outcome is Outcome.CLIENT_GONE:
+            self._disconnects[record.phase.value].value += 1
+
+    def _waited(self, record: Record) -> None:
+        model = self._model_label(record.served_model or record.model)
+        waits = self._waits.get(model)
+        if waits is None:
+            waits = self._waits[model] = QUEUE_WAIT.histogram(model)
+        waits.observe(record.waited)
+
+    def refused(self, code: str) -> None:
+        """A request was refused by its head alone, with one of the router's own codes."""
+        self._refusals[code].value += 1
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        self._series(server.name).attempts[outcome.value].value += 1
+
+    def transition(self, change: Transition) -> None:
+        """A server has changed its state."""
+        self._series(change.server).transitions[change.new].value += 1
+
+    def _series(self, name: str) -> _ServerSeries:
+        series = self._servers.get(name)
+        if series is None:
+            series = self._servers[name] = _ServerSeries(name)
+        return series
+
+    def _find_requests(self, series: _ServerSeries, record: Record) -> _Requests:
+        """The series of an exchange. Remembered by what the exchange says of itself only where
+        that is bounded: names and paths that clients invent must not fill the memory.
+        """
+        model, path = self._model_label(record.model), path_label(record.path)
+        status = str(record.status)
+        if record.status and record.status not in _STATUSES:
+            status = f"{status[0]}xx"
+        labels = (model, path, outcome_label(record), status)
+        count = series.requests.get(labels)
+        if count is None:
+            count = series.requests[labels] = REQUESTS.counter(series.name, *labels)
+        first_token = series.first_token.get(model)
+        if first_token is None:
+            first_token = series.first_token[model] = FIRST_TOKEN.histogram(series.name, model)
+            series.duration[model] = DURATION.histogram(series.name, model)
+        found = _Requests(count, first_token, series.duration[model])
+        if model != OTHER and path != OTHER and status == str(record.status):
+            key = (record.model, record.path, record.status, record.outcome)
+            series.by_request[key] = found
+        return found
+
+    def _model_label(self, model: str | None) -> str:
+        if model is None:
+            return NONE
+        if model in self._models:
+            return model
+        if len(self._models) < MAX_MODELS and self._fleet.knows_public(model):
+            self._models.add(model)
+            return model
+        return OTHER
+
+    # -- forgetting ---------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Drop the series of servers that have left, and of models if there are too many.
+
+        Called before each rendering and by the feed once a second.
+        """
+        names = {server.name for server in self._fleet.all_servers()}
+        names.add(NONE)
+        for name in self._servers.keys() - names:
+            del self._servers[name]
+        if len(self._models) >= MAX_MODELS:
+            gone = {name for name in self._models if not self._fleet.knows_public(name)}
+            self._models -= gone
+            for series in self._servers.values():
+                series.forget_models(gone)
+            for model in gone:
+                self._waits.pop(model, None)
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    async def page(self) -> bytes:
+        """The page for Prometheus. Other tasks get a turn after every TURN seconds."""
+        parts: list[str] = []
+        began = perf_counter()
+        for part in self.blocks():
+            parts.append(part)
+            if perf_counter() - began > TURN:
+                await trio.lowlevel.checkpoint()
+                began = perf_counter()
+        parts.append(generate_latest(self._process).decode())
+        return "".join(parts).encode()
+
+    def blocks(self) -> Iterator[str]:
+        """The page in pieces, each small. Between two of them anything may be counted."""
+        self.prune()
+        all_series = list(self._servers.values())
+        yield from self._counted(all_series)
+        yield from self._server_gauges()
+        yield from self._router_metrics()
+
+    def _counted(self, all_series: list[_ServerSeries]) -> Iterator[str]:
+        def family(of: Family, lines: Callable[[_ServerSeries], Iterable[str]]) -> Iterator[str]:
+            yield of.header
+            for series in all_series:
+                yield "".join(lines(series))
+
+        yield from family(REQUESTS, lambda one: [count.line() for count in one.requests.values()])
+        yield from family(ATTEMPTS, lambda one: one.attempts.lines())
+        yield RETRIES.header + self._retries.lines()
+        yield DISCONNECTS.header + self._disconnects.lines()
+        yield REFUSALS.header + self._refusals.lines()
+        yield KEY_REQUESTS.header + "".join([key.lines() for key in self._keys.values()])
+        yield from family(RECEIVED, lambda one: [one.received.line()])
+        yield from family(SENT, lambda one: [one.sent.line()])
+        yield from family(CHUNKS, lambda one: [one.chunks.line()])
+        yield from family(FIRST_TOKEN, lambda one: _used(one.first_token))
+        yield from family(DURATION, lambda one: _used(one.duration))
+        yield OVERHEAD.header + self._overhead.lines()
+        yield QUEUE_LENGTH.header + self._queue_lengths()
+        yield QUEUE_WAIT.header + "".join(_used(self._waits))
+        yield from family(TRANSITIONS, lambda one: one.transitions.lines())
+
+    def _queue_lengths(self) -> str:
+        lengths: dict[str, int] = {}
+        now = trio.current_time()
+        for queue in self.router.queues(now) if self.router is not None else ():
+            label = self._model_label(queue.model)
+            lengths[label] = lengths.get(label, 0) + queue.waiting
+        return "".join(
+            [f"{QUEUE_LENGTH.key(label)}{length}\n" for label, length in lengths.items()]
+        )
+
+    def _server_gauges(self) -> Iterator[str]:
+        now = trio.current_time()
+        # A removed server may still be leaving when its name is used again.
+        named = {server.name: server for server in reversed(self._fleet.all_servers())}
+        servers = list(named.values())
+        all_series = [self._series(server.name) for server in servers]
+        rows = list(zip(servers, all_series, strict=True))
+        yield SERVER_STATE.header
+        for server, series in rows:
+            current = server.current_state(now)[0]
+            yield "".join(
+                [f"{key}{int(state is current)}\n" for state, key in series.state_keys.items()]
+            )
+        yield SERVER_INFO.header
+        yield "".join([f"{SERVER_INFO.key(server.name, server.url)}1\n" for server in servers])
+        for number, (family, read) in enumerate(SERVER_GAUGES):
+            parts = [family.header]
+            for server, series in rows:
+                value = read(server, now)
+                if value is not None:
+                    parts.append(f"{series.gauge_keys[number]}{value}\n")
+            yield "".join(parts)
+        yield from self._prefix_counters(servers)
+
+    def _prefix_counters(self, servers: list[Server]) -> Iterator[str]:
+        """What was expected of prefix caches, and what the engines say has come true."""
+        if self.router is None:
+            return
+        told_of = self.router.prefix_statistics
+        read = [(server, told_of(server), server.metrics) for server in servers]
+        for family, value_of in PREFIX_COUNTERS:
+            values = [(server, value_of(told, engine)) for server, told, engine in read]
+            lines = [
+                f"{family.key(one.name)}{value}\n" for one, value in values if value is not None
+            ]
+            yield family.header + "".join(lines)
+
+    def _router_metrics(self) -> Iterator[str]:
+        if self.router is not None:
+            for family, read in ROUTER_METRICS:
+                value = read(self.router)
+                if value is not None and family.name in SUMMED:
+                    value += self.router.elsewhere(family.name) or 0
+                if value is not None:
+                    yield f"{family.header}{family.key()}{value}\n"
+            workers = self.router.workers()
+            for family, figure in WORKER_METRICS if workers else ():
+                samples = [f"{family.key(name)}{it[figure]}\n" for name, it in workers.items()]
+                yield family.header + "".join(samples)
+        yield f"{BUILD_INFO.header}{BUILD_INFO.key(__version__, platform.python_version())}1\n"
+        yield f"{LOOP_LAG.header}{LOOP_LAG.key()}{self.lag}\n"
+        yield f"{FEED_CLIENTS.header}{FEED_CLIENTS.key()}{self.feed_clients}\n"
+        yield f"{FEED_DROPPED.header}{FEED_DROPPED.key()}{self.feed_dropped}\n"
+
+
+def _used(histograms: Mapping[str, Histogram]) -> list[str]:
+    """Those with observations; a model that only ever failed has none."""
+    return [histogram.lines() for histogram in histograms.values() if histogram.used]

@@ -1,0 +1,74 @@
+"""The router as its metrics, feed and pages read it; the supervisor implements the protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import trio
+
+from vllm_router.config.reload import Reload, Reloader
+from vllm_router.config.schema import Config
+from vllm_router.config.ssl_contexts import ServerContexts
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server
+from vllm_router.http.client.resolver import Resolver
+from vllm_router.observability.stalls import StallMonitor
+from vllm_router.proxy.admission import Queue
+from vllm_router.proxy.handler import Proxy
+from vllm_router.proxy.record import Record
+from vllm_router.routing.accounts import PrefixStatistics
+
+CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
+    "connections",
+    "in_flight",
+    "cpu_seconds",
+    "rss_bytes",
+    "lag",
+)
+"""Names of figures that worker processes tell."""
+
+
+class RouterState(Protocol):
+    """The parts are the supervisor's; `started_at` is on trio's clock; `tls` and `resolver`
+    are for the servers."""
+
+    fleet: Fleet
+    proxy: Proxy
+    reloader: Reloader | None
+    config: Config
+    draining: bool
+    started_at: float
+    task_restarts: int
+    tls: ServerContexts
+    resolver: Resolver
+    stalls: StallMonitor
+
+    @property
+    def log_lines_dropped(self) -> int: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def queues(self, now: float) -> list[Queue]: ...
+
+    def prefix_statistics(self, server: Server) -> PrefixStatistics | None: ...
+
+    def running(self) -> list[Record]: ...
+
+    def elsewhere(self, figure: str) -> float | None: ...
+
+    def workers(self) -> Mapping[str, Mapping[str, float]]: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    async def reload(self) -> Reload: ...
+
+    def drain_server(self, name: str, on: bool) -> Server | None: ...
+
+
+def wall_offset() -> float:
+    """What to add to a time of trio's clock to get Unix time, in seconds."""
+    return time.time() - trio.current_time()

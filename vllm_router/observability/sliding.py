@@ -1,0 +1,159 @@
+"""Rates and percentiles over the last seconds. Pure: time is an argument, in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+Seconds: TypeAlias = Annotated[float, Meta(title="seconds")]
+
+_GROWTH = 1.05
+_LOG_GROWTH = math.log(_GROWTH)
+_SMALLEST = 1e-5
+"""Seconds; whatever is shorter counts as this."""
+
+
+STEP = 2.0
+"""Seconds by which the window moves."""
+
+
+def bucket_of(seconds: float) -> int:
+    """The bucket that a duration is counted in; they grow by 5 %."""
+    return int(math.log(seconds / _SMALLEST) / _LOG_GROWTH) if seconds > _SMALLEST else 0
+
+
+def step_of(now: float) -> int:
+    """The step of the window that a moment lies in."""
+    return int(now / STEP)
+
+
+class Percentiles(msgspec.Struct, frozen=True, gc=False):
+    """Durations of the last minute, each exact to 2.5 %."""
+
+    p50: Seconds
+    p95: Seconds
+    p99: Seconds
+    count: Annotated[int, Meta(description="How many there were.")]
+
+
+class SlidingPercentiles:
+    """The distribution of the durations seen in the last `window` seconds.
+
+    They are counted in buckets, so memory and time do not depend on how many there were. Buckets
+    and steps are arguments because several distributions take in the same durations.
+    """
+
+    def __init__(self, window: float = 60.0) -> None:
+        self._kept = math.ceil(window / STEP)
+        self._total: dict[int, int] = {}
+        self._steps: deque[tuple[int, dict[int, int]]] = deque()
+        self._answer: Percentiles | None = None
+        self._stale = False
+
+    def add(self, bucket: int, step: int) -> None:
+        """Take one duration in; O(1). Steps ascend; an earlier one counts as the last."""
+        steps, total = self._steps, self._total
+        if not steps or steps[-1][0] < step:
+            self._expire(step)
+            steps.append((step, {}))
+        counts = steps[-1][1]
+        counts[bucket] = counts.get(bucket, 0) + 1
+        total[bucket] = total.get(bucket, 0) + 1
+        self._stale = True
+
+    def read(self, now: float) -> Percentiles | None:
+        """What the window holds now; None if it is empty. O(buckets in use), at most 500."""
+        self._expire(step_of(now))
+        if self._stale:
+            self._answer, self._stale = self._compute(), False
+        return self._answer
+
+    def _expire(self, step: int) -> None:
+        steps, total = self._steps, self._total
+        while steps and steps[0][0] <= step - self._kept:
+            for bucket, count in steps.popleft()[1].items():
+                total[bucket] -= count
+                if not total[bucket]:
+                    del total[bucket]
+            self._stale = True
+
+    def _compute(self) -> Percentiles | None:
+        count = sum(self._total.values())
+        if not count:
+            return None
+        found = list(self._ranks([0.50 * count, 0.95 * count, 0.99 * count]))
+        return Percentiles(found[0], found[1], found[2], count)
+
+    def _ranks(self, ranks: list[float]) -> Iterator[float]:
+        """The value at each rank; `ranks` ascend."""
+        buckets = iter(sorted(self._total))
+        seen = 0
+        value = 0.0
+        for rank in ranks:
+            while seen < rank:
+                bucket = next(buckets)
+                seen += self._total[bucket]
+                value = _SMALLEST * _GROWTH ** (bucket + 0.5)
+            yield value
+
+
+class Rate:
+    """How fast a counter rises, from readings of it over the last `window` seconds.
+
+    A counter that falls has begun anew (its server was restarted): earlier readings are dropped.
+    """
+
+    def __init__(self, window: float = 5.0) -> None:
+        self._window = window
+        self._readings: deque[tuple[float, float]] = deque()
+
+    def observe(self, total: float, now: float) -> None:
+        """A reading of the counter; times ascend."""
+        readings = self._readings
+        if readings and total < readings[-1][1]:
+            readings.clear()
+        readings.append((now, total))
+        # The oldest one kept is just outside the window, so that the whole window is covered.
+        while len(readings) > 2 and readings[1][0] <= now - self._window:
+            readings.popleft()
+
+    @property
+    def rise(self) -> float:
+        """By how much the counter has risen within the window."""
+        return self._readings[-1][1] - self._readings[0][1] if self._readings else 0.0
+
+    @property
+    def per_second(self) -> float:
+        """0 until there are two readings."""
+        readings = self._readings
+        if len(readings) < 2 or readings[-1][0] <= readings[0][0]:
+            return 0.0
+        return self.rise / (readings[-1][0] - readings[0][0])
+
+
+class Ratio:
+    """The share that one counter's rise has in another's, over the last `window` seconds.
+
+    While neither rises, the share over the counters' lifetime; None before both are known.
+    """
+
+    def __init__(self, window: float = 60.0) -> None:
+        self._part, self._whole = Rate(window), Rate(window)
+        self._lifetime: float | None = None
+
+    def observe(self, part: float | None, whole: float | None, now: float) -> None:
+        if part is None or whole is None:
+            return
+        self._part.observe(part, now)
+        self._whole.observe(whole, now)
+        self._lifetime = part / whole if whole else None
+
+    @property
+    def value(self) -> float | None:
+        whole = self._whole.rise
+        return self._part.rise / whole if whole > 0 else self._lifetime

@@ -1,0 +1,198 @@
+"""What the feed keeps of each server, and of all together, to tell rates and percentiles. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.server import Server
+from vllm_router.observability.sliding import (
+    Percentiles,
+    Rate,
+    Ratio,
+    SlidingPercentiles,
+    bucket_of,
+    step_of,
+)
+from vllm_router.proxy.record import DONE, Record
+from vllm_router.proxy.retry import ANSWERED, RULES, Outcome
+from vllm_router.routing.accounts import PrefixStatistics
+
+
+class Sample(NamedTuple):
+    """What of one exchange is counted, worked out once for all tallies; buckets or -1."""
+
+    chunks: int
+    step: int
+    ttft: int
+    duration: int
+
+
+def sample_of(record: Record) -> Sample:
+    """Time to first token is that of streams that began; duration that of complete answers."""
+    now, started = record.ended_at, record.started_at
+    first = record.first_byte_at
+    ttft = duration = -1
+    if record.stream and first and record.status < 400:
+        ttft = bucket_of(first - started)
+    if record.outcome is ANSWERED and record.phase is DONE:
+        duration = bucket_of(now - started)
+    return Sample(record.chunks, step_of(now), ttft, duration)
+
+
+class Tally:
+    """Totals since the start, and windows over them. Memory does not depend on the traffic."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.errors = 0
+        self.chunks = 0
+        self._ttft = SlidingPercentiles()
+        self._duration = SlidingPercentiles()
+        self._requests_rate = Rate()
+        self._errors_rate = Rate()
+        self._chunks_rate = Rate()
+        self._tokens_rate = Rate()
+        self._tokens_known = False
+        self._prefix = Ratio()
+        self._expected = Ratio()
+
+    def ended(self, sample: Sample) -> None:
+        """An exchange has ended; a few additions."""
+        chunks, step, ttft, duration = sample
+        self.requests += 1
+        self.chunks += chunks
+        if ttft >= 0:
+            self._ttft.add(ttft, step)
+        if duration >= 0:
+            self._duration.add(duration, step)
+
+    def read(self, now: float, live_chunks: int) -> None:
+        """Read the totals for the rates; `live_chunks` are those of exchanges still running."""
+        self._requests_rate.observe(self.requests, now)
+        self._errors_rate.observe(self.errors, now)
+        self._chunks_rate.observe(self.chunks + live_chunks, now)
+
+    def read_expected(self, found: PrefixStatistics | None, now: float) -> None:
+        """Read what the policies expected of its prefix cache."""
+        if found is not None:
+            self._expected.observe(found.expected_tokens, found.prompt_tokens, now)
+
+    def read_engine(self, metrics: EngineMetrics | None, now: float) -> None:
+        """Read the engine's own counters, as far as it exports them."""
+        if metrics is None:
+            return
+        if metrics.generation_tokens is not None:
+            self._tokens_rate.observe(metrics.generation_tokens, now)
+            self._tokens_known = True
+        self._prefix.observe(metrics.prefix_hits, metrics.prefix_queries, now)
+
+    # -- per second, over the last five ---------------------------------------------------------
+
+    @property
+    def requests_per_s(self) -> float:
+        return round(self._requests_rate.per_second, 3)
+
+    @property
+    def errors_per_s(self) -> float:
+        return round(self._errors_rate.per_second, 3)
+
+    @property
+    def chunks_per_s(self) -> float:
+        return round(self._chunks_rate.per_second, 1)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return round(self._tokens_rate.per_second, 1) if self._tokens_known else None
+
+    # -- over the last minute -------------------------------------------------------------------
+
+    @property
+    def prefix_hit_rate(self) -> float | None:
+        value = self._prefix.value
+        return round(value, 4) if value is not None else None
+
+    @property
+    def expected_hit_rate(self) -> float | None:
+        value = self._expected.value
+        return round(value, 4) if value is not None else None
+
+    def ttft(self, now: float) -> Percentiles | None:
+        return _rounded(self._ttft, now)
+
+    def duration(self, now: float) -> Percentiles | None:
+        return _rounded(self._duration, now)
+
+
+def _rounded(window: SlidingPercentiles, now: float) -> Percentiles | None:
+    found = window.read(now)
+    if found is None:
+        return None
+    return Percentiles(
+        p50=round(found.p50, 5),
+        p95=round(found.p95, 5),
+        p99=round(found.p99, 5),
+        count=found.count,
+    )
+
+
+def failed(record: Record) -> bool:
+    """Whether an exchange ended in an error that was not the client's."""
+    outcome = record.outcome
+    if outcome is None:
+        return record.status >= 500
+    return outcome is not ANSWERED and outcome is not Outcome.CLIENT_GONE
+
+
+class Tallies:
+    """One tally for each server that there is, and one for the whole."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self._of: dict[Server, Tally] = {}
+
+    def of(self, server: Server) -> Tally:
+        tally = self._of.get(server)
+        if tally is None:
+            tally = self._of[server] = Tally()
+        return tally
+
+    def exchange_ended(self, record: Record) -> None:
+        """An error in the total is an exchange that failed, whoever's fault it was."""
+        sample = sample_of(record)
+        self.total.ended(sample)
+        if failed(record):
+            self.total.errors += 1
+        if record.server is not None:
+            self.of(record.server).ended(sample)
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        """An error of a server is an attempt that failed by its fault, retried or not."""
+        if RULES[outcome].blames:
+            self.of(server).errors += 1
+
+    def read(
+        self,
+        servers: Collection[Server],
+        running: Iterable[Record],
+        expected: Callable[[Server], PrefixStatistics | None] | None,
+        now: float,
+    ) -> None:
+        """Read every counter that has a rate. `running` are the records of live exchanges."""
+        live: dict[Server | None, int] = {}
+        for record in running:
+            if record.chunks:
+                live[record.server] = live.get(record.server, 0) + record.chunks
+        self.total.read(now, sum(live.values()))
+        for server in servers:
+            tally = self.of(server)
+            tally.read(now, live.get(server, 0))
+            tally.read_engine(server.metrics, now)
+            if expected is not None:
+                tally.read_expected(expected(server), now)
+
+    def keep(self, servers: Collection[Server]) -> None:
+        """Forget all others."""
+        for server in self._of.keys() - set(servers):
+            del self._of[server]

@@ -1,0 +1,348 @@
+"""Spans for distributed tracing, with the extra `otel`: one per exchange, one per attempt.
+
+On the loop only ids are made (W3C Trace Context, https://www.w3.org/TR/trace-context/) and times
+noted; spans are built and exported by threads. Attributes follow OpenTelemetry's conventions for
+HTTP and for generative AI; of prompts and answers they hold nothing but sizes.
+
+Without the extra, or where nothing asks for spans, no exchange pays anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from random import Random
+from time import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import trio
+
+from vllm_router import __version__
+from vllm_router.config.log import LogSettings
+from vllm_router.fleet.server import Server
+from vllm_router.observability.background_writer import Gatherer
+from vllm_router.observability.decisions import outcome_label
+from vllm_router.observability.tally import failed
+from vllm_router.proxy.record import Record
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.paths import path_label
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+
+LIMIT = 5_000
+"""Exchanges whose spans wait to be built."""
+
+CLOSE_TIME = 3.0
+"""Seconds that the last spans have to be exported at the end."""
+
+LONGEST = 256
+
+_ASKING = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_RESPONSE_MODEL = re.compile(rb'"model": ?"([^"\\]{1,256})"')
+_SAMPLED = 1
+
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def running(settings: LogSettings) -> Iterator[Telemetry | None]:
+    """`start`, closed at the end."""
+    telemetry = start(settings)
+    try:
+        yield telemetry
+    finally:
+        if telemetry is not None:
+            telemetry.close()
+
+
+def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Telemetry | None:
+    """Export spans as the environment says (OTLP over HTTP), if it or `settings` asks for them.
+
+    The caller closes what it gets. None, and a warning, if the extra is not installed.
+    """
+    environ = os.environ if environ is None else environ
+    asked = settings.otel or any(environ.get(name) for name in _ASKING)
+    if not asked or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        logger.warning("no spans are exported: install vllm-router-trio[otel] (%s)", error)
+        return None
+    named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    attributes = {"service.version": __version__}
+    if not named:
+        attributes["service.name"] = "vllm-router"
+    provider = TracerProvider(resource=Resource.create(dict(attributes)), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    logger.info("exporting spans")
+    return Telemetry(provider)
+
+
+class _Attempt:
+    """One attempt: its span is made when the exchange has ended."""
+
+    __slots__ = ("began", "ended", "outcome", "server", "span_id", "status")
+
+    def __init__(self, server: Server, span_id: int, now: float) -> None:
+        self.server, self.span_id, self.began = server, span_id, now
+        self.ended: float | None = None
+        self.outcome: Outcome | None = None
+        self.status = 0
+
+
+class ExchangeTrace:
+    """What is noted of one exchange; a `Trace` of its record."""
+
+    __slots__ = ("_ids", "_own", "attempts", "parent", "replaced", "response_model", "sampled")
+
+    def __init__(
+        self, ids: Random, own: tuple[int, int], parent: Context | None, *, sampled: bool
+    ) -> None:
+        """`own` are the ids of the trace and of the exchange's span."""
+        self._ids, self._own = ids, own
+        self.parent, self.sampled = parent, sampled
+        # Without a parent the client's state has no meaning.
+        self.replaced = _WITH_PARENT if parent is not None else _WITHOUT_PARENT
+        self.attempts: list[_Attempt] = []
+        self.response_model: str | None = None
+
+    @property
+    def trace_id(self) -> str:
+        return f"{self._own[0]:032x}"
+
+    def attempt_started(self, server: Server, now: float) -> bytes:
+        """The `traceparent` that makes the server's spans children of this attempt's."""
+        span_id = _new_id(self._ids, 64)
+        self.attempts.append(_Attempt(server, span_id, now))
+        return b"00-%032x-%016x-%02x" % (self._own[0], span_id, _SAMPLED if self.sampled else 0)
+
+    def attempt_ended(self, outcome: Outcome | None, now: float) -> None:
+        attempt = self.attempts[-1]
+        attempt.outcome, attempt.ended = outcome, now
+
+    def answered(self, status: int) -> None:
+        self.attempts[-1].status = status
+
+    def tail(self, tail: bytes) -> None:
+        """Read the name under which the engine answered."""
+        found = _RESPONSE_MODEL.search(tail)
+        if found is not None:
+            self.response_model = found[1].decode("utf-8", "replace")
+
+
+_WITH_PARENT = frozenset({b"traceparent"})
+_WITHOUT_PARENT = frozenset({b"traceparent", b"tracestate"})
+
+
+class Telemetry:
+    """The Tracer of the proxy, and a Recorder. Owns `provider`; `close` ends both."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+        class Preset(IdGenerator):
+            """The ids that were made on the loop. Used in one thread alone."""
+
+            trace_id = span_id = 0
+
+            def generate_trace_id(self) -> int:
+                return self.trace_id
+
+            def generate_span_id(self) -> int:
+                return self.span_id
+
+        self._provider = provider
+        self._preset = Preset()
+        provider.id_generator = self._preset  # type: ignore[assignment]  # inferred too narrowly
+        self._tracer = provider.get_tracer("vllm_router", __version__)
+        self._ids = Random()
+        self._gatherer = Gatherer("spans", LIMIT, self._build)
+
+    # -- on the loop --------------------------------------------------------------------------
+
+    def begin(self, fields: dict[bytes, bytes]) -> ExchangeTrace:
+        """Go on with the client's trace, or begin one."""
+        from opentelemetry.sdk.trace.sampling import Decision
+
+        given = fields.get(b"traceparent")
+        parent = _parent(given, fields.get(b"tracestate")) if given else None
+        trace_id = _trace_id(parent) if parent is not None else _new_id(self._ids, 128)
+        decision = self._provider.sampler.should_sample(parent, trace_id, "exchange").decision
+        own = (trace_id, _new_id(self._ids, 64))
+        return ExchangeTrace(self._ids, own, parent, sampled=decision is Decision.RECORD_AND_SAMPLE)
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        """Told by the trace."""
+
+    def exchange_ended(self, record: Record) -> None:
+        """Hand the exchange to the thread; it is not changed any more."""
+        trace = record.trace
+        if isinstance(trace, ExchangeTrace) and trace.sampled:
+            self._gatherer.put((time() - trio.current_time(), record, trace))
+
+    def close(self) -> None:
+        """Build and export what waits, within CLOSE_TIME."""
+        self._gatherer.close()
+        # Exporting to a host that does not answer would take its own time.
+        last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(CLOSE_TIME)
+
+    # -- in the thread ------------------------------------------------------------------------
+
+    def _build(self, things: list[tuple[float, Record, ExchangeTrace]]) -> None:
+        for offset, record, trace in things:
+            self._exchange(offset, record, trace)
+
+    def _exchange(self, offset: float, record: Record, trace: ExchangeTrace) -> None:
+        from opentelemetry.context import Context
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+
+        def at(moment: float) -> int:
+            return int((moment + offset) * 1e9)
+
+        preset = self._preset
+        preset.trace_id, preset.span_id = trace._own
+        path = path_label(record.path)
+        route = path if path != "other" else ""
+        span = self._tracer.start_span(
+            f"{record.method} {route}".rstrip(),
+            trace.parent if trace.parent is not None else Context(),
+            SpanKind.SERVER,
+            _exchange_attributes(record, route),
+            start_time=at(record.started_at),
+        )
+        if failed(record):
+            span.set_status(Status(StatusCode.ERROR, record.code or outcome_label(record)))
+        within = set_span_in_context(span, Context())
+        for number, attempt in enumerate(trace.attempts):
+            preset.span_id = attempt.span_id
+            operation = _OPERATIONS.get(path)
+            model = _model(record)
+            child = self._tracer.start_span(
+                f"{operation} {model}" if operation and model else record.method,
+                within,
+                SpanKind.CLIENT,
+                _attempt_attributes(record, trace, number),
+                start_time=at(attempt.began),
+            )
+            if attempt.outcome is not Outcome.ANSWERED and attempt.outcome is not None:
+                child.set_status(Status(StatusCode.ERROR, attempt.outcome.value))
+            child.end(at(attempt.ended if attempt.ended is not None else record.ended_at))
+        span.end(at(record.ended_at))
+
+
+def _new_id(ids: Random, bits: int) -> int:
+    """Never 0, which W3C Trace Context forbids."""
+    return ids.getrandbits(bits) or 1
+
+
+def _parent(given: bytes, state: bytes | None) -> Context | None:
+    """The client's span, if its `traceparent` is valid (section 3.2); its `tracestate` with it."""
+    from opentelemetry.context import Context
+    from opentelemetry.trace import (
+        NonRecordingSpan,
+        SpanContext,
+        TraceFlags,
+        TraceState,
+        set_span_in_context,
+    )
+
+    found = _TRACEPARENT.fullmatch(given.strip())
+    if found is None or found[1] == b"ff" or (found[1] == b"00" and found[5]):
+        return None
+    trace_id, span_id = int(found[2], 16), int(found[3], 16)
+    if not trace_id or not span_id:
+        return None
+    vendors = TraceState.from_header([state.decode("latin-1")]) if state else None
+    context = SpanContext(trace_id, span_id, True, TraceFlags(int(found[4], 16)), vendors)
+    return set_span_in_context(NonRecordingSpan(context), Context())
+
+
+def _trace_id(parent: Context) -> int:
+    from opentelemetry.trace import get_current_span
+
+    return get_current_span(parent).get_span_context().trace_id
+
+
+def _model(record: Record) -> str | None:
+    return record.model[:LONGEST] if record.model is not None else None
+
+
+def _known(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _exchange_attributes(record: Record, route: str) -> dict[str, Any]:
+    """Of a server's span (HTTP conventions)."""
+    wrong = failed(record) or record.status >= 500
+    return _known(
+        {
+            "http.request.method": record.method,
+            "url.path": record.path[:LONGEST].decode("latin-1"),
+            "url.scheme": "http",
+            "http.route": route or None,
+            "http.response.status_code": record.status or None,
+            "http.request.body.size": record.bytes_in,
+            "http.response.body.size": record.bytes_out,
+            "client.address": record.client,
+            "error.type": (record.code or outcome_label(record)) if wrong else None,
+            "vllm_router.request_id": record.request_id.decode("latin-1"),
+            "vllm_router.attempts": record.attempts,
+            "vllm_router.outcome": outcome_label(record),
+            "vllm_router.stream": record.stream,
+            "vllm_router.time_to_first_byte": record.first_byte,
+        }
+    )
+
+
+def _attempt_attributes(record: Record, trace: ExchangeTrace, number: int) -> dict[str, Any]:
+    """Of a client's span (HTTP and GenAI conventions); usage is that of the last attempt."""
+    attempt = trace.attempts[number]
+    url = urlsplit(attempt.server.url)
+    last = number == len(trace.attempts) - 1
+    outcome = attempt.outcome
+    error = None
+    if outcome is not Outcome.ANSWERED:
+        error = outcome.value if outcome is not None else Outcome.CLIENT_GONE.value
+    elif attempt.status >= 400:
+        error = str(attempt.status)
+    return _known(
+        {
+            "gen_ai.operation.name": _OPERATIONS.get(path_label(record.path)),
+            "gen_ai.provider.name": "vllm",
+            "gen_ai.request.model": _model(record),
+            "gen_ai.response.model": trace.response_model if last else None,
+            "gen_ai.usage.input_tokens": record.prompt_tokens if last else None,
+            "gen_ai.usage.output_tokens": record.completion_tokens if last else None,
+            "http.request.method": record.method,
+            "http.request.resend_count": number or None,
+            "http.response.status_code": attempt.status or None,
+            "server.address": url.hostname,
+            "server.port": url.port or (443 if url.scheme == "https" else 80),
+            "error.type": error,
+            "vllm_router.server": attempt.server.name,
+        }
+    )

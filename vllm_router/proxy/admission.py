@@ -1,0 +1,481 @@
+"""The way to the servers where `[limits]` are set: no server beyond its cap, the rest waits.
+
+Servers are handed out here and nowhere else, in one synchronous step: whatever may make one free
+(an attempt has ended, the probes have news, the configuration has changed) finds the request whose
+turn it is, takes the lease in its name and wakes its task alone. No task polls, none is woken for
+nothing, and no request overtakes another.
+
+In a router of several processes the requests of all of them stand in one order; `Peers` shows ours
+to the other processes, and theirs to us. The process of the request whose turn it is takes the
+server; the others leave it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from vllm_router.config.limits import LimitsConfig
+from vllm_router.errors import Refused
+from vllm_router.fleet.server import State
+from vllm_router.proxy import admission_refusals as refusals
+from vllm_router.proxy.waiter import Grant, Peers, Waiter
+from vllm_router.routing.queue.drain_rate import MARGIN
+from vllm_router.routing.queue.place import Place, Verdict
+from vllm_router.routing.queue.rooms import Room
+from vllm_router.routing.queue.waiting import ANY_UNKNOWN, WaitingRooms
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server, Transition
+    from vllm_router.proxy.exchange import Exchange
+    from vllm_router.proxy.handler import Proxy
+
+PeersMaker = Callable[["Gate"], Peers]
+
+_IN_SERVICE = (State.UP, State.FULL)
+_NONE: Mapping[Server, int] = {}
+
+
+class Queue(NamedTuple):
+    """One room as others see it: how many requests wait, for how many seconds the first of them
+    has, and how many servers become free per second, if that is known."""
+
+    model: str | None
+    waiting: int
+    longest: float
+    freed_per_s: float | None
+
+
+class Gate:
+    """Lets requests through to the servers. `limits` are those in force.
+
+    `make_peers` connects the gate with those of the router's other processes.
+    """
+
+    def __init__(
+        self, proxy: Proxy, limits: LimitsConfig, make_peers: PeersMaker | None = None
+    ) -> None:
+        self.limits = limits
+        self.fleet = proxy.fleet
+        self.generation = 0
+        """Counted up when servers have come, gone or changed what they take."""
+        self._waiters = 0
+        self._admitting = self._missed = False
+        self._lists: list[tuple[object, ...]] = []
+        self._serving: dict[str | None, frozenset[Server]] = {}
+        self._peers = make_peers(self) if make_peers is not None else None
+        self.places: WaitingRooms[Place] = WaitingRooms(
+            self._peers.number if self._peers is not None else 0
+        )
+        self.fleet.on_settled.append(self.look)
+        self.fleet.on_transition.append(self._server_changed)
+
+    @property
+    def rooms(self) -> list[Room[Place]]:
+        """In which a request waits or has waited; ANY_UNKNOWN is one of them."""
+        return list(self.places.rooms.values())
+
+    def queues(self, now: float) -> list[Queue]:
+        """The rooms in figures, with the requests of all processes. O(rooms)."""
+        self._look_elsewhere(now)
+        return [
+            Queue(
+                room.model,
+                len(room),
+                now - room.oldest if room.oldest is not None else 0.0,
+                room.rate.per_second(now),
+            )
+            for room in self.rooms
+        ]
+
+    @property
+    def holds_waiters(self) -> bool:
+        """Whether requests of this process wait."""
+        return self._waiters > 0
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait, for whatever model and in whatever process."""
+        return len(self.places)
+
+    def ahead(self, model: str | None, priority: int = 0) -> tuple[int, bool]:
+        """How many would go before one more request without a key, and whether it may wait."""
+        room = self.places.rooms.get(self.room_of(model))
+        size = self.limits.queue_size
+        if room is None:
+            return 0, size > 0
+        key = self._key("")
+        may_wait = room.waiting < size or room.displaced_by(priority, key) is not None
+        return room.before(priority, key), may_wait
+
+    # -- one request --------------------------------------------------------------------------
+
+    async def pass_through(
+        self, exchange: Exchange, candidates: Sequence[Server], now: float
+    ) -> Grant:
+        """A server for an exchange, perhaps after a wait. The lease is the caller's to release.
+
+        Raises Refused if there is no place to wait, or if it has waited too long.
+        """
+        if self._peers is not None:
+            self._look_elsewhere(now)
+            self._look_again(now)
+        waiter = None
+        if self._peers is None or not self.places:
+            # No waiting request can use a server that is free: else it would have it.
+            grant = self._grant(exchange, candidates, now)
+        else:
+            waiter = self._waiter(exchange, now)
+            grant = self._at_once(waiter, now)
+        if grant is not None:
+            return grant
+        if waiter is None:
+            waiter = self._waiter(exchange, now)
+        displaced = self._check_in(waiter, bool(candidates), now)
+        self.places.join(waiter)
+        if self._peers is not None:
+            self._peers.publish(waiter, displaced)
+        return await self._wait(waiter, now)
+
+    def _at_once(self, waiter: Waiter, now: float) -> Grant | None:
+        """A server in the order of all that wait, without a wait. Raises Refused."""
+        self.places.join(waiter)
+        self._admit(now)
+        if waiter.refused is not None:
+            raise waiter.refused
+        if waiter.grant is None:
+            self.places.leave(waiter, now)
+        return waiter.grant
+
+    async def _wait(self, waiter: Waiter, now: float) -> Grant:
+        self._waiters += 1
+        try:
+            with trio.move_on_at(waiter.until):
+                await waiter.woken.wait()
+        except trio.Cancelled:
+            if waiter.grant is not None:
+                policy, lease = waiter.grant
+                lease.release()
+                policy.ended(lease, trio.current_time(), failed=False)
+                self.freed(lease.server)
+            raise
+        finally:
+            self._waiters -= 1
+            then = trio.current_time()
+            waiter.exchange.record.waited += then - now
+            if waiter.grant is None and waiter.refused is None:
+                self._leave(waiter, then)
+        if waiter.grant is None:
+            raise waiter.refused or self._too_late(waiter)
+        return waiter.grant
+
+    def _grant(
+        self,
+        exchange: Exchange,
+        candidates: Sequence[Server],
+        now: float,
+        promised: Mapping[Server, int] = _NONE,
+    ) -> Grant | None:
+        """Pick and lease a server in one step, if there is one below its cap.
+
+        `promised`: units of servers that are for other requests.
+        """
+        free = [server for server in candidates if not server.at_cap]
+        if promised:
+            free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
+        if not free:
+            return None
+        policy, facts = exchange.request.policy, exchange.request.facts
+        # A policy that remembers candidates knows them by the tuple, and one needs no choice.
+        among = candidates if len(free) == len(candidates) else free
+        server = policy.pick(among, facts, now) if len(free) > 1 else free[0]
+        lease = server.lease(now)
+        policy.leased(lease, facts, now)
+        return policy, lease
+
+    def _waiter(self, exchange: Exchange, now: float) -> Waiter:
+        limits = self.limits
+        return Waiter(
+            self.room_of(exchange.request.facts.model),
+            exchange.priority if limits.client_priority else 0,
+            self._key(exchange.record.key_name),
+            now,
+            min(now + limits.queue_timeout, exchange.deadline),
+            exchange.record.attempts > 0,
+            exchange.route(self.serving, now),
+            self._peers.number if self._peers is not None else 0,
+            exchange=exchange,
+        )
+
+    def _key(self, name: str) -> object:
+        return name if self._peers is None else self._peers.key(name)
+
+    def _check_in(self, waiter: Waiter, any_server: bool, now: float) -> Place | None:
+        """See to it that there is a place for a newcomer; the request that has lost its own.
+
+        Raises Refused if there is none, or if it would wait longer than it may.
+        """
+        if waiter.returning:
+            return None  # it had been let in: newcomers have to stand back
+        limits, room = self.limits, self.places.room(waiter.room)
+        if any_server:
+            room.rate.begin(now)
+        else:
+            room.rate.end(now)
+        if self._peers is not None and self._peers.is_full():
+            raise refusals.process_full(self.waiting, self._drained_in(room, now))
+        displaced = None
+        if room.waiting >= limits.queue_size:
+            displaced = room.displaced_by(waiter.priority, waiter.key)
+            if displaced is None:
+                raise self._full(waiter, room, any_server, now)
+        ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
+        if ahead and any_server and rate is not None and room.rate.is_current:
+            wait = (ahead + 1) / rate
+            left = waiter.exchange.deadline - now - room.quickest.seconds(now)
+            most = min(limits.queue_timeout, left / MARGIN)
+            if wait > most:
+                raise refusals.too_long(wait, most, self._bounded(wait - most))
+        if displaced is not None:
+            self.displace(displaced, now)
+        return displaced
+
+    def _full(self, waiter: Waiter, room: Room[Place], any_server: bool, now: float) -> Refused:
+        """429 if the servers have too much to do, 503 if there is none."""
+        if not any_server:
+            return waiter.exchange.nobody()
+        return refusals.full(self.limits.queue_size, self._drained_in(room, now))
+
+    def displace(self, place: Place, now: float) -> None:
+        """A request with an earlier turn has taken this place."""
+        if not isinstance(place, Waiter):
+            self.places.leave(place, now)
+            if self._peers is not None:
+                self._peers.displaced(place)
+            return
+        room = self.places.room(place.room)
+        some = place.exchange.choices(now)
+        refused = refusals.displaced(self._drained_in(room, now))
+        self._send_away(place, refused if some else place.exchange.nobody(), now)
+
+    def _too_late(self, waiter: Waiter) -> Refused:
+        """Why it is sent away after a wait."""
+        exchange, now = waiter.exchange, trio.current_time()
+        if now >= exchange.deadline:
+            return refusals.past_deadline()
+        if not exchange.choices(now):
+            return exchange.nobody()
+        drained_in = self._drained_in(self.places.room(waiter.room), now)
+        return refusals.timed_out(now - waiter.since, drained_in)
+
+    def _drained_in(self, room: Room[Place], now: float) -> float:
+        """Seconds until all have been served who wait now; they wait no longer than they may."""
+        rate = room.rate.per_second(now)
+        return self._bounded((len(room) + 1) / rate if rate is not None else math.inf)
+
+    def _bounded(self, seconds: float) -> float:
+        return max(1.0, min(seconds, self.limits.queue_timeout))
+
+    # -- models -------------------------------------------------------------------------------
+
+    def room_of(self, model: str | None) -> str | None:
+        """The room of a model: its own, if any server lists it."""
+        return model if model is None or self.fleet.knows(model) else ANY_UNKNOWN
+
+    def serving(self, model: str | None) -> frozenset[Server]:
+        """All servers that have the model, or may have it, whatever their state."""
+        found = self._serving.get(model)
+        if found is None:
+            servers = self.fleet.servers.values()
+            found = frozenset(s for s in servers if model is None or s.serves(model))
+            if model is None or self.fleet.knows(model):
+                self._serving[model] = found
+        return found
+
+    def _follow_lists(self, now: float) -> None:
+        """Find all waiting requests their routes anew if servers have come, gone or changed what
+        they take. O(servers), and O(waiting) if they have."""
+        lists: list[tuple[object, ...]] = [
+            (server, server.models, server.lengths, server.refusals.active(now))
+            for server in self.fleet.servers.values()
+        ]
+        lists.append((self.fleet.names,))
+        if lists == self._lists:
+            return
+        self._lists = lists
+        self.generation += 1
+        self._serving.clear()
+        for room in self.rooms:
+            for place in list(room):
+                if isinstance(place, Waiter):
+                    exchange = place.exchange
+                    new_room = self.room_of(exchange.request.facts.model)
+                    new_route = exchange.route(self.serving, now)
+                else:
+                    assert self._peers is not None
+                    new_room, new_route = self._peers.where(place)
+                if (new_room, new_route) != (place.room, place.route):
+                    self.places.move(place, new_room, new_route, now)
+                    if self._peers is not None and isinstance(place, Waiter):
+                        self._peers.moved(place)
+
+    # -- servers that become free -------------------------------------------------------------
+
+    def freed(self, server: Server) -> None:
+        """A lease on a server has been released."""
+        now = trio.current_time()
+        if self._peers is not None:
+            self._peers.freed(server, now)
+            self._look_elsewhere(now)
+        self._admit(now)
+        if not server.at_cap:
+            self.places.left_free(now, lambda room: not room or server.serves(room))
+
+    def served(self, model: str | None, seconds: float) -> None:
+        """A server has answered a request for the model completely, in so many seconds."""
+        room = self.places.room(self.room_of(model))
+        room.quickest.add(seconds, trio.current_time())
+
+    def woken(self, now: float) -> None:
+        """Another process has rung, or it is time to look what it has done."""
+        self._look_elsewhere(now)
+        self._admit(now)
+        self._look_again(now)
+
+    def _look_elsewhere(self, now: float) -> None:
+        """Bring the places of other processes up to date."""
+        if self._peers is not None:
+            admitting, self._admitting = self._admitting, True
+            try:
+                self._peers.look(now)
+            finally:
+                self._admitting = admitting
+
+    def look(self, now: float) -> None:
+        """Which servers may be asked may have changed."""
+        if self._admitting:
+            self._missed = True  # asking the fleet for candidates has brought us here again
+            return
+        if self._peers is not None:
+            self._peers.changed(now)
+            self._look_elsewhere(now)
+        self._follow_lists(now)
+        self._admit(now)
+        self.places.forget(self.fleet.knows)
+        self._admitting = True
+        try:
+            self._dismiss(now)
+        finally:
+            self._admitting = False
+        self._look_again(now)
+
+    def _dismiss(self, now: float) -> None:
+        """Send away requests whose model no server has any more, nor one that stands in for it."""
+        knows = self.fleet.knows
+        rooms = [
+            room for room in self.rooms if room and not (room.model is None or knows(room.model))
+        ]
+        if not rooms or self.fleet.unheard:
+            return  # a server that has not told its models yet may have these
+        for waiter in [place for room in rooms for place in room if isinstance(place, Waiter)]:
+            exchange = waiter.exchange
+            model = exchange.request.facts.model
+            if not (model is None or knows(model) or exchange.choices(now)):
+                self._send_away(waiter, exchange.nobody(), now)
+
+    def _look_again(self, now: float) -> None:
+        if self._missed:
+            self._missed = False
+            self.look(now)
+
+    def _admit(self, now: float) -> None:
+        if not self.places:
+            return
+        peers = self._peers
+        self._admitting = True
+        try:
+            if peers is None:
+                self.places.admit(now, lambda place: self._give(place, now))
+            else:
+                peers.begin(now)
+                for place in self.places.admit(now, lambda place: self._give(place, now)):
+                    if isinstance(place, Waiter):
+                        peers.withdraw(place)
+                peers.end(now)
+        finally:
+            self._admitting = False
+        self._look_again(now)
+
+    def _give(self, place: Place, now: float) -> Verdict:
+        """Let it go on, if it can: with a server, or because it is to have none."""
+        peers = self._peers
+        if not isinstance(place, Waiter):
+            assert peers is not None
+            return peers.give(place, now)
+        exchange = place.exchange
+        if now + self.places.room(place.room).quickest.seconds(now) > exchange.deadline:
+            place.refused = refusals.past_deadline()
+        else:
+            # of a request like this servers may have died since it came
+            place.refused = exchange.poisonous(now)
+        if place.refused is not None:
+            place.woken.set()
+            return Verdict.DISMISSED
+        candidates = exchange.choices(now)
+        place.grant = self._grant(exchange, candidates, now, peers.promised if peers else _NONE)
+        if place.grant is None:
+            if peers is not None and all(server.at_cap for server in candidates):
+                peers.passed_over(place, now)
+            return Verdict.BLOCKED
+        place.server = place.grant[1].server
+        place.woken.set()
+        return Verdict.SERVED
+
+    def _send_away(self, waiter: Waiter, refused: Refused, now: float) -> None:
+        self._leave(waiter, now)
+        waiter.refused = refused
+        waiter.woken.set()
+
+    def _leave(self, waiter: Waiter, now: float) -> None:
+        self.places.leave(waiter, now)
+        if self._peers is not None:
+            self._peers.withdraw(waiter)
+
+    # -- configuration and end ----------------------------------------------------------------
+
+    def _server_changed(self, change: Transition) -> None:
+        """What has been measured with other servers says nothing of these."""
+        if change.old in _IN_SERVICE and change.new in _IN_SERVICE:
+            return
+        server = self.fleet.servers.get(change.server)
+        self.places.change_rates(
+            trio.current_time(), lambda model: not model or server is None or server.serves(model)
+        )
+
+    def apply(self, limits: LimitsConfig) -> None:
+        """New limits: requests that may go on do at once; the others keep their places."""
+        self.limits = limits
+        now = trio.current_time()
+        self.places.change_rates(now, lambda model: True)
+        self.look(now)
+
+    def close(self) -> None:
+        """There are no limits any more: all requests go on, or are told that there is no server."""
+        self.look(trio.current_time())
+        self.fleet.on_settled.remove(self.look)
+        self.fleet.on_transition.remove(self._server_changed)
+        self._empty(lambda waiter: waiter.exchange.nobody())
+
+    def stop(self, refused: Callable[[], Refused]) -> None:
+        """The router is about to end: tell all requests that wait."""
+        self._empty(lambda waiter: refused())
+
+    def _empty(self, refused: Callable[[Waiter], Refused]) -> None:
+        now = trio.current_time()
+        for room in self.rooms:
+            for place in list(room):
+                if isinstance(place, Waiter):
+                    self._send_away(place, refused(place), now)

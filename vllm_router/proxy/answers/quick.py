@@ -1,0 +1,187 @@
+"""The common cases of `opening`, `ending` and `whole`, decoded into types: a quarter of the price.
+
+Each function answers what is certain and None for everything else; the tables decide that.
+tests/test_answers.py holds both to the same answers.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from vllm_router.proxy.answers.usage import Usage
+
+_NO_JSON = msgspec.Raw(b"")
+_NO_END = ("", "abort")
+_END = b"\n\ndata: [DONE]\n\n"
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+
+class _ChatUsage(msgspec.Struct, gc=False):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _Details | None = None
+
+
+class _ChatChoice(msgspec.Struct, gc=False):
+    finish_reason: str
+
+
+class _ChatBody(msgspec.Struct, gc=False):
+    """A plain answer of a chat or completion that has come to an end."""
+
+    choices: list[_ChatChoice]
+    usage: _ChatUsage
+    error: msgspec.Raw = _NO_JSON
+
+
+class _Choice(msgspec.Struct, gc=False):
+    finish_reason: str | None = None
+
+
+class _Body(msgspec.Struct, gc=False):
+    """A plain answer of any of the four APIs."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw = _NO_JSON
+    object: str | None = None
+    type: str | None = None
+    status: str | None = None
+    stop_reason: str | None = None
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+
+
+class _ChunkChoice(msgspec.Struct, gc=False):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_ChunkChoice]
+    usage: _Usage | None = None
+    error: msgspec.Raw = _NO_JSON
+    object: str | None = None
+    type: str | None = None
+
+
+_CHAT_BODY = msgspec.json.Decoder(_ChatBody)
+_BODY = msgspec.json.Decoder(_Body)
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+def chat_usage(body: bytes) -> Usage | None:
+    """The usage of a plain chat or completion that has tokens and an orderly end; None if unsure.
+
+    The kind of answer of which there are most.
+    """
+    try:
+        said = _CHAT_BODY.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    usage, choices = said.usage, said.choices
+    if usage.completion_tokens <= 0 or said.error is not _NO_JSON or not choices:
+        return None
+    for choice in choices:
+        if choice.finish_reason in _NO_END:
+            return None
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details is not None else None
+    return Usage(usage.prompt_tokens, cached, usage.completion_tokens)
+
+
+def usage_of_finished(body: bytes) -> Usage | None:
+    """The usage of a plain answer that has tokens and an orderly end; None if unsure."""
+    try:
+        said = _BODY.decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    usage = said.usage
+    if usage is None or said.error is not _NO_JSON or "error" in (said.type, said.object):
+        return None
+    if not (usage.completion_tokens or usage.output_tokens or 0) > 0:
+        return None
+    return _usage(usage) if _is_finished(said) else None
+
+
+def _is_finished(said: _Body) -> bool:
+    """Whether the fields of exactly one API say that the answer has come to its end."""
+    ends = (bool(said.choices), said.stop_reason is not None, said.status is not None)
+    if ends.count(True) != 1:
+        return False
+    if said.choices:
+        return all(choice.finish_reason not in ("", None, "abort") for choice in said.choices)
+    return said.status in ("completed", "incomplete") or bool(said.stop_reason)
+
+
+def has_content(piece: bytes) -> bool:
+    """Whether a piece of a chat or completion stream is one chunk with text; False if unsure."""
+    if not piece.startswith(b"data: {") or piece.find(b"\n\n") != len(piece) - 2:
+        return False
+    try:
+        said = _CHUNK.decode(piece[6:])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
+    if said.error is not _NO_JSON or "error" in (said.type, said.object):
+        return False
+    for choice in said.choices:
+        if choice.text or (choice.delta is not None and choice.delta.content):
+            return True
+    return False
+
+
+def finished_usage(tail: bytes) -> tuple[Usage | None] | None:
+    """The usage, or None, of a stream of chunks with an orderly end; None if unsure."""
+    if not tail.endswith(_END):
+        return None
+    end = len(tail) - len(_END)
+    usage: Usage | None = None
+    for _ in range(2):
+        start = tail.rfind(b"\n\n", 0, end) + 2
+        if start < 2 or not tail.startswith(b"data: {", start):
+            return None
+        try:
+            said = _CHUNK.decode(tail[start + 6 : end])
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None
+        if said.error is not _NO_JSON or "error" in (said.type, said.object):
+            return None
+        if said.usage is not None and usage is None:
+            usage = _usage(said.usage)
+        choices = said.choices
+        if choices:
+            reason = choices[0].finish_reason
+            sure = len(choices) == 1 and reason and reason != "abort"
+            return (usage,) if sure else None
+        end = start - 2
+    return None
+
+
+def _usage(said: _Usage) -> Usage | None:
+    prompt = said.prompt_tokens if said.prompt_tokens is not None else said.input_tokens
+    if prompt is None:
+        return None
+    completion = said.completion_tokens
+    if completion is None:
+        completion = said.output_tokens
+    cached = said.cache_read_input_tokens
+    if cached is None:
+        details = said.prompt_tokens_details or said.input_tokens_details
+        cached = details.cached_tokens if details is not None else None
+    return Usage(prompt, cached, completion)

@@ -1,0 +1,165 @@
+"""Which request paths are inference, which control the engine, and which are the router's own.
+
+The decision is made on the raw bytes of the target, before any decoding: a path that would have
+to be decoded or normalised to be understood (percent escapes, dot segments, empty segments) is
+never an inference path, so nothing of the kind can reach an engine. Slashes at the end are the one
+exception: `without_slash` removes them before anything else looks at the path.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+
+from vllm_router.http.error_format import MESSAGES
+
+
+class PathClass(enum.Enum):
+    INFERENCE = "inference"
+    ENGINE_CONTROL = "engine_control"
+    LOCAL = "local"
+
+
+INVOCATIONS = b"/invocations"
+"""SageMaker's one path; vLLM tells from the body which of its APIs is meant."""
+
+# POST paths of vLLM 0.32 and 0.33 that generate or compute and change nothing.
+_INFERENCE = frozenset(
+    {
+        b"/v1/chat/completions",
+        b"/v1/chat/completions/batch",
+        b"/v1/chat/completions/render",
+        b"/v1/chat/completions/derender",
+        b"/v1/completions",
+        b"/v1/completions/render",
+        b"/v1/completions/derender",
+        b"/v1/embeddings",
+        b"/v1/responses",
+        b"/v1/responses/render",
+        MESSAGES,
+        b"/v1/messages/render",
+        b"/v1/messages/count_tokens",
+        b"/v1/score",
+        b"/score",
+        b"/v1/rerank",
+        b"/rerank",
+        b"/v2/rerank",
+        b"/v2/embed",
+        b"/classify",
+        b"/pooling",
+        b"/tokenize",
+        b"/detokenize",
+        b"/generative_scoring",
+        b"/v1/audio/transcriptions",
+        b"/v1/audio/translations",
+        b"/v1/systemone",
+        b"/cohere/v2/chat",
+        b"/cohere/v2/chat/render",
+        b"/inference/v1/generate",
+        INVOCATIONS,
+    }
+)
+
+# GET paths of vLLM that tell something of the model and change nothing: any server may answer.
+_READING = frozenset({b"/tokenizer_info"})
+
+# Paths that change or reveal an engine's state. Refused on any method unless the operator allows
+# them; vLLM's own API key does not guard most of these.
+_ENGINE_CONTROL = frozenset(
+    {
+        b"/sleep",
+        b"/wake_up",
+        b"/is_sleeping",
+        b"/pause",
+        b"/resume",
+        b"/is_paused",
+        b"/reset_prefix_cache",
+        b"/reset_mm_cache",
+        b"/reset_encoder_cache",
+        b"/collective_rpc",
+        b"/server_info",
+        b"/release_kv_cache_memory",
+        b"/start_profile",
+        b"/stop_profile",
+        b"/scale_elastic_ep",
+        b"/is_scaling_elastic_ep",
+        b"/fault_tolerance/apply",
+        b"/fault_tolerance/status",
+        b"/init_weight_transfer_engine",
+        b"/start_weight_update",
+        b"/start_draft_weight_update",
+        b"/update_weights",
+        b"/finish_weight_update",
+        b"/shutdown_weight_transfer_engine",
+        b"/update_weight_version",
+        b"/weight_info",
+        b"/weight_checker",
+        b"/get_world_size",
+        b"/abort_requests",
+        b"/adapters",
+        b"/kv_event_sources",
+        b"/inference/v1/abort_requests",
+        b"/v1/load_lora_adapter",
+        b"/v1/unload_lora_adapter",
+    }
+)
+
+# `.` and `..` as whole segments are excluded by the lookahead, escapes by the character class.
+_PLAIN_V1 = re.compile(rb"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~:@-]+)+")
+
+_CANCEL = re.compile(rb"/v1/responses/[^/]+/cancel")
+_STORED = re.compile(rb"/v1/responses/[^/]+")
+
+
+def classify(method: str, raw_path: bytes) -> PathClass:
+    """Sort a request by method and the exact bytes of its path (without the query)."""
+    if method == "POST" and raw_path in _INFERENCE:
+        return PathClass.INFERENCE
+    if raw_path in _ENGINE_CONTROL:
+        return PathClass.ENGINE_CONTROL
+    if method == "POST" and _PLAIN_V1.fullmatch(raw_path) and not _is_models(raw_path):
+        return PathClass.INFERENCE
+    if method == "GET" and raw_path in _READING:
+        return PathClass.INFERENCE
+    return PathClass.LOCAL
+
+
+def _is_models(raw_path: bytes) -> bool:
+    """Whether the path is of the list of models, which the router answers and which has no POST."""
+    return raw_path == b"/v1/models" or raw_path.startswith(b"/v1/models/")
+
+
+def without_slash(raw_path: bytes) -> bytes:
+    """The path without slashes at its end; `/` and `//` stay as they are.
+
+    vLLM redirects `/v1/models/` to `/v1/models` (Starlette's `redirect_slashes`). A redirect from
+    behind the router would name the server, so the router serves the path at once instead.
+    """
+    return raw_path.rstrip(b"/") or raw_path
+
+
+def inference_methods(raw_path: bytes) -> tuple[str, ...]:
+    """The methods of an inference path that vLLM is known to have; none for any other path."""
+    if raw_path in _INFERENCE or _CANCEL.fullmatch(raw_path):
+        return ("POST",)
+    return ("GET",) if raw_path in _READING else ()
+
+
+def is_stored_response(raw_path: bytes) -> bool:
+    """Whether the path names one stored response, which vLLM serves and the router does not."""
+    return raw_path not in _INFERENCE and _STORED.fullmatch(raw_path) is not None
+
+
+def is_inference(method: str, raw_path: bytes) -> bool:
+    """Whether the request is inference, with or without a slash at the end of its path."""
+    return classify(method, without_slash(raw_path)) is PathClass.INFERENCE
+
+
+def is_pure(raw_path: bytes) -> bool:
+    """Whether vLLM only computes here, as far as we know: nothing else may be sent twice."""
+    return raw_path in _INFERENCE or raw_path in _READING
+
+
+def path_label(raw_path: bytes) -> str:
+    """The path as a metric label: one of the known inference paths, or `other`."""
+    return raw_path.decode() if is_pure(raw_path) else "other"

@@ -1,0 +1,218 @@
+"""The bodies that are not read at once: long ones, forms, and JSON that only Python reads.
+
+vLLM reads JSON with `json.loads(body)`: UTF-8, UTF-16 or UTF-32, with or without a byte order mark,
+`NaN` and `Infinity` among the numbers, halves of surrogate pairs in strings; of a key that is
+repeated the last one counts. The same is read here, in slices and without building the values.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from vllm_router.errors import InvalidBody
+from vllm_router.routing.paths import is_pure
+from vllm_router.routing.prompt.facts import Facts, facts_from, may_be_form, read_at_once
+from vllm_router.routing.prompt.fields import AllFields, RawFields, odd_fields
+from vllm_router.routing.prompt.forms import LONGEST_NAME, form_kind, form_value, read_form
+from vllm_router.routing.prompt.json_scan import Members, scan
+from vllm_router.routing.prompt.long_prompt import Values, long_prompt
+from vllm_router.routing.prompt.model_name import json_name, name_place
+from vllm_router.routing.prompt.pieces import NO_PROMPT, Prompt
+from vllm_router.routing.prompt.steps import Steps, finish, joined
+
+FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
+"""Where vLLM takes a form; on the other paths it takes JSON."""
+
+EXPLAIN = b"/explain"
+"""Takes whatever another path takes."""
+
+CHECKED = 1 << 17
+"""Bytes of JSON that are read with Python's `json` to tell what is wrong: 5 ms in the worst case.
+Of a longer body the server tells it."""
+
+_DECODED_AT_ONCE = 1 << 17
+_WANTED = frozenset(RawFields.__struct_fields__)
+
+
+@dataclass(slots=True, frozen=True)
+class Reading:
+    """What was read.
+
+    text: the body as UTF-8, if it was something else.
+    places: where the text (or the body) names its model; `name` writes another one for there.
+    oddity: why a form is not plain; empty if it is, and for JSON.
+    """
+
+    facts: Facts
+    text: bytes | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    name: Callable[[str], bytes] = json_name
+    oddity: str = ""
+
+
+def read_facts(
+    path: bytes,
+    content_type: bytes,
+    body: bytes,
+    session: bytes = b"",
+    *,
+    with_prompt: bool = False,
+    shortest: int = 0,
+) -> Facts:
+    """The facts of any body, without a break: see `read_at_once`. Raises InvalidBody."""
+    facts = read_at_once(
+        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
+    )
+    if facts is not None:
+        return facts
+    steps = read_in_slices(
+        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
+    )
+    return finish(steps).facts
+
+
+def read_in_slices(
+    path: bytes,
+    content_type: bytes,
+    body: bytes,
+    session: bytes = b"",
+    *,
+    with_prompt: bool = False,
+    shortest: int = 0,
+) -> Steps[Reading]:
+    """Read a body that `read_at_once` does not.
+
+    Raises InvalidBody for a body that is not what its Content-Type says, so that vLLM surely
+    refuses it, or that is beyond a bound. A body that vLLM refuses for its Content-Type, or because
+    it is empty or no object, has no facts: the server tells what is wrong.
+    """
+    unknown = Reading(Facts(replayable=is_pure(path) and path != b"/v1/responses"))
+    is_form = may_be_form(content_type) and not _takes_json(path)
+    try:
+        kind = form_kind(content_type) if is_form else None
+        if kind is None:
+            if not body:
+                return unknown
+            wants = None if not with_prompt else shortest
+            return (yield from _read_json(path, body, session, wants)) or unknown
+        form = yield from read_form(kind, content_type, body)
+    except InvalidBody:
+        if is_form or _says_json(path, content_type):
+            raise
+        return unknown
+    fields = AllFields(model=form.model, stream=form.stream)
+    facts = facts_from(path, fields, session, transfer=form.transfer)
+    name = partial(form_value, kind, form.charset)
+    return Reading(facts, None, form.places, name, form.oddity)
+
+
+def _takes_json(path: bytes) -> bool:
+    """Whether vLLM reads nothing but JSON on this path, whatever the Content-Type says."""
+    return is_pure(path) and path not in FORM_PATHS
+
+
+def _says_json(path: bytes, content_type: bytes) -> bool:
+    """Whether the body has to be JSON: by its Content-Type, where vLLM would read it so."""
+    media_type = content_type.split(b";", 1)[0].strip().lower()
+    return path == EXPLAIN or (path not in FORM_PATHS and media_type == b"application/json")
+
+
+def _read_json(
+    path: bytes, body: bytes, session: bytes, shortest: int | None
+) -> Steps[Reading | None]:
+    """None if it is no object. `shortest` is None if no prompt is wanted."""
+    if len(body) <= CHECKED:
+        _check(body)
+    text, start = yield from _as_utf8(body)
+    members = yield from scan(text, _WANTED, start)
+    if members is None:
+        return None
+    values = Values(text, members)
+    fields = odd_fields(RawFields(**{name: values.short(name) for name in members.spans}))
+    if shortest is None:
+        prompt = NO_PROMPT
+    elif len(body) < shortest:
+        prompt = Prompt(size=len(body))
+    else:
+        prompt = yield from long_prompt(values)
+    transfer = yield from _transfer(text, members)
+    facts = facts_from(path, fields, session, prompt, transfer)
+    places = tuple(filter(None, (name_place(text, *span) for span in members.models)))
+    return Reading(facts, None if text is body else text, places)
+
+
+_TRANSFER = ("kv_transfer_params", "ec_transfer_params")
+
+
+def _transfer(text: bytes, members: Members, path: str = "") -> Steps[str | None]:
+    """As `transfer.transfer_parameter`, for JSON that msgspec may not be able to read."""
+    for name in _TRANSFER:
+        if name in members.spans:
+            start, end = members.spans[name]
+            if text[start : min(end, start + LONGEST_NAME)].strip() != b"null":
+                return f"{path}{name}"
+    for name in ("vllm_xargs", "sampling_params", "extra_args"):
+        if name in members.spans:
+            wanted = frozenset({"extra_args"} if name == "sampling_params" else _TRANSFER)
+            inner = yield from scan(text, wanted, members.spans[name][0], alone=False)
+            if inner is not None:
+                found: str | None = yield from _transfer(text, inner, f"{path}{name}.")
+                if found is not None:
+                    return found
+    return None
+
+
+def _check(body: bytes) -> None:
+    """Raises InvalidBody, with what is wrong, if `json.loads` does not read the body."""
+    try:
+        json.loads(body)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise InvalidBody(f"The request body is not JSON: {error.msg} at {where}.") from None
+    except UnicodeDecodeError as error:
+        what = f"{error.encoding}: {error.reason} at byte {error.start}"
+        raise InvalidBody(f"The request body is not valid {what}.") from None
+    except RecursionError:
+        raise InvalidBody("The request body is nested too deeply to be read.") from None
+    except ValueError as error:
+        raise InvalidBody(f"The request body cannot be read: {error}.") from None
+
+
+def _as_utf8(body: bytes) -> Steps[tuple[bytes, int]]:
+    """The text as UTF-8, and where it begins: as `json.loads` decodes it. Raises InvalidBody."""
+    encoding = json.detect_encoding(body)
+    if encoding == "utf-8":
+        return body, 0
+    if encoding == "utf-8-sig":
+        return body, len(codecs.BOM_UTF8)
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    pieces = []
+    try:
+        for place in range(0, len(body), _DECODED_AT_ONCE):
+            is_last = place + _DECODED_AT_ONCE >= len(body)
+            text = decoder.decode(body[place : place + _DECODED_AT_ONCE], is_last)
+            pieces.append(text.encode("utf-8", "surrogatepass"))
+            yield
+    except UnicodeError as error:
+        raise InvalidBody(f"The request body is not valid {encoding}: {error}.") from None
+    return (yield from joined(pieces)), 0
+
+
+def replaced(
+    body: bytes, places: tuple[tuple[int, int], ...], name: bytes
+) -> Steps[tuple[bytes, tuple[tuple[int, int], ...]]]:
+    """The body with `name` in these places, and the places where it stands then."""
+    view, at, longer = memoryview(body), 0, 0
+    pieces: list[memoryview] = []
+    now: list[tuple[int, int]] = []
+    for start, end in places:
+        pieces += (view[at:start], memoryview(name))
+        at = end
+        now.append((start + longer, start + longer + len(name)))
+        longer += len(name) - (end - start)
+    whole = yield from joined([*pieces, view[at:]])
+    return whole, tuple(now)

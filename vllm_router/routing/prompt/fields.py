@@ -1,0 +1,145 @@
+"""The keys of a JSON body that routing looks at, and values of another kind than they should be.
+
+vLLM's requests are Pydantic models: what Pydantic converts is converted here.
+"""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from vllm_router.errors import InvalidBody
+from vllm_router.routing.prompt.forms import LONGEST_NAME, is_true
+from vllm_router.routing.prompt.pieces import Message
+
+NO_JSON = msgspec.Raw(b"")
+"""Stands for an absent value. Compared by identity."""
+
+BLANK = b" \t\r\n"
+"""White space in JSON (RFC 8259)."""
+
+_LONGEST_VALUE = 4096
+"""Bytes of a value that is decoded to see of what kind it is."""
+
+
+class Fields(msgspec.Struct, gc=False):
+    """The few keys that are decoded; everything else is skipped without being built."""
+
+    model: str | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    background: bool | None = None
+    session_id: str | None = None
+    user: str | None = None
+    priority: int | None = None
+    kv_transfer_params: msgspec.Raw = NO_JSON
+    ec_transfer_params: msgspec.Raw = NO_JSON
+    vllm_xargs: msgspec.Raw = NO_JSON
+    sampling_params: msgspec.Raw = NO_JSON
+
+
+class AllFields(Fields, gc=False):
+    """With those that make up the prompt, and the salt of the engine's prefix cache."""
+
+    messages: list[Message] | None = None
+    instructions: msgspec.Raw = NO_JSON
+    system: msgspec.Raw = NO_JSON
+    tools: msgspec.Raw = NO_JSON
+    prompt: msgspec.Raw = NO_JSON
+    input: msgspec.Raw = NO_JSON
+    cache_salt: msgspec.Raw = NO_JSON
+
+
+class RawFields(msgspec.Struct, gc=False):
+    """The same with nothing looked into: for what is not what it should be, or too much."""
+
+    model: msgspec.Raw = NO_JSON
+    stream: msgspec.Raw = NO_JSON
+    store: msgspec.Raw = NO_JSON
+    background: msgspec.Raw = NO_JSON
+    session_id: msgspec.Raw = NO_JSON
+    user: msgspec.Raw = NO_JSON
+    priority: msgspec.Raw = NO_JSON
+    kv_transfer_params: msgspec.Raw = NO_JSON
+    ec_transfer_params: msgspec.Raw = NO_JSON
+    vllm_xargs: msgspec.Raw = NO_JSON
+    sampling_params: msgspec.Raw = NO_JSON
+    messages: msgspec.Raw = NO_JSON
+    instructions: msgspec.Raw = NO_JSON
+    system: msgspec.Raw = NO_JSON
+    tools: msgspec.Raw = NO_JSON
+    prompt: msgspec.Raw = NO_JSON
+    input: msgspec.Raw = NO_JSON
+    cache_salt: msgspec.Raw = NO_JSON
+
+
+def odd_fields(raw: RawFields) -> Fields:
+    """The fields where some are of another kind than they should be, as Pydantic converts them.
+
+    Other values count as absent, but any value of `store` may leave something behind. Raises
+    InvalidBody for a `model` that no server can have.
+    """
+    return Fields(
+        _model(raw.model),
+        is_true(_value(raw.stream)),
+        _is_said(raw.store),
+        _is_said(raw.background),
+        _text(raw.session_id),
+        _text(raw.user),
+        _integer(raw.priority),
+        raw.kv_transfer_params,
+        raw.ec_transfer_params,
+        raw.vllm_xargs,
+        raw.sampling_params,
+    )
+
+
+def _value(raw: msgspec.Raw) -> object:
+    if not 0 < len(raw) <= _LONGEST_VALUE:
+        return None
+    try:
+        value: object = json.loads(bytes(raw))
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _model(raw: msgspec.Raw) -> str | None:
+    if len(raw) > LONGEST_NAME:
+        if bytes(memoryview(raw)[:64]).lstrip(BLANK)[:1] != b'"':
+            return None
+        raise InvalidBody(f"`model` is longer than {LONGEST_NAME} bytes.")
+    name = _value(raw)
+    if not isinstance(name, str):
+        return None
+    if not _is_unicode(name):
+        raise InvalidBody("`model` has half of a surrogate pair: it is no valid Unicode text.")
+    return name
+
+
+def _text(raw: msgspec.Raw) -> str | None:
+    text = _value(raw)
+    return text if isinstance(text, str) and _is_unicode(text) else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _integer(raw: msgspec.Raw) -> int | None:
+    """Pydantic takes `5.0` and `"5"` for 5."""
+    value = _value(raw)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_said(raw: msgspec.Raw) -> bool:
+    return len(raw) > _LONGEST_VALUE or bool(_value(raw))

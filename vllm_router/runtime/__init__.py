@@ -1,0 +1,1 @@
+"""The supervisor nursery, probes, signals and worker processes."""

@@ -1,0 +1,178 @@
+"""The router's side of `own_machine`: Unix sockets that only the router's user can open.
+
+Requests that come in here are marked in the scope, which no request from a TCP port can be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterable, Mapping
+
+import trio
+
+from vllm_router.http.asgi_types import OWN_MACHINE, App, Receive, Scope, Send
+from vllm_router.http.headers import RefusalTold
+from vllm_router.http.hypercorn.bridge import HypercornSide, Relay
+from vllm_router.http.server.listener import Address
+from vllm_router.http.server.server import Limits
+from vllm_router.runtime.own_machine import (
+    ROOT,
+    SUFFIX,
+    NoDirectory,
+    open_directory,
+    path_in,
+    socket_name,
+    user_of,
+)
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 64
+
+_PAUSE_S = 0.1
+"""Seconds without accepting when descriptors or memory have run out."""
+
+_SWEEP_S = 0.1
+"""Seconds for a socket left behind by a dead router to refuse a connection."""
+
+_HERE = ("local", 0)
+"""Instead of an address: a Unix socket has none."""
+
+
+class LocalSockets:
+    """The listening sockets, and their files. `close` removes the files that are still ours."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self.sockets: list[socket.socket] = []
+        self._environ = environ
+        self._directory: int | None = None
+        self._files: list[tuple[str, int]] = []
+
+    def open(self, addresses: Iterable[Address]) -> None:
+        """Listen beside each of these TCP addresses.
+
+        Without a directory of our own the router still serves: the log says that administration
+        needs a key then.
+        """
+        try:
+            self._directory, place = open_directory(os.geteuid(), self._environ)
+            _sweep(self._directory)
+            for address in dict.fromkeys(addresses):
+                self._listen(self._directory, socket_name(address))
+        except (OSError, NoDirectory) as error:
+            logger.warning(
+                "no Unix socket for the commands on this machine: %s. Administration needs "
+                "auth.admin_key, or XDG_RUNTIME_DIR set to a directory of the router's user.",
+                error,
+            )
+            self.close()
+            return
+        logger.debug("Unix sockets for the commands on this machine in %s", place)
+
+    def _listen(self, directory: int, name: str) -> None:
+        """A successor takes the name of its predecessor over in one step."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sockets.append(sock)
+        fresh = f".{name}.{secrets.token_hex(8)}"
+        sock.bind(path_in(directory, fresh))
+        os.chmod(fresh, 0o600, dir_fd=directory)
+        sock.listen(_BACKLOG)
+        inode = os.stat(fresh, dir_fd=directory).st_ino
+        os.rename(fresh, name, src_dir_fd=directory, dst_dir_fd=directory)
+        self._files.append((name, inode))
+
+    def close(self) -> None:
+        """Close the sockets and remove their files; again does nothing."""
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+        if self._directory is None:
+            return
+        for name, inode in self._files:
+            with contextlib.suppress(OSError):
+                if os.stat(name, dir_fd=self._directory).st_ino == inode:
+                    os.unlink(name, dir_fd=self._directory)
+        self._files.clear()
+        os.close(self._directory)
+        self._directory = None
+
+
+def _sweep(directory: int) -> None:
+    """Remove the files of routers that were killed: nobody listens there any more."""
+    for name in os.listdir(directory):
+        if not name.endswith(SUFFIX):
+            continue
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_SWEEP_S)
+            try:
+                sock.connect(path_in(directory, name))
+            except ConnectionRefusedError:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=directory)
+            except OSError:
+                continue  # somebody listens, or it has gone meanwhile
+
+
+class LocalDoor:
+    """Serves what comes in by the Unix sockets, as requests from the router's own machine."""
+
+    def __init__(
+        self,
+        app: App,
+        sockets: Iterable[socket.socket],
+        *,
+        limits: Limits | None = None,
+        told: RefusalTold | None = None,
+    ) -> None:
+        """The sockets stay the caller's."""
+
+        async def from_here(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[OWN_MACHINE] = True
+            await app(scope, receive, send)
+
+        self._sockets = list(sockets)
+        self._side = HypercornSide(from_here, limits=limits, told=told)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for sock in self._sockets:
+                sock.setblocking(False)
+                nursery.start_soon(self._accept, sock, nursery)
+            task_status.started()
+
+    async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                logger.error("cannot accept connections of this machine: %s", error)
+                await trio.sleep(_PAUSE_S)
+                continue
+            if user_of(sock) not in (os.geteuid(), ROOT):
+                sock.close()
+                continue
+            sock.setblocking(False)
+            nursery.start_soon(self._serve, sock)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        await self._side.serve(stream, relay=Relay(_HERE, _HERE, ""))
+
+    def drain(self) -> None:
+        """Close idle connections, and the others after their answer."""
+        self._side.drain()
+
+    def abort(self) -> None:
+        """End every connection now."""
+        self._side.abort()

@@ -1,0 +1,421 @@
+"""One server's probes: `/health`, `/metrics` and `/v1/models`, each at its own pace.
+
+Every server has a task of its own, so a slow or dead one delays no other. What an answer means is
+decided in `fleet/`; here is only the asking.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import ssl
+from collections.abc import Callable
+from random import Random
+
+import httpx
+import trio
+
+from vllm_router.config.schema import Settings
+from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
+from vllm_router.fleet.engine_metrics import MetricsReader
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.health import Check
+from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
+from vllm_router.fleet.server import Server
+from vllm_router.http.client.control_client import control_headers, control_transport
+from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.http.client.page import read_pieces, read_whole
+from vllm_router.http.client.resolver import Resolver
+
+logger = logging.getLogger(__name__)
+
+METRICS_PATH, MODELS_PATH = "/metrics", "/v1/models"
+PAUSED_PATH = "/is_paused"
+CHECK_PATHS = ("/health", MODELS_PATH)
+"""The second is asked where the first does not exist: other engines speak OpenAI, too."""
+
+MODELS_EVERY = 5.0
+"""Seconds between looks at the model list of a server that is up; an adapter may be loaded."""
+
+MAX_METRICS_BYTES = 4 * 1024 * 1024
+"""Bytes of a page of metrics: vLLM 0.32 writes some 50 000 for each engine."""
+
+MAX_PAUSE = 16
+"""A page that cannot be used is asked for less and less often, down to one time in so many."""
+
+MAX_ANSWER = 4096
+"""Bytes of an answer that says yes or no."""
+
+_NO_SUCH_PATH = frozenset({404, 405, 501})
+_BUSY = frozenset({429, 503})
+"""What servers answer to a check when they are full (llama.cpp#5594, sidecars), and vLLM when its
+engine is dead: the one that has just answered requests is full."""
+
+UNSETTLED_INTERVAL = 0.5
+"""Seconds to the next check while the last one contradicts the state."""
+
+
+def probe_transport(
+    server: Server, tls: ssl.SSLContext, resolver: Resolver | None
+) -> httpx.AsyncBaseTransport:
+    """The transport of one server's probes; the caller closes it."""
+    return control_transport(server.url, tls, resolver)
+
+
+class Probe:
+    """Asks one server until cancelled.
+
+    `went_down` is called when a check has just found the server gone; `tick` on every scrape
+    interval, for what must happen now and then on a server.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        fleet: Fleet,
+        rng: Random,
+        tls: ssl.SSLContext,
+        went_down: Callable[[Server], None],
+        tick: Callable[[Server, float], None],
+        resolver: Resolver | None = None,
+    ) -> None:
+        self._server = server
+        self._fleet = fleet
+        self._rng = rng
+        self._tls = tls
+        self._went_down = went_down
+        self._tick = tick
+        self._resolver = resolver
+        self._hurry = trio.Event()
+        self._list_is_stale = trio.Event()
+        self._pages = {METRICS_PATH: _Page(), MODELS_PATH: _Page()}
+        self._transport: httpx.AsyncBaseTransport
+        self._requests: dict[str, httpx.Request]
+
+    @property
+    def _settings(self) -> Settings:
+        return self._fleet.settings
+
+    async def run(self) -> None:
+        """Check, scrape and list until cancelled."""
+        # No timeout: each use has one around it, which follows the configuration.
+        self._requests = {}
+        async with probe_transport(self._server, self._tls, self._resolver) as self._transport:
+            # The list first: a server must not be up before it is known what it serves.
+            await self._list_models()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_checking)
+                nursery.start_soon(self._keep_scraping)
+                nursery.start_soon(self._keep_listing)
+
+    async def _ask(self, path: str) -> httpx.Response:
+        """The answer's head; the caller closes it.
+
+        The same request every time, and past httpx's client: making one costs more than asking,
+        and looking for redirects, cookies and a login in the answer as much again.
+        """
+        request = self._requests.get(path)
+        if request is None:
+            server = self._server
+            headers = control_headers(server.config.api_key)
+            request = self._requests[path] = httpx.Request(
+                "GET", server.url + path, headers=headers
+            )
+        return await self._transport.handle_async_request(request)
+
+    # -- health -------------------------------------------------------------------------------
+
+    async def _keep_checking(self) -> None:
+        server = self._server
+        while True:
+            if self._settings.enable_active_health_check:
+                await self._check()
+            if server.paused_at is not None:
+                await self._ask_whether_paused()
+            settled = server.probe_health.settled
+            interval = self._settings.health_check_interval
+            if not settled:
+                interval = min(interval, UNSETTLED_INTERVAL)
+            with trio.move_on_after(interval * (0.95 + 0.1 * self._rng.random())):
+                await self._hurry.wait()
+            self._hurry = trio.Event()
+
+    async def _check(self) -> None:
+        server, timeout = self._server, self._settings.health_check_timeout
+        began = trio.current_time()
+        verdict, detail = Check.TIMEOUT, ""
+        with trio.move_on_after(timeout):
+            try:
+                verdict, detail = await self._ask_health()
+            except OwnFault as error:
+                logger.warning("%s: not checked: %s", server.name, error)
+                return
+        if verdict is Check.TIMEOUT:
+            detail = f"no {self._waiting_for} in {timeout:g} s"
+            if server.probe_health.up and not self._has_address:
+                logger.warning("%s: not checked: %s", server.name, detail)
+                return
+        elapsed = trio.current_time() - began
+        if verdict is Check.GOOD and server.probe_health.up is False:
+            await self._list_models()  # before it is up: it may serve others than it did
+        now = trio.current_time()
+        self._announce(server.checked(verdict, elapsed, now, detail), now)
+
+    @property
+    def _has_address(self) -> bool:
+        return not isinstance(self._transport, Carrier) or self._transport.has_address
+
+    def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
+        """Whether we are out of something, or the resolver does not know a server that is up."""
+        unresolved = isinstance(error.__cause__, NameNotResolved)
+        return _is_own_fault(error) or (unresolved and bool(self._server.probe_health.up))
+
+    @property
+    def _waiting_for(self) -> str:
+        """What a check that takes too long waits for."""
+        doing = self._transport.doing if isinstance(self._transport, Carrier) else ""
+        return doing or f"answer to {CHECK_PATHS[0]}"
+
+    async def _ask_whether_paused(self) -> None:
+        """A server that was paused through this router may have been told directly to go on.
+
+        One that does not know the question any more is a new process, without vLLM's dev mode.
+        """
+        server, paused = self._server, True
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._ask(PAUSED_PATH)
+                try:
+                    paused = response.status_code not in _NO_SUCH_PATH
+                    if response.is_success:
+                        paused = b"false" not in await read_whole(response, MAX_ANSWER)
+                finally:
+                    await response.aclose()
+            except (httpx.HTTPError, UnusablePage) as error:
+                logger.debug("%s: %s: %s", server.name, PAUSED_PATH, error)
+        if not paused:
+            now = trio.current_time()
+            server.pause(on=False, now=now)
+            self._fleet.settle(now)
+
+    async def _ask_health(self) -> tuple[Check, str]:
+        detail, status = "", 0
+        for path in CHECK_PATHS:
+            try:
+                status = await self._status(path)
+            except httpx.HTTPError as error:
+                if self._is_no_fault_of_the_server(error):
+                    raise OwnFault(_words(error)) from error
+                return Check.UNREACHABLE, _words(error)
+            if 200 <= status < 300:
+                return Check.GOOD, ""
+            detail = f"{path} answered {status}"
+            if status not in _NO_SUCH_PATH:
+                break
+        return Check.BUSY if status in _BUSY else Check.UNHEALTHY, detail
+
+    async def _status(self, path: str) -> int:
+        """The status of an answer. Its body is read, as that keeps the connection, and dropped."""
+        response = await self._ask(path)
+        try:
+            await read_pieces(response, MAX_LIST_BYTES, lambda _: None)
+        except UnusablePage:
+            pass  # the status has been told, and the connection is closed
+        finally:
+            await response.aclose()
+        return response.status_code
+
+    def _announce(self, down: bool, now: float) -> None:
+        self._fleet.settle(now)
+        if down:
+            self._went_down(self._server)
+
+    # -- metrics ------------------------------------------------------------------------------
+
+    async def _keep_scraping(self) -> None:
+        page, skip = self._pages[METRICS_PATH], 0
+        while True:
+            began = trio.current_time()
+            if skip:
+                skip -= 1
+            else:
+                await self._scrape()
+                skip = page.pause - 1
+            now = trio.current_time()
+            self._server.age_metrics(now)
+            self._fleet.settle(now)
+            self._tick(self._server, now)
+            interval = self._settings.metrics_interval * (0.95 + 0.1 * self._rng.random())
+            await trio.sleep(max(interval / 4, began + interval - now))
+
+    async def _scrape(self) -> None:
+        """Read the load. Whether the port answers at all is a check of its own."""
+        server = self._server
+        answered = False
+        self._fleet.look()
+        leases = server.in_flight
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._ask(METRICS_PATH)
+                try:
+                    await self._read_metrics(response, leases)
+                finally:
+                    await response.aclose()
+            except httpx.HTTPError as error:
+                if not self._is_no_fault_of_the_server(error):
+                    self._reached(reachable=False, detail=_words(error))
+                return
+            answered = True
+        if answered:
+            self._reached(reachable=True)
+        else:
+            self._hurry.set()  # slow metrics alone are no sickness
+
+    async def _read_metrics(self, response: httpx.Response, leases: int) -> None:
+        """Take the page in as it comes. One that cannot be used leaves the figures as they are."""
+        if not response.is_success:
+            return
+        reader, page = MetricsReader(), self._pages[METRICS_PATH]
+        try:
+            await read_pieces(response, MAX_METRICS_BYTES, reader.feed)
+            metrics = reader.result()
+        except UnusablePage as problem:
+            if page.refused(str(problem)):
+                logger.warning(
+                    "server %s: /metrics cannot be used: %s. Its load is taken to be the requests "
+                    "sent through here",
+                    self._server.name,
+                    problem,
+                )
+            return
+        page.accepted()
+        self._server.scraped(metrics, trio.current_time(), leases)
+
+    def _reached(self, *, reachable: bool, detail: str = "") -> None:
+        if not self._settings.enable_active_health_check:
+            return
+        now = trio.current_time()
+        down = self._server.scrape_reached(reachable, now, detail)
+        self._announce(down, now)
+        health = self._server.probe_health
+        # One that may be coming back is looked at now, but not again at once: two good checks
+        # within a moment would say no more than one.
+        if not health.settled if health.up else reachable and not health.goods_in_row:
+            self._hurry.set()
+
+    # -- models -------------------------------------------------------------------------------
+
+    async def _keep_listing(self) -> None:
+        while True:
+            missing = self._server.models is None
+            interval = UNSETTLED_INTERVAL if missing else MODELS_EVERY
+            with trio.move_on_after(interval * self._pages[MODELS_PATH].pause):
+                await self._list_is_stale.wait()
+            stale = self._list_is_stale.is_set()
+            self._list_is_stale = trio.Event()
+            await self.read_list()
+            if stale:
+                await trio.sleep(UNSETTLED_INTERVAL)  # a list that stays wrong would be a busy loop
+
+    def read_list_soon(self) -> None:
+        """The server has proved its list wrong: read it at once. One reading serves all."""
+        self._list_is_stale.set()
+
+    async def read_list(self) -> None:
+        """Read the list of a server that is up."""
+        if self._server.probe_health.up:
+            await self._list_models()
+            self._fleet.settle(trio.current_time())
+
+    async def _list_models(self) -> None:
+        """Read `/v1/models`. A server that cannot answer it keeps the list it had."""
+        name = self._server.name
+        with trio.move_on_after(self._settings.health_check_timeout):
+            try:
+                response = await self._ask(MODELS_PATH)
+                try:
+                    if response.is_success:
+                        self._listed(await _model_list(response))
+                    else:
+                        logger.debug("%s: /v1/models: %d", name, response.status_code)
+                finally:
+                    await response.aclose()
+            except httpx.HTTPError as error:
+                logger.debug("%s: /v1/models: %s", name, _words(error))
+            except UnusablePage as problem:
+                if self._pages[MODELS_PATH].refused(str(problem)):
+                    logger.warning(
+                        "server %s: /v1/models cannot be used: %s. %s; its models can be named in "
+                        "servers.toml (models = [...])",
+                        name,
+                        problem,
+                        "It is asked for any model that no other server lists"
+                        if self._server.models is None
+                        else "The list it gave before holds",
+                    )
+
+    def _listed(self, found: ModelList) -> None:
+        page = self._pages[MODELS_PATH]
+        if page.accepted(found.problem) and found.problem:
+            logger.warning(
+                "server %s: /v1/models: %d entries are left out: %s",
+                self._server.name,
+                found.left_out,
+                found.problem,
+            )
+        self._server.listed(found.cards, trio.current_time())
+
+
+class _Page:
+    """What came of a page lately: whether to speak of it, and how often to ask for it."""
+
+    def __init__(self) -> None:
+        self.pause = 1
+        """How many times the usual interval passes before the page is asked for again."""
+        self._problem = ""
+
+    def refused(self, problem: str) -> bool:
+        """It could not be used; True if that was not so, or for another reason, the last time."""
+        self.pause = min(2 * self.pause, MAX_PAUSE)
+        known, self._problem = self._problem, problem
+        return known != problem
+
+    def accepted(self, but: str = "") -> bool:
+        """It could be used, all of it or all `but` something; True if that is new."""
+        self.pause = 1
+        known, self._problem = self._problem, but
+        return known != but
+
+
+async def _model_list(response: httpx.Response) -> ModelList:
+    """Raises UnusablePage."""
+    found = ModelList()
+    for step in read_model_list(await read_whole(response, MAX_LIST_BYTES)):
+        found = step
+        await trio.lowlevel.checkpoint()
+    return found
+
+
+_OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def _is_own_fault(error: BaseException | None) -> bool:
+    """Whether an error came of our running out of something: then it says of no server."""
+    while error is not None:
+        if isinstance(error, OwnFault):
+            return True
+        if isinstance(error, OSError) and error.errno in _OUR_ERRORS:
+            return True
+        if isinstance(error, BaseExceptionGroup) and any(map(_is_own_fault, error.exceptions)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
+
+
+def _words(error: httpx.HTTPError) -> str:
+    """What went wrong, in an operator's words."""
+    return _ERRNO.sub("", str(error)) or type(error).__name__

@@ -1,0 +1,28 @@
+"""`python -m vllm_router.runtime.workers DESCRIPTOR NAME`: one process of `--workers N`.
+
+The parent starts it; NAME (leader, worker-1, …) shows in lists of processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+# A terminal, systemd or a script may send signals to all processes at once; what is to be done
+# about them the parent says.
+for _number in (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+):
+    signal.signal(_number, signal.SIG_IGN)
+
+# When the parent ends, this process drains and gives the port back: it must not sleep through
+# that if it was stopped. (prctl(2); the end of the thread that started us counts as well.)
+_PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
+
+from vllm_router.runtime.workers.life import live  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(live(int(sys.argv[1])))

@@ -1,0 +1,388 @@
+"""The fleet as one of several processes knows it.
+
+Every process has servers of its own, whose `in_flight` counts the leases of all: those taken here
+and, from the board, those taken elsewhere. So policies, `load` and the pages need to know nothing
+of other processes.
+
+The leader decides what state a server is in; workers tell it how their attempts ended and take
+over what it says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from typing import Generic, TypeVar
+
+from vllm_router.config.auth import KeyConfig
+from vllm_router.config.schema import Config, ServerConfig, Settings
+from vllm_router.errors import ConfigError
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.fleet import Fleet, FleetChange
+from vllm_router.fleet.refusals import Asked
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.runtime.workers.board import Sums
+from vllm_router.runtime.workers.messages import ServerState, Verdict
+from vllm_router.runtime.workers.usage import SharedUsage, column_keys
+
+News = TypeVar("News", Server, Verdict)
+"""What a process tells the others: the leader of servers, a worker of its attempts."""
+
+
+logger = logging.getLogger(__name__)
+
+
+def counted_of_keys(keys: Iterable[KeyConfig]) -> list[str]:
+    """What is counted of keys."""
+    return [name for key in keys for name in column_keys(key)]
+
+
+def counted_in(config: Config) -> set[str]:
+    """What all workers count together: requests on each server, and those of each key."""
+    keys = config.auth.keys if config.auth is not None else ()
+    return {server.url for server in config.servers}.union(counted_of_keys(keys))
+
+
+class SharedServer(Server, Generic[News]):
+    """A server of which several processes hold leases. `tell` reaches those processes."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        settings: Settings,
+        on_change: Callable[[Server], None],
+        sums: Sums,
+        tell: Callable[[News], None],
+    ) -> None:
+        self._sums = sums
+        self._tell: Callable[[News], None] = tell
+        self._column: int | None = None
+        super().__init__(config, settings, on_change)
+
+    def give_back(self, column: int | None) -> None:
+        """Leave the place on the board unless it is this one: another server may get it."""
+        if self._column is not None and self._column != column:
+            self._sums.put(self._column, 0)
+            self._column = None
+            self.in_flight = len(self.leases)
+            self._update_load()
+
+    def stand_in(self, column: int | None) -> None:
+        """The place on the board; None if there is none left: then only our own leases count."""
+        if column == self._column:
+            return
+        self._column = column
+        self.in_flight = len(self.leases)
+        if column is not None:
+            self._sums.watch(column)
+            self._sums.put(column, self.in_flight)
+            self.in_flight += self._sums.elsewhere[column]
+        self._update_load()
+
+    def changed_elsewhere(self, difference: int) -> None:
+        """Other processes have taken, or given back, so many leases."""
+        self.in_flight += difference
+        self._update_load()
+
+    def lease(self, now: float) -> Lease:
+        lease = super().lease(now)
+        if self._column is not None:
+            self._sums.put(self._column, len(self.leases))
+        return lease
+
+    def end_lease(self, lease: Lease) -> None:
+        super().end_lease(lease)
+        if self._column is not None:
+            self._sums.put(self._column, len(self.leases))
+
+
+class LeadingServer(SharedServer[Server]):
+    """The leader's: it tells of every scrape, and its fleet of every change of state."""
+
+    def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
+        super().scraped(metrics, now, leases)
+        self._tell(self)
+
+
+class FollowingServer(SharedServer[Verdict]):
+    """A worker's, judged by the leader."""
+
+    _decides: tuple[object, ...] = ()
+
+    def apply(self, config: ServerConfig, settings: Settings) -> None:
+        super().apply(config, settings)
+        self._decides = ()  # the next word of the leader counts, even if it is the same again
+
+    def answered(self, now: float, *, trial: bool) -> None:
+        self.last_byte_at = max(self.last_byte_at, now)
+        self._tell(Verdict("answered", self.url, now, trial))
+
+    def refused(self, now: float, retry_after: float | None) -> None:
+        super().refused(now, retry_after)
+        self._tell(Verdict("refused", self.url, now, retry_after=retry_after))
+
+    def look_for_silence(self, now: float) -> None:
+        """The leader does, which hears of all processes."""
+
+    def follow(self, state: ServerState, now: float) -> bool:
+        """Take over what the leader knows. True if the server has just gone down."""
+        probe, traffic = self.probe_health, self.traffic_health
+        went_down = bool(probe.up) and not state.up
+        probe.up, probe.reason = state.up, state.reason
+        probe.goods_in_row = probe.rules.rise if state.held_back else 0
+        came_back = state.back_at > self.back_at
+        self.full_until = state.full_until if came_back else max(self.full_until, state.full_until)
+        self.back_at, self.fell_at, self.restarts = state.back_at, state.fell_at, state.restarts
+        was_asleep = self.metrics is not None and self.metrics.asleep
+        self.metrics, self.scraped_at = state.metrics, state.scraped_at
+        self.metrics_fresh = state.metrics is not None and (
+            self.metrics_age(now) <= self.stale_after
+        )
+        self.leases_at_scrape, self.stuck = state.leases_at_scrape, state.stuck
+        self._update_load()
+        asleep = state.metrics is not None and state.metrics.asleep
+        decides = (
+            *(state.up, state.held_back, state.ejected, state.ejected_until, self.full_until),
+            *(state.back_at, state.models, state.draining, asleep),
+            *(state.lengths, state.refusals, state.paused_at),
+            *(state.silent_since, state.silent_until),
+        )
+        if decides != self._decides or asleep is not was_asleep:
+            self._decides = decides
+            traffic.ejected, traffic.until = state.ejected, state.ejected_until
+            traffic.reason = state.ejected_for
+            self.models, self.draining = state.models, state.draining
+            self.refusals.replace(state.refusals)
+            silence = self.silence
+            silence.since, silence.until = state.silent_since, state.silent_until
+            silence.reason, self.paused_at = state.silent_for, state.paused_at
+            silence.trial = silence.trial and silence.since is not None
+            lengths = state.lengths
+            if isinstance(lengths, int):
+                lengths = dict.fromkeys(state.models or (), lengths)
+            if lengths != self.lengths:
+                self.lengths = lengths
+            self._on_change(self)
+        return went_down
+
+
+def state_of(server: Server) -> ServerState:
+    """What the leader tells of a server. Trials are each process's own."""
+    return ServerState(
+        url=server.url,
+        up=server.probe_health.up,
+        reason=server.probe_health.reason,
+        held_back=server.probe_health.held_back,
+        ejected=server.traffic_health.ejected,
+        ejected_until=server.traffic_health.until,
+        ejected_for=server.traffic_health.reason,
+        full_until=server.full_until,
+        back_at=server.back_at,
+        fell_at=server.fell_at,
+        restarts=server.restarts,
+        metrics=server.metrics,
+        scraped_at=server.scraped_at,
+        leases_at_scrape=server.leases_at_scrape,
+        models=server.models,
+        draining=server.draining,
+        lengths=_short(server.lengths, server.models),
+        refusals=server.refusals.all(),
+        silent_since=server.silence.since,
+        silent_until=server.silence.until,
+        silent_for=server.silence.reason,
+        stuck=server.stuck,
+        paused_at=server.paused_at,
+    )
+
+
+def _short(lengths: dict[str, int], models: tuple[str, ...] | None) -> dict[str, int] | int:
+    """The lengths of contexts as they travel with every scrape: one where all are the same."""
+    if len(lengths) == len(models or ()) and len(found := set(lengths.values())) == 1:
+        return found.pop()
+    return lengths
+
+
+class SharedFleet(Fleet, Generic[News]):
+    """What the fleets of the leader and of workers have in common; `usage` is that of keys."""
+
+    def __init__(self, config: Config, sums: Sums, tell: Callable[[News], None]) -> None:
+        self._sums = sums
+        self._tell: Callable[[News], None] = tell
+        self._by_column: dict[int, SharedServer[News]] = {}
+        self._known: dict[str, SharedServer[News]] = {}
+        self._keys: tuple[KeyConfig, ...] = ()
+        self._places: dict[str, int | None] = {}
+        self.usage = SharedUsage(sums, self.look)
+        super().__init__(config)
+
+    def apply(self, config: Config) -> FleetChange:
+        change = super().apply(config)
+        self._keys = config.auth.keys if config.auth is not None else ()
+        self.look()
+        self.take_places()
+        return change
+
+    def take_places(self) -> None:
+        """Find every server's column on the board, again: the leader may have given it one."""
+        servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
+        self._known = {server.url: server for server in reversed(servers)}
+        self._by_column.clear()
+        self._places = self._find_places([*self._known, *counted_of_keys(self._keys)])
+        places = [(server, self._column_of(url)) for url, server in self._known.items()]
+        for server, column in places:
+            server.give_back(column)
+        self.usage.give_places_back(self._keys, self._column_of)
+        for server, column in places:
+            server.stand_in(column)
+            if column is not None:
+                self._by_column[column] = server
+        self.usage.take_places(self._keys, self._column_of)
+
+    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
+        return self._sums.board.places(counted)
+
+    def _column_of(self, key: str) -> int | None:
+        return self._places.get(key)
+
+    def by_url(self, url: str) -> Server | None:
+        """The server at a URL, one that leaves included."""
+        return self._known.get(url)
+
+    # -- leases of other processes ------------------------------------------------------------
+
+    def look(self) -> None:
+        for column, difference in self._sums.look():
+            server = self._by_column.get(column)
+            if server is not None:
+                server.changed_elsewhere(difference)
+            else:
+                self.usage.changed(column, difference)
+
+    def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
+        self.look()
+        return super().candidates(model, now)
+
+    def others(
+        self, model: str | None, now: float, tried: Collection[Server]
+    ) -> tuple[Server, ...]:
+        self.look()
+        return super().others(model, now, tried)
+
+    def gone(self) -> list[Server]:
+        self.look()
+        gone = super().gone()
+        if gone:
+            self.take_places()
+        return gone
+
+
+class LeadingFleet(SharedFleet[Server]):
+    """The leader's. `tell` is called with every server of which workers must know more."""
+
+    def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
+        return LeadingServer(wanted, settings, self._note, self._sums, self._tell)
+
+    def _note(self, server: Server) -> None:
+        super()._note(server)
+        self._tell(server)
+
+    def check_room(self, config: Config) -> None:
+        """Raises ConfigError for more servers and keys than can be counted for all workers."""
+        counted = counted_in(config)
+        room = self._sums.board.room_for(counted)
+        if len(counted) > room:
+            keys = len(counted) - len(config.servers)
+            problem = (
+                f"{len(config.servers)} servers and {keys} counts of keys (two for each key) are "
+                f"more than the {room} that all workers can count together since the start: "
+                "restart the router to make room"
+            )
+            raise ConfigError([problem])
+
+    def _find_places(self, counted: list[str]) -> dict[str, int | None]:
+        """The leader gives places, where there are none yet."""
+        board = self._sums.board
+        board.keep(set(counted))
+        places = board.assign_all(counted)
+        without = [key for key, column in places.items() if column is None]
+        if without:
+            logger.error(
+                "%d servers and keys are counted by each worker for itself until others end: %s",
+                len(without),
+                ", ".join(without[:3]),
+            )
+        return places
+
+
+class FollowingFleet(SharedFleet[Verdict]):
+    """A worker's. `tell` is called with what its attempts have shown."""
+
+    def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
+        return FollowingServer(wanted, settings, self._note, self._sums, self._tell)
+
+    def failed(
+        self,
+        server: Server,
+        now: float,
+        *,
+        trial: bool,
+        jitter: float,
+        body: int | None = None,
+        odd: bool = False,
+    ) -> None:
+        self._tell(Verdict("failed", server.url, now, trial, jitter, body, odd=odd))
+
+    def timed_out(
+        self,
+        server: Server,
+        now: float,
+        since: float,
+        *,
+        trial: bool,
+        jitter: float,
+        stream: bool,
+    ) -> None:
+        if not server.output_since(since):
+            verdict = Verdict("timed_out", server.url, now, trial, jitter)
+            verdict.since, verdict.sure = since, stream
+            self._tell(verdict)
+
+    def waited_in_vain(self, server: Server, now: float, since: float) -> None:
+        if not server.output_since(since):
+            self._tell(Verdict("waited_in_vain", server.url, now, since=since))
+
+    def others_take(
+        self,
+        server: Server,
+        name: str,
+        size: int,
+        words: str,
+        now: float,
+        *,
+        body: int,
+        sure: bool,
+    ) -> None:
+        verdict = Verdict("others_take", server.url, now, body=body)
+        verdict.name, verdict.size, verdict.words, verdict.sure = name, size, words, sure
+        self._tell(verdict)
+
+    def refused_again(self, server: Server, name: str, now: float) -> None:
+        self._tell(Verdict("refused_again", server.url, now, name=name))
+
+    def takes_again(self, server: Server, asked: Asked) -> None:
+        self._tell(Verdict("takes_again", server.url, 0.0, asked=asked))
+
+    def unlist(self, server: Server, model: str) -> None:
+        """Until the leader, which reads the list again, has told what is in it."""
+        server.unlist(model)
+        self._tell(Verdict("unlist", server.url, 0.0, name=model))
+
+    def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
+        self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))
+
+    def follow(self, state: ServerState, now: float) -> FollowingServer | None:
+        """Take over what the leader knows of a server; it, if it has just gone down."""
+        server = self._known.get(state.url)
+        if isinstance(server, FollowingServer) and server.follow(state, now):
+            return server
+        return None

@@ -1,0 +1,357 @@
+"""One order of waiting for all processes of a router.
+
+Each process has the places of all in its own `WaitingRooms`: its own, and those that it has read
+from the others' pages. A server goes to the place whose turn it is, whatever process it is in. If
+that is another one, this process leaves the server alone, rings that one's bell and goes on with
+what is left. What is left for it is counted: a free unit is *promised* to a place of another
+process, unless that has been considered since the unit became free and has not taken it.
+
+Nothing depends on all processes being well: a process that does not take what it is rung for is
+waited for PATIENCE seconds, and once only until it shows life again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from vllm_router.config.schema import Config
+from vllm_router.errors import ConfigError
+from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.waiter import Peers, Waiter
+from vllm_router.routing.queue.place import Place, Route, Verdict
+from vllm_router.routing.queue.waiting import ANY_UNKNOWN
+from vllm_router.runtime.workers.bells import Bells
+from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, QueueBoard, mark
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+
+PATIENCE = 0.25
+"""Seconds that a free server is left to the process whose turn it is."""
+
+_FOREVER = float("inf")
+_NO_MODEL = mark("\0no model")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Theirs(Place):
+    """A place of another process. `models` are those whose servers it may go to, first first."""
+
+    slot: int
+    room_mark: int
+    public: int
+    route_mark: int
+    models: tuple[str | None, ...] = ()
+
+
+class _Reader:
+    """How much of another process's page has been read."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.epoch = -1
+        self.seen = 0
+        self.places: dict[int, Theirs] = {}
+        self.unresponsive_since: int | None = None
+        """Its heartbeat when it was given up."""
+
+
+class QueuePeers:
+    """`Peers` on a `QueueBoard`. `ring` wakes the process of a number."""
+
+    def __init__(
+        self, gate: Gate, board: QueueBoard, number: int, ring: Callable[[int], None]
+    ) -> None:
+        self.number = number
+        self.promised: Counter[Server] = Counter()
+        self._gate = gate
+        self._ring = ring
+        self._page = board.pages[number]
+        self._pages = board.pages
+        self._readers = [_Reader(n) for n in range(len(board.pages)) if n != number]
+        self._by_number = {reader.number: reader for reader in self._readers}
+        self._free = FreeSlots()
+        self._slots: dict[Waiter, int] = {}
+        self._numbers: dict[int, Place] = {}
+        self._routes: dict[Route, int] = {}
+        self._route_marks = count(1)
+        self._held: dict[Theirs, float] = {}
+        self._to_ring: set[int] = set()
+        self._changed_at = 0
+        self._names: dict[int, tuple[str | None, ...]] = {}
+        self._names_of = -1
+        self._page.reset()
+
+    @property
+    def waiting(self) -> int:
+        """How many places of ours the others know."""
+        return len(self._slots)
+
+    # -- names --------------------------------------------------------------------------------
+
+    def key(self, name: str) -> Hashable:
+        return mark(name)
+
+    def where(self, place: Place) -> tuple[str | None, Route]:
+        assert isinstance(place, Theirs)
+        models = self._models(place.public or place.room_mark)
+        place.models = models
+        (room,) = self._models(place.room_mark)[:1]
+        servers = frozenset[Hashable]().union(*(self._gate.serving(model) for model in models))
+        return room, Route(servers, (place.owner, place.route_mark))
+
+    def _models(self, name: int) -> tuple[str | None, ...]:
+        """The models whose servers a request for this room, or public name, may go to."""
+        if self._names_of != self._gate.generation:
+            self._names_of = self._gate.generation
+            self._names = self._all_names()
+        return self._names.get(name, (ANY_UNKNOWN,))
+
+    def _all_names(self) -> dict[int, tuple[str | None, ...]]:
+        fleet = self._gate.fleet
+        names: dict[int, tuple[str | None, ...]] = {_NO_MODEL: (None,)}
+        for server in fleet.servers.values():
+            for model in server.models or ():
+                names[mark(model)] = (model,)
+        for public, rule in fleet.names.rules.items():
+            if rule.fallback is not None:
+                chain = (public, *fleet.names.instead(public))
+                names[_public_mark(public)] = tuple(map(fleet.names.served, chain))
+        return names
+
+    # -- our places ---------------------------------------------------------------------------
+
+    def is_full(self) -> bool:
+        return not self._free
+
+    def publish(self, waiter: Waiter, displaced: Place | None) -> None:
+        if not self._free:
+            return  # one that returns from a server: it keeps our own order
+        slot = self._slots[waiter] = self._free.take()
+        self._numbers[waiter.number] = waiter
+        public = waiter.exchange.record.model if waiter.exchange.falls_back else None
+        entry = Entry(
+            waiter.number,
+            _NO_MODEL if waiter.room is None else mark(waiter.room),
+            _public_mark(public) if public is not None else 0,
+            mark(waiter.exchange.record.key_name),
+            waiter.priority,
+            waiter.returning,
+            self._route_mark(waiter.route),
+            displaced.number if displaced is not None else 0,
+            0,
+            0,
+            0,
+            int(waiter.since * 1e6),
+        )
+        self._page.write(slot, entry)
+        if displaced is not None and displaced.owner != self.number:
+            self._ring(displaced.owner)
+
+    def _route_mark(self, route: Route) -> int:
+        if len(self._routes) > len(self._slots) + 64:
+            self._routes.clear()  # numbers go on, so that none ever means two routes
+        found = self._routes.get(route)
+        if found is None:
+            found = self._routes[route] = next(self._route_marks)
+        return found
+
+    def withdraw(self, waiter: Waiter) -> None:
+        slot = self._slots.pop(waiter, None)
+        if slot is None:
+            return
+        del self._numbers[waiter.number]
+        server = waiter.grant[1].server if waiter.grant is not None else None
+        self._page.end(slot, waiter.served_at, mark(server.url) if server is not None else 0)
+        self._free.give_back(slot)
+
+    def moved(self, waiter: Waiter) -> None:
+        if waiter in self._slots:
+            self.withdraw(waiter)
+            self.publish(waiter, None)
+
+    def displaced(self, place: Place) -> None:
+        self._numbers.pop(place.number, None)
+        if isinstance(place, Theirs):
+            self._held.pop(place, None)
+
+    # -- places of the others -----------------------------------------------------------------
+
+    def look(self, now: float) -> None:
+        for reader in self._readers:
+            page = self._pages[reader.number]
+            epoch = page.epoch
+            if epoch != reader.epoch:
+                self._forget(reader, now)
+                reader.epoch, reader.seen = epoch, -1
+            if page.changes == reader.seen:
+                continue
+            changes = page.changes
+            slots = page.changed_since(reader.seen) if reader.seen >= 0 else None
+            for slot in slots if slots is not None else page.used():
+                self._read(reader, slot, page.read(slot), now)
+            reader.seen = changes
+
+    def _forget(self, reader: _Reader, now: float) -> None:
+        """The process has died, and another may be in its place."""
+        for place in list(reader.places.values()):
+            self._drop(reader, place, now)
+        reader.unresponsive_since = None
+
+    def _drop(self, reader: _Reader, place: Theirs, now: float) -> None:
+        """It waits no longer."""
+        del reader.places[place.slot]
+        self._held.pop(place, None)
+        if self._numbers.pop(place.number, None) is not None:
+            self._gate.places.leave(place, now)
+
+    def _read(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
+        known = reader.places.get(slot)
+        if known is not None and known.number == entry.number:
+            return
+        if known is not None and known.number != -entry.number:
+            self._drop(reader, known, now)  # how it ended has been written over
+            known = None
+        if entry.number == 0 or entry.epoch != reader.epoch:
+            return
+        places = self._gate.places
+        places.seen(abs(entry.number))
+        if entry.number > 0:
+            self._join(reader, slot, entry, now)
+            return
+        place = known if known is not None else self._place(reader, slot, entry)
+        served = self._server(entry) if entry.served else None
+        if served is not None:
+            places.seen(entry.served)
+            place.server, place.served_at = served, entry.served
+        if known is not None:
+            if served is not None and place.number in self._numbers:
+                places.room(place.room).rate.freed(now)
+            self._drop(reader, known, now)
+        if served is not None:
+            places.turned(place)
+
+    def _place(self, reader: _Reader, slot: int, entry: Entry) -> Theirs:
+        place = Theirs(
+            None,
+            entry.priority,
+            entry.key,
+            entry.since / 1e6,
+            _FOREVER,
+            entry.returning,
+            owner=reader.number,
+            number=abs(entry.number),
+            slot=slot,
+            room_mark=entry.room,
+            public=entry.public,
+            route_mark=entry.route,
+        )
+        place.room, place.route = self.where(place)
+        return place
+
+    def _join(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
+        place = self._place(reader, slot, entry)
+        reader.places[slot] = self._numbers[place.number] = place
+        places = self._gate.places
+        if not place.returning and self._gate.fleet.candidates(place.room, now):
+            places.room(place.room).rate.begin(now)
+        places.join(place)
+        displaced = self._numbers.get(entry.displaced) if entry.displaced else None
+        if displaced is not None:
+            self._gate.displace(displaced, now)
+
+    def _server(self, entry: Entry) -> Server | None:
+        for server in self._gate.fleet.servers.values():
+            if mark(server.url) == entry.server:
+                return server
+        return None
+
+    # -- handing out servers ------------------------------------------------------------------
+
+    def changed(self, now: float) -> None:
+        self._changed_at = int(now * 1e6)
+
+    def begin(self, now: float) -> None:
+        self.promised.clear()
+        self._to_ring.clear()
+
+    def give(self, place: Place, now: float) -> Verdict:
+        assert isinstance(place, Theirs)
+        server = self._server_for(place, now)
+        if server is None:
+            self._held.pop(place, None)
+            return Verdict.BLOCKED
+        reader = self._by_number[place.owner]
+        heartbeat = self._pages[place.owner].heartbeat
+        if reader.unresponsive_since == heartbeat:
+            return Verdict.BLOCKED
+        reader.unresponsive_since = None
+        since = self._held.setdefault(place, now)
+        if now - since > PATIENCE:
+            if heartbeat < int(since * 1e6):
+                reader.unresponsive_since = heartbeat
+            return Verdict.BLOCKED
+        place.server = server
+        self.promised[server] += 1
+        self._to_ring.add(place.owner)
+        return Verdict.HELD
+
+    def _server_for(self, place: Theirs, now: float) -> Server | None:
+        """A server with a free unit that the place's process has not left to others."""
+        considered = self._pages[place.owner].considered(place.slot)
+        for model in place.models:
+            candidates = self._gate.fleet.candidates(model, now)
+            for server in candidates:
+                free = server.in_flight + self.promised[server] < server.cap
+                if free and considered <= self._available_since(server):
+                    return server
+            if candidates:
+                return None
+        return None
+
+    def _available_since(self, server: Server) -> int:
+        released = max([page.released(mark(server.url)) for page in self._pages])
+        return max(released, self._changed_at)
+
+    def passed_over(self, waiter: Waiter, now: float) -> None:
+        slot = self._slots.get(waiter)
+        if slot is not None:
+            self._page.consider(slot, int(now * 1e6))
+
+    def end(self, now: float) -> None:
+        self._page.beat(int(now * 1e6))
+        for number in self._to_ring:
+            self._ring(number)
+
+    def freed(self, server: Server, now: float) -> None:
+        self._page.release(mark(server.url), int(now * 1e6))
+
+
+class SharedQueue:
+    """What the process with this `number` needs to take part in the one order of waiting."""
+
+    def __init__(self, board: QueueBoard, number: int, bells: Bells) -> None:
+        self._board = board
+        self._number = number
+        self.bells = bells
+
+    def make_peers(self, gate: Gate) -> Peers:
+        """For a new gate; the one before has sent all its requests away."""
+        return QueuePeers(gate, self._board, self._number, self.bells.ring)
+
+
+def check_limits(config: Config) -> None:
+    """Raises ConfigError if more requests may wait than the processes can tell each other of."""
+    if config.limits is not None and config.limits.queue_size > SLOTS:
+        size = config.limits.queue_size
+        raise ConfigError(
+            [f"limits.queue_size: expected at most {SLOTS} with --workers, got {size}"]
+        )
+
+
+def _public_mark(name: str) -> int:
+    return mark(f"\0public {name}")

@@ -1,0 +1,142 @@
+"""What a worker tells the leader of its exchanges, so that one process can answer for all.
+
+Everything is gathered for GATHER seconds and sent at once. A failure is sent at once: it may be the
+one that ejects a server. While there is no leader the last LIMIT exchanges are kept; older ones
+are dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TypeVar
+
+import trio
+
+from vllm_router.fleet.server import Server
+from vllm_router.proxy.record import Phase, Record
+from vllm_router.proxy.retry import Outcome
+from vllm_router.runtime.workers.channel import Channel
+from vllm_router.runtime.workers.fleet import SharedFleet
+from vllm_router.runtime.workers.messages import Ended, Report, Verdict, encode
+
+GATHER = 0.02
+LIMIT = 10_000
+BATCH = 100
+"""Exchanges of a message: some 300 bytes each, and at most 1 KB."""
+
+LONGEST = 300
+"""Characters kept of a path, a model's name or a client's id."""
+
+
+_NOT_AS_IT_IS = {"path", "model", "phase", "server", "outcome", "retries", "facts", "trace"}
+_AS_IT_IS = tuple(name for name in Record.__struct_fields__ if name not in _NOT_AS_IT_IS)
+_as_it_is = attrgetter(*_AS_IT_IS)
+_PHASES = {phase.value: phase for phase in Phase}
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}
+
+
+def pack(record: Record) -> Ended:
+    """A record as a message holds it; `unpack` is its inverse but for facts and trace."""
+    server, outcome, model = record.server, record.outcome, record.model
+    return (
+        _as_it_is(record),
+        record.path[:LONGEST],
+        model[:LONGEST] if model is not None else None,
+        record.phase.value,
+        server.url if server is not None else None,
+        outcome.value if outcome is not None else None,
+        [reason.value for reason in record.retries] if record.retries else (),
+    )
+
+
+def unpack(ended: Ended, fleet: SharedFleet[Server]) -> Record:
+    """The record as the worker had it."""
+    as_it_is, path, model, phase, url, outcome, retries = ended
+    return Record(
+        path=path,
+        model=model,
+        phase=_PHASES[phase],
+        server=fleet.by_url(url) if url is not None else None,
+        outcome=_OUTCOMES[outcome] if outcome is not None else None,
+        retries=[_OUTCOMES[reason] for reason in retries],
+        **dict(zip(_AS_IT_IS, as_it_is, strict=True)),
+    )
+
+
+T = TypeVar("T")
+
+
+class Reporter:
+    """A worker's only Recorder beside its access log. `run` sends what has gathered.
+
+    `gather` is called before: it may have more to report.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.gather: Callable[[], None] = lambda: None
+        self.dropped = 0
+        self._channel = channel
+        self._ended: deque[Ended] = deque()
+        self._attempts: deque[tuple[str, str]] = deque()
+        self._verdicts: deque[Verdict] = deque()
+        self._refusals: deque[str] = deque()
+        self._something = trio.Event()
+        self._urgent = trio.Event()
+
+    # -- what exchanges and servers report ----------------------------------------------------
+
+    def exchange_ended(self, record: Record) -> None:
+        self._put(self._ended, pack(record))
+
+    def attempt_ended(self, server: Server, outcome: Outcome) -> None:
+        self._put(self._attempts, (server.url, outcome.value))
+
+    def verdict(self, verdict: Verdict) -> None:
+        """What an attempt has shown of its server."""
+        self._put(self._verdicts, verdict)
+        if verdict.what != "answered" or verdict.trial:
+            self._urgent.set()
+
+    def refused(self, code: str) -> None:
+        """A request was refused by its head alone."""
+        self._put(self._refusals, code)
+
+    def _put(self, queue: deque[T], thing: T) -> None:
+        if len(queue) >= LIMIT:
+            queue.popleft()
+            self.dropped += 1
+        queue.append(thing)
+        self._something.set()
+
+    # -- sending ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Send until cancelled, or until nobody holds the other end."""
+        while True:
+            await self._something.wait()
+            self._something = trio.Event()
+            with trio.move_on_after(GATHER):
+                await self._urgent.wait()
+            self._urgent = trio.Event()
+            try:
+                await self.flush()
+            except trio.BrokenResourceError:
+                return
+
+    async def flush(self) -> None:
+        """Send everything there is."""
+        self.gather()
+        while self._ended or self._attempts or self._verdicts or self._refusals:
+            report = Report(
+                _take(self._verdicts),
+                _take(self._attempts),
+                _take(self._ended),
+                _take(self._refusals),
+            )
+            await self._channel.send(encode(report))
+
+
+def _take(queue: deque[T]) -> list[T]:
+    return [queue.popleft() for _ in range(min(BATCH, len(queue)))]

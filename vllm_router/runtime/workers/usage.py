@@ -1,0 +1,108 @@
+"""Limits of keys that hold for all processes together.
+
+Each shows the others how many requests of a key it is serving, and how many it has ever let in; so
+each runs the same bucket, from which what the others let in is taken as soon as it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from time import perf_counter
+
+from vllm_router.config.auth import KeyConfig
+from vllm_router.proxy.key_limits import Usage, Use, new_use
+from vllm_router.runtime.workers.board import Sums
+
+
+def column_keys(key: KeyConfig) -> tuple[str, str]:
+    """What the two columns of a key are found by."""
+    return f"key {key.name}: running", f"key {key.name}: let in"
+
+
+def _places(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int, int] | None:
+    running, let_in = map(column_of, column_keys(key))
+    return None if running is None or let_in is None else (running, let_in)
+
+
+class SharedUsage(Usage):
+    """`look` brings in what the others have shown, by calling `changed`."""
+
+    def __init__(self, sums: Sums, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._sums = sums
+        self._look = look
+        self._columns: dict[str, tuple[int, int]] = {}
+        self._of_column: dict[int, tuple[KeyConfig, bool]] = {}
+        self._running: dict[str, int] = {}
+        self._let_in: dict[str, int] = {}
+
+    def give_places_back(
+        self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
+    ) -> None:
+        """Leave the columns that are not those of these keys any more: others may get them."""
+        wanted = {key.name: _places(key, column_of) for key in keys}
+        for name, places in list(self._columns.items()):
+            if wanted.get(name) != places:
+                del self._columns[name]
+                for column in places:
+                    self._sums.put(column, 0)
+
+    def take_places(
+        self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
+    ) -> None:
+        """Find the columns of these keys; one without counts its own requests alone."""
+        found = [(key, _places(key, column_of)) for key in keys]
+        self._sums.watch(max((max(places) for _, places in found if places), default=0))
+        # What others have let in before we look for the first time is not taken from the bucket.
+        self._look()
+        self._of_column.clear()
+        for key, places in found:
+            own = self._running.get(key.name, 0)
+            if places is None:
+                self._use(key).running = own
+                continue
+            running, let_in = places
+            self._of_column[running] = key, True
+            self._of_column[let_in] = key, False
+            self._use(key).running = own + self._sums.elsewhere[running]
+            if self._columns.get(key.name) != places:
+                self._columns[key.name] = places
+                self._let_in[key.name] = 0
+                self._show(key.name)
+
+    def changed(self, column: int, difference: int) -> None:
+        """What the others show has changed."""
+        found = self._of_column.get(column)
+        if found is None:
+            return
+        key, is_running = found
+        use = self._use(key)
+        if is_running:
+            use.running += difference
+        elif difference > 0:  # else it is a process that begins anew
+            use.refill(key.requests_per_minute or 0.0, perf_counter())
+            use.tokens -= difference
+
+    def _use(self, key: KeyConfig) -> Use:
+        use = self._uses.get(key.name)
+        if use is None:
+            use = self._uses[key.name] = new_use(key, perf_counter())
+        return use
+
+    def _show(self, name: str) -> None:
+        places = self._columns.get(name)
+        if places is not None:
+            self._sums.put(places[0], self._running.get(name, 0))
+            self._sums.put(places[1], self._let_in.get(name, 0))
+
+    def enter(self, key: KeyConfig, now: float) -> None:
+        self._look()
+        super().enter(key, now)
+        self._running[key.name] = self._running.get(key.name, 0) + 1
+        self._let_in[key.name] = self._let_in.get(key.name, 0) + 1
+        self._show(key.name)
+
+    def leave(self, key: KeyConfig, took: float) -> None:
+        super().leave(key, took)
+        self._running[key.name] -= 1
+        self._show(key.name)
