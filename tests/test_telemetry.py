@@ -100,7 +100,8 @@ def test_nothing_is_exported_unless_asked_for(settings: LogSettings, environ: di
 
 def test_router_that_exports_nothing_does_not_load_opentelemetry():
     script = (
-        "import sys; from vllm_router.observability import tracing; from vllm_router.runtime import serve; "
+        "import sys; from vllm_router.observability import tracing; "
+        "from vllm_router.runtime import serve; "
         "from vllm_router.config.log import LogSettings; tracing.start(LogSettings(), {}); "
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
