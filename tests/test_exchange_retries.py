@@ -11,8 +11,8 @@ from trio.testing import wait_all_tasks_blocked
 from fleet_makers import make_fleet
 from proxy_harness import Client, Rig, lab
 from scripted_server import Script, Talk, answer, answering, ok
+from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.failures import LATELY, SAME_MOMENT, End, Failures
-from vllm_router.routing.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
 ERROR = answer(500, b"{}")

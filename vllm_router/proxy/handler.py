@@ -29,9 +29,7 @@ from vllm_router.proxy.quarantine import Poison
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.retry import Outcome, RetryBudget
-from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.routing.failures import Failures
-from vllm_router.proxy.quarantine import Poison
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
 

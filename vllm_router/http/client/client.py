@@ -16,16 +16,11 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from vllm_router.errors import ConnectFailed, ConnectionLost, ProtocolViolation
-from vllm_router.http.client.connecting import Race
-from vllm_router.http.client.resolver import Resolver, literal_address
-from vllm_router.http.client.transport import PlainTransport, Transport, connect, start_tls
-from vllm_router.http.head_cache import Headers, Repeated
 from vllm_router.errors import ConnectFailed, ConnectionLost, NotSent, ProtocolViolation
 from vllm_router.http.client.connecting import Race
-from vllm_router.http.head_cache import Headers, Repeated
 from vllm_router.http.client.resolver import Resolver, literal_address
 from vllm_router.http.client.transport import PlainTransport, Transport, connect, start_tls
+from vllm_router.http.head_cache import Headers, Repeated
 
 MAX_HEAD = 1024 * 1024
 """Bytes of an answer's head. vLLM sends binary embeddings with a field `metadata` that has some
