@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 from fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
-from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import State
+from vllm_router.fleet.fleet import SETTLED_AT_ONCE, Fleet
+from vllm_router.fleet.server import Server, State
 from vllm_router.routing.policies import POLICIES
 from vllm_router.routing.prompt.facts import Facts
 
@@ -375,3 +375,45 @@ def test_a_burst_spreads_by_capacity():
     counts = spread(fleet, 40)
     assert counts["a"] == pytest.approx(15, abs=1)
     assert counts["b"] == pytest.approx(25, abs=1)
+
+
+# -- many servers ------------------------------------------------------------------------------
+
+
+def thousand() -> Fleet:
+    servers = [{"url": f"http://10.0.{n // 250}.{n % 250}:1", "name": f"s{n}"} for n in range(1000)]
+    fleet = make_fleet(servers)
+    while fleet._changed:
+        fleet.settle(0.0)
+    return fleet
+
+
+def test_settle_looks_at_the_servers_that_have_changed_only(monkeypatch):
+    fleet = thousand()
+    seen: list[str] = []
+    update = Server.update_state
+    monkeypatch.setattr(
+        Server, "update_state", lambda self, now: seen.append(self.name) or update(self, now)
+    )
+    go_down(fleet.servers["s7"], 1.0)
+    fleet.settle(1.0)
+    eject(fleet.servers["s9"], 2.0)
+    fleet.settle(2.0)
+    assert seen == ["s7", "s9"]
+    fleet.settle(3.0)
+    fleet.settle(2.0 + fleet.settings.auto_recovery_threshold)  # its trial is due
+    assert seen == ["s7", "s9", "s9"]
+
+
+def test_settle_of_many_changes_is_cut_into_slices_and_candidates_do_not_wait():
+    fleet = thousand()
+    states: list[str] = []
+    fleet.on_transition.append(lambda change: states.append(change.server))
+    for server in fleet.servers.values():
+        if server.name != "s999":
+            go_down(server, 1.0)
+    assert [server.name for server in fleet.candidates("m", 1.0)] == ["s999"]
+    assert len(states) == SETTLED_AT_ONCE
+    for _ in range(1000 // SETTLED_AT_ONCE):
+        fleet.settle(1.0)
+    assert states == [f"s{number}" for number in range(999)]

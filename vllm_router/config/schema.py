@@ -512,6 +512,8 @@ def _following(config: Config) -> set[str]:
 def _changed_fields(
     old: msgspec.Struct, new: msgspec.Struct, ignore: Collection[str] = ()
 ) -> list[str]:
+    if old is new or old == new:
+        return []
     changed = []
     for field in old.__struct_fields__:
         a, b = getattr(old, field), getattr(new, field)

@@ -19,7 +19,13 @@ OUTLIER_RATE = 0.8
 """A server is ejected whose success rate is less than so much of the median of the others."""
 
 MOVE_EVERY = 0.01
-"""Seconds between two looks at servers whose load changes with time alone."""
+"""Seconds between two looks at servers whose load changes with time alone, if they are no more than
+MOVED_OFTEN; longer in proportion if they are more."""
+
+MOVED_OFTEN = 20
+
+SETTLED_AT_ONCE = 100
+"""Servers of which changes of state are announced in one call of `settle`: 1000 take 30 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,8 @@ class Fleet:
         """Servers that do not take every request for their models: see `fitting`."""
         self._shorter: set[Server] = set()
         self._lengths: dict[Server, dict[str, int]] = {}
+        self._longest: dict[str, int] = {}
+        self._due: dict[Server, float] = {}
         self._fitting: dict[tuple[object, ...], tuple[Server, ...]] = {}
         self._ready_until = float("inf")
         self._changed: set[Server] = set()
@@ -67,6 +75,7 @@ class Fleet:
         self._move_at = 0.0
         self._typical = 0.0
         self._prepared: dict[str, Server] = {}
+        self._prepared_for: Settings | None = None
         self.apply(config)
 
     # -- configuration ------------------------------------------------------------------------
@@ -93,10 +102,9 @@ class Fleet:
                 added.append(server)
             else:
                 kept.append(server)
-            if not same or server.config != wanted:
-                server.apply(wanted, settings)
-            else:
-                self._note(server)
+                if not same or server.config != wanted:
+                    server.apply(wanted, settings)
+            self._note(server)
             by_url[wanted.url] = server
         removed = [server for url, server in old.items() if url not in by_url]
         for server in removed:
@@ -105,6 +113,7 @@ class Fleet:
         self._by_url = by_url
         self._lengths = {}
         self._prepared.clear()
+        self._prepared_for = None
         self.servers = {server.name: server for server in by_url.values()}
         self._forget_ready()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
@@ -112,6 +121,7 @@ class Fleet:
     def prepare(self, config: Config) -> Iterator[Server]:
         """Make the servers that `apply` will add, one after the other: a hundred take 10 ms."""
         self._prepared.clear()
+        self._prepared_for = config.settings
         leaving = {server.url for server in self.leaving}
         for wanted in config.servers:
             if wanted.url not in self._by_url and wanted.url not in leaving:
@@ -123,7 +133,8 @@ class Fleet:
         server = self._prepared.pop(wanted.url, None)
         if server is None:
             return self._new_server(wanted, settings)
-        server.apply(wanted, settings)
+        if server.config is not wanted or self._prepared_for is not settings:
+            server.apply(wanted, settings)
         return server
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
@@ -145,6 +156,8 @@ class Fleet:
         """Those removed servers whose last request has ended; they are forgotten here."""
         done = [server for server in self.leaving if server.in_flight == 0]
         self.leaving = [server for server in self.leaving if server.in_flight]
+        for server in done:
+            self._due.pop(server, None)
         return done
 
     # -- candidates ---------------------------------------------------------------------------
@@ -292,37 +305,83 @@ class Fleet:
         """Bring states up to date, announce transitions, forget stale candidate lists.
 
         Called by `candidates` when something changed or expired, and by the probes on each tick,
-        so that an event is announced even when no request comes.
+        so that an event is announced even when no request comes. O(servers that have changed), and
+        no more than SETTLED_AT_ONCE: the rest is left for the next call. Candidates do not depend
+        on it.
         """
         if now < self._ready_until and not self._changed:
             return
-        if any(server.lengths is not self._lengths.get(server) for server in self._changed):
-            self._compare_lengths()
-        self._changed.clear()
+        changed = self._changed.union([s for s, moment in self._due.items() if moment <= now])
         self._ready.clear()
         self._fitting.clear()
-        self._ready_until = float("inf")
-        self.choosy = frozenset(
-            [s for s in self.servers.values() if s in self._shorter or s.refusals.count()]
-        )
-        for server in self.all_servers():
-            traffic = server.traffic_health
-            moments = [server.full_until, traffic.until, traffic.next_trial_at]
-            moments.append(server.silence.until)
-            if server.refusals.known:
-                moments += server.refusals.moments()
-            for moment in moments:
-                if now < moment < self._ready_until:
-                    self._ready_until = moment
+        servers = self._in_order(changed)
+        self._update_choosy(servers)
+        self._changed = set(servers[SETTLED_AT_ONCE:])
+        for server in servers[:SETTLED_AT_ONCE]:
+            moment = _next_moment(server, now)
+            if moment is None:
+                self._due.pop(server, None)
+            else:
+                self._due[server] = moment
             transition = server.update_state(now)
             if transition is not None:
                 for announce in self.on_transition:
                     announce(transition)
-            if now - server.back_at < server.slow_start:
+            if server in self._moving or now - server.back_at < server.slow_start:
                 self._moving.add(server)
-        self._move(now)
+                if not server.move(now):
+                    self._moving.discard(server)
+        self._ready_until = min(self._due.values(), default=float("inf"))
+        if now >= self._move_at:
+            self._move(now)
         for follow in self.on_settled:
             follow(now)
+
+    def _in_order(self, changed: set[Server]) -> list[Server]:
+        """Those of the fleet, in its order; others have been prepared only, or have left."""
+        if len(changed) == 1:
+            (server,) = changed
+            if self.servers.get(server.name) is server:
+                return [server]
+        return [server for server in self.all_servers() if server in changed]
+
+    def _update_choosy(self, changed: Sequence[Server]) -> None:
+        """Find the servers that do not take every request for their models."""
+        if self._must_compare_all(changed):
+            self._compare_lengths()
+            changed = list(self.servers.values())
+            choosy: set[Server] = set()
+        else:
+            choosy = set(self.choosy)
+        for server in changed:
+            if server.refusals.count() or server in self._shorter:
+                if self.servers.get(server.name) is server:
+                    choosy.add(server)
+            else:
+                choosy.discard(server)
+        if choosy != self.choosy:
+            self.choosy = frozenset(choosy)
+
+    def _must_compare_all(self, changed: Sequence[Server]) -> bool:
+        """Whether the longest context of a model may have changed; else compares the changed ones
+        with the others."""
+        if not self._lengths:
+            return True
+        longest = self._longest
+        for server in changed:
+            before, lengths = self._lengths.get(server, {}), server.lengths
+            if before is lengths:
+                continue
+            for model in before.keys() | lengths.keys():
+                old, new, top = before.get(model, 0), lengths.get(model, 0), longest.get(model, 0)
+                if old != new and (new > top or old == top):
+                    return True
+            self._lengths[server] = lengths
+            if any(length < longest[model] for model, length in lengths.items()):
+                self._shorter.add(server)
+            else:
+                self._shorter.discard(server)
+        return False
 
     def _compare_lengths(self) -> None:
         """Find the servers that have a model with a shorter context than another server has."""
@@ -330,6 +389,7 @@ class Fleet:
         for server in self.servers.values():
             for model, length in server.lengths.items():
                 longest[model] = max(length, longest.get(model, 0))
+        self._longest = longest
         self._lengths = {server: server.lengths for server in self.servers.values()}
         self._shorter = {
             server
@@ -345,7 +405,7 @@ class Fleet:
     def _move(self, now: float) -> None:
         """Bring the loads up to date that change with time alone."""
         self._moving = {server for server in self._moving if server.move(now)}
-        self._move_at = now + MOVE_EVERY
+        self._move_at = now + MOVE_EVERY * max(1.0, len(self._moving) / MOVED_OFTEN)
 
     # -- what requests show -------------------------------------------------------------------
 
@@ -496,6 +556,15 @@ class Fleet:
 
     def count(self, *states: State) -> int:
         return sum(server.state in states for server in self.servers.values())
+
+
+def _next_moment(server: Server, now: float) -> float | None:
+    """When the server's rank or state changes by time alone; None if it does not."""
+    traffic = server.traffic_health
+    moments = [server.full_until, traffic.until, traffic.next_trial_at, server.silence.until]
+    if server.refusals.known:
+        moments += server.refusals.moments()
+    return min([moment for moment in moments if moment > now], default=None)
 
 
 def _rank(server: Server, now: float) -> int:

@@ -84,7 +84,8 @@ class ProbeHealth:
     def apply(self, rules: HealthRules) -> None:
         """New rules from a reload; what has been seen stays."""
         self.rules = rules
-        self.window = deque(self.window, maxlen=rules.window)
+        if rules.window != self.window.maxlen:
+            self.window = deque(self.window, maxlen=rules.window)
 
     @property
     def held_back(self) -> bool:

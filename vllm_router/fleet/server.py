@@ -8,6 +8,7 @@ costs nothing per server beyond the comparison.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,7 +217,9 @@ class Server:
             self.models = config.models
         if config.api_key != self.config.api_key or config.models != self.config.models:
             self.refusals.clear()
-        self.config, self.name, self.capacity = config, config.name, config.max_concurrent_requests
+        if config != self.config:  # who keeps what follows from it looks whether it is the same
+            self.config = config
+        self.name, self.capacity = config.name, config.max_concurrent_requests
         self.share = self.capacity * config.weight
         self.cap = _cap_of(config)
         self.slow_start = settings.slow_start
@@ -693,6 +696,7 @@ def _length_in(card: dict[str, Any]) -> int:
     return length if type(length) is int and 0 < length < TOO_LARGE else 0
 
 
+@functools.lru_cache(maxsize=2)  # a reload asks once per server
 def health_rules(settings: Settings) -> HealthRules:
     """The part of the settings that both health machines read."""
     return HealthRules(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
@@ -174,12 +174,15 @@ class Tallies:
 
     def read(
         self,
-        servers: Collection[Server],
+        servers: Iterable[Server],
         running: Iterable[Record],
         expected: Callable[[Server], PrefixStatistics | None] | None,
         now: float,
-    ) -> None:
-        """Read every counter that has a rate. `running` are the records of live exchanges."""
+    ) -> Iterator[None]:
+        """Read every counter that has a rate. `running` are the records of live exchanges.
+
+        A generator: it stops after each server, so that the caller may let others run.
+        """
         live: dict[Server | None, int] = {}
         for record in running:
             if record.chunks:
@@ -191,6 +194,7 @@ class Tallies:
             tally.read_engine(server.metrics, now)
             if expected is not None:
                 tally.read_expected(expected(server), now)
+            yield
 
     def keep(self, servers: Collection[Server]) -> None:
         """Forget all others."""

@@ -29,6 +29,10 @@ from vllm_router.web.router import Router
 _encode = msgspec.json.Encoder().encode
 
 
+SERVERS_AT_ONCE = 50
+"""Servers of which the counters are read in one turn of the loop."""
+
+
 def _text(message: schema.Message) -> str:
     return _encode(message).decode()
 
@@ -126,7 +130,7 @@ class Feed:
         while True:
             await trio.sleep_until(min(next_row, next_snapshot) if self._mailboxes else next_row)
             now = trio.current_time()
-            self._read(now)
+            await self._read(now)
             if now >= next_row:
                 next_row = _next(next_row, history.INTERVAL, now)
                 self._remember(now)
@@ -138,13 +142,15 @@ class Feed:
                     for mailbox in self._mailboxes:
                         mailbox.put_snapshot(encoded)
 
-    def _read(self, now: float) -> None:
+    async def _read(self, now: float) -> None:
         router = self.router
         running = router.running() if router is not None else ()
         self._fleet.look()
         servers = self._fleet.all_servers()
         expected = router.prefix_statistics if router is not None else None
-        self._tallies.read(servers, running, expected, now)
+        for number, _ in enumerate(self._tallies.read(servers, running, expected, now), 1):
+            if number % SERVERS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
         self._events.look(servers, router.reloader if router is not None else None)
         cpu = router.elsewhere(CPU) if router is not None else None
         self._cpu.observe(cpu_seconds() + (cpu or 0.0), now)
