@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
-import fuzzing  # noqa: F401
-from browser import chromium
-from distribution import (  # noqa: F401
+from support import fuzzing  # noqa: F401
+from support.browser import chromium
+from support.distribution import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_xdist_make_scheduler,
 )
-from time_limit import pytest_runtest_call, pytest_timeout_set_timer  # noqa: F401
+from support.time_limit import pytest_runtest_call, pytest_timeout_set_timer  # noqa: F401
 
 # Hundreds of processes import the package: without bytecode, each would compile it again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -15,7 +15,7 @@ import trio
 from chaos.guarded import Engine
 from chaos.harness import Card, fleet, off_loop, rss_mb, scenario, waited
 from chaos.stalled import stalled_reader
-from router_process import RouterProcess, chat, router_process, servers_toml
+from support.router_process import RouterProcess, chat, router_process, servers_toml
 
 PATH = "/v1/chat/completions"
 QUICK = ("--model", "m", "--ttft", "0", "--token-delay", "0", "--max-num-seqs", "4000")

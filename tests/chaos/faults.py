@@ -13,9 +13,9 @@ import trio
 
 from chaos.harness import MOCK, Card, fleet, off_loop, percentile, scenario, waited
 from chaos.rivals import NAMES, rival
-from load import Load, Result, burst
-from mock_process import MockProcess, mock_processes, restarted
-from router_process import chat
+from support.load import Load, Result, burst
+from support.mock_process import MockProcess, mock_processes, restarted
+from support.router_process import chat
 
 SLOW = ("--model", "m", "--ttft", "0.3", "--token-delay", "0.01")
 OUT = ("down", "ejected")

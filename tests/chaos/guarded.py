@@ -15,9 +15,7 @@ from typing import Any
 
 from chaos.harness import Card, NotRun, off_loop, scenario
 from chaos.rivals import NAMES, rival
-from mock_process import MockProcess, mock_processes
-from router_process import RouterProcess, chat, router_process, servers_toml
-from test_e2e_auth import (
+from e2e.test_auth import (
     ADMIN,
     ALICE,
     AUTH,
@@ -31,7 +29,7 @@ from test_e2e_auth import (
     Locked,
     bearer,
 )
-from test_e2e_smuggling import (
+from e2e.test_smuggling import (
     BODY,
     GOOD,
     HIDDEN,
@@ -44,6 +42,8 @@ from test_e2e_smuggling import (
     length,
     post,
 )
+from support.mock_process import MockProcess, mock_processes
+from support.router_process import RouterProcess, chat, router_process, servers_toml
 
 PATH = "/v1/chat/completions"
 FRONTS = ("lane", "hypercorn")

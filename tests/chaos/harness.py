@@ -14,8 +14,8 @@ from typing import Any
 
 import trio
 
-from mock_process import MockProcess, mock_processes
-from router_process import RouterProcess, chat, router_process, servers_toml, until
+from support.mock_process import MockProcess, mock_processes
+from support.router_process import RouterProcess, chat, router_process, servers_toml, until
 
 MOCK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.01")
 MOST_SECONDS = 240.0

@@ -17,9 +17,9 @@ import h2.exceptions
 import trio
 
 from chaos.harness import Card, fleet, off_loop, percentile, rss_mb, running, scenario, waited
-from router_process import RouterProcess, chat, raw_exchange
-from test_e2e_fuzz import malformed, send_all, statuses
-from test_front_fuzz import HANDSHAKE, PREFACE, literal
+from e2e.test_fuzz import malformed, send_all, statuses
+from property.test_front_fuzz import HANDSHAKE, PREFACE, literal
+from support.router_process import RouterProcess, chat, raw_exchange
 
 PATH = "/v1/chat/completions"
 ALLOWED = {"/health", "/metrics", "/v1/models", "/version", "/server_info", PATH}

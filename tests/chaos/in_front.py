@@ -12,10 +12,10 @@ import httpx
 import trio
 
 from chaos.harness import Card, NotRun, fleet, off_loop, running, scenario, waited
-from load import Load
-from proxies_in_front import PLAIN, RECOMMENDED, program, proxy
-from router_process import RouterProcess, chat
-from worker_processes import pids
+from support.load import Load
+from support.proxies_in_front import PLAIN, RECOMMENDED, program, proxy
+from support.router_process import RouterProcess, chat
+from support.worker_processes import pids
 
 SLOW = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.05")
 

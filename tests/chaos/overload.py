@@ -10,8 +10,8 @@ import httpx
 import trio
 
 from chaos.harness import Card, fleet, off_loop, percentile, rss_mb, scenario, waited
-from load import Load
-from router_process import RouterProcess, chat
+from support.load import Load
+from support.router_process import RouterProcess, chat
 
 CAP, QUEUE, DEADLINE = 4, 64, 5.0
 SERVERS = 3

@@ -22,9 +22,9 @@ from chaos.harness import MOCK, Card, fleet, off_loop, percentile, rss_mb, runni
 from chaos.harness import waited as wait_for
 from chaos.rivals import NAMES, rival
 from chaos.stalled import stalled_reader
-from load import Load, ask
-from mock_process import MockProcess, mock_processes
-from router_process import RouterProcess, chat, raw_exchange
+from support.load import Load, ask
+from support.mock_process import MockProcess, mock_processes
+from support.router_process import RouterProcess, chat, raw_exchange
 
 PATH = "/v1/chat/completions"
 QUICK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.002", "--max-num-seqs", "2000")

@@ -15,8 +15,8 @@ import httpx
 import trio
 
 from chaos.harness import Card, cpu_seconds, fleet, off_loop, scenario, waited
-from load import Load, Result, ask
-from router_process import RouterProcess, chat
+from support.load import Load, Result, ask
+from support.router_process import RouterProcess, chat
 
 PATH = "/v1/chat/completions"
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

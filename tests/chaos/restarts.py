@@ -13,10 +13,10 @@ import trio
 
 from chaos.harness import MOCK, Card, fleet, off_loop, scenario, waited
 from chaos.stalled import stalled_reader
-from load import Load, Result, ask, burst
-from mock_process import mock_processes, restarted
-from router_process import chat, servers_toml
-from test_e2e_restart import WAYS, connect_anew, routers
+from e2e.test_restart import WAYS, connect_anew, routers
+from support.load import Load, Result, ask, burst
+from support.mock_process import mock_processes, restarted
+from support.router_process import chat, servers_toml
 
 PATH = "/v1/chat/completions"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from router_process import until
+from support.router_process import until
 
 _HERE = Path(__file__).parent
 NAMES = ("haproxy", "nginx")

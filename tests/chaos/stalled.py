@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 
-from router_process import chat
+from support.router_process import chat
 
 
 def stalled_reader(port: int, tokens: int, **more: object) -> socket.socket:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import trio
 
 from chaos.harness import MOCK, Card, off_loop, scenario, waited
-from fake_names import FakeNames, swallowing
-from hostile import lab
-from hostile_servers import SERVERS
-from load import Load
-from mock_process import MockProcess, mock_processes
-from router_process import RouterProcess, chat, router_process, servers_toml
+from support.fake_names import FakeNames, swallowing
+from support.hostile import lab
+from support.hostile_servers import SERVERS
+from support.load import Load
+from support.mock_process import MockProcess, mock_processes
+from support.router_process import RouterProcess, chat, router_process, servers_toml
 
 OUTAGE = 45.0
 """Seconds: half as long again as the router believes an answer."""

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api_clients import ENDS, KINDS, PATHS, ask, body
 from real.lab import DEVELOPMENT, MODEL, RealServer, real_servers
-from router_process import RouterProcess, router_process, servers_toml, until
+from support.api_clients import ENDS, KINDS, PATHS, ask, body
+from support.router_process import RouterProcess, router_process, servers_toml, until
 
 pytestmark = pytest.mark.real
 

@@ -27,7 +27,7 @@ import openai
 import pytest
 
 from real.lab import MODEL, RealServer, Tap, real_servers
-from router_process import router_process, servers_toml, until
+from support.router_process import router_process, servers_toml, until
 
 pytestmark = pytest.mark.real
 

@@ -1,7 +1,8 @@
 """Hypercorn in our nursery, cured of what stock Hypercorn 0.18 suffers from.
 
 Every name of Hypercorn (and quart-trio) that its documentation does not promise is used in this
-file or in hypercorn_websocket.py; tests/test_hypercorn_bridge.py tells when one of them changes.
+file or in hypercorn_websocket.py; a test (tests/integration/test_hypercorn_bridge.py) fails
+when one of them changes.
 
 The cures, each with a test of the same subject:
 

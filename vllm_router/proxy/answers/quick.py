@@ -1,7 +1,7 @@
 """The common cases of `opening`, `ending` and `whole`, decoded into types: a quarter of the price.
 
 Each function answers what is certain and None for everything else; the tables decide that.
-tests/test_answers.py holds both to the same answers.
+tests/unit/proxy/test_answers.py holds both to the same answers.
 """
 
 from __future__ import annotations

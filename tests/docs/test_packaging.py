@@ -1,0 +1,129 @@
+"""What is shipped, its metadata, and what the source may not contain."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_router
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vllm_router"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both distributions, the wheel built from the sdist, with the build tools already here."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    return out
+
+
+def test_wheel_contains_every_file_of_the_package(dist: Path):
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {name for name in names if ".dist-info/" not in name}
+    assert shipped == {str(path.relative_to(ROOT)) for path in files_below(PACKAGE)}
+    assert "vllm_router/py.typed" in shipped
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_sdist_contains_what_builds_and_tests_the_package(dist: Path):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [*files_below(PACKAGE), *files_below(ROOT / "scripts"), *files_below(ROOT / "tests")]
+    sources += files_below(ROOT / "deploy")
+    wanted = {str(path.relative_to(ROOT)) for path in sources}
+    wanted |= {"pyproject.toml", "LICENSE", "README.md", "README.zh.md", "servers.example.toml"}
+    wanted |= {"Dockerfile", "compose.yaml"}
+    assert wanted <= shipped
+
+
+def test_installed_version_is_that_of_the_source():
+    assert importlib.metadata.version(PROJECT["name"]) == vllm_router.__version__
+
+
+def test_command_is_installed():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="vllm-router")
+    assert command.value == "vllm_router.cli.main:main"
+
+
+def third_party_imports() -> set[str]:
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(str(node.module).partition(".")[0])
+    return names - sys.stdlib_module_names - {"vllm_router"}
+
+
+def test_every_import_is_a_declared_dependency():
+    # Those of an extra are imported only where somebody asks for what it does.
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
+    declared = {re.split(r"[<>=~!\[; ]", line)[0].lower() for line in wanted}
+    distributions = importlib.metadata.packages_distributions()
+    for name in third_party_imports():
+        owners = {owner.lower().replace("_", "-") for owner in distributions[name]}
+        assert owners & declared, f"{name} is imported but not declared"
+
+
+# Pieces, so that this file does not contain what it looks for.
+FORBIDDEN = {
+    "the address of a package index": "|".join(
+        [r"--(?:extra-)?index" + "-url", r"pypi" + r"\.org/simple", "files" + r"\.pythonhosted"]
+    ),
+    "a path of somebody's machine": r"(?<![\w.])/(?:root|work|tmp/lab|home/\w+)" + r"/",
+    "unfinished work": r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b",
+}
+LOCK_FILES = {"uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock", "package-lock.json"}
+
+
+def sources() -> Iterator[Path]:
+    """The files under version control, by their places: works in an unpacked sdist as well."""
+    for path in sorted(ROOT.iterdir()):
+        # In a second work tree .git is a file with the path of the first.
+        if path.is_file() and path.name not in ("servers.toml", ".git"):
+            yield path
+    for name in ("vllm_router", "docs", "tests", "scripts", ".ci"):
+        yield from files_below(ROOT / name)
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_source_does_not_contain(what: str):
+    pattern = re.compile(FORBIDDEN[what])
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sources()
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+def test_no_lock_file():
+    assert [path.name for path in sources() if path.name in LOCK_FILES] == []

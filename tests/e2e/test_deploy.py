@@ -1,0 +1,276 @@
+"""Dashboard and alerts: names that exist, and queries that a real Prometheus answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support.mock_process import mock_processes
+from support.router_process import RouterProcess, chat, router_process, servers_toml, until
+from vllm_router.observability.metric_families import FAMILIES
+from vllm_router.observability.prometheus_text import Kind
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+RULES = PROMETHEUS / "vllm-router.rules.yml"
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "vllm-router.json").read_text())
+
+# Dashboard variables as Grafana fills them in when "All" is chosen.
+VARIABLES = {"$instance": ".*", "$server": ".*", "$model": ".*", "$__rate_interval": "5s"}
+
+GRID = 24
+
+
+def tool(name: str) -> str:
+    """A program of Debian's package `prometheus`, which scripts/setup --system puts into .venv."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is missing: scripts/setup --dev --system gets it"
+    return found
+
+
+def promtool(*arguments: str, stdin: str | None = None) -> str:
+    done = subprocess.run(
+        [tool("promtool"), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def dashboard_queries() -> list[str]:
+    """Every query of the panels, with the variables filled in."""
+    return [filled(target["expr"]) for panel in panels() for target in panel["targets"]]
+
+
+def filled(query: str) -> str:
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    assert "$" not in query
+    return query
+
+
+def alert_queries() -> list[str]:
+    """The expressions of the rules, which are few enough to be read without a YAML parser."""
+    text = RULES.read_text()
+    blocks = re.findall(r"^ +expr: (?:\|\n((?: {10,}.*\n)+)|(.+)\n)", text, re.MULTILINE)
+    queries = [" ".join((block or line).split()) for block, line in blocks]
+    assert len(queries) == text.count("- alert:")
+    return queries
+
+
+QUERIES = [*dashboard_queries(), *alert_queries()]
+
+
+def known_names() -> set[str]:
+    names = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}
+    names |= {"process_open_fds", "process_max_fds"}
+    for family in FAMILIES:
+        names.add(family.name)
+        if family.kind is Kind.HISTOGRAM:
+            names |= {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
+    return names
+
+
+def test_queries_name_only_metrics_and_labels_that_exist():
+    labels = {family.name: set(family.labels) for family in FAMILIES}
+    for query in QUERIES:
+        names = set(re.findall(r"\b(?:vllm_router|process)_\w+|\bup\b", query))
+        assert names, query
+        assert names <= known_names(), query
+        for name, selector in re.findall(r"(vllm_router_\w+)\{([^}]*)\}", query):
+            base = re.sub(r"_(bucket|sum|count)$", "", name)
+            used = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+            assert used <= labels.get(base, labels.get(name, set())) | {"instance", "job", "le"}
+        by = {
+            label for found in re.findall(r"by \(([^)]*)\)", query) for label in found.split(", ")
+        }
+        assert by <= set().union(*labels.values()) | {"instance", "le"}, query
+
+
+def test_names_of_the_documentation_are_those_of_the_code():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"^\| `(vllm_router_\w+)`", page, re.MULTILINE)) == {
+        family.name for family in FAMILIES
+    }
+
+
+def test_every_metric_that_tells_of_trouble_has_an_alert_or_a_panel():
+    shown = " ".join(QUERIES)
+    left_out = {family.name for family in FAMILIES if family.name not in shown}
+    # A new metric comes with a panel or an alert, or is listed here.
+    assert left_out <= {
+        "vllm_router_server_info",  # a variable of the dashboard
+        "vllm_router_build_info",
+        "vllm_router_uptime_seconds",
+        "vllm_router_ready",
+        "vllm_router_config_generation",  # an annotation
+    }
+
+
+def test_dashboard_is_one_that_grafana_takes():
+    assert DASHBOARD["schemaVersion"] >= 36
+    assert DASHBOARD["uid"]
+    assert "id" not in DASHBOARD, "an id is that of one Grafana"
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(ids) == len(set(ids))
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    assert variables == {"datasource", "instance", "server", "model"}
+    for panel in panels():
+        assert panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}"
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(references) == len(set(references)) > 0
+        for target in panel["targets"]:
+            assert set(re.findall(r"\$(\w+)", target["expr"])) <= variables | {"__rate_interval"}
+
+
+def test_panels_do_not_overlap():
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= GRID
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_rules_and_configuration_are_valid():
+    assert "SUCCESS" in promtool("check", "rules", str(RULES))
+    promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
+
+
+def test_alerts_go_off_when_they_should():
+    promtool("test", "rules", str(PROMETHEUS / "vllm-router.rules.test.yml"))
+
+
+# -- a real Prometheus --------------------------------------------------------------------------
+
+
+class Scraped:
+    """A Prometheus that scrapes a router with traffic."""
+
+    def __init__(self, url: str, router: RouterProcess) -> None:
+        self.url, self.router = url, router
+
+    def ask(self, path: str, **query: str) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=10)
+        assert answer.status_code == 200, f"{query}: {answer.text}"
+        assert answer.json()["status"] == "success"
+        assert not answer.json().get("warnings"), query
+        return answer.json()["data"]
+
+    def query(self, query: str) -> list[Any]:
+        return self.ask("query", query=query)["result"]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+    scratch = tmp_path_factory.mktemp("prometheus")
+    with (
+        mock_processes(2, "--model", "m", "--speed", "0.2") as mocks,
+        router_process(
+            servers_toml([mock.url for mock in mocks], policy="adaptive"), scratch
+        ) as router,
+    ):
+        port = free_port()
+        text = (PROMETHEUS / "prometheus.yml").read_text()
+        text = text.replace("10s", "250ms").replace("localhost:8888", f"127.0.0.1:{router.port}")
+        text = text.replace("vllm-router.rules.yml", str(RULES))
+        (scratch / "prometheus.yml").write_text(text)
+        with (scratch / "log").open("w") as log:
+            process = subprocess.Popen(
+                [
+                    tool("prometheus"),
+                    f"--config.file={scratch / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={scratch / 'data'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            under_test = Scraped(f"http://127.0.0.1:{port}", router)
+            url = f"{under_test.url}/-/ready"
+            until(lambda: httpx.get(url, trust_env=False).status_code == 200, "Prometheus", 30)
+            until(lambda: bool(under_test.query("vllm_router_ready == 1")), "a scrape", 30)
+            _traffic(under_test)
+            yield under_test
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _traffic(under_test: Scraped) -> None:
+    """Answers, streams and refusals, until two scrapes have seen them."""
+    router = under_test.router
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for stream in (False, True):
+            body = chat(stream=stream, max_tokens=3)
+            assert router.post("/v1/chat/completions", body).status_code == 200
+        assert router.post("/v1/chat/completions", chat(model="nope")).status_code == 404
+        if under_test.query('sum(rate(vllm_router_requests_total{status="200"}[5s])) > 0'):
+            return
+    raise TimeoutError("Prometheus has seen no traffic")
+
+
+def test_prometheus_answers_every_query(scraped: Scraped):
+    for query in QUERIES:
+        scraped.query(query)
+
+
+def test_queries_about_what_happens_have_data(scraped: Scraped):
+    # What did not happen has none: failures, and rates whose scrapes lie further apart than asked.
+    without = re.compile(
+        r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
+        r"|queue_|max_in_flight|worker_"
+    )
+    missing = [
+        query
+        for query in dashboard_queries()
+        if not without.search(query) and not scraped.query(query)
+    ]
+    assert missing == []
+
+
+def test_no_alert_is_raised_by_a_healthy_fleet(scraped: Scraped):
+    firing = [alert["labels"]["alertname"] for alert in scraped.ask("alerts")["alerts"]]
+    assert firing == []
+    groups = scraped.ask("rules")["groups"]
+    assert [rule["health"] for group in groups for rule in group["rules"]] == ["ok"] * len(
+        alert_queries()
+    )
+
+
+def test_page_passes_promtools_lint(scraped: Scraped):
+    assert promtool("check", "metrics", stdin=scraped.router.get("/metrics").text) == ""

@@ -1,0 +1,274 @@
+"""The monitor and `run` on a real terminal, and the monitor where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.cli_process import Running, call, command, environment, router, running, until
+from support.router_process import own_machine
+from support.tmux import Terminal, terminal
+
+DEMO = ("run", "--demo", "--host", "127.0.0.1", "--port", "0")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A router that the tests leave as they found it."""
+    with router(tmp_path_factory.mktemp("router") / "stderr", "--demo", "--console") as started:
+        yield started
+
+
+def state(url: str, name: str) -> str:
+    page = httpx.get(f"{url}/load-stats", trust_env=False).json()
+    return str(next(server for server in page["servers"] if server["name"] == name)["state"])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def child_of(pid: int) -> int:
+    """The process of the view, which any of the router's threads may have started."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    (child,) = {int(word) for file in threads for word in file.read_text().split()}
+    return child
+
+
+# -- monitor ----------------------------------------------------------------------------------
+
+
+def test_small_terminal_shows_all_and_keys_work(demo: Running, tmp_path: Path):
+    with terminal(command("monitor", demo.url), tmp_path) as screen:
+        first = screen.wait("live", "demo-1", "demo-2", "demo-3", "EVENTS", "3/3 up")
+        lines = first.splitlines()
+        assert len(lines) == 24
+        assert {len(line) for line in lines} == {80}
+        assert lines[0].startswith("╭")
+        assert lines[-1].startswith("╰")
+        assert "▸ demo-1" in first
+
+        screen.type("Down")
+        screen.wait("▸ demo-2")
+        screen.type("s")
+        screen.wait("sort: load")
+        screen.type("?")
+        screen.wait("this help")
+        screen.type("x")
+        screen.wait("▸ demo-2", gone="this help")
+
+        screen.type("d")
+        screen.wait("Drain demo-2?")
+        screen.type("n")
+        screen.wait("sort: load", gone="Drain demo-2?")
+        assert state(demo.url, "demo-2") == "up"
+        screen.type("d", "y")
+        screen.wait("demo-2 is draining.", "2/3 up", "up → draining")
+        assert state(demo.url, "demo-2") == "draining"
+        screen.type("u", "y")
+        screen.wait("3/3 up", "draining → up")
+        assert state(demo.url, "demo-2") == "up"
+
+        screen.type("q")
+        assert screen.ended() == 0
+
+
+def test_large_terminal_and_change_of_size(demo: Running, tmp_path: Path):
+    with terminal(command("monitor", demo.url, "--models"), tmp_path, width=160, height=50) as it:
+        lines = it.wait("live", "MODELS", "TTFT95", "KV").splitlines()
+        assert (len(lines), {len(line) for line in lines}) == (50, {160})
+        it.resize(80, 24)
+        it.wait("live", "demo-3", gone="TTFT95")
+        lines = until(lambda: _whole(it, 80, 24))
+        it.resize(120, 30)
+        until(lambda: _whole(it, 120, 30))
+        it.type("C-c")
+        assert it.ended() == 0
+
+
+def _whole(screen: Terminal, width: int, height: int) -> list[str]:
+    """The lines of the screen if the frame fills it, else none."""
+    lines = screen.screen().splitlines()
+    fits = len(lines) == height and {len(line) for line in lines} == {width}
+    return lines if fits and lines[0][0] == "╭" and lines[-1][-1] == "╯" else []
+
+
+def test_router_restart_is_survived_and_said(tmp_path: Path):
+    port = str(free_port())
+    serve = ("run", "--demo", "--host", "127.0.0.1", "--port", port, "--console")
+    with contextlib.ExitStack() as first:
+        first.enter_context(running(tmp_path / "first", *serve)).line()
+        with terminal(command("monitor", f"127.0.0.1:{port}"), tmp_path) as screen:
+            screen.wait("live", "3/3 up")
+            first.close()
+            screen.wait("trying again", "demo-1")
+            with running(tmp_path / "second", *serve):
+                screen.wait("live", "3/3 up", gone="trying again")
+                screen.type("q")
+                assert screen.ended() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_terminal_is_restored_after_a_signal(demo: Running, tmp_path: Path, number: signal.Signals):
+    # The shell says which process it becomes.
+    script = ["sh", "-c", 'echo $$ > pid; exec "$@"', "sh", *command("monitor", demo.url)]
+    with terminal(script, tmp_path) as screen:
+        screen.wait("live")
+        assert screen.full_screen()
+        os.kill(int((tmp_path / "pid").read_text()), number)
+        assert screen.ended() == 0
+
+
+def test_terminal_is_restored_after_a_defect(demo: Running, tmp_path: Path):
+    broken = (
+        "import vllm_router.cli.monitor.screen as s, vllm_router.cli.main as c\n"
+        "draw, count = s.draw, []\n"
+        "def fail(*a):\n"
+        "    count.append(1)\n"
+        "    return draw(*a) if len(count) < 3 else 1 / 0\n"
+        "s.draw = fail\n"
+        "c.main()\n"
+    )
+    with terminal([sys.executable, "-c", broken, "monitor", demo.url], tmp_path) as screen:
+        assert screen.ended() == 1
+        assert "ZeroDivisionError" in screen.all()
+
+
+def test_no_router_is_one_line(tmp_path: Path):
+    url = f"http://127.0.0.1:{free_port()}"
+    with terminal(command("monitor", url), tmp_path, width=160) as screen:
+        assert screen.ended() == 2
+        line = f"vllm-router: no router answers at {url}: Connection refused"
+        assert screen.all().splitlines()[0] == line
+    done = call("monitor", url)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+
+
+# -- where there is no terminal ---------------------------------------------------------------
+
+
+def test_lines_where_there_is_no_terminal(demo: Running, tmp_path: Path):
+    with running(tmp_path / "errors", "monitor", demo.url, "--interval", "0.2") as lines:
+        first = lines.line()
+        assert first[10:11] == "T"
+        assert "3/3 servers, 0 running, 0 waiting, 0 in flight, load 0 %" in first
+        assert "\x1b" not in first
+        with own_machine(demo.url) as client:
+            client.post("/admin/servers/demo-3/drain")
+        until(lambda: "demo-3: up → draining" in lines.line())
+        until(lambda: "2/3 servers (1 draining)" in lines.line())
+        with own_machine(demo.url) as client:
+            client.post("/admin/servers/demo-3/undrain")
+        assert lines.stop() == 0
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_reader_that_has_enough_is_no_error(demo: Running):
+    lines = subprocess.Popen(
+        command("monitor", demo.url, "--interval", "0.1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        assert lines.stdout is not None
+        assert lines.stderr is not None
+        lines.stdout.readline()
+        lines.stdout.close()
+        assert lines.wait(30) == 0
+        assert lines.stderr.read() == b""
+    finally:
+        lines.kill()
+        lines.wait()
+        lines.stderr.close()
+
+
+# -- run --------------------------------------------------------------------------------------
+
+
+def test_run_shows_the_view_logs_to_a_file_and_ctrl_c_stops_both(tmp_path: Path):
+    with terminal(command(*DEMO), tmp_path) as screen:
+        screen.wait("live", "demo-1", "3/3 up")
+        assert "unknown -> up" in (tmp_path / "logs/vllm-router.log").read_text()
+        screen.type("C-c")
+        assert screen.ended() == 0
+        text = screen.all()
+        assert "vLLM Router" in text
+        assert "serve: SIGTERM: draining" in text
+        assert "serve: stopped" in text
+        assert "unknown -> up" not in text
+
+
+def test_run_asks_before_q_stops_the_router(tmp_path: Path):
+    with terminal(command(*DEMO), tmp_path) as screen:
+        screen.wait("live", "3/3 up")
+        screen.type("q")
+        screen.wait("Stop the router? Nothing is in flight.")
+        screen.type("n")
+        screen.wait("live", gone="Stop the router?")
+        screen.type("q", "y")
+        assert screen.ended() == 0
+
+
+def test_run_with_port_in_use_is_one_line(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with terminal(command(*DEMO[:-1], port), tmp_path) as screen:
+            assert screen.ended() == 2
+            line = f"vllm-router: port {port} on 127.0.0.1 is already in use"
+            assert screen.all().splitlines()[0] == line
+
+
+def test_run_with_console_has_no_view(tmp_path: Path):
+    with terminal(command(*DEMO, "--console"), tmp_path) as screen:
+        screen.wait("unknown -> up")
+        assert not screen.full_screen()
+        assert not (tmp_path / "logs").exists()
+        screen.type("C-c")
+        assert screen.ended() == 0
+
+
+@contextlib.contextmanager
+def run_with_pid(directory: Path) -> Iterator[tuple[Terminal, int]]:
+    """A router with its view, and the process of the router."""
+    script = ["sh", "-c", 'echo $$ > pid; exec "$@"', "sh", *command(*DEMO)]
+    with terminal(script, directory, width=120) as screen:
+        screen.wait("live", "3/3 up")
+        yield screen, int((directory / "pid").read_text())
+
+
+def test_signal_to_the_router_ends_both_and_is_told(tmp_path: Path):
+    with run_with_pid(tmp_path) as (screen, pid):
+        os.kill(pid, signal.SIGTERM)
+        assert screen.ended() == 0
+        assert "serve: SIGTERM: draining" in screen.all()
+        assert "serve: stopped" in screen.all()
+
+
+def test_killed_router_leaves_the_terminal_and_the_end_of_its_log(tmp_path: Path):
+    with run_with_pid(tmp_path) as (screen, pid):
+        os.kill(pid, signal.SIGKILL)
+        screen.wait("the router has died; the end of its log, logs/vllm-router.log:")
+        screen.wait("unknown -> up")
+        assert not screen.full_screen()
+
+
+def test_killed_view_leaves_the_router(tmp_path: Path):
+    with run_with_pid(tmp_path) as (screen, pid):
+        url = screen.screen().partition("http://")[2].split()[0]
+        os.kill(child_of(pid), signal.SIGTERM)
+        screen.wait("the router goes on, Ctrl-C stops it")
+        assert state(f"http://{url}", "demo-1") == "up"
+        screen.type("C-c")
+        assert screen.ended() == 0

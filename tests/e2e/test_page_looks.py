@@ -1,0 +1,283 @@
+"""The page for everybody: two languages, two themes, small screens, keyboards, screen readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.browser import Page, contrast, new_page
+from support.cli_process import Running, router
+from support.router_process import own_machine
+
+LIVE = "document.querySelector('#link').dataset.link === 'live'"
+READY = f"{LIVE} && document.querySelectorAll('#fleet tbody tr').length === 3"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    file = tmp_path_factory.mktemp("router") / "stderr"
+    with router(file, "--demo", "3", "--console") as started:
+        yield started
+
+
+async def opened(page: Page, demo: Running) -> None:
+    await page.open(demo.url + "/")
+    await page.wait(READY)
+
+
+async def administrating(page: Page, demo: Running) -> None:
+    """Open the page with the rights of the router's own machine: it has buttons then."""
+    await opened(page, demo)
+    await sign_in(page, demo)
+
+
+async def sign_in(page: Page, demo: Running) -> None:
+    with own_machine(demo.url) as client:
+        code = client.post("/admin/sign-in").json()["code"]
+    await page.evaluate(f"location.assign({f'{demo.url}/#sign-in={code}'!r})")
+    await page.wait(
+        "[...document.querySelectorAll('button.action')].filter(b => b.checkVisibility()).length"
+        " === 3"
+    )
+
+
+# -- languages --------------------------------------------------------------------------------
+
+
+async def test_language_is_the_reader_s_and_a_choice_is_kept(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await page.tools.call(
+            "Emulation.setUserAgentOverride", userAgent="test", acceptLanguage="zh-CN,en"
+        )
+        await opened(page, demo)
+        assert await page.evaluate("document.documentElement.lang") == "zh-CN"
+        assert "服务器" in await page.text("main")
+        assert "正常" in await page.text("#fleet tbody")
+        assert "→ 正常" in await page.text("#events")
+
+        await page.choose("#language", "en")
+        await page.wait("document.querySelector('#fleet tbody .chip').innerText === 'up'")
+        assert await page.evaluate("document.documentElement.lang") == "en"
+        await opened(page, demo)
+        assert await page.evaluate("document.documentElement.lang") == "en"
+        # The name of the other language stays what its readers look for.
+        left = await page.evaluate("document.body.innerText.replace('中文', '')")
+        assert not any("\u4e00" <= char <= "\u9fff" for char in left)
+        assert page.problems() == []
+
+
+async def test_both_languages_say_everything(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await page.open(demo.url + "/")
+        english, chinese = await page.evaluate(
+            """Promise.all([import("/static/js/text.en.js"), import("/static/js/text.zh.js")])
+               .then(([{en}, {zh}]) => [en, zh])"""
+        )
+        assert english.keys() == chinese.keys()
+        for key, text in english.items():
+            assert _placeholders(text) >= _placeholders(chinese[key]), key
+        used = await page.evaluate(
+            """[...document.querySelectorAll("*")]
+               .flatMap(({dataset}) => [dataset.i18n, dataset.i18nLabel, dataset.i18nPlaceholder])
+               .filter(Boolean)"""
+        )
+        assert set(used) <= english.keys()
+
+
+def _placeholders(text: str) -> set[str]:
+    return {part.split("}")[0] for part in text.split("{")[1:]}
+
+
+# -- themes -----------------------------------------------------------------------------------
+
+
+async def test_theme_follows_the_system_until_one_is_chosen(browser: str, demo: Running):
+    theme = "document.documentElement.dataset.theme"
+    async with new_page(browser) as page:
+        await page.dark(True)
+        await opened(page, demo)
+        assert await page.evaluate(theme) == "dark"
+        await page.dark(False)
+        await page.wait(f"{theme} === 'light'")
+        await page.choose("#theme", "dark")
+        await page.wait(f"{theme} === 'dark'")
+        await opened(page, demo)
+        assert await page.evaluate(theme) == "dark"
+        assert page.problems() == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+async def test_every_text_stands_out_from_its_ground(browser: str, demo: Running, dark: bool):
+    """WCAG 2.2 AA: 4.5 for text, 3 for great text. Also in every state a server can have."""
+    async with new_page(browser) as page:
+        await page.dark(dark)
+        await opened(page, demo)
+        found = await page.evaluate(_COLOURS)
+        weak = [
+            (text, contrast(ink, ground))
+            for text, ink, ground, great in found
+            if contrast(ink, ground) < (3 if great else 4.5)
+        ]
+        assert len(found) > 60
+        assert weak == []
+
+
+_COLOURS = """(() => {
+    const row = document.querySelector("#fleet tbody tr");
+    for (const state of ["full", "ejected", "asleep", "down", "unknown", "draining"]) {
+        const copy = row.cloneNode(true);
+        copy.dataset.state = state;
+        copy.querySelector(".chip").textContent = state;
+        copy.querySelector(".reason").textContent = "a reason of " + state;
+        copy.querySelector(".reason").hidden = false;
+        // What a server that is away was doing is dimmed on purpose.
+        copy.querySelector(".c-load").remove();
+        row.parentNode.append(copy);
+    }
+    for (const mood of ["bad", "some", "good"]) {
+        const item = document.createElement("li");
+        item.dataset.mood = mood;
+        item.append(document.createElement("time"), document.createElement("span"));
+        item.lastChild.textContent = "an event that is " + mood;
+        document.querySelector("#events").append(item);
+    }
+    for (const link of ["connecting", "stale", "lost", "draining"]) {
+        const copy = document.querySelector("#link").cloneNode(true);
+        copy.dataset.link = link;
+        document.querySelector(".top").append(copy);
+    }
+    const ground = (node) => {
+        for (; node; node = node.parentElement) {
+            const colour = getComputedStyle(node).backgroundColor;
+            if (!/, 0\\)$|transparent/.test(colour)) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (texts.nextNode()) {
+        const {parentElement: parent, data} = texts.currentNode;
+        const unseen = parent.closest(".visually-hidden, script, noscript, option, .skip");
+        if (!data.trim() || !parent.checkVisibility() || unseen) continue;
+        const style = getComputedStyle(parent);
+        found.push([data.trim(), style.color, ground(parent), parseFloat(style.fontSize) >= 24]);
+    }
+    return found;
+})()"""
+
+
+# -- small screens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 640), (390, 844), (768, 1024), (1024, 768)])
+async def test_nothing_sticks_out_of_the_screen(
+    browser: str, demo: Running, width: int, height: int
+):
+    async with new_page(browser, width=width, height=height, mobile=width < 700) as page:
+        await opened(page, demo)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= width
+        if width < 700:
+            cut = await page.evaluate(
+                """[...document.querySelectorAll("button, select, input")]
+                   .filter((node) => node.checkVisibility() && node.closest("main"))
+                   .filter((node) => node.getBoundingClientRect().right > innerWidth)
+                   .map((node) => node.innerText)"""
+            )
+            assert cut == []
+
+
+# -- keyboards and screen readers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+async def test_screen_reader_finds_names_roles_and_a_table(browser: str, demo: Running, width: int):
+    """The tree that assistive programs read, also where the table is drawn as cards."""
+    async with new_page(browser, width=width, mobile=width < 700) as page:
+        await administrating(page, demo)
+        tree = (await page.tools.call("Accessibility.getFullAXTree"))["nodes"]
+        nodes = [node for node in tree if not node["ignored"]]
+
+        def of(role: str) -> list[dict[str, Any]]:
+            return [node for node in nodes if node["role"]["value"] == role]
+
+        def name(node: dict[str, Any]) -> str:
+            return str(node.get("name", {}).get("value", ""))
+
+        for role in ("button", "combobox", "searchbox", "table", "image", "region", "group"):
+            assert of(role) or role == "group"
+            assert all(name(node) for node in of(role)), role
+        assert len(of("main")) == len(of("banner")) == 1
+        levels = [
+            next(p["value"]["value"] for p in node["properties"] if p["name"] == "level")
+            for node in of("heading")
+        ]
+        assert levels.count(1) == 1
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in pairwise(levels))
+        assert len(of("rowheader")) == 3
+        assert len(of("row")) >= 3
+        assert {name(node) for node in of("button")} >= {"Drain demo-1", "Drain demo-2"}
+        if width > 700:
+            assert len(of("columnheader")) == 12
+        assert await page.evaluate(
+            "[...document.querySelectorAll('[id]')].length"
+            " === new Set([...document.querySelectorAll('[id]')].map(node => node.id)).size"
+        )
+
+
+async def test_buttons_are_named_as_soon_as_signing_in_shows_them(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        await page.evaluate(
+            """new MutationObserver(() => {
+                const shown = [...document.querySelectorAll("button.action")];
+                window.names = shown.filter(b => b.checkVisibility()).map(b => b.textContent);
+            }).observe(document.querySelector("#fleet"), {attributeFilter: ["data-admin"]})"""
+        )
+        await sign_in(page, demo)
+        assert await page.evaluate("window.names") == ["Drain"] * 3
+
+
+async def test_keyboard_reaches_everything_and_focus_is_seen(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await administrating(page, demo)
+        reached = []
+        for _ in range(40):
+            await page.press("Tab", 9)
+            reached.append(
+                await page.evaluate(
+                    """(() => {
+                        const {activeElement: node} = document;
+                        const {outlineStyle, outlineWidth} = getComputedStyle(node);
+                        return [node.id || node.className || node.innerText,
+                                outlineStyle !== "none" && parseFloat(outlineWidth) >= 2];
+                    })()"""
+                )
+            )
+            if reached[-1][0] == "action" and sum(what == "action" for what, _ in reached) == 3:
+                break
+        names = [what for what, _ in reached]
+        assert names[0] == "skip"
+        assert {"language", "theme", "60 min", "log-scroll", "search", "server-name"} <= set(names)
+        assert names.count("action") == 3
+        assert all(seen for _, seen in reached), reached
+
+
+async def test_without_scripts_it_says_where_the_figures_are(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await page.tools.call("Emulation.setScriptExecutionDisabled", value=True)
+        await page.tools.call("Page.navigate", url=demo.url + "/")
+        await page.wait("document.querySelector('noscript a')")
+        assert "load-stats" in await page.text("body")
+
+
+def test_vendored_library_has_its_licence_and_version():
+    vendored = Path(__file__).parents[2] / "vllm_router/web/static/vendor/uplot"
+    head = (vendored / "uPlot.iife.min.js").read_text()[:200]
+    assert "v1.6.32" in head
+    assert "1.6.32" in (vendored / "README.txt").read_text()
+    assert "MIT License" in (vendored / "LICENSE").read_text()

@@ -1,0 +1,225 @@
+"""The two commands of the set-up, with stand-ins for Python, pip and the router that note calls."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What the scripts may find on the machine besides the stand-ins: no other Python, no apt-get.
+COREUTILS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "flock", "grep", "id", "mkdir")
+COREUTILS += ("sha256sum", "sh", "sleep")
+
+# Answers what scripts/setup asks an interpreter, and is the one of the environment it makes.
+PYTHON = r"""
+case "$*" in
+    --version) echo "Python VERSION" ;;
+    *version_info*-venv*|*-venv*version_info*) echo python3.11-venv ;;
+    *version_info*) exit NEW_ENOUGH ;;
+    *ensurepip*) exit ENSUREPIP ;;
+    "-m venv --clear "*)
+        mkdir -p "$4/bin"
+        cp "$0" "$4/bin/python"
+        cp "LOG.router" "$4/bin/vllm-router" ;;
+    "-m pip install "*) echo "pip $*" >>LOG ;;
+    "-m pytest"*) echo "python $*" ;;
+esac
+"""
+ROUTER = r"""
+echo "$$ $*" >>LOG
+echo "$@"
+[ "$1" != hang ] || exec sleep 60
+"""
+
+
+def executable(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}")
+    path.chmod(0o755)
+
+
+class Clone:
+    """A fresh clone on a machine whose Python makes environments without installing anything."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.root = scratch / "a clone"
+        self.log = scratch / "log"
+        self.log.touch()
+        self.path = scratch / "bin"
+        self.path.mkdir()
+        for tool in COREUTILS:
+            (self.path / tool).symlink_to(str(shutil.which(tool)))
+        self.environ = {"PATH": str(self.path)}
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        (self.root / "vllm_router").mkdir()
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        shutil.copy(ROOT / "vllm_router" / "__init__.py", self.root / "vllm_router")
+        self.interpreter("python3", "3.11.2")
+        executable(scratch / "log.router", ROUTER.replace("LOG", str(self.log)))
+
+    def interpreter(
+        self, name: str, version: str, *, new_enough: bool = True, ensurepip: bool = True
+    ) -> None:
+        body = PYTHON.replace("VERSION", version).replace("LOG", str(self.log))
+        body = body.replace("NEW_ENOUGH", str(int(not new_enough)))
+        executable(self.path / name, body.replace("ENSUREPIP", str(int(not ensurepip))))
+
+    def tool(self, name: str, body: str = "exit 0") -> None:
+        """Put a command into the environment."""
+        executable(self.root / ".venv" / "bin" / name, body)
+
+    def call(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.root / "scripts" / script, *arguments],
+            cwd="/",
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    @property
+    def installs(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if line.startswith("pip")]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        ([], "run --demo"),
+        (["--config", "my fleet.toml"], "run --config my fleet.toml"),
+        (["monitor", "http://127.0.0.1:8888"], "monitor http://127.0.0.1:8888"),
+        (["run", "--demo", "5"], "run --demo 5"),
+    ],
+)
+def test_run_passes_its_arguments_on(clone: Clone, given: list[str], called: str):
+    result = clone.call("run", *given)
+    assert (result.returncode, result.stdout) == (0, f"{called}\n"), result.stderr
+
+
+def test_second_start_is_silent_and_installs_nothing(clone: Clone):
+    clone.call("run")
+    again = clone.call("run")
+    assert again.stderr == ""
+    assert len(clone.installs) == 1
+
+
+def test_changed_dependencies_are_installed(clone: Clone):
+    clone.call("setup")
+    with (clone.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    clone.call("setup")
+    assert len(clone.installs) == 2
+
+
+def test_failed_installation_is_tried_again(clone: Clone):
+    clone.call("setup")
+    stamp = clone.root / ".venv" / ".installed"
+    python = clone.root / ".venv" / "bin" / "python"
+    working = python.read_text()
+    stamp.unlink()
+    executable(python, 'case "$*" in *pip*) exit 1 ;; esac')
+    assert clone.call("run").returncode == 1
+    assert not stamp.exists()
+    python.write_text(working)
+    assert clone.call("run").returncode == 0
+
+
+def test_environment_keeps_its_development_tools(clone: Clone):
+    clone.call("setup", "--dev")
+    assert clone.call("run").returncode == 0
+    (clone.root / "vllm_router" / "__init__.py").write_text('__version__ = "0.0.1"\n')
+    clone.call("run")
+    assert [line.endswith("[dev]") for line in clone.installs] == [True, True]
+
+
+def test_signals_reach_the_router_itself(clone: Clone):
+    clone.call("setup")
+    process = subprocess.Popen(
+        [clone.root / "scripts" / "run", "hang"],
+        env=clone.environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hang\n"
+        assert f"{process.pid} hang" in clone.log.read_text().splitlines()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_old_python_is_one_clear_line(clone: Clone):
+    clone.interpreter("python3", "3.9.2", new_enough=False)
+    result = clone.call("run")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "needs Python 3.11 or newer, found Python 3.9.2" in result.stderr
+
+
+def test_newer_python_beside_an_old_one_is_found(clone: Clone):
+    clone.interpreter("python3", "3.9.2", new_enough=False)
+    clone.interpreter("python3.12", "3.12.1")
+    result = clone.call("setup")
+    assert result.returncode == 0
+    assert "Python 3.12.1" in result.stderr
+
+
+def test_missing_ensurepip_says_what_to_install(clone: Clone):
+    clone.interpreter("python3", "3.11.2", ensurepip=False)
+    result = clone.call("run")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].endswith("run: sudo apt-get install python3.11-venv")
+
+
+SYSTEM_TOOLS = (
+    *("chromium", "tmux", "ps", "curl", "promtool", "openssl", "go", "prometheus"),
+    *("nginx", "haproxy", "caddy"),
+)
+
+
+def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in (*SYSTEM_TOOLS, "mypy"):
+        clone.tool(tool)
+    clone.tool("ruff", 'echo "ruff $1"; [ "$1" != check ]')
+    result = clone.call("test")
+    assert result.stdout.splitlines() == ["ruff check", "ruff format", "python -m pytest"]
+    assert "failed before pytest: ruff check\n" in result.stderr
+    assert result.returncode == 1
+
+    clone.tool("ruff")
+    assert clone.call("test").returncode == 0
+
+
+def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in SYSTEM_TOOLS:
+        if tool != "tmux":
+            clone.tool(tool)
+    result = clone.call("test", "tests/docs/test_layers.py")
+    assert "run: sudo apt-get install tmux\n" in result.stderr
+    assert result.stdout == "python -m pytest tests/docs/test_layers.py\n"
+    assert result.returncode == 1
+
+
+def test_arguments_go_to_pytest_alone(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in SYSTEM_TOOLS:
+        clone.tool(tool)
+    result = clone.call("test", "tests/docs/test_layers.py", "-x")
+    assert result.stdout == "python -m pytest tests/docs/test_layers.py -x\n"
+    assert result.stderr == ""

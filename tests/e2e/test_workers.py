@@ -1,0 +1,381 @@
+"""`run --workers 2` as real processes: one port, one view, and whoever dies is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from trio_websocket import wrap_client_stream
+
+from support.certificates import Authority
+from support.cli_process import call, command
+from support.load import Load, burst
+from support.mock_process import MockProcess, mock_processes
+from support.router_process import RouterProcess, chat, router_process, servers_toml, until
+from support.tmux import terminal
+from support.worker_processes import connections, family, pids
+
+MOCK = ("--model", "m", "--ttft", "0.3", "--token-delay", "0.02", "--max-num-seqs", "64")
+WORKERS = ("--workers", "2")
+
+
+@pytest.fixture(scope="module")
+def mocks() -> Iterator[list[MockProcess]]:
+    with mock_processes(3, *MOCK) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def quiet(
+    mocks: list[MockProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RouterProcess]:
+    """A router that no test does anything violent to."""
+    config = servers_toml((mock.url for mock in mocks), failure_threshold=3)
+    with router_process(config, tmp_path_factory.mktemp("quiet"), *WORKERS) as router:
+        yield router
+
+
+@asynccontextmanager
+async def streams(router: RouterProcess, count: int, tokens: int, pace: float = 0.0):
+    """So many streams at the same time, all of which have begun; what came of them, in a list.
+
+    With `pace` seconds between them a worker that the machine leaves waiting gets its share, too.
+    """
+    results = []
+    async with trio.open_nursery() as nursery:
+
+        async def run(some: int) -> None:
+            results.extend(await burst(router.url, chat(max_tokens=tokens, stream=True), some))
+
+        for _ in range(count if pace else 1):
+            nursery.start_soon(run, 1 if pace else count)
+            await trio.sleep(pace)
+        await in_thread(lambda: router.metric("vllm_router_server_leases") == count, "the streams")
+        yield results
+
+
+async def in_thread(condition, what: str, seconds: float = 30.0) -> None:
+    await trio.to_thread.run_sync(until, condition, what, seconds)
+
+
+async def shares(router: RouterProcess, count: int) -> dict[str, int]:
+    """The connections of each worker once both have told of so many together."""
+    await in_thread(lambda: sum(connections(router).values()) == count, "the connections")
+    return await trio.to_thread.run_sync(connections, router)
+
+
+# -- one router -------------------------------------------------------------------------------
+
+
+async def test_burst_spreads_over_servers_and_workers_and_is_counted_once(quiet: RouterProcess):
+    before = quiet.metric("vllm_router_requests_total")
+    async with streams(quiet, 60, 120) as results, feed(quiet) as websocket:
+        by_worker = await shares(quiet, 60)
+        assert min(by_worker.values()) >= 25, by_worker
+        stats = await trio.to_thread.run_sync(lambda: quiet.get("/load-stats").json())
+        assert stats["summary"]["in_flight"] == 60
+        health = await trio.to_thread.run_sync(lambda: quiet.get("/health").json())
+        assert health["in_flight"] == 60
+        with trio.fail_after(10):
+            seen = await snapshot(websocket)
+            while not seen["fleet"]["leases"] == seen["router"]["open_streams"] == 60:
+                seen = await snapshot(websocket)
+    assert [result for result in results if not result.ok] == []
+    by_server = Counter(result.server for result in results)
+    assert len(by_server) == 3
+    assert max(by_server.values()) - min(by_server.values()) <= 3, by_server
+    await in_thread(lambda: quiet.metric("vllm_router_requests_total") == before + 60, "the count")
+    assert quiet.metric("vllm_router_server_leases") == 0
+    assert quiet.metric("vllm_router_response_chunks_total") > 60 * 100
+
+
+@asynccontextmanager
+async def feed(router: RouterProcess):
+    """A client of the feed."""
+    stream = await trio.open_tcp_stream("127.0.0.1", router.port)
+    async with stream, trio.open_nursery() as nursery:
+        yield await wrap_client_stream(
+            nursery, stream, f"127.0.0.1:{router.port}", "/ws/load", max_message_size=2**24
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def snapshot(websocket) -> dict[str, Any]:
+    """The next one."""
+    while True:
+        message = json.loads(await websocket.get_message())
+        if message["type"] == "snapshot":
+            return message
+
+
+def test_client_that_asks_for_models_first_is_served_by_the_lane_again(quiet: RouterProcess):
+    with quiet.client() as client:
+        for _ in range(3):
+            assert client.get("/v1/models").json()["data"][0]["id"] == "m"
+            answer = client.post("/v1/chat/completions", json=chat())
+            assert answer.status_code == 200
+            assert answer.headers.get("connection") != "close"
+
+
+async def test_failures_seen_by_both_workers_eject_for_both(
+    quiet: RouterProcess, mocks: list[MockProcess]
+):
+    bad = mocks[0]
+    bad.set(mode="500")
+    try:
+        body = chat(max_tokens=1)
+        # Failures of one body count once until it has been answered elsewhere: not all of a burst.
+        with trio.fail_after(20):
+            while await trio.to_thread.run_sync(quiet.state, bad.url) != "ejected":
+                results = await burst(quiet.url, body, 18)
+                assert [result for result in results if not result.ok] == []
+        seen = bad.stats()["total"]
+        results = await burst(quiet.url, body, 12)
+        assert [result for result in results if not result.ok] == []
+        assert bad.stats()["total"] <= seen + 2  # the trials that were due meanwhile
+    finally:
+        bad.reset()
+    with trio.fail_after(20):
+        while await trio.to_thread.run_sync(quiet.state, bad.url) != "up":
+            await burst(quiet.url, body, 6)  # one of them may be the trial
+
+
+def test_worker_model_loaded_a_moment_ago_is_served_and_an_unknown_one_is_404(
+    quiet: RouterProcess, mocks: list[MockProcess]
+):
+    with quiet.client() as client:
+        for number in range(3):
+            name = f"adapter-{number}"
+            loaded = httpx.post(
+                f"{mocks[number].url}/v1/load_lora_adapter",
+                json={"lora_name": name, "lora_path": "/adapters/x"},
+                trust_env=False,
+            )
+            assert loaded.status_code == 200, loaded.text
+            answer = client.post("/v1/chat/completions", json=chat(model=name, max_tokens=1))
+            assert answer.status_code == 200, answer.text
+        answer = client.post("/v1/chat/completions", json=chat(model="nobody-has-it"))
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_log_says_which_process_speaks(quiet: RouterProcess):
+    quiet.wait_for_text(" [leader] supervisor: server ")
+
+
+async def test_limits_hold_for_all_workers_together(tmp_path: Path):
+    few, slow = "sk-few-0123456789abcdef", "sk-slow-0123456789abcdef"
+    free = "sk-free-0123456789abcdef"
+    keys = [
+        f'{{ name = "free", key = "{free}" }}',
+        f'{{ name = "few", key = "{few}", max_concurrent_requests = 3 }}',
+        f'{{ name = "slow", key = "{slow}", requests_per_minute = 6 }}',
+    ]
+    tables = f"[auth]\nkeys = [{', '.join(keys)}]\n[limits]\nmax_in_flight = 4\n"
+    mock = ("--model", "m", "--ttft", "0.1", "--token-delay", "0.01", "--max-num-seqs", "64")
+    with (
+        mock_processes(1, *mock) as (server,),
+        router_process(servers_toml([server.url]) + tables, tmp_path, *WORKERS) as router,
+    ):
+        body = chat(max_tokens=20)
+        results = await burst(router.url, body, 10, {"authorization": f"Bearer {few}"})
+        statuses = Counter(result.status for result in results)
+        # Two workers that let one in at the very same moment may exceed a limit by it.
+        assert statuses[200] in (3, 4)
+        assert statuses.total() == statuses[200] + statuses[429]
+        slowly = {"authorization": f"Bearer {slow}"}
+        results = await burst(router.url, body, 20, slowly)
+        statuses = Counter(result.status for result in results)
+        assert statuses[200] in (6, 7)
+        assert statuses.total() == statuses[200] + statuses[429]
+        freely = {"authorization": f"Bearer {free}"}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(burst, router.url, chat(max_tokens=100), 4, freely)
+            await in_thread(lambda: router.metric("vllm_router_server_leases") >= 4, "the cap")
+            # HTTP/2 is the leader's, and the servers that it waits for are freed by workers.
+            async with httpx.AsyncClient(http1=False, http2=True, trust_env=False) as client:
+                url = f"{router.url}/v1/chat/completions"
+                answer = await client.post(url, json=body, headers=freely, timeout=8)
+            assert answer.status_code == 200, answer.text
+            assert answer.http_version == "HTTP/2"
+
+
+# -- reload, drain, end -----------------------------------------------------------------------
+
+
+async def test_reload_reaches_both_and_a_drain_ends_streams_of_both(
+    tmp_path: Path, mocks: list[MockProcess]
+):
+    urls = [mock.url for mock in mocks]
+    with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
+        router.config.write_text(servers_toml(urls[1:]))
+        router.signal(signal.SIGHUP)
+        await in_thread(lambda: urls[0] not in router.servers(), "the reload")
+        async with streams(router, 12, 40, pace=0.02) as results:
+            by_worker = await shares(router, 12)
+            assert min(by_worker.values()) >= 1, by_worker
+            router.signal(signal.SIGTERM)
+            code = await trio.to_thread.run_sync(router.process.wait, 15)
+        assert code == 0
+        assert [result for result in results if not result.ok] == []
+        assert len({result.server for result in results}) == 2
+        assert pids(router) == {}
+
+
+def test_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[MockProcess]):
+    with router_process(servers_toml([mocks[0].url]), tmp_path, *WORKERS) as router:
+        started = pids(router)
+        body = json.dumps(chat(max_tokens=2000, stream=True))
+        command = ["curl", "-sN", f"{router.url}/v1/chat/completions", "--json", body]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline().startswith(b"data:")
+            router.signal(signal.SIGTERM)
+            until(lambda: "draining: 1 in flight" in router.text, "the drain")
+            with pytest.raises(ConnectionRefusedError):  # who waited would wait in vain
+                socket.create_connection(("127.0.0.1", router.port), 5).close()
+            router.signal(signal.SIGTERM)
+            assert router.process.wait(5) == 0
+        assert not any(map(alive, started.values()))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_start_that_fails_is_one_line(tmp_path: Path, quiet: RouterProcess):
+    fixed = ("run", "--console", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1")
+    taken = call(*fixed, "--port", str(quiet.port), *WORKERS, cwd=tmp_path)
+    assert taken.returncode == 2
+    assert taken.stderr == f"vllm-router: port {quiet.port} on 127.0.0.1 is already in use\n"
+    both = call(*fixed, *WORKERS, "--front", "hypercorn", cwd=tmp_path)
+    assert both.returncode == 2
+    assert "--workers needs --front lane" in both.stderr
+
+
+# -- who dies ---------------------------------------------------------------------------------
+
+
+async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
+    tmp_path: Path, mocks: list[MockProcess]
+):
+    urls = [mock.url for mock in mocks]
+    with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
+        before = family(router)
+        async with streams(router, 20, 240, pace=0.02) as results:
+            by_worker = await shares(router, 20)
+            os.kill(before["worker 1"], signal.SIGKILL)
+            await in_thread(
+                lambda: router.metric("vllm_router_server_leases") == by_worker["2"], "leases"
+            )
+        lost = [result for result in results if not result.ok]
+        assert len(lost) == by_worker["1"]
+        assert 0 < len(lost) < 20
+        await in_thread(lambda: router.metric("vllm_router_workers") == 2, "the successor")
+        assert router.metric("vllm_router_worker_restarts_total") == 1
+        assert router.metric("vllm_router_server_leases") == 0
+        router.wait_for_text("worker 1 was killed by SIGKILL")
+        after = family(router)
+        assert after["worker 1"] != before["worker 1"]
+        assert after["worker 2"] == before["worker 2"]
+
+        # The leader: nobody who asks for tokens notices.
+        assert (
+            router.administrate("POST", f"/admin/servers/{_name(urls[0])}/drain").status_code == 200
+        )
+        async with Load(router.url, chat(max_tokens=2), 8) as load:
+            await load.wait_for(10)
+            os.kill(after["leader"], signal.SIGKILL)
+            await in_thread(
+                lambda: family(router).get("leader", 0) not in (0, after["leader"]), "it"
+            )
+            await load.wait_for(30)
+            await in_thread(lambda: router.get("/readyz").status_code == 200, "readiness")
+            await load.wait_for(10)
+        assert load.bad() == []
+        assert router.state(urls[0]) == "draining"
+        assert router.metric("vllm_router_requests_total") > 0
+
+        # The parent: without it nobody would be replaced any more.
+        everybody = family(router)
+        router.process.kill()
+        await in_thread(lambda: not any(map(alive, everybody.values())), "the end of all")
+
+
+def _name(url: str) -> str:
+    return url.removeprefix("http://")
+
+
+# -- TLS --------------------------------------------------------------------------------------
+
+
+async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: list[MockProcess]):
+    authority = Authority(tmp_path, "ca")
+    certificate, key = authority.sign("router")
+    context = ssl.create_default_context(cafile=str(authority.file))
+    config = servers_toml([mock.url for mock in mocks])
+    config += f'[tls]\ncertificate = "{certificate}"\nkey = "{key}"\n'
+    file = tmp_path / "servers.toml"
+    file.write_text(config)
+    router = RouterProcess(file, *WORKERS)
+    try:
+        until(lambda: "on https://" in router.text, "the port")
+        url = router.text.partition(" on ")[2].partition(",")[0]
+        for http2 in (False, True):
+            async with httpx.AsyncClient(
+                base_url=url, verify=context, http2=http2, trust_env=False, timeout=20
+            ) as client:
+                with trio.fail_after(20):
+                    while (await client.get("/readyz")).status_code != 200:
+                        await trio.sleep(0.05)
+                answer = await client.post("/v1/chat/completions", json=chat())
+                assert answer.status_code == 200, answer.text
+                assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
+                assert (await client.get("/load-stats")).status_code == 200
+        await trio.to_thread.run_sync(_stream_over_http2_outlives_sigterm, router, url, authority)
+        assert await trio.to_thread.run_sync(router.process.wait, 10) == 0
+        assert "Traceback" not in router.text, router.text
+    finally:
+        router.close()
+
+
+def _stream_over_http2_outlives_sigterm(router: RouterProcess, url: str, authority: Authority):
+    """It is relayed by a worker and served by the leader: both let it end."""
+    body = json.dumps(chat(max_tokens=125, stream=True))
+    ask = ["curl", "-sN", "--http2", "--cacert", str(authority.file), "--json", body]
+    with subprocess.Popen(
+        [*ask, f"{url}/v1/chat/completions"], stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline().startswith("data:")
+        router.signal(signal.SIGTERM)
+        assert client.stdout.read().endswith("data: [DONE]\n\n")
+
+
+# -- on a terminal ----------------------------------------------------------------------------
+
+
+def test_view_on_the_terminal_is_of_all_and_the_log_is_in_its_file(tmp_path: Path):
+    start = ("run", "--demo", "2", "--host", "127.0.0.1", "--port", "0", *WORKERS)
+    with terminal(command(*start), tmp_path) as screen:
+        screen.wait("live", "2/2 up")
+        screen.type("C-c")
+        assert screen.ended() == 0
+    log = (tmp_path / "logs" / "vllm-router.log").read_text()
+    assert "[leader] supervisor: server demo-1: unknown -> up" in log
+    assert "[worker 2] life: stopped" in log

@@ -1,0 +1,219 @@
+"""The feed and the pages through the real application, Hypercorn and sockets on loopback."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import httpx
+import msgspec
+import pytest
+import trio
+from trio_websocket import ConnectionClosed, wrap_client_stream
+
+from support.fleet_makers import go_down
+from support.front_harness import PATIENCE, running
+from support.web_harness import Lab
+from vllm_router.runtime.dispatch import Dispatcher
+from vllm_router.web import schema
+
+UPGRADE = {
+    "upgrade": "websocket",
+    "connection": "Upgrade",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "sec-websocket-version": "13",
+}
+
+
+class Served:
+    """A lab behind a real front. The feed runs, probes do not."""
+
+    def __init__(self, lab: Lab, port: int) -> None:
+        self.lab = lab
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    @asynccontextmanager
+    async def feed(self, **headers: str):
+        """A websocket client, which leaves by closing its connection.
+
+        The stream is ours: trio-websocket 0.12 leaves it open where the server closes first.
+        """
+        stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+        async with stream, trio.open_nursery() as nursery:
+            with trio.fail_after(PATIENCE):
+                websocket = await wrap_client_stream(
+                    nursery,
+                    stream,
+                    f"127.0.0.1:{self.port}",
+                    "/ws/load",
+                    extra_headers=[(k.encode(), v.encode()) for k, v in headers.items()],
+                    max_message_size=2**24,
+                )
+            yield websocket
+            nursery.cancel_scope.cancel()
+
+    async def clients(self, count: int) -> None:
+        """Wait until the feed has so many."""
+        with trio.fail_after(PATIENCE):
+            while self.lab.router.metrics.feed_clients != count:
+                await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def served(servers=2, **settings):
+    lab = Lab(servers, **settings)
+    app = Dispatcher()
+    app.attach(lab.router)
+    async with running(app=app) as front, trio.open_nursery() as nursery:
+        nursery.start_soon(lab.router.feed.run)
+        yield Served(lab, front.port)
+        nursery.cancel_scope.cancel()
+
+
+async def message(websocket):
+    return msgspec.json.decode(await websocket.get_message(), type=schema.Message)
+
+
+async def test_a_websocket_client_gets_hello_snapshots_and_events():
+    async with served(feed_interval=0.05) as router, router.feed() as websocket:
+        hello = await message(websocket)
+        assert isinstance(hello, schema.Hello)
+        assert not hello.admin
+        sequence = []
+        while len(sequence) < 4:
+            snapshot = await message(websocket)
+            assert isinstance(snapshot, schema.Snapshot)
+            sequence.append(snapshot.seq)
+        assert sequence == sorted(sequence)
+        go_down(router.lab["a"], trio.current_time())
+        router.lab.settle()
+        while not isinstance(event := await message(websocket), schema.Event):
+            pass
+        assert (event.server, event.new) == ("a", "down")
+
+
+async def test_a_client_that_hangs_up_is_forgotten():
+    async with served() as router:
+        async with router.feed() as websocket:
+            await message(websocket)
+            await router.clients(1)
+        await router.clients(0)
+
+
+async def test_a_client_that_says_goodbye_is_answered_and_forgotten():
+    async with served(feed_interval=0.05) as router, router.feed() as websocket:
+        for _ in range(4):
+            await message(websocket)
+        await router.clients(1)
+        with trio.fail_after(PATIENCE):
+            await websocket.aclose()
+        await router.clients(0)
+
+
+async def test_a_client_that_talks_is_not_listened_to_but_its_leaving_is_noticed():
+    async with served() as router:
+        async with router.feed() as websocket:
+            for _ in range(200):
+                await websocket.send_message("is anybody there?")
+            await message(websocket)
+            await router.clients(1)
+        await router.clients(0)
+
+
+async def test_clients_are_sent_away_with_1001_at_the_end():
+    async with served() as router, router.feed() as one, router.feed() as other:
+        await router.clients(2)
+        router.lab.router.feed.close()
+        for websocket in (one, other):
+            with pytest.raises(ConnectionClosed) as closed:
+                while True:
+                    await websocket.get_message()
+            assert closed.value.reason.code == 1001
+        await router.clients(0)
+
+
+async def test_a_client_that_stops_reading_costs_the_others_nothing():
+    async with served(feed_interval=0.01) as router:
+        stalled = await trio.open_tcp_stream("127.0.0.1", router.port)
+        fields = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+        await stalled.send_all(f"GET /ws/load HTTP/1.1\r\nhost: a\r\n{fields}\r\n".encode())
+        await router.clients(1)
+        async with router.feed() as quick:
+            for _ in range(100):
+                await message(quick)
+        await stalled.aclose()
+        await router.clients(0)
+
+
+@pytest.mark.parametrize("origin", ["http://127.0.0.1:{port}", None])
+async def test_pages_of_the_same_origin_and_programs_may_read_the_feed(origin):
+    async with served() as router:
+        headers = {"origin": origin.format(port=router.port)} if origin else {}
+        async with router.feed(**headers) as websocket:
+            assert isinstance(await message(websocket), schema.Hello)
+
+
+async def test_pages_of_a_listed_origin_may_read_the_feed():
+    async with served(cors_origins=["https://ops.test"]) as router:
+        async with router.feed(origin="https://ops.test") as websocket:
+            assert isinstance(await message(websocket), schema.Hello)
+
+
+async def refusal(url: str, **headers: str) -> httpx.Response:
+    """The answer to a websocket handshake that is not granted."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return await client.get(url, headers={**UPGRADE, **headers})
+
+
+@pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://127.0.0.1:1"])
+async def test_pages_of_other_origins_may_not_read_the_feed(origin):
+    async with served() as router:
+        reply = await refusal(f"{router.url}/ws/load", origin=origin)
+        assert reply.status_code == 403
+        assert reply.json()["error"]["code"] == "cross_origin"
+        assert reply.headers["x-vllm-router-error"] == "cross_origin"
+        assert router.lab.router.metrics.feed_clients == 0
+
+
+async def test_a_refused_page_can_ask_why():
+    """A browser keeps the answer to a refused websocket to itself."""
+    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
+        url = f"{router.url}/ws/load"
+        refused = await client.post(url, headers={"origin": "https://llm.example"})
+        assert refused.status_code == 403
+        message = refused.json()["error"]["message"]
+        assert 'cors_origins = ["https://llm.example"]' in message
+        assert 'trusted_proxies = ["127.0.0.1"]' in message
+        own = await client.post(url, headers={"origin": router.url})
+        assert own.status_code in (400, 405)
+
+
+async def test_a_websocket_at_another_path_is_refused():
+    async with served() as router:
+        reply = await refusal(f"{router.url}/ws/nope")
+        assert reply.status_code == 404
+        assert reply.json()["error"]["code"] == "not_found"
+
+
+async def test_pages_are_served_again_and_again_on_one_connection():
+    paths = ["/health", "/nope", "/metrics", "/v1/models", "/load-stats", "/", "/readyz"]
+    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
+        for path in paths * 3:
+            reply = await client.get(router.url + path)
+            assert reply.status_code == (404 if path == "/nope" else 200)
+        assert (await client.head(router.url + "/health")).content == b""
+
+
+async def test_engine_control_is_closed_on_every_method():
+    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
+        for method in ("GET", "POST"):
+            reply = await client.request(method, router.url + "/sleep")
+            assert reply.status_code == 403
+            assert reply.headers["x-vllm-router-error"] == "engine_control_closed"
+
+
+async def test_a_large_body_to_the_control_plane_is_refused_early():
+    async with served() as router, httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.post(router.url + "/explain", content=bytes(20_000_000))
+        assert reply.status_code == 413
+        assert reply.json()["error"]["code"] == "body_too_large"

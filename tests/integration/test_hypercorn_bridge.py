@@ -1,0 +1,671 @@
+"""The cures of the bridge, each against what stock Hypercorn and quart-trio died or hung of."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import inspect
+import json
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.settings
+import hypercorn
+import hypercorn.trio
+import hypercorn.trio.run
+import hyperframe.frame
+import priority
+import pytest
+import quart_trio
+import trio
+import trio.testing
+from hypercorn.config import Config
+
+from support.front_harness import (
+    PATIENCE,
+    Application,
+    Limits,
+    connected,
+    get,
+    post,
+    running,
+    soon,
+)
+from vllm_router.http.hypercorn import bridge
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+class H2Client:
+    """HTTP/2 with prior knowledge on a raw connection."""
+
+    def __init__(self, client) -> None:
+        self.client = client
+        config = h2.config.H2Configuration(
+            header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
+        )
+        self.h2 = h2.connection.H2Connection(config)
+        self.h2.initiate_connection()
+
+    def request(self, path=b"/v1/score", method=b"POST", *extra, end=True) -> int:
+        stream = self.h2.get_next_available_stream_id()
+        fields = [(b":method", method), (b":scheme", b"http"), (b":authority", b"a")]
+        fields += [(b":path", path)] if path is not None else []
+        self.h2.send_headers(stream, [*fields, *extra], end_stream=end)
+        return stream
+
+    async def flush(self) -> None:
+        await self.client.send(self.h2.data_to_send())
+
+    async def events(self) -> list[h2.events.Event]:
+        """Some events; none when the server has closed."""
+        found: list[h2.events.Event] = []
+        while not found:
+            try:
+                data = await self.client.stream.receive_some()
+            except trio.BrokenResourceError:
+                break
+            if not data:
+                break
+            found = self.h2.receive_data(bytes(data))
+            with contextlib.suppress(trio.BrokenResourceError):
+                await self.flush()
+        return found
+
+    async def ending(self) -> list[h2.events.Event]:
+        """All events until the server closes."""
+        found: list[h2.events.Event] = []
+        while more := await self.events():
+            found += more
+        return found
+
+    async def statuses(self, *wanted: int) -> dict[int, bytes]:
+        """The status of each of these streams once all have ended; b"reset" for a reset one."""
+        await self.flush()
+        found: dict[int, bytes] = {}
+        ended: set[int] = set()
+        while not ended >= set(wanted) and (events := await self.events()):
+            for event in events:
+                if isinstance(event, h2.events.ResponseReceived):
+                    found[event.stream_id] = dict(event.headers)[b":status"]
+                elif isinstance(event, h2.events.StreamReset):
+                    found[event.stream_id] = b"reset"
+                    ended.add(event.stream_id)
+                elif isinstance(event, h2.events.StreamEnded):
+                    ended.add(event.stream_id)
+        return found
+
+
+async def still_serves(port: int) -> bool:
+    async with connected(port) as client:
+        await client.send(post("/v1/score"))
+        return (await client.reply()).status == 200
+
+
+@pytest.fixture(params=["lane", "hypercorn"])
+def kind(request) -> str:
+    return request.param
+
+
+# -- names that Hypercorn does not promise -----------------------------------------------------
+
+
+def test_hypercorn_is_the_version_that_was_read():
+    """Cures reach into classes whose source was read at this version. After a change, read again:
+    every override in the bridge, `TCPServer.run` and `worker_serve`."""
+    assert importlib.metadata.version("hypercorn").startswith("0.18.")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (bridge.TCPServer, "__init__", "self app config context state stream"),
+        (bridge.TCPServer, "run", "self"),
+        (bridge.TCPServer, "protocol_send", "self event"),
+        (bridge.TCPServer, "_read_data", "self"),
+        (bridge.TCPServer, "_close", "self"),
+        (bridge.TCPServer, "_idle_timeout", "self"),
+        (bridge.TCPServer, "_initiate_server_close", "self"),
+        (bridge.H11Protocol, "_check_protocol", "self event"),
+        (bridge.H11Protocol, "_create_stream", "self request"),
+        (bridge.H11Protocol, "_send_h11_event", "self event"),
+        (bridge.H11Protocol, "_send_error_response", "self status_code"),
+        (bridge.H11Protocol, "stream_send", "self event"),
+        (bridge.H2Protocol, "_handle_events", "self events"),
+        (bridge.H2Protocol, "_create_stream", "self request"),
+        (bridge.H2Protocol, "_priority_updated", "self event"),
+        (bridge.H2Protocol, "_flush", "self"),
+        (bridge.H2Protocol, "_send_data", "self stream_id"),
+        (bridge.H2Protocol, "_close_stream", "self stream_id"),
+        (bridge.H2Protocol, "_window_updated", "self stream_id"),
+        (bridge.StreamBuffer, "push", "self data"),
+        (bridge.StreamBuffer, "pop", "self max_length"),
+        (bridge.WSStream, "handle", "self event"),
+        (bridge.TaskGroup, "spawn_app", "self app config scope send"),
+        (bridge.TaskGroup, "spawn", "self func args"),
+        (bridge.EventWrapper, "wait", "self"),
+        (hypercorn.trio.run, "worker_serve", "app config sockets shutdown_trigger task_status"),
+    ],
+)
+def test_private_name_is_still_there_with_its_parameters(owner, name, parameters):
+    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters.split()
+
+
+def test_private_attributes_are_still_set():
+    wrapper_source = inspect.getsource(bridge.ProtocolWrapper)
+    for name in ("self.protocol", "self.task_group", "self.context", "self.state", "self.send"):
+        assert name in wrapper_source
+    for name in ("self.send_lock", "self.idle_task", "self.stream"):
+        assert name in inspect.getsource(bridge.TCPServer)
+    for name in ("self.can_read", "self.connection", "self.keep_alive_requests", "self.stream"):
+        assert name in inspect.getsource(bridge.H11Protocol)
+    for name in ("self.streams", "self.stream_buffers", "def idle", "self.keep_alive_requests"):
+        assert name in inspect.getsource(bridge.H2Protocol)
+    for name in ("self.closed", "self.app_put", "self.handshake", "def idle"):
+        assert name in inspect.getsource(bridge.WSStream)
+    for name in ("self.buffer", "self._complete", "self._is_empty", "self._paused"):
+        assert name in inspect.getsource(bridge.StreamBuffer)
+    assert "self._event" in inspect.getsource(bridge.EventWrapper)
+    assert "self._nursery" in inspect.getsource(bridge.TaskGroup)
+    assert "TCPServer" in vars(hypercorn.trio.run)
+    assert "worker_serve" in vars(hypercorn.trio)
+
+
+def test_tuned_settings_exist_and_leave_the_users_choices():
+    assert all(hasattr(Config, name) for name in bridge.TUNED)
+    config = Config()
+    config.keep_alive_timeout = 5
+    config.backlog = 7
+    bridge.tune(config)
+    assert (config.keep_alive_timeout, config.backlog) == (5, 7)
+    assert config.graceful_timeout == 1
+
+
+# -- HTTP/2: what ended the whole process ------------------------------------------------------
+
+
+async def test_http2_with_prior_knowledge_is_served(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        streams = [peer.request(), peer.request(b"/other", b"GET")]
+        assert await peer.statuses(*streams) == dict.fromkeys(streams, b"200")
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [(b"/\xff", b"GET"), (b"/", b"G\xffT"), (None, b"CONNECT"), (b"", b"GET")],
+    ids=["path", "method", "connect", "empty"],
+)
+async def test_malformed_http2_request_costs_at_most_its_connection(kind, path, method):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            peer = H2Client(client)
+            stream = peer.request(path, method)
+            assert (await peer.statuses(stream)).get(stream) in (b"reset", None)
+        assert await still_serves(on.port)
+        assert on.app.started == 1
+
+
+async def test_http2_body_after_an_early_answer_is_ignored(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        stream = peer.request(b"/v1/early", b"POST", end=False)
+        assert await peer.statuses(stream) == {stream: b"413"}
+        with_body = peer.h2.data_to_send()
+        # The stream is over for h2, but a client may not know that yet.
+        frame = hyperframe.frame.DataFrame(stream, b"late", flags=["END_STREAM"])
+        await client.send(with_body + frame.serialize())
+        again = peer.request()
+        assert (await peer.statuses(again))[again] == b"200"
+
+
+async def test_http2_websocket_with_early_data_costs_at_most_its_connection(kind):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            peer = H2Client(client)
+            stream = peer.request(b"/ws", b"CONNECT", (b":protocol", b"websocket"), end=False)
+            peer.h2.send_data(stream, b"\x81\x05hello")
+            peer.h2.send_data(stream, b"x", end_stream=True)
+            await peer.flush()
+            with trio.move_on_after(0.5):
+                await peer.ending()
+        assert await still_serves(on.port)
+
+
+async def test_flood_of_priorities_is_ignored(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        for number in range(3000):
+            peer.h2.prioritize(2 * number + 1, weight=16, depends_on=0, exclusive=False)
+        await peer.flush()
+        stream = peer.h2.get_next_available_stream_id()
+        stream = peer.request()
+        assert await peer.statuses(stream) == {stream: b"200"}
+
+
+async def test_rapid_reset_starts_next_to_nothing(kind):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            peer = H2Client(client)
+            peer.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 10_000
+            for _ in range(2000):
+                stream = peer.request(b"/v1/hang")
+                peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+            await peer.flush()
+            ended = [
+                e for e in await peer.ending() if isinstance(e, h2.events.ConnectionTerminated)
+            ]
+            assert [e.error_code for e in ended] == [h2.errors.ErrorCodes.ENHANCE_YOUR_CALM]
+        assert on.app.started <= 5
+        await soon(lambda: not on.app.active and not on.front.connections)
+
+
+async def test_slow_rapid_reset_is_ended_too(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        for _ in range(500):
+            stream = peer.request(b"/v1/hang")
+            await peer.flush()
+            peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+            await peer.flush()
+        await peer.ending()
+        assert on.app.started <= bridge.MAX_RESETS + 10
+
+
+async def test_http2_connection_without_a_request_is_closed_like_any_idle_one(kind):
+    limits = Limits(keep_alive_timeout=0.3)
+    async with running(kind, limits=limits) as on, connected(on.port) as client:
+        await client.send(PREFACE + hyperframe.frame.SettingsFrame(0).serialize())
+        while await client.stream.receive_some():
+            pass
+
+
+# A client says how much it takes (RFC 9113 5.2), and may never say so.
+NO_WINDOW = hyperframe.frame.SettingsFrame(
+    0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 0}
+).serialize()
+
+
+async def test_http2_answer_that_is_not_taken_holds_the_application_back(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(b"/v1/flood")
+        await peer.flush()
+        await soon(lambda: on.app.parts > 0)
+        for _ in range(50):
+            await trio.testing.wait_all_tasks_blocked()
+        assert on.app.parts == 1
+        # A byte more or less: the rest waits for a window that holds it.
+        await client.send(
+            hyperframe.frame.WindowUpdateFrame(stream, window_increment=1).serialize()
+        )
+        for _ in range(50):
+            await trio.testing.wait_all_tasks_blocked()
+        assert on.app.parts == 1
+
+
+@pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
+async def test_http2_stream_that_is_not_taken_is_reset_in_time(kind, path):
+    limits = Limits(write_stall_timeout=0.3)
+    async with running(kind, limits=limits) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(path)
+        assert (await peer.statuses(stream))[stream] == b"reset"
+        await soon(lambda: not on.app.active)
+        # Only that stream: the connection lives on.
+        await client.send(
+            hyperframe.frame.SettingsFrame(
+                0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 65535}
+            ).serialize()
+        )
+        again = peer.request()
+        assert (await peer.statuses(again))[again] == b"200"
+
+
+@pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
+async def test_http2_client_that_takes_nothing_and_leaves_is_forgotten(kind, path):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            peer = H2Client(client)
+            await peer.flush()
+            await client.send(NO_WINDOW)
+            peer.request(path)
+            await peer.flush()
+            while not any(isinstance(e, h2.events.ResponseReceived) for e in await peer.events()):
+                pass
+        await soon(lambda: not on.front.connections and not on.app.active)
+
+
+@pytest.mark.parametrize("path", [b"/v1/truncated", b"/v1/short"])
+async def test_http2_answer_that_is_broken_off_is_reset_behind_its_last_byte(kind, path):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request(path)
+        await peer.flush()
+        received, ended = b"", None
+        while ended is None:
+            for event in await peer.events():
+                if isinstance(event, h2.events.DataReceived):
+                    received += event.data
+                elif isinstance(event, h2.events.StreamReset | h2.events.StreamEnded):
+                    ended = event
+                elif isinstance(event, h2.events.ResponseReceived):
+                    more = hyperframe.frame.WindowUpdateFrame(stream, window_increment=100)
+                    await client.send(more.serialize())
+        assert received == b"half of "
+        assert isinstance(ended, h2.events.StreamReset)
+        again = peer.request(b"/v1/empty")
+        assert (await peer.statuses(again))[again] == b"204"
+        await soon(lambda: not on.app.active)
+
+
+async def test_http2_client_that_resets_what_it_has_not_taken_frees_the_application(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        streams = [peer.request(path) for path in (b"/v1/flood", b"/v1/score")]
+        await peer.flush()
+        answered = 0
+        while answered < 2:
+            found = await peer.events()
+            answered += sum(isinstance(event, h2.events.ResponseReceived) for event in found)
+        for stream in streams:
+            peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+        await peer.flush()
+        await soon(lambda: not on.app.active)
+
+
+async def test_http2_answer_arrives_whole_through_a_small_window(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        await peer.flush()
+        await client.send(NO_WINDOW)
+        stream = peer.request()
+        await peer.flush()
+        received, ended = b"", False
+        while not ended:
+            more = hyperframe.frame.WindowUpdateFrame(stream, window_increment=7)
+            await client.send(more.serialize())
+            for event in await peer.events():
+                if isinstance(event, h2.events.DataReceived):
+                    received += event.data
+                ended = ended or isinstance(event, h2.events.StreamEnded)
+        assert json.loads(received)["path"] == "/v1/score"
+
+
+async def test_http2_streams_end_whole_while_the_server_drains(kind):
+    async with running(kind) as on, connected(on.port) as client:
+        peer = H2Client(client)
+        streams = [peer.request(b"/v1/stream") for _ in range(20)]
+        await peer.flush()
+        await soon(lambda: on.app.active == 20)
+        on.front.stop_accepting()
+        on.front.begin_drain()
+        on.app.release.set()
+        ended = set()
+        for event in await peer.ending():
+            if isinstance(event, h2.events.StreamEnded):
+                ended.add(event.stream_id)
+        assert ended == set(streams)
+        await soon(lambda: not on.front.connections)
+
+
+async def test_nothing_of_an_http2_connection_waits_for_the_garbage_collector(kind):
+    gc.collect()
+    gc.disable()
+    try:
+        async with running(kind) as on:
+            for _ in range(3):
+                async with connected(on.port) as client:
+                    peer = H2Client(client)
+                    stream = peer.request()
+                    assert await peer.statuses(stream) == {stream: b"200"}
+            await soon(lambda: not on.front.connections)
+            kinds = (bridge.GuardedH2Protocol, priority.PriorityTree)
+            assert [one for one in gc.get_objects() if isinstance(one, kinds)] == []
+    finally:
+        gc.enable()
+
+
+async def test_upgrade_to_http2_is_declined(kind):
+    fields = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk")
+    async with running(kind) as on, connected(on.port) as client:
+        await client.send(get("/", *fields))
+        assert (await client.reply()).status == 200
+        await client.send(post("/v1/score", b"{}", *fields))
+        assert (await client.reply()).json()["body"] == "{}"
+
+
+# -- websockets --------------------------------------------------------------------------------
+
+HANDSHAKE = get(
+    "/ws",
+    b"Connection: Upgrade",
+    b"Upgrade: websocket",
+    b"Sec-WebSocket-Version: 13",
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+
+
+@pytest.mark.parametrize("trailing", [b"x", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", bytes(70_000)])
+async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(kind, trailing):
+    async with running(kind) as on:
+        async with connected(on.port) as client:
+            await client.send(HANDSHAKE + trailing)
+            assert (await client.reply("GET")).status == 400
+            assert await client.closed()
+        assert await still_serves(on.port)
+        await soon(lambda: not on.front.connections)
+
+
+# -- HTTP/1.1 that h11 lets pass ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
+        (get("/", b"Content-Length: 3", b"Transfer-Encoding: chunked"), 400),
+        (b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204),
+        (b"GET http:// HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nExpect: cake\r\n\r\n", 417),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 501),
+        (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 501),
+    ],
+)  # fmt: skip
+async def test_suspicious_request_is_refused_and_the_connection_closed(kind, data, status):
+    async with running(kind) as on, connected(on.port) as client:
+        await client.send(data + get("/smuggled"))
+        reply = await client.reply()
+        assert (reply.status, reply.headers["connection"]) == (status, "close")
+        if status != 204:
+            assert reply.headers["x-vllm-router-error"] == reply.code
+        assert await client.closed()
+        assert on.app.started == 0
+
+
+async def test_failing_application_is_logged_and_alone(kind, caplog):
+    class Failing(Application):
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["path"] == "/v1/bad":
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(trio.sleep_forever)
+                    raise ValueError("one of several")
+            await super().__call__(scope, receive, send)
+
+    async with running(kind, app=Failing()) as on:
+        async with connected(on.port) as client:
+            await client.send(post("/v1/bad"))
+            assert (await client.reply()).status == 500
+        assert await still_serves(on.port)
+    assert "one of several" in caplog.text
+
+
+# -- Quart routes ------------------------------------------------------------------------------
+
+
+def quart_app():
+    app = quart_trio.QuartTrio(__name__)
+
+    @app.get("/")
+    async def index():
+        return "hello"
+
+    @app.post("/early")
+    async def early():
+        return "no", 413
+
+    app.asgi_app = bridge.hold_last(app.asgi_app)  # type: ignore[method-assign]
+    return app
+
+
+async def test_connection_close_is_honoured_after_a_quart_route(kind):
+    async with running(kind, app=quart_app()) as on, connected(on.port) as client:
+        await client.send(get("/", b"Connection: close"))
+        assert (await client.reply("GET")).body == b"hello"
+        assert await client.closed()
+
+
+async def test_keep_alive_expires_after_a_quart_route(kind):
+    limits = Limits(keep_alive_timeout=0.3)
+    async with running(kind, app=quart_app(), limits=limits) as on, connected(on.port) as client:
+        await client.send(get("/"))
+        await client.reply("GET")
+        await client.send(get("/"))
+        await client.reply("GET")
+        assert await client.closed()
+
+
+async def test_early_answer_of_a_quart_route_does_not_hang_the_next_request(kind):
+    async with running(kind, app=quart_app()) as on, connected(on.port) as client:
+        await client.send(post("/early", b"").replace(b"Length: 0", b"Length: 900000"))
+        assert (await client.reply()).status == 413
+        with trio.move_on_after(5) as patience:
+            try:
+                await client.send(bytes(900_000) + get("/"))
+            except trio.BrokenResourceError:
+                pass
+            assert await client.closed()
+        assert not patience.cancelled_caught
+
+
+async def test_idle_connections_after_quart_routes_do_not_hold_up_the_drain(kind):
+    async with running(kind, app=quart_app()) as on, connected(on.port) as client:
+        await client.send(get("/"))
+        await client.reply("GET")
+        on.front.stop_accepting()
+        on.front.begin_drain()
+        with trio.fail_after(2):
+            await on.front.drained()
+
+
+async def test_stalled_websocket_is_ended_earlier_than_a_stalled_answer():
+    async def flood(scope, receive, send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while True:
+            await send({"type": "websocket.send", "bytes": bytes(65536)})
+            await trio.lowlevel.checkpoint()
+
+    upgrade = b"GET /ws HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    upgrade += b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    limits = Limits(websocket_stall_timeout=0.5)
+    async with running(app=flood, limits=limits) as on, connected(on.port, buffer=4096) as client:
+        await client.send(upgrade)
+        await soon(lambda: on.front.connections == 1)
+        with trio.fail_after(10):
+            await soon(lambda: on.front.connections == 0)
+
+
+# -- under Hypercorn itself --------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Hypercorn's names, put back afterwards."""
+    for module, name in [
+        (hypercorn.trio.run, "TCPServer"),
+        (hypercorn.trio.run, "worker_serve"),
+        (hypercorn.trio, "worker_serve"),
+    ]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    return bridge.install
+
+
+async def test_installed_bridge_cures_hypercorn_and_asks_before_the_end(installed):
+    asked, go_on, stop = trio.Event(), trio.Event(), trio.Event()
+
+    async def before_shutdown() -> None:
+        asked.set()
+        await go_on.wait()
+
+    installed()
+    installed(before_shutdown)
+    app = Application()
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+
+            async def serve(task_status=trio.TASK_STATUS_IGNORED) -> None:
+                await hypercorn.trio.serve(
+                    app, config, shutdown_trigger=stop.wait, mode="asgi", task_status=task_status
+                )
+
+            binds = await nursery.start(serve)
+            port = int(binds[0].rsplit(":", 1)[1])
+            assert config.backlog == 2048
+            async with connected(port) as client:
+                await client.send(post("/v1/score"))
+                assert (await client.reply()).reason == "OK"
+            async with connected(port) as client:
+                peer = H2Client(client)
+                await peer.statuses(peer.request(b"/\xff", b"GET"))
+            assert await still_serves(port)
+            stop.set()
+            await asked.wait()
+            assert await still_serves(port)
+            go_on.set()
+
+
+async def test_stalled_reader_does_not_hold_up_hypercorns_shutdown(installed):
+    installed()
+    stop = trio.Event()
+    app = Application()
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    config.graceful_timeout = 0.2
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+
+            async def serve(task_status=trio.TASK_STATUS_IGNORED) -> None:
+                await hypercorn.trio.serve(
+                    app, config, shutdown_trigger=stop.wait, mode="asgi", task_status=task_status
+                )
+
+            binds = await nursery.start(serve)
+            async with connected(int(binds[0].rsplit(":", 1)[1]), buffer=4096) as client:
+                await client.send(post("/v1/flood"))
+                await soon(lambda: app.active)
+                await trio.sleep(0.2)
+                stop.set()
+                with trio.fail_after(3):
+                    await soon(lambda: not app.active)

@@ -1,0 +1,1 @@
+"""Code that several tests share: harnesses, scripted servers, real processes, oracles."""

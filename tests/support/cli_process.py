@@ -1,0 +1,112 @@
+"""`vllm-router` as real processes, for tests of the commands.
+
+Everything here blocks, with a limit. The processes are gone when the block is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 30.0
+"""For anything to happen; much longer than it takes, as the machine may be busy."""
+
+T = TypeVar("T")
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "vllm_router", *arguments]
+
+
+def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        cwd=cwd,
+        env=environment(),
+    )
+
+
+class Running:
+    """A command under way, its stdout read line by line and its stderr in a file."""
+
+    def __init__(self, errors: Path, *arguments: str, cwd: Path | None = None) -> None:
+        self.errors = errors
+        self.url = ""
+        with errors.open("w") as file:
+            self.process = subprocess.Popen(
+                command(*arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                bufsize=0,  # a line in a buffer would not be seen by the selector
+                stderr=file,
+                cwd=cwd,
+                env=environment(),
+            )
+
+    def line(self) -> str:
+        """The next line of stdout; AssertionError if there is none in time."""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            line = self.process.stdout.readline() if selector.select(SECONDS) else b""
+        assert line, f"no output; stderr: {self.errors.read_text()}"
+        return line.decode().rstrip("\n")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=SECONDS)
+
+
+@contextlib.contextmanager
+def running(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[Running]:
+    started = Running(errors, *arguments, cwd=cwd)
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        started.process.wait()
+        if started.process.stdout is not None:
+            started.process.stdout.close()
+
+
+@contextlib.contextmanager
+def router(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[Running]:
+    """A router on a free port that has probed its servers; `url` is where it is."""
+    with running(
+        errors, "run", "--host", "127.0.0.1", "--port", "0", *arguments, cwd=cwd
+    ) as started:
+        started.url = started.line().partition(" on ")[2].partition(",")[0]
+        until(lambda: httpx.get(f"{started.url}/readyz", trust_env=False).status_code == 200)
+        yield started
+
+
+def until(holds: Callable[[], T]) -> T:
+    """Ask until the answer is truthy; AssertionError if it never is."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        answer = holds()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"still not so after {SECONDS:g} s"
+        time.sleep(0.02)

@@ -1,0 +1,196 @@
+"""Commands without a router: usage, configuration files, output and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import vllm_router
+from vllm_router.cli.admin_client import Router, Status
+from vllm_router.cli.main import cli
+from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
+
+EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without a servers.toml."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="vllm-router")
+
+
+def assert_one_line(result: Result, *words: str) -> None:
+    """Exit code 2, nothing on stdout and one line on stderr that contains the words."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], ["rnu", "run"]),
+        (["run", "--prot", "1"], ["--prot", "--port", "vllm-router run --help"]),
+        (["run", "--port", "eight"], ["--port", "eight"]),
+        (["run", "--port", "65536"], ["--port", "65536"]),
+        (["run", "--front", "nginx"], ["--front", "nginx", "lane"]),
+        (["run", "--log-level", "loud"], ["--log-level", "loud"]),
+        (["run", "--demo", "0"], ["--demo"]),
+        (["run", "--demo", "many"], ["--demo", "many"]),
+        (["run", "servers.toml"], ["servers.toml"]),
+        (["run", "--demo", "--server", "http://a"], ["--server", "--demo", "exclude"]),
+        (["run", "--config", "f", "--server", "http://a"], ["--config", "--server", "exclude"]),
+        (["drain"], ["SERVER"]),
+        (["mock", "--speed", "fast"], ["--speed", "fast"]),
+        (["run", "a\nvllm-router: all is well"], [r"unexpected"]),
+    ],
+)
+def test_bad_usage_is_one_line_that_names_it(arguments: list[str], words: list[str]):
+    assert_one_line(call(*arguments), *words)
+
+
+@pytest.mark.usefixtures("scratch")
+def test_no_servers_at_all_says_what_to_do():
+    assert_one_line(call("run"), "servers.toml", "--config", "--server", "--demo")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["gpu-1:8000"], ["http://host:8000", "gpu-1:8000"]),
+        (["http://a", "http://b", "http://A:80/v1/"], ["http://a", "twice"]),
+        (["http://user:hunter2@a"], ["without user name"]),
+    ],
+)
+def test_bad_server_option_is_one_line(given: list[str], words: list[str]):
+    result = call("run", *(word for url in given for word in ("--server", url)))
+    assert_one_line(result, "--server", *words)
+    assert "hunter2" not in result.stderr
+
+
+def test_run_names_every_problem_of_a_bad_file(scratch: Path):
+    (scratch / "servers.toml").write_text(
+        '[servers]\nservers = [{ url = "gpu" }]\n[config]\nmax_retries = -1\n'
+    )
+    result = call("run")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["servers.toml", "servers.servers[0].url"],
+        ["servers.toml", "config.max_retries"],
+    ]
+
+
+@pytest.mark.usefixtures("scratch")
+def test_run_with_an_unreadable_file_is_one_line():
+    assert_one_line(call("run", "--config", "missing.toml"), "missing.toml", "No such file")
+
+
+@pytest.mark.usefixtures("scratch")
+def test_run_with_a_file_without_servers_is_one_line():
+    Path("servers.toml").write_text("[config]\n")
+    assert_one_line(call("run"), "servers.toml", "at least one server")
+
+
+def test_check_config_of_a_good_file_says_so():
+    result = call("check-config", "--config", str(EXAMPLE))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"{EXAMPLE}: OK, 3 servers, policy adaptive"]
+
+
+def test_check_config_reports_every_problem_with_its_key_path(scratch: Path):
+    (scratch / "servers.toml").write_text(
+        """
+        [servers]
+        servers = [{ url = "http://a" }, { url = "http://b", max_concurrent_requests = "three" }]
+        [config]
+        helth_check_interval = 1
+        """
+    )
+    result = call("check-config")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert (
+        'servers.toml: servers.servers[1].max_concurrent_requests: expected int ≥ 1, got "three"'
+    ) in lines
+    assert "health_check_interval" in result.stderr
+
+
+@pytest.mark.usefixtures("scratch")
+def test_check_config_without_a_file_is_no_verdict_on_it():
+    assert_one_line(call("check-config"), "servers.toml", "No such file")
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_names_every_command(arguments: list[str]):
+    result = call(*arguments)
+    assert result.exit_code == 0
+    commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
+    assert commands == {
+        "run", "check-config", "status", "drain", "undrain", "monitor", "explain", "mock", "open",
+        "simulate", "version",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"]])
+def test_version(arguments: list[str]):
+    assert call(*arguments).stdout == f"vLLM Router {vllm_router.__version__}\n"
+
+
+HEAVY = {"trio", "httpx", "quart", "hypercorn", "rich", "msgspec"}
+
+
+def test_help_loads_none_of_the_heavy_modules():
+    code = (
+        "import sys, vllm_router.cli.main as c\n"
+        "try: c.cli(['run', '--help'])\n"
+        f"except SystemExit: print(sorted({HEAVY} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("10.0.0.1:8888", "http://10.0.0.1:8888"),
+        ("https://router.example/llm/", "https://router.example/llm"),
+    ],
+)
+def test_router_url_may_be_short(given: str, used: str):
+    assert Router(given).url == used
+
+
+def test_status_skips_what_is_no_server():
+    (server,) = Status(health={}, load={"servers": [{"name": "a", "load": "?"}, "b"]}).servers
+    assert (server.name, server.load, server.models) == ("a", None, ())
+
+
+def test_plain_table_aligns_its_columns():
+    columns = [Column("NAME"), Column("LOAD", right=True), Column("STATE")]
+    rows = [[Cell("a"), Cell("0.5"), Cell("up")], [Cell("long-name"), Cell("12.25"), Cell("-")]]
+    assert plain_lines(columns, rows) == [
+        "NAME        LOAD  STATE",
+        "a            0.5  up",
+        "long-name  12.25  -",
+    ]
+
+
+def test_table_shows_control_characters_as_escapes(capsys: pytest.CaptureFixture[str]):
+    print_table([Column("NAME")], [["\x1b[2Jmodel\nup"], [""]])
+    assert capsys.readouterr().out.splitlines() == ["NAME", r"\x1b[2Jmodel\nup", "-"]

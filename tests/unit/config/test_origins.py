@@ -1,0 +1,262 @@
+"""Origins of pages: what may be listed, what matches, and what a refused page is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from support.fleet_makers import make_config
+from vllm_router.config.origins import Origins, forwarded_hosts, is_own, read_origin, refusal_text
+from vllm_router.config.schema import parse
+from vllm_router.errors import ConfigError, Refused
+from vllm_router.routing.paths import classify
+from vllm_router.web.guard import Guard
+
+
+def origins(*listed: str) -> Origins:
+    return Origins(map(read_origin, listed))
+
+
+# -- what may be listed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://App.Example:443", "https://app.example"),
+        ("https://app.example/", "https://app.example"),
+        ("http://app.example:80/", "http://app.example"),
+        ("http://app.example:443", "http://app.example:443"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("app://obsidian.md", "app://obsidian.md"),
+        ("app://-", "app://-"),
+        ("chrome-extension://ABCDEFghijklmnop", "chrome-extension://abcdefghijklmnop"),
+        ("moz-extension://0f0c-1", "moz-extension://0f0c-1"),
+        ("vscode-webview://*", "vscode-webview://*"),
+        ("vscode-file://vscode-app", "vscode-file://vscode-app"),
+        ("tauri://localhost", "tauri://localhost"),
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("ionic://localhost/", "ionic://localhost"),
+        ("file://", "file://"),
+        ("file:///", "file://"),
+        ("null", "null"),
+        ("*", "*"),
+        ("http://localhost:*", "http://localhost:*"),
+        ("https://*.example.com", "https://*.example.com"),
+        ("https://*.example.com:*/", "https://*.example.com:*"),
+        ("http://[::1]:*", "http://[::1]:*"),
+    ],
+)
+def test_listed_origin_is_kept_as_browsers_write_it(text, kept):
+    assert read_origin(text) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("app.example", "the scheme is missing"),
+        ("localhost:3000", "the scheme is missing"),
+        ("", "the scheme is missing"),
+        ("https://app.example/path", "an origin has no path"),
+        ("https://app.example/?q", "an origin has no path"),
+        ("https://", "this has no host"),
+        ("https://*", 'every host of https is "*"'),
+        ("http://*:3000", 'every host of http is "*"'),
+        ("https://a:70000", "a port is at most 65535"),
+        ("https://bücher.example", "xn--"),
+        ("https://user@app.example", ""),
+        ("https://app.*.example", ""),
+        ("https://a*.example", ""),
+        ("https://*", ""),
+        ("*://app.example", ""),
+        ("https://a\r\nx", ""),
+        ("https://a b", ""),
+        ("https://a.example, https://b.example", ""),
+        (" https://a.example", ""),
+        ("https:app.example", "the scheme is missing"),
+    ],
+)
+def test_bad_origin_is_named_with_its_key_and_what_is_expected(text, hint):
+    toml = b'[servers]\nservers = [{ url = "http://h:1" }]\n[config]\ncors_origins = [%b]\n'
+    quoted = '"' + text.replace("\r", "\\r").replace("\n", "\\n") + '"'
+    with pytest.raises(ConfigError) as caught:
+        parse(toml % quoted.encode(), "servers.toml", {})
+    (problem,) = caught.value.problems
+    assert problem.startswith("servers.toml: config.cors_origins[0]: expected an origin like")
+    assert hint in problem
+    hidden = "@" in text or "?" in text  # what may be a secret is not shown
+    assert hidden or problem.endswith(f"got {quoted}")
+
+
+# -- what matches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin"),
+    [
+        ("https://app.example", "https://app.example"),
+        ("https://app.example", "HTTPS://App.Example"),
+        ("http://localhost:*", "http://localhost"),
+        ("http://localhost:*", "http://localhost:5173"),
+        ("https://*.example.com", "https://a.example.com"),
+        ("https://*.example.com", "https://a.b-c.example.com"),
+        ("https://*.example.com:*", "https://a.example.com:8443"),
+        ("vscode-webview://*", "vscode-webview://1a2b3c"),
+        ("chrome-extension://*", "chrome-extension://abc"),
+        ("null", "null"),
+        ("file://", "file://"),
+        ("*", "https://anything"),
+        ("*", "null"),
+    ],
+)
+def test_origin_that_is_listed_may_ask(listed, origin):
+    assert origin in origins("https://other.example", listed)
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin"),
+    [
+        ("https://app.example", "http://app.example"),
+        ("https://app.example", "https://app.example:8443"),
+        ("https://app.example", "https://app.example.evil"),
+        ("http://localhost:*", "http://localhost.evil:80"),
+        ("http://localhost:*", "http://localhost:80.evil"),
+        ("http://localhost:*", "http://localhost:80@evil"),
+        ("http://localhost:*", "http://localhost:"),
+        ("http://localhost:*", "https://localhost:80"),
+        ("https://*.example.com", "https://example.com"),
+        ("https://*.example.com", "https://evilexample.com"),
+        ("https://*.example.com", "https://a.example.com.evil"),
+        ("https://*.example.com", "https://evil/a.example.com"),
+        ("https://*.example.com", "https://evil#.example.com"),
+        ("https://*.example.com", "https://.example.com"),
+        ("https://*.example.com", "https://a.example.com:8443"),
+        ("https://*.example.com", "https://aXexampleXcom"),
+        ("vscode-webview://*", "https://vscode-webview"),
+        ("vscode-webview://*", "vscode-webview://a/b"),
+        ("https://app.example", "null"),
+        ("file://", "null"),
+    ],
+)
+def test_origin_that_is_not_listed_may_not(listed, origin):
+    assert origin not in origins("https://other.example", listed)
+
+
+def test_no_origin_is_listed_in_an_empty_list():
+    assert not origins()
+    assert "null" not in origins()
+
+
+# -- the router's own page ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("http://10.0.0.1:8888", "10.0.0.1:8888"),
+        ("https://LLM.example", "llm.example"),
+        ("https://llm.example", "llm.example:443"),
+        ("http://llm.example", "llm.example:80"),
+        ("http://[::1]:8888", "[::1]:8888"),
+    ],
+)
+def test_page_of_the_same_host_is_our_own(origin, host):
+    assert is_own(origin, ["other", host])
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("null", ""),
+        ("null", "null"),
+        ("https://llm.example", "llm.example:80"),
+        ("https://llm.example", ""),
+        ("x", "x"),
+        ("http://[", "["),
+    ],
+)
+def test_page_of_another_host_is_not_our_own(origin, host):
+    assert not is_own(origin, [host])
+
+
+def test_hosts_that_proxies_tell_of_are_found():
+    assert forwarded_hosts("a.example, b:1", 'for=1;host="c:2";proto=https, Host=d') == [
+        "a.example",
+        "b:1",
+        "c:2",
+        "d",
+    ]
+    assert forwarded_hosts("", "") == []
+
+
+def asked(path: str, headers: dict[str, str], peer: str = "192.0.2.9", **settings: Any) -> None:
+    """Admit a request or a websocket by its head. Raises Refused."""
+    method = "GET" if path == "/ws/load" else "POST"
+    scope = {
+        "type": "websocket" if path == "/ws/load" else "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": (peer, 5),
+    }
+    Guard(make_config(**settings)).admit(scope, classify(method, path.encode()))
+
+
+OURS = {"origin": "https://llm.example", "host": "127.0.0.1:8888"}
+
+
+@pytest.mark.parametrize("path", ["/ws/load", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "forwarded",
+    [
+        {"x-forwarded-host": "llm.example"},
+        {"x-forwarded-host": "llm.example:443"},
+        {"x-forwarded-host": "outer.example, llm.example"},
+        {"forwarded": "for=192.0.2.1;host=llm.example;proto=https"},
+    ],
+)
+@pytest.mark.parametrize("peer", ["192.0.2.9", "::ffff:192.0.2.9"])
+def test_host_from_a_trusted_proxy_makes_the_page_our_own(path, forwarded, peer):
+    asked(path, OURS | forwarded, peer, trusted_proxies=["192.0.2.0/24"])
+
+
+@pytest.mark.parametrize("path", ["/ws/load", "/v1/chat/completions"])
+def test_host_from_a_stranger_counts_for_nothing(path):
+    for trusted in ([], ["10.0.0.0/8"]):
+        with pytest.raises(Refused):
+            asked(path, OURS | {"x-forwarded-host": "llm.example"}, trusted_proxies=trusted)
+
+
+@pytest.mark.parametrize("path", ["/ws/load", "/v1/chat/completions"])
+def test_refused_page_is_told_what_to_add(path):
+    with pytest.raises(Refused) as caught:
+        asked(path, OURS)
+    assert (caught.value.status, caught.value.code) == (403, "cross_origin")
+    assert caught.value.message == (
+        "Pages of https://llm.example may not use this router: "
+        'cors_origins = ["https://llm.example"] in [config] allows them. '
+        "If this is the router's own page behind a proxy that changes Host "
+        "(here 127.0.0.1:8888): let the proxy pass Host on, or set "
+        'trusted_proxies = ["192.0.2.9"] and let it send X-Forwarded-Host.'
+    )
+    asked(path, OURS, cors_origins=["https://llm.example"])
+    told = OURS | {"x-forwarded-host": "llm.example"}
+    asked(path, told, trusted_proxies=["192.0.2.9"])
+
+
+@pytest.mark.parametrize("origin", ["null", "app://x", "chrome-extension://ab", "file://"])
+def test_text_for_a_refused_page_names_an_entry_that_helps(origin):
+    text = refusal_text(origin, "h", None)
+    assert f'cors_origins = ["{origin}"]' in text
+    assert origin in origins(origin)
+
+
+@pytest.mark.parametrize("origin", ["", "x" * 5000, "a b", "*://x"])
+def test_text_for_what_is_no_origin_lists_none(origin):
+    text = refusal_text(origin, "h", "192.0.2.1")
+    assert (
+        text == f'The request has the Origin "{origin[:200]}", which is none: no page may use that.'
+    )

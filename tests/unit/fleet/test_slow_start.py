@@ -1,0 +1,221 @@
+"""Servers that have come back, and servers that fail fast, attract no traffic: in every policy."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from random import Random
+
+import pytest
+
+from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import State
+from vllm_router.routing.policies import POLICIES, Policy
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt, cut
+
+SERVICE = 0.2
+
+
+def described(number: int, capacity: int = 20) -> list[dict]:
+    return [
+        {"url": f"http://{name}.test:1", "name": name, "max_concurrent_requests": capacity}
+        for name in "abcdef"[:number]
+    ]
+
+
+def asking(number: int) -> Facts:
+    text = b"%d" % number * 200
+    prompt = Prompt(cut(text), len(text), None, 0, 0, hash(text) & 0xFFFFFFFF)
+    return Facts("m", stream=True, session=str(number), prompt=prompt)
+
+
+class Loop:
+    """So many clients in a closed loop; `seconds` is how long a server takes for a request."""
+
+    def __init__(self, fleet: Fleet, name: str, clients: int = 50) -> None:
+        self.fleet = fleet
+        self.policy: Policy = POLICIES[name](Random(3))
+        self.now = 100.0
+        self.seconds: Callable[[str], float] = lambda _: SERVICE
+        self.bad: set[str] = set()
+        self.served: Counter[str] = Counter()
+        self._numbers = count()
+        self._due: list = [(self.now + n * SERVICE / clients, n, None) for n in range(clients)]
+        heapq.heapify(self._due)
+
+    def run(self, seconds: float) -> Counter[str]:
+        """What each server was given in this time."""
+        self.served = Counter()
+        end = self.now + seconds
+        while self._due[0][0] <= end:
+            self.now, number, lease = heapq.heappop(self._due)
+            if lease is not None:
+                server, took = lease.server, self.now - lease.taken_at
+                lease.release()
+                self.policy.ended(lease, self.now, failed=False)
+                server.answered(self.now, trial=lease.trial)
+                if server.name in self.bad:
+                    self.fleet.erred(server, self.now, took)
+                else:
+                    self.fleet.took(server, took)
+            facts = asking(next(self._numbers))
+            server = self.policy.pick(self.fleet.candidates("m", self.now), facts, self.now)
+            lease = server.lease(self.now)
+            self.policy.leased(lease, facts, self.now)
+            self.policy.first_byte(lease)
+            self.served[server.name] += 1
+            heapq.heappush(self._due, (self.now + self.seconds(server.name), number, lease))
+        self.now = end
+        return self.served
+
+    def share(self, name: str, seconds: float) -> float:
+        served = self.run(seconds)
+        return served[name] / served.total()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("clients", [6, 50])
+def test_a_server_that_was_down_gets_its_share_little_by_little(policy, clients):
+    fleet = make_fleet(described(3), now=100.0)
+    a = fleet.servers["a"]
+    go_down(a, 100.0)
+    loop = Loop(fleet, policy, clients)
+    assert loop.share("a", 5.0) == 0.0
+    come_up(a, loop.now)
+    first = loop.share("a", 1.0)
+    ramp = loop.share("a", 9.0)
+    assert first <= 0.2
+    assert 3 * ramp <= 1.25
+    assert loop.share("a", 10.0) == pytest.approx(1 / 3, abs=0.07)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_so_does_a_server_that_is_added(policy):
+    fleet = make_fleet(described(2), now=100.0)
+    loop = Loop(fleet, policy)
+    loop.run(2.0)
+    fleet.apply(make_config(described(3)))
+    come_up(fleet.servers["c"], loop.now)
+    assert loop.share("c", 1.0) <= 0.2
+    assert loop.share("c", 10.0) <= 1.25 / 3
+
+
+@pytest.mark.parametrize("how", ["ejected", "asleep", "restarted"])
+def test_whatever_it_comes_back_from(how):
+    fleet = make_fleet(described(2), now=100.0, metrics_interval=1000)
+    a = fleet.servers["a"]
+    if how == "ejected":
+        eject(a, 100.0)
+        trial = a.lease(120.0)
+        trial.release()
+        a.answered(120.0, trial=True)
+    elif how == "asleep":
+        a.scraped(gauges(0, asleep=True), 100.0, 0)
+        assert [server.name for server in fleet.candidates("m", 110.0)] == ["b"]
+        a.scraped(gauges(0), 120.0, 0)
+    else:
+        a.scraped(gauges(0, prompt_tokens=5000.0), 100.0, 0)
+        a.scraped(gauges(0, prompt_tokens=10.0), 120.0, 0)
+    fleet.candidates("m", 120.0)
+    assert a.ramp == 0.1
+    fleet.candidates("m", 125.0)
+    assert a.ramp == pytest.approx(0.5)
+    fleet.candidates("m", 130.0)
+    assert a.ramp == 1.0
+    assert not a.moving
+    assert a.burden == a.load
+
+
+def test_at_the_start_of_the_router_all_have_their_whole_share_at_once():
+    fleet = make_fleet(described(3), now=100.0)
+    fleet.candidates("m", 100.0)
+    assert {server.ramp for server in fleet.servers.values()} == {1.0}
+
+
+def test_slow_start_can_be_turned_off():
+    fleet = make_fleet(described(2), now=100.0, slow_start=0)
+    a = fleet.servers["a"]
+    go_down(a, 100.0)
+    come_up(a, 101.0)
+    fleet.candidates("m", 101.0)
+    assert a.ramp == 1.0
+
+
+def test_slow_start_never_leaves_a_request_without_a_server():
+    for name in POLICIES:
+        fleet = make_fleet(described(2), now=100.0)
+        for server in fleet.servers.values():
+            go_down(server, 100.0)
+            come_up(server, 101.0)
+        loop = Loop(fleet, name)
+        loop.now = 101.0
+        assert set(loop.run(1.0)) == {"a", "b"}
+
+
+def test_what_is_shown_as_load_is_not_changed_by_slow_start():
+    fleet = make_fleet(described(2), now=100.0)
+    a = fleet.servers["a"]
+    go_down(a, 100.0)
+    come_up(a, 101.0)
+    fleet.candidates("m", 101.0)
+    assert a.state is State.UP
+    assert a.load == 0.0
+    assert a.burden > 0.0
+
+
+# -- errors that come fast ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "least_load", "power_of_two", "prefix"])
+def test_a_server_that_answers_400_at_once_keeps_its_share(policy):
+    """Scorecard F11: within 15 % of the fair share."""
+    fleet = make_fleet(described(3, capacity=3), now=100.0)
+    loop = Loop(fleet, policy)
+    loop.run(2.0)
+    loop.bad.add("a")
+    loop.seconds = lambda name: 0.001 if name == "a" else SERVICE * 1.2
+    loop.run(1.0)
+    assert 3 * loop.share("a", 5.0) == pytest.approx(1.0, abs=0.15)
+    loop.bad.clear()
+    loop.seconds = lambda _: SERVICE
+    loop.run(2.0)
+    assert 3 * loop.share("a", 5.0) == pytest.approx(1.0, abs=0.15)
+    assert fleet.servers["a"].ghosts == 0.0
+
+
+def test_errors_of_all_servers_alike_change_nothing():
+    fleet = make_fleet(described(3, capacity=3), now=100.0)
+    loop = Loop(fleet, "least_load")
+    loop.run(2.0)
+    loop.bad.update("abc")
+    loop.seconds = lambda _: 0.001
+    served = loop.run(0.5)
+    assert [served[name] / served.total() for name in "abc"] == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+def test_an_error_that_took_as_long_as_an_answer_leaves_no_ghost():
+    fleet = make_fleet(described(1), now=100.0)
+    a = fleet.servers["a"]
+    fleet.took(a, 0.5)
+    fleet.erred(a, 100.0, 0.6)
+    assert (a.ghosts, a.moving) == (0.0, False)
+    fleet.erred(a, 100.0, 0.0)
+    assert a.ghosts == pytest.approx(1.0)
+    fleet.candidates("m", 100.5)
+    assert a.ghosts == pytest.approx(0.3679, abs=0.001)
+
+
+def test_an_error_that_is_heard_of_late_does_not_turn_time_back():
+    """A client took the end of a large refusal after a minute only."""
+    fleet = make_fleet(described(1), now=100.0)
+    a = fleet.servers["a"]
+    fleet.took(a, 0.05)
+    fleet.erred(a, 160.0, 0.0)
+    fleet.erred(a, 100.0, 0.0)
+    assert a.ghosts == pytest.approx(2.0)
+    fleet.candidates("m", 170.0)
+    assert a.ghosts == 0.0

@@ -1,0 +1,166 @@
+"""httpx over our own client: what it asks and what comes back, connections kept and closed."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import trio
+
+from support.scripted_server import (
+    END,
+    MemoryPool,
+    Script,
+    ScriptedServer,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    ok,
+    once,
+    silent,
+)
+from vllm_router.errors import ConnectFailed
+from vllm_router.http.client.client import Pool
+from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.runtime.probe import _words
+
+
+@asynccontextmanager
+async def asking(script: Script) -> AsyncIterator[tuple[httpx.AsyncClient, ScriptedServer]]:
+    async with trio.open_nursery() as nursery:
+        server = ScriptedServer(nursery, script)
+        carrier = Carrier(MemoryPool(server))
+        headers = {"authorization": "Bearer k"}
+        base_url = "http://server.test:1/prefix"
+        async with httpx.AsyncClient(
+            base_url=base_url, headers=headers, timeout=None, transport=carrier
+        ) as client:
+            yield client, server
+        await closed(server)
+        nursery.cancel_scope.cancel()
+
+
+async def closed(server: ScriptedServer) -> None:
+    with trio.fail_after(1.0):
+        while server.open:
+            await trio.sleep(0.01)
+
+
+async def test_answers_come_whole_on_one_connection(autojump_clock):
+    async with asking(answering(ok(b"[1, 2]", b"x-a: b"))) as (client, server):
+        for _ in range(3):
+            response = await client.get("/health?x=1")
+            assert (response.status_code, response.json()) == (200, [1, 2])
+            assert response.headers["x-a"] == "b"
+    assert len(server.talks) == 1
+    first = server.requests[0]
+    assert first.line == b"GET /prefix/health?x=1 HTTP/1.1"
+    assert (first[b"host"], first[b"authorization"]) == (b"server.test:1", b"Bearer k")
+
+
+async def test_status_and_body_of_a_refusal(autojump_clock):
+    async with asking(answering(answer(404, b"no"))) as (client, _):
+        response = await client.get("/health")
+        assert (response.status_code, response.is_success, response.text) == (404, False, "no")
+
+
+async def test_body_is_sent_along(autojump_clock):
+    async with asking(answering(ok(b"{}"))) as (client, server):
+        await client.post("/sleep", json={"level": 1})
+    assert server.requests[0].body == b'{"level":1}'
+
+
+async def test_body_that_comes_in_pieces_or_packed(autojump_clock):
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    pieces = [head, chunk(b"vllm:a 1\n"), chunk(b"vllm:b 2\n"), END]
+    async with asking(answering(*pieces)) as (client, _), client.stream("GET", "/") as response:
+        assert (
+            b"".join([piece async for piece in response.aiter_bytes()]) == b"vllm:a 1\nvllm:b 2\n"
+        )
+    packed = ok(gzip.compress(b"vllm:a 1\n"), b"content-encoding: gzip")
+    async with asking(answering(packed)) as (client, _):
+        assert (await client.get("/")).text == "vllm:a 1\n"
+
+
+async def test_connection_that_the_server_closed_while_it_was_idle_is_replaced(autojump_clock):
+    async def closes_at_the_second(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(ok(b"{}"))
+        await talk.request()
+
+    async with asking(closes_at_the_second) as (client, server):
+        for _ in range(3):
+            assert (await client.get("/")).status_code == 200
+    assert len(server.talks) == 3
+
+
+async def test_answer_that_is_not_read_to_its_end_costs_the_connection(autojump_clock):
+    async with asking(once(ok(b"x" * 1000)[:-10])) as (client, server):
+        async with client.stream("GET", "/"):
+            pass
+        with pytest.raises(httpx.ReadError, match="mid-answer"):
+            await client.get("/")
+    assert len(server.talks) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (once(), httpx.ReadError),
+        (once(b"HTTP/1.1 2"), httpx.RemoteProtocolError),
+        (once(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), httpx.RemoteProtocolError),
+    ],
+)
+async def test_what_is_no_answer_is_an_error_of_httpx(autojump_clock, script, error):
+    async with asking(script) as (client, _):
+        with pytest.raises(error):
+            await client.get("/")
+
+
+async def test_refused_connection_is_an_error_of_httpx_with_its_cause(autojump_clock):
+    async with asking(silent) as (client, server):
+        server.refuses = True
+        with pytest.raises(httpx.ConnectError, match="refused") as caught:
+            await client.get("/")
+        assert isinstance(caught.value.__cause__, ConnectFailed)
+
+
+async def test_words_for_a_port_where_nobody_listens():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, transport=Carrier(Pool(url))) as client:
+            with pytest.raises(httpx.ConnectError) as caught:
+                await client.get("/health")
+    assert _words(caught.value) == "Connection refused"
+
+
+async def test_whoever_stops_waiting_leaves_no_connection_behind(autojump_clock):
+    async with asking(silent) as (client, server):
+        with trio.move_on_after(1.0):
+            await client.get("/")
+        await closed(server)
+        assert not math.isnan(server.talks[0].left_at)
+
+
+async def test_carrier_tells_what_a_request_waits_for_before_it_is_sent(autojump_clock):
+    async with trio.open_nursery() as nursery:
+        server = ScriptedServer(nursery, answering(ok(b"{}")))
+        pool = MemoryPool(server)
+        carrier = Carrier(pool)
+        request = httpx.Request("GET", "http://server.test:1/health")
+        response = await carrier.handle_async_request(request)
+        await response.aread()
+        await response.aclose()
+        pool.doing = "connection"  # of another request, which was given up
+        response = await carrier.handle_async_request(request)
+        assert carrier.doing == ""
+        await response.aclose()
+        await carrier.aclose()
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,360 @@
+"""The metrics page: what is counted, under which labels, and how many series there may be."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from support.fleet_makers import come_up, gauges, go_down
+from support.web_harness import TOML, Lab
+from vllm_router.fleet.server import State
+from vllm_router.observability import metrics as metrics_module
+from vllm_router.observability.metric_families import FAMILIES, FIRST_TOKEN
+from vllm_router.observability.metrics import MAX_MODELS
+from vllm_router.observability.prometheus_text import Counter, Family, Kind
+from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
+from vllm_router.proxy.record import Phase
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import plain_prompt
+
+ROOT = Path(__file__).parents[3]
+
+
+async def samples(lab):
+    """Every sample of the page by name and labels, read by Prometheus' own parser."""
+    reply = await lab.get("/metrics")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found = {}
+    for family in text_string_to_metric_families(reply.body.decode()):
+        for sample in family.samples:
+            key = (sample.name, *sorted(sample.labels.items()))
+            assert key not in found, f"{key} twice"
+            found[key] = sample.value
+    return found
+
+
+def pick(found, name, **labels):
+    """The sum of the samples of a name whose labels are at least these."""
+    return sum(
+        value
+        for (sample, *pairs), value in found.items()
+        if sample == f"vllm_router_{name}" and labels.items() <= dict(pairs).items()
+    )
+
+
+def series(found, name, label):
+    return {dict(pairs)[label] for (sample, *pairs) in found if sample == f"vllm_router_{name}"}
+
+
+async def test_a_request_is_counted_by_server_model_path_outcome_and_status():
+    lab = Lab()
+    lab.ended(lab["a"])
+    lab.ended(lab["a"])
+    lab.ended(lab["b"], status=404, path=b"/v1/completions", stream=False)
+    found = await samples(lab)
+    assert (
+        found[
+            "vllm_router_requests_total",
+            ("model", "m"),
+            ("outcome", "answered"),
+            ("path", "/v1/chat/completions"),
+            ("server", "a"),
+            ("status", "200"),
+        ]
+        == 2
+    )
+    assert pick(found, "requests_total", server="b", status="404", path="/v1/completions") == 1
+    assert pick(found, "response_chunks_total", server="a") == 20
+    assert pick(found, "response_bytes_total") == 3000
+    assert pick(found, "request_bytes_total", server="b") == 100
+
+
+async def test_histograms_hold_one_observation_per_request():
+    lab = Lab()
+    lab.ended(lab["a"])
+    found = await samples(lab)
+    assert pick(found, "time_to_first_token_seconds_count", server="a", model="m") == 1
+    assert pick(found, "time_to_first_token_seconds_sum") == pytest.approx(0.1)
+    assert pick(found, "time_to_first_token_seconds_bucket", le="0.05") == 0
+    assert pick(found, "time_to_first_token_seconds_bucket", le="0.25") == 1
+    assert pick(found, "time_to_first_token_seconds_bucket", le="+Inf") == 1
+    assert pick(found, "request_duration_seconds_sum") == pytest.approx(1.0)
+    assert pick(found, "overhead_seconds_sum") == pytest.approx(0.001)
+
+
+async def test_histograms_without_observations_are_left_out():
+    lab = Lab()
+    lab.ended(lab["a"], outcome=Outcome.LOST, status=502, first_byte_at=0.0)
+    found = await samples(lab)
+    assert pick(found, "requests_total") == 1
+    assert not any(name.startswith("vllm_router_request_duration") for name, *_ in found)
+
+
+async def test_a_value_on_a_bound_belongs_to_its_bucket():
+    histogram = FIRST_TOKEN.histogram("a", "m")
+    histogram.observe(0.1)
+    assert 'le="0.05"} 0\n' in histogram.lines()
+    assert 'le="0.1"} 1\n' in histogram.lines()
+
+
+async def test_answers_that_are_no_stream_have_no_time_to_first_token():
+    lab = Lab()
+    lab.ended(lab["a"], stream=False)
+    found = await samples(lab)
+    assert pick(found, "time_to_first_token_seconds_count") == 0
+    assert pick(found, "request_duration_seconds_count") == 1
+
+
+async def test_a_request_refused_before_any_attempt_has_no_server():
+    lab = Lab()
+    lab.ended(
+        None, outcome=None, status=404, code="model_not_found", first_byte_at=0.0, sent_at=0.0
+    )
+    found = await samples(lab)
+    assert pick(found, "requests_total", server="none", outcome="refused", status="404") == 1
+    assert pick(found, "refusals_total", code="model_not_found") == 1
+    assert pick(found, "request_duration_seconds_count") == 0
+    assert pick(found, "overhead_seconds_count") == 0
+
+
+async def test_retries_are_counted_by_reason_and_clients_who_leave_by_phase():
+    lab = Lab()
+    lab.ended(lab["a"], attempts=3, retries=[Outcome.LOST, Outcome.FULL])
+    lab.ended(lab["a"], outcome=Outcome.CLIENT_GONE, phase=Phase.WAIT, status=0, first_byte_at=0.0)
+    found = await samples(lab)
+    assert pick(found, "retries_total", reason="lost") == 1
+    assert pick(found, "retries_total", reason="full") == 1
+    assert pick(found, "retries_total") == 2
+    assert pick(found, "client_disconnects_total", phase="wait") == 1
+    assert pick(found, "client_disconnects_total") == 1
+
+
+async def test_reasons_and_phases_are_there_before_the_first_of_them():
+    found = await samples(Lab())
+    assert "connect_failed" in series(found, "retries_total", "reason")
+    assert "stream" in series(found, "client_disconnects_total", "phase")
+
+
+async def test_attempts_are_counted_by_how_they_ended():
+    lab = Lab()
+    lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
+    await trio.lowlevel.checkpoint()  # recorders are told at the turn's end
+    found = await samples(lab)
+    assert pick(found, "attempts_total", server="a", outcome="lost") == 1
+
+
+async def test_gauges_of_a_server_are_those_that_routing_uses():
+    lab = Lab([{"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 4}])
+    now = trio.current_time()
+    lab["a"].scraped(gauges(2, 4, kv_usage=0.25), now, 0)
+    found = await samples(lab)
+    expected = {
+        "server_up": 1,
+        "server_available": 1,
+        "server_load": 1.0,
+        "server_capacity": 4,
+        "server_running": 2,
+        "server_waiting": 4,
+        "server_leases": 0,
+        "server_kv_cache_usage_ratio": 0.25,
+    }
+    assert {name: pick(found, name, server="a") for name in expected} == expected
+    assert pick(found, "server_metrics_age_seconds") < 5
+    assert pick(found, "server_info", url="http://a.test:1") == 1
+
+
+async def test_expected_hits_of_prefix_caches_stand_beside_those_that_came_true():
+    lab = Lab(1, policy="adaptive")
+    server, adaptive = lab["a"], lab.router.proxy.policies.default
+    found = await samples(lab)
+    assert not series(found, "server_prompt_tokens_total", "server")
+    assert not series(found, "server_prefix_cache_hits_total", "server")
+    facts = Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096)))
+    for _ in range(2):
+        lease = server.lease(0.0)
+        adaptive.leased(lease, facts, 0.0)
+        adaptive.learned(lease, 1024, 512)
+        lease.release()
+        adaptive.ended(lease, 0.0, failed=False)
+    server.scraped(gauges(0, prefix_queries=2048, prefix_hits=1000), trio.current_time(), 0)
+    found = await samples(lab)
+    expected = {
+        "server_prompt_tokens_total": 2048,
+        "server_expected_cached_tokens_total": 1024,
+        "server_told_cached_tokens_total": 1024,
+        "server_prefix_cache_queries_total": 2048,
+        "server_prefix_cache_hits_total": 1000,
+    }
+    assert {name: pick(found, name, server="a") for name in expected} == expected
+
+
+async def test_exactly_one_state_of_a_server_is_set():
+    lab = Lab()
+    go_down(lab["a"], trio.current_time())
+    lab.settle()
+    found = await samples(lab)
+    assert series(found, "server_state", "state") == set(State)
+    assert pick(found, "server_state", server="a", state="down") == 1
+    assert pick(found, "server_state", server="a") == 1
+    assert pick(found, "server_up", server="a") == 0
+    assert pick(found, "server_transitions_total", server="a", state="down") == 1
+
+
+async def test_figures_that_are_not_known_are_left_out():
+    found = await samples(Lab(up=False))
+    names = {name for name, *_ in found}
+    assert "vllm_router_server_metrics_age_seconds" not in names
+    assert "vllm_router_server_kv_cache_usage_ratio" not in names
+    assert "vllm_router_config_last_reload_successful" not in names
+
+
+# -- bounded cardinality ----------------------------------------------------------------------
+
+
+async def test_models_that_no_server_lists_are_other():
+    lab = Lab()
+    for number in range(500):
+        lab.ended(None, model=f"invented-{number}", outcome=None, status=404)
+    found = await samples(lab)
+    assert series(found, "requests_total", "model") == {"other"}
+    assert pick(found, "requests_total") == 500
+    assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
+
+
+async def test_paths_that_clients_invent_are_other():
+    lab = Lab()
+    for number in range(500):
+        lab.ended(lab["a"], path=b"/v1/invented/%d" % number)
+    found = await samples(lab)
+    assert series(found, "requests_total", "path") == {"other"}
+    assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
+
+
+async def test_statuses_that_nobody_defined_share_a_series():
+    lab = Lab()
+    for status in range(600, 700):
+        lab.ended(lab["a"], status=status)
+    assert series(await samples(lab), "requests_total", "status") == {"6xx"}
+
+
+async def test_models_beyond_the_cap_are_other_until_some_go():
+    lab = Lab(1)
+    server = lab["a"]
+    first = [f"old-{number}" for number in range(MAX_MODELS)]
+    come_up(server, trio.current_time(), *first, "late")
+    for model in [*first, "late"]:
+        lab.ended(server, model=model)
+    assert "late" not in series(await samples(lab), "requests_total", "model")
+    come_up(server, trio.current_time(), "late")
+    await samples(lab)
+    lab.ended(server, model="late")
+    found = await samples(lab)
+    assert series(found, "requests_total", "model") == {"late", "other"}
+    assert series(found, "request_duration_seconds_count", "model") == {"late", "other"}
+
+
+async def test_the_series_of_a_removed_server_go_with_it():
+    lab = Lab(2)
+    lab.ended(lab["a"])
+    lab.ended(lab["b"])
+    lab.apply(1)
+    lab.router.fleet.gone()
+    found = await samples(lab)
+    assert {dict(pairs).get("server", "a") for _, *pairs in found} <= {"a", "none"}
+
+
+async def test_a_removed_server_whose_name_is_used_again_appears_once():
+    lab = Lab(1)
+    lab["a"].lease(trio.current_time())
+    lab.apply([{"url": "http://elsewhere.test:1", "name": "a"}])
+    assert len(lab.router.fleet.leaving) == 1
+    found = await samples(lab)  # it fails on samples that come twice
+    assert series(found, "server_info", "url") == {"http://elsewhere.test:1"}
+
+
+async def test_labels_are_escaped():
+    lab = Lab(1)
+    nasty = 'quote " back \\ slash\nline'
+    come_up(lab["a"], trio.current_time(), nasty)
+    lab.ended(lab["a"], model=nasty)
+    assert series(await samples(lab), "requests_total", "model") == {nasty}
+
+
+# -- rendering --------------------------------------------------------------------------------
+
+
+async def test_a_long_page_lets_other_tasks_run_in_between(nursery, monkeypatch):
+    """Virtual time of the renderer: every look at the clock finds a turn to be over."""
+    lab = Lab(1)
+    turns = 0
+    monkeypatch.setattr(metrics_module, "perf_counter", iter(range(10**6)).__next__)
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    nursery.start_soon(other)
+    await lab.router.metrics.page()
+    assert turns > 20
+    nursery.cancel_scope.cancel()
+
+
+async def refused_as_full(lab):
+    """A request has waited, so that there is a queue."""
+    lab["a"].lease(trio.current_time())
+    with trio.move_on_after(0.01):
+        await lab.infer()
+
+
+async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path):
+    file = tmp_path / "servers.toml"
+    tables = '[config]\npolicy = "adaptive"\n[limits]\nmax_in_flight = 1\n'
+    file.write_text(TOML + tables)
+    lab = Lab(file=file)
+    await refused_as_full(lab)
+    lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
+    told = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
+    lab["a"].scraped(told, trio.current_time(), 0)
+    lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), Facts("m"), 0.0)
+    lab.ended(lab["a"], code="x", key_name="k")
+    lab.ended(lab["a"], waited=0.5)
+    lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
+    page = (await lab.get("/metrics")).body.decode()
+    parsed = {family.name: family for family in text_string_to_metric_families(page)}
+    for family in FAMILIES:
+        found = parsed[family.name.removesuffix("_total")]
+        assert found.type == family.kind
+        assert found.documentation == family.help
+        assert set(found.samples[0].labels) - {"le"} == set(family.labels), family.name
+
+
+async def test_nothing_on_the_page_is_undocumented():
+    page = (await Lab().get("/metrics")).body.decode()
+    documented = {family.name.removesuffix("_total") for family in FAMILIES}
+    for family in text_string_to_metric_families(page):
+        assert family.name in documented or family.name.startswith("process_")
+
+
+def test_values_are_written_as_prometheus_reads_them():
+    counter = Counter(Family("c_total", Kind.COUNTER, "help").key())
+    counter.value += 3
+    assert counter.line() == "c_total 3\n"
+
+
+def test_the_page_about_metrics_is_the_one_that_the_code_writes():
+    script = ROOT / "scripts" / "gen-docs"
+    loader = importlib.machinery.SourceFileLoader("gen_docs", str(script))
+    spec = importlib.util.spec_from_loader("gen_docs", loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    for path, text in module.pages().items():
+        assert (ROOT / path).read_text() == text, f"run scripts/gen-docs: {path} is out of date"

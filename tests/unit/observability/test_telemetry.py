@@ -1,0 +1,253 @@
+"""Trace context goes through unchanged; with the extra `otel`, spans are made of exchanges."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, Sampler
+from opentelemetry.trace import SpanKind, StatusCode
+
+from support.proxy_harness import Rig, lab
+from support.scripted_server import Talk, answer, answering, chunk, event, ok, sse_head
+from vllm_router.config.log import LogSettings
+from vllm_router.observability import tracing as telemetry
+from vllm_router.observability.tracing import Telemetry
+
+PARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+STATE = b"vendor=t61rcWkgMzE"
+JSON = (b"content-type", b"application/json")
+USAGE = b'"model":"m-8b","usage":{"prompt_tokens":12,"completion_tokens":30}'
+
+
+class Traced:
+    """A rig whose exchanges are traced."""
+
+    def __init__(self, rig: Rig, sampler: Sampler | None = None) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider(sampler=sampler) if sampler else TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.telemetry = Telemetry(provider)
+        rig.proxy.tracer = self.telemetry
+        rig.proxy._recorders += (self.telemetry,)
+        rig.proxy.wants_usage = True
+
+    def spans(self) -> list[ReadableSpan]:
+        """All that were made, in the order in which they began."""
+        assert self.telemetry._gatherer.flush()
+        return sorted(self.exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
+
+    def exchange(self) -> tuple[ReadableSpan, list[ReadableSpan]]:
+        """The one exchange's span and those of its attempts."""
+        (server,) = (span for span in self.spans() if span.kind is SpanKind.SERVER)
+        attempts = [span for span in self.spans() if span.kind is SpanKind.CLIENT]
+        for span in attempts:
+            assert span.parent is not None
+            assert span.parent.span_id == server.context.span_id
+            assert span.context.trace_id == server.context.trace_id
+            assert server.start_time <= span.start_time <= span.end_time <= server.end_time
+        return server, attempts
+
+
+@asynccontextmanager
+async def traced(
+    *scripts: Any, sampler: Sampler | None = None
+) -> AsyncIterator[tuple[Rig, Traced]]:
+    async with lab(*scripts) as rig:
+        traced = Traced(rig, sampler)
+        try:
+            yield rig, traced
+        finally:
+            traced.telemetry.close()
+
+
+def sent(rig: Rig, name: bytes, server: str = "a") -> list[bytes]:
+    """The values of a field in the last request that a server got."""
+    head = bytes(rig.scripted[server].requests[-1].head).lower()
+    return re.findall(rb"\r\n" + name + rb": ([^\r]*)", head)
+
+
+# -- without spans ------------------------------------------------------------------------------
+
+
+async def test_trace_context_is_passed_on_unchanged(autojump_clock):
+    async with lab(answering(ok(b'{"a":1}'))) as rig:
+        await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
+        assert sent(rig, b"traceparent") == [PARENT]
+        assert sent(rig, b"tracestate") == [STATE.lower()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environ"),
+    [
+        (LogSettings(), {}),
+        (LogSettings(), {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}),
+        (LogSettings(otel=True), {"OTEL_SDK_DISABLED": "true"}),
+    ],
+)
+def test_nothing_is_exported_unless_asked_for(settings: LogSettings, environ: dict[str, str]):
+    assert telemetry.start(settings, environ) is None
+
+
+def test_router_that_exports_nothing_does_not_load_opentelemetry():
+    script = (
+        "import sys; from vllm_router.observability import tracing; "
+        "from vllm_router.runtime import serve; "
+        "from vllm_router.config.log import LogSettings; tracing.start(LogSettings(), {}); "
+        "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_missing_extra_is_said_and_harms_nothing(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    assert telemetry.start(LogSettings(otel=True), {}) is None
+    assert "install vllm-router-trio[otel]" in caplog.text
+
+
+def test_environment_or_configuration_asks_for_spans(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
+    for settings, environ in (
+        (LogSettings(otel=True), {}),
+        (LogSettings(), {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}),
+    ):
+        started = telemetry.start(settings, environ)
+        assert started is not None
+        assert started._provider.resource.attributes["service.name"] == "vllm-router"
+        started.close()
+
+
+# -- spans --------------------------------------------------------------------------------------
+
+
+async def test_exchange_has_a_span_and_its_attempt_another(autojump_clock):
+    async with traced(answering(ok(b"{" + USAGE + b"}"))) as (rig, made):
+        await rig.post({"model": "m"})
+        server, (attempt,) = made.exchange()
+    assert server.name == "POST /v1/chat/completions"
+    assert server.parent is None
+    assert server.status.status_code is StatusCode.UNSET
+    assert {
+        "http.request.method": "POST",
+        "http.route": "/v1/chat/completions",
+        "http.response.status_code": 200,
+        "client.address": "192.0.2.1",
+        "vllm_router.attempts": 1,
+        "vllm_router.outcome": "answered",
+    }.items() <= dict(server.attributes).items()
+    assert attempt.name == "chat m"
+    assert dict(attempt.attributes) == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "vllm",
+        "gen_ai.request.model": "m",
+        "gen_ai.response.model": "m-8b",
+        "gen_ai.usage.input_tokens": 12,
+        "gen_ai.usage.output_tokens": 30,
+        "http.request.method": "POST",
+        "http.response.status_code": 200,
+        "server.address": "a.test",
+        "server.port": 1,
+        "vllm_router.server": "a",
+    }
+
+
+async def test_server_is_sent_the_attempts_span_as_its_parent(autojump_clock):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
+        server, (attempt,) = made.exchange()
+        (forwarded,) = sent(rig, b"traceparent")
+        assert sent(rig, b"tracestate") == [STATE.lower()]
+    assert forwarded == (
+        f"00-{attempt.context.trace_id:032x}-{attempt.context.span_id:016x}-01".encode()
+    )
+    assert f"{server.context.trace_id:032x}".encode() in PARENT
+    assert f"{server.parent.span_id:016x}".encode() in PARENT
+    assert server.context.trace_state.get("vendor") == "t61rcWkgMzE"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        b"junk",
+        b"ff" + PARENT[2:],
+        b"00-" + b"0" * 32 + PARENT[35:],
+        PARENT[:36] + b"0" * 16 + b"-01",
+        PARENT + b"-more",
+    ],
+)
+async def test_trace_context_that_is_invalid_begins_a_trace_of_its_own(autojump_clock, given):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        await rig.post(headers=(JSON, (b"traceparent", given), (b"tracestate", STATE)))
+        server, _ = made.exchange()
+        assert sent(rig, b"tracestate") == []
+        assert len(sent(rig, b"traceparent")) == 1
+    assert server.parent is None
+
+
+async def test_every_attempt_has_a_span_and_says_what_went_wrong(autojump_clock):
+    async with traced(answering(answer(500, b"{}")), answering(ok(b'{"a":1}'))) as (rig, made):
+        rig.prefer("a")
+        await rig.post({"model": "m"})
+        server, (first, second) = made.exchange()
+        assert sent(rig, b"traceparent", "a") != sent(rig, b"traceparent", "b")
+    assert server.attributes["vllm_router.attempts"] == 2
+    assert server.status.status_code is StatusCode.UNSET
+    assert first.attributes["error.type"] == "server_error"
+    assert first.attributes["http.response.status_code"] == 500
+    assert first.status.status_code is StatusCode.ERROR
+    assert second.attributes["http.request.resend_count"] == 1
+    assert "error.type" not in second.attributes
+
+
+async def test_refused_exchange_has_a_span_without_attempts(autojump_clock):
+    async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
+        rig.server("a").models = {"m": None}
+        await rig.post({"model": "nope"})
+        server, attempts = made.exchange()
+    assert attempts == []
+    assert server.attributes["http.response.status_code"] == 404
+    assert server.status.status_code is StatusCode.UNSET
+
+
+async def silent_after_one_event(talk: Talk) -> None:
+    await talk.request()
+    await talk.send(sse_head(), chunk(event("hi")))
+    await trio.sleep(5)
+
+
+async def test_client_that_leaves_ends_both_spans(autojump_clock):
+    async with traced(silent_after_one_event) as (rig, made):
+        client = rig.start_stream()
+        await client.heard.wait()
+        client.leave()
+        await rig.settled()
+        server, (attempt,) = made.exchange()
+    assert server.attributes["vllm_router.outcome"] == "client_gone"
+    assert attempt.attributes["error.type"] == "client_gone"
+
+
+async def test_what_is_not_sampled_is_not_built_and_the_server_is_told(autojump_clock):
+    async with traced(answering(ok(b'{"a":1}')), sampler=ALWAYS_OFF) as (rig, made):
+        await rig.post()
+        assert made.spans() == []
+        assert sent(rig, b"traceparent")[0].endswith(b"-00")
+
+
+async def test_spans_hold_nothing_of_prompts_answers_or_keys(autojump_clock):
+    async with traced(answering(ok(b'{"text":"SECRET",' + USAGE + b"}"))) as (rig, made):
+        await rig.post(
+            {"model": "m", "prompt": "SECRET"},
+            query=b"key=SECRET",
+            headers=(JSON, (b"authorization", b"Bearer SECRET")),
+        )
+        assert len(made.spans()) == 2
+        assert all("SECRET" not in span.to_json() for span in made.spans())

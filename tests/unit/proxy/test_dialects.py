@@ -1,0 +1,357 @@
+"""The router's own errors: their dialect, status and text, wherever they are made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+
+from support.front_harness import CHAT, Limits, connected, running
+from support.proxy_harness import lab
+from support.scripted_server import answering, ok
+from support.web_harness import Lab, Reply
+from vllm_router.http.error_format import anthropic_type, path_of
+from vllm_router.http.headers import Refusal
+from vllm_router.http.server.listener import Front
+from vllm_router.routing.paths import is_inference
+from vllm_router.runtime.dispatch import Dispatcher
+
+MESSAGES = ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches", "/v1/messages/")
+
+
+def anthropic_error(status: int, headers: dict[str, str], body: bytes) -> dict[str, Any]:
+    """The error object of an answer that must be one of the router's own to Anthropic's clients."""
+    value = json.loads(body)
+    assert value.keys() == {"type", "error", "request_id"}
+    assert value["type"] == "error"
+    assert value["error"].keys() == {"type", "message"}
+    assert value["error"]["type"] == anthropic_type(status)
+    assert value["request_id"] == headers["request-id"] == headers["x-request-id"]
+    assert headers["x-vllm-router-error"]
+    return value["error"]
+
+
+class Whole:
+    """The whole application with a supervisor that does not run. Needs a Trio loop."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.lab = Lab(1, **settings)
+        self._app = Dispatcher()
+        self._app.attach(self.lab.router, self.lab.app)
+
+    async def ask(self, method: str, target: str, **more: Any) -> Reply:
+        return await self.lab.request(method, target, app=self._app, **more)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (405, "invalid_request_error"),
+        (408, "invalid_request_error"),
+        (413, "request_too_large"),
+        (429, "rate_limit_error"),
+        (431, "invalid_request_error"),
+        (500, "api_error"),
+        (502, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
+        (508, "api_error"),
+    ],
+)
+def test_anthropic_type_of_status_is_the_documented_one(status, kind):
+    assert anthropic_type(status) == kind
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        (b"POST /v1/messages?beta=true HTTP/1.1", b"/v1/messages"),
+        (b"POST /v1/messages", b"/v1/messages"),
+        (b"POST http://h:1/v1/messages?a HTTP/1.1", b"/v1/messages"),
+        (b"POST http://h HTTP/1.1", b""),
+        (b"POST", b""),
+        (b"", b""),
+        (b"\x16\x03 /x", b"/x"),
+    ],
+)
+def test_path_of_a_request_line_is_found_as_far_as_it_came(line, path):
+    assert path_of(line) == path
+
+
+# -- errors of the proxy ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("path", MESSAGES[:3])
+async def test_refused_message_gets_anthropics_shape(path, watched, autojump_clock):
+    async with lab(answering(ok(b"{}")), watched=watched) as rig:
+        got = await rig.post({"model": "none"}, path=path)
+        headers = {name.decode(): value.decode() for name, value in got.headers}
+        error = anthropic_error(got.status, headers, got.body)
+        assert got.status == 404
+        assert "'none' does not exist" in error["message"]
+
+
+async def test_refused_message_names_the_request_by_the_clients_id(autojump_clock):
+    async with lab(answering(ok(b"{}"))) as rig:
+        headers = ((b"x-request-id", b"mine-1"), (b"content-type", b"application/json"))
+        got = await rig.post({"model": "none"}, path="/v1/messages", headers=headers)
+        assert got.json["request_id"] == "mine-1"
+        assert got[b"request-id"] == b"mine-1"
+
+
+async def test_path_that_only_begins_alike_gets_openais_shape(autojump_clock):
+    async with lab(answering(ok(b"{}"))) as rig:
+        got = await rig.post({"model": "none"}, path="/v1/messages-new")
+        assert got.code == "model_not_found"
+        assert got[b"request-id"] is None
+
+
+# -- errors made before the proxy, and by the control plane -----------------------------------
+
+AUTH = '[auth]\nkeys = [{ name = "a", key = "sk-a" }]\n'
+
+
+@pytest.mark.parametrize("path", MESSAGES)
+async def test_wrong_method_at_a_messages_path_gets_anthropics_shape(path):
+    reply = await Whole().ask("GET", path)
+    assert reply.status == (404 if "batches" in path else 405)
+    anthropic_error(reply.status, reply.headers, reply.body)
+
+
+@pytest.mark.parametrize("path", MESSAGES)
+async def test_page_that_may_not_ask_gets_the_dialect_of_the_path(path):
+    reply = await Whole().ask("POST", path, headers={"origin": "https://evil.example"})
+    assert reply.status == 403
+    anthropic_error(reply.status, reply.headers, reply.body)
+
+
+async def test_missing_key_is_told_in_the_dialect_of_the_path(tmp_path):
+    file = tmp_path / "servers.toml"
+    file.write_text('[servers]\nservers = [{ url = "http://a.test:1", name = "a" }]\n' + AUTH)
+    whole = Whole(file=file)
+    reply = await whole.ask("POST", "/v1/messages")
+    assert reply.status == 401
+    assert reply.headers["www-authenticate"] == "Bearer"
+    anthropic_error(reply.status, reply.headers, reply.body)
+    assert (await whole.ask("POST", CHAT)).error["code"] == "missing_api_key"
+
+
+# -- errors of the front: heads that are no requests ------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "Content-Length: x",
+        "Content-Length: 1\r\nContent-Length: 2",
+        "Transfer-Encoding: gzip",
+        "Expect: nothing",
+        "X-Big: " + "x" * 5000,
+    ],
+)
+async def test_refused_head_is_told_in_the_dialect_of_its_path(kind, field):
+    limits = Limits(max_head_bytes=4096, linger=0.3, max_linger=2.0)
+    async with running(kind, limits=limits) as it:
+        for path in ("/v1/messages?beta=true", CHAT):
+            async with connected(it.port) as client:
+                await client.send(f"POST {path} HTTP/1.1\r\nHost: h\r\n{field}\r\n\r\n".encode())
+                reply = await client.reply()
+            assert reply.status >= 400
+            assert reply.headers["x-request-id"]
+            if path == CHAT:
+                assert reply.code == reply.headers["x-vllm-router-error"]
+            else:
+                anthropic_error(reply.status, reply.headers, reply.body)
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_body_that_never_comes_is_told_in_the_dialect_of_the_path(kind):
+    limits = Limits(body_read_timeout=0.2, linger=0.3, max_linger=2.0)
+    async with running(kind, limits=limits) as it, connected(it.port) as client:
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n"
+        await client.send(head + b"X-Request-Id: mine-1\r\n\r\n")
+        reply = await client.reply()
+        assert reply.status == 408
+        anthropic_error(reply.status, reply.headers, reply.body)
+
+
+# -- paths and methods ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("path", [CHAT, "/tokenize", "/invocations", "/v1/responses/resp_1/cancel"])
+async def test_wrong_method_at_an_inference_path_is_405_with_the_right_one(path, method):
+    reply = await Whole().ask(method, path)
+    assert reply.status == 405
+    assert reply.headers["allow"] == "POST"
+    assert reply.error["code"] == "method_not_allowed"
+    assert reply.error["message"] == f"{method} is not allowed at {path}. Allowed: POST."
+
+
+async def test_wrong_method_at_the_tokenizers_path_is_405_with_the_right_one():
+    reply = await Whole().ask("POST", "/tokenizer_info")
+    assert (reply.status, reply.headers["allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/files",
+        "/v1/batches",
+        "/v1/vector_stores",
+        "/v1/fine_tuning/jobs",
+        "/v1/nowhere",
+        "/v1/anything/else",
+        "/nowhere",
+        "/docs",
+        "/v1",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
+async def test_path_that_exists_for_no_method_is_404(path, method):
+    reply = await Whole().ask(method, path)
+    assert reply.status == 404
+    assert "allow" not in reply.headers
+    assert reply.error["message"] == f"There is nothing at {path}."
+
+
+async def test_stored_response_is_404_and_says_why():
+    reply = await Whole().ask("GET", "/v1/responses/resp_1")
+    assert reply.status == 404
+    assert "Stored responses cannot be read through the router" in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/health", "GET, HEAD, OPTIONS"),
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v1/models/m", "GET, HEAD, OPTIONS"),
+        ("/load", "GET, HEAD, OPTIONS"),
+        ("/admin/reload", "OPTIONS, POST"),
+    ],
+)
+async def test_wrong_method_at_a_path_of_the_router_lists_the_right_ones(path, methods):
+    for method in ("DELETE", "PUT") if "POST" in methods else ("DELETE", "POST"):
+        reply = await Whole().ask(method, path)
+        assert (reply.status, reply.headers["allow"]) == (405, methods)
+
+
+async def test_plain_request_at_the_path_of_the_feed_says_that_it_is_a_websocket():
+    reply = await Whole().ask("GET", "/ws/load")
+    assert reply.status == 400
+    assert reply.error["message"] == "/ws/load is a websocket: the request must be an upgrade."
+
+
+@pytest.mark.parametrize("path", ["/v1/realtime", "/nowhere", CHAT, "/tokenizer_info", "/health"])
+async def test_websocket_elsewhere_is_404_and_names_the_one_there_is(path):
+    whole = Whole()
+    sent: list[Any] = []
+    events = [{"type": "websocket.connect"}]
+
+    async def receive() -> Any:
+        return events.pop() if events else await trio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "ws",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"h")],
+        "client": ("192.0.2.1", 1),
+        "server": ("127.0.0.1", 8888),
+        "subprotocols": [],
+        "extensions": {"websocket.http.response": {}},
+    }
+    await whole._app(scope, receive, send)
+    assert sent[0]["type"] == "websocket.http.response.start"
+    assert sent[0]["status"] == 404
+    message = json.loads(b"".join(part.get("body", b"") for part in sent[1:]))["error"]["message"]
+    assert message.startswith(f"There is no websocket at {path}: the router has one at /ws/load")
+
+
+# -- slashes at the end -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slashes", ["/", "//"])
+async def test_slash_at_the_end_of_a_path_is_served_at_once(slashes):
+    whole = Whole()
+    for path in ("/health", "/v1/models", "/v1/models/m", "/load"):
+        reply = await whole.ask("GET", path + slashes)
+        assert reply.status == 200, path
+        assert "location" not in reply.headers
+    assert (await whole.ask("GET", CHAT + slashes)).headers["allow"] == "POST"
+    assert (await whole.ask("POST", "/sleep" + slashes)).error["code"] == "engine_control_closed"
+
+
+async def test_encoded_slash_at_the_end_of_a_name_stays():
+    reply = await Whole().ask("GET", "/v1/models/a%2F/")
+    assert reply.error["message"].startswith("The model 'a/' does not exist.")
+
+
+async def test_load_is_that_of_the_whole_fleet():
+    whole = Whole()
+    lease = whole.lab["a"].lease(trio.current_time())
+    assert (await whole.ask("GET", "/load")).json == {"server_load": 1}
+    lease.release()
+    assert (await whole.ask("GET", "/load")).json == {"server_load": 0}
+
+
+# -- addresses of clients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_client_of_ipv4_on_a_socket_of_ipv6_has_its_own_address(kind):
+    seen: list[Any] = []
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        seen.append(scope["client"][0])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    limits = Limits(linger=0.3, max_linger=2.0)
+    server = Front(app, accepts=is_inference, lane=kind == "lane", limits=limits)
+    try:
+        (_, port), *_ = server.open("::", 0)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve)
+        async with connected(port) as client:
+            await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
+            assert (await client.reply()).status == 200
+        server.abort()
+    assert seen == ["127.0.0.1"]
+
+
+# -- what the access log says ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_id_that_a_refused_client_is_told_is_known_to_the_log(kind):
+    told: list[Refusal] = []
+
+    def note(refusal: Refusal, _client: Any, _line: bytes) -> None:
+        told.append(refusal)
+
+    async with running(kind, told=note) as it, connected(it.port) as client:
+        await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n")
+        reply = await client.reply()
+        assert [(refusal.request_id or b"").decode() for refusal in told] == [
+            reply.headers["request-id"]
+        ]

@@ -1,0 +1,564 @@
+"""What counts as an answer, over whole exchanges: proof, ends, doubt, and whose fault it was."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import trio
+
+from support.proxy_harness import Rig, lab
+from support.scripted_server import (
+    DONE,
+    END,
+    SSE,
+    Script,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    event,
+    ok,
+    once,
+    sse_head,
+    streaming,
+)
+from vllm_router.proxy.attempt import RETRIED
+from vllm_router.proxy.retry import Outcome
+
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+HELLO, STOP = event("hello"), event("", "stop")
+GOOD = streaming(HELLO, STOP, DONE)
+PLAIN = b'{"choices":[{"message":{"content":"hi"},"finish_reason":"stop"}]}'
+CLOSE = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\nconnection: close\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\n%b\r\n"
+
+
+def failures(rig: Rig, name: str = "a") -> int:
+    return rig.server(name).traffic_health.failures_in_row
+
+
+def named(kind: str, **fields: object) -> bytes:
+    payload = json.dumps({"type": kind, **fields})
+    return f"event: {kind}\ndata: {payload}\n\n".encode()
+
+
+CREATED = named("response.created", response={"status": "in_progress", "output": []})
+DELTA = named("response.output_text.delta", delta="x")
+COMPLETED = named(
+    "response.completed",
+    response={"status": "completed", "usage": {"input_tokens": 9, "output_tokens": 3}},
+)
+ZERO_RESPONSE = named(
+    "response.completed",
+    response={"status": "completed", "output": [], "usage": {"output_tokens": 0}},
+)
+START = named("message_start", message={"content": []})
+TEXT = named("content_block_delta", delta={"type": "text_delta", "text": "x"})
+FINISH = named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3})
+ZERO_MESSAGE = named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 0})
+MESSAGE_STOP = named("message_stop")
+ROLE = event("").replace(b'"content":""', b'"role":"assistant","content":""')
+
+STREAMS = {
+    CHAT: [ROLE, HELLO, STOP, DONE],
+    "/v1/completions": [b'data: {"choices":[{"index":0,"text":"x"}]}\n\n', STOP, DONE],
+    RESPONSES: [CREATED, DELTA, COMPLETED],
+    MESSAGES: [START, TEXT, FINISH, MESSAGE_STOP],
+}
+OPENINGS = {CHAT: [ROLE], RESPONSES: [CREATED], MESSAGES: [START, b"event: ping\ndata: {}\n\n"]}
+
+
+# -- an answer without proof is a failed attempt ---------------------------------------------------
+
+EMPTY: dict[str, bytes] = {
+    "no body": ok(b""),
+    "no body, no type": b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "204": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "empty stream": sse_head() + END,
+    "stream of length 0": answer(200, b"", content_type=SSE),
+    "white space": ok(b" \n"),
+    "{}": ok(b"{}"),
+    "null": ok(b"null"),
+    "no choices": ok(b'{"choices":[]}'),
+    "a choice of nothing": ok(b'{"choices":[{"message":{"role":"assistant","content":""}}]}'),
+    "only a role": sse_head() + chunk(ROLE) + END,
+    "only DONE": sse_head() + chunk(DONE) + END,
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+@pytest.mark.parametrize("watched", [False, True])
+async def test_empty_200_is_replayed_and_blamed(autojump_clock, case, watched):
+    async with lab(answering(EMPTY[case]), GOOD, watched=watched) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert (got.status, got.body) == (200, HELLO + STOP + DONE)
+        assert rig.recorder.outcomes == [Outcome.EMPTY, Outcome.ANSWERED]
+        assert failures(rig) == 1
+
+
+async def test_empty_200_everywhere_is_a_502(autojump_clock):
+    async with lab(*[answering(EMPTY["no body"])] * 2) as rig:
+        got = await rig.post()
+        assert (got.status, got.code) == (502, "empty_answer")
+
+
+async def test_server_of_empty_200s_is_no_magnet(autojump_clock):
+    async with lab(answering(EMPTY["no body"]), GOOD, GOOD) as rig:
+        for _ in range(40):
+            assert (await rig.stream()).body.endswith(DONE)
+        assert rig.requests()["a"] <= 6
+
+
+@pytest.mark.parametrize("path", OPENINGS)
+async def test_opening_events_do_not_commit(autojump_clock, path):
+    """The server dies after them, by an orderly close."""
+
+    async def dies(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(), *map(chunk, OPENINGS[path]))
+        await trio.sleep(0.5)
+
+    async with lab(dies, streaming(*STREAMS[path])) as rig:
+        rig.prefer("a")
+        got = await rig.stream(path=path)
+        assert got.body == b"".join(STREAMS[path])
+        assert got.whole
+        assert got[b"x-vllm-router-server"] == b"b"
+        assert failures(rig) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "first"),
+    [
+        (CHAT, b'data: {"error":{"message":"EngineCore died","code":500}}\n\n'),
+        (CHAT, b'data: {"error": {"message":"EngineCore\\u0020died",\ndata: "code" : 500}}\n\n'),
+        (CHAT, b'\xef\xbb\xbfdata:  {"error":{"message":"m","type":"InternalServerError"}}\n\n'),
+        (MESSAGES, named("error", error={"type": "api_error", "message": "EngineCore died"})),
+        (RESPONSES, named("response.failed", response={"error": {"code": "server_error"}})),
+        (RESPONSES, CREATED + named("error", code="server_error", message="m")),
+    ],
+)
+async def test_server_failure_told_before_the_first_token_is_replayed(autojump_clock, path, first):
+    async with lab(streaming(first), streaming(*STREAMS[path])) as rig:
+        rig.prefer("a")
+        got = await rig.stream(path=path)
+        assert got.body == b"".join(STREAMS[path])
+        assert rig.recorder.outcomes == [Outcome.ERROR_EVENT, Outcome.ANSWERED]
+        assert failures(rig) == 1
+
+
+# -- doubt -----------------------------------------------------------------------------------------
+
+NO_TOKENS = {
+    CHAT: [ROLE, STOP, DONE],
+    RESPONSES: [CREATED, ZERO_RESPONSE],
+    MESSAGES: [START, ZERO_MESSAGE, MESSAGE_STOP],
+}
+
+
+@pytest.mark.parametrize("path", NO_TOKENS)
+async def test_end_without_tokens_is_blamed_if_another_server_has_tokens(autojump_clock, path):
+    async with lab(streaming(*NO_TOKENS[path]), streaming(*STREAMS[path])) as rig:
+        rig.prefer("a")
+        got = await rig.stream(path=path)
+        assert got.body == b"".join(STREAMS[path])
+        assert rig.recorder.outcomes == [Outcome.NO_TOKENS, Outcome.ANSWERED]
+        assert failures(rig) == 1
+
+
+@pytest.mark.parametrize("path", NO_TOKENS)
+@pytest.mark.parametrize("servers", [1, 2, 4])
+@pytest.mark.parametrize("watched", [False, True])
+async def test_end_without_tokens_said_by_two_servers_is_the_answer(
+    autojump_clock, path, servers, watched
+):
+    async with lab(*[streaming(*NO_TOKENS[path])] * servers, watched=watched) as rig:
+        got = await rig.stream(path=path)
+        assert (got.status, got.body, got.whole) == (200, b"".join(NO_TOKENS[path]), True)
+        assert rig.requests().total() == min(servers, 2)
+        assert not any(failures(rig, server.name) for server in rig.servers)
+        assert rig.recorder.last.outcome is Outcome.ANSWERED
+
+
+async def test_plain_end_without_tokens_said_by_two_servers_is_the_answer(autojump_clock):
+    body = b'{"choices":[{"message":{"content":""},"finish_reason":"stop"}]}'
+    async with lab(*[answering(ok(body))] * 3) as rig:
+        got = await rig.post()
+        assert (got.status, got.body, got.whole) == (200, body, True)
+        assert got[b"content-length"] == b"%d" % len(body)
+        assert rig.requests().total() == 2
+
+
+async def test_end_without_tokens_is_the_answer_if_the_other_server_fails(autojump_clock):
+    async with lab(streaming(*NO_TOKENS[CHAT]), once()) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert (got.body, got.whole) == (b"".join(NO_TOKENS[CHAT]), True)
+        assert (failures(rig, "a"), failures(rig, "b")) == (0, 1)
+
+
+async def test_end_without_tokens_after_comments_is_the_answer(autojump_clock):
+    script = streaming(b": c\n\n", *NO_TOKENS[CHAT])
+    async with lab(script, script) as rig:
+        got = await rig.stream()
+        assert got.body.startswith(b": c\n\n")
+        assert got.body.endswith(b"".join(NO_TOKENS[CHAT]))
+        assert got.whole
+
+
+UNCLEAR = [
+    b'data: {"error":{"message":"boom"}}\n\n',
+    b'data: {"error":{"message":"boom","type":"Strange","code":"odd"}}\n\n',
+    b'data: {"error":"boom"}\n\n',
+    named("error", error={"type": "internal_error", "message": "1 validation error for X"}),
+]
+
+
+@pytest.mark.parametrize("first", UNCLEAR)
+async def test_unclear_error_blames_nothing_if_two_servers_say_it(autojump_clock, first):
+    async with lab(*[streaming(first, DONE)] * 3) as rig:
+        for _ in range(8):
+            got = await rig.stream()
+            assert (got.body, got.whole) == (first + DONE, True)
+        assert not any(failures(rig, server.name) for server in rig.servers)
+        assert set(rig.recorder.outcomes) == {Outcome.UNCLEAR_ERROR}
+
+
+@pytest.mark.parametrize("first", UNCLEAR)
+async def test_unclear_error_is_blamed_if_another_server_answers(autojump_clock, first):
+    async with lab(streaming(first, DONE), GOOD) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert got.body == HELLO + STOP + DONE
+        assert failures(rig) == 1
+
+
+async def test_responses_stream_cut_after_its_opening_blames_nothing_if_all_do_it(autojump_clock):
+    """vLLM 0.32 ends a request so whose grammar or stop tokens are wrong."""
+    cut = once(sse_head(), chunk(CREATED))
+    async with lab(cut, cut, cut) as rig:
+        for _ in range(4):
+            got = await rig.stream(path=RESPONSES)
+            assert (got.status, got.code) == (502, "server_disconnected")
+        assert not any(failures(rig, server.name) for server in rig.servers)
+        assert set(rig.recorder.outcomes) == {Outcome.OPENED_LOST}
+
+
+# -- whose fault -------------------------------------------------------------------------------
+
+CLIENT_ERRORS = {
+    "integer code": b'data: {"error":{"message":"too long","code":400}}\n\n',
+    "string code": b'data: {"error":{"message":"too long","code":"400"}}\n\n',
+    "type": b'data: {"error":{"message":"no","type":"invalid_request_error","code":null}}\n\n',
+    "message": b'data: {"error":{"message":"maximum context length is 8 tokens"}}\n\n',
+    "TGI": b'data: {"error":"Input validation error","error_type":"validation"}\n\n',
+    "old vLLM": b'data: {"object":"error","message":"no","code":400}\n\n',
+    "Anthropic": named("error", error={"type": "invalid_request_error", "message": "no"}),
+}
+
+
+@pytest.mark.parametrize("case", CLIENT_ERRORS)
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+async def test_client_error_in_a_stream_passes_and_blames_nothing(autojump_clock, case, path):
+    first = CLIENT_ERRORS[case]
+    async with lab(streaming(first, DONE), GOOD) as rig:
+        rig.prefer("a")
+        for _ in range(4):
+            rig.prefer("a")
+            got = await rig.stream(path=path)
+            assert got.body in (first + DONE, HELLO + STOP + DONE)
+        assert failures(rig) == 0
+        assert Outcome.ANSWERED in rig.recorder.outcomes
+        assert set(rig.recorder.outcomes) == {Outcome.ANSWERED}
+
+
+async def test_error_null_beside_tokens_is_no_error(autojump_clock):
+    token = HELLO.replace(b'data: {"id"', b'data: {"error":null,"id"')
+    async with lab(streaming(token, STOP, DONE)) as rig:
+        for _ in range(5):
+            assert (await rig.stream()).whole
+        assert failures(rig) == 0
+
+
+async def test_client_error_after_tokens_blames_nothing(autojump_clock):
+    async with lab(streaming(HELLO, CLIENT_ERRORS["string code"], DONE)) as rig:
+        assert (await rig.stream()).whole
+        assert failures(rig) == 0
+
+
+async def test_busy_event_goes_elsewhere_and_blames_nothing(autojump_clock):
+    busy = named("error", error={"type": "overloaded_error", "message": "m"})
+    async with lab(streaming(busy), streaming(*STREAMS[MESSAGES])) as rig:
+        rig.prefer("a")
+        got = await rig.stream(path=MESSAGES)
+        assert got.body == b"".join(STREAMS[MESSAGES])
+        assert rig.recorder.outcomes == [Outcome.FULL, Outcome.ANSWERED]
+        assert failures(rig) == 0
+
+
+# -- ends --------------------------------------------------------------------------------------
+
+CUTS = {CHAT: 2, "/v1/completions": 1, RESPONSES: 2, MESSAGES: 2}
+
+
+@pytest.mark.parametrize("path", CUTS)
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+@pytest.mark.parametrize("watched", [False, True])
+async def test_stream_with_tokens_and_no_end_is_broken(autojump_clock, path, framing, watched):
+    events = b"".join(STREAMS[path][: CUTS[path]])
+    script = {
+        "chunked": answering(sse_head(), chunk(events), END),
+        "close": once(CLOSE % SSE, events),
+        "length": answering(answer(200, events, content_type=SSE)),
+    }[framing]
+    async with lab(script, GOOD, watched=watched) as rig:
+        rig.prefer("a")
+        got = await rig.stream(path=path)
+        assert got.status == 200
+        assert got.body.startswith(events)
+        assert b"error" in got.body[len(events) :]
+        assert not got.whole
+        assert rig.recorder.outcomes == [Outcome.BROKEN]
+        assert failures(rig) == 1
+
+
+@pytest.mark.parametrize("path", CUTS)
+@pytest.mark.parametrize("framing", ["chunked", "close", "length"])
+async def test_stream_with_its_end_is_whole_however_framed(autojump_clock, path, framing):
+    events = b"".join(STREAMS[path])
+    script = {
+        "chunked": answering(sse_head(), *map(chunk, STREAMS[path]), END),
+        "close": once(CLOSE % SSE, events),
+        "length": answering(answer(200, events, content_type=SSE)),
+    }[framing]
+    async with lab(script) as rig:
+        got = await rig.stream(path=path)
+        assert (got.body, got.whole) == (events, True)
+        assert rig.recorder.outcomes == [Outcome.ANSWERED]
+
+
+async def test_stream_closed_inside_an_event_adds_nothing(autojump_clock):
+    async with lab(once(CLOSE % SSE, HELLO, HELLO[:25])) as rig:
+        got = await rig.stream()
+        assert (got.body, got.whole) == (HELLO + HELLO[:25], False)
+
+
+async def test_chat_stream_that_finished_needs_no_done(autojump_clock):
+    async with lab(once(CLOSE % SSE, HELLO, STOP)) as rig:
+        got = await rig.stream()
+        assert (got.body, got.whole) == (HELLO + STOP, True)
+
+
+async def test_stream_of_unknown_events_is_not_judged_by_its_end(autojump_clock):
+    async with lab(streaming(b'data: {"delta":"tok"}\n\n')) as rig:
+        got = await rig.stream(path=RESPONSES)
+        assert (got.body, got.whole) == (b'data: {"delta":"tok"}\n\n', True)
+        assert failures(rig) == 0
+
+
+@pytest.mark.parametrize("framing", ["close", "length"])
+async def test_half_json_is_replayed_however_framed(autojump_clock, framing):
+    half = PLAIN[:-20]
+    script = once(CLOSE % b"application/json", half) if framing == "close" else answering(ok(half))
+    async with lab(script, answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        got = await rig.post()
+        assert (got.body, got.whole) == (PLAIN, True)
+        assert rig.recorder.outcomes == [Outcome.UNFINISHED, Outcome.ANSWERED]
+
+
+async def test_long_json_cut_at_its_close_is_no_whole_answer(autojump_clock):
+    long = json.dumps({"data": ["{" * 50] * 20_000}).encode()
+    async with lab(once(CLOSE % b"application/json", long[:-2])) as rig:
+        got = await rig.post(path="/v1/embeddings")
+        assert (got.status, got.body, got.whole) == (200, long[:-2], False)
+        assert rig.recorder.outcomes == [Outcome.BROKEN]
+    async with lab(once(CLOSE % b"application/json", long)) as rig:
+        assert (await rig.post(path="/v1/embeddings")).whole
+
+
+# -- aborts ------------------------------------------------------------------------------------
+
+ABORTED = {
+    CHAT: b'{"choices":[{"message":{"content":"half"},"finish_reason":"abort"}]}',
+    MESSAGES: b'{"type":"message","content":[{"type":"text","text":"half"}],'
+    b'"usage":{"input_tokens":3,"output_tokens":2}}',
+}
+
+
+@pytest.mark.parametrize("path", ABORTED)
+async def test_plain_abort_with_tokens_is_the_engines_answer(autojump_clock, path):
+    async with lab(answering(ok(ABORTED[path])), answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        got = await rig.post(path=path)
+        assert (got.status, got.body) == (200, ABORTED[path])
+        assert rig.recorder.attempts == [("a", Outcome.ENGINE_ABORT)]
+        assert failures(rig) == 0
+
+
+@pytest.mark.parametrize("path", ABORTED)
+async def test_plain_abort_of_a_server_that_stops_is_replayed(autojump_clock, path):
+    async def stops(talk: Talk) -> None:
+        await talk.request()
+        talk.server.refuses = True
+        await talk.send(ok(ABORTED[path]))
+
+    async with lab(stops, answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        got = await rig.post(path=path)
+        assert (got.status, got.body) == (200, PLAIN)
+        assert rig.recorder.outcomes == [Outcome.ABORTED, Outcome.ANSWERED]
+
+
+# -- what cannot be read -----------------------------------------------------------------------
+
+
+async def test_packed_stream_passes_as_it_comes(autojump_clock):
+    packed = gzip.compress(HELLO + DONE)
+
+    async def slow(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(CHUNKED % (SSE, b"content-encoding: gzip\r\n"), chunk(packed[:10]))
+        await trio.sleep(20)
+        await talk.send(chunk(packed[10:]), END)
+
+    async with lab(slow) as rig:
+        client = rig.start_stream()
+        await trio.sleep(0.1)
+        assert client.got.body == packed[:10]
+        await trio.sleep(21)
+        assert (client.got.body, client.got.whole) == (packed, True)
+
+
+async def test_packed_stream_that_breaks_is_cut_and_not_patched(autojump_clock):
+    packed = gzip.compress(HELLO + DONE)
+    head = CHUNKED % (SSE, b"content-encoding: gzip\r\n")
+    async with lab(once(head, chunk(packed[:20]))) as rig:
+        got = await rig.stream()
+        assert (got.body, got.whole) == (packed[:20], False)
+
+
+@pytest.mark.parametrize(
+    "kind", [b"application/jsonl", b"application/json-seq", b"application/x-ndjson", b"audio/wav"]
+)
+async def test_lines_and_audio_pass_as_they_come(autojump_clock, kind):
+    async def slow(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(CHUNKED % (kind, b""), chunk(b"{}\n"))
+        await trio.sleep(20)
+        await talk.send(chunk(b"{}\n"), END)
+
+    async with lab(slow) as rig:
+        client = rig.start(path="/v1/embeddings")
+        await trio.sleep(0.1)
+        assert client.got.body == b"{}\n"
+        await trio.sleep(21)
+        assert (client.got.body, client.got.whole) == (b"{}\n" * 2, True)
+
+
+async def test_white_space_before_json_passes_at_once_and_is_replayed(autojump_clock):
+    async def beats(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(CHUNKED % (b"application/json", b""))
+        for _ in range(3):
+            await talk.send(chunk(b" "))
+            await trio.sleep(10)
+
+    async with lab(beats, answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        client = rig.start()
+        await trio.sleep(0.1)
+        assert (client.got.status, client.got.body) == (200, b" ")
+        assert client.got[b"content-length"] is None
+        await trio.sleep(31)
+        assert (client.got.body, client.got.whole) == (b"   " + PLAIN, True)
+
+
+async def test_white_space_before_json_and_no_server_left_is_cut(autojump_clock):
+    async def beats(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(CHUNKED % (b"application/json", b""), chunk(b" "))
+
+    async with lab(beats) as rig:
+        got = await rig.post()
+        assert (got.status, got.body, got.whole) == (200, b" ", False)
+
+
+@pytest.mark.parametrize("status", [0, 99, 600, 999])
+async def test_status_out_of_range_is_an_invalid_answer(autojump_clock, status):
+    raw = b"HTTP/1.1 %03d X\r\ncontent-length: 2\r\n\r\n{}" % status
+    async with lab(answering(raw), answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        assert (await rig.post()).body == PLAIN
+        assert rig.recorder.outcomes == [Outcome.INVALID, Outcome.ANSWERED]
+
+
+@pytest.mark.parametrize("status", [520, 521, 525, 530, 598])
+async def test_gateway_status_is_retried(autojump_clock, status):
+    async with lab(answering(answer(status, b"<html>")), answering(ok(PLAIN))) as rig:
+        rig.prefer("a")
+        assert (await rig.post()).body == PLAIN
+        assert rig.recorder.outcomes == [Outcome.SERVER_ERROR, Outcome.ANSWERED]
+
+
+# -- usage -------------------------------------------------------------------------------------
+
+COUNTS = b'"usage":{"prompt_tokens":9,"completion_tokens":3}'
+LONG = b"x" * 9000
+
+
+@pytest.mark.parametrize(
+    ("path", "script"),
+    [
+        (
+            CHAT,
+            answering(ok(PLAIN[:-1] + b"," + COUNTS + b',"prompt_logprobs":"' + LONG + b'"}')),
+        ),
+        (CHAT, answering(ok(PLAIN[:-1] + b"," + COUNTS + b',"x":"' + LONG * 60 + b'"}'))),
+        (
+            CHAT,
+            streaming(
+                HELLO, STOP, b'data: {"choices":[],' + COUNTS + b',"x":"' + LONG + b'"}\n\n', DONE
+            ),
+        ),
+        (
+            RESPONSES,
+            streaming(CREATED, DELTA, COMPLETED.replace(b'"usage"', b'"a":"%b","usage"' % LONG)),
+        ),
+        ("/v1/rerank", answering(ok(b'{' + COUNTS + b',"results":["' + LONG + b'"]}'))),
+    ],
+)  # fmt: skip
+async def test_usage_is_found_wherever_it_stands(autojump_clock, path, script):
+    async with lab(script) as rig:
+        rig.proxy.wants_usage = True
+        got = await rig.stream(path=path)
+        assert got.whole
+        record = rig.recorder.last
+        assert (record.prompt_tokens, record.completion_tokens) == (9, 3)
+
+
+async def test_long_last_event_in_small_pieces_is_read(autojump_clock):
+    last = COMPLETED.replace(b'"usage"', b'"a":"%b","usage"' % (LONG * 20))
+    pieces = [last[start : start + 700] for start in range(0, len(last), 700)]
+    async with lab(streaming(CREATED, DELTA, *pieces)) as rig:
+        rig.proxy.wants_usage = True
+        got = await rig.stream(path=RESPONSES)
+        assert got.whole
+        assert rig.recorder.last.completion_tokens == 3
+        assert rig.recorder.outcomes == [Outcome.ANSWERED]
+
+
+async def test_stream_replayed_after_comments_says_so_in_a_comment(autojump_clock):
+    async def dies(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(), chunk(b": c\n\n"))
+        await trio.sleep(1)
+
+    scripts: tuple[Script, ...] = (dies, GOOD)
+    async with lab(*scripts) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert got.body == b": c\n\n" + RETRIED + HELLO + STOP + DONE

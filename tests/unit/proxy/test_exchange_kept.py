@@ -1,0 +1,220 @@
+"""Exchanges over a kept connection, where the wait for an answer has no cancel scope of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from support.proxy_harness import Rig, lab
+from support.scripted_server import (
+    DONE,
+    END,
+    Script,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    event,
+    ok,
+    sse_head,
+    streaming,
+)
+from vllm_router.proxy.attempt import AT_ONCE
+from vllm_router.proxy.record import Phase
+from vllm_router.proxy.retry import Outcome
+
+GOOD = ok(b'{"answer":1}')
+ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
+
+
+def first_good_then(script: Script) -> Script:
+    async def both(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(GOOD)
+        await script(talk)
+
+    return both
+
+
+async def hang(talk: Talk) -> None:
+    await talk.request()
+    await talk.gone()
+
+
+def say(*pieces: bytes, end: bool = False) -> Script:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(*pieces)
+        if not end:
+            await talk.gone()
+
+    return script
+
+
+@asynccontextmanager
+async def kept(script: Script, **options: Any) -> AsyncIterator[Rig]:
+    """Server `a`, to which a connection is kept, goes on with the script; `b` is well."""
+    async with lab(first_good_then(script), answering(GOOD), **options) as rig:
+        rig.prefer("a")
+        assert (await rig.post()).status == 200
+        assert rig.proxy.links[rig.server("a")].pool.idle == 1
+        yield rig
+
+
+async def test_the_connection_is_used_again(autojump_clock):
+    async with kept(say(GOOD)) as rig:
+        assert (await rig.post()).body == b'{"answer":1}'
+        assert len(rig.scripted["a"].talks) == 1
+
+
+async def test_silence_is_a_first_byte_timeout(autojump_clock):
+    async with kept(hang, first_byte_timeout=7) as rig:
+        got = await rig.post()
+        assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
+        assert rig.recorder.attempts[-1] == ("a", Outcome.FIRST_BYTE_TIMEOUT)
+        assert rig.scripted["a"].open == 0
+
+
+async def test_half_a_head_is_a_first_byte_timeout(autojump_clock):
+    async with kept(say(b"HTTP/1.1 200 OK\r\ncontent-"), first_byte_timeout=7) as rig:
+        got = await rig.post()
+        assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
+
+
+async def test_the_time_that_the_client_gives_ends_it(autojump_clock):
+    async with kept(hang, total_timeout=3, first_byte_timeout=7) as rig:
+        got = await rig.post()
+        assert (got.status, got.code, got.took) == (504, "total_timeout", pytest.approx(3.0))
+
+
+async def test_a_body_that_stops_coming_is_an_idle_timeout(autojump_clock):
+    async with kept(say(ok(b"x" * 100)[:-50]), first_byte_timeout=50, idle_timeout=7) as rig:
+        got = await rig.post()
+        assert (got.status, got.code, got.took) == (504, "idle_timeout", pytest.approx(7.0))
+
+
+async def test_a_server_that_is_found_gone_loses_the_request_to_another(autojump_clock):
+    async with kept(hang) as rig:
+        client = rig.start()
+        await trio.sleep(1)
+        assert rig.down("a") == 1
+        await trio.sleep(0.1)
+        assert (client.got.status, client.got[b"x-vllm-router-server"]) == (200, b"b")
+        assert rig.recorder.outcomes[-2:] == [Outcome.GONE, Outcome.ANSWERED]
+
+
+async def test_a_stop_ends_the_wait_with_503(autojump_clock):
+    async with kept(hang) as rig:
+        client = rig.start()
+        await trio.sleep(1)
+        rig.proxy.stopping = True
+        assert rig.proxy.stop() == 1
+        await rig.proxy.drained()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (client.got.status, client.got.code) == (503, "router_stopping")
+
+
+async def test_a_client_that_leaves_frees_the_server_at_once(autojump_clock):
+    async with kept(hang) as rig:
+        client = rig.start()
+        await trio.sleep(1)
+        client.leave()
+        await trio.sleep(0.05)
+        assert rig.scripted["a"].open == 0
+        assert rig.server("a").in_flight == 0
+        assert rig.recorder.last.outcome is Outcome.CLIENT_GONE
+        assert rig.recorder.last.phase is Phase.WAIT
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        (say(answer(500, b"{}")), Outcome.SERVER_ERROR),
+        (say(ABORT), Outcome.ABORTED),
+        (say(b"nonsense\r\n\r\n"), Outcome.INVALID),
+        (say(b"HTTP/1.1 200 OK\r\n", end=True), Outcome.INVALID),
+        (say(ok(b"x" * 100)[:-50], end=True), Outcome.LOST),
+        (say(answer(503, b'{"error":{"message":"busy"}}')), Outcome.FULL),
+    ],
+)
+async def test_what_fails_before_the_client_has_a_byte_is_asked_for_elsewhere(
+    autojump_clock, script: Script, outcome: Outcome
+):
+    async with kept(script) as rig:
+        got = await rig.post()
+        assert (got.status, got.body, got[b"x-vllm-router-server"]) == (200, b'{"answer":1}', b"b")
+        assert rig.recorder.outcomes[-2:] == [outcome, Outcome.ANSWERED]
+
+
+async def test_a_connection_that_turns_out_closed_is_replaced(autojump_clock):
+    async def again(talk: Talk) -> None:
+        if len(talk_of) == 1:
+            await talk.request()  # and closes without a word
+        else:
+            await say(GOOD)(talk)
+
+    talk_of: list[Talk] = []
+
+    async def script(talk: Talk) -> None:
+        talk_of.append(talk)
+        if len(talk_of) == 1:
+            await talk.request()
+            await talk.send(GOOD)
+        await again(talk)
+
+    async with lab(script, answering(GOOD)) as rig:
+        rig.prefer("a")
+        await rig.post()
+        got = await rig.post()
+        assert (got.status, got[b"x-vllm-router-server"]) == (200, b"a")
+        assert rig.recorder.outcomes == [Outcome.ANSWERED, Outcome.ANSWERED]
+        assert rig.recorder.last.attempts == 1
+
+
+async def test_a_stream_that_follows_its_head_is_passed_on(autojump_clock):
+    async def slowly(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head())
+        for text in "abc":
+            await trio.sleep(5)
+            await talk.send(chunk(event(text)))
+        await talk.send(chunk(DONE), END)
+        await talk.gone()
+
+    async with kept(slowly, first_byte_timeout=6, idle_timeout=6) as rig:
+        got = await rig.stream()
+        assert got.body == b"".join([event(text) for text in "abc"]) + DONE
+        assert got.whole
+        assert rig.recorder.outcomes[-1] is Outcome.ANSWERED
+
+
+async def test_a_stream_that_comes_all_at_once_is_passed_on(autojump_clock):
+    whole = b"".join([sse_head(), chunk(event("a") + DONE), END])
+    async with kept(say(whole)) as rig:
+        got = await rig.stream()
+        assert (got.body, got.whole) == (event("a") + DONE, True)
+
+
+async def test_silence_in_mid_stream_is_told_by_an_event(autojump_clock):
+    async with kept(say(sse_head(), chunk(event("a"))), idle_timeout=7) as rig:
+        got = await rig.stream()
+        assert b'"code": "idle_timeout"' in got.body
+        assert not got.whole
+
+
+async def test_large_requests_are_bounded_too(autojump_clock):
+    async with kept(hang, first_byte_timeout=7) as rig:
+        got = await rig.post({"model": "m", "prompt": "x" * AT_ONCE})
+        assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
+
+
+async def test_many_requests_leave_nothing_behind(autojump_clock):
+    async with lab(answering(GOOD), streaming(event("a"), DONE)) as rig:
+        for _ in range(20):
+            await rig.post()
+            await rig.stream()
+        assert set(rig.recorder.outcomes) == {Outcome.ANSWERED}

@@ -1,0 +1,227 @@
+"""Aliases, fallbacks and policies of single requests, from the client's bytes to the server's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import trio
+
+from support.fleet_makers import come_up, eject, make_config
+from support.proxy_harness import Rig, lab
+from support.scripted_server import DONE, answer, answering, event, ok, streaming
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.refusal import names_shown
+
+GOOD = ok(b'{"model":"big"}')
+JSON_TYPE = (b"content-type", b"application/json")
+
+TABLES = """
+[models]
+chat = "big"
+tiny = { serves = "small", policy = "round_robin" }
+safe = { serves = "big", fallback = "tiny" }
+safest = { serves = "gone", fallback = "safe" }
+small = { policy = "random" }
+"""
+
+
+def two(rig: Rig) -> None:
+    """`a` has the big model, `b` the small one."""
+    come_up(rig.server("a"), trio.current_time(), "big")
+    come_up(rig.server("b"), trio.current_time(), "small")
+
+
+def models(**options: object) -> dict[str, object]:
+    return {"tables": TABLES, "up": False, **options}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_server_gets_its_own_name_for_the_model_and_all_else_as_it_came(
+    autojump_clock, watched
+):
+    body = b'{ "model" : "chat",  "x":"\\u00e9", "y": {"model":"chat"} }'
+    async with lab(answering(GOOD), answering(GOOD), **models(watched=watched)) as rig:
+        two(rig)
+        digest = (b"content-digest", b"sha-256=:abc=:")
+        got = await rig.post(body, headers=(JSON_TYPE, digest, (b"x-kept", b"1")))
+        assert got.body == b'{"model":"big"}', "answers are not edited"
+        (seen,) = rig.scripted["a"].requests
+        assert seen.body == body.replace(b'"chat",', b'"big",')
+        assert seen[b"content-length"] == b"%d" % len(seen.body)
+        assert seen[b"content-digest"] is None
+        assert seen[b"x-kept"] == b"1"
+        record = rig.recorder.last
+        assert (record.model, record.served_model, record.policy) == ("chat", "big", "least_load")
+
+
+async def test_body_in_pieces_is_edited_as_a_whole(autojump_clock):
+    async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
+        two(rig)
+        await rig.post([b'{"mod', b'el":"ch', b'at"}'])
+        (seen,) = rig.scripted["a"].requests
+        assert (seen.body, seen[b"content-length"]) == (b'{"model":"big"}', b"15")
+
+
+async def test_name_that_the_servers_use_is_sent_as_it_came(autojump_clock):
+    body = b'{"model" :"big"}'
+    async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
+        two(rig)
+        await rig.post(body)
+        (seen,) = rig.scripted["a"].requests
+        assert seen.body == body
+        assert rig.recorder.last.served_model is None
+
+
+async def test_fallback_answers_while_no_server_has_the_model(autojump_clock):
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
+        two(rig)
+        assert (await rig.post({"model": "safe"}))[b"x-vllm-router-server"] == b"a"
+        rig.down("a")
+        for asked in ("safe", "safest"):
+            got = await rig.post({"model": asked})
+            assert got[b"x-vllm-router-server"] == b"b"
+            assert json.loads(rig.scripted["b"].requests[-1].body) == {"model": "small"}
+            record = rig.recorder.last
+            assert (record.model, record.served_model) == (asked, "small")
+            assert record.policy == "round_robin", "that of the model that answers"
+        refused = await rig.post({"model": "chat"})
+        assert (refused.status, refused.code) == (503, "no_server_available")
+        assert "'chat'" in refused.json["error"]["message"]
+
+
+async def test_fallback_comes_before_servers_that_traffic_has_ejected(autojump_clock):
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
+        two(rig)
+        eject(rig.server("a"), trio.current_time())
+        rig.fleet.settle(trio.current_time())
+        assert (await rig.post({"model": "safe"}))[b"x-vllm-router-server"] == b"b"
+        assert (await rig.post({"model": "chat"}))[b"x-vllm-router-server"] == b"a"
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_request_that_its_model_s_servers_cannot_take_falls_back_unseen(
+    autojump_clock, status
+):
+    broken = answer(status, b'{"error":{}}')
+    async with lab(answering(broken), answering(ok(b'{"small":1}')), **models()) as rig:
+        two(rig)
+        got = await rig.post({"model": "safe"})
+        assert (got.status, got[b"x-vllm-router-attempts"]) == (200, b"2")
+        assert rig.scripted["a"].requests[0].body == b'{"model":"big"}'.replace(b":", b": ")
+        assert rig.scripted["b"].requests[0].body == b'{"model": "small"}'
+        assert (await rig.post({"model": "chat"})).status == status, "chat has no fallback"
+
+
+async def test_fallback_waits_until_all_servers_have_been_asked(autojump_clock):
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
+        come_up(rig.server("b"), trio.current_time(), "small")
+        client = rig.start({"model": "safe"})
+        await trio.sleep(0.1)
+        come_up(rig.server("a"), trio.current_time(), "big")
+        await trio.sleep(0.1)
+        assert client.got[b"x-vllm-router-server"] == b"a"
+
+
+async def test_unknown_model_is_told_the_public_names(autojump_clock):
+    async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
+        two(rig)
+        got = await rig.post({"model": "nobody"})
+        assert got.code == "model_not_found"
+        assert got.json["error"]["message"].endswith(
+            "Available models: chat, safe, safest, small, tiny."
+        )
+
+
+async def test_key_s_models_are_public_names_and_their_fallback_comes_with_them(autojump_clock):
+    key = KeyConfig(name="k", digest=digest_of("k"), models=("safe",))
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
+        two(rig)
+
+        async def ask(model: str) -> int:
+            client = rig.client({"model": model})
+            client._scope[IDENTITY] = Identity(key, given=True)
+            return (await client.run()).status
+
+        assert await ask("safe") == 200
+        assert await ask("big") == await ask("chat") == await ask("tiny") == 403
+        rig.down("a")
+        assert await ask("safe") == 200
+        assert [len(rig.scripted[name].requests) for name in "ab"] == [1, 1]
+
+
+async def test_models_follow_a_reload(autojump_clock):
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), up=False) as rig:
+        two(rig)
+        assert (await rig.post({"model": "chat"})).status == 404
+        new = make_config(2, tables=TABLES)
+        rig.fleet.apply(new)
+        pools = {server: rig.proxy.links[server].pool for server in rig.servers}
+        rig.proxy.apply(new)
+        for server, pool in pools.items():
+            rig.proxy.links[server].pool = pool
+        assert (await rig.post({"model": "chat"})).status == 200
+
+
+# -- X-Router-Policy ---------------------------------------------------------------------------
+
+
+def wanting(name: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    return (JSON_TYPE, (b"x-router-policy", name))
+
+
+async def test_request_chooses_its_policy_where_that_is_allowed(autojump_clock):
+    async with lab(answering(GOOD), policy_header=True) as rig:
+        await rig.post(headers=wanting(b"adaptive"))
+        assert rig.recorder.last.policy == "adaptive"
+        assert rig.scripted["a"].requests[0][b"x-router-policy"] is None
+        await rig.post()
+        assert rig.recorder.last.policy == "least_load"
+
+
+async def test_header_is_nothing_to_router_and_server_where_it_is_not_allowed(autojump_clock):
+    async with lab(answering(GOOD)) as rig:
+        for name in (b"adaptive", b"nonsense"):
+            assert (await rig.post(headers=wanting(name))).status == 200
+            assert rig.recorder.last.policy == "least_load"
+            assert rig.scripted["a"].requests[-1][b"x-router-policy"] is None
+
+
+@pytest.mark.parametrize("name", [b"nonsense", b"", b"Adaptive", b"\xff"])
+async def test_unknown_policy_is_refused_with_the_names_there_are(autojump_clock, name):
+    async with lab(answering(GOOD), policy_header=True) as rig:
+        got = await rig.post(headers=wanting(name))
+        assert (got.status, got.code) == (400, "unknown_policy")
+        assert "adaptive, least_load," in got.json["error"]["message"]
+        assert not rig.requests().total()
+
+
+async def test_header_comes_before_the_policy_of_the_model(autojump_clock):
+    async with lab(answering(GOOD), answering(GOOD), **models(policy_header=True)) as rig:
+        two(rig)
+        await rig.post({"model": "tiny"})
+        assert rig.recorder.last.policy == "round_robin"
+        await rig.post({"model": "tiny"}, headers=wanting(b"prefix"))
+        assert rig.recorder.last.policy == "prefix"
+
+
+async def test_first_token_and_usage_reach_the_policy_that_picked(autojump_clock):
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":2000,"completion_tokens":3}}\n\n'
+    async with lab(streaming(event("hi"), usage, DONE), policy_header=True) as rig:
+        messages = [{"role": "user", "content": "x" * 4000}]
+        body = {"model": "m", "stream": True, "messages": messages}
+        await rig.post(body, headers=wanting(b"adaptive"))
+        adaptive = rig.proxy.policies.named("adaptive")
+        (server,) = rig.servers
+        assert adaptive.statistics(server).prompt_tokens > 900
+        assert adaptive._accounts[server].queued == 0
+        assert adaptive.book._bytes_per_token["m"] < 4.0
+
+
+def test_names_shown_are_cut_if_they_are_many_or_long():
+    assert names_shown([]) == ""
+    assert names_shown(["a", "b"]) == "a, b"
+    assert names_shown([f"m{n}" for n in range(2000)]).endswith("m18, m19 and 1980 more")
+    assert len(names_shown(["x" * 512] * 2000)) < 2200

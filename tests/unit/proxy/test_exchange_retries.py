@@ -1,0 +1,228 @@
+"""A retry never ends while a well server has not been asked, and never spreads a storm."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from support.fleet_makers import make_fleet
+from support.proxy_harness import Client, Rig, lab
+from support.scripted_server import Script, Talk, answer, answering, ok
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.failures import LATELY, SAME_MOMENT, End, Failures
+
+GOOD = ok(b'{"answer":1}')
+ERROR = answer(500, b"{}")
+
+
+def body(number: int) -> dict:
+    return {"model": "m", "user": str(number)}
+
+
+class Machines:
+    """Servers `a`, `b`, ... that can be stopped, as by SIGKILL: all connections are closed, and
+    new ones refused. `tokens` comes after a second."""
+
+    def __init__(self, kills: bytes = b"killer") -> None:
+        self.rig: Rig | None = None
+        self.stopped: dict[str, trio.Event] = {name: trio.Event() for name in "abcdef"}
+        self._kills = kills
+
+    def stop(self, name: str) -> None:
+        assert self.rig is not None
+        self.rig.scripted[name].refuses = True
+        self.stopped[name].set()
+
+    def script(self, name: str) -> Script:
+        async def serve(talk: Talk) -> None:
+            async def until_stopped() -> None:
+                await self.stopped[name].wait()
+                nursery.cancel_scope.cancel()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(until_stopped)
+                while True:
+                    request = await talk.request()
+                    if self._kills in request.body:
+                        self.stop(name)
+                    await trio.sleep(1)
+                    await talk.send(GOOD)
+
+        async def quietly(talk: Talk) -> None:
+            try:
+                await serve(talk)
+            except BaseExceptionGroup:
+                talk.close()
+
+        return quietly
+
+    @property
+    def dead(self) -> str:
+        return "".join(name for name, event in self.stopped.items() if event.is_set())
+
+
+def statuses(clients: list[Client]) -> Counter[int]:
+    return Counter(client.got.status for client in clients)
+
+
+async def started(rig: Rig, count: int, *, alike: bool = False) -> list[Client]:
+    clients = [rig.start(body(0 if alike else number)) for number in range(count)]
+    await wait_all_tasks_blocked()
+    return clients
+
+
+@pytest.mark.parametrize(
+    ("warm", "alike"),
+    [(False, False), (True, False), (True, True)],
+    ids=["new connections", "kept connections", "kept connections and one body"],
+)
+@pytest.mark.parametrize("gap", [0.0, 0.002, 0.05], ids="{}s".format)
+@pytest.mark.parametrize("count", [3, 40])
+async def test_exchange_three_of_four_servers_stop_at_once_no_request_fails(
+    autojump_clock, count, gap, warm, alike
+):
+    machines = Machines()
+    async with lab(*map(machines.script, "abcd")) as rig:
+        machines.rig = rig
+        if warm:
+            warmed = await started(rig, 3 * count, alike=alike)
+            await trio.sleep(1.5)
+            assert statuses(warmed) == {200: 3 * count}
+        clients = await started(rig, count, alike=alike)
+        for name in "abc":
+            machines.stop(name)
+            if gap:
+                await trio.sleep(gap)
+            else:
+                await wait_all_tasks_blocked()
+        await trio.sleep(10)
+        assert statuses(clients) == {200: count}
+        assert not rig.proxy.poison.entries
+
+
+async def test_exchange_five_of_six_servers_refuse_reaches_the_sixth(autojump_clock):
+    async with lab(*[answering(GOOD)] * 6) as rig:
+        for name in "abcde":
+            rig.scripted[name].refuses = True
+        for number in range(6):
+            rig.prefer("abcde"[number % 5])
+            assert (await rig.post(body(number))).status == 200
+
+
+async def test_exchange_with_an_empty_budget_goes_to_a_well_server(autojump_clock):
+    async with lab(answering(ERROR), answering(ERROR), answering(GOOD)) as rig:
+        rig.prefer("a")
+        rig.proxy.budget.owed = rig.proxy.budget.depth
+        rig.proxy.failures.note(rig.server("b"), 1, trio.current_time(), deadly=False)
+        assert (await rig.post()).status == 200
+        assert [name for name, _ in rig.recorder.attempts] == ["a", "c"]
+
+
+async def test_exchange_servers_that_fail_all_requests_are_not_held_against_one(autojump_clock):
+    """Two engines have died and answer 500 until their checks fail; the third is well."""
+    sick = answering(ERROR)
+    options = {"policy": "round_robin", "failure_threshold": 1000}
+    async with lab(sick, sick, answering(GOOD), **options) as rig:
+        first, *others = [rig.client(body(number)) for number in range(9)]
+        assert (await first.run()).status == 500  # on both: it may be the request
+        for client in others:
+            assert (await client.run()).status == 200
+
+
+@pytest.mark.parametrize("status", [500, 502])
+async def test_exchange_all_servers_fail_attempts_stay_within_the_budget(autojump_clock, status):
+    async with lab(*[answering(answer(status, b"{}"))] * 4) as rig:
+        for number in range(300):
+            assert (await rig.post(body(number))).status == status
+            await trio.sleep(0.01)
+        assert rig.requests().total() <= 1.2 * 300 + 3
+
+
+async def test_exchange_killer_among_others_reaches_two_servers(autojump_clock):
+    machines = Machines()
+    async with lab(*map(machines.script, "abcdef")) as rig:
+        machines.rig = rig
+        others = await started(rig, 12)
+        killer = rig.start({"model": "m", "user": "killer"})
+        await trio.sleep(10)
+        assert len(machines.dead) == 2
+        assert killer.got.status == 502
+        again = await rig.post({"model": "m", "user": "killer"})
+        assert (again.code, len(machines.dead)) == ("poison_request", 2)
+        # Those that were on both servers look the same as the killer.
+        assert statuses(others)[200] >= 10
+
+
+async def test_exchange_killer_over_closed_connections_reaches_two_servers(autojump_clock):
+    machines = Machines()
+    async with lab(*map(machines.script, "abcd")) as rig:
+        machines.rig = rig
+        await started(rig, 8)
+        await trio.sleep(2)
+        got = await rig.post({"model": "m", "user": "killer"})
+        assert (got.status, len(machines.dead)) == (502, 2)
+        assert rig.recorder.outcomes[-2:] == [Outcome.LOST, Outcome.LOST]
+
+
+# -- the evidence -------------------------------------------------------------------------------
+
+X, Y = 1, 2
+
+
+def test_failures_suspect_two_servers_that_only_it_was_on_are_its_doing():
+    a, b, c = make_fleet(3).servers.values()
+    failures = Failures()
+    ends = (End(a, 10.0, 11.0, True), End(b, 11.0, 11.5, True))
+    for end in ends:
+        failures.note(end.server, X, end.at, deadly=True)
+        failures.note(end.server, Y, end.at, deadly=True)
+    assert failures.suspect(ends, X, (a, b, c)) == (a, b)
+
+
+def test_failures_suspect_a_server_that_had_failed_before_is_not_its_doing():
+    a, b = make_fleet(2).servers.values()
+    failures = Failures()
+    failures.note(b, Y, 10.9, deadly=True)
+    ends = (End(a, 10.0, 11.0, True), End(b, 11.0, 11.5, True))
+    assert failures.suspect(ends, X, (a, b)) == (a,)
+    assert failures.suspect(ends, Y, (a, b)) == (a, b)  # the same body, again
+    b.answered(10.95, trial=False)
+    assert failures.suspect(ends, X, (a, b)) == (a, b)  # it lived after that
+
+
+def test_failures_suspect_an_earlier_error_does_not_explain_a_death():
+    a, b = make_fleet(2).servers.values()
+    failures = Failures()
+    failures.note(b, Y, 10.9, deadly=False)
+    deaths = (End(a, 10.0, 11.0, True), End(b, 11.0, 11.5, True))
+    assert failures.suspect(deaths, X, (a, b)) == (a, b)
+    errors = (End(a, 10.0, 11.0, True), End(b, 11.0, 11.5, False))
+    assert failures.suspect(errors, X, (a, b)) == (a,)
+
+
+@pytest.mark.parametrize("apart", [0.0, SAME_MOMENT, SAME_MOMENT + 1])
+@pytest.mark.parametrize("seen_by", ["a request", "a connect", "the checks"])
+def test_failures_suspect_a_third_server_that_fails_at_once_speaks_for_the_request(seen_by, apart):
+    a, b, c = make_fleet(3).servers.values()
+    failures, at = Failures(), 11.5 + apart
+    if seen_by == "the checks":
+        c.fell_at = at
+    else:
+        failures.note(c, Y if seen_by == "a request" else None, at, deadly=True)
+    ends = (End(a, 10.0, 11.5, True), End(b, 11.5, 11.5, True))
+    assert failures.suspect(ends, X, (a, b, c)) == ((a, b) if apart > SAME_MOMENT else ())
+
+
+def test_failures_is_free_after_a_time_and_forgets_removed_servers():
+    (a,) = make_fleet(1).servers.values()
+    failures = Failures()
+    assert failures.is_free(a, 1.0)
+    failures.note(a, X, 1.0, deadly=True)
+    assert not failures.is_free(a, 1.0 + LATELY - 0.1)
+    assert failures.is_free(a, 1.0 + LATELY)
+    failures.note(a, X, 1.0, deadly=True)
+    failures.forget(a)
+    assert failures.is_free(a, 1.0)

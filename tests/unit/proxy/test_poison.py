@@ -1,0 +1,113 @@
+"""What is remembered of requests that servers die of."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.fleet_makers import go_down, make_fleet
+from vllm_router.fleet.health import Check
+from vllm_router.proxy.quarantine import (
+    KEPT_BYTES,
+    KNOWN_BODIES,
+    MOST,
+    REMEMBERED_FOR,
+    Death,
+    Poison,
+    fingerprint,
+)
+
+BODY = b'{"prompt":"x"}'
+PATH = b"/v1/completions"
+KEY = fingerprint(PATH, BODY)
+
+
+def two_deaths(*, certain: bool = True) -> tuple[Death, Death]:
+    a, b = make_fleet(2).servers.values()
+    return Death(a, 10.0, certain), Death(b, 10.0, certain)
+
+
+def test_a_request_is_known_by_its_path_and_its_body():
+    assert fingerprint(PATH, BODY) == fingerprint(PATH, bytes(bytearray(BODY)))
+    assert fingerprint(b"/v1/embeddings", BODY) != KEY
+    long = b"a" * 100_000
+    assert fingerprint(PATH, long) == fingerprint(PATH, b"a" * 100_000)
+    for other in (long + b"a", b"b" + long[1:], long[:-1] + b"b"):
+        assert fingerprint(PATH, other) != fingerprint(PATH, long)
+
+
+def test_it_is_remembered_for_a_minute_and_no_longer():
+    poison = Poison()
+    assert not poison.holds(KEY, 10.0)
+    poison.remember(KEY, BODY, two_deaths(), 10.0)
+    assert poison.holds(KEY, 10.0)
+    assert not poison.holds(KEY + 1, 10.0)
+    assert poison.holds(KEY, 10.0 + REMEMBERED_FOR - 0.1)
+    assert not poison.holds(KEY, 10.0 + REMEMBERED_FOR)
+    assert not poison.entries
+
+
+def test_what_nobody_has_died_of_is_no_poison():
+    poison = Poison()
+    deaths = two_deaths(certain=False)
+    poison.remember(KEY, BODY, deaths, 10.0)
+    assert not poison.holds(KEY, 11.0)
+    go_down(deaths[0].server, 12.0)
+    assert not poison.holds(KEY, 12.0)
+    deaths[1].server.checked(Check.UNHEALTHY, 0.01, 12.0)
+    assert poison.holds(KEY, 12.0)
+
+
+def test_a_fall_before_the_request_is_not_its_doing():
+    deaths = two_deaths(certain=False)
+    for death in deaths:
+        go_down(death.server, 5.0)
+        while not death.server.probe_health.up:
+            death.server.checked(Check.GOOD, 0.01, 6.0)
+    poison = Poison()
+    poison.remember(KEY, BODY, deaths, 10.0)
+    assert not poison.holds(KEY, 11.0)
+
+
+def test_an_answer_clears_it():
+    poison = Poison()
+    poison.remember(KEY, BODY, two_deaths(), 10.0)
+    poison.answered(PATH, b"another")
+    assert poison.holds(KEY, 11.0)
+    poison.answered(PATH, BODY)
+    assert not poison.holds(KEY, 11.0)
+
+
+@pytest.mark.parametrize(("others", "known"), [(KNOWN_BODIES - 1, True), (KNOWN_BODIES, False)])
+def test_what_was_answered_lately_is_not_taken_for_it(others, known):
+    poison = Poison()
+    poison.answered(PATH, BODY)
+    for number in range(others):
+        poison.answered(PATH, b"%d" % number)
+    poison.remember(KEY, BODY, two_deaths(), 10.0)
+    assert poison.holds(KEY, 10.0) is not known
+
+
+def test_the_table_is_bounded():
+    poison = Poison()
+    for number in range(MOST + 10):
+        poison.remember(number, b"%d" % number, two_deaths(), 10.0)
+    assert len(poison.entries) == MOST
+    assert not poison.holds(9, 10.0)
+    assert poison.holds(10, 10.0)
+    for number in range(KNOWN_BODIES + 10):
+        poison.answered(PATH, b"%d" % number)
+        poison.answered(PATH, b"x" * (KEPT_BYTES + number))
+    assert len(poison.known) == KNOWN_BODIES
+
+
+@pytest.mark.parametrize("size", [5_000, KEPT_BYTES, KEPT_BYTES + 1, 1_000_000])
+def test_poison_remember_long_body_answered_lately_is_not_held(size):
+    body = b'{"prompt":"' + b"x" * size + b'"}'
+    key = fingerprint(PATH, body)
+    poison = Poison()
+    poison.answered(PATH, body)
+    poison.remember(key, body, two_deaths(), 10.0)
+    assert not poison.holds(key, 10.0)
+    other = body + b" "
+    poison.remember(fingerprint(PATH, other), other, two_deaths(), 10.0)
+    assert poison.holds(fingerprint(PATH, other), 10.0)

@@ -1,0 +1,224 @@
+"""What every policy promises, and the simple ones in particular."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.fleet_makers import make_fleet
+from vllm_router.fleet.server import Server
+from vllm_router.lab.simulate.rivals import RIVALS
+from vllm_router.routing.policies import POLICIES, POLICY_NAMES, Knobs, Policy
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import Prompt, cut
+
+EVERY = {**POLICIES, **RIVALS}
+
+
+def servers(count: int = 4, capacity: int = 4) -> tuple[Server, ...]:
+    described = [
+        {"url": f"http://{n}.test:1", "name": f"s{n}", "max_concurrent_requests": capacity}
+        for n in range(count)
+    ]
+    return tuple(make_fleet(described).servers.values())
+
+
+def asking(text: bytes = b"", session: str | None = None, shared: int = 0) -> Facts:
+    prompt = Prompt(cut(text), len(text), None, shared, 0, hash(text) & 0xFFFFFFFF)
+    return Facts("m", stream=True, session=session, prompt=prompt)
+
+
+def make(name: str, seed: int = 1) -> Policy:
+    return EVERY[name](Random(seed), Knobs())
+
+
+def load(server: Server, requests: int) -> None:
+    for _ in range(requests):
+        server.lease(0.0)
+
+
+def test_names_are_those_of_the_documentation():
+    assert POLICY_NAMES == (
+        "adaptive", "least_load", "power_of_two", "prefix", "random", "round_robin", "session",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=40),
+    st.integers(0, 1000),
+)
+def test_a_pick_is_one_of_the_candidates_whatever_happened(
+    name: str, steps: list[tuple[int, int, bool]], seed: int
+):
+    policy, four = make(name, seed), servers()
+    for now, (text, kept, failed) in enumerate(steps):
+        facts = asking(bytes([text]) * 1000, session=str(text))
+        candidates = four[kept % 4 :]
+        server = policy.pick(candidates, facts, float(now))
+        assert server in candidates
+        lease = server.lease(float(now))
+        policy.leased(lease, facts, float(now))
+        if kept % 2:
+            policy.first_byte(lease)
+        if kept > 2:
+            policy.ended(lease, now + 0.5, failed=failed)
+            lease.release()
+    policy.forget(four[0])
+    assert policy.pick(four[1:], asking(), 100.0) in four[1:]
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_explaining_changes_nothing_and_has_a_row_per_candidate(name: str):
+    explained, other = make(name), make(name)
+    four, same = servers(), servers()
+    for now in range(20):
+        facts = asking(bytes([now % 3]) * 900)
+        rows = explained.explain(four, facts, float(now))
+        if rows is not None:
+            assert {row.server for row in rows} == set(four)
+            assert [row.score for row in rows] == sorted(row.score for row in rows)
+        one, two = explained.pick(four, facts, float(now)), other.pick(same, facts, float(now))
+        assert one.name == two.name
+        for policy, server in ((explained, one), (other, two)):
+            policy.leased(server.lease(float(now)), facts, float(now))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "least_load", "prefix"])
+def test_first_row_of_the_explanation_is_the_pick(name: str):
+    policy, four = make(name), servers()
+    for now in range(30):
+        facts = asking(bytes([now % 3]) * 900)
+        rows = policy.explain(four, facts, float(now))
+        assert rows is not None
+        picked = policy.pick(four, facts, float(now))
+        lowest = [row.server for row in rows if row.score == rows[0].score]
+        assert picked in lowest
+        policy.leased(picked.lease(float(now)), facts, float(now))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "least_load"])
+def test_equals_share_by_chance(name: str):
+    policy, four = make(name), servers()
+    picked = Counter(policy.pick(four, asking(), 1.0).name for _ in range(400))
+    assert set(picked) == {server.name for server in four}
+    assert min(picked.values()) > 50
+
+
+def test_power_of_two_never_takes_the_busiest():
+    policy, four = make("power_of_two"), servers()
+    load(four[2], 5)
+    assert four[2] not in {policy.pick(four, asking(), 1.0) for _ in range(100)}
+
+
+def test_power_of_two_takes_the_only_one():
+    policy, (alone,) = make("power_of_two"), servers(1)
+    assert policy.pick((alone,), asking(), 1.0) is alone
+
+
+# -- session -----------------------------------------------------------------------------------
+
+
+def test_session_keeps_its_server_and_every_router_agrees():
+    four = servers()
+    homes = {
+        name: {make("session", seed).pick(four, asking(session=name), 1.0) for seed in range(5)}
+        for name in map(str, range(30))
+    }
+    assert all(len(home) == 1 for home in homes.values())
+    assert len(set.union(*homes.values())) == 4
+
+
+def test_conversation_without_a_session_is_known_by_its_first_turn():
+    four, policy = servers(), make("session")
+    assert len({policy.pick(four, asking(b"a" * 300), 1.0) for _ in range(10)}) == 1
+    assert len({policy.pick(four, asking(b"%d" % n * 300), 1.0) for n in range(30)}) == 4
+
+
+def test_only_sessions_of_a_server_that_leaves_move():
+    four, policy = servers(), make("session")
+    for name in map(str, range(40)):
+        before = policy.pick(four, asking(session=name), 1.0)
+        after = policy.pick(four[1:], asking(session=name), 1.0)
+        assert after is before or before is four[0]
+
+
+def test_session_goes_elsewhere_while_its_server_is_busier_than_the_rest():
+    four, policy = servers(), make("session")
+    home = policy.pick(four, asking(session="s"), 1.0)
+    load(home, 10)
+    assert policy.pick(four, asking(session="s"), 1.0) is not home
+    for server in four:
+        load(server, 10 - server.in_flight)
+    assert policy.pick(four, asking(session="s"), 1.0) is home
+
+
+def test_sessions_spread_by_capacity():
+    big, small = servers(1, capacity=9)[0], servers(2, capacity=3)[1]
+    policy = make("session")
+    picked = Counter(policy.pick((big, small), asking(session=str(n)), 1.0) for n in range(400))
+    assert 250 < picked[big] < 350
+
+
+# -- prefix ------------------------------------------------------------------------------------
+
+
+def test_prefix_goes_where_it_is_cached():
+    four, policy = servers(), make("prefix")
+    facts = asking(b"a" * 2000)
+    policy.leased(four[2].lease(0.0), facts, 0.0)
+    assert policy.pick(four, facts, 1.0) is four[2]
+
+
+def test_prefix_never_overrides_a_server_busier_than_the_rest():
+    four, policy = servers(), make("prefix")
+    facts = asking(b"a" * 2000)
+    policy.leased(four[2].lease(0.0), facts, 0.0)
+    load(four[2], 6)
+    assert policy.pick(four, facts, 1.0) is not four[2]
+
+
+# -- other routers' ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chwbl", "chwbl-prefix"])
+def test_consistent_hashing_stays_until_the_bound_is_reached(name: str):
+    policy, four = make(name), servers()
+    facts = asking(b"x" * 1000)
+    home = policy.pick(four, facts, 0.0)
+    assert {policy.pick(four[::-1], facts, 0.0) for _ in range(5)} == {home}
+    for server in four:
+        load(server, 4)
+    load(home, 1)
+    assert policy.pick(four, facts, 0.0) is home  # 5 of a mean of 4.5
+    load(home, 1)
+    assert policy.pick(four, facts, 0.0) is not home
+
+
+def test_consistent_hashing_goes_by_the_question_or_by_the_beginning():
+    system = b"s" * 2000
+    four = servers()
+    asked = [asking(system + bytes([n]) * 500) for n in range(32)]
+    for name, homes in (("chwbl", 4), ("chwbl-prefix", 1)):
+        policy = make(name)
+        assert len({policy.pick(four, facts, 0.0) for facts in asked}) == homes
+
+
+def test_llm_d_sticks_to_a_server_with_the_prefix_until_it_is_saturated():
+    policy, four = make("llm-d-sticky"), servers()
+    facts = asking(b"x" * 8000)
+
+    def send(server: Server, what: Facts) -> None:
+        policy.leased(server.lease(0.0), what, 0.0)
+
+    first = policy.pick(four, facts, 0.0)
+    send(first, facts)
+    assert policy.pick(four, facts, 0.0) is first
+    send(first, asking(b"y" * 1_100_000))
+    assert policy.pick(four, facts, 0.0) is first
+    send(first, asking(b"z" * 100_000))
+    assert policy.pick(four, facts, 0.0) is not first

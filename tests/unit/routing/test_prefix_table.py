@@ -1,0 +1,214 @@
+"""The record of who has which prefixes: matches, bounds, age, restarts, usage of answers."""
+
+from __future__ import annotations
+
+import tracemalloc
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.fleet_makers import gauges, make_fleet
+from vllm_router.routing.policies import Knobs
+from vllm_router.routing.prefix.book import PrefixBook
+from vllm_router.routing.prefix.table import PrefixTable
+from vllm_router.routing.prompt.pieces import PIECE, Prompt, cut, link_of
+
+A, B, C = 1, 2, 4
+MANY = 10**9
+
+
+def table(entries: int = MANY, expiry: float = 1e9) -> PrefixTable:
+    return PrefixTable(entries, expiry)
+
+
+def text(seed: int, size: int = 2560) -> bytes:
+    return bytes((seed * 7 + n * n) % 251 for n in range(size))
+
+
+def test_match_tells_for_every_server_how_much_it_has():
+    known = table()
+    chain = cut(text(1))
+    known.insert(chain[:3], A, MANY, 0.0)
+    known.insert(chain, B, MANY, 0.0)
+    assert known.match(chain, A | B | C) == [(10, B), (3, A)]
+    assert known.match(chain, A | C) == [(3, A)]
+    assert known.match(chain[:2], A | B) == [(2, A | B)]
+
+
+def test_nothing_matches_what_nobody_has():
+    known = table()
+    assert known.match((), A) == []
+    known.insert(cut(text(1)), A, MANY, 0.0)
+    assert known.match(cut(text(2)), A) == []
+    assert known.match(cut(text(1)), B) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([A, B, C])), max_size=30))
+def test_match_agrees_with_what_was_inserted(inserted: list[tuple[int, int]]):
+    # Prompt n begins with the first 2n pieces of all later ones.
+    prompts = [cut(text(0, 512 * n) + text(n, 512)) for n in range(6)]
+    known = table()
+    for n, bit in inserted:
+        known.insert(prompts[n], bit, MANY, 0.0)
+    for chain in prompts:
+        found = {
+            bit: count for count, bits in known.match(chain, 7) for bit in (A, B, C) if bits & bit
+        }
+        for bit in (A, B, C):
+            held = {link for n, to in inserted if to == bit for link in prompts[n]}
+            expected = next((n for n, link in enumerate(chain) if link not in held), len(chain))
+            assert found.get(bit, 0) == expected
+
+
+def test_capacity_bounds_each_server_and_the_ends_of_prompts_go_first():
+    known = table()
+    chain = cut(text(1))
+    known.insert(chain, A, 5 * 256, 0.0)
+    assert known.held(A) == 5 * 256
+    assert known.match(chain, A) == [(5, A)]
+
+
+def test_least_recently_used_prompt_is_forgotten_first():
+    known = table()
+    old, kept, new = (cut(text(n, 1024)) for n in range(3))
+    for now, chain in enumerate((old, kept, kept, new)):
+        known.insert(chain, A, 8 * 256, float(now))
+    assert known.match(old, A) == []
+    assert known.match(kept, A) == [(4, A)]
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 20))
+def test_entries_never_exceed_their_bound(prompts: list[int], bound: int):
+    known = table(entries=bound)
+    for n in prompts:
+        known.insert(cut(text(n, 256 * (n % 7))), A, MANY, 0.0)
+    assert len(known) <= bound
+
+
+def test_entries_expire():
+    known = table(expiry=10.0)
+    early, late = cut(text(1)), cut(text(2))
+    known.insert(early, A, MANY, 0.0)
+    known.insert(late, B, MANY, 9.0)
+    known.sweep(15.0)
+    assert known.match(early, A | B) == []
+    assert known.match(late, A | B) == [(10, B)]
+    assert known.held(A) == 0
+
+
+def test_forgetting_one_server_leaves_the_others():
+    known = table()
+    chain = cut(text(1))
+    known.insert(chain, A, MANY, 0.0)
+    known.insert(chain, B, MANY, 0.0)
+    known.forget(A)
+    assert known.match(chain, A | B) == [(10, B)]
+    known.forget(B)
+    assert len(known) == known.held(A) == known.held(B) == 0
+
+
+# -- the book: servers, restarts, tokens -------------------------------------------------------
+
+
+def prompt(seed: int = 1, size: int = 2560) -> Prompt:
+    return Prompt(cut(text(seed, size)), size)
+
+
+def test_restarted_server_has_nothing():
+    fleet = make_fleet(2)
+    a, b = fleet.servers.values()
+    book = PrefixBook(Knobs())
+    for server in (a, b):
+        server.scraped(gauges(0, prompt_tokens=100.0), 1.0, 0)
+        book.insert(server, prompt(), 1.0)
+    a.scraped(gauges(0, prompt_tokens=3.0), 2.0, 0)
+    book.follow((a, b), 2.0)
+    assert book.match((a, b), prompt()) == {b: 2560}
+
+
+def test_record_is_bounded_by_the_kv_cache_of_each_server():
+    fleet = make_fleet(2)
+    a, b = fleet.servers.values()
+    book = PrefixBook(Knobs())
+    a.scraped(gauges(0, kv_tokens=256), 1.0, 0)
+    for server in (a, b):
+        book.insert(server, prompt(), 1.0)
+    assert book.match((a, b), prompt()) == {a: 1024, b: 2560}
+
+
+@pytest.mark.parametrize("megabytes", [2.0, 4.0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_keeps_its_bound_however_long_entries_come_and_go(megabytes: float, count: int):
+    """Dictionaries whose entries are replaced all the time are larger than those just filled."""
+    servers = tuple(make_fleet(count).servers.values())
+    rng = Random(1)
+    tracemalloc.start()
+    try:
+        book = PrefixBook(Knobs(prefix_memory_mb=megabytes))
+        for now in range(1000):
+            chain = tuple(link_of(rng.getrandbits(60), place) for place in range(50))
+            book.insert(servers[now % count], Prompt(chain, 50 * PIECE), now / 10)
+            del chain
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.25 * megabytes < used / 1e6 < megabytes
+
+
+def test_memory_is_shared_between_the_servers():
+    fleet = make_fleet(4)
+    servers = tuple(fleet.servers.values())
+    book = PrefixBook(Knobs(prefix_memory_mb=0.0072))
+    for _ in range(2):
+        for seed, server in enumerate(servers):
+            book.insert(server, prompt(seed), 1.0)
+    assert len(book.table) == 20
+
+
+def test_server_that_left_gives_its_bit_to_another():
+    fleet = make_fleet(3)
+    a, b, c = fleet.servers.values()
+    book = PrefixBook(Knobs())
+    bits = [book.bit(server) for server in (a, b)]
+    book.insert(a, prompt(), 1.0)
+    book.forget(a)
+    assert book.bit(c) == bits[0]
+    assert book.match((b, c), prompt()) == {}
+
+
+def test_record_shrinks_for_a_server_that_forgets_sooner():
+    fleet = make_fleet(1)
+    (server,) = fleet.servers.values()
+    server.scraped(gauges(0, kv_tokens=640), 1.0, 0)
+    book = PrefixBook(Knobs())
+    book.insert(server, prompt(), 1.0)
+    assert book.matched_bytes(server, prompt()) == 2560
+    for _ in range(200):
+        book.judge(server, 600.0, 0)
+    book.insert(server, prompt(), 2.0)
+    assert book.matched_bytes(server, prompt()) == 512
+
+
+def test_bytes_per_token_are_learnt_per_model():
+    book = PrefixBook(Knobs())
+    for _ in range(200):
+        book.learn("chinese", prompt(), 1280)
+    assert abs(book.tokens_per_byte("chinese", prompt()) - 0.5) < 0.01
+    assert book.tokens_per_byte("other", prompt()) == 0.25
+
+
+def test_token_ids_need_no_estimate():
+    exact = Prompt((), 1000, 170)
+    assert PrefixBook(Knobs()).tokens_per_byte(None, exact) == 0.17
+
+
+def test_learnt_models_are_bounded():
+    book = PrefixBook(Knobs())
+    for n in range(2000):
+        book.learn(str(n), prompt(), 640)
+    assert len(book._bytes_per_token) <= 256
+
+
+# -- usage at the end of answers ---------------------------------------------------------------

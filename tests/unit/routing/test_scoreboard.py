@@ -1,0 +1,62 @@
+"""The scores of all candidates at once are those that each has by itself."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.fleet_makers import make_fleet
+from vllm_router.fleet.server import Journal
+from vllm_router.routing.accounts import Account
+from vllm_router.routing.policies import Knobs
+from vllm_router.routing.scoreboard import HOME_BONUS, Scoreboard
+
+LEVELS = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 63)), max_size=5)
+
+
+def scoreboard(loads: list[int]) -> Scoreboard:
+    described = [{"url": f"http://{n}.test:1", "name": f"s{n}"} for n in range(len(loads))]
+    servers = tuple(make_fleet(described).servers.values())
+    accounts = [Account(server, 1 << place) for place, server in enumerate(servers)]
+    for account, load in zip(accounts, loads, strict=True):
+        account.queued = 100.0 * load
+        for _ in range(load):
+            account.server.lease(0.0)
+    board = Scoreboard(servers, accounts, Knobs())
+    board.factors = [1.0 + place / 10 for place in range(len(loads))]
+    board.measure_all()
+    return board
+
+
+@given(st.lists(st.integers(0, 4), min_size=6, max_size=6), LEVELS, st.integers(-1, 5))
+def test_the_most_that_a_server_has_counts_even_if_it_is_said_twice(
+    loads: list[int], levels: list[tuple[int, int]], home: int
+):
+    board = scoreboard(loads)
+    before = board.bases.copy()
+    found = [(float(tokens), bits) for tokens, bits in sorted(levels, reverse=True)]
+    scores = board.scores(found, 1 << home if home >= 0 else 0)
+    best = max((tokens for tokens, _ in found), default=0.0)
+    for place, (factor, load) in enumerate(zip(board.factors, loads, strict=True)):
+        cached = max((tokens for tokens, bits in found if bits & 1 << place), default=0.0)
+        tokens = 2 * 100.0 * load + (best - cached) * (1 + 0.5 * load)
+        bonus = HOME_BONUS if place == home else 0.0
+        assert scores[place] == pytest.approx(factor * (1 + load - bonus + tokens / 1000))
+    assert board.bases == before
+
+
+def test_what_was_missed_is_measured_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Journal, "LONGEST", 3)
+    board = scoreboard([0, 0, 0])
+    for count in range(1, 9):
+        board.candidates[count % 3].lease(0.0)
+        if count in (2, 8):
+            board.follow()
+    assert board.bases == [factor * (1.0 + load) for factor, load in zip(
+        board.factors, (2, 3, 3), strict=True)]  # fmt: skip
+
+
+def test_servers_of_a_fleet_share_its_journal_even_if_they_came_later():
+    fleet = make_fleet(2)
+    assert {server.journal for server in fleet.servers.values()} == {fleet.journal}

@@ -1,0 +1,46 @@
+"""The configuration in force, in memory that outlives whoever writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from support.fleet_makers import make_config
+from vllm_router.runtime.workers.in_force import InForce
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    fileno = InForce.create(make_config(1))
+    yield fileno
+    os.close(fileno)
+
+
+def test_last_one_written_is_in_force_and_the_memory_does_not_grow(memory: int):
+    sizes = []
+    for count in (6, 1, 3, 5, 2) * 8:
+        InForce(memory).write(make_config(count))
+        assert InForce(memory).read() == make_config(count)
+        sizes.append(os.fstat(memory).st_size)
+    assert sizes[-1] == sizes[len(sizes) // 2]
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_leader_that_dies_while_it_writes_leaves_the_one_before(
+    memory: int, writes: int, monkeypatch: pytest.MonkeyPatch
+):
+    write, left = os.pwrite, [writes]
+
+    def half(fileno: int, data: bytes, offset: int) -> int:
+        if left[0]:
+            left[0] -= 1
+            return write(fileno, data, offset)
+        write(fileno, data[: len(data) // 2 if writes == 0 else 0], offset)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", half)
+    with pytest.raises(KeyboardInterrupt):
+        InForce(memory).write(make_config(5))
+    assert InForce(memory).read() == make_config(1)

@@ -1,0 +1,169 @@
+"""What the leader and a worker tell each other, over a real channel, without processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from support.fleet_makers import make_config
+from vllm_router.http.client.resolver import Resolver
+from vllm_router.http.hypercorn.bridge import HypercornSide
+from vllm_router.observability.router_state import CPU
+from vllm_router.runtime.workers.bells import Bells
+from vllm_router.runtime.workers.board import Board, Sums
+from vllm_router.runtime.workers.channel import Channel, pair
+from vllm_router.runtime.workers.in_force import InForce
+from vllm_router.runtime.workers.leader import Leader
+from vllm_router.runtime.workers.messages import (
+    Connection,
+    Figures,
+    Hello,
+    NamesKnown,
+    States,
+    Welcome,
+    decode_from_leader,
+    encode,
+)
+from vllm_router.runtime.workers.peers import SharedQueue
+from vllm_router.runtime.workers.queue_board import QueueBoard
+
+
+async def _no_app(*_: Any) -> None:
+    raise RuntimeError("nobody asks")
+
+
+@asynccontextmanager
+async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channel]]:
+    """A leader, and the end of its only worker."""
+    config = make_config(
+        [{"url": f"http://127.0.0.1:{n}"} for n in range(1, 31)], enable_active_health_check=False
+    )
+    ours, theirs = map(Channel, pair())
+    board, in_force = Board.create(2), InForce.create(config)
+    queue, bells = QueueBoard.create(2), [Bells.create(), Bells.create()]
+    try:
+        leader = Leader(
+            config,
+            None,
+            side=HypercornSide(_no_app),
+            sums=Sums(Board(board, 2), 0),
+            queue=SharedQueue(QueueBoard(queue, 2), 0, Bells(bells, 0)),
+            channels=[ours],
+            in_force=InForce(in_force),
+            most_connections=most,
+        )
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(leader.run)
+                yield leader, theirs
+                nursery.cancel_scope.cancel()
+    finally:
+        ours.close()
+        theirs.close()
+        for fileno in (board, in_force, queue, *bells):
+            os.close(fileno)
+
+
+def figures(cpu: float) -> bytes:
+    return encode(Figures(True, {CPU: cpu}, {}))
+
+
+async def settled(condition: Any) -> None:
+    while not condition():
+        await trio.sleep(0.001)
+
+
+async def test_worker_is_asked_to_serve_after_it_has_been_told_of_all_servers():
+    async with leading() as (leader, worker):
+        await worker.send(encode(Hello(1, [])))
+        told: set[str] = set()
+        while True:
+            message = decode_from_leader((await worker.receive())[0])
+            if isinstance(message, States):
+                told.update(state.url for state in message.servers)
+            elif isinstance(message, Welcome) and not message.first:
+                break
+        assert told == {server.url for server in leader.fleet.servers.values()}
+
+
+async def test_leader_and_worker_tell_each_other_the_addresses_of_names():
+    """One that is started while the resolver fails must not take the fleet for gone."""
+    async with leading() as (leader, worker):
+        known, unknown = (leader.resolver.name(host) for host in ("known.test", "unknown.test"))
+        known.seed([(socket.AF_INET, "10.0.0.1", 0, 0)])
+        hello = Hello(1, [], {"unknown.test": [(socket.AF_INET6, "fd00::1", 0, 0)], "other": []})
+        await worker.send(encode(hello))
+        told: dict[str, Any] = {}
+        while True:
+            message = decode_from_leader((await worker.receive())[0])
+            if isinstance(message, NamesKnown):
+                told |= message.addresses
+            elif message == Welcome(first=False):
+                break
+        assert told["known.test"] == [(socket.AF_INET, "10.0.0.1", 0, 0)]
+        assert unknown.addresses(80, 0.0, 0) == [(socket.AF_INET6, ("fd00::1", 80, 0, 0))]
+        mine = Resolver()
+        name = mine.name("known.test")
+        mine.take_over(told)
+        assert name.hosts == known.hosts
+        name.seed([(socket.AF_INET, "10.9.9.9", 0, 0)])
+        assert name.hosts == known.hosts
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_what_a_worker_has_cost_is_counted_once_whenever_its_death_is_heard_of(late: bool):
+    async with leading() as (leader, worker):
+        await worker.send(encode(Hello(11, [])))
+        await worker.send(figures(2.0))
+        await settled(lambda: leader.elsewhere(CPU) == 2.0)
+        if not late:
+            leader.lost(1, 11)
+        await worker.send(figures(3.0))  # its last words, which the leader had not read yet
+        await worker.send(encode(Hello(12, [])))
+        await worker.send(figures(0.5))
+        await settled(lambda: leader.workers().get("1", {}).get(CPU) == 0.5)
+        if late:
+            leader.lost(1, 11)
+        assert leader.elsewhere(CPU) == (3.5 if late else 2.5)
+        assert leader.serving == 1
+        assert leader.worker_restarts == 1
+
+
+async def test_worker_whose_successor_has_not_said_hello_serves_no_more():
+    async with leading() as (leader, worker):
+        await worker.send(encode(Hello(11, [])))
+        await worker.send(figures(2.0))
+        await settled(lambda: leader.serving == 1)
+        leader.lost(1, 11)
+        await worker.send(figures(3.0))
+        await worker.send(encode(Hello(12, [])))
+        await settled(lambda: leader.pid_of(1) == 12)
+        assert leader.serving == 0
+
+
+async def test_connections_for_which_there_are_no_descriptors_are_closed():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with leading(most=2) as (leader, worker):
+            clients = []
+            for _ in range(3):
+                client = socket.create_connection(listener.getsockname())
+                clients.append(client)
+                with listener.accept()[0] as accepted:
+                    await worker.send(encode(Connection(b"GET / ")), [accepted.fileno()])
+            try:
+                clients[2].setblocking(False)
+                await trio.lowlevel.wait_readable(clients[2])
+                assert clients[2].recv(1) == b""
+                clients[0].setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    clients[0].recv(1)
+                assert leader.worker_restarts == 0
+            finally:
+                for client in clients:
+                    client.close()

@@ -1,0 +1,122 @@
+"""The process that starts the others, without starting any."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+import trio
+
+from support.fleet_makers import make_config
+from vllm_router.http.server.listener import Front
+from vllm_router.observability.log_output import LogOutput
+from vllm_router.routing.paths import is_inference
+from vllm_router.runtime.serve import ServeOptions
+from vllm_router.runtime.workers import parent
+from vllm_router.runtime.workers.birth import REOPEN
+
+
+@pytest.fixture
+def ending() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def options(**more: Any) -> ServeOptions:
+    config = make_config([{"url": "http://127.0.0.1:1"}])
+    return ServeOptions(config=config, host="127.0.0.1", port=0, workers=1, **more)
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When a process was tried to be started: the system has none left."""
+    moments: list[float] = []
+
+    async def none_left(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        moments.append(trio.current_time())
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", none_left)
+    return moments
+
+
+async def test_process_that_cannot_be_replaced_is_tried_again_and_ends_nobody(
+    ending: contextlib.ExitStack, attempts: list[float], autojump_clock: trio.testing.MockClock
+):
+    shared = parent._open(options(), ending)[0]
+    member = parent.Member(shared, 1, lambda number, pid: None)
+    member.serving.set()  # it had served before it died
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with trio.move_on_after(30):
+        await member.run()
+    assert not member.ended.is_set()
+    assert len(attempts) > 5
+    assert max(b - a for a, b in pairwise(attempts)) < 6
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_process_that_cannot_be_started_at_all_is_a_clear_failure(
+    ending: contextlib.ExitStack, attempts: list[float]
+):
+    shared = parent._open(options(), ending)[0]
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(parent.CannotStart, match="temporarily unavailable"):
+            await parent.Crew(shared, nursery).start()
+    assert len(attempts) == 2  # leader and worker
+
+
+async def test_parent_opens_its_log_files_anew_too(ending: contextlib.ExitStack):
+    reopened = trio.Event()
+
+    class Output:
+        def reopen(self) -> None:
+            reopened.set()
+
+    shared = parent._open(options(output=cast("LogOutput", Output())), ending)[0]
+    async with trio.open_nursery() as nursery:
+        crew = parent.Crew(shared, nursery)
+        nursery.start_soon(crew.pass_on, signal.SIGUSR1, REOPEN)
+        await trio.testing.wait_all_tasks_blocked()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with trio.fail_after(5):
+            await reopened.wait()
+        nursery.cancel_scope.cancel()
+
+
+def test_workers_serve_all_sockets_that_were_passed(ending: contextlib.ExitStack):
+    passed = [socket.create_server(("127.0.0.1", 0)).detach() for _ in range(2)]
+    shared = parent._open(options(passed=tuple(passed)), ending)[0]
+    assert [listener.fileno() for listener in shared.listeners] == passed
+    assert shared.private == []
+
+
+async def test_shared_port_is_listened_on_when_served(ending: contextlib.ExitStack):
+    shared = parent._open(options(reuse_port=True), ending)[0]
+    (listener,) = shared.listeners
+    front = Front(parent._nobody, accepts=is_inference)
+    address = front.adopt(os.dup(listener.fileno()), later=True)
+    with pytest.raises(OSError, match="all attempts"):
+        await trio.open_tcp_stream(*address)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(front.serve)
+        with trio.fail_after(5):
+            await (await trio.open_tcp_stream(*address)).aclose()
+        front.abort()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_children_look_for_modules_where_the_parent_does(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+):
+    elsewhere = [path for path in sys.path if path not in ("", os.getcwd())]
+    monkeypatch.setattr(sys, "path", [*elsewhere, os.getcwd()] if here else elsewhere)
+    assert ("-P" in parent._flags()) is not here

@@ -1,0 +1,392 @@
+"""One order of waiting for several processes, which share servers, leases and a queue board.
+
+The processes are proxies of one program here, in virtual time; what one rings for another hears it
+as its next task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from support.fleet_makers import come_up, go_down, make_config
+from support.proxy_harness import Client, Recorder, Rig
+from support.scripted_server import MemoryPool, ScriptedServer
+from unit.proxy.test_exchange_limits import PRIORITY, body, order, working
+from unit.proxy.test_exchange_room import FALLBACK, client_of
+from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.handler import Proxy
+from vllm_router.runtime.workers.admit import LOOK_EVERY
+from vllm_router.runtime.workers.board import Board, Sums
+from vllm_router.runtime.workers.fleet import LeadingFleet
+from vllm_router.runtime.workers.peers import PATIENCE, QueuePeers
+from vllm_router.runtime.workers.queue_board import QueueBoard
+
+
+class Process(Rig):
+    """One process of the router."""
+
+    def __init__(self, crew: Crew, number: int) -> None:
+        self.number = number
+        self.crew = crew
+        self.watched = False
+        self.nursery = crew.nursery
+        self.config = crew.config
+        self.fleet = LeadingFleet(
+            crew.config, Sums(Board(crew.leases, crew.count), number), lambda server: None
+        )
+        self.recorder = Recorder()
+        self.rng = Random(number)
+        self.stopped = False
+        self.proxy = Proxy(
+            self.fleet, crew.config, (self.recorder,), self.rng, make_peers=self._peers
+        )
+        self.proxy.tell_every = 0.0
+        self.scripted = crew.scripted
+        for server in self.servers:
+            self.proxy.links[server].pool = MemoryPool(crew.scripted[server.name])
+
+    def _peers(self, gate: Gate) -> QueuePeers:
+        return QueuePeers(
+            gate, QueueBoard(self.crew.queue, self.crew.count), self.number, self.ring
+        )
+
+    def ring(self, number: int) -> None:
+        self.nursery.start_soon(self.crew.processes[number].woken)
+
+    async def woken(self) -> None:
+        gate = self.proxy.gate
+        if gate is not None and not self.stopped:
+            self.fleet.look()
+            gate.woken(trio.current_time())
+
+    async def tick(self) -> None:
+        while True:
+            await trio.sleep(LOOK_EVERY)
+            await self.woken()
+
+    @property
+    def waiters(self) -> int:
+        gate = self.proxy.gate
+        return 0 if gate is None else gate._waiters
+
+
+class Crew:
+    """Several processes before the same scripted servers."""
+
+    def __init__(self, nursery: trio.Nursery, count: int, scripts: Any, **options: Any) -> None:
+        self.nursery = nursery
+        self.count = count
+        self.leases, self.queue = Board.create(count), QueueBoard.create(count)
+        limits = {"max_in_flight": 1, **options.pop("limits", {})}
+        self.config = make_config(len(scripts), policy="least_load", limits=limits, **options)
+        names = [server.name for server in self.config.servers]
+        self.scripted = {
+            name: ScriptedServer(nursery, script)
+            for name, script in zip(names, scripts, strict=True)
+        }
+        self.processes: list[Process] = []
+        for number in range(count):
+            self.processes.append(Process(self, number))
+        self.each(lambda process: [come_up(one, 0.0) for one in process.servers])
+
+    def __getitem__(self, number: int) -> Process:
+        return self.processes[number]
+
+    def each(self, action: Any) -> None:
+        for process in self.processes:
+            action(process)
+            process.fleet.settle(trio.current_time())
+
+    async def start(self, process: int, number: int, key: str = "", **more: Any) -> Client:
+        """A request that has come as far as it can for now."""
+        rig = self.processes[process]
+        options = {"headers": more.pop("headers")} if "headers" in more else {}
+        if key:
+            client = client_of(rig, key, number, **more)
+        else:
+            client = rig.client(body(number, **more), **options)
+        self.nursery.start_soon(client.run)
+        await wait_all_tasks_blocked()
+        return client
+
+
+@contextlib.asynccontextmanager
+async def crew(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Crew]:
+    async with trio.open_nursery() as nursery:
+        made = Crew(nursery, count, scripts, **options)
+        try:
+            for process in made.processes:
+                nursery.start_soon(process.tick)
+            yield made
+            await trio.sleep(2 * LOOK_EVERY)
+            for process in made.processes:
+                assert not process.proxy.exchanges
+                assert len(process.proxy.gate.places) == 0  # type: ignore[union-attr]
+                for server in process.servers:
+                    process.fleet.look()
+                    assert server.in_flight == 0
+                process.proxy.close()
+        finally:
+            os.close(made.leases)
+            os.close(made.queue)
+            nursery.cancel_scope.cancel()
+
+
+# -- one order --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 5])
+async def test_requests_of_all_processes_are_served_in_the_order_in_which_they_came(
+    autojump_clock, count
+):
+    async with crew(count, working()) as router:
+        clients = [await router.start(n % count, n) for n in range(20)]
+        await trio.sleep(25)
+        assert order(*clients) == list(range(20))
+
+
+async def test_newcomer_does_not_overtake_in_another_process(autojump_clock):
+    async with crew(2, working()) as router:
+        first = await router.start(0, 0)
+        waits = [await router.start(0, n) for n in (1, 2)]
+        await trio.sleep(0.9)
+        late = [await router.start(1, n) for n in (3, 4, 5)]
+        await trio.sleep(10)
+        assert order(first, *waits, *late) == [0, 1, 2, 3, 4, 5]
+
+
+async def test_priorities_hold_across_processes(autojump_clock):
+    async with crew(3, working()) as router:
+        clients = [await router.start(n, n) for n in range(3)]
+        clients.append(await router.start(1, 3, priority=5))
+        clients.append(await router.start(2, 4, headers=(PRIORITY,)))
+        clients.append(await router.start(0, 5, priority=-7))
+        await trio.sleep(10)
+        assert order(*clients) == [0, 5, 4, 1, 2, 3]
+
+
+async def test_keys_take_turns_across_processes(autojump_clock):
+    async with crew(2, working()) as router:
+        clients = [await router.start(0, 0)]
+        clients += [await router.start(n % 2, n, "greedy") for n in range(1, 7)]
+        clients += [await router.start(0, 7, "modest"), await router.start(1, 8, "modest")]
+        await trio.sleep(15)
+        assert order(*clients) == [0, 1, 7, 2, 8, 3, 4, 5, 6]
+
+
+async def test_cap_holds_across_processes(autojump_clock):
+    most = [0]
+    async with crew(4, working(0.5, most), limits={"max_in_flight": 3}) as router:
+        clients = [await router.start(n % 4, n) for n in range(40)]
+        await trio.sleep(20)
+        assert len(order(*clients)) == 40
+        assert most == [3]
+
+
+async def test_servers_that_become_free_at_once_go_to_the_first_ones(autojump_clock):
+    async with crew(4, working(), limits={"max_in_flight": 8}) as router:
+        router.each(lambda process: go_down(process.servers[0], trio.current_time()))
+        clients = [await router.start(n % 4, n) for n in range(16)]
+        await trio.sleep(1)
+        for process in router.processes:
+            come_up(process.servers[0], trio.current_time())
+        for process in router.processes:
+            process.fleet.settle(trio.current_time())
+        await trio.sleep(0.9)
+        assert {process.waiters for process in router.processes} == {2}
+        await trio.sleep(10)
+        assert sorted(order(*clients)[:8]) == list(range(8))
+
+
+# -- one room ---------------------------------------------------------------------------------
+
+
+async def test_places_of_the_room_are_those_of_all_processes_together(autojump_clock):
+    async with crew(3, working(), limits={"queue_size": 4}) as router:
+        clients = [await router.start(n % 3, n) for n in range(5)]
+        for process in range(3):
+            refused = await router.start(process, 9)
+            assert (refused.got.status, refused.got.code) == (429, "queue_full")
+            assert "4 requests wait already" in refused.got.json["error"]["message"]
+        await trio.sleep(10)
+        assert order(*clients) == list(range(5))
+
+
+async def test_full_room_sends_away_the_greediest_keys_last_in_whatever_process(autojump_clock):
+    async with crew(2, working(), limits={"queue_size": 4}) as router:
+        greedy = [await router.start(n % 2, n, "greedy") for n in range(5)]
+        modest = [await router.start(1, 10, "modest"), await router.start(0, 11, "modest")]
+        assert [client.got.code for client in greedy if client.done] == ["queue_displaced"] * 2
+        assert not greedy[2].done
+        await trio.sleep(10)
+        assert order(*greedy, *modest) == [0, 1, 10, 2, 11]
+
+
+async def test_queue_too_long_is_said_by_the_rate_and_the_queue_of_all(autojump_clock):
+    limits = {"queue_timeout": 20, "queue_size": 100, "max_in_flight": 2}
+    async with crew(4, working(1.0), limits=limits) as router:
+        clients = [await router.start(n % 4, n) for n in range(36)]
+        await trio.sleep(6.5)
+        assert not any(client.done and client.got.status != 200 for client in clients)
+        headers = ((b"x-request-timeout", b"6"),)
+        hopeless = await router.start(1, 99, headers=headers)
+        assert (hopeless.got.status, hopeless.got.code) == (503, "queue_too_long")
+        await trio.sleep(20)
+        assert len(order(*clients)) == 36
+
+
+# -- no request is held up --------------------------------------------------------------------
+
+
+async def test_request_that_cannot_fall_back_holds_up_none_in_other_processes(autojump_clock):
+    async with crew(2, working(), working(), tables=FALLBACK) as router:
+        for process in router.processes:
+            come_up(process.server("b"), 0.0, "spare")
+            process.fleet.settle(0.0)
+        busy = [await router.start(0, 0), await router.start(1, 1, model="spare")]
+        stuck = await router.start(0, 2, model="plain", headers=(PRIORITY,))
+        can = [await router.start(1, 3), await router.start(0, 4)]
+        router.each(lambda process: process.server("a").drain(on=True))
+        await trio.sleep(5)
+        assert [client.got.status for client in can] == [200, 200]
+        assert not stuck.done
+        router.each(lambda process: process.server("a").drain(on=False))
+        await trio.sleep(5)
+        assert [client.got.status for client in (*busy, stuck)] == [200] * 3
+
+
+async def test_request_for_another_model_is_not_held_up_by_other_processes(autojump_clock):
+    async with crew(2, working(50), working(1)) as router:
+        for process in router.processes:
+            come_up(process.server("a"), 0.0, "slow")
+            come_up(process.server("b"), 0.0, "fast")
+            process.fleet.settle(0.0)
+        slow = [await router.start(0, n, model="slow") for n in range(3)]
+        fast = [await router.start(1, n, model="fast") for n in range(3)]
+        await trio.sleep(3.1)
+        assert order(*fast) == [0, 1, 2]
+        for client in slow:
+            client.leave()
+
+
+async def test_process_that_hangs_holds_up_the_others_only_for_a_moment(autojump_clock):
+    async with crew(2, working(0.1)) as router:
+        first = await router.start(1, 0)
+        hung = await router.start(0, 1)
+        router[0].stopped = True
+        waits = [await router.start(1, n) for n in range(2, 12)]
+        await trio.sleep(0.1 + PATIENCE + 10 * (0.1 + 2 * LOOK_EVERY))
+        assert order(first, *waits) == [0, *range(2, 12)]
+        assert not hung.done
+        router[0].stopped = False
+        await trio.sleep(1)
+        assert hung.got.status == 200
+
+
+async def test_requests_of_a_process_that_has_died_are_forgotten(autojump_clock):
+    async with crew(2, working(), limits={"queue_size": 3}) as router:
+        first = await router.start(1, 0)
+        lost = [await router.start(0, n) for n in (1, 2, 3)]
+        router[0].stopped = True
+        for client in lost:  # its clients see their connections end
+            client.leave()
+        QueueBoard(router.queue, 2).pages[0].reset()
+        await trio.sleep(0.1)
+        waits = [await router.start(1, n) for n in (4, 5, 6)]
+        await trio.sleep(10)
+        assert order(first, *waits) == [0, 4, 5, 6]
+        router[0].stopped = False
+
+
+async def test_process_that_starts_later_finds_those_who_wait(autojump_clock):
+    async with crew(2, working()) as router:
+        clients = [await router.start(0, n) for n in range(4)]
+        router[1].stopped = True
+        router.processes[1] = Process(router, 1)
+        come_up(router[1].servers[0], 0.0)
+        late = await router.start(1, 4)
+        router.nursery.start_soon(router[1].tick)
+        await trio.sleep(10)
+        assert order(*clients, late) == [0, 1, 2, 3, 4]
+
+
+async def test_client_that_leaves_in_one_process_lets_the_next_one_of_another_go(autojump_clock):
+    async with crew(2, working()) as router:
+        clients = [await router.start(n % 2, n) for n in range(5)]
+        clients[2].leave()
+        await wait_all_tasks_blocked()
+        await trio.sleep(10)
+        assert order(*clients) == [0, 1, 3, 4]
+
+
+async def test_limits_that_are_taken_away_and_come_back_start_anew(autojump_clock):
+    async with crew(2, working(2)) as router:
+        clients = [await router.start(n % 2, n) for n in range(4)]
+        without = make_config(1, policy="least_load")
+        for process in router.processes:
+            process.fleet.apply(without)
+            process.proxy.apply(without)
+        for process in router.processes:
+            process.fleet.apply(router.config)
+            process.proxy.apply(router.config)
+        late = [await router.start(n % 2, n) for n in range(4, 8)]
+        await trio.sleep(20)
+        assert [client.got.status for client in clients] == [200] * 4
+        assert order(*late) == [4, 5, 6, 7]
+
+
+# -- any sequence of events -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_sequence_of_events_keeps_order_caps_and_requests(autojump_clock, seed):
+    """Requests come in all processes and leave, servers fall and come back, caps change."""
+    rng = Random(seed)
+    most = [0]
+    async with crew(
+        3, working(0.7, most), working(0.4, most), limits={"queue_size": 200}
+    ) as router:
+        clients: list[Client] = []
+        left: set[int] = set()
+        for number in range(60):
+            clients.append(
+                await router.start(
+                    rng.randrange(3),
+                    number,
+                    rng.choice(["a", "a", "b"]),
+                    priority=rng.choice([0, 1]),
+                )
+            )
+            await trio.sleep(rng.choice([0.0, 0.01, 0.2]))
+            what = rng.random()
+            if what < 0.1:
+                one = rng.randrange(len(clients))
+                if not clients[one].done:
+                    clients[one].leave()
+                    left.add(one)
+            elif what < 0.2:
+                name, on = rng.choice("ab"), rng.random() < 0.5
+                router.each(lambda process, name=name, on=on: process.server(name).drain(on=on))
+            elif what < 0.25:
+                cap = rng.choice([1, 2])
+                config = make_config(2, policy="least_load", limits={"max_in_flight": cap})
+                for process in router.processes:
+                    process.fleet.apply(config)
+                    process.proxy.apply(config)
+        router.each(lambda process: [one.drain(on=False) for one in process.servers])
+        for _ in range(60):
+            if not all(client.done for client in clients):
+                await trio.sleep(1)
+        missing = [n for n, client in enumerate(clients) if n not in left and not client.got.whole]
+        assert missing == []
+        codes = {client.got.status for n, client in enumerate(clients) if n not in left}
+        assert codes == {200}
+        assert most[0] <= 4  # two servers, of which each takes two at most

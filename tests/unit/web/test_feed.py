@@ -1,0 +1,365 @@
+"""What the feed publishes, and when. In virtual time, without sockets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from unittest.mock import Mock
+
+import msgspec
+import pytest
+import trio
+
+from support.fleet_makers import come_up, gauges, go_down
+from support.web_harness import TOML, Lab, make_record
+from vllm_router.proxy.record import Phase
+from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.policies import Knobs
+from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.pieces import plain_prompt
+from vllm_router.web import schema
+from vllm_router.web.events import EXHAUSTED_PER_SECOND
+from vllm_router.web.mailbox import MAX_EVENTS, Mailbox
+
+
+class Client:
+    """Reads one mailbox as the websocket's task does."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.mailbox = lab.router.feed.subscribe(admin=False)
+
+    async def next(self):
+        """The next message, decoded by the types that document it; None after the end."""
+        with trio.fail_after(30):
+            text = await self.mailbox.get()
+        return None if text is None else msgspec.json.decode(text, type=schema.Message)
+
+    async def next_of(self, kind):
+        while not isinstance(message := await self.next(), kind):
+            assert message is not None
+        return message
+
+
+@pytest.fixture
+async def lab(nursery):
+    lab = Lab(2)
+    nursery.start_soon(lab.router.feed.run)
+    await trio.testing.wait_all_tasks_blocked()
+    return lab
+
+
+async def test_the_first_messages_are_a_hello_and_a_snapshot(autojump_clock, lab):
+    client = Client(lab)
+    hello = await client.next()
+    assert isinstance(hello, schema.Hello)
+    assert hello.schema == schema.VERSION
+    assert hello.config.policy == "adaptive"
+    assert [event.text for event in hello.events] == ["a: unknown → up", "b: unknown → up"]
+    before = trio.current_time()
+    snapshot = await client.next()
+    assert isinstance(snapshot, schema.Snapshot)
+    assert trio.current_time() == before
+    assert [server.name for server in snapshot.servers] == ["a", "b"]
+
+
+async def test_snapshots_follow_at_the_feed_interval(autojump_clock, lab):
+    client = Client(lab)
+    first = await client.next_of(schema.Snapshot)
+    moments = []
+    for _ in range(6):
+        snapshot = await client.next_of(schema.Snapshot)
+        moments.append(trio.current_time())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(moments[1:])]
+    assert gaps == pytest.approx([0.5] * 4)
+    assert snapshot.seq > first.seq
+
+
+async def test_a_snapshot_tells_what_routing_sees(autojump_clock, lab):
+    now = trio.current_time()
+    lab["a"].scraped(gauges(2, 1, kv_usage=0.5, prefix_queries=100, prefix_hits=25), now, 0)
+    go_down(lab["b"], now)
+    lab.settle()
+    await trio.sleep(1.1)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    a, b = snapshot.servers
+    assert (a.running, a.waiting, a.capacity, a.load) == (2, 1, 3, pytest.approx(2.5 / 3, abs=1e-4))
+    assert (a.kv_usage, a.prefix_hit_rate, a.stale) == (0.5, 0.25, False)
+    assert (a.state, a.reason, a.models) == ("up", "", ("m",))
+    assert (b.state, b.reason) == ("down", "unreachable (3 checks in a row)")
+    assert b.since > a.since - 60
+    assert (b.metrics_age, b.stale) == (None, True)
+    fleet = snapshot.fleet
+    assert (fleet.servers, fleet.available, fleet.states) == (2, 1, {"up": 1, "down": 1})
+    assert (fleet.running, fleet.capacity, fleet.load) == (2, 3, a.load)
+
+
+async def test_a_snapshot_tells_what_the_policy_expects_of_prefix_caches(autojump_clock, lab):
+    lab.router.proxy.policies.apply("adaptive", {}, Knobs(), on_request=False)
+    adaptive, facts = (
+        lab.router.proxy.policies.default,
+        Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096))),
+    )
+    for _ in range(4):
+        lease = lab["a"].lease(trio.current_time())
+        adaptive.leased(lease, facts, trio.current_time())
+        lease.release()
+        await trio.sleep(1.1)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert snapshot.servers[0].expected_hit_rate == pytest.approx(1.0, abs=0.01)
+    assert snapshot.servers[1].expected_hit_rate is None
+
+
+async def test_rates_and_percentiles_are_told_by_server_and_in_total(autojump_clock, lab):
+    for _ in range(20):
+        lab.ended(lab["a"])
+        lab.router.proxy.attempt_ended(lab["b"], Outcome.LOST)
+        lab.ended(lab["b"], outcome=Outcome.BROKEN, phase=Phase.STREAM)
+        await trio.sleep(0.5)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    a, b = snapshot.servers
+    assert a.requests_per_s == pytest.approx(2.0, rel=0.2)
+    assert a.chunks_per_s == pytest.approx(20.0, rel=0.2)
+    assert (a.errors_per_s, a.duration.count) == (0.0, 20)
+    assert a.duration.p95 == pytest.approx(1.0, rel=0.03)
+    assert a.ttft.p50 == pytest.approx(0.1, rel=0.03)
+    assert b.errors_per_s == pytest.approx(2.0, rel=0.2)
+    assert b.duration is None
+    assert snapshot.fleet.requests_per_s == pytest.approx(4.0, rel=0.2)
+    assert snapshot.fleet.errors_per_s == pytest.approx(2.0, rel=0.2)
+    await trio.sleep(70)
+    later = await Client(lab).next_of(schema.Snapshot)
+    assert (later.fleet.requests_per_s, later.fleet.duration) == (0.0, None)
+
+
+async def test_chunks_of_running_streams_count_as_they_pass(autojump_clock, lab):
+    record = make_record(trio.current_time(), lab["a"], chunks=0, phase=Phase.STREAM)
+    exchange = Mock(record=record)
+    lab.router.proxy.exchanges.add(exchange)
+    for _ in range(10):
+        await trio.sleep(1)
+        record.chunks += 50
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert snapshot.servers[0].chunks_per_s == pytest.approx(50, rel=0.3)
+    assert snapshot.fleet.chunks_per_s == snapshot.servers[0].chunks_per_s
+    assert snapshot.router.open_streams == 1
+    # When it ends, its chunks are not counted a second time.
+    lab.router.proxy.exchanges.discard(exchange)
+    lab.router.proxy.ended(record)
+    await trio.sleep(7)
+    assert (await Client(lab).next_of(schema.Snapshot)).fleet.chunks_per_s == 0.0
+
+
+async def test_tokens_are_told_as_the_engine_counts_them(autojump_clock, lab):
+    for second in range(10):
+        metrics = gauges(1, generation_tokens=1000.0 + 30 * second)
+        lab["a"].scraped(metrics, trio.current_time(), 0)
+        await trio.sleep(1)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert snapshot.servers[0].tokens_per_s == pytest.approx(30, rel=0.3)
+    assert snapshot.servers[1].tokens_per_s is None
+    assert snapshot.fleet.tokens_per_s == snapshot.servers[0].tokens_per_s
+
+
+async def test_the_router_tells_about_itself(autojump_clock, lab):
+    lab.router.draining = True
+    await trio.sleep(3)
+    router = (await Client(lab).next_of(schema.Snapshot)).router
+    assert (router.draining, router.ready, router.feed_clients) == (True, False, 1)
+    assert router.uptime == pytest.approx(3.0, abs=0.2)
+    assert router.rss_bytes > 10_000_000
+    assert router.cpu >= 0
+    assert router.reload == schema.ReloadView(
+        source=None, generation=1, applied=0, refused=0, error=None
+    )
+
+
+async def test_history_is_written_while_nobody_listens(autojump_clock, lab):
+    lab["a"].scraped(gauges(3), trio.current_time(), 0)
+    await trio.sleep(400.5)
+    hello = await Client(lab).next()
+    assert {len(values) for values in hello.history.fleet.values()} == {300}
+    assert hello.history.servers["a"] == [1.0] * 300
+    assert hello.history.interval == 1.0
+    assert {len(values) for values in hello.hour.fleet.values()} == {40}
+    assert hello.hour.fleet["running"][-1] == 3.0
+
+
+async def test_while_nobody_listens_nothing_is_encoded(autojump_clock, lab, monkeypatch):
+    encoded = []
+    monkeypatch.setattr("vllm_router.web.feed._encode", lambda message: encoded.append(message))
+    await trio.sleep(30)
+    lab.router.feed.event("reload", "+1 server")
+    assert encoded == []
+
+
+async def test_a_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab):
+    mailboxes = [lab.router.feed.subscribe(admin=False) for _ in range(10)]
+    for mailbox in mailboxes:
+        await mailbox.get()
+        await mailbox.get()
+    await trio.sleep(0.6)
+    texts = {id(await mailbox.get()) for mailbox in mailboxes}
+    assert len(texts) == 1
+
+
+async def test_a_client_that_has_left_gets_and_costs_nothing(autojump_clock, lab):
+    client = Client(lab)
+    lab.router.feed.unsubscribe(client.mailbox)
+    assert lab.router.metrics.feed_clients == 0
+    assert isinstance(await client.next(), schema.Hello)
+    assert isinstance(await client.next(), schema.Snapshot)
+    with trio.move_on_after(5) as patience:
+        await client.next()
+    assert patience.cancelled_caught
+
+
+# -- events -----------------------------------------------------------------------------------
+
+
+async def test_an_event_is_told_at_once(autojump_clock, lab):
+    client = Client(lab)
+    await client.next_of(schema.Snapshot)
+    before = trio.current_time()
+    go_down(lab["a"], before)
+    lab.settle()
+    event = await client.next()
+    assert trio.current_time() == before
+    assert (event.kind, event.server, event.old, event.new) == ("state", "a", "up", "down")
+    assert event.text == "a: up → down (unreachable (3 checks in a row))"
+    lab.router.feed.event("reload", "+1 server")
+    after = await client.next_of(schema.Event)
+    assert (after.kind, after.text, after.id) == ("reload", "+1 server", event.id + 1)
+
+
+async def test_a_drain_is_told_when_it_begins_and_when_it_is_done(autojump_clock, lab):
+    lease = lab["a"].lease(trio.current_time())
+    client = Client(lab)
+    lab.router.drain_server("a", on=True)
+    event = await client.next_of(schema.Event)
+    assert (event.kind, event.new) == ("state", "draining")
+    lease.release()
+    event = await client.next_of(schema.Event)
+    assert (event.kind, event.server) == ("drained", "a")
+    await trio.sleep(3)
+    assert [event.kind for event in (await Client(lab).next()).events].count("drained") == 1
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "servers.toml"
+    file.write_text(TOML)
+    return file
+
+
+async def test_a_refused_reload_is_told_with_its_problems(autojump_clock, nursery, file):
+    lab = Lab(file=file)
+    nursery.start_soon(lab.router.feed.run)
+    client = Client(lab)
+    file.write_text("nonsense")
+    await lab.router.reload()
+    event = await client.next_of(schema.Event)
+    assert event.kind == "reload_refused"
+    assert "servers.toml" in event.text
+    snapshot = await client.next_of(schema.Snapshot)
+    assert snapshot.router.reload.refused == 1
+    assert snapshot.router.reload.error == event.text
+
+
+async def test_requests_that_failed_on_every_server_are_told_but_a_storm_is_summed_up(
+    autojump_clock, lab
+):
+    client = Client(lab)
+    failed = {"outcome": Outcome.LOST, "status": 502, "code": "server_disconnected", "attempts": 2}
+    await trio.sleep(1.2)
+    for _ in range(50):
+        lab.ended(lab["a"], retries=[Outcome.LOST], first_byte_at=0.0, **failed)
+    for _ in range(EXHAUSTED_PER_SECOND):
+        event = await client.next_of(schema.Event)
+        assert event.kind == "retries_exhausted"
+        assert event.text == ("request id-1: 2 attempts failed, the last on a: server_disconnected")
+    event = await client.next_of(schema.Event)
+    assert event.text == f"and {50 - EXHAUSTED_PER_SECOND} more requests within a second"
+
+
+async def test_a_request_saved_by_a_retry_is_no_event(autojump_clock, lab):
+    lab.ended(lab["a"], retries=[Outcome.LOST], attempts=2)
+    lab.ended(lab["a"], outcome=Outcome.LOST, status=502)
+    hello = await Client(lab).next()
+    assert {event.kind for event in hello.events} == {"state"}
+
+
+# -- slow clients -----------------------------------------------------------------------------
+
+
+async def test_a_client_that_does_not_read_delays_nobody_and_is_told_what_it_lost(
+    autojump_clock, lab
+):
+    slow, quick = Client(lab), Client(lab)
+    for number in range(MAX_EVENTS + 10):
+        lab.router.feed.event("reload", str(number))
+        assert (await quick.next_of(schema.Event)).text == str(number)
+    await trio.sleep(60)
+    assert slow.mailbox.take_missed() == 11  # the hello was waiting, too
+    assert lab.router.metrics.feed_dropped == 11
+    texts = [(await slow.next()).text for _ in range(MAX_EVENTS)]
+    assert texts == [str(number) for number in range(10, MAX_EVENTS + 10)]
+    snapshot = await slow.next()
+    assert isinstance(snapshot, schema.Snapshot)
+    assert snapshot.seq > 100  # the newest, none of those before
+    message = json.loads(lab.router.feed.missed(11))
+    assert (message["kind"], message["text"][:9]) == ("missed", "11 events")
+
+
+async def test_a_mailbox_gives_events_before_the_newest_snapshot():
+    mailbox = Mailbox()
+    mailbox.put_snapshot("old")
+    mailbox.put_snapshot("new")
+    mailbox.put_event("one")
+    mailbox.put_event("two")
+    assert [await mailbox.get() for _ in range(3)] == ["one", "two", "new"]
+
+
+async def test_a_closed_mailbox_gives_its_events_then_ends():
+    mailbox = Mailbox()
+    mailbox.put_event("last words")
+    mailbox.put_snapshot("of no interest any more")
+    mailbox.close()
+    assert [await mailbox.get() for _ in range(3)] == ["last words", None, None]
+
+
+async def test_a_cancelled_read_loses_nothing(autojump_clock):
+    mailbox = Mailbox()
+    with trio.move_on_after(1):
+        await mailbox.get()
+    mailbox.put_event("kept")
+    assert await mailbox.get() == "kept"
+
+
+async def test_closing_ends_every_client_and_those_who_come_later(autojump_clock, lab):
+    clients = [Client(lab), Client(lab)]
+    lab.router.feed.close()
+    clients.append(Client(lab))
+    for client in clients:
+        assert isinstance(await client.next(), schema.Hello)
+        assert await client.next() is None
+
+
+# -- a fleet that changes ---------------------------------------------------------------------
+
+
+async def test_servers_come_and_go_in_the_snapshots(autojump_clock, lab):
+    lease = lab["b"].lease(trio.current_time())
+    lab.apply(1)
+    client = Client(lab)
+    a, b = (await client.next_of(schema.Snapshot)).servers
+    assert (a.leaving, b.leaving, b.state, b.leases) == (False, True, "draining", 1)
+    lease.release()
+    lab.router.fleet.gone()
+    lab.apply(3)
+    come_up(lab["c"], trio.current_time())
+    await client.next_of(schema.Snapshot)
+    await trio.sleep(1)
+    snapshot = await client.next_of(schema.Snapshot)
+    assert [server.name for server in snapshot.servers] == ["a", "b", "c"]
+    assert snapshot.fleet.servers == 3
+    assert len(lab.router.feed._tallies._of) == 3

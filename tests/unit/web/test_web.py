@@ -1,0 +1,465 @@
+"""The pages of the control plane: what they say, and that errors are the router's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import trio
+
+from support.fleet_makers import come_up, eject, gauges, go_down
+from support.web_harness import LOCAL, TOML, Lab
+from vllm_router import __version__
+from vllm_router.config.auth import ANONYMOUS
+from vllm_router.fleet.health import Check
+from vllm_router.observability.decisions import KEPT, LONGEST
+from vllm_router.proxy.retry import Outcome
+
+# -- models -----------------------------------------------------------------------------------
+
+
+async def test_models_are_merged_and_keep_every_field_the_engines_gave():
+    lab = Lab()
+    card = {"id": "m", "object": "model", "max_model_len": 4096, "permission": [{"x": None}]}
+    lab["a"].listed({"m": card}, 0.0)
+    lab["b"].listed({"m": {"id": "m"}, "lora": {"id": "lora", "parent": "m"}}, 0.0)
+    reply = await lab.get("/v1/models")
+    assert reply.json == {"object": "list", "data": [card, {"id": "lora", "parent": "m"}]}
+    assert (await lab.get("/v1/models/m")).json == card
+
+
+async def test_models_of_a_server_that_is_down_are_not_listed():
+    lab = Lab()
+    come_up(lab["b"], 0.0, "other")
+    go_down(lab["b"], 0.0)
+    reply = await lab.get("/v1/models")
+    assert [card["id"] for card in reply.json["data"]] == ["m"]
+
+
+async def test_a_model_may_have_slashes_in_its_name():
+    lab = Lab(1)
+    come_up(lab["a"], 0.0, "org/model:tag")
+    assert (await lab.get("/v1/models/org/model:tag")).json["id"] == "org/model:tag"
+    assert (await lab.get("/v1/models/org%2Fmodel%3Atag")).json["id"] == "org/model:tag"
+
+
+async def test_an_unknown_model_is_404_and_names_the_known_ones():
+    reply = await Lab().get("/v1/models/nope")
+    assert reply.status == 404
+    assert reply.error["code"] == "model_not_found"
+    assert reply.error["param"] == "model"
+    assert reply.error["message"].endswith("Available models: m.")
+
+
+async def test_models_are_not_an_empty_list_before_any_server_was_asked():
+    reply = await Lab(up=False).get("/v1/models")
+    assert reply.status == 503
+    assert reply.error["code"] == "starting"
+    assert reply.headers["retry-after"] == "1"
+
+
+# -- the ancestor's pages ---------------------------------------------------------------------
+
+
+async def test_health_has_every_field_of_the_ancestor():
+    page = (await Lab().get("/health")).json
+    assert page["status"] == "healthy"
+    assert page["health_score"] == 1.0
+    assert (page["total_servers"], page["healthy_servers"], page["unhealthy_servers"]) == (2, 2, 0)
+    assert page["config"] == {
+        "health_check_enabled": True,
+        "health_check_interval": 2.0,
+        "min_success_rate": 0.8,
+        "max_response_time": 10.0,
+    }
+    ancestors = {
+        "url", "healthy", "last_check", "consecutive_failures", "success_rate",
+        "avg_response_time", "last_response_time", "total_checks", "supported_models",
+        "models_last_updated",
+    }  # fmt: skip
+    assert ancestors <= page["servers"][0].keys()
+    assert page["servers"][0]["supported_models"] == ["m"]
+    assert page["servers"][0]["last_check"].endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("down", "status"), [(0, "healthy"), (1, "healthy"), (2, "degraded"), (3, "unhealthy")]
+)
+async def test_health_is_always_200_and_says_how_it_is_in_the_body(down, status):
+    lab = Lab(5)
+    for name in "abc"[:down]:
+        go_down(lab[name], 0.0)
+    reply = await lab.get("/health")
+    assert reply.status == 200
+    assert reply.json["status"] == status
+    assert reply.json["healthy_servers"] == 5 - down
+
+
+async def test_health_says_why_and_since_when_a_server_is_not_up():
+    lab = Lab()
+    lab["a"].checked(Check.TIMEOUT, 2.0, 0.0)
+    go_down(lab["a"], 0.0)
+    eject(lab["b"], trio.current_time())
+    lab.settle()
+    one, other = (await lab.get("/health")).json["servers"]
+    assert (one["state"], one["reason"]) == ("down", "unreachable (3 checks in a row)")
+    assert (other["state"], other["ejections"], other["healthy"]) == ("ejected", 1, False)
+    assert other["ejected_for"] == pytest.approx(5.0, abs=1.0)
+
+
+async def test_load_stats_have_every_field_of_the_ancestor():
+    lab = Lab([{"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 8}])
+    lab["a"].scraped(gauges(4, 2, kv_usage=0.5), trio.current_time(), 0)
+    page = (await lab.get("/load-stats")).json
+    server = page["servers"][0]
+    assert server["url"] == "http://a.test:1"
+    assert (server["current_load"], server["max_capacity"], server["available_capacity"]) == (
+        6,
+        8,
+        2,
+    )
+    assert server["utilization_percent"] == 75.0
+    assert server["status"] is True
+    assert server["last_updated"].endswith("+00:00")
+    assert server["detailed_metrics"] == {
+        "num_requests_running": 4,
+        "num_requests_waiting": 2,
+        "gpu_cache_usage_perc": 0.5,
+        "process_max_fds": 65535,
+    }
+    assert server["load"] == 0.625
+    ancestors = {
+        "total_servers": 1,
+        "healthy_servers": 1,
+        "total_active_load": 6,
+        "total_capacity": 8,
+        "overall_utilization_percent": 75.0,
+    }
+    assert ancestors.items() <= page["summary"].items()
+
+
+async def test_server_models_have_every_field_of_the_ancestor():
+    page = (await Lab(1).get("/server-models")).json
+    server = page["servers"]["http://a.test:1"]
+    assert server["supported_models"] == ["m"]
+    assert server["healthy"] is True
+    assert server["models_last_updated"]
+    assert (page["total_servers"], page["healthy_servers"]) == (1, 1)
+
+
+async def test_root_is_json_for_programs_and_the_dashboard_for_browsers():
+    lab = Lab()
+    reply = await lab.get("/", headers={"accept": "*/*"})
+    assert reply.json == {"service": "vLLM Router", "version": __version__, "status": "running"}
+    page = await lab.get("/", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["vary"] == "accept"
+
+
+# -- life -------------------------------------------------------------------------------------
+
+
+async def test_the_router_is_ready_once_every_server_has_been_probed():
+    lab = Lab(up=False)
+    reply = await lab.get("/readyz")
+    assert reply.status == 503
+    assert reply.json == {
+        "ready": False,
+        "reason": "servers not probed yet",
+        "servers": ["a", "b"],
+    }
+    come_up(lab["a"], 0.0)
+    go_down(lab["b"], 0.0)
+    reply = await lab.get("/readyz")
+    assert (reply.status, reply.json) == (200, {"ready": True})
+
+
+async def test_a_draining_router_is_alive_but_not_ready():
+    lab = Lab()
+    lab.router.draining = True
+    reply = await lab.get("/readyz")
+    assert (reply.status, reply.json["reason"]) == (503, "draining")
+    assert (await lab.get("/livez")).status == 200
+    assert (await lab.get("/")).json["status"] == "draining"
+
+
+async def test_version_and_ping_answer():
+    lab = Lab()
+    assert (await lab.get("/version")).json["version"] == __version__
+    assert (await lab.get("/ping")).status == 200
+    assert (await lab.post("/ping")).status == 200
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/nope", "/v1/models/", "/health/", "/v1//models", "/%2e%2e/health"]
+)
+async def test_an_unknown_path_is_the_routers_own_404(path):
+    reply = await Lab().get(path)
+    assert reply.status == 404
+    assert reply.error["code"] in {"not_found", "model_not_found"}
+
+
+async def test_a_wrong_method_is_the_routers_own_405_and_says_what_is_right():
+    reply = await Lab().request("DELETE", "/health")
+    assert reply.status == 405
+    assert reply.error["code"] == "method_not_allowed"
+    assert "GET" in reply.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_getting_an_inference_path_says_that_it_is_to_be_posted(path):
+    reply = await Lab().get(path)
+    assert (reply.status, reply.headers["allow"]) == (405, "POST")
+
+
+async def test_a_defect_of_ours_shows_no_traceback_but_is_logged(monkeypatch, caplog):
+    lab = Lab()
+    monkeypatch.setattr(lab.router.fleet, "model_cards", lambda: 1 / 0)
+    reply = await lab.get("/v1/models")
+    assert reply.status == 500
+    assert reply.error["code"] == "internal_error"
+    assert b"ZeroDivisionError" not in reply.body
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_body_too_large_for_the_control_plane_is_refused():
+    reply = await Lab().post("/explain", b"x" * 1_100_000)
+    assert reply.status == 413
+    assert reply.error["code"] == "body_too_large"
+
+
+async def test_every_answer_has_a_request_id():
+    for path in ("/health", "/metrics", "/v1/models", "/nowhere"):
+        reply = await Lab().get(path)
+        assert len(reply.headers["x-request-id"]) == 32, path
+
+
+async def test_the_clients_request_id_comes_back():
+    reply = await Lab().get("/nope", headers={"x-request-id": "mine-1"})
+    assert reply.headers["x-request-id"] == "mine-1"
+
+
+# -- explain and decisions --------------------------------------------------------------------
+
+
+async def test_explain_ranks_the_candidates_and_picks_the_least_loaded():
+    lab = Lab(3, policy="least_load")
+    now = trio.current_time()
+    lab["a"].scraped(gauges(2), now, 0)
+    lab["b"].scraped(gauges(0), now, 0)
+    lab["c"].scraped(gauges(1, 4), now, 0)
+    page = (await lab.get("/explain?model=m")).json
+    assert page["picked"] == "b"
+    assert [one["server"] for one in page["candidates"]] == ["b", "a", "c"]
+    busiest = page["candidates"][-1]
+    assert (busiest["running"], busiest["waiting"], busiest["capacity"]) == (1, 4, 3)
+    assert busiest["score"] == pytest.approx(1.0)
+    assert page["out"] == []
+
+
+async def test_explain_says_why_a_server_is_out():
+    lab = Lab(6)
+    now = trio.current_time()
+    come_up(lab["a"], now, "another")
+    go_down(lab["b"], now)
+    lab["c"].drain(on=True)
+    eject(lab["d"], now)
+    lab["e"].refused(now, 30.0)
+    lab.settle()
+    page = (await lab.get("/explain?model=m")).json
+    out = {one["server"]: (one["state"], one["reason"]) for one in page["out"]}
+    assert [one["server"] for one in page["candidates"]] == ["f"]
+    assert out["a"] == ("up", "it does not list the model")
+    assert out["b"] == ("down", "unreachable (3 checks in a row)")
+    assert out["c"] == ("draining", "draining, 0 in flight")
+    assert out["d"][0] == "ejected"
+    assert "a trial in" in out["d"][1]
+    assert out["e"][0] == "full"
+    assert "asked again in" in out["e"][1]
+
+
+async def test_explain_reads_a_request_body_as_routing_would():
+    lab = Lab()
+    body = json.dumps({"model": "nope", "stream": True, "messages": []}).encode()
+    page = (await lab.post("/explain", body, headers={"content-type": "application/json"})).json
+    assert (page["model"], page["stream"], page["model_known"]) == ("nope", True, False)
+    assert page["picked"] is None
+    assert "nope" in page["note"]
+
+
+async def test_explain_notes_the_panic_rule_and_equal_servers():
+    lab = Lab()
+    assert "equal" in (await lab.get("/explain?model=m")).json["note"]
+    for name in "ab":
+        eject(lab[name], trio.current_time())
+    lab.settle()
+    assert "ejected" in (await lab.get("/explain?model=m")).json["note"]
+
+
+async def test_explaining_moves_nothing():
+    lab = Lab(3, policy="round_robin")
+    first = (await lab.get("/explain")).json["picked"]
+    assert all([(await lab.get("/explain")).json["picked"] == first for _ in range(4)])
+    assert lab.router.fleet.in_flight == 0
+
+
+async def test_decisions_are_the_last_exchanges_newest_first():
+    lab = Lab()
+    lab.ended(lab["a"], request_id=b"first")
+    lab.ended(lab["b"], request_id=b"second", attempts=2, retries=[Outcome.LOST])
+    newest, oldest = (await lab.get("/decisions")).json["decisions"]
+    assert oldest["request_id"] == "first"
+    assert newest["request_id"] == "second"
+    assert newest["server"] == "b"
+    assert (newest["attempts"], newest["retries"]) == (2, ["lost"])
+    assert (newest["outcome"], newest["status"], newest["model"]) == ("answered", 200, "m")
+    assert newest["duration_seconds"] == pytest.approx(1.0)
+    assert len((await lab.get("/decisions?limit=1")).json["decisions"]) == 1
+
+
+async def test_decisions_are_bounded_whatever_clients_send():
+    lab = Lab()
+    for _ in range(KEPT + 10):
+        lab.ended(lab["a"], model="x" * 100_000, path=b"/v1/" + b"y" * 60_000)
+    decisions = (await lab.get(f"/decisions?limit={KEPT * 2}")).json["decisions"]
+    assert len(decisions) == KEPT
+    assert {len(one["model"]) for one in decisions} == {LONGEST}
+    assert {len(one["path"]) for one in decisions} == {LONGEST}
+
+
+# -- static files -----------------------------------------------------------------------------
+
+
+async def test_static_files_have_a_strict_policy_and_are_sent_once():
+    lab = Lab()
+    reply = await lab.get("/static/index.html")
+    assert reply.status == 200
+    policy = reply.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    again = await lab.get("/static/index.html", headers={"if-none-match": reply.headers["etag"]})
+    assert (again.status, again.body) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static/..%2fapp.py",
+        "/static//etc/passwd",
+        "/static/%00",
+        "/static/js",
+        "/static/",
+    ],
+)
+async def test_nothing_but_the_static_files_can_be_read(path):
+    assert (await Lab().get(path)).status == 404
+
+
+# -- administration ---------------------------------------------------------------------------
+
+LONG_NAME = "gpu-1:8081/prefix"
+
+
+@pytest.mark.parametrize(
+    "written", ["gpu-1:8081/prefix", "gpu-1%3A8081%2Fprefix", "gpu-1:8081%2Fprefix"]
+)
+async def test_a_server_is_drained_and_taken_back_by_its_name_however_written(written):
+    lab = Lab([{"url": "http://gpu-1:8081/prefix", "name": LONG_NAME}])
+    server = lab[LONG_NAME]
+    lease = server.lease(trio.current_time())
+    reply = await lab.post(f"/admin/servers/{written}/drain")
+    assert reply.status == 200
+    assert (reply.json["name"], reply.json["state"]) == (LONG_NAME, "draining")
+    assert reply.json["in_flight"] == 1
+    assert server.draining
+    lease.release()
+    assert (await lab.get(f"/admin/servers/{written}")).json["in_flight"] == 0
+    reply = await lab.post(f"/admin/servers/{written}/undrain")
+    assert reply.json["state"] == "up"
+    assert not server.draining
+
+
+async def test_draining_twice_changes_nothing():
+    lab = Lab()
+    for _ in range(2):
+        assert (await lab.post("/admin/servers/a/drain")).json["draining"] is True
+
+
+async def test_an_unknown_server_is_404_and_names_the_known_ones():
+    reply = await Lab().post("/admin/servers/nope/drain")
+    assert (reply.status, reply.error["code"]) == (404, "server_not_found")
+    assert "a, b" in reply.error["message"]
+
+
+async def test_a_server_that_leaves_is_shown_until_its_last_request_has_ended():
+    lab = Lab(2)
+    lab["b"].lease(trio.current_time())
+    lab.apply(1)
+    servers = (await lab.get("/admin/servers")).json["servers"]
+    assert [(one["name"], one["leaving"], one["in_flight"]) for one in servers] == [
+        ("a", False, 0),
+        ("b", True, 1),
+    ]
+    assert (await lab.post("/admin/servers/b/undrain")).error["code"] == "server_leaving"
+
+
+async def test_reload_applies_the_file_or_says_what_is_wrong_with_it(tmp_path):
+    file = tmp_path / "servers.toml"
+    file.write_text(TOML)
+    lab = Lab(file=file)
+    assert (await lab.post("/admin/reload")).json["result"] == "unchanged"
+    file.write_text(TOML.replace('name = "a"', 'name = "new"'))
+    reply = await lab.post("/admin/reload")
+    assert (reply.json["result"], reply.json["generation"]) == ("applied", 2)
+    assert list(lab.router.fleet.servers) == ["new"]
+    file.write_text("[servers\n")
+    reply = await lab.post("/admin/reload")
+    assert (reply.status, reply.error["code"]) == (422, "config_refused")
+    assert "servers.toml" in reply.error["message"]
+    assert (await lab.get("/health")).json["reload"]["error"]
+    assert (await lab.get("/health")).json["reload"]["refused"] == 1
+
+
+async def test_reload_without_a_file_is_refused():
+    assert (await Lab().post("/admin/reload")).error["code"] == "no_config_file"
+
+
+ADMIN = [
+    ("GET", "/admin/servers"),
+    ("GET", "/admin/servers/a"),
+    ("POST", "/admin/servers/a/drain"),
+    ("POST", "/admin/servers/a/undrain"),
+    ("POST", "/admin/reload"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), [*ADMIN, ("POST", "/admin/sign-in")])
+@pytest.mark.parametrize("client", ["192.0.2.1", "unknown", LOCAL, "::1", "::ffff:127.0.0.1"])
+async def test_administration_without_proof_is_refused_from_every_address(method, path, client):
+    lab = Lab()
+    reply = await lab.request(method, path, client=client, identity=ANONYMOUS)
+    assert (reply.status, reply.error["code"]) == (403, "admin_local_only")
+    assert "vllm-router open" in reply.error["message"]
+    assert not lab["a"].draining
+
+
+async def test_sign_in_exchanges_a_code_once_for_a_key():
+    lab = Lab()
+    code = (await lab.post("/admin/sign-in")).json["code"]
+    body = json.dumps({"code": code}).encode()
+    reply = await lab.post("/sign-in", body, identity=ANONYMOUS)
+    assert lab.router.sessions.holds([reply.json["key"].encode()])
+    again = await lab.post("/sign-in", body, identity=ANONYMOUS)
+    assert (again.status, again.error["code"]) == (403, "sign_in_expired")
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"code": 1}', b'{"code": "\\ud800"}', b"[" * 9999])
+async def test_sign_in_with_an_odd_body_is_refused(body):
+    reply = await Lab().post("/sign-in", body, identity=ANONYMOUS)
+    assert reply.status in (400, 403)
