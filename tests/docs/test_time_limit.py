@@ -54,7 +54,7 @@ def test_passes():
 def test_test_that_hangs_fails_and_its_clean_up_runs(tmp_path: Path):
     (tmp_path / "test_hanging.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\ntimeout = 0.5\n")
-    command = [sys.executable, "-m", "pytest", "-p", "time_limit", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "support.time_limit", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
