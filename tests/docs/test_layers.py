@@ -42,7 +42,7 @@ PURE = (
     "vllm_router.routing",
     "vllm_router.proxy.answers",
 )
-PURE_MODULES = ("errors", "proxy.retry", "proxy.quarantine", "proxy.status_rules")
+PURE_MODULES = ("errors", "proxy.retry", "proxy.quarantine", "proxy.failures", "proxy.status_rules")
 IMPURE = {
     # They read files and build TLS contexts for the pure rest of their room.
     "vllm_router.config.reload",

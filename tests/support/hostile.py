@@ -53,7 +53,7 @@ START = 120.0
 """Seconds until a router that does not start is given up."""
 
 _STALLED = re.compile(r"stood still for ([\d.]+) s, computing for ([\d.]+) s")
-_SITE = "import vllm_router.observability.stalls\nvllm_router.stalls.QUIET = 0.0\n"
+_SITE = "import vllm_router.observability.stalls\nvllm_router.observability.stalls.QUIET = 0.0\n"
 
 
 @dataclass(frozen=True)

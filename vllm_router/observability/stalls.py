@@ -1,8 +1,8 @@
 """Notices when the event loop stands still, measures it, and says what ran meanwhile.
 
-A task sleeps for a moment again and again: how late it wakes is how long every client waited for
-its turn. A thread looks at the stack of the loop's thread when the task is late, for afterwards
-nothing shows what took so long.
+How long a turn of the loop takes is how long every client waits for its turn: the hub of the
+connections measures it. A thread looks at the stack of the loop's thread while a turn is long, for
+afterwards nothing shows what took so long.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 
 import trio
 
+from vllm_router.http.io.turns import LONG, Turns
+from vllm_router.http.io.wires import Hub
+
 log = logging.getLogger(__name__)
 
-HEARTBEAT = 0.05
-"""Seconds between two looks at the loop. Each wakes an idle process: at 0.025 the monitor took
-1.8 % of a core. A stall may have begun so much earlier than its delay says."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks of the thread. One that finds a turn under way comes back once that is
+LONG, so a stall of LOOK_EVERY + LONG is always seen. Each look costs some 30 µs."""
 
-STALL = 0.05
-"""Seconds of delay that count as a stall."""
-
-SAMPLE_AFTER = 0.1
-"""Seconds without a heartbeat after which the thread looks at the loop's stack: at least half of
-them have been a stall then."""
+LOOK_SELDOM = 0.5
+"""The same after a look that found no turn since the one before: an idle router."""
 
 HANG = 5.0
 """Seconds after which a stall is logged while it lasts: it may never end."""
@@ -46,9 +46,11 @@ _SKIPPED = ("-packages/trio/", "-packages/outcome/")
 
 
 class LagWatch:
-    """The longest delay of a timer within the last WINDOW seconds."""
+    """The longest delay within the last WINDOW seconds; `source` gives the longest since it was
+    asked last."""
 
     def __init__(self) -> None:
+        self.source: Callable[[], float] | None = None
         self._seen: deque[tuple[float, float]] = deque()
 
     def add(self, lag: float, now: float) -> None:
@@ -62,6 +64,8 @@ class LagWatch:
 
     def worst(self, now: float) -> float:
         """The longest delay, in seconds."""
+        if self.source is not None:
+            self.add(self.source(), now)
         while self._seen and self._seen[0][0] < now - WINDOW:
             self._seen.popleft()
         return self._seen[0][1] if self._seen else 0.0
@@ -78,8 +82,9 @@ class StallMonitor:
         self.lag = LagWatch()
         self.count = 0
         self.seconds = 0.0
-        self._beat = math.inf
-        self._stack = ""
+        self._turns = Turns(self._stalled)
+        self._sample = (-1, "")
+        self._computed = 0.0
         self._logged_at = -math.inf
         self._logged_length = 0.0
         self._unlogged = 0
@@ -87,30 +92,32 @@ class StallMonitor:
     async def run(self) -> None:
         """Watch until cancelled."""
         stop = threading.Event()
+        clock = time.pthread_getcpuclockid(threading.get_ident())
         watchdog = threading.Thread(
-            target=self._watch, args=(threading.get_ident(), stop), name="stalls", daemon=True
+            target=self._watch,
+            args=(threading.get_ident(), clock, stop),
+            name="stalls",
+            daemon=True,
         )
-        self._beat = time.monotonic()
+        hub = Hub.of_this_run()
+        self._computed = time.thread_time()
         watchdog.start()
         try:
-            while True:
-                due, computed = trio.current_time() + HEARTBEAT, time.thread_time()
-                await trio.sleep_until(due)
-                now = trio.current_time()
-                self._beat = time.monotonic()
-                lag = now - due
-                self.lag.add(lag, now)
-                if lag > STALL:
-                    self._stalled(lag, time.thread_time() - computed, now)
+            hub.turns, self.lag.source = self._turns, self._turns.take_longest
+            await trio.sleep_forever()
         finally:
+            hub.turns = self.lag.source = None
             stop.set()
             watchdog.join()
 
-    def _stalled(self, lag: float, computed: float, now: float) -> None:
-        """The loop goes on after a stall of `lag` seconds, `computed` of them on the CPU."""
+    def _stalled(self, lag: float) -> None:
+        """The loop goes on after a stall of `lag` seconds. Between tasks; must not raise."""
+        now, computed = time.monotonic(), time.thread_time() - self._computed
         self.count += 1
         self.seconds += lag
-        stack, self._stack = self._stack, ""
+        number, stack = self._sample
+        if number != self._turns.number:
+            stack = ""
         if now - self._logged_at < QUIET and lag <= self._logged_length:
             self._unlogged += 1
             return
@@ -126,24 +133,32 @@ class StallMonitor:
 
     # -- in the thread ------------------------------------------------------------------------
 
-    def _watch(self, loop_thread: int, stop: threading.Event) -> None:
-        sampled = hung = -math.inf
-        while not stop.wait(max(0.001, self._beat + SAMPLE_AFTER - time.monotonic())):
-            beat, now = self._beat, time.monotonic()
-            if now - beat < SAMPLE_AFTER:
+    def _watch(self, loop_thread: int, clock: int, stop: threading.Event) -> None:
+        turns = self._turns
+        sampled = hung = last = -1
+        pause = LOOK_EVERY
+        while not stop.wait(pause):
+            number, lasts = turns.number, time.monotonic() - turns.began
+            if lasts < LONG:
+                # No turn, or a short one: what it has computed before the next look may be that of
+                # a long one.
+                self._computed = time.clock_gettime(clock)
+                pause = LONG - lasts if lasts > 0 else LOOK_EVERY
+                if number == last and lasts < 0:
+                    pause = LOOK_SELDOM
+                last = number
                 continue
-            if sampled != beat:
-                sampled = beat
-                self._stack = _stack_of(loop_thread)
-            elif now - beat > HANG and hung != beat:
-                hung = beat
+            pause = LOOK_EVERY
+            if sampled != number:
+                sampled = number
+                self._sample = (number, _stack_of(loop_thread))
+            elif lasts > HANG and hung != number:
+                hung = number
                 log.error(
                     "the event loop has stood still for %.0f s and still does, in %s",
-                    now - beat,
+                    lasts,
                     _stack_of(loop_thread),
                 )
-            if stop.wait(SAMPLE_AFTER):
-                return
 
 
 def _stack_of(thread: int) -> str:

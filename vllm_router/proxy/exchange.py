@@ -19,6 +19,7 @@ from vllm_router.fleet.fleet import is_surely_well
 from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
 from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
 from vllm_router.proxy.dialect import error_event
+from vllm_router.proxy.failures import End
 from vllm_router.proxy.headers import request_id
 from vllm_router.proxy.quarantine import Death, fingerprint
 from vllm_router.proxy.record import DONE, STREAM, WAIT, Record
@@ -53,7 +54,6 @@ from vllm_router.proxy.retry import (
     decide,
 )
 from vllm_router.proxy.selection import Selection
-from vllm_router.routing.failures import End
 from vllm_router.routing.prompt.facts import UNREAD
 from vllm_router.routing.prompt.model_name import EDITED_AT_ONCE
 from vllm_router.routing.queue.place import Route

@@ -23,13 +23,13 @@ from vllm_router.http.client.resolver import Resolver
 from vllm_router.http.io.wires import Hub
 from vllm_router.proxy.admission import Gate, PeersMaker
 from vllm_router.proxy.exchange import Exchange, stopping
+from vllm_router.proxy.failures import Failures
 from vllm_router.proxy.headers import RequestHeads
 from vllm_router.proxy.key_limits import Usage
 from vllm_router.proxy.quarantine import Poison
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.retry import Outcome, RetryBudget
-from vllm_router.routing.failures import Failures
 from vllm_router.routing.policies import Knobs
 from vllm_router.routing.policy_set import PolicySet
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 import time
 
@@ -9,7 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from vllm_router.observability.stalls import HEARTBEAT, STALL, WINDOW, LagWatch, StallMonitor
+from vllm_router.http.io.turns import LONG, Turns
+from vllm_router.observability.stalls import LOOK_SELDOM, WINDOW, LagWatch, StallMonitor
 
 
 def hog_the_loop(seconds: float) -> None:
@@ -33,24 +36,59 @@ def test_lag_watch_returns_the_worst_of_the_last_ten_seconds():
     assert lag.worst(5.0 + WINDOW) == 0.0
 
 
-async def test_monitor_lag_is_how_late_its_timer_fires(nursery, mock_clock):
-    monitor = StallMonitor()
-    nursery.start_soon(monitor.run)
-    await trio.testing.wait_all_tasks_blocked()
-    mock_clock.jump(HEARTBEAT + 0.75)
-    await trio.testing.wait_all_tasks_blocked()
-    assert monitor.lag.worst(trio.current_time()) == pytest.approx(0.75)
-    assert (monitor.count, monitor.seconds) == (1, pytest.approx(0.75))
+class Clock:
+    """The monotonic clock of `Turns`, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-async def test_monitor_short_delays_are_no_stalls(nursery, mock_clock, caplog):
-    monitor = StallMonitor()
-    nursery.start_soon(monitor.run)
-    for _ in range(5):
-        await trio.testing.wait_all_tasks_blocked()
-        mock_clock.jump(HEARTBEAT + STALL * 0.9)
-    await trio.testing.wait_all_tasks_blocked()
-    assert (monitor.count, messages(caplog)) == (0, [])
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("vllm_router.http.io.turns.monotonic", clock)
+    return clock
+
+
+def turn(turns: Turns, clock: Clock, length: float, wait: float = 1.0, late: float = 0.0) -> None:
+    """A turn, and the wait after it, which ends too late."""
+    clock.now += length
+    turns.turn_ended(wait)
+    clock.now += wait + late
+    turns.wait_ended()
+
+
+def test_turns_long_ones_and_late_wakes_are_reported_one_by_one(clock):
+    found: list[float] = []
+    turns = Turns(found.append)
+    for length, late in [(0.01, 0.0), (0.2, 0.0), (0.06, 0.0), (0.01, 0.3), (LONG * 0.9, 0.0)]:
+        turn(turns, clock, length, late=late)
+    assert found == pytest.approx([0.2, 0.06, 0.3])
+    assert turns.number == 5
+
+
+def test_turns_longest_is_since_it_was_asked_for_last(clock):
+    turns = Turns(lambda length: None)
+    for length in (0.01, 0.03, 0.02):
+        turn(turns, clock, length)
+    assert turns.take_longest() == pytest.approx(0.03)
+    turn(turns, clock, 0.001)
+    assert turns.take_longest() == pytest.approx(0.001)
+    turn(turns, clock, 0.4)
+    assert turns.take_longest() == pytest.approx(0.4)
+
+
+def test_turns_a_wait_that_ends_early_or_has_no_end_is_not_late(clock):
+    found: list[float] = []
+    turns = Turns(found.append)
+    turn(turns, clock, 0.001, wait=1.0, late=-0.9)
+    turns.turn_ended(math.inf)
+    clock.now += 1000.0
+    turns.wait_ended()
+    assert found == []
 
 
 async def test_monitor_stall_logs_the_function_that_ran(nursery, caplog):
@@ -58,24 +96,42 @@ async def test_monitor_stall_logs_the_function_that_ran(nursery, caplog):
     nursery.start_soon(monitor.run)
     await trio.testing.wait_all_tasks_blocked()
     while not any("hog_the_loop" in message for message in messages(caplog)):
-        hog_the_loop(0.3)  # a busy machine may not let the watching thread in the first time
-        await trio.sleep(2 * HEARTBEAT)
+        hog_the_loop(LOOK_SELDOM + 0.1)  # a busy machine may not let the thread in the first time
+        await trio.sleep(0.01)
         monitor._logged_length = 0.0
     assert monitor.count > 0
-    assert monitor.seconds >= 0.25
+    assert monitor.seconds >= LOOK_SELDOM
+    assert monitor.lag.worst(trio.current_time()) >= LOOK_SELDOM
     found = next(message for message in messages(caplog) if "hog_the_loop" in message)
     assert "stood still for" in found
-    assert "tests/unit/observability/test_stalls.py:" in found
+    assert "observability/test_stalls.py:" in found
+    computed = re.search(r"for ([0-9.]+) s, computing for ([0-9.]+) s", found)
+    assert computed is not None
+    assert 0 < float(computed[2]) <= float(computed[1])
 
 
-async def test_monitor_many_stalls_log_only_the_longer_ones(nursery, mock_clock, caplog):
-    monitor = StallMonitor()
-    nursery.start_soon(monitor.run)
-    for length in (0.2, 0.1, 0.1, 0.4, 0.3):
-        await trio.testing.wait_all_tasks_blocked()
-        mock_clock.jump(HEARTBEAT + length)
+async def test_monitor_idle_loop_is_not_woken(nursery, mock_clock):
+    steps = 0
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            nonlocal steps
+            steps += 1
+
+    nursery.start_soon(StallMonitor().run)
     await trio.testing.wait_all_tasks_blocked()
+    trio.lowlevel.add_instrument(Steps())
+    mock_clock.jump(100)
+    await trio.testing.wait_all_tasks_blocked()
+    assert steps <= 3  # this test's own
+
+
+def test_monitor_many_stalls_log_only_the_longer_ones(caplog):
+    monitor = StallMonitor()
+    for length in (0.2, 0.1, 0.1, 0.4, 0.3):
+        monitor._stalled(length)
     assert monitor.count == 5
+    assert monitor.seconds == pytest.approx(1.1)
     lines = messages(caplog)
     assert [line[: line.index(" s,")] for line in lines] == [
         "the event loop stood still for 0.20",
@@ -92,7 +148,8 @@ async def test_monitor_hang_is_logged_while_it_lasts(nursery, caplog, monkeypatc
     end = time.monotonic() + 30
     while not any("still does" in message for message in messages(caplog)):
         assert time.monotonic() < end
-        hog_the_loop(0.01)
+        hog_the_loop(1.0)
+        await trio.sleep(0.01)
     assert any("hog_the_loop" in message for message in messages(caplog))
 
 

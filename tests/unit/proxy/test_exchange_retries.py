@@ -11,8 +11,8 @@ from trio.testing import wait_all_tasks_blocked
 from support.fleet_makers import make_fleet
 from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import Script, Talk, answer, answering, ok
+from vllm_router.proxy.failures import LATELY, SAME_MOMENT, End, Failures
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.failures import LATELY, SAME_MOMENT, End, Failures
 
 GOOD = ok(b'{"answer":1}')
 ERROR = answer(500, b"{}")

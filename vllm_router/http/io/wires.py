@@ -24,6 +24,8 @@ import outcome
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, current_task, reschedule, wait_task_rescheduled
 
+from vllm_router.http.io.turns import Turns
+
 log = logging.getLogger(__name__)
 
 READ_SIZE = 65536
@@ -349,6 +351,8 @@ class Hub(trio.abc.Instrument):
         self._token = trio.lowlevel.current_trio_token()
         self._timer = trio.CancelScope()
         self._wake_up = math.inf
+        self.turns: Turns | None = None
+        """Measures the loop's turns, if anything wants that. Must not raise."""
         self.in_trios_epoll = _put_into_trios_epoll(self.epoll.fileno())
 
     @classmethod
@@ -426,9 +430,13 @@ class Hub(trio.abc.Instrument):
             self.written = []
             for wire in written:
                 wire.flush()
+        if self.turns is not None:
+            self.turns.turn_ended(timeout)
 
     def after_io_wait(self, timeout: float) -> None:
         """Wake those for whom something has come."""
+        if self.turns is not None:
+            self.turns.wait_ended()
         wires = self.wires
         for fileno, events in self.epoll.poll(0, _MOST_EVENTS):
             wire = wires.get(fileno)
