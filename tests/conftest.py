@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,15 @@ atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True
 # A shell makes what it starts in the background ignore SIGINT, and that is inherited: the
 # processes that tests start and interrupt would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+TESTS = Path(__file__).parent
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test with the name of its folder, so that `-m` can choose."""
+    folder = item.path.relative_to(TESTS).parts[0]
+    item.add_marker(folder)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ case "$*" in
     *version_info*-venv*|*-venv*version_info*) echo python3.11-venv ;;
     *version_info*) exit NEW_ENOUGH ;;
     *ensurepip*) exit ENSUREPIP ;;
+    *dependency-groups*) echo "pytest>=8" ;;
     "-m venv --clear "*)
         mkdir -p "$4/bin"
         cp "$0" "$4/bin/python"
@@ -140,7 +141,7 @@ def test_environment_keeps_its_development_tools(clone: Clone):
     assert clone.call("run").returncode == 0
     (clone.root / "vllm_router" / "__init__.py").write_text('__version__ = "0.0.1"\n')
     clone.call("run")
-    assert [line.endswith("[dev]") for line in clone.installs] == [True, True]
+    assert [line.endswith("pytest>=8") for line in clone.installs] == [True, True]
 
 
 def test_signals_reach_the_router_itself(clone: Clone):
@@ -196,13 +197,23 @@ def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
     for tool in (*SYSTEM_TOOLS, "mypy"):
         clone.tool(tool)
     clone.tool("ruff", 'echo "ruff $1"; [ "$1" != check ]')
+    clone.tool("nproc", "echo 2")
     result = clone.call("test")
-    assert result.stdout.splitlines() == ["ruff check", "ruff format", "python -m pytest"]
+    assert result.stdout.splitlines() == ["ruff check", "ruff format", "python -m pytest -n 3"]
     assert "failed before pytest: ruff check\n" in result.stderr
     assert result.returncode == 1
 
     clone.tool("ruff")
     assert clone.call("test").returncode == 0
+
+
+def test_folder_of_tests_runs_alone_and_in_parallel(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in SYSTEM_TOOLS:
+        clone.tool(tool)
+    clone.tool("nproc", "echo 2")
+    (clone.root / "tests" / "unit").mkdir(parents=True)
+    assert clone.call("test", "unit").stdout == "python -m pytest -n 3 tests/unit\n"
 
 
 def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
