@@ -12,7 +12,10 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
+
+limited = pytest.mark.timeout(0.5)
 
 
 @asynccontextmanager
@@ -25,11 +28,13 @@ async def cleaned_up(path):
         path.touch()
 
 
+@limited
 async def test_waits_for_ever():
     async with cleaned_up(Path("waits")):
         await trio.sleep_forever()
 
 
+@limited
 async def test_blocks_the_loop():
     async with cleaned_up(Path("blocks")):
         time.sleep(1000)
@@ -39,6 +44,7 @@ async def test_virtual_time_is_free(autojump_clock):
     await trio.sleep(1000)
 
 
+@limited
 def test_blocks_without_a_loop():
     try:
         time.sleep(1000)
@@ -53,7 +59,7 @@ def test_passes():
 
 def test_test_that_hangs_fails_and_its_clean_up_runs(tmp_path: Path):
     (tmp_path / "test_hanging.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\ntimeout = 0.5\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\ntimeout = 60\n")
     command = [sys.executable, "-m", "pytest", "-p", "support.time_limit", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
