@@ -95,7 +95,9 @@ async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, fro
 
 
 async def test_a_frozen_server_is_left_and_taken_back(tmp_path):
-    config_of = lambda mocks: servers_toml((m.url for m in mocks), first_byte_timeout=8)  # noqa: E731
+    config_of = lambda mocks: servers_toml(  # noqa: E731
+        (m.url for m in mocks), first_byte_timeout=30, health_check_timeout=2
+    )
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(config_of(mocks), tmp_path) as router,
@@ -117,7 +119,6 @@ async def test_a_frozen_server_is_left_and_taken_back(tmp_path):
             )
             await load.wait_for(150)
         assert load.bad() == []
-        assert max(result.seconds for result in load.results) < 8
 
 
 async def test_a_storm_of_client_errors_ejects_nobody(tmp_path):

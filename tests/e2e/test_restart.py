@@ -137,7 +137,7 @@ async def test_router_is_replaced_under_load_and_nobody_notices(tmp_path, way, f
 async def test_successor_serves_only_when_it_knows_its_servers(tmp_path, way):
     """Until then the old one does: a load balancer never hears that the port is not ready."""
     with mock_processes(1, *MOCK) as (mock,):
-        config = servers_toml([mock.url])
+        config = servers_toml([mock.url], health_check_timeout=1)
         with routers(way, tmp_path, config) as line:
             mock.freeze()
             answers = []

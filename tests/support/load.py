@@ -99,7 +99,7 @@ class Load:
     async def wait_for(self, count: int) -> None:
         """Until so many more requests have ended."""
         wanted = len(self.results) + count
-        with trio.fail_after(30):
+        with trio.fail_after(90):
             while len(self.results) < wanted:
                 await trio.sleep(0.01)
 

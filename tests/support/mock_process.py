@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-_START_SECONDS = 30.0
+_START_SECONDS = 60.0
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -69,8 +69,8 @@ class MockProcess:
         return self.get("/mock/stats")
 
     def wait_for(self, **expected: Any) -> None:
-        """Until `stats()` has these values; TimeoutError after ten seconds."""
-        deadline = time.monotonic() + 10.0
+        """Until `stats()` has these values; TimeoutError after 30 seconds."""
+        deadline = time.monotonic() + 30.0
         while not expected.items() <= (stats := self.stats()).items():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name}: waited for {expected}, have {stats}")
@@ -113,7 +113,7 @@ class MockProcess:
         request = urllib.request.Request(
             self.url + path, body, {"content-type": "application/json"}, method=method
         )
-        with _NO_PROXY.open(request, timeout=10) as answer:
+        with _NO_PROXY.open(request, timeout=30) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
