@@ -201,6 +201,7 @@ class Server:
         self.full_until = 0.0
         self.last_byte_at = -float("inf")
         self.checked_at: float | None = None
+        self._check_began = -math.inf
         self.state = State.UNKNOWN
         self.state_since = 0.0
         self.state_reason = self.probe_health.reason
@@ -448,16 +449,17 @@ class Server:
     def checked(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
         """One `/health` check is in. True if the server has just gone down.
 
-        A timeout is no evidence while the server has sent bytes since the check began: an API
-        process that streams at full speed may be slow to answer. One that says 503 while its
-        answers flow is full.
+        A timeout is no evidence if the server has sent bytes since the check before began: an API
+        process that streams at full speed, or gets little CPU, may be slow to answer. One that
+        says 503 while its answers flow is full.
         """
+        since, self._check_began = self._check_began, now - elapsed
         self.checked_at = now
         if check is Check.BUSY:
             if self._answers_flow(now):
                 self.refused(now, BUSY_CHECK)
             check = Check.GOOD if self._answers_flow(now) else Check.UNHEALTHY
-        if check is Check.TIMEOUT and self.last_byte_at >= now - elapsed:
+        if check is Check.TIMEOUT and self.last_byte_at >= since > -math.inf:
             check = Check.GOOD
         return self._flipped(self.probe_health.observe(check, elapsed, now, detail), now)
 

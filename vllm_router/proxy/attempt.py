@@ -338,7 +338,7 @@ class Attempt:
         exchange, lease = self._exchange, self._lease
         status, head = answer.status, AnswerHead.of(answer)
         outcome = ANSWERED
-        lease.last_byte_at = self._proxy.now()
+        lease.last_byte_at = self._server.last_byte_at = self._proxy.now()
         trace = exchange.record.trace
         if trace is not None:
             trace.answered(status)

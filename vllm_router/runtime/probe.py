@@ -55,6 +55,10 @@ engine is dead: the one that has just answered requests is full."""
 UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last one contradicts the state."""
 
+TOO_LATE = 0.5
+"""Seconds after a check's timeout at which the router, which was to see it then, was busy or had no
+CPU itself: the server's answer may be there unread."""
+
 
 def probe_transport(
     server: Server, tls: ssl.SSLContext, resolver: Resolver | None
@@ -157,6 +161,13 @@ class Probe:
                 logger.warning("%s: not checked: %s", server.name, detail)
                 return
         elapsed = trio.current_time() - began
+        if verdict is Check.TIMEOUT and elapsed > timeout + TOO_LATE:
+            logger.warning(
+                "%s: not checked: the router itself was %.1f s late for the answer",
+                server.name,
+                elapsed - timeout,
+            )
+            return
         if verdict is Check.GOOD and server.probe_health.up is False:
             await self._list_models()  # before it is up: it may serve others than it did
         now = trio.current_time()

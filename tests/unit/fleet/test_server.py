@@ -243,7 +243,8 @@ def test_a_check_timing_out_is_no_evidence_while_bytes_arrive():
     server.last_byte_at = 110.5
     assert not server.checked(Check.TIMEOUT, 2.0, 112.0)
     assert server.probe_health.up
-    assert server.checked(Check.TIMEOUT, 2.0, 113.0)
+    assert not server.checked(Check.TIMEOUT, 2.0, 114.0)  # they came since the check before began
+    assert server.checked(Check.TIMEOUT, 2.0, 116.0)
     assert not server.probe_health.up
 
 

@@ -298,6 +298,33 @@ async def test_slow_checks_do_not_take_a_server_down_that_sends_bytes(autojump_c
         assert rig.went_down
 
 
+async def test_probe_timeouts_between_bytes_do_not_take_a_server_down(autojump_clock, monkeypatch):
+    """A starved server streams in bursts: no byte within a check, but some between two."""
+    settings = {"health_check_timeout": 1, "health_check_consecutive_failures": 2}
+    async with watched(monkeypatch, **settings) as rig:
+        rig.engine.answers["/health"] = rig.engine.answers["/metrics"] = HANG
+        for _ in range(40):
+            await trio.sleep(1.45)
+            rig.server.last_byte_at = trio.current_time()
+        assert rig.went_down == []
+        await trio.sleep(10)
+        assert rig.went_down
+
+
+async def test_probe_check_that_the_router_itself_is_late_for_does_not_count(
+    autojump_clock, monkeypatch
+):
+    async with watched(monkeypatch, health_check_consecutive_failures=1) as rig:
+        rig.engine.answers["/health"] = HANG
+        await trio.sleep(2.1)  # a check is under way
+        autojump_clock.jump(5)  # the loop stands still
+        await trio.sleep(0.01)
+        rig.engine.answers["/health"] = 200
+        await trio.sleep(5)
+        assert rig.went_down == []
+        assert rig.state is State.UP
+
+
 async def test_it_comes_back_after_two_good_checks(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.everything(REFUSED)
