@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from vllm_router.lab.mock import MockOptions, MockServer
+from vllm_router.lab.mock.state import ServerState
 
 
 class MemoryListener(trio.abc.Listener):
@@ -163,7 +164,7 @@ class Client:
 class Mock:
     """A running simulated server; `client()` opens a connection to it."""
 
-    def __init__(self, server: MockServer, listener: MemoryListener) -> None:
+    def __init__(self, server: ServerState, listener: MemoryListener) -> None:
         self.server = server
         self.listener = listener
         self.ended = trio.Event()
@@ -210,7 +211,7 @@ async def running_mock(**options: Any) -> AsyncIterator[Mock]:
         "batch_slowdown": 0.0,
     }
     server = MockServer(MockOptions(**(plain | options)))
-    mock = Mock(server, MemoryListener())
+    mock = Mock(server.state, MemoryListener())
 
     async def serve(**how: Any) -> None:
         await server.serve(listeners=[mock.listener], **how)
@@ -220,4 +221,4 @@ async def running_mock(**options: Any) -> AsyncIterator[Mock]:
         await nursery.start(partial(serve))
         yield mock
         nursery.cancel_scope.cancel()
-    assert server.counts.bugs == 0
+    assert server.state.counts.bugs == 0

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import base64
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.control import Handler, answer_json, query
 from vllm_router.lab.mock.heads import JSON
-
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
+from vllm_router.lab.mock.state import ServerState
 
 encode = msgspec.json.encode
 
 
-def _set(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _set(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """Change some switches; answers with all of them."""
     try:
         changes = msgspec.json.decode(incoming.body, type=dict[str, Any])
@@ -29,15 +27,15 @@ def _set(server: MockServer, connection: Connection, incoming: Incoming) -> None
     server.reply(connection, incoming, 200, encode(switches), JSON)
 
 
-def _stats(server: MockServer) -> dict[str, Any]:
-    engines = [driver.engine for driver in server.drivers]
+def _stats(server: ServerState) -> dict[str, Any]:
+    engines = [driver.engine for driver in server.engines.drivers]
     return {
         "name": server.heads.name,
         **msgspec.to_builtins(server.counts),
         "in_flight": len(server.active),
         "running": sum(len(engine.running) for engine in engines),
         "waiting": sum(engine.queued for engine in engines),
-        "held": len(server.held),
+        "held": len(server.engines.held),
         "connections": len(server.connections),
         "connections_total": server.connections_total,
         "prompt_tokens": sum(engine.statistics.prompt_tokens for engine in engines),
@@ -67,18 +65,18 @@ def shown(incoming: Incoming) -> dict[str, Any]:
     return entry
 
 
-def _last(server: MockServer) -> dict[str, Any] | None:
+def _last(server: ServerState) -> dict[str, Any] | None:
     return shown(server.last) if server.last is not None else None
 
 
-def _log(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _log(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """All recorded requests, oldest first; `?path=` selects."""
     path = query(incoming).get("path")
     entries = [shown(entry) for entry in server.log if path in (None, entry.path)]
     server.reply(connection, incoming, 200, encode(entries), JSON)
 
 
-def _reset(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _reset(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """Back to the start values: switches, counts and records; not the engines."""
     server.faults.change(server.options.switches)
     server.counts = type(server.counts)()
@@ -87,7 +85,7 @@ def _reset(server: MockServer, connection: Connection, incoming: Incoming) -> No
     server.reply(connection, incoming, 200, encode(server.faults.switches), JSON)
 
 
-def _close_idle(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _close_idle(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """Close every idle keep-alive connection now."""
     idle = [other for other in server.connections if other.idle]
     for other in idle:
@@ -95,7 +93,7 @@ def _close_idle(server: MockServer, connection: Connection, incoming: Incoming) 
     server.reply(connection, incoming, 200, encode({"closed": len(idle)}), JSON)
 
 
-def _terminate(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _terminate(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """The same as SIGTERM, for a server inside another process."""
     server.reply(connection, incoming, 200, b"{}", JSON)
     server.terminate()

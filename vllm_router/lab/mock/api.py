@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vllm_router.lab.mock import admin, control, endpoints, pauses
 from vllm_router.lab.mock.api_error import ApiError
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.endpoints import Handler, inference
 from vllm_router.lab.mock.generate import KINDS, generate, invocations
 from vllm_router.lab.mock.heads import JSON
-
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
+from vllm_router.lab.mock.state import ServerState
 
 # Inference outside /v1 that is answered by an echo.
 _ECHO = frozenset(("/score", "/rerank", "/v2/rerank", "/v2/embed", "/classify", "/pooling"))
@@ -20,7 +16,7 @@ _NOT_FOUND = b'{"detail":"Not Found"}'
 _NOT_ALLOWED = b'{"detail":"Method Not Allowed"}'
 
 
-def handle(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def handle(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """Answer, or start answering, one request."""
     path = incoming.path
     key = server.options.api_key
@@ -44,7 +40,7 @@ def handle(server: MockServer, connection: Connection, incoming: Incoming) -> No
         server.reply(connection, incoming, 404, _NOT_FOUND, JSON)
 
 
-def _without_slash(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _without_slash(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """Starlette sends the client to the path that exists, under the name it has used."""
     host = incoming.header(b"host") or ""
     query = f"?{incoming.query}" if incoming.query else ""
@@ -52,7 +48,7 @@ def _without_slash(server: MockServer, connection: Connection, incoming: Incomin
     server.reply(connection, incoming, 307, b"", location=where)
 
 
-def _scale_out(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _scale_out(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     raise ApiError(
         403,
         "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable "

@@ -90,20 +90,21 @@ def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> Non
 
 async def _run(server: MockServer) -> None:
     """Serve until a signal: SIGTERM as the options say, SIGINT or a second signal at once."""
-    options = server.options
+    state = server.state
+    options = state.options
     listeners = await trio.open_tcp_listeners(options.port, host=options.host)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
-                    if number == signal.SIGINT or server.ending:
-                        server.stop()
+                    if number == signal.SIGINT or state.ending:
+                        state.stop()
                     else:
-                        server.terminate()
+                        state.terminate()
 
             nursery.start_soon(listen)
             host, port = await nursery.start(partial(server.serve, listeners=listeners))
-            click.echo(f"{server.heads.name}: http://{host}:{port} {', '.join(options.models)}")
-            await server.stopped.wait()
+            click.echo(f"{state.heads.name}: http://{host}:{port} {', '.join(options.models)}")
+            await state.stopped.wait()
             nursery.cancel_scope.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs
 
 import msgspec
@@ -15,25 +15,23 @@ from vllm_router.lab.mock import metrics
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.heads import JSON
 from vllm_router.lab.mock.shapes import VERSION
+from vllm_router.lab.mock.state import ServerState
 
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
-
-Handler = Callable[["MockServer", Connection, Incoming], None]
+Handler = Callable[[ServerState, Connection, Incoming], None]
 encode = msgspec.json.encode
 
 
-def answer_json(make: Callable[[MockServer], object]) -> Handler:
+def answer_json(make: Callable[[ServerState], object]) -> Handler:
     """A handler for a GET that has one JSON value as its answer."""
 
-    def handler(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+    def handler(server: ServerState, connection: Connection, incoming: Incoming) -> None:
         server.reply(connection, incoming, 200, encode(make(server)), JSON)
 
     return handler
 
 
 def _switched(
-    server: MockServer,
+    server: ServerState,
     connection: Connection,
     incoming: Incoming,
     switch: int | str,
@@ -60,7 +58,7 @@ def _switched(
         now()
 
 
-def _health(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _health(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     server.counts.health_checks += 1
     switches = server.faults.switches
     _switched(
@@ -73,7 +71,7 @@ def _health(server: MockServer, connection: Connection, incoming: Incoming) -> N
     )
 
 
-def _models(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _models(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     server.counts.model_lists += 1
     switches = server.faults.switches
 
@@ -116,7 +114,7 @@ def _card(name: str, root: str, parent: str | None, length: int | None) -> dict[
     }
 
 
-def _metrics(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _metrics(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     server.counts.scrapes += 1
     switches = server.faults.switches
     options = server.options
@@ -128,9 +126,9 @@ def _metrics(server: MockServer, connection: Connection, incoming: Incoming) -> 
             metrics.engine_metrics(
                 page,
                 options,
-                [driver.engine for driver in server.drivers],
+                [driver.engine for driver in server.engines.drivers],
                 switches=switches,
-                sleep_level=server.sleep_level,
+                sleep_level=server.engines.sleep_level,
                 rejections=server.counts.rejected,
                 loras=list(server.loras),
                 started=server.started,
@@ -144,13 +142,13 @@ def query(incoming: Incoming) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(incoming.query).items()}
 
 
-def _reset_prefix_cache(server: MockServer, connection: Connection, incoming: Incoming) -> None:
-    for driver in server.drivers:
+def _reset_prefix_cache(server: ServerState, connection: Connection, incoming: Incoming) -> None:
+    for driver in server.engines.drivers:
         driver.engine.cache.clear()
     server.reply(connection, incoming, 200, b'{"success":true}', JSON)
 
 
-def _load_lora(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _load_lora(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     given = _object(incoming)
     name, path = given.get("lora_name"), given.get("lora_path")
     if not name or not path:
@@ -167,7 +165,7 @@ def _load_lora(server: MockServer, connection: Connection, incoming: Incoming) -
         server.reply(connection, incoming, 200, text.encode(), b"text/plain; charset=utf-8")
 
 
-def _unload_lora(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _unload_lora(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     name = _object(incoming).get("lora_name")
     if not name:
         _lora_error(
@@ -188,7 +186,7 @@ def _unload_lora(server: MockServer, connection: Connection, incoming: Incoming)
 
 
 def _lora_error(
-    server: MockServer, connection: Connection, incoming: Incoming, status: int, message: str
+    server: ServerState, connection: Connection, incoming: Incoming, status: int, message: str
 ) -> None:
     kind = "NotFoundError" if status == 404 else "InvalidUserInput"
     error = {"message": message, "type": kind, "param": None, "code": status}
@@ -203,7 +201,7 @@ def _object(incoming: Incoming) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _alive(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def _alive(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     server.reply(connection, incoming, 200, b"")
 
 

@@ -9,7 +9,7 @@ import re
 import struct
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -19,18 +19,16 @@ from vllm_router.lab.mock.body import decode
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.exchange import Exchange
 from vllm_router.lab.mock.faults import Fault
+from vllm_router.lab.mock.state import ServerState
 from vllm_router.lab.mock.text import chat_prompt, detokenize, token_count, tokenize
 
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
-
-Handler = Callable[["MockServer", Connection, Incoming], None]
+Handler = Callable[[ServerState, Connection, Incoming], None]
 
 
-def inference(answer: Callable[[MockServer, Exchange], None]) -> Handler:
+def inference(answer: Callable[[ServerState, Exchange], None]) -> Handler:
     """A handler that counts the request and lets the failure switches act on it first."""
 
-    def handler(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+    def handler(server: ServerState, connection: Connection, incoming: Incoming) -> None:
         fault = fault_of(server, incoming)
         exchange = Exchange(server, connection, incoming, fault)
         if not exchange.mistreat_unanswered():
@@ -40,7 +38,7 @@ def inference(answer: Callable[[MockServer, Exchange], None]) -> Handler:
 
 
 def _answer_or_leave(
-    answer: Callable[[MockServer, Exchange], None], server: MockServer, exchange: Exchange
+    answer: Callable[[ServerState, Exchange], None], server: ServerState, exchange: Exchange
 ) -> None:
     try:
         answer(server, exchange)
@@ -50,7 +48,7 @@ def _answer_or_leave(
         raise
 
 
-def fault_of(server: MockServer, incoming: Incoming) -> Fault:
+def fault_of(server: ServerState, incoming: Incoming) -> Fault:
     server.counts.total += 1
     try:
         return server.faults.choose(
@@ -64,7 +62,7 @@ def fault_of(server: MockServer, incoming: Incoming) -> Fault:
         raise ApiError(400, f"X-Mock header: {error}", "MockError") from None
 
 
-def model_of(server: MockServer, body: Mapping[str, Any]) -> str:
+def model_of(server: ServerState, body: Mapping[str, Any]) -> str:
     name = body.get("model")
     if name is None or name == "":
         return server.options.models[0]
@@ -77,7 +75,7 @@ def decoded(incoming: Incoming) -> dict[str, Any]:
     return decode(incoming.body, incoming.header(b"content-type"))
 
 
-def embeddings(server: MockServer, exchange: Exchange) -> None:
+def embeddings(server: ServerState, exchange: Exchange) -> None:
     body = decoded(exchange.incoming)
     checks.check_types("embeddings", body)
     model = model_of(server, body)
@@ -122,7 +120,7 @@ def _vector(text: bytes, encoding: object) -> list[float] | str:
     return values
 
 
-def transcription(server: MockServer, exchange: Exchange) -> None:
+def transcription(server: ServerState, exchange: Exchange) -> None:
     body = exchange.incoming.body
     found = re.search(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n(.*?)\r\n', body)
     model_of(server, {"model": found[1].decode("utf-8", "replace")} if found else {})
@@ -130,7 +128,7 @@ def transcription(server: MockServer, exchange: Exchange) -> None:
     exchange.plain(shapes.encode({"text": text, "usage": {"type": "duration", "seconds": 1}}))
 
 
-def tokenized(server: MockServer, exchange: Exchange) -> None:
+def tokenized(server: ServerState, exchange: Exchange) -> None:
     body = decoded(exchange.incoming)
     model_of(server, body)
     if isinstance(body.get("messages"), list):
@@ -151,7 +149,7 @@ def tokenized(server: MockServer, exchange: Exchange) -> None:
     )
 
 
-def detokenized(server: MockServer, exchange: Exchange) -> None:
+def detokenized(server: ServerState, exchange: Exchange) -> None:
     body = decoded(exchange.incoming)
     model_of(server, body)
     tokens = body.get("tokens")
@@ -160,7 +158,7 @@ def detokenized(server: MockServer, exchange: Exchange) -> None:
     exchange.plain(shapes.encode({"prompt": detokenize(tokens)}))
 
 
-def count_tokens(server: MockServer, exchange: Exchange) -> None:
+def count_tokens(server: ServerState, exchange: Exchange) -> None:
     body = decoded(exchange.incoming)
     checks.check_types("count", body)
     model_of(server, body)
@@ -169,7 +167,7 @@ def count_tokens(server: MockServer, exchange: Exchange) -> None:
     exchange.plain(shapes.encode({"input_tokens": count, "context_management": edited}))
 
 
-def echo(server: MockServer, exchange: Exchange) -> None:
+def echo(server: ServerState, exchange: Exchange) -> None:
     """The body as it came, so that a test can compare bytes."""
     kind = exchange.incoming.header(b"content-type") or "application/octet-stream"
     exchange.plain(exchange.incoming.body, kind.encode("latin-1"))

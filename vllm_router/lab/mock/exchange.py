@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import trio
 
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.faults import Fault
 from vllm_router.lab.mock.heads import JSON
 from vllm_router.lab.mock.shapes import encode, engine_dead
+from vllm_router.lab.mock.state import ServerState
 from vllm_router.lab.mock.wire import Wire
-
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
 
 
 class Exchange:
     """Holds its place in `server.active` until it is ended or the client leaves."""
 
     def __init__(
-        self, server: MockServer, connection: Connection, incoming: Incoming, fault: Fault
+        self, server: ServerState, connection: Connection, incoming: Incoming, fault: Fault
     ) -> None:
         self.server = server
         self.connection = connection
@@ -56,6 +52,14 @@ class Exchange:
     def terminate(self, *, error: bool) -> None:
         """The server ends while this waits: not a byte, as was seen of a real one."""
         self.cut("fin")
+
+    def abort(self, identities: set[str] | None) -> bool:
+        """Only generations can be aborted."""
+        return False
+
+    def send_keep_alive(self, now: float, interval: float) -> float:
+        """Only streams send comments."""
+        return now + interval
 
     def _leave(self) -> None:
         self.over = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_router.lab.mock import checks, late_checks
 from vllm_router.lab.mock.api_error import ApiError
@@ -21,10 +21,8 @@ from vllm_router.lab.mock.shapes import Shape
 from vllm_router.lab.mock.shapes_messages import MessagesShape
 from vllm_router.lab.mock.shapes_openai import ChatShape, CompletionShape
 from vllm_router.lab.mock.shapes_responses import ResponsesShape
+from vllm_router.lab.mock.state import ServerState
 from vllm_router.lab.mock.text import seed_of
-
-if TYPE_CHECKING:
-    from vllm_router.lab.mock.server import MockServer
 
 KINDS = {
     "/v1/chat/completions": "chat",
@@ -48,11 +46,11 @@ def _busy() -> ApiError:
     )
 
 
-def generate(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def generate(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     _generate(server, connection, incoming, KINDS[incoming.path])
 
 
-def invocations(server: MockServer, connection: Connection, incoming: Incoming) -> None:
+def invocations(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """SageMaker's path: the body's fields tell the API, as chat, else as completion."""
     try:
         body = decoded(incoming)
@@ -62,7 +60,7 @@ def invocations(server: MockServer, connection: Connection, incoming: Incoming) 
     _generate(server, connection, incoming, kind)
 
 
-def _generate(server: MockServer, connection: Connection, incoming: Incoming, kind: str) -> None:
+def _generate(server: ServerState, connection: Connection, incoming: Incoming, kind: str) -> None:
     fault = fault_of(server, incoming)
     if fault.mode != "ok":
         early = Exchange(server, connection, incoming, fault)
@@ -81,7 +79,7 @@ def _generate(server: MockServer, connection: Connection, incoming: Incoming, ki
 
 
 def _submit(
-    server: MockServer, connection: Connection, incoming: Incoming, kind: str, fault: Fault
+    server: ServerState, connection: Connection, incoming: Incoming, kind: str, fault: Fault
 ) -> None:
     """Raises the ApiError that is the answer."""
     body = decoded(incoming)
@@ -107,14 +105,15 @@ def _submit(
         generation.fail([], wrong)
         return
     try:
-        server.submit(generation)
+        server.engines.submit(generation)
     except QueueFull:
+        server.counts.rejected += 1
         generation.over = True
         server.active.discard(generation)
         raise _busy() from None
 
 
-def _request(server: MockServer, kind: str, body: Mapping[str, Any], fault: Fault) -> Request:
+def _request(server: ServerState, kind: str, body: Mapping[str, Any], fault: Fault) -> Request:
     model = model_of(server, body)
     prompt = checks.prompt_of(kind, body)
     limit = checks.output_limit(kind, body, prompt, server.options)

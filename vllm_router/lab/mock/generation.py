@@ -14,10 +14,10 @@ from vllm_router.lab.mock.foreign import ERRORS, json_of
 from vllm_router.lab.mock.heads import EVENT_STREAM, JSON
 from vllm_router.lab.mock.request import Request
 from vllm_router.lab.mock.shapes import DONE, LAST_CHUNK, Shape, chunk, engine_dead
+from vllm_router.lab.mock.state import ServerState
 
 if TYPE_CHECKING:
     from vllm_router.lab.mock.driver import EngineDriver
-    from vllm_router.lab.mock.server import MockServer
 
 # These let `after` tokens pass, by default half of them.
 _LATE_MODES = frozenset(
@@ -30,7 +30,7 @@ class Generation(Exchange):
 
     def __init__(
         self,
-        server: MockServer,
+        server: ServerState,
         connection: Connection,
         incoming: Incoming,
         fault: Fault,
@@ -92,8 +92,13 @@ class Generation(Exchange):
         if self.driver is not None:
             self.driver.abort(self.request)
 
-    def comment(self, now: float, interval: float) -> float:
-        """A sign of life if this is a stream that has been silent; when the next may be due."""
+    def abort(self, identities: set[str] | None) -> bool:
+        if identities is not None and self.identity not in identities:
+            return False
+        self.abort_finish([])
+        return True
+
+    def send_keep_alive(self, now: float, interval: float) -> float:
         if not self.stream or self.over or not self._shape.comments:
             return now + interval
         if self.last_write + interval <= now:
