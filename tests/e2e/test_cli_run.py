@@ -182,7 +182,7 @@ def test_another_program_at_the_url_is_no_router():
     with mock_processes(1) as (mock,):
         done = call("status", mock.url)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"vllm-router: {mock.url} is no vLLM Router")
+    assert done.stderr.startswith(f"vllm-router: {mock.url} is not a vLLM Router")
     assert done.stderr.count("\n") == 1
 
 

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Coroutine
 from typing import IO, Any
 
 import click
-import trio
 
-from vllm_router.cli.admin_client import Router
+from vllm_router.cli.common import DEFAULT_URL, run_client
 from vllm_router.cli.options import for_router
 from vllm_router.cli.tables import Cell, Column, print_table
-from vllm_router.errors import RouterError
 from vllm_router.observability.formatting import visible
 
-DEFAULT_URL = "http://127.0.0.1:8888"
 SHOWN_DECISIONS = 20
 
 _FIGURES = (("LOAD", "load"), ("RUNNING", "running"), ("WAITING", "waiting"), ("LEASES", "leases"))
-
-
-class Failure(click.ClickException):
-    """The router could not be asked."""
-
-    exit_code = 2
 
 
 @click.command()
@@ -66,26 +56,21 @@ def explain(
         raise click.UsageError("--model, --body and --decisions exclude each other")
     content = body.read() if body is not None else None
 
+    from vllm_router.cli.router_client import RouterClient
+
     async def ask() -> Any:
-        async with Router(url, key, ca) as router:
+        async with RouterClient(url, key, ca) as router:
             if decisions is not None:
                 return await router.decisions(decisions)
             return await router.explain(model, content)
 
-    found = _run(ask)
+    found = run_client(ask)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif decisions is not None:
         _print_decisions(found)
     else:
         _print_explanation(found)
-
-
-def _run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    try:
-        return trio.run(work)
-    except RouterError as error:
-        raise Failure(str(error)) from None
 
 
 def _print_explanation(found: dict[str, Any]) -> None:

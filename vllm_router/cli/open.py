@@ -6,21 +6,13 @@ import os
 import webbrowser
 
 import click
-import trio
 
-from vllm_router.cli.admin_client import Router
+from vllm_router.cli.common import DEFAULT_URL, run_client
 from vllm_router.cli.options import for_router
-from vllm_router.errors import RouterError
-
-
-class NoLink(click.ClickException):
-    """The router gives no code."""
-
-    exit_code = 2
 
 
 @click.command("open")
-@click.argument("url", default="http://127.0.0.1:8888")
+@click.argument("url", default=DEFAULT_URL)
 @for_router
 @click.option("--page", metavar="URL", help="Where the browser finds the page, if not at URL.")
 @click.option("--print", "only_print", is_flag=True, help="Do not start a browser.")
@@ -34,14 +26,13 @@ def open_page(
     is a desktop.
     """
 
+    from vllm_router.cli.router_client import RouterClient
+
     async def ask() -> tuple[str, str]:
-        async with Router(url, key, ca) as router:
+        async with RouterClient(url, key, ca) as router:
             return router.url, await router.sign_in()
 
-    try:
-        base, code = trio.run(ask)
-    except RouterError as error:
-        raise NoLink(str(error)) from None
+    base, code = run_client(ask)
     link = f"{_reachable(page or base)}/#sign-in={code}"
     click.echo(link)
     if not only_print and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

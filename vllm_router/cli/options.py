@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def for_router(command: F) -> F:
-    """Adds `key` and `ca`, as `control.Router` takes them."""
+    """Adds `key` and `ca`, as `RouterClient` takes them."""
     command = click.option(
         "--ca",
         envvar="VLLM_ROUTER_CA",

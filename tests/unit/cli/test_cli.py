@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vllm_router
-from vllm_router.cli.admin_client import Router, Status
 from vllm_router.cli.main import cli
+from vllm_router.cli.router_client import RouterClient, Status
 from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
 
 EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
@@ -153,10 +153,11 @@ def test_version(arguments: list[str]):
 HEAVY = {"trio", "httpx", "quart", "hypercorn", "rich", "msgspec"}
 
 
-def test_help_loads_none_of_the_heavy_modules():
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["version"]])
+def test_help_and_version_load_no_heavy_module(arguments: list[str]):
     code = (
         "import sys, vllm_router.cli.main as c\n"
-        "try: c.cli(['run', '--help'])\n"
+        f"try: c.cli({arguments})\n"
         f"except SystemExit: print(sorted({HEAVY} & sys.modules.keys()))"
     )
     done = subprocess.run(
@@ -173,7 +174,7 @@ def test_help_loads_none_of_the_heavy_modules():
     ],
 )
 def test_router_url_may_be_short(given: str, used: str):
-    assert Router(given).url == used
+    assert RouterClient(given).url == used
 
 
 def test_status_skips_what_is_no_server():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.cli.admin_client import ServerReport, uneven_lengths
+from vllm_router.cli.server_check import ServerReport, uneven_lengths
 from vllm_router.proxy.retry import Outcome
 from vllm_router.proxy.status_rules import Scope, judge_answer
 from vllm_router.routing.prompt.lengths import sure_tokens

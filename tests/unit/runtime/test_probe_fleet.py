@@ -9,7 +9,7 @@ import trio
 
 from support.fleet_makers import make_config
 from support.scripted_server import ScriptedServer, Talk, ok
-from vllm_router.cli.admin_client import ServerReport, probe_fleet
+from vllm_router.cli.server_check import ServerReport, probe_fleet
 
 
 async def probed(pages: dict[bytes, bytes]) -> ServerReport:

@@ -12,7 +12,7 @@ import msgspec
 import trio
 import trio_websocket
 
-from vllm_router.cli.admin_client import NoRouter, client_context
+from vllm_router.cli.router_client import NoRouter, client_context
 from vllm_router.errors import RouterError
 from vllm_router.http.client.transport import tls_words
 from vllm_router.runtime.own_machine import find_socket, short_path
@@ -44,7 +44,7 @@ class Feed:
     """The messages of the router at `url` (http or https, perhaps without scheme)."""
 
     def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
-        """`key` and `ca` as in `control.Router`."""
+        """`key` and `ca` as in `RouterClient`."""
         self.key, self.ca = key, ca
         self._headers = [(b"authorization", b"Bearer " + key.encode())] if key else None
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")

@@ -167,10 +167,10 @@ class Screen:
 
     async def _drain(self, action: SetDrain) -> None:
         # Half of this program's start-up, which most of its runs do not need.
-        from vllm_router.cli.admin_client import Router
+        from vllm_router.cli.router_client import RouterClient
 
         try:
-            async with Router(self._feed.url, self._feed.key, self._feed.ca) as router:
+            async with RouterClient(self._feed.url, self._feed.key, self._feed.ca) as router:
                 await router.drain(action.server, on=action.on)
             done = "is draining" if action.on else "takes requests again"
             self._view.message = f"{action.server} {done}."

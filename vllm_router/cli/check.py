@@ -1,0 +1,76 @@
+"""`vllm-router check-config`: validate a configuration file and probe its servers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from vllm_router.cli.common import DEFAULT_CONFIG, load_config, run_client
+from vllm_router.observability.formatting import visible
+
+if TYPE_CHECKING:
+    from vllm_router.cli.server_check import ServerReport
+    from vllm_router.cli.tables import Cell
+
+
+@click.command("check-config")
+@click.option("--config", "file", metavar="FILE", default=DEFAULT_CONFIG, show_default=True)
+@click.option("--probe", is_flag=True, help="Also ask every server what the router will ask it.")
+def check_config(*, file: str, probe: bool) -> None:
+    """Say what is wrong with a configuration file.
+
+    Every problem is one line with the path of its key. Exit code 1 if there is one, or if a server
+    fails its probe; 2 if there is no file to read.
+    """
+    from vllm_router.config.reload import ConfigSource
+    from vllm_router.routing.policies import POLICY_NAMES
+
+    config = load_config(
+        ConfigSource(file, policies=POLICY_NAMES),
+        1 if os.path.isfile(file) and os.access(file, os.R_OK) else 2,
+    )
+    count = len(config.servers)
+    click.echo(
+        f"{file}: OK, {count} server{'s' if count != 1 else ''}, policy {config.settings.policy}"
+    )
+    if not probe:
+        return
+    from vllm_router.cli.server_check import missing_models, probe_fleet, uneven_lengths
+
+    reports = run_client(probe_fleet, config)
+    _print_reports(reports)
+    for line in uneven_lengths(reports):
+        click.echo(visible(line), err=True)
+    problems = [f"{report.name}: {problem}" for report in reports for problem in report.problems]
+    problems += missing_models(config, reports)
+    for line in problems:
+        click.echo(visible(line), err=True)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _print_reports(reports: Sequence[ServerReport]) -> None:
+    from vllm_router.cli.tables import Cell, Column, print_table
+
+    titles = ("SERVER", "HEALTH", "MODELS", "MAX LEN", "METRICS", "VLLM", "KEY")
+    rows: list[list[Cell | str]] = []
+    for report in reports:
+        models = report.models or {}
+        seconds = report.health_seconds
+        took = "" if seconds is None else f" {seconds * 1000:.0f} ms"
+        lengths = dict.fromkeys(length for length in models.values() if length is not None)
+        rows.append(
+            [
+                report.name,
+                Cell(report.health + took, "green" if report.health == "ok" else "bold red"),
+                ", ".join(models),
+                ", ".join(map(str, lengths)),
+                " ".join(report.metrics),
+                report.version,
+                Cell(report.key, "red" if report.key in ("refused", "missing") else ""),
+            ]
+        )
+    print_table([Column(title, right=title == "MAX LEN") for title in titles], rows)

@@ -1,0 +1,31 @@
+"""Short descriptions of connection errors for the command line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+import httpx
+
+from vllm_router.http.client.transport import tls_words
+
+
+def describe(error: httpx.HTTPError) -> str:
+    """The operating system's message for an error of httpx, if there is one."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):
+            # One for each address of the host; the last was tried last.
+            cause = cause.exceptions[-1]
+        elif isinstance(cause, ssl.SSLError):
+            return tls_words(cause)  # its number is not the operating system's
+        elif isinstance(cause, OSError) and cause.errno is not None:
+            # Name resolution has numbers of its own; Trio words the others at length.
+            gai = isinstance(cause, socket.gaierror)
+            return str(cause.strerror) if gai else os.strerror(cause.errno)
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__

@@ -1,0 +1,216 @@
+"""HTTP client of a running router, used by the commands.
+
+It ignores proxy settings of the environment and follows no redirects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+import trio
+
+from vllm_router.cli.error_text import describe
+from vllm_router.errors import RouterError
+from vllm_router.runtime.own_machine import find_socket, short_path
+
+TIMEOUT = 5.0
+"""Seconds a router may take for an answer."""
+
+POLL_INTERVAL = 0.5
+"""Seconds between two looks at a draining server."""
+
+
+class NoRouter(RouterError):
+    """Nothing answers at the URL, or something that is not a vLLM Router."""
+
+
+class ErrorResponse(RouterError):
+    """The router answered with an error; `code` is its name for it."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """One server, as `/load-stats` tells; None is what an older or newer router does not tell."""
+
+    name: str
+    state: str
+    reason: str
+    load: float | None
+    running: float | None
+    waiting: float | None
+    in_flight: float | None
+    capacity: float | None
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a router says of itself, decoded from JSON; `load` has a list of `servers`."""
+
+    health: dict[str, Any]
+    load: dict[str, Any]
+
+    @property
+    def servers(self) -> list[ServerStatus]:
+        """In the order of the configuration."""
+        return [_server_status(entry) for entry in self.load["servers"] if isinstance(entry, dict)]
+
+
+def _server_status(entry: dict[str, Any]) -> ServerStatus:
+    metrics = entry.get("detailed_metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
+
+    def figure(value: object) -> float | None:
+        return float(value) if isinstance(value, int | float) else None
+
+    return ServerStatus(
+        name=str(entry.get("name", "")),
+        state=str(entry.get("state", "")),
+        reason=str(entry.get("reason", "")),
+        load=figure(entry.get("load")),
+        running=figure(metrics.get("num_requests_running")),
+        waiting=figure(metrics.get("num_requests_waiting")),
+        in_flight=figure(entry.get("in_flight")),
+        capacity=figure(entry.get("max_capacity")),
+        models=tuple(map(str, entry.get("models") or ())),
+    )
+
+
+def client_context(url: str, ca: str | None) -> ssl.SSLContext:
+    """To verify a router's certificate: by the system's authorities, or those in a PEM file.
+
+    Raises NoRouter if the file cannot be used.
+    """
+    if not url.startswith(("https:", "wss:")):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and takes no time to make
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise NoRouter(f"{ca}: cannot read the CA file: {error.strerror or error}") from None
+
+
+class RouterClient:
+    """A client of one running router; an async context manager.
+
+    A router of the same user on this machine is asked by its Unix socket, which proves who asks.
+    Every method raises NoRouter or ErrorResponse.
+    """
+
+    def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
+        """`url` may lack the scheme and end in a slash. `key` is the router's admin or status
+        key. `ca` is a PEM file with the authorities that may have signed its certificate.
+        """
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._asked = self.url
+        self._ending = contextlib.ExitStack()
+        transport: httpx.AsyncHTTPTransport | None = None
+        path = find_socket(self.url)
+        if path is not None:
+            with contextlib.suppress(OSError):  # the router ends just now
+                short = self._ending.enter_context(short_path(path))
+                transport = httpx.AsyncHTTPTransport(uds=short)
+                self._asked = "http://" + self.url.partition("://")[2]
+        self._client = httpx.AsyncClient(
+            timeout=TIMEOUT,
+            trust_env=False,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            transport=transport,
+            verify=client_context(self._asked, ca),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+        self._ending.close()
+
+    async def status(self) -> Status:
+        """The router and its servers, as of now."""
+        load = await self._ask("GET", "/load-stats")
+        if not isinstance(load.get("servers"), list):
+            raise NoRouter(f"{self.url} answers, but is not a vLLM Router")
+        return Status(health=await self._ask("GET", "/health"), load=load)
+
+    async def explain(self, model: str | None, body: bytes | None) -> dict[str, Any]:
+        """Where a request would go: one with this body, or else one for this model."""
+        if body is not None:
+            return await self._ask("POST", "/explain", body)
+        return await self._ask("GET", f"/explain?model={quote(model or '', safe='')}")
+
+    async def decisions(self, limit: int) -> list[dict[str, Any]]:
+        """The last picks, newest first."""
+        found = (await self._ask("GET", f"/decisions?limit={limit}")).get("decisions")
+        return [row for row in found or () if isinstance(row, dict)]
+
+    async def drain(self, server: str, *, on: bool) -> None:
+        """Take a server out of the rotation, or back in."""
+        await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
+
+    async def sign_in(self) -> str:
+        """A code that signs a page in, once."""
+        return str((await self._ask("POST", "/admin/sign-in")).get("code", ""))
+
+    async def watch_drain(self, server: str) -> AsyncIterator[int]:
+        """The requests in flight on a server, whenever their number has changed, down to 0."""
+        last = -1
+        while True:
+            number = await self._in_flight(server)
+            if number != last:
+                yield number
+            if number == 0:
+                return
+            last = number
+            await trio.sleep(POLL_INTERVAL)
+
+    async def _in_flight(self, server: str) -> int:
+        try:
+            return int((await self._ask("GET", _admin(server))).get("in_flight", 0))
+        except ErrorResponse as error:
+            if error.code == "server_not_found":
+                return 0  # taken out of the configuration meanwhile, and its last request ended
+            raise
+
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        """A JSON object from the router."""
+        headers = {"content-type": "application/json"} if body is not None else {}
+        try:
+            response = await self._client.request(
+                method, self._asked + path, content=body, headers=headers
+            )
+        except httpx.InvalidURL as error:
+            raise NoRouter(f"{self.url} is not a valid URL: {error}") from None
+        except httpx.HTTPError as error:
+            raise NoRouter(f"no router answers at {self.url}: {describe(error)}") from None
+        page = _object(response)
+        code = response.headers.get("x-vllm-router-error")
+        if code is not None:
+            said = page.get("error")
+            message = said.get("message") if isinstance(said, dict) else None
+            raise ErrorResponse(code, str(message or f"{self.url} answered {code}"))
+        if not response.is_success or not page:
+            raise NoRouter(f"{self.url} is not a vLLM Router: {path} answered {response.status_code}")
+        return page
+
+
+def _admin(server: str) -> str:
+    return f"/admin/servers/{quote(server, safe='')}"
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a router's answer, empty if it is none."""
+    try:
+        page = response.json()
+    except ValueError:
+        return {}
+    return page if isinstance(page, dict) else {}

@@ -1,0 +1,126 @@
+"""Start the router and announce its URL."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vllm_router import __version__
+from vllm_router.cli.common import Failure
+from vllm_router.errors import RouterError
+
+if TYPE_CHECKING:
+    from vllm_router.config.reload import ConfigSource
+    from vllm_router.config.schema import Config
+    from vllm_router.observability.log_output import LogOutput
+
+logger = logging.getLogger(__name__)
+
+
+def start(
+    config: Config,
+    source: ConfigSource | None,
+    output: LogOutput,
+    demo: int,
+    host: str,
+    port: int,
+    log: Path | None,
+    workers: int,
+    *,
+    lane: bool,
+    reuse_port: bool,
+) -> None:
+    """Serve until a signal ends it; with the monitor on this terminal if the log is a file."""
+    import trio
+
+    from vllm_router.http.server.socket_handover import passed_sockets
+    from vllm_router.runtime.serve import ServeOptions, serve
+
+    try:
+        passed = tuple(passed_sockets(os.environ))
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    _raise_descriptor_limit()
+    options = ServeOptions(
+        config=config,
+        source=source,
+        demo=demo,
+        host=host,
+        port=port,
+        lane=lane,
+        reuse_port=reuse_port,
+        passed=passed,
+        output=output,
+        workers=workers,
+    )
+    if workers > 1:
+        from vllm_router.runtime.workers.parent import serve_workers as serve
+
+    def listening(url: str) -> None:
+        quiet = log is None and output.form == "json"
+        _announce(url, demo or len(config.servers), hint=bool(demo), quiet=quiet)
+
+    try:
+        if log is None:
+            trio.run(serve, options, listening)
+        else:
+            from vllm_router.cli.monitor.attached import serve_with_view
+
+            trio.run(serve_with_view, serve, options, listening, log)
+    except OSError as error:
+        raise Failure(_why_not_listening(error, host, port)) from None
+    except RouterError as error:
+        raise Failure(str(error)) from None
+
+
+def _raise_descriptor_limit() -> None:
+    """Take what the system allows: a stream holds two descriptors, and the usual limit is 1024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
+    """Say that the router is up; with `quiet` in the log alone, which is then read by machines."""
+    lines = [f"vLLM Router {__version__} on {url}, {servers} server{'s' if servers != 1 else ''}"]
+    if hint:
+        lines.append(f"try: {_example(url)}")
+    if quiet:
+        logger.info("%s", lines[0])
+        return
+    try:
+        click.echo("\n".join(lines))
+    except OSError:
+        # Whoever started us does not read this. That is no reason not to serve, nor to fail at
+        # the exit, when Python tries to write it once more.
+        logger.warning("nobody reads stdout: %s", lines[0])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _example(url: str) -> str:
+    """A request that the demo answers, to be pasted into a shell."""
+    from vllm_router.lab.demo import DEMO_MODEL
+
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": DEMO_MODEL, "stream": True, "messages": messages})
+    near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    return f"curl -N {near}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _why_not_listening(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is already in use"
+    if isinstance(error, socket.gaierror):
+        return f"cannot listen on {host}: {error.strerror}"
+    return f"cannot listen on port {port} of {host}: {error.strerror or error}"

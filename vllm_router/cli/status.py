@@ -1,0 +1,69 @@
+"""`vllm-router status`: a table of the servers of a running router."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from vllm_router.cli.common import DEFAULT_URL, run_client
+from vllm_router.cli.options import for_router
+
+if TYPE_CHECKING:
+    from vllm_router.cli.router_client import Status
+    from vllm_router.cli.tables import Cell
+
+
+@click.command()
+@click.argument("url", default=DEFAULT_URL)
+@for_router
+@click.option("--json", "as_json", is_flag=True, help="Everything the router says, as JSON.")
+def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
+    """Show the load and state of every server of a running router.
+
+    URL is the router's, http://127.0.0.1:8888 if not given.
+    """
+    from vllm_router.cli.router_client import RouterClient
+
+    async def ask() -> Status:
+        async with RouterClient(url, key, ca) as router:
+            return await router.status()
+
+    found = run_client(ask)
+    if as_json:
+        click.echo(json.dumps({"health": found.health, "load": found.load}, indent=2))
+    else:
+        _print_status(found)
+
+
+_FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY")
+_STYLES = {
+    "up": "green",
+    **dict.fromkeys(("full", "draining", "asleep", "paused", "silent", "refusing"), "yellow"),
+}
+
+
+def _print_status(found: Status) -> None:
+    from vllm_router.cli.tables import Cell, Column, print_table
+
+    titles = ("SERVER", "STATE", *_FIGURES, "MODELS", "REASON")
+    rows: list[list[Cell | str]] = [
+        [
+            server.name,
+            Cell(server.state, _STYLES.get(server.state, "bold red")),
+            _figure(server.load, 2),
+            _figure(server.running),
+            _figure(server.waiting),
+            _figure(server.in_flight),
+            _figure(server.capacity),
+            ", ".join(server.models),
+            server.reason,
+        ]
+        for server in found.servers
+    ]
+    print_table([Column(title, right=title in _FIGURES) for title in titles], rows)
+
+
+def _figure(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
