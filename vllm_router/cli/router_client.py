@@ -199,7 +199,8 @@ class RouterClient:
             message = said.get("message") if isinstance(said, dict) else None
             raise ErrorResponse(code, str(message or f"{self.url} answered {code}"))
         if not response.is_success or not page:
-            raise NoRouter(f"{self.url} is not a vLLM Router: {path} answered {response.status_code}")
+            status = response.status_code
+            raise NoRouter(f"{self.url} is not a vLLM Router: {path} answered {status}")
         return page
 
 
