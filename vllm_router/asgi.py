@@ -22,7 +22,7 @@ import trio
 from hypercorn.config import Config as HypercornConfig
 
 from vllm_router.config.memory import Memory
-from vllm_router.config.reload import ConfigSource
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.types import split_address
 from vllm_router.errors import ConfigError
 from vllm_router.http.asgi_types import Receive, Scope, Send

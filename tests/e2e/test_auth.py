@@ -20,7 +20,7 @@ from trio_websocket import open_websocket_url
 from support.cli_process import call
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.config.reload import ConfigSource
+from vllm_router.config.source import ConfigSource
 from vllm_router.runtime.serve import OwnView, ServeOptions, serve
 
 ADMIN, STATUS, ALICE, BOB = "sk-ADMIN-1", "sk-STATUS-2", "sk-ALICE-3", "sk-BOB-4"
@@ -342,7 +342,7 @@ def test_keys_are_taken_up_and_withdrawn_while_it_runs(tmp_path: Path):
         config = servers_toml([mock.url]) + f'[auth]\nkeys_file = "keys.toml"\n'  # noqa: F541
         with router_process(config, tmp_path) as router:
             lab = Locked(router, mock)
-            router.wait_for_text("keys.toml: others may read")
+            router.wait_for_text("keys.toml: holds keys, but other users may read")
             assert (lab.chat(ALICE).status_code, lab.chat(BOB).status_code) == (200, 401)
             keys.write_text(f'[[keys]]\nname = "b"\nkey = "{BOB}"\n')
             until(lambda: lab.chat(BOB).status_code == 200, "the new key")

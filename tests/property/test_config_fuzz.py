@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_router.config.schema import _SERVER_KEYS, Config, LogSettings, Settings, changes, parse
+from vllm_router.config.changes import changes
+from vllm_router.config.log import LogSettings
+from vllm_router.config.parser import parse
+from vllm_router.config.schema import Config, Settings
 from vllm_router.config.server_url import normalise_url, quoted, server_name
+from vllm_router.config.servers import SERVER_KEYS
 from vllm_router.errors import ConfigError
 
 SECRET = "SeCrEt0123456789"
@@ -68,7 +72,7 @@ urls = st.builds(
 )
 servers = st.lists(
     st.one_of(
-        mixed(*_SERVER_KEYS, values=values),
+        mixed(*SERVER_KEYS, values=values),
         st.fixed_dictionaries({"url": urls}, optional={"name": text, "models": st.lists(text)}),
     ),
     max_size=4,

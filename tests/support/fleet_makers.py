@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vllm_router.config.schema import Config, parse
+from vllm_router.config.parser import parse
+from vllm_router.config.schema import Config
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health import Check

@@ -12,11 +12,11 @@ from urllib.parse import unquote
 import trio
 
 from support.fleet_makers import come_up, make_config
-from vllm_router.config.auth import Identity
-from vllm_router.config.reload import ConfigSource
+from vllm_router.config.source import ConfigSource
 from vllm_router.fleet.server import Server
 from vllm_router.http.asgi_types import IDENTITY, App
 from vllm_router.http.hypercorn.bridge import hold_last
+from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
 from vllm_router.runtime.supervisor import Supervisor

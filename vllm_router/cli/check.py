@@ -25,7 +25,7 @@ def check_config(*, file: str, probe: bool) -> None:
     Every problem is one line with the path of its key. Exit code 1 if there is one, or if a server
     fails its probe; 2 if there is no file to read.
     """
-    from vllm_router.config.reload import ConfigSource
+    from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES
 
     config = load_config(

@@ -10,8 +10,8 @@ import click
 from vllm_router.errors import ConfigError, RouterError
 
 if TYPE_CHECKING:
-    from vllm_router.config.reload import ConfigSource
     from vllm_router.config.schema import Config
+    from vllm_router.config.source import ConfigSource
 
 DEFAULT_CONFIG = "servers.toml"
 DEFAULT_URL = "http://127.0.0.1:8888"

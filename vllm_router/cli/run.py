@@ -13,8 +13,8 @@ from vllm_router.cli.common import DEFAULT_CONFIG, Failure, load_config
 from vllm_router.observability.formatting import FORMATS, LEVELS
 
 if TYPE_CHECKING:
-    from vllm_router.config.reload import ConfigSource
     from vllm_router.config.schema import Config, ServerConfig
+    from vllm_router.config.source import ConfigSource
 
 LOG_FILE = Path("logs/vllm-router.log")
 """Log file while the full-screen monitor uses the terminal."""
@@ -145,8 +145,9 @@ def _configuration(
 ) -> tuple[Config, ConfigSource | None]:
     """The configuration given by the options, and its file source, if it has one."""
     from vllm_router.config.memory import Memory
-    from vllm_router.config.reload import ConfigSource
-    from vllm_router.config.schema import Config, default_settings
+    from vllm_router.config.parser import default_settings
+    from vllm_router.config.schema import Config
+    from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES
     from vllm_router.runtime.memory_limit import memory_limit_mb
 

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from vllm_router.cli.error_text import describe
-from vllm_router.config.models import nowhere
+from vllm_router.config.models import unserved_models
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import UnusablePage
@@ -69,7 +69,7 @@ def missing_models(config: Config, reports: list[ServerReport]) -> list[str]:
         if models is None:
             return []
         served.update(models)
-    return nowhere(config.models, served)
+    return unserved_models(config.models, served)
 
 
 def uneven_lengths(reports: list[ServerReport]) -> list[str]:

@@ -18,8 +18,8 @@ from vllm_router.cli.common import Failure
 from vllm_router.errors import RouterError
 
 if TYPE_CHECKING:
-    from vllm_router.config.reload import ConfigSource
     from vllm_router.config.schema import Config
+    from vllm_router.config.source import ConfigSource
     from vllm_router.observability.log_output import LogOutput
 
 logger = logging.getLogger(__name__)

@@ -6,27 +6,27 @@ from typing import Any
 
 import msgspec
 
-from vllm_router.config.types import AccessLog, Flag, LogFormat, LogLevel
+from vllm_router.config.types import AccessLog, Bool, LogFormat, LogLevel
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is written about what happens.
+    """Logging and tracing.
 
-    level: of the router's own log lines; debug, info, warning or error.
-    format: text or json, of log lines and access lines.
-    access: a line for each finished exchange: true, among the log lines; a path, in a file of
-        their own ("-" is stdout); false, none.
-    prompts: hash the prompts for the access log, whatever the policy, so that it can be replayed
-        in the simulator. No text can be had from the hashes.
-    otel: export spans, as OTEL_EXPORTER_OTLP_ENDPOINT in the environment does, too. Read at the
-        start only.
+    level: of the router's own log lines: debug, info, warning or error.
+    format: of log lines and access lines: text or json.
+    access: the access log, one line per finished exchange: true for the normal log, a path for a
+        separate file ("-" is stdout), false for none.
+    prompts: add block hashes of prompts to the access log, so that the simulator can replay it.
+        The hashes reveal no text.
+    otel: export spans, as does OTEL_EXPORTER_OTLP_ENDPOINT in the environment. Read at the start
+        only.
     """
 
     level: LogLevel = "info"
     format: LogFormat = "text"
     access: AccessLog = True
-    prompts: Flag = False
-    otel: Flag = False
+    prompts: Bool = False
+    otel: Bool = False
 
 
 LOG_KEYS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(LogSettings)}

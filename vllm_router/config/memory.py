@@ -1,23 +1,28 @@
-"""Defaults of the settings that say how much memory the router may take. Pure.
+"""Defaults of the settings that bound the router's memory. Pure.
 
-Where the memory is limited (a container, a small machine), a default that does not fit would end
-with the kernel killing the process, without a word in its log.
+With limited memory (a container, a small machine), defaults that do not fit would end in the
+kernel killing the process without a log line.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-PROCESS_MB = 64.0
-"""What one idle process of the router takes."""
+MEMORY_SETTINGS = ("max_body_mb", "max_bodies_mb", "prefix_memory_mb")
+"""Keys of `[config]` whose defaults depend on the memory."""
 
-LEAST_BODIES_MB = 4.0
-LEAST_PREFIXES_MB = 1.0
+PROCESS_MB = 64.0
+"""Memory of one idle router process, in MB."""
+
+MIN_BODIES_MB = 4.0
+MIN_PREFIX_INDEX_MB = 1.0
 
 
 class Memory(NamedTuple):
-    """What a configuration must fit into: the limit in MB of 10^6 bytes, None for none, and the
-    number of worker processes.
+    """The memory that a configuration must fit into.
+
+    `limit_mb` is the limit in MB of 10^6 bytes, None without a limit; `workers` the number of
+    worker processes.
     """
 
     limit_mb: float | None = None
@@ -25,36 +30,36 @@ class Memory(NamedTuple):
 
     @property
     def idle_mb(self) -> float:
-        """All processes, before anything is asked: with several workers, two more than those."""
+        """Memory of all idle processes. Several workers need two more: leader and parent."""
         return PROCESS_MB * (self.workers + 2 if self.workers > 1 else 1)
 
 
-def fitting(usual: dict[str, float], memory: Memory) -> dict[str, float]:
-    """The defaults for `max_body_mb`, `max_bodies_mb` and `prefix_memory_mb`: the usual, or less.
+def fit_sizes(defaults: dict[str, float], memory: Memory) -> dict[str, float]:
+    """The `defaults` of the MEMORY_SETTINGS, reduced where they exceed the memory.
 
-    Bodies get half of what the idle processes leave, the records of cached prefixes a sixteenth of
-    the limit; the rest is for streams and for what an interpreter loses to fragmentation.
+    Bodies get half of the memory beyond the idle processes, the prefix indexes a sixteenth of the
+    limit. The rest is for streams and for fragmentation of the interpreter's heap.
     """
     if memory.limit_mb is None:
-        return usual
-    bodies = max(LEAST_BODIES_MB, (memory.limit_mb - memory.idle_mb) / 2)
-    prefixes = max(LEAST_PREFIXES_MB, memory.limit_mb / 16 / memory.workers)
-    most = {"max_body_mb": bodies, "max_bodies_mb": bodies, "prefix_memory_mb": prefixes}
-    return {key: min(value, float(round(most[key]))) for key, value in usual.items()}
+        return defaults
+    bodies = max(MIN_BODIES_MB, (memory.limit_mb - memory.idle_mb) / 2)
+    prefixes = max(MIN_PREFIX_INDEX_MB, memory.limit_mb / 16 / memory.workers)
+    limits = {"max_body_mb": bodies, "max_bodies_mb": bodies, "prefix_memory_mb": prefixes}
+    return {key: min(value, float(round(limits[key]))) for key, value in defaults.items()}
 
 
 def memory_line(settings: Any, memory: Memory) -> tuple[bool, str] | None:
-    """What the log should say at the start: whether it is a warning, and the line.
+    """The log line about memory at the start, and whether it is a warning.
 
-    None where there is no limit, or so high a one that nothing follows from it.
+    None without a limit, or if the limit is at least twice the need.
     """
     if memory.limit_mb is None:
         return None
-    most = memory.idle_mb + settings.max_bodies_mb + settings.prefix_memory_mb * memory.workers
-    told = (
+    needed = memory.idle_mb + settings.max_bodies_mb + settings.prefix_memory_mb * memory.workers
+    text = (
         f"memory limit {memory.limit_mb:.0f} MB: max_bodies_mb is {settings.max_bodies_mb:g}, "
         f"max_body_mb {settings.max_body_mb:g}, prefix_memory_mb {settings.prefix_memory_mb:g}"
     )
-    if most > memory.limit_mb:
-        return True, f"{told}; that may take {most:.0f} MB: lower them, or raise the limit"
-    return (False, told) if memory.limit_mb < 2 * most else None
+    if needed > memory.limit_mb:
+        return True, f"{text}; together up to {needed:.0f} MB: lower them, or raise the limit"
+    return (False, text) if memory.limit_mb < 2 * needed else None

@@ -1,4 +1,4 @@
-"""Names of models: public ones for served ones, and where else to go if nobody has a model."""
+"""Model aliases and fallbacks: public names, and the names that servers use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import msgspec
 class ModelRule(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of the `[models]` table; its key is the public name.
 
-    serves: the name under which the servers have it; None if it is the public one.
-    fallback: the public name of the model that answers while no server of this one is available.
-    hidden: not listed in `/v1/models`; it can be asked for all the same.
-    policy: how its servers are chosen; None as everywhere.
+    serves: the servers' name of the model; None if it equals the public name.
+    fallback: public name of the model that is used while no server of this one is available.
+    hidden: not listed in `/v1/models`, but usable.
+    policy: policy that chooses its servers; None for the default policy.
     """
 
     serves: str | None = None
@@ -23,17 +23,17 @@ class ModelRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Models:
-    """The `[models]` table. Names that are not in it stand for themselves."""
+    """The `[models]` table. A name without a rule is both public and served."""
 
     def __init__(self, rules: Mapping[str, ModelRule] | Iterable[tuple[str, ModelRule]]) -> None:
         self.rules = dict(rules)
 
     def served(self, public: str) -> str:
-        """The name under which the servers have it."""
+        """The servers' name of a public model."""
         return self.rules.get(public, _NO_RULE).serves or public
 
-    def instead(self, public: str) -> Iterator[str]:
-        """The public names of the models that answer in its place, the first choice first."""
+    def fallbacks(self, public: str) -> Iterator[str]:
+        """Public names of the model's fallbacks, the first choice first."""
         seen = {public}
         step = self.rules.get(public, _NO_RULE).fallback
         while step is not None and step not in seen:
@@ -41,38 +41,38 @@ class Models:
             seen.add(step)
             step = self.rules.get(step, _NO_RULE).fallback
 
-    def answering(self, public: str, available: Callable[[str], bool]) -> str:
-        """The public name that answers for `public`: itself or the first that stands in for it.
+    def resolve(self, public: str, available: Callable[[str], bool]) -> str:
+        """The public name to serve: `public` or its first available fallback.
 
-        `available` tells of a served name whether a server has it now. If none does, it is itself
-        again, to be refused under its own name. O(length of the chain).
+        `available` returns whether a server has a served name now. If none is available, the
+        result is `public`, so that the refusal names it. O(length of the chain).
         """
         return self.first_available(public, available) or public
 
     def first_available(self, public: str, available: Callable[[str], bool]) -> str | None:
-        """The same, but None if none does."""
-        for name in (public, *self.instead(public)):
+        """As `resolve`, but None if none is available."""
+        for name in (public, *self.fallbacks(public)):
             if available(self.served(name)):
                 return name
         return None
 
     def listed(self, names: Iterable[str]) -> dict[str, str]:
-        """The public names to list, and what each comes to, for the names that servers have.
+        """The public names to list in `/v1/models`, with the served name of each.
 
-        A name that servers use is left out if it has another one in public, unless the table has
-        it, too. A model without a server is listed while another one answers for it.
+        `names` are the models of the servers. A served name with an alias is left out unless it
+        is in the table, too. A model without a server is listed while a fallback serves it.
         """
-        there = list(dict.fromkeys(names))
+        present = list(dict.fromkeys(names))
         renamed = {rule.serves for rule in self.rules.values() if not rule.hidden}
-        found = {name: name for name in there if name not in renamed and name not in self.rules}
+        found = {name: name for name in present if name not in renamed and name not in self.rules}
         for public, rule in self.rules.items():
-            served = self.served(self.answering(public, there.__contains__))
-            if served in there and not rule.hidden:
+            served = self.served(self.resolve(public, present.__contains__))
+            if served in present and not rule.hidden:
                 found[public] = served
         return found
 
     def problems(self) -> list[tuple[str, str, str]]:
-        """What cannot be meant: the public name, the key, and what is wrong there."""
+        """Rules that cannot work: public name, key, and the problem."""
         found = []
         for name, rule in self.rules.items():
             seen: list[str] = []
@@ -81,13 +81,15 @@ class Models:
                 seen.append(step)
                 step = self.rules.get(step, _NO_RULE).fallback
             if step == name:
-                circle = " → ".join([*seen, name])
-                found.append((name, "fallback", f"expected no circle, got {circle}"))
+                cycle = " → ".join([*seen, name])
+                found.append((name, "fallback", f"expected fallbacks without a cycle, got {cycle}"))
             target = rule.serves
             if target is not None and self.served(target) != target:
                 further = self.served(target)
                 text = f"another alias ({target} → {further})"
-                found.append((name, "serves", f"expected the name that servers use, got {text}"))
+                found.append(
+                    (name, "serves", f"expected the servers' name of the model, got {text}")
+                )
         return found
 
 

@@ -1,4 +1,4 @@
-"""The `[models]` table: aliases, fallbacks, and policies of single models. Pure."""
+"""The `[models]` table: aliases, fallbacks and policies per model. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.config.server_url import escaped
 from vllm_router.config.toml_reader import Reader, joined, shown_value
-from vllm_router.config.types import Flag, Model, PolicyName
+from vllm_router.config.types import Bool, Model, PolicyName
 
 MODEL_KEYS: dict[str, Any] = {
     "serves": Model,
     "fallback": Model,
-    "hidden": Flag,
+    "hidden": Bool,
     "policy": PolicyName,
 }
 
@@ -22,7 +22,7 @@ Rules = tuple[tuple[str, ModelRule], ...]
 
 
 def read_models(reader: Reader, table: object) -> Rules:
-    """The table, by public name; problems go to `reader`. A mere string is what is served."""
+    """Read the table; problems go to `reader`. A string is short for `{ serves = "…" }`."""
     if not isinstance(table, dict):
         reader.table("models", table, {})
         return ()
@@ -37,15 +37,19 @@ def read_models(reader: Reader, table: object) -> Rules:
             rules[name] = ModelRule(**reader.table(path, entry, MODEL_KEYS))
         else:
             reader.problem(
-                path, f"expected the name that servers use, or a table, got {shown_value(entry)}"
+                path,
+                f"expected the servers' name of the model or a table, got {shown_value(entry)}",
             )
     for name, key, text in Models(rules).problems():
         reader.problem(f"{joined('models', name)}.{key}", "".join(map(escaped, text)))
     return tuple(rules.items())
 
 
-def nowhere(rules: Rules, served: Collection[str]) -> list[str]:
-    """What the table names though none of the `served` names is it, one line each."""
+def unserved_models(rules: Rules, served: Collection[str]) -> list[str]:
+    """Models that the table names and no server has, one line each, for the log.
+
+    `served` are the model names of all servers.
+    """
     models = Models(rules)
     lines = []
     for name, rule in rules:
@@ -58,7 +62,7 @@ def nowhere(rules: Rules, served: Collection[str]) -> list[str]:
 
 
 def changed_models(before: Rules, after: Rules) -> list[str]:
-    """What a reload changes about them, for the log."""
+    """The changes of a reload, for the log."""
     old, new = dict(before), dict(after)
     parts = [f"model +{name}" for name in new if name not in old]
     parts += [f"model -{name}" for name in old if name not in new]

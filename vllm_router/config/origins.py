@@ -1,7 +1,7 @@
-"""Origins of pages: which of them `cors_origins` lists, and which is the router's own. Pure.
+"""Origins of web pages: matching against `cors_origins` and against the router's own. Pure.
 
-A browser names a page's origin in `Origin` (RFC 6454 7): `https://app.example`, for an app or an
-extension `app://obsidian.md` or `chrome-extension://<id>`, for a page without one `null`.
+A browser sends a page's origin in `Origin` (RFC 6454 7): `https://app.example`, for an app or an
+extension `app://obsidian.md` or `chrome-extension://<id>`, for a page without an origin `null`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _ANY_HOST = r"[^/?#@\s]*"
 
 
 def read_origin(text: str) -> str:
-    """A listed origin as browsers write it: lower case, no default port, no slash at the end.
+    """A configured origin in the form of browsers: lower case, no default port, no final slash.
 
-    Raises ValueError that says what is wrong.
+    Raises ValueError with the problem.
     """
     origin = text.lower()
     if origin in ("*", "null"):
@@ -37,9 +37,9 @@ def read_origin(text: str) -> str:
     scheme, host, port = found.groups()
     if scheme in _DEFAULT_PORTS:
         if not host:
-            raise ValueError(f"expected {EXPECTED}; this has no host")
+            raise ValueError(f"expected {EXPECTED}; the host is missing")
         if host == "*":
-            raise ValueError(f'expected {EXPECTED}; every host of {scheme} is "*"')
+            raise ValueError(f'expected {EXPECTED}; for every {scheme} origin write "*"')
     if port is not None and port != "*":
         if int(port) > 65535:
             raise ValueError(f"expected {EXPECTED}; a port is at most 65535")
@@ -59,10 +59,10 @@ def _hint(text: str) -> str:
 
 
 class Origins:
-    """The origins that are listed. `everyone` if `*` is among them."""
+    """The origins of `cors_origins`. `everyone` is True if `*` is among them."""
 
     def __init__(self, listed: Iterable[str]) -> None:
-        """`listed` as `read_origin` writes them."""
+        """`listed` are results of `read_origin`."""
         origins = frozenset(listed)
         self.everyone = "*" in origins
         self._exact = frozenset(origin for origin in origins if "*" not in origin)
@@ -73,7 +73,7 @@ class Origins:
         return self.everyone or bool(self._exact) or self._patterns is not None
 
     def __contains__(self, origin: str) -> bool:
-        """Whether the page of a request with this `Origin` is listed."""
+        """Whether the value of an `Origin` header matches."""
         if self.everyone:
             return True
         lower = origin.lower()
@@ -83,7 +83,7 @@ class Origins:
 
 
 def _pattern(origin: str) -> str:
-    """A regular expression for an origin with wildcards, which stand for whole labels."""
+    """A regular expression for an origin with wildcards; a wildcard stands for whole labels."""
     scheme, _, rest = origin.partition("://")
     any_port = rest.endswith(":*")
     host = rest.removesuffix(":*") if any_port else rest
@@ -97,9 +97,9 @@ def _pattern(origin: str) -> str:
 
 
 def is_own(origin: str, hosts: Iterable[str]) -> bool:
-    """Whether a page of this origin has come from here: from one of the `hosts`.
+    """Whether the origin is one of the router's own `hosts`.
 
-    These are values of `Host` and `X-Forwarded-Host`; a default port makes no difference.
+    `hosts` are values of `Host` and `X-Forwarded-Host`; a default port makes no difference.
     """
     try:
         parts = urlsplit(origin)
@@ -115,7 +115,7 @@ def _without_port(host: str, port: str) -> str:
 
 
 def forwarded_hosts(x_forwarded_host: str, forwarded: str) -> list[str]:
-    """The hosts that proxies say the client has asked for.
+    """The hosts requested by the client, according to proxies.
 
     The arguments are the values of `X-Forwarded-Host` and `Forwarded` (RFC 7239 5.3).
     """
@@ -128,23 +128,23 @@ def forwarded_hosts(x_forwarded_host: str, forwarded: str) -> list[str]:
 
 
 def refusal_text(origin: str, host: str, peer: str | None) -> str:
-    """What a page of an origin that may not ask is told: exactly what to add, and where.
+    """The error message for a refused origin, with the setting that allows it.
 
-    `host` is the request's `Host`, `peer` the address that it came from.
+    `host` is the request's `Host`, `peer` its remote address.
     """
     shown = origin[:200]
     try:
         listed = read_origin(shown)
     except ValueError:
-        return f'The request has the Origin "{shown}", which is none: no page may use that.'
+        return f'The Origin header "{shown}" is not a valid origin.'
     text = (
-        f"Pages of {shown} may not use this router: "
-        f'cors_origins = ["{listed}"] in [config] allows them.'
+        f"Pages of {shown} may not use this router; to allow them, set "
+        f'cors_origins = ["{listed}"] in [config].'
     )
     if listed != "null" and peer is not None:
         text += (
-            " If this is the router's own page behind a proxy that changes Host "
-            f"(here {host[:200] or 'none'}): let the proxy pass Host on, or set "
-            f'trusted_proxies = ["{peer}"] and let it send X-Forwarded-Host.'
+            " If this is the router's own page behind a proxy that changes the Host header "
+            f"(here {host[:200] or 'none'}), let the proxy forward Host unchanged, or set "
+            f'trusted_proxies = ["{peer}"] and let the proxy send X-Forwarded-Host.'
         )
     return text

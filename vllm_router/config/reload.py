@@ -1,199 +1,61 @@
-"""Hot reload of the configuration file.
+"""Hot reload of the configuration file: `Reloader` decides, `watch` is the task that polls.
 
-`ConfigSource` reads the file, `Reloader` decides, and `watch`, the only part that knows Trio,
-sleeps and calls. The file is polled: `os.stat` costs 2 µs, follows symbolic links and works on
-every file system, so that writes in place, atomic replacement and the link swap of a Kubernetes
-ConfigMap are all seen; inotify on the file misses the last two.
+The file is polled because `os.stat` costs 2 µs, follows symbolic links and works on every file
+system: writes in place, atomic replacement and the link swap of a Kubernetes ConfigMap are all
+noticed. inotify on the file misses the last two.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
-import os
-import stat
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import trio
 
-from vllm_router.config import ssl_contexts as tls
-from vllm_router.config.memory import Memory
-from vllm_router.config.schema import Config, changes, parse
-from vllm_router.config.toml_reader import MAX_FILE_BYTES
+from vllm_router.config.changes import changes
+from vllm_router.config.schema import Config
+from vllm_router.config.source import ConfigSource, Fingerprints
 from vllm_router.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 SETTLE_TIME = 0.1
-"""Seconds that a changed file must stay as it is before it is read. A writer in the middle of its
-work may leave a file that is valid and lacks half of the servers. It is also longer than the tick
-of file timestamps (4 to 10 ms), so that no later write can go unseen within the same tick."""
+"""Seconds that a changed file must stay unchanged before it is read: a half-written file may be
+valid and lack half of the servers. Also longer than the resolution of file timestamps (4 to
+10 ms), so that every later write changes the fingerprint."""
 
 LOGGED_PROBLEMS = 5
-"""A log line names so many problems of a refused file; `last_error` has them all."""
-
-
-class Fingerprint(NamedTuple):
-    """What of a file's metadata tells that it may have changed.
-
-    The change time is in it because a file made readable again keeps its modification time.
-    """
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-Seen = tuple[Fingerprint | str, ...]
-"""The fingerprints of the file and those it names, or why there is none: a file that vanishes has
-changed, too."""
-
-
-class ConfigSource:
-    """The file a configuration comes from. Opens it only while it reads."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        environ: Mapping[str, str] | None = None,
-        memory: Memory = Memory(),  # noqa: B008 (never changes)
-        policies: Collection[str] | None = None,
-    ) -> None:
-        """`path` is shown in messages as given; `environ` is os.environ unless given; defaults
-        fit into `memory`; `policies` are the names that `policy` accepts, None accepts any.
-        """
-        self._policies = policies
-        self.memory = memory
-        self.path = path
-        self.loaded: Seen | None = None
-        self._named: tuple[str, ...] = ()
-        self._environ = os.environ if environ is None else environ
-
-    def __repr__(self) -> str:
-        return f"<ConfigSource {self.path}>"
-
-    def look(self) -> Seen:
-        """What the file, and those it named last, look like now. Never raises, never opens one."""
-        return tuple(_look(path) for path in (self.path, *self._named))
-
-    def load(self) -> Config:
-        """Read and check the file; raises ConfigError if it is unreadable or wrong.
-
-        The fingerprint is taken first, so that a write during the reading is seen afterwards.
-        """
-        first = _look(self.path)
-        named: dict[str, Fingerprint | str] = {}
-
-        def read_named(path: str) -> bytes:
-            named[path] = _look(path)
-            data = _read(path)
-            _warn_if_open(path, data)
-            return data
-
-        try:
-            config = parse(
-                _read(self.path),
-                str(self.path),
-                self._environ,
-                read_named,
-                self.memory,
-                self._policies,
-            )
-            problems = tls.problems(config)
-            if problems:
-                raise ConfigError([f"{self.path}: {problem}" for problem in problems])
-            return config
-        finally:
-            self._named = tuple(named)
-            self.loaded = (first, *named.values())
-
-
-def _look(path: str | Path) -> Fingerprint | str:
-    try:
-        info = os.stat(path)
-    except OSError as error:
-        return _reason(error)
-    except ValueError as error:  # a NUL in the path
-        return str(error)
-    return Fingerprint(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-
-
-def _warn_if_open(path: str, data: bytes) -> None:
-    """A file of keys that everybody may read, or others change, is worth a line."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return
-    secret = b"PRIVATE KEY-----" in data or b"-----BEGIN" not in data
-    if mode & 0o026 and secret:
-        logger.warning("%s: others may read or change it, though it holds keys: chmod 600", path)
-    elif mode & 0o022:
-        logger.warning("%s: others may change it: chmod go-w", path)
-
-
-def _read(path: str | Path) -> bytes:
-    """At most MAX_FILE_BYTES + 1 bytes, which `parse` refuses; never blocks on a pipe."""
-    try:
-        kind = _kind(os.stat(path).st_mode)
-        if kind is None:
-            # Between the two calls the file may have become a pipe: do not wait for it.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(descriptor, "rb") as file:
-                kind = _kind(os.fstat(descriptor).st_mode)
-                if kind is None:
-                    return file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: cannot be read: {_reason(error)}"]) from None
-    raise ConfigError([f"{path}: expected a file, got {kind}"])
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def _kind(mode: int) -> str | None:
-    """What it is if it is no regular file."""
-    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something else")
+"""Problems of a refused file in its log line; `last_error` has all of them."""
 
 
 class Reload(enum.Enum):
-    """What came of a look at the file."""
+    """The result of a poll or a reload."""
 
     APPLIED = "applied"
     UNCHANGED = "unchanged"
     REFUSED = "refused"
 
 
-class Beside(Protocol):
-    """Runs a function without holding up the loop."""
+class RunInBackground(Protocol):
+    """Runs a blocking function without blocking the event loop."""
 
     def __call__(self, function: Callable[[], Config], /) -> Awaitable[Config]: ...
 
 
 async def _in_a_thread(function: Callable[[], Config]) -> Config:
-    # A file system that hangs must not keep the router from ending.
+    # Abandoned on cancel: a hanging file system must not block the shutdown.
     return await trio.to_thread.run_sync(function, abandon_on_cancel=True)
 
 
 class Reloader:
-    """Keeps the configuration in force, and replaces it whole or not at all.
+    """Holds the current configuration and replaces it as a whole or not at all.
 
-    `current` is in force; `generation` counts from 1 and rises with every replacement;
-    `last_error` holds the problems of the file as it is now, one a line, and is None while it is
-    good; `applied_total` and `refused_total` only rise.
+    current: the configuration in force.
+    generation: starts at 1, incremented with every replacement.
+    last_error: problems of the present file, one per line; None while the file is valid.
+    applied_total, refused_total: counters.
     """
 
     def __init__(
@@ -202,14 +64,14 @@ class Reloader:
         current: Config,
         apply: Callable[[Config, Config], None],
         prepare: Callable[[Config], Awaitable[None]] | None = None,
-        beside: Beside | None = None,
+        run_in_background: RunInBackground | None = None,
     ) -> None:
-        """`current` comes from `source.load()`.
+        """`current` is the result of `source.load()`.
 
-        `apply(old, new)` puts a new configuration in force, synchronously. It may raise
-        ConfigError to refuse it, before it has changed anything. `prepare(new)` may do what takes
-        long before, and raise ConfigError, too. `beside` runs the reading of the file, which takes
-        0.3 s for a thousand servers; a thread does unless it is given.
+        `prepare(new)` does the slow work that `apply` needs; `apply(old, new)` puts the new
+        configuration in force, synchronously. Both may raise ConfigError to refuse it, `apply`
+        only before it has changed anything. `run_in_background` runs `source.load`, which takes
+        0.3 s for a thousand servers; a thread by default.
         """
         self.source = source
         self.current = current
@@ -219,38 +81,38 @@ class Reloader:
         self.refused_total = 0
         self._apply = apply
         self._prepare = prepare
-        self._beside: Beside = beside or _in_a_thread
+        self._run_in_background: RunInBackground = run_in_background or _in_a_thread
         self._lock = trio.Lock()
-        self._seen: Seen | None = source.loaded
+        self._seen: Fingerprints | None = source.loaded
 
     @property
     def settled(self) -> bool:
-        """False while the file has changed and waits to be read: poll again in SETTLE_TIME."""
+        """False if the file has changed and is not read yet: poll again after SETTLE_TIME."""
         return self._seen == self.source.loaded
 
     async def poll(self) -> Reload:
-        """Look at the file, and read it if it has changed and stayed so since the last look."""
-        seen, self._seen = self._seen, self.source.look()
+        """Reload if the file has changed before the last poll and not since."""
+        seen, self._seen = self._seen, self.source.fingerprints()
         if self.settled or self._seen != seen:
             return Reload.UNCHANGED
         return await self.reload(force=False)
 
     async def reload(self, *, force: bool) -> Reload:
-        """Read the file, unless it is the one read last and `force` is off, and apply it.
+        """Read and apply the file; without `force` only if it has changed since it was read.
 
-        A refused file changes nothing but the counters, `last_error` and one log line. One reload
-        after the other, whoever asks for them.
+        A refused file changes `refused_total` and `last_error` and is logged once. Concurrent
+        calls run one after the other.
         """
         async with self._lock:
             return await self._reload(force=force)
 
     async def _reload(self, *, force: bool) -> Reload:
-        self._seen = self.source.look()
+        self._seen = self.source.fingerprints()
         if self.settled and not force:
             return Reload.UNCHANGED
         old = self.current
         try:
-            new = await self._beside(self.source.load)
+            new = await self._run_in_background(self.source.load)
             if new != old:
                 if self._prepare is not None:
                     await self._prepare(new)
@@ -258,13 +120,15 @@ class Reloader:
         except ConfigError as error:
             return self._refuse(error.problems)
         except Exception as error:
-            # A defect in here must not end the process that serves the traffic.
+            # A bug in reloading must not end the process that serves traffic.
             logger.exception("reload of %s failed", self.source.path)
-            return self._refuse([f"{self.source.path}: {type(error).__name__} (see the log)"])
+            return self._refuse(
+                [f"{self.source.path}: internal error {type(error).__name__} (see the log)"]
+            )
         recovered, self.last_error = self.last_error is not None, None
         if new == old:
             if recovered or force:
-                logger.info("configuration read again, %s changes nothing", self.source.path)
+                logger.info("configuration unchanged after a reload of %s", self.source.path)
             return Reload.UNCHANGED
         self.current = new
         self.generation += 1
@@ -277,7 +141,7 @@ class Reloader:
         self.refused_total += 1
         more = len(problems) - LOGGED_PROBLEMS
         logger.error(
-            "configuration refused, the one in force stays: %s%s",
+            "configuration refused, keeping the current one: %s%s",
             "; ".join(problems[:LOGGED_PROBLEMS]),
             f"; and {more} more" if more > 0 else "",
         )
@@ -285,17 +149,17 @@ class Reloader:
 
 
 class Nudge:
-    """Wakes `watch` for a forced reload. Several nudges before it runs count as one."""
+    """Wakes `watch` for a forced reload. Several calls before it runs count as one."""
 
     def __init__(self) -> None:
         self._event = trio.Event()
 
     def __call__(self) -> None:
-        """Ask for a reload, e.g. on SIGHUP; from the Trio thread."""
+        """Request a reload, for example on SIGHUP. Call from the Trio thread."""
         self._event.set()
 
     async def wait(self, seconds: float) -> bool:
-        """Wait so long, or until a nudge comes; True if it did."""
+        """Wait for a call, at most `seconds`; True if there was one."""
         with trio.move_on_after(seconds):
             await self._event.wait()
         if not self._event.is_set():
@@ -305,7 +169,7 @@ class Nudge:
 
 
 async def watch(reloader: Reloader, nudge: Nudge) -> None:
-    """Follow the file until cancelled. A nudge re-reads it at once, changed or not."""
+    """Poll the file until cancelled. A nudge re-reads it at once, changed or not."""
     while True:
         interval = reloader.current.settings.config_reload_interval
         pause = interval if reloader.settled else SETTLE_TIME

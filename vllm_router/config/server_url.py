@@ -1,4 +1,4 @@
-"""The address of a vLLM server: one way to write it, and how to show what someone wrote."""
+"""The canonical form of a server's URL, and the quoting of user input in messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ipaddress
 import re
 
 SHOWN_CHARS = 80
-"""Longer values are cut in messages."""
+"""Characters of a value in a message; longer values are cut."""
 
 
 def escaped(char: str) -> str:
-    """One character as it may stand in a log line."""
+    """One character, escaped for a log line."""
     if char in '"\\':
         return "\\" + char
     return char if char.isprintable() else char.encode("unicode_escape").decode()
@@ -37,7 +37,7 @@ _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})+")
 
 
 def normalise_url(url: str) -> str:
-    """The one way to write a server's URL: `scheme://host[:port][/prefix]`.
+    """The canonical form of a server's URL: `scheme://host[:port][/prefix]`.
 
     Host in lower case, IPv6 compressed and in brackets, the scheme's default port dropped, as are
     trailing slashes and a trailing `/v1`. Applying it twice changes nothing. Raises ValueError
@@ -54,7 +54,7 @@ def normalise_url(url: str) -> str:
     if "?" in rest or "#" in rest:
         raise refuse("a URL without query and fragment")
     authority, _, path = rest.partition("/")
-    # In the path, too: a password with a slash in it would otherwise become part of the name.
+    # Also in the path: a password that contains a slash would become part of the server's name.
     if "@" in rest:
         raise refuse("a URL without user name and password (api_key sends a key)")
     host, port = _split_port(authority)
@@ -83,14 +83,14 @@ def _split_port(authority: str) -> tuple[str, str]:
 
 
 def _normalise_host(host: str) -> str:
-    """`host` in its one form, or "" if it is none."""
+    """`host` in its canonical form, or "" if it is invalid."""
     if not host.isascii():
         return ""
     host = host.lower()
     try:
         if host.startswith("["):
             address = ipaddress.IPv6Address(host[1:-1])
-            # A zone means something on this machine only, and has no place in a Host header.
+            # An IPv6 zone is local to this machine and must not appear in a Host header.
             return "" if address.scope_id else f"[{address}]"
         if _IPV4_LIKE.fullmatch(host):
             return str(ipaddress.IPv4Address(host))
@@ -100,9 +100,9 @@ def _normalise_host(host: str) -> str:
 
 
 def server_name(url: str) -> str:
-    """The name of a server that was given none: its normalised URL without the scheme.
+    """The default name of a server: its normalised URL without the scheme.
 
-    An https server on the default port keeps `:443`, so that it differs from the http one.
+    An https server on the default port keeps `:443`, so that http and https have different names.
     """
     scheme, _, rest = url.partition("://")
     authority, slash, path = rest.partition("/")

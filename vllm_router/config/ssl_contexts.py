@@ -1,4 +1,4 @@
-"""TLS contexts: the one the router serves clients with, and those it speaks to servers with."""
+"""TLS contexts: one for the router's clients, and one per kind of server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def _no_password() -> str:
-    """Asked for by OpenSSL, which would otherwise ask whoever sits at the terminal."""
+    """Password callback for OpenSSL, which would otherwise prompt at the terminal."""
     raise ValueError("the key is encrypted")
 
 
 def _using(name: str, files: str, use: Callable[[], T]) -> T:
-    """Raises ConfigError if OpenSSL makes nothing of the files."""
+    """Call `use`; raises ConfigError if OpenSSL cannot use the files."""
     try:
         return use()
     except (OSError, ValueError) as error:
@@ -31,7 +31,7 @@ def _using(name: str, files: str, use: Callable[[], T]) -> T:
 
 
 def serving_context(tls: TlsConfig) -> ssl.SSLContext:
-    """For clients. Raises ConfigError if the files are no such thing, or do not fit."""
+    """The context for clients. Raises ConfigError for unusable files or a mismatching key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _VERSIONS[tls.min_version]
     # No renegotiation, no compression (RFC 9325 3.3, 3.5).
@@ -56,9 +56,9 @@ def _load_authorities(context: ssl.SSLContext, name: str, file: File) -> None:
 
 
 class ServerContexts:
-    """One context for all servers with the same files.
+    """Contexts for connections to servers, shared between servers with the same files.
 
-    The usual one is made once: loading the system's certificate authorities takes 20 ms and more.
+    Loading the system's certificate authorities takes 20 ms and more.
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class ServerContexts:
         self._unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def of(self, server: ServerConfig) -> ssl.SSLContext:
-        """The context for one server, one without authorities if it speaks no TLS.
+        """The context for a server; an unused default context for an http URL.
 
-        Raises ConfigError, for files it has not seen before.
+        Raises ConfigError for unusable files.
         """
         return self._shared(server) if server.url.startswith("https:") else self._unused
 
@@ -80,11 +80,11 @@ class ServerContexts:
         return context
 
     def check(self, server: ServerConfig) -> None:
-        """Raises ConfigError if the server's files are no good, whether it speaks TLS or not."""
+        """Raises ConfigError if the server's files are unusable, even for an http URL."""
         self._shared(server)
 
     def prepare(self, servers: Iterable[ServerConfig]) -> None:
-        """Make all contexts that are new. May run in a thread. Raises ConfigError."""
+        """Create missing contexts. May run in a thread. Raises ConfigError."""
         for server in servers:
             self.of(server)
 
@@ -108,7 +108,7 @@ class ServerContexts:
 
 
 def problems(config: Config) -> list[str]:
-    """What is wrong with the files that a configuration names."""
+    """The problems of all certificate files that a configuration names."""
     found: list[str] = []
     if config.tls is not None:
         try:

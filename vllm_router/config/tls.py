@@ -1,7 +1,6 @@
-"""The `[tls]` table: which files the router shows its clients and its servers. Pure.
+"""The `[tls]` table: certificates for clients and for servers. Pure.
 
-A file is remembered with the digest of its content, so that a renewed certificate is a change of
-the configuration like any other.
+A file is compared by path and content, so that a renewed certificate is a configuration change.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 import msgspec
 
 from vllm_router.config.toml_reader import Reader
-from vllm_router.config.types import FilePath, Flag, Secret, TlsVersion
+from vllm_router.config.types import Bool, FilePath, Secret, TlsVersion
 from vllm_router.errors import ConfigError
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file, by its path and the SHA-256 of what is in it."""
+    """A file by its path and the SHA-256 of its content."""
 
     path: str
     digest: Secret
@@ -30,10 +29,10 @@ class File(msgspec.Struct, frozen=True):
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """TLS for clients.
 
-    certificate: PEM, the whole chain, the router's own first.
-    key: its private key, PEM, not encrypted.
-    client_ca: if given, only clients with a certificate of these authorities are served.
-    min_version: the oldest TLS spoken.
+    certificate: PEM, the whole chain, the router's own certificate first.
+    key: the private key, PEM, unencrypted.
+    client_ca: if set, clients need a certificate issued by one of these authorities.
+    min_version: the lowest TLS version accepted.
     """
 
     certificate: File
@@ -52,7 +51,7 @@ SERVER_TLS_KEYS: dict[str, Any] = {
     "ca": FilePath,
     "client_certificate": FilePath,
     "client_key": FilePath,
-    "verify": Flag,
+    "verify": Bool,
 }
 
 ReadFile = Callable[[str], tuple[str, bytes]]
@@ -61,7 +60,7 @@ ReadFile = Callable[[str], tuple[str, bytes]]
 def read_tls(
     reader: Reader, table: object, read_file: ReadFile
 ) -> tuple[TlsConfig | None, dict[str, Any]]:
-    """TLS for clients, None if there is to be none, and what all servers have in common."""
+    """TLS for clients (None if it is off), and the values of `[tls.servers]` for all servers."""
     if not isinstance(table, dict):
         reader.table("tls", table, TLS_KEYS)
         return None, {}
@@ -83,8 +82,8 @@ def read_tls(
 
 
 def take_files(reader: Reader, path: str, values: dict[str, Any], read_file: ReadFile) -> None:
-    """Replace every path among `values` by the file; one that cannot be read is a problem."""
-    for name in _FILES & values.keys():
+    """Replace the paths among `values` by `File`; unreadable files are problems."""
+    for name in _FILE_KEYS & values.keys():
         if isinstance(values[name], File):
             continue
         try:
@@ -96,12 +95,15 @@ def take_files(reader: Reader, path: str, values: dict[str, Any], read_file: Rea
             values[name] = File(where, Secret(hashlib.sha256(data).hexdigest()))
 
 
-_FILES = frozenset({"certificate", "key", "client_ca", "ca", "client_certificate", "client_key"})
+_FILE_KEYS = frozenset(
+    {"certificate", "key", "client_ca", "ca", "client_certificate", "client_key"}
+)
 
 
 def check_client_certificate(reader: Reader, path: str, values: Mapping[str, Any]) -> None:
-    """A certificate is of no use without its key, nor a key without its certificate."""
+    """Client certificate and client key are given together or not at all."""
     if ("client_certificate" in values) != ("client_key" in values):
         reader.problem(
-            f"{path}.client_certificate", "expected client_certificate with client_key, got one"
+            f"{path}.client_certificate",
+            "expected both client_certificate and client_key, got only one of them",
         )

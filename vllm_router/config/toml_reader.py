@@ -1,12 +1,14 @@
-"""Reading TOML strictly: bytes to a document, a table by the types its keys must have.
+"""A strict reader of TOML: bytes to a document, and tables by the types of their keys.
 
-A type is `Annotated` with one msgspec `Meta`: its constraints check, its description says to
-people what was expected, and `extra` may hold a function `read` that checks further and returns
-the value to keep (raising ValueError with the whole text of the problem), `one_of`: the key of the
-reader's `names` under which the accepted texts are listed, or `secret`: the value is never shown.
+A type is `Annotated` with one msgspec `Meta`: constraints, a description of the expected value for
+error messages, and in `extra` optionally
 
-Problems are collected, so that one look at a file names them all. Each is one line,
-`source: key.path: expected ..., got ...`.
+* `read`: a function that checks further and returns the value to keep, or raises ValueError with
+  the full text of the problem;
+* `one_of`: the key of the reader's `names` that lists the accepted texts;
+* `secret`: the value is never shown.
+
+All problems of a file are collected, one line each: `source: key.path: expected ..., got ...`.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from vllm_router.config.server_url import SHOWN_CHARS, escaped, quoted
 from vllm_router.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
-"""A file of 200 servers has some 20 kB; parsing blocks the event loop, at worst 2 s per MB."""
+"""Parsing takes up to 2 s per MB; the file of 200 servers has about 20 kB."""
 
 MAX_PROBLEMS = 100
-"""So many problems of one file are listed; of the rest only the number is given."""
+"""Problems of a file that are listed; the rest are only counted."""
 
 
 def shown_value(value: object, *, secret: bool = False) -> str:
-    """What was found, for people. Arrays and tables are named, not shown: they may hold secrets."""
+    """A value for an error message. Arrays and tables are not shown: they may hold secrets."""
     if secret:
         kind = "string" if isinstance(value, str) else type(value).__name__
         return f"a value that is not shown ({kind})"
@@ -51,7 +53,7 @@ def shown_value(value: object, *, secret: bool = False) -> str:
 
 
 def load_document(data: bytes, source: str) -> dict[str, Any]:
-    """The bytes as TOML; raises ConfigError with one problem."""
+    """Decode TOML. Raises ConfigError with one problem."""
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError([f"{source}: {problem}"])
@@ -80,7 +82,7 @@ def load_document(data: bytes, source: str) -> dict[str, Any]:
 
 
 class Reader:
-    """Reads tables by their table of keys and collects what is wrong with them."""
+    """Reads tables by the types of their keys, and collects the problems."""
 
     def __init__(
         self,
@@ -88,10 +90,9 @@ class Reader:
         tables: Mapping[str, Mapping[str, Any]],
         names: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """`tables` are all the known ones by path, to tell where a misplaced key belongs.
-
-        `names` are the accepted texts of the types that refer to them by `one_of`; without an
-        entry, any text is accepted.
+        """`tables` has the keys of all known tables by path, to suggest where a misplaced key
+        belongs. `names` has the accepted texts of types with `one_of`; without an entry any text
+        is accepted.
         """
         self._source = source
         self._tables = tables
@@ -103,27 +104,27 @@ class Reader:
         self.line(f"{self._source}: {path}: {text}")
 
     def line(self, problem: str) -> None:
-        """Note a whole line of another file."""
+        """Add a problem as a complete line."""
         if len(self._problems) < MAX_PROBLEMS:
             self._problems.append(problem)
         else:
             self._unlisted += 1
 
     def include(self, other: Reader) -> None:
-        """Note what another reader has found in another file."""
+        """Add the problems that another reader has found in another file."""
         for problem in other._problems:
             self.line(problem)
         self._unlisted += other._unlisted
 
     def unknown_key(self, path: str, key: str, known: Collection[str]) -> None:
-        """Name the nearest key: of this table, or else the table where the key belongs."""
+        """Add a problem that suggests the table where the key belongs, or the nearest key."""
         text = f"unknown key {quoted(key)}"
         if len(self._problems) < MAX_PROBLEMS:  # the search costs more than reading the key
             lowered = key[:SHOWN_CHARS].lower()
             nearest = difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
-            homes = [table for table, keys in self._tables.items() if key in keys]
-            if homes:
-                text += f", which belongs in {homes[0]}"
+            tables = [table for table, keys in self._tables.items() if key in keys]
+            if tables:
+                text += f", which belongs in {tables[0]}"
             elif nearest:
                 text += f', did you mean "{nearest[0]}"?'
             else:
@@ -131,7 +132,7 @@ class Reader:
         self.problem(joined(path, key), text)
 
     def table(self, path: str, table: object, keys: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a table by key; without those that are wrong."""
+        """The valid values of a table by key; problems are collected."""
         if not isinstance(table, dict):
             self.problem(path, f"expected table, got {shown_value(table)}")
             return {}
@@ -146,7 +147,7 @@ class Reader:
         return values
 
     def value(self, path: str, value: object, wanted: Any) -> Any:
-        """`value` as the annotated type `wanted` reads it, or None after noting a problem."""
+        """`value` converted to the annotated type `wanted`; None if it has a problem."""
         kind, meta = get_args(wanted)
         if get_origin(kind) is tuple and isinstance(value, list) and value:
             (element, _) = get_args(kind)
@@ -173,8 +174,8 @@ class Reader:
             return None
 
     def variable(self, path: str, name: str, environ: Mapping[str, str], wanted: Any) -> Any:
-        """The value of an environment variable as `wanted` reads it, or None."""
-        # A key from a file often ends with the file's newline.
+        """The value of an environment variable, converted; None if it has a problem."""
+        # A key read from a file often ends with the file's newline.
         value = environ.get(name, "").strip()
         if value:
             return self.value(path, value, wanted)
@@ -183,7 +184,7 @@ class Reader:
         return None
 
     def raise_problems(self) -> None:
-        """Raise ConfigError if there were any."""
+        """Raise ConfigError if any problem was found."""
         if self._unlisted:
             self._problems.append(f"{self._source}: and {self._unlisted} more problems")
         if self._problems:
@@ -191,11 +192,11 @@ class Reader:
 
 
 def _whole(value: object) -> object:
-    """3.0 as 3: the ancestor took it where it expected an int."""
+    """Accept 3.0 where 3 is expected, as the ancestor did."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def joined(path: str, key: str) -> str:
-    """The path of a key; what is no bare key is quoted."""
+    """The path of a key; a key that TOML cannot write bare is quoted."""
     part = key if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) else quoted(key)
     return f"{path}.{part}" if path else part

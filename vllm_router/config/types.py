@@ -1,7 +1,7 @@
-"""The kinds of values that a configuration has: the table of checks.
+"""The types of configuration values.
 
-Each says in words and in msgspec constraints what is accepted; what constraints cannot express is
-a function `read` that returns the value to keep.
+Each type has msgspec constraints and a description for error messages; a function `read` checks
+what constraints cannot express, and returns the value to keep.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FINITE = sys.float_info.max
 
 
 def _reads(expected: str, read: Callable[[str], object]) -> Meta:
-    """A check that constraints cannot express; `read` returns the value to keep."""
+    """A type that is read by the function `read`, which raises ValueError with the problem."""
     return Meta(description=expected, extra={"read": read})
 
 
@@ -56,7 +56,7 @@ def _read_host(text: str) -> str:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """`host:port`, IPv6 in brackets, in its parts. Raises ValueError."""
+    """Split `host:port` (IPv6 in brackets). Raises ValueError."""
     parts = urlsplit(f"//{text}")
     host, port = parts.hostname, parts.port
     if not host or port is None or parts.path or parts.query or "@" in text:
@@ -75,19 +75,19 @@ def _read_address(text: str) -> str:
 
 
 def _read_path(text: str) -> str:
-    """It will stand in log lines."""
+    """Only printable paths: they appear in log lines."""
     if not (text and text.isprintable() and len(text) <= 1000):
         raise ValueError(f"expected the path of a file, got {quoted(text)}")
     return text
 
 
 def digest_of(key: str) -> Secret:
-    """What is kept of a key that clients send: its SHA-256, in hexadecimal digits."""
+    """The SHA-256 of a client key, in hexadecimal digits."""
     return Secret(hashlib.sha256(key.encode("latin-1", "replace")).hexdigest())
 
 
 def _read_digest(key: str) -> Secret:
-    """The key itself, or `sha256:` and its digest, so that a file need not hold the key."""
+    """Read a key, or `sha256:` and its digest, so that a file need not contain the key."""
     if not key.startswith("sha256:"):
         return digest_of(key)
     digest = key.removeprefix("sha256:").lower()
@@ -113,7 +113,7 @@ def _read_access(value: bool | str) -> bool | str:
 
 
 class Secret(str):
-    """A string whose repr does not show it, so that no log, diff or traceback does."""
+    """A string with a masked repr, so that no log line, diff or traceback shows it."""
 
     __slots__ = ()
 
@@ -121,15 +121,15 @@ class Secret(str):
         return "'***'"
 
 
-Flag = Annotated[bool, Meta(description="true or false")]
-Count = Annotated[int, Meta(ge=1, le=_MAX_INT, description="int ≥ 1")]
-CountOrZero = Annotated[int, Meta(ge=0, le=_MAX_INT, description="int ≥ 0")]
-CountOrNone = Annotated[Count | None, Meta(description="int ≥ 1")]
+Bool = Annotated[bool, Meta(description="true or false")]
+PositiveInt = Annotated[int, Meta(ge=1, le=_MAX_INT, description="int ≥ 1")]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=_MAX_INT, description="int ≥ 0")]
+PositiveIntOrNone = Annotated[PositiveInt | None, Meta(description="int ≥ 1")]
 Share = Annotated[float, Meta(ge=0, le=1, description="number from 0 to 1")]
 Seconds = Annotated[float, Meta(gt=0, le=_FINITE, description="number of seconds > 0")]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=_FINITE, description="number of seconds ≥ 0")]
 SecondsOrNone = Annotated[Seconds | None, Meta(description="number of seconds > 0")]
-# The floor keeps a typing error from becoming a busy loop.
+# The minimum keeps a typing error from causing a busy loop.
 Interval = Annotated[float, Meta(ge=0.01, le=_FINITE, description="number of seconds ≥ 0.01")]
 Megabytes = Annotated[
     float, Meta(gt=0, le=1e6, description="number of megabytes > 0 and ≤ 1000000")
@@ -161,7 +161,7 @@ ApiKey = Annotated[
 Variable = Annotated[
     str,
     Meta(
-        # Not shown: whoever takes the key itself for the name would find it in the log.
+        # Not shown: a user may have written the key itself instead of the variable's name.
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
         description="the name of an environment variable",
         extra={"secret": True},
@@ -173,7 +173,7 @@ Models = Annotated[
     Meta(min_length=1, description="array of at least one model name (strings)"),
 ]
 
-# Those that clients send to the router; kept as digests, by which they are compared.
+# A key that clients send to the router; only its digest is kept.
 ClientKey = Annotated[
     str,
     Meta(

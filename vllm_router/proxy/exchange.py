@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vllm_router.config.auth import CREDENTIALS, Identity, KeyConfig
+from vllm_router.config.auth import KeyConfig
 from vllm_router.errors import ClientGone, Refused
 from vllm_router.fleet.fleet import is_surely_well
 from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, IDENTITY, OUTLET, Outlet
+from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.attempt import BODY, EARLY_STREAM, LAST, Attempt
 from vllm_router.proxy.dialect import error_event
 from vllm_router.proxy.failures import End
-from vllm_router.proxy.headers import request_id
+from vllm_router.proxy.identity import CREDENTIALS, Identity
 from vllm_router.proxy.quarantine import Death, fingerprint
 from vllm_router.proxy.record import DONE, STREAM, WAIT, Record
 from vllm_router.proxy.refusal import names_shown, refusal_messages
@@ -477,7 +478,7 @@ class Exchange:
         if self._falls_back and public is not None:
             names = self.proxy.fleet.names
             servers = serving(names.served(public)).union(
-                *(serving(names.served(name)) for name in names.instead(public))
+                *(serving(names.served(name)) for name in names.fallbacks(public))
             )
         else:
             public, servers = None, serving(model)

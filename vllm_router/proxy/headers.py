@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from vllm_router.config.auth import is_credential, without_credentials
 from vllm_router.http.addresses import Network, is_in
 from vllm_router.http.request_ids import request_id as request_id
+from vllm_router.proxy.identity import is_credential, without_credentials
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -14,8 +14,8 @@ from functools import partial
 
 import trio
 
-from vllm_router.config.reload import ConfigSource
 from vllm_router.config.schema import Config, Settings
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import serving_context
 from vllm_router.config.types import digest_of, split_address
 from vllm_router.errors import RouterError

@@ -17,9 +17,11 @@ from random import Random
 
 import trio
 
+from vllm_router.config.changes import changes
 from vllm_router.config.memory import Memory, memory_line
-from vllm_router.config.reload import ConfigSource, Nudge, Reload, Reloader, watch
-from vllm_router.config.schema import RESTART, Config, ServerConfig, Settings, changes
+from vllm_router.config.reload import Nudge, Reload, Reloader, watch
+from vllm_router.config.schema import RESTART_SETTINGS, Config, ServerConfig, Settings
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.config.types import Secret
 from vllm_router.fleet.fleet import Fleet
@@ -285,7 +287,7 @@ class Supervisor:
         self.tls.prepare(new.servers)  # raises ConfigError while nothing has changed
         for prepare in self.before_apply:
             prepare(new)
-        for setting in RESTART:
+        for setting in RESTART_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
                 logger.warning("%s changes at the next start only", setting)
         if _admin_key(new) != _admin_key(old):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from vllm_router.config.auth import Identity
 from vllm_router.errors import Refused
+from vllm_router.proxy.identity import Identity
 
 
 def is_loopback(client: str | None) -> bool:

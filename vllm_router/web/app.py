@@ -11,13 +11,13 @@ from quart_trio import QuartTrio
 from werkzeug.routing import BaseConverter
 
 from vllm_router import __version__
-from vllm_router.config.auth import FEED_PROTOCOL
 from vllm_router.errors import Refused
 from vllm_router.http.asgi_types import App
 from vllm_router.http.request_ids import request_id
 from vllm_router.observability import prometheus_text as exposition
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.router_state import wall_offset
+from vllm_router.proxy.identity import FEED_PROTOCOL
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.routing.paths import PathClass, classify
 from vllm_router.routing.prompt.facts import Facts

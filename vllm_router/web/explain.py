@@ -29,7 +29,7 @@ def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[
     fleet, asked = router.fleet, facts.model
     if asked is not None:
         names = fleet.names
-        answering = names.answering(asked, lambda served: fleet.available(served, now))
+        answering = names.resolve(asked, lambda served: fleet.available(served, now))
         facts = msgspec.structs.replace(facts, model=names.served(answering))
         policy = policy or router.proxy.policies.for_model(answering)
     policy = policy or router.proxy.policies.default

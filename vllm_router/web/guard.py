@@ -12,16 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_router.config.auth import (
-    ANONYMOUS,
-    AuthConfig,
-    Identity,
-    KeyConfig,
-    Keyring,
-    is_credential,
-    presented,
-    without_credentials,
-)
+from vllm_router.config.auth import AuthConfig, KeyConfig
 from vllm_router.config.origins import Origins, forwarded_hosts, is_own, refusal_text
 from vllm_router.config.schema import Config
 from vllm_router.config.types import Secret, digest_of
@@ -29,6 +20,14 @@ from vllm_router.errors import Refused
 from vllm_router.http.addresses import is_in, parse_networks
 from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY, OWN_MACHINE, Message, Scope, Send
 from vllm_router.proxy.headers import get_all
+from vllm_router.proxy.identity import (
+    ANONYMOUS,
+    Identity,
+    Keyring,
+    is_credential,
+    keys_in,
+    without_credentials,
+)
 from vllm_router.routing.paths import PathClass, classify
 from vllm_router.web.access import is_local_name, unauthorized
 from vllm_router.web.sessions import Sessions
@@ -247,7 +246,7 @@ class Guard:
 
     def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: OwnDoor) -> None:
         """Everything, to whoever has the key that only the view was given; others see nothing."""
-        digests = [digest_of(key.decode("latin-1")) for key in presented(fields)]
+        digests = [digest_of(key.decode("latin-1")) for key in keys_in(fields)]
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
         _strip(scope, _credentials(scope))
@@ -261,7 +260,7 @@ class Guard:
         """The identity, with all rights if the request has another proof than the admin key."""
         if OWN_MACHINE in scope and not self.keyring.has_admin:
             return _ADMINISTRATOR
-        if self._sessions is not None and self._sessions.holds(presented(fields)):
+        if self._sessions is not None and self._sessions.holds(keys_in(fields)):
             _strip(scope, _credentials(scope))
             return _ADMINISTRATOR
         return identity

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.config.auth import ANONYMOUS, STRANGER, AuthConfig, Identity, Keyring, presented
-from vllm_router.config.schema import Config, changes, parse
+from vllm_router.config.auth import AuthConfig
+from vllm_router.config.changes import changes
+from vllm_router.config.parser import parse
+from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
+from vllm_router.proxy.identity import ANONYMOUS, UNKNOWN_KEY, Identity, Keyring, keys_in
 
 ONE_SERVER = '[servers]\nservers = [{ url = "https://h:8000", name = "h" }]\n'
 DIGEST = hashlib.sha256(b"sk-a").hexdigest()
@@ -85,8 +88,8 @@ def test_file_of_keys_lies_beside_the_configuration_and_adds_to_it():
         ('keys = [{ name = "a", key_env = "NONE" }]', 'variable that is set, got "NONE"'),
         ('keys = [{ name = "a", key = "sha256:12" }]', 'hexadecimal digits after "sha256:"'),
         ('keys = [{ name = "a", key = "a b" }]', "visible ASCII characters, no spaces"),
-        ('keys = [{ name = "a", key = "x" }, { name = "a", key = "y" }]', "a name of its own"),
-        ('keys = [{ name = "a", key = "x" }, { name = "b", key = "x" }]', "than that of a"),
+        ('keys = [{ name = "a", key = "x" }, { name = "a", key = "y" }]', "expected a unique name"),
+        ('keys = [{ name = "a", key = "x" }, { name = "b", key = "x" }]', "got the key of a"),
         ('admin_key = "x"\nkeys = [{ name = "a", key = "x" }]', "auth.admin_key: expected a key"),
         ('admin_key = "x"\nstatus_key = "x"', "auth.admin_key: expected a key of its own"),
         ('admin_key = "x"\nadmin_key_env = "K"', "expected admin_key or admin_key_env, got both"),
@@ -203,7 +206,7 @@ def test_key_belongs_to_whom_it_was_given(key: str, name: str):
     ],
 )
 def test_key_elsewhere_is_no_key(fields: dict[bytes, bytes]):
-    assert ring().identify(fields) in (ANONYMOUS, STRANGER)
+    assert ring().identify(fields) in (ANONYMOUS, UNKNOWN_KEY)
 
 
 def test_scheme_is_read_in_any_case():
@@ -219,7 +222,7 @@ def test_any_bytes_are_somebody_or_nobody(one: bytes, two: bytes, three: bytes):
 @given(st.text(string.printable.strip(), min_size=1, max_size=60))
 def test_key_travels_whole_in_a_subprotocol(key: str):
     token = base64.urlsafe_b64encode(key.encode()).rstrip(b"=")
-    assert presented({b"sec-websocket-protocol": b"vllm-router.key." + token}) == [key.encode()]
+    assert keys_in({b"sec-websocket-protocol": b"vllm-router.key." + token}) == [key.encode()]
 
 
 KEYS = ring()
@@ -257,7 +260,10 @@ def test_servers_have_the_common_files_unless_they_name_their_own():
         ('[tls]\nkey = "k.pem"', "tls.certificate: expected the path of a file, got none"),
         ('[tls]\ncertificate = "no.pem"\nkey = "k.pem"', "etc/no.pem: cannot be read"),
         ('[tls]\ncertificate = "c.pem"\nkey = "k.pem"\nmin_version = "1.1"', '"1.2" or "1.3"'),
-        ('[tls.servers]\nclient_key = "k.pem"', "client_certificate with client_key, got one"),
+        (
+            '[tls.servers]\nclient_key = "k.pem"',
+            "expected both client_certificate and client_key, got only one",
+        ),
         ("[tls]\nservers = 3", "tls.servers: expected table, got 3"),
         ("[tls.servers]\nverify = 1", "tls.servers.verify: expected true or false, got 1"),
     ],

@@ -9,18 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from vllm_router.config.changes import changes
+from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule
-from vllm_router.config.schema import (
-    Config,
-    LogSettings,
-    Secret,
-    ServerConfig,
-    Settings,
-    changes,
-    parse,
-)
+from vllm_router.config.parser import parse
+from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.config.server_url import normalise_url, server_name
 from vllm_router.config.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
+from vllm_router.config.types import Secret
 from vllm_router.errors import ConfigError
 from vllm_router.observability import formatting as logs
 from vllm_router.routing.policies import POLICY_NAMES
@@ -787,14 +783,14 @@ def test_models_have_their_table():
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ("a = 3", "a: expected the name that servers use, or a table, got 3"),
+        ("a = 3", "a: expected the servers' name of the model or a table, got 3"),
         ('a = ""', 'a.serves: expected the name of a model (string), got ""'),
         ('"" = "m"', '"": expected the name of a model, got an empty one'),
         ('a = { serve = "m" }', 'a.serve: unknown key "serve", did you mean "serves"?'),
-        ('a = { fallback = "a" }', "a.fallback: expected no circle, got a → a"),
+        ('a = { fallback = "a" }', "a.fallback: expected fallbacks without a cycle, got a → a"),
         (
             'a = "b"\nb = "c"',
-            "a.serves: expected the name that servers use, got another alias (b → c)",
+            "a.serves: expected the servers' name of the model, got another alias (b → c)",
         ),
         ("a = { hidden = 1 }", "a.hidden: expected true or false, got 1"),
     ],
@@ -811,8 +807,8 @@ def test_unknown_policy_of_a_model_is_named_with_those_there_are():
 def test_every_fallback_of_a_circle_is_named():
     table = 'a = { fallback = "b" }\n"b\\n" = {}\nb = { fallback = "a" }\nc = { fallback = "a" }'
     assert problems(f"{ONE_SERVER}[models]\n{table}") == (
-        "models.a.fallback: expected no circle, got a → b → a",
-        "models.b.fallback: expected no circle, got b → a → b",
+        "models.a.fallback: expected fallbacks without a cycle, got a → b → a",
+        "models.b.fallback: expected fallbacks without a cycle, got b → a → b",
     )
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_router.config.memory import Memory, fitting, memory_line
-from vllm_router.config.reload import ConfigSource
-from vllm_router.config.schema import Settings, parse
+from vllm_router.config.memory import Memory, fit_sizes, memory_line
+from vllm_router.config.parser import parse
+from vllm_router.config.schema import Settings
+from vllm_router.config.source import ConfigSource
 from vllm_router.runtime.memory_limit import memory_limit_mb
 
 TOML = b'[servers]\nservers = [{ url = "http://a.test:1" }]\n'
@@ -65,7 +66,7 @@ def test_memory_limit_is_the_least_of_cgroups_and_machine(
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_defaults_fit_wherever_the_processes_do(limit: int, workers: int):
     memory = Memory(limit, workers)
-    found = fitting(USUAL, memory)
+    found = fit_sizes(USUAL, memory)
     assert all(0 < found[key] <= USUAL[key] for key in USUAL)
     assert found["max_body_mb"] <= found["max_bodies_mb"]
     most = memory.idle_mb + found["max_bodies_mb"] + workers * found["prefix_memory_mb"]
@@ -89,7 +90,7 @@ def test_what_the_file_says_holds_whatever_the_limit_is():
     assert line is not None
     assert line[0]
     assert line[1].startswith("memory limit 256 MB: max_bodies_mb is 100,")
-    assert "may take 364 MB" in line[1]
+    assert "together up to 364 MB" in line[1]
 
 
 def test_line_of_the_log_is_for_limits_that_matter():

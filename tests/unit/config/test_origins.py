@@ -8,7 +8,7 @@ import pytest
 
 from support.fleet_makers import make_config
 from vllm_router.config.origins import Origins, forwarded_hosts, is_own, read_origin, refusal_text
-from vllm_router.config.schema import parse
+from vllm_router.config.parser import parse
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.routing.paths import classify
 from vllm_router.web.guard import Guard
@@ -60,9 +60,9 @@ def test_listed_origin_is_kept_as_browsers_write_it(text, kept):
         ("", "the scheme is missing"),
         ("https://app.example/path", "an origin has no path"),
         ("https://app.example/?q", "an origin has no path"),
-        ("https://", "this has no host"),
-        ("https://*", 'every host of https is "*"'),
-        ("http://*:3000", 'every host of http is "*"'),
+        ("https://", "the host is missing"),
+        ("https://*", 'for every https origin write "*"'),
+        ("http://*:3000", 'for every http origin write "*"'),
         ("https://a:70000", "a port is at most 65535"),
         ("https://bücher.example", "xn--"),
         ("https://user@app.example", ""),
@@ -236,11 +236,11 @@ def test_refused_page_is_told_what_to_add(path):
         asked(path, OURS)
     assert (caught.value.status, caught.value.code) == (403, "cross_origin")
     assert caught.value.message == (
-        "Pages of https://llm.example may not use this router: "
-        'cors_origins = ["https://llm.example"] in [config] allows them. '
-        "If this is the router's own page behind a proxy that changes Host "
-        "(here 127.0.0.1:8888): let the proxy pass Host on, or set "
-        'trusted_proxies = ["192.0.2.9"] and let it send X-Forwarded-Host.'
+        "Pages of https://llm.example may not use this router; to allow them, set "
+        'cors_origins = ["https://llm.example"] in [config]. '
+        "If this is the router's own page behind a proxy that changes the Host header "
+        "(here 127.0.0.1:8888), let the proxy forward Host unchanged, or set "
+        'trusted_proxies = ["192.0.2.9"] and let the proxy send X-Forwarded-Host.'
     )
     asked(path, OURS, cors_origins=["https://llm.example"])
     told = OURS | {"x-forwarded-host": "llm.example"}
@@ -257,6 +257,4 @@ def test_text_for_a_refused_page_names_an_entry_that_helps(origin):
 @pytest.mark.parametrize("origin", ["", "x" * 5000, "a b", "*://x"])
 def test_text_for_what_is_no_origin_lists_none(origin):
     text = refusal_text(origin, "h", "192.0.2.1")
-    assert (
-        text == f'The request has the Origin "{origin[:200]}", which is none: no page may use that.'
-    )
+    assert text == f'The Origin header "{origin[:200]}" is not a valid origin.'

@@ -12,8 +12,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from vllm_router.config.reload import SETTLE_TIME, ConfigSource, Nudge, Reload, Reloader, watch
-from vllm_router.config.schema import Config, changes
+from vllm_router.config.changes import changes
+from vllm_router.config.reload import SETTLE_TIME, Nudge, Reload, Reloader, watch
+from vllm_router.config.schema import Config
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.toml_reader import MAX_FILE_BYTES
 from vllm_router.errors import ConfigError
 
@@ -83,7 +85,7 @@ async def inline(load: Callable[[], Config]) -> Config:
 
 def make_reloader(path: Path, applied: Applied) -> Reloader:
     source = ConfigSource(path, environ={})
-    return Reloader(source, source.load(), applied, beside=inline)
+    return Reloader(source, source.load(), applied, run_in_background=inline)
 
 
 def names(reloader: Reloader) -> list[str]:
@@ -140,7 +142,7 @@ def test_what_is_no_file_gives_one_line_and_never_blocks(
     path = tmp_path / "x.toml"
     make(path)
     source = ConfigSource(path)
-    source.look()
+    source.fingerprints()
     with pytest.raises(ConfigError) as caught:
         source.load()
     assert caught.value.problems == (f"{path}: {expected}",)
@@ -149,7 +151,7 @@ def test_what_is_no_file_gives_one_line_and_never_blocks(
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "servers.toml/x", ""])
 def test_impossible_path_gives_one_line(path: Path, name: str):
     source = ConfigSource(f"{path.parent}/{name}")
-    source.look()
+    source.fingerprints()
     with pytest.raises(ConfigError) as caught:
         source.load()
     assert len(caught.value.problems) == 1
@@ -240,7 +242,7 @@ async def test_bad_file_keeps_the_configuration_and_is_logged_once(
     problem = f'{path}: config.max_retrys: unknown key "max_retrys", did you mean "max_retries"?'
     assert reloader.last_error == problem
     (message,) = caplog.messages
-    assert message == f"configuration refused, the one in force stays: {problem}"
+    assert message == f"configuration refused, keeping the current one: {problem}"
 
 
 async def test_log_line_of_a_very_bad_file_is_short(
@@ -302,10 +304,10 @@ async def test_same_size_and_modification_time_do_not_hide_a_new_file(
 
 def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
     """A change of mode leaves size and modification time as they were."""
-    before = reloader.source.look()
+    before = reloader.source.fingerprints()
     for _ in range(1_000_000):  # until the file system's clock, of some ms, has ticked
         path.chmod(0o600)
-        if reloader.source.look() != before:
+        if reloader.source.fingerprints() != before:
             return
     pytest.fail("a change of mode is not seen")
 
@@ -329,7 +331,7 @@ async def test_change_between_load_and_watching_is_seen(path: Path, applied: App
     current = source.load()
     write(path, toml("b"))
     assert (
-        await Reloader(source, current, applied, beside=inline).reload(force=False)
+        await Reloader(source, current, applied, run_in_background=inline).reload(force=False)
         is Reload.APPLIED
     )
 
@@ -341,13 +343,13 @@ async def test_forced_reload_reads_an_unchanged_file(
     environ = {"K": "old"}
     write(path, '[[servers.servers]]\nurl = "http://a"\napi_key_env = "K"\n')
     source = ConfigSource(path, environ)
-    reloader = Reloader(source, source.load(), applied, beside=inline)
+    reloader = Reloader(source, source.load(), applied, run_in_background=inline)
     assert await reloader.reload(force=True) is Reload.UNCHANGED
     environ["K"] = "new"
     assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert await reloader.reload(force=True) is Reload.APPLIED
     assert caplog.messages == [
-        f"configuration read again, {path} changes nothing",
+        f"configuration unchanged after a reload of {path}",
         f"configuration applied, {path}: a api_key changed",
     ]
 
@@ -424,7 +426,7 @@ async def test_nudges_make_one_reading_at_once_even_of_an_unchanged_file(
     nudge()
     nudge()
     await trio.sleep(0.01)
-    assert caplog.messages == [f"configuration read again, {path} changes nothing"]
+    assert caplog.messages == [f"configuration unchanged after a reload of {path}"]
     write(path, toml("b"))
     nudge()
     await trio.sleep(0.01)

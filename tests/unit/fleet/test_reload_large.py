@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from vllm_router.config.reload import ConfigSource, Reload
+from vllm_router.config.reload import Reload
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.runtime.probe import Probe
 from vllm_router.runtime.supervisor import PREPARED_AT_ONCE, SERVERS_AT_ONCE, Supervisor

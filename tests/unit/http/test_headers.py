@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_router.config.auth import is_credential, without_credentials
 from vllm_router.http.addresses import is_in, parse_networks, plain_host, plain_peer
+from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.headers import (
     MAX_VIA,
@@ -16,8 +16,8 @@ from vllm_router.proxy.headers import (
     forwarding_fields,
     loops,
     parse_retry_after,
-    request_id,
 )
+from vllm_router.proxy.identity import is_credential, without_credentials
 
 Fields = list[tuple[bytes, bytes]]
 

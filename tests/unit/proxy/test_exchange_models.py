@@ -10,9 +10,10 @@ import trio
 from support.fleet_makers import come_up, eject, make_config
 from support.proxy_harness import Rig, lab
 from support.scripted_server import DONE, answer, answering, event, ok, streaming
-from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.refusal import names_shown
 
 GOOD = ok(b'{"model":"big"}')

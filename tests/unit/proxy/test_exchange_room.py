@@ -21,9 +21,10 @@ from unit.proxy.test_exchange_limits import (
     waiting,
     working,
 )
-from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.identity import Identity
 
 FALLBACK = '[models.m]\nfallback = "spare"\n[models.plain]\nserves = "m"\n'
 """Requests for `m` may go to `spare`; requests for `plain` get the same model and may not."""

@@ -13,8 +13,8 @@ from support.fleet_makers import make_config
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, router_process, servers_toml, until
 from unit.config.test_auth import read
-from vllm_router.config.auth import ANONYMOUS
 from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY
+from vllm_router.proxy.identity import ANONYMOUS
 from vllm_router.proxy.request import ClientHead
 from vllm_router.routing.paths import classify
 from vllm_router.web.guard import Guard

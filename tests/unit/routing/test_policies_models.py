@@ -27,7 +27,7 @@ MODELS = Models(
 
 
 def answering(name: str, *available: str) -> tuple[str, str]:
-    found = MODELS.answering(name, available.__contains__)
+    found = MODELS.resolve(name, available.__contains__)
     return found, MODELS.served(found)
 
 
@@ -73,11 +73,11 @@ def test_hidden_alias_leaves_the_served_name_in_the_list():
 
 def test_fallbacks_in_a_circle_end_and_are_a_problem():
     circle = Models({"a": ModelRule(fallback="b"), "b": ModelRule(fallback="a")})
-    assert circle.answering("a", lambda name: False) == "a"
-    assert list(circle.instead("a")) == ["b"]
+    assert circle.resolve("a", lambda name: False) == "a"
+    assert list(circle.fallbacks("a")) == ["b"]
     assert circle.problems() == [
-        ("a", "fallback", "expected no circle, got a → b → a"),
-        ("b", "fallback", "expected no circle, got b → a → b"),
+        ("a", "fallback", "expected fallbacks without a cycle, got a → b → a"),
+        ("b", "fallback", "expected fallbacks without a cycle, got b → a → b"),
     ]
     assert MODELS.problems() == []
 

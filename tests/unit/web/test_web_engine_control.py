@@ -12,8 +12,8 @@ import trio
 from support.fleet_makers import come_up
 from support.scripted_server import ScriptedServer, silent
 from support.web_harness import Lab
-from vllm_router.config.auth import ANONYMOUS
 from vllm_router.fleet.server import State
+from vllm_router.proxy.identity import ANONYMOUS
 
 
 class Engine:

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import trio
 
-from vllm_router.config.reload import ConfigSource
 from vllm_router.config.schema import Config
+from vllm_router.config.source import ConfigSource
 from vllm_router.fleet.server import Server
 from vllm_router.http.hypercorn.bridge import HypercornSide
 from vllm_router.http.server.listener import FULL_TOLD_EVERY, IDLE_WHEN_FULL

@@ -12,8 +12,8 @@ from typing import Any
 import trio
 
 from vllm_router.config.memory import Memory
-from vllm_router.config.reload import ConfigSource
 from vllm_router.config.schema import Config
+from vllm_router.config.source import ConfigSource
 from vllm_router.config.types import Secret
 from vllm_router.errors import ConfigError, RouterError
 from vllm_router.http.hypercorn.bridge import HypercornSide

@@ -119,7 +119,7 @@ class QueuePeers:
                 names[mark(model)] = (model,)
         for public, rule in fleet.names.rules.items():
             if rule.fallback is not None:
-                chain = (public, *fleet.names.instead(public))
+                chain = (public, *fleet.names.fallbacks(public))
                 names[_public_mark(public)] = tuple(map(fleet.names.served, chain))
         return names
 

@@ -1,0 +1,110 @@
+"""The difference of two configurations, in one line for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+
+from vllm_router.config.auth import AuthConfig
+from vllm_router.config.models import changed_models
+from vllm_router.config.schema import DERIVED_TIMEOUTS, Config
+from vllm_router.config.server_url import SHOWN_CHARS, escaped
+from vllm_router.config.tls import File
+from vllm_router.config.types import Secret
+
+_SHOWN_CHANGES = 10
+
+
+def changes(old: Config, new: Config) -> str:
+    """What a reload changes: `+1 server, -1, request_timeout 120 → 60`.
+
+    Timeouts derived from `request_timeout` are left out, values of secrets are not shown, and
+    long lists are cut.
+    """
+    before = {server.url: server for server in old.servers}
+    after = {server.url: server for server in new.servers}
+    parts = []
+    if added := len(after.keys() - before.keys()):
+        parts.append(f"+{added} server{'s' if added > 1 else ''}")
+    if removed := len(before.keys() - after.keys()):
+        parts.append(f"-{removed}" if added else f"-{removed} server{'s' if removed > 1 else ''}")
+    details = [
+        f"{before[url].name} {change}"
+        for url, server in after.items()
+        if url in before
+        for change in _changed_fields(before[url], server)
+    ]
+    kept = [url for url in after if url in before]
+    if kept != [url for url in before if url in after]:
+        details.append("order of servers")
+    derived = _derived_timeouts(old) & _derived_timeouts(new)
+    details += _changed_fields(old.settings, new.settings, ignore=derived)
+    details += changed_models(old.models, new.models)
+    details += _changed_auth(old.auth, new.auth)
+    details += _changed_table("limits", old.limits, new.limits)
+    details += _changed_table("tls", old.tls, new.tls)
+    details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
+    parts += details[:_SHOWN_CHANGES]
+    if len(details) > _SHOWN_CHANGES:
+        parts.append(f"and {len(details) - _SHOWN_CHANGES} more")
+    return ", ".join(parts) or "nothing changed"
+
+
+def _changed_auth(old: AuthConfig | None, new: AuthConfig | None) -> list[str]:
+    """Client keys by name, never by value."""
+    if old is None or new is None:
+        return [] if old is new else [f"auth {'off' if new is None else 'on'}"]
+    before, after = ({key.name: key for key in auth.keys} for auth in (old, new))
+    parts = [f"key +{name}" for name in after if name not in before]
+    parts += [f"key -{name}" for name in before if name not in after]
+    for name in (name for name in after if name in before):
+        parts += [f"key {name} {change}" for change in _changed_fields(before[name], after[name])]
+    return parts + [f"auth {change}" for change in _changed_fields(old, new, ignore=("keys",))]
+
+
+def _changed_table(name: str, old: msgspec.Struct | None, new: msgspec.Struct | None) -> list[str]:
+    if old is None or new is None:
+        return [] if old is new else [f"{name} {'off' if new is None else 'on'}"]
+    return [f"{name} {change}" for change in _changed_fields(old, new)]
+
+
+def _derived_timeouts(config: Config) -> set[str]:
+    """The timeouts whose value is the one derived from `request_timeout`."""
+    settings = config.settings
+    return {
+        key
+        for key, derive in DERIVED_TIMEOUTS.items()
+        if getattr(settings, key) == derive(settings.request_timeout)
+    }
+
+
+def _changed_fields(
+    old: msgspec.Struct, new: msgspec.Struct, ignore: Collection[str] = ()
+) -> list[str]:
+    if old is new or old == new:
+        return []
+    changed = []
+    for field in old.__struct_fields__:
+        a, b = getattr(old, field), getattr(new, field)
+        if a == b or field in ignore:
+            continue
+        secret = isinstance(a, Secret) or isinstance(b, Secret)
+        if isinstance(a, File) and isinstance(b, File) and a.path == b.path:
+            secret = True  # the same path with other content
+        changed.append(f"{field} changed" if secret else f"{field} {_brief(a)} → {_brief(b)}")
+    return changed
+
+
+def _brief(value: object) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:.12g}"
+        case tuple():
+            text = "".join(map(escaped, f"[{', '.join(value)}]"))
+            return text if len(text) <= SHOWN_CHARS else f"[{len(value)} entries]"
+    return str(value)
