@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import certifi
 import pytest
 
 from support import fuzzing  # noqa: F401
@@ -22,6 +24,10 @@ from support.time_limit import pytest_runtest_call, pytest_timeout_set_timer  # 
 # Hundreds of processes import the package: without bytecode, each would compile it again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Every HTTP client reads the certificates of all authorities, 30 ms of CPU each time, and the tests
+# make thousands of clients. Tests of TLS name the authority that they trust.
+certifi.where = lambda: str(Path(__file__).parent / "data" / "localhost.pem")
 
 # The routers of the tests have their Unix sockets here, and the commands look for them here.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vllm-router-tests-")
@@ -39,6 +45,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark every test with the name of its folder, so that `-m` can choose."""
     folder = item.path.relative_to(TESTS).parts[0]
     item.add_marker(folder)
+
+
+def pytest_collection_finish() -> None:
+    """Leave thousands of collected tests out of every garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -526,6 +526,7 @@ def test_administration_has_a_listener_of_its_own(tmp_path: Path, front: str):
     with mock_processes(1, "--model", "m") as (mock,):
         config = servers_toml([mock.url], admin_listen="127.0.0.1:0")
         with router_process(config, tmp_path, "--front", front) as router:
+            router.wait_for_text("administration on http://")
             found = re.search(r"administration on (http://\S+)", router.text)
             assert found is not None
             admin = found[1]

@@ -1,4 +1,7 @@
-"""Ten thousand malformed requests: the router answers or closes, and nothing of it is left."""
+"""Malformed requests: the router answers or closes, and nothing of it is left.
+
+FUZZ_EXAMPLES=10000 sends so many to each front.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import socket
 
 import pytest
 
+from support.fuzzing import EXAMPLES
 from support.mock_process import mock_processes
 from support.router_process import chat, router_process, servers_toml, until
 
@@ -114,7 +118,7 @@ def test_malformed_requests_leave_nothing_behind(tmp_path, front):
     ):
         descriptors = router.descriptors()
         seen: set[int] = set()
-        for _ in range(50):
+        for _ in range(max(1, EXAMPLES // 100)):
             inputs = [malformed(rng) for _ in range(100)]
             for data, answer in zip(inputs, send_all(router.port, inputs, rng), strict=True):
                 for status in statuses(answer):
@@ -124,6 +128,6 @@ def test_malformed_requests_leave_nothing_behind(tmp_path, front):
         assert router.post("/v1/chat/completions", chat()).status_code == 200
         targets = {entry["path"] for mock in mocks for entry in mock.log()}
         assert not [target for target in targets if "sleep" in target]
-        until(lambda: router.descriptors() <= descriptors + 4, "the descriptors to be closed", 15)
+        until(lambda: router.descriptors() <= descriptors + 4, "the descriptors to be closed")
         until(lambda: router.metric("vllm_router_in_flight") == 0, "nothing in flight")
         assert {server["state"] for server in router.servers().values()} == {"up"}
