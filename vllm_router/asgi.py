@@ -15,8 +15,12 @@ hold()
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import signal
+import socket
 import sys
+from typing import NoReturn
 
 import trio
 from hypercorn.config import Config as HypercornConfig
@@ -40,6 +44,26 @@ from vllm_router.runtime.supervisor import Supervisor, tell_memory
 logger = logging.getLogger(__name__)
 
 
+def _refuse(message: str) -> NoReturn:
+    """End all processes of Hypercorn, with one message and a status that is not 0.
+
+    Hypercorn 0.18's master ends with 0 whatever its workers end with (run.py joins them twice), and
+    handles the signals that end it as orders to end well. So the worker that is first kills it.
+    """
+    master = multiprocessing.parent_process()
+    if master is None or master.pid != os.getppid():
+        raise SystemExit(2)  # the master has been killed, or there is none
+    with socket.socket(socket.AF_UNIX) as first:
+        try:
+            first.bind(f"\0vllm-router refuses workers of {master.pid}")
+        except OSError:
+            raise SystemExit(2) from None
+        sys.stderr.write(message)
+        sys.stderr.flush()
+        os.kill(master.pid, signal.SIGKILL)
+        raise SystemExit(2)
+
+
 class Application(Dispatcher):
     """The dispatcher for Hypercorn, whose lifespan protocol starts and ends the supervisor."""
 
@@ -60,12 +84,11 @@ class Application(Dispatcher):
         its own view of the load, and drains that the others do not know.
         """
         if hypercorn.workers > 1:
-            sys.stderr.write(
+            _refuse(
                 f"vllm-router: hypercorn -w {hypercorn.workers} would run "
                 f"{hypercorn.workers} routers that know nothing of each other; for several "
                 f"processes use: vllm-router run --workers {hypercorn.workers}\n"
             )
-            raise SystemExit(2)
         self._addresses = addresses
 
     async def wind_down(self) -> None:

@@ -127,6 +127,29 @@ def test_signals_do_not_kill_hypercorns_application(tmp_path: Path, mock: MockPr
         process.communicate()
 
 
+def test_hypercorn_with_several_workers_is_refused(tmp_path: Path):
+    (tmp_path / "servers.toml").write_text(servers_toml(["http://127.0.0.1:9"]))
+    command = [sys.executable, "-m", "hypercorn", "-k", "trio", "-w", "3"]
+    command += ["-b", f"127.0.0.1:{free_port()}", "vllm_router.asgi:app"]
+    process = starting(command, tmp_path)
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert said.count("hypercorn -w 3 would run 3 routers") == 1
+    assert "vllm-router run --workers 3" in said
+    assert "Traceback" not in said
+
+
+def test_workers_are_children_of_a_thread_that_lasts(tmp_path: Path, mock: MockProcess):
+    """Else the kernel would tell them after 10 s that their parent has died."""
+    with router_process(servers_toml([mock.url]), tmp_path, "--workers", "2") as router:
+        parent = router.process.pid
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        assert set(family(router).values()) <= set(map(int, children.read_text().split()))
+
+
 def test_early_sighup_is_a_reload_all_the_same(tmp_path: Path):
     """Noted by `hold`, done by the task that follows the signal."""
     script = (
@@ -157,14 +180,8 @@ def test_leader_that_hangs_is_replaced_and_the_port_serves_on(tmp_path: Path, mo
         # The workers serve as if nothing had happened.
         assert router.post("/v1/chat/completions", chat()).status_code == 200
 
-        def given_up() -> bool:
-            # The kernel continues a process when the thread that started it ends, which Trio's
-            # do after 10 s: PR_SET_PDEATHSIG is about threads.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(before["leader"], signal.SIGSTOP)
-            return "leader has hung for 8 s: killing it" in router.text
-
-        until(given_up, "the end of the leader")
+        hung = "leader has hung for 8 s: killing it"
+        until(lambda: hung in router.text, "the end of the leader")
         until(lambda: pids(router).get("leader", before["leader"]) != before["leader"], "another")
         after = family(router)
         assert after["worker 1"] == before["worker 1"]

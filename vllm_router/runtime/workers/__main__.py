@@ -18,7 +18,7 @@ for _number in (
     signal.signal(_number, signal.SIG_IGN)
 
 # When the parent ends, this process drains and gives the port back: it must not sleep through
-# that if it was stopped. (prctl(2); the end of the thread that started us counts as well.)
+# that if it was stopped. (prctl(2); this is about the thread that started it, the main one.)
 _PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 

@@ -208,7 +208,7 @@ class Member:
         self.ended = trio.Event()
         self.leaving = self.lame = False
         self._line: Channel | None = None
-        self._process: trio.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._scope = trio.CancelScope()
         self.failure: str | None = None
         self._why = ""
@@ -250,7 +250,7 @@ class Member:
         ours, theirs = pair()
         line = Channel(ours)
         try:
-            process = self._process = await self._start(theirs)
+            process = self._process = self._start(theirs)
         except BaseException:
             line.close()
             raise
@@ -260,19 +260,23 @@ class Member:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, line)
                 nursery.start_soon(self._watch, process)
-                code: int = await process.wait()
+                code = await _end_of(process)
                 nursery.cancel_scope.cancel(reason="it has ended")
             return code
         finally:
             self._line = self._process = None
             line.close()
-            if process.returncode is None:
+            if process.poll() is None:
                 process.kill()
                 with trio.CancelScope(shield=True):
-                    await process.wait()
+                    await _end_of(process)
 
-    async def _start(self, theirs: socket.socket) -> trio.Process:
-        """The process, at that end of its line, which is closed here. Raises OSError."""
+    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        """The process, at that end of its line, which is closed here. Raises OSError.
+
+        Started by this thread, which lasts: a thread of Trio's ends after 10 s, and the kernel then
+        tells the process that its parent has died (PR_SET_PDEATHSIG). Takes some milliseconds.
+        """
         with contextlib.ExitStack() as ending:
             ending.callback(theirs.close)
             told = self._birth(theirs.fileno())
@@ -280,7 +284,7 @@ class Member:
             ending.callback(os.close, record)
             # What is not a line of the log must not spoil the view.
             elsewhere = subprocess.DEVNULL if told.log is not None else None
-            process: trio.Process = await trio.lowlevel.open_process(
+            return subprocess.Popen(
                 [
                     sys.executable,
                     *_flags(),
@@ -294,9 +298,8 @@ class Member:
                 stdout=elsewhere,
                 stderr=elsewhere,
             )
-            return process
 
-    async def _watch(self, process: trio.Process) -> None:
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Kill a process that has stopped to give signs of life: stopped, or its loop stuck.
 
         Its start, with all that it imports, takes as long as it takes.
@@ -450,6 +453,20 @@ class Crew:
         with trio.move_on_after(KILL_AFTER):
             for member in self._all:
                 await member.ended.wait()
+
+
+async def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """Wait until the process has ended; its status."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:  # a sandbox without it
+        return await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+    try:
+        while (code := process.poll()) is None:
+            await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
+    return code
 
 
 def _how(code: int) -> str:
