@@ -8,7 +8,7 @@ import trio.testing
 
 from support.proxy_harness import lab
 from support.scripted_server import answering, ok
-from vllm_router.runtime.model_lists import LOOK_GAP, ModelLists
+from vllm_router.runtime.model_lists import AT_ONCE, LOOK_GAP, ModelLists
 
 GOOD = ok(b'{"answer":1}')
 
@@ -64,7 +64,22 @@ async def test_fresh_flood_costs_one_look_per_gap(autojump_clock, nursery):
     began = trio.current_time()
     while trio.current_time() < began + 10 * LOOK_GAP:
         await lists.fresh(lambda: False, 5.0)
-    assert len(server.looks) <= 11
+    assert AT_ONCE < len(server.looks) <= AT_ONCE + 11
+
+
+async def test_fresh_a_few_wrong_names_one_after_the_other_do_not_wait_for_a_gap(
+    autojump_clock, nursery
+):
+    server = Server(0.01)
+    lists = ModelLists(lambda: [server.read])
+    nursery.start_soon(lists.run)
+    for _ in range(3):
+        began = trio.current_time()
+        for number in range(AT_ONCE):
+            await lists.fresh(lambda: False, 5.0)
+            assert server.looks[-1] >= began + number * 0.01 - 1e-6  # a look of its own
+        assert trio.current_time() - began == pytest.approx(AT_ONCE * 0.01)
+        await trio.sleep(AT_ONCE * LOOK_GAP)
 
 
 async def test_fresh_found_or_out_of_patience_does_not_wait_for_slow_servers(

@@ -40,12 +40,11 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When a process was tried to be started: the system has none left."""
     moments: list[float] = []
 
-    async def none_left(*_: object, **__: object) -> None:
-        await trio.lowlevel.checkpoint()
+    def none_left(*_: object, **__: object) -> None:
         moments.append(trio.current_time())
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(trio.lowlevel, "open_process", none_left)
+    monkeypatch.setattr(parent.subprocess, "Popen", none_left)
     return moments
 
 
