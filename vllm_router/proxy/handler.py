@@ -16,6 +16,7 @@ from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
+from vllm_router.fleet.silence import STILL_FOR
 from vllm_router.http.addresses import parse_networks
 from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.http.client.client import Pool
@@ -164,7 +165,7 @@ class Proxy:
         if link is not None:
             link.pool.sweep(now)
         server.look_for_silence(now)
-        if server.paused_at is not None or server.silence.trial:
+        if server.paused_at is not None or server.silence.since is not None:
             self._move_on(server, now)
         health = server.probe_health
         if (health.up is False and not health.held_back) or server.asleep:
@@ -264,17 +265,24 @@ class Proxy:
         return ended
 
     def _move_on(self, server: Server, now: float) -> None:
-        """Take requests to other servers that wait on a paused one, or are the trial of a silent
-        one; those that cannot go elsewhere stay."""
+        """Move requests that wait on a paused or silent server to other servers.
+
+        On a silent one its trial is moved soon; the others once they have waited long and no
+        request has had output since they were sent. What cannot go elsewhere stays.
+        """
         paused = server.paused_at is not None
-        settings = self.settings
-        patience = min(server.trial_patience(), settings.first_byte_timeout / 2)
-        if paused:
-            patience = settings.metrics_interval
+        most = self.settings.first_byte_timeout / 2
+        of_trials = min(server.trial_patience(), most)
+        of_others = min(max(STILL_FOR, of_trials), most)
         for lease in list(server.leases):
-            waits = lease.interrupt is not None and not lease.committed
-            if waits and (paused or lease.trial) and now - lease.taken_at >= patience:
-                assert lease.interrupt is not None
+            if lease.interrupt is None or lease.committed:
+                continue
+            patience = self.settings.metrics_interval if paused else of_others
+            if lease.trial and not paused:
+                patience = of_trials
+            elif not paused and server.output_since(lease.taken_at):
+                continue
+            if now - lease.taken_at >= patience:
                 lease.interrupt(Outcome.SILENT.value)
 
     async def drained(self) -> None:

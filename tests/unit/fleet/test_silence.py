@@ -232,6 +232,55 @@ async def test_trial_of_a_silent_server_that_answers_ends_the_silence(autojump_c
         assert state(rig.server("a")) is State.UP
 
 
+async def silence(rig: Rig) -> None:
+    """A client gives server `a` up, which has sent nothing."""
+    rig.prefer("a")
+    client = rig.start_stream()
+    await trio.sleep(2)
+    client.leave()
+    await trio.testing.wait_all_tasks_blocked()
+    assert state(rig.server("a")) is State.SILENT
+
+
+async def ticking(rig: Rig, seconds: float) -> None:
+    for _ in range(int(seconds * 2)):
+        await trio.sleep(0.5)
+        rig.proxy.tick(rig.server("a"), trio.current_time())
+
+
+async def test_requests_that_wait_on_a_silent_server_go_elsewhere(autojump_clock):
+    async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
+        rig.prefer("a")
+        waiting = [rig.start_stream() for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked()
+        await silence(rig)
+        await ticking(rig, STILL_FOR - 3)
+        assert not any(client.done for client in waiting)
+        await ticking(rig, 2)
+        assert [client.got.status for client in waiting] == [200] * 3
+        assert all(b"hi" in client.got.body for client in waiting)
+        assert rig.server("a").in_flight == 0
+        assert state(rig.server("a")) is State.SILENT
+
+
+async def test_requests_stay_on_a_server_whose_silence_has_ended_or_that_is_the_only_one(
+    autojump_clock,
+):
+    async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
+        rig.prefer("a")
+        waits = rig.start_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        await silence(rig)
+        rig.server("b").drain(on=True)
+        await ticking(rig, 20)
+        rig.server("b").drain(on=False)
+        rig.server("a").output_at = trio.current_time()  # another request has had a token
+        await ticking(rig, 20)
+        assert not waits.done
+        assert state(rig.server("a")) is State.UP
+        waits.leave()
+
+
 async def test_silent_server_that_is_the_only_one_is_asked(autojump_clock):
     async with lab(head_only) as rig:
         for _ in range(3):
