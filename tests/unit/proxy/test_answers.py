@@ -74,7 +74,7 @@ def named(kind: str, **fields: object) -> dict:
         (b"event: ping", "ping", None),
     ],
 )
-def test_decode_event_follows_the_specification(block, name, payload):
+def test_decode_event_matches_specification(block, name, payload):
     event = decode_event(block)
     assert event.name == name
     if payload is None and event.payload is not None:
@@ -90,7 +90,7 @@ STREAM = (
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=8))
-def test_block_reader_finds_the_same_blocks_however_the_stream_is_cut(cuts):
+def test_block_reader_any_split_yields_same_blocks(cuts):
     places = [0, *sorted(cuts), len(STREAM)]
     reader = BlockReader()
     blocks = []
@@ -108,7 +108,7 @@ def test_block_reader_finds_the_same_blocks_however_the_stream_is_cut(cuts):
     assert sorted(held.replace(b"\r", b"\n")) == sorted(STREAM.replace(b"\r", b"\n"))
 
 
-def test_block_reader_is_linear_in_comments_and_long_events():
+def test_block_reader_long_comments_and_events_take_linear_time():
     reader = BlockReader()
     for _ in range(100_000):
         assert list(reader.feed(b":x\n")) == []
@@ -243,23 +243,23 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("api", "payload"), OPENINGS)
-def test_read_event_opening_proves_nothing(api, payload):
+def test_read_event_opening_is_no_proof(api, payload):
     assert signs(api, payload) == OPENS
 
 
 @pytest.mark.parametrize(("api", "payload"), PROOFS)
-def test_read_event_output_proves(api, payload):
+def test_read_event_output_is_proof(api, payload):
     assert signs(api, payload) == PROVES
 
 
 @pytest.mark.parametrize(("api", "payload", "expected"), OTHERS)
-def test_read_event_ends_aborts_and_unknown_events(api, payload, expected):
+def test_read_event_recognises_ends_aborts_and_unknown_events(api, payload, expected):
     assert signs(api, payload) == expected
 
 
 @pytest.mark.parametrize("api", Api)
 @pytest.mark.parametrize("payload", FAILURES)
-def test_read_event_error_is_found_in_every_api(api, payload):
+def test_read_event_finds_error_of_every_api(api, payload):
     assert signs(api, payload) == FAILS
 
 
@@ -277,7 +277,7 @@ def test_read_event_failed_response(kind):
     assert signs(Api.RESPONSES, named(kind, response={"status": "failed"})) == FAILS
 
 
-def test_api_of_knows_the_four_apis():
+def test_api_of_path_returns_one_of_four_apis():
     assert [api_of(b"/v1/" + name) for name in (b"responses", b"messages", b"messages/")] == [
         Api.RESPONSES,
         Api.MESSAGES,
@@ -343,11 +343,11 @@ def test_api_of_knows_the_four_apis():
         ),
     ],
 )
-def test_fault_of_names_the_party(payload, fault):
+def test_fault_of_error_names_client_or_server(payload, fault):
     assert fault_of(payload) is fault
 
 
-def test_message_of_finds_the_text_in_every_form():
+def test_message_of_error_finds_text_in_every_form():
     assert message_of({"error": {"message": "a"}}) == "a"
     assert message_of({"type": "error", "error": {"type": "x", "message": "a"}}) == "a"
     assert message_of({"error": "a"}) == "a"
@@ -439,12 +439,12 @@ ZERO = {"status": "completed", "output": [], "usage": {"input_tokens": 9, "outpu
         (Api.MESSAGES, [data(named("message_start")), b"event: ping\n\n"], Verdict.EMPTY),
     ],
 )  # fmt: skip
-def test_opening_verdict(api, pieces, verdict):
+def test_opening_returns_verdict(api, pieces, verdict):
     assert opened(api, *pieces) is verdict
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_opening_verdict_does_not_depend_on_the_pieces(size):
+def test_opening_any_split_gives_same_verdict(size):
     stream = b": c\n\n" + ROLE + b"retry: 3\n\n" + TOKEN + END
     opening = Opening(Api.CHAT)
     sent = b""
@@ -504,12 +504,12 @@ def test_opening_verdict_does_not_depend_on_the_pieces(size):
         ),
     ],
 )  # fmt: skip
-def test_ending_verdict(api, tail, verdict):
+def test_ending_returns_verdict(api, tail, verdict):
     assert read_ending(api, tail).verdict is verdict
     assert read_ending(api, tail.replace(b"\n", b"\r\n")).verdict is verdict
 
 
-def test_ending_reads_usage_of_every_api():
+def test_ending_finds_usage_of_every_api():
     usage = {"prompt_tokens": 9, "completion_tokens": 3}
     chat = TOKEN + STOP + data({"choices": [], "usage": usage, "x": "y" * 5000}) + END
     assert read_ending(Api.CHAT, chat).usage == (9, None, 3)
@@ -571,7 +571,7 @@ def test_ending_reads_usage_of_every_api():
         (Api.OTHER, [1], Verdict.UNJUDGED),
     ],
 )  # fmt: skip
-def test_read_whole_verdict(api, body, verdict):
+def test_read_whole_returns_verdict(api, body, verdict):
     assert read_whole(api, json.dumps(body).encode()).verdict is verdict
 
 
@@ -580,11 +580,11 @@ def test_read_whole_verdict(api, body, verdict):
     ("body", "verdict"),
     [(b"", Verdict.EMPTY), (b" \n", Verdict.EMPTY), (b'{"a": "half', Verdict.UNFINISHED)],
 )
-def test_read_whole_of_nothing_or_half(api, body, verdict):
+def test_read_whole_empty_or_half_body_is_not_whole(api, body, verdict):
     assert read_whole(api, body).verdict is verdict
 
 
-def test_read_whole_accepts_what_python_reads():
+def test_read_whole_accepts_all_that_python_json_reads():
     assert read_whole(Api.OTHER, b'{"data":[{"embedding":[NaN]}]}').verdict is Verdict.UNJUDGED
     assert read_whole(Api.CHAT, b"[" * 100_000).verdict is Verdict.UNFINISHED
 
@@ -627,7 +627,7 @@ def test_usage_scanner_ignores_null_and_broken_usage():
 
 @given(st.recursive(st.text() | st.none(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)),
        st.integers(1, 9), st.data())  # fmt: skip
-def test_json_balance_tells_whole_from_half(value, size, draw):
+def test_json_balance_distinguishes_whole_from_half(value, size, draw):
     body = json.dumps([value]).encode()
     balance = JsonBalance()
     for start in range(0, len(body), size):
@@ -665,7 +665,7 @@ _CHUNK = st.fixed_dictionaries(
 
 
 @given(_CHUNK)
-def test_quick_has_content_only_where_the_table_has_proof(payload):
+def test_quick_has_content_agrees_with_table(payload):
     piece = data(payload)
     if quick.has_content(piece):
         opening = Opening(Api.MESSAGES)  # an API without the quick reader
@@ -673,7 +673,7 @@ def test_quick_has_content_only_where_the_table_has_proof(payload):
 
 
 @given(st.lists(_CHUNK, min_size=1, max_size=4))
-def test_quick_ending_says_what_the_table_says(payloads):
+def test_quick_ending_agrees_with_table(payloads):
     tail = b"".join(map(data, payloads)) + END
     found = quick.finished_usage(b"\n\n" + tail)
     if found is not None:
@@ -700,7 +700,7 @@ def test_quick_ending_says_what_the_table_says(payloads):
     ),
     st.sampled_from(STREAM_APIS),
 )
-def test_quick_body_says_what_the_table_says(payload, api):
+def test_quick_body_agrees_with_table(payload, api):
     body = json.dumps(payload).encode()
     quick_usage = quick.usage_of_finished(body)
     if quick_usage is None:
@@ -711,5 +711,5 @@ def test_quick_body_says_what_the_table_says(payload, api):
         assert (slow.verdict, slow.usage) == (Verdict.PROVEN, quick_usage)
 
 
-def test_blocks_of_keeps_what_is_not_ended():
+def test_blocks_of_keeps_unfinished_block():
     assert blocks_of(b"data: 1\n\n: c\n\ndata: 2") == ([b"data: 1\n\n"], b"data: 2")

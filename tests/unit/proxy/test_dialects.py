@@ -64,7 +64,7 @@ class Whole:
         (508, "api_error"),
     ],
 )
-def test_anthropic_type_of_status_is_the_documented_one(status, kind):
+def test_anthropic_type_of_status_is_documented_type(status, kind):
     assert anthropic_type(status) == kind
 
 
@@ -80,7 +80,7 @@ def test_anthropic_type_of_status_is_the_documented_one(status, kind):
         (b"\x16\x03 /x", b"/x"),
     ],
 )
-def test_path_of_a_request_line_is_found_as_far_as_it_came(line, path):
+def test_path_of_request_line_is_found_in_partial_line(line, path):
     assert path_of(line) == path
 
 
@@ -89,7 +89,7 @@ def test_path_of_a_request_line_is_found_as_far_as_it_came(line, path):
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("path", MESSAGES[:3])
-async def test_refused_message_gets_anthropics_shape(path, watched, autojump_clock):
+async def test_dialect_of_refused_message_is_anthropics(path, watched, autojump_clock):
     async with lab(answering(ok(b"{}")), watched=watched) as rig:
         got = await rig.post({"model": "none"}, path=path)
         headers = {name.decode(): value.decode() for name, value in got.headers}
@@ -98,7 +98,7 @@ async def test_refused_message_gets_anthropics_shape(path, watched, autojump_clo
         assert "'none' does not exist" in error["message"]
 
 
-async def test_refused_message_names_the_request_by_the_clients_id(autojump_clock):
+async def test_dialect_of_refused_message_repeats_client_request_id(autojump_clock):
     async with lab(answering(ok(b"{}"))) as rig:
         headers = ((b"x-request-id", b"mine-1"), (b"content-type", b"application/json"))
         got = await rig.post({"model": "none"}, path="/v1/messages", headers=headers)
@@ -106,7 +106,7 @@ async def test_refused_message_names_the_request_by_the_clients_id(autojump_cloc
         assert got[b"request-id"] == b"mine-1"
 
 
-async def test_path_that_only_begins_alike_gets_openais_shape(autojump_clock):
+async def test_dialect_of_path_with_same_beginning_is_openais(autojump_clock):
     async with lab(answering(ok(b"{}"))) as rig:
         got = await rig.post({"model": "none"}, path="/v1/messages-new")
         assert got.code == "model_not_found"
@@ -119,20 +119,20 @@ AUTH = '[auth]\nkeys = [{ name = "a", key = "sk-a" }]\n'
 
 
 @pytest.mark.parametrize("path", MESSAGES)
-async def test_wrong_method_at_a_messages_path_gets_anthropics_shape(path):
+async def test_dialect_of_wrong_method_at_messages_path_is_anthropics(path):
     reply = await Whole().ask("GET", path)
     assert reply.status == (404 if "batches" in path else 405)
     anthropic_error(reply.status, reply.headers, reply.body)
 
 
 @pytest.mark.parametrize("path", MESSAGES)
-async def test_page_that_may_not_ask_gets_the_dialect_of_the_path(path):
+async def test_dialect_of_forbidden_origin_follows_path(path):
     reply = await Whole().ask("POST", path, headers={"origin": "https://evil.example"})
     assert reply.status == 403
     anthropic_error(reply.status, reply.headers, reply.body)
 
 
-async def test_missing_key_is_told_in_the_dialect_of_the_path(tmp_path):
+async def test_dialect_of_missing_key_follows_path(tmp_path):
     file = tmp_path / "servers.toml"
     file.write_text('[servers]\nservers = [{ url = "http://a.test:1", name = "a" }]\n' + AUTH)
     whole = Whole(file=file)
@@ -157,7 +157,7 @@ async def test_missing_key_is_told_in_the_dialect_of_the_path(tmp_path):
         "X-Big: " + "x" * 5000,
     ],
 )
-async def test_refused_head_is_told_in_the_dialect_of_its_path(kind, field):
+async def test_dialect_of_refused_head_follows_path(kind, field):
     limits = Limits(max_head_bytes=4096, linger=0.3, max_linger=2.0)
     async with running(kind, limits=limits) as it:
         for path in ("/v1/messages?beta=true", CHAT):
@@ -173,7 +173,7 @@ async def test_refused_head_is_told_in_the_dialect_of_its_path(kind, field):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_body_that_never_comes_is_told_in_the_dialect_of_the_path(kind):
+async def test_dialect_of_body_timeout_follows_path(kind):
     limits = Limits(body_read_timeout=0.2, linger=0.3, max_linger=2.0)
     async with running(kind, limits=limits) as it, connected(it.port) as client:
         head = b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n"
@@ -188,7 +188,7 @@ async def test_body_that_never_comes_is_told_in_the_dialect_of_the_path(kind):
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
 @pytest.mark.parametrize("path", [CHAT, "/tokenize", "/invocations", "/v1/responses/resp_1/cancel"])
-async def test_wrong_method_at_an_inference_path_is_405_with_the_right_one(path, method):
+async def test_inference_path_wrong_method_is_405_with_allow(path, method):
     reply = await Whole().ask(method, path)
     assert reply.status == 405
     assert reply.headers["allow"] == "POST"
@@ -196,7 +196,7 @@ async def test_wrong_method_at_an_inference_path_is_405_with_the_right_one(path,
     assert reply.error["message"] == f"{method} is not allowed at {path}. Allowed: POST."
 
 
-async def test_wrong_method_at_the_tokenizers_path_is_405_with_the_right_one():
+async def test_tokenizer_path_wrong_method_is_405_with_allow():
     reply = await Whole().ask("POST", "/tokenizer_info")
     assert (reply.status, reply.headers["allow"]) == (405, "GET")
 
@@ -216,14 +216,14 @@ async def test_wrong_method_at_the_tokenizers_path_is_405_with_the_right_one():
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
-async def test_path_that_exists_for_no_method_is_404(path, method):
+async def test_path_without_methods_is_404(path, method):
     reply = await Whole().ask(method, path)
     assert reply.status == 404
     assert "allow" not in reply.headers
     assert reply.error["message"] == f"There is nothing at {path}."
 
 
-async def test_stored_response_is_404_and_says_why():
+async def test_stored_response_path_is_404_with_reason():
     reply = await Whole().ask("GET", "/v1/responses/resp_1")
     assert reply.status == 404
     assert "Stored responses cannot be read through the router" in reply.error["message"]
@@ -239,20 +239,20 @@ async def test_stored_response_is_404_and_says_why():
         ("/admin/reload", "OPTIONS, POST"),
     ],
 )
-async def test_wrong_method_at_a_path_of_the_router_lists_the_right_ones(path, methods):
+async def test_router_path_wrong_method_lists_allowed_methods(path, methods):
     for method in ("DELETE", "PUT") if "POST" in methods else ("DELETE", "POST"):
         reply = await Whole().ask(method, path)
         assert (reply.status, reply.headers["allow"]) == (405, methods)
 
 
-async def test_plain_request_at_the_path_of_the_feed_says_that_it_is_a_websocket():
+async def test_feed_path_plain_request_says_websocket_needed():
     reply = await Whole().ask("GET", "/ws/load")
     assert reply.status == 400
     assert reply.error["message"] == "/ws/load is a websocket: the request must be an upgrade."
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/nowhere", CHAT, "/tokenizer_info", "/health"])
-async def test_websocket_elsewhere_is_404_and_names_the_one_there_is(path):
+async def test_websocket_at_other_path_is_404_naming_feed(path):
     whole = Whole()
     sent: list[Any] = []
     events = [{"type": "websocket.connect"}]
@@ -289,7 +289,7 @@ async def test_websocket_elsewhere_is_404_and_names_the_one_there_is(path):
 
 
 @pytest.mark.parametrize("slashes", ["/", "//"])
-async def test_slash_at_the_end_of_a_path_is_served_at_once(slashes):
+async def test_path_with_trailing_slash_is_served_without_redirect(slashes):
     whole = Whole()
     for path in ("/health", "/v1/models", "/v1/models/m", "/load"):
         reply = await whole.ask("GET", path + slashes)
@@ -299,12 +299,12 @@ async def test_slash_at_the_end_of_a_path_is_served_at_once(slashes):
     assert (await whole.ask("POST", "/sleep" + slashes)).error["code"] == "engine_control_closed"
 
 
-async def test_encoded_slash_at_the_end_of_a_name_stays():
+async def test_path_with_encoded_slash_in_name_is_kept():
     reply = await Whole().ask("GET", "/v1/models/a%2F/")
     assert reply.error["message"].startswith("The model 'a/' does not exist.")
 
 
-async def test_load_is_that_of_the_whole_fleet():
+async def test_load_path_reports_whole_fleet():
     whole = Whole()
     lease = whole.lab["a"].lease(trio.current_time())
     assert (await whole.ask("GET", "/load")).json == {"server_load": 1}
@@ -316,7 +316,7 @@ async def test_load_is_that_of_the_whole_fleet():
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_client_of_ipv4_on_a_socket_of_ipv6_has_its_own_address(kind):
+async def test_client_address_ipv4_mapped_is_shown_as_ipv4(kind):
     seen: list[Any] = []
 
     async def app(scope: Any, _receive: Any, send: Any) -> None:
@@ -343,7 +343,7 @@ async def test_client_of_ipv4_on_a_socket_of_ipv6_has_its_own_address(kind):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_id_that_a_refused_client_is_told_is_known_to_the_log(kind):
+async def test_request_id_of_refused_client_is_logged(kind):
     told: list[Refusal] = []
 
     def note(refusal: Refusal, _client: Any, _line: bytes) -> None:

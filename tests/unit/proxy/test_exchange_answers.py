@@ -90,7 +90,7 @@ EMPTY: dict[str, bytes] = {
 
 @pytest.mark.parametrize("case", EMPTY)
 @pytest.mark.parametrize("watched", [False, True])
-async def test_empty_200_is_replayed_and_blamed(autojump_clock, case, watched):
+async def test_exchange_empty_200_is_retried_and_counted(autojump_clock, case, watched):
     async with lab(answering(EMPTY[case]), GOOD, watched=watched) as rig:
         rig.prefer("a")
         got = await rig.stream()
@@ -99,13 +99,13 @@ async def test_empty_200_is_replayed_and_blamed(autojump_clock, case, watched):
         assert failures(rig) == 1
 
 
-async def test_empty_200_everywhere_is_a_502(autojump_clock):
+async def test_exchange_empty_200_from_all_servers_is_502(autojump_clock):
     async with lab(*[answering(EMPTY["no body"])] * 2) as rig:
         got = await rig.post()
         assert (got.status, got.code) == (502, "empty_answer")
 
 
-async def test_server_of_empty_200s_is_no_magnet(autojump_clock):
+async def test_exchange_server_of_empty_200s_attracts_no_load(autojump_clock):
     async with lab(answering(EMPTY["no body"]), GOOD, GOOD) as rig:
         for _ in range(40):
             assert (await rig.stream()).body.endswith(DONE)
@@ -113,7 +113,7 @@ async def test_server_of_empty_200s_is_no_magnet(autojump_clock):
 
 
 @pytest.mark.parametrize("path", OPENINGS)
-async def test_opening_events_do_not_commit(autojump_clock, path):
+async def test_exchange_opening_events_do_not_commit(autojump_clock, path):
     """The server dies after them, by an orderly close."""
 
     async def dies(talk: Talk) -> None:
@@ -141,7 +141,7 @@ async def test_opening_events_do_not_commit(autojump_clock, path):
         (RESPONSES, CREATED + named("error", code="server_error", message="m")),
     ],
 )
-async def test_server_failure_told_before_the_first_token_is_replayed(autojump_clock, path, first):
+async def test_exchange_server_error_before_first_token_is_retried(autojump_clock, path, first):
     async with lab(streaming(first), streaming(*STREAMS[path])) as rig:
         rig.prefer("a")
         got = await rig.stream(path=path)
@@ -160,7 +160,7 @@ NO_TOKENS = {
 
 
 @pytest.mark.parametrize("path", NO_TOKENS)
-async def test_end_without_tokens_is_blamed_if_another_server_has_tokens(autojump_clock, path):
+async def test_exchange_end_without_tokens_counts_if_other_server_has_tokens(autojump_clock, path):
     async with lab(streaming(*NO_TOKENS[path]), streaming(*STREAMS[path])) as rig:
         rig.prefer("a")
         got = await rig.stream(path=path)
@@ -172,7 +172,7 @@ async def test_end_without_tokens_is_blamed_if_another_server_has_tokens(autojum
 @pytest.mark.parametrize("path", NO_TOKENS)
 @pytest.mark.parametrize("servers", [1, 2, 4])
 @pytest.mark.parametrize("watched", [False, True])
-async def test_end_without_tokens_said_by_two_servers_is_the_answer(
+async def test_exchange_stream_without_tokens_from_two_servers_passes(
     autojump_clock, path, servers, watched
 ):
     async with lab(*[streaming(*NO_TOKENS[path])] * servers, watched=watched) as rig:
@@ -183,7 +183,7 @@ async def test_end_without_tokens_said_by_two_servers_is_the_answer(
         assert rig.recorder.last.outcome is Outcome.ANSWERED
 
 
-async def test_plain_end_without_tokens_said_by_two_servers_is_the_answer(autojump_clock):
+async def test_exchange_json_without_tokens_from_two_servers_passes(autojump_clock):
     body = b'{"choices":[{"message":{"content":""},"finish_reason":"stop"}]}'
     async with lab(*[answering(ok(body))] * 3) as rig:
         got = await rig.post()
@@ -192,7 +192,7 @@ async def test_plain_end_without_tokens_said_by_two_servers_is_the_answer(autoju
         assert rig.requests().total() == 2
 
 
-async def test_end_without_tokens_is_the_answer_if_the_other_server_fails(autojump_clock):
+async def test_exchange_end_without_tokens_passes_if_other_server_fails(autojump_clock):
     async with lab(streaming(*NO_TOKENS[CHAT]), once()) as rig:
         rig.prefer("a")
         got = await rig.stream()
@@ -200,7 +200,7 @@ async def test_end_without_tokens_is_the_answer_if_the_other_server_fails(autoju
         assert (failures(rig, "a"), failures(rig, "b")) == (0, 1)
 
 
-async def test_end_without_tokens_after_comments_is_the_answer(autojump_clock):
+async def test_exchange_end_without_tokens_after_comments_passes(autojump_clock):
     script = streaming(b": c\n\n", *NO_TOKENS[CHAT])
     async with lab(script, script) as rig:
         got = await rig.stream()
@@ -218,7 +218,7 @@ UNCLEAR = [
 
 
 @pytest.mark.parametrize("first", UNCLEAR)
-async def test_unclear_error_blames_nothing_if_two_servers_say_it(autojump_clock, first):
+async def test_exchange_unclear_error_from_two_servers_counts_for_neither(autojump_clock, first):
     async with lab(*[streaming(first, DONE)] * 3) as rig:
         for _ in range(8):
             got = await rig.stream()
@@ -228,7 +228,7 @@ async def test_unclear_error_blames_nothing_if_two_servers_say_it(autojump_clock
 
 
 @pytest.mark.parametrize("first", UNCLEAR)
-async def test_unclear_error_is_blamed_if_another_server_answers(autojump_clock, first):
+async def test_exchange_unclear_error_counts_if_other_server_answers(autojump_clock, first):
     async with lab(streaming(first, DONE), GOOD) as rig:
         rig.prefer("a")
         got = await rig.stream()
@@ -236,7 +236,7 @@ async def test_unclear_error_is_blamed_if_another_server_answers(autojump_clock,
         assert failures(rig) == 1
 
 
-async def test_responses_stream_cut_after_its_opening_blames_nothing_if_all_do_it(autojump_clock):
+async def test_exchange_responses_stream_cut_by_all_servers_counts_for_none(autojump_clock):
     """vLLM 0.32 ends a request so whose grammar or stop tokens are wrong."""
     cut = once(sse_head(), chunk(CREATED))
     async with lab(cut, cut, cut) as rig:
@@ -262,7 +262,7 @@ CLIENT_ERRORS = {
 
 @pytest.mark.parametrize("case", CLIENT_ERRORS)
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
-async def test_client_error_in_a_stream_passes_and_blames_nothing(autojump_clock, case, path):
+async def test_exchange_client_error_in_stream_passes_uncounted(autojump_clock, case, path):
     first = CLIENT_ERRORS[case]
     async with lab(streaming(first, DONE), GOOD) as rig:
         rig.prefer("a")
@@ -275,7 +275,7 @@ async def test_client_error_in_a_stream_passes_and_blames_nothing(autojump_clock
         assert set(rig.recorder.outcomes) == {Outcome.ANSWERED}
 
 
-async def test_error_null_beside_tokens_is_no_error(autojump_clock):
+async def test_exchange_null_error_beside_tokens_is_no_error(autojump_clock):
     token = HELLO.replace(b'data: {"id"', b'data: {"error":null,"id"')
     async with lab(streaming(token, STOP, DONE)) as rig:
         for _ in range(5):
@@ -283,13 +283,13 @@ async def test_error_null_beside_tokens_is_no_error(autojump_clock):
         assert failures(rig) == 0
 
 
-async def test_client_error_after_tokens_blames_nothing(autojump_clock):
+async def test_exchange_client_error_after_tokens_is_not_counted(autojump_clock):
     async with lab(streaming(HELLO, CLIENT_ERRORS["string code"], DONE)) as rig:
         assert (await rig.stream()).whole
         assert failures(rig) == 0
 
 
-async def test_busy_event_goes_elsewhere_and_blames_nothing(autojump_clock):
+async def test_exchange_busy_event_is_retried_uncounted(autojump_clock):
     busy = named("error", error={"type": "overloaded_error", "message": "m"})
     async with lab(streaming(busy), streaming(*STREAMS[MESSAGES])) as rig:
         rig.prefer("a")
@@ -307,7 +307,9 @@ CUTS = {CHAT: 2, "/v1/completions": 1, RESPONSES: 2, MESSAGES: 2}
 @pytest.mark.parametrize("path", CUTS)
 @pytest.mark.parametrize("framing", ["chunked", "close", "length"])
 @pytest.mark.parametrize("watched", [False, True])
-async def test_stream_with_tokens_and_no_end_is_broken(autojump_clock, path, framing, watched):
+async def test_exchange_stream_with_tokens_without_end_is_truncated(
+    autojump_clock, path, framing, watched
+):
     events = b"".join(STREAMS[path][: CUTS[path]])
     script = {
         "chunked": answering(sse_head(), chunk(events), END),
@@ -327,7 +329,7 @@ async def test_stream_with_tokens_and_no_end_is_broken(autojump_clock, path, fra
 
 @pytest.mark.parametrize("path", CUTS)
 @pytest.mark.parametrize("framing", ["chunked", "close", "length"])
-async def test_stream_with_its_end_is_whole_however_framed(autojump_clock, path, framing):
+async def test_exchange_stream_with_end_is_whole_in_any_framing(autojump_clock, path, framing):
     events = b"".join(STREAMS[path])
     script = {
         "chunked": answering(sse_head(), *map(chunk, STREAMS[path]), END),
@@ -340,19 +342,19 @@ async def test_stream_with_its_end_is_whole_however_framed(autojump_clock, path,
         assert rig.recorder.outcomes == [Outcome.ANSWERED]
 
 
-async def test_stream_closed_inside_an_event_adds_nothing(autojump_clock):
+async def test_exchange_stream_closed_inside_event_adds_nothing(autojump_clock):
     async with lab(once(CLOSE % SSE, HELLO, HELLO[:25])) as rig:
         got = await rig.stream()
         assert (got.body, got.whole) == (HELLO + HELLO[:25], False)
 
 
-async def test_chat_stream_that_finished_needs_no_done(autojump_clock):
+async def test_exchange_finished_chat_stream_needs_no_done(autojump_clock):
     async with lab(once(CLOSE % SSE, HELLO, STOP)) as rig:
         got = await rig.stream()
         assert (got.body, got.whole) == (HELLO + STOP, True)
 
 
-async def test_stream_of_unknown_events_is_not_judged_by_its_end(autojump_clock):
+async def test_exchange_stream_of_unknown_events_needs_no_end(autojump_clock):
     async with lab(streaming(b'data: {"delta":"tok"}\n\n')) as rig:
         got = await rig.stream(path=RESPONSES)
         assert (got.body, got.whole) == (b'data: {"delta":"tok"}\n\n', True)
@@ -360,7 +362,7 @@ async def test_stream_of_unknown_events_is_not_judged_by_its_end(autojump_clock)
 
 
 @pytest.mark.parametrize("framing", ["close", "length"])
-async def test_half_json_is_replayed_however_framed(autojump_clock, framing):
+async def test_exchange_half_json_is_retried_in_any_framing(autojump_clock, framing):
     half = PLAIN[:-20]
     script = once(CLOSE % b"application/json", half) if framing == "close" else answering(ok(half))
     async with lab(script, answering(ok(PLAIN))) as rig:
@@ -370,7 +372,7 @@ async def test_half_json_is_replayed_however_framed(autojump_clock, framing):
         assert rig.recorder.outcomes == [Outcome.UNFINISHED, Outcome.ANSWERED]
 
 
-async def test_long_json_cut_at_its_close_is_no_whole_answer(autojump_clock):
+async def test_exchange_long_json_cut_at_close_is_truncated(autojump_clock):
     long = json.dumps({"data": ["{" * 50] * 20_000}).encode()
     async with lab(once(CLOSE % b"application/json", long[:-2])) as rig:
         got = await rig.post(path="/v1/embeddings")
@@ -390,7 +392,7 @@ ABORTED = {
 
 
 @pytest.mark.parametrize("path", ABORTED)
-async def test_plain_abort_with_tokens_is_the_engines_answer(autojump_clock, path):
+async def test_exchange_json_abort_with_tokens_passes(autojump_clock, path):
     async with lab(answering(ok(ABORTED[path])), answering(ok(PLAIN))) as rig:
         rig.prefer("a")
         got = await rig.post(path=path)
@@ -400,7 +402,7 @@ async def test_plain_abort_with_tokens_is_the_engines_answer(autojump_clock, pat
 
 
 @pytest.mark.parametrize("path", ABORTED)
-async def test_plain_abort_of_a_server_that_stops_is_replayed(autojump_clock, path):
+async def test_exchange_json_abort_of_stopping_server_is_retried(autojump_clock, path):
     async def stops(talk: Talk) -> None:
         await talk.request()
         talk.server.refuses = True
@@ -416,7 +418,7 @@ async def test_plain_abort_of_a_server_that_stops_is_replayed(autojump_clock, pa
 # -- what cannot be read -----------------------------------------------------------------------
 
 
-async def test_packed_stream_passes_as_it_comes(autojump_clock):
+async def test_exchange_compressed_stream_passes_unbuffered(autojump_clock):
     packed = gzip.compress(HELLO + DONE)
 
     async def slow(talk: Talk) -> None:
@@ -433,7 +435,7 @@ async def test_packed_stream_passes_as_it_comes(autojump_clock):
         assert (client.got.body, client.got.whole) == (packed, True)
 
 
-async def test_packed_stream_that_breaks_is_cut_and_not_patched(autojump_clock):
+async def test_exchange_compressed_stream_that_breaks_is_cut_short(autojump_clock):
     packed = gzip.compress(HELLO + DONE)
     head = CHUNKED % (SSE, b"content-encoding: gzip\r\n")
     async with lab(once(head, chunk(packed[:20]))) as rig:
@@ -444,7 +446,7 @@ async def test_packed_stream_that_breaks_is_cut_and_not_patched(autojump_clock):
 @pytest.mark.parametrize(
     "kind", [b"application/jsonl", b"application/json-seq", b"application/x-ndjson", b"audio/wav"]
 )
-async def test_lines_and_audio_pass_as_they_come(autojump_clock, kind):
+async def test_exchange_lines_and_audio_pass_unbuffered(autojump_clock, kind):
     async def slow(talk: Talk) -> None:
         await talk.request()
         await talk.send(CHUNKED % (kind, b""), chunk(b"{}\n"))
@@ -459,7 +461,7 @@ async def test_lines_and_audio_pass_as_they_come(autojump_clock, kind):
         assert (client.got.body, client.got.whole) == (b"{}\n" * 2, True)
 
 
-async def test_white_space_before_json_passes_at_once_and_is_replayed(autojump_clock):
+async def test_exchange_white_space_before_json_passes_and_is_retried(autojump_clock):
     async def beats(talk: Talk) -> None:
         await talk.request()
         await talk.send(CHUNKED % (b"application/json", b""))
@@ -477,7 +479,7 @@ async def test_white_space_before_json_passes_at_once_and_is_replayed(autojump_c
         assert (client.got.body, client.got.whole) == (b"   " + PLAIN, True)
 
 
-async def test_white_space_before_json_and_no_server_left_is_cut(autojump_clock):
+async def test_exchange_white_space_before_json_without_server_is_cut_short(autojump_clock):
     async def beats(talk: Talk) -> None:
         await talk.request()
         await talk.send(CHUNKED % (b"application/json", b""), chunk(b" "))
@@ -488,7 +490,7 @@ async def test_white_space_before_json_and_no_server_left_is_cut(autojump_clock)
 
 
 @pytest.mark.parametrize("status", [0, 99, 600, 999])
-async def test_status_out_of_range_is_an_invalid_answer(autojump_clock, status):
+async def test_exchange_status_out_of_range_is_protocol_error(autojump_clock, status):
     raw = b"HTTP/1.1 %03d X\r\ncontent-length: 2\r\n\r\n{}" % status
     async with lab(answering(raw), answering(ok(PLAIN))) as rig:
         rig.prefer("a")
@@ -497,7 +499,7 @@ async def test_status_out_of_range_is_an_invalid_answer(autojump_clock, status):
 
 
 @pytest.mark.parametrize("status", [520, 521, 525, 530, 598])
-async def test_gateway_status_is_retried(autojump_clock, status):
+async def test_exchange_gateway_status_is_retried(autojump_clock, status):
     async with lab(answering(answer(status, b"<html>")), answering(ok(PLAIN))) as rig:
         rig.prefer("a")
         assert (await rig.post()).body == PLAIN
@@ -531,7 +533,7 @@ LONG = b"x" * 9000
         ("/v1/rerank", answering(ok(b'{' + COUNTS + b',"results":["' + LONG + b'"]}'))),
     ],
 )  # fmt: skip
-async def test_usage_is_found_wherever_it_stands(autojump_clock, path, script):
+async def test_exchange_usage_is_found_in_any_position(autojump_clock, path, script):
     async with lab(script) as rig:
         rig.proxy.wants_usage = True
         got = await rig.stream(path=path)
@@ -540,7 +542,7 @@ async def test_usage_is_found_wherever_it_stands(autojump_clock, path, script):
         assert (record.prompt_tokens, record.completion_tokens) == (9, 3)
 
 
-async def test_long_last_event_in_small_pieces_is_read(autojump_clock):
+async def test_exchange_long_last_event_in_small_pieces_is_read(autojump_clock):
     last = COMPLETED.replace(b'"usage"', b'"a":"%b","usage"' % (LONG * 20))
     pieces = [last[start : start + 700] for start in range(0, len(last), 700)]
     async with lab(streaming(CREATED, DELTA, *pieces)) as rig:
@@ -551,7 +553,7 @@ async def test_long_last_event_in_small_pieces_is_read(autojump_clock):
         assert rig.recorder.outcomes == [Outcome.ANSWERED]
 
 
-async def test_stream_replayed_after_comments_says_so_in_a_comment(autojump_clock):
+async def test_exchange_retry_after_comments_is_announced_by_comment(autojump_clock):
     async def dies(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head(), chunk(b": c\n\n"))

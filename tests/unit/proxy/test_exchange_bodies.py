@@ -82,7 +82,7 @@ BODIES = {
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("kind", BODIES)
-async def test_odd_body_goes_to_the_server_of_its_model(autojump_clock, kind, watched):
+async def test_body_in_unusual_json_is_routed_by_its_model(autojump_clock, kind, watched):
     body = BODIES[kind]("small")
     async with lab(answering(GOOD), answering(GOOD), **options(watched=watched)) as rig:
         two(rig)
@@ -94,7 +94,7 @@ async def test_odd_body_goes_to_the_server_of_its_model(autojump_clock, kind, wa
 
 
 @pytest.mark.parametrize("kind", BODIES)
-async def test_alias_is_applied_to_an_odd_body(autojump_clock, kind):
+async def test_body_in_unusual_json_gets_alias_applied(autojump_clock, kind):
     body = BODIES[kind]("public")
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
@@ -113,7 +113,7 @@ def _text(value: Any) -> str:
 
 
 @pytest.mark.parametrize("kind", BODIES)
-async def test_key_may_ask_for_its_model_with_an_odd_body_and_for_no_other(autojump_clock, kind):
+async def test_body_in_unusual_json_is_limited_to_models_of_key(autojump_clock, kind):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         mine, other = BODIES[kind]("small"), BODIES[kind]("big")
@@ -135,9 +135,7 @@ async def test_key_may_ask_for_its_model_with_an_odd_body_and_for_no_other(autoj
     ],
     ids=["comma", "open", "bytes", "deep", "name"],
 )
-async def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(
-    autojump_clock, body, problem
-):
+async def test_body_unreadable_for_vllm_is_refused_with_reason(autojump_clock, body, problem):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         got = await rig.post(body)
@@ -146,7 +144,7 @@ async def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(
         assert rig.requests() == {"a": 0, "b": 0}
 
 
-async def test_alias_cannot_be_applied_to_a_body_with_thousands_of_models(autojump_clock):
+async def test_body_with_thousands_of_models_gets_no_alias(autojump_clock):
     body = b"{" + b'"model":"public",' * 5000 + b'"model":"public"}'
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
@@ -190,7 +188,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize("kind", NOT_PLAIN)
-async def test_key_with_models_sends_only_plain_forms(autojump_clock, kind):
+async def test_form_for_key_with_models_must_be_plain(autojump_clock, kind):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         got = await post_with_key(rig, NOT_PLAIN[kind], "small", headers=[FORM_TYPE])
@@ -202,7 +200,7 @@ async def test_key_with_models_sends_only_plain_forms(autojump_clock, kind):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-async def test_key_with_models_sends_only_plain_types_of_forms(autojump_clock, kind):
+async def test_form_for_key_with_models_must_have_plain_types(autojump_clock, kind):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         headers = [(b"content-type", TYPES[kind])]
@@ -232,7 +230,7 @@ async def test_key_with_models_sends_only_plain_types_of_forms(autojump_clock, k
     ],
     ids=["curl", "reordered", ".NET", "httpx", "Java", "OkHttp"],
 )
-async def test_key_with_models_sends_what_clients_send(autojump_clock, body, content_type):
+async def test_form_for_key_with_models_accepts_common_clients(autojump_clock, body, content_type):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         headers = [(b"content-type", content_type)]
@@ -245,7 +243,7 @@ async def test_key_with_models_sends_what_clients_send(autojump_clock, body, con
 # Starlette does not close the file of a part that does not end.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-async def test_no_form_passes_by_the_models_of_a_key(autojump_clock):
+async def test_form_for_key_with_models_cannot_smuggle_a_model(autojump_clock):
     """Whatever reaches a server has the key's model for FastAPI, too."""
     rng = Random(4)
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
@@ -281,7 +279,7 @@ async def test_form_with_two_content_types_is_refused(autojump_clock, types):
         assert "more than one Content-Type" in got.json["error"]["message"]
 
 
-async def test_form_that_is_not_plain_goes_where_its_model_is_without_such_a_key(autojump_clock):
+async def test_form_that_is_not_plain_is_routed_without_key_models(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
         body = NOT_PLAIN["another case"]
@@ -291,7 +289,7 @@ async def test_form_that_is_not_plain_goes_where_its_model_is_without_such_a_key
 
 
 @pytest.mark.parametrize("size", [10, 3 * MB])
-async def test_alias_is_applied_to_a_form(autojump_clock, size):
+async def test_form_gets_alias_applied(autojump_clock, size):
     file = ('name="file"; filename="model"', b"\r\nmodel" * (size // 7))
     body = form(('name="model"', b"public"), file)
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
@@ -301,7 +299,7 @@ async def test_alias_is_applied_to_a_form(autojump_clock, size):
         assert seen.body == form(('name="model"', b"big"), file)
 
 
-async def test_fields_without_a_file_are_read_as_well(autojump_clock):
+async def test_form_without_file_is_read(autojump_clock):
     """vLLM refuses them for the missing file: the right server says so."""
     kind = (b"content-type", b"application/x-www-form-urlencoded; charset=utf-8")
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
@@ -325,7 +323,7 @@ def _counting(log: list[str], name: str, slices: int) -> Steps[str]:
         log.append(f"{name} closed")
 
 
-async def test_works_take_turns_with_one_slice_at_a_time():
+async def test_work_queue_alternates_slices_of_works():
     log: list[str] = []
     turns = trio.Lock()
 
@@ -347,7 +345,7 @@ async def test_works_take_turns_with_one_slice_at_a_time():
     assert all(later - earlier <= 3 for earlier, later in pairwise(at))
 
 
-async def test_work_that_is_cancelled_is_closed_and_lets_others_go_on():
+async def test_work_queue_cancelled_work_is_closed_and_others_go_on():
     log: list[str] = []
     turns = trio.Lock()
     with trio.CancelScope() as scope:

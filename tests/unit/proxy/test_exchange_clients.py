@@ -91,7 +91,7 @@ PHASES = {
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("case", PHASES)
-async def test_a_client_that_leaves_frees_the_server_at_once(autojump_clock, case, watched):
+async def test_exchange_client_disconnect_frees_server_at_once(autojump_clock, case, watched):
     script, body, phase = PHASES[case]
     async with lab(script, watched=watched) as rig:
         client = rig.start(body)
@@ -114,7 +114,7 @@ async def test_a_client_that_leaves_frees_the_server_at_once(autojump_clock, cas
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_while_connecting(autojump_clock, watched):
+async def test_exchange_client_disconnect_while_connecting_frees_server(autojump_clock, watched):
     async with lab(silent, watched=watched) as rig:
         rig.scripted["a"].swallows = True
         client = rig.start()
@@ -127,7 +127,7 @@ async def test_while_connecting(autojump_clock, watched):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_while_its_body_is_read_or_before_a_server_is_known(autojump_clock, watched):
+async def test_exchange_client_disconnect_while_reading_body_ends_exchange(autojump_clock, watched):
     async with lab(answering(GOOD), watched=watched, up=False) as rig:
         client = rig.start()
         await trio.sleep(1)
@@ -137,7 +137,7 @@ async def test_while_its_body_is_read_or_before_a_server_is_known(autojump_clock
         assert (record.outcome, record.phase) == (Outcome.CLIENT_GONE, Phase.QUEUE)
 
 
-async def test_a_disconnect_in_the_body_is_the_end(autojump_clock):
+async def test_exchange_disconnect_event_in_body_ends_exchange(autojump_clock):
     async with lab(answering(GOOD), watched=True) as rig:
         client = rig.client([])
         client.leave()
@@ -147,7 +147,7 @@ async def test_a_disconnect_in_the_body_is_the_end(autojump_clock):
         assert client.got.status == 0
 
 
-async def test_leaving_in_a_second_attempt_is_counted_as_leaving(autojump_clock):
+async def test_exchange_client_disconnect_in_second_attempt_is_counted(autojump_clock):
     async with lab(once(), silent) as rig:
         rig.prefer("a")
         client = rig.start()
@@ -160,7 +160,7 @@ async def test_leaving_in_a_second_attempt_is_counted_as_leaving(autojump_clock)
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_leaving_after_the_end_is_no_event(autojump_clock, watched):
+async def test_exchange_client_disconnect_after_end_is_not_counted(autojump_clock, watched):
     async with lab(answering(GOOD), watched=watched) as rig:
         client = rig.client()
         await client.run()
@@ -170,7 +170,7 @@ async def test_leaving_after_the_end_is_no_event(autojump_clock, watched):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_two_hundred_clients_that_leave_at_random_leave_nothing(autojump_clock, watched):
+async def test_exchange_two_hundred_random_disconnects_leak_nothing(autojump_clock, watched):
     random = Random(7)
 
     async def varied(talk: Talk) -> None:
@@ -225,7 +225,7 @@ async def test_two_hundred_clients_that_leave_at_random_leave_nothing(autojump_c
 # -- stalling ----------------------------------------------------------------------------------
 
 
-async def test_a_client_that_stops_reading_blames_no_server(autojump_clock):
+async def test_exchange_client_that_stops_reading_counts_against_no_server(autojump_clock):
     async with lab(endless, idle_timeout=10) as rig:
         client = rig.start_stream()
         await client.heard.wait()
@@ -237,7 +237,7 @@ async def test_a_client_that_stops_reading_blames_no_server(autojump_clock):
         assert rig.server("a").traffic_health.failures_in_row == 0
 
 
-async def test_an_answer_that_came_late_may_still_be_taken_slowly(autojump_clock):
+async def test_exchange_late_response_may_be_read_slowly(autojump_clock):
     """The first-byte timeout is over with the first byte, also if that is all of the answer."""
 
     async def late(talk: Talk) -> None:
@@ -255,7 +255,7 @@ async def test_an_answer_that_came_late_may_still_be_taken_slowly(autojump_clock
         assert (client.got.status, client.got.whole) == (200, True)
 
 
-async def test_a_stalled_client_holds_the_server_back_and_little_memory(autojump_clock):
+async def test_exchange_stalled_client_applies_backpressure_to_server(autojump_clock):
     async def firehose(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -280,7 +280,7 @@ async def test_a_stalled_client_holds_the_server_back_and_little_memory(autojump
         assert len(sent) == 500
 
 
-async def test_a_stop_cuts_a_stalled_client_without_a_word_in_the_wrong_place(autojump_clock):
+async def test_exchange_stop_cuts_stalled_client_without_stray_event(autojump_clock):
     async with lab(endless) as rig:
         client = rig.start_stream()
         await client.heard.wait()
@@ -294,7 +294,7 @@ async def test_a_stop_cuts_a_stalled_client_without_a_word_in_the_wrong_place(au
         assert not client.got.whole
 
 
-async def test_chunks_of_other_kinds_pass_as_they_come(autojump_clock):
+async def test_exchange_chunks_of_other_content_types_pass_unbuffered(autojump_clock):
     """Audio is played while it is made."""
 
     async def audio(talk: Talk) -> None:
@@ -315,7 +315,7 @@ async def test_chunks_of_other_kinds_pass_as_they_come(autojump_clock):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_a_body_in_pieces_arrives_whole(autojump_clock, watched):
+async def test_exchange_body_in_pieces_arrives_whole(autojump_clock, watched):
     whole = json.dumps({"model": "m", "text": "é" * 1000}).encode()
     pieces = [whole[i : i + 7] for i in range(0, len(whole), 7)]
     async with lab(answering(GOOD), watched=watched) as rig:
@@ -323,7 +323,7 @@ async def test_a_body_in_pieces_arrives_whole(autojump_clock, watched):
         assert rig.scripted["a"].requests[0].body == whole
 
 
-async def test_a_length_beyond_the_limit_is_refused_before_the_body_is_read(autojump_clock):
+async def test_exchange_length_beyond_limit_is_refused_before_reading_body(autojump_clock):
     async with lab(answering(GOOD), max_body_mb=1) as rig:
         client = rig.client([b"x", None], headers=((b"content-length", b"1000001"),))
         got = await client.run()
@@ -333,7 +333,7 @@ async def test_a_length_beyond_the_limit_is_refused_before_the_body_is_read(auto
 
 @pytest.mark.parametrize("size", [1_000_000, 1_000_001])
 @pytest.mark.parametrize("in_pieces", [False, True])
-async def test_the_limit_holds_for_bodies_of_unknown_length(autojump_clock, size, in_pieces):
+async def test_exchange_body_of_unknown_length_is_limited(autojump_clock, size, in_pieces):
     async with lab(answering(GOOD), max_body_mb=1) as rig:
         body = b"x" * size
         pieces = [body[i : i + 65536] for i in range(0, size, 65536)] if in_pieces else [body]
@@ -341,13 +341,13 @@ async def test_the_limit_holds_for_bodies_of_unknown_length(autojump_clock, size
         assert got.status == (200 if size == 1_000_000 else 413)
 
 
-async def test_a_body_that_never_comes_is_a_408(autojump_clock):
+async def test_exchange_body_that_never_comes_is_408(autojump_clock):
     async with lab(answering(GOOD), watched=True, body_timeout=5) as rig:
         got = await rig.post([b"{", None])
         assert (got.status, got.code, got.took) == (408, "body_timeout", pytest.approx(5))
 
 
-async def test_a_body_that_drips_is_a_408_and_a_slow_one_is_not(autojump_clock):
+async def test_exchange_dripping_body_is_408_but_slow_body_passes(autojump_clock):
     async with lab(answering(GOOD), watched=True, body_timeout=5) as rig:
         for size, status in ((10, 408), (5000, 200)):
             client = rig.client([b" " * size] * 19 + [b"[]"])
@@ -364,7 +364,7 @@ async def test_a_body_that_drips_is_a_408_and_a_slow_one_is_not(autojump_clock):
 # -- on real sockets ---------------------------------------------------------------------------
 
 
-async def test_over_tcp_the_server_sees_the_client_leave_within_100_ms():
+async def test_exchange_tcp_client_disconnect_reaches_server_within_100_ms():
     async with trio.open_nursery() as nursery:
         async with lab(silent) as rig:
             server = ScriptedServer(nursery, one_event)
@@ -381,7 +381,7 @@ async def test_over_tcp_the_server_sees_the_client_leave_within_100_ms():
         nursery.cancel_scope.cancel()
 
 
-async def test_many_streams_over_tcp_arrive_whole():
+async def test_exchange_many_tcp_streams_arrive_whole():
     events = [event(f"{n}-" + "x" * 500) for n in range(50)]
     async with trio.open_nursery() as nursery:
         async with lab(silent, silent) as rig:
@@ -402,7 +402,7 @@ async def test_many_streams_over_tcp_arrive_whole():
         nursery.cancel_scope.cancel()
 
 
-async def test_nothing_of_an_exchange_waits_for_the_garbage_collector(autojump_clock):
+async def test_exchange_ends_without_garbage_for_the_collector(autojump_clock):
     async with lab(answering(ok(b'{"answer":1}'), ok(b'{"answer":1}'))) as rig:
         await rig.post()
         gc.collect()

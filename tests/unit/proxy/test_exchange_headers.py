@@ -27,9 +27,7 @@ async def trailing(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_fields_of_the_router_in_a_servers_head_and_trailers_are_dropped(
-    watched, autojump_clock
-):
+async def test_headers_of_router_in_server_response_are_dropped(watched, autojump_clock):
     async with lab(trailing, watched=watched) as rig:
         for _ in range(2):  # the second head is known
             got = await rig.post()
@@ -47,7 +45,7 @@ SECRETS = (
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-async def test_only_the_server_without_a_key_sees_the_clients(path, autojump_clock):
+async def test_headers_with_client_key_reach_only_keyless_servers(path, autojump_clock):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
         rig.proxy.links[rig.server("a")].heads = RequestHeads("a.test:1", "", "server-key")
         for name in "ab":
@@ -64,7 +62,7 @@ async def test_only_the_server_without_a_key_sees_the_clients(path, autojump_clo
 
 
 @pytest.mark.parametrize("body", [{"model": "m"}, {"model": "none"}])
-async def test_every_answer_to_anthropics_clients_has_their_request_id(body, autojump_clock):
+async def test_headers_of_anthropic_responses_have_request_id(body, autojump_clock):
     async with lab(answering(GOOD, GOOD)) as rig:
         headers = (JSON, (b"x-request-id", b"mine-1"))
         got = await rig.post(body, path="/v1/messages", headers=headers)

@@ -65,13 +65,13 @@ async def kept(script: Script, **options: Any) -> AsyncIterator[Rig]:
         yield rig
 
 
-async def test_the_connection_is_used_again(autojump_clock):
+async def test_kept_connection_is_reused(autojump_clock):
     async with kept(say(GOOD)) as rig:
         assert (await rig.post()).body == b'{"answer":1}'
         assert len(rig.scripted["a"].talks) == 1
 
 
-async def test_silence_is_a_first_byte_timeout(autojump_clock):
+async def test_kept_connection_silence_is_first_byte_timeout(autojump_clock):
     async with kept(hang, first_byte_timeout=7) as rig:
         got = await rig.post()
         assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
@@ -79,25 +79,25 @@ async def test_silence_is_a_first_byte_timeout(autojump_clock):
         assert rig.scripted["a"].open == 0
 
 
-async def test_half_a_head_is_a_first_byte_timeout(autojump_clock):
+async def test_kept_connection_half_head_is_first_byte_timeout(autojump_clock):
     async with kept(say(b"HTTP/1.1 200 OK\r\ncontent-"), first_byte_timeout=7) as rig:
         got = await rig.post()
         assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
 
 
-async def test_the_time_that_the_client_gives_ends_it(autojump_clock):
+async def test_kept_connection_request_timeout_header_ends_exchange(autojump_clock):
     async with kept(hang, total_timeout=3, first_byte_timeout=7) as rig:
         got = await rig.post()
         assert (got.status, got.code, got.took) == (504, "total_timeout", pytest.approx(3.0))
 
 
-async def test_a_body_that_stops_coming_is_an_idle_timeout(autojump_clock):
+async def test_kept_connection_stalled_body_is_idle_timeout(autojump_clock):
     async with kept(say(ok(b"x" * 100)[:-50]), first_byte_timeout=50, idle_timeout=7) as rig:
         got = await rig.post()
         assert (got.status, got.code, got.took) == (504, "idle_timeout", pytest.approx(7.0))
 
 
-async def test_a_server_that_is_found_gone_loses_the_request_to_another(autojump_clock):
+async def test_kept_connection_server_found_down_is_retried_elsewhere(autojump_clock):
     async with kept(hang) as rig:
         client = rig.start()
         await trio.sleep(1)
@@ -107,7 +107,7 @@ async def test_a_server_that_is_found_gone_loses_the_request_to_another(autojump
         assert rig.recorder.outcomes[-2:] == [Outcome.GONE, Outcome.ANSWERED]
 
 
-async def test_a_stop_ends_the_wait_with_503(autojump_clock):
+async def test_kept_connection_stop_ends_wait_with_503(autojump_clock):
     async with kept(hang) as rig:
         client = rig.start()
         await trio.sleep(1)
@@ -118,7 +118,7 @@ async def test_a_stop_ends_the_wait_with_503(autojump_clock):
         assert (client.got.status, client.got.code) == (503, "router_stopping")
 
 
-async def test_a_client_that_leaves_frees_the_server_at_once(autojump_clock):
+async def test_kept_connection_client_disconnect_frees_server_at_once(autojump_clock):
     async with kept(hang) as rig:
         client = rig.start()
         await trio.sleep(1)
@@ -141,7 +141,7 @@ async def test_a_client_that_leaves_frees_the_server_at_once(autojump_clock):
         (say(answer(503, b'{"error":{"message":"busy"}}')), Outcome.FULL),
     ],
 )
-async def test_what_fails_before_the_client_has_a_byte_is_asked_for_elsewhere(
+async def test_kept_connection_failure_before_first_byte_is_retried(
     autojump_clock, script: Script, outcome: Outcome
 ):
     async with kept(script) as rig:
@@ -150,7 +150,7 @@ async def test_what_fails_before_the_client_has_a_byte_is_asked_for_elsewhere(
         assert rig.recorder.outcomes[-2:] == [outcome, Outcome.ANSWERED]
 
 
-async def test_a_connection_that_turns_out_closed_is_replaced(autojump_clock):
+async def test_kept_connection_found_closed_is_replaced(autojump_clock):
     async def again(talk: Talk) -> None:
         if len(talk_of) == 1:
             await talk.request()  # and closes without a word
@@ -175,7 +175,7 @@ async def test_a_connection_that_turns_out_closed_is_replaced(autojump_clock):
         assert rig.recorder.last.attempts == 1
 
 
-async def test_a_stream_that_follows_its_head_is_passed_on(autojump_clock):
+async def test_kept_connection_stream_after_head_is_relayed(autojump_clock):
     async def slowly(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -192,27 +192,27 @@ async def test_a_stream_that_follows_its_head_is_passed_on(autojump_clock):
         assert rig.recorder.outcomes[-1] is Outcome.ANSWERED
 
 
-async def test_a_stream_that_comes_all_at_once_is_passed_on(autojump_clock):
+async def test_kept_connection_stream_in_one_read_is_relayed(autojump_clock):
     whole = b"".join([sse_head(), chunk(event("a") + DONE), END])
     async with kept(say(whole)) as rig:
         got = await rig.stream()
         assert (got.body, got.whole) == (event("a") + DONE, True)
 
 
-async def test_silence_in_mid_stream_is_told_by_an_event(autojump_clock):
+async def test_kept_connection_silence_in_stream_ends_with_error_event(autojump_clock):
     async with kept(say(sse_head(), chunk(event("a"))), idle_timeout=7) as rig:
         got = await rig.stream()
         assert b'"code": "idle_timeout"' in got.body
         assert not got.whole
 
 
-async def test_large_requests_are_bounded_too(autojump_clock):
+async def test_kept_connection_large_request_has_time_limits(autojump_clock):
     async with kept(hang, first_byte_timeout=7) as rig:
         got = await rig.post({"model": "m", "prompt": "x" * AT_ONCE})
         assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
 
 
-async def test_many_requests_leave_nothing_behind(autojump_clock):
+async def test_kept_connection_many_requests_leak_nothing(autojump_clock):
     async with lab(answering(GOOD), streaming(event("a"), DONE)) as rig:
         for _ in range(20):
             await rig.post()

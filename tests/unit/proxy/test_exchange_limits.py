@@ -89,7 +89,7 @@ def waiting(rig: Rig) -> int:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_no_server_gets_more_than_its_cap_and_all_are_served(autojump_clock, watched):
+async def test_queue_with_cap_never_exceeds_it_and_serves_all(autojump_clock, watched):
     most_a, most_b = [0], [0]
     async with limited(
         working(1.0, most_a), working(0.3, most_b), cap=3, more={"watched": watched}
@@ -102,7 +102,7 @@ async def test_no_server_gets_more_than_its_cap_and_all_are_served(autojump_cloc
         assert waiting(rig) == 0
 
 
-async def test_without_limits_everything_is_forwarded_at_once(autojump_clock):
+async def test_queue_without_limits_forwards_at_once(autojump_clock):
     most = [0]
     async with lab(working(1.0, most)) as rig:
         clients = [rig.start(body(n)) for n in range(40)]
@@ -112,7 +112,7 @@ async def test_without_limits_everything_is_forwarded_at_once(autojump_clock):
         assert rig.proxy.gate is None
 
 
-async def test_limits_without_a_cap_forward_at_once(autojump_clock):
+async def test_queue_with_limits_without_cap_forwards_at_once(autojump_clock):
     most = [0]
     async with lab(working(1.0, most), limits={}) as rig:
         for n in range(40):
@@ -121,9 +121,7 @@ async def test_limits_without_a_cap_forward_at_once(autojump_clock):
         assert most == [40]
 
 
-async def test_policy_chooses_among_the_candidates_it_knows_and_only_where_there_is_a_choice(
-    autojump_clock, monkeypatch
-):
+async def test_queue_policy_is_asked_only_with_two_known_candidates(autojump_clock, monkeypatch):
     async with limited(working(), working(), working(), cap=1) as rig:
         seen: list[Any] = []
         pick = rig.proxy.policies.default.pick
@@ -140,7 +138,7 @@ async def test_policy_chooses_among_the_candidates_it_knows_and_only_where_there
         await trio.sleep(2)
 
 
-async def test_first_come_first_served(autojump_clock):
+async def test_queue_is_first_come_first_served(autojump_clock):
     async with limited(working()) as rig:
         clients = [await started(rig, body(n)) for n in range(6)]
         await trio.sleep(10)
@@ -148,7 +146,7 @@ async def test_first_come_first_served(autojump_clock):
         assert [record.waited for record in rig.recorder.records] == pytest.approx(range(6))
 
 
-async def test_priority_of_header_and_body_decides_who_is_next(autojump_clock):
+async def test_queue_priority_of_header_and_body_decides_order(autojump_clock):
     async with limited(working()) as rig:
         clients = [
             await started(rig, body(0)),
@@ -162,7 +160,7 @@ async def test_priority_of_header_and_body_decides_who_is_next(autojump_clock):
         assert order(*clients) == [0, 4, 3, 2, 5, 1]
 
 
-async def test_priority_is_not_heeded_where_the_operator_says_so(autojump_clock):
+async def test_queue_priority_is_ignored_if_configured(autojump_clock):
     async with limited(working(), client_priority=False) as rig:
         clients = [await started(rig, body(n, priority=-n)) for n in range(4)]
         await trio.sleep(10)
@@ -177,7 +175,7 @@ def with_key(rig: Rig, name: str, number: int) -> Client:
     return client
 
 
-async def test_keys_take_turns(autojump_clock):
+async def test_queue_keys_take_turns(autojump_clock):
     async with limited(working()) as rig:
         clients = []
         for number, name in enumerate("aaaaabb"):
@@ -187,7 +185,7 @@ async def test_keys_take_turns(autojump_clock):
         assert order(*clients) == [0, 1, 5, 2, 6, 3, 4]
 
 
-async def test_a_model_whose_servers_are_busy_holds_up_no_other(autojump_clock):
+async def test_queue_busy_model_delays_no_other_model(autojump_clock):
     async with limited(working(5), working(1)) as rig:
         for server, model in zip(rig.servers, ("slow", "fast"), strict=True):
             come_up(server, 0.0, model)
@@ -203,7 +201,7 @@ async def test_a_model_whose_servers_are_busy_holds_up_no_other(autojump_clock):
 # -- refusals ---------------------------------------------------------------------------------
 
 
-async def test_full_room_is_told_at_once_and_costs_no_server_anything(autojump_clock):
+async def test_queue_full_refuses_at_once_without_server_contact(autojump_clock):
     async with limited(working(), queue_size=3) as rig:
         clients = [await started(rig, body(n)) for n in range(4)]
         got = [await rig.post(body(9)) for _ in range(50)]
@@ -214,7 +212,7 @@ async def test_full_room_is_told_at_once_and_costs_no_server_anything(autojump_c
         assert rig.requests()["a"] == 4
 
 
-async def test_retry_after_is_how_long_those_who_wait_will_take(autojump_clock):
+async def test_queue_retry_after_is_expected_drain_time(autojump_clock):
     async with limited(working(2.0), cap=2, queue_size=10) as rig:
 
         async def keep_busy() -> None:
@@ -232,7 +230,7 @@ async def test_retry_after_is_how_long_those_who_wait_will_take(autojump_clock):
         rig.nursery.cancel_scope.cancel()
 
 
-async def test_no_place_to_wait_at_all(autojump_clock):
+async def test_queue_of_size_zero_refuses_at_once(autojump_clock):
     async with limited(working(3.0), queue_size=0) as rig:
         await started(rig, body(0))
         got = await rig.post(body(1))
@@ -242,7 +240,7 @@ async def test_no_place_to_wait_at_all(autojump_clock):
         assert (await rig.post(body(2))).status == 200
 
 
-async def test_drain_rate_is_measured_where_nobody_may_wait(autojump_clock):
+async def test_queue_of_size_zero_measures_drain_rate(autojump_clock):
     async with limited(working(10.0), queue_size=0) as rig:
         for n in range(6):
             client = await started(rig, body(n))
@@ -253,7 +251,7 @@ async def test_drain_rate_is_measured_where_nobody_may_wait(autojump_clock):
         assert got[b"retry-after"] == b"10"
 
 
-async def test_wait_ends_when_it_has_been_too_long(autojump_clock):
+async def test_queue_wait_longer_than_limit_ends_with_error(autojump_clock):
     async with limited(working(100), queue_timeout=5) as rig:
         await started(rig, body(0))
         got = await rig.post(body(1))
@@ -265,14 +263,14 @@ async def test_wait_ends_when_it_has_been_too_long(autojump_clock):
 
 
 @pytest.mark.parametrize("given", [b"x", b"0", b"-1", b"1e3", b"", b"nan", b"30s"])
-async def test_timeout_that_is_none_is_the_clients_fault(autojump_clock, given):
+async def test_queue_invalid_timeout_header_is_client_error(autojump_clock, given):
     async with limited(working()) as rig:
         got = await rig.post(body(0), headers=((b"x-request-timeout", given),))
         assert (got.status, got.code) == (400, "invalid_request_timeout")
         assert rig.requests()["a"] == 0
 
 
-async def test_deadline_ends_the_wait(autojump_clock):
+async def test_queue_deadline_ends_wait(autojump_clock):
     async with limited(working(100)) as rig:
         await started(rig, body(0))
         got = await rig.post(body(1), headers=((b"x-request-timeout", b"2.5"),))
@@ -281,7 +279,7 @@ async def test_deadline_ends_the_wait(autojump_clock):
         assert rig.requests()["a"] == 1
 
 
-async def test_deadline_holds_for_the_whole_exchange(autojump_clock):
+async def test_queue_deadline_covers_whole_exchange(autojump_clock):
     async with limited(working(10)) as rig:
         await started(rig, body(0))
         got = await rig.post(body(1), headers=((b"x-request-timeout", b"12"),))
@@ -289,13 +287,13 @@ async def test_deadline_holds_for_the_whole_exchange(autojump_clock):
         assert rig.requests()["a"] == 2
 
 
-async def test_deadline_is_not_heeded_without_limits(autojump_clock):
+async def test_queue_deadline_is_ignored_without_limits(autojump_clock):
     async with lab(working(10)) as rig:
         got = await rig.post(body(1), headers=((b"x-request-timeout", b"1"),))
         assert got.status == 200
 
 
-async def test_who_cannot_make_it_is_told_at_once(autojump_clock):
+async def test_queue_expected_wait_beyond_deadline_refuses_at_once(autojump_clock):
     async with limited(working(1.0), queue_size=50) as rig:
         clients = [await started(rig, body(n)) for n in range(30)]
         await trio.sleep(9.5)  # one a second: the last one will wait for 20 more
@@ -308,7 +306,7 @@ async def test_who_cannot_make_it_is_told_at_once(autojump_clock):
         assert order(*clients) == list(range(30))
 
 
-async def test_who_has_less_time_than_any_answer_took_is_not_begun(autojump_clock):
+async def test_queue_deadline_shorter_than_any_response_refuses_at_once(autojump_clock):
     async with limited(working(4.0)) as rig:
         for n in range(5):
             await rig.post(body(n))
@@ -325,7 +323,7 @@ async def test_who_has_less_time_than_any_answer_took_is_not_begun(autojump_cloc
         assert rig.requests()["a"] == 7
 
 
-async def test_whoever_is_first_in_line_may_hope(autojump_clock):
+async def test_queue_first_waiter_is_never_refused_by_prediction(autojump_clock):
     async with limited(working(10.0), queue_timeout=100) as rig:
         for n in range(6):
             await started(rig, body(n))
@@ -340,7 +338,7 @@ async def test_whoever_is_first_in_line_may_hope(autojump_clock):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_a_client_that_leaves_frees_its_place(autojump_clock, watched):
+async def test_queue_client_disconnect_frees_place(autojump_clock, watched):
     async with limited(working(10), queue_size=1, more={"watched": watched}) as rig:
         first, second = await started(rig, body(0)), await started(rig, body(1))
         assert (await rig.post(body(2))).status == 429
@@ -356,7 +354,7 @@ async def test_a_client_that_leaves_frees_its_place(autojump_clock, watched):
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_a_client_that_leaves_as_it_is_let_in_passes_its_server_on(autojump_clock, watched):
+async def test_queue_client_disconnect_at_admission_passes_slot_on(autojump_clock, watched):
     async with limited(working(100), more={"watched": watched}) as rig:
         first, second, third = [await started(rig, body(n)) for n in range(3)]
         first.leave()
@@ -373,7 +371,7 @@ async def test_a_client_that_leaves_as_it_is_let_in_passes_its_server_on(autojum
         third.leave()
 
 
-async def test_a_server_given_to_a_client_that_has_just_left_goes_to_the_next(autojump_clock):
+async def test_queue_slot_given_to_disconnected_client_goes_to_next(autojump_clock):
     async with limited(working(100)) as rig:
         first, second, third = [await started(rig, body(n)) for n in range(3)]
         second.leave()
@@ -385,7 +383,7 @@ async def test_a_server_given_to_a_client_that_has_just_left_goes_to_the_next(au
         third.leave()
 
 
-async def test_nobody_is_woken_but_the_one_whose_turn_it_is(autojump_clock):
+async def test_queue_free_slot_wakes_only_the_next_waiter(autojump_clock):
     async with limited(working()) as rig:
         for n in range(30):
             await started(rig, body(n))
@@ -407,7 +405,7 @@ async def dying(talk: Talk) -> None:
     await trio.sleep(1)
 
 
-async def test_failover_keeps_to_the_cap_and_goes_before_those_who_came_later(autojump_clock):
+async def test_queue_retry_respects_cap_and_goes_before_later_arrivals(autojump_clock):
     most = [0]
     async with limited(dying, working(3.0, most)) as rig:
         rig.prefer("a")
@@ -427,7 +425,7 @@ def go_down_quietly(rig: Rig, name: str) -> None:
     rig.server(name).drain(on=True)
 
 
-async def test_failed_ones_wait_even_where_nobody_else_may(autojump_clock):
+async def test_queue_of_size_zero_lets_retries_wait(autojump_clock):
     async with limited(dying, working(3.0), queue_size=0) as rig:
         rig.prefer("a")
         first, second = await started(rig, body(0)), await started(rig, body(1))
@@ -436,7 +434,7 @@ async def test_failed_ones_wait_even_where_nobody_else_may(autojump_clock):
         assert order(first, second) == [1, 0]
 
 
-async def test_without_any_server_requests_wait_for_one_to_come_back(autojump_clock):
+async def test_queue_without_servers_waits_for_one_to_come_up(autojump_clock):
     async with limited(working(), cap=2, queue_size=5) as rig:
         rig.down("a")
         clients = [await started(rig, body(n)) for n in range(5)]
@@ -451,7 +449,7 @@ async def test_without_any_server_requests_wait_for_one_to_come_back(autojump_cl
         assert order(*clients) == [0, 1, 2, 3, 4]
 
 
-async def test_without_any_server_the_wait_ends_honestly(autojump_clock):
+async def test_queue_without_servers_ends_wait_with_error(autojump_clock):
     async with limited(working(), queue_timeout=5) as rig:
         rig.down("a")
         got = await rig.post(body(0))
@@ -459,7 +457,7 @@ async def test_without_any_server_the_wait_ends_honestly(autojump_clock):
         assert got[b"retry-after"] is not None
 
 
-async def test_unknown_model_does_not_wait(autojump_clock):
+async def test_queue_unknown_model_does_not_wait(autojump_clock):
     async with limited(working(100)) as rig:
         await started(rig, body(0))
         got = await rig.post({"model": "nope"})
@@ -467,7 +465,7 @@ async def test_unknown_model_does_not_wait(autojump_clock):
         await trio.sleep(100)
 
 
-async def test_names_that_clients_invent_share_one_room(autojump_clock):
+async def test_queue_unknown_models_share_one_limit(autojump_clock):
     async with limited(silent, queue_size=2) as rig:
         rig.server("a").models = None
         clients = [await started(rig, {"model": f"m{n}"}) for n in range(3)]
@@ -478,7 +476,7 @@ async def test_names_that_clients_invent_share_one_room(autojump_clock):
             client.leave()
 
 
-async def test_an_ejected_servers_trial_is_one_of_those_who_wait(autojump_clock):
+async def test_queue_probation_request_is_a_waiting_one(autojump_clock):
     async with limited(working(50), working(0.1)) as rig:
         eject(rig.server("b"), trio.current_time())
         rig.fleet.settle(trio.current_time())
@@ -505,7 +503,7 @@ def raise_cap(rig: Rig, cap: int) -> None:
     reload(rig, servers=len(rig.servers), limits={"max_in_flight": cap})
 
 
-async def test_raised_cap_lets_those_who_wait_in_at_once(autojump_clock):
+async def test_queue_raised_cap_admits_waiters_at_once(autojump_clock):
     most = [0]
     async with limited(working(5.0, most)) as rig:
         clients = [await started(rig, body(n)) for n in range(6)]
@@ -518,7 +516,7 @@ async def test_raised_cap_lets_those_who_wait_in_at_once(autojump_clock):
         assert most == [4]
 
 
-async def test_limits_taken_away_let_everybody_in(autojump_clock):
+async def test_queue_removed_limits_admit_all_waiters(autojump_clock):
     most = [0]
     async with limited(working(5.0, most), working(5.0)) as rig:
         clients = [await started(rig, body(n)) for n in range(8)]
@@ -529,7 +527,7 @@ async def test_limits_taken_away_let_everybody_in(autojump_clock):
         assert rig.fleet.on_settled == []
 
 
-async def test_limits_that_come_count_what_is_running(autojump_clock):
+async def test_queue_added_limits_count_running_requests(autojump_clock):
     async with lab(working(5.0)) as rig:
         clients = [await started(rig, body(n)) for n in range(3)]
         raise_cap(rig, 2)
@@ -539,7 +537,7 @@ async def test_limits_that_come_count_what_is_running(autojump_clock):
         assert len(order(*clients)) == 6
 
 
-async def test_who_waits_for_a_removed_model_is_told_that_it_is_gone(autojump_clock):
+async def test_queue_removed_model_ends_wait_with_not_found(autojump_clock):
     async with limited(working(9), working(1)) as rig:
         come_up(rig.server("b"), 0.0, "other")
         running = await started(rig, body(0))
@@ -551,7 +549,7 @@ async def test_who_waits_for_a_removed_model_is_told_that_it_is_gone(autojump_cl
         assert order(running) == [0]
 
 
-async def test_who_waits_goes_to_the_server_that_replaces_its_own(autojump_clock):
+async def test_queue_replaced_server_takes_its_waiters(autojump_clock):
     async with limited(working(9)) as rig:
         running, waits = await started(rig, body(0)), await started(rig, body(1))
         reload(rig, servers=[{"url": "http://b.test:1", "name": "b"}], limits={"max_in_flight": 1})
@@ -568,7 +566,7 @@ async def test_who_waits_goes_to_the_server_that_replaces_its_own(autojump_clock
         assert order(running) == [0]
 
 
-async def test_who_waits_for_a_model_that_its_server_no_longer_has_is_told(autojump_clock):
+async def test_queue_model_dropped_by_server_ends_wait_with_not_found(autojump_clock):
     async with limited(working(5)) as rig:
         running, left = await started(rig, body(0)), await started(rig, body(1))
         come_up(rig.server("a"), trio.current_time(), "other")  # nobody has looked yet
@@ -578,7 +576,7 @@ async def test_who_waits_for_a_model_that_its_server_no_longer_has_is_told(autoj
         assert 5 <= left.got.took < 5.5
 
 
-async def test_who_waits_for_a_removed_server_goes_to_another(autojump_clock):
+async def test_queue_removed_server_sends_waiters_to_another(autojump_clock):
     async with limited(working(9), working(1)) as rig:
         rig.server("b").drain(on=True)
         running, waits = await started(rig, body(0)), await started(rig, body(1))
@@ -592,7 +590,7 @@ async def test_who_waits_for_a_removed_server_goes_to_another(autojump_clock):
         assert order(running) == [0]
 
 
-async def test_drain_serves_those_who_wait(autojump_clock):
+async def test_queue_drain_serves_waiters(autojump_clock):
     async with limited(working(1.0)) as rig:
         clients = [await started(rig, body(n)) for n in range(4)]
         await rig.proxy.drained()
@@ -600,7 +598,7 @@ async def test_drain_serves_those_who_wait(autojump_clock):
         assert order(*clients) == [0, 1, 2, 3]
 
 
-async def test_end_tells_those_who_wait(autojump_clock):
+async def test_queue_stop_ends_wait_with_503(autojump_clock):
     async with limited(silent) as rig:
         clients = [await started(rig, body(n)) for n in range(4)]
         rig.proxy.stopping = True
@@ -612,7 +610,7 @@ async def test_end_tells_those_who_wait(autojump_clock):
 # -- fallbacks --------------------------------------------------------------------------------
 
 
-async def test_who_waits_goes_to_the_model_that_stands_in_when_its_own_is_gone(autojump_clock):
+async def test_queue_waiter_moves_to_fallback_when_model_is_lost(autojump_clock):
     tables = '[models.m]\nfallback = "spare"\n'
     async with limited(silent, working(1), more={"tables": tables}) as rig:
         come_up(rig.server("b"), 0.0, "spare")
@@ -626,7 +624,7 @@ async def test_who_waits_goes_to_the_model_that_stands_in_when_its_own_is_gone(a
         assert first.got.status == 200
 
 
-async def test_who_waits_goes_back_to_its_own_model_when_that_is_there_again(autojump_clock):
+async def test_queue_waiter_returns_to_its_model_when_it_is_back(autojump_clock):
     tables = '[models.m]\nfallback = "spare"\n'
     async with limited(working(1), working(25), more={"tables": tables}) as rig:
         come_up(rig.server("b"), 0.0, "spare")
@@ -643,7 +641,7 @@ async def test_who_waits_goes_back_to_its_own_model_when_that_is_there_again(aut
         assert (busy.got.status, first.got.status) == (200, 200)
 
 
-async def test_who_waits_for_a_removed_model_may_wait_for_the_one_that_stands_in(autojump_clock):
+async def test_queue_waiter_for_removed_model_waits_for_fallback(autojump_clock):
     tables = '[models.m]\nfallback = "spare"\n'
     async with limited(working(9), working(9), more={"tables": tables}) as rig:
         come_up(rig.server("b"), 0.0, "spare")
@@ -655,7 +653,7 @@ async def test_who_waits_for_a_removed_model_may_wait_for_the_one_that_stands_in
         assert [client.got.status for client in clients] == [200] * 4
 
 
-async def test_who_waits_for_a_name_that_turns_out_to_be_nobodys_is_told(autojump_clock):
+async def test_queue_waiter_for_name_found_unknown_gets_not_found(autojump_clock):
     async with limited(working(9)) as rig:
         rig.server("a").models = None
         running = await started(rig, body(0))
@@ -668,7 +666,7 @@ async def test_who_waits_for_a_name_that_turns_out_to_be_nobodys_is_told(autojum
         assert running.got.status == 200
 
 
-async def test_those_who_wait_do_not_follow_a_request_that_kills_servers(autojump_clock):
+async def test_queue_waiters_do_not_follow_a_request_that_crashes_servers(autojump_clock):
     async def mortal(talk: Talk) -> None:
         await talk.request()
         await trio.sleep(1)
@@ -682,7 +680,7 @@ async def test_those_who_wait_do_not_follow_a_request_that_kills_servers(autojum
         assert rig.requests().total() < len(clients)
 
 
-async def test_who_is_sent_away_for_want_of_time_is_no_server_that_became_free(autojump_clock):
+async def test_queue_expired_waiter_does_not_count_toward_drain_rate(autojump_clock):
     async with limited(working(4.0)) as rig:
         for n in range(5):
             await rig.post(body(n))
@@ -700,7 +698,7 @@ async def test_who_is_sent_away_for_want_of_time_is_no_server_that_became_free(a
 # -- cost -------------------------------------------------------------------------------------
 
 
-async def test_full_room_holds_no_more_than_it_may_however_many_come(autojump_clock):
+async def test_queue_full_stays_within_limit_under_a_burst(autojump_clock):
     async with limited(silent, cap=2, queue_size=5) as rig:
         clients = [await started(rig, body(n)) for n in range(7)]
         held, exchanges = rig.proxy.bodies.held, len(rig.proxy.exchanges)
@@ -712,7 +710,7 @@ async def test_full_room_holds_no_more_than_it_may_however_many_come(autojump_cl
             client.leave()
 
 
-async def test_streams_are_capped_until_their_end(autojump_clock):
+async def test_queue_streams_hold_their_slot_until_the_end(autojump_clock):
     async with limited(streaming(event("hi"), DONE), cap=1) as rig:
         first = rig.client({"model": "m", "stream": True})
         first.stall()

@@ -40,9 +40,7 @@ def models(**options: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_server_gets_its_own_name_for_the_model_and_all_else_as_it_came(
-    autojump_clock, watched
-):
+async def test_models_server_gets_its_own_name_and_the_rest_unchanged(autojump_clock, watched):
     body = b'{ "model" : "chat",  "x":"\\u00e9", "y": {"model":"chat"} }'
     async with lab(answering(GOOD), answering(GOOD), **models(watched=watched)) as rig:
         two(rig)
@@ -58,7 +56,7 @@ async def test_server_gets_its_own_name_for_the_model_and_all_else_as_it_came(
         assert (record.model, record.served_model, record.policy) == ("chat", "big", "least_load")
 
 
-async def test_body_in_pieces_is_edited_as_a_whole(autojump_clock):
+async def test_models_body_in_pieces_is_edited_as_a_whole(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
         two(rig)
         await rig.post([b'{"mod', b'el":"ch', b'at"}'])
@@ -66,7 +64,7 @@ async def test_body_in_pieces_is_edited_as_a_whole(autojump_clock):
         assert (seen.body, seen[b"content-length"]) == (b'{"model":"big"}', b"15")
 
 
-async def test_name_that_the_servers_use_is_sent_as_it_came(autojump_clock):
+async def test_models_name_used_by_servers_is_sent_unchanged(autojump_clock):
     body = b'{"model" :"big"}'
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
         two(rig)
@@ -76,7 +74,7 @@ async def test_name_that_the_servers_use_is_sent_as_it_came(autojump_clock):
         assert rig.recorder.last.served_model is None
 
 
-async def test_fallback_answers_while_no_server_has_the_model(autojump_clock):
+async def test_models_fallback_answers_while_no_server_has_the_model(autojump_clock):
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
         assert (await rig.post({"model": "safe"}))[b"x-vllm-router-server"] == b"a"
@@ -93,7 +91,7 @@ async def test_fallback_answers_while_no_server_has_the_model(autojump_clock):
         assert "'chat'" in refused.json["error"]["message"]
 
 
-async def test_fallback_comes_before_servers_that_traffic_has_ejected(autojump_clock):
+async def test_models_fallback_precedes_ejected_servers(autojump_clock):
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
         eject(rig.server("a"), trio.current_time())
@@ -103,9 +101,7 @@ async def test_fallback_comes_before_servers_that_traffic_has_ejected(autojump_c
 
 
 @pytest.mark.parametrize("status", [500, 503])
-async def test_request_that_its_model_s_servers_cannot_take_falls_back_unseen(
-    autojump_clock, status
-):
+async def test_models_refusal_by_all_servers_falls_back_silently(autojump_clock, status):
     broken = answer(status, b'{"error":{}}')
     async with lab(answering(broken), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
@@ -116,7 +112,7 @@ async def test_request_that_its_model_s_servers_cannot_take_falls_back_unseen(
         assert (await rig.post({"model": "chat"})).status == status, "chat has no fallback"
 
 
-async def test_fallback_waits_until_all_servers_have_been_asked(autojump_clock):
+async def test_models_fallback_waits_until_all_servers_are_tried(autojump_clock):
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         come_up(rig.server("b"), trio.current_time(), "small")
         client = rig.start({"model": "safe"})
@@ -126,7 +122,7 @@ async def test_fallback_waits_until_all_servers_have_been_asked(autojump_clock):
         assert client.got[b"x-vllm-router-server"] == b"a"
 
 
-async def test_unknown_model_is_told_the_public_names(autojump_clock):
+async def test_models_unknown_model_error_lists_public_names(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
         two(rig)
         got = await rig.post({"model": "nobody"})
@@ -136,7 +132,7 @@ async def test_unknown_model_is_told_the_public_names(autojump_clock):
         )
 
 
-async def test_key_s_models_are_public_names_and_their_fallback_comes_with_them(autojump_clock):
+async def test_models_of_key_are_public_names_with_their_fallbacks(autojump_clock):
     key = KeyConfig(name="k", digest=digest_of("k"), models=("safe",))
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         two(rig)
@@ -153,7 +149,7 @@ async def test_key_s_models_are_public_names_and_their_fallback_comes_with_them(
         assert [len(rig.scripted[name].requests) for name in "ab"] == [1, 1]
 
 
-async def test_models_follow_a_reload(autojump_clock):
+async def test_models_follow_reload(autojump_clock):
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), up=False) as rig:
         two(rig)
         assert (await rig.post({"model": "chat"})).status == 404
@@ -173,7 +169,7 @@ def wanting(name: bytes) -> tuple[tuple[bytes, bytes], ...]:
     return (JSON_TYPE, (b"x-router-policy", name))
 
 
-async def test_request_chooses_its_policy_where_that_is_allowed(autojump_clock):
+async def test_policy_header_chooses_policy_where_allowed(autojump_clock):
     async with lab(answering(GOOD), policy_header=True) as rig:
         await rig.post(headers=wanting(b"adaptive"))
         assert rig.recorder.last.policy == "adaptive"
@@ -182,7 +178,7 @@ async def test_request_chooses_its_policy_where_that_is_allowed(autojump_clock):
         assert rig.recorder.last.policy == "least_load"
 
 
-async def test_header_is_nothing_to_router_and_server_where_it_is_not_allowed(autojump_clock):
+async def test_policy_header_is_ignored_and_dropped_where_not_allowed(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         for name in (b"adaptive", b"nonsense"):
             assert (await rig.post(headers=wanting(name))).status == 200
@@ -191,7 +187,7 @@ async def test_header_is_nothing_to_router_and_server_where_it_is_not_allowed(au
 
 
 @pytest.mark.parametrize("name", [b"nonsense", b"", b"Adaptive", b"\xff"])
-async def test_unknown_policy_is_refused_with_the_names_there_are(autojump_clock, name):
+async def test_policy_header_unknown_policy_error_lists_names(autojump_clock, name):
     async with lab(answering(GOOD), policy_header=True) as rig:
         got = await rig.post(headers=wanting(name))
         assert (got.status, got.code) == (400, "unknown_policy")
@@ -199,7 +195,7 @@ async def test_unknown_policy_is_refused_with_the_names_there_are(autojump_clock
         assert not rig.requests().total()
 
 
-async def test_header_comes_before_the_policy_of_the_model(autojump_clock):
+async def test_policy_header_precedes_policy_of_model(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **models(policy_header=True)) as rig:
         two(rig)
         await rig.post({"model": "tiny"})
@@ -208,7 +204,7 @@ async def test_header_comes_before_the_policy_of_the_model(autojump_clock):
         assert rig.recorder.last.policy == "prefix"
 
 
-async def test_first_token_and_usage_reach_the_policy_that_picked(autojump_clock):
+async def test_policy_receives_first_token_and_usage_of_its_pick(autojump_clock):
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":2000,"completion_tokens":3}}\n\n'
     async with lab(streaming(event("hi"), usage, DONE), policy_header=True) as rig:
         messages = [{"role": "user", "content": "x" * 4000}]
@@ -221,7 +217,7 @@ async def test_first_token_and_usage_reach_the_policy_that_picked(autojump_clock
         assert adaptive.book._bytes_per_token["m"] < 4.0
 
 
-def test_names_shown_are_cut_if_they_are_many_or_long():
+def test_models_error_shortens_long_list_of_names():
     assert names_shown([]) == ""
     assert names_shown(["a", "b"]) == "a, b"
     assert names_shown([f"m{n}" for n in range(2000)]).endswith("m18, m19 and 1980 more")

@@ -46,7 +46,7 @@ def failures(rig: Rig, name: str) -> int:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_an_answer_passes_byte_for_byte(autojump_clock, watched):
+async def test_exchange_response_passes_byte_for_byte(autojump_clock, watched):
     raw = b'{"b" :1,\n "a":"\xc3\xa9" }\r\n'
     async with lab(answering(ok(raw, b"X-Engine: v"), ok(raw)), watched=watched) as rig:
         got = await rig.post()
@@ -62,9 +62,7 @@ async def test_an_answer_passes_byte_for_byte(autojump_clock, watched):
 
 
 @pytest.mark.parametrize("status", [400, 404, 408, 422, 499, 505])
-async def test_what_a_live_server_says_passes_untouched_and_counts_against_nobody(
-    autojump_clock, status
-):
+async def test_exchange_4xx_of_live_server_passes_uncounted(autojump_clock, status):
     body = b'{"error":{"message":"no","code":1}}'
     raw = answer(status, body)
     async with lab(answering(raw), answering(raw)) as rig:
@@ -75,7 +73,7 @@ async def test_what_a_live_server_says_passes_untouched_and_counts_against_nobod
         assert rig.recorder.outcomes == [Outcome.ANSWERED]
 
 
-async def test_the_request_reaches_the_server_as_it_came(autojump_clock):
+async def test_exchange_request_reaches_server_unchanged(autojump_clock):
     body = b'{ "model" : "m",  "x":"\\u00e9" }'
     headers = (
         (b"host", b"router"),
@@ -97,7 +95,7 @@ async def test_the_request_reaches_the_server_as_it_came(autojump_clock):
         assert request[b"connection"] is None
 
 
-async def test_a_form_is_routed_by_its_model_and_sent_as_it_is(autojump_clock):
+async def test_exchange_form_is_routed_by_model_and_sent_unchanged(autojump_clock):
     body = b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nwhisper\r\n--x--\r\n'
     headers = ((b"content-type", b"multipart/form-data; boundary=x"),)
     async with lab(answering(GOOD), answering(GOOD)) as rig:
@@ -108,13 +106,13 @@ async def test_a_form_is_routed_by_its_model_and_sent_as_it_is(autojump_clock):
         assert rig.scripted["b"].requests[0].body == body
 
 
-async def test_requests_without_a_model_go_anywhere(autojump_clock):
+async def test_exchange_request_without_model_goes_to_any_server(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         for body in (b"", b"[]", b'{"model":null}'):
             assert (await rig.post(body)).status == 200
 
 
-async def test_nothing_of_one_client_reaches_another(autojump_clock):
+async def test_exchange_headers_of_one_client_reach_no_other(autojump_clock):
     async with lab(answering(ok(b"{}", b"set-cookie: a=1", b"x-request-id: e"))) as rig:
         await rig.post(headers=((b"authorization", b"Bearer one"), (b"cookie", b"s=1")))
         await rig.post(headers=())
@@ -134,7 +132,7 @@ async def test_nothing_of_one_client_reaches_another(autojump_clock):
 # -- models and candidates ---------------------------------------------------------------------
 
 
-async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(autojump_clock):
+async def test_exchange_unknown_model_is_404_naming_known_models(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         got = await rig.post({"model": "gpt-9"})
         assert (got.status, got.code) == (404, "model_not_found")
@@ -144,7 +142,7 @@ async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(autoju
         assert rig.requests().total() == 0
 
 
-async def test_a_model_that_may_be_on_a_server_not_heard_of_yet_is_not_said_to_be_unknown(
+async def test_exchange_model_is_not_unknown_while_a_server_is_unprobed(
     autojump_clock,
 ):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
@@ -156,14 +154,14 @@ async def test_a_model_that_may_be_on_a_server_not_heard_of_yet_is_not_said_to_b
         assert int(got[b"retry-after"]) >= 1
 
 
-async def test_a_model_name_without_end_is_not_repeated_whole(autojump_clock):
+async def test_exchange_endless_model_name_is_shortened_in_error(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         got = await rig.post({"model": "x" * 1_000_000})
         assert got.status == 404
         assert len(got.body) < 2000
 
 
-async def test_a_known_model_without_an_available_server_is_503_with_retry_after(autojump_clock):
+async def test_exchange_model_without_available_server_is_503_with_retry_after(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         rig.down("a")
         got = await rig.post()
@@ -171,7 +169,7 @@ async def test_a_known_model_without_an_available_server_is_503_with_retry_after
         assert int(got[b"retry-after"]) >= 1
 
 
-async def test_a_request_before_the_first_probe_waits_for_it(autojump_clock):
+async def test_exchange_before_first_probe_waits_for_it(autojump_clock):
     async with lab(answering(GOOD), up=False) as rig:
         client = rig.start()
         await trio.sleep(3.0)
@@ -182,7 +180,7 @@ async def test_a_request_before_the_first_probe_waits_for_it(autojump_clock):
         assert failures(rig, "a") == 0
 
 
-async def test_it_does_not_wait_for_ever_and_not_while_stopping(autojump_clock):
+async def test_exchange_wait_for_first_probe_is_bounded_and_ends_on_stop(autojump_clock):
     async with lab(answering(GOOD), up=False) as rig:
         got = await rig.post()
         assert (got.status, got.took) == (503, pytest.approx(4.0, abs=0.1))
@@ -194,7 +192,7 @@ async def test_it_does_not_wait_for_ever_and_not_while_stopping(autojump_clock):
         assert (client.got.status, client.got.code) == (503, "router_stopping")
 
 
-async def test_if_all_are_ejected_they_are_tried_all_the_same(autojump_clock):
+async def test_exchange_all_servers_ejected_are_tried(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
         for server in rig.servers:
             eject(server, trio.current_time())
@@ -204,7 +202,7 @@ async def test_if_all_are_ejected_they_are_tried_all_the_same(autojump_clock):
 # -- the rows of the table ---------------------------------------------------------------------
 
 
-async def test_a_busy_server_is_passed_over_at_once_and_counts_as_full_not_as_sick(autojump_clock):
+async def test_exchange_busy_server_is_full_and_passed_over_at_once(autojump_clock):
     async with lab(answering(BUSY), answering(GOOD)) as rig:
         rig.prefer("a")
         got = await rig.post()
@@ -220,7 +218,7 @@ async def test_a_busy_server_is_passed_over_at_once_and_counts_as_full_not_as_si
         assert rig.requests() == {"a": 2, "b": 3}
 
 
-async def test_retry_after_says_for_how_long(autojump_clock):
+async def test_exchange_retry_after_of_server_sets_time_full(autojump_clock):
     busy = answer(429, b"{}", b"retry-after: 5")
     async with lab(answering(busy), answering(GOOD)) as rig:
         rig.prefer("a")
@@ -230,7 +228,7 @@ async def test_retry_after_says_for_how_long(autojump_clock):
         assert rig.requests()["a"] == 1
 
 
-async def test_if_all_are_busy_the_engines_own_answer_passes(autojump_clock):
+async def test_exchange_all_busy_passes_the_engines_response(autojump_clock):
     busy = answer(503, b'{"error":{"message":"queue full"}}', b"retry-after: 7")
     async with lab(answering(busy), answering(busy)) as rig:
         got = await rig.post()
@@ -243,9 +241,7 @@ async def test_if_all_are_busy_the_engines_own_answer_passes(autojump_clock):
 
 
 @pytest.mark.parametrize("last", ["a", "b", "c"])
-async def test_if_all_are_busy_the_client_is_told_when_the_first_of_them_is_not(
-    autojump_clock, last
-):
+async def test_exchange_all_busy_retry_after_is_of_first_free_server(autojump_clock, last):
     waits = {"a": b"5", "b": b"3", "c": b"8"}
     behaviour = [answering(answer(503, b"{}", b"retry-after: " + wait)) for wait in waits.values()]
     async with lab(*behaviour) as rig:
@@ -257,14 +253,14 @@ async def test_if_all_are_busy_the_client_is_told_when_the_first_of_them_is_not(
         assert [value for name, value in got.headers if name == b"retry-after"] == [b"3"]
 
 
-async def test_a_busy_server_that_says_nothing_of_when_has_nothing_added(autojump_clock):
+async def test_exchange_busy_without_retry_after_adds_none(autojump_clock):
     async with lab(answering(BUSY)) as rig:
         got = await rig.post()
         assert got.status == 503
         assert b"retry-after" not in dict(got.headers)
 
 
-async def test_a_503_without_a_body_is_a_sick_server(autojump_clock):
+async def test_exchange_503_without_body_is_server_error(autojump_clock):
     async with lab(answering(answer(503, b"")), answering(GOOD)) as rig:
         rig.prefer("a")
         assert (await rig.post()).status == 200
@@ -297,9 +293,7 @@ SENT_AND_FAILED: dict[str, tuple[Script, Outcome]] = {
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("case", SENT_AND_FAILED)
-async def test_what_fails_before_the_client_has_a_byte_goes_elsewhere(
-    autojump_clock, case, watched
-):
+async def test_exchange_failure_before_first_byte_is_retried(autojump_clock, case, watched):
     script, outcome = SENT_AND_FAILED[case]
     async with lab(script, answering(GOOD), watched=watched) as rig:
         rig.prefer("a")
@@ -313,7 +307,7 @@ async def test_what_fails_before_the_client_has_a_byte_goes_elsewhere(
 
 @pytest.mark.parametrize("case", SENT_AND_FAILED)
 @pytest.mark.parametrize("how", ["switched off", "stored", "no retries", "alone", "no budget"])
-async def test_it_does_not_where_it_must_not(autojump_clock, case, how):
+async def test_exchange_failure_of_unrepeatable_request_is_not_retried(autojump_clock, case, how):
     script, outcome = SENT_AND_FAILED[case]
     options = {"switched off": {"replay": False}, "no retries": {"max_retries": 0}}.get(how, {})
     servers = (script,) if how == "alone" else (script, answering(GOOD))
@@ -343,7 +337,7 @@ async def test_it_does_not_where_it_must_not(autojump_clock, case, how):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-async def test_a_refused_connection_goes_elsewhere_even_if_replay_is_off(autojump_clock, stored):
+async def test_exchange_refused_connection_is_retried_even_if_replay_is_off(autojump_clock, stored):
     async with lab(silent, answering(GOOD), replay=False) as rig:
         rig.prefer("a")
         rig.scripted["a"].refuses = True
@@ -353,7 +347,7 @@ async def test_a_refused_connection_goes_elsewhere_even_if_replay_is_off(autojum
         assert failures(rig, "a") == 1
 
 
-async def test_a_swallowed_connect_ends_in_time_and_goes_elsewhere(autojump_clock):
+async def test_exchange_connect_timeout_is_retried(autojump_clock):
     async with lab(silent, answering(GOOD), connect_timeout=1.5) as rig:
         rig.prefer("a")
         rig.scripted["a"].swallows = True
@@ -366,7 +360,7 @@ async def test_a_swallowed_connect_ends_in_time_and_goes_elsewhere(autojump_cloc
 @pytest.mark.parametrize(
     ("how", "code"), [("refuses", "connect_failed"), ("swallows", "connect_timeout")]
 )
-async def test_if_nobody_can_be_reached_it_is_503_with_retry_after(autojump_clock, how, code):
+async def test_exchange_no_server_reachable_is_503_with_retry_after(autojump_clock, how, code):
     async with lab(silent, silent) as rig:
         for scripted in rig.scripted.values():
             setattr(scripted, how, True)
@@ -377,7 +371,7 @@ async def test_if_nobody_can_be_reached_it_is_503_with_retry_after(autojump_cloc
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-async def test_exchange_resolver_that_fails_or_hangs_blames_no_server(autojump_clock, hangs):
+async def test_exchange_resolver_failure_or_hang_counts_against_no_server(autojump_clock, hangs):
     """Where no address has ever been known; another server is asked."""
 
     async def look_up(name: str) -> list[Host]:
@@ -400,7 +394,7 @@ async def test_exchange_resolver_that_fails_or_hangs_blames_no_server(autojump_c
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_silent_server_is_a_504_and_nobody_else_is_asked(autojump_clock, stream):
+async def test_exchange_silent_server_is_504_without_retry(autojump_clock, stream):
     async with lab(silent, answering(GOOD), first_byte_timeout=7) as rig:
         rig.prefer("a")
         got = await rig.post({"model": "m", "stream": stream})
@@ -411,7 +405,7 @@ async def test_a_silent_server_is_a_504_and_nobody_else_is_asked(autojump_clock,
         assert rig.requests()["b"] == 0
 
 
-async def test_a_body_that_stops_coming_is_an_idle_timeout(autojump_clock):
+async def test_exchange_stalled_body_is_idle_timeout(autojump_clock):
     async def stops(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"x" * 100)[:-50])
@@ -424,7 +418,7 @@ async def test_a_body_that_stops_coming_is_an_idle_timeout(autojump_clock):
         assert rig.recorder.attempts == [("a", Outcome.IDLE_TIMEOUT)]
 
 
-async def test_the_total_timeout_bounds_all_attempts_and_blames_nobody(autojump_clock):
+async def test_exchange_total_timeout_bounds_all_attempts_uncounted(autojump_clock):
     async def slow_failure(talk: Talk) -> None:
         await talk.request()
         await trio.sleep(6)
@@ -437,7 +431,7 @@ async def test_the_total_timeout_bounds_all_attempts_and_blames_nobody(autojump_
         assert failures(rig, "b") == 0
 
 
-async def test_our_own_faults_count_against_nobody(autojump_clock, monkeypatch):
+async def test_exchange_router_error_counts_against_no_server(autojump_clock, monkeypatch):
     from vllm_router.errors import OwnFault
 
     async def out_of_descriptors(now: float):
@@ -455,7 +449,7 @@ async def test_our_own_faults_count_against_nobody(autojump_clock, monkeypatch):
 # -- which server next -------------------------------------------------------------------------
 
 
-async def test_exchange_max_retries_bounds_the_attempts_and_no_server_is_tried_twice(
+async def test_exchange_max_retries_bounds_attempts_on_distinct_servers(
     autojump_clock,
 ):
     empty, full = answering(ok(b"")), answering(BUSY)
@@ -467,7 +461,7 @@ async def test_exchange_max_retries_bounds_the_attempts_and_no_server_is_tried_t
         assert rig.requests() == {"a": 1, "b": 1}
 
 
-async def test_a_request_that_broke_two_servers_goes_to_no_third(autojump_clock):
+async def test_exchange_that_crashed_two_servers_goes_to_no_third(autojump_clock):
     async with lab(once(), once(), once(), answering(GOOD)) as rig:
         rig.server("d").drain(on=True)
         got = await rig.post()
@@ -475,7 +469,7 @@ async def test_a_request_that_broke_two_servers_goes_to_no_third(autojump_clock)
         assert rig.requests().total() == 2
 
 
-async def test_a_request_that_kills_servers_over_kept_connections_goes_to_no_third(autojump_clock):
+async def test_exchange_that_crashed_two_kept_servers_goes_to_no_third(autojump_clock):
     """Death looks like a connection closed while idle, and then the port refuses."""
 
     def lives_once(name: str) -> Script:
@@ -502,7 +496,7 @@ def body(number: int) -> dict:
     return {"model": "m", "user": str(number)}
 
 
-async def test_a_request_that_killed_two_servers_is_remembered_for_a_minute(autojump_clock):
+async def test_quarantine_lasts_a_minute(autojump_clock):
     def dies_of_poison(talk: Talk):
         return _dies_of(b'"poison"', talk)
 
@@ -527,7 +521,7 @@ async def _dies_of(mark: bytes, talk: Talk) -> None:
         await talk.send(GOOD)
 
 
-async def test_a_body_that_is_answered_all_the_same_is_no_poison(autojump_clock):
+async def test_quarantine_body_answered_later_is_released(autojump_clock):
     """Two servers are killed one after the other: those on both are not the reason."""
     dying = trio.Event()
 
@@ -550,7 +544,7 @@ async def test_a_body_that_is_answered_all_the_same_is_no_poison(autojump_clock)
         assert (await rig.post()).status == 200
 
 
-async def test_a_body_that_was_answered_lately_is_not_taken_for_poison(autojump_clock):
+async def test_quarantine_body_answered_lately_is_not_added(autojump_clock):
     """All servers die at once under many requests that are the same: nobody's fault."""
     dead = False
 
@@ -572,7 +566,7 @@ async def test_a_body_that_was_answered_lately_is_not_taken_for_poison(autojump_
         assert (await rig.post()).status == 200
 
 
-async def test_a_500_makes_a_body_poison_only_if_the_servers_fell_afterwards(autojump_clock):
+async def test_quarantine_500_counts_only_if_server_goes_down_after(autojump_clock):
     """As a vLLM whose engine has died answers once more, and ends."""
     failing = answering(answer(500, b"{}"))
     async with lab(failing, failing, answering(GOOD)) as rig:
@@ -590,7 +584,7 @@ async def test_a_500_makes_a_body_poison_only_if_the_servers_fell_afterwards(aut
         assert (await rig.post(body(1))).status == 200
 
 
-async def test_one_client_repeating_a_bad_body_ejects_nobody(autojump_clock):
+async def test_exchange_client_repeating_a_bad_body_ejects_no_server(autojump_clock):
     async def picky(talk: Talk) -> None:
         while True:
             bad = b'"bad"' in (await talk.request()).body
@@ -604,7 +598,7 @@ async def test_one_client_repeating_a_bad_body_ejects_nobody(autojump_clock):
         assert not any(server.traffic_health.ejected for server in rig.servers)
 
 
-async def test_the_same_body_again_and_again_ejects_a_server_that_alone_cannot_answer_it(
+async def test_exchange_same_body_failing_on_one_server_only_ejects_it(
     autojump_clock,
 ):
     async with lab(answering(answer(500, b"{}")), answering(GOOD), answering(GOOD)) as rig:
@@ -615,7 +609,7 @@ async def test_the_same_body_again_and_again_ejects_a_server_that_alone_cannot_a
         assert rig.server("a").traffic_health.ejected
 
 
-async def test_who_waits_on_a_server_that_is_put_to_sleep_goes_elsewhere(autojump_clock):
+async def test_exchange_waiting_on_server_put_to_sleep_is_retried(autojump_clock):
     async with lab(silent, answering(GOOD)) as rig:
         rig.prefer("a")
         client = rig.start()
@@ -629,7 +623,7 @@ async def test_who_waits_on_a_server_that_is_put_to_sleep_goes_elsewhere(autojum
         assert failures(rig, "a") == 0
 
 
-async def test_a_stream_that_has_begun_is_left_alone_when_its_server_is_put_to_sleep(
+async def test_exchange_started_stream_continues_when_server_is_put_to_sleep(
     autojump_clock,
 ):
     awake = trio.Event()
@@ -653,7 +647,7 @@ async def test_a_stream_that_has_begun_is_left_alone_when_its_server_is_put_to_s
         assert client.got.whole
 
 
-async def test_one_that_is_held_back_has_the_time_that_its_answer_takes(autojump_clock):
+async def test_exchange_on_damped_server_has_its_full_time(autojump_clock):
     """Its checks are good, and it is asked because there is no other: nobody has found it gone."""
 
     async def slow(talk: Talk) -> None:
@@ -683,7 +677,7 @@ LIMITED = answer(429, b'{"error":{"message":"rate limit"}}', b"retry-after: 30")
 KEYED = ((b"content-type", b"application/json"), (b"authorization", b"Bearer sk-one"))
 
 
-async def test_a_429_to_a_key_of_the_client_does_not_make_the_server_full_for_others(
+async def test_exchange_429_for_client_key_does_not_make_server_full(
     autojump_clock,
 ):
     async with lab(answering(LIMITED), answering(GOOD)) as rig:
@@ -696,7 +690,7 @@ async def test_a_429_to_a_key_of_the_client_does_not_make_the_server_full_for_ot
         assert rig.proxy.budget.owed > 0
 
 
-async def test_if_all_limit_a_key_the_last_answer_passes_and_nobody_is_full(autojump_clock):
+async def test_exchange_429_from_all_servers_for_key_passes_unmarked(autojump_clock):
     async with lab(answering(LIMITED), answering(LIMITED)) as rig:
         got = await rig.post(headers=KEYED)
         assert (got.status, got[b"retry-after"]) == (429, b"30")
@@ -705,14 +699,14 @@ async def test_if_all_limit_a_key_the_last_answer_passes_and_nobody_is_full(auto
         assert {server.state for server in rig.servers} == {State.UP}
 
 
-async def test_a_storm_of_one_limited_key_is_not_amplified(autojump_clock):
+async def test_exchange_storm_of_limited_key_is_not_amplified(autojump_clock):
     async with lab(*[answering(LIMITED)] * 4) as rig:
         for _ in range(200):
             assert (await rig.post(headers=KEYED)).status == 429
         assert rig.requests().total() <= 200 * 1.2 + 3
 
 
-async def test_a_429_without_a_key_of_the_clients_is_the_servers_own(autojump_clock):
+async def test_exchange_429_without_client_key_makes_server_full(autojump_clock):
     async with lab(answering(LIMITED), answering(GOOD)) as rig:
         rig.prefer("a")
         assert (await rig.post()).status == 200
@@ -723,14 +717,14 @@ async def test_a_429_without_a_key_of_the_clients_is_the_servers_own(autojump_cl
 # -- which server next, again ------------------------------------------------------------------
 
 
-async def test_after_a_failure_a_server_that_was_busy_is_asked(autojump_clock):
+async def test_exchange_after_failure_retries_busy_server(autojump_clock):
     async with lab(once(), answering(GOOD)) as rig:
         rig.server("b").refused(trio.current_time(), 5.0)
         got = await rig.post()
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
 
 
-async def test_a_storm_of_failures_is_not_amplified(autojump_clock):
+async def test_exchange_storm_of_failures_is_not_amplified(autojump_clock):
     failing = answering(answer(500, b"{}"))
     async with lab(failing, failing, failing, failure_threshold=1000) as rig:
         for _ in range(200):
@@ -738,7 +732,7 @@ async def test_a_storm_of_failures_is_not_amplified(autojump_clock):
         assert rig.requests().total() <= 200 * 1.2 + 3
 
 
-async def test_the_death_of_one_of_three_loses_no_request(autojump_clock):
+async def test_exchange_crash_of_one_of_three_servers_loses_no_request(autojump_clock):
     """50 in flight; one server dies under a third of them."""
     dying = trio.Event()
 
@@ -765,7 +759,7 @@ async def test_the_death_of_one_of_three_loses_no_request(autojump_clock):
 # -- kept connections --------------------------------------------------------------------------
 
 
-async def test_a_kept_connection_that_closes_is_tried_once_more_on_a_fresh_one(autojump_clock):
+async def test_exchange_closed_kept_connection_is_retried_on_fresh_one(autojump_clock):
     async def closes_on_second(talk: Talk) -> None:
         await talk.request()
         await talk.send(GOOD)
@@ -782,7 +776,7 @@ async def test_a_kept_connection_that_closes_is_tried_once_more_on_a_fresh_one(a
 
 
 @pytest.mark.parametrize("how", ["stored", "switched off"])
-async def test_what_may_not_be_sent_twice_goes_on_a_fresh_connection(autojump_clock, how):
+async def test_exchange_unrepeatable_request_uses_fresh_connection(autojump_clock, how):
     """On a kept one nobody could tell whether the server had begun with it."""
     async with lab(answering(GOOD), replay=how != "switched off") as rig:
         for _ in range(3):
@@ -791,7 +785,7 @@ async def test_what_may_not_be_sent_twice_goes_on_a_fresh_connection(autojump_cl
         assert len(rig.scripted["a"].talks) == 3
 
 
-async def test_connections_are_used_again_and_only_those_with_whole_answers(autojump_clock):
+async def test_exchange_connection_is_reused_only_after_whole_response(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         for _ in range(5):
             await rig.post()
@@ -808,7 +802,7 @@ async def test_connections_are_used_again_and_only_those_with_whole_answers(auto
         assert rig.proxy.links[rig.server("a")].pool.idle == 0
 
 
-async def test_idle_connections_are_closed_before_the_server_closes_them(autojump_clock):
+async def test_exchange_idle_connection_is_closed_before_server_closes_it(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         await rig.post()
         pool = rig.proxy.links[rig.server("a")].pool
@@ -822,7 +816,7 @@ async def test_idle_connections_are_closed_before_the_server_closes_them(autojum
 # -- ejection ----------------------------------------------------------------------------------
 
 
-async def test_a_sinkhole_is_ejected_and_comes_back_by_a_trial(autojump_clock):
+async def test_exchange_sinkhole_is_ejected_and_returns_by_probation(autojump_clock):
     healthy = trio.Event()
 
     async def sick(talk: Talk) -> None:
@@ -847,7 +841,7 @@ async def test_a_sinkhole_is_ejected_and_comes_back_by_a_trial(autojump_clock):
         assert not rig.server("a").traffic_health.ejected
 
 
-async def test_only_one_trial_at_a_time_and_its_client_leaving_lets_another_follow(autojump_clock):
+async def test_exchange_probation_is_one_request_and_freed_by_disconnect(autojump_clock):
     async with lab(silent, answering(GOOD), auto_recovery_threshold=5) as rig:
         eject(rig.server("a"), trio.current_time())
         await trio.sleep(5.5)
@@ -862,7 +856,7 @@ async def test_only_one_trial_at_a_time_and_its_client_leaving_lets_another_foll
         assert rig.server("a").traffic_health.admits(trio.current_time())
 
 
-async def test_the_first_event_of_a_trial_restores_without_waiting_for_its_end(autojump_clock):
+async def test_exchange_probation_first_event_restores_server(autojump_clock):
     go_on = trio.Event()
 
     async def slow_stream(talk: Talk) -> None:
@@ -882,7 +876,7 @@ async def test_the_first_event_of_a_trial_restores_without_waiting_for_its_end(a
         assert client.got.whole
 
 
-async def test_a_panic_of_many_requests_is_one_ejection(autojump_clock):
+async def test_exchange_simultaneous_failures_are_one_ejection(autojump_clock):
     async with lab(answering(answer(500, b"{}")), auto_recovery_threshold=5) as rig:
         eject(rig.server("a"), trio.current_time())
         for _ in range(30):
@@ -894,14 +888,14 @@ async def test_a_panic_of_many_requests_is_one_ejection(autojump_clock):
 # -- the router itself -------------------------------------------------------------------------
 
 
-async def test_while_stopping_nothing_new_is_taken(autojump_clock):
+async def test_exchange_while_stopping_is_refused(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         rig.proxy.stopping = True
         got = await rig.post()
         assert (got.status, got.code, got[b"retry-after"]) == (503, "router_stopping", b"1")
 
 
-async def test_a_stop_ends_what_waits_with_503(autojump_clock):
+async def test_exchange_stop_ends_wait_with_503(autojump_clock):
     async with lab(silent, answering(GOOD)) as rig:
         rig.prefer("a")
         client = rig.start()
@@ -915,7 +909,7 @@ async def test_a_stop_ends_what_waits_with_503(autojump_clock):
         assert failures(rig, "a") == 0
 
 
-async def test_everybody_who_waits_for_the_last_exchange_is_told(autojump_clock):
+async def test_exchange_last_one_ending_wakes_all_waiters(autojump_clock):
     async with lab(silent) as rig:
         rig.start()
         await trio.sleep(1)
@@ -928,14 +922,14 @@ async def test_everybody_who_waits_for_the_last_exchange_is_told(autojump_clock)
         await rig.proxy.drained()
 
 
-async def test_a_request_that_has_gone_round_in_circles_is_refused(autojump_clock):
+async def test_exchange_request_loop_is_refused(autojump_clock):
     via = (b"via", b", ".join([b"1.1 vllm-router"] * 8))
     async with lab(answering(GOOD)) as rig:
         got = await rig.post(headers=(via,))
         assert (got.status, got.code) == (508, "loop_detected")
 
 
-async def test_a_reload_leaves_running_requests_alone(autojump_clock):
+async def test_exchange_reload_leaves_running_requests_alone(autojump_clock):
     async def slow(talk: Talk) -> None:
         await talk.request()
         await trio.sleep(5)
@@ -958,7 +952,7 @@ async def test_a_reload_leaves_running_requests_alone(autojump_clock):
         assert left not in rig.proxy.links
 
 
-async def test_an_error_in_openais_shape(autojump_clock):
+async def test_exchange_error_has_openai_shape(autojump_clock):
     async with lab(once()) as rig:
         got = await rig.post()
         assert got[b"content-type"] == b"application/json"
@@ -969,7 +963,7 @@ async def test_an_error_in_openais_shape(autojump_clock):
         assert got[b"x-vllm-router-attempts"] == b"1"
 
 
-async def test_streams_and_plain_answers_mix_on_one_connection(autojump_clock):
+async def test_exchange_streams_and_json_mix_on_one_connection(autojump_clock):
     async with lab(streaming(event("a"), DONE)) as rig:
         for _ in range(3):
             got = await rig.stream(path=CHAT)

@@ -81,7 +81,7 @@ async def started(rig: Rig, count: int, *, alike: bool = False) -> list[Client]:
 )
 @pytest.mark.parametrize("gap", [0.0, 0.002, 0.05], ids="{}s".format)
 @pytest.mark.parametrize("count", [3, 40])
-async def test_exchange_three_of_four_servers_stop_at_once_no_request_fails(
+async def test_retry_three_of_four_servers_stopping_loses_no_request(
     autojump_clock, count, gap, warm, alike
 ):
     machines = Machines()
@@ -103,7 +103,7 @@ async def test_exchange_three_of_four_servers_stop_at_once_no_request_fails(
         assert not rig.proxy.poison.entries
 
 
-async def test_exchange_five_of_six_servers_refuse_reaches_the_sixth(autojump_clock):
+async def test_retry_five_of_six_servers_refusing_reaches_sixth(autojump_clock):
     async with lab(*[answering(GOOD)] * 6) as rig:
         for name in "abcde":
             rig.scripted[name].refuses = True
@@ -112,7 +112,7 @@ async def test_exchange_five_of_six_servers_refuse_reaches_the_sixth(autojump_cl
             assert (await rig.post(body(number))).status == 200
 
 
-async def test_exchange_with_an_empty_budget_goes_to_a_well_server(autojump_clock):
+async def test_retry_with_empty_budget_goes_to_healthy_server(autojump_clock):
     async with lab(answering(ERROR), answering(ERROR), answering(GOOD)) as rig:
         rig.prefer("a")
         rig.proxy.budget.owed = rig.proxy.budget.depth
@@ -121,7 +121,7 @@ async def test_exchange_with_an_empty_budget_goes_to_a_well_server(autojump_cloc
         assert [name for name, _ in rig.recorder.attempts] == ["a", "c"]
 
 
-async def test_exchange_servers_that_fail_all_requests_are_not_held_against_one(autojump_clock):
+async def test_retry_all_failing_on_broken_servers_does_not_count_against_request(autojump_clock):
     """Two engines have died and answer 500 until their checks fail; the third is well."""
     sick = answering(ERROR)
     options = {"policy": "round_robin", "failure_threshold": 1000}
@@ -133,7 +133,7 @@ async def test_exchange_servers_that_fail_all_requests_are_not_held_against_one(
 
 
 @pytest.mark.parametrize("status", [500, 502])
-async def test_exchange_all_servers_fail_attempts_stay_within_the_budget(autojump_clock, status):
+async def test_retry_all_servers_failing_stays_within_budget(autojump_clock, status):
     async with lab(*[answering(answer(status, b"{}"))] * 4) as rig:
         for number in range(300):
             assert (await rig.post(body(number))).status == status
@@ -141,7 +141,7 @@ async def test_exchange_all_servers_fail_attempts_stay_within_the_budget(autojum
         assert rig.requests().total() <= 1.2 * 300 + 3
 
 
-async def test_exchange_killer_among_others_reaches_two_servers(autojump_clock):
+async def test_retry_crashing_request_among_others_reaches_two_servers(autojump_clock):
     machines = Machines()
     async with lab(*map(machines.script, "abcdef")) as rig:
         machines.rig = rig
@@ -156,7 +156,7 @@ async def test_exchange_killer_among_others_reaches_two_servers(autojump_clock):
         assert statuses(others)[200] >= 10
 
 
-async def test_exchange_killer_over_closed_connections_reaches_two_servers(autojump_clock):
+async def test_retry_crashing_request_over_closed_connections_reaches_two_servers(autojump_clock):
     machines = Machines()
     async with lab(*map(machines.script, "abcd")) as rig:
         machines.rig = rig
@@ -172,7 +172,7 @@ async def test_exchange_killer_over_closed_connections_reaches_two_servers(autoj
 X, Y = 1, 2
 
 
-def test_failures_suspect_two_servers_that_only_it_was_on_are_its_doing():
+def test_failures_suspect_request_alone_on_two_crashed_servers():
     a, b, c = make_fleet(3).servers.values()
     failures = Failures()
     ends = (End(a, 10.0, 11.0, True), End(b, 11.0, 11.5, True))
@@ -182,7 +182,7 @@ def test_failures_suspect_two_servers_that_only_it_was_on_are_its_doing():
     assert failures.suspect(ends, X, (a, b, c)) == (a, b)
 
 
-def test_failures_suspect_a_server_that_had_failed_before_is_not_its_doing():
+def test_failures_suspect_excludes_server_that_failed_before():
     a, b = make_fleet(2).servers.values()
     failures = Failures()
     failures.note(b, Y, 10.9, deadly=True)
@@ -193,7 +193,7 @@ def test_failures_suspect_a_server_that_had_failed_before_is_not_its_doing():
     assert failures.suspect(ends, X, (a, b)) == (a, b)  # it lived after that
 
 
-def test_failures_suspect_an_earlier_error_does_not_explain_a_death():
+def test_failures_suspect_earlier_error_does_not_explain_crash():
     a, b = make_fleet(2).servers.values()
     failures = Failures()
     failures.note(b, Y, 10.9, deadly=False)
@@ -205,7 +205,7 @@ def test_failures_suspect_an_earlier_error_does_not_explain_a_death():
 
 @pytest.mark.parametrize("apart", [0.0, SAME_MOMENT, SAME_MOMENT + 1])
 @pytest.mark.parametrize("seen_by", ["a request", "a connect", "the checks"])
-def test_failures_suspect_a_third_server_that_fails_at_once_speaks_for_the_request(seen_by, apart):
+def test_failures_suspect_third_failing_server_clears_the_request(seen_by, apart):
     a, b, c = make_fleet(3).servers.values()
     failures, at = Failures(), 11.5 + apart
     if seen_by == "the checks":
@@ -216,7 +216,7 @@ def test_failures_suspect_a_third_server_that_fails_at_once_speaks_for_the_reque
     assert failures.suspect(ends, X, (a, b, c)) == ((a, b) if apart > SAME_MOMENT else ())
 
 
-def test_failures_is_free_after_a_time_and_forgets_removed_servers():
+def test_failures_expire_and_forget_removed_servers():
     (a,) = make_fleet(1).servers.values()
     failures = Failures()
     assert failures.is_free(a, 1.0)

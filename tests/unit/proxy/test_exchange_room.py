@@ -70,7 +70,7 @@ def client_of(rig: Rig, key: str, number: int, **more: Any) -> Client:
 # -- a full room (turns at the door) ----------------------------------------------------------
 
 
-async def test_full_room_admits_another_key_in_place_of_the_greediest_keys_last(autojump_clock):
+async def test_full_queue_new_key_displaces_last_of_greediest_key(autojump_clock):
     async with limited(working(), queue_size=4) as rig:
         greedy = [await started_by(rig, "greedy", n) for n in range(5)]
         modest = await started_by(rig, "modest", 9)
@@ -82,7 +82,7 @@ async def test_full_room_admits_another_key_in_place_of_the_greediest_keys_last(
         assert order(*greedy, modest) == [0, 1, 9, 2, 3]
 
 
-async def test_full_room_gives_every_key_an_equal_share_and_then_refuses(autojump_clock):
+async def test_full_queue_gives_keys_equal_shares_then_refuses(autojump_clock):
     async with limited(working(), queue_size=6) as rig:
         a = [await started_by(rig, "a", n) for n in range(7)]
         b = [await started_by(rig, "b", 10 + n) for n in range(6)]
@@ -96,7 +96,7 @@ async def test_full_room_gives_every_key_an_equal_share_and_then_refuses(autojum
         assert order(*a, *b) == [0, 1, 10, 2, 11, 3, 12]
 
 
-async def test_key_that_keeps_the_room_full_locks_no_other_out(autojump_clock):
+async def test_full_queue_of_one_key_admits_other_keys(autojump_clock):
     async with limited(working(0.1), queue_size=8) as rig:
         answered = {"greedy": 0, "modest": 0}
 
@@ -114,7 +114,7 @@ async def test_key_that_keeps_the_room_full_locks_no_other_out(autojump_clock):
         assert answered["modest"] >= 0.45 * sum(answered.values()), answered
 
 
-async def test_full_room_admits_a_better_priority_in_place_of_the_worst(autojump_clock):
+async def test_full_queue_better_priority_displaces_worst(autojump_clock):
     async with limited(working(), queue_size=3) as rig:
         clients = [await started(rig, body(n)) for n in range(3)]
         worst = await started(rig, body(3, priority=5))
@@ -128,7 +128,7 @@ async def test_full_room_admits_a_better_priority_in_place_of_the_worst(autojump
         assert order(*clients, better) == [0, 4, 1, 2]
 
 
-async def test_displaced_request_without_any_server_is_told_that_there_is_none(autojump_clock):
+async def test_full_queue_displaced_without_server_gets_no_server_error(autojump_clock):
     async with limited(working(), queue_size=2) as rig:
         rig.down("a")
         greedy = [await started_by(rig, "greedy", n) for n in range(2)]
@@ -141,7 +141,7 @@ async def test_displaced_request_without_any_server_is_told_that_there_is_none(a
         assert order(greedy[0], modest) == [0, 9]
 
 
-async def test_requests_that_a_server_failed_fill_no_place_of_the_room(autojump_clock):
+async def test_full_queue_retries_take_no_place(autojump_clock):
     async with limited(dying_once, working(5.0), queue_size=1) as rig:
         rig.prefer("a")
         clients = [await started(rig, body(n)) for n in range(2)]
@@ -158,7 +158,7 @@ async def test_requests_that_a_server_failed_fill_no_place_of_the_room(autojump_
 
 
 @pytest.mark.parametrize("stuck_at", [0, 1, 2])
-async def test_request_that_cannot_fall_back_holds_up_none_that_can(autojump_clock, stuck_at):
+async def test_queue_request_without_fallback_delays_none_with_fallback(autojump_clock, stuck_at):
     async with limited(silent, working(1), more={"tables": FALLBACK}) as rig:
         come_up(rig.server("b"), 0.0, "spare")
         first = await started(rig, body(9))
@@ -176,7 +176,7 @@ async def test_request_that_cannot_fall_back_holds_up_none_that_can(autojump_clo
         assert stuck.got.code == "no_server_available"
 
 
-async def test_unknown_names_do_not_hold_up_each_other(autojump_clock):
+async def test_queue_unknown_names_do_not_delay_each_other(autojump_clock):
     async with limited(working(100), working(1)) as rig:
         rig.server("a").models = rig.server("b").models = None
         rig.server("b").drain(on=True)
@@ -194,7 +194,7 @@ async def test_unknown_names_do_not_hold_up_each_other(autojump_clock):
         waits.leave()
 
 
-async def test_request_that_returns_with_a_better_priority_holds_up_no_other(autojump_clock):
+async def test_queue_retry_with_better_priority_delays_no_other(autojump_clock):
     async with limited(dying_once, working(20), more={"failure_threshold": 1000}) as rig:
         rig.prefer("a")
         back = await started(rig, body(0), headers=(PRIORITY,))
@@ -208,7 +208,7 @@ async def test_request_that_returns_with_a_better_priority_holds_up_no_other(aut
         assert (back.got.status, busy.got.status) == (200, 200)
 
 
-async def test_request_that_is_too_long_for_a_free_server_holds_up_no_shorter_one(autojump_clock):
+async def test_queue_request_too_long_for_free_server_delays_no_shorter_one(autojump_clock):
     async with limited(working(1), working(50)) as rig:
         for name, length in (("a", 10), ("b", 100_000)):
             rig.server(name).listed({"m": {"id": "m", "max_model_len": length}}, 0.0)
@@ -238,7 +238,7 @@ async def slow_hour(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("idle", [0, 15, 3600, 86400])
-async def test_idle_fleet_refuses_no_burst_because_it_was_slow_before(autojump_clock, idle):
+async def test_queue_idle_fleet_accepts_burst_after_slow_time(autojump_clock, idle):
     server = Paced(5.0)
     async with limited(server, queue_size=64, queue_timeout=31) as rig:
         await slow_hour(rig)
@@ -249,7 +249,7 @@ async def test_idle_fleet_refuses_no_burst_because_it_was_slow_before(autojump_c
         assert [client.got.status for client in burst] == [200] * 60
 
 
-async def test_client_deadline_is_not_judged_by_answers_of_hours_ago(autojump_clock):
+async def test_queue_deadline_ignores_response_times_of_hours_ago(autojump_clock):
     server = Paced(20.0)
     async with limited(server, queue_timeout=200) as rig:
         await slow_hour(rig)
@@ -261,7 +261,7 @@ async def test_client_deadline_is_not_judged_by_answers_of_hours_ago(autojump_cl
         assert [client.got.status for client in burst] == [200] * 4
 
 
-async def test_server_that_comes_back_is_not_taken_to_be_as_slow_as_the_rest(autojump_clock):
+async def test_queue_returning_server_is_not_predicted_slow(autojump_clock):
     async with limited(Paced(5), Paced(0.1), queue_size=64, queue_timeout=31) as rig:
         rig.down("b")
         clients = [await started(rig, body(n)) for n in range(7)]
@@ -273,7 +273,7 @@ async def test_server_that_comes_back_is_not_taken_to_be_as_slow_as_the_rest(aut
         assert [client.got.status for client in clients] == [200] * 47
 
 
-async def test_raised_cap_ends_what_was_measured_with_the_lower_one(autojump_clock):
+async def test_queue_raised_cap_resets_drain_measurement(autojump_clock):
     async with limited(Paced(5), queue_size=64, queue_timeout=31) as rig:
         clients = [await started(rig, body(n)) for n in range(7)]
         await trio.sleep(21)

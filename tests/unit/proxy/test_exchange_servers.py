@@ -51,7 +51,7 @@ FAILS: dict[str, Script] = {
 
 
 @pytest.mark.parametrize("how", FAILS)
-async def test_serve_other_server_fails_everything_asks_ejected_well_server(autojump_clock, how):
+async def test_ejected_healthy_server_is_asked_if_other_fails(autojump_clock, how):
     async with lab(answering(GOOD), FAILS[how]) as rig:
         eject(rig.server("a"), trio.current_time())
         rig.server("b").capacity = 100
@@ -59,7 +59,7 @@ async def test_serve_other_server_fails_everything_asks_ejected_well_server(auto
             assert (await rig.post(body(number))).status == 200
 
 
-async def test_serve_other_server_refuses_connections_asks_ejected_well_server(autojump_clock):
+async def test_ejected_healthy_server_is_asked_if_other_refuses_connections(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
         rig.scripted["b"].refuses = True
         eject(rig.server("a"), trio.current_time())
@@ -67,7 +67,7 @@ async def test_serve_other_server_refuses_connections_asks_ejected_well_server(a
             assert (await rig.post(body(number))).status == 200
 
 
-async def test_serve_busy_then_ejected_server_fails_says_busy_with_retry_after(autojump_clock):
+async def test_ejected_server_failing_after_busy_says_busy_with_retry_after(autojump_clock):
     busy = answer(503, b"{}", b"retry-after: 7")
     async with lab(answering(answer(500, b"{}")), answering(busy)) as rig:
         eject(rig.server("a"), trio.current_time())
@@ -79,7 +79,7 @@ async def test_serve_busy_then_ejected_server_fails_says_busy_with_retry_after(a
 # -- F7: a trial need not last as long as its answer ----------------------------------------------
 
 
-async def test_trial_long_plain_answer_does_not_keep_others_out(autojump_clock):
+async def test_probation_long_json_response_admits_other_requests(autojump_clock):
     first = trio.Event()
 
     async def slow_then_fast(talk: Talk) -> None:
@@ -131,7 +131,7 @@ def odd_for(mark: bytes, raw: bytes) -> Script:
 
 
 @pytest.mark.parametrize("what", ODD)
-async def test_judge_odd_answer_to_one_request_ejects_no_server(autojump_clock, what):
+async def test_misdirected_response_to_one_request_ejects_no_server(autojump_clock, what):
     script = odd_for(b"odd", ODD[what])
     async with lab(script, script, script) as rig:
         for _ in range(12):
@@ -140,14 +140,14 @@ async def test_judge_odd_answer_to_one_request_ejects_no_server(autojump_clock, 
         assert [failures(rig, name) for name in "abc"] == [0, 0, 0]
 
 
-async def test_judge_odd_answers_to_different_requests_eject_the_server(autojump_clock):
+async def test_misdirected_responses_to_different_requests_eject_server(autojump_clock):
     async with lab(odd_for(b"", ODD["two lengths"])) as rig:
         for number in range(5):
             await rig.post(body(number))
         assert rig.server("a").traffic_health.ejected
 
 
-async def test_judge_odd_answer_that_another_server_gives_well_counts(autojump_clock):
+async def test_misdirected_response_counts_if_other_server_answers(autojump_clock):
     async with lab(odd_for(b"", ODD["two lengths"]), answering(GOOD)) as rig:
         for _ in range(3):
             rig.prefer("a")
@@ -155,7 +155,7 @@ async def test_judge_odd_answer_that_another_server_gives_well_counts(autojump_c
         assert rig.server("a").traffic_health.ejected
 
 
-async def test_answer_with_head_of_half_a_megabyte_passes(autojump_clock):
+async def test_response_head_of_half_a_megabyte_passes(autojump_clock):
     metadata = json.dumps([{"index": i, "embedding": i * 4096} for i in range(15_000)]).encode()
     assert len(metadata) > 500_000
     raw = answer(200, b"\x00" * 64, b"metadata: " + metadata, content_type=b"application/binary")
@@ -190,9 +190,7 @@ REFUSES = {
 
 @pytest.mark.parametrize("replay", [True, False])
 @pytest.mark.parametrize("what", REFUSES)
-async def test_serve_server_refuses_by_its_own_fault_goes_elsewhere_and_is_noted(
-    autojump_clock, what, replay
-):
+async def test_refusing_server_is_passed_over_and_marked(autojump_clock, what, replay):
     async with lab(answering(REFUSES[what]), answering(GOOD), replay=replay) as rig:
         for number in range(20):
             rig.prefer("a")
@@ -205,7 +203,7 @@ async def test_serve_server_refuses_by_its_own_fault_goes_elsewhere_and_is_noted
         assert RESPONSES in reason
 
 
-async def test_serve_refused_route_leaves_other_routes_alone(autojump_clock):
+async def test_refusing_server_of_one_route_serves_other_routes(autojump_clock):
     async def older(talk: Talk) -> None:
         while True:
             request = await talk.request()
@@ -219,7 +217,7 @@ async def test_serve_refused_route_leaves_other_routes_alone(autojump_clock):
             assert (await rig.post())[b"x-vllm-router-server"] == b"a"
 
 
-async def test_serve_proxys_limit_leaves_smaller_bodies_alone(autojump_clock):
+async def test_refusing_proxy_body_limit_serves_smaller_bodies(autojump_clock):
     async def limited(talk: Talk) -> None:
         while True:
             request = await talk.request()
@@ -235,7 +233,7 @@ async def test_serve_proxys_limit_leaves_smaller_bodies_alone(autojump_clock):
         assert len([one for one in rig.scripted["a"].requests if len(one.body) > 1000]) == 1
 
 
-async def test_serve_refusing_server_is_tried_after_a_time_and_is_back(autojump_clock):
+async def test_refusing_server_is_tried_later_and_restored(autojump_clock):
     fixed = trio.Event()
 
     async def repaired(talk: Talk) -> None:
@@ -264,7 +262,7 @@ async def test_serve_refusing_server_is_tried_after_a_time_and_is_back(autojump_
 
 
 @pytest.mark.parametrize("what", REFUSES)
-async def test_serve_all_servers_refuse_gives_their_answer_and_no_state(autojump_clock, what):
+async def test_refusing_all_servers_pass_response_unmarked(autojump_clock, what):
     raw = REFUSES[what]
     async with lab(answering(raw), answering(raw)) as rig:
         got = await rig.post()
@@ -281,7 +279,7 @@ async def test_serve_all_servers_refuse_gives_their_answer_and_no_state(autojump
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_serve_clients_own_key_refused_is_the_clients_answer(autojump_clock, status):
+async def test_refused_client_key_is_clients_error(autojump_clock, status):
     refuses = answering(answer(status, b'{"error":"no"}'))
     headers = ((b"authorization", b"Bearer mine"),)
     async with lab(refuses, answering(GOOD)) as rig:
@@ -290,7 +288,7 @@ async def test_serve_clients_own_key_refused_is_the_clients_answer(autojump_cloc
         assert rig.requests() == {"a": 1, "b": 0}
 
 
-async def test_serve_routers_own_key_refused_goes_elsewhere(autojump_clock):
+async def test_refused_router_key_is_retried_elsewhere(autojump_clock):
     async with lab(answering(REFUSES["401"]), answering(GOOD)) as rig:
         servers = [{"url": f"http://{name}.test:1", "name": name} for name in "ab"]
         servers[0]["api_key"] = "wrong"
@@ -300,7 +298,7 @@ async def test_serve_routers_own_key_refused_goes_elsewhere(autojump_clock):
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
 
 
-async def test_serve_forbidden_for_one_body_concerns_that_request_only(autojump_clock):
+async def test_refused_403_for_one_body_marks_that_request_only(autojump_clock):
     """As a firewall says 403 for what it finds in a body."""
     firewall = odd_for(b"odd", answer(403, b"<html>", content_type=b"text/html"))
     async with lab(firewall, answering(GOOD)) as rig:
@@ -312,7 +310,7 @@ async def test_serve_forbidden_for_one_body_concerns_that_request_only(autojump_
             assert (await rig.post())[b"x-vllm-router-server"] == b"a"
 
 
-async def test_serve_clients_mistakes_never_count(autojump_clock):
+async def test_refused_client_errors_are_not_counted(autojump_clock):
     bad = answer(400, b'{"error":{"message":"temperature must be non-negative","code":400}}')
     async with lab(answering(bad), answering(GOOD)) as rig:
         for number in range(20):
@@ -347,7 +345,7 @@ def contexts(rig: Rig, **lengths: int) -> None:
     rig.fleet.settle(trio.current_time())
 
 
-async def test_serve_too_long_for_one_server_goes_to_a_longer_one(autojump_clock):
+async def test_too_long_for_one_server_goes_to_longer_one(autojump_clock):
     async with lab(long_only(1000), long_only(1000), long_only(4000)) as rig:
         contexts(rig, a=1000, b=1000, c=4000)
         for size in (2000, 2000, 5000):
@@ -359,7 +357,7 @@ async def test_serve_too_long_for_one_server_goes_to_a_longer_one(autojump_clock
         assert rig.server("a").current_state(trio.current_time())[0] is State.UP
 
 
-async def test_serve_surely_too_long_never_asks_the_short_server(autojump_clock):
+async def test_too_long_for_certain_skips_short_server(autojump_clock):
     async with lab(long_only(1000), long_only(4000)) as rig:
         contexts(rig, a=1000, b=4000)
         for _ in range(5):
@@ -370,7 +368,7 @@ async def test_serve_surely_too_long_never_asks_the_short_server(autojump_clock)
         assert (await rig.post())[b"x-vllm-router-server"] == b"a"
 
 
-async def test_serve_too_long_for_all_equal_servers_asks_no_other(autojump_clock):
+async def test_too_long_for_equal_servers_is_not_retried(autojump_clock):
     async with lab(long_only(1000), long_only(1000)) as rig:
         contexts(rig, a=1000, b=1000)
         got = await rig.post(b'{"model":"m","p":"' + b"x" * 2000 + b'"}')
@@ -387,7 +385,7 @@ NO_MODEL = answer(
 )
 
 
-async def test_serve_listed_model_not_found_goes_elsewhere_and_list_is_read(autojump_clock):
+async def test_listed_model_not_found_is_retried_and_list_reread(autojump_clock):
     async with lab(answering(NO_MODEL), answering(GOOD)) as rig:
         stale = []
         rig.fleet.on_stale_list.append(stale.append)
@@ -402,7 +400,7 @@ async def test_serve_listed_model_not_found_goes_elsewhere_and_list_is_read(auto
         assert failures(rig, "a") == 0
 
 
-async def test_serve_listed_model_not_found_anywhere_gives_the_servers_answer(autojump_clock):
+async def test_listed_model_not_found_anywhere_passes_response(autojump_clock):
     async with lab(answering(NO_MODEL), answering(NO_MODEL)) as rig:
         for server in rig.servers:
             server.listed({"lora": {"id": "lora"}}, 0.0)
@@ -411,7 +409,7 @@ async def test_serve_listed_model_not_found_anywhere_gives_the_servers_answer(au
         assert rig.requests() == {"a": 1, "b": 1}
 
 
-async def test_serve_list_that_stays_wrong_becomes_a_state_for_that_model(autojump_clock):
+async def test_listed_model_still_not_found_marks_server_for_it(autojump_clock):
     async with lab(answering(NO_MODEL), answering(GOOD)) as rig:
         cards = {"m": {"id": "m"}, "lora": {"id": "lora"}}
         rig.server("b").listed(cards, 0.0)

@@ -50,7 +50,7 @@ def last_event(body: bytes) -> dict:
 # -- the held head -----------------------------------------------------------------------------
 
 
-async def test_a_stream_passes_piece_by_piece_as_it_comes(autojump_clock):
+async def test_stream_passes_unbuffered(autojump_clock):
     async def slow(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -70,7 +70,7 @@ async def test_a_stream_passes_piece_by_piece_as_it_comes(autojump_clock):
         assert rig.recorder.outcomes == [Outcome.ANSWERED]
 
 
-async def test_stream_server_dies_after_head_is_replayed(autojump_clock):
+async def test_stream_server_crash_after_head_is_retried(autojump_clock):
     async def head_then_death(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -105,7 +105,7 @@ async def test_stream_head_goes_to_client_after_two_seconds_uncommitted(autojump
         assert rig.recorder.outcomes == [Outcome.LOST, Outcome.ANSWERED]
 
 
-async def test_stream_comments_pass_at_once_and_are_replayed(autojump_clock):
+async def test_stream_comments_pass_at_once_and_stream_is_retried(autojump_clock):
     async def queued(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head(), chunk(COMMENT))
@@ -126,7 +126,7 @@ async def test_stream_comments_pass_at_once_and_are_replayed(autojump_clock):
         assert rig.recorder.outcomes == [Outcome.LOST, Outcome.ANSWERED]
 
 
-async def test_stream_first_byte_is_measured_at_first_output(autojump_clock):
+async def test_stream_first_byte_time_is_first_output(autojump_clock):
     async def queued(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -157,7 +157,7 @@ async def test_stream_head_sent_and_no_server_left_ends_with_error_event(autojum
         assert rig.recorder.outcomes == [Outcome.LOST, Outcome.LOST]
 
 
-async def test_stream_head_sent_and_other_server_rejects_tells_its_reason(autojump_clock):
+async def test_stream_head_sent_and_other_server_rejects_passes_reason(autojump_clock):
     async def queued(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head(), chunk(COMMENT))
@@ -172,7 +172,7 @@ async def test_stream_head_sent_and_other_server_rejects_tells_its_reason(autoju
         assert failures(rig, "b") == 0
 
 
-async def test_comments_count_as_life(autojump_clock):
+async def test_stream_comments_reset_idle_timeout(autojump_clock):
     async def alive(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -187,7 +187,7 @@ async def test_comments_count_as_life(autojump_clock):
         assert failures(rig) == 0
 
 
-async def test_stream_line_without_end_is_held_up_to_a_limit(autojump_clock):
+async def test_stream_line_without_end_is_held_up_to_limit(autojump_clock):
     async def endless(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -234,7 +234,7 @@ DEAD_FIRST = {
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("case", DEAD_FIRST)
-async def test_stream_without_proof_is_replayed_and_blamed(autojump_clock, case, watched):
+async def test_stream_without_proof_is_retried_and_counted(autojump_clock, case, watched):
     pieces, outcome = DEAD_FIRST[case]
     async with lab(streaming(*pieces), GOOD, watched=watched) as rig:
         rig.prefer("a")
@@ -246,7 +246,7 @@ async def test_stream_without_proof_is_replayed_and_blamed(autojump_clock, case,
 
 
 @pytest.mark.parametrize("case", DEAD_FIRST)
-async def test_stream_without_proof_and_no_other_server_is_an_error(autojump_clock, case):
+async def test_stream_without_proof_or_other_server_is_error(autojump_clock, case):
     pieces, outcome = DEAD_FIRST[case]
     async with lab(streaming(*pieces)) as rig:
         got = await rig.stream()
@@ -258,7 +258,7 @@ async def test_stream_without_proof_and_no_other_server_is_an_error(autojump_clo
             assert (got.status, got.code) == (502, code)
 
 
-async def test_an_error_of_the_request_in_a_stream_passes_and_blames_nobody(autojump_clock):
+async def test_stream_client_error_passes_uncounted(autojump_clock):
     async with lab(streaming(ERROR % 400, DONE), GOOD) as rig:
         rig.prefer("a")
         got = await rig.stream()
@@ -267,7 +267,7 @@ async def test_an_error_of_the_request_in_a_stream_passes_and_blames_nobody(auto
         assert failures(rig) == 0
 
 
-async def test_a_refusal_as_a_stream_passes(autojump_clock):
+async def test_stream_refusal_passes(autojump_clock):
     raw = answer(400, ERROR % 400, content_type=SSE)
     async with lab(answering(raw)) as rig:
         got = await rig.stream()
@@ -287,9 +287,7 @@ async def test_a_refusal_as_a_stream_passes(autojump_clock):
         ("/v1/messages", lambda e: "server_disconnected" if e["type"] == "error" else None),
     ],
 )
-async def test_death_is_told_by_one_event_and_the_answer_is_not_ended(
-    autojump_clock, path, told, watched
-):
+async def test_stream_crash_adds_one_error_event_and_no_end(autojump_clock, path, told, watched):
     async with lab(after_hello(), GOOD, watched=watched) as rig:
         rig.prefer("a")
         got = await rig.stream(path=path)
@@ -315,7 +313,7 @@ async def test_stream_cut_inside_an_event_adds_nothing(autojump_clock, cut):
 
 
 @pytest.mark.parametrize("garbage", [b"zz\r\nxx", b"-1\r\n", b"\r\n\r\n"])
-async def test_broken_framing_in_mid_stream_is_death(autojump_clock, garbage):
+async def test_stream_broken_framing_ends_as_truncated(autojump_clock, garbage):
     async with lab(after_hello(garbage)) as rig:
         got = await rig.stream()
         assert last_event(got.body)["error"]["code"] == "server_disconnected"
@@ -323,7 +321,7 @@ async def test_broken_framing_in_mid_stream_is_death(autojump_clock, garbage):
         assert rig.recorder.outcomes == [Outcome.BROKEN]
 
 
-async def test_a_plain_answer_that_breaks_after_its_beginning_is_cut_short(autojump_clock):
+async def test_json_that_breaks_after_beginning_is_cut_short(autojump_clock):
     async with lab(once(ok(b"x" * 1_000_000)[:-1])) as rig:
         got = await rig.post()
         assert (got.status, got.whole) == (200, False)
@@ -332,7 +330,7 @@ async def test_a_plain_answer_that_breaks_after_its_beginning_is_cut_short(autoj
         assert rig.recorder.outcomes == [Outcome.BROKEN]
 
 
-async def test_stream_with_a_length_is_reframed_so_that_its_cut_is_seen(autojump_clock):
+async def test_stream_with_length_is_reframed_to_show_truncation(autojump_clock):
     raw = answer(200, HELLO * 3, content_type=SSE)
     async with lab(once(raw[:-1]), GOOD) as rig:
         rig.prefer("a")
@@ -352,7 +350,7 @@ ABORTS = {
 
 
 @pytest.mark.parametrize("case", ABORTS)
-async def test_stream_aborted_after_tokens_is_the_engines_answer(autojump_clock, case):
+async def test_stream_aborted_after_tokens_passes(autojump_clock, case):
     """`/abort_requests` and `/pause` cut answers on purpose: their tokens are wanted."""
     async with lab(streaming(HELLO, *ABORTS[case])) as rig:
         got = await rig.stream()
@@ -362,7 +360,7 @@ async def test_stream_aborted_after_tokens_is_the_engines_answer(autojump_clock,
         assert failures(rig) == 0
 
 
-async def test_stream_with_an_error_event_after_tokens_passes_and_is_blamed(autojump_clock):
+async def test_stream_with_error_event_after_tokens_passes_and_counts(autojump_clock):
     async with lab(streaming(HELLO, ERROR % 500, DONE)) as rig:
         got = await rig.stream()
         assert got.body == HELLO + ERROR % 500 + DONE
@@ -371,7 +369,7 @@ async def test_stream_with_an_error_event_after_tokens_passes_and_is_blamed(auto
         assert failures(rig) == 1
 
 
-async def test_a_model_that_writes_of_errors_is_no_sick_server(autojump_clock):
+async def test_stream_text_about_errors_is_not_counted(autojump_clock):
     words = event("event: error and data: finish_reason abort")
     async with lab(streaming(words, event("", "stop"), DONE)) as rig:
         for _ in range(3):
@@ -379,7 +377,7 @@ async def test_a_model_that_writes_of_errors_is_no_sick_server(autojump_clock):
         assert failures(rig) == 0
 
 
-async def test_silence_in_mid_stream_is_an_idle_timeout_told_by_an_event(autojump_clock):
+async def test_stream_silence_is_idle_timeout_with_error_event(autojump_clock):
     async def stops(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head(), chunk(HELLO))
@@ -395,7 +393,7 @@ async def test_silence_in_mid_stream_is_an_idle_timeout_told_by_an_event(autojum
         assert failures(rig) == 1
 
 
-async def test_a_slow_but_steady_stream_has_no_idle_timeout(autojump_clock):
+async def test_stream_slow_but_steady_has_no_idle_timeout(autojump_clock):
     async def steady(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -410,7 +408,7 @@ async def test_a_slow_but_steady_stream_has_no_idle_timeout(autojump_clock):
         assert failures(rig) == 0
 
 
-async def test_the_total_timeout_ends_a_stream_with_an_event_and_blames_nobody(autojump_clock):
+async def test_stream_total_timeout_ends_with_error_event_uncounted(autojump_clock):
     async def endless(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -441,7 +439,7 @@ async def hangs_in_stream(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_a_silent_wait_on_a_server_that_is_gone_is_replayed(autojump_clock, watched):
+async def test_silent_exchange_on_down_server_is_retried(autojump_clock, watched):
     async with lab(hangs, GOOD, watched=watched) as rig:
         rig.prefer("a")
         client = rig.start_stream()
@@ -454,7 +452,7 @@ async def test_a_silent_wait_on_a_server_that_is_gone_is_replayed(autojump_clock
         assert failures(rig) == 0
 
 
-async def test_it_is_502_where_it_may_not_be_replayed(autojump_clock):
+async def test_silent_exchange_on_down_server_is_502_if_unrepeatable(autojump_clock):
     async with lab(hangs, GOOD) as rig:
         rig.prefer("a")
         client = rig.start({"model": "m", "background": True}, path="/v1/responses")
@@ -464,7 +462,7 @@ async def test_it_is_502_where_it_may_not_be_replayed(autojump_clock):
         assert (client.got.status, client.got.code) == (502, "server_gone")
 
 
-async def test_a_silent_stream_on_a_server_that_is_gone_ends_with_an_event(autojump_clock):
+async def test_stream_silent_on_down_server_ends_with_error_event(autojump_clock):
     async with lab(hangs_in_stream) as rig:
         client = rig.start_stream()
         await trio.sleep(1)
@@ -474,7 +472,7 @@ async def test_a_silent_stream_on_a_server_that_is_gone_ends_with_an_event(autoj
         assert not client.got.whole
 
 
-async def test_a_stream_that_had_a_byte_just_now_is_ended_once_it_is_silent(autojump_clock):
+async def test_stream_with_recent_byte_ends_once_silent_on_down_server(autojump_clock):
     """The probes find the server gone at the very moment of its last byte."""
 
     async def last_words(talk: Talk) -> None:
@@ -495,7 +493,7 @@ async def test_a_stream_that_had_a_byte_just_now_is_ended_once_it_is_silent(auto
         assert client.got.took < 5
 
 
-async def test_a_stream_that_goes_on_is_left_alone_however_the_probes_see_it(autojump_clock):
+async def test_stream_with_output_continues_despite_failed_probes(autojump_clock):
     async def steady(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -514,7 +512,7 @@ async def test_a_stream_that_goes_on_is_left_alone_however_the_probes_see_it(aut
         assert client.got.whole
 
 
-async def test_what_a_server_sent_before_it_went_is_not_cut_for_a_slow_client(autojump_clock):
+async def test_stream_bytes_before_crash_reach_slow_client(autojump_clock):
     async with lab(streaming(HELLO, *[event("x" * 60_000)] * 50, DONE)) as rig:
         client = rig.client({"model": "m", "stream": True})
         client.stall()
@@ -527,7 +525,7 @@ async def test_what_a_server_sent_before_it_went_is_not_cut_for_a_slow_client(au
         assert client.got.body.endswith(DONE)
 
 
-async def test_a_request_under_which_two_servers_went_away_goes_to_no_third(autojump_clock):
+async def test_exchange_on_two_servers_going_down_goes_to_no_third(autojump_clock):
     async with lab(hangs, hangs, hangs) as rig:
         client = rig.start_stream()
         for _ in range(2):
@@ -538,7 +536,7 @@ async def test_a_request_under_which_two_servers_went_away_goes_to_no_third(auto
         assert (client.got.status, client.got.code) == (502, "server_gone")
 
 
-async def test_a_stop_ends_streams_with_an_event(autojump_clock):
+async def test_stream_ends_with_error_event_on_stop(autojump_clock):
     async with lab(hangs_in_stream) as rig:
         client = rig.start_stream()
         await trio.sleep(1)

@@ -45,7 +45,7 @@ INFERENCE = classify("POST", PATH.encode())
 BEARER = (b"authorization", b"Bearer " + KEY.encode())
 
 
-def test_key_is_taken_out_every_time():
+def test_head_memo_key_is_removed_from_every_request():
     guard, memo = Guard(read(KEYS)), {}
     for _ in range(3):
         scope = scope_of(memo, BEARER)
@@ -57,7 +57,7 @@ def test_key_is_taken_out_every_time():
     assert known
 
 
-def test_other_rules_judge_anew_and_forget_what_followed():
+def test_head_memo_is_dropped_when_rules_change():
     memo: dict[Any, Any] = {}
     open_to_all = Guard(read(""))
     scope = scope_of(memo, BEARER)
@@ -70,21 +70,21 @@ def test_other_rules_judge_anew_and_forget_what_followed():
     assert memo == {}
 
 
-def test_what_a_page_of_another_origin_sends_is_judged_every_time():
+def test_head_memo_other_origin_is_checked_every_time():
     guard = Guard(read('[config]\ncors_origins = ["https://a.example"]'))
     memo: dict[Any, Any] = {}
     guard.admit(scope_of(memo, (b"origin", b"https://a.example")), INFERENCE)
     assert not guard.remembers(scope_of(memo, (b"origin", b"https://a.example")))
 
 
-def test_without_the_extension_nothing_is_remembered():
+def test_head_memo_without_extension_is_not_used():
     guard = Guard(read(""))
     scope = scope_of(None)
     guard.admit(scope, INFERENCE)
     assert not guard.remembers(scope)
 
 
-def test_head_is_worked_out_again_under_other_settings():
+def test_head_memo_is_rebuilt_under_other_settings():
     proxy: Any = SimpleNamespace(settings=make_config(1).settings, trusted=())
     memo: dict[Any, Any] = {}
     first = ClientHead.of(scope_of(memo), "192.0.2.1", proxy)
@@ -93,7 +93,7 @@ def test_head_is_worked_out_again_under_other_settings():
     assert ClientHead.of(scope_of(memo), "192.0.2.1", proxy) is not first
 
 
-def test_length_is_that_of_each_request():
+def test_head_memo_length_is_of_each_request():
     proxy: Any = SimpleNamespace(settings=make_config(1).settings, trusted=())
     head = ClientHead(scope_of(None), "192.0.2.1", proxy)
     assert head.length([(b"host", b"r"), (b"content-length", b"99")]) == 99
@@ -144,9 +144,7 @@ def reload(router: RouterProcess, text: str, times: int) -> None:
     until(lambda: router.text.count(told) == times, "the reload")
 
 
-def test_reloads_change_what_servers_get_on_a_connection_that_goes_on(
-    tmp_path: Path, mock: MockProcess
-):
+def test_head_memo_follows_reload_on_open_connection(tmp_path: Path, mock: MockProcess):
     plain = servers_toml([mock.url])
     with router_process(plain, tmp_path) as router:
         talk = Talk(router.port)

@@ -29,7 +29,7 @@ def refusal(usage: Usage, of: KeyConfig, now: float) -> Refused:
     return caught.value
 
 
-def test_minutes_worth_may_come_at_once_and_fills_again():
+def test_rate_limit_allows_burst_of_a_minute_and_refills():
     usage, limited = Usage(), key(requests_per_minute=3)
     for _ in range(3):
         usage.enter(limited, 100.0)
@@ -41,14 +41,14 @@ def test_minutes_worth_may_come_at_once_and_fills_again():
     assert refusal(usage, limited, 120.1).code == "key_rate_exceeded"
 
 
-def test_less_than_one_a_minute_is_one_now_and_then():
+def test_rate_limit_below_one_per_minute_allows_one_at_a_time():
     usage, limited = Usage(), key(requests_per_minute=0.5)
     usage.enter(limited, 0.0)
     assert refusal(usage, limited, 100.0).retry_after == pytest.approx(20.0)
     usage.enter(limited, 121.0)
 
 
-def test_running_requests_are_limited_until_one_ends():
+def test_concurrency_limit_refuses_until_one_ends():
     usage, limited = Usage(), key(max_concurrent_requests=2)
     usage.enter(limited, 0.0)
     usage.enter(limited, 0.0)
@@ -58,7 +58,7 @@ def test_running_requests_are_limited_until_one_ends():
     assert usage.running("a") == 2
 
 
-def test_who_has_too_many_running_comes_back_when_one_should_have_ended():
+def test_concurrency_limit_retry_after_is_expected_end():
     usage, limited = Usage(), key(max_concurrent_requests=2)
     for _ in range(100):
         usage.enter(limited, 0.0)
@@ -69,7 +69,7 @@ def test_who_has_too_many_running_comes_back_when_one_should_have_ended():
     assert refusal(usage, limited, 0.0).retry_after == pytest.approx(15.0, rel=0.01)
 
 
-def test_what_is_refused_uses_nothing():
+def test_rate_limit_refused_request_uses_nothing():
     usage, limited = Usage(), key(max_concurrent_requests=1, requests_per_minute=2)
     usage.enter(limited, 0.0)
     refusal(usage, limited, 0.0)
@@ -80,7 +80,7 @@ def test_what_is_refused_uses_nothing():
     assert usage.running("a") == 0
 
 
-def test_limits_follow_a_reload_and_the_count_is_kept():
+def test_rate_limit_follows_reload_and_keeps_count():
     usage = Usage()
     usage.enter(key(), 0.0)
     assert refusal(usage, key(max_concurrent_requests=1), 0.0).status == 429
@@ -89,7 +89,9 @@ def test_limits_follow_a_reload_and_the_count_is_kept():
 
 
 @given(st.lists(st.floats(0, 600), max_size=60), st.floats(0.1, 1000))
-def test_never_more_than_a_minutes_worth_above_the_rate(moments: list[float], rate: float):
+def test_rate_limit_is_never_exceeded_by_more_than_a_minutes_worth(
+    moments: list[float], rate: float
+):
     usage, limited, admitted = Usage(), key(requests_per_minute=rate), 0
     waits = []
     for now in sorted(moments):
@@ -127,14 +129,12 @@ def test_never_more_than_a_minutes_worth_above_the_rate(moments: list[float], ra
         ("GET", "/of-the-future", Area.STATUS),
     ],
 )
-def test_path_that_is_not_known_to_be_harmless_tells_of_the_fleet(
-    method: str, path: str, area: Area
-):
+def test_guard_unlisted_path_needs_permission(method: str, path: str, area: Area):
     assert area_of(classify(method, path.encode()), path) is area
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_any_host_and_origin_is_let_in_or_refused(host: str, origin: str):
+def test_guard_any_host_and_origin_is_admitted_or_refused(host: str, origin: str):
     config = make_config(allowed_hosts=["llm.test"], cors_origins=["https://a.test"])
     fields = [(b"host", host.encode()), (b"origin", origin.encode())]
     scope = {
@@ -153,6 +153,6 @@ def test_any_host_and_origin_is_let_in_or_refused(host: str, origin: str):
 
 
 @pytest.mark.parametrize("value", ["[", "http://[", "http://]", "//[::1", "http://a:b"])
-def test_malformed_origin_is_nobodys(value: str):
+def test_guard_malformed_origin_matches_nothing(value: str):
     assert not is_own(value, ["a"])
     assert not is_local_name(value, "a")

@@ -26,7 +26,7 @@ def two_deaths(*, certain: bool = True) -> tuple[Death, Death]:
     return Death(a, 10.0, certain), Death(b, 10.0, certain)
 
 
-def test_a_request_is_known_by_its_path_and_its_body():
+def test_quarantine_key_is_path_and_body():
     assert fingerprint(PATH, BODY) == fingerprint(PATH, bytes(bytearray(BODY)))
     assert fingerprint(b"/v1/embeddings", BODY) != KEY
     long = b"a" * 100_000
@@ -35,7 +35,7 @@ def test_a_request_is_known_by_its_path_and_its_body():
         assert fingerprint(PATH, other) != fingerprint(PATH, long)
 
 
-def test_it_is_remembered_for_a_minute_and_no_longer():
+def test_quarantine_entry_expires_after_a_minute():
     poison = Poison()
     assert not poison.holds(KEY, 10.0)
     poison.remember(KEY, BODY, two_deaths(), 10.0)
@@ -46,7 +46,7 @@ def test_it_is_remembered_for_a_minute_and_no_longer():
     assert not poison.entries
 
 
-def test_what_nobody_has_died_of_is_no_poison():
+def test_quarantine_without_crash_is_empty():
     poison = Poison()
     deaths = two_deaths(certain=False)
     poison.remember(KEY, BODY, deaths, 10.0)
@@ -57,7 +57,7 @@ def test_what_nobody_has_died_of_is_no_poison():
     assert poison.holds(KEY, 12.0)
 
 
-def test_a_fall_before_the_request_is_not_its_doing():
+def test_quarantine_ignores_crash_before_request():
     deaths = two_deaths(certain=False)
     for death in deaths:
         go_down(death.server, 5.0)
@@ -68,7 +68,7 @@ def test_a_fall_before_the_request_is_not_its_doing():
     assert not poison.holds(KEY, 11.0)
 
 
-def test_an_answer_clears_it():
+def test_quarantine_entry_is_cleared_by_success():
     poison = Poison()
     poison.remember(KEY, BODY, two_deaths(), 10.0)
     poison.answered(PATH, b"another")
@@ -78,7 +78,7 @@ def test_an_answer_clears_it():
 
 
 @pytest.mark.parametrize(("others", "known"), [(KNOWN_BODIES - 1, True), (KNOWN_BODIES, False)])
-def test_what_was_answered_lately_is_not_taken_for_it(others, known):
+def test_quarantine_ignores_body_answered_lately(others, known):
     poison = Poison()
     poison.answered(PATH, BODY)
     for number in range(others):
@@ -87,7 +87,7 @@ def test_what_was_answered_lately_is_not_taken_for_it(others, known):
     assert poison.holds(KEY, 10.0) is not known
 
 
-def test_the_table_is_bounded():
+def test_quarantine_size_is_bounded():
     poison = Poison()
     for number in range(MOST + 10):
         poison.remember(number, b"%d" % number, two_deaths(), 10.0)
@@ -101,7 +101,7 @@ def test_the_table_is_bounded():
 
 
 @pytest.mark.parametrize("size", [5_000, KEPT_BYTES, KEPT_BYTES + 1, 1_000_000])
-def test_poison_remember_long_body_answered_lately_is_not_held(size):
+def test_quarantine_long_body_answered_lately_is_not_added(size):
     body = b'{"prompt":"' + b"x" * size + b'"}'
     key = fingerprint(PATH, body)
     poison = Poison()

@@ -75,25 +75,25 @@ UNSENT = {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.UNRESOLVED}
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_every_outcome_has_a_rule_that_says_whom_it_counts_against(outcome):
+def test_retry_rules_every_outcome_says_what_it_counts_against(outcome):
     assert RULES[outcome].blames is (outcome in BLAMED)
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_where_to_go_after_each_outcome(outcome):
+def test_decide_every_outcome_gives_next_step(outcome):
     expected = ELSEWHERE if outcome in ELSEWHERE_AFTER else NO
     assert after(outcome) is (SAME if outcome is Outcome.STALE else expected)
 
 
 @pytest.mark.parametrize("outcome", sorted(ELSEWHERE_AFTER, key=str))
-def test_nobody_left_or_tried_often_enough_is_the_end(outcome):
+def test_decide_no_server_or_attempt_left_ends(outcome):
     assert after(outcome, candidates_left=False) is NO
     assert after(outcome, attempts=3) is ELSEWHERE
     assert after(outcome, attempts=4) is NO
     assert after(outcome, attempts=1, max_retries=0) is NO
 
 
-def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
+def test_decide_unrepeatable_request_is_not_retried_once_sent():
     refused = {*NOT_COMPUTED, Outcome.LIMITED}
     sent = ELSEWHERE_AFTER - refused - UNSENT
     for outcome in sent | {Outcome.STALE}:
@@ -102,11 +102,11 @@ def test_what_leaves_something_behind_is_not_replayed_once_it_was_sent():
         assert after(outcome, replayable=False) is ELSEWHERE
 
 
-def test_a_stale_connection_is_tried_once_more_whatever_else():
+def test_decide_stale_connection_is_retried_once():
     assert after(Outcome.STALE, candidates_left=False, tokens=0, attempts=4) is SAME
 
 
-def test_a_request_that_broke_two_servers_goes_to_no_third():
+def test_decide_request_that_crashed_two_servers_ends():
     for outcome in BREAKS_SERVERS:
         assert after(outcome, broken=1) is ELSEWHERE
         assert after(outcome, broken=2) is NO
@@ -130,13 +130,13 @@ def test_classify_status_gateways_codes_are_server_errors():
         assert classify_status(status, has_body=True) is Outcome.ANSWERED
 
 
-def test_two_servers_that_went_away_under_one_request_count_as_broken_by_it():
+def test_decide_request_on_two_servers_going_down_counts_as_crashing():
     assert Outcome.GONE in BREAKS_SERVERS
     assert Outcome.FULL not in BREAKS_SERVERS
     assert Outcome.CONNECT_FAILED not in BREAKS_SERVERS
 
 
-def test_replays_cost_budget_and_being_refused_as_busy_does_not():
+def test_budget_pays_for_retries_but_not_for_busy():
     for outcome in ELSEWHERE_AFTER - NOT_COMPUTED:
         assert after(outcome, tokens=0.9) is NO
         assert after(outcome, tokens=1.0) is ELSEWHERE
@@ -144,7 +144,7 @@ def test_replays_cost_budget_and_being_refused_as_busy_does_not():
         assert after(outcome, tokens=0.0) is ELSEWHERE
 
 
-def test_the_budget_pays_only_for_a_replay_that_happens():
+def test_budget_pays_only_for_retries_that_happen():
     budget = RetryBudget()
     for changes in ({"candidates_left": False}, {"attempts": 9}, {"replayable": False}):
         decide(Outcome.LOST, standing(**changes), 3, budget)
@@ -154,7 +154,7 @@ def test_the_budget_pays_only_for_a_replay_that_happens():
 
 
 @pytest.mark.parametrize("before", [0, 1000])
-def test_the_budget_absorbs_the_death_of_two_of_three_whatever_came_before(before):
+def test_budget_absorbs_crash_of_two_of_three_servers(before):
     budget = RetryBudget()
     for _ in range(before):
         budget.requested(1)
@@ -165,7 +165,7 @@ def test_the_budget_absorbs_the_death_of_two_of_three_whatever_came_before(befor
 
 
 @pytest.mark.parametrize("requests", [100, 500, 2000])
-def test_the_budget_does_not_let_a_storm_grow(requests):
+def test_budget_bounds_retry_storm(requests):
     """All fail: at most a fifth more attempts than requests, and three (scorecard F13)."""
     budget = RetryBudget()
     attempts = 0
@@ -177,7 +177,7 @@ def test_the_budget_does_not_let_a_storm_grow(requests):
     assert attempts == requests + 10
 
 
-def test_where_every_other_request_fails_replays_are_a_fifth_of_those_answered():
+def test_budget_half_failing_allows_a_fifth_of_successes():
     budget = RetryBudget()
     replays = 0
     for number in range(2000):
@@ -188,7 +188,7 @@ def test_where_every_other_request_fails_replays_are_a_fifth_of_those_answered()
     assert replays <= 0.2 * 2000 + 10
 
 
-def test_the_budget_is_no_deeper_than_the_requests_in_flight():
+def test_budget_depth_is_bounded_by_requests_in_flight():
     budget = RetryBudget()
     budget.requested(40)
     assert budget.tokens == 40
@@ -202,7 +202,7 @@ def test_the_budget_is_no_deeper_than_the_requests_in_flight():
 
 
 @given(st.lists(st.integers(0, 100) | st.sampled_from(["withdraw", "answered"]), max_size=100))
-def test_what_is_owed_stays_within_its_bounds(steps):
+def test_budget_debt_stays_within_bounds(steps):
     budget = RetryBudget()
     for step in steps:
         before = budget.tokens
@@ -237,11 +237,11 @@ def test_what_is_owed_stays_within_its_bounds(steps):
         (504, False, Outcome.SERVER_ERROR),
     ],
 )
-def test_what_a_status_says_of_its_server(status, has_body, outcome):
+def test_classify_status_returns_outcome(status, has_body, outcome):
     assert classify_status(status, has_body) is outcome
 
 
-def test_a_429_to_a_key_of_the_client_says_nothing_of_the_server():
+def test_classify_status_429_for_client_key_is_not_servers():
     assert classify_status(429, True, own_key=True) is Outcome.LIMITED
     assert classify_status(503, True, own_key=True) is Outcome.FULL
     assert not RULES[Outcome.LIMITED].blames

@@ -38,12 +38,12 @@ def test_judge_answer_page_with_200_is_misdirected(kind):
 
 
 @pytest.mark.parametrize("status", [401, 402, 403])
-def test_judge_answer_key_refused_blames_whose_key_it_was(status):
+def test_judge_answer_refused_key_counts_for_owner_of_key(status):
     assert judge(status, client_key=False).outcome is Outcome.REFUSED
     assert judge(status, client_key=True).outcome is Outcome.ANSWERED
 
 
-def test_judge_answer_proxy_login_is_the_servers_whatever_the_client_sent():
+def test_judge_answer_proxy_login_is_servers_in_any_case():
     assert judge(407, client_key=True).outcome is Outcome.REFUSED
 
 
@@ -109,7 +109,7 @@ def test_judge_answer_too_large_body_concerns_the_size():
 
 
 @pytest.mark.parametrize(("status", "kind"), [(400, HTML), (431, HTML), (414, JSON), (501, JSON)])
-def test_judge_answer_proxys_refusal_may_be_about_the_request(status, kind):
+def test_judge_answer_proxy_refusal_may_concern_the_request(status, kind):
     assert judge(status, b"<html>", kind)[:2] == (Outcome.REFUSED, Scope.REQUEST)
 
 
@@ -145,14 +145,14 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("name", TOO_LONG)
-def test_judge_answer_too_long_tells_the_length(name):
+def test_judge_answer_too_long_reports_length(name):
     body, length = TOO_LONG[name]
     judgement = judge(422 if name == "TGI" else 400, body)
     assert (judgement.outcome, judgement.length) == (Outcome.TOO_LONG, length)
 
 
 @given(st.integers(200, 499), st.binary(max_size=200), st.sampled_from([JSON, HTML, TEXT, b""]))
-def test_judge_answer_any_bytes_give_a_judgement(status, body, kind):
+def test_judge_answer_any_bytes_give_judgement(status, body, kind):
     assert judge(status, body, kind).outcome in Outcome
 
 
@@ -179,17 +179,17 @@ def test_judge_answer_any_bytes_give_a_judgement(status, body, kind):
         ([], 0),
     ],
 )
-def test_sure_tokens_counts_what_is_certain(body, tokens):
+def test_sure_tokens_counts_certain_tokens_only(body, tokens):
     assert sure_tokens(json.dumps(body).encode()) == tokens
 
 
 @given(st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=40), min_size=1, max_size=5))
-def test_sure_tokens_is_never_more_than_the_longest_prompt(prompts):
+def test_sure_tokens_never_exceeds_longest_prompt(prompts):
     found = sure_tokens(json.dumps({"prompt": prompts}).encode())
     assert 0 < found <= max(map(len, prompts))
 
 
-def test_uneven_lengths_names_the_model_and_the_servers():
+def test_uneven_lengths_returns_model_and_servers():
     reports = [
         ServerReport("a", "", models={"m": 1000, "n": 50}),
         ServerReport("b", "", models={"m": 4000, "n": 50, "o": None}),
