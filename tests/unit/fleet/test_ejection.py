@@ -29,7 +29,7 @@ def traffic(fleet: Fleet, name: str, pattern: str, now: float) -> None:
 # -- the success rate ---------------------------------------------------------------------------
 
 
-def test_a_server_that_fails_much_more_often_than_the_others_is_ejected():
+def test_ejection_rate_far_above_others_ejects():
     fleet = make_fleet(3)
     for name in "bc":
         traffic(fleet, name, "." * 20, 1.0)
@@ -42,7 +42,7 @@ def test_a_server_that_fails_much_more_often_than_the_others_is_ejected():
     )
 
 
-def test_not_if_it_fails_seldom():
+def test_ejection_low_rate_does_not_eject():
     fleet = make_fleet(3)
     for name in "bc":
         traffic(fleet, name, "." * 20, 1.0)
@@ -50,14 +50,14 @@ def test_not_if_it_fails_seldom():
     assert ejected(fleet) == ""
 
 
-def test_not_for_the_first_few_requests():
+def test_ejection_first_few_requests_do_not_eject():
     fleet = make_fleet(2)
     traffic(fleet, "b", "." * 20, 1.0)
     traffic(fleet, "a", ".x.x.x.x", 1.0)
     assert ejected(fleet) == ""
 
 
-def test_a_trouble_of_all_is_nobodys():
+def test_ejection_failures_of_all_servers_eject_none():
     fleet = make_fleet(4)
     for _ in range(10):
         for name in "abcd":
@@ -65,13 +65,13 @@ def test_a_trouble_of_all_is_nobodys():
     assert ejected(fleet) == ""
 
 
-def test_a_server_without_others_to_be_compared_with_is_not_judged_by_its_rate():
+def test_ejection_rate_without_comparable_servers_does_not_eject():
     fleet = make_fleet(3)
     traffic(fleet, "a", "x.x." * 20, 1.0)
     assert ejected(fleet) == ""
 
 
-def test_a_server_is_compared_with_those_that_have_a_model_in_common():
+def test_ejection_compares_servers_with_a_common_model():
     fleet = make_fleet(3)
     fleet.servers["b"].listed({"other": {"id": "other"}}, 0.0)
     traffic(fleet, "b", "." * 20, 1.0)
@@ -82,14 +82,14 @@ def test_a_server_is_compared_with_those_that_have_a_model_in_common():
     assert ejected(fleet) == "a"
 
 
-def test_two_servers_are_enough_to_compare():
+def test_ejection_two_servers_are_comparable():
     fleet = make_fleet(2)
     traffic(fleet, "b", "." * 20, 1.0)
     traffic(fleet, "a", "x." * 10, 1.0)
     assert ejected(fleet) == "a"
 
 
-def test_what_is_long_past_does_not_count():
+def test_ejection_old_failures_do_not_count():
     fleet = make_fleet(2)
     traffic(fleet, "a", "x." * 6, 0.0)
     for now in range(30):
@@ -100,7 +100,7 @@ def test_what_is_long_past_does_not_count():
     assert fleet.servers["a"].traffic_health.success_rate(29.0)[1] <= 4 * 10 + 1
 
 
-def test_one_that_is_back_is_judged_by_what_it_has_done_since():
+def test_ejection_restored_server_is_judged_by_new_results():
     fleet = make_fleet(2)
     traffic(fleet, "b", "." * 20, 1.0)
     traffic(fleet, "a", "x." * 10, 1.0)
@@ -117,7 +117,7 @@ def test_one_that_is_back_is_judged_by_what_it_has_done_since():
 
 
 @pytest.mark.parametrize(("servers", "most"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3)])
-def test_at_most_half_of_the_fleet_is_ejected_and_one_always_may_be(servers, most):
+def test_ejection_limit_is_half_of_fleet_and_at_least_one(servers, most):
     fleet = make_fleet(servers)
     for _ in range(10):
         for name in list(fleet.servers):
@@ -125,7 +125,7 @@ def test_at_most_half_of_the_fleet_is_ejected_and_one_always_may_be(servers, mos
     assert len(ejected(fleet)) == most
 
 
-def test_the_share_can_be_set_and_zero_ejects_nobody():
+def test_ejection_limit_is_configurable_and_zero_ejects_none():
     for share, expected in ((0, ""), (1, "abcd"), (0.75, "abc")):
         fleet = make_fleet(4, max_ejected_share=share)
         for name in "abcd":
@@ -133,7 +133,7 @@ def test_the_share_can_be_set_and_zero_ejects_nobody():
         assert ejected(fleet) == expected
 
 
-def test_servers_that_are_down_leave_room_and_who_still_fails_is_next():
+def test_ejection_limit_ignores_down_servers_and_then_ejects_next():
     fleet = make_fleet(2)
     traffic(fleet, "a", "xxx", 1.0)
     traffic(fleet, "b", "xxxxx", 1.0)
@@ -144,7 +144,7 @@ def test_servers_that_are_down_leave_room_and_who_still_fails_is_next():
     assert [server.name for server in fleet.candidates("m", 2.0)] == ["b"]
 
 
-def test_ejected_ones_that_are_drained_or_asleep_leave_room_too():
+def test_ejection_limit_ignores_drained_and_sleeping_servers():
     """They get no trial: nobody else could be ejected for as long as they stay so."""
     for how in ("drained", "asleep"):
         fleet = make_fleet(3)
@@ -158,7 +158,7 @@ def test_ejected_ones_that_are_drained_or_asleep_leave_room_too():
         assert [server.name for server in fleet.candidates("m", 2.0)] == ["c"]
 
 
-def test_a_trial_that_fails_ejects_again_though_others_are_out():
+def test_ejection_failed_probation_ejects_beyond_limit():
     fleet = make_fleet(2)
     traffic(fleet, "a", "xxx", 1.0)
     server = fleet.servers["a"]
@@ -175,28 +175,28 @@ def health() -> TrafficHealth:
     return TrafficHealth(HealthRules(failure_threshold=3))
 
 
-def test_one_body_that_fails_again_and_again_ejects_nobody():
+def test_ejection_one_body_failing_repeatedly_ejects_none():
     traffic = health()
     for _ in range(50):
         assert not traffic.failed(1.0, trial=False, body=7)
     assert (traffic.failures_in_row, traffic.success_rate(1.0)) == (1, (0.0, 1))
 
 
-def test_two_bodies_that_fail_in_turn_do():
+def test_ejection_two_bodies_failing_in_turn_ejects():
     traffic = health()
     assert not traffic.failed(1.0, trial=False, body=7)
     assert not traffic.failed(1.0, trial=False, body=8)
     assert traffic.failed(1.0, trial=False, body=7)
 
 
-def test_failures_that_no_body_explains_count_each():
+def test_ejection_failures_without_body_all_count():
     traffic = health()
     assert not traffic.failed(1.0, trial=False)
     assert not traffic.failed(1.0, trial=False)
     assert traffic.failed(1.0, trial=False)
 
 
-def test_all_of_them_count_once_another_server_has_answered_the_body():
+def test_ejection_repeats_count_once_another_server_answers_the_body():
     traffic = health()
     for _ in range(3):
         traffic.failed(1.0, trial=False, body=7)
@@ -206,7 +206,7 @@ def test_all_of_them_count_once_another_server_has_answered_the_body():
     assert traffic.reason == "3 requests in a row failed"
 
 
-def test_a_good_answer_ends_the_row_of_repeats_too():
+def test_ejection_success_ends_row_of_repeats():
     traffic = health()
     for _ in range(5):
         traffic.failed(1.0, trial=False, body=7)
@@ -234,11 +234,11 @@ def flapping(ups: int) -> ProbeHealth:
     return probes
 
 
-def test_the_first_fall_costs_nothing():
+def test_damping_first_time_down_has_no_cost():
     assert flapping(1).up
 
 
-def test_one_that_flaps_stays_out():
+def test_damping_flapping_server_stays_out():
     probes = flapping(30)
     assert not probes.up
     assert probes.held_back
@@ -246,7 +246,7 @@ def test_one_that_flaps_stays_out():
     assert "it fell 2 times: back after 5 s of good checks" in probes.reason
 
 
-def test_it_is_back_when_its_checks_have_been_good_for_long_enough():
+def test_damping_ends_after_enough_good_checks():
     probes = flapping(2)
     now = run(probes, "." * 6, probes.at)
     assert not probes.up
@@ -254,7 +254,7 @@ def test_it_is_back_when_its_checks_have_been_good_for_long_enough():
     assert probes.up
 
 
-def test_each_fall_holds_it_back_longer_up_to_a_cap():
+def test_damping_grows_with_each_time_down_up_to_cap():
     probes = ProbeHealth(HealthRules(rise=2, fall=2, ejection_time=5.0))
     now, held = run(probes, ".", 0.0), []
     for _ in range(16):
@@ -266,14 +266,14 @@ def test_each_fall_holds_it_back_longer_up_to_a_cap():
     assert max(held) == held[-1] == 60.5
 
 
-def test_falls_are_forgotten_with_time_well_served():
+def test_damping_history_is_forgotten_after_good_service():
     probes = flapping(1)
     now = run(probes, "." * 80, probes.at)
     now = run(probes, "xx..", now)
     assert probes.up
 
 
-def test_where_all_others_are_gone_one_that_is_held_back_is_asked():
+def test_damping_server_is_used_if_no_other_is_up():
     fleet = make_fleet(2, health_check_rise=1)
     a, b = fleet.servers.values()
     for now in (1.0, 2.0):
@@ -285,7 +285,7 @@ def test_where_all_others_are_gone_one_that_is_held_back_is_asked():
     assert [server.name for server in fleet.candidates("m", 3.0)] == ["a"]
 
 
-def test_it_is_asked_as_soon_as_its_checks_are_good_and_no_longer():
+def test_damping_server_is_used_only_while_checks_are_good():
     fleet = make_fleet(1, health_check_rise=1)
     (a,) = fleet.servers.values()
     go_down(a, 1.0)
@@ -300,7 +300,7 @@ def test_it_is_asked_as_soon_as_its_checks_are_good_and_no_longer():
     assert fleet.candidates("m", 3.0) == ()
 
 
-def test_ejection_and_falls_are_separate():
+def test_damping_is_independent_of_ejection():
     fleet = make_fleet(2)
     a = fleet.servers["a"]
     eject(a, 1.0)

@@ -26,7 +26,7 @@ def capture(name: str) -> EngineMetrics:
     return parse_engine_metrics((CAPTURES / name).read_text())
 
 
-def test_a_loaded_server():
+def test_engine_metrics_loaded_server_is_read():
     metrics = capture("metrics-loaded.txt")
     assert (metrics.running, metrics.waiting) == (4.0, 8.0)
     assert metrics.kv_usage == pytest.approx(0.470588)
@@ -41,7 +41,7 @@ def test_a_loaded_server():
     assert metrics.kv_tokens % 32 == 0
 
 
-def test_engines_of_a_data_parallel_server_are_summed_and_utilisation_is_averaged():
+def test_engine_metrics_data_parallel_sums_and_averages_utilisation():
     metrics = capture("metrics-loaded-dp2.txt")
     assert (metrics.running, metrics.waiting) == (4.0, 0.0)
     assert metrics.prompt_tokens == 39.0
@@ -51,13 +51,13 @@ def test_engines_of_a_data_parallel_server_are_summed_and_utilisation_is_average
     assert metrics.kv_usage == pytest.approx((0.025415444770283457 + 0.029325513196480912) / 2)
 
 
-def test_without_log_stats_there_is_no_load():
+def test_engine_metrics_without_log_stats_has_no_load():
     metrics = capture("metrics-disable-log-stats.txt")
     assert metrics == EngineMetrics()
     assert not metrics.has_load
 
 
-def test_waiting_by_reason_is_not_waiting():
+def test_engine_metrics_waiting_by_reason_is_ignored():
     page = (
         'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0\n'
         'vllm:num_requests_waiting_by_reason{engine="0",reason="deferred"} 9.0\n'
@@ -78,14 +78,14 @@ def test_waiting_by_reason_is_not_waiting():
         ),
     ],
 )
-def test_old_names_are_read_and_newer_ones_go_first(old, new, field):
+def test_engine_metrics_old_names_are_read_newer_preferred(old, new, field):
     older, newer = f'vllm:{old}{{engine="0"}} 0.25\n', f'vllm:{new}{{engine="0"}} 0.75\n'
     assert getattr(parse_engine_metrics(older), field) == 0.25
     assert getattr(parse_engine_metrics(older + newer), field) == 0.75
     assert getattr(parse_engine_metrics(newer + older), field) == 0.75
 
 
-def test_an_engine_that_is_not_awake_sleeps_even_if_others_are():
+def test_engine_metrics_one_sleeping_engine_means_asleep():
     page = (
         'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0\n'
         'vllm:engine_sleep_state{engine="0",sleep_state="discard_all"} 0.0\n'
@@ -96,12 +96,12 @@ def test_an_engine_that_is_not_awake_sleeps_even_if_others_are():
     assert not parse_engine_metrics("\n".join(page.splitlines()[:2])).asleep
 
 
-def test_label_values_may_hold_braces_spaces_and_escaped_quotes():
+def test_engine_metrics_label_values_may_have_braces_and_quotes():
     page = 'vllm:num_requests_running{model_name="a} 5 \\"b\\" {",engine="0"} 3.0\n'
     assert parse_engine_metrics(page).running == 3.0
 
 
-def test_samples_without_labels_with_a_timestamp_or_dos_line_ends_count():
+def test_engine_metrics_samples_in_unusual_layout_count():
     assert parse_engine_metrics("vllm:num_requests_running 2\n").running == 2
     assert parse_engine_metrics("vllm:num_requests_running 2 1700000000\n").running == 2
     page = 'vllm:num_requests_running{engine="0"} 2\r\nvllm:num_requests_waiting 1\r\n'
@@ -110,14 +110,14 @@ def test_samples_without_labels_with_a_timestamp_or_dos_line_ends_count():
 
 
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "", "many", "0x10"])
-def test_values_that_are_no_finite_numbers_are_no_values(value):
+def test_engine_metrics_values_not_finite_are_ignored(value):
     page = f'vllm:num_requests_running{{engine="0"}} {value}\n'
     assert parse_engine_metrics(page).running is None
     page += 'vllm:num_requests_running{engine="1"} 4\n'
     assert parse_engine_metrics(page).running == 4
 
 
-def test_comments_and_other_programs_metrics_are_ignored():
+def test_engine_metrics_comments_and_other_metrics_are_ignored():
     page = (
         "# HELP vllm:num_requests_running Number of requests\n"
         "# vllm:num_requests_running 9\n"
@@ -128,7 +128,7 @@ def test_comments_and_other_programs_metrics_are_ignored():
     assert parse_engine_metrics(page) == EngineMetrics()
 
 
-def test_the_size_of_the_cache_is_blocks_times_block_size_over_all_engines():
+def test_engine_metrics_cache_size_is_summed_over_engines():
     page = (
         'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
         'vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="50"} 1.0\n'
@@ -158,13 +158,13 @@ _LINES = st.one_of(
 @given(st.lists(_LINES, max_size=8).map("\n".join))
 @example('vllm:cache_config_info{num_gpu_blocks="' + "9" * 5000 + '",block_size="1"} 1')
 @example("vllm:num_requests_running{" * 200)
-def test_no_page_whatever_raises_and_no_figure_is_infinite(page):
+def test_engine_metrics_any_page_gives_finite_figures(page):
     metrics = parse_engine_metrics(page)
     assert metrics.running is None or math.isfinite(metrics.running)
     assert metrics.kv_tokens is None or metrics.kv_tokens > 0
 
 
-def test_figures_that_nobody_can_count_with_are_left_out():
+def test_engine_metrics_extreme_figures_are_ignored():
     """Two of them make an infinite load, and routing would fail with every request."""
     blocks = "9" * 400
     page = parse_engine_metrics(
@@ -185,12 +185,12 @@ def in_pieces(page: bytes, size: int) -> EngineMetrics:
 
 @pytest.mark.parametrize("name", ["metrics-loaded.txt", "metrics-loaded-dp2.txt"])
 @pytest.mark.parametrize("size", [1, 7, 100, 32_768])
-def test_metrics_reader_page_in_pieces_reads_as_the_whole(name, size):
+def test_metrics_reader_page_in_pieces_reads_like_whole(name, size):
     page = (CAPTURES / name).read_bytes()
     assert in_pieces(page, size) == parse_engine_metrics(page.decode())
 
 
-def test_metrics_reader_line_without_an_end_is_dropped_and_the_next_one_read():
+def test_metrics_reader_line_without_end_is_dropped():
     reader = MetricsReader()
     for _ in range(100):
         reader.feed(b"x" * 32_768)
@@ -207,7 +207,7 @@ def test_metrics_reader_too_many_samples_are_refused():
 
 
 @pytest.mark.parametrize("number", ["-1", "1" + "0" * 60, "1" * 100_000, "1e15"])
-def test_metrics_reader_number_that_no_engine_has_is_ignored(number):
+def test_metrics_reader_absurd_number_is_ignored(number):
     assert parse_engine_metrics(f"vllm:num_requests_running {number}\n").running is None
 
 
@@ -222,7 +222,7 @@ _HOSTILE = {
 
 
 @pytest.mark.parametrize("line", _HOSTILE.values(), ids=_HOSTILE)
-def test_metrics_reader_hostile_line_costs_no_more_than_its_length(line):
+def test_metrics_reader_hostile_line_takes_linear_time(line):
     """A hundred such lines, 1.6 MB, would take minutes to read if the cost grew with the square."""
     began = process_time()
     in_pieces(line * 100, 32_768)
@@ -230,7 +230,7 @@ def test_metrics_reader_hostile_line_costs_no_more_than_its_length(line):
 
 
 @given(st.lists(st.binary(max_size=80) | st.sampled_from([*_HOSTILE.values()]), max_size=8))
-def test_metrics_reader_whatever_the_page_raises_nothing_but_refusals(pieces):
+def test_metrics_reader_any_page_raises_only_refusals(pieces):
     reader = MetricsReader()
     for piece in pieces:
         reader.feed(piece)

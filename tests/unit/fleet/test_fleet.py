@@ -24,7 +24,7 @@ def of(fleet: Fleet, name: str):
 # -- configuration -----------------------------------------------------------------------------
 
 
-def test_a_reload_keeps_the_state_of_unchanged_servers():
+def test_fleet_reload_keeps_state_of_unchanged_servers():
     fleet = make_fleet(2)
     a, b = of(fleet, "a"), of(fleet, "b")
     lease = a.lease(0.0)
@@ -38,7 +38,7 @@ def test_a_reload_keeps_the_state_of_unchanged_servers():
     lease.release()
 
 
-def test_a_removed_server_drains_and_is_gone_with_its_last_request():
+def test_fleet_removed_server_drains_until_last_request():
     fleet = make_fleet(2)
     b = of(fleet, "b")
     lease = b.lease(0.0)
@@ -53,7 +53,7 @@ def test_a_removed_server_drains_and_is_gone_with_its_last_request():
     assert fleet.leaving == []
 
 
-def test_a_server_put_back_before_its_last_request_ended_goes_on_as_it_was():
+def test_fleet_server_readded_while_draining_keeps_its_state():
     fleet = make_fleet(2)
     b = of(fleet, "b")
     lease = b.lease(0.0)
@@ -66,14 +66,14 @@ def test_a_server_put_back_before_its_last_request_ended_goes_on_as_it_was():
     lease.release()
 
 
-def test_a_server_is_known_by_its_url_and_may_change_its_name():
+def test_fleet_identifies_server_by_url_and_allows_new_name():
     fleet = make_fleet(1)
     a = of(fleet, "a")
     fleet.apply(make_config([{"url": "http://a.test:1/", "name": "zebra"}]))
     assert of(fleet, "zebra") is a
 
 
-def test_an_operators_drain_outlives_a_reload():
+def test_fleet_drain_by_operator_survives_reload():
     fleet = make_fleet(2)
     of(fleet, "b").drain(on=True)
     fleet.apply(make_config(2, request_timeout=5))
@@ -83,7 +83,7 @@ def test_an_operators_drain_outlives_a_reload():
 # -- candidates --------------------------------------------------------------------------------
 
 
-def test_only_probed_good_servers_are_candidates():
+def test_candidates_are_probed_healthy_servers():
     fleet = make_fleet(3, up=False)
     assert fleet.candidates("m", 0.0) == ()
     come_up(of(fleet, "a"), 0.0)
@@ -97,12 +97,12 @@ def test_only_probed_good_servers_are_candidates():
     assert names(fleet.candidates("m", 0.0)) == "b"
 
 
-def test_the_answer_is_kept_while_nothing_changes():
+def test_candidates_are_cached_while_nothing_changes():
     fleet = make_fleet(2)
     assert fleet.candidates("m", 0.0) is fleet.candidates("m", 1.0)
 
 
-def test_draining_and_sleeping_servers_are_no_candidates():
+def test_candidates_exclude_draining_and_sleeping_servers():
     fleet = make_fleet(3)
     fleet.candidates("m", 0.0)
     of(fleet, "a").drain(on=True)
@@ -114,7 +114,7 @@ def test_draining_and_sleeping_servers_are_no_candidates():
     assert names(fleet.candidates("m", 0.0)) == "abc"
 
 
-def test_a_busy_server_is_passed_over_until_its_time_has_come():
+def test_candidates_exclude_full_server_until_its_time():
     fleet = make_fleet(2)
     of(fleet, "a").refused(10.0, 5.0)
     assert names(fleet.candidates("m", 10.0)) == "b"
@@ -122,14 +122,14 @@ def test_a_busy_server_is_passed_over_until_its_time_has_come():
     assert names(fleet.candidates("m", 15.0)) == "ab"
 
 
-def test_if_all_are_busy_they_are_asked_all_the_same():
+def test_candidates_all_full_includes_them():
     fleet = make_fleet(2)
     for server in fleet.servers.values():
         server.refused(10.0, 5.0)
     assert names(fleet.candidates("m", 10.0)) == "ab"
 
 
-def test_an_ejected_server_is_passed_over_until_its_trial():
+def test_candidates_exclude_ejected_server_until_probation():
     fleet = make_fleet(2, auto_recovery_threshold=5)
     eject(of(fleet, "a"), 10.0)
     assert names(fleet.candidates("m", 14.9)) == "b"
@@ -141,7 +141,7 @@ def test_an_ejected_server_is_passed_over_until_its_trial():
     assert names(fleet.candidates("m", 15.0)) == "ab"
 
 
-def test_when_all_are_ejected_trying_is_better_than_refusing():
+def test_candidates_all_ejected_includes_them():
     fleet = make_fleet(3)
     for server in fleet.servers.values():
         eject(server, 10.0)
@@ -149,7 +149,7 @@ def test_when_all_are_ejected_trying_is_better_than_refusing():
     assert names(fleet.candidates(None, 10.0)) == "abc"
 
 
-def test_panic_is_for_the_servers_of_the_model_alone():
+def test_candidates_panic_includes_servers_of_the_model_only():
     fleet = make_fleet(2)
     of(fleet, "b").listed({"other": {"id": "other"}}, 0.0)
     eject(of(fleet, "a"), 0.0)
@@ -157,7 +157,7 @@ def test_panic_is_for_the_servers_of_the_model_alone():
     assert names(fleet.candidates("other", 0.0)) == "b"
 
 
-def test_servers_down_are_not_asked_even_in_panic():
+def test_candidates_panic_excludes_down_servers():
     fleet = make_fleet(2)
     eject(of(fleet, "a"), 0.0)
     go_down(of(fleet, "a"), 0.0)
@@ -168,7 +168,7 @@ def test_servers_down_are_not_asked_even_in_panic():
 # -- those not tried yet -----------------------------------------------------------------------
 
 
-def test_those_already_tried_are_left_out():
+def test_candidates_exclude_tried_servers():
     fleet = make_fleet(3)
     a, b = of(fleet, "a"), of(fleet, "b")
     assert names(fleet.others("m", 0.0, [a])) == "bc"
@@ -176,14 +176,14 @@ def test_those_already_tried_are_left_out():
     assert fleet.others("m", 0.0, list(fleet.servers.values())) == ()
 
 
-def test_after_a_failure_a_busy_server_is_better_than_none():
+def test_candidates_after_failure_include_full_server():
     fleet = make_fleet(2)
     of(fleet, "b").refused(0.0, 5.0)
     assert names(fleet.candidates("m", 0.0)) == "a"
     assert names(fleet.others("m", 0.0, [of(fleet, "a")])) == "b"
 
 
-def test_others_only_ejected_server_left_is_asked():
+def test_others_only_ejected_server_left_is_returned():
     fleet = make_fleet(3)
     a, b, c = fleet.servers.values()
     eject(b, 0.0)
@@ -193,7 +193,7 @@ def test_others_only_ejected_server_left_is_asked():
     assert names(fleet.others("m", 0.0, [c])) == "ab"
 
 
-def test_others_busy_server_is_asked_before_ejected_one():
+def test_others_full_server_precedes_ejected_one():
     fleet = make_fleet(3)
     a, b, c = fleet.servers.values()
     eject(b, 0.0)
@@ -201,7 +201,7 @@ def test_others_busy_server_is_asked_before_ejected_one():
     assert names(fleet.others("m", 0.0, [a])) == "c"
 
 
-def test_others_server_that_is_down_is_never_asked():
+def test_others_down_server_is_excluded():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
     eject(b, 0.0)
@@ -209,7 +209,7 @@ def test_others_server_that_is_down_is_never_asked():
     assert fleet.others("m", 0.0, [a]) == ()
 
 
-def test_candidates_silent_trial_lets_another_follow_after_longer_and_longer_times():
+def test_candidates_silent_probation_repeats_at_growing_intervals():
     fleet = make_fleet(2, auto_recovery_threshold=5)
     a = of(fleet, "a")
     eject(a, 10.0)
@@ -225,7 +225,7 @@ def test_candidates_silent_trial_lets_another_follow_after_longer_and_longer_tim
     assert gaps == [2, 4, 8, 16, 32, 60, 60, 60]
 
 
-def test_candidates_after_long_panic_first_trials_still_follow_soon():
+def test_candidates_after_long_panic_first_probation_is_soon():
     fleet = make_fleet(2, auto_recovery_threshold=5)
     a, b = fleet.servers.values()
     eject(a, 10.0)
@@ -240,7 +240,7 @@ def test_candidates_after_long_panic_first_trials_still_follow_soon():
 # -- models ------------------------------------------------------------------------------------
 
 
-def test_a_model_is_served_by_those_that_list_it():
+def test_candidates_have_the_model_listed():
     fleet = make_fleet(2)
     of(fleet, "b").listed({"m": {"id": "m"}, "adapter": {"id": "adapter"}}, 0.0)
     assert names(fleet.candidates("m", 0.0)) == "ab"
@@ -252,14 +252,14 @@ def test_a_model_is_served_by_those_that_list_it():
     assert not fleet.knows("unknown")
 
 
-def test_an_adapter_that_appears_is_found_at_once():
+def test_candidates_with_new_adapter_are_found_at_once():
     fleet = make_fleet(1)
     assert fleet.candidates("adapter", 0.0) == ()
     of(fleet, "a").listed({"m": {}, "adapter": {}}, 1.0)
     assert names(fleet.candidates("adapter", 1.0)) == "a"
 
 
-def test_a_server_without_a_list_is_asked_only_where_no_list_has_the_model():
+def test_candidates_without_list_are_used_only_if_no_list_has_model():
     fleet = make_fleet(2, up=False)
     come_up(of(fleet, "a"), 0.0)
     b = of(fleet, "b")
@@ -268,14 +268,14 @@ def test_a_server_without_a_list_is_asked_only_where_no_list_has_the_model():
     assert names(fleet.candidates("unknown", 0.0)) == "b"
 
 
-def test_a_model_of_a_server_that_is_down_is_known_but_not_available():
+def test_models_of_down_server_are_known_but_unavailable():
     fleet = make_fleet(1)
     go_down(of(fleet, "a"), 0.0)
     assert fleet.knows("m")
     assert fleet.candidates("m", 0.0) == ()
 
 
-def test_names_of_models_that_nobody_has_are_not_remembered():
+def test_models_unknown_names_are_not_remembered():
     """They come from clients: a thousand names of a megabyte each must not stay in memory."""
     fleet = make_fleet(2)
     fleet.candidates("m", 0.0)
@@ -286,7 +286,7 @@ def test_names_of_models_that_nobody_has_are_not_remembered():
     assert fleet.remembered == before
 
 
-def test_model_cards_several_servers_have_the_model_longest_context_counts():
+def test_model_cards_of_several_servers_use_longest_context():
     fleet = make_fleet(3)
     of(fleet, "a").listed({"m": {"id": "m", "max_model_len": 1}}, 0.0)
     of(fleet, "b").listed({"m": {"id": "m", "max_model_len": 2}, "x": {"id": "x"}}, 0.0)
@@ -297,7 +297,7 @@ def test_model_cards_several_servers_have_the_model_longest_context_counts():
     assert fleet.model_cards() == [{"id": "m", "max_model_len": 1}]
 
 
-def test_a_configured_model_has_a_card_although_the_engine_gave_none():
+def test_model_cards_configured_model_has_one_without_engine():
     fleet = make_fleet([{"url": "http://a.test:1", "name": "a", "models": ["x"]}])
     assert fleet.model_cards() == [{"id": "x", "object": "model"}]
 
@@ -305,7 +305,7 @@ def test_a_configured_model_has_a_card_although_the_engine_gave_none():
 # -- transitions and times ---------------------------------------------------------------------
 
 
-def test_every_change_of_state_is_announced_once_even_without_requests():
+def test_fleet_transition_is_announced_once_without_requests():
     fleet, told = make_fleet(1, auto_recovery_threshold=5), []
     fleet.on_transition.append(told.append)
     a = of(fleet, "a")
@@ -322,7 +322,7 @@ def test_every_change_of_state_is_announced_once_even_without_requests():
     assert told[2].reason == "3 requests in a row failed"
 
 
-def test_retry_after_is_the_next_moment_that_may_help():
+def test_fleet_retry_after_is_next_possible_change():
     fleet = make_fleet(2, auto_recovery_threshold=5)
     assert fleet.retry_after("m", 0.0) == 1.0
     of(fleet, "a").refused(10.0, 30.0)
@@ -333,7 +333,7 @@ def test_retry_after_is_the_next_moment_that_may_help():
     assert fleet.retry_after("unknown", 10.0) == 1.0
 
 
-def test_counts_by_state():
+def test_fleet_counts_servers_by_state():
     fleet = make_fleet(3)
     eject(of(fleet, "a"), 0.0)
     fleet.settle(0.0)
@@ -357,7 +357,7 @@ def spread(fleet: Fleet, requests: int) -> dict[str, int]:
     return counts
 
 
-def test_a_burst_on_idle_equals_spreads_evenly():
+def test_fleet_burst_on_idle_servers_spreads_evenly():
     fleet = make_fleet(3)
     assert spread(fleet, 30) == {"a": 10, "b": 10, "c": 10}
     for server in fleet.servers.values():
@@ -365,7 +365,7 @@ def test_a_burst_on_idle_equals_spreads_evenly():
     assert spread(fleet, 30) == {"a": 10, "b": 10, "c": 10}
 
 
-def test_a_burst_spreads_by_capacity():
+def test_fleet_burst_spreads_by_capacity():
     fleet = make_fleet(
         [
             {"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 3},
@@ -388,7 +388,7 @@ def thousand() -> Fleet:
     return fleet
 
 
-def test_settle_looks_at_the_servers_that_have_changed_only(monkeypatch):
+def test_settle_visits_changed_servers_only(monkeypatch):
     fleet = thousand()
     seen: list[str] = []
     update = Server.update_state
@@ -405,7 +405,7 @@ def test_settle_looks_at_the_servers_that_have_changed_only(monkeypatch):
     assert seen == ["s7", "s9", "s9"]
 
 
-def test_settle_of_many_changes_is_cut_into_slices_and_candidates_do_not_wait():
+def test_settle_many_changes_is_sliced_and_candidates_do_not_wait():
     fleet = thousand()
     states: list[str] = []
     fleet.on_transition.append(lambda change: states.append(change.server))

@@ -21,20 +21,20 @@ def probed(*checks: Check, rules: HealthRules | None = None) -> ProbeHealth:
 # -- probes ------------------------------------------------------------------------------------
 
 
-def test_nothing_is_known_before_the_first_check():
+def test_health_before_first_check_is_unknown():
     assert probed().up is None
     assert probed().success_rate == 1.0
 
 
 @pytest.mark.parametrize(("check", "up"), [(GOOD, True), (NO, False), (REFUSED, False)])
-def test_the_first_check_decides_alone(check, up):
+def test_health_first_check_decides_alone(check, up):
     health = ProbeHealth(HealthRules())
     assert health.observe(check, 0.01, 0.0)
     assert health.up is up
 
 
 @pytest.mark.parametrize("bad", [NO, REFUSED, SLOW])
-def test_it_falls_after_as_many_failures_in_a_row_as_configured(bad):
+def test_health_configured_failures_in_a_row_take_server_down(bad):
     health = probed(GOOD, bad, bad)
     assert health.up
     assert health.observe(bad, 0.01, 0.0)
@@ -42,11 +42,11 @@ def test_it_falls_after_as_many_failures_in_a_row_as_configured(bad):
     assert "3 checks in a row" in health.reason
 
 
-def test_a_good_check_in_between_starts_the_count_anew():
+def test_health_good_check_restarts_failure_count():
     assert probed(GOOD, NO, NO, GOOD, NO, NO).up
 
 
-def test_it_rises_after_as_many_good_checks_in_a_row_as_configured():
+def test_health_configured_good_checks_in_a_row_bring_server_up():
     health = probed(NO)
     assert not health.observe(GOOD, 0.01, 0.0)
     assert not health.observe(NO, 0.01, 0.0)
@@ -56,7 +56,7 @@ def test_it_rises_after_as_many_good_checks_in_a_row_as_configured():
     assert health.reason == ""
 
 
-def test_old_failures_do_not_outweigh_a_recovery():
+def test_health_recovery_outweighs_old_failures():
     rules = HealthRules(rise=2, fall=3, window=5, min_success_rate=0.8)
     health = probed(GOOD, NO, NO, NO, GOOD, GOOD, rules=rules)
     assert health.up
@@ -64,7 +64,7 @@ def test_old_failures_do_not_outweigh_a_recovery():
     assert health.up
 
 
-def test_a_full_window_with_too_few_good_checks_takes_it_out():
+def test_health_window_with_too_few_good_checks_takes_server_down():
     rules = HealthRules(fall=3, window=5, min_success_rate=0.8)
     health = probed(GOOD, NO, GOOD, NO, rules=rules)
     assert health.up
@@ -73,7 +73,7 @@ def test_a_full_window_with_too_few_good_checks_takes_it_out():
     assert "60% of the last 5" in health.reason
 
 
-def test_a_full_window_of_slow_checks_takes_it_out_and_only_good_ones_are_timed():
+def test_health_window_of_slow_checks_takes_server_down():
     rules = HealthRules(window=3, max_response_time=1.0, min_success_rate=0.0)
     health = ProbeHealth(rules)
     health.observe(GOOD, 1.5, 0.0)
@@ -84,14 +84,14 @@ def test_a_full_window_of_slow_checks_takes_it_out_and_only_good_ones_are_timed(
     assert "1.5 s" in health.reason
 
 
-def test_settled_is_false_while_checks_contradict_the_state():
+def test_health_settled_is_false_while_checks_contradict_state():
     assert probed(GOOD).settled
     assert not probed(GOOD, NO).settled
     assert probed(NO).settled
     assert not probed(NO, GOOD).settled
 
 
-def test_an_answered_scrape_clears_failures_but_raises_nobody():
+def test_health_good_scrape_clears_failures_but_not_down():
     health = probed(GOOD, SLOW, SLOW)
     assert not health.observe_scrape(True, 0.0)
     assert health.failures_in_row == 0
@@ -101,21 +101,21 @@ def test_an_answered_scrape_clears_failures_but_raises_nobody():
     assert down.up is False
 
 
-def test_metrics_of_a_dead_engine_do_not_excuse_a_health_check_that_says_no():
+def test_health_good_scrape_does_not_excuse_failed_check():
     health = probed(GOOD, NO, NO)
     health.observe_scrape(True, 0.0)
     assert health.observe(NO, 0.01, 0.0)
     assert not health.up
 
 
-def test_a_refused_scrape_is_a_failed_check():
+def test_health_failed_scrape_is_a_failed_check():
     health = probed(GOOD, REFUSED)
     assert not health.observe_scrape(False, 0.0)
     assert health.observe_scrape(False, 0.0)
     assert not health.up
 
 
-def test_new_rules_keep_what_has_been_seen():
+def test_health_new_rules_keep_history():
     health = probed(GOOD, NO, NO)
     health.apply(HealthRules(fall=5, window=2, min_success_rate=0.0))
     assert len(health.window) == 2
@@ -129,7 +129,7 @@ def test_new_rules_keep_what_has_been_seen():
     st.integers(1, 5),
     st.integers(1, 12),
 )
-def test_flips_are_told_exactly_when_the_state_changes(checks, rise, fall, window):
+def test_health_transition_is_reported_exactly_on_change(checks, rise, fall, window):
     health = ProbeHealth(HealthRules(rise=rise, fall=fall, window=window))
     for check in checks:
         before = health.up
@@ -149,7 +149,7 @@ def ejected(at: float = 100.0, **rules: float) -> TrafficHealth:
     return health
 
 
-def test_failures_in_a_row_eject_and_an_answer_between_them_does_not():
+def test_passive_failures_in_a_row_eject_unless_interrupted():
     health = TrafficHealth(HealthRules(failure_threshold=3))
     assert not health.failed(1.0, trial=False)
     assert not health.failed(1.0, trial=False)
@@ -161,7 +161,7 @@ def test_failures_in_a_row_eject_and_an_answer_between_them_does_not():
     assert not health.admits(1.0)
 
 
-def test_after_its_time_an_ejected_server_is_admitted_to_one_trial_at_a_time():
+def test_passive_ejected_server_gets_one_probation_request_at_a_time():
     health = ejected(at=100.0)
     assert not health.admits(104.9)
     assert health.admits(105.0)
@@ -171,7 +171,7 @@ def test_after_its_time_an_ejected_server_is_admitted_to_one_trial_at_a_time():
     assert health.admits(105.0)
 
 
-def test_a_good_trial_restores_and_a_straggler_from_before_does_not():
+def test_passive_good_probation_restores_but_straggler_does_not():
     health = ejected(at=100.0)
     assert not health.succeeded(101.0, trial=False)
     assert health.ejected
@@ -181,7 +181,7 @@ def test_a_good_trial_restores_and_a_straggler_from_before_does_not():
     assert health.admits(105.1)
 
 
-def test_each_ejection_lasts_longer_up_to_a_cap():
+def test_passive_ejection_time_grows_up_to_cap():
     health, now, lasted = ejected(at=0.0), 0.0, []
     for _ in range(15):
         lasted.append(health.until - now)
@@ -192,20 +192,20 @@ def test_each_ejection_lasts_longer_up_to_a_cap():
     assert max(lasted) == lasted[-1] == 60.0
 
 
-def test_an_ejection_time_beyond_the_cap_is_kept():
+def test_passive_ejection_time_configured_beyond_cap_is_kept():
     health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=90.0))
     health.failed(0.0, trial=False)
     assert health.until == 90.0
 
 
-def test_failures_of_stragglers_do_not_prolong_an_ejection():
+def test_passive_straggler_failures_do_not_prolong_ejection():
     health = ejected(at=100.0)
     for _ in range(50):
         assert not health.failed(101.0, trial=False)
     assert (health.until, health.ejections) == (105.0, 1)
 
 
-def test_requests_sent_in_panic_before_its_time_do_not_prolong_an_ejection_either():
+def test_passive_panic_failures_do_not_prolong_ejection():
     """All servers ejected: they are asked all the same, 50 at once; that is one failure more."""
     health = ejected(at=100.0)
     for _ in range(50):
@@ -213,14 +213,14 @@ def test_requests_sent_in_panic_before_its_time_do_not_prolong_an_ejection_eithe
     assert (health.until, health.ejections) == (105.0, 1)
 
 
-def test_trials_that_overlap_prolong_an_ejection_once():
+def test_passive_overlapping_probations_prolong_ejection_once():
     health = ejected(at=100.0)
     for _ in range(50):
         health.failed(106.0, trial=True)
     assert (health.until, health.ejections) == (116.0, 2)
 
 
-def test_ejections_are_forgotten_with_good_service():
+def test_passive_ejections_are_forgotten_after_good_service():
     health = ejected(at=100.0)
     health.succeeded(105.0, trial=True)
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_ejections_are_forgotten_with_good_service():
     assert health.until == 205.0
 
 
-def test_repeats_of_one_body_are_not_held_against_a_server_for_another_body():
+def test_passive_repeats_of_one_body_do_not_count_for_another():
     health = TrafficHealth(HealthRules(failure_threshold=3))
     for _ in range(5):
         assert not health.failed(100.0, trial=False, body=1)
@@ -242,13 +242,13 @@ def test_repeats_of_one_body_are_not_held_against_a_server_for_another_body():
     assert health.failures_in_row == 2
 
 
-def test_jitter_stretches_the_ejection():
+def test_passive_jitter_lengthens_ejection():
     health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=5.0))
     health.failed(0.0, trial=False, jitter=1.1)
     assert health.until == pytest.approx(5.5)
 
 
-def test_a_restart_wipes_the_slate():
+def test_passive_restart_clears_history():
     health = ejected(at=100.0)
     assert health.restarted(101.0)
     assert health.admits(101.0)

@@ -34,7 +34,7 @@ def entry(name: str, **more: Any) -> dict[str, Any]:
     return {"id": name, "object": "model", "max_model_len": 4096, "permission": permission, **more}
 
 
-def test_read_model_list_entries_are_passed_on_as_they_are():
+def test_read_model_list_keeps_entries_unchanged():
     entries = [entry("Qwen/Qwen3-8B"), entry("模型 7"), entry("/data/models/a b", parent="x")]
     found = read(entries)
     assert list(found.cards.values()) == entries
@@ -59,7 +59,7 @@ def test_read_model_list_entries_are_passed_on_as_they_are():
         "x" * (MAX_NAME + 1),
     ],
 )
-def test_read_model_list_odd_name_is_left_out_and_others_stay(name):
+def test_read_model_list_odd_name_is_dropped_and_others_stay(name):
     found = read([entry("good"), entry(name), entry("also good")])
     assert list(found.cards) == ["good", "also good"]
     assert found.left_out == 1
@@ -68,7 +68,7 @@ def test_read_model_list_odd_name_is_left_out_and_others_stay(name):
 
 
 @pytest.mark.parametrize("odd", [7, None, "m", [], {}, {"name": "m"}, [[[]]]])
-def test_read_model_list_entry_that_is_none_is_left_out(odd):
+def test_read_model_list_invalid_entry_is_dropped(odd):
     found = read([odd, entry("good")])
     assert (list(found.cards), found.left_out) == (["good"], 1)
 
@@ -86,12 +86,12 @@ def test_read_model_list_with_nan_is_read():
         {"x": "y" * PASSED_ON},
     ],
 )
-def test_read_model_list_entry_that_cannot_be_written_again_is_cut_to_its_name(odd):
+def test_read_model_list_unserialisable_entry_keeps_only_its_name(odd):
     found = read([{**entry("m"), **odd}])
     assert found.cards == {"m": {"id": "m", "object": "model", "max_model_len": 4096}}
 
 
-def test_read_model_list_takes_a_few_entries_at_a_time():
+def test_read_model_list_yields_after_a_few_entries():
     page = json.dumps({"data": [entry(f"m{number}") for number in range(MAX_MODELS)]}).encode()
     steps = list(read_model_list(page))
     assert len(steps) > 4
@@ -113,12 +113,12 @@ def test_read_model_list_takes_a_few_entries_at_a_time():
         (b"\xff\xfe", "no JSON"),
     ],
 )
-def test_read_model_list_page_that_is_no_list_is_refused(page, words):
+def test_read_model_list_page_of_other_type_is_refused(page, words):
     with pytest.raises(UnusablePage, match=words):
         read(page)
 
 
-def test_read_model_list_entry_that_is_too_long_is_left_out():
+def test_read_model_list_overlong_entry_is_dropped():
     found = read([entry("a" * MAX_ENTRY), entry("m")])
     assert (list(found.cards), found.left_out) == (["m"], 1)
 
@@ -132,7 +132,7 @@ _ENTRIES = st.lists(_JSON | st.fixed_dictionaries({"id": _JSON, "x": _JSON}), ma
 
 
 @given(st.binary(max_size=60) | _ENTRIES.map(lambda data: json.dumps({"data": data}).encode()))
-def test_read_model_list_whatever_the_page_its_names_are_safe(page):
+def test_read_model_list_any_page_gives_safe_names(page):
     try:
         found = read(page)
     except UnusablePage:

@@ -21,7 +21,7 @@ def doubt(refusals: Refusals, now: float, body: int) -> bool:
     return refusals.refused(ROUTE, 0, "403", now, hold=5.0, body=body, sure=False)
 
 
-def test_refusals_sure_refusal_holds_for_its_route_and_time():
+def test_refusals_certain_refusal_covers_its_route_for_a_time():
     refusals = Refusals()
     assert refuse(refusals, 10.0)
     assert refusals.refuses(asked(), 10.0)
@@ -31,7 +31,7 @@ def test_refusals_sure_refusal_holds_for_its_route_and_time():
     assert refusals.reason() == "refuses /v1/responses, which others take: 404"
 
 
-def test_refusals_trial_refused_holds_longer_each_time_up_to_a_minute():
+def test_refusals_failed_probation_lasts_longer_up_to_a_minute():
     refusals = Refusals()
     refuse(refusals, 0.0)
     now, holds = 5.0, []
@@ -45,14 +45,14 @@ def test_refusals_trial_refused_holds_longer_each_time_up_to_a_minute():
     assert holds[-1] == 60.0
 
 
-def test_refusals_answer_ends_it():
+def test_refusals_success_ends_refusal():
     refusals = Refusals()
     refuse(refusals, 0.0)
     assert refusals.answered(asked())
     assert not refusals.known
 
 
-def test_refusals_large_bodies_small_ones_are_taken():
+def test_refusals_of_large_bodies_let_small_ones_pass():
     refusals = Refusals()
     refuse(refusals, 0.0, size=5_000)
     refuse(refusals, 6.0, size=3_000)
@@ -63,7 +63,7 @@ def test_refusals_large_bodies_small_ones_are_taken():
     assert not refusals.known
 
 
-def test_refusals_doubtful_one_needs_different_requests_in_a_row():
+def test_refusals_doubtful_refusal_needs_different_requests_in_a_row():
     refusals = Refusals()
     for _ in range(10):
         assert not doubt(refusals, 1.0, body=1)
@@ -74,7 +74,7 @@ def test_refusals_doubtful_one_needs_different_requests_in_a_row():
     assert refusals.refuses(asked(), 1.0)
 
 
-def test_refusals_doubtful_one_is_over_with_an_answer_between():
+def test_refusals_doubtful_refusal_is_reset_by_success():
     refusals = Refusals()
     for body in range(20):
         assert not doubt(refusals, 1.0, body=body)
@@ -82,7 +82,7 @@ def test_refusals_doubtful_one_is_over_with_an_answer_between():
             refusals.answered(asked())
 
 
-def test_refusals_are_bounded_and_forgotten():
+def test_refusals_are_bounded_and_expire():
     refusals = Refusals()
     for number in range(MOST * 3):
         refuse(refusals, float(number), name=f"/v1/{number}")
@@ -108,7 +108,7 @@ def refusing_fleet(servers: int = 2):
     return fleet, a
 
 
-def test_fitting_refused_route_goes_to_others_and_other_routes_do_not():
+def test_fitting_excludes_server_for_refused_route_only():
     fleet, _ = refusing_fleet()
     assert names(fleet.fitting("m", 1.0, (), asked())) == "b"
     assert fleet.fitting("m", 1.0, (), asked()) is fleet.fitting("m", 1.0, (), asked())
@@ -117,7 +117,7 @@ def test_fitting_refused_route_goes_to_others_and_other_routes_do_not():
     assert names(fleet.fitting("m", 5.0, (), asked())) == "ab"
 
 
-def test_fitting_no_other_server_the_refusing_one_is_asked():
+def test_fitting_without_other_server_keeps_refusing_one():
     fleet, a = refusing_fleet()
     assert names(fleet.fitting("m", 1.0, [fleet.servers["b"]], asked())) == "a"
     go_down(fleet.servers["b"], 1.0)
@@ -125,7 +125,7 @@ def test_fitting_no_other_server_the_refusing_one_is_asked():
     assert a in fleet.choosy
 
 
-def test_state_refusing_server_says_what_and_is_left_by_restart_and_by_another_key():
+def test_state_refusing_names_cause_and_ends_with_restart_or_new_key():
     fleet, a = refusing_fleet()
     assert a.state is State.REFUSING
     assert "/v1/responses" in a.state_reason
@@ -144,7 +144,7 @@ def test_state_refusing_server_says_what_and_is_left_by_restart_and_by_another_k
     assert a.state is State.UP
 
 
-def test_fitting_short_context_is_passed_over_only_for_what_surely_does_not_fit():
+def test_fitting_short_context_is_excluded_only_for_certain_excess():
     fleet = make_fleet(3)
     for name, length in (("a", 1000), ("b", 2000), ("c", None)):
         card = {"id": "m", "max_model_len": length} if length else {"id": "m"}

@@ -86,7 +86,7 @@ async def rig(tmp_path, monkeypatch) -> Rig:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_reload_thousand_servers_hold_the_loop_for_a_slice_only(rig: Rig, scheme: str):
+async def test_reload_of_thousand_servers_is_sliced(rig: Rig, scheme: str):
     """Added, changed and taken out again; every one is probed, and no other."""
     async with trio.open_nursery() as nursery:
         await nursery.start(rig.supervisor.run)
@@ -106,7 +106,7 @@ async def test_reload_thousand_servers_hold_the_loop_for_a_slice_only(rig: Rig, 
         nursery.cancel_scope.cancel()
 
 
-async def test_reload_starts_the_probes_of_new_servers_a_few_at_a_time(rig: Rig, autojump_clock):
+async def test_reload_starts_probes_of_new_servers_gradually(rig: Rig, autojump_clock):
     async with trio.open_nursery() as nursery:
         await nursery.start(rig.supervisor.run)
         await rig.until(lambda: len(rig.running) == 2)
@@ -120,9 +120,7 @@ async def test_reload_starts_the_probes_of_new_servers_a_few_at_a_time(rig: Rig,
         nursery.cancel_scope.cancel()
 
 
-async def test_reload_server_that_goes_before_its_probe_has_begun_is_not_probed(
-    rig: Rig, autojump_clock
-):
+async def test_reload_server_removed_before_first_probe_is_not_probed(rig: Rig, autojump_clock):
     async with trio.open_nursery() as nursery:
         await nursery.start(rig.supervisor.run)
         rig.path.write_text(toml(200))
@@ -135,7 +133,7 @@ async def test_reload_server_that_goes_before_its_probe_has_begun_is_not_probed(
         nursery.cancel_scope.cancel()
 
 
-async def test_reload_prepares_servers_in_slices_and_keeps_none_that_is_refused(rig: Rig):
+async def test_reload_prepares_servers_in_slices_and_keeps_none_refused(rig: Rig):
     supervisor = rig.supervisor
     turns = 0
 
@@ -158,7 +156,7 @@ async def test_reload_prepares_servers_in_slices_and_keeps_none_that_is_refused(
     assert len(supervisor.proxy.links) == 2
 
 
-def test_server_contexts_are_shared_and_none_is_made_without_tls(tmp_path, monkeypatch):
+def test_server_contexts_are_shared_and_absent_without_tls(tmp_path, monkeypatch):
     made: list[str] = []
     real = ServerContexts._make
     monkeypatch.setattr(

@@ -23,7 +23,7 @@ def make_server(capacity: int = 4, changes: list[Server] | None = None, **settin
 # -- load --------------------------------------------------------------------------------------
 
 
-def test_without_metrics_our_own_leases_are_the_load():
+def test_load_without_metrics_is_own_leases():
     server = make_server(capacity=4)
     leases = [server.lease(0.0) for _ in range(3)]
     assert (server.load, server.running, server.waiting) == (0.75, 3, 0)
@@ -32,13 +32,13 @@ def test_without_metrics_our_own_leases_are_the_load():
     assert (server.load, server.in_flight, server.served) == (0.0, 0, 3)
 
 
-def test_a_scrape_counts_what_others_sent_and_weighs_waiting_half():
+def test_load_scrape_includes_other_clients_and_halves_waiting():
     server = make_server(capacity=4)
     server.scraped(gauges(4, 2), 0.0, leases=0)
     assert server.load == (4 + 0.5 * 2) / 4
 
 
-def test_leases_since_the_scrape_correct_it_both_ways():
+def test_load_is_corrected_by_leases_since_scrape():
     server = make_server(capacity=1)
     old = [server.lease(0.0) for _ in range(2)]
     server.scraped(gauges(6), 1.0, leases=2)
@@ -52,7 +52,7 @@ def test_leases_since_the_scrape_correct_it_both_ways():
     assert server.load == 4
 
 
-def test_a_burst_counts_although_the_gauges_still_say_idle():
+def test_load_burst_counts_while_gauges_are_idle():
     server = make_server(capacity=1)
     burst = [server.lease(0.0) for _ in range(30)]
     # Gauges lag up to 41 ms behind: the scrape was asked for with all 30 on their way.
@@ -63,7 +63,7 @@ def test_a_burst_counts_although_the_gauges_still_say_idle():
     assert server.load == 0
 
 
-def test_more_waiting_than_there_can_be_is_cut_to_what_there_is():
+def test_load_waiting_is_capped_by_plausible_count():
     server = make_server(capacity=1)
     leases = [server.lease(0.0) for _ in range(8)]
     server.scraped(gauges(0, 8), 0.0, leases=8)
@@ -72,7 +72,7 @@ def test_more_waiting_than_there_can_be_is_cut_to_what_there_is():
     assert (server.running, server.waiting, server.load) == (0, 0, 0)
 
 
-def test_old_figures_stop_counting():
+def test_load_stale_metrics_do_not_count():
     server = make_server(capacity=1, metrics_interval=0.5)
     server.scraped(gauges(9), 10.0, leases=0)
     server.age_metrics(11.5)
@@ -83,14 +83,14 @@ def test_old_figures_stop_counting():
     assert server.load == 2
 
 
-def test_the_age_of_metrics_is_infinite_before_the_first_scrape():
+def test_metrics_age_before_first_scrape_is_infinite():
     server = make_server()
     assert server.metrics_age(5.0) == float("inf")
     server.scraped(gauges(0), 3.0, leases=0)
     assert server.metrics_age(5.0) == 2.0
 
 
-def test_a_page_without_load_leaves_the_leases_as_the_load():
+def test_load_page_without_load_falls_back_to_leases():
     """A server that comes back with --disable-log-stats must not keep its old figures."""
     server = make_server(capacity=1)
     server.scraped(gauges(9, asleep=True), 0.0, leases=0)
@@ -109,7 +109,7 @@ def test_a_page_without_load_leaves_the_leases_as_the_load():
         max_size=40,
     )
 )
-def test_load_is_never_less_than_our_own_leases_weighed_as_waiting(steps):
+def test_load_is_at_least_own_leases_at_waiting_weight(steps):
     server, leases = make_server(capacity=2), []
     for step in steps:
         if step == "lease":
@@ -128,7 +128,7 @@ def test_load_is_never_less_than_our_own_leases_weighed_as_waiting(steps):
 # -- models ------------------------------------------------------------------------------------
 
 
-def test_a_server_whose_list_was_never_read_may_serve_anything():
+def test_server_with_unread_model_list_may_serve_any_model():
     server = make_server()
     assert server.serves("whatever")
     server.listed({"m": {"id": "m"}}, 0.0)
@@ -136,7 +136,7 @@ def test_a_server_whose_list_was_never_read_may_serve_anything():
     assert not server.serves("whatever")
 
 
-def test_models_of_the_configuration_go_before_those_the_server_lists():
+def test_server_configured_models_precede_listed_ones():
     config = make_config([{"url": "http://a.test:1", "name": "a", "models": ["x"]}])
     server = Server(config.servers[0], config.settings, lambda server: None)
     server.listed({"m": {"id": "m"}}, 0.0)
@@ -147,7 +147,7 @@ def test_models_of_the_configuration_go_before_those_the_server_lists():
     assert server.models == ("m",)
 
 
-def test_an_unchanged_list_is_no_change():
+def test_server_unchanged_model_list_is_no_change():
     changes: list[Server] = []
     server = make_server(changes=changes)
     server.listed({"m": {"id": "m"}}, 0.0)
@@ -165,7 +165,7 @@ def states(server: Server, now: float) -> State:
     return server.current_state(now)[0]
 
 
-def test_the_most_telling_state_is_named_first():
+def test_server_state_is_the_most_important_one():
     server = make_server(auto_recovery_threshold=5)
     assert states(server, 0.0) is State.UNKNOWN
     come_up(server, 0.0)
@@ -182,7 +182,7 @@ def test_the_most_telling_state_is_named_first():
     assert states(server, 0.0) is State.DRAINING
 
 
-def test_a_transition_is_told_once():
+def test_server_transition_is_reported_once():
     server = make_server()
     come_up(server, 1.0)
     change = server.update_state(1.0)
@@ -196,7 +196,7 @@ def test_a_transition_is_told_once():
     ("retry_after", "until"),
     [(None, 11.0), (0.0, 11.0), (5.0, 15.0), (1e6, 10.0 + MAX_BUSY_FOR)],
 )
-def test_a_refusal_makes_it_full_for_as_long_as_it_said(retry_after, until):
+def test_server_refusal_makes_it_full_for_stated_time(retry_after, until):
     server = make_server()
     come_up(server, 0.0)
     server.refused(10.0, retry_after)
@@ -205,14 +205,14 @@ def test_a_refusal_makes_it_full_for_as_long_as_it_said(retry_after, until):
     assert not server.traffic_health.ejected
 
 
-def test_a_second_refusal_does_not_shorten_the_first():
+def test_server_second_refusal_does_not_shorten_first():
     server = make_server()
     server.refused(0.0, 10.0)
     server.refused(1.0, 1.0)
     assert server.full_until == 10.0
 
 
-def test_sleeping_or_draining_servers_are_not_usable():
+def test_server_asleep_or_draining_is_not_usable():
     server = make_server()
     assert not server.usable
     come_up(server, 0.0)
@@ -226,7 +226,7 @@ def test_sleeping_or_draining_servers_are_not_usable():
     assert server.usable
 
 
-def test_a_page_without_metrics_ends_a_sleep_that_nobody_can_see_the_end_of():
+def test_server_page_without_metrics_ends_unobservable_sleep():
     server = make_server()
     come_up(server, 0.0)
     server.scraped(gauges(0, asleep=True), 0.0, leases=0)
@@ -237,7 +237,7 @@ def test_a_page_without_metrics_ends_a_sleep_that_nobody_can_see_the_end_of():
 # -- evidence ----------------------------------------------------------------------------------
 
 
-def test_a_check_timing_out_is_no_evidence_while_bytes_arrive():
+def test_server_check_timeout_is_ignored_while_bytes_arrive():
     server = make_server(health_check_consecutive_failures=1)
     come_up(server, 100.0)
     server.last_byte_at = 110.5
@@ -248,20 +248,20 @@ def test_a_check_timing_out_is_no_evidence_while_bytes_arrive():
     assert not server.probe_health.up
 
 
-def test_at_the_start_of_the_clock_no_bytes_have_arrived():
+def test_server_at_clock_zero_has_no_recent_bytes():
     server = make_server(health_check_consecutive_failures=1)
     come_up(server, 0.0)
     assert server.checked(Check.TIMEOUT, 2.0, 2.0)
 
 
-def test_a_refused_port_counts_whatever_bytes_arrive():
+def test_server_refused_port_counts_despite_bytes():
     server = make_server(health_check_consecutive_failures=1)
     come_up(server, 0.0)
     server.last_byte_at = 112.0
     assert server.checked(Check.UNREACHABLE, 0.0, 112.0)
 
 
-def test_a_good_probe_does_not_bring_back_what_traffic_has_ejected():
+def test_server_good_probe_does_not_end_ejection():
     server = make_server()
     come_up(server, 0.0)
     eject(server, 1.0)
@@ -270,7 +270,7 @@ def test_a_good_probe_does_not_bring_back_what_traffic_has_ejected():
     assert states(server, 2.0) is State.EJECTED
 
 
-def test_a_restart_seen_by_probes_clears_ejection_and_fullness():
+def test_server_restart_clears_ejection_and_full():
     server = make_server()
     come_up(server, 0.0)
     eject(server, 1.0)
@@ -280,7 +280,7 @@ def test_a_restart_seen_by_probes_clears_ejection_and_fullness():
     assert states(server, 3.0) is State.UP
 
 
-def test_a_lease_of_an_ejected_server_is_a_trial_and_its_end_lets_another_follow():
+def test_server_lease_while_ejected_is_probation_and_frees_it():
     server = make_server(auto_recovery_threshold=5)
     come_up(server, 0.0)
     assert not server.lease(0.0).trial
@@ -292,14 +292,14 @@ def test_a_lease_of_an_ejected_server_is_a_trial_and_its_end_lets_another_follow
     assert server.traffic_health.admits(6.0)
 
 
-def test_without_active_checks_a_server_is_up_until_traffic_says_otherwise():
+def test_server_without_active_checks_is_up_until_failures():
     server = make_server(enable_active_health_check=False)
     assert server.usable
     eject(server, 1.0)
     assert states(server, 1.0) is State.EJECTED
 
 
-def test_capacity_and_name_follow_the_configuration():
+def test_server_capacity_and_name_follow_configuration():
     server = make_server(capacity=4)
     lease = server.lease(0.0)
     config = make_config([{"url": "http://a.test:1", "name": "z", "max_concurrent_requests": 2}])

@@ -52,7 +52,7 @@ async def comments_only(talk: Talk) -> None:
 # -- the suspicion ---------------------------------------------------------------------------------
 
 
-def test_silence_trial_is_due_later_each_time():
+def test_silence_probation_interval_grows():
     silence = Silence()
     assert silence.suspect(0.0, 2.0, "why", 5.0)
     assert not silence.suspect(1.0, 3.0, "why", 5.0)
@@ -71,7 +71,7 @@ def test_silence_trial_is_due_later_each_time():
 
 @pytest.mark.parametrize("policy", ["adaptive", "least_load", "session", "prefix", "round_robin"])
 @pytest.mark.parametrize("how", [silent, head_only, comments_only])
-async def test_leave_before_any_token_next_requests_go_elsewhere(autojump_clock, policy, how):
+async def test_disconnect_before_any_token_marks_server_silent(autojump_clock, policy, how):
     async with lab(how, streaming(event("hi", "stop"), DONE), policy=policy) as rig:
         headers = ((b"x-session-id", b"s"), (b"content-type", b"application/json"))
         served = 0
@@ -86,7 +86,7 @@ async def test_leave_before_any_token_next_requests_go_elsewhere(autojump_clock,
         assert rig.requests()["a"] <= 3
 
 
-async def test_leave_soon_where_first_tokens_take_their_time_is_no_evidence(autojump_clock):
+async def test_disconnect_soon_where_first_tokens_are_slow_is_ignored(autojump_clock):
     async def slow(talk: Talk) -> None:
         while True:
             await talk.request()
@@ -108,7 +108,7 @@ async def test_leave_soon_where_first_tokens_take_their_time_is_no_evidence(auto
         assert rig.server("a").is_evidence(3.1, stream=True)
 
 
-async def test_leave_at_once_is_no_evidence(autojump_clock):
+async def test_disconnect_at_once_is_ignored(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         for _ in range(5):
             rig.prefer("a")
@@ -119,7 +119,7 @@ async def test_leave_at_once_is_no_evidence(autojump_clock):
         assert state(rig.server("a")) is State.UP
 
 
-async def test_leave_while_another_has_tokens_is_no_evidence(autojump_clock):
+async def test_disconnect_while_another_request_has_tokens_is_ignored(autojump_clock):
     async def slow_for_some(talk: Talk) -> None:
         request = await talk.request()
         await talk.send(sse_head())
@@ -143,7 +143,7 @@ async def test_leave_while_another_has_tokens_is_no_evidence(autojump_clock):
         await trio.sleep(15)
 
 
-async def test_leave_before_a_plain_answer_sooner_than_answers_take_is_no_evidence(autojump_clock):
+async def test_disconnect_before_usual_json_duration_is_ignored(autojump_clock):
     async with lab(silent, answering(GOOD)) as rig:
         rig.server("a").took(30.0)
         rig.prefer("a")
@@ -154,7 +154,7 @@ async def test_leave_before_a_plain_answer_sooner_than_answers_take_is_no_eviden
         assert state(rig.server("a")) is State.UP
 
 
-async def test_leave_while_counters_move_is_no_evidence(autojump_clock):
+async def test_disconnect_while_counters_move_is_ignored(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         rig.prefer("a")
         client = rig.start_stream()
@@ -168,7 +168,7 @@ async def test_leave_while_counters_move_is_no_evidence(autojump_clock):
         assert state(rig.server("a")) is State.UP
 
 
-async def test_leave_work_of_earlier_requests_that_shows_late_does_not_excuse(autojump_clock):
+async def test_disconnect_is_not_excused_by_late_counters_of_earlier_requests(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         a = rig.server("a")
         a.scraped(gauges(1, generation_tokens=5), trio.current_time(), leases=0)
@@ -184,7 +184,7 @@ async def test_leave_work_of_earlier_requests_that_shows_late_does_not_excuse(au
         assert state(a) is State.SILENT
 
 
-async def test_trial_of_a_silent_server_goes_elsewhere_after_its_patience(autojump_clock):
+async def test_silent_server_probation_is_retried_elsewhere_after_patience(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         rig.prefer("a")
         client = rig.start_stream()
@@ -208,7 +208,7 @@ async def test_trial_of_a_silent_server_goes_elsewhere_after_its_patience(autoju
         assert (await rig.stream())[b"x-vllm-router-server"] == b"b"
 
 
-async def test_trial_of_a_silent_server_that_answers_ends_the_silence(autojump_clock):
+async def test_silent_server_probation_success_ends_silence(autojump_clock):
     going_on = trio.Event()
 
     async def paused(talk: Talk) -> None:
@@ -281,7 +281,7 @@ async def test_requests_stay_on_a_server_whose_silence_has_ended_or_that_is_the_
         waits.leave()
 
 
-async def test_silent_server_that_is_the_only_one_is_asked(autojump_clock):
+async def test_silent_server_without_alternative_is_used(autojump_clock):
     async with lab(head_only) as rig:
         for _ in range(3):
             client = rig.start_stream()
@@ -295,7 +295,7 @@ async def test_silent_server_that_is_the_only_one_is_asked(autojump_clock):
 # -- paused through the router ---------------------------------------------------------------------
 
 
-async def test_paused_server_gets_no_request_and_those_that_wait_on_it_go_elsewhere(autojump_clock):
+async def test_paused_server_gets_no_request_and_waiters_are_retried(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         a = rig.server("a")
         rig.prefer("a")
@@ -312,13 +312,13 @@ async def test_paused_server_gets_no_request_and_those_that_wait_on_it_go_elsewh
         assert state(a) is State.UP
 
 
-async def test_paused_server_that_is_the_only_one_keeps_its_requests(autojump_clock):
+async def test_paused_server_without_alternative_keeps_requests(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         rig.server("a").pause(on=True, now=trio.current_time())
         assert (await rig.post()).status == 200
 
 
-def test_paused_server_whose_counters_move_has_been_told_to_go_on():
+def test_paused_server_with_moving_counters_is_resumed():
     server = make_fleet(1).servers["a"]
     server.scraped(gauges(1, generation_tokens=5), 1.0, leases=1)
     server.pause(on=True, now=2.0)
@@ -350,7 +350,7 @@ def names(servers) -> str:
     return "".join(server.name for server in servers)
 
 
-def test_frozen_gauges_bring_one_trial_and_an_answer_brings_trust():
+def test_frozen_gauges_cause_one_probation_and_success_restores():
     fleet = make_fleet(2)
     a = fleet.servers["a"]
     now = stand_still(a, 100)
@@ -373,7 +373,7 @@ def test_frozen_gauges_bring_one_trial_and_an_answer_brings_trust():
     assert a.work == 5.0
 
 
-def test_frozen_gauges_of_a_hung_engine_stay_out_of_use():
+def test_frozen_gauges_of_hung_engine_keep_it_unused():
     fleet = make_fleet(2)
     a = fleet.servers["a"]
     now = stand_still(a, 7)
@@ -388,7 +388,7 @@ def test_frozen_gauges_of_a_hung_engine_stay_out_of_use():
 
 
 @pytest.mark.parametrize("moves", ["counters", "gauges", "cache"])
-def test_load_of_others_that_moves_is_believed(moves):
+def test_moving_gauges_of_other_clients_are_trusted(moves):
     a = make_fleet(2).servers["a"]
     for step in range(60):
         figures = {"generation_tokens": 50.0, "kv_usage": 0.5}
@@ -404,7 +404,7 @@ def test_load_of_others_that_moves_is_believed(moves):
     assert a.stuck == 0.0
 
 
-def test_idle_server_whose_figures_stand_still_is_well():
+def test_idle_server_with_constant_gauges_is_healthy():
     a = make_fleet(2).servers["a"]
     stand_still(a, 0, until=100)
     assert a.silence.since is None
@@ -417,7 +417,7 @@ def test_server_without_counters_is_not_judged_by_them():
     assert a.silence.since is None
 
 
-def test_requests_wait_and_counters_stand_still_server_is_silent_until_they_move():
+def test_waiting_requests_with_frozen_counters_mark_server_silent():
     fleet = make_fleet(2)
     a = fleet.servers["a"]
     lease = a.lease(0.0)
@@ -431,7 +431,7 @@ def test_requests_wait_and_counters_stand_still_server_is_silent_until_they_move
     lease.release()
 
 
-def test_long_prefill_that_fills_the_cache_is_no_silence():
+def test_long_prefill_filling_cache_is_not_silent():
     a = make_fleet(1).servers["a"]
     a.lease(0.0)
     for step in range(100):
@@ -447,7 +447,7 @@ def failures(rig: Rig, name: str) -> int:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_deadline_server_that_answers_others_is_not_blamed(autojump_clock, stream):
+async def test_deadline_on_server_answering_others_is_not_counted(autojump_clock, stream):
     async def selective(talk: Talk) -> None:
         while True:
             request = await talk.request()
@@ -466,7 +466,7 @@ async def test_deadline_server_that_answers_others_is_not_blamed(autojump_clock,
         assert state(rig.server("a")) is State.UP
 
 
-async def test_deadline_long_plain_answers_eject_no_server(autojump_clock):
+async def test_deadline_of_long_json_responses_ejects_none(autojump_clock):
     async def slow(talk: Talk) -> None:
         while True:
             await talk.request()
@@ -479,7 +479,7 @@ async def test_deadline_long_plain_answers_eject_no_server(autojump_clock):
         assert [failures(rig, name) for name in "ab"] == [0, 0]
 
 
-async def test_deadline_streams_of_a_server_that_answers_nobody_eject_it(autojump_clock):
+async def test_deadline_of_streams_on_mute_server_ejects_it(autojump_clock):
     async with lab(silent, first_byte_timeout=5) as rig:
         for _ in range(3):
             assert (await rig.stream()).status == 504

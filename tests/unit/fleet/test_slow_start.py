@@ -79,7 +79,7 @@ class Loop:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("clients", [6, 50])
-def test_a_server_that_was_down_gets_its_share_little_by_little(policy, clients):
+def test_slow_start_after_down_raises_share_gradually(policy, clients):
     fleet = make_fleet(described(3), now=100.0)
     a = fleet.servers["a"]
     go_down(a, 100.0)
@@ -94,7 +94,7 @@ def test_a_server_that_was_down_gets_its_share_little_by_little(policy, clients)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_so_does_a_server_that_is_added(policy):
+def test_slow_start_applies_to_added_server(policy):
     fleet = make_fleet(described(2), now=100.0)
     loop = Loop(fleet, policy)
     loop.run(2.0)
@@ -105,7 +105,7 @@ def test_so_does_a_server_that_is_added(policy):
 
 
 @pytest.mark.parametrize("how", ["ejected", "asleep", "restarted"])
-def test_whatever_it_comes_back_from(how):
+def test_slow_start_applies_after_every_kind_of_absence(how):
     fleet = make_fleet(described(2), now=100.0, metrics_interval=1000)
     a = fleet.servers["a"]
     if how == "ejected":
@@ -130,13 +130,13 @@ def test_whatever_it_comes_back_from(how):
     assert a.burden == a.load
 
 
-def test_at_the_start_of_the_router_all_have_their_whole_share_at_once():
+def test_slow_start_is_skipped_when_router_starts():
     fleet = make_fleet(described(3), now=100.0)
     fleet.candidates("m", 100.0)
     assert {server.ramp for server in fleet.servers.values()} == {1.0}
 
 
-def test_slow_start_can_be_turned_off():
+def test_slow_start_can_be_disabled():
     fleet = make_fleet(described(2), now=100.0, slow_start=0)
     a = fleet.servers["a"]
     go_down(a, 100.0)
@@ -145,7 +145,7 @@ def test_slow_start_can_be_turned_off():
     assert a.ramp == 1.0
 
 
-def test_slow_start_never_leaves_a_request_without_a_server():
+def test_slow_start_never_leaves_a_request_without_server():
     for name in POLICIES:
         fleet = make_fleet(described(2), now=100.0)
         for server in fleet.servers.values():
@@ -156,7 +156,7 @@ def test_slow_start_never_leaves_a_request_without_a_server():
         assert set(loop.run(1.0)) == {"a", "b"}
 
 
-def test_what_is_shown_as_load_is_not_changed_by_slow_start():
+def test_slow_start_does_not_change_reported_load():
     fleet = make_fleet(described(2), now=100.0)
     a = fleet.servers["a"]
     go_down(a, 100.0)
@@ -171,7 +171,7 @@ def test_what_is_shown_as_load_is_not_changed_by_slow_start():
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "least_load", "power_of_two", "prefix"])
-def test_a_server_that_answers_400_at_once_keeps_its_share(policy):
+def test_error_penalty_instant_400s_keep_fair_share(policy):
     """Scorecard F11: within 15 % of the fair share."""
     fleet = make_fleet(described(3, capacity=3), now=100.0)
     loop = Loop(fleet, policy)
@@ -187,7 +187,7 @@ def test_a_server_that_answers_400_at_once_keeps_its_share(policy):
     assert fleet.servers["a"].ghosts == 0.0
 
 
-def test_errors_of_all_servers_alike_change_nothing():
+def test_error_penalty_same_errors_on_all_servers_change_nothing():
     fleet = make_fleet(described(3, capacity=3), now=100.0)
     loop = Loop(fleet, "least_load")
     loop.run(2.0)
@@ -197,7 +197,7 @@ def test_errors_of_all_servers_alike_change_nothing():
     assert [served[name] / served.total() for name in "abc"] == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
-def test_an_error_that_took_as_long_as_an_answer_leaves_no_ghost():
+def test_error_penalty_is_zero_for_error_as_slow_as_response():
     fleet = make_fleet(described(1), now=100.0)
     a = fleet.servers["a"]
     fleet.took(a, 0.5)
@@ -209,7 +209,7 @@ def test_an_error_that_took_as_long_as_an_answer_leaves_no_ghost():
     assert a.ghosts == pytest.approx(0.3679, abs=0.001)
 
 
-def test_an_error_that_is_heard_of_late_does_not_turn_time_back():
+def test_error_penalty_late_report_does_not_turn_time_back():
     """A client took the end of a large refusal after a minute only."""
     fleet = make_fleet(described(1), now=100.0)
     a = fleet.servers["a"]

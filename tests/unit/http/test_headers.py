@@ -43,7 +43,7 @@ def written(
     return heads.write("POST", target, forwarded, added + b"\r\nx-request-id: rid", 5)
 
 
-def test_a_whole_head():
+def test_request_headers_have_whole_head():
     assert written([(b"host", b"router"), (b"accept", b"*/*")]) == (
         b"POST /v1/completions HTTP/1.1\r\n"
         b"host: server:8000\r\n"
@@ -57,12 +57,12 @@ def test_a_whole_head():
     )
 
 
-def test_a_servers_path_goes_before_the_requests():
+def test_request_headers_server_path_precedes_request_path():
     head = written([], prefix="/vllm", target=b"/v1/completions?a=b")
     assert head.startswith(b"POST /vllm/v1/completions?a=b HTTP/1.1\r\n")
 
 
-def test_end_to_end_fields_keep_their_order_values_and_repetitions():
+def test_request_headers_end_to_end_keep_order_and_repetitions():
     headers = [
         (b"authorization", b"Bearer client"),
         (b"content-type", b"application/json"),
@@ -93,7 +93,7 @@ def test_end_to_end_fields_keep_their_order_values_and_repetitions():
         b"x-forwarded-port",
     ],
 )
-def test_hop_by_hop_fields_and_claims_go_no_further(name):
+def test_request_headers_hop_by_hop_and_forwarding_are_dropped(name):
     assert name not in dict(sent([(name, b"x")]))
 
 
@@ -106,13 +106,13 @@ def test_hop_by_hop_fields_and_claims_go_no_further(name):
         [(b"connection", b"X-Secret"), (b"connection", b"close")],
     ],
 )
-def test_fields_that_connection_names_go_no_further(connection):
+def test_request_headers_named_by_connection_are_dropped(connection):
     fields = dict(sent([*connection, (b"x-secret", b"1"), (b"x-other", b"2")]))
     assert b"x-secret" not in fields
     assert fields[b"x-other"] == b"2"
 
 
-def test_connection_cannot_strip_what_a_request_needs():
+def test_request_headers_connection_cannot_remove_needed_ones():
     headers = [
         (b"connection", b"authorization, content-type, content-length, host"),
         (b"authorization", b"Bearer k"),
@@ -125,7 +125,7 @@ def test_connection_cannot_strip_what_a_request_needs():
     assert fields[b"host"] == b"server:8000"
 
 
-def test_a_servers_own_key_replaces_the_clients():
+def test_request_headers_server_key_replaces_client_key():
     headers = [(b"authorization", b"Bearer client")]
     keys = [value for name, value in sent(headers, api_key="own") if name == b"authorization"]
     assert keys == [b"Bearer own"]
@@ -191,7 +191,7 @@ NO_CREDENTIALS = (
 
 
 @pytest.mark.parametrize("name", CREDENTIALS)
-def test_a_server_with_its_own_key_gets_no_credential_of_the_client(name):
+def test_request_headers_server_key_removes_client_credentials(name):
     assert is_credential(name)
     fields = sent([(name, b"client-secret"), (b"x-other", b"1")], api_key="own")
     assert b"client-secret" not in [value for _, value in fields]
@@ -200,13 +200,13 @@ def test_a_server_with_its_own_key_gets_no_credential_of_the_client(name):
 
 
 @pytest.mark.parametrize("name", NO_CREDENTIALS)
-def test_a_server_with_its_own_key_gets_the_other_fields(name):
+def test_request_headers_server_key_keeps_other_headers(name):
     assert not is_credential(name)
     assert (name, b"1") in sent([(name, b"1")], api_key="own")
 
 
 @pytest.mark.parametrize("name", sorted(set(CREDENTIALS) - {b"client-cert-chain"}))
-def test_a_server_without_a_key_gets_the_clients(name):
+def test_request_headers_without_server_key_keep_client_key(name):
     assert (name, b"client-secret") in sent([(name, b"client-secret")])
 
 
@@ -222,7 +222,7 @@ def test_a_server_without_a_key_gets_the_clients(name):
         (b"a=1&&b", b"a=1&&b"),
     ],
 )
-def test_a_query_loses_its_credentials_for_a_server_with_its_own_key(query, left):
+def test_request_query_loses_credentials_for_server_with_key(query, left):
     assert without_credentials(query) == left
     head = written([], api_key="own", target=b"/v1/completions?" + query)
     mark = b"?" if left else b""
@@ -231,7 +231,7 @@ def test_a_query_loses_its_credentials_for_a_server_with_its_own_key(query, left
     assert kept.startswith(b"POST /v1/completions?%b HTTP/1.1\r\n" % query)
 
 
-def test_lengths_and_hosts_are_ours():
+def test_request_headers_length_and_host_are_set_by_router():
     fields = sent([(b"content-length", b"99"), (b"host", b"evil")])
     assert [v for n, v in fields if n == b"content-length"] == [b"5"]
     assert [v for n, v in fields if n == b"host"] == [b"server:8000"]
@@ -248,7 +248,7 @@ CLAIMS = [
 ]
 
 
-def test_claims_of_strangers_are_not_believed():
+def test_request_headers_forwarding_of_strangers_is_dropped():
     fields = dict(sent(CLAIMS, trusted=("10.0.0.0/8",)))
     assert fields[b"x-forwarded-for"] == b"192.0.2.7"
     assert fields[b"x-forwarded-proto"] == b"http"
@@ -258,7 +258,7 @@ def test_claims_of_strangers_are_not_believed():
 @pytest.mark.parametrize(
     ("client", "network"), [("10.1.1.1", "10.0.0.0/8"), ("2001:db8::1", "2001:db8::/32")]
 )
-def test_claims_of_trusted_proxies_are_carried_on(client, network):
+def test_request_headers_forwarding_of_trusted_proxies_is_extended(client, network):
     fields = sent(CLAIMS, client=client, trusted=(network,))
     (value,) = [value for name, value in fields if name == b"x-forwarded-for"]
     assert value == b"10.9.9.9, 10.8.8.8, " + client.encode()
@@ -277,7 +277,7 @@ def test_claims_of_trusted_proxies_are_carried_on(client, network):
         ("::ffff:10.1.1.1", "0.0.0.0/0"),
     ],
 )
-def test_mapped_addresses_are_those_of_ipv4(client, network):
+def test_networks_ipv4_mapped_address_matches_ipv4(client, network):
     assert is_in(client, parse_networks((network,)))
     fields = dict(sent(CLAIMS, client=client, trusted=(network,)))
     assert fields[b"x-forwarded-proto"] == b"https"
@@ -294,23 +294,23 @@ def test_mapped_addresses_are_those_of_ipv4(client, network):
         (None, "::/0"),
     ],
 )
-def test_other_addresses_are_in_no_network_of_ipv4(client, network):
+def test_networks_other_ipv6_address_matches_no_ipv4(client, network):
     assert not is_in(client, parse_networks((network,)))
 
 
-def test_a_mapped_peer_is_named_by_its_ipv4_address():
+def test_request_headers_ipv4_mapped_peer_is_named_by_ipv4():
     assert plain_peer(("::ffff:192.0.2.1", 5)) == ("192.0.2.1", 5)
     assert plain_peer(("::1", 5, 0, 0)) == ("::1", 5)
     assert plain_peer(("192.0.2.1", 5)) == ("192.0.2.1", 5)
     assert plain_host("router") == "router"
 
 
-def test_a_client_without_an_address_is_nobody_to_trust():
+def test_networks_client_without_address_is_untrusted():
     fields = dict(sent(CLAIMS, client="unknown", trusted=("0.0.0.0/0",)))
     assert fields[b"x-forwarded-for"] == b"unknown"
 
 
-def test_via_is_appended_and_too_many_of_ours_are_a_loop():
+def test_request_headers_via_is_appended_and_detects_loop():
     earlier = [(b"via", b"1.1 cdn")]
     assert dict(sent(earlier))[b"via"] == b"1.1 cdn, 1.1 vllm-router"
     assert not loops(earlier)
@@ -320,12 +320,12 @@ def test_via_is_appended_and_too_many_of_ours_are_a_loop():
 
 
 @pytest.mark.parametrize("given", [b"abc-1.2:3@x", b"a" * 128])
-def test_a_fit_request_id_is_kept(given):
+def test_request_id_valid_is_kept(given):
     assert request_id(given) == given
 
 
 @pytest.mark.parametrize("given", [None, b"", b"a" * 129, b"a b", b"a\nb", b"caf\xc3\xa9", b"<x>"])
-def test_any_other_request_id_is_replaced(given):
+def test_request_id_invalid_is_replaced(given):
     made = request_id(given)
     assert len(made) == 32
     assert made != request_id(given)
@@ -343,7 +343,7 @@ def answered(headers: Fields) -> Fields:
     return AnswerHead(headers).for_client(length_in(headers), b"gpu-1", 2, b"rid", anthropic=False)
 
 
-def test_an_answers_fields_pass_and_ours_are_added():
+def test_response_headers_pass_and_router_headers_are_added():
     headers = [(b"content-type", b"text/plain"), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")]
     assert answered(headers) == [
         *headers,
@@ -353,7 +353,7 @@ def test_an_answers_fields_pass_and_ours_are_added():
     ]
 
 
-def test_an_engines_request_id_is_kept():
+def test_response_headers_engine_request_id_is_kept():
     fields = answered([(b"x-request-id", b"theirs")])
     assert [value for name, value in fields if name == b"x-request-id"] == [b"theirs"]
 
@@ -367,11 +367,11 @@ def test_an_engines_request_id_is_kept():
         [(b"transfer-encoding", b"chunked"), (b"keep-alive", b"timeout=5"), (b"trailer", b"x")],
     ],
 )
-def test_hop_by_hop_fields_of_an_answer_stay_with_us(headers):
+def test_response_headers_hop_by_hop_are_dropped(headers):
     assert len(answered(headers)) == 3
 
 
-def test_an_engine_cannot_say_that_it_is_another():
+def test_response_headers_engine_cannot_name_another_server():
     fields = answered([(b"alt-svc", b'h3=":443"'), (b"access-control-allow-origin", b"*")])
     assert dict(fields)[b"x-vllm-router-server"] == b"gpu-1"
     assert len(fields) == 3
@@ -393,7 +393,7 @@ def test_an_engine_cannot_say_that_it_is_another():
         (b"Wed, 21 Oct 2026 07:28:00 GMT", None),
     ],
 )
-def test_retry_after_in_seconds(value, seconds):
+def test_retry_after_is_read_in_seconds(value, seconds):
     assert parse_retry_after(value) == seconds
 
 
@@ -411,6 +411,6 @@ def test_retry_after_in_seconds(value, seconds):
         ([(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"yes")], [b"yes"]),
     ],
 )
-def test_answer_headers_of_a_stream_ask_nginx_not_to_buffer(given, expected):
+def test_response_headers_of_stream_disable_nginx_buffering(given, expected):
     told = AnswerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
     assert [value for name, value in told if name == b"x-accel-buffering"] == expected

@@ -111,13 +111,13 @@ async def told(*pieces: bytes) -> Got:
         (b"HTTP/1.1 200\r\ncontent-length: 1\r\n\r\nx", 200, b"x", True),
     ],
 )
-async def test_answers_however_they_arrive(raw, status, body, reusable, cut):
+async def test_client_response_in_any_split_is_read(raw, status, body, reusable, cut):
     pieces = [raw] if cut == "whole" else [raw[i : i + 1] for i in range(len(raw))]
     got = await told(*pieces)
     assert (got.status, got.body, got.reusable) == (status, body, reusable)
 
 
-async def test_fields_are_lower_case_keep_their_order_and_drop_interim_and_trailers():
+async def test_client_headers_are_lower_case_in_order_without_trailers():
     got = await told(
         b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
         b"HTTP/1.1 200 OK\r\nX-B: 2\r\nx-A:1\r\nX-B:  3 \r\ntransfer-encoding: chunked\r\n\r\n"
@@ -131,14 +131,14 @@ async def test_fields_are_lower_case_keep_their_order_and_drop_interim_and_trail
     ]
 
 
-async def test_compressed_bodies_pass_as_they_are():
+async def test_client_compressed_body_passes_unchanged():
     squeezed = b"\x1f\x8b\x08\x00rest"
     got = await told(ok(squeezed, b"content-encoding: gzip"))
     assert got.body == squeezed
     assert (b"content-encoding", b"gzip") in got.headers
 
 
-async def test_what_stands_behind_an_answer_costs_the_connection_not_the_answer():
+async def test_client_bytes_after_response_close_connection_only():
     for junk in (b"junk", ok(b"second"), b"\x00", b"HTTP/1.1 999"):
         got = await told(ok(b"first") + junk)
         assert (got.body, got.reusable) == (b"first", False)
@@ -186,14 +186,14 @@ LENGTH = b"content-length: 5\r\n"
         b"HTTP/1.1 200 OK\r\ncontent-le",
     ],
 )
-async def test_what_is_not_http_or_framed_ambiguously_is_a_violation(raw, cut):
+async def test_client_invalid_or_ambiguous_response_is_protocol_error(raw, cut):
     pieces = [raw] if cut == "whole" else [raw[i : i + 1] for i in range(len(raw))]
     with pytest.raises(ProtocolViolation):
         await told(*pieces)
 
 
 @pytest.mark.parametrize("size", [1_200_000, 3_000_000])
-async def test_a_head_beyond_measure_is_a_violation(size):
+async def test_client_oversized_head_is_protocol_error(size):
     for head in (
         b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * size + b"\r\ncontent-length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"x-a: 1234\r\n" * (size // 11) + b"\r\n",
@@ -215,12 +215,12 @@ async def test_a_head_beyond_measure_is_a_violation(size):
         sse_head() + chunk(b"data: x\n\n") + b"0\r\n",
     ],
 )
-async def test_an_answer_cut_short_is_a_loss(raw):
+async def test_client_truncated_response_is_connection_lost(raw):
     with pytest.raises(ConnectionLost):
         await told(raw)
 
 
-async def test_a_failed_connection_is_never_used_again():
+async def test_client_failed_connection_is_never_reused():
     async with trio.open_nursery() as nursery:
         pool = Pool("http://127.0.0.1:1")
         for raw in (b"junk\r\n\r\n", b"", sse_head() + chunk(b"x")):
@@ -232,7 +232,7 @@ async def test_a_failed_connection_is_never_used_again():
             assert pool.idle == 0
 
 
-async def test_bytes_are_told_apart_from_silence():
+async def test_client_bytes_are_distinguished_from_silence():
     async with trio.open_nursery() as nursery:
         mute = ScriptedServer(nursery, once(b"")).connection()
         with pytest.raises(ConnectionLost):
@@ -251,7 +251,7 @@ async def test_bytes_are_told_apart_from_silence():
 LARGE = b"x" * 5_000_000
 
 
-async def test_a_large_body_arrives_whole():
+async def test_client_large_body_arrives_whole():
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery)
         got = await exchange(connection := server.connection(), LARGE)
@@ -260,7 +260,7 @@ async def test_a_large_body_arrives_whole():
         connection.close()
 
 
-async def test_an_early_answer_to_a_large_body_is_read_and_the_connection_not_kept():
+async def test_client_early_response_to_large_body_closes_connection():
     """413 and close, as a limit in front of an engine does it."""
 
     async def refuse(talk: Talk) -> None:
@@ -277,7 +277,7 @@ async def test_an_early_answer_to_a_large_body_is_read_and_the_connection_not_ke
         nursery.cancel_scope.cancel()
 
 
-async def test_an_early_answer_of_a_server_that_reads_no_further_ends_the_sending(autojump_clock):
+async def test_client_early_response_of_server_not_reading_ends_sending(autojump_clock):
     async def refuse(talk: Talk) -> None:
         await talk.head()
         await talk.send(answer(429, b"busy"))
@@ -291,7 +291,7 @@ async def test_an_early_answer_of_a_server_that_reads_no_further_ends_the_sendin
         nursery.cancel_scope.cancel()
 
 
-async def test_an_interim_answer_does_not_end_the_sending(autojump_clock):
+async def test_client_interim_response_does_not_end_sending(autojump_clock):
     """100 Continue unasked for, while the server takes its time to read."""
 
     async def slow(talk: Talk) -> None:
@@ -311,7 +311,7 @@ async def test_an_interim_answer_does_not_end_the_sending(autojump_clock):
         connection.close()
 
 
-async def test_a_server_that_never_reads_holds_a_large_request_until_cancelled(autojump_clock):
+async def test_client_large_request_to_server_not_reading_can_be_cancelled(autojump_clock):
     async def deaf(talk: Talk) -> None:
         await trio.sleep(100)
 
@@ -356,7 +356,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     ],
     ids=["fields", "100", "103", "line ends", "trailers", "extension", "late extension", "size"],
 )
-async def test_connection_endless_framing_is_a_violation(pours, start, piece, words):
+async def test_client_endless_framing_is_protocol_error(pours, start, piece, words):
     """However the answer is read; nothing of it is kept."""
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
@@ -377,7 +377,7 @@ async def test_connection_endless_framing_is_a_violation(pours, start, piece, wo
     assert re.search(words, str(error))
 
 
-async def test_connection_answer_with_too_many_fields_is_a_violation():
+async def test_client_too_many_headers_is_protocol_error():
     fields = [b"x-%d: y" % number for number in range(1100)]
     with pytest.raises(ProtocolViolation, match="1000 fields"):
         await told(answer(200, b"{}", *fields))
@@ -398,7 +398,7 @@ def open_sockets() -> int:
     )
 
 
-async def test_a_refused_connection_is_a_failed_connect():
+async def test_connect_refused_is_connect_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         pool = Pool(f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -406,13 +406,13 @@ async def test_a_refused_connection_is_a_failed_connect():
             await open_within(pool, 5)
 
 
-async def test_an_unknown_name_is_a_failed_connect():
+async def test_connect_unknown_name_is_connect_error():
     with pytest.raises(ConnectFailed):
         await open_within(Pool("http://no-such-host.invalid:1"), 5)
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
-async def test_being_out_of_descriptors_is_our_own_fault(monkeypatch, code):
+async def test_connect_without_descriptors_is_router_error(monkeypatch, code):
     def no_socket(*args, **kwargs):
         raise OSError(code, "no more")
 
@@ -421,7 +421,7 @@ async def test_being_out_of_descriptors_is_our_own_fault(monkeypatch, code):
         await transport.connect((socket.AF_INET, ("127.0.0.1", 9)))
 
 
-async def test_a_cancelled_connect_leaves_no_socket():
+async def test_connect_cancelled_leaks_no_socket():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -438,7 +438,7 @@ async def test_a_cancelled_connect_leaves_no_socket():
             sock.close()
 
 
-async def test_tls_that_is_none_is_a_failed_connect():
+async def test_connect_tls_to_plain_port_is_connect_error():
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery, once(b"plain\r\n\r\n"))
 
@@ -457,7 +457,7 @@ async def test_tls_that_is_none_is_a_failed_connect():
 PEM = Path(__file__).parents[2] / "data" / "localhost.pem"
 
 
-async def test_tls_connections_are_kept_and_those_the_server_closed_are_not_taken():
+async def test_tls_connection_is_reused_unless_server_closed_it():
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
         for _ in range(2):
             seen = b""
@@ -511,7 +511,7 @@ UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nall of it"
 
 @pytest.mark.parametrize("said", [UNTIL_CLOSE, sse_head() + chunk(b"x"), b"HTTP/1.1 200", b""])
 @pytest.mark.parametrize("goodbye", [True, False])
-async def test_tls_body_until_close_is_whole_only_with_a_goodbye(said, goodbye):
+async def test_tls_body_until_close_needs_close_notify(said, goodbye):
     """RFC 9112 section 9.8: without close_notify anybody on the way may have cut it."""
 
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
@@ -579,7 +579,7 @@ async def test_tls_connection_leaves_nothing_for_the_collector(host):
         ("unknown", "its certificate is not trusted: self-signed certificate"),
     ],
 )
-async def test_tls_handshake_that_fails_tells_why(reason, words):
+async def test_tls_handshake_failure_has_reason(reason, words):
     async def other(talk: Talk) -> None:
         if reason == "plain":
             await talk.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -616,7 +616,7 @@ async def used(server: ScriptedServer) -> Connection:
     return connection
 
 
-async def test_a_connection_is_used_again_the_last_one_first():
+async def test_pool_reuses_last_connection_first():
     async with pooled() as (pool, server):
         first, second = await used(server), await used(server)
         pool.give_back(first, 0.0)
@@ -630,7 +630,7 @@ async def test_a_connection_is_used_again_the_last_one_first():
         second.close()
 
 
-async def test_an_idle_connection_is_kept_for_less_than_three_seconds():
+async def test_pool_keeps_idle_connection_less_than_three_seconds():
     async with pooled() as (pool, server):
         connection = await used(server)
         pool.give_back(connection, 10.0)
@@ -641,7 +641,7 @@ async def test_an_idle_connection_is_kept_for_less_than_three_seconds():
         assert server.open == 0
 
 
-async def test_sweeping_closes_what_is_too_old_and_nothing_else():
+async def test_pool_sweep_closes_expired_connections_only():
     async with pooled() as (pool, server):
         for now in (0.0, 1.0, 2.0):
             pool.give_back(await used(server), now)
@@ -656,7 +656,7 @@ async def test_sweeping_closes_what_is_too_old_and_nothing_else():
         assert pool.idle == 0
 
 
-async def test_a_connection_the_server_closed_or_spoke_on_is_not_taken():
+async def test_pool_skips_connection_closed_or_with_unread_input():
     async def talkative(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"{}"))
@@ -672,7 +672,7 @@ async def test_a_connection_the_server_closed_or_spoke_on_is_not_taken():
             assert pool.take_idle(0.0) is None
 
 
-async def test_only_whole_answers_give_a_connection_back():
+async def test_pool_takes_connection_back_only_after_whole_response():
     async with pooled(answering(ok(b"{}"))) as (pool, server):
         connection = server.connection()
         pool.give_back(connection, 0.0)
@@ -686,7 +686,7 @@ async def test_only_whole_answers_give_a_connection_back():
         half.close()
 
 
-async def test_a_closed_pool_keeps_nothing():
+async def test_pool_when_closed_keeps_nothing():
     async with pooled() as (pool, server):
         early, late = await used(server), await used(server)
         pool.give_back(early, 0.0)
@@ -696,7 +696,7 @@ async def test_a_closed_pool_keeps_nothing():
         assert (pool.idle, server.open) == (0, 0)
 
 
-async def test_cancellation_anywhere_closes_the_socket_when_given_back():
+async def test_pool_closes_connection_after_any_cancellation():
     async def half(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"x" * 50)[:-10])
@@ -717,7 +717,7 @@ async def test_cancellation_anywhere_closes_the_socket_when_given_back():
             assert server.open == 0
 
 
-async def test_a_stale_connection_fails_without_a_byte():
+async def test_client_stale_connection_fails_without_a_byte():
     async def hang_up(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"{}"))
@@ -801,7 +801,7 @@ RAW = st.builds(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_whatever_it_takes_for_an_answer_h11_reads_the_same(raw, cuts):
+def test_client_every_accepted_response_reads_like_h11(raw, cuts):
     points = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
     pieces = [raw[start:end] for start, end in itertools.pairwise(points)]
 

@@ -72,7 +72,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         (b"SSH-2.0-OpenSSH\r\n", 400),
     ],
 )
-async def test_doubtful_head_is_refused_and_nothing_behind_it_is_read(data, status):
+async def test_server_doubtful_head_is_refused_and_rest_unread(data, status):
     async with running() as on, connected(on.port) as client:
         await client.send(data + post("/v1/smuggled"))
         reply = await client.reply()
@@ -110,14 +110,14 @@ async def test_doubtful_head_is_refused_and_nothing_behind_it_is_read(data, stat
     ],
 )
 @pytest.mark.parametrize("bytewise", [False, True])
-def test_malformed_chunk_is_refused(body, bytewise):
+def test_server_malformed_chunk_is_refused(body, bytewise):
     coding = ChunkedBody()
     with pytest.raises(Refusal, match=r"chunk|trailer"):
         for piece in [body[i : i + 1] for i in range(len(body))] if bytewise else [body]:
             coding.feed(piece)
 
 
-async def test_malformed_chunk_ends_the_request_and_the_connection():
+async def test_server_malformed_chunk_ends_request_and_connection():
     async with running() as on, connected(on.port) as client:
         await client.send(CHUNKED + b"3\r\nabc\r\n")
         await soon(lambda: on.app.received == 3)
@@ -129,7 +129,7 @@ async def test_malformed_chunk_ends_the_request_and_the_connection():
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_head_may_have_just_so_many_bytes(kind):
+async def test_server_head_size_limit_is_exact(kind):
     async with running(kind) as on:
         for size, status in [(61440, 200), (61441, 431)]:
             for pieces in (1, 7):
@@ -144,14 +144,14 @@ async def test_head_may_have_just_so_many_bytes(kind):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_endless_head_is_refused_when_it_is_too_long(kind):
+async def test_server_endless_head_is_refused_at_limit(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(HEAD + b"X: " + b"x" * 70_000)
         assert (await client.reply()).status == 431
         assert await client.closed()
 
 
-async def test_refusal_waits_for_the_answers_before_it():
+async def test_server_refusal_waits_for_earlier_responses():
     async with running() as on, connected(on.port) as client:
         await client.send(post("/v1/hang") + b"nonsense\r\n\r\n")
         await soon(lambda: on.app.active)
@@ -161,7 +161,7 @@ async def test_refusal_waits_for_the_answers_before_it():
         assert (await client.reply()).status == 400
 
 
-async def test_empty_lines_before_a_request_are_ignored():
+async def test_server_empty_lines_before_request_are_ignored():
     async with running() as on, connected(on.port) as client:
         for piece in (b"\r\n", b"\r", b"\n\r", b"\n" + post(), b"\r\n\r\n" + post()):
             await client.send(piece)
@@ -170,13 +170,13 @@ async def test_empty_lines_before_a_request_are_ignored():
         assert (await client.reply()).status == 200
 
 
-async def test_empty_lines_are_skipped_however_many():
+async def test_server_many_empty_lines_before_request_are_skipped():
     async with running() as on, connected(on.port) as client:
         await client.send(b"\r\n" * 50_000 + post())
         assert (await client.reply()).status == 200
 
 
-async def test_refusal_of_a_body_is_told_to_a_client_that_sends_no_more():
+async def test_server_body_refusal_reaches_client_that_stopped_sending():
     async with running() as on:
         for _ in range(16):  # tasks take turns at random
             on.app.received = 0
@@ -189,7 +189,7 @@ async def test_refusal_of_a_body_is_told_to_a_client_that_sends_no_more():
                 assert (await client.reply()).status == 400
 
 
-async def test_refusal_of_the_first_chunk_is_told():
+async def test_server_refusal_of_first_chunk_reaches_client():
     told = []
     async with running(told=lambda *about: told.append(about)) as on:
         async with connected(on.port) as client:
@@ -200,7 +200,7 @@ async def test_refusal_of_the_first_chunk_is_told():
     assert (refusal.status, line) == (400, b"POST /v1/score HTTP/1.1")
 
 
-async def test_request_that_comes_when_the_patience_ends_is_answered():
+async def test_server_request_at_end_of_patience_is_answered():
     client, side = socket.socketpair()
     with client:
         side.setblocking(False)
@@ -213,7 +213,7 @@ async def test_request_that_comes_when_the_patience_ends_is_answered():
         assert client.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_drain_loses_nothing_that_is_just_being_handed_over():
+async def test_server_drain_loses_no_request_being_handed_over():
     moved = []
 
     async def drain() -> None:
@@ -236,7 +236,7 @@ async def test_drain_loses_nothing_that_is_just_being_handed_over():
     assert moved == [get("/page")] * 8
 
 
-async def test_continue_is_not_said_for_a_refusal():
+async def test_server_refusal_sends_no_continue():
     async with running() as on, connected(on.port) as client:
         await client.send(post("/v1/early", b"abc", b"Expect: 100-continue")[:-3])
         reply = await client.reply()
@@ -244,7 +244,7 @@ async def test_continue_is_not_said_for_a_refusal():
         assert await client.closed()
 
 
-async def test_http_1_0_may_keep_the_connection():
+async def test_server_http_1_0_may_keep_connection():
     async with running() as on, connected(on.port) as client:
         for _ in range(2):
             await client.send(post(CHAT, b"{}", b"Connection: Keep-Alive", version="1.0"))
@@ -252,7 +252,7 @@ async def test_http_1_0_may_keep_the_connection():
             assert reply.headers["connection"] == "keep-alive"
 
 
-async def test_slow_client_is_no_reason_to_wait_for_others():
+async def test_server_slow_client_delays_no_other():
     async with running() as on:
         async with connected(on.port) as slow, connected(on.port) as quick:
             await slow.send(post("/v1/flood"))
@@ -288,7 +288,7 @@ async def nothing(scope, receive, send):
     await send({"type": "http.response.body"})
 
 
-async def test_idle_connection_is_closed_after_the_keep_alive_time(autojump_clock):
+async def test_server_idle_connection_is_closed_after_keep_alive_time(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing)
         assert await on.received() == b""
@@ -296,7 +296,7 @@ async def test_idle_connection_is_closed_after_the_keep_alive_time(autojump_cloc
         nursery.cancel_scope.cancel()
 
 
-async def test_empty_line_behind_a_request_does_not_keep_the_connection(autojump_clock):
+async def test_server_empty_line_after_request_does_not_keep_connection(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing)
         await trio.sleep(10)
@@ -307,7 +307,7 @@ async def test_empty_line_behind_a_request_does_not_keep_the_connection(autojump
         nursery.cancel_scope.cancel()
 
 
-async def test_head_has_ten_seconds_however_it_trickles(autojump_clock):
+async def test_server_trickling_head_has_ten_seconds(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing)
 
@@ -322,7 +322,7 @@ async def test_head_has_ten_seconds_however_it_trickles(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_body_may_take_long_if_it_keeps_its_rate(autojump_clock):
+async def test_server_long_body_at_minimum_rate_is_accepted(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing, min_body_rate=10)
         await on.client.send_all(HEAD + b"Content-Length: 6000\r\n\r\n")
@@ -333,7 +333,7 @@ async def test_body_may_take_long_if_it_keeps_its_rate(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_trickling_body_gets_no_more_than_its_share(autojump_clock):
+async def test_server_trickling_body_is_timed_out(autojump_clock):
     async with trio.open_nursery() as nursery:
         on = Memory(nursery, nothing, min_body_rate=10)
         await on.client.send_all(HEAD + b"Content-Length: 6000\r\n\r\n")
@@ -349,7 +349,7 @@ async def test_trickling_body_gets_no_more_than_its_share(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_waiting_for_the_application_is_not_the_clients_slowness(autojump_clock):
+async def test_server_application_time_does_not_count_for_client(autojump_clock):
     async def dawdle(scope, receive, send):
         await receive()
         await trio.sleep(300)
@@ -370,12 +370,12 @@ async def test_waiting_for_the_application_is_not_the_clients_slowness(autojump_
 
 
 @pytest.mark.parametrize("value", [b"a", b"a:80", b"a.b-c_d", b"[::1]:8000", b"[fe80::1%25eth0]"])
-def test_valid_hosts(value):
+def test_server_valid_host_is_accepted(value):
     assert valid_host(value)
 
 
 @pytest.mark.parametrize("value", [b"", b":80", b"a b", b"a/", b"a:b", b"[::1", b"u@a", b"a,b"])
-def test_invalid_hosts(value):
+def test_server_invalid_host_is_refused(value):
     assert not valid_host(value)
 
 
@@ -390,7 +390,7 @@ def test_invalid_hosts(value):
         (b"HTTPS://h:1?b", (b"/", b"b")),
     ],
 )
-def test_targets(target, expected):
+def test_server_target_is_accepted_or_refused(target, expected):
     assert split_target("GET", target) == expected
 
 
@@ -406,7 +406,7 @@ def start(status: int = 200, *headers: tuple[bytes, bytes]):
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-def test_answer_in_one_piece_has_its_length():
+def test_server_response_in_one_piece_has_length():
     answer = answer_to()
     answer.hold(start(200, (b"date", b"now")))
     assert answer.encode(body(b"abc"), close=False) == (
@@ -414,7 +414,7 @@ def test_answer_in_one_piece_has_its_length():
     )
 
 
-def test_connection_fields_of_the_application_are_not_its_own_to_send():
+def test_server_connection_headers_of_application_are_dropped():
     answer = answer_to()
     fields = ((b"Transfer-Encoding", b"gzip"), (b"Keep-Alive", b"5"), (b"Connection", b"close"))
     answer.hold(start(200, (b"date", b"now"), *fields))
@@ -425,7 +425,7 @@ def test_connection_fields_of_the_application_are_not_its_own_to_send():
 
 
 @pytest.mark.parametrize("sent", [b"ab", b"abcd"])
-def test_answer_of_another_length_than_it_says_is_an_error(sent):
+def test_server_response_of_wrong_length_raises(sent):
     answer = answer_to()
     answer.hold(start(200, (b"content-length", b"3")))
     with pytest.raises(RuntimeError):
@@ -434,7 +434,7 @@ def test_answer_of_another_length_than_it_says_is_an_error(sent):
 
 
 @pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0b"])
-def test_control_characters_in_fields_are_an_error(value):
+def test_server_control_characters_in_headers_raise(value):
     for field in ((b"x", value), (value, b"x")):
         answer = answer_to()
         answer.hold(start(200, field))
@@ -443,20 +443,20 @@ def test_control_characters_in_fields_are_an_error(value):
 
 
 @pytest.mark.parametrize("status", [100, 101, 199, 99, 1000])
-def test_interim_status_is_no_answer(status):
+def test_server_interim_status_as_response_raises(status):
     answer = answer_to()
     answer.hold(start(status))
     with pytest.raises(RuntimeError):
         answer.encode(body(b""), close=False)
 
 
-def test_unknown_status_is_sent_without_a_reason():
+def test_server_unknown_status_has_no_reason():
     answer = answer_to()
     answer.hold(start(599))
     assert answer.encode(body(b""), close=False).startswith(b"HTTP/1.1 599 \r\n")
 
 
-def test_empty_part_of_a_stream_is_not_its_end():
+def test_server_empty_part_does_not_end_stream():
     answer = answer_to()
     answer.hold(start())
     assert answer.encode(body(b"", more=True), close=False).endswith(b"\r\n\r\n")
@@ -467,7 +467,7 @@ def test_empty_part_of_a_stream_is_not_its_end():
         answer.encode(body(b""), close=False)
 
 
-def test_messages_out_of_order_are_errors():
+def test_server_messages_out_of_order_raise():
     answer = answer_to()
     with pytest.raises(RuntimeError):
         answer.encode(body(b""), close=False)
@@ -476,7 +476,7 @@ def test_messages_out_of_order_are_errors():
         answer.hold(start())
 
 
-def test_chunked_helper_of_these_tests_is_understood():
+def test_chunked_helper_body_is_parsed():
     data = chunked("/", b"abc", b"de").partition(b"\r\n\r\n")[2]
     coding = ChunkedBody()
     pieces, used = coding.feed(data + b"next")

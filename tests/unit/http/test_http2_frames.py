@@ -56,19 +56,19 @@ def test_cutter_any_split_keeps_bytes_and_counts(frames, sizes):
         (frame(77), 1),
     ],
 )
-def test_cutter_counts_frames_that_are_no_request(one, overhead):
+def test_cutter_counts_frames_outside_requests(one, overhead):
     (piece,) = FrameCutter().cut(bytes(PREFACE) + one)
     assert (piece.overhead, piece.updates) == (overhead, 0)
 
 
-def test_cutter_overlong_frame_is_seen_by_its_head():
+def test_cutter_overlong_frame_is_detected_by_head():
     for length, overlong in [(16384, False), (16385, True), (0xFFFFFF, True)]:
         head = length.to_bytes(3, "big") + bytes(6)
         pieces = FrameCutter().cut(bytes(PREFACE) + frame(SETTINGS) + head)
         assert [piece.overlong for piece in pieces] == [overlong]
 
 
-def test_cutter_large_frames_are_not_cut():
+def test_cutter_large_frames_stay_whole():
     data = bytes(PREFACE) + frame(DATA, bytes(16000)) * 3
     assert [len(piece.data) for piece in FrameCutter().cut(data)] == [len(data)]
 

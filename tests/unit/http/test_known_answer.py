@@ -74,7 +74,7 @@ def knowing(*answers: bytes) -> KnownAnswer:
     return known
 
 
-def test_same_head_is_known_with_any_length():
+def test_known_response_same_head_with_any_length_matches():
     known = knowing(HEAD % 5 + b"hello")
     for body in (b"hello", b"", b"other", b"x" * 70_000):
         data = HEAD % len(body) + body
@@ -82,14 +82,14 @@ def test_same_head_is_known_with_any_length():
         assert told([data], known) == told([data], None)
 
 
-def test_fields_of_an_earlier_answer_are_left_alone():
+def test_known_response_headers_of_earlier_response_stay_unchanged():
     known = knowing(HEAD % 5 + b"hello")
     first, _ = known.read(HEAD % 2 + b"hi")
     known.read(HEAD % 3 + b"you")
     assert (b"content-length", b"2") in first.headers
 
 
-def test_whatever_else_differs_is_parsed():
+def test_known_response_other_difference_is_parsed():
     known = knowing(HEAD % 5 + b"hello")
     for data in (
         HEAD.replace(b"03:00:00", b"03:00:01") % 5 + b"hello",
@@ -107,7 +107,7 @@ def test_whatever_else_differs_is_parsed():
         assert told([data], known) == told([data], None)
 
 
-def test_only_whole_answers_with_a_length_on_a_kept_connection_are_remembered():
+def test_known_response_only_whole_keep_alive_responses_are_remembered():
     for answer in (
         HEAD.replace(b"server", b"connection: close\r\nserver") % 5 + b"hello",
         HEAD.replace(b"content-length: %d", b"transfer-encoding: chunked") + b"0\r\n\r\n",
@@ -121,7 +121,7 @@ def test_only_whole_answers_with_a_length_on_a_kept_connection_are_remembered():
         assert known.read(HEAD % 5 + b"hello") is None
 
 
-def test_connection_goes_on_with_what_is_not_known():
+def test_known_response_unknown_head_continues_connection():
     known = knowing(HEAD % 2 + b"ok")
     strange = HEAD.replace(b"uvicorn", b"other") % 3 + b"yes"
     connection = Connection(Scripted([HEAD % 2 + b"ok", strange, HEAD % 4 + b"half"]), known)
@@ -155,7 +155,7 @@ DATA = st.one_of(WHOLE, st.lists(PARTS, max_size=8).map(b"".join))
 
 
 @given(st.lists(st.tuples(DATA, st.integers(0, 400)), min_size=1, max_size=6))
-def test_any_sequence_of_answers_means_the_same(answers: list[tuple[bytes, int]]):
+def test_known_response_any_sequence_equals_parsing(answers: list[tuple[bytes, int]]):
     known = KnownAnswer()
     for data, cut in answers:
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]

@@ -35,7 +35,7 @@ def knowing(data: bytes) -> KnownHead:
     return known
 
 
-def test_same_head_with_another_length_is_known():
+def test_known_head_same_head_with_other_length_matches():
     known = knowing(HEAD % b"5")
     for length in (b"5", b"0", b"123456", b"007"):
         data = HEAD % length
@@ -44,7 +44,7 @@ def test_same_head_with_another_length_is_known():
         assert seen(head) == seen(parsed(data))
 
 
-def test_fields_of_an_earlier_request_are_left_alone():
+def test_known_head_headers_of_earlier_request_stay_unchanged():
     known = knowing(HEAD % b"5")
     first = known.read(HEAD % b"6", len(HEAD % b"6"))
     assert first is not None
@@ -53,7 +53,7 @@ def test_fields_of_an_earlier_request_are_left_alone():
     assert (b"content-length", b"6") in fields
 
 
-def test_whatever_else_differs_is_parsed():
+def test_known_head_other_difference_is_parsed():
     known = knowing(HEAD % b"5")
     for other in (
         HEAD.replace(b"POST", b"PUT ") % b"5",
@@ -72,7 +72,7 @@ def test_whatever_else_differs_is_parsed():
         assert known.read(other, len(other)) is None
 
 
-def test_only_lengths_are_left_open():
+def test_known_head_only_length_may_differ():
     for data in (
         b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -91,7 +91,7 @@ _heads = st.lists(st.tuples(_name, _value), max_size=5).map(
 
 
 @given(_heads, _heads)
-def test_known_or_not_it_means_the_same(first: bytes, second: bytes):
+def test_known_head_match_equals_parsing(first: bytes, second: bytes):
     try:
         known = knowing(first)
     except Refusal:

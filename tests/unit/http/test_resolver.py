@@ -118,7 +118,7 @@ async def reach(name: Name, turn: int = 0, within: float = 5.0) -> str:
 # -- the resolver ------------------------------------------------------------------------------
 
 
-async def test_name_many_connections_ask_the_resolver_once(autojump_clock, network):
+async def test_name_many_connections_look_up_once(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     names = Resolver(resolver)
     network.is_there["10.0.0.1"] = 0.0
@@ -128,7 +128,7 @@ async def test_name_many_connections_ask_the_resolver_once(autojump_clock, netwo
     assert len(resolver.asked) == 1
 
 
-async def test_name_that_is_known_is_looked_up_beside_the_connection(autojump_clock, network):
+async def test_name_known_is_refreshed_in_background(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there["10.0.0.1"] = 0.0
@@ -145,7 +145,7 @@ async def test_name_that_is_known_is_looked_up_beside_the_connection(autojump_cl
 @pytest.mark.parametrize(
     "trouble", [NO_ANSWER, NO_SUCH_NAME, OSError("broken"), (), None, ValueError()]
 )
-async def test_name_addresses_stay_in_use_whatever_the_resolver_says(
+async def test_name_addresses_survive_any_resolver_failure(
     autojump_clock, network, caplog, trouble
 ):
     """For two hours in which it fails, knows no such name, finds nothing, or hangs."""
@@ -168,7 +168,7 @@ async def test_name_addresses_stay_in_use_whatever_the_resolver_says(
     assert "last known addresses stay in use" in warnings[0]
 
 
-async def test_name_comes_back_when_the_resolver_does(autojump_clock, network):
+async def test_name_recovers_with_the_resolver(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there.update({"10.0.0.1": 0.0, "10.0.0.2": 0.0})
@@ -184,13 +184,13 @@ async def test_name_comes_back_when_the_resolver_does(autojump_clock, network):
     assert name.failure == ""
 
 
-async def test_name_that_was_never_found_is_no_fault_of_the_server(autojump_clock, network):
+async def test_name_never_resolved_is_not_counted_against_server(autojump_clock, network):
     name = FakeResolver().name()
     with pytest.raises(NameNotResolved, match=r"gpu\.test: the resolver knows no address"):
         await reach(name)
 
 
-async def test_name_hanging_resolver_is_given_up_and_asked_again(autojump_clock, network):
+async def test_name_hanging_resolver_is_abandoned_and_asked_again(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     resolver.delay = None
     name = resolver.name()
@@ -212,7 +212,7 @@ async def test_name_failing_resolver_is_not_flooded(autojump_clock, network):
     assert len(resolver.asked) <= 12
 
 
-async def test_resolver_forgets_names_that_nothing_uses(autojump_clock):
+async def test_resolver_forgets_unused_names(autojump_clock):
     resolver = Resolver(FakeResolver("10.0.0.1"))
     name = resolver.name("gpu.test")
     assert resolver.name("gpu.test") is name
@@ -221,7 +221,7 @@ async def test_resolver_forgets_names_that_nothing_uses(autojump_clock):
     assert not list(resolver._names)
 
 
-async def test_system_look_up_knows_the_hosts_file():
+async def test_system_lookup_reads_hosts_file():
     name = Resolver().name("localhost")
     name.refresh(trio.current_time())
     with trio.fail_after(30):
@@ -229,7 +229,7 @@ async def test_system_look_up_knows_the_hosts_file():
     assert {host[1] for host in name.hosts} <= {"127.0.0.1", "::1"}
 
 
-async def test_system_look_up_invalid_name_is_not_resolved():
+async def test_system_lookup_invalid_name_is_not_resolved():
     with pytest.raises(NameNotResolved), trio.fail_after(30):
         await Pool(f"http://{'a' * 70}.test:1").open(trio.current_time())
 
@@ -237,7 +237,7 @@ async def test_system_look_up_invalid_name_is_not_resolved():
 # -- addresses ---------------------------------------------------------------------------------
 
 
-async def test_addresses_families_alternate_and_equals_are_turned(autojump_clock):
+async def test_addresses_alternate_families_and_rotate_equals(autojump_clock):
     name = FakeResolver("fd00::1", "fd00::2", "10.0.0.1", "10.0.0.2", "10.0.0.3").name()
     name.refresh(0.0)
     await name.found()
@@ -261,11 +261,11 @@ async def test_addresses_families_alternate_and_equals_are_turned(autojump_clock
         ("", None),
     ],
 )
-def test_literal_address_is_one_without_a_look_up(text, expected):
+def test_literal_address_needs_no_lookup(text, expected):
     assert literal_address(text, 8000) == expected
 
 
-async def test_addresses_beyond_measure_are_cut(autojump_clock):
+async def test_addresses_are_limited(autojump_clock):
     many = [f"10.{number // 250}.1.{number % 250}" for number in range(10_000)]
     name = FakeResolver(*many).name()
     name.refresh(0.0)
@@ -273,7 +273,7 @@ async def test_addresses_beyond_measure_are_cut(autojump_clock):
     assert texts(name.addresses(80, 0.0, 0)) == many[:MAX_ADDRESSES]
 
 
-async def test_pool_addresses_of_a_name_are_used_in_turn(autojump_clock, network, caplog):
+async def test_pool_rotates_addresses_of_a_name(autojump_clock, network, caplog):
     resolver = Resolver(FakeResolver("10.0.0.1", "10.0.0.2"))
     network.is_there.update({"10.0.0.1": 0.0, "10.0.0.2": 0.0})
     pool = Pool("http://gpu.test:80", resolver=resolver)
@@ -289,7 +289,7 @@ async def test_pool_addresses_of_a_name_are_used_in_turn(autojump_clock, network
     assert "gpu.test has 2 addresses (10.0.0.1, 10.0.0.2)" in caplog.text
 
 
-async def test_pool_a_name_in_both_families_is_no_reason_to_warn(autojump_clock, network, caplog):
+async def test_pool_name_in_both_families_logs_no_warning(autojump_clock, network, caplog):
     network.is_there["fd00::1"] = 0.0
     pool = Pool("http://gpu.test:80", resolver=Resolver(FakeResolver("fd00::1", "10.0.0.1")))
     for _ in range(4):
@@ -301,9 +301,7 @@ async def test_pool_a_name_in_both_families_is_no_reason_to_warn(autojump_clock,
 # -- the race ----------------------------------------------------------------------------------
 
 
-async def test_race_first_address_that_swallows_costs_a_quarter_second_once(
-    autojump_clock, network
-):
+async def test_race_swallowing_first_address_costs_a_quarter_second_once(autojump_clock, network):
     name = FakeResolver("10.0.0.1", "10.0.0.2").name()
     network.is_there["10.0.0.2"] = 0.0
     began = trio.current_time()
@@ -329,9 +327,7 @@ async def test_race_refused_address_costs_nothing(autojump_clock, network):
 
 @pytest.mark.parametrize("old", [float("inf"), ConnectFailed("Connection refused")])
 @pytest.mark.parametrize("delay", [0.01, 1.5])
-async def test_race_name_that_has_moved_is_followed_within_the_same_request(
-    autojump_clock, network, old, delay
-):
+async def test_race_moved_name_is_followed_within_one_request(autojump_clock, network, old, delay):
     """Whether the old address swallows or refuses; a slow resolver is waited for if it swallows."""
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
@@ -348,9 +344,7 @@ async def test_race_name_that_has_moved_is_followed_within_the_same_request(
     assert await reach(name) == "10.0.0.2"
 
 
-async def test_race_resolver_that_lies_does_not_cut_off_a_server_that_works(
-    autojump_clock, network
-):
+async def test_race_lying_resolver_does_not_cut_off_working_server(autojump_clock, network):
     """It says another address, where nothing answers, for ten minutes."""
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
@@ -362,7 +356,7 @@ async def test_race_resolver_that_lies_does_not_cut_off_a_server_that_works(
         assert await reach(name) == "10.0.0.1"
 
 
-async def test_race_old_address_is_forgotten_once_a_new_one_works(autojump_clock, network):
+async def test_race_old_address_is_forgotten_once_new_one_works(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there.update({"10.0.0.1": 0.0, "10.0.0.2": 0.0})
@@ -375,7 +369,7 @@ async def test_race_old_address_is_forgotten_once_a_new_one_works(autojump_clock
     assert texts(name.addresses(80, trio.current_time(), 0)) == ["10.0.0.2"]
 
 
-async def test_race_all_refused_tells_where_and_why(autojump_clock, network):
+async def test_race_all_refused_reports_addresses_and_reasons(autojump_clock, network):
     name = FakeResolver("10.0.0.1", "fd00::1").name()
     network.is_there["10.0.0.1"] = ConnectFailed("Connection refused")
     network.is_there["fd00::1"] = ConnectFailed("Network is unreachable")
@@ -386,7 +380,7 @@ async def test_race_all_refused_tells_where_and_why(autojump_clock, network):
     )
 
 
-async def test_race_own_fault_at_one_address_leaves_the_others(autojump_clock, network):
+async def test_race_router_error_at_one_address_tries_the_others(autojump_clock, network):
     name = FakeResolver("::1", "127.0.0.1").name()
     network.is_there.update({"::1": OwnFault("cannot assign"), "127.0.0.1": 0.0})
     assert await reach(name) == "127.0.0.1"
@@ -395,7 +389,7 @@ async def test_race_own_fault_at_one_address_leaves_the_others(autojump_clock, n
         await reach(name)
 
 
-async def test_race_losers_and_cancelled_races_leave_no_socket(autojump_clock, network):
+async def test_race_losers_and_cancelled_races_leak_no_socket(autojump_clock, network):
     name = FakeResolver("10.0.0.1", "10.0.0.2").name()
     network.is_there.update({"10.0.0.1": 0.4, "10.0.0.2": 0.149})
     await reach(name)
@@ -408,7 +402,7 @@ async def test_race_losers_and_cancelled_races_leave_no_socket(autojump_clock, n
     assert network.open == 1
 
 
-async def test_race_hanging_resolver_delays_no_refusal_for_long(autojump_clock, network):
+async def test_race_hanging_resolver_does_not_delay_refusal(autojump_clock, network):
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there["10.0.0.1"] = ConnectFailed("Connection refused")
@@ -425,7 +419,7 @@ async def test_race_hanging_resolver_delays_no_refusal_for_long(autojump_clock, 
 # -- sockets -----------------------------------------------------------------------------------
 
 
-async def test_connect_asks_silent_peers_whether_they_are_there():
+async def test_connect_enables_keepalive_on_sockets():
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery)
         port = await nursery.start(server.listen)
@@ -437,7 +431,7 @@ async def test_connect_asks_silent_peers_whether_they_are_there():
         nursery.cancel_scope.cancel()
 
 
-async def test_connect_that_is_slow_says_so_and_goes_on():
+async def test_connect_slow_is_logged_and_continues():
     told: list[str] = []
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -47,7 +47,7 @@ def received(peer: socket.socket) -> bytes:
 # -- reading ------------------------------------------------------------------------------------
 
 
-async def test_reads_what_comes_and_then_the_end():
+async def test_socket_read_returns_data_then_end():
     with pair() as (wire, peer):
         async with trio.open_nursery() as nursery:
             got = []
@@ -68,7 +68,7 @@ async def test_reads_what_comes_and_then_the_end():
 
 
 @pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE])
-async def test_whatever_does_not_fit_into_one_read_is_read_without_further_news(size: int):
+async def test_socket_read_beyond_one_buffer_needs_no_new_event(size: int):
     ours, theirs = await _tcp()
     wire = Wire(ours)
     try:
@@ -88,7 +88,7 @@ async def test_whatever_does_not_fit_into_one_read_is_read_without_further_news(
         theirs.close()
 
 
-async def test_cancelled_read_loses_nothing():
+async def test_socket_cancelled_read_loses_nothing():
     with pair() as (wire, peer):
         with trio.move_on_after(0.01):
             await wire.read()
@@ -100,7 +100,7 @@ async def test_cancelled_read_loses_nothing():
         assert wire.silent
 
 
-async def test_what_came_unread_before_the_end_is_read_before_it():
+async def test_socket_unread_data_before_end_is_read_first():
     with pair() as (wire, peer):
         peer.send(b"goodbye")
         peer.close()
@@ -112,7 +112,7 @@ async def test_what_came_unread_before_the_end_is_read_before_it():
 # -- writing ------------------------------------------------------------------------------------
 
 
-async def test_writes_leave_together_when_all_have_had_their_turn():
+async def test_socket_writes_of_one_turn_are_sent_together():
     with pair() as (wire, peer):
         wire.write(b"one ")
         wire.write(b"two")
@@ -121,7 +121,7 @@ async def test_writes_leave_together_when_all_have_had_their_turn():
         assert received(peer) == b"one two"
 
 
-async def test_request_is_not_sent_to_a_peer_that_has_spoken_unasked():
+async def test_socket_request_is_not_sent_after_unsolicited_input():
     with pair() as (wire, peer):
         wire.ask(b"request")
         peer.send(b"unasked")  # after the loop has looked, before the request leaves
@@ -131,7 +131,7 @@ async def test_request_is_not_sent_to_a_peer_that_has_spoken_unasked():
         assert wire.broken
 
 
-async def test_request_is_not_sent_to_a_peer_that_has_closed():
+async def test_socket_request_is_not_sent_to_closed_peer():
     with pair() as (wire, peer):
         wire.ask(b"request")
         peer.close()
@@ -139,7 +139,7 @@ async def test_request_is_not_sent_to_a_peer_that_has_closed():
             await wire.read()
 
 
-async def test_request_is_sent_to_a_silent_peer():
+async def test_socket_request_is_sent_to_silent_peer():
     with pair() as (wire, peer):
         wire.ask(b"request")
         await trio.testing.wait_all_tasks_blocked()
@@ -148,14 +148,14 @@ async def test_request_is_sent_to_a_silent_peer():
         assert await wire.read() == b"answer"
 
 
-async def test_large_write_is_not_put_off():
+async def test_socket_large_write_is_sent_at_once():
     with pair() as (wire, peer):
         wire.write(b"small")
         wire.write(b"x" * (SOON + 1))
         assert len(received(peer)) == 5 + SOON + 1
 
 
-async def test_peer_that_does_not_read_is_waited_for():
+async def test_socket_write_waits_for_peer_that_does_not_read():
     with pair() as (wire, peer):
         whole = b"x" * 10_000_000
         wire.write(whole)
@@ -173,7 +173,7 @@ async def test_peer_that_does_not_read_is_waited_for():
         assert not wire.late
 
 
-async def test_rest_is_sent_though_nobody_waits_for_it():
+async def test_socket_rest_is_sent_without_a_waiting_task():
     with pair() as (wire, peer):
         wire.write(b"x" * 1_000_000)
         got = 0
@@ -185,7 +185,7 @@ async def test_rest_is_sent_though_nobody_waits_for_it():
         assert not wire.late
 
 
-async def test_failed_write_is_told_and_wakes_who_waits():
+async def test_socket_failed_write_is_reported_and_wakes_waiter():
     told = []
     with pair(lambda: told.append(wire.broken)) as (wire, peer):
         wire.write(b"x" * 10_000_000)
@@ -199,7 +199,7 @@ async def test_failed_write_is_told_and_wakes_who_waits():
         assert told[-1] is True
 
 
-async def test_write_that_fails_as_the_loop_goes_to_wait_is_told_at_once():
+async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     told = trio.Event()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -218,7 +218,7 @@ async def test_write_that_fails_as_the_loop_goes_to_wait_is_told_at_once():
 # -- pouring ------------------------------------------------------------------------------------
 
 
-async def test_pours_between_tasks_until_it_is_enough():
+async def test_stream_into_runs_between_tasks_until_enough():
     with pair() as (wire, peer):
         got = []
         woken = False
@@ -243,7 +243,7 @@ async def test_pours_between_tasks_until_it_is_enough():
         assert await wire.read() == b"more"
 
 
-async def test_pours_the_end_too():
+async def test_stream_into_delivers_end():
     with pair() as (wire, peer):
         got = []
 
@@ -258,7 +258,7 @@ async def test_pours_the_end_too():
         assert got == [b"all", b""]
 
 
-async def test_much_at_once_is_poured_to_its_end():
+async def test_stream_into_delivers_large_input_to_its_end():
     ours, theirs = await _tcp()
     wire = Wire(ours)
     try:
@@ -281,7 +281,7 @@ async def test_much_at_once_is_poured_to_its_end():
         theirs.close()
 
 
-async def test_what_the_taker_raises_reaches_the_task():
+async def test_stream_into_error_of_sink_reaches_task():
     with pair() as (wire, peer):
         peer.send(b"x")
         with pytest.raises(ZeroDivisionError):
@@ -290,7 +290,7 @@ async def test_what_the_taker_raises_reaches_the_task():
         assert await wire.read() == b"y"
 
 
-async def test_cancelled_pour_loses_nothing():
+async def test_stream_into_cancelled_loses_nothing():
     with pair() as (wire, peer):
         got = []
 
@@ -309,7 +309,7 @@ async def test_cancelled_pour_loses_nothing():
 # -- the hub ------------------------------------------------------------------------------------
 
 
-async def test_news_of_the_end_come_once():
+async def test_socket_end_is_reported_once():
     told = []
     with pair(lambda: told.append(1)) as (wire, peer):
         peer.send(b"x")
@@ -321,7 +321,7 @@ async def test_news_of_the_end_come_once():
         assert await wire.read() == b"x"
 
 
-async def test_socket_that_has_left_belongs_to_somebody_else():
+async def test_socket_detached_is_not_touched_again():
     with pair() as (wire, peer):
         wire.write(b"last words")
         wire.leave()
@@ -333,7 +333,7 @@ async def test_socket_that_has_left_belongs_to_somebody_else():
         assert wire.silent
 
 
-async def test_wire_that_has_left_goes_without_a_garbage_collection():
+async def test_socket_detached_is_freed_without_garbage_collection():
     class Owner:
         def __init__(self, sock: socket.socket) -> None:
             self.wire = Wire(sock, self.hung_up)
@@ -356,7 +356,9 @@ async def test_wire_that_has_left_goes_without_a_garbage_collection():
             gc.enable()
 
 
-async def test_defect_in_one_wire_is_logged_and_costs_no_other(caplog: pytest.LogCaptureFixture):
+async def test_hub_defect_in_one_socket_is_logged_and_costs_no_other(
+    caplog: pytest.LogCaptureFixture,
+):
     with pair(lambda: print(1 / 0)) as (_, theirs), pair() as (wire, peer):
         theirs.close()
         await trio.testing.wait_all_tasks_blocked()
@@ -366,7 +368,7 @@ async def test_defect_in_one_wire_is_logged_and_costs_no_other(caplog: pytest.Lo
     assert "ZeroDivisionError" in caplog.text
 
 
-async def test_loop_knows_where_trio_keeps_its_epoll():
+async def test_hub_finds_epoll_of_trio():
     """Trio's I/O manager is not public; should it change, each pass costs a task's turn more."""
     with pair():
         assert wires.Hub.of_this_run().in_trios_epoll
@@ -383,7 +385,7 @@ async def _tcp() -> tuple[socket.socket, socket.socket]:
 # -- waits with an end --------------------------------------------------------------------------
 
 
-async def test_wait_ends_when_its_time_is_over(autojump_clock):
+async def test_wait_ends_at_its_time(autojump_clock):
     with pair() as (wire, peer):
         for seconds in (600.0, 2.0, 5.0):
             began = trio.current_time()
@@ -394,7 +396,7 @@ async def test_wait_ends_when_its_time_is_over(autojump_clock):
         assert await wire.read(until=trio.current_time() + 1) == b"x"
 
 
-async def test_each_wait_has_its_own_end(autojump_clock):
+async def test_wait_has_its_own_end_each_time(autojump_clock):
     took = {}
 
     async def wait(wire: Wire, seconds: float) -> None:
@@ -412,7 +414,7 @@ async def test_each_wait_has_its_own_end(autojump_clock):
     assert took == {seconds: pytest.approx(seconds) for seconds in (30.0, 10.0, 5.0)}
 
 
-async def test_wait_that_is_over_ends_no_later_one(autojump_clock):
+async def test_wait_that_ended_ends_no_later_one(autojump_clock):
     with pair() as (wire, peer):
         peer.send(b"x")
         await trio.testing.wait_all_tasks_blocked()
@@ -422,7 +424,7 @@ async def test_wait_that_is_over_ends_no_later_one(autojump_clock):
         assert scope.cancelled_caught
 
 
-async def test_wait_is_ended_from_outside():
+async def test_wait_can_be_ended_from_outside():
     with pair() as (wire, peer):
         assert not wire.interrupt()
         async with trio.open_nursery() as nursery:

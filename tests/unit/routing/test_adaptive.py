@@ -80,7 +80,7 @@ LONG = asking(CONTEXT)
 # -- the score ---------------------------------------------------------------------------------
 
 
-def test_with_nothing_else_known_it_is_the_order_of_least_load():
+def test_adaptive_without_information_equals_least_load():
     a, b, c = (it := Situation()).servers
     for server, leases in ((a, 2), (b, 1), (c, 3)):
         for _ in range(leases):
@@ -90,7 +90,7 @@ def test_with_nothing_else_known_it_is_the_order_of_least_load():
     assert it.pick(NOTHING) is b
 
 
-def test_waiting_requests_count_half():
+def test_adaptive_waiting_requests_count_half():
     a, b, _ = (it := Situation()).servers
     a.scraped(gauges(2, 4), it.now, 0)
     b.scraped(gauges(3, 0), it.now, 0)
@@ -98,7 +98,7 @@ def test_waiting_requests_count_half():
     assert (scores["s0"], scores["s1"]) == (5 / 4, 4 / 4)
 
 
-def test_queued_prompt_tokens_weigh_until_the_first_byte():
+def test_adaptive_queued_prompt_tokens_count_until_first_byte():
     a, _, _ = (it := Situation()).servers
     lease = it.send(asking(b"x" * 8000), a)
     it.wait(1.0)
@@ -111,7 +111,7 @@ def test_queued_prompt_tokens_weigh_until_the_first_byte():
     assert it.parts(NOTHING, a)["queued_tokens"] == 0
 
 
-def test_plain_answers_count_as_begun_after_the_servers_mean_time_to_first_token():
+def test_adaptive_json_counts_as_decoding_after_mean_first_token_time():
     a, _, _ = (it := Situation()).servers
     a.scraped(gauges(0, first_token_sum=0.0, first_token_count=0.0), it.now, 0)
     it.pick(NOTHING)
@@ -125,14 +125,14 @@ def test_plain_answers_count_as_begun_after_the_servers_mean_time_to_first_token
     assert it.parts(NOTHING, a)["queued_tokens"] == 0
 
 
-def test_only_uncached_tokens_are_queued():
+def test_adaptive_only_uncached_tokens_are_queued():
     a, _, _ = (it := Situation()).servers
     it.serve(LONG, a)
     it.send(LONG, a)
     assert it.parts(NOTHING, a)["queued_tokens"] < 0.05 * 10_000
 
 
-def test_a_request_goes_where_its_prefix_is_cached():
+def test_adaptive_request_goes_to_server_with_cached_prefix():
     _, b, _ = (it := Situation()).servers
     it.serve(LONG, b)
     assert it.pick(LONG) is b
@@ -140,7 +140,7 @@ def test_a_request_goes_where_its_prefix_is_cached():
     assert it.parts(LONG, it.servers[0])["waste_tokens"] > 9500
 
 
-def test_score_is_the_documented_formula():
+def test_adaptive_score_equals_documented_formula():
     a, b, _ = (it := Situation(tokens_per_request=500.0, waste_growth=0.25)).servers
     it.serve(asking(CONTEXT[:8192]), b)
     for letter in (b"y", b"z"):
@@ -157,7 +157,7 @@ STEPS = st.tuples(
 
 
 @given(st.lists(STEPS, max_size=60), st.booleans())
-def test_score_is_the_sum_of_the_terms_that_are_explained_whatever_happened(
+def test_adaptive_score_is_always_sum_of_explained_terms(
     steps: list[tuple[str, int, int]], others: bool
 ):
     """Scores are kept as things happen; their terms are read when they are asked for."""
@@ -191,7 +191,7 @@ def test_score_is_the_sum_of_the_terms_that_are_explained_whatever_happened(
 
 @pytest.mark.parametrize("system", range(7))
 @pytest.mark.parametrize("whole", range(3))
-def test_each_server_is_charged_for_what_it_does_not_have(system: int, whole: int):
+def test_adaptive_server_is_charged_for_uncached_tokens(system: int, whole: int):
     it = Situation(count=6)
     for server in it.servers[:system]:
         it.serve(asking(CONTEXT[:4096]), server)
@@ -207,7 +207,7 @@ def test_each_server_is_charged_for_what_it_does_not_have(system: int, whole: in
         assert rows[server].score == pytest.approx(score_of(rows[server].parts))
 
 
-def test_example_of_the_documentation():
+def test_adaptive_documentation_example_holds():
     a, b, c = (it := Situation(capacity=8)).servers
     prompt = bytes(n * n % 253 for n in range(32_000))
     it.serve(asking(prompt[: 4 * 6144]), a)
@@ -234,7 +234,7 @@ def score_of(parts: dict[str, float], per_request: float = 1000.0, growth: float
     return parts["slow"] * (1 + load - parts["home"] + tokens / per_request) / share
 
 
-def test_a_pick_reads_only_what_has_changed():
+def test_adaptive_pick_reads_changed_servers_only():
     it = Situation(count=50)
     it.send(NOTHING)
     board = it.policy._board(it.candidates, "m", it.now)
@@ -250,7 +250,7 @@ def test_a_pick_reads_only_what_has_changed():
     assert measured == [7]
 
 
-def test_prefix_never_overrides_a_server_with_much_more_to_do_than_the_rest():
+def test_adaptive_prefix_never_overrides_large_load_difference():
     a, _, _ = (it := Situation(capacity=8)).servers
     it.serve(LONG, a)
     for _ in range(2):
@@ -261,20 +261,20 @@ def test_prefix_never_overrides_a_server_with_much_more_to_do_than_the_rest():
     assert it.pick(LONG) is not a
 
 
-def test_hot_prefix_spreads():
+def test_adaptive_hot_prefix_spreads():
     it = Situation(count=4, capacity=8)
     picked = Counter(it.send(asking(CONTEXT[:8000])).server.name for _ in range(64))
     assert len(picked) == 4
     assert max(picked.values()) <= 32
 
 
-def test_burst_spreads_evenly():
+def test_adaptive_burst_spreads_evenly():
     it = Situation(count=4, capacity=8)
     picked = Counter(it.send(NOTHING).server.name for _ in range(40))
     assert set(picked.values()) == {10}
 
 
-def test_capacity_shares_the_load():
+def test_adaptive_load_spreads_by_capacity():
     fleet = make_fleet(
         [
             {"url": "http://big.test:1", "name": "big", "max_concurrent_requests": 30},
@@ -315,7 +315,7 @@ def measure(
         it.wait(0.5)
 
 
-def test_server_five_times_slower_gets_a_fifth_and_once_that_lasts_hardly_anything():
+def test_adaptive_five_times_slower_server_gets_a_fifth_or_less():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.05, b: 0.01, c: 0.01})
     assert it.parts(NOTHING, a)["slow"] == pytest.approx(5.0, rel=0.35)
@@ -327,14 +327,14 @@ def test_server_five_times_slower_gets_a_fifth_and_once_that_lasts_hardly_anythi
     assert it.parts(NOTHING, b)["slow"] == 1.0
 
 
-def test_long_prompt_that_slows_a_server_for_a_moment_does_not_count_squared():
+def test_adaptive_long_prompt_does_not_count_squared():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01})
     measure(it, {a: 0.04, b: 0.01, c: 0.01}, steps=8)
     assert 1.0 < it.parts(NOTHING, a)["slow"] < 4.0
 
 
-def test_pause_of_a_moment_is_no_speed():
+def test_adaptive_short_pause_is_no_speed_sample():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=1)
     measure(it, {a: 1.0, b: 0.01, c: 0.01}, steps=1)
@@ -342,7 +342,7 @@ def test_pause_of_a_moment_is_no_speed():
     assert it.parts(NOTHING, a)["slow"] == 1.0
 
 
-def test_slow_server_is_not_taken_for_a_fast_one_because_it_has_little_to_do():
+def test_adaptive_idle_slow_server_is_not_rated_fast():
     a, b, c = (it := Situation()).servers
     for _ in range(10):
         measure(it, {a: 0.05, b: 0.01, c: 0.01}, running=20)
@@ -353,20 +353,20 @@ def test_slow_server_is_not_taken_for_a_fast_one_because_it_has_little_to_do():
     assert it.parts(NOTHING, a)["slow"] == 1.0
 
 
-def test_of_two_servers_the_faster_one_is_the_measure():
+def test_adaptive_faster_of_two_servers_is_reference():
     a, b = (it := Situation(count=2)).servers
     measure(it, {a: 0.05, b: 0.01})
     assert it.parts(NOTHING, b)["slow"] == 1.0
     assert it.parts(NOTHING, a)["slow"] > 3
 
 
-def test_small_differences_in_speed_do_not_count():
+def test_adaptive_small_speed_differences_do_not_count():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.012, b: 0.010, c: 0.009})
     assert {it.parts(NOTHING, server)["slow"] for server in it.servers} == {1.0}
 
 
-def test_time_that_a_server_was_frozen_for_does_not_make_it_slow():
+def test_adaptive_frozen_time_does_not_make_server_slow():
     """The tokens that it owed come when it goes on, and took as long as it was frozen."""
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01})
@@ -382,7 +382,7 @@ def test_time_that_a_server_was_frozen_for_does_not_make_it_slow():
     assert it.parts(NOTHING, a)["slow"] > 3
 
 
-def test_slow_server_is_tried_again_when_it_has_been_left_alone():
+def test_adaptive_slow_server_is_tried_again_after_idle_time():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.05, b: 0.01, c: 0.01})
     before = it.parts(NOTHING, a)["slow"]
@@ -399,14 +399,14 @@ def test_slow_server_is_tried_again_when_it_has_been_left_alone():
     assert it.parts(NOTHING, a)["slow"] == 1.0 < before
 
 
-def test_prefix_never_overrides_a_slow_server():
+def test_adaptive_prefix_never_overrides_slow_server():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.05, b: 0.01, c: 0.01})
     it.serve(LONG, a)
     assert it.pick(LONG) is not a
 
 
-def test_prefix_never_overrides_a_failing_server():
+def test_adaptive_prefix_never_overrides_failing_server():
     a, _, _ = (it := Situation()).servers
     it.serve(LONG, a)
     assert it.pick(LONG) is a
@@ -414,14 +414,14 @@ def test_prefix_never_overrides_a_failing_server():
     assert it.pick(LONG) is not a
 
 
-def test_prefix_never_overrides_a_server_that_refuses():
+def test_adaptive_prefix_never_overrides_refusing_server():
     a, _, _ = (it := Situation()).servers
     it.serve(LONG, a)
     a.refused(it.now, None)
     assert it.pick(LONG) is not a
 
 
-def test_errors_look_like_load_that_halves_every_five_seconds():
+def test_adaptive_error_penalty_halves_every_five_seconds():
     a, _, _ = (it := Situation()).servers
     it.end(it.send(NOTHING, a), failed=True)
     assert it.parts(NOTHING, a)["phantoms"] == 8
@@ -433,7 +433,7 @@ def test_errors_look_like_load_that_halves_every_five_seconds():
     assert it.parts(NOTHING, a)["phantoms"] == 0
 
 
-def test_server_that_fails_fast_gets_few_requests_even_before_it_is_ejected():
+def test_adaptive_fast_failing_server_gets_few_requests_before_ejection():
     it = Situation(count=4)
     a = it.servers[0]
     picked = []
@@ -445,7 +445,7 @@ def test_server_that_fails_fast_gets_few_requests_even_before_it_is_ejected():
     assert picked.count(a) <= 4
 
 
-def test_server_without_prefix_caching_gets_no_credit():
+def test_adaptive_server_without_prefix_caching_gets_no_credit():
     a, _, _ = (it := Situation()).servers
     for _ in range(40):
         a.scraped(gauges(0, prefix_hits=0.0), it.now, 0)
@@ -455,7 +455,7 @@ def test_server_without_prefix_caching_gets_no_credit():
     assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] == 0
 
 
-def test_prompts_still_being_computed_are_no_reason_for_distrust():
+def test_adaptive_prompts_in_prefill_do_not_lower_trust():
     a, b, c = (it := Situation()).servers
     leases = []
     for _ in range(40):
@@ -469,7 +469,7 @@ def test_prompts_still_being_computed_are_no_reason_for_distrust():
         it.end(lease)
 
 
-def test_server_whose_counters_confirm_it_keeps_its_credit():
+def test_adaptive_server_with_confirming_counters_keeps_credit():
     a, _, _ = (it := Situation()).servers
     for step in range(40):
         a.scraped(gauges(0, prefix_hits=4000.0 * step), it.now, 0)
@@ -482,7 +482,7 @@ def test_server_whose_counters_confirm_it_keeps_its_credit():
 # -- coming back -------------------------------------------------------------------------------
 
 
-def test_server_that_comes_back_gets_its_share_slowly():
+def test_adaptive_returning_server_gets_share_slowly():
     it = Situation(count=2, capacity=8)
     a, b = it.servers
     for _ in range(8):
@@ -498,13 +498,13 @@ def test_server_that_comes_back_gets_its_share_slowly():
     assert later["s0"] == 6
 
 
-def test_first_probe_of_a_server_is_no_return():
+def test_adaptive_first_probe_is_no_return():
     it = Situation()
     assert {it.parts(NOTHING, server)["slow_start"] for server in it.servers} == {1.0}
 
 
 @pytest.mark.parametrize("how", ["ejected", "restarted"])
-def test_old_errors_do_not_keep_away_a_server_that_may_be_asked_again(how):
+def test_adaptive_old_errors_do_not_keep_returning_server_away(how):
     a, b, _ = (it := Situation()).servers
     for _ in range(12):
         it.end(it.send(NOTHING, a), failed=True)
@@ -525,7 +525,7 @@ def test_old_errors_do_not_keep_away_a_server_that_may_be_asked_again(how):
         assert it.parts(NOTHING, a)["phantoms"] == 0.0
 
 
-def test_ejected_server_returns_slowly_after_its_trial():
+def test_adaptive_ejected_server_returns_slowly_after_probation():
     a, _, _ = (it := Situation()).servers
     eject(a, it.now)
     it.wait(6.0)
@@ -538,7 +538,7 @@ def test_ejected_server_returns_slowly_after_its_trial():
     assert it.parts(NOTHING, a)["slow_start"] == pytest.approx(0.5)
 
 
-def test_restarted_process_has_nothing_cached():
+def test_adaptive_restarted_server_has_nothing_cached():
     a, _, _ = (it := Situation()).servers
     a.scraped(gauges(0, prompt_tokens=5000.0), it.now, 0)
     it.serve(LONG, a)
@@ -560,7 +560,7 @@ def crowd(it: Situation, running: float = 6.0) -> None:
         it.wait(0.5)
 
 
-def test_what_others_probably_sent_is_added_to_the_load():
+def test_adaptive_estimated_load_of_other_routers_is_added():
     it = Situation(capacity=32)
     a, _, _ = it.servers
     for server in it.servers:
@@ -576,7 +576,7 @@ def test_what_others_probably_sent_is_added_to_the_load():
     assert it.parts(NOTHING, a)["others"] == pytest.approx(0.5 * 1 * 2, rel=0.05)
 
 
-def test_alone_nothing_is_added():
+def test_adaptive_single_router_adds_no_estimate():
     it = Situation(capacity=32)
     for server in it.servers:
         for _ in range(6):
@@ -586,7 +586,7 @@ def test_alone_nothing_is_added():
     assert it.parts(NOTHING, it.servers[0])["others"] == 0
 
 
-def test_routers_agree_where_a_new_conversation_begins():
+def test_adaptive_routers_agree_on_server_of_new_conversation():
     facts = asking(b"hello " * 50, conversation=12345)
     homes = set()
     for seed in range(6):
@@ -596,7 +596,7 @@ def test_routers_agree_where_a_new_conversation_begins():
     assert len(homes) == 1
 
 
-def test_later_turns_go_home_even_if_another_router_had_the_first():
+def test_adaptive_later_turns_keep_server_across_routers():
     first = asking(CONTEXT[:8000], conversation=777)
     later = asking(CONTEXT[:12_000], conversation=777, earlier=8000)
     one, other = Situation(count=4, capacity=32), Situation(count=4, capacity=32, seed=2)
@@ -607,7 +607,7 @@ def test_later_turns_go_home_even_if_another_router_had_the_first():
     assert other.parts(later, other.pick(later))["cached_tokens"] >= 0
 
 
-def test_busy_home_is_passed_over():
+def test_adaptive_busy_affinity_server_is_passed_over():
     facts = asking(b"hello " * 50, conversation=12345)
     it = Situation(count=4, capacity=32)
     crowd(it)
@@ -618,7 +618,7 @@ def test_busy_home_is_passed_over():
 
 
 @pytest.mark.parametrize("why", ["slow", "failing", "recovering"])
-def test_home_that_is_no_good_attracts_nobody(why: str):
+def test_adaptive_unhealthy_affinity_server_attracts_no_load(why: str):
     """It has hardly anything to do, and its score is multiplied: less than nothing would grow."""
     it = Situation(count=4, capacity=32)
     a, b, c, d = it.servers
@@ -650,7 +650,7 @@ def test_home_that_is_no_good_attracts_nobody(why: str):
 
 
 @pytest.mark.parametrize("others", [False, True])
-def test_score_is_made_of_the_terms_that_are_shown(others: bool):
+def test_adaptive_score_consists_of_shown_terms(others: bool):
     it = Situation(count=4, capacity=8)
     a, b, c, d = it.servers
     for _ in range(4):
@@ -677,7 +677,7 @@ def test_score_is_made_of_the_terms_that_are_shown(others: bool):
 # -- books -------------------------------------------------------------------------------------
 
 
-def test_books_are_balanced_when_all_is_done():
+def test_adaptive_accounts_balance_when_all_requests_end():
     it = Situation()
     leases = [it.send(asking(CONTEXT[: 500 * n], stream=n % 2 == 0)) for n in range(30)]
     for lease in leases:
@@ -686,7 +686,7 @@ def test_books_are_balanced_when_all_is_done():
     assert all(lease.booking is None for lease in leases)
 
 
-def test_nothing_is_kept_of_requests_that_needed_no_choice():
+def test_adaptive_requests_without_choice_leave_no_state():
     """Where one server alone is free it is taken unasked, perhaps for days."""
     it = Situation(count=1)
     for n in range(1000):
@@ -695,7 +695,7 @@ def test_nothing_is_kept_of_requests_that_needed_no_choice():
     assert len(it.policy._account(it.servers[0]).due) < 10
 
 
-def test_usage_teaches_the_size_of_tokens():
+def test_adaptive_usage_teaches_token_size():
     it = Situation()
     facts = asking(CONTEXT[:9000])
     for _ in range(300):
@@ -706,7 +706,7 @@ def test_usage_teaches_the_size_of_tokens():
     assert it.parts(NOTHING, it.servers[1])["queued_tokens"] == pytest.approx(4500, rel=0.02)
 
 
-def test_server_that_left_is_forgotten():
+def test_adaptive_removed_server_is_forgotten():
     it = Situation()
     a = it.servers[0]
     it.serve(LONG, a)
@@ -716,7 +716,7 @@ def test_server_that_left_is_forgotten():
     assert it.parts(LONG, it.servers[1])["waste_tokens"] > 0
 
 
-def test_statistics_say_what_was_expected():
+def test_adaptive_statistics_report_expected_values():
     a, _, _ = (it := Situation()).servers
     for _ in range(3):
         it.serve(asking(CONTEXT[:8192]), a)
@@ -770,13 +770,13 @@ def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400)
 
 @pytest.mark.parametrize("size", [64, 30_000])
 @pytest.mark.parametrize("policy", ["adaptive", "least_load", "power_of_two", "prefix"])
-def test_ended_server_that_refuses_at_once_is_no_magnet(policy, size):
+def test_adaptive_instantly_refusing_server_attracts_no_load(policy, size):
     share = share_of_refusing(POLICIES[policy](Random(3)), size=size)
     assert share < 0.62
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "prefix"])
-def test_ended_prompt_that_a_server_refused_is_not_on_record_there(policy):
+def test_adaptive_refused_prompt_is_not_indexed(policy):
     it = Situation()
     it.policy = POLICIES[policy](Random(3))
     a, b, _ = it.servers

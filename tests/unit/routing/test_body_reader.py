@@ -57,7 +57,7 @@ def reading(body: bytes, *, with_prompt: bool = False) -> Reading:
     ],
     ids=lambda text: text[:40],
 )
-def test_body_that_python_reads_has_its_model(encode: Callable[[str], bytes], text: str):
+def test_body_reader_python_readable_body_has_its_model(encode: Callable[[str], bytes], text: str):
     body = encode(text)
     assert json.loads(body)["model"] == "größe/模型"
     facts = read_facts(CHAT, JSON, body)
@@ -126,7 +126,7 @@ def _model_of(value: Any) -> str | None:
 @given(_bodies())
 @settings(max_examples=150, deadline=None)
 @example(b'{"model":"a","model":null}')
-def test_every_body_is_read_as_python_reads_it_or_refused(body: bytes):
+def test_body_reader_every_body_is_read_like_python_or_refused(body: bytes):
     try:
         expected = json.loads(body)
     except (ValueError, RecursionError):
@@ -182,7 +182,7 @@ def _same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(
     "more", ["", ',"t":NaN', ',"x":"' + "b " * MB + '"'], ids=["", "odd", "long"]
 )
-def test_transfer_parameters_are_found_in_odd_and_long_bodies(members, path, more):
+def test_body_reader_transfer_parameters_in_odd_bodies_are_found(members, path, more):
     body = f'{{"model":"m",{members}{more}}}'.encode()
     assert json.loads(body)["model"] == "m"
     assert read_facts(b"/inference/v1/generate", JSON, body).transfer == path
@@ -213,7 +213,7 @@ def long_bodies() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", long_bodies())
-def test_long_body_has_the_facts_of_a_short_one(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_body_reader_long_body_has_facts_of_short_one(name: str, monkeypatch: pytest.MonkeyPatch):
     """A conversation keeps its hashes when it grows beyond what is read at once."""
     fields = {"model": "m", "stream": True, "cache_salt": "s", **long_bodies()[name]}
     body = json.dumps(fields).encode()
@@ -225,7 +225,7 @@ def test_long_body_has_the_facts_of_a_short_one(name: str, monkeypatch: pytest.M
     assert found.prompt.chain
 
 
-def test_prompt_that_is_too_long_to_look_into_has_its_size_and_a_chain():
+def test_body_reader_overlong_prompt_has_size_and_block_hashes():
     turn = {"role": "user", "content": "ein langer Text \n" * 400_000}
     body = json.dumps({"model": "m", "messages": [turn, {"role": "user", "content": "a"}]}).encode()
     longer = json.dumps(
@@ -237,7 +237,7 @@ def test_prompt_that_is_too_long_to_look_into_has_its_size_and_a_chain():
     assert first.conversation == second.conversation
 
 
-def test_odd_body_has_the_prompt_of_a_plain_one():
+def test_body_reader_odd_body_has_prompt_of_plain_one():
     fields = {"model": "m", "messages": [{"role": "user", "content": "Text " * 1000}]}
     plain = read_facts(CHAT, JSON, json.dumps(fields).encode(), with_prompt=True)
     odd = json.dumps({**fields, "temperature": float("nan")}).encode()
@@ -251,7 +251,7 @@ def test_odd_body_has_the_prompt_of_a_plain_one():
     assert short.prompt == Prompt(size=len(odd))
 
 
-def test_blanks_before_and_after_a_long_value_do_not_hide_it():
+def test_body_reader_white_space_around_long_value_is_skipped():
     body = b" " * MB + b'{"model":' + b" " * 60_000 + b'"m"' + b"\n" * MB + b"}" + b" " * MB
     found = reading(body)
     assert found.facts.model == "m"
@@ -276,7 +276,7 @@ def test_blanks_before_and_after_a_long_value_do_not_hide_it():
     ],
     ids=["members", "nesting", "name", "surrogate", "top values", "values"],
 )
-def test_long_body_beyond_a_bound_is_refused(body: bytes, message: str):
+def test_body_reader_body_beyond_limit_is_refused(body: bytes, message: str):
     with pytest.raises(InvalidBody, match=message):
         reading(body)
 
@@ -285,12 +285,12 @@ def test_long_body_beyond_a_bound_is_refused(body: bytes, message: str):
     "body",
     [b"[%b]", b'{"model":"m","x":[%b1]', b'{"model":"m","x":[%b1]} x', b'{"model":"m","x":"%b'],
 )
-def test_long_body_that_is_no_object_has_no_facts(body: bytes):
+def test_body_reader_long_body_that_is_no_object_has_no_facts(body: bytes):
     """The server says what is wrong."""
     assert reading(body % (b"[1,2]," * (MB // 4))).facts == Facts()
 
 
-def test_alias_is_refused_for_a_body_with_too_many_members():
+def test_body_reader_alias_with_too_many_members_is_refused():
     body = b"{" + b'"model":"m",' * 5000 + b'"model":"m"}'
     with pytest.raises(InvalidBody, match="members"):
         with_model(body, "other")
@@ -298,7 +298,7 @@ def test_alias_is_refused_for_a_body_with_too_many_members():
 
 @given(_bodies().filter(lambda body: body[:1] in b"{ \r\n"))
 @settings(max_examples=60, deadline=None)
-def test_places_do_not_depend_on_where_a_slice_ends(body: bytes):
+def test_body_reader_positions_are_independent_of_slices(body: bytes):
     def places(window: int) -> tuple[dict[str, Any], list[tuple[int, int]]] | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("vllm_router.routing.prompt.json_scan._WINDOW", window)
@@ -360,7 +360,7 @@ LONGEST_SLICE = 0.25
 @pytest.mark.parametrize(
     ("content_type", "body"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE]
 )
-def test_hostile_body_is_read_in_short_slices(content_type: bytes, body: bytes):
+def test_body_reader_hostile_body_is_read_in_short_slices(content_type: bytes, body: bytes):
     path = CHAT if content_type == JSON else AUDIO
     steps = read_in_slices(path, content_type, body, with_prompt=True, shortest=1024)
     found = _measured(steps)

@@ -24,7 +24,7 @@ def rate_after(*moments: float, begin: float = 0.0) -> DrainRate:
     return rate
 
 
-def test_rate_is_what_became_free_per_second_of_waiting():
+def test_drain_rate_is_freed_slots_per_second_of_waiting():
     rate = rate_after(*(n / 10 for n in range(1, 21)))
     assert rate.per_second(2.0) == pytest.approx(10)
     rate.end(2.0)
@@ -33,7 +33,7 @@ def test_rate_is_what_became_free_per_second_of_waiting():
     assert rate.per_second(8.0) == pytest.approx(5)  # but now nothing becomes free
 
 
-def test_rate_after_an_idle_time_is_unknown():
+def test_drain_rate_after_idle_time_is_unknown():
     rate = rate_after(*(n / 10 for n in range(1, 21)))
     rate.end(2.0)
     assert rate.per_second(2.0 + IDLE_FORGETS + 1) is None
@@ -41,13 +41,13 @@ def test_rate_after_an_idle_time_is_unknown():
     assert rate.per_second(2.0 + IDLE_FORGETS + 2) is None
 
 
-def test_rate_of_a_fleet_that_stands_still_becomes_unknown():
+def test_drain_rate_of_stalled_fleet_becomes_unknown():
     rate = rate_after(1.0, 2.0, 3.0, 4.0, 5.0)
     assert rate.per_second(10.0) == pytest.approx(0.5)
     assert rate.per_second(10.0 + REMEMBERED) is None
 
 
-def test_rate_is_current_only_after_enough_since_requests_began_to_wait():
+def test_drain_rate_is_current_only_after_enough_frees():
     rate = rate_after(1.0, 2.0, 3.0, 4.0)
     assert rate.is_current
     rate.end(4.0)
@@ -60,24 +60,24 @@ def test_rate_is_current_only_after_enough_since_requests_began_to_wait():
     assert rate.per_second(5.4) == pytest.approx(10.0)  # what was before does not count any more
 
 
-def test_rate_is_unknown_before_anything_was_measured():
+def test_drain_rate_before_measurement_is_unknown():
     assert DrainRate().per_second(5.0) is None
     assert rate_after(*([1.0] * (RATE_FROM - 1))).per_second(2.0) is None
 
 
-def test_rate_follows_the_last_ones():
+def test_drain_rate_follows_latest_frees():
     rate = rate_after(*(n / 10 for n in range(1, 101)), *(10.0 + n for n in range(1, 101)))
     assert rate.per_second(110.0) == pytest.approx(1)
 
 
-def test_server_that_comes_back_is_no_drain():
+def test_drain_rate_ignores_returning_server():
     rate = DrainRate()
     for _ in range(50):
         rate.freed(1.0)
     assert rate.per_second(2.0) is None
 
 
-def test_forget_measures_anew_while_requests_wait():
+def test_drain_rate_forget_measures_anew_while_requests_wait():
     rate = rate_after(1.0, 2.0, 3.0, 4.0)
     rate.forget(4.0)
     assert rate.per_second(4.0) is None
@@ -88,7 +88,7 @@ def test_forget_measures_anew_while_requests_wait():
 
 
 @given(st.lists(st.tuples(st.sampled_from("bef!"), st.floats(0.0, 90.0)), max_size=60))
-def test_rate_is_never_negative_and_never_from_old_times(steps: list[tuple[str, float]]):
+def test_drain_rate_is_never_negative_or_stale(steps: list[tuple[str, float]]):
     rate, now, freed = DrainRate(), 0.0, []
     for what, seconds in steps:
         now += seconds
@@ -108,7 +108,7 @@ def test_rate_is_never_negative_and_never_from_old_times(steps: list[tuple[str, 
         assert found is None or (found > 0.0 and len(lately) >= RATE_FROM)
 
 
-def test_quickest_is_that_of_the_last_answers():
+def test_drain_rate_quickest_is_of_latest_responses():
     quickest = Quickest()
     for seconds in (5.0, 1.0, 3.0):
         quickest.add(seconds, 0.0)
@@ -120,7 +120,7 @@ def test_quickest_is_that_of_the_last_answers():
     assert quickest.seconds(0.0) == pytest.approx(2.2)
 
 
-def test_quickest_forgets_old_answers():
+def test_drain_rate_quickest_forgets_old_responses():
     quickest = Quickest()
     for now in range(8):
         quickest.add(9.0, float(now))

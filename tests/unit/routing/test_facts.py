@@ -29,40 +29,40 @@ def of(body: bytes | dict, path: bytes = CHAT, content_type: bytes = JSON) -> Fa
     return read_facts(path, content_type, body)
 
 
-def test_model_and_stream():
+def test_facts_have_model_and_stream():
     facts = of({"messages": [{"role": "user", "content": "hi"}], "stream": True, "model": "m"})
     assert (facts.model, facts.stream, facts.replayable) == ("m", True, True)
     assert of({"model": "m"}).stream is False
 
 
-def test_a_name_may_be_any_text():
+def test_facts_model_name_may_be_any_text():
     assert of({"model": "größe/模型"}).model == "größe/模型"
     assert of(b'{"model": "\\u6a21"}').model == "模"
 
 
 @pytest.mark.parametrize("model", [None, 5, "", [], {"a": 1}, True, 1.5])
-def test_a_model_that_is_no_name_is_none(model):
+def test_facts_model_of_other_type_is_none(model):
     assert of({"model": model}).model is None
 
 
 @pytest.mark.parametrize("stream", [0, "false", "no", 2, None, [True], {}, False, 1.5, "x" * 9000])
-def test_stream_that_pydantic_does_not_take_for_true_is_false(stream):
+def test_facts_stream_not_true_for_pydantic_is_false(stream):
     assert of({"model": "m", "stream": stream}).stream is False
 
 
 @pytest.mark.parametrize("stream", [True, 1, 1.0, "true", "True", "yes", "ON", "1", "t", "y"])
-def test_stream_that_pydantic_takes_for_true_is_true(stream):
+def test_facts_stream_true_for_pydantic_is_true(stream):
     assert of({"model": "m", "stream": stream}).stream is True
 
 
 @pytest.mark.parametrize(
     ("priority", "expected"), [(5, 5), ("-5", -5), (5.0, 5), ("x", 0), (5.5, 0), (True, 0), ([], 0)]
 )
-def test_priority_is_read_as_pydantic_reads_an_integer(priority, expected):
+def test_facts_priority_is_read_like_pydantic_integer(priority, expected):
     assert of({"model": "m", "priority": priority}).priority == expected
 
 
-def test_the_last_of_two_models_counts_as_in_the_engine():
+def test_facts_last_of_two_models_counts():
     assert of(b'{"model": "a", "model": "b"}').model == "b"
 
 
@@ -71,7 +71,7 @@ def test_the_last_of_two_models_counts_as_in_the_engine():
     [b"", b"[1, 2]", b'"m"', b"null", b'{"model": ' + b"9" * 4000 + b"}", b'{"model": 1e999999}'],
     ids=lambda body: repr(body[:20]),
 )
-def test_body_whose_kind_the_server_refuses_has_no_facts(body):
+def test_facts_of_refused_content_type_are_empty(body):
     assert of(body) == Facts()
 
 
@@ -93,7 +93,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("body", "message"), BROKEN, ids=lambda value: repr(value[:20]))
-def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(body, message):
+def test_facts_body_unreadable_for_vllm_is_refused_with_reason(body, message):
     with pytest.raises(InvalidBody, match=re.escape(message)):
         of(body)
 
@@ -109,18 +109,18 @@ def test_body_that_vllm_cannot_read_is_refused_with_what_is_wrong(body, message)
         (AUDIO, JSON),
     ],
 )
-def test_body_that_is_perhaps_no_json_has_no_facts(path, content_type):
+def test_facts_of_perhaps_invalid_json_are_empty(path, content_type):
     """There the server tells what is wrong, or takes it."""
     assert of(b"{", path, content_type).model is None
 
 
-def test_what_routing_does_not_need_may_be_as_odd_as_it_likes():
+def test_facts_unneeded_members_may_be_odd():
     huge = b"9" * 50_000
     assert of(b'{"seed": ' + huge + b', "model": "m"}').model == "m"
     assert of(b'{"logit_bias": {"1": -1e400}, "model": "m", "stream": true}').stream
 
 
-def test_a_stored_or_background_response_leaves_something_behind():
+def test_facts_stored_or_background_response_is_unrepeatable():
     responses = b"/v1/responses"
     assert of({"model": "m"}, responses).replayable
     assert of({"model": "m", "store": False}, responses).replayable
@@ -135,7 +135,7 @@ def test_a_stored_or_background_response_leaves_something_behind():
 
 
 @pytest.mark.parametrize("content_type", [b"application/x-www-form-urlencoded", FORM, b"text/x"])
-def test_path_for_json_is_read_as_json_whatever_the_type(content_type):
+def test_facts_json_path_is_read_as_json_for_any_content_type(content_type):
     """vLLM's `/invocations` looks at the Content-Type, and then at the body itself."""
     body = b'{"model":"m","x":"&model=other&--xYz--"}'
     assert of(body, b"/invocations", content_type).model == "m"
@@ -166,26 +166,26 @@ MODEL = b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper'
         b"Multipart/Form-Data;charset=utf-8;Boundary=xYz",
     ],
 )
-def test_a_form_names_its_model_wherever_it_stands(content_type):
+def test_facts_form_model_is_found_in_any_position(content_type):
     stream = b'content-disposition: form-data; name="stream"\r\n\r\nTrue'
     for parts in ([MODEL, FILE, stream], [FILE, stream, MODEL]):
         facts = of(form(*parts), AUDIO, content_type)
         assert (facts.model, facts.stream) == ("whisper", True)
 
 
-def test_a_file_called_model_is_not_the_model():
+def test_facts_form_file_called_model_is_not_the_model():
     file = b'Content-Disposition: form-data; name="file"; filename="model"\r\n\r\nnot me'
     facts = of(form(file), AUDIO, FORM)
     assert facts == Facts()
 
 
-def test_a_file_with_a_form_in_it_does_not_name_the_model():
+def test_facts_form_inside_a_file_does_not_name_the_model():
     inner = FILE + b'name="model"\r\n\r\nevil'
     facts = of(form(inner, MODEL), AUDIO, FORM)
     assert facts.model == "whisper"
 
 
-def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
+def test_facts_form_last_of_two_models_counts():
     """Else a key might pass off one that it may not use as another."""
     other = MODEL.replace(b"whisper", b"other")
     body, content_type = form(other, MODEL), b"multipart/form-data; boundary=xYz"
@@ -204,7 +204,7 @@ def test_of_a_form_that_names_two_models_the_last_counts_as_for_the_engine():
         b"multipart/form-data; boundary=no",
     ],
 )
-def test_form_without_its_boundary_is_refused_where_a_form_is_due(content_type):
+def test_facts_form_without_boundary_is_refused(content_type):
     assert of(form(MODEL), content_type=content_type) == Facts()
     with pytest.raises(InvalidBody):
         of(form(MODEL), AUDIO, content_type)
@@ -214,7 +214,7 @@ def test_form_without_its_boundary_is_refused_where_a_form_is_due(content_type):
     st.binary(max_size=300),
     st.sampled_from([JSON, b"", b"multipart/form-data; boundary=a", b"text/plain"]),
 )
-def test_no_body_raises_anything_but_that_it_is_invalid(body, content_type):
+def test_facts_any_body_raises_only_invalid_request(body, content_type):
     with contextlib.suppress(InvalidBody):
         facts = of(body, content_type=content_type)
         assert facts.model is None or facts.model
@@ -229,7 +229,7 @@ _KEYS = st.sampled_from(["model", "stream", "store", "messages", "prompt", "inpu
 
 
 @given(st.dictionaries(_KEYS | st.text(max_size=5), _VALUES, max_size=6))
-def test_facts_agree_with_a_whole_decoding_of_the_body(body):
+def test_facts_agree_with_whole_decoding(body):
     facts = of(body)
     model = body.get("model")
     assert facts.model == (model if isinstance(model, str) and model else None)
@@ -238,7 +238,7 @@ def test_facts_agree_with_a_whole_decoding_of_the_body(body):
 
 
 @pytest.mark.parametrize("body", [b'{"model":"m"}', b"[]", b""])
-def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
+def test_facts_only_known_paths_are_repeatable(body):
     for path in (CHAT, b"/v1/embeddings", b"/tokenize", b"/v1/audio/transcriptions"):
         assert of(body, path).replayable
     for path in (b"/v1/files", b"/v1/batches", b"/v1/responses/resp_1/cancel", b"/v1/anything"):
@@ -248,7 +248,7 @@ def test_only_what_is_known_to_leave_nothing_behind_may_be_sent_twice(body):
     assert not of(b"--x--", b"/v1/files", form).replayable
 
 
-def test_of_a_short_body_the_prompt_is_known_by_its_size_alone():
+def test_facts_prompt_of_short_body_is_its_size():
     body = json.dumps({"model": "m", "user": "u", "prompt": "x" * 600}).encode()
     facts = read_facts(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body) + 1)
     assert facts.prompt == Prompt(size=len(body))

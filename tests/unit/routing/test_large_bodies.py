@@ -17,7 +17,7 @@ from vllm_router.routing.prompt.pieces import MEDIA_BYTES, Prompt
 MB = 1_000_000
 
 
-async def test_body_that_comes_in_parts_is_held_once():
+async def test_large_body_in_parts_is_held_once():
     async def receive():
         nonlocal left
         left -= 1
@@ -36,7 +36,7 @@ async def test_body_that_comes_in_parts_is_held_once():
     assert peak < 1.5 * len(body)
 
 
-async def test_body_is_encrypted_in_pieces_and_arrives_whole():
+async def test_large_body_is_encrypted_in_pieces_and_arrives_whole():
     class Stream:
         def __init__(self) -> None:
             self.pieces: list[bytes] = []
@@ -58,7 +58,7 @@ def picture(data: str) -> bytes:
     return json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
 
 
-def test_picture_is_read_without_a_copy_of_it():
+def test_large_body_image_is_read_without_copy():
     body = picture("A" * 20 * MB)
     tracemalloc.start()
     try:
@@ -70,7 +70,7 @@ def test_picture_is_read_without_a_copy_of_it():
     assert peak < MB
 
 
-def test_pictures_are_told_apart_by_their_ends_and_length():
+def test_large_body_images_differ_by_ends_and_length():
     def chain(data: str) -> tuple[int, ...]:
         return read_facts(
             b"/v1/chat/completions", b"application/json", picture(data), with_prompt=True
@@ -91,7 +91,7 @@ def test_pictures_are_told_apart_by_their_ends_and_length():
     ],
     ids=["Anthropic", "Responses", "sound", "with more"],
 )
-def test_every_kind_of_medium_weighs_the_same_and_is_told_apart(part: dict[str, Any]):
+def test_large_body_every_medium_has_equal_weight_and_own_hash(part: dict[str, Any]):
     def prompt(data: str) -> Prompt:
         content = [
             {"type": "text", "text": "What?"},

@@ -38,7 +38,7 @@ def seen_by_us(content_type: bytes, body: bytes) -> Seen:
 # Starlette does not close the file of a part that does not end.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_form_is_seen_as_fastapi_sees_it():
+def test_multipart_form_is_read_like_fastapi():
     """On generated forms, whole and in chunks: never another model, at most a refusal."""
     rng = Random(20261129)
     tally: Counter[str] = Counter()

@@ -49,7 +49,7 @@ INFERENCE, CONTROL, LOCAL = PathClass.INFERENCE, PathClass.ENGINE_CONTROL, PathC
         "/v1/responses/resp_1~a.b:c@d/cancel",
     ],
 )
-def test_inference_paths_are_inference_for_post_only(path):
+def test_paths_inference_is_post_only(path):
     assert classify("POST", path.encode()) is INFERENCE
     for method in ("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "CONNECT", "post", ""):
         assert classify(method, path.encode()) is LOCAL
@@ -72,7 +72,7 @@ def test_inference_paths_are_inference_for_post_only(path):
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
-def test_engine_control_is_control_on_any_method(path, method):
+def test_paths_engine_control_is_control_for_any_method(path, method):
     assert classify(method, path.encode()) is CONTROL
 
 
@@ -122,12 +122,12 @@ def test_engine_control_is_control_on_any_method(path, method):
         b"/v1/models/m",
     ],
 )
-def test_everything_else_stays_with_the_router(path):
+def test_paths_all_others_belong_to_router(path):
     assert classify("POST", path) is LOCAL
 
 
 @given(st.binary(max_size=30).map(lambda tail: b"/v1/" + tail))
-def test_what_counts_as_inference_needs_no_decoding(path):
+def test_paths_inference_needs_no_decoding(path):
     if classify("POST", path) is INFERENCE:
         assert b"%" not in path
         assert b"//" not in path
@@ -136,7 +136,7 @@ def test_what_counts_as_inference_needs_no_decoding(path):
         assert path.decode().isprintable()
 
 
-def test_tokenizer_is_read_from_a_server_and_nothing_else_is():
+def test_paths_only_tokenizer_info_is_read_from_server():
     assert classify("GET", b"/tokenizer_info") is INFERENCE
     assert is_pure(b"/tokenizer_info")
     for method in ("POST", "HEAD", "PUT", ""):
@@ -157,18 +157,18 @@ def test_tokenizer_is_read_from_a_server_and_nothing_else_is():
         (b"", b""),
     ],
 )
-def test_slashes_at_the_end_are_removed(path, kept):
+def test_paths_trailing_slashes_are_removed(path, kept):
     assert without_slash(path) == kept
 
 
-def test_lane_takes_inference_with_a_slash_at_the_end():
+def test_paths_lane_takes_inference_with_trailing_slash():
     assert is_inference("POST", b"/v1/chat/completions/")
     assert not is_inference("POST", b"/sleep/")
     assert not is_inference("POST", b"//v1/chat/completions/")
 
 
 @given(st.sampled_from(["GET", "POST", "PUT"]), st.binary(max_size=30).map(lambda p: b"/" + p))
-def test_methods_of_a_path_are_those_that_are_served(method, path):
+def test_paths_methods_are_the_served_ones(method, path):
     if method in inference_methods(path):
         assert classify(method, path) is INFERENCE
 
@@ -188,7 +188,7 @@ def test_methods_of_a_path_are_those_that_are_served(method, path):
         (b"/health", (), False),
     ],
 )
-def test_known_methods_of_inference_paths(path, methods, stored):
+def test_paths_inference_methods_are_known(path, methods, stored):
     assert inference_methods(path) == methods
     assert is_stored_response(path) is stored
 
@@ -205,10 +205,10 @@ def test_known_methods_of_inference_paths(path, methods, stored):
         (b"", False),
     ],
 )
-def test_anthropics_dialect_is_for_its_paths(path, anthropic):
+def test_paths_anthropic_dialect_is_for_its_paths(path, anthropic):
     assert is_anthropic(path) is anthropic
 
 
-def test_labels_are_the_known_paths_and_nothing_a_client_invents():
+def test_paths_metric_labels_are_known_paths_only():
     assert path_label(b"/v1/chat/completions") == "/v1/chat/completions"
     assert path_label(b"/v1/invented") == "other"

@@ -31,23 +31,23 @@ def answering(name: str, *available: str) -> tuple[str, str]:
     return found, MODELS.served(found)
 
 
-def test_alias_stands_for_the_served_name():
+def test_models_alias_resolves_to_served_name():
     assert answering("gpt-4", "llama-70b", "llama-8b") == ("gpt-4", "llama-70b")
 
 
-def test_fallback_answers_while_nobody_has_the_model():
+def test_models_fallback_is_used_while_model_has_no_server():
     assert answering("gpt-4", "llama-8b") == ("small", "llama-8b")
 
 
-def test_without_any_server_the_model_that_was_asked_for_is_refused():
+def test_models_without_any_server_refuse_requested_model():
     assert answering("gpt-4") == ("gpt-4", "llama-70b")
 
 
-def test_other_names_stand_for_themselves():
+def test_models_other_names_resolve_to_themselves():
     assert answering("qwen", "qwen") == ("qwen", "qwen")
 
 
-def test_list_has_public_names_without_the_hidden_ones():
+def test_models_list_has_public_names_without_hidden():
     assert MODELS.listed(["llama-70b", "llama-8b", "qwen"]) == {
         "gpt-4": "llama-70b",
         "small": "llama-8b",
@@ -56,22 +56,22 @@ def test_list_has_public_names_without_the_hidden_ones():
     assert MODELS.listed(["qwen"]) == {"qwen": "qwen"}
 
 
-def test_model_is_listed_while_another_one_answers_for_it():
+def test_models_list_has_model_served_by_fallback():
     assert MODELS.listed(["llama-8b"]) == {"gpt-4": "llama-8b", "small": "llama-8b"}
 
 
-def test_served_name_is_listed_beside_its_alias_if_the_table_has_it():
+def test_models_list_has_served_name_configured_beside_alias():
     both = Models({"alias": ModelRule(serves="m"), "m": ModelRule()})
     assert both.listed(["m"]) == {"alias": "m", "m": "m"}
 
 
-def test_hidden_alias_leaves_the_served_name_in_the_list():
+def test_models_list_hidden_alias_keeps_served_name():
     hidden = Models({"alias": ModelRule(serves="m", hidden=True)})
     assert hidden.listed(["m"]) == {"m": "m"}
     assert Models({"m": ModelRule(hidden=True)}).listed(["m"]) == {}
 
 
-def test_fallbacks_in_a_circle_end_and_are_a_problem():
+def test_models_circular_fallbacks_are_a_problem():
     circle = Models({"a": ModelRule(fallback="b"), "b": ModelRule(fallback="a")})
     assert circle.resolve("a", lambda name: False) == "a"
     assert list(circle.fallbacks("a")) == ["b"]
@@ -82,7 +82,7 @@ def test_fallbacks_in_a_circle_end_and_are_a_problem():
     assert MODELS.problems() == []
 
 
-def test_alias_of_an_alias_is_a_problem():
+def test_models_alias_of_alias_is_a_problem():
     chain = Models({"a": ModelRule(serves="b"), "b": ModelRule(serves="c")})
     ((name, key, text),) = chain.problems()
     assert (name, key) == ("a", "serves")
@@ -97,7 +97,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=5), st.text(), st.text(min_size=1))
-def test_only_the_model_of_a_body_is_edited(body: dict[str, object], old: str, model: str):
+def test_rename_model_edits_only_model_of_body(body: dict[str, object], old: str, model: str):
     body = {**body, "model": old, "messages": [{"model": old, 'in "model" :': old}]}
     for text in (msgspec.json.encode(body), json.dumps(body, indent=1).encode()):
         assert msgspec.json.decode(with_model(text, model)) == {**body, "model": model}
@@ -117,11 +117,11 @@ def test_only_the_model_of_a_body_is_edited(body: dict[str, object], old: str, m
         (b'{"m":[["model"]],"model":"a"}', b'{"m":[["model"]],"model":"b\xc3\xa9"}'),
     ],
 )
-def test_all_other_bytes_stay(body: bytes, edited: bytes):
+def test_rename_model_keeps_all_other_bytes(body: bytes, edited: bytes):
     assert with_model(body, "bé") == edited
 
 
-def test_form_has_another_model_and_stays_as_it_was():
+def test_rename_model_in_form_keeps_the_rest():
     kind = b"multipart/form-data; boundary=XX"
 
     def form(model: bytes) -> bytes:
@@ -141,21 +141,21 @@ def policies(**by_model: str) -> PolicySet:
     return PolicySet(Random(1), "least_load", by_model, Knobs(), on_request=False)
 
 
-def test_model_has_its_own_policy_and_keeps_it():
+def test_policies_model_keeps_its_own_policy():
     found = policies(chat="adaptive")
     assert found.for_model("chat").name == "adaptive"
     assert found.for_model("chat") is found.for_model("chat")
     assert found.for_model("other").name == found.for_model(None).name == "least_load"
 
 
-def test_facts_are_read_only_if_some_policy_wants_them():
+def test_policies_prompt_is_read_only_if_needed():
     assert not policies().needs_prompt
     assert policies(chat="prefix").needs_prompt
     assert policies(chat="session").needs_session
     assert not PolicySet(Random(1), "random", {}, Knobs(), on_request=True).needs_prompt
 
 
-def test_policies_in_use_keep_what_they_know_through_a_reload_unless_knobs_change():
+def test_policies_in_use_keep_state_through_reload_with_same_settings():
     found = policies(chat="adaptive")
     before = found.for_model("chat")
     found.apply("random", {"chat": "adaptive"}, Knobs(), on_request=True)

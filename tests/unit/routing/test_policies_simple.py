@@ -41,7 +41,7 @@ def load(server: Server, requests: int) -> None:
         server.lease(0.0)
 
 
-def test_names_are_those_of_the_documentation():
+def test_policies_names_equal_documentation():
     assert POLICY_NAMES == (
         "adaptive", "least_load", "power_of_two", "prefix", "random", "round_robin", "session",
     )  # fmt: skip
@@ -52,7 +52,7 @@ def test_names_are_those_of_the_documentation():
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=40),
     st.integers(0, 1000),
 )
-def test_a_pick_is_one_of_the_candidates_whatever_happened(
+def test_policies_pick_is_always_a_candidate(
     name: str, steps: list[tuple[int, int, bool]], seed: int
 ):
     policy, four = make(name, seed), servers()
@@ -73,7 +73,7 @@ def test_a_pick_is_one_of_the_candidates_whatever_happened(
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
-def test_explaining_changes_nothing_and_has_a_row_per_candidate(name: str):
+def test_policies_explain_changes_nothing_and_has_row_per_candidate(name: str):
     explained, other = make(name), make(name)
     four, same = servers(), servers()
     for now in range(20):
@@ -89,7 +89,7 @@ def test_explaining_changes_nothing_and_has_a_row_per_candidate(name: str):
 
 
 @pytest.mark.parametrize("name", ["adaptive", "least_load", "prefix"])
-def test_first_row_of_the_explanation_is_the_pick(name: str):
+def test_policies_explain_first_row_is_the_pick(name: str):
     policy, four = make(name), servers()
     for now in range(30):
         facts = asking(bytes([now % 3]) * 900)
@@ -102,20 +102,20 @@ def test_first_row_of_the_explanation_is_the_pick(name: str):
 
 
 @pytest.mark.parametrize("name", ["adaptive", "least_load"])
-def test_equals_share_by_chance(name: str):
+def test_policies_equal_servers_share_by_chance(name: str):
     policy, four = make(name), servers()
     picked = Counter(policy.pick(four, asking(), 1.0).name for _ in range(400))
     assert set(picked) == {server.name for server in four}
     assert min(picked.values()) > 50
 
 
-def test_power_of_two_never_takes_the_busiest():
+def test_power_of_two_never_takes_busiest():
     policy, four = make("power_of_two"), servers()
     load(four[2], 5)
     assert four[2] not in {policy.pick(four, asking(), 1.0) for _ in range(100)}
 
 
-def test_power_of_two_takes_the_only_one():
+def test_power_of_two_takes_only_candidate():
     policy, (alone,) = make("power_of_two"), servers(1)
     assert policy.pick((alone,), asking(), 1.0) is alone
 
@@ -123,7 +123,7 @@ def test_power_of_two_takes_the_only_one():
 # -- session -----------------------------------------------------------------------------------
 
 
-def test_session_keeps_its_server_and_every_router_agrees():
+def test_session_keeps_server_on_every_router():
     four = servers()
     homes = {
         name: {make("session", seed).pick(four, asking(session=name), 1.0) for seed in range(5)}
@@ -133,13 +133,13 @@ def test_session_keeps_its_server_and_every_router_agrees():
     assert len(set.union(*homes.values())) == 4
 
 
-def test_conversation_without_a_session_is_known_by_its_first_turn():
+def test_session_missing_is_replaced_by_first_turn():
     four, policy = servers(), make("session")
     assert len({policy.pick(four, asking(b"a" * 300), 1.0) for _ in range(10)}) == 1
     assert len({policy.pick(four, asking(b"%d" % n * 300), 1.0) for n in range(30)}) == 4
 
 
-def test_only_sessions_of_a_server_that_leaves_move():
+def test_session_moves_only_with_its_server():
     four, policy = servers(), make("session")
     for name in map(str, range(40)):
         before = policy.pick(four, asking(session=name), 1.0)
@@ -147,7 +147,7 @@ def test_only_sessions_of_a_server_that_leaves_move():
         assert after is before or before is four[0]
 
 
-def test_session_goes_elsewhere_while_its_server_is_busier_than_the_rest():
+def test_session_moves_while_its_server_is_busier():
     four, policy = servers(), make("session")
     home = policy.pick(four, asking(session="s"), 1.0)
     load(home, 10)
@@ -157,7 +157,7 @@ def test_session_goes_elsewhere_while_its_server_is_busier_than_the_rest():
     assert policy.pick(four, asking(session="s"), 1.0) is home
 
 
-def test_sessions_spread_by_capacity():
+def test_session_hashing_spreads_by_capacity():
     big, small = servers(1, capacity=9)[0], servers(2, capacity=3)[1]
     policy = make("session")
     picked = Counter(policy.pick((big, small), asking(session=str(n)), 1.0) for n in range(400))
@@ -167,14 +167,14 @@ def test_sessions_spread_by_capacity():
 # -- prefix ------------------------------------------------------------------------------------
 
 
-def test_prefix_goes_where_it_is_cached():
+def test_prefix_policy_follows_cache():
     four, policy = servers(), make("prefix")
     facts = asking(b"a" * 2000)
     policy.leased(four[2].lease(0.0), facts, 0.0)
     assert policy.pick(four, facts, 1.0) is four[2]
 
 
-def test_prefix_never_overrides_a_server_busier_than_the_rest():
+def test_prefix_policy_never_overrides_busier_server():
     four, policy = servers(), make("prefix")
     facts = asking(b"a" * 2000)
     policy.leased(four[2].lease(0.0), facts, 0.0)
@@ -186,7 +186,7 @@ def test_prefix_never_overrides_a_server_busier_than_the_rest():
 
 
 @pytest.mark.parametrize("name", ["chwbl", "chwbl-prefix"])
-def test_consistent_hashing_stays_until_the_bound_is_reached(name: str):
+def test_consistent_hashing_stays_until_bound(name: str):
     policy, four = make(name), servers()
     facts = asking(b"x" * 1000)
     home = policy.pick(four, facts, 0.0)
@@ -199,7 +199,7 @@ def test_consistent_hashing_stays_until_the_bound_is_reached(name: str):
     assert policy.pick(four, facts, 0.0) is not home
 
 
-def test_consistent_hashing_goes_by_the_question_or_by_the_beginning():
+def test_consistent_hashing_uses_question_or_beginning():
     system = b"s" * 2000
     four = servers()
     asked = [asking(system + bytes([n]) * 500) for n in range(32)]
@@ -208,7 +208,7 @@ def test_consistent_hashing_goes_by_the_question_or_by_the_beginning():
         assert len({policy.pick(four, facts, 0.0) for facts in asked}) == homes
 
 
-def test_llm_d_sticks_to_a_server_with_the_prefix_until_it_is_saturated():
+def test_llm_d_keeps_prefix_server_until_saturated():
     policy, four = make("llm-d-sticky"), servers()
     facts = asking(b"x" * 8000)
 

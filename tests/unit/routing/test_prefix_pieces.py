@@ -47,7 +47,7 @@ def min_length(one: Facts, other: Facts) -> int:
     return min(len(one.prompt.chain), len(other.prompt.chain))
 
 
-def test_pieces_double_in_length_after_every_32():
+def test_blocks_double_in_length_after_every_32():
     lengths = [end - start for start, end in zip((0, *ENDS), ENDS, strict=False)]
     assert lengths[:33] == [256] * 32 + [512]
     assert lengths[64] == 1024
@@ -55,19 +55,19 @@ def test_pieces_double_in_length_after_every_32():
 
 
 @given(st.integers(0, 1 << 64), st.integers(0, len(ENDS) - 1))
-def test_hash_tells_the_length_of_its_piece(digest: int, index: int):
+def test_block_hash_encodes_block_length(digest: int, index: int):
     assert piece_bytes(link_of(digest, index)) == ENDS[index] - (ENDS[index - 1] if index else 0)
 
 
 @given(st.binary(min_size=600, max_size=1200), st.data())
-def test_hash_of_a_piece_covers_all_before_it(text: bytes, data: st.DataObject):
+def test_block_hash_covers_all_before_it(text: bytes, data: st.DataObject):
     place = data.draw(st.integers(0, len(text) - 1))
     changed = text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :]
     same = [a == b for a, b in zip(cut(text), cut(changed), strict=True)]
     assert same == [end <= place for end in ENDS[: len(same)]]
 
 
-def test_hashes_are_the_same_in_every_process():
+def test_block_hash_is_equal_in_every_process():
     code = "from vllm_router.routing.prompt.pieces import cut; print(cut(b'x' * 600))"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -75,7 +75,7 @@ def test_hashes_are_the_same_in_every_process():
     assert printed.strip() == str(cut(b"x" * 600))
 
 
-def test_next_turn_has_all_full_pieces_of_the_one_before():
+def test_blocks_of_next_turn_include_all_full_blocks_before():
     first = chat(("system", TEXT[:3000]), ("user", TEXT[:2000]))
     second = chat(
         ("system", TEXT[:3000]), ("user", TEXT[:2000]), ("assistant", "yes"), ("user", "more")
@@ -83,7 +83,7 @@ def test_next_turn_has_all_full_pieces_of_the_one_before():
     assert shared_pieces(first, second) == len(first.prompt.chain) > 18
 
 
-def test_order_and_space_of_the_json_do_not_matter():
+def test_blocks_ignore_order_and_space_of_json():
     text = b"caf\xc3\xa9 \\n" * 100
     compact = b'{"messages":[{"role":"user","content":"' + text + b'"}]}'
     spaced = b'{ "messages" : [ {"content": "' + text + b'", "role": "user"} ], "n":1 }'
@@ -104,7 +104,7 @@ def test_order_and_space_of_the_json_do_not_matter():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_tools_roles_texts_and_images_tell_prompts_apart(change: dict[str, Any]):
+def test_blocks_differ_by_tools_roles_texts_and_images(change: dict[str, Any]):
     def asked(
         tools: Any = None,
         role: str = "user",
@@ -120,7 +120,7 @@ def test_tools_roles_texts_and_images_tell_prompts_apart(change: dict[str, Any])
     assert shared_pieces(asked(), asked(**change)) < len(asked().prompt.chain)
 
 
-def test_image_weighs_the_same_whatever_its_size():
+def test_blocks_image_has_equal_weight_at_any_size():
     def size(pixels: int) -> int:
         url = "data:image/png;base64," + "QUJD" * pixels
         return chat(("user", [{"type": "image_url", "image_url": {"url": url}}])).prompt.size
@@ -128,7 +128,7 @@ def test_image_weighs_the_same_whatever_its_size():
     assert size(1000) == size(200_000) < 3000
 
 
-def test_marks_of_a_conversation_in_bytes():
+def test_blocks_boundaries_of_conversation_are_in_bytes():
     first = chat(("system", "s" * 1000), ("user", "u" * 300)).prompt
     assert (first.shared, first.earlier) == (1000 + len("\0system\0"), 0)
     later = chat(
@@ -138,7 +138,7 @@ def test_marks_of_a_conversation_in_bytes():
     assert later.shared == first.shared
 
 
-def test_conversation_keeps_its_hash_and_differs_from_others_with_the_same_system_prompt():
+def test_blocks_conversations_with_same_system_prompt_differ():
     system = ("system", TEXT[:2000])
     first = chat(system, ("user", "tell me"))
     later = chat(system, ("user", "tell me"), ("assistant", "what?"), ("user", "all"))
@@ -146,7 +146,7 @@ def test_conversation_keeps_its_hash_and_differs_from_others_with_the_same_syste
     assert first.prompt.conversation == later.prompt.conversation != other.prompt.conversation
 
 
-def test_of_many_messages_the_later_ones_count_as_well():
+def test_blocks_later_ones_of_many_messages_count():
     turns = [(("user", "assistant")[n % 2], f"{n} " * 30) for n in range(LOOKED_INTO + 201)]
     whole, before = chat(*turns), chat(*turns[:-2])
     assert before.prompt.chain == whole.prompt.chain[: len(before.prompt.chain)]
@@ -157,7 +157,7 @@ def test_of_many_messages_the_later_ones_count_as_well():
     assert 0 < shared_pieces(whole, chat(*other)) < len(whole.prompt.chain)
 
 
-def test_pictures_and_calls_in_later_messages_weigh_what_they_do_in_the_first():
+def test_blocks_images_and_calls_in_later_messages_count_fully():
     def grows_by(message: dict[str, Any]) -> list[int]:
         sizes = []
         for count in (1, LOOKED_INTO + 1):
@@ -179,7 +179,7 @@ def test_pictures_and_calls_in_later_messages_weigh_what_they_do_in_the_first():
         assert later > 50
 
 
-def test_of_many_parts_the_later_ones_count_as_well():
+def test_blocks_later_ones_of_many_parts_count():
     parts = [{"type": "text", "text": f"part {n} " * 15} for n in range(LOOKED_INTO + 300)]
     whole = chat(("user", parts))
     other = chat(("user", [*parts[:-50], {"type": "text", "text": "!" * 120}, *parts[-49:]]))
@@ -199,7 +199,7 @@ CROWDS = {
 
 
 @pytest.mark.parametrize("crowd", CROWDS)
-def test_a_million_things_in_a_body_are_not_looked_at_one_by_one(crowd: str):
+def test_blocks_million_items_are_not_visited_singly(crowd: str):
     before, thing, after = CROWDS[crowd]
     body = b'{"model":"m",' + before + thing * 300_000 + after + b"}"
     tracemalloc.start()
@@ -214,27 +214,27 @@ def test_a_million_things_in_a_body_are_not_looked_at_one_by_one(crowd: str):
     assert peak < 4 * len(body)
 
 
-def test_depths_are_not_gone_down():
+def test_blocks_deep_nesting_is_not_visited():
     deep = b"[" * 300 + b'"' + b"x" * 300_000 + b'"' + b"]" * 300
     body = b'{"messages":[{"role":"user","content":[{"type":"x","y":' + deep + b"}]}]}"
     read = read_facts(CHAT, b"application/json", body, with_prompt=True)
     assert 2000 < read.prompt.size < 2200  # a medium
 
 
-def test_token_ids_are_counted():
+def test_blocks_token_ids_are_counted():
     prompt = facts(b"/v1/completions", prompt=list(range(5000))).prompt
     assert prompt.tokens == 5000
     assert prompt.chain
 
 
-def test_text_of_a_completion_is_cut_as_it_stands_in_the_body():
+def test_blocks_completion_text_is_cut_as_in_body():
     prompt = facts(b"/v1/completions", prompt=TEXT[:5000]).prompt
     written = msgspec.json.encode(TEXT[:5000])[1:-1]
     assert (prompt.size, prompt.tokens) == (len(written), None)
     assert prompt.chain == cut(written)
 
 
-def test_text_counts_alike_as_a_string_and_as_a_part():
+def test_blocks_text_as_string_or_part_is_equal():
     parts = [{"type": "text", "text": TEXT[:900]}]
     assert chat(("user", TEXT[:900])).prompt == chat(("user", parts)).prompt
 
@@ -249,7 +249,7 @@ def test_text_counts_alike_as_a_string_and_as_a_part():
         {"system": [{"type": "text", "text": TEXT[:300]}], "messages": TEXT[:600]},
     ],
 )
-def test_every_api_has_a_prompt(body: dict[str, Any]):
+def test_blocks_every_api_has_a_prompt(body: dict[str, Any]):
     assert 900 <= facts(**body).prompt.size < 1100
 
 
@@ -257,17 +257,17 @@ def test_every_api_has_a_prompt(body: dict[str, Any]):
     "body",
     [{}, {"messages": 3}, {"messages": [1, None, {"content": {"a": 1}}]}, {"prompt": None}],
 )
-def test_odd_bodies_have_a_prompt_without_pieces(body: dict[str, Any]):
+def test_blocks_odd_body_has_prompt_without_blocks(body: dict[str, Any]):
     assert facts(**body).prompt.chain == ()
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt": "\\ud800"}'])
-def test_bodies_without_a_model_have_no_chain(body: bytes):
+def test_blocks_body_without_model_has_none(body: bytes):
     read = read_facts(CHAT, b"application/json", body, with_prompt=True)
     assert (read.model, read.prompt.chain) == (None, ())
 
 
-def test_prompt_is_not_read_unless_it_is_asked_for():
+def test_blocks_are_not_computed_unless_needed():
     body = msgspec.json.encode({"model": "m", "prompt": TEXT})
     assert read_facts(CHAT, b"", body) == Facts("m")
     assert read_facts(CHAT, b"", body).prompt is NO_PROMPT
@@ -309,7 +309,7 @@ CONVERSATION = [{"role": "user", "content": TEXT}]
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_prompts_with_different_salts_have_nothing_in_common(path: bytes, fields: dict[str, Any]):
+def test_blocks_with_different_cache_salts_share_nothing(path: bytes, fields: dict[str, Any]):
     """vLLM's prefix cache shares no block between them, so the table of prefixes must not."""
 
     def prompt(**more: Any) -> Prompt:

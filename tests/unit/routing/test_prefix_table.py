@@ -27,7 +27,7 @@ def text(seed: int, size: int = 2560) -> bytes:
     return bytes((seed * 7 + n * n) % 251 for n in range(size))
 
 
-def test_match_tells_for_every_server_how_much_it_has():
+def test_prefix_index_match_gives_length_per_server():
     known = table()
     chain = cut(text(1))
     known.insert(chain[:3], A, MANY, 0.0)
@@ -37,7 +37,7 @@ def test_match_tells_for_every_server_how_much_it_has():
     assert known.match(chain[:2], A | B) == [(2, A | B)]
 
 
-def test_nothing_matches_what_nobody_has():
+def test_prefix_index_unknown_prompt_matches_nothing():
     known = table()
     assert known.match((), A) == []
     known.insert(cut(text(1)), A, MANY, 0.0)
@@ -46,7 +46,7 @@ def test_nothing_matches_what_nobody_has():
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([A, B, C])), max_size=30))
-def test_match_agrees_with_what_was_inserted(inserted: list[tuple[int, int]]):
+def test_prefix_index_match_agrees_with_insertions(inserted: list[tuple[int, int]]):
     # Prompt n begins with the first 2n pieces of all later ones.
     prompts = [cut(text(0, 512 * n) + text(n, 512)) for n in range(6)]
     known = table()
@@ -62,7 +62,7 @@ def test_match_agrees_with_what_was_inserted(inserted: list[tuple[int, int]]):
             assert found.get(bit, 0) == expected
 
 
-def test_capacity_bounds_each_server_and_the_ends_of_prompts_go_first():
+def test_prefix_index_capacity_evicts_prompt_ends_first():
     known = table()
     chain = cut(text(1))
     known.insert(chain, A, 5 * 256, 0.0)
@@ -70,7 +70,7 @@ def test_capacity_bounds_each_server_and_the_ends_of_prompts_go_first():
     assert known.match(chain, A) == [(5, A)]
 
 
-def test_least_recently_used_prompt_is_forgotten_first():
+def test_prefix_index_evicts_least_recently_used_first():
     known = table()
     old, kept, new = (cut(text(n, 1024)) for n in range(3))
     for now, chain in enumerate((old, kept, kept, new)):
@@ -80,14 +80,14 @@ def test_least_recently_used_prompt_is_forgotten_first():
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 20))
-def test_entries_never_exceed_their_bound(prompts: list[int], bound: int):
+def test_prefix_index_entries_never_exceed_bound(prompts: list[int], bound: int):
     known = table(entries=bound)
     for n in prompts:
         known.insert(cut(text(n, 256 * (n % 7))), A, MANY, 0.0)
     assert len(known) <= bound
 
 
-def test_entries_expire():
+def test_prefix_index_entries_expire():
     known = table(expiry=10.0)
     early, late = cut(text(1)), cut(text(2))
     known.insert(early, A, MANY, 0.0)
@@ -98,7 +98,7 @@ def test_entries_expire():
     assert known.held(A) == 0
 
 
-def test_forgetting_one_server_leaves_the_others():
+def test_prefix_index_forgetting_one_server_keeps_others():
     known = table()
     chain = cut(text(1))
     known.insert(chain, A, MANY, 0.0)
@@ -116,7 +116,7 @@ def prompt(seed: int = 1, size: int = 2560) -> Prompt:
     return Prompt(cut(text(seed, size)), size)
 
 
-def test_restarted_server_has_nothing():
+def test_prefix_index_of_restarted_server_is_empty():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
     book = PrefixBook(Knobs())
@@ -128,7 +128,7 @@ def test_restarted_server_has_nothing():
     assert book.match((a, b), prompt()) == {b: 2560}
 
 
-def test_record_is_bounded_by_the_kv_cache_of_each_server():
+def test_prefix_index_is_bounded_by_kv_cache_per_server():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
     book = PrefixBook(Knobs())
@@ -140,7 +140,7 @@ def test_record_is_bounded_by_the_kv_cache_of_each_server():
 
 @pytest.mark.parametrize("megabytes", [2.0, 4.0])
 @pytest.mark.parametrize("count", [1, 3])
-def test_memory_keeps_its_bound_however_long_entries_come_and_go(megabytes: float, count: int):
+def test_prefix_index_memory_stays_bounded_under_churn(megabytes: float, count: int):
     """Dictionaries whose entries are replaced all the time are larger than those just filled."""
     servers = tuple(make_fleet(count).servers.values())
     rng = Random(1)
@@ -157,7 +157,7 @@ def test_memory_keeps_its_bound_however_long_entries_come_and_go(megabytes: floa
     assert 0.25 * megabytes < used / 1e6 < megabytes
 
 
-def test_memory_is_shared_between_the_servers():
+def test_prefix_index_memory_is_shared_between_servers():
     fleet = make_fleet(4)
     servers = tuple(fleet.servers.values())
     book = PrefixBook(Knobs(prefix_memory_mb=0.0072))
@@ -167,7 +167,7 @@ def test_memory_is_shared_between_the_servers():
     assert len(book.table) == 20
 
 
-def test_server_that_left_gives_its_bit_to_another():
+def test_prefix_index_bit_of_removed_server_is_reused():
     fleet = make_fleet(3)
     a, b, c = fleet.servers.values()
     book = PrefixBook(Knobs())
@@ -178,7 +178,7 @@ def test_server_that_left_gives_its_bit_to_another():
     assert book.match((b, c), prompt()) == {}
 
 
-def test_record_shrinks_for_a_server_that_forgets_sooner():
+def test_prefix_index_shrinks_for_server_that_evicts_sooner():
     fleet = make_fleet(1)
     (server,) = fleet.servers.values()
     server.scraped(gauges(0, kv_tokens=640), 1.0, 0)
@@ -191,7 +191,7 @@ def test_record_shrinks_for_a_server_that_forgets_sooner():
     assert book.matched_bytes(server, prompt()) == 512
 
 
-def test_bytes_per_token_are_learnt_per_model():
+def test_token_size_is_learnt_per_model():
     book = PrefixBook(Knobs())
     for _ in range(200):
         book.learn("chinese", prompt(), 1280)
@@ -199,12 +199,12 @@ def test_bytes_per_token_are_learnt_per_model():
     assert book.tokens_per_byte("other", prompt()) == 0.25
 
 
-def test_token_ids_need_no_estimate():
+def test_token_size_of_token_ids_needs_no_estimate():
     exact = Prompt((), 1000, 170)
     assert PrefixBook(Knobs()).tokens_per_byte(None, exact) == 0.17
 
 
-def test_learnt_models_are_bounded():
+def test_token_size_learnt_models_are_bounded():
     book = PrefixBook(Knobs())
     for n in range(2000):
         book.learn(str(n), prompt(), 640)

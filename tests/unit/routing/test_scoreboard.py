@@ -30,7 +30,7 @@ def scoreboard(loads: list[int]) -> Scoreboard:
 
 
 @given(st.lists(st.integers(0, 4), min_size=6, max_size=6), LEVELS, st.integers(-1, 5))
-def test_the_most_that_a_server_has_counts_even_if_it_is_said_twice(
+def test_score_cache_highest_repeated_match_counts(
     loads: list[int], levels: list[tuple[int, int]], home: int
 ):
     board = scoreboard(loads)
@@ -46,7 +46,7 @@ def test_the_most_that_a_server_has_counts_even_if_it_is_said_twice(
     assert board.bases == before
 
 
-def test_what_was_missed_is_measured_again(monkeypatch: pytest.MonkeyPatch):
+def test_score_cache_missed_changes_are_measured_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Journal, "LONGEST", 3)
     board = scoreboard([0, 0, 0])
     for count in range(1, 9):
@@ -57,6 +57,6 @@ def test_what_was_missed_is_measured_again(monkeypatch: pytest.MonkeyPatch):
         board.factors, (2, 3, 3), strict=True)]  # fmt: skip
 
 
-def test_servers_of_a_fleet_share_its_journal_even_if_they_came_later():
+def test_score_cache_servers_share_change_log_of_fleet():
     fleet = make_fleet(2)
     assert {server.journal for server in fleet.servers.values()} == {fleet.journal}

@@ -42,7 +42,7 @@ PATHS = (
 
 
 @pytest.mark.parametrize("parameter", REFUSED)
-async def test_transfer_parameter_is_refused_and_reaches_no_server(parameter, autojump_clock):
+async def test_transfer_parameter_is_refused_before_any_server(parameter, autojump_clock):
     async with lab(answering(GOOD)) as rig:
         got = await rig.post({"model": "m", **REFUSED[parameter]})
         assert got.status == 400
@@ -61,7 +61,7 @@ async def test_transfer_parameter_is_refused_on_every_path(path, autojump_clock)
 
 
 @pytest.mark.parametrize("parameter", REFUSED)
-async def test_transfer_parameter_that_is_allowed_is_passed_on(parameter, autojump_clock):
+async def test_transfer_parameter_if_allowed_passes(parameter, autojump_clock):
     async with lab(answering(GOOD), allow_kv_transfer_params=True) as rig:
         body = {"model": "m", **REFUSED[parameter]}
         assert (await rig.post(body)).status == 200
@@ -81,7 +81,7 @@ async def test_transfer_parameter_that_is_allowed_is_passed_on(parameter, autoju
         {"sampling_params": {"extra_args": {"kv_transfer_params": None}}},
     ],
 )
-async def test_same_words_elsewhere_in_the_body_are_passed_on(body, autojump_clock):
+async def test_transfer_parameter_words_elsewhere_in_body_pass(body, autojump_clock):
     async with lab(answering(GOOD)) as rig:
         assert (await rig.post({"model": "m", **body})).status == 200
 
@@ -99,7 +99,7 @@ async def test_same_words_elsewhere_in_the_body_are_passed_on(body, autojump_clo
     ids=["escaped key", "twice", "odd model", "string", "array", "many messages"],
 )
 @pytest.mark.parametrize("with_prompt", [False, True])
-def test_transfer_parameter_is_seen_however_the_body_is_written(body, with_prompt):
+def test_transfer_parameter_is_found_in_any_json_spelling(body, with_prompt):
     facts = read_facts(b"/v1/completions", b"application/json", body, with_prompt=with_prompt)
     assert facts.transfer == "kv_transfer_params"
 
@@ -117,9 +117,7 @@ OTHERWISE_WRITTEN = {
 
 
 @pytest.mark.parametrize("written", OTHERWISE_WRITTEN)
-async def test_transfer_parameter_is_refused_in_json_that_only_python_reads(
-    written, autojump_clock
-):
+async def test_transfer_parameter_in_python_only_json_is_refused(written, autojump_clock):
     async with lab(answering(GOOD)) as rig:
         got = await rig.post(OTHERWISE_WRITTEN[written])
         assert (got.status, got.code) == (400, "unsupported_parameter")
@@ -139,7 +137,7 @@ async def test_transfer_parameter_is_refused_in_json_that_only_python_reads(
         ("", None),
     ],
 )
-async def test_transfer_parameter_in_a_forms_xargs_is_refused(xargs, parameter, autojump_clock):
+async def test_transfer_parameter_in_form_xargs_is_refused(xargs, parameter, autojump_clock):
     head = '--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n'
     body = (head % ("model", "m") + head % ("vllm_xargs", xargs) + "--b--\r\n").encode()
     headers = ((b"content-type", b"multipart/form-data; boundary=b"),)
@@ -150,7 +148,7 @@ async def test_transfer_parameter_in_a_forms_xargs_is_refused(xargs, parameter, 
             assert got.json["error"]["param"] == parameter
 
 
-async def test_request_refused_by_its_head_is_refused_alike_each_time(autojump_clock):
+async def test_transfer_parameter_by_head_is_refused_every_time(autojump_clock):
     headers = ((b"x-data-parallel-rank", b"1"),)
     async with lab(answering(GOOD)) as rig:
         for _ in range(3):
@@ -159,7 +157,7 @@ async def test_request_refused_by_its_head_is_refused_alike_each_time(autojump_c
 
 @pytest.mark.parametrize("name", [b"x-data-parallel-rank"])
 @pytest.mark.parametrize("value", [b"0", b"1", b"", b"x"])
-async def test_rank_chosen_by_a_client_is_refused_unless_allowed(name, value, autojump_clock):
+async def test_data_parallel_rank_of_client_is_refused_unless_allowed(name, value, autojump_clock):
     headers = ((b"content-type", b"application/json"), (name, value))
     async with lab(answering(GOOD)) as rig:
         got = await rig.post(headers=headers)
@@ -171,7 +169,7 @@ async def test_rank_chosen_by_a_client_is_refused_unless_allowed(name, value, au
         assert (name, value) in rig.scripted["a"].requests[0].fields
 
 
-async def test_model_in_a_header_of_sagemaker_is_refused(autojump_clock):
+async def test_sagemaker_model_header_is_refused(autojump_clock):
     """vLLM would put it in place of the body's model, which is the one that was routed by."""
     headers = (
         (b"content-type", b"application/json"),

@@ -48,7 +48,7 @@ def only(condition: Any) -> Any:
     return give
 
 
-def test_the_lower_priority_goes_first_and_equals_as_they_came():
+def test_waiting_lower_priority_number_goes_first_then_arrival():
     a, b, c, d = (place(priority=priority) for priority in (0, 5, -1, 0))
     rooms = line(a, b, c, d)
     assert served(rooms, 3) == [c, a, d]
@@ -56,7 +56,7 @@ def test_the_lower_priority_goes_first_and_equals_as_they_came():
     assert not rooms
 
 
-def test_keys_take_turns_within_a_priority():
+def test_waiting_keys_take_turns_within_priority():
     many = [place(key="many") for _ in range(4)]
     few = [place(key="few") for _ in range(2)]
     first = place(key="many", priority=-1)
@@ -64,7 +64,7 @@ def test_keys_take_turns_within_a_priority():
     assert served(rooms, 7) == [first, many[0], few[0], many[1], few[1], *many[2:]]
 
 
-def test_a_key_that_leaves_and_comes_back_has_no_turn_before_the_others():
+def test_waiting_key_that_returns_gets_no_earlier_turn():
     a1, b1, a2 = place(key="a"), place(key="b"), place(key="a")
     rooms = line(a1, b1)
     assert served(rooms, 1) == [a1]
@@ -72,33 +72,33 @@ def test_a_key_that_leaves_and_comes_back_has_no_turn_before_the_others():
     assert served(rooms, 2) == [b1, a2]
 
 
-def test_who_returns_goes_before_its_equals_but_not_before_its_betters():
+def test_waiting_retry_precedes_equals_but_not_better_priority():
     new, better, back = place(), place(priority=-1), place(returning=True)
     assert served(line(new, better, back), 3) == [better, back, new]
 
 
-def test_of_two_models_the_one_whose_first_came_earlier_goes_first():
+def test_waiting_older_first_request_decides_between_models():
     a, b, c = place("a"), place("b"), place("a")
     rooms = line(a, b, c)
     assert served(rooms, 2) == [a, b]
     assert served(rooms, 2) == [c]
 
 
-def test_a_model_without_a_server_holds_up_no_other():
+def test_waiting_model_without_server_delays_no_other():
     stuck, lucky = place("stuck", priority=-9), place("lucky")
     rooms = line(stuck, lucky)
     assert rooms.admit(0.0, only(lambda one: one.room == "lucky")) == [lucky]
     assert len(rooms) == 1
 
 
-def test_request_that_returns_and_finds_its_own_server_free_lets_the_next_one_pass():
+def test_waiting_retry_with_free_own_server_lets_next_pass():
     back, new = place(returning=True, route=Route(frozenset(), "tried")), place()
     rooms = line(back, new)
     assert rooms.admit(0.0, only(lambda one: not one.returning)) == [new]
     assert list(rooms.room("m")) == [back]
 
 
-def test_request_of_another_route_is_not_held_up_in_the_same_room():
+def test_waiting_request_of_other_route_is_not_delayed():
     stuck = [place(route=Route(frozenset({"busy"})), priority=-n) for n in range(5)]
     lucky = [place(route=Route(frozenset({"free"})), key=f"k{n}") for n in range(3)]
     rooms = line(*stuck, *lucky)
@@ -106,14 +106,14 @@ def test_request_of_another_route_is_not_held_up_in_the_same_room():
     assert len(rooms) == len(rooms.room("m")) == 5
 
 
-def test_keys_take_turns_across_models_of_the_same_server():
+def test_waiting_keys_take_turns_across_models_of_a_server():
     many = [place(f"lora-{n}", key="many") for n in range(4)]
     few = [place("lora-9", key="few") for _ in range(2)]
     rooms = line(*many, *few)
     assert served(rooms, 6) == [many[0], few[0], many[1], few[1], *many[2:]]
 
 
-def test_turn_on_one_server_costs_a_key_nothing_on_others():
+def test_waiting_turn_on_one_server_is_free_on_others():
     quick = [place("quick", key="both", route=Route(frozenset({"q"}))) for _ in range(9)]
     a = place("slow", key="both", route=Route(frozenset({"s"})))
     b = place("slow", key="other", route=Route(frozenset({"s"})))
@@ -144,7 +144,7 @@ def served_on(rooms: WaitingRooms[Place], server: str, free: int) -> list[Place]
 # -- places of other processes ----------------------------------------------------------------
 
 
-def test_held_place_stays_and_the_next_ones_are_asked_in_order():
+def test_waiting_held_place_stays_and_next_are_asked_in_order():
     theirs = [place(key=key, owner=1) for key in "aab"]
     ours = [place(key=key, route=Route(frozenset({"server"}), "ours")) for key in "ac"]
     rooms = line(*theirs, *ours)
@@ -160,7 +160,7 @@ def test_held_place_stays_and_the_next_ones_are_asked_in_order():
     assert len(rooms) == 3
 
 
-def test_held_place_loses_neither_its_turn_nor_its_place():
+def test_waiting_held_place_keeps_turn_and_place():
     theirs = [place(key=key, owner=1) for key in "aab"]
     rooms = line(*theirs)
     for _ in range(3):
@@ -176,7 +176,7 @@ def test_held_place_loses_neither_its_turn_nor_its_place():
     assert served(rooms, 3) == [theirs[0], theirs[2], theirs[1]]
 
 
-def test_turn_that_a_key_has_had_meanwhile_counts_after_a_hold():
+def test_waiting_turn_taken_meanwhile_counts_after_hold():
     theirs, ours = place(key="a", owner=1), place(key="a", route=Route(ANY.servers, "ours"))
     later, other = place(key="a", owner=1), place(key="b", owner=1)
     rooms = line(theirs, ours, later, other)
@@ -191,7 +191,7 @@ def test_turn_that_a_key_has_had_meanwhile_counts_after_a_hold():
     assert served(rooms, 3) == [other, theirs, later]
 
 
-def test_stamps_rise_even_if_the_clock_does_not_and_tell_the_process():
+def test_waiting_stamps_rise_without_clock_and_name_process():
     rooms: WaitingRooms[Place] = WaitingRooms(owner=3)
     first, second = rooms.stamp(5.0), rooms.stamp(5.0)
     assert first < second
@@ -208,7 +208,7 @@ def displaced(rooms: WaitingRooms[Place], priority: int = 0, key: str = "") -> P
     return rooms.room("m").displaced_by(priority, key)
 
 
-def test_last_of_the_greediest_key_leaves_for_a_key_with_fewer():
+def test_waiting_greediest_keys_last_is_displaced_by_smaller_key():
     a = [place(key="a") for _ in range(4)]
     b = [place(key="b") for _ in range(2)]
     rooms = line(*a, *b)
@@ -220,7 +220,7 @@ def test_last_of_the_greediest_key_leaves_for_a_key_with_fewer():
     assert displaced(rooms, key="c") is a[2]
 
 
-def test_last_of_the_lowest_priority_leaves_for_a_better_one():
+def test_waiting_worst_prioritys_last_is_displaced_by_better_one():
     good = [place(priority=-1, key="a") for _ in range(9)]
     bad = [place(priority=7, key=key) for key in "aba"]
     rooms = line(*good, *bad)
@@ -230,14 +230,14 @@ def test_last_of_the_lowest_priority_leaves_for_a_better_one():
     assert displaced(rooms, priority=7, key="b") is None
 
 
-def test_request_that_returns_is_never_displaced():
+def test_waiting_retry_is_never_displaced():
     rooms = line(*(place(priority=9, returning=True) for _ in range(3)))
     assert displaced(rooms, priority=-5) is None
     assert rooms.room("m").waiting == 0
     assert len(rooms) == 3
 
 
-def test_how_many_go_before_one_more_follows_priority_and_turns():
+def test_waiting_count_ahead_follows_priority_and_turns():
     rooms = line(
         *(place(key="a") for _ in range(5)),
         place(key="b"),
@@ -254,7 +254,7 @@ def test_how_many_go_before_one_more_follows_priority_and_turns():
 
 @pytest.mark.parametrize("keys", [1, 7, 20_000])
 @pytest.mark.parametrize("models", [1, 500])
-def test_handing_out_a_server_asks_as_few_however_many_wait(keys: int, models: int):
+def test_waiting_admission_checks_few_however_many_wait(keys: int, models: int):
     asked = 0
 
     def give(one: Place) -> Verdict:
@@ -274,7 +274,7 @@ def test_handing_out_a_server_asks_as_few_however_many_wait(keys: int, models: i
         assert asked == 2  # the one that gets it, and the next one, for which there is none
 
 
-def test_a_server_left_free_ends_the_measurement_of_those_it_serves():
+def test_waiting_free_server_ends_measurement_of_its_models():
     rooms: WaitingRooms[Place] = WaitingRooms()
     for model in ("a", "b"):
         rooms.room(model).rate.begin(0.0)
@@ -283,7 +283,7 @@ def test_a_server_left_free_ends_the_measurement_of_those_it_serves():
     assert rooms.room("b").rate.running
 
 
-def test_rooms_of_forgotten_models_are_dropped_when_empty():
+def test_waiting_queues_of_forgotten_models_are_dropped_when_empty():
     rooms = line(place("gone"), place("busy"))
     rooms.leave(next(iter(rooms.room("gone"))), 0.0)
     rooms.room(None)
@@ -295,7 +295,9 @@ def test_rooms_of_forgotten_models_are_dropped_when_empty():
     st.lists(st.tuples(st.integers(-1, 1), st.sampled_from("abc")), max_size=25),
     st.tuples(st.integers(-1, 1), st.sampled_from("abcd")),
 )
-def test_no_more_go_before_than_was_told(others: list[tuple[int, str]], newcomer: tuple[int, str]):
+def test_waiting_never_exceeds_reported_count_ahead(
+    others: list[tuple[int, str]], newcomer: tuple[int, str]
+):
     rooms = line(*(place(priority=priority, key=key) for priority, key in others))
     told = rooms.room("m").before(*newcomer)
     one = place(priority=newcomer[0], key=newcomer[1])

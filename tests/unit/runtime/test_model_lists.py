@@ -34,7 +34,7 @@ async def nursery():
         nursery.cancel_scope.cancel()
 
 
-async def test_fresh_many_at_once_share_one_look(autojump_clock, nursery):
+async def test_model_lists_many_refreshes_share_one_scrape(autojump_clock, nursery):
     server = Server(0.1)
     lists = ModelLists(lambda: [server.read])
     nursery.start_soon(lists.run)
@@ -46,7 +46,7 @@ async def test_fresh_many_at_once_share_one_look(autojump_clock, nursery):
     assert trio.current_time() - began == pytest.approx(0.1)
 
 
-async def test_fresh_during_a_look_waits_for_the_next_one(autojump_clock, nursery):
+async def test_model_lists_refresh_during_scrape_waits_for_next(autojump_clock, nursery):
     server = Server(0.1)
     lists = ModelLists(lambda: [server.read])
     nursery.start_soon(lists.run)
@@ -57,7 +57,7 @@ async def test_fresh_during_a_look_waits_for_the_next_one(autojump_clock, nurser
     assert server.looks[-1] > asked
 
 
-async def test_fresh_flood_costs_one_look_per_gap(autojump_clock, nursery):
+async def test_model_lists_flood_costs_one_scrape_per_interval(autojump_clock, nursery):
     server = Server(0.01)
     lists = ModelLists(lambda: [server.read])
     nursery.start_soon(lists.run)
@@ -67,9 +67,7 @@ async def test_fresh_flood_costs_one_look_per_gap(autojump_clock, nursery):
     assert AT_ONCE < len(server.looks) <= AT_ONCE + 11
 
 
-async def test_fresh_a_few_wrong_names_one_after_the_other_do_not_wait_for_a_gap(
-    autojump_clock, nursery
-):
+async def test_model_lists_few_wrong_names_do_not_wait_for_interval(autojump_clock, nursery):
     server = Server(0.01)
     lists = ModelLists(lambda: [server.read])
     nursery.start_soon(lists.run)
@@ -82,9 +80,7 @@ async def test_fresh_a_few_wrong_names_one_after_the_other_do_not_wait_for_a_gap
         await trio.sleep(AT_ONCE * LOOK_GAP)
 
 
-async def test_fresh_found_or_out_of_patience_does_not_wait_for_slow_servers(
-    autojump_clock, nursery
-):
+async def test_model_lists_refresh_does_not_wait_for_slow_servers(autojump_clock, nursery):
     quick, found = Server(0.1), []
 
     async def read() -> None:
@@ -100,7 +96,7 @@ async def test_fresh_found_or_out_of_patience_does_not_wait_for_slow_servers(
     assert trio.current_time() - began == pytest.approx(0.1 + LOOK_GAP + 5.0)
 
 
-async def test_serve_model_loaded_since_the_last_look_is_served(autojump_clock):
+async def test_model_lists_newly_loaded_model_is_served(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
 
         async def look(found) -> None:
@@ -113,7 +109,7 @@ async def test_serve_model_loaded_since_the_last_look_is_served(autojump_clock):
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
 
 
-async def test_serve_model_that_no_list_has_after_a_look_is_404(autojump_clock):
+async def test_model_lists_unlisted_model_after_refresh_is_404(autojump_clock):
     looks = []
     async with lab(answering(GOOD)) as rig:
 

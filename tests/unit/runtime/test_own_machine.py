@@ -27,7 +27,7 @@ def found(directory: Path, url: str) -> str | None:
     return find_socket(url, {"XDG_RUNTIME_DIR": str(directory)})
 
 
-def test_socket_and_directory_are_for_their_user_alone(tmp_path: Path):
+def test_own_machine_socket_and_directory_are_private(tmp_path: Path):
     local = sockets_in(tmp_path, ("127.0.0.1", 8888))
     folder = tmp_path / "vllm-router"
     file = folder / "127.0.0.1:8888.sock"
@@ -59,7 +59,7 @@ def test_socket_and_directory_are_for_their_user_alone(tmp_path: Path):
         (("0.0.0.0", 8888), "http://127.0.0.1:x", False),
     ],
 )
-def test_find_socket_takes_only_the_router_that_the_url_means(
+def test_find_socket_matches_router_of_url_only(
     tmp_path: Path, address: tuple[str, int], url: str, is_found: bool
 ):
     local = sockets_in(tmp_path, address)
@@ -67,14 +67,14 @@ def test_find_socket_takes_only_the_router_that_the_url_means(
     local.close()
 
 
-def test_find_socket_of_a_router_that_was_killed_is_none(tmp_path: Path):
+def test_find_socket_of_killed_router_is_none(tmp_path: Path):
     local = sockets_in(tmp_path, ("127.0.0.1", 8888))
     for sock in local.sockets:
         sock.close()
     assert found(tmp_path, "http://127.0.0.1:8888") is None
 
 
-def test_open_removes_files_that_dead_routers_left_and_no_others(tmp_path: Path):
+def test_own_machine_open_removes_files_of_dead_routers_only(tmp_path: Path):
     dead = sockets_in(tmp_path, ("127.0.0.1", 1))
     dead.sockets[0].close()
     alive = sockets_in(tmp_path, ("127.0.0.1", 2))
@@ -87,7 +87,7 @@ def test_open_removes_files_that_dead_routers_left_and_no_others(tmp_path: Path)
     next_one.close()
 
 
-def test_successor_on_the_same_port_keeps_its_socket_when_the_first_ends(tmp_path: Path):
+def test_own_machine_successor_keeps_socket_when_first_ends(tmp_path: Path):
     first = sockets_in(tmp_path, ("127.0.0.1", 8888))
     second = sockets_in(tmp_path, ("127.0.0.1", 8888))
     first.close()
@@ -96,7 +96,7 @@ def test_successor_on_the_same_port_keeps_its_socket_when_the_first_ends(tmp_pat
     assert found(tmp_path, "http://127.0.0.1:8888") is None
 
 
-def test_deep_directory_still_has_room_for_a_socket(tmp_path: Path):
+def test_own_machine_deep_directory_fits_socket_path(tmp_path: Path):
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     local = sockets_in(deep, ("127.0.0.1", 8888))
@@ -104,14 +104,14 @@ def test_deep_directory_still_has_room_for_a_socket(tmp_path: Path):
     local.close()
 
 
-def test_directory_that_others_may_enter_is_closed_to_them(tmp_path: Path):
+def test_own_machine_directory_open_to_others_is_closed(tmp_path: Path):
     (tmp_path / "vllm-router").mkdir(mode=0o755)
     local = sockets_in(tmp_path, ("127.0.0.1", 8888))
     assert stat.S_IMODE((tmp_path / "vllm-router").stat().st_mode) == 0o700
     local.close()
 
 
-def test_directory_that_is_a_link_is_not_followed(tmp_path: Path):
+def test_own_machine_symlinked_directory_is_not_followed(tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "vllm-router").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"directory|symbolic"):
@@ -119,7 +119,7 @@ def test_directory_that_is_a_link_is_not_followed(tmp_path: Path):
 
 
 @pytest.mark.skipif(UID != 0, reason="only root can give a directory away")
-def test_directory_of_another_user_is_not_used(tmp_path: Path):
+def test_own_machine_directory_of_other_user_is_not_used(tmp_path: Path):
     folder = tmp_path / "vllm-router"
     folder.mkdir()
     os.chown(folder, 12345, 12345)
@@ -135,7 +135,7 @@ def test_directory_of_another_user_is_not_used(tmp_path: Path):
         assert found(tmp_path, "http://127.0.0.1:8888") is None
 
 
-def test_no_directory_says_what_was_tried_and_serves_without(
+def test_own_machine_without_directory_logs_attempts_and_serves(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(own_machine, "directories", lambda uid, environ: [Path("/proc/none/x")])
@@ -149,7 +149,7 @@ def test_no_directory_says_what_was_tried_and_serves_without(
 
 
 @pytest.mark.parametrize("given", ["", "relative/path"])
-def test_directories_ignore_a_runtime_directory_that_is_no_absolute_path(given: str):
+def test_own_machine_relative_runtime_directory_is_ignored(given: str):
     assert directories(7, {"XDG_RUNTIME_DIR": given}) == directories(7, {})
     assert [str(one) for one in directories(7, {})] == [
         "/run/user/7/vllm-router",

@@ -137,7 +137,7 @@ async def watched(
 # -- the good days -----------------------------------------------------------------------------
 
 
-async def test_a_server_is_up_after_one_good_check_with_models_and_load(
+async def test_probe_one_good_check_brings_server_up_with_models_and_load(
     autojump_clock, monkeypatch
 ):
     async with watched(monkeypatch) as rig:
@@ -148,7 +148,7 @@ async def test_a_server_is_up_after_one_good_check_with_models_and_load(
         assert rig.fleet.probed
 
 
-async def test_each_thing_is_asked_at_its_own_pace(autojump_clock, monkeypatch):
+async def test_probe_each_endpoint_has_its_own_interval(autojump_clock, monkeypatch):
     async with watched(monkeypatch, metrics_interval=0.5) as rig:
         await trio.sleep(60)
         assert rig.engine.asked["/health"] == pytest.approx(30, abs=3)
@@ -160,7 +160,7 @@ async def test_each_thing_is_asked_at_its_own_pace(autojump_clock, monkeypatch):
         assert len(gaps) > 5, "no jitter: all routers would ask at the same moment"
 
 
-async def test_an_adapter_that_appears_is_served(autojump_clock, monkeypatch):
+async def test_probe_new_adapter_is_served(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         assert rig.fleet.candidates("adapter", trio.current_time()) == ()
         rig.engine.answers["/v1/models"] = {"data": [{"id": "m"}, {"id": "adapter"}]}
@@ -168,7 +168,7 @@ async def test_an_adapter_that_appears_is_served(autojump_clock, monkeypatch):
         assert rig.fleet.candidates("adapter", trio.current_time()) == (rig.server,)
 
 
-async def test_list_that_proved_stale_is_read_at_once_but_not_in_a_busy_loop(
+async def test_probe_stale_model_list_is_read_at_once_without_busy_loop(
     autojump_clock, monkeypatch
 ):
     async with watched(monkeypatch) as rig:
@@ -185,9 +185,7 @@ async def test_list_that_proved_stale_is_read_at_once_but_not_in_a_busy_loop(
 @pytest.mark.parametrize(
     "page", ["", "<html>", "[]", "{}", '{"data": 5}', '{"data": [1, {"id": 2}, {}]}', 500, REFUSED]
 )
-async def test_a_model_list_that_cannot_be_read_is_kept_as_it_was(
-    autojump_clock, monkeypatch, page
-):
+async def test_probe_unreadable_model_list_keeps_previous_one(autojump_clock, monkeypatch, page):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/v1/models"] = page
         await trio.sleep(20)
@@ -197,7 +195,7 @@ async def test_a_model_list_that_cannot_be_read_is_kept_as_it_was(
             assert rig.server.models == ("m",)
 
 
-async def test_a_server_that_sleeps_is_asleep_until_it_wakes(autojump_clock, monkeypatch):
+async def test_probe_sleeping_server_is_asleep_until_it_wakes(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/metrics"] = METRICS % (0, 0) + SLEEP % 0
         await trio.sleep(1)
@@ -209,7 +207,7 @@ async def test_a_server_that_sleeps_is_asleep_until_it_wakes(autojump_clock, mon
 
 
 @pytest.mark.parametrize("page", ["python_info 1\n", "", 404, 500, HANG, "\x00" * 100])
-async def test_without_metrics_the_leases_are_the_load(autojump_clock, monkeypatch, page):
+async def test_probe_without_metrics_load_is_leases(autojump_clock, monkeypatch, page):
     async with watched(monkeypatch, metrics_interval=0.5) as rig:
         rig.engine.answers["/metrics"] = page
         await trio.sleep(6)
@@ -218,7 +216,7 @@ async def test_without_metrics_the_leases_are_the_load(autojump_clock, monkeypat
         assert rig.state is State.UP
 
 
-async def test_the_leases_at_the_moment_of_asking_correct_the_gauges(autojump_clock, monkeypatch):
+async def test_probe_leases_at_scrape_time_correct_gauges(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.delay = 0.2
         rig.engine.answers["/metrics"] = METRICS % (4, 0)
@@ -234,7 +232,7 @@ async def test_the_leases_at_the_moment_of_asking_correct_the_gauges(autojump_cl
 # -- the bad days ------------------------------------------------------------------------------
 
 
-async def test_a_refused_port_is_down_fast(autojump_clock, monkeypatch):
+async def test_probe_refused_port_is_down_fast(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         await trio.sleep(10)
         rig.engine.everything(REFUSED)
@@ -247,7 +245,7 @@ async def test_a_refused_port_is_down_fast(autojump_clock, monkeypatch):
         assert "checks in a row" in rig.server.state_reason
 
 
-async def test_being_out_of_descriptors_ourselves_takes_no_server_down(autojump_clock, monkeypatch):
+async def test_probe_out_of_descriptors_takes_no_server_down(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.everything(out_of_descriptors())
         await trio.sleep(30)
@@ -260,7 +258,7 @@ async def test_being_out_of_descriptors_ourselves_takes_no_server_down(autojump_
         assert rig.server.probe_health.total_checks < 20
 
 
-async def test_a_hung_server_is_down_after_three_timeouts(autojump_clock, monkeypatch):
+async def test_probe_hung_server_is_down_after_three_timeouts(autojump_clock, monkeypatch):
     async with watched(monkeypatch, health_check_timeout=1) as rig:
         await trio.sleep(10)
         rig.engine.everything(HANG)
@@ -271,7 +269,7 @@ async def test_a_hung_server_is_down_after_three_timeouts(autojump_clock, monkey
         assert "no answer to /health in 1 s" in rig.server.state_reason
 
 
-async def test_a_server_that_says_no_is_down_although_its_metrics_work(autojump_clock, monkeypatch):
+async def test_probe_failing_health_is_down_despite_metrics(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/health"] = 503
         await trio.sleep(5)
@@ -279,7 +277,7 @@ async def test_a_server_that_says_no_is_down_although_its_metrics_work(autojump_
         assert "/health answered 503" in rig.server.state_reason
 
 
-async def test_hanging_metrics_do_not_take_a_healthy_server_down(autojump_clock, monkeypatch):
+async def test_probe_hanging_metrics_do_not_take_server_down(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/metrics"] = HANG
         await trio.sleep(60)
@@ -287,7 +285,7 @@ async def test_hanging_metrics_do_not_take_a_healthy_server_down(autojump_clock,
         assert rig.state is State.UP
 
 
-async def test_slow_checks_do_not_take_a_server_down_that_sends_bytes(autojump_clock, monkeypatch):
+async def test_probe_slow_checks_do_not_take_down_server_sending_bytes(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/health"] = rig.engine.answers["/metrics"] = HANG
         for _ in range(60):
@@ -298,7 +296,7 @@ async def test_slow_checks_do_not_take_a_server_down_that_sends_bytes(autojump_c
         assert rig.went_down
 
 
-async def test_probe_timeouts_between_bytes_do_not_take_a_server_down(autojump_clock, monkeypatch):
+async def test_probe_timeouts_between_bytes_do_not_take_server_down(autojump_clock, monkeypatch):
     """A starved server streams in bursts: no byte within a check, but some between two."""
     settings = {"health_check_timeout": 1, "health_check_consecutive_failures": 2}
     async with watched(monkeypatch, **settings) as rig:
@@ -311,9 +309,7 @@ async def test_probe_timeouts_between_bytes_do_not_take_a_server_down(autojump_c
         assert rig.went_down
 
 
-async def test_probe_check_that_the_router_itself_is_late_for_does_not_count(
-    autojump_clock, monkeypatch
-):
+async def test_probe_check_delayed_by_router_does_not_count(autojump_clock, monkeypatch):
     async with watched(monkeypatch, health_check_consecutive_failures=1) as rig:
         rig.engine.answers["/health"] = HANG
         await trio.sleep(2.1)  # a check is under way
@@ -325,7 +321,7 @@ async def test_probe_check_that_the_router_itself_is_late_for_does_not_count(
         assert rig.state is State.UP
 
 
-async def test_it_comes_back_after_two_good_checks(autojump_clock, monkeypatch):
+async def test_probe_down_server_is_up_after_two_good_checks(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.everything(REFUSED)
         await trio.sleep(5)
@@ -337,9 +333,7 @@ async def test_it_comes_back_after_two_good_checks(autojump_clock, monkeypatch):
         assert rig.told == [State.UP, State.DOWN, State.UP]
 
 
-async def test_a_restarted_server_is_not_up_before_its_models_are_known(
-    autojump_clock, monkeypatch
-):
+async def test_probe_restarted_server_is_up_once_models_are_known(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.everything(REFUSED)
         await trio.sleep(5)
@@ -351,7 +345,7 @@ async def test_a_restarted_server_is_not_up_before_its_models_are_known(
         assert rig.fleet.candidates("other", trio.current_time()) == (rig.server,)
 
 
-async def test_a_restart_clears_an_ejection_and_a_good_probe_does_not(autojump_clock, monkeypatch):
+async def test_probe_restart_clears_ejection_but_good_check_does_not(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         eject(rig.server, trio.current_time())
         await trio.sleep(20)
@@ -364,9 +358,7 @@ async def test_a_restart_clears_an_ejection_and_a_good_probe_does_not(autojump_c
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-async def test_where_there_is_no_health_the_model_list_is_asked(
-    autojump_clock, monkeypatch, status
-):
+async def test_probe_without_health_path_asks_model_list(autojump_clock, monkeypatch, status):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/health"] = status
         await trio.sleep(10)
@@ -376,7 +368,7 @@ async def test_where_there_is_no_health_the_model_list_is_asked(
         assert rig.state is State.DOWN
 
 
-async def test_one_slow_server_delays_no_other(autojump_clock, monkeypatch):
+async def test_probe_slow_server_delays_no_other(autojump_clock, monkeypatch):
     def hang_the_first(rig: Watched) -> None:
         rig.engine.everything(HANG)
 
@@ -390,9 +382,7 @@ async def test_one_slow_server_delays_no_other(autojump_clock, monkeypatch):
         assert rig.state is State.DOWN
 
 
-async def test_without_active_checks_nothing_but_load_and_models_is_asked(
-    autojump_clock, monkeypatch
-):
+async def test_probe_without_active_checks_asks_load_and_models_only(autojump_clock, monkeypatch):
     async with watched(monkeypatch, enable_active_health_check=False) as rig:
         await trio.sleep(10)
         assert rig.engine.asked["/health"] == 0
@@ -413,7 +403,7 @@ async def engine_like(talk: Talk) -> None:
         await talk.send(ok(pages.get(path, b'{"data": [{"id": "m"}]}')))
 
 
-async def test_over_tcp_a_server_that_hung_for_a_while_is_probed_good_again():
+async def test_probe_tcp_server_that_hung_is_up_again():
     """The control client's pool must survive its cancelled requests."""
     frozen = True
 
@@ -452,7 +442,7 @@ async def test_over_tcp_a_server_that_hung_for_a_while_is_probed_good_again():
         nursery.cancel_scope.cancel()
 
 
-async def test_answers_that_stop_in_their_middle_leave_no_connection():
+async def test_probe_truncated_responses_leak_no_connection():
     async def half(talk: Talk) -> None:
         await talk.request()
         await talk.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
@@ -480,7 +470,7 @@ async def test_answers_that_stop_in_their_middle_leave_no_connection():
         nursery.cancel_scope.cancel()
 
 
-async def test_over_tcp_a_new_timeout_holds_at_once():
+async def test_probe_tcp_new_timeout_applies_at_once():
     async def slow(talk: Talk) -> None:
         await trio.sleep(0.3)
         await engine_like(talk)
@@ -514,7 +504,7 @@ async def test_over_tcp_a_new_timeout_holds_at_once():
 
 
 @pytest.mark.parametrize("status", [503, 429])
-async def test_check_says_busy_while_answers_flow_server_is_full_not_down(
+async def test_probe_busy_check_while_responses_flow_is_full_not_down(
     autojump_clock, monkeypatch, status
 ):
     async with watched(monkeypatch) as rig:
@@ -527,9 +517,7 @@ async def test_check_says_busy_while_answers_flow_server_is_full_not_down(
         assert rig.went_down == []
 
 
-async def test_check_says_busy_while_long_plain_answers_run_server_is_not_down(
-    autojump_clock, monkeypatch
-):
+async def test_probe_busy_check_during_long_json_is_not_down(autojump_clock, monkeypatch):
     """Plain answers of 12 s, one of which ends every 10 s."""
     async with watched(monkeypatch) as rig:
         rig.server.took(12.0)
@@ -540,7 +528,7 @@ async def test_check_says_busy_while_long_plain_answers_run_server_is_not_down(
         assert rig.went_down == []
 
 
-async def test_check_says_busy_and_counters_move_server_is_not_down(autojump_clock, monkeypatch):
+async def test_probe_busy_check_with_moving_counters_is_not_down(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/health"] = 503
         for tokens in range(30):
@@ -551,7 +539,7 @@ async def test_check_says_busy_and_counters_move_server_is_not_down(autojump_clo
 
 
 @pytest.mark.parametrize("why", ["silent", "failing"])
-async def test_check_says_busy_and_no_answer_flows_server_is_down(autojump_clock, monkeypatch, why):
+async def test_probe_busy_check_without_responses_is_down(autojump_clock, monkeypatch, why):
     async with watched(monkeypatch, failure_threshold=100) as rig:
         rig.engine.answers["/health"] = 503
         for _ in range(20):
@@ -563,9 +551,7 @@ async def test_check_says_busy_and_no_answer_flows_server_is_down(autojump_clock
         assert rig.state is State.DOWN
 
 
-async def test_paused_server_that_was_told_directly_to_go_on_is_asked_again(
-    autojump_clock, monkeypatch
-):
+async def test_probe_paused_server_resumed_directly_is_asked_again(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.engine.answers["/is_paused"] = {"is_paused": True}
         rig.server.pause(on=True, now=trio.current_time())
@@ -579,7 +565,7 @@ async def test_paused_server_that_was_told_directly_to_go_on_is_asked_again(
         assert rig.engine.asked["/is_paused"] == asked
 
 
-async def test_paused_server_that_knows_no_such_question_is_a_new_one(autojump_clock, monkeypatch):
+async def test_probe_paused_server_without_that_path_is_a_new_one(autojump_clock, monkeypatch):
     async with watched(monkeypatch) as rig:
         rig.server.pause(on=True, now=trio.current_time())
         await trio.sleep(3)

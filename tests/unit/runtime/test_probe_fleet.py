@@ -29,7 +29,7 @@ async def probed(pages: dict[bytes, bytes]) -> ServerReport:
     return report
 
 
-async def test_probe_fleet_odd_names_are_left_out_and_told():
+async def test_probe_fleet_odd_names_are_dropped_and_reported():
     page = b'{"data": [{"id": "m", "max_model_len": 7}, {"id": "\\ud800"}, {"id": "a\\u001b[2J"}]}'
     report = await probed({b"/v1/models": ok(page), b"/version": ok(b'{"version": "1\\n2"}')})
     assert report.models == {"m": 7}
@@ -48,7 +48,7 @@ async def test_probe_fleet_odd_names_are_left_out_and_told():
     ],
     ids=["bomb", "nested", "html"],
 )
-async def test_probe_fleet_list_that_cannot_be_used_is_a_problem(page, words):
+async def test_probe_fleet_unusable_list_is_a_problem(page, words):
     report = await probed({b"/v1/models": page, b"/metrics": page})
     assert report.models is None
     assert any(words in problem for problem in report.problems)

@@ -121,7 +121,7 @@ async def world(
 
 
 @pytest.mark.parametrize("trouble", [NO_ANSWER, NO_SUCH_NAME, [], None], ids=str)
-async def test_probe_resolver_in_trouble_takes_no_server_down(
+async def test_probe_resolver_failure_takes_no_server_down(
     autojump_clock, monkeypatch, caplog, trouble
 ):
     """For ten minutes in which every check needs a new connection."""
@@ -145,7 +145,7 @@ async def test_probe_resolver_in_trouble_takes_no_server_down(
     ],
     ids=str,
 )
-async def test_probe_name_never_found_is_down_with_the_resolvers_words(
+async def test_probe_unresolvable_name_is_down_with_resolver_message(
     autojump_clock, monkeypatch, trouble, words
 ):
     async with world(monkeypatch, prepare=lambda w: setattr(w, "answer", trouble)) as there:
@@ -155,9 +155,7 @@ async def test_probe_name_never_found_is_down_with_the_resolvers_words(
         assert await there.until(lambda: there.state[0] is State.UP) < 70
 
 
-async def test_probe_name_that_moves_while_the_old_address_swallows_is_followed(
-    autojump_clock, monkeypatch
-):
+async def test_probe_moved_name_is_followed_while_old_address_swallows(autojump_clock, monkeypatch):
     async with world(monkeypatch) as there:
         await there.until(lambda: there.state[0] is State.UP)
         there.network, there.answer = {"10.0.0.2": there.scripted}, ["10.0.0.2"]
@@ -166,7 +164,7 @@ async def test_probe_name_that_moves_while_the_old_address_swallows_is_followed(
         assert there.server.probe_health.success_rate == 1.0
 
 
-async def test_probe_first_address_that_swallows_takes_no_server_down(autojump_clock, monkeypatch):
+async def test_probe_swallowing_first_address_takes_no_server_down(autojump_clock, monkeypatch):
     def two(there: World) -> None:
         there.answer = ["10.9.9.9", "10.0.0.1"]
 
@@ -205,7 +203,7 @@ START = {
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(("script", "connects", "words"), START.values(), ids=START)
-async def test_probe_down_at_the_start_has_the_reason_that_helps(
+async def test_probe_down_at_start_has_helpful_reason(
     autojump_clock, monkeypatch, script: Callable[[Talk], Awaitable[None]], connects, words, seed
 ):
     """Whichever of the checks comes first, the metrics' connection included."""
@@ -224,7 +222,7 @@ async def test_probe_down_at_the_start_has_the_reason_that_helps(
         assert words in there.state[1]
 
 
-async def test_probe_reason_of_a_down_server_follows_the_last_check(autojump_clock, monkeypatch):
+async def test_probe_reason_of_down_server_follows_last_check(autojump_clock, monkeypatch):
     async with world(monkeypatch) as there:
         await there.until(lambda: there.state[0] is State.UP)
         there.network["10.0.0.1"] = ConnectFailed("Connection refused")

@@ -53,14 +53,14 @@ class Kept:
 
 
 @pytest.mark.parametrize("encoding", ["", "identity", "gzip", "x-gzip", "deflate", " GZIP "])
-async def test_read_whole_packed_or_not_gives_the_page(encoding):
+async def test_read_whole_compressed_or_plain_gives_page(encoding):
     page = b"vllm:a 1\n" * 50_000
     packed = {"": page, "identity": page, "deflate": zlib.compress(page)}
     data = packed.get(encoding, gzip.compress(page))
     assert await read_whole(response(data, encoding), MB) == page
 
 
-async def test_read_pieces_hands_on_small_pieces_only():
+async def test_read_pieces_yields_small_pieces_only():
     sizes: list[int] = []
     await read_pieces(
         response(gzip.compress(bytes(MB)), "gzip"), MB, lambda p: sizes.append(len(p))
@@ -69,14 +69,14 @@ async def test_read_pieces_hands_on_small_pieces_only():
     assert max(sizes) <= PIECE
 
 
-async def test_read_pieces_endless_page_is_refused_without_being_kept():
+async def test_read_pieces_endless_page_is_refused_unbuffered():
     with Kept() as kept, pytest.raises(UnusablePage, match="longer than 1000000 bytes"):
         await read_pieces(response(itertools.repeat(bytes(65536))), MB, lambda _: None)
     assert kept.peak < MB
 
 
 @pytest.mark.parametrize("size", [3 * MB, 100 * MB])
-async def test_read_whole_bomb_is_refused_at_its_bound(size):
+async def test_read_whole_decompression_bomb_is_refused_at_limit(size):
     packer = zlib.compressobj(9, wbits=31)
     bomb = b"".join([packer.compress(bytes(MB)) for _ in range(size // MB)]) + packer.flush()
     with Kept() as kept, pytest.raises(UnusablePage, match="longer than 2000000 bytes"):
@@ -85,12 +85,12 @@ async def test_read_whole_bomb_is_refused_at_its_bound(size):
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress", "\u00e9"])
-async def test_read_whole_unknown_packing_is_refused(encoding):
+async def test_read_whole_unknown_encoding_is_refused(encoding):
     with pytest.raises(UnusablePage, match="not with gzip or deflate"):
         await read_whole(response(b"x", encoding), MB)
 
 
 @pytest.mark.parametrize("data", [b"plain", gzip.compress(b"page", mtime=0)[:-9], b""])
-async def test_read_whole_wrongly_packed_page_is_refused(data):
+async def test_read_whole_invalid_compression_is_refused(data):
     with pytest.raises(UnusablePage):
         await read_whole(response(data, "gzip"), MB)

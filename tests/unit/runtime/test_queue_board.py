@@ -36,7 +36,7 @@ def changed(page: Page, seen: int) -> list[int] | None:
     return list(slots) if slots is not None else None
 
 
-def test_entry_is_read_as_it_was_written(pages: tuple[Page, Page]):
+def test_queue_board_entry_reads_as_written(pages: tuple[Page, Page]):
     ours, theirs = pages
     written = entry(7, flags=1, displaced=5, since=99, public=mark("p"), route=4)
     ours.write(3, written)
@@ -48,7 +48,7 @@ def test_entry_is_read_as_it_was_written(pages: tuple[Page, Page]):
     assert list(theirs.used()) == [0, 1, 2, 3]
 
 
-def test_end_tells_how_it_ended(pages: tuple[Page, Page]):
+def test_queue_board_end_has_reason(pages: tuple[Page, Page]):
     ours, theirs = pages
     ours.write(0, entry(7))
     ours.end(0, 1234, mark("http://a"))
@@ -57,7 +57,7 @@ def test_end_tells_how_it_ended(pages: tuple[Page, Page]):
     assert changed(theirs, 1) == [0]
 
 
-def test_reset_begins_a_new_epoch_in_which_nothing_has_changed(pages: tuple[Page, Page]):
+def test_queue_board_reset_begins_unchanged_epoch(pages: tuple[Page, Page]):
     ours, theirs = pages
     ours.write(0, entry(7))
     epoch = theirs.epoch
@@ -68,7 +68,7 @@ def test_reset_begins_a_new_epoch_in_which_nothing_has_changed(pages: tuple[Page
     assert theirs.read(0).epoch == epoch  # what is left there is of the epoch before
 
 
-def test_reader_that_has_missed_too_much_is_told_so(pages: tuple[Page, Page], monkeypatch):
+def test_queue_board_reader_that_missed_entries_learns_it(pages: tuple[Page, Page], monkeypatch):
     ours, theirs = pages
     for number in range(1, queue_board._RING // 2 + 2):
         ours.write(number % 8, entry(number))
@@ -77,12 +77,12 @@ def test_reader_that_has_missed_too_much_is_told_so(pages: tuple[Page, Page], mo
     assert changed(theirs, theirs.changes + 1) is None  # of another epoch
 
 
-def test_marks_tell_names_apart_and_are_never_zero():
+def test_queue_board_marks_distinguish_names_and_are_never_zero():
     names = ["", "a", "b", "\ud800", "x" * 10_000]
     assert len({mark(name) for name in names} - {0}) == len(names)
 
 
-def test_times_are_kept_by_server_and_slot(pages: tuple[Page, Page]):
+def test_queue_board_times_are_kept_by_server_and_slot(pages: tuple[Page, Page]):
     ours, theirs = pages
     ours.release(mark("http://a"), 55)
     ours.consider(9, 66)
@@ -93,7 +93,7 @@ def test_times_are_kept_by_server_and_slot(pages: tuple[Page, Page]):
 
 
 @given(st.lists(st.booleans(), max_size=300))
-def test_slots_are_reused_late_and_never_twice(takes: list[bool]):
+def test_queue_board_slots_are_reused_late_and_never_twice(takes: list[bool]):
     free, taken = FreeSlots(), []
     last_given: list[int] = []
     for take in takes:
@@ -108,7 +108,7 @@ def test_slots_are_reused_late_and_never_twice(takes: list[bool]):
             free.give_back(slot)
 
 
-def test_all_slots_can_be_taken_and_then_none():
+def test_queue_board_slots_can_all_be_taken_and_then_none():
     free = FreeSlots()
     assert {free.take() for _ in range(SLOTS)} == set(range(SLOTS))
     assert not free
@@ -117,7 +117,7 @@ def test_all_slots_can_be_taken_and_then_none():
     assert free.take() == 5
 
 
-async def test_bell_that_was_rung_before_is_heard_and_once():
+async def test_queue_wakeup_sent_before_wait_is_received_once():
     descriptors = [Bells.create(), Bells.create()]
     try:
         ours, theirs = Bells(descriptors, 0), Bells(descriptors, 1)

@@ -30,7 +30,7 @@ def sums(boards: list[Board], *columns: int) -> list[Sums]:
     return made
 
 
-def test_what_one_counts_the_others_see(boards: list[Board]):
+def test_shared_counters_are_visible_to_other_processes(boards: list[Board]):
     leader, one, two, _ = sums(boards, 5)
     one.put(5, 3)
     two.put(5, 4)
@@ -42,14 +42,14 @@ def test_what_one_counts_the_others_see(boards: list[Board]):
     assert leader.look() == []
 
 
-def test_own_counts_are_not_the_others(boards: list[Board]):
+def test_shared_counters_own_counts_are_separate(boards: list[Board]):
     leader, one, *_ = sums(boards, 5)
     one.put(5, 3)
     assert one.look() == []
     assert leader.look() == [(5, 3)]
 
 
-def test_column_that_is_watched_late_shows_what_has_been_counted_before(boards: list[Board]):
+def test_shared_counters_column_watched_late_shows_earlier_counts(boards: list[Board]):
     leader, one, *_ = sums(boards)
     one.put(9, 2)
     assert leader.look() == []
@@ -57,7 +57,7 @@ def test_column_that_is_watched_late_shows_what_has_been_counted_before(boards: 
     assert leader.look() == [(9, 2)]
 
 
-def test_row_of_the_dead_is_cleared(boards: list[Board]):
+def test_shared_counters_row_of_dead_process_is_cleared(boards: list[Board]):
     leader, one, two, _ = sums(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
@@ -67,7 +67,7 @@ def test_row_of_the_dead_is_cleared(boards: list[Board]):
     assert leader.elsewhere[5] == 1
 
 
-def test_successor_begins_with_nothing_and_sees_the_others(boards: list[Board]):
+def test_shared_counters_successor_starts_empty_and_sees_others(boards: list[Board]):
     leader, one, two, _ = sums(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
@@ -78,7 +78,7 @@ def test_successor_begins_with_nothing_and_sees_the_others(boards: list[Board]):
     assert leader.look() == [(5, -3)]
 
 
-def test_fewest_counts_workers_only(boards: list[Board]):
+def test_shared_counters_fewest_considers_workers_only(boards: list[Board]):
     _, one, two, three = sums(boards, CONNECTIONS)
     one.put(CONNECTIONS, 9)
     two.put(CONNECTIONS, 2)
@@ -88,7 +88,7 @@ def test_fewest_counts_workers_only(boards: list[Board]):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 100))))
-def test_sums_are_those_of_the_others_rows(steps: list[tuple[int, int, int]]):
+def test_shared_counters_sums_cover_other_rows(steps: list[tuple[int, int, int]]):
     fileno = Board.create(4)
     try:
         made = sums([Board(fileno, 4) for _ in range(4)], 20)
@@ -108,7 +108,7 @@ def test_sums_are_those_of_the_others_rows(steps: list[tuple[int, int, int]]):
 # -- columns ----------------------------------------------------------------------------------
 
 
-def test_column_is_found_by_its_key_in_every_process(boards: list[Board]):
+def test_shared_counters_column_is_found_by_key_in_every_process(boards: list[Board]):
     assert boards[1].find("http://a:1") is None
     column = boards[0].assign("http://a:1")
     assert column is not None
@@ -117,11 +117,11 @@ def test_column_is_found_by_its_key_in_every_process(boards: list[Board]):
     assert boards[0].assign("http://b:1") != column
 
 
-def test_no_key_gets_the_column_of_connections(boards: list[Board]):
+def test_shared_counters_no_key_gets_connection_column(boards: list[Board]):
     assert boards[0].assign("http://a:1") != CONNECTIONS
 
 
-def test_column_is_free_again_once_nothing_is_counted_in_it(boards: list[Board]):
+def test_shared_counters_column_is_freed_when_zero(boards: list[Board]):
     leader = boards[0]
     column = leader.assign("http://a:1")
     assert column is not None
@@ -133,13 +133,13 @@ def test_column_is_free_again_once_nothing_is_counted_in_it(boards: list[Board])
     assert leader.assign("http://c:1") == column
 
 
-def test_board_that_is_full_has_no_column(boards: list[Board]):
+def test_shared_counters_full_board_has_no_column(boards: list[Board]):
     for number in range(1, COLUMNS):
         assert boards[0].assign(f"http://a:{number}") is not None
     assert boards[0].assign("http://b:1") is None
 
 
-def test_board_as_large_as_a_configuration_needs_has_columns_for_all_of_it():
+def test_shared_counters_size_for_configuration_fits_all_of_it():
     keys = [f"key {number}" for number in range(5_000)]
     columns = columns_for(len(keys))
     fileno = Board.create(3, columns)
@@ -158,7 +158,7 @@ def test_board_as_large_as_a_configuration_needs_has_columns_for_all_of_it():
         os.close(fileno)
 
 
-def test_room_for_counts_what_others_give_up_but_not_what_they_still_count(boards: list[Board]):
+def test_shared_counters_room_includes_released_but_not_counted_columns(boards: list[Board]):
     leader = boards[0]
     column = leader.assign("old")
     assert column is not None

@@ -77,7 +77,7 @@ def router(board: int) -> Router:
 
 
 @pytest.mark.parametrize("policy", ["least_load", "adaptive"])
-def test_burst_over_two_workers_spreads_as_evenly_as_over_one(router: Router, policy: str):
+def test_workers_burst_over_two_spreads_as_evenly_as_over_one(router: Router, policy: str):
     policies = [POLICIES[policy](Random(seed)) for seed in (1, 2)]
     leases: Counter[str] = Counter()
     facts = Facts("m")
@@ -89,7 +89,7 @@ def test_burst_over_two_workers_spreads_as_evenly_as_over_one(router: Router, po
     assert leases == {"a": 20, "b": 20, "c": 20}
 
 
-def test_leases_of_all_are_seen_by_all(router: Router):
+def test_workers_see_leases_of_all(router: Router):
     one, two = router.workers
     kept = one.servers["a"].lease(1.0)
     two.servers["a"].lease(1.0)
@@ -103,7 +103,7 @@ def test_leases_of_all_are_seen_by_all(router: Router):
     assert two.servers["a"].in_flight == 1
 
 
-def test_leases_of_a_dead_worker_are_gone(router: Router, board: int):
+def test_workers_leases_of_dead_worker_are_removed(router: Router, board: int):
     router.workers[0].servers["a"].lease(1.0)
     router.workers[1].servers["a"].lease(1.0)
     router.leader.look()
@@ -112,14 +112,14 @@ def test_leases_of_a_dead_worker_are_gone(router: Router, board: int):
     assert router.leader.servers["a"].in_flight == 1
 
 
-def test_successor_of_a_dead_worker_sees_the_others_leases(router: Router):
+def test_workers_successor_of_dead_worker_sees_leases_of_others(router: Router):
     router.workers[1].servers["b"].lease(1.0)
     again = router.worker(make_config(3), 1)
     again.look()
     assert [server.in_flight for server in again.servers.values()] == [0, 1, 0]
 
 
-def test_scrape_is_corrected_by_the_leases_of_all(router: Router):
+def test_workers_scrape_is_corrected_by_leases_of_all(router: Router):
     leases: list[Lease] = [fleet.servers["a"].lease(1.0) for fleet in router.workers]
     router.leader.look()
     server = router.leader.servers["a"]
@@ -134,7 +134,7 @@ def test_scrape_is_corrected_by_the_leases_of_all(router: Router):
     assert router.workers[1].servers["a"].running == 3.0
 
 
-def test_worker_that_was_there_before_the_leader_finds_its_places_later(board: int):
+def test_workers_older_than_leader_find_their_slots_later(board: int):
     early = FollowingFleet(make_config(1), Sums(Board(board, 3), 1), lambda verdict: None)
     early.servers["a"].lease(1.0)
     leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
@@ -144,7 +144,7 @@ def test_worker_that_was_there_before_the_leader_finds_its_places_later(board: i
     assert early.servers["a"].in_flight == 1
 
 
-def test_removed_server_stays_until_the_last_lease_of_any_worker_is_back(router: Router):
+def test_workers_removed_server_stays_until_last_lease_ends(router: Router):
     lease = router.workers[0].servers["a"].lease(1.0)
     servers = [{"url": f"http://{name}.test:1", "name": name} for name in "bc"]
     router.apply(make_config(servers), 2.0)
@@ -156,7 +156,7 @@ def test_removed_server_stays_until_the_last_lease_of_any_worker_is_back(router:
         assert [server.name for server in fleet.gone()] == ["a"]
 
 
-def test_server_that_comes_back_counts_from_zero(router: Router):
+def test_workers_returning_server_counts_from_zero(router: Router):
     servers = [{"url": f"http://{name}.test:1", "name": name} for name in "bc"]
     router.apply(make_config(servers), 2.0)
     for fleet in (router.leader, *router.workers):
@@ -171,7 +171,7 @@ def test_server_that_comes_back_counts_from_zero(router: Router):
 # -- state ------------------------------------------------------------------------------------
 
 
-def test_workers_know_what_the_leader_has_found(router: Router):
+def test_workers_receive_state_found_by_leader(router: Router):
     for worker in router.workers:
         assert {s.state for s in worker.servers.values()} == {State.UP}
         assert worker.probed
@@ -183,7 +183,7 @@ def test_workers_know_what_the_leader_has_found(router: Router):
         assert [s.name for s in worker.candidates("m", 2.0)] == ["a", "c"]
 
 
-def test_worker_is_told_when_a_server_has_just_gone_down(router: Router):
+def test_workers_are_notified_when_server_goes_down(router: Router):
     server = router.leader.servers["b"]
     go_down(server, 2.0)
     state = state_of(server)
@@ -192,7 +192,7 @@ def test_worker_is_told_when_a_server_has_just_gone_down(router: Router):
     assert worker.follow(state, 2.1) is None
 
 
-def test_failures_reach_the_leader_who_ejects_for_all(router: Router):
+def test_workers_failures_reach_leader_and_eject_for_all(router: Router):
     for fleet in [*router.workers, router.workers[0]]:
         fleet.failed(fleet.servers["c"], 5.0, trial=False, jitter=1.0)
     assert not router.workers[0].servers["c"].traffic_health.ejected
@@ -204,7 +204,7 @@ def test_failures_reach_the_leader_who_ejects_for_all(router: Router):
         assert [s.name for s in worker.candidates("m", 5.0)] == ["a", "b"]
 
 
-def test_server_in_trial_is_asked_once_by_a_worker(router: Router):
+def test_workers_probation_is_one_request_of_one_worker(router: Router):
     server = router.leader.servers["c"]
     eject(server, 5.0)
     router.tell(5.0)
@@ -218,7 +218,7 @@ def test_server_in_trial_is_asked_once_by_a_worker(router: Router):
     assert worker.servers["c"] not in worker.candidates("m", later)
 
 
-def test_refusal_counts_at_once_where_it_was_seen_and_is_told(router: Router):
+def test_workers_refusal_applies_at_once_and_is_reported(router: Router):
     one, two = router.workers
     one.servers["a"].refused(1.0, 5.0)
     assert one.servers["a"] not in one.candidates("m", 1.1)
@@ -228,7 +228,7 @@ def test_refusal_counts_at_once_where_it_was_seen_and_is_told(router: Router):
     ]
 
 
-def test_workers_refusal_seen_by_one_is_followed_by_all_and_ended_by_one(router: Router):
+def test_workers_refusal_seen_by_one_is_shared_and_ended_by_one(router: Router):
     one, other = router.workers
     asked = Asked("/v1/responses", "m", 10)
     one.others_take(one.servers["a"], asked.path, 0, "404: no such route", 5.0, body=7, sure=True)
@@ -260,7 +260,7 @@ def test_workers_refusal_seen_by_one_is_followed_by_all_and_ended_by_one(router:
     assert [worker.servers["a"].state for worker in router.workers] == [State.UP, State.UP]
 
 
-def test_workers_context_lengths_are_followed(router: Router):
+def test_workers_context_lengths_are_shared(router: Router):
     router.leader.servers["a"].listed({"m": {"id": "m", "max_model_len": 100}}, 1.0)
     router.leader.servers["b"].listed({"m": {"id": "m", "max_model_len": 900}}, 1.0)
     router.tell(1.0)
@@ -270,7 +270,7 @@ def test_workers_context_lengths_are_followed(router: Router):
         assert [s.name for s in worker.fitting("m", 1.0, (), asked, tokens=200)] == ["b", "c"]
 
 
-def test_drain_and_names_and_models_are_followed(router: Router):
+def test_workers_drain_names_and_models_are_shared(router: Router):
     router.leader.servers["a"].drain(on=True)
     come_up(router.leader.servers["b"], 2.0, "m", "lora")
     router.tell(2.0)
@@ -279,7 +279,7 @@ def test_drain_and_names_and_models_are_followed(router: Router):
     assert [s.name for s in worker.candidates("lora", 2.0)] == ["b"]
 
 
-def test_old_metrics_are_told_but_not_used(router: Router):
+def test_workers_stale_metrics_are_shared_but_not_used(router: Router):
     server = router.leader.servers["a"]
     server.scraped(gauges(running=5.0), 1.0, 0)
     router.news.clear()
@@ -315,7 +315,7 @@ def admitted(router: Router, key: KeyConfig, count: int) -> int:
     return done
 
 
-def test_key_has_its_concurrency_once_and_not_in_every_worker(board: int):
+def test_workers_key_concurrency_is_limited_across_all(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     key = keys_of(config)["few"]
@@ -327,7 +327,7 @@ def test_key_has_its_concurrency_once_and_not_in_every_worker(board: int):
     assert admitted(router, key, 10) == 2
 
 
-def test_key_has_its_rate_once_and_not_in_every_worker(board: int):
+def test_workers_key_rate_is_limited_across_all(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     assert admitted(router, keys_of(config)["slow"], 20) == 6
@@ -335,14 +335,14 @@ def test_key_has_its_rate_once_and_not_in_every_worker(board: int):
     assert admitted(router, keys_of(config)["slow"], 20) == 0
 
 
-def test_key_that_comes_with_a_reload_is_shared_too(board: int):
+def test_workers_key_added_by_reload_is_shared(board: int):
     router = Router(board, make_config(1))
     config = make_config(1, tables=AUTH)
     router.apply(config, 1.0)
     assert admitted(router, keys_of(config)["few"], 10) == 3
 
 
-def test_successor_of_a_dead_worker_does_not_charge_a_key_for_all_that_was_ever_let_in(board: int):
+def test_workers_rate_limit_ignores_history_of_dead_worker(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     key = keys_of(config)["slow"]
@@ -353,7 +353,7 @@ def test_successor_of_a_dead_worker_does_not_charge_a_key_for_all_that_was_ever_
     again.usage.enter(key, perf_counter())
 
 
-def test_key_that_was_away_counts_what_others_are_running_now(board: int):
+def test_workers_readded_key_counts_running_requests_of_others(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     key = keys_of(config)["few"]
@@ -366,7 +366,7 @@ def test_key_that_was_away_counts_what_others_are_running_now(board: int):
     assert admitted(router, key, 10) == 3
 
 
-def test_key_that_was_away_is_not_charged_again_for_what_it_had_been_let_in(board: int):
+def test_workers_rate_limit_not_charged_twice_after_key_readded(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     key = keys_of(config)["slow"]
@@ -381,7 +381,7 @@ def test_key_that_was_away_is_not_charged_again_for_what_it_had_been_let_in(boar
     router.workers[1].usage.enter(key, perf_counter())
 
 
-def test_request_that_outlives_its_key_does_not_count_for_who_has_its_place_now(board: int):
+def test_workers_request_outliving_its_key_does_not_count_for_next(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     key = keys_of(config)["few"]
@@ -396,7 +396,7 @@ def test_request_that_outlives_its_key_does_not_count_for_who_has_its_place_now(
     assert len(leases) == 3
 
 
-def test_servers_that_have_changed_places_keep_their_counts(board: int):
+def test_workers_servers_with_swapped_slots_keep_their_counts(board: int):
     router = Router(board, make_config(2))
     worker = router.workers[0]
     worker.servers["a"].lease(1.0)
@@ -414,7 +414,7 @@ def test_servers_that_have_changed_places_keep_their_counts(board: int):
     assert [row[column] for column in after.values() if column is not None] == [1, 2]
 
 
-def test_state_is_followed_again_after_a_reload_that_began_anew(router: Router):
+def test_workers_state_is_shared_again_after_reset_by_reload(router: Router):
     server = router.leader.servers["a"]
     worker = router.workers[0]
     worker.apply(make_config([{"url": server.url, "name": "a", "models": ["x"]}]))
@@ -434,7 +434,7 @@ def with_keys(number: int) -> Config:
 
 
 @pytest.mark.parametrize("number", [510, 2_000])
-def test_limits_of_many_keys_hold_for_all_workers_together(number: int):
+def test_workers_limits_of_many_keys_hold_across_all(number: int):
     config = with_keys(number)
     columns = columns_for(len(counted_in(config)))
     fileno = Board.create(3, columns)
@@ -454,13 +454,13 @@ def test_limits_of_many_keys_hold_for_all_workers_together(number: int):
         os.close(fileno)
 
 
-def test_check_room_refuses_a_reload_that_the_board_cannot_hold(board: int):
+def test_workers_reload_beyond_shared_memory_is_refused(board: int):
     leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
     leader.check_room(with_keys(COLUMNS // 2 - 1))
     with pytest.raises(ConfigError, match="restart the router"):
         leader.check_room(with_keys(COLUMNS // 2))
 
 
-def test_key_without_a_place_is_told_aloud(board: int, caplog: pytest.LogCaptureFixture):
+def test_workers_key_without_slot_is_logged(board: int, caplog: pytest.LogCaptureFixture):
     LeadingFleet(with_keys(COLUMNS), Sums(Board(board, 3), 0), lambda server: None)
     assert "counted by each worker for itself" in caplog.text

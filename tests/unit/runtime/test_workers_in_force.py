@@ -18,7 +18,7 @@ def memory() -> Iterator[int]:
     os.close(fileno)
 
 
-def test_last_one_written_is_in_force_and_the_memory_does_not_grow(memory: int):
+def test_config_snapshot_last_written_is_read_in_bounded_memory(memory: int):
     sizes = []
     for count in (6, 1, 3, 5, 2) * 8:
         InForce(memory).write(make_config(count))
@@ -28,7 +28,7 @@ def test_last_one_written_is_in_force_and_the_memory_does_not_grow(memory: int):
 
 
 @pytest.mark.parametrize("writes", [0, 1])
-def test_leader_that_dies_while_it_writes_leaves_the_one_before(
+def test_config_snapshot_half_written_by_dead_leader_is_ignored(
     memory: int, writes: int, monkeypatch: pytest.MonkeyPatch
 ):
     write, left = os.pwrite, [writes]

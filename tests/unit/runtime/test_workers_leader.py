@@ -79,7 +79,7 @@ async def settled(condition: Any) -> None:
         await trio.sleep(0.001)
 
 
-async def test_worker_is_asked_to_serve_after_it_has_been_told_of_all_servers():
+async def test_leader_lets_worker_serve_after_sending_all_servers():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(1, [])))
         told: set[str] = set()
@@ -92,7 +92,7 @@ async def test_worker_is_asked_to_serve_after_it_has_been_told_of_all_servers():
         assert told == {server.url for server in leader.fleet.servers.values()}
 
 
-async def test_leader_and_worker_tell_each_other_the_addresses_of_names():
+async def test_leader_and_worker_share_resolved_addresses():
     """One that is started while the resolver fails must not take the fleet for gone."""
     async with leading() as (leader, worker):
         known, unknown = (leader.resolver.name(host) for host in ("known.test", "unknown.test"))
@@ -117,7 +117,7 @@ async def test_leader_and_worker_tell_each_other_the_addresses_of_names():
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_what_a_worker_has_cost_is_counted_once_whenever_its_death_is_heard_of(late: bool):
+async def test_leader_counts_cost_of_dead_worker_once(late: bool):
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(11, [])))
         await worker.send(figures(2.0))
@@ -135,7 +135,7 @@ async def test_what_a_worker_has_cost_is_counted_once_whenever_its_death_is_hear
         assert leader.worker_restarts == 1
 
 
-async def test_worker_whose_successor_has_not_said_hello_serves_no_more():
+async def test_leader_retires_worker_whose_successor_did_not_report():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(11, [])))
         await worker.send(figures(2.0))
@@ -147,7 +147,7 @@ async def test_worker_whose_successor_has_not_said_hello_serves_no_more():
         assert leader.serving == 0
 
 
-async def test_connections_for_which_there_are_no_descriptors_are_closed():
+async def test_leader_closes_connections_beyond_descriptor_limit():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with leading(most=2) as (leader, worker):
             clients = []

@@ -48,7 +48,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return moments
 
 
-async def test_process_that_cannot_be_replaced_is_tried_again_and_ends_nobody(
+async def test_parent_retries_failed_replacement_and_ends_no_process(
     ending: contextlib.ExitStack, attempts: list[float], autojump_clock: trio.testing.MockClock
 ):
     shared = parent._open(options(), ending)[0]
@@ -63,7 +63,7 @@ async def test_process_that_cannot_be_replaced_is_tried_again_and_ends_nobody(
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-async def test_process_that_cannot_be_started_at_all_is_a_clear_failure(
+async def test_parent_failed_first_start_is_a_clear_error(
     ending: contextlib.ExitStack, attempts: list[float]
 ):
     shared = parent._open(options(), ending)[0]
@@ -73,7 +73,7 @@ async def test_process_that_cannot_be_started_at_all_is_a_clear_failure(
     assert len(attempts) == 2  # leader and worker
 
 
-async def test_parent_opens_its_log_files_anew_too(ending: contextlib.ExitStack):
+async def test_parent_reopens_its_log_files(ending: contextlib.ExitStack):
     reopened = trio.Event()
 
     class Output:
@@ -91,14 +91,14 @@ async def test_parent_opens_its_log_files_anew_too(ending: contextlib.ExitStack)
         nursery.cancel_scope.cancel()
 
 
-def test_workers_serve_all_sockets_that_were_passed(ending: contextlib.ExitStack):
+def test_parent_workers_serve_all_passed_sockets(ending: contextlib.ExitStack):
     passed = [socket.create_server(("127.0.0.1", 0)).detach() for _ in range(2)]
     shared = parent._open(options(passed=tuple(passed)), ending)[0]
     assert [listener.fileno() for listener in shared.listeners] == passed
     assert shared.private == []
 
 
-async def test_shared_port_is_listened_on_when_served(ending: contextlib.ExitStack):
+async def test_parent_shared_port_listens_when_served(ending: contextlib.ExitStack):
     shared = parent._open(options(reuse_port=True), ending)[0]
     (listener,) = shared.listeners
     front = Front(parent._nobody, accepts=is_inference)
@@ -113,9 +113,7 @@ async def test_shared_port_is_listened_on_when_served(ending: contextlib.ExitSta
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_children_look_for_modules_where_the_parent_does(
-    here: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_parent_children_use_its_module_path(here: bool, monkeypatch: pytest.MonkeyPatch):
     elsewhere = [path for path in sys.path if path not in ("", os.getcwd())]
     monkeypatch.setattr(sys, "path", [*elsewhere, os.getcwd()] if here else elsewhere)
     assert ("-P" in parent._flags()) is not here

@@ -144,16 +144,14 @@ async def crew(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Crew]
 
 
 @pytest.mark.parametrize("count", [2, 5])
-async def test_requests_of_all_processes_are_served_in_the_order_in_which_they_came(
-    autojump_clock, count
-):
+async def test_workers_queue_is_first_come_first_served_across_processes(autojump_clock, count):
     async with crew(count, working()) as router:
         clients = [await router.start(n % count, n) for n in range(20)]
         await trio.sleep(25)
         assert order(*clients) == list(range(20))
 
 
-async def test_newcomer_does_not_overtake_in_another_process(autojump_clock):
+async def test_workers_queue_newcomer_does_not_overtake_other_process(autojump_clock):
     async with crew(2, working()) as router:
         first = await router.start(0, 0)
         waits = [await router.start(0, n) for n in (1, 2)]
@@ -163,7 +161,7 @@ async def test_newcomer_does_not_overtake_in_another_process(autojump_clock):
         assert order(first, *waits, *late) == [0, 1, 2, 3, 4, 5]
 
 
-async def test_priorities_hold_across_processes(autojump_clock):
+async def test_workers_queue_priorities_hold_across_processes(autojump_clock):
     async with crew(3, working()) as router:
         clients = [await router.start(n, n) for n in range(3)]
         clients.append(await router.start(1, 3, priority=5))
@@ -173,7 +171,7 @@ async def test_priorities_hold_across_processes(autojump_clock):
         assert order(*clients) == [0, 5, 4, 1, 2, 3]
 
 
-async def test_keys_take_turns_across_processes(autojump_clock):
+async def test_workers_queue_keys_take_turns_across_processes(autojump_clock):
     async with crew(2, working()) as router:
         clients = [await router.start(0, 0)]
         clients += [await router.start(n % 2, n, "greedy") for n in range(1, 7)]
@@ -182,7 +180,7 @@ async def test_keys_take_turns_across_processes(autojump_clock):
         assert order(*clients) == [0, 1, 7, 2, 8, 3, 4, 5, 6]
 
 
-async def test_cap_holds_across_processes(autojump_clock):
+async def test_workers_queue_cap_holds_across_processes(autojump_clock):
     most = [0]
     async with crew(4, working(0.5, most), limits={"max_in_flight": 3}) as router:
         clients = [await router.start(n % 4, n) for n in range(40)]
@@ -191,7 +189,7 @@ async def test_cap_holds_across_processes(autojump_clock):
         assert most == [3]
 
 
-async def test_servers_that_become_free_at_once_go_to_the_first_ones(autojump_clock):
+async def test_workers_queue_servers_freed_at_once_go_to_first_waiters(autojump_clock):
     async with crew(4, working(), limits={"max_in_flight": 8}) as router:
         router.each(lambda process: go_down(process.servers[0], trio.current_time()))
         clients = [await router.start(n % 4, n) for n in range(16)]
@@ -209,7 +207,7 @@ async def test_servers_that_become_free_at_once_go_to_the_first_ones(autojump_cl
 # -- one room ---------------------------------------------------------------------------------
 
 
-async def test_places_of_the_room_are_those_of_all_processes_together(autojump_clock):
+async def test_workers_queue_limit_covers_all_processes(autojump_clock):
     async with crew(3, working(), limits={"queue_size": 4}) as router:
         clients = [await router.start(n % 3, n) for n in range(5)]
         for process in range(3):
@@ -220,7 +218,7 @@ async def test_places_of_the_room_are_those_of_all_processes_together(autojump_c
         assert order(*clients) == list(range(5))
 
 
-async def test_full_room_sends_away_the_greediest_keys_last_in_whatever_process(autojump_clock):
+async def test_workers_queue_full_displaces_greediest_key_of_any_process(autojump_clock):
     async with crew(2, working(), limits={"queue_size": 4}) as router:
         greedy = [await router.start(n % 2, n, "greedy") for n in range(5)]
         modest = [await router.start(1, 10, "modest"), await router.start(0, 11, "modest")]
@@ -230,7 +228,7 @@ async def test_full_room_sends_away_the_greediest_keys_last_in_whatever_process(
         assert order(*greedy, *modest) == [0, 1, 10, 2, 11]
 
 
-async def test_queue_too_long_is_said_by_the_rate_and_the_queue_of_all(autojump_clock):
+async def test_workers_queue_prediction_uses_rate_and_queue_of_all(autojump_clock):
     limits = {"queue_timeout": 20, "queue_size": 100, "max_in_flight": 2}
     async with crew(4, working(1.0), limits=limits) as router:
         clients = [await router.start(n % 4, n) for n in range(36)]
@@ -246,7 +244,7 @@ async def test_queue_too_long_is_said_by_the_rate_and_the_queue_of_all(autojump_
 # -- no request is held up --------------------------------------------------------------------
 
 
-async def test_request_that_cannot_fall_back_holds_up_none_in_other_processes(autojump_clock):
+async def test_workers_queue_request_without_fallback_delays_no_process(autojump_clock):
     async with crew(2, working(), working(), tables=FALLBACK) as router:
         for process in router.processes:
             come_up(process.server("b"), 0.0, "spare")
@@ -263,7 +261,7 @@ async def test_request_that_cannot_fall_back_holds_up_none_in_other_processes(au
         assert [client.got.status for client in (*busy, stuck)] == [200] * 3
 
 
-async def test_request_for_another_model_is_not_held_up_by_other_processes(autojump_clock):
+async def test_workers_queue_request_of_other_model_is_not_delayed(autojump_clock):
     async with crew(2, working(50), working(1)) as router:
         for process in router.processes:
             come_up(process.server("a"), 0.0, "slow")
@@ -277,7 +275,7 @@ async def test_request_for_another_model_is_not_held_up_by_other_processes(autoj
             client.leave()
 
 
-async def test_process_that_hangs_holds_up_the_others_only_for_a_moment(autojump_clock):
+async def test_workers_queue_hanging_process_delays_others_briefly(autojump_clock):
     async with crew(2, working(0.1)) as router:
         first = await router.start(1, 0)
         hung = await router.start(0, 1)
@@ -291,7 +289,7 @@ async def test_process_that_hangs_holds_up_the_others_only_for_a_moment(autojump
         assert hung.got.status == 200
 
 
-async def test_requests_of_a_process_that_has_died_are_forgotten(autojump_clock):
+async def test_workers_queue_requests_of_dead_process_are_forgotten(autojump_clock):
     async with crew(2, working(), limits={"queue_size": 3}) as router:
         first = await router.start(1, 0)
         lost = [await router.start(0, n) for n in (1, 2, 3)]
@@ -306,7 +304,7 @@ async def test_requests_of_a_process_that_has_died_are_forgotten(autojump_clock)
         router[0].stopped = False
 
 
-async def test_process_that_starts_later_finds_those_who_wait(autojump_clock):
+async def test_workers_queue_late_process_finds_waiters(autojump_clock):
     async with crew(2, working()) as router:
         clients = [await router.start(0, n) for n in range(4)]
         router[1].stopped = True
@@ -318,7 +316,7 @@ async def test_process_that_starts_later_finds_those_who_wait(autojump_clock):
         assert order(*clients, late) == [0, 1, 2, 3, 4]
 
 
-async def test_client_that_leaves_in_one_process_lets_the_next_one_of_another_go(autojump_clock):
+async def test_workers_queue_disconnect_lets_next_of_other_process_go(autojump_clock):
     async with crew(2, working()) as router:
         clients = [await router.start(n % 2, n) for n in range(5)]
         clients[2].leave()
@@ -327,7 +325,7 @@ async def test_client_that_leaves_in_one_process_lets_the_next_one_of_another_go
         assert order(*clients) == [0, 1, 3, 4]
 
 
-async def test_limits_that_are_taken_away_and_come_back_start_anew(autojump_clock):
+async def test_workers_queue_limits_removed_and_readded_start_anew(autojump_clock):
     async with crew(2, working(2)) as router:
         clients = [await router.start(n % 2, n) for n in range(4)]
         without = make_config(1, policy="least_load")
@@ -347,7 +345,7 @@ async def test_limits_that_are_taken_away_and_come_back_start_anew(autojump_cloc
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_any_sequence_of_events_keeps_order_caps_and_requests(autojump_clock, seed):
+async def test_workers_queue_any_events_keep_order_caps_and_requests(autojump_clock, seed):
     """Requests come in all processes and leave, servers fall and come back, caps change."""
     rng = Random(seed)
     most = [0]
