@@ -56,12 +56,12 @@ def assert_one_line(result: Result, *words: str) -> None:
         (["run", "a\nvllm-router: all is well"], [r"unexpected"]),
     ],
 )
-def test_bad_usage_is_one_line_that_names_it(arguments: list[str], words: list[str]):
+def test_cli_bad_usage_is_one_line_naming_it(arguments: list[str], words: list[str]):
     assert_one_line(call(*arguments), *words)
 
 
 @pytest.mark.usefixtures("scratch")
-def test_no_servers_at_all_says_what_to_do():
+def test_cli_without_servers_says_what_to_do():
     assert_one_line(call("run"), "servers.toml", "--config", "--server", "--demo")
 
 
@@ -73,13 +73,13 @@ def test_no_servers_at_all_says_what_to_do():
         (["http://user:hunter2@a"], ["without user name"]),
     ],
 )
-def test_bad_server_option_is_one_line(given: list[str], words: list[str]):
+def test_cli_bad_server_option_is_one_line(given: list[str], words: list[str]):
     result = call("run", *(word for url in given for word in ("--server", url)))
     assert_one_line(result, "--server", *words)
     assert "hunter2" not in result.stderr
 
 
-def test_run_names_every_problem_of_a_bad_file(scratch: Path):
+def test_run_bad_file_lists_every_problem(scratch: Path):
     (scratch / "servers.toml").write_text(
         '[servers]\nservers = [{ url = "gpu" }]\n[config]\nmax_retries = -1\n'
     )
@@ -94,23 +94,23 @@ def test_run_names_every_problem_of_a_bad_file(scratch: Path):
 
 
 @pytest.mark.usefixtures("scratch")
-def test_run_with_an_unreadable_file_is_one_line():
+def test_run_unreadable_file_is_one_line():
     assert_one_line(call("run", "--config", "missing.toml"), "missing.toml", "No such file")
 
 
 @pytest.mark.usefixtures("scratch")
-def test_run_with_a_file_without_servers_is_one_line():
+def test_run_file_without_servers_is_one_line():
     Path("servers.toml").write_text("[config]\n")
     assert_one_line(call("run"), "servers.toml", "at least one server")
 
 
-def test_check_config_of_a_good_file_says_so():
+def test_check_config_good_file_is_confirmed():
     result = call("check-config", "--config", str(EXAMPLE))
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [f"{EXAMPLE}: OK, 3 servers, policy adaptive"]
 
 
-def test_check_config_reports_every_problem_with_its_key_path(scratch: Path):
+def test_check_config_bad_file_lists_every_problem_with_key_path(scratch: Path):
     (scratch / "servers.toml").write_text(
         """
         [servers]
@@ -130,12 +130,12 @@ def test_check_config_reports_every_problem_with_its_key_path(scratch: Path):
 
 
 @pytest.mark.usefixtures("scratch")
-def test_check_config_without_a_file_is_no_verdict_on_it():
+def test_check_config_missing_file_gives_no_verdict():
     assert_one_line(call("check-config"), "servers.toml", "No such file")
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
-def test_help_names_every_command(arguments: list[str]):
+def test_help_lists_every_command(arguments: list[str]):
     result = call(*arguments)
     assert result.exit_code == 0
     commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
@@ -146,7 +146,7 @@ def test_help_names_every_command(arguments: list[str]):
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
-def test_version(arguments: list[str]):
+def test_version_is_printed(arguments: list[str]):
     assert call(*arguments).stdout == f"vLLM Router {vllm_router.__version__}\n"
 
 
@@ -177,12 +177,12 @@ def test_router_url_may_be_short(given: str, used: str):
     assert RouterClient(given).url == used
 
 
-def test_status_skips_what_is_no_server():
+def test_status_skips_invalid_servers():
     (server,) = Status(health={}, load={"servers": [{"name": "a", "load": "?"}, "b"]}).servers
     assert (server.name, server.load, server.models) == ("a", None, ())
 
 
-def test_plain_table_aligns_its_columns():
+def test_plain_table_aligns_columns():
     columns = [Column("NAME"), Column("LOAD", right=True), Column("STATE")]
     rows = [[Cell("a"), Cell("0.5"), Cell("up")], [Cell("long-name"), Cell("12.25"), Cell("-")]]
     assert plain_lines(columns, rows) == [
@@ -192,6 +192,6 @@ def test_plain_table_aligns_its_columns():
     ]
 
 
-def test_table_shows_control_characters_as_escapes(capsys: pytest.CaptureFixture[str]):
+def test_table_escapes_control_characters(capsys: pytest.CaptureFixture[str]):
     print_table([Column("NAME")], [["\x1b[2Jmodel\nup"], [""]])
     assert capsys.readouterr().out.splitlines() == ["NAME", r"\x1b[2Jmodel\nup", "-"]

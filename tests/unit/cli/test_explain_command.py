@@ -29,7 +29,7 @@ def run(*arguments: str, stdin: str | None = None, code: int = 0) -> str:
     return result.output
 
 
-def test_table_has_every_server_its_score_and_the_pick(router: RouterProcess):
+def test_explain_table_has_every_server_its_score_and_the_pick(router: RouterProcess):
     first, header, *rest = run("--url", router.url, "--model", "m").splitlines()
     rows, formula = rest[:2], rest[2:]
     assert first.startswith("A request for the model 'm' would go to 127.0.0.1:")
@@ -42,7 +42,7 @@ def test_table_has_every_server_its_score_and_the_pick(router: RouterProcess):
     assert [row.startswith("→") for row in rows] == [True, False]
 
 
-def test_server_that_is_out_says_why(router: RouterProcess):
+def test_explain_excluded_server_has_reason(router: RouterProcess):
     name = router.get("/load-stats").json()["servers"][0]["name"]
     router.administrate("POST", f"/admin/servers/{name}/drain")
     try:
@@ -54,14 +54,14 @@ def test_server_that_is_out_says_why(router: RouterProcess):
     assert "draining" in out
 
 
-def test_model_that_nobody_has_is_refused(router: RouterProcess):
+def test_explain_unknown_model_is_refused(router: RouterProcess):
     printed = run("--url", router.url, "--model", "gpt-9\n")
     assert "would be refused" in printed
     assert "No server lists the model" in printed
     assert "it does not list the model" in printed
 
 
-def test_body_of_a_request_is_explained(router: RouterProcess, tmp_path: Path):
+def test_explain_accepts_request_body(router: RouterProcess, tmp_path: Path):
     file = tmp_path / "body.json"
     file.write_text(json.dumps(chat(text="word " * 2000)))
     from_file = run("--url", router.url, "--body", str(file))
@@ -70,7 +70,7 @@ def test_body_of_a_request_is_explained(router: RouterProcess, tmp_path: Path):
     assert "would go to" in run("--url", router.url, "--body", "-", stdin=file.read_text())
 
 
-def test_last_picks_are_listed_newest_first(router: RouterProcess):
+def test_explain_last_picks_are_newest_first(router: RouterProcess):
     assert router.post("/v1/chat/completions", chat()).status_code == 200
     assert router.post("/v1/chat/completions", chat(model="nope")).status_code == 404
     until(lambda: len(router.get("/decisions").json()["decisions"]) >= 2, "both picks")
@@ -81,21 +81,23 @@ def test_last_picks_are_listed_newest_first(router: RouterProcess):
     assert len(run("--url", router.url, "--decisions", "1").splitlines()) == 2
 
 
-def test_json_is_what_the_router_says(router: RouterProcess):
+def test_explain_json_is_the_routers_response(router: RouterProcess):
     found = json.loads(run("--url", router.url, "--model", "m", "--json"))
     assert found["policy"] == "adaptive"
     assert len(found["candidates"]) == 2
 
 
-def test_router_that_does_not_answer_is_one_line():
+def test_explain_router_unreachable_is_one_line():
     assert "no router answers" in run("--url", "http://127.0.0.1:9", code=2)
 
 
-def test_options_exclude_each_other():
+def test_explain_options_exclude_each_other():
     assert "exclude each other" in run("--model", "m", "--decisions", code=2)
 
 
-def test_policy_without_scores_and_a_hostile_name_are_shown(capsys: pytest.CaptureFixture[str]):
+def test_explain_policy_without_scores_and_hostile_name_are_shown(
+    capsys: pytest.CaptureFixture[str],
+):
     row = {"server": "a\x1b[2J", "load": 0.5, "score": None, "parts": {}}
     _print_explanation(
         {"model": None, "policy": "random", "picked": "a\x1b[2J", "candidates": [row], "out": []}
@@ -105,6 +107,6 @@ def test_policy_without_scores_and_a_hostile_name_are_shown(capsys: pytest.Captu
     assert "any model would go to" in printed
 
 
-def test_no_picks_are_an_empty_table(capsys: pytest.CaptureFixture[str]):
+def test_explain_without_picks_is_empty_table(capsys: pytest.CaptureFixture[str]):
     _print_decisions([])
     assert capsys.readouterr().out.startswith("TIME")

@@ -167,11 +167,11 @@ def styles(shown: View, text: str) -> set[str]:
         (b"\xff", [], b"\xff"),
     ],
 )
-def test_keys_of_bytes(data: bytes, keys: list[str], rest: bytes):
+def test_keys_of_bytes_are_decoded(data: bytes, keys: list[str], rest: bytes):
     assert decode(data) == (keys, rest)
 
 
-def test_keys_do_not_depend_on_how_the_bytes_come():
+def test_keys_any_split_of_bytes_gives_same_keys():
     data = b"a\x1b[A\x1b[6~\x1bOBz\x03"
     for at in range(len(data) + 1):
         first, rest = decode(data[:at])
@@ -179,7 +179,7 @@ def test_keys_do_not_depend_on_how_the_bytes_come():
         assert (first + second, rest) == (["a", "up", "page-down", "down", "z", "ctrl-c"], b"")
 
 
-def test_drain_is_asked_for_and_only_y_does_it():
+def test_monitor_drain_asks_and_only_y_confirms():
     shown = view(server("a"), server("b"))
     assert shown.key("down") is None
     assert shown.key("d") is None
@@ -191,7 +191,7 @@ def test_drain_is_asked_for_and_only_y_does_it():
     assert shown.key("y") == SetDrain("b", on=True)
 
 
-def test_undrain_is_for_what_is_draining():
+def test_monitor_undrain_applies_to_draining_servers():
     shown = view(server("a", state="draining", reason="draining, 2 in flight"))
     assert shown.key("d") is None
     assert "already" in shown.message
@@ -199,7 +199,7 @@ def test_undrain_is_for_what_is_draining():
     assert shown.key("y") == SetDrain("a", on=False)
 
 
-def test_drain_is_refused_to_guests_and_without_a_connection():
+def test_monitor_drain_is_refused_without_rights_or_connection():
     guest = View("http://router:8888")
     guest.take(hello(admin=False), NOW)
     guest.take(snapshot(server("a")), NOW)
@@ -214,7 +214,7 @@ def test_drain_is_refused_to_guests_and_without_a_connection():
     assert "no connection" in alone.message
 
 
-def test_quit_of_the_router_s_own_view_is_asked_for_except_by_ctrl_c():
+def test_monitor_quit_of_own_view_asks_except_for_ctrl_c():
     assert view(server("a")).key("q") == Quit()
     own = view(server("a"), attached=True)
     assert own.key("q") is None
@@ -225,7 +225,7 @@ def test_quit_of_the_router_s_own_view_is_asked_for_except_by_ctrl_c():
     assert own.key("ctrl-c") == Quit()
 
 
-def test_selection_stays_on_its_server_through_every_order():
+def test_monitor_selection_follows_its_server_through_sorting():
     shown = view(server("b", 0.2), server("a", 0.9), server("c", 0.5, state="down"))
     shown.key("end")
     assert shown.selected == "c"
@@ -246,7 +246,7 @@ def test_selection_stays_on_its_server_through_every_order():
 # -- the feed ---------------------------------------------------------------------------------
 
 
-def test_events_are_kept_once_also_across_connections_and_restarts():
+def test_monitor_events_are_kept_once_across_reconnects_and_restarts():
     shown = View("http://router:8888")
     shown.take(hello(event(1, "one"), event(2, "two")), NOW)
     shown.take(event(3, "three"), NOW)
@@ -257,7 +257,7 @@ def test_events_are_kept_once_also_across_connections_and_restarts():
     assert [one.text for one in shown.events][-2:] == ["anew", "missed"]
 
 
-def test_history_goes_on_with_one_value_a_second():
+def test_monitor_history_has_one_value_per_second():
     shown = view(server("a", 0.3))
     assert list(shown.loads["a"]) == [0.1, 0.5, 1.0, 0.3]
     shown.take(snapshot(server("a", 0.4), moment=NOW + 0.5), NOW + 0.5)
@@ -268,7 +268,7 @@ def test_history_goes_on_with_one_value_a_second():
     assert list(shown.fleet_load) == [None, 0.1, 0.9, 0.45, 0.45]
 
 
-def test_newer_schema_is_refused():
+def test_monitor_newer_schema_is_refused():
     newer = hello()
     newer = schema.Hello(
         **{name: getattr(newer, name) for name in newer.__struct_fields__} | {"schema": 99}
@@ -280,7 +280,7 @@ def test_newer_schema_is_refused():
 # -- the picture ------------------------------------------------------------------------------
 
 
-def test_small_screen_shows_servers_totals_and_events():
+def test_monitor_small_screen_shows_servers_totals_and_events():
     shown = view(server("gpu-1", 0.5), server("gpu-2", 0.75), server("gpu-3", 1.2))
     shown.take(event(1, "gpu-1: unknown → up", server="gpu-1", old="unknown", new="up"), NOW)
     lines = picture(shown)
@@ -296,7 +296,7 @@ def test_small_screen_shows_servers_totals_and_events():
     assert "drain" in lines[-2]
 
 
-def test_wide_screen_shows_more_figures():
+def test_monitor_wide_screen_shows_more_figures():
     text = "\n".join(picture(view(server("gpu-1"), models=True), 160, 50))
     for title in ("TTFT95", "REQ/S", "TOK/S", "ERR/S", "KV", "LAST 5 MIN", "MODELS"):
         assert title in text
@@ -304,12 +304,12 @@ def test_wide_screen_shows_more_figures():
 
 
 @pytest.mark.parametrize(("load", "colour"), [(0.69, "green"), (0.7, "yellow"), (0.9, "red")])
-def test_load_has_a_colour(load: float, colour: str):
+def test_monitor_load_has_colour(load: float, colour: str):
     assert heat(load) == colour
     assert any(colour in style for style in styles(view(server("a", load)), "█"))
 
 
-def test_sick_server_shows_why_instead_of_figures():
+def test_monitor_unhealthy_server_shows_reason_instead_of_figures():
     shown = view(server("a"), server("b", state="down", reason="Connection refused (3 checks)"))
     line = next(line for line in picture(shown) if " b " in line)
     assert "down" in line
@@ -318,7 +318,7 @@ def test_sick_server_shows_why_instead_of_figures():
     assert any("red" in style for style in styles(shown, "Connection refused"))
 
 
-def test_nothing_of_others_reaches_the_terminal_as_a_command():
+def test_monitor_foreign_text_never_controls_the_terminal():
     evil = "\x1b]0;owned\x07\x1b[2J\n"
     shown = view(server(f"a{evil}", models=(evil,), reason=evil, state="down"), models=True)
     shown.take(event(1, evil, kind="reload_refused"), NOW)
@@ -331,14 +331,14 @@ def test_nothing_of_others_reaches_the_terminal_as_a_command():
     assert "\x1b" not in stamped(NOW, evil)
 
 
-def test_wide_characters_keep_the_columns():
+def test_monitor_wide_characters_keep_columns():
     shown = view(server("显卡服务器一号机房东侧"), server("b"))
     lines = picture(shown)
     row, other = (next(line for line in lines if name in line) for name in ("显卡", " b "))
     assert Console().render_str(row[: row.index("up")]).cell_len == other.index("up")
 
 
-def test_lost_connection_is_said_and_the_figures_stay():
+def test_monitor_lost_connection_is_shown_and_figures_stay():
     shown = view(server("gpu-1"))
     shown.lost("Connection refused")
     lines = picture(shown, now=NOW + 65)
@@ -347,7 +347,7 @@ def test_lost_connection_is_said_and_the_figures_stay():
     assert any("gpu-1" in line for line in lines)
 
 
-def test_hundred_servers_scroll_with_the_selection():
+def test_monitor_hundred_servers_scroll_with_selection():
     shown = view(*(server(f"gpu-{n:03}") for n in range(100)))
     assert any("gpu-000" in line for line in picture(shown))
     assert any("1-15 of 100" in line for line in picture(shown))
@@ -361,7 +361,7 @@ def test_hundred_servers_scroll_with_the_selection():
 
 
 @pytest.mark.parametrize(("width", "height"), [(20, 6), (40, 10), (80, 24), (300, 100)])
-def test_every_size_is_filled_exactly(width: int, height: int):
+def test_monitor_fills_every_screen_size_exactly(width: int, height: int):
     shown = view(*(server(f"gpu-{n}", n / 10) for n in range(20)), models=True)
     for number in range(1, 50):
         shown.take(event(number, "something " * 10, kind="reload"), NOW)
@@ -370,14 +370,14 @@ def test_every_size_is_filled_exactly(width: int, height: int):
     picture(shown, width, height)
 
 
-def test_before_the_first_snapshot_there_is_a_picture():
+def test_monitor_before_first_snapshot_draws_a_screen():
     picture(View("http://router:8888"))
 
 
 # -- words ------------------------------------------------------------------------------------
 
 
-def test_bar_is_exact_to_an_eighth_and_never_empty_for_some_load():
+def test_bar_is_exact_to_an_eighth_and_never_empty_for_load():
     assert words.bar(0, 4) == "    "
     assert words.bar(0.001, 4) == "▏   "
     assert words.bar(0.5, 4) == "██  "
@@ -385,7 +385,7 @@ def test_bar_is_exact_to_an_eighth_and_never_empty_for_some_load():
     assert words.bar(3, 4) == "████"
 
 
-def test_sparkline_keeps_peaks_gaps_and_the_newest_at_the_right():
+def test_sparkline_keeps_peaks_and_gaps_with_newest_at_right():
     assert words.sparkline([], 4) == "    "
     assert words.sparkline([0.0, 0.5, 1.0], 5) == "  ▁▄█"
     assert words.sparkline([0.0, 1.0, 0.0, 0.0, None, None], 3) == "█▁ "
@@ -403,11 +403,11 @@ def test_sparkline_keeps_peaks_gaps_and_the_newest_at_the_right():
         (-1, "0 s"),
     ],
 )
-def test_span(value: float, text: str):
+def test_span_is_formatted(value: float, text: str):
     assert words.span(value) == text
 
 
-def test_summary_is_one_line_with_the_sick_ones():
+def test_monitor_summary_is_one_line_with_unhealthy_servers():
     shown = snapshot(server("a"), server("b", state="down"))
     assert summary(shown) == (
         "1/2 servers (1 down), 12 running, 3 waiting, 9 in flight, load 45 %, 7.2 req/s, 0 err/s, "

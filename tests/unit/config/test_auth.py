@@ -46,11 +46,11 @@ def problems(text: str, files: Mapping[str, bytes] | None = None, **environ: str
 # -- keys in the configuration ----------------------------------------------------------------
 
 
-def test_without_the_table_there_are_no_keys():
+def test_auth_without_table_has_no_keys():
     assert read("").auth is None
 
 
-def test_key_is_kept_as_its_digest_however_it_is_given():
+def test_auth_key_is_stored_as_digest_in_every_form():
     plain = auth('keys = [{ name = "a", key = "sk-a" }]')
     hashed = auth(f'keys = [{{ name = "a", key = "sha256:{DIGEST.upper()}" }}]')
     variable = auth('keys = [{ name = "a", key_env = "K" }]', K="sk-a\n")
@@ -58,7 +58,7 @@ def test_key_is_kept_as_its_digest_however_it_is_given():
     assert plain.keys[0].digest == DIGEST
 
 
-def test_key_has_its_models_and_limits():
+def test_auth_key_has_its_models_and_limits():
     (key,) = auth(
         '[[auth.keys]]\nname = "a"\nkey = "sk-a"\nmodels = ["m"]\nrequests_per_minute = 90\n'
         "max_concurrent_requests = 4"
@@ -69,7 +69,7 @@ def test_key_has_its_models_and_limits():
     assert not key.allows(None)
 
 
-def test_file_of_keys_lies_beside_the_configuration_and_adds_to_it():
+def test_auth_keys_file_is_relative_to_configuration_and_adds_keys():
     found = auth(
         'keys_file = "keys.toml"\nkeys = [{ name = "a", key = "sk-a" }]',
         {"etc/keys.toml": b'[[keys]]\nname = "b"\nkey = "sk-b"\n'},
@@ -99,12 +99,12 @@ def test_file_of_keys_lies_beside_the_configuration_and_adds_to_it():
         ('key = "x"', 'auth.key: unknown key "key"'),
     ],
 )
-def test_what_is_wrong_with_the_keys_is_said(text: str, expected: str):
+def test_auth_key_problems_are_reported(text: str, expected: str):
     found = "\n".join(problems(f"[auth]\n{text}", K="k"))
     assert expected in found
 
 
-def test_problem_in_the_file_of_keys_names_that_file():
+def test_auth_problem_in_keys_file_names_that_file():
     files = {"etc/keys.toml": b'[[keys]]\nname = "b"\nkye = "sk-secret"\n'}
     found = problems('[auth]\nkeys_file = "keys.toml"', files)
     assert any(line.startswith("etc/keys.toml: keys[0].kye: unknown key") for line in found)
@@ -122,11 +122,11 @@ def test_problem_in_the_file_of_keys_names_that_file():
         'admin_key = "SECRET"\nkeys = [{ name = "a", key = "SECRET" }]',
     ],
 )
-def test_no_problem_shows_a_key(text: str):
+def test_auth_problems_never_contain_a_key(text: str):
     assert "SECRET" not in "\n".join(problems(f"[auth]\n{text}"))
 
 
-def test_neither_configuration_nor_its_changes_show_a_key_or_its_digest():
+def test_auth_configuration_and_diff_never_contain_key_or_digest():
     text = '[auth]\nadmin_key = "{}"\nkeys = [{{ name = "a", key = "{}" }}]'
     old, new = read(text.format("sk-x", "sk-a")), read(text.format("sk-y", "sk-b"))
     assert changes(old, new) == "key a digest changed, auth admin_key changed"
@@ -135,7 +135,7 @@ def test_neither_configuration_nor_its_changes_show_a_key_or_its_digest():
         assert DIGEST not in shown
 
 
-def test_changes_of_keys_are_told_by_name():
+def test_auth_changed_keys_are_reported_by_name():
     old = read('[auth]\nkeys = [{ name = "a", key = "x" }, { name = "b", key = "y" }]')
     new = read('[auth]\nkeys = [{ name = "b", key = "y", models = ["m"] }, { name = "c", key="z"}]')
     assert changes(old, new) == "key +c, key -a, key b models none → [m]"
@@ -182,7 +182,7 @@ def who(identity: Identity) -> str:
         (DIGEST, "nobody"),
     ],
 )
-def test_key_belongs_to_whom_it_was_given(key: str, name: str):
+def test_keyring_key_identifies_its_owner(key: str, name: str):
     assert who(ring().identify(bearer(key))) == name
     assert who(ring().identify({b"x-api-key": key.encode("latin-1")})) == name
     token = base64.urlsafe_b64encode(key.encode("latin-1")).rstrip(b"=")
@@ -205,22 +205,22 @@ def test_key_belongs_to_whom_it_was_given(key: str, name: str):
         {b"sec-websocket-protocol": b"vllm-router.key.=!"},
     ],
 )
-def test_key_elsewhere_is_no_key(fields: dict[bytes, bytes]):
+def test_keyring_key_elsewhere_is_ignored(fields: dict[bytes, bytes]):
     assert ring().identify(fields) in (ANONYMOUS, UNKNOWN_KEY)
 
 
-def test_scheme_is_read_in_any_case():
+def test_keyring_scheme_is_case_insensitive():
     assert who(ring().identify({b"authorization": b"bEARER sk-a"})) == "a"
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
-def test_any_bytes_are_somebody_or_nobody(one: bytes, two: bytes, three: bytes):
+def test_keyring_any_bytes_are_a_known_key_or_none(one: bytes, two: bytes, three: bytes):
     fields = {b"authorization": one, b"x-api-key": two, b"sec-websocket-protocol": three}
     assert who(KEYS.identify(fields)) in {"a", "b", "admin", "status", "nobody"}
 
 
 @given(st.text(string.printable.strip(), min_size=1, max_size=60))
-def test_key_travels_whole_in_a_subprotocol(key: str):
+def test_keyring_key_in_subprotocol_is_read_whole(key: str):
     token = base64.urlsafe_b64encode(key.encode()).rstrip(b"=")
     assert keys_in({b"sec-websocket-protocol": b"vllm-router.key." + token}) == [key.encode()]
 
@@ -233,7 +233,7 @@ KEYS = ring()
 FILES = {f"etc/{name}.pem": name.encode() for name in ("c", "k", "ca", "own", "more")}
 
 
-def test_certificate_is_known_by_path_and_content():
+def test_tls_certificate_is_identified_by_path_and_content():
     text = '[tls]\ncertificate = "c.pem"\nkey = "k.pem"\n'
     old, new = read(text, FILES), read(text, {**FILES, "etc/c.pem": b"renewed"})
     assert old.tls is not None
@@ -242,7 +242,7 @@ def test_certificate_is_known_by_path_and_content():
     assert changes(read(""), old) == "tls on"
 
 
-def test_servers_have_the_common_files_unless_they_name_their_own():
+def test_tls_servers_use_common_files_unless_overridden():
     text = '[tls.servers]\nca = "ca.pem"\nverify = true\n[[servers.servers]]\nurl = "https://a"\n'
     text += '[[servers.servers]]\nurl = "https://b"\nca = "own.pem"\nverify = false\n'
     config = parse(text.encode(), "etc/servers.toml", {}, FILES.__getitem__)
@@ -268,14 +268,14 @@ def test_servers_have_the_common_files_unless_they_name_their_own():
         ("[tls.servers]\nverify = 1", "tls.servers.verify: expected true or false, got 1"),
     ],
 )
-def test_what_is_wrong_with_tls_is_said(text: str, expected: str):
+def test_tls_problems_are_reported(text: str, expected: str):
     assert expected in "\n".join(problems(text, FILES))
 
 
 # -- settings ---------------------------------------------------------------------------------
 
 
-def test_origins_hosts_and_addresses_are_normalised():
+def test_guard_origins_hosts_and_addresses_are_normalised():
     settings = read(
         '[config]\ncors_origins = ["HTTPS://App.Example:443", "http://[::1]:3000", "*"]\n'
         'allowed_hosts = ["LLM.example."]\nadmin_listen = "[::1]:8889"'
@@ -301,10 +301,10 @@ def test_origins_hosts_and_addresses_are_normalised():
         "max_body_mb = 100\nmax_bodies_mb = 99",
     ],
 )
-def test_other_settings_are_refused(line: str):
+def test_guard_invalid_settings_are_refused(line: str):
     assert len(problems(f"[config]\n{line}")) == 1
 
 
-def test_all_bodies_may_be_as_large_as_one():
+def test_guard_body_memory_fits_one_largest_body():
     assert read("[config]\nmax_body_mb = 2000").settings.max_bodies_mb == 2000
     assert read("[config]\nmax_body_mb = 1").settings.max_bodies_mb == 512

@@ -90,7 +90,7 @@ def server_problem(text: str, **environ: str) -> str:
 # -- files that load --------------------------------------------------------------------------
 
 
-def test_example_of_the_ancestor_loads_with_all_its_values():
+def test_config_example_of_predecessor_loads_with_all_values():
     config = read(ANCESTOR)
     assert [(s.url, s.name, s.max_concurrent_requests) for s in config.servers] == [
         ("http://localhost:8801", "localhost:8801", 10),
@@ -135,30 +135,30 @@ def test_example_of_the_ancestor_loads_with_all_its_values():
         "request_timeout = 1000000000000000",
     ],
 )
-def test_limits_of_the_ancestor_are_accepted(line: str):
+def test_config_limits_of_predecessor_are_accepted(line: str):
     key, _, value = line.partition(" = ")
     assert getattr(settings(line), key) == msgspec.json.decode(value)
 
 
-def test_whole_float_counts_as_int_as_it_did_for_the_ancestor():
+def test_config_whole_float_counts_as_int_like_in_predecessor():
     assert settings("max_retries = 2.0").max_retries == 2
 
 
-def test_durations_are_floats_however_they_are_written():
+def test_config_durations_are_floats_in_any_notation():
     assert type(settings("request_timeout = 120").request_timeout) is float
 
 
-def test_silent_file_gets_the_defaults():
+def test_config_empty_file_gets_defaults():
     assert read(ONE_SERVER) == Config(
         servers=(ServerConfig(url="http://h:8000", name="h:8000"),), settings=Settings()
     )
 
 
-def test_example_loads():
+def test_config_example_loads():
     assert len(read(EXAMPLE.read_bytes()).servers) == 3
 
 
-def test_example_shows_every_setting_with_its_default():
+def test_config_example_shows_every_setting_with_default():
     shown = re.sub(r"^#(?=[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
     for key in (*Settings.__struct_fields__, *LogSettings.__struct_fields__):
         assert re.search(rf"^{key} = ", shown, flags=re.MULTILINE), f"{key} is not in the example"
@@ -168,7 +168,7 @@ def test_example_shows_every_setting_with_its_default():
     assert read(shown).log == LogSettings()
 
 
-def test_example_shows_every_key_of_a_server():
+def test_config_example_shows_every_key_of_a_server():
     text = EXAMPLE.read_text()
     block = text[text.index("# [[servers.servers]]") : text.index("[config]")]
     uncommented = re.sub(r"^# ", "", block, flags=re.MULTILINE)
@@ -183,7 +183,7 @@ def test_example_shows_every_key_of_a_server():
     assert "api_key = " in block
 
 
-def test_array_of_tables_is_the_same_as_an_inline_list():
+def test_config_array_of_tables_equals_inline_list():
     assert read('[[servers.servers]]\nurl = "http://h:8000"\n') == read(ONE_SERVER)
 
 
@@ -200,7 +200,7 @@ def test_array_of_tables_is_the_same_as_an_inline_list():
         ("request_timeout = 120\nfirst_byte_timeout = 7", 7.0, 120.0),
     ],
 )
-def test_first_byte_and_idle_timeout_follow_request_timeout(
+def test_config_first_byte_and_idle_timeout_default_to_request_timeout(
     text: str, first_byte: float, idle: float
 ):
     found = settings(text)
@@ -260,12 +260,12 @@ def test_first_byte_and_idle_timeout_follow_request_timeout(
         ),
     ],
 )
-def test_wrong_setting_is_named_with_what_was_expected(line: str, expected: str):
+def test_config_wrong_setting_error_says_what_is_expected(line: str, expected: str):
     found = problems(f"{ONE_SERVER}[config]\n{line}")
     assert found[0].startswith(f"config.{expected}")
 
 
-def test_wrong_element_is_named_by_its_place():
+def test_config_wrong_element_error_has_its_index():
     found = problems(f'{ONE_SERVER}[config]\ntrusted_proxies = ["x", "10.0.0.1", 5]')
     assert [p.split(":")[0] for p in found] == [
         "config.trusted_proxies[0]",
@@ -273,22 +273,22 @@ def test_wrong_element_is_named_by_its_place():
     ]
 
 
-def test_trusted_proxies_are_networks():
+def test_config_trusted_proxies_are_networks():
     found = settings('trusted_proxies = ["10.0.0.1/8", "::1", "192.0.2.7", "10.0.0.0/8"]')
     assert found.trusted_proxies == ("10.0.0.0/8", "::1/128", "192.0.2.7/32")
 
 
-def test_long_value_is_cut():
+def test_config_error_shortens_long_value():
     text = setting_problem(f'max_retries = "{"x" * 5000}"')
     assert text == f'max_retries: expected int ≥ 0, got "{"x" * 80}…"'
 
 
-def test_value_cannot_break_the_line():
+def test_config_error_value_cannot_break_the_line():
     text = setting_problem(r'policy = "a\nb\u001b[2J\u2028\"c\\"')
     assert text.endswith(r'got "a\nb\x1b[2J\u2028\"c\\"')
 
 
-def test_all_problems_are_reported_at_once():
+def test_config_all_problems_are_reported_at_once():
     found = problems(
         """
         [servers]
@@ -317,7 +317,7 @@ def test_all_problems_are_reported_at_once():
     assert found[0].endswith('expected int ≥ 1, got "three"')
 
 
-def test_flood_of_problems_is_counted_not_listed():
+def test_config_flood_of_problems_is_counted_not_listed():
     found = problems(ONE_SERVER + "[config]\n" + "".join(f"k{n} = 1\n" for n in range(20_000)))
     assert len(found) == MAX_PROBLEMS + 1
     assert found[-1] == f"and {20_000 - MAX_PROBLEMS} more problems"
@@ -371,7 +371,7 @@ def test_flood_of_problems_is_counted_not_listed():
         ),
     ],
 )
-def test_unknown_key_is_an_error_that_helps(text: str, expected: str):
+def test_config_unknown_key_error_suggests_a_known_one(text: str, expected: str):
     assert problem(text) == expected
 
 
@@ -381,7 +381,7 @@ def test_unknown_key_is_an_error_that_helps(text: str, expected: str):
 @pytest.mark.parametrize(
     "text", ["[config]\n", "[servers]\n", "[servers]\nservers = []\n", "# nothing\n"]
 )
-def test_file_without_servers_is_an_error(text: str):
+def test_config_file_without_servers_is_an_error(text: str):
     assert problem(text) == "servers.servers: expected at least one server, got no servers"
 
 
@@ -396,11 +396,11 @@ def test_file_without_servers_is_an_error(text: str):
         (f"config = [1]\n{ONE_SERVER}", "config: expected table, got an array"),
     ],
 )
-def test_wrong_shape_is_named(text: str, expected: str):
+def test_config_wrong_shape_error_names_key(text: str, expected: str):
     assert problem(text).startswith(expected)
 
 
-def test_same_server_twice_names_both():
+def test_config_same_server_twice_error_names_both():
     text = '[servers]\nservers = [{ url = "http://h:80/v1/" }, { url = "http://H" }]'
     assert problem(text) == (
         'servers.servers[1].url: expected every server once, got "http://H", '
@@ -416,7 +416,7 @@ def test_same_server_twice_names_both():
         ('url = "https://x"', 'url = "http://x:443"'),
     ],
 )
-def test_names_are_unique_given_or_not(first: str, second: str):
+def test_config_server_names_are_unique_given_or_derived(first: str, second: str):
     text = problem(f"[servers]\nservers = [{{ {first} }}, {{ {second} }}]")
     assert re.fullmatch(
         r"servers\.servers\[1\]\.name: expected a name of its own, "
@@ -426,7 +426,7 @@ def test_names_are_unique_given_or_not(first: str, second: str):
 
 
 @pytest.mark.parametrize("name", ["", "two words", "line\\nbreak", "größe", "x" * 101])
-def test_name_must_fit_a_header_and_a_command_line(name: str):
+def test_config_server_name_must_fit_header_and_command_line(name: str):
     text = server_problem(f'url = "http://h"\nname = "{name}"')
     assert text.startswith("name: expected 1 to 100 visible ASCII characters, no spaces, got ")
 
@@ -440,11 +440,11 @@ def test_name_must_fit_a_header_and_a_command_line(name: str):
         ("[1]", "models[0]: expected the name of a model (string), got 1"),
     ],
 )
-def test_models_are_a_list_of_names(models: str, expected: str):
+def test_config_models_are_a_list_of_names(models: str, expected: str):
     assert server_problem(f'url = "http://h"\nmodels = {models}') == expected
 
 
-def test_models_are_kept_in_order_without_repetition():
+def test_config_models_keep_order_without_repetition():
     assert server('url = "http://h"\nmodels = ["b", "a", "b"]').models == ("b", "a")
 
 
@@ -453,13 +453,13 @@ def test_models_are_kept_in_order_without_repetition():
 KEY = "sk-0123456789"
 
 
-def test_key_comes_from_the_file_or_the_environment():
+def test_config_key_comes_from_file_or_environment():
     assert server(f'url = "http://h"\napi_key = "{KEY}"').api_key == KEY
     from_env = server('url = "http://h"\napi_key_env = "GPU_KEY"', GPU_KEY=f"{KEY}\n")
     assert from_env.api_key == KEY
 
 
-def test_key_is_in_no_repr_and_no_diff():
+def test_config_key_is_in_no_repr_and_no_diff():
     config = read(f'[[servers.servers]]\nurl = "http://h"\napi_key = "{KEY}"')
     other = read('[[servers.servers]]\nurl = "http://h"\napi_key = "sk-another"')
     none = read('[[servers.servers]]\nurl = "http://h"\n')
@@ -483,7 +483,7 @@ def test_key_is_in_no_repr_and_no_diff():
         'api_key_env = "BAD_KEY"',
     ],
 )
-def test_key_is_in_no_problem(lines: str):
+def test_config_key_is_in_no_problem(lines: str):
     text = server_problem(
         f'url = "http://h"\n{lines}', GPU_KEY="sk-0123456789", BAD_KEY="sk-0123456789 x"
     )
@@ -503,7 +503,7 @@ def test_key_is_in_no_problem(lines: str):
         "http://h/#0123456789",
     ],
 )
-def test_credentials_in_a_url_are_masked(url: str):
+def test_config_credentials_in_url_are_masked(url: str):
     for text in (
         server_problem(f'url = "{url}"'),
         problem(f'[servers]\nservers = ["{url}"]'),
@@ -513,7 +513,7 @@ def test_credentials_in_a_url_are_masked(url: str):
         assert "***" in text
 
 
-def test_unset_variable_is_named():
+def test_config_unset_variable_is_named():
     assert server_problem('url = "http://h"\napi_key_env = "GPU_KEY"') == (
         'api_key_env: expected an environment variable that is set, got "GPU_KEY"'
     )
@@ -550,7 +550,7 @@ def test_unset_variable_is_named():
         ("http://a.b.example.:1", "http://a.b.example.:1", "a.b.example.:1"),
     ],
 )
-def test_url_has_one_way_to_be_written(url: str, normal: str, name: str):
+def test_config_url_is_normalised(url: str, normal: str, name: str):
     assert normalise_url(url) == normal
     assert normalise_url(normal) == normal
     assert server_name(normal) == name
@@ -606,7 +606,7 @@ def test_url_has_one_way_to_be_written(url: str, normal: str, name: str):
         ("http://h/größe", "a URL whose path prefix is plain"),
     ],
 )
-def test_other_urls_are_refused(url: str, expected: str):
+def test_config_other_urls_are_refused(url: str, expected: str):
     with pytest.raises(ValueError, match=f"^expected {re.escape(expected)}"):
         normalise_url(url)
 
@@ -633,14 +633,14 @@ def test_other_urls_are_refused(url: str, expected: str):
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else None,
 )
-def test_unreadable_file_gives_one_clear_line(data: bytes, expected: str):
+def test_config_unreadable_file_is_one_line(data: bytes, expected: str):
     assert problem(data).startswith(expected)
 
 
 # -- the values -------------------------------------------------------------------------------
 
 
-def test_configuration_is_immutable_and_comparable():
+def test_config_is_immutable_and_comparable():
     config = read(ANCESTOR)
     assert config == read(ANCESTOR)
     assert hash(config) == hash(read(ANCESTOR))
@@ -650,7 +650,7 @@ def test_configuration_is_immutable_and_comparable():
                 setattr(value, key, None)
 
 
-def test_every_setting_is_explained():
+def test_config_every_setting_is_explained():
     for struct in (Settings, LogSettings):
         assert struct.__doc__ is not None
         for key in struct.__struct_fields__:
@@ -673,7 +673,7 @@ def log(text: str) -> LogSettings:
         ('level = "debug"\nprompts = true', LogSettings(level="debug", prompts=True)),
     ],
 )
-def test_log_table_is_read(text: str, expected: LogSettings):
+def test_config_log_table_is_read(text: str, expected: LogSettings):
     assert log(text) == expected
 
 
@@ -687,17 +687,17 @@ def test_log_table_is_read(text: str, expected: LogSettings):
         ("colour = true", 'log.colour: unknown key "colour"'),
     ],
 )
-def test_wrong_log_setting_is_an_error(text: str, expected: str):
+def test_config_wrong_log_setting_is_an_error(text: str, expected: str):
     assert problem(f"{ONE_SERVER}[log]\n{text}").startswith(expected)
 
 
-def test_command_line_and_file_know_the_same_levels_and_formats():
+def test_config_command_line_and_file_share_levels_and_formats():
     for key, names in (("level", logs.LEVELS), ("format", logs.FORMATS)):
         for name in names:
             assert getattr(log(f'{key} = "{name}"'), key) == name
 
 
-def test_every_duration_is_finite():
+def test_config_every_duration_is_finite():
     for key, value in msgspec.structs.asdict(Settings()).items():
         assert not isinstance(value, float) or math.isfinite(value), key
 
@@ -749,24 +749,24 @@ def config_of(*urls: str, server: str = "", settings: str = "") -> Config:
         ),
     ],
 )
-def test_changes_are_told_in_one_line(old: Config, new: Config, expected: str):
+def test_config_changes_are_one_line(old: Config, new: Config, expected: str):
     assert changes(old, new) == expected
 
 
-def test_timeout_that_no_longer_follows_is_told():
+def test_config_changed_default_of_timeout_is_reported():
     old = config_of("http://a", settings="request_timeout = 5")
     new = config_of("http://a", settings="request_timeout = 5\nfirst_byte_timeout = 9")
     assert changes(old, new) == "first_byte_timeout 5 → 9"
 
 
-def test_long_list_of_changes_is_cut():
+def test_config_long_list_of_changes_is_shortened():
     urls = [f"http://s{n}" for n in range(100)]
     old, new = config_of(*urls), config_of(*urls, server="max_concurrent_requests = 4")
     assert changes(old, new).endswith("s9 max_concurrent_requests 3 → 4, and 90 more")
     assert "\n" not in changes(old, new)
 
 
-def test_models_have_their_table():
+def test_config_models_have_their_table():
     config = read(
         f"""{ONE_SERVER}[models]
         "gpt-4" = "llama-70b"
@@ -795,16 +795,16 @@ def test_models_have_their_table():
         ("a = { hidden = 1 }", "a.hidden: expected true or false, got 1"),
     ],
 )
-def test_bad_model_is_named(table: str, expected: str):
+def test_config_bad_model_is_named(table: str, expected: str):
     assert problem(f"{ONE_SERVER}[models]\n{table}").removeprefix("models.") == expected
 
 
-def test_unknown_policy_of_a_model_is_named_with_those_there_are():
+def test_config_unknown_policy_of_model_error_lists_policies():
     text = problem(f'{ONE_SERVER}[models]\na = {{ policy = "best" }}')
     assert text.startswith('models.a.policy: expected one of "adaptive", ')
 
 
-def test_every_fallback_of_a_circle_is_named():
+def test_config_circular_fallback_error_names_each_one():
     table = 'a = { fallback = "b" }\n"b\\n" = {}\nb = { fallback = "a" }\nc = { fallback = "a" }'
     assert problems(f"{ONE_SERVER}[models]\n{table}") == (
         "models.a.fallback: expected fallbacks without a cycle, got a → b → a",
@@ -812,7 +812,7 @@ def test_every_fallback_of_a_circle_is_named():
     )
 
 
-def test_changes_name_the_models():
+def test_config_changes_name_the_models():
     def with_models(table: str) -> Config:
         return read(f"{ONE_SERVER}[models]\n{table}")
 
@@ -821,7 +821,7 @@ def test_changes_name_the_models():
     assert changes(old, new) == r"model +d\n, model -c, model b"
 
 
-def test_models_cannot_break_the_line_of_changes():
+def test_config_model_names_cannot_break_the_line_of_changes():
     new = config_of("http://a", server=r'models = ["x\ny"]')
     assert changes(config_of("http://a"), new) == r"a models none → [x\ny]"
 
@@ -841,14 +841,14 @@ def caps(limits: str) -> list[int | None]:
     return [server.max_in_flight for server in parse(text.encode(), "f", {}).servers]
 
 
-def test_cap_of_a_server_is_its_own_or_that_of_all_or_its_capacity():
+def test_config_server_cap_falls_back_to_common_cap_then_capacity():
     assert caps("[limits]") == [None, 9]
     assert caps("[limits]\nmax_in_flight = 4") == [4, 9]
     assert caps("[limits]\nstrict_capacity = true") == [5, 9]
     assert caps("[limits]\nmax_in_flight = 4\nstrict_capacity = true") == [4, 9]
 
 
-def test_cap_without_the_table_of_limits_is_an_error():
+def test_config_server_cap_without_limits_table_is_an_error():
     assert problem(TWO_SERVERS) == (
         "servers.servers[1].max_in_flight: expected a [limits] table beside it, got none"
     )
@@ -868,11 +868,11 @@ def test_cap_without_the_table_of_limits_is_an_error():
         ),
     ],
 )
-def test_bad_limit_is_named_with_what_was_expected(line: str, expected: str):
+def test_config_bad_limit_error_says_what_is_expected(line: str, expected: str):
     assert problem(f"{ONE_SERVER}[limits]\n{line}") == expected
 
 
-def test_keys_without_limits_of_their_own_have_those_of_the_table():
+def test_config_keys_without_limits_use_those_of_the_table():
     text = f"""{ONE_SERVER}
 [limits]
 key_requests_per_minute = 60
@@ -892,7 +892,7 @@ requests_per_minute = 6000
     assert (own.requests_per_minute, own.max_concurrent_requests) == (6000, 2)
 
 
-def test_changed_limits_are_told():
+def test_config_changed_limits_are_reported():
     without, with_ = ONE_SERVER, f"{ONE_SERVER}[limits]\nqueue_size = 3"
     more = f"{ONE_SERVER}[limits]\nqueue_size = 5"
     one, two, three = (parse(text.encode(), "f", {}) for text in (without, with_, more))

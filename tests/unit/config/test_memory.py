@@ -56,7 +56,7 @@ def system(directory: Path, cgroup: str, limits: dict[str, str], total_kb: int =
         ("nonsense\n::\n0::/../..\n", {"memory.max": "-5"}, 0, None),
     ],
 )
-def test_memory_limit_is_the_least_of_cgroups_and_machine(
+def test_memory_limit_is_least_of_cgroups_and_machine(
     tmp_path: Path, cgroup: str, limits: dict[str, str], total_kb: int, expected: float | None
 ):
     assert memory_limit_mb(system(tmp_path, cgroup, limits, total_kb)) == expected
@@ -64,7 +64,7 @@ def test_memory_limit_is_the_least_of_cgroups_and_machine(
 
 @pytest.mark.parametrize("limit", [64, 128, 256, 512, 1024, 4096, 1_000_000])
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_defaults_fit_wherever_the_processes_do(limit: int, workers: int):
+def test_memory_defaults_fit_any_limit_the_processes_fit(limit: int, workers: int):
     memory = Memory(limit, workers)
     found = fit_sizes(USUAL, memory)
     assert all(0 < found[key] <= USUAL[key] for key in USUAL)
@@ -74,14 +74,14 @@ def test_defaults_fit_wherever_the_processes_do(limit: int, workers: int):
         assert most <= limit
 
 
-def test_defaults_of_a_small_container_and_of_a_large_one():
+def test_memory_defaults_of_small_and_large_container():
     small = parse(TOML, "t", {}, memory=Memory(256.0)).settings
     assert (small.max_bodies_mb, small.max_body_mb, small.prefix_memory_mb) == (96, 64, 16)
     assert parse(TOML, "t", {}, memory=Memory(64_000.0)).settings == Settings()
     assert parse(TOML, "t", {}).settings == Settings()
 
 
-def test_what_the_file_says_holds_whatever_the_limit_is():
+def test_memory_configured_values_override_limit():
     said = TOML + b"[config]\nmax_body_mb = 100\nprefix_memory_mb = 200\n"
     settings = parse(said, "t", {}, memory=Memory(256.0)).settings
     assert (settings.max_body_mb, settings.max_bodies_mb) == (100, 100)
@@ -93,7 +93,7 @@ def test_what_the_file_says_holds_whatever_the_limit_is():
     assert "together up to 364 MB" in line[1]
 
 
-def test_line_of_the_log_is_for_limits_that_matter():
+def test_memory_log_line_appears_for_relevant_limits_only():
     assert memory_line(Settings(), Memory(None)) is None
     assert memory_line(Settings(), Memory(64_000.0)) is None
     small = parse(TOML, "t", {}, memory=Memory(256.0)).settings
@@ -102,7 +102,7 @@ def test_line_of_the_log_is_for_limits_that_matter():
     assert not line[0]
 
 
-def test_source_of_a_configuration_reads_it_for_its_memory(tmp_path: Path):
+def test_memory_source_uses_its_own_limit(tmp_path: Path):
     file = tmp_path / "servers.toml"
     file.write_bytes(TOML)
     assert ConfigSource(file, {}, memory=Memory(256.0)).load().settings.max_bodies_mb == 96

@@ -48,7 +48,7 @@ def origins(*listed: str) -> Origins:
         ("http://[::1]:*", "http://[::1]:*"),
     ],
 )
-def test_listed_origin_is_kept_as_browsers_write_it(text, kept):
+def test_origin_listed_is_normalised_like_browsers_do(text, kept):
     assert read_origin(text) == kept
 
 
@@ -77,7 +77,7 @@ def test_listed_origin_is_kept_as_browsers_write_it(text, kept):
         ("https:app.example", "the scheme is missing"),
     ],
 )
-def test_bad_origin_is_named_with_its_key_and_what_is_expected(text, hint):
+def test_origin_invalid_error_names_key_and_expectation(text, hint):
     toml = b'[servers]\nservers = [{ url = "http://h:1" }]\n[config]\ncors_origins = [%b]\n'
     quoted = '"' + text.replace("\r", "\\r").replace("\n", "\\n") + '"'
     with pytest.raises(ConfigError) as caught:
@@ -110,7 +110,7 @@ def test_bad_origin_is_named_with_its_key_and_what_is_expected(text, hint):
         ("*", "null"),
     ],
 )
-def test_origin_that_is_listed_may_ask(listed, origin):
+def test_origin_listed_is_allowed(listed, origin):
     assert origin in origins("https://other.example", listed)
 
 
@@ -139,11 +139,11 @@ def test_origin_that_is_listed_may_ask(listed, origin):
         ("file://", "null"),
     ],
 )
-def test_origin_that_is_not_listed_may_not(listed, origin):
+def test_origin_unlisted_is_refused(listed, origin):
     assert origin not in origins("https://other.example", listed)
 
 
-def test_no_origin_is_listed_in_an_empty_list():
+def test_origin_empty_list_allows_none():
     assert not origins()
     assert "null" not in origins()
 
@@ -161,7 +161,7 @@ def test_no_origin_is_listed_in_an_empty_list():
         ("http://[::1]:8888", "[::1]:8888"),
     ],
 )
-def test_page_of_the_same_host_is_our_own(origin, host):
+def test_origin_of_same_host_is_allowed(origin, host):
     assert is_own(origin, ["other", host])
 
 
@@ -176,11 +176,11 @@ def test_page_of_the_same_host_is_our_own(origin, host):
         ("http://[", "["),
     ],
 )
-def test_page_of_another_host_is_not_our_own(origin, host):
+def test_origin_of_other_host_is_refused(origin, host):
     assert not is_own(origin, [host])
 
 
-def test_hosts_that_proxies_tell_of_are_found():
+def test_origin_hosts_forwarded_by_proxies_are_read():
     assert forwarded_hosts("a.example, b:1", 'for=1;host="c:2";proto=https, Host=d') == [
         "a.example",
         "b:1",
@@ -219,19 +219,19 @@ OURS = {"origin": "https://llm.example", "host": "127.0.0.1:8888"}
     ],
 )
 @pytest.mark.parametrize("peer", ["192.0.2.9", "::ffff:192.0.2.9"])
-def test_host_from_a_trusted_proxy_makes_the_page_our_own(path, forwarded, peer):
+def test_origin_host_from_trusted_proxy_is_allowed(path, forwarded, peer):
     asked(path, OURS | forwarded, peer, trusted_proxies=["192.0.2.0/24"])
 
 
 @pytest.mark.parametrize("path", ["/ws/load", "/v1/chat/completions"])
-def test_host_from_a_stranger_counts_for_nothing(path):
+def test_origin_host_from_stranger_is_ignored(path):
     for trusted in ([], ["10.0.0.0/8"]):
         with pytest.raises(Refused):
             asked(path, OURS | {"x-forwarded-host": "llm.example"}, trusted_proxies=trusted)
 
 
 @pytest.mark.parametrize("path", ["/ws/load", "/v1/chat/completions"])
-def test_refused_page_is_told_what_to_add(path):
+def test_origin_refusal_says_what_to_configure(path):
     with pytest.raises(Refused) as caught:
         asked(path, OURS)
     assert (caught.value.status, caught.value.code) == (403, "cross_origin")
@@ -248,13 +248,13 @@ def test_refused_page_is_told_what_to_add(path):
 
 
 @pytest.mark.parametrize("origin", ["null", "app://x", "chrome-extension://ab", "file://"])
-def test_text_for_a_refused_page_names_an_entry_that_helps(origin):
+def test_origin_refusal_names_an_entry_that_works(origin):
     text = refusal_text(origin, "h", None)
     assert f'cors_origins = ["{origin}"]' in text
     assert origin in origins(origin)
 
 
 @pytest.mark.parametrize("origin", ["", "x" * 5000, "a b", "*://x"])
-def test_text_for_what_is_no_origin_lists_none(origin):
+def test_origin_refusal_of_invalid_origin_suggests_no_entry(origin):
     text = refusal_text(origin, "h", "192.0.2.1")
     assert text == f'The Origin header "{origin[:200]}" is not a valid origin.'

@@ -136,7 +136,7 @@ def make_nothing(path: Path) -> None:
         (make_huge, f"expected a file of at most {MAX_FILE_BYTES} bytes, got more"),
     ],
 )
-def test_what_is_no_file_gives_one_line_and_never_blocks(
+def test_config_source_special_file_is_one_line_and_never_blocks(
     tmp_path: Path, make: Callable[[Path], None], expected: str
 ):
     path = tmp_path / "x.toml"
@@ -149,7 +149,7 @@ def test_what_is_no_file_gives_one_line_and_never_blocks(
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "servers.toml/x", ""])
-def test_impossible_path_gives_one_line(path: Path, name: str):
+def test_config_source_impossible_path_is_one_line(path: Path, name: str):
     source = ConfigSource(f"{path.parent}/{name}")
     source.fingerprints()
     with pytest.raises(ConfigError) as caught:
@@ -157,7 +157,7 @@ def test_impossible_path_gives_one_line(path: Path, name: str):
     assert len(caught.value.problems) == 1
 
 
-def test_unreadable_file_gives_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_config_source_unreadable_file_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
     # Tests may run as root, whom no mode keeps from reading.
     def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied")
@@ -168,13 +168,13 @@ def test_unreadable_file_gives_one_line(path: Path, monkeypatch: pytest.MonkeyPa
         source.load()
 
 
-def test_keys_come_from_the_environment_of_the_source(path: Path):
+def test_config_source_keys_come_from_its_environment(path: Path):
     write(path, '[[servers.servers]]\nurl = "http://a"\napi_key_env = "K"\n')
     (server,) = ConfigSource(path, environ={"K": "secret"}).load().servers
     assert server.api_key == "secret"
 
 
-def test_no_descriptor_stays_open(path: Path, tmp_path: Path):
+def test_config_source_leaves_no_descriptor_open(path: Path, tmp_path: Path):
     before = set(os.listdir("/proc/self/fd"))
     ConfigSource(path).load()
     with pytest.raises(ConfigError):
@@ -185,14 +185,16 @@ def test_no_descriptor_stays_open(path: Path, tmp_path: Path):
 # -- deciding ---------------------------------------------------------------------------------
 
 
-async def test_unchanged_file_is_not_read(reloader: Reloader, monkeypatch: pytest.MonkeyPatch):
+async def test_config_source_unchanged_file_is_not_read(
+    reloader: Reloader, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(reloader.source, "load", lambda: pytest.fail("read without need"))
     assert await reloader.poll() is Reload.UNCHANGED
     assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert reloader.settled
 
 
-async def test_changed_file_is_applied_as_one_diff(
+async def test_reload_changed_file_is_applied_as_one_diff(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
@@ -204,7 +206,9 @@ async def test_changed_file_is_applied_as_one_diff(
     assert caplog.messages == [f"configuration applied, {path}: +2 servers, -1, max_retries 3 → 1"]
 
 
-async def test_poll_waits_until_a_write_is_over(reloader: Reloader, path: Path, applied: Applied):
+async def test_reload_poll_waits_until_write_is_complete(
+    reloader: Reloader, path: Path, applied: Applied
+):
     write(path, toml("a", "b"))  # valid, but not what it will be
     assert await reloader.poll() is Reload.UNCHANGED
     assert not reloader.settled
@@ -215,7 +219,7 @@ async def test_poll_waits_until_a_write_is_over(reloader: Reloader, path: Path, 
     assert applied.diffs == ["+2 servers"]
 
 
-async def test_change_that_is_taken_back_in_time_is_none(reloader: Reloader, path: Path):
+async def test_reload_change_reverted_in_time_is_ignored(reloader: Reloader, path: Path):
     aside = path.with_suffix(".aside")
     path.rename(aside)
     assert await reloader.poll() is Reload.UNCHANGED
@@ -225,13 +229,13 @@ async def test_change_that_is_taken_back_in_time_is_none(reloader: Reloader, pat
     assert (reloader.refused_total, reloader.last_error) == (0, None)
 
 
-async def test_comment_changes_nothing(reloader: Reloader, path: Path, applied: Applied):
+async def test_reload_comment_changes_nothing(reloader: Reloader, path: Path, applied: Applied):
     write(path, toml("a") + "# a remark\n")
     assert await reloader.reload(force=False) is Reload.UNCHANGED
     assert (applied.diffs, reloader.generation) == ([], 1)
 
 
-async def test_bad_file_keeps_the_configuration_and_is_logged_once(
+async def test_reload_bad_file_keeps_configuration_and_is_logged_once(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     write(path, toml("b", max_retrys=1))
@@ -245,7 +249,7 @@ async def test_bad_file_keeps_the_configuration_and_is_logged_once(
     assert message == f"configuration refused, keeping the current one: {problem}"
 
 
-async def test_log_line_of_a_very_bad_file_is_short(
+async def test_reload_log_line_of_very_bad_file_is_short(
     reloader: Reloader, path: Path, caplog: pytest.LogCaptureFixture
 ):
     write(path, toml("a", **{f"k{n}": 1 for n in range(50)}))
@@ -256,14 +260,14 @@ async def test_log_line_of_a_very_bad_file_is_short(
     assert len(reloader.last_error.splitlines()) == 50
 
 
-async def test_each_bad_file_counts(reloader: Reloader, path: Path):
+async def test_reload_each_bad_file_is_counted(reloader: Reloader, path: Path):
     for n in range(1, 4):
         write(path, "broken " * n)
         assert await reloader.reload(force=False) is Reload.REFUSED
         assert reloader.refused_total == n
 
 
-async def test_repaired_file_clears_the_error(reloader: Reloader, path: Path, applied: Applied):
+async def test_reload_repaired_file_clears_error(reloader: Reloader, path: Path, applied: Applied):
     write(path, "broken")
     await reloader.reload(force=False)
     write(path, toml("a"))
@@ -277,7 +281,7 @@ async def test_repaired_file_clears_the_error(reloader: Reloader, path: Path, ap
     assert applied.diffs == ["+1 server"]
 
 
-async def test_file_that_vanishes_is_told_and_may_come_back(reloader: Reloader, path: Path):
+async def test_reload_vanished_file_is_reported_and_may_return(reloader: Reloader, path: Path):
     path.unlink()
     assert [await reloader.poll() for _ in range(3)].count(Reload.REFUSED) == 1
     assert reloader.last_error == f"{path}: cannot be read: No such file or directory"
@@ -287,22 +291,20 @@ async def test_file_that_vanishes_is_told_and_may_come_back(reloader: Reloader, 
     assert reloader.last_error is None
 
 
-async def test_atomic_replacement_is_seen(reloader: Reloader, path: Path):
+async def test_reload_atomic_replacement_is_detected(reloader: Reloader, path: Path):
     replace(path, toml("b"))
     assert await reloader.reload(force=False) is Reload.APPLIED
     assert names(reloader) == ["b"]
 
 
-async def test_same_size_and_modification_time_do_not_hide_a_new_file(
-    reloader: Reloader, path: Path
-):
+async def test_reload_new_file_of_same_size_and_time_is_detected(reloader: Reloader, path: Path):
     stamp = path.stat().st_mtime_ns
     replace(path, toml("b"))
     os.utime(path, ns=(stamp, stamp))
     assert await reloader.reload(force=False) is Reload.APPLIED
 
 
-def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
+def test_reload_file_made_readable_is_read(reloader: Reloader, path: Path):
     """A change of mode leaves size and modification time as they were."""
     before = reloader.source.fingerprints()
     for _ in range(1_000_000):  # until the file system's clock, of some ms, has ticked
@@ -312,7 +314,9 @@ def test_file_made_readable_again_is_read(reloader: Reloader, path: Path):
     pytest.fail("a change of mode is not seen")
 
 
-async def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, applied: Applied):
+async def test_reload_symlink_swap_of_kubernetes_config_map_is_detected(
+    tmp_path: Path, applied: Applied
+):
     for version, server in (("v1", "a"), ("v2", "b")):
         (tmp_path / version).mkdir()
         write(tmp_path / version / "servers.toml", toml(server))
@@ -326,7 +330,7 @@ async def test_link_swap_of_a_kubernetes_config_map_is_seen(tmp_path: Path, appl
     assert names(reloader) == ["b"]
 
 
-async def test_change_between_load_and_watching_is_seen(path: Path, applied: Applied):
+async def test_reload_change_between_load_and_watch_is_detected(path: Path, applied: Applied):
     source = ConfigSource(path)
     current = source.load()
     write(path, toml("b"))
@@ -336,7 +340,7 @@ async def test_change_between_load_and_watching_is_seen(path: Path, applied: App
     )
 
 
-async def test_forced_reload_reads_an_unchanged_file(
+async def test_reload_forced_reads_unchanged_file(
     path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
@@ -354,13 +358,13 @@ async def test_forced_reload_reads_an_unchanged_file(
     ]
 
 
-async def test_forced_reload_does_not_wait_for_a_write_to_settle(reloader: Reloader, path: Path):
+async def test_reload_forced_does_not_wait_for_settling(reloader: Reloader, path: Path):
     write(path, toml("b"))
     assert await reloader.reload(force=True) is Reload.APPLIED
     assert reloader.settled
 
 
-async def test_refusal_by_the_applier_keeps_the_configuration(
+async def test_reload_refused_by_applier_keeps_configuration(
     reloader: Reloader, path: Path, applied: Applied
 ):
     applied.fault = ConfigError(["no"])
@@ -370,7 +374,7 @@ async def test_refusal_by_the_applier_keeps_the_configuration(
     assert names(reloader) == ["a"]
 
 
-async def test_defect_in_the_applier_is_logged_and_survived(
+async def test_reload_defect_in_applier_is_logged_and_survived(
     reloader: Reloader, path: Path, applied: Applied, caplog: pytest.LogCaptureFixture
 ):
     applied.fault = RuntimeError("defect")
@@ -386,7 +390,7 @@ async def test_defect_in_the_applier_is_logged_and_survived(
 # -- acting -----------------------------------------------------------------------------------
 
 
-async def test_watch_applies_a_change_within_interval_and_settling(
+async def test_watch_applies_change_within_interval_and_settling_time(
     reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
 ):
     nursery.start_soon(watch, reloader, Nudge())
@@ -396,7 +400,7 @@ async def test_watch_applies_a_change_within_interval_and_settling(
     assert names(reloader) == ["b"]
 
 
-async def test_watch_follows_a_changed_interval(
+async def test_watch_follows_changed_interval(
     reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
 ):
     nursery.start_soon(watch, reloader, Nudge())
@@ -410,7 +414,7 @@ async def test_watch_follows_a_changed_interval(
     assert names(reloader) == ["b"]
 
 
-async def test_nudges_make_one_reading_at_once_even_of_an_unchanged_file(
+async def test_watch_nudges_cause_one_read_even_of_unchanged_file(
     path: Path,
     applied: Applied,
     nursery: trio.Nursery,
@@ -433,7 +437,7 @@ async def test_nudges_make_one_reading_at_once_even_of_an_unchanged_file(
     assert names(reloader) == ["b"]
 
 
-async def test_nudge_before_the_first_wait_is_not_lost(
+async def test_watch_nudge_before_first_wait_is_kept(
     reloader: Reloader, path: Path, nursery: trio.Nursery, autojump_clock: MockClock
 ):
     nudge = Nudge()

@@ -80,7 +80,7 @@ CAPTURED: list[tuple[str, set[Verdict]]] = [
     [(name, wanted) for pattern, wanted in CAPTURED for name in names(pattern)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_table_says_of_a_captured_answer_what_it_is(name: str, wanted: set[Verdict]):
+def test_answer_table_classifies_captured_answers(name: str, wanted: set[Verdict]):
     real = capture(name)
     verdict = verdict_of(real.path, real.answer, real.end)
     assert verdict in wanted
@@ -97,7 +97,7 @@ def test_table_says_of_a_captured_answer_what_it_is(name: str, wanted: set[Verdi
         if capture(name).answer.status == 200 and is_stream(capture(name).answer)
     ],
 )
-def test_no_event_of_a_real_server_is_unknown_to_the_tables(name: str):
+def test_answer_table_knows_every_event_of_real_servers(name: str):
     real = capture(name)
     api = (
         api_of(real.path.encode())
@@ -110,7 +110,7 @@ def test_no_event_of_a_real_server_is_unknown_to_the_tables(name: str):
 
 
 @pytest.mark.parametrize("name", names("late-*-stream") + names("dead-*-stream"))
-def test_fault_of_an_error_event_of_a_real_server_is_told(name: str):
+def test_answer_table_classifies_error_events_of_real_servers(name: str):
     """A Messages stream calls a client's mistake `internal_error` and quotes its 400, so another
     server must be asked. A Responses stream has no such event."""
     wanted = Fault.SERVER
@@ -122,7 +122,7 @@ def test_fault_of_an_error_event_of_a_real_server_is_told(name: str):
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_fault_of_another_engines_error_is_told(error: str):
+def test_answer_table_classifies_error_events_of_other_engines(error: str):
     event, blame = ERRORS[error]
     decoded = decode_event(event.rstrip(b"\r\n"))
     told = fault_of(decoded.payload) if decoded.payload is not None else Fault.UNCLEAR
@@ -170,7 +170,7 @@ MODES: list[tuple[dict[str, Any], set[Verdict]]] = [
     MODES,
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-async def test_table_says_of_a_simulated_answer_what_it_is(
+async def test_answer_table_classifies_simulated_answers(
     switches, wanted, path, stream, autojump_clock
 ):
     answer, end = await answers(switches, path, stream=stream)
@@ -178,7 +178,7 @@ async def test_table_says_of_a_simulated_answer_what_it_is(
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_whole_stream_of_the_simulated_server_opens_proves_and_ends(path, autojump_clock):
+async def test_mock_whole_stream_opens_proves_and_ends(path, autojump_clock):
     answer, end = await answers({}, path, stream=True)
     api = api_of(path.encode())
     signs = [
@@ -197,6 +197,6 @@ async def test_whole_stream_of_the_simulated_server_opens_proves_and_ends(path, 
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_stream_without_an_end_is_seen_as_unfinished(path, autojump_clock):
+async def test_mock_stream_without_end_is_unfinished(path, autojump_clock):
     answer, _ = await answers({"mode": "unfinished", "after": 3}, path, stream=True)
     assert read_ending(api_of(path.encode()), answer.body).verdict is Verdict.UNFINISHED

@@ -58,13 +58,13 @@ RIGHT_KINDS = ["application/json", "APPLICATION/JSON; charset=UTF-8", "applicati
 
 
 @pytest.mark.parametrize("case", READ)
-async def test_body_that_a_real_server_reads_is_answered(case, autojump_clock):
+async def test_mock_body_readable_for_real_server_is_answered(case, autojump_clock):
     async with running_mock() as mock:
         assert (await mock.ask("POST", PATH, READ[case])).status == 200
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-async def test_body_that_is_no_text_is_refused_by_the_framework(case, autojump_clock):
+async def test_mock_body_not_utf8_is_refused_by_framework(case, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, UNREADABLE[case])
     assert (answer.status, answer.json) == (
@@ -74,7 +74,7 @@ async def test_body_that_is_no_text_is_refused_by_the_framework(case, autojump_c
 
 
 @pytest.mark.parametrize("case", NO_JSON)
-async def test_body_that_is_no_json_is_refused_with_the_position(case, autojump_clock):
+async def test_mock_body_invalid_json_is_refused_with_position(case, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, NO_JSON[case])
     error = answer.json["error"]
@@ -84,7 +84,7 @@ async def test_body_that_is_no_json_is_refused_with_the_position(case, autojump_
 
 
 @pytest.mark.parametrize("body", [b"null", b"", b'"text"', b"[1]"])
-async def test_body_that_is_no_object_is_refused(body, autojump_clock):
+async def test_mock_body_not_an_object_is_refused(body, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, body, "content-type: application/json")
     assert answer.status == 400
@@ -92,7 +92,7 @@ async def test_body_that_is_no_object_is_refused(body, autojump_clock):
     assert kind in answer.json["error"]["message"]
 
 
-async def test_lone_surrogate_in_the_prompt_is_a_bad_request(autojump_clock):
+async def test_mock_body_lone_surrogate_in_prompt_is_bad_request(autojump_clock):
     message = {"role": "user", "content": "\ud800"}
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, BODY | {"messages": [message]})
@@ -101,7 +101,7 @@ async def test_lone_surrogate_in_the_prompt_is_a_bad_request(autojump_clock):
 
 
 @pytest.mark.parametrize("kind", RIGHT_KINDS + WRONG_KINDS)
-async def test_content_type_must_be_json_to_the_letter(kind, autojump_clock):
+async def test_mock_body_content_type_must_be_exactly_json(kind, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, TEXT.encode(), kind=kind)
     assert answer.status == (200 if kind in RIGHT_KINDS else 400)
@@ -111,14 +111,14 @@ async def test_content_type_must_be_json_to_the_letter(kind, autojump_clock):
     ("value", "stream"),
     [(True, True), ("true", True), ("yes", True), (1, True), ("false", False), (0, False)],
 )
-async def test_stream_is_read_as_pydantic_reads_a_boolean(value, stream, autojump_clock):
+async def test_mock_body_stream_is_read_like_pydantic_boolean(value, stream, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, BODY | {"stream": value})
     assert answer["content-type"].startswith("text/event-stream") == stream
 
 
 @pytest.mark.parametrize("value", [2, "maybe", []])
-async def test_stream_that_is_no_boolean_is_refused(value, autojump_clock):
+async def test_mock_body_invalid_stream_boolean_is_refused(value, autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, BODY | {"stream": value})
     assert answer.status == 400

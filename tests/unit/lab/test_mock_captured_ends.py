@@ -74,7 +74,7 @@ def assert_same(ours: tuple[Answer, int], real: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", names("opening-*"))
-async def test_waiting_stream_has_got_what_a_real_one_has_got(name, autojump_clock):
+async def test_mock_waiting_stream_has_sent_what_real_server_sends(name, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW) as mock:
         await busy(mock)
@@ -98,7 +98,7 @@ async def received_within(client: Client, seconds: float) -> tuple[Answer, int]:
 
 @pytest.mark.parametrize("how", ["/abort_requests", "/pause", "SIGTERM"])
 @pytest.mark.parametrize("name", names("abort-waiting-*"))
-async def test_abort_of_a_waiting_request_ends_it_as_a_real_server_does(name, how, autojump_clock):
+async def test_mock_abort_of_waiting_request_ends_like_real_server(name, how, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW) as mock:
         await busy(mock)
@@ -113,7 +113,7 @@ async def test_abort_of_a_waiting_request_ends_it_as_a_real_server_does(name, ho
 
 @pytest.mark.parametrize("how", ["/abort_requests", "/pause", "SIGTERM"])
 @pytest.mark.parametrize("name", names("abort-running-*"))
-async def test_abort_of_a_running_request_ends_it_as_a_real_server_does(name, how, autojump_clock):
+async def test_mock_abort_of_running_request_ends_like_real_server(name, how, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW) as mock:
         client = await sent(mock, real)
@@ -146,7 +146,7 @@ def tokens(answer: Answer) -> int | None:
 
 
 @pytest.mark.parametrize("name", names("dead-waiting-*"))
-async def test_waiting_request_fails_as_in_a_real_server_when_the_engine_dies(name, autojump_clock):
+async def test_mock_engine_death_fails_waiting_request_like_real_server(name, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW, sigterm="error") as mock:
         await busy(mock)
@@ -158,7 +158,7 @@ async def test_waiting_request_fails_as_in_a_real_server_when_the_engine_dies(na
 
 
 @pytest.mark.parametrize("name", names("dead-running-*"))
-async def test_running_stream_fails_as_in_a_real_server_when_the_engine_dies(name, autojump_clock):
+async def test_mock_engine_death_fails_running_stream_like_real_server(name, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW) as mock:
         client = await sent(mock, real)
@@ -180,7 +180,7 @@ def assert_failed_alike(ours: tuple[Answer, int], real: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", names("late-*"))
-async def test_mistake_that_is_found_late_is_told_as_a_real_server_tells_it(name, autojump_clock):
+async def test_mock_late_client_error_is_sent_like_real_server(name, autojump_clock):
     real = capture(name)
     async with running_mock(max_model_len=2048) as mock:
         client = await sent(mock, real)
@@ -192,9 +192,7 @@ async def test_mistake_that_is_found_late_is_told_as_a_real_server_tells_it(name
 
 
 @pytest.mark.parametrize("name", names("ending-*"))
-async def test_new_request_in_the_grace_period_is_refused_as_a_real_server_does(
-    name, autojump_clock
-):
+async def test_mock_request_in_grace_period_is_refused_like_real_server(name, autojump_clock):
     real = capture(name)
     async with running_mock(**SLOW, shutdown_timeout=60.0) as mock:
         mock.server.terminate()
@@ -205,7 +203,7 @@ async def test_new_request_in_the_grace_period_is_refused_as_a_real_server_does(
     assert answer.body == real.answer.body.strip()
 
 
-async def test_requests_left_after_the_grace_period_fail_instead_of_being_aborted(autojump_clock):
+async def test_mock_requests_left_after_grace_period_fail_unaborted(autojump_clock):
     async with running_mock(**SLOW, shutdown_timeout=8.0, sigterm="abort") as mock:
         client = await sent(mock, capture("dead-running-chat-stream"))
         await trio.sleep(1.25)
@@ -216,7 +214,7 @@ async def test_requests_left_after_the_grace_period_fail_instead_of_being_aborte
 
 
 @pytest.mark.parametrize("name", ["slash-chat", "slash-models"])
-async def test_path_with_a_slash_at_its_end_is_redirected(name, autojump_clock):
+async def test_mock_path_with_trailing_slash_is_redirected(name, autojump_clock):
     real = capture(name)
     async with running_mock() as mock:
         client = await mock.client()
@@ -228,7 +226,7 @@ async def test_path_with_a_slash_at_its_end_is_redirected(name, autojump_clock):
     assert dict(answer.headers)["location"] == real.answer["location"]
 
 
-async def test_head_of_a_get_path_is_refused(autojump_clock):
+async def test_mock_head_of_get_path_is_refused(autojump_clock):
     real = capture("head-health")
     async with running_mock() as mock:
         client = await mock.client()
@@ -237,7 +235,7 @@ async def test_head_of_a_get_path_is_refused(autojump_clock):
     assert (answer.status, header_names(answer)) == (405, header_names(real.answer))
 
 
-async def test_stream_after_silence_has_comments_in_the_apis_that_send_them(autojump_clock):
+async def test_mock_silent_stream_has_comments_in_apis_that_send_them(autojump_clock):
     async with running_mock(**SLOW | {"ttft": 9.5, "token_delay": 0.1}, sse_keep_alive=1.0) as mock:
         for name in ("keep-alive-chat-stream", "keep-alive-messages-stream"):
             real = capture(name)

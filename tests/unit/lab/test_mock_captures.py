@@ -47,7 +47,7 @@ async def ask(name: str, **options: Any) -> tuple[Answer, Answer]:
         *names("zero-*"),
     ],
 )
-async def test_answers_have_the_captured_fields_in_the_captured_order(name, autojump_clock):
+async def test_mock_answers_have_captured_fields_in_order(name, autojump_clock):
     ours, real = await ask(name)
     assert (ours.status, header_names(ours)) == (real.status, header_names(real))
     assert ours["content-type"] == real["content-type"]
@@ -55,7 +55,7 @@ async def test_answers_have_the_captured_fields_in_the_captured_order(name, auto
 
 
 @pytest.mark.parametrize("name", names("err-*"))
-async def test_errors_are_the_captured_ones_to_the_letter(name, autojump_clock):
+async def test_mock_errors_equal_captured_ones(name, autojump_clock):
     ours, real = await ask(name)
     assert (ours.status, header_names(ours)) == (real.status, header_names(real))
     assert ours.body == real.body
@@ -78,7 +78,7 @@ async def test_errors_are_the_captured_ones_to_the_letter(name, autojump_clock):
         "abort-requests-no-body",
     ],
 )
-async def test_small_answers_are_the_captured_ones_to_the_letter(name, autojump_clock):
+async def test_mock_small_answers_equal_captured_ones(name, autojump_clock):
     ours, real = await ask(name)
     assert (ours.status, header_names(ours)) == (real.status, header_names(real))
     assert ours.body == real.body.strip()
@@ -87,15 +87,13 @@ async def test_small_answers_are_the_captured_ones_to_the_letter(name, autojump_
 @pytest.mark.parametrize(
     "name", ["chat-stream", "completion-stream-usage", "chat-stream-continuous"]
 )
-async def test_a_stream_has_as_many_events_as_the_captured_one_each_in_its_own_chunk(
-    name, autojump_clock
-):
+async def test_mock_stream_has_captured_number_of_events_one_per_chunk(name, autojump_clock):
     ours, real = await ask(name)
     assert len(ours.events) == len(real.events)
     assert [chunk.endswith(b"\n\n") for chunk in ours.chunks] == [True] * len(ours.events)
 
 
-async def test_usage_tells_cached_tokens_where_the_captured_server_does(autojump_clock):
+async def test_mock_usage_has_cached_tokens_like_captured_server(autojump_clock):
     real = capture("prefix-cache-2").answer.json["usage"]
     prompt = "hello world the of and " * 55
     async with running_mock(enable_prompt_tokens_details=True, block_size=32) as mock:
@@ -108,7 +106,7 @@ async def test_usage_tells_cached_tokens_where_the_captured_server_does(autojump
     assert shape(again) == shape(real)
 
 
-async def test_metrics_have_the_captured_names_and_labels(autojump_clock):
+async def test_mock_metrics_have_captured_names_and_labels(autojump_clock):
     def names(text: str) -> set[str]:
         return {line.rsplit(" ", 1)[0] for line in text.splitlines() if line.startswith("vllm:")}
 
@@ -137,7 +135,7 @@ async def test_metrics_have_the_captured_names_and_labels(autojump_clock):
     assert any(name.startswith("vllm:admission_rejections_total{") for name in plain)
 
 
-async def test_http_10_gets_the_chunked_answer_that_uvicorn_gives(autojump_clock):
+async def test_mock_http_10_gets_chunked_answer_like_uvicorn(autojump_clock):
     real = capture("http10").answer
     body = b'{"model":"tiny","prompt":"a","max_tokens":2,"stream":true}'
     head = b"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: %d"
@@ -149,7 +147,7 @@ async def test_http_10_gets_the_chunked_answer_that_uvicorn_gives(autojump_clock
         assert await client.everything() == b""
 
 
-def test_the_captures_are_read_as_meant():
+def test_captures_are_read_as_intended():
     real = capture("chat-stream")
     assert (real.method, real.path, real.end) == ("POST", "/v1/chat/completions", 0)
     assert json.loads(real.body)["stream"] is True

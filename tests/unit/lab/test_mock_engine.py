@@ -41,7 +41,7 @@ def times(seen: list[tuple[float, Request, int]], who: Request) -> list[float]:
     return [round(when, 6) for when, emitted, _ in seen if emitted is who]
 
 
-def test_a_lone_request_gets_a_token_per_step_after_its_time_to_first_token():
+def test_mock_engine_single_request_gets_a_token_per_step_after_ttft():
     core, one = engine(ttft=1.0), request()
     core.submit(one, 0.0)
     assert times(run(core), one) == [1.0, 1.1, 1.2]
@@ -49,7 +49,7 @@ def test_a_lone_request_gets_a_token_per_step_after_its_time_to_first_token():
     assert core.wake == math.inf
 
 
-def test_prefill_takes_as_long_as_the_uncached_prompt_is():
+def test_mock_engine_prefill_time_follows_uncached_prompt():
     core = engine(prefill_tokens_per_second=100.0, block_size=10)
     one, two = request("word" * 200, 1), request("word" * 200 + "more" * 50, 1)
     core.submit(one, 0.0)
@@ -60,7 +60,7 @@ def test_prefill_takes_as_long_as_the_uncached_prompt_is():
     assert core.statistics.prefix_queries == 450
 
 
-def test_another_requests_prefill_slows_the_running_one():
+def test_mock_engine_prefill_slows_running_requests():
     core = engine(prefill_tokens_per_second=100.0)
     one, two = request("a", 3, ttft=0.0), request("word" * 100, 1)
     core.submit(one, 0.0)
@@ -71,7 +71,7 @@ def test_another_requests_prefill_slows_the_running_one():
     assert times(seen, two) == [1.2]
 
 
-def test_a_larger_batch_has_slower_steps():
+def test_mock_engine_larger_batch_has_slower_steps():
     core = engine(batch_slowdown=0.5)
     several = [request(f"{n}", 2) for n in range(3)]
     for one in several:
@@ -79,7 +79,7 @@ def test_a_larger_batch_has_slower_steps():
     assert times(run(core), several[0]) == [0.0, 0.2]
 
 
-def test_beyond_max_num_seqs_requests_wait_their_turn_and_are_counted():
+def test_mock_engine_requests_beyond_max_num_seqs_wait_and_count():
     core = engine(max_num_seqs=2)
     four = [request(f"{n}", 2) for n in range(4)]
     for one in four:
@@ -91,7 +91,7 @@ def test_beyond_max_num_seqs_requests_wait_their_turn_and_are_counted():
     assert core.statistics.queue_time.count == 4
 
 
-def test_the_queue_limit_refuses_only_what_would_really_wait():
+def test_mock_engine_queue_limit_refuses_only_waiting_requests():
     core = engine(max_num_seqs=4, max_num_queued_reqs=2)
     for n in range(6):
         core.submit(request(f"{n}"), 0.0)
@@ -100,7 +100,7 @@ def test_the_queue_limit_refuses_only_what_would_really_wait():
         core.submit(request("7"), 0.0)
 
 
-def test_an_aborted_request_leaves_at_the_end_of_the_step():
+def test_mock_engine_aborted_request_leaves_at_end_of_step():
     core, one, two = engine(), request("a", 50), request("b", 50)
     core.submit(one, 0.0)
     core.submit(two, 0.0)
@@ -114,7 +114,7 @@ def test_an_aborted_request_leaves_at_the_end_of_the_step():
     assert core.statistics.aborted == 1
 
 
-def test_an_aborted_waiting_request_is_never_run():
+def test_mock_engine_aborted_waiting_request_never_runs():
     core, one, two = engine(max_num_seqs=1), request("a", 2), request("b", 2)
     core.submit(one, 0.0)
     core.submit(two, 0.0)
@@ -125,7 +125,7 @@ def test_an_aborted_waiting_request_is_never_run():
     assert core.cache.used == 0
 
 
-def test_own_delays_of_a_request_leave_the_others_steps_alone():
+def test_mock_engine_delays_of_one_request_leave_others_alone():
     core, slow, fast = engine(), request("a", 3, ttft=0.25, delay=1.0), request("b", 3)
     core.submit(slow, 0.0)
     core.submit(fast, 0.0)
@@ -134,13 +134,13 @@ def test_own_delays_of_a_request_leave_the_others_steps_alone():
     assert times(seen, fast) == [0.0, 0.1, 0.2]
 
 
-def test_without_a_token_delay_an_answer_comes_in_one_piece():
+def test_mock_engine_without_token_delay_answers_in_one_piece():
     core, one = engine(token_delay=0.0), request("a", 500)
     core.submit(one, 0.0)
     assert [(who, len(words)) for who, words in core.advance(0.0)] == [(one, 500)]
 
 
-def test_the_same_request_gets_the_same_words_and_another_seed_others():
+def test_mock_engine_same_request_gets_same_words_unless_seed_differs():
     texts = []
     for seed in (None, None, 1):
         one = request("hello", 20, seed=seed)
@@ -149,7 +149,7 @@ def test_the_same_request_gets_the_same_words_and_another_seed_others():
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_stop_string_ends_the_answer_and_is_not_part_of_it():
+def test_mock_engine_stop_string_ends_answer_and_is_excluded():
     whole = request("hello", 20)
     whole.take(20)
     stop = whole.words[5][1:]
@@ -161,7 +161,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_part_of_it():
     assert one.text == whole.text[: whole.text.index(stop.decode())]
 
 
-def test_the_next_turn_of_a_conversation_finds_question_and_answer_in_the_cache():
+def test_mock_engine_next_turn_is_cached_with_question_and_answer():
     core = engine(block_size=4)
     one = request("abcd" * 16, 16)
     core.submit(one, 0.0)
@@ -172,7 +172,7 @@ def test_the_next_turn_of_a_conversation_finds_question_and_answer_in_the_cache(
     assert two.cached_tokens == 32
 
 
-def test_the_least_recently_used_prefix_is_forgotten_first_its_end_before_its_start():
+def test_mock_engine_evicts_least_recently_used_prefix_end_first():
     core = engine(kv_blocks=7, block_size=4)
     for prompt in ("a", "b", "a", "c"):
         core.submit(request(prompt * 48, 1), 0.0)  # 3 blocks each
@@ -184,7 +184,7 @@ def test_the_least_recently_used_prefix_is_forgotten_first_its_end_before_its_st
     assert probe == {"a": 3, "b": 1, "c": 3}
 
 
-def test_out_of_blocks_the_youngest_is_preempted_and_computed_again():
+def test_mock_engine_out_of_blocks_preempts_youngest():
     core = engine(kv_blocks=8, block_size=4)
     old, young = request("a" * 32, 16), request("b" * 32, 16)
     core.submit(old, 0.0)
@@ -196,7 +196,7 @@ def test_out_of_blocks_the_youngest_is_preempted_and_computed_again():
     assert core.cache.used == 0
 
 
-def test_a_preempted_request_with_delays_of_its_own_keeps_its_pace():
+def test_mock_engine_preempted_request_with_own_delays_keeps_pace():
     core = engine(kv_blocks=8, block_size=4)
     old, young = request("a" * 32, 16), request("b" * 32, 16, ttft=0.05, delay=0.4)
     core.submit(old, 0.0)
@@ -209,7 +209,7 @@ def test_a_preempted_request_with_delays_of_its_own_keeps_its_pace():
     assert len(moments) == 16
 
 
-def test_usage_counts_shared_blocks_once():
+def test_mock_engine_usage_counts_shared_blocks_once():
     cache = KVCache(10)
     chain = block_chain(b"x" * 16 * TOKEN_BYTES, 4, 0)
     cache.hold(chain, 1)
@@ -220,7 +220,7 @@ def test_usage_counts_shared_blocks_once():
     assert (cache.used, cache.remembered, cache.match(chain)) == (0, 4, 4)
 
 
-def test_a_frozen_engine_stands_still_and_goes_on_where_it_stopped():
+def test_mock_engine_frozen_resumes_where_it_stopped():
     core, one = engine(), request("a", 3)
     core.submit(one, 0.0)
     core.advance(0.0)
@@ -230,7 +230,7 @@ def test_a_frozen_engine_stands_still_and_goes_on_where_it_stopped():
     assert len(times(run(core, 9.0), one)) == 2
 
 
-def test_a_frozen_engine_lets_go_of_what_is_aborted():
+def test_mock_engine_frozen_releases_aborted_requests():
     core, one = engine(), request("a", 3)
     core.submit(one, 0.0)
     core.advance(0.0)
@@ -240,7 +240,7 @@ def test_a_frozen_engine_lets_go_of_what_is_aborted():
     assert (len(core.running), core.cache.used) == (0, 0)
 
 
-def test_late_advances_do_not_add_up():
+def test_mock_engine_late_steps_do_not_accumulate():
     core, one = engine(), request("a", 101)
     core.submit(one, 0.0)
     core.advance(0.0)
@@ -255,6 +255,6 @@ def test_detokenize_undoes_tokenize(text):
     assert detokenize(tokenize(text.encode())) == text
 
 
-def test_every_generated_word_is_one_token():
+def test_generated_word_is_one_token():
     assert len(set(WORDS)) == 256
     assert {len(word.encode()) for word in WORDS} == {TOKEN_BYTES}

@@ -27,7 +27,7 @@ async def outcome(mock: Mock, body: Any = CHAT, *headers: str) -> bytes | None:
 
 @pytest.mark.parametrize("how", ["switch", "header"])
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
-async def test_a_status_is_answered_with_an_error_body(how, status, autojump_clock):
+async def test_mock_fault_status_has_error_body(how, status, autojump_clock):
     async with running_mock() as mock:
         headers = ()
         if how == "switch":
@@ -40,21 +40,21 @@ async def test_a_status_is_answered_with_an_error_body(how, status, autojump_clo
         assert (await mock.stats())["failed"] == 1
 
 
-async def test_a_retry_after_is_only_sent_when_told(autojump_clock):
+async def test_mock_fault_retry_after_is_sent_only_if_requested(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="503")
         assert (await mock.ask("POST", PATH, CHAT))["retry-after"] is None
 
 
 @pytest.mark.parametrize("mode", ["reset", "close"])
-async def test_a_connection_can_end_before_any_byte(mode, autojump_clock):
+async def test_mock_fault_connection_ends_before_any_byte(mode, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode=mode)
         assert await outcome(mock) == b""
 
 
 @pytest.mark.parametrize("mode", ["reset_reused", "close_reused"])
-async def test_only_a_reused_connection_can_be_made_to_end(mode, autojump_clock):
+async def test_mock_fault_closes_reused_connections_only(mode, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode=mode)
         client = await mock.client()
@@ -64,7 +64,7 @@ async def test_only_a_reused_connection_can_be_made_to_end(mode, autojump_clock)
         assert (await mock.ask("POST", PATH, CHAT)).status == 200
 
 
-async def test_a_hang_is_in_flight_until_the_client_leaves(autojump_clock):
+async def test_mock_fault_hang_is_in_flight_until_client_disconnects(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="hang")
         assert await outcome(mock) is None
@@ -73,7 +73,7 @@ async def test_a_hang_is_in_flight_until_the_client_leaves(autojump_clock):
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-async def test_a_hang_after_the_head_sends_nothing_more(body, autojump_clock):
+async def test_mock_fault_hang_after_head_sends_nothing_more(body, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="hang_after_head")
         client = await mock.client()
@@ -87,7 +87,7 @@ async def test_a_hang_after_the_head_sends_nothing_more(body, autojump_clock):
 
 @pytest.mark.parametrize("mode", ["midreset", "midclose"])
 @pytest.mark.parametrize("token_delay", [0.0, 1.0])
-async def test_a_stream_can_end_after_so_many_tokens(mode, token_delay, autojump_clock):
+async def test_mock_fault_stream_ends_after_given_tokens(mode, token_delay, autojump_clock):
     async with running_mock(token_delay=token_delay) as mock:
         await mock.set(mode=mode, after=3)
         client = await mock.client()
@@ -101,7 +101,7 @@ async def test_a_stream_can_end_after_so_many_tokens(mode, token_delay, autojump
         assert (stats["failed"], stats["running"], stats["in_flight"]) == (1, 0, 0)
 
 
-async def test_a_stream_cut_after_no_token_has_a_head_only(autojump_clock):
+async def test_mock_fault_stream_cut_after_no_token_has_head_only(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="midclose", after=0)
         client = await mock.client()
@@ -110,7 +110,7 @@ async def test_a_stream_cut_after_no_token_has_a_head_only(autojump_clock):
         assert await client.everything() == b""
 
 
-async def test_a_plain_answer_is_cut_in_half(autojump_clock):
+async def test_mock_fault_json_is_cut_in_half(autojump_clock):
     async with running_mock() as mock:
         whole = await mock.ask("POST", PATH, CHAT, "x-request-id: 1")
         await mock.set(mode="midclose")
@@ -121,7 +121,7 @@ async def test_a_plain_answer_is_cut_in_half(autojump_clock):
         assert len(await client.everything()) == len(whole.body) // 2
 
 
-async def test_a_stream_can_fall_silent(autojump_clock):
+async def test_mock_fault_stream_falls_silent(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="midhang", after=2)
         client = await mock.client()
@@ -135,7 +135,7 @@ async def test_a_stream_can_fall_silent(autojump_clock):
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-async def test_a_trickle_is_complete_in_the_end(body, autojump_clock):
+async def test_mock_fault_trickle_is_complete_in_the_end(body, autojump_clock):
     async with running_mock() as mock:
         whole = await mock.ask("POST", PATH, body, "x-request-id: 1")
         await mock.set(mode="trickle", trickle_ms=10)
@@ -145,7 +145,7 @@ async def test_a_trickle_is_complete_in_the_end(body, autojump_clock):
         assert trio.current_time() - began >= (len(whole.body) - 2) * 0.01
 
 
-async def test_an_aborted_answer_looks_clean(autojump_clock):
+async def test_mock_fault_aborted_answer_looks_clean(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="abort_finish", after=4)
         stream = await mock.ask("POST", PATH, STREAM)
@@ -158,7 +158,7 @@ async def test_an_aborted_answer_looks_clean(autojump_clock):
     assert len(stream.text.split()) == 4
 
 
-async def test_an_error_event_is_followed_by_done(autojump_clock):
+async def test_mock_fault_error_event_is_followed_by_done(autojump_clock):
     async with running_mock(token_delay=0.1) as mock:
         await mock.set(mode="error_event", after=4)
         stream = await mock.ask("POST", PATH, STREAM)
@@ -172,7 +172,7 @@ async def test_an_error_event_is_followed_by_done(autojump_clock):
 
 
 @pytest.mark.parametrize("keep_open", [False, True])
-async def test_raw_bytes_are_sent_as_given(keep_open, autojump_clock):
+async def test_mock_fault_raw_bytes_are_sent_unchanged(keep_open, autojump_clock):
     given = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nhe\xff"
     async with running_mock() as mock:
         await mock.set(mode="raw", raw=base64.b64encode(given).decode(), keep_open=keep_open)
@@ -183,42 +183,42 @@ async def test_raw_bytes_are_sent_as_given(keep_open, autojump_clock):
         assert waited.cancelled_caught == keep_open
 
 
-async def test_only_the_next_requests_fail(autojump_clock):
+async def test_mock_fault_applies_to_next_requests_only(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="500", next=2)
         statuses = [(await mock.ask("POST", PATH, CHAT)).status for _ in range(4)]
     assert statuses == [500, 500, 200, 200]
 
 
-async def test_a_fraction_of_the_requests_fails(autojump_clock):
+async def test_mock_fault_applies_to_fraction_of_requests(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="500", fraction=0.25)
         statuses = [(await mock.ask("POST", PATH, CHAT)).status for _ in range(8)]
     assert statuses == [200, 200, 200, 500] * 2
 
 
-async def test_only_one_path_fails(autojump_clock):
+async def test_mock_fault_applies_to_one_path(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="500", only_path="/tokenize")
         assert (await mock.ask("POST", PATH, CHAT)).status == 200
         assert (await mock.ask("POST", "/tokenize", {"prompt": "x"})).status == 500
 
 
-async def test_only_a_body_with_a_certain_text_fails(autojump_clock):
+async def test_mock_fault_applies_to_bodies_with_given_text(autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="500", only_body="poison")
         assert (await mock.ask("POST", PATH, CHAT)).status == 200
         assert (await mock.ask("POST", PATH, CHAT | {"user": "poison"})).status == 500
 
 
-async def test_a_header_can_be_meant_for_another_server(autojump_clock):
+async def test_mock_fault_header_for_other_server_is_ignored(autojump_clock):
     async with running_mock(name="m1") as mock:
         other = await mock.ask("POST", PATH, CHAT, "x-mock-mode: 500", "x-mock-only: m2")
         this = await mock.ask("POST", PATH, CHAT, "x-mock-mode: 500", "x-mock-only: m1")
     assert (other.status, this.status) == (200, 500)
 
 
-async def test_headers_set_the_times_and_the_length_of_one_answer(autojump_clock):
+async def test_mock_fault_headers_set_times_and_length_of_one_answer(autojump_clock):
     async with running_mock(ttft=9.0, token_delay=9.0) as mock:
         headers = ("x-mock-ttft-ms: 100", "x-mock-delay-ms: 10", "x-mock-output-tokens: 3")
         began = trio.current_time()
@@ -228,7 +228,7 @@ async def test_headers_set_the_times_and_the_length_of_one_answer(autojump_clock
     assert answer.json["usage"]["completion_tokens"] == 3
 
 
-async def test_a_wrong_header_is_refused(autojump_clock):
+async def test_mock_fault_invalid_header_is_refused(autojump_clock):
     async with running_mock() as mock:
         answer = await mock.ask("POST", PATH, CHAT, "x-mock-delay-ms: soon")
     assert answer.status == 400
@@ -238,7 +238,7 @@ async def test_a_wrong_header_is_refused(autojump_clock):
     "switches",
     [{"mode": "nonsense"}, {"fraction": 2}, {"modus": "ok"}, {"after": "three"}, {"health": "ill"}],
 )
-async def test_wrong_switches_are_refused_and_change_nothing(switches, autojump_clock):
+async def test_mock_fault_invalid_switches_are_refused_and_change_nothing(switches, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="500")
         assert (await mock.ask("POST", "/mock/set", switches)).status == 400
@@ -253,7 +253,7 @@ async def test_wrong_switches_are_refused_and_change_nothing(switches, autojump_
         ("/v1/models", "models", "model_lists"),
     ],
 )
-async def test_probes_have_switches_of_their_own(path, switch, count, autojump_clock):
+async def test_mock_fault_probes_have_their_own_switches(path, switch, count, autojump_clock):
     async with running_mock() as mock:
         await mock.set(**{switch: 503})
         assert (await mock.ask("GET", path)).status == 503
@@ -272,7 +272,7 @@ async def test_probes_have_switches_of_their_own(path, switch, count, autojump_c
         assert (await mock.stats())[count] == 4
 
 
-async def test_gauges_can_be_made_to_lie(autojump_clock):
+async def test_mock_fault_gauges_can_be_falsified(autojump_clock):
     async with running_mock() as mock:
         await mock.set(gauge_running=7, gauge_waiting=3)
         assert await mock.gauge("num_requests_running") == 7
@@ -281,7 +281,7 @@ async def test_gauges_can_be_made_to_lie(autojump_clock):
         assert await mock.gauge("num_requests_running") == 0
 
 
-async def test_idle_connections_can_be_closed_on_demand(autojump_clock):
+async def test_mock_fault_idle_connections_are_closed_on_demand(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.ask("GET", "/health")

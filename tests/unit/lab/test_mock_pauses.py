@@ -36,7 +36,7 @@ async def whole(client: Client) -> Answer:
     return await client.rest(await client.head())
 
 
-async def test_pause_aborts_what_runs_and_what_waits(autojump_clock):
+async def test_mock_pause_aborts_running_and_waiting_requests(autojump_clock):
     async with running_mock(**ONE_PLACE) as mock:
         running, waiting = await sent(mock), await sent(mock)
         await trio.sleep(3.5)
@@ -48,7 +48,7 @@ async def test_pause_aborts_what_runs_and_what_waits(autojump_clock):
         assert await gauges(mock) == (0, 0)
 
 
-async def test_request_sent_while_paused_is_held_and_counted_by_no_gauge(autojump_clock):
+async def test_mock_pause_holds_new_request_uncounted_by_gauges(autojump_clock):
     async with running_mock(**ONE_PLACE) as mock:
         await mock.ask("POST", "/pause")
         client = await sent(mock)
@@ -64,7 +64,7 @@ async def test_request_sent_while_paused_is_held_and_counted_by_no_gauge(autojum
         assert trio.current_time() - began == pytest.approx(9.0)
 
 
-async def test_pause_that_keeps_freezes_all_until_it_ends(autojump_clock):
+async def test_mock_pause_keep_freezes_all_requests_until_resume(autojump_clock):
     async with running_mock(**ONE_PLACE) as mock:
         running, waiting = await sent(mock), await sent(mock)
         await trio.sleep(3.5)
@@ -77,7 +77,7 @@ async def test_pause_that_keeps_freezes_all_until_it_ends(autojump_clock):
         assert [finish(answer) for answer in answers] == ["length"] * 3
 
 
-async def test_pause_that_waits_answers_when_nothing_runs_and_holds_the_rest(autojump_clock):
+async def test_mock_pause_wait_answers_when_idle_and_holds_the_rest(autojump_clock):
     async with running_mock(**ONE_PLACE) as mock:
         running, waiting = await sent(mock), await sent(mock)
         await trio.sleep(3.5)
@@ -90,7 +90,7 @@ async def test_pause_that_waits_answers_when_nothing_runs_and_holds_the_rest(aut
         assert finish(await whole(waiting)) == "length"
 
 
-async def test_pause_again_and_sleep_abort_what_is_held(autojump_clock):
+async def test_mock_pause_again_and_sleep_abort_held_requests(autojump_clock):
     for path in ("/pause", "/sleep"):
         async with running_mock(**ONE_PLACE) as mock:
             await mock.ask("POST", "/pause")
@@ -102,7 +102,7 @@ async def test_pause_again_and_sleep_abort_what_is_held(autojump_clock):
             assert answer.json["usage"]["completion_tokens"] == 0
 
 
-async def test_abort_of_one_request_leaves_the_others(autojump_clock):
+async def test_mock_abort_of_one_request_leaves_others(autojump_clock):
     async with running_mock(token_delay=1.0) as mock:
         clients = [await mock.client() for _ in range(2)]
         for number, client in enumerate(clients):
@@ -118,6 +118,6 @@ async def test_abort_of_one_request_leaves_the_others(autojump_clock):
 @pytest.mark.parametrize(
     ("body", "status"), [(b"", 400), (b"[]", 400), (b"{", 400), (b'{"request_ids":["x"]}', 200)]
 )
-async def test_abort_needs_an_object_and_takes_unknown_ids(body, status, autojump_clock):
+async def test_mock_abort_needs_object_and_accepts_unknown_ids(body, status, autojump_clock):
     async with running_mock() as mock:
         assert (await mock.ask("POST", "/abort_requests", body)).status == status

@@ -17,7 +17,7 @@ STREAM = CHAT | {"stream": True}
 CHAT_PATH = "/v1/chat/completions"
 
 
-async def test_a_queued_stream_gets_its_head_at_once_and_its_words_later(autojump_clock):
+async def test_mock_queued_stream_gets_head_at_once_and_words_later(autojump_clock):
     async with running_mock(max_num_seqs=1, token_delay=1.0) as mock:
         first, second = await mock.client(), await mock.client()
         await first.send("POST", CHAT_PATH, STREAM)
@@ -33,7 +33,7 @@ async def test_a_queued_stream_gets_its_head_at_once_and_its_words_later(autojum
         assert (await second.rest(answer)).events[-1] == "[DONE]"
 
 
-async def test_the_first_word_comes_after_ttft_and_each_other_after_a_token_delay(autojump_clock):
+async def test_mock_stream_keeps_ttft_and_token_delay(autojump_clock):
     async with running_mock(ttft=0.5, token_delay=0.1) as mock:
         client = await mock.client()
         began = trio.current_time()
@@ -45,7 +45,7 @@ async def test_the_first_word_comes_after_ttft_and_each_other_after_a_token_dela
         assert when[:5] == [0.5, 0.5, 0.6, 0.7, 0.8]
 
 
-async def test_speed_makes_everything_faster(autojump_clock):
+async def test_mock_speed_accelerates_everything(autojump_clock):
     async with running_mock(
         ttft=1.0, token_delay=1.0, prefill_tokens_per_second=14.0, speed=10.0
     ) as mock:
@@ -55,7 +55,7 @@ async def test_speed_makes_everything_faster(autojump_clock):
         assert trio.current_time() - began == pytest.approx(0.1 + 0.1 + 0.3)
 
 
-async def test_every_server_of_a_model_gives_the_same_answer(autojump_clock):
+async def test_mock_every_server_of_a_model_gives_same_answer(autojump_clock):
     texts = []
     for name in ("a", "b"):
         async with running_mock(name=name) as mock:
@@ -66,7 +66,7 @@ async def test_every_server_of_a_model_gives_the_same_answer(autojump_clock):
     assert len(set(texts)) == 1
 
 
-async def test_an_answer_nobody_limited_stops_by_itself(autojump_clock):
+async def test_mock_answer_without_limit_stops_by_itself(autojump_clock):
     async with running_mock() as mock:
         body = {key: value for key, value in CHAT.items() if key != "max_tokens"}
         choice = (await mock.ask("POST", CHAT_PATH, body)).json["choices"][0]
@@ -74,7 +74,7 @@ async def test_an_answer_nobody_limited_stops_by_itself(autojump_clock):
     assert 16 <= len(choice["message"]["content"].split()) < 96
 
 
-async def test_requests_on_one_connection_are_answered_in_order(autojump_clock):
+async def test_mock_requests_on_one_connection_are_answered_in_order(autojump_clock):
     async with running_mock(token_delay=0.1) as mock:
         client = await mock.client()
         for path in (CHAT_PATH, "/health", CHAT_PATH, "/version"):
@@ -85,7 +85,7 @@ async def test_requests_on_one_connection_are_answered_in_order(autojump_clock):
         assert answers[3].json == {"version": "0.32.0"}
 
 
-async def test_very_many_pipelined_requests_are_answered(autojump_clock):
+async def test_mock_many_pipelined_requests_are_answered(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         async with trio.open_nursery() as nursery:
@@ -94,7 +94,7 @@ async def test_very_many_pipelined_requests_are_answered(autojump_clock):
                 assert (await client.head()).status == 200
 
 
-async def test_a_chunked_request_body_is_read(autojump_clock):
+async def test_mock_chunked_request_body_is_read(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.stream.send_all(
@@ -104,7 +104,7 @@ async def test_a_chunked_request_body_is_read(autojump_clock):
         assert (await client.rest(await client.head())).body == b"hello world"
 
 
-async def test_expect_100_continue_is_answered_before_the_body(autojump_clock):
+async def test_mock_expect_100_continue_is_answered_before_body(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.stream.send_all(
@@ -115,14 +115,14 @@ async def test_expect_100_continue_is_answered_before_the_body(autojump_clock):
         assert (await client.rest(await client.head())).body == b"ok"
 
 
-async def test_rubbish_gets_a_400_and_the_connection_is_closed(autojump_clock):
+async def test_mock_invalid_request_gets_400_and_close(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.stream.send_all(b"NOT HTTP\r\n\r\n")
         assert (await client.everything()).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 
-async def test_an_idle_connection_is_closed_after_five_seconds(autojump_clock):
+async def test_mock_idle_connection_is_closed_after_five_seconds(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.ask("GET", "/health")
@@ -131,14 +131,14 @@ async def test_an_idle_connection_is_closed_after_five_seconds(autojump_clock):
         assert trio.current_time() - began == pytest.approx(5.0)
 
 
-async def test_a_busy_connection_is_not_closed_for_being_silent(autojump_clock):
+async def test_mock_busy_silent_connection_stays_open(autojump_clock):
     async with running_mock(token_delay=3.0) as mock:
         client = await mock.client()
         await client.ask("GET", "/health")
         assert (await client.ask("POST", CHAT_PATH, CHAT)).status == 200
 
 
-async def test_a_slow_reader_is_not_idle_while_its_answer_is_under_way(autojump_clock):
+async def test_mock_slow_reader_of_running_answer_is_not_idle(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client(trio.testing.lockstep_stream_pair)
         await client.ask("GET", "/health")
@@ -151,7 +151,7 @@ async def test_a_slow_reader_is_not_idle_while_its_answer_is_under_way(autojump_
         assert trio.current_time() - began == pytest.approx(5.0)
 
 
-async def test_a_request_that_arrives_slowly_on_a_used_connection_is_waited_for(autojump_clock):
+async def test_mock_slow_request_on_used_connection_is_waited_for(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         await client.ask("GET", "/health")
@@ -161,7 +161,7 @@ async def test_a_request_that_arrives_slowly_on_a_used_connection_is_waited_for(
         assert (await client.rest(await client.head())).json == {"version": "0.32.0"}
 
 
-async def test_connection_close_is_honoured(autojump_clock):
+async def test_mock_connection_close_is_honoured(autojump_clock):
     async with running_mock() as mock:
         client = await mock.client()
         answer = await client.ask("GET", "/health", b"", "connection: close")
@@ -170,7 +170,7 @@ async def test_connection_close_is_honoured(autojump_clock):
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
-async def test_a_client_that_leaves_aborts_its_request(body, autojump_clock):
+async def test_mock_client_disconnect_aborts_request(body, autojump_clock):
     async with running_mock(token_delay=1.0) as mock:
         client = await mock.client()
         await client.send("POST", CHAT_PATH, body | {"max_tokens": 1000})
@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_aborts_its_request(body, autojump_clock):
         assert (stats["aborted"], stats["engine_aborts"], stats["kv_blocks_used"]) == (1, 1, 0)
 
 
-async def test_the_queue_limit_answers_503_and_is_counted(autojump_clock):
+async def test_mock_queue_limit_answers_503_and_is_counted(autojump_clock):
     async with running_mock(max_num_seqs=1, max_num_queued_reqs=1, token_delay=1.0) as mock:
         clients = [await mock.client() for _ in range(2)]
         for client in clients:
@@ -220,7 +220,7 @@ async def sleep_state(mock: Mock) -> str:
         ("/sleep?level=2", "discard_all", "/wake_up"),
     ],
 )
-async def test_asleep_or_paused_requests_hang_and_the_server_looks_idle(
+async def test_mock_asleep_or_paused_holds_requests_and_looks_idle(
     begin, state, end, autojump_clock
 ):
     async with running_mock() as mock:
@@ -243,7 +243,7 @@ async def test_asleep_or_paused_requests_hang_and_the_server_looks_idle(
         assert (await stream.rest(head)).events[-1] == "[DONE]"
 
 
-async def test_pausing_ends_running_requests_as_aborted(autojump_clock):
+async def test_mock_pause_ends_running_requests_as_aborted(autojump_clock):
     async with running_mock(token_delay=1.0) as mock:
         client = await mock.client()
         await client.send("POST", CHAT_PATH, STREAM | {"max_tokens": 100})
@@ -257,7 +257,7 @@ async def test_pausing_ends_running_requests_as_aborted(autojump_clock):
         assert (await mock.ask("GET", "/is_paused")).json == {"is_paused": True}
 
 
-async def test_the_prefix_cache_shows_in_the_counters_and_makes_answers_faster(autojump_clock):
+async def test_mock_prefix_cache_shows_in_counters_and_speed(autojump_clock):
     body = {"model": "tiny", "prompt": "word" * 1600, "max_tokens": 1}
     async with running_mock(prefill_tokens_per_second=160.0, block_size=16) as mock:
         took = []
@@ -274,7 +274,7 @@ async def test_the_prefix_cache_shows_in_the_counters_and_makes_answers_faster(a
         assert trio.current_time() - began == pytest.approx(10.0)
 
 
-async def test_several_engines_share_the_requests_and_have_gauges_of_their_own(autojump_clock):
+async def test_mock_several_engines_share_requests_with_own_gauges(autojump_clock):
     async with running_mock(engines=2, token_delay=1.0) as mock:
         clients = [await mock.client() for _ in range(4)]
         for client in clients:
@@ -283,7 +283,7 @@ async def test_several_engines_share_the_requests_and_have_gauges_of_their_own(a
         assert [await mock.gauge("num_requests_running", engine) for engine in (0, 1)] == [2, 2]
 
 
-async def test_old_metric_names_replace_the_new_ones(autojump_clock):
+async def test_mock_old_metric_names_replace_new_ones(autojump_clock):
     async with running_mock(old_metric_names=True) as mock:
         names = {name.split("{")[0] for name in await mock.metrics()}
     assert {"vllm:gpu_cache_usage_perc", "vllm:gpu_prefix_cache_hits_total"} <= names
@@ -291,14 +291,14 @@ async def test_old_metric_names_replace_the_new_ones(autojump_clock):
     assert not {"vllm:kv_cache_usage_perc", "vllm:engine_sleep_state"} & names
 
 
-async def test_without_log_stats_there_are_no_vllm_metrics(autojump_clock):
+async def test_mock_without_log_stats_has_no_vllm_metrics(autojump_clock):
     async with running_mock(disable_log_stats=True) as mock:
         names = {name.split("{")[0] for name in await mock.metrics()}
     assert "process_max_fds" in names
     assert not [name for name in names if name.startswith("vllm:")]
 
 
-async def test_histograms_count_what_happened(autojump_clock):
+async def test_mock_histograms_count_events(autojump_clock):
     async with running_mock(ttft=0.3, token_delay=0.1) as mock:
         await mock.ask("POST", CHAT_PATH, CHAT)
         assert await mock.gauge("time_to_first_token_seconds_count") == 1
@@ -313,7 +313,7 @@ async def test_histograms_count_what_happened(autojump_clock):
     assert [metrics[bucket % bound] for bound in ("0.25", "0.5", "+Inf")] == [0, 1, 1]
 
 
-async def test_the_api_key_guards_v1_only(autojump_clock):
+async def test_mock_api_key_guards_v1_only(autojump_clock):
     async with running_mock(api_key="secret") as mock:
         refused = await mock.ask("GET", "/v1/models")
         assert (refused.status, refused.body) == (401, b'{"error":"Unauthorized"}')
@@ -325,7 +325,7 @@ async def test_the_api_key_guards_v1_only(autojump_clock):
         assert right.status == 200
 
 
-async def test_adapters_come_and_go_as_models(autojump_clock):
+async def test_mock_adapters_are_loaded_and_unloaded_as_models(autojump_clock):
     async with running_mock(loras=("first=/adapters/first",)) as mock:
         load = {"lora_name": "second", "lora_path": "/adapters/second"}
         assert (await mock.ask("POST", CHAT_PATH, CHAT | {"model": "second"})).status == 404
@@ -345,7 +345,7 @@ async def test_adapters_come_and_go_as_models(autojump_clock):
         assert gone.status == 404
 
 
-async def test_the_other_paths_answer_something_sensible(autojump_clock):
+async def test_mock_other_paths_have_plausible_answers(autojump_clock):
     async with running_mock() as mock:
         tokens = (await mock.ask("POST", "/tokenize", {"prompt": "Hello world"})).json["tokens"]
         text = await mock.ask("POST", "/detokenize", {"tokens": tokens})
@@ -369,7 +369,7 @@ async def test_the_other_paths_answer_something_sensible(autojump_clock):
 
 
 @pytest.mark.parametrize(("model", "status"), [("tiny", 200), ("other", 404)])
-async def test_a_transcription_is_a_multipart_request_with_a_model(model, status, autojump_clock):
+async def test_mock_transcription_is_multipart_with_model(model, status, autojump_clock):
     body = (
         b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n'
         b"Content-Type: audio/wav\r\n\r\nRIFF\x00\xff\r\n"
@@ -382,14 +382,14 @@ async def test_a_transcription_is_a_multipart_request_with_a_model(model, status
     assert ("text" in answer.json) == (status == 200)
 
 
-async def test_request_ids_are_returned_when_enabled_and_name_the_answer(autojump_clock):
+async def test_mock_request_ids_if_enabled_are_returned_and_name_answer(autojump_clock):
     async with running_mock(enable_request_id_headers=True) as mock:
         answer = await mock.ask("POST", CHAT_PATH, CHAT, "x-request-id: my-req-1")
         assert (answer["x-request-id"], answer.json["id"]) == ("my-req-1", "chatcmpl-my-req-1")
         assert len((await mock.ask("GET", "/health"))["x-request-id"]) == 32
 
 
-async def test_model_name_that_is_no_unicode_is_a_bad_request():
+async def test_mock_model_name_not_unicode_is_bad_request():
     """A real server says no more, for it finds out when it writes that there is no such model."""
     async with running_mock() as mock:
         answer = await mock.ask("POST", CHAT_PATH, CHAT | {"model": "\ud800"})
@@ -399,7 +399,7 @@ async def test_model_name_that_is_no_unicode_is_a_bad_request():
     )
 
 
-async def test_silent_streams_get_comments_when_enabled(autojump_clock):
+async def test_mock_silent_stream_if_enabled_has_comments(autojump_clock):
     async with running_mock(ttft=25.0, sse_keep_alive=10.0) as mock:
         await trio.sleep(3)
         answer = await mock.ask("POST", CHAT_PATH, STREAM)
@@ -413,7 +413,7 @@ async def long_stream(mock: Mock):
     return client, await client.head()
 
 
-async def test_sigterm_ends_streams_with_finish_reason_abort(autojump_clock):
+async def test_mock_sigterm_ends_streams_with_finish_reason_abort(autojump_clock):
     async with running_mock(token_delay=1.0, sigterm="abort") as mock:
         client, head = await long_stream(mock)
         plain = await mock.client()
@@ -432,7 +432,7 @@ async def test_sigterm_ends_streams_with_finish_reason_abort(autojump_clock):
         await mock.ended.wait()
 
 
-async def test_sigterm_may_end_streams_with_an_error_event(autojump_clock):
+async def test_mock_sigterm_may_end_streams_with_error_event(autojump_clock):
     async with running_mock(token_delay=1.0, sigterm="error") as mock:
         client, head = await long_stream(mock)
         plain = await mock.client()
@@ -446,7 +446,7 @@ async def test_sigterm_may_end_streams_with_an_error_event(autojump_clock):
         await mock.ended.wait()
 
 
-async def test_sigterm_may_leave_streams_silent_until_the_client_leaves(autojump_clock):
+async def test_mock_sigterm_may_leave_streams_silent_until_disconnect(autojump_clock):
     async with running_mock(token_delay=1.0, sigterm="silence") as mock:
         client, head = await long_stream(mock)
         await trio.sleep(1.5)
@@ -461,7 +461,7 @@ async def test_sigterm_may_leave_streams_silent_until_the_client_leaves(autojump
         await mock.ended.wait()
 
 
-async def test_with_a_shutdown_timeout_new_requests_get_a_fast_500_and_running_ones_finish(
+async def test_mock_shutdown_timeout_refuses_new_and_finishes_running(
     autojump_clock,
 ):
     async with running_mock(token_delay=1.0, shutdown_timeout=15.0) as mock:
@@ -482,7 +482,7 @@ async def test_with_a_shutdown_timeout_new_requests_get_a_fast_500_and_running_o
         assert trio.current_time() == pytest.approx(16.5)
 
 
-async def test_it_lives_in_the_callers_nursery_on_a_free_port():
+async def test_mock_runs_in_callers_nursery_on_free_port():
     options = MockOptions(models=("tiny",), ttft=0.0, token_delay=0.0)
     async with trio.open_nursery() as nursery:
         host, port = await nursery.start(serve_mock, options)
@@ -494,7 +494,7 @@ async def test_it_lives_in_the_callers_nursery_on_a_free_port():
         nursery.cancel_scope.cancel()
 
 
-async def test_what_was_received_can_be_read(autojump_clock):
+async def test_mock_received_requests_can_be_read(autojump_clock):
     async with running_mock(log_size=3) as mock:
         client = await mock.client()
         for number in range(3):
@@ -513,7 +513,7 @@ async def test_what_was_received_can_be_read(autojump_clock):
         assert (await mock.ask("GET", "/mock/last")).json is None
 
 
-async def test_a_stream_that_has_fallen_behind_loses_no_word(mock_clock):
+async def test_mock_stream_that_fell_behind_loses_no_word(mock_clock):
     """Several steps are delivered at once then, the last with the finish reason already set."""
     async with running_mock(ttft=0.001, token_delay=0.001) as mock:
         client = await mock.client()

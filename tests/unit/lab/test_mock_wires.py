@@ -52,7 +52,7 @@ def kinds(answer: Answer) -> list[str]:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
 @pytest.mark.parametrize("path", APIS)
-async def test_empty_answer_has_a_head_and_nothing_in_it(path, stream, autojump_clock):
+async def test_mock_wire_empty_answer_has_head_only(path, stream, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="empty")
         answer = await ask(mock, path, stream=stream)
@@ -62,14 +62,14 @@ async def test_empty_answer_has_a_head_and_nothing_in_it(path, stream, autojump_
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_stream_of_opening_events_only_ends_after_them(path, autojump_clock):
+async def test_mock_wire_stream_of_opening_events_ends_after_them(path, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="opening")
         assert kinds(await ask(mock, path)) == OPENINGS[path]
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_early_opening_comes_before_the_engine_has_a_token(path, autojump_clock):
+async def test_mock_wire_early_opening_precedes_first_token(path, autojump_clock):
     async with running_mock(ttft=60.0) as mock:
         await mock.set(early_opening=True)
         client = await mock.client()
@@ -84,7 +84,7 @@ async def test_early_opening_comes_before_the_engine_has_a_token(path, autojump_
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_early_opening_can_be_all_that_a_dying_server_sends(path, autojump_clock):
+async def test_mock_wire_early_opening_can_be_all_of_a_dying_server(path, autojump_clock):
     async with running_mock() as mock:
         await mock.set(early_opening=True, mode="midclose", after=0)
         client = await mock.client()
@@ -96,7 +96,7 @@ async def test_early_opening_can_be_all_that_a_dying_server_sends(path, autojump
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_unfinished_stream_has_tokens_and_no_end_of_its_own(path, autojump_clock):
+async def test_mock_wire_unfinished_stream_has_tokens_without_end(path, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="unfinished", after=3)
         found = kinds(await ask(mock, path))
@@ -107,7 +107,7 @@ async def test_unfinished_stream_has_tokens_and_no_end_of_its_own(path, autojump
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_unfinished_plain_answer_is_half_a_json_of_the_promised_length(path, autojump_clock):
+async def test_mock_wire_unfinished_json_is_half_of_promised_length(path, autojump_clock):
     async with running_mock() as mock:
         whole = await ask(mock, path, stream=False)
         await mock.set(mode="unfinished")
@@ -118,7 +118,7 @@ async def test_unfinished_plain_answer_is_half_a_json_of_the_promised_length(pat
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_end_without_a_token_is_that_of_an_aborted_request(path, autojump_clock):
+async def test_mock_wire_end_without_token_equals_aborted_request(path, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="no_token")
         stream, plain = await ask(mock, path), await ask(mock, path, stream=False)
@@ -134,7 +134,7 @@ async def test_end_without_a_token_is_that_of_an_aborted_request(path, autojump_
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_answer_that_rightly_says_nothing_has_a_reason_and_a_token(path, autojump_clock):
+async def test_mock_wire_valid_empty_answer_has_reason_and_token(path, autojump_clock):
     async with running_mock() as mock:
         await mock.set(output_tokens=0)
         stream, plain = await ask(mock, path), await ask(mock, path, stream=False)
@@ -147,7 +147,7 @@ async def test_answer_that_rightly_says_nothing_has_a_reason_and_a_token(path, a
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_answer_may_end_with_its_connection(path, autojump_clock):
+async def test_mock_wire_answer_may_end_with_its_connection(path, autojump_clock):
     async with running_mock() as mock:
         whole = await ask(mock, path)
         await mock.set(framing="close")
@@ -160,7 +160,7 @@ async def test_answer_may_end_with_its_connection(path, autojump_clock):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
-async def test_answer_that_ends_with_its_connection_may_do_so_in_the_middle(stream, autojump_clock):
+async def test_mock_wire_answer_ending_with_connection_may_be_truncated(stream, autojump_clock):
     async with running_mock() as mock:
         await mock.set(framing="close", mode="midclose", after=3)
         head, body = await until_closed(mock, CHAT, stream=stream)
@@ -174,7 +174,7 @@ async def test_answer_that_ends_with_its_connection_may_do_so_in_the_middle(stre
 
 
 @pytest.mark.parametrize("path", APIS)
-async def test_packed_stream_can_be_read_event_by_event(path, autojump_clock):
+async def test_mock_wire_compressed_stream_can_be_read_event_by_event(path, autojump_clock):
     async with running_mock(token_delay=1.0) as mock:
         await mock.set(packing="gzip")
         answer = await ask(mock, path)
@@ -186,7 +186,7 @@ async def test_packed_stream_can_be_read_event_by_event(path, autojump_clock):
     assert all(piece.endswith(b"\n\n") for piece in pieces if piece)
 
 
-async def test_packed_stream_may_be_cut_and_a_plain_answer_packed(autojump_clock):
+async def test_mock_wire_compressed_stream_may_be_cut(autojump_clock):
     async with running_mock() as mock:
         await mock.set(packing="gzip")
         plain = await ask(mock, CHAT, stream=False)
@@ -201,7 +201,7 @@ async def test_packed_stream_may_be_cut_and_a_plain_answer_packed(autojump_clock
     assert text.count(b"data: ") == 1 + 2
 
 
-async def test_good_tokens_may_have_a_null_error_beside_them(autojump_clock):
+async def test_mock_wire_tokens_may_have_null_error(autojump_clock):
     async with running_mock() as mock:
         await mock.set(null_error=True)
         answer = await ask(mock, CHAT)
@@ -211,7 +211,7 @@ async def test_good_tokens_may_have_a_null_error_beside_them(autojump_clock):
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("error", sorted(ERRORS))
-async def test_error_of_another_engine_ends_a_stream_before_or_after_tokens(
+async def test_mock_wire_other_engines_error_ends_stream_around_tokens(
     error, after, autojump_clock
 ):
     async with running_mock() as mock:
@@ -225,7 +225,7 @@ async def test_error_of_another_engine_ends_a_stream_before_or_after_tokens(
 
 
 @pytest.mark.parametrize("error", ["code_400", "tgi_validation", "anthropic_invalid", "two_lines"])
-async def test_error_of_another_engine_may_be_a_whole_answer(error, autojump_clock):
+async def test_mock_wire_other_engines_error_may_be_whole_answer(error, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="error_event", error=error)
         answer = await ask(mock, CHAT, stream=False)
@@ -236,14 +236,14 @@ async def test_error_of_another_engine_may_be_a_whole_answer(error, autojump_clo
 @pytest.mark.parametrize(
     "switches", [{"error": "nonsense"}, {"framing": "open"}, {"packing": "br"}]
 )
-async def test_unknown_way_to_fail_is_refused(switches, autojump_clock):
+async def test_mock_wire_unknown_fault_is_refused(switches, autojump_clock):
     async with running_mock() as mock:
         assert (await mock.ask("POST", "/mock/set", switches)).status == 400
         wrong = await mock.ask("POST", CHAT, BODIES[CHAT], "x-mock-error: nonsense")
         assert wrong.status == 400
 
 
-async def test_decorations_are_for_the_chosen_requests_only(autojump_clock):
+async def test_mock_wire_decorations_apply_to_chosen_requests_only(autojump_clock):
     async with running_mock() as mock:
         await mock.set(packing="gzip", next=1, only_path=CHAT)
         other = await ask(mock, "/v1/completions", stream=False)
@@ -262,7 +262,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("path", APIS)
-async def test_dead_engine_is_told_in_the_words_of_each_api(path, after, autojump_clock):
+async def test_mock_wire_dead_engine_has_error_text_of_each_api(path, after, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="error_event", after=after)
         client = await mock.client()
@@ -284,7 +284,7 @@ async def test_dead_engine_is_told_in_the_words_of_each_api(path, after, autojum
     ("path", "error"),
     [("/v1/messages", "anthropic_invalid"), ("/v1/responses", "responses_failed")],
 )
-async def test_error_of_another_engine_ends_apis_without_done(path, error, autojump_clock):
+async def test_mock_wire_other_engines_error_ends_apis_without_done(path, error, autojump_clock):
     async with running_mock() as mock:
         await mock.set(mode="error_event", error=error, after=2)
         answer = await ask(mock, path)

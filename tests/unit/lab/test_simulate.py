@@ -55,7 +55,7 @@ def job(tokens: int, output: int = 10, passage: int = 1, text: Text | None = Non
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 300)), min_size=1, max_size=8))
-def test_texts_with_a_common_beginning_share_their_first_blocks(passages: list[tuple[int, int]]):
+def test_simulated_texts_with_common_beginning_share_blocks(passages: list[tuple[int, int]]):
     one, other = Text(), Text()
     for passage, tokens in passages:
         one.add(passage, tokens)
@@ -68,7 +68,7 @@ def test_texts_with_a_common_beginning_share_their_first_blocks(passages: list[t
     assert len(one.blocks) == one.length // BLOCK_TOKENS
 
 
-def test_pieces_of_a_text_are_those_of_a_prompt_of_its_length():
+def test_simulated_text_has_blocks_of_prompt_of_its_length():
     text = Text()
     text.add(1, 5000)
     assert len(text.chain(5000)) == pieces_in(20_000)
@@ -78,7 +78,7 @@ def test_pieces_of_a_text_are_those_of_a_prompt_of_its_length():
 # -- engines -----------------------------------------------------------------------------------
 
 
-def test_one_request_takes_its_prefill_and_its_steps():
+def test_simulated_request_takes_prefill_and_steps():
     engine = Engine(H100)
     only = job(1000, output=100)
     assert engine.submit(only, 0.0)
@@ -87,7 +87,7 @@ def test_one_request_takes_its_prefill_and_its_steps():
     assert lasts[only] - firsts[only] == pytest.approx(99 * H100.base, rel=0.1)
 
 
-def test_cached_prompt_is_not_computed_again():
+def test_simulated_cached_prompt_is_not_computed_again():
     engine = Engine(H100)
     engine.submit(job(6400), 0.0)
     run_engine(engine)
@@ -98,7 +98,7 @@ def test_cached_prompt_is_not_computed_again():
     assert firsts[again] - 1.0 < 2 * H100.base
 
 
-def test_answer_is_cached_for_the_next_turn():
+def test_simulated_answer_is_cached_for_next_turn():
     engine = Engine(H100)
     text = Text()
     text.add(1, 640)
@@ -112,7 +112,7 @@ def test_answer_is_cached_for_the_next_turn():
     assert later.cached == 1280
 
 
-def test_long_prompt_is_computed_in_chunks_while_others_decode():
+def test_simulated_long_prompt_is_computed_in_chunks_beside_decoding():
     engine = Engine(H100)
     short, long = job(100, output=200), job(30_000, passage=2)
     engine.submit(short, 0.0)
@@ -121,7 +121,7 @@ def test_long_prompt_is_computed_in_chunks_while_others_decode():
     assert firsts[short] < firsts[long] < lasts[short]
 
 
-def test_batch_makes_tokens_slower():
+def test_simulated_batch_slows_tokens():
     def last_of(count: int) -> float:
         engine = Engine(H100)
         for n in range(count):
@@ -131,7 +131,7 @@ def test_batch_makes_tokens_slower():
     assert 1.2 * last_of(1) < last_of(100) < 20 * last_of(1)
 
 
-def test_requests_wait_while_there_is_no_room_for_their_context():
+def test_simulated_requests_wait_for_context_memory():
     small = H100._replace(kv_tokens=64 * 100)
     engine = Engine(small)
     jobs = [job(64 * 60, passage=n) for n in range(3)]
@@ -142,7 +142,7 @@ def test_requests_wait_while_there_is_no_room_for_their_context():
     assert firsts[jobs[1]] >= lasts[jobs[0]]
 
 
-def test_growing_context_preempts_the_youngest_which_ends_all_the_same():
+def test_simulated_growing_context_preempts_youngest_which_finishes():
     small = H100._replace(kv_tokens=64 * 40)
     engine = Engine(small)
     jobs = [job(64 * 12, output=600, passage=n) for n in range(3)]
@@ -154,7 +154,7 @@ def test_growing_context_preempts_the_youngest_which_ends_all_the_same():
     assert max(lasts, key=lambda one: lasts[one]) is jobs[2]
 
 
-def test_least_recently_used_prefix_is_forgotten():
+def test_simulated_least_recently_used_prefix_is_evicted():
     engine = Engine(H100._replace(kv_tokens=64 * 100))
     for n in range(4):
         engine.submit(job(64 * 40, passage=n), 0.0)
@@ -169,7 +169,7 @@ def test_least_recently_used_prefix_is_forgotten():
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 900), st.integers(1, 60)), max_size=25))
-def test_engine_ends_every_job_and_its_books_are_balanced(jobs: list[tuple[int, int, int]]):
+def test_simulated_engine_finishes_every_job_and_balances(jobs: list[tuple[int, int, int]]):
     engine = Engine(H100._replace(kv_tokens=64 * 30, max_running=4))
     made = [job(tokens, output, passage) for passage, tokens, output in jobs]
     for one in made:
@@ -198,14 +198,14 @@ def figures_of(
 
 
 @pytest.mark.parametrize("policy", ALL_POLICIES)
-def test_every_policy_serves_everything(policy: str):
+def test_simulate_every_policy_serves_everything(policy: str):
     found = figures_of(policy, "multi-turn")
     assert found.requests > 200
     assert (found.failed, found.goodput) == (0, 1.0)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_every_workload_comes_at_its_rate_and_is_the_same_for_every_policy(workload: str):
+def test_simulate_workload_has_its_rate_and_is_equal_for_policies(workload: str):
     def asked(seed: int) -> list[tuple[float, int]]:
         made = conversations(WORKLOADS[workload], seed, 50.0, 100.0)
         return [(one.start, turn.added) for one in made for turn in one.turns]
@@ -214,11 +214,11 @@ def test_every_workload_comes_at_its_rate_and_is_the_same_for_every_policy(workl
     assert 0.6 < len(asked(1)) / (50 * 100) < 1.5
 
 
-def test_same_seed_same_result():
+def test_simulate_same_seed_gives_same_result():
     assert figures_of("adaptive", "agents", 10.0) == figures_of("adaptive", "agents", 10.0)
 
 
-def test_leases_come_back():
+def test_simulate_leases_are_returned():
     run = Run("multi-turn", 0.0, 1, "adaptive", scene(failing=(1,), routers=2), 60.0)
     made = conversations(WORKLOADS["multi-turn"], 1, 60.0, 15.0)
     world = World(run.scene, made, lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
@@ -226,31 +226,31 @@ def test_leases_come_back():
     assert all(call.ended_at < math.inf for call in world.calls)
 
 
-def test_prefixes_are_found_where_the_policy_minds_them():
+def test_simulate_prefixes_are_found_by_prefix_policies():
     blind, minding = (figures_of(name, "many-systems") for name in ("least_load", "adaptive"))
     assert minding.hit_rate > blind.hit_rate + 0.2
     assert minding.first_p50 < blind.first_p50
 
 
-def test_slow_server_gets_less_from_a_policy_that_sees_it():
+def test_simulate_slow_server_gets_less_from_aware_policy():
     blind, seeing = (figures_of(name, slow=((0, 5.0),)) for name in ("round_robin", "adaptive"))
     assert blind.shares[0] == pytest.approx(0.25, abs=0.02)
     assert seeing.shares[0] < 0.12
 
 
-def test_fast_failing_server_gets_next_to_nothing_and_nothing_is_lost():
+def test_simulate_fast_failing_server_gets_few_and_loses_none():
     found = figures_of("adaptive", failing=(0,), failing_from=6.0)
     assert found.failed == 0
     assert 0 < found.shares[0] < 0.02
     assert sum(found.shares) > 1  # who was sent there in vain was sent elsewhere, too
 
 
-def test_several_routers_serve_everything():
+def test_simulate_several_routers_serve_everything():
     found = figures_of("adaptive", "multi-turn", routers=3)
     assert (found.failed, found.goodput) == (0, 1.0)
 
 
-def test_restarting_server_is_used_again():
+def test_simulate_restarting_server_is_used_again():
     found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
     assert found.failed == 0
     assert found.shares[0] > 0.05
@@ -259,12 +259,12 @@ def test_restarting_server_is_used_again():
 # -- results -----------------------------------------------------------------------------------
 
 
-def test_percentile_of_nothing_is_nothing():
+def test_percentile_of_empty_list_is_zero():
     assert percentile([], 0.99) == 0.0
     assert percentile([1.0, 2.0, 3.0], 0.99) == 3.0
 
 
-def test_standing_is_relative_to_the_best_of_each_cell():
+def test_simulate_ranking_is_relative_to_best_of_each_cell():
     def cell(workload: str, policy: str, p99: float) -> Cell:
         figures = Figures(100, 0, 0.0, p99, 0.0, 0.0, 1.0, 0.5, 1.0, 0, (1.0,))
         return Cell(workload, 0.5, 1, policy, figures)
@@ -282,18 +282,18 @@ def test_standing_is_relative_to_the_best_of_each_cell():
     assert found[1].worst_cell == "one 50%"
 
 
-def test_rates_follow_the_size_of_the_fleet():
+def test_simulate_rates_follow_fleet_size():
     chat, unequal = WORKLOADS["chat"], WORKLOADS["unequal"]
     assert rate_at(chat, 0.5, 16, 200.0) == 200.0
     assert speeds_of(unequal, 5) == (1.0, 1.0, 0.4, 0.4, 1.0)
     assert rate_at(unequal, 1.0, 4, 100.0) == pytest.approx(50.0)
 
 
-def test_table_is_markdown():
+def test_simulate_table_is_markdown():
     assert markdown(("a", "b"), [("1", "long")]) == "| a | b    |\n|---|------|\n| 1 | long |"
 
 
-def test_runs_in_other_processes_give_the_same():
+def test_simulate_runs_in_other_processes_give_same_result():
     runs = [Run("chat", 0.0, seed, "random", scene(seconds=6.0), 20.0) for seed in (1, 2, 3)]
     told: list[Cell] = []
     assert execute_all(runs, 2, told.append) == [execute(run) for run in runs]
@@ -304,7 +304,7 @@ def test_runs_in_other_processes_give_the_same():
 
 
 @given(st.binary(max_size=30_000))
-def test_chain_survives_the_log(text: bytes):
+def test_block_hashes_survive_the_log(text: bytes):
     chain = cut(text)
     back = unpack_chain(pack_chain(chain))
     assert [link & 0xFFFFFFFFFFFF for link in back] == [link & 0xFFFFFFFFFFFF for link in chain]
@@ -312,7 +312,7 @@ def test_chain_survives_the_log(text: bytes):
 
 
 @pytest.mark.parametrize("text", ["AAAA", "not base64!", "A" * 8 * 500])
-def test_what_is_no_chain_is_refused(text: str):
+def test_block_hashes_invalid_text_is_refused(text: str):
     with pytest.raises(ValueError, match=r".+"):
         unpack_chain(text)
 
@@ -322,7 +322,7 @@ def log_line(time: float, text: bytes, **more: object) -> bytes:
     return msgspec.json.encode({**line, "status": 200, **more})
 
 
-def test_log_becomes_requests_at_their_times():
+def test_replay_log_becomes_requests_at_their_times():
     shared = bytes(n % 251 for n in range(12_000))
     lines = [
         log_line(1000.0, shared),
@@ -336,20 +336,20 @@ def test_log_becomes_requests_at_their_times():
     assert first.text.chain(3000)[:common] == second.text.chain(3500)[:common]
 
 
-def test_replayed_prefixes_are_cached():
+def test_replay_prefixes_are_cached():
     shared = bytes(n % 251 for n in range(40_000))
     lines = tuple(log_line(n / 5, shared + b"%d" % n) for n in range(60))
     found = execute(Run("log", 0.0, 1, "adaptive", scene(), 0.0, log=lines)).figures
     assert found.hit_rate > 0.7
 
 
-def test_answers_that_were_not_streamed_are_not_in_the_replay_either():
+def test_replay_keeps_json_answers_unstreamed():
     lines = [log_line(1.0, b"x" * 5000, stream=False), log_line(2.0, b"y" * 5000, stream=True)]
     world = World(scene(), read_log(lines), lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
     assert [call.facts.stream for call in world.calls] == [False, True]
 
 
-def test_unreadable_line_is_named():
+def test_replay_unreadable_line_is_named():
     with pytest.raises(ValueError, match=r"^line 2: "):
         read_log([log_line(1.0, b"x"), b"{"])
 
@@ -366,7 +366,7 @@ def command(*arguments: str) -> str:
 SHORT = ("--seconds", "5", "--servers", "2", "--jobs", "1")
 
 
-def test_command_prints_tables_and_writes_json(tmp_path):
+def test_simulate_command_prints_tables_and_writes_json(tmp_path):
     file = tmp_path / "out.json"
     printed = command(
         *SHORT, "--workload", "chat", "--load", "50", "--policy", "adaptive",
@@ -380,7 +380,7 @@ def test_command_prints_tables_and_writes_json(tmp_path):
     assert all(row["requests"] > 0 for row in rows)
 
 
-def test_command_replays_a_log(tmp_path):
+def test_simulate_command_replays_log(tmp_path):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n / 10, b"x" * 5000) for n in range(100)))
     printed = command(*SHORT, "--replay", str(log), "--policy", "adaptive")
@@ -394,14 +394,14 @@ def test_command_replays_a_log(tmp_path):
         (("--slow", "x"), "expected a server's number and a factor like 0:5"),
     ],
 )
-def test_command_says_what_is_wrong(arguments: tuple[str, ...], problem: str):
+def test_simulate_command_reports_errors(arguments: tuple[str, ...], problem: str):
     result = CliRunner().invoke(simulate_command, [*SHORT, *arguments])
     assert result.exit_code == 2
     assert problem in result.output
 
 
 @pytest.mark.parametrize("requests", [1, 50])
-def test_log_shorter_than_the_warm_up_is_an_error(tmp_path, requests):
+def test_replay_log_shorter_than_warm_up_is_an_error(tmp_path, requests):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n / 1000, b"x" * 5000) for n in range(requests)))
     result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
@@ -410,7 +410,7 @@ def test_log_shorter_than_the_warm_up_is_an_error(tmp_path, requests):
     assert "|" not in result.stdout
 
 
-def test_log_with_few_requests_after_the_warm_up_says_so(tmp_path):
+def test_replay_log_with_few_requests_after_warm_up_warns(tmp_path):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n, b"x" * 5000) for n in range(6)))
     arguments = [*SHORT, "--replay", str(log), "--policy", "least_load"]
@@ -419,7 +419,7 @@ def test_log_with_few_requests_after_the_warm_up_says_so(tmp_path):
     assert "only 4 of 6 requests come after the warm-up" in result.stderr
 
 
-def test_log_without_prompts_is_an_error(tmp_path):
+def test_replay_log_without_prompts_is_an_error(tmp_path):
     log = tmp_path / "access.log"
     log.write_text('{"time": 1}\n')
     result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
@@ -438,7 +438,7 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
     assert ("load (% of capacity)" in drawn) is (len(loads) > 1)
 
 
-def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
+def test_plots_missing_matplotlib_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm_router.lab.simulate.plots.available", lambda: False)
     result = CliRunner().invoke(
         simulate_command,

@@ -56,7 +56,7 @@ def ended(record: Record, facts: Facts | None = None) -> Ended:
 # -- what a line says ---------------------------------------------------------------------------
 
 
-def test_json_line_has_the_facts_of_the_exchange():
+def test_access_log_json_line_has_facts_of_exchange():
     record = make_record(
         50.0,
         retries=[Outcome.CONNECT_FAILED],
@@ -91,7 +91,7 @@ def test_json_line_has_the_facts_of_the_exchange():
     }
 
 
-def test_text_line_is_read_by_people():
+def test_access_log_text_line_is_readable():
     record = make_record(50.0, retries=[Outcome.LOST, Outcome.FULL], prompt_tokens=12)
     assert text_line(ended(record)) == (
         "1970-01-12T13:46:40.000Z INFO    access: POST /v1/chat/completions 200 answered model=m "
@@ -101,7 +101,7 @@ def test_text_line_is_read_by_people():
     )
 
 
-def test_text_line_tells_what_the_fields_are_but_for_chunks_and_prefix():
+def test_access_log_text_line_has_fields_except_chunks_and_prefix():
     record = make_record(
         50.0,
         retries=[Outcome.LOST],
@@ -124,7 +124,7 @@ def test_text_line_tells_what_the_fields_are_but_for_chunks_and_prefix():
     assert told == [key for key in fields(whole) if key not in in_front | {"chunks", "prefix"}]
 
 
-def test_failed_exchange_is_a_warning_with_its_code():
+def test_access_log_failed_exchange_is_warning_with_code():
     record = make_record(50.0, status=502, code="server_error", outcome=Outcome.SERVER_ERROR)
     values = fields(ended(record))
     assert (values["level"], values["outcome"], values["code"]) == (
@@ -135,7 +135,7 @@ def test_failed_exchange_is_a_warning_with_its_code():
 
 
 @pytest.mark.parametrize("make", [json_line, text_line])
-def test_what_a_client_chose_forges_no_line_and_no_field(make: Callable[[Ended], str]):
+def test_access_log_client_text_forges_no_line_or_field(make: Callable[[Ended], str]):
     record = make_record(50.0, model=FORGED, path=b"/v1/\xff\x85x", request_id=b"id")
     line = make(ended(record))
     assert line.isprintable()
@@ -145,12 +145,12 @@ def test_what_a_client_chose_forges_no_line_and_no_field(make: Callable[[Ended],
 
 
 @pytest.mark.parametrize("make", [json_line, text_line])
-def test_long_names_are_cut(make: Callable[[Ended], str]):
+def test_access_log_long_names_are_shortened(make: Callable[[Ended], str]):
     record = make_record(50.0, model="m" * 100_000, path=b"/" * 100_000)
     assert len(make(ended(record))) < 1500
 
 
-def test_users_are_told_apart_but_not_named():
+def test_access_log_users_are_distinguished_but_anonymous():
     def session(name: str) -> str:
         return fields(ended(make_record(50.0), Facts(session=name)))["session"]
 
@@ -185,7 +185,7 @@ def listen(rig: Any, *, prompts: bool = False) -> list[dict[str, Any]]:
 USAGE = b'"usage":{"prompt_tokens":12,"total_tokens":42,"completion_tokens":30}'
 
 
-async def test_tokens_are_those_the_answer_told(autojump_clock):
+async def test_access_log_tokens_are_those_of_the_response(autojump_clock):
     async with lab(answering(ok(b'{"id":"x",' + USAGE + b"}"))) as rig:
         lines = listen(rig)
         await rig.post({"model": "m"})
@@ -194,7 +194,7 @@ async def test_tokens_are_those_the_answer_told(autojump_clock):
     assert "cached_tokens" not in line
 
 
-async def test_tokens_of_a_stream_are_those_of_its_last_event(autojump_clock):
+async def test_access_log_tokens_of_stream_are_those_of_last_event(autojump_clock):
     last = b'data: {"choices":[],' + USAGE + b"}\n\n"
     async with lab(streaming(event("hi"), last, DONE)) as rig:
         lines = listen(rig)
@@ -203,14 +203,14 @@ async def test_tokens_of_a_stream_are_those_of_its_last_event(autojump_clock):
     assert (line["prompt_tokens"], line["completion_tokens"]) == (12, 30)
 
 
-async def test_answer_that_tells_no_tokens_has_none(autojump_clock):
+async def test_access_log_response_without_usage_has_no_tokens(autojump_clock):
     async with lab(streaming(event("hi"), DONE)) as rig:
         lines = listen(rig)
         await rig.stream()
     assert "prompt_tokens" not in lines[0]
 
 
-async def test_neither_prompt_nor_key_is_logged(autojump_clock):
+async def test_access_log_contains_neither_prompt_nor_key(autojump_clock):
     async with lab(answering(ok(b'{"text":"SECRET-answer"}'))) as rig:
         lines = listen(rig, prompts=True)
         await rig.post(
@@ -226,7 +226,7 @@ async def test_neither_prompt_nor_key_is_logged(autojump_clock):
     assert lines[0]["prompt_bytes"] > 7000
 
 
-async def test_log_with_prompts_can_be_replayed(autojump_clock):
+async def test_access_log_with_prompts_can_be_replayed(autojump_clock):
     async with lab(answering(ok(b"{" + USAGE + b"}"))) as rig:
         lines = listen(rig, prompts=True)
         for number in range(2):
@@ -237,7 +237,7 @@ async def test_log_with_prompts_can_be_replayed(autojump_clock):
     assert first.text.chain(1000) == second.text.chain(1000)
 
 
-async def test_prompts_are_not_kept_by_those_who_keep_records(autojump_clock):
+async def test_access_log_prompts_are_not_kept_in_records(autojump_clock):
     async with lab(answering(ok(b"{}"))) as rig:
         rig.proxy.wants_prompt = True
         await rig.post({"model": "m", "messages": [{"role": "user", "content": "x" * 9000}]})
@@ -290,7 +290,7 @@ def writer(target: Target) -> Iterator[LineWriter]:
     writer.close()
 
 
-def test_lines_are_written_in_order(writer: LineWriter, target: Target):
+def test_line_writer_keeps_order(writer: LineWriter, target: Target):
     for number in range(5000):
         writer.put(str(number) if number % 2 else (str, number))
     assert writer.close()
@@ -298,13 +298,13 @@ def test_lines_are_written_in_order(writer: LineWriter, target: Target):
     assert writer.dropped == 0
 
 
-def test_line_is_written_without_waiting_for_more(writer: LineWriter, target: Target):
+def test_line_writer_writes_line_without_waiting_for_more(writer: LineWriter, target: Target):
     for number in range(3):
         writer.put("line")
         until(lambda expected=number + 1: len(target.lines) == expected)
 
 
-def test_nobody_waits_for_a_stalled_reader_and_the_lost_lines_are_told(
+def test_line_writer_stalled_reader_blocks_no_task_and_losses_are_logged(
     writer: LineWriter, target: Target
 ):
     target.open.clear()
@@ -319,14 +319,16 @@ def test_nobody_waits_for_a_stalled_reader_and_the_lost_lines_are_told(
     assert [line for line in target.lines if "lost" in line] == ["7 lost"]
 
 
-def test_line_that_cannot_be_made_costs_only_itself(writer: LineWriter, target: Target, caplog):
+def test_line_writer_failing_line_costs_only_itself(writer: LineWriter, target: Target, caplog):
     writer.put((lambda _: 1 / 0, None))
     writer.put("next")
     until(lambda: target.lines == ["next"])
     assert "a line could not be made" in caplog.text
 
 
-def test_failed_writes_are_counted_and_told_once(writer: LineWriter, target: Target, caplog):
+def test_line_writer_failed_writes_are_counted_and_logged_once(
+    writer: LineWriter, target: Target, caplog
+):
     target.error = OSError(28, "No space left on device")
     for _ in range(3):
         dropped = writer.dropped
@@ -338,7 +340,7 @@ def test_failed_writes_are_counted_and_told_once(writer: LineWriter, target: Tar
     until(lambda: target.lines == ["again"])
 
 
-def test_stuck_writer_does_not_hold_up_the_end(
+def test_line_writer_stuck_thread_does_not_delay_exit(
     writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(gatherer, "CLOSE_TIME", 0.05)
@@ -347,7 +349,7 @@ def test_stuck_writer_does_not_hold_up_the_end(
     assert not writer.close()
 
 
-def test_file_is_begun_anew_when_it_was_moved_away(tmp_path: Path):
+def test_log_file_moved_away_is_reopened(tmp_path: Path):
     path, moved = tmp_path / "logs" / "access.log", tmp_path / "access.log.1"
     writer = LineWriter(FileTarget(path), str)
     writer.put("before")
@@ -359,7 +361,7 @@ def test_file_is_begun_anew_when_it_was_moved_away(tmp_path: Path):
     assert (moved.read_text(), path.read_text()) == ("before\n", "after\n")
 
 
-def test_file_is_opened_anew_on_request_before_a_line_comes(tmp_path: Path):
+def test_log_file_reopened_on_request_before_next_line(tmp_path: Path):
     path = tmp_path / "access.log"
     writer = LineWriter(FileTarget(path), str)
     path.rename(tmp_path / "moved")
@@ -368,7 +370,7 @@ def test_file_is_opened_anew_on_request_before_a_line_comes(tmp_path: Path):
     assert writer.close()
 
 
-def test_non_blocking_stream_gets_every_line():
+def test_log_non_blocking_stream_gets_every_line():
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with os.fdopen(reading) as reader, os.fdopen(writing, "w") as stream:
@@ -399,7 +401,7 @@ def logged(settings: LogSettings, **overrides: Any) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_access_lines_stand_among_log_lines_in_their_format():
+def test_access_log_lines_share_format_of_log_lines():
     hello, good, failed = logged(LogSettings())
     assert "INFO    test: hello" in hello
     assert "INFO    access: POST" in good
@@ -409,30 +411,30 @@ def test_access_lines_stand_among_log_lines_in_their_format():
 
 
 @pytest.mark.parametrize(("level", "count"), [("info", 3), ("warning", 1), ("error", 0)])
-def test_level_is_that_of_access_lines_too(level: str, count: int):
+def test_access_log_follows_log_level(level: str, count: int):
     assert len(logged(LogSettings(level=level))) == count
 
 
-def test_access_log_can_be_switched_off():
+def test_access_log_can_be_disabled():
     (hello,) = logged(LogSettings(access=False))
     assert "hello" in hello
 
 
-def test_access_log_has_a_file_of_its_own_whatever_the_level(tmp_path: Path):
+def test_access_log_may_have_its_own_file_at_any_level(tmp_path: Path):
     path = tmp_path / "access.log"
     assert logged(LogSettings(level="error", access=str(path))) == []
     assert path.read_text().count("access: POST") == 2
     assert path.stat().st_mode & 0o777 in (0o640, 0o600)
 
 
-def test_command_line_goes_before_the_file(tmp_path: Path):
+def test_access_log_command_line_overrides_file(tmp_path: Path):
     settings = LogSettings(level="error", format="json", access=str(tmp_path / "never"))
     lines = logged(settings, level="info", form="text", access=False)
     assert [line.split(": ")[-1] for line in lines] == ["hello"]
     assert not (tmp_path / "never").exists()
 
 
-def test_reload_moves_the_access_log(tmp_path: Path):
+def test_access_log_moves_on_reload(tmp_path: Path):
     stream = io.StringIO()
     under_test = output(stream)
     under_test.apply(LogSettings())
@@ -446,7 +448,7 @@ def test_reload_moves_the_access_log(tmp_path: Path):
     assert json.loads((tmp_path / "a.log").read_text())["path"] == "/v1/chat/completions"
 
 
-def test_reload_with_a_file_that_cannot_be_written_keeps_the_old_output(tmp_path: Path):
+def test_access_log_reload_with_unwritable_file_keeps_old_output(tmp_path: Path):
     stream = io.StringIO()
     under_test = output(stream)
     under_test.apply(LogSettings())
@@ -457,7 +459,7 @@ def test_reload_with_a_file_that_cannot_be_written_keeps_the_old_output(tmp_path
     assert "access: POST" in stream.getvalue()
 
 
-def test_what_is_logged_after_the_end_is_not_lost(capsys: pytest.CaptureFixture[str]):
+def test_log_lines_after_shutdown_are_not_lost(capsys: pytest.CaptureFixture[str]):
     under_test = output(io.StringIO())
     under_test.apply(LogSettings())
     under_test.close()
@@ -465,7 +467,7 @@ def test_what_is_logged_after_the_end_is_not_lost(capsys: pytest.CaptureFixture[
     assert "late" in capsys.readouterr().err
 
 
-def test_logging_of_others_stays():
+def test_log_handlers_of_application_stay():
     logging.getLogger().handlers[:] = [mine := logging.NullHandler()]
     stream = io.StringIO()
     under_test = LogOutput(stream=stream, with_log=False)
@@ -477,14 +479,14 @@ def test_logging_of_others_stays():
     assert [line.split()[2] for line in stream.getvalue().splitlines()] == ["access:"]
 
 
-def test_notice_of_lost_lines_has_the_form_of_the_log():
+def test_log_notice_of_lost_lines_has_log_format():
     under_test = output(io.StringIO(), form="json")
     under_test.apply(LogSettings())
     assert json.loads(under_test._notice(3))["message"].startswith("3 lines were lost")
     under_test.close()
 
 
-def test_loop_pays_little_for_a_line():
+def test_line_writer_put_takes_microseconds():
     """A tenth of a millisecond would be ten times too much; it is about a microsecond."""
     log = AccessLog()
     log.writer = LineWriter(Target(), str)
@@ -501,7 +503,7 @@ def _time_of(log: AccessLog, record: Record) -> float:
     return (time.perf_counter() - began) / 100
 
 
-def test_no_hash_of_a_prompt_is_written_on_the_loop(monkeypatch: pytest.MonkeyPatch):
+def test_access_log_hashes_prompts_off_the_loop(monkeypatch: pytest.MonkeyPatch):
     threads: set[int] = set()
 
     def make(of: Ended) -> str:
@@ -519,7 +521,7 @@ def test_no_hash_of_a_prompt_is_written_on_the_loop(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("after", [0.0, 1.5 * gatherer.HURRY, 1.5 * gatherer.GATHER])
-def test_file_is_opened_anew_whatever_the_thread_is_waiting_for(tmp_path: Path, after: float):
+def test_log_file_is_reopened_in_every_state_of_the_thread(tmp_path: Path, after: float):
     path = tmp_path / "log"
     writer = LineWriter(FileTarget(path), lambda count: f"{count} lost")
     try:
@@ -533,7 +535,7 @@ def test_file_is_opened_anew_whatever_the_thread_is_waiting_for(tmp_path: Path, 
         writer.close()
 
 
-def test_hurried_lines_do_not_wait_as_long_as_others(
+def test_log_urgent_lines_are_written_sooner(
     writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
 ):
     """Of a busy router the access lines wait for each other, what it says of itself does not."""
@@ -547,14 +549,14 @@ def test_hurried_lines_do_not_wait_as_long_as_others(
     assert writer._gatherer._bell.qsize() <= 1
 
 
-def test_flush_waits_for_what_was_put_before(writer: LineWriter, target: Target):
+def test_line_writer_flush_waits_for_earlier_lines(writer: LineWriter, target: Target):
     for number in range(3000):
         writer.put(str(number))
     assert writer.flush()
     assert len(target.lines) == 3000
 
 
-def test_reload_leaves_the_handlers_of_others():
+def test_log_reload_leaves_foreign_handlers():
     under_test = output(io.StringIO())
     under_test.apply(LogSettings())
     other = logging.NullHandler()

@@ -44,7 +44,7 @@ def fail(log: logging.Logger) -> None:
         log.exception("probe of %s failed", FORGED)
 
 
-def test_text_line_has_time_level_and_origin():
+def test_log_text_line_has_time_level_and_origin():
     text = written("text", lambda log: log.warning("server %s is %s", "a", "down"))
     time, level, origin, message = text.split(maxsplit=3)
     assert time.endswith("Z")
@@ -52,27 +52,27 @@ def test_text_line_has_time_level_and_origin():
     assert (level, origin, message) == ("WARNING", "probe:", "server a is down\n")
 
 
-def test_value_cannot_forge_a_line():
+def test_log_value_cannot_forge_a_line():
     text = written("text", lambda log: log.info("name %s", FORGED))
     assert text.count("\n") == 1
     assert text.rstrip("\n").isprintable()
     assert r"\r\x1b[2K\x00\u2028\x85b" in text
 
 
-def test_traceback_cannot_forge_a_line():
+def test_log_traceback_cannot_forge_a_line():
     first, *rest = written("text", fail).rstrip("\n").split("\n")
     assert "ERROR" in first
     assert any("raise ValueError" in line for line in rest)
     assert all(line.startswith("  | ") and line.isprintable() for line in rest)
 
 
-def test_text_beyond_ascii_stays_readable():
+def test_log_non_ascii_text_stays_readable():
     assert "request_timeout 120 → 60, 模型" in written(
         "text", lambda log: log.info("%s", "request_timeout 120 → 60, 模型")
     )
 
 
-def test_json_is_one_object_per_record():
+def test_log_json_is_one_object_per_record():
     text = written("json", fail)
     assert text.count("\n") == 1
     assert text.rstrip("\n").isprintable()
@@ -83,14 +83,14 @@ def test_json_is_one_object_per_record():
     assert record["traceback"].startswith("Traceback")
 
 
-def test_json_without_a_traceback_has_no_such_field():
+def test_log_json_without_traceback_has_no_such_field():
     record = json.loads(written("json", lambda log: log.info("a\x7fb")))
     assert record.keys() == {"time", "level", "logger", "message"}
     assert record["message"] == "a\x7fb"
 
 
 @pytest.mark.parametrize(("level", "count"), [("debug", 3), ("info", 2), ("error", 0)])
-def test_level_is_that_of_the_router_alone(level: str, count: int):
+def test_log_level_applies_to_router_only(level: str, count: int):
     def log(ours: logging.Logger) -> None:
         ours.debug("1")
         ours.info("2")
@@ -100,7 +100,7 @@ def test_level_is_that_of_the_router_alone(level: str, count: int):
     assert written("text", log, level).count("\n") == count
 
 
-def test_logging_that_others_have_set_up_stays():
+def test_logging_configured_by_application_stays():
     forget()
     mine = logging.NullHandler()
     logging.getLogger().addHandler(mine)
@@ -108,7 +108,7 @@ def test_logging_that_others_have_set_up_stays():
     assert logging.getLogger().handlers == [mine]
 
 
-def test_logging_that_nobody_has_set_up_gets_the_defaults():
+def test_logging_unconfigured_gets_defaults():
     forget()
     logs.configure_if_unset()
     (handler,) = logging.getLogger().handlers

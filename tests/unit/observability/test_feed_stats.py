@@ -17,12 +17,12 @@ def percentiles(durations, now=0.0):
     return window.read(now)
 
 
-def test_no_duration_has_no_percentiles():
+def test_percentiles_of_no_durations_are_none():
     assert percentiles([]) is None
 
 
 @given(st.lists(st.floats(1e-4, 3600), min_size=1, max_size=300))
-def test_percentiles_are_those_of_the_sorted_durations_to_2_5_percent(durations):
+def test_percentiles_are_exact_to_2_5_percent(durations):
     found = percentiles(durations)
     durations.sort()
     for value, share in ((found.p50, 0.50), (found.p95, 0.95), (found.p99, 0.99)):
@@ -32,11 +32,11 @@ def test_percentiles_are_those_of_the_sorted_durations_to_2_5_percent(durations)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-9])
-def test_a_duration_too_short_to_measure_counts_as_the_shortest(seconds):
+def test_percentiles_unmeasurably_short_duration_counts_as_shortest(seconds):
     assert percentiles([seconds]).p99 < 2e-5
 
 
-def test_what_is_older_than_a_minute_no_longer_counts():
+def test_window_forgets_what_is_older_than_a_minute():
     window = SlidingPercentiles(60.0)
     window.add(bucket_of(5.0), step_of(0.0))
     window.add(bucket_of(1.0), step_of(30.0))
@@ -47,7 +47,7 @@ def test_what_is_older_than_a_minute_no_longer_counts():
     assert window.read(200.0) is None
 
 
-def test_a_window_keeps_no_more_than_its_buckets_and_steps():
+def test_window_memory_is_bounded_by_buckets_and_steps():
     window = SlidingPercentiles(60.0)
     for moment in range(5000):
         window.add(bucket_of(0.001 * (1 + moment % 100)), step_of(moment))
@@ -55,7 +55,7 @@ def test_a_window_keeps_no_more_than_its_buckets_and_steps():
     assert window.read(4999).count <= 60 + 2
 
 
-def test_rate_is_the_rise_within_the_window_per_second():
+def test_rate_is_rise_per_second_within_window():
     rate = Rate(window=5.0)
     for second in range(20):
         rate.observe(second * 3, float(second))
@@ -72,7 +72,7 @@ def test_rate_of_one_reading_is_zero():
     assert rate.per_second == 0.0
 
 
-def test_a_counter_that_begins_anew_gives_no_negative_rate():
+def test_rate_of_restarted_counter_is_not_negative():
     rate = Rate()
     rate.observe(1000, 1.0)
     rate.observe(1100, 2.0)
@@ -82,7 +82,7 @@ def test_a_counter_that_begins_anew_gives_no_negative_rate():
     assert rate.per_second == pytest.approx(10.0)
 
 
-def test_ratio_is_of_the_window_and_of_the_lifetime_while_nothing_rises():
+def test_ratio_is_of_window_or_of_lifetime_if_constant():
     ratio = Ratio(window=60.0)
     assert ratio.value is None
     ratio.observe(10, 100, 0.0)
@@ -91,7 +91,7 @@ def test_ratio_is_of_the_window_and_of_the_lifetime_while_nothing_rises():
     assert ratio.value == pytest.approx(0.5)
 
 
-def test_ratio_of_figures_that_are_not_exported_is_unknown():
+def test_ratio_of_missing_figures_is_unknown():
     ratio = Ratio()
     ratio.observe(None, 100, 0.0)
     ratio.observe(0, 0, 0.0)
@@ -105,7 +105,7 @@ def row(value):
     return (value,) * len(FIGURES)
 
 
-def test_history_keeps_the_last_rows_and_the_servers_of_the_present():
+def test_history_keeps_last_rows_of_present_servers():
     series = Series(1.0, 3)
     for second, loads in enumerate([{"a": 0.1}, {"a": 0.2}, {"a": 0.3, "b": 1.0}, {"b": 2.0}]):
         series.add(row(second), loads, 100.0 + second)
@@ -115,12 +115,12 @@ def test_history_keeps_the_last_rows_and_the_servers_of_the_present():
     assert message.servers == {"b": [None, 1.0, 2.0]}
 
 
-def test_history_of_a_new_router_is_empty_but_complete():
+def test_history_of_new_router_is_empty_but_complete():
     message = Series(1.0, 3).message()
     assert message.fleet == {name: [] for name in FIGURES}
 
 
-def test_ten_seconds_become_one_row_of_means_and_worst_percentiles():
+def test_history_ten_seconds_become_means_and_worst_percentiles():
     rows = [row(None), row(1.0), row(4.0)]
     digested = dict(zip(FIGURES, digest(rows), strict=True))
     assert digested["running"] == 2.5
@@ -128,7 +128,7 @@ def test_ten_seconds_become_one_row_of_means_and_worst_percentiles():
     assert digest([row(None)]) == row(None)
 
 
-def test_an_hour_of_history_is_bounded():
+def test_history_of_an_hour_is_bounded():
     memory = Memory()
     for second in range(5000):
         memory.add(row(float(second)), {"a": 1.0}, float(second))

@@ -53,7 +53,7 @@ def series(found, name, label):
     return {dict(pairs)[label] for (sample, *pairs) in found if sample == f"vllm_router_{name}"}
 
 
-async def test_a_request_is_counted_by_server_model_path_outcome_and_status():
+async def test_metrics_request_is_counted_by_its_labels():
     lab = Lab()
     lab.ended(lab["a"])
     lab.ended(lab["a"])
@@ -76,7 +76,7 @@ async def test_a_request_is_counted_by_server_model_path_outcome_and_status():
     assert pick(found, "request_bytes_total", server="b") == 100
 
 
-async def test_histograms_hold_one_observation_per_request():
+async def test_metrics_histograms_have_one_observation_per_request():
     lab = Lab()
     lab.ended(lab["a"])
     found = await samples(lab)
@@ -89,7 +89,7 @@ async def test_histograms_hold_one_observation_per_request():
     assert pick(found, "overhead_seconds_sum") == pytest.approx(0.001)
 
 
-async def test_histograms_without_observations_are_left_out():
+async def test_metrics_empty_histograms_are_omitted():
     lab = Lab()
     lab.ended(lab["a"], outcome=Outcome.LOST, status=502, first_byte_at=0.0)
     found = await samples(lab)
@@ -97,14 +97,14 @@ async def test_histograms_without_observations_are_left_out():
     assert not any(name.startswith("vllm_router_request_duration") for name, *_ in found)
 
 
-async def test_a_value_on_a_bound_belongs_to_its_bucket():
+async def test_metrics_value_on_a_bound_belongs_to_its_bucket():
     histogram = FIRST_TOKEN.histogram("a", "m")
     histogram.observe(0.1)
     assert 'le="0.05"} 0\n' in histogram.lines()
     assert 'le="0.1"} 1\n' in histogram.lines()
 
 
-async def test_answers_that_are_no_stream_have_no_time_to_first_token():
+async def test_metrics_json_response_has_no_time_to_first_token():
     lab = Lab()
     lab.ended(lab["a"], stream=False)
     found = await samples(lab)
@@ -112,7 +112,7 @@ async def test_answers_that_are_no_stream_have_no_time_to_first_token():
     assert pick(found, "request_duration_seconds_count") == 1
 
 
-async def test_a_request_refused_before_any_attempt_has_no_server():
+async def test_metrics_request_refused_before_attempt_has_no_server():
     lab = Lab()
     lab.ended(
         None, outcome=None, status=404, code="model_not_found", first_byte_at=0.0, sent_at=0.0
@@ -124,7 +124,7 @@ async def test_a_request_refused_before_any_attempt_has_no_server():
     assert pick(found, "overhead_seconds_count") == 0
 
 
-async def test_retries_are_counted_by_reason_and_clients_who_leave_by_phase():
+async def test_metrics_retries_have_reason_and_disconnects_phase():
     lab = Lab()
     lab.ended(lab["a"], attempts=3, retries=[Outcome.LOST, Outcome.FULL])
     lab.ended(lab["a"], outcome=Outcome.CLIENT_GONE, phase=Phase.WAIT, status=0, first_byte_at=0.0)
@@ -136,13 +136,13 @@ async def test_retries_are_counted_by_reason_and_clients_who_leave_by_phase():
     assert pick(found, "client_disconnects_total") == 1
 
 
-async def test_reasons_and_phases_are_there_before_the_first_of_them():
+async def test_metrics_reasons_and_phases_exist_from_the_start():
     found = await samples(Lab())
     assert "connect_failed" in series(found, "retries_total", "reason")
     assert "stream" in series(found, "client_disconnects_total", "phase")
 
 
-async def test_attempts_are_counted_by_how_they_ended():
+async def test_metrics_attempts_are_counted_by_outcome():
     lab = Lab()
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
     await trio.lowlevel.checkpoint()  # recorders are told at the turn's end
@@ -150,7 +150,7 @@ async def test_attempts_are_counted_by_how_they_ended():
     assert pick(found, "attempts_total", server="a", outcome="lost") == 1
 
 
-async def test_gauges_of_a_server_are_those_that_routing_uses():
+async def test_metrics_server_gauges_are_those_used_by_routing():
     lab = Lab([{"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 4}])
     now = trio.current_time()
     lab["a"].scraped(gauges(2, 4, kv_usage=0.25), now, 0)
@@ -170,7 +170,7 @@ async def test_gauges_of_a_server_are_those_that_routing_uses():
     assert pick(found, "server_info", url="http://a.test:1") == 1
 
 
-async def test_expected_hits_of_prefix_caches_stand_beside_those_that_came_true():
+async def test_metrics_expected_cache_hits_stand_beside_actual_ones():
     lab = Lab(1, policy="adaptive")
     server, adaptive = lab["a"], lab.router.proxy.policies.default
     found = await samples(lab)
@@ -195,7 +195,7 @@ async def test_expected_hits_of_prefix_caches_stand_beside_those_that_came_true(
     assert {name: pick(found, name, server="a") for name in expected} == expected
 
 
-async def test_exactly_one_state_of_a_server_is_set():
+async def test_metrics_exactly_one_server_state_is_set():
     lab = Lab()
     go_down(lab["a"], trio.current_time())
     lab.settle()
@@ -207,7 +207,7 @@ async def test_exactly_one_state_of_a_server_is_set():
     assert pick(found, "server_transitions_total", server="a", state="down") == 1
 
 
-async def test_figures_that_are_not_known_are_left_out():
+async def test_metrics_unknown_figures_are_omitted():
     found = await samples(Lab(up=False))
     names = {name for name, *_ in found}
     assert "vllm_router_server_metrics_age_seconds" not in names
@@ -218,7 +218,7 @@ async def test_figures_that_are_not_known_are_left_out():
 # -- bounded cardinality ----------------------------------------------------------------------
 
 
-async def test_models_that_no_server_lists_are_other():
+async def test_metrics_unlisted_models_are_other():
     lab = Lab()
     for number in range(500):
         lab.ended(None, model=f"invented-{number}", outcome=None, status=404)
@@ -228,7 +228,7 @@ async def test_models_that_no_server_lists_are_other():
     assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
 
 
-async def test_paths_that_clients_invent_are_other():
+async def test_metrics_unknown_paths_are_other():
     lab = Lab()
     for number in range(500):
         lab.ended(lab["a"], path=b"/v1/invented/%d" % number)
@@ -237,14 +237,14 @@ async def test_paths_that_clients_invent_are_other():
     assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
 
 
-async def test_statuses_that_nobody_defined_share_a_series():
+async def test_metrics_undefined_statuses_share_a_series():
     lab = Lab()
     for status in range(600, 700):
         lab.ended(lab["a"], status=status)
     assert series(await samples(lab), "requests_total", "status") == {"6xx"}
 
 
-async def test_models_beyond_the_cap_are_other_until_some_go():
+async def test_metrics_models_beyond_cap_are_other_until_some_go():
     lab = Lab(1)
     server = lab["a"]
     first = [f"old-{number}" for number in range(MAX_MODELS)]
@@ -260,7 +260,7 @@ async def test_models_beyond_the_cap_are_other_until_some_go():
     assert series(found, "request_duration_seconds_count", "model") == {"late", "other"}
 
 
-async def test_the_series_of_a_removed_server_go_with_it():
+async def test_metrics_series_of_removed_server_are_removed():
     lab = Lab(2)
     lab.ended(lab["a"])
     lab.ended(lab["b"])
@@ -270,7 +270,7 @@ async def test_the_series_of_a_removed_server_go_with_it():
     assert {dict(pairs).get("server", "a") for _, *pairs in found} <= {"a", "none"}
 
 
-async def test_a_removed_server_whose_name_is_used_again_appears_once():
+async def test_metrics_reused_name_of_removed_server_appears_once():
     lab = Lab(1)
     lab["a"].lease(trio.current_time())
     lab.apply([{"url": "http://elsewhere.test:1", "name": "a"}])
@@ -279,7 +279,7 @@ async def test_a_removed_server_whose_name_is_used_again_appears_once():
     assert series(found, "server_info", "url") == {"http://elsewhere.test:1"}
 
 
-async def test_labels_are_escaped():
+async def test_metrics_labels_are_escaped():
     lab = Lab(1)
     nasty = 'quote " back \\ slash\nline'
     come_up(lab["a"], trio.current_time(), nasty)
@@ -290,7 +290,7 @@ async def test_labels_are_escaped():
 # -- rendering --------------------------------------------------------------------------------
 
 
-async def test_a_long_page_lets_other_tasks_run_in_between(nursery, monkeypatch):
+async def test_metrics_long_page_yields_to_other_tasks(nursery, monkeypatch):
     """Virtual time of the renderer: every look at the clock finds a turn to be over."""
     lab = Lab(1)
     turns = 0
@@ -315,7 +315,7 @@ async def refused_as_full(lab):
         await lab.infer()
 
 
-async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path):
+async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     file = tmp_path / "servers.toml"
     tables = '[config]\npolicy = "adaptive"\n[limits]\nmax_in_flight = 1\n'
     file.write_text(TOML + tables)
@@ -337,20 +337,20 @@ async def test_every_metric_stands_on_the_page_with_its_type_and_labels(tmp_path
         assert set(found.samples[0].labels) - {"le"} == set(family.labels), family.name
 
 
-async def test_nothing_on_the_page_is_undocumented():
+async def test_metrics_page_has_nothing_undocumented():
     page = (await Lab().get("/metrics")).body.decode()
     documented = {family.name.removesuffix("_total") for family in FAMILIES}
     for family in text_string_to_metric_families(page):
         assert family.name in documented or family.name.startswith("process_")
 
 
-def test_values_are_written_as_prometheus_reads_them():
+def test_metrics_values_are_written_for_prometheus():
     counter = Counter(Family("c_total", Kind.COUNTER, "help").key())
     counter.value += 3
     assert counter.line() == "c_total 3\n"
 
 
-def test_the_page_about_metrics_is_the_one_that_the_code_writes():
+def test_metrics_documentation_equals_generated_page():
     script = ROOT / "scripts" / "gen-docs"
     loader = importlib.machinery.SourceFileLoader("gen_docs", str(script))
     spec = importlib.util.spec_from_loader("gen_docs", loader)

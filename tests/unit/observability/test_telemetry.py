@@ -79,7 +79,7 @@ def sent(rig: Rig, name: bytes, server: str = "a") -> list[bytes]:
 # -- without spans ------------------------------------------------------------------------------
 
 
-async def test_trace_context_is_passed_on_unchanged(autojump_clock):
+async def test_telemetry_trace_context_passes_unchanged(autojump_clock):
     async with lab(answering(ok(b'{"a":1}'))) as rig:
         await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
         assert sent(rig, b"traceparent") == [PARENT]
@@ -94,11 +94,13 @@ async def test_trace_context_is_passed_on_unchanged(autojump_clock):
         (LogSettings(otel=True), {"OTEL_SDK_DISABLED": "true"}),
     ],
 )
-def test_nothing_is_exported_unless_asked_for(settings: LogSettings, environ: dict[str, str]):
+def test_telemetry_exports_nothing_unless_configured(
+    settings: LogSettings, environ: dict[str, str]
+):
     assert telemetry.start(settings, environ) is None
 
 
-def test_router_that_exports_nothing_does_not_load_opentelemetry():
+def test_telemetry_disabled_does_not_load_opentelemetry():
     script = (
         "import sys; from vllm_router.observability import tracing; "
         "from vllm_router.runtime import serve; "
@@ -108,13 +110,13 @@ def test_router_that_exports_nothing_does_not_load_opentelemetry():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_missing_extra_is_said_and_harms_nothing(monkeypatch: pytest.MonkeyPatch, caplog):
+def test_telemetry_missing_extra_is_reported_and_harmless(monkeypatch: pytest.MonkeyPatch, caplog):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     assert telemetry.start(LogSettings(otel=True), {}) is None
     assert "install vllm-router-trio[otel]" in caplog.text
 
 
-def test_environment_or_configuration_asks_for_spans(monkeypatch: pytest.MonkeyPatch):
+def test_telemetry_environment_or_configuration_enables_spans(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.1")
     for settings, environ in (
         (LogSettings(otel=True), {}),
@@ -129,7 +131,7 @@ def test_environment_or_configuration_asks_for_spans(monkeypatch: pytest.MonkeyP
 # -- spans --------------------------------------------------------------------------------------
 
 
-async def test_exchange_has_a_span_and_its_attempt_another(autojump_clock):
+async def test_telemetry_exchange_and_attempt_have_spans(autojump_clock):
     async with traced(answering(ok(b"{" + USAGE + b"}"))) as (rig, made):
         await rig.post({"model": "m"})
         server, (attempt,) = made.exchange()
@@ -160,7 +162,7 @@ async def test_exchange_has_a_span_and_its_attempt_another(autojump_clock):
     }
 
 
-async def test_server_is_sent_the_attempts_span_as_its_parent(autojump_clock):
+async def test_telemetry_server_gets_span_of_attempt_as_parent(autojump_clock):
     async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         await rig.post(headers=(JSON, (b"traceparent", PARENT), (b"tracestate", STATE)))
         server, (attempt,) = made.exchange()
@@ -184,7 +186,7 @@ async def test_server_is_sent_the_attempts_span_as_its_parent(autojump_clock):
         PARENT + b"-more",
     ],
 )
-async def test_trace_context_that_is_invalid_begins_a_trace_of_its_own(autojump_clock, given):
+async def test_telemetry_invalid_trace_context_starts_new_trace(autojump_clock, given):
     async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         await rig.post(headers=(JSON, (b"traceparent", given), (b"tracestate", STATE)))
         server, _ = made.exchange()
@@ -193,7 +195,7 @@ async def test_trace_context_that_is_invalid_begins_a_trace_of_its_own(autojump_
     assert server.parent is None
 
 
-async def test_every_attempt_has_a_span_and_says_what_went_wrong(autojump_clock):
+async def test_telemetry_every_attempt_has_span_with_error(autojump_clock):
     async with traced(answering(answer(500, b"{}")), answering(ok(b'{"a":1}'))) as (rig, made):
         rig.prefer("a")
         await rig.post({"model": "m"})
@@ -208,7 +210,7 @@ async def test_every_attempt_has_a_span_and_says_what_went_wrong(autojump_clock)
     assert "error.type" not in second.attributes
 
 
-async def test_refused_exchange_has_a_span_without_attempts(autojump_clock):
+async def test_telemetry_refused_exchange_has_span_without_attempts(autojump_clock):
     async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
         rig.server("a").models = {"m": None}
         await rig.post({"model": "nope"})
@@ -224,7 +226,7 @@ async def silent_after_one_event(talk: Talk) -> None:
     await trio.sleep(5)
 
 
-async def test_client_that_leaves_ends_both_spans(autojump_clock):
+async def test_telemetry_client_disconnect_ends_both_spans(autojump_clock):
     async with traced(silent_after_one_event) as (rig, made):
         client = rig.start_stream()
         await client.heard.wait()
@@ -235,14 +237,14 @@ async def test_client_that_leaves_ends_both_spans(autojump_clock):
     assert attempt.attributes["error.type"] == "client_gone"
 
 
-async def test_what_is_not_sampled_is_not_built_and_the_server_is_told(autojump_clock):
+async def test_telemetry_unsampled_span_is_not_built_and_is_propagated(autojump_clock):
     async with traced(answering(ok(b'{"a":1}')), sampler=ALWAYS_OFF) as (rig, made):
         await rig.post()
         assert made.spans() == []
         assert sent(rig, b"traceparent")[0].endswith(b"-00")
 
 
-async def test_spans_hold_nothing_of_prompts_answers_or_keys(autojump_clock):
+async def test_telemetry_spans_contain_no_prompt_answer_or_key(autojump_clock):
     async with traced(answering(ok(b'{"text":"SECRET",' + USAGE + b"}"))) as (rig, made):
         await rig.post(
             {"model": "m", "prompt": "SECRET"},

@@ -135,7 +135,7 @@ async def test_leader_counts_cost_of_dead_worker_once(late: bool):
         assert leader.worker_restarts == 1
 
 
-async def test_leader_retires_worker_whose_successor_did_not_report():
+async def test_leader_worker_without_hello_is_not_serving():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(11, [])))
         await worker.send(figures(2.0))

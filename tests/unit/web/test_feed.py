@@ -48,7 +48,7 @@ async def lab(nursery):
     return lab
 
 
-async def test_the_first_messages_are_a_hello_and_a_snapshot(autojump_clock, lab):
+async def test_feed_first_messages_are_hello_and_snapshot(autojump_clock, lab):
     client = Client(lab)
     hello = await client.next()
     assert isinstance(hello, schema.Hello)
@@ -62,7 +62,7 @@ async def test_the_first_messages_are_a_hello_and_a_snapshot(autojump_clock, lab
     assert [server.name for server in snapshot.servers] == ["a", "b"]
 
 
-async def test_snapshots_follow_at_the_feed_interval(autojump_clock, lab):
+async def test_feed_snapshots_follow_at_interval(autojump_clock, lab):
     client = Client(lab)
     first = await client.next_of(schema.Snapshot)
     moments = []
@@ -74,7 +74,7 @@ async def test_snapshots_follow_at_the_feed_interval(autojump_clock, lab):
     assert snapshot.seq > first.seq
 
 
-async def test_a_snapshot_tells_what_routing_sees(autojump_clock, lab):
+async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
     now = trio.current_time()
     lab["a"].scraped(gauges(2, 1, kv_usage=0.5, prefix_queries=100, prefix_hits=25), now, 0)
     go_down(lab["b"], now)
@@ -93,7 +93,7 @@ async def test_a_snapshot_tells_what_routing_sees(autojump_clock, lab):
     assert (fleet.running, fleet.capacity, fleet.load) == (2, 3, a.load)
 
 
-async def test_a_snapshot_tells_what_the_policy_expects_of_prefix_caches(autojump_clock, lab):
+async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, lab):
     lab.router.proxy.policies.apply("adaptive", {}, Knobs(), on_request=False)
     adaptive, facts = (
         lab.router.proxy.policies.default,
@@ -109,7 +109,7 @@ async def test_a_snapshot_tells_what_the_policy_expects_of_prefix_caches(autojum
     assert snapshot.servers[1].expected_hit_rate is None
 
 
-async def test_rates_and_percentiles_are_told_by_server_and_in_total(autojump_clock, lab):
+async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock, lab):
     for _ in range(20):
         lab.ended(lab["a"])
         lab.router.proxy.attempt_ended(lab["b"], Outcome.LOST)
@@ -131,7 +131,7 @@ async def test_rates_and_percentiles_are_told_by_server_and_in_total(autojump_cl
     assert (later.fleet.requests_per_s, later.fleet.duration) == (0.0, None)
 
 
-async def test_chunks_of_running_streams_count_as_they_pass(autojump_clock, lab):
+async def test_feed_chunks_of_running_streams_count_as_relayed(autojump_clock, lab):
     record = make_record(trio.current_time(), lab["a"], chunks=0, phase=Phase.STREAM)
     exchange = Mock(record=record)
     lab.router.proxy.exchanges.add(exchange)
@@ -149,7 +149,7 @@ async def test_chunks_of_running_streams_count_as_they_pass(autojump_clock, lab)
     assert (await Client(lab).next_of(schema.Snapshot)).fleet.chunks_per_s == 0.0
 
 
-async def test_tokens_are_told_as_the_engine_counts_them(autojump_clock, lab):
+async def test_feed_tokens_are_those_counted_by_engine(autojump_clock, lab):
     for second in range(10):
         metrics = gauges(1, generation_tokens=1000.0 + 30 * second)
         lab["a"].scraped(metrics, trio.current_time(), 0)
@@ -160,7 +160,7 @@ async def test_tokens_are_told_as_the_engine_counts_them(autojump_clock, lab):
     assert snapshot.fleet.tokens_per_s == snapshot.servers[0].tokens_per_s
 
 
-async def test_the_router_tells_about_itself(autojump_clock, lab):
+async def test_feed_has_figures_of_the_router(autojump_clock, lab):
     lab.router.draining = True
     await trio.sleep(3)
     router = (await Client(lab).next_of(schema.Snapshot)).router
@@ -173,7 +173,7 @@ async def test_the_router_tells_about_itself(autojump_clock, lab):
     )
 
 
-async def test_history_is_written_while_nobody_listens(autojump_clock, lab):
+async def test_feed_history_is_recorded_without_clients(autojump_clock, lab):
     lab["a"].scraped(gauges(3), trio.current_time(), 0)
     await trio.sleep(400.5)
     hello = await Client(lab).next()
@@ -184,7 +184,7 @@ async def test_history_is_written_while_nobody_listens(autojump_clock, lab):
     assert hello.hour.fleet["running"][-1] == 3.0
 
 
-async def test_while_nobody_listens_nothing_is_encoded(autojump_clock, lab, monkeypatch):
+async def test_feed_without_clients_encodes_nothing(autojump_clock, lab, monkeypatch):
     encoded = []
     monkeypatch.setattr("vllm_router.web.feed._encode", lambda message: encoded.append(message))
     await trio.sleep(30)
@@ -192,7 +192,7 @@ async def test_while_nobody_listens_nothing_is_encoded(autojump_clock, lab, monk
     assert encoded == []
 
 
-async def test_a_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab):
+async def test_feed_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab):
     mailboxes = [lab.router.feed.subscribe(admin=False) for _ in range(10)]
     for mailbox in mailboxes:
         await mailbox.get()
@@ -202,7 +202,7 @@ async def test_a_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab):
     assert len(texts) == 1
 
 
-async def test_a_client_that_has_left_gets_and_costs_nothing(autojump_clock, lab):
+async def test_feed_disconnected_client_gets_and_costs_nothing(autojump_clock, lab):
     client = Client(lab)
     lab.router.feed.unsubscribe(client.mailbox)
     assert lab.router.metrics.feed_clients == 0
@@ -216,7 +216,7 @@ async def test_a_client_that_has_left_gets_and_costs_nothing(autojump_clock, lab
 # -- events -----------------------------------------------------------------------------------
 
 
-async def test_an_event_is_told_at_once(autojump_clock, lab):
+async def test_feed_event_is_sent_at_once(autojump_clock, lab):
     client = Client(lab)
     await client.next_of(schema.Snapshot)
     before = trio.current_time()
@@ -231,7 +231,7 @@ async def test_an_event_is_told_at_once(autojump_clock, lab):
     assert (after.kind, after.text, after.id) == ("reload", "+1 server", event.id + 1)
 
 
-async def test_a_drain_is_told_when_it_begins_and_when_it_is_done(autojump_clock, lab):
+async def test_feed_drain_has_events_for_begin_and_end(autojump_clock, lab):
     lease = lab["a"].lease(trio.current_time())
     client = Client(lab)
     lab.router.drain_server("a", on=True)
@@ -251,7 +251,7 @@ def file(tmp_path):
     return file
 
 
-async def test_a_refused_reload_is_told_with_its_problems(autojump_clock, nursery, file):
+async def test_feed_refused_reload_has_event_with_problems(autojump_clock, nursery, file):
     lab = Lab(file=file)
     nursery.start_soon(lab.router.feed.run)
     client = Client(lab)
@@ -265,9 +265,7 @@ async def test_a_refused_reload_is_told_with_its_problems(autojump_clock, nurser
     assert snapshot.router.reload.error == event.text
 
 
-async def test_requests_that_failed_on_every_server_are_told_but_a_storm_is_summed_up(
-    autojump_clock, lab
-):
+async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock, lab):
     client = Client(lab)
     failed = {"outcome": Outcome.LOST, "status": 502, "code": "server_disconnected", "attempts": 2}
     await trio.sleep(1.2)
@@ -281,7 +279,7 @@ async def test_requests_that_failed_on_every_server_are_told_but_a_storm_is_summ
     assert event.text == f"and {50 - EXHAUSTED_PER_SECOND} more requests within a second"
 
 
-async def test_a_request_saved_by_a_retry_is_no_event(autojump_clock, lab):
+async def test_feed_request_saved_by_retry_has_no_event(autojump_clock, lab):
     lab.ended(lab["a"], retries=[Outcome.LOST], attempts=2)
     lab.ended(lab["a"], outcome=Outcome.LOST, status=502)
     hello = await Client(lab).next()
@@ -291,9 +289,7 @@ async def test_a_request_saved_by_a_retry_is_no_event(autojump_clock, lab):
 # -- slow clients -----------------------------------------------------------------------------
 
 
-async def test_a_client_that_does_not_read_delays_nobody_and_is_told_what_it_lost(
-    autojump_clock, lab
-):
+async def test_feed_slow_client_delays_no_other_and_learns_its_losses(autojump_clock, lab):
     slow, quick = Client(lab), Client(lab)
     for number in range(MAX_EVENTS + 10):
         lab.router.feed.event("reload", str(number))
@@ -310,7 +306,7 @@ async def test_a_client_that_does_not_read_delays_nobody_and_is_told_what_it_los
     assert (message["kind"], message["text"][:9]) == ("missed", "11 events")
 
 
-async def test_a_mailbox_gives_events_before_the_newest_snapshot():
+async def test_mailbox_returns_events_before_newest_snapshot():
     mailbox = Mailbox()
     mailbox.put_snapshot("old")
     mailbox.put_snapshot("new")
@@ -319,7 +315,7 @@ async def test_a_mailbox_gives_events_before_the_newest_snapshot():
     assert [await mailbox.get() for _ in range(3)] == ["one", "two", "new"]
 
 
-async def test_a_closed_mailbox_gives_its_events_then_ends():
+async def test_mailbox_closed_returns_its_events_then_ends():
     mailbox = Mailbox()
     mailbox.put_event("last words")
     mailbox.put_snapshot("of no interest any more")
@@ -327,7 +323,7 @@ async def test_a_closed_mailbox_gives_its_events_then_ends():
     assert [await mailbox.get() for _ in range(3)] == ["last words", None, None]
 
 
-async def test_a_cancelled_read_loses_nothing(autojump_clock):
+async def test_mailbox_cancelled_read_loses_nothing(autojump_clock):
     mailbox = Mailbox()
     with trio.move_on_after(1):
         await mailbox.get()
@@ -335,7 +331,7 @@ async def test_a_cancelled_read_loses_nothing(autojump_clock):
     assert await mailbox.get() == "kept"
 
 
-async def test_closing_ends_every_client_and_those_who_come_later(autojump_clock, lab):
+async def test_feed_close_ends_present_and_later_clients(autojump_clock, lab):
     clients = [Client(lab), Client(lab)]
     lab.router.feed.close()
     clients.append(Client(lab))
@@ -347,7 +343,7 @@ async def test_closing_ends_every_client_and_those_who_come_later(autojump_clock
 # -- a fleet that changes ---------------------------------------------------------------------
 
 
-async def test_servers_come_and_go_in_the_snapshots(autojump_clock, lab):
+async def test_feed_servers_appear_and_disappear_in_snapshots(autojump_clock, lab):
     lease = lab["b"].lease(trio.current_time())
     lab.apply(1)
     client = Client(lab)

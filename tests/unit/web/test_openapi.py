@@ -52,7 +52,7 @@ def problems(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
     return found
 
 
-async def test_every_route_is_in_it_and_nothing_else():
+async def test_openapi_has_every_route_and_no_other():
     lab = Lab()
     app: Any = make_app(lab.router)
     routes: dict[str, set[str]] = {}
@@ -67,7 +67,7 @@ async def test_every_route_is_in_it_and_nothing_else():
 
 
 @pytest.mark.parametrize("path", DOC["paths"])
-async def test_answers_are_as_it_says(path: str):
+async def test_openapi_matches_responses(path: str):
     lab = Lab()
     await lab.get("/explain")
     for method, operation in DOC["paths"][path].items():
@@ -84,14 +84,14 @@ async def test_answers_are_as_it_says(path: str):
 
 
 @pytest.mark.parametrize("limit", ["-1", "x", "1.5", ""])
-async def test_decisions_want_a_number(limit: str):
+async def test_openapi_decisions_parameter_is_a_number(limit: str):
     reply = await Lab().get(f"/decisions?limit={limit}")
     assert reply.status == 400
     assert reply.error["param"] == "limit"
 
 
 @pytest.mark.parametrize("action", ["drain", "undrain"])
-async def test_draining_by_get_is_told_to_be_done_by_post(action: str):
+async def test_drain_by_get_is_405_naming_post(action: str):
     lab = Lab()
     name = next(iter(lab.router.fleet.servers))
     reply = await lab.get(f"/admin/servers/{name}/{action}")
@@ -100,5 +100,5 @@ async def test_draining_by_get_is_told_to_be_done_by_post(action: str):
     assert "GET" not in reply.headers["allow"]
 
 
-async def test_it_is_served():
+async def test_openapi_is_served():
     assert (await Lab().get("/openapi.json")).json == DOC

@@ -18,7 +18,7 @@ from vllm_router.proxy.retry import Outcome
 # -- models -----------------------------------------------------------------------------------
 
 
-async def test_models_are_merged_and_keep_every_field_the_engines_gave():
+async def test_models_are_merged_with_all_fields_of_engines():
     lab = Lab()
     card = {"id": "m", "object": "model", "max_model_len": 4096, "permission": [{"x": None}]}
     lab["a"].listed({"m": card}, 0.0)
@@ -28,7 +28,7 @@ async def test_models_are_merged_and_keep_every_field_the_engines_gave():
     assert (await lab.get("/v1/models/m")).json == card
 
 
-async def test_models_of_a_server_that_is_down_are_not_listed():
+async def test_models_of_down_server_are_not_listed():
     lab = Lab()
     come_up(lab["b"], 0.0, "other")
     go_down(lab["b"], 0.0)
@@ -36,14 +36,14 @@ async def test_models_of_a_server_that_is_down_are_not_listed():
     assert [card["id"] for card in reply.json["data"]] == ["m"]
 
 
-async def test_a_model_may_have_slashes_in_its_name():
+async def test_models_name_may_have_slashes():
     lab = Lab(1)
     come_up(lab["a"], 0.0, "org/model:tag")
     assert (await lab.get("/v1/models/org/model:tag")).json["id"] == "org/model:tag"
     assert (await lab.get("/v1/models/org%2Fmodel%3Atag")).json["id"] == "org/model:tag"
 
 
-async def test_an_unknown_model_is_404_and_names_the_known_ones():
+async def test_models_unknown_is_404_naming_known_ones():
     reply = await Lab().get("/v1/models/nope")
     assert reply.status == 404
     assert reply.error["code"] == "model_not_found"
@@ -51,7 +51,7 @@ async def test_an_unknown_model_is_404_and_names_the_known_ones():
     assert reply.error["message"].endswith("Available models: m.")
 
 
-async def test_models_are_not_an_empty_list_before_any_server_was_asked():
+async def test_models_before_first_probe_are_503_not_empty():
     reply = await Lab(up=False).get("/v1/models")
     assert reply.status == 503
     assert reply.error["code"] == "starting"
@@ -61,7 +61,7 @@ async def test_models_are_not_an_empty_list_before_any_server_was_asked():
 # -- the ancestor's pages ---------------------------------------------------------------------
 
 
-async def test_health_has_every_field_of_the_ancestor():
+async def test_health_has_every_field_of_predecessor():
     page = (await Lab().get("/health")).json
     assert page["status"] == "healthy"
     assert page["health_score"] == 1.0
@@ -85,7 +85,7 @@ async def test_health_has_every_field_of_the_ancestor():
 @pytest.mark.parametrize(
     ("down", "status"), [(0, "healthy"), (1, "healthy"), (2, "degraded"), (3, "unhealthy")]
 )
-async def test_health_is_always_200_and_says_how_it_is_in_the_body(down, status):
+async def test_health_is_always_200_with_state_in_body(down, status):
     lab = Lab(5)
     for name in "abc"[:down]:
         go_down(lab[name], 0.0)
@@ -95,7 +95,7 @@ async def test_health_is_always_200_and_says_how_it_is_in_the_body(down, status)
     assert reply.json["healthy_servers"] == 5 - down
 
 
-async def test_health_says_why_and_since_when_a_server_is_not_up():
+async def test_health_has_reason_and_time_of_server_not_up():
     lab = Lab()
     lab["a"].checked(Check.TIMEOUT, 2.0, 0.0)
     go_down(lab["a"], 0.0)
@@ -107,7 +107,7 @@ async def test_health_says_why_and_since_when_a_server_is_not_up():
     assert other["ejected_for"] == pytest.approx(5.0, abs=1.0)
 
 
-async def test_load_stats_have_every_field_of_the_ancestor():
+async def test_load_stats_have_every_field_of_predecessor():
     lab = Lab([{"url": "http://a.test:1", "name": "a", "max_concurrent_requests": 8}])
     lab["a"].scraped(gauges(4, 2, kv_usage=0.5), trio.current_time(), 0)
     page = (await lab.get("/load-stats")).json
@@ -138,7 +138,7 @@ async def test_load_stats_have_every_field_of_the_ancestor():
     assert ancestors.items() <= page["summary"].items()
 
 
-async def test_server_models_have_every_field_of_the_ancestor():
+async def test_server_models_have_every_field_of_predecessor():
     page = (await Lab(1).get("/server-models")).json
     server = page["servers"]["http://a.test:1"]
     assert server["supported_models"] == ["m"]
@@ -147,7 +147,7 @@ async def test_server_models_have_every_field_of_the_ancestor():
     assert (page["total_servers"], page["healthy_servers"]) == (1, 1)
 
 
-async def test_root_is_json_for_programs_and_the_dashboard_for_browsers():
+async def test_root_is_json_for_programs_and_dashboard_for_browsers():
     lab = Lab()
     reply = await lab.get("/", headers={"accept": "*/*"})
     assert reply.json == {"service": "vLLM Router", "version": __version__, "status": "running"}
@@ -159,7 +159,7 @@ async def test_root_is_json_for_programs_and_the_dashboard_for_browsers():
 # -- life -------------------------------------------------------------------------------------
 
 
-async def test_the_router_is_ready_once_every_server_has_been_probed():
+async def test_ready_once_every_server_is_probed():
     lab = Lab(up=False)
     reply = await lab.get("/readyz")
     assert reply.status == 503
@@ -174,7 +174,7 @@ async def test_the_router_is_ready_once_every_server_has_been_probed():
     assert (reply.status, reply.json) == (200, {"ready": True})
 
 
-async def test_a_draining_router_is_alive_but_not_ready():
+async def test_ready_is_false_while_draining_but_alive():
     lab = Lab()
     lab.router.draining = True
     reply = await lab.get("/readyz")
@@ -196,13 +196,13 @@ async def test_version_and_ping_answer():
 @pytest.mark.parametrize(
     "path", ["/nope", "/v1/models/", "/health/", "/v1//models", "/%2e%2e/health"]
 )
-async def test_an_unknown_path_is_the_routers_own_404(path):
+async def test_unknown_path_is_the_routers_404(path):
     reply = await Lab().get(path)
     assert reply.status == 404
     assert reply.error["code"] in {"not_found", "model_not_found"}
 
 
-async def test_a_wrong_method_is_the_routers_own_405_and_says_what_is_right():
+async def test_wrong_method_is_the_routers_405_with_allow():
     reply = await Lab().request("DELETE", "/health")
     assert reply.status == 405
     assert reply.error["code"] == "method_not_allowed"
@@ -210,12 +210,12 @@ async def test_a_wrong_method_is_the_routers_own_405_and_says_what_is_right():
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
-async def test_getting_an_inference_path_says_that_it_is_to_be_posted(path):
+async def test_inference_path_by_get_is_405_naming_post(path):
     reply = await Lab().get(path)
     assert (reply.status, reply.headers["allow"]) == (405, "POST")
 
 
-async def test_a_defect_of_ours_shows_no_traceback_but_is_logged(monkeypatch, caplog):
+async def test_defect_is_logged_and_shows_no_traceback(monkeypatch, caplog):
     lab = Lab()
     monkeypatch.setattr(lab.router.fleet, "model_cards", lambda: 1 / 0)
     reply = await lab.get("/v1/models")
@@ -225,19 +225,19 @@ async def test_a_defect_of_ours_shows_no_traceback_but_is_logged(monkeypatch, ca
     assert "ZeroDivisionError" in caplog.text
 
 
-async def test_a_body_too_large_for_the_control_plane_is_refused():
+async def test_control_plane_body_too_large_is_refused():
     reply = await Lab().post("/explain", b"x" * 1_100_000)
     assert reply.status == 413
     assert reply.error["code"] == "body_too_large"
 
 
-async def test_every_answer_has_a_request_id():
+async def test_every_response_has_request_id():
     for path in ("/health", "/metrics", "/v1/models", "/nowhere"):
         reply = await Lab().get(path)
         assert len(reply.headers["x-request-id"]) == 32, path
 
 
-async def test_the_clients_request_id_comes_back():
+async def test_request_id_of_client_is_returned():
     reply = await Lab().get("/nope", headers={"x-request-id": "mine-1"})
     assert reply.headers["x-request-id"] == "mine-1"
 
@@ -245,7 +245,7 @@ async def test_the_clients_request_id_comes_back():
 # -- explain and decisions --------------------------------------------------------------------
 
 
-async def test_explain_ranks_the_candidates_and_picks_the_least_loaded():
+async def test_explain_ranks_candidates_and_picks_least_loaded():
     lab = Lab(3, policy="least_load")
     now = trio.current_time()
     lab["a"].scraped(gauges(2), now, 0)
@@ -260,7 +260,7 @@ async def test_explain_ranks_the_candidates_and_picks_the_least_loaded():
     assert page["out"] == []
 
 
-async def test_explain_says_why_a_server_is_out():
+async def test_explain_excluded_server_has_reason():
     lab = Lab(6)
     now = trio.current_time()
     come_up(lab["a"], now, "another")
@@ -281,7 +281,7 @@ async def test_explain_says_why_a_server_is_out():
     assert "asked again in" in out["e"][1]
 
 
-async def test_explain_reads_a_request_body_as_routing_would():
+async def test_explain_reads_request_body_like_routing():
     lab = Lab()
     body = json.dumps({"model": "nope", "stream": True, "messages": []}).encode()
     page = (await lab.post("/explain", body, headers={"content-type": "application/json"})).json
@@ -290,7 +290,7 @@ async def test_explain_reads_a_request_body_as_routing_would():
     assert "nope" in page["note"]
 
 
-async def test_explain_notes_the_panic_rule_and_equal_servers():
+async def test_explain_notes_panic_rule_and_equal_servers():
     lab = Lab()
     assert "equal" in (await lab.get("/explain?model=m")).json["note"]
     for name in "ab":
@@ -299,14 +299,14 @@ async def test_explain_notes_the_panic_rule_and_equal_servers():
     assert "ejected" in (await lab.get("/explain?model=m")).json["note"]
 
 
-async def test_explaining_moves_nothing():
+async def test_explain_changes_nothing():
     lab = Lab(3, policy="round_robin")
     first = (await lab.get("/explain")).json["picked"]
     assert all([(await lab.get("/explain")).json["picked"] == first for _ in range(4)])
     assert lab.router.fleet.in_flight == 0
 
 
-async def test_decisions_are_the_last_exchanges_newest_first():
+async def test_decisions_are_last_exchanges_newest_first():
     lab = Lab()
     lab.ended(lab["a"], request_id=b"first")
     lab.ended(lab["b"], request_id=b"second", attempts=2, retries=[Outcome.LOST])
@@ -320,7 +320,7 @@ async def test_decisions_are_the_last_exchanges_newest_first():
     assert len((await lab.get("/decisions?limit=1")).json["decisions"]) == 1
 
 
-async def test_decisions_are_bounded_whatever_clients_send():
+async def test_decisions_are_bounded_for_any_client():
     lab = Lab()
     for _ in range(KEPT + 10):
         lab.ended(lab["a"], model="x" * 100_000, path=b"/v1/" + b"y" * 60_000)
@@ -333,7 +333,7 @@ async def test_decisions_are_bounded_whatever_clients_send():
 # -- static files -----------------------------------------------------------------------------
 
 
-async def test_static_files_have_a_strict_policy_and_are_sent_once():
+async def test_static_files_have_strict_policy_and_are_cached():
     lab = Lab()
     reply = await lab.get("/static/index.html")
     assert reply.status == 200
@@ -357,7 +357,7 @@ async def test_static_files_have_a_strict_policy_and_are_sent_once():
         "/static/",
     ],
 )
-async def test_nothing_but_the_static_files_can_be_read(path):
+async def test_static_path_cannot_leave_its_directory(path):
     assert (await Lab().get(path)).status == 404
 
 
@@ -369,7 +369,7 @@ LONG_NAME = "gpu-1:8081/prefix"
 @pytest.mark.parametrize(
     "written", ["gpu-1:8081/prefix", "gpu-1%3A8081%2Fprefix", "gpu-1:8081%2Fprefix"]
 )
-async def test_a_server_is_drained_and_taken_back_by_its_name_however_written(written):
+async def test_drain_and_undrain_accept_any_spelling_of_name(written):
     lab = Lab([{"url": "http://gpu-1:8081/prefix", "name": LONG_NAME}])
     server = lab[LONG_NAME]
     lease = server.lease(trio.current_time())
@@ -385,19 +385,19 @@ async def test_a_server_is_drained_and_taken_back_by_its_name_however_written(wr
     assert not server.draining
 
 
-async def test_draining_twice_changes_nothing():
+async def test_drain_twice_changes_nothing():
     lab = Lab()
     for _ in range(2):
         assert (await lab.post("/admin/servers/a/drain")).json["draining"] is True
 
 
-async def test_an_unknown_server_is_404_and_names_the_known_ones():
+async def test_drain_unknown_server_is_404_naming_known_ones():
     reply = await Lab().post("/admin/servers/nope/drain")
     assert (reply.status, reply.error["code"]) == (404, "server_not_found")
     assert "a, b" in reply.error["message"]
 
 
-async def test_a_server_that_leaves_is_shown_until_its_last_request_has_ended():
+async def test_status_removed_server_is_shown_until_last_request_ends():
     lab = Lab(2)
     lab["b"].lease(trio.current_time())
     lab.apply(1)
@@ -409,7 +409,7 @@ async def test_a_server_that_leaves_is_shown_until_its_last_request_has_ended():
     assert (await lab.post("/admin/servers/b/undrain")).error["code"] == "server_leaving"
 
 
-async def test_reload_applies_the_file_or_says_what_is_wrong_with_it(tmp_path):
+async def test_reload_applies_file_or_reports_problems(tmp_path):
     file = tmp_path / "servers.toml"
     file.write_text(TOML)
     lab = Lab(file=file)
@@ -426,7 +426,7 @@ async def test_reload_applies_the_file_or_says_what_is_wrong_with_it(tmp_path):
     assert (await lab.get("/health")).json["reload"]["refused"] == 1
 
 
-async def test_reload_without_a_file_is_refused():
+async def test_reload_without_file_is_refused():
     assert (await Lab().post("/admin/reload")).error["code"] == "no_config_file"
 
 
@@ -441,7 +441,7 @@ ADMIN = [
 
 @pytest.mark.parametrize(("method", "path"), [*ADMIN, ("POST", "/admin/sign-in")])
 @pytest.mark.parametrize("client", ["192.0.2.1", "unknown", LOCAL, "::1", "::ffff:127.0.0.1"])
-async def test_administration_without_proof_is_refused_from_every_address(method, path, client):
+async def test_admin_without_proof_is_refused_from_every_address(method, path, client):
     lab = Lab()
     reply = await lab.request(method, path, client=client, identity=ANONYMOUS)
     assert (reply.status, reply.error["code"]) == (403, "admin_local_only")
@@ -449,7 +449,7 @@ async def test_administration_without_proof_is_refused_from_every_address(method
     assert not lab["a"].draining
 
 
-async def test_sign_in_exchanges_a_code_once_for_a_key():
+async def test_sign_in_exchanges_code_once_for_key():
     lab = Lab()
     code = (await lab.post("/admin/sign-in")).json["code"]
     body = json.dumps({"code": code}).encode()
@@ -460,6 +460,6 @@ async def test_sign_in_exchanges_a_code_once_for_a_key():
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"code": 1}', b'{"code": "\\ud800"}', b"[" * 9999])
-async def test_sign_in_with_an_odd_body_is_refused(body):
+async def test_sign_in_odd_body_is_refused(body):
     reply = await Lab().post("/sign-in", body, identity=ANONYMOUS)
     assert reply.status in (400, 403)

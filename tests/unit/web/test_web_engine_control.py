@@ -61,7 +61,7 @@ async def _serve(engine, task_status):
     await trio.serve_tcp(engine.handle, 0, host="127.0.0.1", task_status=task_status)
 
 
-async def test_every_server_is_asked_and_every_answer_reported():
+async def test_engine_control_asks_every_server_and_reports_all():
     one, other = Engine(200, b'{"is_sleeping": true}'), Engine(200, b"")
     async with engines(one, other) as lab:
         reply = await lab.post("/sleep?level=1&tag=a%26b", b'{"x": 1}')
@@ -79,7 +79,7 @@ async def test_every_server_is_asked_and_every_answer_reported():
         assert request.endswith(b'{"x": 1}')
 
 
-async def test_one_failure_makes_the_whole_502_and_hides_no_other_answer():
+async def test_engine_control_one_failure_is_502_with_all_answers():
     async with engines(Engine(200, b"fine"), Engine(500, b"broken")) as lab:
         reply = await lab.get("/is_sleeping")
     assert reply.status == 502
@@ -89,7 +89,7 @@ async def test_one_failure_makes_the_whole_502_and_hides_no_other_answer():
     }
 
 
-async def test_a_server_that_cannot_be_reached_is_reported_as_such():
+async def test_engine_control_unreachable_server_is_reported():
     async with engines(Engine(200, b"")) as lab:
         lab.apply([*_configs(lab), {"url": "http://127.0.0.1:1", "name": "gone"}])
         reply = await lab.post("/wake_up")
@@ -105,7 +105,7 @@ def _configs(lab):
     ]
 
 
-async def test_one_server_alone_can_be_asked():
+async def test_engine_control_can_address_one_server():
     one, other = Engine(200, b""), Engine(200, b"")
     async with engines(one, other) as lab:
         reply = await lab.post("/v1/load_lora_adapter?server=b", json.dumps({"l": 1}).encode())
@@ -116,7 +116,7 @@ async def test_one_server_alone_can_be_asked():
     assert (unknown.status, unknown.error["code"]) == (404, "server_not_found")
 
 
-async def test_the_rule_for_administrators_holds():
+async def test_engine_control_needs_admin_rights():
     engine = Engine(200, b"")
     async with engines(engine) as lab:
         reply = await lab.post("/sleep", identity=ANONYMOUS)
@@ -124,7 +124,7 @@ async def test_the_rule_for_administrators_holds():
     assert not engine.requests
 
 
-async def test_nothing_is_passed_on_unless_the_configuration_allows_it():
+async def test_engine_control_is_closed_unless_configured():
     engine = Engine(200, b"")
     async with engines(engine, allow_engine_control=False) as lab:
         reply = await lab.post("/sleep")
@@ -132,7 +132,7 @@ async def test_nothing_is_passed_on_unless_the_configuration_allows_it():
     assert not engine.requests
 
 
-async def test_pause_through_the_router_is_a_state_until_resume():
+async def test_engine_control_pause_is_a_state_until_resume():
     one, other = Engine(200, b'{"status":"paused"}'), Engine(500, b"")
     async with engines(one, other) as lab:
         for server in lab.router.fleet.servers.values():
@@ -145,7 +145,7 @@ async def test_pause_through_the_router_is_a_state_until_resume():
         assert lab.router.fleet.servers["a"].state is State.UP
 
 
-async def test_is_paused_through_the_router_is_believed():
+async def test_engine_control_is_paused_response_sets_state():
     engine = Engine(200, b'{"is_paused": true}')
     async with engines(engine) as lab:
         come_up(lab.router.fleet.servers["a"], trio.current_time())
@@ -166,14 +166,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("body", "kind"), HOSTILE.values(), ids=HOSTILE)
-async def test_engine_control_odd_answer_is_passed_on_as_text(body, kind):
+async def test_engine_control_odd_response_is_passed_as_text(body, kind):
     async with engines(Engine(200, body)) as lab:
         reply = await lab.get("/is_sleeping")
     assert reply.status == 200
     assert isinstance(reply.json["results"]["a"]["body"], kind)
 
 
-async def test_engine_control_answer_that_is_too_long_is_told_and_not_kept():
+async def test_engine_control_overlong_response_is_reported_not_kept():
     async with engines(Engine(200, bytes(3_000_000)), Engine(200, b"1")) as lab:
         reply = await lab.get("/is_sleeping")
     assert reply.status == 502
@@ -181,7 +181,7 @@ async def test_engine_control_answer_that_is_too_long_is_told_and_not_kept():
     assert reply.json["results"]["b"]["ok"] is True
 
 
-async def test_engine_control_server_that_never_answers_is_told(autojump_clock):
+async def test_engine_control_silent_server_is_reported(autojump_clock):
     async with trio.open_nursery() as nursery:
         scripted = ScriptedServer(nursery, silent)
         port = await nursery.start(scripted.listen)

@@ -41,7 +41,7 @@ def snapshot(lab: Lab) -> schema.Snapshot:
     return msgspec.json.decode(msgspec.json.encode(taken), type=schema.Snapshot)
 
 
-async def test_metrics_have_the_length_of_each_queue_and_its_limit(autojump_clock):
+async def test_metrics_have_queue_lengths_and_limits(autojump_clock):
     async with crowd(3, queue_size=7) as lab:
         page = (await lab.get("/metrics")).body.decode()
         assert 'vllm_router_queue_length{model="m"} 3\n' in page
@@ -49,7 +49,7 @@ async def test_metrics_have_the_length_of_each_queue_and_its_limit(autojump_cloc
         assert 'vllm_router_server_max_in_flight{server="a"} 2\n' in page
 
 
-async def test_metrics_have_how_long_it_took(autojump_clock):
+async def test_metrics_have_queue_wait_times(autojump_clock):
     async with crowd(3, queue_timeout=4) as lab:
         await trio.sleep(5)
         page = (await lab.get("/metrics")).body.decode()
@@ -59,7 +59,7 @@ async def test_metrics_have_how_long_it_took(autojump_clock):
         assert 'vllm_router_refusals_total{code="queue_timeout"} 3\n' in page
 
 
-async def test_a_wait_is_no_overhead_of_the_router():
+async def test_metrics_wait_is_not_router_overhead():
     lab = Lab()
     lab.ended(lab["a"], waited=5.0)
     lab.ended(lab["a"])
@@ -86,13 +86,13 @@ async def test_feed_has_every_queue(autojump_clock):
         assert (await lab.get("/load-stats")).json["summary"]["queued"] == 3
 
 
-async def test_feed_without_limits_has_none():
+async def test_feed_without_limits_has_no_queue():
     taken = snapshot(Lab())
     assert (taken.queues, taken.fleet.queued, taken.servers[0].max_in_flight) == ([], 0, None)
     assert "queued" not in summary(taken)
 
 
-async def test_explain_says_who_is_at_its_cap_and_picks_another(autojump_clock):
+async def test_explain_server_at_cap_is_excluded(autojump_clock):
     async with crowd(0, servers=2) as lab:
         lease = next(iter(lab["b"].leases))
         lease.release()
@@ -115,7 +115,7 @@ async def test_explain_says_who_is_at_its_cap_and_picks_another(autojump_clock):
         ),
     ],
 )
-async def test_explain_says_that_a_request_would_wait_or_be_refused(
+async def test_explain_says_that_request_would_wait_or_be_refused(
     autojump_clock, capsys, waiting, would_wait, note
 ):
     async with crowd(waiting, queue_size=3) as lab:
@@ -125,7 +125,7 @@ async def test_explain_says_that_a_request_would_wait_or_be_refused(
         assert f"would {'wait' if would_wait else 'be refused'} (policy" in capsys.readouterr().out
 
 
-async def test_explain_of_a_fleet_that_is_down_says_that_a_request_would_wait(autojump_clock):
+async def test_explain_with_fleet_down_says_that_request_would_wait(autojump_clock):
     async with crowd(0) as lab:
         lab["a"].drain(on=True)
         page = (await lab.get("/explain?model=m")).json
@@ -135,7 +135,7 @@ async def test_explain_of_a_fleet_that_is_down_says_that_a_request_would_wait(au
         assert not page["would_wait"]
 
 
-async def test_decisions_and_access_log_have_the_wait(autojump_clock):
+async def test_decisions_and_access_log_have_queue_wait(autojump_clock):
     async with crowd(1, queue_timeout=4) as lab:
         await trio.sleep(5)
         (row,) = (await lab.get("/decisions")).json["decisions"]
