@@ -11,7 +11,7 @@ async def verdict_of(run) -> Verdict:
     return await judge(Scenario("X1", "a scenario", run, p0=True))
 
 
-async def test_all_numbers_within_their_gates_pass():
+async def test_chaos_gate_all_numbers_within_pass():
     async def run(card: Card) -> None:
         card.most("time", 1.0, 1.0, " s")
         card.equal("states", {"up"}, {"up"})
@@ -21,7 +21,7 @@ async def test_all_numbers_within_their_gates_pass():
 
 
 @pytest.mark.parametrize("value", [1.01, float("nan")])
-async def test_one_number_beyond_its_gate_fails(value):
+async def test_chaos_gate_one_number_beyond_fails(value):
     async def run(card: Card) -> None:
         card.most("fine", 0, 1)
         card.most("time", value, 1.0, " s")
@@ -31,7 +31,7 @@ async def test_one_number_beyond_its_gate_fails(value):
     assert table([found]).count("<-- FAIL") == 1
 
 
-async def test_an_exception_fails_its_scenario_and_says_where():
+async def test_chaos_scenario_exception_fails_with_location():
     async def run(card: Card) -> None:
         card.equal("fine", 1, 1)
         raise ValueError("broken")
@@ -41,14 +41,14 @@ async def test_an_exception_fails_its_scenario_and_says_where():
     assert "ValueError: broken (test_harness.py:" in found.why
 
 
-async def test_a_scenario_that_measures_nothing_fails():
+async def test_chaos_scenario_without_measurement_fails():
     async def run(card: Card) -> None:
         pass
 
     assert (await verdict_of(run)).verdict == "FAIL"
 
 
-async def test_what_cannot_run_here_is_told_from_a_failure():
+async def test_chaos_scenario_that_cannot_run_is_skipped():
     async def run(card: Card) -> None:
         raise NotRun("no such tool")
 
@@ -57,7 +57,7 @@ async def test_what_cannot_run_here_is_told_from_a_failure():
     assert (await judge(Scenario("X2", "later", None, False, "not built"))).why == "not built"
 
 
-async def test_a_scenario_that_hangs_fails_in_time(autojump_clock):
+async def test_chaos_scenario_that_hangs_fails_in_time(autojump_clock):
     import trio
 
     async def run(card: Card) -> None:
@@ -66,6 +66,6 @@ async def test_a_scenario_that_hangs_fails_in_time(autojump_clock):
     assert (await verdict_of(run)).verdict == "FAIL"
 
 
-def test_percentiles_are_measured_values():
+def test_chaos_percentiles_are_measured_values():
     assert percentile(range(1, 101)) == 99
     assert percentile([5.0]) == 5.0

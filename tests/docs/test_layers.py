@@ -117,16 +117,16 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
         ("from vllm_router import __version__", "vllm_router"),
     ],
 )
-def test_imports_are_found_in_every_form(source: str, expected: str) -> None:
+def test_layers_imports_are_found_in_every_form(source: str, expected: str) -> None:
     assert set(imports(ast.parse(source), "vllm_router.asgi")) == {expected}
 
 
-def test_every_module_is_in_a_room_of_the_level_list() -> None:
+def test_layers_every_module_is_in_the_level_list() -> None:
     rooms = {room_of(module) for module in MODULES} - {None}
     assert rooms - {"discovery"} == set(LEVEL_OF) - {"discovery"}
 
 
-def test_rooms_import_only_lower_levels() -> None:
+def test_layers_rooms_import_only_lower_levels() -> None:
     upward = [
         f"{module} -> {imported}"
         for module, found in IMPORTS.items()
@@ -139,7 +139,7 @@ def test_rooms_import_only_lower_levels() -> None:
     assert upward == []
 
 
-def test_lab_is_imported_by_commands_only() -> None:
+def test_layers_lab_is_imported_by_commands_only() -> None:
     users = {
         room_of(module)
         for module, found in IMPORTS.items()
@@ -148,7 +148,7 @@ def test_lab_is_imported_by_commands_only() -> None:
     assert users - {"lab"} <= MAY_USE_LAB
 
 
-def test_mock_shares_only_http_with_the_router() -> None:
+def test_layers_mock_shares_only_http_with_router() -> None:
     foreign = [
         f"{module} -> {imported}"
         for module, found in IMPORTS.items()
@@ -159,7 +159,7 @@ def test_mock_shares_only_http_with_the_router() -> None:
     assert foreign == []
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_layers_modules_import_in_no_circle() -> None:
     graph = {
         module: {
             imported
@@ -175,7 +175,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_pure_modules_import_no_io_and_no_clock() -> None:
+def test_layers_pure_modules_import_no_io_and_no_clock() -> None:
     named = {f"vllm_router.{name}" for name in PURE_MODULES}
     assert named <= MODULES.keys()
     assert MODULES.keys() >= IMPURE
@@ -189,7 +189,7 @@ def test_pure_modules_import_no_io_and_no_clock() -> None:
     assert impure == []
 
 
-def test_web_frameworks_are_imported_by_their_rooms_only() -> None:
+def test_layers_web_frameworks_are_imported_in_their_rooms_only() -> None:
     users = [
         f"{module} -> {imported}"
         for module, found in IMPORTS.items()
@@ -199,5 +199,5 @@ def test_web_frameworks_are_imported_by_their_rooms_only() -> None:
     assert users == []
 
 
-def test_asyncio_is_imported_nowhere() -> None:
+def test_layers_asyncio_is_imported_nowhere() -> None:
     assert [module for module, found in IMPORTS.items() if "asyncio" in found] == []

@@ -41,7 +41,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_wheel_contains_every_file_of_the_package(dist: Path):
+def test_wheel_contains_every_file_of_package(dist: Path):
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
@@ -50,7 +50,7 @@ def test_wheel_contains_every_file_of_the_package(dist: Path):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_sdist_contains_what_builds_and_tests_the_package(dist: Path):
+def test_sdist_contains_what_builds_and_tests_package(dist: Path):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
@@ -62,7 +62,7 @@ def test_sdist_contains_what_builds_and_tests_the_package(dist: Path):
     assert wanted <= shipped
 
 
-def test_installed_version_is_that_of_the_source():
+def test_version_installed_equals_source():
     assert importlib.metadata.version(PROJECT["name"]) == vllm_router.__version__
 
 
@@ -82,7 +82,7 @@ def third_party_imports() -> set[str]:
     return names - sys.stdlib_module_names - {"vllm_router"}
 
 
-def test_every_import_is_a_declared_dependency():
+def test_imports_are_declared_dependencies():
     # Those of an extra are imported only where somebody asks for what it does.
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
     declared = {re.split(r"[<>=~!\[; ]", line)[0].lower() for line in wanted}
@@ -114,7 +114,7 @@ def sources() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_source_does_not_contain(what: str):
+def test_source_does_not_contain_forbidden_text(what: str):
     pattern = re.compile(FORBIDDEN[what])
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
@@ -125,5 +125,5 @@ def test_source_does_not_contain(what: str):
     assert found == []
 
 
-def test_no_lock_file():
+def test_repository_has_no_lock_file():
     assert [path.name for path in sources() if path.name in LOCK_FILES] == []

@@ -60,7 +60,7 @@ def written(value: object, nothing: str) -> str:
     return f'`"{value}"`'
 
 
-def test_every_setting_is_there_with_its_default(readme: str):
+def test_readme_has_every_setting_with_default(readme: str):
     defaults = msgspec.structs.asdict(config.Settings())
     expected = {key: written(value, NOTHING[readme]) for key, value in defaults.items()}
     described = {key: default for key, (default, _) in keys(readme).items()}
@@ -70,7 +70,7 @@ def test_every_setting_is_there_with_its_default(readme: str):
     assert {key: described[key] for key in expected} == expected
 
 
-def test_every_key_of_a_server_is_there_with_its_default(readme: str):
+def test_readme_has_every_server_key_with_default(readme: str):
     described = keys(readme)
     for field in msgspec.structs.fields(config.ServerConfig):
         if field.default is not msgspec.NODEFAULT:
@@ -78,7 +78,7 @@ def test_every_key_of_a_server_is_there_with_its_default(readme: str):
     assert described["api_key_env"][0] == NOTHING[readme]
 
 
-def test_every_key_of_auth_and_tls_is_there(readme: str):
+def test_readme_has_every_key_of_auth_and_tls(readme: str):
     listed = re.findall(r"^\| `((?:auth|tls)\.[\w.]+)` \|", text(readme), re.MULTILINE)
     assert len(listed) == len(set(listed))
     expected = {f"auth.{key}" for key in [*auth.AUTH_KEYS, "keys"]}
@@ -90,7 +90,7 @@ def test_every_key_of_auth_and_tls_is_there(readme: str):
         assert re.search(rf"^# .*\b{key.rpartition('.')[2]}\b", example, re.MULTILINE), key
 
 
-def test_every_key_of_models_is_there(readme: str):
+def test_readme_has_every_key_of_models(readme: str):
     listed = re.findall(r"^\| `models\.NAME\.(\w+)` \|", text(readme), re.MULTILINE)
     assert listed == list(models_config.MODEL_KEYS)
     example = (ROOT / "servers.example.toml").read_text()
@@ -98,7 +98,7 @@ def test_every_key_of_models_is_there(readme: str):
         assert re.search(rf"^# {key} = ", example, re.MULTILINE), key
 
 
-def test_every_key_of_the_limits_is_there_with_its_default(readme: str):
+def test_readme_has_every_limit_with_default(readme: str):
     listed = re.findall(r"^\| `limits\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
     assert listed == [
         (key, written(value, NOTHING[readme]))
@@ -109,7 +109,7 @@ def test_every_key_of_the_limits_is_there_with_its_default(readme: str):
         assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
 
 
-def test_every_key_of_the_log_is_there_with_its_default(readme: str):
+def test_readme_has_every_log_key_with_default(readme: str):
     listed = re.findall(r"^\| `log\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
     assert listed == [
         (key, written(value, NOTHING[readme]))
@@ -117,7 +117,7 @@ def test_every_key_of_the_log_is_there_with_its_default(readme: str):
     ]
 
 
-def test_every_duration_has_seconds_as_its_unit():
+def test_readme_durations_have_seconds_as_unit():
     units = {key: unit for key, (_, unit) in keys("README.md").items()}
     numbers = (config.Seconds, config.SecondsOrZero, config.SecondsOrNone, config.Interval)
     durations = {
@@ -126,12 +126,12 @@ def test_every_duration_has_seconds_as_its_unit():
     assert {key for key, unit in units.items() if unit == "s"} == durations
 
 
-def test_every_policy_is_named(readme: str):
+def test_readme_names_every_policy(readme: str):
     for name in POLICY_NAMES:
         assert re.search(rf'[`"]{name}[`"]', text(readme)), name
 
 
-def test_every_command_and_every_option_of_run_is_named(readme: str):
+def test_readme_names_every_command_and_option_of_run(readme: str):
     page = text(readme)
     context = click.Context(cli)
     for name in cli.list_commands(context):
@@ -142,7 +142,7 @@ def test_every_command_and_every_option_of_run_is_named(readme: str):
         assert all(f"`{option}" in page for option in parameter.opts), parameter.opts
 
 
-def test_every_error_code_is_explained(readme: str):
+def test_readme_explains_every_error_code(readme: str):
     codes = {rule.code for rule in RULES.values() if rule.code}
     for path in (ROOT / "vllm_router" / "proxy").glob("*.py"):
         codes |= set(re.findall(r'Refused\(\s*\d{3},\s*"(\w+)"', path.read_text()))
@@ -182,7 +182,7 @@ def _fleet(mocks: list[MockProcess]) -> str:
 
 
 @pytest.mark.parametrize(("command", "shown"), CURLS, ids=[command for command, _ in CURLS])
-def test_curl_line_answers_as_shown(demo: Running, command: str, shown: str):
+def test_readme_curl_example_answers_as_shown(demo: Running, command: str, shown: str):
     command = command.replace("http://127.0.0.1:8888", demo.url)
     command = command.replace("$SOCKET", str(find_socket(demo.url)))
     words = shlex.split(command, comments=True)
@@ -202,7 +202,7 @@ def test_curl_line_answers_as_shown(demo: Running, command: str, shown: str):
             assert line in done.stdout
 
 
-def test_languages_show_the_same_commands_and_answers():
+def test_readme_languages_show_same_commands_and_answers():
     def bare(readme: str) -> list[tuple[str, str]]:
         return [(command.partition("  ")[0], answer) for command, answer in console(readme)]
 

@@ -57,7 +57,7 @@ def test_passes():
 """
 
 
-def test_test_that_hangs_fails_and_its_clean_up_runs(tmp_path: Path):
+def test_time_limit_hanging_test_fails_and_cleans_up(tmp_path: Path):
     (tmp_path / "test_hanging.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\ntimeout = 60\n")
     command = [sys.executable, "-m", "pytest", "-p", "support.time_limit", "-p", "no:cacheprovider"]

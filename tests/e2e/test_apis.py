@@ -42,7 +42,7 @@ def has_queue(mock: MockProcess) -> bool:
     return bool(mock.stats()["waiting"] >= 3)
 
 
-def test_queue_of_a_stopping_server_is_answered_by_others(tmp_path: Path):
+def test_stopping_server_queue_is_answered_by_others(tmp_path: Path):
     """Whatever vLLM does with it: ends without a token, errors, nothing."""
     with contextlib.ExitStack() as stack:
         stopping = [
@@ -76,7 +76,7 @@ def test_queue_of_a_stopping_server_is_answered_by_others(tmp_path: Path):
             assert all(future.result(timeout=60).status == 200 for future in paid)
 
 
-def test_abort_with_tokens_is_passed_on_and_blames_no_server(tmp_path: Path):
+def test_abort_with_tokens_passes_uncounted(tmp_path: Path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(mock.url for mock in mocks), tmp_path) as router,
@@ -102,7 +102,7 @@ LATE_MISTAKES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_mistake_that_is_found_inside_a_stream_takes_no_server_out(tmp_path: Path):
+def test_stream_client_error_takes_no_server_out(tmp_path: Path):
     """In a Responses stream it looks like a server that dies, on every server."""
     with (
         mock_processes(2, *WELL) as mocks,

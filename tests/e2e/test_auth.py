@@ -100,7 +100,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_inference_needs_a_client_key(locked: Locked, kind: str):
+def test_auth_inference_needs_client_key(locked: Locked, kind: str):
     locked.mock.reset()
     for path in INFERENCE:
         answer = locked.ask("POST", path, headers=WRONG[kind], json=chat())
@@ -111,12 +111,12 @@ def test_inference_needs_a_client_key(locked: Locked, kind: str):
     assert [entry for entry in locked.mock.log() if entry["path"] in INFERENCE] == []
 
 
-def test_key_in_the_query_is_none(locked: Locked):
+def test_auth_key_in_query_is_ignored(locked: Locked):
     answer = locked.ask("POST", f"/v1/chat/completions?key={ALICE}", json=chat())
     assert answer.status_code == 401
 
 
-def test_refused_request_is_answered_before_its_body(locked: Locked):
+def test_auth_refused_request_is_answered_before_its_body(locked: Locked):
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: r\r\nContent-Length: 50000000\r\n"
         b"Expect: 100-continue\r\n\r\n"
@@ -131,7 +131,7 @@ def test_refused_request_is_answered_before_its_body(locked: Locked):
 
 
 @pytest.mark.parametrize("header", ["authorization", "x-api-key"])
-def test_client_key_lets_in_and_stays_here(locked: Locked, header: str):
+def test_auth_client_key_admits_and_is_not_forwarded(locked: Locked, header: str):
     value = f"Bearer {ALICE}" if header == "authorization" else ALICE
     answer = locked.ask("POST", "/v1/chat/completions", headers={header: value}, json=chat())
     assert answer.status_code == 200
@@ -141,7 +141,7 @@ def test_client_key_lets_in_and_stays_here(locked: Locked, header: str):
     assert ALICE not in json.dumps(locked.mock.last())
 
 
-def test_key_has_its_models_and_sees_no_others(locked: Locked):
+def test_auth_key_with_models_sees_no_others(locked: Locked):
     assert locked.ask("GET", "/v1/models").status_code == 401
     for key, models in ((ALICE, ["m"]), (BOB, []), (ADMIN, ["m"]), (STATUS, ["m"])):
         cards = locked.ask("GET", "/v1/models", key).json()["data"]
@@ -164,7 +164,7 @@ def test_key_has_its_models_and_sees_no_others(locked: Locked):
     ],
     ids=["another", "none", "a list", "twice", "no JSON", "UTF-16"],
 )
-def test_limited_key_gets_nothing_but_its_models(locked: Locked, body: Any):
+def test_auth_key_with_models_gets_no_other_model(locked: Locked, body: Any):
     locked.mock.reset()
     sent = {"content": body} if isinstance(body, bytes) else {"json": body}
     answer = locked.ask("POST", "/v1/chat/completions", BOB, **sent)
@@ -173,14 +173,14 @@ def test_limited_key_gets_nothing_but_its_models(locked: Locked, body: Any):
     assert not locked.mock.log("/v1/chat/completions")
 
 
-def test_unknown_model_tells_only_of_those_the_key_may_use(locked: Locked):
+def test_auth_unknown_model_error_names_allowed_models_only(locked: Locked):
     answer = locked.chat(BOB, model="other")
     assert answer.status_code == 404
     assert answer.json()["error"]["message"].endswith("Available models: .")
 
 
 @pytest.mark.parametrize("path", READING)
-def test_reading_needs_the_status_or_admin_key(locked: Locked, path: str):
+def test_auth_status_pages_need_status_or_admin_key(locked: Locked, path: str):
     for key in (None, ALICE, "sk-nobody"):
         assert locked.ask("GET", path, key).status_code == 401
     for key in (STATUS, ADMIN):
@@ -188,7 +188,7 @@ def test_reading_needs_the_status_or_admin_key(locked: Locked, path: str):
 
 
 @pytest.mark.parametrize("path", ["/%6detrics", "/metrics/", "/./metrics", "/nothing"])
-def test_other_spellings_of_a_path_open_nothing(locked: Locked, path: str):
+def test_auth_path_spellings_do_not_bypass_keys(locked: Locked, path: str):
     assert locked.ask("GET", path).status_code == 401
 
 
@@ -196,14 +196,14 @@ def test_other_spellings_of_a_path_open_nothing(locked: Locked, path: str):
     "path", ["/admin/servers", "/%61dmin/servers", "/admin/reload", "/admin/servers/x/drain"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_administration_needs_the_admin_key_even_from_here(locked: Locked, method: str, path: str):
+def test_auth_admin_needs_key_even_from_loopback(locked: Locked, method: str, path: str):
     for key in (None, ALICE, STATUS, ADMIN[:-1]):
         answer = locked.ask(method, path, key)
         assert answer.status_code in (401, 405), (key, answer.text)
         assert locked.mock.name not in answer.text
 
 
-def test_admin_key_administrates_through_a_proxy_too(locked: Locked):
+def test_auth_admin_key_works_through_proxy(locked: Locked):
     name = locked.ask("GET", "/admin/servers", ADMIN).json()["servers"][0]["name"]
     for action in ("drain", "undrain"):
         answer = locked.ask(
@@ -213,7 +213,7 @@ def test_admin_key_administrates_through_a_proxy_too(locked: Locked):
     assert locked.ask("POST", "/admin/reload", ADMIN).status_code == 200
 
 
-def test_everybody_may_ask_whether_it_is_alive_and_learns_no_more(locked: Locked):
+def test_auth_liveness_is_open_and_reveals_nothing_else(locked: Locked):
     for path in ("/livez", "/ping", "/readyz", "/health", "/"):
         answer = locked.ask("GET", path)
         assert answer.status_code == 200
@@ -225,7 +225,7 @@ def test_everybody_may_ask_whether_it_is_alive_and_learns_no_more(locked: Locked
     assert locked.mock.url not in page.text
 
 
-async def test_feed_needs_a_key_in_a_header_or_as_a_subprotocol(locked: Locked):
+async def test_auth_feed_accepts_key_in_header_or_subprotocol(locked: Locked):
     url = locked.router.url.replace("http", "ws") + "/ws/load"
 
     def token(key: str) -> str:
@@ -255,7 +255,7 @@ async def test_feed_needs_a_key_in_a_header_or_as_a_subprotocol(locked: Locked):
                 assert feed.subprotocol == wanted
 
 
-def test_no_error_page_header_metric_or_log_line_has_a_key_or_an_address(locked: Locked):
+def test_auth_no_output_has_a_key_or_an_address(locked: Locked):
     pages = []
     for path in (*INFERENCE, *READING, *ADMINISTRATION, "/ws/load", "/sleep", "/v1/models/x", "/x"):
         for method in ("GET", "POST", "DELETE", "OPTIONS", "BREW"):
@@ -278,7 +278,7 @@ def test_no_error_page_header_metric_or_log_line_has_a_key_or_an_address(locked:
         assert "vLLM Router/" not in page
 
 
-def test_requests_are_counted_by_the_name_of_the_key(locked: Locked):
+def test_auth_requests_are_counted_by_key_name(locked: Locked):
     before = locked.ask("GET", "/metrics", STATUS).text
     assert locked.chat(ALICE).status_code == 200
     after = locked.ask("GET", "/metrics", STATUS).text
@@ -291,7 +291,7 @@ def test_requests_are_counted_by_the_name_of_the_key(locked: Locked):
     assert re.search(r'refusals_total\{code="missing_api_key"\} [1-9]', after)
 
 
-def test_commands_bring_their_key(locked: Locked):
+def test_auth_commands_send_their_key(locked: Locked):
     url = locked.router.url
     refused = call("status", url)
     assert refused.returncode == 2
@@ -309,7 +309,7 @@ def test_commands_bring_their_key(locked: Locked):
 # -- limits of a key --------------------------------------------------------------------------
 
 
-def test_key_beyond_its_limits_gets_429_and_the_others_go_on(tmp_path: Path):
+def test_auth_key_beyond_limits_gets_429_and_others_go_on(tmp_path: Path):
     keys = f"""
 [[auth.keys]]
 name = "slow"
@@ -334,7 +334,7 @@ key = "{ALICE}"
 # -- reload -----------------------------------------------------------------------------------
 
 
-def test_keys_are_taken_up_and_withdrawn_while_it_runs(tmp_path: Path):
+def test_auth_keys_added_and_removed_by_reload_apply(tmp_path: Path):
     keys = tmp_path / "keys.toml"
     keys.write_text(f'[[keys]]\nname = "a"\nkey = "{ALICE}"\n')
     keys.chmod(0o644)
@@ -373,7 +373,7 @@ def open_router(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterat
             yield Locked(router, mock)
 
 
-def test_without_keys_the_clients_own_goes_through(open_router: Locked):
+def test_auth_without_keys_passes_client_key_on(open_router: Locked):
     assert open_router.chat("sk-of-the-server").status_code == 200
     assert dict(open_router.mock.last()["headers"])["authorization"] == "Bearer sk-of-the-server"
 
@@ -382,7 +382,7 @@ def test_without_keys_the_clients_own_goes_through(open_router: Locked):
 
 
 @pytest.mark.parametrize("host", ["evil.test", "evil.test:80", "llm.test.evil", "127.0.0.1.evil"])
-def test_name_that_is_not_ours_is_refused(open_router: Locked, host: str):
+def test_host_unknown_is_refused(open_router: Locked, host: str):
     for method, path in (("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/")):
         answer = open_router.ask(method, path, headers={"host": host})
         assert (answer.status_code, answer.json()["error"]["code"]) == (421, "misdirected_request")
@@ -391,14 +391,14 @@ def test_name_that_is_not_ours_is_refused(open_router: Locked, host: str):
 @pytest.mark.parametrize(
     "host", ["llm.test", "LLM.test:8888", "localhost:1", "[::1]:9", "10.0.0.1"]
 )
-def test_our_names_and_addresses_are_served(open_router: Locked, host: str):
+def test_host_known_names_and_addresses_are_served(open_router: Locked, host: str):
     assert open_router.ask("GET", "/v1/models", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "origin", ["https://evil.test", "null", "https://good.test.evil", "http://good.test", "x"]
 )
-def test_page_of_another_origin_is_refused(open_router: Locked, origin: str):
+def test_origin_unlisted_is_refused(open_router: Locked, origin: str):
     open_router.mock.reset()
     path = "/v1/chat/completions"
     answer = open_router.ask("POST", path, headers={"origin": origin}, json=chat())
@@ -412,7 +412,7 @@ def test_page_of_another_origin_is_refused(open_router: Locked, origin: str):
     assert not open_router.mock.log(path)
 
 
-def test_page_of_a_listed_origin_may_use_it(open_router: Locked):
+def test_origin_listed_is_served(open_router: Locked):
     path, origin = "/v1/chat/completions", "https://good.test"
     preflight = open_router.ask(
         "OPTIONS",
@@ -437,7 +437,7 @@ def test_page_of_a_listed_origin_may_use_it(open_router: Locked):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_page_of_our_own_origin_may_use_it(open_router: Locked):
+def test_origin_of_router_is_served(open_router: Locked):
     answer = open_router.ask(
         "POST",
         "/v1/chat/completions",
@@ -454,7 +454,7 @@ def test_page_of_our_own_origin_may_use_it(open_router: Locked):
         ({"host": "evil.test"}, 421),
     ],
 )
-def test_feed_is_closed_to_pages_of_others(open_router: Locked, headers: dict[str, str], code: int):
+def test_feed_refuses_other_origins(open_router: Locked, headers: dict[str, str], code: int):
     answer = open_router.ask("GET", "/ws/load", headers=UPGRADE | headers)
     assert answer.status_code == code
 
@@ -462,7 +462,7 @@ def test_feed_is_closed_to_pages_of_others(open_router: Locked, headers: dict[st
 # -- bodies (L2) ------------------------------------------------------------------------------
 
 
-def test_bodies_together_have_a_limit(open_router: Locked):
+def test_bodies_total_size_is_limited(open_router: Locked):
     """Two clients that send slowly hold what a third one would need."""
     port = open_router.router.port
     head = (
@@ -485,7 +485,7 @@ def test_bodies_together_have_a_limit(open_router: Locked):
 # -- B4: two tenants --------------------------------------------------------------------------
 
 
-def test_nothing_of_one_client_reaches_the_other(open_router: Locked):
+def test_clients_share_no_headers_or_bodies(open_router: Locked):
     mock, own = open_router.mock, {"alice": ALICE, "bob": BOB}
     mock.reset()
     with (
@@ -522,7 +522,7 @@ def test_nothing_of_one_client_reaches_the_other(open_router: Locked):
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_administration_has_a_listener_of_its_own(tmp_path: Path, front: str):
+def test_admin_listener_serves_administration_alone(tmp_path: Path, front: str):
     with mock_processes(1, "--model", "m") as (mock,):
         config = servers_toml([mock.url], admin_listen="127.0.0.1:0")
         with router_process(config, tmp_path, "--front", front) as router:
@@ -549,7 +549,7 @@ def test_administration_has_a_listener_of_its_own(tmp_path: Path, front: str):
             until(lambda: "admin_listen changes at the next start" in router.text, "the warning")
 
 
-def test_port_of_administration_in_use_is_one_clear_line(tmp_path: Path):
+def test_admin_listener_port_in_use_is_one_line(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = tmp_path / "servers.toml"
         port = taken.getsockname()[1]
@@ -559,7 +559,7 @@ def test_port_of_administration_in_use_is_one_clear_line(tmp_path: Path):
     assert done.stderr.strip().endswith(f"admin_listen: 127.0.0.1:{port}: Address already in use")
 
 
-async def test_own_view_gets_in_however_the_router_is_locked(tmp_path: Path):
+async def test_monitor_of_run_has_access_under_any_auth(tmp_path: Path):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml(["http://a.test"], admin_listen="127.0.0.1:0") + AUTH)
     source = ConfigSource(file)

@@ -44,7 +44,7 @@ def bench(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_contestants_that_are_here_are_measured(tmp_path: Path):
+def test_bench_available_contestants_are_measured(tmp_path: Path):
     loads = ("json", "ttft", "sse")
     arguments = ["--contestants", ",".join(CONTESTANTS), "--workloads", ",".join(loads)]
     done = bench(tmp_path, "--tiny", "--repeat", "1", "--seconds", "0.3", *arguments)
@@ -65,7 +65,7 @@ def test_contestants_that_are_here_are_measured(tmp_path: Path):
     assert again.stdout.strip() in done.stdout
 
 
-def test_unknown_contestant_is_one_line(tmp_path: Path):
+def test_bench_unknown_contestant_is_one_line(tmp_path: Path):
     done = bench(tmp_path, "--contestants", "lane,nobody")
     assert (done.returncode, done.stderr) == (
         2, "scripts/bench: no nobody; see scripts/bench --help\n",
@@ -117,9 +117,7 @@ def load(environment: Environment, url: str, *options: str) -> dict[str, Any]:
     return result
 
 
-def test_a_stall_counts_against_the_requests_that_it_held_up(
-    environment: Environment, server: Server
-):
+def test_loadgen_stall_counts_for_delayed_requests(environment: Environment, server: Server):
     """One connection and answers that take 200 ms can serve 5 of the 50 requests due a second."""
     server.behave(Workload(name="", title="", ttft=200))
     result = load(environment, server.urls[1], "-c", "1", "-rate", "50", "-duration", "2s")
@@ -127,7 +125,7 @@ def test_a_stall_counts_against_the_requests_that_it_held_up(
     assert result["service_ms"]["p50"] > 0.98 * 200  # a bucket is 1.6 % wide
 
 
-def test_percentiles_are_those_of_what_the_server_did(environment: Environment, server: Server):
+def test_loadgen_percentiles_match_server_delays(environment: Environment, server: Server):
     server.behave(Workload(name="", title="", ttft=30, interval=40))
     result = load(
         environment, server.urls[0], "-c", "4", "-stream", "-tokens", "5", "-duration", "1s"
@@ -186,7 +184,7 @@ def answering(answer: bytes) -> Iterator[str]:
         (b"", "no answer"),
     ],
 )
-def test_a_bad_answer_is_a_failure(environment: Environment, answer: bytes, why: str):
+def test_loadgen_bad_response_is_a_failure(environment: Environment, answer: bytes, why: str):
     with answering(answer) as url:
         result = load(environment, url, "-c", "1", "-stream", "-duration", "300ms")
     assert result["failures"] > 0
@@ -194,7 +192,7 @@ def test_a_bad_answer_is_a_failure(environment: Environment, answer: bytes, why:
     assert why in result["first_failure"]
 
 
-def test_a_good_answer_that_ends_with_the_connection_is_none(environment: Environment):
+def test_loadgen_response_ending_with_connection_is_good(environment: Environment):
     with answering(HEAD + b"\r\n" + DATA + b"data: [DONE]\n\n") as url:
         result = load(environment, url, "-c", "1", "-stream", "-duration", "300ms")
     assert result["failures"] == 0
@@ -226,7 +224,7 @@ def run(requests: int, cpu: float) -> dict[str, Any]:
     }
 
 
-def test_ratios_are_of_medians_to_the_baseline():
+def test_bench_ratios_are_of_medians_to_baseline():
     records = [
         {"workload": "json", "contestant": name, "repeat": repeat, "result": result}
         for name, results in {

@@ -39,7 +39,7 @@ def servers(url: str) -> dict[str, dict[str, object]]:
 # -- start and end ----------------------------------------------------------------------------
 
 
-def test_start_says_where_and_how_many_and_the_hint_works(tmp_path: Path):
+def test_run_start_line_has_url_server_count_and_working_hint(tmp_path: Path):
     arguments = ("run", "--demo", "2", "--host", "127.0.0.1", "--port", "0")
     with running(tmp_path / "stderr", *arguments) as started:
         first, hint = started.line(), started.line()
@@ -57,12 +57,12 @@ def test_start_says_where_and_how_many_and_the_hint_works(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_it_with_success(demo: Running, number: signal.Signals):
+def test_run_signal_exits_with_success(demo: Running, number: signal.Signals):
     assert demo.stop(number) == 0
     assert "Traceback" not in demo.errors.read_text()
 
 
-def test_limit_of_descriptors_is_raised_to_what_the_system_allows(tmp_path: Path):
+def test_run_raises_descriptor_limit_to_system_maximum(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -74,7 +74,7 @@ def test_limit_of_descriptors_is_raised_to_what_the_system_allows(tmp_path: Path
     assert f"process_max_fds {float(allowed)}\n" in page
 
 
-def test_port_in_use_is_one_line(tmp_path: Path):
+def test_run_port_in_use_is_one_line(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = call("run", "--demo", "--host", "127.0.0.1", "--port", port, cwd=tmp_path)
@@ -83,14 +83,14 @@ def test_port_in_use_is_one_line(tmp_path: Path):
     assert done.stdout == ""
 
 
-def test_unknown_host_is_one_line(tmp_path: Path):
+def test_run_unknown_host_is_one_line(tmp_path: Path):
     done = call("run", "--server", "http://127.0.0.1:1", "--host", "no.invalid", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("vllm-router: cannot listen on no.invalid: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_json_log_is_all_there_is(tmp_path: Path):
+def test_run_json_log_has_json_lines_only(tmp_path: Path):
     arguments = ("run", "--demo", "1", "--host", "127.0.0.1", "--port", "0", "--log-format", "json")
     with running(tmp_path / "stderr", *arguments) as started:
         until(lambda: "vLLM Router" in started.errors.read_text())
@@ -101,7 +101,7 @@ def test_json_log_is_all_there_is(tmp_path: Path):
         assert {"time", "level", "logger", "message"} <= records[0].keys()
 
 
-def test_router_whose_stdout_nobody_reads_serves_all_the_same(tmp_path: Path):
+def test_run_with_unread_stdout_serves(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     arguments = ("run", "--demo", "1", "--host", "127.0.0.1", "--port", url.rpartition(":")[2])
@@ -121,7 +121,7 @@ def _answers(url: str) -> bool:
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_servers_of_the_command_line_are_served(tmp_path: Path, front: str):
+def test_run_serves_servers_of_command_line(tmp_path: Path, front: str):
     with mock_processes(2, "--model", "m") as mocks:
         options = [word for mock in mocks for word in ("--server", mock.url)]
         with router(tmp_path / "stderr", *options, "--front", front) as started:
@@ -132,7 +132,7 @@ def test_servers_of_the_command_line_are_served(tmp_path: Path, front: str):
             assert answer.headers["x-vllm-router-server"] in servers(started.url)
 
 
-def test_file_of_the_working_directory_is_followed(tmp_path: Path):
+def test_run_follows_file_of_working_directory(tmp_path: Path):
     with mock_processes(2, "--model", "m") as mocks:
         path = tmp_path / "servers.toml"
         lines = [
@@ -160,7 +160,7 @@ def test_status_is_one_line_per_server(demo: Running):
     )
 
 
-def test_status_as_json_is_what_the_router_says(demo: Running):
+def test_status_json_is_the_routers_response(demo: Running):
     page = json.loads(call("status", demo.url, "--json").stdout)
     assert [server["name"] for server in page["load"]["servers"]] == ["demo-1", "demo-2", "demo-3"]
     assert page["health"]
@@ -170,7 +170,7 @@ def test_status_as_json_is_what_the_router_says(demo: Running):
     "arguments",
     [["status", "URL"], ["drain", "a", "--url", "URL"], ["undrain", "a", "--url", "URL"]],
 )
-def test_no_router_there_is_one_line(arguments: list[str]):
+def test_status_without_router_is_one_line(arguments: list[str]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     done = call(*(url if word == "URL" else word for word in arguments))
@@ -178,7 +178,7 @@ def test_no_router_there_is_one_line(arguments: list[str]):
     assert done.stderr == f"vllm-router: no router answers at {url}: Connection refused\n"
 
 
-def test_another_program_at_the_url_is_no_router():
+def test_status_of_other_program_is_one_line():
     with mock_processes(1) as (mock,):
         done = call("status", mock.url)
     assert done.returncode == 2
@@ -186,7 +186,7 @@ def test_another_program_at_the_url_is_no_router():
     assert done.stderr.count("\n") == 1
 
 
-def test_idle_server_is_drained_at_once_and_taken_back(demo: Running):
+def test_drain_idle_server_is_drained_and_taken_back(demo: Running):
     done = call("drain", "demo-2", "--url", demo.url)
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
@@ -200,7 +200,7 @@ def test_idle_server_is_drained_at_once_and_taken_back(demo: Running):
 
 
 @pytest.mark.parametrize("command", ["drain", "undrain"])
-def test_unknown_server_is_answered_with_the_known_ones(demo: Running, command: str):
+def test_drain_unknown_server_lists_known_ones(demo: Running, command: str):
     done = call(command, "demo-9", "--url", demo.url)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -222,9 +222,7 @@ def busy(tmp_path: Path) -> Iterator[tuple[Running, str, httpx.Response]]:
                 yield started, name, answer
 
 
-def test_drain_waits_for_the_last_request(
-    busy: tuple[Running, str, httpx.Response], tmp_path: Path
-):
+def test_drain_waits_for_last_request(busy: tuple[Running, str, httpx.Response], tmp_path: Path):
     started, name, answer = busy
     with running(tmp_path / "drain", "drain", name, "--url", started.url) as watching:
         assert watching.line() == f"{name}: 1 in flight"
@@ -234,7 +232,7 @@ def test_drain_waits_for_the_last_request(
         assert watching.process.wait(timeout=10) == 0
 
 
-def test_interrupt_ends_the_watching_and_not_the_drain(
+def test_drain_interrupt_ends_watching_not_draining(
     busy: tuple[Running, str, httpx.Response], tmp_path: Path
 ):
     started, name, answer = busy
@@ -249,7 +247,7 @@ def test_interrupt_ends_the_watching_and_not_the_drain(
 # -- check-config --probe ---------------------------------------------------------------------
 
 
-def test_probe_shows_what_every_server_answers(tmp_path: Path):
+def test_check_config_probe_shows_every_servers_response(tmp_path: Path):
     with (
         mock_processes(1, "--model", "m", "--max-model-len", "4096") as (good,),
         mock_processes(1, "--model", "m", "--api-key", "right") as (keyed,),
@@ -283,7 +281,7 @@ def test_probe_shows_what_every_server_answers(tmp_path: Path):
         ]
 
 
-def test_probe_of_a_silent_server_takes_no_longer_than_its_timeout(tmp_path: Path):
+def test_check_config_probe_is_bounded_by_timeout(tmp_path: Path):
     with mock_processes(1, "--set", '{"health": "hang"}') as (mock,):
         path = tmp_path / "servers.toml"
         path.write_text(
@@ -295,7 +293,7 @@ def test_probe_of_a_silent_server_takes_no_longer_than_its_timeout(tmp_path: Pat
     assert done.stderr == "a: /health: no answer in 0.2 s\n"
 
 
-def test_access_log_in_a_file_is_rotated_and_complete_at_the_end(tmp_path: Path):
+def test_access_log_file_is_rotated_and_complete(tmp_path: Path):
     log, moved = tmp_path / "access.log", tmp_path / "access.log.1"
     options = ("--demo", "1", "--console", "--access-log", str(log), "--log-format", "json")
     arguments = ("run", "--host", "127.0.0.1", "--port", "0", *options)
@@ -324,7 +322,7 @@ def test_access_log_in_a_file_is_rotated_and_complete_at_the_end(tmp_path: Path)
     assert "SECRET" not in line + (tmp_path / "stderr").read_text()
 
 
-def test_access_log_that_cannot_be_written_is_one_line(tmp_path: Path):
+def test_access_log_unwritable_file_is_one_line(tmp_path: Path):
     done = call("run", "--demo", "1", "--console", "--access-log", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("vllm-router: cannot write the access log: ")

@@ -56,7 +56,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_plain_answers_are_byte_for_byte_what_the_server_gives(router, mocks, path):
+def test_json_response_is_byte_for_byte_the_servers(router, mocks, path):
     direct = httpx.post(mocks[0].url + path, json=PATHS[path])
     routed = router.post(path, PATHS[path])
     assert routed.status_code == direct.status_code == 200
@@ -67,7 +67,7 @@ def test_plain_answers_are_byte_for_byte_what_the_server_gives(router, mocks, pa
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 200])
-def test_streams_are_byte_for_byte_what_the_server_gives(router, pieces):
+def test_stream_is_byte_for_byte_the_servers(router, pieces):
     """Whatever the chunks are cut like, in the middle of an event or of a character."""
     payload = (DATA / "chat-stream.txt").read_bytes().split(b"\r\n\r\n", 1)[-1]
     payload = payload[payload.index(b"data:") : payload.index(b"[DONE]") + 8] + "é€".encode()
@@ -86,7 +86,7 @@ def test_streams_are_byte_for_byte_what_the_server_gives(router, pieces):
     assert answer.content == payload
 
 
-def test_openai_sdk_sync(router):
+def test_openai_sdk_sync_works(router):
     with openai.OpenAI(base_url=router.url + "/v1", api_key="none", max_retries=0) as client:
         plain = client.chat.completions.create(**chat(seed=3))
         pieces = client.chat.completions.create(**chat(seed=3), stream=True)
@@ -95,7 +95,7 @@ def test_openai_sdk_sync(router):
         assert [model.id for model in client.models.list()] == ["m"]
 
 
-def test_openai_sdk_async(router):
+def test_openai_sdk_async_works(router):
     async def converse() -> None:
         async with openai.AsyncOpenAI(
             base_url=router.url + "/v1", api_key="none", max_retries=0
@@ -108,7 +108,7 @@ def test_openai_sdk_async(router):
     asyncio.run(converse())  # the SDK leaves async generators open, which Trio complains about
 
 
-def test_first_event_arrives_before_the_second_leaves_the_server(router, mocks):
+def test_stream_first_event_arrives_before_second_is_sent(router, mocks):
     arrivals = []
     with router.client() as client:
         request = client.build_request(
@@ -127,7 +127,7 @@ def test_first_event_arrives_before_the_second_leaves_the_server(router, mocks):
     assert arrivals[-1] > 0.6
 
 
-def test_request_bytes_and_headers_reach_the_server_unchanged(router, mocks):
+def test_request_bytes_and_headers_reach_server_unchanged(router, mocks):
     for mock in mocks:
         mock.reset()
     body = (
@@ -159,7 +159,7 @@ def test_request_bytes_and_headers_reach_the_server_unchanged(router, mocks):
     assert "x-hop" not in headers
 
 
-def test_multipart_audio_finds_its_model(router):
+def test_multipart_audio_is_routed_by_model(router):
     answer = httpx.post(
         router.url + "/v1/audio/transcriptions",
         data={"model": "m"},
@@ -174,7 +174,7 @@ def test_multipart_audio_finds_its_model(router):
     assert refused.status_code == 404
 
 
-def test_a_large_body_passes_and_a_larger_one_is_refused(router):
+def test_body_large_passes_and_larger_is_refused(router):
     answer = router.post("/v1/chat/completions", chat(text="x" * 20_000_000))
     assert answer.status_code in (200, 400)  # the server's own word on its context length
     assert "x-vllm-router-error" not in answer.headers
@@ -184,7 +184,7 @@ def test_a_large_body_passes_and_a_larger_one_is_refused(router):
     assert refused.headers["x-vllm-router-error"] == "body_too_large"
 
 
-def test_unknown_model_names_the_known_ones(router):
+def test_models_unknown_is_404_naming_known_ones(router):
     answer = router.post("/v1/chat/completions", chat(model="nope"))
     assert answer.status_code == 404
     error = answer.json()["error"]
@@ -193,14 +193,14 @@ def test_unknown_model_names_the_known_ones(router):
     assert "m" in error["message"].split("Available models: ")[1]
 
 
-def test_models_keep_what_the_engine_says_of_them(router, mocks):
+def test_models_keep_fields_of_engine(router, mocks):
     [card] = router.get("/v1/models").json()["data"]
     [direct] = httpx.get(mocks[0].url + "/v1/models").json()["data"]
     assert card.keys() == direct.keys()
     assert card["max_model_len"] == direct["max_model_len"]
 
 
-def test_engine_control_is_closed(router, mocks):
+def test_engine_control_is_closed_by_default(router, mocks):
     for path in ("/sleep", "/v1/load_lora_adapter", "/collective_rpc", "/reset_prefix_cache"):
         answer = router.post(path, {})
         assert answer.status_code == 403, path
@@ -208,7 +208,7 @@ def test_engine_control_is_closed(router, mocks):
     assert all(entry["path"] != "/sleep" for mock in mocks for entry in mock.log())
 
 
-def test_client_errors_pass_through_in_the_engines_words(router, mocks):
+def test_client_errors_pass_in_engines_words(router, mocks):
     body = {"model": "m", "messages": "x"}
     direct = httpx.post(mocks[0].url + "/v1/chat/completions", json=body)
     routed = router.post("/v1/chat/completions", body)

@@ -91,7 +91,7 @@ def known_names() -> set[str]:
     return names
 
 
-def test_queries_name_only_metrics_and_labels_that_exist():
+def test_deploy_queries_name_existing_metrics_and_labels():
     labels = {family.name: set(family.labels) for family in FAMILIES}
     for query in QUERIES:
         names = set(re.findall(r"\b(?:vllm_router|process)_\w+|\bup\b", query))
@@ -107,14 +107,14 @@ def test_queries_name_only_metrics_and_labels_that_exist():
         assert by <= set().union(*labels.values()) | {"instance", "le"}, query
 
 
-def test_names_of_the_documentation_are_those_of_the_code():
+def test_deploy_documented_names_match_code():
     page = (ROOT / "docs" / "metrics.md").read_text()
     assert set(re.findall(r"^\| `(vllm_router_\w+)`", page, re.MULTILINE)) == {
         family.name for family in FAMILIES
     }
 
 
-def test_every_metric_that_tells_of_trouble_has_an_alert_or_a_panel():
+def test_deploy_every_trouble_metric_has_alert_or_panel():
     shown = " ".join(QUERIES)
     left_out = {family.name for family in FAMILIES if family.name not in shown}
     # A new metric comes with a panel or an alert, or is listed here.
@@ -127,7 +127,7 @@ def test_every_metric_that_tells_of_trouble_has_an_alert_or_a_panel():
     }
 
 
-def test_dashboard_is_one_that_grafana_takes():
+def test_deploy_dashboard_is_valid_for_grafana():
     assert DASHBOARD["schemaVersion"] >= 36
     assert DASHBOARD["uid"]
     assert "id" not in DASHBOARD, "an id is that of one Grafana"
@@ -144,7 +144,7 @@ def test_dashboard_is_one_that_grafana_takes():
             assert set(re.findall(r"\$(\w+)", target["expr"])) <= variables | {"__rate_interval"}
 
 
-def test_panels_do_not_overlap():
+def test_deploy_panels_do_not_overlap():
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]
@@ -158,12 +158,12 @@ def test_panels_do_not_overlap():
         taken |= cells
 
 
-def test_rules_and_configuration_are_valid():
+def test_deploy_rules_and_configuration_are_valid():
     assert "SUCCESS" in promtool("check", "rules", str(RULES))
     promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
 
 
-def test_alerts_go_off_when_they_should():
+def test_deploy_alerts_fire_when_they_should():
     promtool("test", "rules", str(PROMETHEUS / "vllm-router.rules.test.yml"))
 
 
@@ -244,12 +244,12 @@ def _traffic(under_test: Scraped) -> None:
     raise TimeoutError("Prometheus has seen no traffic")
 
 
-def test_prometheus_answers_every_query(scraped: Scraped):
+def test_deploy_prometheus_answers_every_query(scraped: Scraped):
     for query in QUERIES:
         scraped.query(query)
 
 
-def test_queries_about_what_happens_have_data(scraped: Scraped):
+def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
     # What did not happen has none: failures, and rates whose scrapes lie further apart than asked.
     without = re.compile(
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
@@ -263,7 +263,7 @@ def test_queries_about_what_happens_have_data(scraped: Scraped):
     assert missing == []
 
 
-def test_no_alert_is_raised_by_a_healthy_fleet(scraped: Scraped):
+def test_deploy_healthy_fleet_raises_no_alert(scraped: Scraped):
     firing = [alert["labels"]["alertname"] for alert in scraped.ask("alerts")["alerts"]]
     assert firing == []
     groups = scraped.ask("rules")["groups"]
@@ -272,5 +272,5 @@ def test_no_alert_is_raised_by_a_healthy_fleet(scraped: Scraped):
     )
 
 
-def test_page_passes_promtools_lint(scraped: Scraped):
+def test_deploy_metrics_page_passes_promtool_lint(scraped: Scraped):
     assert promtool("check", "metrics", stdin=scraped.router.get("/metrics").text) == ""

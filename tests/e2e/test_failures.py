@@ -20,7 +20,7 @@ MOCK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.01")
 
 
 @pytest.mark.parametrize("front", FRONTS)
-async def test_killing_one_of_three_fails_no_request_without_a_byte(tmp_path, front):
+async def test_killed_one_of_three_fails_no_unstarted_response(tmp_path, front):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path, "--front", front) as router,
@@ -40,7 +40,7 @@ async def test_killing_one_of_three_fails_no_request_without_a_byte(tmp_path, fr
         until(lambda: router.state(mocks[1].url) == "up", "its return")
 
 
-async def test_killing_three_of_four_at_once_fails_no_request_without_a_byte(tmp_path):
+async def test_killed_three_of_four_fails_no_unstarted_response(tmp_path):
     with (
         mock_processes(4, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -65,7 +65,7 @@ async def test_killing_three_of_four_at_once_fails_no_request_without_a_byte(tmp
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
 @pytest.mark.parametrize("front", FRONTS)
-async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, front, http2):
+async def test_killed_server_streams_end_with_one_error_event(tmp_path, front, http2):
     with (
         mock_processes(3, "--model", "m", "--token-delay", "0.03") as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path, "--front", front) as router,
@@ -94,7 +94,7 @@ async def test_streams_of_a_killed_server_end_with_one_error_event(tmp_path, fro
                 assert result.text.endswith("}\n\n")
 
 
-async def test_a_frozen_server_is_left_and_taken_back(tmp_path):
+async def test_frozen_server_is_taken_out_and_taken_back(tmp_path):
     config_of = lambda mocks: servers_toml(  # noqa: E731
         (m.url for m in mocks), first_byte_timeout=30, health_check_timeout=2
     )
@@ -121,7 +121,7 @@ async def test_a_frozen_server_is_left_and_taken_back(tmp_path):
         assert load.bad() == []
 
 
-async def test_a_storm_of_client_errors_ejects_nobody(tmp_path):
+async def test_client_error_storm_ejects_no_server(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -132,7 +132,7 @@ async def test_a_storm_of_client_errors_ejects_nobody(tmp_path):
         assert {server["state"] for server in router.servers().values()} == {"up"}
 
 
-async def test_a_full_server_is_passed_over_and_two_give_their_own_503(tmp_path):
+async def test_full_server_is_passed_over_and_two_pass_their_503(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -154,7 +154,7 @@ async def test_a_full_server_is_passed_over_and_two_give_their_own_503(tmp_path)
         assert not [line for line in router.log if "ejected" in line]
 
 
-async def test_a_burst_spreads_evenly_over_idle_servers(tmp_path):
+async def test_burst_on_idle_servers_spreads_evenly(tmp_path):
     with (
         mock_processes(3, "--model", "m", "--ttft", "0.3") as mocks,
         router_process(servers_toml((m.url for m in mocks), capacity=10), tmp_path) as router,
@@ -165,7 +165,7 @@ async def test_a_burst_spreads_evenly_over_idle_servers(tmp_path):
         assert sorted(shares.values()) == pytest.approx([10, 10, 10], abs=1)
 
 
-async def test_a_model_on_one_server_only_reaches_that_one(tmp_path):
+async def test_model_on_one_server_is_routed_there(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         mock_processes(1, *MOCK, "--model", "special") as [special],
@@ -178,7 +178,7 @@ async def test_a_model_on_one_server_only_reaches_that_one(tmp_path):
         assert ids == {"m", "special"}
 
 
-async def test_everything_down_is_said_at_once_and_over_soon(tmp_path):
+async def test_fleet_down_is_reported_at_once_and_recovers(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -196,7 +196,7 @@ async def test_everything_down_is_said_at_once_and_over_soon(tmp_path):
 
 
 @pytest.mark.parametrize("front", FRONTS)
-async def test_a_client_that_leaves_frees_its_server(tmp_path, front):
+async def test_client_disconnect_frees_server(tmp_path, front):
     with (
         mock_processes(2, "--model", "m", "--token-delay", "0.02") as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path, "--front", front) as router,
@@ -243,7 +243,7 @@ def httpx_client(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
 
 
-async def test_sigterm_drains_and_ends_late_streams_honestly(tmp_path):
+async def test_sigterm_drains_and_ends_late_streams_with_error(tmp_path):
     config = lambda mocks: servers_toml((m.url for m in mocks), drain_timeout=4)  # noqa: E731
     with (
         mock_processes(2, "--model", "m", "--token-delay", "0.02") as mocks,
@@ -269,7 +269,7 @@ async def test_sigterm_drains_and_ends_late_streams_honestly(tmp_path):
         assert all("router_stopping" in r.text for r in results if r.ended == "error event")
 
 
-async def test_a_second_signal_ends_at_once(tmp_path):
+async def test_sigterm_twice_exits_at_once(tmp_path):
     with (
         mock_processes(1, "--model", "m", "--token-delay", "0.02") as mocks,
         router_process(servers_toml((m.url for m in mocks), drain_timeout=300), tmp_path) as router,

@@ -110,7 +110,7 @@ def send_all(port: int, inputs: list[bytes], rng: random.Random) -> list[bytes]:
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_malformed_requests_leave_nothing_behind(tmp_path, front):
+def test_fuzz_malformed_requests_leak_nothing(tmp_path, front):
     rng = random.Random(7)
     with (
         mock_processes(2, "--model", "m", "--ttft", "0", "--token-delay", "0") as mocks,

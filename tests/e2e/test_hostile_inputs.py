@@ -87,7 +87,7 @@ def labs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labs]:
 
 
 @pytest.mark.parametrize(("front", "row"), ROWS)
-def test_hostile_input_hurts_nothing(labs: Labs, front: str, row: Hostile):
+def test_hostile_input_is_harmless(labs: Labs, front: str, row: Hostile):
     there = labs.get(front, tls=row.tls)
     there.run(row)
     print(f"worst stall: {there.stalls[row.name]}")

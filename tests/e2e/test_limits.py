@@ -88,7 +88,7 @@ def occupied(router: RouterProcess, waiting: int = 0) -> Iterator[list[Connectio
 
 
 @pytest.mark.parametrize("front", FRONTS)
-async def test_no_server_ever_gets_more_than_its_cap(tmp_path, front):
+async def test_limits_cap_is_never_exceeded(tmp_path, front):
     with fleet(tmp_path, 3, front) as (mocks, router):
         plain = await burst(router.url, SHORT, 60)
         streams = await burst(router.url, chat(max_tokens=5, stream=True), 60)
@@ -99,7 +99,7 @@ async def test_no_server_ever_gets_more_than_its_cap(tmp_path, front):
         assert queued(router) == 0
 
 
-def test_full_room_answers_429_with_when_to_come_back(tmp_path):
+def test_limits_full_queue_is_429_with_retry_after(tmp_path):
     with fleet(tmp_path, queue_size=2) as (mocks, router):
         with occupied(router, waiting=2):
             got = router.post("/v1/chat/completions", SHORT)
@@ -113,7 +113,7 @@ def test_full_room_answers_429_with_when_to_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("front", FRONTS)
-def test_client_that_leaves_the_room_frees_its_place(tmp_path, front):
+def test_limits_client_disconnect_frees_place_in_queue(tmp_path, front):
     with fleet(tmp_path, front=front, queue_size=2) as (mocks, router):
         with occupied(router, waiting=2) as connections:
             connections[-1].leave()
@@ -127,7 +127,7 @@ def test_client_that_leaves_the_room_frees_its_place(tmp_path, front):
         assert router.metric("vllm_router_server_leases") == 0
 
 
-def test_deadline_of_the_client_is_kept(tmp_path):
+def test_limits_client_deadline_is_kept(tmp_path):
     with fleet(tmp_path) as (mocks, router):
         headers = {"x-request-timeout": "0.5"}
         with occupied(router):
@@ -144,7 +144,7 @@ def test_deadline_of_the_client_is_kept(tmp_path):
         assert (bad.status_code, bad.json()["error"]["code"]) == (400, "invalid_request_timeout")
 
 
-def test_priorities_and_keys_decide_who_is_next(tmp_path):
+def test_limits_priorities_and_keys_decide_order(tmp_path):
     keys = "".join(f'[[auth.keys]]\nname = "{name}"\nkey = "sk-{name}"\n' for name in "ab")
     with mock_processes(1, *MOCK) as mocks:
         config = with_limits([mocks[0].url], max_in_flight=1) + keys
@@ -172,7 +172,7 @@ def test_priorities_and_keys_decide_who_is_next(tmp_path):
                 connection.leave()
 
 
-async def test_killed_server_loses_nobody_and_no_cap_is_exceeded(tmp_path):
+async def test_limits_killed_server_loses_no_request_and_exceeds_no_cap(tmp_path):
     with fleet(tmp_path, 3, queue_timeout=20) as (mocks, router):
         async with Load(router.url, SHORT, 30) as load:
             await load.wait_for(60)
@@ -182,7 +182,7 @@ async def test_killed_server_loses_nobody_and_no_cap_is_exceeded(tmp_path):
         assert [mocks[n].stats()["rejected"] for n in (0, 2)] == [0, 0]
 
 
-async def test_requests_wait_while_the_only_server_restarts(tmp_path):
+async def test_limits_requests_wait_while_only_server_restarts(tmp_path):
     with fleet(tmp_path, queue_timeout=30) as (mocks, router):
         mocks[0].kill()
         until(lambda: router.state(mocks[0].url) == "down", "its fall")
@@ -200,7 +200,7 @@ async def test_requests_wait_while_the_only_server_restarts(tmp_path):
         assert mocks[0].stats()["rejected"] == 0
 
 
-def test_reload_lets_those_who_wait_in(tmp_path):
+def test_limits_reload_with_higher_cap_admits_waiters(tmp_path):
     with mock_processes(1, "--model", "m") as mocks:
         with router_process(with_limits([mocks[0].url]), tmp_path) as router:
             with occupied(router, waiting=3):
@@ -211,7 +211,7 @@ def test_reload_lets_those_who_wait_in(tmp_path):
                 assert router.metric("vllm_router_queue_limit") == 0
 
 
-def test_those_who_wait_for_a_model_that_is_taken_out_are_told(tmp_path):
+def test_limits_model_removed_ends_wait_with_error(tmp_path):
     with fleet(tmp_path) as (_, router), mock_processes(1, "--model", "n") as new:
         with occupied(router, waiting=2) as connections:
             router.config.write_text(with_limits([new[0].url]))
@@ -222,7 +222,7 @@ def test_those_who_wait_for_a_model_that_is_taken_out_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("front", FRONTS)
-async def test_those_who_wait_are_served_while_the_router_drains(tmp_path, front):
+async def test_limits_waiters_are_served_while_router_drains(tmp_path, front):
     with fleet(tmp_path, front=front) as (mocks, router):
         results: list[Result] = []
 
@@ -239,7 +239,7 @@ async def test_those_who_wait_are_served_while_the_router_drains(tmp_path, front
 
 
 @pytest.mark.parametrize("front", FRONTS)
-async def test_those_who_wait_for_ever_are_told_that_the_router_ends(tmp_path, front):
+async def test_limits_endless_waiters_get_503_when_router_stops(tmp_path, front):
     with mock_processes(1, *MOCK) as mocks:
         config = with_limits([mocks[0].url], {"drain_timeout": 0.5})
         with router_process(config, tmp_path, "--front", front) as router:
@@ -251,7 +251,7 @@ async def test_those_who_wait_for_ever_are_told_that_the_router_ends(tmp_path, f
             assert await trio.to_thread.run_sync(router.process.wait, 15) == 0
 
 
-async def test_a_crowd_before_a_full_room_leaves_nothing_behind(tmp_path):
+async def test_limits_crowd_before_full_queue_leaks_nothing(tmp_path):
     with fleet(tmp_path, queue_size=4) as (mocks, router):
         with occupied(router, waiting=4):
             held = router.metric("vllm_router_request_body_bytes_held")

@@ -30,7 +30,7 @@ async def becomes(router: RouterProcess, mock: MockProcess, *states: str) -> Non
     )
 
 
-async def test_a_server_that_is_put_to_sleep_is_left_and_taken_back_when_it_wakes(tmp_path):
+async def test_sleeping_server_is_left_and_taken_back_on_wake(tmp_path):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -50,7 +50,7 @@ async def test_a_server_that_is_put_to_sleep_is_left_and_taken_back_when_it_wake
 
 
 @pytest.mark.parametrize("how", [404, "hang"])
-async def test_a_server_whose_metrics_are_gone_or_hang_serves_on_and_gets_its_share(tmp_path, how):
+async def test_server_without_metrics_serves_its_share(tmp_path, how):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(
@@ -70,7 +70,7 @@ async def test_a_server_whose_metrics_are_gone_or_hang_serves_on_and_gets_its_sh
         assert transitions == 2
 
 
-async def test_a_server_that_answers_health_but_no_inference_is_left_until_it_does(tmp_path):
+async def test_server_failing_inference_with_good_health_is_left(tmp_path):
     config = lambda mocks: servers_toml((m.url for m in mocks), first_byte_timeout=3)  # noqa: E731
     with (
         mock_processes(3, *MOCK) as mocks,
@@ -94,7 +94,7 @@ async def test_a_server_that_answers_health_but_no_inference_is_left_until_it_do
         assert len(load.bad()) == bad
 
 
-async def test_half_of_the_fleet_gone_at_once_costs_no_request(tmp_path):
+async def test_half_of_fleet_down_fails_no_request(tmp_path):
     with (
         mock_processes(4, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -112,7 +112,7 @@ async def test_half_of_the_fleet_gone_at_once_costs_no_request(tmp_path):
         assert len(load.bad()) <= 10
 
 
-async def test_all_of_the_fleet_gone_and_back(tmp_path):
+async def test_all_of_fleet_down_recovers(tmp_path):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -140,7 +140,7 @@ async def test_all_of_the_fleet_gone_and_back(tmp_path):
 
 
 @pytest.mark.parametrize("fate", ["abort", "error", "silence"])
-async def test_sigterm_costs_no_request_whatever_the_engine_does_with_it(tmp_path, fate):
+async def test_server_sigterm_fails_no_request_in_any_shutdown_mode(tmp_path, fate):
     with (
         mock_processes(3, *MOCK, "--sigterm", fate) as mocks,
         router_process(
@@ -155,7 +155,7 @@ async def test_sigterm_costs_no_request_whatever_the_engine_does_with_it(tmp_pat
         assert load.bad() == []
 
 
-async def test_a_shutdown_grace_with_a_green_health_and_500s_is_no_sinkhole(tmp_path):
+async def test_server_in_shutdown_grace_is_no_sinkhole(tmp_path):
     with (
         mock_processes(3, *MOCK, "--shutdown-timeout", "20") as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -168,7 +168,7 @@ async def test_a_shutdown_grace_with_a_green_health_and_500s_is_no_sinkhole(tmp_
         assert load.bad() == []
 
 
-async def test_streams_that_end_before_their_first_token_are_answered_by_others(tmp_path):
+async def test_streams_ended_before_first_token_are_retried(tmp_path):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -181,7 +181,7 @@ async def test_streams_that_end_before_their_first_token_are_answered_by_others(
         await becomes(router, mocks[0], "ejected")
 
 
-async def test_a_trickle_is_slow_but_no_failure(tmp_path):
+async def test_trickling_response_is_no_failure(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml((m.url for m in mocks), idle_timeout=5), tmp_path) as router,
@@ -195,7 +195,7 @@ async def test_a_trickle_is_slow_but_no_failure(tmp_path):
         assert {server["state"] for server in router.servers().values()} == {"up"}
 
 
-async def test_errors_of_one_client_eject_nobody(tmp_path):
+async def test_errors_of_one_client_eject_no_server(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -213,7 +213,7 @@ async def test_errors_of_one_client_eject_nobody(tmp_path):
 
 
 @pytest.mark.parametrize("fate", ["killed", "stopped", "error event"])
-def test_the_guides_client_gets_a_whole_answer_when_its_stream_breaks(tmp_path, fate):
+def test_guide_client_gets_whole_answer_after_broken_stream(tmp_path, fate):
     guide = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
     (code,) = re.findall(r"^```python\n(import openai.*?)^```", guide, re.MULTILINE | re.DOTALL)
     sigterm = "error" if fate == "error event" else "abort"
@@ -269,7 +269,7 @@ def moving(directory: Path) -> type[RouterProcess]:
     return Router
 
 
-async def test_a_name_that_moves_is_followed(tmp_path):
+async def test_server_name_that_moves_is_followed(tmp_path):
     with mock_processes(1, *MOCK, "--host", "127.0.0.1") as [old]:
         new = MockProcess(*MOCK, "--host", "127.0.0.2", port=old.port)
         try:

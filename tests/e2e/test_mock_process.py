@@ -50,14 +50,14 @@ REQUEST = (
 )
 
 
-def test_it_answers_and_says_who_it_is(mock):
+def test_mock_process_answers_and_reports_its_address(mock):
     answer = mock.post(PATH, CHAT)
     assert answer["usage"]["completion_tokens"] == 3
     assert (mock.name, mock.stats()["name"], mock.stats()["total"]) == ("one", "one", 1)
     assert mock.last()["path"] == PATH
 
 
-def test_a_reset_is_a_reset_and_a_close_is_none(mock):
+def test_mock_process_reset_differs_from_close(mock):
     mock.set(mode="reset")
     with pytest.raises(ConnectionResetError):
         exchange(mock, REQUEST)
@@ -65,7 +65,7 @@ def test_a_reset_is_a_reset_and_a_close_is_none(mock):
     assert exchange(mock, REQUEST) == b""
 
 
-def test_a_reset_in_mid_stream_comes_after_the_bytes_before_it(mock):
+def test_mock_process_reset_in_stream_follows_earlier_bytes(mock):
     mock.set(mode="midreset", after=2)
     with socket.create_connection(("127.0.0.1", mock.port), timeout=10) as connection:
         connection.sendall(
@@ -80,7 +80,7 @@ def test_a_reset_in_mid_stream_comes_after_the_bytes_before_it(mock):
     assert received.count(b"data: {") == 2
 
 
-def test_a_reader_slower_than_the_model_gets_everything(mock):
+def test_mock_process_slow_reader_gets_everything(mock):
     body = b'{"prompt":"x","max_tokens":30000,"stream":true}'
     head = (
         b"POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -97,7 +97,7 @@ def test_a_reader_slower_than_the_model_gets_everything(mock):
     assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
-def test_sigterm_lets_a_running_answer_end_and_the_process_with_it():
+def test_mock_process_sigterm_finishes_running_answer():
     with mock_processes(1, "--model", "m", "--token-delay", "0.05") as [mock]:
         answers = []
         asking = threading.Thread(
@@ -111,7 +111,7 @@ def test_sigterm_lets_a_running_answer_end_and_the_process_with_it():
         assert mock.process.wait(10) == 0
 
 
-def test_a_killed_server_refuses_and_can_come_back_on_its_port():
+def test_mock_process_killed_refuses_and_can_reuse_port():
     with mock_processes(1, *FAST) as [mock]:
         mock.kill()
         with pytest.raises(urllib.error.URLError):
@@ -123,7 +123,7 @@ def test_a_killed_server_refuses_and_can_come_back_on_its_port():
             again.close()
 
 
-def test_sigint_ends_it_at_once():
+def test_mock_process_sigint_ends_at_once():
     with mock_processes(1, *FAST, "--set", '{"mode":"hang"}') as [mock]:
         with socket.create_connection(("127.0.0.1", mock.port)) as connection:
             connection.sendall(REQUEST)
@@ -132,7 +132,7 @@ def test_sigint_ends_it_at_once():
 
 
 @pytest.mark.parametrize("mode", ["die", "engine_death"])
-def test_it_can_die_of_a_request(mode):
+def test_mock_process_can_die_of_a_request(mode):
     switches = json.dumps({"mode": mode, "only_body": "poison"})
     with mock_processes(1, *FAST, "--set", switches) as [mock]:
         assert httpx.post(mock.url + PATH, json=CHAT, trust_env=False).status_code == 200
@@ -146,7 +146,7 @@ def test_it_can_die_of_a_request(mode):
         assert mock.process.wait(5) == 0
 
 
-def test_a_port_in_use_is_one_line_and_exit_code_2(mock):
+def test_mock_process_port_in_use_is_one_line_and_exit_code_2(mock):
     ended = subprocess.run(
         [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(mock.port)],
         capture_output=True,
@@ -163,5 +163,5 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(mock):
     "arguments",
     [["--set", '{"mode":"nonsense"}'], ["--set", "{"], ["--speed", "0"], ["--sigterm", "maybe"]],
 )
-def test_wrong_arguments_are_refused(arguments):
+def test_mock_process_wrong_arguments_are_refused(arguments):
     assert CliRunner().invoke(mock_command, arguments).exit_code == 2

@@ -72,7 +72,7 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Rig]:
             yield Rig(router, big, small)
 
 
-def test_one_string_of_the_body_is_replaced_and_nothing_of_the_answer(rig: Rig):
+def test_models_alias_replaces_one_string_and_nothing_in_response(rig: Rig):
     body = json.dumps(chat(model="chat", text='é "model": "chat"'), indent=2)
     answer = ask(rig.router, body)
     assert answer.status_code == 200
@@ -83,7 +83,7 @@ def test_one_string_of_the_body_is_replaced_and_nothing_of_the_answer(rig: Rig):
     assert body_at(rig.big) == plain
 
 
-def test_chunked_and_streamed_request_is_edited_as_well(rig: Rig):
+def test_models_alias_applies_to_chunked_request(rig: Rig):
     body = json.dumps(chat(model="chat", stream=True)).encode()
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:], b""))
     head = (
@@ -100,7 +100,7 @@ def test_chunked_and_streamed_request_is_edited_as_well(rig: Rig):
     assert body_at(rig.big).encode() == body.replace(b'"chat"', b'"m"')
 
 
-def test_list_has_public_names_as_far_as_the_key_goes(rig: Rig):
+def test_models_list_has_public_names_allowed_for_key(rig: Rig):
     assert listed(rig.router, "sk-all") == ["chat", "safe", "small"]
     assert listed(rig.router, "sk-some") == ["chat", "safe"]
     answer = rig.router.get("/v1/models/chat", headers={"authorization": "Bearer sk-all"})
@@ -119,14 +119,14 @@ def test_list_has_public_names_as_far_as_the_key_goes(rig: Rig):
         ("sk-some", "small", 403),
     ],
 )
-def test_names_and_keys(rig: Rig, key: str, model: str, status: int):
+def test_models_of_keys_are_public_names(rig: Rig, key: str, model: str, status: int):
     answer = ask(rig.router, json.dumps(chat(model=model)), key)
     assert answer.status_code == status
     if status == 404:
         assert answer.json()["error"]["message"].endswith("models: chat, safe, small.")
 
 
-def test_request_chooses_its_policy_and_the_log_says_so(rig: Rig):
+def test_models_policy_header_is_applied_and_logged(rig: Rig):
     for name, used in (("prefix", "prefix"), (None, "round_robin")):
         fields = {"x-router-policy": name} if name is not None else {}
         answer = ask(rig.router, json.dumps(chat(model="small")), **fields)
@@ -142,7 +142,7 @@ def test_request_chooses_its_policy_and_the_log_says_so(rig: Rig):
     assert "round_robin" in refused.json()["error"]["message"]
 
 
-def test_explanation_follows_names_and_policies(rig: Rig):
+def test_models_explain_follows_names_and_policies(rig: Rig):
     found = rig.router.post("/explain", chat(model="chat")).json()
     assert (found["model"], found["served_model"], found["policy"]) == ("chat", "m", "adaptive")
     assert [row["server"] for row in found["candidates"]] == [rig.big.url.removeprefix("http://")]
@@ -154,7 +154,7 @@ def test_explanation_follows_names_and_policies(rig: Rig):
     assert refused.status_code == 400
 
 
-def test_metrics_have_the_names_that_clients_write(rig: Rig):
+def test_models_metrics_have_public_names(rig: Rig):
     before = rig.router.metric("vllm_router_requests_total", model="chat", status="200")
     ask(rig.router, json.dumps(chat(model="chat")))
     after = rig.router.metric("vllm_router_requests_total", model="chat", status="200")
@@ -162,7 +162,7 @@ def test_metrics_have_the_names_that_clients_write(rig: Rig):
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_fallback_answers_when_the_last_server_of_a_model_dies(front: str, tmp_path: Path):
+def test_models_fallback_answers_when_last_server_dies(front: str, tmp_path: Path):
     with (
         mock_processes(1, "--model", "m") as (big,),
         mock_processes(1, "--model", "small") as (small,),
@@ -185,7 +185,7 @@ def test_fallback_answers_when_the_last_server_of_a_model_dies(front: str, tmp_p
             assert (explained["served_model"], explained["policy"]) == ("small", "round_robin")
 
 
-def test_probing_a_configuration_tells_names_that_no_server_has(tmp_path: Path):
+def test_models_probe_reports_names_without_server(tmp_path: Path):
     table = '[models]\nchat = "m"\nwrong = "n"\nsafe = { serves = "m", fallback = "nobody" }\n'
     with mock_processes(1, "--model", "m") as (mock,):
         file = tmp_path / "servers.toml"

@@ -49,7 +49,7 @@ def child_of(pid: int) -> int:
 # -- monitor ----------------------------------------------------------------------------------
 
 
-def test_small_terminal_shows_all_and_keys_work(demo: Running, tmp_path: Path):
+def test_monitor_small_terminal_shows_all_and_keys_work(demo: Running, tmp_path: Path):
     with terminal(command("monitor", demo.url), tmp_path) as screen:
         first = screen.wait("live", "demo-1", "demo-2", "demo-3", "EVENTS", "3/3 up")
         lines = first.splitlines()
@@ -84,7 +84,7 @@ def test_small_terminal_shows_all_and_keys_work(demo: Running, tmp_path: Path):
         assert screen.ended() == 0
 
 
-def test_large_terminal_and_change_of_size(demo: Running, tmp_path: Path):
+def test_monitor_large_terminal_follows_resize(demo: Running, tmp_path: Path):
     with terminal(command("monitor", demo.url, "--models"), tmp_path, width=160, height=50) as it:
         lines = it.wait("live", "MODELS", "TTFT95", "KV").splitlines()
         assert (len(lines), {len(line) for line in lines}) == (50, {160})
@@ -104,7 +104,7 @@ def _whole(screen: Terminal, width: int, height: int) -> list[str]:
     return lines if fits and lines[0][0] == "╭" and lines[-1][-1] == "╯" else []
 
 
-def test_router_restart_is_survived_and_said(tmp_path: Path):
+def test_monitor_router_restart_is_shown_and_survived(tmp_path: Path):
     port = str(free_port())
     serve = ("run", "--demo", "--host", "127.0.0.1", "--port", port, "--console")
     with contextlib.ExitStack() as first:
@@ -120,7 +120,7 @@ def test_router_restart_is_survived_and_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_terminal_is_restored_after_a_signal(demo: Running, tmp_path: Path, number: signal.Signals):
+def test_monitor_signal_restores_terminal(demo: Running, tmp_path: Path, number: signal.Signals):
     # The shell says which process it becomes.
     script = ["sh", "-c", 'echo $$ > pid; exec "$@"', "sh", *command("monitor", demo.url)]
     with terminal(script, tmp_path) as screen:
@@ -130,7 +130,7 @@ def test_terminal_is_restored_after_a_signal(demo: Running, tmp_path: Path, numb
         assert screen.ended() == 0
 
 
-def test_terminal_is_restored_after_a_defect(demo: Running, tmp_path: Path):
+def test_monitor_defect_restores_terminal(demo: Running, tmp_path: Path):
     broken = (
         "import vllm_router.cli.monitor.screen as s, vllm_router.cli.main as c\n"
         "draw, count = s.draw, []\n"
@@ -145,7 +145,7 @@ def test_terminal_is_restored_after_a_defect(demo: Running, tmp_path: Path):
         assert "ZeroDivisionError" in screen.all()
 
 
-def test_no_router_is_one_line(tmp_path: Path):
+def test_monitor_without_router_is_one_line(tmp_path: Path):
     url = f"http://127.0.0.1:{free_port()}"
     with terminal(command("monitor", url), tmp_path, width=160) as screen:
         assert screen.ended() == 2
@@ -158,7 +158,7 @@ def test_no_router_is_one_line(tmp_path: Path):
 # -- where there is no terminal ---------------------------------------------------------------
 
 
-def test_lines_where_there_is_no_terminal(demo: Running, tmp_path: Path):
+def test_monitor_without_terminal_prints_lines(demo: Running, tmp_path: Path):
     with running(tmp_path / "errors", "monitor", demo.url, "--interval", "0.2") as lines:
         first = lines.line()
         assert first[10:11] == "T"
@@ -174,7 +174,7 @@ def test_lines_where_there_is_no_terminal(demo: Running, tmp_path: Path):
     assert (tmp_path / "errors").read_text() == ""
 
 
-def test_reader_that_has_enough_is_no_error(demo: Running):
+def test_monitor_closed_pipe_is_no_error(demo: Running):
     lines = subprocess.Popen(
         command("monitor", demo.url, "--interval", "0.1"),
         stdout=subprocess.PIPE,
@@ -197,7 +197,7 @@ def test_reader_that_has_enough_is_no_error(demo: Running):
 # -- run --------------------------------------------------------------------------------------
 
 
-def test_run_shows_the_view_logs_to_a_file_and_ctrl_c_stops_both(tmp_path: Path):
+def test_run_monitor_logs_to_file_and_ctrl_c_stops_both(tmp_path: Path):
     with terminal(command(*DEMO), tmp_path) as screen:
         screen.wait("live", "demo-1", "3/3 up")
         assert "unknown -> up" in (tmp_path / "logs/vllm-router.log").read_text()
@@ -210,7 +210,7 @@ def test_run_shows_the_view_logs_to_a_file_and_ctrl_c_stops_both(tmp_path: Path)
         assert "unknown -> up" not in text
 
 
-def test_run_asks_before_q_stops_the_router(tmp_path: Path):
+def test_run_monitor_asks_before_q_stops_router(tmp_path: Path):
     with terminal(command(*DEMO), tmp_path) as screen:
         screen.wait("live", "3/3 up")
         screen.type("q")
@@ -221,7 +221,7 @@ def test_run_asks_before_q_stops_the_router(tmp_path: Path):
         assert screen.ended() == 0
 
 
-def test_run_with_port_in_use_is_one_line(tmp_path: Path):
+def test_run_monitor_port_in_use_is_one_line(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with terminal(command(*DEMO[:-1], port), tmp_path) as screen:
@@ -230,7 +230,7 @@ def test_run_with_port_in_use_is_one_line(tmp_path: Path):
             assert screen.all().splitlines()[0] == line
 
 
-def test_run_with_console_has_no_view(tmp_path: Path):
+def test_run_console_option_shows_no_monitor(tmp_path: Path):
     with terminal(command(*DEMO, "--console"), tmp_path) as screen:
         screen.wait("unknown -> up")
         assert not screen.full_screen()
@@ -248,7 +248,7 @@ def run_with_pid(directory: Path) -> Iterator[tuple[Terminal, int]]:
         yield screen, int((directory / "pid").read_text())
 
 
-def test_signal_to_the_router_ends_both_and_is_told(tmp_path: Path):
+def test_run_monitor_signal_to_router_ends_both_with_message(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         os.kill(pid, signal.SIGTERM)
         assert screen.ended() == 0
@@ -256,7 +256,7 @@ def test_signal_to_the_router_ends_both_and_is_told(tmp_path: Path):
         assert "serve: stopped" in screen.all()
 
 
-def test_killed_router_leaves_the_terminal_and_the_end_of_its_log(tmp_path: Path):
+def test_run_monitor_killed_router_restores_terminal_and_shows_log(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         os.kill(pid, signal.SIGKILL)
         screen.wait("the router has died; the end of its log, logs/vllm-router.log:")
@@ -264,7 +264,7 @@ def test_killed_router_leaves_the_terminal_and_the_end_of_its_log(tmp_path: Path
         assert not screen.full_screen()
 
 
-def test_killed_view_leaves_the_router(tmp_path: Path):
+def test_run_monitor_killed_monitor_leaves_router_running(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         url = screen.screen().partition("http://")[2].split()[0]
         os.kill(child_of(pid), signal.SIGTERM)

@@ -25,7 +25,7 @@ def states(router: RouterProcess) -> set[str]:
     return {server["state"] for server in router.servers().values()}
 
 
-def test_router_outlives_a_resolver_that_fails_and_one_that_hangs(tmp_path: Path):
+def test_resolver_failure_or_hang_is_survived(tmp_path: Path):
     names = FakeNames(tmp_path)
     with mock_processes(2, *MOCK, "--host", "127.0.0.1") as mocks:
         for number, _ in enumerate(mocks):
@@ -44,7 +44,7 @@ def test_router_outlives_a_resolver_that_fails_and_one_that_hangs(tmp_path: Path
             router.wait_for_text("cannot resolve gpu-0.test")
 
 
-def test_router_follows_a_name_whose_old_address_swallows(tmp_path: Path):
+def test_resolver_name_with_swallowing_old_address_is_followed(tmp_path: Path):
     """Within the request, and though another address of the name swallows from the start."""
     names = FakeNames(tmp_path)
     with mock_processes(1, *MOCK, "--host", "127.0.0.1") as [old]:
@@ -67,7 +67,7 @@ def test_router_follows_a_name_whose_old_address_swallows(tmp_path: Path):
             new.close()
 
 
-def test_router_says_why_a_name_is_not_found_and_takes_it_when_it_is(tmp_path: Path):
+def test_resolver_unknown_name_has_reason_and_is_used_once_found(tmp_path: Path):
     names = FakeNames(tmp_path)
     with mock_processes(1, *MOCK, "--host", "127.0.0.1") as [mock]:
         names.forget("gpu.test")

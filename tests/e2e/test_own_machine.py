@@ -104,19 +104,19 @@ def codes(client: httpx.Client) -> set[tuple[int, str]]:
 REFUSED = {(403, "admin_local_only")}
 
 
-def test_loopback_address_administrates_nothing(url: str):
+def test_admin_from_loopback_address_is_refused(url: str):
     with httpx.Client(base_url=url, trust_env=False) as client:
         assert codes(client) == REFUSED
 
 
-def test_client_behind_a_plain_proxy_pass_administrates_nothing(url: str, tmp_path: Path):
+def test_admin_behind_plain_proxy_pass_is_refused(url: str, tmp_path: Path):
     with proxy("nginx", NGINX_PLAIN, httpx.URL(url).port or 0, tmp_path) as outside:
         with httpx.Client(base_url=outside, trust_env=False) as client:
             assert client.get("/v1/models").status_code == 200
             assert codes(client) == REFUSED
 
 
-def test_client_behind_a_port_forward_administrates_nothing(url: str):
+def test_admin_behind_port_forward_is_refused(url: str):
     """`ssh -R` and the like: bytes come in by a loopback address, unchanged."""
     port = httpx.URL(url).port or 0
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -141,14 +141,14 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
 
 
-def test_socket_of_the_user_administrates(url: str):
+def test_admin_by_own_socket_is_allowed(url: str):
     with own_machine(url) as client:
         assert codes(client) == {(200, "")}
         answer = client.post("/v1/chat/completions", json={"model": "m", "messages": []})
         assert answer.status_code == 200
 
 
-def test_commands_prove_themselves(url: str):
+def test_admin_commands_prove_their_user(url: str):
     drained = call("drain", "gpu", "--url", url)
     assert (drained.returncode, drained.stderr) == (0, "")
     state = call("status", url)
@@ -159,7 +159,7 @@ def test_commands_prove_themselves(url: str):
     assert shown.returncode == 0, shown.stderr
 
 
-def test_command_of_another_user_is_told_what_to_do(url: str, tmp_path: Path):
+def test_admin_command_of_other_user_says_what_to_do(url: str, tmp_path: Path):
     """No socket to be found: as for another user, or on another machine."""
     done = subprocess.run(
         [sys.executable, "-m", "vllm_router", "drain", "gpu", "--url", url],
@@ -175,7 +175,7 @@ def test_command_of_another_user_is_told_what_to_do(url: str, tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_socket_opened_by_another_user_is_closed_at_once(url: str):
+def test_admin_socket_opened_by_other_user_is_closed(url: str):
     """Even if somebody has opened the file and its directory to all."""
     path = find_socket(url)
     assert path is not None
@@ -206,7 +206,7 @@ def test_socket_opened_by_another_user_is_closed_at_once(url: str):
     assert done.stdout.strip() in ("b''", "ConnectionResetError", "BrokenPipeError"), done.stderr
 
 
-def test_page_signs_in_by_the_link_and_keeps_its_rights_behind_a_proxy(url: str, tmp_path: Path):
+def test_page_sign_in_by_link_keeps_rights_behind_proxy(url: str, tmp_path: Path):
     opened = call("open", url, "--print")
     assert opened.returncode == 0, opened.stderr
     found = re.fullmatch(rf"{re.escape(url)}/#sign-in=([\w-]{{43}})\n", opened.stdout)
@@ -221,7 +221,7 @@ def test_page_signs_in_by_the_link_and_keeps_its_rights_behind_a_proxy(url: str,
             assert codes(client) == {(200, "")}
 
 
-def test_monitor_comes_in_by_the_socket(url: str):
+def test_monitor_uses_own_socket(url: str):
     done = subprocess.Popen(
         [sys.executable, "-m", "vllm_router", "monitor", url, "--interval", "0.1"],
         stdout=subprocess.PIPE,
@@ -238,7 +238,7 @@ def test_monitor_comes_in_by_the_socket(url: str):
     assert errors == ""
 
 
-def test_killed_leader_leaves_the_socket_in_service(tmp_path: Path, mock: MockProcess):
+def test_admin_socket_survives_killed_leader(tmp_path: Path, mock: MockProcess):
     config = servers_toml([mock.url])
     with router_process(config, tmp_path, "--workers", "2") as router:
         leader = pids(router)["leader"]
@@ -247,7 +247,7 @@ def test_killed_leader_leaves_the_socket_in_service(tmp_path: Path, mock: MockPr
         assert router.administrate("GET", "/admin/servers").status_code == 200
 
 
-def test_admin_key_is_needed_by_the_socket_too(tmp_path: Path, mock: MockProcess):
+def test_admin_socket_needs_configured_admin_key(tmp_path: Path, mock: MockProcess):
     config = servers_toml([mock.url]) + '[auth]\nadmin_key = "sk-admin"\n'
     with router_process(config, tmp_path) as router:
         with own_machine(router.url) as client:
@@ -259,7 +259,7 @@ def test_admin_key_is_needed_by_the_socket_too(tmp_path: Path, mock: MockProcess
         assert opened.returncode == 0, opened.stderr
 
 
-def test_new_admin_key_ends_what_was_signed_in_before(tmp_path: Path, mock: MockProcess):
+def test_admin_new_key_ends_signed_in_sessions(tmp_path: Path, mock: MockProcess):
     config = servers_toml([mock.url])
     with router_process(config, tmp_path) as router:
         code = router.administrate("POST", "/admin/sign-in").json()["code"]
@@ -271,7 +271,7 @@ def test_new_admin_key_ends_what_was_signed_in_before(tmp_path: Path, mock: Mock
         assert router.get("/admin/servers", headers=mine).status_code == 401
 
 
-def test_admin_listener_on_loopback_needs_the_proof_too(tmp_path: Path, mock: MockProcess):
+def test_admin_listener_on_loopback_needs_proof(tmp_path: Path, mock: MockProcess):
     port = free_port()
     config = servers_toml([mock.url], admin_listen=f"127.0.0.1:{port}")
     with RouterUp(config, tmp_path) as router:
@@ -301,7 +301,7 @@ class RouterUp(contextlib.AbstractContextManager[RouterProcess]):
         assert "Traceback" not in self.router.text, self.router.text
 
 
-def test_hypercorn_with_several_workers_is_refused(tmp_path: Path, mock: MockProcess):
+def test_hypercorn_admin_with_several_workers_is_refused(tmp_path: Path, mock: MockProcess):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml([mock.url]))
     with hypercorn(file, "-w", "3") as (_, process):
@@ -311,7 +311,7 @@ def test_hypercorn_with_several_workers_is_refused(tmp_path: Path, mock: MockPro
     assert "Traceback" not in output
 
 
-def test_hypercorn_with_a_reloader_serves(tmp_path: Path, mock: MockProcess):
+def test_hypercorn_with_reloader_serves(tmp_path: Path, mock: MockProcess):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml([mock.url]))
     with hypercorn(file, "-w", "1", "--reload") as (url, _):

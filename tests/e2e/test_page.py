@@ -74,7 +74,7 @@ def streaming(url: str) -> Iterator[str]:
 # -- it shows what there is -------------------------------------------------------------------
 
 
-async def test_page_is_live_without_errors_and_asks_nobody_else(
+async def test_page_is_live_without_errors_or_foreign_requests(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
     async with new_page(browser) as page:
@@ -90,7 +90,7 @@ async def test_page_is_live_without_errors_and_asks_nobody_else(
         assert all(url.startswith(router.url) for url in asked)
 
 
-def test_policy_forbids_what_the_page_does_not_need(router: RouterProcess):
+def test_page_content_policy_forbids_unneeded_sources(router: RouterProcess):
     page = router.get("/", headers={"accept": "text/html"})
     policy = page.headers["content-security-policy"]
     assert "unsafe" not in policy
@@ -98,7 +98,7 @@ def test_policy_forbids_what_the_page_does_not_need(router: RouterProcess):
     assert re.findall(r"<style|<script(?![^>]* src=)| style=| on[a-z]+=|https?://", page.text) == []
 
 
-async def test_load_change_appears_within_a_second(
+async def test_page_load_change_appears_within_a_second(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
     """By the router's clock, so that a busy machine, which draws late, does not count."""
@@ -140,7 +140,7 @@ _NOTE_LEASES = """(() => {
 })()"""
 
 
-async def test_model_name_is_text_and_never_markup(
+async def test_page_model_name_is_text_and_never_markup(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
     async with new_page(browser) as page:
@@ -156,7 +156,9 @@ async def test_model_name_is_text_and_never_markup(
         assert page.problems() == []
 
 
-async def test_filter_and_sort(browser: str, router: RouterProcess, mocks: list[MockProcess]):
+async def test_page_filter_and_sort_work(
+    browser: str, router: RouterProcess, mocks: list[MockProcess]
+):
     shown = "[...document.querySelectorAll('#fleet tbody tr')].filter(row => !row.hidden)"
     names = f"{shown}.map(row => row.querySelector('.server-name').innerText)"
     async with new_page(browser) as page:
@@ -177,7 +179,7 @@ async def test_filter_and_sort(browser: str, router: RouterProcess, mocks: list[
         assert await page.evaluate(names) == sorted(map(name, mocks))
 
 
-async def test_history_keeps_gaps_and_thins_what_is_old(browser: str, router: RouterProcess):
+async def test_page_history_keeps_gaps_and_thins_old_values(browser: str, router: RouterProcess):
     async with new_page(browser) as page:
         await page.open(router.url + "/")
         found = await page.evaluate(
@@ -213,7 +215,7 @@ async def test_history_keeps_gaps_and_thins_what_is_old(browser: str, router: Ro
 # -- operators act on it ----------------------------------------------------------------------
 
 
-async def test_drain_button_asks_then_drains_and_takes_back(
+async def test_page_drain_button_asks_drains_and_takes_back(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
     server = name(mocks[0])
@@ -247,7 +249,7 @@ async def test_drain_button_asks_then_drains_and_takes_back(
         assert page.problems() == []
 
 
-async def test_buttons_are_only_for_those_who_may(
+async def test_page_buttons_appear_only_with_rights(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
     seen = "[...document.querySelectorAll('.action')].some(button => button.checkVisibility())"
@@ -275,7 +277,7 @@ async def test_buttons_are_only_for_those_who_may(
         assert "vllm-router open" in await page.text("#key-error")
 
 
-async def test_history_range_is_chosen_and_kept(browser: str, router: RouterProcess):
+async def test_page_history_range_is_chosen_and_kept(browser: str, router: RouterProcess):
     pressed = "document.querySelector('#ranges [aria-pressed=true]').innerText"
     async with new_page(browser) as page:
         await page.open(router.url + "/")
@@ -293,7 +295,7 @@ async def test_history_range_is_chosen_and_kept(browser: str, router: RouterProc
 # -- it survives ------------------------------------------------------------------------------
 
 
-async def test_killed_server_and_refused_file_and_restarted_router(browser: str, tmp_path: Path):
+async def test_page_shows_killed_server_refused_file_and_restart(browser: str, tmp_path: Path):
     with mock_processes(2, "--model", "m") as (good, doomed):
         config = servers_toml([good.url, doomed.url])
         with router_process(config, tmp_path) as router:
@@ -338,7 +340,7 @@ async def test_killed_server_and_refused_file_and_restarted_router(browser: str,
                     again.close()
 
 
-async def test_silent_connection_is_called_stale(browser: str, tmp_path: Path):
+async def test_page_silent_connection_is_stale(browser: str, tmp_path: Path):
     with (
         mock_processes(1, "--model", "m") as (mock,),
         router_process(servers_toml([mock.url]), tmp_path) as router,
@@ -357,7 +359,9 @@ async def test_silent_connection_is_called_stale(browser: str, tmp_path: Path):
             assert page.problems() == []
 
 
-async def test_hundred_servers_stay_quick(browser: str, tmp_path: Path, record_property: Any):
+async def test_page_hundred_servers_keep_their_rows(
+    browser: str, tmp_path: Path, record_property: Any
+):
     """How quick is told (CPU of a snapshot), not asserted: that the rows stay the same is."""
     with demo_router(tmp_path / "stderr", "--demo", "100", "--console") as router:
         async with new_page(browser) as page:
@@ -378,7 +382,7 @@ async def test_hundred_servers_stay_quick(browser: str, tmp_path: Path, record_p
             assert page.problems() == []
 
 
-async def test_page_of_a_locked_router_asks_for_the_key(
+async def test_page_of_router_with_keys_asks_for_key(
     browser: str, tmp_path: Path, mocks: list[MockProcess]
 ):
     auth = '[auth]\nadmin_key = "sk-A/+?b"\nstatus_key = "sk-S"\nprotect_status = true\n'
@@ -438,7 +442,7 @@ async def _rewrite_host(client: trio.SocketStream, port: int, wanted: bytes, see
             nursery.cancel_scope.cancel()
 
 
-async def test_page_behind_a_proxy_that_changes_host_says_what_to_add(
+async def test_page_behind_host_changing_proxy_says_what_to_configure(
     browser: str, router: RouterProcess
 ):
     async with trio.open_nursery() as nursery:

@@ -48,7 +48,7 @@ async def sign_in(page: Page, demo: Running) -> None:
 # -- languages --------------------------------------------------------------------------------
 
 
-async def test_language_is_the_reader_s_and_a_choice_is_kept(browser: str, demo: Running):
+async def test_page_language_follows_browser_and_choice_is_kept(browser: str, demo: Running):
     async with new_page(browser) as page:
         await page.tools.call(
             "Emulation.setUserAgentOverride", userAgent="test", acceptLanguage="zh-CN,en"
@@ -70,7 +70,7 @@ async def test_language_is_the_reader_s_and_a_choice_is_kept(browser: str, demo:
         assert page.problems() == []
 
 
-async def test_both_languages_say_everything(browser: str, demo: Running):
+async def test_page_languages_are_complete(browser: str, demo: Running):
     async with new_page(browser) as page:
         await page.open(demo.url + "/")
         english, chinese = await page.evaluate(
@@ -95,7 +95,7 @@ def _placeholders(text: str) -> set[str]:
 # -- themes -----------------------------------------------------------------------------------
 
 
-async def test_theme_follows_the_system_until_one_is_chosen(browser: str, demo: Running):
+async def test_page_theme_follows_system_until_chosen(browser: str, demo: Running):
     theme = "document.documentElement.dataset.theme"
     async with new_page(browser) as page:
         await page.dark(True)
@@ -111,7 +111,7 @@ async def test_theme_follows_the_system_until_one_is_chosen(browser: str, demo: 
 
 
 @pytest.mark.parametrize("dark", [False, True])
-async def test_every_text_stands_out_from_its_ground(browser: str, demo: Running, dark: bool):
+async def test_page_text_has_enough_contrast(browser: str, demo: Running, dark: bool):
     """WCAG 2.2 AA: 4.5 for text, 3 for great text. Also in every state a server can have."""
     async with new_page(browser) as page:
         await page.dark(dark)
@@ -174,9 +174,7 @@ _COLOURS = """(() => {
 
 
 @pytest.mark.parametrize(("width", "height"), [(320, 640), (390, 844), (768, 1024), (1024, 768)])
-async def test_nothing_sticks_out_of_the_screen(
-    browser: str, demo: Running, width: int, height: int
-):
+async def test_page_fits_every_screen(browser: str, demo: Running, width: int, height: int):
     async with new_page(browser, width=width, height=height, mobile=width < 700) as page:
         await opened(page, demo)
         assert await page.evaluate("document.documentElement.scrollWidth") <= width
@@ -194,7 +192,9 @@ async def test_nothing_sticks_out_of_the_screen(
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-async def test_screen_reader_finds_names_roles_and_a_table(browser: str, demo: Running, width: int):
+async def test_page_screen_reader_finds_names_roles_and_table(
+    browser: str, demo: Running, width: int
+):
     """The tree that assistive programs read, also where the table is drawn as cards."""
     async with new_page(browser, width=width, mobile=width < 700) as page:
         await administrating(page, demo)
@@ -229,7 +229,7 @@ async def test_screen_reader_finds_names_roles_and_a_table(browser: str, demo: R
         )
 
 
-async def test_buttons_are_named_as_soon_as_signing_in_shows_them(browser: str, demo: Running):
+async def test_page_buttons_have_names_once_signed_in(browser: str, demo: Running):
     async with new_page(browser) as page:
         await opened(page, demo)
         await page.evaluate(
@@ -242,7 +242,7 @@ async def test_buttons_are_named_as_soon_as_signing_in_shows_them(browser: str, 
         assert await page.evaluate("window.names") == ["Drain"] * 3
 
 
-async def test_keyboard_reaches_everything_and_focus_is_seen(browser: str, demo: Running):
+async def test_page_keyboard_reaches_everything_with_visible_focus(browser: str, demo: Running):
     async with new_page(browser) as page:
         await administrating(page, demo)
         reached = []
@@ -267,7 +267,7 @@ async def test_keyboard_reaches_everything_and_focus_is_seen(browser: str, demo:
         assert all(seen for _, seen in reached), reached
 
 
-async def test_without_scripts_it_says_where_the_figures_are(browser: str, demo: Running):
+async def test_page_without_scripts_says_where_figures_are(browser: str, demo: Running):
     async with new_page(browser) as page:
         await page.tools.call("Emulation.setScriptExecutionDisabled", value=True)
         await page.tools.call("Page.navigate", url=demo.url + "/")
@@ -275,7 +275,7 @@ async def test_without_scripts_it_says_where_the_figures_are(browser: str, demo:
         assert "load-stats" in await page.text("body")
 
 
-def test_vendored_library_has_its_licence_and_version():
+def test_page_vendored_library_has_licence_and_version():
     vendored = Path(__file__).parents[2] / "vllm_router/web/static/vendor/uplot"
     head = (vendored / "uPlot.iife.min.js").read_text()[:200]
     assert "v1.6.32" in head

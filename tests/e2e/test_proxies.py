@@ -344,7 +344,7 @@ async def check_feed_passes(here: Setup) -> None:
 
 
 @pytest.mark.parametrize("which", PROXIES)
-async def test_proxy_in_front_streams_breaks_leaves_and_waits(which: str, tmp_path: Path):
+async def test_proxy_in_front_passes_streams_breaks_and_disconnects(which: str, tmp_path: Path):
     """A long silence is 100 s; HAProxy's usual 50 s show that the scaled times are at work."""
     async with setup(which, tmp_path, shorter=True) as here:
         await check_pieces_arrive_one_by_one(here)
@@ -362,7 +362,7 @@ async def test_proxy_in_front_streams_breaks_leaves_and_waits(which: str, tmp_pa
 
 
 @pytest.mark.parametrize("arguments", [("--front", "hypercorn"), ("--workers", "2")], ids=str)
-async def test_plain_nginx_streams_whichever_way_the_router_runs(
+async def test_nginx_plain_configuration_streams_in_both_modes(
     arguments: tuple[str, ...], tmp_path: Path
 ):
     async with setup("nginx plain", tmp_path, *arguments) as here:
@@ -370,7 +370,7 @@ async def test_plain_nginx_streams_whichever_way_the_router_runs(
         await check_break_is_told_without_loss(here)
 
 
-def test_recommended_times_are_longer_than_the_routers_own():
+def test_proxy_recommended_times_exceed_router_times():
     """The router decides when an answer has taken too long: 600 s and 300 s."""
     for name, path in RECOMMENDED.items():
         text = "\n".join(

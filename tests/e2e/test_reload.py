@@ -33,7 +33,7 @@ def replace(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-async def test_no_request_fails_through_any_way_of_rewriting(tmp_path):
+async def test_reload_any_rewrite_of_file_fails_no_request(tmp_path):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks[:2]), tmp_path) as router,
@@ -95,7 +95,7 @@ async def test_no_request_fails_through_any_way_of_rewriting(tmp_path):
         assert len(refusals) == 1
 
 
-async def test_a_removed_server_finishes_its_streams(tmp_path):
+async def test_reload_removed_server_finishes_streams(tmp_path):
     with (
         mock_processes(2, "--model", "m", "--token-delay", "0.03") as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,
@@ -121,7 +121,7 @@ async def test_a_removed_server_finishes_its_streams(tmp_path):
         until(lambda: any("has left" in line for line in router.log), "its leave")
 
 
-async def test_the_state_of_a_kept_server_survives_a_reload(tmp_path):
+async def test_reload_kept_server_keeps_state(tmp_path):
     with (
         mock_processes(2, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path) as router,

@@ -103,7 +103,7 @@ async def connect_anew(port: int, counts: Counter[str], stopped: trio.Event) -> 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-async def test_router_is_replaced_under_load_and_nobody_notices(tmp_path, way, front):
+async def test_restart_under_load_fails_no_request(tmp_path, way, front):
     with mock_processes(2, *MOCK) as mocks:
         config = servers_toml((m.url for m in mocks), capacity=50, drain_timeout=20)
         with routers(way, tmp_path, config, "--front", front) as line:
@@ -134,7 +134,7 @@ async def test_router_is_replaced_under_load_and_nobody_notices(tmp_path, way, f
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_successor_serves_only_when_it_knows_its_servers(tmp_path, way):
+async def test_restart_successor_serves_once_servers_are_known(tmp_path, way):
     """Until then the old one does: a load balancer never hears that the port is not ready."""
     with mock_processes(1, *MOCK) as (mock,):
         config = servers_toml([mock.url], health_check_timeout=1)
@@ -157,7 +157,7 @@ async def test_successor_serves_only_when_it_knows_its_servers(tmp_path, way):
             assert set(answers) == {200}
 
 
-def test_connections_that_wait_in_a_passed_socket_are_served_by_the_next_router(tmp_path):
+def test_restart_connections_in_passed_socket_are_served(tmp_path):
     with mock_processes(1, *MOCK) as (mock,):
         with routers("passed", tmp_path, servers_toml([mock.url])) as line:
             assert line.current is not None
@@ -168,7 +168,7 @@ def test_connections_that_wait_in_a_passed_socket_are_served_by_the_next_router(
                 assert waiting.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_passed_sockets_are_told_apart_by_the_port_of_administration(tmp_path):
+def test_restart_passed_sockets_are_matched_by_admin_port(tmp_path):
     with (
         mock_processes(1, *MOCK) as (mock,),
         socket.create_server(("127.0.0.1", 0)) as public,
@@ -187,7 +187,7 @@ def test_passed_sockets_are_told_apart_by_the_port_of_administration(tmp_path):
             router.close()
 
 
-def test_systemd_is_told_when_the_router_is_up_and_when_it_stops(tmp_path, monkeypatch):
+def test_systemd_is_notified_of_start_and_stop(tmp_path, monkeypatch):
     with (
         mock_processes(1, *MOCK) as (mock,),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told,
@@ -202,7 +202,7 @@ def test_systemd_is_told_when_the_router_is_up_and_when_it_stops(tmp_path, monke
             assert router.process.wait(15) == 0
 
 
-async def test_idle_connection_may_still_be_used_for_a_moment_after_sigterm(tmp_path):
+async def test_sigterm_keeps_idle_connections_usable_for_a_moment(tmp_path):
     with mock_processes(1, *MOCK) as (mock,):
         with router_process(servers_toml([mock.url]), tmp_path) as router:
             with contextlib.ExitStack() as open_:
@@ -228,7 +228,7 @@ async def test_idle_connection_may_still_be_used_for_a_moment_after_sigterm(tmp_
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-async def test_every_server_is_restarted_under_load_and_no_request_fails(tmp_path, front):
+async def test_rolling_server_restart_under_load_fails_no_request(tmp_path, front):
     with (
         mock_processes(3, *MOCK) as mocks,
         router_process(servers_toml(m.url for m in mocks), tmp_path, "--front", front) as router,

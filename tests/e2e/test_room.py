@@ -103,7 +103,7 @@ def seeds(mock: MockProcess) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-async def test_workers_and_http2_serve_in_one_order(tmp_path: Path, workers: int):
+async def test_queue_of_workers_and_http2_has_one_order(tmp_path: Path, workers: int):
     with (
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks), tmp_path, "--workers", str(workers)) as router,
@@ -127,7 +127,7 @@ async def test_workers_and_http2_serve_in_one_order(tmp_path: Path, workers: int
         assert all(abs(place - number) <= 1 for place, number in enumerate(order[2:-1], 1)), order
 
 
-async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path):
+async def test_queue_serves_clients_of_workers_and_http2_alike(tmp_path: Path):
     """Clients that keep their connections and ask again as soon as they have an answer."""
     count, rounds = 12, 5
     with (
@@ -155,7 +155,7 @@ async def test_clients_of_all_workers_and_http2_are_served_alike(tmp_path: Path)
         assert mocks[0].stats()["rejected"] <= 1  # two processes may pick at the same moment
 
 
-async def test_full_room_of_all_workers_gives_every_key_its_share(tmp_path: Path):
+async def test_queue_full_over_workers_gives_every_key_its_share(tmp_path: Path):
     with (
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks, queue_size=6), tmp_path, "--workers", "2") as router,
@@ -185,7 +185,7 @@ async def test_full_room_of_all_workers_gives_every_key_its_share(tmp_path: Path
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-async def test_worker_that_dies_or_hangs_does_not_hold_up_the_others(tmp_path: Path, how: int):
+async def test_queue_worker_dying_or_hanging_delays_no_other(tmp_path: Path, how: int):
     with (
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
         router_process(config(mocks), tmp_path, "--workers", "2") as router,
@@ -212,7 +212,7 @@ async def test_worker_that_dies_or_hangs_does_not_hold_up_the_others(tmp_path: P
             await in_thread(lambda: router.metric(idle) == 0, "an idle router")
 
 
-def test_more_places_than_workers_can_tell_each_other_of_are_refused(tmp_path: Path):
+def test_queue_larger_than_shared_memory_is_refused(tmp_path: Path):
     with mock_processes(1, "--model", "m") as mocks:
         file = tmp_path / "servers.toml"
         file.write_text(config(mocks, queue_size=20_000))

@@ -103,19 +103,19 @@ def clone(tmp_path: Path) -> Clone:
         (["run", "--demo", "5"], "run --demo 5"),
     ],
 )
-def test_run_passes_its_arguments_on(clone: Clone, given: list[str], called: str):
+def test_script_run_passes_arguments_on(clone: Clone, given: list[str], called: str):
     result = clone.call("run", *given)
     assert (result.returncode, result.stdout) == (0, f"{called}\n"), result.stderr
 
 
-def test_second_start_is_silent_and_installs_nothing(clone: Clone):
+def test_script_setup_second_start_is_silent_and_installs_nothing(clone: Clone):
     clone.call("run")
     again = clone.call("run")
     assert again.stderr == ""
     assert len(clone.installs) == 1
 
 
-def test_changed_dependencies_are_installed(clone: Clone):
+def test_script_setup_changed_dependencies_are_installed(clone: Clone):
     clone.call("setup")
     with (clone.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
@@ -123,7 +123,7 @@ def test_changed_dependencies_are_installed(clone: Clone):
     assert len(clone.installs) == 2
 
 
-def test_failed_installation_is_tried_again(clone: Clone):
+def test_script_setup_failed_installation_is_tried_again(clone: Clone):
     clone.call("setup")
     stamp = clone.root / ".venv" / ".installed"
     python = clone.root / ".venv" / "bin" / "python"
@@ -136,7 +136,7 @@ def test_failed_installation_is_tried_again(clone: Clone):
     assert clone.call("run").returncode == 0
 
 
-def test_environment_keeps_its_development_tools(clone: Clone):
+def test_script_setup_environment_keeps_development_tools(clone: Clone):
     clone.call("setup", "--dev")
     assert clone.call("run").returncode == 0
     (clone.root / "vllm_router" / "__init__.py").write_text('__version__ = "0.0.1"\n')
@@ -144,7 +144,7 @@ def test_environment_keeps_its_development_tools(clone: Clone):
     assert [line.endswith("pytest>=8") for line in clone.installs] == [True, True]
 
 
-def test_signals_reach_the_router_itself(clone: Clone):
+def test_script_run_signals_reach_the_router(clone: Clone):
     clone.call("setup")
     process = subprocess.Popen(
         [clone.root / "scripts" / "run", "hang"],
@@ -163,7 +163,7 @@ def test_signals_reach_the_router_itself(clone: Clone):
         process.communicate()
 
 
-def test_old_python_is_one_clear_line(clone: Clone):
+def test_script_setup_old_python_is_one_line(clone: Clone):
     clone.interpreter("python3", "3.9.2", new_enough=False)
     result = clone.call("run")
     assert result.returncode == 1
@@ -171,7 +171,7 @@ def test_old_python_is_one_clear_line(clone: Clone):
     assert "needs Python 3.11 or newer, found Python 3.9.2" in result.stderr
 
 
-def test_newer_python_beside_an_old_one_is_found(clone: Clone):
+def test_script_setup_newer_python_beside_old_one_is_found(clone: Clone):
     clone.interpreter("python3", "3.9.2", new_enough=False)
     clone.interpreter("python3.12", "3.12.1")
     result = clone.call("setup")
@@ -179,7 +179,7 @@ def test_newer_python_beside_an_old_one_is_found(clone: Clone):
     assert "Python 3.12.1" in result.stderr
 
 
-def test_missing_ensurepip_says_what_to_install(clone: Clone):
+def test_script_setup_missing_ensurepip_says_what_to_install(clone: Clone):
     clone.interpreter("python3", "3.11.2", ensurepip=False)
     result = clone.call("run")
     assert result.returncode == 1
@@ -192,7 +192,7 @@ SYSTEM_TOOLS = (
 )
 
 
-def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
+def test_script_test_failing_step_fails_and_pytest_still_runs(clone: Clone):
     clone.call("setup", "--dev")
     for tool in (*SYSTEM_TOOLS, "mypy"):
         clone.tool(tool)
@@ -207,7 +207,7 @@ def test_failing_step_fails_the_whole_and_pytest_still_runs(clone: Clone):
     assert clone.call("test").returncode == 0
 
 
-def test_folder_of_tests_runs_alone_and_in_parallel(clone: Clone):
+def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone):
     clone.call("setup", "--dev")
     for tool in SYSTEM_TOOLS:
         clone.tool(tool)
@@ -216,7 +216,7 @@ def test_folder_of_tests_runs_alone_and_in_parallel(clone: Clone):
     assert clone.call("test", "unit").stdout == "python -m pytest -n 3 tests/unit\n"
 
 
-def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
+def test_script_test_missing_system_tool_is_named_and_fails(clone: Clone):
     clone.call("setup", "--dev")
     for tool in SYSTEM_TOOLS:
         if tool != "tmux":
@@ -227,7 +227,7 @@ def test_missing_system_tool_is_named_and_fails_the_whole(clone: Clone):
     assert result.returncode == 1
 
 
-def test_arguments_go_to_pytest_alone(clone: Clone):
+def test_script_test_arguments_go_to_pytest_alone(clone: Clone):
     clone.call("setup", "--dev")
     for tool in SYSTEM_TOOLS:
         clone.tool(tool)

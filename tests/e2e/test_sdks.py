@@ -193,7 +193,7 @@ OPENAI = {
 
 
 @pytest.mark.parametrize("status", OPENAI)
-def test_openai_sdk_raises_the_class_of_the_status(router: RouterProcess, status: str):
+def test_openai_sdk_raises_class_of_status(router: RouterProcess, status: str):
     request, kind = OPENAI[status]
     if status == "429":
         openai_chat(router, **request)
@@ -207,7 +207,7 @@ def test_openai_sdk_raises_the_class_of_the_status(router: RouterProcess, status
     assert str(error.body["message"]) in str(error)
 
 
-def test_openai_sdk_raises_a_status_error_for_a_wrong_method(router: RouterProcess):
+def test_openai_sdk_raises_status_error_for_wrong_method(router: RouterProcess):
     with openai.OpenAI(base_url=router.url + "/v1", api_key="sk-all", max_retries=0) as client:
         with pytest.raises(openai.APIStatusError) as caught:
             client.get("/chat/completions", cast_to=object)
@@ -219,7 +219,7 @@ def test_openai_sdk_raises_a_status_error_for_a_wrong_method(router: RouterProce
             client.responses.retrieve("resp_1")
 
 
-def test_openai_sdk_raises_for_a_stream_that_breaks(router: RouterProcess):
+def test_openai_sdk_raises_for_broken_stream(router: RouterProcess):
     with pytest.raises(openai.APIError) as caught:
         openai_chat(router, stream=True)
     assert not isinstance(caught.value, openai.APIConnectionError)
@@ -259,7 +259,7 @@ ANTHROPIC = {
 
 
 @pytest.mark.parametrize("status", ANTHROPIC)
-def test_anthropic_sdk_raises_the_class_of_the_status(router: RouterProcess, status: str):
+def test_anthropic_sdk_raises_class_of_status(router: RouterProcess, status: str):
     request, kind, name = ANTHROPIC[status]
     if status == "429":
         anthropic_chat(router, **request)
@@ -275,7 +275,7 @@ def test_anthropic_sdk_raises_the_class_of_the_status(router: RouterProcess, sta
     assert body["request_id"] == error.request_id
 
 
-def test_anthropic_sdk_raises_a_status_error_for_a_wrong_method(router: RouterProcess):
+def test_anthropic_sdk_raises_status_error_for_wrong_method(router: RouterProcess):
     with anthropic_client(router, "sk-all") as client:
         with pytest.raises(anthropic.APIStatusError) as caught:
             client.get("/v1/messages", cast_to=object)
@@ -286,7 +286,7 @@ def test_anthropic_sdk_raises_a_status_error_for_a_wrong_method(router: RouterPr
         assert missing.value.request_id
 
 
-def test_anthropic_sdk_raises_for_a_stream_that_breaks(router: RouterProcess):
+def test_anthropic_sdk_raises_for_broken_stream(router: RouterProcess):
     with pytest.raises(anthropic.APIError) as caught:
         anthropic_chat(router, stream=True)
     assert not isinstance(caught.value, anthropic.APIConnectionError)
@@ -308,7 +308,7 @@ def ask(router: RouterProcess, method: str, target: str, **more: Any) -> httpx.R
 @pytest.mark.parametrize(
     "path", [CHAT, "/v1/messages", "/invocations", "/inference/v1/generate", "/v1/new"]
 )
-def test_path_reaches_a_server_with_its_query_and_without_a_slash(
+def test_path_reaches_server_with_query_and_without_trailing_slash(
     router: RouterProcess, upstream: Upstream, path: str, slashes: str
 ):
     answer = ask(router, "POST", f"{path}{slashes}?beta=true&x=%2F", json={"model": "m"})
@@ -316,7 +316,7 @@ def test_path_reaches_a_server_with_its_query_and_without_a_slash(
     assert upstream.seen[-1][:2] == ("POST", f"{path}?beta=true&x=%2F")
 
 
-def test_connection_goes_on_after_a_path_with_a_slash(router: RouterProcess):
+def test_path_with_trailing_slash_keeps_connection(router: RouterProcess):
     with router.client() as client:
         for path in (CHAT, CHAT + "/", CHAT):
             answer = client.post(
@@ -325,7 +325,7 @@ def test_connection_goes_on_after_a_path_with_a_slash(router: RouterProcess):
             assert answer.status_code == 200
 
 
-def test_tokenizer_info_is_read_from_a_server(router: RouterProcess, upstream: Upstream):
+def test_tokenizer_info_is_read_from_server(router: RouterProcess, upstream: Upstream):
     for path in ("/tokenizer_info", "/tokenizer_info/"):
         answer = ask(router, "GET", path)
         assert (answer.status_code, answer.json()) == (200, {"tokenizer_class": "T"})
@@ -334,9 +334,7 @@ def test_tokenizer_info_is_read_from_a_server(router: RouterProcess, upstream: U
     assert ask(router, "HEAD", "/tokenizer_info").status_code == 405
 
 
-def test_credentials_and_names_of_the_router_stay_on_their_side(
-    router: RouterProcess, upstream: Upstream
-):
+def test_headers_of_router_and_client_stay_on_their_side(router: RouterProcess, upstream: Upstream):
     secrets = {"x-api-key": "sk-all", "api-key": "sk-all", "cookie": "k=sk-all"}
     answer = ask(router, "POST", f"{CHAT}?key=sk-all&a=1", json={"model": "m"}, headers=secrets)
     assert answer.status_code == 200

@@ -164,7 +164,7 @@ def answers(received: bytes) -> list[int]:
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("before", [b"", GOOD], ids=["first", "second"])
-def test_ambiguous_request_is_refused_and_ends_the_connection(lab: Lab, kind: str, before: bytes):
+def test_smuggling_ambiguous_request_is_refused_with_close(lab: Lab, kind: str, before: bytes):
     lab.mock.reset()
     received, closed = lab.send(before + REFUSED[kind] + GOOD)
     good = int(bool(before))
@@ -179,7 +179,7 @@ def test_ambiguous_request_is_refused_and_ends_the_connection(lab: Lab, kind: st
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_server_sees_the_requests_that_the_client_was_answered_for(lab: Lab, kind: str):
+def test_smuggling_server_sees_exactly_the_answered_requests(lab: Lab, kind: str):
     data, count = SERVED[kind]
     lab.mock.reset()
     received, _ = lab.send(data + post(length(), b"X-Last: 1", b"Connection: close"))
@@ -273,14 +273,14 @@ def http2(port: int, fields: Fields, body: bytes = BODY, trailers: Fields | None
 
 
 @pytest.mark.parametrize("kind", HTTP2_REFUSED)
-def test_http2_request_that_would_be_another_one_is_refused(lab: Lab, kind: str):
+def test_smuggling_http2_request_with_other_meaning_is_refused(lab: Lab, kind: str):
     lab.mock.reset()
     told = http2(lab.router.port, HTTP2_REFUSED[kind], BODY + HIDDEN)
     assert told in ("refused", "400", "404", "405")
     assert lab.seen() == []
 
 
-def test_http2_trailers_do_not_frame_anything(lab: Lab):
+def test_smuggling_http2_trailers_frame_nothing(lab: Lab):
     lab.mock.reset()
     fields = request((b"content-type", b"application/json"))
     framing = [(b"content-length", b"0"), (b"transfer-encoding", b"chunked")]
@@ -291,7 +291,7 @@ def test_http2_trailers_do_not_frame_anything(lab: Lab):
     assert not {"x-forged", "transfer-encoding"} & {name for name, _ in entry["headers"]}
 
 
-def test_http2_request_reaches_the_server_as_http1(lab: Lab):
+def test_smuggling_http2_request_reaches_server_as_http1(lab: Lab):
     lab.mock.reset()
     own = [(b"content-type", b"application/json"), (b"cookie", b"a=1"), (b"te", b"trailers")]
     assert http2(lab.router.port, request(*own)) == "200"
@@ -339,7 +339,7 @@ DISGUISED = [
 
 @pytest.mark.parametrize("target", DISGUISED)
 @pytest.mark.parametrize("method", ["POST", "GET", "PUT", "CONNECT", "TRACE", "OPTIONS"])
-def test_closed_path_is_not_reached_in_disguise(lab: Lab, target: str, method: str):
+def test_smuggling_closed_path_in_disguise_is_not_reached(lab: Lab, target: str, method: str):
     lab.mock.reset()
     line = f"{method} {target} HTTP/1.1".encode()
     received, _ = lab.send(post(length(), b"Connection: close", line=line))
@@ -356,7 +356,7 @@ def test_closed_path_is_not_reached_in_disguise(lab: Lab, target: str, method: s
 NASTY = b"\x1b[31m\xc2\x9b2J \xe2\x80\xae\x7f\xff"
 
 
-def test_nothing_a_client_sends_writes_a_line_or_commands_a_terminal(lab: Lab):
+def test_smuggling_client_text_forges_no_log_line_or_terminal_command(lab: Lab):
     lines = len(lab.router.log)
     for number in range(20):
         name = f"m{number}\\r\\n2026-01-01T00:00:00.000Z ERROR forged\\u001b[2J"
@@ -378,7 +378,7 @@ def test_nothing_a_client_sends_writes_a_line_or_commands_a_terminal(lab: Lab):
     assert len(lab.router.log) <= lines + 20
 
 
-def test_invented_names_make_no_metrics(lab: Lab):
+def test_smuggling_invented_names_make_no_metrics(lab: Lab):
     def invent(name: str) -> None:
         lab.router.post("/v1/chat/completions", chat(model=name))
         lab.router.post(f"/v1/{name}", chat(model="m"))
@@ -393,7 +393,7 @@ def test_invented_names_make_no_metrics(lab: Lab):
     assert "second-" not in page
 
 
-def test_forged_request_id_and_forwarding_fields_are_replaced(lab: Lab):
+def test_smuggling_forged_request_id_and_forwarding_are_replaced(lab: Lab):
     lab.mock.reset()
     lab.send(
         post(
@@ -482,7 +482,7 @@ def lying(
 
 
 @pytest.mark.parametrize("kind", SPLIT)
-def test_servers_answer_cannot_be_split(lying: tuple[Liar, RouterProcess], kind: str):
+def test_smuggling_server_response_cannot_be_split(lying: tuple[Liar, RouterProcess], kind: str):
     liar, router = lying
     liar.answer = plain(COMPLETION, SPLIT[kind])
     answer = router.post("/v1/chat/completions", chat())
@@ -490,7 +490,9 @@ def test_servers_answer_cannot_be_split(lying: tuple[Liar, RouterProcess], kind:
     assert "set-cookie" not in answer.headers
 
 
-def test_server_speaks_neither_for_the_router_nor_about_pages(lying: tuple[Liar, RouterProcess]):
+def test_smuggling_server_headers_of_router_and_pages_are_dropped(
+    lying: tuple[Liar, RouterProcess],
+):
     liar, router = lying
     liar.answer = plain(
         COMPLETION,

@@ -73,7 +73,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_signals_during_the_start_never_kill(way: str, tmp_path: Path, mock: MockProcess):
+def test_signals_during_start_never_kill(way: str, tmp_path: Path, mock: MockProcess):
     port = free_port()
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml([mock.url]))
@@ -108,7 +108,7 @@ def _ready(url: str) -> bool:
     return False
 
 
-def test_signals_do_not_kill_hypercorns_application(tmp_path: Path, mock: MockProcess):
+def test_signals_do_not_kill_application_in_hypercorn(tmp_path: Path, mock: MockProcess):
     """Hypercorn's own process reloads for SIGHUP; the one that serves is meant here."""
     port = free_port()
     (tmp_path / "servers.toml").write_text(servers_toml([mock.url]))
@@ -142,7 +142,7 @@ def test_hypercorn_with_several_workers_is_refused(tmp_path: Path):
     assert "Traceback" not in said
 
 
-def test_workers_are_children_of_a_thread_that_lasts(tmp_path: Path, mock: MockProcess):
+def test_workers_are_children_of_a_lasting_thread(tmp_path: Path, mock: MockProcess):
     """Else the kernel would tell them after 10 s that their parent has died."""
     with router_process(servers_toml([mock.url]), tmp_path, "--workers", "2") as router:
         parent = router.process.pid
@@ -150,7 +150,7 @@ def test_workers_are_children_of_a_thread_that_lasts(tmp_path: Path, mock: MockP
         assert set(family(router).values()) <= set(map(int, children.read_text().split()))
 
 
-def test_early_sighup_is_a_reload_all_the_same(tmp_path: Path):
+def test_sighup_before_start_completes_is_a_reload(tmp_path: Path):
     """Noted by `hold`, done by the task that follows the signal."""
     script = (
         "import os, signal\n"
@@ -172,7 +172,7 @@ def test_early_sighup_is_a_reload_all_the_same(tmp_path: Path):
     assert done.stdout == "True False False\nTrue\n"
 
 
-def test_leader_that_hangs_is_replaced_and_the_port_serves_on(tmp_path: Path, mock: MockProcess):
+def test_leader_that_hangs_is_replaced_while_port_serves(tmp_path: Path, mock: MockProcess):
     config = servers_toml([mock.url])
     with router_process(config, tmp_path, "--workers", "2") as router:
         before = family(router)
@@ -190,7 +190,7 @@ def test_leader_that_hangs_is_replaced_and_the_port_serves_on(tmp_path: Path, mo
         assert router.post("/v1/chat/completions", chat()).status_code == 200
 
 
-def test_stopped_worker_gives_the_port_back_when_its_parent_dies(tmp_path: Path, mock: MockProcess):
+def test_worker_stopped_frees_port_when_parent_dies(tmp_path: Path, mock: MockProcess):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml([mock.url], drain_timeout=1))
     router = RouterProcess(file, "--workers", "2")
@@ -210,7 +210,7 @@ def test_stopped_worker_gives_the_port_back_when_its_parent_dies(tmp_path: Path,
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_orphan_whose_loop_is_stuck_ends_all_the_same():
+def test_worker_orphan_with_stuck_loop_exits():
     script = (
         "import os, socket\n"
         "from vllm_router.runtime.workers import orphan\n"

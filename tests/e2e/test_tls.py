@@ -92,7 +92,7 @@ def serial(router: RouterProcess, context: ssl.SSLContext) -> str:
 
 
 @pytest.mark.parametrize("client_ca", [False, True])
-def test_containers_check_finds_a_router_with_tls_alive(
+def test_tls_container_check_finds_router_alive(
     tmp_path: Path, authority: Authority, client_ca: bool
 ):
     certificate, key = authority.sign("checked")
@@ -109,7 +109,7 @@ def test_containers_check_finds_a_router_with_tls_alive(
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
-def test_both_fronts_speak_tls_and_nothing_else(
+def test_tls_both_fronts_refuse_plain_http(
     tmp_path: Path, authority: Authority, front: str, monkeypatch: pytest.MonkeyPatch
 ):
     certificate, key = authority.sign(f"router-{front}")
@@ -143,7 +143,7 @@ def test_both_fronts_speak_tls_and_nothing_else(
             assert "certificate" in refused.stderr.lower()
 
 
-def test_renewed_certificate_is_shown_without_a_restart(tmp_path: Path, authority: Authority):
+def test_tls_renewed_certificate_is_used_without_restart(tmp_path: Path, authority: Authority):
     certificate, key = authority.sign("renewed")
     tls = f'certificate = "{certificate}"\nkey = "{key}"\n'
     context = trusting(authority)
@@ -165,7 +165,7 @@ def test_renewed_certificate_is_shown_without_a_restart(tmp_path: Path, authorit
         assert serial(router, context) == renewed
 
 
-def test_clients_without_a_certificate_are_not_served(
+def test_tls_clients_without_certificate_are_refused(
     tmp_path: Path, authority: Authority, stranger: Authority
 ):
     certificate, key = authority.sign("mutual")
@@ -190,7 +190,7 @@ def test_clients_without_a_certificate_are_not_served(
     ],
     ids=["another's key", "no certificate", "no file"],
 )
-def test_files_that_do_not_fit_are_one_line_before_the_start(
+def test_tls_mismatched_files_are_one_line_before_start(
     tmp_path: Path, authority: Authority, make: Any, expected: str
 ):
     certificate, key = make(authority.sign("one"), authority.sign("two"))
@@ -267,7 +267,7 @@ def secure_server(authority: Authority, stranger: Authority) -> Iterator[TlsInFr
             front.close()
 
 
-def test_server_is_verified_and_shown_our_certificate(
+def test_tls_server_is_verified_and_gets_client_certificate(
     tmp_path: Path, authority: Authority, stranger: Authority, secure_server: TlsInFront
 ):
     certificate, key = stranger.sign("the-router")
@@ -297,7 +297,7 @@ def test_server_is_verified_and_shown_our_certificate(
     ],
     ids=["system's authorities", "wrong authority", "no certificate", "right", "unverified"],
 )
-def test_server_that_is_not_trusted_gets_no_request(
+def test_tls_untrusted_server_gets_no_request(
     tmp_path: Path,
     authority: Authority,
     stranger: Authority,

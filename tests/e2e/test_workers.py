@@ -79,7 +79,7 @@ async def shares(router: RouterProcess, count: int) -> dict[str, int]:
 # -- one router -------------------------------------------------------------------------------
 
 
-async def test_burst_spreads_over_servers_and_workers_and_is_counted_once(quiet: RouterProcess):
+async def test_workers_burst_spreads_over_servers_and_is_counted_once(quiet: RouterProcess):
     before = quiet.metric("vllm_router_requests_total")
     async with streams(quiet, 60, 120) as results, feed(quiet) as websocket:
         by_worker = await shares(quiet, 60)
@@ -120,7 +120,7 @@ async def snapshot(websocket) -> dict[str, Any]:
             return message
 
 
-def test_client_that_asks_for_models_first_is_served_by_the_lane_again(quiet: RouterProcess):
+def test_workers_client_reading_models_returns_to_lane(quiet: RouterProcess):
     with quiet.client() as client:
         for _ in range(3):
             assert client.get("/v1/models").json()["data"][0]["id"] == "m"
@@ -129,7 +129,7 @@ def test_client_that_asks_for_models_first_is_served_by_the_lane_again(quiet: Ro
             assert answer.headers.get("connection") != "close"
 
 
-async def test_failures_seen_by_both_workers_eject_for_both(
+async def test_workers_failures_seen_by_both_eject_for_both(
     quiet: RouterProcess, mocks: list[MockProcess]
 ):
     bad = mocks[0]
@@ -152,7 +152,7 @@ async def test_failures_seen_by_both_workers_eject_for_both(
             await burst(quiet.url, body, 6)  # one of them may be the trial
 
 
-def test_worker_model_loaded_a_moment_ago_is_served_and_an_unknown_one_is_404(
+def test_workers_newly_loaded_model_is_served_and_unknown_is_404(
     quiet: RouterProcess, mocks: list[MockProcess]
 ):
     with quiet.client() as client:
@@ -170,11 +170,11 @@ def test_worker_model_loaded_a_moment_ago_is_served_and_an_unknown_one_is_404(
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
-def test_log_says_which_process_speaks(quiet: RouterProcess):
+def test_workers_log_names_the_process(quiet: RouterProcess):
     quiet.wait_for_text(" [leader] supervisor: server ")
 
 
-async def test_limits_hold_for_all_workers_together(tmp_path: Path):
+async def test_workers_limits_hold_across_all(tmp_path: Path):
     few, slow = "sk-few-0123456789abcdef", "sk-slow-0123456789abcdef"
     free = "sk-free-0123456789abcdef"
     keys = [
@@ -214,9 +214,7 @@ async def test_limits_hold_for_all_workers_together(tmp_path: Path):
 # -- reload, drain, end -----------------------------------------------------------------------
 
 
-async def test_reload_reaches_both_and_a_drain_ends_streams_of_both(
-    tmp_path: Path, mocks: list[MockProcess]
-):
+async def test_workers_reload_and_drain_reach_both(tmp_path: Path, mocks: list[MockProcess]):
     urls = [mock.url for mock in mocks]
     with router_process(servers_toml(urls), tmp_path, *WORKERS) as router:
         router.config.write_text(servers_toml(urls[1:]))
@@ -233,7 +231,7 @@ async def test_reload_reaches_both_and_a_drain_ends_streams_of_both(
         assert pids(router) == {}
 
 
-def test_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[MockProcess]):
+def test_workers_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[MockProcess]):
     with router_process(servers_toml([mocks[0].url]), tmp_path, *WORKERS) as router:
         started = pids(router)
         body = json.dumps(chat(max_tokens=2000, stream=True))
@@ -258,7 +256,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_start_that_fails_is_one_line(tmp_path: Path, quiet: RouterProcess):
+def test_workers_failed_start_is_one_line(tmp_path: Path, quiet: RouterProcess):
     fixed = ("run", "--console", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1")
     taken = call(*fixed, "--port", str(quiet.port), *WORKERS, cwd=tmp_path)
     assert taken.returncode == 2
@@ -271,7 +269,7 @@ def test_start_that_fails_is_one_line(tmp_path: Path, quiet: RouterProcess):
 # -- who dies ---------------------------------------------------------------------------------
 
 
-async def test_whoever_dies_is_replaced_and_takes_nothing_but_his_own_along(
+async def test_workers_dead_process_is_replaced_at_its_own_cost_only(
     tmp_path: Path, mocks: list[MockProcess]
 ):
     urls = [mock.url for mock in mocks]
@@ -324,7 +322,9 @@ def _name(url: str) -> str:
 # -- TLS --------------------------------------------------------------------------------------
 
 
-async def test_tls_ends_in_the_worker_for_every_protocol(tmp_path: Path, mocks: list[MockProcess]):
+async def test_workers_tls_ends_in_worker_for_every_protocol(
+    tmp_path: Path, mocks: list[MockProcess]
+):
     authority = Authority(tmp_path, "ca")
     certificate, key = authority.sign("router")
     context = ssl.create_default_context(cafile=str(authority.file))
@@ -370,7 +370,7 @@ def _stream_over_http2_outlives_sigterm(router: RouterProcess, url: str, authori
 # -- on a terminal ----------------------------------------------------------------------------
 
 
-def test_view_on_the_terminal_is_of_all_and_the_log_is_in_its_file(tmp_path: Path):
+def test_workers_monitor_shows_all_and_log_is_in_file(tmp_path: Path):
     start = ("run", "--demo", "2", "--host", "127.0.0.1", "--port", "0", *WORKERS)
     with terminal(command(*start), tmp_path) as screen:
         screen.wait("live", "2/2 up")

@@ -74,7 +74,7 @@ async def message(websocket):
     return msgspec.json.decode(await websocket.get_message(), type=schema.Message)
 
 
-async def test_a_websocket_client_gets_hello_snapshots_and_events():
+async def test_feed_websocket_client_gets_hello_snapshots_and_events():
     async with served(feed_interval=0.05) as router, router.feed() as websocket:
         hello = await message(websocket)
         assert isinstance(hello, schema.Hello)
@@ -92,7 +92,7 @@ async def test_a_websocket_client_gets_hello_snapshots_and_events():
         assert (event.server, event.new) == ("a", "down")
 
 
-async def test_a_client_that_hangs_up_is_forgotten():
+async def test_feed_client_that_resets_is_forgotten():
     async with served() as router:
         async with router.feed() as websocket:
             await message(websocket)
@@ -100,7 +100,7 @@ async def test_a_client_that_hangs_up_is_forgotten():
         await router.clients(0)
 
 
-async def test_a_client_that_says_goodbye_is_answered_and_forgotten():
+async def test_feed_client_close_frame_is_answered():
     async with served(feed_interval=0.05) as router, router.feed() as websocket:
         for _ in range(4):
             await message(websocket)
@@ -110,7 +110,7 @@ async def test_a_client_that_says_goodbye_is_answered_and_forgotten():
         await router.clients(0)
 
 
-async def test_a_client_that_talks_is_not_listened_to_but_its_leaving_is_noticed():
+async def test_feed_ignores_client_messages_but_detects_disconnect():
     async with served() as router:
         async with router.feed() as websocket:
             for _ in range(200):
@@ -120,7 +120,7 @@ async def test_a_client_that_talks_is_not_listened_to_but_its_leaving_is_noticed
         await router.clients(0)
 
 
-async def test_clients_are_sent_away_with_1001_at_the_end():
+async def test_feed_closes_clients_with_1001_on_stop():
     async with served() as router, router.feed() as one, router.feed() as other:
         await router.clients(2)
         router.lab.router.feed.close()
@@ -132,7 +132,7 @@ async def test_clients_are_sent_away_with_1001_at_the_end():
         await router.clients(0)
 
 
-async def test_a_client_that_stops_reading_costs_the_others_nothing():
+async def test_feed_slow_client_delays_no_other():
     async with served(feed_interval=0.01) as router:
         stalled = await trio.open_tcp_stream("127.0.0.1", router.port)
         fields = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
@@ -146,14 +146,14 @@ async def test_a_client_that_stops_reading_costs_the_others_nothing():
 
 
 @pytest.mark.parametrize("origin", ["http://127.0.0.1:{port}", None])
-async def test_pages_of_the_same_origin_and_programs_may_read_the_feed(origin):
+async def test_feed_admits_same_origin_pages_and_programs(origin):
     async with served() as router:
         headers = {"origin": origin.format(port=router.port)} if origin else {}
         async with router.feed(**headers) as websocket:
             assert isinstance(await message(websocket), schema.Hello)
 
 
-async def test_pages_of_a_listed_origin_may_read_the_feed():
+async def test_feed_admits_pages_of_listed_origin():
     async with served(cors_origins=["https://ops.test"]) as router:
         async with router.feed(origin="https://ops.test") as websocket:
             assert isinstance(await message(websocket), schema.Hello)
@@ -166,7 +166,7 @@ async def refusal(url: str, **headers: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("origin", ["http://evil.test", "null", "http://127.0.0.1:1"])
-async def test_pages_of_other_origins_may_not_read_the_feed(origin):
+async def test_feed_refuses_pages_of_other_origins(origin):
     async with served() as router:
         reply = await refusal(f"{router.url}/ws/load", origin=origin)
         assert reply.status_code == 403
@@ -175,7 +175,7 @@ async def test_pages_of_other_origins_may_not_read_the_feed(origin):
         assert router.lab.router.metrics.feed_clients == 0
 
 
-async def test_a_refused_page_can_ask_why():
+async def test_feed_refused_page_gets_reason_by_plain_request():
     """A browser keeps the answer to a refused websocket to itself."""
     async with served() as router, httpx.AsyncClient(trust_env=False) as client:
         url = f"{router.url}/ws/load"
@@ -188,14 +188,14 @@ async def test_a_refused_page_can_ask_why():
         assert own.status_code in (400, 405)
 
 
-async def test_a_websocket_at_another_path_is_refused():
+async def test_websocket_at_other_path_is_refused():
     async with served() as router:
         reply = await refusal(f"{router.url}/ws/nope")
         assert reply.status_code == 404
         assert reply.json()["error"]["code"] == "not_found"
 
 
-async def test_pages_are_served_again_and_again_on_one_connection():
+async def test_pages_are_served_repeatedly_on_one_connection():
     paths = ["/health", "/nope", "/metrics", "/v1/models", "/load-stats", "/", "/readyz"]
     async with served() as router, httpx.AsyncClient(trust_env=False) as client:
         for path in paths * 3:
@@ -204,7 +204,7 @@ async def test_pages_are_served_again_and_again_on_one_connection():
         assert (await client.head(router.url + "/health")).content == b""
 
 
-async def test_engine_control_is_closed_on_every_method():
+async def test_engine_control_is_closed_for_every_method():
     async with served() as router, httpx.AsyncClient(trust_env=False) as client:
         for method in ("GET", "POST"):
             reply = await client.request(method, router.url + "/sleep")
@@ -212,7 +212,7 @@ async def test_engine_control_is_closed_on_every_method():
             assert reply.headers["x-vllm-router-error"] == "engine_control_closed"
 
 
-async def test_a_large_body_to_the_control_plane_is_refused_early():
+async def test_control_plane_large_body_is_refused_early():
     async with served() as router, httpx.AsyncClient(trust_env=False) as client:
         reply = await client.post(router.url + "/explain", content=bytes(20_000_000))
         assert reply.status_code == 413

@@ -14,7 +14,7 @@ from support.router_process import own_machine
 SCRIPT = ROOT / "scripts" / "feed_tail.py"
 
 
-def test_example_follows_load_and_events(tmp_path: Path):
+def test_feed_tail_example_follows_load_and_events(tmp_path: Path):
     with router(tmp_path / "stderr", "--demo", "2", "--console") as started:
         url = started.url.replace("http", "ws") + "/ws/load"
         tail = subprocess.Popen(
@@ -36,6 +36,6 @@ def test_example_follows_load_and_events(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_readme_shows_the_example_as_it_is(name: str):
+def test_feed_tail_example_equals_documentation(name: str):
     code = SCRIPT.read_text().split("\n\n", 1)[1]
     assert code in (ROOT / name).read_text()

@@ -30,7 +30,7 @@ def kind(request) -> str:
     return request.param
 
 
-async def test_answers_follow_each_other_on_one_connection(kind):
+async def test_front_responses_share_one_connection(kind):
     async with running(kind) as on, connected(on.port) as client:
         for number in range(3):
             await client.send(post(body=b"%d" % number))
@@ -41,21 +41,21 @@ async def test_answers_follow_each_other_on_one_connection(kind):
             assert "server" not in reply.headers
 
 
-async def test_pipelined_requests_are_answered_in_order(kind):
+async def test_front_pipelined_requests_are_answered_in_order(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(b"".join(post(body=b"%d" % number) for number in range(20)))
         bodies = [(await client.reply()).json()["body"] for _ in range(20)]
         assert bodies == [str(number) for number in range(20)]
 
 
-async def test_request_arrives_byte_by_byte(kind):
+async def test_front_request_byte_by_byte_is_read(kind):
     async with running(kind) as on, connected(on.port) as client:
         for byte in chunked(CHAT, b"abc", b"defg"):
             await client.send(bytes([byte]))
         assert (await client.reply()).json()["body"] == "abcdefg"
 
 
-async def test_chunk_extensions_and_trailers_are_dropped(kind):
+async def test_front_chunk_extensions_and_trailers_are_dropped(kind):
     data = b"POST %b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode()
     data += b"3;name=value\r\nabc\r\n0\r\nX-Trailer: 1\r\nContent-Type: a\r\n\r\n"
     async with running(kind) as on, connected(on.port) as client:
@@ -64,7 +64,7 @@ async def test_chunk_extensions_and_trailers_are_dropped(kind):
         assert (await client.reply()).json()["body"] == "next"
 
 
-async def test_connection_close_is_honoured(kind):
+async def test_front_connection_close_is_honoured(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post(CHAT, b"{}", b"Connection: close"))
         reply = await client.reply()
@@ -72,7 +72,7 @@ async def test_connection_close_is_honoured(kind):
         assert await client.closed()
 
 
-async def test_http_1_0_answer_ends_with_the_connection(kind):
+async def test_front_http_1_0_response_ends_with_connection(kind):
     async with running(kind) as on, connected(on.port) as client:
         on.app.release.set()
         await client.send(post("/v1/stream", b"", version="1.0"))
@@ -82,7 +82,7 @@ async def test_http_1_0_answer_ends_with_the_connection(kind):
         assert body == b"".join(b"data: %d\n\n" % number for number in range(5))
 
 
-async def test_continue_is_said_when_the_body_is_wanted(kind):
+async def test_front_continue_is_sent_when_body_is_read(kind):
     head = post(CHAT, b"abc", b"Expect: 100-continue")[:-3]
     async with running(kind) as on, connected(on.port) as client:
         await client.send(head)
@@ -94,7 +94,7 @@ async def test_continue_is_said_when_the_body_is_wanted(kind):
         assert (await client.reply()).json()["body"] == "abc"
 
 
-async def test_stream_is_chunked_and_not_held_back(kind):
+async def test_front_stream_is_chunked_and_unbuffered(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post("/v1/stream", b""))
         received = b""
@@ -107,7 +107,7 @@ async def test_stream_is_chunked_and_not_held_back(kind):
 
 
 @pytest.mark.parametrize("path", ["/v1/truncated", "/v1/short"])
-async def test_unfinished_answer_never_looks_whole(kind, path):
+async def test_front_unfinished_response_never_looks_whole(kind, path):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post(path))
         reply = await client.reply()
@@ -115,7 +115,7 @@ async def test_unfinished_answer_never_looks_whole(kind, path):
         assert not reply.complete
 
 
-async def test_unfinished_answer_to_http_1_0_is_a_reset(kind):
+async def test_front_unfinished_http_1_0_response_is_reset(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post("/v1/truncated", b"", version="1.0"))
         with pytest.raises(trio.BrokenResourceError):
@@ -123,7 +123,7 @@ async def test_unfinished_answer_to_http_1_0_is_a_reset(kind):
 
 
 @pytest.mark.parametrize("path", ["/v1/broken", "/v1/nothing"])
-async def test_application_without_an_answer_is_a_500(kind, path):
+async def test_front_application_without_response_is_500(kind, path):
     async with running(kind) as on:
         async with connected(on.port) as client:
             await client.send(post(path))
@@ -134,13 +134,13 @@ async def test_application_without_an_answer_is_a_500(kind, path):
             assert (await client.reply()).status == 200
 
 
-async def test_header_injection_by_the_application_does_not_reach_the_wire(kind):
+async def test_front_header_injection_by_application_is_blocked(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post("/v1/injected"))
         assert (await client.reply()).status == 500
 
 
-async def test_bodiless_statuses_have_no_body(kind):
+async def test_front_bodiless_status_has_no_body(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post("/v1/empty") + post("/v1/unchanged") + post())
         empty, unchanged, full = [await client.reply() for _ in range(3)]
@@ -150,7 +150,7 @@ async def test_bodiless_statuses_have_no_body(kind):
         assert full.status == 200
 
 
-async def test_head_has_the_length_and_no_body(kind):
+async def test_front_head_response_has_length_and_no_body(kind):
     async with running(kind, accepts=lambda *_: True) as on, connected(on.port) as client:
         await client.send(b"HEAD /x HTTP/1.1\r\nHost: a\r\n\r\n")
         reply = await client.reply("HEAD")
@@ -159,7 +159,7 @@ async def test_head_has_the_length_and_no_body(kind):
         assert (await client.reply("GET")).json()["method"] == "GET"
 
 
-async def test_absolute_target_is_its_path(kind):
+async def test_front_absolute_target_becomes_path(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(post("http://elsewhere:80/v1/score?a=b"))
         reply = await client.reply()
@@ -168,7 +168,7 @@ async def test_absolute_target_is_its_path(kind):
         assert (await client.reply()).json()["path"] == "/"
 
 
-async def test_early_answer_is_read_by_a_client_that_still_sends(kind):
+async def test_front_early_response_reaches_client_still_sending(kind):
     head = post("/v1/early", b"")[:-4].replace(b"Length: 0", b"Length: 40000000") + b"\r\n\r\n"
     async with running(kind) as on, connected(on.port) as client:
         await client.send(head)
@@ -189,7 +189,7 @@ async def test_early_answer_is_read_by_a_client_that_still_sends(kind):
         await soon(lambda: on.app.active == 0)
 
 
-async def test_unread_body_is_not_swallowed(kind):
+async def test_front_unread_body_is_not_read_on(kind):
     async with running(kind) as on, connected(on.port) as client:
         size = 64_000_000
         await client.send(post("/v1/unread", b"").replace(b"Length: 0", b"Length: %d" % size))
@@ -205,7 +205,7 @@ async def test_unread_body_is_not_swallowed(kind):
 
 @pytest.mark.parametrize("path", ["/v1/hang", "/v1/stream", "/v1/flood"])
 @pytest.mark.parametrize("leave", ["close", "reset", "half"])
-async def test_client_that_leaves_ends_its_request(kind, path, leave):
+async def test_front_client_disconnect_cancels_request(kind, path, leave):
     async with running(kind) as on:
         async with connected(on.port) as client:
             await client.send(post(path))
@@ -225,7 +225,7 @@ async def test_client_that_leaves_ends_its_request(kind, path, leave):
         assert not on.app.completed
 
 
-async def test_hundred_clients_that_pipeline_and_leave_are_forgotten(kind):
+async def test_front_hundred_pipelining_clients_disconnecting_leak_nothing(kind):
     async with running(kind) as on:
         for number in range(100):
             async with connected(on.port) as client:
@@ -236,7 +236,7 @@ async def test_hundred_clients_that_pipeline_and_leave_are_forgotten(kind):
         await soon(lambda: not on.app.active and not on.front.connections)
 
 
-async def test_stalled_reader_is_cut_off_and_costs_little(kind):
+async def test_front_stalled_reader_is_cut_off_with_bounded_memory(kind):
     limits = Limits(write_stall_timeout=0.5)
     async with running(kind, limits=limits) as on, connected(on.port, buffer=4096) as client:
         await client.send(post("/v1/flood"))
@@ -245,7 +245,7 @@ async def test_stalled_reader_is_cut_off_and_costs_little(kind):
             await soon(lambda: not on.app.active and not on.front.connections)
 
 
-async def test_stalled_reader_does_not_hold_up_the_end(kind):
+async def test_front_stalled_reader_does_not_delay_stop(kind):
     async with running(kind) as on, connected(on.port, buffer=4096) as client:
         await client.send(post("/v1/flood"))
         await soon(lambda: on.app.active)
@@ -256,7 +256,7 @@ async def test_stalled_reader_does_not_hold_up_the_end(kind):
         assert trio.current_time() - began < 2
 
 
-async def test_refused_client_is_not_asked_for_its_body(kind):
+async def test_front_refused_client_gets_no_continue(kind):
     async def locked(scope, receive, send) -> None:
         await answer(send, 401, b"{}")
 
@@ -278,7 +278,7 @@ async def test_refused_client_is_not_asked_for_its_body(kind):
     ],
     ids=["control byte", "no Host", "version", "folded", "bare LF"],
 )
-async def test_refusal_of_what_no_application_sees_is_told(kind, data, line, code):
+async def test_front_refusal_before_application_is_logged(kind, data, line, code):
     told = []
     async with running(kind, told=lambda *about: told.append(about)) as on:
         async with connected(on.port) as client:
@@ -289,7 +289,7 @@ async def test_refusal_of_what_no_application_sees_is_told(kind, data, line, cod
         assert on.app.started == 0
 
 
-async def test_line_that_is_told_is_the_first_however_the_head_arrives(kind):
+async def test_front_refusal_log_has_request_line_in_any_split(kind):
     told = []
     async with running(kind, told=lambda *about: told.append(about)) as on:
         for cut in (10, 25, 40):
@@ -302,7 +302,7 @@ async def test_line_that_is_told_is_the_first_however_the_head_arrives(kind):
     assert [line for _, _, line in told] == [b"POST /v1/score HTTP/1.1"] * 3
 
 
-async def test_slow_head_is_told(kind):
+async def test_front_slow_head_is_logged(kind):
     told = []
     limits = Limits(header_timeout=0.2)
     options = {"limits": limits, "told": lambda *about: told.append(about)}
@@ -314,7 +314,7 @@ async def test_slow_head_is_told(kind):
     ]
 
 
-async def test_slow_head_is_timed_out(kind):
+async def test_front_slow_head_is_timed_out(kind):
     limits = Limits(header_timeout=0.3)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\nHo")
@@ -323,7 +323,7 @@ async def test_slow_head_is_timed_out(kind):
         assert await client.closed()
 
 
-async def test_silent_body_is_timed_out(kind):
+async def test_front_silent_body_is_timed_out(kind):
     limits = Limits(body_read_timeout=0.3)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(post(CHAT, b"abcdef")[:-3])
@@ -333,7 +333,7 @@ async def test_silent_body_is_timed_out(kind):
         await soon(lambda: not on.app.active)
 
 
-async def test_trickling_body_is_timed_out(kind):
+async def test_front_trickling_body_is_timed_out(kind):
     limits = Limits(body_read_timeout=0.5, min_body_rate=10_000, linger=0.2)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(post(CHAT, b"", b"").replace(b"Length: 0", b"Length: 100000"))
@@ -349,7 +349,7 @@ async def test_trickling_body_is_timed_out(kind):
             nursery.cancel_scope.cancel()
 
 
-async def test_long_silence_of_the_application_is_no_timeout(kind):
+async def test_front_silent_application_is_not_timed_out(kind):
     limits = Limits(header_timeout=0.2, body_read_timeout=0.2, keep_alive_timeout=0.2)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(post("/v1/hang"))
@@ -358,7 +358,7 @@ async def test_long_silence_of_the_application_is_no_timeout(kind):
         assert (await client.reply()).status == 200
 
 
-async def test_drain_closes_the_idle_and_lets_the_busy_finish(kind):
+async def test_front_drain_closes_idle_and_finishes_busy_connections(kind):
     async with running(kind) as on, connected(on.port) as idle, connected(on.port) as busy:
         await idle.send(post())
         await idle.reply()
@@ -374,7 +374,7 @@ async def test_drain_closes_the_idle_and_lets_the_busy_finish(kind):
         await on.front.drained()
 
 
-async def test_last_call_keeps_idle_connections_for_one_more_request(kind):
+async def test_front_last_call_keeps_idle_connection_for_one_request(kind):
     async with running(kind) as on, connected(on.port) as idle, connected(on.port) as fresh:
         await idle.send(post())
         await idle.reply()
@@ -386,7 +386,7 @@ async def test_last_call_keeps_idle_connections_for_one_more_request(kind):
             assert await client.closed()
 
 
-async def test_requests_that_came_before_the_drain_are_answered(kind):
+async def test_front_requests_received_before_drain_are_answered(kind):
     async with running(kind) as on, connected(on.port) as known:
         await known.send(post())
         await known.reply()
@@ -403,7 +403,7 @@ async def test_requests_that_came_before_the_drain_are_answered(kind):
                 assert await client.closed()
 
 
-async def test_listener_is_gone_after_stop_accepting(kind):
+async def test_front_stop_accepting_closes_listener(kind):
     async with running(kind) as on:
         on.front.stop_accepting()
         await soon(lambda: not _can_connect(on.port))
@@ -414,7 +414,7 @@ def _can_connect(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-async def test_application_that_always_fails_leaves_the_server_serving(kind):
+async def test_front_failing_application_leaves_server_serving(kind):
     class Failing(Application):
         async def __call__(self, scope, receive, send) -> None:
             raise ExceptionGroup("several", [ValueError(), OSError()])

@@ -41,7 +41,7 @@ BEHIND = {
     ],
     ids=["close", "http/1.0", "chat close", "chat http/1.0", "body close"],
 )
-async def test_last_request_with_bytes_behind_is_answered(kind, behind, last):
+async def test_front_last_request_with_bytes_after_it_is_answered(kind, behind, last):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(last)
         sent = trio.Event()
@@ -64,7 +64,7 @@ async def test_last_request_with_bytes_behind_is_answered(kind, behind, last):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_last_request_and_bytes_behind_in_one_segment_is_answered(kind):
+async def test_front_last_request_and_bytes_in_one_segment_is_answered(kind):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(get("/page", b"Connection: close") + get("/other"))
         assert (await client.reply("GET")).status == 200
@@ -76,7 +76,7 @@ async def test_last_request_and_bytes_behind_in_one_segment_is_answered(kind):
 
 
 @pytest.mark.parametrize("code", [h2.errors.ErrorCodes.NO_ERROR, h2.errors.ErrorCodes.CANCEL])
-async def test_goaway_lets_running_requests_end_and_then_closes(code):
+async def test_goaway_lets_running_requests_finish_then_closes(code):
     async with running() as on, connected(on.port) as raw:
         client = H2Client(raw)
         waiting, streaming = client.request(b"/v1/hang"), client.request(b"/v1/stream")
@@ -94,7 +94,7 @@ async def test_goaway_lets_running_requests_end_and_then_closes(code):
         assert on.app.completed == 2
 
 
-async def test_goaway_on_an_idle_connection_closes_it():
+async def test_goaway_on_idle_connection_closes_it():
     async with running() as on, connected(on.port) as raw:
         client = H2Client(raw)
         one = client.request()
@@ -104,7 +104,7 @@ async def test_goaway_on_an_idle_connection_closes_it():
         await soon(lambda: not on.front.connections)
 
 
-async def test_goaway_of_a_client_that_leaves_ends_its_requests():
+async def test_goaway_client_disconnect_cancels_requests():
     async with running() as on:
         async with connected(on.port) as raw:
             client = H2Client(raw)
@@ -134,7 +134,7 @@ def goaway(client: H2Client, code: int = 0) -> bytes:
 # -- silence -------------------------------------------------------------------------------------
 
 
-async def test_accepted_connections_are_probed_by_the_kernel():
+async def test_front_accepted_sockets_have_keepalive():
     front = Front(None, accepts=is_inference)  # type: ignore[arg-type]
     (_, port), *_ = front.open("127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", port)):
@@ -152,7 +152,7 @@ async def test_accepted_connections_are_probed_by_the_kernel():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", [CHAT, "/page"])
-async def test_idle_connection_is_closed_after_the_time_that_was_set(kind, path):
+async def test_front_idle_connection_is_closed_after_configured_time(kind, path):
     limits = Limits(keep_alive_timeout=0.5, linger=0.3)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(post(path))
@@ -161,7 +161,7 @@ async def test_idle_connection_is_closed_after_the_time_that_was_set(kind, path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_new_limits_hold_for_new_connections(kind):
+async def test_front_new_limits_apply_to_new_connections(kind):
     async with running(kind, limits=QUICK) as on:
         on.front.use_limits(Limits(keep_alive_timeout=0.5, linger=0.3, write_stall_timeout=5))
         async with connected(on.port) as client:
@@ -177,7 +177,7 @@ async def test_new_limits_hold_for_new_connections(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", [CHAT, "/page"])
-async def test_body_in_one_byte_chunks_is_whole_and_others_have_their_turns(kind, path):
+async def test_front_body_in_one_byte_chunks_lets_others_run(kind, path):
     body = bytes(range(256)) * 40
     async with running(kind) as on, connected(on.port) as client, connected(on.port) as other:
         await client.send(chunked(path, *(bytes([byte]) for byte in body)) + get("/next"))
@@ -188,7 +188,7 @@ async def test_body_in_one_byte_chunks_is_whole_and_others_have_their_turns(kind
         assert body in [received for _, _, received in on.app.requests]
 
 
-def test_chunked_body_feed_stops_after_so_many_pieces():
+def test_chunked_body_feed_stops_after_piece_limit():
     data = b"1\r\na\r\n" * (2 * MAX_PIECES) + b"0\r\n\r\nnext"
     chunks, found, calls = ChunkedBody(), b"", 0
     while not chunks.complete:

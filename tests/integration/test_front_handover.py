@@ -32,7 +32,7 @@ from vllm_router.routing.paths import is_inference
 PEM = Path(__file__).parents[1] / "data" / "localhost.pem"
 
 
-async def test_first_request_of_another_kind_moves_the_connection():
+async def test_handover_first_request_of_other_kind_moves_connection():
     async with running() as on, connected(on.port) as client:
         await client.send(get("/metrics"))
         assert (await client.reply("GET")).json()["path"] == "/metrics"
@@ -43,7 +43,7 @@ async def test_first_request_of_another_kind_moves_the_connection():
         assert on.front.statistics().lane_requests == 0
 
 
-async def test_later_request_of_another_kind_moves_the_connection_with_all_behind_it():
+async def test_handover_later_request_moves_connection_with_rest():
     async with running() as on, connected(on.port) as client:
         bodies = [b"%d" % number * 1000 for number in range(6)]
         data = post(CHAT, bodies[0]) + post(CHAT, bodies[1])
@@ -56,7 +56,7 @@ async def test_later_request_of_another_kind_moves_the_connection_with_all_behin
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, 83, 84, 90, 500])
-async def test_move_in_the_middle_of_a_body_loses_nothing(cut):
+async def test_handover_during_body_loses_nothing(cut):
     body = bytes(range(256)) * 40
     data = post("/elsewhere", body)
     async with running() as on, connected(on.port) as client:
@@ -67,7 +67,7 @@ async def test_move_in_the_middle_of_a_body_loses_nothing(cut):
         assert replies == [b"x", body, b"y"]
 
 
-async def test_move_waits_for_the_answer_before_it():
+async def test_handover_waits_for_earlier_response():
     async with running() as on, connected(on.port) as client:
         await client.send(post("/v1/hang") + get("/page"))
         await soon(lambda: on.app.active)
@@ -82,7 +82,7 @@ async def test_move_waits_for_the_answer_before_it():
     "path",
     ["/v1/../pause", "/v1/%2e%2e/pause", "//pause", "/v1/chat%2fcompletions", "/%70ause", "/v1//x"],
 )
-async def test_disguised_path_is_not_the_lanes(path):
+async def test_handover_disguised_path_is_not_served_by_lane(path):
     async with running() as on, connected(on.port) as client:
         await client.send(post(path))
         await client.reply()
@@ -90,7 +90,7 @@ async def test_disguised_path_is_not_the_lanes(path):
         assert on.app.requests == [("POST", path.encode(), b"{}")]
 
 
-async def test_websocket_on_the_same_port():
+async def test_front_websocket_shares_port():
     from trio_websocket import open_websocket_url
 
     async with running() as on, connected(on.port) as plain:
@@ -102,7 +102,7 @@ async def test_websocket_on_the_same_port():
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_tls_and_plain_on_the_same_port(kind):
+async def test_front_tls_and_plain_http_share_port(kind):
     async with running(kind, ssl_context=server_tls()) as on:
         async with connected(on.port) as plain:
             await plain.send(post())
@@ -121,7 +121,7 @@ async def test_tls_and_plain_on_the_same_port(kind):
         await soon(lambda: not on.front.connections)
 
 
-async def test_client_that_leaves_over_tls_ends_its_request():
+async def test_front_tls_client_disconnect_cancels_request():
     async with running(ssl_context=server_tls()) as on:
         stream = await over_tls(on.port)
         await stream.send_all(post("/v1/hang"))
@@ -131,14 +131,14 @@ async def test_client_that_leaves_over_tls_ends_its_request():
             await soon(lambda: not on.app.active and not on.front.connections)
 
 
-async def test_http2_is_negotiated_over_tls():
+async def test_front_http2_is_negotiated_over_tls():
     async with running(ssl_context=server_tls()) as on:
         stream = await over_tls(on.port, "h2")
         assert stream.selected_alpn_protocol() == "h2"
         await trio.aclose_forcefully(stream)
 
 
-async def test_plain_http_is_refused_where_only_tls_is_spoken():
+async def test_front_plain_http_on_tls_port_is_refused():
     async with running(ssl_context=server_tls(), tls_only=True) as on:
         async with connected(on.port) as plain:
             await plain.send(post())
@@ -150,7 +150,7 @@ async def test_plain_http_is_refused_where_only_tls_is_spoken():
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_silent_connections_do_not_hold_up_the_drain_where_tls_is_spoken(kind):
+async def test_front_tls_silent_connections_do_not_delay_drain(kind):
     async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as silent:
         await soon(lambda: on.front.connections)
         on.front.stop_accepting()
@@ -161,7 +161,7 @@ async def test_silent_connections_do_not_hold_up_the_drain_where_tls_is_spoken(k
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_first_bytes_before_the_drain_are_heard_where_tls_is_spoken(kind):
+async def test_front_tls_first_bytes_before_drain_are_served(kind):
     async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as client:
         await soon(lambda: on.front.connections)
         await trio.testing.wait_all_tasks_blocked()
@@ -173,7 +173,7 @@ async def test_first_bytes_before_the_drain_are_heard_where_tls_is_spoken(kind):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_unfinished_answer_to_http_1_0_over_tls_is_a_reset(kind):
+async def test_front_tls_unfinished_http_1_0_response_is_reset(kind):
     async with running(kind, ssl_context=server_tls()) as on:
         stream = await over_tls(on.port)
         client = Client(stream)
@@ -203,7 +203,7 @@ async def over_tls(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStre
 # -- listeners ---------------------------------------------------------------------------------
 
 
-def test_port_in_use_is_an_oserror_and_leaves_nothing_open():
+def test_front_port_in_use_is_oserror_and_leaks_nothing():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         front = Front(Application(), accepts=is_inference)
         with pytest.raises(OSError, match=r".") as caught:
@@ -212,12 +212,12 @@ def test_port_in_use_is_an_oserror_and_leaves_nothing_open():
         front.close()
 
 
-def test_unknown_host_is_an_oserror():
+def test_front_unknown_host_is_oserror():
     with pytest.raises(OSError, match=r"."):
         Front(Application(), accepts=is_inference).open("no-such-host.invalid", 0)
 
 
-async def test_adopted_socket_is_listened_on():
+async def test_front_adopted_socket_is_served():
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     front = Front(Application(), accepts=is_inference)
@@ -231,7 +231,7 @@ async def test_adopted_socket_is_listened_on():
             front.abort()
 
 
-async def test_ipv6_is_served():
+async def test_front_ipv6_is_served():
     front = Front(Application(), accepts=is_inference)
     try:
         (host, port), *_ = front.open("::1", 0)
@@ -250,7 +250,7 @@ async def test_ipv6_is_served():
             front.abort()
 
 
-async def test_connections_beyond_the_most_wait_their_turn(caplog):
+async def test_front_connections_beyond_limit_wait(caplog):
     async with running(max_connections=2) as on:
         async with connected(on.port), connected(on.port) as second, connected(on.port) as third:
             await soon(lambda: on.front.connections == 2)
@@ -264,7 +264,7 @@ async def test_connections_beyond_the_most_wait_their_turn(caplog):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_idle_connections_make_room_for_those_that_wait(kind, caplog):
+async def test_front_idle_connections_are_closed_for_waiting_ones(kind, caplog):
     async with running(kind, max_connections=4) as on:
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(connected(on.port)) for _ in range(12)]
@@ -280,7 +280,7 @@ async def test_idle_connections_make_room_for_those_that_wait(kind, caplog):
     assert caplog.text.count("as many as there are descriptors for") == 1
 
 
-async def test_running_out_of_descriptors_is_survived(caplog):
+async def test_front_out_of_descriptors_is_survived(caplog):
     async with running() as on:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         clients = [socket.socket() for _ in range(4)]

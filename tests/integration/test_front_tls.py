@@ -141,7 +141,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
-async def test_tls_connection_ended_leaves_no_garbage(kind, ending):
+async def test_tls_ended_connection_leaves_no_garbage(kind, ending):
     limits = Limits(linger=0.3, max_linger=2.0, header_timeout=0.5)
     async with running(kind, ssl_context=server_tls(), tls_only=True, limits=limits) as on:
         await ending(on.port)  # what is made once
@@ -155,7 +155,7 @@ async def test_tls_connection_ended_leaves_no_garbage(kind, ending):
 # -- handshakes in progress ---------------------------------------------------------------------
 
 
-async def test_handshakes_beyond_the_most_end_the_oldest(monkeypatch):
+async def test_handshakes_beyond_limit_end_the_oldest(monkeypatch):
     monkeypatch.setattr("vllm_router.http.server.listener.Handshakes", lambda: Handshakes(3))
     async with running(ssl_context=server_tls(), tls_only=True) as on:
         async with contextlib.AsyncExitStack() as stack:
@@ -203,7 +203,7 @@ async def test_handshakes_many_at_once_compute_a_few_per_turn(begun, most):
     assert sum(turns) == 100
 
 
-async def test_handshakes_of_leavers_take_no_turns():
+async def test_handshakes_of_disconnected_clients_take_no_turn():
     handshakes = Handshakes()
     ours, theirs = socket.socketpair()
     theirs.close()
@@ -224,7 +224,7 @@ async def test_handshakes_of_leavers_take_no_turns():
             nursery.cancel_scope.cancel()
 
 
-async def test_handshake_of_a_client_that_has_left_is_not_computed(monkeypatch):
+async def test_handshake_of_disconnected_client_is_not_computed(monkeypatch):
     async with running(ssl_context=server_tls(), tls_only=True) as on:
         answered = []
         real = trio.SocketStream.send_all
@@ -265,7 +265,7 @@ async def strictly(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStre
     ],
     ids=["close", "http/1.0", "page", "refused", "early answer"],
 )
-async def test_tls_end_is_announced_by_close_notify(kind, request_bytes):
+async def test_tls_end_sends_close_notify(kind, request_bytes):
     async with running(kind, ssl_context=server_tls(), limits=QUICK) as on:
         stream = await strictly(on.port)
         client = Client(stream)
@@ -275,7 +275,7 @@ async def test_tls_end_is_announced_by_close_notify(kind, request_bytes):
         await trio.aclose_forcefully(stream)
 
 
-async def test_end_tls_of_a_socket_that_was_shut_down_is_quiet():
+async def test_tls_end_on_closed_socket_is_silent():
     async with running(ssl_context=server_tls(), limits=QUICK) as on:
         stream = await strictly(on.port)
         stream.transport_stream.socket.shutdown(socket.SHUT_RDWR)
@@ -284,7 +284,7 @@ async def test_end_tls_of_a_socket_that_was_shut_down_is_quiet():
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_tls_early_answer_reaches_a_client_that_goes_on_sending(kind):
+async def test_tls_early_response_reaches_client_still_sending(kind):
     async with running(kind, ssl_context=server_tls(), limits=QUICK) as on:
         stream = await strictly(on.port)
         client = Client(stream)
@@ -305,7 +305,7 @@ async def test_tls_early_answer_reaches_a_client_that_goes_on_sending(kind):
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 @pytest.mark.parametrize("shape", ["length", "chunks"])
-async def test_tls_body_cut_without_close_notify_is_no_whole_request(kind, shape):
+async def test_tls_body_cut_without_close_notify_is_truncated(kind, shape):
     async with running(kind, ssl_context=server_tls(), limits=QUICK) as on:
         stream = await over_tls(on.port)
         if shape == "length":

@@ -47,7 +47,7 @@ FAMILIES = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 
 @pytest.mark.parametrize(("family", "host"), FAMILIES, ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_new_connections_go_to_the_newest_socket_once_the_old_one_steps_aside(family, host, count):
+def test_successor_gets_new_connections_once_old_socket_detaches(family, host, count):
     with sharing(family, host, count) as listeners:
         assert all(connections(listeners, 200))
         assert step_aside(listeners[0])
@@ -57,19 +57,19 @@ def test_new_connections_go_to_the_newest_socket_once_the_old_one_steps_aside(fa
         assert all(connections(listeners[1:], 200))
 
 
-def test_connections_stay_where_there_is_no_successor():
+def test_successor_missing_leaves_connections_in_place():
     with sharing(*FAMILIES[0], 1) as listeners:
         assert not step_aside(listeners[0])
         take_turns(listeners[0])
         assert connections(listeners, 20) == [20]
 
 
-def test_other_ports_are_no_successors():
+def test_successor_on_other_port_is_ignored():
     with sharing(*FAMILIES[0], 1) as listeners, sharing(*FAMILIES[0], 3):
         assert not step_aside(listeners[0])
 
 
-def test_passed_sockets_are_those_meant_for_this_process():
+def test_passed_sockets_are_taken_only_by_addressed_process():
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b", "A": "b"}
     assert passed_sockets(environ) == [3, 4]
     assert environ == {"A": "b"}
@@ -78,14 +78,14 @@ def test_passed_sockets_are_those_meant_for_this_process():
 
 
 @pytest.mark.parametrize("name", ["LISTEN_PID", "LISTEN_FDS"])
-def test_what_is_no_number_is_named(name):
+def test_passed_sockets_invalid_number_is_named(name):
     environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1"} | {name: "one"}
     with pytest.raises(ValueError, match=f"{name}: expected a number, got 'one'"):
         passed_sockets(environ)
 
 
 @pytest.mark.parametrize("address", ["@vllm-router-test-{pid}", "{tmp}/notify"])
-def test_state_is_told_where_it_is_asked_for(tmp_path, address):
+def test_notify_state_is_sent_to_requested_address(tmp_path, address):
     address = address.format(pid=os.getpid(), tmp=tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind("\0" + address[1:] if address.startswith("@") else address)
@@ -93,6 +93,6 @@ def test_state_is_told_where_it_is_asked_for(tmp_path, address):
         assert told.recv(100) == b"READY=1"
 
 
-def test_nobody_who_asked_for_the_state_is_no_error(tmp_path):
+def test_notify_without_address_is_no_error(tmp_path):
     notify("READY=1", {})
     notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "gone")})

@@ -28,7 +28,7 @@ def breaks_off_after(size: int):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_answer_that_breaks_off_reaches_a_slow_http_1_0_client_before_the_reset(kind: str):
+async def test_truncated_response_reaches_slow_http_1_0_client_before_reset(kind: str):
     limits = Limits(linger=30.0, max_linger=60.0)
     async with running(kind, app=breaks_off_after(SIZE), limits=limits) as front:
         client = trio.socket.socket()
@@ -46,7 +46,7 @@ async def test_answer_that_breaks_off_reaches_a_slow_http_1_0_client_before_the_
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_reset_does_not_wait_for_a_client_that_takes_nothing(kind: str):
+async def test_truncated_response_reset_does_not_wait_for_stalled_client(kind: str):
     # As much as the kernel takes, so that the application is not held up.
     async with running(kind, app=breaks_off_after(2 * len(PIECE)), limits=QUICK) as front:
         client = trio.socket.socket()

@@ -113,7 +113,7 @@ def kind(request) -> str:
 # -- names that Hypercorn does not promise -----------------------------------------------------
 
 
-def test_hypercorn_is_the_version_that_was_read():
+def test_hypercorn_version_is_the_reviewed_one():
     """Cures reach into classes whose source was read at this version. After a change, read again:
     every override in the bridge, `TCPServer.run` and `worker_serve`."""
     assert importlib.metadata.version("hypercorn").startswith("0.18.")
@@ -150,11 +150,11 @@ def test_hypercorn_is_the_version_that_was_read():
         (hypercorn.trio.run, "worker_serve", "app config sockets shutdown_trigger task_status"),
     ],
 )
-def test_private_name_is_still_there_with_its_parameters(owner, name, parameters):
+def test_hypercorn_private_name_exists_with_its_parameters(owner, name, parameters):
     assert list(inspect.signature(getattr(owner, name)).parameters) == parameters.split()
 
 
-def test_private_attributes_are_still_set():
+def test_hypercorn_private_attributes_are_set():
     wrapper_source = inspect.getsource(bridge.ProtocolWrapper)
     for name in ("self.protocol", "self.task_group", "self.context", "self.state", "self.send"):
         assert name in wrapper_source
@@ -174,7 +174,7 @@ def test_private_attributes_are_still_set():
     assert "worker_serve" in vars(hypercorn.trio)
 
 
-def test_tuned_settings_exist_and_leave_the_users_choices():
+def test_hypercorn_tuned_settings_exist_and_keep_user_choices():
     assert all(hasattr(Config, name) for name in bridge.TUNED)
     config = Config()
     config.keep_alive_timeout = 5
@@ -199,7 +199,7 @@ async def test_http2_with_prior_knowledge_is_served(kind):
     [(b"/\xff", b"GET"), (b"/", b"G\xffT"), (None, b"CONNECT"), (b"", b"GET")],
     ids=["path", "method", "connect", "empty"],
 )
-async def test_malformed_http2_request_costs_at_most_its_connection(kind, path, method):
+async def test_http2_malformed_request_costs_at_most_its_connection(kind, path, method):
     async with running(kind) as on:
         async with connected(on.port) as client:
             peer = H2Client(client)
@@ -209,7 +209,7 @@ async def test_malformed_http2_request_costs_at_most_its_connection(kind, path, 
         assert on.app.started == 1
 
 
-async def test_http2_body_after_an_early_answer_is_ignored(kind):
+async def test_http2_body_after_early_response_is_ignored(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         stream = peer.request(b"/v1/early", b"POST", end=False)
@@ -222,7 +222,7 @@ async def test_http2_body_after_an_early_answer_is_ignored(kind):
         assert (await peer.statuses(again))[again] == b"200"
 
 
-async def test_http2_websocket_with_early_data_costs_at_most_its_connection(kind):
+async def test_http2_websocket_with_early_data_costs_at_most_connection(kind):
     async with running(kind) as on:
         async with connected(on.port) as client:
             peer = H2Client(client)
@@ -235,7 +235,7 @@ async def test_http2_websocket_with_early_data_costs_at_most_its_connection(kind
         assert await still_serves(on.port)
 
 
-async def test_flood_of_priorities_is_ignored(kind):
+async def test_http2_priority_flood_is_ignored(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         for number in range(3000):
@@ -246,7 +246,7 @@ async def test_flood_of_priorities_is_ignored(kind):
         assert await peer.statuses(stream) == {stream: b"200"}
 
 
-async def test_rapid_reset_starts_next_to_nothing(kind):
+async def test_http2_rapid_reset_starts_almost_nothing(kind):
     async with running(kind) as on:
         async with connected(on.port) as client:
             peer = H2Client(client)
@@ -263,7 +263,7 @@ async def test_rapid_reset_starts_next_to_nothing(kind):
         await soon(lambda: not on.app.active and not on.front.connections)
 
 
-async def test_slow_rapid_reset_is_ended_too(kind):
+async def test_http2_slow_rapid_reset_is_ended(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
@@ -276,7 +276,7 @@ async def test_slow_rapid_reset_is_ended_too(kind):
         assert on.app.started <= bridge.MAX_RESETS + 10
 
 
-async def test_http2_connection_without_a_request_is_closed_like_any_idle_one(kind):
+async def test_http2_connection_without_request_is_closed_as_idle(kind):
     limits = Limits(keep_alive_timeout=0.3)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         await client.send(PREFACE + hyperframe.frame.SettingsFrame(0).serialize())
@@ -290,7 +290,7 @@ NO_WINDOW = hyperframe.frame.SettingsFrame(
 ).serialize()
 
 
-async def test_http2_answer_that_is_not_taken_holds_the_application_back(kind):
+async def test_http2_unread_response_applies_backpressure(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
@@ -311,7 +311,7 @@ async def test_http2_answer_that_is_not_taken_holds_the_application_back(kind):
 
 
 @pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
-async def test_http2_stream_that_is_not_taken_is_reset_in_time(kind, path):
+async def test_http2_unread_stream_is_reset_in_time(kind, path):
     limits = Limits(write_stall_timeout=0.3)
     async with running(kind, limits=limits) as on, connected(on.port) as client:
         peer = H2Client(client)
@@ -331,7 +331,7 @@ async def test_http2_stream_that_is_not_taken_is_reset_in_time(kind, path):
 
 
 @pytest.mark.parametrize("path", [b"/v1/flood", b"/v1/score"])
-async def test_http2_client_that_takes_nothing_and_leaves_is_forgotten(kind, path):
+async def test_http2_client_reading_nothing_is_forgotten_on_disconnect(kind, path):
     async with running(kind) as on:
         async with connected(on.port) as client:
             peer = H2Client(client)
@@ -345,7 +345,7 @@ async def test_http2_client_that_takes_nothing_and_leaves_is_forgotten(kind, pat
 
 
 @pytest.mark.parametrize("path", [b"/v1/truncated", b"/v1/short"])
-async def test_http2_answer_that_is_broken_off_is_reset_behind_its_last_byte(kind, path):
+async def test_http2_truncated_response_is_reset_after_last_byte(kind, path):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
@@ -369,7 +369,7 @@ async def test_http2_answer_that_is_broken_off_is_reset_behind_its_last_byte(kin
         await soon(lambda: not on.app.active)
 
 
-async def test_http2_client_that_resets_what_it_has_not_taken_frees_the_application(kind):
+async def test_http2_client_reset_of_unread_stream_frees_application(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
@@ -386,7 +386,7 @@ async def test_http2_client_that_resets_what_it_has_not_taken_frees_the_applicat
         await soon(lambda: not on.app.active)
 
 
-async def test_http2_answer_arrives_whole_through_a_small_window(kind):
+async def test_http2_response_through_small_window_is_whole(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
@@ -404,7 +404,7 @@ async def test_http2_answer_arrives_whole_through_a_small_window(kind):
         assert json.loads(received)["path"] == "/v1/score"
 
 
-async def test_http2_streams_end_whole_while_the_server_drains(kind):
+async def test_http2_streams_finish_while_server_drains(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         streams = [peer.request(b"/v1/stream") for _ in range(20)]
@@ -421,7 +421,7 @@ async def test_http2_streams_end_whole_while_the_server_drains(kind):
         await soon(lambda: not on.front.connections)
 
 
-async def test_nothing_of_an_http2_connection_waits_for_the_garbage_collector(kind):
+async def test_http2_connection_leaves_nothing_for_the_collector(kind):
     gc.collect()
     gc.disable()
     try:
@@ -438,7 +438,7 @@ async def test_nothing_of_an_http2_connection_waits_for_the_garbage_collector(ki
         gc.enable()
 
 
-async def test_upgrade_to_http2_is_declined(kind):
+async def test_http2_upgrade_is_declined(kind):
     fields = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk")
     async with running(kind) as on, connected(on.port) as client:
         await client.send(get("/", *fields))
@@ -459,7 +459,7 @@ HANDSHAKE = get(
 
 
 @pytest.mark.parametrize("trailing", [b"x", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", bytes(70_000)])
-async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(kind, trailing):
+async def test_websocket_bytes_after_handshake_cost_at_most_connection(kind, trailing):
     async with running(kind) as on:
         async with connected(on.port) as client:
             await client.send(HANDSHAKE + trailing)
@@ -491,7 +491,7 @@ async def test_bytes_behind_a_websocket_handshake_cost_at_most_the_connection(ki
         (b"TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", 501),
     ],
 )  # fmt: skip
-async def test_suspicious_request_is_refused_and_the_connection_closed(kind, data, status):
+async def test_hypercorn_suspicious_request_is_refused_with_close(kind, data, status):
     async with running(kind) as on, connected(on.port) as client:
         await client.send(data + get("/smuggled"))
         reply = await client.reply()
@@ -502,7 +502,7 @@ async def test_suspicious_request_is_refused_and_the_connection_closed(kind, dat
         assert on.app.started == 0
 
 
-async def test_failing_application_is_logged_and_alone(kind, caplog):
+async def test_hypercorn_failing_application_is_logged_and_isolated(kind, caplog):
     class Failing(Application):
         async def __call__(self, scope, receive, send) -> None:
             if scope["path"] == "/v1/bad":
@@ -537,14 +537,14 @@ def quart_app():
     return app
 
 
-async def test_connection_close_is_honoured_after_a_quart_route(kind):
+async def test_hypercorn_connection_close_after_quart_route_is_honoured(kind):
     async with running(kind, app=quart_app()) as on, connected(on.port) as client:
         await client.send(get("/", b"Connection: close"))
         assert (await client.reply("GET")).body == b"hello"
         assert await client.closed()
 
 
-async def test_keep_alive_expires_after_a_quart_route(kind):
+async def test_hypercorn_keep_alive_expires_after_quart_route(kind):
     limits = Limits(keep_alive_timeout=0.3)
     async with running(kind, app=quart_app(), limits=limits) as on, connected(on.port) as client:
         await client.send(get("/"))
@@ -554,7 +554,7 @@ async def test_keep_alive_expires_after_a_quart_route(kind):
         assert await client.closed()
 
 
-async def test_early_answer_of_a_quart_route_does_not_hang_the_next_request(kind):
+async def test_hypercorn_early_response_does_not_hang_next_request(kind):
     async with running(kind, app=quart_app()) as on, connected(on.port) as client:
         await client.send(post("/early", b"").replace(b"Length: 0", b"Length: 900000"))
         assert (await client.reply()).status == 413
@@ -567,7 +567,7 @@ async def test_early_answer_of_a_quart_route_does_not_hang_the_next_request(kind
         assert not patience.cancelled_caught
 
 
-async def test_idle_connections_after_quart_routes_do_not_hold_up_the_drain(kind):
+async def test_hypercorn_idle_connections_do_not_delay_drain(kind):
     async with running(kind, app=quart_app()) as on, connected(on.port) as client:
         await client.send(get("/"))
         await client.reply("GET")
@@ -577,7 +577,7 @@ async def test_idle_connections_after_quart_routes_do_not_hold_up_the_drain(kind
             await on.front.drained()
 
 
-async def test_stalled_websocket_is_ended_earlier_than_a_stalled_answer():
+async def test_hypercorn_stalled_websocket_ends_before_stalled_response():
     async def flood(scope, receive, send) -> None:
         await receive()
         await send({"type": "websocket.accept"})
@@ -610,7 +610,7 @@ def installed(monkeypatch):
     return bridge.install
 
 
-async def test_installed_bridge_cures_hypercorn_and_asks_before_the_end(installed):
+async def test_hypercorn_installed_bridge_cures_and_drains(installed):
     asked, go_on, stop = trio.Event(), trio.Event(), trio.Event()
 
     async def before_shutdown() -> None:
@@ -646,7 +646,7 @@ async def test_installed_bridge_cures_hypercorn_and_asks_before_the_end(installe
             go_on.set()
 
 
-async def test_stalled_reader_does_not_hold_up_hypercorns_shutdown(installed):
+async def test_hypercorn_stalled_reader_does_not_delay_shutdown(installed):
     installed()
     stop = trio.Event()
     app = Application()

@@ -101,7 +101,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-async def test_websocket_wrong_frame_is_closed_with_its_code(wrong):
+async def test_websocket_invalid_frame_is_closed_with_its_code(wrong):
     data, code = WRONG[wrong]
     async with running() as on, connected(on.port) as client:
         await opened(client)
@@ -117,7 +117,7 @@ async def test_websocket_close_is_answered_and_ends_the_connection():
         assert close_code(await client.rest()) == 1000
 
 
-async def test_websocket_modest_client_is_served():
+async def test_websocket_well_behaved_client_is_served():
     async with running() as on, connected(on.port) as client:
         await opened(client)
         came = b""
@@ -130,7 +130,7 @@ async def test_websocket_modest_client_is_served():
         assert close_code(came) is None
 
 
-async def test_websocket_message_of_the_largest_size_is_taken_and_one_byte_more_is_not():
+async def test_websocket_message_size_limit_is_exact():
     async with running() as on, connected(on.port) as client:
         await opened(client)
         await client.send(frame(TEXT, b"a" * MAX_MESSAGE))
@@ -141,7 +141,7 @@ async def test_websocket_message_of_the_largest_size_is_taken_and_one_byte_more_
         assert close_code(came + await client.rest()) == 1009
 
 
-async def test_websocket_compressed_bomb_is_closed_as_too_big():
+async def test_websocket_compression_bomb_is_closed_as_too_big():
     async with running() as on, connected(on.port) as client:
         await opened(client, "Sec-WebSocket-Extensions: permessage-deflate")
         bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -151,7 +151,7 @@ async def test_websocket_compressed_bomb_is_closed_as_too_big():
         await soon(lambda: not on.front.connections)
 
 
-async def test_websocket_over_http2_endless_frame_ends_its_stream_only():
+async def test_websocket_over_http2_endless_frame_ends_only_its_stream():
     async with running() as on, connected(on.port) as raw:
         client = H2Client(raw)
         await client.flush()

@@ -21,7 +21,7 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 
 
 @pytest.mark.parametrize("size", [1, LARGEST, LARGEST + 1, 3_000_000])
-async def test_message_of_any_size_comes_whole(ends: tuple[Channel, Channel], size: int):
+async def test_channel_message_of_any_size_arrives_whole(ends: tuple[Channel, Channel], size: int):
     one, other = ends
     before = _descriptors()
     message = b"\x01" * size
@@ -32,7 +32,7 @@ async def test_message_of_any_size_comes_whole(ends: tuple[Channel, Channel], si
 
 
 @pytest.mark.parametrize("size", [10, LARGEST + 1])
-async def test_descriptor_comes_with_a_message_of_any_size(
+async def test_channel_descriptor_comes_with_message_of_any_size(
     ends: tuple[Channel, Channel], size: int
 ):
     one, other = ends
@@ -49,7 +49,7 @@ async def test_descriptor_comes_with_a_message_of_any_size(
         assert ours.recv(10) == b""
 
 
-async def test_sender_waits_for_a_reader_that_is_behind_and_nothing_is_lost(
+async def test_channel_sender_waits_for_slow_reader_without_loss(
     ends: tuple[Channel, Channel],
 ):
     one, other = ends
@@ -65,7 +65,7 @@ async def test_sender_waits_for_a_reader_that_is_behind_and_nothing_is_lost(
             assert [(await other.receive())[0] for _ in messages] == messages
 
 
-async def test_end_is_seen_on_both_sides(ends: tuple[Channel, Channel]):
+async def test_channel_end_is_seen_on_both_sides(ends: tuple[Channel, Channel]):
     one, other = ends
     other.close()
     assert await one.receive() == (b"", None)

@@ -124,7 +124,7 @@ def check_config(config: Config) -> None:
 
 @given(documents)
 @settings(deadline=None, max_examples=300)
-def test_any_document_is_a_configuration_or_clear_lines(document: dict[str, object]):
+def test_config_any_document_loads_or_gives_clear_lines(document: dict[str, object]):
     data = "\n".join(f"{toml_string(k)} = {toml(v)}" for k, v in document.items()).encode()
     found = read(data)
     if isinstance(found, Config):
@@ -135,7 +135,7 @@ def test_any_document_is_a_configuration_or_clear_lines(document: dict[str, obje
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace")))
 @settings(deadline=None, max_examples=300)
-def test_any_bytes_are_refused_in_clear_lines(data: bytes):
+def test_config_any_bytes_are_refused_in_clear_lines(data: bytes):
     found = read(data)
     assert isinstance(found, tuple)
     check_lines(found)
@@ -155,7 +155,7 @@ trusted_proxies = ["10.0.0.0/8"]
 
 @given(st.integers(0, len(WHOLE)), st.integers(0, 20), st.binary(max_size=5))
 @settings(deadline=None, max_examples=300)
-def test_damaged_file_is_a_configuration_or_clear_lines(at: int, cut: int, put: bytes):
+def test_config_damaged_file_loads_or_gives_clear_lines(at: int, cut: int, put: bytes):
     found = read(WHOLE[:at] + put + WHOLE[at + cut :])
     if isinstance(found, Config):
         check_config(found)
@@ -166,7 +166,7 @@ def test_damaged_file_is_a_configuration_or_clear_lines(at: int, cut: int, put: 
 @pytest.mark.parametrize("key", ["api_key", "api_key_env"])
 @given(around=st.tuples(text, text), nested=st.sampled_from(["{}", "[{}]", "{{ x = {} }}"]))
 @settings(deadline=None, max_examples=100)
-def test_secret_is_in_no_line_and_no_repr(key: str, around: tuple[str, str], nested: str):
+def test_config_secret_is_in_no_line_and_no_repr(key: str, around: tuple[str, str], nested: str):
     value = nested.format(toml_string(SECRET.join(around)))
     found = read(f'[[servers.servers]]\nurl = "http://h"\n{key} = {value}\n'.encode())
     shown = repr(found) if isinstance(found, Config) else "\n".join(found)
@@ -175,14 +175,14 @@ def test_secret_is_in_no_line_and_no_repr(key: str, around: tuple[str, str], nes
 
 @given(st.text(), st.sampled_from(["http", "https", "ftp", ""]), st.text(string.ascii_letters))
 @settings(deadline=None, max_examples=200)
-def test_password_in_a_url_is_never_shown(user: str, scheme: str, host: str):
+def test_config_password_in_url_is_never_shown(user: str, scheme: str, host: str):
     assert SECRET not in quoted(f"{scheme}://{user}:{SECRET}@{host}")
     assert SECRET not in quoted(f"{user}:{SECRET}@{host}")
 
 
 @given(urls)
 @settings(deadline=None, max_examples=300)
-def test_normalised_url_stays_as_it_is(url: str):
+def test_config_normalised_url_is_stable(url: str):
     try:
         normal = normalise_url(url)
     except ValueError as error:

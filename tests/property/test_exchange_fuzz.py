@@ -78,7 +78,7 @@ def is_honest(got: Got) -> bool:
     down_at=st.one_of(st.none(), st.floats(0, 10)),
 )
 @settings(max_examples=EXAMPLES // 10, deadline=None)
-def test_every_exchange_ends_once_and_honestly(servers, stays, watched, down_at):
+def test_exchange_any_events_end_once_with_correct_outcome(servers, stays, watched, down_at):
     async def main() -> None:
         async with lab(
             *map(playing, servers), watched=watched, first_byte_timeout=5, idle_timeout=5

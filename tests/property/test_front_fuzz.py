@@ -60,7 +60,7 @@ websockets = st.lists(st.binary(max_size=40), max_size=3).map(lambda sent: [HAND
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-def test_no_input_harms_the_server(kind, caplog):
+def test_front_any_input_leaves_server_serving(kind, caplog):
     @settings(max_examples=EXAMPLES // 25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.one_of(conversations(), http2, websockets), min_size=5, max_size=15))
     def check(clients):

@@ -299,11 +299,11 @@ def check(pieces: list[bytes]) -> None:
 @given(conversations())
 @example([b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"])
 @example([b"GET / HTTP/1.1\r\nHost: a\r\n\r", b"\nGET /b HTTP/1.1\r\nHost: a\r\n\r\n"])
-def test_requests_are_read_as_h11_reads_them_or_refused_for_a_named_reason(pieces):
+def test_server_requests_read_like_h11_or_have_refusal_reason(pieces):
     check(pieces)
 
 
 @settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=4))
-def test_garbage_never_becomes_a_request(pieces):
+def test_server_garbage_never_becomes_a_request(pieces):
     assert through_the_lane(pieces).requests == []

@@ -59,9 +59,7 @@ def in_flight(process: RouterProcess, server: RealServer) -> int:
     return int(process.servers()[server.url]["in_flight"])
 
 
-def test_requests_that_a_server_has_only_opened_survive_its_death(
-    servers: list[RealServer], tmp_path: Path
-):
+def test_real_opened_requests_survive_server_death(servers: list[RealServer], tmp_path: Path):
     """A paused server sends heads and opening events, and nothing else; then it is killed."""
     victim = servers[0]
     httpx.post(f"{victim.url}/pause")
@@ -88,7 +86,7 @@ def test_requests_that_a_server_has_only_opened_survive_its_death(
     assert {got.headers["x-vllm-router-attempts"] for got in answers} == {"1", "2"}
 
 
-def test_requests_in_the_queue_of_a_stopping_server_get_tokens_from_another(
+def test_real_queue_of_stopping_server_is_answered_elsewhere(
     servers: list[RealServer], tmp_path: Path
 ):
     """Whichever of its three ends vLLM chooses: aborts, errors or silence. Its engine stands still,
@@ -117,7 +115,7 @@ def test_requests_in_the_queue_of_a_stopping_server_get_tokens_from_another(
     assert "2" in {got.headers["x-vllm-router-attempts"] for got in answers}
 
 
-def test_abort_with_tokens_is_the_engines_answer(servers: list[RealServer], tmp_path: Path):
+def test_real_abort_with_tokens_passes_uncounted(servers: list[RealServer], tmp_path: Path):
     """A client that wants partial answers gets them: once, and no server is blamed."""
     begun = threading.Semaphore(0)
     with router(servers, tmp_path) as process, ThreadPoolExecutor(8) as pool:
@@ -181,7 +179,9 @@ def aliased(
 
 
 @pytest.mark.parametrize("case", json_bodies(""))
-def test_json_that_vllm_reads_is_read(servers: list[RealServer], aliased: RouterProcess, case: str):
+def test_real_json_that_vllm_reads_is_read(
+    servers: list[RealServer], aliased: RouterProcess, case: str
+):
     """The alias is applied, which it can only be if the model has been seen."""
     headers = {"content-type": "application/json"}
     path = "/v1/chat/completions"
@@ -205,7 +205,7 @@ def test_json_that_vllm_reads_is_read(servers: list[RealServer], aliased: Router
         b"\xff\xfe\xfd",
     ],
 )
-def test_json_that_vllm_does_not_read_is_a_400(
+def test_real_json_that_vllm_refuses_is_400(
     servers: list[RealServer], aliased: RouterProcess, sent: bytes
 ):
     headers = {"content-type": "application/json"}
@@ -218,9 +218,7 @@ def test_json_that_vllm_does_not_read_is_a_400(
     assert said.get("detail") or said["error"]["message"]
 
 
-def test_conversation_leaves_a_server_that_was_paused_past_the_router(
-    servers: list[RealServer], tmp_path: Path
-):
+def test_real_conversation_leaves_server_paused_directly(servers: list[RealServer], tmp_path: Path):
     """The first client that leaves without a byte is the evidence. Later requests are answered,
     also one that the router tries the server with: after 5 s without a token they go elsewhere."""
     paused = servers[0]
@@ -251,7 +249,7 @@ def test_conversation_leaves_a_server_that_was_paused_past_the_router(
         httpx.post(f"{paused.url}/resume")
 
 
-def test_server_that_is_paused_through_the_router_gets_no_request_until_it_goes_on(
+def test_real_server_paused_through_router_gets_no_request(
     servers: list[RealServer], tmp_path: Path
 ):
     paused = servers[0]

@@ -99,7 +99,7 @@ def streamed(**more: Any) -> dict[str, Any]:
     return {**SAMPLING, "stream": True, "stream_options": {"include_usage": True}, **more}
 
 
-def test_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer], routed: str):
+def test_real_json_response_is_byte_for_byte_the_servers(servers: list[RealServer], routed: str):
     def answer(url: str) -> httpx.Response:
         headers = {"X-Request-Id": "the-same"}
         with sdk(url) as client:
@@ -114,7 +114,9 @@ def test_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer], rou
         assert through.headers[name] == direct.headers[name]
 
 
-def test_async_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer], routed: str):
+def test_real_async_json_response_is_byte_for_byte_the_servers(
+    servers: list[RealServer], routed: str
+):
     async def answer(url: str) -> bytes:
         async with async_sdk(url) as client:
             raw = await client.chat.completions.with_raw_response.create(
@@ -126,7 +128,7 @@ def test_async_json_answer_is_the_servers_byte_for_byte(servers: list[RealServer
     assert masked(through) == masked(direct)
 
 
-def test_stream_says_what_the_server_says_directly(servers: list[RealServer], routed: str):
+def test_real_stream_equals_direct_stream(servers: list[RealServer], routed: str):
     def answer(url: str) -> dict[str, Any]:
         with sdk(url) as client:
             return content(
@@ -140,7 +142,7 @@ def test_stream_says_what_the_server_says_directly(servers: list[RealServer], ro
     assert through == direct
 
 
-def test_async_streams_at_once_reach_both_servers_whole(servers: list[RealServer], routed: str):
+def test_real_async_streams_reach_both_servers_whole(servers: list[RealServer], routed: str):
     before = [server.metric("vllm:request_success_total") for server in servers]
 
     async def answer(client: openai.AsyncOpenAI) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def test_async_streams_at_once_reach_both_servers_whole(servers: list[RealServer
     assert min(finished) >= 4
 
 
-def test_completions_and_engine_errors_pass_unchanged(servers: list[RealServer], routed: str):
+def test_real_completions_and_engine_errors_pass_unchanged(servers: list[RealServer], routed: str):
     requests: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"model": MODEL, "prompt": "one two", "max_tokens": 8, "seed": 1}),
         ("/v1/chat/completions", {**SAMPLING, "temperature": -1}),
@@ -180,7 +182,7 @@ def test_completions_and_engine_errors_pass_unchanged(servers: list[RealServer],
             assert masked(through.content) == masked(direct.content), path
 
 
-def test_models_keep_what_the_engine_says_of_them(servers: list[RealServer], routed: str):
+def test_real_models_keep_fields_of_engine(servers: list[RealServer], routed: str):
     (direct,) = httpx.get(f"{servers[0].url}/v1/models").json()["data"]
     (through,) = httpx.get(f"{routed}/v1/models").json()["data"]
     volatile = {"created", "permission"}  # made anew for each answer
@@ -190,9 +192,7 @@ def test_models_keep_what_the_engine_says_of_them(servers: list[RealServer], rou
     }
 
 
-def test_stream_is_the_servers_byte_for_byte_and_never_held_back(
-    servers: list[RealServer], tmp_path: Path
-):
+def test_real_stream_is_byte_for_byte_and_unbuffered(servers: list[RealServer], tmp_path: Path):
     request_id = "tapped-stream"
     # Spaces, key order and escapes that a decoder and encoder would not reproduce.
     body = json.dumps(streamed(max_tokens=400, **EXACTLY), indent=1).encode() + b"\n"
@@ -223,7 +223,7 @@ def test_stream_is_the_servers_byte_for_byte_and_never_held_back(
     assert answer.headers["content-type"].encode() == response.header(b"content-type")
 
 
-def test_client_that_leaves_frees_the_engine(servers: list[RealServer], tmp_path: Path):
+def test_real_client_disconnect_frees_engine(servers: list[RealServer], tmp_path: Path):
     server = servers[0]
 
     def running() -> float:
@@ -241,7 +241,7 @@ def test_client_that_leaves_frees_the_engine(servers: list[RealServer], tmp_path
         until(lambda: running() == 0, "the engine has stopped generating", seconds=1.0)
 
 
-def test_vllm_bench_serve_completes_without_an_error(routed: str):
+def test_real_vllm_bench_serve_completes_without_error(routed: str):
     home = Path.home() / ".cache" / "vllm-lab"
     vllm = Path(os.environ.get("VLLM_VENV", home / "venv")) / "bin" / "vllm"
     model = os.environ.get("VLLM_MODEL", str(home / "tinymodel"))
@@ -271,7 +271,7 @@ def test_vllm_bench_serve_completes_without_an_error(routed: str):
     }
 
 
-def test_sigterm_of_one_server_under_load_fails_no_answer_without_a_byte(
+def test_real_sigterm_of_one_server_fails_no_unstarted_response(
     servers: list[RealServer], tmp_path: Path
 ):
     """vLLM ends a SIGTERM mid-generation in three ways, one of them silence on an open connection.
@@ -332,7 +332,7 @@ def test_sigterm_of_one_server_under_load_fails_no_answer_without_a_byte(
                 victim.wait()
 
 
-def test_sigterm_with_a_grace_period_fails_no_answer_at_all(
+def test_real_sigterm_with_grace_period_fails_no_response(
     servers: list[RealServer], tmp_path: Path
 ):
     """While it lets its streams finish, `/health` is 200 and each new request gets a quick 500."""
