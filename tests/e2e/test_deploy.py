@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 import pytest
 
 from support.mock_process import mock_processes
+from support.ports import free_port
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
 from vllm_router.observability.metric_families import FAMILIES
 from vllm_router.observability.prometheus_text import Kind
@@ -185,12 +185,6 @@ class Scraped:
 
     def query(self, query: str) -> list[Any]:
         return self.ask("query", query=query)["result"]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

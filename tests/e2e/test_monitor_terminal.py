@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from support.cli_process import Running, call, command, environment, router, running, until
+from support.ports import free_port
 from support.router_process import own_machine
 from support.tmux import Terminal, terminal
 
@@ -31,12 +32,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def state(url: str, name: str) -> str:
     page = httpx.get(f"{url}/load-stats", trust_env=False).json()
     return str(next(server for server in page["servers"] if server["name"] == name)["state"])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def child_of(pid: int) -> int:

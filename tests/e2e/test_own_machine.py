@@ -21,7 +21,8 @@ import pytest
 
 from support.cli_process import ROOT, call, environment
 from support.mock_process import MockProcess, mock_processes
-from support.proxies_in_front import NGINX_PLAIN, free_port, proxy
+from support.ports import free_port
+from support.proxies_in_front import NGINX_PLAIN, proxy
 from support.router_process import RouterProcess, own_machine, router_process, servers_toml, until
 from support.worker_processes import pids
 from vllm_router.runtime.own_machine import find_socket

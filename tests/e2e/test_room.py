@@ -109,7 +109,7 @@ async def test_queue_of_workers_and_http2_has_one_order(tmp_path: Path, workers:
         router_process(config(mocks), tmp_path, "--workers", str(workers)) as router,
     ):
         async with clients_of(router) as clients:
-            occupier = await clients.send(0, max_tokens=4000)
+            occupier = await clients.send(0, max_tokens=30_000)
             for number in range(1, 13):
                 await clients.send(number, http2=number % 3 == 0)
             await clients.send(13, priority=7)
@@ -161,7 +161,7 @@ async def test_queue_full_over_workers_gives_every_key_its_share(tmp_path: Path)
         router_process(config(mocks, queue_size=6), tmp_path, "--workers", "2") as router,
     ):
         async with clients_of(router) as clients:
-            occupier = await clients.send(0, max_tokens=4000)
+            occupier = await clients.send(0, max_tokens=30_000)
             for number in range(1, 7):
                 await clients.send(number, key="greedy", http2=number == 6)
             for number in range(11, 14):
@@ -191,7 +191,7 @@ async def test_queue_worker_dying_or_hanging_delays_no_other(tmp_path: Path, how
         router_process(config(mocks), tmp_path, "--workers", "2") as router,
     ):
         async with clients_of(router) as clients:
-            occupier = await clients.send(0, max_tokens=4000, http2=True)
+            occupier = await clients.send(0, max_tokens=30_000, http2=True)
             for number in range(1, 9):
                 await clients.send(number, http2=number > 6)
             counts = await trio.to_thread.run_sync(connections, router)

@@ -17,7 +17,7 @@ import pytest
 
 from support.cli_process import ROOT, environment
 from support.mock_process import MockProcess, mock_processes
-from support.proxies_in_front import free_port
+from support.ports import free_port
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
 from support.worker_processes import family, pids
 

@@ -13,12 +13,37 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-FIRST: tuple[str, ...] = ()
-TOGETHER: tuple[frozenset[str], ...] = (frozenset({"test_page", "test_page_looks"}),)
+FIRST = (
+    "e2e/test_hostile_inputs",
+    "e2e/test_room",
+    "e2e/test_misbehaving",
+    "e2e/test_workers",
+    "e2e/test_restart",
+    "e2e/test_page",
+    "e2e/test_own_machine",
+    "e2e/test_cli_run",
+    "e2e/test_failures",
+    "e2e/test_monitor_terminal",
+    "e2e/test_auth",
+    "e2e/test_limits",
+    "e2e/test_reload",
+    "e2e/test_tls",
+    "e2e/test_smuggling",
+    "e2e/test_supervision",
+    "e2e/test_deploy",
+    "e2e/test_proxies",
+    "e2e/test_models",
+    "e2e/test_clients",
+    "e2e/test_bench_smoke",
+    "e2e/test_sdks",
+)
+TOGETHER = (frozenset({"e2e/test_page", "e2e/test_page_looks"}),)
 
 
 def file_of(nodeid: str) -> str:
-    return PurePosixPath(nodeid.partition("::")[0]).stem
+    """`e2e/test_room` for a test of tests/e2e/test_room.py."""
+    path = PurePosixPath(nodeid.partition("::")[0])
+    return f"{path.parent.name}/{path.stem}"
 
 
 class Files(LoadScopeScheduling):  # type: ignore[misc]

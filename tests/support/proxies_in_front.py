@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from support.ports import free_port
 from support.router_process import until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -81,12 +82,6 @@ def program(name: str) -> str | None:
     """Where it is installed: beside this interpreter, or in the system."""
     here = str(Path(sys.executable).parent)
     return shutil.which(name, path=f"{here}:{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -160,8 +160,9 @@ class RouterProcess:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._reader.join(5)
-        if self.process.stdout is not None:
+        # Its workers have its output, too, until they notice that it has ended.
+        self._reader.join(30)
+        if self.process.stdout is not None and not self._reader.is_alive():
             self.process.stdout.close()
 
 
@@ -210,7 +211,7 @@ def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
             yield client
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> float:
+def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> float:
     """Wait for a condition; the seconds it took. Connection errors count as not yet.
 
     A server that fails is ejected by its third failure, and a careful policy takes its time to try
