@@ -12,8 +12,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_router.routing.queue.place import Place, Route, Verdict
-from vllm_router.routing.queue.waiting import WaitingRooms
+from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.waiting_queue import WaitingQueue
 
 SERVERS = {"a": "xy", "b": "x", "c": "z", "d": "yz"}
 """Servers by name, and the models that each has at first."""
@@ -24,7 +24,7 @@ FALLBACK = {"x": "z"}
 QUEUE_SIZE = 5
 
 
-class Request(Place):
+class Request(QueueEntry):
     """A place, and what the machine knows of it."""
 
     falls_back = False
@@ -34,7 +34,7 @@ class Request(Place):
 class Overload(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.rooms: WaitingRooms[Request] = WaitingRooms()
+        self.rooms: WaitingQueue[Request] = WaitingQueue()
         self.models = dict(SERVERS)
         self.caps = dict.fromkeys(SERVERS, 1)
         self.up = set(SERVERS)
@@ -48,7 +48,7 @@ class Overload(RuleBasedStateMachine):
 
     def candidates(self, one: Request) -> list[str]:
         """The servers that may be asked now, as an exchange chooses them."""
-        for model in (one.room, *([FALLBACK[one.room]] if one.falls_back else [])):
+        for model in (one.model, *([FALLBACK[one.model]] if one.falls_back else [])):
             found = [
                 name
                 for name, models in self.models.items()
@@ -59,9 +59,9 @@ class Overload(RuleBasedStateMachine):
         return []
 
     def route(self, one: Request) -> Route:
-        models = one.room + (FALLBACK[one.room] if one.falls_back else "")
+        models = one.model + (FALLBACK[one.model] if one.falls_back else "")
         servers = {name for name, there in self.models.items() if set(there) & set(models)}
-        more = (one.room if one.falls_back else None, one.tried)
+        more = (one.model if one.falls_back else None, one.tried)
         return Route(frozenset(servers - one.tried), more)
 
     def free(self, one: Request) -> list[str]:
@@ -140,7 +140,7 @@ class Overload(RuleBasedStateMachine):
         if free:  # else a waiting request could use it, too, and would have it
             self.running.append((free[0], one))
             return
-        room = self.rooms.room(model)
+        room = self.rooms.model_queue(model)
         if room.waiting >= QUEUE_SIZE:
             last = room.displaced_by(priority, key)
             self.check_displaced(one, last)
@@ -153,7 +153,7 @@ class Overload(RuleBasedStateMachine):
         self.rooms.join(one)
 
     def check_displaced(self, newcomer: Request, last: Request | None) -> None:
-        new = [one for one in self.waiting if one.room == newcomer.room and not one.returning]
+        new = [one for one in self.waiting if one.model == newcomer.model and not one.returning]
         worst = max(one.priority for one in new)
         counts = Counter(one.key for one in new if one.priority == worst)
         fair = counts[newcomer.key] + 1 if newcomer.priority == worst else 0
@@ -190,7 +190,7 @@ class Overload(RuleBasedStateMachine):
         self.running = [pair for pair in self.running if pair[0] != name]
         for old in lost:
             self.now += 0.001
-            one = Request(old.room, old.priority, old.key, self.now, 1e9, returning=True)
+            one = Request(old.model, old.priority, old.key, self.now, 1e9, returning=True)
             one.falls_back, one.tried = old.falls_back, old.tried | {name}
             one.route = self.route(one)
             self.waiting.append(one)
@@ -213,7 +213,7 @@ class Overload(RuleBasedStateMachine):
         for one in self.waiting:
             route = self.route(one)
             if route != one.route:
-                self.rooms.move(one, one.room, route, self.now)
+                self.rooms.move(one, one.model, route, self.now)
         self.passed.clear()
         self.admit()
 
@@ -223,11 +223,13 @@ class Overload(RuleBasedStateMachine):
     def no_request_is_lost(self) -> None:
         assert self.come == len(self.running) + len(self.waiting) + self.gone
         numbers = sorted(one.number for one in self.waiting)
-        assert sorted(o.number for room in self.rooms.rooms.values() for o in room) == numbers
-        pools = self.rooms.pools.values()
+        assert (
+            sorted(o.number for room in self.rooms.model_queues.values() for o in room) == numbers
+        )
+        pools = self.rooms.route_queues.values()
         assert sorted(o.number for pool in pools for o in pool) == numbers
         assert len(self.rooms) == len(numbers)
-        assert all(self.rooms.pools.values()), "an empty pool is kept"
+        assert all(self.rooms.route_queues.values()), "an empty pool is kept"
 
     @invariant()
     def no_request_waits_beside_a_free_server(self) -> None:
@@ -235,10 +237,10 @@ class Overload(RuleBasedStateMachine):
 
     @invariant()
     def no_room_is_too_full(self) -> None:
-        for room in self.rooms.rooms.values():
-            new = [one for one in self.waiting if one.room == room.model and not one.returning]
+        for room in self.rooms.model_queues.values():
+            new = [one for one in self.waiting if one.model == room.model and not one.returning]
             assert room.waiting == len(new) <= QUEUE_SIZE
-            assert len(room) == sum(one.room == room.model for one in self.waiting)
+            assert len(room) == sum(one.model == room.model for one in self.waiting)
 
 
 TestOverload = Overload.TestCase

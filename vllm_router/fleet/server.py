@@ -84,9 +84,9 @@ class Transition:
 class Lease(msgspec.Struct, eq=False):
     """The in-flight unit one attempt holds on a server, from the pick to the end.
 
-    `last_byte_at` moves with every byte from the server; `committed` when the client is given
-    some; `interrupt` ends the attempt from outside with a word why, if it can; `booking` is what
-    the policy notes about it.
+    `last_byte_at` is set with every byte from the server, `committed` once the client has got
+    some; `interrupt(reason)` ends the attempt from outside, if possible; `reservation` belongs to
+    the policy.
     """
 
     server: Server
@@ -95,7 +95,7 @@ class Lease(msgspec.Struct, eq=False):
     trial: bool = False
     committed: bool = False
     interrupt: Callable[[str], bool] | None = None
-    booking: object = None
+    reservation: object = None
 
     def release(self) -> None:
         """Give the unit back; called exactly once, in the attempt's `finally`."""

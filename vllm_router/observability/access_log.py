@@ -28,8 +28,8 @@ from vllm_router.observability.line_writer import LineWriter
 from vllm_router.observability.tally import failed
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import pack_chain
+from vllm_router.routing.prompt.blocks import pack_hashes
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 LONGEST = 256
 """Characters of a path or a model's name that are logged."""
@@ -48,7 +48,7 @@ class Ended(NamedTuple):
 
     at: float
     record: Record
-    facts: Facts | None
+    facts: RoutingInfo | None
     trace_id: str | None = None
 
 
@@ -228,7 +228,7 @@ def fields(ended: Ended) -> dict[str, Any]:
             values["session"] = _pseudonym(facts.session)
         if facts.prompt.size:
             values["prompt_bytes"] = facts.prompt.size
-            values["prefix"] = pack_chain(facts.prompt.chain)
+            values["prefix"] = pack_hashes(facts.prompt.block_hashes)
     return values
 
 

@@ -10,7 +10,7 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server, State
 from vllm_router.observability.prometheus_text import Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, RouterState
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 
 
 def _counter(name: str, text: str, *labels: str) -> Family:
@@ -186,7 +186,7 @@ PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
             "(vllm serve --enable-prompt-tokens-details).",
             "server",
         ),
-        lambda expected, engine: expected.told_tokens if expected is not None else None,
+        lambda expected, engine: expected.reported_tokens if expected is not None else None,
     ),
     (
         _counter(

@@ -18,7 +18,7 @@ from vllm_router.observability.stalls import StallMonitor
 from vllm_router.proxy.admission import Queue
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 
 CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
     "connections",

@@ -17,7 +17,7 @@ from vllm_router.observability.sliding import (
 )
 from vllm_router.proxy.record import DONE, Record
 from vllm_router.proxy.retry import ANSWERED, RULES, Outcome
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 
 
 class Sample(NamedTuple):

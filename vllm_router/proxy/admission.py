@@ -24,9 +24,9 @@ from vllm_router.fleet.server import State
 from vllm_router.proxy import admission_refusals as refusals
 from vllm_router.proxy.waiter import Grant, Peers, Waiter
 from vllm_router.routing.queue.drain_rate import MARGIN
-from vllm_router.routing.queue.place import Place, Verdict
-from vllm_router.routing.queue.rooms import Room
-from vllm_router.routing.queue.waiting import ANY_UNKNOWN, WaitingRooms
+from vllm_router.routing.queue.entry import QueueEntry, Verdict
+from vllm_router.routing.queue.model_queue import ModelQueue
+from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server, Transition
@@ -67,16 +67,16 @@ class Gate:
         self._lists: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
         self._peers = make_peers(self) if make_peers is not None else None
-        self.places: WaitingRooms[Place] = WaitingRooms(
+        self.places: WaitingQueue[QueueEntry] = WaitingQueue(
             self._peers.number if self._peers is not None else 0
         )
         self.fleet.on_settled.append(self.look)
         self.fleet.on_transition.append(self._server_changed)
 
     @property
-    def rooms(self) -> list[Room[Place]]:
+    def rooms(self) -> list[ModelQueue[QueueEntry]]:
         """In which a request waits or has waited; ANY_UNKNOWN is one of them."""
-        return list(self.places.rooms.values())
+        return list(self.places.model_queues.values())
 
     def queues(self, now: float) -> list[Queue]:
         """The rooms in figures, with the requests of all processes. O(rooms)."""
@@ -103,7 +103,7 @@ class Gate:
 
     def ahead(self, model: str | None, priority: int = 0) -> tuple[int, bool]:
         """How many would go before one more request without a key, and whether it may wait."""
-        room = self.places.rooms.get(self.room_of(model))
+        room = self.places.model_queues.get(self.room_of(model))
         size = self.limits.queue_size
         if room is None:
             return 0, size > 0
@@ -191,9 +191,9 @@ class Gate:
         policy, facts = exchange.request.policy, exchange.request.facts
         # A policy that remembers candidates knows them by the tuple, and one needs no choice.
         among = candidates if len(free) == len(candidates) else free
-        server = policy.pick(among, facts, now) if len(free) > 1 else free[0]
+        server, note = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
         lease = server.lease(now)
-        policy.leased(lease, facts, now)
+        policy.leased(lease, note, facts, now)
         return policy, lease
 
     def _waiter(self, exchange: Exchange, now: float) -> Waiter:
@@ -213,14 +213,14 @@ class Gate:
     def _key(self, name: str) -> object:
         return name if self._peers is None else self._peers.key(name)
 
-    def _check_in(self, waiter: Waiter, any_server: bool, now: float) -> Place | None:
+    def _check_in(self, waiter: Waiter, any_server: bool, now: float) -> QueueEntry | None:
         """See to it that there is a place for a newcomer; the request that has lost its own.
 
         Raises Refused if there is none, or if it would wait longer than it may.
         """
         if waiter.returning:
             return None  # it had been let in: newcomers have to stand back
-        limits, room = self.limits, self.places.room(waiter.room)
+        limits, room = self.limits, self.places.model_queue(waiter.model)
         if any_server:
             room.rate.begin(now)
         else:
@@ -235,7 +235,7 @@ class Gate:
         ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
         if ahead and any_server and rate is not None and room.rate.is_current:
             wait = (ahead + 1) / rate
-            left = waiter.exchange.deadline - now - room.quickest.seconds(now)
+            left = waiter.exchange.deadline - now - room.shortest.seconds(now)
             most = min(limits.queue_timeout, left / MARGIN)
             if wait > most:
                 raise refusals.too_long(wait, most, self._bounded(wait - most))
@@ -243,20 +243,22 @@ class Gate:
             self.displace(displaced, now)
         return displaced
 
-    def _full(self, waiter: Waiter, room: Room[Place], any_server: bool, now: float) -> Refused:
+    def _full(
+        self, waiter: Waiter, room: ModelQueue[QueueEntry], any_server: bool, now: float
+    ) -> Refused:
         """429 if the servers have too much to do, 503 if there is none."""
         if not any_server:
             return waiter.exchange.nobody()
         return refusals.full(self.limits.queue_size, self._drained_in(room, now))
 
-    def displace(self, place: Place, now: float) -> None:
+    def displace(self, place: QueueEntry, now: float) -> None:
         """A request with an earlier turn has taken this place."""
         if not isinstance(place, Waiter):
             self.places.leave(place, now)
             if self._peers is not None:
                 self._peers.displaced(place)
             return
-        room = self.places.room(place.room)
+        room = self.places.model_queue(place.model)
         some = place.exchange.choices(now)
         refused = refusals.displaced(self._drained_in(room, now))
         self._send_away(place, refused if some else place.exchange.nobody(), now)
@@ -268,10 +270,10 @@ class Gate:
             return refusals.past_deadline()
         if not exchange.choices(now):
             return exchange.nobody()
-        drained_in = self._drained_in(self.places.room(waiter.room), now)
+        drained_in = self._drained_in(self.places.model_queue(waiter.model), now)
         return refusals.timed_out(now - waiter.since, drained_in)
 
-    def _drained_in(self, room: Room[Place], now: float) -> float:
+    def _drained_in(self, room: ModelQueue[QueueEntry], now: float) -> float:
         """Seconds until all have been served who wait now; they wait no longer than they may."""
         rate = room.rate.per_second(now)
         return self._bounded((len(room) + 1) / rate if rate is not None else math.inf)
@@ -317,7 +319,7 @@ class Gate:
                 else:
                     assert self._peers is not None
                     new_room, new_route = self._peers.where(place)
-                if (new_room, new_route) != (place.room, place.route):
+                if (new_room, new_route) != (place.model, place.route):
                     self.places.move(place, new_room, new_route, now)
                     if self._peers is not None and isinstance(place, Waiter):
                         self._peers.moved(place)
@@ -332,12 +334,12 @@ class Gate:
             self._look_elsewhere(now)
         self._admit(now)
         if not server.at_cap:
-            self.places.left_free(now, lambda room: not room or server.serves(room))
+            self.places.server_left_free(now, lambda room: not room or server.serves(room))
 
     def served(self, model: str | None, seconds: float) -> None:
         """A server has answered a request for the model completely, in so many seconds."""
-        room = self.places.room(self.room_of(model))
-        room.quickest.add(seconds, trio.current_time())
+        room = self.places.model_queue(self.room_of(model))
+        room.shortest.add(seconds, trio.current_time())
 
     def woken(self, now: float) -> None:
         """Another process has rung, or it is time to look what it has done."""
@@ -364,7 +366,7 @@ class Gate:
             self._look_elsewhere(now)
         self._follow_lists(now)
         self._admit(now)
-        self.places.forget(self.fleet.knows)
+        self.places.drop_unknown_models(self.fleet.knows)
         self._admitting = True
         try:
             self._dismiss(now)
@@ -409,14 +411,14 @@ class Gate:
             self._admitting = False
         self._look_again(now)
 
-    def _give(self, place: Place, now: float) -> Verdict:
+    def _give(self, place: QueueEntry, now: float) -> Verdict:
         """Let it go on, if it can: with a server, or because it is to have none."""
         peers = self._peers
         if not isinstance(place, Waiter):
             assert peers is not None
             return peers.give(place, now)
         exchange = place.exchange
-        if now + self.places.room(place.room).quickest.seconds(now) > exchange.deadline:
+        if now + self.places.model_queue(place.model).shortest.seconds(now) > exchange.deadline:
             place.refused = refusals.past_deadline()
         else:
             # of a request like this servers may have died since it came
@@ -451,7 +453,7 @@ class Gate:
         if change.old in _IN_SERVICE and change.new in _IN_SERVICE:
             return
         server = self.fleet.servers.get(change.server)
-        self.places.change_rates(
+        self.places.reset_rates(
             trio.current_time(), lambda model: not model or server is None or server.serves(model)
         )
 
@@ -459,7 +461,7 @@ class Gate:
         """New limits: requests that may go on do at once; the others keep their places."""
         self.limits = limits
         now = trio.current_time()
-        self.places.change_rates(now, lambda model: True)
+        self.places.reset_rates(now, lambda model: True)
         self.look(now)
 
     def close(self) -> None:

@@ -55,9 +55,9 @@ from vllm_router.proxy.retry import (
     decide,
 )
 from vllm_router.proxy.selection import Selection
-from vllm_router.routing.prompt.facts import UNREAD
 from vllm_router.routing.prompt.model_name import EDITED_AT_ONCE
-from vllm_router.routing.queue.place import Route
+from vllm_router.routing.prompt.routing_info import UNREAD
+from vllm_router.routing.queue.entry import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -344,9 +344,11 @@ class Exchange:
             gate = proxy.gate
             if gate is None:
                 policy, facts = request.policy, request.facts
-                lease = policy.pick(candidates, facts, now).lease(now)
+                server, note = policy.pick(candidates, facts, now)
+                lease = server.lease(now)
             else:
                 policy, lease = await gate.pass_through(self, candidates, now)
+                note = None
                 facts, now = request.facts, trio.current_time()
             server = lease.server
             record.policy = policy.name
@@ -360,7 +362,7 @@ class Exchange:
                 attempt.parent = b"\r\ntraceparent: " + trace.attempt_started(server, now)
             try:
                 if gate is None:
-                    policy.leased(lease, facts, now)
+                    policy.leased(lease, note, facts, now)
                 outcome = await attempt.run(now)
             finally:
                 # Without these two, nothing of the exchange would go before a garbage collection.

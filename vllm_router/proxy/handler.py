@@ -31,7 +31,7 @@ from vllm_router.proxy.quarantine import Poison
 from vllm_router.proxy.record import Record, Recorder, Tracer
 from vllm_router.proxy.request import Bodies
 from vllm_router.proxy.retry import Outcome, RetryBudget
-from vllm_router.routing.policies import Knobs
+from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policy_set import PolicySet
 
 TELL_EVERY = 0.005
@@ -101,7 +101,9 @@ class Proxy:
         self._rng = rng
         self._tls = tls
         self._resolver = resolver or Resolver()
-        self.policies = PolicySet(rng, config.settings.policy, {}, Knobs.of(config.settings))
+        self.policies = PolicySet(
+            rng, config.settings.policy, {}, PolicySettings.of(config.settings)
+        )
         self.apply(config)
 
     def apply(self, config: Config) -> None:
@@ -112,7 +114,9 @@ class Proxy:
         self.trusted = parse_networks(settings.trusted_proxies)
         own = {name: rule.policy for name, rule in config.models if rule.policy is not None}
         on_request = settings.policy_header
-        self.policies.apply(settings.policy, own, Knobs.of(settings), on_request=on_request)
+        self.policies.apply(
+            settings.policy, own, PolicySettings.of(settings), on_request=on_request
+        )
         self.plain = not (config.models or on_request)
         servers = self.fleet.all_servers()
         for server in servers:

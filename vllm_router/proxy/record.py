@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 
 class Phase(enum.Enum):
@@ -63,7 +63,7 @@ class Record(msgspec.Struct, eq=False, gc=False):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
-    facts: Facts | None = None
+    facts: RoutingInfo | None = None
     trace: Trace | None = None
     served_model: str | None = None
     policy: str = ""

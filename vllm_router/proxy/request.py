@@ -25,8 +25,8 @@ from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.paths import INVOCATIONS
 from vllm_router.routing.policies import POLICY_NAMES, Policy
 from vllm_router.routing.prompt.body_reader import read_in_slices, replaced
-from vllm_router.routing.prompt.facts import SHORT, UNREAD, Facts, read_at_once
 from vllm_router.routing.prompt.model_name import json_name, model_places, with_model
+from vllm_router.routing.prompt.routing_info import SHORT, UNREAD, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.steps import finish
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Request:
             with_prompt=read.needs_prompt or logged,
             shortest=SHORT,
         )
-        self.facts: Facts = UNREAD if facts is None else facts
+        self.facts: RoutingInfo = UNREAD if facts is None else facts
         self.policy: Policy = policies.default if wanted is None else wanted
         self._places: tuple[tuple[int, int], ...] | None = None
         self._name: Callable[[str], bytes] = json_name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from vllm_router.errors import Refused
-from vllm_router.routing.queue.place import Place, Route, Verdict
+from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -24,7 +24,7 @@ Grant = tuple["Policy", "Lease"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Waiter(Place):
+class Waiter(QueueEntry):
     """An exchange that waits. It is woken with a grant, or with what it is to be told."""
 
     exchange: Exchange
@@ -36,7 +36,7 @@ class Waiter(Place):
 class Peers(Protocol):
     """The requests that wait in the other processes of this router.
 
-    Their places stand in the gate's own `WaitingRooms` beside ours; `look` brings them up to date.
+    Their places stand in the gate's own `WaitingQueue` beside ours; `look` brings them up to date.
     """
 
     @property
@@ -54,19 +54,19 @@ class Peers(Protocol):
     def look(self, now: float) -> None:
         """Take over what the others have published."""
 
-    def where(self, place: Place) -> tuple[str | None, Route]:
+    def where(self, place: QueueEntry) -> tuple[str | None, Route]:
         """The room and the route of another process's place, by what this process knows."""
 
     def is_full(self) -> bool:
         """Whether no further place of ours can be published."""
 
-    def publish(self, waiter: Waiter, displaced: Place | None) -> None:
+    def publish(self, waiter: Waiter, displaced: QueueEntry | None) -> None:
         """Show the others a place of ours, and which place it has taken."""
 
     def moved(self, waiter: Waiter) -> None:
         """A place of ours that may have been published has got another room or route."""
 
-    def displaced(self, place: Place) -> None:
+    def displaced(self, place: QueueEntry) -> None:
         """A place of another process has been taken; that process tells the client."""
 
     def withdraw(self, waiter: Waiter) -> None:
@@ -75,7 +75,7 @@ class Peers(Protocol):
     def begin(self, now: float) -> None:
         """A pass over all places begins."""
 
-    def give(self, place: Place, now: float) -> Verdict:
+    def give(self, place: QueueEntry, now: float) -> Verdict:
         """Leave a server to a place of another process: HELD, or BLOCKED if none is for it."""
 
     def passed_over(self, waiter: Waiter, now: float) -> None:

@@ -1,4 +1,4 @@
-"""The policies in force: one for all, others for some models, and those that requests ask for."""
+"""The active policies: a default, one per model, and the policies that requests select."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.accounts import PrefixStatistics
-from vllm_router.routing.policies import POLICIES, Knobs, Policy
+from vllm_router.routing.policies import POLICIES, Policy, PolicySettings
+from vllm_router.routing.server_estimate import PrefixStatistics
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
 
 
 class PolicySet:
-    """Policies by name, each made when it is first wanted, and kept with what it has learnt.
+    """Policies by name, created on first use and kept with their state.
 
-    `by_model` has the models, by public name, that do not use `default`. `on_request` says whether
-    a request may name another one. `needs_prompt` and `needs_session` are those of the most
-    demanding of the policies that requests get without asking.
+    `by_model` maps public model names to policies other than `default`. `on_request` is whether a
+    request may select a policy. `needs_prompt` and `needs_session` are True if any of the default
+    policies needs them.
     """
 
     def __init__(
@@ -26,56 +26,61 @@ class PolicySet:
         rng: Random,
         default: str,
         by_model: Mapping[str, str],
-        knobs: Knobs,
+        settings: PolicySettings,
         *,
         on_request: bool = False,
     ) -> None:
         self._rng = rng
-        self._made: dict[str, Policy] = {}
-        self._knobs = knobs
-        self.apply(default, by_model, knobs, on_request=on_request)
+        self._policies: dict[str, Policy] = {}
+        self._settings = settings
+        self.apply(default, by_model, settings, on_request=on_request)
 
     def apply(
-        self, default: str, by_model: Mapping[str, str], knobs: Knobs, *, on_request: bool
+        self,
+        default: str,
+        by_model: Mapping[str, str],
+        settings: PolicySettings,
+        *,
+        on_request: bool,
     ) -> None:
-        """Follow the configuration. Other knobs make new policies, which know nothing yet."""
-        if knobs != self._knobs:
-            self._knobs = knobs
-            self._made = {}
+        """Apply a configuration. Changed settings replace all policies, which lose their state."""
+        if settings != self._settings:
+            self._settings = settings
+            self._policies = {}
         self.on_request = on_request
         self.default = self.named(default)
         self._by_model = {model: self.named(name) for model, name in by_model.items()}
         used = {self.default, *self._by_model.values()}
         if not on_request:
-            # What is not in use learns nothing, and would be out of date when it is used again.
-            self._made = {policy.name: policy for policy in used}
+            # An unused policy sees no events; its state would be outdated when it is used again.
+            self._policies = {policy.name: policy for policy in used}
         self.needs_prompt = any(policy.needs_prompt for policy in used)
         self.needs_session = any(policy.needs_session for policy in used)
 
     def named(self, name: str) -> Policy:
-        """The policy of that name, which must be one."""
-        policy = self._made.get(name)
+        """The policy of this name, which must exist."""
+        policy = self._policies.get(name)
         if policy is None:
-            policy = self._made[name] = POLICIES[name](self._rng, self._knobs)
+            policy = self._policies[name] = POLICIES[name](self._rng, self._settings)
         return policy
 
     def for_model(self, public: str | None) -> Policy:
-        """The policy of requests for this model that do not name another one."""
+        """The policy of requests for this model that do not select another."""
         if public is None:
             return self.default
         return self._by_model.get(public, self.default)
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""
-        for policy in self._made.values():
+        for policy in self._policies.values():
             policy.forget(server)
 
     def statistics(self, server: Server) -> PrefixStatistics | None:
-        """Of all policies that look at prompts together; None if there is none."""
-        found = [policy.statistics(server) for policy in self._made.values()]
+        """The sum over all policies that look at prompts; None without any."""
+        found = [policy.statistics(server) for policy in self._policies.values()]
         known = [one for one in found if one is not None]
         return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
 
     def __iter__(self) -> Iterator[Policy]:
-        """Those that have been made."""
-        return iter(self._made.values())
+        """The policies created so far."""
+        return iter(self._policies.values())

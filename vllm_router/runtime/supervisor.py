@@ -34,7 +34,7 @@ from vllm_router.observability.tracing import Telemetry
 from vllm_router.proxy.admission import PeersMaker, Queue
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.early_signals import came
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.model_lists import ModelLists, Reader

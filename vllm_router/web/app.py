@@ -20,7 +20,7 @@ from vllm_router.observability.router_state import wall_offset
 from vllm_router.proxy.identity import FEED_PROTOCOL
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.routing.paths import PathClass, classify
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.web import admin, answers, status
 from vllm_router.web.access import check_admin
 from vllm_router.web.engine_control import control
@@ -187,7 +187,7 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/explain")
     async def explain_model() -> Response:
-        facts = Facts(request.args.get("model") or None)
+        facts = RoutingInfo(request.args.get("model") or None)
         return answers.json(explain(router, facts, policy_of(router, answers.fields())))
 
     @app.post("/explain")

@@ -15,11 +15,11 @@ from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import Policy
 from vllm_router.routing.prompt.body_reader import EXPLAIN, read_in_slices
-from vllm_router.routing.prompt.facts import SHORT, Facts, read_at_once
+from vllm_router.routing.prompt.routing_info import SHORT, RoutingInfo, read_at_once
 from vllm_router.web.router import Router
 
 
-def explain(router: Router, facts: Facts, policy: Policy | None = None) -> dict[str, Any]:
+def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) -> dict[str, Any]:
     """What would happen to a request with these facts now. Takes no lease, moves no policy.
 
     Candidates stand in the order in which the policy prefers them, where it has one: `policy`, or
@@ -66,7 +66,7 @@ def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
 
 async def facts_of(
     router: Router, fields: Mapping[str, str], body: bytes, policy: Policy | None
-) -> Facts:
+) -> RoutingInfo:
     """What routing would read from a request with this body, for `policy` or those in force.
 
     Raises Refused for a body that cannot be read.
@@ -86,7 +86,7 @@ async def facts_of(
 
 
 def _rank(
-    policy: Policy, candidates: Sequence[Server], facts: Facts, now: float
+    policy: Policy, candidates: Sequence[Server], facts: RoutingInfo, now: float
 ) -> tuple[Server | None, list[dict[str, Any]]]:
     """Who would be picked, and all candidates with the score the policy gives them."""
     if not candidates:
@@ -94,7 +94,7 @@ def _rank(
     explained = policy.explain(candidates, facts, now)
     if explained is None:
         # Picking may move such a policy (round robin counts): a copy of it picks here.
-        picked = copy.copy(policy).pick(candidates, facts, now)
+        picked, _ = copy.copy(policy).pick(candidates, facts, now)
         by_load = sorted(candidates, key=lambda server: server.burden)
         return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
     return explained[0].server, [
@@ -117,7 +117,7 @@ def _figures(server: Server) -> dict[str, Any]:
 
 
 def _note(
-    candidates: Sequence[Server], facts: Facts, router: Router, policy: Policy, now: float
+    candidates: Sequence[Server], facts: RoutingInfo, router: Router, policy: Policy, now: float
 ) -> str:
     """What is special about the choice, in a sentence; empty if nothing is."""
     if not any(server.traffic_health.admits(now) for server in candidates):
@@ -138,7 +138,7 @@ def _note(
     return ""
 
 
-def _none_free(allowed: Sequence[Server], facts: Facts, router: Router) -> str:
+def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> str:
     """Why nobody gets it, and what becomes of it."""
     model, gate = facts.model, router.proxy.gate
     if not allowed and model is not None and not router.fleet.knows(model):
@@ -149,7 +149,7 @@ def _none_free(allowed: Sequence[Server], facts: Facts, router: Router) -> str:
     return f"{why}: the request would wait, {gate.ahead(model, facts.priority)[0]} before it."
 
 
-def _may_wait(router: Router, facts: Facts) -> bool:
+def _may_wait(router: Router, facts: RoutingInfo) -> bool:
     """Whether there is a place for it, should there be no server."""
     gate, model = router.proxy.gate, facts.model
     if gate is None:

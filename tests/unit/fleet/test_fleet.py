@@ -10,7 +10,7 @@ from support.fleet_makers import come_up, eject, gauges, go_down, make_config, m
 from vllm_router.fleet.fleet import SETTLED_AT_ONCE, Fleet
 from vllm_router.fleet.server import Server, State
 from vllm_router.routing.policies import POLICIES
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 
 def names(servers) -> str:
@@ -349,7 +349,7 @@ def spread(fleet: Fleet, requests: int) -> dict[str, int]:
     policy = POLICIES["least_load"](Random(5))
     leases = []
     for _ in range(requests):
-        server = policy.pick(fleet.candidates("m", 0.0), Facts("m"), 0.0)
+        server = policy.pick(fleet.candidates("m", 0.0), RoutingInfo("m"), 0.0)[0]
         leases.append(server.lease(0.0))
     counts = {server.name: server.in_flight for server in fleet.servers.values()}
     for lease in leases:

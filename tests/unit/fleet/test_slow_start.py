@@ -14,8 +14,8 @@ from support.fleet_makers import come_up, eject, gauges, go_down, make_config, m
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import State
 from vllm_router.routing.policies import POLICIES, Policy
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import Prompt, cut
+from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 SERVICE = 0.2
 
@@ -27,10 +27,10 @@ def described(number: int, capacity: int = 20) -> list[dict]:
     ]
 
 
-def asking(number: int) -> Facts:
+def asking(number: int) -> RoutingInfo:
     text = b"%d" % number * 200
-    prompt = Prompt(cut(text), len(text), None, 0, 0, hash(text) & 0xFFFFFFFF)
-    return Facts("m", stream=True, session=str(number), prompt=prompt)
+    prompt = Prompt(hash_blocks(text), len(text), None, 0, 0, hash(text) & 0xFFFFFFFF)
+    return RoutingInfo("m", stream=True, session=str(number), prompt=prompt)
 
 
 class Loop:
@@ -63,9 +63,9 @@ class Loop:
                 else:
                     self.fleet.took(server, took)
             facts = asking(next(self._numbers))
-            server = self.policy.pick(self.fleet.candidates("m", self.now), facts, self.now)
+            server = self.policy.pick(self.fleet.candidates("m", self.now), facts, self.now)[0]
             lease = server.lease(self.now)
-            self.policy.leased(lease, facts, self.now)
+            self.policy.leased(lease, None, facts, self.now)
             self.policy.first_byte(lease)
             self.served[server.name] += 1
             heapq.heappush(self._due, (self.now + self.seconds(server.name), number, lease))

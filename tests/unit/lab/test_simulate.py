@@ -28,7 +28,7 @@ from vllm_router.lab.simulate.tables import markdown
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
 from vllm_router.lab.simulate.world import Scene, World
-from vllm_router.routing.prompt.pieces import cut, pack_chain, pieces_in, unpack_chain
+from vllm_router.routing.prompt.blocks import blocks_in, hash_blocks, pack_hashes, unpack_hashes
 
 H100 = HARDWARE["8b"]
 
@@ -71,8 +71,8 @@ def test_simulated_texts_with_common_beginning_share_blocks(passages: list[tuple
 def test_simulated_text_has_blocks_of_prompt_of_its_length():
     text = Text()
     text.add(1, 5000)
-    assert len(text.chain(5000)) == pieces_in(20_000)
-    assert text.chain(1000) == text.chain(5000)[: pieces_in(4000)]
+    assert len(text.chain(5000)) == blocks_in(20_000)
+    assert text.chain(1000) == text.chain(5000)[: blocks_in(4000)]
 
 
 # -- engines -----------------------------------------------------------------------------------
@@ -305,20 +305,20 @@ def test_simulate_runs_in_other_processes_give_same_result():
 
 @given(st.binary(max_size=30_000))
 def test_block_hashes_survive_the_log(text: bytes):
-    chain = cut(text)
-    back = unpack_chain(pack_chain(chain))
+    chain = hash_blocks(text)
+    back = unpack_hashes(pack_hashes(chain))
     assert [link & 0xFFFFFFFFFFFF for link in back] == [link & 0xFFFFFFFFFFFF for link in chain]
-    assert unpack_chain(pack_chain(back)) == back
+    assert unpack_hashes(pack_hashes(back)) == back
 
 
 @pytest.mark.parametrize("text", ["AAAA", "not base64!", "A" * 8 * 500])
 def test_block_hashes_invalid_text_is_refused(text: str):
     with pytest.raises(ValueError, match=r".+"):
-        unpack_chain(text)
+        unpack_hashes(text)
 
 
 def log_line(time: float, text: bytes, **more: object) -> bytes:
-    line = {"time": time, "prompt_bytes": len(text), "prefix": pack_chain(cut(text))}
+    line = {"time": time, "prompt_bytes": len(text), "prefix": pack_hashes(hash_blocks(text))}
     return msgspec.json.encode({**line, "status": 200, **more})
 
 
@@ -332,7 +332,7 @@ def test_replay_log_becomes_requests_at_their_times():
     first, second = read_log(lines)
     assert (first.start, second.start) == (0.0, 2.5)
     assert next(second.turns).output == 7
-    common = len(cut(shared))
+    common = len(hash_blocks(shared))
     assert first.text.chain(3000)[:common] == second.text.chain(3500)[:common]
 
 

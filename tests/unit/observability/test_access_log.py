@@ -27,8 +27,8 @@ from vllm_router.observability.line_writer import FileTarget, LineWriter, Stream
 from vllm_router.observability.log_output import LogOutput, Overrides
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.prompt.body_reader import read_facts
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.body_reader import read_routing_info
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 FORGED = "m\n2026-01-01T00:00:00.000Z INFO    access: GET /\x1b[2K\u2028 x=1"
 
@@ -49,7 +49,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def ended(record: Record, facts: Facts | None = None) -> Ended:
+def ended(record: Record, facts: RoutingInfo | None = None) -> Ended:
     return Ended(1_000_000.0, record, facts)
 
 
@@ -115,7 +115,7 @@ def test_access_log_text_line_has_fields_except_chunks_and_prefix():
         completion_tokens=30,
     )
     body = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
-    facts = read_facts(
+    facts = read_routing_info(
         b"/v1/chat/completions", b"application/json", body, b"s", with_prompt=True, shortest=0
     )
     whole = Ended(1_000_000.0, record, facts, "trace")
@@ -152,7 +152,7 @@ def test_access_log_long_names_are_shortened(make: Callable[[Ended], str]):
 
 def test_access_log_users_are_distinguished_but_anonymous():
     def session(name: str) -> str:
-        return fields(ended(make_record(50.0), Facts(session=name)))["session"]
+        return fields(ended(make_record(50.0), RoutingInfo(session=name)))["session"]
 
     assert session("ann@example.org") == session("ann@example.org") != session("bob@example.org")
     assert "ann" not in session("ann@example.org")

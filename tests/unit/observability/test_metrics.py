@@ -20,8 +20,8 @@ from vllm_router.observability.prometheus_text import Counter, Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import plain_prompt
+from vllm_router.routing.prompt.conversation import plain_prompt
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 ROOT = Path(__file__).parents[3]
 
@@ -176,10 +176,10 @@ async def test_metrics_expected_cache_hits_stand_beside_actual_ones():
     found = await samples(lab)
     assert not series(found, "server_prompt_tokens_total", "server")
     assert not series(found, "server_prefix_cache_hits_total", "server")
-    facts = Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096)))
+    facts = RoutingInfo("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096)))
     for _ in range(2):
         lease = server.lease(0.0)
-        adaptive.leased(lease, facts, 0.0)
+        adaptive.leased(lease, None, facts, 0.0)
         adaptive.learned(lease, 1024, 512)
         lease.release()
         adaptive.ended(lease, 0.0, failed=False)
@@ -324,7 +324,7 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
     told = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
     lab["a"].scraped(told, trio.current_time(), 0)
-    lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), Facts("m"), 0.0)
+    lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), None, RoutingInfo("m"), 0.0)
     lab.ended(lab["a"], code="x", key_name="k")
     lab.ended(lab["a"], waited=0.5)
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}

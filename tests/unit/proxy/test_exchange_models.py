@@ -214,7 +214,7 @@ async def test_policy_receives_first_token_and_usage_of_its_pick(autojump_clock)
         (server,) = rig.servers
         assert adaptive.statistics(server).prompt_tokens > 900
         assert adaptive._accounts[server].queued == 0
-        assert adaptive.book._bytes_per_token["m"] < 4.0
+        assert adaptive.index._bytes_per_token["m"] < 4.0
 
 
 def test_models_error_shortens_long_list_of_names():

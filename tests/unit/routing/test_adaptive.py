@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Journal, Lease, Server
-from vllm_router.routing.policies import POLICIES, Knobs
+from vllm_router.routing.policies import POLICIES, PolicySettings
 from vllm_router.routing.policies.adaptive import Adaptive
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import Prompt, cut
+from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 CONTEXT = bytes(n * n % 251 for n in range(40_000))
 
@@ -24,53 +24,55 @@ CONTEXT = bytes(n * n % 251 for n in range(40_000))
 class Situation:
     """Some servers of equal capacity, and the policy before them."""
 
-    def __init__(self, count: int = 3, capacity: int = 4, seed: int = 1, **knobs: float) -> None:
+    def __init__(self, count: int = 3, capacity: int = 4, seed: int = 1, **settings: float) -> None:
         self.fleet: Fleet = make_fleet(
             [
                 {"url": f"http://{n}.test:1", "name": f"s{n}", "max_concurrent_requests": capacity}
                 for n in range(count)
             ]
         )
-        self.policy = Adaptive(Random(seed), Knobs(**knobs))
+        self.policy = Adaptive(Random(seed), PolicySettings(**settings))
         self.servers = tuple(self.fleet.servers.values())
         self.now = 100.0
         self.measured: dict[Server, tuple[float, float]] = {}
 
-    def pick(self, facts: Facts) -> Server:
-        return self.policy.pick(self.candidates, facts, self.now)
+    def pick(self, facts: RoutingInfo) -> Server:
+        return self.policy.pick(self.candidates, facts, self.now)[0]
 
     @property
     def candidates(self) -> tuple[Server, ...]:
         return self.fleet.candidates("m", self.now)
 
-    def send(self, facts: Facts, server: Server | None = None) -> Lease:
-        server = server or self.pick(facts)
+    def send(self, facts: RoutingInfo, server: Server | None = None) -> Lease:
+        note: object = None
+        if server is None:
+            server, note = self.policy.pick(self.candidates, facts, self.now)
         lease = server.lease(self.now)
-        self.policy.leased(lease, facts, self.now)
+        self.policy.leased(lease, note, facts, self.now)
         return lease
 
     def end(self, lease: Lease, *, failed: bool = False) -> None:
         lease.release()
         self.policy.ended(lease, self.now, failed=failed)
 
-    def serve(self, facts: Facts, server: Server) -> None:
+    def serve(self, facts: RoutingInfo, server: Server) -> None:
         """A request that is answered at once: all it leaves behind is what is cached."""
         self.end(self.send(facts, server))
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    def parts(self, facts: Facts, server: Server) -> dict[str, float]:
+    def parts(self, facts: RoutingInfo, server: Server) -> dict[str, float]:
         rows = self.policy.explain(self.candidates, facts, self.now)
         return next(row.parts for row in rows if row.server is server)
 
-    def scores(self, facts: Facts) -> dict[str, float]:
+    def scores(self, facts: RoutingInfo) -> dict[str, float]:
         rows = self.policy.explain(self.candidates, facts, self.now)
         return {row.server.name: row.score for row in rows}
 
 
-def asking(text: bytes = b"", *, stream: bool = True, **marks: int) -> Facts:
-    return Facts("m", stream=stream, prompt=Prompt(cut(text), len(text), **marks))
+def asking(text: bytes = b"", *, stream: bool = True, **marks: int) -> RoutingInfo:
+    return RoutingInfo("m", stream=stream, prompt=Prompt(hash_blocks(text), len(text), **marks))
 
 
 NOTHING = asking()
@@ -237,7 +239,7 @@ def score_of(parts: dict[str, float], per_request: float = 1000.0, growth: float
 def test_adaptive_pick_reads_changed_servers_only():
     it = Situation(count=50)
     it.send(NOTHING)
-    board = it.policy._board(it.candidates, "m", it.now)
+    board = it.policy._cache(it.candidates, "m", it.now)
     measured = []
     patch = pytest.MonkeyPatch()
     patch.setattr(type(board), "_measure", lambda self, place: measured.append(place))
@@ -284,8 +286,8 @@ def test_adaptive_load_spreads_by_capacity():
     policy = Adaptive(Random(1))
     picked: Counter[str] = Counter()
     for _ in range(40):
-        server = policy.pick(fleet.candidates("m", 1.0), NOTHING, 1.0)
-        policy.leased(server.lease(1.0), NOTHING, 1.0)
+        server = policy.pick(fleet.candidates("m", 1.0), NOTHING, 1.0)[0]
+        policy.leased(server.lease(1.0), None, NOTHING, 1.0)
         picked[server.name] += 1
     assert picked == {"big": 30, "small": 10}
 
@@ -641,7 +643,7 @@ def test_adaptive_unhealthy_affinity_server_attracts_no_load(why: str):
         come_up(a, it.now)
         a.scraped(gauges(0), it.now, 0)
     assert it.parts(facts, b)["others"] >= 0
-    assert it.policy._board(it.candidates, "m", it.now).home
+    assert it.policy._cache(it.candidates, "m", it.now).has_peers
     assert {row.score > 0 for row in it.policy.explain(it.candidates, facts, it.now)} == {True}
     assert it.parts(facts, a)["home"] == 0
 
@@ -683,7 +685,7 @@ def test_adaptive_accounts_balance_when_all_requests_end():
     for lease in leases:
         it.end(lease)
     assert all(it.parts(NOTHING, server)["queued_tokens"] == 0 for server in it.servers)
-    assert all(lease.booking is None for lease in leases)
+    assert all(lease.reservation is None for lease in leases)
 
 
 def test_adaptive_requests_without_choice_leave_no_state():
@@ -692,7 +694,7 @@ def test_adaptive_requests_without_choice_leave_no_state():
     for n in range(1000):
         it.serve(asking(CONTEXT[:n], stream=False), it.servers[0])
         it.wait(1.0)
-    assert len(it.policy._account(it.servers[0]).due) < 10
+    assert len(it.policy._estimate(it.servers[0]).due) < 10
 
 
 def test_adaptive_usage_teaches_token_size():
@@ -722,11 +724,11 @@ def test_adaptive_statistics_report_expected_values():
         it.serve(asking(CONTEXT[:8192]), a)
     found = it.policy.statistics(a)
     assert (found.prompt_tokens, found.expected_tokens, found.recorded_bytes) == (6144, 4096, 8192)
-    assert found.told_tokens == 0
+    assert found.reported_tokens == 0
     lease = it.send(asking(CONTEXT[:8192]), a)
     it.policy.learned(lease, 2048, 2032)
     it.end(lease)
-    assert it.policy.statistics(a).told_tokens == 2032
+    assert it.policy.statistics(a).reported_tokens == 2032
 
 
 # -- refusing is no attraction ---------------------------------------------------------------------
@@ -744,9 +746,9 @@ def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400)
     for number in range(rounds):
         text = bytes((number * 7 + n * n) % 251 for n in range(64)) * (size // 64)
         facts = asking(text)
-        server = policy.pick(fleet.candidates("m", now), facts, now)
+        server = policy.pick(fleet.candidates("m", now), facts, now)[0]
         lease = server.lease(now)
-        policy.leased(lease, facts, now)
+        policy.leased(lease, None, facts, now)
         sent[server.name] += 1
         if server is bad:
             lease.release()

@@ -12,11 +12,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_router.errors import InvalidBody
-from vllm_router.routing.prompt.body_reader import Reading, read_facts, read_in_slices, replaced
-from vllm_router.routing.prompt.facts import AT_ONCE, Facts, read_at_once
+from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.body_reader import (
+    Reading,
+    read_in_slices,
+    read_routing_info,
+    replaced,
+)
 from vllm_router.routing.prompt.json_scan import DEEPEST, MOST_MEMBERS, Members, scan
 from vllm_router.routing.prompt.model_name import with_model
-from vllm_router.routing.prompt.pieces import Prompt
+from vllm_router.routing.prompt.routing_info import AT_ONCE, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.steps import Steps, finish
 
 CHAT = b"/v1/chat/completions"
@@ -60,7 +65,7 @@ def reading(body: bytes, *, with_prompt: bool = False) -> Reading:
 def test_body_reader_python_readable_body_has_its_model(encode: Callable[[str], bytes], text: str):
     body = encode(text)
     assert json.loads(body)["model"] == "größe/模型"
-    facts = read_facts(CHAT, JSON, body)
+    facts = read_routing_info(CHAT, JSON, body)
     assert (facts.model, facts.stream, facts.session) == ("größe/模型", True, None)
 
 
@@ -185,7 +190,7 @@ def _same(one: Any, other: Any) -> bool:
 def test_body_reader_transfer_parameters_in_odd_bodies_are_found(members, path, more):
     body = f'{{"model":"m",{members}{more}}}'.encode()
     assert json.loads(body)["model"] == "m"
-    assert read_facts(b"/inference/v1/generate", JSON, body).transfer == path
+    assert read_routing_info(b"/inference/v1/generate", JSON, body).transfer == path
 
 
 # -- long bodies ---------------------------------------------------------------------------------
@@ -220,9 +225,9 @@ def test_body_reader_long_body_has_facts_of_short_one(name: str, monkeypatch: py
     assert len(body) > AT_ONCE
     assert read_at_once(CHAT, JSON, body, with_prompt=True) is None
     found = reading(body, with_prompt=True).facts
-    monkeypatch.setattr("vllm_router.routing.prompt.facts.AT_ONCE", 1 << 30)
+    monkeypatch.setattr("vllm_router.routing.prompt.routing_info.AT_ONCE", 1 << 30)
     assert found == read_at_once(CHAT, JSON, body, with_prompt=True)
-    assert found.prompt.chain
+    assert found.prompt.block_hashes
 
 
 def test_body_reader_overlong_prompt_has_size_and_block_hashes():
@@ -233,21 +238,21 @@ def test_body_reader_overlong_prompt_has_size_and_block_hashes():
     ).encode()
     first, second = (reading(one, with_prompt=True).facts.prompt for one in (body, longer))
     assert 0.9 * len(body) < first.size <= len(body)
-    assert first.chain == second.chain
+    assert first.block_hashes == second.block_hashes
     assert first.conversation == second.conversation
 
 
 def test_body_reader_odd_body_has_prompt_of_plain_one():
     fields = {"model": "m", "messages": [{"role": "user", "content": "Text " * 1000}]}
-    plain = read_facts(CHAT, JSON, json.dumps(fields).encode(), with_prompt=True)
+    plain = read_routing_info(CHAT, JSON, json.dumps(fields).encode(), with_prompt=True)
     odd = json.dumps({**fields, "temperature": float("nan")}).encode()
     assert read_at_once(CHAT, JSON, odd, with_prompt=True) is None
-    assert read_facts(CHAT, JSON, odd, with_prompt=True) == plain
+    assert read_routing_info(CHAT, JSON, odd, with_prompt=True) == plain
     marked = b"\xef\xbb\xbf" + json.dumps(fields).encode()
-    assert read_facts(CHAT, JSON, marked, with_prompt=True) == plain
+    assert read_routing_info(CHAT, JSON, marked, with_prompt=True) == plain
     utf16 = json.dumps(fields).encode("utf-16")
-    assert read_facts(CHAT, JSON, utf16, with_prompt=True) == plain
-    short = read_facts(CHAT, JSON, odd, with_prompt=True, shortest=len(odd) + 1)
+    assert read_routing_info(CHAT, JSON, utf16, with_prompt=True) == plain
+    short = read_routing_info(CHAT, JSON, odd, with_prompt=True, shortest=len(odd) + 1)
     assert short.prompt == Prompt(size=len(odd))
 
 
@@ -287,7 +292,7 @@ def test_body_reader_body_beyond_limit_is_refused(body: bytes, message: str):
 )
 def test_body_reader_long_body_that_is_no_object_has_no_facts(body: bytes):
     """The server says what is wrong."""
-    assert reading(body % (b"[1,2]," * (MB // 4))).facts == Facts()
+    assert reading(body % (b"[1,2]," * (MB // 4))).facts == RoutingInfo()
 
 
 def test_body_reader_alias_with_too_many_members_is_refused():

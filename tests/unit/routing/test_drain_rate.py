@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.routing.queue.drain_rate import (
-    IDLE_FORGETS,
-    RATE_FROM,
-    RATE_OVER,
-    REMEMBERED,
+    IDLE_RESET,
+    MAX_SAMPLES,
+    MIN_SAMPLES,
+    SAMPLE_EXPIRY,
     DrainRate,
-    Quickest,
+    ShortestResponse,
 )
 
 
@@ -36,15 +36,15 @@ def test_drain_rate_is_freed_slots_per_second_of_waiting():
 def test_drain_rate_after_idle_time_is_unknown():
     rate = rate_after(*(n / 10 for n in range(1, 21)))
     rate.end(2.0)
-    assert rate.per_second(2.0 + IDLE_FORGETS + 1) is None
-    rate.begin(2.0 + IDLE_FORGETS + 1)
-    assert rate.per_second(2.0 + IDLE_FORGETS + 2) is None
+    assert rate.per_second(2.0 + IDLE_RESET + 1) is None
+    rate.begin(2.0 + IDLE_RESET + 1)
+    assert rate.per_second(2.0 + IDLE_RESET + 2) is None
 
 
 def test_drain_rate_of_stalled_fleet_becomes_unknown():
     rate = rate_after(1.0, 2.0, 3.0, 4.0, 5.0)
     assert rate.per_second(10.0) == pytest.approx(0.5)
-    assert rate.per_second(10.0 + REMEMBERED) is None
+    assert rate.per_second(10.0 + SAMPLE_EXPIRY) is None
 
 
 def test_drain_rate_is_current_only_after_enough_frees():
@@ -62,7 +62,7 @@ def test_drain_rate_is_current_only_after_enough_frees():
 
 def test_drain_rate_before_measurement_is_unknown():
     assert DrainRate().per_second(5.0) is None
-    assert rate_after(*([1.0] * (RATE_FROM - 1))).per_second(2.0) is None
+    assert rate_after(*([1.0] * (MIN_SAMPLES - 1))).per_second(2.0) is None
 
 
 def test_drain_rate_follows_latest_frees():
@@ -104,26 +104,26 @@ def test_drain_rate_is_never_negative_or_stale(steps: list[tuple[str, float]]):
             rate.forget(now)
             freed.clear()
         found = rate.per_second(now)
-        lately = [moment for moment in freed if now - moment <= REMEMBERED]
-        assert found is None or (found > 0.0 and len(lately) >= RATE_FROM)
+        lately = [moment for moment in freed if now - moment <= SAMPLE_EXPIRY]
+        assert found is None or (found > 0.0 and len(lately) >= MIN_SAMPLES)
 
 
 def test_drain_rate_quickest_is_of_latest_responses():
-    quickest = Quickest()
+    quickest = ShortestResponse()
     for seconds in (5.0, 1.0, 3.0):
         quickest.add(seconds, 0.0)
     assert quickest.seconds(0.0) == 0.0  # too few to tell
     quickest.add(4.0, 0.0)
     assert quickest.seconds(0.0) == pytest.approx(1.1)
-    for _ in range(RATE_OVER):
+    for _ in range(MAX_SAMPLES):
         quickest.add(2.0, 0.0)
     assert quickest.seconds(0.0) == pytest.approx(2.2)
 
 
 def test_drain_rate_quickest_forgets_old_responses():
-    quickest = Quickest()
+    quickest = ShortestResponse()
     for now in range(8):
         quickest.add(9.0, float(now))
-    assert quickest.seconds(REMEMBERED + 3.0) == pytest.approx(9.9)
-    assert quickest.seconds(REMEMBERED + 3.5) == pytest.approx(9.9)
-    assert quickest.seconds(REMEMBERED + 4.5) == 0.0
+    assert quickest.seconds(SAMPLE_EXPIRY + 3.0) == pytest.approx(9.9)
+    assert quickest.seconds(SAMPLE_EXPIRY + 3.5) == pytest.approx(9.9)
+    assert quickest.seconds(SAMPLE_EXPIRY + 4.5) == 0.0

@@ -11,8 +11,9 @@ import pytest
 
 from vllm_router.http.client.transport import TLS_PIECE, TlsTransport
 from vllm_router.proxy.request import Bodies, BodyShare, read_body
-from vllm_router.routing.prompt.body_reader import read_facts
-from vllm_router.routing.prompt.pieces import MEDIA_BYTES, Prompt
+from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.body_reader import read_routing_info
+from vllm_router.routing.prompt.content import MEDIA_BYTES
 
 MB = 1_000_000
 
@@ -62,7 +63,9 @@ def test_large_body_image_is_read_without_copy():
     body = picture("A" * 20 * MB)
     tracemalloc.start()
     try:
-        facts = read_facts(b"/v1/chat/completions", b"application/json", body, with_prompt=True)
+        facts = read_routing_info(
+            b"/v1/chat/completions", b"application/json", body, with_prompt=True
+        )
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -72,9 +75,9 @@ def test_large_body_image_is_read_without_copy():
 
 def test_large_body_images_differ_by_ends_and_length():
     def chain(data: str) -> tuple[int, ...]:
-        return read_facts(
+        return read_routing_info(
             b"/v1/chat/completions", b"application/json", picture(data), with_prompt=True
-        ).prompt.chain
+        ).prompt.block_hashes
 
     data = "A" * MB
     assert chain(data) == chain(data)
@@ -99,8 +102,8 @@ def test_large_body_every_medium_has_equal_weight_and_own_hash(part: dict[str, A
         ]
         body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
         path = b"/v1/chat/completions"
-        return read_facts(path, b"application/json", body, with_prompt=True).prompt
+        return read_routing_info(path, b"application/json", body, with_prompt=True).prompt
 
     a, b = prompt("A" * MB), prompt("A" * (MB - 1) + "B")
     assert a.size == b.size == MEDIA_BYTES + len("\0user\0What?")
-    assert a.chain != b.chain
+    assert a.block_hashes != b.chain

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.config.model_aliases import ModelRule, Models
-from vllm_router.routing.policies import Knobs
+from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policy_set import PolicySet
-from vllm_router.routing.prompt.body_reader import read_facts, read_in_slices, replaced
+from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
 from vllm_router.routing.prompt.model_name import with_model
 from vllm_router.routing.prompt.steps import finish
 
@@ -134,11 +134,11 @@ def test_rename_model_in_form_keeps_the_rest():
     path, body = b"/v1/audio/transcriptions", form(b"whisper")
     reading = finish(read_in_slices(path, kind, body))
     assert finish(replaced(body, reading.places, reading.name("large")))[0] == form(b"large")
-    assert read_facts(path, kind, form(b"large")).model == "large"
+    assert read_routing_info(path, kind, form(b"large")).model == "large"
 
 
 def policies(**by_model: str) -> PolicySet:
-    return PolicySet(Random(1), "least_load", by_model, Knobs(), on_request=False)
+    return PolicySet(Random(1), "least_load", by_model, PolicySettings(), on_request=False)
 
 
 def test_policies_model_keeps_its_own_policy():
@@ -152,17 +152,17 @@ def test_policies_prompt_is_read_only_if_needed():
     assert not policies().needs_prompt
     assert policies(chat="prefix").needs_prompt
     assert policies(chat="session").needs_session
-    assert not PolicySet(Random(1), "random", {}, Knobs(), on_request=True).needs_prompt
+    assert not PolicySet(Random(1), "random", {}, PolicySettings(), on_request=True).needs_prompt
 
 
 def test_policies_in_use_keep_state_through_reload_with_same_settings():
     found = policies(chat="adaptive")
     before = found.for_model("chat")
-    found.apply("random", {"chat": "adaptive"}, Knobs(), on_request=True)
+    found.apply("random", {"chat": "adaptive"}, PolicySettings(), on_request=True)
     assert found.for_model("chat") is before
     assert found.default.name == "random"
-    found.apply("random", {}, Knobs(), on_request=False)
+    found.apply("random", {}, PolicySettings(), on_request=False)
     assert [policy.name for policy in found] == ["random"]
-    found.apply("adaptive", {}, Knobs(waste_growth=0.1), on_request=False)
-    assert found.default.knobs.waste_growth == 0.1
+    found.apply("adaptive", {}, PolicySettings(waste_growth=0.1), on_request=False)
+    assert found.default.settings.waste_growth == 0.1
     assert found.default is not before

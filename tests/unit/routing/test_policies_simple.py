@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from support.fleet_makers import make_fleet
 from vllm_router.fleet.server import Server
 from vllm_router.lab.simulate.rivals import RIVALS
-from vllm_router.routing.policies import POLICIES, POLICY_NAMES, Knobs, Policy
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import Prompt, cut
+from vllm_router.routing.policies import POLICIES, POLICY_NAMES, Policy, PolicySettings
+from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 EVERY = {**POLICIES, **RIVALS}
 
@@ -27,13 +27,13 @@ def servers(count: int = 4, capacity: int = 4) -> tuple[Server, ...]:
     return tuple(make_fleet(described).servers.values())
 
 
-def asking(text: bytes = b"", session: str | None = None, shared: int = 0) -> Facts:
-    prompt = Prompt(cut(text), len(text), None, shared, 0, hash(text) & 0xFFFFFFFF)
-    return Facts("m", stream=True, session=session, prompt=prompt)
+def asking(text: bytes = b"", session: str | None = None, shared: int = 0) -> RoutingInfo:
+    prompt = Prompt(hash_blocks(text), len(text), None, shared, 0, hash(text) & 0xFFFFFFFF)
+    return RoutingInfo("m", stream=True, session=session, prompt=prompt)
 
 
 def make(name: str, seed: int = 1) -> Policy:
-    return EVERY[name](Random(seed), Knobs())
+    return EVERY[name](Random(seed), PolicySettings())
 
 
 def load(server: Server, requests: int) -> None:
@@ -59,17 +59,17 @@ def test_policies_pick_is_always_a_candidate(
     for now, (text, kept, failed) in enumerate(steps):
         facts = asking(bytes([text]) * 1000, session=str(text))
         candidates = four[kept % 4 :]
-        server = policy.pick(candidates, facts, float(now))
+        server = policy.pick(candidates, facts, float(now))[0]
         assert server in candidates
         lease = server.lease(float(now))
-        policy.leased(lease, facts, float(now))
+        policy.leased(lease, None, facts, float(now))
         if kept % 2:
             policy.first_byte(lease)
         if kept > 2:
             policy.ended(lease, now + 0.5, failed=failed)
             lease.release()
     policy.forget(four[0])
-    assert policy.pick(four[1:], asking(), 100.0) in four[1:]
+    assert policy.pick(four[1:], asking(), 100.0)[0] in four[1:]
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
@@ -82,10 +82,13 @@ def test_policies_explain_changes_nothing_and_has_row_per_candidate(name: str):
         if rows is not None:
             assert {row.server for row in rows} == set(four)
             assert [row.score for row in rows] == sorted(row.score for row in rows)
-        one, two = explained.pick(four, facts, float(now)), other.pick(same, facts, float(now))
+        one, two = (
+            explained.pick(four, facts, float(now))[0],
+            other.pick(same, facts, float(now))[0],
+        )
         assert one.name == two.name
         for policy, server in ((explained, one), (other, two)):
-            policy.leased(server.lease(float(now)), facts, float(now))
+            policy.leased(server.lease(float(now)), None, facts, float(now))
 
 
 @pytest.mark.parametrize("name", ["adaptive", "least_load", "prefix"])
@@ -95,16 +98,16 @@ def test_policies_explain_first_row_is_the_pick(name: str):
         facts = asking(bytes([now % 3]) * 900)
         rows = policy.explain(four, facts, float(now))
         assert rows is not None
-        picked = policy.pick(four, facts, float(now))
+        picked = policy.pick(four, facts, float(now))[0]
         lowest = [row.server for row in rows if row.score == rows[0].score]
         assert picked in lowest
-        policy.leased(picked.lease(float(now)), facts, float(now))
+        policy.leased(picked.lease(float(now)), None, facts, float(now))
 
 
 @pytest.mark.parametrize("name", ["adaptive", "least_load"])
 def test_policies_equal_servers_share_by_chance(name: str):
     policy, four = make(name), servers()
-    picked = Counter(policy.pick(four, asking(), 1.0).name for _ in range(400))
+    picked = Counter(policy.pick(four, asking(), 1.0)[0].name for _ in range(400))
     assert set(picked) == {server.name for server in four}
     assert min(picked.values()) > 50
 
@@ -112,12 +115,12 @@ def test_policies_equal_servers_share_by_chance(name: str):
 def test_power_of_two_never_takes_busiest():
     policy, four = make("power_of_two"), servers()
     load(four[2], 5)
-    assert four[2] not in {policy.pick(four, asking(), 1.0) for _ in range(100)}
+    assert four[2] not in {policy.pick(four, asking(), 1.0)[0] for _ in range(100)}
 
 
 def test_power_of_two_takes_only_candidate():
     policy, (alone,) = make("power_of_two"), servers(1)
-    assert policy.pick((alone,), asking(), 1.0) is alone
+    assert policy.pick((alone,), asking(), 1.0)[0] is alone
 
 
 # -- session -----------------------------------------------------------------------------------
@@ -135,32 +138,32 @@ def test_session_keeps_server_on_every_router():
 
 def test_session_missing_is_replaced_by_first_turn():
     four, policy = servers(), make("session")
-    assert len({policy.pick(four, asking(b"a" * 300), 1.0) for _ in range(10)}) == 1
-    assert len({policy.pick(four, asking(b"%d" % n * 300), 1.0) for n in range(30)}) == 4
+    assert len({policy.pick(four, asking(b"a" * 300), 1.0)[0] for _ in range(10)}) == 1
+    assert len({policy.pick(four, asking(b"%d" % n * 300), 1.0)[0] for n in range(30)}) == 4
 
 
 def test_session_moves_only_with_its_server():
     four, policy = servers(), make("session")
     for name in map(str, range(40)):
-        before = policy.pick(four, asking(session=name), 1.0)
-        after = policy.pick(four[1:], asking(session=name), 1.0)
+        before = policy.pick(four, asking(session=name), 1.0)[0]
+        after = policy.pick(four[1:], asking(session=name), 1.0)[0]
         assert after is before or before is four[0]
 
 
 def test_session_moves_while_its_server_is_busier():
     four, policy = servers(), make("session")
-    home = policy.pick(four, asking(session="s"), 1.0)
+    home = policy.pick(four, asking(session="s"), 1.0)[0]
     load(home, 10)
-    assert policy.pick(four, asking(session="s"), 1.0) is not home
+    assert policy.pick(four, asking(session="s"), 1.0)[0] is not home
     for server in four:
         load(server, 10 - server.in_flight)
-    assert policy.pick(four, asking(session="s"), 1.0) is home
+    assert policy.pick(four, asking(session="s"), 1.0)[0] is home
 
 
 def test_session_hashing_spreads_by_capacity():
     big, small = servers(1, capacity=9)[0], servers(2, capacity=3)[1]
     policy = make("session")
-    picked = Counter(policy.pick((big, small), asking(session=str(n)), 1.0) for n in range(400))
+    picked = Counter(policy.pick((big, small), asking(session=str(n)), 1.0)[0] for n in range(400))
     assert 250 < picked[big] < 350
 
 
@@ -170,16 +173,16 @@ def test_session_hashing_spreads_by_capacity():
 def test_prefix_policy_follows_cache():
     four, policy = servers(), make("prefix")
     facts = asking(b"a" * 2000)
-    policy.leased(four[2].lease(0.0), facts, 0.0)
-    assert policy.pick(four, facts, 1.0) is four[2]
+    policy.leased(four[2].lease(0.0), None, facts, 0.0)
+    assert policy.pick(four, facts, 1.0)[0] is four[2]
 
 
 def test_prefix_policy_never_overrides_busier_server():
     four, policy = servers(), make("prefix")
     facts = asking(b"a" * 2000)
-    policy.leased(four[2].lease(0.0), facts, 0.0)
+    policy.leased(four[2].lease(0.0), None, facts, 0.0)
     load(four[2], 6)
-    assert policy.pick(four, facts, 1.0) is not four[2]
+    assert policy.pick(four, facts, 1.0)[0] is not four[2]
 
 
 # -- other routers' ----------------------------------------------------------------------------
@@ -189,14 +192,14 @@ def test_prefix_policy_never_overrides_busier_server():
 def test_consistent_hashing_stays_until_bound(name: str):
     policy, four = make(name), servers()
     facts = asking(b"x" * 1000)
-    home = policy.pick(four, facts, 0.0)
-    assert {policy.pick(four[::-1], facts, 0.0) for _ in range(5)} == {home}
+    home = policy.pick(four, facts, 0.0)[0]
+    assert {policy.pick(four[::-1], facts, 0.0)[0] for _ in range(5)} == {home}
     for server in four:
         load(server, 4)
     load(home, 1)
-    assert policy.pick(four, facts, 0.0) is home  # 5 of a mean of 4.5
+    assert policy.pick(four, facts, 0.0)[0] is home  # 5 of a mean of 4.5
     load(home, 1)
-    assert policy.pick(four, facts, 0.0) is not home
+    assert policy.pick(four, facts, 0.0)[0] is not home
 
 
 def test_consistent_hashing_uses_question_or_beginning():
@@ -205,20 +208,20 @@ def test_consistent_hashing_uses_question_or_beginning():
     asked = [asking(system + bytes([n]) * 500) for n in range(32)]
     for name, homes in (("chwbl", 4), ("chwbl-prefix", 1)):
         policy = make(name)
-        assert len({policy.pick(four, facts, 0.0) for facts in asked}) == homes
+        assert len({policy.pick(four, facts, 0.0)[0] for facts in asked}) == homes
 
 
 def test_llm_d_keeps_prefix_server_until_saturated():
     policy, four = make("llm-d-sticky"), servers()
     facts = asking(b"x" * 8000)
 
-    def send(server: Server, what: Facts) -> None:
-        policy.leased(server.lease(0.0), what, 0.0)
+    def send(server: Server, what: RoutingInfo) -> None:
+        policy.leased(server.lease(0.0), None, what, 0.0)
 
-    first = policy.pick(four, facts, 0.0)
+    first = policy.pick(four, facts, 0.0)[0]
     send(first, facts)
-    assert policy.pick(four, facts, 0.0) is first
+    assert policy.pick(four, facts, 0.0)[0] is first
     send(first, asking(b"y" * 1_100_000))
-    assert policy.pick(four, facts, 0.0) is first
+    assert policy.pick(four, facts, 0.0)[0] is first
     send(first, asking(b"z" * 100_000))
-    assert policy.pick(four, facts, 0.0) is not first
+    assert policy.pick(four, facts, 0.0)[0] is not first

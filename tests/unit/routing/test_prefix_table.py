@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fleet_makers import gauges, make_fleet
-from vllm_router.routing.policies import Knobs
-from vllm_router.routing.prefix.book import PrefixBook
+from vllm_router.routing.policies import PolicySettings
+from vllm_router.routing.prefix.index import PrefixIndex
 from vllm_router.routing.prefix.table import PrefixTable
-from vllm_router.routing.prompt.pieces import PIECE, Prompt, cut, link_of
+from vllm_router.routing.prompt.blocks import BLOCK_BYTES, Prompt, hash_blocks, make_block_hash
 
 A, B, C = 1, 2, 4
 MANY = 10**9
@@ -29,7 +29,7 @@ def text(seed: int, size: int = 2560) -> bytes:
 
 def test_prefix_index_match_gives_length_per_server():
     known = table()
-    chain = cut(text(1))
+    chain = hash_blocks(text(1))
     known.insert(chain[:3], A, MANY, 0.0)
     known.insert(chain, B, MANY, 0.0)
     assert known.match(chain, A | B | C) == [(10, B), (3, A)]
@@ -40,15 +40,15 @@ def test_prefix_index_match_gives_length_per_server():
 def test_prefix_index_unknown_prompt_matches_nothing():
     known = table()
     assert known.match((), A) == []
-    known.insert(cut(text(1)), A, MANY, 0.0)
-    assert known.match(cut(text(2)), A) == []
-    assert known.match(cut(text(1)), B) == []
+    known.insert(hash_blocks(text(1)), A, MANY, 0.0)
+    assert known.match(hash_blocks(text(2)), A) == []
+    assert known.match(hash_blocks(text(1)), B) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([A, B, C])), max_size=30))
 def test_prefix_index_match_agrees_with_insertions(inserted: list[tuple[int, int]]):
     # Prompt n begins with the first 2n pieces of all later ones.
-    prompts = [cut(text(0, 512 * n) + text(n, 512)) for n in range(6)]
+    prompts = [hash_blocks(text(0, 512 * n) + text(n, 512)) for n in range(6)]
     known = table()
     for n, bit in inserted:
         known.insert(prompts[n], bit, MANY, 0.0)
@@ -64,7 +64,7 @@ def test_prefix_index_match_agrees_with_insertions(inserted: list[tuple[int, int
 
 def test_prefix_index_capacity_evicts_prompt_ends_first():
     known = table()
-    chain = cut(text(1))
+    chain = hash_blocks(text(1))
     known.insert(chain, A, 5 * 256, 0.0)
     assert known.held(A) == 5 * 256
     assert known.match(chain, A) == [(5, A)]
@@ -72,7 +72,7 @@ def test_prefix_index_capacity_evicts_prompt_ends_first():
 
 def test_prefix_index_evicts_least_recently_used_first():
     known = table()
-    old, kept, new = (cut(text(n, 1024)) for n in range(3))
+    old, kept, new = (hash_blocks(text(n, 1024)) for n in range(3))
     for now, chain in enumerate((old, kept, kept, new)):
         known.insert(chain, A, 8 * 256, float(now))
     assert known.match(old, A) == []
@@ -83,13 +83,13 @@ def test_prefix_index_evicts_least_recently_used_first():
 def test_prefix_index_entries_never_exceed_bound(prompts: list[int], bound: int):
     known = table(entries=bound)
     for n in prompts:
-        known.insert(cut(text(n, 256 * (n % 7))), A, MANY, 0.0)
+        known.insert(hash_blocks(text(n, 256 * (n % 7))), A, MANY, 0.0)
     assert len(known) <= bound
 
 
 def test_prefix_index_entries_expire():
     known = table(expiry=10.0)
-    early, late = cut(text(1)), cut(text(2))
+    early, late = hash_blocks(text(1)), hash_blocks(text(2))
     known.insert(early, A, MANY, 0.0)
     known.insert(late, B, MANY, 9.0)
     known.sweep(15.0)
@@ -100,7 +100,7 @@ def test_prefix_index_entries_expire():
 
 def test_prefix_index_forgetting_one_server_keeps_others():
     known = table()
-    chain = cut(text(1))
+    chain = hash_blocks(text(1))
     known.insert(chain, A, MANY, 0.0)
     known.insert(chain, B, MANY, 0.0)
     known.forget(A)
@@ -113,13 +113,13 @@ def test_prefix_index_forgetting_one_server_keeps_others():
 
 
 def prompt(seed: int = 1, size: int = 2560) -> Prompt:
-    return Prompt(cut(text(seed, size)), size)
+    return Prompt(hash_blocks(text(seed, size)), size)
 
 
 def test_prefix_index_of_restarted_server_is_empty():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     for server in (a, b):
         server.scraped(gauges(0, prompt_tokens=100.0), 1.0, 0)
         book.insert(server, prompt(), 1.0)
@@ -131,7 +131,7 @@ def test_prefix_index_of_restarted_server_is_empty():
 def test_prefix_index_is_bounded_by_kv_cache_per_server():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     a.scraped(gauges(0, kv_tokens=256), 1.0, 0)
     for server in (a, b):
         book.insert(server, prompt(), 1.0)
@@ -146,10 +146,10 @@ def test_prefix_index_memory_stays_bounded_under_churn(megabytes: float, count: 
     rng = Random(1)
     tracemalloc.start()
     try:
-        book = PrefixBook(Knobs(prefix_memory_mb=megabytes))
+        book = PrefixIndex(PolicySettings(prefix_memory_mb=megabytes))
         for now in range(1000):
-            chain = tuple(link_of(rng.getrandbits(60), place) for place in range(50))
-            book.insert(servers[now % count], Prompt(chain, 50 * PIECE), now / 10)
+            chain = tuple(make_block_hash(rng.getrandbits(60), place) for place in range(50))
+            book.insert(servers[now % count], Prompt(chain, 50 * BLOCK_BYTES), now / 10)
             del chain
         used, _ = tracemalloc.get_traced_memory()
     finally:
@@ -160,7 +160,7 @@ def test_prefix_index_memory_stays_bounded_under_churn(megabytes: float, count: 
 def test_prefix_index_memory_is_shared_between_servers():
     fleet = make_fleet(4)
     servers = tuple(fleet.servers.values())
-    book = PrefixBook(Knobs(prefix_memory_mb=0.0072))
+    book = PrefixIndex(PolicySettings(prefix_memory_mb=0.0072))
     for _ in range(2):
         for seed, server in enumerate(servers):
             book.insert(server, prompt(seed), 1.0)
@@ -170,7 +170,7 @@ def test_prefix_index_memory_is_shared_between_servers():
 def test_prefix_index_bit_of_removed_server_is_reused():
     fleet = make_fleet(3)
     a, b, c = fleet.servers.values()
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     bits = [book.bit(server) for server in (a, b)]
     book.insert(a, prompt(), 1.0)
     book.forget(a)
@@ -182,7 +182,7 @@ def test_prefix_index_shrinks_for_server_that_evicts_sooner():
     fleet = make_fleet(1)
     (server,) = fleet.servers.values()
     server.scraped(gauges(0, kv_tokens=640), 1.0, 0)
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     book.insert(server, prompt(), 1.0)
     assert book.matched_bytes(server, prompt()) == 2560
     for _ in range(200):
@@ -192,7 +192,7 @@ def test_prefix_index_shrinks_for_server_that_evicts_sooner():
 
 
 def test_token_size_is_learnt_per_model():
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     for _ in range(200):
         book.learn("chinese", prompt(), 1280)
     assert abs(book.tokens_per_byte("chinese", prompt()) - 0.5) < 0.01
@@ -201,11 +201,11 @@ def test_token_size_is_learnt_per_model():
 
 def test_token_size_of_token_ids_needs_no_estimate():
     exact = Prompt((), 1000, 170)
-    assert PrefixBook(Knobs()).tokens_per_byte(None, exact) == 0.17
+    assert PrefixIndex(PolicySettings()).tokens_per_byte(None, exact) == 0.17
 
 
 def test_token_size_learnt_models_are_bounded():
-    book = PrefixBook(Knobs())
+    book = PrefixIndex(PolicySettings())
     for n in range(2000):
         book.learn(str(n), prompt(), 640)
     assert len(book._bytes_per_token) <= 256

@@ -11,7 +11,7 @@ import pytest
 
 from support.proxy_harness import lab
 from support.scripted_server import answering, ok
-from vllm_router.routing.prompt.body_reader import read_facts
+from vllm_router.routing.prompt.body_reader import read_routing_info
 
 GOOD = ok(b'{"answer":1}')
 SOMEWHERE = {"do_remote_prefill": True, "remote_host": "192.0.2.66", "remote_port": 5600}
@@ -100,7 +100,9 @@ async def test_transfer_parameter_words_elsewhere_in_body_pass(body, autojump_cl
 )
 @pytest.mark.parametrize("with_prompt", [False, True])
 def test_transfer_parameter_is_found_in_any_json_spelling(body, with_prompt):
-    facts = read_facts(b"/v1/completions", b"application/json", body, with_prompt=with_prompt)
+    facts = read_routing_info(
+        b"/v1/completions", b"application/json", body, with_prompt=with_prompt
+    )
     assert facts.transfer == "kv_transfer_params"
 
 

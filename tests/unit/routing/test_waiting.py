@@ -8,28 +8,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.queue.place import Place, Route, Verdict
-from vllm_router.routing.queue.waiting import OWNER_BITS, WaitingRooms
+from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.waiting_queue import OWNER_BITS, WaitingQueue
 
 ANY = Route(frozenset({"server"}))
 
 
-def place(room: str | None = "m", priority: int = 0, key: str = "", **more: Any) -> Place:
+def place(room: str | None = "m", priority: int = 0, key: str = "", **more: Any) -> QueueEntry:
     route = more.pop("route", Route(frozenset({"server"}), room))
-    return Place(room, priority, key, more.pop("since", 0.0), 1e9, route=route, **more)
+    return QueueEntry(room, priority, key, more.pop("since", 0.0), 1e9, route=route, **more)
 
 
-def line(*places: Place) -> WaitingRooms[Place]:
-    rooms: WaitingRooms[Place] = WaitingRooms()
+def line(*places: QueueEntry) -> WaitingQueue[QueueEntry]:
+    rooms: WaitingQueue[QueueEntry] = WaitingQueue()
     for one in places:
         rooms.join(one)
     return rooms
 
 
-def served(rooms: WaitingRooms[Place], free: int) -> list[Place]:
+def served(rooms: WaitingQueue[QueueEntry], free: int) -> list[QueueEntry]:
     """The places that get one of so many servers, each good for every request."""
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         nonlocal free
         free -= 1
         one.server = "server"
@@ -41,7 +41,7 @@ def served(rooms: WaitingRooms[Place], free: int) -> list[Place]:
 def only(condition: Any) -> Any:
     """A `give` with servers for these places alone."""
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         one.server = "server"
         return Verdict.SERVED if condition(one) else Verdict.BLOCKED
 
@@ -87,7 +87,7 @@ def test_waiting_older_first_request_decides_between_models():
 def test_waiting_model_without_server_delays_no_other():
     stuck, lucky = place("stuck", priority=-9), place("lucky")
     rooms = line(stuck, lucky)
-    assert rooms.admit(0.0, only(lambda one: one.room == "lucky")) == [lucky]
+    assert rooms.admit(0.0, only(lambda one: one.model == "lucky")) == [lucky]
     assert len(rooms) == 1
 
 
@@ -95,7 +95,7 @@ def test_waiting_retry_with_free_own_server_lets_next_pass():
     back, new = place(returning=True, route=Route(frozenset(), "tried")), place()
     rooms = line(back, new)
     assert rooms.admit(0.0, only(lambda one: not one.returning)) == [new]
-    assert list(rooms.room("m")) == [back]
+    assert list(rooms.model_queue("m")) == [back]
 
 
 def test_waiting_request_of_other_route_is_not_delayed():
@@ -103,7 +103,7 @@ def test_waiting_request_of_other_route_is_not_delayed():
     lucky = [place(route=Route(frozenset({"free"})), key=f"k{n}") for n in range(3)]
     rooms = line(*stuck, *lucky)
     assert rooms.admit(0.0, only(lambda one: "free" in one.route.servers)) == lucky
-    assert len(rooms) == len(rooms.room("m")) == 5
+    assert len(rooms) == len(rooms.model_queue("m")) == 5
 
 
 def test_waiting_keys_take_turns_across_models_of_a_server():
@@ -119,18 +119,18 @@ def test_waiting_turn_on_one_server_is_free_on_others():
     b = place("slow", key="other", route=Route(frozenset({"s"})))
     rooms = line(*quick, a, b)
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         one.server = "q"
-        return Verdict.SERVED if one.room == "quick" else Verdict.BLOCKED
+        return Verdict.SERVED if one.model == "quick" else Verdict.BLOCKED
 
     rooms.admit(1.0, give)
     assert served_on(rooms, "s", 1) == [a]
 
 
-def served_on(rooms: WaitingRooms[Place], server: str, free: int) -> list[Place]:
+def served_on(rooms: WaitingQueue[QueueEntry], server: str, free: int) -> list[QueueEntry]:
     """The places that get one of so many units of a server."""
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         nonlocal free
         if server not in one.route.servers or not free:
             return Verdict.BLOCKED
@@ -150,7 +150,7 @@ def test_waiting_held_place_stays_and_next_are_asked_in_order():
     rooms = line(*theirs, *ours)
     asked = []
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         asked.append(one)
         one.server = "server"
         return Verdict.HELD if one.owner else Verdict.SERVED
@@ -166,7 +166,7 @@ def test_waiting_held_place_keeps_turn_and_place():
     for _ in range(3):
         asked = []
 
-        def hold(one: Place, asked: list[Place] = asked) -> Verdict:
+        def hold(one: QueueEntry, asked: list[QueueEntry] = asked) -> Verdict:
             asked.append(one)
             one.server = "server"
             return Verdict.HELD
@@ -181,7 +181,7 @@ def test_waiting_turn_taken_meanwhile_counts_after_hold():
     later, other = place(key="a", owner=1), place(key="b", owner=1)
     rooms = line(theirs, ours, later, other)
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         one.server = "server"
         return Verdict.HELD if one is theirs else Verdict.SERVED if one is ours else Verdict.BLOCKED
 
@@ -192,20 +192,22 @@ def test_waiting_turn_taken_meanwhile_counts_after_hold():
 
 
 def test_waiting_stamps_rise_without_clock_and_name_process():
-    rooms: WaitingRooms[Place] = WaitingRooms(owner=3)
+    rooms: WaitingQueue[QueueEntry] = WaitingQueue(owner=3)
     first, second = rooms.stamp(5.0), rooms.stamp(5.0)
     assert first < second
     assert first % (1 << OWNER_BITS) == 3
-    other: WaitingRooms[Place] = WaitingRooms(owner=1)
-    other.seen(second)
+    other: WaitingQueue[QueueEntry] = WaitingQueue(owner=1)
+    other.observe_stamp(second)
     assert other.stamp(0.0) > second
 
 
 # -- a full room ------------------------------------------------------------------------------
 
 
-def displaced(rooms: WaitingRooms[Place], priority: int = 0, key: str = "") -> Place | None:
-    return rooms.room("m").displaced_by(priority, key)
+def displaced(
+    rooms: WaitingQueue[QueueEntry], priority: int = 0, key: str = ""
+) -> QueueEntry | None:
+    return rooms.model_queue("m").displaced_by(priority, key)
 
 
 def test_waiting_greediest_keys_last_is_displaced_by_smaller_key():
@@ -233,7 +235,7 @@ def test_waiting_worst_prioritys_last_is_displaced_by_better_one():
 def test_waiting_retry_is_never_displaced():
     rooms = line(*(place(priority=9, returning=True) for _ in range(3)))
     assert displaced(rooms, priority=-5) is None
-    assert rooms.room("m").waiting == 0
+    assert rooms.model_queue("m").waiting == 0
     assert len(rooms) == 3
 
 
@@ -244,7 +246,7 @@ def test_waiting_count_ahead_follows_priority_and_turns():
         place(priority=-1, key="b"),
         place(priority=1, key="a"),
     )
-    room = rooms.room("m")
+    room = rooms.model_queue("m")
     assert room.before(0, "a") == 7  # the better one, five of its own, one of b
     assert room.before(0, "b") == 1 + 1 + 2
     assert room.before(0, "c") == 1 + 2
@@ -257,7 +259,7 @@ def test_waiting_count_ahead_follows_priority_and_turns():
 def test_waiting_admission_checks_few_however_many_wait(keys: int, models: int):
     asked = 0
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         nonlocal asked
         asked += 1
         one.server = "server"
@@ -275,20 +277,20 @@ def test_waiting_admission_checks_few_however_many_wait(keys: int, models: int):
 
 
 def test_waiting_free_server_ends_measurement_of_its_models():
-    rooms: WaitingRooms[Place] = WaitingRooms()
+    rooms: WaitingQueue[QueueEntry] = WaitingQueue()
     for model in ("a", "b"):
-        rooms.room(model).rate.begin(0.0)
-    rooms.left_free(1.0, lambda room: room == "a")
-    assert not rooms.room("a").rate.running
-    assert rooms.room("b").rate.running
+        rooms.model_queue(model).rate.begin(0.0)
+    rooms.server_left_free(1.0, lambda room: room == "a")
+    assert not rooms.model_queue("a").rate.running
+    assert rooms.model_queue("b").rate.running
 
 
 def test_waiting_queues_of_forgotten_models_are_dropped_when_empty():
     rooms = line(place("gone"), place("busy"))
-    rooms.leave(next(iter(rooms.room("gone"))), 0.0)
-    rooms.room(None)
-    rooms.forget(lambda _: False)
-    assert set(rooms.rooms) == {"busy", None}
+    rooms.leave(next(iter(rooms.model_queue("gone"))), 0.0)
+    rooms.model_queue(None)
+    rooms.drop_unknown_models(lambda _: False)
+    assert set(rooms.model_queues) == {"busy", None}
 
 
 @given(
@@ -299,7 +301,7 @@ def test_waiting_never_exceeds_reported_count_ahead(
     others: list[tuple[int, str]], newcomer: tuple[int, str]
 ):
     rooms = line(*(place(priority=priority, key=key) for priority, key in others))
-    told = rooms.room("m").before(*newcomer)
+    told = rooms.model_queue("m").before(*newcomer)
     one = place(priority=newcomer[0], key=newcomer[1])
     rooms.join(one)
     assert told - 3 <= served(rooms, 99).index(one) <= told

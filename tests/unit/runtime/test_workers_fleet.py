@@ -20,7 +20,7 @@ from vllm_router.errors import ConfigError, Refused
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server, State
 from vllm_router.routing.policies import POLICIES
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.runtime.workers.board import COLUMNS, Board, Sums, columns_for
 from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
 from vllm_router.runtime.workers.messages import States, Verdict, decode_from_leader, encode
@@ -80,7 +80,7 @@ def router(board: int) -> Router:
 def test_workers_burst_over_two_spreads_as_evenly_as_over_one(router: Router, policy: str):
     policies = [POLICIES[policy](Random(seed)) for seed in (1, 2)]
     leases: Counter[str] = Counter()
-    facts = Facts("m")
+    facts = RoutingInfo("m")
     for number in range(60):
         fleet = router.workers[number % 2]
         server = policies[number % 2].pick(fleet.candidates("m", 1.0), facts, 1.0)

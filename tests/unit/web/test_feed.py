@@ -14,9 +14,9 @@ from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab, make_record
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.policies import Knobs
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import plain_prompt
+from vllm_router.routing.policies import PolicySettings
+from vllm_router.routing.prompt.conversation import plain_prompt
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.web import schema
 from vllm_router.web.events import EXHAUSTED_PER_SECOND
 from vllm_router.web.mailbox import MAX_EVENTS, Mailbox
@@ -94,14 +94,14 @@ async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
 
 
 async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, lab):
-    lab.router.proxy.policies.apply("adaptive", {}, Knobs(), on_request=False)
+    lab.router.proxy.policies.apply("adaptive", {}, PolicySettings(), on_request=False)
     adaptive, facts = (
         lab.router.proxy.policies.default,
-        Facts("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096))),
+        RoutingInfo("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096))),
     )
     for _ in range(4):
         lease = lab["a"].lease(trio.current_time())
-        adaptive.leased(lease, facts, trio.current_time())
+        adaptive.leased(lease, None, facts, trio.current_time())
         lease.release()
         await trio.sleep(1.1)
     snapshot = await Client(lab).next_of(schema.Snapshot)

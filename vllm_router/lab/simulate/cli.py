@@ -28,9 +28,9 @@ from vllm_router.lab.simulate.rivals import RIVALS
 from vllm_router.lab.simulate.tables import cell_rows, markdown, share_rows, standing_rows
 from vllm_router.lab.simulate.workloads import WORKLOADS, Workload
 from vllm_router.lab.simulate.world import Scene
-from vllm_router.routing.policies import POLICY_NAMES, Knobs
+from vllm_router.routing.policies import POLICY_NAMES, PolicySettings
 
-_KNOBS = Knobs()
+_POLICY_SETTINGS = PolicySettings()
 
 FEW = 30
 """Requests of a replayed log after the warm-up: of fewer the percentiles say little."""
@@ -94,8 +94,8 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The router's access log (JSON lines) instead of a workload.",
 )
-@click.option("--tokens-per-request", default=_KNOBS.tokens_per_request, help="Knob T.")
-@click.option("--waste-growth", default=_KNOBS.waste_growth, help="Knob K.")
+@click.option("--tokens-per-request", default=_POLICY_SETTINGS.tokens_per_request, help="Knob T.")
+@click.option("--waste-growth", default=_POLICY_SETTINGS.waste_growth, help="Knob K.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Every run, as JSON.")
 @click.option(
     "--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG."
@@ -165,9 +165,9 @@ def simulate_command(
             plain=plain,
         )
 
-    knobs = Knobs(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
+    settings = PolicySettings(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
     if replay is not None:
-        runs = _replayed(replay, range(seed, seed + seeds), policies, knobs, scene_of)
+        runs = _replayed(replay, range(seed, seed + seeds), policies, settings, scene_of)
     else:
         shares_of_capacity = [load / 100 for load in loads]
         runs = list(
@@ -178,7 +178,7 @@ def simulate_command(
                 policies,
                 _capacities(workloads, hardware),
                 scene_of,
-                knobs,
+                settings,
             )
         )
     if plot is not None and not plots.available():
@@ -214,7 +214,7 @@ def _replayed(
     log: Path,
     seeds: Sequence[int],
     policies: tuple[str, ...],
-    knobs: Knobs,
+    settings: PolicySettings,
     scene_of: Callable[[Workload, float], Scene],
 ) -> list[Run]:
     lines = tuple(log.read_bytes().splitlines())
@@ -240,7 +240,7 @@ def _replayed(
             err=True,
         )
     return [
-        Run(log.name, 0.0, seed, policy, scene, 0.0, knobs, lines)
+        Run(log.name, 0.0, seed, policy, scene, 0.0, settings, lines)
         for seed in seeds
         for policy in policies
     ]

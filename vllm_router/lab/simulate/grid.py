@@ -14,7 +14,7 @@ from vllm_router.lab.simulate.report import Cell, Figures, figures
 from vllm_router.lab.simulate.rivals import RIVALS
 from vllm_router.lab.simulate.workloads import WORKLOADS, Conversation, Workload, conversations
 from vllm_router.lab.simulate.world import Scene, World
-from vllm_router.routing.policies import POLICIES, Knobs, Policy
+from vllm_router.routing.policies import POLICIES, Policy, PolicySettings
 
 ALL_POLICIES: dict[str, type[Policy]] = {**POLICIES, **RIVALS}
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     policy: str
     scene: Scene
     rate: float
-    knobs: Knobs = Knobs()
+    settings: PolicySettings = PolicySettings()
     log: tuple[bytes, ...] = ()
 
 
@@ -45,7 +45,7 @@ def execute(run: Run) -> Cell:
 
 def simulate(run: Run) -> World:
     def make_policy(rng: Random) -> Policy:
-        return ALL_POLICIES[run.policy](rng, run.knobs)
+        return ALL_POLICIES[run.policy](rng, run.settings)
 
     return World(run.scene, _traffic(run), make_policy, run.seed).run()
 
@@ -127,7 +127,7 @@ def grid(
     policies: Sequence[str],
     capacities: Mapping[str, float],
     scene_of: Callable[[Workload], Scene],
-    knobs: Knobs,
+    settings: PolicySettings,
 ) -> Iterator[Run]:
     """Every combination, the policies innermost; `capacities` as `capacity_of` finds them."""
     for name in workloads:
@@ -135,7 +135,7 @@ def grid(
         scene = scene_of(workload)
         for load, seed, policy in itertools.product(loads, seeds, policies):
             rate = rate_at(workload, load, len(scene.speeds), capacities[name])
-            yield Run(name, load, seed, policy, scene, rate, knobs)
+            yield Run(name, load, seed, policy, scene, rate, settings)
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Traffic from the router's own access log: sizes, times and prefix hashes, no text.
 
 One JSON object per line, in the order in which requests ended. Used are `started` (of arrival; RFC
-3339 or Unix seconds; older logs have it in `time`), `prompt_bytes`, `prefix` (as `pack_chain`
+3339 or Unix seconds; older logs have it in `time`), `prompt_bytes`, `prefix` (as `pack_hashes`
 writes it), `prompt_tokens` and `completion_tokens`, `stream` and `session`; other keys are ignored,
 and so are lines without a prompt, such as those of the log among which access lines may stand.
 """
@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_router.lab.simulate.text import TOKEN_BYTES, Pieces
 from vllm_router.lab.simulate.workloads import Conversation, Turn
-from vllm_router.routing.prompt.pieces import unpack_chain
+from vllm_router.routing.prompt.blocks import unpack_hashes
 
 TYPICAL_OUTPUT = 200
 """Tokens of an answer whose length the log does not tell."""
@@ -48,7 +48,7 @@ def read_log(lines: Iterable[bytes]) -> list[Conversation]:
             continue
         try:
             line: Line = decoder.decode(raw)
-            links = unpack_chain(line.prefix)
+            links = unpack_hashes(line.prefix)
         except (msgspec.MsgspecError, ValueError) as error:
             raise ValueError(f"line {number}: {error}") from None
         if not line.prompt_bytes:

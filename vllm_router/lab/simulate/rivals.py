@@ -14,13 +14,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.hashing import preference
-from vllm_router.routing.policies.base import Knobs, Policy
-from vllm_router.routing.prefix.book import BYTES_PER_TOKEN, PrefixBook
-from vllm_router.routing.prompt.pieces import pieces_in
+from vllm_router.routing.policies.base import Choice, Policy, PolicySettings
+from vllm_router.routing.prefix.index import BYTES_PER_TOKEN, PrefixIndex
+from vllm_router.routing.prompt.blocks import blocks_in
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 
 class _Remembering(Policy):
@@ -29,18 +29,24 @@ class _Remembering(Policy):
     needs_prompt = True
     room = 1 << 25
 
-    def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
-        super().__init__(rng, knobs)
-        self.book = PrefixBook(knobs)
-        self.book.table.entries_per_server = 1 << 40
+    def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
+        super().__init__(rng, settings)
+        self.index = PrefixIndex(settings)
+        self.index.table.entries_per_server = 1 << 40
 
-    def matches(self, candidates: Sequence[Server], facts: Facts) -> dict[Server, int]:
-        return self.book.match(candidates, facts.prompt)
+    def matches(self, candidates: Sequence[Server], info: RoutingInfo) -> dict[Server, int]:
+        return self.index.match(candidates, info.prompt)
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
-        bit = self.book.bit(lease.server)
-        self.book.table.entries_per_server = 1 << 40
-        self.book.table.insert(facts.prompt.chain, bit, self.room, now)
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
+        return self.choose(candidates, info, now), None
+
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        raise NotImplementedError
+
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
+        bit = self.index.bit(lease.server)
+        self.index.table.entries_per_server = 1 << 40
+        self.index.table.insert(info.prompt.block_hashes, bit, self.room, now)
 
     def lowest(self, scores: Sequence[tuple[float, Server]]) -> Server:
         best = min(score for score, _ in scores)
@@ -53,10 +59,10 @@ class LeastInFlight(_Remembering):
     name = "least-in-flight"
     needs_prompt = False
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         return self.lowest([(s.in_flight / s.capacity, s) for s in candidates])
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         pass
 
 
@@ -65,7 +71,7 @@ class Ancestor(LeastInFlight):
 
     name = "ancestor"
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         scored = []
         for server in candidates:
             metrics = server.metrics
@@ -84,17 +90,17 @@ class CacheAware(_Remembering):
     name = "cache_aware"
     threshold, absolute, relative = 0.3, 64, 1.5
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         loads = [server.in_flight for server in candidates]
         if max(loads) - min(loads) > self.absolute and max(loads) > self.relative * min(loads):
             return self.lowest([(server.in_flight, server) for server in candidates])
-        matches = self.matches(candidates, facts)
-        if matches and facts.prompt.size:
+        matches = self.matches(candidates, info)
+        if matches and info.prompt.size:
             best = max(matches, key=lambda server: matches[server])
-            if matches[best] > self.threshold * facts.prompt.size:
+            if matches[best] > self.threshold * info.prompt.size:
                 return best
-        held = self.book.table.held
-        return self.lowest([(held(self.book.bit(server)), server) for server in candidates])
+        held = self.index.table.held
+        return self.lowest([(held(self.index.bit(server)), server) for server in candidates])
 
 
 class LlmdBlend(_Remembering):
@@ -103,16 +109,16 @@ class LlmdBlend(_Remembering):
     name = "llm-d"
     scrape_interval = 0.05
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         queues = [s.metrics.waiting or 0.0 if s.metrics else 0.0 for s in candidates]
         least, most = min(queues), max(queues)
-        pieces = max(1, pieces_in(facts.prompt.size))
-        matches = self.matches(candidates, facts)
+        pieces = max(1, blocks_in(info.prompt.size))
+        matches = self.matches(candidates, info)
         scored = []
         for server, queue in zip(candidates, queues, strict=True):
             score = 2.0 * ((most - queue) / (most - least) if most > least else 1.0)
             score += 2.0 * (1.0 - (server.metrics.kv_usage or 0.0 if server.metrics else 0.0))
-            score += 3.0 * pieces_in(matches.get(server, 0)) / pieces
+            score += 3.0 * blocks_in(matches.get(server, 0)) / pieces
             scored.append((-score, server))
         return self.lowest(scored)
 
@@ -123,11 +129,11 @@ class LoadAwarePrefix(_Remembering):
     name = "prefix-threshold"
     scrape_interval = 0.05
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         short = [s for s in candidates if not s.metrics or (s.metrics.waiting or 0.0) < 5]
-        matches = self.matches(short, facts) if short else {}
+        matches = self.matches(short, info) if short else {}
         longest = max(matches.values(), default=0)
-        if longest > 0.5 * facts.prompt.size:
+        if longest > 0.5 * info.prompt.size:
             holders = [(s.load, s) for s in short if matches.get(s) == longest]
             return self.lowest(holders)
         return self.lowest([(server.load, server) for server in short or candidates])
@@ -136,24 +142,24 @@ class LoadAwarePrefix(_Remembering):
 class _Queueing(_Remembering):
     """Knows how much of the prompts sent to each server has not been computed yet, in bytes."""
 
-    def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
-        super().__init__(rng, knobs)
+    def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
+        super().__init__(rng, settings)
         self._queued: dict[Server, float] = {}
 
     def queued(self, server: Server) -> float:
         return self._queued.get(server, 0.0)
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         server = lease.server
-        new = facts.prompt.size - self.book.matched_bytes(server, facts.prompt)
+        new = info.prompt.size - self.index.matched_bytes(server, info.prompt)
         self._queued[server] = self.queued(server) + new
-        lease.booking = float(new)
-        super().leased(lease, facts, now)
+        lease.reservation = float(new)
+        super().leased(lease, note, info, now)
 
     def first_byte(self, lease: Lease) -> None:
-        if isinstance(lease.booking, float):
-            self._queued[lease.server] -= lease.booking
-            lease.booking = None
+        if isinstance(lease.reservation, float):
+            self._queued[lease.server] -= lease.reservation
+            lease.reservation = None
 
     def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
         self.first_byte(lease)
@@ -164,9 +170,9 @@ class LMetric(_Queueing):
 
     name = "lmetric"
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        matches = self.matches(candidates, facts)
-        size = facts.prompt.size
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        matches = self.matches(candidates, info)
+        size = info.prompt.size
         return self.lowest(
             [
                 (
@@ -187,13 +193,13 @@ class LlmdSticky(_Queueing):
     name = "llm-d-sticky"
     sticky_from, penalty = 0.8, 18.0 * 15_928 * BYTES_PER_TOKEN
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        matches = self.matches(candidates, facts)
-        pieces = max(1, pieces_in(facts.prompt.size))
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        matches = self.matches(candidates, info)
+        pieces = max(1, blocks_in(info.prompt.size))
         sticky = [
             server
             for server in candidates
-            if pieces_in(matches.get(server, 0)) / pieces >= self.sticky_from
+            if blocks_in(matches.get(server, 0)) / pieces >= self.sticky_from
         ]
         others = [self.queued(server) for server in candidates if server not in sticky]
         if sticky and others:
@@ -210,15 +216,15 @@ class Chwbl(_Remembering):
     name = "chwbl"
     bound = 1.25
 
-    def key(self, facts: Facts) -> int:
-        return facts.prompt.conversation
+    def key(self, info: RoutingInfo) -> int:
+        return info.prompt.conversation
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
         mean = (sum(server.in_flight for server in candidates) + 1) / len(candidates)
-        order = preference(self.key(facts), candidates)
+        order = preference(self.key(info), candidates)
         return next((s for s in order if s.in_flight <= self.bound * mean), order[0])
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         pass
 
 
@@ -227,9 +233,9 @@ class ChwblPrefix(Chwbl):
 
     name = "chwbl-prefix"
 
-    def key(self, facts: Facts) -> int:
-        prompt = facts.prompt
-        return prompt.chain[0] if prompt.chain else prompt.conversation
+    def key(self, info: RoutingInfo) -> int:
+        prompt = info.prompt
+        return prompt.block_hashes[0] if prompt.block_hashes else prompt.conversation
 
 
 class PrefixOnly(_Remembering):
@@ -237,8 +243,8 @@ class PrefixOnly(_Remembering):
 
     name = "prefix-only"
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        matches = self.matches(candidates, facts)
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        matches = self.matches(candidates, info)
         longest = max(matches.values(), default=0)
         return self.rng.choice([s for s in candidates if matches.get(s, 0) == longest])
 

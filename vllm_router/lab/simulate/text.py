@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_router.routing.prompt.pieces import ENDS, PIECE, link_of, pieces_in
+from vllm_router.routing.prompt.blocks import BLOCK_BYTES, BLOCK_ENDS, blocks_in, make_block_hash
 
 TOKEN_BYTES = 4
-BLOCK_TOKENS = PIECE // TOKEN_BYTES
+BLOCK_TOKENS = BLOCK_BYTES // TOKEN_BYTES
 
 _MASK = (1 << 60) - 1
-_BLOCK_OF_PIECE = tuple(end // PIECE - 1 for end in ENDS)
+_BLOCK_OF_PIECE = tuple(end // BLOCK_BYTES - 1 for end in BLOCK_ENDS)
 
 
 class Text:
@@ -47,10 +47,10 @@ class Text:
 
     def chain(self, tokens: int) -> tuple[int, ...]:
         """The pieces of its first `tokens` tokens, as a policy sees them."""
-        count = pieces_in(tokens * TOKEN_BYTES)
+        count = blocks_in(tokens * TOKEN_BYTES)
         links = self._links
         for index in range(len(links), count):
-            links.append(link_of(self.blocks[_BLOCK_OF_PIECE[index]], index))
+            links.append(make_block_hash(self.blocks[_BLOCK_OF_PIECE[index]], index))
         return tuple(links[:count])
 
 

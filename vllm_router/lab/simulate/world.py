@@ -22,8 +22,8 @@ from vllm_router.lab.simulate.hardware import Hardware
 from vllm_router.lab.simulate.text import TOKEN_BYTES
 from vllm_router.lab.simulate.workloads import Conversation, Turn
 from vllm_router.routing.policies.base import Policy
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import Prompt
+from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 MODEL = "model"
 MAX_ATTEMPTS = 4
@@ -65,7 +65,7 @@ class Call:
     arrived: float
     prompt_tokens: int
     output_tokens: int
-    facts: Facts
+    facts: RoutingInfo
     router: Router
     server: int = -1
     attempts: int = 0
@@ -177,7 +177,7 @@ class World:
         text.add(hash((conversation.number, conversation.count, 1)), turn.added)
         prompt = text.length
         text.add(hash((conversation.number, conversation.count, 2)), turn.output)
-        facts = Facts(
+        facts = RoutingInfo(
             MODEL,
             self.rng.random() >= self.scene.plain and conversation.stream,
             prompt=Prompt(
@@ -215,11 +215,11 @@ class World:
             call.failed = True
             self._done(call)
             return
-        server = router.policy.pick(candidates, call.facts, now)
+        server, note = router.policy.pick(candidates, call.facts, now)
         call.lease = lease = server.lease(now)
         call.attempts += 1
         call.server = place = router.place[server]
-        router.policy.leased(lease, call.facts, now)
+        router.policy.leased(lease, note, call.facts, now)
         failing = place in self.scene.failing and now >= self.scene.failing_from
         if failing or place in self._down:
             self._at(now + FAIL_SECONDS, self._failed, call)

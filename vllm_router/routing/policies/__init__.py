@@ -1,6 +1,6 @@
-"""The policies, by the names that the configuration uses.
+"""The policies by name.
 
-To add one, put a module here with a subclass of `Policy` in it that has a `name`.
+To add one, add a module with a subclass of `Policy` that has a `name`: it is found on import.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from vllm_router.routing.policies.base import Explained, Knobs, Policy
+from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -18,4 +18,4 @@ POLICIES: dict[str, type[Policy]] = {
 }
 POLICY_NAMES: tuple[str, ...] = tuple(POLICIES)
 
-__all__ = ["POLICIES", "POLICY_NAMES", "Explained", "Knobs", "Policy"]
+__all__ = ["POLICIES", "POLICY_NAMES", "Choice", "Explained", "Policy", "PolicySettings"]

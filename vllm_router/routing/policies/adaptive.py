@@ -1,11 +1,11 @@
-"""Load, prompt tokens to be computed, and what each server has cached, in one score.
+"""Load, uncached prompt tokens, and cached blocks, in one score.
 
-    score = slow × (1 + load + (2 × queued + waste × (1 + K × load)) / T) / share
+    score = slow × (1 + load + (2 × queued + recompute × (1 + K × load)) / T) / share
 
-The lowest wins, equals at random. docs/routing.md explains every term with an example; with
-nothing cached, nothing queued and equal speed it is the order of `least_load`. What changes with
-each request is kept up to date as it happens, for the servers it happens to; what changes with
-time (slowness, phantoms, slow start) is brought up to date at most every REFRESH seconds.
+The lowest score wins, ties at random. docs/routing.md explains every term with an example. With
+nothing cached, nothing queued and equal speed the order is that of `least_load`. Scores change
+with every request, for the servers it concerns; terms that change with time (slowness, error
+penalty, slow start) are refreshed at most every REFRESH seconds.
 """
 
 from __future__ import annotations
@@ -15,304 +15,313 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.accounts import (
-    PHANTOMS,
-    Account,
-    Booking,
+from vllm_router.routing.hashing import seed_of
+from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
+from vllm_router.routing.prefix.index import PrefixIndex
+from vllm_router.routing.prompt.blocks import BLOCK_ENDS, blocks_in
+from vllm_router.routing.score_cache import AFFINITY_BONUS, QUEUED_WEIGHT, ScoreCache
+from vllm_router.routing.server_estimate import (
+    ERROR_PENALTY,
     PrefixStatistics,
+    Reservation,
+    ServerEstimate,
     keep_queued,
-    middle_latency,
-    middle_load,
+    median_latency,
+    median_load,
     slowness,
 )
-from vllm_router.routing.hashing import seed_of
-from vllm_router.routing.policies.base import Explained, Knobs, Policy
-from vllm_router.routing.prefix.book import PrefixBook
-from vllm_router.routing.prompt.pieces import ENDS, pieces_in
-from vllm_router.routing.scoreboard import HOME_BONUS, QUEUED_WEIGHT, Scoreboard
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 REFRESH = 0.1
-MAX_BOARDS = 256
+"""Seconds between two updates of the terms that change with time."""
 
-PACE = 0.05
-"""How fast the mean time to the first token follows."""
+MAX_CACHES = 256
+"""Models with a ScoreCache."""
 
-NO_CREDIT_PHANTOMS = 2.0
-NO_CREDIT_SLOW = 2.0
-"""What a server has cached does not count while it fails or is so much slower than the fleet."""
+EWMA_WEIGHT = 0.05
+"""Weight of a new sample in the mean time to the first token."""
 
-OTHERS_RATIO = 1.3
-"""Gauges this much above our own leases mean that other routers send to the same servers."""
+CREDIT_MAX_PENALTY = 2.0
+CREDIT_MAX_SLOWNESS = 2.0
+"""Cached blocks of a server do not count while its error penalty or slowness is higher."""
 
-HOME_TOKENS = 256.0
-"""A shared beginning shorter than this is worth no home."""
+PEERS_RATIO = 1.3
+"""Gauges that exceed our own leases by this factor mean that other routers use the servers."""
+
+MIN_AFFINITY_TOKENS = 256.0
+"""A shared prefix needs at least so many tokens to have an affinity server."""
+
+Matches = list[tuple[int, int]]
+"""Pairs (leading blocks, bits of the servers that have them), the most first."""
 
 
 class Adaptive(Policy):
-    """The recommended policy; the text at the top of its module says what it does."""
+    """The recommended policy, see the module's docstring."""
 
     name = "adaptive"
     needs_prompt = True
     needs_session = True
 
-    def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
-        super().__init__(rng, knobs)
-        self.book = PrefixBook(knobs)
-        self._accounts: dict[Server, Account] = {}
-        self._boards: dict[str | None, Scoreboard] = {}
+    def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
+        super().__init__(rng, settings)
+        self.index = PrefixIndex(settings)
+        self._estimates: dict[Server, ServerEstimate] = {}
+        self._caches: dict[str | None, ScoreCache] = {}
         self._first_token = 0.0
-        """Seconds to the first token of a stream, on average over all servers."""
-        self._matched: tuple[tuple[int, ...], list[tuple[int, int]]] = (), []
-        """What the last pick has found on record, for the lease that follows it."""
+        """Mean seconds to the first token of a stream, over all servers."""
 
-    # -- the decision -------------------------------------------------------------------------
+    # -- the decision -----------------------------------------------------------------------------
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        board = self._board(candidates, facts.model, now)
-        scores = board.bases
-        chain = facts.prompt.chain
-        if chain or board.home:
-            found = self.book.table.match(chain, board.everyone)
-            self._matched = chain, found
-            levels, bonus = self._known(board, facts, found)
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
+        cache = self._cache(candidates, info.model, now)
+        scores = cache.bases
+        hashes = info.prompt.block_hashes
+        matches: Matches | None = None
+        if hashes or cache.has_peers:
+            matches = self.index.table.match(hashes, cache.everyone)
+            levels, bonus = self._credit(cache, info, matches)
             if levels or bonus:
-                scores = board.scores(levels, bonus)
+                scores = cache.scores(levels, bonus)
         lowest = min(scores)
         if scores.count(lowest) == 1:
-            return candidates[scores.index(lowest)]
-        return self.rng.choice(
-            [server for server, score in zip(candidates, scores, strict=True) if score == lowest]
-        )
+            return candidates[scores.index(lowest)], matches
+        best = [server for server, score in zip(candidates, scores, strict=True) if score == lowest]
+        return self.rng.choice(best), matches
 
-    def _known(
-        self, board: Scoreboard, facts: Facts, found: list[tuple[int, int]]
+    def _credit(
+        self, cache: ScoreCache, info: RoutingInfo, matches: Matches
     ) -> tuple[list[tuple[float, int]], int]:
-        """Who has how many tokens of the prompt cached, the most first, as far as that counts.
+        """The cached tokens that count, as levels for `ScoreCache.scores`, the most first.
 
-        `found` is what is on record. With it the bit of the server that is home to a conversation
-        that begins here, or 0.
+        Also the bit of the affinity server if a conversation begins here, or 0.
         """
         levels: list[tuple[float, int]] = []
-        if found:
-            per_byte = self.book.tokens_per_byte(facts.model, facts.prompt)
-            credited = board.credited
+        if matches:
+            per_byte = self.index.tokens_per_byte(info.model, info.prompt)
+            credited = cache.credited
             levels = [
-                (ENDS[count - 1] * per_byte, holders & credited)
-                for count, holders in found
+                (BLOCK_ENDS[count - 1] * per_byte, holders & credited)
+                for count, holders in matches
                 if holders & credited
             ]
         bonus = 0
-        if board.home and facts.prompt.conversation:
-            bonus = self._credit_homes(board, facts, levels)
-        return board.not_overloaded(levels) if levels else levels, bonus
+        if cache.has_peers and info.prompt.conversation:
+            bonus = self._credit_affinity(cache, info, levels)
+        return cache.not_overloaded(levels) if levels else levels, bonus
 
-    # -- several routers before the same servers ----------------------------------------------
+    # -- several routers before the same servers --------------------------------------------------
 
-    def _credit_homes(
-        self, board: Scoreboard, facts: Facts, levels: list[tuple[float, int]]
+    def _credit_affinity(
+        self, cache: ScoreCache, info: RoutingInfo, levels: list[tuple[float, int]]
     ) -> int:
-        """Servers that other routers probably sent this conversation to are taken to have it.
+        """Credit the servers to which other routers probably sent this conversation.
 
-        All routers agree on the home of a conversation and of a shared beginning. Changes
+        All routers agree on the affinity servers of a conversation and of a shared prefix. Extends
         `levels`; returns the bit of the server on which a new conversation should begin, or 0.
         """
-        prompt = facts.prompt
-        per_byte = self.book.tokens_per_byte(facts.model, prompt)
+        prompt = info.prompt
+        per_byte = self.index.tokens_per_byte(info.model, prompt)
         known = levels[0][0] if levels else 0.0
         shared = prompt.shared * per_byte
         bonus = 0
-        homes: list[tuple[float, int]] = []
+        found: list[tuple[float, int]] = []
         if known <= shared:
-            if facts.session is not None:
-                home = board.home_of(seed_of(facts.session))
+            if info.session is not None:
+                server = cache.affinity_of(seed_of(info.session))
             else:
-                home = board.home_of(prompt.conversation)
+                server = cache.affinity_of(prompt.conversation)
             if prompt.earlier:
-                homes.append((prompt.earlier * per_byte, home.bit))
-            elif home.bit & board.credited and home.server.ramp >= 1.0:
-                # A score below 0 would be the lower, the slower or the newer the server is.
-                bonus = home.bit
-        pieces = pieces_in(prompt.shared)
-        if shared >= HOME_TOKENS and pieces:
-            homes.append((shared, board.home_of(prompt.chain[pieces - 1]).bit))
-        levels += [credit for credit in homes if credit[1] & board.credited]
+                found.append((prompt.earlier * per_byte, server.bit))
+            elif server.bit & cache.credited and server.server.ramp >= 1.0:
+                # In slow start a score below 0 would fall with the slow start factor.
+                bonus = server.bit
+        blocks = blocks_in(prompt.shared)
+        if shared >= MIN_AFFINITY_TOKENS and blocks:
+            found.append((shared, cache.affinity_of(prompt.block_hashes[blocks - 1]).bit))
+        levels += [credit for credit in found if credit[1] & cache.credited]
         levels.sort(reverse=True)
         return bonus
 
-    # -- what is known of the candidates ------------------------------------------------------
+    # -- score caches and estimates ---------------------------------------------------------------
 
-    def _board(self, candidates: Sequence[Server], model: str | None, now: float) -> Scoreboard:
-        board = self._boards.get(model)
-        if board is None or board.candidates is not candidates:
-            accounts = [self._account(server) for server in candidates]
-            board = Scoreboard(candidates, accounts, self.knobs)
-            if len(self._boards) >= MAX_BOARDS:
-                self._boards.clear()
-            self._boards[model] = board
-        if now >= board.fresh_until:
-            self._refresh(board, now)
+    def _cache(self, candidates: Sequence[Server], model: str | None, now: float) -> ScoreCache:
+        cache = self._caches.get(model)
+        if cache is None or cache.candidates is not candidates:
+            estimates = [self._estimate(server) for server in candidates]
+            cache = ScoreCache(candidates, estimates, self.settings)
+            if len(self._caches) >= MAX_CACHES:
+                self._caches.clear()
+            self._caches[model] = cache
+        if now >= cache.fresh_until:
+            self._refresh(cache, now)
         else:
-            board.follow()
-        return board
+            cache.follow()
+        return cache
 
-    def _account(self, server: Server) -> Account:
-        account = self._accounts.get(server)
-        if account is None:
-            account = self._accounts[server] = Account(server, self.book.bit(server))
-        return account
+    def _estimate(self, server: Server) -> ServerEstimate:
+        estimate = self._estimates.get(server)
+        if estimate is None:
+            estimate = self._estimates[server] = ServerEstimate(server, self.index.bit(server))
+        return estimate
 
-    def _refresh(self, board: Scoreboard, now: float) -> None:
-        """Bring up to date what changes with time. O(candidates), at most every REFRESH."""
-        accounts = board.accounts
-        self.book.follow(board.candidates, now)
-        for account in accounts:
-            account.follow_scrape()
-            account.settle(now)
-        self._look_for_others(board)
-        middle, usual = middle_latency(accounts), middle_load(accounts)
-        board.credited = 0
-        board.factors, board.slow = [], []
-        for account in accounts:
-            server = account.server
-            phantoms = account.phantoms_now(now)
-            account.extra = phantoms + board.others * account.sent
-            slow = slowness(account, middle, usual, now)
-            if phantoms < NO_CREDIT_PHANTOMS and slow < NO_CREDIT_SLOW and account.trusted:
-                board.credited |= account.bit
+    def _refresh(self, cache: ScoreCache, now: float) -> None:
+        """Update the terms that change with time. O(candidates), at most every REFRESH."""
+        estimates = cache.estimates
+        self.index.follow(cache.candidates, now)
+        for estimate in estimates:
+            estimate.follow_scrape()
+            estimate.settle(now)
+        self._detect_peers(cache)
+        latency, load = median_latency(estimates), median_load(estimates)
+        cache.credited = 0
+        cache.factors, cache.slow = [], []
+        for estimate in estimates:
+            server = estimate.server
+            penalty = estimate.error_penalty_now(now)
+            estimate.extra = penalty + cache.peer_ratio * estimate.sent
+            slow = slowness(estimate, latency, load, now)
+            if penalty < CREDIT_MAX_PENALTY and slow < CREDIT_MAX_SLOWNESS and estimate.trusted:
+                cache.credited |= estimate.bit
             share = server.share * server.ramp
-            board.slow.append(slow)
-            board.factors.append(slow / share)
-        board.fresh_until = now + REFRESH
-        board.measure_all()
+            cache.slow.append(slow)
+            cache.factors.append(slow / share)
+        cache.fresh_until = now + REFRESH
+        cache.measure_all()
 
     @staticmethod
-    def _look_for_others(board: Scoreboard) -> None:
-        accounts = board.accounts
-        there = sum(account.gauge for account in accounts)
-        mine = sum(account.mine for account in accounts)
-        # At least a request per server: a gauge lags, and short requests make much of that.
-        board.home = there > OTHERS_RATIO * mine and there - mine >= len(accounts)
-        board.others = 0.0
-        if board.home:
-            board.others = 0.5 * min(max(there / max(mine, 0.1) - 1.0, 0.0), 8.0)
+    def _detect_peers(cache: ScoreCache) -> None:
+        """Detect other routers: the gauges show more requests than we have sent."""
+        estimates = cache.estimates
+        total = sum(estimate.gauge for estimate in estimates)
+        own = sum(estimate.own for estimate in estimates)
+        # At least one request per server: gauges lag, which matters with short requests.
+        cache.has_peers = total > PEERS_RATIO * own and total - own >= len(estimates)
+        cache.peer_ratio = 0.0
+        if cache.has_peers:
+            cache.peer_ratio = 0.5 * min(max(total / max(own, 0.1) - 1.0, 0.0), 8.0)
 
-    # -- what happens to requests -------------------------------------------------------------
+    # -- events of requests -----------------------------------------------------------------------
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
-        server, prompt = lease.server, facts.prompt
-        account = self._account(server)
-        per_byte = self.book.tokens_per_byte(facts.model, prompt)
-        cached, pieces = 0.0, 0
-        chain = prompt.chain
-        if chain:
-            known, found = self._matched
-            if known is not chain:
-                found = self.book.table.match(chain, account.bit)
-            self._matched = (), []
-            for count, holders in found:
-                if holders & account.bit:
-                    cached, pieces = ENDS[count - 1] * per_byte, count
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
+        server, prompt = lease.server, info.prompt
+        estimate = self._estimate(server)
+        per_byte = self.index.tokens_per_byte(info.model, prompt)
+        cached, blocks = 0.0, 0
+        hashes = prompt.block_hashes
+        if hashes:
+            matches: Matches
+            if isinstance(note, list):
+                matches = note
+            else:
+                matches = self.index.table.match(hashes, estimate.bit)
+            for count, holders in matches:
+                if holders & estimate.bit:
+                    cached, blocks = BLOCK_ENDS[count - 1] * per_byte, count
                     break
         tokens = max(0.0, prompt.size * per_byte - cached)
-        lease.booking = booking = Booking(account, facts.model, prompt, tokens, cached, pieces)
-        account.expected_total += cached
-        account.prompt_total += tokens + cached
-        account.sent += 1
-        board = self._boards.get(facts.model)
-        if board is not None and board.others:
-            account.extra += board.others
-        if not facts.stream:
-            account.settle(now)  # nobody else may: where there is no choice, no pick looks
-            account.due.append((now + account.first_token, booking))
-        self.book.insert(server, prompt, now)
+        lease.reservation = reservation = Reservation(
+            estimate, info.model, prompt, tokens, cached, blocks
+        )
+        estimate.expected_total += cached
+        estimate.prompt_total += tokens + cached
+        estimate.sent += 1
+        cache = self._caches.get(info.model)
+        if cache is not None and cache.peer_ratio:
+            estimate.extra += cache.peer_ratio
+        if not info.stream:
+            estimate.settle(now)  # with a single candidate `pick` is not called
+            estimate.due.append((now + estimate.first_token, reservation))
+        self.index.insert(server, prompt, now)
 
     def first_byte(self, lease: Lease) -> None:
-        booking = lease.booking
-        if isinstance(booking, Booking):
-            booking.begun()
+        reservation = lease.reservation
+        if isinstance(reservation, Reservation):
+            reservation.start()
+            weight = EWMA_WEIGHT if self._first_token else 1.0
             took = lease.last_byte_at - lease.taken_at
-            self._first_token += (PACE if self._first_token else 1.0) * (took - self._first_token)
+            self._first_token += weight * (took - self._first_token)
 
     def learned(self, lease: Lease, prompt_tokens: int, cached_tokens: int | None) -> None:
-        booking = lease.booking
-        if not isinstance(booking, Booking):
+        reservation = lease.reservation
+        if not isinstance(reservation, Reservation):
             return
-        prompt = booking.prompt
-        self.book.learn(booking.model, prompt, prompt_tokens)
+        prompt = reservation.prompt
+        self.index.learn(reservation.model, prompt, prompt_tokens)
         if cached_tokens is None:
             return
-        booking.account.told_total += cached_tokens
-        if booking.cached >= HOME_TOKENS:
-            self.book.judge(lease.server, booking.cached, cached_tokens)
+        reservation.estimate.reported_total += cached_tokens
+        if reservation.cached >= MIN_AFFINITY_TOKENS:
+            self.index.judge(lease.server, reservation.cached, cached_tokens)
 
     def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
-        booking = lease.booking
-        if not isinstance(booking, Booking):
+        reservation = lease.reservation
+        if not isinstance(reservation, Reservation):
             return
         if refused:
-            booking.cached = 0.0  # the engine has not looked for it
-            self.book.unlearn(lease.server, booking.prompt, booking.known)
-            keep_queued(booking, self._first_token, now, lease.taken_at)
-        booking.begun()
-        lease.booking = None
+            reservation.cached = 0.0  # the engine has not looked it up
+            self.index.unlearn(lease.server, reservation.prompt, reservation.known)
+            keep_queued(reservation, self._first_token, now, lease.taken_at)
+        reservation.start()
+        lease.reservation = None
         if failed:
-            account = booking.account
-            account.phantoms = account.phantoms_now(now) + PHANTOMS
-            account.phantoms_at = now
-            account.extra += PHANTOMS
-            for board in self._boards.values():
-                board.fresh_until = -math.inf
+            estimate = reservation.estimate
+            estimate.error_penalty = estimate.error_penalty_now(now) + ERROR_PENALTY
+            estimate.error_at = now
+            estimate.extra += ERROR_PENALTY
+            for cache in self._caches.values():
+                cache.fresh_until = -math.inf
 
     def forget(self, server: Server) -> None:
-        self._accounts.pop(server, None)
-        self._boards.clear()
-        self.book.forget(server)
+        self._estimates.pop(server, None)
+        self._caches.clear()
+        self.index.forget(server)
 
-    # -- to be seen ---------------------------------------------------------------------------
+    # -- for operators ----------------------------------------------------------------------------
 
     def statistics(self, server: Server) -> PrefixStatistics | None:
-        account = self._accounts.get(server)
-        if account is None:
+        estimate = self._estimates.get(server)
+        if estimate is None:
             return None
         return PrefixStatistics(
-            round(account.prompt_total),
-            round(account.expected_total),
-            account.told_total,
-            self.book.table.held(account.bit),
+            round(estimate.prompt_total),
+            round(estimate.expected_total),
+            estimate.reported_total,
+            self.index.table.held(estimate.bit),
         )
 
     def formula(self) -> str:
-        queued, knobs = QUEUED_WEIGHT, self.knobs
+        queued, settings = QUEUED_WEIGHT, self.settings
         return (
             f"score = slow × (1 + load - home + ({queued:g} × queued tokens + waste tokens × "
-            f"(1 + {knobs.waste_growth:g} × load)) / {knobs.tokens_per_request:g}) / "
+            f"(1 + {settings.waste_growth:g} × load)) / {settings.tokens_per_request:g}) / "
             "(share × slow start); load = running + 0.5 × waiting + phantoms + others + fast errors"
         )
 
-    def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
-        board = self._board(candidates, facts.model, now)
-        found = self.book.table.match(facts.prompt.chain, board.everyone)
-        levels, bonus = self._known(board, facts, found)
-        scores = board.scores(levels, bonus)
+    def explain(
+        self, candidates: Sequence[Server], info: RoutingInfo, now: float
+    ) -> list[Explained]:
+        cache = self._cache(candidates, info.model, now)
+        matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
+        levels, bonus = self._credit(cache, info, matches)
+        scores = cache.scores(levels, bonus)
         best = levels[0][0] if levels else 0.0
         rows = []
-        for place, (account, score) in enumerate(zip(board.accounts, scores, strict=True)):
-            server = account.server
-            cached = next((tokens for tokens, bits in levels if bits & account.bit), 0.0)
-            phantoms = account.phantoms_now(now)
+        for position, (estimate, score) in enumerate(zip(cache.estimates, scores, strict=True)):
+            server = estimate.server
+            cached = next((tokens for tokens, bits in levels if bits & estimate.bit), 0.0)
+            penalty = estimate.error_penalty_now(now)
             parts = {
-                "load": server.work + account.extra,
-                "phantoms": phantoms,
-                "others": account.extra - phantoms,
-                "queued_tokens": account.queued,
+                "load": server.work + estimate.extra,
+                "phantoms": penalty,
+                "others": estimate.extra - penalty,
+                "queued_tokens": estimate.queued,
                 "cached_tokens": cached,
                 "waste_tokens": best - cached,
-                "home": HOME_BONUS if account.bit == bonus else 0.0,
-                "slow": board.slow[place],
+                "home": AFFINITY_BONUS if estimate.bit == bonus else 0.0,
+                "slow": cache.slow[position],
                 "fast_errors": server.ghosts,
                 "slow_start": server.ramp,
                 "share": server.share,

@@ -1,34 +1,39 @@
-"""What a policy is.
+"""The interface of policies.
 
-A policy gets the servers that may be asked and returns one of them. It knows nothing of health
-checks, retries or HTTP, keeps no clock, and decides without waiting, so that the lease can be
-taken in the same step: that is what spreads a burst. `now` is the loop's clock, in seconds.
+A policy chooses one of the servers that may take a request. It knows nothing of health checks,
+retries or HTTP, has no clock, and decides synchronously, so that the lease is taken in the same
+step: that spreads a burst. `now` is the event loop's clock, in seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 
+from vllm_router.fleet.server import Server
+
 if TYPE_CHECKING:
     from vllm_router.config.schema import Settings
-    from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.accounts import PrefixStatistics
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.fleet.server import Lease
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
+    from vllm_router.routing.server_estimate import PrefixStatistics
+
+Choice: TypeAlias = tuple[Server, object]
+"""The chosen server, and a note that the policy gets back in `leased`. A plain tuple: a pick takes
+3 µs, and a class costs a tenth of that."""
 
 
-class Knobs(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may set about policies; docs/routing.md says what it does.
+class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of policies, see docs/routing.md.
 
-    tokens_per_request: so many prompt tokens to be computed weigh as much as one request.
-    waste_growth: by how much of itself recomputing what another server has cached weighs more
-        with each request on the server.
-    prefix_memory_mb: memory for the record of who has cached what, in MB of 10^6 bytes, shared
-        equally between the servers.
-    prefix_expiry: seconds after which an unused entry of it is forgotten.
+    tokens_per_request: uncached prompt tokens that weigh as much as one request.
+    waste_growth: how much more a token that another server has cached weighs per request on the
+        server that would recompute it.
+    prefix_memory_mb: memory of the prefix index in MB of 10^6 bytes, shared equally by the servers.
+    prefix_expiry: seconds after which an unused entry of the index is dropped.
     """
 
     tokens_per_request: float = 1000.0
@@ -37,13 +42,13 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
     prefix_expiry: float = 1800.0
 
     @classmethod
-    def of(cls, settings: Settings) -> Knobs:
-        """Those of a configuration; the keys have the same names."""
+    def of(cls, settings: Settings) -> PolicySettings:
+        """The policy settings of a configuration; the keys have the same names."""
         return cls(**{name: getattr(settings, name) for name in cls.__struct_fields__})
 
 
 class Explained(NamedTuple):
-    """One candidate as a policy sees it: the lowest score wins; `parts` is what it is made of."""
+    """One candidate in an explanation: the lowest score wins; `parts` are its terms by name."""
 
     server: Server
     score: float
@@ -51,62 +56,77 @@ class Explained(NamedTuple):
 
 
 class Policy:
-    """Chooses among candidates. Only `pick` must be written; the rest is for those who remember.
+    """Chooses among candidates. Only `pick` must be written; the hooks are for stateful policies.
 
-    `needs_prompt` and `needs_session` tell which facts it reads: they are not computed for others.
+    name: in the configuration.
+    needs_prompt, needs_session: whether the policy reads these of a request; they are computed
+        only for policies that need them.
     """
 
     name: ClassVar[str] = ""
     needs_prompt: ClassVar[bool] = False
     needs_session: ClassVar[bool] = False
 
-    def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        rng: Random,
+        settings: PolicySettings = PolicySettings(),  # noqa: B008 (frozen)
+    ) -> None:
         self.rng = rng
-        self.knobs = knobs
+        self.settings = settings
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        """One of `candidates`, of which there is at least one. O(len(candidates)).
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
+        """Choose one of at least one candidates. O(len(candidates)).
 
-        To be compared: `server.burden`, in which slow start and fast errors are. A policy that
-        compares nothing asks `takes`.
+        Compare servers by `server.burden`, which includes slow start and fast errors; a policy
+        that does not compare calls `accepts`.
         """
         raise NotImplementedError
 
-    def takes(self, server: Server) -> bool:
-        """Whether a server that the policy has come upon is to be taken: in slow start only as
-        often as it may have a part of its share."""
+    def accepts(self, server: Server) -> bool:
+        """Whether to take a server found without comparing: in slow start with the probability
+        of its slow start factor."""
         return server.ramp >= 1.0 or self.rng.random() < server.ramp
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
-        """The server just picked for these facts was leased; called in the same step."""
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
+        """A server was leased for a request, in the same step as `pick`.
+
+        `note` is the second part of the Choice; None if there was a single candidate and `pick`
+        was not called.
+        """
 
     def first_byte(self, lease: Lease) -> None:
-        """The first data of a streamed answer has come. Plain answers do not show it."""
+        """The first data of a stream has come. Not called for plain responses."""
 
     def learned(self, lease: Lease, prompt_tokens: int, cached_tokens: int | None) -> None:
-        """What the answer's `usage` said; None for cached tokens if it did not say."""
+        """The response's `usage` was read; `cached_tokens` is None if it was not reported."""
 
     def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
-        """The attempt is over; `failed` if that is the server's fault. `refused` if the server has
-        ended it without any output, whatever the reason: it has computed nothing.
+        """The attempt has ended.
+
+        `failed` if that is the server's fault; `refused` if it ended without any output for any
+        reason, so that the server has computed nothing.
         """
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""
 
     def statistics(self, server: Server) -> PrefixStatistics | None:
-        """What was expected of a server's prefix cache, whose own counters say what came true.
+        """Estimates of the server's prefix cache, for comparison with its own counters.
 
-        None if nothing was sent there, or if the policy does not look at prompts.
+        None if no request was sent there, or if the policy does not look at prompts.
         """
         return None
 
     def formula(self) -> str:
-        """What the score is, in the words of its parts; empty if it is by no score."""
+        """The score as a formula of its parts; empty for policies without scores."""
         return ""
 
     def explain(
-        self, candidates: Sequence[Server], facts: Facts, now: float
+        self, candidates: Sequence[Server], info: RoutingInfo, now: float
     ) -> list[Explained] | None:
-        """How it sees the candidates, the best first, changing nothing; None if by no score."""
+        """The candidates with their scores, the best first, without side effects.
+
+        None for policies without scores.
+        """
         return None

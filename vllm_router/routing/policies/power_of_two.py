@@ -1,24 +1,24 @@
-"""Two candidates at random, the less loaded of them (Mitzenmacher 2001)."""
+"""The less loaded of two random candidates (Mitzenmacher 2001)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.policies.base import Policy
+from vllm_router.routing.policies.base import Choice, Policy
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 
 class PowerOfTwo(Policy):
-    """Never herds, however stale the load is: for many routers before the same servers."""
+    """Avoids herding even with stale loads: for many routers before the same servers."""
 
     name = "power_of_two"
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         if len(candidates) == 1:
-            return candidates[0]
+            return candidates[0], None
         one, other = self.rng.sample(candidates, 2)
-        return one if one.burden <= other.burden else other
+        return (one if one.burden <= other.burden else other), None

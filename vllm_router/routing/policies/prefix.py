@@ -1,4 +1,4 @@
-"""The longest cached prefix among the servers that are not busier than the rest."""
+"""The longest cached prefix among the servers with an average load."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.policies.base import Explained, Knobs, Policy
-from vllm_router.routing.prefix.book import PrefixBook
+from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
+from vllm_router.routing.prefix.index import PrefixIndex
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 BOUND = 1.25
-"""Servers with more than this times the mean load, plus one request, are left out."""
+"""Servers with more than BOUND times the mean load plus one request are excluded."""
 
 
 class Prefix(Policy):
-    """Simple and predictable: a load gate, then the longest match, then the lowest load.
+    """Simple and predictable: a load limit, then the longest match, then the lowest load.
 
-    `adaptive` weighs the two against each other instead, and is better on every workload tried.
+    `adaptive` weighs both against each other and is better on every workload tried.
     """
 
     name = "prefix"
     needs_prompt = True
 
-    def __init__(self, rng: Random, knobs: Knobs = Knobs()) -> None:  # noqa: B008 (frozen)
-        super().__init__(rng, knobs)
-        self._book = PrefixBook(knobs)
+    def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
+        super().__init__(rng, settings)
+        self._index = PrefixIndex(settings)
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        self._book.follow(candidates, now)
-        matched = self._book.match(candidates, facts.prompt)
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
+        self._index.follow(candidates, now)
+        matched = self._index.match(candidates, info.prompt)
         limit = self._limit(candidates)
         best: list[Server] = []
         best_key = (float("inf"), float("inf"))
@@ -44,33 +44,35 @@ class Prefix(Policy):
                 best, best_key = [server], key
             elif key == best_key:
                 best.append(server)
-        return best[0] if len(best) == 1 else self.rng.choice(best)
+        return (best[0] if len(best) == 1 else self.rng.choice(best)), None
 
     @staticmethod
     def _limit(candidates: Sequence[Server]) -> float:
         mean = sum(server.burden for server in candidates) / len(candidates)
-        # Never below the lowest load: somebody is always left.
+        # Never below the lowest load: at least one server remains.
         return BOUND * mean + 1 / max(server.share for server in candidates)
 
-    def leased(self, lease: Lease, facts: Facts, now: float) -> None:
-        prompt = facts.prompt
-        lease.booking = prompt, self._book.known_pieces(lease.server, prompt)
-        self._book.insert(lease.server, prompt, now)
+    def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
+        prompt = info.prompt
+        lease.reservation = prompt, self._index.known_blocks(lease.server, prompt)
+        self._index.insert(lease.server, prompt, now)
 
     def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
-        booking, lease.booking = lease.booking, None
-        if refused and isinstance(booking, tuple):
-            prompt, known = booking
-            self._book.unlearn(lease.server, prompt, known)
+        reservation, lease.reservation = lease.reservation, None
+        if refused and isinstance(reservation, tuple):
+            prompt, known = reservation
+            self._index.unlearn(lease.server, prompt, known)
 
     def forget(self, server: Server) -> None:
-        self._book.forget(server)
+        self._index.forget(server)
 
     def formula(self) -> str:
         return "score = -cached bytes while load ≤ limit, else load; equals by load"
 
-    def explain(self, candidates: Sequence[Server], facts: Facts, now: float) -> list[Explained]:
-        matched = self._book.match(candidates, facts.prompt)
+    def explain(
+        self, candidates: Sequence[Server], info: RoutingInfo, now: float
+    ) -> list[Explained]:
+        matched = self._index.match(candidates, info.prompt)
         limit = self._limit(candidates)
         rows = [
             Explained(

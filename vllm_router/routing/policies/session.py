@@ -1,4 +1,4 @@
-"""Sessions keep their server, as long as it is not the busiest."""
+"""Sessions keep their server while its load is near the mean."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.hashing import preference, preferred, seed_of
-from vllm_router.routing.policies.base import Policy
+from vllm_router.routing.policies.base import Choice, Policy
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
-    from vllm_router.routing.prompt.facts import Facts
+    from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 BOUND = 1.25
-"""A server takes a session only while its load stays below this times the mean."""
+"""A server takes a session only while its load stays below BOUND times the mean."""
 
 
 class Session(Policy):
     """Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam 2018).
 
-    The session is what the client calls it, else the conversation's first turn. The home of a
-    session is the same for every router, with nothing shared between them. Where its load is
-    more than 1.25 times the mean, the next in the session's order takes the request.
+    The session is the client's session id, else the conversation's first turn. All routers agree
+    on a session's affinity server without shared state. If its load is above BOUND times the mean,
+    the next server in the session's order takes the request.
     """
 
     name = "session"
     needs_prompt = True
     needs_session = True
 
-    def pick(self, candidates: Sequence[Server], facts: Facts, now: float) -> Server:
-        session = facts.session
-        key = seed_of(session) if session is not None else facts.prompt.conversation
-        on_them = sum(server.work for server in candidates)
-        limit = BOUND * (on_them + 1) / sum(server.share for server in candidates)
-        home = preferred(key, candidates)
-        if _fits(home, limit):
-            return home
+    def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
+        session = info.session
+        key = seed_of(session) if session is not None else info.prompt.conversation
+        total = sum(server.work for server in candidates)
+        limit = BOUND * (total + 1) / sum(server.share for server in candidates)
+        affinity = preferred(key, candidates)
+        if _fits(affinity, limit):
+            return affinity, None
         for server in preference(key, candidates):
             if _fits(server, limit):
-                return server
-        return min(candidates, key=lambda server: server.burden)
+                return server, None
+        return min(candidates, key=lambda server: server.burden), None
 
 
 def _fits(server: Server, limit: float) -> bool:
-    """Whether one request more keeps it within the limit; a lone request fits anywhere."""
+    """Whether one more request stays within the limit; a first request always does."""
     one = 1 / server.share
     return server.burden + one <= max(limit, one)

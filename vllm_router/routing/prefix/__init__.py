@@ -1,1 +1,1 @@
-"""Which server has which prompt prefixes cached."""
+"""The prefix index: an estimate of the blocks that each server has cached."""

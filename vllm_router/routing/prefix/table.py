@@ -1,8 +1,7 @@
-"""Which server has which pieces of prompts in its prefix cache, as far as the router can tell.
+"""The blocks that each server has in its prefix cache, estimated from the prompts sent to it.
 
-A record of what was sent where, not of what the engines hold: bounded per server by that server's
-own KV cache, and by a number of entries over all, least recently used first, like the caches it
-stands for.
+Bounded per server by the size of its KV cache and by a number of entries, with LRU eviction as in
+the engines.
 """
 
 from __future__ import annotations
@@ -10,18 +9,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from vllm_router.routing.prompt.pieces import piece_bytes
+from vllm_router.routing.prompt.blocks import block_bytes
 
 ENTRY_BYTES = 360
-"""Memory of one piece on one server at the most: 150 while dictionaries are filled, 210 to 350 once
-entries have come and gone for long (measured, CPython 3.11, 64 bits)."""
+"""Maximum memory of one entry: 150 bytes while dictionaries grow, 210 to 350 in the long run
+(measured, CPython 3.11, 64 bits)."""
 
 
 class PrefixTable:
-    """Pieces by hash, and who has them.
+    """Block hashes with the servers that have them.
 
-    Servers are bits of an integer, so one pass over a prompt's pieces answers for all of them.
-    `entries_per_server` bounds the memory: ENTRY_BYTES each, and `expiry` seconds the age.
+    Servers are bits of an integer, so one pass over a prompt's blocks covers all servers.
+    `entries_per_server` bounds the memory (ENTRY_BYTES each), `expiry` the age in seconds.
     """
 
     def __init__(self, entries_per_server: int, expiry: float) -> None:
@@ -32,24 +31,24 @@ class PrefixTable:
         self._bytes: dict[int, int] = {}
 
     def __len__(self) -> int:
-        """Entries: a piece counts once for each server that has it."""
+        """The number of entries: a block counts once per server that has it."""
         return sum(map(len, self._recent.values()))
 
     def held(self, bit: int) -> int:
         """Bytes of prompts recorded for the server with this bit."""
         return self._bytes.get(bit, 0)
 
-    def match(self, chain: Sequence[int], servers: int) -> list[tuple[int, int]]:
-        """How many leading pieces each of `servers` has, as (pieces, bits), the most first.
+    def match(self, hashes: Sequence[int], servers: int) -> list[tuple[int, int]]:
+        """Pairs (leading blocks, bits of the servers that have them), the most blocks first.
 
-        Those that have none are left out. One look-up per piece, ending with the first that
-        nobody has; O(len(chain)).
+        Servers without the first block are left out. One look-up per block up to the first one
+        that no server has; O(len(hashes)).
         """
         holders = self._holders
         found: list[tuple[int, int]] = []
         having = servers
-        for count, link in enumerate(chain):
-            still = holders.get(link, 0) & having
+        for count, block in enumerate(hashes):
+            still = holders.get(block, 0) & having
             if still != having:
                 if count:
                     found.append((count, having ^ still))
@@ -57,27 +56,27 @@ class PrefixTable:
                 if not still:
                     break
         else:
-            if chain:
-                found.append((len(chain), having))
+            if hashes:
+                found.append((len(hashes), having))
         found.reverse()
         return found
 
-    def insert(self, chain: Sequence[int], bit: int, capacity: int, now: float) -> None:
-        """The server with this bit will have these pieces; it has room for `capacity` bytes.
+    def insert(self, hashes: Sequence[int], bit: int, capacity: int, now: float) -> None:
+        """Add blocks of a server with `capacity` bytes of cache.
 
-        The last piece goes in first, so that of one prompt's pieces the first stay longest.
+        The last block is added first, so that a prompt's first blocks are evicted last.
         """
         recent = self._recent.get(bit)
         if recent is None:
             recent = self._recent[bit] = OrderedDict()
         holders, size = self._holders, self._bytes.get(bit, 0)
-        for link in reversed(chain):
-            if link in recent:
-                recent.move_to_end(link)
+        for block in reversed(hashes):
+            if block in recent:
+                recent.move_to_end(block)
             else:
-                holders[link] = holders.get(link, 0) | bit
-                size += piece_bytes(link)
-            recent[link] = now
+                holders[block] = holders.get(block, 0) | bit
+                size += block_bytes(block)
+            recent[block] = now
         self._bytes[bit] = size
         if size > capacity or len(recent) > self.entries_per_server:
             self._shrink(bit, recent, capacity)
@@ -88,39 +87,39 @@ class PrefixTable:
             self._drop(recent.popitem(last=False)[0], bit)
 
     def _expire(self, bit: int, recent: OrderedDict[int, float], now: float) -> None:
-        """Amortised O(1) per entry: the oldest are in front."""
+        """Drop expired entries. Amortised O(1) per entry: the oldest are in front."""
         oldest = now - self.expiry
         while recent:
-            link, used = next(iter(recent.items()))
+            block, used = next(iter(recent.items()))
             if used >= oldest:
                 return
-            del recent[link]
-            self._drop(link, bit)
+            del recent[block]
+            self._drop(block, bit)
 
-    def _drop(self, link: int, bit: int) -> None:
-        left = self._holders[link] & ~bit
+    def _drop(self, block: int, bit: int) -> None:
+        left = self._holders[block] & ~bit
         if left:
-            self._holders[link] = left
+            self._holders[block] = left
         else:
-            del self._holders[link]
-        self._bytes[bit] -= piece_bytes(link)
+            del self._holders[block]
+        self._bytes[bit] -= block_bytes(block)
 
     def sweep(self, now: float) -> None:
-        """Forget what has expired on servers that get no requests."""
+        """Drop expired entries of all servers, also of those without requests."""
         for bit, recent in self._recent.items():
             self._expire(bit, recent, now)
 
-    def remove(self, chain: Sequence[int], bit: int) -> None:
-        """The server turned out not to have these pieces."""
+    def remove(self, hashes: Sequence[int], bit: int) -> None:
+        """Drop these blocks of a server."""
         recent = self._recent.get(bit)
         if recent is None:
             return
-        for link in chain:
-            if recent.pop(link, None) is not None:
-                self._drop(link, bit)
+        for block in hashes:
+            if recent.pop(block, None) is not None:
+                self._drop(block, bit)
 
     def forget(self, bit: int) -> None:
-        """The server has lost its cache. O(entries of that server), 0.1 µs each."""
-        for link in self._recent.pop(bit, ()):
-            self._drop(link, bit)
+        """Drop all blocks of a server. O(entries of the server), 0.1 µs each."""
+        for block in self._recent.pop(bit, ()):
+            self._drop(block, bit)
         self._bytes.pop(bit, None)

@@ -1,1 +1,1 @@
-"""What routing reads of a request body: model, length, hashes of its blocks."""
+"""From a request body to the model, the session and the prompt that routing works with."""

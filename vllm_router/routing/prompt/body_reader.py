@@ -15,13 +15,18 @@ from functools import partial
 
 from vllm_router.errors import InvalidBody
 from vllm_router.routing.paths import is_pure
-from vllm_router.routing.prompt.facts import Facts, facts_from, may_be_form, read_at_once
+from vllm_router.routing.prompt.blocks import NO_PROMPT, Prompt
 from vllm_router.routing.prompt.fields import AllFields, RawFields, odd_fields
 from vllm_router.routing.prompt.forms import LONGEST_NAME, form_kind, form_value, read_form
 from vllm_router.routing.prompt.json_scan import Members, scan
 from vllm_router.routing.prompt.long_prompt import Values, long_prompt
 from vllm_router.routing.prompt.model_name import json_name, name_place
-from vllm_router.routing.prompt.pieces import NO_PROMPT, Prompt
+from vllm_router.routing.prompt.routing_info import (
+    RoutingInfo,
+    may_be_form,
+    read_at_once,
+    routing_info_from,
+)
 from vllm_router.routing.prompt.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
@@ -47,14 +52,14 @@ class Reading:
     oddity: why a form is not plain; empty if it is, and for JSON.
     """
 
-    facts: Facts
+    facts: RoutingInfo
     text: bytes | None = None
     places: tuple[tuple[int, int], ...] = ()
     name: Callable[[str], bytes] = json_name
     oddity: str = ""
 
 
-def read_facts(
+def read_routing_info(
     path: bytes,
     content_type: bytes,
     body: bytes,
@@ -62,7 +67,7 @@ def read_facts(
     *,
     with_prompt: bool = False,
     shortest: int = 0,
-) -> Facts:
+) -> RoutingInfo:
     """The facts of any body, without a break: see `read_at_once`. Raises InvalidBody."""
     facts = read_at_once(
         path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
@@ -90,7 +95,7 @@ def read_in_slices(
     refuses it, or that is beyond a bound. A body that vLLM refuses for its Content-Type, or because
     it is empty or no object, has no facts: the server tells what is wrong.
     """
-    unknown = Reading(Facts(replayable=is_pure(path) and path != b"/v1/responses"))
+    unknown = Reading(RoutingInfo(replayable=is_pure(path) and path != b"/v1/responses"))
     is_form = may_be_form(content_type) and not _takes_json(path)
     try:
         kind = form_kind(content_type) if is_form else None
@@ -105,7 +110,7 @@ def read_in_slices(
             raise
         return unknown
     fields = AllFields(model=form.model, stream=form.stream)
-    facts = facts_from(path, fields, session, transfer=form.transfer)
+    facts = routing_info_from(path, fields, session, transfer=form.transfer)
     name = partial(form_value, kind, form.charset)
     return Reading(facts, None, form.places, name, form.oddity)
 
@@ -140,7 +145,7 @@ def _read_json(
     else:
         prompt = yield from long_prompt(values)
     transfer = yield from _transfer(text, members)
-    facts = facts_from(path, fields, session, prompt, transfer)
+    facts = routing_info_from(path, fields, session, prompt, transfer)
     places = tuple(filter(None, (name_place(text, *span) for span in members.models)))
     return Reading(facts, None if text is body else text, places)
 

@@ -10,8 +10,8 @@ import json
 import msgspec
 
 from vllm_router.errors import InvalidBody
+from vllm_router.routing.prompt.conversation import Message
 from vllm_router.routing.prompt.forms import LONGEST_NAME, is_true
-from vllm_router.routing.prompt.pieces import Message
 
 NO_JSON = msgspec.Raw(b"")
 """Stands for an absent value. Compared by identity."""

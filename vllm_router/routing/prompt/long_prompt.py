@@ -10,18 +10,13 @@ from zlib import crc32
 
 import msgspec
 
-from vllm_router.routing.prompt.facts import AT_ONCE, read_prompt, seed_of
+from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.content import MAX_VALUES, MEDIA_SAMPLE
+from vllm_router.routing.prompt.conversation import messages_in, plain_prompt, raw_prompt
 from vllm_router.routing.prompt.fields import NO_JSON, AllFields
 from vllm_router.routing.prompt.forms import LONGEST_NAME
 from vllm_router.routing.prompt.json_scan import Members
-from vllm_router.routing.prompt.pieces import (
-    CROWDED,
-    MEDIA_ENDS,
-    Prompt,
-    messages_in,
-    plain_prompt,
-    raw_prompt,
-)
+from vllm_router.routing.prompt.routing_info import AT_ONCE, read_prompt, seed_of
 from vllm_router.routing.prompt.steps import Steps
 
 _LOOKED_INTO = 1 << 22
@@ -83,7 +78,7 @@ class Values:
 
 
 def _checksum(data: memoryview) -> bytes:
-    return b"%d:%d" % (len(data), crc32(data[-MEDIA_ENDS:], crc32(data[:MEDIA_ENDS])))
+    return b"%d:%d" % (len(data), crc32(data[-MEDIA_SAMPLE:], crc32(data[:MEDIA_SAMPLE])))
 
 
 _ABOUT_PROMPT = ("tools", "system", "instructions")
@@ -107,7 +102,7 @@ def long_prompt(values: Values) -> Steps[Prompt]:
 def _short_prompt(values: Values) -> Prompt | None:
     """As `facts` makes it; None if something in it is not what it should be."""
     given = values.whole("messages")
-    if bytes(given).count(b"{") > CROWDED:
+    if bytes(given).count(b"{") > MAX_VALUES:
         return None
     try:
         fields = AllFields(

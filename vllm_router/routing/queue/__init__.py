@@ -1,1 +1,1 @@
-"""The order in which requests wait for a server."""
+"""The order in which waiting requests are given servers."""

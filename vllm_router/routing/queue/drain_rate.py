@@ -1,42 +1,42 @@
-"""How fast waiting requests get a server, and how fast answers are. Pure.
+"""Measurements that predict the waiting time: drain rate, and shortest response time. Pure.
 
-Both figures are used to refuse requests that would wait in vain, so both are forgotten with time:
-a fleet that was slow an hour ago may be fast now.
+Both are used to refuse requests that would time out anyway. Both expire: a fleet that was slow an
+hour ago may be fast now.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-RATE_OVER = 32
-"""Freed servers, or answers, that a figure is made of at most."""
+MAX_SAMPLES = 32
+"""Samples (freed servers, or responses) that a measurement uses at most."""
 
-RATE_FROM = 4
-"""Freed servers, or answers, that a figure is made of at least."""
+MIN_SAMPLES = 4
+"""Samples that a measurement needs."""
 
-REMEMBERED = 60.0
-"""Seconds after which a freed server, or an answer, no longer counts."""
+SAMPLE_EXPIRY = 60.0
+"""Seconds after which a sample no longer counts."""
 
-IDLE_FORGETS = 10.0
+IDLE_RESET = 10.0
 """Seconds without a waiting request after which the drain rate is measured anew."""
 
 MARGIN = 1.1
-"""Safety factor on predictions: a request expected to finish right at its deadline is as likely
-as not to be cut there, after a server has done the work."""
+"""Safety factor on predicted completion: a request expected to finish right at its deadline would
+often waste server work."""
 
 
 class DrainRate:
     """Servers per second that become free for waiting requests.
 
-    Measured on a clock that stands still while no request waits or no server can be asked: a fleet
-    with little to do is not a slow one. Times are in seconds.
+    The clock stops while no request waits or no server is available, so that an idle fleet does
+    not look slow. Times are in seconds.
     """
 
     def __init__(self) -> None:
         self._clock = 0.0
         self._running_since: float | None = None
         self._ended_at = 0.0
-        self._marks: deque[tuple[float, float]] = deque(maxlen=RATE_OVER + 1)
+        self._marks: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES + 1)
         self._in_a_row = 0
 
     @property
@@ -45,15 +45,15 @@ class DrainRate:
 
     @property
     def is_current(self) -> bool:
-        """Whether enough servers have become free since requests last began to wait. Only then
-        is the rate good enough to refuse a request."""
-        return self._in_a_row >= RATE_FROM
+        """Whether there are enough samples since requests last began to wait. Only then is the
+        rate reliable enough to refuse a request."""
+        return self._in_a_row >= MIN_SAMPLES
 
     def begin(self, now: float) -> None:
-        """A request has to wait, and servers that may become free exist. Idempotent."""
+        """A request waits, and there are servers that may become free. Idempotent."""
         if self._running_since is not None:
             return
-        if now - self._ended_at > IDLE_FORGETS:
+        if now - self._ended_at > IDLE_RESET:
             self._marks.clear()
         self._running_since = now
         self._in_a_row = 0
@@ -61,7 +61,7 @@ class DrainRate:
             self._marks.append((self._clock, now))
 
     def end(self, now: float) -> None:
-        """No request waits any more, or no server can be asked. Idempotent."""
+        """No request waits any more, or no server is available. Idempotent."""
         if self._running_since is not None:
             self._clock, self._running_since, self._ended_at = self._time(now), None, now
             self._in_a_row = 0
@@ -73,7 +73,7 @@ class DrainRate:
             self._in_a_row += 1
 
     def forget(self, now: float) -> None:
-        """Measure anew: the servers are not those that were measured."""
+        """Discard all samples, after the set of servers has changed."""
         self._marks.clear()
         self._in_a_row = 0
         if self._running_since is not None:
@@ -85,36 +85,36 @@ class DrainRate:
         return self._clock + (now - since if since is not None else 0.0)
 
     def per_second(self, now: float) -> float | None:
-        """None if too few servers have become free lately. What was measured before requests last
-        began to wait counts only until enough has been measured since."""
+        """The rate, or None with too few samples. Samples from before requests last began to wait
+        are used only until there are enough newer ones."""
         marks = self._marks
-        while len(marks) > 1 and now - marks[1][1] > REMEMBERED:
-            marks.popleft()  # the first one left is where the measurement begins
-        if self._running_since is None and now - self._ended_at > IDLE_FORGETS:
+        while len(marks) > 1 and now - marks[1][1] > SAMPLE_EXPIRY:
+            marks.popleft()  # the first mark is the start of the measurement
+        if self._running_since is None and now - self._ended_at > IDLE_RESET:
             return None
         freed = len(marks) - 1
         if self.is_current:
             freed = min(freed, self._in_a_row)
         elapsed = self._time(now) - marks[-1 - freed][0] if marks else 0.0
-        return freed / elapsed if freed >= RATE_FROM and elapsed > 0.0 else None
+        return freed / elapsed if freed >= MIN_SAMPLES and elapsed > 0.0 else None
 
 
-class Quickest:
-    """The shortest time in which one of the last answers was complete.
+class ShortestResponse:
+    """The shortest time of a recent complete response.
 
-    A request with less time left cannot make it. The mean says nothing: where answers take long on
-    average, a short one may still be quick.
+    A request with less time left cannot finish. The mean is no use: a short response may be quick
+    although responses take long on average.
     """
 
     def __init__(self) -> None:
-        self._took: deque[tuple[float, float]] = deque(maxlen=RATE_OVER)
+        self._samples: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
 
     def add(self, seconds: float, now: float) -> None:
-        self._took.append((seconds, now))
+        self._samples.append((seconds, now))
 
     def seconds(self, now: float) -> float:
-        """With a safety margin; 0 if there were too few answers lately."""
-        took = self._took
-        while took and now - took[0][1] > REMEMBERED:
-            took.popleft()
-        return MARGIN * min(took)[0] if len(took) >= RATE_FROM else 0.0
+        """The time with a safety margin; 0 with too few samples."""
+        samples = self._samples
+        while samples and now - samples[0][1] > SAMPLE_EXPIRY:
+            samples.popleft()
+        return MARGIN * min(samples)[0] if len(samples) >= MIN_SAMPLES else 0.0

@@ -27,7 +27,7 @@ from vllm_router.observability.router_state import CPU, IN_FLIGHT, LAG
 from vllm_router.observability.tracing import Telemetry
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.supervisor import Supervisor
 from vllm_router.runtime.workers.admit import admit
 from vllm_router.runtime.workers.board import Sums

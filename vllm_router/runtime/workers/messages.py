@@ -12,7 +12,7 @@ import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.refusals import Asked, Refusal
-from vllm_router.routing.accounts import PrefixStatistics
+from vllm_router.routing.server_estimate import PrefixStatistics
 
 # -- worker to leader -------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """One order of waiting for all processes of a router.
 
-Each process has the places of all in its own `WaitingRooms`: its own, and those that it has read
+Each process has the places of all in its own `WaitingQueue`: its own, and those that it has read
 from the others' pages. A server goes to the place whose turn it is, whatever process it is in. If
 that is another one, this process leaves the server alone, rings that one's bell and goes on with
 what is left. What is left for it is counted: a free unit is *promised* to a place of another
@@ -22,8 +22,8 @@ from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
 from vllm_router.proxy.admission import Gate
 from vllm_router.proxy.waiter import Peers, Waiter
-from vllm_router.routing.queue.place import Place, Route, Verdict
-from vllm_router.routing.queue.waiting import ANY_UNKNOWN
+from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
+from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN
 from vllm_router.runtime.workers.bells import Bells
 from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, QueueBoard, mark
 
@@ -38,7 +38,7 @@ _NO_MODEL = mark("\0no model")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Theirs(Place):
+class Theirs(QueueEntry):
     """A place of another process. `models` are those whose servers it may go to, first first."""
 
     slot: int
@@ -76,7 +76,7 @@ class QueuePeers:
         self._by_number = {reader.number: reader for reader in self._readers}
         self._free = FreeSlots()
         self._slots: dict[Waiter, int] = {}
-        self._numbers: dict[int, Place] = {}
+        self._numbers: dict[int, QueueEntry] = {}
         self._routes: dict[Route, int] = {}
         self._route_marks = count(1)
         self._held: dict[Theirs, float] = {}
@@ -96,7 +96,7 @@ class QueuePeers:
     def key(self, name: str) -> Hashable:
         return mark(name)
 
-    def where(self, place: Place) -> tuple[str | None, Route]:
+    def where(self, place: QueueEntry) -> tuple[str | None, Route]:
         assert isinstance(place, Theirs)
         models = self._models(place.public or place.room_mark)
         place.models = models
@@ -128,7 +128,7 @@ class QueuePeers:
     def is_full(self) -> bool:
         return not self._free
 
-    def publish(self, waiter: Waiter, displaced: Place | None) -> None:
+    def publish(self, waiter: Waiter, displaced: QueueEntry | None) -> None:
         if not self._free:
             return  # one that returns from a server: it keeps our own order
         slot = self._slots[waiter] = self._free.take()
@@ -136,7 +136,7 @@ class QueuePeers:
         public = waiter.exchange.record.model if waiter.exchange.falls_back else None
         entry = Entry(
             waiter.number,
-            _NO_MODEL if waiter.room is None else mark(waiter.room),
+            _NO_MODEL if waiter.model is None else mark(waiter.model),
             _public_mark(public) if public is not None else 0,
             mark(waiter.exchange.record.key_name),
             waiter.priority,
@@ -174,7 +174,7 @@ class QueuePeers:
             self.withdraw(waiter)
             self.publish(waiter, None)
 
-    def displaced(self, place: Place) -> None:
+    def displaced(self, place: QueueEntry) -> None:
         self._numbers.pop(place.number, None)
         if isinstance(place, Theirs):
             self._held.pop(place, None)
@@ -219,21 +219,21 @@ class QueuePeers:
         if entry.number == 0 or entry.epoch != reader.epoch:
             return
         places = self._gate.places
-        places.seen(abs(entry.number))
+        places.observe_stamp(abs(entry.number))
         if entry.number > 0:
             self._join(reader, slot, entry, now)
             return
         place = known if known is not None else self._place(reader, slot, entry)
         served = self._server(entry) if entry.served else None
         if served is not None:
-            places.seen(entry.served)
+            places.observe_stamp(entry.served)
             place.server, place.served_at = served, entry.served
         if known is not None:
             if served is not None and place.number in self._numbers:
-                places.room(place.room).rate.freed(now)
+                places.model_queue(place.model).rate.freed(now)
             self._drop(reader, known, now)
         if served is not None:
-            places.turned(place)
+            places.record_turn(place)
 
     def _place(self, reader: _Reader, slot: int, entry: Entry) -> Theirs:
         place = Theirs(
@@ -250,15 +250,15 @@ class QueuePeers:
             public=entry.public,
             route_mark=entry.route,
         )
-        place.room, place.route = self.where(place)
+        place.model, place.route = self.where(place)
         return place
 
     def _join(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
         place = self._place(reader, slot, entry)
         reader.places[slot] = self._numbers[place.number] = place
         places = self._gate.places
-        if not place.returning and self._gate.fleet.candidates(place.room, now):
-            places.room(place.room).rate.begin(now)
+        if not place.returning and self._gate.fleet.candidates(place.model, now):
+            places.model_queue(place.model).rate.begin(now)
         places.join(place)
         displaced = self._numbers.get(entry.displaced) if entry.displaced else None
         if displaced is not None:
@@ -279,7 +279,7 @@ class QueuePeers:
         self.promised.clear()
         self._to_ring.clear()
 
-    def give(self, place: Place, now: float) -> Verdict:
+    def give(self, place: QueueEntry, now: float) -> Verdict:
         assert isinstance(place, Theirs)
         server = self._server_for(place, now)
         if server is None:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.errors import InvalidBody
-from vllm_router.routing.prompt.body_reader import read_facts, read_in_slices, replaced
-from vllm_router.routing.prompt.facts import Facts
+from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
 from vllm_router.routing.prompt.forms import is_true
-from vllm_router.routing.prompt.pieces import Prompt
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.prompt.steps import finish
 
 JSON = b"application/json"
@@ -23,10 +23,10 @@ AUDIO = b"/v1/audio/transcriptions"
 FORM = b"multipart/form-data; boundary=xYz"
 
 
-def of(body: bytes | dict, path: bytes = CHAT, content_type: bytes = JSON) -> Facts:
+def of(body: bytes | dict, path: bytes = CHAT, content_type: bytes = JSON) -> RoutingInfo:
     if isinstance(body, dict):
         body = json.dumps(body).encode()
-    return read_facts(path, content_type, body)
+    return read_routing_info(path, content_type, body)
 
 
 def test_facts_have_model_and_stream():
@@ -72,7 +72,7 @@ def test_facts_last_of_two_models_counts():
     ids=lambda body: repr(body[:20]),
 )
 def test_facts_of_refused_content_type_are_empty(body):
-    assert of(body) == Facts()
+    assert of(body) == RoutingInfo()
 
 
 BROKEN = [
@@ -176,7 +176,7 @@ def test_facts_form_model_is_found_in_any_position(content_type):
 def test_facts_form_file_called_model_is_not_the_model():
     file = b'Content-Disposition: form-data; name="file"; filename="model"\r\n\r\nnot me'
     facts = of(form(file), AUDIO, FORM)
-    assert facts == Facts()
+    assert facts == RoutingInfo()
 
 
 def test_facts_form_inside_a_file_does_not_name_the_model():
@@ -205,7 +205,7 @@ def test_facts_form_last_of_two_models_counts():
     ],
 )
 def test_facts_form_without_boundary_is_refused(content_type):
-    assert of(form(MODEL), content_type=content_type) == Facts()
+    assert of(form(MODEL), content_type=content_type) == RoutingInfo()
     with pytest.raises(InvalidBody):
         of(form(MODEL), AUDIO, content_type)
 
@@ -250,8 +250,10 @@ def test_facts_only_known_paths_are_repeatable(body):
 
 def test_facts_prompt_of_short_body_is_its_size():
     body = json.dumps({"model": "m", "user": "u", "prompt": "x" * 600}).encode()
-    facts = read_facts(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body) + 1)
+    facts = read_routing_info(
+        b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body) + 1
+    )
     assert facts.prompt == Prompt(size=len(body))
     assert (facts.model, facts.session) == ("m", "u")
-    facts = read_facts(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body))
-    assert (facts.prompt.size, len(facts.prompt.chain)) == (600, 2)
+    facts = read_routing_info(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body))
+    assert (facts.prompt.size, len(facts.prompt.block_hashes)) == (600, 2)

@@ -12,67 +12,71 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.routing.prompt.body_reader import read_facts
-from vllm_router.routing.prompt.facts import Facts
-from vllm_router.routing.prompt.pieces import (
-    ENDS,
-    LOOKED_INTO,
+from vllm_router.routing.prompt.blocks import (
+    BLOCK_ENDS,
     NO_PROMPT,
     Prompt,
-    cut,
-    link_of,
-    piece_bytes,
-    pieces_in,
+    block_bytes,
+    blocks_in,
+    hash_blocks,
+    make_block_hash,
 )
+from vllm_router.routing.prompt.body_reader import read_routing_info
+from vllm_router.routing.prompt.content import MAX_PARSED
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 CHAT = b"/v1/chat/completions"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))
 
 
-def facts(path: bytes = CHAT, session: bytes = b"", **body: Any) -> Facts:
+def facts(path: bytes = CHAT, session: bytes = b"", **body: Any) -> RoutingInfo:
     raw = msgspec.json.encode(body)
-    return read_facts(path, b"application/json", raw, session, with_prompt=True)
+    return read_routing_info(path, b"application/json", raw, session, with_prompt=True)
 
 
-def chat(*turns: tuple[str, Any], **body: Any) -> Facts:
+def chat(*turns: tuple[str, Any], **body: Any) -> RoutingInfo:
     return facts(messages=[{"role": role, "content": text} for role, text in turns], **body)
 
 
-def shared_pieces(one: Facts, other: Facts) -> int:
-    pairs = zip(one.prompt.chain, other.prompt.chain, strict=False)
+def shared_pieces(one: RoutingInfo, other: RoutingInfo) -> int:
+    pairs = zip(one.prompt.block_hashes, other.prompt.block_hashes, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min_length(one, other))
 
 
-def min_length(one: Facts, other: Facts) -> int:
-    return min(len(one.prompt.chain), len(other.prompt.chain))
+def min_length(one: RoutingInfo, other: RoutingInfo) -> int:
+    return min(len(one.prompt.block_hashes), len(other.prompt.block_hashes))
 
 
 def test_blocks_double_in_length_after_every_32():
-    lengths = [end - start for start, end in zip((0, *ENDS), ENDS, strict=False)]
+    lengths = [end - start for start, end in zip((0, *BLOCK_ENDS), BLOCK_ENDS, strict=False)]
     assert lengths[:33] == [256] * 32 + [512]
     assert lengths[64] == 1024
-    assert pieces_in(1 << 20) < 230
+    assert blocks_in(1 << 20) < 230
 
 
-@given(st.integers(0, 1 << 64), st.integers(0, len(ENDS) - 1))
+@given(st.integers(0, 1 << 64), st.integers(0, len(BLOCK_ENDS) - 1))
 def test_block_hash_encodes_block_length(digest: int, index: int):
-    assert piece_bytes(link_of(digest, index)) == ENDS[index] - (ENDS[index - 1] if index else 0)
+    assert block_bytes(make_block_hash(digest, index)) == BLOCK_ENDS[index] - (
+        BLOCK_ENDS[index - 1] if index else 0
+    )
 
 
 @given(st.binary(min_size=600, max_size=1200), st.data())
 def test_block_hash_covers_all_before_it(text: bytes, data: st.DataObject):
     place = data.draw(st.integers(0, len(text) - 1))
     changed = text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :]
-    same = [a == b for a, b in zip(cut(text), cut(changed), strict=True)]
-    assert same == [end <= place for end in ENDS[: len(same)]]
+    same = [a == b for a, b in zip(hash_blocks(text), hash_blocks(changed), strict=True)]
+    assert same == [end <= place for end in BLOCK_ENDS[: len(same)]]
 
 
 def test_block_hash_is_equal_in_every_process():
-    code = "from vllm_router.routing.prompt.pieces import cut; print(cut(b'x' * 600))"
+    code = (
+        "from vllm_router.routing.prompt.blocks import hash_blocks; print(hash_blocks(b'x' * 600))"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert printed.strip() == str(cut(b"x" * 600))
+    assert printed.strip() == str(hash_blocks(b"x" * 600))
 
 
 def test_blocks_of_next_turn_include_all_full_blocks_before():
@@ -80,7 +84,7 @@ def test_blocks_of_next_turn_include_all_full_blocks_before():
     second = chat(
         ("system", TEXT[:3000]), ("user", TEXT[:2000]), ("assistant", "yes"), ("user", "more")
     )
-    assert shared_pieces(first, second) == len(first.prompt.chain) > 18
+    assert shared_pieces(first, second) == len(first.prompt.block_hashes) > 18
 
 
 def test_blocks_ignore_order_and_space_of_json():
@@ -88,10 +92,10 @@ def test_blocks_ignore_order_and_space_of_json():
     compact = b'{"messages":[{"role":"user","content":"' + text + b'"}]}'
     spaced = b'{ "messages" : [ {"content": "' + text + b'", "role": "user"} ], "n":1 }'
     one, other = (
-        read_facts(CHAT, b"", body, with_prompt=True).prompt for body in (compact, spaced)
+        read_routing_info(CHAT, b"", body, with_prompt=True).prompt for body in (compact, spaced)
     )
     assert one == other
-    assert one.chain
+    assert one.block_hashes
 
 
 @pytest.mark.parametrize(
@@ -110,14 +114,14 @@ def test_blocks_differ_by_tools_roles_texts_and_images(change: dict[str, Any]):
         role: str = "user",
         content: Any = None,
         image: str = "data:" + "QUJD" * 1000,
-    ) -> Facts:
+    ) -> RoutingInfo:
         parts = [{"type": "image_url", "image_url": {"url": image}}]
         parts += content or [{"type": "text", "text": TEXT[:600]}]
         tools = tools or [{"type": "function", "function": {"name": "weather"}}]
         return facts(tools=tools, messages=[{"role": role, "content": parts}])
 
     assert asked() == asked()
-    assert shared_pieces(asked(), asked(**change)) < len(asked().prompt.chain)
+    assert shared_pieces(asked(), asked(**change)) < len(asked().prompt.block_hashes)
 
 
 def test_blocks_image_has_equal_weight_at_any_size():
@@ -147,20 +151,22 @@ def test_blocks_conversations_with_same_system_prompt_differ():
 
 
 def test_blocks_later_ones_of_many_messages_count():
-    turns = [(("user", "assistant")[n % 2], f"{n} " * 30) for n in range(LOOKED_INTO + 201)]
+    turns = [(("user", "assistant")[n % 2], f"{n} " * 30) for n in range(MAX_PARSED + 201)]
     whole, before = chat(*turns), chat(*turns[:-2])
-    assert before.prompt.chain == whole.prompt.chain[: len(before.prompt.chain)]
+    assert (
+        before.prompt.block_hashes == whole.prompt.block_hashes[: len(before.prompt.block_hashes)]
+    )
     assert whole.prompt.earlier == before.prompt.size
     assert whole.prompt.conversation == before.prompt.conversation
     other = turns.copy()
     other[-100] = ("user", "something else, and as long as all the others are, more or less")
-    assert 0 < shared_pieces(whole, chat(*other)) < len(whole.prompt.chain)
+    assert 0 < shared_pieces(whole, chat(*other)) < len(whole.prompt.block_hashes)
 
 
 def test_blocks_images_and_calls_in_later_messages_count_fully():
     def grows_by(message: dict[str, Any]) -> list[int]:
         sizes = []
-        for count in (1, LOOKED_INTO + 1):
+        for count in (1, MAX_PARSED + 1):
             turns = [{"role": "user", "content": "x" * 100}] * count
             before = facts(messages=turns).prompt.size
             sizes.append(facts(messages=[*turns, message]).prompt.size - before)
@@ -180,10 +186,10 @@ def test_blocks_images_and_calls_in_later_messages_count_fully():
 
 
 def test_blocks_later_ones_of_many_parts_count():
-    parts = [{"type": "text", "text": f"part {n} " * 15} for n in range(LOOKED_INTO + 300)]
+    parts = [{"type": "text", "text": f"part {n} " * 15} for n in range(MAX_PARSED + 300)]
     whole = chat(("user", parts))
     other = chat(("user", [*parts[:-50], {"type": "text", "text": "!" * 120}, *parts[-49:]]))
-    assert 0 < shared_pieces(whole, other) < len(whole.prompt.chain)
+    assert 0 < shared_pieces(whole, other) < len(whole.prompt.block_hashes)
 
 
 CROWDS = {
@@ -204,7 +210,7 @@ def test_blocks_million_items_are_not_visited_singly(crowd: str):
     body = b'{"model":"m",' + before + thing * 300_000 + after + b"}"
     tracemalloc.start()
     try:
-        read = read_facts(CHAT, b"application/json", body, with_prompt=True)
+        read = read_routing_info(CHAT, b"application/json", body, with_prompt=True)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -217,21 +223,21 @@ def test_blocks_million_items_are_not_visited_singly(crowd: str):
 def test_blocks_deep_nesting_is_not_visited():
     deep = b"[" * 300 + b'"' + b"x" * 300_000 + b'"' + b"]" * 300
     body = b'{"messages":[{"role":"user","content":[{"type":"x","y":' + deep + b"}]}]}"
-    read = read_facts(CHAT, b"application/json", body, with_prompt=True)
+    read = read_routing_info(CHAT, b"application/json", body, with_prompt=True)
     assert 2000 < read.prompt.size < 2200  # a medium
 
 
 def test_blocks_token_ids_are_counted():
     prompt = facts(b"/v1/completions", prompt=list(range(5000))).prompt
     assert prompt.tokens == 5000
-    assert prompt.chain
+    assert prompt.block_hashes
 
 
 def test_blocks_completion_text_is_cut_as_in_body():
     prompt = facts(b"/v1/completions", prompt=TEXT[:5000]).prompt
     written = msgspec.json.encode(TEXT[:5000])[1:-1]
     assert (prompt.size, prompt.tokens) == (len(written), None)
-    assert prompt.chain == cut(written)
+    assert prompt.block_hashes == hash_blocks(written)
 
 
 def test_blocks_text_as_string_or_part_is_equal():
@@ -258,19 +264,19 @@ def test_blocks_every_api_has_a_prompt(body: dict[str, Any]):
     [{}, {"messages": 3}, {"messages": [1, None, {"content": {"a": 1}}]}, {"prompt": None}],
 )
 def test_blocks_odd_body_has_prompt_without_blocks(body: dict[str, Any]):
-    assert facts(**body).prompt.chain == ()
+    assert facts(**body).prompt.block_hashes == ()
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"prompt": "\\ud800"}'])
 def test_blocks_body_without_model_has_none(body: bytes):
-    read = read_facts(CHAT, b"application/json", body, with_prompt=True)
-    assert (read.model, read.prompt.chain) == (None, ())
+    read = read_routing_info(CHAT, b"application/json", body, with_prompt=True)
+    assert (read.model, read.prompt.block_hashes) == (None, ())
 
 
 def test_blocks_are_not_computed_unless_needed():
     body = msgspec.json.encode({"model": "m", "prompt": TEXT})
-    assert read_facts(CHAT, b"", body) == Facts("m")
-    assert read_facts(CHAT, b"", body).prompt is NO_PROMPT
+    assert read_routing_info(CHAT, b"", body) == RoutingInfo("m")
+    assert read_routing_info(CHAT, b"", body).prompt is NO_PROMPT
 
 
 @pytest.mark.parametrize(
@@ -319,8 +325,8 @@ def test_blocks_with_different_cache_salts_share_nothing(path: bytes, fields: di
     a, again, b = prompt(cache_salt="a"), prompt(cache_salt="a"), prompt(cache_salt="b")
     assert bare == empty
     assert a == again
-    assert a.chain
+    assert a.block_hashes
     assert {bare.size, a.size, b.size} == {bare.size}
     for left, right in ((bare, a), (a, b), (bare, b)):
-        assert not set(left.chain) & set(right.chain)
+        assert not set(left.block_hashes) & set(right.block_hashes)
         assert left.conversation != right.conversation

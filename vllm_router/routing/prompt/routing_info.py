@@ -1,7 +1,7 @@
-"""What routing reads from a request body. The body itself is forwarded as it came.
+"""The information that routing reads from a request body. The body itself is forwarded unchanged.
 
-`read_at_once` reads nearly all bodies, with msgspec. `body_reader` reads the others: long ones,
-forms, and JSON that Python reads and msgspec does not.
+`read_at_once` reads nearly all bodies, with msgspec. `body_reader.py` reads the others: long
+bodies, forms, and JSON that Python reads but msgspec does not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ import msgspec
 
 from vllm_router.errors import InvalidBody
 from vllm_router.routing.paths import is_pure
+from vllm_router.routing.prompt.blocks import NO_PROMPT, Prompt
+from vllm_router.routing.prompt.content import MAX_VALUES
+from vllm_router.routing.prompt.conversation import (
+    chat_prompt,
+    messages_in,
+    plain_prompt,
+    raw_prompt,
+)
 from vllm_router.routing.prompt.fields import (
     BLANK,
     NO_JSON,
@@ -20,26 +28,19 @@ from vllm_router.routing.prompt.fields import (
     RawFields,
     odd_fields,
 )
-from vllm_router.routing.prompt.pieces import (
-    CROWDED,
-    NO_PROMPT,
-    Prompt,
-    chat_prompt,
-    messages_in,
-    plain_prompt,
-    raw_prompt,
-)
 from vllm_router.routing.prompt.transfer import transfer_parameter
 
 
-class Facts(msgspec.Struct, frozen=True, gc=False):
-    """The facts of one request.
+class RoutingInfo(msgspec.Struct, frozen=True, gc=False):
+    """One request as routing sees it.
 
-    `model` is None where the body names none: any server may have it then. `replayable` is False
-    for requests that leave something behind on a server, or may do so. `session` and `prompt` are
-    there only if they were asked for: `session` is what the client calls the conversation, or its
-    user. `priority` is the body's: the lower, the earlier, as vLLM orders. `transfer` is the path
-    of a parameter that tells the engine where to fetch cached blocks (see `transfer.py`).
+    model: None if the body names none; any server may serve it then.
+    stream: whether the client asks for a stream.
+    replayable: False for requests that change a server's state, or may do so.
+    session: the client's session id, or its user; only read if a policy needs it.
+    prompt: only read if a policy needs it.
+    priority: of the body; lower is served earlier, as in vLLM.
+    transfer: path of a parameter that names addresses of cached blocks, see `transfer.py`.
     """
 
     model: str | None = None
@@ -51,27 +52,27 @@ class Facts(msgspec.Struct, frozen=True, gc=False):
     transfer: str | None = None
 
 
-UNREAD = Facts()
-"""Stands for the facts of a body that is yet to be read in slices. Compared by identity."""
+UNREAD = RoutingInfo()
+"""Placeholder for a body that is still to be read in slices. Compared by identity."""
 
 
 _DECODER = msgspec.json.Decoder(Fields)
 _FULL_DECODER = msgspec.json.Decoder(AllFields)
 _RAW_DECODER = msgspec.json.Decoder(RawFields)
-_COUNTED_FROM = 4 * CROWDED
-"""Bytes of a body; of a shorter one so much is not looked at for long."""
+_COUNTED_FROM = 4 * MAX_VALUES
+"""Bytes. A shorter body cannot have too many objects to be parsed at once."""
 
 RESPONSES = b"/v1/responses"
-"""The one path of those on which something may be left behind, if the body says so."""
+"""The path whose requests may store their response on the server."""
 
 _JSON = b"application/json"
 
 SHORT = 1024
-"""Bytes of a body in which no prompt is looked for: 256 tokens are computed sooner than it would
-matter where they are cached."""
+"""Bytes. The prompt of a shorter body is not read: 256 tokens are computed so fast that it does
+not matter where they are cached."""
 
 AT_ONCE = 1 << 20
-"""Bytes of a body that are read without a break: 7 ms for the worst, 1 ms for ordinary JSON."""
+"""Bytes of a body that is read without interruption: 7 ms at worst, 1 ms for ordinary JSON."""
 
 
 def read_at_once(
@@ -82,14 +83,13 @@ def read_at_once(
     *,
     with_prompt: bool = False,
     shortest: int = 0,
-) -> Facts | None:
-    """Decode what routing needs; None for a body that `body_reader` must read.
+) -> RoutingInfo | None:
+    """Decode the fields that routing needs; None for a body that `body_reader` must read.
 
-    Of a body with fewer bytes than `shortest` the prompt has a size only, the body's.
+    For a body shorter than `shortest` bytes the prompt has only a size, the body's.
 
-    `session` is the `X-Session-ID` header; `session_id` and `user` in the body come after it.
-    With the prompt it costs 1 ms for a body of 1 MB, 3 if that is made of short messages or parts,
-    without 0.3.
+    `session` is the `X-Session-ID` header, which precedes `session_id` and `user` of the body.
+    Costs for 1 MB: 0.3 ms without the prompt, 1 ms with it, 3 ms for many short messages or parts.
     """
     if len(body) > AT_ONCE or (content_type != _JSON and may_be_form(content_type)):
         return None
@@ -102,22 +102,22 @@ def read_at_once(
         transfer = _transfer(fields)
     except (msgspec.MsgspecError, InvalidBody, RecursionError, UnicodeError):
         return None
-    return facts_from(path, fields, session, prompt, transfer)
+    return routing_info_from(path, fields, session, prompt, transfer)
 
 
-def facts_from(
+def routing_info_from(
     path: bytes,
     fields: Fields,
     session: bytes,
     prompt: Prompt = NO_PROMPT,
     transfer: str | None = None,
-) -> Facts:
-    """The facts of a request that has these fields."""
-    left_behind = path == RESPONSES and bool(fields.store or fields.background)
-    return Facts(
+) -> RoutingInfo:
+    """The RoutingInfo of a request with these fields."""
+    stored = path == RESPONSES and bool(fields.store or fields.background)
+    return RoutingInfo(
         fields.model or None,
         fields.stream is True,
-        is_pure(path) and not left_behind,
+        is_pure(path) and not stored,
         session_of(session, fields),
         prompt,
         fields.priority or 0,
@@ -126,7 +126,7 @@ def facts_from(
 
 
 def may_be_form(content_type: bytes) -> bool:
-    """False if Starlette surely takes a body of this type for no form."""
+    """False if Starlette certainly does not read a body of this type as a form."""
     return b"form" in content_type.lower()
 
 
@@ -155,7 +155,7 @@ def _few_fields(body: bytes) -> Fields:
 
 
 def _with_prompt(body: bytes) -> tuple[Fields, Prompt]:
-    if len(body) <= _COUNTED_FROM or not _is_crowded(body):
+    if len(body) <= _COUNTED_FROM or not _has_many_objects(body):
         try:
             fields = _FULL_DECODER.decode(body)
             return fields, read_prompt(fields)
@@ -171,19 +171,18 @@ def _with_prompt(body: bytes) -> tuple[Fields, Prompt]:
     return odd_fields(raw), prompt
 
 
-def _is_crowded(body: bytes) -> bool:
-    """Whether there are more than CROWDED objects in it. To find a brace costs nothing where there
-    are few, and to count many 0.3 ms per MB."""
+def _has_many_objects(body: bytes) -> bool:
+    """Whether the body has more than MAX_VALUES objects. At most 0.3 ms per MB."""
     place = -1
     for _ in range(1024):
         place = body.find(b"{", place + 1)
         if place < 0:
             return False
-    return body.count(b"{", place) > CROWDED
+    return body.count(b"{", place) > MAX_VALUES
 
 
 def read_prompt(fields: AllFields) -> Prompt:
-    """The bytes that decide about the engine's prefix cache, in the order of chat templates."""
+    """The bytes that determine the engine's prefix cache, in the order of chat templates."""
     messages, given = fields.messages, fields.input
     seed = seed_of(fields.cache_salt) if fields.cache_salt is not NO_JSON else 0
     if messages is None and given is not NO_JSON:
@@ -198,6 +197,6 @@ def read_prompt(fields: AllFields) -> Prompt:
 
 
 def seed_of(salt: msgspec.Raw) -> int:
-    """Where the hashes of a prompt begin: engines share no cache between different salts."""
+    """The seed of the block hashes: engines share no blocks between different salts."""
     text = bytes(salt).strip(BLANK)
     return crc32(text) if text not in (b"", b"null") else 0

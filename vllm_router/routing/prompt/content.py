@@ -1,0 +1,179 @@
+"""The content of one message as bytes: texts as they are, media as checksums of their data.
+
+Values stay as they stand in the body, as decoding long texts would cost more than all else. So
+clients that escape characters differently share no blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from zlib import crc32
+
+import msgspec
+
+from vllm_router.routing.prompt.blocks import Text
+
+MEDIA_BYTES = 2048
+"""Weight of an image or a sound in bytes of text: 512 tokens, whatever the length of its URL."""
+
+SHORT_TEXT = 2048
+"""Bytes. Shorter texts are copied, longer ones are views."""
+
+MAX_PARSED = 512
+"""Messages, and parts of one message, that are parsed: one costs 0.5 µs, and a body may have ten
+thousand. Of the others only long ones are, as they may be images."""
+
+MAX_VALUES = 1 << 16
+"""A value with more JSON values in it is taken as raw bytes: parsing it would block the loop."""
+
+LARGE = 1 << 16
+"""Bytes. Above this size, copying costs as much as reading."""
+
+MEDIA_SAMPLE = 1 << 16
+"""Bytes at both ends of a medium's data that, with its length, identify it."""
+
+ABSENT = msgspec.Raw(b"")
+
+_MAX_DEPTH = 8
+"""Levels of nesting in a part that are parsed."""
+
+_MEDIA_FROM = 1024
+"""Characters from which on a string in a content part is the data of a medium."""
+
+_NO_MEDIA = (b'"text"', b'"refusal"', b'"tool_use"', b'"tool_result"', b'"thinking"')
+
+
+class _Part(msgspec.Struct, gc=False):
+    text: msgspec.Raw = ABSENT
+
+
+class _MediaPart(msgspec.Struct, gc=False):
+    """A part as nearly all clients write it, decoded in one go: megabytes of data should not be
+    scanned once per level of nesting.
+    """
+
+    text: msgspec.Raw = ABSENT
+    type: msgspec.Raw = ABSENT
+    image_url: dict[str, msgspec.Raw] | None = None
+    input_audio: dict[str, msgspec.Raw] | None = None
+    audio_url: dict[str, msgspec.Raw] | None = None
+    video_url: dict[str, msgspec.Raw] | None = None
+
+    def values(self) -> dict[str, msgspec.Raw]:
+        """All values but the text; empty for parts without a known medium."""
+        media = (self.image_url, self.input_audio, self.audio_url, self.video_url)
+        found = {key: value for medium in media if medium for key, value in medium.items()}
+        return {"type": self.type, **found} if found else {}
+
+
+_decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_part = msgspec.json.Decoder(_Part).decode
+_decode_media_parts = msgspec.json.Decoder(list[_MediaPart]).decode
+_decode_values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def first_byte(raw: msgspec.Raw | bytes) -> bytes:
+    """The first byte of a JSON value, which gives its type; empty if it is absent."""
+    return (bytes(raw) if len(raw) < SHORT_TEXT else bytes(memoryview(raw)[:1]))[:1]
+
+
+def unquoted(text: bytes) -> bytes:
+    """The inside of a string, nothing for null, any other value as it is."""
+    if text[:1] == b'"':
+        return text[1:-1]
+    return text if text != b"null" else b""
+
+
+def text_of(raw: msgspec.Raw | bytes) -> Text:
+    """As `unquoted`, without copying long values."""
+    if len(raw) < SHORT_TEXT:
+        return unquoted(bytes(raw))
+    view = memoryview(raw)
+    if first_byte(raw) == b'"':
+        return view[1:-1]
+    return view
+
+
+def add_content(raw: msgspec.Raw, texts: list[Text]) -> None:
+    """Append the texts of a message's `content`: a string, or an array of parts."""
+    if first_byte(raw) != b"[":
+        texts.append(text_of(raw))
+        return
+    if len(raw) >= LARGE and _add_media_parts(raw, texts):
+        return
+    if _has_many_values(raw):
+        texts.append(raw)
+        return
+    for number, part in enumerate(_decode_parts(raw)):
+        if number >= MAX_PARSED and len(part) < SHORT_TEXT:
+            texts.append(part)
+        elif first_byte(part) == b"{":
+            text = _decode_part(part).text
+            is_text = first_byte(text) == b'"'
+            texts.append(text_of(text) if is_text else _medium(_decode_values(part)))
+        elif first_byte(part) == b'"':
+            texts.append(text_of(part))
+        else:
+            texts.append(msgspec.json.encode(msgspec.json.decode(part)))
+
+
+def _add_media_parts(raw: msgspec.Raw, texts: list[Text]) -> bool:
+    """As `add_content`, for parts that are all known to `_MediaPart`; else False."""
+    found: list[Text] = []
+    try:
+        for number, part in enumerate(_decode_media_parts(raw)):
+            text = part.text
+            if number >= MAX_PARSED and len(text) < SHORT_TEXT:
+                found.append(text or part.type)
+                continue
+            if first_byte(text) == b'"':
+                found.append(text_of(text))
+            elif values := part.values():
+                found.append(_medium(values))
+            else:
+                return False
+    except msgspec.ValidationError:
+        return False
+    texts += found
+    return True
+
+
+def _medium(values: dict[str, msgspec.Raw]) -> bytes:
+    """Represents an image or a sound: its short values, a checksum of its data, its weight."""
+    found: list[bytes] = []
+    for value in values.values():
+        _walk(value, found.append)
+    whole = b"\0".join(found)
+    if not whole:
+        return whole
+    return whole if bytes(values.get("type", b"")) in _NO_MEDIA else whole.ljust(MEDIA_BYTES)
+
+
+def _walk(raw: msgspec.Raw, found: Callable[[bytes], None], depth: int = 0) -> None:
+    """Collect strings and numbers; long strings (data) as checksums, without copying them."""
+    begins = first_byte(raw)
+    if begins in (b"{", b"[") and depth < _MAX_DEPTH and not _has_many_values(raw):
+        inside = _decode_values(raw).values() if begins == b"{" else _decode_parts(raw)
+        for inner in inside:
+            _walk(inner, found, depth + 1)
+        return
+    data = memoryview(raw)[1:-1] if begins == b'"' else memoryview(raw)
+    found(media_checksum(data) if len(data) > _MEDIA_FROM else bytes(data))
+
+
+def media_checksum(data: memoryview) -> bytes:
+    """Length and checksum of both ends of a medium's data."""
+    return b"%d:%d" % (len(data), crc32(data[-MEDIA_SAMPLE:], crc32(data[:MEDIA_SAMPLE])))
+
+
+def _has_many_values(raw: msgspec.Raw) -> bool:
+    """Whether a value may contain more than MAX_VALUES values. 0.4 ms per MB, without a copy."""
+    size = len(raw)
+    if size <= 2 * MAX_VALUES:
+        return False
+    view, commas = memoryview(raw), 0
+    for start in range(0, size, MEDIA_SAMPLE):
+        commas += bytes(view[start : start + MEDIA_SAMPLE]).count(b",")
+        if commas > MAX_VALUES:
+            return True
+    return False

@@ -1,0 +1,190 @@
+"""Scores of the candidates for one model, recomputed only for servers that have changed.
+
+A request changes the load of one or two servers. Servers note changes in the fleet's change log,
+and a ScoreCache reads what is new in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_router.routing.hashing import draw
+from vllm_router.routing.server_estimate import ServerEstimate
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+    from vllm_router.routing.policies.base import PolicySettings
+
+MAX_AFFINITIES = 4096
+"""Keys whose affinity server is remembered."""
+
+QUEUED_WEIGHT = 2.0
+"""Weight of a queued prompt token: it delays the new request, and every generation on the server
+by longer engine steps."""
+
+HOT_SHARE, HOT_MARGIN, HOT_REQUESTS = 1.5, 0.25, 2.0
+"""Cached blocks of a server do not count while its load exceeds HOT_SHARE times the candidates'
+mean plus HOT_MARGIN of its capacity, unless it has at most HOT_REQUESTS requests."""
+
+AFFINITY_BONUS = 2.0
+"""Requests subtracted from the affinity server's load for a new conversation."""
+
+
+class ScoreCache:
+    """The parts of the candidates' scores; every list has one item per candidate, in order.
+
+    candidates: the tuple that the fleet returned; compared by identity.
+    estimates: of the candidates.
+    slow, factors: slowness, and slowness divided by the effective capacity.
+    bases: scores without tokens to recompute.
+    credited: bits of the servers whose cached blocks count.
+    has_peers: whether other routers use the same servers.
+    peer_ratio: estimated requests of other routers since the scrape, per request of ours.
+    """
+
+    __slots__ = (
+        "_affinities",
+        "_growth",
+        "_growths",
+        "_loads",
+        "_log",
+        "_per_queued",
+        "_per_request",
+        "_position_of_bit",
+        "_positions",
+        "_read",
+        "bases",
+        "candidates",
+        "credited",
+        "estimates",
+        "everyone",
+        "factors",
+        "fresh_until",
+        "has_peers",
+        "peer_ratio",
+        "slow",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        candidates: Sequence[Server],
+        estimates: list[ServerEstimate],
+        settings: PolicySettings,
+    ) -> None:
+        self.candidates = candidates
+        self.estimates = estimates
+        self.bases = [0.0] * len(estimates)
+        self.factors: list[float] = []
+        self.slow: list[float] = []
+        self.credited = 0
+        self.everyone = sum(estimate.bit for estimate in estimates)
+        self.fresh_until = -math.inf
+        self.peer_ratio = 0.0
+        self.has_peers = False
+        self._affinities: dict[int, ServerEstimate] = {}
+        self._per_request = 1.0 / settings.tokens_per_request
+        self._per_queued = QUEUED_WEIGHT * self._per_request
+        self._growth = settings.waste_growth
+        self._growths = [0.0] * len(estimates)
+        """Increase of the scores per token to recompute."""
+        self._loads = [0.0] * len(estimates)
+        self._positions = {server: position for position, server in enumerate(candidates)}
+        self._position_of_bit = {
+            estimate.bit: position for position, estimate in enumerate(estimates)
+        }
+        self._log = candidates[0].journal.servers
+        self._read = 0
+
+    def follow(self) -> None:
+        """Update the scores of servers that have changed; the first step of a pick."""
+        journal = self.candidates[0].journal.servers
+        if journal is not self._log:
+            self.measure_all()
+            return
+        read = self._read
+        if read != len(journal):
+            self._read = len(journal)
+            positions = self._positions
+            for server in set(journal[read:]):
+                position = positions.get(server)
+                if position is not None:
+                    self._measure(position)
+
+    def measure_all(self) -> None:
+        """Update all scores: the change log was restarted, or `factors` are new."""
+        self._log = self.candidates[0].journal.servers
+        self._read = len(self._log)
+        for position in range(len(self.estimates)):
+            self._measure(position)
+
+    def _measure(self, position: int) -> None:
+        estimate, factor = self.estimates[position], self.factors[position]
+        server = estimate.server
+        load = server.work + estimate.extra
+        self.bases[position] = factor * (1.0 + load + estimate.queued * self._per_queued)
+        self._growths[position] = factor * (1.0 + self._growth * load) * self._per_request
+        self._loads[position] = server.load
+
+    def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
+        """The candidates' scores for a prompt.
+
+        `levels` are pairs (cached tokens, bits of the servers that have them), the most first;
+        `bonus` is the bit of a new conversation's affinity server, or 0.
+        """
+        bases, growths, position_of = self.bases, self._growths, self._position_of_bit
+        scores = bases
+        if levels:
+            best = levels[0][0]
+            usual, rest = 0.0, levels
+            tokens, holders = levels[-1]
+            if 2 * holders.bit_count() > len(bases):
+                usual, rest = tokens, levels[:-1]
+                others = self.everyone
+                for _, bits in levels:
+                    others &= ~bits
+                if others:
+                    rest.append((0.0, others))
+            # Score all candidates as the majority, then correct the others one by one.
+            recompute = best - usual
+            if recompute:
+                scores = [b + recompute * g for b, g in zip(bases, growths, strict=True)]
+            else:
+                scores = bases.copy()
+            for tokens, bits in reversed(rest):  # the most last, as a server may be in two levels
+                recompute = best - tokens
+                while bits:
+                    bit = bits & -bits
+                    bits ^= bit
+                    position = position_of[bit]
+                    scores[position] = bases[position] + recompute * growths[position]
+        if bonus:
+            scores = scores.copy()
+            position = position_of[bonus]
+            scores[position] -= self.factors[position] * AFFINITY_BONUS
+        return scores
+
+    def not_overloaded(self, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
+        """Drop servers with much more load than the mean, so that a hot prefix spreads."""
+        loads = self._loads
+        limit = HOT_SHARE * sum(loads) / len(loads) + HOT_MARGIN
+        if max(loads) <= limit:
+            return levels
+        out = 0
+        for estimate, load in zip(self.estimates, loads, strict=True):
+            if load > limit and load * estimate.server.share > HOT_REQUESTS:
+                out |= estimate.bit
+        return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
+
+    def affinity_of(self, key: int) -> ServerEstimate:
+        """The key's server by weighted rendezvous hashing. Cached: it costs 0.6 µs per server."""
+        affinity = self._affinities.get(key)
+        if affinity is None:
+            if len(self._affinities) >= MAX_AFFINITIES:
+                self._affinities.clear()
+            affinity = self._affinities[key] = min(
+                self.estimates,
+                key=lambda estimate: -math.log(draw(key, estimate.seed)) / estimate.server.share,
+            )
+        return affinity

@@ -1,0 +1,290 @@
+"""The adaptive policy's estimate of one server: prompts under way, speed, errors, cache hits.
+
+A prompt is reserved when its request is leased, and settled when its first token comes; the rest
+is derived from scrapes. Time is an argument, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median_low
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm_router.routing.hashing import seed_of
+
+if TYPE_CHECKING:
+    from vllm_router.fleet.server import Server
+    from vllm_router.routing.prompt.blocks import Prompt
+
+ERROR_PENALTY = 8.0
+"""Requests added to a server's load by an error, so that failing fast is no attraction."""
+
+ERROR_PENALTY_HALF_LIFE = 5.0
+
+LATENCY_HALF_LIFE = 10.0
+DEAD_BAND = 2.0
+"""A server up to twice as slow or fast as the median counts as equal: prefills between its steps
+alone can make that difference."""
+
+SLOWEST, FASTEST = 8.0, 0.5
+LASTING_HALF_LIFE = 20.0
+"""Long prompts make any server slow for a while. Lasting slowness is learnt with this half-life
+and counts squared: a lastingly slow server gets less than one request in a hundred."""
+
+IDLE_LASTING_HALF_LIFE = 60.0
+IDLE_FRACTION = 0.5
+"""Below this fraction of the others' load a slow server's steps are as short as theirs, which does
+not show that it has become fast: what was learnt fades with IDLE_LASTING_HALF_LIFE."""
+
+_PRIOR_TOKENS = 50.0
+"""Weight, in tokens, of the fleet's latency in the estimate of a server's own. Older tokens fade,
+so a server that gets no requests returns to the fleet's latency and is tried again."""
+
+HITS_HALF_LIFE = 60.0
+MIN_EXPECTED_TOKENS = 20_000.0
+MIN_HIT_SHARE = 0.1
+"""With at least MIN_EXPECTED_TOKENS expected in its cache, a server that has found less than this
+share is taken to have prefix caching off."""
+
+FIRST_TOKEN = 0.5
+"""Seconds to the first token of a server that does not export it."""
+
+
+class PrefixStatistics(NamedTuple):
+    """The prefix cache of one server as the policy estimates it; tokens are totals since the start.
+
+    prompt_tokens: of all prompts sent to the server.
+    expected_tokens: of these, expected in its cache.
+    reported_tokens: cached tokens according to responses, where they report them.
+    recorded_bytes: bytes of prompts in the prefix index now.
+    """
+
+    prompt_tokens: int
+    expected_tokens: int
+    reported_tokens: int
+    recorded_bytes: int
+
+
+class ServerEstimate:
+    """The estimate of one server. `bit` stands for the server in the prefix index."""
+
+    __slots__ = (
+        "bit",
+        "due",
+        "due_hits",
+        "error_at",
+        "error_penalty",
+        "expected",
+        "expected_total",
+        "extra",
+        "first_token",
+        "gauge",
+        "hits",
+        "lasting",
+        "latency_count",
+        "latency_sum",
+        "own",
+        "prompt_total",
+        "queued",
+        "reported_total",
+        "scraped_at",
+        "seed",
+        "seen",
+        "sent",
+        "server",
+        "slowness_at",
+        "started_hits",
+    )
+
+    def __init__(self, server: Server, bit: int) -> None:
+        self.server = server
+        self.bit = bit
+        self.seed = seed_of(server.url)
+        self.queued = 0.0
+        """Uncached prompt tokens sent to the server and not yet followed by a first token."""
+        self.due: deque[tuple[float, Reservation]] = deque()
+        self.extra = 0.0
+        """Requests added to the load: error penalty, and estimated requests of other routers."""
+        self.error_penalty = 0.0
+        self.error_at = 0.0
+        self.sent = 0
+        self.scraped_at: float | None = None
+        self.seen = _Counters()
+        self.latency_sum = self.latency_count = 0.0
+        self.lasting = 1.0
+        """Lasting ratio of its token latency to the fleet's median."""
+        self.slowness_at: float | None = None
+        self.first_token = FIRST_TOKEN
+        self.gauge = self.own = 0.0
+        self.expected = self.hits = self.due_hits = self.started_hits = 0.0
+        """Prefix cache hits in tokens: expected so far, counted by the engine so far, due with the
+        next scrape, and of prompts started since the last scrape."""
+        self.expected_total = self.prompt_total = 0.0
+        self.reported_total = 0
+
+    def follow_scrape(self) -> None:
+        """Update from the last scrape, if it is new."""
+        server = self.server
+        metrics, at = server.metrics, server.scraped_at
+        if at is None or metrics is None or at == self.scraped_at:
+            return
+        elapsed = at - self.scraped_at if self.scraped_at is not None else 0.0
+        old, new = self.seen, _Counters()
+        new.latency_sum = metrics.token_latency_sum or 0.0
+        new.latency_count = metrics.token_latency_count or 0.0
+        new.first_sum = metrics.first_token_sum or 0.0
+        new.first_count = metrics.first_token_count or 0.0
+        new.hits = metrics.prefix_hits or 0.0
+        restarted = new.latency_count < old.latency_count or new.first_count < old.first_count
+        if self.scraped_at is not None and self.scraped_at < server.back_at:
+            restarted = True  # the figures from before its absence do not apply
+        if self.scraped_at is not None and not restarted:
+            fade = 0.5 ** (elapsed / LATENCY_HALF_LIFE)
+            self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
+            self.latency_count = self.latency_count * fade + new.latency_count - old.latency_count
+            firsts = new.first_count - old.first_count
+            if firsts > 0:
+                weight = 1.0 - 0.5**firsts
+                mean = (new.first_sum - old.first_sum) / firsts
+                self.first_token += weight * (mean - self.first_token)
+            if metrics.prefix_hits is not None:
+                fade = 0.5 ** (elapsed / HITS_HALF_LIFE)
+                self.hits = self.hits * fade + new.hits - old.hits
+                # The engine counts a prompt after computing it, so compare with the due hits.
+                self.expected = self.expected * fade + self.due_hits
+                self.due_hits, self.started_hits = self.started_hits, 0.0
+        elif restarted:
+            self.latency_sum = self.latency_count = self.hits = self.expected = 0.0
+            self.lasting = 1.0
+            self.due_hits = self.started_hits = 0.0
+        keep = 0.5 ** (elapsed / LATENCY_HALF_LIFE) if self.scraped_at is not None else 0.0
+        gauge = max(0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - server.stuck)
+        self.gauge = self.gauge * keep + gauge * (1.0 - keep)
+        self.own = self.own * keep + server.leases_at_scrape * (1.0 - keep)
+        self.seen, self.scraped_at, self.sent = new, at, 0
+
+    def error_penalty_now(self, now: float) -> float:
+        """Requests added to its load for errors since it last came back.
+
+        0 while it is ejected: the penalty must not keep its probation request away.
+        """
+        server = self.server
+        if server.traffic_health.ejected or self.error_at < server.back_at:
+            self.error_penalty = 0.0
+        if not self.error_penalty:
+            return 0.0
+        left: float = self.error_penalty * 0.5 ** ((now - self.error_at) / ERROR_PENALTY_HALF_LIFE)
+        if left < 0.05:
+            self.error_penalty = left = 0.0
+        return left
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the engine's cache hits match the expected ones."""
+        return self.expected < MIN_EXPECTED_TOKENS or self.hits >= MIN_HIT_SHARE * self.expected
+
+    def settle(self, now: float) -> None:
+        """Start reservations whose estimated first token is due: plain responses do not show it."""
+        while self.due and self.due[0][0] <= now:
+            self.due.popleft()[1].start()
+
+
+class _Counters:
+    """Totals of a scrape, to be compared with the next one."""
+
+    __slots__ = ("first_count", "first_sum", "hits", "latency_count", "latency_sum")
+
+    def __init__(self) -> None:
+        self.latency_sum = self.latency_count = 0.0
+        self.first_sum = self.first_count = 0.0
+        self.hits = 0.0
+
+
+class Reservation:
+    """The prompt tokens that one lease adds to its server's queue, until its first token."""
+
+    __slots__ = ("cached", "estimate", "known", "model", "prompt", "uncached", "waiting")
+
+    def __init__(
+        self,
+        estimate: ServerEstimate,
+        model: str | None,
+        prompt: Prompt,
+        uncached: float,
+        cached: float,
+        known: int = 0,
+    ) -> None:
+        self.estimate = estimate
+        self.model = model
+        self.prompt = prompt
+        self.known = known
+        """Leading blocks of the prompt that were in the index for the server before."""
+        self.cached = cached
+        self.uncached = uncached
+        self.waiting = True
+        estimate.queued += uncached  # the lease in this step has marked the server as changed
+
+    def start(self) -> None:
+        """The first token has come: the prompt is computed. Idempotent."""
+        if self.waiting:
+            self.waiting = False
+            estimate = self.estimate
+            estimate.queued = max(0.0, estimate.queued - self.uncached)
+            estimate.server.touch()
+            estimate.started_hits += self.cached
+
+
+def keep_queued(reservation: Reservation, usual: float, now: float, since: float) -> None:
+    """Keep counting the prompt of a request that the server refused without computing it.
+
+    It counts for as long as a first token takes: `usual` in the fleet, or on this server if that
+    is longer. Else the server that refuses fastest would look least busy. `since` is the time of
+    the lease.
+    """
+    estimate = reservation.estimate
+    until = since + max(usual, estimate.first_token)
+    if reservation.uncached and until > now:
+        kept = Reservation(
+            estimate, reservation.model, reservation.prompt, reservation.uncached, 0.0
+        )
+        estimate.due.append((until, kept))
+
+
+def median_latency(estimates: Sequence[ServerEstimate]) -> float:
+    """The median inter-token latency, in seconds; 0 where fewer than two servers have one."""
+    latencies = [
+        estimate.latency_sum / estimate.latency_count
+        for estimate in estimates
+        if estimate.latency_count >= 10.0
+    ]
+    return median_low(latencies) if len(latencies) > 1 else 0.0
+
+
+def median_load(estimates: Sequence[ServerEstimate]) -> float:
+    """The median load of the servers, per unit of their capacity."""
+    return median_low([estimate.gauge / estimate.server.share for estimate in estimates])
+
+
+def slowness(estimate: ServerEstimate, latency: float, load: float, now: float) -> float:
+    """The factor on the server's score for being slower than the fleet; 1 in the dead band.
+
+    `latency` and `load` are the fleet's medians. See LASTING_HALF_LIFE.
+    """
+    ratio = 1.0
+    if latency:
+        # Limit the weight of a single pause, as in a first request.
+        limit = estimate.latency_count * SLOWEST * latency
+        estimate.latency_sum = min(estimate.latency_sum, limit)
+        count = estimate.latency_count + _PRIOR_TOKENS
+        ratio = (estimate.latency_sum + _PRIOR_TOKENS * latency) / count / latency
+        ratio = min(max(ratio, FASTEST), SLOWEST)
+    idle = estimate.gauge / estimate.server.share < IDLE_FRACTION * load
+    half_life = IDLE_LASTING_HALF_LIFE if idle and ratio < estimate.lasting else LASTING_HALF_LIFE
+    age = now - estimate.slowness_at if estimate.slowness_at is not None else 0.0
+    fade: float = 0.5 ** (age / half_life)
+    estimate.lasting = lasting = ratio + fade * (estimate.lasting - ratio)
+    estimate.slowness_at = now
+    if lasting > DEAD_BAND:
+        return max(ratio, lasting * lasting)
+    return 1.0 if 1.0 / DEAD_BAND <= ratio <= DEAD_BAND else ratio
