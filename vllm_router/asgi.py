@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import NoReturn
 
 import trio
@@ -58,9 +59,14 @@ def _refuse(message: str) -> NoReturn:
             first.bind(f"\0vllm-router refuses workers of {master.pid}")
         except OSError:
             raise SystemExit(2) from None
+        if master.pid != os.getppid():
+            raise SystemExit(2)  # the first worker has killed it and ended in between
         sys.stderr.write(message)
         sys.stderr.flush()
         os.kill(master.pid, signal.SIGKILL)
+        # The address is kept until the master is gone, or another worker would be the first again.
+        while master.pid == os.getppid():
+            time.sleep(0.001)
         raise SystemExit(2)
 
 
