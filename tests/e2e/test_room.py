@@ -26,6 +26,9 @@ KEYS = "".join(
 )
 
 
+FALLBACK = '\n[models.m]\nfallback = "spare"\n[models.plain]\nserves = "m"\n'
+
+
 def config(mocks: list[MockProcess], **limits: Any) -> str:
     """Servers that may be busy for long without being taken for dead, and `[limits]`."""
     table = {"max_in_flight": 1, "queue_timeout": 60, **limits}
@@ -155,10 +158,11 @@ async def test_queue_serves_clients_of_workers_and_http2_alike(tmp_path: Path):
         assert mocks[0].stats()["rejected"] <= 1  # two processes may pick at the same moment
 
 
-async def test_queue_full_over_workers_gives_every_key_its_share(tmp_path: Path):
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_queue_full_gives_every_key_its_share(tmp_path: Path, workers: int):
     with (
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as mocks,
-        router_process(config(mocks, queue_size=6), tmp_path, "--workers", "2") as router,
+        router_process(config(mocks, queue_size=6), tmp_path, "--workers", str(workers)) as router,
     ):
         async with clients_of(router) as clients:
             occupier = await clients.send(0, max_tokens=30_000)
@@ -182,6 +186,32 @@ async def test_queue_full_over_workers_gives_every_key_its_share(tmp_path: Path)
         }
         assert all(int(clients.answers[number].headers["retry-after"]) >= 1 for number in codes)
         assert [number for number in seeds(mocks[0]) if number] == [1, 11, 2, 12, 3, 13]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_queue_request_without_fallback_holds_up_none_with_one(tmp_path: Path, workers: int):
+    """At the head of the room, when the last server of its model is drained."""
+    with (
+        mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as [only],
+        mock_processes(1, "--model", "spare") as [spare],
+        router_process(
+            config([only, spare]) + FALLBACK, tmp_path, "--workers", str(workers)
+        ) as router,
+    ):
+        server = f"/admin/servers/{only.url.removeprefix('http://')}"
+        async with clients_of(router) as clients:
+            occupier = await clients.send(0, max_tokens=4000)
+            await clients.send(1, model="plain")
+            await clients.send(2)
+            await clients.send(3, http2=True)
+            await trio.to_thread.run_sync(router.administrate, "POST", f"{server}/drain")
+            await in_thread(lambda: {2, 3} <= clients.answers.keys(), "those that fall back")
+            assert 1 not in clients.answers
+            await trio.to_thread.run_sync(router.administrate, "POST", f"{server}/undrain")
+            occupier.cancel()
+            await in_thread(lambda: 1 in clients.answers, "the one that does not")
+        assert [clients.answers[number].status_code for number in (1, 2, 3)] == [200] * 3
+        assert sorted(seeds(spare)) == [2, 3]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
