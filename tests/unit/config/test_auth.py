@@ -91,6 +91,14 @@ def test_auth_keys_file_is_relative_to_configuration_and_adds_keys():
         ('keys = [{ name = "a", key = "x" }, { name = "a", key = "y" }]', "expected a unique name"),
         ('keys = [{ name = "a", key = "x" }, { name = "b", key = "x" }]', "got the key of a"),
         ('admin_key = "x"\nkeys = [{ name = "a", key = "x" }]', "auth.admin_key: expected a key"),
+        (
+            'admin_key = "x"\nkeys = [{ name = "a", key = "y" }, { name = "b", key = "x" }]',
+            "auth.admin_key: expected a key of its own",
+        ),
+        (
+            'admin_key = "x"\nkeys = [{ name = "a", key = "x" }, { name = "b", key = "y" }]',
+            "auth.admin_key: expected a key of its own",
+        ),
         ('admin_key = "x"\nstatus_key = "x"', "auth.admin_key: expected a key of its own"),
         ('admin_key = "x"\nadmin_key_env = "K"', "expected admin_key or admin_key_env, got both"),
         ('keys_file = "none.toml"', "etc/none.toml: cannot be read: No such file"),
@@ -102,6 +110,36 @@ def test_auth_keys_file_is_relative_to_configuration_and_adds_keys():
 def test_auth_key_problems_are_reported(text: str, expected: str):
     found = "\n".join(problems(f"[auth]\n{text}", K="k"))
     assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'[[key]]\nname = "b"\nkey = "sk-b"\n', 'etc/keys.toml: key: unknown key "key"'),
+        (b'[auth]\nadmin_key = "x"\n', 'etc/keys.toml: auth: unknown key "auth"'),
+        (b"keys = 3", "etc/keys.toml: keys: expected array of tables, got 3"),
+        (b'[[keys]]\nname = "b"\nkee = "x"\n', 'etc/keys.toml: keys[0].kee: unknown key "kee"'),
+        (b"[[keys]\n", "etc/keys.toml"),
+    ],
+)
+def test_file_of_keys_with_unknown_or_malformed_parts_is_refused(content: bytes, expected: str):
+    text = '[auth]\nkeys_file = "keys.toml"\nadmin_key = "z"'
+    found = "\n".join(problems(text, {"etc/keys.toml": content}))
+    assert expected in found
+
+
+def test_admin_key_that_a_client_in_the_file_of_keys_has_is_refused():
+    content = b'[[keys]]\nname = "b"\nkey = "y"\n[[keys]]\nname = "c"\nkey = "x"\n'
+    text = '[auth]\nkeys_file = "keys.toml"\nadmin_key = "x"'
+    found = "\n".join(problems(text, {"etc/keys.toml": content}))
+    assert "auth.admin_key: expected a key of its own" in found
+
+
+def test_key_in_the_file_of_keys_that_the_configuration_has_is_refused():
+    content = b'[[keys]]\nname = "b"\nkey = "x"\n'
+    text = '[auth]\nkeys_file = "keys.toml"\nkeys = [{ name = "a", key = "x" }]'
+    found = "\n".join(problems(text, {"etc/keys.toml": content}))
+    assert "got the key of a" in found
 
 
 def test_auth_problem_in_keys_file_names_that_file():

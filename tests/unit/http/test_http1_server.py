@@ -102,6 +102,8 @@ async def test_server_doubtful_head_is_refused_and_rest_unread(data, status):
         b"3\r\nabc\r\n0\r\nX: a\n\r\n",
         b"3\r\nabc\r\n0\r\n X: a\r\n\r\n",
         b"3\r\nabc\r\n0\r\nContent-Length: 3\r\n\r\n",
+        b"3\r\nabc\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"3\r\nabc\r\n0\r\nHost: a\r\n\r\n",
         b"3;a=\x00\r\nabc\r\n",
         b"3;" + b"a" * 5000 + b"\r\nabc\r\n",
         b"".join(b"1;%b\r\nx\r\n" % (b"a" * 1000) for _ in range(20)),
@@ -115,6 +117,31 @@ def test_server_malformed_chunk_is_refused(body, bytewise):
     with pytest.raises(Refusal, match=r"chunk|trailer"):
         for piece in [body[i : i + 1] for i in range(len(body))] if bytewise else [body]:
             coding.feed(piece)
+
+
+@pytest.mark.parametrize(
+    ("before", "limit"),
+    [(b"3;", 4096), (b"3\r\nabc\r\n3;", 4096), (b"0\r\nX: ", 16384)],
+    ids=["first", "second", "trailer"],
+)
+@pytest.mark.parametrize("step", [1, 100, 4000])
+def test_chunk_line_without_end_is_refused_at_its_limit(before, limit, step):
+    """Else a client could fill the memory with one line."""
+    coding = ChunkedBody()
+    coding.feed(before)
+    fed = 0
+    with pytest.raises(Refusal, match="malformed chunk"):
+        while fed < 10 * limit:
+            fed += step
+            coding.feed(b"a" * step)
+    assert limit - 10 < fed <= limit + step
+
+
+def test_chunk_data_without_line_end_is_refused_at_once():
+    coding = ChunkedBody()
+    coding.feed(b"3\r\nabc")
+    with pytest.raises(Refusal, match="malformed chunk"):
+        coding.feed(b"d")
 
 
 async def test_server_malformed_chunk_ends_request_and_connection():

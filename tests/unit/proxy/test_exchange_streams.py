@@ -393,7 +393,8 @@ async def test_stream_silence_is_idle_timeout_with_error_event(autojump_clock):
         assert failures(rig) == 1
 
 
-async def test_stream_slow_but_steady_has_no_idle_timeout(autojump_clock):
+@pytest.mark.parametrize("watched", [False, True])
+async def test_stream_slow_but_steady_has_no_idle_timeout(autojump_clock, watched):
     async def steady(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())
@@ -402,7 +403,7 @@ async def test_stream_slow_but_steady_has_no_idle_timeout(autojump_clock):
             await trio.sleep(15)
         await talk.send(chunk(DONE), END)
 
-    async with lab(steady, idle_timeout=16, first_byte_timeout=5) as rig:
+    async with lab(steady, idle_timeout=16, first_byte_timeout=5, watched=watched) as rig:
         got = await rig.stream()
         assert got.whole
         assert failures(rig) == 0
@@ -421,6 +422,44 @@ async def test_stream_total_timeout_ends_with_error_event_uncounted(autojump_clo
         assert last_event(got.body)["error"]["code"] == "total_timeout"
         assert got.took == pytest.approx(10)
         assert failures(rig) == 0
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("idle_timeout", [4, 16, 300])
+async def test_stream_total_timeout_holds_when_idle_deadline_has_moved(
+    autojump_clock, idle_timeout, watched
+):
+    """Each piece moves the deadline for silence, never beyond the total timeout."""
+
+    async def endless(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head())
+        while True:
+            await talk.send(chunk(HELLO))
+            await trio.sleep(0.5)
+
+    options = {"idle_timeout": idle_timeout, "total_timeout": 100, "watched": watched}
+    async with lab(endless, **options) as rig:
+        got = await rig.stream()
+        assert last_event(got.body)["error"]["code"] == "total_timeout"
+        assert got.took == pytest.approx(100)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_stream_silence_after_moved_deadline_ends_it_in_time(autojump_clock, watched):
+    async def falls_silent(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head())
+        for _ in range(20):
+            await talk.send(chunk(HELLO))
+            await trio.sleep(5)
+        await talk.gone()
+
+    async with lab(falls_silent, idle_timeout=16, watched=watched) as rig:
+        got = await rig.stream()
+        assert last_event(got.body)["error"]["code"] == "idle_timeout"
+        assert 95 + 16 <= got.took <= 95 + 16 + 1
+        assert failures(rig) == 1
 
 
 # -- the probes find the server gone -----------------------------------------------------------

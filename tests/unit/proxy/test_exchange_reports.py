@@ -1,0 +1,330 @@
+"""What an exchange reports of its attempts: to the policy, the retry budget, the server, the queue.
+
+Each of these keeps accounts, so a report that is missing, or comes twice, is a leak.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from support.fleet_makers import eject, gauges
+from support.proxy_harness import Rig, lab
+from support.scripted_server import (
+    DONE,
+    END,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    event,
+    ok,
+    once,
+    silent,
+    sse_head,
+    streaming,
+)
+from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.types import digest_of
+from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.retry import Outcome
+
+GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
+GOOD_STREAM = streaming(event("a"), event("", "stop"), DONE)
+ERROR = answer(500, b"{}")
+REJECTED = answer(400, b'{"error":{"message":"no"}}')
+
+
+class PolicyLog:
+    """The ends that the policy of a rig is told: server, failed, refused."""
+
+    def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[tuple[str, bool, bool]] = []
+        self.leased = 0
+        kind = type(rig.proxy.policies.default)
+        monkeypatch.setattr(
+            kind, "ended", lambda _policy, *given, **how: self._ended(*given, **how)
+        )
+        monkeypatch.setattr(kind, "leased", lambda _policy, *given: self._leased())
+
+    def _ended(self, lease: Any, _now: float, *, failed: bool, refused: bool = False) -> None:
+        self.ends.append((lease.server.name, failed, refused))
+
+    def _leased(self) -> None:
+        self.leased += 1
+
+
+# -- the policy ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "ends"),
+    [
+        (answering(GOOD), [("a", False, False)]),
+        (GOOD_STREAM, [("a", False, False)]),
+        (answering(REJECTED), [("a", False, True)]),
+        (answering(ERROR), [("a", True, True), ("b", False, False)]),
+        (once(), [("a", True, True), ("b", False, False)]),
+        (answering(answer(503, b"{}")), [("a", False, True), ("b", False, False)]),
+        (once(sse_head(), chunk(event("a"))), [("a", True, False)]),
+    ],
+    ids=["answer", "stream", "rejected", "error", "lost", "busy", "truncated"],
+)
+async def test_exchange_attempt_ends_policy_is_told_once(autojump_clock, monkeypatch, script, ends):
+    async with lab(script, answering(GOOD)) as rig:
+        rig.prefer("a")
+        log = PolicyLog(rig, monkeypatch)
+        await rig.stream()
+        assert log.ends == ends
+        assert log.leased == len(ends)
+
+
+async def test_exchange_client_leaves_policy_is_told(autojump_clock, monkeypatch):
+    async with lab(silent) as rig:
+        log = PolicyLog(rig, monkeypatch)
+        client = rig.start()
+        await trio.sleep(1)
+        client.leave()
+        await wait_all_tasks_blocked()
+        assert log.ends == [("a", False, False)]
+
+
+async def test_exchange_timeout_while_server_answers_others_is_no_failure_for_policy(
+    autojump_clock, monkeypatch
+):
+    """A server that gives output to other requests has not failed, it is slow with this one."""
+
+    async def slow_with_some(talk: Talk) -> None:
+        request = await talk.request()
+        if b"slow" in request.body:
+            await talk.gone()
+        await talk.send(GOOD)
+
+    async with lab(slow_with_some, first_byte_timeout=10) as rig:
+        log = PolicyLog(rig, monkeypatch)
+        slow = rig.start({"model": "m", "user": "slow"})
+        await trio.sleep(5)
+        await rig.post()
+        await trio.sleep(6)
+        assert slow.got.status == 504
+        assert log.ends == [("a", False, False), ("a", False, True)]
+        await rig.post({"model": "m", "user": "slow"})
+        assert log.ends[2:] == [("a", True, True)]
+
+
+# -- the retry budget ---------------------------------------------------------------------------
+
+
+async def test_exchange_answered_pays_retry_budget_back(autojump_clock):
+    async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
+        rig.prefer("a")
+        budget = rig.proxy.budget
+        await rig.post()
+        assert rig.recorder.outcomes == [Outcome.SERVER_ERROR, Outcome.ANSWERED]
+        after_replay = budget.owed
+        assert after_replay == pytest.approx(1.0 - budget.share)
+        rig.prefer("b")
+        await rig.post({"model": "m", "user": "other"})
+        assert budget.owed == pytest.approx(after_replay - budget.share)
+        for _ in range(10):
+            await rig.post()
+        assert budget.owed == 0
+
+
+# -- the server ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 422])
+async def test_exchange_answer_status_decides_between_success_and_error(
+    autojump_clock, monkeypatch, status
+):
+    """An error that comes at once says nothing of how long an answer takes."""
+    async with lab(answering(answer(status, b'{"choices":[{"text":"a"}]}'))) as rig:
+        told: list[str] = []
+        fleet = rig.fleet
+        for name in ("took", "erred"):
+            before = getattr(fleet, name)
+
+            def note(*given: Any, name: str = name, before: Any = before) -> None:
+                told.append(name)
+                before(*given)
+
+            monkeypatch.setattr(fleet, name, note)
+        await rig.post()
+        assert told == ["took" if status == 200 else "erred"]
+
+
+async def test_exchange_answering_server_keeps_its_own_failures(autojump_clock, monkeypatch):
+    """Only the servers that failed the request before are told that another one answered it."""
+    async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
+        rig.prefer("a")
+        told: list[str] = []
+        before = rig.fleet.not_its_fault
+
+        def note(server: Any, *given: Any, **how: Any) -> None:
+            told.append(server.name)
+            before(server, *given, **how)
+
+        monkeypatch.setattr(rig.fleet, "not_its_fault", note)
+        await rig.post()
+        assert told == ["a"]
+
+
+async def test_exchange_repeated_body_loses_connections_server_is_ejected(autojump_clock):
+    """A lost connection counts each time: only an error answer may be the body's doing."""
+
+    async def loses(talk: Talk) -> None:
+        await talk.request()
+
+    async with lab(loses, failure_threshold=3, max_retries=0) as rig:
+        for _ in range(3):
+            await rig.post()
+            await trio.sleep(20)
+        assert rig.server("a").traffic_health.ejected
+
+
+async def test_exchange_trial_stream_breaks_after_first_event_does_not_restore(autojump_clock):
+    """Its first event restored the server. What ejected it since is not undone by its end."""
+    go_on = trio.Event()
+
+    async def slow_stream(talk: Talk) -> None:
+        request = await talk.request()
+        if b'"stream"' not in request.body:
+            return
+        await talk.send(sse_head(), chunk(event("hi")))
+        await go_on.wait()
+        await talk.send(chunk(event("", "stop")), chunk(DONE), END)
+
+    async with lab(slow_stream, auto_recovery_threshold=5, max_retries=0) as rig:
+        server = rig.server("a")
+        eject(server, trio.current_time())
+        await trio.sleep(5.5)
+        client = rig.start_stream()
+        await client.heard.wait()
+        assert not server.traffic_health.ejected
+        eject(server, trio.current_time())
+        go_on.set()
+        await wait_all_tasks_blocked()
+        assert client.got.whole
+        assert server.traffic_health.ejected
+
+
+async def test_exchange_two_servers_put_to_sleep_is_no_quarantine(autojump_clock):
+    async with lab(silent, silent, answering(GOOD)) as rig:
+        for name in "ab":
+            rig.prefer(name)
+            client = rig.start({"model": "m", "user": "sleepy"}) if name == "a" else client
+            await trio.sleep(3)
+            server = rig.server(name)
+            server.scraped(gauges(0, asleep=True), trio.current_time(), 1)
+            rig.proxy.tick(server, trio.current_time())
+            await trio.sleep(0.5)
+        assert client.done
+        got = await rig.post({"model": "m", "user": "sleepy"})
+        assert (got.status, got[b"x-vllm-router-server"]) == (200, b"c")
+
+
+# -- the queue and the memory -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_exchange_queue_learns_times_of_good_answers_only(
+    autojump_clock, monkeypatch, status
+):
+    """The time of a quick refusal would make a request with little time look promising."""
+    async with lab(answering(answer(status, b"{}")), limits={"max_in_flight": 4}) as rig:
+        times: list[float] = []
+        assert rig.proxy.gate is not None
+        monkeypatch.setattr(rig.proxy.gate, "served", lambda _model, took: times.append(took))
+        await rig.post(path="/v1/x")
+        assert len(times) == (status == 200)
+
+
+async def test_exchange_stream_has_begun_memory_of_its_body_is_free(autojump_clock):
+    go_on = trio.Event()
+
+    async def slow_stream(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(), chunk(event("hi")))
+        await go_on.wait()
+        await talk.send(chunk(event("", "stop")), chunk(DONE), END)
+
+    async with lab(slow_stream) as rig:
+        client = rig.start([b'{"model":"m","stream":true,', b'"user":"%b"}' % (b"x" * 100_000)])
+        await wait_all_tasks_blocked()
+        assert client.got.pieces
+        assert rig.proxy.bodies.held == 0
+        go_on.set()
+
+
+# -- requests that no server gets ---------------------------------------------------------------
+
+
+async def test_exchange_without_model_and_without_server_is_503(autojump_clock):
+    async with lab(silent) as rig:
+        rig.down("a")
+        got = await rig.post({"messages": []})
+        assert (got.status, got.code) == (503, "no_server_available")
+        assert "model" not in got.json["error"]["message"]
+
+
+async def test_exchange_deadline_over_when_body_is_read_costs_no_attempt(autojump_clock):
+    class Slow:
+        """A client whose body takes three seconds."""
+
+        def __init__(self, rig: Rig) -> None:
+            headers = ((b"x-request-timeout", b"2"),)
+            self.client = rig.client([b'{"model":', b'"m"}'], headers=headers)
+            self.receive = self.client._receive
+            self.client._receive = self._receive
+
+        async def _receive(self) -> dict[str, Any]:
+            await trio.sleep(1.5)
+            return await self.receive()
+
+    async with lab(answering(GOOD), limits={"max_in_flight": 4}) as rig:
+        got = await Slow(rig).client.run()
+        assert (got.status, got.code) == (504, "total_timeout")
+        assert rig.requests()["a"] == 0
+
+
+async def test_exchange_forbidden_model_of_great_length_is_not_repeated_whole(autojump_clock):
+    async with lab(answering(GOOD)) as rig:
+        key = KeyConfig(name="k", digest=digest_of("k"), models=("m",))
+        client = rig.client({"model": "x" * 100_000})
+        client._scope[IDENTITY] = Identity(key)
+        got = await client.run()
+        assert (got.status, got.code) == (403, "model_not_allowed")
+        assert len(got.body) < 1000
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_exchange_stopped_before_any_attempt_is_recorded_as_stopped(autojump_clock, watched):
+    """A request that waits in the queue when the router stops has not been left by its client."""
+    async with lab(silent, limits={"max_in_flight": 1}, watched=watched) as rig:
+        first = rig.start()
+        await wait_all_tasks_blocked()
+        second = rig.start()
+        await wait_all_tasks_blocked()
+        rig.proxy.stopping = True
+        second._task.cancel()
+        await wait_all_tasks_blocked()
+        assert rig.recorder.last.outcome is Outcome.STOPPED
+        first._task.cancel()
+        await wait_all_tasks_blocked()
+
+
+async def test_exchange_client_leaves_before_any_attempt_is_recorded_as_client_gone(autojump_clock):
+    async with lab(silent, limits={"max_in_flight": 1}) as rig:
+        first = rig.start()
+        await wait_all_tasks_blocked()
+        second = rig.start()
+        await wait_all_tasks_blocked()
+        second.leave()
+        await wait_all_tasks_blocked()
+        assert rig.recorder.last.outcome is Outcome.CLIENT_GONE
+        first.leave()
+        await wait_all_tasks_blocked()
