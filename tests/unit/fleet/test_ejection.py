@@ -113,6 +113,29 @@ def test_ejection_restored_server_is_judged_by_new_results():
     assert ejected(fleet) == ""
 
 
+def test_restored_server_is_judged_without_the_failures_before_its_ejection():
+    """Within one window: what was counted before must not eject it at its first failure."""
+    traffic_health = TrafficHealth(HealthRules())
+    for _ in range(9):
+        traffic_health.failed(1.0, trial=False)
+    traffic_health.eject(2.0, 1.0, "test")
+    assert traffic_health.succeeded(3.0, trial=True)
+    assert traffic_health.success_rate(3.0) == (1.0, 0)
+    traffic_health.failed(3.5, trial=False)
+    assert traffic_health.success_rate(3.5) == (0.0, 1)
+
+
+def test_ejected_server_that_another_server_shows_at_fault_is_not_ejected_again():
+    rules = HealthRules(failure_threshold=3)
+    health = TrafficHealth(rules)
+    for _ in range(9):
+        health.failed(1.0, trial=False, body=7)
+    health.eject(1.0, 1.0, "test")
+    until, ejections = health.until, health.ejections
+    assert not health.not_its_fault(7, 2.0, jitter=1.0, allowed=True)
+    assert (health.until, health.ejections) == (until, ejections)
+
+
 # -- how many -----------------------------------------------------------------------------------
 
 

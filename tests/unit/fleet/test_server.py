@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.fleet_makers import come_up, eject, gauges, go_down, make_config
+from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.health import Check
-from vllm_router.fleet.server import MAX_BUSY_FOR, Server, State
+from vllm_router.fleet.server import MAX_BUSY_FOR, Journal, Server, State
 
 
 def make_server(capacity: int = 4, changes: list[Server] | None = None, **settings) -> Server:
@@ -306,3 +306,28 @@ def test_server_capacity_and_name_follow_configuration():
     server.apply(config.servers[0], config.settings)
     assert (server.name, server.capacity, server.load) == ("z", 2, 0.5)
     lease.release()
+
+
+def test_journal_after_many_changes_is_begun_anew():
+    """Else it would hold an entry for every change of a load, for ever."""
+    fleet = make_fleet(2)
+    server = fleet.servers["a"]
+    seen = server.journal.servers
+    for _ in range(3 * Journal.LONGEST):
+        server.touch()
+        assert len(server.journal.servers) <= Journal.LONGEST
+    assert server.journal.servers is not seen
+    assert server.journal is fleet.servers["b"].journal
+
+
+def test_held_back_server_that_sleeps_is_not_asked():
+    """Requests to a sleeping engine hang."""
+    fleet = make_fleet(1, health_check_rise=1)
+    server = fleet.servers["a"]
+    for now in (1.0, 2.0):
+        go_down(server, now)
+        server.checked(Check.GOOD, 0.01, now)
+    assert server.held_back
+    server.scraped(gauges(0, asleep=True), 2.0, leases=0)
+    assert not server.held_back
+    assert fleet.candidates("m", 2.0) == ()

@@ -214,15 +214,17 @@ async def test_exchange_trial_stream_breaks_after_first_event_does_not_restore(a
 
 async def test_exchange_two_servers_put_to_sleep_is_no_quarantine(autojump_clock):
     async with lab(silent, silent, answering(GOOD)) as rig:
+        rig.prefer("a")
+        client = rig.start({"model": "m", "user": "sleepy"})
         for name in "ab":
-            rig.prefer(name)
-            client = rig.start({"model": "m", "user": "sleepy"}) if name == "a" else client
             await trio.sleep(3)
+            rig.prefer("b")
             server = rig.server(name)
             server.scraped(gauges(0, asleep=True), trio.current_time(), 1)
             rig.proxy.tick(server, trio.current_time())
             await trio.sleep(0.5)
         assert client.done
+        assert rig.recorder.outcomes[:2] == [Outcome.GONE, Outcome.GONE]
         got = await rig.post({"model": "m", "user": "sleepy"})
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"c")
 

@@ -31,6 +31,7 @@ def test_quarantine_key_is_path_and_body():
     assert fingerprint(b"/v1/embeddings", BODY) != KEY
     long = b"a" * 100_000
     assert fingerprint(PATH, long) == fingerprint(PATH, b"a" * 100_000)
+    assert fingerprint(b"/v1/embeddings", long) != fingerprint(PATH, long)
     for other in (long + b"a", b"b" + long[1:], long[:-1] + b"b"):
         assert fingerprint(PATH, other) != fingerprint(PATH, long)
 
@@ -55,6 +56,31 @@ def test_quarantine_without_crash_is_empty():
     assert not poison.holds(KEY, 12.0)
     deaths[1].server.checked(Check.UNHEALTHY, 0.01, 12.0)
     assert poison.holds(KEY, 12.0)
+
+
+def test_server_that_died_and_is_up_again_counts_as_dead():
+    """vLLM restarts within a minute; the request must not take it down once more."""
+    deaths = two_deaths(certain=False)
+    poison = Poison()
+    poison.remember(KEY, BODY, deaths, 10.0)
+    for death in deaths:
+        go_down(death.server, 12.0)
+        while not death.server.probe_health.up:
+            death.server.checked(Check.GOOD, 0.01, 13.0)
+        assert death.server.probe_health.failures_in_row == 0
+    assert poison.holds(KEY, 14.0)
+
+
+def test_request_remembered_again_is_the_newest_of_a_full_table():
+    poison = Poison()
+    deaths = two_deaths()
+    for key in range(MOST):
+        poison.remember(key, BODY, deaths, 10.0)
+    poison.remember(0, BODY, deaths, 11.0)
+    poison.remember(MOST, BODY, deaths, 12.0)
+    assert poison.holds(0, 12.0)
+    assert not poison.holds(1, 12.0)
+    assert len(poison.entries) == MOST == 1024
 
 
 def test_quarantine_ignores_crash_before_request():

@@ -293,6 +293,30 @@ def test_waiting_queues_of_forgotten_models_are_dropped_when_empty():
     assert set(rooms.model_queues) == {"busy", None}
 
 
+def test_empty_rooms_of_known_models_are_kept():
+    """They hold what was learned: how fast their requests drain."""
+    rooms = line(place("known"), place("gone"))
+    for model in ("known", "gone"):
+        rooms.leave(next(iter(rooms.room(model))), 0.0)
+    rooms.forget(lambda model: model == "known")
+    assert set(rooms.rooms) == {"known"}
+
+
+def test_place_that_leaves_unserved_costs_its_key_no_turn_and_frees_nothing():
+    first, second, other = place(key="a"), place(key="a"), place(key="b")
+    rooms = line(first, second, other)
+    rate = rooms.room("m").rate
+    rate.begin(0.0)
+
+    def give(one: Place) -> Verdict:
+        one.server = "server"
+        return Verdict.DISMISSED if one is first else Verdict.BLOCKED
+
+    assert rooms.admit(1.0, give) == [first]
+    assert not rate.is_current
+    assert served(rooms, 1) == [second]
+
+
 @given(
     st.lists(st.tuples(st.integers(-1, 1), st.sampled_from("abc")), max_size=25),
     st.tuples(st.integers(-1, 1), st.sampled_from("abcd")),
