@@ -27,9 +27,10 @@ from support.scripted_server import (
     sse_head,
     streaming,
 )
-from vllm_router.config.auth import Identity, KeyConfig
+from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
