@@ -308,7 +308,7 @@ def test_place_that_leaves_unserved_costs_its_key_no_turn_and_frees_nothing():
     rate = rooms.room("m").rate
     rate.begin(0.0)
 
-    def give(one: Place) -> Verdict:
+    def give(one: QueueEntry) -> Verdict:
         one.server = "server"
         return Verdict.DISMISSED if one is first else Verdict.BLOCKED
 
