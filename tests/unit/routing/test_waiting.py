@@ -293,19 +293,19 @@ def test_waiting_queues_of_forgotten_models_are_dropped_when_empty():
     assert set(rooms.model_queues) == {"busy", None}
 
 
-def test_empty_rooms_of_known_models_are_kept():
+def test_waiting_empty_queues_of_known_models_are_kept():
     """They hold what was learned: how fast their requests drain."""
     rooms = line(place("known"), place("gone"))
     for model in ("known", "gone"):
-        rooms.leave(next(iter(rooms.room(model))), 0.0)
-    rooms.forget(lambda model: model == "known")
-    assert set(rooms.rooms) == {"known"}
+        rooms.leave(next(iter(rooms.model_queue(model))), 0.0)
+    rooms.drop_unknown_models(lambda model: model == "known")
+    assert set(rooms.model_queues) == {"known"}
 
 
-def test_place_that_leaves_unserved_costs_its_key_no_turn_and_frees_nothing():
+def test_waiting_dismissed_entry_costs_its_key_no_turn_and_frees_no_server():
     first, second, other = place(key="a"), place(key="a"), place(key="b")
     rooms = line(first, second, other)
-    rate = rooms.room("m").rate
+    rate = rooms.model_queue("m").rate
     rate.begin(0.0)
 
     def give(one: QueueEntry) -> Verdict:
