@@ -17,7 +17,7 @@ KEY = f"sk-{hashlib.sha256(b'benchmark').hexdigest()}"
 
 @dataclass(frozen=True)
 class Place:
-    """What a contestant gets: where to listen, whom to forward to, where to write."""
+    """What a contestant gets: listen address, servers to forward to, output files."""
 
     port: int
     side_port: int

@@ -298,7 +298,7 @@ class Bench:
     def _measure_one(
         self, server: Server, load: Workload, contestant: Running | None
     ) -> dict[str, Any]:
-        """The result; of a ladder that of the highest rate that was held, or of the lowest."""
+        """The result; for a ladder, the result of the highest rate held, or of the lowest."""
         best = None
         for interval in load.ladder or (load.interval,):
             step = replace(load, interval=interval)

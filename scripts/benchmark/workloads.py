@@ -38,7 +38,7 @@ class Workload:
 
     @property
     def unloaded(self) -> bool:
-        """Whether latencies can be compared with those of direct."""
+        """Whether latencies can be compared with the direct contestant."""
         return self.paced or self.connections == 1
 
 

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("ids", nargs="*", metavar="ID")
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--long", action="store_true", help="the full counts, an hour and more")
-    parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--list", action="store_true", help="list the scenarios")
     options = parser.parse_args()
     rows = sorted(SCENARIOS.values(), key=lambda row: ("FLB".index(row.id[0]), int(row.id[1:])))
     wanted = {id_.upper() for id_ in options.ids}

@@ -141,7 +141,7 @@ async def freeze_one(card: Card) -> None:
             card.note("out of rotation", f"{gone:.2f} s")
             name = mocks[2].url.removeprefix("http://")
             sent = lambda: router.metric("vllm_router_attempts_total", server=name)  # noqa: E731
-            # An attempt is counted when it ends: those that hung there have been taken back.
+            # An attempt is counted when it ends; the hung attempts have been cancelled.
             await waited(lambda: router.servers()[mocks[2].url]["in_flight"] == 0, "its end")
             mark = await off_loop(sent)
             await load.wait_for(300)
@@ -186,7 +186,7 @@ async def _thaw(card: Card, policy: str) -> None:
 
 @scenario("F6", "flapping, 2 s up and 2 s down")
 async def flapping(card: Card) -> None:
-    # The ejection time that operators have by default, not that of the test profile.
+    # The default ejection time, not the one of the test profile.
     with fleet(card, auto_recovery_threshold=5) as (mocks, router):
         name = mocks[0].url.removeprefix("http://")
         last_up, out = time.monotonic(), 0.0

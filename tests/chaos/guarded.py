@@ -1,4 +1,4 @@
-"""Who may do what, and what two clients learn of each other (B2, B4, B6, B7)."""
+"""Access rights, and isolation between two clients (B2, B4, B6, B7)."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ async def smuggling(card: Card) -> None:
                 for what, number in counts.items():
                     card.equal(f"{front}: {what}, of {len(REFUSED) + len(SERVED)}", number, 0)
                 mock.reset()
-                told = [
+                leaked = [
                     http2(router.port, fields, BODY + HIDDEN) for fields in HTTP2_REFUSED.values()
                 ]
-                what = f"{front}, HTTP/2: answered or seen by the engine, of {len(told)}"
+                what = f"{front}, HTTP/2: answered or seen by the engine, of {len(leaked)}"
                 seen = [entry["path"] for entry in mock.log() if entry["method"] == "POST"]
-                card.equal(what, told.count("200") + len(seen), 0)
+                card.equal(what, leaked.count("200") + len(seen), 0)
     for name in NAMES:
         with (
             mock_processes(1, *quick) as (mock,),
@@ -106,7 +106,7 @@ async def smuggling(card: Card) -> None:
 
 
 class Engine(ThreadingHTTPServer):
-    """A server that tries to leave something behind with every answer, and writes down who asks.
+    """A server that tries to leave something behind with every answer, and records each request.
 
     While `reads` is not set it takes no bodies.
     """
@@ -122,7 +122,7 @@ class Engine(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, *_: Any) -> None:
-        """Who leaves in the middle is part of the play."""
+        """Disconnects in mid-response are part of the scenario."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             "set-cookie": f"session={len(self.server.seen)}; Path=/",
             "authorization": "Bearer engine",
             "x-request-id": "the-engines-own",
-            "x-tenant": "nobody",
+            "x-tenant": "unknown",
         }.items():
             self.send_header(name, text)
         self.end_headers()
@@ -207,7 +207,7 @@ def _pages(locked: Locked) -> list[str]:
     pages = []
     for path in (*paths, "/v1/models/x", "/static/x", "/nothing", "/%00", "/v1/%2e%2e/sleep"):
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "BREW"):
-            for headers in ({}, bearer("sk-nobody"), bearer(ALICE), bearer(BOB)):
+            for headers in ({}, bearer("sk-unknown"), bearer(ALICE), bearer(BOB)):
                 answer = locked.ask(method, path, headers=headers, content=b'{"model": "x"')
                 if answer.status_code >= 400:
                     pages.append(f"{answer.headers}\n{answer.text}")
@@ -249,12 +249,14 @@ async def keys(card: Card) -> None:
                 pages = _pages(locked)
                 metrics = locked.ask("GET", "/metrics", STATUS).text
                 secret = (*SECRETS, "Traceback", 'File "/')
-                told = [word for word in secret for page in pages if word in page]
-                told += [word for word in secret if word in metrics or word in router.text]
-                card.equal(f"{front}: secrets on {len(pages)} error pages, metrics, log", told, [])
+                leaked = [word for word in secret for page in pages if word in page]
+                leaked += [word for word in secret if word in metrics or word in router.text]
+                card.equal(
+                    f"{front}: secrets on {len(pages)} error pages, metrics, log", leaked, []
+                )
                 where = [mock.url, "hypercorn", "Quart", "httptools"]
-                told = [word for word in where for page in pages if word in page]
-                card.equal(f"{front}: addresses and versions", told, [])
+                leaked = [word for word in where for page in pages if word in page]
+                card.equal(f"{front}: addresses and versions", leaked, [])
 
 
 # -- B7 ---------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def _browse(router: RouterProcess, mock: MockProcess) -> tuple[Counter[str], set
         ("preflight", locked.ask("OPTIONS", PATH, headers=preflight), {403, 404, 405}),
     ):
         counts[f"{what}: {answer.status_code}"] += answer.status_code not in wanted
-        counts[f"{what}: says who may"] += "access-control-allow-origin" in answer.headers
+        counts[f"{what}: allows the origin"] += "access-control-allow-origin" in answer.headers
     mine = {"origin": router.url}
     codes = set()
     with socket.create_server(("127.0.0.1", 0)) as bait:

@@ -128,7 +128,7 @@ async def judge(
         except NotRun as reason:
             result.why = str(reason)
         except Exception as error:  # noqa: BLE001 (the next scenario runs, this one has failed)
-            result.verdict, result.why = "FAIL", _told(error)
+            result.verdict, result.why = "FAIL", _described(error)
         if not all(check.ok for check in card.checks):
             result.verdict = "FAIL"
     result.checks = card.checks
@@ -136,7 +136,7 @@ async def judge(
     return result
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     trace, where = error.__traceback__, ""

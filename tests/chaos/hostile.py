@@ -219,7 +219,7 @@ async def cardinality(card: Card) -> None:
         def series() -> int:
             return sum(line[:1] != "#" for line in router.get("/metrics").text.splitlines())
 
-        router.post(PATH, chat(model="nobody's"))
+        router.post(PATH, chat(model="unknown"))
         raw_exchange(router.port, _head(b"{}").replace(b"completions", b"x"), 0.3)
         before, lines = series(), len(router.log)
         count = card.size(200, 1000, 10_000)

@@ -19,7 +19,7 @@ from support.worker_processes import pids
 
 SLOW = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.05")
 
-TOLD = ("error event", "cut (RemoteProtocolError)", "cut (ReadError)")
+REPORTED = ("error event", "cut (RemoteProtocolError)", "cut (ReadError)")
 """Ends of a stream that no client takes for a whole one."""
 
 
@@ -79,11 +79,11 @@ async def _in_front(card: Card, name: str) -> None:
                 card.most(f"{which}: failed of {len(plain.results)}", len(plain.bad()), 0)
                 ends = Counter(result.ended for result in streams.results)
                 card.note(f"{which}: streams", dict(ends))
-                # Caddy before 2.7 ends a broken answer as if it were whole: the event tells.
+                # Caddy before 2.7 ends a truncated response as whole: only the event shows it.
                 silent = [
                     result
                     for result in streams.results
-                    if result.ended not in ("done", *TOLD) and '"error"' not in result.text
+                    if result.ended not in ("done", *REPORTED) and '"error"' not in result.text
                 ]
                 card.most(f"{which}: streams that ended without a word", len(silent), 0)
                 # Clients that leave, all at once.

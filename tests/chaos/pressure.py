@@ -152,7 +152,7 @@ async def _slowhttptest(card: Card) -> None:
                 card.equal(f"slowhttptest, {front}, {kind}: service available", available, {"YES"})
                 ended = re.search(r"ended on (\d+)", said)
                 if kind != "readers":
-                    # Those who read a little now and then are served, slowly.
+                    # Clients that read a little now and then are served, slowly.
                     seconds = int(ended[1]) if ended else 99
                     card.most(f"slowhttptest, {front}, {kind}: all closed", seconds, 12, " s")
 

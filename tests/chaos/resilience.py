@@ -228,17 +228,17 @@ async def descriptors(card: Card) -> None:
         ejected = router.metric("vllm_router_server_transitions_total", state="ejected")
         card.most("ejections", ejected, 0)
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
-        told = sum("as there are descriptors for" in line for line in router.log)
-        card.equal("lines in the log", told, 1)
+        logged = sum("as there are descriptors for" in line for line in router.log)
+        card.equal("lines in the log", logged, 1)
 
 
-@scenario("F15", "poison body that kills the engine reading it")
-async def poison(card: Card) -> None:
-    bad = chat(text="POISON")
+@scenario("F15", "body that kills the engine reading it")
+async def killer_body(card: Card) -> None:
+    bad = chat(text="CRASH")
     for mode in ("die", "engine_death"):
         with fleet(card, 4, leftovers=False) as (mocks, router):
             for mock in mocks:
-                mock.set(mode=mode, only_body="POISON")
+                mock.set(mode=mode, only_body="CRASH")
             async with Load(router.url, chat(max_tokens=10), 12) as load:
                 await load.wait_for(40)
                 answer = await off_loop(router.post, PATH, bad)

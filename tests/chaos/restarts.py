@@ -100,9 +100,9 @@ async def broken_files(card: Card) -> None:
                 except TimeoutError:
                     unnoticed.append(name)
                 await trio.sleep(0.3)
-                told = [line for line in router.log[lines:] if "ERROR" in line or "WARN" in line]
-                if len(told) != 1 or refused() != before + 1:
-                    noisy.append(f"{name}: {len(told)} lines, +{refused() - before:.0f}")
+                logged = [line for line in router.log[lines:] if "ERROR" in line or "WARN" in line]
+                if len(logged) != 1 or refused() != before + 1:
+                    noisy.append(f"{name}: {len(logged)} lines, +{refused() - before:.0f}")
 
             for number, (name, data) in enumerate(broken.items()):
                 seen = await off_loop(refused), len(router.log)
@@ -225,16 +225,16 @@ async def rolling(card: Card) -> None:
                     await waited(back, "its return", 20)
                     await plain.wait_for(40)
         card.most(f"{fate}: failed of {len(plain.results)}", len(plain.bad()), 0)
-        told = Counter(result.ended for result in streams.results)
-        card.note(f"{fate}: streams", dict(told))
+        endings = Counter(result.ended for result in streams.results)
+        card.note(f"{fate}: streams", dict(endings))
         unbegun = sum(result.status != 200 for result in streams.results)
         card.most(f"{fate}: streams failed without a byte", unbegun, 0)
         # "done" has the server's own [DONE]: with finish_reason "abort", or behind its error event.
-        silent = told.total() - told["done"] - told["error event"]
+        silent = endings.total() - endings["done"] - endings["error event"]
         card.most(f"{fate}: streams that ended without a word", silent, 0)
 
 
-@scenario("F21", "the router replaced under load, both ways: nobody is refused", p0=True)
+@scenario("F21", "the router replaced under load, both ways: no client is refused", p0=True)
 async def replaced(card: Card) -> None:
     for way in WAYS:
         for workers in ("1", "2"):

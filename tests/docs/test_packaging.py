@@ -83,7 +83,7 @@ def third_party_imports() -> set[str]:
 
 
 def test_imports_are_declared_dependencies():
-    # Those of an extra are imported only where somebody asks for what it does.
+    # Imports of an extra happen only where its feature is enabled.
     wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
     declared = {re.split(r"[<>=~!\[; ]", line)[0].lower() for line in wanted}
     distributions = importlib.metadata.packages_distributions()
@@ -97,7 +97,7 @@ FORBIDDEN = {
     "the address of a package index": "|".join(
         [r"--(?:extra-)?index" + "-url", r"pypi" + r"\.org/simple", "files" + r"\.pythonhosted"]
     ),
-    "a path of somebody's machine": r"(?<![\w.])/(?:root|work|tmp/lab|home/\w+)" + r"/",
+    "a path of a private machine": r"(?<![\w.])/(?:root|work|tmp/lab|home/\w+)" + r"/",
     "unfinished work": r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b",
 }
 LOCK_FILES = {"uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock", "package-lock.json"}

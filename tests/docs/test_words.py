@@ -31,8 +31,8 @@ WORDS = {
     "what there is": "the noun: the servers, the current state",
     "for want of": "without, because there is no",
     "that of": "repeat the noun: the server's weight",
-    "those (that|of|who|whose|which)": "the noun: servers that, requests whose",
-    "told": "the receiver gets, receives or is notified; a response says",
+    "those (that|of|who|whose|which)": "repeat the noun: servers that, requests whose",
+    "told(?! (cached )?tokens)": "the receiver gets, receives or is notified; a response says",
     "tells": "says, reports, shows, names",
 }
 

@@ -1,4 +1,4 @@
-"""Keys, listeners and origins at real ports: who may do what, and what leaks (B4, B6, B7)."""
+"""Keys, listeners and origins at real ports: access rights and leaks (B4, B6, B7)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Lo
 WRONG = {
     "none": {},
     "empty": {"authorization": "Bearer"},
-    "wrong": bearer("sk-nobody"),
+    "wrong": bearer("sk-unknown"),
     "beginning": bearer(ALICE[:-1]),
     "longer": bearer(ALICE + "x"),
     "long": bearer("x" * 30_000),
@@ -181,7 +181,7 @@ def test_auth_unknown_model_error_names_allowed_models_only(locked: Locked):
 
 @pytest.mark.parametrize("path", READING)
 def test_auth_status_pages_need_status_or_admin_key(locked: Locked, path: str):
-    for key in (None, ALICE, "sk-nobody"):
+    for key in (None, ALICE, "sk-unknown"):
         assert locked.ask("GET", path, key).status_code == 401
     for key in (STATUS, ADMIN):
         assert locked.ask("GET", path, key).status_code == 200
@@ -259,7 +259,7 @@ def test_auth_no_output_has_a_key_or_an_address(locked: Locked):
     pages = []
     for path in (*INFERENCE, *READING, *ADMINISTRATION, "/ws/load", "/sleep", "/v1/models/x", "/x"):
         for method in ("GET", "POST", "DELETE", "OPTIONS", "BREW"):
-            for headers in ({}, bearer("sk-nobody"), bearer(ALICE), bearer(BOB)):
+            for headers in ({}, bearer("sk-unknown"), bearer(ALICE), bearer(BOB)):
                 answer = locked.ask(method, path, headers=headers, content=b'{"model": "x"')
                 if answer.status_code >= 400:
                     pages.append(f"{answer.headers}\n{answer.text}")
@@ -499,7 +499,7 @@ def test_clients_share_no_headers_or_bodies(open_router: Locked):
                     json=chat(text=f"{name} {turn}", max_tokens=1),
                     headers={
                         **bearer(own[name]),
-                        "cookie": f"who={name}",
+                        "cookie": f"user={name}",
                         "x-request-id": f"{name}-{turn}",
                         "x-of": name,
                     },
@@ -511,7 +511,7 @@ def test_clients_share_no_headers_or_bodies(open_router: Locked):
         seen = dict(entry["headers"])
         name = seen["x-of"]
         assert seen["authorization"] == f"Bearer {own[name]}"
-        assert seen["cookie"] == f"who={name}"
+        assert seen["cookie"] == f"user={name}"
         assert seen["x-request-id"].startswith(name)
         known = {"authorization", "cookie", "x-request-id", "x-of", "via", "host", "user-agent"}
         known |= {"accept", "accept-encoding", "content-type", "content-length"}

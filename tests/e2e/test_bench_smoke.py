@@ -1,4 +1,4 @@
-"""The benchmark still runs, and its load generator tells a good answer from a bad one.
+"""The benchmark still runs, and its load generator distinguishes good from bad responses.
 
 No thresholds: what a number is depends on the machine, that there is one does not.
 """
@@ -66,9 +66,9 @@ def test_bench_available_contestants_are_measured(tmp_path: Path):
 
 
 def test_bench_unknown_contestant_is_one_line(tmp_path: Path):
-    done = bench(tmp_path, "--contestants", "lane,nobody")
+    done = bench(tmp_path, "--contestants", "lane,unknown")
     assert (done.returncode, done.stderr) == (
-        2, "scripts/bench: no nobody; see scripts/bench --help\n",
+        2, "scripts/bench: no unknown; see scripts/bench --help\n",
     )  # fmt: skip
 
 

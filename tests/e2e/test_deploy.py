@@ -130,7 +130,7 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
 def test_deploy_dashboard_is_valid_for_grafana():
     assert DASHBOARD["schemaVersion"] >= 36
     assert DASHBOARD["uid"]
-    assert "id" not in DASHBOARD, "an id is that of one Grafana"
+    assert "id" not in DASHBOARD, "an id belongs to one Grafana"
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
     variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}

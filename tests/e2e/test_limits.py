@@ -73,14 +73,14 @@ class Connection:
 
 @contextlib.contextmanager
 def occupied(router: RouterProcess, waiting: int = 0) -> Iterator[list[Connection]]:
-    """Every place of one server taken for long, and so many who wait; yields all, then leaves."""
+    """Fill one server and queue `waiting` requests; yields all clients, then disconnects."""
     connections: list[Connection] = []
     try:
         for place in range(CAP + waiting):
             connections.append(Connection(router, LONG))
             if place < CAP:
                 until(lambda: router.metric("vllm_router_server_leases") > place, "a place")  # noqa: B023
-        until(lambda: queued(router) == waiting, "those who wait")
+        until(lambda: queued(router) == waiting, "the queue")
         yield connections
     finally:
         for connection in connections:

@@ -87,7 +87,7 @@ async def test_server_failing_inference_with_good_health_is_left(tmp_path):
             await becomes(router, mocks[0], "up")
             bad = len(load.bad())
             await load.wait_for(60)
-        # Those that hung on it get 504: nobody knows how far the server has come with them.
+        # Requests that hung on it get 504: how far the server has come is unknown.
         assert {(result.status, result.ended) for result in load.bad()} == {(504, "done")}
         assert 3 <= stuck <= 12
         assert trials <= 12
@@ -108,7 +108,7 @@ async def test_half_of_fleet_down_fails_no_request(tmp_path):
             await load.wait_for(120)
         lost = [result for result in load.bad() if result.status != 502]
         assert lost == []
-        # Only who was on both of them: a request that breaks two servers goes to no third.
+        # Only requests that were on both: a request that crashed two servers goes to no third.
         assert len(load.bad()) <= 10
 
 

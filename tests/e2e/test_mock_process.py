@@ -133,15 +133,15 @@ def test_mock_process_sigint_ends_at_once():
 
 @pytest.mark.parametrize("mode", ["die", "engine_death"])
 def test_mock_process_can_die_of_a_request(mode):
-    switches = json.dumps({"mode": mode, "only_body": "poison"})
+    switches = json.dumps({"mode": mode, "only_body": "crash"})
     with mock_processes(1, *FAST, "--set", switches) as [mock]:
         assert httpx.post(mock.url + PATH, json=CHAT, trust_env=False).status_code == 200
-        poison = CHAT | {"user": "poison"}
+        crash = CHAT | {"user": "crash"}
         if mode == "die":
             with pytest.raises(httpx.TransportError):
-                httpx.post(mock.url + PATH, json=poison, trust_env=False)
+                httpx.post(mock.url + PATH, json=crash, trust_env=False)
         else:
-            assert httpx.post(mock.url + PATH, json=poison, trust_env=False).status_code == 500
+            assert httpx.post(mock.url + PATH, json=crash, trust_env=False).status_code == 500
             assert httpx.get(mock.url + "/health", trust_env=False).status_code == 503
         assert mock.process.wait(5) == 0
 

@@ -112,7 +112,7 @@ def test_models_list_has_public_names_allowed_for_key(rig: Rig):
     [
         ("sk-all", "secret", 200),
         ("sk-all", "m", 200),
-        ("sk-all", "nobody", 404),
+        ("sk-all", "missing", 404),
         ("sk-some", "chat", 200),
         ("sk-some", "m", 403),
         ("sk-some", "secret", 403),
@@ -186,7 +186,7 @@ def test_models_fallback_answers_when_last_server_dies(front: str, tmp_path: Pat
 
 
 def test_models_probe_reports_names_without_server(tmp_path: Path):
-    table = '[models]\nchat = "m"\nwrong = "n"\nsafe = { serves = "m", fallback = "nobody" }\n'
+    table = '[models]\nchat = "m"\nwrong = "n"\nsafe = { serves = "m", fallback = "missing" }\n'
     with mock_processes(1, "--model", "m") as (mock,):
         file = tmp_path / "servers.toml"
         file.write_text(servers_toml([mock.url]) + table)
@@ -194,5 +194,5 @@ def test_models_probe_reports_names_without_server(tmp_path: Path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "models.wrong: no server has 'n'",
-        "models.safe.fallback: no server has 'nobody'",
+        "models.safe.fallback: no server has 'missing'",
     ]

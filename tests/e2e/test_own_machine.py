@@ -1,4 +1,4 @@
-"""Who may administrate a router without an admin key: its user on its machine, and no one else.
+"""Administration without an admin key: allowed to the router's user on its machine, only.
 
 On real processes, each way of starting the router.
 """
@@ -177,7 +177,7 @@ def test_admin_command_of_other_user_says_what_to_do(url: str, tmp_path: Path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_admin_socket_opened_by_other_user_is_closed(url: str):
-    """Even if somebody has opened the file and its directory to all."""
+    """Even if the modes of the file and its directory admit other users."""
     path = find_socket(url)
     assert path is not None
     places = (Path(path), Path(path).parent, Path(path).parent.parent)
@@ -307,7 +307,7 @@ def test_hypercorn_admin_with_several_workers_is_refused(tmp_path: Path, mock: M
     file.write_text(servers_toml([mock.url]))
     with hypercorn(file, "-w", "3") as (_, process):
         output, _ = process.communicate(timeout=60)
-    # The exit code is Hypercorn's affair: it forgets that of its workers.
+    # The exit code is Hypercorn's affair: it drops the exit codes of its workers.
     assert "vllm-router run --workers 3" in output
     assert "Traceback" not in output
 

@@ -71,7 +71,7 @@ def streaming(url: str) -> Iterator[str]:
         yield answer.headers["x-vllm-router-server"]
 
 
-# -- it shows what there is -------------------------------------------------------------------
+# -- it shows the current state ---------------------------------------------------------------
 
 
 async def test_page_is_live_without_errors_or_foreign_requests(
@@ -362,7 +362,7 @@ async def test_page_silent_connection_is_stale(browser: str, tmp_path: Path):
 async def test_page_hundred_servers_keep_their_rows(
     browser: str, tmp_path: Path, record_property: Any
 ):
-    """How quick is told (CPU of a snapshot), not asserted: that the rows stay the same is."""
+    """Asserts that the rows stay the same; the CPU time of a snapshot is only printed."""
     with demo_router(tmp_path / "stderr", "--demo", "100", "--console") as router:
         async with new_page(browser) as page:
             await page.open(router.url + "/")

@@ -1,4 +1,4 @@
-"""The page for everybody: two languages, two themes, small screens, keyboards, screen readers."""
+"""The page's languages, themes, small screens, keyboard and screen reader support."""
 
 from __future__ import annotations
 

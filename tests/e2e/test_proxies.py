@@ -82,11 +82,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.url = ""
-        self._tell, self._told = trio.open_memory_channel[Generation](10)
+        self._report, self._reports = trio.open_memory_channel[Generation](10)
 
     async def generation(self) -> Generation:
         """The next request for tokens."""
-        return await self._told.receive()
+        return await self._reports.receive()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -110,7 +110,7 @@ class Engine:
                 while len(received) < int(found[1]):
                     received += await stream.receive_some()
             generation = Generation(stream)
-            await self._tell.send(generation)
+            await self._report.send(generation)
             await generation.wait_for_end()
 
 
@@ -144,7 +144,7 @@ def configuration(which: str) -> tuple[str, str]:
 
 
 class Broken(Exception):
-    """The answer ended before its end was told."""
+    """The response ended before its announced end."""
 
 
 class Answer:
@@ -251,7 +251,7 @@ async def setup(
 
 
 async def until_over(answer: Answer) -> bytes:
-    """All that comes, whether the end is told or not."""
+    """All bytes until the end, announced or not."""
     received = b""
     with contextlib.suppress(Broken):
         while piece := await answer.piece():
@@ -281,11 +281,11 @@ async def check_pieces_arrive_one_by_one(here: Setup) -> None:
         assert rest.endswith(DONE)
 
 
-async def check_break_is_told_without_loss(here: Setup, *, whole: bool = False) -> None:
+async def check_break_is_reported_without_loss(here: Setup, *, whole: bool = False) -> None:
     """The last pieces and the break come at once.
 
     A `whole` answer is what Caddy before 2.7 makes of any that breaks off: then the router's error
-    event alone tells.
+    error event alone shows it.
     """
     async with here.stream() as (answer, generation):
         await generation.send(*[event(f"piece {number}") for number in range(50)])
@@ -348,7 +348,7 @@ async def test_proxy_in_front_passes_streams_breaks_and_disconnects(which: str, 
     """A long silence is 100 s; HAProxy's usual 50 s show that the scaled times are at work."""
     async with setup(which, tmp_path, shorter=True) as here:
         await check_pieces_arrive_one_by_one(here)
-        await check_break_is_told_without_loss(here, whole=which.startswith("caddy"))
+        await check_break_is_reported_without_loss(here, whole=which.startswith("caddy"))
         await check_leaving_frees_the_engine(here)
         if which == "haproxy plain":
             await check_silence_is_ended(here)
@@ -367,7 +367,7 @@ async def test_nginx_plain_configuration_streams_in_both_modes(
 ):
     async with setup("nginx plain", tmp_path, *arguments) as here:
         await check_pieces_arrive_one_by_one(here)
-        await check_break_is_told_without_loss(here)
+        await check_break_is_reported_without_loss(here)
 
 
 def test_proxy_recommended_times_exceed_router_times():

@@ -190,15 +190,15 @@ def test_restart_passed_sockets_are_matched_by_admin_port(tmp_path):
 def test_systemd_is_notified_of_start_and_stop(tmp_path, monkeypatch):
     with (
         mock_processes(1, *MOCK) as (mock,),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
     ):
-        told.bind(str(tmp_path / "notify"))
-        told.settimeout(20)
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
         monkeypatch.setitem(os.environ, "NOTIFY_SOCKET", str(tmp_path / "notify"))
         with router_process(servers_toml([mock.url]), tmp_path) as router:
-            assert told.recv(100) == b"READY=1"
+            assert systemd.recv(100) == b"READY=1"
             router.signal(signal.SIGTERM)
-            assert told.recv(100) == b"STOPPING=1"
+            assert systemd.recv(100) == b"STOPPING=1"
             assert router.process.wait(15) == 0
 
 

@@ -74,8 +74,8 @@ class Clients:
             await client.aclose()
 
         self._nursery.start_soon(post)
-        told = len(self.answers)  # it, or the request whose place it has taken
-        while await self.under_way() == before and len(self.answers) == told:
+        answered = len(self.answers)  # it, or the request whose place it has taken
+        while await self.under_way() == before and len(self.answers) == answered:
             await trio.sleep(0.01)
         return scope
 

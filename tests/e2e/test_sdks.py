@@ -72,7 +72,7 @@ class Upstream(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.seen: list[tuple[str, str, dict[str, str]]] = []
-        """Method, target and fields of every request but those of probes."""
+        """Method, target and fields of every request except probes."""
         self.ended = threading.Event()
 
     @property

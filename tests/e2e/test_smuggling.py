@@ -173,7 +173,7 @@ def test_smuggling_ambiguous_request_is_refused_with_close(lab: Lab, kind: str, 
     assert len(lab.seen()) == received.count(b"x-vllm-router-server")
     assert len(codes) <= good + 1
     assert all(code in (400, 413, 501, 505) for code in codes[good:]), codes
-    # In HTTP/2 that is told in frames, and takes its time.
+    # In HTTP/2 a reset is a frame, and takes its time.
     assert closed or kind.startswith("HTTP/2")
     assert [entry["path"] for entry in lab.seen()] == [PATH.decode()] * good
 
@@ -275,8 +275,8 @@ def http2(port: int, fields: Fields, body: bytes = BODY, trailers: Fields | None
 @pytest.mark.parametrize("kind", HTTP2_REFUSED)
 def test_smuggling_http2_request_with_other_meaning_is_refused(lab: Lab, kind: str):
     lab.mock.reset()
-    told = http2(lab.router.port, HTTP2_REFUSED[kind], BODY + HIDDEN)
-    assert told in ("refused", "400", "404", "405")
+    outcome = http2(lab.router.port, HTTP2_REFUSED[kind], BODY + HIDDEN)
+    assert outcome in ("refused", "400", "404", "405")
     assert lab.seen() == []
 
 

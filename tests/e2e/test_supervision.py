@@ -241,7 +241,7 @@ def test_worker_orphan_with_stuck_loop_exits():
 
 
 def _lives(pid: int) -> bool:
-    """Whether it runs: nobody may have waited for it yet."""
+    """Whether the process runs; a zombie does not count."""
     with contextlib.suppress(OSError):
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
         return state != "Z"

@@ -208,7 +208,7 @@ def test_tls_mismatched_files_are_one_line_before_start(
 
 
 class TlsInFront:
-    """A TLS port before a plain server; remembers who came with which certificate."""
+    """A TLS port before a plain server; records the certificate of each client."""
 
     def __init__(self, port: int, context: ssl.SSLContext) -> None:
         self._target, self._context = port, context

@@ -1,4 +1,4 @@
-"""`run --workers 2` as real processes: one port, one view, and whoever dies is replaced."""
+"""`run --workers 2` as real processes: one port, one monitor, and a dead process is replaced."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def in_thread(condition, what: str, seconds: float = 60.0) -> None:
 
 
 async def shares(router: RouterProcess, count: int) -> dict[str, int]:
-    """The connections of each worker once both have told of so many together."""
+    """The connections of each worker once both have reported so many together."""
     await in_thread(lambda: sum(connections(router).values()) == count, "the connections")
     return await trio.to_thread.run_sync(connections, router)
 
@@ -166,7 +166,7 @@ def test_workers_newly_loaded_model_is_served_and_unknown_is_404(
             assert loaded.status_code == 200, loaded.text
             answer = client.post("/v1/chat/completions", json=chat(model=name, max_tokens=1))
             assert answer.status_code == 200, answer.text
-        answer = client.post("/v1/chat/completions", json=chat(model="nobody-has-it"))
+        answer = client.post("/v1/chat/completions", json=chat(model="missing"))
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
@@ -241,7 +241,7 @@ def test_workers_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[Mock
             assert client.stdout.readline().startswith(b"data:")
             router.signal(signal.SIGTERM)
             until(lambda: "draining: 1 in flight" in router.text, "the drain")
-            with pytest.raises(ConnectionRefusedError):  # who waited would wait in vain
+            with pytest.raises(ConnectionRefusedError):  # a waiting client would wait for ever
                 socket.create_connection(("127.0.0.1", router.port), 5).close()
             router.signal(signal.SIGTERM)
             assert router.process.wait(20) == 0
@@ -266,7 +266,7 @@ def test_workers_failed_start_is_one_line(tmp_path: Path, quiet: RouterProcess):
     assert "--workers needs --front lane" in both.stderr
 
 
-# -- who dies ---------------------------------------------------------------------------------
+# -- dead processes ---------------------------------------------------------------------------
 
 
 async def test_workers_dead_process_is_replaced_at_its_own_cost_only(
@@ -292,7 +292,7 @@ async def test_workers_dead_process_is_replaced_at_its_own_cost_only(
         assert after["worker 1"] != before["worker 1"]
         assert after["worker 2"] == before["worker 2"]
 
-        # The leader: nobody who asks for tokens notices.
+        # The leader: inference clients do not notice.
         assert (
             router.administrate("POST", f"/admin/servers/{_name(urls[0])}/drain").status_code == 200
         )
@@ -309,10 +309,10 @@ async def test_workers_dead_process_is_replaced_at_its_own_cost_only(
         assert router.state(urls[0]) == "draining"
         assert router.metric("vllm_router_requests_total") > 0
 
-        # The parent: without it nobody would be replaced any more.
-        everybody = family(router)
+        # The parent: without it no process would be replaced.
+        processes = family(router)
         router.process.kill()
-        await in_thread(lambda: not any(map(alive, everybody.values())), "the end of all")
+        await in_thread(lambda: not any(map(alive, processes.values())), "the end of all")
 
 
 def _name(url: str) -> str:

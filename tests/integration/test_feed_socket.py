@@ -114,7 +114,7 @@ async def test_feed_ignores_client_messages_but_detects_disconnect():
     async with served() as router:
         async with router.feed() as websocket:
             for _ in range(200):
-                await websocket.send_message("is anybody there?")
+                await websocket.send_message("hello")
             await message(websocket)
             await router.clients(1)
         await router.clients(0)

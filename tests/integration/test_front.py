@@ -279,19 +279,19 @@ async def test_front_refused_client_gets_no_continue(kind):
     ids=["control byte", "no Host", "version", "folded", "bare LF"],
 )
 async def test_front_refusal_before_application_is_logged(kind, data, line, code):
-    told = []
-    async with running(kind, told=lambda *about: told.append(about)) as on:
+    rejected = []
+    async with running(kind, told=lambda *about: rejected.append(about)) as on:
         async with connected(on.port) as client:
             await client.send(data)
             assert (await client.reply()).status == code
-        ((refusal, client_, line_),) = told
+        ((refusal, client_, line_),) = rejected
         assert (refusal.status, client_[0], line_) == (code, "127.0.0.1", line)
         assert on.app.started == 0
 
 
 async def test_front_refusal_log_has_request_line_in_any_split(kind):
-    told = []
-    async with running(kind, told=lambda *about: told.append(about)) as on:
+    rejected = []
+    async with running(kind, told=lambda *about: rejected.append(about)) as on:
         for cut in (10, 25, 40):
             data = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: \x1b\r\n\r\n"
             async with connected(on.port) as client:
@@ -299,17 +299,17 @@ async def test_front_refusal_log_has_request_line_in_any_split(kind):
                 await trio.sleep(0.02)
                 await client.send(data[cut:])
                 assert (await client.reply()).status == 400
-    assert [line for _, _, line in told] == [b"POST /v1/score HTTP/1.1"] * 3
+    assert [line for _, _, line in rejected] == [b"POST /v1/score HTTP/1.1"] * 3
 
 
 async def test_front_slow_head_is_logged(kind):
-    told = []
+    rejected = []
     limits = Limits(header_timeout=0.2)
-    options = {"limits": limits, "told": lambda *about: told.append(about)}
+    options = {"limits": limits, "told": lambda *about: rejected.append(about)}
     async with running(kind, **options) as on, connected(on.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\nHo")
         assert (await client.reply()).status == 408
-    assert [(refusal.status, line) for refusal, _, line in told] == [
+    assert [(refusal.status, line) for refusal, _, line in rejected] == [
         (408, b"POST /v1/score HTTP/1.1")
     ]
 
@@ -392,7 +392,7 @@ async def test_front_requests_received_before_drain_are_answered(kind):
         await known.reply()
         await trio.testing.wait_all_tasks_blocked()
         os.write(known.stream.socket.fileno(), post())  # without giving the front a turn
-        sock = socket.create_connection(("127.0.0.1", on.port))  # accepted by nobody yet
+        sock = socket.create_connection(("127.0.0.1", on.port))  # not accepted yet
         sock.sendall(post())
         on.front.stop_accepting()
         on.front.begin_drain()

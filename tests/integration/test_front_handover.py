@@ -28,7 +28,7 @@ from support.front_harness import (
 from vllm_router.http.server.listener import Front
 from vllm_router.routing.paths import is_inference
 
-# Key and certificate of nobody, for localhost, good for a hundred years.
+# A test key and certificate for localhost, valid for a hundred years.
 PEM = Path(__file__).parents[1] / "data" / "localhost.pem"
 
 

@@ -87,10 +87,10 @@ def test_passed_sockets_invalid_number_is_named(name):
 @pytest.mark.parametrize("address", ["@vllm-router-test-{pid}", "{tmp}/notify"])
 def test_notify_state_is_sent_to_requested_address(tmp_path, address):
     address = address.format(pid=os.getpid(), tmp=tmp_path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind("\0" + address[1:] if address.startswith("@") else address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind("\0" + address[1:] if address.startswith("@") else address)
         notify("READY=1", {"NOTIFY_SOCKET": address})
-        assert told.recv(100) == b"READY=1"
+        assert receiver.recv(100) == b"READY=1"
 
 
 def test_notify_without_address_is_no_error(tmp_path):

@@ -1,6 +1,6 @@
 """An answer to HTTP/1.0 that breaks off: all that was sent arrives, and then a reset shows it.
 
-Nothing else tells such a client, nginx with a plain proxy_pass among them, that there is no more.
+Only a reset shows such a client (nginx with a plain proxy_pass, for one) that the body is cut.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Whatever is sent to the public port: the next client is served, nothing is left behind, and no
-connection fails in a way that nobody has thought of."""
+connection fails in an unforeseen way."""
 
 from __future__ import annotations
 

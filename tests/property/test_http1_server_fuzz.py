@@ -32,7 +32,7 @@ STRICTER = {
     "malformed head: Content-Length already present",
     "malformed head: Duplicate Content-Length",
     "malformed head: Invalid character in Content-Length",
-    # RFC 9110 8.6: too large to be a number is for nobody to wait for.
+    # RFC 9110 8.6: a length too large for an integer is refused.
     "malformed Content-Length",
     "malformed head: Content-Length overflow",
     # RFC 9112 5.2: a server must reject obs-fold or replace it; h11 replaces it.

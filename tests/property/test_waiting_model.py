@@ -1,4 +1,4 @@
-"""Any sequence of events in the waiting room against a plain list that tells what must be.
+"""Any sequence of events in the admission queue, compared with a plain list as a model.
 
 Requests come, with or without a model that stands in for theirs, are served, fail and return, give
 up, and are displaced; servers fall, come back, change their caps and their models.

@@ -67,8 +67,8 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        told = lab("start", str(self.port), *self.arguments, environment=self.environment)
-        found = re.search(r"pid (\d+)", told)
+        output = lab("start", str(self.port), *self.arguments, environment=self.environment)
+        found = re.search(r"pid (\d+)", output)
         assert found is not None
         self.pid = int(found[1])
 
@@ -201,7 +201,7 @@ class Tap:
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket, copy: bytearray) -> None:
-        # Every byte is in the copy before anybody can have received it.
+        # Every byte is in the copy before the receiver can have it.
         with contextlib.suppress(OSError):  # a side was reset, or the tap is closing
             while data := source.recv(65536):
                 copy += data

@@ -31,7 +31,7 @@ from support.router_process import router_process, servers_toml, until
 
 pytestmark = pytest.mark.real
 
-PROMPT = [{"role": "user", "content": "hello, who is there? 你好 🌍"}]
+PROMPT = [{"role": "user", "content": "hello, are you there? 你好 🌍"}]
 SAMPLING: dict[str, Any] = {
     "model": MODEL,
     "messages": PROMPT,
@@ -153,7 +153,7 @@ def test_real_async_streams_reach_both_servers_whole(servers: list[RealServer], 
         async with async_sdk(routed) as client:
             return await asyncio.gather(*(answer(client) for _ in range(12)))
 
-    # Texts may differ here: sampling depends on who shares the batch.
+    # Texts may differ here: sampling depends on the rest of the batch.
     for each in asyncio.run(answers()):
         assert each["finish_reason"] == ["length"]
         assert each["usage"][0]["completion_tokens"] == SAMPLING["max_tokens"]
@@ -352,14 +352,14 @@ def test_real_sigterm_with_grace_period_fails_no_response(
 
     def ask() -> list[tuple[str, int, int]]:
         """Where from, the status and the attempts of each."""
-        told = []
+        seen = []
         with httpx.Client(timeout=60) as client:
             while not over.is_set():
                 answer = client.post(f"{url}/v1/chat/completions", json=short)
                 headers = answer.headers
                 served_by = headers.get("x-vllm-router-server", "")
-                told.append((served_by, answer.status_code, int(headers["x-vllm-router-attempts"])))
-        return told
+                seen.append((served_by, answer.status_code, int(headers["x-vllm-router-attempts"])))
+        return seen
 
     with real_servers(1, "--shutdown-timeout", "20") as [patient]:
         with router([servers[0], patient], tmp_path) as url, ThreadPoolExecutor(8) as pool:
@@ -379,4 +379,4 @@ def test_real_sigterm_with_grace_period_fails_no_response(
         assert b'"finish_reason":"length"' in received
         assert received.endswith(b"data: [DONE]\n\n")
     assert {status for _, status, _ in answers} == {200}
-    assert max(attempts for _, _, attempts in answers) == 2, "nobody was turned away by it"
+    assert max(attempts for _, _, attempts in answers) == 2, "no request was refused by it"

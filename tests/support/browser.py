@@ -40,7 +40,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--mute-audio",
     "--no-proxy-server",
-    # A name that anybody's DNS could point at this machine.
+    # A name that any DNS server could point at this machine.
     "--host-resolver-rules=MAP router.test 127.0.0.1",
     "--lang=en-US",
     "--remote-debugging-port=0",
@@ -85,7 +85,7 @@ def _address(process: subprocess.Popen[bytes], file: Path) -> str:
 
 
 class DevTools:
-    """Commands to the browser, and what it tells unasked."""
+    """Commands to the browser, and the events it sends."""
 
     def __init__(self, socket: trio_websocket.WebSocketConnection) -> None:
         self._socket = socket
@@ -93,7 +93,7 @@ class DevTools:
         self._answers: dict[int, dict[str, Any]] = {}
         self._waiting: dict[int, trio.Event] = {}
         self.session: str | None = None
-        self.told: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
 
     async def read(self) -> None:
         """Take messages until cancelled."""
@@ -103,7 +103,7 @@ class DevTools:
                 self._answers[message["id"]] = message
                 self._waiting.pop(message["id"]).set()
             else:
-                self.told.append(message)
+                self.events.append(message)
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The result of a command. Raises RuntimeError if the browser refuses it."""
@@ -134,7 +134,7 @@ class Page:
 
     async def open(self, url: str) -> None:
         """Go to a page and wait until it has loaded."""
-        self.tools.told.clear()
+        self.tools.events.clear()
         await self.tools.call("Page.navigate", url=url)
         await self.wait(
             f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'"
@@ -245,7 +245,7 @@ class Page:
     def problems(self) -> list[str]:
         """Errors and warnings of the console, uncaught exceptions, violated policies."""
         found = []
-        for message in self.tools.told:
+        for message in self.tools.events:
             details = message["params"]
             if message["method"] == "Runtime.exceptionThrown":
                 found.append(str(details["exceptionDetails"]))
@@ -265,7 +265,7 @@ class Page:
         """The address of everything that was asked for over HTTP."""
         return [
             message["params"]["request"]["url"]
-            for message in self.tools.told
+            for message in self.tools.events
             if message["method"] == "Network.requestWillBeSent"
         ]
 

@@ -37,7 +37,7 @@ def make_config(
 def make_fleet(
     servers: list[dict[str, Any]] | int = 1, *, up: bool = True, now: float = 0.0, **settings: Any
 ) -> Fleet:
-    """A fleet whose servers have been probed good and list the model `m`, unless told not to."""
+    """A fleet whose servers have been probed good and list the model `m`, unless `up` is false."""
     fleet = Fleet(make_config(servers, **settings))
     if up:
         for server in fleet.servers.values():

@@ -126,10 +126,10 @@ class Application:
             await start(send, 200, (b"x-a", b"b\r\nx-c: d"))
             await send({"type": "http.response.body", "body": b""})
         else:
-            told = {"path": scope["path"], "query": scope["query_string"].decode()}
-            told |= {"version": scope["http_version"], "scheme": scope["scheme"]}
-            told |= {"method": scope["method"], "body": body.decode("latin-1")}
-            await answer(send, 200, json.dumps(told).encode())
+            seen = {"path": scope["path"], "query": scope["query_string"].decode()}
+            seen |= {"version": scope["http_version"], "scheme": scope["scheme"]}
+            seen |= {"method": scope["method"], "body": body.decode("latin-1")}
+            await answer(send, 200, json.dumps(seen).encode())
 
     async def _echo(self, receive, send) -> None:
         await receive()

@@ -162,7 +162,7 @@ class Lab:
 
     @contextlib.contextmanager
     def server(self, handle: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
-        """A hostile server that the router has been told of; its URL.
+        """Starts a hostile server and adds it to the router; returns its URL.
 
         `handle(sock, head)` is called for each request, in a thread, with its head (the body may
         be in it or not), and writes what it likes. The connection is closed behind it.

@@ -124,7 +124,7 @@ HTTP1 = [
     Hostile("pipelines whose clients leave", play=pipeline_and_leave),
     Hostile("50 half requests", play=half_requests),
     Hostile("100 resets", play=resets),
-    Hostile("pages that nobody reads", play=reads_nothing),
+    Hostile("pages that are not read", play=reads_nothing),
     Hostile("a refused body that goes on", play=sends_behind_a_refusal),
     Hostile("500 expectations", head("POST", CHAT, "Expect: " + "100-continue," * 500), b" 417 "),
     Hostile("upgrade to anything", head("GET", "/livez", "Connection: Upgrade", "Upgrade: a")),

@@ -54,7 +54,7 @@ def listing(*names: str) -> Pieces:
 
 class Server:
     """Answers by path, and counts what it is asked; `/v1/models` and `/health` are good unless
-    told otherwise."""
+    configured otherwise."""
 
     def __init__(self, **answers: Pieces) -> None:
         """`health`, `metrics`, `models` and `post` say what those are answered with."""

@@ -95,7 +95,7 @@ class MockProcess:
         self.process.wait()
 
     def freeze(self) -> None:
-        """SIGSTOP: the kernel still accepts connections, nobody answers."""
+        """SIGSTOP: the kernel still accepts connections; the process does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:

@@ -30,7 +30,7 @@ server {
     location / { proxy_pass http://127.0.0.1:8888; }
 }
 """
-"""What everybody writes first: HTTP/1.0 to the router, and answers are buffered."""
+"""The usual first configuration: HTTP/1.0 to the router, and responses are buffered."""
 
 HAPROXY_PLAIN = """
 defaults

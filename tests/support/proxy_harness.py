@@ -82,7 +82,7 @@ class Client:
         with self._task:
             await self._rig.proxy(self._scope, self._receive, self._send)
         self.got.took = trio.current_time() - began
-        await trio.lowlevel.cancel_shielded_checkpoint()  # recorders are told at the turn's end
+        await trio.lowlevel.cancel_shielded_checkpoint()  # recorders are called at the turn's end
         self.done = True
         return self.got
 
@@ -192,7 +192,7 @@ class Rig:
         self.recorder = Recorder()
         self.rng = Random(1)
         self.proxy = Proxy(self.fleet, self.config, (self.recorder,), self.rng)
-        self.proxy.tell_every = 0.0  # else a second answer in 5 ms is told of later
+        self.proxy.tell_every = 0.0  # else a second response within 5 ms is reported later
         self.scripted: dict[str, ScriptedServer] = {}
         for server, script in zip(self.servers, scripts, strict=True):
             scripted = self.scripted[server.name] = ScriptedServer(nursery, script)

@@ -40,8 +40,8 @@ def capture(name: str) -> Capture:
     text, _, rest = text.partition("\n# curl rc=")
     request, head, body = re.fullmatch(r"# ([^\n]*)\n(.*?)\n\n(.*)", text, re.DOTALL).groups()
     given = re.search(r" -d (.*)$", request)
-    told = re.search(r" -X (\S+)", request)
-    method = told[1] if told is not None else "POST" if given else "GET"
+    option = re.search(r" -X (\S+)", request)
+    method = option[1] if option is not None else "POST" if given else "GET"
     path = re.search(r"/\S*", request)[0]
     answer = Answer(head.replace("\n", "\r\n").encode())
     # A long stream is shortened, with a comment where events are left out.
@@ -80,13 +80,13 @@ def reasons(value: Any) -> list[Any]:
         return [found for item in value for found in reasons(item)]
     if not isinstance(value, dict):
         return []
-    told = [
+    own = [
         (key, item)
         for key, item in value.items()
         if key in ("finish_reason", "stop_reason", "status", "incomplete_details", "type")
         and not isinstance(item, list)
     ]
-    return told + [found for item in value.values() for found in reasons(item)]
+    return own + [found for item in value.values() for found in reasons(item)]
 
 
 def assert_shapes_agree(ours: Answer, real: Capture) -> None:

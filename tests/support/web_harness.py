@@ -56,7 +56,7 @@ class Lab:
     def __init__(
         self, servers: Any = 2, *, up: bool = True, file: Path | None = None, **settings: Any
     ) -> None:
-        """The configuration is that of `file`, if one is given."""
+        """The configuration is read from `file`, if given."""
         source = ConfigSource(file, {}) if file is not None else None
         config = source.load() if source is not None else make_config(servers, **settings)
         self.router = Supervisor(config, source, Random(1))

@@ -11,7 +11,7 @@ from support.router_process import RouterProcess, until
 
 
 def pids(router: RouterProcess) -> dict[str, int]:
-    """Those of its leader and workers that there are now, by name."""
+    """The running leader and workers, by name."""
     found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():

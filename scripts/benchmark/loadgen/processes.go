@@ -18,7 +18,7 @@ type usage struct {
 
 type process struct {
 	parent int
-	cpu    float64 // its own, and that of the children it has waited for
+	cpu    float64 // its own, plus its reaped children
 }
 
 func sample() usage {
@@ -102,7 +102,7 @@ func machine() float64 {
 	total := 0.0
 	for i, field := range bytes.Fields(line) {
 		n, _ := strconv.ParseFloat(string(field), 64)
-		// user nice system idle iowait irq softirq; steal is somebody else's, guest is in user
+		// user nice system idle iowait irq softirq; steal is other machines', guest is in user
 		if i >= 1 && i != 4 && i != 5 && i <= 7 {
 			total += n
 		}

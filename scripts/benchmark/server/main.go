@@ -339,6 +339,6 @@ func main() {
 		}()
 	}
 	fmt.Println(strings.Join(used, ","))
-	// Ends with whoever started it: its stdin is closed then, however that one ended.
+	// Exits with its parent process: stdin is closed then, however the parent ended.
 	io.Copy(io.Discard, os.Stdin)
 }

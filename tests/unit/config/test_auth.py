@@ -197,10 +197,10 @@ def bearer(key: str) -> dict[bytes, bytes]:
     return {b"authorization": b"Bearer " + key.encode("latin-1")}
 
 
-def who(identity: Identity) -> str:
+def name_of(identity: Identity) -> str:
     if identity.key is not None:
         return identity.key.name
-    return "admin" if identity.admin else "status" if identity.status else "nobody"
+    return "admin" if identity.admin else "status" if identity.status else "unknown"
 
 
 @pytest.mark.parametrize(
@@ -210,22 +210,22 @@ def who(identity: Identity) -> str:
         ("sk-ab", "b"),
         ("sk-admin", "admin"),
         ("sk-status", "status"),
-        ("sk-", "nobody"),
-        ("sk-abc", "nobody"),
-        ("SK-A", "nobody"),
-        ("", "nobody"),
-        ("sk-a\xff", "nobody"),
-        ("sk-a" * 10_000, "nobody"),
-        (f"sha256:{DIGEST}", "nobody"),
-        (DIGEST, "nobody"),
+        ("sk-", "unknown"),
+        ("sk-abc", "unknown"),
+        ("SK-A", "unknown"),
+        ("", "unknown"),
+        ("sk-a\xff", "unknown"),
+        ("sk-a" * 10_000, "unknown"),
+        (f"sha256:{DIGEST}", "unknown"),
+        (DIGEST, "unknown"),
     ],
 )
 def test_keyring_key_identifies_its_owner(key: str, name: str):
-    assert who(ring().identify(bearer(key))) == name
-    assert who(ring().identify({b"x-api-key": key.encode("latin-1")})) == name
+    assert name_of(ring().identify(bearer(key))) == name
+    assert name_of(ring().identify({b"x-api-key": key.encode("latin-1")})) == name
     token = base64.urlsafe_b64encode(key.encode("latin-1")).rstrip(b"=")
     fields = {b"sec-websocket-protocol": b"vllm-router.feed, vllm-router.key." + token}
-    assert who(ring().identify(fields)) == name
+    assert name_of(ring().identify(fields)) == name
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_keyring_key_elsewhere_is_ignored(fields: dict[bytes, bytes]):
 
 
 def test_keyring_scheme_is_case_insensitive():
-    assert who(ring().identify({b"authorization": b"bEARER sk-a"})) == "a"
+    assert name_of(ring().identify({b"authorization": b"bEARER sk-a"})) == "a"
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
 def test_keyring_any_bytes_are_a_known_key_or_none(one: bytes, two: bytes, three: bytes):
     fields = {b"authorization": one, b"x-api-key": two, b"sec-websocket-protocol": three}
-    assert who(KEYS.identify(fields)) in {"a", "b", "admin", "status", "nobody"}
+    assert name_of(KEYS.identify(fields)) in {"a", "b", "admin", "status", "unknown"}
 
 
 @given(st.text(string.printable.strip(), min_size=1, max_size=60))

@@ -872,7 +872,7 @@ def test_config_bad_limit_error_says_what_is_expected(line: str, expected: str):
     assert problem(f"{ONE_SERVER}[limits]\n{line}") == expected
 
 
-def test_config_keys_without_limits_use_those_of_the_table():
+def test_config_keys_without_limits_use_limits_of_the_table():
     text = f"""{ONE_SERVER}
 [limits]
 key_requests_per_minute = 60

@@ -1,4 +1,4 @@
-"""Origins of pages: what may be listed, what matches, and what a refused page is told."""
+"""Origins of pages: what may be listed, what matches, and the error for a refused page."""
 
 from __future__ import annotations
 
@@ -243,8 +243,8 @@ def test_origin_refusal_says_what_to_configure(path):
         'trusted_proxies = ["192.0.2.9"] and let the proxy send X-Forwarded-Host.'
     )
     asked(path, OURS, cors_origins=["https://llm.example"])
-    told = OURS | {"x-forwarded-host": "llm.example"}
-    asked(path, told, trusted_proxies=["192.0.2.9"])
+    headers = OURS | {"x-forwarded-host": "llm.example"}
+    asked(path, headers, trusted_proxies=["192.0.2.9"])
 
 
 @pytest.mark.parametrize("origin", ["null", "app://x", "chrome-extension://ab", "file://"])

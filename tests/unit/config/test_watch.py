@@ -1,4 +1,4 @@
-"""Hot reload: a good file is applied whole, anything else changes nothing and is told once."""
+"""Hot reload: a good file is applied whole, any other changes nothing and is logged once."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_config_source_impossible_path_is_one_line(path: Path, name: str):
 
 
 def test_config_source_unreadable_file_is_one_line(path: Path, monkeypatch: pytest.MonkeyPatch):
-    # Tests may run as root, whom no mode keeps from reading.
+    # Tests may run as root, which no mode keeps from reading.
     def refuse(*args: object) -> int:
         raise PermissionError(13, "Permission denied")
 

@@ -1,4 +1,4 @@
-"""Who is ejected for its success rate, how many may be, and whose fault a failure is."""
+"""Ejection by success rate: which servers, how many, and which failures count."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_ejection_limit_ignores_down_servers_and_then_ejects_next():
 
 
 def test_ejection_limit_ignores_drained_and_sleeping_servers():
-    """They get no trial: nobody else could be ejected for as long as they stay so."""
+    """They get no probation request, so they would block other ejections for as long."""
     for how in ("drained", "asleep"):
         fleet = make_fleet(3)
         traffic(fleet, "a", "xxx", 1.0)

@@ -1,4 +1,4 @@
-"""Who may take a request, and what a reload does to the servers."""
+"""Candidates for a request, and the effect of a reload on the servers."""
 
 from __future__ import annotations
 
@@ -306,20 +306,20 @@ def test_model_cards_configured_model_has_one_without_engine():
 
 
 def test_fleet_transition_is_announced_once_without_requests():
-    fleet, told = make_fleet(1, auto_recovery_threshold=5), []
-    fleet.on_transition.append(told.append)
+    fleet, changes = make_fleet(1, auto_recovery_threshold=5), []
+    fleet.on_transition.append(changes.append)
     a = of(fleet, "a")
     a.refused(10.0, 2.0)
     fleet.settle(10.0)
     fleet.settle(11.0)
     fleet.settle(12.0)
     fleet.settle(13.0)
-    assert [change.new for change in told] == [State.FULL, State.UP]
+    assert [change.new for change in changes] == [State.FULL, State.UP]
     eject(a, 20.0)
     fleet.settle(20.0)
     fleet.settle(30.0)
-    assert [change.new for change in told[2:]] == [State.EJECTED]
-    assert told[2].reason == "3 requests in a row failed"
+    assert [change.new for change in changes[2:]] == [State.EJECTED]
+    assert changes[2].reason == "3 requests in a row failed"
 
 
 def test_fleet_retry_after_is_next_possible_change():

@@ -1,4 +1,4 @@
-"""Servers that let requests wait and give nobody a token: paused, hung, or with stuck gauges."""
+"""Servers that hold requests and send no token: paused, hung, or with frozen gauges."""
 
 from __future__ import annotations
 
@@ -439,7 +439,7 @@ def test_long_prefill_filling_cache_is_not_silent():
     assert a.silence.since is None
 
 
-# -- E10: a deadline blames only a server that answers nobody --------------------------------------
+# -- E10: a deadline counts only against a server that answers no request --------------------------
 
 
 def failures(rig: Rig, name: str) -> int:

@@ -412,5 +412,5 @@ def test_retry_after_is_read_in_seconds(value, seconds):
     ],
 )
 def test_response_headers_of_stream_disable_nginx_buffering(given, expected):
-    told = AnswerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
-    assert [value for name, value in told if name == b"x-accel-buffering"] == expected
+    headers = AnswerHead(given).for_client(length_in(given), b"gpu-1", 1, b"rid", anthropic=True)
+    assert [value for name, value in headers if name == b"x-accel-buffering"] == expected

@@ -67,7 +67,7 @@ async def exchange(connection: Connection, body: bytes = b"{}") -> Got:
     return Got(answered.status, answered.headers, received, connection.reusable)
 
 
-async def told(*pieces: bytes) -> Got:
+async def received(*pieces: bytes) -> Got:
     """What comes of a server that sends these pieces, one after the other, and closes."""
     result: Got | ConnectionLost
     async with trio.open_nursery() as nursery:
@@ -113,12 +113,12 @@ async def told(*pieces: bytes) -> Got:
 )
 async def test_client_response_in_any_split_is_read(raw, status, body, reusable, cut):
     pieces = [raw] if cut == "whole" else [raw[i : i + 1] for i in range(len(raw))]
-    got = await told(*pieces)
+    got = await received(*pieces)
     assert (got.status, got.body, got.reusable) == (status, body, reusable)
 
 
 async def test_client_headers_are_lower_case_in_order_without_trailers():
-    got = await told(
+    got = await received(
         b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
         b"HTTP/1.1 200 OK\r\nX-B: 2\r\nx-A:1\r\nX-B:  3 \r\ntransfer-encoding: chunked\r\n\r\n"
         b"0\r\nx-late: 1\r\n\r\n"
@@ -133,16 +133,16 @@ async def test_client_headers_are_lower_case_in_order_without_trailers():
 
 async def test_client_compressed_body_passes_unchanged():
     squeezed = b"\x1f\x8b\x08\x00rest"
-    got = await told(ok(squeezed, b"content-encoding: gzip"))
+    got = await received(ok(squeezed, b"content-encoding: gzip"))
     assert got.body == squeezed
     assert (b"content-encoding", b"gzip") in got.headers
 
 
 async def test_client_bytes_after_response_close_connection_only():
     for junk in (b"junk", ok(b"second"), b"\x00", b"HTTP/1.1 999"):
-        got = await told(ok(b"first") + junk)
+        got = await received(ok(b"first") + junk)
         assert (got.body, got.reusable) == (b"first", False)
-    got = await told(b"HTTP/1.1 204 No Content\r\n\r\nbody")
+    got = await received(b"HTTP/1.1 204 No Content\r\n\r\nbody")
     assert (got.status, got.body, got.reusable) == (204, b"", False)
 
 
@@ -189,7 +189,7 @@ LENGTH = b"content-length: 5\r\n"
 async def test_client_invalid_or_ambiguous_response_is_protocol_error(raw, cut):
     pieces = [raw] if cut == "whole" else [raw[i : i + 1] for i in range(len(raw))]
     with pytest.raises(ProtocolViolation):
-        await told(*pieces)
+        await received(*pieces)
 
 
 @pytest.mark.parametrize("size", [1_200_000, 3_000_000])
@@ -200,7 +200,7 @@ async def test_client_oversized_head_is_protocol_error(size):
         b"HTTP/1.1 100 Continue\r\n\r\n" * (size // 25),
     ):
         with pytest.raises(ProtocolViolation):
-            await told(head)
+            await received(head)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ async def test_client_oversized_head_is_protocol_error(size):
 )
 async def test_client_truncated_response_is_connection_lost(raw):
     with pytest.raises(ConnectionLost):
-        await told(raw)
+        await received(raw)
 
 
 async def test_client_failed_connection_is_never_reused():
@@ -380,8 +380,8 @@ async def test_client_endless_framing_is_protocol_error(pours, start, piece, wor
 async def test_client_too_many_headers_is_protocol_error():
     fields = [b"x-%d: y" % number for number in range(1100)]
     with pytest.raises(ProtocolViolation, match="1000 fields"):
-        await told(answer(200, b"{}", *fields))
-    assert (await told(answer(200, b"{}", *fields[:900]))).status == 200
+        await received(answer(200, b"{}", *fields))
+    assert (await received(answer(200, b"{}", *fields[:900]))).status == 200
 
 
 # -- connecting --------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nall of it"
 @pytest.mark.parametrize("said", [UNTIL_CLOSE, sse_head() + chunk(b"x"), b"HTTP/1.1 200", b""])
 @pytest.mark.parametrize("goodbye", [True, False])
 async def test_tls_body_until_close_needs_close_notify(said, goodbye):
-    """RFC 9112 section 9.8: without close_notify anybody on the way may have cut it."""
+    """RFC 9112 section 9.8: without close_notify any hop may have cut it."""
 
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
         seen = b""
@@ -595,9 +595,9 @@ async def test_tls_handshake_failure_has_reason(reason, words):
         try:
             await open_within(Pool(f"https://127.0.0.1:{port}"), 30)
         except ConnectFailed as failed:
-            told = str(failed)
+            message = str(failed)
         nursery.cancel_scope.cancel()
-    assert words in told
+    assert words in message
 
 
 # -- keeping connections -----------------------------------------------------------------------
@@ -807,7 +807,7 @@ def test_client_every_accepted_response_reads_like_h11(raw, cuts):
 
     async def main() -> tuple[int, bytes] | None:
         try:
-            got = await told(*pieces)
+            got = await received(*pieces)
         except ConnectionLost:
             return None
         return got.status, got.body

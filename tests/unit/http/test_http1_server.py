@@ -217,13 +217,13 @@ async def test_server_body_refusal_reaches_client_that_stopped_sending():
 
 
 async def test_server_refusal_of_first_chunk_reaches_client():
-    told = []
-    async with running(told=lambda *about: told.append(about)) as on:
+    rejected = []
+    async with running(told=lambda *about: rejected.append(about)) as on:
         async with connected(on.port) as client:
             await client.send(CHUNKED + b"nonsense\r\n")
             assert (await client.reply()).status == 400
         assert on.app.started == 0
-    ((refusal, _, line),) = told
+    ((refusal, _, line),) = rejected
     assert (refusal.status, line) == (400, b"POST /v1/score HTTP/1.1")
 
 

@@ -50,7 +50,7 @@ class Scripted:
 
 
 async def answer_of(connection: Connection) -> Any:
-    """All that can be told of one answer."""
+    """Every observable property of one response."""
     connection.ask(b"GET / HTTP/1.1\r\n\r\n", b"")
     try:
         answer = await connection.read_head()
@@ -63,14 +63,14 @@ async def answer_of(connection: Connection) -> Any:
     return *head, body, connection.reusable
 
 
-def told(reads: list[bytes], known: KnownAnswer | None) -> Any:
+def parsed(reads: list[bytes], known: KnownAnswer | None) -> Any:
     return trio.run(answer_of, Connection(Scripted(reads), known))
 
 
 def knowing(*answers: bytes) -> KnownAnswer:
     known = KnownAnswer()
     for answer in answers:
-        told([answer], known)
+        parsed([answer], known)
     return known
 
 
@@ -79,7 +79,7 @@ def test_known_response_same_head_with_any_length_matches():
     for body in (b"hello", b"", b"other", b"x" * 70_000):
         data = HEAD % len(body) + body
         assert known.read(data) is not None
-        assert told([data], known) == told([data], None)
+        assert parsed([data], known) == parsed([data], None)
 
 
 def test_known_response_headers_of_earlier_response_stay_unchanged():
@@ -104,7 +104,7 @@ def test_known_response_other_difference_is_parsed():
         b"",
     ):
         assert known.read(data) is None
-        assert told([data], known) == told([data], None)
+        assert parsed([data], known) == parsed([data], None)
 
 
 def test_known_response_only_whole_keep_alive_responses_are_remembered():
@@ -159,4 +159,4 @@ def test_known_response_any_sequence_equals_parsing(answers: list[tuple[bytes, i
     known = KnownAnswer()
     for data, cut in answers:
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]
-        assert told(reads, known) == told(reads, None)
+        assert parsed(reads, known) == parsed(reads, None)

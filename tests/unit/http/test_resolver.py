@@ -44,7 +44,7 @@ def texts(addresses: list[Address]) -> list[str]:
 
 
 class FakeResolver:
-    """Answers as it is told: addresses, an exception, or after a delay (None: never)."""
+    """Answers as configured: addresses, an exception, or after a delay (None: never)."""
 
     def __init__(self, *answer: str) -> None:
         self.answer: tuple[str, ...] | Exception = answer
@@ -432,7 +432,7 @@ async def test_connect_enables_keepalive_on_sockets():
 
 
 async def test_connect_slow_is_logged_and_continues():
-    told: list[str] = []
+    calls: list[str] = []
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -442,7 +442,7 @@ async def test_connect_slow_is_logged_and_continues():
             sock.setblocking(False)
             assert sock.connect_ex(target) in (0, errno.EINPROGRESS)
         with trio.move_on_after(30) as scope:
-            await transport.connect((V4, target), lambda: (told.append("slow"), scope.cancel()))
+            await transport.connect((V4, target), lambda: (calls.append("slow"), scope.cancel()))
         for sock in crowd:
             sock.close()
-    assert told == ["slow"]
+    assert calls == ["slow"]

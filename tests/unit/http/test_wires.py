@@ -1,4 +1,4 @@
-"""Sockets of the data path: what is read, written together, late, and told between tasks."""
+"""Sockets of the data path: reads, combined and deferred writes, and wake-ups between tasks."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ async def test_socket_rest_is_sent_without_a_waiting_task():
 
 
 async def test_socket_failed_write_is_reported_and_wakes_waiter():
-    told = []
-    with pair(lambda: told.append(wire.broken)) as (wire, peer):
+    calls = []
+    with pair(lambda: calls.append(wire.broken)) as (wire, peer):
         wire.write(b"x" * 10_000_000)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wire.caught_up)
@@ -196,20 +196,20 @@ async def test_socket_failed_write_is_reported_and_wakes_waiter():
             with trio.fail_after(5):
                 while not wire.broken:
                     await trio.testing.wait_all_tasks_blocked()
-        assert told[-1] is True
+        assert calls[-1] is True
 
 
 async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
-    told = trio.Event()
+    called = trio.Event()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    wire = Wire(ours, told.set)
+    wire = Wire(ours, called.set)
     await trio.testing.wait_all_tasks_blocked()
     wire.ended = True  # as if the news of its end had been taken in already
     theirs.close()
     wire.write(b"x")
     with trio.fail_after(5):
-        await told.wait()
+        await called.wait()
     assert wire.broken
     wire.leave()
     ours.close()
@@ -310,14 +310,14 @@ async def test_stream_into_cancelled_loses_nothing():
 
 
 async def test_socket_end_is_reported_once():
-    told = []
-    with pair(lambda: told.append(1)) as (wire, peer):
+    calls = []
+    with pair(lambda: calls.append(1)) as (wire, peer):
         peer.send(b"x")
         await trio.testing.wait_all_tasks_blocked()
-        assert told == []
+        assert calls == []
         peer.close()
         await trio.testing.wait_all_tasks_blocked()
-        assert told == [1]
+        assert calls == [1]
         assert await wire.read() == b"x"
 
 

@@ -85,7 +85,7 @@ def test_answer_table_classifies_captured_answers(name: str, wanted: set[Verdict
     verdict = verdict_of(real.path, real.answer, real.end)
     assert verdict in wanted
     if name.endswith("-stream") and real.end == CUT and "running" not in name:
-        assert verdict is WAIT  # what was told is only that it has begun
+        assert verdict is WAIT  # it only says that the response has begun
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_answer_table_classifies_error_events_of_real_servers(name: str):
 def test_answer_table_classifies_error_events_of_other_engines(error: str):
     event, blame = ERRORS[error]
     decoded = decode_event(event.rstrip(b"\r\n"))
-    told = fault_of(decoded.payload) if decoded.payload is not None else Fault.UNCLEAR
+    fault = fault_of(decoded.payload) if decoded.payload is not None else Fault.UNCLEAR
     allowed = {
         "client": {Fault.CLIENT},
         "server": {Fault.SERVER, Fault.BUSY},
         "unclear": {Fault.UNCLEAR, Fault.CLIENT},
     }
-    assert told in allowed[blame]
+    assert fault in allowed[blame]
 
 
 async def answers(switches: dict[str, Any], path: str, *, stream: bool) -> tuple[Answer, int]:

@@ -138,7 +138,7 @@ def without_connection_close(answer: Answer) -> None:
 
 
 def tokens(answer: Answer) -> int | None:
-    """How many the usage at the end tells; None: it has no usage."""
+    """The tokens in the final usage; None without usage."""
     stream = answer["content-type"].startswith("text/event-stream")
     events = answer.events if stream else answer.json
     found = re.findall(r'"(?:output|completion)_tokens": (\d+)', json.dumps(events))

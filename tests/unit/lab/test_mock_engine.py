@@ -30,15 +30,15 @@ def request(prompt: str = "hello", limit: int = 3, **more: Any) -> Request:
 
 def run(core: Engine, now: float = 0.0, until: float = 1e9) -> list[tuple[float, Request, int]]:
     """Advance to the end: (time, request, tokens) of each delivery."""
-    seen = [(now, who, len(words)) for who, words in core.advance(now)]
+    seen = [(now, request, len(words)) for request, words in core.advance(now)]
     while core.wake < until:
         now = core.wake
-        seen += [(now, who, len(words)) for who, words in core.advance(now)]
+        seen += [(now, request, len(words)) for request, words in core.advance(now)]
     return seen
 
 
-def times(seen: list[tuple[float, Request, int]], who: Request) -> list[float]:
-    return [round(when, 6) for when, emitted, _ in seen if emitted is who]
+def times(seen: list[tuple[float, Request, int]], request: Request) -> list[float]:
+    return [round(when, 6) for when, emitted, _ in seen if emitted is request]
 
 
 def test_mock_engine_single_request_gets_a_token_per_step_after_ttft():
@@ -109,7 +109,7 @@ def test_mock_engine_aborted_request_leaves_at_end_of_step():
     core.advance(0.05)
     assert one in core.running
     delivered = core.advance(0.1)
-    assert [who for who, _ in delivered] == [two]
+    assert [request for request, _ in delivered] == [two]
     assert list(core.running) == [two]
     assert core.statistics.aborted == 1
 
@@ -137,7 +137,7 @@ def test_mock_engine_delays_of_one_request_leave_others_alone():
 def test_mock_engine_without_token_delay_answers_in_one_piece():
     core, one = engine(token_delay=0.0), request("a", 500)
     core.submit(one, 0.0)
-    assert [(who, len(words)) for who, words in core.advance(0.0)] == [(one, 500)]
+    assert [(request, len(words)) for request, words in core.advance(0.0)] == [(one, 500)]
 
 
 def test_mock_engine_same_request_gets_same_words_unless_seed_differs():

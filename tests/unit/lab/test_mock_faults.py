@@ -206,9 +206,9 @@ async def test_mock_fault_applies_to_one_path(autojump_clock):
 
 async def test_mock_fault_applies_to_bodies_with_given_text(autojump_clock):
     async with running_mock() as mock:
-        await mock.set(mode="500", only_body="poison")
+        await mock.set(mode="500", only_body="crash")
         assert (await mock.ask("POST", PATH, CHAT)).status == 200
-        assert (await mock.ask("POST", PATH, CHAT | {"user": "poison"})).status == 500
+        assert (await mock.ask("POST", PATH, CHAT | {"user": "crash"})).status == 500
 
 
 async def test_mock_fault_header_for_other_server_is_ignored(autojump_clock):

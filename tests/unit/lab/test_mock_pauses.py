@@ -109,8 +109,8 @@ async def test_mock_abort_of_one_request_leaves_others(autojump_clock):
             body = CHAT | {"stream": True}
             await client.send("POST", PATH, body, f"x-request-id: {number}")
         await trio.sleep(3.5)
-        told = await mock.ask("POST", "/abort_requests", {"request_ids": ["chatcmpl-1"]})
-        assert told.json == {"status": "aborted", "aborted": 1}
+        reply = await mock.ask("POST", "/abort_requests", {"request_ids": ["chatcmpl-1"]})
+        assert reply.json == {"status": "aborted", "aborted": 1}
         answers = [await whole(client) for client in clients]
         assert [finish(answer) for answer in answers] == ["length", "abort"]
 

@@ -276,8 +276,8 @@ async def test_mock_wire_dead_engine_has_error_text_of_each_api(path, after, aut
         assert (await mock.stats())["failed"] == 1
     assert cut == (path == "/v1/responses")
     assert FAILURES.get(path, b"response.") in answer.body
-    told = [kind for kind in kinds(answer) if kind and "delta" in kind]
-    assert len(told) == (after if path in ("/v1/responses", "/v1/messages") else 0)
+    deltas = [kind for kind in kinds(answer) if kind and "delta" in kind]
+    assert len(deltas) == (after if path in ("/v1/responses", "/v1/messages") else 0)
 
 
 @pytest.mark.parametrize(

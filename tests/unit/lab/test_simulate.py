@@ -242,7 +242,7 @@ def test_simulate_fast_failing_server_gets_few_and_loses_none():
     found = figures_of("adaptive", failing=(0,), failing_from=6.0)
     assert found.failed == 0
     assert 0 < found.shares[0] < 0.02
-    assert sum(found.shares) > 1  # who was sent there in vain was sent elsewhere, too
+    assert sum(found.shares) > 1  # failed requests were retried elsewhere
 
 
 def test_simulate_several_routers_serve_everything():
@@ -295,9 +295,9 @@ def test_simulate_table_is_markdown():
 
 def test_simulate_runs_in_other_processes_give_same_result():
     runs = [Run("chat", 0.0, seed, "random", scene(seconds=6.0), 20.0) for seed in (1, 2, 3)]
-    told: list[Cell] = []
-    assert execute_all(runs, 2, told.append) == [execute(run) for run in runs]
-    assert len(told) == 3
+    reported: list[Cell] = []
+    assert execute_all(runs, 2, reported.append) == [execute(run) for run in runs]
+    assert len(reported) == 3
 
 
 # -- replay ------------------------------------------------------------------------------------

@@ -119,9 +119,9 @@ def test_access_log_text_line_has_fields_except_chunks_and_prefix():
         b"/v1/chat/completions", b"application/json", body, b"s", with_prompt=True, shortest=0
     )
     whole = Ended(1_000_000.0, record, facts, "trace")
-    told = [pair.partition("=")[0] for pair in text_line(whole).split() if "=" in pair]
+    written = [pair.partition("=")[0] for pair in text_line(whole).split() if "=" in pair]
     in_front = {"time", "level", "logger", "method", "path", "status", "outcome"}
-    assert told == [key for key in fields(whole) if key not in in_front | {"chunks", "prefix"}]
+    assert written == [key for key in fields(whole) if key not in in_front | {"chunks", "prefix"}]
 
 
 def test_access_log_failed_exchange_is_warning_with_code():
@@ -185,7 +185,7 @@ def listen(rig: Any, *, prompts: bool = False) -> list[dict[str, Any]]:
 USAGE = b'"usage":{"prompt_tokens":12,"total_tokens":42,"completion_tokens":30}'
 
 
-async def test_access_log_tokens_are_those_of_the_response(autojump_clock):
+async def test_access_log_tokens_equal_usage_of_response(autojump_clock):
     async with lab(answering(ok(b'{"id":"x",' + USAGE + b"}"))) as rig:
         lines = listen(rig)
         await rig.post({"model": "m"})
@@ -194,7 +194,7 @@ async def test_access_log_tokens_are_those_of_the_response(autojump_clock):
     assert "cached_tokens" not in line
 
 
-async def test_access_log_tokens_of_stream_are_those_of_last_event(autojump_clock):
+async def test_access_log_tokens_of_stream_equal_last_usage(autojump_clock):
     last = b'data: {"choices":[],' + USAGE + b"}\n\n"
     async with lab(streaming(event("hi"), last, DONE)) as rig:
         lines = listen(rig)

@@ -145,7 +145,7 @@ async def test_metrics_reasons_and_phases_exist_from_the_start():
 async def test_metrics_attempts_are_counted_by_outcome():
     lab = Lab()
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
-    await trio.lowlevel.checkpoint()  # recorders are told at the turn's end
+    await trio.lowlevel.checkpoint()  # recorders are called at the turn's end
     found = await samples(lab)
     assert pick(found, "attempts_total", server="a", outcome="lost") == 1
 
@@ -322,8 +322,8 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     lab = Lab(file=file)
     await refused_as_full(lab)
     lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
-    told = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
-    lab["a"].scraped(told, trio.current_time(), 0)
+    scraped = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
+    lab["a"].scraped(scraped, trio.current_time(), 0)
     lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), None, RoutingInfo("m"), 0.0)
     lab.ended(lab["a"], code="x", key_name="k")
     lab.ended(lab["a"], waited=0.5)

@@ -47,7 +47,7 @@ class Traced:
         return sorted(self.exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
 
     def exchange(self) -> tuple[ReadableSpan, list[ReadableSpan]]:
-        """The one exchange's span and those of its attempts."""
+        """The span of the one exchange, and the spans of its attempts."""
         (server,) = (span for span in self.spans() if span.kind is SpanKind.SERVER)
         attempts = [span for span in self.spans() if span.kind is SpanKind.CLIENT]
         for span in attempts:

@@ -344,14 +344,14 @@ async def test_client_address_ipv4_mapped_is_shown_as_ipv4(kind):
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 async def test_request_id_of_refused_client_is_logged(kind):
-    told: list[Refusal] = []
+    rejected: list[Refusal] = []
 
     def note(refusal: Refusal, _client: Any, _line: bytes) -> None:
-        told.append(refusal)
+        rejected.append(refusal)
 
     async with running(kind, told=note) as it, connected(it.port) as client:
         await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n")
         reply = await client.reply()
-        assert [(refusal.request_id or b"").decode() for refusal in told] == [
+        assert [(refusal.request_id or b"").decode() for refusal in rejected] == [
             reply.headers["request-id"]
         ]

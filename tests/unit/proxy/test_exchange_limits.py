@@ -1,4 +1,4 @@
-"""Overload: no server beyond its cap, an order among those who wait, and honest refusals."""
+"""Overload: caps of servers, the order of waiting requests, and refusals."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ async def test_queue_of_size_zero_measures_drain_rate(autojump_clock):
             got = await rig.post(body(99))
             await trio.sleep(15)
             assert client.got.status == 200
-        # somebody has stood before a busy server for ten seconds, six times
+        # a request has waited for a busy server for ten seconds, six times
         assert got[b"retry-after"] == b"10"
 
 
@@ -334,7 +334,7 @@ async def test_queue_first_waiter_is_never_refused_by_prediction(autojump_clock)
         await trio.sleep(10)
 
 
-# -- those who leave --------------------------------------------------------------------------
+# -- disconnects ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -390,10 +390,10 @@ async def test_queue_free_slot_wakes_only_the_next_waiter(autojump_clock):
         gate = rig.proxy.gate
         assert gate is not None
         (room,) = gate.rooms
-        everybody = list(room)
+        waiters = list(room)
         await trio.sleep(1.0)
         await wait_all_tasks_blocked()
-        assert [waiter.woken.is_set() for waiter in everybody] == [True] + [False] * 28
+        assert [waiter.woken.is_set() for waiter in waiters] == [True] + [False] * 28
         await trio.sleep(60)
 
 
@@ -569,7 +569,7 @@ async def test_queue_replaced_server_takes_its_waiters(autojump_clock):
 async def test_queue_model_dropped_by_server_ends_wait_with_not_found(autojump_clock):
     async with limited(working(5)) as rig:
         running, left = await started(rig, body(0)), await started(rig, body(1))
-        come_up(rig.server("a"), trio.current_time(), "other")  # nobody has looked yet
+        come_up(rig.server("a"), trio.current_time(), "other")  # not refreshed yet
         await trio.sleep(5.5)
         assert running.got.status == 200
         assert (left.got.status, left.got.code) == (404, "model_not_found")
@@ -676,7 +676,7 @@ async def test_queue_waiters_do_not_follow_a_request_that_crashes_servers(autoju
         await trio.sleep(20)
         codes = [client.got.code for client in clients]
         assert set(codes) == {"server_disconnected", "poison_request"}
-        # Those who were on the four servers, and some of them once more: 17 if all went on.
+        # The requests on the four servers, and some of them once more: 17 if all went on.
         assert rig.requests().total() < len(clients)
 
 

@@ -85,7 +85,7 @@ async def test_models_fallback_answers_while_no_server_has_the_model(autojump_cl
             assert json.loads(rig.scripted["b"].requests[-1].body) == {"model": "small"}
             record = rig.recorder.last
             assert (record.model, record.served_model) == (asked, "small")
-            assert record.policy == "round_robin", "that of the model that answers"
+            assert record.policy == "round_robin", "the policy of the model that answers"
         refused = await rig.post({"model": "chat"})
         assert (refused.status, refused.code) == (503, "no_server_available")
         assert "'chat'" in refused.json["error"]["message"]
@@ -125,7 +125,7 @@ async def test_models_fallback_waits_until_all_servers_are_tried(autojump_clock)
 async def test_models_unknown_model_error_lists_public_names(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
         two(rig)
-        got = await rig.post({"model": "nobody"})
+        got = await rig.post({"model": "missing"})
         assert got.code == "model_not_found"
         assert got.json["error"]["message"].endswith(
             "Available models: chat, safe, safest, small, tiny."

@@ -1,4 +1,4 @@
-"""How an attempt may end, row by row: whom it counts against, and what the client gets."""
+"""Every outcome of an attempt: what it counts against, and what the client gets."""
 
 from __future__ import annotations
 
@@ -497,14 +497,14 @@ def body(number: int) -> dict:
 
 
 async def test_quarantine_lasts_a_minute(autojump_clock):
-    def dies_of_poison(talk: Talk):
-        return _dies_of(b'"poison"', talk)
+    def dies_of_body(talk: Talk):
+        return _dies_of(b'"crash"', talk)
 
-    async with lab(*[dies_of_poison] * 4, failure_threshold=1000) as rig:
-        poison = {"model": "m", "user": "poison"}
-        assert (await rig.post(poison)).code == "server_disconnected"
+    async with lab(*[dies_of_body] * 4, failure_threshold=1000) as rig:
+        killer = {"model": "m", "user": "crash"}
+        assert (await rig.post(killer)).code == "server_disconnected"
         for _ in range(10):
-            got = await rig.post(poison)
+            got = await rig.post(killer)
             assert (got.status, got.code) == (502, "poison_request")
             assert got.took == 0.0
             assert b"x-vllm-router-attempts" not in dict(got.headers)
@@ -512,7 +512,7 @@ async def test_quarantine_lasts_a_minute(autojump_clock):
         for number in range(8):
             assert (await rig.post(body(number))).status == 200
         await trio.sleep(61)
-        assert (await rig.post(poison)).code == "server_disconnected"
+        assert (await rig.post(killer)).code == "server_disconnected"
         assert rig.requests().total() == 2 + 8 + 2
 
 
@@ -545,7 +545,7 @@ async def test_quarantine_body_answered_later_is_released(autojump_clock):
 
 
 async def test_quarantine_body_answered_lately_is_not_added(autojump_clock):
-    """All servers die at once under many requests that are the same: nobody's fault."""
+    """All servers die at once under many equal requests, which are not the cause."""
     dead = False
 
     async def mortal(talk: Talk) -> None:
@@ -648,7 +648,7 @@ async def test_exchange_started_stream_continues_when_server_is_put_to_sleep(
 
 
 async def test_exchange_on_damped_server_has_its_full_time(autojump_clock):
-    """Its checks are good, and it is asked because there is no other: nobody has found it gone."""
+    """Its checks are good, and it is used because it is the only one."""
 
     async def slow(talk: Talk) -> None:
         await talk.request()
@@ -777,7 +777,7 @@ async def test_exchange_closed_kept_connection_is_retried_on_fresh_one(autojump_
 
 @pytest.mark.parametrize("how", ["stored", "switched off"])
 async def test_exchange_unrepeatable_request_uses_fresh_connection(autojump_clock, how):
-    """On a kept one nobody could tell whether the server had begun with it."""
+    """On a kept connection the router cannot know whether the server has started."""
     async with lab(answering(GOOD), replay=how != "switched off") as rig:
         for _ in range(3):
             got = await rig.post({"model": "m", "store": how == "stored"}, path="/v1/responses")

@@ -152,7 +152,7 @@ async def test_retry_crashing_request_among_others_reaches_two_servers(autojump_
         assert killer.got.status == 502
         again = await rig.post({"model": "m", "user": "killer"})
         assert (again.code, len(machines.dead)) == ("poison_request", 2)
-        # Those that were on both servers look the same as the killer.
+        # Requests that were on both servers look like the cause, too.
         assert statuses(others)[200] >= 10
 
 

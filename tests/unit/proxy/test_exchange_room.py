@@ -89,7 +89,7 @@ async def test_full_queue_gives_keys_equal_shares_then_refuses(autojump_clock):
         codes = [client.got.code for client in a if client.done]
         assert codes == ["queue_displaced"] * 3
         assert [client.got.code for client in b if client.done] == ["queue_full"] * 3
-        # Requests of the one cannot push out those of the other any more.
+        # Requests of the one cannot displace requests of the other any more.
         for number in range(20, 26):
             assert (await started_by(rig, "a", number)).got.code == "queue_full"
         await trio.sleep(20)

@@ -279,7 +279,7 @@ async def test_stream_refusal_passes(autojump_clock):
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "code_in"),
     [
         ("/v1/chat/completions", lambda e: e["error"]["code"]),
         ("/v1/completions", lambda e: e["error"]["code"]),
@@ -287,14 +287,14 @@ async def test_stream_refusal_passes(autojump_clock):
         ("/v1/messages", lambda e: "server_disconnected" if e["type"] == "error" else None),
     ],
 )
-async def test_stream_crash_adds_one_error_event_and_no_end(autojump_clock, path, told, watched):
+async def test_stream_crash_adds_one_error_event_and_no_end(autojump_clock, path, code_in, watched):
     async with lab(after_hello(), GOOD, watched=watched) as rig:
         rig.prefer("a")
         got = await rig.stream(path=path)
         assert got.status == 200
         assert got.body.startswith(HELLO)
         assert got.body.count(b"\n\n") == 2
-        assert told(last_event(got.body)) == "server_disconnected"
+        assert code_in(last_event(got.body)) == "server_disconnected"
         assert DONE not in got.body
         assert not got.whole
         assert rig.recorder.attempts == [("a", Outcome.BROKEN)]

@@ -140,8 +140,8 @@ def seen(mock: MockProcess) -> dict[str, str]:
 
 def reload(router: RouterProcess, text: str, times: int) -> None:
     router.config.write_text(text)
-    told = "configuration applied"
-    until(lambda: router.text.count(told) == times, "the reload")
+    line = "configuration applied"
+    until(lambda: router.text.count(line) == times, "the reload")
 
 
 def test_head_memo_follows_reload_on_open_connection(tmp_path: Path, mock: MockProcess):
@@ -161,7 +161,7 @@ def test_head_memo_follows_reload_on_open_connection(tmp_path: Path, mock: MockP
             assert talk.ask(body).startswith(b"HTTP/1.1 200")
             assert "authorization" not in seen(mock)
             assert seen(mock)["x-mine"] == "1"
-        # And then somebody else's.
+        # And then a request of another client.
         reload(router, plain + KEYS.replace(KEY, "sk-other"), 2)
         assert talk.ask(body).startswith(b"HTTP/1.1 401")
         assert len(mock.log(PATH)) == 4

@@ -307,12 +307,12 @@ def measure(
         for server, latency in latencies.items():
             seconds, tokens = it.measured.get(server, (0.0, 0.0))
             it.measured[server] = seconds, tokens = seconds + 50 * latency, tokens + 50
-            told = gauges(
+            scraped = gauges(
                 0 if server is idle else running,
                 token_latency_sum=seconds,
                 token_latency_count=tokens,
             )
-            server.scraped(told, it.now, 0)
+            server.scraped(scraped, it.now, 0)
         it.pick(NOTHING)
         it.wait(0.5)
 

@@ -1,4 +1,4 @@
-"""The record of who has which prefixes: matches, bounds, age, restarts, usage of answers."""
+"""The prefix index: matches, bounds, age, restarts, usage of responses."""
 
 from __future__ import annotations
 

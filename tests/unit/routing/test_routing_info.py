@@ -110,7 +110,7 @@ def test_facts_body_unreadable_for_vllm_is_refused_with_reason(body, message):
     ],
 )
 def test_facts_of_perhaps_invalid_json_are_empty(path, content_type):
-    """There the server tells what is wrong, or takes it."""
+    """The server reports the error, or accepts the body."""
     assert of(b"{", path, content_type).model is None
 
 

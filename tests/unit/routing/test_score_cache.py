@@ -1,4 +1,4 @@
-"""The scores of all candidates at once are those that each has by itself."""
+"""The score cache gives each candidate the score that is computed for it alone."""
 
 from __future__ import annotations
 

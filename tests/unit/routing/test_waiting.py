@@ -325,7 +325,7 @@ def test_waiting_never_exceeds_reported_count_ahead(
     others: list[tuple[int, str]], newcomer: tuple[int, str]
 ):
     rooms = line(*(place(priority=priority, key=key) for priority, key in others))
-    told = rooms.model_queue("m").before(*newcomer)
+    ahead = rooms.model_queue("m").before(*newcomer)
     one = place(priority=newcomer[0], key=newcomer[1])
     rooms.join(one)
-    assert told - 3 <= served(rooms, 99).index(one) <= told
+    assert ahead - 3 <= served(rooms, 99).index(one) <= ahead

@@ -1,4 +1,4 @@
-"""Fresh looks at the servers' lists of models, one for all who need one."""
+"""Fresh looks at the servers' lists of models, shared by all requests that need one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the Unix sockets are that prove who is on the router's own machine, and who finds them."""
+"""Unix sockets that prove the user on the router's machine: their places, and finding them."""
 
 from __future__ import annotations
 

@@ -85,9 +85,9 @@ class Watched:
         self.engines = {server.url: Engine() for server in fleet.servers.values()}
         self.went_down: list[tuple[str, float]] = []
         self.ticks: Counter[str] = Counter()
-        self.told: list[State] = []
+        self.states: list[State] = []
         self.probes: dict[str, Probe] = {}
-        fleet.on_transition.append(lambda change: self.told.append(change.new))
+        fleet.on_transition.append(lambda change: self.states.append(change.new))
 
     @property
     def server(self) -> Server:
@@ -144,7 +144,7 @@ async def test_probe_one_good_check_brings_server_up_with_models_and_load(
         assert rig.state is State.UP
         assert rig.server.models == ("m",)
         assert (rig.server.running, rig.server.waiting) == (2, 1)
-        assert rig.told == [State.UP]
+        assert rig.states == [State.UP]
         assert rig.fleet.probed
 
 
@@ -203,7 +203,7 @@ async def test_probe_sleeping_server_is_asleep_until_it_wakes(autojump_clock, mo
         rig.engine.answers["/metrics"] = METRICS % (0, 0) + SLEEP % 1
         await trio.sleep(1)
         assert rig.state is State.UP
-        assert rig.told == [State.UP, State.ASLEEP, State.UP]
+        assert rig.states == [State.UP, State.ASLEEP, State.UP]
 
 
 @pytest.mark.parametrize("page", ["python_info 1\n", "", 404, 500, HANG, "\x00" * 100])
@@ -330,7 +330,7 @@ async def test_probe_down_server_is_up_after_two_good_checks(autojump_clock, mon
         rig.engine.answers = fresh.answers
         await trio.sleep(2)
         assert rig.state is State.UP
-        assert rig.told == [State.UP, State.DOWN, State.UP]
+        assert rig.states == [State.UP, State.DOWN, State.UP]
 
 
 async def test_probe_restarted_server_is_up_once_models_are_known(autojump_clock, monkeypatch):
@@ -513,7 +513,7 @@ async def test_probe_busy_check_while_responses_flow_is_full_not_down(
             rig.server.answered(trio.current_time(), trial=False)
             await trio.sleep(0.5)
             assert rig.state in (State.FULL, State.UP)
-        assert State.FULL in rig.told
+        assert State.FULL in rig.states
         assert rig.went_down == []
 
 

@@ -1,4 +1,4 @@
-"""Counts in shared memory: one row per process, everybody reads all."""
+"""Counts in shared memory: one row per process, readable by all."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_shared_counters_size_for_configuration_fits_all_of_it():
         assert worker.places(keys) == places
         last = places[keys[-1]]
         assert last is not None
-        told, seen = Sums(leader, 0), Sums(worker, 1)
+        written, seen = Sums(leader, 0), Sums(worker, 1)
         seen.watch(last)
-        told.put(last, 7)
+        written.put(last, 7)
         assert seen.look() == [(last, 7)]
     finally:
         os.close(fileno)

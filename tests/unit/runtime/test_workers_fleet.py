@@ -27,7 +27,7 @@ from vllm_router.runtime.workers.messages import States, Verdict, decode_from_le
 
 
 class Router:
-    """A leader's fleet and those of two workers, as far as they concern each other."""
+    """The fleets of a leader and two workers, and the messages between them."""
 
     def __init__(self, fileno: int, config: Config) -> None:
         self.fileno = fileno

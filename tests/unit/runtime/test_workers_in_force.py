@@ -1,4 +1,4 @@
-"""The configuration in force, in memory that outlives whoever writes it."""
+"""The config snapshot, in memory that outlives its writer."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from vllm_router.runtime.workers.queue_board import QueueBoard
 
 
 async def _no_app(*_: Any) -> None:
-    raise RuntimeError("nobody asks")
+    raise RuntimeError("not used")
 
 
 @asynccontextmanager
@@ -82,14 +82,14 @@ async def settled(condition: Any) -> None:
 async def test_leader_lets_worker_serve_after_sending_all_servers():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(1, [])))
-        told: set[str] = set()
+        received: set[str] = set()
         while True:
             message = decode_from_leader((await worker.receive())[0])
             if isinstance(message, States):
-                told.update(state.url for state in message.servers)
+                received.update(state.url for state in message.servers)
             elif isinstance(message, Welcome) and not message.first:
                 break
-        assert told == {server.url for server in leader.fleet.servers.values()}
+        assert received == {server.url for server in leader.fleet.servers.values()}
 
 
 async def test_leader_and_worker_share_resolved_addresses():
@@ -99,18 +99,18 @@ async def test_leader_and_worker_share_resolved_addresses():
         known.seed([(socket.AF_INET, "10.0.0.1", 0, 0)])
         hello = Hello(1, [], {"unknown.test": [(socket.AF_INET6, "fd00::1", 0, 0)], "other": []})
         await worker.send(encode(hello))
-        told: dict[str, Any] = {}
+        received: dict[str, Any] = {}
         while True:
             message = decode_from_leader((await worker.receive())[0])
             if isinstance(message, NamesKnown):
-                told |= message.addresses
+                received |= message.addresses
             elif message == Welcome(first=False):
                 break
-        assert told["known.test"] == [(socket.AF_INET, "10.0.0.1", 0, 0)]
+        assert received["known.test"] == [(socket.AF_INET, "10.0.0.1", 0, 0)]
         assert unknown.addresses(80, 0.0, 0) == [(socket.AF_INET6, ("fd00::1", 80, 0, 0))]
         mine = Resolver()
         name = mine.name("known.test")
-        mine.take_over(told)
+        mine.take_over(received)
         assert name.hosts == known.hosts
         name.seed([(socket.AF_INET, "10.9.9.9", 0, 0)])
         assert name.hosts == known.hosts

@@ -59,11 +59,11 @@ async def test_openapi_has_every_route_and_no_other():
     for rule in app.url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
         routes.setdefault(path, set()).update((rule.methods or set()) - {"HEAD", "OPTIONS"})
-    told = {
+    described = {
         path: {method.upper() for method in item if method != "parameters"}
         for path, item in DOC["paths"].items()
     }
-    assert told == {path: methods for path, methods in routes.items() if path not in ELSEWHERE}
+    assert described == {path: methods for path, methods in routes.items() if path not in ELSEWHERE}
 
 
 @pytest.mark.parametrize("path", DOC["paths"])

@@ -1,4 +1,4 @@
-"""What can be seen of caps and of those who wait: metrics, feed, explanations, decisions."""
+"""Caps and queues in metrics, feed, explain and decisions."""
 
 from __future__ import annotations
 
