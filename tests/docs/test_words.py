@@ -50,6 +50,7 @@ LEFT = {
     "docs/security.md": 5,
     "pyproject.toml": 1,
     "servers.example.toml": 4,
+    "tests/e2e/test_room.py": 1,
     "tests/integration/test_front.py": 3,
     "tests/unit/fleet/test_slow_start.py": 8,
     "tests/unit/http/test_http1_server.py": 1,
