@@ -161,7 +161,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     new: Annotated[str | None, _("The state now (kind state).")] = None
 
 
-class RoutingInfo(msgspec.Struct, frozen=True, kw_only=True):
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What of the configuration a display needs."""
 
     policy: str
@@ -205,7 +205,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
         bool,
         _("Whether there is an admin key."),
     ] = False
-    config: RoutingInfo
+    config: Facts
     history: Annotated[History, _("The last five minutes, second by second.")]
     hour: Annotated[History, _("The last hour in steps of ten seconds, without servers.")]
     events: Annotated[list[Event], _("The last ones before this message, at most 100.")]
