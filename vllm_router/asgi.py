@@ -33,14 +33,14 @@ from vllm_router.errors import ConfigError
 from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.http.hypercorn.bridge import install
 from vllm_router.http.server.listener import Address
-from vllm_router.observability import tracing as telemetry
+from vllm_router.observability import tracing
 from vllm_router.observability.formatting import configure_if_unset
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.runtime.dispatch import Dispatcher
-from vllm_router.runtime.local_door import LocalDoor, LocalSockets
+from vllm_router.runtime.local_listener import LocalListener, LocalSockets
 from vllm_router.runtime.memory_limit import memory_limit_mb
-from vllm_router.runtime.supervisor import Supervisor, tell_memory
+from vllm_router.runtime.supervisor import Supervisor, log_memory_plan
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +126,13 @@ class Application(Dispatcher):
             await send({"type": "lifespan.startup.failed", "message": problem})
             return
         if config.tls is not None:
-            logger.warning("[tls] is for `vllm-router run`; Hypercorn has --certfile and --keyfile")
+            logger.warning(
+                "[tls] is ignored under Hypercorn: use its options --certfile and --keyfile"
+            )
         address = config.settings.admin_listen
         admin_port = split_address(address)[1] if address is not None else None
         try:
-            with telemetry.running(config.log) as spans:
+            with tracing.running(config.log) as spans:
                 supervisor = Supervisor(
                     config, source, output=output, telemetry=spans, admin_port=admin_port
                 )
@@ -140,14 +142,14 @@ class Application(Dispatcher):
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _run(self, supervisor: Supervisor, receive: Receive, send: Send) -> None:
-        tell_memory(supervisor.config.settings, workers=1)
+        log_memory_plan(supervisor.config.settings, workers=1)
         self.attach(supervisor)
         with contextlib.closing(LocalSockets()) as local:
             local.open(self._addresses)
-            await self._run_with(supervisor, LocalDoor(self, local.sockets), receive, send)
+            await self._run_with(supervisor, LocalListener(self, local.sockets), receive, send)
 
     async def _run_with(
-        self, supervisor: Supervisor, door: LocalDoor, receive: Receive, send: Send
+        self, supervisor: Supervisor, door: LocalListener, receive: Receive, send: Send
     ) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(supervisor.run)

@@ -21,7 +21,7 @@ from support.cli_process import call
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
 from vllm_router.config.source import ConfigSource
-from vllm_router.runtime.serve import OwnView, ServeOptions, serve
+from vllm_router.runtime.serve import LocalMonitorAccess, ServeOptions, serve
 
 ADMIN, STATUS, ALICE, BOB = "sk-ADMIN-1", "sk-STATUS-2", "sk-ALICE-3", "sk-BOB-4"
 SECRETS = (ADMIN, STATUS, ALICE, BOB, "sk-SERVER-5")
@@ -546,7 +546,10 @@ def test_admin_listener_serves_administration_alone(tmp_path: Path, front: str):
             assert call("status", admin).returncode == 0
             text = (tmp_path / "servers.toml").read_text()
             (tmp_path / "servers.toml").write_text(text.replace('"127.0.0.1:0"', '"127.0.0.1:1"'))
-            until(lambda: "admin_listen changes at the next start" in router.text, "the warning")
+            until(
+                lambda: "admin_listen has changed in the configuration; restart" in router.text,
+                "the warning",
+            )
 
 
 def test_admin_listener_port_in_use_is_one_line(tmp_path: Path):
@@ -563,7 +566,7 @@ async def test_monitor_of_run_has_access_under_any_auth(tmp_path: Path):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml(["http://a.test"], admin_listen="127.0.0.1:0") + AUTH)
     source = ConfigSource(file)
-    view = OwnView()
+    view = LocalMonitorAccess()
     options = ServeOptions(config=source.load(), source=source, host="127.0.0.1", port=0, view=view)
     up = trio.Event()
     async with trio.open_nursery() as nursery, httpx.AsyncClient(trust_env=False) as client:

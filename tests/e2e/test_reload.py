@@ -118,7 +118,10 @@ async def test_reload_removed_server_finishes_streams(tmp_path):
             assert {result.server for result in more} == {mocks[1].url.removeprefix("http://")}
             assert mocks[0].log("/v1/chat/completions") == []
         assert Counter(result.ended for result in results) == {"done": 20}
-        until(lambda: any("has left" in line for line in router.log), "its leave")
+        until(
+            lambda: any("removed, no requests in flight" in line for line in router.log),
+            "its leave",
+        )
 
 
 async def test_reload_kept_server_keeps_state(tmp_path):

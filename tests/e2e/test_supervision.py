@@ -180,7 +180,7 @@ def test_leader_that_hangs_is_replaced_while_port_serves(tmp_path: Path, mock: M
         # The workers serve as if nothing had happened.
         assert router.post("/v1/chat/completions", chat()).status_code == 200
 
-        hung = "leader has hung for 8 s: killing it"
+        hung = "leader has not responded for 8 s: killing it"
         until(lambda: hung in router.text, "the end of the leader")
         until(lambda: pids(router).get("leader", before["leader"]) != before["leader"], "another")
         after = family(router)

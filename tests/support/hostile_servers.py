@@ -142,7 +142,7 @@ SERVERS = [
         probed("good name", EVIL, models=listing(*ODD)),
         "lane",
         "workers",
-        says=("/v1/models: 7 entries are left out",),
+        says=("/v1/models: ignored 7 entries",),
     ),
     hostile(
         "200 000 models, and as many samples",
@@ -152,7 +152,7 @@ SERVERS = [
     hostile(
         "2 000 models, and one with a name of 600 KB",
         probed("m-0", "m-1999", models=listing("x" * 600_000, *map("m-{}".format, range(2000)))),
-        says=("/v1/models: 1 entries are left out: an entry is longer than 65536 bytes",),
+        says=("/v1/models: ignored 1 entries: an entry is longer than 65536 bytes",),
     ),
     hostile(
         "a deeply nested list, and labels of words",

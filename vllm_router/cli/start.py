@@ -104,7 +104,7 @@ def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
     except OSError:
         # Whoever started us does not read this. That is no reason not to serve, nor to fail at
         # the exit, when Python tries to write it once more.
-        logger.warning("nobody reads stdout: %s", lines[0])
+        logger.warning("stdout is closed: %s", lines[0])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

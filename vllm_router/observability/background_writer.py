@@ -28,7 +28,7 @@ CLOSE_TIME = 2.0
 logger = logging.getLogger(__name__)
 
 
-class Gatherer:
+class BackgroundWriter:
     """Gives lists of things to `take`, in a thread of its own. `close` ends it.
 
     `dropped` counts things. An event that is put is set when all before it has been taken.
@@ -109,7 +109,7 @@ class Gatherer:
                 self._take(things)
             except Exception:
                 # A defect costs one batch, not the thread and everything after it.
-                logger.exception("%s failed", self._thread.name)
+                logger.exception("thread %s: a batch was dropped after an error", self._thread.name)
             for event in awaited:
                 event.set()
             if not waiting:

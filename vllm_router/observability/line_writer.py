@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from vllm_router.observability.background_writer import Gatherer
+from vllm_router.observability.background_writer import BackgroundWriter
 
 LIMIT = 10_000
 """Lines that wait: some 5 MB, without the hashes of prompts."""
@@ -139,7 +139,7 @@ class LineWriter:
         self._noticed = 0
         self._reopen = False
         self._failing = False
-        self._gatherer = Gatherer("log writer", LIMIT, self._write)
+        self._gatherer = BackgroundWriter("log writer", LIMIT, self._write)
         self.put: Callable[[Entry], None] = self._gatherer.put
         """Have a line written. Never waits, never raises; any thread may call it."""
 
@@ -177,7 +177,11 @@ class LineWriter:
             try:
                 self.target.reopen()
             except OSError as error:
-                logger.error("cannot open %s again: %s", self.target.name, error.strerror)
+                logger.error(
+                    "cannot reopen %s, the old file stays in use: %s",
+                    self.target.name,
+                    error.strerror,
+                )
         lines = [entry for entry in entries if isinstance(entry, str)]
         if len(lines) < len(entries):
             lines = [line for entry in entries for line in _lines(entry)]
@@ -193,7 +197,9 @@ class LineWriter:
             self._unwritten += len(lines)
             if not self._failing:
                 self._failing = True
-                logger.error("cannot write to %s: %s", self.target.name, error.strerror)
+                logger.error(
+                    "cannot write to %s, lines are dropped: %s", self.target.name, error.strerror
+                )
         else:
             self._failing = False
 
@@ -207,5 +213,5 @@ def _lines(entry: Entry) -> list[str]:
         return [make(of)]
     except Exception:
         # A defect in one line must not end the thread that writes all others.
-        logger.exception("a line could not be made")
+        logger.exception("a line could not be formatted and was dropped")
         return []

@@ -93,7 +93,7 @@ class LogOutput:
         try:
             self.apply(settings)
         except OSError as error:
-            logger.error("the log stays as it is: %s", error)
+            logger.error("cannot open the new log, the previous one stays in use: %s", error)
 
     def _switch(self, access: bool | str) -> None:
         before = self._file
@@ -121,7 +121,7 @@ class LogOutput:
         for writer in (self._log, self._file):
             if writer is not None:
                 writer.reopen()
-        logger.info("log files opened anew")
+        logger.info("log files reopened")
 
     @property
     def dropped(self) -> int:

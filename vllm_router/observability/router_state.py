@@ -40,10 +40,12 @@ class RouterState(Protocol):
     config: Config
     draining: bool
     started_at: float
-    task_restarts: int
     tls: ServerContexts
     resolver: Resolver
     stalls: StallMonitor
+
+    @property
+    def task_restarts(self) -> int: ...
 
     @property
     def log_lines_dropped(self) -> int: ...

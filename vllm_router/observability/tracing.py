@@ -25,7 +25,7 @@ import trio
 from vllm_router import __version__
 from vllm_router.config.log import LogSettings
 from vllm_router.fleet.server import Server
-from vllm_router.observability.background_writer import Gatherer
+from vllm_router.observability.background_writer import BackgroundWriter
 from vllm_router.observability.decisions import outcome_label
 from vllm_router.observability.tally import failed
 from vllm_router.proxy.record import Record
@@ -86,7 +86,9 @@ def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Te
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        logger.warning("no spans are exported: install vllm-router-trio[otel] (%s)", error)
+        logger.warning(
+            "tracing is disabled, a package is missing: install vllm-router-trio[otel] (%s)", error
+        )
         return None
     named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
@@ -178,7 +180,7 @@ class Telemetry:
         provider.id_generator = self._preset  # type: ignore[assignment]  # inferred too narrowly
         self._tracer = provider.get_tracer("vllm_router", __version__)
         self._ids = Random()
-        self._gatherer = Gatherer("spans", LIMIT, self._build)
+        self._gatherer = BackgroundWriter("spans", LIMIT, self._build)
 
     # -- on the loop --------------------------------------------------------------------------
 

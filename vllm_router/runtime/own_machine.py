@@ -4,7 +4,7 @@ Each router listens on one Unix socket for each of its TCP addresses, in a direc
 user can enter. A connection to it carries the kernel's word for the user of the process at the
 other end (SO_PEERCRED). A proxy or a port forward that reaches the TCP port cannot produce that.
 
-Here: where the sockets are, and how the commands find them. `local_door` has the router's side.
+Here: where the sockets are, and how the commands find them. `local_listener` has the router's side.
 """
 
 from __future__ import annotations

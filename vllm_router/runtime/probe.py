@@ -153,17 +153,25 @@ class Probe:
             try:
                 verdict, detail = await self._ask_health()
             except OwnFault as error:
-                logger.warning("%s: not checked: %s", server.name, error)
+                logger.warning(
+                    "server %s: health check skipped, the fault is not the server's: %s",
+                    server.name,
+                    error,
+                )
                 return
         if verdict is Check.TIMEOUT:
             detail = f"no {self._waiting_for} in {timeout:g} s"
             if server.probe_health.up and not self._has_address:
-                logger.warning("%s: not checked: %s", server.name, detail)
+                logger.warning(
+                    "server %s: health check skipped, the fault is not the server's: %s",
+                    server.name,
+                    detail,
+                )
                 return
         elapsed = trio.current_time() - began
         if verdict is Check.TIMEOUT and elapsed > timeout + TOO_LATE:
             logger.warning(
-                "%s: not checked: the router itself was %.1f s late for the answer",
+                "server %s: health check skipped, the router read the response %.1f s late",
                 server.name,
                 elapsed - timeout,
             )
@@ -204,7 +212,7 @@ class Probe:
                 finally:
                     await response.aclose()
             except (httpx.HTTPError, UnusablePage) as error:
-                logger.debug("%s: %s: %s", server.name, PAUSED_PATH, error)
+                logger.debug("server %s: %s: %s", server.name, PAUSED_PATH, error)
         if not paused:
             now = trio.current_time()
             server.pause(on=False, now=now)
@@ -294,8 +302,9 @@ class Probe:
         except UnusablePage as problem:
             if page.refused(str(problem)):
                 logger.warning(
-                    "server %s: /metrics cannot be used: %s. Its load is taken to be the requests "
-                    "sent through here",
+                    "server %s: /metrics cannot be used: %s. Its load is estimated from the "
+                    "requests of "
+                    "this router",
                     self._server.name,
                     problem,
                 )
@@ -349,28 +358,31 @@ class Probe:
                     if response.is_success:
                         self._listed(await _model_list(response))
                     else:
-                        logger.debug("%s: /v1/models: %d", name, response.status_code)
+                        logger.debug(
+                            "server %s: /v1/models answered %d", name, response.status_code
+                        )
                 finally:
                     await response.aclose()
             except httpx.HTTPError as error:
-                logger.debug("%s: /v1/models: %s", name, _words(error))
+                logger.debug("server %s: /v1/models: %s", name, _words(error))
             except UnusablePage as problem:
                 if self._pages[MODELS_PATH].refused(str(problem)):
                     logger.warning(
-                        "server %s: /v1/models cannot be used: %s. %s; its models can be named in "
+                        "server %s: /v1/models cannot be used: %s. %s; to fix this, list its "
+                        "models in "
                         "servers.toml (models = [...])",
                         name,
                         problem,
-                        "It is asked for any model that no other server lists"
+                        "It receives requests for models that no other server lists"
                         if self._server.models is None
-                        else "The list it gave before holds",
+                        else "Its previous list stays in use",
                     )
 
     def _listed(self, found: ModelList) -> None:
         page = self._pages[MODELS_PATH]
         if page.accepted(found.problem) and found.problem:
             logger.warning(
-                "server %s: /v1/models: %d entries are left out: %s",
+                "server %s: /v1/models: ignored %d entries: %s",
                 self._server.name,
                 found.left_out,
                 found.problem,

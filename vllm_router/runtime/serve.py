@@ -8,7 +8,7 @@ import os
 import resource
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,19 +22,19 @@ from vllm_router.errors import RouterError
 from vllm_router.http.server.listener import Address, Front
 from vllm_router.http.server.server import Limits
 from vllm_router.http.server.socket_handover import notify
-from vllm_router.observability import tracing as telemetry
+from vllm_router.observability import tracing
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.dispatch import Dispatcher
-from vllm_router.runtime.local_door import LocalDoor, LocalSockets
-from vllm_router.runtime.supervisor import Supervisor, tell_memory
+from vllm_router.runtime.local_listener import LocalListener, LocalSockets
+from vllm_router.runtime.supervisor import Supervisor, log_memory_plan
 from vllm_router.web.access import is_loopback
-from vllm_router.web.guard import OwnDoor
+from vllm_router.web.guard import MonitorListener
 
 logger = logging.getLogger(__name__)
 
 
-class OwnView:
+class LocalMonitorAccess:
     """What the view that runs beside the router needs to get in, however the router is locked.
 
     `url` is that of a loopback listener which serves nobody but the holder of `key`; it is empty,
@@ -45,7 +45,7 @@ class OwnView:
         self.key = secrets.token_urlsafe(32)
         self.url = ""
 
-    def open(self, front: Front, config: Config, local: LocalSockets) -> OwnDoor | None:
+    def open(self, front: Front, config: Config, local: LocalSockets) -> MonitorListener | None:
         """Open the listener if there must be one. Raises OSError.
 
         Without keys, TLS and a listener of its own for administration the view comes in as any
@@ -56,7 +56,7 @@ class OwnView:
             return None
         host, port = front.open("127.0.0.1", 0, plain=True)[0]
         self.url = url_of(host, port)
-        return OwnDoor(port, digest_of(self.key))
+        return MonitorListener(port, digest_of(self.key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class ServeOptions:
     passed: tuple[int, ...] = ()
     workers: int = 1
     output: LogOutput | None = None
-    view: OwnView | None = None
+    view: LocalMonitorAccess | None = None
 
 
 class CannotListen(RouterError):
@@ -103,7 +103,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     """
     app = Dispatcher()
     settings = options.config.settings
-    tell_memory(settings, options.workers)
+    log_memory_plan(settings, options.workers)
     limits = client_limits(settings)
     told = options.output.access.refused if options.output is not None else None
     front = Front(
@@ -122,8 +122,8 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
         local = ending.enter_context(contextlib.closing(LocalSockets()))
         local.open(addresses_of(front))
         view = options.view
-        own_door = view.open(front, options.config, local) if view is not None else None
-        spans = ending.enter_context(telemetry.running(options.config.log))
+        monitor_listener = view.open(front, options.config, local) if view is not None else None
+        spans = ending.enter_context(tracing.running(options.config.log))
         async with trio.open_nursery() as nursery:
             await nursery.start(signals.listen)
             config = options.config
@@ -137,7 +137,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
                 output=options.output,
                 telemetry=spans,
                 admin_port=admin[1] if admin is not None else None,
-                own_door=own_door,
+                monitor_listener=monitor_listener,
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             supervisor.before_apply.append(partial(follow_limits, front, supervisor))
@@ -146,7 +146,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             if options.passed or options.reuse_port:
                 await probed(supervisor)
             await nursery.start(front.serve)
-            door = LocalDoor(app, local.sockets, limits=limits, told=told)
+            door = LocalListener(app, local.sockets, limits=limits, told=told)
             await nursery.start(door.serve)
             if admin is not None:
                 logger.info("administration on %s", url_of(*admin))
@@ -254,8 +254,13 @@ def url_of(host: str, port: int, *, secure: bool = False) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-async def drain(supervisor: Supervisor, front: Front) -> None:
-    """Finish what runs, within the configured times."""
+async def drain(
+    supervisor: Supervisor, front: Front, wind_down: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Finish the requests in progress, within the configured times.
+
+    `wind_down` replaces that of the supervisor.
+    """
     await supervisor.lame_duck()
     supervisor.feed.close()
     front.stop_accepting()
@@ -263,7 +268,7 @@ async def drain(supervisor: Supervisor, front: Front) -> None:
     with trio.move_on_after(LAST_CALL):
         await front.drained()
     front.begin_drain()
-    await supervisor.wind_down()
+    await (wind_down or supervisor.wind_down)()
     with trio.move_on_after(LINGER):
         await front.drained()
 
@@ -292,7 +297,7 @@ class StopSignals:
             async for number in received:
                 name = signal.Signals(number).name
                 if self.first.is_set():
-                    logger.warning("%s again: ending at once", name)
+                    logger.warning("second %s: stopping at once", name)
                     self.end_now()
                 else:
                     logger.info("%s: draining", name)

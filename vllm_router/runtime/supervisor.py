@@ -1,18 +1,9 @@
-"""The one nursery: constructs everything, hands it around, starts and ends the tasks.
-
-Nothing here decides; it connects those who do. A task that fails by a defect is logged and
-started again: a router that goes on with one probe missing is better than none.
-"""
+"""Construct the parts of one router process, start their tasks, and apply new configurations."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import logging
-import signal
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 
 import trio
@@ -31,34 +22,27 @@ from vllm_router.observability.log_output import LogOutput
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.stalls import StallMonitor
 from vllm_router.observability.tracing import Telemetry
-from vllm_router.proxy.admission import PeersMaker, Queue
+from vllm_router.proxy.admission import Queue
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
-from vllm_router.runtime.early_signals import came
+from vllm_router.runtime.background import BackgroundTasks, Task
 from vllm_router.runtime.memory_limit import memory_limit_mb
-from vllm_router.runtime.model_lists import ModelLists, Reader
-from vllm_router.runtime.probe import Probe
+from vllm_router.runtime.model_lists import ModelLists
+from vllm_router.runtime.parts import Parts
+from vllm_router.runtime.probes import BATCH_PAUSE, SERVERS_AT_ONCE, ProbeContext
+from vllm_router.runtime.tuning import tune_process
 from vllm_router.web.feed import Feed
-from vllm_router.web.guard import Guard, OwnDoor
+from vllm_router.web.guard import Guard, MonitorListener
 from vllm_router.web.sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
 END_TIME = 1.0
-"""Seconds for interrupted exchanges to write their last words."""
-
-RESTART_PAUSE = 1.0
-"""Seconds before a crashed task is started again."""
-
-SERVERS_AT_ONCE = 4
-"""Servers whose probes are started, or ended, in one turn of the loop: 5 ms."""
-
-BREATH = 0.005
-"""Seconds between two such turns."""
+"""Seconds for cancelled exchanges to send their error event."""
 
 PREPARED_AT_ONCE = 50
-"""New servers that are made in one turn of the loop: 5 ms."""
+"""New servers that are constructed in one turn of the event loop: 5 ms."""
 
 _LEVELS = {
     State.DOWN: logging.WARNING,
@@ -71,16 +55,16 @@ _LEVELS = {
 
 
 class Supervisor:
-    """Everything that lives as long as the router.
+    """One router process: fleet, proxy, control plane state and background tasks.
 
-    `source` is None when the servers came from the command line: then nothing is reloaded.
-    `output` follows `[log]`; without one there is no access log. `telemetry` makes spans. Whoever
-    made them closes them.
-    `admin_port` is that of the listener for administration, `own_door` that of the router's own
-    view, if there are such. `before_apply` are
-    called with a new configuration before anything changes, and may raise ConfigError.
-    One of several processes brings a `fleet` that knows of the others and `make_peers` for its
-    waiting room, and a worker a `recorder` that tells the leader what would be counted here.
+    `source` is None if the servers were given on the command line: nothing is reloaded then.
+    `output` follows `[log]`; without it there is no access log. `telemetry` makes spans. The caller
+    closes both. `admin_port` is the port of the listener for administration, `monitor_listener` the
+    listener of the router's own monitor. `parts` differ in a router of several processes.
+
+    Hooks: `before_apply` functions check a new configuration before anything changes and may raise
+    ConfigError; `after_apply` functions are called when it is in force. `tasks` are named
+    background tasks that `run` starts besides the supervisor's own.
     """
 
     def __init__(
@@ -91,118 +75,117 @@ class Supervisor:
         output: LogOutput | None = None,
         telemetry: Telemetry | None = None,
         admin_port: int | None = None,
-        own_door: OwnDoor | None = None,
-        fleet: Fleet | None = None,
-        recorder: Recorder | None = None,
-        make_peers: PeersMaker | None = None,
+        monitor_listener: MonitorListener | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        parts = parts if parts is not None else Parts()
         self.rng = rng or Random()
-        self.fleet = fleet if fleet is not None else Fleet(config)
+        self.fleet = parts.fleet if parts.fleet is not None else Fleet(config)
         self.metrics = Metrics(self.fleet)
         self.stalls = StallMonitor()
         self.feed = Feed(self.fleet, self.metrics, self.stalls.lag)
         self.tls = ServerContexts()
         self.sessions = Sessions(trio.current_time)
-        self.guard = Guard(config, admin_port, own_door, self.sessions)
+        self.guard = Guard(config, admin_port, monitor_listener, self.sessions)
         self.resolver = Resolver()
         self.before_apply: list[Callable[[Config], None]] = []
-        recorders: list[Recorder] = [recorder] if recorder is not None else []
-        if recorder is None:
-            recorders += [self.metrics, self.feed]
+        self.after_apply: list[Callable[[Config], None]] = []
+        self.tasks: list[tuple[str, Task]] = []
         self.output = output
-        if output is not None:
-            recorders.append(output.access)
-        if telemetry is not None:
-            recorders.append(telemetry)
         self.proxy = Proxy(
-            self.fleet, config, recorders, self.rng, self.tls, self.resolver, make_peers
+            self.fleet,
+            config,
+            self._recorders(parts, telemetry),
+            self.rng,
+            self.tls,
+            self.resolver,
+            parts.make_peers,
         )
         self.proxy.tracer = telemetry
-        self._ask_for_what_is_logged(config)
+        if parts.usage is not None:
+            self.proxy.usage = parts.usage
+        self._parts = parts
+        self._choose_recorded_fields(config)
         self.nudge = Nudge()
         self.reloader = (
-            Reloader(source, config, self._apply, self._prepare) if source is not None else None
+            Reloader(source, config, self.apply, self.prepare) if source is not None else None
         )
         self.config = config
         self.draining = False
         self.started_at = trio.current_time()
-        self.task_restarts = 0
-        self._nursery: trio.Nursery | None = None
-        self._probes: dict[Server, trio.CancelScope] = {}
-        self._probing: dict[Server, Probe] = {}
-        self._to_start: deque[tuple[Server, trio.CancelScope]] = deque()
-        self._start_some = trio.Event()
-        self.lists = ModelLists(self._list_readers)
-        self.proxy.look_at_lists = self._look_at_lists
-        self.fleet.on_stale_list.append(self._read_list_soon)
-        self.fleet.on_transition += [
-            self._log_transition,
-            self.metrics.transition,
-            self.feed.transition,
-        ]
+        self._background = BackgroundTasks()
+        self.probes = parts.make_probes(
+            ProbeContext(
+                fleet=self.fleet,
+                rng=self.rng,
+                tls=self.tls,
+                resolver=self.resolver,
+                tasks=self._background,
+                server_down=self.server_down,
+                upkeep=self.proxy.tick,
+            )
+        )
+        self.lists = ModelLists(self.probes.list_readers, self.probes.list_gap)
+        self.proxy.look_at_lists = self.refresh_model_lists
+        self.fleet.on_stale_list.append(self.probes.read_list_soon)
+        if parts.reports is None:
+            self.fleet.on_transition += [
+                _log_transition,
+                self.metrics.transition,
+                self.feed.transition,
+            ]
+
+    def _recorders(self, parts: Parts, telemetry: Telemetry | None) -> list[Recorder]:
+        recorders: list[Recorder] = (
+            [parts.reports] if parts.reports is not None else [self.metrics, self.feed]
+        )
+        if self.output is not None:
+            recorders.append(self.output.access)
+        if telemetry is not None:
+            recorders.append(telemetry)
+        return recorders
 
     # -- tasks --------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Probe, watch and publish until cancelled; closes the connections to the servers."""
+        """Run all background tasks until cancelled, then close the connections to the servers."""
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                self._start_tasks(nursery)
-                _settle_garbage_collector()
-                _settle_allocator()
+                for server in self.fleet.servers.values():
+                    self.probes.start(server)
+                for name, task in self._all_tasks():
+                    nursery.start_soon(self._background.keep_running, name, task)
+                tune_process()
                 task_status.started()
         finally:
-            self._nursery = None
             self.proxy.close()
 
-    def _start_tasks(self, nursery: trio.Nursery) -> None:
-        for server in self.fleet.servers.values():
-            self._start_probe(server)
-        nursery.start_soon(self._keep, "probes", self._start_probes)
-        nursery.start_soon(self._keep, "stalls", self.stalls.run)
-        nursery.start_soon(self._keep, "feed", self.feed.run)
-        nursery.start_soon(self._keep, "lists", self.lists.run)
-        nursery.start_soon(self._keep, "leavers", self._dismiss_leavers)
+    def _all_tasks(self) -> list[tuple[str, Task]]:
+        tasks: list[tuple[str, Task]] = [
+            ("probes", self.probes.run),
+            ("stalls", self.stalls.run),
+            ("lists", self.lists.run),
+            ("leavers", self._dismiss_leavers),
+        ]
+        if self._parts.reports is None:
+            tasks.append(("feed", self.feed.run))
         if self.reloader is not None:
-            nursery.start_soon(self._keep, "watch", self._watch)
-        self._follow_signals(nursery)
+            tasks.append(("watch", self._watch))
+        if self._parts.signals is not None:
+            tasks += self._parts.signals.tasks(
+                self.nudge if self.reloader is not None else None,
+                self.output.reopen if self.output is not None else None,
+            )
+        return tasks + self.tasks
 
-    def _follow_signals(self, nursery: trio.Nursery) -> None:
-        if self.reloader is not None:
-            nursery.start_soon(self._keep, "reload signal", self._reload_on_sighup)
-        if self.output is not None:
-            nursery.start_soon(self._keep, "log signal", self._reopen_on_sigusr1)
-
-    async def _keep(self, name: str, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task that should never end; a defect in it is logged and it is started anew."""
-        while True:
-            try:
-                await task()
-            except Exception:
-                # Not silent, and not fatal: traffic goes on without this task for a moment.
-                logger.exception("task %s failed, starting it again", name)
-                self.task_restarts += 1
-            await trio.sleep(RESTART_PAUSE)
+    @property
+    def task_restarts(self) -> int:
+        """How many background tasks failed and were started again."""
+        return self._background.restarts
 
     async def _watch(self) -> None:
         assert self.reloader is not None
         await watch(self.reloader, self.nudge)
-
-    async def _reload_on_sighup(self) -> None:
-        with trio.open_signal_receiver(signal.SIGHUP) as signals:
-            if came(signal.SIGHUP):
-                self.nudge()
-            async for _ in signals:
-                self.nudge()
-
-    async def _reopen_on_sigusr1(self) -> None:
-        assert self.output is not None
-        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
-            if came(signal.SIGUSR1):
-                self.output.reopen()
-            async for _ in signals:
-                self.output.reopen()
 
     async def _dismiss_leavers(self) -> None:
         """Forget removed servers once their last request has ended."""
@@ -210,72 +193,25 @@ class Supervisor:
             await trio.sleep(0.25)
             for number, server in enumerate(self.fleet.gone(), 1):
                 if number % SERVERS_AT_ONCE == 0:
-                    await trio.sleep(BREATH)
-                logger.info("server %s has left, nothing in flight", server.name)
-                self._stop_probe(server)
+                    await trio.sleep(BATCH_PAUSE)
+                logger.info("server %s: removed, no requests in flight", server.name)
+                self.probes.stop(server)
                 self.proxy.forget(server)
 
-    # -- probes -------------------------------------------------------------------------------
+    def server_down(self, server: Server) -> None:
+        """Cancel the silent requests of a server that has just gone down, so that they retry."""
+        silence = self.fleet.settings.metrics_interval
+        cancelled = self.proxy.server_gone(server, trio.current_time(), silence)
+        if cancelled:
+            logger.info("server %s: down, cancelled %d silent requests", server.name, cancelled)
 
-    def _start_probe(self, server: Server) -> None:
-        if self._nursery is None or server in self._probes:
-            return
-        scope = self._probes[server] = trio.CancelScope()
-        self._to_start.append((server, scope))
-        self._start_some.set()
-
-    async def _start_probes(self) -> None:
-        """Start the probes that wait for it, a few at a time: each takes a millisecond."""
-        while True:
-            await self._start_some.wait()
-            self._start_some = trio.Event()
-            while self._to_start:
-                for _ in range(min(SERVERS_AT_ONCE, len(self._to_start))):
-                    server, scope = self._to_start.popleft()
-                    if self._nursery is not None and self._probes.get(server) is scope:
-                        self._nursery.start_soon(self._probe, server, scope)
-                await trio.sleep(BREATH)
-
-    def _stop_probe(self, server: Server) -> None:
-        scope = self._probes.pop(server, None)
-        if scope is not None:
-            scope.cancel(reason="server removed")
-
-    async def _probe(self, server: Server, scope: trio.CancelScope) -> None:
-        tls = self.tls.of(server.config)
-        down, tick = self._server_down, self.proxy.tick
-        probe = Probe(server, self.fleet, self.rng, tls, down, tick, self.resolver)
-        self._probing[server] = probe
-        try:
-            with scope:
-                await self._keep(f"probe of {server.name}", probe.run)
-        finally:
-            if self._probing.get(server) is probe:
-                del self._probing[server]
-
-    def _server_down(self, server: Server) -> None:
-        ended = self.proxy.server_gone(server, trio.current_time(), self._patience())
-        if ended:
-            logger.info("server %s is gone: %d silent requests taken off it", server.name, ended)
-
-    def _patience(self) -> float:
-        """How long a request must have been silent to be taken off a server that went down."""
-        return self.fleet.settings.metrics_interval
-
-    def _read_list_soon(self, server: Server) -> None:
-        probe = self._probing.get(server)
-        if probe is not None:
-            probe.read_list_soon()
-
-    def _list_readers(self) -> list[Reader]:
-        return [probe.read_list for probe in self._probing.values()]
-
-    async def _look_at_lists(self, found: Callable[[], bool]) -> None:
+    async def refresh_model_lists(self, found: Callable[[], bool]) -> None:
+        """Read the servers' model lists again, until all are read or `found` returns True."""
         await self.lists.fresh(found, self.fleet.settings.health_check_timeout + 1.0)
 
     # -- configuration ------------------------------------------------------------------------
 
-    async def _prepare(self, new: Config) -> None:
+    async def prepare(self, new: Config) -> None:
         """Make what takes long of a new configuration, a little at a time. Raises ConfigError."""
         await trio.to_thread.run_sync(self.tls.prepare, new.servers)
         for number, server in enumerate(self.fleet.prepare(new), 1):
@@ -283,13 +219,15 @@ class Supervisor:
             if number % PREPARED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
 
-    def _apply(self, old: Config, new: Config) -> None:
+    def apply(self, old: Config, new: Config) -> None:
         self.tls.prepare(new.servers)  # raises ConfigError while nothing has changed
         for prepare in self.before_apply:
             prepare(new)
         for setting in RESTART_SETTINGS:
             if getattr(old.settings, setting) != getattr(new.settings, setting):
-                logger.warning("%s changes at the next start only", setting)
+                logger.warning(
+                    "%s has changed in the configuration; restart the router to apply it", setting
+                )
         if _admin_key(new) != _admin_key(old):
             self.sessions.end()
         self.guard = Guard(new, self.guard.admin_port, self.guard.own, self.sessions)
@@ -298,21 +236,27 @@ class Supervisor:
         self.proxy.apply(new)
         if self.output is not None:
             self.output.follow(new.log)
-        self._ask_for_what_is_logged(new)
+        self._choose_recorded_fields(new)
         for server in change.added:
-            self._start_probe(server)
+            self.probes.start(server)
         before = {server.url: _credentials(server) for server in old.servers}
         for server in change.kept:
             if before[server.url] != _credentials(server.config):
-                self._stop_probe(server)
-                self._start_probe(server)
+                self.probes.stop(server)
+                self.probes.start(server)
         for server in change.removed:
             if server.in_flight == 0:
                 continue
-            logger.info("server %s leaves, %d in flight", server.name, server.in_flight)
+            logger.info(
+                "server %s: removed from the configuration, %d requests in flight may finish",
+                server.name,
+                server.in_flight,
+            )
         self.feed.event("reload", changes(old, new))
+        for publish in self.after_apply:
+            publish(new)
 
-    def _ask_for_what_is_logged(self, config: Config) -> None:
+    def _choose_recorded_fields(self, config: Config) -> None:
         """What only the access log needs to know of an exchange is not read without one."""
         logged = self.output is not None and self.output.access.writer is not None
         self.proxy.wants_usage = logged or self.proxy.tracer is not None
@@ -329,36 +273,40 @@ class Supervisor:
             return Reload.UNCHANGED
         return await self.reloader.reload(force=True)
 
-    # -- what the pages are told --------------------------------------------------------------
+    # -- figures for the control plane ---------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
-        """Requests being served now."""
-        return len(self.proxy.exchanges)
+        """Requests in progress in all processes."""
+        return len(self.proxy.exchanges) + self._parts.others.in_flight
 
     def running(self) -> list[Record]:
-        """Those of the requests being served now."""
-        return [exchange.record for exchange in self.proxy.exchanges]
+        """The records of the requests in progress."""
+        own = [exchange.record for exchange in self.proxy.exchanges]
+        return own + self._parts.others.running()
 
     def queues(self, now: float) -> list[Queue]:
-        """Who waits for a server; none without `[limits]`."""
+        """The requests that wait for a server; empty without `[limits]`."""
         return self.proxy.gate.queues(now) if self.proxy.gate is not None else []
 
     def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
-        """What the policies expected of a server's prefix cache; None if none looks at prompts."""
-        return self.proxy.policies.statistics(server)
+        """Expected prefix cache hits of a server; None if no policy predicts them."""
+        own = self.proxy.policies.statistics(server)
+        all_of_them = [own, *self._parts.others.prefix_statistics(server)]
+        known = [one for one in all_of_them if one is not None]
+        return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
 
     def elsewhere(self, figure: str) -> float | None:
-        """What other processes of this router add to a figure; None if there are none."""
-        return None
+        """What the other processes add to a figure; None in a router of one process."""
+        return self._parts.others.figure(figure)
 
     def workers(self) -> Mapping[str, Mapping[str, float]]:
-        """The figures of each worker process; none if there is but this one."""
-        return {}
+        """The figures of each worker process, by number; empty in a router of one process."""
+        return self._parts.others.workers()
 
     def refused(self, code: str) -> None:
-        """A request was refused by its head alone."""
-        self.metrics.refused(code)
+        """Count a request that was rejected before an exchange began."""
+        (self._parts.reports or self.metrics).refused(code)
 
     # -- drain --------------------------------------------------------------------------------
 
@@ -375,7 +323,9 @@ class Supervisor:
         self.draining = True
         grace = self.config.settings.drain_grace
         if grace:
-            logger.info("serving for another %g s of grace", grace)
+            logger.info(
+                "not ready any more, accepting requests for another %g s (drain_grace)", grace
+            )
             await trio.sleep(grace)
 
     async def wind_down(self, *, still_listening: bool = False) -> None:
@@ -389,32 +339,35 @@ class Supervisor:
         self.feed.close()
         running = len(self.proxy.exchanges)
         if running:
-            logger.info("draining: %d in flight", running)
+            logger.info("draining: waiting for %d requests in flight", running)
         with trio.move_on_after(self.config.settings.drain_timeout) as patience:
             await self.proxy.drained()
         self.proxy.stopping = True
         if patience.cancelled_caught:
-            logger.warning("drain_timeout is over: ending %d exchanges", self.proxy.stop())
+            logger.warning(
+                "drain_timeout reached: cancelled %d requests in flight", self.proxy.stop()
+            )
             with trio.move_on_after(END_TIME):
                 await self.proxy.drained()
 
     @property
     def ready(self) -> bool:
         """Whether a load balancer should send requests here."""
-        return self.fleet.probed and not self.draining
-
-    def _log_transition(self, change: Transition) -> None:
-        logger.log(
-            _LEVELS.get(change.new, logging.INFO),
-            "server %s: %s -> %s%s",
-            change.server,
-            change.old,
-            change.new,
-            f" ({change.reason})" if change.reason else "",
-        )
+        return self.fleet.probed and not self.draining and self._parts.others.ready
 
 
-def tell_memory(settings: Settings, workers: int) -> None:
+def _log_transition(change: Transition) -> None:
+    logger.log(
+        _LEVELS.get(change.new, logging.INFO),
+        "server %s: %s -> %s%s",
+        change.server,
+        change.old,
+        change.new,
+        f" ({change.reason})" if change.reason else "",
+    )
+
+
+def log_memory_plan(settings: Settings, workers: int) -> None:
     """Log, at the start, what follows from the memory that there is."""
     told = memory_line(settings, Memory(memory_limit_mb(), workers))
     if told is not None:
@@ -430,29 +383,3 @@ def _credentials(config: ServerConfig) -> tuple[object, ...]:
     """What a probe keeps for as long as it runs."""
     tls = config.ca, config.client_certificate, config.client_key, config.verify
     return config.api_key, *tls
-
-
-def _settle_garbage_collector() -> None:
-    """What exists after the start stays: it need not be looked at in every collection.
-
-    Exchanges leave hardly any cycles behind, so the young generation may grow before it is
-    searched. Together 5 % of the cost of a request.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
-
-
-_M_MMAP_THRESHOLD = -3
-_LARGE = 1 << 20
-
-
-def _settle_allocator() -> None:
-    """Large request bodies are given back to the system when they are let go.
-
-    Left alone, glibc learns from the first that large blocks come and go, keeps up to 32 MB of each
-    in the heap from then on, and the router as large as its busiest moment.
-    """
-    # Other C libraries (musl) have no such habit, and no such function.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -91,7 +91,7 @@ def install_errors(app: QuartTrio) -> None:
     @app.errorhandler(Exception)
     async def defect(error: Exception) -> Response:
         # The user gets no traceback, the log does: a defect of ours ends one request only.
-        logger.error("%s failed", scope()["path"], exc_info=error)
+        logger.error("request for %s failed", scope()["path"], exc_info=error)
         return refusal(Refused(500, "internal_error", "The router failed to answer."))
 
 

@@ -77,7 +77,7 @@ def area_of(path_class: PathClass, path: str) -> Area:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnDoor:
+class MonitorListener:
     """A loopback port for the view that runs beside the router, and the digest of its key."""
 
     port: int
@@ -128,7 +128,7 @@ class Guard:
         self,
         config: Config,
         admin_port: int | None = None,
-        own: OwnDoor | None = None,
+        own: MonitorListener | None = None,
         sessions: Sessions | None = None,
     ) -> None:
         self._sessions = sessions
@@ -244,7 +244,7 @@ class Guard:
     def _at_admin(self, scope: Scope) -> bool:
         return OWN_MACHINE in scope or _port(scope) == self.admin_port
 
-    def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: OwnDoor) -> None:
+    def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: MonitorListener) -> None:
         """Everything, to whoever has the key that only the view was given; others see nothing."""
         digests = [digest_of(key.decode("latin-1")) for key in keys_in(fields)]
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):

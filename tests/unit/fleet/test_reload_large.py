@@ -13,7 +13,8 @@ from vllm_router.config.reload import Reload
 from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.runtime.probe import Probe
-from vllm_router.runtime.supervisor import PREPARED_AT_ONCE, SERVERS_AT_ONCE, Supervisor
+from vllm_router.runtime.probes import SERVERS_AT_ONCE
+from vllm_router.runtime.supervisor import PREPARED_AT_ONCE, Supervisor
 
 MANY = 1000
 TURN_LIMIT = 0.1
@@ -147,12 +148,12 @@ async def test_reload_prepares_servers_in_slices_and_keeps_none_refused(rig: Rig
     new = supervisor.reloader.source.load()  # type: ignore[union-attr]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(others)
-        await supervisor._prepare(new)
+        await supervisor.prepare(new)
         assert turns >= 500 // PREPARED_AT_ONCE - 1
         assert len(rig.names) == 2
         nursery.cancel_scope.cancel()
     assert supervisor.fleet.all_servers() == list(supervisor.fleet.servers.values())
-    supervisor._apply(supervisor.config, supervisor.config)
+    supervisor.apply(supervisor.config, supervisor.config)
     assert len(supervisor.proxy.links) == 2
 
 

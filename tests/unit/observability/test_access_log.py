@@ -323,7 +323,7 @@ def test_line_writer_failing_line_costs_only_itself(writer: LineWriter, target: 
     writer.put((lambda _: 1 / 0, None))
     writer.put("next")
     until(lambda: target.lines == ["next"])
-    assert "a line could not be made" in caplog.text
+    assert "a line could not be formatted" in caplog.text
 
 
 def test_line_writer_failed_writes_are_counted_and_logged_once(
@@ -455,7 +455,7 @@ def test_access_log_reload_with_unwritable_file_keeps_old_output(tmp_path: Path)
     under_test.follow(LogSettings(access=str(tmp_path)))
     under_test.access.exchange_ended(make_record(50.0))
     under_test.close()
-    assert "the log stays as it is" in stream.getvalue()
+    assert "the previous one stays in use" in stream.getvalue()
     assert "access: POST" in stream.getvalue()
 
 

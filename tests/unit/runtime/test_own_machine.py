@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_router.runtime import own_machine
-from vllm_router.runtime.local_door import LocalSockets
+from vllm_router.runtime.local_listener import LocalSockets
 from vllm_router.runtime.own_machine import NoDirectory, directories, find_socket, open_directory
 
 UID = os.geteuid()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.runtime.workers import queue_board
-from vllm_router.runtime.workers.bells import Bells
 from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, Page, QueueBoard, mark
+from vllm_router.runtime.workers.queue_wakeup import Wakeups
 
 
 def entry(number: int, **more: int) -> Entry:
@@ -118,11 +118,11 @@ def test_queue_board_slots_can_all_be_taken_and_then_none():
 
 
 async def test_queue_wakeup_sent_before_wait_is_received_once():
-    descriptors = [Bells.create(), Bells.create()]
+    descriptors = [Wakeups.create(), Wakeups.create()]
     try:
-        ours, theirs = Bells(descriptors, 0), Bells(descriptors, 1)
-        theirs.ring(0)
-        theirs.ring(0)
+        ours, theirs = Wakeups(descriptors, 0), Wakeups(descriptors, 1)
+        theirs.notify(0)
+        theirs.notify(0)
         with trio.fail_after(30):
             await ours.wait()
         with trio.move_on_after(0.01) as silent:

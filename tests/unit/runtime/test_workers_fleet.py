@@ -21,9 +21,14 @@ from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server, State
 from vllm_router.routing.policies import POLICIES
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.runtime.workers.board import COLUMNS, Board, Sums, columns_for
 from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
-from vllm_router.runtime.workers.messages import States, Verdict, decode_from_leader, encode
+from vllm_router.runtime.workers.messages import ServerStates, Verdict, decode_from_leader, encode
+from vllm_router.runtime.workers.shared_counters import (
+    COLUMNS,
+    CounterView,
+    SharedCounters,
+    columns_for,
+)
 
 
 class Router:
@@ -33,20 +38,26 @@ class Router:
         self.fileno = fileno
         self.news: list[Server] = []
         self.verdicts: list[Verdict] = []
-        self.leader = LeadingFleet(config, Sums(Board(fileno, 3), 0), self.news.append)
+        self.leader = LeadingFleet(
+            config, CounterView(SharedCounters(fileno, 3), 0), self.news.append
+        )
         self.workers = [self.worker(config, 1), self.worker(config, 2)]
         for server in self.leader.servers.values():
             come_up(server, 0.0)
         self.tell(0.0)
 
     def worker(self, config: Config, number: int) -> FollowingFleet:
-        return FollowingFleet(config, Sums(Board(self.fileno, 3), number), self.verdicts.append)
+        return FollowingFleet(
+            config, CounterView(SharedCounters(self.fileno, 3), number), self.verdicts.append
+        )
 
     def tell(self, now: float) -> None:
         """The leader's news, as they travel."""
         self.leader.settle(now)
-        message = decode_from_leader(encode(States([state_of(server) for server in self.news])))
-        assert isinstance(message, States)
+        message = decode_from_leader(
+            encode(ServerStates([state_of(server) for server in self.news]))
+        )
+        assert isinstance(message, ServerStates)
         self.news.clear()
         for worker in self.workers:
             for state in message.servers:
@@ -63,7 +74,7 @@ class Router:
 
 @pytest.fixture
 def board() -> Iterator[int]:
-    fileno = Board.create(3)
+    fileno = SharedCounters.create(3)
     yield fileno
     os.close(fileno)
 
@@ -107,7 +118,7 @@ def test_workers_leases_of_dead_worker_are_removed(router: Router, board: int):
     router.workers[0].servers["a"].lease(1.0)
     router.workers[1].servers["a"].lease(1.0)
     router.leader.look()
-    Board(board, 3).clear(1)
+    SharedCounters(board, 3).clear(1)
     router.leader.look()
     assert router.leader.servers["a"].in_flight == 1
 
@@ -135,9 +146,13 @@ def test_workers_scrape_is_corrected_by_leases_of_all(router: Router):
 
 
 def test_workers_older_than_leader_find_their_slots_later(board: int):
-    early = FollowingFleet(make_config(1), Sums(Board(board, 3), 1), lambda verdict: None)
+    early = FollowingFleet(
+        make_config(1), CounterView(SharedCounters(board, 3), 1), lambda verdict: None
+    )
     early.servers["a"].lease(1.0)
-    leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
+    leader = LeadingFleet(
+        make_config(1), CounterView(SharedCounters(board, 3), 0), lambda server: None
+    )
     early.take_places()
     leader.look()
     assert leader.servers["a"].in_flight == 1
@@ -322,7 +337,7 @@ def test_workers_key_concurrency_is_limited_across_all(board: int):
     assert admitted(router, key, 10) == 3
     router.workers[0].usage.leave(key, 1.0)
     assert admitted(router, key, 4) == 1
-    Board(board, 3).clear(1)  # with two of them
+    SharedCounters(board, 3).clear(1)  # with two of them
     assert router.workers[1].usage.running("few") == 3
     assert admitted(router, key, 10) == 2
 
@@ -331,7 +346,7 @@ def test_workers_key_rate_is_limited_across_all(board: int):
     config = make_config(1, tables=AUTH)
     router = Router(board, config)
     assert admitted(router, keys_of(config)["slow"], 20) == 6
-    Board(board, 3).clear(1)
+    SharedCounters(board, 3).clear(1)
     assert admitted(router, keys_of(config)["slow"], 20) == 0
 
 
@@ -403,10 +418,10 @@ def test_workers_servers_with_swapped_slots_keep_their_counts(board: int):
     worker.servers["b"].lease(1.0)
     worker.servers["b"].lease(1.0)
     one, other = (worker.servers[name].url for name in "ab")
-    shared = Board(board, 3)
+    shared = SharedCounters(board, 3)
     before = {url: shared.find(url) for url in (one, other)}
     shared.keep(set())
-    Board(board, 3).row(1)[:] = memoryview(bytes(8 * COLUMNS)).cast("q")
+    SharedCounters(board, 3).row(1)[:] = memoryview(bytes(8 * COLUMNS)).cast("q")
     after = {url: shared.assign(url) for url in (one, other)}
     assert before == {one: after[other], other: after[one]}
     worker.take_places()
@@ -437,11 +452,17 @@ def with_keys(number: int) -> Config:
 def test_workers_limits_of_many_keys_hold_across_all(number: int):
     config = with_keys(number)
     columns = columns_for(len(counted_in(config)))
-    fileno = Board.create(3, columns)
+    fileno = SharedCounters.create(3, columns)
     try:
-        LeadingFleet(config, Sums(Board(fileno, 3, columns), 0), lambda server: None)
+        LeadingFleet(
+            config, CounterView(SharedCounters(fileno, 3, columns), 0), lambda server: None
+        )
         one, other = (
-            FollowingFleet(config, Sums(Board(fileno, 3, columns), worker), lambda verdict: None)
+            FollowingFleet(
+                config,
+                CounterView(SharedCounters(fileno, 3, columns), worker),
+                lambda verdict: None,
+            )
             for worker in (1, 2)
         )
         assert config.auth is not None
@@ -455,12 +476,14 @@ def test_workers_limits_of_many_keys_hold_across_all(number: int):
 
 
 def test_workers_reload_beyond_shared_memory_is_refused(board: int):
-    leader = LeadingFleet(make_config(1), Sums(Board(board, 3), 0), lambda server: None)
+    leader = LeadingFleet(
+        make_config(1), CounterView(SharedCounters(board, 3), 0), lambda server: None
+    )
     leader.check_room(with_keys(COLUMNS // 2 - 1))
     with pytest.raises(ConfigError, match="restart the router"):
         leader.check_room(with_keys(COLUMNS // 2))
 
 
 def test_workers_key_without_slot_is_logged(board: int, caplog: pytest.LogCaptureFixture):
-    LeadingFleet(with_keys(COLUMNS), Sums(Board(board, 3), 0), lambda server: None)
-    assert "counted by each worker for itself" in caplog.text
+    LeadingFleet(with_keys(COLUMNS), CounterView(SharedCounters(board, 3), 0), lambda server: None)
+    assert "counted per worker" in caplog.text

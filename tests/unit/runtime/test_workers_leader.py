@@ -15,23 +15,24 @@ from support.fleet_makers import make_config
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.http.hypercorn.bridge import HypercornSide
 from vllm_router.observability.router_state import CPU
-from vllm_router.runtime.workers.bells import Bells
-from vllm_router.runtime.workers.board import Board, Sums
+from vllm_router.runtime.workers.adopted import AdoptedConnections
 from vllm_router.runtime.workers.channel import Channel, pair
-from vllm_router.runtime.workers.in_force import InForce
-from vllm_router.runtime.workers.leader import Leader
+from vllm_router.runtime.workers.config_snapshot import ConfigSnapshot
+from vllm_router.runtime.workers.leader import Leader, build
 from vllm_router.runtime.workers.messages import (
     Connection,
-    Figures,
     Hello,
-    NamesKnown,
-    States,
+    ResolvedNames,
+    ServerStates,
     Welcome,
+    WorkerStats,
     decode_from_leader,
     encode,
 )
-from vllm_router.runtime.workers.peers import SharedQueue
 from vllm_router.runtime.workers.queue_board import QueueBoard
+from vllm_router.runtime.workers.queue_peers import SharedQueue
+from vllm_router.runtime.workers.queue_wakeup import Wakeups
+from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
 
 
 async def _no_app(*_: Any) -> None:
@@ -45,33 +46,33 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
         [{"url": f"http://127.0.0.1:{n}"} for n in range(1, 31)], enable_active_health_check=False
     )
     ours, theirs = map(Channel, pair())
-    board, in_force = Board.create(2), InForce.create(config)
-    queue, bells = QueueBoard.create(2), [Bells.create(), Bells.create()]
+    board, snapshot = SharedCounters.create(2), ConfigSnapshot.create(config)
+    queue, wakeups = QueueBoard.create(2), [Wakeups.create(), Wakeups.create()]
     try:
-        leader = Leader(
-            config,
-            None,
-            side=HypercornSide(_no_app),
-            sums=Sums(Board(board, 2), 0),
-            queue=SharedQueue(QueueBoard(queue, 2), 0, Bells(bells, 0)),
-            channels=[ours],
-            in_force=InForce(in_force),
-            most_connections=most,
-        )
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
-                await nursery.start(leader.run)
+                leader = build(
+                    config,
+                    None,
+                    nursery=nursery,
+                    adopted=AdoptedConnections(HypercornSide(_no_app), nursery, most),
+                    counters=CounterView(SharedCounters(board, 2), 0),
+                    queue=SharedQueue(QueueBoard(queue, 2), 0, Wakeups(wakeups, 0)),
+                    channels=[ours],
+                    snapshot=ConfigSnapshot(snapshot),
+                )
+                await nursery.start(leader.supervisor.run)
                 yield leader, theirs
                 nursery.cancel_scope.cancel()
     finally:
         ours.close()
         theirs.close()
-        for fileno in (board, in_force, queue, *bells):
+        for fileno in (board, snapshot, queue, *wakeups):
             os.close(fileno)
 
 
 def figures(cpu: float) -> bytes:
-    return encode(Figures(True, {CPU: cpu}, {}))
+    return encode(WorkerStats(True, {CPU: cpu}, {}))
 
 
 async def settled(condition: Any) -> None:
@@ -85,24 +86,26 @@ async def test_leader_lets_worker_serve_after_sending_all_servers():
         received: set[str] = set()
         while True:
             message = decode_from_leader((await worker.receive())[0])
-            if isinstance(message, States):
+            if isinstance(message, ServerStates):
                 received.update(state.url for state in message.servers)
             elif isinstance(message, Welcome) and not message.first:
                 break
-        assert received == {server.url for server in leader.fleet.servers.values()}
+        assert received == {server.url for server in leader.supervisor.fleet.servers.values()}
 
 
 async def test_leader_and_worker_share_resolved_addresses():
     """One that is started while the resolver fails must not take the fleet for gone."""
     async with leading() as (leader, worker):
-        known, unknown = (leader.resolver.name(host) for host in ("known.test", "unknown.test"))
+        known, unknown = (
+            leader.supervisor.resolver.name(host) for host in ("known.test", "unknown.test")
+        )
         known.seed([(socket.AF_INET, "10.0.0.1", 0, 0)])
         hello = Hello(1, [], {"unknown.test": [(socket.AF_INET6, "fd00::1", 0, 0)], "other": []})
         await worker.send(encode(hello))
         received: dict[str, Any] = {}
         while True:
             message = decode_from_leader((await worker.receive())[0])
-            if isinstance(message, NamesKnown):
+            if isinstance(message, ResolvedNames):
                 received |= message.addresses
             elif message == Welcome(first=False):
                 break
@@ -121,30 +124,30 @@ async def test_leader_counts_cost_of_dead_worker_once(late: bool):
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(11, [])))
         await worker.send(figures(2.0))
-        await settled(lambda: leader.elsewhere(CPU) == 2.0)
+        await settled(lambda: leader.supervisor.elsewhere(CPU) == 2.0)
         if not late:
-            leader.lost(1, 11)
+            leader.workers.lost(1, 11)
         await worker.send(figures(3.0))  # its last words, which the leader had not read yet
         await worker.send(encode(Hello(12, [])))
         await worker.send(figures(0.5))
-        await settled(lambda: leader.workers().get("1", {}).get(CPU) == 0.5)
+        await settled(lambda: leader.supervisor.workers().get("1", {}).get(CPU) == 0.5)
         if late:
-            leader.lost(1, 11)
-        assert leader.elsewhere(CPU) == (3.5 if late else 2.5)
-        assert leader.serving == 1
-        assert leader.worker_restarts == 1
+            leader.workers.lost(1, 11)
+        assert leader.supervisor.elsewhere(CPU) == (3.5 if late else 2.5)
+        assert leader.workers.serving == 1
+        assert leader.workers.restarts == 1
 
 
 async def test_leader_worker_without_hello_is_not_serving():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(11, [])))
         await worker.send(figures(2.0))
-        await settled(lambda: leader.serving == 1)
-        leader.lost(1, 11)
+        await settled(lambda: leader.workers.serving == 1)
+        leader.workers.lost(1, 11)
         await worker.send(figures(3.0))
         await worker.send(encode(Hello(12, [])))
-        await settled(lambda: leader.pid_of(1) == 12)
-        assert leader.serving == 0
+        await settled(lambda: leader.workers.pid_of(1) == 12)
+        assert leader.workers.serving == 0
 
 
 async def test_leader_closes_connections_beyond_descriptor_limit():
@@ -163,7 +166,7 @@ async def test_leader_closes_connections_beyond_descriptor_limit():
                 clients[0].setblocking(False)
                 with pytest.raises(BlockingIOError):
                     clients[0].recv(1)
-                assert leader.worker_restarts == 0
+                assert leader.workers.restarts == 0
             finally:
                 for client in clients:
                     client.close()

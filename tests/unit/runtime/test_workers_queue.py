@@ -23,43 +23,45 @@ from unit.proxy.test_exchange_limits import PRIORITY, body, order, working
 from unit.proxy.test_exchange_room import FALLBACK, client_of
 from vllm_router.proxy.admission import Gate
 from vllm_router.proxy.handler import Proxy
-from vllm_router.runtime.workers.admit import LOOK_EVERY
-from vllm_router.runtime.workers.board import Board, Sums
 from vllm_router.runtime.workers.fleet import LeadingFleet
-from vllm_router.runtime.workers.peers import PATIENCE, QueuePeers
 from vllm_router.runtime.workers.queue_board import QueueBoard
+from vllm_router.runtime.workers.queue_peers import PATIENCE, QueuePeers
+from vllm_router.runtime.workers.queue_wakeup import POLL_WHILE_WAITING
+from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
 
 
 class Process(Rig):
     """One process of the router."""
 
-    def __init__(self, crew: Crew, number: int) -> None:
+    def __init__(self, group: ProcessGroup, number: int) -> None:
         self.number = number
-        self.crew = crew
+        self.group = group
         self.watched = False
-        self.nursery = crew.nursery
-        self.config = crew.config
+        self.nursery = group.nursery
+        self.config = group.config
         self.fleet = LeadingFleet(
-            crew.config, Sums(Board(crew.leases, crew.count), number), lambda server: None
+            group.config,
+            CounterView(SharedCounters(group.leases, group.count), number),
+            lambda server: None,
         )
         self.recorder = Recorder()
         self.rng = Random(number)
         self.stopped = False
         self.proxy = Proxy(
-            self.fleet, crew.config, (self.recorder,), self.rng, make_peers=self._peers
+            self.fleet, group.config, (self.recorder,), self.rng, make_peers=self._peers
         )
         self.proxy.tell_every = 0.0
-        self.scripted = crew.scripted
+        self.scripted = group.scripted
         for server in self.servers:
-            self.proxy.links[server].pool = MemoryPool(crew.scripted[server.name])
+            self.proxy.links[server].pool = MemoryPool(group.scripted[server.name])
 
     def _peers(self, gate: Gate) -> QueuePeers:
         return QueuePeers(
-            gate, QueueBoard(self.crew.queue, self.crew.count), self.number, self.ring
+            gate, QueueBoard(self.group.queue, self.group.count), self.number, self.notify
         )
 
-    def ring(self, number: int) -> None:
-        self.nursery.start_soon(self.crew.processes[number].woken)
+    def notify(self, number: int) -> None:
+        self.nursery.start_soon(self.group.processes[number].woken)
 
     async def woken(self) -> None:
         gate = self.proxy.gate
@@ -69,7 +71,7 @@ class Process(Rig):
 
     async def tick(self) -> None:
         while True:
-            await trio.sleep(LOOK_EVERY)
+            await trio.sleep(POLL_WHILE_WAITING)
             await self.woken()
 
     @property
@@ -78,13 +80,13 @@ class Process(Rig):
         return 0 if gate is None else gate._waiters
 
 
-class Crew:
+class ProcessGroup:
     """Several processes before the same scripted servers."""
 
     def __init__(self, nursery: trio.Nursery, count: int, scripts: Any, **options: Any) -> None:
         self.nursery = nursery
         self.count = count
-        self.leases, self.queue = Board.create(count), QueueBoard.create(count)
+        self.leases, self.queue = SharedCounters.create(count), QueueBoard.create(count)
         limits = {"max_in_flight": 1, **options.pop("limits", {})}
         self.config = make_config(len(scripts), policy="least_load", limits=limits, **options)
         names = [server.name for server in self.config.servers]
@@ -119,14 +121,14 @@ class Crew:
 
 
 @contextlib.asynccontextmanager
-async def crew(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Crew]:
+async def group(count: int, *scripts: Any, **options: Any) -> AsyncIterator[ProcessGroup]:
     async with trio.open_nursery() as nursery:
-        made = Crew(nursery, count, scripts, **options)
+        made = ProcessGroup(nursery, count, scripts, **options)
         try:
             for process in made.processes:
                 nursery.start_soon(process.tick)
             yield made
-            await trio.sleep(2 * LOOK_EVERY)
+            await trio.sleep(2 * POLL_WHILE_WAITING)
             for process in made.processes:
                 assert not process.proxy.exchanges
                 assert len(process.proxy.gate.places) == 0  # type: ignore[union-attr]
@@ -145,14 +147,14 @@ async def crew(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Crew]
 
 @pytest.mark.parametrize("count", [2, 5])
 async def test_workers_queue_is_first_come_first_served_across_processes(autojump_clock, count):
-    async with crew(count, working()) as router:
+    async with group(count, working()) as router:
         clients = [await router.start(n % count, n) for n in range(20)]
         await trio.sleep(25)
         assert order(*clients) == list(range(20))
 
 
 async def test_workers_queue_newcomer_does_not_overtake_other_process(autojump_clock):
-    async with crew(2, working()) as router:
+    async with group(2, working()) as router:
         first = await router.start(0, 0)
         waits = [await router.start(0, n) for n in (1, 2)]
         await trio.sleep(0.9)
@@ -162,7 +164,7 @@ async def test_workers_queue_newcomer_does_not_overtake_other_process(autojump_c
 
 
 async def test_workers_queue_priorities_hold_across_processes(autojump_clock):
-    async with crew(3, working()) as router:
+    async with group(3, working()) as router:
         clients = [await router.start(n, n) for n in range(3)]
         clients.append(await router.start(1, 3, priority=5))
         clients.append(await router.start(2, 4, headers=(PRIORITY,)))
@@ -172,7 +174,7 @@ async def test_workers_queue_priorities_hold_across_processes(autojump_clock):
 
 
 async def test_workers_queue_keys_take_turns_across_processes(autojump_clock):
-    async with crew(2, working()) as router:
+    async with group(2, working()) as router:
         clients = [await router.start(0, 0)]
         clients += [await router.start(n % 2, n, "greedy") for n in range(1, 7)]
         clients += [await router.start(0, 7, "modest"), await router.start(1, 8, "modest")]
@@ -182,7 +184,7 @@ async def test_workers_queue_keys_take_turns_across_processes(autojump_clock):
 
 async def test_workers_queue_cap_holds_across_processes(autojump_clock):
     most = [0]
-    async with crew(4, working(0.5, most), limits={"max_in_flight": 3}) as router:
+    async with group(4, working(0.5, most), limits={"max_in_flight": 3}) as router:
         clients = [await router.start(n % 4, n) for n in range(40)]
         await trio.sleep(20)
         assert len(order(*clients)) == 40
@@ -190,7 +192,7 @@ async def test_workers_queue_cap_holds_across_processes(autojump_clock):
 
 
 async def test_workers_queue_servers_freed_at_once_go_to_first_waiters(autojump_clock):
-    async with crew(4, working(), limits={"max_in_flight": 8}) as router:
+    async with group(4, working(), limits={"max_in_flight": 8}) as router:
         router.each(lambda process: go_down(process.servers[0], trio.current_time()))
         clients = [await router.start(n % 4, n) for n in range(16)]
         await trio.sleep(1)
@@ -208,7 +210,7 @@ async def test_workers_queue_servers_freed_at_once_go_to_first_waiters(autojump_
 
 
 async def test_workers_queue_limit_covers_all_processes(autojump_clock):
-    async with crew(3, working(), limits={"queue_size": 4}) as router:
+    async with group(3, working(), limits={"queue_size": 4}) as router:
         clients = [await router.start(n % 3, n) for n in range(5)]
         for process in range(3):
             refused = await router.start(process, 9)
@@ -219,7 +221,7 @@ async def test_workers_queue_limit_covers_all_processes(autojump_clock):
 
 
 async def test_workers_queue_full_displaces_greediest_key_of_any_process(autojump_clock):
-    async with crew(2, working(), limits={"queue_size": 4}) as router:
+    async with group(2, working(), limits={"queue_size": 4}) as router:
         greedy = [await router.start(n % 2, n, "greedy") for n in range(5)]
         modest = [await router.start(1, 10, "modest"), await router.start(0, 11, "modest")]
         assert [client.got.code for client in greedy if client.done] == ["queue_displaced"] * 2
@@ -230,7 +232,7 @@ async def test_workers_queue_full_displaces_greediest_key_of_any_process(autojum
 
 async def test_workers_queue_prediction_uses_rate_and_queue_of_all(autojump_clock):
     limits = {"queue_timeout": 20, "queue_size": 100, "max_in_flight": 2}
-    async with crew(4, working(1.0), limits=limits) as router:
+    async with group(4, working(1.0), limits=limits) as router:
         clients = [await router.start(n % 4, n) for n in range(36)]
         await trio.sleep(6.5)
         assert not any(client.done and client.got.status != 200 for client in clients)
@@ -245,7 +247,7 @@ async def test_workers_queue_prediction_uses_rate_and_queue_of_all(autojump_cloc
 
 
 async def test_workers_queue_request_without_fallback_delays_no_process(autojump_clock):
-    async with crew(2, working(), working(), tables=FALLBACK) as router:
+    async with group(2, working(), working(), tables=FALLBACK) as router:
         for process in router.processes:
             come_up(process.server("b"), 0.0, "spare")
             process.fleet.settle(0.0)
@@ -262,7 +264,7 @@ async def test_workers_queue_request_without_fallback_delays_no_process(autojump
 
 
 async def test_workers_queue_request_of_other_model_is_not_delayed(autojump_clock):
-    async with crew(2, working(50), working(1)) as router:
+    async with group(2, working(50), working(1)) as router:
         for process in router.processes:
             come_up(process.server("a"), 0.0, "slow")
             come_up(process.server("b"), 0.0, "fast")
@@ -276,12 +278,12 @@ async def test_workers_queue_request_of_other_model_is_not_delayed(autojump_cloc
 
 
 async def test_workers_queue_hanging_process_delays_others_briefly(autojump_clock):
-    async with crew(2, working(0.1)) as router:
+    async with group(2, working(0.1)) as router:
         first = await router.start(1, 0)
         hung = await router.start(0, 1)
         router[0].stopped = True
         waits = [await router.start(1, n) for n in range(2, 12)]
-        await trio.sleep(0.1 + PATIENCE + 10 * (0.1 + 2 * LOOK_EVERY))
+        await trio.sleep(0.1 + PATIENCE + 10 * (0.1 + 2 * POLL_WHILE_WAITING))
         assert order(first, *waits) == [0, *range(2, 12)]
         assert not hung.done
         router[0].stopped = False
@@ -290,7 +292,7 @@ async def test_workers_queue_hanging_process_delays_others_briefly(autojump_cloc
 
 
 async def test_workers_queue_requests_of_dead_process_are_forgotten(autojump_clock):
-    async with crew(2, working(), limits={"queue_size": 3}) as router:
+    async with group(2, working(), limits={"queue_size": 3}) as router:
         first = await router.start(1, 0)
         lost = [await router.start(0, n) for n in (1, 2, 3)]
         router[0].stopped = True
@@ -305,7 +307,7 @@ async def test_workers_queue_requests_of_dead_process_are_forgotten(autojump_clo
 
 
 async def test_workers_queue_late_process_finds_waiters(autojump_clock):
-    async with crew(2, working()) as router:
+    async with group(2, working()) as router:
         clients = [await router.start(0, n) for n in range(4)]
         router[1].stopped = True
         router.processes[1] = Process(router, 1)
@@ -317,7 +319,7 @@ async def test_workers_queue_late_process_finds_waiters(autojump_clock):
 
 
 async def test_workers_queue_disconnect_lets_next_of_other_process_go(autojump_clock):
-    async with crew(2, working()) as router:
+    async with group(2, working()) as router:
         clients = [await router.start(n % 2, n) for n in range(5)]
         clients[2].leave()
         await wait_all_tasks_blocked()
@@ -326,7 +328,7 @@ async def test_workers_queue_disconnect_lets_next_of_other_process_go(autojump_c
 
 
 async def test_workers_queue_limits_removed_and_readded_start_anew(autojump_clock):
-    async with crew(2, working(2)) as router:
+    async with group(2, working(2)) as router:
         clients = [await router.start(n % 2, n) for n in range(4)]
         without = make_config(1, policy="least_load")
         for process in router.processes:
@@ -349,7 +351,7 @@ async def test_workers_queue_any_events_keep_order_caps_and_requests(autojump_cl
     """Requests come in all processes and leave, servers fall and come back, caps change."""
     rng = Random(seed)
     most = [0]
-    async with crew(
+    async with group(
         3, working(0.7, most), working(0.4, most), limits={"queue_size": 200}
     ) as router:
         clients: list[Client] = []

@@ -24,7 +24,7 @@ import trio
 from vllm_router.cli.monitor.command import LAST_LINES, last_lines
 from vllm_router.cli.monitor.screen import End
 from vllm_router.observability.formatting import TextFormatter
-from vllm_router.runtime.serve import OwnView, ServeOptions
+from vllm_router.runtime.serve import LocalMonitorAccess, ServeOptions
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ async def serve_with_view(
     The log already goes to `log`.
     """
     url = ""
-    own = OwnView()
+    own = LocalMonitorAccess()
     options = replace(options, view=own)
     failure: Exception | None = None
     up = trio.Event()
@@ -76,7 +76,10 @@ async def serve_with_view(
         if end in (End.USER, End.HANGUP):
             os.kill(os.getpid(), signal.SIGTERM)
         elif end != End.ROUTER_STOPS:
-            logger.warning("the monitor has ended (%s); the router goes on, Ctrl-C stops it", end)
+            logger.warning(
+                "the monitor has exited (code %s); the router is still running, Ctrl-C stops it",
+                end,
+            )
     if failure is not None:
         if up.is_set():
             if options.output is not None:

@@ -1,28 +1,30 @@
 """Several processes behind one port: `vllm-router run --workers N`.
 
-    parent ── starts and replaces, holds port, channels and shared memory (parent.py)
-      ├─ leader ── probes, follows the file, answers everything but inference (leader.py)
-      ├─ worker 1 ── accepts connections, serves inference (worker.py)
+    parent ── starts and replaces processes; owns port, channels, shared memory (parent.py)
+      ├─ leader ── probes, configuration file, control plane (leader.py, run_leader.py)
+      ├─ worker 1 ── accepts connections, serves inference (worker.py, run_worker.py)
       └─ worker N
 
-What they share:
+They share:
 
-* The *board* (board.py): shared memory with a row of leases for each process, which only its owner
-  writes. Every pick reads all rows, so that a burst over N workers spreads as over one.
-* The *queue board* (queue_board.py): shared memory with a page for each process, which holds its
-  requests that wait for a server (`[limits]`). All read all pages and keep one order (peers.py); an
-  event descriptor for each process is the *bell* that wakes it (bells.py).
-* The *configuration in force* (in_force.py): written by the leader, read by whoever is started.
-* A *channel* for each worker (channel.py), to the leader. The worker says `Hello` and the leader
-  `Welcome`; then the leader tells the `States` of servers as it learns of them, and that a new
-  configuration is to be read (`Configured`); the worker sends `Report`s of its exchanges and
-  attempts, `Figures` of what there is now, and every `Connection` that is not for the lane.
-* A *line* from the parent to each process (birth.py), for orders. Its end is the order to drain.
+* `SharedCounters` (shared_counters.py): shared memory with a row per process, which only its owner
+  writes: leases per server, requests per key. Every routing decision reads all rows, so that N
+  workers spread a burst as one process would.
+* `QueueBoard` (queue_board.py): shared memory with a page per process that lists its requests that
+  wait for a server (`[limits]`). All processes read all pages and serve one common order
+  (queue_peers.py). An event descriptor per process wakes it (queue_wakeup.py).
+* `ConfigSnapshot` (config_snapshot.py): the configuration in force, written by the leader and read
+  by each process that starts.
+* A `Channel` per worker to the leader (channel.py, messages.py). The worker sends `Hello`, the
+  leader its whole state and then `Welcome`. Afterwards the leader sends changed `ServerStates` and
+  announces new configurations (`Configured`); the worker sends a `Report` of its exchanges and
+  attempts, `WorkerStats`, and every `Connection` that is not for inference.
+* A `ControlChannel` from the parent to each process, for orders. End of file is the order to drain.
 
-The leader alone decides: which server is up, ejected or draining. A failed attempt reaches it in
-a report at once, and its verdict all workers with the next message.
+Only the leader decides whether a server is up, ejected or draining. A failed attempt is reported to
+it at once, and its decision reaches all workers with the next message.
 
-Who dies is replaced. A worker takes its connections along, and the parent clears its row, so that
-its leases are gone. While there is no leader, workers serve with what they know; what they hand
-over waits in the channel. When the parent dies, all drain and end.
+A process that dies is replaced. The connections of a worker end with it; the parent clears its
+row, which releases its leases. Without a leader, workers serve with the last known state, and the
+connections they hand over wait in the channel. If the parent dies, all processes drain and end.
 """

@@ -22,7 +22,7 @@ for _number in (
 _PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 
-from vllm_router.runtime.workers.life import live  # noqa: E402
+from vllm_router.runtime.workers.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(live(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1])))

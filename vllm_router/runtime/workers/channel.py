@@ -94,7 +94,11 @@ class Channel:
             descriptors = _descriptors(ancillary)
             if data == _ELSEWHERE:
                 if not descriptors:
-                    logger.error("a message is lost: there is no descriptor left to read it from")
+                    logger.error(
+                        "dropped a message between processes: no file descriptor left; raise the "
+                        "limit of "
+                        "open files (ulimit -n)"
+                    )
                     continue
                 data = _emptied(descriptors.pop(0))
             for spare in descriptors[1:]:

@@ -21,8 +21,8 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet, FleetChange
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server
-from vllm_router.runtime.workers.board import Sums
 from vllm_router.runtime.workers.messages import ServerState, Verdict
+from vllm_router.runtime.workers.shared_counters import CounterView
 from vllm_router.runtime.workers.usage import SharedUsage, column_keys
 
 News = TypeVar("News", Server, Verdict)
@@ -51,10 +51,10 @@ class SharedServer(Server, Generic[News]):
         config: ServerConfig,
         settings: Settings,
         on_change: Callable[[Server], None],
-        sums: Sums,
+        counters: CounterView,
         tell: Callable[[News], None],
     ) -> None:
-        self._sums = sums
+        self._counters = counters
         self._tell: Callable[[News], None] = tell
         self._column: int | None = None
         super().__init__(config, settings, on_change)
@@ -62,7 +62,7 @@ class SharedServer(Server, Generic[News]):
     def give_back(self, column: int | None) -> None:
         """Leave the place on the board unless it is this one: another server may get it."""
         if self._column is not None and self._column != column:
-            self._sums.put(self._column, 0)
+            self._counters.put(self._column, 0)
             self._column = None
             self.in_flight = len(self.leases)
             self._update_load()
@@ -74,9 +74,9 @@ class SharedServer(Server, Generic[News]):
         self._column = column
         self.in_flight = len(self.leases)
         if column is not None:
-            self._sums.watch(column)
-            self._sums.put(column, self.in_flight)
-            self.in_flight += self._sums.elsewhere[column]
+            self._counters.watch(column)
+            self._counters.put(column, self.in_flight)
+            self.in_flight += self._counters.elsewhere[column]
         self._update_load()
 
     def changed_elsewhere(self, difference: int) -> None:
@@ -87,13 +87,13 @@ class SharedServer(Server, Generic[News]):
     def lease(self, now: float) -> Lease:
         lease = super().lease(now)
         if self._column is not None:
-            self._sums.put(self._column, len(self.leases))
+            self._counters.put(self._column, len(self.leases))
         return lease
 
     def end_lease(self, lease: Lease) -> None:
         super().end_lease(lease)
         if self._column is not None:
-            self._sums.put(self._column, len(self.leases))
+            self._counters.put(self._column, len(self.leases))
 
 
 class LeadingServer(SharedServer[Server]):
@@ -205,14 +205,14 @@ def _short(lengths: dict[str, int], models: tuple[str, ...] | None) -> dict[str,
 class SharedFleet(Fleet, Generic[News]):
     """What the fleets of the leader and of workers have in common; `usage` is that of keys."""
 
-    def __init__(self, config: Config, sums: Sums, tell: Callable[[News], None]) -> None:
-        self._sums = sums
+    def __init__(self, config: Config, counters: CounterView, tell: Callable[[News], None]) -> None:
+        self._counters = counters
         self._tell: Callable[[News], None] = tell
         self._by_column: dict[int, SharedServer[News]] = {}
         self._known: dict[str, SharedServer[News]] = {}
         self._keys: tuple[KeyConfig, ...] = ()
         self._places: dict[str, int | None] = {}
-        self.usage = SharedUsage(sums, self.look)
+        self.usage = SharedUsage(counters, self.look)
         super().__init__(config)
 
     def apply(self, config: Config) -> FleetChange:
@@ -239,7 +239,7 @@ class SharedFleet(Fleet, Generic[News]):
         self.usage.take_places(self._keys, self._column_of)
 
     def _find_places(self, counted: list[str]) -> dict[str, int | None]:
-        return self._sums.board.places(counted)
+        return self._counters.board.places(counted)
 
     def _column_of(self, key: str) -> int | None:
         return self._places.get(key)
@@ -251,7 +251,7 @@ class SharedFleet(Fleet, Generic[News]):
     # -- leases of other processes ------------------------------------------------------------
 
     def look(self) -> None:
-        for column, difference in self._sums.look():
+        for column, difference in self._counters.look():
             server = self._by_column.get(column)
             if server is not None:
                 server.changed_elsewhere(difference)
@@ -280,7 +280,7 @@ class LeadingFleet(SharedFleet[Server]):
     """The leader's. `tell` is called with every server of which workers must know more."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return LeadingServer(wanted, settings, self._note, self._sums, self._tell)
+        return LeadingServer(wanted, settings, self._note, self._counters, self._tell)
 
     def _note(self, server: Server) -> None:
         super()._note(server)
@@ -289,7 +289,7 @@ class LeadingFleet(SharedFleet[Server]):
     def check_room(self, config: Config) -> None:
         """Raises ConfigError for more servers and keys than can be counted for all workers."""
         counted = counted_in(config)
-        room = self._sums.board.room_for(counted)
+        room = self._counters.board.room_for(counted)
         if len(counted) > room:
             keys = len(counted) - len(config.servers)
             problem = (
@@ -301,13 +301,15 @@ class LeadingFleet(SharedFleet[Server]):
 
     def _find_places(self, counted: list[str]) -> dict[str, int | None]:
         """The leader gives places, where there are none yet."""
-        board = self._sums.board
+        board = self._counters.board
         board.keep(set(counted))
         places = board.assign_all(counted)
         without = [key for key, column in places.items() if column is None]
         if without:
             logger.error(
-                "%d servers and keys are counted by each worker for itself until others end: %s",
+                "shared counters are full: %d servers and keys are counted per worker until "
+                "others are "
+                "removed: %s",
                 len(without),
                 ", ".join(without[:3]),
             )
@@ -318,7 +320,7 @@ class FollowingFleet(SharedFleet[Verdict]):
     """A worker's. `tell` is called with what its attempts have shown."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return FollowingServer(wanted, settings, self._note, self._sums, self._tell)
+        return FollowingServer(wanted, settings, self._note, self._counters, self._tell)
 
     def failed(
         self,

@@ -12,13 +12,12 @@ import socket
 import trio
 
 from vllm_router.http.addresses import plain_peer
-from vllm_router.http.hypercorn.bridge import HypercornSide, Relay
 from vllm_router.http.server.listener import Stream
 from vllm_router.http.server.server import Limits
-from vllm_router.runtime.workers.board import CONNECTIONS, Sums
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.messages import Connection, encode
 from vllm_router.runtime.workers.reporter import Reporter
+from vllm_router.runtime.workers.shared_counters import CONNECTIONS, CounterView
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ LEAD = 2
 they live for one request each, the counts are never quite the same."""
 
 
-class LeaderSide:
+class LeaderHandover:
     """The other `Side` of a worker's front. The leader drains what it has been given itself."""
 
     def __init__(self, channel: Channel, reporter: Reporter) -> None:
@@ -54,7 +53,7 @@ class LeaderSide:
             else:
                 await self._channel.send(encode(Connection(data)), [stream.socket.fileno()])
         except trio.BrokenResourceError:
-            logger.debug("a connection was lost: there is no leader, and will be none")
+            logger.debug("connection closed: the leader has ended")
         finally:
             stream_socket(stream).close()
 
@@ -116,23 +115,14 @@ def stream_socket(stream: Stream) -> trio.socket.SocketType:
     return transport.socket
 
 
-async def take_over(side: HypercornSide, message: Connection, fileno: int) -> None:
-    """The leader's end: serve the connection to its end. Owns the descriptor."""
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fileno)))
-    relay = None
-    if message.client is not None and message.local is not None:
-        relay = Relay(message.client, message.local, message.alpn)
-    await side.serve(stream, message.data, relay)
-
-
-class Turns:
+class FairAccept:
     """The `Gate` of a worker: who has many more connections than another lets that go first.
 
     All wait for the same socket. Who is woken first would get most of them, and keep them.
     """
 
-    def __init__(self, sums: Sums) -> None:
-        self._sums = sums
+    def __init__(self, counters: CounterView) -> None:
+        self._counters = counters
         self._mine = 0
 
     async def turn(self) -> int:
@@ -144,9 +134,9 @@ class Turns:
 
     def _room(self) -> int:
         """How many more than now leave the others what is theirs."""
-        fewest = self._sums.fewest(CONNECTIONS)
+        fewest = self._counters.fewest(CONNECTIONS)
         return fewest + LEAD + fewest // 8 - self._mine
 
     def count(self, connections: int) -> None:
         self._mine = connections
-        self._sums.put(CONNECTIONS, connections)
+        self._counters.put(CONNECTIONS, connections)

@@ -69,7 +69,7 @@ class Report(msgspec.Struct, tag=True, array_like=True):
     refusals: list[str]
 
 
-class Figures(msgspec.Struct, tag=True, array_like=True):
+class WorkerStats(msgspec.Struct, tag=True, array_like=True):
     """How much of what there is now: gauges and totals to be added up, by name.
 
     `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
@@ -99,11 +99,11 @@ class Connection(msgspec.Struct, tag=True, array_like=True):
     alpn: str = ""
 
 
-class LookAtLists(msgspec.Struct, tag=True, array_like=True):
-    """Read the servers' lists of models again, and say `ListsRead`."""
+class RefreshModelLists(msgspec.Struct, tag=True, array_like=True):
+    """Read the servers' lists of models again, and say `ModelListsRefreshed`."""
 
 
-FromWorker = Hello | Report | Figures | Connection | LookAtLists
+FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists
 
 # -- leader to worker -------------------------------------------------------------------------
 
@@ -151,23 +151,23 @@ class ServerState(msgspec.Struct, array_like=True):
     paused_at: float | None
 
 
-class States(msgspec.Struct, tag=True, array_like=True):
+class ServerStates(msgspec.Struct, tag=True, array_like=True):
     """The servers whose state has changed."""
 
     servers: list[ServerState]
 
 
-class NamesKnown(msgspec.Struct, tag=True, array_like=True):
+class ResolvedNames(msgspec.Struct, tag=True, array_like=True):
     """Addresses that the leader knows."""
 
     addresses: Addresses
 
 
-class ListsRead(msgspec.Struct, tag=True, array_like=True):
+class ModelListsRefreshed(msgspec.Struct, tag=True, array_like=True):
     """The lists have been read; what changed was told before."""
 
 
-FromLeader = Welcome | Configured | States | NamesKnown | ListsRead
+FromLeader = Welcome | Configured | ServerStates | ResolvedNames | ModelListsRefreshed
 
 NAMES = 100
 """Names in one message; one with eight addresses each takes 30 KB."""

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from vllm_router.config.auth import KeyConfig
 from vllm_router.proxy.key_limits import Usage, Use, new_use
-from vllm_router.runtime.workers.board import Sums
+from vllm_router.runtime.workers.shared_counters import CounterView
 
 
 def column_keys(key: KeyConfig) -> tuple[str, str]:
@@ -27,9 +27,9 @@ def _places(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int
 class SharedUsage(Usage):
     """`look` brings in what the others have shown, by calling `changed`."""
 
-    def __init__(self, sums: Sums, look: Callable[[], None]) -> None:
+    def __init__(self, counters: CounterView, look: Callable[[], None]) -> None:
         super().__init__()
-        self._sums = sums
+        self._counters = counters
         self._look = look
         self._columns: dict[str, tuple[int, int]] = {}
         self._of_column: dict[int, tuple[KeyConfig, bool]] = {}
@@ -45,14 +45,14 @@ class SharedUsage(Usage):
             if wanted.get(name) != places:
                 del self._columns[name]
                 for column in places:
-                    self._sums.put(column, 0)
+                    self._counters.put(column, 0)
 
     def take_places(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
         """Find the columns of these keys; one without counts its own requests alone."""
         found = [(key, _places(key, column_of)) for key in keys]
-        self._sums.watch(max((max(places) for _, places in found if places), default=0))
+        self._counters.watch(max((max(places) for _, places in found if places), default=0))
         # What others have let in before we look for the first time is not taken from the bucket.
         self._look()
         self._of_column.clear()
@@ -64,7 +64,7 @@ class SharedUsage(Usage):
             running, let_in = places
             self._of_column[running] = key, True
             self._of_column[let_in] = key, False
-            self._use(key).running = own + self._sums.elsewhere[running]
+            self._use(key).running = own + self._counters.elsewhere[running]
             if self._columns.get(key.name) != places:
                 self._columns[key.name] = places
                 self._let_in[key.name] = 0
@@ -92,8 +92,8 @@ class SharedUsage(Usage):
     def _show(self, name: str) -> None:
         places = self._columns.get(name)
         if places is not None:
-            self._sums.put(places[0], self._running.get(name, 0))
-            self._sums.put(places[1], self._let_in.get(name, 0))
+            self._counters.put(places[0], self._running.get(name, 0))
+            self._counters.put(places[1], self._let_in.get(name, 0))
 
     def enter(self, key: KeyConfig, now: float) -> None:
         self._look()

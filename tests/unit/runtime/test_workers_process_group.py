@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +22,9 @@ from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.serve import ServeOptions
 from vllm_router.runtime.workers import parent
-from vllm_router.runtime.workers.birth import REOPEN
+from vllm_router.runtime.workers.control_channel import REOPEN
+from vllm_router.runtime.workers.process_slot import ProcessSlot, interpreter_options
+from vllm_router.runtime.workers.resources import accepts_nothing, open_resources
 
 
 @pytest.fixture
@@ -44,20 +47,20 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         moments.append(trio.current_time())
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(parent.subprocess, "Popen", none_left)
+    monkeypatch.setattr(subprocess, "Popen", none_left)
     return moments
 
 
 async def test_parent_retries_failed_replacement_and_ends_no_process(
     ending: contextlib.ExitStack, attempts: list[float], autojump_clock: trio.testing.MockClock
 ):
-    shared = parent._open(options(), ending)[0]
-    member = parent.Member(shared, 1, lambda number, pid: None)
-    member.serving.set()  # it had served before it died
+    resources = open_resources(options(), ending)
+    slot = ProcessSlot(resources, 1, lambda number, pid: None)
+    slot.serving.set()  # it had served before it died
     descriptors = len(os.listdir("/proc/self/fd"))
     with trio.move_on_after(30):
-        await member.run()
-    assert not member.ended.is_set()
+        await slot.run()
+    assert not slot.ended.is_set()
     assert len(attempts) > 5
     assert max(b - a for a, b in pairwise(attempts)) < 6
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -66,10 +69,10 @@ async def test_parent_retries_failed_replacement_and_ends_no_process(
 async def test_parent_failed_first_start_is_a_clear_error(
     ending: contextlib.ExitStack, attempts: list[float]
 ):
-    shared = parent._open(options(), ending)[0]
+    resources = open_resources(options(), ending)
     async with trio.open_nursery() as nursery:
         with pytest.raises(parent.CannotStart, match="temporarily unavailable"):
-            await parent.Crew(shared, nursery).start()
+            await parent.ProcessGroup(resources, nursery).start()
     assert len(attempts) == 2  # leader and worker
 
 
@@ -80,10 +83,10 @@ async def test_parent_reopens_its_log_files(ending: contextlib.ExitStack):
         def reopen(self) -> None:
             reopened.set()
 
-    shared = parent._open(options(output=cast("LogOutput", Output())), ending)[0]
+    resources = open_resources(options(output=cast("LogOutput", Output())), ending)
     async with trio.open_nursery() as nursery:
-        crew = parent.Crew(shared, nursery)
-        nursery.start_soon(crew.pass_on, signal.SIGUSR1, REOPEN)
+        group = parent.ProcessGroup(resources, nursery)
+        nursery.start_soon(group.forward, signal.SIGUSR1, REOPEN)
         await trio.testing.wait_all_tasks_blocked()
         os.kill(os.getpid(), signal.SIGUSR1)
         with trio.fail_after(5):
@@ -93,15 +96,15 @@ async def test_parent_reopens_its_log_files(ending: contextlib.ExitStack):
 
 def test_parent_workers_serve_all_passed_sockets(ending: contextlib.ExitStack):
     passed = [socket.create_server(("127.0.0.1", 0)).detach() for _ in range(2)]
-    shared = parent._open(options(passed=tuple(passed)), ending)[0]
-    assert [listener.fileno() for listener in shared.listeners] == passed
-    assert shared.private == []
+    resources = open_resources(options(passed=tuple(passed)), ending)
+    assert [listener.fileno() for listener in resources.listeners.public] == passed
+    assert resources.listeners.private == []
 
 
 async def test_parent_shared_port_listens_when_served(ending: contextlib.ExitStack):
-    shared = parent._open(options(reuse_port=True), ending)[0]
-    (listener,) = shared.listeners
-    front = Front(parent._nobody, accepts=is_inference)
+    resources = open_resources(options(reuse_port=True), ending)
+    (listener,) = resources.listeners.public
+    front = Front(accepts_nothing, accepts=is_inference)
     address = front.adopt(os.dup(listener.fileno()), later=True)
     with pytest.raises(OSError, match="all attempts"):
         await trio.open_tcp_stream(*address)
@@ -116,4 +119,4 @@ async def test_parent_shared_port_listens_when_served(ending: contextlib.ExitSta
 def test_parent_children_use_its_module_path(here: bool, monkeypatch: pytest.MonkeyPatch):
     elsewhere = [path for path in sys.path if path not in ("", os.getcwd())]
     monkeypatch.setattr(sys, "path", [*elsewhere, os.getcwd()] if here else elsewhere)
-    assert ("-P" in parent._flags()) is not here
+    assert ("-P" in interpreter_options()) is not here

@@ -21,7 +21,7 @@ _HEAD = struct.Struct("=QQQ")
 """Where it is, how long, and its checksum."""
 
 
-class InForce:
+class ConfigSnapshot:
     """One descriptor of memory; the caller's, as long as this is used."""
 
     def __init__(self, fileno: int) -> None:
@@ -31,7 +31,7 @@ class InForce:
     def create(config: Config) -> int:
         """A descriptor with this configuration; whoever calls closes it."""
         fileno = os.memfd_create("vllm-router configuration")
-        InForce(fileno).write(config)
+        ConfigSnapshot(fileno).write(config)
         return fileno
 
     def write(self, config: Config) -> None:

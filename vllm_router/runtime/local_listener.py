@@ -66,13 +66,13 @@ class LocalSockets:
                 self._listen(self._directory, socket_name(address))
         except (OSError, NoDirectory) as error:
             logger.warning(
-                "no Unix socket for the commands on this machine: %s. Administration needs "
+                "cannot create a Unix socket for local commands: %s. Administration needs "
                 "auth.admin_key, or XDG_RUNTIME_DIR set to a directory of the router's user.",
                 error,
             )
             self.close()
             return
-        logger.debug("Unix sockets for the commands on this machine in %s", place)
+        logger.debug("Unix sockets for local commands in %s", place)
 
     def _listen(self, directory: int, name: str) -> None:
         """A successor takes the name of its predecessor over in one step."""
@@ -118,7 +118,7 @@ def _sweep(directory: int) -> None:
                 continue  # somebody listens, or it has gone meanwhile
 
 
-class LocalDoor:
+class LocalListener:
     """Serves what comes in by the Unix sockets, as requests from the router's own machine."""
 
     def __init__(
@@ -156,7 +156,9 @@ class LocalDoor:
             except OSError as error:
                 if error.errno == errno.ECONNABORTED:
                     continue
-                logger.error("cannot accept connections of this machine: %s", error)
+                logger.error(
+                    "cannot accept local connections, trying again in %g s: %s", _PAUSE_S, error
+                )
                 await trio.sleep(_PAUSE_S)
                 continue
             if user_of(sock) not in (os.geteuid(), ROOT):

@@ -2,7 +2,7 @@
 
 Each process has the places of all in its own `WaitingQueue`: its own, and those that it has read
 from the others' pages. A server goes to the place whose turn it is, whatever process it is in. If
-that is another one, this process leaves the server alone, rings that one's bell and goes on with
+that is another one, this process leaves the server alone, rings that one's wakeup and goes on with
 what is left. What is left for it is counted: a free unit is *promised* to a place of another
 process, unless that has been considered since the unit became free and has not taken it.
 
@@ -24,8 +24,8 @@ from vllm_router.proxy.admission import Gate
 from vllm_router.proxy.waiter import Peers, Waiter
 from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN
-from vllm_router.runtime.workers.bells import Bells
 from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, QueueBoard, mark
+from vllm_router.runtime.workers.queue_wakeup import Wakeups
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
@@ -64,12 +64,12 @@ class QueuePeers:
     """`Peers` on a `QueueBoard`. `ring` wakes the process of a number."""
 
     def __init__(
-        self, gate: Gate, board: QueueBoard, number: int, ring: Callable[[int], None]
+        self, gate: Gate, board: QueueBoard, number: int, notify: Callable[[int], None]
     ) -> None:
         self.number = number
         self.promised: Counter[Server] = Counter()
         self._gate = gate
-        self._ring = ring
+        self._notify = notify
         self._page = board.pages[number]
         self._pages = board.pages
         self._readers = [_Reader(n) for n in range(len(board.pages)) if n != number]
@@ -80,7 +80,7 @@ class QueuePeers:
         self._routes: dict[Route, int] = {}
         self._route_marks = count(1)
         self._held: dict[Theirs, float] = {}
-        self._to_ring: set[int] = set()
+        self._to_notify: set[int] = set()
         self._changed_at = 0
         self._names: dict[int, tuple[str | None, ...]] = {}
         self._names_of = -1
@@ -150,7 +150,7 @@ class QueuePeers:
         )
         self._page.write(slot, entry)
         if displaced is not None and displaced.owner != self.number:
-            self._ring(displaced.owner)
+            self._notify(displaced.owner)
 
     def _route_mark(self, route: Route) -> int:
         if len(self._routes) > len(self._slots) + 64:
@@ -277,7 +277,7 @@ class QueuePeers:
 
     def begin(self, now: float) -> None:
         self.promised.clear()
-        self._to_ring.clear()
+        self._to_notify.clear()
 
     def give(self, place: QueueEntry, now: float) -> Verdict:
         assert isinstance(place, Theirs)
@@ -297,7 +297,7 @@ class QueuePeers:
             return Verdict.BLOCKED
         place.server = server
         self.promised[server] += 1
-        self._to_ring.add(place.owner)
+        self._to_notify.add(place.owner)
         return Verdict.HELD
 
     def _server_for(self, place: Theirs, now: float) -> Server | None:
@@ -324,8 +324,8 @@ class QueuePeers:
 
     def end(self, now: float) -> None:
         self._page.beat(int(now * 1e6))
-        for number in self._to_ring:
-            self._ring(number)
+        for number in self._to_notify:
+            self._notify(number)
 
     def freed(self, server: Server, now: float) -> None:
         self._page.release(mark(server.url), int(now * 1e6))
@@ -334,14 +334,14 @@ class QueuePeers:
 class SharedQueue:
     """What the process with this `number` needs to take part in the one order of waiting."""
 
-    def __init__(self, board: QueueBoard, number: int, bells: Bells) -> None:
+    def __init__(self, board: QueueBoard, number: int, wakeups: Wakeups) -> None:
         self._board = board
         self._number = number
-        self.bells = bells
+        self.wakeups = wakeups
 
     def make_peers(self, gate: Gate) -> Peers:
         """For a new gate; the one before has sent all its requests away."""
-        return QueuePeers(gate, self._board, self._number, self.bells.ring)
+        return QueuePeers(gate, self._board, self._number, self.wakeups.notify)
 
 
 def check_limits(config: Config) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from support.fleet_makers import make_config
-from vllm_router.runtime.workers.in_force import InForce
+from vllm_router.runtime.workers.config_snapshot import ConfigSnapshot
 
 
 @pytest.fixture
 def memory() -> Iterator[int]:
-    fileno = InForce.create(make_config(1))
+    fileno = ConfigSnapshot.create(make_config(1))
     yield fileno
     os.close(fileno)
 
@@ -21,8 +21,8 @@ def memory() -> Iterator[int]:
 def test_config_snapshot_last_written_is_read_in_bounded_memory(memory: int):
     sizes = []
     for count in (6, 1, 3, 5, 2) * 8:
-        InForce(memory).write(make_config(count))
-        assert InForce(memory).read() == make_config(count)
+        ConfigSnapshot(memory).write(make_config(count))
+        assert ConfigSnapshot(memory).read() == make_config(count)
         sizes.append(os.fstat(memory).st_size)
     assert sizes[-1] == sizes[len(sizes) // 2]
 
@@ -42,5 +42,5 @@ def test_config_snapshot_half_written_by_dead_leader_is_ignored(
 
     monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(KeyboardInterrupt):
-        InForce(memory).write(make_config(5))
-    assert InForce(memory).read() == make_config(1)
+        ConfigSnapshot(memory).write(make_config(5))
+    assert ConfigSnapshot(memory).read() == make_config(1)

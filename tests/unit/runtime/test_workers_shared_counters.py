@@ -9,29 +9,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.runtime.workers.board import COLUMNS, CONNECTIONS, Board, Sums, columns_for
+from vllm_router.runtime.workers.shared_counters import (
+    COLUMNS,
+    CONNECTIONS,
+    CounterView,
+    SharedCounters,
+    columns_for,
+)
 
 
 @pytest.fixture
-def boards() -> Iterator[list[Board]]:
+def boards() -> Iterator[list[SharedCounters]]:
     """The same board as four processes map it: a leader and three workers."""
-    fileno = Board.create(4)
+    fileno = SharedCounters.create(4)
     try:
-        yield [Board(fileno, 4) for _ in range(4)]
+        yield [SharedCounters(fileno, 4) for _ in range(4)]
     finally:
         os.close(fileno)
 
 
-def sums(boards: list[Board], *columns: int) -> list[Sums]:
-    made = [Sums(board, number) for number, board in enumerate(boards)]
+def counters(boards: list[SharedCounters], *columns: int) -> list[CounterView]:
+    made = [CounterView(board, number) for number, board in enumerate(boards)]
     for one in made:
         for column in columns:
             one.watch(column)
     return made
 
 
-def test_shared_counters_are_visible_to_other_processes(boards: list[Board]):
-    leader, one, two, _ = sums(boards, 5)
+def test_shared_counters_are_visible_to_other_processes(boards: list[SharedCounters]):
+    leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 4)
     assert sorted(leader.look()) == [(5, 3), (5, 4)]
@@ -42,23 +48,23 @@ def test_shared_counters_are_visible_to_other_processes(boards: list[Board]):
     assert leader.look() == []
 
 
-def test_shared_counters_own_counts_are_separate(boards: list[Board]):
-    leader, one, *_ = sums(boards, 5)
+def test_shared_counters_own_counts_are_separate(boards: list[SharedCounters]):
+    leader, one, *_ = counters(boards, 5)
     one.put(5, 3)
     assert one.look() == []
     assert leader.look() == [(5, 3)]
 
 
-def test_shared_counters_column_watched_late_shows_earlier_counts(boards: list[Board]):
-    leader, one, *_ = sums(boards)
+def test_shared_counters_column_watched_late_shows_earlier_counts(boards: list[SharedCounters]):
+    leader, one, *_ = counters(boards)
     one.put(9, 2)
     assert leader.look() == []
     leader.watch(9)
     assert leader.look() == [(9, 2)]
 
 
-def test_shared_counters_row_of_dead_process_is_cleared(boards: list[Board]):
-    leader, one, two, _ = sums(boards, 5)
+def test_shared_counters_row_of_dead_process_is_cleared(boards: list[SharedCounters]):
+    leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
     leader.look()
@@ -67,19 +73,19 @@ def test_shared_counters_row_of_dead_process_is_cleared(boards: list[Board]):
     assert leader.elsewhere[5] == 1
 
 
-def test_shared_counters_successor_starts_empty_and_sees_others(boards: list[Board]):
-    leader, one, two, _ = sums(boards, 5)
+def test_shared_counters_successor_starts_empty_and_sees_others(boards: list[SharedCounters]):
+    leader, one, two, _ = counters(boards, 5)
     one.put(5, 3)
     two.put(5, 1)
     leader.look()
-    again = Sums(boards[1], 1)
+    again = CounterView(boards[1], 1)
     again.watch(5)
     assert again.look() == [(5, 1)]
     assert leader.look() == [(5, -3)]
 
 
-def test_shared_counters_fewest_considers_workers_only(boards: list[Board]):
-    _, one, two, three = sums(boards, CONNECTIONS)
+def test_shared_counters_fewest_considers_workers_only(boards: list[SharedCounters]):
+    _, one, two, three = counters(boards, CONNECTIONS)
     one.put(CONNECTIONS, 9)
     two.put(CONNECTIONS, 2)
     three.put(CONNECTIONS, 4)
@@ -89,9 +95,9 @@ def test_shared_counters_fewest_considers_workers_only(boards: list[Board]):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 100))))
 def test_shared_counters_sums_cover_other_rows(steps: list[tuple[int, int, int]]):
-    fileno = Board.create(4)
+    fileno = SharedCounters.create(4)
     try:
-        made = sums([Board(fileno, 4) for _ in range(4)], 20)
+        made = counters([SharedCounters(fileno, 4) for _ in range(4)], 20)
         rows = [[0] * 21 for _ in range(4)]
         for number, column, count in steps:
             made[number].put(column, count)
@@ -108,7 +114,7 @@ def test_shared_counters_sums_cover_other_rows(steps: list[tuple[int, int, int]]
 # -- columns ----------------------------------------------------------------------------------
 
 
-def test_shared_counters_column_is_found_by_key_in_every_process(boards: list[Board]):
+def test_shared_counters_column_is_found_by_key_in_every_process(boards: list[SharedCounters]):
     assert boards[1].find("http://a:1") is None
     column = boards[0].assign("http://a:1")
     assert column is not None
@@ -117,11 +123,11 @@ def test_shared_counters_column_is_found_by_key_in_every_process(boards: list[Bo
     assert boards[0].assign("http://b:1") != column
 
 
-def test_shared_counters_no_key_gets_connection_column(boards: list[Board]):
+def test_shared_counters_no_key_gets_connection_column(boards: list[SharedCounters]):
     assert boards[0].assign("http://a:1") != CONNECTIONS
 
 
-def test_shared_counters_column_is_freed_when_zero(boards: list[Board]):
+def test_shared_counters_column_is_freed_when_zero(boards: list[SharedCounters]):
     leader = boards[0]
     column = leader.assign("http://a:1")
     assert column is not None
@@ -133,7 +139,7 @@ def test_shared_counters_column_is_freed_when_zero(boards: list[Board]):
     assert leader.assign("http://c:1") == column
 
 
-def test_shared_counters_full_board_has_no_column(boards: list[Board]):
+def test_shared_counters_full_board_has_no_column(boards: list[SharedCounters]):
     for number in range(1, COLUMNS):
         assert boards[0].assign(f"http://a:{number}") is not None
     assert boards[0].assign("http://b:1") is None
@@ -142,15 +148,15 @@ def test_shared_counters_full_board_has_no_column(boards: list[Board]):
 def test_shared_counters_size_for_configuration_fits_all_of_it():
     keys = [f"key {number}" for number in range(5_000)]
     columns = columns_for(len(keys))
-    fileno = Board.create(3, columns)
+    fileno = SharedCounters.create(3, columns)
     try:
-        leader, worker = (Board(fileno, 3, columns) for _ in range(2))
+        leader, worker = (SharedCounters(fileno, 3, columns) for _ in range(2))
         places = leader.assign_all(keys)
         assert len(set(places.values()) - {None, CONNECTIONS}) == len(keys)
         assert worker.places(keys) == places
         last = places[keys[-1]]
         assert last is not None
-        written, seen = Sums(leader, 0), Sums(worker, 1)
+        written, seen = CounterView(leader, 0), CounterView(worker, 1)
         seen.watch(last)
         written.put(last, 7)
         assert seen.look() == [(last, 7)]
@@ -158,7 +164,9 @@ def test_shared_counters_size_for_configuration_fits_all_of_it():
         os.close(fileno)
 
 
-def test_shared_counters_room_includes_released_but_not_counted_columns(boards: list[Board]):
+def test_shared_counters_room_includes_released_but_not_counted_columns(
+    boards: list[SharedCounters],
+):
     leader = boards[0]
     column = leader.assign("old")
     assert column is not None

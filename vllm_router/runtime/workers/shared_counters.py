@@ -34,7 +34,7 @@ def columns_for(counted: int) -> int:
     return max(COLUMNS, HEADROOM * (counted + 1))
 
 
-class Board:
+class SharedCounters:
     """The shared memory of one router: a row of owners, then `rows` rows of counts.
 
     Of row 0 the leader is the owner, of row n worker n.
@@ -131,13 +131,13 @@ def _mark(key: str) -> int:
     return int.from_bytes(digest, "big", signed=True) or 1
 
 
-class Sums:
+class CounterView:
     """One process's view of the board: what it counts, and what the others do.
 
     `elsewhere[column]` is the sum over the others' rows at the last `look`.
     """
 
-    def __init__(self, board: Board, mine: int) -> None:
+    def __init__(self, board: SharedCounters, mine: int) -> None:
         """Our row begins with zeros."""
         self.board = board
         self.elsewhere = [0] * board.columns

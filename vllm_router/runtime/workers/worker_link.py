@@ -1,0 +1,98 @@
+"""The leader's side of one worker: the state that is still to be sent, and the worker's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import trio
+
+from vllm_router.fleet.server import Server
+from vllm_router.runtime.workers.channel import Channel
+from vllm_router.runtime.workers.fleet import state_of
+from vllm_router.runtime.workers.messages import (
+    Addresses,
+    Configured,
+    Hello,
+    ModelListsRefreshed,
+    ResolvedNames,
+    ServerStates,
+    Welcome,
+    WorkerStats,
+    encode,
+    parts_of,
+)
+
+SERVERS_PER_MESSAGE = 25
+"""A server with a thousand models takes some 30 KB."""
+
+
+class WorkerLink:
+    """`run` sends what has changed; the other methods note what is to be sent."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        self.number = number
+        self.channel = channel
+        self.pid: int | None = None
+        """The process at the other end, once it has said hello."""
+        self.alive = False
+        self.stats = WorkerStats(False, {}, {})
+        self._changed_servers: set[Server] = set()
+        self._welcome: Welcome | None = Welcome(first=True)
+        self._generation_sent = 0
+        self._lists_refreshed = False
+        self._work = trio.Event()
+        self._work.set()
+
+    def hello(self, hello: Hello, servers: Iterable[Server]) -> None:
+        """A worker has connected: send it the whole state."""
+        self.pid, self.alive = hello.pid, True
+        self._changed_servers = set(servers)
+        self._welcome = Welcome(first=False)
+        self._generation_sent = 0
+        self._work.set()
+
+    def servers_changed(self, servers: Iterable[Server]) -> None:
+        self._changed_servers.update(servers)
+        self._work.set()
+
+    def lists_refreshed(self) -> None:
+        """Answer the worker's `RefreshModelLists`, after the states that it has changed."""
+        self._lists_refreshed = True
+        self._work.set()
+
+    async def run(self, generation: Callable[[], int], names: Callable[[], Addresses]) -> None:
+        """Send until cancelled.
+
+        `generation` returns the number of the configuration in force, `names` the resolved names.
+        """
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            await self._send_changes(generation(), names)
+
+    async def _send_changes(self, generation: int, names: Callable[[], Addresses]) -> None:
+        welcome, self._welcome = self._welcome, None
+        if welcome is not None and welcome.first:
+            await self.channel.send(encode(welcome))
+        if self.pid is None:
+            return
+        if self._generation_sent != generation:
+            self._generation_sent = generation
+            await self.channel.send(encode(Configured(generation)))
+        await self._send_states()
+        if self._lists_refreshed:
+            self._lists_refreshed = False
+            await self.channel.send(encode(ModelListsRefreshed()))
+        if welcome is not None and not welcome.first:
+            for part in parts_of(names()):
+                await self.channel.send(encode(ResolvedNames(part)))
+            # Last: the worker begins to serve when it receives this, and must know the servers.
+            await self.channel.send(encode(welcome))
+
+    async def _send_states(self) -> None:
+        changed = self._changed_servers
+        while changed:
+            batch = [changed.pop() for _ in range(min(SERVERS_PER_MESSAGE, len(changed)))]
+            # A leader that has just started knows less than its workers: send no unprobed server.
+            known = [state_of(server) for server in batch if server.probe_health.up is not None]
+            await self.channel.send(encode(ServerStates(known)))
