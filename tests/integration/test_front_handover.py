@@ -26,6 +26,7 @@ from support.front_harness import (
     soon,
 )
 from vllm_router.http.server.listener import Front
+from vllm_router.http.server.server import Limits
 from vllm_router.routing.paths import is_inference
 
 # A test key and certificate for localhost, valid for a hundred years.
@@ -151,13 +152,32 @@ async def test_front_plain_http_on_tls_port_is_refused():
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 async def test_front_tls_silent_connections_do_not_delay_drain(kind):
-    async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as silent:
-        await soon(lambda: on.front.connections)
-        on.front.stop_accepting()
-        on.front.begin_drain()
-        assert await silent.closed()
-        with trio.fail_after(2):
+    """The time limit of a head is longer than the test's, so that waiting for it would fail."""
+    limits = Limits(header_timeout=1000.0)
+    async with running(kind, ssl_context=server_tls(), limits=limits) as on:
+        async with connected(on.port) as silent:
+            await soon(lambda: on.front._silent)
+            on.front.stop_accepting()
+            on.front.begin_drain()
+            assert await silent.closed()
             await on.front.drained()
+
+
+@pytest.mark.parametrize("kind", ["lane", "hypercorn"])
+async def test_front_tls_connection_just_accepted_is_given_time_for_a_head_in_drain(kind):
+    """Its request may be on the way: the client connected while the router still listened."""
+    limits = Limits(header_timeout=500.0, keep_alive_timeout=1000.0)
+    async with running(kind, ssl_context=server_tls(), limits=limits) as on:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        on.front.begin_drain()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(on.front._first_byte, theirs)
+            await soon(lambda: on.front._silent)
+            (patience,) = on.front._silent
+            assert 0 < patience.deadline - trio.current_time() <= 500
+            ours.close()
+        theirs.close()
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
