@@ -24,7 +24,7 @@ class Dispatcher:
         self._control: App
 
     def attach(self, supervisor: Supervisor, control: App | None = None) -> None:
-        """Serve with this supervisor from now on; `control` has what is not inference."""
+        """Serve with this supervisor; `control` replaces the control plane (a Quart app)."""
         self.supervisor = supervisor
         self._control = control if control is not None else hold_last(make_app(supervisor))
 
@@ -42,7 +42,7 @@ class Dispatcher:
         path_class = classify(scope.get("method", ""), path)
         bare, send = send, guard.for_pages(scope, path_class, send)
         if send is not bare:
-            # An outlet would send past the fields that are added.
+            # A direct downstream would bypass the headers that are added here.
             scope["extensions"] = {**scope.get("extensions", {})}
             scope["extensions"].pop(OUTLET, None)
         try:
@@ -75,7 +75,7 @@ _CONTROL_CLOSED = (
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, refused: Refused) -> None:
-    """Answer a request, or a websocket's handshake, without having read more than its head."""
+    """Send an error response to a request or a websocket handshake, after reading only its head."""
     prefix = "http"
     if scope["type"] == "websocket":
         await receive()
@@ -89,9 +89,9 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, refused: Refused) 
 
 
 def _origin_form(scope: Scope) -> bytes:
-    """The path of the target, which becomes the scope's.
+    """Normalize the scope's path to origin form and return it.
 
-    An absolute-form target (RFC 9112 3.2.2) loses its authority, and a path the slashes at its end.
+    An absolute-form target (RFC 9112 3.2.2) loses its authority, and a path its trailing slashes.
     """
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
     if raw[:1] == b"/" and raw[-1:] != b"/":

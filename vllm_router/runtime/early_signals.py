@@ -1,8 +1,8 @@
-"""Signals that come while the router is still being imported.
+"""Signals that arrive while the router is still being imported.
 
-SIGHUP, SIGUSR1 and SIGUSR2 kill a process that has no handler for them, and importing takes a
-second on a busy machine. So `hold` is called before anything slow is imported; the tasks that
-follow the signals later ask `came` for those that were early. Imports nothing slow itself.
+SIGHUP, SIGUSR1 and SIGUSR2 kill a process without a handler, and importing takes a second on a busy
+machine. `hold` is called before the slow imports; the tasks that handle the signals later call
+`came` to learn of earlier ones. This module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def hold() -> None:
-    """From now on these signals kill no more; handlers that others have set stay.
+    """Record these signals from now on instead of dying; existing handlers stay.
 
-    A handler rather than SIG_IGN, which the programs that we start would inherit. Outside of the
-    main thread, where no handler can be set, it does nothing.
+    Uses a handler instead of SIG_IGN, which child processes would inherit. Has no effect outside of
+    the main thread, where no handler can be set.
     """
     for number in _HELD:
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -34,7 +34,7 @@ def hold() -> None:
 
 
 def came(number: signal.Signals) -> bool:
-    """Whether the signal has come since `hold` and has not been asked for yet."""
+    """Return True once if the signal has arrived since `hold`."""
     early = number in _early
     _early.discard(number)
     return early

@@ -1,6 +1,7 @@
-"""The router's side of `own_machine`: Unix sockets that only the router's user can open.
+"""Unix sockets for the commands on this machine, accessible to the router's user only.
 
-Requests that come in here are marked in the scope, which no request from a TCP port can be.
+Requests received here are marked in the ASGI scope; requests from TCP ports never have the mark.
+`own_machine` has the paths and the commands' side.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ _PAUSE_S = 0.1
 """Seconds without accepting when descriptors or memory have run out."""
 
 _SWEEP_S = 0.1
-"""Seconds for a socket left behind by a dead router to refuse a connection."""
+"""Seconds for the socket file of a dead router to refuse a connection."""
 
 _HERE = ("local", 0)
-"""Instead of an address: a Unix socket has none."""
+"""Stands for the client's address, which a Unix socket does not have."""
 
 
 class LocalSockets:
-    """The listening sockets, and their files. `close` removes the files that are still ours."""
+    """The listening sockets and their files.
+
+    `close` removes the files that this router still owns.
+    """
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self.sockets: list[socket.socket] = []
@@ -54,10 +58,10 @@ class LocalSockets:
         self._files: list[tuple[str, int]] = []
 
     def open(self, addresses: Iterable[Address]) -> None:
-        """Listen beside each of these TCP addresses.
+        """Listen on one Unix socket per TCP address.
 
-        Without a directory of our own the router still serves: the log says that administration
-        needs a key then.
+        Without a private directory the router serves without Unix sockets and logs that
+        administration needs a key.
         """
         try:
             self._directory, place = open_directory(os.geteuid(), self._environ)
@@ -75,7 +79,7 @@ class LocalSockets:
         logger.debug("Unix sockets for local commands in %s", place)
 
     def _listen(self, directory: int, name: str) -> None:
-        """A successor takes the name of its predecessor over in one step."""
+        """Bind under a temporary name, then rename: a successor replaces the file atomically."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(sock)
         fresh = f".{name}.{secrets.token_hex(8)}"
@@ -87,7 +91,7 @@ class LocalSockets:
         self._files.append((name, inode))
 
     def close(self) -> None:
-        """Close the sockets and remove their files; again does nothing."""
+        """Close the sockets and remove their files. Idempotent."""
         for sock in self.sockets:
             sock.close()
         self.sockets.clear()
@@ -103,7 +107,7 @@ class LocalSockets:
 
 
 def _sweep(directory: int) -> None:
-    """Remove the files of routers that were killed: nobody listens there any more."""
+    """Remove the socket files of routers that were killed."""
     for name in os.listdir(directory):
         if not name.endswith(SUFFIX):
             continue
@@ -115,11 +119,11 @@ def _sweep(directory: int) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=directory)
             except OSError:
-                continue  # somebody listens, or it has gone meanwhile
+                continue  # a router listens there, or the file is gone already
 
 
 class LocalListener:
-    """Serves what comes in by the Unix sockets, as requests from the router's own machine."""
+    """Serves connections of the Unix sockets, and marks their requests as local."""
 
     def __init__(
         self,
@@ -129,7 +133,7 @@ class LocalListener:
         limits: Limits | None = None,
         told: RefusalTold | None = None,
     ) -> None:
-        """The sockets stay the caller's."""
+        """The caller closes the sockets."""
 
         async def from_here(scope: Scope, receive: Receive, send: Send) -> None:
             scope[OWN_MACHINE] = True
@@ -172,9 +176,9 @@ class LocalListener:
         await self._side.serve(stream, relay=Relay(_HERE, _HERE, ""))
 
     def drain(self) -> None:
-        """Close idle connections, and the others after their answer."""
+        """Close idle connections now, and busy ones after their response."""
         self._side.drain()
 
     def abort(self) -> None:
-        """End every connection now."""
+        """Close all connections now."""
         self._side.abort()

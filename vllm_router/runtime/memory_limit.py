@@ -1,4 +1,4 @@
-"""How much memory this process may take: the limits of its cgroups, and of the machine."""
+"""The memory limit of this process: the lowest of its cgroups' limits and the machine's memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 from pathlib import Path
 
 _NO_LIMIT = 1 << 60
-"""Version 1 says "none" by a number near 2^63."""
+"""Version 1 expresses "no limit" as a number near 2^63."""
 
 
 def memory_limit_mb(root: Path = Path("/")) -> float | None:
-    """In MB of 10^6 bytes; None if nothing can be read. `root` is where /proc and /sys are."""
+    """The limit in MB of 10^6 bytes; None if it cannot be read. `root` contains /proc and /sys."""
     found = [*_cgroup_limits(root), *_machine(root)]
     return min(found) / 1e6 if found else None
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """Of the cgroup and of all above it, version 2 and 1 (cgroups(7))."""
+    """The limits of the cgroup and its ancestors, version 2 and 1 (cgroups(7))."""
     limits: list[int] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
@@ -27,7 +27,7 @@ def _cgroup_limits(root: Path) -> list[int]:
             top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # A container often sees its own cgroup at the top, whatever the path says.
+        # A container often sees its own cgroup as the root, whatever path /proc reports.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             text = _read(top.joinpath(*parts[:depth], name)).strip()
@@ -46,7 +46,7 @@ def _machine(root: Path) -> list[int]:
 
 
 def _read(path: Path) -> str:
-    """Empty if there is no such file, or none that may be read."""
+    """The content of a file; empty if it cannot be read."""
     try:
         return os.fsdecode(path.read_bytes())
     except OSError:

@@ -1,10 +1,10 @@
-"""A fresh look at the servers' lists of models, shared by all requests that need one.
+"""On-demand refresh of the servers' model lists, shared by all requests that need one.
 
-A request for a model that no list names may be for one that was loaded a moment ago. Before the
-router says that the model does not exist, it reads the lists once more: one look at a time, and
-each request is served by the first look that begins after it came. A look is not remembered: the
-model may have been loaded since. A few wrong names are looked for at once; a flood of them costs
-the servers one look per `gap` seconds.
+A request for an unlisted model may be for a model that was loaded a moment ago. Before the router
+answers that the model does not exist, it reads the lists again: one refresh at a time, and each
+request is served by the first refresh that begins after its arrival. Negative results are not
+cached, because the model may have been loaded since. A token bucket allows a few refreshes at once
+and bounds the cost of a flood of wrong names to one refresh per `gap` seconds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 LOOK_GAP = 0.2
-"""Seconds between two looks while there are many. A list costs vLLM about 1 ms, its metrics, which
-are read twice a second anyway, 6 ms."""
+"""Seconds between two refreshes under load.
+
+A model list costs vLLM about 1 ms; its metrics, which are read twice a second anyway, 6 ms.
+"""
 
 AT_ONCE = 10
-"""Looks that may follow each other without a gap; each `gap` seconds without a look allow one more.
-"""
+"""Refreshes that may follow each other without a gap; each `gap` seconds without a refresh allow
+one more."""
 
 Reader = Callable[[], Awaitable[None]]
 
 
 class _Look:
-    """One look; `changed` is set, and replaced, whenever a list has been read."""
+    """One refresh; `changed` is set, and replaced, whenever a list has been read."""
 
     def __init__(self) -> None:
         self.changed = trio.Event()
@@ -38,7 +40,7 @@ class _Look:
 
 
 class ModelLists:
-    """`readers` gives what reads one list each; they bound their time themselves."""
+    """`readers` returns the functions that read one list each, with their own timeouts."""
 
     def __init__(self, readers: Callable[[], Iterable[Reader]], gap: float = LOOK_GAP) -> None:
         self._readers = readers
@@ -49,9 +51,9 @@ class ModelLists:
         self._next = _Look()
 
     async def fresh(self, found: Callable[[], bool], patience: float) -> None:
-        """Wait until a look that began after this call has ended, or `found` says yes.
+        """Wait until a refresh that began after this call has ended, or `found` returns True.
 
-        At most `patience` seconds besides the gap.
+        Waits at most `patience` seconds besides the gap.
         """
         look = self._next
         self._wanted.set()
@@ -60,7 +62,7 @@ class ModelLists:
                 await look.changed.wait()
 
     async def run(self) -> None:
-        """Look whenever it is asked for, until cancelled."""
+        """Refresh on request, until cancelled."""
         while True:
             await self._wanted.wait()
             await self._until_allowed()
@@ -75,7 +77,7 @@ class ModelLists:
                 look.note()
 
     async def _until_allowed(self) -> None:
-        """Wait until another look may begin: a token bucket."""
+        """Take a token of the bucket; wait for it if the bucket is empty."""
         now = trio.current_time()
         earned = (now - self._counted_at) / self._gap
         self._allowed = allowed = min(self._allowed + earned, AT_ONCE) - 1.0

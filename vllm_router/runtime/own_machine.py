@@ -1,10 +1,10 @@
 """The Unix socket that proves that a client is on the router's own machine.
 
-Each router listens on one Unix socket for each of its TCP addresses, in a directory that only its
-user can enter. A connection to it carries the kernel's word for the user of the process at the
-other end (SO_PEERCRED). A proxy or a port forward that reaches the TCP port cannot produce that.
+Each router listens on one Unix socket per TCP address, in a directory that only its user can enter.
+The kernel reports the user of the process at the other end (SO_PEERCRED). A proxy or a port forward
+that reaches the TCP port has no such proof.
 
-Here: where the sockets are, and how the commands find them. `local_listener` has the router's side.
+This module has the paths, and the search for a router by commands; `local_listener` serves.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ROOT = 0
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user and group id
 
 _NO_CONNECTION_S = 2.0
-"""Seconds for the kernel to complete a local connection; it needs none."""
+"""Seconds for a local connection, which the kernel completes without delay."""
 
 
 class NoDirectory(RouterError):
-    """There is no directory that only this user can enter."""
+    """No candidate directory is private to this user."""
 
 
 def directories(uid: int, environ: Mapping[str, str]) -> list[Path]:
-    """The directories that may hold the sockets of a user's routers, the preferred one first."""
+    """The candidate directories for the sockets of a user's routers, in order of preference."""
     found = []
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/"):
@@ -46,7 +46,7 @@ def directories(uid: int, environ: Mapping[str, str]) -> list[Path]:
 
 
 def open_directory(uid: int, environ: Mapping[str, str]) -> tuple[int, Path]:
-    """A descriptor of the first directory that can be had, made if need be; the caller closes it.
+    """Open the first private directory, creating it if necessary; the caller closes the descriptor.
 
     Raises NoDirectory.
     """
@@ -60,7 +60,7 @@ def open_directory(uid: int, environ: Mapping[str, str]) -> tuple[int, Path]:
 
 
 def _private(path: Path, uid: int) -> int:
-    """A descriptor of a directory that only this user can enter. Raises OSError."""
+    """Open a directory that only this user can enter, creating it if necessary. Raises OSError."""
     above = path.parent.stat()
     if above.st_uid not in (uid, ROOT):
         raise PermissionError(0, "its parent directory belongs to another user")
@@ -82,18 +82,18 @@ def _private(path: Path, uid: int) -> int:
 
 
 def socket_name(address: tuple[str, int]) -> str:
-    """The file name of the socket beside a TCP address."""
+    """The file name of the socket for a TCP address."""
     host, port = address
     return f"{host}:{port}{SUFFIX}"
 
 
 def path_in(directory: int, name: str) -> str:
-    """A path that is short enough for a Unix socket (107 bytes), however deep the directory is."""
+    """A path that fits into a Unix socket address (107 bytes), however deep the directory is."""
     return f"/proc/self/fd/{directory}/{name}"
 
 
 def user_of(sock: socket.socket) -> int:
-    """The user id of the process at the other end: who connected, or who listened. (unix(7))"""
+    """The user id of the process that connected, or listened, at the other end (unix(7))."""
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(data)
     return int(uid)
@@ -103,10 +103,10 @@ def user_of(sock: socket.socket) -> int:
 
 
 def find_socket(url: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The path of the Unix socket of the router at `url`; None if there is none for this user.
+    """The path of the Unix socket of the router at `url`; None if this user has no access to one.
 
-    A directory of the caller's own cannot hold another user's socket. Root looks into those of all
-    users, and takes a socket only if its owner also owns the TCP port.
+    The caller's own directories cannot contain another user's socket. Root searches the directories
+    of all users, and accepts a socket only if its owner also owns the TCP port.
     """
     names = _names(url)
     if not names:
@@ -124,7 +124,7 @@ def find_socket(url: str, environ: Mapping[str, str] = os.environ) -> str | None
 
 
 def _answers(place: Path, name: str, uid: int) -> bool:
-    """Whether a router of ours (for root: of anybody who owns its port) listens there."""
+    """True if a router of this user listens there; for root: a router of the owner of its port."""
     with contextlib.suppress(OSError), _entered(place) as directory:
         owner = os.fstat(directory).st_uid
         if owner != uid and uid != ROOT:
@@ -151,14 +151,14 @@ def _entered(place: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def short_path(path: str) -> Iterator[str]:
-    """The same socket by a path that is short enough, as long as the block runs. Raises OSError."""
+    """A path of the same socket that is short enough, valid within the block. Raises OSError."""
     place = Path(path)
     with _entered(place.parent) as directory:
         yield path_in(directory, place.name)
 
 
 def _names(url: str) -> list[str]:
-    """The sockets that may belong to a URL: none unless it names this machine."""
+    """The candidate socket names for a URL; empty unless the URL points to this machine."""
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme in ("https", "wss") else 80)
@@ -181,7 +181,7 @@ def _addresses(host: str, port: int) -> list[str]:
 
 
 def _is_own(address: str) -> bool:
-    """Whether it is an address of this machine: only those can be bound."""
+    """True for an address of this machine: only such addresses can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:

@@ -1,7 +1,7 @@
-"""One server's probes: `/health`, `/metrics` and `/v1/models`, each at its own pace.
+"""The probes of one server: `/health`, `/metrics` and `/v1/models`, each with its own interval.
 
-Every server has a task of its own, so a slow or dead one delays no other. What an answer means is
-decided in `fleet/`; here is only the asking.
+Each server has its own task, so that a slow server delays no other. This module sends the requests;
+`fleet/` decides what the responses mean.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ logger = logging.getLogger(__name__)
 METRICS_PATH, MODELS_PATH = "/metrics", "/v1/models"
 PAUSED_PATH = "/is_paused"
 CHECK_PATHS = ("/health", MODELS_PATH)
-"""The second is asked where the first does not exist: other engines speak OpenAI, too."""
+"""The second path is used if the first does not exist: engines other than vLLM lack /health."""
 
 MODELS_EVERY = 5.0
-"""Seconds between looks at the model list of a server that is up; an adapter may be loaded."""
+"""Seconds between two reads of the model list of a server that is up (LoRA adapters change)."""
 
 MAX_METRICS_BYTES = 4 * 1024 * 1024
-"""Bytes of a page of metrics: vLLM 0.32 writes some 50 000 for each engine."""
+"""Largest metrics page in bytes; vLLM 0.32 writes about 50 000 bytes per engine."""
 
 MAX_PAUSE = 16
-"""A page that cannot be used is asked for less and less often, down to one time in so many."""
+"""An unusable page is requested less and less often, down to every sixteenth interval."""
 
 MAX_ANSWER = 4096
-"""Bytes of an answer that says yes or no."""
+"""Largest response in bytes to a yes/no question."""
 
 _NO_SUCH_PATH = frozenset({404, 405, 501})
 _BUSY = frozenset({429, 503})
-"""What servers answer to a check when they are full (llama.cpp#5594, sidecars), and vLLM when its
-engine is dead: the one that has just answered requests is full."""
+"""Status codes to a check from saturated servers (llama.cpp#5594, sidecars), and from vLLM with a
+dead engine. A server that has just answered requests counts as saturated."""
 
 UNSETTLED_INTERVAL = 0.5
-"""Seconds to the next check while the last one contradicts the state."""
+"""Seconds to the next check while the last result contradicts the server's state."""
 
 TOO_LATE = 0.5
-"""Seconds after a check's timeout at which the router, which was to see it then, was busy or had no
-CPU itself: the server's answer may be there unread."""
+"""Seconds past a check's timeout: if the timeout fires this late, the router was busy itself, and
+the server's response may be waiting unread."""
 
 
 def probe_transport(
@@ -68,10 +68,9 @@ def probe_transport(
 
 
 class Probe:
-    """Asks one server until cancelled.
+    """Probes one server until cancelled.
 
-    `went_down` is called when a check has just found the server gone; `tick` on every scrape
-    interval, for what must happen now and then on a server.
+    `went_down` is called when a check has found the server down, `tick` after each scrape.
     """
 
     def __init__(
@@ -102,11 +101,11 @@ class Probe:
         return self._fleet.settings
 
     async def run(self) -> None:
-        """Check, scrape and list until cancelled."""
-        # No timeout: each use has one around it, which follows the configuration.
+        """Run health checks, scrapes and model list reads until cancelled."""
+        # The transport has no timeout; each use sets one from the current configuration.
         self._requests = {}
         async with probe_transport(self._server, self._tls, self._resolver) as self._transport:
-            # The list first: a server must not be up before it is known what it serves.
+            # Read the list first: the router must know a server's models before it is up.
             await self._list_models()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_checking)
@@ -114,10 +113,10 @@ class Probe:
                 nursery.start_soon(self._keep_listing)
 
     async def _ask(self, path: str) -> httpx.Response:
-        """The answer's head; the caller closes it.
+        """Send a GET request and return the response head; the caller closes the response.
 
-        The same request every time, and past httpx's client: making one costs more than asking,
-        and looking for redirects, cookies and a login in the answer as much again.
+        Reuses one request object per path and bypasses the httpx client: building a request, and
+        handling redirects, cookies and authentication, would cost more than the exchange itself.
         """
         request = self._requests.get(path)
         if request is None:
@@ -177,7 +176,7 @@ class Probe:
             )
             return
         if verdict is Check.GOOD and server.probe_health.up is False:
-            await self._list_models()  # before it is up: it may serve others than it did
+            await self._list_models()  # before it is up: its models may have changed
         now = trio.current_time()
         self._announce(server.checked(verdict, elapsed, now, detail), now)
 
@@ -186,20 +185,20 @@ class Probe:
         return not isinstance(self._transport, Carrier) or self._transport.has_address
 
     def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
-        """Whether we are out of something, or the resolver does not know a server that is up."""
+        """True if the router lacks resources, or the resolver lost the name of a healthy server."""
         unresolved = isinstance(error.__cause__, NameNotResolved)
         return _is_own_fault(error) or (unresolved and bool(self._server.probe_health.up))
 
     @property
     def _waiting_for(self) -> str:
-        """What a check that takes too long waits for."""
+        """The current phase of the request, for the error message of a timeout."""
         doing = self._transport.doing if isinstance(self._transport, Carrier) else ""
         return doing or f"answer to {CHECK_PATHS[0]}"
 
     async def _ask_whether_paused(self) -> None:
-        """A server that was paused through this router may have been told directly to go on.
+        """Detect that a server that was paused through this router has been resumed directly.
 
-        One that does not know the question any more is a new process, without vLLM's dev mode.
+        A server without this path is a new process, started without vLLM's dev mode.
         """
         server, paused = self._server, True
         with trio.move_on_after(self._settings.health_check_timeout):
@@ -235,12 +234,15 @@ class Probe:
         return Check.BUSY if status in _BUSY else Check.UNHEALTHY, detail
 
     async def _status(self, path: str) -> int:
-        """The status of an answer. Its body is read, as that keeps the connection, and dropped."""
+        """Return the response status.
+
+        The body is read, which keeps the connection, and discarded.
+        """
         response = await self._ask(path)
         try:
             await read_pieces(response, MAX_LIST_BYTES, lambda _: None)
         except UnusablePage:
-            pass  # the status has been told, and the connection is closed
+            pass  # the status is known, and the connection is closed
         finally:
             await response.aclose()
         return response.status_code
@@ -269,7 +271,7 @@ class Probe:
             await trio.sleep(max(interval / 4, began + interval - now))
 
     async def _scrape(self) -> None:
-        """Read the load. Whether the port answers at all is a check of its own."""
+        """Read the load metrics. The result also counts as a connection check."""
         server = self._server
         answered = False
         self._fleet.look()
@@ -289,10 +291,10 @@ class Probe:
         if answered:
             self._reached(reachable=True)
         else:
-            self._hurry.set()  # slow metrics alone are no sickness
+            self._hurry.set()  # slow metrics alone do not make a server unhealthy
 
     async def _read_metrics(self, response: httpx.Response, leases: int) -> None:
-        """Take the page in as it comes. One that cannot be used leaves the figures as they are."""
+        """Parse the page as it arrives. An unusable page leaves the previous metrics in place."""
         if not response.is_success:
             return
         reader, page = MetricsReader(), self._pages[METRICS_PATH]
@@ -319,8 +321,8 @@ class Probe:
         down = self._server.scrape_reached(reachable, now, detail)
         self._announce(down, now)
         health = self._server.probe_health
-        # One that may be coming back is looked at now, but not again at once: two good checks
-        # within a moment would say no more than one.
+        # Check a recovering server now, but not twice in a moment: the second result would add
+        # nothing.
         if not health.settled if health.up else reachable and not health.goods_in_row:
             self._hurry.set()
 
@@ -336,20 +338,23 @@ class Probe:
             self._list_is_stale = trio.Event()
             await self.read_list()
             if stale:
-                await trio.sleep(UNSETTLED_INTERVAL)  # a list that stays wrong would be a busy loop
+                await trio.sleep(UNSETTLED_INTERVAL)  # prevents a busy loop if the list stays wrong
 
     def read_list_soon(self) -> None:
-        """The server has proved its list wrong: read it at once. One reading serves all."""
+        """Request an immediate read because a response has contradicted the list.
+
+        Requests coalesce.
+        """
         self._list_is_stale.set()
 
     async def read_list(self) -> None:
-        """Read the list of a server that is up."""
+        """Read the model list of a server that is up."""
         if self._server.probe_health.up:
             await self._list_models()
             self._fleet.settle(trio.current_time())
 
     async def _list_models(self) -> None:
-        """Read `/v1/models`. A server that cannot answer it keeps the list it had."""
+        """Read `/v1/models`. If the read fails, the previous list stays in use."""
         name = self._server.name
         with trio.move_on_after(self._settings.health_check_timeout):
             try:
@@ -391,28 +396,28 @@ class Probe:
 
 
 class _Page:
-    """What came of a page lately: whether to speak of it, and how often to ask for it."""
+    """Recent results of one page: when to log a problem, and how often to request the page."""
 
     def __init__(self) -> None:
         self.pause = 1
-        """How many times the usual interval passes before the page is asked for again."""
+        """How many intervals pass before the page is requested again."""
         self._problem = ""
 
     def refused(self, problem: str) -> bool:
-        """It could not be used; True if that was not so, or for another reason, the last time."""
+        """Record an unusable page; returns True if the problem is new."""
         self.pause = min(2 * self.pause, MAX_PAUSE)
         known, self._problem = self._problem, problem
         return known != problem
 
     def accepted(self, but: str = "") -> bool:
-        """It could be used, all of it or all `but` something; True if that is new."""
+        """Record a usable page, perhaps with a problem; returns True if the problem is new."""
         self.pause = 1
         known, self._problem = self._problem, but
         return known != but
 
 
 async def _model_list(response: httpx.Response) -> ModelList:
-    """Raises UnusablePage."""
+    """Parse a model list, yielding to other tasks between steps. Raises UnusablePage."""
     found = ModelList()
     for step in read_model_list(await read_whole(response, MAX_LIST_BYTES)):
         found = step
@@ -424,7 +429,7 @@ _OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 
 
 def _is_own_fault(error: BaseException | None) -> bool:
-    """Whether an error came of our running out of something: then it says of no server."""
+    """True if the router ran out of a resource, so that the error says nothing about the server."""
     while error is not None:
         if isinstance(error, OwnFault):
             return True
@@ -440,5 +445,5 @@ _ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 
 
 def _words(error: httpx.HTTPError) -> str:
-    """What went wrong, in an operator's words."""
+    """A short error text for operators."""
     return _ERRNO.sub("", str(error)) or type(error).__name__

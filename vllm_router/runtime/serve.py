@@ -1,4 +1,4 @@
-"""One router process from its first listening socket to its last exchange."""
+"""`vllm-router run` in one process: listeners, supervisor, signals and the drain."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class LocalMonitorAccess:
-    """What the view that runs beside the router needs to get in, however the router is locked.
+    """Access for the router's own full-screen monitor, independent of keys and TLS.
 
-    `url` is that of a loopback listener which serves nobody but the holder of `key`; it is empty,
-    and the view comes in by the public one, if there is nothing to lock it out.
+    `url` is a loopback listener that accepts only requests with `key`. It is empty if no such
+    listener is needed: the monitor then uses the public one.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class LocalMonitorAccess:
         self.url = ""
 
     def open(self, front: Front, config: Config, local: LocalSockets) -> MonitorListener | None:
-        """Open the listener if there must be one. Raises OSError.
+        """Open the listener if it is needed. Raises OSError.
 
-        Without keys, TLS and a listener of its own for administration the view comes in as any
-        command of this machine does, by one of the `local` sockets.
+        Without keys, TLS and a separate administration listener, the monitor connects like any
+        local command, through one of the `local` sockets.
         """
         locked = config.auth is not None or config.tls is not None
         if not locked and config.settings.admin_listen is None and local.sockets:
@@ -61,18 +61,17 @@ class LocalMonitorAccess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What the command line decides. `source` is None if there is no file to follow.
+    """The options of the command line.
 
-    `output` is closed by the caller; None for no access log.
+    `source` is None if there is no configuration file to follow. The caller closes `output`; None
+    means no access log. `workers` is used by `serve_workers` only.
 
-    `workers` is for those who start them: `serve` is one process.
-
-    With `demo`, so many simulated servers run inside, and their addresses replace the servers of
+    With `demo`, that many simulated servers run inside this process and replace the servers of
     `config`.
 
-    `passed` are descriptors of listening sockets to be used instead of `host` and `port`: the one
-    at the port of `admin_listen`, if there is one, for administration. With `reuse_port` other
-    processes may listen at the same addresses.
+    `passed` are descriptors of listening sockets that replace `host` and `port`; the socket at the
+    port of `admin_listen` is used for administration. With `reuse_port`, other processes may listen
+    at the same addresses.
     """
 
     config: Config
@@ -89,17 +88,18 @@ class ServeOptions:
 
 
 class CannotListen(RouterError):
-    """A port that the configuration names cannot be had."""
+    """A configured or passed address cannot be listened on."""
 
 
 async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None:
-    """Run the router until SIGTERM or SIGINT, then drain. `listening(url)` is called once it is up.
+    """Run the router until SIGTERM or SIGINT, then drain. Calls `listening(url)` when it is ready.
 
-    On the first signal `/readyz` answers 503 while requests are still served for `drain_grace`
-    seconds; then no connection is accepted any more, and what runs has `drain_timeout` seconds to
-    finish before it is ended with an error event. A second signal ends at once.
-    Raises OSError if the port cannot be had, CannotListen for that of administration, and
-    ConfigError if the files for TLS cannot be used any more.
+    After the first signal `/readyz` answers 503 and requests are still accepted for `drain_grace`
+    seconds. Then the listeners close, and requests in flight have `drain_timeout` seconds to finish
+    before they are cancelled with an error event. A second signal ends at once.
+
+    Raises OSError if the public port is not available, CannotListen for other listeners, and
+    ConfigError if the TLS files are unusable.
     """
     app = Dispatcher()
     settings = options.config.settings
@@ -128,7 +128,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             await nursery.start(signals.listen)
             config = options.config
             if options.demo:
-                from vllm_router.lab.demo import start_demo  # it costs a start without it nothing
+                from vllm_router.lab.demo import start_demo  # imported only if it is used
 
                 config = await start_demo(nursery, options.demo, settings)
             supervisor = Supervisor(
@@ -162,7 +162,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
 
 
 def client_limits(settings: Settings) -> Limits:
-    """What a client may take, as far as the configuration says."""
+    """The limits for clients, from the configuration."""
     return Limits(
         body_read_timeout=settings.body_timeout,
         write_stall_timeout=settings.write_stall_timeout,
@@ -171,29 +171,29 @@ def client_limits(settings: Settings) -> Limits:
 
 
 def take_tls(front: Front, config: Config) -> None:
-    """New connections speak TLS, or no longer. Raises ConfigError if its files cannot be used."""
+    """Use or stop using TLS for new connections. Raises ConfigError if its files are unusable."""
     front.use_tls(serving_context(config.tls) if config.tls is not None else None)
 
 
 def follow_limits(front: Front, supervisor: Supervisor, new: Config) -> None:
-    """A reload changes what clients may take: new connections have it so."""
+    """Apply changed client limits of a reload to new connections."""
     limits = client_limits(new.settings)
     if limits != client_limits(supervisor.config.settings):
         front.use_limits(limits)
 
 
 def follow_tls(front: Front, supervisor: Supervisor, new: Config) -> None:
-    """The same for a reload, if it changes something."""
+    """Apply a changed TLS configuration of a reload to new connections."""
     if new.tls != supervisor.config.tls:
         take_tls(front, new)
 
 
 DESCRIPTORS_KEPT = 64
-"""For files, checks of servers and connections to them that are idle."""
+"""File descriptors reserved for files, probes and idle connections to servers."""
 
 
 def most_connections() -> int | None:
-    """How many clients there are descriptors for: each may need one more, to a server."""
+    """The client limit by file descriptors: each client may need a second one, to a server."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         return None
@@ -201,10 +201,10 @@ def most_connections() -> int | None:
 
 
 def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None]:
-    """Open or adopt the public listener and that of administration, if there is to be one.
+    """Open or adopt the public listener and, if configured, the administration listener.
 
-    At a loopback address the latter speaks plain HTTP, too: nobody else can hear it. Raises
-    OSError, and CannotListen for what the configuration names or was passed.
+    On a loopback address the administration listener also accepts plain HTTP. Raises OSError for
+    the public port, and CannotListen for configured and passed addresses.
     """
     wanted = options.config.settings.admin_listen
     host, port = split_address(wanted) if wanted is not None else ("", 0)
@@ -235,17 +235,17 @@ def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None
 
 
 def addresses_of(front: Front) -> list[Address]:
-    """The TCP addresses that it listens at, with the ports that 0 became."""
+    """The TCP addresses of the listeners, with the actual ports."""
     return [listener.getsockname()[:2] for listener in front.listeners]
 
 
 async def probed(supervisor: Supervisor) -> None:
-    """Wait until every server has been asked once: until then another process serves the port.
+    """Wait until every server has been probed once, at most for the time of one check.
 
-    What does not answer is not waited for.
+    Until then, another process serves the port.
     """
     with trio.move_on_after(supervisor.config.settings.health_check_timeout + 1):
-        while not supervisor.fleet.probed:  # noqa: ASYNC110 (nobody is told, and it is soon)
+        while not supervisor.fleet.probed:  # noqa: ASYNC110  once per start
             await trio.sleep(0.02)
 
 
@@ -257,9 +257,9 @@ def url_of(host: str, port: int, *, secure: bool = False) -> str:
 async def drain(
     supervisor: Supervisor, front: Front, wind_down: Callable[[], Awaitable[None]] | None = None
 ) -> None:
-    """Finish the requests in progress, within the configured times.
+    """Finish the requests in flight, within the configured times.
 
-    `wind_down` replaces that of the supervisor.
+    `wind_down` replaces the supervisor's method.
     """
     await supervisor.lame_duck()
     supervisor.feed.close()
@@ -274,15 +274,17 @@ async def drain(
 
 
 LAST_CALL = 1.0
-"""Seconds that idle connections stay open: a request may be on its way. It is served; `/readyz`
-says no. Their clients take the port's closing, or the last answer's, as the sign to go."""
+"""Seconds that idle connections stay open, because a request may be on its way; it is served.
+
+`/readyz` fails already. Clients notice the closed port, or the end of their last response.
+"""
 
 LINGER = 1.0
-"""Seconds for connections to close after their last answer."""
+"""Seconds for connections to close after their last response."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first asks for a drain, the second for an end."""
+    """SIGTERM and SIGINT: the first requests a drain, the second an immediate end."""
 
     def __init__(self) -> None:
         self.first = trio.Event()
@@ -291,7 +293,7 @@ class StopSignals:
     async def listen(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Take signals until cancelled."""
+        """Handle signals until cancelled."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
             async for number in received:
@@ -304,7 +306,7 @@ class StopSignals:
                     self.first.set()
 
     def end_now(self) -> None:
-        """The second signal has come."""
+        """Act as on the second signal."""
         self._second.cancel(reason="second signal")
 
     def until_second(self) -> trio.CancelScope:

@@ -199,7 +199,7 @@ class Supervisor:
                 self.proxy.forget(server)
 
     def server_down(self, server: Server) -> None:
-        """Cancel the silent requests of a server that has just gone down, so that they retry."""
+        """Cancel the silent requests of a server that has just gone down, to retry them."""
         silence = self.fleet.settings.metrics_interval
         cancelled = self.proxy.server_gone(server, trio.current_time(), silence)
         if cancelled:
@@ -212,7 +212,7 @@ class Supervisor:
     # -- configuration ------------------------------------------------------------------------
 
     async def prepare(self, new: Config) -> None:
-        """Make what takes long of a new configuration, a little at a time. Raises ConfigError."""
+        """Prepare the slow parts of a new configuration in small steps. Raises ConfigError."""
         await trio.to_thread.run_sync(self.tls.prepare, new.servers)
         for number, server in enumerate(self.fleet.prepare(new), 1):
             self.proxy.prepare(server)
@@ -220,7 +220,7 @@ class Supervisor:
                 await trio.lowlevel.checkpoint()
 
     def apply(self, old: Config, new: Config) -> None:
-        self.tls.prepare(new.servers)  # raises ConfigError while nothing has changed
+        self.tls.prepare(new.servers)  # raises ConfigError before anything has changed
         for prepare in self.before_apply:
             prepare(new)
         for setting in RESTART_SETTINGS:
@@ -257,18 +257,18 @@ class Supervisor:
             publish(new)
 
     def _choose_recorded_fields(self, config: Config) -> None:
-        """What only the access log needs to know of an exchange is not read without one."""
+        """Skip the extraction of fields that only the access log or tracing needs."""
         logged = self.output is not None and self.output.access.writer is not None
         self.proxy.wants_usage = logged or self.proxy.tracer is not None
         self.proxy.wants_prompt = logged and config.log.prompts
 
     @property
     def log_lines_dropped(self) -> int:
-        """Lines of the log and the access log that were lost, as nobody took them."""
+        """Lines of the log and the access log that were dropped because the output was too slow."""
         return self.output.dropped if self.output is not None else 0
 
     async def reload(self) -> Reload:
-        """Read the file again now, changed or not; UNCHANGED if there is no file."""
+        """Read the configuration file now; returns UNCHANGED if there is no file."""
         if self.reloader is None:
             return Reload.UNCHANGED
         return await self.reloader.reload(force=True)
@@ -311,7 +311,7 @@ class Supervisor:
     # -- drain --------------------------------------------------------------------------------
 
     def drain_server(self, name: str, on: bool) -> Server | None:
-        """Take a server out of the rotation or back; None if there is none of that name."""
+        """Drain a server, or take it back; returns None if the name is unknown."""
         server = self.fleet.servers.get(name)
         if server is not None:
             server.drain(on)
@@ -319,7 +319,7 @@ class Supervisor:
         return server
 
     async def lame_duck(self) -> None:
-        """`/readyz` says no, and for `drain_grace` seconds everything is served all the same."""
+        """Fail `/readyz`, and go on serving for `drain_grace` seconds."""
         self.draining = True
         grace = self.config.settings.drain_grace
         if grace:
@@ -329,10 +329,10 @@ class Supervisor:
             await trio.sleep(grace)
 
     async def wind_down(self, *, still_listening: bool = False) -> None:
-        """Let running exchanges finish for `drain_timeout`, then end them honestly.
+        """Let the requests in flight finish for `drain_timeout`, then cancel them with an error.
 
-        Websocket clients are sent away at once (1001), the feed has nothing more to say. Where
-        the port is still open, new requests are refused: else there would be no end.
+        Websocket clients are disconnected at once (1001). If the port is still open, new requests
+        are rejected; otherwise the drain would not end.
         """
         self.draining = True
         self.proxy.stopping = still_listening
@@ -352,7 +352,7 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether a load balancer should send requests here."""
+        """True if a load balancer should send requests to this router."""
         return self.fleet.probed and not self.draining and self._parts.others.ready
 
 
@@ -368,7 +368,7 @@ def _log_transition(change: Transition) -> None:
 
 
 def log_memory_plan(settings: Settings, workers: int) -> None:
-    """Log, at the start, what follows from the memory that there is."""
+    """Log the memory limits that follow from the machine's memory."""
     told = memory_line(settings, Memory(memory_limit_mb(), workers))
     if told is not None:
         warn, line = told
@@ -380,6 +380,6 @@ def _admin_key(config: Config) -> Secret | None:
 
 
 def _credentials(config: ServerConfig) -> tuple[object, ...]:
-    """What a probe keeps for as long as it runs."""
+    """The settings that a running probe cannot change."""
     tls = config.ca, config.client_certificate, config.client_key, config.verify
     return config.api_key, *tls

@@ -1,6 +1,6 @@
 """How long the turns of the event loop take: in one turn every task that can run runs once.
 
-The `Hub` stands at both ends of every turn and calls this for some 0.2 µs; a heartbeat task, which
+The `Hub` stands at both ends of every turn and calls this for about 0.5 µs; a heartbeat task, which
 measures the same, wakes an idle process again and again.
 """
 

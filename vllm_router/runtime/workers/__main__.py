@@ -9,16 +9,15 @@ import ctypes
 import signal
 import sys
 
-# A terminal, systemd or a script may send signals to all processes at once; what is to be done
-# about them the parent says.
+# A terminal, systemd or a script may signal all processes at once. The parent sends orders instead.
 for _number in (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
     *(signal.SIGUSR1, signal.SIGUSR2),
 ):
     signal.signal(_number, signal.SIG_IGN)
 
-# When the parent ends, this process drains and gives the port back: it must not sleep through
-# that if it was stopped. (prctl(2); this is about the thread that started it, the main one.)
+# If the parent dies, this process drains and releases the port. Continue it if it is stopped:
+# prctl(2), for the death of the parent's main thread, which has started it.
 _PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 

@@ -1,9 +1,8 @@
-"""Whole messages between two processes, with descriptors where needed.
+"""Atomic messages between two processes, with file descriptors where needed.
 
-A pair of sequenced-packet sockets: a message is there or not, never in part, so that a process
-that dies in the middle of something leaves no half of it behind. What it had not read yet is read
-by its successor, for the parent keeps both ends open. A message that is too long for the socket
-goes over as a descriptor of the memory that it is in.
+A pair of sequenced-packet sockets: a message arrives whole or not at all, so that a process that
+dies leaves no partial message. Its successor reads the unread messages, because the parent keeps
+both ends open. A message too long for the socket is sent as a descriptor of shared memory.
 """
 
 from __future__ import annotations
@@ -21,22 +20,25 @@ import trio
 logger = logging.getLogger(__name__)
 
 LARGEST = 100_000
-"""Bytes of a message in the socket, which takes twice as much (net.core.wmem_default)."""
+"""Largest message in bytes in the socket buffer, which needs twice as much (net.core.wmem_default).
+"""
 
 _ELSEWHERE = b"\xc1"
-"""Instead of a message: it is in the memory of the first descriptor. MessagePack has no such byte,
-and no word to or from the parent is that."""
+"""Marker: the message is in the memory of the first descriptor.
+
+No MessagePack message and no order of the control channel equals this byte.
+"""
 
 _DESCRIPTORS = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends of a channel. Raises OSError."""
+    """The two ends of a channel. Raises OSError."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 class Channel:
-    """One end. `close` closes it; closing does not end what others hold of the same end."""
+    """One end. `close` closes it; other processes may hold the same end."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -44,7 +46,7 @@ class Channel:
         self._sending = trio.Lock()
 
     async def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Raises trio.BrokenResourceError if nobody holds the other end."""
+        """Raises trio.BrokenResourceError if no process holds the other end."""
         with contextlib.ExitStack() as ending:
             if len(message) > LARGEST:
                 memory = os.memfd_create("vllm-router message")
@@ -71,7 +73,8 @@ class Channel:
                     raise trio.BrokenResourceError(str(error)) from error
 
     def send_now(self, message: bytes) -> bool:
-        """Send without waiting; False if there is no room or nobody at the other end."""
+        """Send without waiting; returns False if the buffer is full or no process holds the other
+        end."""
         try:
             self._socket.sendmsg([message])
         except OSError:
@@ -79,9 +82,9 @@ class Channel:
         return True
 
     async def receive(self) -> tuple[bytes, int | None]:
-        """A message and the descriptor that came along, which the caller closes.
+        """A message and the descriptor that was sent with it, which the caller closes.
 
-        The message is empty once nobody holds the other end.
+        The message is empty if no process holds the other end any more.
         """
         while True:
             await trio.lowlevel.wait_readable(self._socket)
@@ -126,7 +129,7 @@ def _fill(memory: int, data: bytes) -> None:
 
 
 def _emptied(memory: int) -> bytes:
-    """What is in it; closes the descriptor."""
+    """Read the memory and close the descriptor."""
     with open(memory, "rb") as file:
         file.seek(0)
         return file.read()

@@ -1,4 +1,4 @@
-"""One clock for several processes."""
+"""A clock with the same time in all processes of a router."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import trio
 
 
 class SharedClock(trio.abc.Clock):
-    """Trio's clock without the offset that each process draws: the system's monotonic time.
+    """The system's monotonic time, without Trio's random offset per process.
 
-    So a time that one process has noted means the same in another.
+    A time noted in one process is valid in another.
     """
 
     def start_clock(self) -> None:
-        """It always runs."""
+        """The system clock always runs."""
 
     def current_time(self) -> float:
         return perf_counter()

@@ -1,10 +1,10 @@
-"""The configuration in force, where every process of the router finds it: shared memory.
+"""The configuration in force, in memory shared by all processes of a router.
 
-The leader writes it before it tells the workers; a leader or worker that is started again begins
-with it, whatever the file says by then. Nobody but the router's own processes can reach it.
+The leader writes it before it announces it to the workers. A restarted leader or worker begins with
+it, even if the file has changed since. Only the router's own processes can access the memory.
 
-A leader that dies while it writes leaves the one before in force: a new one is written beside it,
-and only then the head, which says where it is.
+A new configuration is written beside the previous one, and the header is switched last: if the
+leader dies while writing, the previous one stays valid.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import cast
 from vllm_router.config.schema import Config
 
 _HEAD = struct.Struct("=QQQ")
-"""Where it is, how long, and its checksum."""
+"""Offset, length and checksum of the current configuration."""
 
 
 class ConfigSnapshot:
-    """One descriptor of memory; the caller's, as long as this is used."""
+    """The caller owns the descriptor, and keeps it open while this object is used."""
 
     def __init__(self, fileno: int) -> None:
         self._fileno = fileno
 
     @staticmethod
     def create(config: Config) -> int:
-        """A descriptor with this configuration; whoever calls closes it."""
+        """Create a descriptor with this configuration; the caller closes it."""
         fileno = os.memfd_create("vllm-router configuration")
         ConfigSnapshot(fileno).write(config)
         return fileno
@@ -43,7 +43,7 @@ class ConfigSnapshot:
         os.pwrite(self._fileno, head, 0)
 
     def read(self) -> Config | None:
-        """None while it is being written: whoever writes tells when it is done."""
+        """Return None while a new one is being written; the leader announces it afterwards."""
         place, length, checksum = self._head()
         data = os.pread(self._fileno, length, place)
         if not data or zlib.crc32(data) != checksum:
@@ -52,7 +52,7 @@ class ConfigSnapshot:
         return cast("Config", pickle.loads(data))
 
     def _head(self) -> tuple[int, int, int]:
-        """All zero before the first is written."""
+        """All zero before the first write."""
         place, length, checksum = _HEAD.unpack(
             os.pread(self._fileno, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
         )

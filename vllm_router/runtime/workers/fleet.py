@@ -1,11 +1,11 @@
-"""The fleet as one of several processes knows it.
+"""The fleet of one of several processes.
 
-Every process has servers of its own, whose `in_flight` counts the leases of all: those taken here
-and, from the board, those taken elsewhere. So policies, `load` and the pages need to know nothing
-of other processes.
+Each process has its own servers, whose `in_flight` counts the leases of all processes: its own, and
+those read from the shared counters. Policies, load and the control plane need not know of other
+processes.
 
-The leader decides what state a server is in; workers tell it how their attempts ended and take
-over what it says.
+The leader decides the state of each server. Workers report the outcomes of their attempts and take
+over the leader's state.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from vllm_router.runtime.workers.shared_counters import CounterView
 from vllm_router.runtime.workers.usage import SharedUsage, column_keys
 
 News = TypeVar("News", Server, Verdict)
-"""What a process tells the others: the leader of servers, a worker of its attempts."""
+"""What is sent to the other processes: changed servers by the leader, verdicts by a worker."""
 
 
 logger = logging.getLogger(__name__)
 
 
 def counted_of_keys(keys: Iterable[KeyConfig]) -> list[str]:
-    """What is counted of keys."""
+    """The counter keys of API keys."""
     return [name for key in keys for name in column_keys(key)]
 
 
 def counted_in(config: Config) -> set[str]:
-    """What all workers count together: requests on each server, and those of each key."""
+    """All counter keys: one per server (leases), two per API key."""
     keys = config.auth.keys if config.auth is not None else ()
     return {server.url for server in config.servers}.union(counted_of_keys(keys))
 
 
 class SharedServer(Server, Generic[News]):
-    """A server of which several processes hold leases. `tell` reaches those processes."""
+    """A server leased by several processes. `tell` sends news to the others."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class SharedServer(Server, Generic[News]):
         super().__init__(config, settings, on_change)
 
     def give_back(self, column: int | None) -> None:
-        """Leave the place on the board unless it is this one: another server may get it."""
+        """Release the counter column unless it is this one, so that it can be reassigned."""
         if self._column is not None and self._column != column:
             self._counters.put(self._column, 0)
             self._column = None
@@ -68,7 +68,10 @@ class SharedServer(Server, Generic[News]):
             self._update_load()
 
     def stand_in(self, column: int | None) -> None:
-        """The place on the board; None if there is none left: then only our own leases count."""
+        """Use a counter column.
+
+        With None (no column left) only this process's leases are counted.
+        """
         if column == self._column:
             return
         self._column = column
@@ -80,7 +83,7 @@ class SharedServer(Server, Generic[News]):
         self._update_load()
 
     def changed_elsewhere(self, difference: int) -> None:
-        """Other processes have taken, or given back, so many leases."""
+        """Other processes have acquired or released leases; `difference` is the net change."""
         self.in_flight += difference
         self._update_load()
 
@@ -97,7 +100,7 @@ class SharedServer(Server, Generic[News]):
 
 
 class LeadingServer(SharedServer[Server]):
-    """The leader's: it tells of every scrape, and its fleet of every change of state."""
+    """The leader's server: announces every scrape; its fleet announces changes of state."""
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
         super().scraped(metrics, now, leases)
@@ -105,13 +108,13 @@ class LeadingServer(SharedServer[Server]):
 
 
 class FollowingServer(SharedServer[Verdict]):
-    """A worker's, judged by the leader."""
+    """A worker's server: follows the leader's decisions."""
 
     _decides: tuple[object, ...] = ()
 
     def apply(self, config: ServerConfig, settings: Settings) -> None:
         super().apply(config, settings)
-        self._decides = ()  # the next word of the leader counts, even if it is the same again
+        self._decides = ()  # apply the next state even if it is equal
 
     def answered(self, now: float, *, trial: bool) -> None:
         self.last_byte_at = max(self.last_byte_at, now)
@@ -122,10 +125,10 @@ class FollowingServer(SharedServer[Verdict]):
         self._tell(Verdict("refused", self.url, now, retry_after=retry_after))
 
     def look_for_silence(self, now: float) -> None:
-        """The leader does, which hears of all processes."""
+        """Only the leader detects silence, because it sees the traffic of all processes."""
 
     def follow(self, state: ServerState, now: float) -> bool:
-        """Take over what the leader knows. True if the server has just gone down."""
+        """Take over the leader's state. Returns True if the server has just gone down."""
         probe, traffic = self.probe_health, self.traffic_health
         went_down = bool(probe.up) and not state.up
         probe.up, probe.reason = state.up, state.reason
@@ -167,7 +170,7 @@ class FollowingServer(SharedServer[Verdict]):
 
 
 def state_of(server: Server) -> ServerState:
-    """What the leader tells of a server. Trials are each process's own."""
+    """The state that the leader sends. Probation requests are counted by each process itself."""
     return ServerState(
         url=server.url,
         up=server.probe_health.up,
@@ -196,14 +199,14 @@ def state_of(server: Server) -> ServerState:
 
 
 def _short(lengths: dict[str, int], models: tuple[str, ...] | None) -> dict[str, int] | int:
-    """The lengths of contexts as they travel with every scrape: one where all are the same."""
+    """Compact form of the context lengths, which are sent with each scrape: one number if equal."""
     if len(lengths) == len(models or ()) and len(found := set(lengths.values())) == 1:
         return found.pop()
     return lengths
 
 
 class SharedFleet(Fleet, Generic[News]):
-    """What the fleets of the leader and of workers have in common; `usage` is that of keys."""
+    """Common part of the leader's and the workers' fleets; `usage` counts requests per API key."""
 
     def __init__(self, config: Config, counters: CounterView, tell: Callable[[News], None]) -> None:
         self._counters = counters
@@ -223,7 +226,7 @@ class SharedFleet(Fleet, Generic[News]):
         return change
 
     def take_places(self) -> None:
-        """Find every server's column on the board, again: the leader may have given it one."""
+        """Look up the counter columns again: the leader may have assigned new ones."""
         servers = [server for server in self.all_servers() if isinstance(server, SharedServer)]
         self._known = {server.url: server for server in reversed(servers)}
         self._by_column.clear()
@@ -245,7 +248,7 @@ class SharedFleet(Fleet, Generic[News]):
         return self._places.get(key)
 
     def by_url(self, url: str) -> Server | None:
-        """The server at a URL, one that leaves included."""
+        """The server with a URL, including servers that are being removed."""
         return self._known.get(url)
 
     # -- leases of other processes ------------------------------------------------------------
@@ -277,7 +280,7 @@ class SharedFleet(Fleet, Generic[News]):
 
 
 class LeadingFleet(SharedFleet[Server]):
-    """The leader's. `tell` is called with every server of which workers must know more."""
+    """The leader's fleet. `tell` is called with each server whose state the workers need."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
         return LeadingServer(wanted, settings, self._note, self._counters, self._tell)
@@ -287,7 +290,7 @@ class LeadingFleet(SharedFleet[Server]):
         self._tell(server)
 
     def check_room(self, config: Config) -> None:
-        """Raises ConfigError for more servers and keys than can be counted for all workers."""
+        """Raises ConfigError if there are more servers and keys than counter columns."""
         counted = counted_in(config)
         room = self._counters.board.room_for(counted)
         if len(counted) > room:
@@ -300,7 +303,7 @@ class LeadingFleet(SharedFleet[Server]):
             raise ConfigError([problem])
 
     def _find_places(self, counted: list[str]) -> dict[str, int | None]:
-        """The leader gives places, where there are none yet."""
+        """Assign columns to keys that have none."""
         board = self._counters.board
         board.keep(set(counted))
         places = board.assign_all(counted)
@@ -317,7 +320,7 @@ class LeadingFleet(SharedFleet[Server]):
 
 
 class FollowingFleet(SharedFleet[Verdict]):
-    """A worker's. `tell` is called with what its attempts have shown."""
+    """A worker's fleet. `tell` is called with the verdict of each attempt."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
         return FollowingServer(wanted, settings, self._note, self._counters, self._tell)
@@ -375,7 +378,7 @@ class FollowingFleet(SharedFleet[Verdict]):
         self._tell(Verdict("takes_again", server.url, 0.0, asked=asked))
 
     def unlist(self, server: Server, model: str) -> None:
-        """Until the leader, which reads the list again, has told what is in it."""
+        """Valid until the leader, which reads the list again, sends the new list."""
         server.unlist(model)
         self._tell(Verdict("unlist", server.url, 0.0, name=model))
 
@@ -383,7 +386,7 @@ class FollowingFleet(SharedFleet[Verdict]):
         self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))
 
     def follow(self, state: ServerState, now: float) -> FollowingServer | None:
-        """Take over what the leader knows of a server; it, if it has just gone down."""
+        """Take over the leader's state of a server; returns the server if it has just gone down."""
         server = self._known.get(state.url)
         if isinstance(server, FollowingServer) and server.follow(state, now):
             return server

@@ -1,7 +1,8 @@
-"""Connections that are not for the lane: from the worker that accepted them to the leader.
+"""The worker's side of handing connections over to the leader, and fair accepting.
 
-A plain one goes over whole: its descriptor, and what has been read. With TLS the worker goes on
-encrypting and decrypting, and the leader gets one end of a pipe to it.
+Connections that are not for inference go to the leader. A plain connection is passed as its
+descriptor, with the bytes read so far. With TLS, the worker keeps encrypting and decrypting, and
+passes one end of a socket pair.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ logger = logging.getLogger(__name__)
 READ_SIZE = 65536
 
 HESITATION = 0.001
-"""Seconds that a worker with too many more connections than another leaves the next to that."""
+"""Seconds for which a worker with too many connections leaves the next one to others."""
 
 LEAD = 2
-"""Connections more than another that a worker may have at least, and beyond that an eighth: where
-they live for one request each, the counts are never quite the same."""
+"""A worker yields when it has more than `fewest + LEAD + fewest // 8` connections, where `fewest`
+is the smallest number of the other workers. Short-lived connections make the counts fluctuate."""
 
 
 class LeaderHandover:
-    """The other `Side` of a worker's front. The leader drains what it has been given itself."""
+    """The connection handler of a worker's listener that passes connections to the leader."""
 
     def __init__(self, channel: Channel, reporter: Reporter) -> None:
         self._channel = channel
@@ -46,7 +47,7 @@ class LeaderHandover:
 
     async def serve(self, stream: Stream, data: bytes = b"") -> None:
         try:
-            # What the client has seen end shall be counted in what it is told next.
+            # Exchanges that the client has seen end must be counted in the next response it gets.
             await self._reporter.flush()
             if isinstance(stream, trio.SSLStream):
                 await self._relay(stream, data)
@@ -62,7 +63,7 @@ class LeaderHandover:
         try:
             client, local = plain_peer(outer.getpeername()), outer.getsockname()[:2]
         except OSError:
-            return  # it has left already
+            return  # the client has disconnected
         ours, theirs = socket.socketpair()
         inner = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         scope = trio.CancelScope()
@@ -84,13 +85,13 @@ class LeaderHandover:
             inner.socket.close()
 
     def use_limits(self, limits: Limits) -> None:
-        """The leader has its own."""
+        """The leader has its own limits."""
 
     def close_idle(self, seconds: float) -> None:
-        """The leader does not keep any."""
+        """The leader closes its idle connections."""
 
     def drain(self) -> None:
-        """The leader ends them, and closes its end of a relay."""
+        """The leader drains them, and closes its end of each relay."""
 
     def abort(self) -> None:
         for scope in self._relays:
@@ -98,7 +99,7 @@ class LeaderHandover:
 
 
 async def _pump(source: Stream, sink: Stream) -> None:
-    """Pass on what comes, and then that nothing more does; ends when either is gone."""
+    """Copy bytes and then the end of the stream; returns when either side is closed."""
     try:
         while data := await source.receive_some(READ_SIZE):
             await sink.send_all(data)
@@ -110,15 +111,16 @@ async def _pump(source: Stream, sink: Stream) -> None:
 
 
 def stream_socket(stream: Stream) -> trio.socket.SocketType:
-    """The socket under it all."""
+    """The socket below the TLS layer, if any."""
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     return transport.socket
 
 
 class FairAccept:
-    """The `Gate` of a worker: who has many more connections than another lets that go first.
+    """The accept policy of a worker: yield to workers with fewer connections.
 
-    All wait for the same socket. Who is woken first would get most of them, and keep them.
+    All workers wait for the same socket. Otherwise the one that wakes first would get most
+    connections, and keep them.
     """
 
     def __init__(self, counters: CounterView) -> None:
@@ -133,7 +135,7 @@ class FairAccept:
         return max(1, room)
 
     def _room(self) -> int:
-        """How many more than now leave the others what is theirs."""
+        """How many connections this worker may accept before another must have its turn."""
         fewest = self._counters.fewest(CONNECTIONS)
         return fewest + LEAD + fewest // 8 - self._mine
 

@@ -1,6 +1,6 @@
-"""What the processes of one router tell each other, as MessagePack.
+"""The messages between the processes of one router, encoded as MessagePack.
 
-Times are those of trio's clock, which all of them share (`clock.py`). Servers are named by URL.
+Times are on the clock that all processes share (`clock.py`). URLs identify servers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from vllm_router.routing.server_estimate import PrefixStatistics
 
 
 Addresses = dict[str, list[tuple[int, str, int, int]]]
-"""What one process knows of names of servers: another may be started while the resolver fails."""
+"""Resolved server names: a process may start while the resolver fails."""
 
 
 class Hello(msgspec.Struct, tag=True, array_like=True):
-    """A worker is there: new, or answering a new leader's `Welcome`.
+    """A worker has started, or answers the `Welcome` of a new leader.
 
-    `draining` are the servers that an operator has taken out of the rotation, which a new leader
-    learns from those who have served under the one before; so it does `addresses`, of the first
-    hundred names.
+    `draining` are the servers that an operator drains, which a new leader learns from the workers.
+    So are `addresses`, of the first hundred names.
     """
 
     pid: int
@@ -35,9 +34,10 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
 
 
 class Verdict(msgspec.Struct, array_like=True):
-    """What an attempt showed of its server: the method of Fleet or Server that is told here, and
-    its arguments. `what` is answered, failed, refused, not_its_fault, others_take, refused_again,
-    takes_again, unlist, timed_out or waited_in_vain; `name` is what it refuses, or the model.
+    """A call of a method of Fleet or Server that the leader repeats on its own server.
+
+    `what` is answered, failed, refused, not_its_fault, others_take, refused_again, takes_again,
+    unlist, timed_out or waited_in_vain. `name` is the refused feature or the model.
     """
 
     what: str
@@ -61,7 +61,7 @@ Ended = tuple[Any, ...]
 
 
 class Report(msgspec.Struct, tag=True, array_like=True):
-    """What has happened since the last report. `attempts` are pairs of URL and outcome."""
+    """The events since the last report. `attempts` are pairs of URL and outcome."""
 
     verdicts: list[Verdict]
     attempts: list[tuple[str, str]]
@@ -70,12 +70,11 @@ class Report(msgspec.Struct, tag=True, array_like=True):
 
 
 class WorkerStats(msgspec.Struct, tag=True, array_like=True):
-    """How much of what there is now: gauges and totals to be added up, by name.
+    """Gauges and counters of one worker, sent periodically; the leader sums them by name.
 
-    `chunks` are those that running exchanges have had so far, and `prefixes` what the policies
-    have expected of prefix caches, both by server; `heard` when
-    servers last sent a byte: a server that streams is alive, however slow its checks. `outputs` is
-    when they last sent something of an answer.
+    `chunks` counts the chunks of running exchanges, `prefixes` the expected prefix cache hits, both
+    by server. `heard` is the time of a server's last byte: a streaming server is alive, even if its
+    health checks are slow. `outputs` is the time of its last response output.
     """
 
     serving: bool
@@ -87,10 +86,10 @@ class WorkerStats(msgspec.Struct, tag=True, array_like=True):
 
 
 class Connection(msgspec.Struct, tag=True, array_like=True):
-    """A connection that is not for the lane; its descriptor comes along.
+    """A connection that is not for inference; its descriptor is attached.
 
     `data` has been read from it already. `client` and `local` are its addresses if the descriptor
-    is not that of the client's socket but of a relay, which has TLS behind it.
+    is a relay of a TLS connection.
     """
 
     data: bytes
@@ -100,7 +99,7 @@ class Connection(msgspec.Struct, tag=True, array_like=True):
 
 
 class RefreshModelLists(msgspec.Struct, tag=True, array_like=True):
-    """Read the servers' lists of models again, and say `ModelListsRefreshed`."""
+    """Read the servers' model lists again, and answer with `ModelListsRefreshed`."""
 
 
 FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists
@@ -109,22 +108,25 @@ FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists
 
 
 class Welcome(msgspec.Struct, tag=True, array_like=True):
-    """`first` asks for a `Hello`: there is a new leader. Else the worker has been told everything
-    that there is to know, and may serve.
+    """`first`: a new leader asks for a `Hello`.
+
+    Otherwise the whole state has been sent, and the worker may serve.
     """
 
     first: bool
 
 
 class Configured(msgspec.Struct, tag=True, array_like=True):
-    """Another configuration is in force: read it."""
+    """A new configuration is in force: read the snapshot."""
 
     generation: int
 
 
 class ServerState(msgspec.Struct, array_like=True):
-    """What the leader knows of a server, and routing needs to know. `lengths` is a number where all
-    models have the same."""
+    """The leader's state of a server, as far as routing needs it.
+
+    `lengths` is a number if all models have the same context length.
+    """
 
     url: str
     up: bool | None
@@ -158,23 +160,23 @@ class ServerStates(msgspec.Struct, tag=True, array_like=True):
 
 
 class ResolvedNames(msgspec.Struct, tag=True, array_like=True):
-    """Addresses that the leader knows."""
+    """Addresses that the leader has resolved."""
 
     addresses: Addresses
 
 
 class ModelListsRefreshed(msgspec.Struct, tag=True, array_like=True):
-    """The lists have been read; what changed was told before."""
+    """The model lists have been read; the changes were sent before."""
 
 
 FromLeader = Welcome | Configured | ServerStates | ResolvedNames | ModelListsRefreshed
 
 NAMES = 100
-"""Names in one message; one with eight addresses each takes 30 KB."""
+"""Names per message; with eight addresses each, a message takes 30 KB."""
 
 
 def parts_of(addresses: Addresses) -> Iterator[Addresses]:
-    """So many names at a time as fit into a message."""
+    """Split the addresses into parts that fit into a message."""
     names = list(addresses)
     for start in range(0, len(names), NAMES):
         yield {name: addresses[name] for name in names[start : start + NAMES]}

@@ -1,7 +1,7 @@
-"""The end of a process whose parent has died and whose own loop is stuck.
+"""Ends a process whose parent has died and whose event loop is blocked.
 
-A process drains when its parent dies, but only if its loop can hear of it. One that cannot would
-keep the port for ever, and no successor could have it.
+A process drains when its parent dies, if its event loop notices. A blocked process would keep the
+port for ever, so that no successor could bind it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import time
 from collections.abc import Callable
 
 GRACE_S = 10.0
-"""Seconds beyond what an orderly end may take."""
+"""Seconds beyond the longest orderly shutdown."""
 
 
 def end_when_orphaned(line: int, patience: Callable[[], float]) -> None:
-    """Watch, in a thread, for the end of the parent, which holds the other end of `line`.
+    """Watch the parent's end of `line` in a thread; if it closes, exit the process later.
 
-    `patience()` seconds and GRACE_S later the process is ended as it is.
+    The process ends `patience()` + GRACE_S seconds after the parent's death, without cleanup.
     """
-    descriptor = os.dup(line)  # the loop may close the other when it ends
+    descriptor = os.dup(line)  # the event loop may close the original
     thread = threading.Thread(target=_watch, args=(descriptor, patience), daemon=True)
     thread.start()
 
 
 def _watch(descriptor: int, patience: Callable[[], float]) -> None:
     poll = select.poll()
-    poll.register(descriptor, 0)  # POLLHUP is always told
+    poll.register(descriptor, 0)  # POLLHUP is always reported
     poll.poll()
     time.sleep(patience() + GRACE_S)
     os._exit(1)

@@ -37,7 +37,7 @@ _EPOCH, _HEARTBEAT, _CHANGES, _USED = range(4)
 _WORD = 8
 _WIDTH = 12
 _SPARE = 64
-"""Slots that stay unused after their end, as long as others are free."""
+"""Slots that stay unused after their end, while others are free."""
 
 _RELEASES_AT = _HEAD
 _RING_AT = _RELEASES_AT + _RELEASES
@@ -51,16 +51,16 @@ _CONSIDERED = 8
 
 
 class Entry(NamedTuple):
-    """What others must know of a waiting request. Names are told as `mark` makes them.
+    """A waiting request, as other processes see it. `mark` hashes names to words.
 
-    number: its stamp; minus that once it has ended.
-    room: the model whose room it is in. public: the name that it asked for, if another model may
-        stand in for that; else 0.
-    route: equal for requests of one process that have equal routes.
-    displaced: the number of the request whose place it has taken; 0 if none.
-    considered: when it was last its turn and no server was for it.
-    served, server: the stamp of its service, and the server that it got; 0 if none.
-    since: when it joined.
+    number: its stamp; negative once it has ended.
+    room: the model in whose queue it waits. public: the requested name if another model may replace
+        it, otherwise 0.
+    route: equal for requests of one process with equal routes.
+    displaced: the number of the request that it has displaced; 0 if none.
+    considered: when it was last its turn and no server was available.
+    served, server: the stamp of its service and its server; 0 if none.
+    since: when it began to wait.
     """
 
     number: int
@@ -87,16 +87,16 @@ class Entry(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def mark(text: str) -> int:
-    """A name as one word, never 0; two of a thousand are the same once in 10^13 cases."""
+    """A name as one word, never 0; a collision among a thousand names has probability 10^-13."""
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_WORD).digest()
     return int.from_bytes(digest, "big", signed=True) or 1
 
 
 class QueueBoard:
-    """The pages of `processes` processes; number 0 is the leader's."""
+    """The pages of `processes` processes; page 0 is the leader's."""
 
     def __init__(self, fileno: int, processes: int) -> None:
-        """Map the memory behind a descriptor, which stays the caller's."""
+        """Map the memory of a descriptor, which the caller owns."""
         self._memory = mmap.mmap(fileno, processes * _BYTES)
         words = memoryview(self._memory).cast("q")
         step = _BYTES // _WORD
@@ -104,8 +104,7 @@ class QueueBoard:
 
     @staticmethod
     def create(processes: int) -> int:
-        """A descriptor of fresh memory, of which only what is used costs any; whoever calls closes
-        it."""
+        """Create a descriptor of zeroed memory, allocated on use; the caller closes it."""
         fileno = os.memfd_create("vllm-router queue")
         os.ftruncate(fileno, processes * _BYTES)
         return fileno
@@ -120,12 +119,12 @@ class Page:
     # -- for its process ----------------------------------------------------------------------
 
     def reset(self) -> None:
-        """No request waits there: the process has died, or begins. For the parent, too."""
+        """Drop all requests: the process starts, or has died (called by the parent)."""
         self._words[_CHANGES] = self._words[_HEARTBEAT] = self._words[_USED] = 0
         self._words[_EPOCH] += 1
 
     def write(self, slot: int, entry: Entry) -> None:
-        """A request waits in this slot from now on."""
+        """A request begins to wait in this slot."""
         words, at = self._words, _SLOTS_AT + slot * _WIDTH
         words[at] = 0
         flags = entry.flags | self.epoch << _EPOCH_SHIFT
@@ -137,7 +136,7 @@ class Page:
         self._announce(slot)
 
     def end(self, slot: int, served: int, server: int) -> None:
-        """The request in this slot waits no longer."""
+        """The request in this slot has stopped waiting."""
         words, at = self._words, _SLOTS_AT + slot * _WIDTH
         words[at + 9], words[at + 10] = served, server
         words[at] = -words[at]
@@ -149,15 +148,15 @@ class Page:
         words[_CHANGES] += 1
 
     def consider(self, slot: int, now: int) -> None:
-        """It was this request's turn, and no server was for it."""
+        """It was this request's turn, but no server was available."""
         self._words[_SLOTS_AT + slot * _WIDTH + _CONSIDERED] = now
 
     def beat(self, now: int) -> None:
-        """The process has handed out servers."""
+        """The process has assigned servers."""
         self._words[_HEARTBEAT] = now
 
     def release(self, server: int, now: int) -> None:
-        """The process has released a lease on a server, told by its mark."""
+        """The process has released a lease on the server with this mark."""
         self._words[_RELEASES_AT + server % _RELEASES] = now
 
     # -- for all ------------------------------------------------------------------------------
@@ -185,8 +184,10 @@ class Page:
         return Entry(*self._words[at : at + _WIDTH].tolist())
 
     def changed_since(self, seen: int) -> Iterator[int] | None:
-        """The slots that have changed since there were `seen` changes, in order; None if nobody
-        knows any more. Half of the ring is left to those that are written meanwhile."""
+        """The slots changed since change number `seen`, in order; None if the ring was overrun.
+
+        Half of the ring is reserved for concurrent writes.
+        """
         changes = self.changes
         if not 0 <= changes - seen <= _RING // 2:
             return None
@@ -198,7 +199,7 @@ class Page:
 
 
 class FreeSlots:
-    """The slots of a page that hold no request. Those that have been free for longest go first."""
+    """The unused slots of a page; the slot that has been free for longest is used first."""
 
     def __init__(self) -> None:
         self._free: deque[int] = deque()

@@ -1,13 +1,13 @@
-"""One order of waiting for all processes of a router.
+"""One waiting order for all processes of a router.
 
-Each process has the places of all in its own `WaitingQueue`: its own, and those that it has read
-from the others' pages. A server goes to the place whose turn it is, whatever process it is in. If
-that is another one, this process leaves the server alone, rings that one's wakeup and goes on with
-what is left. What is left for it is counted: a free unit is *promised* to a place of another
-process, unless that has been considered since the unit became free and has not taken it.
+Each process keeps the queue entries of all processes in its own `WaitingQueue`: its own, and those
+read from the others' pages. A server goes to the entry whose turn it is, in whatever process. If
+that is another process, this one leaves the server alone, wakes the other process, and continues
+with the remaining capacity: a free unit is *promised* to an entry of another process, unless that
+entry was considered since the unit became free and has not used it.
 
-Nothing depends on all processes being well: a process that does not take what it is rung for is
-waited for PATIENCE seconds, and once only until it shows life again.
+No process depends on the health of another: after a wake-up, a process has PATIENCE seconds to take
+the server, and no further ones until it shows a life sign.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
 
 PATIENCE = 0.25
-"""Seconds that a free server is left to the process whose turn it is."""
+"""Seconds for which a free server is reserved for the process whose turn it is."""
 
 _FOREVER = float("inf")
 _NO_MODEL = mark("\0no model")
@@ -39,7 +39,7 @@ _NO_MODEL = mark("\0no model")
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Theirs(QueueEntry):
-    """A place of another process. `models` are those whose servers it may go to, first first."""
+    """A queue entry of another process. `models` are the usable models in order of preference."""
 
     slot: int
     room_mark: int
@@ -49,7 +49,7 @@ class Theirs(QueueEntry):
 
 
 class _Reader:
-    """How much of another process's page has been read."""
+    """The read position in another process's page."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -57,11 +57,11 @@ class _Reader:
         self.seen = 0
         self.places: dict[int, Theirs] = {}
         self.unresponsive_since: int | None = None
-        """Its heartbeat when it was given up."""
+        """Its heartbeat when it was found unresponsive."""
 
 
 class QueuePeers:
-    """`Peers` on a `QueueBoard`. `ring` wakes the process of a number."""
+    """`Peers` on a `QueueBoard`. `notify` wakes the process with a number."""
 
     def __init__(
         self, gate: Gate, board: QueueBoard, number: int, notify: Callable[[int], None]
@@ -88,7 +88,7 @@ class QueuePeers:
 
     @property
     def waiting(self) -> int:
-        """How many places of ours the others know."""
+        """The number of this process's entries that are published."""
         return len(self._slots)
 
     # -- names --------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class QueuePeers:
         return room, Route(servers, (place.owner, place.route_mark))
 
     def _models(self, name: int) -> tuple[str | None, ...]:
-        """The models whose servers a request for this room, or public name, may go to."""
+        """The models whose servers may serve a request for this model or public name."""
         if self._names_of != self._gate.generation:
             self._names_of = self._gate.generation
             self._names = self._all_names()
@@ -130,7 +130,7 @@ class QueuePeers:
 
     def publish(self, waiter: Waiter, displaced: QueueEntry | None) -> None:
         if not self._free:
-            return  # one that returns from a server: it keeps our own order
+            return  # a retried request: keeps this process's own order
         slot = self._slots[waiter] = self._free.take()
         self._numbers[waiter.number] = waiter
         public = waiter.exchange.record.model if waiter.exchange.falls_back else None
@@ -154,7 +154,7 @@ class QueuePeers:
 
     def _route_mark(self, route: Route) -> int:
         if len(self._routes) > len(self._slots) + 64:
-            self._routes.clear()  # numbers go on, so that none ever means two routes
+            self._routes.clear()  # numbers are not reused, so that no number means two routes
         found = self._routes.get(route)
         if found is None:
             found = self._routes[route] = next(self._route_marks)
@@ -197,13 +197,13 @@ class QueuePeers:
             reader.seen = changes
 
     def _forget(self, reader: _Reader, now: float) -> None:
-        """The process has died, and another may be in its place."""
+        """The process has died, and may have been replaced."""
         for place in list(reader.places.values()):
             self._drop(reader, place, now)
         reader.unresponsive_since = None
 
     def _drop(self, reader: _Reader, place: Theirs, now: float) -> None:
-        """It waits no longer."""
+        """The entry has stopped waiting."""
         del reader.places[place.slot]
         self._held.pop(place, None)
         if self._numbers.pop(place.number, None) is not None:
@@ -214,7 +214,7 @@ class QueuePeers:
         if known is not None and known.number == entry.number:
             return
         if known is not None and known.number != -entry.number:
-            self._drop(reader, known, now)  # how it ended has been written over
+            self._drop(reader, known, now)  # its end was overwritten by a new entry
             known = None
         if entry.number == 0 or entry.epoch != reader.epoch:
             return
@@ -301,7 +301,7 @@ class QueuePeers:
         return Verdict.HELD
 
     def _server_for(self, place: Theirs, now: float) -> Server | None:
-        """A server with a free unit that the place's process has not left to others."""
+        """A server with a free unit that the entry's process has not passed over."""
         considered = self._pages[place.owner].considered(place.slot)
         for model in place.models:
             candidates = self._gate.fleet.candidates(model, now)
@@ -332,7 +332,7 @@ class QueuePeers:
 
 
 class SharedQueue:
-    """What the process with this `number` needs to take part in the one order of waiting."""
+    """Access of the process with this `number` to the common waiting order."""
 
     def __init__(self, board: QueueBoard, number: int, wakeups: Wakeups) -> None:
         self._board = board
@@ -340,12 +340,12 @@ class SharedQueue:
         self.wakeups = wakeups
 
     def make_peers(self, gate: Gate) -> Peers:
-        """For a new gate; the one before has sent all its requests away."""
+        """The peers of a new gate; the previous gate has dismissed its requests."""
         return QueuePeers(gate, self._board, self._number, self.wakeups.notify)
 
 
 def check_limits(config: Config) -> None:
-    """Raises ConfigError if more requests may wait than the processes can tell each other of."""
+    """Raises ConfigError if `queue_size` exceeds the size of the shared queue."""
     if config.limits is not None and config.limits.queue_size > SLOTS:
         size = config.limits.queue_size
         raise ConfigError(

@@ -1,8 +1,7 @@
-"""What a worker tells the leader of its exchanges, so that one process can answer for all.
+"""A worker's reports of its exchanges to the leader.
 
-Everything is gathered for GATHER seconds and sent at once. A failure is sent at once: it may be the
-one that ejects a server. While there is no leader the last LIMIT exchanges are kept; older ones
-are dropped and counted.
+Reports are batched for GATHER seconds; failures are sent at once, because they may eject a server.
+Without a leader, the last LIMIT exchanges are kept; older ones are dropped and counted.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from vllm_router.runtime.workers.messages import Ended, Report, Verdict, encode
 GATHER = 0.02
 LIMIT = 10_000
 BATCH = 100
-"""Exchanges of a message: some 300 bytes each, and at most 1 KB."""
+"""Exchanges per message: about 300 bytes each, at most 1 KB."""
 
 LONGEST = 300
-"""Characters kept of a path, a model's name or a client's id."""
+"""Characters kept of a path, a model name or a client id."""
 
 
 _NOT_AS_IT_IS = {"path", "model", "phase", "server", "outcome", "retries", "facts", "trace"}
@@ -38,7 +37,7 @@ _OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 
 
 def pack(record: Record) -> Ended:
-    """A record as a message holds it; `unpack` is its inverse but for facts and trace."""
+    """Encode a record for a message; `unpack` is the inverse, except for facts and trace."""
     server, outcome, model = record.server, record.outcome, record.model
     return (
         _as_it_is(record),
@@ -52,7 +51,7 @@ def pack(record: Record) -> Ended:
 
 
 def unpack(ended: Ended, fleet: SharedFleet[Server]) -> Record:
-    """The record as the worker had it."""
+    """Decode a record."""
     as_it_is, path, model, phase, url, outcome, retries = ended
     return Record(
         path=path,
@@ -69,10 +68,7 @@ T = TypeVar("T")
 
 
 class Reporter:
-    """A worker's only Recorder beside its access log. `run` sends what has gathered.
-
-    `gather` is called before: it may have more to report.
-    """
+    """The recorder of a worker. `run` sends batches; `gather` is called before each to add more."""
 
     def __init__(self, channel: Channel) -> None:
         self.gather: Callable[[], None] = lambda: None
@@ -94,13 +90,13 @@ class Reporter:
         self._put(self._attempts, (server.url, outcome.value))
 
     def verdict(self, verdict: Verdict) -> None:
-        """What an attempt has shown of its server."""
+        """Report the result of an attempt for its server."""
         self._put(self._verdicts, verdict)
         if verdict.what != "answered" or verdict.trial:
             self._urgent.set()
 
     def refused(self, code: str) -> None:
-        """A request was refused by its head alone."""
+        """Report a request that was rejected before an exchange began."""
         self._put(self._refusals, code)
 
     def _put(self, queue: deque[T], thing: T) -> None:
@@ -113,7 +109,7 @@ class Reporter:
     # -- sending ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Send until cancelled, or until nobody holds the other end."""
+        """Send until cancelled, or until no process holds the other end."""
         while True:
             await self._something.wait()
             self._something = trio.Event()
@@ -126,7 +122,7 @@ class Reporter:
                 return
 
     async def flush(self) -> None:
-        """Send everything there is."""
+        """Send all queued reports."""
         self.gather()
         while self._ended or self._attempts or self._verdicts or self._refusals:
             report = Report(

@@ -1,11 +1,11 @@
-"""Counts that several processes keep together: shared memory, one row per process, no locks.
+"""Counters shared by several processes: memory with one row per process, no locks.
 
-A row is written by its owner alone, or, when that has died, by the parent, who clears it. Everybody
-reads all rows. What is counted has a column, found by a key (a server's URL, say) in the row of
-owners, which only the leader writes. A cell is one aligned word, so a reader sees the count before
-or the count after, never half of it; the sum over the rows may be some microseconds old.
+Only the owner writes its row; after its death, the parent clears it. All processes read all rows.
+Each counted thing has a column, found by its key (such as a server's URL) in the header row, which
+only the leader writes. A cell is one aligned word: a reader sees the value before or after a write,
+never a mix. Sums over the rows may lag by microseconds.
 
-Pure but for the memory itself.
+Performs no I/O besides the mapping.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from functools import lru_cache
 from hashlib import blake2b
 
 COLUMNS = 1024
-"""Things that can be counted at a time, at least. Memory that is not used is not taken."""
+"""Minimum number of columns. Unused memory is not allocated."""
 
 HEADROOM = 4
-"""So many times what the configuration at the start needs: reloads may add."""
+"""Factor over the needs of the initial configuration, for later reloads."""
 
 CONNECTIONS = 0
-"""The column of the connections that a worker has; it has no key."""
+"""The column with the number of connections of a worker; it has no key."""
 
 _WORD = 8
 _NOBODY = 0
 
 
 def columns_for(counted: int) -> int:
-    """The columns of a board for a configuration with so many things to count."""
+    """The number of columns for a configuration that counts this many things."""
     return max(COLUMNS, HEADROOM * (counted + 1))
 
 
 class SharedCounters:
-    """The shared memory of one router: a row of owners, then `rows` rows of counts.
+    """The shared memory of one router: a header row, then `rows` rows of counters.
 
-    Of row 0 the leader is the owner, of row n worker n.
+    Row 0 belongs to the leader, row n to worker n.
     """
 
     def __init__(self, fileno: int, rows: int, columns: int = COLUMNS) -> None:
-        """Map the memory behind a descriptor, which stays the caller's."""
+        """Map the memory of a descriptor, which the caller owns."""
         self.rows = rows
         self.columns = columns
         self._memory = mmap.mmap(fileno, (rows + 1) * columns * _WORD)
@@ -51,36 +51,36 @@ class SharedCounters:
 
     @staticmethod
     def create(rows: int, columns: int = COLUMNS) -> int:
-        """A descriptor of fresh memory, all zero; the caller closes it."""
+        """Create a descriptor of zeroed memory; the caller closes it."""
         fileno = os.memfd_create("vllm-router board")
         os.ftruncate(fileno, (rows + 1) * columns * _WORD)
         return fileno
 
     def row(self, number: int) -> memoryview:
-        """The counts of one process."""
+        """The row of one process."""
         return self._cells[number]
 
     def clear(self, number: int) -> None:
-        """Whoever wrote the row has died: nothing is counted there any more."""
+        """Reset the row of a process that has died."""
         self._cells[number][:] = memoryview(bytes(self.columns * _WORD)).cast("q")
 
     # -- columns ------------------------------------------------------------------------------
 
     def find(self, key: str) -> int | None:
-        """The column of a key; None if it has none."""
+        """The column of a key, or None."""
         return self.places([key])[key]
 
     def places(self, keys: Iterable[str]) -> dict[str, int | None]:
-        """The columns of keys, each None if it has none."""
+        """The columns of several keys; None for keys without one."""
         owned = {mark: column for column, mark in enumerate(self._owners.tolist()) if mark}
         return {key: owned.get(_mark(key)) for key in keys}
 
     def assign(self, key: str) -> int | None:
-        """The column of a key, a new one if need be; None if all are taken. For the leader."""
+        """The column of a key, assigned if necessary; None if all are taken. Leader only."""
         return self.assign_all([key])[key]
 
     def assign_all(self, keys: Collection[str]) -> dict[str, int | None]:
-        """The columns of keys, new ones where need be, None where none is left. For the leader."""
+        """The columns of keys, assigned if necessary; None where all are taken. Leader only."""
         found = self.places(keys)
         free = iter(self._free())
         for key, column in found.items():
@@ -91,7 +91,7 @@ class SharedCounters:
         return found
 
     def room_for(self, keys: Collection[str]) -> int:
-        """How many of these could have columns, once those of all other keys are given up."""
+        """How many of these keys could have columns if all other keys released theirs."""
         kept = {_mark(key) for key in keys}
         counted = self._counted()
         return sum(
@@ -108,15 +108,15 @@ class SharedCounters:
         ]
 
     def _counted(self) -> set[int]:
-        """The columns in which a process counts something."""
+        """The columns with a value other than zero in any row."""
         return {
             column for cells in self._cells for column, count in enumerate(cells.tolist()) if count
         }
 
     def keep(self, keys: set[str]) -> None:
-        """Free the columns of all other keys. For the leader.
+        """Release the columns of all other keys. Leader only.
 
-        One that is still counted in somewhere is not given to another key before it is zero.
+        A column that is not zero everywhere is not assigned again until it is.
         """
         kept = {_mark(key) for key in keys}
         for column, owner in enumerate(self._owners):
@@ -126,19 +126,19 @@ class SharedCounters:
 
 @lru_cache(maxsize=1 << 16)
 def _mark(key: str) -> int:
-    """A key as a word; the chance that two of 100 000 are the same is 1 in 10^9."""
+    """A key as a word; a collision among 100 000 keys has probability 10^-9."""
     digest = blake2b(key.encode(), digest_size=_WORD).digest()
     return int.from_bytes(digest, "big", signed=True) or 1
 
 
 class CounterView:
-    """One process's view of the board: what it counts, and what the others do.
+    """One process's view: its own row, and the sums of the others.
 
-    `elsewhere[column]` is the sum over the others' rows at the last `look`.
+    `elsewhere[column]` is the sum over the other rows at the last `look`.
     """
 
     def __init__(self, board: SharedCounters, mine: int) -> None:
-        """Our row begins with zeros."""
+        """Clears this process's row."""
         self.board = board
         self.elsewhere = [0] * board.columns
         self._own = board.row(mine)
@@ -151,7 +151,7 @@ class CounterView:
         self.watch(0)
 
     def watch(self, column: int) -> None:
-        """Look at this column, too; those right of all that are watched cost nothing."""
+        """Include this column in `look`; columns right of the last watched one cost nothing."""
         if column >= self._width:
             more = bytes((column + 1 - self._width) * _WORD)
             self._width = column + 1
@@ -159,18 +159,17 @@ class CounterView:
             self._seen = [seen + more for seen in self._seen or [b""] * len(self._rows)]
 
     def fewest(self, column: int) -> int:
-        """The smallest count of the others, the leader aside; as it is now."""
+        """The smallest current value of the other workers."""
         return min([cells[column] for cells in self._workers], default=0)
 
     def put(self, column: int, count: int) -> None:
-        """Show the others a count of ours."""
+        """Set this process's value."""
         self._own[column] = count
 
     def look(self) -> list[tuple[int, int]]:
-        """The columns whose sum over the others' rows has changed, and by how much.
+        """The columns whose sum over the other rows has changed, with the differences.
 
-        For each other process 0.5 µs for a thousand columns where nothing has changed, else 30 ns
-        more for each column.
+        Costs 0.5 µs per process for a thousand unchanged columns, and 30 ns per column otherwise.
         """
         changes: list[tuple[int, int]] = []
         seen = self._seen

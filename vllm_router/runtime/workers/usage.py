@@ -1,7 +1,7 @@
-"""Limits of keys that hold for all processes together.
+"""Limits of API keys that hold for all processes together.
 
-Each shows the others how many requests of a key it is serving, and how many it has ever let in; so
-each runs the same bucket, from which what the others let in is taken as soon as it is seen.
+Each process publishes the number of running requests per key and the total it has ever admitted.
+Each runs the same token bucket, and takes the others' admissions from it as soon as it sees them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_router.runtime.workers.shared_counters import CounterView
 
 
 def column_keys(key: KeyConfig) -> tuple[str, str]:
-    """What the two columns of a key are found by."""
+    """The counter keys of an API key: running requests, admitted requests."""
     return f"key {key.name}: running", f"key {key.name}: let in"
 
 
@@ -25,7 +25,7 @@ def _places(key: KeyConfig, column_of: Callable[[str], int | None]) -> tuple[int
 
 
 class SharedUsage(Usage):
-    """`look` brings in what the others have shown, by calling `changed`."""
+    """`look` reads the shared counters and calls `changed` for each difference."""
 
     def __init__(self, counters: CounterView, look: Callable[[], None]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class SharedUsage(Usage):
     def give_places_back(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
-        """Leave the columns that are not those of these keys any more: others may get them."""
+        """Release the columns that these keys do not use any more."""
         wanted = {key.name: _places(key, column_of) for key in keys}
         for name, places in list(self._columns.items()):
             if wanted.get(name) != places:
@@ -50,10 +50,10 @@ class SharedUsage(Usage):
     def take_places(
         self, keys: Iterable[KeyConfig], column_of: Callable[[str], int | None]
     ) -> None:
-        """Find the columns of these keys; one without counts its own requests alone."""
+        """Use the columns of these keys; a key without columns counts its own requests only."""
         found = [(key, _places(key, column_of)) for key in keys]
         self._counters.watch(max((max(places) for _, places in found if places), default=0))
-        # What others have let in before we look for the first time is not taken from the bucket.
+        # Admissions before the first look are not taken from the bucket.
         self._look()
         self._of_column.clear()
         for key, places in found:
@@ -71,7 +71,7 @@ class SharedUsage(Usage):
                 self._show(key.name)
 
     def changed(self, column: int, difference: int) -> None:
-        """What the others show has changed."""
+        """A counter of the other processes has changed."""
         found = self._of_column.get(column)
         if found is None:
             return
@@ -79,7 +79,7 @@ class SharedUsage(Usage):
         use = self._use(key)
         if is_running:
             use.running += difference
-        elif difference > 0:  # else it is a process that begins anew
+        elif difference > 0:  # otherwise a process has restarted
             use.refill(key.requests_per_minute or 0.0, perf_counter())
             use.tokens -= difference
 
