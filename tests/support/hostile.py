@@ -52,7 +52,7 @@ PATIENCE = 60.0
 START = 120.0
 """Seconds until a router that does not start is given up."""
 
-_STALLED = re.compile(r"stood still for ([\d.]+) s, computing for ([\d.]+) s")
+_STALLED = re.compile(r"was blocked for ([\d.]+) s \(([\d.]+) s")
 _SITE = "import vllm_router.observability.stalls\nvllm_router.observability.stalls.QUIET = 0.0\n"
 
 

@@ -252,7 +252,7 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         lambda router: trio.current_time() - router.started_at,
     ),
     (
-        _counter("event_loop_stalls", "Times that the event loop stood still for over 50 ms."),
+        _counter("event_loop_stalls", "Times that the event loop was blocked for over 50 ms."),
         lambda router: router.stalls.count,
     ),
     (

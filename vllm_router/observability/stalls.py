@@ -124,10 +124,11 @@ class StallMonitor:
         earlier, self._unlogged = self._unlogged, 0
         self._logged_at, self._logged_length = now, lag
         log.warning(
-            "the event loop stood still for %.2f s, computing for %.2f s of them%s%s",
+            "the event loop was blocked for %.2f s (%.2f s of CPU time)%s%s%s",
             lag,
             min(computed, lag),
-            f", in {stack}" if stack else "",
+            f" in {stack}" if stack else "",
+            "; the machine had no CPU free for the router" if computed < lag / 2 else "",
             f" ({earlier} shorter stalls since the last line)" if earlier else "",
         )
 
@@ -155,7 +156,7 @@ class StallMonitor:
             elif lasts > HANG and hung != number:
                 hung = number
                 log.error(
-                    "the event loop has stood still for %.0f s and still does, in %s",
+                    "the event loop has been blocked for %.0f s and still is, in %s",
                     lasts,
                     _stack_of(loop_thread),
                 )

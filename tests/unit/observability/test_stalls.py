@@ -103,7 +103,7 @@ async def test_monitor_stall_logs_the_function_that_ran(nursery, caplog):
     assert monitor.seconds >= LOOK_SELDOM
     assert monitor.lag.worst(trio.current_time()) >= LOOK_SELDOM
     found = next(message for message in messages(caplog) if "hog_the_loop" in message)
-    assert "stood still for" in found
+    assert "was blocked for" in found
     assert "observability/test_stalls.py:" in found
     computed = re.search(r"for ([0-9.]+) s, computing for ([0-9.]+) s", found)
     assert computed is not None
@@ -134,8 +134,8 @@ def test_monitor_many_stalls_log_only_the_longer_ones(caplog):
     assert monitor.seconds == pytest.approx(1.1)
     lines = messages(caplog)
     assert [line[: line.index(" s,")] for line in lines] == [
-        "the event loop stood still for 0.20",
-        "the event loop stood still for 0.40",
+        "the event loop was blocked for 0.20",
+        "the event loop was blocked for 0.40",
     ]
     assert lines[1].endswith("(2 shorter stalls since the last line)")
 
