@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings and fixtures for all tests."""
 
 import atexit
 import gc
@@ -21,20 +21,20 @@ from support.distribution import (  # noqa: F401
 )
 from support.time_limit import pytest_runtest_call, pytest_timeout_set_timer  # noqa: F401
 
-# Hundreds of processes import the package: without bytecode, each would compile it again.
+# Hundreds of processes import the package; without bytecode, each would compile it again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Every HTTP client reads the certificates of all authorities, 30 ms of CPU each time, and the tests
-# make thousands of clients. Tests of TLS name the authority that they trust.
+# Every HTTP client reads the system's CA certificates, which takes 30 ms of CPU, and the tests make
+# thousands of clients. Tests of TLS name the authority that they trust.
 certifi.where = lambda: str(Path(__file__).parent / "data" / "localhost.pem")
 
 # The routers of the tests have their Unix sockets here, and the commands look for them here.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vllm-router-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
 
-# A shell makes what it starts in the background ignore SIGINT, and that is inherited: the
-# processes that tests start and interrupt would never end.
+# A shell makes background processes ignore SIGINT, and children inherit that: processes that tests
+# start and interrupt would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -48,7 +48,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave thousands of collected tests out of every garbage collection."""
+    """Freeze thousands of collected tests, so that garbage collections skip them."""
     gc.collect()
     gc.freeze()
 

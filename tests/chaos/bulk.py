@@ -1,4 +1,4 @@
-"""Large bodies, many connections, many requests: what they cost in memory (L2, L6, L10)."""
+"""Memory cost of large bodies, many connections and many requests (L2, L6, L10)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MB = 1_000_000
 
 
 def peak_mb(router: RouterProcess) -> float:
-    """The most resident memory since `forget_peak`."""
+    """The peak resident memory since `forget_peak`."""
     for line in Path(f"/proc/{router.process.pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / MB
@@ -35,7 +35,7 @@ def forget_peak(router: RouterProcess) -> None:
 
 
 def image(size: int) -> bytes:
-    """A chat request of about so many bytes, nearly all of them a picture."""
+    """A chat request of about `size` bytes, nearly all of them an image."""
     url = "data:image/png;base64," + "A" * size
     content = [{"type": "image_url", "image_url": {"url": url}}]
     return json.dumps(
@@ -46,7 +46,7 @@ def image(size: int) -> bytes:
 async def upload(
     port: int, body: bytes, *, chunked: bool = False, seconds: float = 60
 ) -> tuple[str, bytes]:
-    """The status and the head of the answer; "" if there was none in time."""
+    """The status and the head of the response; "" after a timeout."""
     framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
     head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{framing}\r\n"
     received = b""
@@ -154,7 +154,7 @@ async def many_connections(card: Card) -> None:
 
 
 class Soak:
-    """Clients that keep their connections, stream, and now and then leave."""
+    """Clients that keep their connections, stream, and sometimes disconnect."""
 
     def __init__(self, port: int, total: int) -> None:
         self.left = total
@@ -208,7 +208,7 @@ def _states(router: RouterProcess) -> list[str]:
 async def soak(card: Card) -> None:
     total = card.size(2000, 8000, 200_000)
     with fleet(card, mock=QUICK, capacity=50) as (mocks, router):
-        # One alone: what two have failed goes to no third.
+        # One server alone: a request that two servers failed is not retried on a third.
         mocks[0].set(mode="500", fraction=0.03)
         urls = [mock.url for mock in mocks]
         reloads = 0

@@ -22,7 +22,7 @@ OUT = ("down", "ejected")
 
 
 async def _beside(card: Card, harm: Callable[[MockProcess], None], body: dict) -> None:
-    """The same harm to a server behind HAProxy and behind nginx, for comparison."""
+    """The same faults for servers behind HAProxy and nginx, for comparison."""
     for name in NAMES:
         with (
             mock_processes(3, *SLOW) as mocks,
@@ -62,7 +62,7 @@ WHOLE = 1_000_000
 
 
 def _said(result: Result) -> str:
-    """An answer without what differs from one to the next."""
+    """The response without its varying parts."""
     return re.sub(r'"id":"[^"]*"|"created":\d+', "", result.text)
 
 
@@ -236,7 +236,7 @@ async def all_dead(card: Card) -> None:
 
 
 async def _all_dead_and_a_room(card: Card) -> None:
-    """The same where requests may wait for a server."""
+    """The same with a queue for waiting requests."""
     limit = 2.0
     tables = f"[limits]\nmax_in_flight = 8\nqueue_size = 64\nqueue_timeout = {limit}\n"
     with fleet(card, tables=tables) as (mocks, router):
@@ -261,7 +261,7 @@ async def black_hole(card: Card) -> None:
             sock.setblocking(False)
             sock.connect_ex(hole.getsockname())
         url = f"http://127.0.0.1:{hole.getsockname()[1]}"
-        # By turns, and the medians: what else the machine does moves a single p99 by more than
+        # Alternating runs and medians: other load on the machine moves a single p99 by more than
         # the gate allows.
         p99s: dict[bool, list[float]] = {False: [], True: []}
         failed, longest = 0, 0.0

@@ -53,7 +53,7 @@ FRONTS = ("lane", "hypercorn")
 
 
 def _smuggle(port: int, mock: MockProcess) -> Counter[str]:
-    """Every probe on a connection of its own, behind and before an honest request."""
+    """Every probe on its own connection, between honest requests."""
     lab = Lab(SimpleNamespace(port=port), mock, "")  # type: ignore[arg-type]  # its port is all
     counts: Counter[str] = Counter()
     for data in REFUSED.values():
@@ -106,9 +106,9 @@ async def smuggling(card: Card) -> None:
 
 
 class Engine(ThreadingHTTPServer):
-    """A server that tries to leave something behind with every answer, and records each request.
+    """A server whose responses try to leave state behind; it records each request.
 
-    While `reads` is not set it takes no bodies.
+    While `reads` is not set it reads no bodies.
     """
 
     daemon_threads = True
@@ -180,7 +180,7 @@ async def isolation(card: Card) -> None:
                 fields = TENANTS[name] | {"x-tenant": name}
                 request = clients[name].build_request("POST", PATH, json=chat(), headers=fields)
                 if name == "b":
-                    request.headers.pop("cookie", None)  # what httpx keeps is its own affair
+                    request.headers.pop("cookie", None)  # a cookie that httpx has kept
                 sent[name] = set(request.headers)
                 mixed += clients[name].send(request).json() != {"tenant": name}
             for client in clients.values():
@@ -202,7 +202,7 @@ async def isolation(card: Card) -> None:
 
 
 def _pages(locked: Locked) -> list[str]:
-    """Every error there is: head and body."""
+    """Every kind of error response: head and body."""
     paths = (*INFERENCE, *READING, "/admin/servers", "/admin/reload", "/ws/load", "/sleep")
     pages = []
     for path in (*paths, "/v1/models/x", "/static/x", "/nothing", "/%00", "/v1/%2e%2e/sleep"):

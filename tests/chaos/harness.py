@@ -1,4 +1,4 @@
-"""What a scenario is, how it is run, and how its verdict is made."""
+"""Scenarios: how they run, and how a verdict is made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Check:
 
 @dataclass
 class Card:
-    """What a running scenario may use, and where it notes what it has measured."""
+    """The tools of a running scenario, and its measurements."""
 
     directory: Path
     quick: bool = False
@@ -58,11 +58,11 @@ class Card:
         self.checks.append(Check(what, str(value), str(expected), value == expected))
 
     def note(self, what: str, value: object) -> None:
-        """A number without a gate: a rival's, or the size of the run."""
+        """A number without a gate, such as a rival's figure or the size of the run."""
         self.checks.append(Check(what, str(value), "-", True))
 
     def size(self, quick: int, usual: int, full: int | None = None) -> int:
-        """How many requests: by --quick, by default, and with --long."""
+        """The number of requests: for --quick, by default, and for --long."""
         return quick if self.quick else full if self.long and full else usual
 
 
@@ -106,14 +106,14 @@ def scenario(id_: str, text: str, *, p0: bool = False) -> Callable[[Any], Any]:
 
 
 def not_run(id_: str, text: str, why: str, *, p0: bool = False) -> None:
-    """A row of the scorecard that has no code, with the reason."""
+    """A row of the scorecard without code, with the reason."""
     SCENARIOS[id_] = Scenario(id_, text, None, p0, why)
 
 
 async def judge(
     row: Scenario, *, quick: bool = False, long: bool = False, seconds: float = MOST_SECONDS
 ) -> Verdict:
-    """Run one scenario to its verdict; whatever it raises is a failure of that scenario."""
+    """Run one scenario to its verdict; any exception is a failure of that scenario."""
     result = Verdict(row.id, row.text, row.p0, "not run", why=row.why_not)
     if row.run is None:
         return result
@@ -180,9 +180,9 @@ def fleet(
     tables: str = "",
     **settings: Any,
 ) -> Iterator[tuple[list[MockProcess], RouterProcess]]:
-    """Servers and a router before them; afterwards its descriptors and tasks must be back (±3).
+    """Servers behind a router; afterwards its descriptors and tasks must be back (±3).
 
-    `tables` is what the configuration has beside servers and settings.
+    `tables` are further tables of the configuration.
     """
     with mock_processes(count, *mock) as mocks:
         config = servers_toml([*(m.url for m in mocks), *more], capacity, **settings) + tables
@@ -203,7 +203,7 @@ def fleet(
 
 
 async def waited(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> float:
-    """`until` without holding up the load."""
+    """`until`, without delaying the load."""
     return await trio.to_thread.run_sync(until, condition, what, seconds)
 
 

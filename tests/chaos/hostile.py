@@ -29,7 +29,7 @@ FRONTS = ("lane", "hypercorn")
 
 
 def malformed_frames(rng: random.Random) -> bytes:
-    """HTTP/2 with prior knowledge, and frames of the right shape with anything in them."""
+    """HTTP/2 with prior knowledge: valid frame headers with random contents."""
     data = PREFACE
     for _ in range(rng.randint(1, 6)):
         stream = rng.choice((0, 1, 1, 3, 5, 2**31 - 1))
@@ -49,7 +49,7 @@ def malformed_frames(rng: random.Random) -> bytes:
 
 
 def malformed_websocket(rng: random.Random) -> bytes:
-    """A handshake with something wrong, or too much, or with frames that are none."""
+    """Handshakes that are invalid, too large, or followed by invalid frames."""
     data = bytearray(HANDSHAKE.replace(b"/ws ", b"/ws/load "))
     for _ in range(rng.choice((0, 0, 1, 2))):
         data[rng.randrange(len(data))] = rng.randrange(256)
@@ -125,9 +125,9 @@ async def _floods(card: Card, front: str) -> None:
 
 
 def _rapid_reset(port: int, body: bytes, *, at_once: bool) -> int:
-    """Whole requests that are taken back: in the same packet, or when they have been begun.
+    """Whole requests that are reset: in the same packet, or after the start of the response.
 
-    How many were sent until the connection was closed.
+    Returns how many were sent until the connection was closed.
     """
     client = h2.connection.H2Connection()
     client.initiate_connection()
@@ -148,7 +148,7 @@ def _rapid_reset(port: int, body: bytes, *, at_once: bool) -> int:
                         sock.sendall(client.data_to_send())
                 sock.sendall(client.data_to_send())
                 if not at_once:
-                    time.sleep(0.05)  # until they have been begun
+                    time.sleep(0.05)  # until their responses have begun
                     for stream in streams:
                         client.reset_stream(stream)
                     sock.sendall(client.data_to_send())
@@ -160,7 +160,7 @@ def _rapid_reset(port: int, body: bytes, *, at_once: bool) -> int:
                     break  # closed
                 sock.setblocking(True)
     except (OSError, h2.exceptions.ProtocolError):
-        pass  # turned away: what the router should do
+        pass  # refused, as intended
     return done
 
 

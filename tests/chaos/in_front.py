@@ -86,7 +86,7 @@ async def _in_front(card: Card, name: str) -> None:
                     if result.ended not in ("done", *REPORTED) and '"error"' not in result.text
                 ]
                 card.most(f"{which}: streams that ended without a word", len(silent), 0)
-                # Clients that leave, all at once.
+                # Clients that disconnect, all at once.
                 left = Load(url, chat(max_tokens=2000, stream=True), 10)
                 with trio.CancelScope() as scope:
                     async with left:

@@ -25,7 +25,7 @@ BODY = chat(max_tokens=30)
 
 @dataclass
 class Storm:
-    """What clients got that come at a rate and do not wait for each other."""
+    """Results of open-loop clients, which arrive at a rate."""
 
     accepted: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Storm:
 
 
 async def _light(router: RouterProcess, count: int) -> float:
-    """The median of a few clients with the fleet to themselves."""
+    """The median latency of a few clients on an idle fleet."""
     async with Load(router.url, BODY, 2, pause=0.05) as load:
         await load.wait_for(count)
     assert load.bad() == []

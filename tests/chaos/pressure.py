@@ -1,4 +1,4 @@
-"""Slow, leaving and many clients (L1 to L9)."""
+"""Slow, disconnecting and many clients (L1 to L9)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_flight(router: RouterProcess) -> float:
 async def stalled_readers(card: Card) -> None:
     count = card.size(100, 500)
     stall = card.size(12, 40)
-    # One write per answer: 2 MB at once are more than all the kernel's buffers take.
+    # One write per response: 2 MB exceed all kernel buffers.
     with fleet(card, mock=(*QUICK, "--token-delay", "0"), write_stall_timeout=stall) as (_, router):
         async with Load(router.url, chat(max_tokens=4), 20, pause=0.02) as load:
             await load.wait_for(200)
@@ -111,7 +111,7 @@ async def slow_senders(card: Card) -> None:
                 for kind, count in (("head", heads), ("body", bodies)):
                     for _ in range(count):
                         nursery.start_soon(slow, kind)
-                        await trio.sleep(0.005)  # or it is this process that is measured
+                        await trio.sleep(0.005)  # else this process is the bottleneck
             after = percentile(result.seconds for result in load.results[mark:])
         card.most("heads closed", max(took["head"]), 10, " s")
         card.most("bodies closed", max(took["body"]), 7, " s")
@@ -129,7 +129,7 @@ TOOL = {
 
 
 async def _slowhttptest(card: Card) -> None:
-    """The same by the usual tool, where it is installed, against both fronts."""
+    """The same with the usual tool, if it is installed, against both fronts."""
     tool = shutil.which("slowhttptest")
     if tool is None:
         card.note("slowhttptest", "not installed")
@@ -157,7 +157,7 @@ async def _slowhttptest(card: Card) -> None:
                     card.most(f"slowhttptest, {front}, {kind}: all closed", seconds, 12, " s")
 
 
-# What has been sent, whether streamed, how long until the client leaves, and how.
+# Bytes sent, whether streamed, the delay until the client disconnects, and how.
 LEAVING = (
     ("half a head", False, 0.1, "FIN"),
     ("half a body", False, 0.1, "FIN"),
@@ -187,7 +187,7 @@ async def _leave(port: int, sent: str, stream: bool, seconds: float, how: str) -
 
 
 async def _leave_all(port: int, mocks: list[MockProcess], repeat: int) -> float:
-    """All seven ways; the longest time until the engines were idle."""
+    """All seven ways; returns the longest time until the engines were idle."""
     longest = 0.0
     for way in LEAVING:
         async with trio.open_nursery() as nursery:
@@ -354,7 +354,7 @@ NO_WINDOW = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000006040000000
 
 
 def _http2(port: int, streams: int, body: bytes, *, whole: bool) -> socket.socket:
-    """A connection with so many requests on it; their bodies come to an end if `whole`."""
+    """A connection with `streams` requests on it; their bodies end only if `whole`."""
     peer = h2.connection.H2Connection()
     peer.initiate_connection()
     peer.clear_outbound_data_buffer()

@@ -1,4 +1,4 @@
-"""Servers that answer wrongly: broken, failing fast, full (F10 to F15)."""
+"""Servers with bad responses: broken, failing fast, full (F10 to F15)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def sinkhole(card: Card) -> None:
 
 
 async def _half_bad(card: Card, policy: str) -> None:
-    """Seldom three failures in a row: its share of good answers must tell, or the policy."""
+    """Rarely three failures in a row: only the success rate or the policy can notice it."""
     with fleet(card, policy=policy) as (mocks, router):
         name = mocks[0].url.removeprefix("http://")
         served = partial(router.metric, "vllm_router_attempts_total", server=name)
@@ -187,7 +187,7 @@ async def retry_storm(card: Card) -> None:
 
 
 class _Limited(RouterProcess):
-    """With 256 descriptors from before it looks: Popen returns long before Python has imported."""
+    """With 256 descriptors from the start: Popen returns long before Python has imported."""
 
     def __init__(self, config: Path, *arguments: str) -> None:
         super().__init__(config, *arguments)
@@ -262,10 +262,9 @@ class _Shifted(RouterProcess):
 
 
 def _wall_clock(directory: Path) -> tuple[str, Callable[[int], None]]:
-    """How the wall clock is moved, and what moves it by so many seconds.
+    """How the wall clock is set, and a function that moves it by some seconds.
 
-    With libfaketime for everything in the process, where it is installed; else for what Python
-    code reads.
+    With libfaketime for the whole process if it is installed, else only for Python code.
     """
     file = directory / "wall-clock"
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)

@@ -1,4 +1,4 @@
-"""HAProxy and nginx before the same servers, where they are installed."""
+"""HAProxy and nginx in front of the same servers, if they are installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def versions() -> dict[str, str]:
-    """What is installed of the rivals and of the tools, by its own words."""
+    """The installed rivals and tools, with their version texts."""
     asked = {"haproxy": "-v", "nginx": "-v", "slowhttptest": "-h", "schemathesis": "--version"}
     found = {}
     for name, option in asked.items():
@@ -41,7 +41,7 @@ def _program(name: str) -> str | None:
 
 @contextlib.contextmanager
 def rival(name: str, urls: Iterable[str], directory: Path) -> Iterator[str | None]:
-    """The URL of a running rival, or None where it is not installed."""
+    """The URL of a running rival, or None if it is not installed."""
     program = _program(name)
     if program is None:
         yield None

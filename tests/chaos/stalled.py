@@ -1,4 +1,4 @@
-"""Clients that ask for a long answer and then read nothing of it."""
+"""Clients that request a long response and then read none of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.router_process import chat
 
 
 def stalled_reader(port: int, tokens: int, **more: object) -> socket.socket:
-    """A connection with a stream of so many tokens and a receive buffer as small as can be."""
+    """A connection with a stream of `tokens` tokens and the smallest possible receive buffer."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""The harness itself: which verdict follows from what a scenario measures."""
+"""The chaos harness itself: verdicts from measurements."""
 
 from __future__ import annotations
 

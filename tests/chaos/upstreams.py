@@ -1,4 +1,4 @@
-"""Names, resolvers and servers that mean harm (F22 to F24, B10)."""
+"""Hostile names, resolvers and servers (F22 to F24, B10)."""
 
 from __future__ import annotations
 

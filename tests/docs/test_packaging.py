@@ -1,4 +1,4 @@
-"""What is shipped, its metadata, and what the source may not contain."""
+"""The built distributions, their metadata, and forbidden text in the source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def files_below(directory: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both distributions, the wheel built from the sdist, with the build tools already here."""
+    """Both distributions, the wheel built from the sdist, with the build tools installed here."""
     out = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT],
@@ -92,7 +92,7 @@ def test_imports_are_declared_dependencies():
         assert owners & declared, f"{name} is imported but not declared"
 
 
-# Pieces, so that this file does not contain what it looks for.
+# Split, so that this file does not match its own patterns.
 FORBIDDEN = {
     "the address of a package index": "|".join(
         [r"--(?:extra-)?index" + "-url", r"pypi" + r"\.org/simple", "files" + r"\.pythonhosted"]
@@ -104,7 +104,7 @@ LOCK_FILES = {"uv.lock", "poetry.lock", "Pipfile.lock", "pdm.lock", "package-loc
 
 
 def sources() -> Iterator[Path]:
-    """The files under version control, by their places: works in an unpacked sdist as well."""
+    """The files under version control, with their paths; works in an unpacked sdist as well."""
     for path in sorted(ROOT.iterdir()):
         # In a second work tree .git is a file with the path of the first.
         if path.is_file() and path.name not in ("servers.toml", ".git"):

@@ -1,4 +1,4 @@
-"""The READMEs say what the program does: keys, defaults, options, error codes, curl lines."""
+"""The READMEs match the program: keys, defaults, options, error codes, curl lines."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_readme_explains_every_error_code(readme: str):
 
 
 def console(readme: str) -> list[tuple[str, str]]:
-    """Every `$ command` of the console blocks, with the answer that is shown."""
+    """Every `$ command` of the console blocks, with the output shown."""
     blocks = "\n".join(
         re.findall(r"^```console\n(.*?)^```", text(readme), re.MULTILINE | re.DOTALL)
     )
@@ -165,7 +165,8 @@ CURLS = [(command, answer) for command, answer in console("README.md") if "curl"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A router with three servers like the demo's, following a file that opens engine control."""
+    """A router with three servers like the demo's, with a configuration that opens engine
+    control."""
     scratch: Path = tmp_path_factory.mktemp("readme")
     with mock_processes(3, "--model", "demo") as mocks:
         (scratch / "servers.toml").write_text(_fleet(mocks))

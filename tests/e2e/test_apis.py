@@ -1,5 +1,5 @@
 """All four APIs, streamed and plain, on real processes: a server that stops with a queue, aborts
-with tokens, mistakes of clients that are found inside a stream."""
+with tokens, and client errors that are found inside a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOCK = (*WELL, "--max-num-seqs", "1")
 
 @contextlib.contextmanager
 def full(mock: MockProcess) -> Iterator[None]:
-    """Its one place is taken, past the router, so that what comes waits."""
+    """Its only slot is taken by a direct request, so that later requests wait."""
     asked = body("completions", LONG, stream=True)
     with (
         httpx.Client(timeout=60) as client,
@@ -32,7 +32,7 @@ def full(mock: MockProcess) -> Iterator[None]:
             "POST", f"{mock.url}/v1/completions", json=asked, headers={"x-mock-delay-ms": "100"}
         ) as answer,
     ):
-        pieces = answer.iter_raw()  # it must live: its end would close the connection
+        pieces = answer.iter_raw()  # keep a reference: its destructor would close the connection
         next(pieces)
         yield
         del pieces
@@ -43,7 +43,7 @@ def has_queue(mock: MockProcess) -> bool:
 
 
 def test_stopping_server_queue_is_answered_by_others(tmp_path: Path):
-    """Whatever vLLM does with it: ends without a token, errors, nothing."""
+    """In every shutdown mode of vLLM: ends without a token, errors, silence."""
     with contextlib.ExitStack() as stack:
         stopping = [
             stack.enter_context(mock_processes(1, *MOCK, "--sigterm", fate))[0] for fate in FATES
@@ -71,7 +71,7 @@ def test_stopping_server_queue_is_answered_by_others(tmp_path: Path):
                 assert not got.aborted
                 assert not got.stream or got.body.count(ENDS[got.api]) == 1
             assert {"2"} <= {got.headers["x-vllm-router-attempts"] for got in answers}
-            # Answers pay the retry budget back.
+            # Successful responses pay the retry budget back.
             paid = [pool.submit(ask, router.url, "chat", 1, stream=False) for _ in range(30)]
             assert all(future.result(timeout=60).status == 200 for future in paid)
 
@@ -103,7 +103,7 @@ LATE_MISTAKES: dict[str, dict[str, Any]] = {
 
 
 def test_stream_client_error_takes_no_server_out(tmp_path: Path):
-    """In a Responses stream it looks like a server that dies, on every server."""
+    """In a Responses stream it looks like a crashing server, on every server."""
     with (
         mock_processes(2, *WELL) as mocks,
         router_process(servers_toml(mock.url for mock in mocks), tmp_path) as router,

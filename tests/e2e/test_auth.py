@@ -463,7 +463,7 @@ def test_feed_refuses_other_origins(open_router: Locked, headers: dict[str, str]
 
 
 def test_bodies_total_size_is_limited(open_router: Locked):
-    """Two clients that send slowly hold what a third one would need."""
+    """Two clients that send slowly hold the memory that a third one would need."""
     port = open_router.router.port
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1500000\r\n\r\n"
@@ -533,7 +533,7 @@ def test_admin_listener_serves_administration_alone(tmp_path: Path, front: str):
             lab = Locked(router, mock)
             for path in ("/metrics", "/load-stats", "/admin/servers", "/", "/static/app.css"):
                 assert lab.ask("GET", path).status_code == 404, path
-                # Administration takes a proof; the listener alone is none.
+                # Administration needs proof of the user; the listener alone is not enough.
                 expected = 403 if path.startswith("/admin/") else 200
                 assert httpx.get(admin + path, trust_env=False).status_code == expected, path
             for path in ("/livez", "/readyz", "/v1/models"):

@@ -1,6 +1,6 @@
 """The benchmark still runs, and its load generator distinguishes good from bad responses.
 
-No thresholds: what a number is depends on the machine, that there is one does not.
+No thresholds: the figures depend on the machine.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def load(environment: Environment, url: str, *options: str) -> dict[str, Any]:
 
 
 def test_loadgen_stall_counts_for_delayed_requests(environment: Environment, server: Server):
-    """One connection and answers that take 200 ms can serve 5 of the 50 requests due a second."""
+    """One connection with responses of 200 ms can serve 5 of the 50 requests due per second."""
     server.behave(Workload(name="", title="", ttft=200))
     result = load(environment, server.urls[1], "-c", "1", "-rate", "50", "-duration", "2s")
     assert result["latency_ms"]["p50"] > 2 * result["service_ms"]["p50"]
@@ -137,7 +137,7 @@ def test_loadgen_percentiles_match_server_delays(environment: Environment, serve
     assert result["transit_ms"]["count"] == result["chunks"] > 0
     for kind in ("ttft_ms", "gap_ms", "latency_ms", "transit_ms"):
         seen = result[kind]
-        # The largest is exact, the others are the middles of buckets 1.6 % wide.
+        # The largest value is exact, the others are midpoints of buckets 1.6 % wide.
         in_order = [
             seen["p50"],
             seen["p90"],
@@ -196,7 +196,7 @@ def test_loadgen_response_ending_with_connection_is_good(environment: Environmen
     with answering(HEAD + b"\r\n" + DATA + b"data: [DONE]\n\n") as url:
         result = load(environment, url, "-c", "1", "-stream", "-duration", "300ms")
     assert result["failures"] == 0
-    # The measurement may begin or end between an answer's chunk and the answer's end.
+    # The measurement may begin or end between the chunk and the end of a response.
     assert result["requests"] > 1
     assert abs(result["chunks"] - result["requests"]) <= 1
 

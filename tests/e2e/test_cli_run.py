@@ -31,7 +31,7 @@ def demo(tmp_path: Path) -> Iterator[Running]:
 
 
 def servers(url: str) -> dict[str, dict[str, object]]:
-    """What the router says of its servers, by name."""
+    """The router's own view of its servers, by name."""
     page = httpx.get(f"{url}/load-stats", trust_env=False).json()
     return {server["name"]: server for server in page["servers"]}
 
@@ -210,7 +210,7 @@ def test_drain_unknown_server_lists_known_ones(demo: Running, command: str):
 
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[tuple[Running, str, httpx.Response]]:
-    """A router with a server that streams an answer without an end in sight."""
+    """A router with a server that streams a response without an end in sight."""
     with mock_processes(1, "--model", DEMO_MODEL, "--token-delay", "0.02") as (mock,):
         with router(tmp_path / "router", "--server", mock.url) as started:
             name = mock.url.removeprefix("http://")

@@ -41,7 +41,7 @@ _VARYING = re.compile(
 
 
 def masked(data: bytes) -> bytes:
-    """Ids and times differ between any two answers, the fingerprint between any two servers."""
+    """Ids and times differ between any two responses, the fingerprint between any two servers."""
     return _VARYING.sub(b"*", data)
 
 
@@ -68,7 +68,7 @@ def test_json_response_is_byte_for_byte_the_servers(router, mocks, path):
 
 @pytest.mark.parametrize("pieces", [1, 7, 200])
 def test_stream_is_byte_for_byte_the_servers(router, pieces):
-    """Whatever the chunks are cut like, in the middle of an event or of a character."""
+    """With chunks cut anywhere, even inside an event or a character."""
     payload = (DATA / "chat-stream.txt").read_bytes().split(b"\r\n\r\n", 1)[-1]
     payload = payload[payload.index(b"data:") : payload.index(b"[DONE]") + 8] + "é€".encode()
     size = len(payload) // pieces + 1
@@ -176,7 +176,7 @@ def test_multipart_audio_is_routed_by_model(router):
 
 def test_body_large_passes_and_larger_is_refused(router):
     answer = router.post("/v1/chat/completions", chat(text="x" * 20_000_000))
-    assert answer.status_code in (200, 400)  # the server's own word on its context length
+    assert answer.status_code in (200, 400)  # the server's own context length
     assert "x-vllm-router-error" not in answer.headers
     with router.client() as client:
         refused = client.post("/v1/chat/completions", content=b"x" * 64_000_001)

@@ -70,7 +70,7 @@ def filled(query: str) -> str:
 
 
 def alert_queries() -> list[str]:
-    """The expressions of the rules, which are few enough to be read without a YAML parser."""
+    """The expressions of the rules, found without a YAML parser."""
     text = RULES.read_text()
     blocks = re.findall(r"^ +expr: (?:\|\n((?: {10,}.*\n)+)|(.+)\n)", text, re.MULTILINE)
     queries = [" ".join((block or line).split()) for block, line in blocks]
@@ -244,7 +244,8 @@ def test_deploy_prometheus_answers_every_query(scraped: Scraped):
 
 
 def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
-    # What did not happen has none: failures, and rates whose scrapes lie further apart than asked.
+    # Queries about events that did not happen have no data: failures, and rates over a window
+    # shorter than the scrape interval.
     without = re.compile(
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
         r"|queue_|max_in_flight|worker_"

@@ -1,4 +1,4 @@
-"""Real servers that die, hang, refuse and return, under real load."""
+"""Real servers that crash, hang, refuse and return, under real load."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ async def test_client_disconnect_frees_server(tmp_path, front):
             (long_ | {"stream": True}, ""),  # in mid-stream
         ):
             await leave_after(0.3, body, headers)
-            # Their answers would take 40 s.
+            # Their responses would take 40 s.
             until(lambda: sum(m.stats()["running"] for m in mocks) == 0, "the engines to be idle")
 
         async with trio.open_nursery() as nursery:

@@ -1,6 +1,6 @@
-"""Malformed requests: the router answers or closes, and nothing of it is left.
+"""Malformed requests: the router answers or closes the connection, and leaks nothing.
 
-FUZZ_EXAMPLES=10000 sends so many to each front.
+FUZZ_EXAMPLES=10000 sends that many to each front.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def statuses(answer: bytes) -> list[int]:
 
 
 def send_all(port: int, inputs: list[bytes], rng: random.Random) -> list[bytes]:
-    """Each on a connection of its own, all at the same time; what came back until it was quiet."""
+    """Each on its own connection, all at the same time; returns the bytes received until
+    silence."""
     answers = [b""] * len(inputs)
     numbers = {}
     for number, data in enumerate(inputs):
@@ -104,7 +105,7 @@ def send_all(port: int, inputs: list[bytes], rng: random.Random) -> list[bytes]:
             if not piece:
                 numbers.pop(sock)
                 sock.close()
-    for sock in numbers:  # it waits for more of what would be a whole request
+    for sock in numbers:  # it waits for the rest of a request
         sock.close()
     return answers
 

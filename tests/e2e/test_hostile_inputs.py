@@ -1,7 +1,7 @@
-"""No bytes from a client or a server hold up the others, fill the memory, or break anything.
+"""No bytes from a client or a server delay the others, fill the memory, or break anything.
 
-To add an input: a row in one of the tables (see `hostile.Hostile`). `pytest -rP` shows the worst
-stall of every row, HOSTILE_INPUTS=all sends every row to every kind of front.
+To add an input, add a row to one of the tables (see `hostile.Hostile`). `pytest -rP` shows the
+worst stall of every row, HOSTILE_INPUTS=all sends every row to every kind of front.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVERYTHING = os.environ.get("HOSTILE_INPUTS") == "all"
 
 
 def fronts_for(row: Hostile, number: int) -> set[str]:
-    """The kinds of front that a row is sent to in this run."""
+    """The kinds of front for a row in this run."""
     if EVERYTHING:
         return set(FRONTS)
     if row.fronts:
@@ -52,7 +52,7 @@ ROWS = [
 
 
 class Labs:
-    """One lab at a time: the rows are in the order of the labs."""
+    """One lab at a time: rows are sorted by lab."""
 
     def __init__(self, directories: pytest.TempPathFactory) -> None:
         self._directories = directories

@@ -1,7 +1,7 @@
-"""Overload against real processes: servers that refuse what is beyond their cap, and real clients.
+"""Overload against real processes: servers that refuse requests beyond their cap, and real clients.
 
-The servers have no queue: one request more than they can run is answered 503 and counted, so that
-`rejected` is 0 only if the router has kept to its caps.
+The servers have no queue: one request more than they can run is answered 503 and counted, so
+`rejected` is 0 only if the router has respected their caps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def fleet(
     directory: Path, count: int = 1, front: str = "lane", **limits: Any
 ) -> Iterator[tuple[list[MockProcess], RouterProcess]]:
     with mock_processes(count, *MOCK) as mocks:
-        # A busy machine must not make a server look gone: what it still has would be too much.
+        # A busy machine must not make a server look down: its running requests would exceed the
+        # cap.
         patient = {"health_check_timeout": 10}
         config = with_limits([mock.url for mock in mocks], patient, **limits)
         with router_process(config, directory, "--front", front) as router:
@@ -57,7 +58,7 @@ def queued(router: RouterProcess) -> float:
 
 
 class Connection:
-    """A request whose client can leave at any time."""
+    """A request whose client can disconnect at any time."""
 
     def __init__(self, router: RouterProcess, body: dict[str, Any], **headers: str) -> None:
         self._http = http.client.HTTPConnection("127.0.0.1", router.port, timeout=30)

@@ -1,4 +1,4 @@
-"""Real processes that behave as vLLM servers have been seen to, under load."""
+"""Real processes that reproduce observed faults of vLLM servers, under load."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def _unspoilt(request):
 
 
 def exchange(mock: MockProcess, payload: bytes) -> bytes:
-    """Raw bytes there and back, until the server closes; raises as the socket does."""
+    """Sends raw bytes and reads until the server closes; raises the socket's errors."""
     with socket.create_connection(("127.0.0.1", mock.port), timeout=10) as connection:
         connection.sendall(payload)
         received = b""

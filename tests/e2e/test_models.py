@@ -175,7 +175,7 @@ def test_models_fallback_answers_when_last_server_dies(front: str, tmp_path: Pat
             router.wait_for_text("model +chat, model +secret")
             assert router.post(CHAT, chat(model="safe")).json()["model"] == "m"
             big.kill()
-            # At once, while the router does not know yet, and after it has found out.
+            # At once, while the router still believes the server up, and after it has found out.
             assert router.post(CHAT, chat(model="safe")).json()["model"] == "small"
             until(lambda: router.state(big.url) == "down", "the probe")
             assert router.post(CHAT, chat(model="safe")).json()["model"] == "small"

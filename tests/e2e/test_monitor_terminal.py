@@ -1,4 +1,4 @@
-"""The monitor and `run` on a real terminal, and the monitor where there is none."""
+"""The monitor and `run` on a real terminal, and the monitor without one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEMO = ("run", "--demo", "--host", "127.0.0.1", "--port", "0")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A router that the tests leave as they found it."""
+    """A shared router; tests do not change it."""
     with router(tmp_path_factory.mktemp("router") / "stderr", "--demo", "--console") as started:
         yield started
 
@@ -35,7 +35,7 @@ def state(url: str, name: str) -> str:
 
 
 def child_of(pid: int) -> int:
-    """The process of the view, which any of the router's threads may have started."""
+    """The process of the monitor, started by any of the router's threads."""
     threads = Path(f"/proc/{pid}/task").glob("*/children")
     (child,) = {int(word) for file in threads for word in file.read_text().split()}
     return child
@@ -93,7 +93,7 @@ def test_monitor_large_terminal_follows_resize(demo: Running, tmp_path: Path):
 
 
 def _whole(screen: Terminal, width: int, height: int) -> list[str]:
-    """The lines of the screen if the frame fills it, else none."""
+    """The lines of the screen if the frame fills it, else an empty list."""
     lines = screen.screen().splitlines()
     fits = len(lines) == height and {len(line) for line in lines} == {width}
     return lines if fits and lines[0][0] == "╭" and lines[-1][-1] == "╯" else []
@@ -116,7 +116,7 @@ def test_monitor_router_restart_is_shown_and_survived(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_monitor_signal_restores_terminal(demo: Running, tmp_path: Path, number: signal.Signals):
-    # The shell says which process it becomes.
+    # The shell replaces itself with the command and prints its process id.
     script = ["sh", "-c", 'echo $$ > pid; exec "$@"', "sh", *command("monitor", demo.url)]
     with terminal(script, tmp_path) as screen:
         screen.wait("live")
@@ -236,7 +236,7 @@ def test_run_console_option_shows_no_monitor(tmp_path: Path):
 
 @contextlib.contextmanager
 def run_with_pid(directory: Path) -> Iterator[tuple[Terminal, int]]:
-    """A router with its view, and the process of the router."""
+    """A router with its monitor, and the process of the router."""
     script = ["sh", "-c", 'echo $$ > pid; exec "$@"', "sh", *command(*DEMO)]
     with terminal(script, directory, width=120) as screen:
         screen.wait("live", "3/3 up")

@@ -1,4 +1,5 @@
-"""Real processes whose resolver fails, hangs and moves, and addresses that swallow."""
+"""Real processes whose resolver fails, hangs and returns new addresses, and addresses that
+swallow SYNs."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MANY = 12
 
 
 def burst(router: RouterProcess) -> list[int]:
-    """The statuses of many requests at a time, more than there are idle connections."""
+    """The statuses of many concurrent requests, more than there are idle connections."""
     with router.client() as client, ThreadPoolExecutor(MANY) as pool:
         posts = [pool.submit(client.post, PATH, json=chat(max_tokens=2)) for _ in range(MANY)]
         return [post.result().status_code for post in posts]
@@ -45,7 +46,7 @@ def test_resolver_failure_or_hang_is_survived(tmp_path: Path):
 
 
 def test_resolver_name_with_swallowing_old_address_is_followed(tmp_path: Path):
-    """Within the request, and though another address of the name swallows from the start."""
+    """Within the request, even if another address of the name swallows SYNs from the start."""
     names = FakeNames(tmp_path)
     with mock_processes(1, *MOCK, "--host", "127.0.0.1") as [old]:
         new = MockProcess(*MOCK, "--host", "127.0.0.2", port=old.port)

@@ -73,7 +73,7 @@ def ready(url: str) -> bool:
 def url(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mock: MockProcess
 ) -> Iterator[str]:
-    """A router that has no keys."""
+    """A router without keys."""
     directory = tmp_path_factory.mktemp("router")
     config = servers_toml([mock.url]).replace("max_conc", 'name = "gpu", max_conc')
     if request.param == "hypercorn":
@@ -97,7 +97,7 @@ ADMINISTRATION = (
 
 
 def codes(client: httpx.Client) -> set[tuple[int, str]]:
-    """What administration answers: statuses, and the router's names for errors."""
+    """Responses of the administration paths: statuses, and the router's error codes."""
     answers = [client.request(method, path) for method, path in ADMINISTRATION]
     return {(one.status_code, one.headers.get("x-vllm-router-error", "")) for one in answers}
 
@@ -118,7 +118,7 @@ def test_admin_behind_plain_proxy_pass_is_refused(url: str, tmp_path: Path):
 
 
 def test_admin_behind_port_forward_is_refused(url: str):
-    """`ssh -R` and the like: bytes come in by a loopback address, unchanged."""
+    """`ssh -R` and the like: bytes arrive from a loopback address, unchanged."""
     port = httpx.URL(url).port or 0
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -161,7 +161,7 @@ def test_admin_commands_prove_their_user(url: str):
 
 
 def test_admin_command_of_other_user_says_what_to_do(url: str, tmp_path: Path):
-    """No socket to be found: as for another user, or on another machine."""
+    """Without a socket, as for another user or on another machine."""
     done = subprocess.run(
         [sys.executable, "-m", "vllm_router", "drain", "gpu", "--url", url],
         capture_output=True,
@@ -255,7 +255,7 @@ def test_admin_socket_needs_configured_admin_key(tmp_path: Path, mock: MockProce
             assert codes(client) == {(401, "missing_api_key")}
             client.headers["authorization"] = "Bearer sk-admin"
             assert client.get("/admin/servers").status_code == 200
-        # And a key for the page is none for inference.
+        # A key for the page is no key for inference.
         opened = call("open", router.url, "--print", "--key", "sk-admin")
         assert opened.returncode == 0, opened.stderr
 
@@ -286,7 +286,7 @@ def test_admin_listener_on_loopback_needs_proof(tmp_path: Path, mock: MockProces
 
 
 class RouterUp(contextlib.AbstractContextManager[RouterProcess]):
-    """A router whose readiness is not asked at its public port."""
+    """A router whose readiness is not checked at its public port."""
 
     def __init__(self, config: str, directory: Path) -> None:
         file = directory / "servers.toml"

@@ -35,7 +35,7 @@ def mocks() -> Iterator[list[MockProcess]]:
 def router(
     tmp_path_factory: pytest.TempPathFactory, mocks: list[MockProcess]
 ) -> Iterator[RouterProcess]:
-    """A router that the tests leave as they found it."""
+    """A shared router; tests do not change it."""
     config = servers_toml([mock.url for mock in mocks], 4)
     with router_process(config, tmp_path_factory.mktemp("router")) as started:
         yield started
@@ -60,13 +60,13 @@ def signed_in(router: RouterProcess) -> str:
 
 @contextlib.contextmanager
 def streaming(url: str) -> Iterator[str]:
-    """A request under way, whose end is not in sight; the server that has it."""
+    """An endless running request, and the server that has it."""
     body = chat(max_tokens=20_000, stream=True, ignore_eos=True)
     with (
         httpx.Client(base_url=url, trust_env=False, timeout=30) as client,
         client.stream("POST", "/v1/chat/completions", json=body) as answer,
     ):
-        chunks = answer.iter_raw()  # whose end would close the connection
+        chunks = answer.iter_raw()  # its destructor would close the connection
         next(chunks)
         yield answer.headers["x-vllm-router-server"]
 
@@ -101,7 +101,7 @@ def test_page_content_policy_forbids_unneeded_sources(router: RouterProcess):
 async def test_page_load_change_appears_within_a_second(
     browser: str, router: RouterProcess, mocks: list[MockProcess]
 ):
-    """By the router's clock, so that a busy machine, which draws late, does not count."""
+    """Measured by the router's clock, so that slow drawing on a busy machine does not count."""
     took, drawn = [], []
     async with new_page(browser) as page:
         await page.open(router.url + "/")
@@ -225,7 +225,7 @@ async def test_page_drain_button_asks_drains_and_takes_back(
         await page.evaluate(f"location.assign({signed_in(router)!r})")
         await page.wait(f"{row(server)}?.querySelector('.action').innerText === 'Drain'")
         with streaming(router.url):
-            # Return on the focused button, and again in the question, whose answer is then no.
+            # Return on the focused button, and then on the dialog, whose default is no.
             await page.evaluate(f"{button}.focus()")
             await page.press("Enter", 13)
             await page.wait("document.querySelector('#confirm').open")
@@ -257,16 +257,16 @@ async def test_page_buttons_appear_only_with_rights(
         await page.open(router.url + "/")
         await page.wait(f"{row(name(mocks[0]))}?.dataset.state === 'up'")
         assert not await page.evaluate(seen)
-        # It says how to sign in.
+        # It explains how to sign in.
         await page.click("#key")
         assert await page.text("#key-command") == f"vllm-router open {router.url}"
-        # The same tab, signed in; the code does not stay in the address.
+        # The same tab, signed in; the code is removed from the address.
         link = signed_in(router)
         await page.evaluate(f"location.assign({link!r})")
         await page.wait(f"{LIVE} && {seen}")
         assert await page.evaluate("location.href") == f"{router.url}/"
         assert await page.evaluate("document.querySelector('#key').hidden")
-        # Another site's name has another origin: its pages have no part in this.
+        # Another site's name is another origin: its pages have no rights.
         await page.open(f"http://router.test:{router.port}/")
         await page.wait(f"{row(name(mocks[0]))}?.dataset.state === 'up'")
         assert not await page.evaluate(seen)
@@ -417,7 +417,7 @@ async def test_page_of_router_with_keys_asks_for_key(
             await page.evaluate(f"{drain}.click()")
             await page.click("#confirm-yes")
             await page.wait(f"{row(name(mocks[0]))}.dataset.state === 'draining'")
-            # It is kept in this tab, and nowhere else.
+            # The key is kept in this tab only.
             assert await page.evaluate("Object.values(localStorage).join()") == ""
             assert await page.evaluate("document.cookie") == ""
             await page.open(router.url + "/?again")
@@ -428,7 +428,7 @@ async def test_page_of_router_with_keys_asks_for_key(
 
 
 async def _rewrite_host(client: trio.SocketStream, port: int, wanted: bytes, seen: bytes) -> None:
-    """One connection of a proxy that changes `Host`, as a `proxy_pass` without settings does."""
+    """One connection of a proxy that changes `Host`, like a `proxy_pass` without settings."""
     async with await trio.open_tcp_stream("127.0.0.1", port) as server, client:
 
         async def answers() -> None:

@@ -30,7 +30,7 @@ async def opened(page: Page, demo: Running) -> None:
 
 
 async def administrating(page: Page, demo: Running) -> None:
-    """Open the page with the rights of the router's own machine: it has buttons then."""
+    """Open the page with the rights of the machine's own user, so that it has buttons."""
     await opened(page, demo)
     await sign_in(page, demo)
 
@@ -64,7 +64,7 @@ async def test_page_language_follows_browser_and_choice_is_kept(browser: str, de
         assert await page.evaluate("document.documentElement.lang") == "en"
         await opened(page, demo)
         assert await page.evaluate("document.documentElement.lang") == "en"
-        # The name of the other language stays what its readers look for.
+        # The name of the other language stays in that language.
         left = await page.evaluate("document.body.innerText.replace('中文', '')")
         assert not any("\u4e00" <= char <= "\u9fff" for char in left)
         assert page.problems() == []
@@ -112,7 +112,7 @@ async def test_page_theme_follows_system_until_chosen(browser: str, demo: Runnin
 
 @pytest.mark.parametrize("dark", [False, True])
 async def test_page_text_has_enough_contrast(browser: str, demo: Running, dark: bool):
-    """WCAG 2.2 AA: 4.5 for text, 3 for great text. Also in every state a server can have."""
+    """WCAG 2.2 AA: 4.5 for text, 3 for large text. Also in every state of a server."""
     async with new_page(browser) as page:
         await page.dark(dark)
         await opened(page, demo)
@@ -195,7 +195,7 @@ async def test_page_fits_every_screen(browser: str, demo: Running, width: int, h
 async def test_page_screen_reader_finds_names_roles_and_table(
     browser: str, demo: Running, width: int
 ):
-    """The tree that assistive programs read, also where the table is drawn as cards."""
+    """The accessibility tree, also where the table is drawn as cards."""
     async with new_page(browser, width=width, mobile=width < 700) as page:
         await administrating(page, demo)
         tree = (await page.tools.call("Accessibility.getFullAXTree"))["nodes"]

@@ -1,6 +1,7 @@
-"""nginx, HAProxy and Caddy in front of the router: real processes, plain and as `deploy/` has them.
+"""nginx, HAProxy and Caddy in front of the router: real processes, plain and as in `deploy/`.
 
-The engine is scripted: it sends the next piece of a stream only when the client has the one before.
+The engine is scripted: it sends the next piece of a stream only when the client has received the
+previous one.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def event(text: str) -> bytes:
 
 
 class Generation:
-    """One request for tokens, and its answer, which the test writes."""
+    """One inference request; the test writes its response."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.left = trio.Event()
 
     async def wait_for_end(self) -> None:
-        """Notice when the router gives it up."""
+        """Wait until the router cancels it."""
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while await self._stream.receive_some():
                 pass
@@ -73,19 +74,19 @@ class Generation:
         await self._stream.aclose()
 
     async def die(self) -> None:
-        """In the middle of its answer."""
+        """In the middle of its response."""
         await self._stream.aclose()
 
 
 class Engine:
-    """A server that the test drives."""
+    """A server controlled by the test."""
 
     def __init__(self) -> None:
         self.url = ""
         self._report, self._reports = trio.open_memory_channel[Generation](10)
 
     async def generation(self) -> Generation:
-        """The next request for tokens."""
+        """The next inference request."""
         return await self._reports.receive()
 
     async def handle(self, stream: trio.SocketStream) -> None:
@@ -125,7 +126,7 @@ async def engine() -> AsyncIterator[Engine]:
 
 
 def scaled(text: str) -> str:
-    """A configuration whose long times are shorter."""
+    """The configuration with its long times scaled down."""
 
     def shorter(found: re.Match[str]) -> str:
         seconds = int(found[1])
@@ -138,7 +139,7 @@ PROXIES = [f"{name} {kind}" for name in PLAIN for kind in ("plain", "recommended
 
 
 def configuration(which: str) -> tuple[str, str]:
-    """The proxy's name and its configuration."""
+    """The proxy's name and configuration."""
     name, _, kind = which.partition(" ")
     return name, PLAIN[name] if kind == "plain" else RECOMMENDED[name].read_text()
 
@@ -174,12 +175,12 @@ class Answer:
         return event
 
     async def piece(self) -> bytes:
-        """What comes next; empty at the end. Raises Broken."""
+        """The next bytes; empty at the end. Raises Broken."""
         event = await self._event()
         return bytes(event.data) if isinstance(event, h11.Data) else b""
 
     async def until(self, text: bytes) -> bytes:
-        """Read until this has come; what was read."""
+        """Read until `text` has come; returns the bytes read."""
         received = b""
         while text not in received:
             piece = await self.piece()
@@ -206,14 +207,14 @@ class Setup:
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[Answer]:
-        """Leaving the block is leaving the connection."""
+        """Leaving the block closes the connection."""
         port = int(self.url.rpartition(":")[2])
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             yield Answer(stream, port)
 
     @contextlib.asynccontextmanager
     async def stream(self) -> AsyncIterator[tuple[Answer, Generation]]:
-        """A streamed chat, once its first piece has come."""
+        """A streamed chat whose first piece has arrived."""
         async with self.client() as answer:
             await answer.ask()
             generation = await self.engine.generation()
@@ -233,7 +234,7 @@ async def setup(
     text = scaled(text) if shorter else text
     with trio.fail_after(3 * PATIENCE_S):
         async with engine() as server:
-            # The engine is on this loop: what waits for the router does so in a thread.
+            # The engine runs on this loop, so blocking waits for the router run in a thread.
             config = servers_toml([server.url], failure_threshold=1000)
             around = router_process(config, directory, *arguments)
             router = await trio.to_thread.run_sync(around.__enter__)
@@ -260,7 +261,7 @@ async def until_over(answer: Answer) -> bytes:
 
 
 async def until_broken(answer: Answer) -> bytes:
-    """All that comes before the break, which must come."""
+    """All bytes before the break; fails if there is no break."""
     received = b""
     with pytest.raises(Broken):
         while piece := await answer.piece():
@@ -284,8 +285,8 @@ async def check_pieces_arrive_one_by_one(here: Setup) -> None:
 async def check_break_is_reported_without_loss(here: Setup, *, whole: bool = False) -> None:
     """The last pieces and the break come at once.
 
-    A `whole` answer is what Caddy before 2.7 makes of any that breaks off: then the router's error
-    error event alone shows it.
+    With `whole`, the proxy ends a truncated response as whole (Caddy before 2.7); then only the
+    router's error event shows the truncation.
     """
     async with here.stream() as (answer, generation):
         await generation.send(*[event(f"piece {number}") for number in range(50)])
@@ -300,7 +301,7 @@ async def check_break_is_reported_without_loss(here: Setup, *, whole: bool = Fal
 async def check_leaving_frees_the_engine(here: Setup) -> None:
     async with here.stream() as (_, generation):
         pass
-    # Some proxies learn of it by what they cannot pass on.
+    # Some proxies notice a disconnect only when they write.
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         while not generation.left.is_set():
             await generation.send(event("more"))
@@ -328,7 +329,7 @@ async def check_silence_is_ended(here: Setup) -> None:
 
 
 async def check_comments_keep_a_silence_alive(here: Setup) -> None:
-    """What `vllm serve --sse-keep-alive-interval` sends."""
+    """The comments of `vllm serve --sse-keep-alive-interval`."""
     async with here.stream() as (answer, generation):
         for _ in range(8):
             await trio.sleep(SILENCE_S / 8)
@@ -345,7 +346,8 @@ async def check_feed_passes(here: Setup) -> None:
 
 @pytest.mark.parametrize("which", PROXIES)
 async def test_proxy_in_front_passes_streams_breaks_and_disconnects(which: str, tmp_path: Path):
-    """A long silence is 100 s; HAProxy's usual 50 s show that the scaled times are at work."""
+    """A long silence is 100 s; HAProxy's usual limit of 50 s shows that the scaled times are in
+    use."""
     async with setup(which, tmp_path, shorter=True) as here:
         await check_pieces_arrive_one_by_one(here)
         await check_break_is_reported_without_loss(here, whole=which.startswith("caddy"))
@@ -371,7 +373,7 @@ async def test_nginx_plain_configuration_streams_in_both_modes(
 
 
 def test_proxy_recommended_times_exceed_router_times():
-    """The router decides when an answer has taken too long: 600 s and 300 s."""
+    """The router decides when a response has taken too long: 600 s and 300 s."""
     for name, path in RECOMMENDED.items():
         text = "\n".join(
             line for line in path.read_text().splitlines() if not line.strip().startswith("#")

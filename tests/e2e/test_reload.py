@@ -1,4 +1,4 @@
-"""servers.toml is rewritten in every way there is while requests run."""
+"""servers.toml is rewritten in every possible way while requests run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOCK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.01")
 
 
 async def settled(router: RouterProcess, count: int) -> None:
-    """Until so many servers are in the fleet and up."""
+    """Waits until `count` servers are in the fleet and up."""
 
     def there() -> bool:
         states = [server["state"] for server in router.servers().values()]
@@ -27,7 +27,7 @@ async def settled(router: RouterProcess, count: int) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """As editors and configuration tools write: a new file takes the old one's name."""
+    """Like editors and configuration tools: a new file replaces the old one by rename."""
     new = path.with_suffix(".new")
     new.write_text(text)
     os.replace(new, path)
@@ -52,7 +52,7 @@ async def test_reload_any_rewrite_of_file_fails_no_request(tmp_path):
             await load.wait_for(40)
             assert urls[0] not in router.servers()
 
-            file.write_text("[servers\nservers = 3")  # broken
+            file.write_text("[servers\nservers = 3")  # invalid
             await trio.to_thread.run_sync(
                 until,
                 lambda: router.get("/health").json()["reload"]["error"] is not None,
@@ -62,7 +62,8 @@ async def test_reload_any_rewrite_of_file_fails_no_request(tmp_path):
             assert len(router.servers()) == 2
             assert router.metric("vllm_router_config_last_reload_successful") == 0
 
-            file.write_text(servers_toml(urls[1:], request_timeout=99))  # mended, one setting new
+            # valid again, with one new setting
+            file.write_text(servers_toml(urls[1:], request_timeout=99))
             await trio.to_thread.run_sync(
                 until,
                 lambda: router.metric("vllm_router_config_last_reload_successful") == 1,

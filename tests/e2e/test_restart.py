@@ -1,4 +1,4 @@
-"""The router is replaced, and every server is, while clients notice nothing."""
+"""The router is replaced, and every server is restarted, without failed requests."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Routers:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = self._listener.getsockname()[1]
         if way == "reuse_port":
-            self._listener.close()  # it was there for a free number
+            self._listener.close()  # the first one only reserved a free port
 
     def start(self) -> RouterProcess:
-        """A new one, which has said that it is up."""
+        """A new router, ready."""
         arguments = ["--port", str(self.port), *self._arguments]
         if self._way == "passed":
             router = RouterProcess(self._config, *arguments, passed=[self._listener])
@@ -56,7 +56,7 @@ class Routers:
         return router
 
     def replace(self) -> int:
-        """Start one beside the current one, stop that, and wait for it; its exit code."""
+        """Start one beside the current one, stop that, and wait for it; returns its exit code."""
         old = self.current
         assert old is not None
         self.start()
@@ -135,7 +135,7 @@ async def test_restart_under_load_fails_no_request(tmp_path, way, front):
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_restart_successor_serves_once_servers_are_known(tmp_path, way):
-    """Until then the old one does: a load balancer never hears that the port is not ready."""
+    """Until then the old one serves: a load balancer never sees the port unready."""
     with mock_processes(1, *MOCK) as (mock,):
         config = servers_toml([mock.url], health_check_timeout=1)
         with routers(way, tmp_path, config) as line:

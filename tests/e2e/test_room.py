@@ -1,4 +1,4 @@
-"""One waiting room for all processes of a router, with real processes and real clients."""
+"""One admission queue for all processes of a router, with real processes and real clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FALLBACK = '\n[models.m]\nfallback = "spare"\n[models.plain]\nserves = "m"\n'
 
 
 def config(mocks: list[MockProcess], **limits: Any) -> str:
-    """Servers that may be busy for long without being taken for dead, and `[limits]`."""
+    """Servers that may be busy for long without being considered down, and `[limits]`."""
     table = {"max_in_flight": 1, "queue_timeout": 60, **limits}
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
     servers = servers_toml([mock.url for mock in mocks], health_check_timeout=10)
@@ -38,8 +38,8 @@ def config(mocks: list[MockProcess], **limits: Any) -> str:
 
 
 class Clients:
-    """Requests of clients that stay connected until the end. HTTP/2 is served by the leader, and
-    every other connection by some worker."""
+    """Requests of clients that stay connected until the end. HTTP/2 is served by the leader,
+    every other connection by a worker."""
 
     def __init__(self, router: RouterProcess, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
         self.router = router
@@ -56,7 +56,7 @@ class Clients:
     async def send(
         self, number: int, *, http2: bool = False, key: str = "modest", **more: Any
     ) -> trio.CancelScope:
-        """A request with a connection of its own, once it waits or has a server. Its client leaves
+        """A request on its own connection, once it waits or has a server. Its client disconnects
         when the scope is cancelled."""
         before = await self.under_way()
         scope = trio.CancelScope()
@@ -65,7 +65,7 @@ class Clients:
 
         async def post() -> None:
             body = chat(seed=number, **{"max_tokens": 1, **more})
-            # A worker that is killed takes its connections along.
+            # The connections of a killed worker are lost.
             with scope, suppress(httpx.TransportError):
                 self.answers[number] = await client.post(
                     "/v1/chat/completions", json=body, headers=headers
@@ -74,7 +74,7 @@ class Clients:
             await client.aclose()
 
         self._nursery.start_soon(post)
-        answered = len(self.answers)  # it, or the request whose place it has taken
+        answered = len(self.answers)  # it, or the request that it displaced
         while await self.under_way() == before and len(self.answers) == answered:
             await trio.sleep(0.01)
         return scope
@@ -101,7 +101,7 @@ async def in_thread(condition: Any, what: str, seconds: float = 60.0) -> None:
 
 
 def seeds(mock: MockProcess) -> list[int]:
-    """The numbers of the requests in the order in which the server has got them."""
+    """The numbers of the requests in the order of their arrival at the server."""
     return [json.loads(entry["body"])["seed"] for entry in mock.log("/v1/chat/completions")]
 
 
@@ -126,12 +126,12 @@ async def test_queue_of_workers_and_http2_has_one_order(tmp_path: Path, workers:
         assert [number for number in range(1, 16) if statuses[number] != 200] == []
         order = [number for number in seeds(mocks[0]) if number]
         assert (order[:2], order[-1]) == ([15, 14], 13)
-        # Two processes may read two requests, sent one after the other, the other way round.
+        # Two processes may read two successive requests in the reverse order.
         assert all(abs(place - number) <= 1 for place, number in enumerate(order[2:-1], 1)), order
 
 
 async def test_queue_serves_clients_of_workers_and_http2_alike(tmp_path: Path):
-    """Clients that keep their connections and ask again as soon as they have an answer."""
+    """Clients that keep their connections and send the next request after each response."""
     count, rounds = 12, 5
     with (
         mock_processes(1, *ONE_AT_A_TIME, "--ttft", "0.05", "--token-delay", "0") as mocks,
@@ -190,7 +190,7 @@ async def test_queue_full_gives_every_key_its_share(tmp_path: Path, workers: int
 
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_queue_request_without_fallback_holds_up_none_with_one(tmp_path: Path, workers: int):
-    """At the head of the room, when the last server of its model is drained."""
+    """At the head of the queue, when the last server of its model is drained."""
     with (
         mock_processes(1, *WITH_ONE_WAITING, "--token-delay", "0.02") as [only],
         mock_processes(1, "--model", "spare") as [spare],
@@ -236,7 +236,7 @@ async def test_queue_worker_dying_or_hanging_delays_no_other(tmp_path: Path, how
                 )
                 assert {answer.status_code for answer in clients.answers.values()} == {200}
             finally:
-                with suppress(ProcessLookupError):  # the parent replaces what hangs
+                with suppress(ProcessLookupError):  # the parent replaces a hung process
                     os.kill(victim, signal.SIGCONT)
             idle = "vllm_router_requests_in_flight"
             await in_thread(lambda: router.metric(idle) == 0, "an idle router")

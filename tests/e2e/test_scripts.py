@@ -1,4 +1,4 @@
-"""The two commands of the set-up, with stand-ins for Python, pip and the router that note calls."""
+"""The set-up scripts, with stand-ins for Python, pip and the router that record calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# What the scripts may find on the machine besides the stand-ins: no other Python, no apt-get.
+# The programs that the scripts can find besides the stand-ins: no other Python, no apt-get.
 COREUTILS = ("bash", "cat", "chmod", "cp", "cut", "dirname", "env", "flock", "grep", "id", "mkdir")
 COREUTILS += ("sha256sum", "sh", "sleep")
 
-# Answers what scripts/setup asks an interpreter, and is the one of the environment it makes.
+# Answers the questions of scripts/setup, and stands for the interpreter of the environment.
 PYTHON = r"""
 case "$*" in
     --version) echo "Python VERSION" ;;

@@ -1,6 +1,6 @@
-"""The SDKs of OpenAI and Anthropic get the router's errors in the right classes, on both fronts.
+"""The SDKs of OpenAI and Anthropic raise the right classes for the router's errors, on both fronts.
 
-Also what only a real front shows of paths: slashes at the end, paths that vLLM has outside `/v1`.
+Also path rules of the real fronts: trailing slashes, and vLLM's paths outside `/v1`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def events(path: str) -> bytes:
 
 
 class Upstream(ThreadingHTTPServer):
-    """One server. A request that says `hang` waits for the end, one with `stream` dies in it."""
+    """One server. A request with `hang` never ends, one with `stream` crashes it."""
 
     daemon_threads = True
 

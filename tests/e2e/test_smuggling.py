@@ -1,8 +1,8 @@
-"""Requests that two readers may cut apart differently, paths in disguise, and fields that forge.
+"""Requests that two parsers may split differently, paths in disguise, and forged headers.
 
-The server behind the router writes down what reaches it: it must be what the client was answered
-for, request by request (B2), nothing outside the inference paths (B5), and nothing a client or a
-server says may pass for a line of a log or a field of an answer (B8).
+The server behind the router records its requests: they must be those that the client was answered
+for, one by one (B2), none outside the inference paths (B5), and no text of a client or a server may
+forge a log line or a response header (B8).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GOOD = post(length())
 TE = b"Transfer-Encoding: chunked"
 WHOLE = chunked(BODY)
 
-# Ambiguous or malformed: refused, and the connection with them.
+# Ambiguous or malformed: refused, and the connection closed.
 REFUSED = {
     "CL.TE": post(length(WHOLE + HIDDEN), TE, body=WHOLE + HIDDEN),
     "TE.CL": post(TE, b"Content-Length: 4", body=chunked(HIDDEN)),
@@ -99,7 +99,7 @@ REFUSED = {
     "HTTP/2 preface in the middle": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HIDDEN,
 }
 
-# Whole requests, and so many of them.
+# Whole requests, in large numbers.
 SERVED = {
     "plain": (GOOD, 1),
     "chunked": (post(TE, body=WHOLE), 1),
@@ -127,14 +127,14 @@ class Lab:
         self.hypercorn = front == "hypercorn"
 
     def send(self, data: bytes, quiet: float = 0.4) -> tuple[bytes, bool]:
-        """What came back until it was quiet, and whether the connection is closed."""
+        """The bytes received until silence, and whether the connection is closed."""
         received = b""
         with socket.create_connection(("127.0.0.1", self.router.port), timeout=10) as sock:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(data)
             patience = time.monotonic() + 10
             while time.monotonic() < patience:
-                # Before the first byte it may take longer: the machine may be busy.
+                # The first byte may take longer on a busy machine.
                 if not select.select([sock], [], [], quiet if received else 5)[0]:
                     return received, False
                 with contextlib.suppress(ConnectionError):
@@ -145,7 +145,7 @@ class Lab:
         return received, False
 
     def seen(self) -> list[dict[str, Any]]:
-        """What reached the server but the router's own questions."""
+        """The requests at the server, without the router's own."""
         return [entry for entry in self.mock.log() if entry["method"] == "POST"]
 
 
@@ -249,10 +249,10 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def http2(port: int, fields: Fields, body: bytes = BODY, trailers: Fields | None = None) -> str:
-    """The status of the answer, or what else became of the request."""
+    """The status of the response, or the fate of the request."""
     peer = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding=None))
     peer.initiate_connection()
-    peer.send_headers(1, request(), end_stream=True)  # it must know of the stream
+    peer.send_headers(1, request(), end_stream=True)  # so that the router knows of the stream
     coder = hpack.Encoder()
     sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
     sent += frame(1, 4, 1, coder.encode(fields, huffman=False)) + frame(0, not trailers, 1, body)
@@ -344,7 +344,7 @@ def test_smuggling_closed_path_in_disguise_is_not_reached(lab: Lab, target: str,
     line = f"{method} {target} HTTP/1.1".encode()
     received, _ = lab.send(post(length(), b"Connection: close", line=line))
     assert len(answers(received)) == 1
-    # The mock counts /mock/log itself as nothing, and the router's scrapes are GETs of its own.
+    # The mock does not count /mock/log, and the router's scrapes are GETs.
     assert lab.seen() == []
     reached = {entry["path"] for entry in lab.mock.log()}
     assert reached <= {"/metrics", "/v1/models", "/health"}
@@ -383,7 +383,7 @@ def test_smuggling_invented_names_make_no_metrics(lab: Lab):
         lab.router.post("/v1/chat/completions", chat(model=name))
         lab.router.post(f"/v1/{name}", chat(model="m"))
 
-    # Together: each waits until the servers' lists have been read again.
+    # Concurrently: each waits until the model lists have been read again.
     with ThreadPoolExecutor(20) as clients:
         list(clients.map(invent, [f"first-{number}" for number in range(30)]))
         before = len(lab.router.get("/metrics").text.splitlines())
@@ -418,7 +418,7 @@ def test_smuggling_forged_request_id_and_forwarding_are_replaced(lab: Lab):
 
 
 class Liar:
-    """A server that answers questions about itself well, and everything else with `answer`."""
+    """A server with good status pages, and `answer` for everything else."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))

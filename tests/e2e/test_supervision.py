@@ -1,4 +1,4 @@
-"""Signals at the wrong moment, processes that hang, parents that die: on real processes."""
+"""Signals at the wrong moment, hung processes, killed parents: on real processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def mock() -> Iterator[MockProcess]:
 
 
 def starting(command: list[str], directory: Path) -> subprocess.Popen[str]:
-    """A process whose imports are slow: each says its name and waits before it runs.
+    """A process with slow imports: each prints its name and waits before it runs.
 
-    `trio` and `click` are what all ways of starting import first.
+    `trio` and `click` are the first imports in every way of starting.
     """
     slow = directory / "slow"
     slow.mkdir()
@@ -109,7 +109,7 @@ def _ready(url: str) -> bool:
 
 
 def test_signals_do_not_kill_application_in_hypercorn(tmp_path: Path, mock: MockProcess):
-    """Hypercorn's own process reloads for SIGHUP; the one that serves is meant here."""
+    """Hypercorn's parent reloads on SIGHUP; this test signals the serving process."""
     port = free_port()
     (tmp_path / "servers.toml").write_text(servers_toml([mock.url]))
     command = [sys.executable, "-m", "hypercorn", "-k", "trio", "-w", "0"]
@@ -143,7 +143,7 @@ def test_hypercorn_with_several_workers_is_refused(tmp_path: Path):
 
 
 def test_workers_are_children_of_a_lasting_thread(tmp_path: Path, mock: MockProcess):
-    """Else the kernel would tell them after 10 s that their parent has died."""
+    """Else the kernel would signal the parent's death after 10 s."""
     with router_process(servers_toml([mock.url]), tmp_path, "--workers", "2") as router:
         parent = router.process.pid
         children = Path(f"/proc/{parent}/task/{parent}/children")
@@ -151,7 +151,7 @@ def test_workers_are_children_of_a_lasting_thread(tmp_path: Path, mock: MockProc
 
 
 def test_sighup_before_start_completes_is_a_reload(tmp_path: Path):
-    """Noted by `hold`, done by the task that follows the signal."""
+    """Recorded by `hold`, handled by the task that follows."""
     script = (
         "import os, signal\n"
         "from vllm_router.runtime.early_signals import came, hold\n"
@@ -177,7 +177,7 @@ def test_leader_that_hangs_is_replaced_while_port_serves(tmp_path: Path, mock: M
     with router_process(config, tmp_path, "--workers", "2") as router:
         before = family(router)
         os.kill(before["leader"], signal.SIGSTOP)
-        # The workers serve as if nothing had happened.
+        # The workers go on serving.
         assert router.post("/v1/chat/completions", chat()).status_code == 200
 
         hung = "leader has not responded for 8 s: killing it"

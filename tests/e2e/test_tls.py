@@ -46,7 +46,7 @@ def trusting(authority: Authority, pair: tuple[Path, Path] | None = None) -> ssl
 def secure_router(
     urls: list[str], directory: Path, tls: str, *arguments: str, **settings: Any
 ) -> Iterator[RouterProcess]:
-    """A router with a listener for administration, by which it is seen to be ready."""
+    """A router with an admin listener, which shows when it is ready."""
     config = servers_toml(urls, admin_listen="127.0.0.1:0", **settings)
     file = directory / "servers.toml"
     file.write_text(f"{config}[tls]\n{tls}")
@@ -55,7 +55,7 @@ def secure_router(
 
         def listening() -> bool:
             assert router.process.poll() is None, router.text
-            # The one is printed, the other logged, by a thread of its own.
+            # One is printed, the other logged by its own thread.
             return " on https://" in router.text and "administration on" in router.text
 
         until(listening, "the router")
@@ -81,7 +81,7 @@ def ask(router: RouterProcess, context: ssl.SSLContext) -> httpx.Response:
 
 
 def serial(router: RouterProcess, context: ssl.SSLContext) -> str:
-    """Of the certificate that is shown."""
+    """The serial number of the certificate in use."""
     port = int(address(router).rsplit(":", 1)[1])
     with (
         socket.create_connection(("127.0.0.1", port), timeout=10) as sock,
@@ -254,7 +254,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 @pytest.fixture
 def secure_server(authority: Authority, stranger: Authority) -> Iterator[TlsInFront]:
-    """One that wants a certificate from the other authority."""
+    """A server that requires a certificate of the other authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.sign("server"))
     context.load_verify_locations(stranger.file)
@@ -280,7 +280,7 @@ def test_tls_server_is_verified_and_gets_client_certificate(
         assert secure_server.names == {"the-router"}
         done = call("check-config", "--probe", "--config", str(tmp_path / "servers.toml"))
         assert done.returncode == 0, done.stdout + done.stderr
-        # Its renewal reaches the open connections' successors and the probes.
+        # The renewed certificate is used for new connections and probes.
         stranger.sign("the-router")
         until(lambda: "client_certificate changed" in router.text, "the reload")
         assert router.post("/v1/chat/completions", chat()).status_code == 200

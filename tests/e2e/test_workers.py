@@ -41,7 +41,7 @@ def mocks() -> Iterator[list[MockProcess]]:
 def quiet(
     mocks: list[MockProcess], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RouterProcess]:
-    """A router that no test does anything violent to."""
+    """A shared router; tests leave its processes alone."""
     config = servers_toml((mock.url for mock in mocks), failure_threshold=3)
     with router_process(config, tmp_path_factory.mktemp("quiet"), *WORKERS) as router:
         yield router
@@ -49,9 +49,9 @@ def quiet(
 
 @asynccontextmanager
 async def streams(router: RouterProcess, count: int, tokens: int, pace: float = 0.0):
-    """So many streams at the same time, all of which have begun; what came of them, in a list.
+    """`count` concurrent streams, all of them started; their results are in the list.
 
-    With `pace` seconds between them a worker that the machine leaves waiting gets its share, too.
+    With `pace` seconds between them a worker that the machine delays gets its share, too.
     """
     results = []
     async with trio.open_nursery() as nursery:
@@ -113,7 +113,7 @@ async def feed(router: RouterProcess):
 
 
 async def snapshot(websocket) -> dict[str, Any]:
-    """The next one."""
+    """The next message."""
     while True:
         message = json.loads(await websocket.get_message())
         if message["type"] == "snapshot":
@@ -136,7 +136,8 @@ async def test_workers_failures_seen_by_both_eject_for_both(
     bad.set(mode="500")
     try:
         body = chat(max_tokens=1)
-        # Failures of one body count once until it has been answered elsewhere: not all of a burst.
+        # Failures of one body count once until another server has answered it, so a burst counts
+        # once.
         with trio.fail_after(20):
             while await trio.to_thread.run_sync(quiet.state, bad.url) != "ejected":
                 results = await burst(quiet.url, body, 18)
@@ -144,12 +145,12 @@ async def test_workers_failures_seen_by_both_eject_for_both(
         seen = bad.stats()["total"]
         results = await burst(quiet.url, body, 12)
         assert [result for result in results if not result.ok] == []
-        assert bad.stats()["total"] <= seen + 2  # the trials that were due meanwhile
+        assert bad.stats()["total"] <= seen + 2  # the probation requests due meanwhile
     finally:
         bad.reset()
     with trio.fail_after(20):
         while await trio.to_thread.run_sync(quiet.state, bad.url) != "up":
-            await burst(quiet.url, body, 6)  # one of them may be the trial
+            await burst(quiet.url, body, 6)  # one of them may be the probation request
 
 
 def test_workers_newly_loaded_model_is_served_and_unknown_is_404(
@@ -191,7 +192,7 @@ async def test_workers_limits_hold_across_all(tmp_path: Path):
         body = chat(max_tokens=20)
         results = await burst(router.url, body, 10, {"authorization": f"Bearer {few}"})
         statuses = Counter(result.status for result in results)
-        # Two workers that let one in at the very same moment may exceed a limit by it.
+        # Two workers that admit a request at the same moment may exceed a limit by one.
         assert statuses[200] in (3, 4)
         assert statuses.total() == statuses[200] + statuses[429]
         slowly = {"authorization": f"Bearer {slow}"}
@@ -203,7 +204,7 @@ async def test_workers_limits_hold_across_all(tmp_path: Path):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(burst, router.url, chat(max_tokens=100), 4, freely)
             await in_thread(lambda: router.metric("vllm_router_server_leases") >= 4, "the cap")
-            # HTTP/2 is the leader's, and the servers that it waits for are freed by workers.
+            # HTTP/2 belongs to the leader; the servers that it waits for are freed by workers.
             async with httpx.AsyncClient(http1=False, http2=True, trust_env=False) as client:
                 url = f"{router.url}/v1/chat/completions"
                 answer = await client.post(url, json=body, headers=freely, timeout=8)
@@ -355,7 +356,7 @@ async def test_workers_tls_ends_in_worker_for_every_protocol(
 
 
 def _stream_over_http2_outlives_sigterm(router: RouterProcess, url: str, authority: Authority):
-    """It is relayed by a worker and served by the leader: both let it end."""
+    """A worker relays it and the leader serves it: both let it finish."""
     body = json.dumps(chat(max_tokens=125, stream=True))
     ask = ["curl", "-sN", "--http2", "--cacert", str(authority.file), "--json", body]
     with subprocess.Popen(

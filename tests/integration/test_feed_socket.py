@@ -25,7 +25,7 @@ UPGRADE = {
 
 
 class Served:
-    """A lab behind a real front. The feed runs, probes do not."""
+    """A lab behind a real front, with the feed running and without probes."""
 
     def __init__(self, lab: Lab, port: int) -> None:
         self.lab = lab
@@ -34,9 +34,9 @@ class Served:
 
     @asynccontextmanager
     async def feed(self, **headers: str):
-        """A websocket client, which leaves by closing its connection.
+        """A websocket client that closes its connection on exit.
 
-        The stream is ours: trio-websocket 0.12 leaves it open where the server closes first.
+        It owns the stream: trio-websocket 0.12 leaves it open when the server closes first.
         """
         stream = await trio.open_tcp_stream("127.0.0.1", self.port)
         async with stream, trio.open_nursery() as nursery:
@@ -53,7 +53,7 @@ class Served:
             nursery.cancel_scope.cancel()
 
     async def clients(self, count: int) -> None:
-        """Wait until the feed has so many."""
+        """Wait until the feed has `count` clients."""
         with trio.fail_after(PATIENCE):
             while self.lab.router.metrics.feed_clients != count:
                 await trio.sleep(0.01)
@@ -160,7 +160,7 @@ async def test_feed_admits_pages_of_listed_origin():
 
 
 async def refusal(url: str, **headers: str) -> httpx.Response:
-    """The answer to a websocket handshake that is not granted."""
+    """The response to a refused websocket handshake."""
     async with httpx.AsyncClient(trust_env=False) as client:
         return await client.get(url, headers={**UPGRADE, **headers})
 
@@ -176,7 +176,7 @@ async def test_feed_refuses_pages_of_other_origins(origin):
 
 
 async def test_feed_refused_page_gets_reason_by_plain_request():
-    """A browser keeps the answer to a refused websocket to itself."""
+    """A browser hides the response to a refused websocket handshake."""
     async with served() as router, httpx.AsyncClient(trust_env=False) as client:
         url = f"{router.url}/ws/load"
         refused = await client.post(url, headers={"origin": "https://llm.example"})

@@ -1,4 +1,4 @@
-"""The feed's example: what the README shows is what runs."""
+"""The example client of the feed: the README shows the code that runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every client may rely on, whichever front serves it."""
+"""HTTP behaviour that clients may rely on, whichever front serves them."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ async def test_front_unread_body_is_not_read_on(kind):
             while sent < size:
                 await client.send(bytes(100_000))
                 sent += 100_000
-        assert sent < 16_000_000  # our memory, and the kernel's buffers on both sides
+        assert sent < 16_000_000  # router memory, plus the kernel's buffers on both sides
         on.app.release.set()
         await soon(lambda: on.app.received > sent / 2)
 
@@ -391,7 +391,7 @@ async def test_front_requests_received_before_drain_are_answered(kind):
         await known.send(post())
         await known.reply()
         await trio.testing.wait_all_tasks_blocked()
-        os.write(known.stream.socket.fileno(), post())  # without giving the front a turn
+        os.write(known.stream.socket.fileno(), post())  # without a checkpoint: not accepted yet
         sock = socket.create_connection(("127.0.0.1", on.port))  # not accepted yet
         sock.sendall(post())
         on.front.stop_accepting()

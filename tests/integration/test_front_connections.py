@@ -1,4 +1,4 @@
-"""What a connection's first and last bytes mean, and how long it stays open."""
+"""First and last bytes of a connection, and how long it stays open."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_goaway_lets_running_requests_finish_then_closes(code):
         await client.flush()
         await soon(lambda: on.app.active == 2)
         await raw.send(goaway(client, code))
-        # The client goes on with its part of the streams that run.
+        # The client goes on with its running streams.
         client.h2.increment_flow_control_window(1000, streaming)
         client.h2.ping(b"12345678")
         on.app.release.set()
@@ -127,7 +127,7 @@ async def test_goaway_flood_is_harmless():
 
 
 def goaway(client: H2Client, code: int = 0) -> bytes:
-    """The frame by hand: h2's own client would end all its streams with it."""
+    """A GOAWAY frame by hand: h2's own client would end all its streams with it."""
     return bytes([0, 0, 8, 7, 0, 0, 0, 0, 0]) + bytes(4) + int(code).to_bytes(4, "big")
 
 

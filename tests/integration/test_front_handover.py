@@ -1,4 +1,5 @@
-"""From the lane to Hypercorn without losing a byte; TLS and plain on one port; the listeners."""
+"""Handover from the lane to Hypercorn without losing a byte; TLS and plain on one port;
+listeners."""
 
 from __future__ import annotations
 
@@ -185,7 +186,7 @@ async def test_front_tls_first_bytes_before_drain_are_served(kind):
     async with running(kind, ssl_context=server_tls()) as on, connected(on.port) as client:
         await soon(lambda: on.front.connections)
         await trio.testing.wait_all_tasks_blocked()
-        os.write(client.stream.socket.fileno(), post())  # without giving the front a turn
+        os.write(client.stream.socket.fileno(), post())  # without a checkpoint for the front
         on.front.stop_accepting()
         on.front.begin_drain()
         reply = await client.reply()

@@ -1,4 +1,4 @@
-"""TLS at the front: memory, fairness, and orderly ends."""
+"""TLS at the front: memory, fairness, and clean shutdown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HELLO = client_hello()
 
 @contextlib.contextmanager
 def no_garbage() -> Iterator[None]:
-    """What the block leaves behind of the server's TLS is gone without the garbage collector."""
+    """The server's TLS objects of the block are freed without the garbage collector."""
     gc.collect()
     before = server_ends()
     gc.disable()
@@ -144,7 +144,7 @@ ENDINGS = [
 async def test_tls_ended_connection_leaves_no_garbage(kind, ending):
     limits = Limits(linger=0.3, max_linger=2.0, header_timeout=0.5)
     async with running(kind, ssl_context=server_tls(), tls_only=True, limits=limits) as on:
-        await ending(on.port)  # what is made once
+        await ending(on.port)  # objects that are made once
         await soon(lambda: not on.front.connections)
         with no_garbage():
             for _ in range(3):
@@ -171,7 +171,7 @@ async def test_handshakes_beyond_limit_end_the_oldest(monkeypatch):
 
 
 async def computed_per_turn(count: int, *, begun: bool) -> list[int]:
-    """How many of so many handshakes compute in each turn of the loop."""
+    """The number of handshakes computed in each turn of the loop."""
     computed: list[int] = []
     turns: list[int] = []
     handshakes = Handshakes()
@@ -245,7 +245,7 @@ async def test_handshake_of_disconnected_client_is_not_computed(monkeypatch):
 
 
 async def strictly(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStream]:
-    """A client that takes an end without close_notify for an attack."""
+    """A client that treats an end without close_notify as an attack."""
     context = ssl.create_default_context(cafile=PEM)
     context.set_alpn_protocols(list(protocols) or ["http/1.1"])
     stream = await trio.open_ssl_over_tcp_stream("127.0.0.1", port, ssl_context=context)

@@ -1,4 +1,4 @@
-"""Listening sockets that two processes share, as far as one process can show it."""
+"""Listening sockets that two processes share, tested within one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_router.http.server.socket_handover import notify, passed_sockets, step
 
 @contextlib.contextmanager
 def sharing(family: socket.AddressFamily, host: str, count: int) -> Iterator[list[socket.socket]]:
-    """So many sockets that listen at the same address, in the order of their age."""
+    """`count` sockets that listen at the same address, oldest first."""
     with contextlib.ExitStack() as stack:
         listeners: list[socket.socket] = []
         for _ in range(count):
@@ -28,7 +28,7 @@ def sharing(family: socket.AddressFamily, host: str, count: int) -> Iterator[lis
 
 
 def connections(listeners: list[socket.socket], count: int) -> list[int]:
-    """How many of so many connections each of them gets."""
+    """How many of `count` connections each listener gets."""
     address = listeners[0].getsockname()
     for _ in range(count):
         socket.create_connection(address[:2]).close()

@@ -1,4 +1,4 @@
-"""An answer to HTTP/1.0 that breaks off: all that was sent arrives, and then a reset shows it.
+"""A truncated response to HTTP/1.0: all sent bytes arrive, then a reset shows the truncation.
 
 Only a reset shows such a client (nginx with a plain proxy_pass, for one) that the body is cut.
 """
@@ -33,7 +33,7 @@ async def test_truncated_response_reaches_slow_http_1_0_client_before_reset(kind
     async with running(kind, app=breaks_off_after(SIZE), limits=limits) as front:
         client = trio.socket.socket()
         with client:
-            # A window that is soon full: most of the answer waits at the router.
+            # A small window, so that most of the response waits at the router.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             await client.connect(("127.0.0.1", front.port))
             await client.send(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 0\r\n\r\n")
@@ -47,7 +47,7 @@ async def test_truncated_response_reaches_slow_http_1_0_client_before_reset(kind
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 async def test_truncated_response_reset_does_not_wait_for_stalled_client(kind: str):
-    # As much as the kernel takes, so that the application is not held up.
+    # As much as the kernel takes, so that the application is not blocked.
     async with running(kind, app=breaks_off_after(2 * len(PIECE)), limits=QUICK) as front:
         client = trio.socket.socket()
         with client:

@@ -1,4 +1,4 @@
-"""The cures of the bridge, each against what stock Hypercorn and quart-trio died or hung of."""
+"""The cures of the bridge, each against a crash or hang of stock Hypercorn and quart-trio."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class H2Client:
         await self.client.send(self.h2.data_to_send())
 
     async def events(self) -> list[h2.events.Event]:
-        """Some events; none when the server has closed."""
+        """Some events; an empty list when the server has closed."""
         found: list[h2.events.Event] = []
         while not found:
             try:
@@ -83,7 +83,7 @@ class H2Client:
         return found
 
     async def statuses(self, *wanted: int) -> dict[int, bytes]:
-        """The status of each of these streams once all have ended; b"reset" for a reset one."""
+        """The status of each stream once all have ended; b"reset" for a reset one."""
         await self.flush()
         found: dict[int, bytes] = {}
         ended: set[int] = set()
@@ -114,8 +114,8 @@ def kind(request) -> str:
 
 
 def test_hypercorn_version_is_the_reviewed_one():
-    """Cures reach into classes whose source was read at this version. After a change, read again:
-    every override in the bridge, `TCPServer.run` and `worker_serve`."""
+    """The cures override classes of this version. After an upgrade, review every override in the
+    bridge, `TCPServer.run` and `worker_serve`."""
     assert importlib.metadata.version("hypercorn").startswith("0.18.")
 
 
@@ -215,7 +215,7 @@ async def test_http2_body_after_early_response_is_ignored(kind):
         stream = peer.request(b"/v1/early", b"POST", end=False)
         assert await peer.statuses(stream) == {stream: b"413"}
         with_body = peer.h2.data_to_send()
-        # The stream is over for h2, but a client may not know that yet.
+        # h2 has ended the stream, but a client may not know that yet.
         frame = hyperframe.frame.DataFrame(stream, b"late", flags=["END_STREAM"])
         await client.send(with_body + frame.serialize())
         again = peer.request()
@@ -284,7 +284,7 @@ async def test_http2_connection_without_request_is_closed_as_idle(kind):
             pass
 
 
-# A client says how much it takes (RFC 9113 5.2), and may never say so.
+# A client announces its window (RFC 9113 5.2), and may never open it.
 NO_WINDOW = hyperframe.frame.SettingsFrame(
     0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 0}
 ).serialize()
@@ -301,7 +301,7 @@ async def test_http2_unread_response_applies_backpressure(kind):
         for _ in range(50):
             await trio.testing.wait_all_tasks_blocked()
         assert on.app.parts == 1
-        # A byte more or less: the rest waits for a window that holds it.
+        # A byte more or less: the rest waits for a larger window.
         await client.send(
             hyperframe.frame.WindowUpdateFrame(stream, window_increment=1).serialize()
         )
@@ -320,7 +320,7 @@ async def test_http2_unread_stream_is_reset_in_time(kind, path):
         stream = peer.request(path)
         assert (await peer.statuses(stream))[stream] == b"reset"
         await soon(lambda: not on.app.active)
-        # Only that stream: the connection lives on.
+        # Only that stream: the connection stays open.
         await client.send(
             hyperframe.frame.SettingsFrame(
                 0, settings={hyperframe.frame.SettingsFrame.INITIAL_WINDOW_SIZE: 65535}

@@ -1,4 +1,4 @@
-"""Websockets whose clients break the protocol, or send more than a feed's client needs to."""
+"""Websocket clients that break the protocol, or send more than a feed client needs to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def opened(client: Client, *fields: str) -> None:
 
 
 async def sent_until_closed(client: Client, piece: bytes, most: int) -> bytes:
-    """Send a piece again and again, `most` times; what comes back until the router closes."""
+    """Send a piece up to `most` times; returns the bytes received until the router closes."""
     came = b""
 
     async def send() -> None:

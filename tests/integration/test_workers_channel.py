@@ -1,4 +1,4 @@
-"""Messages between the processes of a router: whole, in order, with what comes along."""
+"""Messages between the processes of a router: whole, in order, with their descriptors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the file holds: a configuration or clear lines, and nothing secret in them."""
+"""Any file content gives a configuration or clear error lines, without secrets in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever servers say and clients do: one honest end per exchange, and nothing left."""
+"""Any events of servers and clients: every exchange ends once, correctly, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ANSWERS = [
 ]
 WHOLE = {b'{"a":1}', event("a") + event("b", "stop") + DONE, b"{}"}
 
-# (answer, how much of it, pause before it, what then)
+# (response, the sent part of it, the pause before it, the end)
 ACTIONS = st.tuples(
     st.sampled_from(ANSWERS),
     st.one_of(st.just(1.0), st.floats(0, 1)),
@@ -65,7 +65,7 @@ def playing(actions: list[tuple[bytes, float, float, str]]) -> Script:
 
 
 def is_honest(got: Got) -> bool:
-    """An end that a client can take at its word."""
+    """An end that a client can trust."""
     if got.whole:
         return got.body in WHOLE or b"x-vllm-router-error" in dict(got.headers)
     return not got.body.endswith(DONE)

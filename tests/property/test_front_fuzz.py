@@ -1,5 +1,5 @@
-"""Whatever is sent to the public port: the next client is served, nothing is left behind, and no
-connection fails in an unforeseen way."""
+"""Any bytes at the public port: the next client is served, nothing leaks, and no connection
+fails in an unforeseen way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HANDSHAKE = (
 
 @st.composite
 def frames(draw):
-    """HTTP/2 frames: the right shape, anything in it."""
+    """HTTP/2 frames with valid headers and random contents."""
     payload = draw(st.binary(max_size=40))
     head = len(payload).to_bytes(3, "big") + bytes([draw(st.integers(0, 11))])
     head += bytes([draw(st.sampled_from([0, 1, 4, 5, 0x24, 0x25]))])

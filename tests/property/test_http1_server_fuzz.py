@@ -1,7 +1,7 @@
-"""The lane reads what h11 reads: the same requests and bodies from the same bytes, however cut.
+"""The lane reads like h11: the same requests and bodies from the same bytes, in any split.
 
-Where the two differ, the lane must be the stricter one, for a reason that stands in STRICTER.
-`FUZZ_EXAMPLES=100000 pytest tests/property/test_http1_server_fuzz.py` looks harder.
+Where the two differ, the lane must be the stricter one, for a reason listed in STRICTER.
+`FUZZ_EXAMPLES=100000 pytest tests/property/test_http1_server_fuzz.py` tries more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support.fuzzing import EXAMPLES
 from vllm_router.http.server.server import Server, StreamConnection
 
-# Messages of refusals that h11 does not share, each with the reason for having it.
+# Refusals that h11 does not share, each with its reason.
 STRICTER = {
     # RFC 9112 6.1: the classic of request smuggling; h11 lets Transfer-Encoding win.
     "both Content-Length and Transfer-Encoding",
@@ -60,9 +60,9 @@ STRICTER = {
     "",  # OPTIONS *, answered by the lane itself
     # RFC 9110 10.1.1.
     "only 100-continue can be expected",
-    # h11 takes control characters in values for obs-text.
+    # h11 accepts control characters in values as obs-text.
     "malformed head: Invalid header value char",
-    # Said at once, where h11 waits for the end of the head to come.
+    # Refused at once; h11 waits for the end of the head.
     "not HTTP/1.1",
     "malformed request line",
     "malformed method",
@@ -73,7 +73,7 @@ REFUSED_BY_BOTH = "refused"
 
 @dataclass
 class Seen:
-    """What one server made of the bytes."""
+    """The result of one server for the bytes."""
 
     requests: list[tuple[str, bytes, tuple[tuple[bytes, bytes], ...], bytes]] = field(
         default_factory=list
@@ -82,7 +82,7 @@ class Seen:
 
 
 class Script(trio.abc.Stream):
-    """A client that sends these pieces, waits until nothing more happens, and leaves."""
+    """A client that sends these pieces, waits until nothing more happens, and disconnects."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self._pieces = pieces[::-1]
@@ -178,7 +178,7 @@ def through_h11(pieces: list[bytes]) -> Seen:
 
 
 def origin_form(target: bytes) -> bytes:
-    """An absolute target as the path and query that the application sees of it."""
+    """An absolute target as the application sees it: path and query."""
     for scheme in (b"http://", b"https://"):
         if target.lower().startswith(scheme):
             _, _, rest = target.partition(b"//")
@@ -250,7 +250,7 @@ def requests(draw):
 
 @st.composite
 def sane_requests(draw):
-    """Without a fault, so that what comes behind is reached."""
+    """A valid part, so that the parts after it are reached."""
     lines = [draw(st.sampled_from([b"GET", b"POST", b"PUT"])) + b" /a?b HTTP/1.1", b"Host: a"]
     names = draw(st.lists(st.sampled_from([b"X-A", b"Accept", b"x_y"]), max_size=3))
     lines += [name + b": " + draw(st.sampled_from([b"", b"v", b"\xe9 w"])) for name in names]
@@ -283,7 +283,7 @@ def check(pieces: list[bytes]) -> None:
     if ours.refusal is not None and theirs.refusal is None:
         assert ours.refusal in STRICTER
     if ours.refusal is not None:
-        # Nothing may have been read differently before the refusal.
+        # Everything before the refusal must have been read alike.
         assert ours.requests == theirs.requests[: len(ours.requests)]
         assert len(ours.requests) == len(theirs.requests) or ours.refusal in STRICTER
     else:

@@ -1,7 +1,7 @@
 """Any sequence of events in the admission queue, compared with a plain list as a model.
 
-Requests come, with or without a model that stands in for theirs, are served, fail and return, give
-up, and are displaced; servers fall, come back, change their caps and their models.
+Requests arrive, with or without a fallback model, are served, fail and return, disconnect, and are
+displaced; servers go down, come back, change their caps and their models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUEUE_SIZE = 5
 
 
 class Request(QueueEntry):
-    """A place, and what the machine knows of it."""
+    """A waiter, with the state that the model keeps of it."""
 
     falls_back = False
     tried: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class Overload(RuleBasedStateMachine):
     # -- what the router knows ----------------------------------------------------------------
 
     def candidates(self, one: Request) -> list[str]:
-        """The servers that may be asked now, as an exchange chooses them."""
+        """The servers available now, as an exchange chooses them."""
         for model in (one.model, *([FALLBACK[one.model]] if one.falls_back else [])):
             found = [
                 name
@@ -81,7 +81,7 @@ class Overload(RuleBasedStateMachine):
         return Verdict.SERVED
 
     def check_order(self, served: Request) -> None:
-        """No request waits that should have had the server instead."""
+        """Check that no waiting request was entitled to the server instead."""
         for other in self.waiting:
             if (other.key, other.priority) == (served.key, served.priority) and (
                 served.server in other.route.servers
@@ -104,7 +104,7 @@ class Overload(RuleBasedStateMachine):
                 assert turns[served.key, served.route] <= 1, f"two turns in a row: {served.key}"
 
     def is_first(self, one: Request) -> bool:
-        """Whether no earlier request of the same key waits for the same."""
+        """Whether no earlier request of the same key waits for the same model."""
         alike = (one.key, one.route, one.priority, one.returning)
         return not any(
             (other.key, other.route, other.priority, other.returning) == alike
@@ -137,7 +137,7 @@ class Overload(RuleBasedStateMachine):
         one.falls_back = falls_back and model in FALLBACK
         one.route = self.route(one)
         free = self.free(one)
-        if free:  # else a waiting request could use it, too, and would have it
+        if free:  # else a waiting request could use the server, too, and would have it
             self.running.append((free[0], one))
             return
         room = self.rooms.model_queue(model)
@@ -184,7 +184,7 @@ class Overload(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("abcd"))
     def server_dies(self, name: str) -> None:
-        """Its requests return and may not go there again."""
+        """Its requests return and may not be sent there again."""
         self.up.discard(name)
         lost = [one for server, one in self.running if server == name]
         self.running = [pair for pair in self.running if pair[0] != name]
@@ -248,5 +248,5 @@ TestOverload.settings = settings(
     max_examples=80,
     stateful_step_count=50,
     deadline=None,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink would take minutes
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking would take minutes
 )

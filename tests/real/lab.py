@@ -55,7 +55,7 @@ def free_port() -> int:
 
 @dataclass
 class RealServer:
-    """One vLLM server; `start` and `wait` are apart so that two can come up together."""
+    """One vLLM server; `start` and `wait` are separate so that two can start together."""
 
     port: int = field(default_factory=free_port)
     arguments: tuple[str, ...] = ()
@@ -79,11 +79,11 @@ class RealServer:
         lab("stop", str(self.port))
 
     def kill(self) -> None:
-        """SIGKILL for all its processes: what it has begun ends without a word."""
+        """SIGKILL for all its processes: running responses end abruptly."""
         os.killpg(self.pid, signal.SIGKILL)
 
     def revive(self) -> None:
-        """Start it again, whatever is left of it."""
+        """Start it again, whatever state it is in."""
         self.stop()
         self.start()
         self.wait()
@@ -94,7 +94,7 @@ class RealServer:
 
     @property
     def runs(self) -> bool:
-        """Whether its process is still there."""
+        """Whether its process still runs."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -125,7 +125,7 @@ def real_servers(
 
 @dataclass
 class Message:
-    """One request or response as it stood on the wire, chunked framing taken off the body."""
+    """One request or response as sent on the wire, with chunked framing removed from the body."""
 
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     body: bytes = b""
@@ -136,7 +136,7 @@ class Message:
 
 
 class Messages:
-    """Collects what an httptools parser announces."""
+    """Collects the callbacks of an httptools parser."""
 
     def __init__(self, data: bytes, parser: type) -> None:
         self.list: list[Message] = []
@@ -176,7 +176,7 @@ class Tap:
     def __exit__(self, *_: object) -> None:
         # shutdown wakes a thread in accept() or recv(); close alone would not.
         for each in (self._listener, *self._sockets):
-            with contextlib.suppress(OSError):  # its other end may have closed it
+            with contextlib.suppress(OSError):  # the other end may have closed it
                 each.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
@@ -201,7 +201,8 @@ class Tap:
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket, copy: bytearray) -> None:
-        # Every byte is in the copy before the receiver can have it.
+        # Every byte is in the copy before the receiver can have it. A side was reset, or the tap is
+        # closing.
         with contextlib.suppress(OSError):  # a side was reset, or the tap is closing
             while data := source.recv(65536):
                 copy += data
@@ -209,7 +210,7 @@ class Tap:
             sink.shutdown(socket.SHUT_WR)
 
     def exchange(self, request_id: str) -> tuple[Message, Message]:
-        """The request with that X-Request-Id as the server got it, and what it answered so far."""
+        """The request with that X-Request-Id as the server got it, and its response so far."""
         for sent, received in self._wires:
             if request_id.encode() in sent:
                 requests = Messages(bytes(sent), httptools.HttpRequestParser).list

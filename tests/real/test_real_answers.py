@@ -1,5 +1,5 @@
-"""What real vLLM servers say in each API when they are full, stopped, paused or asked to abort, and
-what clients of the router get then.
+"""Responses of real vLLM servers in each API when they are full, stopped, paused or asked to abort,
+and what clients of the router get then.
 
     VLLM_LAB=/path/to/start.sh scripts/test -m real tests/real/test_real_answers.py
 """
@@ -89,8 +89,8 @@ def test_real_opened_requests_survive_server_death(servers: list[RealServer], tm
 def test_real_queue_of_stopping_server_is_answered_elsewhere(
     servers: list[RealServer], tmp_path: Path
 ):
-    """Whichever of its three ends vLLM chooses: aborts, errors or silence. Its engine stands still,
-    so that the queue is there for as long as the test needs it."""
+    """In all three ways in which vLLM may end: aborts, errors or silence. The engine is paused,
+    so that the queue exists for as long as the test needs it."""
     victim = servers[0]
     httpx.post(f"{victim.url}/pause?mode=keep")
     try:
@@ -116,7 +116,7 @@ def test_real_queue_of_stopping_server_is_answered_elsewhere(
 
 
 def test_real_abort_with_tokens_passes_uncounted(servers: list[RealServer], tmp_path: Path):
-    """A client that wants partial answers gets them: once, and no server is blamed."""
+    """Clients that want partial responses get them, once, and no server is counted as failing."""
     begun = threading.Semaphore(0)
     with router(servers, tmp_path) as process, ThreadPoolExecutor(8) as pool:
         for api in PATHS:
@@ -182,7 +182,7 @@ def aliased(
 def test_real_json_that_vllm_reads_is_read(
     servers: list[RealServer], aliased: RouterProcess, case: str
 ):
-    """The alias is applied, which it can only be if the model has been seen."""
+    """The alias is applied, which proves that the model was read."""
     headers = {"content-type": "application/json"}
     path = "/v1/chat/completions"
     with httpx.Client(timeout=60) as client:
@@ -219,8 +219,8 @@ def test_real_json_that_vllm_refuses_is_400(
 
 
 def test_real_conversation_leaves_server_paused_directly(servers: list[RealServer], tmp_path: Path):
-    """The first client that leaves without a byte is the evidence. Later requests are answered,
-    also one that the router tries the server with: after 5 s without a token they go elsewhere."""
+    """The first client that disconnects without a byte is the evidence. Later requests are
+    answered, including the probation request: after 5 s without a token it is retried elsewhere."""
     paused = servers[0]
     httpx.post(f"{paused.url}/pause")
     try:

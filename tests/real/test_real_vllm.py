@@ -2,10 +2,11 @@
 
     VLLM_LAB=/path/to/start.sh scripts/test -m real
 
-How answers are compared. vLLM takes an answer's `id` from X-Request-Id, so both sides get the same
-one; `created` is the time in seconds and is masked. How many tokens an SSE event carries depends on
-the engine's timing, so streams are compared byte for byte with what the server put on the wire for
-that very request (a tap between router and server), and with a direct answer by their content.
+How responses are compared: vLLM takes a response's `id` from X-Request-Id, so both sides get the
+same one; `created` is the time in seconds and is masked. The number of tokens in an SSE event
+depends on the engine's timing, so streams are compared byte for byte with the bytes that the server
+sent for that very request (by a tap between router and server), and with a direct response by
+content.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SAMPLING: dict[str, Any] = {
     "temperature": 0.7,
     "max_tokens": 24,
 }
-# vLLM's own parameters, which the SDK passes on as they are.
+# vLLM's own parameters, which the SDK passes on unchanged.
 EXACTLY = {"ignore_eos": True}
 
 
@@ -51,7 +52,7 @@ def servers() -> Iterator[list[RealServer]]:
 
 @contextlib.contextmanager
 def router(servers: Iterable[RealServer | Tap], directory: Path, **settings: Any) -> Iterator[str]:
-    """The URL of a router in front of these; it must also end as it should."""
+    """The URL of a router in front of these servers; also checks that it exits cleanly."""
     # Two cores that compute may keep a check waiting for a second.
     settings = {"health_check_timeout": 5.0, **settings}
     config = servers_toml([server.url for server in servers], capacity=8, **settings)
@@ -82,7 +83,7 @@ def masked(body: bytes) -> bytes:
 
 
 def content(chunks: Iterable[Any]) -> dict[str, Any]:
-    """What a streamed chat answer says, however the engine cut it into events."""
+    """The content of a streamed chat response, however the engine split it into events."""
     chunks = list(chunks)
     choices = [choice for chunk in chunks for choice in chunk.choices]
     return {
@@ -185,7 +186,7 @@ def test_real_completions_and_engine_errors_pass_unchanged(servers: list[RealSer
 def test_real_models_keep_fields_of_engine(servers: list[RealServer], routed: str):
     (direct,) = httpx.get(f"{servers[0].url}/v1/models").json()["data"]
     (through,) = httpx.get(f"{routed}/v1/models").json()["data"]
-    volatile = {"created", "permission"}  # made anew for each answer
+    volatile = {"created", "permission"}  # made anew for each response
     assert direct["max_model_len"] == 2048
     assert {k: v for k, v in through.items() if k not in volatile} == {
         k: v for k, v in direct.items() if k not in volatile
@@ -209,7 +210,7 @@ def test_real_stream_is_byte_for_byte_and_unbuffered(servers: list[RealServer], 
         ) as answer:
             raw = answer.iter_raw()
             received = next(raw)
-            # The end had not left the server when the first bytes were here.
+            # The first bytes were here before the server had sent the end.
             assert not tap.exchange(request_id)[1].complete
             received += b"".join(raw)
         request, response = tap.exchange(request_id)
@@ -276,8 +277,8 @@ def test_real_sigterm_of_one_server_fails_no_unstarted_response(
 ):
     """vLLM ends a SIGTERM mid-generation in three ways, one of them silence on an open connection.
 
-    Non-streamed answers are whole, from the other server; streams of the dying one end, and not as
-    if they were whole; what comes afterwards is served as if nothing had happened.
+    JSON responses are whole, from the other server; streams of the dying one end visibly truncated;
+    later requests are served normally.
     """
     tokens = 1500
     bodies = [
@@ -297,7 +298,7 @@ def test_real_sigterm_of_one_server_fails_no_unstarted_response(
                         received += data
                         generating.release()
             except httpx.RemoteProtocolError:
-                pass  # cut short, as it must be when the server stopped half-way
+                pass  # truncated, as the server stopped half-way
         return answer.status_code, received
 
     with router(servers, tmp_path, idle_timeout=5) as url:
@@ -335,7 +336,7 @@ def test_real_sigterm_of_one_server_fails_no_unstarted_response(
 def test_real_sigterm_with_grace_period_fails_no_response(
     servers: list[RealServer], tmp_path: Path
 ):
-    """While it lets its streams finish, `/health` is 200 and each new request gets a quick 500."""
+    """While it finishes its streams, `/health` is 200 and each new request gets a quick 500."""
     long = streamed(max_tokens=1500, **EXACTLY)
     short = {**SAMPLING, **EXACTLY, "max_tokens": 16}
     begun = threading.Semaphore(0)
@@ -351,7 +352,7 @@ def test_real_sigterm_with_grace_period_fails_no_response(
         return answer.headers["x-vllm-router-server"], received
 
     def ask() -> list[tuple[str, int, int]]:
-        """Where from, the status and the attempts of each."""
+        """Server, status and attempts of each response."""
         seen = []
         with httpx.Client(timeout=60) as client:
             while not over.is_set():
