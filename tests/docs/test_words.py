@@ -51,6 +51,7 @@ LEFT = {
     "pyproject.toml": 1,
     "servers.example.toml": 4,
     "tests/e2e/test_room.py": 1,
+    "tests/e2e/test_smuggling.py": 1,
     "tests/integration/test_front.py": 3,
     "tests/unit/fleet/test_slow_start.py": 8,
     "tests/unit/http/test_http1_server.py": 1,
