@@ -53,7 +53,7 @@ IO_AND_CLOCKS = {
     *("quart", "quart_trio", "hypercorn"),
 }
 
-CIRCLES = ("vllm_router.proxy", "vllm_router.http.server")
+CIRCLES = ("vllm_router.http.server",)
 
 # Web frameworks are known to the control plane and to the adapter only.
 WEB_FRAMEWORKS = {"quart", "quart_trio", "hypercorn"}

@@ -25,6 +25,7 @@ from support.scripted_server import MemoryPool, Script, ScriptedServer
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, OUTLET
+from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import Outcome
@@ -191,12 +192,13 @@ class Rig:
         self.fleet = Fleet(self.config)
         self.recorder = Recorder()
         self.rng = Random(1)
-        self.proxy = Proxy(self.fleet, self.config, (self.recorder,), self.rng)
-        self.proxy.tell_every = 0.0  # else a second response within 5 ms is reported later
+        self.proxy = Proxy(self.fleet, self.config, BatchedRecorder((self.recorder,)), self.rng)
+        self.context = self.proxy.context
+        self.context.recorder.interval = 0.0  # else a second response within 5 ms is reported later
         self.scripted: dict[str, ScriptedServer] = {}
         for server, script in zip(self.servers, scripts, strict=True):
             scripted = self.scripted[server.name] = ScriptedServer(nursery, script)
-            self.proxy.links[server].pool = MemoryPool(scripted)
+            self.context.upstreams[server].pool = MemoryPool(scripted)
             if up:
                 come_up(server, trio.current_time())
 
@@ -278,16 +280,16 @@ class Rig:
     async def settled(self) -> None:
         """Nothing is left of any exchange; each was accounted for once."""
         await trio.testing.wait_all_tasks_blocked()
-        assert not self.proxy.exchanges
+        assert not self.context.exchanges
         idle = dict.fromkeys(self.scripted, 0)
-        idle |= {server.name: link.pool.idle for server, link in self.proxy.links.items()}
+        idle |= {server.name: link.pool.idle for server, link in self.context.upstreams.items()}
         if any(scripted.open > idle[name] for name, scripted in self.scripted.items()):
             await trio.sleep(30)  # scripts that sleep have not noticed yet
         for server in self.fleet.all_servers():
             assert (server.in_flight, server.leases) == (0, set()), server
         for name, scripted in self.scripted.items():
             assert scripted.open <= idle[name], f"{name}: {scripted.open} connections open"
-        assert self.proxy.budget.tokens >= 0
+        assert self.context.budget.tokens >= 0
 
 
 @asynccontextmanager

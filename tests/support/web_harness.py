@@ -143,7 +143,7 @@ class Lab:
     def ended(self, server: Server | None = None, **more: Any) -> Record:
         """Report a finished exchange; by default a good streamed one that took a second."""
         record = make_record(trio.current_time(), server, **more)
-        self.router.proxy.ended(record)
+        self.router.proxy.context.recorder.exchange_ended(record)
         return record
 
 

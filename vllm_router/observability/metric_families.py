@@ -228,7 +228,7 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     ),
     (
         _gauge("request_body_bytes_held", "Bytes of request bodies that wait to be sent."),
-        lambda router: router.proxy.bodies.held,
+        lambda router: router.proxy.context.bodies.held,
     ),
     (
         _gauge("tasks", "Tasks of the process that answers: they go when what they serve is over."),
@@ -240,12 +240,14 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     ),
     (
         _gauge("queue_limit", "Requests that may wait per model; missing without [limits]."),
-        lambda router: router.proxy.gate.limits.queue_size if router.proxy.gate else None,
+        lambda router: (
+            router.proxy.context.gate.limits.queue_size if router.proxy.context.gate else None
+        ),
     ),
     (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),
     (
         _gauge("retry_budget_tokens", "Replays that the retry budget allows at the moment."),
-        lambda router: router.proxy.budget.tokens,
+        lambda router: router.proxy.context.budget.tokens,
     ),
     (
         _gauge("uptime_seconds", "Since the router was started."),

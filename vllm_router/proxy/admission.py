@@ -14,24 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import trio
 
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.errors import Refused
-from vllm_router.fleet.server import State
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server, State, Transition
 from vllm_router.proxy import admission_refusals as refusals
-from vllm_router.proxy.waiter import Grant, Peers, Waiter
+from vllm_router.proxy.waiter import Grant, Peers, Ticket, Waiter
 from vllm_router.routing.queue.drain_rate import MARGIN
 from vllm_router.routing.queue.entry import QueueEntry, Verdict
 from vllm_router.routing.queue.model_queue import ModelQueue
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
-
-if TYPE_CHECKING:
-    from vllm_router.fleet.server import Server, Transition
-    from vllm_router.proxy.exchange import Exchange
-    from vllm_router.proxy.handler import Proxy
 
 PeersMaker = Callable[["Gate"], Peers]
 
@@ -56,10 +52,10 @@ class Gate:
     """
 
     def __init__(
-        self, proxy: Proxy, limits: LimitsConfig, make_peers: PeersMaker | None = None
+        self, fleet: Fleet, limits: LimitsConfig, make_peers: PeersMaker | None = None
     ) -> None:
         self.limits = limits
-        self.fleet = proxy.fleet
+        self.fleet = fleet
         self.generation = 0
         """Counted up when servers have come, gone or changed what they take."""
         self._waiters = 0
@@ -113,9 +109,7 @@ class Gate:
 
     # -- one request --------------------------------------------------------------------------
 
-    async def pass_through(
-        self, exchange: Exchange, candidates: Sequence[Server], now: float
-    ) -> Grant:
+    async def pass_through(self, ticket: Ticket, candidates: Sequence[Server], now: float) -> Grant:
         """A server for an exchange, perhaps after a wait. The lease is the caller's to release.
 
         Raises Refused if there is no place to wait, or if it has waited too long.
@@ -126,14 +120,14 @@ class Gate:
         waiter = None
         if self._peers is None or not self.places:
             # No waiting request can use a server that is free: else it would have it.
-            grant = self._grant(exchange, candidates, now)
+            grant = self._grant(ticket, candidates, now)
         else:
-            waiter = self._waiter(exchange, now)
+            waiter = self._waiter(ticket, now)
             grant = self._at_once(waiter, now)
         if grant is not None:
             return grant
         if waiter is None:
-            waiter = self._waiter(exchange, now)
+            waiter = self._waiter(ticket, now)
         displaced = self._check_in(waiter, bool(candidates), now)
         self.places.join(waiter)
         if self._peers is not None:
@@ -165,7 +159,7 @@ class Gate:
         finally:
             self._waiters -= 1
             then = trio.current_time()
-            waiter.exchange.record.waited += then - now
+            waiter.ticket.waited(then - now)
             if waiter.grant is None and waiter.refused is None:
                 self._leave(waiter, then)
         if waiter.grant is None:
@@ -174,7 +168,7 @@ class Gate:
 
     def _grant(
         self,
-        exchange: Exchange,
+        ticket: Ticket,
         candidates: Sequence[Server],
         now: float,
         promised: Mapping[Server, int] = _NONE,
@@ -188,7 +182,7 @@ class Gate:
             free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
         if not free:
             return None
-        policy, facts = exchange.request.policy, exchange.request.facts
+        policy, facts = ticket.policy, ticket.facts
         # A policy that remembers candidates knows them by the tuple, and one needs no choice.
         among = candidates if len(free) == len(candidates) else free
         server, note = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
@@ -196,18 +190,18 @@ class Gate:
         policy.leased(lease, note, facts, now)
         return policy, lease
 
-    def _waiter(self, exchange: Exchange, now: float) -> Waiter:
+    def _waiter(self, ticket: Ticket, now: float) -> Waiter:
         limits = self.limits
         return Waiter(
-            self.room_of(exchange.request.facts.model),
-            exchange.priority if limits.client_priority else 0,
-            self._key(exchange.record.key_name),
+            self.room_of(ticket.facts.model),
+            ticket.priority if limits.client_priority else 0,
+            self._key(ticket.key),
             now,
-            min(now + limits.queue_timeout, exchange.deadline),
-            exchange.record.attempts > 0,
-            exchange.route(self.serving, now),
+            min(now + limits.queue_timeout, ticket.deadline),
+            ticket.returning,
+            ticket.route(self.serving, now),
             self._peers.number if self._peers is not None else 0,
-            exchange=exchange,
+            ticket=ticket,
         )
 
     def _key(self, name: str) -> object:
@@ -235,7 +229,7 @@ class Gate:
         ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
         if ahead and any_server and rate is not None and room.rate.is_current:
             wait = (ahead + 1) / rate
-            left = waiter.exchange.deadline - now - room.shortest.seconds(now)
+            left = waiter.ticket.deadline - now - room.shortest.seconds(now)
             most = min(limits.queue_timeout, left / MARGIN)
             if wait > most:
                 raise refusals.too_long(wait, most, self._bounded(wait - most))
@@ -248,7 +242,7 @@ class Gate:
     ) -> Refused:
         """429 if the servers have too much to do, 503 if there is none."""
         if not any_server:
-            return waiter.exchange.nobody()
+            return waiter.ticket.no_server()
         return refusals.full(self.limits.queue_size, self._drained_in(room, now))
 
     def displace(self, place: QueueEntry, now: float) -> None:
@@ -259,17 +253,17 @@ class Gate:
                 self._peers.displaced(place)
             return
         room = self.places.model_queue(place.model)
-        some = place.exchange.choices(now)
+        some = place.ticket.candidates(now)
         refused = refusals.displaced(self._drained_in(room, now))
-        self._send_away(place, refused if some else place.exchange.nobody(), now)
+        self._send_away(place, refused if some else place.ticket.no_server(), now)
 
     def _too_late(self, waiter: Waiter) -> Refused:
         """Why it is sent away after a wait."""
-        exchange, now = waiter.exchange, trio.current_time()
-        if now >= exchange.deadline:
+        ticket, now = waiter.ticket, trio.current_time()
+        if now >= ticket.deadline:
             return refusals.past_deadline()
-        if not exchange.choices(now):
-            return exchange.nobody()
+        if not ticket.candidates(now):
+            return ticket.no_server()
         drained_in = self._drained_in(self.places.model_queue(waiter.model), now)
         return refusals.timed_out(now - waiter.since, drained_in)
 
@@ -313,9 +307,9 @@ class Gate:
         for room in self.rooms:
             for place in list(room):
                 if isinstance(place, Waiter):
-                    exchange = place.exchange
-                    new_room = self.room_of(exchange.request.facts.model)
-                    new_route = exchange.route(self.serving, now)
+                    ticket = place.ticket
+                    new_room = self.room_of(ticket.facts.model)
+                    new_route = ticket.route(self.serving, now)
                 else:
                     assert self._peers is not None
                     new_room, new_route = self._peers.where(place)
@@ -383,10 +377,10 @@ class Gate:
         if not rooms or self.fleet.unheard:
             return  # a server that has not told its models yet may have these
         for waiter in [place for room in rooms for place in room if isinstance(place, Waiter)]:
-            exchange = waiter.exchange
-            model = exchange.request.facts.model
-            if not (model is None or knows(model) or exchange.choices(now)):
-                self._send_away(waiter, exchange.nobody(), now)
+            ticket = waiter.ticket
+            model = ticket.facts.model
+            if not (model is None or knows(model) or ticket.candidates(now)):
+                self._send_away(waiter, ticket.no_server(), now)
 
     def _look_again(self, now: float) -> None:
         if self._missed:
@@ -417,17 +411,17 @@ class Gate:
         if not isinstance(place, Waiter):
             assert peers is not None
             return peers.give(place, now)
-        exchange = place.exchange
-        if now + self.places.model_queue(place.model).shortest.seconds(now) > exchange.deadline:
+        ticket = place.ticket
+        if now + self.places.model_queue(place.model).shortest.seconds(now) > ticket.deadline:
             place.refused = refusals.past_deadline()
         else:
             # of a request like this servers may have died since it came
-            place.refused = exchange.poisonous(now)
+            place.refused = ticket.rejection(now)
         if place.refused is not None:
             place.woken.set()
             return Verdict.DISMISSED
-        candidates = exchange.choices(now)
-        place.grant = self._grant(exchange, candidates, now, peers.promised if peers else _NONE)
+        candidates = ticket.candidates(now)
+        place.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
         if place.grant is None:
             if peers is not None and all(server.at_cap for server in candidates):
                 peers.passed_over(place, now)
@@ -469,7 +463,7 @@ class Gate:
         self.look(trio.current_time())
         self.fleet.on_settled.remove(self.look)
         self.fleet.on_transition.remove(self._server_changed)
-        self._empty(lambda waiter: waiter.exchange.nobody())
+        self._empty(lambda waiter: waiter.ticket.no_server())
 
     def stop(self, refused: Callable[[], Refused]) -> None:
         """The router is about to end: tell all requests that wait."""

@@ -54,7 +54,7 @@ class Death(NamedTuple):
         return self.certain or self.server.fell_at >= self.at or health.failures_in_row > 0
 
 
-class Poison:
+class Quarantine:
     """The requests that took two servers down. Time is an argument, in seconds.
 
     `entries` is empty but for a minute after such an event: look first whether it is.

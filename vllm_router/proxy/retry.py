@@ -225,10 +225,10 @@ BREAKS_SERVERS = frozenset(
         Outcome.GONE,
     }
 )
-"""Ends that a request itself may have caused; two of them make it poison."""
+"""Ends that a request itself may have caused; two of them make it quarantine."""
 
 KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.GONE})
-"""Those of them after which the server may be dead: of what `poison.py` remembers."""
+"""Those of them after which the server may be dead: of what `quarantine.py` remembers."""
 
 DEADLY = frozenset(
     {
@@ -266,7 +266,7 @@ FAILURES = frozenset({outcome for outcome in Outcome if RULES[outcome].blames}) 
 }
 """Ends after which a server is not surely well; see `failures.py`."""
 
-POISON_AFTER = 2
+QUARANTINE_AFTER = 2
 
 
 class RetryBudget:
@@ -313,7 +313,7 @@ class RetryBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RetryContext:
     """What an exchange has behind it when an attempt ends uncommitted."""
 
     attempts: int
@@ -326,7 +326,9 @@ class Standing:
     well_left: bool = False  # a candidate is up, not full, and has failed nothing lately
 
 
-def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: RetryBudget) -> Again:
+def decide(
+    outcome: Outcome, standing: RetryContext, max_retries: int, budget: RetryBudget
+) -> Again:
     """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
 
     What is NOT_COMPUTED costs nothing. Neither an empty budget nor servers that could not be
@@ -346,14 +348,14 @@ def decide(outcome: Outcome, standing: Standing, max_retries: int, budget: Retry
         return Again.NO
     if outcome in DOUBTFUL and standing.doubtful > 1:
         return Again.NO
-    if standing.broken >= POISON_AFTER:
+    if standing.broken >= QUARANTINE_AFTER:
         return Again.NO
     if outcome in NOT_COMPUTED or budget.withdraw():
         return Again.ELSEWHERE
     return Again.ELSEWHERE if standing.well_left and outcome in FAILURES else Again.NO
 
 
-def _may_go_on(standing: Standing, max_retries: int) -> bool:
+def _may_go_on(standing: RetryContext, max_retries: int) -> bool:
     """Whether attempts that cost nothing are not held against a request with a well server left."""
     paid = standing.attempts - standing.costless
     return standing.well_left and 0 < max_retries >= paid

@@ -1,33 +1,79 @@
-"""An exchange that waits for a server, and what it takes to share its order with other processes.
+"""Requests that wait for a server, and the interface to the queues of other processes.
 
 `Peers` is implemented by `workers/`; a router of one process has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
 from vllm_router.errors import Refused
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.routing.policies import Policy
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 
-if TYPE_CHECKING:
-    from vllm_router.fleet.server import Lease, Server
-    from vllm_router.proxy.exchange import Exchange
-    from vllm_router.routing.policies import Policy
 
-Grant = tuple["Policy", "Lease"]
+class Ticket(Protocol):
+    """A request that wants to be admitted.
+
+    `deadline` is when the whole request must have ended, on trio's clock; `returning` says that
+    it was admitted before and comes back after a failed attempt. `public_model` is the model that
+    the client asked for if others may stand in for it, else None.
+    """
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def facts(self) -> RoutingInfo: ...
+
+    @property
+    def priority(self) -> int:
+        """Lower is earlier."""
+
+    @property
+    def key(self) -> str:
+        """The name of the client's API key, or an empty text."""
+
+    @property
+    def public_model(self) -> str | None: ...
+
+    @property
+    def deadline(self) -> float: ...
+
+    @property
+    def returning(self) -> bool: ...
+
+    def candidates(self, now: float) -> Sequence[Server]:
+        """The servers to choose from; none if the request must wait for one to come up."""
+
+    def route(self, serving: Callable[[str | None], frozenset[Server]], now: float) -> Route:
+        """Everything about the request that `candidates` depends on."""
+
+    def rejection(self, now: float) -> Refused | None:
+        """Why the request must not be sent to any server, if so."""
+
+    def no_server(self) -> Refused:
+        """The refusal if there is no candidate."""
+
+    def waited(self, seconds: float) -> None:
+        """Account for a wait."""
+
+
+Grant = tuple[Policy, Lease]
 """A server that was leased, and the policy that chose it."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Waiter(QueueEntry):
-    """An exchange that waits. It is woken with a grant, or with what it is to be told."""
+    """A request that waits. It is woken with a grant, or with a refusal."""
 
-    exchange: Exchange
+    ticket: Ticket
     woken: trio.Event = field(default_factory=trio.Event)
     grant: Grant | None = None
     refused: Refused | None = None

@@ -65,7 +65,7 @@ class Dispatcher:
             await _refuse(scope, receive, send, refused)
             return
         supervisor.fleet.look()
-        supervisor.proxy.tell()
+        supervisor.proxy.context.recorder.flush()
         await self._control(scope, receive, send)
 
 

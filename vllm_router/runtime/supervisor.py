@@ -23,6 +23,7 @@ from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.stalls import StallMonitor
 from vllm_router.observability.tracing import Telemetry
 from vllm_router.proxy.admission import Queue
+from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
@@ -95,15 +96,15 @@ class Supervisor:
         self.proxy = Proxy(
             self.fleet,
             config,
-            self._recorders(parts, telemetry),
+            BatchedRecorder(self._recorders(parts, telemetry)),
             self.rng,
             self.tls,
             self.resolver,
             parts.make_peers,
         )
-        self.proxy.tracer = telemetry
+        self.proxy.context.tracer = telemetry
         if parts.usage is not None:
-            self.proxy.usage = parts.usage
+            self.proxy.context.usage = parts.usage
         self._parts = parts
         self._choose_recorded_fields(config)
         self.nudge = Nudge()
@@ -126,7 +127,7 @@ class Supervisor:
             )
         )
         self.lists = ModelLists(self.probes.list_readers, self.probes.list_gap)
-        self.proxy.look_at_lists = self.refresh_model_lists
+        self.proxy.context.refresh_models = self.refresh_model_lists
         self.fleet.on_stale_list.append(self.probes.read_list_soon)
         if parts.reports is None:
             self.fleet.on_transition += [
@@ -259,8 +260,8 @@ class Supervisor:
     def _choose_recorded_fields(self, config: Config) -> None:
         """Skip the extraction of fields that only the access log or tracing needs."""
         logged = self.output is not None and self.output.access.writer is not None
-        self.proxy.wants_usage = logged or self.proxy.tracer is not None
-        self.proxy.wants_prompt = logged and config.log.prompts
+        self.proxy.context.wants_usage = logged or self.proxy.context.tracer is not None
+        self.proxy.context.wants_prompt = logged and config.log.prompts
 
     @property
     def log_lines_dropped(self) -> int:
@@ -278,20 +279,20 @@ class Supervisor:
     @property
     def in_flight(self) -> int:
         """Requests in progress in all processes."""
-        return len(self.proxy.exchanges) + self._parts.others.in_flight
+        return len(self.proxy.context.exchanges) + self._parts.others.in_flight
 
     def running(self) -> list[Record]:
         """The records of the requests in progress."""
-        own = [exchange.record for exchange in self.proxy.exchanges]
+        own = [exchange.record for exchange in self.proxy.context.exchanges]
         return own + self._parts.others.running()
 
     def queues(self, now: float) -> list[Queue]:
         """The requests that wait for a server; empty without `[limits]`."""
-        return self.proxy.gate.queues(now) if self.proxy.gate is not None else []
+        return self.proxy.context.gate.queues(now) if self.proxy.context.gate is not None else []
 
     def prefix_statistics(self, server: Server) -> PrefixStatistics | None:
         """Expected prefix cache hits of a server; None if no policy predicts them."""
-        own = self.proxy.policies.statistics(server)
+        own = self.proxy.context.policies.statistics(server)
         all_of_them = [own, *self._parts.others.prefix_statistics(server)]
         known = [one for one in all_of_them if one is not None]
         return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
@@ -335,14 +336,14 @@ class Supervisor:
         are rejected; otherwise the drain would not end.
         """
         self.draining = True
-        self.proxy.stopping = still_listening
+        self.proxy.context.stopping = still_listening
         self.feed.close()
-        running = len(self.proxy.exchanges)
+        running = len(self.proxy.context.exchanges)
         if running:
             logger.info("draining: waiting for %d requests in flight", running)
         with trio.move_on_after(self.config.settings.drain_timeout) as patience:
             await self.proxy.drained()
-        self.proxy.stopping = True
+        self.proxy.context.stopping = True
         if patience.cancelled_caught:
             logger.warning(
                 "drain_timeout reached: cancelled %d requests in flight", self.proxy.stop()

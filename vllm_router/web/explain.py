@@ -31,8 +31,8 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         names = fleet.names
         answering = names.resolve(asked, lambda served: fleet.available(served, now))
         facts = msgspec.structs.replace(facts, model=names.served(answering))
-        policy = policy or router.proxy.policies.for_model(answering)
-    policy = policy or router.proxy.policies.default
+        policy = policy or router.proxy.context.policies.for_model(answering)
+    policy = policy or router.proxy.context.policies.default
     allowed = fleet.candidates(facts.model, now)
     candidates = [server for server in allowed if not server.at_cap]
     picked, ranked = _rank(policy, candidates, facts, now)
@@ -61,7 +61,7 @@ def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
     """The policy that the request names, if it may. Raises Refused."""
     name = fields.get("x-router-policy")
     given = {} if name is None else {b"x-router-policy": name.encode("latin-1", "replace")}
-    return wanted_policy(router.proxy, given)
+    return wanted_policy(router.proxy.context.policies, given)
 
 
 async def facts_of(
@@ -71,7 +71,7 @@ async def facts_of(
 
     Raises Refused for a body that cannot be read.
     """
-    read = policy or router.proxy.policies
+    read = policy or router.proxy.context.policies
     content_type = fields.get("content-type", "").encode("latin-1")
     session = (fields.get("x-session-id", "") if read.needs_session else "").encode("latin-1")
     wanted = read.needs_prompt
@@ -80,7 +80,7 @@ async def facts_of(
         return facts
     steps = read_in_slices(EXPLAIN, content_type, body, session, with_prompt=wanted, shortest=SHORT)
     try:
-        return (await in_slices(steps, router.proxy.turns)).facts
+        return (await in_slices(steps, router.proxy.context.body_turns)).facts
     except InvalidBody as error:
         raise Refused(400, "invalid_body", str(error)) from None
 
@@ -140,7 +140,7 @@ def _note(
 
 def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> str:
     """Why nobody gets it, and what becomes of it."""
-    model, gate = facts.model, router.proxy.gate
+    model, gate = facts.model, router.proxy.context.gate
     if not allowed and model is not None and not router.fleet.knows(model):
         return f"No server lists the model {model!r}."
     why = "Every server of the model is at its cap" if allowed else "No server can be asked"
@@ -151,7 +151,7 @@ def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) ->
 
 def _may_wait(router: Router, facts: RoutingInfo) -> bool:
     """Whether there is a place for it, should there be no server."""
-    gate, model = router.proxy.gate, facts.model
+    gate, model = router.proxy.context.gate, facts.model
     if gate is None:
         return False
     busy = bool(router.fleet.candidates(model, trio.current_time()))

@@ -107,7 +107,7 @@ def fleet_view(
 
 def queue_views(router: Router, now: float) -> list[schema.QueueView]:
     """O(all who wait); none without `[limits]`."""
-    gate = router.proxy.gate
+    gate = router.proxy.context.gate
     if gate is None:
         return []
     return [

@@ -154,7 +154,7 @@ async def test_reload_prepares_servers_in_slices_and_keeps_none_refused(rig: Rig
         nursery.cancel_scope.cancel()
     assert supervisor.fleet.all_servers() == list(supervisor.fleet.servers.values())
     supervisor.apply(supervisor.config, supervisor.config)
-    assert len(supervisor.proxy.links) == 2
+    assert len(supervisor.proxy.context.upstreams) == 2
 
 
 def test_server_contexts_are_shared_and_absent_without_tls(tmp_path, monkeypatch):

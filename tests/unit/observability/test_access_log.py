@@ -178,8 +178,8 @@ def listen(rig: Any, *, prompts: bool = False) -> list[dict[str, Any]]:
     kept = Kept()
     log = AccessLog()
     log.writer, log.form = kept, "json"
-    rig.proxy._recorders += (log,)
-    rig.proxy.wants_usage, rig.proxy.wants_prompt = True, prompts
+    rig.context.recorder.recorders += (log,)
+    rig.context.wants_usage, rig.context.wants_prompt = True, prompts
     return kept.lines
 
 
@@ -240,7 +240,7 @@ async def test_access_log_with_prompts_can_be_replayed(autojump_clock):
 
 async def test_access_log_prompts_are_not_kept_in_records(autojump_clock):
     async with lab(answering(ok(b"{}"))) as rig:
-        rig.proxy.wants_prompt = True
+        rig.context.wants_prompt = True
         await rig.post({"model": "m", "messages": [{"role": "user", "content": "x" * 9000}]})
         assert rig.recorder.last.facts is None
 

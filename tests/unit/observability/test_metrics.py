@@ -144,7 +144,7 @@ async def test_metrics_reasons_and_phases_exist_from_the_start():
 
 async def test_metrics_attempts_are_counted_by_outcome():
     lab = Lab()
-    lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
+    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.LOST)
     await trio.lowlevel.checkpoint()  # recorders are called at the turn's end
     found = await samples(lab)
     assert pick(found, "attempts_total", server="a", outcome="lost") == 1
@@ -172,7 +172,7 @@ async def test_metrics_server_gauges_are_those_used_by_routing():
 
 async def test_metrics_expected_cache_hits_stand_beside_actual_ones():
     lab = Lab(1, policy="adaptive")
-    server, adaptive = lab["a"], lab.router.proxy.policies.default
+    server, adaptive = lab["a"], lab.router.proxy.context.policies.default
     found = await samples(lab)
     assert not series(found, "server_prompt_tokens_total", "server")
     assert not series(found, "server_prefix_cache_hits_total", "server")
@@ -321,10 +321,12 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     file.write_text(TOML + tables)
     lab = Lab(file=file)
     await refused_as_full(lab)
-    lab.router.proxy.attempt_ended(lab["a"], Outcome.LOST)
+    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.LOST)
     scraped = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
     lab["a"].scraped(scraped, trio.current_time(), 0)
-    lab.router.proxy.policies.default.leased(lab["a"].lease(0.0), None, RoutingInfo("m"), 0.0)
+    lab.router.proxy.context.policies.default.leased(
+        lab["a"].lease(0.0), None, RoutingInfo("m"), 0.0
+    )
     lab.ended(lab["a"], code="x", key_name="k")
     lab.ended(lab["a"], waited=0.5)
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}

@@ -37,9 +37,9 @@ class Traced:
         provider = TracerProvider(sampler=sampler) if sampler else TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.telemetry = Telemetry(provider)
-        rig.proxy.tracer = self.telemetry
-        rig.proxy._recorders += (self.telemetry,)
-        rig.proxy.wants_usage = True
+        rig.context.tracer = self.telemetry
+        rig.context.recorder.recorders += (self.telemetry,)
+        rig.context.wants_usage = True
 
     def spans(self) -> list[ReadableSpan]:
         """All that were made, in the order in which they began."""

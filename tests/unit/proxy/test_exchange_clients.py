@@ -27,11 +27,16 @@ from support.scripted_server import (
 )
 from vllm_router.fleet.server import Lease
 from vllm_router.http.client.client import Pool
-from vllm_router.proxy.attempt import Attempt
+from vllm_router.proxy.attempt import Attempt, AttemptResult
+from vllm_router.proxy.attempts import Attempts
+from vllm_router.proxy.candidates import Candidates
+from vllm_router.proxy.deadline import Deadline
+from vllm_router.proxy.downstream import DirectDownstream
 from vllm_router.proxy.exchange import Exchange
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.request import Request
 from vllm_router.proxy.retry import Outcome
+from vllm_router.proxy.server_response import ServerResponse
 
 GOOD = ok(b'{"answer":1}')
 HELLO = event("hello")
@@ -100,7 +105,7 @@ async def test_exchange_client_disconnect_frees_server_at_once(autojump_clock, c
         client.leave()
         await trio.sleep(0.1)
         assert client.done
-        assert (rig.server("a").in_flight, len(rig.proxy.exchanges)) == (0, 0)
+        assert (rig.server("a").in_flight, len(rig.context.exchanges)) == (0, 0)
         if case != "while its request is sent":
             await trio.sleep(1.1)  # a script that sleeps notices when it sends next
             (talk,) = rig.scripted["a"].talks
@@ -271,8 +276,8 @@ async def test_exchange_stalled_client_applies_backpressure_to_server(autojump_c
         rig.nursery.start_soon(client.run)
         await trio.sleep(5)
         assert len(sent) < 50
-        (exchange,) = rig.proxy.exchanges
-        assert len(exchange.attempt.tail.bytes) < 100_000
+        (exchange,) = rig.context.exchanges
+        assert len(exchange.attempt.response.tail.bytes) < 100_000
         assert exchange.request.body == b""
         client.resume()
         await trio.sleep(1)
@@ -287,7 +292,7 @@ async def test_exchange_stop_cuts_stalled_client_without_stray_event(autojump_cl
         client.stall()
         await trio.sleep(1)
         pieces = len(client.got.pieces)
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         rig.proxy.stop()
         await rig.proxy.drained()
         assert len(client.got.pieces) == pieces
@@ -369,7 +374,7 @@ async def test_exchange_tcp_client_disconnect_reaches_server_within_100_ms():
         async with lab(silent) as rig:
             server = ScriptedServer(nursery, one_event)
             await nursery.start(server.listen)
-            rig.proxy.links[rig.server("a")].pool = Pool(f"http://127.0.0.1:{server.port}")
+            rig.context.upstreams[rig.server("a")].pool = Pool(f"http://127.0.0.1:{server.port}")
             client = rig.start_stream()
             with trio.fail_after(5):
                 await client.heard.wait()
@@ -389,7 +394,7 @@ async def test_exchange_many_tcp_streams_arrive_whole():
                 server = ScriptedServer(nursery, streaming(*events, DONE))
                 await nursery.start(server.listen)
                 pool = Pool(f"http://127.0.0.1:{server.port}")
-                rig.proxy.links[rig.server(name)].pool = pool
+                rig.context.upstreams[rig.server(name)].pool = pool
             clients = [rig.start_stream() for _ in range(20)]
             with trio.fail_after(20):
                 while not all(client.done for client in clients):
@@ -397,7 +402,7 @@ async def test_exchange_many_tcp_streams_arrive_whole():
             assert all(client.got.body == b"".join(events) + DONE for client in clients)
             assert all(client.got.whole for client in clients)
             assert {c.got[b"x-vllm-router-server"] for c in clients} == {b"a", b"b"}
-            for link in rig.proxy.links.values():
+            for link in rig.context.upstreams.values():
                 link.pool.close()
         nursery.cancel_scope.cancel()
 
@@ -416,4 +421,7 @@ async def test_exchange_ends_without_garbage_for_the_collector(autojump_clock):
             gc.set_debug(0)
             gc.enable()
             gc.garbage.clear()
-        assert not left & {Attempt, Exchange, Lease, Record, Request}
+        assert not left & {
+            *(Attempt, AttemptResult, Attempts, Candidates, Deadline, DirectDownstream),
+            *(Exchange, Lease, Record, Request, ServerResponse),
+        }

@@ -47,7 +47,7 @@ SECRETS = (
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
 async def test_headers_with_client_key_reach_only_keyless_servers(path, autojump_clock):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
-        rig.proxy.links[rig.server("a")].heads = RequestHeads("a.test:1", "", "server-key")
+        rig.context.upstreams[rig.server("a")].heads = RequestHeads("a.test:1", "", "server-key")
         for name in "ab":
             rig.prefer(name)
             query = b"key=client-secret&a=1"

@@ -81,8 +81,8 @@ def _first(client: Client) -> float:
 
 
 def waiting(rig: Rig) -> int:
-    assert rig.proxy.gate is not None
-    return rig.proxy.gate.waiting
+    assert rig.context.gate is not None
+    return rig.context.gate.waiting
 
 
 # -- caps and order ---------------------------------------------------------------------------
@@ -109,7 +109,7 @@ async def test_queue_without_limits_forwards_at_once(autojump_clock):
         await trio.sleep(2)
         assert [client.got.status for client in clients] == [200] * 40
         assert most == [40]
-        assert rig.proxy.gate is None
+        assert rig.context.gate is None
 
 
 async def test_queue_with_limits_without_cap_forwards_at_once(autojump_clock):
@@ -124,13 +124,13 @@ async def test_queue_with_limits_without_cap_forwards_at_once(autojump_clock):
 async def test_queue_policy_is_asked_only_with_two_known_candidates(autojump_clock, monkeypatch):
     async with limited(working(), working(), working(), cap=1) as rig:
         seen: list[Any] = []
-        pick = rig.proxy.policies.default.pick
+        pick = rig.context.policies.default.pick
 
         def watched(candidates: Any, facts: Any, now: float) -> Any:
             seen.append(candidates)
             return pick(candidates, facts, now)
 
-        monkeypatch.setattr(rig.proxy.policies.default, "pick", watched)
+        monkeypatch.setattr(rig.context.policies.default, "pick", watched)
         for number in range(3):
             await started(rig, body(number))
         assert [len(candidates) for candidates in seen] == [3, 2]
@@ -387,7 +387,7 @@ async def test_queue_free_slot_wakes_only_the_next_waiter(autojump_clock):
     async with limited(working()) as rig:
         for n in range(30):
             await started(rig, body(n))
-        gate = rig.proxy.gate
+        gate = rig.context.gate
         assert gate is not None
         (room,) = gate.rooms
         waiters = list(room)
@@ -470,8 +470,8 @@ async def test_queue_unknown_models_share_one_limit(autojump_clock):
         rig.server("a").models = None
         clients = [await started(rig, {"model": f"m{n}"}) for n in range(3)]
         assert (await rig.post({"model": "m4"})).code == "queue_full"
-        assert rig.proxy.gate is not None
-        assert len(rig.proxy.gate.rooms) == 1
+        assert rig.context.gate is not None
+        assert len(rig.context.gate.rooms) == 1
         for client in clients:
             client.leave()
 
@@ -521,7 +521,7 @@ async def test_queue_removed_limits_admit_all_waiters(autojump_clock):
     async with limited(working(5.0, most), working(5.0)) as rig:
         clients = [await started(rig, body(n)) for n in range(8)]
         reload(rig, servers=2)
-        assert rig.proxy.gate is None
+        assert rig.context.gate is None
         await trio.sleep(6)
         assert len(order(*clients)) == 8
         assert rig.fleet.on_settled == []
@@ -556,7 +556,7 @@ async def test_queue_replaced_server_takes_its_waiters(autojump_clock):
         await trio.sleep(1)
         assert not waits.done  # the new one may have the model
         scripted = rig.scripted["b"] = ScriptedServer(rig.nursery, working(1))
-        rig.proxy.links[rig.server("b")].pool = MemoryPool(scripted)
+        rig.context.upstreams[rig.server("b")].pool = MemoryPool(scripted)
         come_up(rig.server("b"), trio.current_time(), "m")
         rig.fleet.settle(trio.current_time())
         await trio.sleep(1.5)
@@ -601,7 +601,7 @@ async def test_queue_drain_serves_waiters(autojump_clock):
 async def test_queue_stop_ends_wait_with_503(autojump_clock):
     async with limited(silent) as rig:
         clients = [await started(rig, body(n)) for n in range(4)]
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         rig.proxy.stop()
         await wait_all_tasks_blocked()
         assert {(one.got.status, one.got.code) for one in clients} == {(503, "router_stopping")}
@@ -688,8 +688,8 @@ async def test_queue_expired_waiter_does_not_count_toward_drain_rate(autojump_cl
         for n in range(20):
             await started(rig, body(n), headers=((b"x-request-timeout", b"7"), PRIORITY))
         await trio.sleep(5)
-        assert rig.proxy.gate is not None
-        (queue,) = rig.proxy.gate.queues(trio.current_time())
+        assert rig.context.gate is not None
+        (queue,) = rig.context.gate.queues(trio.current_time())
         assert queue.freed_per_s is None or queue.freed_per_s < 0.5
         await trio.sleep(20)
         assert len(order(*running)) == 3
@@ -701,10 +701,12 @@ async def test_queue_expired_waiter_does_not_count_toward_drain_rate(autojump_cl
 async def test_queue_full_stays_within_limit_under_a_burst(autojump_clock):
     async with limited(silent, cap=2, queue_size=5) as rig:
         clients = [await started(rig, body(n)) for n in range(7)]
-        held, exchanges = rig.proxy.bodies.held, len(rig.proxy.exchanges)
+        held, exchanges = rig.context.bodies.held, len(rig.context.exchanges)
         got = [await rig.post(body(n)) for n in range(500)]
         assert {one.status for one in got} == {429}
-        assert (rig.proxy.bodies.held, len(rig.proxy.exchanges)) == (held, exchanges) == (held, 7)
+        assert (
+            (rig.context.bodies.held, len(rig.context.exchanges)) == (held, exchanges) == (held, 7)
+        )
         assert waiting(rig) == 5
         for client in clients:
             client.leave()

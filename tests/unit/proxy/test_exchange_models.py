@@ -155,10 +155,10 @@ async def test_models_follow_reload(autojump_clock):
         assert (await rig.post({"model": "chat"})).status == 404
         new = make_config(2, tables=TABLES)
         rig.fleet.apply(new)
-        pools = {server: rig.proxy.links[server].pool for server in rig.servers}
+        pools = {server: rig.context.upstreams[server].pool for server in rig.servers}
         rig.proxy.apply(new)
         for server, pool in pools.items():
-            rig.proxy.links[server].pool = pool
+            rig.context.upstreams[server].pool = pool
         assert (await rig.post({"model": "chat"})).status == 200
 
 
@@ -210,7 +210,7 @@ async def test_policy_receives_first_token_and_usage_of_its_pick(autojump_clock)
         messages = [{"role": "user", "content": "x" * 4000}]
         body = {"model": "m", "stream": True, "messages": messages}
         await rig.post(body, headers=wanting(b"adaptive"))
-        adaptive = rig.proxy.policies.named("adaptive")
+        adaptive = rig.context.policies.named("adaptive")
         (server,) = rig.servers
         assert adaptive.statistics(server).prompt_tokens > 900
         assert adaptive._accounts[server].queued == 0

@@ -186,7 +186,7 @@ async def test_exchange_wait_for_first_probe_is_bounded_and_ends_on_stop(autojum
         assert (got.status, got.took) == (503, pytest.approx(4.0, abs=0.1))
         client = rig.start()
         await trio.sleep(1.0)
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         rig.proxy.stop()
         await trio.sleep(0.1)
         assert (client.got.status, client.got.code) == (503, "router_stopping")
@@ -237,7 +237,7 @@ async def test_exchange_all_busy_passes_the_engines_response(autojump_clock):
         assert b"x-vllm-router-error" not in dict(got.headers)
         assert rig.requests() == {"a": 1, "b": 1}
         assert rig.recorder.outcomes == [Outcome.FULL, Outcome.FULL]
-        assert rig.proxy.budget.tokens >= 10
+        assert rig.context.budget.tokens >= 10
 
 
 @pytest.mark.parametrize("last", ["a", "b", "c"])
@@ -314,9 +314,9 @@ async def test_exchange_failure_of_unrepeatable_request_is_not_retried(autojump_
     async with lab(*servers, **options) as rig:
         rig.prefer("a")
         if how == "no budget":
-            rig.proxy.budget.owed = rig.proxy.budget.floor
+            rig.context.budget.owed = rig.context.budget.floor
             for server in rig.servers[1:]:
-                rig.proxy.failures.note(server, 1, trio.current_time(), deadly=False)
+                rig.context.failures.note(server, 1, trio.current_time(), deadly=False)
         if how == "stored":
             got = await rig.post({"model": "m", "store": True}, path="/v1/responses")
         else:
@@ -380,13 +380,17 @@ async def test_exchange_resolver_failure_or_hang_counts_against_no_server(autoju
 
     async with lab(silent, answering(GOOD), connect_timeout=1.5) as rig:
         rig.prefer("a")
-        rig.proxy.links[rig.server("a")].pool = Pool("http://a.test:1", None, Resolver(look_up))
+        rig.context.upstreams[rig.server("a")].pool = Pool(
+            "http://a.test:1", None, Resolver(look_up)
+        )
         got = await rig.post()
         assert (got.status, got.took) == (200, pytest.approx(1.5 if hangs else 0.5))
         assert rig.recorder.attempts[0] == ("a", Outcome.UNRESOLVED)
         assert failures(rig, "a") == 0
-        rig.proxy.links[rig.server("b")].pool.close()
-        rig.proxy.links[rig.server("b")].pool = Pool("http://b.test:1", None, Resolver(look_up))
+        rig.context.upstreams[rig.server("b")].pool.close()
+        rig.context.upstreams[rig.server("b")].pool = Pool(
+            "http://b.test:1", None, Resolver(look_up)
+        )
         got = await rig.post()
         assert (got.status, got.code) == (503, "name_not_resolved")
         assert int(got[b"retry-after"]) >= 1
@@ -439,7 +443,7 @@ async def test_exchange_router_error_counts_against_no_server(autojump_clock, mo
 
     async with lab(answering(GOOD), answering(GOOD)) as rig:
         for server in rig.servers:
-            rig.proxy.links[server].pool.open = out_of_descriptors
+            rig.context.upstreams[server].pool.open = out_of_descriptors
         got = await rig.post()
         assert (got.status, got.code) == (503, "router_overloaded")
         assert rig.recorder.outcomes == [Outcome.OWN_FAULT]
@@ -538,7 +542,7 @@ async def test_quarantine_body_answered_later_is_released(autojump_clock):
         await trio.sleep(1)
         assert unlucky.got.code == "server_disconnected"
         assert (await rig.post()).code == "poison_request"
-        rig.proxy.poison.answered(CHAT.encode(), b'{"model": "m"}')  # one that was on its way
+        rig.context.quarantine.answered(CHAT.encode(), b'{"model": "m"}')  # one that was on its way
         c.drain(on=False)
         rig.prefer("c")
         assert (await rig.post()).status == 200
@@ -573,7 +577,7 @@ async def test_quarantine_500_counts_only_if_server_goes_down_after(autojump_clo
         c = rig.server("c")
         c.drain(on=True)
         assert (await rig.post()).status == 500
-        assert rig.proxy.poison.entries
+        assert rig.context.quarantine.entries
         assert (await rig.post()).status == 500
         rig.down("a")
         assert (await rig.post()).status == 500
@@ -687,7 +691,7 @@ async def test_exchange_429_for_client_key_does_not_make_server_full(
         assert rig.recorder.outcomes == [Outcome.LIMITED, Outcome.ANSWERED]
         assert failures(rig, "a") == 0
         assert rig.server("a").full_until == 0.0
-        assert rig.proxy.budget.owed > 0
+        assert rig.context.budget.owed > 0
 
 
 async def test_exchange_429_from_all_servers_for_key_passes_unmarked(autojump_clock):
@@ -799,13 +803,13 @@ async def test_exchange_connection_is_reused_only_after_whole_response(autojump_
     async with lab(half_an_error, answering(GOOD)) as rig:
         rig.prefer("a")
         await rig.post()
-        assert rig.proxy.links[rig.server("a")].pool.idle == 0
+        assert rig.context.upstreams[rig.server("a")].pool.idle == 0
 
 
 async def test_exchange_idle_connection_is_closed_before_server_closes_it(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         await rig.post()
-        pool = rig.proxy.links[rig.server("a")].pool
+        pool = rig.context.upstreams[rig.server("a")].pool
         await trio.sleep(3.0)
         rig.proxy.tick(rig.server("a"), trio.current_time())
         assert pool.idle == 0
@@ -890,7 +894,7 @@ async def test_exchange_simultaneous_failures_are_one_ejection(autojump_clock):
 
 async def test_exchange_while_stopping_is_refused(autojump_clock):
     async with lab(answering(GOOD)) as rig:
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         got = await rig.post()
         assert (got.status, got.code, got[b"retry-after"]) == (503, "router_stopping", b"1")
 
@@ -900,7 +904,7 @@ async def test_exchange_stop_ends_wait_with_503(autojump_clock):
         rig.prefer("a")
         client = rig.start()
         await trio.sleep(1)
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         assert rig.proxy.stop() == 1
         await rig.proxy.drained()
         await trio.testing.wait_all_tasks_blocked()
@@ -949,7 +953,7 @@ async def test_exchange_reload_leaves_running_requests_alone(autojump_clock):
         assert (client.got.status, client.got.whole) == (200, True)
         assert rig.fleet.gone() == [left]
         rig.proxy.forget(left)
-        assert left not in rig.proxy.links
+        assert left not in rig.context.upstreams
 
 
 async def test_exchange_error_has_openai_shape(autojump_clock):

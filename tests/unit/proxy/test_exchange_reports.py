@@ -45,7 +45,7 @@ class PolicyLog:
     def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ends: list[tuple[str, bool, bool]] = []
         self.leased = 0
-        kind = type(rig.proxy.policies.default)
+        kind = type(rig.context.policies.default)
         monkeypatch.setattr(
             kind, "ended", lambda _policy, *given, **how: self._ended(*given, **how)
         )
@@ -122,7 +122,7 @@ async def test_exchange_timeout_while_server_answers_others_is_no_failure_for_po
 async def test_exchange_answered_pays_retry_budget_back(autojump_clock):
     async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
         rig.prefer("a")
-        budget = rig.proxy.budget
+        budget = rig.context.budget
         await rig.post()
         assert rig.recorder.outcomes == [Outcome.SERVER_ERROR, Outcome.ANSWERED]
         after_replay = budget.owed
@@ -240,8 +240,8 @@ async def test_exchange_queue_learns_times_of_good_answers_only(
     """The time of a quick refusal would make a request with little time look promising."""
     async with lab(answering(answer(status, b"{}")), limits={"max_in_flight": 4}) as rig:
         times: list[float] = []
-        assert rig.proxy.gate is not None
-        monkeypatch.setattr(rig.proxy.gate, "served", lambda _model, took: times.append(took))
+        assert rig.context.gate is not None
+        monkeypatch.setattr(rig.context.gate, "served", lambda _model, took: times.append(took))
         await rig.post(path="/v1/x")
         assert len(times) == (status == 200)
 
@@ -259,7 +259,7 @@ async def test_exchange_stream_has_begun_memory_of_its_body_is_free(autojump_clo
         client = rig.start([b'{"model":"m","stream":true,', b'"user":"%b"}' % (b"x" * 100_000)])
         await wait_all_tasks_blocked()
         assert client.got.pieces
-        assert rig.proxy.bodies.held == 0
+        assert rig.context.bodies.held == 0
         go_on.set()
 
 
@@ -312,7 +312,7 @@ async def test_exchange_stopped_before_any_attempt_is_recorded_as_stopped(autoju
         await wait_all_tasks_blocked()
         second = rig.start()
         await wait_all_tasks_blocked()
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         second._task.cancel()
         await wait_all_tasks_blocked()
         assert rig.recorder.last.outcome is Outcome.STOPPED

@@ -100,7 +100,7 @@ async def test_retry_three_of_four_servers_stopping_loses_no_request(
                 await wait_all_tasks_blocked()
         await trio.sleep(10)
         assert statuses(clients) == {200: count}
-        assert not rig.proxy.poison.entries
+        assert not rig.context.quarantine.entries
 
 
 async def test_retry_five_of_six_servers_refusing_reaches_sixth(autojump_clock):
@@ -115,8 +115,8 @@ async def test_retry_five_of_six_servers_refusing_reaches_sixth(autojump_clock):
 async def test_retry_with_empty_budget_goes_to_healthy_server(autojump_clock):
     async with lab(answering(ERROR), answering(ERROR), answering(GOOD)) as rig:
         rig.prefer("a")
-        rig.proxy.budget.owed = rig.proxy.budget.depth
-        rig.proxy.failures.note(rig.server("b"), 1, trio.current_time(), deadly=False)
+        rig.context.budget.owed = rig.context.budget.depth
+        rig.context.failures.note(rig.server("b"), 1, trio.current_time(), deadly=False)
         assert (await rig.post()).status == 200
         assert [name for name, _ in rig.recorder.attempts] == ["a", "c"]
 

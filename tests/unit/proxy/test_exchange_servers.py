@@ -275,7 +275,7 @@ async def test_refusing_all_servers_pass_response_unmarked(autojump_clock, what)
             assert b"x-vllm-router-error" not in dict(got.headers)
         now = trio.current_time()
         assert [server.current_state(now)[0] for server in rig.servers] == [State.UP, State.UP]
-        assert rig.proxy.budget.tokens == rig.proxy.budget.depth
+        assert rig.context.budget.tokens == rig.context.budget.depth
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -579,7 +579,7 @@ async def test_stream_ends_with_error_event_on_stop(autojump_clock):
     async with lab(hangs_in_stream) as rig:
         client = rig.start_stream()
         await trio.sleep(1)
-        rig.proxy.stopping = True
+        rig.context.stopping = True
         rig.proxy.stop()
         await rig.proxy.drained()
         assert last_event(client.got.body)["error"]["code"] == "router_stopping"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,11 @@ from support.fleet_makers import make_config
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, router_process, servers_toml, until
 from unit.config.test_auth import read
+from vllm_router.errors import Refused
 from vllm_router.http.asgi_types import HEAD_MEMO, IDENTITY
+from vllm_router.proxy.body import Bodies, BodyShare
+from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.identity import ANONYMOUS
-from vllm_router.proxy.request import ClientHead
 from vllm_router.routing.paths import classify
 from vllm_router.web.guard import Guard
 
@@ -85,18 +86,21 @@ def test_head_memo_without_extension_is_not_used():
 
 
 def test_head_memo_is_rebuilt_under_other_settings():
-    proxy: Any = SimpleNamespace(settings=make_config(1).settings, trusted=())
+    settings = make_config(1).settings
     memo: dict[Any, Any] = {}
-    first = ClientHead.of(scope_of(memo), "192.0.2.1", proxy)
-    assert ClientHead.of(scope_of(memo), "192.0.2.1", proxy) is first
-    proxy.settings = make_config(1).settings
-    assert ClientHead.of(scope_of(memo), "192.0.2.1", proxy) is not first
+    first = ClientHead.of(scope_of(memo), "192.0.2.1", settings, ())
+    assert ClientHead.of(scope_of(memo), "192.0.2.1", settings, ()) is first
+    settings = make_config(1).settings
+    assert ClientHead.of(scope_of(memo), "192.0.2.1", settings, ()) is not first
 
 
-def test_head_memo_length_is_of_each_request():
-    proxy: Any = SimpleNamespace(settings=make_config(1).settings, trusted=())
-    head = ClientHead(scope_of(None), "192.0.2.1", proxy)
-    assert head.length([(b"host", b"r"), (b"content-length", b"99")]) == 99
+def test_head_memo_check_uses_the_length_of_each_request():
+    head = ClientHead(scope_of(None), "192.0.2.1", make_config(1).settings, ())
+    bodies = Bodies()
+    bodies.limit = 1000
+    head.check([(b"host", b"r"), (b"content-length", b"99")], 99, BodyShare(bodies))
+    with pytest.raises(Refused, match="larger than 98 bytes"):
+        head.check([(b"host", b"r"), (b"content-length", b"99")], 98, BodyShare(bodies))
 
 
 class Talk:

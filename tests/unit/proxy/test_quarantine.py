@@ -12,7 +12,7 @@ from vllm_router.proxy.quarantine import (
     MOST,
     REMEMBERED_FOR,
     Death,
-    Poison,
+    Quarantine,
     fingerprint,
 )
 
@@ -37,50 +37,50 @@ def test_quarantine_key_is_path_and_body():
 
 
 def test_quarantine_entry_expires_after_a_minute():
-    poison = Poison()
-    assert not poison.holds(KEY, 10.0)
-    poison.remember(KEY, BODY, two_deaths(), 10.0)
-    assert poison.holds(KEY, 10.0)
-    assert not poison.holds(KEY + 1, 10.0)
-    assert poison.holds(KEY, 10.0 + REMEMBERED_FOR - 0.1)
-    assert not poison.holds(KEY, 10.0 + REMEMBERED_FOR)
-    assert not poison.entries
+    quarantine = Quarantine()
+    assert not quarantine.holds(KEY, 10.0)
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0)
+    assert quarantine.holds(KEY, 10.0)
+    assert not quarantine.holds(KEY + 1, 10.0)
+    assert quarantine.holds(KEY, 10.0 + REMEMBERED_FOR - 0.1)
+    assert not quarantine.holds(KEY, 10.0 + REMEMBERED_FOR)
+    assert not quarantine.entries
 
 
 def test_quarantine_without_crash_is_empty():
-    poison = Poison()
+    quarantine = Quarantine()
     deaths = two_deaths(certain=False)
-    poison.remember(KEY, BODY, deaths, 10.0)
-    assert not poison.holds(KEY, 11.0)
+    quarantine.remember(KEY, BODY, deaths, 10.0)
+    assert not quarantine.holds(KEY, 11.0)
     go_down(deaths[0].server, 12.0)
-    assert not poison.holds(KEY, 12.0)
+    assert not quarantine.holds(KEY, 12.0)
     deaths[1].server.checked(Check.UNHEALTHY, 0.01, 12.0)
-    assert poison.holds(KEY, 12.0)
+    assert quarantine.holds(KEY, 12.0)
 
 
 def test_server_that_died_and_is_up_again_counts_as_dead():
     """vLLM restarts within a minute; the request must not take it down once more."""
     deaths = two_deaths(certain=False)
-    poison = Poison()
-    poison.remember(KEY, BODY, deaths, 10.0)
+    quarantine = Quarantine()
+    quarantine.remember(KEY, BODY, deaths, 10.0)
     for death in deaths:
         go_down(death.server, 12.0)
         while not death.server.probe_health.up:
             death.server.checked(Check.GOOD, 0.01, 13.0)
         assert death.server.probe_health.failures_in_row == 0
-    assert poison.holds(KEY, 14.0)
+    assert quarantine.holds(KEY, 14.0)
 
 
 def test_request_remembered_again_is_the_newest_of_a_full_table():
-    poison = Poison()
+    quarantine = Quarantine()
     deaths = two_deaths()
     for key in range(MOST):
-        poison.remember(key, BODY, deaths, 10.0)
-    poison.remember(0, BODY, deaths, 11.0)
-    poison.remember(MOST, BODY, deaths, 12.0)
-    assert poison.holds(0, 12.0)
-    assert not poison.holds(1, 12.0)
-    assert len(poison.entries) == MOST == 1024
+        quarantine.remember(key, BODY, deaths, 10.0)
+    quarantine.remember(0, BODY, deaths, 11.0)
+    quarantine.remember(MOST, BODY, deaths, 12.0)
+    assert quarantine.holds(0, 12.0)
+    assert not quarantine.holds(1, 12.0)
+    assert len(quarantine.entries) == MOST == 1024
 
 
 def test_quarantine_ignores_crash_before_request():
@@ -89,51 +89,51 @@ def test_quarantine_ignores_crash_before_request():
         go_down(death.server, 5.0)
         while not death.server.probe_health.up:
             death.server.checked(Check.GOOD, 0.01, 6.0)
-    poison = Poison()
-    poison.remember(KEY, BODY, deaths, 10.0)
-    assert not poison.holds(KEY, 11.0)
+    quarantine = Quarantine()
+    quarantine.remember(KEY, BODY, deaths, 10.0)
+    assert not quarantine.holds(KEY, 11.0)
 
 
 def test_quarantine_entry_is_cleared_by_success():
-    poison = Poison()
-    poison.remember(KEY, BODY, two_deaths(), 10.0)
-    poison.answered(PATH, b"another")
-    assert poison.holds(KEY, 11.0)
-    poison.answered(PATH, BODY)
-    assert not poison.holds(KEY, 11.0)
+    quarantine = Quarantine()
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0)
+    quarantine.answered(PATH, b"another")
+    assert quarantine.holds(KEY, 11.0)
+    quarantine.answered(PATH, BODY)
+    assert not quarantine.holds(KEY, 11.0)
 
 
 @pytest.mark.parametrize(("others", "known"), [(KNOWN_BODIES - 1, True), (KNOWN_BODIES, False)])
 def test_quarantine_ignores_body_answered_lately(others, known):
-    poison = Poison()
-    poison.answered(PATH, BODY)
+    quarantine = Quarantine()
+    quarantine.answered(PATH, BODY)
     for number in range(others):
-        poison.answered(PATH, b"%d" % number)
-    poison.remember(KEY, BODY, two_deaths(), 10.0)
-    assert poison.holds(KEY, 10.0) is not known
+        quarantine.answered(PATH, b"%d" % number)
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0)
+    assert quarantine.holds(KEY, 10.0) is not known
 
 
 def test_quarantine_size_is_bounded():
-    poison = Poison()
+    quarantine = Quarantine()
     for number in range(MOST + 10):
-        poison.remember(number, b"%d" % number, two_deaths(), 10.0)
-    assert len(poison.entries) == MOST
-    assert not poison.holds(9, 10.0)
-    assert poison.holds(10, 10.0)
+        quarantine.remember(number, b"%d" % number, two_deaths(), 10.0)
+    assert len(quarantine.entries) == MOST
+    assert not quarantine.holds(9, 10.0)
+    assert quarantine.holds(10, 10.0)
     for number in range(KNOWN_BODIES + 10):
-        poison.answered(PATH, b"%d" % number)
-        poison.answered(PATH, b"x" * (KEPT_BYTES + number))
-    assert len(poison.known) == KNOWN_BODIES
+        quarantine.answered(PATH, b"%d" % number)
+        quarantine.answered(PATH, b"x" * (KEPT_BYTES + number))
+    assert len(quarantine.known) == KNOWN_BODIES
 
 
 @pytest.mark.parametrize("size", [5_000, KEPT_BYTES, KEPT_BYTES + 1, 1_000_000])
 def test_quarantine_long_body_answered_lately_is_not_added(size):
     body = b'{"prompt":"' + b"x" * size + b'"}'
     key = fingerprint(PATH, body)
-    poison = Poison()
-    poison.answered(PATH, body)
-    poison.remember(key, body, two_deaths(), 10.0)
-    assert not poison.holds(key, 10.0)
+    quarantine = Quarantine()
+    quarantine.answered(PATH, body)
+    quarantine.remember(key, body, two_deaths(), 10.0)
+    assert not quarantine.holds(key, 10.0)
     other = body + b" "
-    poison.remember(fingerprint(PATH, other), other, two_deaths(), 10.0)
-    assert poison.holds(fingerprint(PATH, other), 10.0)
+    quarantine.remember(fingerprint(PATH, other), other, two_deaths(), 10.0)
+    assert quarantine.holds(fingerprint(PATH, other), 10.0)

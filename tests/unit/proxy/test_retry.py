@@ -14,7 +14,7 @@ from vllm_router.proxy.retry import (
     Again,
     Outcome,
     RetryBudget,
-    Standing,
+    RetryContext,
     classify_status,
     decide,
 )
@@ -22,9 +22,9 @@ from vllm_router.proxy.retry import (
 NO, SAME, ELSEWHERE = Again.NO, Again.SAME_SERVER, Again.ELSEWHERE
 
 
-def standing(**changes) -> Standing:
+def standing(**changes) -> RetryContext:
     values = {"attempts": 1, "broken": 0, "candidates_left": True, "replayable": True}
-    return Standing(**{**values, **changes})
+    return RetryContext(**{**values, **changes})
 
 
 def after(outcome: Outcome, *, max_retries: int = 3, tokens: float = 10.0, **changes) -> Again:

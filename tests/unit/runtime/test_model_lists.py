@@ -104,7 +104,7 @@ async def test_model_lists_newly_loaded_model_is_served(autojump_clock):
             rig.server("b").listed({"m": {"id": "m"}, "new": {"id": "new"}}, trio.current_time())
             assert found()
 
-        rig.proxy.look_at_lists = look
+        rig.context.refresh_models = look
         got = await rig.post({"model": "new"})
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
 
@@ -116,7 +116,7 @@ async def test_model_lists_unlisted_model_after_refresh_is_404(autojump_clock):
         async def look(found) -> None:
             looks.append(found())
 
-        rig.proxy.look_at_lists = look
+        rig.context.refresh_models = look
         assert (await rig.post({"model": "nope"})).code == "model_not_found"
         assert (await rig.post()).status == 200
         assert looks == [False]

@@ -22,6 +22,7 @@ from support.scripted_server import MemoryPool, ScriptedServer
 from unit.proxy.test_exchange_limits import PRIORITY, body, order, working
 from unit.proxy.test_exchange_room import FALLBACK, client_of
 from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.runtime.workers.fleet import LeadingFleet
 from vllm_router.runtime.workers.queue_board import QueueBoard
@@ -48,12 +49,16 @@ class Process(Rig):
         self.rng = Random(number)
         self.stopped = False
         self.proxy = Proxy(
-            self.fleet, group.config, (self.recorder,), self.rng, make_peers=self._peers
+            self.fleet,
+            group.config,
+            BatchedRecorder((self.recorder,)),
+            self.rng,
+            make_peers=self._peers,
         )
-        self.proxy.tell_every = 0.0
+        self.proxy.context.recorder.interval = 0.0
         self.scripted = group.scripted
         for server in self.servers:
-            self.proxy.links[server].pool = MemoryPool(group.scripted[server.name])
+            self.proxy.context.upstreams[server].pool = MemoryPool(group.scripted[server.name])
 
     def _peers(self, gate: Gate) -> QueuePeers:
         return QueuePeers(
@@ -64,7 +69,7 @@ class Process(Rig):
         self.nursery.start_soon(self.group.processes[number].woken)
 
     async def woken(self) -> None:
-        gate = self.proxy.gate
+        gate = self.proxy.context.gate
         if gate is not None and not self.stopped:
             self.fleet.look()
             gate.woken(trio.current_time())
@@ -76,7 +81,7 @@ class Process(Rig):
 
     @property
     def waiters(self) -> int:
-        gate = self.proxy.gate
+        gate = self.proxy.context.gate
         return 0 if gate is None else gate._waiters
 
 
@@ -130,8 +135,8 @@ async def group(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Proc
             yield made
             await trio.sleep(2 * POLL_WHILE_WAITING)
             for process in made.processes:
-                assert not process.proxy.exchanges
-                assert len(process.proxy.gate.places) == 0  # type: ignore[union-attr]
+                assert not process.proxy.context.exchanges
+                assert len(process.proxy.context.gate.places) == 0  # type: ignore[union-attr]
                 for server in process.servers:
                     process.fleet.look()
                     assert server.in_flight == 0

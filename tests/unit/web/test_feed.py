@@ -94,9 +94,9 @@ async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
 
 
 async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, lab):
-    lab.router.proxy.policies.apply("adaptive", {}, PolicySettings(), on_request=False)
+    lab.router.proxy.context.policies.apply("adaptive", {}, PolicySettings(), on_request=False)
     adaptive, facts = (
-        lab.router.proxy.policies.default,
+        lab.router.proxy.context.policies.default,
         RoutingInfo("m", prompt=plain_prompt(b'"%s"' % (b"x" * 4096))),
     )
     for _ in range(4):
@@ -112,7 +112,7 @@ async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, 
 async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock, lab):
     for _ in range(20):
         lab.ended(lab["a"])
-        lab.router.proxy.attempt_ended(lab["b"], Outcome.LOST)
+        lab.router.proxy.context.recorder.attempt_ended(lab["b"], Outcome.LOST)
         lab.ended(lab["b"], outcome=Outcome.BROKEN, phase=Phase.STREAM)
         await trio.sleep(0.5)
     snapshot = await Client(lab).next_of(schema.Snapshot)
@@ -134,7 +134,7 @@ async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock
 async def test_feed_chunks_of_running_streams_count_as_relayed(autojump_clock, lab):
     record = make_record(trio.current_time(), lab["a"], chunks=0, phase=Phase.STREAM)
     exchange = Mock(record=record)
-    lab.router.proxy.exchanges.add(exchange)
+    lab.router.proxy.context.exchanges.add(exchange)
     for _ in range(10):
         await trio.sleep(1)
         record.chunks += 50
@@ -143,8 +143,8 @@ async def test_feed_chunks_of_running_streams_count_as_relayed(autojump_clock, l
     assert snapshot.fleet.chunks_per_s == snapshot.servers[0].chunks_per_s
     assert snapshot.router.open_streams == 1
     # When it ends, its chunks are not counted a second time.
-    lab.router.proxy.exchanges.discard(exchange)
-    lab.router.proxy.ended(record)
+    lab.router.proxy.context.exchanges.discard(exchange)
+    lab.router.proxy.context.recorder.exchange_ended(record)
     await trio.sleep(7)
     assert (await Client(lab).next_of(schema.Snapshot)).fleet.chunks_per_s == 0.0
 

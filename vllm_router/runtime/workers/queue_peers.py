@@ -133,12 +133,12 @@ class QueuePeers:
             return  # a retried request: keeps this process's own order
         slot = self._slots[waiter] = self._free.take()
         self._numbers[waiter.number] = waiter
-        public = waiter.exchange.record.model if waiter.exchange.falls_back else None
+        public = waiter.ticket.public_model
         entry = Entry(
             waiter.number,
             _NO_MODEL if waiter.model is None else mark(waiter.model),
             _public_mark(public) if public is not None else 0,
-            mark(waiter.exchange.record.key_name),
+            mark(waiter.ticket.key),
             waiter.priority,
             waiter.returning,
             self._route_mark(waiter.route),

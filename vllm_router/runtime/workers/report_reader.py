@@ -35,7 +35,7 @@ class ReportReader:
             server = fleet.by_url(url)
             if server is not None:
                 server.served += 1
-                self._proxy.attempt_ended(server, Outcome(outcome))
+                self._proxy.context.recorder.attempt_ended(server, Outcome(outcome))
         for ended in report.ended:
             record = unpack(ended, fleet)
             self._metrics.exchange_ended(record)

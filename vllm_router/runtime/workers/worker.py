@@ -114,9 +114,9 @@ def build(
             signals=signals,
         ),
     )
-    reporter.gather = supervisor.proxy.tell
-    supervisor.proxy.budget.floor /= workers
-    supervisor.proxy.budget.depth = supervisor.proxy.budget.floor
+    reporter.gather = supervisor.proxy.context.recorder.flush
+    supervisor.proxy.context.budget.floor /= workers
+    supervisor.proxy.context.budget.depth = supervisor.proxy.context.budget.floor
     stats = StatsSender(supervisor, channel, reporter)
     leader = LeaderClient(
         supervisor, fleet, channel, snapshot, lists, own_share=own_share, send_stats=stats.send

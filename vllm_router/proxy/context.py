@@ -1,0 +1,93 @@
+"""What the exchanges of one proxy share."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from vllm_router.config.schema import ServerConfig, Settings
+from vllm_router.errors import Refused
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server
+from vllm_router.http.addresses import Network
+from vllm_router.http.client.client import Pool
+from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.batched_recorder import BatchedRecorder
+from vllm_router.proxy.body import Bodies
+from vllm_router.proxy.failures import Failures
+from vllm_router.proxy.headers import RequestHeads
+from vllm_router.proxy.key_limits import Usage
+from vllm_router.proxy.quarantine import Quarantine
+from vllm_router.proxy.record import Record, Tracer
+from vllm_router.proxy.retry import RetryBudget
+from vllm_router.routing.policy_set import PolicySet
+
+
+@dataclass(slots=True)
+class Upstream:
+    """What requests to one server need: connections, and the constant parts of their heads.
+
+    `name` is the server's name as a header value.
+    """
+
+    pool: Pool
+    heads: RequestHeads
+    name: bytes
+    tls: ssl.SSLContext | None
+    config: ServerConfig
+
+
+class RunningExchange(Protocol):
+    """An exchange as seen from outside."""
+
+    record: Record
+
+    def interrupt(self, reason: str) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class ProxyContext:
+    """The state that exchanges share. Exchanges read it; `Proxy` assigns the fields.
+
+    `now` is `trio.current_time` without its two indirections.
+    `settings` to `gate` follow the configuration, and change while exchanges run. `plain` says
+    that all requests use the default policy and the model names of the servers; `gate` is None
+    without `[limits]`.
+    `body_turns` makes long bodies that are read in slices take turns.
+    `refresh_models` reads the servers' model lists again. It returns when that is done or the
+    condition it was given holds. None where no task reads lists.
+    `wants_usage`, `wants_prompt`: a recorder uses the token counts, and the prompts, of records.
+    """
+
+    fleet: Fleet
+    policies: PolicySet
+    settings: Settings
+    recorder: BatchedRecorder
+    now: Callable[[], float]
+    jitter: Callable[[], float]
+    max_body: int = 0
+    trusted: tuple[Network, ...] = ()
+    plain: bool = True
+    upstreams: dict[Server, Upstream] = field(default_factory=dict)
+    gate: Gate | None = None
+    budget: RetryBudget = field(default_factory=RetryBudget)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    failures: Failures = field(default_factory=Failures)
+    usage: Usage = field(default_factory=Usage)
+    bodies: Bodies = field(default_factory=Bodies)
+    body_turns: trio.Lock = field(default_factory=trio.Lock)
+    exchanges: set[RunningExchange] = field(default_factory=set)
+    tracer: Tracer | None = None
+    refresh_models: Callable[[Callable[[], bool]], Awaitable[None]] | None = None
+    wants_usage: bool = False
+    wants_prompt: bool = False
+    stopping: bool = False
+
+
+def router_stopping() -> Refused:
+    """The refusal of requests that arrive, or still wait, while the router shuts down."""
+    return Refused(503, "router_stopping", "The router is shutting down.", retry_after=1)

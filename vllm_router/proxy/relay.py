@@ -1,0 +1,109 @@
+"""Copying a proven response to the client as it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_router.proxy.answers.ending import Ending
+from vllm_router.proxy.answers.events import at_boundary
+from vllm_router.proxy.answers.opening import Verdict
+from vllm_router.proxy.downstream import Downstream
+from vllm_router.proxy.record import Record
+from vllm_router.proxy.retry import Outcome
+from vllm_router.proxy.server_response import ServerResponse
+from vllm_router.proxy.tail import PlainTail, StreamTail
+
+_ENDINGS = {
+    Verdict.CUT: Outcome.ENGINE_ABORT,
+    Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
+    Verdict.FAILED: Outcome.BROKEN,
+    Verdict.BUSY: Outcome.BROKEN,
+    Verdict.UNFINISHED: Outcome.BROKEN,
+}
+"""The outcomes of ends that are no proper end of a response that the client has in part."""
+
+
+async def relay(response: ServerResponse, downstream: Downstream, record: Record) -> None:
+    """Send the held bytes, then the rest as it arrives; back-pressure is the awaited write.
+
+    Where both connections allow it, pieces pass without waking a task.
+    """
+    connection = response.connection
+    write_now = downstream.write_now if connection.pours else None
+    piece, response.held = response.held, b""
+    while piece:
+        note_piece(response, record, piece)
+        await downstream.write(piece)
+        if connection.exhausted:
+            return
+        if write_now is not None:
+            await _relay_between_tasks(response, downstream, record, write_now)
+            return
+        piece = await connection.read_body()
+        response.relayed()
+
+
+async def _relay_between_tasks(
+    response: ServerResponse,
+    downstream: Downstream,
+    record: Record,
+    write_now: Callable[[bytes], bool],
+) -> None:
+    """Relay in callbacks of the event loop while the client keeps up."""
+    connection, tail = response.connection, response.tail
+    relayed = response.relayed
+    note = tail.add if tail is not None else None
+
+    def take(piece: bytes) -> bool:
+        # `note_piece`, in place: this runs once per chunk.
+        relayed()
+        record.bytes_out += len(piece)
+        record.chunks += 1
+        if note is not None:
+            note(piece)
+        return write_now(piece)
+
+    while True:
+        await connection.pour(take)
+        relayed()
+        if connection.exhausted:
+            return
+        await downstream.drain()
+
+
+def note_piece(response: ServerResponse, record: Record, piece: bytes) -> None:
+    """Account for a piece of the body that goes to the client."""
+    record.bytes_out += len(piece)
+    record.chunks += 1
+    if response.tail is not None:
+        response.tail.add(piece)
+
+
+def read_ending(response: ServerResponse, outcome: Outcome) -> tuple[Ending, Outcome, bool]:
+    """The end of a relayed response, the outcome of the attempt, and whether it is complete.
+
+    A complete one goes to the client as it is, with the error that it may end with. One without
+    its end is incomplete: the client's connection must be cut.
+    """
+    tail, complete = response.tail, True
+    assert tail is not None
+    ending = tail.read(response.api)
+    if ending.verdict is Verdict.UNFINISHED:
+        plain = isinstance(tail, PlainTail)
+        complete = not plain and response.verdict is Verdict.UNJUDGED
+    if ending.verdict is not Verdict.REJECTED and (
+        not complete or ending.verdict is not Verdict.UNFINISHED
+    ):
+        outcome = _ENDINGS.get(ending.verdict, outcome)
+    return ending, outcome, complete
+
+
+def may_add_event(response: ServerResponse | None) -> bool:
+    """Whether an error event can follow what was relayed: after whole events only.
+
+    After half an event a blank line would complete it.
+    """
+    if response is None:
+        return False
+    tail = response.tail
+    return isinstance(tail, StreamTail) and at_boundary(tail.bytes)
