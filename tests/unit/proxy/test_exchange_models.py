@@ -213,7 +213,7 @@ async def test_policy_receives_first_token_and_usage_of_its_pick(autojump_clock)
         adaptive = rig.context.policies.named("adaptive")
         (server,) = rig.servers
         assert adaptive.statistics(server).prompt_tokens > 900
-        assert adaptive._accounts[server].queued == 0
+        assert adaptive._estimates[server].queued == 0
         assert adaptive.index._bytes_per_token["m"] < 4.0
 
 
