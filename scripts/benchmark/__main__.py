@@ -133,7 +133,7 @@ def _baseline(wanted: str | None, document: dict[str, Any]) -> str:
 
 
 def _noise(document: dict[str, Any]) -> str:
-    """How much else the machine had to do."""
+    """The other load on the machine."""
     rows = [row for by_name in document["summary"].values() for row in by_name.values()]
     worst = max((row["others_cores"] or 0 for row in rows), default=0)
     if worst < 0.15:
@@ -153,7 +153,7 @@ def write(directory: Path, document: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The circumstances of the figures."""
     cpu = ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

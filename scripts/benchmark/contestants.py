@@ -1,4 +1,4 @@
-"""The proxies that are measured, each with the settings one would run it with."""
+"""The measured proxies, each with the settings of a normal deployment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run a contestant, and what is asked of it meanwhile."""
+    """How to run a contestant, and the requests it gets."""
 
     command: list[str]
     environ: dict[str, str] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def fastapi(environment: Environment) -> Callable[[Place], Plan]:
 
 def rust(*options: str) -> Callable[[Environment], Callable[[Place], Plan]]:
     def prepare(environment: Environment) -> Callable[[Place], Plan]:
-        # Command and module have our names: never in an environment of ours.
+        # Its command and module have the same names as ours, so it never shares our environment.
         program = environment.venv("rust", "vllm-router==0.1.17").with_name("vllm-router")
 
         def plan(place: Place) -> Plan:
@@ -133,7 +133,7 @@ def litellm(environment: Environment) -> Callable[[Place], Plan]:
         command = [str(program), "--config", str(file), "--host", "127.0.0.1"]
         return Plan(
             [*command, "--port", str(place.port), "--telemetry", "False"],
-            # Its list of prices comes with it; from the network it would only take longer.
+            # Its list of prices is bundled; downloading it would only take longer.
             {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_DOCS": "True"},
         )
 

@@ -1,4 +1,4 @@
-"""The router's command, with the number of Trio tasks kept in a file for others to read.
+"""The router's command, with the number of Trio tasks in a file for other processes.
 
 python counted.py FILE run --config ...
 """

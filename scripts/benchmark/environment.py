@@ -1,4 +1,4 @@
-"""Where the programs come from: everything is made under .bench/ and reused."""
+"""Where the programs come from: everything is installed under .bench/ and reused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Skipped(Exception):
-    """What cannot be had here; the text says why, in a few words."""
+    """A program that is not available here; the text says why, in a few words."""
 
 
 def say(text: str) -> None:
@@ -56,7 +56,7 @@ class Environment:
             "GOFLAGS": "",
         }
         _call([go, "build", "-o", made, *sources], "go build", env=environ)
-        made.rename(program)  # two builds at once do no harm
+        made.rename(program)  # two simultaneous builds do no harm
         return program
 
     # -- Debian --------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _apt_get_install(package: str) -> None:
 
 @contextlib.contextmanager
 def _no_services() -> Iterator[None]:
-    """Debian starts the services it installs, unless this file says no."""
+    """Debian starts the services it installs, unless this file forbids it."""
     policy = Path("/usr/sbin/policy-rc.d")
     if os.geteuid() or policy.exists():
         yield

@@ -1,9 +1,9 @@
-"""The same on what most routers in Python are built of: FastAPI, uvicorn and aiohttp.
+"""A proxy like most Python routers: FastAPI, uvicorn and aiohttp.
 
 python fastapi_proxy.py PORT SERVER_URL ...
 
-Of production-stack's router it has the data path alone: an answer is passed on as it comes, and
-nothing is counted, logged or checked.
+It has the data path of production-stack's router alone: a response is relayed as it comes, without
+counting, logging or checks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one would write first: Hypercorn, Quart-Trio and httpx, in forty lines. The baseline.
+"""The simplest proxy: Hypercorn, Quart-Trio and httpx, in forty lines. The baseline.
 
 python naive.py PORT SERVER_URL ...
 """

@@ -13,7 +13,7 @@ Runs = list[dict[str, Any]]
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of the values there are."""
+    """The median of the values present."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -57,7 +57,7 @@ def _sorted_runs(document: dict[str, Any]) -> dict[str, dict[str, Runs]]:
 
 
 def summary(document: dict[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The medians by workload and contestant; what the tables show, for programs."""
+    """The medians by workload and contestant, as in the tables, for programs."""
     result: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, by_contestant in _sorted_runs(document).items():
         load = WORKLOADS[name]
@@ -89,8 +89,8 @@ def _medians(load: Workload, runs: Runs, direct: Runs) -> dict[str, float | None
         ),
         "scrape_ms": median(run["scrape_ms"] or None for run in runs),
     }
-    # The open loop's latency begins when a request was due, which the load generator's own
-    # timer makes late by up to a millisecond, for direct as well.
+    # The open loop's latency begins when a request was due, which the load generator's own timer
+    # makes late by up to a millisecond, for direct as well.
     for which in ("p50", "p99", "p99.9"):
         medians[f"latency_{which}_ms"] = _of(runs, "latency_ms", which)
         medians[f"transit_{which}_ms"] = _of(runs, "transit_ms", which)
@@ -209,7 +209,7 @@ def _overview(
 
 
 def markdown(document: dict[str, Any], baseline: str) -> str:
-    """One table for each workload, and what is to be known to read them."""
+    """One table for each workload, with notes on reading them."""
     parts = []
     medians = summary(document)
     if len(medians) > 1 and baseline != DIRECT:
@@ -239,7 +239,7 @@ def markdown(document: dict[str, Any], baseline: str) -> str:
 
 
 def _headroom(load: Workload, by_contestant: dict[str, dict[str, float | None]]) -> str:
-    """Whether the load generator could have asked for more."""
+    """Whether the load generator was not the bottleneck."""
     direct = (by_contestant.get(DIRECT) or {}).get("per_s")
     rates = {
         name: row["per_s"] for name, row in by_contestant.items() if name != DIRECT and row["per_s"]
@@ -253,7 +253,7 @@ def _headroom(load: Workload, by_contestant: dict[str, dict[str, float | None]])
 
 
 def title(name: str) -> str:
-    """How a contestant is called in tables."""
+    """The name of a contestant in tables."""
     base, at, revision = name.partition("@")
     if base == DIRECT:
         return "direct"

@@ -196,7 +196,7 @@ class Results:
 
 
 class Clients:
-    """Ask what the conversations say, each turn after the answer before."""
+    """Run the conversations, each turn after the response to the previous one."""
 
     def __init__(self, url: str, warm_up: float) -> None:
         self._pool = Pool(url)
@@ -262,7 +262,7 @@ class Clients:
         ).encode()  # fmt: skip
 
     async def _ask(self, body: bytes) -> tuple[float, float, str] | None:
-        """When the first and the last token came, and the answer; None if it was refused."""
+        """The times of the first and the last token, and the response; None if it was refused."""
         pool = self._pool
         connection = pool.take_idle(trio.current_time()) or await pool.open(trio.current_time())
         try:

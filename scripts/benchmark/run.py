@@ -1,4 +1,4 @@
-"""Starts everything, puts the load on, and ends everything."""
+"""Starts everything, runs the load, and stops everything."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ HELD_GAP = 50.0
 
 @dataclass(frozen=True)
 class Options:
-    """Times in seconds. So many `cores` are for the proxies alone, the others for the load; 0: any
-    core for all.
-    """
+    """Times in seconds. `cores` cores are for the proxies alone, the others for the load; 0: any
+    core for all."""
 
     repeat: int = 5
     warmup: float = 1.0
@@ -40,7 +39,7 @@ class Options:
 
 @dataclass
 class Record:
-    """One run of one workload against one contestant, with what the load generator said."""
+    """One run of one workload against one contestant, with the load generator's results."""
 
     workload: str
     contestant: str
@@ -50,7 +49,7 @@ class Record:
 
 @dataclass
 class Results:
-    """Everything that was measured. `start_s` is the time from exec to the first answer."""
+    """All measurements. `start_s` is the time from exec to the first response."""
 
     records: list[Record] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -63,10 +62,10 @@ def raise_descriptor_limit() -> None:
 
 
 class Cores:
-    """Which cores a child starts on.
+    """The cores on which a child starts.
 
-    Undivided, a proxy with threads can have all of the machine, and pays for waking them; with
-    one core for the proxies, it starts one thread, and all have the same to work with.
+    Undivided, a proxy with threads can use the whole machine, and pays for waking them; with one
+    core for the proxies, it starts one thread, and all have equal resources.
     """
 
     def __init__(self, proxies: int) -> None:
@@ -77,7 +76,7 @@ class Cores:
 
     @contextlib.contextmanager
     def use(self, cores: set[int]) -> Iterator[None]:
-        """What is started inside inherits it."""
+        """Child processes started inside inherit it."""
         os.sched_setaffinity(0, cores)
         try:
             yield
@@ -131,7 +130,7 @@ class Running:
             )
 
     def wait_ready(self) -> float:
-        """Seconds from its start to its first answer. Raises Skipped."""
+        """Seconds from its start to its first response. Raises Skipped."""
         body = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
         while time.monotonic() - self.began < START_SECONDS:
             if self.process.poll() is not None:
@@ -145,7 +144,7 @@ class Running:
         raise Skipped(f"did not start: {lines[-1][:200]}")
 
     def freeze(self) -> None:
-        """Let it cost nothing while others are measured."""
+        """Stop its CPU use while others are measured."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -166,8 +165,7 @@ class Running:
 
 class Bench:
     """Measures contestants under workloads: each workload on one contestant after the other, and
-    all of that again (A B C A B C …), so that what else happens on the machine hits all alike.
-    """
+    all of that again (A B C A B C …), so that other load on the machine affects all alike."""
 
     def __init__(self, environment: Environment, options: Options) -> None:
         self.environment = environment
@@ -279,7 +277,7 @@ class Bench:
                     contestant.thaw()
                     time.sleep(0.1)
                     result = self._measure_one(server, load, contestant)
-                    time.sleep(0.2)  # it notices that the clients have left
+                    time.sleep(0.2)  # so that it notices the disconnects
                     contestant.freeze()
                     self._note(load, contestant.name, repeat, result)
 
@@ -341,7 +339,7 @@ class Bench:
 
 
 def _held(load: Workload, result: dict[str, Any]) -> bool:
-    """Whether the streams came through at the pace they were sent at."""
+    """Whether the streams arrived at the pace of their sender."""
     if not load.interval:
         return True
     offered = load.connections / load.interval * 1000 * result["seconds"]
@@ -350,7 +348,7 @@ def _held(load: Workload, result: dict[str, Any]) -> bool:
 
 
 def _clean_environ() -> dict[str, str]:
-    """No proxy, no Python setting and no tracing of the caller's reaches a contestant."""
+    """No proxy, Python or tracing setting of the caller reaches a contestant."""
     unwanted = ("PYTHON", "OTEL_", "LITELLM_", "VLLM_")
     return {
         name: value

@@ -1,4 +1,4 @@
-"""The command `scripts/soak`: mixed load for minutes, and what grows meanwhile."""
+"""The command `scripts/soak`: mixed load for minutes, and its memory, descriptors and tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .workloads import Workload
 
 SERVERS = 5
 
-# Streams that are cut off when their time is over: clients that leave in the middle.
+# Streams that are cut off when their time is over: clients that disconnect in the middle.
 LOADS = {
     "json": ["-c", "32", "-rate", "100"],
     "streams": ["-c", "64", "-stream", "-tokens", "100000", "-spread", "1s"],
@@ -52,7 +52,8 @@ figure.savefig(sys.argv[2], dpi=110)
 
 
 class Soak:
-    """The router with five servers, of which one comes and goes by a reload in every interval."""
+    """The router with five servers, of which one is added and removed by reloads in every
+    interval."""
 
     def __init__(self, environment: Environment, interval: float) -> None:
         self.interval = interval
@@ -73,7 +74,7 @@ class Soak:
         self.server.stop()
 
     def sample(self, began: float, number: int) -> dict[str, float]:
-        """Load for one interval; what was seen at its end."""
+        """Load for one interval; returns the sample at its end."""
         self.server.behave(Workload(name="", title="", interval=20, ttft=5))
         children = {name: self._start(options) for name, options in LOADS.items()}
         time.sleep(self.interval / 2)
@@ -82,7 +83,7 @@ class Soak:
         for name, child in children.items():
             output, _ = child.communicate()
             results[name] = json.loads(output)
-        time.sleep(0.5)  # clients have left, and that is noticed
+        time.sleep(0.5)  # so that the router notices the disconnects
         values = metrics(get(f"{self.router.url}/metrics").decode())
         failures = {name: r["first_failure"] for name, r in results.items() if r["failures"]}
         if failures:
@@ -118,7 +119,7 @@ def metrics(page: str) -> dict[str, float]:
 
 
 def verdict(samples: list[dict[str, Any]]) -> str:
-    """How the last quarter compares with the second: the first still warms up."""
+    """The last quarter compared with the second: the first still warms up."""
     quarter = len(samples) // 4
     if not quarter:
         return "too short to tell whether anything grows"
@@ -136,7 +137,7 @@ def verdict(samples: list[dict[str, Any]]) -> str:
 
 
 def plot(environment: Environment, file: Path) -> Path | None:
-    """A picture of the samples, if matplotlib can be had."""
+    """A plot of the samples, if matplotlib is available."""
     try:
         python = environment.venv("plot", "matplotlib")
     except Skipped as why:

@@ -1,4 +1,4 @@
-"""What is put on every contestant."""
+"""The workloads of the benchmark."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Workload:
 
     @property
     def per_chunk(self) -> bool:
-        """Whether chunks, not requests, are what costs."""
+        """Whether chunks, not requests, are the main cost."""
         return self.stream and self.tokens > 100
 
     @property
     def paced(self) -> bool:
-        """Whether the load is given, and not what a contestant can take."""
+        """Whether the load is fixed rather than a contestant's maximum."""
         return self.rate > 0 or self.interval > 0
 
     @property

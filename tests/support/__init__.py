@@ -1,1 +1,1 @@
-"""Code that several tests share: harnesses, scripted servers, real processes, oracles."""
+"""Code shared by tests: harnesses, scripted servers, real processes, oracles."""

@@ -1,4 +1,4 @@
-"""Clients of the four generation APIs, and what an answer in each of them says."""
+"""Clients of the four generation APIs, and the content of their responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATHS = {
     "messages": "/v1/messages",
 }
 KINDS = [(api, stream) for api in PATHS for stream in (True, False)]
-# Every API has its way to say that an answer has come to its end.
+# Every API marks the end of a response in its own way.
 ENDS = {
     "chat": b"data: [DONE]",
     "completions": b"data: [DONE]",
@@ -42,7 +42,7 @@ def body(
 
 @dataclass
 class Got:
-    """One answer as a client has it; `whole`: its framing ended as it should."""
+    """One response as a client has it; `whole`: its framing ended properly."""
 
     api: str
     stream: bool
@@ -54,7 +54,7 @@ class Got:
 
     @property
     def text(self) -> str:
-        """What the model said, whatever the API."""
+        """The generated text, in any API."""
         if not self.stream:
             return said(json.loads(self.body))
         return "".join(said(event) for event in self.events)
@@ -66,7 +66,8 @@ class Got:
 
     @property
     def aborted(self) -> bool:
-        """Whether it says that the engine gave the request up; responses do not say it."""
+        """Whether it says that the engine aborted the request; the responses API does not say
+        so."""
         if self.api in ("chat", "completions"):
             return b'"finish_reason":"abort"' in self.body
         if self.api == "messages" and self.stream:
@@ -124,4 +125,4 @@ def said_something(got: Got) -> bool:
     try:
         return bool(got.text)
     except json.JSONDecodeError:
-        return False  # the last event, or the answer, has not come whole
+        return False  # the last event, or the JSON body, is incomplete

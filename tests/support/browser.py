@@ -96,7 +96,7 @@ class DevTools:
         self.events: list[dict[str, Any]] = []
 
     async def read(self) -> None:
-        """Take messages until cancelled."""
+        """Read messages until cancelled."""
         while True:
             message = json.loads(await self._socket.get_message())
             if "id" in message:
@@ -155,9 +155,10 @@ class Page:
         return answer["result"].get("value")
 
     async def wait(self, expression: str, seconds: float = SECONDS) -> float:
-        """Until JavaScript is truthy; how long it took. Looks at every change of the page.
+        """Wait until JavaScript is truthy; returns how long it took. Checks after every change of
+        the page.
 
-        What asks for an element that is not yet there is not so yet.
+        A missing element counts as false.
         """
         began = time.monotonic()
         guarded = (
@@ -218,7 +219,7 @@ class Page:
         )
 
     async def dark(self, on: bool) -> None:
-        """What the system prefers."""
+        """Emulate a system preference, such as the colour scheme."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
         await self.tools.call("Emulation.setEmulatedMedia", features=[feature])
 
@@ -262,7 +263,7 @@ class Page:
         return found
 
     def requested(self) -> list[str]:
-        """The address of everything that was asked for over HTTP."""
+        """The URLs of all HTTP requests."""
         return [
             message["params"]["request"]["url"]
             for message in self.tools.events
@@ -291,11 +292,11 @@ async def new_page(
             tools.session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await tools.call(f"{domain}.enable")
-            # CPU time of the page's thread: what other programs do does not count.
+            # CPU time of the page's thread, which does not include other programs.
             await tools.call("Performance.enable", timeDomain="threadTicks")
             page = Page(tools)
             await page.size(width, height, mobile=mobile)
-            # The same words whatever the machine's language is.
+            # The same language on every machine.
             await tools.call("Emulation.setTimezoneOverride", timezoneId="UTC")
             try:
                 yield page

@@ -1,4 +1,4 @@
-"""Certificates for tests, made by openssl: authorities, and what they sign."""
+"""Certificates for tests, made by openssl: authorities, and certificates that they sign."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command and wait for its end."""
     return subprocess.run(
         command(*arguments),
         capture_output=True,
@@ -47,7 +47,7 @@ def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 
 class Running:
-    """A command under way, its stdout read line by line and its stderr in a file."""
+    """A running command; its stdout is read line by line, its stderr goes to a file."""
 
     def __init__(self, errors: Path, *arguments: str, cwd: Path | None = None) -> None:
         self.errors = errors
@@ -57,7 +57,7 @@ class Running:
                 command(*arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                bufsize=0,  # a line in a buffer would not be seen by the selector
+                bufsize=0,  # the selector would not see a buffered line
                 stderr=file,
                 cwd=cwd,
                 env=environment(),
@@ -92,7 +92,7 @@ def running(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def router(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[Running]:
-    """A router on a free port that has probed its servers; `url` is where it is."""
+    """A router on a free port that has probed its servers, with its `url`."""
     with running(
         errors, "run", "--host", "127.0.0.1", "--port", "0", *arguments, cwd=cwd
     ) as started:
@@ -102,7 +102,7 @@ def router(errors: Path, *arguments: str, cwd: Path | None = None) -> Iterator[R
 
 
 def until(holds: Callable[[], T]) -> T:
-    """Ask until the answer is truthy; AssertionError if it never is."""
+    """Call until the result is truthy; AssertionError after the time limit."""
     deadline = time.monotonic() + SECONDS
     while True:
         answer = holds()

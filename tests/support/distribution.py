@@ -48,7 +48,7 @@ def file_of(nodeid: str) -> str:
 
 class Files(LoadScopeScheduling):  # type: ignore[misc]
     def __init__(self, config: pytest.Config, log: Any) -> None:
-        config.option.loadscopereorder = False  # it would put files with many tests first
+        config.option.loadscopereorder = False  # it would start files with many tests first
         super().__init__(config, log)
 
     def _split_scope(self, nodeid: str) -> str:
@@ -61,7 +61,7 @@ class Files(LoadScopeScheduling):  # type: ignore[misc]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files | None:
-    """The scheduler, unless `--dist` asks for another one than `-n` chooses by itself."""
+    """The scheduler, unless `--dist` names another one."""
     return Files(config, log) if config.getvalue("dist") == "load" else None
 
 

@@ -1,4 +1,4 @@
-"""A resolver of the tests' own for a router that is a real process.
+"""A resolver under the test's control for a router that is a real process.
 
 names = FakeNames(directory)
 names.set("gpu.test", "127.0.0.1")
@@ -40,10 +40,10 @@ vllm_router.http.client.resolver.BELIEVED_FOR = float(os.environ["FAKE_NAMES_BEL
 
 
 class FakeNames:
-    """What the router's resolver says. Changes hold from the next look-up on."""
+    """Controls the answers of the router's resolver. Changes apply from the next look-up on."""
 
     def __init__(self, directory: Path, believed_for: float = 0.5) -> None:
-        """`believed_for` is in place of the router's BELIEVED_FOR, in seconds."""
+        """`believed_for` replaces the router's BELIEVED_FOR, in seconds."""
         self._file = directory / "names.json"
         self._known: dict[str, dict[str, Any]] = {}
         site = directory / "site"
@@ -74,7 +74,7 @@ class FakeNames:
         self.fail(name, "EAI_NONAME")
 
     def hang(self, name: str) -> None:
-        """For five minutes: longer than any test."""
+        """Hang for five minutes: longer than any test."""
         self.set(name, delay=300.0)
 
     def asked(self) -> int:

@@ -1,4 +1,4 @@
-"""Configurations, servers and fleets for tests of what is known about them."""
+"""Configurations, servers and fleets for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_config(
     limits: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Config:
-    """A configuration as a file would give it; servers `a`, `b`, ... if only their number is."""
+    """A configuration as parsed from a file; a number of servers makes `a`, `b`, ..."""
     if isinstance(servers, int):
         servers = [{"url": f"http://{name}.test:1", "name": name} for name in "abcdef"[:servers]]
     lines = ["[servers]", "servers = ["]

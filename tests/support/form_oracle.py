@@ -1,7 +1,7 @@
-"""What FastAPI reads from a form, and forms to ask it about: an oracle for our own parser.
+"""FastAPI's reading of forms, and generated forms: an oracle for our own parser.
 
 vLLM's audio paths take `Annotated[TranscriptionRequest, Form()]`; `Audio` has its fields that
-matter here. The application is called without a loop: nothing in it waits for anything.
+matter here. The application is called without an event loop, as it never waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Seen = tuple[str | None, bool] | None
 class Audio(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    file: Any = None  # vLLM demands a file: without that more forms say something here
+    file: Any = None  # vLLM requires a file; without that rule, more forms are distinguishable here
     model: str | None = None
     stream: bool | None = False
 
@@ -96,7 +96,7 @@ def seen_by_fastapi(content_type: bytes, chunks: Sequence[bytes]) -> Seen:
 
 
 def model_seen_by_starlette(content_type: bytes, chunks: Sequence[bytes]) -> tuple[Any, ...] | None:
-    """`(model,)` as it stands in Starlette's form, a file as `...`; None if it is refused."""
+    """`(model,)` as Starlette reads it, a file as `...`; None if the form is refused."""
 
     async def read() -> tuple[Any, ...]:
         form = await Request(_scope(content_type), _receiver(chunks)).form()
@@ -158,7 +158,7 @@ _BOUNDARY_PARAMETERS = (
 
 
 class _Maker:
-    """Makes one form. Most have no or few oddities, some are full of them."""
+    """Makes one form. Most have few oddities or none, some have many."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -228,7 +228,7 @@ def make_form(rng: Random) -> tuple[bytes, bytes]:
 
 
 def in_chunks(rng: Random, body: bytes) -> list[bytes]:
-    """As the network may hand it over."""
+    """Split the body as the network may deliver it."""
     if rng.random() < 0.5 or len(body) > 20_000:
         return [body]
     chunks, place = [], 0

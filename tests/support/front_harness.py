@@ -1,4 +1,4 @@
-"""A front on a loopback port with an application for tests, and clients that speak bytes."""
+"""A front on a loopback port with a test application, and clients that send raw bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from vllm_router.http.server.listener import Front
 from vllm_router.http.server.server import Limits
 from vllm_router.routing.paths import is_inference
 
-# Everything that a test waits for takes milliseconds; this is for a machine that is very busy.
+# Hang guard: everything that a test waits for takes milliseconds.
 PATIENCE = 20
 
 CHAT = "/v1/chat/completions"
 
 
 class Application:
-    """What it does depends on the path's last part. It counts what it does."""
+    """The test application; the last part of the path selects its behaviour. It counts its
+    calls."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -43,7 +44,7 @@ class Application:
         self.started += 1
         self.active += 1
         try:
-            # Hypercorn does not cancel: then the application watches.
+            # Hypercorn does not cancel, so the application watches for the disconnect.
             if "vllm_router.cancel_on_disconnect" in scope["extensions"]:
                 await self._http(scope, receive, send)
             else:
@@ -161,7 +162,7 @@ class Running:
 
 @asynccontextmanager
 async def running(kind: str = "lane", **options) -> AsyncIterator[Running]:
-    """A front of one kind, `lane` or `hypercorn`; aborted at the end, and nothing may be left."""
+    """A front of one kind, `lane` or `hypercorn`; stopped at the end, when nothing may be left."""
     app = options.pop("app", None) or Application()
     options.setdefault("limits", QUICK)
     front = Front(app, lane=kind == "lane", **{"accepts": is_inference, **options})
@@ -174,7 +175,7 @@ async def running(kind: str = "lane", **options) -> AsyncIterator[Running]:
         assert front.connections == 0
 
 
-# Short enough to be waited for in a test, long enough not to strike by accident.
+# Short enough for a test to wait, long enough not to expire by accident.
 QUICK = Limits(linger=0.3, max_linger=2.0)
 
 
@@ -196,7 +197,7 @@ class Reply:
 
 
 class Client:
-    """One connection; h11 judges what comes back."""
+    """One connection; h11 parses the responses."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -207,7 +208,7 @@ class Client:
         await self.stream.send_all(data)
 
     async def reply(self, method: str = "POST") -> Reply:
-        """The next answer; raises h11.RemoteProtocolError if it is none."""
+        """The next response; raises h11.RemoteProtocolError if it is invalid."""
         connection = h11.Connection(h11.CLIENT)
         connection.send(h11.Request(method=method, target="/", headers=[("host", "a")]))
         connection.send(h11.EndOfMessage())
@@ -242,14 +243,14 @@ class Client:
                 return reply
 
     async def rest(self) -> bytes:
-        """What still comes before the server closes. Raises BrokenResourceError for a reset."""
+        """The bytes until the server closes. Raises BrokenResourceError for a reset."""
         data = self._data
         while more := await self.stream.receive_some(65536):
             data += more
         return bytes(data)
 
     async def closed(self) -> bool:
-        """Whether the server closes, in whatever way, without another byte."""
+        """Whether the server closes or resets without another byte."""
         try:
             return await self.rest() == b""
         except trio.BrokenResourceError:
@@ -258,7 +259,7 @@ class Client:
 
 @asynccontextmanager
 async def connected(port: int, *, buffer: int | None = None) -> AsyncIterator[Client]:
-    """A client; with `buffer`, one that can receive no more than about so many bytes unread."""
+    """A client; with `buffer`, its receive buffer is limited to about that many bytes."""
     sock = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -283,13 +284,13 @@ def chunked(path: str, *chunks: bytes) -> bytes:
 
 
 async def soon(condition) -> None:
-    """Wait until `condition()` holds; it is the test's time limit that says never."""
+    """Wait until `condition()` holds; the test's time limit bounds it."""
     while not condition():
         await trio.sleep(0.005)
 
 
 def reset_on_close(client: Client) -> None:
-    """Make closing this client a reset."""
+    """Make closing this client send a reset."""
     linger = (1).to_bytes(4, "little") + bytes(4)
     client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 

@@ -1,7 +1,7 @@
-"""How hard the tests with generated input look.
+"""Effort of the tests with generated input.
 
-By default every run tries the same examples, so that it fails only for what a change has broken.
-`FUZZ_EXAMPLES=100000 ./scripts/test -k 'fuzz or h11'` tries so many others.
+By default every run tries the same examples, so that only a change of the code can make it fail.
+`FUZZ_EXAMPLES=100000 ./scripts/test -k 'fuzz or h11'` tries that many others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,6 @@ CHOSEN = os.environ.get("FUZZ_EXAMPLES")
 EXAMPLES = int(CHOSEN or "1000")
 """Examples of the cheapest test; the others take a share of it."""
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=CHOSEN is None)
 hypothesis.settings.load_profile("suite")

@@ -60,14 +60,13 @@ _SITE = "import vllm_router.observability.stalls\nvllm_router.observability.stal
 class Hostile:
     """One hostile input.
 
-    `sends` is bytes, a function that yields them piece by piece, or (with `play`) nothing.
-    `play` is called with the lab instead and does whatever it likes; it returns what came back.
-    `answer` must be found in what comes back (a regular expression); b"" stands for anything.
-    `closed` says whether the router must have closed the connection (None: either).
-    `tls` is for rows that need a router with TLS; `sends` goes within TLS then. `memory` and
-    `peak` are MB above what the router had before: when the row is over, and at any time. `log`
-    are regular expressions of lines that may be errors, `says` of lines that must appear.
-    `fronts` are the kinds of front that it is sent to in every run.
+    `sends` is bytes, a function that yields them piece by piece, or (with `play`) nothing. `play`
+    is called with the lab instead; it returns the received bytes. `answer` must be found in the
+    received bytes (a regular expression); b"" matches anything. `closed` says whether the router
+    must have closed the connection (None: either). `tls` is for rows that need a router with TLS;
+    `sends` goes within TLS then. `memory` and `peak` are MB above the router's memory before the
+    row: after it, and at any time. `log` are regular expressions of lines that may be errors,
+    `says` of lines that must appear. `fronts` are the kinds of front used in every run.
     """
 
     name: str
@@ -94,7 +93,7 @@ EVERY_KIND = tuple(FRONTS)
 
 
 class Router(RouterProcess):
-    """A router whose every stall is logged."""
+    """A router that logs every stall."""
 
     site: Path
 
@@ -107,8 +106,8 @@ class Router(RouterProcess):
 class Lab:
     """One router at `port`, which speaks TLS there if there is a `context` for its clients.
 
-    `router` has the address at which pages and metrics are: with TLS that is another port, without
-    TLS. `servers` are simulated servers.
+    `router` has the address of pages and metrics: with TLS that is another port, without TLS.
+    `servers` are simulated servers.
     """
 
     front: str
@@ -125,7 +124,7 @@ class Lab:
 
     @contextlib.contextmanager
     def connection(self, *, bare: bool = False, timeout: float = 10.0) -> Iterator[socket.socket]:
-        """A client's socket, within TLS if the router speaks it and it is not to be `bare`."""
+        """A client's socket, within TLS if the router speaks it, unless `bare`."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
             if self.context is None or bare:
                 yield sock
@@ -141,9 +140,10 @@ class Lab:
         closed: bool | None = None,
         bare: bool = False,
     ) -> tuple[bytes, bool]:
-        """Send, then read until the router closes or is quiet; what came, and whether it closed.
+        """Send, then read until the router closes or is quiet; returns the bytes, and whether it
+        closed.
 
-        Silence ends the reading only when what is expected has come, or PATIENCE is over.
+        Silence ends the reading only after the expected bytes, or after PATIENCE.
         """
         with self.connection(bare=bare) as sock:
             with contextlib.suppress(OSError):
@@ -162,10 +162,10 @@ class Lab:
 
     @contextlib.contextmanager
     def server(self, handle: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
-        """Starts a hostile server and adds it to the router; returns its URL.
+        """Start a hostile server and add it to the router; returns its URL.
 
-        `handle(sock, head)` is called for each request, in a thread, with its head (the body may
-        be in it or not), and writes what it likes. The connection is closed behind it.
+        `handle(sock, head)` is called for each request, in a thread, with its head (and perhaps
+        some of the body), and writes the response. The connection is closed after it.
         """
 
         class Handler(socketserver.BaseRequestHandler):
@@ -213,7 +213,7 @@ class Lab:
         return sum(_resident(pid) for pid in self.family)
 
     def stall_lines(self, since: int) -> list[tuple[float, float, str]]:
-        """Stalls in the log from a line on: seconds, of them computing, the line."""
+        """Stalls in the log from a given line on: seconds, of them computing, the line."""
         return [
             (float(match[1]), float(match[2]), line)
             for line in self.router.log[since:]
@@ -221,7 +221,7 @@ class Lab:
         ]
 
     def run(self, row: Hostile) -> None:
-        """Send one row's input and check what must hold."""
+        """Send one row's input and check the conditions."""
         self.settle()
         mark, before = len(self.router.log), self.memory()
         self.bystander.begin(self.memory)
@@ -258,7 +258,7 @@ class Lab:
                 assert any(re.search(allowed, line) for allowed in row.log), line
 
     def settle(self) -> None:
-        """Until every process has served a request after what was sent before."""
+        """Wait until every process has served a request that was sent after the row."""
         for _ in range(4):
             status = self.bystander.ask(fresh=True)
             assert status == 200, status
@@ -272,7 +272,7 @@ def _resident(pid: int) -> float:
 
 
 def read_all(sock: socket.socket, quiet: float = QUIET) -> tuple[bytes, bool]:
-    """Everything until the other side closes or resets, or is quiet for so many seconds."""
+    """All bytes until the other side closes, resets, or is quiet for some seconds."""
     came = b""
     sock.settimeout(quiet)
     try:
@@ -289,7 +289,8 @@ def read_all(sock: socket.socket, quiet: float = QUIET) -> tuple[bytes, bool]:
 
 @dataclass
 class Seen:
-    """What another client saw during a row: seconds of its longest wait, MB at the peak."""
+    """Measurements of another client during a row: its longest wait in seconds, peak memory in
+    MB."""
 
     answered: int = 0
     longest: float = 0.0
@@ -298,7 +299,7 @@ class Seen:
 
 
 class Bystander:
-    """Another client, which asks for something small all the time while a row is sent."""
+    """Another client, which sends small requests all the time while a row is sent."""
 
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self._port = port
@@ -367,7 +368,7 @@ class Bystander:
 def lab(
     front: str, urls: list[str], directory: Path, *, tls: bool, **settings: Any
 ) -> Iterator[Lab]:
-    """A router of one kind before these servers; at the end its whole log is looked at."""
+    """A router of one kind in front of these servers; at the end its whole log is checked."""
     site = directory / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(_SITE)

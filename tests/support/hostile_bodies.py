@@ -1,6 +1,6 @@
-"""Rows of `test_hostile_inputs`: request bodies that are long, crowded, deep, or nearly forms.
+"""Rows of `test_hostile_inputs`: request bodies that are long, crowded, deep, or almost forms.
 
-They ask for a model that no server has, so the router reads all of a body and sends it nowhere.
+Their model is on no server, so the router reads the whole body and forwards nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def post(path: str, body: bytes, kind: str = "application/json") -> bytes:
 
 
 def json_row(name: str, value: bytes, answer: bytes = UNKNOWN) -> Hostile:
-    """`value` stands behind the model in an object, as what `messages` are."""
+    """An object with `value` after the model, as `messages` would be."""
     return Hostile(name, post(CHAT, b'{"model":"none","messages":' + value + b"}"), answer)
 
 

@@ -27,7 +27,7 @@ def chunked(path: str, body: bytes) -> bytes:
 
 
 def one_byte_chunks(path: str) -> bytes:
-    """A good body of 30 000 bytes in as many chunks."""
+    """A valid body of 30 000 bytes in as many chunks."""
     body = GOOD[:-1] + b" " * (30_000 - len(GOOD)) + b"}"
     return chunked(path, b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
 
@@ -44,7 +44,7 @@ def pipeline_and_leave(there: Lab) -> None:
 
 
 def half_requests(there: Lab) -> None:
-    """Fifty connections with a request each that never ends, all at once."""
+    """Fifty connections with an endless request each, all at once."""
     with contextlib.ExitStack() as stack:
         for number in range(50):
             sock = stack.enter_context(there.connection())
@@ -61,7 +61,7 @@ def resets(there: Lab) -> None:
 
 
 def reads_nothing(there: Lab) -> None:
-    """Asks for a hundred pages and reads none of them."""
+    """Requests a hundred pages and reads none of them."""
     with contextlib.ExitStack() as stack:
         for _ in range(10):
             sock = stack.enter_context(there.connection())
@@ -72,7 +72,7 @@ def reads_nothing(there: Lab) -> None:
 
 
 def sends_behind_a_refusal(there: Lab) -> bytes:
-    """Goes on sending a body that was refused by its length."""
+    """Goes on sending a body that was refused for its length."""
     with there.connection() as sock:
         sock.sendall(head("POST", CHAT, "Content-Length: 99999999999"))
         sock.settimeout(5)

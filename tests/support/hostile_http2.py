@@ -43,7 +43,7 @@ def rapid_resets() -> bytes:
 
 
 def header_bomb() -> bytes:
-    """One field of 4 KB, put into the table once and referred to 16 000 times."""
+    """One header of 4 KB, put into the table once and referenced 16 000 times."""
     block = Encoder().encode([(":method", "GET"), (":scheme", "http"), (":path", "/")])
     block += b"\x40\x01a\x7f\x81\x1e" + b"b" * 4000
     block += b"\xbe" * 16_000
@@ -59,7 +59,7 @@ def open_streams(count: int, path: str) -> bytes:
 
 
 def no_window(there: Lab) -> None:
-    """A hundred pages at once, and no byte of them is let through."""
+    """A hundred pages at once, with a window of zero."""
     tiny = PREFACE + frame(SETTINGS, setting(4, 0))
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -69,7 +69,7 @@ def no_window(there: Lab) -> None:
 
 
 def window_by_bytes(there: Lab) -> None:
-    """Lets one byte through at a time."""
+    """Opens the window one byte at a time."""
     with there.connection() as sock:
         sock.sendall(PREFACE + frame(SETTINGS, setting(4, 1)) + request(1, "/metrics"))
         with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ def settings_games(there: Lab) -> None:
 
 
 def slow_bodies(there: Lab) -> None:
-    """A hundred uploads on one connection that never end; then it leaves."""
+    """A hundred endless uploads on one connection; then it disconnects."""
     with there.connection() as sock:
         sock.sendall(open_streams(100, CHAT))
         for n in range(100):

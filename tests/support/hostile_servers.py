@@ -1,7 +1,7 @@
-"""Rows of `tests/e2e/test_hostile_inputs.py` in which the bytes come from a server.
+"""Rows of `tests/e2e/test_hostile_inputs.py` with bytes from a server.
 
-A hostile server answers each path with what its row says. It lists no model that others have, so
-the other clients of the lab are never sent to it; rows about answers ask for its model by name.
+A hostile server answers each path as its row says. Its model is on no other server, so the other
+clients of the lab are never sent to it; rows about responses request its model by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIST = json.dumps({"object": "list", "data": [{"id": EVIL, "object": "model"}]})
 
 
 def whole(body: bytes, *fields: str, status: str = "200 OK") -> Pieces:
-    """An answer with its length."""
+    """A response with its length."""
     lines = "".join(f"{field}\r\n" for field in fields)
     head = f"HTTP/1.1 {status}\r\n{lines}content-length: {len(body)}\r\n\r\n"
     return lambda: (head.encode() + body,)
@@ -40,7 +40,7 @@ STREAM = HEAD + b"content-type: text/event-stream\r\n\r\n"
 
 
 def bomb() -> Pieces:
-    """3 MB that are 3 GB: made once, of one block over and over."""
+    """3 MB that decompress to 3 GB: made once, of one repeated block."""
     packer = zlib.compressobj(9, wbits=31)
     first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
     block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -53,11 +53,11 @@ def listing(*names: str) -> Pieces:
 
 
 class Server:
-    """Answers by path, and counts what it is asked; `/v1/models` and `/health` are good unless
+    """Answers by path, and counts its requests; `/v1/models` and `/health` are good unless
     configured otherwise."""
 
     def __init__(self, **answers: Pieces) -> None:
-        """`health`, `metrics`, `models` and `post` say what those are answered with."""
+        """`health`, `metrics`, `models` and `post` are the responses to those requests."""
         self.asked: Counter[str] = Counter()
         self._answers = {"health": whole(b""), "models": whole(LIST), **answers}
 
@@ -75,7 +75,11 @@ def probed(*wanted: str, **answers: Pieces) -> Callable[[Lab], bytes]:
     def play(lab: Lab) -> bytes:
         server = Server(**answers)
         with lab.server(server):
-            looks = {"health": 2, "metrics": 2, "models": 1}  # the list of one that is up only
+            looks = {
+                "health": 2,
+                "metrics": 2,
+                "models": 1,
+            }  # only servers that are up are scraped for models
             until(lambda: all(server.asked[name] >= looks[name] for name in answers), "the probes")
             for path in PAGES:
                 response = lab.router.get(path)
@@ -90,7 +94,7 @@ def probed(*wanted: str, **answers: Pieces) -> Callable[[Lab], bytes]:
 
 
 def asked(answer: Pieces, *, seconds: float = 1.0) -> Callable[[Lab], bytes]:
-    """Play: a client asks for the model of a server that answers so, and leaves after a while."""
+    """Play: a client requests the model of such a server, and disconnects after a while."""
 
     def play(lab: Lab) -> bytes:
         with lab.server(Server(post=answer)):
@@ -105,7 +109,7 @@ def asked(answer: Pieces, *, seconds: float = 1.0) -> Callable[[Lab], bytes]:
                     while len(came) < 50_000_000 and (piece := sock.recv(1 << 20)):
                         came += piece
                 except TimeoutError:
-                    pass  # nothing for a while: as long as the client waits
+                    pass  # silence for as long as the client waits
         return came
 
     return play

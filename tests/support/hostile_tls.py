@@ -1,4 +1,4 @@
-"""Hostile TLS: hellos that leave, half handshakes, records that are none."""
+"""Hostile TLS: hellos that disconnect, half handshakes, invalid records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HELLO = client_hello("h2", "http/1.1")
 
 
 def hello_and_leave(there: Lab) -> None:
-    """Each cost 30 KB for ever."""
+    """Each cost 30 KB, never freed, before the fix."""
     for _ in range(1500):
         with there.connection(bare=True) as sock:
             sock.sendall(HELLO)
@@ -38,7 +38,7 @@ def hello_and_stay(there: Lab) -> None:
 
 
 def hello_read_and_leave(there: Lab) -> None:
-    """Waits for the certificate, so that everything has been computed."""
+    """Waits for the certificate, so that the handshake has been computed."""
     for _ in range(150):
         with there.connection(bare=True) as sock:
             sock.sendall(HELLO)
@@ -67,7 +67,7 @@ def bare(name: str, data: bytes) -> Hostile:
 
 
 def cut_in_half(there: Lab) -> None:
-    """A request whose TLS ends without saying so, in the middle of the body."""
+    """A request whose TLS ends without close_notify, in the middle of the body."""
     for _ in range(50):
         with there.connection() as sock:
             sock.sendall(post(CHAT, GOOD)[:-10])
@@ -109,7 +109,7 @@ TLS = [
 
 
 def within_tls(rows: list[Hostile], *names: str) -> list[Hostile]:
-    """Rows of another table, sent through TLS."""
+    """Rows of another table, sent within TLS."""
     return [
         Hostile(row.name, row.sends, row.answer, row.closed, tls=True, play=row.play)
         for row in rows

@@ -25,7 +25,7 @@ DEFLATE = upgrade(FEED, "Sec-WebSocket-Extensions: permessage-deflate")
 
 
 def closes_with(code: int, *pieces: bytes, deflate: bool = False) -> Callable[[Lab], None]:
-    """What sends these pieces after the handshake and sees the close frame with a code."""
+    """A play that sends these pieces after the handshake and expects a close frame with a code."""
 
     def play(there: Lab) -> None:
         with there.connection(timeout=30) as sock:
@@ -51,7 +51,7 @@ def bomb(size: int) -> bytes:
 
 
 def unread(there: Lab) -> None:
-    """Thirty clients of the feed that read nothing."""
+    """Thirty feed clients that read nothing."""
     with contextlib.ExitStack() as stack:
         for _ in range(30):
             stack.enter_context(there.connection()).sendall(UP)

@@ -1,4 +1,4 @@
-"""Concurrent clients for tests: what each request got, in one line each."""
+"""Concurrent clients for tests, and the result of each request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import trio
 
 @dataclass(frozen=True)
 class Result:
-    """One request as its client saw it. `ended` is "done", "error event", "cut" or "failed"."""
+    """One request as seen by its client. `ended` is "done", "error event", "cut" or "failed"."""
 
     status: int
     ended: str
@@ -60,7 +60,7 @@ async def ask(
 
 
 class Load:
-    """Closed-loop clients against a router. Enter it to start, leave it to stop and wait."""
+    """Closed-loop clients against a router, running while the context is open."""
 
     def __init__(self, url: str, body: dict[str, Any], clients: int, *, pause: float = 0.0) -> None:
         self.results: list[Result] = []
@@ -97,7 +97,7 @@ class Load:
         await self._manager.__aexit__(*error)
 
     async def wait_for(self, count: int) -> None:
-        """Until so many more requests have ended."""
+        """Wait until `count` further requests have ended."""
         wanted = len(self.results) + count
         with trio.fail_after(90):
             while len(self.results) < wanted:

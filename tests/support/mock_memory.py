@@ -16,7 +16,7 @@ from vllm_router.lab.mock.state import ServerState
 
 
 class MemoryListener(trio.abc.Listener):
-    """Accepts what `connect` opens."""
+    """Accepts the connections of `connect`."""
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel(1000)
@@ -39,7 +39,7 @@ class MemoryListener(trio.abc.Listener):
 
 
 class Answer:
-    """A response head and, once read, its body; `chunks` as they were framed."""
+    """A response head and, once read, its body; `chunks` with their framing."""
 
     def __init__(self, head: bytes) -> None:
         line, *fields = head.decode("latin-1").split("\r\n")
@@ -72,7 +72,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What the model said, from a chat or completion stream."""
+        """The generated text of a chat or completion stream."""
         return "".join(
             choice["delta"].get("content", "") if "delta" in choice else choice["text"]
             for event in self.events
@@ -201,7 +201,7 @@ class Mock:
 
 @asynccontextmanager
 async def running_mock(**options: Any) -> AsyncIterator[Mock]:
-    """Defaults without any delay, so that a test names the times it is about."""
+    """Defaults without any delay, so that a test names the times that it uses."""
     plain = {
         "name": "m1",
         "models": ("tiny",),

@@ -28,7 +28,7 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class MockProcess:
-    """One running server. Times are seconds; a request that takes longer raises TimeoutError."""
+    """One running server. Times are seconds; a slower request raises TimeoutError."""
 
     def __init__(self, *arguments: str, port: int = 0) -> None:
         """Start it; `url` is known, and connections are accepted, after `wait`."""
@@ -44,7 +44,7 @@ class MockProcess:
         )
 
     def wait(self) -> None:
-        """Until the server has said where it listens; RuntimeError if it ends or never does."""
+        """Wait until the server has printed its address; RuntimeError if it exits or hangs."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -62,14 +62,14 @@ class MockProcess:
         return self._call("POST", path, value)
 
     def set(self, **switches: Any) -> None:
-        """Failure switches; a wrong one raises HTTPError."""
+        """Set failure switches; an invalid one raises HTTPError."""
         self.post("/mock/set", switches)
 
     def stats(self) -> dict[str, Any]:
         return self.get("/mock/stats")
 
     def wait_for(self, **expected: Any) -> None:
-        """Until `stats()` has these values; TimeoutError after 30 seconds."""
+        """Wait until `stats()` has these values; TimeoutError after 30 seconds."""
         deadline = time.monotonic() + 30.0
         while not expected.items() <= (stats := self.stats()).items():
             if time.monotonic() > deadline:
@@ -102,7 +102,7 @@ class MockProcess:
         self.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Whatever state it is in, it ends now."""
+        """Kill it in whatever state it is."""
         self.process.kill()
         self.process.wait()
         if self.process.stdout is not None:
@@ -134,7 +134,7 @@ def mock_processes(count: int, *arguments: str) -> Iterator[list[MockProcess]]:
 
 
 def restarted(mock: MockProcess, *arguments: str) -> MockProcess:
-    """A new process on the port of one that has ended; the caller closes it."""
+    """A new process on the port of an ended one; the caller closes it."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         again = MockProcess(*arguments, port=mock.port)

@@ -1,4 +1,4 @@
-"""Ports for programs that cannot choose one themselves."""
+"""Free ports for programs that cannot choose one themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BELOW = 32768
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens at."""
+    """A port of 127.0.0.1 without a listener."""
     while True:
         port = random.randrange(10_000, _BELOW)
         with socket.socket() as sock:

@@ -79,7 +79,7 @@ http {{
 
 
 def program(name: str) -> str | None:
-    """Where it is installed: beside this interpreter, or in the system."""
+    """Its path: beside this interpreter, or in the system."""
     here = str(Path(sys.executable).parent)
     return shutil.which(name, path=f"{here}:{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 

@@ -35,7 +35,7 @@ CHAT = "/v1/chat/completions"
 
 @dataclass
 class Got:
-    """What the client has got. `whole` says whether the answer was ended properly."""
+    """The client's view of a response. `whole` says whether it ended properly."""
 
     status: int = 0
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Got:
 
     @property
     def code(self) -> str:
-        """The code of an error that the router made."""
+        """The code of the router's error."""
         assert self[b"x-vllm-router-error"] == self.json["error"]["code"].encode()
         return self.json["error"]["code"]
 
@@ -63,7 +63,7 @@ class Got:
 
 
 class Client:
-    """One request. `leave` and `stall` do what clients do."""
+    """One request. `leave` and `stall` act as the client."""
 
     def __init__(self, rig: Rig, scope: dict[str, Any], pieces: list[bytes]) -> None:
         self.got = Got()
@@ -78,7 +78,7 @@ class Client:
         self._task = trio.CancelScope()
 
     async def run(self) -> Got:
-        """The whole exchange, as the server that calls the application sees it."""
+        """The whole exchange, as an ASGI server would run it."""
         began = trio.current_time()
         with self._task:
             await self._rig.proxy(self._scope, self._receive, self._send)
@@ -93,7 +93,7 @@ class Client:
             self._task.cancel()
 
     def stall(self) -> None:
-        """Take nothing more until `resume`."""
+        """Read nothing more until `resume`."""
         self.stalled = True
 
     def resume(self) -> None:
@@ -162,7 +162,7 @@ class Client:
 
 
 class Recorder:
-    """Counts what the proxy reports."""
+    """Counts the reports of the proxy."""
 
     def __init__(self) -> None:
         self.attempts: list[tuple[str, Outcome]] = []
@@ -210,17 +210,17 @@ class Rig:
         return self.fleet.servers[name]
 
     def prefer(self, name: str) -> None:
-        """Let the policy take this server first, as long as it is a candidate."""
+        """Make the policy prefer this server while it is a candidate."""
         for server in self.servers:
             server.capacity = 1
             server.scraped(gauges(0 if server.name == name else 5), trio.current_time(), leases=0)
 
     def requests(self) -> Counter[str]:
-        """How many requests each server has got."""
+        """The number of requests of each server."""
         return Counter({name: len(server.requests) for name, server in self.scripted.items()})
 
     def down(self, name: str) -> int:
-        """The probes find a server gone; how many exchanges that ended."""
+        """Mark a server down, as the probes do; returns how many exchanges that ended."""
         server, now = self.server(name), trio.current_time()
         go_down(server, now)
         self.fleet.settle(now)
@@ -278,13 +278,13 @@ class Rig:
     # -- afterwards ----------------------------------------------------------------------------
 
     async def settled(self) -> None:
-        """Nothing is left of any exchange; each was accounted for once."""
+        """Check that no exchange is left, and that each was reported once."""
         await trio.testing.wait_all_tasks_blocked()
         assert not self.context.exchanges
         idle = dict.fromkeys(self.scripted, 0)
         idle |= {server.name: link.pool.idle for server, link in self.context.upstreams.items()}
         if any(scripted.open > idle[name] for name, scripted in self.scripted.items()):
-            await trio.sleep(30)  # scripts that sleep have not noticed yet
+            await trio.sleep(30)  # sleeping scripts have not noticed the disconnect yet
         for server in self.fleet.all_servers():
             assert (server.in_flight, server.leases) == (0, set()), server
         for name, scripted in self.scripted.items():
@@ -294,7 +294,7 @@ class Rig:
 
 @asynccontextmanager
 async def lab(*scripts: Script, **options: Any) -> AsyncIterator[Rig]:
-    """A proxy in front of servers `a`, `b`, ... that follow these scripts."""
+    """A proxy in front of servers `a`, `b`, ... with these scripts."""
     async with trio.open_nursery() as nursery:
         rig = Rig(nursery, scripts, **options)
         yield rig

@@ -42,7 +42,7 @@ in which one hangs have a shorter `health_check_timeout`."""
 
 
 def servers_toml(urls: Iterable[str], capacity: int = 3, **settings: Any) -> str:
-    """A servers.toml for these servers, with the test profile and what differs from it."""
+    """A servers.toml for these servers, with the test profile and some changes."""
     lines = ["[servers]", "servers = ["]
     lines += [f'  {{ url = "{url}", max_concurrent_requests = {capacity} }},' for url in urls]
     lines += ["]", "[config]"]
@@ -53,8 +53,8 @@ def servers_toml(urls: Iterable[str], capacity: int = 3, **settings: Any) -> str
 class RouterProcess:
     """One running router. Its log lines are in `log`.
 
-    `passed` are listening sockets that it gets as from systemd. `environment` of a subclass is
-    on top of ours.
+    `passed` are listening sockets passed as by systemd. The `environment` of a subclass is added to
+    ours.
     """
 
     environment: Mapping[str, str] = MappingProxyType({})
@@ -98,11 +98,11 @@ class RouterProcess:
         return "\n".join(self.log)
 
     def wait_for_text(self, text: str) -> None:
-        """Until it has said that: a thread writes its lines, so they come after what they tell."""
+        """Wait for a log line: another thread writes the log, so lines come after the event."""
         until(lambda: text in self.text, f"{text!r} in its log")
 
     def administrate(self, method: str, path: str) -> httpx.Response:
-        """A request by the Unix socket that proves that we are on the router's own machine."""
+        """A request by the Unix socket, which proves that the client is on the router's machine."""
         with own_machine(self.url) as client:
             return client.request(method, path)
 
@@ -160,7 +160,7 @@ class RouterProcess:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        # Its workers have its output, too, until they notice that it has ended.
+        # The workers share its output until they notice its end.
         self._reader.join(30)
         if self.process.stdout is not None and not self._reader.is_alive():
             self.process.stdout.close()
@@ -178,7 +178,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def _passing(sockets: Sequence[socket.socket]) -> list[str]:
-    """What starts a program with these as descriptors 3, 4, ... and says so to it."""
+    """The command that starts a program with these sockets as descriptors 3, 4, ..."""
     if not sockets:
         return []
     return [sys.executable, "-S", "-c", _PASS, ",".join(str(sock.fileno()) for sock in sockets)]
@@ -202,7 +202,7 @@ def router_process(
 
 @contextlib.contextmanager
 def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
-    """A client that comes in by the Unix socket of the router at a URL."""
+    """A client of the Unix socket of the router at a URL."""
     path = find_socket(url)
     assert path is not None, f"no Unix socket beside {url}"
     with short_path(path) as short:
@@ -212,7 +212,7 @@ def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> float:
-    """Wait for a condition; the seconds it took. Connection errors count as not yet.
+    """Wait for a condition; returns the seconds it took. Connection errors count as false.
 
     A server that fails is ejected by its third failure, and a careful policy takes its time to try
     it for the third time.

@@ -1,11 +1,11 @@
-"""A vLLM server that does exactly what a script says, on loopback or in memory.
+"""A vLLM server that follows a script exactly, on loopback or in memory.
 
     async def script(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"{}"))
 
 A script runs once per connection, which is closed when it returns. In memory (a socket pair) tests
-run in virtual time: what one side writes is there for the other at once.
+run in virtual time: bytes written on one side are there at the other side at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientLeft(Exception):
-    """The router closed the connection; ends a script quietly."""
+    """The router closed the connection; ends a script silently."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Talk:
         return request
 
     async def head(self) -> None:
-        """The head of a request, and no more of its body than came along."""
+        """The head of a request, and no more of its body than arrived with it."""
         while b"\r\n\r\n" not in self._buffer:
             await self._more()
 
@@ -94,7 +94,7 @@ class Talk:
         return data
 
     async def send(self, *pieces: bytes) -> None:
-        """Each piece by itself. Raises ClientLeft."""
+        """Send each piece by itself. Raises ClientLeft."""
         for piece in pieces:
             data = memoryview(piece)
             try:
@@ -106,7 +106,7 @@ class Talk:
             await trio.lowlevel.checkpoint()
 
     async def gone(self) -> None:
-        """Wait until the router has closed its side, whatever it still sends."""
+        """Wait until the router has closed its side; ignores what it still sends."""
         while await self._receive():
             pass
 
@@ -125,7 +125,7 @@ Script = Callable[[Talk], Awaitable[None]]
 
 
 class ScriptedServer:
-    """Runs `script` for each connection; `requests` and `talks` are all there were."""
+    """Runs `script` for each connection; `requests` and `talks` record all of them."""
 
     def __init__(self, nursery: trio.Nursery, script: Script | None = None) -> None:
         self.script = script or answering(ok(b"{}"))
@@ -254,5 +254,5 @@ def once(*pieces: bytes) -> Script:
 
 
 async def silent(talk: Talk) -> None:
-    """Takes requests and never answers."""
+    """Accepts requests and never answers."""
     await talk.gone()

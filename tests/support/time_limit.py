@@ -1,4 +1,4 @@
-"""A test that takes too long fails, and its processes end.
+"""A time limit that fails a test and lets it clean up.
 
 pytest-timeout raises from the handler of SIGALRM. In the middle of a Trio run that would break the
 event loop, and no `finally` of a task would run. There, the handler sends SIGINT instead, which

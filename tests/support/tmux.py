@@ -1,10 +1,10 @@
-"""Commands on a real terminal: one that tmux draws, and whose screen can be read.
+"""Commands on a real terminal, drawn by tmux, with a readable screen.
 
     with terminal("vllm-router ...", width=80, height=24) as screen:
         screen.wait("live")
         screen.type("q")
 
-What the command leaves behind is read after its end: `rc=` and the terminal's modes.
+After the command's end the screen shows `rc=` and the terminal's modes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Terminal:
         if program is None:
             raise RuntimeError("tmux is not installed; scripts/setup --system gets it")
         self._tmux = [program, "-f", "/dev/null", "-S", str(socket)]
-        # The exit code and the modes are the last the screen shows.
+        # The exit code and the modes are the last lines on the screen.
         after = f"echo rc=$?; stty -a; echo {_END}; read -r forever"
         script = f"trap : INT; {shlex.join(command)}; {after}"
         root = str(Path(__file__).parents[2])
@@ -58,15 +58,15 @@ class Terminal:
         return done.stdout
 
     def screen(self, *, colours: bool = False) -> str:
-        """What is seen."""
+        """The visible text."""
         return self._ask("capture-pane", "-p", *(["-e"] if colours else []))
 
     def all(self) -> str:
-        """What is seen, and what has gone off the top; long lines whole."""
+        """The visible text and the scrollback; long lines joined."""
         return self._ask("capture-pane", "-p", "-J", "-S", "-")
 
     def wait(self, *texts: str, gone: str = "") -> str:
-        """Until all of the texts are seen and `gone` is not."""
+        """Wait until all of the texts are visible and `gone` is not."""
         deadline = time.monotonic() + SECONDS
         while True:
             screen = self.screen()
@@ -76,7 +76,7 @@ class Terminal:
             time.sleep(0.02)
 
     def type(self, *keys: str) -> None:
-        """Keys by tmux's names: `q`, `C-c`, `Down`."""
+        """Send keys by tmux's names: `q`, `C-c`, `Down`."""
         self._ask("send-keys", *keys)
 
     def resize(self, width: int, height: int) -> None:
@@ -87,7 +87,7 @@ class Terminal:
         return self._ask("display-message", "-p", "#{alternate_on}").strip() == "1"
 
     def ended(self) -> int:
-        """The exit code, once the command has ended and the terminal is as it was."""
+        """The exit code, once the command has ended and the terminal is restored."""
         self.wait(_END)
         assert not self.full_screen()
         assert self._ask("display-message", "-p", "#{cursor_flag}").strip() == "1"
@@ -106,7 +106,7 @@ class Terminal:
 def terminal(
     command: Sequence[str], cwd: Path, *, width: int = 80, height: int = 24
 ) -> Iterator[Terminal]:
-    # A path of a socket may have 107 bytes; pytest's directories are longer.
+    # A socket path may have 107 bytes; pytest's directories are longer.
     with tempfile.TemporaryDirectory(prefix="tmux-") as directory:
         started = Terminal(command, width, height, cwd, Path(directory) / "socket")
         try:

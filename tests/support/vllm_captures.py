@@ -1,4 +1,4 @@
-"""The captured answers of a real vLLM, from `tests/data/vllm`, and how to compare with them."""
+"""The captured responses of a real vLLM, from `tests/data/vllm`, and comparisons with them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from support.mock_memory import Answer
 
 DATA = Path(__file__).parents[1] / "data" / "vllm"
-# On top of vLLM's own: which server answered.
+# The router's header: the answering server.
 OURS = {"x-mock-server"}
 
-# How an answer ended, as curl's exit status.
+# The end of a response, as curl's exit status.
 COMPLETE, CUT, SILENT = 0, 18, 28
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One request and its real answer; `end` is one of the three above. `shortened`: events in
+    """One request and its real response; `end` is one of the three above. `shortened`: events in
     the middle of the stream are left out."""
 
     method: str
@@ -52,7 +52,7 @@ def capture(name: str) -> Capture:
 
 
 def shape(value: Any) -> Any:
-    """Field names in order, and kinds of values."""
+    """Field names in order, with types of values."""
     if isinstance(value, dict):
         return [(key, shape(item)) for key, item in value.items()]
     if isinstance(value, list):
@@ -61,7 +61,7 @@ def shape(value: Any) -> Any:
 
 
 def shapes(answer: Answer) -> list[Any]:
-    """Of the events, neighbours of one shape being one; or of the whole body."""
+    """The shapes of the events, equal neighbours merged; or of the whole body."""
     if answer["content-type"].startswith("text/event-stream"):
         found = [shape(event) for event in answer.events]
     else:
@@ -75,7 +75,7 @@ def header_names(answer: Answer) -> list[str]:
 
 
 def reasons(value: Any) -> list[Any]:
-    """What an answer or event says of how it ended, wherever it says it."""
+    """All finish reasons and statuses in a response or event."""
     if isinstance(value, list):
         return [found for item in value for found in reasons(item)]
     if not isinstance(value, dict):
@@ -90,7 +90,7 @@ def reasons(value: Any) -> list[Any]:
 
 
 def assert_shapes_agree(ours: Answer, real: Capture) -> None:
-    """The same shapes in the same order; of a shortened stream, the ones that are left."""
+    """Compare shapes in order; a shortened stream may lack some."""
     found, wanted = shapes(ours), shapes(real.answer)
     if real.shortened:
         rest = iter(found)

@@ -1,4 +1,4 @@
-"""A router for tests of the control plane: nothing runs in it, and requests are ASGI calls."""
+"""A router for tests of the control plane, without running tasks; requests are ASGI calls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, of an answer that must be one of the router's own."""
+        """The error object of a response that must be one of the router's own errors."""
         error = self.json["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert self.headers["x-vllm-router-error"] == error["code"]
@@ -73,7 +73,7 @@ class Lab:
         self.router.fleet.settle(trio.current_time())
 
     def apply(self, servers: Any, **settings: Any) -> None:
-        """What a reload does."""
+        """Apply a configuration as a reload does."""
         self.router.fleet.apply(make_config(servers, **settings))
 
     # -- requests -----------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class Lab:
         identity: Identity = ADMINISTRATOR,
         app: App | None = None,
     ) -> Reply:
-        """One request, as the guard would hand it to the application."""
+        """One request, as the guard passes it to the application."""
         path, _, query = target.partition("?")
         fields = {"host": "router.test", **(headers or {})}
         scope = {
@@ -132,7 +132,7 @@ class Lab:
         return Reply(start["status"], received, b"".join(part.get("body", b"") for part in parts))
 
     async def infer(self, model: str = "m", **headers: str) -> Reply:
-        """An inference request, which must be answered without a server."""
+        """An inference request that must be answered without a server."""
         body = json.dumps({"model": model}).encode()
         return await self.request(
             "POST", "/v1/chat/completions", body=body, headers=headers, app=self.router.proxy
@@ -141,14 +141,14 @@ class Lab:
     # -- traffic ------------------------------------------------------------------------------
 
     def ended(self, server: Server | None = None, **more: Any) -> Record:
-        """Report a finished exchange; by default a good streamed one that took a second."""
+        """Report a finished exchange; by default a successful stream of one second."""
         record = make_record(trio.current_time(), server, **more)
         self.router.proxy.context.recorder.exchange_ended(record)
         return record
 
 
 def make_record(now: float, server: Server | None = None, **more: Any) -> Record:
-    """A good streamed exchange that took a second and ends now, but for what is said."""
+    """A successful stream of one second that ends now, with some fields changed."""
     fields: dict[str, Any] = {
         "started_at": now - 1.0,
         "method": "POST",

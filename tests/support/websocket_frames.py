@@ -1,4 +1,4 @@
-"""Websocket frames by hand: any opcode, length and flag, right or wrong."""
+"""Websocket frames built by hand: any opcode, length and flag, valid or not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def frame(
     masked: bool = True,
     length: int | None = None,
 ) -> bytes:
-    """A client's frame; `length` is what it announces instead of the payload's. The mask is 0."""
+    """A client's frame; `length` overrides the announced payload length. The mask is 0."""
     size = len(payload) if length is None else length
     first = fin << 7 | rsv << 4 | opcode
     flag = masked << 7

@@ -1,4 +1,4 @@
-"""The processes of a router that was started with `--workers`, and what each of them does."""
+"""The processes of a router started with `--workers`, and the load of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pids(router: RouterProcess) -> dict[str, int]:
 
 
 def family(router: RouterProcess) -> dict[str, int]:
-    """The same once all are there."""
+    """The same, once all of them run."""
     until(lambda: len(pids(router)) == 3, "a leader and two workers")
     return pids(router)
 

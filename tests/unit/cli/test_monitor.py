@@ -1,4 +1,4 @@
-"""The parts of the monitor that need no terminal: keys, state, what is drawn."""
+"""The parts of the monitor that need no terminal: keys, state, drawing."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def view(*servers: schema.ServerView, **facts: Any) -> View:
 
 
 def picture(shown: View, width: int = 80, height: int = 24, now: float = NOW) -> list[str]:
-    """The lines of the screen, which must be exactly so many cells wide."""
+    """The lines of the screen, each exactly `width` cells wide."""
     console = Console(
         width=width, height=height, file=io.StringIO(), force_terminal=True, color_system=None
     )
@@ -139,7 +139,7 @@ def picture(shown: View, width: int = 80, height: int = 24, now: float = NOW) ->
 
 
 def styles(shown: View, text: str) -> set[str]:
-    """How the screen shows a text."""
+    """The text as the screen shows it."""
     console = Console(width=120, height=24, file=io.StringIO(), force_terminal=True)
     lines = console.render_lines(draw(shown, 120, 24, NOW), pad=False)
     return {str(part.style) for line in lines for part in line if text in part.text}

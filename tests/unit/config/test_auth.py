@@ -1,4 +1,4 @@
-"""`[auth]` and `[tls]` in servers.toml, and whose key a request carries."""
+"""`[auth]` and `[tls]` in servers.toml, and the owner of a request's key."""
 
 from __future__ import annotations
 

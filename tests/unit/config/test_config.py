@@ -1,4 +1,4 @@
-"""What servers.toml may say, and what the router answers to everything else."""
+"""Valid contents of servers.toml, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
 
 ONE_SERVER = '[servers]\nservers = [{ url = "http://h:8000" }]\n'
 
-# servers.example.toml of the ancestor project, as it is distributed there.
+# servers.example.toml of the predecessor, as distributed there.
 ANCESTOR = """\
 [servers]
 servers = [
@@ -162,7 +162,7 @@ def test_config_example_shows_every_setting_with_default():
     shown = re.sub(r"^#(?=[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
     for key in (*Settings.__struct_fields__, *LogSettings.__struct_fields__):
         assert re.search(rf"^{key} = ", shown, flags=re.MULTILINE), f"{key} is not in the example"
-    # The keys that have no value to show by default.
+    # The keys without a value to show by default.
     shown = re.sub(r"^(total_timeout|admin_listen)", r"#\1", shown, flags=re.MULTILINE)
     assert read(shown).settings == Settings()
     assert read(shown).log == LogSettings()

@@ -1,4 +1,4 @@
-"""Memory: what limits it, and defaults that fit."""
+"""Memory limits of the machine, and defaults that fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def system(directory: Path, cgroup: str, limits: dict[str, str], total_kb: int =
     [
         # Version 2, in a container of its own namespace.
         ("0::/\n", {"memory.max": "268435456\n"}, 0, 268.435456),
-        # A unit below a slice that has less.
+        # A unit in a slice with a lower limit.
         (
             "0::/a.slice/b.service\n",
             {"a.slice/memory.max": "100000000", "a.slice/b.service/memory.max": "200000000"},
@@ -51,7 +51,7 @@ def system(directory: Path, cgroup: str, limits: dict[str, str], total_kb: int =
             300.0,
         ),
         ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 0, None),
-        # Nothing to be read, or nonsense.
+        # Nothing readable, or nonsense.
         ("", {}, 0, None),
         ("nonsense\n::\n0::/../..\n", {"memory.max": "-5"}, 0, None),
     ],

@@ -1,4 +1,4 @@
-"""Origins of pages: what may be listed, what matches, and the error for a refused page."""
+"""Origins of pages: valid entries, matching, and the error for a refused page."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_origin_invalid_error_names_key_and_expectation(text, hint):
     (problem,) = caught.value.problems
     assert problem.startswith("servers.toml: config.cors_origins[0]: expected an origin like")
     assert hint in problem
-    hidden = "@" in text or "?" in text  # what may be a secret is not shown
+    hidden = "@" in text or "?" in text  # possible secrets are not shown
     assert hidden or problem.endswith(f"got {quoted}")
 
 

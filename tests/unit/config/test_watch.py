@@ -28,14 +28,14 @@ def toml(*names: str, **settings: object) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """In place, with a modification time of its own: real ones tick only every few ms."""
+    """Write in place, with a new modification time: real ones change only every few ms."""
     path.write_text(text)
     tick = next(ticks)
     os.utime(path, ns=(tick, tick))
 
 
 def replace(path: Path, text: str) -> None:
-    """Atomically, as editors do."""
+    """Replace atomically, as editors do."""
     fresh = path.with_suffix(".new")
     write(fresh, text)
     fresh.rename(path)
@@ -49,7 +49,7 @@ def remove(path: Path) -> None:
 
 
 class Applied:
-    """Remembers what was applied; `fault` is raised instead."""
+    """Records applied configurations; raises `fault` instead, if set."""
 
     def __init__(self) -> None:
         self.diffs: list[str] = []
@@ -79,7 +79,7 @@ def reloader(path: Path, applied: Applied) -> Reloader:
 
 
 async def inline(load: Callable[[], Config]) -> Config:
-    """In place of a thread, during which virtual time would pass."""
+    """Replaces a thread, during which virtual time would pass."""
     return load()
 
 
@@ -209,7 +209,7 @@ async def test_reload_changed_file_is_applied_as_one_diff(
 async def test_reload_poll_waits_until_write_is_complete(
     reloader: Reloader, path: Path, applied: Applied
 ):
-    write(path, toml("a", "b"))  # valid, but not what it will be
+    write(path, toml("a", "b"))  # valid, but incomplete
     assert await reloader.poll() is Reload.UNCHANGED
     assert not reloader.settled
     write(path, toml("a", "b", "c"))
@@ -307,7 +307,7 @@ async def test_reload_new_file_of_same_size_and_time_is_detected(reloader: Reloa
 def test_reload_file_made_readable_is_read(reloader: Reloader, path: Path):
     """A change of mode leaves size and modification time as they were."""
     before = reloader.source.fingerprints()
-    for _ in range(1_000_000):  # until the file system's clock, of some ms, has ticked
+    for _ in range(1_000_000):  # wait for the next tick of the file system's clock, some ms
         path.chmod(0o600)
         if reloader.source.fingerprints() != before:
             return

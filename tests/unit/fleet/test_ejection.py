@@ -17,7 +17,7 @@ def ejected(fleet: Fleet) -> str:
 
 
 def traffic(fleet: Fleet, name: str, pattern: str, now: float) -> None:
-    """Requests to a server: `.` is answered, `x` fails."""
+    """Requests to a server: `.` succeeds, `x` fails."""
     server = fleet.servers[name]
     for mark in pattern:
         if mark == ".":

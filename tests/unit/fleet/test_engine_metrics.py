@@ -1,4 +1,4 @@
-"""What is read from a real vLLM's metrics page, and from pages that are not so well-behaved."""
+"""Reading of a real vLLM's metrics page, and of malformed pages."""
 
 from __future__ import annotations
 

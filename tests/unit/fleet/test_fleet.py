@@ -276,7 +276,7 @@ def test_models_of_down_server_are_known_but_unavailable():
 
 
 def test_models_unknown_names_are_not_remembered():
-    """They come from clients: a thousand names of a megabyte each must not stay in memory."""
+    """Names come from clients: a thousand names of a megabyte each must not stay in memory."""
     fleet = make_fleet(2)
     fleet.candidates("m", 0.0)
     fleet.candidates(None, 0.0)
@@ -345,7 +345,7 @@ def test_fleet_counts_servers_by_state():
 
 
 def spread(fleet: Fleet, requests: int) -> dict[str, int]:
-    """Where a burst goes that comes all at once."""
+    """The share of each server in a burst of simultaneous requests."""
     policy = POLICIES["least_load"](Random(5))
     leases = []
     for _ in range(requests):
@@ -401,7 +401,7 @@ def test_settle_visits_changed_servers_only(monkeypatch):
     fleet.settle(2.0)
     assert seen == ["s7", "s9"]
     fleet.settle(3.0)
-    fleet.settle(2.0 + fleet.settings.auto_recovery_threshold)  # its trial is due
+    fleet.settle(2.0 + fleet.settings.auto_recovery_threshold)  # its probation is due
     assert seen == ["s7", "s9", "s9"]
 
 

@@ -1,4 +1,4 @@
-"""The two machines of health, driven with numbers for time."""
+"""Active and passive health, driven with numbers as time."""
 
 from __future__ import annotations
 
@@ -206,7 +206,8 @@ def test_passive_straggler_failures_do_not_prolong_ejection():
 
 
 def test_passive_panic_failures_do_not_prolong_ejection():
-    """All servers ejected: they are asked all the same, 50 at once; that is one failure more."""
+    """All servers are ejected and still tried, 50 requests at once; that counts as one more
+    failure."""
     health = ejected(at=100.0)
     for _ in range(50):
         health.failed(101.0, trial=True)

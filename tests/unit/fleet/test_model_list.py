@@ -1,4 +1,4 @@
-"""What is read from a server's `/v1/models`: real lists, odd names, and pages that mean harm."""
+"""Reading of a server's `/v1/models`: real lists, odd names, and hostile pages."""
 
 from __future__ import annotations
 

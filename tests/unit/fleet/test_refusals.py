@@ -1,4 +1,5 @@
-"""What a server refuses that others take: when it is believed, and when it is over."""
+"""Requests that a server refuses and others accept: when a refusal is believed, and when it
+ends."""
 
 from __future__ import annotations
 

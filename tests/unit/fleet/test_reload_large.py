@@ -1,4 +1,4 @@
-"""A reload of a thousand servers: never much at a time, and nothing lost on the way."""
+"""A reload of a thousand servers: in short slices, without losing any."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def toml(count: int, scheme: str = "http", **settings: float) -> str:
         f'{{ url = "{scheme}://127.{number // 250 + 1}.0.{number % 250 + 1}:9" }},'
         for number in range(count)
     ]
-    settings = {"config_reload_interval": 3600, **settings}  # the tests reload
+    settings = {"config_reload_interval": 3600, **settings}  # the tests call reload themselves
     config = [f"{key} = {value}" for key, value in settings.items()]
     return "\n".join(["[servers]", "servers = [", *servers, "]", "[config]", *config])
 
 
 class Turns(trio.abc.Instrument):
-    """The most computing that one turn of the loop has done, in seconds."""
+    """The longest computation within one turn of the loop, in seconds."""
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -48,7 +48,7 @@ class Turns(trio.abc.Instrument):
 
 
 class Rig:
-    """A supervisor whose probes do nothing but note that they run."""
+    """A supervisor whose probes only record that they run."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.path = path
@@ -88,7 +88,7 @@ async def rig(tmp_path, monkeypatch) -> Rig:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_reload_of_thousand_servers_is_sliced(rig: Rig, scheme: str):
-    """Added, changed and taken out again; every one is probed, and no other."""
+    """Servers are added, changed and removed; every present one is probed, and no other."""
     async with trio.open_nursery() as nursery:
         await nursery.start(rig.supervisor.run)
         await rig.until(lambda: len(rig.running) == 2)

@@ -1,4 +1,4 @@
-"""One server's live state: its load, its leases, and what it is called from moment to moment."""
+"""One server's live state: its load, its leases, and its state over time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_load_is_corrected_by_leases_since_scrape():
 def test_load_burst_counts_while_gauges_are_idle():
     server = make_server(capacity=1)
     burst = [server.lease(0.0) for _ in range(30)]
-    # Gauges lag up to 41 ms behind: the scrape was asked for with all 30 on their way.
+    # Gauges lag by up to 41 ms: the scrape was sent while all 30 were on their way.
     server.scraped(gauges(0), 0.02, leases=30)
     assert server.load == 30
     for lease in burst:
@@ -243,7 +243,9 @@ def test_server_check_timeout_is_ignored_while_bytes_arrive():
     server.last_byte_at = 110.5
     assert not server.checked(Check.TIMEOUT, 2.0, 112.0)
     assert server.probe_health.up
-    assert not server.checked(Check.TIMEOUT, 2.0, 114.0)  # they came since the check before began
+    assert not server.checked(
+        Check.TIMEOUT, 2.0, 114.0
+    )  # bytes since the start of the previous check
     assert server.checked(Check.TIMEOUT, 2.0, 116.0)
     assert not server.probe_health.up
 
@@ -309,7 +311,7 @@ def test_server_capacity_and_name_follow_configuration():
 
 
 def test_journal_after_many_changes_is_begun_anew():
-    """Else it would hold an entry for every change of a load, for ever."""
+    """Else it would hold an entry for every change of a load."""
     fleet = make_fleet(2)
     server = fleet.servers["a"]
     seen = server.journal.servers

@@ -34,7 +34,7 @@ def state(server: Server) -> State:
 
 
 async def head_only(talk: Talk) -> None:
-    """As a paused vLLM: the head of a stream comes at once, and nothing else."""
+    """Like a paused vLLM: the head of a stream comes at once, and nothing else."""
     await talk.request()
     await talk.send(sse_head())
     await talk.gone()
@@ -82,7 +82,7 @@ async def test_disconnect_before_any_token_marks_server_silent(autojump_clock, p
             client.leave()
             await trio.testing.wait_all_tasks_blocked()
             await trio.sleep(0.01)
-        assert served >= 9  # but for the first, and for trials after 5 and 10 more seconds
+        assert served >= 9  # except the first, and probation requests after 5 and 10 more seconds
         assert rig.requests()["a"] <= 3
 
 
@@ -233,7 +233,7 @@ async def test_silent_server_probation_success_ends_silence(autojump_clock):
 
 
 async def silence(rig: Rig) -> None:
-    """A client gives server `a` up, which has sent nothing."""
+    """A client of server `a` disconnects before the first token."""
     rig.prefer("a")
     client = rig.start_stream()
     await trio.sleep(2)

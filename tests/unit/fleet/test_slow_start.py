@@ -1,4 +1,4 @@
-"""Servers that have come back, and servers that fail fast, attract no traffic: in every policy."""
+"""Servers that have come back, and servers that fail fast, attract no extra load in any policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def asking(number: int) -> RoutingInfo:
 
 
 class Loop:
-    """So many clients in a closed loop; `seconds` is how long a server takes for a request."""
+    """Closed-loop clients; `seconds` is how long a server takes for a request."""
 
     def __init__(self, fleet: Fleet, name: str, clients: int = 50) -> None:
         self.fleet = fleet
@@ -48,7 +48,7 @@ class Loop:
         heapq.heapify(self._due)
 
     def run(self, seconds: float) -> Counter[str]:
-        """What each server was given in this time."""
+        """The number of requests of each server in this time."""
         self.served = Counter()
         end = self.now + seconds
         while self._due[0][0] <= end:
@@ -210,7 +210,7 @@ def test_error_penalty_is_zero_for_error_as_slow_as_response():
 
 
 def test_error_penalty_late_report_does_not_turn_time_back():
-    """A client took the end of a large refusal after a minute only."""
+    """A client read the end of a large refusal only after a minute."""
     fleet = make_fleet(described(1), now=100.0)
     a = fleet.servers["a"]
     fleet.took(a, 0.05)

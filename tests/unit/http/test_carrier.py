@@ -1,4 +1,4 @@
-"""httpx over our own client: what it asks and what comes back, connections kept and closed."""
+"""httpx over our own client: requests, responses, and reuse of connections."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def test_carrier_reports_wait_before_request_is_sent(autojump_clock):
         response = await carrier.handle_async_request(request)
         await response.aread()
         await response.aclose()
-        pool.doing = "connection"  # of another request, which was given up
+        pool.doing = "connection"  # of another request, which was cancelled
         response = await carrier.handle_async_request(request)
         assert carrier.doing == ""
         await response.aclose()

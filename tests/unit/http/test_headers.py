@@ -1,4 +1,4 @@
-"""Which fields pass the router in either direction, and which it writes itself."""
+"""Headers that pass the router in either direction, and headers that it writes itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Fields = list[tuple[bytes, bytes]]
 
 
 def sent(headers: Fields, *, api_key: str | None = None, prefix: str = "", **options) -> Fields:
-    """The fields a server gets, as `(name, value)`."""
+    """The headers that a server gets, as `(name, value)`."""
     head = written(headers, api_key=api_key, prefix=prefix, **options)
     return [tuple(line.split(b": ", 1)) for line in head.split(b"\r\n")[1:-2]]
 
@@ -407,7 +407,7 @@ def test_retry_after_is_read_in_seconds(value, seconds):
         ([(b"content-type", b"audio/wav"), (b"content-length", b"9")], []),
         ([(b"content-type", b"application/json")], []),
         ([], []),
-        # A server that says otherwise knows why.
+        # A server that sets it otherwise has its reasons.
         ([(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"yes")], [b"yes"]),
     ],
 )

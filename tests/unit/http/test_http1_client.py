@@ -1,4 +1,4 @@
-"""The HTTP/1.1 client against byte scripts: what is an answer, and what is not."""
+"""The HTTP/1.1 client against byte scripts: valid and invalid responses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
 
 async def open_within(pool: Pool, timeout: float) -> Connection:
-    """`pool.open`, whose time its caller bounds."""
+    """`pool.open`; the caller bounds its time."""
     with trio.fail_after(timeout):
         return await pool.open(trio.current_time())
 
@@ -56,7 +56,7 @@ class Got:
 
 
 async def exchange(connection: Connection, body: bytes = b"{}") -> Got:
-    """One request and its whole answer."""
+    """One request and its whole response."""
     head = HEAD.replace(b": 2", b": %d" % len(body))
     await connection.send(head, body)
     answered = await connection.read_head()
@@ -68,14 +68,14 @@ async def exchange(connection: Connection, body: bytes = b"{}") -> Got:
 
 
 async def received(*pieces: bytes) -> Got:
-    """What comes of a server that sends these pieces, one after the other, and closes."""
+    """The response to these pieces, sent one after the other before a close."""
     result: Got | ConnectionLost
     async with trio.open_nursery() as nursery:
         connection = ScriptedServer(nursery, once(*pieces)).connection()
         try:
             result = await exchange(connection)
         except ConnectionLost as error:
-            result = error  # raised outside, where no group wraps it
+            result = error  # raised outside, so that no exception group wraps it
         connection.close()
     if isinstance(result, ConnectionLost):
         raise result
@@ -261,7 +261,7 @@ async def test_client_large_body_arrives_whole():
 
 
 async def test_client_early_response_to_large_body_closes_connection():
-    """413 and close, as a limit in front of an engine does it."""
+    """413 and close, like a limit in front of an engine."""
 
     async def refuse(talk: Talk) -> None:
         await talk.head()
@@ -292,7 +292,7 @@ async def test_client_early_response_of_server_not_reading_ends_sending(autojump
 
 
 async def test_client_interim_response_does_not_end_sending(autojump_clock):
-    """100 Continue unasked for, while the server takes its time to read."""
+    """An unrequested 100 Continue, while the server takes its time to read."""
 
     async def slow(talk: Talk) -> None:
         await talk.head()
@@ -357,7 +357,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     ids=["fields", "100", "103", "line ends", "trailers", "extension", "late extension", "size"],
 )
 async def test_client_endless_framing_is_protocol_error(pours, start, piece, words):
-    """However the answer is read; nothing of it is kept."""
+    """In every way of reading the response; no buffer may grow."""
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
         connection = ScriptedServer(nursery, repeating(start, piece)).connection()
@@ -543,7 +543,7 @@ async def test_tls_body_until_close_needs_close_notify(said, goodbye):
 
 
 def client_streams() -> int:
-    """What is left of TLS connections to servers, the collector of cycles standing still."""
+    """The TLS objects left of connections to servers, with the cycle collector disabled."""
     return sum(
         isinstance(thing, ssl.SSLObject) and not thing.server_side for thing in gc.get_objects()
     )
@@ -551,7 +551,8 @@ def client_streams() -> int:
 
 @pytest.mark.parametrize("host", ["localhost", "wrong.test"])
 async def test_tls_connection_leaves_nothing_for_the_collector(host):
-    """Whether its handshake fails, as each second with an expired certificate, or it is closed."""
+    """For a failing handshake, as with an expired certificate every second, and for a closed
+    connection."""
 
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
         await stream.receive_some(1)
@@ -645,7 +646,7 @@ async def test_pool_sweep_closes_expired_connections_only():
     async with pooled() as (pool, server):
         for now in (0.0, 1.0, 2.0):
             pool.give_back(await used(server), now)
-        # the last exchange took from none: all three are new
+        # the last exchange reused no connection: all three are new
         pool.sweep(2.9)
         assert pool.idle == 3
         pool.sweep(4.0)
@@ -738,7 +739,7 @@ async def test_client_stale_connection_fails_without_a_byte():
 
 
 def read_by_h11(raw: bytes) -> tuple[int, bytes] | None:
-    """Status and body as h11 reads them; None if it refuses or the answer is not whole."""
+    """Status and body as h11 reads them; None if it refuses or the response is truncated."""
     parser = h11.Connection(h11.CLIENT)
     parser.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
     parser.send(h11.EndOfMessage())

@@ -1,4 +1,4 @@
-"""What the lane refuses, how it says so, and what it does without sockets."""
+"""Requests that the lane refuses, its responses to them, and its behaviour without sockets."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ async def test_server_many_empty_lines_before_request_are_skipped():
 
 async def test_server_body_refusal_reaches_client_that_stopped_sending():
     async with running() as on:
-        for _ in range(16):  # tasks take turns at random
+        for _ in range(16):  # Trio schedules tasks in random order
             on.app.received = 0
             async with connected(on.port) as client:
                 await client.send(CHUNKED + b"3\r\nabc\r\n")
@@ -253,7 +253,7 @@ async def test_server_drain_loses_no_request_being_handed_over():
     async def serve() -> None:
         moved.append(await StreamConnection(server, side).run())
 
-    for _ in range(8):  # tasks take turns at random
+    for _ in range(8):  # Trio schedules tasks in random order
         server = Server(nothing, accepts=not_here)
         client, side = trio.testing.memory_stream_pair()
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Pieces of few frames, however the bytes are split; and how much of them is too much."""
+"""Splitting of HTTP/2 input into pieces of few frames, and the allowance of control frames."""
 
 from __future__ import annotations
 

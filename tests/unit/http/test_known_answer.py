@@ -1,4 +1,4 @@
-"""A server's repeated heads are not parsed again, and mean what they mean when parsed."""
+"""Repeated response heads are not parsed again, and give the same result as parsing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAD = (
 
 
 class Scripted:
-    """A transport that gives what it was given, a read at a time, and then the end."""
+    """A transport that returns the given bytes, one read at a time, and then the end."""
 
     pours = False
 

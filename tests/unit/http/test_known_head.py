@@ -1,4 +1,4 @@
-"""A connection's repeated heads are not parsed again, and mean what they mean when parsed."""
+"""Repeated request heads are not parsed again, and give the same result as parsing."""
 
 from __future__ import annotations
 

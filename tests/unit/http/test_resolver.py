@@ -1,4 +1,5 @@
-"""Names of servers: a resolver that fails, hangs, moves and lies, and addresses that swallow."""
+"""Names of servers: a resolver that fails, hangs, changes and lies, and addresses that swallow
+SYNs."""
 
 from __future__ import annotations
 
@@ -63,9 +64,9 @@ class FakeResolver:
 
 
 class Network:
-    """What connecting to each address does: at once a socket, after seconds, or an error.
+    """The result of connecting to each address: a socket at once, after seconds, or an error.
 
-    An address that is not there swallows.
+    An address that is missing swallows the SYN.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def network(monkeypatch):
 
 
 async def reach(name: Name, turn: int = 0, within: float = 5.0) -> str:
-    """The address that a connection is made to."""
+    """The address of a new connection."""
     with trio.fail_after(within):
         _, address = await Race(name, 80, turn).next()
     return address[1][0]
@@ -328,7 +329,7 @@ async def test_race_refused_address_costs_nothing(autojump_clock, network):
 @pytest.mark.parametrize("old", [float("inf"), ConnectFailed("Connection refused")])
 @pytest.mark.parametrize("delay", [0.01, 1.5])
 async def test_race_moved_name_is_followed_within_one_request(autojump_clock, network, old, delay):
-    """Whether the old address swallows or refuses; a slow resolver is waited for if it swallows."""
+    """The old address swallows or refuses; if it swallows, a slow resolver is waited for."""
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there["10.0.0.1"] = 0.0
@@ -345,7 +346,7 @@ async def test_race_moved_name_is_followed_within_one_request(autojump_clock, ne
 
 
 async def test_race_lying_resolver_does_not_cut_off_working_server(autojump_clock, network):
-    """It says another address, where nothing answers, for ten minutes."""
+    """It returns an address without a listener for ten minutes."""
     resolver = FakeResolver("10.0.0.1")
     name = resolver.name()
     network.is_there.update({"10.0.0.1": 0.0, "192.0.2.1": ConnectFailed("refused")})

@@ -124,7 +124,7 @@ async def test_socket_writes_of_one_turn_are_sent_together():
 async def test_socket_request_is_not_sent_after_unsolicited_input():
     with pair() as (wire, peer):
         wire.ask(b"request")
-        peer.send(b"unasked")  # after the loop has looked, before the request leaves
+        peer.send(b"unasked")  # after the check, before the request is sent
         with pytest.raises(ConnectionAbortedError):
             await wire.read()
         assert received(peer) == b""
@@ -205,7 +205,7 @@ async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     ours.setblocking(False)
     wire = Wire(ours, called.set)
     await trio.testing.wait_all_tasks_blocked()
-    wire.ended = True  # as if the news of its end had been taken in already
+    wire.ended = True  # as if its end event had been read already
     theirs.close()
     wire.write(b"x")
     with trio.fail_after(5):
@@ -369,7 +369,7 @@ async def test_hub_defect_in_one_socket_is_logged_and_costs_no_other(
 
 
 async def test_hub_finds_epoll_of_trio():
-    """Trio's I/O manager is not public; should it change, each pass costs a task's turn more."""
+    """Trio's I/O manager is private; without it, each pass costs one more task switch."""
     with pair():
         assert wires.Hub.of_this_run().in_trios_epoll
 

@@ -1,5 +1,5 @@
-"""What the tables of answers say of every captured answer, and of every one that the simulated
-server can be made to give."""
+"""The answer tables, checked against every captured response, and against every response that
+the simulated server can be made to give."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WAIT, PROVEN, ABORTED, NO_TOKENS = (
 
 
 def opening_of(path: str, body: bytes, *, complete: bool) -> tuple[Verdict, bytes]:
-    """What the first events amount to, event by event, and what was held when it was known."""
+    """The verdict of the first events, event by event, and the events held until then."""
     opening = Opening(api_of(path.encode()))
     blocks, _ = blocks_of(body)
     for block in blocks:
@@ -44,13 +44,13 @@ def is_stream(answer: Answer) -> bool:
 
 
 def verdict_of(path: str, answer: Answer, end: int) -> Verdict:
-    """Of a stream's beginning, or of a whole plain answer."""
+    """The verdict of a stream's beginning, or of a whole JSON response."""
     if is_stream(answer):
         return opening_of(path, answer.body, complete=end == COMPLETE)[0]
     return read_whole(api_of(path.encode()), answer.body.strip()).verdict
 
 
-# The zero-token ends of Messages and Responses look like right ones but for the count of tokens.
+# Zero-token ends of Messages and Responses differ from normal ones only in the count of tokens.
 SUSPECT = {ABORTED, NO_TOKENS, Verdict.EMPTY}
 
 CAPTURED: list[tuple[str, set[Verdict]]] = [

@@ -1,4 +1,4 @@
-"""The simulated server reads a body, and refuses one, as the captured real server did."""
+"""The simulated server accepts and refuses bodies like the captured real server."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The simulated server opens, ends and fails as the captured real one: aborts, deaths, mistakes
-that are found out late, and the paths around generation."""
+"""The simulated server opens, ends and fails like the captured real one: aborts, crashes, late
+client errors, and the paths around generation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from support.vllm_captures import (
 )
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 1500}
-# A token is a second, so that a test is between two of them; one place in the engine.
+# A token takes a second, so that a test can act between two of them; the engine has one slot.
 SLOW = {"token_delay": 1.0, "max_num_seqs": 1, "max_model_len": 2048}
 
 
 async def received(client: Client) -> tuple[Answer, int]:
-    """The answer as far as it comes, and how it ends."""
+    """The response as far as it comes, and how it ends."""
     answer = Answer(b"HTTP/1.1 000 no head")
     with trio.move_on_after(600):
         try:
@@ -49,7 +49,7 @@ async def sent(mock: Mock, real: Capture) -> Client:
 
 
 async def busy(mock: Mock) -> Client:
-    """Takes the engine's place."""
+    """Replaces the engine."""
     client = await mock.client()
     await client.send("POST", "/v1/completions", LONG)
     await trio.sleep(0.5)
@@ -57,7 +57,7 @@ async def busy(mock: Mock) -> Client:
 
 
 def assert_same(ours: tuple[Answer, int], real: Capture) -> None:
-    """Status, headers, fields and their order, what is said of the end, and the end itself."""
+    """Status, headers, fields and their order, finish reasons, and the end itself."""
     answer, end = ours
     assert (answer.status, end) == (real.answer.status, real.end)
     assert header_names(answer) == header_names(real.answer)
@@ -133,7 +133,7 @@ async def aborted(mock: Mock, how: str) -> None:
 
 
 def without_connection_close(answer: Answer) -> None:
-    """A server that ends says so in its heads; the captured ones were asked to close anyway."""
+    """A stopping server sends Connection: close; the captured clients requested close anyway."""
     answer.headers = [field for field in answer.headers if field != ("connection", "close")]
 
 

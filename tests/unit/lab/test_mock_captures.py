@@ -1,4 +1,4 @@
-"""The simulated server answers as the captured real one: status, headers, fields, framing."""
+"""The simulated server answers like the captured real one: status, headers, fields, framing."""
 
 from __future__ import annotations
 

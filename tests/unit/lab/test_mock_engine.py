@@ -204,7 +204,7 @@ def test_mock_engine_preempted_request_with_own_delays_keeps_pace():
     seen = run(core)
     moments = times(seen, young)
     assert (young.preempted, times(seen, old)[-1]) == (1, 1.5)
-    # Out at 1.2, so nothing at 1.25; back when the other has gone, after its ttft.
+    # Preempted at 1.2, so nothing at 1.25; resumed when the other has ended, after its ttft.
     assert moments[:5] == [0.05, 0.45, 0.85, 1.55, 1.95]
     assert len(moments) == 16
 

@@ -1,4 +1,4 @@
-"""Every way in which the simulated server misbehaves, to the byte."""
+"""Every fault of the simulated server, byte by byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pause and resume of the simulated server, as captured of a real one; times are virtual."""
+"""Pause and resume of the simulated server, as captured from a real one, in virtual time."""
 
 from __future__ import annotations
 

@@ -390,7 +390,7 @@ async def test_mock_request_ids_if_enabled_are_returned_and_name_answer(autojump
 
 
 async def test_mock_model_name_not_unicode_is_bad_request():
-    """A real server says no more, for it finds out when it writes that there is no such model."""
+    """A real server gives no more detail: it finds out only when it writes the 404."""
     async with running_mock() as mock:
         answer = await mock.ask("POST", CHAT_PATH, CHAT | {"model": "\ud800"})
     assert answer.status == 400

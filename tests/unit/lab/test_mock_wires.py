@@ -1,5 +1,5 @@
-"""Answers of the simulated server that are empty, unfinished, framed or packed otherwise, or that
-fail in another engine's words."""
+"""Responses of the simulated server that are empty, unfinished, framed or compressed
+differently, or that fail with another engine's errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def until_closed(mock: Mock, path: str, *, stream: bool = True) -> tuple[A
 
 
 def kinds(answer: Answer) -> list[str]:
-    """What the events call themselves."""
+    """The types of the events."""
     return [
         event if isinstance(event, str) else event.get("type", event.get("object"))
         for event in answer.events

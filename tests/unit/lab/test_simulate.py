@@ -1,4 +1,4 @@
-"""The simulated engines, the world around them, replay, tables and the command."""
+"""The simulated engines, the simulated fleet, replay, tables and the command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ H100 = HARDWARE["8b"]
 
 
 def run_engine(engine: Engine) -> tuple[dict[Job, float], dict[Job, float]]:
-    """To the end of all work: when each job got its first and its last token."""
+    """Run to the end of all work: the times of each job's first and last token."""
     firsts: dict[Job, float] = {}
     lasts: dict[Job, float] = {}
     while engine.step_end < math.inf:
@@ -102,7 +102,7 @@ def test_simulated_answer_is_cached_for_next_turn():
     engine = Engine(H100)
     text = Text()
     text.add(1, 640)
-    text.add(2, 640)  # the answer
+    text.add(2, 640)  # the response
     engine.submit(Job(None, text, 640, 640, 0.0), 0.0)
     run_engine(engine)
     text.add(3, 64)

@@ -1,4 +1,4 @@
-"""The access log: one line per exchange, of which nothing is lost, forged or waited for."""
+"""The access log: one line per exchange; no line is lost, forged or waited for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FORGED = "m\n2026-01-01T00:00:00.000Z INFO    access: GET /\x1b[2K\u2028 x=1"
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Logging is global: what was set up before comes back."""
+    """Logging is global: restore the previous set-up."""
     root, ours = logging.getLogger(), logging.getLogger("vllm_router")
     before = root.handlers[:], root.level, ours.level
     yield
@@ -163,7 +163,7 @@ def test_access_log_users_are_distinguished_but_anonymous():
 
 
 class Kept(LineWriter):
-    """Makes the lines at once."""
+    """Formats the lines at once."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ class Kept(LineWriter):
 
 
 def listen(rig: Any, *, prompts: bool = False) -> list[dict[str, Any]]:
-    """The access lines of a proxy, as they come."""
+    """The access lines of a proxy, in order."""
     kept = Kept()
     log = AccessLog()
     log.writer, log.form = kept, "json"
@@ -249,7 +249,7 @@ async def test_access_log_prompts_are_not_kept_in_records(autojump_clock):
 
 
 class Target:
-    """Takes what is written while `open` is set."""
+    """Accepts writes while `open` is set."""
 
     name = "target"
 
@@ -310,7 +310,7 @@ def test_line_writer_stalled_reader_blocks_no_task_and_losses_are_logged(
 ):
     target.open.clear()
     writer.put("first")
-    until(lambda: not writer._gatherer._waiting)  # it is in the hands of the stalled target
+    until(lambda: not writer._gatherer._waiting)  # the stalled target has it
     for _ in range(log_writer.LIMIT + 7):
         writer.put("line")
     assert writer.dropped == 7
@@ -391,7 +391,7 @@ def output(stream: io.StringIO, **overrides: Any) -> LogOutput:
 
 
 def logged(settings: LogSettings, **overrides: Any) -> list[str]:
-    """What is written of a log line, a good exchange and a failed one."""
+    """The log output of a log line, a successful exchange and a failed one."""
     stream = io.StringIO()
     under_test = output(stream, **overrides)
     under_test.apply(settings)
@@ -543,7 +543,7 @@ def test_log_file_is_reopened_in_every_state_of_the_thread(tmp_path: Path, after
 def test_log_urgent_lines_are_written_sooner(
     writer: LineWriter, target: Target, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of a busy router the access lines wait for each other, what it says of itself does not."""
+    """On a busy router access lines are batched; the router's own log lines are not delayed."""
     monkeypatch.setattr(gatherer, "GATHER", 60.0)
     writer.put("first")
     until(lambda: target.lines == ["first"])

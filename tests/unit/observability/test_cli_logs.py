@@ -1,4 +1,4 @@
-"""Log lines: one record each, whatever it holds."""
+"""Log lines: one record each, for any contents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORGED = "a\n2026-01-01T00:00:00.000Z INFO    supervisor: all is well\r\x1b[2K\x
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """Logging is global: what was set up before comes back."""
+    """Logging is global: restore the previous set-up."""
     root, ours = logging.getLogger(), logging.getLogger("vllm_router")
     before = root.handlers[:], root.level, ours.level
     yield
@@ -24,7 +24,7 @@ def restored() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Take away the handlers that pytest has put there for this test: not ours to close."""
+    """Remove pytest's handlers for this test, without closing them."""
     logging.getLogger().handlers.clear()
 
 

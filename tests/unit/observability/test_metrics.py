@@ -1,4 +1,4 @@
-"""The metrics page: what is counted, under which labels, and how many series there may be."""
+"""The metrics page: counted events, labels, and the bound on the number of series."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def samples(lab):
 
 
 def pick(found, name, **labels):
-    """The sum of the samples of a name whose labels are at least these."""
+    """The sum of the samples of a name whose labels include these."""
     return sum(
         value
         for (sample, *pairs), value in found.items()
@@ -275,7 +275,7 @@ async def test_metrics_reused_name_of_removed_server_appears_once():
     lab["a"].lease(trio.current_time())
     lab.apply([{"url": "http://elsewhere.test:1", "name": "a"}])
     assert len(lab.router.fleet.leaving) == 1
-    found = await samples(lab)  # it fails on samples that come twice
+    found = await samples(lab)  # it fails on duplicate samples
     assert series(found, "server_info", "url") == {"http://elsewhere.test:1"}
 
 
@@ -291,7 +291,7 @@ async def test_metrics_labels_are_escaped():
 
 
 async def test_metrics_long_page_yields_to_other_tasks(nursery, monkeypatch):
-    """Virtual time of the renderer: every look at the clock finds a turn to be over."""
+    """Virtual time of the renderer: every look at the clock finds the turn over."""
     lab = Lab(1)
     turns = 0
     monkeypatch.setattr(metrics_module, "perf_counter", iter(range(10**6)).__next__)

@@ -1,4 +1,4 @@
-"""The event loop's delays: measured, counted, and logged with what ran."""
+"""Delays of the event loop: measured, counted, and logged with the running function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_router.observability.stalls import LOOK_SELDOM, WINDOW, LagWatch, Stal
 
 
 def hog_the_loop(seconds: float) -> None:
-    """Keep the loop's thread busy; other threads have their turns."""
+    """Keep the loop's thread busy; other threads can run."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
@@ -37,7 +37,7 @@ def test_lag_watch_returns_the_worst_of_the_last_ten_seconds():
 
 
 class Clock:
-    """The monotonic clock of `Turns`, moved by hand."""
+    """The monotonic clock of `Turns`, under the test's control."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -96,7 +96,7 @@ async def test_monitor_stall_logs_the_function_that_ran(nursery, caplog):
     nursery.start_soon(monitor.run)
     await trio.testing.wait_all_tasks_blocked()
     while not any("hog_the_loop" in message for message in messages(caplog)):
-        hog_the_loop(LOOK_SELDOM + 0.1)  # a busy machine may not let the thread in the first time
+        hog_the_loop(LOOK_SELDOM + 0.1)  # on a busy machine the thread may not run the first time
         await trio.sleep(0.01)
         monitor._logged_length = 0.0
     assert monitor.count > 0

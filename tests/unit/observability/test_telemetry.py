@@ -1,4 +1,4 @@
-"""Trace context goes through unchanged; with the extra `otel`, spans are made of exchanges."""
+"""Trace context passes unchanged; with the extra `otel`, exchanges have spans."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Traced:
         rig.context.wants_usage = True
 
     def spans(self) -> list[ReadableSpan]:
-        """All that were made, in the order in which they began."""
+        """All spans, in the order of their start."""
         assert self.telemetry._gatherer.flush()
         return sorted(self.exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
 
@@ -71,7 +71,7 @@ async def traced(
 
 
 def sent(rig: Rig, name: bytes, server: str = "a") -> list[bytes]:
-    """The values of a field in the last request that a server got."""
+    """The values of a header in the last request of a server."""
     head = bytes(rig.scripted[server].requests[-1].head).lower()
     return re.findall(rb"\r\n" + name + rb": ([^\r]*)", head)
 

@@ -1,4 +1,4 @@
-"""The tables of answers: which events open, prove, finish, end, abort or fail, in every API."""
+"""The answer tables: events that open, prove, finish, end, abort or fail, in every API."""
 
 from __future__ import annotations
 
@@ -705,7 +705,7 @@ def test_quick_body_agrees_with_table(payload, api):
     quick_usage = quick.usage_of_finished(body)
     if quick_usage is None:
         return
-    # A byte order mark is read by the tables only.
+    # Only the tables read a byte order mark.
     slow = read_whole(api, b"\xef\xbb\xbf" + body)
     if slow.verdict is not Verdict.UNJUDGED:
         assert (slow.verdict, slow.usage) == (Verdict.PROVEN, quick_usage)

@@ -22,7 +22,7 @@ MESSAGES = ("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/batches",
 
 
 def anthropic_error(status: int, headers: dict[str, str], body: bytes) -> dict[str, Any]:
-    """The error object of an answer that must be one of the router's own to Anthropic's clients."""
+    """The error object of one of the router's own responses to Anthropic's clients."""
     value = json.loads(body)
     assert value.keys() == {"type", "error", "request_id"}
     assert value["type"] == "error"

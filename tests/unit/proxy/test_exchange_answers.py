@@ -1,4 +1,4 @@
-"""What counts as an answer, over whole exchanges: proof, ends, doubt, and whose fault it was."""
+"""Responses of whole exchanges: proof, ends, doubtful errors, and which failures count."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_exchange_server_of_empty_200s_attracts_no_load(autojump_clock):
 
 @pytest.mark.parametrize("path", OPENINGS)
 async def test_exchange_opening_events_do_not_commit(autojump_clock, path):
-    """The server dies after them, by an orderly close."""
+    """The server closes the connection in order after them."""
 
     async def dies(talk: Talk) -> None:
         await talk.request()
@@ -237,7 +237,7 @@ async def test_exchange_unclear_error_counts_if_other_server_answers(autojump_cl
 
 
 async def test_exchange_responses_stream_cut_by_all_servers_counts_for_none(autojump_clock):
-    """vLLM 0.32 ends a request so whose grammar or stop tokens are wrong."""
+    """vLLM 0.32 ends requests with an invalid grammar or stop tokens that way."""
     cut = once(sse_head(), chunk(CREATED))
     async with lab(cut, cut, cut) as rig:
         for _ in range(4):

@@ -1,4 +1,4 @@
-"""Bodies of every form: the server of the right model gets them, changed in nothing else."""
+"""Bodies of every form: routed to the server of the model, with no other change."""
 
 from __future__ import annotations
 
@@ -240,11 +240,11 @@ async def test_form_for_key_with_models_accepts_common_clients(autojump_clock, b
         assert rig.requests() == {"a": 0, "b": 1}
 
 
-# Starlette does not close the file of a part that does not end.
+# Starlette does not close the file of an unfinished part.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 async def test_form_for_key_with_models_cannot_smuggle_a_model(autojump_clock):
-    """Whatever reaches a server has the key's model for FastAPI, too."""
+    """FastAPI reads the key's model in every form that reaches a server."""
     rng = Random(4)
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         come_up(rig.server("a"), trio.current_time(), "whisper")
@@ -300,7 +300,7 @@ async def test_form_gets_alias_applied(autojump_clock, size):
 
 
 async def test_form_without_file_is_read(autojump_clock):
-    """vLLM refuses them for the missing file: the right server says so."""
+    """vLLM refuses them for the missing file: the right server reports the error."""
     kind = (b"content-type", b"application/x-www-form-urlencoded; charset=utf-8")
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)

@@ -1,4 +1,4 @@
-"""Clients that leave, stall, drip or send too much: nothing of them stays."""
+"""Clients that disconnect, stall, drip or send too much: nothing is leaked."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ async def test_exchange_client_disconnect_frees_server_at_once(autojump_clock, c
         assert client.done
         assert (rig.server("a").in_flight, len(rig.context.exchanges)) == (0, 0)
         if case != "while its request is sent":
-            await trio.sleep(1.1)  # a script that sleeps notices when it sends next
+            await trio.sleep(1.1)  # a sleeping script notices when it sends next
             (talk,) = rig.scripted["a"].talks
             assert rig.scripted["a"].open == 0
             if case not in ("among comments", "in a stream"):
@@ -221,7 +221,7 @@ async def test_exchange_two_hundred_random_disconnects_leak_nothing(autojump_clo
         assert len({id(record) for record in records}) == 200
         assert all(record.outcome is not None or record.status for record in records)
         assert sum(server.served for server in rig.servers) == sum(r.attempts for r in records)
-        # Still serving, and not one server ejected for clients that left.
+        # Still serving, and no server ejected for disconnected clients.
         for scripted in rig.scripted.values():
             scripted.script = answering(GOOD)
         assert (await rig.post()).status == 200
@@ -243,7 +243,7 @@ async def test_exchange_client_that_stops_reading_counts_against_no_server(autoj
 
 
 async def test_exchange_late_response_may_be_read_slowly(autojump_clock):
-    """The first-byte timeout is over with the first byte, also if that is all of the answer."""
+    """The first-byte timeout ends with the first byte, even if that is the whole response."""
 
     async def late(talk: Talk) -> None:
         await talk.request()

@@ -1,4 +1,4 @@
-"""Fields of requests and answers through the whole proxy, in memory."""
+"""Headers of requests and responses through the whole proxy, in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JSON = (b"content-type", b"application/json")
 
 
 async def trailing(talk: Talk) -> None:
-    """An answer whose trailers say what only the router may say."""
+    """A response whose trailers claim to be the router's."""
     while True:
         await talk.request()
         await talk.send(
@@ -29,7 +29,7 @@ async def trailing(talk: Talk) -> None:
 @pytest.mark.parametrize("watched", [False, True])
 async def test_headers_of_router_in_server_response_are_dropped(watched, autojump_clock):
     async with lab(trailing, watched=watched) as rig:
-        for _ in range(2):  # the second head is known
+        for _ in range(2):  # the second head is a known one
             got = await rig.post()
             assert (got.status, got.body) == (200, b'{"answer":1}')
             ours = [(name, value) for name, value in got.headers if b"x-vllm-router" in name]

@@ -57,7 +57,7 @@ def say(*pieces: bytes, end: bool = False) -> Script:
 
 @asynccontextmanager
 async def kept(script: Script, **options: Any) -> AsyncIterator[Rig]:
-    """Server `a`, to which a connection is kept, goes on with the script; `b` is well."""
+    """Server `a`, with a kept connection, continues with the script; `b` is healthy."""
     async with lab(first_good_then(script), answering(GOOD), **options) as rig:
         rig.prefer("a")
         assert (await rig.post()).status == 200
@@ -154,7 +154,7 @@ async def test_kept_connection_failure_before_first_byte_is_retried(
 async def test_kept_connection_found_closed_is_replaced(autojump_clock):
     async def again(talk: Talk) -> None:
         if len(talk_of) == 1:
-            await talk.request()  # and closes without a word
+            await talk.request()  # and closes without an answer
         else:
             await say(GOOD)(talk)
 

@@ -33,7 +33,7 @@ PRIORITY = (b"x-vllm-priority", b"-1")
 
 
 def working(seconds: float = 1.0, most: list[int] | None = None) -> Any:
-    """A server that takes so long for each request, and notes how many it had at most."""
+    """A server that takes a fixed time per request, and records its peak concurrency."""
     running = 0
 
     async def script(talk: Talk) -> None:
@@ -59,7 +59,7 @@ def limited(*scripts: Any, cap: int = 1, more: dict[str, Any] | None = None, **l
 
 
 async def started(rig: Rig, *arguments: Any, **options: Any) -> Client:
-    """A request that has come as far as it can for now."""
+    """A request that has advanced as far as it can for now."""
     client = rig.start(*arguments, **options)
     await wait_all_tasks_blocked()
     return client
@@ -70,7 +70,7 @@ def body(number: int, **more: Any) -> dict[str, Any]:
 
 
 def order(*clients: Client) -> list[int]:
-    """The numbers of the requests in the order in which they were answered."""
+    """The numbers of the requests in the order of their responses."""
     done = sorted((client for client in clients if client.got.status == 200), key=_first)
     return [client.got.json["n"] for client in done]
 
@@ -223,7 +223,7 @@ async def test_queue_retry_after_is_expected_drain_time(autojump_clock):
             rig.nursery.start_soon(keep_busy)
         await trio.sleep(60.1)
         got = await rig.post(body(1))
-        # one a second becomes free, and ten wait
+        # one slot a second becomes free, and ten wait
         assert got.status == 429
         assert got[b"retry-after"] in (b"11", b"12")
         raise_cap(rig, 100)
@@ -296,7 +296,7 @@ async def test_queue_deadline_is_ignored_without_limits(autojump_clock):
 async def test_queue_expected_wait_beyond_deadline_refuses_at_once(autojump_clock):
     async with limited(working(1.0), queue_size=50) as rig:
         clients = [await started(rig, body(n)) for n in range(30)]
-        await trio.sleep(9.5)  # one a second: the last one will wait for 20 more
+        await trio.sleep(9.5)  # one slot a second: the last one will wait for 20 more
         late = await rig.post(body(99), headers=((b"x-request-timeout", b"8"),))
         assert (late.status, late.code, late.took) == (503, "queue_too_long", 0.0)
         assert late[b"retry-after"] in (b"15", b"16", b"17")
@@ -315,7 +315,7 @@ async def test_queue_deadline_shorter_than_any_response_refuses_at_once(autojump
         await wait_all_tasks_blocked()
         patient = await started(rig, body(7))
         await trio.sleep(9)
-        # three seconds were left to it when its turn came, and four are needed
+        # three seconds were left at its turn, and four are needed
         assert (hopeless.got.status, hopeless.got.code) == (504, "total_timeout")
         assert 4 <= hopeless.got.took < 4.1
         assert order(running, patient) == [5, 7]
@@ -421,7 +421,7 @@ async def test_queue_retry_respects_cap_and_goes_before_later_arrivals(autojump_
 
 
 def go_down_quietly(rig: Rig, name: str) -> None:
-    """Nothing new for it; what it has stays there."""
+    """It accepts nothing new; running requests stay there."""
     rig.server(name).drain(on=True)
 
 
@@ -444,7 +444,7 @@ async def test_queue_without_servers_waits_for_one_to_come_up(autojump_clock):
         assert waiting(rig) == 5
         come_up(rig.server("a"), trio.current_time())
         rig.fleet.settle(trio.current_time())
-        assert waiting(rig) == 3  # at once, as many as it takes
+        assert waiting(rig) == 3  # as many as it accepts at once
         await trio.sleep(5)
         assert order(*clients) == [0, 1, 2, 3, 4]
 
@@ -554,7 +554,7 @@ async def test_queue_replaced_server_takes_its_waiters(autojump_clock):
         running, waits = await started(rig, body(0)), await started(rig, body(1))
         reload(rig, servers=[{"url": "http://b.test:1", "name": "b"}], limits={"max_in_flight": 1})
         await trio.sleep(1)
-        assert not waits.done  # the new one may have the model
+        assert not waits.done  # the new server may have the model
         scripted = rig.scripted["b"] = ScriptedServer(rig.nursery, working(1))
         rig.context.upstreams[rig.server("b")].pool = MemoryPool(scripted)
         come_up(rig.server("b"), trio.current_time(), "m")

@@ -372,7 +372,7 @@ async def test_exchange_no_server_reachable_is_503_with_retry_after(autojump_clo
 
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_exchange_resolver_failure_or_hang_counts_against_no_server(autojump_clock, hangs):
-    """Where no address has ever been known; another server is asked."""
+    """With no address ever resolved; another server is tried."""
 
     async def look_up(name: str) -> list[Host]:
         await trio.sleep(math.inf if hangs else 0.5)
@@ -404,7 +404,7 @@ async def test_exchange_silent_server_is_504_without_retry(autojump_clock, strea
         got = await rig.post({"model": "m", "stream": stream})
         assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
         assert rig.recorder.attempts == [("a", Outcome.FIRST_BYTE_TIMEOUT)]
-        assert failures(rig, "a") == stream  # a plain answer may take longer
+        assert failures(rig, "a") == stream  # a JSON response may take longer
         assert rig.server("a").current_state(trio.current_time())[0] is State.SILENT
         assert rig.requests()["b"] == 0
 
@@ -474,7 +474,7 @@ async def test_exchange_that_crashed_two_servers_goes_to_no_third(autojump_clock
 
 
 async def test_exchange_that_crashed_two_kept_servers_goes_to_no_third(autojump_clock):
-    """Death looks like a connection closed while idle, and then the port refuses."""
+    """The crash looks like a connection closed while idle; then the port refuses."""
 
     def lives_once(name: str) -> Script:
         async def script(talk: Talk) -> None:
@@ -526,7 +526,7 @@ async def _dies_of(mark: bytes, talk: Talk) -> None:
 
 
 async def test_quarantine_body_answered_later_is_released(autojump_clock):
-    """Two servers are killed one after the other: those on both are not the reason."""
+    """Two servers are killed one after the other: the requests on both are not the cause."""
     dying = trio.Event()
 
     async def mortal(talk: Talk) -> None:
@@ -542,7 +542,9 @@ async def test_quarantine_body_answered_later_is_released(autojump_clock):
         await trio.sleep(1)
         assert unlucky.got.code == "server_disconnected"
         assert (await rig.post()).code == "poison_request"
-        rig.context.quarantine.answered(CHAT.encode(), b'{"model": "m"}')  # one that was on its way
+        rig.context.quarantine.answered(
+            CHAT.encode(), b'{"model": "m"}'
+        )  # a response that was on its way
         c.drain(on=False)
         rig.prefer("c")
         assert (await rig.post()).status == 200
@@ -571,7 +573,7 @@ async def test_quarantine_body_answered_lately_is_not_added(autojump_clock):
 
 
 async def test_quarantine_500_counts_only_if_server_goes_down_after(autojump_clock):
-    """As a vLLM whose engine has died answers once more, and ends."""
+    """Like a vLLM whose engine has died: it answers once more, and exits."""
     failing = answering(answer(500, b"{}"))
     async with lab(failing, failing, answering(GOOD)) as rig:
         c = rig.server("c")
@@ -737,7 +739,7 @@ async def test_exchange_storm_of_failures_is_not_amplified(autojump_clock):
 
 
 async def test_exchange_crash_of_one_of_three_servers_loses_no_request(autojump_clock):
-    """50 in flight; one server dies under a third of them."""
+    """50 in flight; one server crashes under a third of them."""
     dying = trio.Event()
 
     async def mortal(talk: Talk) -> None:

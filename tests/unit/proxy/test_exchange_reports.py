@@ -1,6 +1,6 @@
-"""What an exchange reports of its attempts: to the policy, the retry budget, the server, the queue.
+"""Reports of an exchange on its attempts: to the policy, the retry budget, the server, the queue.
 
-Each of these keeps accounts, so a report that is missing, or comes twice, is a leak.
+Each of these keeps accounts, so a missing or repeated report is a leak.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REJECTED = answer(400, b'{"error":{"message":"no"}}')
 
 
 class PolicyLog:
-    """The ends that the policy of a rig is told: server, failed, refused."""
+    """The ends reported to the policy of a rig: server, failed, refused."""
 
     def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ends: list[tuple[str, bool, bool]] = []
@@ -96,7 +96,7 @@ async def test_exchange_client_leaves_policy_is_told(autojump_clock, monkeypatch
 async def test_exchange_timeout_while_server_answers_others_is_no_failure_for_policy(
     autojump_clock, monkeypatch
 ):
-    """A server that gives output to other requests has not failed, it is slow with this one."""
+    """A server that gives output to other requests has not failed; it is slow with this one."""
 
     async def slow_with_some(talk: Talk) -> None:
         request = await talk.request()
@@ -142,7 +142,7 @@ async def test_exchange_answered_pays_retry_budget_back(autojump_clock):
 async def test_exchange_answer_status_decides_between_success_and_error(
     autojump_clock, monkeypatch, status
 ):
-    """An error that comes at once says nothing of how long an answer takes."""
+    """A fast error says nothing of the duration of a response."""
     async with lab(answering(answer(status, b'{"choices":[{"text":"a"}]}'))) as rig:
         told: list[str] = []
         fleet = rig.fleet
@@ -159,7 +159,7 @@ async def test_exchange_answer_status_decides_between_success_and_error(
 
 
 async def test_exchange_answering_server_keeps_its_own_failures(autojump_clock, monkeypatch):
-    """Only the servers that failed the request before are told that another one answered it."""
+    """Another server's success is reported only to the servers that failed the request before."""
     async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
         rig.prefer("a")
         told: list[str] = []
@@ -175,7 +175,7 @@ async def test_exchange_answering_server_keeps_its_own_failures(autojump_clock, 
 
 
 async def test_exchange_repeated_body_loses_connections_server_is_ejected(autojump_clock):
-    """A lost connection counts each time: only an error answer may be the body's doing."""
+    """A lost connection counts each time; only an error response may be caused by the body."""
 
     async def loses(talk: Talk) -> None:
         await talk.request()
@@ -188,7 +188,7 @@ async def test_exchange_repeated_body_loses_connections_server_is_ejected(autoju
 
 
 async def test_exchange_trial_stream_breaks_after_first_event_does_not_restore(autojump_clock):
-    """Its first event restored the server. What ejected it since is not undone by its end."""
+    """Its first event restored the server. A later ejection is not undone by its end."""
     go_on = trio.Event()
 
     async def slow_stream(talk: Talk) -> None:
@@ -306,7 +306,7 @@ async def test_exchange_forbidden_model_of_great_length_is_not_repeated_whole(au
 
 @pytest.mark.parametrize("watched", [False, True])
 async def test_exchange_stopped_before_any_attempt_is_recorded_as_stopped(autojump_clock, watched):
-    """A request that waits in the queue when the router stops has not been left by its client."""
+    """A request that waits in the queue when the router stops is not a disconnect."""
     async with lab(silent, limits={"max_in_flight": 1}, watched=watched) as rig:
         first = rig.start()
         await wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""A retry never ends while a well server has not been asked, and never spreads a storm."""
+"""Retries reach every healthy server, and never amplify a storm."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ async def test_retry_with_empty_budget_goes_to_healthy_server(autojump_clock):
 
 
 async def test_retry_all_failing_on_broken_servers_does_not_count_against_request(autojump_clock):
-    """Two engines have died and answer 500 until their checks fail; the third is well."""
+    """Two engines have died and answer 500 until their checks fail; the third is healthy."""
     sick = answering(ERROR)
     options = {"policy": "round_robin", "failure_threshold": 1000}
     async with lab(sick, sick, answering(GOOD), **options) as rig:
         first, *others = [rig.client(body(number)) for number in range(9)]
-        assert (await first.run()).status == 500  # on both: it may be the request
+        assert (await first.run()).status == 500  # on both: the request may be the cause
         for client in others:
             assert (await client.run()).status == 200
 
@@ -190,7 +190,7 @@ def test_failures_suspect_excludes_server_that_failed_before():
     assert failures.suspect(ends, X, (a, b)) == (a,)
     assert failures.suspect(ends, Y, (a, b)) == (a, b)  # the same body, again
     b.answered(10.95, trial=False)
-    assert failures.suspect(ends, X, (a, b)) == (a, b)  # it lived after that
+    assert failures.suspect(ends, X, (a, b)) == (a, b)  # it survived that
 
 
 def test_failures_suspect_earlier_error_does_not_explain_crash():

@@ -1,4 +1,4 @@
-"""The waiting room at its edges: full, with requests that cannot go, and after slow hours."""
+"""Edge cases of the admission queue: full, with blocked requests, and after slow times."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Paced:
 
 
 async def started_by(rig: Rig, key: str, number: int, **more: Any) -> Client:
-    """A request with an API key that has come as far as it can for now."""
+    """A request with an API key that has advanced as far as it can for now."""
     client = client_of(rig, key, number, **more)
     rig.nursery.start_soon(client.run)
     await wait_all_tasks_blocked()
@@ -146,7 +146,7 @@ async def test_full_queue_retries_take_no_place(autojump_clock):
         rig.prefer("a")
         clients = [await started(rig, body(n)) for n in range(2)]
         rig.server("a").drain(on=True)
-        await trio.sleep(1.5)  # the first is back, and waits for the other server
+        await trio.sleep(1.5)  # the first has returned, and waits for the other server
         assert waiting(rig) == 1
         late = await started(rig, body(2))
         assert not late.done
@@ -200,7 +200,7 @@ async def test_queue_retry_with_better_priority_delays_no_other(autojump_clock):
         back = await started(rig, body(0), headers=(PRIORITY,))
         busy = await started(rig, body(1))
         await trio.sleep(1.5)
-        assert waiting(rig) == 1  # it has been on a, and b is busy
+        assert waiting(rig) == 1  # it was on a, and b is busy
         new = await started(rig, body(2))
         await trio.sleep(1.5)
         assert new.got.status == 200
@@ -230,7 +230,7 @@ async def test_queue_request_too_long_for_free_server_delays_no_shorter_one(auto
 
 
 async def slow_hour(rig: Rig) -> None:
-    """Slow answers, with requests that wait all the time."""
+    """Slow responses, with requests waiting all the time."""
     clients = [await started(rig, body(n)) for n in range(7)]
     while not all(client.done for client in clients):
         await trio.sleep(1)

@@ -1,4 +1,4 @@
-"""Which server is asked next, and which one is blamed, when answers are bad in odd ways."""
+"""The choice of the next server, and the failures that count, for odd bad responses."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ async def test_refusing_server_is_tried_later_and_restored(autojump_clock):
         rig.prefer("a")
         assert (await rig.post()).status == 200
         assert rig.requests()["a"] == 2
-        await trio.sleep(6)  # a second time it takes longer
+        await trio.sleep(6)  # the second time it lasts longer
         rig.prefer("a")
         assert (await rig.post())[b"x-vllm-router-server"] == b"b"
         fixed.set()
@@ -299,7 +299,7 @@ async def test_refused_router_key_is_retried_elsewhere(autojump_clock):
 
 
 async def test_refused_403_for_one_body_marks_that_request_only(autojump_clock):
-    """As a firewall says 403 for what it finds in a body."""
+    """Like a firewall that answers 403 for some body contents."""
     firewall = odd_for(b"odd", answer(403, b"<html>", content_type=b"text/html"))
     async with lab(firewall, answering(GOOD)) as rig:
         for _ in range(6):

@@ -1,4 +1,4 @@
-"""Streams: nothing is promised before the first event, and no half is taken for a whole."""
+"""Streams: not committed before the first event, and never a truncated one taken for whole."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_stream_server_crash_after_head_is_retried(autojump_clock):
 
 
 async def test_stream_head_goes_to_client_after_two_seconds_uncommitted(autojump_clock):
-    """A client that waits for a head for so long only (undici: 300 s) does not give up."""
+    """Clients with a limit for the response head (undici: 300 s) do not time out."""
 
     async def head_then_death(talk: Talk) -> None:
         await talk.request()
@@ -201,7 +201,7 @@ async def test_stream_line_without_end_is_held_up_to_limit(autojump_clock):
         client.leave()
 
 
-# vLLM 0.32 to one in its queue, when it is stopped with a grace period.
+# vLLM 0.32's answer to a queued request when it is stopped with a grace period.
 OPENING = (
     b'data: {"id":"chatcmpl-8ff5","object":"chat.completion.chunk","created":1,"model":"m",'
     b'"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,'
@@ -512,7 +512,7 @@ async def test_stream_silent_on_down_server_ends_with_error_event(autojump_clock
 
 
 async def test_stream_with_recent_byte_ends_once_silent_on_down_server(autojump_clock):
-    """The probes find the server gone at the very moment of its last byte."""
+    """The probes find the server down at the moment of its last byte."""
 
     async def last_words(talk: Talk) -> None:
         await talk.request()

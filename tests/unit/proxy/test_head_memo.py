@@ -1,4 +1,4 @@
-"""Connections that repeat a head: what is remembered of it, and when it is forgotten."""
+"""Connections that repeat a head: what is cached for it, and when the cache is dropped."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_head_memo_follows_reload_on_open_connection(tmp_path: Path, mock: MockP
             assert seen(mock)["content-length"] == str(len(body))
         ids = {dict(entry["headers"])["x-request-id"] for entry in mock.log(PATH)}
         assert len(ids) == 2
-        # From now on the key is one for the router alone.
+        # From now on the key is the router's own.
         reload(router, plain + KEYS, 1)
         for _ in range(2):
             assert talk.ask(body).startswith(b"HTTP/1.1 200")

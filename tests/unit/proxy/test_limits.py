@@ -1,4 +1,4 @@
-"""How much a key may use, and what a request's head may do."""
+"""Limits of keys, and checks of a request's head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered of requests that servers die of."""
+"""The quarantine of requests that crash servers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_quarantine_without_crash_is_empty():
 
 
 def test_server_that_died_and_is_up_again_counts_as_dead():
-    """vLLM restarts within a minute; the request must not take it down once more."""
+    """vLLM restarts within a minute; the request must not crash it once more."""
     deaths = two_deaths(certain=False)
     quarantine = Quarantine()
     quarantine.remember(KEY, BODY, deaths, 10.0)

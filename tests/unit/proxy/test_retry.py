@@ -1,4 +1,4 @@
-"""The table of outcomes, row by row, and the budget of replays."""
+"""The table of outcomes, row by row, and the retry budget."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_budget_absorbs_crash_of_two_of_three_servers(before):
 
 @pytest.mark.parametrize("requests", [100, 500, 2000])
 def test_budget_bounds_retry_storm(requests):
-    """All fail: at most a fifth more attempts than requests, and three (scorecard F13)."""
+    """All fail: at most a fifth more attempts than requests, plus three (scorecard F13)."""
     budget = RetryBudget()
     attempts = 0
     for _ in range(requests):

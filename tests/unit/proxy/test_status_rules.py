@@ -1,4 +1,4 @@
-"""What answers that are no results say: of the request, or of the server."""
+"""Error responses: whether they concern the request or the server."""
 
 from __future__ import annotations
 

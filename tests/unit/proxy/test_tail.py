@@ -1,4 +1,4 @@
-"""The kept end of an answer: bounded however long the answer is, and enough to read its end."""
+"""The kept end of a response: bounded for any length, and enough to read its end."""
 
 from __future__ import annotations
 

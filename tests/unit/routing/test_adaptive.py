@@ -1,4 +1,4 @@
-"""The adaptive policy: each term of its score, its guards, and what it learns."""
+"""The adaptive policy: each term of its score, its guards, and its estimates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTEXT = bytes(n * n % 251 for n in range(40_000))
 
 
 class Situation:
-    """Some servers of equal capacity, and the policy before them."""
+    """Some servers of equal capacity, and the policy."""
 
     def __init__(self, count: int = 3, capacity: int = 4, seed: int = 1, **settings: float) -> None:
         self.fleet: Fleet = make_fleet(
@@ -56,7 +56,7 @@ class Situation:
         self.policy.ended(lease, self.now, failed=failed)
 
     def serve(self, facts: RoutingInfo, server: Server) -> None:
-        """A request that is answered at once: all it leaves behind is what is cached."""
+        """A request that is answered at once, and leaves only its cached blocks."""
         self.end(self.send(facts, server))
 
     def wait(self, seconds: float) -> None:
@@ -162,9 +162,9 @@ STEPS = st.tuples(
 def test_adaptive_score_is_always_sum_of_explained_terms(
     steps: list[tuple[str, int, int]], others: bool
 ):
-    """Scores are kept as things happen; their terms are read when they are asked for."""
+    """Scores are updated by events; the explained terms are computed when requested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "LONGEST", 7)  # so that changes are missed, too
+        patch.setattr(Journal, "LONGEST", 7)  # so that some changes are missed
         it = Situation(count=6)
         leases: list[Lease] = []
         texts = [asking(CONTEXT[: 700 * n], conversation=n, shared=512) for n in (0, 1, 3, 9)]
@@ -302,7 +302,7 @@ def measure(
     running: float = 0.0,
     idle: Server | None = None,
 ) -> None:
-    """Two scrapes a second in which each server gives 100 tokens a second at its latency."""
+    """Two scrapes a second, with 100 tokens a second per server at its latency."""
     for _ in range(steps):
         for server, latency in latencies.items():
             seconds, tokens = it.measured.get(server, (0.0, 0.0))
@@ -369,7 +369,7 @@ def test_adaptive_small_speed_differences_do_not_count():
 
 
 def test_adaptive_frozen_time_does_not_make_server_slow():
-    """The tokens that it owed come when it goes on, and took as long as it was frozen."""
+    """The missing tokens come when it continues, and took as long as it was frozen."""
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01})
     go_down(a, it.now)
@@ -621,7 +621,7 @@ def test_adaptive_busy_affinity_server_is_passed_over():
 
 @pytest.mark.parametrize("why", ["slow", "failing", "recovering"])
 def test_adaptive_unhealthy_affinity_server_attracts_no_load(why: str):
-    """It has hardly anything to do, and its score is multiplied: less than nothing would grow."""
+    """It has hardly any load, and its score is multiplied: a negative score would grow."""
     it = Situation(count=4, capacity=32)
     a, b, c, d = it.servers
     crowd(it)
@@ -689,7 +689,7 @@ def test_adaptive_accounts_balance_when_all_requests_end():
 
 
 def test_adaptive_requests_without_choice_leave_no_state():
-    """Where one server alone is free it is taken unasked, perhaps for days."""
+    """A single free server is taken without asking the policy, perhaps for days."""
     it = Situation(count=1)
     for n in range(1000):
         it.serve(asking(CONTEXT[:n], stream=False), it.servers[0])
@@ -737,7 +737,7 @@ def test_adaptive_statistics_report_expected_values():
 def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400) -> float:
     """The share of a server that answers 400 at once among two, under closed-loop clients.
 
-    Good answers take 2 s, their first token 1 s. All prompts are different.
+    Successful responses take 2 s, their first token 1 s. All prompts are different.
     """
     fleet = make_fleet(2)
     bad = fleet.servers["a"]

@@ -1,4 +1,4 @@
-"""JSON is read as vLLM reads it, whatever its encoding, its oddities and its length."""
+"""JSON is read like vLLM reads it, in any encoding, spelling and length."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _SPACE = st.sampled_from(["", "", " ", "\n", "\r\n\t"])
 
 
 def _written(draw: st.DrawFn, value: Any) -> str:
-    """The value as JSON in one of the ways in which it may be written."""
+    """The value in one of the possible JSON spellings."""
 
     def space() -> str:
         return draw(_SPACE)
@@ -123,7 +123,7 @@ def _bodies(draw: st.DrawFn) -> bytes:
 
 
 def _model_of(value: Any) -> str | None:
-    """What vLLM has for `model`: None also where it refuses the value."""
+    """vLLM's reading of `model`; None also if it refuses the value."""
     model = value.get("model") if isinstance(value, dict) else None
     return model if isinstance(model, str) and model else None
 
@@ -219,7 +219,7 @@ def long_bodies() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", long_bodies())
 def test_body_reader_long_body_has_facts_of_short_one(name: str, monkeypatch: pytest.MonkeyPatch):
-    """A conversation keeps its hashes when it grows beyond what is read at once."""
+    """A conversation keeps its block hashes when it outgrows the part that is read at once."""
     fields = {"model": "m", "stream": True, "cache_salt": "s", **long_bodies()[name]}
     body = json.dumps(fields).encode()
     assert len(body) > AT_ONCE
@@ -291,7 +291,7 @@ def test_body_reader_body_beyond_limit_is_refused(body: bytes, message: str):
     [b"[%b]", b'{"model":"m","x":[%b1]', b'{"model":"m","x":[%b1]} x', b'{"model":"m","x":"%b'],
 )
 def test_body_reader_long_body_that_is_no_object_has_no_facts(body: bytes):
-    """The server says what is wrong."""
+    """The server reports the error."""
     assert reading(body % (b"[1,2]," * (MB // 4))).facts == RoutingInfo()
 
 

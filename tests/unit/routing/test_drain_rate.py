@@ -1,4 +1,4 @@
-"""How fast requests that wait get a server, and how long that is believed."""
+"""The drain rate: how fast waiting requests get a server, and for how long it is valid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_drain_rate_is_freed_slots_per_second_of_waiting():
     rate.end(2.0)
     assert rate.per_second(6.0) == pytest.approx(10)  # no request waited meanwhile
     rate.begin(6.0)
-    assert rate.per_second(8.0) == pytest.approx(5)  # but now nothing becomes free
+    assert rate.per_second(8.0) == pytest.approx(5)  # but now no slot becomes free
 
 
 def test_drain_rate_after_idle_time_is_unknown():
@@ -57,7 +57,7 @@ def test_drain_rate_is_current_only_after_enough_frees():
     for now in (5.1, 5.2, 5.3, 5.4):
         rate.freed(now)
     assert rate.is_current
-    assert rate.per_second(5.4) == pytest.approx(10.0)  # what was before does not count any more
+    assert rate.per_second(5.4) == pytest.approx(10.0)  # earlier times no longer count
 
 
 def test_drain_rate_before_measurement_is_unknown():
@@ -112,7 +112,7 @@ def test_drain_rate_quickest_is_of_latest_responses():
     quickest = ShortestResponse()
     for seconds in (5.0, 1.0, 3.0):
         quickest.add(seconds, 0.0)
-    assert quickest.seconds(0.0) == 0.0  # too few to tell
+    assert quickest.seconds(0.0) == 0.0  # too few to be known
     quickest.add(4.0, 0.0)
     assert quickest.seconds(0.0) == pytest.approx(1.1)
     for _ in range(MAX_SAMPLES):

@@ -1,4 +1,4 @@
-"""A large body is held once, on its way in and on its way out."""
+"""A large body is held in memory once, on its way in and out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms are read as vLLM reads them, or refused."""
+"""Forms are read like vLLM reads them, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "5000"))
 
 
 def fields_of(content_type: bytes, body: bytes) -> FormFields | None:
-    """What the router reads; None if it refuses the form."""
+    """The router's reading; None if it refuses the form."""
     try:
         kind = form_kind(content_type)
         if kind is None:
@@ -35,7 +35,7 @@ def seen_by_us(content_type: bytes, body: bytes) -> Seen:
     return None if found is None else (found.model, found.stream)
 
 
-# Starlette does not close the file of a part that does not end.
+# Starlette does not close the file of an unfinished part.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_multipart_form_is_read_like_fastapi():
@@ -61,7 +61,7 @@ def test_multipart_form_is_read_like_fastapi():
         tally["with a model"] += seen[0] is not None
         if number % 10 == 0 and (theirs := seen_by_fastapi(content_type, chunks)) is not None:
             tally["read by FastAPI"] += 1
-            # To vLLM an empty name is none.
+            # For vLLM an empty name is no name.
             assert seen == (theirs[0] or None, theirs[1]), at
         if found is not None and not found.oddity and form_kind(content_type) is not None:
             tally["plain"] += 1
@@ -74,7 +74,7 @@ def test_multipart_form_is_read_like_fastapi():
 
 
 def _seen_by_email(content_type: bytes, body: bytes) -> str | None:
-    """The model by an independent reader: a form that is plain is the same for all."""
+    """The model by an independent reader: a plain form reads the same everywhere."""
     head = b"Content-Type: " + content_type + b"\r\n\r\n"
     message = email.message_from_bytes(head + body, policy=email.policy.HTTP)
     model = None
@@ -91,5 +91,5 @@ def _seen_by_email(content_type: bytes, body: bytes) -> str | None:
 
 
 def _without_ends(model: str | None) -> str | None:
-    """Readers of mail change line ends."""
+    """Mail parsers change line ends."""
     return "".join((model or "").split()) or None

@@ -1,4 +1,4 @@
-"""No trick with a path reaches an engine outside the inference paths."""
+"""No spelling of a path reaches an engine outside the inference paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aliases, fallbacks, and which policy a request gets."""
+"""Aliases, fallbacks, and the policy of a request."""
 
 from __future__ import annotations
 

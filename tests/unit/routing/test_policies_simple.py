@@ -1,4 +1,4 @@
-"""What every policy promises, and the simple ones in particular."""
+"""The contract of every policy, and the simple policies."""
 
 from __future__ import annotations
 

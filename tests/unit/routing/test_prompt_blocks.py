@@ -1,4 +1,4 @@
-"""What routing reads of a prompt: pieces, session, the marks within a conversation."""
+"""Routing data of a prompt: blocks, session, and the boundaries within a conversation."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ CONVERSATION = [{"role": "user", "content": TEXT}]
     ids=lambda value: str(value)[:40],
 )
 def test_blocks_with_different_cache_salts_share_nothing(path: bytes, fields: dict[str, Any]):
-    """vLLM's prefix cache shares no block between them, so the table of prefixes must not."""
+    """vLLM's prefix cache shares no block between them, so the prefix index must not."""
 
     def prompt(**more: Any) -> Prompt:
         return facts(path, **fields, **more).prompt

@@ -1,4 +1,4 @@
-"""What is read from a body, and that nothing in a body can hurt."""
+"""Routing data read from a body, for any contents of the body."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_facts_form_inside_a_file_does_not_name_the_model():
 
 
 def test_facts_form_last_of_two_models_counts():
-    """Else a key might pass off one that it may not use as another."""
+    """Else a key might use a model that it may not use."""
     other = MODEL.replace(b"whisper", b"other")
     body, content_type = form(other, MODEL), b"multipart/form-data; boundary=xYz"
     assert of(body, AUDIO, content_type).model == "whisper"

@@ -1,4 +1,4 @@
-"""Parameters that make an engine connect somewhere or choose a rank are refused unless allowed.
+"""Parameters that make an engine connect elsewhere or choose a rank are refused unless allowed.
 
 Source: the request models of vLLM 0.32 (`vllm/entrypoints/*/protocol.py`).
 """
@@ -172,7 +172,7 @@ async def test_data_parallel_rank_of_client_is_refused_unless_allowed(name, valu
 
 
 async def test_sagemaker_model_header_is_refused(autojump_clock):
-    """vLLM would put it in place of the body's model, which is the one that was routed by."""
+    """vLLM would prefer it to the body's model, which the router routes by."""
     headers = (
         (b"content-type", b"application/json"),
         (b"x-amzn-sagemaker-adapter-identifier", b"other"),

@@ -1,4 +1,4 @@
-"""Requests that wait for a server, and in what order they get one."""
+"""Waiting requests, and the order in which they get a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def line(*places: QueueEntry) -> WaitingQueue[QueueEntry]:
 
 
 def served(rooms: WaitingQueue[QueueEntry], free: int) -> list[QueueEntry]:
-    """The places that get one of so many servers, each good for every request."""
+    """The waiters that get one of `free` servers, each good for every request."""
 
     def give(one: QueueEntry) -> Verdict:
         nonlocal free
@@ -39,7 +39,7 @@ def served(rooms: WaitingQueue[QueueEntry], free: int) -> list[QueueEntry]:
 
 
 def only(condition: Any) -> Any:
-    """A `give` with servers for these places alone."""
+    """A `give` with servers for these waiters alone."""
 
     def give(one: QueueEntry) -> Verdict:
         one.server = "server"
@@ -128,7 +128,7 @@ def test_waiting_turn_on_one_server_is_free_on_others():
 
 
 def served_on(rooms: WaitingQueue[QueueEntry], server: str, free: int) -> list[QueueEntry]:
-    """The places that get one of so many units of a server."""
+    """The waiters that get one of `free` slots of a server."""
 
     def give(one: QueueEntry) -> Verdict:
         nonlocal free
@@ -273,7 +273,7 @@ def test_waiting_admission_checks_few_however_many_wait(keys: int, models: int):
         )
         rooms = line(*places)
         assert len(rooms.admit(0.0, give)) == 1
-        assert asked == 2  # the one that gets it, and the next one, for which there is none
+        assert asked == 2  # the one that gets it, and the next one, which gets none
 
 
 def test_waiting_free_server_ends_measurement_of_its_models():

@@ -1,4 +1,4 @@
-"""Fresh looks at the servers' lists of models, shared by all requests that need one."""
+"""Refreshes of the servers' model lists, shared by all requests that need one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_model_lists_few_wrong_names_do_not_wait_for_interval(autojump_clo
         began = trio.current_time()
         for number in range(AT_ONCE):
             await lists.fresh(lambda: False, 5.0)
-            assert server.looks[-1] >= began + number * 0.01 - 1e-6  # a look of its own
+            assert server.looks[-1] >= began + number * 0.01 - 1e-6  # its own refresh
         assert trio.current_time() - began == pytest.approx(AT_ONCE * 0.01)
         await trio.sleep(AT_ONCE * LOOK_GAP)
 

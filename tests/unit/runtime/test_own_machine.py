@@ -52,7 +52,7 @@ def test_own_machine_socket_and_directory_are_private(tmp_path: Path):
         (("0.0.0.0", 8888), "http://127.0.0.1:8888", True),
         (("0.0.0.0", 8888), "http://0.0.0.0:8888", True),
         (("::", 8888), "http://127.0.0.1:8888", True),
-        # Addresses of other machines: a router of the same port here is not meant.
+        # Addresses of other machines do not match a local router of the same port.
         (("0.0.0.0", 8888), "http://192.0.2.1:8888", False),
         (("0.0.0.0", 8888), "http://host.invalid:8888", False),
         (("0.0.0.0", 8888), "http://[::1", False),
@@ -128,7 +128,7 @@ def test_own_machine_directory_of_other_user_is_not_used(tmp_path: Path):
     os.chown(tmp_path, 12345, 12345)
     with pytest.raises(PermissionError):
         own_machine._private(tmp_path / "new", UID)
-    # A socket in it may be a trap: for root, too, unless its owner owns the port.
+    # A socket in it may be a trap, for root too, unless its owner owns the port.
     with socket.socket(socket.AF_UNIX) as trap:
         trap.bind(str(folder / "127.0.0.1:8888.sock"))
         trap.listen()

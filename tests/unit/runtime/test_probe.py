@@ -1,4 +1,4 @@
-"""Probes of one server: what they ask, how often, and what they make of the answers."""
+"""Probes of one server: their requests, their intervals, and the resulting states."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HANG = object()
 
 
 class Engine:
-    """What the probed server answers, by path; change it while the probe runs."""
+    """The responses of the probed server, by path; change it while the probe runs."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {
@@ -69,7 +69,7 @@ REFUSED = httpx.ConnectError("All connection attempts failed")
 
 
 def out_of_descriptors() -> httpx.ConnectError:
-    """As it comes out of httpx: the cause is deep inside."""
+    """As raised by httpx: the cause is deep inside."""
     inner = OSError("all attempts to connect failed")
     inner.__cause__ = ExceptionGroup("", [OSError(errno.EMFILE, "Too many open files")])
     error = httpx.ConnectError("all attempts to connect failed")
@@ -78,7 +78,7 @@ def out_of_descriptors() -> httpx.ConnectError:
 
 
 class Watched:
-    """A fleet of one or more servers under probes, each with its engine."""
+    """A fleet of one or more probed servers, each with its engine."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -518,7 +518,7 @@ async def test_probe_busy_check_while_responses_flow_is_full_not_down(
 
 
 async def test_probe_busy_check_during_long_json_is_not_down(autojump_clock, monkeypatch):
-    """Plain answers of 12 s, one of which ends every 10 s."""
+    """JSON responses of 12 s, one of which ends every 10 s."""
     async with watched(monkeypatch) as rig:
         rig.server.took(12.0)
         rig.engine.answers["/health"] = 503

@@ -1,4 +1,4 @@
-"""`check-config --probe`: what a server answers is bounded and made safe before it is shown."""
+"""`check-config --probe`: responses of servers are bounded and escaped before they are shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_router.cli.server_check import ServerReport, probe_fleet
 
 
 async def probed(pages: dict[bytes, bytes]) -> ServerReport:
-    """The report on a server that answers these paths so, and others with an empty page."""
+    """The report on a server with these responses, and an empty page for other paths."""
 
     async def script(talk: Talk) -> None:
         while True:

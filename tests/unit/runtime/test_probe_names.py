@@ -1,6 +1,6 @@
-"""Probes of a server whose name, port, TLS or answer is bad: what it is blamed for, and the words.
+"""Probes of a server with a bad name, port, TLS or response: the resulting state and message.
 
-The probe's own client is used, with a resolver and a network of the test's own, in virtual time.
+The probe's own client is used, with a resolver and a network of the test, in virtual time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ async def engine(talk: Talk) -> None:
 
 
 class World:
-    """One server called `gpu.test`, a resolver, and what connecting to each address does."""
+    """One server called `gpu.test`, a resolver, and the result of connecting to each address."""
 
     def __init__(self, server: Server, scripted: ScriptedServer) -> None:
         self.server = server
@@ -80,7 +80,7 @@ class World:
         return self.server.current_state(trio.current_time())
 
     async def until(self, condition: Callable[[], bool]) -> float:
-        """Seconds until it holds."""
+        """Seconds until the condition holds."""
         began = trio.current_time()
         with trio.fail_after(300):
             while not condition():
@@ -206,7 +206,7 @@ START = {
 async def test_probe_down_at_start_has_helpful_reason(
     autojump_clock, monkeypatch, script: Callable[[Talk], Awaitable[None]], connects, words, seed
 ):
-    """Whichever of the checks comes first, the metrics' connection included."""
+    """Whichever check comes first, including the scrape's connection."""
 
     def prepare(there: World) -> None:
         if connects is None:

@@ -1,4 +1,4 @@
-"""Pages that probes read: bounded in bytes whatever the server sends, and however it packs them."""
+"""Pages that probes read: bounded in bytes for any response and any compression."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MB = 1_000_000
 
 
 class Body(httpx.AsyncByteStream):
-    """A body that has not been read yet, as the carrier gives it."""
+    """A body that has not been read yet, as the transport returns it."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
@@ -41,7 +41,7 @@ def response(pieces: bytes | Iterable[bytes], encoding: str = "") -> httpx.Respo
 
 
 class Kept:
-    """The most memory that Python had at a time, in bytes."""
+    """The peak memory of Python, in bytes."""
 
     def __enter__(self) -> Self:
         tracemalloc.start()

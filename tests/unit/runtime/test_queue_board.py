@@ -1,4 +1,4 @@
-"""The shared memory that holds the requests that wait in each process."""
+"""The shared memory that holds the waiting requests of each process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def entry(number: int, **more: int) -> Entry:
 
 @pytest.fixture
 def pages() -> Iterator[tuple[Page, Page]]:
-    """The page of a process as it sees it itself, and as another one does."""
+    """The page of a process as seen by itself and by another process."""
     fileno = QueueBoard.create(2)
     try:
         yield QueueBoard(fileno, 2).pages[1], QueueBoard(fileno, 2).pages[1]
@@ -65,7 +65,7 @@ def test_queue_board_reset_begins_unchanged_epoch(pages: tuple[Page, Page]):
     assert theirs.epoch == epoch + 1
     assert theirs.changes == 0
     assert list(theirs.used()) == []
-    assert theirs.read(0).epoch == epoch  # what is left there is of the epoch before
+    assert theirs.read(0).epoch == epoch  # the rest is of the previous epoch
 
 
 def test_queue_board_reader_that_missed_entries_learns_it(pages: tuple[Page, Page], monkeypatch):

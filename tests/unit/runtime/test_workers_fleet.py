@@ -52,7 +52,7 @@ class Router:
         )
 
     def tell(self, now: float) -> None:
-        """The leader's news, as they travel."""
+        """The leader's messages, encoded and decoded."""
         self.leader.settle(now)
         message = decode_from_leader(
             encode(ServerStates([state_of(server) for server in self.news]))
@@ -321,7 +321,7 @@ def keys_of(config: Config) -> dict[str, KeyConfig]:
 
 
 def admitted(router: Router, key: KeyConfig, count: int) -> int:
-    """How many of so many requests are let in, by one worker and the other in turns."""
+    """How many of `count` requests are admitted, by one worker and the other in turns."""
     done = 0
     for number in range(count):
         with contextlib.suppress(Refused):
@@ -440,7 +440,7 @@ def test_workers_state_is_shared_again_after_reset_by_reload(router: Router):
 
 
 def with_keys(number: int) -> Config:
-    """A configuration with so many keys, each for one request at a time."""
+    """A configuration with `number` keys, each for one request at a time."""
     keys = tuple(
         KeyConfig(name=f"k{one}", digest=digest_of(f"k{one}"), max_concurrent_requests=1)
         for one in range(number)

@@ -1,4 +1,4 @@
-"""What the leader and a worker tell each other, over a real channel, without processes."""
+"""Messages between the leader and a worker, over a real channel, without processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def _no_app(*_: Any) -> None:
 
 @asynccontextmanager
 async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channel]]:
-    """A leader, and the end of its only worker."""
+    """A leader, and the other end of the channel to its only worker."""
     config = make_config(
         [{"url": f"http://127.0.0.1:{n}"} for n in range(1, 31)], enable_active_health_check=False
     )
@@ -94,7 +94,7 @@ async def test_leader_lets_worker_serve_after_sending_all_servers():
 
 
 async def test_leader_and_worker_share_resolved_addresses():
-    """One that is started while the resolver fails must not take the fleet for gone."""
+    """A worker started while the resolver fails must not consider the fleet down."""
     async with leading() as (leader, worker):
         known, unknown = (
             leader.supervisor.resolver.name(host) for host in ("known.test", "unknown.test")
@@ -127,7 +127,7 @@ async def test_leader_counts_cost_of_dead_worker_once(late: bool):
         await settled(lambda: leader.supervisor.elsewhere(CPU) == 2.0)
         if not late:
             leader.workers.lost(1, 11)
-        await worker.send(figures(3.0))  # its last words, which the leader had not read yet
+        await worker.send(figures(3.0))  # its last message, which the leader had not read yet
         await worker.send(encode(Hello(12, [])))
         await worker.send(figures(0.5))
         await settled(lambda: leader.supervisor.workers().get("1", {}).get(CPU) == 0.5)

@@ -1,4 +1,4 @@
-"""The process that starts the others, without starting any."""
+"""The parent process, without real child processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def options(**more: Any) -> ServeOptions:
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When a process was tried to be started: the system has none left."""
+    """Times of failed starts: the system has no processes left."""
     moments: list[float] = []
 
     def none_left(*_: object, **__: object) -> None:

@@ -1,6 +1,6 @@
-"""One order of waiting for several processes, which share servers, leases and a queue board.
+"""One waiting order for several processes, which share servers, leases and a queue board.
 
-The processes are proxies of one program here, in virtual time; what one rings for another hears it
+The processes are proxies of one program here, in virtual time; a wake-up for another process runs
 as its next task.
 """
 
@@ -86,7 +86,7 @@ class Process(Rig):
 
 
 class ProcessGroup:
-    """Several processes before the same scripted servers."""
+    """Several processes in front of the same scripted servers."""
 
     def __init__(self, nursery: trio.Nursery, count: int, scripts: Any, **options: Any) -> None:
         self.nursery = nursery
@@ -113,7 +113,7 @@ class ProcessGroup:
             process.fleet.settle(trio.current_time())
 
     async def start(self, process: int, number: int, key: str = "", **more: Any) -> Client:
-        """A request that has come as far as it can for now."""
+        """A request that has advanced as far as it can for now."""
         rig = self.processes[process]
         options = {"headers": more.pop("headers")} if "headers" in more else {}
         if key:
@@ -301,7 +301,7 @@ async def test_workers_queue_requests_of_dead_process_are_forgotten(autojump_clo
         first = await router.start(1, 0)
         lost = [await router.start(0, n) for n in (1, 2, 3)]
         router[0].stopped = True
-        for client in lost:  # its clients see their connections end
+        for client in lost:  # its clients see their connections close
             client.leave()
         QueueBoard(router.queue, 2).pages[0].reset()
         await trio.sleep(0.1)
@@ -353,7 +353,8 @@ async def test_workers_queue_limits_removed_and_readded_start_anew(autojump_cloc
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_workers_queue_any_events_keep_order_caps_and_requests(autojump_clock, seed):
-    """Requests come in all processes and leave, servers fall and come back, caps change."""
+    """Requests arrive in all processes and disconnect, servers go down and come back, caps
+    change."""
     rng = Random(seed)
     most = [0]
     async with group(
@@ -394,4 +395,4 @@ async def test_workers_queue_any_events_keep_order_caps_and_requests(autojump_cl
         assert missing == []
         codes = {client.got.status for n, client in enumerate(clients) if n not in left}
         assert codes == {200}
-        assert most[0] <= 4  # two servers, of which each takes two at most
+        assert most[0] <= 4  # two servers, which take two each at most

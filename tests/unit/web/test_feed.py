@@ -1,4 +1,4 @@
-"""What the feed publishes, and when. In virtual time, without sockets."""
+"""The messages of the feed and their times. In virtual time, without sockets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Client:
         self.mailbox = lab.router.feed.subscribe(admin=False)
 
     async def next(self):
-        """The next message, decoded by the types that document it; None after the end."""
+        """The next message, decoded by its documented type; None after the end."""
         with trio.fail_after(30):
             text = await self.mailbox.get()
         return None if text is None else msgspec.json.decode(text, type=schema.Message)

@@ -1,4 +1,4 @@
-"""/openapi.json says what the control plane does, no less and no more."""
+"""/openapi.json describes the control plane completely and exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, Any] = {
 
 
 def problems(value: Any, schema: dict[str, Any], where: str = "$") -> list[str]:
-    """What is wrong with a value, as far as the document's few words of JSON Schema say."""
+    """Violations of the document's few words of JSON Schema by a value."""
     if "$ref" in schema:
         schema = DOC["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
     if "enum" in schema and value not in schema["enum"]:

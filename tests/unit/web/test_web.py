@@ -1,4 +1,4 @@
-"""The pages of the control plane: what they say, and that errors are the router's own."""
+"""The pages of the control plane: contents, and the router's own errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine control paths go to every server, or to one, and the answers come back by server."""
+"""Engine control paths go to every server, or to one; responses are returned by server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_router.proxy.identity import ANONYMOUS
 
 
 class Engine:
-    """Answers every request on a loopback port, and remembers it."""
+    """Answers every request on a loopback port, and records it."""
 
     def __init__(self, status: int, body: bytes) -> None:
         self._answer = (
@@ -32,7 +32,7 @@ class Engine:
             while not _complete(received):
                 received += await stream.receive_some()
             self.requests.append(received)
-            with contextlib.suppress(trio.BrokenResourceError):  # it need not take all of it
+            with contextlib.suppress(trio.BrokenResourceError):  # the client may close early
                 await stream.send_all(self._answer)
 
 
@@ -46,7 +46,7 @@ def _complete(request: bytes) -> bool:
 
 @asynccontextmanager
 async def engines(*running: Engine, **settings):
-    """A lab with a server for each engine, and one that is not there at the end."""
+    """A lab with a server for each engine, and one unreachable server at the end."""
     async with trio.open_nursery() as nursery:
         servers = []
         for name, engine in zip("ab", running, strict=False):

@@ -21,7 +21,7 @@ from vllm_router.web import schema, view
 
 @asynccontextmanager
 async def crowd(waiting: int, servers: Any = 1, **limits: Any) -> AsyncIterator[Lab]:
-    """Servers at their cap of 2, and so many requests that wait for the model `m`."""
+    """Servers at their cap of 2, and `waiting` requests that wait for the model `m`."""
     lab = Lab(servers, limits={"max_in_flight": 2, **limits})
     for server in lab.router.fleet.servers.values():
         for _ in range(2):
