@@ -31,8 +31,8 @@ from vllm_router.config.source import ConfigSource
 from vllm_router.config.types import split_address
 from vllm_router.errors import ConfigError
 from vllm_router.http.asgi_types import Receive, Scope, Send
-from vllm_router.http.hypercorn.bridge import install
-from vllm_router.http.server.listener import Address
+from vllm_router.http.hypercorn.patch import install
+from vllm_router.http.server.interfaces import Address
 from vllm_router.observability import tracing
 from vllm_router.observability.formatting import configure_if_unset
 from vllm_router.observability.log_output import LogOutput

@@ -25,7 +25,7 @@ from pathlib import Path
 import trio
 
 from vllm_router.errors import RouterError
-from vllm_router.http.client.client import Pool
+from vllm_router.http.client.pool import Pool
 
 from .environment import ROOT, Environment, Skipped, say
 

@@ -53,7 +53,7 @@ IO_AND_CLOCKS = {
     *("quart", "quart_trio", "hypercorn"),
 }
 
-CIRCLES = ("vllm_router.http.server",)
+CIRCLES: tuple[str, ...] = ()
 
 # Web frameworks are known to the control plane and to the adapter only.
 WEB_FRAMEWORKS = {"quart", "quart_trio", "hypercorn"}

@@ -280,7 +280,7 @@ async def test_front_refused_client_gets_no_continue(kind):
 )
 async def test_front_refusal_before_application_is_logged(kind, data, line, code):
     rejected = []
-    async with running(kind, told=lambda *about: rejected.append(about)) as on:
+    async with running(kind, on_rejected=lambda *about: rejected.append(about)) as on:
         async with connected(on.port) as client:
             await client.send(data)
             assert (await client.reply()).status == code
@@ -291,7 +291,7 @@ async def test_front_refusal_before_application_is_logged(kind, data, line, code
 
 async def test_front_refusal_log_has_request_line_in_any_split(kind):
     rejected = []
-    async with running(kind, told=lambda *about: rejected.append(about)) as on:
+    async with running(kind, on_rejected=lambda *about: rejected.append(about)) as on:
         for cut in (10, 25, 40):
             data = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nX: \x1b\r\n\r\n"
             async with connected(on.port) as client:
@@ -305,7 +305,7 @@ async def test_front_refusal_log_has_request_line_in_any_split(kind):
 async def test_front_slow_head_is_logged(kind):
     rejected = []
     limits = Limits(header_timeout=0.2)
-    options = {"limits": limits, "told": lambda *about: rejected.append(about)}
+    options = {"limits": limits, "on_rejected": lambda *about: rejected.append(about)}
     async with running(kind, **options) as on, connected(on.port) as client:
         await client.send(b"POST /v1/score HTTP/1.1\r\nHo")
         assert (await client.reply()).status == 408

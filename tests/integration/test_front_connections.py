@@ -12,8 +12,8 @@ import trio.testing
 
 from integration.test_hypercorn_bridge import H2Client
 from support.front_harness import CHAT, QUICK, Limits, chunked, connected, get, post, running, soon
-from vllm_router.http.request_head import MAX_PIECES, ChunkedBody
-from vllm_router.http.server.listener import Front
+from vllm_router.http.chunked import MAX_PIECES, ChunkedBody
+from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 
 KINDS = ["lane", "hypercorn"]
@@ -135,7 +135,7 @@ def goaway(client: H2Client, code: int = 0) -> bytes:
 
 
 async def test_front_accepted_sockets_have_keepalive():
-    front = Front(None, accepts=is_inference)  # type: ignore[arg-type]
+    front = Listener(None, accepts=is_inference)  # type: ignore[arg-type]
     (_, port), *_ = front.open("127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", port)):
         (listener,) = front.listeners

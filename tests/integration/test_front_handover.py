@@ -26,8 +26,8 @@ from support.front_harness import (
     running,
     soon,
 )
-from vllm_router.http.server.listener import Front
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.limits import Limits
+from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 
 # A test key and certificate for localhost, valid for a hundred years.
@@ -226,7 +226,7 @@ async def over_tls(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStre
 
 def test_front_port_in_use_is_oserror_and_leaks_nothing():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        front = Front(Application(), accepts=is_inference)
+        front = Listener(Application(), accepts=is_inference)
         with pytest.raises(OSError, match=r".") as caught:
             front.open("127.0.0.1", taken.getsockname()[1])
         assert caught.value.errno == errno.EADDRINUSE
@@ -235,13 +235,13 @@ def test_front_port_in_use_is_oserror_and_leaks_nothing():
 
 def test_front_unknown_host_is_oserror():
     with pytest.raises(OSError, match=r"."):
-        Front(Application(), accepts=is_inference).open("no-such-host.invalid", 0)
+        Listener(Application(), accepts=is_inference).open("no-such-host.invalid", 0)
 
 
 async def test_front_adopted_socket_is_served():
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    front = Front(Application(), accepts=is_inference)
+    front = Listener(Application(), accepts=is_inference)
     _, port = front.adopt(sock.detach())
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -253,7 +253,7 @@ async def test_front_adopted_socket_is_served():
 
 
 async def test_front_ipv6_is_served():
-    front = Front(Application(), accepts=is_inference)
+    front = Listener(Application(), accepts=is_inference)
     try:
         (host, port), *_ = front.open("::1", 0)
     except OSError as error:

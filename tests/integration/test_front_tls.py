@@ -214,13 +214,13 @@ async def test_handshakes_of_disconnected_clients_take_no_turn():
             async def one() -> None:
                 seen.append(await handshakes.step(ours.fileno(), begun=False))
 
-            for _ in range(tls_stream.LEAVERS_PER_TURN):
+            for _ in range(tls_stream.SKIPPED_PER_TURN):
                 nursery.start_soon(one)
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(handshakes.run)
             for _ in range(4):
                 await trio.lowlevel.checkpoint()
-            assert seen == [False] * tls_stream.LEAVERS_PER_TURN
+            assert seen == [False] * tls_stream.SKIPPED_PER_TURN
             nursery.cancel_scope.cancel()
 
 

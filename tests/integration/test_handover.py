@@ -9,7 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_router.http.server.socket_handover import notify, passed_sockets, step_aside, take_turns
+from vllm_router.http.server.socket_handover import (
+    notify,
+    passed_sockets,
+    redirect_handshakes,
+    spread_handshakes,
+)
 
 
 @contextlib.contextmanager
@@ -50,23 +55,23 @@ FAMILIES = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 def test_successor_gets_new_connections_once_old_socket_detaches(family, host, count):
     with sharing(family, host, count) as listeners:
         assert all(connections(listeners, 200))
-        assert step_aside(listeners[0])
+        assert redirect_handshakes(listeners[0])
         assert connections(listeners, 50) == [0] * (count - 1) + [50]
         listeners[0].close()
-        take_turns(listeners[-1])
+        spread_handshakes(listeners[-1])
         assert all(connections(listeners[1:], 200))
 
 
 def test_successor_missing_leaves_connections_in_place():
     with sharing(*FAMILIES[0], 1) as listeners:
-        assert not step_aside(listeners[0])
-        take_turns(listeners[0])
+        assert not redirect_handshakes(listeners[0])
+        spread_handshakes(listeners[0])
         assert connections(listeners, 20) == [20]
 
 
 def test_successor_on_other_port_is_ignored():
     with sharing(*FAMILIES[0], 1) as listeners, sharing(*FAMILIES[0], 3):
-        assert not step_aside(listeners[0])
+        assert not redirect_handshakes(listeners[0])
 
 
 def test_passed_sockets_are_taken_only_by_addressed_process():

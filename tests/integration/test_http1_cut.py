@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from support.front_harness import QUICK, part, running, start
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.limits import Limits
 
 SIZE = 400_000
 PIECE = b"x" * 8_000

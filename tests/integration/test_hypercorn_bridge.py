@@ -1,4 +1,4 @@
-"""The cures of the bridge, each against a crash or hang of stock Hypercorn and quart-trio."""
+"""Cures of Hypercorn's and quart-trio's defects, each with a test of the defect."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ import quart_trio
 import trio
 import trio.testing
 from hypercorn.config import Config
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.ws_stream import WSStream
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import EventWrapper
 
 from support.front_harness import (
     PATIENCE,
@@ -34,7 +41,10 @@ from support.front_harness import (
     running,
     soon,
 )
-from vllm_router.http.hypercorn import bridge
+from vllm_router.http.hypercorn.final_message import hold_last
+from vllm_router.http.hypercorn.h2 import MAX_RESETS, GuardedH2Protocol
+from vllm_router.http.hypercorn.patch import install
+from vllm_router.http.hypercorn.settings import TUNED, tune
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -114,39 +124,39 @@ def kind(request) -> str:
 
 
 def test_hypercorn_version_is_the_reviewed_one():
-    """The cures override classes of this version. After an upgrade, review every override in the
-    bridge, `TCPServer.run` and `worker_serve`."""
+    """The cures override classes of this version. After an upgrade, review every override in
+    vllm_router/http/hypercorn, `TCPServer.run` and `worker_serve`."""
     assert importlib.metadata.version("hypercorn").startswith("0.18.")
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "parameters"),
     [
-        (bridge.TCPServer, "__init__", "self app config context state stream"),
-        (bridge.TCPServer, "run", "self"),
-        (bridge.TCPServer, "protocol_send", "self event"),
-        (bridge.TCPServer, "_read_data", "self"),
-        (bridge.TCPServer, "_close", "self"),
-        (bridge.TCPServer, "_idle_timeout", "self"),
-        (bridge.TCPServer, "_initiate_server_close", "self"),
-        (bridge.H11Protocol, "_check_protocol", "self event"),
-        (bridge.H11Protocol, "_create_stream", "self request"),
-        (bridge.H11Protocol, "_send_h11_event", "self event"),
-        (bridge.H11Protocol, "_send_error_response", "self status_code"),
-        (bridge.H11Protocol, "stream_send", "self event"),
-        (bridge.H2Protocol, "_handle_events", "self events"),
-        (bridge.H2Protocol, "_create_stream", "self request"),
-        (bridge.H2Protocol, "_priority_updated", "self event"),
-        (bridge.H2Protocol, "_flush", "self"),
-        (bridge.H2Protocol, "_send_data", "self stream_id"),
-        (bridge.H2Protocol, "_close_stream", "self stream_id"),
-        (bridge.H2Protocol, "_window_updated", "self stream_id"),
-        (bridge.StreamBuffer, "push", "self data"),
-        (bridge.StreamBuffer, "pop", "self max_length"),
-        (bridge.WSStream, "handle", "self event"),
-        (bridge.TaskGroup, "spawn_app", "self app config scope send"),
-        (bridge.TaskGroup, "spawn", "self func args"),
-        (bridge.EventWrapper, "wait", "self"),
+        (TCPServer, "__init__", "self app config context state stream"),
+        (TCPServer, "run", "self"),
+        (TCPServer, "protocol_send", "self event"),
+        (TCPServer, "_read_data", "self"),
+        (TCPServer, "_close", "self"),
+        (TCPServer, "_idle_timeout", "self"),
+        (TCPServer, "_initiate_server_close", "self"),
+        (H11Protocol, "_check_protocol", "self event"),
+        (H11Protocol, "_create_stream", "self request"),
+        (H11Protocol, "_send_h11_event", "self event"),
+        (H11Protocol, "_send_error_response", "self status_code"),
+        (H11Protocol, "stream_send", "self event"),
+        (H2Protocol, "_handle_events", "self events"),
+        (H2Protocol, "_create_stream", "self request"),
+        (H2Protocol, "_priority_updated", "self event"),
+        (H2Protocol, "_flush", "self"),
+        (H2Protocol, "_send_data", "self stream_id"),
+        (H2Protocol, "_close_stream", "self stream_id"),
+        (H2Protocol, "_window_updated", "self stream_id"),
+        (StreamBuffer, "push", "self data"),
+        (StreamBuffer, "pop", "self max_length"),
+        (WSStream, "handle", "self event"),
+        (TaskGroup, "spawn_app", "self app config scope send"),
+        (TaskGroup, "spawn", "self func args"),
+        (EventWrapper, "wait", "self"),
         (hypercorn.trio.run, "worker_serve", "app config sockets shutdown_trigger task_status"),
     ],
 )
@@ -155,31 +165,31 @@ def test_hypercorn_private_name_exists_with_its_parameters(owner, name, paramete
 
 
 def test_hypercorn_private_attributes_are_set():
-    wrapper_source = inspect.getsource(bridge.ProtocolWrapper)
+    wrapper_source = inspect.getsource(ProtocolWrapper)
     for name in ("self.protocol", "self.task_group", "self.context", "self.state", "self.send"):
         assert name in wrapper_source
     for name in ("self.send_lock", "self.idle_task", "self.stream"):
-        assert name in inspect.getsource(bridge.TCPServer)
+        assert name in inspect.getsource(TCPServer)
     for name in ("self.can_read", "self.connection", "self.keep_alive_requests", "self.stream"):
-        assert name in inspect.getsource(bridge.H11Protocol)
+        assert name in inspect.getsource(H11Protocol)
     for name in ("self.streams", "self.stream_buffers", "def idle", "self.keep_alive_requests"):
-        assert name in inspect.getsource(bridge.H2Protocol)
+        assert name in inspect.getsource(H2Protocol)
     for name in ("self.closed", "self.app_put", "self.handshake", "def idle"):
-        assert name in inspect.getsource(bridge.WSStream)
+        assert name in inspect.getsource(WSStream)
     for name in ("self.buffer", "self._complete", "self._is_empty", "self._paused"):
-        assert name in inspect.getsource(bridge.StreamBuffer)
-    assert "self._event" in inspect.getsource(bridge.EventWrapper)
-    assert "self._nursery" in inspect.getsource(bridge.TaskGroup)
+        assert name in inspect.getsource(StreamBuffer)
+    assert "self._event" in inspect.getsource(EventWrapper)
+    assert "self._nursery" in inspect.getsource(TaskGroup)
     assert "TCPServer" in vars(hypercorn.trio.run)
     assert "worker_serve" in vars(hypercorn.trio)
 
 
 def test_hypercorn_tuned_settings_exist_and_keep_user_choices():
-    assert all(hasattr(Config, name) for name in bridge.TUNED)
+    assert all(hasattr(Config, name) for name in TUNED)
     config = Config()
     config.keep_alive_timeout = 5
     config.backlog = 7
-    bridge.tune(config)
+    tune(config)
     assert (config.keep_alive_timeout, config.backlog) == (5, 7)
     assert config.graceful_timeout == 1
 
@@ -273,7 +283,7 @@ async def test_http2_slow_rapid_reset_is_ended(kind):
             peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
             await peer.flush()
         await peer.ending()
-        assert on.app.started <= bridge.MAX_RESETS + 10
+        assert on.app.started <= MAX_RESETS + 10
 
 
 async def test_http2_connection_without_request_is_closed_as_idle(kind):
@@ -432,7 +442,7 @@ async def test_http2_connection_leaves_nothing_for_the_collector(kind):
                     stream = peer.request()
                     assert await peer.statuses(stream) == {stream: b"200"}
             await soon(lambda: not on.front.connections)
-            kinds = (bridge.GuardedH2Protocol, priority.PriorityTree)
+            kinds = (GuardedH2Protocol, priority.PriorityTree)
             assert [one for one in gc.get_objects() if isinstance(one, kinds)] == []
     finally:
         gc.enable()
@@ -533,7 +543,7 @@ def quart_app():
     async def early():
         return "no", 413
 
-    app.asgi_app = bridge.hold_last(app.asgi_app)  # type: ignore[method-assign]
+    app.asgi_app = hold_last(app.asgi_app)  # type: ignore[method-assign]
     return app
 
 
@@ -607,7 +617,7 @@ def installed(monkeypatch):
         (hypercorn.trio, "worker_serve"),
     ]:
         monkeypatch.setattr(module, name, getattr(module, name))
-    return bridge.install
+    return install
 
 
 async def test_hypercorn_installed_bridge_cures_and_drains(installed):

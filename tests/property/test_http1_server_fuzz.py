@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from support.fuzzing import EXAMPLES
-from vllm_router.http.server.server import Server, StreamConnection
+from vllm_router.http.server.server import Server
+from vllm_router.http.server.stream_connection import StreamConnection
 
 # Refusals that h11 does not share, each with its reason.
 STRICTER = {

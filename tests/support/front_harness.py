@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import h11
 import trio
 
-from vllm_router.http.server.listener import Front
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.limits import Limits
+from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 
 # Hang guard: everything that a test waits for takes milliseconds.
@@ -155,7 +155,7 @@ async def answer(send, status: int, body: bytes) -> None:
 
 @dataclass
 class Running:
-    front: Front
+    front: Listener
     app: Application
     port: int
 
@@ -165,7 +165,7 @@ async def running(kind: str = "lane", **options) -> AsyncIterator[Running]:
     """A front of one kind, `lane` or `hypercorn`; stopped at the end, when nothing may be left."""
     app = options.pop("app", None) or Application()
     options.setdefault("limits", QUICK)
-    front = Front(app, lane=kind == "lane", **{"accepts": is_inference, **options})
+    front = Listener(app, lane=kind == "lane", **{"accepts": is_inference, **options})
     (_, port), *_ = front.open("127.0.0.1", 0)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import trio
 
 from vllm_router.errors import ConnectFailed
-from vllm_router.http.client.client import Connection, Pool
-from vllm_router.http.client.transport import PlainTransport
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.client.plain_transport import PlainTransport
+from vllm_router.http.client.pool import Pool
 
 SSE = b"text/event-stream; charset=utf-8"
 JSON = b"application/json"

@@ -15,7 +15,7 @@ from support.fleet_makers import come_up, make_config
 from vllm_router.config.source import ConfigSource
 from vllm_router.fleet.server import Server
 from vllm_router.http.asgi_types import IDENTITY, App
-from vllm_router.http.hypercorn.bridge import hold_last
+from vllm_router.http.hypercorn.final_message import hold_last
 from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome

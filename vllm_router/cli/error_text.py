@@ -8,7 +8,7 @@ import ssl
 
 import httpx
 
-from vllm_router.http.client.transport import tls_words
+from vllm_router.http.client.tls_transport import describe_tls_error
 
 
 def describe(error: httpx.HTTPError) -> str:
@@ -21,7 +21,7 @@ def describe(error: httpx.HTTPError) -> str:
             # One for each address of the host; the last was tried last.
             cause = cause.exceptions[-1]
         elif isinstance(cause, ssl.SSLError):
-            return tls_words(cause)  # its number is not the operating system's
+            return describe_tls_error(cause)  # its number is not the operating system's
         elif isinstance(cause, OSError) and cause.errno is not None:
             # Name resolution has numbers of its own; Trio words the others at length.
             gai = isinstance(cause, socket.gaierror)

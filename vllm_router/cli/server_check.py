@@ -17,9 +17,9 @@ from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import UnusablePage
 from vllm_router.fleet.model_list import read_model_list
-from vllm_router.http.client.client import Pool
-from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_whole
+from vllm_router.http.client.pool import Pool
 from vllm_router.runtime.probe import MAX_METRICS_BYTES
 
 _LOAD_METRICS = {
@@ -95,7 +95,7 @@ async def _probe(
     """Fill in a report; every question has `timeout` seconds."""
     agent = {"user-agent": "vllm-router-check", "accept-encoding": "identity"}
     keyed = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-    async with Carrier(Pool(server.url, context, spread=False)) as carrier:
+    async with HttpxTransport(Pool(server.url, context, spread=False)) as carrier:
 
         async def ask(path: str, *, key: bool = True) -> _Answer | str:
             headers = agent | (keyed if key else {})
@@ -151,7 +151,7 @@ class _Answer:
         return 200 <= self.status < 300
 
 
-async def _answer_to(carrier: Carrier, request: httpx.Request) -> _Answer:
+async def _answer_to(carrier: HttpxTransport, request: httpx.Request) -> _Answer:
     response = await carrier.handle_async_request(request)
     try:
         return _Answer(response.status_code, await read_whole(response, MAX_METRICS_BYTES))

@@ -1,1 +1,1 @@
-"""HTTP/1.1 on both sides, sockets, and the adapter for Hypercorn. Knows nothing of vLLM."""
+"""HTTP/1.1 server and client, socket I/O, and the Hypercorn adapter; independent of vLLM."""

@@ -1,7 +1,7 @@
-"""Addresses of peers, and the networks that they are in. Pure.
+"""IP addresses of peers, and networks. Pure.
 
 On a socket that listens on `::`, an IPv4 peer has an IPv4-mapped address such as
-`::ffff:192.0.2.1` (RFC 4291 2.5.5.2). It is the same peer as `192.0.2.1`.
+`::ffff:192.0.2.1` (RFC 4291 2.5.5.2), which means `192.0.2.1`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAPPED = IPv6Network("::ffff:0:0/96")
 
 
 def plain_host(host: str) -> str:
-    """An address as text, an IPv4-mapped one as IPv4; anything else as it is."""
+    """Convert an IPv4-mapped address to IPv4; return any other text unchanged."""
     try:
         address = ip_address(host)
     except ValueError:
@@ -31,13 +31,13 @@ def plain_host(host: str) -> str:
 
 
 def plain_peer(address: tuple[str, int]) -> tuple[str, int]:
-    """The same for a socket's `(host, port)`; further members are dropped."""
+    """`plain_host` for a socket's `(host, port)`; drops further members."""
     host, port = address[:2]
     return plain_host(host) if host.startswith("::") else host, port
 
 
 def parse_networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
-    """Networks such as `10.0.0.0/8`. A network of IPv4-mapped addresses becomes one of IPv4.
+    """Parse networks such as `10.0.0.0/8`; IPv4-mapped networks become IPv4 networks.
 
     Raises ValueError.
     """

@@ -1,4 +1,4 @@
-"""Short names for the shapes of ASGI 3."""
+"""ASGI 3 types, and the ASGI extensions between the server and the proxy."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 IDENTITY = "vllm_router.identity"
-"""In the scope: the auth.Identity of whoever sent the request, if keys are in use."""
+"""Scope key: the client's `Identity`, if API keys are in use."""
 
 OWN_MACHINE = "vllm_router.runtime.own_machine"
-"""In the scope, and true, of a request that came in by the Unix socket of the router's own user."""
+"""Scope key: true for a request that arrived on the Unix socket of the router's own user."""
 
 CANCEL_ON_DISCONNECT = "vllm_router.cancel_on_disconnect"
-"""Extension by which a server says that it cancels the application when the client leaves."""
+"""Extension: the server cancels the application when the client leaves."""
 
 OUTLET = "vllm_router.outlet"
-"""Extension by which a server offers an Outlet."""
-
+"""Extension: the server offers an `Outlet`."""
 
 HEAD_MEMO = "vllm_router.head_memo"
-"""Extension by which a server offers a dictionary that is the same for all requests of a connection
-whose heads are the same but for Content-Length: for what follows from the head alone."""
+"""Extension: a dictionary shared by all requests of a connection whose heads differ in
+Content-Length alone. It caches values derived from the head."""
 
 
 class Outlet(Protocol):
-    """Ways to receive and send without a wait, where there is none."""
+    """Receives and sends without waiting where possible; a cheaper `receive` and `send`."""
 
     def whole_body(self) -> bytes | None:
-        """The request's body if all of it has come and none of it has been received, else None."""
+        """The request's body if all of it has arrived and none was received yet, else None."""
         ...
 
     def send_whole(self, start: Message, last: Message) -> bool:
-        """Send an answer that is but its head and one message with all of the body.
+        """Send a response whose body is one message.
 
-        False if the client does not keep up, or has left: `caught_up` waits for it then.
+        False if the client is slow or has left: then await `caught_up`.
         """
         ...
 
     def send_part(self, piece: bytes) -> bool:
-        """Send a piece of the answer's body that is not the last, after `send` has begun it.
+        """Send a piece of a body that `send` has begun; more follows.
 
-        False if the client does not keep up, or has left: then the next `send` waits for it.
+        False if the client is slow or has left: then await `caught_up`, or the next `send` waits.
         """
         ...
 
     async def caught_up(self) -> None:
-        """Wait until the client has taken everything. Raises OSError if it has left."""
+        """Wait until all sent bytes have left. Raises OSError if the client has left."""
         ...

@@ -1,4 +1,4 @@
-"""The router's own errors in the dialect of the client's API: OpenAI's, or Anthropic's. Pure.
+"""The router's own errors in the format of the client's API: OpenAI's or Anthropic's. Pure.
 
 OpenAI: `{"error": {"message", "type", "param", "code"}}`, the request's id in `x-request-id`.
 Anthropic, on `/v1/messages` and below: `{"type": "error", "error": {"type", "message"},

@@ -1,23 +1,26 @@
-"""Heads that are said again and again, but for the digits of Content-Length.
+"""Cache of the last head on a connection.
 
-A client that keeps its connection repeats itself in every request, and a server in every answer of
-the same second. What is the same need not be parsed again.
+Clients that keep a connection send the same head with every request, except for the digits of
+Content-Length; so do servers within one second. An unchanged head is not parsed again.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-Headers = list[tuple[bytes, bytes]]
-
-MAX_LENGTH_DIGITS = 18
-"""Of a Content-Length: just below 2**63, so that no program behind can overflow."""
+from vllm_router.http.request_head import Head
+from vllm_router.http.response_head import ResponseHead
+from vllm_router.http.syntax import MAX_LENGTH_DIGITS, Headers
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 
 
-class Repeated:
-    """The bytes of a head, and where its length stands: `place` among its fields."""
+class HeadTemplate:
+    """The bytes of a head before and after its Content-Length.
+
+    `place` is the index of Content-Length among the fields; -1 while no head is remembered.
+    """
 
     __slots__ = ("_after", "_before", "place")
 
@@ -25,8 +28,8 @@ class Repeated:
         self._before = self._after = b""
         self.place = -1
 
-    def note(self, head: bytes, headers: Headers) -> bool:
-        """Remember a head that was parsed into these fields; False if it has not one length."""
+    def remember(self, head: bytes, headers: Headers) -> bool:
+        """Remember a parsed head; False if it does not have exactly one Content-Length."""
         self.place = -1
         names = [name for name, _ in headers]
         found = _LENGTH_LINE.search(head)
@@ -39,9 +42,8 @@ class Repeated:
         self.place = place
         return True
 
-    def length_of(self, data: bytes, end: int) -> bytes | None:
-        """The digits in the head that `data` begins with, `end` bytes long; None if it is another
-        than the one remembered."""
+    def match(self, data: bytes, end: int) -> bytes | None:
+        """The digits of Content-Length if `data[:end]` is the remembered head, else None."""
         before, after = self._before, self._after
         if self.place < 0 or not data.startswith(before):
             return None
@@ -52,7 +54,79 @@ class Repeated:
         return digits
 
     def with_length(self, headers: Headers, digits: bytes) -> Headers:
-        """The fields with this length; a list of their own."""
+        """A copy of the fields with this length."""
         fields = headers.copy()
         fields[self.place] = (b"content-length", digits)
         return fields
+
+
+class CachedRequestParser:
+    """Parses request heads of one connection with `parse`, unless the head is the last one again.
+
+    `parse` gets the bytes that begin with the head, and the head's length. It may return None for
+    a request that another server takes, and may raise HttpError.
+    """
+
+    __slots__ = ("_head", "_parse", "_template")
+
+    def __init__(self, parse: Callable[[bytes, int], Head | None]) -> None:
+        self._parse = parse
+        self._template = HeadTemplate()
+        self._head: Head | None = None
+
+    def parse(self, data: bytes, end: int) -> Head | None:
+        """The head that is `data[:end]`. Repeated heads are one object, changed in place."""
+        head = self._head
+        digits = self._template.match(data, end) if head is not None else None
+        if head is None or digits is None:
+            head = self._parse(data, end)
+            if head is not None:
+                # A client that expects 100 Continue is served by the parsed head only.
+                cached = not head.expects_continue and self._template.remember(
+                    data[:end], head.headers
+                )
+                self._head = head if cached else None
+            return head
+        head.content_length = int(digits)
+        head.headers = self._template.with_length(head.headers, digits)
+        return head
+
+
+class ResponseCache:
+    """The last response head of one server, shared by all of its connections.
+
+    Only responses that arrived in one read, with a Content-Length and the whole body, on a
+    connection that stays open: a parser has nothing else to find in such a response.
+    """
+
+    __slots__ = ("_head", "_template")
+
+    def __init__(self) -> None:
+        self._template = HeadTemplate()
+        self._head: ResponseHead | None = None
+
+    def remember(self, data: bytes, head: ResponseHead) -> None:
+        """`data` was parsed and is exactly one response with this head."""
+        end = data.find(b"\r\n\r\n") + 4
+        fits = not head.chunked and head.content_length == len(data) - end
+        cached = fits and self._template.remember(data[:end], head.headers)
+        self._head = head if cached else None
+        if cached:
+            head.memo = {}
+
+    def match(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
+        """Head and body if `data` is one whole response with the remembered head."""
+        head = self._head
+        if head is None:
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        digits = self._template.match(data, end)
+        if digits is None:
+            return None
+        length = int(digits)
+        if length != len(data) - end:
+            return None
+        if length != head.content_length:
+            headers = self._template.with_length(head.headers, digits)
+            head = ResponseHead(head.status, headers, length, False, head.memo)
+        return head, data[end:]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vllm_router.fleet.server import Server
-from vllm_router.http.headers import Refusal
+from vllm_router.http.http_error import HttpError
 from vllm_router.observability.decisions import outcome_label
 from vllm_router.observability.formatting import timestamp, visible
 from vllm_router.observability.line_writer import LineWriter
@@ -76,7 +76,7 @@ class AccessLog:
         ended = Ended(time.time(), record, record.facts, trace_id)
         writer.put((json_line, ended) if self.form == "json" else text_line(ended))
 
-    def refused(self, refusal: Refusal, client: tuple[str, int] | None, line: bytes) -> None:
+    def refused(self, refusal: HttpError, client: tuple[str, int] | None, line: bytes) -> None:
         """A request that was no HTTP, or too much of it: it never became an exchange."""
         method, _, rest = line.partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]

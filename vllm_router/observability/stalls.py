@@ -18,8 +18,8 @@ from types import FrameType
 
 import trio
 
+from vllm_router.http.io.hub import EventLoopHub
 from vllm_router.http.io.turns import LONG, Turns
-from vllm_router.http.io.wires import Hub
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class StallMonitor:
             name="stalls",
             daemon=True,
         )
-        hub = Hub.of_this_run()
+        hub = EventLoopHub.of_this_run()
         self._computed = time.thread_time()
         watchdog.start()
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_router.http.client.client import Answer
-from vllm_router.http.head_cache import Headers
+from vllm_router.http.response_head import ResponseHead
+from vllm_router.http.syntax import Headers
 from vllm_router.proxy.headers import NOT_BUFFERED, STREAMED, passed_on
 from vllm_router.proxy.status_rules import is_page
 
@@ -56,7 +56,7 @@ class AnswerHead:
         self._has_id = b"request-id" in fields
 
     @classmethod
-    def of(cls, answer: Answer) -> AnswerHead:
+    def of(cls, answer: ResponseHead) -> AnswerHead:
         """The head of this answer, perhaps as it was read for the last one."""
         memo = answer.memo
         if memo is None:

@@ -23,8 +23,9 @@ from vllm_router.errors import (
 )
 from vllm_router.fleet.server import Lease
 from vllm_router.http.asgi_types import Message
-from vllm_router.http.client.client import Answer, Connection
-from vllm_router.http.io.wires import Interrupted
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.io.async_socket import Interrupted
+from vllm_router.http.response_head import ResponseHead
 from vllm_router.proxy.answers.events import decode_json
 from vllm_router.proxy.answers.faults import message_of
 from vllm_router.proxy.answers.opening import Opening, Verdict
@@ -196,7 +197,7 @@ class Attempt:
                 deadline.begin(_FIRST_BYTE_TIMEOUT, now + settings.first_byte_timeout)
             outcome = None
             lease.interrupt = self.interrupt
-            if connection is not None and connection.pours and self._can_skip_scope:
+            if connection is not None and connection.can_stream and self._can_skip_scope:
                 deadline.bound_read(connection)
                 try:
                     outcome = await self._communicate(connection)
@@ -271,7 +272,7 @@ class Attempt:
                 request.added + self._trace_field,
                 len(request.body),
             )
-            if not connection.ask(head, request.body):
+            if not connection.send_nowait(head, request.body):
                 await connection.send(head, request.body)
             record = attempts.record
             if not record.sent_at:
@@ -309,7 +310,7 @@ class Attempt:
 
     # -- the response -------------------------------------------------------------------------
 
-    async def _receive(self, connection: Connection, answer: Answer) -> Outcome:
+    async def _receive(self, connection: Connection, answer: ResponseHead) -> Outcome:
         """Read the response: classify its status, hold it until it is proven, pass it on."""
         attempts = self._attempts
         record, status = attempts.record, answer.status

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from vllm_router.fleet.server import Server
-from vllm_router.http.io.wires import Hub
+from vllm_router.http.io.hub import EventLoopHub
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.proxy.retry import Outcome
 
@@ -49,7 +49,7 @@ class BatchedRecorder:
 
     def _schedule(self) -> None:
         self._scheduled = True
-        Hub.of_this_run().at_turns_end(self._turn_has_ended)
+        EventLoopHub.of_this_run().call_before_wait(self._turn_has_ended)
 
     def _turn_has_ended(self) -> None:
         if len(self._records) < FLUSH_SIZE and self._now() - self._flushed_at < self.interval:

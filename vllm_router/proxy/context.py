@@ -14,7 +14,7 @@ from vllm_router.errors import Refused
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http.addresses import Network
-from vllm_router.http.client.client import Pool
+from vllm_router.http.client.pool import Pool
 from vllm_router.proxy.admission import Gate
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.body import Bodies

@@ -6,7 +6,7 @@ import math
 
 import trio
 
-from vllm_router.http.client.client import Connection
+from vllm_router.http.client.connection import Connection
 from vllm_router.proxy.retry import Outcome
 
 MOVES_PER_IDLE_TIMEOUT = 16

@@ -16,7 +16,7 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.silence import STILL_FOR
 from vllm_router.http.addresses import parse_networks
 from vllm_router.http.asgi_types import Receive, Scope, Send
-from vllm_router.http.client.client import Pool
+from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.proxy.admission import Gate, PeersMaker
 from vllm_router.proxy.batched_recorder import BatchedRecorder
@@ -156,7 +156,7 @@ class Proxy:
         context = self.context
         upstream = context.upstreams.get(server)
         if upstream is not None:
-            upstream.pool.sweep(now)
+            upstream.pool.close_expired(now)
         server.look_for_silence(now)
         if server.paused_at is not None or server.silence.since is not None:
             self._move_on(server, now)

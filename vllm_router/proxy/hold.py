@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vllm_router.http.client.client import Connection
-from vllm_router.http.io.wires import Interrupted
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.io.async_socket import Interrupted
 from vllm_router.proxy.answers.opening import Opening, Verdict
 from vllm_router.proxy.server_response import ServerResponse
 
@@ -98,7 +98,7 @@ async def _read_before(connection: Connection, until: float) -> bytes | None:
     """The next bytes of the body, b"" at its end; None if nothing has come by then."""
     if until == math.inf:
         return await connection.read_body()
-    if connection.pours:
+    if connection.can_stream:
         try:
             return await connection.read_body(until)
         except Interrupted:

@@ -29,7 +29,7 @@ async def relay(response: ServerResponse, downstream: Downstream, record: Record
     Where both connections allow it, pieces pass without waking a task.
     """
     connection = response.connection
-    write_now = downstream.write_now if connection.pours else None
+    write_now = downstream.write_now if connection.can_stream else None
     piece, response.held = response.held, b""
     while piece:
         note_piece(response, record, piece)
@@ -64,7 +64,7 @@ async def _relay_between_tasks(
         return write_now(piece)
 
     while True:
-        await connection.pour(take)
+        await connection.stream_into(take)
         relayed()
         if connection.exhausted:
             return

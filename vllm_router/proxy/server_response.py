@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllm_router.fleet.server import Lease
-from vllm_router.http.client.client import Answer, Connection
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.response_head import ResponseHead
 from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.answers.opening import Verdict
 from vllm_router.proxy.answers.tables import Api, api_of
@@ -42,7 +43,7 @@ class ServerResponse:
     def __init__(
         self,
         connection: Connection,
-        answer: Answer,
+        answer: ResponseHead,
         path: bytes,
         lease: Lease,
         deadline: Deadline,

@@ -6,7 +6,7 @@ import re
 
 from vllm_router.errors import Refused
 from vllm_router.http.asgi_types import OUTLET, App, Receive, Scope, Send
-from vllm_router.http.hypercorn.bridge import hold_last
+from vllm_router.http.hypercorn.final_message import hold_last
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.routing.paths import PathClass, classify, without_slash

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping
 import trio
 
 from vllm_router.http.asgi_types import OWN_MACHINE, App, Receive, Scope, Send
-from vllm_router.http.headers import RefusalTold
-from vllm_router.http.hypercorn.bridge import HypercornSide, Relay
-from vllm_router.http.server.listener import Address
-from vllm_router.http.server.server import Limits
+from vllm_router.http.http_error import OnRejected
+from vllm_router.http.hypercorn.handler import HypercornHandler
+from vllm_router.http.hypercorn.streams import Relay
+from vllm_router.http.server.interfaces import Address
+from vllm_router.http.server.limits import Limits
 from vllm_router.runtime.own_machine import (
     ROOT,
     SUFFIX,
@@ -131,7 +132,7 @@ class LocalListener:
         sockets: Iterable[socket.socket],
         *,
         limits: Limits | None = None,
-        told: RefusalTold | None = None,
+        told: OnRejected | None = None,
     ) -> None:
         """The caller closes the sockets."""
 
@@ -140,7 +141,7 @@ class LocalListener:
             await app(scope, receive, send)
 
         self._sockets = list(sockets)
-        self._side = HypercornSide(from_here, limits=limits, told=told)
+        self._side = HypercornHandler(from_here, limits=limits, on_rejected=told)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""

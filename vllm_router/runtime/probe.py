@@ -24,7 +24,7 @@ from vllm_router.fleet.health import Check
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
-from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_pieces, read_whole
 from vllm_router.http.client.resolver import Resolver
 
@@ -182,7 +182,7 @@ class Probe:
 
     @property
     def _has_address(self) -> bool:
-        return not isinstance(self._transport, Carrier) or self._transport.has_address
+        return not isinstance(self._transport, HttpxTransport) or self._transport.has_address
 
     def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
         """True if the router lacks resources, or the resolver lost the name of a healthy server."""
@@ -192,7 +192,7 @@ class Probe:
     @property
     def _waiting_for(self) -> str:
         """The current phase of the request, for the error message of a timeout."""
-        doing = self._transport.doing if isinstance(self._transport, Carrier) else ""
+        doing = self._transport.doing if isinstance(self._transport, HttpxTransport) else ""
         return doing or f"answer to {CHECK_PATHS[0]}"
 
     async def _ask_whether_paused(self) -> None:

@@ -19,8 +19,9 @@ from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import serving_context
 from vllm_router.config.types import digest_of, split_address
 from vllm_router.errors import RouterError
-from vllm_router.http.server.listener import Address, Front
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.interfaces import Address
+from vllm_router.http.server.limits import Limits
+from vllm_router.http.server.listener import Listener
 from vllm_router.http.server.socket_handover import notify
 from vllm_router.observability import tracing
 from vllm_router.observability.log_output import LogOutput
@@ -45,7 +46,7 @@ class LocalMonitorAccess:
         self.key = secrets.token_urlsafe(32)
         self.url = ""
 
-    def open(self, front: Front, config: Config, local: LocalSockets) -> MonitorListener | None:
+    def open(self, front: Listener, config: Config, local: LocalSockets) -> MonitorListener | None:
         """Open the listener if it is needed. Raises OSError.
 
         Without keys, TLS and a separate administration listener, the monitor connects like any
@@ -106,13 +107,13 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     log_memory_plan(settings, options.workers)
     limits = client_limits(settings)
     told = options.output.access.refused if options.output is not None else None
-    front = Front(
+    front = Listener(
         app,
         accepts=is_inference,
         lane=options.lane,
         limits=limits,
         tls_only=True,
-        told=told,
+        on_rejected=told,
         max_connections=most_connections(),
     )
     take_tls(front, options.config)
@@ -170,19 +171,19 @@ def client_limits(settings: Settings) -> Limits:
     )
 
 
-def take_tls(front: Front, config: Config) -> None:
+def take_tls(front: Listener, config: Config) -> None:
     """Use or stop using TLS for new connections. Raises ConfigError if its files are unusable."""
     front.use_tls(serving_context(config.tls) if config.tls is not None else None)
 
 
-def follow_limits(front: Front, supervisor: Supervisor, new: Config) -> None:
+def follow_limits(front: Listener, supervisor: Supervisor, new: Config) -> None:
     """Apply changed client limits of a reload to new connections."""
     limits = client_limits(new.settings)
     if limits != client_limits(supervisor.config.settings):
         front.use_limits(limits)
 
 
-def follow_tls(front: Front, supervisor: Supervisor, new: Config) -> None:
+def follow_tls(front: Listener, supervisor: Supervisor, new: Config) -> None:
     """Apply a changed TLS configuration of a reload to new connections."""
     if new.tls != supervisor.config.tls:
         take_tls(front, new)
@@ -200,7 +201,7 @@ def most_connections() -> int | None:
     return max(1, (descriptors - DESCRIPTORS_KEPT) // 2)
 
 
-def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None]:
+def listen(front: Listener, options: ServeOptions) -> tuple[Address, Address | None]:
     """Open or adopt the public listener and, if configured, the administration listener.
 
     On a loopback address the administration listener also accepts plain HTTP. Raises OSError for
@@ -234,7 +235,7 @@ def listen(front: Front, options: ServeOptions) -> tuple[Address, Address | None
     return public, admin
 
 
-def addresses_of(front: Front) -> list[Address]:
+def addresses_of(front: Listener) -> list[Address]:
     """The TCP addresses of the listeners, with the actual ports."""
     return [listener.getsockname()[:2] for listener in front.listeners]
 
@@ -255,7 +256,7 @@ def url_of(host: str, port: int, *, secure: bool = False) -> str:
 
 
 async def drain(
-    supervisor: Supervisor, front: Front, wind_down: Callable[[], Awaitable[None]] | None = None
+    supervisor: Supervisor, front: Listener, wind_down: Callable[[], Awaitable[None]] | None = None
 ) -> None:
     """Finish the requests in flight, within the configured times.
 

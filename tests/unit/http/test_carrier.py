@@ -26,8 +26,8 @@ from support.scripted_server import (
     silent,
 )
 from vllm_router.errors import ConnectFailed
-from vllm_router.http.client.client import Pool
-from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.pool import Pool
 from vllm_router.runtime.probe import _words
 
 
@@ -35,7 +35,7 @@ from vllm_router.runtime.probe import _words
 async def asking(script: Script) -> AsyncIterator[tuple[httpx.AsyncClient, ScriptedServer]]:
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery, script)
-        carrier = Carrier(MemoryPool(server))
+        carrier = HttpxTransport(MemoryPool(server))
         headers = {"authorization": "Bearer k"}
         base_url = "http://server.test:1/prefix"
         async with httpx.AsyncClient(
@@ -135,7 +135,7 @@ async def test_carrier_closed_port_has_clear_message():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        async with httpx.AsyncClient(base_url=url, transport=Carrier(Pool(url))) as client:
+        async with httpx.AsyncClient(base_url=url, transport=HttpxTransport(Pool(url))) as client:
             with pytest.raises(httpx.ConnectError) as caught:
                 await client.get("/health")
     assert _words(caught.value) == "Connection refused"
@@ -153,7 +153,7 @@ async def test_carrier_reports_wait_before_request_is_sent(autojump_clock):
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery, answering(ok(b"{}")))
         pool = MemoryPool(server)
-        carrier = Carrier(pool)
+        carrier = HttpxTransport(pool)
         request = httpx.Request("GET", "http://server.test:1/health")
         response = await carrier.handle_async_request(request)
         await response.aread()

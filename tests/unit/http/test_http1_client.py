@@ -35,8 +35,10 @@ from support.scripted_server import (
     sse_head,
 )
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
-from vllm_router.http.client import transport
-from vllm_router.http.client.client import IDLE_LIMIT, Connection, Pool
+from vllm_router.http.client import connect
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.client.pool import IDLE_LIMIT, Pool
+from vllm_router.http.client.tls_transport import start_tls
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
@@ -341,7 +343,7 @@ def repeating(start: bytes, piece: bytes) -> Script:
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-@pytest.mark.parametrize("pours", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize(
     ("start", "piece", "words"),
     [
@@ -356,7 +358,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     ],
     ids=["fields", "100", "103", "line ends", "trailers", "extension", "late extension", "size"],
 )
-async def test_client_endless_framing_is_protocol_error(pours, start, piece, words):
+async def test_client_endless_framing_is_protocol_error(streams, start, piece, words):
     """In every way of reading the response; no buffer may grow."""
     error: BaseException | None = None
     async with trio.open_nursery() as nursery:
@@ -366,8 +368,8 @@ async def test_client_endless_framing_is_protocol_error(pours, start, piece, wor
             try:
                 await connection.read_head()
                 while not connection.complete:
-                    if pours:
-                        await connection.pour(lambda _: True)
+                    if streams:
+                        await connection.stream_into(lambda _: True)
                     else:
                         await connection.read_body()
             except ProtocolViolation as violation:
@@ -416,9 +418,9 @@ async def test_connect_without_descriptors_is_router_error(monkeypatch, code):
     def no_socket(*args, **kwargs):
         raise OSError(code, "no more")
 
-    monkeypatch.setattr(transport.socket, "socket", no_socket)
+    monkeypatch.setattr(connect.socket, "socket", no_socket)
     with pytest.raises(OwnFault):
-        await transport.connect((socket.AF_INET, ("127.0.0.1", 9)))
+        await connect.connect((socket.AF_INET, ("127.0.0.1", 9)))
 
 
 async def test_connect_cancelled_leaks_no_socket():
@@ -564,9 +566,9 @@ async def test_tls_connection_leaves_nothing_for_the_collector(host):
         try:
             before = client_streams()
             for _ in range(5):
-                sock = await transport.connect((socket.AF_INET, ("127.0.0.1", port)))
+                sock = await connect.connect((socket.AF_INET, ("127.0.0.1", port)))
                 with contextlib.suppress(ConnectFailed):
-                    (await transport.start_tls(sock, host, context)).close()
+                    (await start_tls(sock, host, context)).close()
             assert client_streams() == before
         finally:
             gc.enable()
@@ -647,9 +649,9 @@ async def test_pool_sweep_closes_expired_connections_only():
         for now in (0.0, 1.0, 2.0):
             pool.give_back(await used(server), now)
         # the last exchange reused no connection: all three are new
-        pool.sweep(2.9)
+        pool.close_expired(2.9)
         assert pool.idle == 3
-        pool.sweep(4.0)
+        pool.close_expired(4.0)
         assert pool.idle == 1
         await trio.testing.wait_all_tasks_blocked()
         assert server.open == 1

@@ -10,10 +10,15 @@ import trio
 import trio.testing
 
 from support.front_harness import CHAT, Limits, chunked, connected, get, post, running, soon
-from vllm_router.http.headers import Refusal, split_target, valid_host
-from vllm_router.http.request_head import ChunkedBody, Head
-from vllm_router.http.server.response_writer import Answer
-from vllm_router.http.server.server import Server, SocketConnection, StreamConnection
+from vllm_router.http.chunked import ChunkedBody
+from vllm_router.http.http_error import HttpError
+from vllm_router.http.request_head import Head
+from vllm_router.http.request_line import split_target
+from vllm_router.http.server.response_writer import ResponseWriter
+from vllm_router.http.server.server import Server
+from vllm_router.http.server.socket_connection import SocketConnection
+from vllm_router.http.server.stream_connection import StreamConnection
+from vllm_router.http.syntax import valid_host
 
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -114,7 +119,7 @@ async def test_server_doubtful_head_is_refused_and_rest_unread(data, status):
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_server_malformed_chunk_is_refused(body, bytewise):
     coding = ChunkedBody()
-    with pytest.raises(Refusal, match=r"chunk|trailer"):
+    with pytest.raises(HttpError, match=r"chunk|trailer"):
         for piece in [body[i : i + 1] for i in range(len(body))] if bytewise else [body]:
             coding.feed(piece)
 
@@ -130,7 +135,7 @@ def test_chunk_line_without_end_is_refused_at_its_limit(before, limit, step):
     coding = ChunkedBody()
     coding.feed(before)
     fed = 0
-    with pytest.raises(Refusal, match="malformed chunk"):
+    with pytest.raises(HttpError, match="malformed chunk"):
         while fed < 10 * limit:
             fed += step
             coding.feed(b"a" * step)
@@ -140,7 +145,7 @@ def test_chunk_line_without_end_is_refused_at_its_limit(before, limit, step):
 def test_chunk_data_without_line_end_is_refused_at_once():
     coding = ChunkedBody()
     coding.feed(b"3\r\nabc")
-    with pytest.raises(Refusal, match="malformed chunk"):
+    with pytest.raises(HttpError, match="malformed chunk"):
         coding.feed(b"d")
 
 
@@ -218,7 +223,7 @@ async def test_server_body_refusal_reaches_client_that_stopped_sending():
 
 async def test_server_refusal_of_first_chunk_reaches_client():
     rejected = []
-    async with running(told=lambda *about: rejected.append(about)) as on:
+    async with running(on_rejected=lambda *about: rejected.append(about)) as on:
         async with connected(on.port) as client:
             await client.send(CHUNKED + b"nonsense\r\n")
             assert (await client.reply()).status == 400
@@ -421,8 +426,8 @@ def test_server_target_is_accepted_or_refused(target, expected):
     assert split_target("GET", target) == expected
 
 
-def answer_to(method: str = "POST", version: str = "1.1") -> Answer:
-    return Answer(Head(method, b"/", b"", version))
+def answer_to(method: str = "POST", version: str = "1.1") -> ResponseWriter:
+    return ResponseWriter(Head(method, b"/", b"", version))
 
 
 def body(data: bytes, *, more: bool = False):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.errors import ConnectionLost
-from vllm_router.http.client.client import Connection, KnownAnswer
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.head_cache import ResponseCache
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\ndate: Fri, 27 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"
@@ -22,7 +23,7 @@ HEAD = (
 class Scripted:
     """A transport that returns the given bytes, one read at a time, and then the end."""
 
-    pours = False
+    can_stream = False
 
     def __init__(self, reads: list[bytes]) -> None:
         self.reads = list(reads)
@@ -30,7 +31,7 @@ class Scripted:
     async def read(self, until: float = math.inf) -> bytes:
         return self.reads.pop(0) if self.reads else b""
 
-    def write_soon(self, head: bytes, body: bytes) -> bool:
+    def write_nowait(self, head: bytes, body: bytes) -> bool:
         return True
 
     async def write(self, head: bytes, body: bytes) -> bool:
@@ -39,10 +40,10 @@ class Scripted:
     def interrupt(self) -> bool:
         return False
 
-    async def pour(self, take: Callable[[bytes], bool]) -> None:
+    async def stream_into(self, take: Callable[[bytes], bool]) -> None:
         raise AssertionError
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return True
 
     def close(self) -> None:
@@ -51,7 +52,7 @@ class Scripted:
 
 async def answer_of(connection: Connection) -> Any:
     """Every observable property of one response."""
-    connection.ask(b"GET / HTTP/1.1\r\n\r\n", b"")
+    connection.send_nowait(b"GET / HTTP/1.1\r\n\r\n", b"")
     try:
         answer = await connection.read_head()
         body = b""
@@ -63,12 +64,12 @@ async def answer_of(connection: Connection) -> Any:
     return *head, body, connection.reusable
 
 
-def parsed(reads: list[bytes], known: KnownAnswer | None) -> Any:
+def parsed(reads: list[bytes], known: ResponseCache | None) -> Any:
     return trio.run(answer_of, Connection(Scripted(reads), known))
 
 
-def knowing(*answers: bytes) -> KnownAnswer:
-    known = KnownAnswer()
+def knowing(*answers: bytes) -> ResponseCache:
+    known = ResponseCache()
     for answer in answers:
         parsed([answer], known)
     return known
@@ -78,14 +79,14 @@ def test_known_response_same_head_with_any_length_matches():
     known = knowing(HEAD % 5 + b"hello")
     for body in (b"hello", b"", b"other", b"x" * 70_000):
         data = HEAD % len(body) + body
-        assert known.read(data) is not None
+        assert known.match(data) is not None
         assert parsed([data], known) == parsed([data], None)
 
 
 def test_known_response_headers_of_earlier_response_stay_unchanged():
     known = knowing(HEAD % 5 + b"hello")
-    first, _ = known.read(HEAD % 2 + b"hi")
-    known.read(HEAD % 3 + b"you")
+    first, _ = known.match(HEAD % 2 + b"hi")
+    known.match(HEAD % 3 + b"you")
     assert (b"content-length", b"2") in first.headers
 
 
@@ -103,7 +104,7 @@ def test_known_response_other_difference_is_parsed():
         b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD % 5 + b"hello",
         b"",
     ):
-        assert known.read(data) is None
+        assert known.match(data) is None
         assert parsed([data], known) == parsed([data], None)
 
 
@@ -117,8 +118,8 @@ def test_known_response_only_whole_keep_alive_responses_are_remembered():
         b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n",
     ):
         known = knowing(answer)
-        assert known.read(answer) is None, answer
-        assert known.read(HEAD % 5 + b"hello") is None
+        assert known.match(answer) is None, answer
+        assert known.match(HEAD % 5 + b"hello") is None
 
 
 def test_known_response_unknown_head_continues_connection():
@@ -156,7 +157,7 @@ DATA = st.one_of(WHOLE, st.lists(PARTS, max_size=8).map(b"".join))
 
 @given(st.lists(st.tuples(DATA, st.integers(0, 400)), min_size=1, max_size=6))
 def test_known_response_any_sequence_equals_parsing(answers: list[tuple[bytes, int]]):
-    known = KnownAnswer()
+    known = ResponseCache()
     for data, cut in answers:
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]
         assert parsed(reads, known) == parsed(reads, None)

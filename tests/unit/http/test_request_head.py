@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_router.http.headers import Refusal, check_method, request_line, split_target
-from vllm_router.http.request_head import (
-    MAX_PIECES,
-    ChunkedBody,
-    Head,
-    check_partial,
-    read_head,
-    without_empty_lines,
-)
+from vllm_router.http.chunked import MAX_PIECES, ChunkedBody
+from vllm_router.http.http_error import HttpError
+from vllm_router.http.request_head import Head, check_partial, read_head, without_empty_lines
+from vllm_router.http.request_line import check_method, request_line, split_target
 
 
 def head(*fields: bytes, line: bytes = b"POST /v1/x HTTP/1.1", host: bool = True) -> Head:
@@ -80,19 +75,19 @@ def test_head_fields_decide_framing(fields, length, chunked):
     ],
 )
 def test_head_with_ambiguous_fields_is_refused(fields, status):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         head(*fields)
     assert caught.value.status == status
 
 
 def test_head_transfer_encoding_of_http_1_0_is_refused():
-    with pytest.raises(Refusal, match=r"HTTP/1\.0"):
+    with pytest.raises(HttpError, match=r"HTTP/1\.0"):
         head(b"Transfer-Encoding: chunked", line=OLD)
 
 
 def test_head_host_is_required_since_http_1_1():
     assert head(line=OLD, host=False).http_version == "1.0"
-    with pytest.raises(Refusal, match="no Host"):
+    with pytest.raises(HttpError, match="no Host"):
         head(host=False)
 
 
@@ -108,7 +103,7 @@ def test_head_fields_are_lower_case_and_without_white_space_at_their_end():
 def test_head_of_a_thousand_fields_is_read_and_one_more_is_refused():
     fields = [b"X: 1"] * 999
     assert len(head(*fields).headers) == 1000
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         head(*fields, b"X: 1", b"X: 1")
     assert caught.value.status == 431
 
@@ -132,14 +127,14 @@ def test_head_of_a_thousand_fields_is_read_and_one_more_is_refused():
     ],
 )
 def test_request_line_malformed_is_refused(line, status):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         request_line(line)
     assert caught.value.status == status
 
 
 @pytest.mark.parametrize("method", ["CONNECT", "TRACE"])
 def test_check_method_that_no_resource_has_is_refused(method):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         check_method(method)
     assert caught.value.status == 501
     check_method("POST")
@@ -159,7 +154,7 @@ def test_split_target_forms_give_path_and_query(target, path, query):
 
 
 def test_refusal_of_options_for_the_server_lists_the_methods():
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(HttpError) as caught:
         split_target("OPTIONS", b"*")
     assert caught.value.status == 204
     answer = caught.value.encode()
@@ -202,9 +197,9 @@ def test_check_partial_possible_beginning_is_waited_for(data):
     ],
 )
 def test_check_partial_impossible_beginning_is_refused(data):
-    with pytest.raises(Refusal):
+    with pytest.raises(HttpError):
         check_partial(data, 0)
-    with pytest.raises(Refusal):
+    with pytest.raises(HttpError):
         check_partial(data, max(0, len(data) - 4))  # callers keep three bytes of what they checked
 
 
@@ -230,7 +225,7 @@ def test_chunked_body_gives_as_many_pieces_at_once_as_it_may():
 def test_chunked_body_of_tiny_chunks_with_extensions_is_refused_and_of_plain_ones_is_not():
     ChunkedBody().feed(b"1\r\nx\r\n" * 100_000)
     coding = ChunkedBody()
-    with pytest.raises(Refusal, match="too little in it"):
+    with pytest.raises(HttpError, match="too much framing"):
         for _ in range(1000):
             coding.feed(b"1;aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\nx\r\n")
 
@@ -253,5 +248,5 @@ def test_chunked_body_trailers_have_a_limit_together(size, good):
         coding.feed(b"0\r\n" + trailers + b"\r\n")
         assert coding.complete
     else:
-        with pytest.raises(Refusal, match="trailer"):
+        with pytest.raises(HttpError, match="trailer"):
             coding.feed(b"0\r\n" + trailers + b"\r\n")

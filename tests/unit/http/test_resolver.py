@@ -14,9 +14,10 @@ import trio
 
 from support.scripted_server import ScriptedServer
 from vllm_router.errors import ConnectFailed, NameNotResolved, OwnFault
-from vllm_router.http.client import connecting, transport
-from vllm_router.http.client.client import Pool
-from vllm_router.http.client.connecting import FRESH_WAIT, Race
+from vllm_router.http.client import connect, race
+from vllm_router.http.client.connect import SLOW_AFTER
+from vllm_router.http.client.pool import Pool
+from vllm_router.http.client.race import FRESH_WAIT, Race
 from vllm_router.http.client.resolver import (
     AGAIN_AFTER,
     BELIEVED_FOR,
@@ -29,7 +30,6 @@ from vllm_router.http.client.resolver import (
     Resolver,
     literal_address,
 )
-from vllm_router.http.client.transport import SLOW_AFTER
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 NO_SUCH_NAME = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -74,7 +74,7 @@ class Network:
         self.tried: list[tuple[str, float]] = []
         self.sockets: list[socket.socket] = []
         self._peers: list[socket.socket] = []
-        monkeypatch.setattr(connecting, "connect", self.connect)
+        monkeypatch.setattr(race, "connect", self.connect)
 
     async def connect(self, address: Address, slow: Callable[[], None]) -> socket.socket:
         text = address[1][0]
@@ -424,11 +424,11 @@ async def test_connect_enables_keepalive_on_sockets():
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery)
         port = await nursery.start(server.listen)
-        with await transport.connect((V4, ("127.0.0.1", port))) as sock:
+        with await connect.connect((V4, ("127.0.0.1", port))) as sock:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
         nursery.cancel_scope.cancel()
 
 
@@ -443,7 +443,7 @@ async def test_connect_slow_is_logged_and_continues():
             sock.setblocking(False)
             assert sock.connect_ex(target) in (0, errno.EINPROGRESS)
         with trio.move_on_after(30) as scope:
-            await transport.connect((V4, target), lambda: (calls.append("slow"), scope.cancel()))
+            await connect.connect((V4, target), lambda: (calls.append("slow"), scope.cancel()))
         for sock in crowd:
             sock.close()
     assert calls == ["slow"]

@@ -12,25 +12,26 @@ import pytest
 import trio
 import trio.testing
 
-from vllm_router.http.io import wires
-from vllm_router.http.io.wires import READ_SIZE, SOON, Interrupted, Wire
+from vllm_router.http.io.async_socket import BUFFERED_WRITE_SIZE, READ_SIZE, Interrupted
+from vllm_router.http.io.hub import EventLoopHub
+from vllm_router.http.io.hub_socket import HubSocket
 
 
 @contextmanager
-def pair(hung_up: Callable[[], None] | None = None) -> Iterator[tuple[Wire, socket.socket]]:
+def pair(hung_up: Callable[[], None] | None = None) -> Iterator[tuple[HubSocket, socket.socket]]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
-    wire = Wire(ours, hung_up)
+    wire = HubSocket(ours, hung_up)
     try:
         yield wire, theirs
     finally:
-        wire.leave()
+        wire.detach()
         ours.close()
         theirs.close()
 
 
-async def read_all(wire: Wire) -> bytes:
+async def read_all(wire: HubSocket) -> bytes:
     got = b""
     while data := await wire.read():
         got += data
@@ -70,7 +71,7 @@ async def test_socket_read_returns_data_then_end():
 @pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE])
 async def test_socket_read_beyond_one_buffer_needs_no_new_event(size: int):
     ours, theirs = await _tcp()
-    wire = Wire(ours)
+    wire = HubSocket(ours)
     try:
         async with trio.open_nursery() as nursery:
 
@@ -83,7 +84,7 @@ async def test_socket_read_beyond_one_buffer_needs_no_new_event(size: int):
             with trio.fail_after(5):
                 assert len(await read_all(wire)) == size
     finally:
-        wire.leave()
+        wire.detach()
         ours.close()
         theirs.close()
 
@@ -123,7 +124,7 @@ async def test_socket_writes_of_one_turn_are_sent_together():
 
 async def test_socket_request_is_not_sent_after_unsolicited_input():
     with pair() as (wire, peer):
-        wire.ask(b"request")
+        wire.write_request(b"request")
         peer.send(b"unasked")  # after the check, before the request is sent
         with pytest.raises(ConnectionAbortedError):
             await wire.read()
@@ -133,7 +134,7 @@ async def test_socket_request_is_not_sent_after_unsolicited_input():
 
 async def test_socket_request_is_not_sent_to_closed_peer():
     with pair() as (wire, peer):
-        wire.ask(b"request")
+        wire.write_request(b"request")
         peer.close()
         with pytest.raises(ConnectionAbortedError):
             await wire.read()
@@ -141,7 +142,7 @@ async def test_socket_request_is_not_sent_to_closed_peer():
 
 async def test_socket_request_is_sent_to_silent_peer():
     with pair() as (wire, peer):
-        wire.ask(b"request")
+        wire.write_request(b"request")
         await trio.testing.wait_all_tasks_blocked()
         assert received(peer) == b"request"
         peer.send(b"answer")
@@ -151,18 +152,18 @@ async def test_socket_request_is_sent_to_silent_peer():
 async def test_socket_large_write_is_sent_at_once():
     with pair() as (wire, peer):
         wire.write(b"small")
-        wire.write(b"x" * (SOON + 1))
-        assert len(received(peer)) == 5 + SOON + 1
+        wire.write(b"x" * (BUFFERED_WRITE_SIZE + 1))
+        assert len(received(peer)) == 5 + BUFFERED_WRITE_SIZE + 1
 
 
 async def test_socket_write_waits_for_peer_that_does_not_read():
     with pair() as (wire, peer):
         whole = b"x" * 10_000_000
         wire.write(whole)
-        assert wire.late
+        assert wire.send_pending
         wire.write(b"end")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wire.caught_up)
+            nursery.start_soon(wire.drain)
             await trio.testing.wait_all_tasks_blocked()
             got = b""
             with trio.fail_after(10):
@@ -170,7 +171,7 @@ async def test_socket_write_waits_for_peer_that_does_not_read():
                     await trio.lowlevel.wait_readable(peer)
                     got += received(peer)
         assert got == whole + b"end"
-        assert not wire.late
+        assert not wire.send_pending
 
 
 async def test_socket_rest_is_sent_without_a_waiting_task():
@@ -182,7 +183,7 @@ async def test_socket_rest_is_sent_without_a_waiting_task():
                 await trio.lowlevel.wait_readable(peer)
                 got += len(received(peer))
         await trio.testing.wait_all_tasks_blocked()
-        assert not wire.late
+        assert not wire.send_pending
 
 
 async def test_socket_failed_write_is_reported_and_wakes_waiter():
@@ -190,7 +191,7 @@ async def test_socket_failed_write_is_reported_and_wakes_waiter():
     with pair(lambda: calls.append(wire.broken)) as (wire, peer):
         wire.write(b"x" * 10_000_000)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wire.caught_up)
+            nursery.start_soon(wire.drain)
             await trio.testing.wait_all_tasks_blocked()
             peer.close()
             with trio.fail_after(5):
@@ -203,7 +204,7 @@ async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     called = trio.Event()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    wire = Wire(ours, called.set)
+    wire = HubSocket(ours, called.set)
     await trio.testing.wait_all_tasks_blocked()
     wire.ended = True  # as if its end event had been read already
     theirs.close()
@@ -211,7 +212,7 @@ async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     with trio.fail_after(5):
         await called.wait()
     assert wire.broken
-    wire.leave()
+    wire.detach()
     ours.close()
 
 
@@ -229,7 +230,7 @@ async def test_stream_into_runs_between_tasks_until_enough():
 
         async def pour() -> None:
             nonlocal woken
-            await wire.pour(take)
+            await wire.stream_into(take)
             woken = True
 
         async with trio.open_nursery() as nursery:
@@ -254,13 +255,13 @@ async def test_stream_into_delivers_end():
         peer.send(b"all")
         peer.close()
         with trio.fail_after(5):
-            await wire.pour(take)
+            await wire.stream_into(take)
         assert got == [b"all", b""]
 
 
 async def test_stream_into_delivers_large_input_to_its_end():
     ours, theirs = await _tcp()
-    wire = Wire(ours)
+    wire = HubSocket(ours)
     try:
         theirs.setblocking(True)
         size = 0
@@ -273,10 +274,10 @@ async def test_stream_into_delivers_large_input_to_its_end():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, theirs.sendall, b"x" * (5 * READ_SIZE))
             with trio.fail_after(5):
-                await wire.pour(take)
+                await wire.stream_into(take)
         assert size == 5 * READ_SIZE
     finally:
-        wire.leave()
+        wire.detach()
         ours.close()
         theirs.close()
 
@@ -285,7 +286,7 @@ async def test_stream_into_error_of_sink_reaches_task():
     with pair() as (wire, peer):
         peer.send(b"x")
         with pytest.raises(ZeroDivisionError):
-            await wire.pour(lambda data: bool(1 / 0))
+            await wire.stream_into(lambda data: bool(1 / 0))
         peer.send(b"y")
         assert await wire.read() == b"y"
 
@@ -299,7 +300,7 @@ async def test_stream_into_cancelled_loses_nothing():
             return True
 
         with trio.move_on_after(0.01):
-            await wire.pour(take)
+            await wire.stream_into(take)
         peer.send(b"x")
         await trio.testing.wait_all_tasks_blocked()
         assert got == []
@@ -324,8 +325,8 @@ async def test_socket_end_is_reported_once():
 async def test_socket_detached_is_not_touched_again():
     with pair() as (wire, peer):
         wire.write(b"last words")
-        wire.leave()
-        wire.leave()
+        wire.detach()
+        wire.detach()
         assert received(peer) == b"last words"
         peer.send(b"x")
         await trio.lowlevel.wait_readable(wire.sock)
@@ -336,7 +337,7 @@ async def test_socket_detached_is_not_touched_again():
 async def test_socket_detached_is_freed_without_garbage_collection():
     class Owner:
         def __init__(self, sock: socket.socket) -> None:
-            self.wire = Wire(sock, self.hung_up)
+            self.wire = HubSocket(sock, self.hung_up)
 
         def hung_up(self) -> None:
             raise AssertionError
@@ -348,7 +349,7 @@ async def test_socket_detached_is_freed_without_garbage_collection():
             owner = Owner(ours)
             seen = weakref.ref(owner)
             owner.wire.write(b"x")
-            owner.wire.leave()
+            owner.wire.detach()
             await trio.testing.wait_all_tasks_blocked()
             del owner
             assert seen() is None
@@ -371,7 +372,7 @@ async def test_hub_defect_in_one_socket_is_logged_and_costs_no_other(
 async def test_hub_finds_epoll_of_trio():
     """Trio's I/O manager is private; without it, each pass costs one more task switch."""
     with pair():
-        assert wires.Hub.of_this_run().in_trios_epoll
+        assert EventLoopHub.of_this_run().in_trio_epoll
 
 
 async def _tcp() -> tuple[socket.socket, socket.socket]:
@@ -399,7 +400,7 @@ async def test_wait_ends_at_its_time(autojump_clock):
 async def test_wait_has_its_own_end_each_time(autojump_clock):
     took = {}
 
-    async def wait(wire: Wire, seconds: float) -> None:
+    async def wait(wire: HubSocket, seconds: float) -> None:
         began = trio.current_time()
         with pytest.raises(Interrupted):
             await wire.read(until=began + seconds)

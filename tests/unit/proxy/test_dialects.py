@@ -13,8 +13,8 @@ from support.proxy_harness import lab
 from support.scripted_server import answering, ok
 from support.web_harness import Lab, Reply
 from vllm_router.http.error_format import anthropic_type, path_of
-from vllm_router.http.headers import Refusal
-from vllm_router.http.server.listener import Front
+from vllm_router.http.http_error import HttpError
+from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.dispatch import Dispatcher
 
@@ -325,7 +325,7 @@ async def test_client_address_ipv4_mapped_is_shown_as_ipv4(kind):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     limits = Limits(linger=0.3, max_linger=2.0)
-    server = Front(app, accepts=is_inference, lane=kind == "lane", limits=limits)
+    server = Listener(app, accepts=is_inference, lane=kind == "lane", limits=limits)
     try:
         (_, port), *_ = server.open("::", 0)
     except OSError:
@@ -344,12 +344,12 @@ async def test_client_address_ipv4_mapped_is_shown_as_ipv4(kind):
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 async def test_request_id_of_refused_client_is_logged(kind):
-    rejected: list[Refusal] = []
+    rejected: list[HttpError] = []
 
-    def note(refusal: Refusal, _client: Any, _line: bytes) -> None:
+    def note(refusal: HttpError, _client: Any, _line: bytes) -> None:
         rejected.append(refusal)
 
-    async with running(kind, told=note) as it, connected(it.port) as client:
+    async with running(kind, on_rejected=note) as it, connected(it.port) as client:
         await client.send(b"POST /v1/messages HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n")
         reply = await client.reply()
         assert [(refusal.request_id or b"").decode() for refusal in rejected] == [

@@ -26,7 +26,7 @@ from support.scripted_server import (
     streaming,
 )
 from vllm_router.fleet.server import Lease
-from vllm_router.http.client.client import Pool
+from vllm_router.http.client.pool import Pool
 from vllm_router.proxy.attempt import Attempt, AttemptResult
 from vllm_router.proxy.attempts import Attempts
 from vllm_router.proxy.candidates import Candidates

@@ -28,7 +28,7 @@ from support.scripted_server import (
 )
 from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import State
-from vllm_router.http.client.client import Pool
+from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome

@@ -18,7 +18,7 @@ from support.scripted_server import (
     once,
 )
 from vllm_router.fleet.server import State
-from vllm_router.http.client.client import MAX_FIELDS, MAX_HEAD
+from vllm_router.http.client.response_parser import MAX_FIELDS, MAX_HEAD
 from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_router.http.client.transport import TLS_PIECE, TlsTransport
+from vllm_router.http.client.tls_transport import TLS_PIECE, TlsTransport
 from vllm_router.proxy.body import Bodies, BodyShare, read_body
 from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.body_reader import read_routing_info

@@ -29,7 +29,7 @@ from support.scripted_server import (
 from vllm_router.errors import ConnectFailed
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server, State
-from vllm_router.http.client import connecting
+from vllm_router.http.client import race
 from vllm_router.http.client.resolver import Address, Host, Resolver
 from vllm_router.runtime.probe import Probe
 
@@ -105,7 +105,7 @@ async def world(
     async with trio.open_nursery() as nursery:
         there = World(server, ScriptedServer(nursery, script))
         prepare(there)
-        monkeypatch.setattr(connecting, "connect", there.connect)
+        monkeypatch.setattr(race, "connect", there.connect)
         probe = Probe(
             server,
             fleet,

@@ -13,7 +13,7 @@ import trio
 
 from support.fleet_makers import make_config
 from vllm_router.http.client.resolver import Resolver
-from vllm_router.http.hypercorn.bridge import HypercornSide
+from vllm_router.http.hypercorn.handler import HypercornHandler
 from vllm_router.observability.router_state import CPU
 from vllm_router.runtime.workers.adopted import AdoptedConnections
 from vllm_router.runtime.workers.channel import Channel, pair
@@ -55,7 +55,7 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
                     config,
                     None,
                     nursery=nursery,
-                    adopted=AdoptedConnections(HypercornSide(_no_app), nursery, most),
+                    adopted=AdoptedConnections(HypercornHandler(_no_app), nursery, most),
                     counters=CounterView(SharedCounters(board, 2), 0),
                     queue=SharedQueue(QueueBoard(queue, 2), 0, Wakeups(wakeups, 0)),
                     channels=[ours],

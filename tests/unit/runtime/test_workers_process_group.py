@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from support.fleet_makers import make_config
-from vllm_router.http.server.listener import Front
+from vllm_router.http.server.listener import Listener
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.serve import ServeOptions
@@ -104,7 +104,7 @@ def test_parent_workers_serve_all_passed_sockets(ending: contextlib.ExitStack):
 async def test_parent_shared_port_listens_when_served(ending: contextlib.ExitStack):
     resources = open_resources(options(reuse_port=True), ending)
     (listener,) = resources.listeners.public
-    front = Front(accepts_nothing, accepts=is_inference)
+    front = Listener(accepts_nothing, accepts=is_inference)
     address = front.adopt(os.dup(listener.fileno()), later=True)
     with pytest.raises(OSError, match="all attempts"):
         await trio.open_tcp_stream(*address)

@@ -14,7 +14,7 @@ import trio_websocket
 
 from vllm_router.cli.router_client import NoRouter, client_context
 from vllm_router.errors import RouterError
-from vllm_router.http.client.transport import tls_words
+from vllm_router.http.client.tls_transport import describe_tls_error
 from vllm_router.runtime.own_machine import find_socket, short_path
 from vllm_router.web.schema import Event, Hello, Snapshot
 
@@ -177,7 +177,7 @@ def _words(error: BaseException) -> str:
         elif isinstance(cause, socket.gaierror):
             return str(cause.strerror)
         elif isinstance(cause, ssl.SSLError):
-            return tls_words(cause)
+            return describe_tls_error(cause)
         elif isinstance(cause, OSError) and cause.errno is not None:
             return os.strerror(cause.errno)
         else:

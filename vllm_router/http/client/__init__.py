@@ -1,1 +1,1 @@
-"""The connecting side: DNS, connection pools, and the transport for httpx."""
+"""HTTP/1.1 client on llhttp: connections, pools, name resolution, and a transport for httpx."""

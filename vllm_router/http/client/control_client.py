@@ -6,8 +6,8 @@ import ssl
 
 import httpx
 
-from vllm_router.http.client.client import Pool
-from vllm_router.http.client.httpx_transport import Carrier
+from vllm_router.http.client.httpx_transport import HttpxTransport
+from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Resolver
 
 
@@ -20,11 +20,11 @@ def control_client(
 ) -> httpx.AsyncClient:
     """A client for the control traffic of the server at `url`.
 
-    The caller closes the client, which closes the transport. With a `timeout` (in seconds) of
-    None the caller bounds the time.
+    The caller closes the client, which closes the transport. `timeout` is in seconds; with None
+    the caller bounds the time.
 
-    Its connections are not shared with the data path, so that a saturated server is not taken for
-    a dead one. Proxies of the environment are ignored, and redirects are not followed.
+    The data path does not share these connections, so that a saturated server does not look dead.
+    Proxy variables of the environment are ignored, and redirects are not followed.
     """
     return httpx.AsyncClient(
         base_url=url,
@@ -38,8 +38,8 @@ def control_client(
 
 
 def control_headers(api_key: str | None) -> dict[str, str]:
-    """The headers of every control request."""
-    # Compressing a metrics page costs the engine more than sending it.
+    """Headers of every control request."""
+    # Compressing a metrics page costs the server more than sending it.
     headers = {"user-agent": "vllm-router-probe", "accept-encoding": "identity"}
     if api_key:
         headers["authorization"] = f"Bearer {api_key}"
@@ -51,7 +51,6 @@ def control_transport(
 ) -> httpx.AsyncBaseTransport:
     """A transport without a time limit, at a third of the cost of httpx's own.
 
-    It uses one of several addresses of a name only: counters of different processes would look
-    like restarts.
+    Uses only one address of a name: the counters of several processes would look like restarts.
     """
-    return Carrier(Pool(url, tls, resolver, spread=False))
+    return HttpxTransport(Pool(url, tls, resolver, spread=False))

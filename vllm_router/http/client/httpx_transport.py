@@ -1,7 +1,7 @@
-"""Carries what httpx asks over our own HTTP/1.1 client.
+"""httpx transport on the router's own HTTP/1.1 client.
 
-A hundred servers are scraped two hundred times a second: with httpcore that takes a sixth of a
-core, so a quarter of what carrying each request costs a busy router.
+A hundred servers are scraped two hundred times a second, which takes a sixth of a core with
+httpcore.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import httpx
 import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
-from vllm_router.http.client.client import Answer, Connection, Pool
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.client.pool import Pool
+from vllm_router.http.response_head import ResponseHead
 
 
-class Carrier(httpx.AsyncBaseTransport):
-    """For one server, whose connections are `pool`'s; closed with the client.
+class HttpxTransport(httpx.AsyncBaseTransport):
+    """Sends requests to one server over the connections of `pool`; closing it closes the pool.
 
-    Bounds no time: the caller does. Raises what httpx's own transports raise, caused by what our
-    client raised.
+    The caller bounds the time. Raises httpx's transport errors, chained to the client's own.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -27,34 +28,34 @@ class Carrier(httpx.AsyncBaseTransport):
 
     @property
     def doing(self) -> str:
-        """What a request waits for before it is sent, see `Pool.doing`; empty once it is."""
+        """The wait of a request before it is sent, see `Pool.doing`; empty afterwards."""
         return self._pool.doing
 
     @property
     def has_address(self) -> bool:
-        """Whether there is an address to connect to."""
+        """Whether an address is known to connect to."""
         return self._pool.has_address
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = await request.aread()
         try:
-            connection, answer = await self._ask(_head_of(request), body)
+            connection, head = await self._send(_request_head(request), body)
         except (ConnectFailed, OwnFault) as error:
             raise httpx.ConnectError(str(error), request=request) from error
         except ConnectionLost as error:
-            raise _of_httpx(error, request) from error
+            raise _httpx_error(error, request) from error
         stream = _Body(connection, self._pool, request)
-        return httpx.Response(answer.status, headers=answer.headers, stream=stream)
+        return httpx.Response(head.status, headers=head.headers, stream=stream)
 
-    async def _ask(self, head: bytes, body: bytes) -> tuple[Connection, Answer]:
+    async def _send(self, head: bytes, body: bytes) -> tuple[Connection, ResponseHead]:
         pool, now = self._pool, trio.current_time()
-        pool.sweep(now)
+        pool.close_expired(now)
         connection = pool.take_idle(now)
         while True:
             if connection is None:
                 connection = await pool.open(now)
             else:
-                pool.doing = ""  # another attempt may have been given up
+                pool.doing = ""  # a cancelled attempt may have left it set
             try:
                 await connection.send(head, body)
                 return connection, await connection.read_head()
@@ -62,7 +63,7 @@ class Carrier(httpx.AsyncBaseTransport):
                 connection.close()
                 if not connection.reused or isinstance(error, ProtocolViolation):
                     raise
-                connection = None  # closed while it was idle: once more on a new one
+                connection = None  # the server closed it while it was idle: retry on a new one
             except BaseException:
                 connection.close()
                 raise
@@ -72,7 +73,7 @@ class Carrier(httpx.AsyncBaseTransport):
 
 
 class _Body(httpx.AsyncByteStream):
-    """The rest of an answer. Its connection is kept if all of it has been read."""
+    """The body of a response. Its connection is kept if the body has been read to its end."""
 
     def __init__(self, connection: Connection, pool: Pool, request: httpx.Request) -> None:
         self._connection: Connection | None = connection
@@ -89,7 +90,7 @@ class _Body(httpx.AsyncByteStream):
         try:
             piece = await connection.read_body()
         except ConnectionLost as error:
-            raise _of_httpx(error, self._request) from error
+            raise _httpx_error(error, self._request) from error
         if not piece:
             raise StopAsyncIteration
         return piece
@@ -100,12 +101,12 @@ class _Body(httpx.AsyncByteStream):
             self._pool.give_back(connection, trio.current_time())
 
 
-def _of_httpx(error: ConnectionLost, request: httpx.Request) -> httpx.TransportError:
+def _httpx_error(error: ConnectionLost, request: httpx.Request) -> httpx.TransportError:
     kind = httpx.RemoteProtocolError if isinstance(error, ProtocolViolation) else httpx.ReadError
     return kind(str(error), request=request)
 
 
-def _head_of(request: httpx.Request) -> bytes:
+def _request_head(request: httpx.Request) -> bytes:
     lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
     lines += [name.lower() + b": " + value for name, value in request.headers.raw]
     return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -1,9 +1,9 @@
 """Addresses of host names: looked up in the background, and kept while the resolver fails.
 
-A name is looked up by one task at a time, whatever number of connections wait for it. Once it has
-addresses no connection waits for the resolver any more: they are used while a look-up is under way,
-and stay in use when it fails, hangs or finds nothing (RFC 8767, serving stale data). An address
-that cannot be connected to is tried last for a while, and is a reason to look again at once.
+One task at a time looks up a name, for any number of connections that wait for it. Once addresses
+are known, no connection waits for the resolver: they are used during a look-up, and stay in use if
+it fails, hangs or finds nothing (RFC 8767, serving stale data). An address that refuses
+connections is tried last for a while, and starts a new look-up at once.
 """
 
 from __future__ import annotations
@@ -22,44 +22,45 @@ from vllm_router.errors import NameNotResolved
 logger = logging.getLogger(__name__)
 
 BELIEVED_FOR = 30.0
-"""Seconds after a good look-up until the next use of the name starts another."""
+"""Seconds after a successful look-up until the next use of the name starts another."""
 
 AGAIN_AFTER = 1.0
-"""Seconds between the starts of two look-ups of a name, at least."""
+"""Minimum of seconds between the starts of two look-ups of a name."""
 
 LOOK_UP_LIMIT = 60.0
-"""Seconds until a look-up that has not ended is given up; the C library's usually ends before."""
+"""Seconds until a look-up is abandoned; the C library usually fails before."""
 
 FAILED_FOR = 60.0
-"""Seconds for which an address that could not be connected to is tried after all others."""
+"""Seconds for which an address is tried last after a failed connection attempt."""
 
 MAX_ADDRESSES = 64
-"""Addresses of a name that are used; a name with more is cut, as each new connection sorts them."""
+"""Addresses used of one name: every new connection sorts them."""
 
 MAX_LOOK_UPS = 16
-"""Look-ups that run at a time: each has a thread, which cannot be stopped while it hangs."""
+"""Concurrent look-ups: each has a thread, which cannot be stopped while it hangs."""
 
 Host = tuple[socket.AddressFamily, str, int, int]
-"""An address without a port: its family, its text, and flow and scope, which IPv6 has."""
+"""An address without a port: family, text, and the flow and scope of IPv6."""
 
 Address = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
-"""A family and what `socket.connect` takes for it."""
+"""A family, and the argument of `socket.connect` for it."""
 
 LookUp = Callable[[str], Awaitable[Sequence[Host]]]
-"""Finds the addresses of a name, best first. Raises OSError, or UnicodeError for no such name."""
+"""Finds the addresses of a name, best first. Raises OSError, or UnicodeError for invalid names."""
 
 
 _FAMILIES: frozenset[int] = frozenset({socket.AF_INET, socket.AF_INET6})
 
 
 def system_look_up() -> LookUp:
-    """`getaddrinfo` in threads of its own: it knows hosts files, search domains and all the rest.
+    """`getaddrinfo` in separate threads: it honours hosts files, search domains and nsswitch.
 
-    It is called as `socket.getaddrinfo` each time. A hanging one keeps no other thread from work.
+    A hanging look-up does not take a thread from other work. Tests may replace
+    `socket.getaddrinfo` at any time.
     """
     limiter = trio.CapacityLimiter(MAX_LOOK_UPS)
 
-    def ask(name: str) -> list[Host]:
+    def run_getaddrinfo(name: str) -> list[Host]:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
         hosts = [
             (family, str(address[0]), *((address[2], address[3]) if len(address) == 4 else (0, 0)))
@@ -69,15 +70,17 @@ def system_look_up() -> LookUp:
         return list(dict.fromkeys(hosts))
 
     async def look_up(name: str) -> list[Host]:
-        return await trio.to_thread.run_sync(ask, name, abandon_on_cancel=True, limiter=limiter)
+        return await trio.to_thread.run_sync(
+            run_getaddrinfo, name, abandon_on_cancel=True, limiter=limiter
+        )
 
     return look_up
 
 
 class Name:
-    """One host name and its addresses, as long as something holds it.
+    """One host name and its addresses. `Resolver` refers to it weakly.
 
-    `failure` says why the last look-up failed; it is empty after a good one.
+    `failure` is the reason of the last failed look-up; empty after a successful one.
     """
 
     def __init__(self, host: str, look_up: LookUp) -> None:
@@ -99,15 +102,15 @@ class Name:
 
     @property
     def looking(self) -> bool:
-        """Whether a look-up is under way."""
+        """Whether a look-up is running."""
         return self._looking is not None
 
     def refresh(self, now: float) -> None:
-        """Start a look-up, unless one is under way or has been started a moment ago."""
+        """Start a look-up, unless one is running or started less than AGAIN_AFTER ago."""
         if self._looking is None and now - self._began_at >= AGAIN_AFTER:
             self._began_at = now
             self._looking = trio.Event()
-            # A system task: it outlives the request that has started it, and serves all others.
+            # A system task: it outlives the request that starts it, and serves all others.
             trio.lowlevel.spawn_system_task(self._run, self._looking)
 
     def refresh_if_old(self, now: float) -> None:
@@ -115,19 +118,19 @@ class Name:
             self.refresh(now)
 
     async def looked(self) -> None:
-        """Wait for the end of the look-up that is under way, if one is."""
+        """Wait for the end of the running look-up, if any."""
         if self._looking is not None:
             await self._looking.wait()
 
     async def found(self) -> None:
-        """Wait until an address is known. Raises NameNotResolved if the resolver gives none."""
+        """Wait until an address is known. Raises NameNotResolved if the look-up finds none."""
         if not self.hosts:
             await self.looked()
         if not self.hosts:
             raise NameNotResolved(f"cannot resolve {self.host}: {self.failure}")
 
     async def _run(self, ended: trio.Event) -> None:
-        """One look-up. Raises nothing: an error in a system task would end the whole router."""
+        """Run one look-up. Raises nothing: an error in a system task would end the process."""
         failure = f"no answer from the resolver in {LOOK_UP_LIMIT:g} s"
         found: Sequence[Host] = ()
         try:
@@ -137,8 +140,8 @@ class Name:
         except OSError as error:
             failure = error.strerror or str(error)
         except UnicodeError:
-            failure = "it is no valid host name"
-        except Exception:  # see above: the look-up may be of any kind, and its defects are logged
+            failure = "it is not a valid host name"
+        except Exception:  # see above: `look_up` may be any function
             logger.exception("the look-up of %s failed", self.host)
             failure = "the look-up failed (see the log)"
         finally:
@@ -154,14 +157,14 @@ class Name:
             logger.info("%s can be resolved again", self.host)
         self.failure, self._found_at = "", now
         if set(hosts) != set(self.hosts):
-            # What worked until now stays until one of the new ones has worked: resolvers lie, too.
+            # Old addresses stay as a fallback until a new one has worked: resolvers may be wrong.
             self._before, self._unproven = self.hosts, hosts
             logger.debug("%s has the addresses %s", self.host, ", ".join(h[1] for h in hosts))
             alike = [host[1] for host in hosts if host[0] == hosts[0][0]]
             if len(alike) > 1 >= len([h for h in self.hosts if h[0] == hosts[0][0]]):
                 logger.warning(
-                    "%s has %d addresses (%s): they are used in turn, as one server. Name each in "
-                    "servers.toml if they are different machines",
+                    "%s has %d addresses (%s), which are used in turn as one server; if they are "
+                    "different machines, list each of them in servers.toml",
                     *(self.host, len(alike), ", ".join(alike[:4])),
                 )
         self.hosts = hosts
@@ -173,60 +176,60 @@ class Name:
             logger.warning(
                 "cannot resolve %s: %s%s",
                 *(self.host, failure),
-                ": its last known addresses stay in use" if self.hosts else "",
+                "; its last known addresses stay in use" if self.hosts else "",
             )
         self.failure = failure
 
     def seed(self, hosts: Sequence[tuple[int, str, int, int]]) -> None:
-        """Take over what another process knows, unless something is known here."""
+        """Use addresses that another process knows, unless some are known here."""
         if not self.hosts:
             self.hosts = tuple((socket.AddressFamily(one[0]), *one[1:]) for one in hosts)
 
     # -- using --------------------------------------------------------------------------------
 
     def addresses(self, port: int, now: float, turn: int) -> list[Address]:
-        """Where to connect to, in the order in which to try.
+        """Addresses in the order in which to try them.
 
-        The preferred family first, then both by turns (RFC 8305 section 4). `turn` is how far the
-        addresses of a family are rotated: those of one family are equals. Addresses that have
-        failed lately come last, those of the answer before a little earlier.
+        The preferred family first, then both alternately (RFC 8305 section 4). `turn` rotates the
+        addresses of each family, which are equals. Addresses of the previous look-up follow, and
+        addresses that have failed recently come last.
         """
         current = _interleaved(self.hosts, turn)
         before = [host for host in self._before if host not in current]
         addresses = [_with_port(host, port) for host in (*current, *before)]
-        return sorted(addresses, key=lambda address: self._fails(address, now))
+        return sorted(addresses, key=lambda address: self._has_failed(address, now))
 
-    def _fails(self, address: Address, now: float) -> bool:
+    def _has_failed(self, address: Address, now: float) -> bool:
         return self._failed.get(address, -math.inf) > now
 
-    def failed(self, address: Address, now: float) -> None:
-        """It could not be connected to, or not soon: others go first, and the name is looked up."""
+    def mark_failed(self, address: Address, now: float) -> None:
+        """An attempt failed or is slow: try the address last, and look up the name again."""
         self._failed[address] = now + FAILED_FOR
         self.refresh(now)
 
-    def worked(self, address: Address) -> None:
-        """A connection to it has been made."""
+    def mark_working(self, address: Address) -> None:
+        """A connection attempt to the address succeeded."""
         self._failed.pop(address, None)
         if self._unproven and any(host[1] == address[1][0] for host in self._unproven):
             self._unproven = self._before = ()
 
 
 class Resolver:
-    """The names of all servers. Give it a `look_up` of your own to replace the system's."""
+    """The names of all servers. `look_up` replaces the system's resolver."""
 
     def __init__(self, look_up: LookUp | None = None) -> None:
         self._look_up = look_up or system_look_up()
         self._names: weakref.WeakValueDictionary[str, Name] = weakref.WeakValueDictionary()
 
     def name(self, host: str) -> Name:
-        """The same for all that ask, and for as long as any of them keeps it."""
+        """The shared `Name` of a host; it lives as long as a caller keeps it."""
         name = self._names.get(host)
         if name is None:
             name = self._names[host] = Name(host, self._look_up)
         return name
 
     def known(self) -> dict[str, list[tuple[int, str, int, int]]]:
-        """The addresses of all names, to `take_over` in another process."""
+        """Addresses of all names, for `take_over` in another process."""
         names = list(self._names.values())
         return {
             name.host: [
@@ -237,7 +240,7 @@ class Resolver:
         }
 
     def take_over(self, known: Mapping[str, Sequence[tuple[int, str, int, int]]]) -> None:
-        """What another process knows of the names that are used here."""
+        """Use addresses that another process knows."""
         for host, hosts in known.items():
             name = self._names.get(host)
             if name is not None:
@@ -245,7 +248,7 @@ class Resolver:
 
 
 def literal_address(host: str, port: int) -> Address | None:
-    """The address that a URL's host is; None if it is a name."""
+    """The address if a URL's host is a literal one; None for a name."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)

@@ -1,10 +1,10 @@
-"""A bucket of frames, or of anything else that a client may send in moderation."""
+"""Token bucket for frames that a client may send."""
 
 from __future__ import annotations
 
 
 class Allowance:
-    """`burst` at once, and `per_second` in the long run. Times are the caller's, in seconds."""
+    """`burst` tokens at once, `per_second` in the long run. The caller passes times, in seconds."""
 
     def __init__(self, now: float, burst: int, per_second: float) -> None:
         self._burst = burst
@@ -13,7 +13,7 @@ class Allowance:
         self._at = now
 
     def take(self, now: float, count: int = 1) -> bool:
-        """Whether so many more are within the allowance; if not, none is taken."""
+        """Take `count` tokens; False, and none is taken, if there are fewer."""
         self._left = min(self._burst, self._left + (now - self._at) * self._per_second)
         self._at = now
         if self._left < count:
@@ -22,5 +22,5 @@ class Allowance:
         return True
 
     def earn(self, count: int) -> None:
-        """Allow so many more."""
+        """Add tokens."""
         self._left += count

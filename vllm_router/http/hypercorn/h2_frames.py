@@ -1,6 +1,6 @@
-"""Cuts what an HTTP/2 client sends into pieces of few frames, and counts the frames that cost.
+"""Splits HTTP/2 input into pieces of few frames, and counts frames for rate limits.
 
-Knows frame headers only (RFC 9113 4.1); what is in a frame is h2's affair.
+Parses frame headers only (RFC 9113 4.1); h2 parses their content.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ PREFACE = 24
 """Bytes of the client's connection preface, before the first frame."""
 
 FRAMES_PER_PIECE = 32
-"""Frames that h2 works through before other tasks have their turn: one to two milliseconds."""
+"""Frames that h2 handles between checkpoints: one to two milliseconds."""
 
 MAX_FRAME = 16384
 """Bytes of a frame's payload that are allowed (SETTINGS_MAX_FRAME_SIZE, its initial value)."""
@@ -35,7 +35,7 @@ class Piece:
     overhead: int = 0
     updates: int = 0
     overlong: bool = False
-    """Whether a frame is longer than allowed: h2 would wait for all of it, 16 MB, to say so."""
+    """Whether a frame is too long: h2 would receive all of it, 16 MB, before it fails."""
 
 
 class FrameCutter:
@@ -46,12 +46,12 @@ class FrameCutter:
         self._head = b""
 
     def cut(self, data: bytes) -> list[Piece]:
-        """The same bytes in pieces, each with FRAMES_PER_PIECE beginnings of frames at most."""
+        """Split `data` into pieces in which at most FRAMES_PER_PIECE frames begin."""
         pieces = []
         piece, start, position, frames = Piece(b""), 0, 0, 0
         size = len(data)
         while True:
-            # The rest of the frame that is on, or of the preface.
+            # The rest of the current frame, or of the preface.
             skipped = min(self._left, size - position)
             position += skipped
             self._left -= skipped

@@ -1,11 +1,11 @@
-"""h11 as strict about request framing as the lane is.
+"""h11 made as strict about request framing as the lane.
 
-h11 joins folded lines, lets control characters pass, takes a bare LF for the end of a line, and a
-bare CR in a chunk extension or framing fields in a trailer for nothing special; RFC 9112 allows
-most of that. Behind two servers with one address, a request must mean the same to both. And it
-refuses the last request of a connection for the bytes that come behind it.
+h11 joins folded lines, accepts control characters, takes a bare LF for the end of a line, and
+ignores a bare CR in a chunk extension and framing fields in a trailer; RFC 9112 permits most of
+that. If two servers share an address, both must read a request alike. h11 also refuses the last
+request of a connection because of bytes that follow it.
 
-What h11's documentation does not promise is used in this file and nowhere else.
+Names that h11 does not promise are used in this file alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 import h11
 from h11._readers import ChunkedReader, expect_nothing, maybe_read_from_IDLE_client
 
-from vllm_router.http.headers import Refusal, too_many_fields
-from vllm_router.http.request_head import BARE, BARE_MESSAGE, ChunkedBody, without_empty_lines
+from vllm_router.http.chunked import ChunkedBody
+from vllm_router.http.http_error import HttpError
+from vllm_router.http.request_head import BARE, BARE_MESSAGE, without_empty_lines
+from vllm_router.http.syntax import too_many_fields
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _FOLDED = re.compile(rb"\n[ \t]")
@@ -27,8 +29,8 @@ _CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 class StrictConnection(h11.Connection):
     """The server's side of one connection.
 
-    `line` is the first line of the last request head, well-formed or not. 100 Continue is not
-    asked for by the server but by the application: see `expects_continue`.
+    `line` is the first line of the last request head, well-formed or not. The application, not
+    the server, decides about 100 Continue: see `expects_continue`.
     """
 
     def __init__(self, max_head: int) -> None:
@@ -37,12 +39,12 @@ class StrictConnection(h11.Connection):
 
     @property
     def they_are_waiting_for_100_continue(self) -> bool:
-        """False: Hypercorn would say it before anybody has looked at the request."""
+        """False: Hypercorn would send it before the application has seen the request."""
         return False
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits to be asked for its body."""
+        """Whether the client waits for 100 Continue."""
         return self.client_is_waiting_for_100_continue and self.our_state is h11.SEND_RESPONSE
 
     def _get_io_object(self, role: Any, event: Any, io_dict: Any) -> Any:
@@ -56,7 +58,7 @@ class StrictConnection(h11.Connection):
     def _read_head(self, buffer: Any) -> Any:
         data = bytes(buffer)
         if data.startswith(b"\r\n"):
-            # RFC 9112 2.2: empty lines before a request are an old client's mistake.
+            # RFC 9112 2.2: some old clients send empty lines before a request.
             found = without_empty_lines(data)
             buffer.maybe_extract_at_most(len(data) - len(found))
             data = found
@@ -76,15 +78,15 @@ class StrictConnection(h11.Connection):
 
 
 def _drop(buffer: Any) -> None:
-    """Behind the last request of a connection: bytes that RFC 9112 9.6 has no use for.
+    """Drop bytes that follow the last request of a connection (RFC 9112 9.6).
 
-    h11 takes them for an error of the request before, and refuses that.
+    h11 refuses the request before them instead.
     """
     buffer.maybe_extract_at_most(len(buffer))
 
 
 class _Chunks:
-    """h11's reader of a chunked body, on the lane's."""
+    """h11's reader of a chunked body, with the lane's decoder."""
 
     def __init__(self) -> None:
         self._body = ChunkedBody()
@@ -97,14 +99,14 @@ class _Chunks:
                 return None
             try:
                 pieces, used = self._body.feed(data)
-            except Refusal as refusal:
+            except HttpError as error:
                 raise h11.LocalProtocolError(
-                    refusal.message, error_status_hint=refusal.status
+                    error.message, error_status_hint=error.status
                 ) from None
             self._pieces += pieces
             buffer += data[used:]
         if self._pieces:
-            # One event for all: a body may come in chunks of one byte.
+            # One event for all: a body may arrive in chunks of one byte.
             body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
             return h11.Data(data=body)

@@ -1,11 +1,7 @@
-"""A websocket of Hypercorn's whose client cannot fill the memory or hold up the loop.
+"""Hypercorn's websocket with limits on memory and CPU time.
 
-What Hypercorn's documentation does not promise is used here as in hypercorn_bridge.py; the same
-tests tell when it changes.
-
-Hypercorn answered a message that is too large with 1009 and went on buffering it, worked through
-any number of frames without letting others run, and left most breaches of the protocol without a
-close frame.
+Hypercorn answered an oversized message with 1009 and continued to buffer it, handled any number of
+frames without a checkpoint, and sent no close frame after most protocol errors.
 """
 
 from __future__ import annotations
@@ -25,22 +21,21 @@ from wsproto.frame_protocol import CloseReason
 from vllm_router.http.hypercorn.allowance import Allowance
 
 BURST = 300
-"""Frames that a client may send at once. What it sends is ignored: the feed only speaks."""
+"""Frames that a client may send at once. Their content is ignored: the feed only sends."""
 
 FRAMES_PER_SECOND = 30.0
-"""Frames that it may send in the long run."""
+"""Frames that a client may send in the long run."""
 
 SLICE = 1024
-"""Bytes looked at before other tasks have their turn: at most some 170 frames, or 1 MB when they
-are compressed."""
+"""Bytes handled between checkpoints: at most some 170 frames, or 1 MB if they are compressed."""
 
 
 class GuardedWebsocket:
-    """Stands between a connection and Hypercorn's `WSStream`.
+    """Layer between a connection and Hypercorn's `WSStream`.
 
-    A client that sends frames before the handshake was answered is refused: `refuse` is awaited.
-    Hypercorn refuses it, too, but forgets the application: its answer to the handshake came after
-    the refusal and broke the connection, or it was never told of the end.
+    `refuse` is awaited for a client that sends frames before the handshake is answered. Hypercorn
+    refused it without a message to the application, whose answer to the handshake then broke the
+    connection, or which never ended.
     """
 
     def __init__(self, stream: WSStream, refuse: Callable[[], Awaitable[None]]) -> None:
@@ -53,12 +48,12 @@ class GuardedWebsocket:
         return self._stream.idle
 
     async def handle(self, event: StreamEvent) -> None:
-        """Take what the connection has for this websocket."""
+        """Handle an event of the connection."""
         stream = self._stream
         if not isinstance(event, Body | Data):
             await stream.handle(event)
         elif stream.closed:
-            pass  # whatever the client still sends is dropped
+            pass  # drop further input
         elif stream.handshake.accepted:
             await self._take(event.data)
         else:
@@ -80,7 +75,7 @@ class GuardedWebsocket:
                     return
 
     async def _react(self, event: FrameEvent) -> bool:
-        """Whether the websocket goes on after this frame, or this part of one."""
+        """Handle a frame or a part of one; whether the websocket stays open."""
         stream = self._stream
         if isinstance(event, CloseConnection):
             await self._close(event)
@@ -106,7 +101,7 @@ class GuardedWebsocket:
         return not stream.closed
 
     async def _close(self, event: CloseConnection) -> None:
-        """The client closes, or has broken the protocol in a way that has a code."""
+        """Handle a close frame, or a protocol error with a close code."""
         if self._stream.connection.state is ConnectionState.REMOTE_CLOSING:
             await self._stream._send_wsproto_event(event.response())
             await self._end()
@@ -116,7 +111,7 @@ class GuardedWebsocket:
             await self._end()
 
     async def _fail(self, code: int, reason: str | None) -> None:
-        """Close with a code. Nothing more of this client is looked at."""
+        """Close with a code, and ignore further input."""
         await self._stream._send_wsproto_event(CloseConnection(code=code, reason=reason))
         await self._end()
 

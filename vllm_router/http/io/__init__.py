@@ -1,1 +1,1 @@
-"""Sockets on an event loop hub of our own inside Trio."""
+"""Socket I/O: non-blocking sockets on an event loop hub inside Trio, and on Trio alone."""

@@ -1,7 +1,7 @@
-"""How long the turns of the event loop take: in one turn every task that can run runs once.
+"""Duration of the event loop's turns: in one turn every task that can run runs once.
 
-The `Hub` stands at both ends of every turn and calls this for about 0.5 µs; a heartbeat task, which
-measures the same, wakes an idle process again and again.
+The hub calls `Turns` at both ends of every turn, for about 0.5 µs; a heartbeat task would wake an
+idle process again and again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ LONG = 0.05
 class Turns:
     """Measures the turns of one loop, in seconds on the monotonic clock.
 
-    `began` is when the turn under way began, infinite while the loop waits; another thread may read
-    it. `number` counts the turns. `on_long(length)` is called at the end of a turn that took more
-    than LONG, and after a wait that ended so much too late: the process was stopped, or had no CPU.
+    `began` is the start of the current turn, infinite while the loop waits; another thread may
+    read it. `number` counts the turns. `on_long(length)` is called at the end of a turn longer than
+    LONG, and after a wait that ended that much too late: the process was stopped or had no CPU.
     """
 
     __slots__ = ("_limit", "_longest", "_wake_at", "began", "number", "on_long")
@@ -32,7 +32,7 @@ class Turns:
         self._longest = self._limit = 0.0
 
     def take_longest(self) -> float:
-        """The longest since the last call."""
+        """Length of the longest turn or delay since the last call."""
         longest = self._longest
         self._longest = self._limit = 0.0
         return longest

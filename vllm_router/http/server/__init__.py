@@ -1,1 +1,1 @@
-"""The listening side: sockets, connections, and the HTTP/1.1 server called the lane."""
+"""HTTP/1.1 server on llhttp, and the listener of the public port."""

@@ -1,8 +1,8 @@
-"""The public port: inference over HTTP/1.1 goes down the lane, everything else to Hypercorn.
+"""The listener of the public port.
 
-A connection starts in the lane. The first request that is not the lane's moves it to Hypercorn,
-together with the bytes read so far, and there it stays. HTTP/2 (by prior knowledge or ALPN) goes
-to Hypercorn from the first byte on.
+A connection starts in the lane, which serves inference over HTTP/1.1. The first request that the
+lane does not accept moves the connection to Hypercorn, with the bytes read so far, for the rest of
+its life. HTTP/2 (by prior knowledge or ALPN) goes to Hypercorn from its first byte.
 """
 
 from __future__ import annotations
@@ -14,130 +14,65 @@ import math
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
 from vllm_router.http.addresses import plain_peer
-from vllm_router.http.headers import RefusalTold
-from vllm_router.http.hypercorn.bridge import ALPN_PROTOCOLS, HypercornSide
-from vllm_router.http.io.keepalive import enable_keepalive
-from vllm_router.http.server.server import App, Limits, Server, SocketConnection, StreamConnection
-from vllm_router.http.server.socket_handover import step_aside, take_turns
-from vllm_router.http.server.tls_stream import Handshakes, TlsStream, take_apart
+from vllm_router.http.asgi_types import App
+from vllm_router.http.http_error import OnRejected
+from vllm_router.http.hypercorn.handler import HypercornHandler
+from vllm_router.http.hypercorn.settings import ALPN_PROTOCOLS
+from vllm_router.http.io.trio_internals import release_ssl_stream
+from vllm_router.http.server.interfaces import (
+    AcceptPolicy,
+    Address,
+    ConnectionHandler,
+    Statistics,
+)
+from vllm_router.http.server.limits import Limits
+from vllm_router.http.server.listening_sockets import ListeningSockets
+from vllm_router.http.server.server import Server
+from vllm_router.http.server.socket_connection import SocketConnection
+from vllm_router.http.server.socket_handover import redirect_handshakes
+from vllm_router.http.server.stream_connection import StreamConnection
+from vllm_router.http.server.tls_stream import Handshakes, TlsStream
 
 log = logging.getLogger(__name__)
-
-BACKLOG = 2048
-"""Connections that wait to be accepted; the kernel allows net.core.somaxconn at most."""
 
 ACCEPTS_PER_TURN = 16
 """Connections accepted before other tasks get their turn."""
 
 PAUSE_WHEN_EXHAUSTED = 0.1
-"""Seconds without accepting when descriptors or memory have run out."""
+"""Seconds without accepting after descriptors or memory have run out."""
 
 RELIEF = 0.9
-"""The share of `max_connections` below which connections may be idle again."""
+"""Share of `max_connections` below which connections may be idle again."""
 
-FULL_TOLD_EVERY = 60.0
-"""Seconds between two lines of the log that say that `max_connections` are open."""
+FULL_LOG_INTERVAL = 60.0
+"""Seconds between two log lines that say that `max_connections` are open."""
 
 IDLE_WHEN_FULL = 1.0
 """Seconds that a connection may wait for a request while others wait to be accepted."""
 
-ASIDE = 0.5
-"""Seconds for handshakes to end that had begun before a successor got all the new ones."""
+HANDSHAKE_GRACE = 0.5
+"""Seconds for handshakes to end that began before a successor received all new ones."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _TLS_HANDSHAKE = b"\x16"
 
-# The kernel holds back what a slow client cannot take; more would only wait in its memory.
-_UNSENT_BYTES = 65536
 
-Address = tuple[str, int]
+class Listener:
+    """Accepts connections and serves them.
 
+    `app` serves every request, in the lane and with Hypercorn. `lane=False` leaves everything to
+    Hypercorn. With `ssl_context`, TLS is spoken to clients that begin with it, and plain HTTP to
+    the others unless `tls_only`; the lane serves inference over TLS too. At most
+    `max_connections` are open at a time: others wait in the kernel's backlog, and open ones are
+    closed once they are idle. `on_rejected` is called for requests that `app` never sees.
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What the front has seen."""
-
-    connections: int
-    """Open now, in the lane and with Hypercorn."""
-    lane: int
-    hypercorn: int
-    accepted: int
-    """Connections since the start."""
-    handed_over: int
-    """Of those, how many moved from the lane to Hypercorn."""
-    lane_requests: int
-    """Requests served by the lane."""
-    refused: int
-    """Requests the lane refused for their form, size or slowness."""
-
-
-Stream = trio.SocketStream | TlsStream
-
-
-class Side(Protocol):
-    """Who serves the connections that are not the lane's.
-
-    With `closing`, every HTTP/1.1 answer is the last one of its connection.
-    """
-
-    closing: bool
-
-    @property
-    def connections(self) -> int:
-        """How many are open."""
-        ...
-
-    async def serve(self, stream: Stream, data: bytes = b"") -> None:
-        """One connection to its end, `data` having been read from it."""
-        ...
-
-    def use_limits(self, limits: Limits) -> None:
-        """Serve new connections within these limits."""
-        ...
-
-    def close_idle(self, seconds: float) -> None:
-        """Close the connections that have waited so long for a request."""
-        ...
-
-    def drain(self) -> None:
-        """Close idle connections, and the others after their answer."""
-        ...
-
-    def abort(self) -> None:
-        """End every connection now."""
-        ...
-
-
-class Gate(Protocol):
-    """Which of several processes accepts a connection."""
-
-    async def turn(self) -> int:
-        """Awaited before any is accepted; how many may be until it is asked again."""
-        ...
-
-    def count(self, connections: int) -> None:
-        """So many are open."""
-        ...
-
-
-class Front:
-    """Listeners, and the connections that come through them.
-
-    `app` serves every request, wherever it comes in. `lane=False` leaves everything to Hypercorn.
-    With `ssl_context`, TLS is spoken to clients that begin with it, and plain HTTP to the others
-    unless `tls_only`; requests for the lane over TLS are served by it too.
-    `max_connections` are open at a time, the others wait in the kernel's backlog, and those that
-    are open make room as soon as they are idle. `told` hears of requests that `app` never sees.
-
-    One of several processes may give what is not the lane's to another `side` than Hypercorn, and
-    let a `gate` decide which of them accepts.
+    With several processes, `handler` replaces Hypercorn, and `accept_policy` decides which process
+    accepts.
     """
 
     def __init__(
@@ -150,23 +85,26 @@ class Front:
         ssl_context: ssl.SSLContext | None = None,
         tls_only: bool = False,
         max_connections: int | None = None,
-        told: RefusalTold | None = None,
-        side: Side | None = None,
-        gate: Gate | None = None,
+        on_rejected: OnRejected | None = None,
+        handler: ConnectionHandler | None = None,
+        accept_policy: AcceptPolicy | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._lane = Server(app, accepts=accepts, limits=self._limits, told=told) if lane else None
-        self._hypercorn: Side = side or HypercornSide(app, limits=self._limits, told=told)
-        self._gate = gate
+        self._lane = (
+            Server(app, accepts=accepts, limits=self._limits, on_rejected=on_rejected)
+            if lane
+            else None
+        )
+        self._hypercorn: ConnectionHandler = handler or HypercornHandler(
+            app, limits=self._limits, on_rejected=on_rejected
+        )
+        self._accept_policy = accept_policy
         self._ssl_context: ssl.SSLContext | None = None
         self._tls_only = tls_only
-        self._plain_ports: set[int] = set()
         self._handshakes = Handshakes()
         self.use_tls(ssl_context)
-        self._most = math.inf if max_connections is None else max_connections
-        self._listeners: list[socket.socket] = []
-        self._shared: list[socket.socket] = []
-        self._later: list[socket.socket] = []
+        self._max_connections = math.inf if max_connections is None else max_connections
+        self._sockets = ListeningSockets(self._limits)
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._open = 0
@@ -175,8 +113,10 @@ class Front:
         self._changed = trio.Event()
         self._draining = False
         self._full = False
-        self._full_told_at = -math.inf
+        self._full_logged_at = -math.inf
         self._silent: set[trio.CancelScope] = set()
+
+    # -- settings ------------------------------------------------------------------------------
 
     def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
         """Serve new connections with this context; None for plain HTTP."""
@@ -190,10 +130,7 @@ class Front:
         if self._lane is not None:
             self._lane.limits = limits
         self._hypercorn.use_limits(limits)
-        for listener in self._listeners:
-            self._prepare(listener)
-
-    # -- listeners -----------------------------------------------------------------------------
+        self._sockets.use_limits(limits)
 
     def open(
         self,
@@ -205,81 +142,32 @@ class Front:
     ) -> list[Address]:
         """Listen on every address of `host`; the addresses, with the port that 0 became.
 
-        `plain` takes plain HTTP on this port even if the others speak TLS only. With `reuse_port`
-        other processes may listen at the same address: this one does from `serve` on.
-        Raises OSError if any of them cannot be had; those opened before are closed then.
+        `plain` accepts plain HTTP on this port even if the others speak TLS only. With
+        `reuse_port`, other processes may listen at the same address, and this one listens from
+        `serve` on. Raises OSError if an address is not available; then nothing is opened.
         """
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        opened: list[socket.socket] = []
-        try:
-            for family, kind, protocol, _, address in found:
-                sock = socket.socket(family, kind, protocol)
-                opened.append(sock)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if reuse_port:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                if family == socket.AF_INET6:
-                    only = len(found) > 1 or address[0] != "::"
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-                if port == 0 and len(opened) > 1:
-                    address = (address[0], opened[0].getsockname()[1], *address[2:])
-                sock.bind(address)
-                self._prepare(sock)
-                if not reuse_port:
-                    sock.listen(BACKLOG)
-        except BaseException:
-            for sock in opened:
-                sock.close()
-            raise
-        self._listeners += opened
-        if reuse_port:
-            self._shared += opened
-        if plain:
-            self.allow_plain(opened[0].getsockname()[1])
-        return [sock.getsockname()[:2] for sock in opened]
+        return self._sockets.open(host, port, reuse_port=reuse_port, plain=plain)
 
     def adopt(self, fileno: int, *, later: bool = False) -> Address:
-        """Listen on a bound socket that somebody else opened. Raises OSError.
+        """Listen on a bound socket that another process opened. Raises OSError.
 
-        The descriptor is ours from then on; processes that we start do not get it. With `later`
-        it is listened on from `serve` on: others may be serving the address until then.
+        This object owns the descriptor; child processes do not inherit it. With `later`, it
+        listens from `serve` on: another process may serve the address until then.
         """
-        sock = socket.socket(fileno=fileno)
-        try:
-            if sock.family not in (socket.AF_INET, socket.AF_INET6):
-                raise OSError(errno.EAFNOSUPPORT, "the passed socket is not one of TCP")
-            address: Address = sock.getsockname()[:2]
-            sock.set_inheritable(False)
-            self._prepare(sock)
-            if not later:
-                sock.listen(BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-        self._listeners.append(sock)
-        if later:
-            self._later.append(sock)
-        return address
+        return self._sockets.adopt(fileno, later=later)
 
     @property
     def listeners(self) -> list[socket.socket]:
         """The listening sockets."""
-        return list(self._listeners)
+        return list(self._sockets.all)
 
     def allow_plain(self, port: int) -> None:
-        """Take plain HTTP on this port even if the others speak TLS only."""
-        self._plain_ports.add(port)
+        """Accept plain HTTP on this port even if the others speak TLS only."""
+        self._sockets.allow_plain(port)
 
-    def _prepare(self, sock: socket.socket) -> None:
-        # Accepted sockets inherit all of these (Linux), which saves four system calls for each.
-        stall = int(self._limits.write_stall_timeout * 1000)
-        sock.setblocking(False)
-        enable_keepalive(sock)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+    def takes_plain(self, sock: socket.socket) -> bool:
+        """Whether connections of this listening socket may be plain HTTP."""
+        return self._sockets.is_plain(sock)
 
     # -- life cycle ----------------------------------------------------------------------------
 
@@ -288,23 +176,19 @@ class Front:
     ) -> None:
         """Serve until `stop_accepting` and the last connection has ended, or `abort`."""
         try:
-            for listener in self._shared:
-                listener.listen(BACKLOG)
-                take_turns(listener)
-            for listener in self._later:
-                listener.listen(BACKLOG)
+            self._sockets.start()
             with self._everything:
                 async with trio.open_nursery() as helpers:
                     if self._lane is not None:
                         helpers.start_soon(self._lane.watch)
                     helpers.start_soon(self._handshakes.run)
                     async with trio.open_nursery() as connections:
-                        task_status.started([s.getsockname()[:2] for s in self._listeners])
+                        task_status.started(self._sockets.addresses())
                         with self._accepting:
-                            await self._accept_from(self._listeners, connections)
-                        await self._step_aside(connections)
-                        for listener in self._listeners:
-                            # Closing would reset those whose handshake is done.
+                            await self._accept_from(self._sockets.all, connections)
+                        await self._redirect_to_successor(connections)
+                        for listener in self._sockets.all:
+                            # Closing would reset connections whose handshake is done.
                             with contextlib.suppress(OSError):
                                 while True:
                                     self._take(listener, connections)
@@ -314,23 +198,21 @@ class Front:
             self.close()
 
     def close(self) -> None:
-        """Close the listeners."""
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        """Close the listening sockets."""
+        self._sockets.close()
         self._notify()
 
     def stop_accepting(self) -> None:
-        """Take no new connections; those that have been made go on.
+        """Accept no new connections; open ones continue.
 
-        On a port that is shared with another process, those go on, too, whose handshake has begun.
+        On a port shared with another process, connections whose handshake has begun are accepted.
         """
         self._accepting.cancel(reason="stop accepting")
 
     def last_call(self) -> None:
-        """From now on an answer is the last one of its connection.
+        """Make every response the last one of its connection.
 
-        Those that are idle stay open, until `begin_drain`: their clients may be about to use them.
+        Idle connections stay open until `begin_drain`: their clients may be about to use them.
         """
         self._draining = True
         if self._lane is not None:
@@ -338,7 +220,7 @@ class Front:
         self._set_closing()
 
     def begin_drain(self) -> None:
-        """Close idle connections at once, and the others after the answer they wait for."""
+        """Close idle connections at once, and the others after their response."""
         self.last_call()
         for patience in self._silent:
             patience.cancel(reason="draining")
@@ -347,8 +229,8 @@ class Front:
         self._hypercorn.drain()
 
     async def drained(self) -> None:
-        """Wait until nothing is listened on and no connection is open."""
-        while self._open or self._listeners:
+        """Wait until no listening socket and no connection is open."""
+        while self._open or self._sockets.all:
             await self._changed.wait()
 
     def abort(self) -> None:
@@ -360,7 +242,7 @@ class Front:
 
     @property
     def connections(self) -> int:
-        """How many are open."""
+        """Number of open connections."""
         return self._open
 
     def statistics(self) -> Statistics:
@@ -382,22 +264,23 @@ class Front:
             for listener in listeners:
                 acceptors.start_soon(self._accept, listener, connections)
 
-    async def _step_aside(self, connections: trio.Nursery) -> None:
-        """Let a successor on the same port have the handshakes that begin from now on."""
-        left = [listener for listener in self._shared if step_aside(listener)]
-        if left:
-            with trio.move_on_after(ASIDE):
-                await self._accept_from(left, connections)
+    async def _redirect_to_successor(self, connections: trio.Nursery) -> None:
+        """Redirect new handshakes to a successor on the port; accept handshakes in progress."""
+        redirected = [sock for sock in self._sockets.shared if redirect_handshakes(sock)]
+        if redirected:
+            with trio.move_on_after(HANDSHAKE_GRACE):
+                await self._accept_from(redirected, connections)
 
     async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
         exhausted = False
         while True:
-            while self._open >= self._most:
-                await self._relieve()
+            while self._open >= self._max_connections:
+                await self._wait_for_room()
             await trio.lowlevel.wait_readable(listener)
-            most = ACCEPTS_PER_TURN if self._gate is None else await self._gate.turn()
-            for _ in range(most):
-                if self._open >= self._most:
+            policy = self._accept_policy
+            allowed = ACCEPTS_PER_TURN if policy is None else await policy.turn()
+            for _ in range(allowed):
+                if self._open >= self._max_connections:
                     break
                 try:
                     self._take(listener, connections)
@@ -406,7 +289,7 @@ class Front:
                     break
                 except OSError as error:
                     if error.errno not in _EXHAUSTED:
-                        continue  # that one left before it was accepted
+                        continue  # the client left before it was accepted
                     if not exhausted:
                         log.error("cannot accept connections: %s", error)
                         exhausted = True
@@ -421,14 +304,14 @@ class Front:
         self._accepted += 1
         connections.start_soon(self._serve, sock, plain_peer(address))
 
-    async def _relieve(self) -> None:
-        """Wait for a connection to end. Meanwhile none is kept open for requests to come."""
+    async def _wait_for_room(self) -> None:
+        """Wait for a connection to end. Meanwhile idle connections are closed."""
         if not self._full:
             self._full = True
             self._set_closing()
             now = trio.current_time()
-            if now - self._full_told_at >= FULL_TOLD_EVERY:
-                self._full_told_at = now
+            if now - self._full_logged_at >= FULL_LOG_INTERVAL:
+                self._full_logged_at = now
                 log.error(
                     "%d connections are open, as many as there are descriptors for: others wait",
                     self._open,
@@ -454,20 +337,20 @@ class Front:
 
     def _count(self, difference: int) -> None:
         self._open += difference
-        if self._gate is not None:
-            self._gate.count(self._open)
+        if self._accept_policy is not None:
+            self._accept_policy.count(self._open)
 
     async def _serve(self, sock: socket.socket, address: Address) -> None:
-        """One connection, from its first byte to its last."""
+        """Serve one connection, from its first byte to its last."""
         try:
             await self._dispatch(sock, address[:2])
         except* Exception:
-            # Whatever is wrong with it, the others go on.
+            # A bug that one client meets must not end the others' connections.
             log.exception("a connection failed")
         finally:
             sock.close()
             self._count(-1)
-            if self._full and self._open < self._most * RELIEF:
+            if self._full and self._open < self._max_connections * RELIEF:
                 self._full = False
                 self._set_closing()
             self._notify()
@@ -478,7 +361,7 @@ class Front:
             first = await self._first_byte(sock)
             if not first:
                 return
-            if first == _TLS_HANDSHAKE or (self._tls_only and not self.takes_plain(sock)):
+            if first == _TLS_HANDSHAKE or (self._tls_only and not self._sockets.is_plain(sock)):
                 await self._serve_tls(sock, client, context)
                 return
         if self._lane is None:
@@ -494,7 +377,7 @@ class Front:
             await self._hypercorn.serve(_stream_over(sock), data)
 
     async def _first_byte(self, sock: socket.socket) -> bytes:
-        """What the client begins with, left unread; nothing if it says nothing."""
+        """The client's first byte, left unread; b"" if it sends none in time."""
         with trio.move_on_after(self._limits.keep_alive_timeout) as patience:
             if self._draining:
                 patience.deadline = trio.current_time() + self._limits.header_timeout
@@ -503,17 +386,11 @@ class Front:
                 await trio.lowlevel.wait_readable(sock)
             finally:
                 self._silent.discard(patience)
-        # When the patience has ended, something may have come that nobody had a turn to see.
+        # Input may have arrived together with the timeout.
         try:
             return sock.recv(1, socket.MSG_PEEK)
         except OSError:
             return b""
-
-    def takes_plain(self, sock: socket.socket) -> bool:
-        try:
-            return sock.getsockname()[1] in self._plain_ports
-        except OSError:
-            return False
 
     async def _serve_tls(
         self, sock: socket.socket, client: Address, context: ssl.SSLContext
@@ -526,7 +403,7 @@ class Front:
         try:
             await self._serve_encrypted(stream, sock, client)
         finally:
-            take_apart(stream)
+            release_ssl_stream(stream)
 
     async def _serve_encrypted(
         self, stream: TlsStream, sock: socket.socket, client: Address
@@ -545,5 +422,5 @@ class Front:
 
 
 def _stream_over(sock: socket.socket) -> trio.SocketStream:
-    """The same socket as a Trio stream, which owns it from now on."""
+    """The socket as a Trio stream, which owns it."""
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))

@@ -1,19 +1,15 @@
-"""One answer as bytes on the wire: ASGI messages in, framed HTTP/1.1 out. No sockets."""
+"""Encoder of one response: ASGI messages in, framed HTTP/1.1 out. No sockets."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
-
-from vllm_router.http.headers import NO_BODY, STATUS_LINES, http_date
+from vllm_router.http.asgi_types import Message
 from vllm_router.http.request_head import Head
+from vllm_router.http.syntax import NO_BODY, STATUS_LINES, http_date
 
-Message = MutableMapping[str, Any]
-
-# How the end of the body is told.
+# How the end of the body is marked.
 _CHUNKED, _LENGTH, _UNTIL_CLOSE, _NO_BODY = range(4)
 
-# Ours to decide, not the application's (RFC 9110 7.6.1).
+# Hop-by-hop fields, which the server decides (RFC 9110 7.6.1).
 _CONNECTION_FIELDS = frozenset(
     {
         b"connection",
@@ -25,13 +21,13 @@ _CONNECTION_FIELDS = frozenset(
         b"upgrade",
     }
 )
-_OF_OUR_CONCERN = _CONNECTION_FIELDS | {b"content-length", b"date"}
+_HANDLED_FIELDS = _CONNECTION_FIELDS | {b"content-length", b"date"}
 
 
-class Answer:
-    """Turns the messages of one request's answer into bytes; whoever uses it sends them.
+class ResponseWriter:
+    """Encodes the messages of one response; the caller sends the bytes.
 
-    `close` says whether the connection ends after this answer; it is final once `started`.
+    `close`: whether the connection ends after this response; final once `started`.
     """
 
     __slots__ = ("_framing", "_head", "_remaining", "_start", "close", "finished", "started")
@@ -46,26 +42,26 @@ class Answer:
         self.finished = False
 
     @property
-    def looks_whole(self) -> bool:
-        """Whether the client would take an orderly close now for the end of the answer."""
+    def looks_complete(self) -> bool:
+        """Whether the client would take an orderly close now for the end of the response."""
         return self.finished or (self.started and self._framing == _UNTIL_CLOSE)
 
     def hold(self, start: Message) -> None:
-        """Keep http.response.start until the first part of the body: both leave in one segment."""
+        """Keep http.response.start until the first part of the body: one segment for both."""
         if self._start is not None or self.started:
             raise RuntimeError("http.response.start sent twice")
         self._start = start
 
     def encode(self, message: Message, *, close: bool) -> bytes:
-        """The bytes for one http.response.body. With `close` the head announces the end.
+        """Encode one http.response.body. With `close`, the head says `connection: close`.
 
-        Raises RuntimeError for messages that make no answer; nothing of them may be sent.
+        Raises RuntimeError for messages that do not form a response; then nothing may be sent.
         """
         body = message.get("body", b"")
         more = message.get("more_body", False)
         if self.started:
             if self.finished:
-                raise RuntimeError("http.response.body sent after the end of the answer")
+                raise RuntimeError("http.response.body sent after the end of the response")
             data = self._frame(body, more)
         elif self._start is not None:
             head = self._begin(self._start, None if more else len(body), self.close or close)
@@ -78,24 +74,24 @@ class Answer:
         return data
 
     def part(self, piece: bytes) -> bytes:
-        """The bytes for a piece of a body that has begun and does not end with it."""
+        """Encode a piece of a body that has begun; more follows."""
         return self._frame(piece, more=True)
 
     def _begin(self, start: Message, known: int | None, close: bool) -> bytes:
-        """Status line and fields. `known` is the length of the body if all of it is there."""
+        """Status line and fields. `known`: length of the body if this message has all of it."""
         head = self._head
         status = start["status"]
         line = STATUS_LINES.get(status)
         if line is None:
             if not 200 <= status <= 999:
-                raise RuntimeError(f"{status} is no status of an answer")
+                raise RuntimeError(f"{status} is not a valid status of a response")
             line = b"HTTP/1.1 %d \r\n" % status
         lines = [line]
         length: int | None = None
         dated = False
         for name, value in start.get("headers", ()):
             field = name.lower()
-            if field in _OF_OUR_CONCERN:
+            if field in _HANDLED_FIELDS:
                 if field == b"content-length":
                     length = int(value)
                     if status == 204:  # RFC 9110 8.6: MUST NOT
@@ -127,9 +123,9 @@ class Answer:
         elif head.http_version == "1.0":
             lines.append(b"connection: keep-alive\r\n")
         block = b"".join(lines)
-        # One CR and one LF for each line, and no NUL.
+        # Exactly one CR and one LF per line, and no NUL.
         if len(block.translate(None, b"\r\n\0")) != len(block) - 2 * len(lines):
-            raise RuntimeError("control character in a field of the answer")
+            raise RuntimeError("control character in a header field of the response")
         self.close = close
         return block
 
@@ -146,5 +142,5 @@ class Answer:
         if framing == _LENGTH:
             self._remaining -= len(body)
             if self._remaining < 0 or (self._remaining and not more):
-                raise RuntimeError("the body is not as long as its Content-Length")
+                raise RuntimeError("the body does not match its Content-Length")
         return body

@@ -1,9 +1,9 @@
-"""From one process to the next on the same port, without a connection lost.
+"""Handover of a port from one process to its successor without losing connections.
 
-Two ways. A *passed* socket (systemd's protocol) is the same in both processes: what waits in its
-backlog waits for whoever accepts next, so nothing can be lost. With SO_REUSEPORT each process has
-a socket and a backlog of its own, and closing one resets what its backlog has got and what is in
-the middle of its handshake there: so new handshakes are first sent to the newest socket.
+Two ways. A *passed* socket (systemd's protocol) is the same in both processes: connections in its
+backlog wait for either process to accept them. With SO_REUSEPORT each process has a socket and a
+backlog of its own, and closing the socket resets the connections in its backlog and handshakes in
+progress: so new handshakes are first directed to the newest socket.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 FIRST_PASSED = 3
-"""The descriptor that passed sockets begin with (sd_listen_fds(3))."""
+"""The first descriptor of passed sockets (sd_listen_fds(3))."""
 
-# <asm-generic/socket.h>; Python has no names for them.
+# From <asm-generic/socket.h>; Python does not define them.
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_DETACH_REUSEPORT_BPF = 68
 
@@ -29,10 +29,10 @@ _LISTENING = "0A"
 
 
 def passed_sockets(environ: MutableMapping[str, str]) -> list[int]:
-    """The descriptors of the listening sockets that whoever started this process has passed.
+    """Descriptors of listening sockets that the parent process has passed, as systemd does.
 
-    As systemd passes them: LISTEN_FDS of them, if LISTEN_PID is this process. The variables are
-    taken out of `environ`: they are not for its children. Raises ValueError if they are no numbers.
+    LISTEN_FDS of them if LISTEN_PID is this process. Removes the variables from `environ`, so that
+    child processes do not inherit them. Raises ValueError for values that are not numbers.
     """
     given = {name: environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")}
     if not given["LISTEN_FDS"]:
@@ -46,44 +46,44 @@ def passed_sockets(environ: MutableMapping[str, str]) -> list[int]:
 
 
 def notify(state: str, environ: MutableMapping[str, str]) -> None:
-    """Tell systemd (sd_notify(3)), where it has asked for it: `READY=1`, `STOPPING=1`."""
+    """Notify systemd (sd_notify(3)) if it asked for it: `READY=1`, `STOPPING=1`."""
     address = environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    # Whoever does not listen any more does not want to know.
+    # If systemd no longer listens, the notification has no reader.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
         sock.send(state.encode())
 
 
-def take_turns(listener: socket.socket) -> None:
-    """Handshakes are spread over all sockets of the port; undoes `step_aside` of an earlier one."""
-    # There was none, or the kernel is older than 5.3 and keeps it until the port is free.
+def spread_handshakes(listener: socket.socket) -> None:
+    """Spread handshakes over all sockets of the port: undo an earlier `redirect_handshakes`."""
+    # Fails without one, and on kernels before 5.3, which keep it until the port is free.
     with contextlib.suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
 
 
-def step_aside(listener: socket.socket) -> bool:
-    """Let new handshakes go to the newest socket of this port, which is another process's.
+def redirect_handshakes(listener: socket.socket) -> bool:
+    """Direct new handshakes to the newest socket of this port, which another process owns.
 
-    False if this is the only one, or if the kernel cannot.
+    False if this is the only socket, or if the kernel does not support it.
     """
     newest = _listeners_of(listener) - 1
     if newest < 1:
         return False
     program = ctypes.create_string_buffer(struct.pack("=HBBI", _BPF_RETURN_CONSTANT, 0, 0, newest))
-    told = struct.pack("@HP", 1, ctypes.addressof(program))
+    filter_program = struct.pack("@HP", 1, ctypes.addressof(program))
     try:
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, told)
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, filter_program)
     except OSError:
         return False
     return True
 
 
 def _listeners_of(listener: socket.socket) -> int:
-    """How many sockets, of any process, listen at the address of this one."""
+    """Number of sockets, of all processes, that listen at the same address."""
     address = _in_proc(listener)
     table = "tcp6" if listener.family == socket.AF_INET6 else "tcp"
     try:
@@ -95,7 +95,7 @@ def _listeners_of(listener: socket.socket) -> int:
 
 
 def _in_proc(sock: socket.socket) -> str:
-    """Its address as /proc/net/tcp writes it: 32-bit words in the machine's order."""
+    """The address as in /proc/net/tcp: 32-bit words in the machine's byte order."""
     host, port = sock.getsockname()[:2]
     packed = socket.inet_pton(sock.family, host.partition("%")[0])
     words = struct.unpack(f"={len(packed) // 4}I", packed)

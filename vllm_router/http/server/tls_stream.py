@@ -1,7 +1,4 @@
-"""The server's end of TLS: fair handshakes, orderly ends, nothing left in memory.
-
-What trio's documentation does not promise about `SSLStream` is used in this file and nowhere else.
-"""
+"""The server's side of TLS: fair scheduling of handshakes, and orderly ends."""
 
 from __future__ import annotations
 
@@ -12,22 +9,24 @@ from typing import Any
 
 import trio
 
+from vllm_router.http.io.closing import has_event
+from vllm_router.http.io.trio_internals import release_ssl_stream, take_outgoing
+
 MAX_HANDSHAKES = 1024
-"""Handshakes in progress, each with some 30 KB of OpenSSL's; one more ends the oldest."""
+"""Handshakes in progress, each with some 30 KB of OpenSSL state; one more ends the oldest."""
 
 NEW_PER_TURN, BEGUN_PER_TURN = 1, 2
-"""Handshake steps computed in one turn of the loop: of clients that have just said hello, and of
-those that go on. A step takes up to a few milliseconds (RSA), and everything else in the process
-waits for it."""
+"""Handshake steps computed in one turn of the loop: for new clients, and for handshakes that have
+begun. A step takes up to a few milliseconds (RSA) and blocks the process."""
 
-LEAVERS_PER_TURN = 64
-"""Clients that have left, which cost no computing, forgotten in one turn."""
+SKIPPED_PER_TURN = 64
+"""Waiting clients looked at in one turn: a client that has left costs no computing."""
 
 TlsStream = trio.SSLStream[trio.SocketStream]
 
 
 class _Waiter:
-    """A handshake that waits for its turn to compute."""
+    """A handshake step that waits to be computed."""
 
     __slots__ = ("fileno", "present", "turn")
 
@@ -38,7 +37,7 @@ class _Waiter:
 
 
 class Handshakes:
-    """The TLS handshakes of one process. `run` must be running."""
+    """Schedules the TLS handshakes of one process; the task `run` must be running."""
 
     def __init__(self, most: int = MAX_HANDSHAKES) -> None:
         self._most = most
@@ -49,11 +48,11 @@ class Handshakes:
 
     @property
     def running(self) -> int:
-        """How many are in progress."""
+        """Number of handshakes in progress."""
         return len(self._scopes)
 
     async def run(self) -> None:
-        """Hand out the turns, until cancelled."""
+        """Schedule the steps, until cancelled."""
         while True:
             while self._new or self._begun:
                 self._let_compute(self._begun, BEGUN_PER_TURN)
@@ -64,17 +63,17 @@ class Handshakes:
 
     @staticmethod
     def _let_compute(waiters: dict[_Waiter, None], most: int) -> None:
-        for _ in range(LEAVERS_PER_TURN):
+        for _ in range(SKIPPED_PER_TURN):
             if not waiters or not most:
                 return
             waiter = next(iter(waiters))
             del waiters[waiter]
-            waiter.present = not _has_left(waiter.fileno)
+            waiter.present = not has_event(waiter.fileno, select.POLLRDHUP)
             most -= waiter.present
             waiter.turn.set()
 
     async def step(self, fileno: int, *, begun: bool) -> bool:
-        """Wait for the turn to compute. False if the client at the descriptor has left by then."""
+        """Wait until the step may be computed. False if the client has left by then."""
         waiter = _Waiter(fileno)
         waiters = self._begun if begun else self._new
         waiters[waiter] = None
@@ -88,10 +87,10 @@ class Handshakes:
     async def accept(
         self, transport: trio.SocketStream, context: ssl.SSLContext, timeout: float
     ) -> TlsStream | None:
-        """Shake hands as the server. The caller calls `take_apart` when it is done with the stream.
+        """Handshake as the server; the caller calls `release_ssl_stream` on the stream in the end.
 
-        The result is None if the client failed, left, took longer than `timeout` seconds, or was
-        the oldest of too many: then there is nothing to take apart.
+        None if the client failed, left, took longer than `timeout` seconds, or was the oldest of
+        too many.
         """
         paced: Any = _Paced(transport, self)
         stream: TlsStream = trio.SSLStream(paced, context, server_side=True)
@@ -108,39 +107,30 @@ class Handshakes:
             finally:
                 del self._scopes[scope]
                 if not done:
-                    take_apart(stream)
+                    release_ssl_stream(stream)
         if not done:
             return None
         stream.transport_stream = transport
         return stream
 
 
-def take_apart(stream: TlsStream) -> None:
-    """Free what an `SSLStream` holds; the stream cannot be used any more.
-
-    It refers to itself, and some 30 KB with it would stay until a full garbage collection, which
-    hardly ever comes.
-    """
-    vars(stream).clear()
-
-
 async def end_tls(stream: TlsStream) -> trio.SocketStream:
-    """Send close_notify (RFC 9112 9.8) and half-close the connection. The rest of it is returned.
+    """Send close_notify (RFC 9112 9.8) and half-close the connection; its socket's stream.
 
-    What the client still sends can be read there, encrypted. A task that reads from `stream` gets
+    Further input can be read there, encrypted. A task that reads from `stream` gets
     ClosedResourceError.
     """
     transport = stream.transport_stream
     closing: Any = _HalfClosing(transport, stream)
     stream.transport_stream = closing
-    # The client, or another task, may have ended the connection by now.
+    # The client, or another task, may already have ended the connection.
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.aclose()
     return transport
 
 
 class _Transport(trio.abc.Stream):
-    """Stands between an `SSLStream` and its socket."""
+    """Layer between an `SSLStream` and its socket stream."""
 
     def __init__(self, inner: trio.SocketStream) -> None:
         self._inner = inner
@@ -159,9 +149,9 @@ class _Transport(trio.abc.Stream):
 
 
 class _Paced(_Transport):
-    """During the handshake: what arrives is handed over when it is its turn to be computed with.
+    """For the handshake: received data reaches the SSLStream when its step may be computed.
 
-    A client that has left by then is not computed for.
+    If the client has left by then, the stream ends instead.
     """
 
     def __init__(self, inner: trio.SocketStream, handshakes: Handshakes) -> None:
@@ -180,24 +170,18 @@ class _Paced(_Transport):
 
 
 class _HalfClosing(_Transport):
-    """At the end: closing only shuts down the sending direction."""
+    """For the end: closing only shuts down the sending direction."""
 
     def __init__(self, inner: trio.SocketStream, stream: TlsStream) -> None:
         super().__init__(inner)
         self._stream = stream
 
     async def aclose(self) -> None:
-        # With unread data of the client, unwrapping fails after the alert has been written.
-        alert = vars(self._stream)["_outgoing"].read()
+        # If client data is unread, unwrapping fails after it has produced the alert.
+        alert = take_outgoing(self._stream)
         with contextlib.suppress(
             trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError
         ):
             if alert:
                 await self._inner.send_all(alert)
             await self._inner.send_eof()
-
-
-def _has_left(fileno: int) -> bool:
-    poll = select.poll()
-    poll.register(fileno, select.POLLRDHUP)
-    return bool(poll.poll(0))

@@ -9,8 +9,9 @@ import socket
 
 import trio
 
-from vllm_router.http.hypercorn.bridge import HypercornSide, Relay
-from vllm_router.http.server.listener import FULL_TOLD_EVERY, IDLE_WHEN_FULL
+from vllm_router.http.hypercorn.handler import HypercornHandler
+from vllm_router.http.hypercorn.streams import Relay
+from vllm_router.http.server.listener import FULL_LOG_INTERVAL, IDLE_WHEN_FULL
 from vllm_router.runtime.workers.messages import Connection
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class AdoptedConnections:
     Without the limit, many connections would leave no descriptors for probes.
     """
 
-    def __init__(self, side: HypercornSide, nursery: trio.Nursery, limit: int | None) -> None:
+    def __init__(self, side: HypercornHandler, nursery: trio.Nursery, limit: int | None) -> None:
         self._side = side
         self._nursery = nursery
         self._limit = math.inf if limit is None else limit
@@ -39,7 +40,7 @@ class AdoptedConnections:
             os.close(fileno)
         self._side.close_idle(IDLE_WHEN_FULL)
         now = trio.current_time()
-        if now - self._logged_at >= FULL_TOLD_EVERY:
+        if now - self._logged_at >= FULL_LOG_INTERVAL:
             self._logged_at = now
             logger.error(
                 "connection limit of the leader reached (%d open): closing new connections; raise "

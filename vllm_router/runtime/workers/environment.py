@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_router.config.schema import Config
-from vllm_router.http.server.listener import Front
+from vllm_router.http.server.listener import Listener
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.runtime.serve import take_tls
 from vllm_router.runtime.workers.channel import Channel
@@ -40,7 +40,7 @@ class Environment:
         board = QueueBoard(spec.queue, spec.workers + 1)
         return SharedQueue(board, spec.number, Wakeups(spec.wakeups, spec.number))
 
-    def adopt_listeners(self, front: Front) -> None:
+    def adopt_listeners(self, front: Listener) -> None:
         """Accept from the inherited sockets; raises ConfigError if the TLS files are unusable."""
         take_tls(front, self.config)
         for fileno in self.spec.listeners:

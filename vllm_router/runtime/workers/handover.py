@@ -13,8 +13,8 @@ import socket
 import trio
 
 from vllm_router.http.addresses import plain_peer
-from vllm_router.http.server.listener import Stream
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.interfaces import Stream
+from vllm_router.http.server.limits import Limits
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.messages import Connection, encode
 from vllm_router.runtime.workers.reporter import Reporter

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import trio
 
 from vllm_router.errors import RouterError
-from vllm_router.http.server.listener import ASIDE
-from vllm_router.http.server.socket_handover import notify, step_aside, take_turns
+from vllm_router.http.server.listener import HANDSHAKE_GRACE
+from vllm_router.http.server.socket_handover import notify, redirect_handshakes, spread_handshakes
 from vllm_router.runtime.early_signals import came
 from vllm_router.runtime.serve import ServeOptions, StopSignals, url_of
 from vllm_router.runtime.workers import control_channel
@@ -55,7 +55,7 @@ async def serve_workers(options: ServeOptions, listening: Callable[[str], None])
                 listening(url_of(*listeners.address, secure=options.config.tls is not None))
                 if options.reuse_port:
                     for listener in listeners.public:
-                        take_turns(listener)
+                        spread_handshakes(listener)
                 notify("READY=1", os.environ)
                 await signals.first.wait()
                 notify("STOPPING=1", os.environ)
@@ -121,9 +121,9 @@ class ProcessGroup:
         self._leader.send(control_channel.LAME)
         public = self._resources.listeners.public
         shared = public if self._resources.options.reuse_port else []
-        if [listener for listener in shared if step_aside(listener)]:
+        if [listener for listener in shared if redirect_handshakes(listener)]:
             # New connections go to the successor; handshakes in progress get time to complete.
-            await trio.sleep(ASIDE)
+            await trio.sleep(HANDSHAKE_GRACE)
         for worker in self._workers:
             worker.leave(control_channel.DRAIN)
         # An open socket in this process would queue connections that no worker accepts.

@@ -8,8 +8,9 @@ import socket
 from dataclasses import dataclass
 
 from vllm_router.http.asgi_types import Receive, Scope, Send
-from vllm_router.http.server.listener import Address, Front
-from vllm_router.http.server.server import Limits
+from vllm_router.http.server.interfaces import Address
+from vllm_router.http.server.limits import Limits
+from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.local_listener import LocalSockets
 from vllm_router.runtime.serve import ServeOptions, addresses_of, listen, take_tls
@@ -91,7 +92,7 @@ def open_resources(options: ServeOptions, ending: contextlib.ExitStack) -> Resou
 
 def _open_listeners(options: ServeOptions, ending: contextlib.ExitStack) -> Listeners:
     settings = options.config.settings
-    front = Front(
+    front = Listener(
         accepts_nothing,
         accepts=is_inference,
         limits=Limits(write_stall_timeout=settings.write_stall_timeout),

@@ -12,8 +12,8 @@ import trio
 from vllm_router.config.memory import Memory
 from vllm_router.config.source import ConfigSource
 from vllm_router.config.types import Secret
-from vllm_router.http.hypercorn.bridge import HypercornSide
-from vllm_router.http.server.listener import Front
+from vllm_router.http.hypercorn.handler import HypercornHandler
+from vllm_router.http.server.listener import Listener
 from vllm_router.observability import tracing
 from vllm_router.routing.paths import is_inference
 from vllm_router.routing.policies import POLICY_NAMES
@@ -46,9 +46,9 @@ async def run(environment: Environment) -> None:
     config = environment.config
     app = Dispatcher()
     limits = client_limits(config.settings)
-    side = HypercornSide(app, limits=limits, told=output.access.refused)
+    side = HypercornHandler(app, limits=limits, on_rejected=output.access.refused)
     side.closing = True  # the next request may be for inference, which workers serve
-    front = Front(app, accepts=is_inference, limits=limits, tls_only=True, side=side)
+    front = Listener(app, accepts=is_inference, limits=limits, tls_only=True, handler=side)
     environment.adopt_listeners(front)
     with contextlib.ExitStack() as ending:
         sockets = [socket.socket(fileno=fileno) for fileno in spec.local]
@@ -119,7 +119,7 @@ def _monitor_listener(spec: SpawnSpec) -> MonitorListener | None:
 
 
 async def _drain_with_workers(
-    supervisor: Supervisor, side: HypercornSide, lame: trio.Event
+    supervisor: Supervisor, side: HypercornHandler, lame: trio.Event
 ) -> None:
     """Finish the connections that workers have handed over while the workers finish theirs."""
     await lame.wait()

@@ -8,7 +8,7 @@ from functools import partial
 
 import trio
 
-from vllm_router.http.server.listener import Front
+from vllm_router.http.server.listener import Listener
 from vllm_router.observability import tracing
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.dispatch import Dispatcher
@@ -41,15 +41,15 @@ async def run(environment: Environment) -> None:
     counters = environment.counters()
     reporter = Reporter(channel)
     side = LeaderHandover(channel, reporter)
-    front = Front(
+    front = Listener(
         app,
         accepts=is_inference,
         limits=client_limits(environment.config.settings),
         tls_only=True,
         max_connections=most_connections(),
-        told=output.access.refused,
-        side=side,
-        gate=FairAccept(counters),
+        on_rejected=output.access.refused,
+        handler=side,
+        accept_policy=FairAccept(counters),
     )
     environment.adopt_listeners(front)
     with tracing.running(environment.config.log) as spans:
