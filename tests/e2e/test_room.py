@@ -205,7 +205,7 @@ async def test_queue_request_without_fallback_holds_up_none_with_one(tmp_path: P
             await clients.send(2)
             await clients.send(3, http2=True)
             await trio.to_thread.run_sync(router.administrate, "POST", f"{server}/drain")
-            await in_thread(lambda: {2, 3} <= clients.answers.keys(), "those that fall back")
+            await in_thread(lambda: {2, 3} <= clients.answers.keys(), "the fallback requests")
             assert 1 not in clients.answers
             await trio.to_thread.run_sync(router.administrate, "POST", f"{server}/undrain")
             occupier.cancel()

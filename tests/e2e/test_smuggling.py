@@ -1,8 +1,8 @@
 """Requests that two parsers may split differently, paths in disguise, and forged headers.
 
-The server behind the router records its requests: they must be those that the client was answered
-for, one by one (B2), none outside the inference paths (B5), and no text of a client or a server may
-forge a log line or a response header (B8).
+The server behind the router records its requests: they must be exactly the requests that the client
+was answered for (B2), none outside the inference paths (B5), and no text of a client or a server
+may forge a log line or a response header (B8).
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ async def test_front_tls_silent_connections_do_not_delay_drain(kind):
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
-async def test_front_tls_connection_just_accepted_is_given_time_for_a_head_in_drain(kind):
+async def test_front_tls_just_accepted_connection_gets_time_in_drain(kind):
     """Its request may be on the way: the client connected while the router still listened."""
     limits = Limits(header_timeout=500.0, keep_alive_timeout=1000.0)
     async with running(kind, ssl_context=server_tls(), limits=limits) as on:

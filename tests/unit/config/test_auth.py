@@ -122,20 +122,20 @@ def test_auth_key_problems_are_reported(text: str, expected: str):
         (b"[[keys]\n", "etc/keys.toml"),
     ],
 )
-def test_file_of_keys_with_unknown_or_malformed_parts_is_refused(content: bytes, expected: str):
+def test_auth_keys_file_with_invalid_parts_is_refused(content: bytes, expected: str):
     text = '[auth]\nkeys_file = "keys.toml"\nadmin_key = "z"'
     found = "\n".join(problems(text, {"etc/keys.toml": content}))
     assert expected in found
 
 
-def test_admin_key_that_a_client_in_the_file_of_keys_has_is_refused():
+def test_auth_admin_key_repeated_in_keys_file_is_refused():
     content = b'[[keys]]\nname = "b"\nkey = "y"\n[[keys]]\nname = "c"\nkey = "x"\n'
     text = '[auth]\nkeys_file = "keys.toml"\nadmin_key = "x"'
     found = "\n".join(problems(text, {"etc/keys.toml": content}))
     assert "auth.admin_key: expected a key of its own" in found
 
 
-def test_key_in_the_file_of_keys_that_the_configuration_has_is_refused():
+def test_auth_key_repeated_in_keys_file_is_refused():
     content = b'[[keys]]\nname = "b"\nkey = "x"\n'
     text = '[auth]\nkeys_file = "keys.toml"\nkeys = [{ name = "a", key = "x" }]'
     found = "\n".join(problems(text, {"etc/keys.toml": content}))

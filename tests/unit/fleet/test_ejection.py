@@ -113,7 +113,7 @@ def test_ejection_restored_server_is_judged_by_new_results():
     assert ejected(fleet) == ""
 
 
-def test_restored_server_is_judged_without_the_failures_before_its_ejection():
+def test_ejection_restored_server_starts_without_old_failures():
     """Within one window: what was counted before must not eject it at its first failure."""
     traffic_health = TrafficHealth(HealthRules())
     for _ in range(9):
@@ -125,7 +125,7 @@ def test_restored_server_is_judged_without_the_failures_before_its_ejection():
     assert traffic_health.success_rate(3.5) == (0.0, 1)
 
 
-def test_ejected_server_that_another_server_shows_at_fault_is_not_ejected_again():
+def test_ejection_ejected_server_at_fault_is_not_ejected_again():
     rules = HealthRules(failure_threshold=3)
     health = TrafficHealth(rules)
     for _ in range(9):

@@ -310,7 +310,7 @@ def test_server_capacity_and_name_follow_configuration():
     lease.release()
 
 
-def test_journal_after_many_changes_is_begun_anew():
+def test_server_change_log_restarts_after_many_changes():
     """Else it would hold an entry for every change of a load."""
     fleet = make_fleet(2)
     server = fleet.servers["a"]
@@ -322,7 +322,7 @@ def test_journal_after_many_changes_is_begun_anew():
     assert server.journal is fleet.servers["b"].journal
 
 
-def test_held_back_server_that_sleeps_is_not_asked():
+def test_server_damped_and_asleep_is_not_used():
     """Requests to a sleeping engine hang."""
     fleet = make_fleet(1, health_check_rise=1)
     server = fleet.servers["a"]

@@ -248,7 +248,7 @@ async def ticking(rig: Rig, seconds: float) -> None:
         rig.proxy.tick(rig.server("a"), trio.current_time())
 
 
-async def test_requests_that_wait_on_a_silent_server_go_elsewhere(autojump_clock):
+async def test_silent_server_waiting_requests_are_retried(autojump_clock):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:
         rig.prefer("a")
         waiting = [rig.start_stream() for _ in range(3)]
@@ -263,7 +263,7 @@ async def test_requests_that_wait_on_a_silent_server_go_elsewhere(autojump_clock
         assert state(rig.server("a")) is State.SILENT
 
 
-async def test_requests_stay_on_a_server_whose_silence_has_ended_or_that_is_the_only_one(
+async def test_silent_server_recovered_or_only_one_keeps_requests(
     autojump_clock,
 ):
     async with lab(head_only, streaming(event("hi", "stop"), DONE)) as rig:

@@ -130,7 +130,7 @@ def test_server_malformed_chunk_is_refused(body, bytewise):
     ids=["first", "second", "trailer"],
 )
 @pytest.mark.parametrize("step", [1, 100, 4000])
-def test_chunk_line_without_end_is_refused_at_its_limit(before, limit, step):
+def test_server_chunk_line_without_end_is_refused_at_limit(before, limit, step):
     """Else a client could fill the memory with one line."""
     coding = ChunkedBody()
     coding.feed(before)
@@ -142,7 +142,7 @@ def test_chunk_line_without_end_is_refused_at_its_limit(before, limit, step):
     assert limit - 10 < fed <= limit + step
 
 
-def test_chunk_data_without_line_end_is_refused_at_once():
+def test_server_chunk_data_without_line_end_is_refused_at_once():
     coding = ChunkedBody()
     coding.feed(b"3\r\nabc")
     with pytest.raises(HttpError, match="malformed chunk"):

@@ -36,7 +36,7 @@ OLD = b"POST /v1/x HTTP/1.0"
         ((b"Connection: close",), OLD, False),
     ],
 )
-def test_head_connection_options_decide_whether_connection_is_kept(fields, line, kept):
+def test_request_head_connection_options_decide_keep_alive(fields, line, kept):
     assert head(*fields, line=line).keep_alive is kept
 
 
@@ -53,7 +53,7 @@ def test_head_connection_options_decide_whether_connection_is_kept(fields, line,
         ((b"Transfer-Encoding: Chunked",), 0, True),
     ],
 )
-def test_head_fields_decide_framing(fields, length, chunked):
+def test_request_head_headers_decide_framing(fields, length, chunked):
     found = head(*fields)
     assert (found.content_length, found.chunked) == (length, chunked)
 
@@ -74,33 +74,33 @@ def test_head_fields_decide_framing(fields, length, chunked):
         ((b"Expect: nothing",), 417),
     ],
 )
-def test_head_with_ambiguous_fields_is_refused(fields, status):
+def test_request_head_with_ambiguous_headers_is_refused(fields, status):
     with pytest.raises(HttpError) as caught:
         head(*fields)
     assert caught.value.status == status
 
 
-def test_head_transfer_encoding_of_http_1_0_is_refused():
+def test_request_head_transfer_encoding_of_http_1_0_is_refused():
     with pytest.raises(HttpError, match=r"HTTP/1\.0"):
         head(b"Transfer-Encoding: chunked", line=OLD)
 
 
-def test_head_host_is_required_since_http_1_1():
+def test_request_head_host_is_required_since_http_1_1():
     assert head(line=OLD, host=False).http_version == "1.0"
     with pytest.raises(HttpError, match="no Host"):
         head(host=False)
 
 
-def test_head_continue_is_expected_by_http_1_1_alone():
+def test_request_head_continue_is_expected_by_http_1_1_only():
     assert head(b"Expect: 100-Continue").expects_continue
     assert not head(b"Expect: 100-continue", line=OLD).expects_continue
 
 
-def test_head_fields_are_lower_case_and_without_white_space_at_their_end():
+def test_request_head_headers_are_lower_case_and_stripped():
     assert head(b"X-A: b \t").headers == [(b"host", b"a"), (b"x-a", b"b")]
 
 
-def test_head_of_a_thousand_fields_is_read_and_one_more_is_refused():
+def test_request_head_thousand_headers_pass_and_one_more_is_refused():
     fields = [b"X: 1"] * 999
     assert len(head(*fields).headers) == 1000
     with pytest.raises(HttpError) as caught:
@@ -133,7 +133,7 @@ def test_request_line_malformed_is_refused(line, status):
 
 
 @pytest.mark.parametrize("method", ["CONNECT", "TRACE"])
-def test_check_method_that_no_resource_has_is_refused(method):
+def test_check_method_unsupported_method_is_refused(method):
     with pytest.raises(HttpError) as caught:
         check_method(method)
     assert caught.value.status == 501
@@ -153,7 +153,7 @@ def test_split_target_forms_give_path_and_query(target, path, query):
     assert split_target("GET", target) == (path, query)
 
 
-def test_refusal_of_options_for_the_server_lists_the_methods():
+def test_refusal_of_options_for_server_lists_methods():
     with pytest.raises(HttpError) as caught:
         split_target("OPTIONS", b"*")
     assert caught.value.status == 204
@@ -203,7 +203,7 @@ def test_check_partial_impossible_beginning_is_refused(data):
         check_partial(data, max(0, len(data) - 4))  # callers keep three bytes of what they checked
 
 
-def test_empty_lines_before_a_request_are_dropped():
+def test_request_head_empty_lines_before_it_are_dropped():
     assert without_empty_lines(b"\r\n\r\nGET") == b"GET"
     assert without_empty_lines(b"GET\r\n") == b"GET\r\n"
 
@@ -211,7 +211,7 @@ def test_empty_lines_before_a_request_are_dropped():
 # -- chunks -------------------------------------------------------------------------------------
 
 
-def test_chunked_body_gives_as_many_pieces_at_once_as_it_may():
+def test_chunked_body_returns_at_most_the_piece_limit():
     coding = ChunkedBody()
     data = b"1\r\nx\r\n" * (MAX_PIECES + 1) + b"0\r\n\r\nGET"
     pieces, used = coding.feed(data)
@@ -222,7 +222,7 @@ def test_chunked_body_gives_as_many_pieces_at_once_as_it_may():
     assert coding.complete
 
 
-def test_chunked_body_of_tiny_chunks_with_extensions_is_refused_and_of_plain_ones_is_not():
+def test_chunked_body_tiny_chunks_with_extensions_are_refused():
     ChunkedBody().feed(b"1\r\nx\r\n" * 100_000)
     coding = ChunkedBody()
     with pytest.raises(HttpError, match="too much framing"):
@@ -230,7 +230,7 @@ def test_chunked_body_of_tiny_chunks_with_extensions_is_refused_and_of_plain_one
             coding.feed(b"1;aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\r\nx\r\n")
 
 
-def test_chunked_body_bytes_of_data_make_up_for_extensions():
+def test_chunked_body_data_bytes_allow_for_extensions():
     coding = ChunkedBody()
     for _ in range(1000):
         coding.feed(b"64;" + b"a" * 100 + b"\r\n" + b"x" * 100 + b"\r\n")
@@ -239,7 +239,7 @@ def test_chunked_body_bytes_of_data_make_up_for_extensions():
 
 
 @pytest.mark.parametrize(("size", "good"), [(16384, True), (16385, False)])
-def test_chunked_body_trailers_have_a_limit_together(size, good):
+def test_chunked_body_trailers_have_a_total_limit(size, good):
     coding = ChunkedBody()
     half = b"X: " + b"a" * (8192 - 5) + b"\r\n"
     trailers = half + b"Y: " + b"a" * (size - len(half) - 5) + b"\r\n"

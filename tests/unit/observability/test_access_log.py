@@ -487,7 +487,7 @@ def test_log_notice_of_lost_lines_has_log_format():
     under_test.close()
 
 
-def test_access_log_costs_the_loop_a_few_calls_a_line():
+def test_access_log_line_costs_the_loop_a_few_calls():
     """It is written, and as JSON also made, by another thread. Counted, as times depend on load."""
     log = AccessLog()
     log.writer = LineWriter(Target(), str)

@@ -74,7 +74,9 @@ class PolicyLog:
     ],
     ids=["answer", "stream", "rejected", "error", "lost", "busy", "truncated"],
 )
-async def test_exchange_attempt_ends_policy_is_told_once(autojump_clock, monkeypatch, script, ends):
+async def test_reports_each_attempt_end_reaches_policy_once(
+    autojump_clock, monkeypatch, script, ends
+):
     async with lab(script, answering(GOOD)) as rig:
         rig.prefer("a")
         log = PolicyLog(rig, monkeypatch)
@@ -83,7 +85,7 @@ async def test_exchange_attempt_ends_policy_is_told_once(autojump_clock, monkeyp
         assert log.leased == len(ends)
 
 
-async def test_exchange_client_leaves_policy_is_told(autojump_clock, monkeypatch):
+async def test_reports_client_disconnect_reaches_policy(autojump_clock, monkeypatch):
     async with lab(silent) as rig:
         log = PolicyLog(rig, monkeypatch)
         client = rig.start()
@@ -93,7 +95,7 @@ async def test_exchange_client_leaves_policy_is_told(autojump_clock, monkeypatch
         assert log.ends == [("a", False, False)]
 
 
-async def test_exchange_timeout_while_server_answers_others_is_no_failure_for_policy(
+async def test_reports_timeout_on_server_answering_others_is_no_failure(
     autojump_clock, monkeypatch
 ):
     """A server that gives output to other requests has not failed; it is slow with this one."""
@@ -119,7 +121,7 @@ async def test_exchange_timeout_while_server_answers_others_is_no_failure_for_po
 # -- the retry budget ---------------------------------------------------------------------------
 
 
-async def test_exchange_answered_pays_retry_budget_back(autojump_clock):
+async def test_reports_success_pays_retry_budget_back(autojump_clock):
     async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
         rig.prefer("a")
         budget = rig.context.budget
@@ -139,42 +141,42 @@ async def test_exchange_answered_pays_retry_budget_back(autojump_clock):
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 422])
-async def test_exchange_answer_status_decides_between_success_and_error(
+async def test_reports_status_decides_between_success_and_error(
     autojump_clock, monkeypatch, status
 ):
     """A fast error says nothing of the duration of a response."""
     async with lab(answering(answer(status, b'{"choices":[{"text":"a"}]}'))) as rig:
-        told: list[str] = []
+        reported: list[str] = []
         fleet = rig.fleet
         for name in ("took", "erred"):
             before = getattr(fleet, name)
 
             def note(*given: Any, name: str = name, before: Any = before) -> None:
-                told.append(name)
+                reported.append(name)
                 before(*given)
 
             monkeypatch.setattr(fleet, name, note)
         await rig.post()
-        assert told == ["took" if status == 200 else "erred"]
+        assert reported == ["took" if status == 200 else "erred"]
 
 
-async def test_exchange_answering_server_keeps_its_own_failures(autojump_clock, monkeypatch):
+async def test_reports_success_keeps_own_failures_of_server(autojump_clock, monkeypatch):
     """Another server's success is reported only to the servers that failed the request before."""
     async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
         rig.prefer("a")
-        told: list[str] = []
+        reported: list[str] = []
         before = rig.fleet.not_its_fault
 
         def note(server: Any, *given: Any, **how: Any) -> None:
-            told.append(server.name)
+            reported.append(server.name)
             before(server, *given, **how)
 
         monkeypatch.setattr(rig.fleet, "not_its_fault", note)
         await rig.post()
-        assert told == ["a"]
+        assert reported == ["a"]
 
 
-async def test_exchange_repeated_body_loses_connections_server_is_ejected(autojump_clock):
+async def test_reports_repeated_body_losing_connections_ejects_server(autojump_clock):
     """A lost connection counts each time; only an error response may be caused by the body."""
 
     async def loses(talk: Talk) -> None:
@@ -187,7 +189,7 @@ async def test_exchange_repeated_body_loses_connections_server_is_ejected(autoju
         assert rig.server("a").traffic_health.ejected
 
 
-async def test_exchange_trial_stream_breaks_after_first_event_does_not_restore(autojump_clock):
+async def test_reports_probation_stream_broken_later_does_not_restore(autojump_clock):
     """Its first event restored the server. A later ejection is not undone by its end."""
     go_on = trio.Event()
 
@@ -213,7 +215,7 @@ async def test_exchange_trial_stream_breaks_after_first_event_does_not_restore(a
         assert server.traffic_health.ejected
 
 
-async def test_exchange_two_servers_put_to_sleep_is_no_quarantine(autojump_clock):
+async def test_reports_two_servers_put_to_sleep_cause_no_quarantine(autojump_clock):
     async with lab(silent, silent, answering(GOOD)) as rig:
         rig.prefer("a")
         client = rig.start({"model": "m", "user": "sleepy"})
@@ -234,9 +236,7 @@ async def test_exchange_two_servers_put_to_sleep_is_no_quarantine(autojump_clock
 
 
 @pytest.mark.parametrize("status", [200, 400])
-async def test_exchange_queue_learns_times_of_good_answers_only(
-    autojump_clock, monkeypatch, status
-):
+async def test_reports_queue_learns_times_of_successes_only(autojump_clock, monkeypatch, status):
     """The time of a quick refusal would make a request with little time look promising."""
     async with lab(answering(answer(status, b"{}")), limits={"max_in_flight": 4}) as rig:
         times: list[float] = []
@@ -246,7 +246,7 @@ async def test_exchange_queue_learns_times_of_good_answers_only(
         assert len(times) == (status == 200)
 
 
-async def test_exchange_stream_has_begun_memory_of_its_body_is_free(autojump_clock):
+async def test_reports_started_stream_frees_body_memory(autojump_clock):
     go_on = trio.Event()
 
     async def slow_stream(talk: Talk) -> None:
@@ -266,7 +266,7 @@ async def test_exchange_stream_has_begun_memory_of_its_body_is_free(autojump_clo
 # -- requests that no server gets ---------------------------------------------------------------
 
 
-async def test_exchange_without_model_and_without_server_is_503(autojump_clock):
+async def test_reports_without_model_and_server_is_503(autojump_clock):
     async with lab(silent) as rig:
         rig.down("a")
         got = await rig.post({"messages": []})
@@ -274,7 +274,7 @@ async def test_exchange_without_model_and_without_server_is_503(autojump_clock):
         assert "model" not in got.json["error"]["message"]
 
 
-async def test_exchange_deadline_over_when_body_is_read_costs_no_attempt(autojump_clock):
+async def test_reports_deadline_expired_while_reading_body_costs_no_attempt(autojump_clock):
     class Slow:
         """A client whose body takes three seconds."""
 
@@ -294,7 +294,7 @@ async def test_exchange_deadline_over_when_body_is_read_costs_no_attempt(autojum
         assert rig.requests()["a"] == 0
 
 
-async def test_exchange_forbidden_model_of_great_length_is_not_repeated_whole(autojump_clock):
+async def test_reports_long_forbidden_model_name_is_shortened(autojump_clock):
     async with lab(answering(GOOD)) as rig:
         key = KeyConfig(name="k", digest=digest_of("k"), models=("m",))
         client = rig.client({"model": "x" * 100_000})
@@ -305,7 +305,7 @@ async def test_exchange_forbidden_model_of_great_length_is_not_repeated_whole(au
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_exchange_stopped_before_any_attempt_is_recorded_as_stopped(autojump_clock, watched):
+async def test_reports_stop_before_any_attempt_is_recorded_as_stopped(autojump_clock, watched):
     """A request that waits in the queue when the router stops is not a disconnect."""
     async with lab(silent, limits={"max_in_flight": 1}, watched=watched) as rig:
         first = rig.start()
@@ -320,7 +320,7 @@ async def test_exchange_stopped_before_any_attempt_is_recorded_as_stopped(autoju
         await wait_all_tasks_blocked()
 
 
-async def test_exchange_client_leaves_before_any_attempt_is_recorded_as_client_gone(autojump_clock):
+async def test_reports_disconnect_before_any_attempt_is_recorded(autojump_clock):
     async with lab(silent, limits={"max_in_flight": 1}) as rig:
         first = rig.start()
         await wait_all_tasks_blocked()

@@ -426,7 +426,7 @@ async def test_stream_total_timeout_ends_with_error_event_uncounted(autojump_clo
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("idle_timeout", [4, 16, 300])
-async def test_stream_total_timeout_holds_when_idle_deadline_has_moved(
+async def test_stream_total_timeout_holds_after_idle_deadline_moved(
     autojump_clock, idle_timeout, watched
 ):
     """Each piece moves the deadline for silence, never beyond the total timeout."""
@@ -446,7 +446,7 @@ async def test_stream_total_timeout_holds_when_idle_deadline_has_moved(
 
 
 @pytest.mark.parametrize("watched", [False, True])
-async def test_stream_silence_after_moved_deadline_ends_it_in_time(autojump_clock, watched):
+async def test_stream_silence_after_moved_deadline_ends_in_time(autojump_clock, watched):
     async def falls_silent(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head())

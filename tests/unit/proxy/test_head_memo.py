@@ -94,7 +94,7 @@ def test_head_memo_is_rebuilt_under_other_settings():
     assert ClientHead.of(scope_of(memo), "192.0.2.1", settings, ()) is not first
 
 
-def test_head_memo_check_uses_the_length_of_each_request():
+def test_head_memo_check_uses_length_of_each_request():
     head = ClientHead(scope_of(None), "192.0.2.1", make_config(1).settings, ())
     bodies = Bodies()
     bodies.limit = 1000

@@ -46,7 +46,7 @@ def test_keyring_identifies_rights_of_each_key():
     assert found[b"sk-status"] == Identity(status=True, given=True)
 
 
-def test_keyring_of_several_keys_the_last_known_counts():
+def test_keyring_last_known_of_several_keys_counts():
     headers = {b"authorization": b"Bearer sk-a", b"x-api-key": b"sk-b"}
     assert RING.identify(headers).key is KEYS[1]
     assert RING.identify({**headers, b"x-api-key": b"sk-unknown"}).key is KEYS[0]
@@ -83,7 +83,7 @@ def test_keyring_key_beyond_ascii_is_compared_as_latin_1():
     assert ring.identify({b"x-api-key": "sk-\xe9".encode()}).key is None
 
 
-def test_keyring_says_which_kinds_of_keys_it_has():
+def test_keyring_reports_its_kinds_of_keys():
     assert (RING.has_clients, RING.has_admin, RING.protects_status) == (True, True, False)
     only_status = Keyring(AuthConfig(status_key=digest_of("x"), protect_status=True))
     assert (only_status.has_clients, only_status.has_admin) == (False, False)

@@ -58,7 +58,7 @@ def test_quarantine_without_crash_is_empty():
     assert quarantine.holds(KEY, 12.0)
 
 
-def test_server_that_died_and_is_up_again_counts_as_dead():
+def test_quarantine_crashed_and_restarted_server_counts():
     """vLLM restarts within a minute; the request must not crash it once more."""
     deaths = two_deaths(certain=False)
     quarantine = Quarantine()
@@ -71,7 +71,7 @@ def test_server_that_died_and_is_up_again_counts_as_dead():
     assert quarantine.holds(KEY, 14.0)
 
 
-def test_request_remembered_again_is_the_newest_of_a_full_table():
+def test_quarantine_repeated_entry_becomes_the_newest():
     quarantine = Quarantine()
     deaths = two_deaths()
     for key in range(MOST):

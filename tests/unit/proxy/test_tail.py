@@ -15,7 +15,7 @@ HELLO = event("hello")
 
 
 @pytest.mark.parametrize("size", [1, 100, 4096, 65536])
-def test_stream_tail_long_stream_keeps_a_bounded_end(size):
+def test_stream_tail_long_stream_keeps_bounded_end(size):
     tail = StreamTail()
     stream = HELLO * (4_000_000 // len(HELLO) if size > 1 else 300)
     most = 0
@@ -28,7 +28,7 @@ def test_stream_tail_long_stream_keeps_a_bounded_end(size):
     assert KEPT <= len(kept) <= TRIM_AT + size
 
 
-def test_stream_tail_event_without_end_keeps_a_bounded_end():
+def test_stream_tail_endless_event_keeps_bounded_end():
     tail = StreamTail()
     piece = b"x" * 65536
     tail.add(b"data: ")
@@ -70,7 +70,7 @@ def test_stream_tail_last_event_of_half_a_megabyte_is_kept_whole():
     assert tail.bytes.endswith(long)
 
 
-def test_plain_tail_keeps_little_of_the_last_piece():
+def test_json_tail_keeps_little_of_last_piece():
     tail = PlainTail(json=False, until_close=False)
     for _ in range(100):
         tail.add(b"x" * 65536)
@@ -79,7 +79,7 @@ def test_plain_tail_keeps_little_of_the_last_piece():
 
 @pytest.mark.parametrize(("body", "whole"), [(b'{"a": [1, 2]}', True), (b'{"a": [1, 2]', False)])
 @pytest.mark.parametrize("until_close", [True, False])
-def test_plain_tail_json_that_ends_early_is_unfinished_only_until_close(body, whole, until_close):
+def test_json_tail_early_end_is_unfinished_only_until_close(body, whole, until_close):
     tail = PlainTail(json=True, until_close=until_close)
     for byte in body:
         tail.add(bytes([byte]))

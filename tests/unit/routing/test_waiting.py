@@ -302,7 +302,7 @@ def test_waiting_empty_queues_of_known_models_are_kept():
     assert set(rooms.model_queues) == {"known"}
 
 
-def test_waiting_dismissed_entry_costs_its_key_no_turn_and_frees_no_server():
+def test_waiting_dismissed_entry_costs_no_turn_and_frees_no_server():
     first, second, other = place(key="a"), place(key="a"), place(key="b")
     rooms = line(first, second, other)
     rate = rooms.model_queue("m").rate
