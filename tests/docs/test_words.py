@@ -20,7 +20,7 @@ SCANNED = (
 # A phrase, as a regular expression, and what to write instead. A space stands for any white space,
 # the beginning of a comment's next line, or an underscore.
 WORDS = {
-    "who(ever|mever|m)?": "the noun: the client, the task, the caller, the request",
+    r"(?<!user\s)who(ever|mever|m)?": "the noun: the client, the task, the caller, the request",
     "(no|some|every|any)body('s)?": "the noun: no server, a client, every waiting request",
     "ghosts?": "error penalty",
     "haunt(s|ed)?": "record_fast_error, add an error penalty",
