@@ -16,7 +16,8 @@ class AnswerHead:
     """The head of an answer, read. It holds for all answers that differ in Content-Length alone.
 
     `fields` are the headers as a dictionary, the length in them that of the first answer.
-    `readable` says that the body is not packed, `is_page` that it is a page for people.
+    `readable` says that the body is not compressed, `is_page` that it is a page for people,
+    `judgeable` that it is readable and no page.
     """
 
     __slots__ = (
@@ -29,6 +30,7 @@ class AnswerHead:
         "is_json",
         "is_page",
         "is_stream",
+        "judgeable",
         "readable",
     )
 
@@ -39,6 +41,7 @@ class AnswerHead:
         self.is_stream = kind.startswith(_EVENTS)
         self.is_json = kind.startswith(_JSON) and kind[len(_JSON) : len(_JSON) + 1] in _AFTER_TYPE
         self.is_page = is_page(kind)
+        self.judgeable = self.readable and not self.is_page
         kept = passed_on(headers, fields)
         if self.is_stream:
             # So that an end that is none can be cut, and an error event can be added.

@@ -112,29 +112,12 @@ class AttemptResult(msgspec.Struct, gc=False):
 class Attempt:
     """One try on one server, with a second connection if a kept one had been closed."""
 
-    __slots__ = (
-        "_again",
-        "_attempts",
-        "_closed_before",
-        "_committed",
-        "_context",
-        "_deadline",
-        "_doubtful",
-        "_downstream",
-        "_ending",
-        "_fresh",
-        "_interrupted",
-        "_lease",
-        "_opened",
-        "_rejected",
-        "_takes_over",
-        "_trace_field",
-        "_upstream",
-        "response",
-    )
-
     _again: Again | None
     _interrupted: Outcome | None
+    _fresh = _opened = _closed_before = _committed = _rejected = False
+    _ending: FinalMessages | None = None
+    _doubtful: FinalMessages | None = None
+    response: ServerResponse | None = None
 
     def __init__(
         self,
@@ -153,11 +136,6 @@ class Attempt:
         self._upstream = context.upstreams[lease.server]
         self._deadline = Deadline(attempts.deadline, context.settings.idle_timeout)
         self._takes_over = downstream.early is not None
-        self._fresh = self._committed = self._rejected = False
-        self._opened = self._closed_before = False
-        self._ending: FinalMessages | None = None
-        self._doubtful: FinalMessages | None = None
-        self.response: ServerResponse | None = None
 
     def interrupt(self, reason: str) -> bool:
         """End the attempt from outside; `reason` is the value of an Outcome. False if it goes on.
@@ -207,7 +185,6 @@ class Attempt:
                 with deadline.scope():
                     outcome = await self._communicate(connection)
             lease.interrupt = None
-            deadline.end()
             if outcome is None:
                 outcome = self._cancelled_by()
             if self._fresh and outcome in _UNREACHABLE and not self._closed_before:
@@ -221,6 +198,7 @@ class Attempt:
                 return AttemptResult(
                     outcome, self._decide(outcome), False, None, self._doubtful, self._rejected
                 )
+            deadline.end()
             self._fresh, now = True, trio.current_time()
 
     def _cancelled_by(self) -> Outcome:
@@ -315,7 +293,12 @@ class Attempt:
         attempts = self._attempts
         record, status = attempts.record, answer.status
         self.response = response = ServerResponse(
-            connection, answer, record.path, self._lease, self._deadline, self._context.now
+            connection,
+            answer,
+            attempts.request.head,
+            self._lease,
+            self._deadline,
+            self._context.now,
         )
         response.received()
         if record.trace is not None:
@@ -325,7 +308,11 @@ class Attempt:
             outcome = self._classify(response)
             if outcome is not ANSWERED and not attempts.passes(outcome, self._decide(outcome)):
                 return outcome
-        await self._hold(response)
+        if connection.complete and not (response.head.is_stream and response.judged):
+            response.held = connection.take()
+            response.judge_whole()
+        else:
+            await self._hold(response)
         if status >= 300 or response.head.is_page:
             if outcome is ANSWERED:
                 outcome = self._judge(response)
@@ -359,7 +346,10 @@ class Attempt:
         )
 
     async def _hold(self, response: ServerResponse) -> None:
-        """Read as much of the body as it takes to judge the response, and judge it."""
+        """Read as much of the body as it takes to judge the response, and judge it.
+
+        For streams, and for bodies that have not arrived whole with their head.
+        """
         connection, head = response.connection, response.head
         early = self._downstream.early
         if head.is_stream and response.judged:
@@ -376,9 +366,6 @@ class Attempt:
                 raise
             if self._takes_over:
                 response.held = RETRIED + response.held
-        elif connection.complete:
-            response.held = connection.take()
-            response.judge_whole()
         else:
             # Bodies that come in pieces, such as audio, or compressed, are used as they come:
             # only their first bytes are held.
@@ -426,10 +413,12 @@ class Attempt:
         """Commit to the response, and send it; the messages that end it are left to the caller."""
         downstream, record = self._downstream, self._attempts.record
         connection = response.connection
-        response.make_tail()
-        start = self._commit(response, outcome)
+        exhausted = connection.exhausted
+        if response.head.is_stream or not exhausted:
+            response.make_tail()
+        start = self._commit(response, outcome, whole=exhausted)
         early = downstream.early is not None
-        if early or not (connection.exhausted and response.held):
+        if early or not (exhausted and response.held):
             if not early:
                 await downstream.respond(start)
             await relay(response, downstream, record)
@@ -451,7 +440,7 @@ class Attempt:
             await downstream.write(body)
         return outcome
 
-    def _commit(self, response: ServerResponse, outcome: Outcome) -> Message:
+    def _commit(self, response: ServerResponse, outcome: Outcome, *, whole: bool) -> Message:
         """From now on the client gets this response and no other. Returns its head."""
         attempts, lease = self._attempts, self._lease
         record, status = attempts.record, response.answer.status
@@ -473,7 +462,7 @@ class Attempt:
             # Another of the full servers may be free before this one.
             fleet, model = self._context.fleet, attempts.request.facts.model
             start["headers"] = sooner(start["headers"], fleet.retry_after(model, now))
-        self._deadline.begin_stream(now, whole=response.connection.exhausted)
+        self._deadline.begin_stream(now, whole=whole)
         return start
 
     def _head_for_client(self, response: ServerResponse) -> Message:

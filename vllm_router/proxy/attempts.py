@@ -44,20 +44,13 @@ class Attempts:
     it.
     """
 
-    __slots__ = (
-        "_context",
-        "_costless",
-        "_deaths",
-        "_ends",
-        "_taken_at",
-        "candidates",
-        "deadline",
-        "doubted",
-        "doubtful",
-        "fingerprint",
-        "record",
-        "request",
-    )
+    deadline = math.inf
+    doubted: tuple[Server, ...] = ()
+    doubtful: tuple[FinalMessages, Outcome] | None = None
+    fingerprint: int | None = None
+    _costless = 0
+    _ends: tuple[End, ...] = ()
+    _deaths: tuple[Death, ...] = ()
 
     def __init__(
         self, context: ProxyContext, request: Request, record: Record, candidates: Candidates
@@ -66,13 +59,6 @@ class Attempts:
         self.request = request
         self.record = record
         self.candidates = candidates
-        self.deadline = math.inf
-        self.doubted: list[Server] = []
-        self.doubtful: tuple[FinalMessages, Outcome] | None = None
-        self.fingerprint: int | None = None
-        self._costless = 0
-        self._ends: tuple[End, ...] = ()
-        self._deaths: tuple[Death, ...] = ()
 
     def begin(self, lease: Lease, policy: str) -> None:
         """An attempt begins on the server of this lease."""

@@ -58,8 +58,9 @@ class BodyShare:
 
     def give_back(self) -> None:
         """Release the memory. May be called more than once."""
-        self._bodies.held -= self._mine
-        self._mine = 0
+        if self._mine:
+            self._bodies.held -= self._mine
+            self._mine = 0
 
 
 def take_whole(body: bytes, limit: int, share: BodyShare) -> bytes:

@@ -9,6 +9,7 @@ from vllm_router.errors import Refused
 from vllm_router.http.addresses import Network
 from vllm_router.http.asgi_types import HEAD_MEMO, Scope
 from vllm_router.http.error_format import is_anthropic
+from vllm_router.proxy.answers.tables import Api, api_of
 from vllm_router.proxy.body import BodyShare, body_too_large
 from vllm_router.proxy.headers import (
     ForwardedFields,
@@ -17,7 +18,7 @@ from vllm_router.proxy.headers import (
     forwarding_fields,
     loops,
 )
-from vllm_router.routing.paths import INVOCATIONS
+from vllm_router.routing.paths import INVOCATIONS, is_pure
 
 
 class ClientHead:
@@ -27,8 +28,8 @@ class ClientHead:
     `fields` are the headers as a dictionary, with the Content-Length of the first request;
     `anthropic` says that the client uses Anthropic's API; `forwarded` and `added` are field lines
     for the server, the client's and ours. `refused` is the refusal of a request whose head alone
-    rules it out. `alike` is False if there are several Content-Types: programs differ in which one
-    they use.
+    rules it out. `api` is the API of the path, `pure` says that vLLM only computes there.
+    `alike` is False if there are several Content-Types: programs differ in which one they use.
     """
 
     __slots__ = (
@@ -36,9 +37,11 @@ class ClientHead:
         "added",
         "alike",
         "anthropic",
+        "api",
         "content_type",
         "fields",
         "forwarded",
+        "pure",
         "refused",
         "session",
         "settings",
@@ -55,6 +58,8 @@ class ClientHead:
         names = [name for name, _ in headers]
         self._length_at = names.index(b"content-length") if b"content-length" in fields else -1
         self.anthropic = is_anthropic(path)
+        self.api: Api = api_of(path)
+        self.pure = is_pure(path)
         self.target: bytes = path + b"?" + query if query else path
         self.content_type = fields.get(b"content-type", b"")
         self.alike = names.count(b"content-type") < 2

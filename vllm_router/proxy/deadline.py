@@ -25,14 +25,13 @@ class Deadline:
     a piece of a stream moves it.
     """
 
-    __slots__ = ("_connection", "_idle", "_scope", "at", "next_move", "outcome", "total")
+    _scope: trio.CancelScope | None = None
+    _connection: Connection | None = None
 
     def __init__(self, total: float, idle: float) -> None:
         """`total` is when the whole exchange must have ended, `idle` the idle timeout in s."""
         self.total = total
         self._idle = idle
-        self._scope: trio.CancelScope | None = None
-        self._connection: Connection | None = None
 
     def begin(self, outcome: Outcome, at: float) -> None:
         """A phase begins that may last until `at`."""

@@ -196,7 +196,15 @@ class Exchange:
             record.trace = context.tracer.begin(self._head.fields)
         if context.stopping:
             raise router_stopping()
-        body = await self._read_body()
+        share, downstream = self._share, self.downstream
+        self._head.check(self._scope["headers"], context.max_body, share)
+        body = downstream.whole_body()
+        if body is not None:
+            take_whole(body, context.max_body, share)
+        else:
+            # A server that cancels the exchange bounds the time of the body, too.
+            timeout = None if self._server_cancels else context.settings.body_timeout
+            body = await read_body(downstream.receive, context.max_body, share, timeout)
         request = self.request = self._make_request(body)
         candidates = Candidates(context, request, record, key)
         self._attempts = attempts = Attempts(context, request, record, candidates)
@@ -214,16 +222,6 @@ class Exchange:
                 await request.make_editable(record.model, context.fleet.names, context.body_turns)
             candidates.use_names(record.model)
 
-    async def _read_body(self) -> bytes:
-        context, share, downstream = self._context, self._share, self.downstream
-        self._head.check(self._scope["headers"], context.max_body, share)
-        body = downstream.whole_body()
-        if body is not None:
-            return take_whole(body, context.max_body, share)
-        # A server that cancels the exchange bounds the time of the body, too.
-        timeout = None if self._server_cancels else context.settings.body_timeout
-        return await read_body(downstream.receive, context.max_body, share, timeout)
-
     def _make_request(self, body: bytes) -> Request:
         context, record, head = self._context, self.record, self._head
         record.bytes_in = len(body)
@@ -240,18 +238,13 @@ class Exchange:
             wanted,
             with_prompt=context.wants_prompt,
         )
-        self._take_facts(request)
-        if record.trace is not None:
-            request.drop(record.trace.replaced)
-        return request
-
-    def _take_facts(self, request: Request) -> None:
-        """Take over into the record what the body says. Raises Refused."""
-        record = self.record
         record.facts = facts = request.facts
         record.model, record.stream = facts.model, facts.stream
         if facts.transfer is not None:
-            check_transfer(facts.transfer, self._context.settings)
+            check_transfer(facts.transfer, context.settings)
+        if record.trace is not None:
+            request.drop(record.trace.replaced)
+        return request
 
     async def _read_in_slices(self, request: Request) -> None:
         """Read a form, a long body, or JSON that is not read at once. Raises Refused."""
@@ -259,8 +252,12 @@ class Exchange:
         oddity = await request.read(
             self._scope["raw_path"], context.fleet.names, context.body_turns
         )
-        self.record.body_read_at = context.now()
-        self._take_facts(request)
+        record = self.record
+        record.body_read_at = context.now()
+        record.facts = facts = request.facts
+        record.model, record.stream = facts.model, facts.stream
+        if facts.transfer is not None:
+            check_transfer(facts.transfer, context.settings)
         if oddity and key is not None and key.models is not None:
             # The key is limited to some models, and vLLM might read another model in the form.
             raise Refused(
@@ -300,7 +297,7 @@ class Exchange:
             if result.committed:
                 return result.ending
             if outcome in DOUBTFUL:
-                attempts.doubted.append(lease.server)
+                attempts.doubted += (lease.server,)
                 if attempts.doubtful is None and result.doubtful is not None:
                     attempts.doubtful = result.doubtful, outcome
             if again is Again.NO and outcome in BREAKS_SERVERS:

@@ -36,15 +36,19 @@ def report_attempt(
     trace = attempts.record.trace
     if trace is not None:
         trace.attempt_ended(outcome, now)
-    failed = outcome is not None and RULES[outcome].blames
+    failed = outcome is not ANSWERED and outcome is not None and RULES[outcome].blames
     if failed and outcome in WAITED_IN_VAIN:
         failed = not lease.server.output_since(lease.taken_at)
     uncomputed = outcome is not None and not lease.committed
     policy.ended(lease, now, failed=failed, refused=uncomputed)
-    if result is not None:
-        _report_outcome(context, attempts, lease, result)
-    else:
+    if result is None:
         _report_wait(context, attempts, lease, now)
+    else:
+        if outcome is ANSWERED:
+            _report_answer(context, attempts, lease, rejected=result.rejected)
+        else:
+            _report_failure(context, attempts, lease, result)
+        context.recorder.attempt_ended(lease.server, result.outcome)
     gate = context.gate
     if gate is not None:
         if result is not None and result.complete and attempts.record.status == 200:
@@ -52,14 +56,12 @@ def report_attempt(
         gate.freed(lease.server)
 
 
-def _report_outcome(
+def _report_failure(
     context: ProxyContext, attempts: Attempts, lease: Lease, result: AttemptResult
 ) -> None:
-    """Report the outcome to the server's health."""
+    """Report an outcome other than ANSWERED to the server's health."""
     outcome, server, fleet = result.outcome, lease.server, context.fleet
-    if outcome is ANSWERED:
-        _report_answer(context, attempts, lease, rejected=result.rejected)
-    elif outcome in REFUSALS:
+    if outcome in REFUSALS:
         now = context.now()
         fleet.erred(server, now, now - lease.taken_at)
         attempts.candidates.select().note_refusal(server, now)
@@ -95,7 +97,6 @@ def _report_outcome(
         server.answered(lease.last_byte_at, trial=lease.trial)
     if outcome in FAILURES:
         _note_failure(context, attempts, server, outcome)
-    context.recorder.attempt_ended(server, outcome)
 
 
 def _report_answer(

@@ -29,13 +29,12 @@ _BODY_DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"conte
 class Request:
     """What every attempt of an exchange sends, except what differs from server to server.
 
-    `forwarded` and `added` are field lines, the client's and ours. `body` is empty once it can no
-    longer be needed. `policy` chooses the servers. `facts` are UNREAD until `read` for a body that
-    is not read at once.
+    `head` is the client's; `forwarded` and `added` are field lines, the client's and ours. `body`
+    is empty once it can no longer be needed. `policy` chooses the servers. `facts` are UNREAD
+    until `read` for a body that is not read at once.
     """
 
     __slots__ = (
-        "_head",
         "_model_places",
         "_policies",
         "_share",
@@ -47,6 +46,7 @@ class Request:
         "body",
         "facts",
         "forwarded",
+        "head",
         "headers",
         "method",
         "policy",
@@ -68,7 +68,7 @@ class Request:
         """`share` has counted the body. `wanted` is the policy that the client chose, if any.
         `with_prompt`: the facts must have the prompt even if the policies do not use it."""
         read = policies if wanted is None else wanted
-        self._head = head
+        self.head = head
         self._share = share
         self._policies = policies
         self._wanted = wanted
@@ -98,7 +98,7 @@ class Request:
 
         Raises Refused for a body that vLLM would refuse, or that exceeds a limit.
         """
-        head, with_prompt = self._head, self._with_prompt
+        head, with_prompt = self.head, self._with_prompt
         read = self._policies if self._wanted is None else self._wanted
         if not head.alike:
             raise Refused(400, "invalid_body", "The request has more than one Content-Type.")
@@ -165,9 +165,9 @@ class Request:
 
     def drop(self, names: frozenset[bytes]) -> None:
         """Do not forward the fields with these names."""
-        if not names.isdisjoint(self._head.fields):
+        if not names.isdisjoint(self.head.fields):
             self.headers = headers = [field for field in self.headers if field[0] not in names]
-            connection = connection_field(self.headers, self._head.fields)
+            connection = connection_field(self.headers, self.head.fields)
             self.forwarded = ForwardedFields(headers, connection)
 
     def release_body(self) -> None:

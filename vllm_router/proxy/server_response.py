@@ -9,12 +9,12 @@ from vllm_router.http.client.connection import Connection
 from vllm_router.http.response_head import ResponseHead
 from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.answers.opening import Verdict
-from vllm_router.proxy.answers.tables import Api, api_of
+from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.answers.usage import Usage
 from vllm_router.proxy.answers.whole import read_whole
+from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.deadline import Deadline
 from vllm_router.proxy.tail import PlainTail, StreamTail
-from vllm_router.routing.paths import is_pure
 
 
 class ServerResponse:
@@ -25,26 +25,16 @@ class ServerResponse:
     `usage` are the token counts of a whole plain body, `tail` the end of a body that is relayed.
     """
 
-    __slots__ = (
-        "_now",
-        "answer",
-        "api",
-        "connection",
-        "deadline",
-        "head",
-        "held",
-        "judged",
-        "lease",
-        "tail",
-        "usage",
-        "verdict",
-    )
+    held = b""
+    verdict = Verdict.UNJUDGED
+    usage: Usage | None = None
+    tail: StreamTail | PlainTail | None = None
 
     def __init__(
         self,
         connection: Connection,
         answer: ResponseHead,
-        path: bytes,
+        client_head: ClientHead,
         lease: Lease,
         deadline: Deadline,
         now: Callable[[], float],
@@ -55,12 +45,8 @@ class ServerResponse:
         self.lease = lease
         self.deadline = deadline
         self._now = now
-        self.api: Api = api_of(path)
-        self.judged = answer.status < 300 and head.readable and not head.is_page and is_pure(path)
-        self.held = b""
-        self.verdict = Verdict.UNJUDGED
-        self.usage: Usage | None = None
-        self.tail: StreamTail | PlainTail | None = None
+        self.api = client_head.api
+        self.judged = head.judgeable and client_head.pure and answer.status < 300
 
     def received(self) -> float:
         """Note that bytes have just come from the server. Returns the time."""
