@@ -137,3 +137,21 @@ def test_quarantine_long_body_answered_lately_is_not_added(size):
     other = body + b" "
     quarantine.remember(fingerprint(PATH, other), other, two_deaths(), 10.0)
     assert quarantine.holds(fingerprint(PATH, other), 10.0)
+
+
+def test_quarantine_long_answered_bodies_are_not_kept_in_memory():
+    quarantine = Quarantine()
+    for size in (KEPT_BYTES, KEPT_BYTES + 1, 10 * KEPT_BYTES):
+        quarantine.answered(PATH, b"a" * size)
+    kept = [len(one) for one in quarantine.known if isinstance(one, bytes)]
+    assert kept == [KEPT_BYTES]
+    assert KEPT_BYTES == 16_384
+
+
+def test_crash_at_the_moment_of_the_failure_counts():
+    (server,) = make_fleet(1).servers.values()
+    go_down(server, 10.0)
+    while not server.probe_health.up:
+        server.checked(Check.GOOD, 0.01, 11.0)
+    assert Death(server, 10.0, certain=False).happened
+    assert not Death(server, 10.1, certain=False).happened
