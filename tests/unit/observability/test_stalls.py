@@ -105,7 +105,7 @@ async def test_monitor_stall_logs_the_function_that_ran(nursery, caplog):
     found = next(message for message in messages(caplog) if "hog_the_loop" in message)
     assert "was blocked for" in found
     assert "observability/test_stalls.py:" in found
-    computed = re.search(r"for ([0-9.]+) s, computing for ([0-9.]+) s", found)
+    computed = re.search(r"for ([0-9.]+) s \(([0-9.]+) s of CPU", found)
     assert computed is not None
     assert 0 < float(computed[2]) <= float(computed[1])
 
@@ -133,7 +133,7 @@ def test_monitor_many_stalls_log_only_the_longer_ones(caplog):
     assert monitor.count == 5
     assert monitor.seconds == pytest.approx(1.1)
     lines = messages(caplog)
-    assert [line[: line.index(" s,")] for line in lines] == [
+    assert [line[: line.index(" s (")] for line in lines] == [
         "the event loop was blocked for 0.20",
         "the event loop was blocked for 0.40",
     ]
@@ -146,7 +146,7 @@ async def test_monitor_hang_is_logged_while_it_lasts(nursery, caplog, monkeypatc
     nursery.start_soon(monitor.run)
     await trio.testing.wait_all_tasks_blocked()
     end = time.monotonic() + 30
-    while not any("still does" in message for message in messages(caplog)):
+    while not any("still is" in message for message in messages(caplog)):
         assert time.monotonic() < end
         hog_the_loop(1.0)
         await trio.sleep(0.01)
