@@ -1,8 +1,8 @@
-"""The ASGI application for Hypercorn alone: `hypercorn -k trio vllm_router.asgi:app`.
+"""The ASGI application for Hypercorn: `hypercorn -k trio vllm_router.asgi:app`.
 
 VLLM_ROUTER_CONFIG names the configuration file (default: servers.toml). The lifespan protocol
-starts and ends the supervisor. Importing this module applies the cures of Hypercorn's defects to
-the running Hypercorn; `vllm-router run` does not import it.
+starts and ends the supervisor. Importing this module patches defects of the running Hypercorn;
+`vllm-router run` does not import it.
 """
 
 # ruff: noqa: E402 (signals must not kill while the rest is imported)
@@ -46,25 +46,26 @@ logger = logging.getLogger(__name__)
 
 
 def _refuse(message: str) -> NoReturn:
-    """End all processes of Hypercorn, with one message and a status that is not 0.
+    """End all processes of Hypercorn with one message and an exit code other than 0.
 
-    Hypercorn 0.18's master ends with 0 whatever its workers end with (run.py joins them twice), and
-    handles the signals that end it as orders to end well. So the worker that is first kills it.
+    Hypercorn 0.18's master exits with 0 whatever its workers' exit codes are (run.py joins them
+    twice), and handles termination signals as orders for a clean exit. So the first worker kills
+    it.
     """
     master = multiprocessing.parent_process()
     if master is None or master.pid != os.getppid():
-        raise SystemExit(2)  # the master has been killed, or there is none
+        raise SystemExit(2)  # the master is killed, or does not exist
     with socket.socket(socket.AF_UNIX) as first:
         try:
             first.bind(f"\0vllm-router refuses workers of {master.pid}")
         except OSError:
             raise SystemExit(2) from None
         if master.pid != os.getppid():
-            raise SystemExit(2)  # the first worker has killed it and ended in between
+            raise SystemExit(2)  # the first worker has killed it and ended
         sys.stderr.write(message)
         sys.stderr.flush()
         os.kill(master.pid, signal.SIGKILL)
-        # The address is kept until the master is gone, or another worker would be the first again.
+        # Keep the address until the master is gone; otherwise another worker would be the first.
         while master.pid == os.getppid():
             time.sleep(0.001)
         raise SystemExit(2)
@@ -84,10 +85,10 @@ class Application(Dispatcher):
             await super().__call__(scope, receive, send)
 
     def prepare(self, hypercorn: HypercornConfig, addresses: list[Address]) -> None:
-        """Hypercorn is about to start with this configuration, and listens at these addresses.
+        """Called by Hypercorn before it starts, with its configuration and listening addresses.
 
-        Several processes of Hypercorn would be several routers: each with its own limits of keys,
-        its own view of the load, and drains that the others do not know.
+        Several Hypercorn processes would be several routers, each with its own key limits, view of
+        the load, and drains.
         """
         if hypercorn.workers > 1:
             _refuse(
@@ -98,13 +99,13 @@ class Application(Dispatcher):
         self._addresses = addresses
 
     async def wind_down(self) -> None:
-        """Finish what runs; called while the server still listens."""
+        """Finish the requests in flight; called while the server still listens."""
         if self.supervisor is not None:
             await self.supervisor.lame_duck()
             await self.supervisor.wind_down(still_listening=True)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start the supervisor, and end it when the server does."""
+        """Start the supervisor, and end it with the server."""
         await receive()
         ours = configure_if_unset()
         file = os.environ.get("VLLM_ROUTER_CONFIG", "servers.toml")

@@ -1,11 +1,11 @@
-"""The access log: one line for each finished exchange, written in another thread.
+"""The access log: one line per finished exchange, written by a background thread.
 
-A line of text is made on the loop, where what it tells is at hand: to a thread on another core each
-value would have to be fetched, for as long as making the line takes, with the interpreter withheld
-from the loop. JSON, which has the hashes of the prompt, is made in the thread.
+A text line is formatted on the event loop, where its values are in the CPU's cache: on another core
+each value would have to be fetched while the thread holds the interpreter lock. JSON, which
+includes the hashes of the prompt, is formatted in the thread.
 
-No prompt, no answer, no header but the request id, so never a key. What a client or server chose
-is escaped and cut: it can neither forge a line nor fill a disk.
+Prompts, responses and headers other than the request id are never logged, so no API key is. Values
+chosen by clients or servers are escaped and cut: they can neither forge a line nor fill a disk.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ LONGEST = 256
 LONGEST_METHOD = 20
 
 NOTHING = "-"
-"""In the place of what a refused request did not say."""
+"""Placeholder for values that a rejected request did not provide."""
 
 _IS_PLAIN = re.compile(r"[^\s\"'=\\]+").fullmatch
-"""Whether a value cannot be taken for more than one."""
+"""Matches values that need no quotes."""
 
 
 class Ended(NamedTuple):
-    """A finished exchange: when it ended (Unix time), and what is known of it."""
+    """A finished exchange: its end (Unix time), and its record."""
 
     at: float
     record: Record
@@ -53,10 +53,10 @@ class Ended(NamedTuple):
 
 
 class AccessLog:
-    """A Recorder of the proxy. Costs it some 3 µs per exchange.
+    """A recorder of the proxy. Costs about 3 µs per exchange.
 
-    `writer` is None while there is no access log; `form` is text or json; lines of a level below
-    `threshold` are left out (good exchanges are INFO, failed ones WARNING).
+    `writer` is None if there is no access log; `form` is text or json. Lines below the level
+    `threshold` are skipped (successful exchanges are INFO, failed ones WARNING).
     """
 
     def __init__(self) -> None:
@@ -65,10 +65,10 @@ class AccessLog:
         self.form = "text"
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        """Told by the exchange's record."""
+        """The exchange's record contains its attempts."""
 
     def exchange_ended(self, record: Record) -> None:
-        """Hand it to the thread. The record is not changed any more."""
+        """Queue the line. The record must not change afterwards."""
         writer = self.writer
         if writer is None or (self.threshold > logging.INFO and not self._loud(record)):
             return
@@ -77,7 +77,7 @@ class AccessLog:
         writer.put((json_line, ended) if self.form == "json" else text_line(ended))
 
     def refused(self, refusal: HttpError, client: tuple[str, int] | None, line: bytes) -> None:
-        """A request that was no HTTP, or too much of it: it never became an exchange."""
+        """Log a request that was rejected by the HTTP parser, before an exchange began."""
         method, _, rest = line.partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]
         self.exchange_ended(
@@ -99,17 +99,17 @@ class AccessLog:
 
 
 def json_line(ended: Ended) -> str:
-    """One object; what is not known is left out. In ASCII where a character does not show."""
+    """One JSON object without unknown values; characters that are not printable are escaped."""
     values = fields(ended)
     line = msgspec.json.encode(values).decode()
     return line if line.isprintable() else json.dumps(values).replace("\x7f", "\\u007f")
 
 
 def text_line(ended: Ended) -> str:
-    """`2026-01-31T12:00:00.000Z INFO    access: POST /v1/... 200 answered server=a model=m ...`.
+    """`2026-01-31T12:00:00.000Z INFO access: POST /v1/... 200 answered server=a model=m ...`.
 
-    What `fields` tells, but for chunks and prefix, in its order; written out, as it is made for
-    every request. Whatever others chose goes through `_plain` or `_shown`.
+    The values of `fields` in the same order, except chunks and prefix; written out for speed.
+    Values chosen by others go through `_plain` or `_shown`.
     """
     at, record, facts, trace_id = ended
     took = record.ended_at - record.started_at
@@ -143,7 +143,7 @@ def text_line(ended: Ended) -> str:
             line += f" cached_tokens={record.cached_tokens}"
         if record.completion_tokens is not None:
             line += f" completion_tokens={record.completion_tokens}"
-    # An id that would not do has been replaced (proxy.headers.request_id).
+    # An unsuitable id has been replaced (proxy.headers.request_id).
     line += f" client={_shown(record.client)} request_id={record.request_id.decode('latin-1')}"
     if trace_id is not None:
         line += f" trace_id={trace_id}"
@@ -155,12 +155,12 @@ def text_line(ended: Ended) -> str:
     return line
 
 
-# The same few names are shown again and again.
+# The same few names are logged again and again.
 
 
 @lru_cache(maxsize=512)
 def _shown(value: str) -> str:
-    """A value that cannot be taken for more than one."""
+    """A value, quoted if it could be read as several."""
     return visible(value if _IS_PLAIN(value) else json.dumps(value, ensure_ascii=False))
 
 
@@ -175,8 +175,10 @@ def _path(path: bytes) -> str:
 
 
 def fields(ended: Ended) -> dict[str, Any]:
-    """The line's values by name. `time` is when the exchange ended, as it is in every line of a
-    log; `started` when the request came; durations are in seconds.
+    """The line's values by name.
+
+    `time` is the end of the exchange, as in every log line, `started` the arrival of the request.
+    Durations are in seconds.
     """
     at, record, facts, trace_id = ended
     took = record.ended_at - record.started_at
@@ -224,7 +226,7 @@ def fields(ended: Ended) -> dict[str, Any]:
         values["trace_id"] = trace_id
     if facts is not None:
         if facts.session is not None:
-            # Users are often called by their mail address: told apart, not named.
+            # User names are often mail addresses: log a hash that distinguishes them.
             values["session"] = _pseudonym(facts.session)
         if facts.prompt.size:
             values["prompt_bytes"] = facts.prompt.size

@@ -1,8 +1,8 @@
-"""A thread that takes over what can be done later, so that the loop never waits for it.
+"""A thread for work that can be done later, so that the event loop never waits for it.
 
-Handing something over costs less than a microsecond. The thread takes what has gathered, at most
-four times a second: each time it takes the interpreter from the loop, which costs a busy one a
-millisecond until its caches are warm again. What finds no room is dropped and counted.
+Queueing costs less than a microsecond. The thread takes a batch at most four times a second: each
+time it takes the interpreter lock from the event loop, whose caches need a millisecond to warm up
+again. When the queue is full, things are dropped and counted.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 GATHER = 0.25
-"""Seconds between two takings. The first thing after a silence is taken at once."""
+"""Seconds between two batches. The first thing after a pause is taken at once."""
 
 HURRY = 0.05
-"""The same, where somebody cannot wait so long."""
+"""Seconds between two batches if a caller has asked for haste."""
 
 BATCH = 1000
 
 CLOSE_TIME = 2.0
-"""Seconds that the last things have at the end."""
+"""Seconds for the last batches at the end."""
 
 logger = logging.getLogger(__name__)
 
 
 class BackgroundWriter:
-    """Gives lists of things to `take`, in a thread of its own. `close` ends it.
+    """Passes batches to `take` in its own thread. `close` ends it.
 
-    `dropped` counts things. An event that is put is set when all before it has been taken.
+    `dropped` counts things. A threading.Event in the queue is set when everything before it has
+    been taken.
     """
 
     def __init__(self, name: str, limit: int, take: Callable[[list[Any]], None]) -> None:
@@ -46,7 +47,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, thing: Any) -> None:
-        """Have it taken. Never waits, never raises; any thread may call it."""
+        """Queue a thing. Never blocks, never raises; callable from any thread."""
         if len(self._waiting) >= self._limit:
             self.dropped += 1
             return
@@ -56,21 +57,21 @@ class BackgroundWriter:
             self._bell.put(None)
 
     def wake(self) -> None:
-        """Let `take` be called soon, within HURRY, even with nothing."""
+        """Call `take` within HURRY seconds, even with an empty batch."""
         if self._bell.empty():
             self._bell.put(None)
 
     def flush(self) -> bool:
-        """Wait for what was put before, a second at most; False if that was not enough."""
+        """Wait up to a second until everything queued so far is taken; returns False on timeout."""
         done = threading.Event()
         self.put(done)
         self.wake()
         return done.wait(1.0)
 
     def close(self) -> bool:
-        """Have all taken that waits, within CLOSE_TIME; False if that was not enough.
+        """Take everything queued, within CLOSE_TIME; returns False on timeout.
 
-        A thread that is stuck then goes on, and ends with the process.
+        A blocked thread ends with the process.
         """
         self._stop.set()
         self.wake()
@@ -108,7 +109,7 @@ class BackgroundWriter:
             try:
                 self._take(things)
             except Exception:
-                # A defect costs one batch, not the thread and everything after it.
+                # A defect costs one batch, not the thread and all later batches.
                 logger.exception("thread %s: a batch was dropped after an error", self._thread.name)
             for event in awaited:
                 event.set()

@@ -1,4 +1,4 @@
-"""The last picks: which server each exchange was given to, and how it ended."""
+"""The last routing decisions: the server of each exchange, and the outcome."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vllm_router.proxy.record import Record
 
 KEPT = 1000
 LONGEST = 256
-"""Characters kept of what the client chose: its model name and path may be very long."""
+"""Characters kept of model names and paths, which clients choose."""
 
 
 class Decisions:
-    """A ring of the last KEPT exchanges. Holds nothing of what was asked or answered."""
+    """A ring of the last KEPT exchanges, without request or response content."""
 
     def __init__(self) -> None:
         self._ring: deque[Record] = deque(maxlen=KEPT)
 
     def add(self, record: Record) -> None:
-        """Called with each finished exchange; O(1)."""
+        """Add a finished exchange; O(1)."""
         model, path = record.model, record.path
         if (model is not None and len(model) > LONGEST) or len(path) > LONGEST:
             model = model[:LONGEST] if model is not None else None
@@ -29,7 +29,10 @@ class Decisions:
         self._ring.append(record)
 
     def newest(self, limit: int, wall: float) -> list[dict[str, Any]]:
-        """Newest first. `wall` is what to add to the loop's clock to get Unix time."""
+        """Newest first.
+
+        `wall` is the offset from the event loop's clock to Unix time, in seconds.
+        """
         count = min(limit, len(self._ring))
         ring = reversed(self._ring)
         return [_row(next(ring), wall) for _ in range(count)]
@@ -58,6 +61,6 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
 
 
 def outcome_label(record: Record) -> str:
-    """The end of an exchange in a word: its last attempt's, or that there was no attempt."""
-    # `value` is a property, as dear as the rest of what is done with the word.
+    """The outcome in a word: that of the last attempt, or that no attempt was made."""
+    # Avoid the property `value`, which would double the cost.
     return record.outcome._value_ if record.outcome is not None else "refused"

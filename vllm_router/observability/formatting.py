@@ -1,8 +1,8 @@
-"""What the router says about itself: lines on stderr, as text or as JSON.
+"""Format log records as text or JSON.
 
-Much of what is logged was chosen by others (header values, paths, what a server answered). So no
-control character leaves this module unescaped, and only the first line of a text record begins
-at the left margin: no value can pass for a record of its own.
+Many logged values are chosen by others (headers, paths, server responses). No control character is
+written unescaped, and only the first line of a text record begins at the left margin: no value can
+imitate a record.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 
 _CONTINUED = "  | "
-"""Begins every further line of a record, such as those of a traceback."""
+"""Prefix of each continuation line of a record, such as a traceback."""
 
 
 def visible(text: str) -> str:
-    """`text` with everything that does not show as a character of one line written as an escape."""
+    """`text` with every character that is not printable on one line escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -31,10 +31,10 @@ def visible(text: str) -> str:
 
 
 def configure(level: str = "info", form: str = "text", stream: TextIO | None = None) -> None:
-    """Send all log records to `stream` (stderr), replacing what was set up before.
+    """Send all log records to `stream` (stderr), replacing earlier handlers.
 
-    `level`, one of LEVELS, is the router's own; other packages speak from warning upwards only:
-    httpx alone would write a line for every probe.
+    `level`, one of LEVELS, applies to the router; other packages log from WARNING, because httpx
+    alone would log every probe.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     logging.basicConfig(handlers=[handler], force=True)
@@ -42,9 +42,9 @@ def configure(level: str = "info", form: str = "text", stream: TextIO | None = N
 
 
 def adjust(handler: logging.Handler, level: str, form: str, tag: str = "") -> None:
-    """Let `handler` write in this form what `level` allows, as `configure` does.
+    """Configure a handler's form and level, as in `configure`.
 
-    `tag` names this one of several processes that write to the same place.
+    `tag` identifies this process among several that write to the same place.
     """
     handler.setFormatter(JsonFormatter(tag) if form == "json" else TextFormatter(tag))
     threshold = logging.getLevelNamesMapping()[level.upper()]
@@ -53,9 +53,9 @@ def adjust(handler: logging.Handler, level: str, form: str, tag: str = "") -> No
 
 
 def configure_if_unset() -> bool:
-    """The defaults, unless somebody has set up logging: for a start by another's command.
+    """Configure logging with the defaults if the embedding program has not done so.
 
-    False if somebody has.
+    Returns False if it has.
     """
     if logging.getLogger().handlers:
         return False
@@ -64,7 +64,7 @@ def configure_if_unset() -> bool:
 
 
 def timestamp(unix: float) -> str:
-    """UTC, to the millisecond, as RFC 3339 has it."""
+    """An RFC 3339 time in UTC with milliseconds."""
     seconds, milliseconds = divmod(int(unix * 1000), 1000)
     return f"{_second(seconds)}.{milliseconds:03d}Z"
 
@@ -82,7 +82,7 @@ class TextFormatter(logging.Formatter):
         self._tag = tag
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, a traceback on lines of its own."""
+        """Format the record, with a traceback on separate lines."""
         name = (
             record.name.rpartition(".")[2]
             if record.name.startswith("vllm_router.")
@@ -95,7 +95,7 @@ class TextFormatter(logging.Formatter):
         return "\n".join(lines)
 
     def _traceback(self, record: logging.LogRecord) -> list[str]:
-        # Not kept in record.exc_text, where another handler's formatter would find it.
+        # Not stored in record.exc_text, where other handlers' formatters would find it.
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         if record.stack_info:
             parts.append(self.formatStack(record.stack_info))
@@ -106,7 +106,7 @@ class JsonFormatter(TextFormatter):
     """One object per line: `time`, `level`, `logger`, `message`, perhaps `traceback`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record in ASCII alone: whatever reads it needs to know no encoding."""
+        """Format the record in ASCII, so that readers need not know the encoding."""
         fields = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),
@@ -117,5 +117,5 @@ class JsonFormatter(TextFormatter):
             fields["worker"] = self._tag
         if traceback := self._traceback(record):
             fields["traceback"] = "\n".join(traceback)
-        # The one control character that JSON leaves as it is.
+        # The only control character that JSON does not escape.
         return json.dumps(fields).replace("\x7f", "\\u007f")

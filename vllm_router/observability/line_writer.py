@@ -1,6 +1,6 @@
-"""Lines written by a thread, so that a slow disk or a stopped reader never holds up the loop.
+"""Lines written by a thread, so that a slow disk or reader never blocks the event loop.
 
-At most LIMIT lines wait; what comes on top is dropped and counted.
+At most LIMIT lines are queued; further lines are dropped and counted.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Protocol, TextIO
 from vllm_router.observability.background_writer import BackgroundWriter
 
 LIMIT = 10_000
-"""Lines that wait: some 5 MB, without the hashes of prompts."""
+"""Queued lines: about 5 MB, without prompt hashes."""
 
 logger = logging.getLogger(__name__)
 
 Entry = str | tuple[Callable[[Any], str], Any]
-"""A finished line, or how to make one and of what; made in the thread. Without its newline."""
+"""A finished line, or a function and its argument; called in the thread. Without newline."""
 
 
 class Target(Protocol):
-    """Where lines go. Called in the writer's thread; raises OSError."""
+    """The destination of lines. Called in the writer's thread; raises OSError."""
 
     name: str
 
@@ -37,7 +37,7 @@ class Target(Protocol):
 
 
 class StreamTarget:
-    """A stream of somebody else's, such as stderr.
+    """An existing stream, such as stderr, which is not closed.
 
     If it is `shared` with other processes, lines of up to PIPE_BUF bytes stay whole in a pipe.
     """
@@ -54,25 +54,26 @@ class StreamTarget:
         if self._descriptor is None:
             self._stream.write(text)
         else:
-            # Past the stream's own lock: a thread stuck in it would hold up the loop's `print`.
+            # Bypass the stream's lock: a blocked thread would hold it against `print` on the event
+            # loop.
             for piece in _pieces(text) if self._shared else (text,):
                 _write_all(self._descriptor, piece)
 
     def reopen(self) -> None:
-        """A stream has no path."""
+        """A stream has no path to reopen."""
 
     def close(self) -> None:
-        """It is not ours."""
+        """The stream belongs to the caller."""
 
 
 class FileTarget:
-    """The end of a file, made if it is not there, readable by its owner and group.
+    """Appends to a file, created readable by owner and group if it does not exist.
 
-    One that was moved or removed is begun anew, so that any program may rotate it.
+    If the file is moved or removed, a new one is created, so that any program may rotate it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Makes its directory. Raises OSError if it cannot be opened."""
+        """Create the directory and open the file. Raises OSError."""
         self.name = str(path)
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ class FileTarget:
             return True
 
     def reopen(self) -> None:
-        """Go on in the file that has the name now. The old one stays open if that fails."""
+        """Open the file that has the path now. If that fails, the old file stays open."""
         opened = self._open()
         os.close(self._descriptor)
         self._descriptor = opened
@@ -103,7 +104,7 @@ class FileTarget:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Whole lines, together no longer than what a pipe takes without letting others in between."""
+    """Groups of whole lines, each at most the size that a pipe accepts atomically."""
     piece: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
@@ -122,14 +123,14 @@ def _write_all(descriptor: int, text: str) -> None:
         try:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:
-            # Whoever shares a terminal or pipe with us may have made it non-blocking.
+            # Another process that shares the terminal or pipe may have made it non-blocking.
             select.select([], [descriptor], [], 1.0)
 
 
 class LineWriter:
-    """A thread and the lines that wait for it. `close` ends it.
+    """A thread and its queue of lines. `close` ends it.
 
-    Of lines that are dropped a line among the others tells, made by `notice(count)`.
+    If lines are dropped, a line made by `notice(count)` reports it.
     """
 
     def __init__(self, target: Target, notice: Callable[[int], str]) -> None:
@@ -141,30 +142,30 @@ class LineWriter:
         self._failing = False
         self._gatherer = BackgroundWriter("log writer", LIMIT, self._write)
         self.put: Callable[[Entry], None] = self._gatherer.put
-        """Have a line written. Never waits, never raises; any thread may call it."""
+        """Queue a line. Never blocks, never raises; callable from any thread."""
 
     @property
     def dropped(self) -> int:
-        """Lines lost: there was no room for them, or they could not be written."""
+        """Lines lost because the queue was full or a write failed."""
         return self._gatherer.dropped + self._unwritten
 
     def hurry(self) -> None:
-        """Have the lines put so far written soon."""
+        """Write the queued lines soon."""
         self._gatherer.wake()
 
     def reopen(self) -> None:
-        """Open the file anew before the next line: it has been moved away."""
+        """Reopen the file before the next line, because it has been moved."""
         self._reopen = True
         self._gatherer.wake()
 
     def flush(self) -> bool:
-        """Wait for the lines put before, a second at most; False if that was not enough."""
+        """Wait up to a second for the queued lines; returns False on timeout."""
         return self._gatherer.flush()
 
     def close(self) -> bool:
-        """Write what waits; False if there was not enough time."""
+        """Write the queued lines; returns False on timeout."""
         if not self._gatherer.close():
-            return False  # stuck in a write: the target stays open
+            return False  # blocked in a write: the target stays open
         with contextlib.suppress(OSError):
             self.target.close()
         return True
@@ -205,7 +206,7 @@ class LineWriter:
 
 
 def _lines(entry: Entry) -> list[str]:
-    """The line of an entry, or none."""
+    """The line of an entry, or an empty list if it cannot be formatted."""
     if isinstance(entry, str):
         return [entry]
     make, of = entry

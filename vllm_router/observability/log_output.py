@@ -1,4 +1,4 @@
-"""Where the log and the access log go, and how that follows the configuration."""
+"""The destinations of log and access log, which follow the configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What the command line says, whatever `[log]` does; None for what it does not say."""
+    """Options of the command line that override `[log]`; None where the option is not given."""
 
     level: str | None = None
     form: str | None = None
@@ -26,7 +26,7 @@ class Overrides:
 
 
 class LineHandler(logging.Handler):
-    """Gives formatted records to a writer: what they refer to may change before it writes them."""
+    """Passes formatted records to a writer: their arguments may change before it writes them."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ class LineHandler(logging.Handler):
 class LogOutput:
     """Owns the writers and their threads; `close` ends them.
 
-    `access` is the Recorder that writes access lines; `form` is text or json. The log goes to
-    `file`, or else to `stream` (stderr). With `with_log` False somebody else has set up logging,
-    which is left alone: then only access lines go there. Where several processes of one router log
-    to the same place, `tag` says which this one is; no line is then torn apart by another's.
+    `access` is the recorder that writes access lines; `form` is text or json. The log goes to
+    `file`, or else to `stream` (stderr). With `with_log` False, another program has configured
+    logging, which is left alone: only access lines are written. If several processes log to the
+    same place, `tag` identifies this one, and lines stay whole.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LogOutput:
             logging.basicConfig(handlers=[self._handler], force=True)
 
     def apply(self, settings: LogSettings) -> None:
-        """Log as these settings say. Raises OSError, with nothing changed, if a file fails."""
+        """Apply new settings. Raises OSError, without any change, if a file cannot be opened."""
         overrides = self.overrides
         access = settings.access if overrides.access is None else overrides.access
         if access != self._target:
@@ -83,13 +83,13 @@ class LogOutput:
         self.form = self.access.form = overrides.form or settings.format
         if self._with_log:
             logs.adjust(self._handler, level, self.form, self._tag)
-        # A file of their own gets all access lines; among others they obey the level.
+        # In a separate file all access lines are logged; in the common log the level applies.
         alone = self._file is not None
         threshold = logging.getLevelNamesMapping()[level.upper()]
         self.access.threshold = logging.INFO if alone else threshold
 
     def follow(self, settings: LogSettings) -> None:
-        """`apply` for a reload: what cannot be done is logged, and the old output stays."""
+        """Apply the settings of a reload; an error is logged, and the old output stays."""
         try:
             self.apply(settings)
         except OSError as error:
@@ -113,11 +113,11 @@ class LogOutput:
             self._lost += before.dropped
 
     def flush(self) -> None:
-        """Wait until what has been logged is written, a second at most."""
+        """Wait up to a second until everything logged so far is written."""
         self._log.flush()
 
     def reopen(self) -> None:
-        """Open the files anew: they have been moved away."""
+        """Reopen the files, because they have been moved."""
         for writer in (self._log, self._file):
             if writer is not None:
                 writer.reopen()
@@ -129,7 +129,7 @@ class LogOutput:
         return self._lost + self._log.dropped + (self._file.dropped if self._file else 0)
 
     def close(self) -> None:
-        """Write what waits; what is logged afterwards goes straight to stderr."""
+        """Write the queued lines; later records go directly to stderr."""
         if self._with_log:
             logs.configure(form=self.form)
         self.access.writer = None

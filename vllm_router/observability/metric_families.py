@@ -1,4 +1,4 @@
-"""Every metric of the router: names, labels and meanings. docs/metrics.md is written from here."""
+"""All metrics of the router: names, labels and help texts. Source of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ RouterReading = Callable[[RouterState], float | None]
 
 
 def _of_workers(router: RouterState, figure: str, alone: float) -> float:
-    """A figure of the workers; `alone` where there are none beside this process."""
+    """The sum of a figure over the workers; `alone` in a router of one process."""
     value = router.elsewhere(figure)
     return alone if value is None else value
 
@@ -318,7 +318,7 @@ SUMMED = frozenset(
         "log_lines_dropped_total",
     )
 )
-"""Those of the router's figures that every process has a part of."""
+"""The router's own metrics to which every process contributes."""
 WORKER_METRICS: tuple[tuple[Family, str], ...] = (
     (
         _gauge("worker_connections", "Clients' connections, by worker process.", "worker"),
@@ -331,7 +331,7 @@ WORKER_METRICS: tuple[tuple[Family, str], ...] = (
     (_counter("worker_cpu_seconds", "CPU time, user and system, by worker.", "worker"), CPU),
     (_gauge("worker_resident_memory_bytes", "Resident memory, by worker.", "worker"), MEMORY),
 )
-"""Missing if there is but one process; with the name of the figure that a worker tells."""
+"""Only with several processes; each with the name of the worker's figure."""
 
 BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")

@@ -1,10 +1,10 @@
-"""The router's own metrics: what is counted, and the page that shows it.
+"""The router's counters and histograms, and the Prometheus page.
 
-An exchange costs one dictionary look-up and a few additions, all at its end; a chunk costs
-nothing. Gauges are read when the page is asked for.
+An exchange costs one dictionary look-up and a few additions at its end; a chunk costs nothing.
+Gauges are read when the page is rendered.
 
 The number of series is bounded: a model is a label only while the fleet lists it, and at most
-MAX_MODELS are; unknown paths are `other`; the series of a removed server are removed.
+MAX_MODELS are; unknown paths are `other`; series of removed servers are removed.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ from vllm_router.routing.paths import path_label
 MAX_MODELS = 100
 OTHER = "other"
 NONE = "none"
-"""The label of what an exchange did not have: no model named, no server tried."""
+"""The label value if no model was named or no server tried."""
 
 TURN = 0.001
-"""Seconds that a scrape may take before other tasks get their turn."""
+"""Seconds of a scrape after which other tasks get a turn."""
 
 _STATUSES = frozenset(HTTPStatus)
 
 
 class _Requests:
-    """One series of REQUESTS, and the histograms that its exchanges go to."""
+    """One series of REQUESTS, and the histograms that its exchanges update."""
 
     __slots__ = ("count", "duration", "first_token")
 
@@ -76,7 +76,7 @@ class _Requests:
 
 
 class _ServerSeries:
-    """Everything that is counted under one server's name."""
+    """All series of one server."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -102,10 +102,10 @@ class _ServerSeries:
 
 
 class Metrics:
-    """Counts, as a Recorder of the proxy, and renders.
+    """A recorder of the proxy that counts and renders.
 
-    `router` is attached by the application; without it the router's own gauges are missing.
-    `lag`, `feed_clients` and `feed_dropped` are written by the feed.
+    The application sets `router`; without it, the router's own gauges are missing. The feed sets
+    `lag`, `feed_clients` and `feed_dropped`.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -120,7 +120,7 @@ class Metrics:
         self._disconnects = Counters(DISCONNECTS)
         self._refusals = Counters(REFUSALS)
         self._keys: dict[str, Counters] = {}
-        # A counter that exists from the start shows its first event as a rise.
+        # A counter that exists from the start shows its first event as an increase.
         for outcome, rule in RULES.items():
             if rule.again is not Again.NO:
                 self._retries[outcome.value].value = 0
@@ -134,7 +134,7 @@ class Metrics:
     # -- counting -----------------------------------------------------------------------------
 
     def exchange_ended(self, record: Record) -> None:
-        """One look-up, then additions; a combination not seen before costs more, once."""
+        """One look-up, then additions; a new combination of labels costs more, once."""
         server = record.server
         series = self._series(server.name if server is not None else NONE)
         outcome = record.outcome
@@ -174,14 +174,14 @@ class Metrics:
         waits.observe(record.waited)
 
     def refused(self, code: str) -> None:
-        """A request was refused by its head alone, with one of the router's own codes."""
+        """Count a request that was rejected before an exchange began, by its error code."""
         self._refusals[code].value += 1
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         self._series(server.name).attempts[outcome.value].value += 1
 
     def transition(self, change: Transition) -> None:
-        """A server has changed its state."""
+        """Count a server's change of state."""
         self._series(change.server).transitions[change.new].value += 1
 
     def _series(self, name: str) -> _ServerSeries:
@@ -191,8 +191,10 @@ class Metrics:
         return series
 
     def _find_requests(self, series: _ServerSeries, record: Record) -> _Requests:
-        """The series of an exchange. Remembered by what the exchange says of itself only where
-        that is bounded: names and paths that clients invent must not fill the memory.
+        """The series of an exchange.
+
+        Only bounded label values are used as keys: names and paths that clients invent must not
+        fill the memory.
         """
         model, path = self._model_label(record.model), path_label(record.path)
         status = str(record.status)
@@ -225,9 +227,9 @@ class Metrics:
     # -- forgetting ---------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Drop the series of servers that have left, and of models if there are too many.
+        """Drop the series of removed servers, and models beyond the limit.
 
-        Called before each rendering and by the feed once a second.
+        Called before each rendering, and by the feed once a second.
         """
         names = {server.name for server in self._fleet.all_servers()}
         names.add(NONE)
@@ -244,7 +246,7 @@ class Metrics:
     # -- rendering ----------------------------------------------------------------------------
 
     async def page(self) -> bytes:
-        """The page for Prometheus. Other tasks get a turn after every TURN seconds."""
+        """The page for Prometheus. Yields to other tasks after every TURN seconds."""
         parts: list[str] = []
         began = perf_counter()
         for part in self.blocks():
@@ -256,7 +258,7 @@ class Metrics:
         return "".join(parts).encode()
 
     def blocks(self) -> Iterator[str]:
-        """The page in pieces, each small. Between two of them anything may be counted."""
+        """The page in small pieces. Counters may change between two pieces."""
         self.prune()
         all_series = list(self._servers.values())
         yield from self._counted(all_series)
@@ -297,7 +299,7 @@ class Metrics:
 
     def _server_gauges(self) -> Iterator[str]:
         now = trio.current_time()
-        # A removed server may still be leaving when its name is used again.
+        # A removed server may still be draining when its name is used again.
         named = {server.name: server for server in reversed(self._fleet.all_servers())}
         servers = list(named.values())
         all_series = [self._series(server.name) for server in servers]
@@ -320,7 +322,7 @@ class Metrics:
         yield from self._prefix_counters(servers)
 
     def _prefix_counters(self, servers: list[Server]) -> Iterator[str]:
-        """What was expected of prefix caches, and what the engines say has come true."""
+        """Expected prefix cache hits, and the hits that the engines report."""
         if self.router is None:
             return
         told_of = self.router.prefix_statistics
@@ -351,5 +353,5 @@ class Metrics:
 
 
 def _used(histograms: Mapping[str, Histogram]) -> list[str]:
-    """Those with observations; a model that only ever failed has none."""
+    """The histograms with observations; a model with only failures has none."""
     return [histogram.lines() for histogram in histograms.values() if histogram.used]

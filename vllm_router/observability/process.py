@@ -1,4 +1,4 @@
-"""What the router's own process costs."""
+"""Resource usage of the router's own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def cpu_seconds() -> float:
 
 
 def rss_bytes() -> int:
-    """Resident memory; 0 where the system does not tell (no Linux /proc)."""
+    """Resident memory; 0 if the system does not report it (no Linux /proc)."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * _PAGE

@@ -1,8 +1,7 @@
-"""The text format of Prometheus (version 0.0.4), written without building anything twice.
+"""The Prometheus text format (version 0.0.4) with precomputed labels.
 
-`prometheus_client` needs 22 ms for 32 servers with three histograms each, all of it between two
-chunks of every stream. Here a sample is an object that keeps its labels as text, so that a scrape
-costs one `str()` and one join per line.
+`prometheus_client` blocks the event loop for 22 ms with 32 servers and three histograms each. Here
+each sample keeps its labels as text, so that a scrape costs one `str()` and one join per line.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Kind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric: what it is called, what it counts, by which labels."""
+    """One metric: name, help text, labels."""
 
     name: str
     kind: Kind
@@ -49,7 +48,7 @@ class Family:
 
 
 def escape(value: str) -> str:
-    """A label value as it may stand between double quotes."""
+    """A label value, escaped for double quotes."""
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
@@ -58,7 +57,7 @@ def pairs_text(labels: Mapping[str, str]) -> str:
 
 
 class Counter:
-    """One sample that only rises: add to `value`."""
+    """One sample that only increases: add to `value`."""
 
     __slots__ = ("_key", "value")
 
@@ -71,7 +70,7 @@ class Counter:
 
 
 class Histogram:
-    """One distribution over fixed bounds."""
+    """One histogram with fixed bounds."""
 
     __slots__ = ("_bounds", "_counts", "_keys", "_sum", "_sum_key")
 
@@ -93,11 +92,11 @@ class Histogram:
 
     @property
     def used(self) -> bool:
-        """Whether anything has been observed."""
+        """True if anything has been observed."""
         return any(self._counts)
 
     def lines(self) -> str:
-        """All buckets, cumulated, then count and sum."""
+        """The cumulative buckets, then count and sum."""
         total = 0
         parts = []
         keys = iter(self._keys)
@@ -109,7 +108,7 @@ class Histogram:
 
 
 class Counters(dict[str, Counter]):
-    """Counters of one family by the last label, each made when it is first looked up."""
+    """The counters of one family by the last label, created on first access."""
 
     def __init__(self, family: Family, *values: str) -> None:
         super().__init__()

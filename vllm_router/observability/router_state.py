@@ -1,4 +1,4 @@
-"""The router as its metrics, feed and pages read it; the supervisor implements the protocol."""
+"""The view of the router for metrics, feed and control plane; the supervisor implements it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
     "rss_bytes",
     "lag",
 )
-"""Names of figures that worker processes tell."""
+"""Names of the figures that worker processes report."""
 
 
 class RouterState(Protocol):
-    """The parts are the supervisor's; `started_at` is on trio's clock; `tls` and `resolver`
-    are for the servers."""
+    """`started_at` is on Trio's clock; `tls` and `resolver` are used for servers."""
 
     fleet: Fleet
     proxy: Proxy
@@ -72,5 +71,5 @@ class RouterState(Protocol):
 
 
 def wall_offset() -> float:
-    """What to add to a time of trio's clock to get Unix time, in seconds."""
+    """The offset from Trio's clock to Unix time, in seconds."""
     return time.time() - trio.current_time()

@@ -1,4 +1,4 @@
-"""Rates and percentiles over the last seconds. Pure: time is an argument, in seconds."""
+"""Rates and percentiles over a sliding window. Pure: time is an argument, in seconds."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Seconds: TypeAlias = Annotated[float, Meta(title="seconds")]
 _GROWTH = 1.05
 _LOG_GROWTH = math.log(_GROWTH)
 _SMALLEST = 1e-5
-"""Seconds; whatever is shorter counts as this."""
+"""Seconds; shorter durations are counted as this."""
 
 
 STEP = 2.0
-"""Seconds by which the window moves."""
+"""Seconds by which the window advances."""
 
 
 def bucket_of(seconds: float) -> int:
-    """The bucket that a duration is counted in; they grow by 5 %."""
+    """The bucket of a duration; bucket bounds grow by 5 %."""
     return int(math.log(seconds / _SMALLEST) / _LOG_GROWTH) if seconds > _SMALLEST else 0
 
 
 def step_of(now: float) -> int:
-    """The step of the window that a moment lies in."""
+    """The window step that contains a moment."""
     return int(now / STEP)
 
 
 class Percentiles(msgspec.Struct, frozen=True, gc=False):
-    """Durations of the last minute, each exact to 2.5 %."""
+    """Percentiles of the durations of the last minute, each exact to 2.5 %."""
 
     p50: Seconds
     p95: Seconds
@@ -42,10 +42,10 @@ class Percentiles(msgspec.Struct, frozen=True, gc=False):
 
 
 class SlidingPercentiles:
-    """The distribution of the durations seen in the last `window` seconds.
+    """The distribution of the durations of the last `window` seconds.
 
-    They are counted in buckets, so memory and time do not depend on how many there were. Buckets
-    and steps are arguments because several distributions take in the same durations.
+    Durations are counted in buckets, so that memory and time do not depend on their number. Buckets
+    and steps are arguments because several distributions share them.
     """
 
     def __init__(self, window: float = 60.0) -> None:
@@ -56,7 +56,7 @@ class SlidingPercentiles:
         self._stale = False
 
     def add(self, bucket: int, step: int) -> None:
-        """Take one duration in; O(1). Steps ascend; an earlier one counts as the last."""
+        """Add one duration; O(1). Steps ascend; an earlier one counts as the last."""
         steps, total = self._steps, self._total
         if not steps or steps[-1][0] < step:
             self._expire(step)
@@ -67,7 +67,7 @@ class SlidingPercentiles:
         self._stale = True
 
     def read(self, now: float) -> Percentiles | None:
-        """What the window holds now; None if it is empty. O(buckets in use), at most 500."""
+        """The percentiles of the window; None if it is empty. O(buckets in use), at most 500."""
         self._expire(step_of(now))
         if self._stale:
             self._answer, self._stale = self._compute(), False
@@ -103,9 +103,10 @@ class SlidingPercentiles:
 
 
 class Rate:
-    """How fast a counter rises, from readings of it over the last `window` seconds.
+    """The rate of a counter, from its values over the last `window` seconds.
 
-    A counter that falls has begun anew (its server was restarted): earlier readings are dropped.
+    A decrease means that the counter was reset (its server has restarted): earlier values are
+    dropped.
     """
 
     def __init__(self, window: float = 5.0) -> None:
@@ -113,23 +114,23 @@ class Rate:
         self._readings: deque[tuple[float, float]] = deque()
 
     def observe(self, total: float, now: float) -> None:
-        """A reading of the counter; times ascend."""
+        """Add a value of the counter; times ascend."""
         readings = self._readings
         if readings and total < readings[-1][1]:
             readings.clear()
         readings.append((now, total))
-        # The oldest one kept is just outside the window, so that the whole window is covered.
+        # Keep one value just outside the window, so that the whole window is covered.
         while len(readings) > 2 and readings[1][0] <= now - self._window:
             readings.popleft()
 
     @property
     def rise(self) -> float:
-        """By how much the counter has risen within the window."""
+        """The increase within the window."""
         return self._readings[-1][1] - self._readings[0][1] if self._readings else 0.0
 
     @property
     def per_second(self) -> float:
-        """0 until there are two readings."""
+        """0 until there are two values."""
         readings = self._readings
         if len(readings) < 2 or readings[-1][0] <= readings[0][0]:
             return 0.0
@@ -137,9 +138,9 @@ class Rate:
 
 
 class Ratio:
-    """The share that one counter's rise has in another's, over the last `window` seconds.
+    """The ratio of one counter's increase to another's, over the last `window` seconds.
 
-    While neither rises, the share over the counters' lifetime; None before both are known.
+    While neither increases, the ratio over the counters' lifetime; None before both are known.
     """
 
     def __init__(self, window: float = 60.0) -> None:

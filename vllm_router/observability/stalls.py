@@ -1,8 +1,8 @@
-"""Notices when the event loop stands still, measures it, and says what ran meanwhile.
+"""Detects stalls of the event loop, measures them, and logs the code that caused them.
 
-How long a turn of the loop takes is how long every client waits for its turn: the hub of the
-connections measures it. A thread looks at the stack of the loop's thread while a turn is long, for
-afterwards nothing shows what took so long.
+The duration of a turn of the event loop is the delay of every client: the hub of the connections
+measures it. A thread samples the stack of the event loop's thread during a long turn, because
+afterwards nothing shows the cause.
 """
 
 from __future__ import annotations
@@ -24,37 +24,40 @@ from vllm_router.http.io.turns import LONG, Turns
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1
-"""Seconds between two looks of the thread. One that finds a turn under way comes back once that is
-LONG, so a stall of LOOK_EVERY + LONG is always seen. Each look costs some 30 µs."""
+"""Seconds between two samples.
+
+A sample during a turn is repeated once the turn is LONG, so that a stall of LOOK_EVERY + LONG is
+always seen. Each sample costs about 30 µs.
+"""
 
 LOOK_SELDOM = 0.5
-"""The same after a look that found no turn since the one before: an idle router."""
+"""The interval after a sample without any turn since the previous one: an idle router."""
 
 HANG = 5.0
-"""Seconds after which a stall is logged while it lasts: it may never end."""
+"""Seconds after which a stall is logged while it lasts, because it may never end."""
 
 QUIET = 60.0
-"""Seconds between two log lines, unless a stall is longer than the last one that was logged."""
+"""Seconds between two log lines, unless a stall is longer than the last logged one."""
 
 WINDOW = 10.0
-"""Seconds for which `LagWatch` remembers a delay."""
+"""Seconds for which `LagWatch` keeps a delay."""
 
 FRAMES = 8
-"""Frames of the stack in a log line, the innermost first."""
+"""Stack frames in a log line, the innermost first."""
 
 _SKIPPED = ("-packages/trio/", "-packages/outcome/")
 
 
 class LagWatch:
-    """The longest delay within the last WINDOW seconds; `source` gives the longest since it was
-    asked last."""
+    """The longest delay within the last WINDOW seconds; `source` returns the longest since its last
+    call."""
 
     def __init__(self) -> None:
         self.source: Callable[[], float] | None = None
         self._seen: deque[tuple[float, float]] = deque()
 
     def add(self, lag: float, now: float) -> None:
-        """Note a delay. Those that a later one exceeds are dropped: the first is the longest."""
+        """Add a delay. Earlier, shorter ones are dropped, so that the first is the longest."""
         seen = self._seen
         while seen and seen[-1][1] <= lag:
             seen.pop()
@@ -72,10 +75,10 @@ class LagWatch:
 
 
 class StallMonitor:
-    """Watches the loop in which `run` runs.
+    """Watches the event loop in which `run` runs.
 
-    `count` and `seconds` are the number of stalls and their total length since the start; `lag`
-    has the worst recent delay, stall or not.
+    `count` and `seconds` are the number of stalls and their total duration since the start; `lag`
+    has the longest recent delay, stall or not.
     """
 
     def __init__(self) -> None:
@@ -111,7 +114,10 @@ class StallMonitor:
             watchdog.join()
 
     def _stalled(self, lag: float) -> None:
-        """The loop goes on after a stall of `lag` seconds. Between tasks; must not raise."""
+        """The event loop continues after a stall of `lag` seconds.
+
+        Called between tasks; must not raise.
+        """
         now, computed = time.monotonic(), time.thread_time() - self._computed
         self.count += 1
         self.seconds += lag
@@ -141,8 +147,7 @@ class StallMonitor:
         while not stop.wait(pause):
             number, lasts = turns.number, time.monotonic() - turns.began
             if lasts < LONG:
-                # No turn, or a short one: what it has computed before the next look may be that of
-                # a long one.
+                # No turn, or a short one: CPU time until the next sample may belong to a long turn.
                 self._computed = time.clock_gettime(clock)
                 pause = LONG - lasts if lasts > 0 else LOOK_EVERY
                 if number == last and lasts < 0:
@@ -164,7 +169,7 @@ class StallMonitor:
 
 def _stack_of(thread: int) -> str:
     """The innermost frames of a thread, as `file:line function`, separated by ` < `."""
-    # There is no other way to see what a thread runs; documented for exactly this use.
+    # The only way to see what another thread runs; documented for this use.
     frame: FrameType | None = sys._current_frames().get(thread)
     shown: list[str] = []
     while frame is not None and len(shown) < FRAMES:

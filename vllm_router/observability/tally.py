@@ -1,4 +1,4 @@
-"""What the feed keeps of each server, and of all together, to tell rates and percentiles. Pure."""
+"""Totals, rates and percentiles per server and for the fleet, for the feed. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_router.routing.server_estimate import PrefixStatistics
 
 
 class Sample(NamedTuple):
-    """What of one exchange is counted, worked out once for all tallies; buckets or -1."""
+    """The counted values of one exchange, computed once for all tallies; -1 means absent."""
 
     chunks: int
     step: int
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 
 
 def sample_of(record: Record) -> Sample:
-    """Time to first token is that of streams that began; duration that of complete answers."""
+    """Time to first token of streams that began; duration of complete responses."""
     now, started = record.ended_at, record.started_at
     first = record.first_byte_at
     ttft = duration = -1
@@ -42,7 +42,10 @@ def sample_of(record: Record) -> Sample:
 
 
 class Tally:
-    """Totals since the start, and windows over them. Memory does not depend on the traffic."""
+    """Totals since the start, and sliding windows over them.
+
+    Memory does not depend on the traffic.
+    """
 
     def __init__(self) -> None:
         self.requests = 0
@@ -59,7 +62,7 @@ class Tally:
         self._expected = Ratio()
 
     def ended(self, sample: Sample) -> None:
-        """An exchange has ended; a few additions."""
+        """Add a finished exchange; a few additions."""
         chunks, step, ttft, duration = sample
         self.requests += 1
         self.chunks += chunks
@@ -69,18 +72,18 @@ class Tally:
             self._duration.add(duration, step)
 
     def read(self, now: float, live_chunks: int) -> None:
-        """Read the totals for the rates; `live_chunks` are those of exchanges still running."""
+        """Update the rates; `live_chunks` counts the chunks of running exchanges."""
         self._requests_rate.observe(self.requests, now)
         self._errors_rate.observe(self.errors, now)
         self._chunks_rate.observe(self.chunks + live_chunks, now)
 
     def read_expected(self, found: PrefixStatistics | None, now: float) -> None:
-        """Read what the policies expected of its prefix cache."""
+        """Read the expected hits of the server's prefix cache."""
         if found is not None:
             self._expected.observe(found.expected_tokens, found.prompt_tokens, now)
 
     def read_engine(self, metrics: EngineMetrics | None, now: float) -> None:
-        """Read the engine's own counters, as far as it exports them."""
+        """Read the engine's own counters, where it exports them."""
         if metrics is None:
             return
         if metrics.generation_tokens is not None:
@@ -138,7 +141,7 @@ def _rounded(window: SlidingPercentiles, now: float) -> Percentiles | None:
 
 
 def failed(record: Record) -> bool:
-    """Whether an exchange ended in an error that was not the client's."""
+    """True if an exchange failed through no fault of the client."""
     outcome = record.outcome
     if outcome is None:
         return record.status >= 500
@@ -146,7 +149,7 @@ def failed(record: Record) -> bool:
 
 
 class Tallies:
-    """One tally for each server that there is, and one for the whole."""
+    """One tally per server, and one for the fleet."""
 
     def __init__(self) -> None:
         self.total = Tally()
@@ -159,7 +162,7 @@ class Tallies:
         return tally
 
     def exchange_ended(self, record: Record) -> None:
-        """An error in the total is an exchange that failed, whoever's fault it was."""
+        """In the fleet's tally, an error is a failed exchange, whatever the cause."""
         sample = sample_of(record)
         self.total.ended(sample)
         if failed(record):
@@ -168,7 +171,7 @@ class Tallies:
             self.of(record.server).ended(sample)
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        """An error of a server is an attempt that failed by its fault, retried or not."""
+        """In a server's tally, an error is a failed attempt that counts against it."""
         if RULES[outcome].blames:
             self.of(server).errors += 1
 
@@ -179,9 +182,9 @@ class Tallies:
         expected: Callable[[Server], PrefixStatistics | None] | None,
         now: float,
     ) -> Iterator[None]:
-        """Read every counter that has a rate. `running` are the records of live exchanges.
+        """Update all rates. `running` are the records of live exchanges.
 
-        A generator: it stops after each server, so that the caller may let others run.
+        A generator that yields after each server, so that the caller can let other tasks run.
         """
         live: dict[Server | None, int] = {}
         for record in running:
@@ -197,6 +200,6 @@ class Tallies:
             yield
 
     def keep(self, servers: Collection[Server]) -> None:
-        """Forget all others."""
+        """Drop the tallies of all other servers."""
         for server in self._of.keys() - set(servers):
             del self._of[server]

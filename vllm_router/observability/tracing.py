@@ -1,10 +1,10 @@
-"""Spans for distributed tracing, with the extra `otel`: one per exchange, one per attempt.
+"""Distributed tracing (extra `otel`): one span per exchange, one per attempt.
 
-On the loop only ids are made (W3C Trace Context, https://www.w3.org/TR/trace-context/) and times
-noted; spans are built and exported by threads. Attributes follow OpenTelemetry's conventions for
-HTTP and for generative AI; of prompts and answers they hold nothing but sizes.
+The event loop only generates ids (W3C Trace Context, https://www.w3.org/TR/trace-context/) and
+notes times; threads build and export the spans. Attributes follow OpenTelemetry's conventions for
+HTTP and generative AI; of prompts and responses they contain only sizes.
 
-Without the extra, or where nothing asks for spans, no exchange pays anything.
+Without the extra, or if tracing is not enabled, exchanges have no extra cost.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 LIMIT = 5_000
-"""Exchanges whose spans wait to be built."""
+"""Queued exchanges whose spans are not built yet."""
 
 CLOSE_TIME = 3.0
-"""Seconds that the last spans have to be exported at the end."""
+"""Seconds to export the last spans at the end."""
 
 LONGEST = 256
 
@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def running(settings: LogSettings) -> Iterator[Telemetry | None]:
-    """`start`, closed at the end."""
+    """The result of `start`, closed at the end."""
     telemetry = start(settings)
     try:
         yield telemetry
@@ -72,9 +72,9 @@ def running(settings: LogSettings) -> Iterator[Telemetry | None]:
 
 
 def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Telemetry | None:
-    """Export spans as the environment says (OTLP over HTTP), if it or `settings` asks for them.
+    """Export spans as the environment says (OTLP over HTTP), if it or `settings` enables tracing.
 
-    The caller closes what it gets. None, and a warning, if the extra is not installed.
+    The caller closes the result. Returns None, with a warning, if the extra is not installed.
     """
     environ = os.environ if environ is None else environ
     asked = settings.otel or any(environ.get(name) for name in _ASKING)
@@ -103,7 +103,7 @@ def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Te
 
 
 class _Attempt:
-    """One attempt: its span is made when the exchange has ended."""
+    """One attempt; its span is built when the exchange has ended."""
 
     __slots__ = ("began", "ended", "outcome", "server", "span_id", "status")
 
@@ -115,7 +115,7 @@ class _Attempt:
 
 
 class ExchangeTrace:
-    """What is noted of one exchange; a `Trace` of its record."""
+    """Notes of one exchange; the `Trace` of its record."""
 
     __slots__ = ("_ids", "_own", "attempts", "parent", "replaced", "response_model", "sampled")
 
@@ -125,7 +125,7 @@ class ExchangeTrace:
         """`own` are the ids of the trace and of the exchange's span."""
         self._ids, self._own = ids, own
         self.parent, self.sampled = parent, sampled
-        # Without a parent the client's state has no meaning.
+        # `tracestate` has no meaning without a valid parent.
         self.replaced = _WITH_PARENT if parent is not None else _WITHOUT_PARENT
         self.attempts: list[_Attempt] = []
         self.response_model: str | None = None
@@ -135,7 +135,7 @@ class ExchangeTrace:
         return f"{self._own[0]:032x}"
 
     def attempt_started(self, server: Server, now: float) -> bytes:
-        """The `traceparent` that makes the server's spans children of this attempt's."""
+        """The `traceparent` that makes the server's spans children of this attempt's span."""
         span_id = _new_id(self._ids, 64)
         self.attempts.append(_Attempt(server, span_id, now))
         return b"00-%032x-%016x-%02x" % (self._own[0], span_id, _SAMPLED if self.sampled else 0)
@@ -148,7 +148,7 @@ class ExchangeTrace:
         self.attempts[-1].status = status
 
     def tail(self, tail: bytes) -> None:
-        """Read the name under which the engine answered."""
+        """Read the model name from the engine's response."""
         found = _RESPONSE_MODEL.search(tail)
         if found is not None:
             self.response_model = found[1].decode("utf-8", "replace")
@@ -159,13 +159,13 @@ _WITHOUT_PARENT = frozenset({b"traceparent", b"tracestate"})
 
 
 class Telemetry:
-    """The Tracer of the proxy, and a Recorder. Owns `provider`; `close` ends both."""
+    """The tracer of the proxy, and a recorder. Owns `provider`; `close` ends both."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.sdk.trace.id_generator import IdGenerator
 
         class Preset(IdGenerator):
-            """The ids that were made on the loop. Used in one thread alone."""
+            """Returns the ids generated on the event loop. Used in one thread."""
 
             trace_id = span_id = 0
 
@@ -185,7 +185,7 @@ class Telemetry:
     # -- on the loop --------------------------------------------------------------------------
 
     def begin(self, fields: dict[bytes, bytes]) -> ExchangeTrace:
-        """Go on with the client's trace, or begin one."""
+        """Continue the client's trace, or begin a new one."""
         from opentelemetry.sdk.trace.sampling import Decision
 
         given = fields.get(b"traceparent")
@@ -196,18 +196,18 @@ class Telemetry:
         return ExchangeTrace(self._ids, own, parent, sampled=decision is Decision.RECORD_AND_SAMPLE)
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        """Told by the trace."""
+        """The trace contains the attempts."""
 
     def exchange_ended(self, record: Record) -> None:
-        """Hand the exchange to the thread; it is not changed any more."""
+        """Queue the exchange; its record must not change afterwards."""
         trace = record.trace
         if isinstance(trace, ExchangeTrace) and trace.sampled:
             self._gatherer.put((time() - trio.current_time(), record, trace))
 
     def close(self) -> None:
-        """Build and export what waits, within CLOSE_TIME."""
+        """Build and export the queued spans, within CLOSE_TIME."""
         self._gatherer.close()
-        # Exporting to a host that does not answer would take its own time.
+        # Exporting to a host that does not respond has no shorter timeout.
         last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         last.start()
         last.join(CLOSE_TIME)
@@ -262,7 +262,7 @@ def _new_id(ids: Random, bits: int) -> int:
 
 
 def _parent(given: bytes, state: bytes | None) -> Context | None:
-    """The client's span, if its `traceparent` is valid (section 3.2); its `tracestate` with it."""
+    """The client's span if its `traceparent` is valid (section 3.2), with its `tracestate`."""
     from opentelemetry.context import Context
     from opentelemetry.trace import (
         NonRecordingSpan,
@@ -298,7 +298,7 @@ def _known(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exchange_attributes(record: Record, route: str) -> dict[str, Any]:
-    """Of a server's span (HTTP conventions)."""
+    """Attributes of a server span (HTTP conventions)."""
     wrong = failed(record) or record.status >= 500
     return _known(
         {
@@ -321,7 +321,7 @@ def _exchange_attributes(record: Record, route: str) -> dict[str, Any]:
 
 
 def _attempt_attributes(record: Record, trace: ExchangeTrace, number: int) -> dict[str, Any]:
-    """Of a client's span (HTTP and GenAI conventions); usage is that of the last attempt."""
+    """Attributes of a client span (HTTP and GenAI conventions); usage of the last attempt."""
     attempt = trace.attempts[number]
     url = urlsplit(attempt.server.url)
     last = number == len(trace.attempts) - 1

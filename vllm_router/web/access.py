@@ -1,9 +1,9 @@
-"""Who may change something. Pure.
+"""Authorization of administrators. Pure.
 
-With an admin key, its holder. Without one, the user who runs the router: that is proven by the
-Unix socket (`own_machine`), or by a key that the page got from it (`sessions`). An address proves
-nothing: a proxy or a port forward on this machine has a loopback address for every client. None of
-the proofs is one that a browser adds by itself, so no page of another site can borrow it.
+With an admin key, its holder is an administrator. Without one, the user who runs the router is,
+proven by the Unix socket (`own_machine`) or by a key that the page got through it (`sessions`). An
+address proves nothing: behind a proxy or port forward on this machine, every client has a loopback
+address. A browser adds none of these proofs by itself, so no other site's page can use them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_router.proxy.identity import Identity
 
 
 def is_loopback(client: str | None) -> bool:
-    """Whether an address is one of this machine's own; None is a Unix socket or a test."""
+    """True for an address of this machine; None is a Unix socket or a test."""
     if client is None:
         return False
     try:
@@ -28,7 +28,7 @@ def is_loopback(client: str | None) -> bool:
 
 
 def is_local_name(host: str | None, machine: str) -> bool:
-    """Whether `host` (with or without a port) is an address, localhost, or the machine's name."""
+    """True if `host` (with or without port) is an address, localhost, or the machine's name."""
     try:
         name = urlsplit(f"//{host or ''}").hostname or ""
     except ValueError:
@@ -42,7 +42,7 @@ def is_local_name(host: str | None, machine: str) -> bool:
 
 
 def check_admin(identity: Identity, *, has_admin_key: bool) -> None:
-    """Raises Refused unless this is an administrator."""
+    """Raise Refused unless the identity is an administrator."""
     if identity.admin:
         return
     if has_admin_key:
@@ -56,7 +56,7 @@ def check_admin(identity: Identity, *, has_admin_key: bool) -> None:
 
 
 def unauthorized(identity: Identity) -> Refused:
-    """401; the same for every key that does not do, whatever it is."""
+    """401, with the same text for every unsuitable key."""
     if identity.given:
         return Refused(401, "invalid_api_key", "The API key is not valid for this.")
     return Refused(

@@ -1,4 +1,4 @@
-"""What an administrator may do: drain, undrain, reload."""
+"""Administration: drain, undrain, reload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_router.web.status import reload_state, state_of
 
 
 def server_view(server: Server, router: Router) -> dict[str, Any]:
-    """One server as `/admin/servers` shows it; `in_flight` falls to 0 as it drains."""
+    """One server as `/admin/servers` shows it; `in_flight` falls to 0 during a drain."""
     return {
         **state_of(server, router, trio.current_time()),
         "leaving": router.fleet.servers.get(server.name) is not server,
@@ -31,7 +31,7 @@ def servers_view(router: Router) -> dict[str, Any]:
 
 
 def find(router: Router, name: str) -> Server:
-    """The server of that name, one that leaves included. Raises Refused."""
+    """The server with this name, including servers that are being removed. Raises Refused."""
     for server in router.fleet.all_servers():
         if server.name == name:
             return server
@@ -40,7 +40,7 @@ def find(router: Router, name: str) -> Server:
 
 
 def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
-    """Take a server out of the rotation, or back in; doing it twice changes nothing."""
+    """Drain a server or take it back. Idempotent."""
     server = router.drain_server(name, on)
     if server is None:
         leaving = find(router, name)
@@ -53,7 +53,7 @@ def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
 
 
 async def reload(router: Router) -> dict[str, Any]:
-    """Read the configuration file now. Raises Refused with what is wrong in it."""
+    """Read the configuration file now. Raises Refused with the problems found in it."""
     if router.reloader is None:
         raise Refused(
             409, "no_config_file", "The servers came from the command line: nothing to reload."

@@ -1,4 +1,4 @@
-"""How the control plane answers: JSON, and errors in OpenAI's shape marked as the router's own."""
+"""Responses of the control plane: JSON, and errors in OpenAI's format with the router's marks."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _CODES = {
 
 
 def json(value: Any, status: int = 200) -> Response:
-    """`value` as msgspec writes it; never to be cached."""
+    """A JSON response that must not be cached."""
     response = Response(msgspec.json.encode(value), status, content_type="application/json")
     response.headers["cache-control"] = "no-store"
     return response
 
 
 def scope() -> dict[str, Any]:
-    """The ASGI scope of the request or websocket that is being served."""
+    """The ASGI scope of the current request or websocket."""
     current: Any = websocket.scope if has_websocket_context() else request.scope
     return dict(current)
 
 
 def fields() -> dict[str, str]:
-    """Its header fields, names in lower case, repeated ones joined as RFC 9110 5.2 says."""
+    """Its headers, names in lower case; repeated headers are joined (RFC 9110 5.2)."""
     found: dict[str, str] = {}
     for name, value in scope()["headers"]:
         key, text = name.decode("latin-1"), value.decode("latin-1")
@@ -51,19 +51,19 @@ def fields() -> dict[str, str]:
 
 
 def client() -> str | None:
-    """Its peer's address."""
+    """The address of the client."""
     peer = scope().get("client")
     return str(peer[0]) if peer else None
 
 
 async def body() -> bytes:
-    """The request's body. Too large or too slow a one is an HTTPException."""
+    """The request's body. A body too large or too slow is an HTTPException."""
     data: Any = await request.get_data(as_text=False)
     return bytes(data)
 
 
 def refusal(refused: Refused) -> Response:
-    """The answer to a request that is refused."""
+    """The response for a rejected request."""
     identifier = fields().get("x-request-id", "").encode("latin-1")
     start, last = refusal_messages(refused, request_id(identifier), path=_raw_path())
     response = Response(last["body"], refused.status)
@@ -78,7 +78,7 @@ def _raw_path() -> bytes:
 
 
 def install_errors(app: QuartTrio) -> None:
-    """Answer whatever a handler raises."""
+    """Convert every exception of a handler to an error response."""
 
     @app.errorhandler(Refused)
     async def refused(error: Refused) -> Response:
@@ -90,13 +90,13 @@ def install_errors(app: QuartTrio) -> None:
 
     @app.errorhandler(Exception)
     async def defect(error: Exception) -> Response:
-        # The user gets no traceback, the log does: a defect of ours ends one request only.
+        # The traceback goes to the log only; a defect ends one request, not the router.
         logger.error("request for %s failed", scope()["path"], exc_info=error)
         return refusal(Refused(500, "internal_error", "The router failed to answer."))
 
 
 def _http_error(error: HTTPException) -> Response:
-    """What Quart and Werkzeug raise: unknown paths, wrong methods, too large bodies."""
+    """Errors of Quart and Werkzeug: unknown paths, wrong methods, too large bodies."""
     status = error.code or 500
     if isinstance(error, WebsocketMismatch):
         return refusal(_wrong_protocol())
@@ -109,7 +109,7 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def not_served(current: Mapping[str, Any]) -> Refused:
-    """404 for a path that has no method here, 405 for an inference path with another method."""
+    """404 for an unknown path, 405 for an inference path with another method."""
     path, raw = current["path"], current.get("raw_path") or b""
     if current["type"] == "websocket":
         return Refused(
@@ -142,7 +142,7 @@ def _not_allowed(methods: Sequence[str]) -> Refused:
 
 
 def _wrong_protocol() -> Refused:
-    """For a websocket at a path of pages, or a plain request at the path of the feed."""
+    """For a websocket at a plain path, or a plain request at the feed's path."""
     current = scope()
     if current["type"] == "websocket":
         return not_served(current)

@@ -1,4 +1,4 @@
-"""The control plane as a Quart application: everything that is not inference."""
+"""The control plane as a Quart application: all paths except inference."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from vllm_router.web.router import Router
 from vllm_router.web.sessions import CODE_SECONDS, SESSION_SECONDS
 
 MAX_BODY = 1024 * 1024
-"""Bytes of a request to the control plane."""
+"""Largest request body of the control plane in bytes."""
 
 BODY_TIMEOUT = 10.0
 FEED_STALL_TIMEOUT = 20.0
-"""Seconds in which a client of the feed must take a message, or it is sent away."""
+"""Seconds for a client of the feed to take a message before it is disconnected."""
 
 SHOWN_DECISIONS = 100
-"""Decisions shown unless `limit` asks for more."""
+"""Default of `limit` for decisions."""
 
 MAX_DIGITS = 9
-"""Of `limit`: enough to ask for all."""
+"""Digits of `limit`: enough for all decisions."""
 
 
 class Wired(Router, Protocol):
@@ -54,26 +54,26 @@ class Wired(Router, Protocol):
 
 
 class _SignIn(msgspec.Struct):
-    """What the page sends: the code of its URL."""
+    """The body of the page's sign-in: the code from its URL."""
 
     code: str
 
 
 class AnyName(BaseConverter):
-    """A server's or model's name in a path, whatever it contains: `gpu-1:8081/prefix`."""
+    """A server or model name in a path, with any characters: `gpu-1:8081/prefix`."""
 
     regex = ".+?"
     part_isolating = False
 
 
 class ServerName(AnyName):
-    """The same, where what may be done with a server follows its name."""
+    """A server name that is followed by an action."""
 
     regex = r".+?(?<!/drain)(?<!/undrain)"
 
 
 def make_app(router: Wired) -> App:
-    """The application for one router. `router.metrics` and `router.feed` get to know it."""
+    """The application of one router. Sets `router` of its metrics and its feed."""
     router.metrics.router = router.feed.router = router
     app = QuartTrio(__name__, static_folder=None, template_folder=None)
     app.config["RESPONSE_TIMEOUT"] = None
@@ -99,7 +99,7 @@ def make_app(router: Wired) -> App:
 
 
 def _with_request_id(response: Response) -> Response:
-    """Every answer can be named, not only those of inference requests."""
+    """Add the request id to every response, not only to those of inference."""
     if "x-request-id" not in response.headers:
         given = request.headers.get("x-request-id", "")
         response.headers["x-request-id"] = request_id(given.encode("latin-1")).decode()
@@ -130,7 +130,7 @@ def _openai(app: QuartTrio, router: Wired) -> None:
 
 
 def _cards(router: Wired) -> list[dict[str, Any]]:
-    """The models that the client may know of."""
+    """The models that the client may use."""
     return visible(router.fleet.model_cards(), identity_of(answers.scope()).key)
 
 
@@ -138,7 +138,7 @@ def _cards(router: Wired) -> list[dict[str, Any]]:
 
 
 def _may_read() -> bool:
-    """Whether a path that everybody may ask may tell all it knows."""
+    """True if a public path may include data for authorized clients."""
     return bool(answers.scope().get(MAY_READ, True))
 
 
@@ -262,7 +262,7 @@ def _feed(app: QuartTrio, router: Wired) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_ignore_input)
                 while (text := await mailbox.get()) is not None:
-                    # Over HTTP/1.1 the kernel ends a connection that is stalled for as long.
+                    # Over HTTP/1.1 the kernel closes a stalled connection after the same time.
                     with trio.fail_after(FEED_STALL_TIMEOUT):
                         await websocket.send(text)
                         missed = mailbox.take_missed()
@@ -271,7 +271,7 @@ def _feed(app: QuartTrio, router: Wired) -> None:
                 await websocket.close(1001, "the router is shutting down")
                 nursery.cancel_scope.cancel(reason="feed closed")
         except* trio.TooSlowError:
-            pass  # it has left without saying so, or might as well have
+            pass  # the client has disconnected without a close frame
         finally:
             router.feed.unsubscribe(mailbox)
 
@@ -284,7 +284,7 @@ def _feed(app: QuartTrio, router: Wired) -> None:
 
 
 async def _ignore_input() -> None:
-    """Unread input would fill Quart's queue, and the client's leaving would not be seen."""
+    """Read and discard messages: unread input would hide that the client has disconnected."""
     while True:
         await websocket.receive()
 
@@ -293,7 +293,7 @@ async def _ignore_input() -> None:
 
 
 def _check_admin(router: Router) -> None:
-    """By what the guard has found. Raises Refused."""
+    """Raise Refused unless the guard has found an administrator."""
     identity = identity_of(answers.scope())
     check_admin(identity, has_admin_key=router.guard.keyring.has_admin)
 

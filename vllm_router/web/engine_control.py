@@ -1,7 +1,6 @@
-"""Engine control paths (`/sleep`, `/v1/load_lora_adapter`, …) passed on to the servers.
+"""Engine control paths (`/sleep`, `/v1/load_lora_adapter`, …), forwarded to the servers.
 
-They reach the control plane only if `allow_engine_control` is on; the application refuses them
-otherwise.
+The dispatcher rejects them unless `allow_engine_control` is enabled.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ from vllm_router.web.router import Router
 
 PASSED_ON = ("content-type", "accept", "authorization")
 MAX_ANSWER = 1024 * 1024
-"""Bytes of an answer."""
+"""Largest response in bytes."""
 
 MAX_VALUES = 60_000
-"""JSON values of an answer that is decoded; one with more is passed on as text."""
+"""JSON values of a response that is decoded; a larger one is returned as text."""
 
 MAX_DEPTH = 64
-"""How deeply these may be nested."""
+"""Deepest nesting of a response that is decoded."""
 
 
 async def control(
     router: Router, method: str, path: str, query: bytes, headers: Mapping[str, str], body: bytes
 ) -> tuple[int, dict[str, Any]]:
-    """Ask every server, or the one that `server=NAME` in the query names, all at once.
+    """Send the request to all servers at once, or to the one that `server=NAME` in the query names.
 
-    Returns the status, 200 or 502 if any of them failed, and their answers by name. Raises
-    Refused if there is no such server. Waking an engine may take minutes: `request_timeout`.
+    Returns the status, 200 or 502 if any server failed, and the responses by server. Raises Refused
+    for an unknown server. The timeout is `request_timeout`, because waking an engine may take
+    minutes.
     """
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     names = [value for key, value in pairs if key == "server"]
@@ -67,8 +67,7 @@ async def control(
 def _note_pauses(
     router: Router, method: str, path: str, results: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """What the answers say of paused engines: a paused server gets no request that another can
-    take."""
+    """Note from the responses which engines are paused: they get requests only as a last resort."""
     now = trio.current_time()
     for name, result in results.items():
         server = router.fleet.servers.get(name)
@@ -85,7 +84,7 @@ def _note_pauses(
 
 
 class _Request:
-    """What every server is asked."""
+    """The request that each server gets."""
 
     def __init__(
         self,
@@ -101,10 +100,10 @@ class _Request:
         self._body, self._timeout, self._tls, self._resolver = body, timeout, tls, resolver
 
     async def ask(self, server: Server, results: dict[str, dict[str, Any]]) -> None:
-        """One server's answer, or what went wrong, under its name."""
+        """Store one server's response, or its error, under the server's name."""
         headers = dict(self._headers)
         if server.config.api_key:
-            headers.pop("authorization", None)  # the client's own key is of no use there
+            headers.pop("authorization", None)  # the client's key for the router is not valid there
         result: dict[str, Any] = {"ok": False, "error": f"no answer in {self._timeout:g} s"}
         with trio.move_on_after(self._timeout):
             try:
@@ -133,7 +132,7 @@ class _Request:
 
 
 def _decoded(content: bytes) -> Any:
-    """The body as JSON if it is, and if it can be written again; else as text; None if it is empty.
+    """The body as JSON if it can be decoded and encoded again, else as text; None if empty.
 
     Decoding takes 5 ms at most.
     """
@@ -152,7 +151,7 @@ def _decoded(content: bytes) -> Any:
 
 
 def _depth(value: object) -> int:
-    """How deeply lists and objects are nested, at most one more than is allowed."""
+    """The nesting depth of lists and objects; at most one more than allowed."""
     level, depth = [value], 0
     while level and depth <= MAX_DEPTH:
         level = [

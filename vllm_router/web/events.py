@@ -1,4 +1,4 @@
-"""What has happened, as the feed tells it. Pure but for the wall clock, which is an argument."""
+"""Events of the feed. Pure, except for the wall clock, which is an argument."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vllm_router.proxy.record import Record
 from vllm_router.web.schema import Event
 
 KEPT = 100
-"""Events that a new client is told."""
+"""Past events that a new client receives."""
 
 EXHAUSTED_PER_SECOND = 5
-"""Events of failed requests; the rest of a second's are counted in one."""
+"""Failed-request events per second; further ones are combined into one event."""
 
 
 class EventLog:
     """The last events, numbered; `announce` is called with each new one."""
 
     def __init__(self, announce: Callable[[Event], None], wall: Callable[[], float]) -> None:
-        """`wall` tells Unix time."""
+        """`wall` returns Unix time."""
         self.last: deque[Event] = deque(maxlen=KEPT)
         self._announce = announce
         self._wall = wall
@@ -53,7 +53,7 @@ class EventLog:
         self.add("state", text, server=change.server, old=change.old, new=change.new)
 
     def exhausted(self, record: Record) -> None:
-        """A request has failed on several servers. A storm of them is one event a second more."""
+        """A request has failed on several servers. A series of them adds one event per second."""
         self._exhausted += 1
         if self._exhausted > EXHAUSTED_PER_SECOND:
             return
@@ -66,14 +66,14 @@ class EventLog:
         )
 
     def second(self) -> None:
-        """A second is over."""
+        """Called every second."""
         more = self._exhausted - EXHAUSTED_PER_SECOND
         if more > 0:
             self.add("retries_exhausted", f"and {more} more requests within a second")
         self._exhausted = 0
 
     def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
-        """Notice what nobody announces."""
+        """Detect changes that are not announced by callbacks."""
         idle = {server for server in servers if server.draining and not server.in_flight}
         for server in idle - self._drained:
             self.add("drained", f"{server.name}: nothing in flight", server=server.name)
@@ -84,6 +84,6 @@ class EventLog:
 
 
 def missed(count: int, wall: float) -> Event:
-    """For a client that was too slow for `count` events."""
+    """The event for a client that was too slow for `count` events."""
     text = f"{count} events were lost: this client reads too slowly"
     return Event(id=0, time=round(wall, 3), kind="missed", text=text)

@@ -1,4 +1,4 @@
-"""Why a request goes where it goes: every server with its load, or why it is out."""
+"""Explain a routing decision: every server with its score, or the reason for its exclusion."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vllm_router.web.router import Router
 
 
 def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) -> dict[str, Any]:
-    """What would happen to a request with these facts now. Takes no lease, moves no policy.
+    """The decision for a request with these facts now. Takes no lease and changes no policy state.
 
-    Candidates stand in the order in which the policy prefers them, where it has one: `policy`, or
-    that of the model.
+    Candidates are in the order of preference, if the policy has one: `policy`, or the model's
+    policy.
     """
     now = trio.current_time()
     fleet, asked = router.fleet, facts.model
@@ -58,7 +58,7 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
 
 
 def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
-    """The policy that the request names, if it may. Raises Refused."""
+    """The policy that the request names. Raises Refused if the client may not choose one."""
     name = fields.get("x-router-policy")
     given = {} if name is None else {b"x-router-policy": name.encode("latin-1", "replace")}
     return wanted_policy(router.proxy.context.policies, given)
@@ -67,7 +67,7 @@ def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
 async def facts_of(
     router: Router, fields: Mapping[str, str], body: bytes, policy: Policy | None
 ) -> RoutingInfo:
-    """What routing would read from a request with this body, for `policy` or those in force.
+    """The routing information of a request with this body, for `policy` or the configured ones.
 
     Raises Refused for a body that cannot be read.
     """
@@ -88,12 +88,12 @@ async def facts_of(
 def _rank(
     policy: Policy, candidates: Sequence[Server], facts: RoutingInfo, now: float
 ) -> tuple[Server | None, list[dict[str, Any]]]:
-    """Who would be picked, and all candidates with the score the policy gives them."""
+    """The choice, and all candidates with their scores."""
     if not candidates:
         return None, []
     explained = policy.explain(candidates, facts, now)
     if explained is None:
-        # Picking may move such a policy (round robin counts): a copy of it picks here.
+        # Choosing may change the state of such a policy (round robin): use a copy.
         picked, _ = copy.copy(policy).pick(candidates, facts, now)
         by_load = sorted(candidates, key=lambda server: server.burden)
         return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
@@ -103,7 +103,7 @@ def _rank(
 
 
 def _figures(server: Server) -> dict[str, Any]:
-    """The load and what it is made of."""
+    """The load and its components."""
     return {
         "server": server.name,
         "load": round(server.load, 4),
@@ -119,7 +119,7 @@ def _figures(server: Server) -> dict[str, Any]:
 def _note(
     candidates: Sequence[Server], facts: RoutingInfo, router: Router, policy: Policy, now: float
 ) -> str:
-    """What is special about the choice, in a sentence; empty if nothing is."""
+    """A sentence about a special choice; empty for a normal one."""
     if not any(server.traffic_health.admits(now) for server in candidates):
         return "Every server of the model is ejected; they are tried all the same."
     if all(now < server.full_until for server in candidates):
@@ -129,7 +129,7 @@ def _note(
     refusing = [server for server in candidates if server.refusals.count()]
     if refusing:
         return f"{refusing[0].name} {refusing[0].refusals.reason()}. Such requests go elsewhere."
-    # Others look at more than their score.
+    # Other policies consider more than the score.
     scored = policy.name in ("adaptive", "least_load")
     explained = policy.explain(candidates, facts, now) if scored else None
     equals = sum(row.score == explained[0].score for row in explained) if explained else 0
@@ -139,7 +139,7 @@ def _note(
 
 
 def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> str:
-    """Why nobody gets it, and what becomes of it."""
+    """Why no server is chosen, and what happens to the request."""
     model, gate = facts.model, router.proxy.context.gate
     if not allowed and model is not None and not router.fleet.knows(model):
         return f"No server lists the model {model!r}."
@@ -150,7 +150,7 @@ def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) ->
 
 
 def _may_wait(router: Router, facts: RoutingInfo) -> bool:
-    """Whether there is a place for it, should there be no server."""
+    """True if the request could wait for a server."""
     gate, model = router.proxy.context.gate, facts.model
     if gate is None:
         return False

@@ -1,7 +1,7 @@
-"""The feed: the fleet's load as it is, sent to every websocket client.
+"""The feed: the state of the fleet, sent to all websocket clients.
 
-A snapshot is encoded once and put into the mailboxes of all clients; each client's own task sends
-it. While nobody listens, one row of history a second is all that happens.
+A snapshot is encoded once and put into the mailboxes of all clients; each client's task sends it.
+Without clients, the only work is one row of history per second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 SERVERS_AT_ONCE = 50
-"""Servers of which the counters are read in one turn of the loop."""
+"""Servers whose counters are read in one turn of the event loop."""
 
 
 def _text(message: schema.Message) -> str:
@@ -38,10 +38,9 @@ def _text(message: schema.Message) -> str:
 
 
 class Feed:
-    """Publishes, and keeps what it takes as a Recorder of the proxy.
+    """Publishes snapshots and events; also a recorder of the proxy.
 
-    `router` is attached by the application, before the first client comes. `lag` is filled by
-    the stall monitor.
+    The application sets `router` before the first client connects. The stall monitor fills `lag`.
     """
 
     def __init__(self, fleet: Fleet, metrics: Metrics, lag: LagWatch) -> None:
@@ -62,7 +61,7 @@ class Feed:
     # -- what exchanges and servers report ----------------------------------------------------
 
     def exchange_ended(self, record: Record) -> None:
-        """Count, remember the decision, and tell when every attempt failed."""
+        """Count the exchange, keep the decision, announce a request that failed everywhere."""
         self._tallies.exchange_ended(record)
         self.decisions.add(record)
         if record.retries and failed(record):
@@ -72,11 +71,11 @@ class Feed:
         self._tallies.attempt_ended(server, outcome)
 
     def transition(self, change: Transition) -> None:
-        """A server has changed its state."""
+        """Announce a server's change of state."""
         self._events.transition(change)
 
     def event(self, kind: str, text: str) -> None:
-        """Tell every client now; the last events are told to those who come later."""
+        """Send an event to all clients; new clients receive the last events."""
         self._events.add(kind, text)
 
     def _announce(self, event: schema.Event) -> None:
@@ -90,7 +89,7 @@ class Feed:
     # -- clients ------------------------------------------------------------------------------
 
     def subscribe(self, *, admin: bool) -> Mailbox:
-        """A mailbox with the hello and a snapshot in it; the caller gives it to `unsubscribe`."""
+        """A mailbox with the hello and a snapshot; the caller passes it to `unsubscribe`."""
         router = self._attached()
         mailbox = Mailbox()
         last = list(self._events.last)
@@ -107,7 +106,7 @@ class Feed:
         self._metrics.feed_clients = len(self._mailboxes)
 
     def close(self) -> None:
-        """Send every client away (1001), and those who come later."""
+        """Disconnect all clients (1001), and later ones too."""
         self._closed = True
         for mailbox in self._mailboxes:
             mailbox.close()
@@ -158,7 +157,7 @@ class Feed:
         self._metrics.lag = max(self._lag.worst(now), lag or 0.0)
 
     def _remember(self, now: float) -> None:
-        """A second is over: one row of history, and what has left is forgotten."""
+        """Add one row of history per second, and drop removed servers."""
         loads = {name: round(server.load, 3) for name, server in self._fleet.servers.items()}
         self._memory.add(self._row(now), loads, round(time.time(), 3))
         self._events.second()
@@ -184,7 +183,7 @@ class Feed:
         )
 
     def _recent_snapshot(self, now: float) -> str:
-        """For a new client: the one the others have had last, unless that is long ago."""
+        """For a new client: the last published snapshot, unless it is too old."""
         taken, encoded = self._latest
         return (
             encoded if now - taken < self._fleet.settings.feed_interval else self._new_snapshot(now)
@@ -205,5 +204,5 @@ class Feed:
 
 
 def _next(due: float, interval: float, now: float) -> float:
-    """The next time after `now` on the grid that `due` lies on; a late tick is not made up for."""
+    """The next time after `now` on the grid of `due`; missed ticks are skipped."""
     return due + interval if due + interval > now else now + interval

@@ -1,7 +1,7 @@
-"""The door: what a request may do, judged by its head alone, before anything of its body is read.
+"""Admission of requests by their head, before anything of the body is read.
 
-Pure. Made anew by every reload. Whatever path is not known to be harmless counts as one that
-reads the router's state, so that a path nobody has thought of is closed rather than open.
+Pure; replaced at every reload. A path that is not known to be harmless counts as reading the
+router's state, so that an unforeseen path is closed.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from vllm_router.web.sessions import Sessions
 FEED_PATH = "/ws/load"
 
 MAY_READ = "vllm_router.may_read"
-"""In the scope: whether answers that everybody gets may have what only some may know."""
+"""Scope key: the client may see the restricted parts of a public response."""
 
 
 class Area(enum.Enum):
-    """What a path is about."""
+    """Groups of paths with the same rules."""
 
     INFERENCE = "inference"
     MODELS = "models"
     ENGINE_CONTROL = "engine control"
     ADMIN = "admin"
-    ALIVE = "alive"  # says nothing but that we are there
-    HEALTH = "health"  # says more to those who may know it
-    PAGE = "page"  # the page's files, the same everywhere, and its sign-in
-    STATUS = "status"  # all that tells of the fleet, and every other path
+    ALIVE = "alive"  # reports only that the router runs
+    HEALTH = "health"  # reports more to authorized clients
+    PAGE = "page"  # the page's files, which are not secret, and its sign-in
+    STATUS = "status"  # the state of the fleet, and all other paths
 
 
 _ALIVE = frozenset({"/livez", "/ping"})
@@ -58,7 +58,7 @@ _ONLY_AT_ADMIN = frozenset({Area.ENGINE_CONTROL, Area.ADMIN, Area.PAGE, Area.STA
 
 
 def area_of(path_class: PathClass, path: str) -> Area:
-    """`path` is the decoded one, by which the control plane finds its handler."""
+    """`path` is decoded, as the control plane matches it."""
     if path_class is PathClass.INFERENCE:
         return Area.INFERENCE
     if path_class is PathClass.ENGINE_CONTROL:
@@ -78,7 +78,7 @@ def area_of(path_class: PathClass, path: str) -> Area:
 
 @dataclass(frozen=True, slots=True)
 class MonitorListener:
-    """A loopback port for the view that runs beside the router, and the digest of its key."""
+    """The loopback listener of the router's own monitor: its port, and the digest of its key."""
 
     port: int
     digest: Secret
@@ -88,15 +88,15 @@ _ADMINISTRATOR = Identity(status=True, admin=True, given=True)
 
 
 def _port(scope: Scope) -> int | None:
-    """The local port that a request has come in by."""
+    """The local port at which a request has arrived."""
     local: tuple[str, int] | None = scope.get("server")
     return local[1] if local is not None else None
 
 
 class _Admitted(NamedTuple):
-    """By whose rules a request was admitted, and as whose.
+    """The guard that admitted a request, and the identity of the client.
 
-    `secret` are the names of its credentials, if they are for the router alone.
+    `secret` are the names of headers with credentials for the router, removed before forwarding.
     """
 
     guard: Guard
@@ -105,12 +105,12 @@ class _Admitted(NamedTuple):
 
 
 def _credentials(scope: Scope) -> frozenset[bytes]:
-    """The names of the fields that carry credentials."""
+    """The names of the headers with credentials."""
     return frozenset([name for name, _ in scope["headers"] if is_credential(name)])
 
 
 def _strip(scope: Scope, secret: frozenset[bytes]) -> None:
-    """Remove these fields, and the query's credentials: no server gets to see them."""
+    """Remove these headers and the query's credentials, which no server may see."""
     if secret:
         scope["headers"] = [field for field in scope["headers"] if field[0] not in secret]
     if scope["query_string"]:
@@ -120,8 +120,8 @@ def _strip(scope: Scope, secret: frozenset[bytes]) -> None:
 class Guard:
     """The rules of one configuration.
 
-    `admin_port` is the local port that alone serves administration and status; None for all.
-    `own` is the door of the router's own view. `sessions` are the pages that have signed in.
+    `admin_port` is the only local port for administration and status; None means any port. `own` is
+    the listener of the router's own monitor. `sessions` are the signed-in pages.
     """
 
     def __init__(
@@ -140,13 +140,13 @@ class Guard:
         self._trusted = parse_networks(config.settings.trusted_proxies)
         self._hosts = frozenset(config.settings.allowed_hosts)
         self._open = not (self._has_keys or self._hosts or own or admin_port is not None)
-        """Whether everybody may ask for inference, however they come."""
+        """True if inference needs neither key nor other proof, on any port."""
 
     def admit(self, scope: Scope, path_class: PathClass) -> None:
-        """Judge a request or websocket by its head; raises Refused.
+        """Admit a request or websocket by its head; raises Refused.
 
-        Whose it is goes into the scope, and its key out of it: no key for this router may reach
-        a server.
+        Stores the identity in the scope and removes its key: no key for this router may reach a
+        server.
         """
         fields: dict[bytes, bytes] = dict(scope["headers"])
         if self._open and path_class is PathClass.INFERENCE:
@@ -185,10 +185,10 @@ class Guard:
     # -- connections that repeat themselves ---------------------------------------------------
 
     def remembers(self, scope: Scope) -> bool:
-        """Whether `admit` has let a request for inference with this head through on the same
-        connection; then it is let through as that was.
+        """True if `admit` has admitted an inference request with this head on the same connection.
 
-        If not, what others remember of the head is forgotten: it may be of other rules.
+        The request then has the same identity. Otherwise the connection's cache is cleared, because
+        it may belong to other rules.
         """
         memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
         if memo is None:
@@ -205,7 +205,7 @@ class Guard:
     def _remember(
         self, scope: Scope, fields: Mapping[bytes, bytes], secret: frozenset[bytes] | None
     ) -> None:
-        """Answers to pages of other origins are told so, one by one."""
+        """Not for pages of other origins, whose responses need additional headers."""
         memo = (scope.get("extensions") or {}).get(HEAD_MEMO)
         if memo is not None and b"origin" not in fields:
             memo[Guard] = _Admitted(self, scope[IDENTITY], secret)
@@ -213,7 +213,7 @@ class Guard:
     # -- where it comes from ------------------------------------------------------------------
 
     def _check_host(self, fields: Mapping[bytes, bytes]) -> None:
-        """Names that an attacker's DNS may point at us are refused (DNS rebinding)."""
+        """Reject host names that an attacker's DNS could point at the router (DNS rebinding)."""
         host = fields.get(b"host", b"localhost").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if name.lower().rstrip(".") not in self._hosts and not is_local_name(host, "localhost"):
@@ -245,7 +245,7 @@ class Guard:
         return OWN_MACHINE in scope or _port(scope) == self.admin_port
 
     def _admit_own(self, scope: Scope, fields: Mapping[bytes, bytes], own: MonitorListener) -> None:
-        """Everything, to whoever has the key that only the view was given; others see nothing."""
+        """The monitor's listener: the holder of its key may do everything, others get a 404."""
         digests = [digest_of(key.decode("latin-1")) for key in keys_in(fields)]
         if not any(hmac.compare_digest(own.digest, digest) for digest in digests):
             raise Refused(404, "not_found", f"There is nothing at {scope['path']}.")
@@ -257,7 +257,7 @@ class Guard:
     def _administrator(
         self, scope: Scope, fields: Mapping[bytes, bytes], identity: Identity
     ) -> Identity:
-        """The identity, with all rights if the request has another proof than the admin key."""
+        """The identity, with all rights if the request has a proof other than the admin key."""
         if OWN_MACHINE in scope and not self.keyring.has_admin:
             return _ADMINISTRATOR
         if self._sessions is not None and self._sessions.holds(keys_in(fields)):
@@ -284,9 +284,9 @@ class Guard:
     # -- pages of other origins ---------------------------------------------------------------
 
     def preflight(self, scope: Scope) -> list[tuple[bytes, bytes]] | None:
-        """The fields that answer a browser's question whether a page may send a request.
+        """The headers that answer a browser's preflight request.
 
-        None if it is no such question. Raises Refused if the answer is no.
+        None if the request is not a preflight. Raises Refused if the origin is not allowed.
         """
         if scope["type"] != "http" or scope["method"] != "OPTIONS":
             return None
@@ -312,7 +312,7 @@ class Guard:
         ]
 
     def _allow_origin(self, fields: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]] | None:
-        """The fields by which a browser shows an answer to a page; None if it may not."""
+        """The headers by which a browser lets a page read a response; None if the page may not."""
         origin = fields.get(b"origin")
         if origin is None or origin.decode("latin-1") not in self._origins:
             return None
@@ -321,7 +321,7 @@ class Guard:
         return [(b"access-control-allow-origin", origin), (b"vary", b"origin")]
 
     def for_pages(self, scope: Scope, path_class: PathClass, send: Send) -> Send:
-        """`send` with the fields that let a page of an allowed origin read the answer."""
+        """`send` with the headers that let a page of an allowed origin read the response."""
         if not self._origins or scope["type"] != "http":
             return send
         allow = self._allow_origin(dict(scope["headers"]))
@@ -347,13 +347,13 @@ _EXPOSED = (
 
 
 def _is_list(value: bytes) -> bool:
-    """Whether it is a list of field names, to be repeated without harm."""
+    """True for a list of header names that can be repeated in a response."""
     names = value.replace(b" ", b"").replace(b"-", b"").replace(b"_", b"").split(b",")
     return len(value) <= 1000 and all(name.isalnum() for name in names)
 
 
 def identity_of(scope: Mapping[str, Any]) -> Identity:
-    """Whose request it is, as `admit` has found."""
+    """The identity that `admit` has stored."""
     identity: Identity = scope.get(IDENTITY, ANONYMOUS)
     return identity
 

@@ -1,4 +1,4 @@
-"""What the feed remembers: one row of figures per interval, for a bounded time. Pure."""
+"""The history of the feed: one row of figures per interval, for a bounded time. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIGURES = (
     "ttft_p95",
     "duration_p95",
 )
-"""The series kept of the fleet, in this order."""
+"""The figures of the fleet in a row, in this order."""
 
 INTERVAL = 1.0
 _MINUTES = 300
@@ -41,9 +41,9 @@ class Series:
         self._loads: dict[str, deque[float | None]] = {}
 
     def add(self, row: Row, loads: Mapping[str, float], wall: float) -> None:
-        """Append one row, with the loads of the servers there are; others are forgotten.
+        """Append one row, with the loads of the current servers; other servers are dropped.
 
-        `wall` is the Unix time of it.
+        `wall` is its Unix time.
         """
         before = len(self._rows)
         self._rows.append(row)
@@ -67,7 +67,7 @@ class Series:
 
 
 class Memory:
-    """The last five minutes second by second, and the last hour in steps of ten seconds."""
+    """The last five minutes by second, and the last hour by ten seconds."""
 
     def __init__(self) -> None:
         self._minutes = Series(INTERVAL, _MINUTES)
@@ -85,7 +85,7 @@ class Memory:
             self._waiting.clear()
 
     def encoded(self) -> tuple[bytes, bytes]:
-        """Minutes and hour as JSON; written once for all clients of the same second."""
+        """Minutes and hour as JSON; encoded once for all clients of the same second."""
         if self._encoded is None:
             encode = msgspec.json.encode
             self._encoded = (encode(self._minutes.message()), encode(self._hour.message()))
@@ -93,7 +93,7 @@ class Memory:
 
 
 def digest(rows: list[Row]) -> Row:
-    """One row for several: their means, but the greatest of what is a percentile."""
+    """Combine rows: the mean, but the maximum for percentiles."""
     return tuple(
         _digest(name, [value for value in column if value is not None])
         for name, column in zip(FIGURES, zip(*rows, strict=True), strict=True)

@@ -1,4 +1,4 @@
-"""What waits for one client of the feed: the newest snapshot, and events in their order."""
+"""The messages for one client of the feed: the newest snapshot, and events in order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections import deque
 import trio
 
 MAX_EVENTS = 64
-"""Events that wait for a slow client; beyond that the oldest are lost, and it is told."""
+"""Queued events of a slow client; beyond that the oldest are dropped, and the client is notified.
+"""
 
 
 class Mailbox:
-    """Filled without waiting, emptied by one task. Nothing a client does delays another."""
+    """Filled without blocking, emptied by one task: a slow client delays no other."""
 
     def __init__(self) -> None:
         self.missed = 0
@@ -21,12 +22,12 @@ class Mailbox:
         self._filled = trio.Event()
 
     def put_snapshot(self, text: str) -> None:
-        """Replace the snapshot, read or not: each is complete."""
+        """Replace the snapshot; each is complete."""
         self._snapshot = text
         self._filled.set()
 
     def put_event(self, text: str) -> bool:
-        """Add an event; False if the oldest one was lost for it."""
+        """Add an event; returns False if the oldest one was dropped for it."""
         self._filled.set()
         self._events.append(text)
         if len(self._events) <= MAX_EVENTS:
@@ -36,17 +37,17 @@ class Mailbox:
         return False
 
     def take_missed(self) -> int:
-        """How many events have been lost since this was asked last."""
+        """The number of events dropped since the last call."""
         missed, self.missed = self.missed, 0
         return missed
 
     def close(self) -> None:
-        """Nothing will follow: `get` returns None once the events have been taken."""
+        """No further messages: `get` returns None after the queued events."""
         self._closed = True
         self._filled.set()
 
     async def get(self) -> str | None:
-        """The next message; None after `close`. Cancellable, nothing is lost by it."""
+        """The next message; None after `close`. Cancellation loses no message."""
         while True:
             if self._events:
                 return self._events.popleft()

@@ -1,7 +1,6 @@
-"""What the control plane offers, as an OpenAPI 3.1 document: GET /openapi.json.
+"""The OpenAPI 3.1 document of the control plane: GET /openapi.json.
 
-Of inference paths only the engines know all that they take; what they answer with is theirs. So
-this is of the router's own paths. Objects may get more fields than are named here.
+Inference paths are documented by the engines. Objects may get more fields than are listed here.
 """
 
 from __future__ import annotations
@@ -158,14 +157,14 @@ _ERRORS = {
 
 
 def _operation(summary: str, name: str, *errors: int, **more: Any) -> Doc:
-    """One that answers 200 with the schema of this name."""
+    """An operation that answers 200 with this schema."""
     answers = {"200": _answer(summary, _ref(name))}
     answers |= {str(code): _answer(_ERRORS[code], _ref("Error")) for code in (400, 421, *errors)}
     return {"summary": summary, "responses": dict(sorted(answers.items())), **more}
 
 
 def _named(name: str, text: str) -> Doc:
-    """A parameter in the path. A name that reaches the router as another path is none."""
+    """A path parameter; the pattern excludes names that would be read as another path."""
     schema = {"type": "string", "minLength": 1, "pattern": "^[A-Za-z0-9_][A-Za-z0-9_.:-]*$"}
     return {"name": name, "in": "path", "required": True, "description": text, "schema": schema}
 
@@ -198,7 +197,7 @@ _CODE = {
 
 
 def _plain(summary: str, kind: str, *errors: int, **more: Any) -> Doc:
-    """One whose answer is text."""
+    """An operation with a text response."""
     found = _operation(summary, "Error", *errors, **more)
     found["responses"]["200"] = _answer(summary, _TEXT, kind)
     return found
@@ -217,7 +216,7 @@ def _ready() -> Doc:
 
 
 def document() -> Doc:
-    """The whole."""
+    """The whole document."""
     paths: Doc = {
         "/livez": {"get": _operation("The process is alive.", "Alive", **_OPEN)},
         "/readyz": {"get": _ready()},

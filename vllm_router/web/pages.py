@@ -46,14 +46,14 @@ class Page:
 
 
 class Pages:
-    """The files below one directory, by their path in it."""
+    """The files of one directory, by their relative path."""
 
     def __init__(self, root: Path = STATIC) -> None:
         self._root = root.resolve()
         self._kept: dict[Path, Page] = {}
 
     def get(self, name: str) -> Page | None:
-        """None if there is no such file, or if it lies elsewhere."""
+        """None if the file does not exist, or lies outside of the directory."""
         try:
             path = (self._root / name).resolve()
             if not path.is_relative_to(self._root) or not path.is_file():
@@ -64,7 +64,7 @@ class Pages:
                 body = path.read_bytes()
                 etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
                 page = self._kept[path] = Page(body, _type_of(path), etag, modified)
-        except (OSError, ValueError):  # gone between two calls; a NUL in the name
+        except (OSError, ValueError):  # removed between two calls, or a NUL in the name
             return None
         return page
 

@@ -10,7 +10,7 @@ from vllm_router.web.sessions import Sessions
 
 
 class Router(RouterState, Protocol):
-    """The router's state, and what lets requests into the control plane."""
+    """The router's state, and the parts that admit requests to the control plane."""
 
     guard: Guard
     sessions: Sessions

@@ -1,7 +1,7 @@
-"""The messages of the feed, `/ws/load`. docs/feed.md and its JSON schema are written from here.
+"""The messages of the feed, `/ws/load`. Source of docs/feed.md and its JSON schema.
 
-Text frames of JSON, told apart by `type`. New fields may come at any time and are to be ignored;
-VERSION rises when one changes its meaning or goes.
+Text frames with JSON, distinguished by `type`. Clients must ignore unknown fields; VERSION
+increases when a field changes its meaning or is removed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class QueueView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """Those who wait in the router for one model."""
+    """The requests that wait for one model."""
 
     model: Annotated[
         str | None,
@@ -106,7 +106,7 @@ class QueueView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class ReloadView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """The configuration file."""
+    """The state of the configuration file."""
 
     source: Annotated[str | None, _("Its path; null if the servers are of the command line.")]
     generation: Annotated[int, _("Configurations that have been in force so far.")]
@@ -132,7 +132,7 @@ class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
-    """The whole state, every `feed_interval`. Each is complete: a slow client skips some."""
+    """The whole state, every `feed_interval`. Each snapshot is complete: slow clients skip some."""
 
     seq: Annotated[int, _("Counts up by one with each; a gap tells that some were skipped.")]
     time: Time
@@ -143,7 +143,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
-    """Something happened. Events are sent at once and in order."""
+    """An event, sent at once and in order."""
 
     id: Annotated[int, _("Counts up by one from the router's start; 0 if `missed`.")]
     time: Time
@@ -162,7 +162,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What of the configuration a display needs."""
+    """The configuration, as far as a display needs it."""
 
     policy: str
     feed_interval: Seconds

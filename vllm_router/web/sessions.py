@@ -1,9 +1,9 @@
-"""Sign-in of the page: a code that works once becomes a key that ends with the router. Pure.
+"""Sign-in of the page: a single-use code becomes a key that is valid until the router ends. Pure.
 
-`vllm-router open` asks for a code by the way that only administrators have, and hands it to the
-browser in the fragment of the page's URL, which no browser sends to a server. The page exchanges
-it for a key, which it sends as `Authorization: Bearer`: there is no cookie that another site's
-page could make a browser send.
+`vllm-router open` requests a code as an administrator, and passes it to the browser in the fragment
+of the page's URL, which browsers do not send to servers. The page exchanges it for a key and sends
+that as `Authorization: Bearer`: there is no cookie that a page of another site could make a browser
+send.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable
 from vllm_router.config.types import Secret, digest_of
 
 CODE_SECONDS = 300.0
-"""For which a code may wait to be used."""
+"""Seconds for which a code is valid."""
 
 SESSION_SECONDS = 12 * 3600.0
-"""After which a page has to sign in again."""
+"""Seconds after which a page must sign in again."""
 
 MOST = 64
-"""Codes, and keys, that are kept at a time; beyond, the oldest is forgotten."""
+"""Codes, and keys, kept at a time; beyond that the oldest is dropped."""
 
 
 class Sessions:
-    """The codes and keys of one router. `clock` gives seconds, and only rises."""
+    """The codes and keys of one router. `clock` returns seconds and never decreases."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -33,11 +33,11 @@ class Sessions:
         self._keys: dict[Secret, float] = {}
 
     def new_code(self) -> str:
-        """A code for one page."""
+        """Create a code for one page."""
         return _new(self._codes, self._clock() + CODE_SECONDS)
 
     def exchange(self, code: str) -> str | None:
-        """The key for a code, which has been used then; None if there is no such code."""
+        """The key for a code, which becomes invalid; None for an unknown code."""
         found = _find(self._codes, [code.encode("utf-8", "replace")], self._clock())
         if found is None:
             return None
@@ -45,11 +45,11 @@ class Sessions:
         return _new(self._keys, self._clock() + SESSION_SECONDS)
 
     def holds(self, keys: Iterable[bytes]) -> bool:
-        """Whether one of these keys is of a page that has signed in."""
+        """True if one of these keys belongs to a signed-in page."""
         return bool(self._keys) and _find(self._keys, keys, self._clock()) is not None
 
     def end(self) -> None:
-        """Forget all: who may administrate has changed."""
+        """Invalidate all codes and keys: the administrators have changed."""
         self._codes.clear()
         self._keys.clear()
 

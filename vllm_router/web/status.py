@@ -1,4 +1,4 @@
-"""The JSON pages of the ancestor project, each field kept, and what we know beyond them."""
+"""The JSON pages of the ancestor project with all their fields, and additional ones."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from vllm_router.web.router import Router
 HEALTHY = (State.UP, State.FULL)
 
 ANCESTORS_MAX_FDS = 65535
-"""`process_max_fds` of the ancestor where a server did not tell; nothing reads it any more."""
+"""`process_max_fds` in the ancestor if a server did not report it; not used any more."""
 
 
 def is_healthy(server: Server) -> bool:
-    """Good by probes and by traffic. A draining server is healthy, though it gets nothing new."""
+    """Healthy by probes and by traffic.
+
+    A draining server is healthy, though it gets no requests.
+    """
     answers = not server.asleep and server.paused_at is None
     return bool(server.probe_health.up) and not server.traffic_health.ejected and answers
 
 
 def timestamp(moment: float | None, wall: float) -> str | None:
-    """A time of trio's clock as ISO 8601 in UTC."""
+    """A time of Trio's clock as ISO 8601 in UTC."""
     if moment is None:
         return None
     return datetime.fromtimestamp(moment + wall, UTC).isoformat(timespec="milliseconds")
 
 
 def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
-    """Name, state, reason and since when: the part that all pages share."""
+    """Name, state, reason and time of the last change: common to all pages."""
     state, reason = server.current_state(now)
     since = server.state_since or router.started_at
     return {
@@ -47,7 +50,7 @@ def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
 
 
 def health(router: Router) -> dict[str, Any]:
-    """`/health`: always 200, the verdict is in `status`."""
+    """`/health`: the status is always 200; the field `status` has the verdict."""
     now, wall = trio.current_time(), wall_offset()
     servers = list(router.fleet.servers.values())
     healthy = sum(map(is_healthy, servers))
@@ -79,7 +82,7 @@ def health(router: Router) -> dict[str, Any]:
 
 
 def health_in_short(router: Router) -> dict[str, Any]:
-    """`/health` for those who may not know more: the verdict."""
+    """`/health` for unauthorized clients: only the verdict."""
     servers = list(router.fleet.servers.values())
     ratio = sum(map(is_healthy, servers)) / len(servers) if servers else 0.0
     return {"status": _overall(ratio, bool(servers)), "ready": router.ready}
@@ -148,7 +151,7 @@ def load_stats(router: Router) -> dict[str, Any]:
 
 
 def server_load(router: Router) -> dict[str, int]:
-    """`/load` as vLLM answers it: the requests in the engines, here of the whole fleet."""
+    """`/load` in vLLM's format: the requests in the engines of the whole fleet."""
     servers = router.fleet.servers.values()
     return {"server_load": round(sum(server.running + server.waiting for server in servers))}
 
@@ -201,7 +204,7 @@ def server_models(router: Router) -> dict[str, Any]:
 
 
 def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
-    """`/readyz`: whether to send requests here, and if not, why."""
+    """`/readyz`: whether the router is ready, and the reason if it is not."""
     waiting = [s.name for s in router.fleet.servers.values() if s.probe_health.up is None]
     if router.draining:
         return False, {"ready": False, "reason": "draining"}
@@ -211,5 +214,5 @@ def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
 
 
 def _number(value: float) -> float:
-    """Whole numbers as such: they are requests."""
+    """Whole numbers without a fraction: they count requests."""
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""The state of everything as messages of the feed. Reads, changes nothing."""
+"""The router's state as messages of the feed. Read-only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_router.web.router import Router
 
 
 class Sums(msgspec.Struct, frozen=True, gc=False):
-    """Over all servers; capacity and load over those that may be asked."""
+    """Sums over all servers; capacity and load over available servers only."""
 
     running: float
     waiting: float
@@ -45,7 +45,7 @@ def sums_of(fleet: Fleet) -> Sums:
 def server_view(
     server: Server, tally: Tally, *, leaving: bool, started: float, now: float, wall: float
 ) -> schema.ServerView:
-    """`started` is when the router did, which is since when a server has had its first state."""
+    """`started` is the start of the router, the beginning of a server's first state."""
     state, reason = server.current_state(now)
     kv_usage = server.metrics.kv_usage if server.metrics is not None else None
     age = server.metrics_age(now) if server.scraped_at is not None else None
@@ -106,7 +106,7 @@ def fleet_view(
 
 
 def queue_views(router: Router, now: float) -> list[schema.QueueView]:
-    """O(all who wait); none without `[limits]`."""
+    """O(waiting requests); empty without `[limits]`."""
     gate = router.proxy.context.gate
     if gate is None:
         return []
@@ -149,7 +149,7 @@ def router_view(
 def snapshot(
     router: Router, tallies: Tallies, facts: schema.RouterView, *, seq: int, now: float
 ) -> schema.Snapshot:
-    """Everything as it is now; O(servers)."""
+    """The current state; O(servers)."""
     fleet, wall = router.fleet, wall_offset()
     servers = [
         server_view(
@@ -181,7 +181,7 @@ def hello(
     admin: bool,
 ) -> schema.Hello:
     """The first message to a client; `histories` are encoded: the minutes, then the hour."""
-    # Raw is written as it is: the type is that of what it holds.
+    # Raw is encoded unchanged; its type is the type of its content.
     minutes, hour = (cast("schema.History", msgspec.Raw(encoded)) for encoded in histories)
     settings = router.fleet.settings
     return schema.Hello(
