@@ -1,0 +1,1 @@
+"""A small mutation tester for the modules that decide; see scripts/mutants."""

@@ -1,0 +1,208 @@
+"""The command: choose mutants, try each, report; see scripts/mutants."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from mutation.coverage_map import CoverageMap, Mapped
+from mutation.modules import DECIDING
+from mutation.sites import Mutant, mutants_of
+from mutation.trial import Originals, try_mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / ".bench" / "mutants.json"
+EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
+TESTS = (
+    "tests/unit/proxy",
+    "tests/unit/fleet",
+    "tests/unit/http",
+    "tests/unit/config",
+    "tests/unit/routing",
+    "tests/property/test_waiting_model.py",
+)
+"""Where the tests of the deciding modules are; the others run in process, too, but take long."""
+FACTOR = 5
+"""A mutant that survives its tests is tried with more, up to so many times as many."""
+
+SECONDS = 60.0
+"""Time limit of one mutant, beside four times what its tests take without it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    modules: tuple[str, ...]
+    count: int
+    seed: int
+    only: str
+    tests: int
+
+
+def options(arguments: list[str]) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="scripts/mutants", description="Mutation test of the modules that decide."
+    )
+    parser.add_argument("modules", nargs="*", help="parts of paths, such as proxy/retry")
+    parser.add_argument("--count", type=int, default=15, help="mutants of a module, 0 for all")
+    parser.add_argument("--seed", type=int, default=20261129)
+    parser.add_argument("--only", default="", metavar="FILE:LINE", help="mutants of one line")
+    parser.add_argument("--tests", type=int, default=120, help="tests for one mutant, at first")
+    parser.add_argument("--list", action="store_true", help="print the modules")
+    found = parser.parse_args(arguments)
+    if found.list:
+        print(*DECIDING, sep="\n")
+        raise SystemExit(0)
+    chosen = [m for m in DECIDING if any(part in m for part in found.modules or [""])]
+    if found.only:
+        chosen = [found.only.partition(":")[0]]
+    if not chosen:
+        parser.error(f"no module matches {found.modules}; --list prints them")
+    return Options(tuple(chosen), found.count, found.seed, found.only, found.tests)
+
+
+class Run:
+    """The plugin whose test loop tries mutants instead of running the tests once."""
+
+    def __init__(self, chosen: Options) -> None:
+        self._options = chosen
+        self.survivors = 0
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._run(session)
+        return True
+
+    def _run(self, session: pytest.Session) -> None:
+        paths = [ROOT / module for module in dict.fromkeys([*DECIDING, *self._options.modules])]
+        mapping = CoverageMap(KEPT, ROOT, paths)
+        mapping.make(session.items)
+        items = {item.nodeid: item for item in session.items}
+        failing = [nodeid for nodeid, test in mapping.tests.items() if not test.passed]
+        for nodeid in failing:
+            print(f"left out, because it fails without a mutant: {nodeid}")
+            items.pop(nodeid, None)
+        originals = Originals(paths)
+        known = equivalents()
+        totals: Counter[str] = Counter()
+        for module in self._options.modules:
+            totals += self._module(module, mapping.tests, items, originals, known)
+        print(f"\n{summary('all', totals)}")
+        self.survivors = totals["survived"]
+
+    def _module(
+        self,
+        module: str,
+        mapped: dict[str, Mapped],
+        items: dict[str, pytest.Item],
+        originals: Originals,
+        known: dict[tuple[str, str, str], str],
+    ) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        name = module.removesuffix(".py").replace("/", ".")
+        for mutant in self._chosen(module):
+            where = f"{module}:{mutant.line}"
+            reason = known.get((name_of(mutant, name), mutant.before, mutant.after))
+            if reason is not None:
+                counts["equivalent"] += 1
+                continue
+            lines = self._lines(mutant, module, mapped)
+            most = self._options.tests
+            ordered = choose(mapped, items, lines)
+            for tests in (ordered[:most], ordered[most : FACTOR * most]):
+                tests = sorted(tests, key=lambda test: mapped[test.nodeid].seconds)
+                limit = SECONDS + 4 * sum(mapped[test.nodeid].seconds for test in tests)
+                result, killer = try_mutant(mutant, originals, name, tests, limit)
+                if result != "survived" or len(ordered) <= most:
+                    break
+            counts[result] += 1
+            if result == "survived":
+                print(f"SURVIVED {where} {mutant.function or mutant.name} ({len(ordered)} tests)")
+                print("  " + mutant.text.replace("\n", "\n  "), flush=True)
+            elif os.environ.get("MUTANTS_VERBOSE"):
+                print(f"{result} {where} {mutant.before} -> {mutant.after} [{killer}]", flush=True)
+        print(summary(module, counts), flush=True)
+        return counts
+
+    def _chosen(self, module: str) -> list[Mutant]:
+        """The mutants to try, the same for the same seed and text."""
+        found = mutants_of(ROOT / module)
+        if self._options.only:
+            line = int(self._options.only.partition(":")[2])
+            return [mutant for mutant in found if mutant.line == line]
+        count = self._options.count
+        if not count or count >= len(found):
+            return found
+        picked = Random(f"{self._options.seed} {module}").sample(range(len(found)), count)
+        return [found[place] for place in sorted(picked)]
+
+    def _lines(
+        self, mutant: Mutant, module: str, mapped: dict[str, Mapped]
+    ) -> set[tuple[str, int]]:
+        """The lines whose tests may see the mutant: its own, or those that name its constant."""
+        if mutant.function:
+            return {(module, mutant.line)}
+        places = set()
+        for other in {name for test in mapped.values() for name in test.lines}:
+            for number, text in enumerate((ROOT / other).read_text().splitlines(), 1):
+                if mutant.name in text:
+                    places.add((other, number))
+        return places
+
+
+def choose(
+    mapped: dict[str, Mapped],
+    items: dict[str, pytest.Item],
+    lines: set[tuple[str, int]],
+) -> list[pytest.Item]:
+    """The tests that run one of the lines: of each file in turn, those that run the least first."""
+    by_file: dict[str, list[tuple[int, str]]] = {}
+    for nodeid, test in mapped.items():
+        if nodeid in items and any(
+            number in test.lines.get(module, ()) for module, number in lines
+        ):
+            size = sum(map(len, test.lines.values()))
+            by_file.setdefault(nodeid.partition("::")[0], []).append((size, nodeid))
+    queues = [sorted(tests) for _, tests in sorted(by_file.items())]
+    turns = [
+        queue[turn]
+        for turn in range(max(map(len, queues), default=0))
+        for queue in queues
+        if turn < len(queue)
+    ]
+    return [items[nodeid] for _, nodeid in turns]
+
+
+def name_of(mutant: Mutant, module: str) -> str:
+    return f"{module}:{mutant.function or mutant.name}"
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """The mutants that change nothing a test could see, with the reason."""
+    listed: Iterable[dict[str, str]] = tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
+    return {(one["function"], one["before"], one["after"]): one["reason"] for one in listed}
+
+
+def summary(name: str, counts: Counter[str]) -> str:
+    tried = counts["killed"] + counts["survived"]
+    rate = 100 * counts["killed"] / tried if tried else 100.0
+    extra = "".join(f", {counts[k]} {k}" for k in ("equivalent", "unclear") if counts[k])
+    return f"{name}: {counts['killed']} of {tried} killed ({rate:.0f} %){extra}"
+
+
+def main() -> int:
+    run = Run(options(sys.argv[1:]))
+    arguments = ["-q", "-s", "-p", "no:randomly", "-p", "no:cacheprovider", "--no-header", *TESTS]
+    code = pytest.main(arguments, plugins=[run])
+    return int(code) or int(run.survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

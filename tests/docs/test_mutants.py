@@ -1,0 +1,71 @@
+"""scripts/mutants: its modules exist, and a mutant is the module with one thing changed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SOURCE = '''
+TABLE = {1: True}
+SIZE = 5
+
+def decide(a, b=1):
+    """Decide."""
+    if not a and b < 2:
+        note(a)
+        return a + 1
+    return max(a, b)
+'''
+
+
+@pytest.fixture
+def sites(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("mutation.sites")
+
+
+def test_mutants_modules_exist(sites: ModuleType):
+    modules = importlib.import_module("mutation.modules").DECIDING
+    missing = [module for module in modules if not (ROOT / module).is_file()]
+    assert missing == [], "moved or renamed: change scripts/mutation/modules.py too"
+
+
+def test_mutants_of_module_change_one_line_each(sites: ModuleType, tmp_path: Path):
+    path = tmp_path / "module.py"
+    path.write_text(SOURCE)
+    whole = ast.unparse(ast.parse(SOURCE)).splitlines()
+    found = sites.mutants_of(path)
+    changes = {(mutant.before, mutant.after) for mutant in found}
+    assert changes == {
+        ("TABLE = {1: True}", "TABLE = {1: False}"),
+        ("if not a and b < 2:", "if False:"),
+        ("if not a and b < 2:", "if True:"),
+        ("if not a and b < 2:", "if not a or b < 2:"),
+        ("if not a and b < 2:", "if b < 2:"),
+        ("if not a and b < 2:", "if not a:"),
+        ("if not a and b < 2:", "if a and b < 2:"),
+        ("if not a and b < 2:", "if not a and b <= 2:"),
+        ("if not a and b < 2:", "if not a and b >= 2:"),
+        ("if not a and b < 2:", "if not a and b < 3:"),
+        ("if not a and b < 2:", "if not a and b < 1:"),
+        ("note(a)", "pass"),
+        ("return a + 1", "return None"),
+        ("return a + 1", "return a - 1"),
+        ("return a + 1", "return a + 2"),
+        ("return a + 1", "return a + 0"),
+        ("return max(a, b)", "return None"),
+        ("return max(a, b)", "return min(a, b)"),
+    }
+    for mutant in found:
+        changed = ast.unparse(mutant.tree).splitlines()
+        differing = [pair for pair in zip(whole, changed, strict=True) if pair[0] != pair[1]]
+        assert [(old.strip(), new.strip()) for old, new in differing] == [
+            (mutant.before, mutant.after)
+        ]
+        compile(mutant.tree, str(path), "exec")
