@@ -1,4 +1,4 @@
-"""Whose fault it was: the whole hierarchy on one page.
+"""The exception hierarchy, ordered by the party at fault: client, server, or router.
 
 Exceptions of libraries are translated where they enter (`http/client/`, `config/`); all other
 code raises and catches only these.
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 
 class RouterError(Exception):
-    """Base of everything the router raises on purpose."""
+    """Base of all exceptions that the router raises on purpose."""
 
 
 class ConfigError(RouterError):
-    """The operator's configuration is wrong; nothing of it has been applied.
+    """The configuration is invalid; nothing of it has been applied.
 
-    `problems` holds one line each, with file, key path, what was expected and what was found.
+    `problems` has one line each, with file, key path, the expected and the actual value.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -25,23 +25,23 @@ class ConfigError(RouterError):
 
 
 class ServerError(RouterError):
-    """A vLLM server let us down; nothing the client did."""
+    """A vLLM server failed, by no fault of the client."""
 
 
 class ConnectFailed(ServerError):
-    """No request byte was sent: always safe to try elsewhere."""
+    """No byte of the request was sent: a retry is always safe."""
 
 
 class NameNotResolved(ConnectFailed):
-    """No address of the server is known, and the resolver gave none: no fault of the server."""
+    """The server's name has no address; does not count against the server."""
 
 
 class ConnectionLost(ServerError):
-    """The server closed or reset the connection before the answer was complete."""
+    """The server closed or reset the connection before the response was complete."""
 
 
 class NotSent(ConnectionLost):
-    """A kept connection turned out closed before the request was written to it."""
+    """A keep-alive connection was found closed before the request was written."""
 
 
 class ProtocolViolation(ConnectionLost):
@@ -49,18 +49,22 @@ class ProtocolViolation(ConnectionLost):
 
 
 class UnusablePage(ServerError):
-    """A page that a probe asked for is too long, packed in an unknown way, or not what it should
-    be. The message says so in words for an operator."""
+    """A page requested by a probe is too long, has an unknown encoding, or is invalid.
+
+    The message is for operators.
+    """
 
 
 class OwnFault(RouterError):
-    """We ran out of something (descriptors, memory): counts against no server."""
+    """The router ran out of a resource (descriptors, memory); counts against no server."""
 
 
 class Refused(RouterError):
-    """The router answers by itself, with this status and code in the client's dialect.
+    """The router refuses a request with this status and code, in the client's dialect.
 
-    `allow` are the methods that the path has, for a 405.
+    param: the parameter at fault, if any.
+    retry_after: seconds for `Retry-After`; None for no header.
+    allow: the methods of the path, for a 405.
     """
 
     def __init__(
@@ -83,11 +87,11 @@ class Refused(RouterError):
 
 
 class InvalidBody(RouterError):
-    """The request body cannot be read, so the model that it asks for is not known.
+    """The request body cannot be read, so its model is unknown.
 
     The message is a sentence for the client.
     """
 
 
 class ClientGone(RouterError):
-    """The client left; there is nobody to answer."""
+    """The client has disconnected."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Config
+from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import Server
 
 
@@ -49,17 +49,17 @@ def make_fleet(
 def come_up(server: Server, now: float, *models: str) -> None:
     cards = {model: {"id": model, "object": "model"} for model in models or ("m",)}
     server.listed(cards, now)
-    while not server.probe_health.up:
+    while not server.active_health.up:
         server.checked(Check.GOOD, 0.001, now)
 
 
 def go_down(server: Server, now: float) -> None:
-    while server.probe_health.up is not False:
+    while server.active_health.up is not False:
         server.checked(Check.UNREACHABLE, 0.001, now)
 
 
 def eject(server: Server, now: float) -> None:
-    while not server.traffic_health.ejected:
+    while not server.passive_health.ejected:
         server.failed(now, trial=False, jitter=1.0)
 
 

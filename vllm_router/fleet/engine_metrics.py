@@ -43,10 +43,10 @@ _SAMPLE = re.compile(
     + r")(?:\{(.*)\})? ([^ \n]+)"
 )
 TOO_LARGE = 1e15
-"""A figure of this size or more is ignored: infinite loads and sums would break routing."""
+"""Larger figures are ignored: infinite loads and sums would break routing."""
 
 MAX_LINE = 16_384
-"""Characters of a line that is read; vLLM 0.32 writes 2 KB at most. Longer lines are ignored."""
+"""Characters of a line. vLLM 0.32 writes 2 KB at most; longer lines are ignored."""
 
 MAX_SAMPLES = 10_000
 """Samples of the names above on one page: twelve names for each of 800 engines."""
@@ -54,17 +54,17 @@ MAX_SAMPLES = 10_000
 MAX_NUMBER = 40
 """Characters of a number; Python writes 24 at most."""
 
-# Each of them can be matched in one way only, so a hostile line costs no more than its length.
+# No backtracking: a hostile line costs no more than its length.
 _BLOCKS = re.compile(r'(?:^|[,{ ])num_gpu_blocks="([0-9]{1,15})"')
 _BLOCK_SIZE = re.compile(r'(?:^|[,{ ])block_size="([0-9]{1,15})"')
 
 
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
-    """One scrape. `None` means that the server does not export the figure.
+    """The figures of one scrape; None for figures that the server does not export.
 
-    Counters are totals since the server's start; `kv_usage` is a fraction, 0 to 1;
-    `kv_tokens` the capacity of the KV cache in tokens.
+    Counters are totals since the server's start, `kv_usage` is from 0 to 1, `kv_tokens` is the
+    capacity of the KV cache in tokens.
     """
 
     running: float | None = None
@@ -87,7 +87,7 @@ class EngineMetrics:
         return self.running is not None
 
     def progressed(self, earlier: EngineMetrics) -> bool:
-        """Whether the engine has worked since: a counter, or the use of its KV cache, has moved."""
+        """Whether the engine has worked since: a counter or its KV cache usage has changed."""
         return self._work() != earlier._work()
 
     def _work(self) -> tuple[float | None, ...]:
@@ -98,11 +98,11 @@ class EngineMetrics:
 
     @property
     def counts(self) -> bool:
-        """Whether it exports a counter, so that standing still means something."""
+        """Whether it exports counters, so that a stand-still can be detected."""
         return self.prompt_tokens is not None or self.generation_tokens is not None
 
     def began_after(self, earlier: EngineMetrics) -> bool:
-        """Whether a counter has gone backwards: this is another process than the earlier one."""
+        """Whether a counter has decreased: the process was restarted."""
         return any(
             now is not None and before is not None and now < before
             for now, before in (
@@ -114,9 +114,9 @@ class EngineMetrics:
 
 
 class MetricsReader:
-    """Reads a Prometheus text page in pieces, as they come; lines not understood are ignored.
+    """An incremental parser of a Prometheus text page; unknown lines are ignored.
 
-    The page itself is not kept: at most one unfinished line is.
+    Only the last unfinished line is buffered.
     """
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ class MetricsReader:
         self._kv_tokens = 0
 
     def feed(self, piece: bytes) -> None:
-        """Read the next bytes of the page. Raises UnusablePage if it has too many samples."""
-        # All that is looked for is ASCII, and no cut between two pieces can be wrong.
+        """Parse the next bytes of the page. Raises UnusablePage if it has too many samples."""
+        # All names are ASCII, so any cut between two pieces is valid.
         text = piece.decode("latin-1")
         if self._skipping:
             end = text.find("\n")
@@ -147,7 +147,7 @@ class MetricsReader:
         self._read(text[:end])
 
     def result(self) -> EngineMetrics:
-        """The figures, once the whole page has been fed."""
+        """The figures; call after the whole page was fed."""
         if not self._skipping:
             self._read(self._line)
         self._line = "\n"
@@ -157,7 +157,7 @@ class MetricsReader:
         return EngineMetrics(**totals, asleep=self._awake == 0.0, kv_tokens=self._kv_tokens or None)
 
     def _read(self, lines: str) -> None:
-        """Whole lines, with a line break before the first of them."""
+        """Parse whole lines, with a line break before the first."""
         samples = _SAMPLE.findall(lines)
         self._samples += len(samples)
         if self._samples > MAX_SAMPLES:
@@ -178,7 +178,7 @@ class MetricsReader:
         field, rank = _FIELD_OF[name], _RANK[name]
         known = self._rank_of.get(field, rank)
         if rank > known:
-            return  # both names are exported: the newer one counts
+            return  # both names are exported: the newer one is used
         if rank < known:
             self._totals[field], self._counts[field] = 0.0, 0
         self._rank_of[field] = rank
@@ -187,18 +187,18 @@ class MetricsReader:
 
 
 def _figure(number: str) -> float | None:
-    """A finite number that is not negative, as all of these are; else None."""
+    """A finite number ≥ 0; else None."""
     if len(number) > MAX_NUMBER:
         return None
     try:
         value = float(number)
     except ValueError:
         return None
-    return value if 0.0 <= value < TOO_LARGE else None  # nor is NaN
+    return value if 0.0 <= value < TOO_LARGE else None  # excludes NaN
 
 
 def parse_engine_metrics(text: str) -> EngineMetrics:
-    """Read a whole page. Raises UnusablePage."""
+    """Parse a whole page. Raises UnusablePage."""
     reader = MetricsReader()
     reader.feed(text.encode())
     return reader.result()

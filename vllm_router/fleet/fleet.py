@@ -1,4 +1,4 @@
-"""The current set of servers, and who of them may take a request for a model."""
+"""The current set of servers: configuration changes, candidates, and results of requests."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from typing import Any
 
 from vllm_router.config.model_aliases import Models
 from vllm_router.config.schema import Config, ServerConfig, Settings
+from vllm_router.fleet.candidates import choose, next_rank_change
+from vllm_router.fleet.context_lengths import ContextLengths
+from vllm_router.fleet.load import EWMA_WEIGHT
 from vllm_router.fleet.refusals import Asked
-from vllm_router.fleet.server import PACE, Journal, Server, State, Transition
+from vllm_router.fleet.server import ChangeLog, Server
+from vllm_router.fleet.state import State, Transition
 
 OUTLIER_VOLUME = 10
-"""Of so many requests at least must a success rate be made that is compared with others'."""
+"""Requests that a success rate needs to be compared."""
 
 OUTLIER_RATE = 0.8
-"""A server is ejected whose success rate is less than so much of the median of the others."""
+"""A server with a success rate below this part of the others' median is ejected."""
 
-MOVE_EVERY = 0.01
-"""Seconds between two looks at servers whose load changes with time alone, if they are no more than
-MOVED_OFTEN; longer in proportion if they are more."""
+ADVANCE_EVERY = 0.01
+"""Seconds between two updates of loads that change with time, for up to ADVANCED_OFTEN servers;
+longer in proportion for more."""
 
-MOVED_OFTEN = 20
+ADVANCED_OFTEN = 20
 
 SETTLED_AT_ONCE = 100
-"""Servers of which changes of state are announced in one call of `settle`: 1000 take 30 ms."""
+"""Servers whose state is updated in one call of `settle`: 1000 take 30 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """What applying a configuration did."""
+    """The changes made by a new configuration."""
 
     added: tuple[Server, ...]
     removed: tuple[Server, ...]
@@ -40,40 +44,41 @@ class FleetChange:
 class Fleet:
     """Servers by name, in the order of the configuration.
 
-    `candidates` is O(1) while nothing changes: the answer per model is kept until a server
-    changes its state or a time that it depends on has come.
+    `candidates` is O(1) between changes: the result per model is cached until a server changes or
+    a time limit passes. A new tuple means new candidates, so policies cache by its identity.
 
-    Models go by the name under which servers have them, but for `model_cards` and those methods
-    that say `public`; `names` tells one from the other.
+    Models are named as the servers name them, except in `model_cards` and in methods with `public`
+    in their name; `names` converts.
+
+    leaving: removed servers with requests in flight.
+    selective: servers that do not accept every request for their models, see `fitting`.
+    on_transition: called with changes of state.
+    on_settled: called with the time when candidates may have changed.
+    on_stale_model_list: called with a server whose model list has proved wrong.
     """
 
-    MAX_REMEMBERED_MODELS = 1024
+    MAX_CACHED_MODELS = 1024
 
     def __init__(self, config: Config) -> None:
         self.servers: dict[str, Server] = {}
         self.leaving: list[Server] = []
         self.settings: Settings = config.settings
         self.names = Models(config.models)
-        self.journal = Journal()
+        self.change_log = ChangeLog()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
-        """Called with the time when who may be asked may have changed."""
-        self.on_stale_list: list[Callable[[Server], None]] = []
-        """Called with a server whose list of models has proved wrong."""
+        self.on_stale_model_list: list[Callable[[Server], None]] = []
         self._by_url: dict[str, Server] = {}
         self._ready: dict[str | None, tuple[Server, ...]] = {}
-        self.choosy: frozenset[Server] = frozenset()
-        """Servers that do not take every request for their models: see `fitting`."""
-        self._shorter: set[Server] = set()
-        self._lengths: dict[Server, dict[str, int]] = {}
-        self._longest: dict[str, int] = {}
+        self.selective: frozenset[Server] = frozenset()
+        self._context_lengths = ContextLengths()
         self._due: dict[Server, float] = {}
         self._fitting: dict[tuple[object, ...], tuple[Server, ...]] = {}
         self._ready_until = float("inf")
         self._changed: set[Server] = set()
-        self._moving: set[Server] = set()
-        self._move_at = 0.0
-        self._typical = 0.0
+        self._advancing: set[Server] = set()
+        self._advance_at = 0.0
+        self._response_seconds = 0.0
         self._prepared: dict[str, Server] = {}
         self._prepared_for: Settings | None = None
         self.apply(config)
@@ -81,10 +86,9 @@ class Fleet:
     # -- configuration ------------------------------------------------------------------------
 
     def apply(self, config: Config) -> FleetChange:
-        """Make the fleet what the configuration says; unchanged servers keep all their state.
+        """Apply a configuration; servers with an unchanged URL keep their state.
 
-        A server is the same as before if its URL is. A removed one takes no new request and
-        stays in `leaving` until its last lease is released.
+        A removed server gets no new request and stays in `leaving` until its last lease ends.
         """
         settings = config.settings
         same = settings == self.settings
@@ -96,9 +100,9 @@ class Fleet:
         for wanted in config.servers:
             server = old.get(wanted.url)
             if server is None:
-                server = self._returning(wanted) or self._made(wanted, settings)
+                server = self._returning(wanted) or self._created(wanted, settings)
                 server.joined = bool(old)
-                server.journal = self.journal
+                server.change_log = self.change_log
                 added.append(server)
             else:
                 kept.append(server)
@@ -111,7 +115,7 @@ class Fleet:
             server.drain(on=True)
         self.leaving.extend(removed)
         self._by_url = by_url
-        self._lengths = {}
+        self._context_lengths.reset()
         self._prepared.clear()
         self._prepared_for = None
         self.servers = {server.name: server for server in by_url.values()}
@@ -119,7 +123,7 @@ class Fleet:
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
 
     def prepare(self, config: Config) -> Iterator[Server]:
-        """Make the servers that `apply` will add, one after the other: a hundred take 10 ms."""
+        """Create the servers that `apply` will add, one per step: a hundred take 10 ms."""
         self._prepared.clear()
         self._prepared_for = config.settings
         leaving = {server.url for server in self.leaving}
@@ -128,8 +132,8 @@ class Fleet:
                 server = self._prepared[wanted.url] = self._new_server(wanted, config.settings)
                 yield server
 
-    def _made(self, wanted: ServerConfig, settings: Settings) -> Server:
-        """A new server, made beforehand if it was to be like this."""
+    def _created(self, wanted: ServerConfig, settings: Settings) -> Server:
+        """A new server, from `prepare` if possible."""
         server = self._prepared.pop(wanted.url, None)
         if server is None:
             return self._new_server(wanted, settings)
@@ -141,7 +145,7 @@ class Fleet:
         return Server(wanted, settings, self._note)
 
     def _returning(self, wanted: ServerConfig) -> Server | None:
-        """A server taken out and put back before its last request ended goes on as it was."""
+        """A removed server that was added again before its last request ended keeps its state."""
         for server in self.leaving:
             if server.url == wanted.url:
                 self.leaving.remove(server)
@@ -150,10 +154,10 @@ class Fleet:
         return None
 
     def look(self) -> None:
-        """Bring the servers' leases up to date, where other processes hold some, too."""
+        """Update `in_flight` by the leases of other processes, if there are any."""
 
     def gone(self) -> list[Server]:
-        """Those removed servers whose last request has ended; they are forgotten here."""
+        """Remove and return the leaving servers whose last request has ended."""
         done = [server for server in self.leaving if server.in_flight == 0]
         self.leaving = [server for server in self.leaving if server.in_flight]
         for server in done:
@@ -163,21 +167,17 @@ class Fleet:
     # -- candidates ---------------------------------------------------------------------------
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
-        """The servers that may get a request for `model` now; any model if None.
-
-        Only the servers of the best rank that has any, see `_rank`: trying an ejected server is
-        better than refusing the request (Envoy's panic rule).
-        """
+        """The servers that may get a request for `model` now; any model if None. See `choose`."""
         if now >= self._ready_until or self._changed:
             self.settle(now)
-        elif self._moving and now >= self._move_at:
-            self._move(now)
+        elif self._advancing and now >= self._advance_at:
+            self._advance(now)
         ready = self._ready.get(model)
         if ready is None:
-            ready = self._choose(model, now, ())
-            # Names that nobody knows come from clients: too many, and too long, to be kept.
+            ready = choose(self.servers.values(), model, now, ())
+            # Unknown names are not cached: clients may invent any number of them.
             if model is None or self.knows(model):
-                if len(self._ready) >= self.MAX_REMEMBERED_MODELS:
+                if len(self._ready) >= self.MAX_CACHED_MODELS:
                     self._ready.clear()
                 self._ready[model] = ready
         return ready
@@ -185,14 +185,14 @@ class Fleet:
     def others(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
-        """The servers that may still get a request that the `tried` ones have failed; O(servers).
+        """The servers that may get a request after the `tried` ones have failed it. O(servers).
 
-        As for a first attempt, an ejected server is better than none: it may be well again, and
-        its answer to this request ends the ejection.
+        As for a first attempt, an ejected server is better than none: a good response to this
+        request ends the ejection.
         """
         if now >= self._ready_until or self._changed:
             self.settle(now)
-        return self._choose(model, now, tried)
+        return choose(self.servers.values(), model, now, tried)
 
     def fitting(
         self,
@@ -205,12 +205,12 @@ class Fleet:
     ) -> tuple[Server, ...]:
         """`candidates`, or `others`, without the servers known to refuse such a request.
 
-        If there is no other server, one that refuses it is asked all the same: the client is to
-        get its answer. Only `longer_than` excludes for good: a shorter context would say what has
-        been said. See `Server.fits` for both lengths.
+        Without any other server a refusing one is used, so that the client gets its response. Only
+        `longer_than` excludes servers for good, as their response would be the same. See
+        `Server.fits` for both lengths.
         """
         found = self.others(model, now, tried) if tried else self.candidates(model, now)
-        others: Collection[Server] = self.servers.values() if longer_than else self.choosy
+        others: Collection[Server] = self.servers.values() if longer_than else self.selective
         if not (tokens or longer_than):
             others = [server for server in others if server.refusals.known]
         unfit = tuple([s for s in others if not s.fits(asked, now, tokens, longer_than)])
@@ -219,33 +219,19 @@ class Fleet:
         key = (model, longer_than, *unfit)
         fitting = None if tried else self._fitting.get(key)
         if fitting is None:
-            fitting = self._choose(model, now, (*tried, *unfit))
-            if not tried and len(self._fitting) < self.MAX_REMEMBERED_MODELS:
+            fitting = choose(self.servers.values(), model, now, (*tried, *unfit))
+            if not tried and len(self._fitting) < self.MAX_CACHED_MODELS:
                 self._fitting[key] = fitting
         return fitting if fitting or longer_than else found
 
-    def _choose(
-        self, model: str | None, now: float, tried: Collection[Server]
-    ) -> tuple[Server, ...]:
-        serving = [s for s in self.servers.values() if model is None or s.serves(model)]
-        usable = [server for server in serving if server.usable]
-        if model is not None and any(server.models is not None for server in usable):
-            # A list that could not be read is a reason to try only where no list has the model.
-            usable = [s for s in usable if s.models is not None and model in s.models] or usable
-        untried = [s for s in usable if s not in tried and not (tried and s.paused_at is not None)]
-        untried += [server for server in serving if server.held_back and server not in tried]
-        ranks = [_rank(server, now) for server in untried]
-        best = min(ranks, default=0)
-        return tuple([s for s, rank in zip(untried, ranks, strict=True) if rank == best])
-
     def available(self, model: str, now: float, tried: Collection[Server] = ()) -> bool:
-        """Whether a server that is not ejected can take a request for it."""
+        """Whether a server that is not ejected can take a request for the model."""
         found = self.others(model, now, tried) if tried else self.candidates(model, now)
-        return any(server.traffic_health.admits(now) for server in found)
+        return any(server.passive_health.admits(now) for server in found)
 
     @property
-    def remembered(self) -> int:
-        """For how many models the candidates are kept."""
+    def cached_models(self) -> int:
+        """The number of models with cached candidates."""
         return len(self._ready)
 
     def knows(self, model: str) -> bool:
@@ -255,35 +241,35 @@ class Fleet:
     @property
     def probed(self) -> bool:
         """Whether every server has been probed at least once."""
-        return all(server.probe_health.up is not None for server in self.servers.values())
+        return all(server.active_health.up is not None for server in self.servers.values())
 
     @property
-    def unheard(self) -> list[str]:
-        """The servers that have never yet told their models."""
+    def without_models(self) -> list[str]:
+        """Names of the servers whose model list was never read."""
         return [server.name for server in self.servers.values() if server.models is None]
 
     def knows_public(self, name: str) -> bool:
-        """Whether a client may ask for this: any server lists it, or it is a configured name."""
+        """Whether any server lists the public name, or `[models]` has it."""
         return name in self.names.rules or self.knows(name)
 
     def public_models(self) -> list[str]:
-        """What any server lists, by the names that clients are told, sorted."""
+        """The public names of all listed models, sorted."""
         served = {m for server in self.servers.values() for m in server.models or ()}
         return sorted(self.names.listed(served))
 
     def model_cards(self) -> list[dict[str, Any]]:
         """The merged `/v1/models` entries of usable servers, by their public names.
 
-        They are as the engines gave them, but for the `id` of an alias. Of several the one with
-        the longest context counts (`max_model_len`): a request that is too long for the others
-        goes to that server, and clients cut their prompts to the length that is told here.
+        Entries are as the engines gave them, except for the `id` of an alias. Of several entries
+        the one with the longest context (`max_model_len`) is used: clients cut their prompts to
+        that length, and longer requests go to that server.
         """
         cards: dict[str, dict[str, Any]] = {}
         lengths: dict[str, int] = {}
         for server in self.servers.values():
             if server.usable:
                 for model in server.models or ():
-                    card = server.model_cards.get(model) or {"id": model, "object": "model"}
+                    card = server.catalog.cards.get(model) or {"id": model, "object": "model"}
                     length = server.lengths.get(model, 0)
                     if model not in cards or length > lengths[model]:
                         cards[model], lengths[model] = card, length
@@ -302,12 +288,11 @@ class Fleet:
         self._ready_until = -float("inf")
 
     def settle(self, now: float) -> None:
-        """Bring states up to date, announce transitions, forget stale candidate lists.
+        """Update states, announce transitions, and drop outdated candidates.
 
-        Called by `candidates` when something changed or expired, and by the probes on each tick,
-        so that an event is announced even when no request comes. O(servers that have changed), and
-        no more than SETTLED_AT_ONCE: the rest is left for the next call. Candidates do not depend
-        on it.
+        Called by `candidates` after a change or an expiry, and periodically by the probes, so that
+        transitions are announced without requests, too. O(changed servers), at most
+        SETTLED_AT_ONCE; the rest follows in the next call. Candidates do not depend on states.
         """
         if now < self._ready_until and not self._changed:
             return
@@ -315,10 +300,10 @@ class Fleet:
         self._ready.clear()
         self._fitting.clear()
         servers = self._in_order(changed)
-        self._update_choosy(servers)
+        self._update_selective(servers)
         self._changed = set(servers[SETTLED_AT_ONCE:])
         for server in servers[:SETTLED_AT_ONCE]:
-            moment = _next_moment(server, now)
+            moment = next_rank_change(server, now)
             if moment is None:
                 self._due.pop(server, None)
             else:
@@ -327,98 +312,67 @@ class Fleet:
             if transition is not None:
                 for announce in self.on_transition:
                     announce(transition)
-            if server in self._moving or now - server.back_at < server.slow_start:
-                self._moving.add(server)
-                if not server.move(now):
-                    self._moving.discard(server)
+            if (
+                server in self._advancing
+                or now - server.recovered_at < server.load_estimate.slow_start
+            ):
+                self._advancing.add(server)
+                if not server.advance(now):
+                    self._advancing.discard(server)
         self._ready_until = min(self._due.values(), default=float("inf"))
-        if now >= self._move_at:
-            self._move(now)
+        if now >= self._advance_at:
+            self._advance(now)
         for follow in self.on_settled:
             follow(now)
 
     def _in_order(self, changed: set[Server]) -> list[Server]:
-        """Those of the fleet, in its order; others have been prepared only, or have left."""
+        """The changed servers of the fleet in its order, without prepared and removed ones."""
         if len(changed) == 1:
             (server,) = changed
             if self.servers.get(server.name) is server:
                 return [server]
         return [server for server in self.all_servers() if server in changed]
 
-    def _update_choosy(self, changed: Sequence[Server]) -> None:
-        """Find the servers that do not take every request for their models."""
-        if self._must_compare_all(changed):
-            self._compare_lengths()
+    def _update_selective(self, changed: Sequence[Server]) -> None:
+        """Find the servers that do not accept every request for their models."""
+        lengths = self._context_lengths
+        if lengths.update(self.servers.values(), changed):
             changed = list(self.servers.values())
-            choosy: set[Server] = set()
+            selective: set[Server] = set()
         else:
-            choosy = set(self.choosy)
+            selective = set(self.selective)
         for server in changed:
-            if server.refusals.count() or server in self._shorter:
+            if server.refusals.count() or server in lengths.shorter:
                 if self.servers.get(server.name) is server:
-                    choosy.add(server)
+                    selective.add(server)
             else:
-                choosy.discard(server)
-        if choosy != self.choosy:
-            self.choosy = frozenset(choosy)
-
-    def _must_compare_all(self, changed: Sequence[Server]) -> bool:
-        """Whether the longest context of a model may have changed; else compares the changed ones
-        with the others."""
-        if not self._lengths:
-            return True
-        longest = self._longest
-        for server in changed:
-            before, lengths = self._lengths.get(server, {}), server.lengths
-            if before is lengths:
-                continue
-            for model in before.keys() | lengths.keys():
-                old, new, top = before.get(model, 0), lengths.get(model, 0), longest.get(model, 0)
-                if old != new and (new > top or old == top):
-                    return True
-            self._lengths[server] = lengths
-            if any(length < longest[model] for model, length in lengths.items()):
-                self._shorter.add(server)
-            else:
-                self._shorter.discard(server)
-        return False
-
-    def _compare_lengths(self) -> None:
-        """Find the servers that have a model with a shorter context than another server has."""
-        longest: dict[str, int] = {}
-        for server in self.servers.values():
-            for model, length in server.lengths.items():
-                longest[model] = max(length, longest.get(model, 0))
-        self._longest = longest
-        self._lengths = {server: server.lengths for server in self.servers.values()}
-        self._shorter = {
-            server
-            for server in self.servers.values()
-            if any(length < longest[model] for model, length in server.lengths.items())
-        }
+                selective.discard(server)
+        if selective != self.selective:
+            self.selective = frozenset(selective)
 
     @property
     def lengths_differ(self) -> bool:
         """Whether a model has a shorter context on one server than on another."""
-        return bool(self._shorter)
+        return bool(self._context_lengths.shorter)
 
-    def _move(self, now: float) -> None:
-        """Bring the loads up to date that change with time alone."""
-        self._moving = {server for server in self._moving if server.move(now)}
-        self._move_at = now + MOVE_EVERY * max(1.0, len(self._moving) / MOVED_OFTEN)
+    def _advance(self, now: float) -> None:
+        """Update the loads that change with time."""
+        self._advancing = {server for server in self._advancing if server.advance(now)}
+        self._advance_at = now + ADVANCE_EVERY * max(1.0, len(self._advancing) / ADVANCED_OFTEN)
 
-    # -- what requests show -------------------------------------------------------------------
+    # -- results of requests -----------------------------------------------------------------
 
-    def took(self, server: Server, seconds: float) -> None:
-        """A request got a good answer from the server, in so much time."""
-        server.took(seconds)
-        self._typical += (PACE if self._typical else 1.0) * (seconds - self._typical)
+    def record_success(self, server: Server, seconds: float) -> None:
+        """A request got a good response from the server, after this time."""
+        server.load_estimate.record_success(seconds)
+        weight = EWMA_WEIGHT if self._response_seconds else 1.0
+        self._response_seconds += weight * (seconds - self._response_seconds)
 
-    def erred(self, server: Server, now: float, seconds: float) -> None:
-        """A request got an error from the server, whoever's fault it was, in so much time."""
-        server.haunt(now, seconds, self._typical)
-        if server.moving:
-            self._moving.add(server)
+    def record_error(self, server: Server, now: float, seconds: float) -> None:
+        """A request got an error from the server, by any party's fault, after this time."""
+        server.record_fast_error(now, seconds, self._response_seconds)
+        if server.load_estimate.advancing:
+            self._advancing.add(server)
 
     def failed(
         self,
@@ -430,15 +384,14 @@ class Fleet:
         body: int | None = None,
         odd: bool = False,
     ) -> None:
-        """A request failed by the server's fault: that may eject it. See `TrafficHealth.failed`.
+        """A request failed by the server's fault, which may eject it. See `PassiveHealth.failed`.
 
-        Besides failures in a row a success rate ejects that is far below that of the others; it
-        takes their median, so that a trouble of all is nobody's. Others are those with a model in
-        common. O(servers).
+        Besides failures in a row, a success rate far below the median of the servers with a common
+        model ejects; a problem of the whole fleet ejects none. O(servers).
         """
         allowed = self._may_eject()
         server.failed(now, trial=trial, jitter=jitter, body=body, odd=odd, allowed=allowed)
-        if allowed and not server.traffic_health.ejected:
+        if allowed and not server.passive_health.ejected:
             reason = self._outlier(server, now)
             if reason:
                 server.eject(now, jitter, reason)
@@ -453,23 +406,24 @@ class Fleet:
         jitter: float,
         stream: bool,
     ) -> None:
-        """A request has heard nothing since then, for as long as a server may be silent.
+        """A request has got nothing since then, and its timeout has expired.
 
-        The server is to blame only if it has answered no other since. A plain answer shows nothing
-        until it is whole, and may take longer than that: it makes the server suspect, no more.
+        That counts against the server only if no other request had output since. A plain response
+        shows no byte until it is complete and may take longer: it only raises suspicion.
         """
         if server.output_since(since):
             return
         if stream:
             self.failed(server, now, trial=trial, jitter=jitter)
-        server.waited_in_vain(since, now, f"no answer in {now - since:.0f} s, and none to others")
+        reason = f"no response in {now - since:.0f} s, nor to any other request"
+        server.request_starved(since, now, reason)
 
-    def waited_in_vain(self, server: Server, now: float, since: float) -> None:
-        """A request was given up that had had no byte since then; see `Server.waited_in_vain`."""
-        reason = f"a request waited {now - since:.1f} s in vain, and no other has had a token since"
-        server.waited_in_vain(since, now, reason)
+    def request_starved(self, server: Server, now: float, since: float) -> None:
+        """A request without a byte since then was given up; see `Server.request_starved`."""
+        reason = f"a request waited {now - since:.1f} s without a byte, and no other had a token"
+        server.request_starved(since, now, reason)
 
-    def others_take(
+    def accepted_elsewhere(
         self,
         server: Server,
         name: str,
@@ -480,50 +434,50 @@ class Fleet:
         body: int,
         sure: bool,
     ) -> None:
-        """Another server has taken what this one refused; see `Refusals.refused`."""
-        server.others_take(name, size, words, now, body=body, sure=sure)
+        """Another server has accepted what this one refused; see `Refusals.refused`."""
+        server.accepted_elsewhere(name, size, words, now, body=body, sure=sure)
         self.settle(now)
 
     def refused_again(self, server: Server, name: str, now: float) -> None:
-        """It refuses what it was tried with after a time."""
+        """The server has refused a trial again."""
         server.refused_again(name, now)
 
-    def takes_again(self, server: Server, asked: Asked) -> None:
-        """It has taken such a request."""
-        server.takes_again(asked)
+    def accepted(self, server: Server, asked: Asked) -> None:
+        """The server has accepted such a request."""
+        server.accepted(asked)
 
     def unlist(self, server: Server, model: str) -> None:
-        """It said that it has no such model, though its list names it; the list is to be read."""
+        """The server said that it has no such model: remove it, and request a new list."""
         server.unlist(model)
-        for read_list in self.on_stale_list:
+        for read_list in self.on_stale_model_list:
             read_list(server)
 
-    def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
-        """Another server has answered the request that failed on this."""
-        server.not_its_fault(body, now, jitter=jitter, allowed=self._may_eject())
+    def answered_elsewhere(self, server: Server, now: float, *, jitter: float, body: int) -> None:
+        """Another server has answered the request that failed on this one."""
+        server.answered_elsewhere(body, now, jitter=jitter, allowed=self._may_eject())
 
     def _may_eject(self) -> bool:
-        """Whether one server more may be ejected.
+        """Whether one more server may be ejected.
 
-        Those that would not be asked anyway (down, draining, asleep) do not count: they may stay
-        ejected for long, as they get no trial.
+        Unusable servers (down, draining, asleep) do not count: without trials they may stay
+        ejected for long.
         """
         share = self.settings.max_ejected_share
         most = max(1, int(share * len(self.servers))) if share else 0
         ejected = sum(
-            server.traffic_health.ejected and server.usable for server in self.servers.values()
+            server.passive_health.ejected and server.usable for server in self.servers.values()
         )
         return ejected < most
 
     def _outlier(self, server: Server, now: float) -> str:
-        """Why its success rate is reason enough to eject it; empty if it is not."""
-        rate, count = server.traffic_health.success_rate(now)
+        """The reason to eject the server for its success rate; empty without one."""
+        rate, count = server.passive_health.success_rate(now)
         if count < OUTLIER_VOLUME:
             return ""
         others = [
-            other.traffic_health.success_rate(now)
+            other.passive_health.success_rate(now)
             for other in self.servers.values()
-            if other is not server and _alike(server, other)
+            if other is not server and _share_models(server, other)
         ]
         rates = [other for other, requests in others if requests >= OUTLIER_VOLUME]
         if not rates or rate >= OUTLIER_RATE * median(rates):
@@ -536,7 +490,7 @@ class Fleet:
 
     @property
     def in_flight(self) -> int:
-        """Leases held on all servers, the leaving ones included."""
+        """Leases on all servers, including leaving ones."""
         return sum(server.in_flight for server in self.all_servers())
 
     def all_servers(self) -> Sequence[Server]:
@@ -544,12 +498,12 @@ class Fleet:
         return [*self.servers.values(), *self.leaving]
 
     def retry_after(self, model: str | None, now: float) -> float:
-        """Seconds until a server of the model may be worth another try; at least 1."""
+        """Seconds until a server of the model may be available again; at least 1."""
         moments = [
             moment
             for server in self.servers.values()
             if model is None or server.serves(model)
-            for moment in (server.full_until, server.traffic_health.until)
+            for moment in (server.backoff_until, server.passive_health.until)
             if moment > now
         ]
         return max(1.0, min(moments) - now) if moments else 1.0
@@ -558,40 +512,8 @@ class Fleet:
         return sum(server.state in states for server in self.servers.values())
 
 
-def _next_moment(server: Server, now: float) -> float | None:
-    """When the server's rank or state changes by time alone; None if it does not."""
-    traffic = server.traffic_health
-    moments = [server.full_until, traffic.until, traffic.next_trial_at, server.silence.until]
-    if server.refusals.known:
-        moments += server.refusals.moments()
-    return min([moment for moment in moments if moment > now], default=None)
-
-
-def _rank(server: Server, now: float) -> int:
-    """How gladly a server is asked that may be asked at all: 0 is best, and free of doubt.
-
-    1: it has just refused a request as busy. 2: it has fallen silent. 3: traffic has ejected it.
-    4: its checks are good, but it keeps going down. 5: it is paused, where requests wait until it
-    goes on, as vLLM's clients expect.
-    """
-    if server.paused_at is not None:
-        return 5
-    if not server.usable:
-        return 4
-    if not server.traffic_health.admits(now):
-        return 3
-    if not server.silence.admits(now):
-        return 2
-    return 1 if now < server.full_until else 0
-
-
-def is_surely_well(server: Server, now: float) -> bool:
-    """Whether nothing at all speaks against the server."""
-    return _rank(server, now) == 0
-
-
-def _alike(one: Server, other: Server) -> bool:
-    """Whether they may have a model in common."""
+def _share_models(one: Server, other: Server) -> bool:
+    """Whether two servers may have a model in common."""
     return (
         one.models is None or other.models is None or not set(one.models).isdisjoint(other.models)
     )

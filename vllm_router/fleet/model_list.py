@@ -1,7 +1,6 @@
-"""A server's `/v1/models`, read so that no name in it can harm a page, a log line or a metric.
+"""A safe parser of a server's `/v1/models`: no name can harm a page, a log line or a metric.
 
-A list is refused as a whole only if it cannot be read or is too large. An entry that cannot be used
-is left out, and the list says how many were and why.
+A list is rejected only if it is not JSON or too large. Unusable entries are left out and counted.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ from vllm_router.config.server_url import quoted
 from vllm_router.errors import UnusablePage
 
 MAX_LIST_BYTES = 1024 * 1024
-"""Bytes of a list that is read: vLLM 0.32 writes some 450 for each model or adapter."""
+"""Bytes of a list. vLLM 0.32 writes about 450 per model or adapter."""
 
 MAX_MODELS = 2048
-"""Models of one server. Every page that shows a server names them all."""
+"""Models of one server; pages that show a server list all of them."""
 
 MAX_NAME = 512
 """Characters of a model's name."""
 
 MAX_VALUES = 60_000
-"""JSON values of a list; 2048 entries of vLLM 0.32 have 45 000. Decoding so many takes 5 ms."""
+"""JSON values of a list; 2048 entries of vLLM 0.32 have 45 000. Decoding them takes 5 ms."""
 
 MAX_BRACKETS = 200
-"""Brackets of an entry that is passed on as it is, and so its depth. One of vLLM 0.32 has four."""
+"""Brackets (and so the depth) of an entry that is passed on unchanged. vLLM 0.32 has four."""
 
 PASSED_ON = 16_384
-"""Bytes of an entry that is passed on as it is; of a longer one only the most needed is read."""
+"""Bytes of an entry that is passed on unchanged; of a longer one only `id` and length are."""
 
 MAX_ENTRY = 65_536
-"""Bytes of an entry that is read at all."""
+"""Bytes of an entry; longer ones are left out."""
 
 STEP = 65_536
-"""Bytes of entries that are read at a time: 1 ms."""
+"""Bytes of entries parsed per step: 1 ms."""
 
 LOOSE = 131_072
-"""Bytes of a list that is read although it is not quite JSON, which takes ten times as long."""
+"""Bytes of a list that is parsed by Python's lenient decoder, which is ten times as slow."""
 
 _REPLACEMENT = "\ufffd"
 
-_NO_LIST = "it is no JSON object with a list called data"
+_NO_LIST = "it is not a JSON object with an array `data`"
 
 Card = dict[str, Any]
 
@@ -65,12 +64,12 @@ _decode_long_card = msgspec.json.Decoder(_LongCard).decode
 
 @dataclass(slots=True)
 class ModelList:
-    """The entries by id, as the server gave them, and what was wrong with those left out."""
+    """The usable entries by id, as the server gave them; `left_out` counts the others."""
 
     cards: dict[str, Card] = field(default_factory=dict)
     left_out: int = 0
     problem: str = ""
-    """What is wrong with the first entry that was left out."""
+    """The reason of the first entry that was left out."""
 
     def leave_out(self, problem: str) -> None:
         self.left_out += 1
@@ -78,9 +77,9 @@ class ModelList:
 
 
 def read_model_list(page: bytes) -> Iterator[ModelList]:
-    """Read the list a few entries at a time; what is yielded last is complete.
+    """Parse the list in steps; the last yielded value is complete.
 
-    The caller may let others go on between two steps. Raises UnusablePage.
+    The caller may let other tasks run between two steps. Raises UnusablePage.
     """
     found = ModelList()
     done = 0
@@ -94,7 +93,7 @@ def read_model_list(page: bytes) -> Iterator[ModelList]:
 
 
 def _entries(page: bytes) -> Sequence[bytes | object]:
-    """The entries of the list: their bytes, or decoded if the list is not quite JSON."""
+    """The entries of the list as bytes; decoded if the list is not strict JSON."""
     if len(page) > MAX_LIST_BYTES:
         raise UnusablePage(f"it is longer than {MAX_LIST_BYTES} bytes")
     if page.count(b",") + page.count(b"[") + page.count(b"{") > MAX_VALUES:
@@ -110,7 +109,7 @@ def _entries(page: bytes) -> Sequence[bytes | object]:
 
 
 def _entries_read_loosely(page: bytes) -> list[object]:
-    """What Python reads and strict JSON does not allow: NaN, half a character (`"\\ud800"`)."""
+    """Parse what Python accepts beyond strict JSON: NaN, lone surrogates (`"\\ud800"`)."""
     if len(page) > LOOSE:
         raise UnusablePage(_NO_LIST)
     try:
@@ -118,7 +117,7 @@ def _entries_read_loosely(page: bytes) -> list[object]:
     except RecursionError:
         raise UnusablePage("it is nested too deeply") from None
     except ValueError:
-        raise UnusablePage("it is no JSON") from None
+        raise UnusablePage("it is not JSON") from None
     entries = read.get("data") if isinstance(read, dict) else None
     if not isinstance(entries, list):
         raise UnusablePage(_NO_LIST)
@@ -126,7 +125,7 @@ def _entries_read_loosely(page: bytes) -> list[object]:
 
 
 def _take(found: ModelList, entry: bytes | object) -> None:
-    """Add one entry to the list, or note why it is left out."""
+    """Add one entry to the list, or leave it out."""
     card = entry
     if isinstance(entry, bytes):
         if len(entry) > MAX_ENTRY:
@@ -141,7 +140,7 @@ def _take(found: ModelList, entry: bytes | object) -> None:
             found.leave_out("an entry cannot be read")
             return
     name = card.get("id") if isinstance(card, dict) else None
-    problem = _wrong_name(name)
+    problem = _name_problem(name)
     if problem:
         found.leave_out(problem)
         return
@@ -151,10 +150,10 @@ def _take(found: ModelList, entry: bytes | object) -> None:
     found.cards[name] = card if not long and _can_be_passed_on(card) else _plain_card(card)
 
 
-def _wrong_name(name: object) -> str:
-    """Why a name cannot be used; empty if it can."""
+def _name_problem(name: object) -> str:
+    """The reason why a name is unusable; empty if it is usable."""
     if not isinstance(name, str) or not name:
-        return "an id is no text"
+        return "an id is not a string"
     if len(name) > MAX_NAME:
         return f"a name has more than {MAX_NAME} characters: {quoted(name)}"
     if not name.isprintable() or _REPLACEMENT in name:
@@ -163,7 +162,7 @@ def _wrong_name(name: object) -> str:
 
 
 def _can_be_passed_on(card: Card) -> bool:
-    """Whether the entry can be written again, at any depth of our own calls."""
+    """Whether the entry can be encoded again without deep recursion."""
     try:
         written = msgspec.json.encode(card)
     except (ValueError, TypeError, OverflowError, RecursionError):
@@ -172,7 +171,7 @@ def _can_be_passed_on(card: Card) -> bool:
 
 
 def _plain_card(card: Card) -> Card:
-    """What routing and clients need most of an entry that cannot be passed on."""
+    """A minimal entry with the name and the context length."""
     plain: Card = {"id": card["id"], "object": "model"}
     length = card.get("max_model_len")
     if isinstance(length, int) and not isinstance(length, bool) and 0 < length < 2**53:

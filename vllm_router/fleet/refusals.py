@@ -1,10 +1,10 @@
-"""What a server refuses by its own fault, while other servers take it.
+"""Requests that one server refuses by its own fault, while other servers accept them.
 
-A server may lack a route (an older version), want another key, send everybody to a page to log
-in at, or stand behind a proxy that takes no large bodies. It is well otherwise, so that it is not
-ejected: the requests concerned go to other servers. A refusal is believed once another server has
-taken the same request. After a time the next such request tries the server again; if that is
-answered, the refusal is over, else it lasts longer. Pure: time is an argument, in seconds.
+A server may lack a route (an older version), require another key, redirect to a login page, or be
+behind a proxy that refuses large bodies. It is healthy otherwise, so it is not ejected: only the
+refused requests go to other servers. A refusal is confirmed once another server has accepted the
+same request. After a time the next such request is a trial: if it is answered, the refusal ends,
+else it lasts longer. Pure: time is an argument, in seconds.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 MODEL = "model "
-"""Before the name of a model that is refused; paths begin with a slash."""
+"""Prefix of the name of a refused model; refused paths begin with a slash."""
 
-MOST = 32
-"""Refusals that are remembered of one server: paths below /v1/ come from clients."""
+MAX_REFUSALS = 32
+"""Refusals remembered per server: clients may invent paths below /v1/."""
 
 DOUBTS = 3
-"""So many different requests in a row must be refused, where a refusal may be about the request
-alone (403, which also firewalls send for what they find in a body)."""
+"""Different requests in a row that must be refused if a refusal may concern the request alone
+(403, which firewalls also send because of a body's content)."""
 
 LONGEST = 60.0
-"""Seconds after which a server that goes on refusing is tried again, at the latest."""
+"""Maximum seconds until a refusing server gets another trial."""
 
 FORGET_AFTER = 900.0
-"""Seconds after which a refusal is forgotten if no request comes to try the server with."""
+"""Seconds without a trial after which a refusal is dropped."""
 
 
 class Asked(msgspec.Struct, frozen=True, gc=False):
-    """What of a request matters for who takes it: its path, model, and bytes of body."""
+    """The properties of a request that a server may refuse: path, model, and bytes of body."""
 
     path: str
     model: str | None
@@ -39,11 +39,15 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refusal(msgspec.Struct, array_like=True):
-    """`what` is a path, or `model NAME`; it holds for bodies of at least `size` bytes.
+    """One refusal of a server.
 
-    `until` is when the server is tried again; 0 as long as the refusal is only suspected. `times`
-    counts how often it was believed in a row, `seen` the requests that made it suspected; the last
-    one was refused at `at` and has the fingerprint `body`.
+    what: a path, or `model NAME`.
+    words: the server's response in short.
+    size: bytes of body from which on it applies.
+    at, body: time and body fingerprint of the last refused request.
+    until: time of the next trial; 0 while the refusal is not confirmed.
+    times: confirmations in a row.
+    seen: refused requests before the confirmation.
     """
 
     what: str
@@ -56,11 +60,11 @@ class Refusal(msgspec.Struct, array_like=True):
     body: int | None = None
 
     @property
-    def believed(self) -> bool:
+    def confirmed(self) -> bool:
         return self.until > 0.0
 
-    def believe(self, now: float, hold: float) -> None:
-        """The server is not asked for `hold` seconds, and longer each time."""
+    def confirm(self, now: float, hold: float) -> None:
+        """Avoid the server for `hold` seconds, longer each time."""
         self.times += 1
         self.at, self.until = now, now + min(hold * self.times, max(hold, LONGEST))
 
@@ -73,21 +77,21 @@ def _names(asked: Asked) -> tuple[str, ...]:
 
 
 class Refusals:
-    """The refusals of one server, by what is refused, in `known`."""
+    """The refusals of one server; `known` has them by `Refusal.what`."""
 
     def __init__(self) -> None:
         self.known: dict[str, Refusal] = {}
 
     def all(self) -> tuple[Refusal, ...]:
-        """Those that are believed and those that are suspected."""
+        """All refusals, confirmed or not."""
         return tuple(self.known.values())
 
     def replace(self, refusals: Iterable[Refusal]) -> None:
-        """Take over what another process of this router knows."""
+        """Take the refusals known to another process of this router."""
         self.known = {refusal.what: refusal for refusal in refusals}
 
     def clear(self) -> bool:
-        """The server is a new one, or has new settings; True if there was anything."""
+        """Drop all, for a new process or new settings; True if there were any."""
         had = bool(self.known)
         self.known = {}
         return had
@@ -95,46 +99,45 @@ class Refusals:
     def refused(
         self, name: str, size: int, words: str, now: float, *, hold: float, body: int, sure: bool
     ) -> bool:
-        """Another server has taken a request that this one refused; True if that is news.
+        """Another server has accepted a request that this one refused; True if that confirms it.
 
-        `name` is the path or `model NAME`, `size` 0 unless the refusal is of large bodies only.
-        `hold` is how long a first refusal lasts. Unless it is `sure`, DOUBTS requests with
-        different fingerprints `body` are needed.
+        `name` is the path or `model NAME`, `size` is 0 unless only large bodies are refused.
+        `hold` is the duration of a first refusal. Unless `sure`, DOUBTS requests with different
+        fingerprints `body` are needed.
         """
         refusal = self.known.get(name)
         if refusal is None:
             self._make_room()
             refusal = self.known[name] = Refusal(name, words, size, now)
         elif now < refusal.until:
-            return False  # it was on its way when the refusal was noted
+            return False  # sent before the refusal was confirmed
         refusal.words, refusal.size = words, min(refusal.size, size)
-        if not (sure or refusal.believed):
+        if not (sure or refusal.confirmed):
             if body != refusal.body:
                 refusal.seen = refusal.seen + 1 if now - refusal.at < LONGEST else 1
             refusal.at, refusal.body = now, body
             if refusal.seen < DOUBTS:
                 return False
-        refusal.believe(now, hold)
+        refusal.confirm(now, hold)
         return True
 
     def refused_again(self, name: str, now: float, *, hold: float) -> bool:
-        """The server refuses what it was tried with after the refusal's time; True if it is."""
+        """The server has refused a trial; True if that prolongs the refusal."""
         refusal = self.known.get(name)
-        if refusal is None or not refusal.believed or now < refusal.until:
+        if refusal is None or not refusal.confirmed or now < refusal.until:
             return False
-        refusal.believe(now, hold)
+        refusal.confirm(now, hold)
         return True
 
     def answered(self, asked: Asked) -> bool:
-        """The server has taken such a request; True if that ends a refusal."""
+        """The server has accepted such a request; True if that ends a confirmed refusal."""
         over = [refusal for refusal in self.known.values() if refusal.concerns(asked)]
         for refusal in over:
             del self.known[refusal.what]
-        return any(refusal.believed for refusal in over)
+        return any(refusal.confirmed for refusal in over)
 
     def relisted(self, before: Collection[str], listed: Collection[str]) -> bool:
-        """A list of models has been read: a refusal of a model ends when the list names it no more,
-        or names it anew. True if that is so."""
+        """A model list was read: refusals of removed and of new models end. True if any did."""
         refused = [what for what in self.known if what.startswith(MODEL)]
         over = [what for what in refused if not (_model(what) in listed and _model(what) in before)]
         for what in over:
@@ -142,37 +145,37 @@ class Refusals:
         return bool(over)
 
     def refuses(self, asked: Asked, now: float) -> bool:
-        """Whether the server had better not be asked now."""
+        """Whether the server would refuse the request now."""
         return any(now < one.until and one.concerns(asked) for one in self.known.values())
 
     def active(self, now: float) -> tuple[tuple[str, int], ...]:
-        """What it had better not be asked for now: names, and sizes in bytes from which on."""
+        """Names of what is refused now, with the sizes in bytes from which on."""
         return tuple([(one.what, one.size) for one in self.known.values() if now < one.until])
 
     def expire(self, now: float) -> bool:
-        """Forget what was not tried for long; True if there was anything."""
+        """Drop refusals without a recent trial; True if there were any."""
         old = [one.what for one in self.all() if now - max(one.at, one.until) > FORGET_AFTER]
         for what in old:
             del self.known[what]
         return bool(old)
 
     def reason(self) -> str:
-        """The refusals that are believed, in words; empty if there is none."""
-        known = [refusal for refusal in self.known.values() if refusal.believed]
+        """The confirmed refusals in words; empty if there is none."""
+        known = [refusal for refusal in self.known.values() if refusal.confirmed]
         return "; ".join(_shown(refusal) for refusal in known[:3]) + (
             f"; and {len(known) - 3} more" if len(known) > 3 else ""
         )
 
     def count(self) -> int:
-        """How many are believed."""
-        return sum(refusal.believed for refusal in self.known.values())
+        """The number of confirmed refusals."""
+        return sum(refusal.confirmed for refusal in self.known.values())
 
     def moments(self) -> list[float]:
-        """When the server is tried again."""
+        """The times of the next trials."""
         return [refusal.until for refusal in self.known.values()]
 
     def _make_room(self) -> None:
-        while len(self.known) >= MOST:
+        while len(self.known) >= MAX_REFUSALS:
             del self.known[min(self.known, key=lambda name: self.known[name].until)]
 
 
@@ -182,4 +185,4 @@ def _model(what: str) -> str:
 
 def _shown(refusal: Refusal) -> str:
     size = f" with {refusal.size} bytes or more" if refusal.size else ""
-    return f"refuses {refusal.what}{size}, which others take: {refusal.words}"
+    return f"refuses {refusal.what}{size}, which other servers accept: {refusal.words}"

@@ -1,24 +1,24 @@
-"""One vLLM server: its configuration, its live state, and the load that routing compares.
+"""One vLLM server: identity, configuration, leases, and the parts that judge it.
 
-Everything that changes the state goes through a method here, which brings `load` up to date and
-tells the fleet when the set of candidates may have changed. So a pick reads plain attributes and
-costs nothing per server beyond the comparison.
+All state changes go through methods of `Server`: they update the load and notify the fleet when
+the candidates may have changed. So a pick reads plain attributes.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from vllm_router.config.schema import ServerConfig, Settings
-from vllm_router.fleet.engine_metrics import TOO_LARGE, EngineMetrics
-from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
+from vllm_router.fleet.active_health import ActiveHealth, Check
+from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.health_rules import health_rules
+from vllm_router.fleet.load import LoadEstimate
+from vllm_router.fleet.model_catalog import ModelCatalog
+from vllm_router.fleet.passive_health import PassiveHealth
 from vllm_router.fleet.refusals import Asked, Refusals
 from vllm_router.fleet.silence import (
     LEFT_AFTER,
@@ -28,65 +28,29 @@ from vllm_router.fleet.silence import (
     Silence,
     StandStill,
 )
+from vllm_router.fleet.state import State, Transition
 
-STALE_AFTER_INTERVALS = 3
-"""Metrics older than so many scrape intervals are not used for routing."""
+DEFAULT_BACKOFF = 1.0
+"""Seconds of backoff after a refusal without `Retry-After`."""
 
-BUSY_FOR = 1.0
-"""Seconds a server counts as full after a refusal that carried no `Retry-After`."""
+MAX_BACKOFF = 300.0
 
-MAX_BUSY_FOR = 300.0
-
-BUSY_CHECK = 2.0
-"""Seconds a server counts as full after a check that it answered with 503."""
+CHECK_BACKOFF = 2.0
+"""Seconds of backoff after a check answered with 503."""
 
 FLOW_SECONDS, MAX_FLOW_SECONDS = 6.0, 60.0
-"""A server whose last bytes are no older than the first, or twice what its answers take up to the
-second, is alive, though it says 503 to checks."""
-
-SLOW_START_FROM = 0.1
-"""What slow start begins with, of a server's share."""
-
-GHOST_SECONDS = 1.0
-"""How long a good answer is taken to last on a server that has not yet given one."""
-
-GHOST_GONE = 0.01
-
-PACE = 0.05
-"""How fast the mean time of good answers follows."""
-
-
-class State(enum.StrEnum):
-    """What an operator sees, most telling first."""
-
-    DRAINING = "draining"
-    UNKNOWN = "unknown"
-    DOWN = "down"
-    ASLEEP = "asleep"
-    PAUSED = "paused"
-    EJECTED = "ejected"
-    SILENT = "silent"
-    REFUSING = "refusing"
-    FULL = "full"
-    UP = "up"
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """A server changed its state. `reason` is for people."""
-
-    server: str
-    old: State
-    new: State
-    reason: str
+"""A server that answers checks with 503 is full, not unhealthy, if its last bytes are at most
+FLOW_SECONDS old, or twice its response time up to MAX_FLOW_SECONDS."""
 
 
 class Lease(msgspec.Struct, eq=False):
-    """The in-flight unit one attempt holds on a server, from the pick to the end.
+    """The in-flight unit that an attempt holds on a server, from the pick to its end.
 
-    `last_byte_at` is set with every byte from the server, `committed` once the client has got
-    some; `interrupt(reason)` ends the attempt from outside, if possible; `reservation` belongs to
-    the policy.
+    last_byte_at: time of the last byte from the server.
+    trial: whether the attempt is a trial request.
+    committed: whether the client has got a part of the response.
+    interrupt: ends the attempt from outside with a reason; False if it cannot.
+    reservation: belongs to the policy.
     """
 
     server: Server
@@ -98,23 +62,33 @@ class Lease(msgspec.Struct, eq=False):
     reservation: object = None
 
     def release(self) -> None:
-        """Give the unit back; called exactly once, in the attempt's `finally`."""
+        """Give the unit back. Call exactly once, in the attempt's `finally`."""
         self.server.end_lease(self)
 
 
-class Journal:
-    """`servers` whose load has changed, in order, for those who keep figures made of loads. Once
-    it is long another list is begun: who holds the old one has missed something.
+class ChangeLog:
+    """The servers whose load has changed, in order, for readers that cache figures.
+
+    A reader remembers the list and how much of it it has read. When the list is long, a new one is
+    begun: a reader that holds the old list has missed changes and must read all servers.
     """
 
-    LONGEST = 4096
+    MAX_LENGTH = 4096
 
     def __init__(self) -> None:
         self.servers: list[Server] = []
 
 
 class Server:
-    """A server of the fleet. `load` and `state` are current at any time."""
+    """A server of the fleet.
+
+    config, name, url, capacity: the configuration; the URL is the identity across reloads.
+    weighted_capacity: capacity × weight, the unit of its load.
+    cap: limit of our requests at the same time; infinite without `[limits]`.
+    leases, in_flight: our running attempts; with worker processes `in_flight` includes theirs.
+    load_estimate, active_health, passive_health, catalog, refusals, silence: the parts.
+    state: as operators see it; updated by the fleet.
+    """
 
     def __init__(
         self,
@@ -122,89 +96,58 @@ class Server:
         settings: Settings,
         on_change: Callable[[Server], None],
     ) -> None:
+        """`on_change` is called when the candidates for a request may have changed."""
         self.config = config
         self.name = config.name
         self.url = config.url
         self.capacity = config.max_concurrent_requests
-        self.share = self.capacity * config.weight
-        """What its load is measured against."""
+        self.weighted_capacity = self.capacity * config.weight
         self.cap = _cap_of(config)
-        """Requests of ours that it may have at once; infinite unless `[limits]` says so."""
         self._on_change = on_change
-        self.journal = Journal()
-        """The fleet's, if it is in one."""
+        self.change_log = ChangeLog()
+        """The fleet's; one of its own outside a fleet."""
         rules = health_rules(settings)
-        self.probe_health = ProbeHealth(rules)
-        self.traffic_health = TrafficHealth(rules)
-        self.stale_after = STALE_AFTER_INTERVALS * settings.metrics_interval
+        self.active_health = ActiveHealth(rules)
+        self.passive_health = PassiveHealth(rules)
+        self.load_estimate = LoadEstimate()
+        self._configure_load(settings)
+        self.catalog = ModelCatalog(config.models)
+        self.refusals = Refusals()
+        """Requests that it refuses although other servers accept them."""
 
         self.leases: set[Lease] = set()
         self.in_flight = 0
         self.served = 0
-        self.load = 0.0
-        self.running = 0.0
-        self.waiting = 0.0
-        self.work = 0.0
-        """`running + 0.5 waiting` and the ghosts: what policies count."""
-        self.burden = 0.0
-        """That, by its share: what policies compare. In slow start the share is a part of it, and
-        the next request counts, too; so a server that has nothing yet is no magnet."""
-        self.ramp = 1.0
-        """The part of its share that it gets: less than 1 in slow start."""
-        self.ghosts = 0.0
-        """Errors that it gave fast go on to count as requests for as long as good answers take;
-        else the server that fails fastest would look least busy."""
-        self.moving = False
-        """Whether `ramp` or `ghosts` change with time; then the fleet calls `move`."""
-        self.slow_start = settings.slow_start
         self.joined = False
-        """Whether it was added to a fleet that was there already."""
-        self._typical = 0.0
-        self._first_token = 0.0
-        self._moved_at = 0.0
-        self._was_held_back = False
-
-        self.metrics: EngineMetrics | None = None
-        self.scraped_at: float | None = None
-        self.metrics_fresh = False
-        self.leases_at_scrape = 0
-
-        self.models: tuple[str, ...] | None = config.models
-        self.model_cards: dict[str, dict[str, Any]] = {}
-        self.models_at: float | None = None
-        self.lengths: dict[str, int] = {}
-        """The longest context of each model in tokens (`max_model_len`), where the server says."""
-        self._listed: frozenset[str] = frozenset()
-        self.refusals = Refusals()
-        """What it refuses that others take."""
+        """Whether it was added to an existing fleet."""
 
         self.silence = Silence()
-        self.stuck = 0.0
-        """Requests in its gauges that are not there: see `look_for_silence`."""
-        self.paused_at: float | None = None
-        """When its engine was paused through this router; None if it was not, or has gone on."""
-        self.output_at = -math.inf
-        """When a request last had output of its engine, comments of a stream not counted."""
-        self.progress_at = -math.inf
-        """When the engine worked at the earliest, by the last two scrapes that differed: between
-        them. What an earlier request had done may show after this one was sent."""
         self._stand_still = StandStill()
+        self.paused_at: float | None = None
+        """When its engine was paused through this router; None if it runs."""
+        self.output_at = -math.inf
+        """Last output of its engine for a finished request; comments of a stream do not count."""
+        self.progress_at = -math.inf
+        """Start of the interval between the last two scrapes that show work of the engine. The end
+        would be too late: work for an earlier request may show after a new one was sent."""
+        self.last_byte_at = -math.inf
 
         self.restarts = 0
-        """How often its process was found to be a new one, with nothing cached."""
-        self.back_at = -math.inf
+        """Process restarts seen; the prefix cache is empty after each."""
+        self.recovered_at = -math.inf
         """When it last came back from being down, ejected, asleep or restarted, or was added."""
-        self.fell_at = -math.inf
-        """When it was last found to be down, or to be a new process."""
+        self.went_down_at = -math.inf
+        """When it last went down or was found to be a new process."""
 
         self.draining = False
-        self.full_until = 0.0
-        self.last_byte_at = -float("inf")
+        self.backoff_until = 0.0
+        """It refused a request as busy and is avoided until this time."""
         self.checked_at: float | None = None
         self._check_began = -math.inf
+        self._was_damped = False
         self.state = State.UNKNOWN
         self.state_since = 0.0
-        self.state_reason = self.probe_health.reason
+        self.state_reason = self.active_health.reason
         self._trust_unprobed(settings)
 
     def __repr__(self) -> str:
@@ -213,37 +156,40 @@ class Server:
     # -- configuration ------------------------------------------------------------------------
 
     def apply(self, config: ServerConfig, settings: Settings) -> None:
-        """Take a new configuration for the same URL; what is known of the server stays."""
-        if config.models is not None or self.config.models is not None:
-            self.models = config.models
+        """Apply a new configuration for the same URL; the live state stays."""
+        self.catalog.configure(config.models)
         if config.api_key != self.config.api_key or config.models != self.config.models:
             self.refusals.clear()
-        if config != self.config:  # who keeps what follows from it looks whether it is the same
+        if config != self.config:  # an unchanged object keeps caches by identity valid
             self.config = config
         self.name, self.capacity = config.name, config.max_concurrent_requests
-        self.share = self.capacity * config.weight
+        self.weighted_capacity = self.capacity * config.weight
         self.cap = _cap_of(config)
-        self.slow_start = settings.slow_start
         rules = health_rules(settings)
-        self.probe_health.apply(rules)
-        self.traffic_health.apply(rules)
-        self.stale_after = STALE_AFTER_INTERVALS * settings.metrics_interval
+        self.active_health.apply(rules)
+        self.passive_health.apply(rules)
+        self._configure_load(settings)
         self._trust_unprobed(settings)
         self._update_load()
         self._on_change(self)
 
+    def _configure_load(self, settings: Settings) -> None:
+        self.load_estimate.configure(
+            self.weighted_capacity, settings.slow_start, settings.metrics_interval
+        )
+
     def _trust_unprobed(self, settings: Settings) -> None:
-        """Without active checks a server is up until its traffic says otherwise."""
+        """Without active checks a server is up until its traffic shows otherwise."""
         if not settings.enable_active_health_check:
-            self.probe_health.up, self.probe_health.reason = True, ""
+            self.active_health.up, self.active_health.reason = True, ""
 
     # -- leases -------------------------------------------------------------------------------
 
     def lease(self, now: float) -> Lease:
         """Take one unit; the caller releases it in a `finally`."""
         lease = Lease(self, now, now)
-        if self.traffic_health.ejected:
-            lease.trial = self.traffic_health.start_trial(now)
+        if self.passive_health.ejected:
+            lease.trial = self.passive_health.start_trial(now)
             self._on_change(self)
         elif self.silence.since is not None and self.silence.start_trial(now):
             lease.trial = True
@@ -254,6 +200,7 @@ class Server:
         return lease
 
     def end_lease(self, lease: Lease) -> None:
+        """Called by `Lease.release`."""
         self.leases.remove(lease)
         self.in_flight -= 1
         self.served += 1
@@ -264,9 +211,9 @@ class Server:
         self._update_load()
 
     def _trial_ended(self) -> None:
-        """Another trial may follow, if that brought no verdict."""
-        if self.traffic_health.trial:
-            self.traffic_health.trial_ended()
+        """A trial without a result: another one may follow."""
+        if self.passive_health.trial:
+            self.passive_health.trial_ended()
             self._on_change(self)
         if self.silence.trial:
             self.silence.trial = False
@@ -274,168 +221,128 @@ class Server:
 
     # -- load ---------------------------------------------------------------------------------
 
+    @property
+    def load(self) -> float:
+        """The load that operators see; policies read `load_estimate`."""
+        return self.load_estimate.value
+
+    @property
+    def running(self) -> float:
+        return self.load_estimate.running
+
+    @property
+    def waiting(self) -> float:
+        return self.load_estimate.waiting
+
+    @property
+    def metrics(self) -> EngineMetrics | None:
+        return self.load_estimate.metrics
+
     def _update_load(self) -> None:
-        """Requests on the server now: the last scrape, corrected by what we sent and ended since.
+        self.load_estimate.update(self.in_flight)
+        # As `mark_changed`, inlined: this runs twice per request.
+        log = self.change_log
+        log.servers.append(self)
+        if len(log.servers) > ChangeLog.MAX_LENGTH:
+            log.servers = []
 
-        Never less than our own leases: a gauge lags a new request by up to 41 ms (vLLM 0.32), and
-        a scrape may come before the request has reached the engine.
-        """
-        mine = self.in_flight
-        metrics = self.metrics
-        if self.metrics_fresh and metrics is not None and metrics.running is not None:
-            waiting = metrics.waiting or 0.0
-            there = metrics.running + waiting - self.stuck + (mine - self.leases_at_scrape)
-            if there < mine:
-                there = mine
-            if waiting > there:
-                waiting = there
-            running = there - waiting
-        else:
-            running, waiting = float(mine), 0.0
-        self.running, self.waiting = running, waiting
-        self.work = work = running + 0.5 * waiting
-        self.load = self.burden = work / self.share
-        if self.moving:
-            self.work = work = work + self.ghosts
-            self.burden = (work + 1.0) / (self.share * self.ramp) - 1.0 / self.share
-        self.touch()
+    def mark_changed(self) -> None:
+        """Note in the change log that the load, or a policy's addition to it, has changed."""
+        log = self.change_log
+        log.servers.append(self)
+        if len(log.servers) > ChangeLog.MAX_LENGTH:
+            log.servers = []
 
-    def touch(self) -> None:
-        """Its load has changed, or something that a policy adds to it."""
-        servers = self.journal.servers
-        servers.append(self)
-        if len(servers) > Journal.LONGEST:
-            self.journal.servers = []
-
-    def move(self, now: float) -> bool:
-        """Bring up to date what changes with time alone; False once nothing does any more.
-
-        A time that has passed already counts as the last one.
-        """
-        now = max(now, self._moved_at)
-        age = now - self.back_at
-        self.ramp = 1.0
-        if age < self.slow_start:
-            self.ramp = max(SLOW_START_FROM, age / self.slow_start)
-        if self.ghosts:
-            left = self.ghosts * math.exp((self._moved_at - now) / (self._typical or GHOST_SECONDS))
-            self.ghosts = left if left > GHOST_GONE else 0.0
-        self._moved_at = now
-        self.moving = self.ramp < 1.0 or self.ghosts > 0.0
+    def advance(self, now: float) -> bool:
+        """Update the parts of the load that change with time; False once none does any more."""
+        advancing = self.load_estimate.advance(now, self.recovered_at)
         self._update_load()
-        return self.moving
+        return advancing
 
-    def took(self, seconds: float) -> None:
-        """It has given a good answer, in so much time."""
-        self._typical += (PACE if self._typical else 1.0) * (seconds - self._typical)
-
-    def began(self, seconds: float) -> None:
-        """A stream has begun after so much time."""
-        self._first_token += (PACE if self._first_token else 1.0) * (seconds - self._first_token)
-
-    def haunt(self, now: float, seconds: float, typical: float) -> None:
-        """It has given an error, in so much time; the caller sees to it that it is moved.
-
-        `typical` is the time that good answers take in the fleet: what it would take itself is
-        known the less, the longer it gives none.
-        """
-        if typical:
-            self.took(typical)
-        typical = self._typical or GHOST_SECONDS
-        if seconds < typical:
-            self.move(now)
-            # As ghosts fade exponentially, this is in sum what is missing of a good answer's time.
-            self.ghosts += 1.0 - seconds / typical
-            self.moving = True
+    def record_fast_error(self, now: float, seconds: float, fleet_mean: float) -> None:
+        """See `LoadEstimate.record_fast_error`; the caller takes care of `advance`."""
+        if self.load_estimate.record_fast_error(now, seconds, fleet_mean, self.recovered_at):
             self._update_load()
 
     def scraped(self, metrics: EngineMetrics, now: float, leases: int) -> None:
-        """A metrics page arrived; `leases` were held when it was asked for.
-
-        One without a load (`--disable-log-stats`) takes the figures of earlier ones back.
-        """
-        was_asleep = self.metrics is not None and self.metrics.asleep
-        if self.metrics is not None and metrics.began_after(self.metrics):
+        """A metrics page was read; `leases` were held when it was requested."""
+        load = self.load_estimate
+        was_asleep = load.asleep
+        if load.metrics is not None and metrics.began_after(load.metrics):
             self.restarts += 1
-            self.back_at = self.fell_at = now
+            self.recovered_at = self.went_down_at = now
             self._new_process()
         self._note_progress(metrics, now)
-        if metrics.has_load:
-            self.metrics, self.scraped_at = metrics, now
-        else:
-            self.metrics = self.scraped_at = None
-        self.metrics_fresh = metrics.has_load
-        self.leases_at_scrape = leases
+        load.take_scrape(metrics, now, leases)
         self._update_load()
-        if (metrics.has_load and metrics.asleep) is not was_asleep:
+        if load.asleep is not was_asleep:
             self._on_change(self)
 
-    def age_metrics(self, now: float) -> None:
-        """Called by the probe on each tick: old figures stop counting, our own leases remain."""
+    def expire(self, now: float) -> None:
+        """Expire old metrics (our leases remain the load) and refusals. Call periodically."""
         if self.refusals.known and self.refusals.expire(now):
             self._on_change(self)
-        if self.metrics_fresh and self.metrics_age(now) > self.stale_after:
-            self.metrics_fresh = False
+        load = self.load_estimate
+        if load.fresh and load.age(now) > load.stale_after:
+            load.fresh = False
             self._update_load()
-
-    def metrics_age(self, now: float) -> float:
-        """Seconds since the last good scrape; infinite before the first."""
-        return now - self.scraped_at if self.scraped_at is not None else float("inf")
 
     # -- models -------------------------------------------------------------------------------
 
+    @property
+    def models(self) -> tuple[str, ...] | None:
+        """The models in force; None until the server's list was read."""
+        return self.catalog.names
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The longest context of each model in tokens, where known."""
+        return self.catalog.lengths
+
     def serves(self, model: str) -> bool:
-        """Whether it lists the model; a server whose list could never be read may serve any."""
-        return self.models is None or model in self.models
+        """Whether it has the model, or may have it because its list is unknown."""
+        return self.catalog.has(model)
 
     def listed(self, cards: dict[str, dict[str, Any]], now: float) -> None:
-        """A `/v1/models` answer arrived; LoRA adapters are models in it."""
-        before, self._listed = self._listed, frozenset(cards)
-        if self.refusals.known and self.refusals.relisted(before, self._listed):
-            self._on_change(self)
-        self.model_cards, self.models_at = cards, now
-        lengths = {name: length for name, card in cards.items() if (length := _length_in(card))}
-        if lengths != self.lengths:
-            self.lengths = lengths
-            self._on_change(self)
-        if self.config.models is None and tuple(cards) != self.models:
-            self.models = tuple(cards)
+        """Its `/v1/models` was read."""
+        changed, before, listed = self.catalog.take_list(cards, now)
+        if self.refusals.known and self.refusals.relisted(before, listed):
+            changed = True
+        if changed:
             self._on_change(self)
 
     def unlist(self, model: str) -> bool:
-        """The server said that it has no such model; True if its list named it until now."""
-        if self.config.models is not None or self.models is None or model not in self.models:
-            return False
-        self.models = tuple(name for name in self.models if name != model)
-        self.model_cards = {name: card for name, card in self.model_cards.items() if name != model}
-        self._on_change(self)
-        return True
+        """The server said that it has no such model; True if its list had it."""
+        removed = self.catalog.remove(model)
+        if removed:
+            self._on_change(self)
+        return removed
 
-    # -- what it refuses ----------------------------------------------------------------------
+    # -- refusals -----------------------------------------------------------------------------
 
-    def others_take(
+    def accepted_elsewhere(
         self, name: str, size: int, words: str, now: float, *, body: int, sure: bool
     ) -> None:
-        """Another server has taken what this one refused; see `Refusals.refused`."""
-        hold = self.traffic_health.rules.ejection_time
+        """Another server has accepted what this one refused; see `Refusals.refused`."""
+        hold = self.passive_health.rules.ejection_time
         if self.refusals.refused(name, size, words, now, hold=hold, body=body, sure=sure):
             self._on_change(self)
 
     def refused_again(self, name: str, now: float) -> None:
-        """It refuses what it was tried with; see `Refusals.refused_again`."""
-        if self.refusals.refused_again(name, now, hold=self.traffic_health.rules.ejection_time):
+        """It has refused a trial; see `Refusals.refused_again`."""
+        if self.refusals.refused_again(name, now, hold=self.passive_health.rules.ejection_time):
             self._on_change(self)
 
-    def takes_again(self, asked: Asked) -> None:
-        """It has taken such a request."""
+    def accepted(self, asked: Asked) -> None:
+        """It has accepted such a request."""
         if self.refusals.answered(asked):
             self._on_change(self)
 
     def fits(self, asked: Asked, now: float, tokens: int, longer_than: int) -> bool:
-        """Whether a request may be sent to it, by what it is known to refuse.
+        """Whether a request may be sent to it, given its refusals and context lengths.
 
-        `tokens` is how long its context must be at least, `longer_than` how long another server's
-        was that proved too short; both may be 0.
+        `tokens` is the context that the request needs at least, `longer_than` the context of
+        another server that proved too short; 0 for none.
         """
         length = self.lengths.get(asked.model, 0) if asked.model is not None else 0
         if longer_than and length <= longer_than:
@@ -447,56 +354,57 @@ class Server:
     # -- health -------------------------------------------------------------------------------
 
     def checked(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
-        """One `/health` check is in. True if the server has just gone down.
+        """A `/health` check has finished. True if the server has just gone down.
 
-        A timeout is no evidence if the server has sent bytes since the check before began: an API
-        process that streams at full speed, or gets little CPU, may be slow to answer. One that
-        says 503 while its answers flow is full.
+        A timeout does not count if the server has sent bytes since the previous check began: an
+        API process that streams at full speed, or gets little CPU, may be slow to answer. A 503
+        while responses flow means full.
         """
         since, self._check_began = self._check_began, now - elapsed
         self.checked_at = now
         if check is Check.BUSY:
-            if self._answers_flow(now):
-                self.refused(now, BUSY_CHECK)
-            check = Check.GOOD if self._answers_flow(now) else Check.UNHEALTHY
+            if self._responses_flow(now):
+                self.refused(now, CHECK_BACKOFF)
+            check = Check.GOOD if self._responses_flow(now) else Check.UNHEALTHY
         if check is Check.TIMEOUT and self.last_byte_at >= since > -math.inf:
             check = Check.GOOD
-        return self._flipped(self.probe_health.observe(check, elapsed, now, detail), now)
+        return self._health_judged(self.active_health.observe(check, elapsed, now, detail), now)
 
-    def _answers_flow(self, now: float) -> bool:
-        """Whether it has lately given bytes of an answer, or worked, and not failed since."""
+    def _responses_flow(self, now: float) -> bool:
+        """Whether it has recently sent bytes of a response, or worked, and not failed since."""
         life = max(self.last_byte_at, self.progress_at)
-        patience = min(max(FLOW_SECONDS, 2.0 * self._typical), MAX_FLOW_SECONDS)
-        return now - life <= patience and self.traffic_health.failures_in_row == 0
+        patience = max(FLOW_SECONDS, 2.0 * self.load_estimate.response_seconds)
+        recent = now - life <= min(patience, MAX_FLOW_SECONDS)
+        return recent and self.passive_health.failures_in_row == 0
 
     def scrape_reached(self, reachable: bool, now: float, detail: str = "") -> bool:
-        """A metrics scrape found the port open or closed. True if the server has just gone down."""
-        return self._flipped(self.probe_health.observe_scrape(reachable, now, detail), now)
+        """A scrape found the port open or closed. True if the server has just gone down."""
+        return self._health_judged(self.active_health.observe_scrape(reachable, now, detail), now)
 
-    def _flipped(self, flipped: bool, now: float) -> bool:
-        held_back = self.probe_health.held_back
-        if held_back or self._was_held_back:
-            self._was_held_back = held_back
-            self._on_change(self)  # it may be asked where nobody else can, and its reason changes
+    def _health_judged(self, flipped: bool, now: float) -> bool:
+        damped = self.active_health.damped
+        if damped or self._was_damped:
+            self._was_damped = damped
+            self._on_change(self)  # a damped server is a last resort, and its reason changes
         if flipped:
-            if self.probe_health.up:
-                self.traffic_health.restarted(now)
+            if self.active_health.up:
+                self.passive_health.restarted(now)
                 self._new_process()
-                self.full_until = 0.0
+                self.backoff_until = 0.0
                 if self.state is not State.UNKNOWN:
-                    self.back_at = now
+                    self.recovered_at = now
                     if self.metrics is None:
-                        self.restarts += 1  # no counters to tell by
+                        self.restarts += 1  # without counters every return may be a restart
             else:
-                self.fell_at = now
+                self.went_down_at = now
             self._on_change(self)
-        return flipped and not self.probe_health.up
+        return flipped and not self.active_health.up
 
     def answered(self, now: float, *, trial: bool) -> None:
-        """A request was answered by a live server, whatever it said."""
+        """A request got a response, whatever its status: the server is alive."""
         self.last_byte_at = max(self.last_byte_at, now)
-        if self.traffic_health.succeeded(now, trial=trial):
-            self.back_at = now
+        if self.passive_health.succeeded(now, trial=trial):
+            self.recovered_at = now
             self._on_change(self)
         if self.silence.since is not None:
             self._end_silence(now)
@@ -511,86 +419,90 @@ class Server:
         odd: bool = False,
         allowed: bool = True,
     ) -> None:
-        """A request failed by the server's fault; see `TrafficHealth.failed`."""
-        if self.traffic_health.failed(
+        """A request failed by the server's fault; see `PassiveHealth.failed`."""
+        if self.passive_health.failed(
             now, trial=trial, jitter=jitter, body=body, odd=odd, allowed=allowed
         ):
             self._on_change(self)
 
-    def not_its_fault(self, body: int, now: float, *, jitter: float, allowed: bool) -> None:
+    def answered_elsewhere(self, body: int, now: float, *, jitter: float, allowed: bool) -> None:
         """Another server has answered the request with this body that failed here."""
-        if self.traffic_health.not_its_fault(body, now, jitter=jitter, allowed=allowed):
+        if self.passive_health.answered_elsewhere(body, now, jitter=jitter, allowed=allowed):
             self._on_change(self)
 
     def eject(self, now: float, jitter: float, reason: str) -> None:
-        self.traffic_health.eject(now, jitter, reason)
+        self.passive_health.eject(now, jitter, reason)
         self._on_change(self)
 
     def refused(self, now: float, retry_after: float | None) -> None:
-        """429 or 503 with a body: alive, but busy. Passed over for a while, never ejected."""
-        wait = BUSY_FOR if retry_after is None else min(max(retry_after, BUSY_FOR), MAX_BUSY_FOR)
-        self.full_until = max(self.full_until, now + wait)
+        """A 429 or 503 with a body: alive but busy. Avoided for a while, never ejected."""
+        if retry_after is None:
+            wait = DEFAULT_BACKOFF
+        else:
+            wait = min(max(retry_after, DEFAULT_BACKOFF), MAX_BACKOFF)
+        self.backoff_until = max(self.backoff_until, now + wait)
         self._on_change(self)
 
     def drain(self, on: bool) -> None:
-        """Take no new requests (or take them again); those in flight go on."""
+        """Stop (or resume) taking new requests; running ones finish."""
         self.draining = on
         self._on_change(self)
 
     # -- silence ------------------------------------------------------------------------------
 
     def last_output(self) -> float:
-        """When a request last had output of its engine; O(leases)."""
+        """Time of the last output of its engine for any request. O(leases)."""
         running = [lease.last_byte_at for lease in self.leases if lease.committed]
         return max(running, default=self.output_at)
 
     def output_since(self, moment: float) -> bool:
-        """Whether any request has had output since, or the engine has worked, as far as known."""
+        """Whether any request had output, or the engine has worked, since then."""
         known = max(self.output_at, self.progress_at)
         return known > moment or self.last_output() > moment
 
-    def waited_in_vain(self, since: float, now: float, reason: str) -> None:
-        """A request sent then has had no output; evidence of silence if no other has had any."""
+    def request_starved(self, since: float, now: float, reason: str) -> None:
+        """A request sent at `since` has had no output; suspect silence if no other had any."""
         if not self.output_since(since):
-            hold = self.traffic_health.rules.ejection_time
+            hold = self.passive_health.rules.ejection_time
             if self.silence.suspect(since, now, reason, hold):
                 self._on_change(self)
 
     def is_evidence(self, waited: float, *, stream: bool) -> bool:
-        """Whether a client that leaves without a byte has waited long enough to say anything."""
-        usual = LEFT_TIMES * self._first_token if stream else self._typical
+        """Whether a client that leaves without a byte has waited long enough to count."""
+        load = self.load_estimate
+        usual = LEFT_TIMES * load.first_token_seconds if stream else load.response_seconds
         return waited >= max(LEFT_AFTER, usual)
 
     def look_for_silence(self, now: float) -> None:
-        """Called on every scrape interval: end a silence, or see that one has begun.
+        """End a silence, or detect one. Call on every scrape interval.
 
-        With requests of ours on it, and counters that stand still for STILL_FOR, it is silent.
-        Without any, its gauges are stuck or its engine hangs: what they say is taken off its load,
-        and a trial tells which of both it is.
+        With requests of ours, counters that stand still for STILL_FOR seconds mean silence.
+        Without any, the gauges are stuck or the engine hangs: they are subtracted from the load,
+        and a trial request shows which of the two it is.
         """
         if self.silence.since is not None:
             self._end_silence(now)
-        metrics = self.metrics
-        if metrics is None or not (self.metrics_fresh and metrics.counts):
-            self._stand_still.over()
+        load, metrics = self.load_estimate, self.metrics
+        if metrics is None or not (load.fresh and metrics.counts):
+            self._stand_still.reset()
             return
         gauges = (metrics.running or 0.0, metrics.waiting or 0.0)
-        if sum(gauges) < self.stuck:
-            self.stuck = sum(gauges)
+        if sum(gauges) < load.stuck:
+            load.stuck = sum(gauges)
             self._update_load()
-        mine = self.in_flight > 0
-        if not (mine or sum(gauges) > self.stuck) or self.paused_at is not None or self.asleep:
-            self._stand_still.over()
+        own = self.in_flight > 0
+        if not (own or sum(gauges) > load.stuck) or self.paused_at is not None or self.asleep:
+            self._stand_still.reset()
             return
         life = max(self.progress_at, self.output_at)
-        if self._stand_still.lasts(now, life, gauges, mine=mine) < STILL_FOR:
+        if self._stand_still.lasts(now, life, gauges, own=own) < STILL_FOR:
             return
         since = now - STILL_FOR
-        if mine:
+        if own:
             reason = f"no token for {STILL_FOR:g} s while {self.in_flight} requests wait on it"
-            self.waited_in_vain(since, now, reason)
+            self.request_starved(since, now, reason)
         elif self.silence.suspect(since, now, f"its load stands still at {sum(gauges):g}", 0.0):
-            self.stuck = sum(gauges)
+            load.stuck = sum(gauges)
             self._update_load()
             self._on_change(self)
 
@@ -598,15 +510,15 @@ class Server:
         since = self.silence.since
         if since is not None and self.output_since(since):
             self.silence.clear()
-            self.back_at = now
+            self.recovered_at = now
             self._on_change(self)
 
     def trial_patience(self) -> float:
-        """Seconds that a trial of a silent server may stay silent."""
-        return max(TRIAL_PATIENCE, 2.0 * self._typical)
+        """Seconds that a trial on a silent server may stay silent."""
+        return max(TRIAL_PATIENCE, 2.0 * self.load_estimate.response_seconds)
 
     def _note_progress(self, metrics: EngineMetrics, now: float) -> None:
-        earlier, scraped = self.metrics, self.scraped_at
+        earlier, scraped = self.metrics, self.load_estimate.scraped_at
         if earlier is None or scraped is None:
             return
         if not metrics.has_load or not metrics.progressed(earlier):
@@ -616,97 +528,77 @@ class Server:
             self.pause(on=False, now=now)
 
     def pause(self, *, on: bool, now: float) -> None:
-        """Its engine was paused, or told to go on, through this router."""
+        """Its engine was paused or resumed through this router."""
         if on is not (self.paused_at is not None):
             self.paused_at = now if on else None
             if not on:
                 self.silence.clear()
-                self.back_at = now
+                self.recovered_at = now
             self._on_change(self)
 
     def _new_process(self) -> None:
-        """What was learnt of the old one does not hold."""
+        """Discard what was learnt about the old process."""
         self.refusals.clear()
         self.silence.clear()
-        self.paused_at, self.stuck = None, 0.0
+        self.paused_at, self.load_estimate.stuck = None, 0.0
         self._on_change(self)
 
-    # -- what follows from it -----------------------------------------------------------------
+    # -- availability and state ---------------------------------------------------------------
 
     @property
     def usable(self) -> bool:
-        """May be asked: probed good, awake and not draining."""
-        return bool(self.probe_health.up) and not self.draining and not self.asleep
+        """Up, awake and not draining."""
+        return bool(self.active_health.up) and not self.draining and not self.asleep
 
     @property
     def at_cap(self) -> bool:
-        """Has as many requests of ours as it may, and gets no other until one has ended."""
+        """Has as many of our requests as allowed, and gets no other until one has ended."""
         return self.in_flight >= self.cap
 
     @property
     def asleep(self) -> bool:
         """Its engine sleeps: requests would wait until it is woken up."""
-        return self.metrics is not None and self.metrics.asleep
+        return self.load_estimate.asleep
 
     @property
-    def held_back(self) -> bool:
-        """May be asked where there is no other: its checks are good, but it has kept falling."""
-        return self.probe_health.held_back and not self.draining and not self.asleep
+    def damped(self) -> bool:
+        """A last resort: its checks are good, but it has gone down too often."""
+        return self.active_health.damped and not self.draining and not self.asleep
 
     def current_state(self, now: float) -> tuple[State, str]:
-        """The state and, in words, why; the most telling one where several hold."""
+        """The state, and its reason in words; the first one of `State` that applies."""
         if self.draining:
             return State.DRAINING, f"draining, {self.in_flight} in flight"
-        if self.probe_health.up is None:
-            return State.UNKNOWN, self.probe_health.reason
-        if not self.probe_health.up:
-            return State.DOWN, self.probe_health.reason
+        if self.active_health.up is None:
+            return State.UNKNOWN, self.active_health.reason
+        if not self.active_health.up:
+            return State.DOWN, self.active_health.reason
         if self.asleep:
             return State.ASLEEP, "the engine sleeps"
         if self.paused_at is not None:
             return State.PAUSED, "its engine was paused through the router: POST /resume"
-        if self.traffic_health.ejected:
-            return State.EJECTED, self.traffic_health.reason
+        if self.passive_health.ejected:
+            return State.EJECTED, self.passive_health.reason
         if self.silence.since is not None:
             return State.SILENT, self.silence.reason
         if self.refusals.known and (reason := self.refusals.reason()):
             return State.REFUSING, reason
-        if now < self.full_until:
+        if now < self.backoff_until:
             return State.FULL, "it refused a request as too busy"
         return State.UP, ""
 
     def update_state(self, now: float) -> Transition | None:
-        """Recompute `state`; the transition, if it changed."""
+        """Recompute `state`; the transition if it has changed."""
         state, reason = self.current_state(now)
         old = self.state
         self.state_reason = reason
         if state is old:
             return None
         if old is State.ASLEEP or (old is State.UNKNOWN and self.joined):
-            self.back_at = now
+            self.recovered_at = now
         self.state, self.state_since = state, now
         return Transition(self.name, old, state, reason)
 
 
 def _cap_of(config: ServerConfig) -> float:
     return math.inf if config.max_in_flight is None else config.max_in_flight
-
-
-def _length_in(card: dict[str, Any]) -> int:
-    """`max_model_len` of an entry of `/v1/models` (vLLM, SGLang); 0 if there is none."""
-    length = card.get("max_model_len")
-    return length if type(length) is int and 0 < length < TOO_LARGE else 0
-
-
-@functools.lru_cache(maxsize=2)  # a reload asks once per server
-def health_rules(settings: Settings) -> HealthRules:
-    """The part of the settings that both health machines read."""
-    return HealthRules(
-        rise=settings.health_check_rise,
-        fall=settings.health_check_consecutive_failures,
-        window=settings.health_check_window_size,
-        min_success_rate=settings.health_check_min_success_rate,
-        max_response_time=settings.health_check_max_response_time,
-        failure_threshold=settings.failure_threshold,
-        ejection_time=settings.auto_recovery_threshold,
-    )

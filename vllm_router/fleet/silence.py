@@ -1,37 +1,40 @@
-"""Whether a server has fallen silent: requests wait on it, and none gets a token.
+"""Suspicion that a server has fallen silent: requests wait on it, and none gets a token.
 
-A paused engine (`POST /pause`), and one that hangs, answer `/health` with 200, send the head of
-every stream at once, show no load, and let requests wait. What tells is that nobody has got
-anything since: a client that leaves before its first byte is evidence, if no other request has had
-output since it was sent. So is a load that stands still together with all counters; a load may also
-be stuck above the truth after many aborts (vllm#29928), so that it is not believed either.
+A paused engine (`POST /pause`), and one that hangs, answers `/health` with 200, sends the head of
+every stream at once, shows no load, and lets requests wait. The evidence is that no request has
+had output since a given time: a client that leaves before its first byte counts, if no other
+request has had output since it was sent; so does a load that stands still together with all
+counters. A load may also be stuck above the truth after many aborts (vllm#29928).
 
-A silent server is asked when there is no other. Otherwise one request tries it after a time, and
-the first output ends the silence. A trial that stays silent is taken to another server. Pure: time
-is an argument, in seconds.
+A silent server gets requests only if there is no other. After a time one trial request is sent;
+the first output ends the suspicion, and a trial that stays silent moves to another server. Pure:
+time is an argument, in seconds.
 """
 
 from __future__ import annotations
 
 LEFT_AFTER, LEFT_TIMES = 1.0, 3.0
-"""A client is evidence that has waited for so many seconds, and so many times as long as the first
-token of a stream takes on the server: others change their minds, as those that complete code."""
+"""A client that leaves is evidence after so many seconds, and so many times the usual time to the
+first token: clients that complete code often cancel earlier."""
 
 STILL_FOR = 10.0
 """Seconds for which counters must stand still while requests wait."""
 
 TRIAL_PATIENCE = 1.0
-"""Seconds that a trial may be silent before it goes elsewhere; twice what answers take, if more.
-Any work of the engine that its counters show ends the silence sooner."""
+"""Seconds that a trial may be silent before it moves; or twice the usual response time, if longer.
+Any work that the engine's counters show ends the suspicion earlier."""
 
 LONGEST = 60.0
-"""Seconds between two trials, at most."""
+"""Maximum seconds between two trials."""
 
 
 class Silence:
-    """The suspicion against one server; `since` is None while there is none.
+    """The suspicion against one server.
 
-    `reason` is for people, `until` is when a trial is due, `trial` says that one is under way.
+    since: start of the silence; None without a suspicion.
+    reason: for people.
+    until: when a trial is due.
+    trial: whether a trial is running.
     """
 
     __slots__ = ("reason", "rounds", "since", "trial", "until")
@@ -44,8 +47,10 @@ class Silence:
         self.trial = False
 
     def suspect(self, since: float, now: float, reason: str, hold: float) -> bool:
-        """Nobody has had output since then; a trial is due in `hold` seconds, or more if an earlier
-        one was silent. True if that is news."""
+        """No request has had output since `since`; True if the suspicion is new or renewed.
+
+        A trial is due in `hold` seconds, and later after each silent trial.
+        """
         if self.since is not None and now < self.until:
             return False
         self.rounds = self.rounds + 1 if self.since is not None else 1
@@ -59,7 +64,7 @@ class Silence:
         return self.since is None or (now >= self.until and not self.trial)
 
     def start_trial(self, now: float) -> bool:
-        """A request has been leased; True if that makes it a trial."""
+        """A request was leased; True if it is a trial."""
         if self.since is None or now < self.until:
             return False
         self.trial = True
@@ -73,7 +78,7 @@ class Silence:
 
 
 class StandStill:
-    """Since when a server's counters stand still although it has requests."""
+    """How long a server's counters have stood still although it has requests."""
 
     __slots__ = ("gauges", "since")
 
@@ -81,13 +86,15 @@ class StandStill:
         self.since: float | None = None
         self.gauges = (0.0, 0.0)
 
-    def lasts(self, now: float, life: float, gauges: tuple[float, float], *, mine: bool) -> float:
-        """For how long; called on every scrape of a server that has requests, `mine` if they are
-        this router's. `life` is when it last showed any sign of work."""
-        if self.since is None or life > self.since or (gauges != self.gauges and not mine):
+    def lasts(self, now: float, life: float, gauges: tuple[float, float], *, own: bool) -> float:
+        """Seconds of the stand-still. Call on every scrape of a server that has requests.
+
+        `life` is the time of its last sign of work, `own` whether requests of this router run.
+        """
+        if self.since is None or life > self.since or (gauges != self.gauges and not own):
             self.since, self.gauges = now, gauges
         return now - self.since
 
-    def over(self) -> None:
-        """It has no request, or does not tell."""
+    def reset(self) -> None:
+        """The server has no request, or exports no counters."""
         self.since = None

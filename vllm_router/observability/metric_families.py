@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import trio
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.observability.prometheus_text import Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, RouterState
 from vllm_router.routing.server_estimate import PrefixStatistics
@@ -86,13 +87,13 @@ ServerReading = Callable[[Server, float], float | None]
 
 
 def _metric_age(server: Server, now: float) -> float | None:
-    return server.metrics_age(now) if server.scraped_at is not None else None
+    return server.load_estimate.age(now) if server.load_estimate.scraped_at is not None else None
 
 
 SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
     (
         _gauge("server_up", "1 if the last checks of the server were good.", "server"),
-        lambda server, now: int(bool(server.probe_health.up)),
+        lambda server, now: int(bool(server.active_health.up)),
     ),
     (
         _gauge(

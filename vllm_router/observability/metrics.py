@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 
 from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State, Transition
 from vllm_router.observability.decisions import outcome_label
 from vllm_router.observability.metric_families import (
     ATTEMPTS,

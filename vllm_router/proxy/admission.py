@@ -21,7 +21,8 @@ import trio
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.errors import Refused
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy import admission_refusals as refusals
 from vllm_router.proxy.waiter import Grant, Peers, Ticket, Waiter
 from vllm_router.routing.queue.drain_rate import MARGIN
@@ -374,7 +375,7 @@ class Gate:
         rooms = [
             room for room in self.rooms if room and not (room.model is None or knows(room.model))
         ]
-        if not rooms or self.fleet.unheard:
+        if not rooms or self.fleet.without_models:
             return  # a server that has not told its models yet may have these
         for waiter in [place for room in rooms for place in room if isinstance(place, Waiter)]:
             ticket = waiter.ticket

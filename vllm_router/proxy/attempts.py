@@ -122,7 +122,7 @@ class Attempts:
         ):
             return False
         return self.record.attempts <= context.settings.max_retries and any(
-            server.traffic_health.admits(now) and server.silence.since is None
+            server.passive_health.admits(now) and server.silence.since is None
             for server in candidates.untried(now)
         )
 
@@ -210,7 +210,7 @@ class Attempts:
         self.fingerprint = key = fingerprint(request.target, request.body)
         self._ends = (*self._ends, End(server, self._taken_at, now, outcome in DEADLY))
         if outcome in KILLS_SERVERS:
-            asleep = outcome is Outcome.GONE and server.probe_health.up
+            asleep = outcome is Outcome.GONE and server.active_health.up
             certain = outcome is not Outcome.SERVER_ERROR and not asleep
             self._deaths = deaths = (*self._deaths, Death(server, now, certain))
             if len(deaths) >= QUARANTINE_AFTER and len(self._broken()) >= QUARANTINE_AFTER:

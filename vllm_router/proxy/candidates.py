@@ -8,7 +8,7 @@ import trio
 
 from vllm_router.config.auth import KeyConfig
 from vllm_router.errors import Refused
-from vllm_router.fleet.fleet import is_surely_well
+from vllm_router.fleet.candidates import is_fully_healthy
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.context import ProxyContext, router_stopping
 from vllm_router.proxy.identity import CREDENTIALS
@@ -73,7 +73,7 @@ class Candidates:
     def untried(self, now: float) -> tuple[Server, ...]:
         """The same for the model that is asked for at the moment."""
         fleet, model = self._context.fleet, self._request.facts.model
-        if fleet.choosy or self.selection is not None:
+        if fleet.selective or self.selection is not None:
             found = self.select().servers(now, self.tried)
         elif self.tried:
             found = fleet.others(model, now, self.tried)
@@ -84,7 +84,7 @@ class Candidates:
     def surely_well(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
         """The servers among these that are up, not full, and have failed nothing lately."""
         failures = self._context.failures
-        return tuple([s for s in servers if failures.is_free(s, now) and is_surely_well(s, now)])
+        return tuple([s for s in servers if failures.is_free(s, now) and is_fully_healthy(s, now)])
 
     def has_fallback(self, now: float) -> bool:
         """Whether some model, its own or a fallback, has servers left."""
@@ -121,7 +121,7 @@ class Candidates:
         else:
             public, servers = None, serving(model)
         selection = None
-        if self._context.fleet.choosy or self.selection is not None:
+        if self._context.fleet.selective or self.selection is not None:
             made = self.select()
             selection = made.unfit(now), made.longer_than > 0
         if not self.tried and selection is None:
@@ -186,7 +186,7 @@ class Candidates:
         model, asked = self._request.facts.model, self._record.model
         shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):
-            known, unheard = fleet.public_models(), fleet.unheard
+            known, unheard = fleet.public_models(), fleet.without_models
             listed = names_shown([name for name in known if key is None or key.allows(name)])
             if known and unheard:
                 # One of those servers may have the model: a 404 would be a guess.

@@ -104,4 +104,4 @@ class Failures:
         for server, row in rows.items():
             if server not in had_it and abs(row.first_without(key) - end.at) <= SAME_MOMENT:
                 return True
-        return end.deadly and any(abs(s.fell_at - end.at) <= SAME_MOMENT for s in others)
+        return end.deadly and any(abs(s.went_down_at - end.at) <= SAME_MOMENT for s in others)

@@ -63,7 +63,7 @@ def _report_failure(
     outcome, server, fleet = result.outcome, lease.server, context.fleet
     if outcome in REFUSALS:
         now = context.now()
-        fleet.erred(server, now, now - lease.taken_at)
+        fleet.record_error(server, now, now - lease.taken_at)
         attempts.candidates.select().note_refusal(server, now)
     elif outcome in WAITED_IN_VAIN:
         idle = outcome is Outcome.IDLE_TIMEOUT
@@ -77,7 +77,7 @@ def _report_failure(
         )
     elif outcome is Outcome.SILENT:
         if server.paused_at is None:
-            fleet.waited_in_vain(server, context.now(), lease.taken_at)
+            fleet.request_starved(server, context.now(), lease.taken_at)
     elif outcome is Outcome.TOTAL_TIMEOUT:
         if not lease.committed:
             _report_wait(context, attempts, lease, context.now())
@@ -85,11 +85,11 @@ def _report_failure(
         now = context.now()
         odd = outcome is Outcome.INVALID
         body = attempts.fingerprint if odd or outcome is Outcome.SERVER_ERROR else None
-        fleet.erred(server, now, now - lease.taken_at)
+        fleet.record_error(server, now, now - lease.taken_at)
         fleet.failed(server, now, trial=lease.trial, jitter=context.jitter(), body=body, odd=odd)
     elif outcome in DOUBTFUL:
         now = context.now()
-        fleet.erred(server, now, now - lease.taken_at)
+        fleet.record_error(server, now, now - lease.taken_at)
         if result.again is Again.NO and outcome is Outcome.NO_TOKENS:
             # No other server gives more: the answer stands, and the server is well.
             server.answered(now, trial=lease.trial)
@@ -107,25 +107,25 @@ def _report_answer(
     server.answered(now, trial=lease.trial)
     succeeded = record.status < 400
     if succeeded and not rejected:
-        fleet.took(server, now - lease.taken_at)
+        fleet.record_success(server, now - lease.taken_at)
         if record.stream and record.first_byte_at > lease.taken_at:
-            server.began(record.first_byte_at - lease.taken_at)
+            server.load_estimate.record_first_token(record.first_byte_at - lease.taken_at)
         for doubted in attempts.doubted:
             # This server has given tokens where those gave none.
             fleet.failed(doubted, now, trial=False, jitter=context.jitter())
     else:
-        fleet.erred(server, now, now - lease.taken_at)
+        fleet.record_error(server, now, now - lease.taken_at)
     if context.budget.owed:
         context.budget.answered()
     if succeeded:
         key, candidates = attempts.fingerprint, attempts.candidates
         if key is not None:
             for other in candidates.tried[:-1]:
-                fleet.not_its_fault(other, now, jitter=context.jitter(), body=key)
+                fleet.answered_elsewhere(other, now, jitter=context.jitter(), body=key)
         if candidates.selection is not None:
             candidates.selection.taken(now)
         if server.refusals.known:
-            fleet.takes_again(server, candidates.select().asked())
+            fleet.accepted(server, candidates.select().asked())
 
 
 def _note_failure(
@@ -145,4 +145,4 @@ def _report_wait(context: ProxyContext, attempts: Attempts, lease: Lease, now: f
     if record.phase is not WAIT or context.stopping:
         return
     if server.is_evidence(waited, stream=record.stream):
-        context.fleet.waited_in_vain(server, now, lease.taken_at)
+        context.fleet.request_starved(server, now, lease.taken_at)

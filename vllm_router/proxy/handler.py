@@ -160,8 +160,8 @@ class Proxy:
         server.look_for_silence(now)
         if server.paused_at is not None or server.silence.since is not None:
             self._move_on(server, now)
-        health = server.probe_health
-        if (health.up is False and not health.held_back) or server.asleep:
+        health = server.active_health
+        if (health.up is False and not health.damped) or server.asleep:
             self.server_gone(server, now, context.settings.health_check_timeout)
 
     def server_gone(self, server: Server, now: float, patience: float) -> int:
@@ -171,7 +171,7 @@ class Proxy:
         idle timeout, and so is any stream on a server that only sleeps. Returns how many ended.
         """
         ended = 0
-        spared = bool(server.probe_health.up)
+        spared = bool(server.active_health.up)
         for lease in server.leases:
             if lease.committed and spared:
                 continue

@@ -50,8 +50,8 @@ class Death(NamedTuple):
     @property
     def happened(self) -> bool:
         """Whether the server has died, by what is known now: its first bad check is enough."""
-        health = self.server.probe_health
-        return self.certain or self.server.fell_at >= self.at or health.failures_in_row > 0
+        health = self.server.active_health
+        return self.certain or self.server.went_down_at >= self.at or health.failures_in_row > 0
 
 
 class Quarantine:

@@ -26,7 +26,7 @@ LONGEST_PATH = 200
 
 
 class _Refused(NamedTuple):
-    """A server has refused the request; see `Fleet.others_take`."""
+    """A server has refused the request; see `Fleet.accepted_elsewhere`."""
 
     server: Server
     name: str
@@ -135,4 +135,4 @@ class Selection:
     def taken(self, now: float) -> None:
         """A server has taken the request that others have refused."""
         for server, name, size, words, body, sure in self._refused:
-            self._fleet.others_take(server, name, size, words, now, body=body, sure=sure)
+            self._fleet.accepted_elsewhere(server, name, size, words, now, body=body, sure=sure)

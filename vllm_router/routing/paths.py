@@ -1,9 +1,8 @@
-"""Which request paths are inference, which control the engine, and which are the router's own.
+"""Classification of request paths: inference, engine control, or the router's own.
 
-The decision is made on the raw bytes of the target, before any decoding: a path that would have
-to be decoded or normalised to be understood (percent escapes, dot segments, empty segments) is
-never an inference path, so nothing of the kind can reach an engine. Slashes at the end are the one
-exception: `without_slash` removes them before anything else looks at the path.
+Paths are compared as raw bytes, before any decoding: a path with percent escapes, dot segments or
+empty segments is never an inference path, so it cannot reach an engine. Trailing slashes are the
+only exception: `without_slash` removes them before the classification.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class PathClass(enum.Enum):
 
 
 INVOCATIONS = b"/invocations"
-"""SageMaker's one path; vLLM tells from the body which of its APIs is meant."""
+"""SageMaker's only path; vLLM chooses the API by the body."""
 
 # POST paths of vLLM 0.32 and 0.33 that generate or compute and change nothing.
 _INFERENCE = frozenset(
@@ -60,7 +59,7 @@ _INFERENCE = frozenset(
     }
 )
 
-# GET paths of vLLM that tell something of the model and change nothing: any server may answer.
+# GET paths of vLLM that describe the model and change nothing: any server may answer.
 _READING = frozenset({b"/tokenizer_info"})
 
 # Paths that change or reveal an engine's state. Refused on any method unless the operator allows
@@ -112,7 +111,7 @@ _STORED = re.compile(rb"/v1/responses/[^/]+")
 
 
 def classify(method: str, raw_path: bytes) -> PathClass:
-    """Sort a request by method and the exact bytes of its path (without the query)."""
+    """Classify a request by method and the exact bytes of its path (without the query)."""
     if method == "POST" and raw_path in _INFERENCE:
         return PathClass.INFERENCE
     if raw_path in _ENGINE_CONTROL:
@@ -125,38 +124,38 @@ def classify(method: str, raw_path: bytes) -> PathClass:
 
 
 def _is_models(raw_path: bytes) -> bool:
-    """Whether the path is of the list of models, which the router answers and which has no POST."""
+    """Whether the path belongs to the model list, which the router answers itself."""
     return raw_path == b"/v1/models" or raw_path.startswith(b"/v1/models/")
 
 
 def without_slash(raw_path: bytes) -> bytes:
-    """The path without slashes at its end; `/` and `//` stay as they are.
+    """The path without trailing slashes; `/` and `//` stay as they are.
 
-    vLLM redirects `/v1/models/` to `/v1/models` (Starlette's `redirect_slashes`). A redirect from
-    behind the router would name the server, so the router serves the path at once instead.
+    vLLM redirects `/v1/models/` to `/v1/models` (Starlette's `redirect_slashes`). A redirect from a
+    server would contain its address, so the router serves the path directly.
     """
     return raw_path.rstrip(b"/") or raw_path
 
 
 def inference_methods(raw_path: bytes) -> tuple[str, ...]:
-    """The methods of an inference path that vLLM is known to have; none for any other path."""
+    """The methods of a known inference path; empty for any other path."""
     if raw_path in _INFERENCE or _CANCEL.fullmatch(raw_path):
         return ("POST",)
     return ("GET",) if raw_path in _READING else ()
 
 
 def is_stored_response(raw_path: bytes) -> bool:
-    """Whether the path names one stored response, which vLLM serves and the router does not."""
+    """Whether the path names a stored response, which the router does not serve."""
     return raw_path not in _INFERENCE and _STORED.fullmatch(raw_path) is not None
 
 
 def is_inference(method: str, raw_path: bytes) -> bool:
-    """Whether the request is inference, with or without a slash at the end of its path."""
+    """Whether the request is inference, with or without a trailing slash."""
     return classify(method, without_slash(raw_path)) is PathClass.INFERENCE
 
 
 def is_pure(raw_path: bytes) -> bool:
-    """Whether vLLM only computes here, as far as we know: nothing else may be sent twice."""
+    """Whether vLLM only computes on this path; requests to any other path are never replayed."""
     return raw_path in _INFERENCE or raw_path in _READING
 
 

@@ -94,38 +94,38 @@ class ScoreCache:
         self._position_of_bit = {
             estimate.bit: position for position, estimate in enumerate(estimates)
         }
-        self._log = candidates[0].journal.servers
+        self._log = candidates[0].change_log.servers
         self._read = 0
 
     def follow(self) -> None:
         """Update the scores of servers that have changed; the first step of a pick."""
-        journal = self.candidates[0].journal.servers
-        if journal is not self._log:
+        change_log = self.candidates[0].change_log.servers
+        if change_log is not self._log:
             self.measure_all()
             return
         read = self._read
-        if read != len(journal):
-            self._read = len(journal)
+        if read != len(change_log):
+            self._read = len(change_log)
             positions = self._positions
-            for server in set(journal[read:]):
+            for server in set(change_log[read:]):
                 position = positions.get(server)
                 if position is not None:
                     self._measure(position)
 
     def measure_all(self) -> None:
         """Update all scores: the change log was restarted, or `factors` are new."""
-        self._log = self.candidates[0].journal.servers
+        self._log = self.candidates[0].change_log.servers
         self._read = len(self._log)
         for position in range(len(self.estimates)):
             self._measure(position)
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
-        server = estimate.server
-        load = server.work + estimate.extra
+        server_load = estimate.server.load_estimate
+        load = server_load.active + estimate.extra
         self.bases[position] = factor * (1.0 + load + estimate.queued * self._per_queued)
         self._growths[position] = factor * (1.0 + self._growth * load) * self._per_request
-        self._loads[position] = server.load
+        self._loads[position] = server_load.value
 
     def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
         """The candidates' scores for a prompt.
@@ -173,7 +173,7 @@ class ScoreCache:
             return levels
         out = 0
         for estimate, load in zip(self.estimates, loads, strict=True):
-            if load > limit and load * estimate.server.share > HOT_REQUESTS:
+            if load > limit and load * estimate.server.weighted_capacity > HOT_REQUESTS:
                 out |= estimate.bit
         return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
 
@@ -185,6 +185,8 @@ class ScoreCache:
                 self._affinities.clear()
             affinity = self._affinities[key] = min(
                 self.estimates,
-                key=lambda estimate: -math.log(draw(key, estimate.seed)) / estimate.server.share,
+                key=lambda estimate: (
+                    -math.log(draw(key, estimate.seed)) / estimate.server.weighted_capacity
+                ),
             )
         return affinity

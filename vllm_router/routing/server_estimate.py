@@ -126,7 +126,7 @@ class ServerEstimate:
     def follow_scrape(self) -> None:
         """Update from the last scrape, if it is new."""
         server = self.server
-        metrics, at = server.metrics, server.scraped_at
+        metrics, at = server.metrics, server.load_estimate.scraped_at
         if at is None or metrics is None or at == self.scraped_at:
             return
         elapsed = at - self.scraped_at if self.scraped_at is not None else 0.0
@@ -137,7 +137,7 @@ class ServerEstimate:
         new.first_count = metrics.first_token_count or 0.0
         new.hits = metrics.prefix_hits or 0.0
         restarted = new.latency_count < old.latency_count or new.first_count < old.first_count
-        if self.scraped_at is not None and self.scraped_at < server.back_at:
+        if self.scraped_at is not None and self.scraped_at < server.recovered_at:
             restarted = True  # the figures from before its absence do not apply
         if self.scraped_at is not None and not restarted:
             fade = 0.5 ** (elapsed / LATENCY_HALF_LIFE)
@@ -159,9 +159,11 @@ class ServerEstimate:
             self.lasting = 1.0
             self.due_hits = self.started_hits = 0.0
         keep = 0.5 ** (elapsed / LATENCY_HALF_LIFE) if self.scraped_at is not None else 0.0
-        gauge = max(0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - server.stuck)
+        gauge = max(
+            0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - server.load_estimate.stuck
+        )
         self.gauge = self.gauge * keep + gauge * (1.0 - keep)
-        self.own = self.own * keep + server.leases_at_scrape * (1.0 - keep)
+        self.own = self.own * keep + server.load_estimate.leases_at_scrape * (1.0 - keep)
         self.seen, self.scraped_at, self.sent = new, at, 0
 
     def error_penalty_now(self, now: float) -> float:
@@ -170,7 +172,7 @@ class ServerEstimate:
         0 while it is ejected: the penalty must not keep its probation request away.
         """
         server = self.server
-        if server.traffic_health.ejected or self.error_at < server.back_at:
+        if server.passive_health.ejected or self.error_at < server.recovered_at:
             self.error_penalty = 0.0
         if not self.error_penalty:
             return 0.0
@@ -231,7 +233,7 @@ class Reservation:
             self.waiting = False
             estimate = self.estimate
             estimate.queued = max(0.0, estimate.queued - self.uncached)
-            estimate.server.touch()
+            estimate.server.mark_changed()
             estimate.started_hits += self.cached
 
 
@@ -263,7 +265,9 @@ def median_latency(estimates: Sequence[ServerEstimate]) -> float:
 
 def median_load(estimates: Sequence[ServerEstimate]) -> float:
     """The median load of the servers, per unit of their capacity."""
-    return median_low([estimate.gauge / estimate.server.share for estimate in estimates])
+    return median_low(
+        [estimate.gauge / estimate.server.weighted_capacity for estimate in estimates]
+    )
 
 
 def slowness(estimate: ServerEstimate, latency: float, load: float, now: float) -> float:
@@ -279,7 +283,7 @@ def slowness(estimate: ServerEstimate, latency: float, load: float, now: float) 
         count = estimate.latency_count + _PRIOR_TOKENS
         ratio = (estimate.latency_sum + _PRIOR_TOKENS * latency) / count / latency
         ratio = min(max(ratio, FASTEST), SLOWEST)
-    idle = estimate.gauge / estimate.server.share < IDLE_FRACTION * load
+    idle = estimate.gauge / estimate.server.weighted_capacity < IDLE_FRACTION * load
     half_life = IDLE_LASTING_HALF_LIFE if idle and ratio < estimate.lasting else LASTING_HALF_LIFE
     age = now - estimate.slowness_at if estimate.slowness_at is not None else 0.0
     fade: float = 0.5 ** (age / half_life)

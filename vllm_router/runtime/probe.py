@@ -18,9 +18,9 @@ import trio
 
 from vllm_router.config.schema import Settings
 from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
+from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import MetricsReader
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.health import Check
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
@@ -136,7 +136,7 @@ class Probe:
                 await self._check()
             if server.paused_at is not None:
                 await self._ask_whether_paused()
-            settled = server.probe_health.settled
+            settled = server.active_health.settled
             interval = self._settings.health_check_interval
             if not settled:
                 interval = min(interval, UNSETTLED_INTERVAL)
@@ -160,7 +160,7 @@ class Probe:
                 return
         if verdict is Check.TIMEOUT:
             detail = f"no {self._waiting_for} in {timeout:g} s"
-            if server.probe_health.up and not self._has_address:
+            if server.active_health.up and not self._has_address:
                 logger.warning(
                     "server %s: health check skipped, the fault is not the server's: %s",
                     server.name,
@@ -175,7 +175,7 @@ class Probe:
                 elapsed - timeout,
             )
             return
-        if verdict is Check.GOOD and server.probe_health.up is False:
+        if verdict is Check.GOOD and server.active_health.up is False:
             await self._list_models()  # before it is up: its models may have changed
         now = trio.current_time()
         self._announce(server.checked(verdict, elapsed, now, detail), now)
@@ -187,7 +187,7 @@ class Probe:
     def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
         """True if the router lacks resources, or the resolver lost the name of a healthy server."""
         unresolved = isinstance(error.__cause__, NameNotResolved)
-        return _is_own_fault(error) or (unresolved and bool(self._server.probe_health.up))
+        return _is_own_fault(error) or (unresolved and bool(self._server.active_health.up))
 
     @property
     def _waiting_for(self) -> str:
@@ -264,7 +264,7 @@ class Probe:
                 await self._scrape()
                 skip = page.pause - 1
             now = trio.current_time()
-            self._server.age_metrics(now)
+            self._server.expire(now)
             self._fleet.settle(now)
             self._tick(self._server, now)
             interval = self._settings.metrics_interval * (0.95 + 0.1 * self._rng.random())
@@ -320,7 +320,7 @@ class Probe:
         now = trio.current_time()
         down = self._server.scrape_reached(reachable, now, detail)
         self._announce(down, now)
-        health = self._server.probe_health
+        health = self._server.active_health
         # Check a recovering server now, but not twice in a moment: the second result would add
         # nothing.
         if not health.settled if health.up else reachable and not health.goods_in_row:
@@ -349,7 +349,7 @@ class Probe:
 
     async def read_list(self) -> None:
         """Read the model list of a server that is up."""
-        if self._server.probe_health.up:
+        if self._server.active_health.up:
             await self._list_models()
             self._fleet.settle(trio.current_time())
 

@@ -16,7 +16,8 @@ from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.config.types import Secret
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State, Transition
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State, Transition
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.observability.metrics import Metrics
@@ -128,7 +129,7 @@ class Supervisor:
         )
         self.lists = ModelLists(self.probes.list_readers, self.probes.list_gap)
         self.proxy.context.refresh_models = self.refresh_model_lists
-        self.fleet.on_stale_list.append(self.probes.read_list_soon)
+        self.fleet.on_stale_model_list.append(self.probes.read_list_soon)
         if parts.reports is None:
             self.fleet.on_transition += [
                 _log_transition,

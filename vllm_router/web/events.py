@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 
 from vllm_router.config.reload import Reloader
-from vllm_router.fleet.server import Server, Transition
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import Transition
 from vllm_router.proxy.record import Record
 from vllm_router.web.schema import Event
 

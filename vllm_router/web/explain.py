@@ -10,7 +10,8 @@ import msgspec
 import trio
 
 from vllm_router.errors import InvalidBody, Refused
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import Policy
@@ -95,7 +96,7 @@ def _rank(
     if explained is None:
         # Choosing may change the state of such a policy (round robin): use a copy.
         picked, _ = copy.copy(policy).pick(candidates, facts, now)
-        by_load = sorted(candidates, key=lambda server: server.burden)
+        by_load = sorted(candidates, key=lambda server: server.load_estimate.effective)
         return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
     return explained[0].server, [
         {**_figures(one.server), "score": one.score, "parts": one.parts} for one in explained
@@ -112,7 +113,7 @@ def _figures(server: Server) -> dict[str, Any]:
         "leases": server.in_flight,
         "capacity": server.capacity,
         "max_in_flight": server.config.max_in_flight,
-        "metrics_fresh": server.metrics_fresh,
+        "metrics_fresh": server.load_estimate.fresh,
     }
 
 
@@ -120,9 +121,9 @@ def _note(
     candidates: Sequence[Server], facts: RoutingInfo, router: Router, policy: Policy, now: float
 ) -> str:
     """A sentence about a special choice; empty for a normal one."""
-    if not any(server.traffic_health.admits(now) for server in candidates):
+    if not any(server.passive_health.admits(now) for server in candidates):
         return "Every server of the model is ejected; they are tried all the same."
-    if all(now < server.full_until for server in candidates):
+    if all(now < server.backoff_until for server in candidates):
         return "Every server of the model has just refused a request as too busy."
     if any(server.models is None for server in candidates):
         return "No server that can be asked lists the model; some lists could not be read."
@@ -163,7 +164,7 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     if model is not None and server.models is not None and model not in server.models:
         reason = "it does not list the model"
     elif state is State.EJECTED:
-        left = server.traffic_health.until - now
+        left = server.passive_health.until - now
         reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
     elif state is State.SILENT:
         left = server.silence.until - now
@@ -172,7 +173,7 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
         moments = [moment - now for moment in server.refusals.moments() if moment > now]
         reason += f"; tried again in {min(moments):.1f} s" if moments else "; tried again now"
     elif state is State.FULL:
-        reason += f"; asked again in {server.full_until - now:.1f} s"
+        reason += f"; asked again in {server.backoff_until - now:.1f} s"
     elif state is State.UP and server.at_cap:
         reason = f"at its cap: {server.in_flight} of {server.config.max_in_flight} in flight"
     elif state is State.UP and model is not None:

@@ -12,7 +12,8 @@ import msgspec
 import trio
 
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, Transition
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import Transition
 from vllm_router.observability.decisions import Decisions
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.process import cpu_seconds

@@ -8,7 +8,8 @@ from typing import Any
 import trio
 
 from vllm_router import __version__
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.web.router import Router
 
@@ -24,7 +25,7 @@ def is_healthy(server: Server) -> bool:
     A draining server is healthy, though it gets no requests.
     """
     answers = not server.asleep and server.paused_at is None
-    return bool(server.probe_health.up) and not server.traffic_health.ejected and answers
+    return bool(server.active_health.up) and not server.passive_health.ejected and answers
 
 
 def timestamp(moment: float | None, wall: float) -> str | None:
@@ -98,7 +99,7 @@ def _overall(ratio: float, any_server: bool) -> str:
 
 
 def _server_health(server: Server, router: Router, now: float, wall: float) -> dict[str, Any]:
-    probe, traffic = server.probe_health, server.traffic_health
+    probe, traffic = server.active_health, server.passive_health
     return {
         **state_of(server, router, now),
         "healthy": is_healthy(server),
@@ -113,7 +114,7 @@ def _server_health(server: Server, router: Router, now: float, wall: float) -> d
         "ejections": traffic.ejections,
         "ejected_for": round(max(0.0, traffic.until - now), 3) if traffic.ejected else None,
         "supported_models": list(server.models or ()),
-        "models_last_updated": timestamp(server.models_at, wall),
+        "models_last_updated": timestamp(server.catalog.listed_at, wall),
     }
 
 
@@ -167,7 +168,7 @@ def _server_load(server: Server, router: Router, now: float, wall: float) -> dic
         "available_capacity": _number(max(0.0, capacity - there)),
         "utilization_percent": min(100.0, there / capacity * 100),
         "status": is_healthy(server),
-        "last_updated": timestamp(server.scraped_at, wall),
+        "last_updated": timestamp(server.load_estimate.scraped_at, wall),
         "detailed_metrics": {
             "num_requests_running": _number(server.running),
             "num_requests_waiting": _number(server.waiting),
@@ -176,8 +177,10 @@ def _server_load(server: Server, router: Router, now: float, wall: float) -> dic
         },
         "load": server.load,
         "max_in_flight": server.config.max_in_flight,
-        "metrics_fresh": server.metrics_fresh,
-        "metrics_age": round(server.metrics_age(now), 3) if server.scraped_at is not None else None,
+        "metrics_fresh": server.load_estimate.fresh,
+        "metrics_age": round(server.load_estimate.age(now), 3)
+        if server.load_estimate.scraped_at is not None
+        else None,
         "models": list(server.models) if server.models is not None else None,
         "served": server.served,
     }
@@ -193,7 +196,7 @@ def server_models(router: Router) -> dict[str, Any]:
                 "name": server.name,
                 "supported_models": list(server.models or ()),
                 "models_known": server.models is not None,
-                "models_last_updated": timestamp(server.models_at, wall),
+                "models_last_updated": timestamp(server.catalog.listed_at, wall),
                 "healthy": is_healthy(server),
             }
             for server in servers
@@ -205,7 +208,7 @@ def server_models(router: Router) -> dict[str, Any]:
 
 def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
     """`/readyz`: whether the router is ready, and the reason if it is not."""
-    waiting = [s.name for s in router.fleet.servers.values() if s.probe_health.up is None]
+    waiting = [s.name for s in router.fleet.servers.values() if s.active_health.up is None]
     if router.draining:
         return False, {"ready": False, "reason": "draining"}
     if not router.ready:

@@ -10,7 +10,8 @@ import msgspec
 
 from vllm_router import __version__
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
 from vllm_router.observability.tally import Tallies, Tally
@@ -48,7 +49,7 @@ def server_view(
     """`started` is the start of the router, the beginning of a server's first state."""
     state, reason = server.current_state(now)
     kv_usage = server.metrics.kv_usage if server.metrics is not None else None
-    age = server.metrics_age(now) if server.scraped_at is not None else None
+    age = server.load_estimate.age(now) if server.load_estimate.scraped_at is not None else None
     return schema.ServerView(
         name=server.name,
         url=server.url,
@@ -73,7 +74,7 @@ def server_view(
         ttft=tally.ttft(now),
         duration=tally.duration(now),
         metrics_age=round(age, 2) if age is not None else None,
-        stale=not server.metrics_fresh,
+        stale=not server.load_estimate.fresh,
     )
 
 

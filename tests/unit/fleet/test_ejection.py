@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
+from vllm_router.fleet.active_health import ActiveHealth, Check
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
-from vllm_router.fleet.server import State
+from vllm_router.fleet.health_rules import HealthRules
+from vllm_router.fleet.passive_health import PassiveHealth
+from vllm_router.fleet.state import State
 
 GOOD, NO = Check.GOOD, Check.UNHEALTHY
 
 
 def ejected(fleet: Fleet) -> str:
-    return "".join(s.name for s in fleet.servers.values() if s.traffic_health.ejected)
+    return "".join(s.name for s in fleet.servers.values() if s.passive_health.ejected)
 
 
 def traffic(fleet: Fleet, name: str, pattern: str, now: float) -> None:
@@ -97,7 +99,7 @@ def test_ejection_old_failures_do_not_count():
         traffic(fleet, "a", "....", float(now))
     traffic(fleet, "a", "x", 29.0)
     assert ejected(fleet) == ""
-    assert fleet.servers["a"].traffic_health.success_rate(29.0)[1] <= 4 * 10 + 1
+    assert fleet.servers["a"].passive_health.success_rate(29.0)[1] <= 4 * 10 + 1
 
 
 def test_ejection_restored_server_is_judged_by_new_results():
@@ -115,24 +117,24 @@ def test_ejection_restored_server_is_judged_by_new_results():
 
 def test_ejection_restored_server_starts_without_old_failures():
     """Within one window: what was counted before must not eject it at its first failure."""
-    traffic_health = TrafficHealth(HealthRules())
+    passive_health = PassiveHealth(HealthRules())
     for _ in range(9):
-        traffic_health.failed(1.0, trial=False)
-    traffic_health.eject(2.0, 1.0, "test")
-    assert traffic_health.succeeded(3.0, trial=True)
-    assert traffic_health.success_rate(3.0) == (1.0, 0)
-    traffic_health.failed(3.5, trial=False)
-    assert traffic_health.success_rate(3.5) == (0.0, 1)
+        passive_health.failed(1.0, trial=False)
+    passive_health.eject(2.0, 1.0, "test")
+    assert passive_health.succeeded(3.0, trial=True)
+    assert passive_health.success_rate(3.0) == (1.0, 0)
+    passive_health.failed(3.5, trial=False)
+    assert passive_health.success_rate(3.5) == (0.0, 1)
 
 
 def test_ejection_ejected_server_at_fault_is_not_ejected_again():
     rules = HealthRules(failure_threshold=3)
-    health = TrafficHealth(rules)
+    health = PassiveHealth(rules)
     for _ in range(9):
         health.failed(1.0, trial=False, body=7)
     health.eject(1.0, 1.0, "test")
     until, ejections = health.until, health.ejections
-    assert not health.not_its_fault(7, 2.0, jitter=1.0, allowed=True)
+    assert not health.answered_elsewhere(7, 2.0, jitter=1.0, allowed=True)
     assert (health.until, health.ejections) == (until, ejections)
 
 
@@ -188,14 +190,14 @@ def test_ejection_failed_probation_ejects_beyond_limit():
     trial = server.lease(7.0)
     trial.release()
     fleet.failed(server, 7.0, trial=trial.trial, jitter=1.0)
-    assert server.traffic_health.until == 17.0
+    assert server.passive_health.until == 17.0
 
 
 # -- whose fault --------------------------------------------------------------------------------
 
 
-def health() -> TrafficHealth:
-    return TrafficHealth(HealthRules(failure_threshold=3))
+def health() -> PassiveHealth:
+    return PassiveHealth(HealthRules(failure_threshold=3))
 
 
 def test_ejection_one_body_failing_repeatedly_ejects_none():
@@ -223,8 +225,8 @@ def test_ejection_repeats_count_once_another_server_answers_the_body():
     traffic = health()
     for _ in range(3):
         traffic.failed(1.0, trial=False, body=7)
-    assert not traffic.not_its_fault(9, 1.0, jitter=1.0, allowed=True)
-    assert traffic.not_its_fault(7, 1.0, jitter=1.0, allowed=True)
+    assert not traffic.answered_elsewhere(9, 1.0, jitter=1.0, allowed=True)
+    assert traffic.answered_elsewhere(7, 1.0, jitter=1.0, allowed=True)
     assert traffic.ejected
     assert traffic.reason == "3 requests in a row failed"
 
@@ -234,22 +236,22 @@ def test_ejection_success_ends_row_of_repeats():
     for _ in range(5):
         traffic.failed(1.0, trial=False, body=7)
     traffic.succeeded(1.0, trial=False)
-    assert not traffic.not_its_fault(7, 1.0, jitter=1.0, allowed=True)
+    assert not traffic.answered_elsewhere(7, 1.0, jitter=1.0, allowed=True)
     assert not traffic.ejected
 
 
 # -- servers that keep falling -------------------------------------------------------------------
 
 
-def run(probes: ProbeHealth, checks: str, now: float, every: float = 0.5) -> float:
+def run(probes: ActiveHealth, checks: str, now: float, every: float = 0.5) -> float:
     for mark in checks:
         now += every
         probes.observe(GOOD if mark == "." else NO, 0.01, now)
     return now
 
 
-def flapping(ups: int) -> ProbeHealth:
-    probes = ProbeHealth(HealthRules(rise=2, fall=2, ejection_time=5.0))
+def flapping(ups: int) -> ActiveHealth:
+    probes = ActiveHealth(HealthRules(rise=2, fall=2, ejection_time=5.0))
     now = run(probes, ".", 0.0)
     for _ in range(ups):
         now = run(probes, "xxxx....", now)
@@ -264,9 +266,9 @@ def test_damping_first_time_down_has_no_cost():
 def test_damping_flapping_server_stays_out():
     probes = flapping(30)
     assert not probes.up
-    assert probes.held_back
-    assert probes.falls == 2
-    assert "it fell 2 times: back after 5 s of good checks" in probes.reason
+    assert probes.damped
+    assert probes.times_down == 2
+    assert "went down 2 times: back after 5 s of good checks" in probes.reason
 
 
 def test_damping_ends_after_enough_good_checks():
@@ -278,7 +280,7 @@ def test_damping_ends_after_enough_good_checks():
 
 
 def test_damping_grows_with_each_time_down_up_to_cap():
-    probes = ProbeHealth(HealthRules(rise=2, fall=2, ejection_time=5.0))
+    probes = ActiveHealth(HealthRules(rise=2, fall=2, ejection_time=5.0))
     now, held = run(probes, ".", 0.0), []
     for _ in range(16):
         now = began = run(probes, "xx", now)
@@ -302,7 +304,7 @@ def test_damping_server_is_used_if_no_other_is_up():
     for now in (1.0, 2.0):
         go_down(a, now)
         a.checked(GOOD, 0.01, now)
-    assert a.held_back
+    assert a.damped
     assert [server.name for server in fleet.candidates("m", 3.0)] == ["b"]
     go_down(b, 3.0)
     assert [server.name for server in fleet.candidates("m", 3.0)] == ["a"]
@@ -318,7 +320,7 @@ def test_damping_server_is_used_only_while_checks_are_good():
     a.checked(GOOD, 0.01, 2.5)
     assert fleet.candidates("m", 2.5) == (a,)
     assert a.state is State.DOWN
-    assert a.state_reason == "it fell 2 times: back after 5 s of good checks"
+    assert a.state_reason == "went down 2 times: back after 5 s of good checks"
     a.checked(NO, 0.01, 3.0)
     assert fleet.candidates("m", 3.0) == ()
 
@@ -329,4 +331,4 @@ def test_damping_is_independent_of_ejection():
     eject(a, 1.0)
     go_down(a, 2.0)
     come_up(a, 3.0)
-    assert not a.traffic_health.ejected
+    assert not a.passive_health.ejected

@@ -8,7 +8,8 @@ import pytest
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.fleet import SETTLED_AT_ONCE, Fleet
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
@@ -33,7 +34,7 @@ def test_fleet_reload_keeps_state_of_unchanged_servers():
     assert (names(change.kept), names(change.added), names(change.removed)) == ("ab", "c", "")
     assert of(fleet, "a") is a
     assert a.in_flight == 1
-    assert b.traffic_health.ejected
+    assert b.passive_health.ejected
     assert fleet.probed is False
     lease.release()
 
@@ -263,7 +264,7 @@ def test_candidates_without_list_are_used_only_if_no_list_has_model():
     fleet = make_fleet(2, up=False)
     come_up(of(fleet, "a"), 0.0)
     b = of(fleet, "b")
-    b.probe_health.up = True
+    b.active_health.up = True
     assert names(fleet.candidates("m", 0.0)) == "a"
     assert names(fleet.candidates("unknown", 0.0)) == "b"
 
@@ -280,10 +281,10 @@ def test_models_unknown_names_are_not_remembered():
     fleet = make_fleet(2)
     fleet.candidates("m", 0.0)
     fleet.candidates(None, 0.0)
-    before = fleet.remembered
+    before = fleet.cached_models
     for number in range(100):
         fleet.candidates(f"unknown-{number}", 0.0)
-    assert fleet.remembered == before
+    assert fleet.cached_models == before
 
 
 def test_model_cards_of_several_servers_use_longest_context():

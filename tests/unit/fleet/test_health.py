@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.fleet.health import Check, HealthRules, ProbeHealth, TrafficHealth
+from vllm_router.fleet.active_health import ActiveHealth, Check
+from vllm_router.fleet.health_rules import HealthRules
+from vllm_router.fleet.passive_health import PassiveHealth
 
 GOOD, NO, REFUSED, SLOW = Check.GOOD, Check.UNHEALTHY, Check.UNREACHABLE, Check.TIMEOUT
 
 
-def probed(*checks: Check, rules: HealthRules | None = None) -> ProbeHealth:
-    health = ProbeHealth(rules or HealthRules(rise=2, fall=3))
+def probed(*checks: Check, rules: HealthRules | None = None) -> ActiveHealth:
+    health = ActiveHealth(rules or HealthRules(rise=2, fall=3))
     for check in checks:
         health.observe(check, 0.01, 0.0)
     return health
@@ -28,7 +30,7 @@ def test_health_before_first_check_is_unknown():
 
 @pytest.mark.parametrize(("check", "up"), [(GOOD, True), (NO, False), (REFUSED, False)])
 def test_health_first_check_decides_alone(check, up):
-    health = ProbeHealth(HealthRules())
+    health = ActiveHealth(HealthRules())
     assert health.observe(check, 0.01, 0.0)
     assert health.up is up
 
@@ -75,7 +77,7 @@ def test_health_window_with_too_few_good_checks_takes_server_down():
 
 def test_health_window_of_slow_checks_takes_server_down():
     rules = HealthRules(window=3, max_response_time=1.0, min_success_rate=0.0)
-    health = ProbeHealth(rules)
+    health = ActiveHealth(rules)
     health.observe(GOOD, 1.5, 0.0)
     health.observe(NO, 100.0, 0.0)
     assert health.mean_response_time == 1.5
@@ -130,7 +132,7 @@ def test_health_new_rules_keep_history():
     st.integers(1, 12),
 )
 def test_health_transition_is_reported_exactly_on_change(checks, rise, fall, window):
-    health = ProbeHealth(HealthRules(rise=rise, fall=fall, window=window))
+    health = ActiveHealth(HealthRules(rise=rise, fall=fall, window=window))
     for check in checks:
         before = health.up
         flipped = health.observe(check, 0.1, 0.0)
@@ -141,8 +143,8 @@ def test_health_transition_is_reported_exactly_on_change(checks, rise, fall, win
 # -- traffic -----------------------------------------------------------------------------------
 
 
-def ejected(at: float = 100.0, **rules: float) -> TrafficHealth:
-    health = TrafficHealth(HealthRules(failure_threshold=3, ejection_time=5.0, **rules))
+def ejected(at: float = 100.0, **rules: float) -> PassiveHealth:
+    health = PassiveHealth(HealthRules(failure_threshold=3, ejection_time=5.0, **rules))
     for _ in range(3):
         health.failed(at, trial=False)
     assert health.ejected
@@ -150,7 +152,7 @@ def ejected(at: float = 100.0, **rules: float) -> TrafficHealth:
 
 
 def test_passive_failures_in_a_row_eject_unless_interrupted():
-    health = TrafficHealth(HealthRules(failure_threshold=3))
+    health = PassiveHealth(HealthRules(failure_threshold=3))
     assert not health.failed(1.0, trial=False)
     assert not health.failed(1.0, trial=False)
     health.succeeded(1.0, trial=False)
@@ -193,7 +195,7 @@ def test_passive_ejection_time_grows_up_to_cap():
 
 
 def test_passive_ejection_time_configured_beyond_cap_is_kept():
-    health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=90.0))
+    health = PassiveHealth(HealthRules(failure_threshold=1, ejection_time=90.0))
     health.failed(0.0, trial=False)
     assert health.until == 90.0
 
@@ -234,17 +236,17 @@ def test_passive_ejections_are_forgotten_after_good_service():
 
 
 def test_passive_repeats_of_one_body_do_not_count_for_another():
-    health = TrafficHealth(HealthRules(failure_threshold=3))
+    health = PassiveHealth(HealthRules(failure_threshold=3))
     for _ in range(5):
         assert not health.failed(100.0, trial=False, body=1)
     assert not health.failed(100.0, trial=False, body=2)
-    assert not health.not_its_fault(2, 100.0, jitter=1.0, allowed=True)
+    assert not health.answered_elsewhere(2, 100.0, jitter=1.0, allowed=True)
     assert not health.ejected
     assert health.failures_in_row == 2
 
 
 def test_passive_jitter_lengthens_ejection():
-    health = TrafficHealth(HealthRules(failure_threshold=1, ejection_time=5.0))
+    health = PassiveHealth(HealthRules(failure_threshold=1, ejection_time=5.0))
     health.failed(0.0, trial=False, jitter=1.1)
     assert health.until == pytest.approx(5.5)
 

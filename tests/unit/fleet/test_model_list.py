@@ -106,11 +106,11 @@ def test_read_model_list_yields_after_a_few_entries():
         (b'{"data": [%s0]}' % (b"0," * 100_000), "more than 60000 values"),
         (b'{"data": [%s]}' % (b"[" * 5000 + b"]" * 5000), "nested too deeply"),
         (b"[" * 60_000, "nested too deeply"),
-        (b'{"data": {}}', "no JSON object with a list called data"),
-        (b"[]", "no JSON object with a list called data"),
-        (b"<html>login</html>", "no JSON"),
-        (b"", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
+        (b'{"data": {}}', "not a JSON object with an array `data`"),
+        (b"[]", "not a JSON object with an array `data`"),
+        (b"<html>login</html>", "not JSON"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
     ],
 )
 def test_read_model_list_page_of_other_type_is_refused(page, words):

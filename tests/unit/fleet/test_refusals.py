@@ -4,8 +4,8 @@ ends."""
 from __future__ import annotations
 
 from support.fleet_makers import come_up, go_down, make_config, make_fleet
-from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, MOST, Asked, Refusals
-from vllm_router.fleet.server import State
+from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, MAX_REFUSALS, Asked, Refusals
+from vllm_router.fleet.state import State
 
 ROUTE = "/v1/responses"
 
@@ -29,7 +29,7 @@ def test_refusals_certain_refusal_covers_its_route_for_a_time():
     assert not refusals.refuses(asked(path="/v1/completions"), 10.0)
     assert refusals.refuses(asked(), 14.9)
     assert not refusals.refuses(asked(), 15.0)
-    assert refusals.reason() == "refuses /v1/responses, which others take: 404"
+    assert refusals.reason() == "refuses /v1/responses, which other servers accept: 404"
 
 
 def test_refusals_failed_probation_lasts_longer_up_to_a_minute():
@@ -85,10 +85,10 @@ def test_refusals_doubtful_refusal_is_reset_by_success():
 
 def test_refusals_are_bounded_and_expire():
     refusals = Refusals()
-    for number in range(MOST * 3):
+    for number in range(MAX_REFUSALS * 3):
         refuse(refusals, float(number), name=f"/v1/{number}")
-    assert len(refusals.known) == MOST
-    assert refusals.refuses(asked(path=f"/v1/{MOST * 3 - 1}"), MOST * 3.0)
+    assert len(refusals.known) == MAX_REFUSALS
+    assert refusals.refuses(asked(path=f"/v1/{MAX_REFUSALS * 3 - 1}"), MAX_REFUSALS * 3.0)
     assert not refusals.expire(200.0)
     assert refusals.expire(200.0 + FORGET_AFTER)
     assert not refusals.known
@@ -104,7 +104,7 @@ def names(servers) -> str:
 def refusing_fleet(servers: int = 2):
     fleet = make_fleet(servers)
     a = fleet.servers["a"]
-    fleet.others_take(a, ROUTE, 0, "404: no such route", 0.0, body=1, sure=True)
+    fleet.accepted_elsewhere(a, ROUTE, 0, "404: no such route", 0.0, body=1, sure=True)
     fleet.settle(0.0)
     return fleet, a
 
@@ -123,7 +123,7 @@ def test_fitting_without_other_server_keeps_refusing_one():
     assert names(fleet.fitting("m", 1.0, [fleet.servers["b"]], asked())) == "a"
     go_down(fleet.servers["b"], 1.0)
     assert names(fleet.fitting("m", 1.0, (), asked())) == "a"
-    assert a in fleet.choosy
+    assert a in fleet.selective
 
 
 def test_state_refusing_names_cause_and_ends_with_restart_or_new_key():
@@ -135,7 +135,7 @@ def test_state_refusing_names_cause_and_ends_with_restart_or_new_key():
     come_up(a, 3.0)
     fleet.settle(3.0)
     assert a.state is State.UP
-    fleet.others_take(a, ROUTE, 0, "401", 4.0, body=1, sure=True)
+    fleet.accepted_elsewhere(a, ROUTE, 0, "401", 4.0, body=1, sure=True)
     fleet.settle(4.0)
     assert a.state is State.REFUSING
     servers = [{"url": f"http://{name}.test:1", "name": name} for name in "ab"]

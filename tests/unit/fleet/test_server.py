@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
+from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import EngineMetrics
-from vllm_router.fleet.health import Check
-from vllm_router.fleet.server import MAX_BUSY_FOR, Journal, Server, State
+from vllm_router.fleet.server import MAX_BACKOFF, ChangeLog, Server
+from vllm_router.fleet.state import State
 
 
 def make_server(capacity: int = 4, changes: list[Server] | None = None, **settings) -> Server:
@@ -75,19 +76,19 @@ def test_load_waiting_is_capped_by_plausible_count():
 def test_load_stale_metrics_do_not_count():
     server = make_server(capacity=1, metrics_interval=0.5)
     server.scraped(gauges(9), 10.0, leases=0)
-    server.age_metrics(11.5)
+    server.expire(11.5)
     assert server.load == 9
-    server.age_metrics(11.6)
-    assert (server.load, server.metrics_fresh) == (0, False)
+    server.expire(11.6)
+    assert (server.load, server.load_estimate.fresh) == (0, False)
     server.scraped(gauges(2), 12.0, leases=0)
     assert server.load == 2
 
 
 def test_metrics_age_before_first_scrape_is_infinite():
     server = make_server()
-    assert server.metrics_age(5.0) == float("inf")
+    assert server.load_estimate.age(5.0) == float("inf")
     server.scraped(gauges(0), 3.0, leases=0)
-    assert server.metrics_age(5.0) == 2.0
+    assert server.load_estimate.age(5.0) == 2.0
 
 
 def test_load_page_without_load_falls_back_to_leases():
@@ -95,7 +96,7 @@ def test_load_page_without_load_falls_back_to_leases():
     server = make_server(capacity=1)
     server.scraped(gauges(9, asleep=True), 0.0, leases=0)
     server.scraped(EngineMetrics(), 0.5, leases=0)
-    assert (server.load, server.metrics_fresh) == (0, False)
+    assert (server.load, server.load_estimate.fresh) == (0, False)
     assert server.metrics is None
 
 
@@ -194,7 +195,7 @@ def test_server_transition_is_reported_once():
 
 @pytest.mark.parametrize(
     ("retry_after", "until"),
-    [(None, 11.0), (0.0, 11.0), (5.0, 15.0), (1e6, 10.0 + MAX_BUSY_FOR)],
+    [(None, 11.0), (0.0, 11.0), (5.0, 15.0), (1e6, 10.0 + MAX_BACKOFF)],
 )
 def test_server_refusal_makes_it_full_for_stated_time(retry_after, until):
     server = make_server()
@@ -202,14 +203,14 @@ def test_server_refusal_makes_it_full_for_stated_time(retry_after, until):
     server.refused(10.0, retry_after)
     assert states(server, until - 0.01) is State.FULL
     assert states(server, until) is State.UP
-    assert not server.traffic_health.ejected
+    assert not server.passive_health.ejected
 
 
 def test_server_second_refusal_does_not_shorten_first():
     server = make_server()
     server.refused(0.0, 10.0)
     server.refused(1.0, 1.0)
-    assert server.full_until == 10.0
+    assert server.backoff_until == 10.0
 
 
 def test_server_asleep_or_draining_is_not_usable():
@@ -242,12 +243,12 @@ def test_server_check_timeout_is_ignored_while_bytes_arrive():
     come_up(server, 100.0)
     server.last_byte_at = 110.5
     assert not server.checked(Check.TIMEOUT, 2.0, 112.0)
-    assert server.probe_health.up
+    assert server.active_health.up
     assert not server.checked(
         Check.TIMEOUT, 2.0, 114.0
     )  # bytes since the start of the previous check
     assert server.checked(Check.TIMEOUT, 2.0, 116.0)
-    assert not server.probe_health.up
+    assert not server.active_health.up
 
 
 def test_server_at_clock_zero_has_no_recent_bytes():
@@ -289,9 +290,9 @@ def test_server_lease_while_ejected_is_probation_and_frees_it():
     eject(server, 1.0)
     trial = server.lease(6.0)
     assert trial.trial
-    assert not server.traffic_health.admits(6.0)
+    assert not server.passive_health.admits(6.0)
     trial.release()
-    assert server.traffic_health.admits(6.0)
+    assert server.passive_health.admits(6.0)
 
 
 def test_server_without_active_checks_is_up_until_failures():
@@ -314,12 +315,12 @@ def test_server_change_log_restarts_after_many_changes():
     """Else it would hold an entry for every change of a load."""
     fleet = make_fleet(2)
     server = fleet.servers["a"]
-    seen = server.journal.servers
-    for _ in range(3 * Journal.LONGEST):
-        server.touch()
-        assert len(server.journal.servers) <= Journal.LONGEST
-    assert server.journal.servers is not seen
-    assert server.journal is fleet.servers["b"].journal
+    seen = server.change_log.servers
+    for _ in range(3 * ChangeLog.MAX_LENGTH):
+        server.mark_changed()
+        assert len(server.change_log.servers) <= ChangeLog.MAX_LENGTH
+    assert server.change_log.servers is not seen
+    assert server.change_log is fleet.servers["b"].change_log
 
 
 def test_server_damped_and_asleep_is_not_used():
@@ -329,7 +330,7 @@ def test_server_damped_and_asleep_is_not_used():
     for now in (1.0, 2.0):
         go_down(server, now)
         server.checked(Check.GOOD, 0.01, now)
-    assert server.held_back
+    assert server.damped
     server.scraped(gauges(0, asleep=True), 2.0, leases=0)
-    assert not server.held_back
+    assert not server.damped
     assert fleet.candidates("m", 2.0) == ()

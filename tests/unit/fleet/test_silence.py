@@ -22,8 +22,9 @@ from support.scripted_server import (
     sse_head,
     streaming,
 )
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
 from vllm_router.fleet.silence import STILL_FOR, TRIAL_PATIENCE, Silence
+from vllm_router.fleet.state import State
 from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
@@ -145,7 +146,7 @@ async def test_disconnect_while_another_request_has_tokens_is_ignored(autojump_c
 
 async def test_disconnect_before_usual_json_duration_is_ignored(autojump_clock):
     async with lab(silent, answering(GOOD)) as rig:
-        rig.server("a").took(30.0)
+        rig.server("a").load_estimate.record_success(30.0)
         rig.prefer("a")
         client = rig.start()
         await trio.sleep(10)
@@ -174,7 +175,7 @@ async def test_disconnect_is_not_excused_by_late_counters_of_earlier_requests(au
         a.scraped(gauges(1, generation_tokens=5), trio.current_time(), leases=0)
         await trio.sleep(0.3)
         rig.prefer("a")
-        a.metrics = gauges(1, generation_tokens=5)
+        a.load_estimate.metrics = gauges(1, generation_tokens=5)
         client = rig.start_stream()
         await trio.sleep(0.2)
         a.scraped(gauges(1, generation_tokens=9), trio.current_time(), leases=1)
@@ -356,7 +357,7 @@ def test_frozen_gauges_cause_one_probation_and_success_restores():
     now = stand_still(a, 100)
     assert a.silence.since is not None
     assert names(fleet.candidates("m", now)) == "ab"
-    assert a.work == 0.0  # else no policy would ever try it
+    assert a.load_estimate.active == 0.0  # else no policy would ever try it
     trial = a.lease(now)
     assert trial.trial
     assert names(fleet.candidates("m", now)) == "b"
@@ -366,11 +367,11 @@ def test_frozen_gauges_cause_one_probation_and_success_restores():
     fleet.settle(now + 1)
     assert a.state is State.UP
     tick(a, now + 2, 103, generation_tokens=60)
-    assert a.work == 3.0
+    assert a.load_estimate.active == 3.0
     tick(a, now + 3, 40, generation_tokens=70)
-    assert a.work == 0.0
+    assert a.load_estimate.active == 0.0
     tick(a, now + 4, 45, generation_tokens=80)
-    assert a.work == 5.0
+    assert a.load_estimate.active == 5.0
 
 
 def test_frozen_gauges_of_hung_engine_keep_it_unused():
@@ -382,7 +383,7 @@ def test_frozen_gauges_of_hung_engine_keep_it_unused():
         assert trial.trial
         now = max(now, a.silence.until) + TRIAL_PATIENCE
         trial.release()
-        a.waited_in_vain(trial.taken_at, now, "still silent")
+        a.request_starved(trial.taken_at, now, "still silent")
         assert names(fleet.candidates("m", now)) == "b"
         assert a.state is State.SILENT
 
@@ -401,7 +402,7 @@ def test_moving_gauges_of_other_clients_are_trusted(moves):
             running += step % 2
         tick(a, step * 0.5, running, **figures)
     assert a.silence.since is None
-    assert a.stuck == 0.0
+    assert a.load_estimate.stuck == 0.0
 
 
 def test_idle_server_with_constant_gauges_is_healthy():
@@ -443,7 +444,7 @@ def test_long_prefill_filling_cache_is_not_silent():
 
 
 def failures(rig: Rig, name: str) -> int:
-    return rig.server(name).traffic_health.failures_in_row
+    return rig.server(name).passive_health.failures_in_row
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -462,7 +463,7 @@ async def test_deadline_on_server_answering_others_is_not_counted(autojump_clock
             assert (await rig.post()).status == 200
             await trio.sleep(4)
             assert hangs.got.status == 504
-        assert not rig.server("a").traffic_health.ejected
+        assert not rig.server("a").passive_health.ejected
         assert state(rig.server("a")) is State.UP
 
 
@@ -483,4 +484,4 @@ async def test_deadline_of_streams_on_mute_server_ejects_it(autojump_clock):
     async with lab(silent, first_byte_timeout=5) as rig:
         for _ in range(3):
             assert (await rig.stream()).status == 504
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected

@@ -12,7 +12,7 @@ import pytest
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import State
+from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES, Policy
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
 from vllm_router.routing.prompt.routing_info import RoutingInfo
@@ -59,9 +59,9 @@ class Loop:
                 self.policy.ended(lease, self.now, failed=False)
                 server.answered(self.now, trial=lease.trial)
                 if server.name in self.bad:
-                    self.fleet.erred(server, self.now, took)
+                    self.fleet.record_error(server, self.now, took)
                 else:
-                    self.fleet.took(server, took)
+                    self.fleet.record_success(server, took)
             facts = asking(next(self._numbers))
             server = self.policy.pick(self.fleet.candidates("m", self.now), facts, self.now)[0]
             lease = server.lease(self.now)
@@ -121,19 +121,19 @@ def test_slow_start_applies_after_every_kind_of_absence(how):
         a.scraped(gauges(0, prompt_tokens=5000.0), 100.0, 0)
         a.scraped(gauges(0, prompt_tokens=10.0), 120.0, 0)
     fleet.candidates("m", 120.0)
-    assert a.ramp == 0.1
+    assert a.load_estimate.slow_start_factor == 0.1
     fleet.candidates("m", 125.0)
-    assert a.ramp == pytest.approx(0.5)
+    assert a.load_estimate.slow_start_factor == pytest.approx(0.5)
     fleet.candidates("m", 130.0)
-    assert a.ramp == 1.0
-    assert not a.moving
-    assert a.burden == a.load
+    assert a.load_estimate.slow_start_factor == 1.0
+    assert not a.load_estimate.advancing
+    assert a.load_estimate.effective == a.load
 
 
 def test_slow_start_is_skipped_when_router_starts():
     fleet = make_fleet(described(3), now=100.0)
     fleet.candidates("m", 100.0)
-    assert {server.ramp for server in fleet.servers.values()} == {1.0}
+    assert {server.load_estimate.slow_start_factor for server in fleet.servers.values()} == {1.0}
 
 
 def test_slow_start_can_be_disabled():
@@ -142,7 +142,7 @@ def test_slow_start_can_be_disabled():
     go_down(a, 100.0)
     come_up(a, 101.0)
     fleet.candidates("m", 101.0)
-    assert a.ramp == 1.0
+    assert a.load_estimate.slow_start_factor == 1.0
 
 
 def test_slow_start_never_leaves_a_request_without_server():
@@ -164,7 +164,7 @@ def test_slow_start_does_not_change_reported_load():
     fleet.candidates("m", 101.0)
     assert a.state is State.UP
     assert a.load == 0.0
-    assert a.burden > 0.0
+    assert a.load_estimate.effective > 0.0
 
 
 # -- errors that come fast ---------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_error_penalty_instant_400s_keep_fair_share(policy):
     loop.seconds = lambda _: SERVICE
     loop.run(2.0)
     assert 3 * loop.share("a", 5.0) == pytest.approx(1.0, abs=0.15)
-    assert fleet.servers["a"].ghosts == 0.0
+    assert fleet.servers["a"].load_estimate.error_penalty == 0.0
 
 
 def test_error_penalty_same_errors_on_all_servers_change_nothing():
@@ -200,22 +200,22 @@ def test_error_penalty_same_errors_on_all_servers_change_nothing():
 def test_error_penalty_is_zero_for_error_as_slow_as_response():
     fleet = make_fleet(described(1), now=100.0)
     a = fleet.servers["a"]
-    fleet.took(a, 0.5)
-    fleet.erred(a, 100.0, 0.6)
-    assert (a.ghosts, a.moving) == (0.0, False)
-    fleet.erred(a, 100.0, 0.0)
-    assert a.ghosts == pytest.approx(1.0)
+    fleet.record_success(a, 0.5)
+    fleet.record_error(a, 100.0, 0.6)
+    assert (a.load_estimate.error_penalty, a.load_estimate.advancing) == (0.0, False)
+    fleet.record_error(a, 100.0, 0.0)
+    assert a.load_estimate.error_penalty == pytest.approx(1.0)
     fleet.candidates("m", 100.5)
-    assert a.ghosts == pytest.approx(0.3679, abs=0.001)
+    assert a.load_estimate.error_penalty == pytest.approx(0.3679, abs=0.001)
 
 
 def test_error_penalty_late_report_does_not_turn_time_back():
     """A client read the end of a large refusal only after a minute."""
     fleet = make_fleet(described(1), now=100.0)
     a = fleet.servers["a"]
-    fleet.took(a, 0.05)
-    fleet.erred(a, 160.0, 0.0)
-    fleet.erred(a, 100.0, 0.0)
-    assert a.ghosts == pytest.approx(2.0)
+    fleet.record_success(a, 0.05)
+    fleet.record_error(a, 160.0, 0.0)
+    fleet.record_error(a, 100.0, 0.0)
+    assert a.load_estimate.error_penalty == pytest.approx(2.0)
     fleet.candidates("m", 170.0)
-    assert a.ghosts == 0.0
+    assert a.load_estimate.error_penalty == 0.0

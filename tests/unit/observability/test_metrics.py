@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab
-from vllm_router.fleet.server import State
+from vllm_router.fleet.state import State
 from vllm_router.observability import metrics as metrics_module
 from vllm_router.observability.metric_families import FAMILIES, FIRST_TOKEN
 from vllm_router.observability.metrics import MAX_MODELS

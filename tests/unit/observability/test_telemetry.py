@@ -212,7 +212,7 @@ async def test_telemetry_every_attempt_has_span_with_error(autojump_clock):
 
 async def test_telemetry_refused_exchange_has_span_without_attempts(autojump_clock):
     async with traced(answering(ok(b'{"a":1}'))) as (rig, made):
-        rig.server("a").models = {"m": None}
+        rig.server("a").catalog.names = {"m": None}
         await rig.post({"model": "nope"})
         server, attempts = made.exchange()
     assert attempts == []

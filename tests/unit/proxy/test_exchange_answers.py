@@ -36,7 +36,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ntransfer-encoding: chunked\r\
 
 
 def failures(rig: Rig, name: str = "a") -> int:
-    return rig.server(name).traffic_health.failures_in_row
+    return rig.server(name).passive_health.failures_in_row
 
 
 def named(kind: str, **fields: object) -> bytes:

@@ -114,7 +114,7 @@ async def test_exchange_client_disconnect_frees_server_at_once(autojump_clock, c
                 assert talk.left_at == pytest.approx(1.5, abs=0.1)
         (record,) = rig.recorder.records
         assert (record.outcome, record.phase) == (Outcome.CLIENT_GONE, phase)
-        assert rig.server("a").traffic_health.failures_in_row == 0
+        assert rig.server("a").passive_health.failures_in_row == 0
         assert not client.got.whole
 
 
@@ -128,7 +128,7 @@ async def test_exchange_client_disconnect_while_connecting_frees_server(autojump
         await trio.sleep(0.1)
         (record,) = rig.recorder.records
         assert (record.outcome, record.phase) == (Outcome.CLIENT_GONE, Phase.CONNECT)
-        assert rig.server("a").traffic_health.failures_in_row == 0
+        assert rig.server("a").passive_health.failures_in_row == 0
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -239,7 +239,7 @@ async def test_exchange_client_that_stops_reading_counts_against_no_server(autoj
         assert client.done
         assert not client.got.whole
         assert rig.recorder.outcomes == [Outcome.CLIENT_GONE]
-        assert rig.server("a").traffic_health.failures_in_row == 0
+        assert rig.server("a").passive_health.failures_in_row == 0
 
 
 async def test_exchange_late_response_may_be_read_slowly(autojump_clock):

@@ -467,7 +467,7 @@ async def test_queue_unknown_model_does_not_wait(autojump_clock):
 
 async def test_queue_unknown_models_share_one_limit(autojump_clock):
     async with limited(silent, queue_size=2) as rig:
-        rig.server("a").models = None
+        rig.server("a").catalog.names = None
         clients = [await started(rig, {"model": f"m{n}"}) for n in range(3)]
         assert (await rig.post({"model": "m4"})).code == "queue_full"
         assert rig.context.gate is not None
@@ -655,7 +655,7 @@ async def test_queue_waiter_for_removed_model_waits_for_fallback(autojump_clock)
 
 async def test_queue_waiter_for_name_found_unknown_gets_not_found(autojump_clock):
     async with limited(working(9)) as rig:
-        rig.server("a").models = None
+        rig.server("a").catalog.names = None
         running = await started(rig, body(0))
         left = await started(rig, {"model": "invented"})
         come_up(rig.server("a"), trio.current_time(), "m")

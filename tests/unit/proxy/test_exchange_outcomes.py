@@ -26,8 +26,8 @@ from support.scripted_server import (
     sse_head,
     streaming,
 )
-from vllm_router.fleet.health import Check
-from vllm_router.fleet.server import State
+from vllm_router.fleet.active_health import Check
+from vllm_router.fleet.state import State
 from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
@@ -39,7 +39,7 @@ ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
 
 
 def failures(rig: Rig, name: str) -> int:
-    return rig.server(name).traffic_health.failures_in_row
+    return rig.server(name).passive_health.failures_in_row
 
 
 # -- answers -----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ async def test_exchange_model_is_not_unknown_while_a_server_is_unprobed(
 ):
     async with lab(answering(GOOD), answering(GOOD)) as rig:
         rig.down("b")
-        rig.server("b").models = None
+        rig.server("b").catalog.names = None
         got = await rig.post({"model": "elsewhere"})
         assert (got.status, got.code) == (503, "no_server_available")
         assert "1 could not be asked" in got.json["error"]["message"]
@@ -601,7 +601,7 @@ async def test_exchange_client_repeating_a_bad_body_ejects_no_server(autojump_cl
             assert (await rig.post({"model": "m", "user": "bad"})).status == 500
             if number % 3 == 0:
                 assert (await rig.post(body(number))).status == 200
-        assert not any(server.traffic_health.ejected for server in rig.servers)
+        assert not any(server.passive_health.ejected for server in rig.servers)
 
 
 async def test_exchange_same_body_failing_on_one_server_only_ejects_it(
@@ -612,7 +612,7 @@ async def test_exchange_same_body_failing_on_one_server_only_ejects_it(
             rig.prefer("a")
             assert (await rig.post()).status == 200
         assert rig.requests()["a"] == 3
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected
 
 
 async def test_exchange_waiting_on_server_put_to_sleep_is_retried(autojump_clock):
@@ -668,12 +668,12 @@ async def test_exchange_on_damped_server_has_its_full_time(autojump_clock):
         rig.down("a")
         for _ in range(2):
             a.checked(Check.GOOD, 0.001, trio.current_time())
-        assert a.held_back
+        assert a.damped
         client = rig.start()
         for _ in range(9):
             await trio.sleep(0.5)
             rig.proxy.tick(a, trio.current_time())
-        assert a.held_back
+        assert a.damped
         assert client.got.status == 200
 
 
@@ -692,7 +692,7 @@ async def test_exchange_429_for_client_key_does_not_make_server_full(
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
         assert rig.recorder.outcomes == [Outcome.LIMITED, Outcome.ANSWERED]
         assert failures(rig, "a") == 0
-        assert rig.server("a").full_until == 0.0
+        assert rig.server("a").backoff_until == 0.0
         assert rig.context.budget.owed > 0
 
 
@@ -717,7 +717,7 @@ async def test_exchange_429_without_client_key_makes_server_full(autojump_clock)
         rig.prefer("a")
         assert (await rig.post()).status == 200
         assert rig.recorder.outcomes == [Outcome.FULL, Outcome.ANSWERED]
-        assert rig.server("a").full_until == trio.current_time() + 30
+        assert rig.server("a").backoff_until == trio.current_time() + 30
 
 
 # -- which server next, again ------------------------------------------------------------------
@@ -759,7 +759,7 @@ async def test_exchange_crash_of_one_of_three_servers_loses_no_request(autojump_
         dying.set()
         await trio.sleep(3)
         assert [client.got.status for client in clients] == [200] * 50
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected
 
 
 # -- kept connections --------------------------------------------------------------------------
@@ -844,7 +844,7 @@ async def test_exchange_sinkhole_is_ejected_and_returns_by_probation(autojump_cl
         await trio.sleep(12)
         rig.prefer("a")
         assert (await rig.post())[b"x-vllm-router-server"] == b"a"
-        assert not rig.server("a").traffic_health.ejected
+        assert not rig.server("a").passive_health.ejected
 
 
 async def test_exchange_probation_is_one_request_and_freed_by_disconnect(autojump_clock):
@@ -859,7 +859,7 @@ async def test_exchange_probation_is_one_request_and_freed_by_disconnect(autojum
         assert rig.server("a").in_flight == 1
         trial.leave()
         await trio.testing.wait_all_tasks_blocked()
-        assert rig.server("a").traffic_health.admits(trio.current_time())
+        assert rig.server("a").passive_health.admits(trio.current_time())
 
 
 async def test_exchange_probation_first_event_restores_server(autojump_clock):
@@ -876,7 +876,7 @@ async def test_exchange_probation_first_event_restores_server(autojump_clock):
         await trio.sleep(5.5)
         client = rig.start_stream()
         await client.heard.wait()
-        assert not rig.server("a").traffic_health.ejected
+        assert not rig.server("a").passive_health.ejected
         go_on.set()
         await trio.sleep(0.1)
         assert client.got.whole
@@ -888,7 +888,7 @@ async def test_exchange_simultaneous_failures_are_one_ejection(autojump_clock):
         for _ in range(30):
             rig.start()
         await trio.sleep(1)
-        assert rig.server("a").traffic_health.ejections == 1
+        assert rig.server("a").passive_health.ejections == 1
 
 
 # -- the router itself -------------------------------------------------------------------------

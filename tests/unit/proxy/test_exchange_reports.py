@@ -148,7 +148,7 @@ async def test_reports_status_decides_between_success_and_error(
     async with lab(answering(answer(status, b'{"choices":[{"text":"a"}]}'))) as rig:
         reported: list[str] = []
         fleet = rig.fleet
-        for name in ("took", "erred"):
+        for name in ("record_success", "record_error"):
             before = getattr(fleet, name)
 
             def note(*given: Any, name: str = name, before: Any = before) -> None:
@@ -157,7 +157,7 @@ async def test_reports_status_decides_between_success_and_error(
 
             monkeypatch.setattr(fleet, name, note)
         await rig.post()
-        assert reported == ["took" if status == 200 else "erred"]
+        assert reported == ["record_success" if status == 200 else "record_error"]
 
 
 async def test_reports_success_keeps_own_failures_of_server(autojump_clock, monkeypatch):
@@ -165,13 +165,13 @@ async def test_reports_success_keeps_own_failures_of_server(autojump_clock, monk
     async with lab(answering(ERROR), answering(GOOD), failure_threshold=1000) as rig:
         rig.prefer("a")
         reported: list[str] = []
-        before = rig.fleet.not_its_fault
+        before = rig.fleet.answered_elsewhere
 
         def note(server: Any, *given: Any, **how: Any) -> None:
             reported.append(server.name)
             before(server, *given, **how)
 
-        monkeypatch.setattr(rig.fleet, "not_its_fault", note)
+        monkeypatch.setattr(rig.fleet, "answered_elsewhere", note)
         await rig.post()
         assert reported == ["a"]
 
@@ -186,7 +186,7 @@ async def test_reports_repeated_body_losing_connections_ejects_server(autojump_c
         for _ in range(3):
             await rig.post()
             await trio.sleep(20)
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected
 
 
 async def test_reports_probation_stream_broken_later_does_not_restore(autojump_clock):
@@ -207,12 +207,12 @@ async def test_reports_probation_stream_broken_later_does_not_restore(autojump_c
         await trio.sleep(5.5)
         client = rig.start_stream()
         await client.heard.wait()
-        assert not server.traffic_health.ejected
+        assert not server.passive_health.ejected
         eject(server, trio.current_time())
         go_on.set()
         await wait_all_tasks_blocked()
         assert client.got.whole
-        assert server.traffic_health.ejected
+        assert server.passive_health.ejected
 
 
 async def test_reports_two_servers_put_to_sleep_cause_no_quarantine(autojump_clock):

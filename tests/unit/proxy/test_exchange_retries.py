@@ -209,7 +209,7 @@ def test_failures_suspect_third_failing_server_clears_the_request(seen_by, apart
     a, b, c = make_fleet(3).servers.values()
     failures, at = Failures(), 11.5 + apart
     if seen_by == "the checks":
-        c.fell_at = at
+        c.went_down_at = at
     else:
         failures.note(c, Y if seen_by == "a request" else None, at, deadly=True)
     ends = (End(a, 10.0, 11.5, True), End(b, 11.5, 11.5, True))

@@ -178,7 +178,7 @@ async def test_queue_request_without_fallback_delays_none_with_fallback(autojump
 
 async def test_queue_unknown_names_do_not_delay_each_other(autojump_clock):
     async with limited(working(100), working(1)) as rig:
-        rig.server("a").models = rig.server("b").models = None
+        rig.server("a").catalog.names = rig.server("b").catalog.names = None
         rig.server("b").drain(on=True)
         running = await started(rig, {"model": "x", "n": 0})
         waits = await started(rig, {"model": "x", "n": 1})

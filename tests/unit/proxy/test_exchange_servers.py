@@ -17,7 +17,7 @@ from support.scripted_server import (
     ok,
     once,
 )
-from vllm_router.fleet.server import State
+from vllm_router.fleet.state import State
 from vllm_router.http.client.response_parser import MAX_FIELDS, MAX_HEAD
 from vllm_router.proxy.retry import Outcome
 
@@ -27,7 +27,7 @@ RESPONSES = "/v1/responses"
 
 
 def failures(rig: Rig, name: str) -> int:
-    return rig.server(name).traffic_health.failures_in_row
+    return rig.server(name).passive_health.failures_in_row
 
 
 def body(number: int) -> bytes:
@@ -100,7 +100,7 @@ async def test_probation_long_json_response_admits_other_requests(autojump_clock
         await trio.sleep(3)
         rig.prefer("a")
         assert (await rig.post())[b"x-vllm-router-server"] == b"a"
-        assert not rig.server("a").traffic_health.ejected
+        assert not rig.server("a").passive_health.ejected
         await trio.sleep(300)
         assert slow.got.status == 200
 
@@ -144,7 +144,7 @@ async def test_misdirected_responses_to_different_requests_eject_server(autojump
     async with lab(odd_for(b"", ODD["two lengths"])) as rig:
         for number in range(5):
             await rig.post(body(number))
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected
 
 
 async def test_misdirected_response_counts_if_other_server_answers(autojump_clock):
@@ -152,7 +152,7 @@ async def test_misdirected_response_counts_if_other_server_answers(autojump_cloc
         for _ in range(3):
             rig.prefer("a")
             assert (await rig.post(b'{"model":"m","p":"same"}')).status == 200
-        assert rig.server("a").traffic_health.ejected
+        assert rig.server("a").passive_health.ejected
 
 
 async def test_response_head_of_half_a_megabyte_passes(autojump_clock):
@@ -388,7 +388,7 @@ NO_MODEL = answer(
 async def test_listed_model_not_found_is_retried_and_list_reread(autojump_clock):
     async with lab(answering(NO_MODEL), answering(GOOD)) as rig:
         stale = []
-        rig.fleet.on_stale_list.append(stale.append)
+        rig.fleet.on_stale_model_list.append(stale.append)
         for server in rig.servers:
             server.listed({"m": {"id": "m"}, "lora": {"id": "lora"}}, 0.0)
         for _ in range(5):

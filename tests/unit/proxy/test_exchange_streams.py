@@ -33,7 +33,7 @@ COMMENT = b": keep-alive\n\n"
 
 
 def failures(rig: Rig, name: str = "a") -> int:
-    return rig.server(name).traffic_health.failures_in_row
+    return rig.server(name).passive_health.failures_in_row
 
 
 def after_hello(*rest: bytes) -> Script:

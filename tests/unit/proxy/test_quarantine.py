@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.fleet_makers import go_down, make_fleet
-from vllm_router.fleet.health import Check
+from vllm_router.fleet.active_health import Check
 from vllm_router.proxy.quarantine import (
     KEPT_BYTES,
     KNOWN_BODIES,
@@ -65,9 +65,9 @@ def test_quarantine_crashed_and_restarted_server_counts():
     quarantine.remember(KEY, BODY, deaths, 10.0)
     for death in deaths:
         go_down(death.server, 12.0)
-        while not death.server.probe_health.up:
+        while not death.server.active_health.up:
             death.server.checked(Check.GOOD, 0.01, 13.0)
-        assert death.server.probe_health.failures_in_row == 0
+        assert death.server.active_health.failures_in_row == 0
     assert quarantine.holds(KEY, 14.0)
 
 
@@ -87,7 +87,7 @@ def test_quarantine_ignores_crash_before_request():
     deaths = two_deaths(certain=False)
     for death in deaths:
         go_down(death.server, 5.0)
-        while not death.server.probe_health.up:
+        while not death.server.active_health.up:
             death.server.checked(Check.GOOD, 0.01, 6.0)
     quarantine = Quarantine()
     quarantine.remember(KEY, BODY, deaths, 10.0)
@@ -151,7 +151,7 @@ def test_quarantine_long_answered_bodies_are_not_kept_in_memory():
 def test_crash_at_the_moment_of_the_failure_counts():
     (server,) = make_fleet(1).servers.values()
     go_down(server, 10.0)
-    while not server.probe_health.up:
+    while not server.active_health.up:
         server.checked(Check.GOOD, 0.01, 11.0)
     assert Death(server, 10.0, certain=False).happened
     assert not Death(server, 10.1, certain=False).happened

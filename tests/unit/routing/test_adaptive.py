@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Journal, Lease, Server
+from vllm_router.fleet.server import ChangeLog, Lease, Server
 from vllm_router.routing.policies import POLICIES, PolicySettings
 from vllm_router.routing.policies.adaptive import Adaptive
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
@@ -164,7 +164,7 @@ def test_adaptive_score_is_always_sum_of_explained_terms(
 ):
     """Scores are updated by events; the explained terms are computed when requested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "LONGEST", 7)  # so that some changes are missed
+        patch.setattr(ChangeLog, "MAX_LENGTH", 7)  # so that some changes are missed
         it = Situation(count=6)
         leases: list[Lease] = []
         texts = [asking(CONTEXT[: 700 * n], conversation=n, shared=512) for n in (0, 1, 3, 9)]
@@ -753,7 +753,7 @@ def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400)
         if server is bad:
             lease.release()
             policy.ended(lease, now + 0.002, failed=False, refused=True)
-            fleet.erred(server, now + 0.002, 0.002)
+            fleet.record_error(server, now + 0.002, 0.002)
         else:
             waiting.append((now + 2.0, lease))
         now += 2.0 / clients
@@ -765,7 +765,7 @@ def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400)
             _, answered = waiting.pop(0)
             answered.release()
             policy.ended(answered, now, failed=False)
-            fleet.took(answered.server, 2.0)
+            fleet.record_success(answered.server, 2.0)
         fleet.settle(now)
     return sent[bad.name] / rounds
 

@@ -106,4 +106,4 @@ def test_large_body_every_medium_has_equal_weight_and_own_hash(part: dict[str, A
 
     a, b = prompt("A" * MB), prompt("A" * (MB - 1) + "B")
     assert a.size == b.size == MEDIA_BYTES + len("\0user\0What?")
-    assert a.block_hashes != b.chain
+    assert a.block_hashes != b.block_hashes

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fleet_makers import make_fleet
-from vllm_router.fleet.server import Journal
+from vllm_router.fleet.server import ChangeLog
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.score_cache import AFFINITY_BONUS, ScoreCache
 from vllm_router.routing.server_estimate import ServerEstimate
@@ -47,7 +47,7 @@ def test_score_cache_highest_repeated_match_counts(
 
 
 def test_score_cache_missed_changes_are_measured_again(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Journal, "LONGEST", 3)
+    monkeypatch.setattr(ChangeLog, "MAX_LENGTH", 3)
     cache = score_cache([0, 0, 0])
     for count in range(1, 9):
         cache.candidates[count % 3].lease(0.0)
@@ -59,4 +59,4 @@ def test_score_cache_missed_changes_are_measured_again(monkeypatch: pytest.Monke
 
 def test_score_cache_servers_share_change_log_of_fleet():
     fleet = make_fleet(2)
-    assert {server.journal for server in fleet.servers.values()} == {fleet.journal}
+    assert {server.change_log for server in fleet.servers.values()} == {fleet.change_log}

@@ -19,7 +19,8 @@ from support.fleet_makers import eject, make_config
 from support.scripted_server import ClientLeft, ScriptedServer, Talk, ok
 from vllm_router.config.schema import Config
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.runtime import probe as probe_module
 from vllm_router.runtime.probe import Probe
 
@@ -211,7 +212,7 @@ async def test_probe_without_metrics_load_is_leases(autojump_clock, monkeypatch,
     async with watched(monkeypatch, metrics_interval=0.5) as rig:
         rig.engine.answers["/metrics"] = page
         await trio.sleep(6)
-        assert not rig.server.metrics_fresh
+        assert not rig.server.load_estimate.fresh
         assert rig.server.load == 0
         assert rig.state is State.UP
 
@@ -251,11 +252,11 @@ async def test_probe_out_of_descriptors_takes_no_server_down(autojump_clock, mon
         await trio.sleep(30)
         assert rig.went_down == []
         assert rig.state is State.UP
-        assert not rig.server.metrics_fresh
+        assert not rig.server.load_estimate.fresh
         rig.engine.everything(REFUSED)
         await trio.sleep(5)
         assert rig.state is State.DOWN
-        assert rig.server.probe_health.total_checks < 20
+        assert rig.server.active_health.total_checks < 20
 
 
 async def test_probe_hung_server_is_down_after_three_timeouts(autojump_clock, monkeypatch):
@@ -429,11 +430,11 @@ async def test_probe_tcp_server_that_hung_is_up_again():
         probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
         nursery.start_soon(probe.run)
         with trio.fail_after(10):
-            while server.probe_health.up is not False:
+            while server.active_health.up is not False:
                 await trio.sleep(0.01)
             await trio.sleep(0.5)
             frozen = False
-            while not (server.probe_health.up and server.models and server.metrics_fresh):
+            while not (server.active_health.up and server.models and server.load_estimate.fresh):
                 await trio.sleep(0.01)
         assert server.running == 1
         assert scripted.requests[-1][b"authorization"] == b"Bearer k"
@@ -492,10 +493,10 @@ async def test_probe_tcp_new_timeout_applies_at_once():
         probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
         nursery.start_soon(probe.run)
         with trio.fail_after(10):
-            while server.probe_health.up is not False:
+            while server.active_health.up is not False:
                 await trio.sleep(0.01)
             fleet.apply(config(5))
-            while not server.probe_health.up:
+            while not server.active_health.up:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
 
@@ -520,7 +521,7 @@ async def test_probe_busy_check_while_responses_flow_is_full_not_down(
 async def test_probe_busy_check_during_long_json_is_not_down(autojump_clock, monkeypatch):
     """JSON responses of 12 s, one of which ends every 10 s."""
     async with watched(monkeypatch) as rig:
-        rig.server.took(12.0)
+        rig.server.load_estimate.record_success(12.0)
         rig.engine.answers["/health"] = 503
         for _ in range(4):
             rig.server.answered(trio.current_time(), trial=False)

@@ -28,7 +28,8 @@ from support.scripted_server import (
 )
 from vllm_router.errors import ConnectFailed
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Server, State
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.http.client import race
 from vllm_router.http.client.resolver import Address, Host, Resolver
 from vllm_router.runtime.probe import Probe
@@ -130,7 +131,7 @@ async def test_probe_resolver_failure_takes_no_server_down(
         there.answer = trouble
         await trio.sleep(600)
         assert there.state == (State.UP, "")
-        assert there.server.probe_health.success_rate == 1.0
+        assert there.server.active_health.success_rate == 1.0
         assert there.downs == []
         assert "cannot resolve gpu.test" in caplog.text
 
@@ -161,7 +162,7 @@ async def test_probe_moved_name_is_followed_while_old_address_swallows(autojump_
         there.network, there.answer = {"10.0.0.2": there.scripted}, ["10.0.0.2"]
         await trio.sleep(60)
         assert there.downs == []
-        assert there.server.probe_health.success_rate == 1.0
+        assert there.server.active_health.success_rate == 1.0
 
 
 async def test_probe_swallowing_first_address_takes_no_server_down(autojump_clock, monkeypatch):
@@ -233,4 +234,4 @@ async def test_probe_reason_of_down_server_follows_last_check(autojump_clock, mo
         await there.until(lambda: "/health answered 503" in there.state[1])
         there.scripted.script = silent
         assert await there.until(lambda: "no answer to /health" in there.state[1]) < 20
-        assert not math.isnan(there.server.probe_health.mean_response_time)
+        assert not math.isnan(there.server.active_health.mean_response_time)

@@ -18,7 +18,8 @@ from vllm_router.config.schema import Config
 from vllm_router.config.types import digest_of
 from vllm_router.errors import ConfigError, Refused
 from vllm_router.fleet.refusals import Asked
-from vllm_router.fleet.server import Lease, Server, State
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
@@ -94,8 +95,8 @@ def test_workers_burst_over_two_spreads_as_evenly_as_over_one(router: Router, po
     facts = RoutingInfo("m")
     for number in range(60):
         fleet = router.workers[number % 2]
-        server = policies[number % 2].pick(fleet.candidates("m", 1.0), facts, 1.0)
-        policies[number % 2].leased(server.lease(1.0), facts, 1.0)
+        server, note = policies[number % 2].pick(fleet.candidates("m", 1.0), facts, 1.0)
+        policies[number % 2].leased(server.lease(1.0), note, facts, 1.0)
         leases[server.name] += 1
     assert leases == {"a": 20, "b": 20, "c": 20}
 
@@ -210,7 +211,7 @@ def test_workers_are_notified_when_server_goes_down(router: Router):
 def test_workers_failures_reach_leader_and_eject_for_all(router: Router):
     for fleet in [*router.workers, router.workers[0]]:
         fleet.failed(fleet.servers["c"], 5.0, trial=False, jitter=1.0)
-    assert not router.workers[0].servers["c"].traffic_health.ejected
+    assert not router.workers[0].servers["c"].passive_health.ejected
     assert [verdict.what for verdict in router.verdicts] == ["failed"] * 3
     eject(router.leader.servers["c"], 5.0)
     router.tell(5.0)
@@ -223,7 +224,7 @@ def test_workers_probation_is_one_request_of_one_worker(router: Router):
     server = router.leader.servers["c"]
     eject(server, 5.0)
     router.tell(5.0)
-    later = server.traffic_health.until + 0.1
+    later = server.passive_health.until + 0.1
     worker = router.workers[0]
     lease = worker.servers["c"].lease(later)
     assert lease.trial
@@ -246,14 +247,16 @@ def test_workers_refusal_applies_at_once_and_is_reported(router: Router):
 def test_workers_refusal_seen_by_one_is_shared_and_ended_by_one(router: Router):
     one, other = router.workers
     asked = Asked("/v1/responses", "m", 10)
-    one.others_take(one.servers["a"], asked.path, 0, "404: no such route", 5.0, body=7, sure=True)
+    one.accepted_elsewhere(
+        one.servers["a"], asked.path, 0, "404: no such route", 5.0, body=7, sure=True
+    )
     (verdict,) = router.verdicts
     assert (verdict.what, verdict.name, verdict.words) == (
-        "others_take",
+        "accepted_elsewhere",
         asked.path,
         "404: no such route",
     )
-    router.leader.others_take(
+    router.leader.accepted_elsewhere(
         router.leader.servers["a"],
         verdict.name,
         verdict.size,
@@ -267,10 +270,10 @@ def test_workers_refusal_seen_by_one_is_shared_and_ended_by_one(router: Router):
         assert worker.servers["a"].state is State.REFUSING
         assert [s.name for s in worker.fitting("m", 5.0, (), asked)] == ["b", "c"]
     router.verdicts.clear()
-    other.takes_again(other.servers["a"], asked)
+    other.accepted(other.servers["a"], asked)
     (verdict,) = router.verdicts
     assert verdict.asked == asked
-    router.leader.takes_again(router.leader.servers["a"], asked)
+    router.leader.accepted(router.leader.servers["a"], asked)
     router.tell(6.0)
     assert [worker.servers["a"].state for worker in router.workers] == [State.UP, State.UP]
 
@@ -300,7 +303,7 @@ def test_workers_stale_metrics_are_shared_but_not_used(router: Router):
     router.news.clear()
     worker = router.workers[0]
     worker.follow(state_of(server), 100.0)
-    assert not worker.servers["a"].metrics_fresh
+    assert not worker.servers["a"].load_estimate.fresh
     assert worker.servers["a"].running == 0.0
 
 

@@ -10,7 +10,7 @@ import trio
 from support.fleet_makers import come_up, eject, gauges, go_down
 from support.web_harness import LOCAL, TOML, Lab
 from vllm_router import __version__
-from vllm_router.fleet.health import Check
+from vllm_router.fleet.active_health import Check
 from vllm_router.observability.decisions import KEPT, LONGEST
 from vllm_router.proxy.identity import ANONYMOUS
 from vllm_router.proxy.retry import Outcome

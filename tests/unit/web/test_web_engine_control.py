@@ -12,7 +12,7 @@ import trio
 from support.fleet_makers import come_up
 from support.scripted_server import ScriptedServer, silent
 from support.web_harness import Lab
-from vllm_router.fleet.server import State
+from vllm_router.fleet.state import State
 from vllm_router.proxy.identity import ANONYMOUS
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from random import Random
 
 from vllm_router.config.schema import Config, ServerConfig, Settings
+from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.health import Check
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.hardware import Hardware

@@ -3,7 +3,7 @@
     score = slow × (1 + load + (2 × queued + recompute × (1 + K × load)) / T) / share
 
 The lowest score wins, ties at random. docs/routing.md explains every term with an example. With
-nothing cached, nothing queued and equal speed the order is that of `least_load`. Scores change
+nothing cached, nothing queued and equal speed the order equals `least_load`. Scores change
 with every request, for the servers it concerns; terms that change with time (slowness, error
 penalty, slow start) are refreshed at most every REFRESH seconds.
 """
@@ -135,7 +135,9 @@ class Adaptive(Policy):
                 server = cache.affinity_of(prompt.conversation)
             if prompt.earlier:
                 found.append((prompt.earlier * per_byte, server.bit))
-            elif server.bit & cache.credited and server.server.ramp >= 1.0:
+            elif (
+                server.bit & cache.credited and server.server.load_estimate.slow_start_factor >= 1.0
+            ):
                 # In slow start a score below 0 would fall with the slow start factor.
                 bonus = server.bit
         blocks = blocks_in(prompt.shared)
@@ -185,7 +187,7 @@ class Adaptive(Policy):
             slow = slowness(estimate, latency, load, now)
             if penalty < CREDIT_MAX_PENALTY and slow < CREDIT_MAX_SLOWNESS and estimate.trusted:
                 cache.credited |= estimate.bit
-            share = server.share * server.ramp
+            share = server.weighted_capacity * server.load_estimate.slow_start_factor
             cache.slow.append(slow)
             cache.factors.append(slow / share)
         cache.fresh_until = now + REFRESH
@@ -314,7 +316,7 @@ class Adaptive(Policy):
             cached = next((tokens for tokens, bits in levels if bits & estimate.bit), 0.0)
             penalty = estimate.error_penalty_now(now)
             parts = {
-                "load": server.work + estimate.extra,
+                "load": server.load_estimate.active + estimate.extra,
                 "phantoms": penalty,
                 "others": estimate.extra - penalty,
                 "queued_tokens": estimate.queued,
@@ -322,9 +324,9 @@ class Adaptive(Policy):
                 "waste_tokens": best - cached,
                 "home": AFFINITY_BONUS if estimate.bit == bonus else 0.0,
                 "slow": cache.slow[position],
-                "fast_errors": server.ghosts,
-                "slow_start": server.ramp,
-                "share": server.share,
+                "fast_errors": server.load_estimate.error_penalty,
+                "slow_start": server.load_estimate.slow_start_factor,
+                "share": server.weighted_capacity,
             }
             rows.append(Explained(server, score, parts))
         return sorted(rows, key=lambda row: row.score)

@@ -78,15 +78,18 @@ class Policy:
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         """Choose one of at least one candidates. O(len(candidates)).
 
-        Compare servers by `server.burden`, which includes slow start and fast errors; a policy
-        that does not compare calls `accepts`.
+        Compare servers by `server.load_estimate.effective`, which includes slow start and fast
+        errors; a policy that does not compare calls `accepts`.
         """
         raise NotImplementedError
 
     def accepts(self, server: Server) -> bool:
         """Whether to take a server found without comparing: in slow start with the probability
         of its slow start factor."""
-        return server.ramp >= 1.0 or self.rng.random() < server.ramp
+        return (
+            server.load_estimate.slow_start_factor >= 1.0
+            or self.rng.random() < server.load_estimate.slow_start_factor
+        )
 
     def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         """A server was leased for a request, in the same step as `pick`.

@@ -25,7 +25,7 @@ class LeastLoad(Policy):
         lowest = float("inf")
         best: list[Server] = []
         for server in candidates:
-            load = server.burden
+            load = server.load_estimate.effective
             if load < lowest:
                 lowest = load
                 best = [server]
@@ -44,14 +44,14 @@ class LeastLoad(Policy):
         return [
             Explained(
                 server,
-                server.burden,
+                server.load_estimate.effective,
                 {
                     "running": server.running,
                     "waiting": server.waiting,
-                    "fast_errors": server.ghosts,
-                    "slow_start": server.ramp,
-                    "share": server.share,
+                    "fast_errors": server.load_estimate.error_penalty,
+                    "slow_start": server.load_estimate.slow_start_factor,
+                    "share": server.weighted_capacity,
                 },
             )
-            for server in sorted(candidates, key=lambda one: one.burden)
+            for server in sorted(candidates, key=lambda one: one.load_estimate.effective)
         ]

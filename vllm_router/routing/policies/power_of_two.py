@@ -21,4 +21,6 @@ class PowerOfTwo(Policy):
         if len(candidates) == 1:
             return candidates[0], None
         one, other = self.rng.sample(candidates, 2)
-        return (one if one.burden <= other.burden else other), None
+        return (
+            one if one.load_estimate.effective <= other.load_estimate.effective else other
+        ), None

@@ -37,9 +37,9 @@ class Prefix(Policy):
         best: list[Server] = []
         best_key = (float("inf"), float("inf"))
         for server in candidates:
-            if server.burden > limit:
+            if server.load_estimate.effective > limit:
                 continue
-            key = (-float(matched.get(server, 0)), server.burden)
+            key = (-float(matched.get(server, 0)), server.load_estimate.effective)
             if key < best_key:
                 best, best_key = [server], key
             elif key == best_key:
@@ -48,9 +48,9 @@ class Prefix(Policy):
 
     @staticmethod
     def _limit(candidates: Sequence[Server]) -> float:
-        mean = sum(server.burden for server in candidates) / len(candidates)
+        mean = sum(server.load_estimate.effective for server in candidates) / len(candidates)
         # Never below the lowest load: at least one server remains.
-        return BOUND * mean + 1 / max(server.share for server in candidates)
+        return BOUND * mean + 1 / max(server.weighted_capacity for server in candidates)
 
     def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         prompt = info.prompt
@@ -77,8 +77,14 @@ class Prefix(Policy):
         rows = [
             Explained(
                 server,
-                server.burden if server.burden > limit else -float(matched.get(server, 0)),
-                {"cached_bytes": matched.get(server, 0), "load": server.burden, "limit": limit},
+                server.load_estimate.effective
+                if server.load_estimate.effective > limit
+                else -float(matched.get(server, 0)),
+                {
+                    "cached_bytes": matched.get(server, 0),
+                    "load": server.load_estimate.effective,
+                    "limit": limit,
+                },
             )
             for server in candidates
         ]

@@ -31,18 +31,18 @@ class Session(Policy):
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         session = info.session
         key = seed_of(session) if session is not None else info.prompt.conversation
-        total = sum(server.work for server in candidates)
-        limit = BOUND * (total + 1) / sum(server.share for server in candidates)
+        total = sum(server.load_estimate.active for server in candidates)
+        limit = BOUND * (total + 1) / sum(server.weighted_capacity for server in candidates)
         affinity = preferred(key, candidates)
         if _fits(affinity, limit):
             return affinity, None
         for server in preference(key, candidates):
             if _fits(server, limit):
                 return server, None
-        return min(candidates, key=lambda server: server.burden), None
+        return min(candidates, key=lambda server: server.load_estimate.effective), None
 
 
 def _fits(server: Server, limit: float) -> bool:
     """Whether one more request stays within the limit; a first request always does."""
-    one = 1 / server.share
-    return server.burden + one <= max(limit, one)
+    one = 1 / server.weighted_capacity
+    return server.load_estimate.effective + one <= max(limit, one)

@@ -1,8 +1,8 @@
-"""The bodies that are not read at once: long ones, forms, and JSON that only Python reads.
+"""Bodies that are not read at once: long bodies, forms, and JSON that only Python accepts.
 
 vLLM reads JSON with `json.loads(body)`: UTF-8, UTF-16 or UTF-32, with or without a byte order mark,
-`NaN` and `Infinity` among the numbers, halves of surrogate pairs in strings; of a key that is
-repeated the last one counts. The same is read here, in slices and without building the values.
+`NaN` and `Infinity` as numbers, lone surrogates in strings; the last of repeated keys counts. The
+same is accepted here, in slices and without building the values.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from vllm_router.routing.prompt.routing_info import (
 from vllm_router.routing.prompt.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
-"""Where vLLM takes a form; on the other paths it takes JSON."""
+"""Paths on which vLLM accepts forms; other paths accept JSON."""
 
 EXPLAIN = b"/explain"
-"""Takes whatever another path takes."""
+"""The router's own path; accepts the bodies of all other paths."""
 
 CHECKED = 1 << 17
-"""Bytes of JSON that are read with Python's `json` to tell what is wrong: 5 ms in the worst case.
-Of a longer body the server tells it."""
+"""Bytes of JSON that are parsed with Python's `json` for a good error message: 5 ms at worst.
+Errors in longer bodies are left to the server."""
 
 _DECODED_AT_ONCE = 1 << 17
 _WANTED = frozenset(RawFields.__struct_fields__)
@@ -45,11 +45,11 @@ _WANTED = frozenset(RawFields.__struct_fields__)
 
 @dataclass(slots=True, frozen=True)
 class Reading:
-    """What was read.
+    """The result of reading a body.
 
-    text: the body as UTF-8, if it was something else.
-    places: where the text (or the body) names its model; `name` writes another one for there.
-    oddity: why a form is not plain; empty if it is, and for JSON.
+    text: the body converted to UTF-8, None if it was UTF-8.
+    places: positions of the model's name in the text (or the body); `name` encodes another one.
+    oddity: the reason why a form is not plain; empty for plain forms and JSON.
     """
 
     facts: RoutingInfo
@@ -68,7 +68,7 @@ def read_routing_info(
     with_prompt: bool = False,
     shortest: int = 0,
 ) -> RoutingInfo:
-    """The facts of any body, without a break: see `read_at_once`. Raises InvalidBody."""
+    """Read any body without interruption, see `read_at_once`. Raises InvalidBody."""
     facts = read_at_once(
         path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
     )
@@ -91,9 +91,9 @@ def read_in_slices(
 ) -> Steps[Reading]:
     """Read a body that `read_at_once` does not.
 
-    Raises InvalidBody for a body that is not what its Content-Type says, so that vLLM surely
-    refuses it, or that is beyond a bound. A body that vLLM refuses for its Content-Type, or because
-    it is empty or no object, has no facts: the server tells what is wrong.
+    Raises InvalidBody for a body that contradicts its Content-Type, so that vLLM certainly refuses
+    it, or that exceeds a limit. A body that vLLM refuses for its Content-Type, or because it is
+    empty or not an object, yields no information: the server's response explains the error.
     """
     unknown = Reading(RoutingInfo(replayable=is_pure(path) and path != b"/v1/responses"))
     is_form = may_be_form(content_type) and not _takes_json(path)
@@ -116,12 +116,12 @@ def read_in_slices(
 
 
 def _takes_json(path: bytes) -> bool:
-    """Whether vLLM reads nothing but JSON on this path, whatever the Content-Type says."""
+    """Whether vLLM accepts only JSON on this path, whatever the Content-Type."""
     return is_pure(path) and path not in FORM_PATHS
 
 
 def _says_json(path: bytes, content_type: bytes) -> bool:
-    """Whether the body has to be JSON: by its Content-Type, where vLLM would read it so."""
+    """Whether vLLM would read the body as JSON because of its Content-Type."""
     media_type = content_type.split(b";", 1)[0].strip().lower()
     return path == EXPLAIN or (path not in FORM_PATHS and media_type == b"application/json")
 
@@ -129,7 +129,7 @@ def _says_json(path: bytes, content_type: bytes) -> bool:
 def _read_json(
     path: bytes, body: bytes, session: bytes, shortest: int | None
 ) -> Steps[Reading | None]:
-    """None if it is no object. `shortest` is None if no prompt is wanted."""
+    """None if it is not an object. `shortest` is None if no prompt is needed."""
     if len(body) <= CHECKED:
         _check(body)
     text, start = yield from _as_utf8(body)
@@ -154,7 +154,7 @@ _TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 
 
 def _transfer(text: bytes, members: Members, path: str = "") -> Steps[str | None]:
-    """As `transfer.transfer_parameter`, for JSON that msgspec may not be able to read."""
+    """As `transfer.transfer_parameter`, for JSON that msgspec may reject."""
     for name in _TRANSFER:
         if name in members.spans:
             start, end = members.spans[name]
@@ -172,7 +172,7 @@ def _transfer(text: bytes, members: Members, path: str = "") -> Steps[str | None
 
 
 def _check(body: bytes) -> None:
-    """Raises InvalidBody, with what is wrong, if `json.loads` does not read the body."""
+    """Raises InvalidBody with the error if `json.loads` rejects the body."""
     try:
         json.loads(body)
     except json.JSONDecodeError as error:
@@ -188,7 +188,7 @@ def _check(body: bytes) -> None:
 
 
 def _as_utf8(body: bytes) -> Steps[tuple[bytes, int]]:
-    """The text as UTF-8, and where it begins: as `json.loads` decodes it. Raises InvalidBody."""
+    """The text as UTF-8 and its start, decoded as by `json.loads`. Raises InvalidBody."""
     encoding = json.detect_encoding(body)
     if encoding == "utf-8":
         return body, 0
@@ -210,7 +210,7 @@ def _as_utf8(body: bytes) -> Steps[tuple[bytes, int]]:
 def replaced(
     body: bytes, places: tuple[tuple[int, int], ...], name: bytes
 ) -> Steps[tuple[bytes, tuple[tuple[int, int], ...]]]:
-    """The body with `name` in these places, and the places where it stands then."""
+    """The body with `name` at these positions, and its positions in the result."""
     view, at, longer = memoryview(body), 0, 0
     pieces: list[memoryview] = []
     now: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""The keys of a JSON body that routing looks at, and values of another kind than they should be.
+"""The fields of a JSON body that routing reads, and the conversion of values of other types.
 
-vLLM's requests are Pydantic models: what Pydantic converts is converted here.
+vLLM's requests are Pydantic models: values are converted here as Pydantic converts them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from vllm_router.routing.prompt.conversation import Message
 from vllm_router.routing.prompt.forms import LONGEST_NAME, is_true
 
 NO_JSON = msgspec.Raw(b"")
-"""Stands for an absent value. Compared by identity."""
+"""Placeholder for an absent value. Compared by identity."""
 
 BLANK = b" \t\r\n"
 """White space in JSON (RFC 8259)."""
 
 _LONGEST_VALUE = 4096
-"""Bytes of a value that is decoded to see of what kind it is."""
+"""Bytes of a value that is decoded to find its type."""
 
 
 class Fields(msgspec.Struct, gc=False):
-    """The few keys that are decoded; everything else is skipped without being built."""
+    """The fields that are decoded; everything else is skipped."""
 
     model: str | None = None
     stream: bool | None = None
@@ -40,7 +40,7 @@ class Fields(msgspec.Struct, gc=False):
 
 
 class AllFields(Fields, gc=False):
-    """With those that make up the prompt, and the salt of the engine's prefix cache."""
+    """The same with the fields of the prompt, and the salt of the engine's prefix cache."""
 
     messages: list[Message] | None = None
     instructions: msgspec.Raw = NO_JSON
@@ -52,7 +52,7 @@ class AllFields(Fields, gc=False):
 
 
 class RawFields(msgspec.Struct, gc=False):
-    """The same with nothing looked into: for what is not what it should be, or too much."""
+    """The same without decoding, for values of unexpected types and very large ones."""
 
     model: msgspec.Raw = NO_JSON
     stream: msgspec.Raw = NO_JSON
@@ -75,10 +75,10 @@ class RawFields(msgspec.Struct, gc=False):
 
 
 def odd_fields(raw: RawFields) -> Fields:
-    """The fields where some are of another kind than they should be, as Pydantic converts them.
+    """The fields of a body with values of unexpected types, converted as by Pydantic.
 
-    Other values count as absent, but any value of `store` may leave something behind. Raises
-    InvalidBody for a `model` that no server can have.
+    Values that cannot be converted count as absent; any value of `store` and `background` counts
+    as true. Raises InvalidBody for a `model` that no server can have.
     """
     return Fields(
         _model(raw.model),
@@ -114,7 +114,7 @@ def _model(raw: msgspec.Raw) -> str | None:
     if not isinstance(name, str):
         return None
     if not _is_unicode(name):
-        raise InvalidBody("`model` has half of a surrogate pair: it is no valid Unicode text.")
+        raise InvalidBody("`model` has half of a surrogate pair: it is not valid Unicode.")
     return name
 
 
@@ -132,7 +132,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _integer(raw: msgspec.Raw) -> int | None:
-    """Pydantic takes `5.0` and `"5"` for 5."""
+    """Pydantic converts `5.0` and `"5"` to 5."""
     value = _value(raw)
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -1,8 +1,8 @@
 """Header values with parameters, as python-multipart 0.0.34 reads them.
 
-That is the version that vLLM pins, and Starlette reads the Content-Type of a request and the
-Content-Disposition of each part of a form with it. A key with `models` relies on our reading the
-same names there, so the rules are its own, not those of RFC 9110 or RFC 2231.
+vLLM pins that version, and Starlette parses the Content-Type of a request and the
+Content-Disposition of each part of a form with it. Restricting keys to `models` requires that both
+find the same names, so the rules are python-multipart's, not RFC 9110's or RFC 2231's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from vllm_router.errors import InvalidBody
 
 LONGEST_VALUE = 4096
-"""Bytes of a header value. python-multipart takes 4 224 for a line of a part's head."""
+"""Bytes of a header value. python-multipart accepts lines of 4 224 in a part's head."""
 
 MOST_PARAMETERS = 64
 """Semicolons in a header value. Each costs about 1 µs."""
@@ -41,9 +41,9 @@ _PLAIN_DISPOSITION = re.compile(
 def parse_options(value: bytes) -> tuple[str, dict[str, str]]:
     """The value before the first semicolon, in lower case, and the parameters after it.
 
-    `parse_options_header` of python-multipart 0.0.34. Of a parameter that is repeated the last one
-    counts; those with `*` in their names (RFC 2231, RFC 5987) are ignored. Raises InvalidBody for
-    a value that is too long.
+    `parse_options_header` of python-multipart 0.0.34. The last of repeated parameters counts;
+    parameters with `*` in their names (RFC 2231, RFC 5987) are ignored. Raises InvalidBody for a
+    value that is too long.
     """
     if len(value) > LONGEST_VALUE or value.count(b";") > MOST_PARAMETERS:
         raise InvalidBody("A header of the form is too long or has too many parameters.")

@@ -1,7 +1,7 @@
-"""What routing reads from a form: `model` and `stream` as FastAPI hands them to vLLM.
+"""The fields of a form that routing reads: `model` and `stream` as FastAPI gives them to vLLM.
 
-Audio requests carry their model in a form. Of a field that is repeated the last one counts
-(Starlette's FormData), an empty one is as good as none (FastAPI), and names are compared exactly.
+Audio requests carry their model in a form. The last of repeated fields counts (Starlette's
+FormData), an empty field counts as absent (FastAPI), and names are compared exactly.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ LONGEST_NAME = 4096
 """Bytes of a model's name in a body."""
 
 LONGEST_XARGS = 1 << 16
-"""Bytes of the field `vllm_xargs`, whose JSON is read without a break."""
+"""Bytes of the field `vllm_xargs`, whose JSON is parsed without interruption."""
 
 _TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
-"""Pydantic's spellings of true, in any case."""
+"""Pydantic's spellings of true, case-insensitive."""
 
 _LONGEST_KEY = 3 * len("stream")
-"""Bytes of a key, percent-encoded, that may be one of the two."""
+"""Bytes of a percent-encoded key that may be `model` or `stream`."""
 
 
 @dataclass(slots=True)
 class FormFields:
-    """`places` are those of the texts of `model`. `oddity` says why the form is not plain.
+    """The fields of a form.
 
-    `transfer` is the path of a parameter that tells the engine where to fetch cached blocks.
+    places: positions of the values of `model`.
+    oddity: the reason why the form is not plain; empty if it is.
+    transfer: path of a parameter that names addresses of cached blocks, see `transfer.py`.
     """
 
     model: str | None = None
@@ -54,7 +56,7 @@ class FormFields:
 
 
 def form_kind(content_type: bytes) -> str | None:
-    """MULTIPART or URLENCODED, if Starlette would read the body as a form; else None.
+    """MULTIPART or URLENCODED if Starlette would read the body as a form; else None.
 
     Raises InvalidBody for a Content-Type that is too long.
     """
@@ -63,7 +65,7 @@ def form_kind(content_type: bytes) -> str | None:
 
 
 def read_form(kind: str, content_type: bytes, body: bytes) -> Steps[FormFields]:
-    """Raises InvalidBody if Starlette would refuse the form, or beyond the bounds."""
+    """Read a form. Raises InvalidBody if Starlette would refuse it, or beyond a limit."""
     if kind == MULTIPART:
         form = yield from read_multipart(content_type, body)
         return _fields_of(form, body)
@@ -76,7 +78,7 @@ def _fields_of(form: Form, body: bytes) -> FormFields:
     for part in form.parts:
         if part.name == "model":
             if places or part.is_file:
-                found.oddity = found.oddity or "`model` is there twice, or a file"
+                found.oddity = found.oddity or "`model` is repeated, or a file"
             found.model = None if part.is_file else _text(part, form, body, LONGEST_NAME) or None
             if not part.is_file:
                 places.append((part.start, part.end))
@@ -89,7 +91,7 @@ def _fields_of(form: Form, body: bytes) -> FormFields:
                 _text(part, form, body, LONGEST_XARGS)
             )
         elif part.name.strip().lower() == "model":
-            found.oddity = found.oddity or "it has a field with a name that is nearly `model`"
+            found.oddity = found.oddity or "it has a field whose name resembles `model`"
     found.places = tuple(places)
     return found
 
@@ -108,7 +110,7 @@ def _too_long() -> InvalidBody:
 
 
 def is_true(value: object) -> bool:
-    """Whether Pydantic takes the value for true where a request has a flag."""
+    """Whether Pydantic converts the value of a boolean field to true."""
     if isinstance(value, str):
         return value.lower() in _TRUE
     return isinstance(value, bool | int | float) and value == 1
@@ -117,7 +119,7 @@ def is_true(value: object) -> bool:
 def _read_urlencoded(body: bytes) -> Steps[FormFields]:
     """`application/x-www-form-urlencoded`, as Starlette's FormParser reads it.
 
-    vLLM refuses such a form for its missing file; what it says comes from the right server.
+    vLLM refuses such a form for its missing file; the response comes from a server of the model.
     """
     found = FormFields(oddity="it is not multipart/form-data")
     places = []
@@ -164,10 +166,10 @@ def _unquoted(raw: bytes) -> str:
 
 
 def form_value(kind: str, charset: str, model: str) -> bytes:
-    """The name of a model as it stands in a form. Raises InvalidBody if it cannot."""
+    """The name of a model encoded for a form. Raises InvalidBody if it cannot be encoded."""
     if kind == URLENCODED:
         return quote_plus(model).encode()
     try:
         return model.encode(charset)
     except UnicodeEncodeError:
-        raise InvalidBody(f"The charset {charset} of the form has no {model!r}.") from None
+        raise InvalidBody(f"The charset {charset} of the form cannot encode {model!r}.") from None

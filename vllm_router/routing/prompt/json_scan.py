@@ -1,8 +1,8 @@
-"""The members of a JSON object by their places, without building any of its values.
+"""Positions of the members of a JSON object, without building its values.
 
-For bodies that are too long to be decoded at once, and for those that Python's `json` reads but
-msgspec does not. Of valid JSON it finds what a decoder finds, in slices and in little memory;
-it does not tell valid JSON from invalid, which the server does.
+For bodies that are too long to be decoded at once, and bodies that Python's `json` accepts but
+msgspec does not. In valid JSON it finds what a decoder finds, in slices and with little memory.
+Invalid JSON is not detected; the server refuses it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ MOST_MEMBERS = 4096
 """Members of the outermost object. vLLM's requests have about 100 different ones."""
 
 LONG_STRING = 1 << 16
-"""Bytes. Longer strings are noted if they look like the data of an image or a sound."""
+"""Bytes. Longer strings are recorded if they look like the data of an image or a sound."""
 
 _MOST_TOKENS = 1 << 20
-"""Strings, brackets, colons and commas that are looked at one by one: 0.2 µs each."""
+"""Strings, brackets, colons and commas that are scanned one by one: 0.2 µs each."""
 
 _MOST_VALUES = 1 << 22
 """Strings, lists and objects on all levels: 0.3 µs each."""
 
 _WINDOW = 1 << 13
-"""Bytes in a slice at the most, if each is a token."""
+"""Bytes of a window; each may be a token."""
 
 _STRING_WINDOW = 1 << 18
 """Bytes of a string without escapes that are searched at once."""
 
 _PER_YIELD = 2
-"""Windows for each interruption."""
+"""Windows between two interruptions."""
 
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _COMPLETE = re.compile(rb'(?:[^"]++|' + _STRING + rb")*+", re.DOTALL)
@@ -57,16 +57,16 @@ _STEP = bytes(1 if byte in b"{[" else 255 for byte in range(256))
 _SAMPLE = 1024
 _MOST_BLANKS = 1 << 16
 _LONGEST_KEY = 160
-"""Bytes of a key with escapes. Longer ones are none that the router looks for."""
+"""Bytes of a key; no longer key is wanted."""
 
 
 class Members:
-    """What was found.
+    """The members of an object, as positions (start, end).
 
-    spans: for each wanted key that is there, where its last value begins and ends.
-    models: the same of every `model`, as decoders differ in which of two counts.
-    media: the contents of long strings that look like base64.
-    structure: bytes outside strings.
+    spans: of the last value of each wanted key.
+    models: of every value of `model`, as decoders differ in which of two counts.
+    media: of the contents of long strings that look like base64.
+    structure: number of bytes outside strings.
     """
 
     __slots__ = ("media", "models", "spans", "structure")
@@ -83,8 +83,8 @@ def scan(
 ) -> Steps[Members | None]:
     """The members of the object that begins at `start` in UTF-8 `text`, with blanks around it.
 
-    `alone` is False for an object with more text behind it. None if it is no object, or one that
-    does not end. Raises InvalidBody beyond the bounds above.
+    `alone` is False for an object with more text after it. None if it is not an object, or not
+    complete. Raises InvalidBody beyond the limits above.
     """
     scanner = _Scanner(text, wanted)
     place = yield from _skip_blanks(text, start)
@@ -114,13 +114,13 @@ class _Scanner:
         self.found = Members()
         self._depth = 0
         self._last = (0, 0)
-        """The last string on the first level: perhaps a key."""
+        """The last string on the first level: possibly a key."""
         self._value_at = -1
         self._key: str | None = None
         self._members = self._tokens = self._values = 0
 
     def run(self, place: int) -> Steps[int]:
-        """Where the object ends that begins at `place`; -1 if it does not."""
+        """The end of the object that begins at `place`; -1 if it has none."""
         text, size = self._text, len(self._text)
         windows = 0
         while place < size:
@@ -142,7 +142,7 @@ class _Scanner:
         return -1
 
     def _skip(self, place: int, end: int) -> bool:
-        """Go past a window whose strings are complete, if no member begins or ends in it."""
+        """Skip a window of complete strings if no member begins or ends in it; else False."""
         window = self._text[place:end]
         rest = _STRINGS.sub(b"", window)
         self.found.structure += len(rest)
@@ -164,7 +164,7 @@ class _Scanner:
         return True
 
     def _look_at(self, place: int, end: int) -> int:
-        """Take the tokens of a window one by one. Where the object ends, if it does; else -1."""
+        """Scan the tokens of a window. The end of the object if it is in the window; else -1."""
         text, depth = self._text, self._depth
         for token in _TOKENS.finditer(text, place, end):
             self._tokens += 1
@@ -209,7 +209,7 @@ class _Scanner:
                 self.found.models.append((start, end))
 
     def _first_of(self, start: int, end: int) -> int:
-        """Where the value begins, after blanks."""
+        """The start of the value, after blanks."""
         window = self._text[start : min(end, start + _MOST_BLANKS)]
         rest = window.lstrip(_BLANK)
         if not rest:
@@ -217,7 +217,7 @@ class _Scanner:
         return start + len(window) - len(rest)
 
     def _long_string(self, place: int) -> Steps[int]:
-        """Go past a string that is longer than a window. Where it ends; -1 if it does not."""
+        """Skip a string that is longer than a window. Its end; -1 if it has none."""
         end = yield from _string_end(self._text, place)
         if end < 0:
             return -1
@@ -229,10 +229,10 @@ class _Scanner:
 
 
 def _string_end(text: bytes, place: int) -> Steps[int]:
-    """The place behind the string whose first quote is at `place`; -1 if it does not end.
+    """The end of the string whose first quote is at `place`; -1 if it has none.
 
-    Most long strings have no quote in them, so it looks for quotes, and token by token only behind
-    an escaped one.
+    Searches for quotes, as most long strings contain none, and scans tokens only after an escaped
+    quote.
     """
     at, size = place + 1, len(text)
     while at < size:
@@ -257,7 +257,7 @@ def _string_end(text: bytes, place: int) -> Steps[int]:
 
 
 def _ends_escaped(text: bytes, start: int, end: int) -> bool:
-    """Whether the byte at `end` is escaped: an odd number of backslashes stands before it."""
+    """Whether the byte at `end` is escaped: it follows an odd number of backslashes."""
     window = text[start:end]
     return (len(window) - len(window.rstrip(b"\\"))) % 2 == 1
 
@@ -268,7 +268,7 @@ def _is_data(text: bytes, start: int, end: int) -> bool:
 
 
 def _key(raw: bytes) -> str | None:
-    """The key that is written so; None if it cannot be read."""
+    """The decoded key; None if it is invalid."""
     if b"\\" not in raw:
         return raw[1:-1].decode("utf-8", "surrogateescape")
     try:

@@ -1,9 +1,9 @@
-"""How long a context a request surely needs, by what is certain in its body.
+"""The minimum context length that a request certainly needs.
 
-Looked at only where servers of one model have different `max_model_len`. Nothing is guessed: how
-many tokens a text has only its tokenizer knows, and vLLM 0.32 cuts `max_tokens` to what is left of
-the context. What it refuses for certain is `max_tokens` above the whole context, and a prompt of
-more token ids than fit.
+Only used if servers of a model have different `max_model_len`. Nothing is guessed: only the
+tokenizer knows the number of tokens of a text, and vLLM 0.32 cuts `max_tokens` to the rest of the
+context. It certainly refuses `max_tokens` above the whole context, and a prompt with more token ids
+than the context has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Fields(msgspec.Struct, gc=False):
 _DECODE = msgspec.json.Decoder(_Fields).decode
 _LONGEST_NUMBER = 20
 _LARGE = 4 * 1024 * 1024
-"""Bytes of a body that is not looked into: 4 ms. The server says what is too long."""
+"""Bytes. Larger bodies are not decoded (4 ms): the server refuses prompts that are too long."""
 
 
 def sure_tokens(body: bytes) -> int:
@@ -37,7 +37,7 @@ def sure_tokens(body: bytes) -> int:
         return 0
     asked = [_number(fields.max_tokens), _number(fields.max_output_tokens)]
     if len(fields.max_completion_tokens):
-        asked[0] = _number(fields.max_completion_tokens)  # of both vLLM takes this one
+        asked[0] = _number(fields.max_completion_tokens)  # takes precedence in vLLM
     return max(*asked, _ids(fields.prompt), _ids(fields.input))
 
 
@@ -47,8 +47,10 @@ def _number(raw: msgspec.Raw) -> int:
 
 
 def _ids(raw: msgspec.Raw) -> int:
-    """How many token ids a prompt has, 0 if it is text; of several prompts what one of them has
-    at least. Counted, not decoded: a million ids would take 15 ms."""
+    """The number of token ids of a prompt, 0 for text; of several prompts the rounded-up mean.
+
+    Counted, not decoded: a million ids would take 15 ms.
+    """
     text = bytes(raw)
     if text[:1] != b"[" or b'"' in text or not any(digit in text for digit in b"0123456789"):
         return 0

@@ -1,17 +1,15 @@
-"""The prompt in a JSON body whose members are known by their places.
+"""The prompt of a JSON body whose members are known by their positions.
 
-It is the one that `facts` finds in a body that is read at once, so a conversation keeps its hashes
-when it grows; beyond a bound it is hashed as it stands.
+It equals the prompt of a body that is read at once, so that a conversation keeps its block hashes
+when it grows. Beyond a limit, the raw bytes are hashed.
 """
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import msgspec
 
 from vllm_router.routing.prompt.blocks import Prompt
-from vllm_router.routing.prompt.content import MAX_VALUES, MEDIA_SAMPLE
+from vllm_router.routing.prompt.content import MAX_VALUES, media_checksum
 from vllm_router.routing.prompt.conversation import messages_in, plain_prompt, raw_prompt
 from vllm_router.routing.prompt.fields import NO_JSON, AllFields
 from vllm_router.routing.prompt.forms import LONGEST_NAME
@@ -19,22 +17,22 @@ from vllm_router.routing.prompt.json_scan import Members
 from vllm_router.routing.prompt.routing_info import AT_ONCE, read_prompt, seed_of
 from vllm_router.routing.prompt.steps import Steps
 
-_LOOKED_INTO = 1 << 22
-"""Bytes of a prompt, without its pictures and sounds, that are looked into: 1 million tokens."""
+_MAX_PARSED_BYTES = 1 << 22
+"""Bytes of a prompt without media that is parsed: 1 million tokens."""
 
-_STRUCTURE_LOOKED_INTO = 1 << 18
-"""Bytes outside strings of a long body that is looked into. What is mostly text is read fast."""
+_MAX_PARSED_STRUCTURE = 1 << 18
+"""Bytes outside strings of a long body that is parsed: bodies of mostly text are parsed fast."""
 
 _HASHED = 1 << 23
-"""Bytes of a longer prompt that are hashed: 2 ms, and more than two million tokens."""
+"""Bytes of a longer prompt that are hashed: 2 ms, more than two million tokens."""
 
 _COUNTED_AT_ONCE = 1 << 20
 
 
 class Values:
-    """The values of the members, the data of pictures and sounds replaced by checksums.
+    """The values of the members, with the data of media replaced by checksums.
 
-    The checksums are those of `pieces`, so a conversation has the same hashes when it grows long.
+    The checksums are as in `content.py`, so a conversation keeps its hashes when it grows long.
     """
 
     def __init__(self, text: bytes, members: Members) -> None:
@@ -42,23 +40,23 @@ class Values:
         self._members = members
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where the value begins and ends; an empty place if it is absent."""
+        """Start and end of the value; (0, 0) if it is absent."""
         return self._members.spans.get(name, (0, 0))
 
     def short(self, name: str) -> msgspec.Raw:
-        """The value as it stands there; of a long one only that it is one."""
+        """The raw value; of a long one only the beginning."""
         start, end = self.span(name)
         value = self._text[start : min(end, start + 2 * LONGEST_NAME)]
         return msgspec.Raw(value.strip() or value)
 
     def pieces(self, name: str) -> list[memoryview | bytes]:
-        """The whole value, without a copy of what is long."""
+        """The whole value without copying long parts."""
         at, end = self.span(name)
         view = memoryview(self._text)
         found: list[memoryview | bytes] = []
         for start, stop in self._members.media:
             if at <= start < end:
-                found += (view[at:start], _checksum(view[start:stop]))
+                found += (view[at:start], media_checksum(view[start:stop]))
                 at = stop
         found.append(view[at:end])
         return found
@@ -70,24 +68,20 @@ class Values:
         return msgspec.Raw(b"".join(self.pieces(name)).strip())
 
     @property
-    def is_looked_into(self) -> bool:
+    def can_be_parsed(self) -> bool:
         size = len(self._text) - sum(end - start for start, end in self._members.media)
         if size <= AT_ONCE:
             return True
-        return size <= _LOOKED_INTO and self._members.structure <= _STRUCTURE_LOOKED_INTO
-
-
-def _checksum(data: memoryview) -> bytes:
-    return b"%d:%d" % (len(data), crc32(data[-MEDIA_SAMPLE:], crc32(data[:MEDIA_SAMPLE])))
+        return size <= _MAX_PARSED_BYTES and self._members.structure <= _MAX_PARSED_STRUCTURE
 
 
 _ABOUT_PROMPT = ("tools", "system", "instructions")
 
 
 def long_prompt(values: Values) -> Steps[Prompt]:
-    """The prompt of a body that is not read at once: as `facts` reads it, if it is not too long."""
+    """The prompt of a body that is not read at once; parsed if it is not too long."""
     yield
-    if values.is_looked_into:
+    if values.can_be_parsed:
         prompt = _short_prompt(values)
         if prompt is not None:
             return prompt
@@ -100,7 +94,7 @@ def long_prompt(values: Values) -> Steps[Prompt]:
 
 
 def _short_prompt(values: Values) -> Prompt | None:
-    """As `facts` makes it; None if something in it is not what it should be."""
+    """The parsed prompt; None if a value has an unexpected type."""
     given = values.whole("messages")
     if bytes(given).count(b"{") > MAX_VALUES:
         return None
@@ -120,7 +114,7 @@ def _short_prompt(values: Values) -> Prompt | None:
 
 
 def _hashed(pieces: list[memoryview | bytes], seed: int) -> Prompt:
-    """The prompt that these bytes make up, hashed as far as that is fast."""
+    """The prompt of these bytes; only the first _HASHED are hashed."""
     size, first = 0, []
     for piece in pieces:
         if size < _HASHED:
@@ -130,7 +124,7 @@ def _hashed(pieces: list[memoryview | bytes], seed: int) -> Prompt:
 
 
 def _long_plain_prompt(values: Values, seed: int) -> Steps[Prompt]:
-    """The prompt of a completion that is too long to be looked into."""
+    """The prompt of a completion that is too long to be parsed."""
     pieces = values.pieces("prompt")
     commas = 0
     for piece in pieces:

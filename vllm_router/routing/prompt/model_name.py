@@ -1,4 +1,4 @@
-"""Where the model's name is in a JSON body, and the body with another name in it. Pure."""
+"""Replacement of the model's name in a JSON body. Pure."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from vllm_router.routing.prompt.steps import Steps, finish
 _TEXT = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
 _KEY = b'"model"'
 _ESCAPED_LETTER = b"\\u006"
-"""Every letter of `model` is written so if it is written as an escape."""
+"""The beginning of every letter of `model` written as an escape."""
 
 EDITED_AT_ONCE = 1 << 16
-"""Bytes of a body in which the model is looked for without a break: 7 ms in the worst case."""
+"""Bytes of a body that is edited without interruption: 7 ms at worst."""
 
 _MODEL = frozenset({"model"})
 
 
 def json_name(model: str) -> bytes:
-    """The name of a model as it stands in JSON."""
+    """The name of a model encoded as JSON."""
     return msgspec.json.encode(model)
 
 
 def has_one_model(body: bytes) -> bool:
-    """Whether the body has the key `model` but once, on whatever level. 1 ms per MB."""
+    """Whether the body has the key `model` exactly once, on any level. 1 ms per MB."""
     return body.count(_KEY) == 1 and _ESCAPED_LETTER not in body
 
 
 def model_places(body: bytes) -> Steps[tuple[tuple[int, int], ...]]:
-    """Where the texts of the outermost `model` are in UTF-8 JSON. Raises InvalidBody.
+    """Positions of the values of the outermost `model` in UTF-8 JSON. Raises InvalidBody.
 
-    Parsers take the last, so all are to be replaced.
+    All must be replaced, as most parsers use the last one.
     """
     if has_one_model(body):
         text = _TEXT.match(body, body.index(_KEY) + len(_KEY))
@@ -45,9 +45,9 @@ def model_places(body: bytes) -> Steps[tuple[tuple[int, int], ...]]:
 
 
 def name_place(body: bytes, start: int, end: int) -> tuple[int, int] | None:
-    """Where the string is in the value at this place, with blanks around it; None if it is none.
+    """The position of the string in the value at this position, without surrounding blanks.
 
-    A value that is longer than any name and its blanks is none.
+    None for a value that is not a string, or too long for a name.
     """
     value = body[start : min(end, start + _LONGEST_VALUE)]
     text = value.lstrip(_BLANK)
@@ -62,11 +62,11 @@ _LONGEST_VALUE = 1 << 16
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """The body with another model in it: the one edit that is allowed.
+    """The body with another model: the only edit of a body.
 
-    `body` is a JSON object that has a string as its `model`; only that string is replaced, all
-    other bytes stay. O(1) in Python where the word stands there but once, as it nearly always
-    does. Raises InvalidBody for a body with very many members.
+    `body` is a JSON object with a string `model`; all other bytes stay. A single search if the
+    word occurs once, as it nearly always does. Raises InvalidBody for a body with very many
+    members.
     """
     name = json_name(model)
     parts: list[bytes] = []

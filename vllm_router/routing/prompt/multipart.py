@@ -1,11 +1,11 @@
-"""A form of `multipart/form-data` (RFC 7578) as vLLM sees it: Starlette 1.10 on python-multipart.
+"""A parser of `multipart/form-data` (RFC 7578) that agrees with vLLM's: Starlette 1.10.
 
-The parser finds the same fields as python-multipart 0.0.34 and Starlette's form parser on top of
-it, or refuses the form; a test compares them on generated forms. It is linear in the length of the
-body, holds no copy of it, and works in slices.
+It finds the same fields as python-multipart 0.0.34 with Starlette's form parser, or refuses the
+form; a test compares both on generated forms. It is linear in the length of the body, makes no copy
+of it, and works in slices.
 
-A form may also be *plain*: written as nearly all clients write it, so that any reader, not only
-this version of one library, finds the same fields.
+A form is *plain* if it is written as nearly all clients write it, so that any parser, not only this
+version of one library, finds the same fields.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MOST_FIELDS = 1000
 """Starlette's `max_fields`, and its `max_files`."""
 
 LONGEST_FIELD = 1 << 20
-"""Bytes of a field that is no file: Starlette's `max_part_size`."""
+"""Bytes of a field that is not a file: Starlette's `max_part_size`."""
 
 _MOST_HEADERS = 8
 _LONGEST_HEADER = 4096 + 128
-"""python-multipart's bounds for the head of a part: lines, and bytes of a line."""
+"""python-multipart's limits for the head of a part: lines, and bytes of a line."""
 
 _NAME_CHARACTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~"
 _PLAIN_HEADERS = frozenset(
@@ -37,14 +37,13 @@ _PLAIN_HEADERS = frozenset(
 )
 _PLAIN_ENCODINGS = frozenset({b"binary", b"8bit", b"7bit"})
 _WINDOW = 1 << 18
-"""Bytes that are searched for a boundary at once: 2 ms in the worst case."""
+"""Bytes that are searched for a boundary at once: 2 ms at worst."""
 
 _PER_YIELD = 16
-"""Parts, or boundaries in contents, for each interruption."""
+"""Parts, or boundaries in contents, between two interruptions."""
 
 _MOST_FALSE_ENDS = 1000
-"""Boundaries that stand in the contents of parts, with more behind them. Clients choose boundaries
-at random, so there are none."""
+"""Boundaries in the contents of parts. Clients choose random ones, so there should be none."""
 
 
 @dataclass(slots=True)
@@ -59,9 +58,10 @@ class Part:
 
 @dataclass(slots=True)
 class Form:
-    """The fields in their order; `charset` is the encoding of those that are no files.
+    """The fields in order.
 
-    `oddity` says why the form is not plain; empty if it is.
+    charset: the encoding of fields that are not files.
+    oddity: the reason why the form is not plain; empty if it is.
     """
 
     charset: str = "utf-8"
@@ -70,9 +70,9 @@ class Form:
 
 
 def read_multipart(content_type: bytes, body: bytes) -> Steps[Form]:
-    """The fields of a form. Raises InvalidBody if Starlette would refuse it, or for the bounds.
+    """Parse a form. Raises InvalidBody if Starlette would refuse it, or beyond a limit.
 
-    A part that does not end is no field, as for Starlette; the rest is read without it.
+    An incomplete part is ignored, as by Starlette.
     """
     _, options = parse_options(content_type)
     boundary, charset = boundary_and_charset(options)
@@ -89,7 +89,7 @@ class _Truncated(Exception):
 
 @dataclass(slots=True)
 class _Head:
-    """The head of a part. `body_at` is where its contents begin."""
+    """The head of a part. `body_at` is the start of its contents."""
 
     disposition: bytes | None
     body_at: int
@@ -103,7 +103,7 @@ class _Reader:
         self._files = self._fields = self._false_ends = 0
 
     def odd(self, why: str) -> None:
-        """The form is not plain."""
+        """Mark the form as not plain."""
         self.form.oddity = self.form.oddity or why
 
     def run(self) -> Steps[None]:
@@ -117,7 +117,7 @@ class _Reader:
             self.odd("it has no final boundary")
 
     def _first_part(self) -> Steps[int]:
-        """Where the first part begins; -1 if the form has none."""
+        """The start of the first part; -1 if the form has none."""
         body, opening = self._body, self._delimiter[2:]
         place = 0
         if body[:1] in (b"\r", b"\n"):
@@ -139,7 +139,7 @@ class _Reader:
         raise InvalidBody("The first boundary of the form is not followed by a line end.")
 
     def _part(self, place: int) -> Steps[int]:
-        """Read the part whose head begins at `place`. Where the next one begins, or -1."""
+        """Read the part whose head begins at `place`. The start of the next one, or -1."""
         head = self._head(place)
         part = self._new_part(head)
         yield from self._next_boundary(part)
@@ -177,7 +177,7 @@ class _Reader:
         raise InvalidBody(f"A part of the form has more than {_MOST_HEADERS} headers.")
 
     def _header(self, place: int) -> tuple[bytes, bytes, int]:
-        """Name in lower case, value, and where the next line begins."""
+        """Name in lower case, value, and the start of the next line."""
         body = self._body
         limit = place + _LONGEST_HEADER
         colon = body.find(b":", place, limit)
@@ -220,7 +220,7 @@ class _Reader:
         return Part(name, is_file, head.body_at, head.body_at)
 
     def _next_boundary(self, part: Part) -> Steps[None]:
-        """Find the end of the part: a boundary with what may stand behind one."""
+        """Find the end of the part: a boundary with a valid continuation."""
         place = part.start
         while True:
             place = yield from self._find(self._delimiter, place)
@@ -242,7 +242,7 @@ class _Reader:
             place = after
 
     def _look_for_boundary(self, part: Part) -> Steps[None]:
-        """Readers that take a line feed for a line end find more boundaries than this one."""
+        """Mark forms in which parsers that accept bare line feeds would find more boundaries."""
         opening, place = self._delimiter[2:], part.start
         while place < part.end and not self.form.oddity:
             end = min(place + _WINDOW + len(opening) - 1, part.end)
@@ -252,7 +252,7 @@ class _Reader:
             yield
 
     def _skip_padding(self, place: int) -> Steps[int]:
-        """Past the white space behind a boundary, which must end the line (RFC 2046 5.1.1)."""
+        """Skip white space after a boundary; it must end the line (RFC 2046 5.1.1)."""
         body = self._body
         while True:
             window = body[place : place + _WINDOW]
@@ -270,7 +270,7 @@ class _Reader:
         raise InvalidBody("A boundary in the form is not followed by a line end.")
 
     def _find(self, word: bytes, place: int) -> Steps[int]:
-        """Where the word begins that comes next."""
+        """The next position of the word."""
         body, size = self._body, len(self._body)
         while place < size:
             found = body.find(word, place, place + _WINDOW + len(word) - 1)
@@ -287,7 +287,7 @@ class _Reader:
 
 
 def decoded(raw: bytes, charset: str) -> str:
-    """The text of a name or a field, by Starlette's rule."""
+    """Decode a name or a field by Starlette's rule."""
     try:
         return raw.decode(charset)
     except UnicodeDecodeError:

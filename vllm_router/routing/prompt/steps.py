@@ -1,7 +1,7 @@
-"""Long work in slices: a generator that stops after each slice and returns its result at the end.
+"""Long computations in slices: a generator that yields after each slice and returns the result.
 
-Pure code cannot wait, so it only says where it may be interrupted. The caller decides what happens
-in between: `finish` goes on at once, `proxy.slices` lets other tasks run.
+Pure code cannot await, so it only marks where it may be interrupted. The caller decides what
+happens in between: `finish` continues at once, `proxy.slices` lets other tasks run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Steps: TypeAlias = Generator[None, None, T]
 
 
 def finish(steps: Steps[T]) -> T:
-    """Do all the work now: for short inputs, and where no other task waits."""
+    """Run all slices now: for short inputs, and without other tasks."""
     while True:
         try:
             next(steps)
@@ -27,12 +27,12 @@ def finish(steps: Steps[T]) -> T:
 
 
 COPIED_AT_ONCE = 1 << 20
-"""Bytes: 1 ms at the most, as the memory is new."""
+"""Bytes copied per slice: at most 1 ms into new memory."""
 
 
 def joined(pieces: Sequence[bytes | memoryview]) -> Steps[bytes]:
-    """One after the other, as one: what `join` does, which takes 20 ms for 64 MB."""
-    # The memory is taken at once and written in place: nothing is moved while it grows.
+    """`b"".join(pieces)` in slices: 64 MB take 20 ms."""
+    # Allocated at once and written in place, so that nothing is moved while it grows.
     whole = io.BytesIO(bytes(sum(map(len, pieces))))
     for piece in pieces:
         view = memoryview(piece)

@@ -1,11 +1,11 @@
-"""Parameters by which a client tells the engine where to fetch cached blocks.
+"""Parameters that name addresses from which the engine fetches cached blocks.
 
 vLLM 0.32 takes `kv_transfer_params` and `ec_transfer_params` at the top level of a JSON body and
 copies them into the sampling parameters' `extra_args` (`to_sampling_params` in
 vllm/entrypoints/openai/chat_completion/protocol.py). `vllm_xargs`, also as a field of a form, and
-`sampling_params.extra_args` on `/inference/v1/generate` end up in the same place, so they are
-looked into as well. An engine with a connector connects to the address that is named there; a set
-that was used before, or one of the wrong type, ends the engine.
+`sampling_params.extra_args` on `/inference/v1/generate` have the same effect, so they are inspected
+as well. An engine with a connector connects to that address; parameters that were used before, or
+have a wrong type, crash the engine.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def transfer_parameter(
     """The path of the first transfer parameter that is set, such as `kv_transfer_params`, or None.
 
     The arguments are the raw values of `kv_transfer_params`, `ec_transfer_params`, `vllm_xargs`
-    and `sampling_params`; `null` counts as absent, as it does for vLLM. Raises DecodeError for JSON
-    that msgspec does not read, such as a key with half of a surrogate pair: vLLM may read it.
+    and `sampling_params`; `null` counts as absent, as in vLLM. Raises DecodeError for JSON that
+    msgspec rejects but vLLM may accept, such as a key with a lone surrogate.
     """
     if _is_set(kv):
         return "kv_transfer_params"
@@ -51,7 +51,7 @@ def transfer_parameter(
 
 
 def transfer_in_form(text: str) -> str | None:
-    """The same for the text of a form's field `vllm_xargs`, which vLLM reads as JSON."""
+    """The same for the form field `vllm_xargs`, which vLLM reads as JSON."""
     try:
         xargs = json.loads(text)
     except (ValueError, RecursionError):

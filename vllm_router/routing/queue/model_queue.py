@@ -144,9 +144,9 @@ class ModelQueue(Generic[E]):
     def displaced_by(self, priority: int, key: Hashable) -> E | None:
         """The request that a new one of this priority and key displaces from a full queue.
 
-        None if the new one itself would be the last. Else the last request of the key with the
-        most requests, among those of the lowest priority; keys with equal shares do not displace
-        each other. O(1).
+        None if the new one itself would be the last. Else, within the lowest priority, the last
+        request of the key with the most requests; keys with equal shares do not displace each
+        other. O(1).
         """
         if not self._new_priorities:
             return None

@@ -129,24 +129,25 @@ class FollowingServer(SharedServer[Verdict]):
 
     def follow(self, state: ServerState, now: float) -> bool:
         """Take over the leader's state. Returns True if the server has just gone down."""
-        probe, traffic = self.probe_health, self.traffic_health
+        probe, traffic = self.active_health, self.passive_health
         went_down = bool(probe.up) and not state.up
         probe.up, probe.reason = state.up, state.reason
-        probe.goods_in_row = probe.rules.rise if state.held_back else 0
-        came_back = state.back_at > self.back_at
-        self.full_until = state.full_until if came_back else max(self.full_until, state.full_until)
-        self.back_at, self.fell_at, self.restarts = state.back_at, state.fell_at, state.restarts
-        was_asleep = self.metrics is not None and self.metrics.asleep
-        self.metrics, self.scraped_at = state.metrics, state.scraped_at
-        self.metrics_fresh = state.metrics is not None and (
-            self.metrics_age(now) <= self.stale_after
-        )
-        self.leases_at_scrape, self.stuck = state.leases_at_scrape, state.stuck
+        probe.goods_in_row = probe.rules.rise if state.damped else 0
+        came_back = state.recovered_at > self.recovered_at
+        until = state.backoff_until
+        self.backoff_until = until if came_back else max(self.backoff_until, until)
+        self.recovered_at, self.went_down_at = state.recovered_at, state.went_down_at
+        self.restarts = state.restarts
+        load = self.load_estimate
+        was_asleep = load.asleep
+        load.metrics, load.scraped_at = state.metrics, state.scraped_at
+        load.fresh = state.metrics is not None and load.age(now) <= load.stale_after
+        load.leases_at_scrape, load.stuck = state.leases_at_scrape, state.stuck
         self._update_load()
         asleep = state.metrics is not None and state.metrics.asleep
         decides = (
-            *(state.up, state.held_back, state.ejected, state.ejected_until, self.full_until),
-            *(state.back_at, state.models, state.draining, asleep),
+            *(state.up, state.damped, state.ejected, state.ejected_until, self.backoff_until),
+            *(state.recovered_at, state.models, state.draining, asleep),
             *(state.lengths, state.refusals, state.paused_at),
             *(state.silent_since, state.silent_until),
         )
@@ -154,7 +155,7 @@ class FollowingServer(SharedServer[Verdict]):
             self._decides = decides
             traffic.ejected, traffic.until = state.ejected, state.ejected_until
             traffic.reason = state.ejected_for
-            self.models, self.draining = state.models, state.draining
+            self.catalog.names, self.draining = state.models, state.draining
             self.refusals.replace(state.refusals)
             silence = self.silence
             silence.since, silence.until = state.silent_since, state.silent_until
@@ -164,7 +165,7 @@ class FollowingServer(SharedServer[Verdict]):
             if isinstance(lengths, int):
                 lengths = dict.fromkeys(state.models or (), lengths)
             if lengths != self.lengths:
-                self.lengths = lengths
+                self.catalog.lengths = lengths
             self._on_change(self)
         return went_down
 
@@ -173,19 +174,19 @@ def state_of(server: Server) -> ServerState:
     """The state that the leader sends. Probation requests are counted by each process itself."""
     return ServerState(
         url=server.url,
-        up=server.probe_health.up,
-        reason=server.probe_health.reason,
-        held_back=server.probe_health.held_back,
-        ejected=server.traffic_health.ejected,
-        ejected_until=server.traffic_health.until,
-        ejected_for=server.traffic_health.reason,
-        full_until=server.full_until,
-        back_at=server.back_at,
-        fell_at=server.fell_at,
+        up=server.active_health.up,
+        reason=server.active_health.reason,
+        damped=server.active_health.damped,
+        ejected=server.passive_health.ejected,
+        ejected_until=server.passive_health.until,
+        ejected_for=server.passive_health.reason,
+        backoff_until=server.backoff_until,
+        recovered_at=server.recovered_at,
+        went_down_at=server.went_down_at,
         restarts=server.restarts,
         metrics=server.metrics,
-        scraped_at=server.scraped_at,
-        leases_at_scrape=server.leases_at_scrape,
+        scraped_at=server.load_estimate.scraped_at,
+        leases_at_scrape=server.load_estimate.leases_at_scrape,
         models=server.models,
         draining=server.draining,
         lengths=_short(server.lengths, server.models),
@@ -193,7 +194,7 @@ def state_of(server: Server) -> ServerState:
         silent_since=server.silence.since,
         silent_until=server.silence.until,
         silent_for=server.silence.reason,
-        stuck=server.stuck,
+        stuck=server.load_estimate.stuck,
         paused_at=server.paused_at,
     )
 
@@ -352,11 +353,11 @@ class FollowingFleet(SharedFleet[Verdict]):
             verdict.since, verdict.sure = since, stream
             self._tell(verdict)
 
-    def waited_in_vain(self, server: Server, now: float, since: float) -> None:
+    def request_starved(self, server: Server, now: float, since: float) -> None:
         if not server.output_since(since):
-            self._tell(Verdict("waited_in_vain", server.url, now, since=since))
+            self._tell(Verdict("request_starved", server.url, now, since=since))
 
-    def others_take(
+    def accepted_elsewhere(
         self,
         server: Server,
         name: str,
@@ -367,23 +368,23 @@ class FollowingFleet(SharedFleet[Verdict]):
         body: int,
         sure: bool,
     ) -> None:
-        verdict = Verdict("others_take", server.url, now, body=body)
+        verdict = Verdict("accepted_elsewhere", server.url, now, body=body)
         verdict.name, verdict.size, verdict.words, verdict.sure = name, size, words, sure
         self._tell(verdict)
 
     def refused_again(self, server: Server, name: str, now: float) -> None:
         self._tell(Verdict("refused_again", server.url, now, name=name))
 
-    def takes_again(self, server: Server, asked: Asked) -> None:
-        self._tell(Verdict("takes_again", server.url, 0.0, asked=asked))
+    def accepted(self, server: Server, asked: Asked) -> None:
+        self._tell(Verdict("accepted", server.url, 0.0, asked=asked))
 
     def unlist(self, server: Server, model: str) -> None:
         """Valid until the leader, which reads the list again, sends the new list."""
         server.unlist(model)
         self._tell(Verdict("unlist", server.url, 0.0, name=model))
 
-    def not_its_fault(self, server: Server, now: float, *, jitter: float, body: int) -> None:
-        self._tell(Verdict("not_its_fault", server.url, now, jitter=jitter, body=body))
+    def answered_elsewhere(self, server: Server, now: float, *, jitter: float, body: int) -> None:
+        self._tell(Verdict("answered_elsewhere", server.url, now, jitter=jitter, body=body))
 
     def follow(self, state: ServerState, now: float) -> FollowingServer | None:
         """Take over the leader's state of a server; returns the server if it has just gone down."""

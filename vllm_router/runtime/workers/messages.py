@@ -36,8 +36,8 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
 class Verdict(msgspec.Struct, array_like=True):
     """A call of a method of Fleet or Server that the leader repeats on its own server.
 
-    `what` is answered, failed, refused, not_its_fault, others_take, refused_again, takes_again,
-    unlist, timed_out or waited_in_vain. `name` is the refused feature or the model.
+    `what` is answered, failed, refused, answered_elsewhere, accepted_elsewhere, refused_again,
+    accepted, unlist, timed_out or request_starved. `name` is the refused feature or the model.
     """
 
     what: str
@@ -131,13 +131,13 @@ class ServerState(msgspec.Struct, array_like=True):
     url: str
     up: bool | None
     reason: str
-    held_back: bool
+    damped: bool
     ejected: bool
     ejected_until: float
     ejected_for: str
-    full_until: float
-    back_at: float
-    fell_at: float
+    backoff_until: float
+    recovered_at: float
+    went_down_at: float
     restarts: int
     metrics: EngineMetrics | None
     scraped_at: float | None

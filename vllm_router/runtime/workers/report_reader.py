@@ -54,8 +54,8 @@ class ReportReader:
                 self._fleet.failed(
                     server, now, trial=verdict.trial, jitter=jitter, body=body, odd=verdict.odd
                 )
-            case "not_its_fault" if body is not None:
-                self._fleet.not_its_fault(server, now, jitter=jitter, body=body)
+            case "answered_elsewhere" if body is not None:
+                self._fleet.answered_elsewhere(server, now, jitter=jitter, body=body)
             case "refused":
                 server.refused(now, verdict.retry_after)
             case "timed_out":
@@ -67,10 +67,10 @@ class ReportReader:
                     jitter=jitter,
                     stream=verdict.sure,
                 )
-            case "waited_in_vain":
-                self._fleet.waited_in_vain(server, now, verdict.since)
-            case "others_take" if body is not None:
-                self._fleet.others_take(
+            case "request_starved":
+                self._fleet.request_starved(server, now, verdict.since)
+            case "accepted_elsewhere" if body is not None:
+                self._fleet.accepted_elsewhere(
                     server,
                     verdict.name,
                     verdict.size,
@@ -81,7 +81,7 @@ class ReportReader:
                 )
             case "refused_again":
                 self._fleet.refused_again(server, verdict.name, now)
-            case "takes_again" if verdict.asked is not None:
-                self._fleet.takes_again(server, verdict.asked)
+            case "accepted" if verdict.asked is not None:
+                self._fleet.accepted(server, verdict.asked)
             case "unlist":
                 self._fleet.unlist(server, verdict.name)

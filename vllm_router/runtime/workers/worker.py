@@ -60,7 +60,7 @@ class FollowedProbes:
             await trio.sleep(fleet.settings.metrics_interval)
             now = trio.current_time()
             for server in fleet.all_servers():
-                server.age_metrics(now)
+                server.expire(now)
                 self._context.upkeep(server, now)
             fleet.settle(now)
 

@@ -94,5 +94,5 @@ class WorkerLink:
         while changed:
             batch = [changed.pop() for _ in range(min(SERVERS_PER_MESSAGE, len(changed)))]
             # A leader that has just started knows less than its workers: send no unprobed server.
-            known = [state_of(server) for server in batch if server.probe_health.up is not None]
+            known = [state_of(server) for server in batch if server.active_health.up is not None]
             await self.channel.send(encode(ServerStates(known)))

@@ -1,0 +1,73 @@
+"""The models of one server, by its `/v1/models` or by the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_router.fleet.engine_metrics import TOO_LARGE
+
+
+class ModelCatalog:
+    """The models of a server.
+
+    configured: from the configuration, None to use the server's list.
+    names: the models in force; None until the server's list was read.
+    cards: the entries of the server's list by name, as the engine gave them; LoRA adapters are
+        models in it.
+    listed_at: when the list was last read, None before.
+    lengths: longest context of each model in tokens (`max_model_len`), where the server says it.
+        Replaced by a new dictionary on every change.
+    """
+
+    __slots__ = ("_listed", "cards", "configured", "lengths", "listed_at", "names")
+
+    def __init__(self, configured: tuple[str, ...] | None) -> None:
+        self.configured = configured
+        self.names = configured
+        self.cards: dict[str, dict[str, Any]] = {}
+        self.listed_at: float | None = None
+        self.lengths: dict[str, int] = {}
+        self._listed: frozenset[str] = frozenset()
+
+    def configure(self, configured: tuple[str, ...] | None) -> None:
+        """Apply the configuration; a change from a configured list forgets the names."""
+        if configured is not None or self.configured is not None:
+            self.names = configured
+        self.configured = configured
+
+    def has(self, model: str) -> bool:
+        """Whether the server has the model, or may have it because its list is unknown."""
+        return self.names is None or model in self.names
+
+    def take_list(
+        self, cards: dict[str, dict[str, Any]], now: float
+    ) -> tuple[bool, frozenset[str], frozenset[str]]:
+        """The server's list was read.
+
+        Returns whether names or lengths have changed, and the names in the list before and now.
+        """
+        before, self._listed = self._listed, frozenset(cards)
+        self.cards, self.listed_at = cards, now
+        changed = False
+        lengths = {name: length for name, card in cards.items() if (length := _length(card))}
+        if lengths != self.lengths:
+            self.lengths = lengths
+            changed = True
+        if self.configured is None and tuple(cards) != self.names:
+            self.names = tuple(cards)
+            changed = True
+        return changed, before, self._listed
+
+    def remove(self, model: str) -> bool:
+        """The server said that it has no such model; True if the list had it."""
+        if self.configured is not None or self.names is None or model not in self.names:
+            return False
+        self.names = tuple(name for name in self.names if name != model)
+        self.cards = {name: card for name, card in self.cards.items() if name != model}
+        return True
+
+
+def _length(card: dict[str, Any]) -> int:
+    """`max_model_len` of an entry of `/v1/models` (vLLM, SGLang); 0 if there is none."""
+    length = card.get("max_model_len")
+    return length if type(length) is int and 0 < length < TOO_LARGE else 0

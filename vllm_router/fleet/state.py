@@ -1,0 +1,31 @@
+"""The states of a server as operators see them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class State(enum.StrEnum):
+    """The state of a server. If several apply, the first one is shown."""
+
+    DRAINING = "draining"
+    UNKNOWN = "unknown"
+    DOWN = "down"
+    ASLEEP = "asleep"
+    PAUSED = "paused"
+    EJECTED = "ejected"
+    SILENT = "silent"
+    REFUSING = "refusing"
+    FULL = "full"
+    UP = "up"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """A change of a server's state; `reason` is for people."""
+
+    server: str
+    old: State
+    new: State
+    reason: str
