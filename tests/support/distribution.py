@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 FIRST = (
     "e2e/test_hostile_inputs",
-    "e2e/test_room",
+    "e2e/test_shared_queue",
     "e2e/test_misbehaving",
     "e2e/test_workers",
     "e2e/test_restart",
@@ -41,7 +41,7 @@ TOGETHER = (frozenset({"e2e/test_page", "e2e/test_page_looks"}),)
 
 
 def file_of(nodeid: str) -> str:
-    """`e2e/test_room` for a test of tests/e2e/test_room.py."""
+    """`e2e/test_shared_queue` for a test of tests/e2e/test_shared_queue.py."""
     path = PurePosixPath(nodeid.partition("::")[0])
     return f"{path.parent.name}/{path.stem}"
 

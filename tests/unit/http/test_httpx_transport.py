@@ -52,7 +52,7 @@ async def closed(server: ScriptedServer) -> None:
             await trio.sleep(0.01)
 
 
-async def test_carrier_responses_share_one_connection(autojump_clock):
+async def test_httpx_transport_responses_share_one_connection(autojump_clock):
     async with asking(answering(ok(b"[1, 2]", b"x-a: b"))) as (client, server):
         for _ in range(3):
             response = await client.get("/health?x=1")
@@ -64,19 +64,19 @@ async def test_carrier_responses_share_one_connection(autojump_clock):
     assert (first[b"host"], first[b"authorization"]) == (b"server.test:1", b"Bearer k")
 
 
-async def test_carrier_refusal_has_status_and_body(autojump_clock):
+async def test_httpx_transport_refusal_has_status_and_body(autojump_clock):
     async with asking(answering(answer(404, b"no"))) as (client, _):
         response = await client.get("/health")
         assert (response.status_code, response.is_success, response.text) == (404, False, "no")
 
 
-async def test_carrier_sends_request_body(autojump_clock):
+async def test_httpx_transport_sends_request_body(autojump_clock):
     async with asking(answering(ok(b"{}"))) as (client, server):
         await client.post("/sleep", json={"level": 1})
     assert server.requests[0].body == b'{"level":1}'
 
 
-async def test_carrier_reads_chunked_and_compressed_body(autojump_clock):
+async def test_httpx_transport_reads_chunked_and_compressed_body(autojump_clock):
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     pieces = [head, chunk(b"vllm:a 1\n"), chunk(b"vllm:b 2\n"), END]
     async with asking(answering(*pieces)) as (client, _), client.stream("GET", "/") as response:
@@ -88,7 +88,7 @@ async def test_carrier_reads_chunked_and_compressed_body(autojump_clock):
         assert (await client.get("/")).text == "vllm:a 1\n"
 
 
-async def test_carrier_connection_closed_while_idle_is_replaced(autojump_clock):
+async def test_httpx_transport_connection_closed_while_idle_is_replaced(autojump_clock):
     async def closes_at_the_second(talk: Talk) -> None:
         await talk.request()
         await talk.send(ok(b"{}"))
@@ -100,7 +100,7 @@ async def test_carrier_connection_closed_while_idle_is_replaced(autojump_clock):
     assert len(server.talks) == 3
 
 
-async def test_carrier_unread_response_closes_connection(autojump_clock):
+async def test_httpx_transport_unread_response_closes_connection(autojump_clock):
     async with asking(once(ok(b"x" * 1000)[:-10])) as (client, server):
         async with client.stream("GET", "/"):
             pass
@@ -117,13 +117,13 @@ async def test_carrier_unread_response_closes_connection(autojump_clock):
         (once(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), httpx.RemoteProtocolError),
     ],
 )
-async def test_carrier_invalid_response_raises_httpx_error(autojump_clock, script, error):
+async def test_httpx_transport_invalid_response_raises_httpx_error(autojump_clock, script, error):
     async with asking(script) as (client, _):
         with pytest.raises(error):
             await client.get("/")
 
 
-async def test_carrier_refused_connection_raises_httpx_error_with_cause(autojump_clock):
+async def test_httpx_transport_refused_connection_raises_httpx_error_with_cause(autojump_clock):
     async with asking(silent) as (client, server):
         server.refuses = True
         with pytest.raises(httpx.ConnectError, match="refused") as caught:
@@ -131,7 +131,7 @@ async def test_carrier_refused_connection_raises_httpx_error_with_cause(autojump
         assert isinstance(caught.value.__cause__, ConnectFailed)
 
 
-async def test_carrier_closed_port_has_clear_message():
+async def test_httpx_transport_closed_port_has_clear_message():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -141,7 +141,7 @@ async def test_carrier_closed_port_has_clear_message():
     assert _words(caught.value) == "Connection refused"
 
 
-async def test_carrier_cancellation_leaks_no_connection(autojump_clock):
+async def test_httpx_transport_cancellation_leaks_no_connection(autojump_clock):
     async with asking(silent) as (client, server):
         with trio.move_on_after(1.0):
             await client.get("/")
@@ -149,7 +149,7 @@ async def test_carrier_cancellation_leaks_no_connection(autojump_clock):
         assert not math.isnan(server.talks[0].left_at)
 
 
-async def test_carrier_reports_wait_before_request_is_sent(autojump_clock):
+async def test_httpx_transport_wait_state_is_cleared_when_sent(autojump_clock):
     async with trio.open_nursery() as nursery:
         server = ScriptedServer(nursery, answering(ok(b"{}")))
         pool = MemoryPool(server)

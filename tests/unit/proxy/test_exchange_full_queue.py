@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 from support.fleet_makers import come_up
 from support.proxy_harness import Client, Rig
 from support.scripted_server import Talk, ok, silent
-from unit.proxy.test_exchange_limits import (
+from unit.proxy.test_exchange_queue import (
     PRIORITY,
     body,
     limited,

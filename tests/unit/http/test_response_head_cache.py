@@ -75,7 +75,7 @@ def knowing(*answers: bytes) -> ResponseCache:
     return known
 
 
-def test_known_response_same_head_with_any_length_matches():
+def test_response_head_cache_same_head_with_any_length_matches():
     known = knowing(HEAD % 5 + b"hello")
     for body in (b"hello", b"", b"other", b"x" * 70_000):
         data = HEAD % len(body) + body
@@ -83,14 +83,14 @@ def test_known_response_same_head_with_any_length_matches():
         assert parsed([data], known) == parsed([data], None)
 
 
-def test_known_response_headers_of_earlier_response_stay_unchanged():
+def test_response_head_cache_headers_of_earlier_response_stay_unchanged():
     known = knowing(HEAD % 5 + b"hello")
     first, _ = known.match(HEAD % 2 + b"hi")
     known.match(HEAD % 3 + b"you")
     assert (b"content-length", b"2") in first.headers
 
 
-def test_known_response_other_difference_is_parsed():
+def test_response_head_cache_other_difference_is_parsed():
     known = knowing(HEAD % 5 + b"hello")
     for data in (
         HEAD.replace(b"03:00:00", b"03:00:01") % 5 + b"hello",
@@ -108,7 +108,7 @@ def test_known_response_other_difference_is_parsed():
         assert parsed([data], known) == parsed([data], None)
 
 
-def test_known_response_only_whole_keep_alive_responses_are_remembered():
+def test_response_head_cache_only_whole_keep_alive_responses_are_remembered():
     for answer in (
         HEAD.replace(b"server", b"connection: close\r\nserver") % 5 + b"hello",
         HEAD.replace(b"content-length: %d", b"transfer-encoding: chunked") + b"0\r\n\r\n",
@@ -122,7 +122,7 @@ def test_known_response_only_whole_keep_alive_responses_are_remembered():
         assert known.match(HEAD % 5 + b"hello") is None
 
 
-def test_known_response_unknown_head_continues_connection():
+def test_response_head_cache_unknown_head_continues_connection():
     known = knowing(HEAD % 2 + b"ok")
     strange = HEAD.replace(b"uvicorn", b"other") % 3 + b"yes"
     connection = Connection(Scripted([HEAD % 2 + b"ok", strange, HEAD % 4 + b"half"]), known)
@@ -156,7 +156,7 @@ DATA = st.one_of(WHOLE, st.lists(PARTS, max_size=8).map(b"".join))
 
 
 @given(st.lists(st.tuples(DATA, st.integers(0, 400)), min_size=1, max_size=6))
-def test_known_response_any_sequence_equals_parsing(answers: list[tuple[bytes, int]]):
+def test_response_head_cache_any_sequence_equals_parsing(answers: list[tuple[bytes, int]]):
     known = ResponseCache()
     for data, cut in answers:
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]

@@ -39,7 +39,7 @@ def knowing(data: bytes) -> CachedRequestParser:
     return known
 
 
-def test_known_head_same_head_with_other_length_matches():
+def test_request_head_cache_same_head_with_other_length_matches():
     known = knowing(HEAD % b"5")
     for length in (b"5", b"0", b"123456", b"007"):
         data = HEAD % length
@@ -48,7 +48,7 @@ def test_known_head_same_head_with_other_length_matches():
         assert seen(head) == seen(parsed(data))
 
 
-def test_known_head_headers_of_earlier_request_stay_unchanged():
+def test_request_head_cache_headers_of_earlier_request_stay_unchanged():
     known = knowing(HEAD % b"5")
     first = known.parse(HEAD % b"6", len(HEAD % b"6"))
     assert first is not None
@@ -57,7 +57,7 @@ def test_known_head_headers_of_earlier_request_stay_unchanged():
     assert (b"content-length", b"6") in fields
 
 
-def test_known_head_other_difference_is_parsed():
+def test_request_head_cache_other_difference_is_parsed():
     known = knowing(HEAD % b"5")
     for other in (
         HEAD.replace(b"POST", b"PUT ") % b"5",
@@ -76,7 +76,7 @@ def test_known_head_other_difference_is_parsed():
         assert known.parse(other, len(other)) is None
 
 
-def test_known_head_only_length_may_differ():
+def test_request_head_cache_only_length_may_differ():
     for data in (
         b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n",
@@ -95,7 +95,7 @@ _heads = st.lists(st.tuples(_name, _value), max_size=5).map(
 
 
 @given(_heads, _heads)
-def test_known_head_match_equals_parsing(first: bytes, second: bytes):
+def test_request_head_cache_match_equals_parsing(first: bytes, second: bytes):
     try:
         known = knowing(first)
     except HttpError:
