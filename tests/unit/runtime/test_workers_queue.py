@@ -19,8 +19,8 @@ from trio.testing import wait_all_tasks_blocked
 from support.fleet_makers import come_up, go_down, make_config
 from support.proxy_harness import Client, Recorder, Rig
 from support.scripted_server import MemoryPool, ScriptedServer
-from unit.proxy.test_exchange_queue import PRIORITY, body, order, working
 from unit.proxy.test_exchange_full_queue import FALLBACK, client_of
+from unit.proxy.test_exchange_queue import PRIORITY, body, order, working
 from vllm_router.proxy.admission import Gate
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
