@@ -53,6 +53,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(params=["hub", "trio"])
+def socket_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with each implementation of `AsyncSocket`."""
+    monkeypatch.setenv("VLLM_ROUTER_SOCKETS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of one browser for all tests of pages."""

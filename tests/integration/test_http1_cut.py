@@ -13,6 +13,8 @@ import trio
 from support.front_harness import QUICK, part, running, start
 from vllm_router.http.server.limits import Limits
 
+pytestmark = pytest.mark.usefixtures("socket_kind")
+
 SIZE = 400_000
 PIECE = b"x" * 8_000
 

@@ -47,7 +47,7 @@ STRICTER = {
     # RFC 9112 3.2: 400 for an invalid Host; h11 only counts them.
     "malformed Host field",
     # RFC 9112 2.3: h11 takes any digits for a version.
-    "only HTTP/1.1 is spoken here",
+    "only HTTP/1.1 is supported on this port",
     # RFC 9110 9.3.6, 9.3.8: no part of the router serves these.
     "CONNECT is not allowed",
     "TRACE is not allowed",

@@ -1,48 +1,32 @@
-"""Sockets of the data path: reads, combined and deferred writes, and wake-ups between tasks."""
+"""`AsyncSocket`: reads, buffered writes, hang-ups and timeouts, on both implementations."""
 
 from __future__ import annotations
 
 import gc
 import socket
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import trio
 import trio.testing
 
-from vllm_router.http.io.async_socket import BUFFERED_WRITE_SIZE, READ_SIZE, Interrupted
-from vllm_router.http.io.hub import EventLoopHub
-from vllm_router.http.io.hub_socket import HubSocket
+from support.socket_pairs import pair, received
+from vllm_router.http.io.async_socket import (
+    BUFFERED_WRITE_SIZE,
+    READ_SIZE,
+    AsyncSocket,
+    Interrupted,
+)
+from vllm_router.http.io.sockets import async_socket
+
+pytestmark = pytest.mark.usefixtures("socket_kind")
 
 
-@contextmanager
-def pair(hung_up: Callable[[], None] | None = None) -> Iterator[tuple[HubSocket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    wire = HubSocket(ours, hung_up)
-    try:
-        yield wire, theirs
-    finally:
-        wire.detach()
-        ours.close()
-        theirs.close()
-
-
-async def read_all(wire: HubSocket) -> bytes:
+async def read_all(wire: AsyncSocket) -> bytes:
     got = b""
     while data := await wire.read():
         got += data
     return got
-
-
-def received(peer: socket.socket) -> bytes:
-    try:
-        return peer.recv(READ_SIZE)
-    except BlockingIOError:
-        return b""
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -71,7 +55,7 @@ async def test_socket_read_returns_data_then_end():
 @pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE])
 async def test_socket_read_beyond_one_buffer_needs_no_new_event(size: int):
     ours, theirs = await _tcp()
-    wire = HubSocket(ours)
+    wire = async_socket(ours)
     try:
         async with trio.open_nursery() as nursery:
 
@@ -111,33 +95,6 @@ async def test_socket_unread_data_before_end_is_read_first():
 
 
 # -- writing ------------------------------------------------------------------------------------
-
-
-async def test_socket_writes_of_one_turn_are_sent_together():
-    with pair() as (wire, peer):
-        wire.write(b"one ")
-        wire.write(b"two")
-        assert received(peer) == b""
-        await trio.testing.wait_all_tasks_blocked()
-        assert received(peer) == b"one two"
-
-
-async def test_socket_request_is_not_sent_after_unsolicited_input():
-    with pair() as (wire, peer):
-        wire.write_request(b"request")
-        peer.send(b"unasked")  # after the check, before the request is sent
-        with pytest.raises(ConnectionAbortedError):
-            await wire.read()
-        assert received(peer) == b""
-        assert wire.broken
-
-
-async def test_socket_request_is_not_sent_to_closed_peer():
-    with pair() as (wire, peer):
-        wire.write_request(b"request")
-        peer.close()
-        with pytest.raises(ConnectionAbortedError):
-            await wire.read()
 
 
 async def test_socket_request_is_sent_to_silent_peer():
@@ -204,7 +161,7 @@ async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     called = trio.Event()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    wire = HubSocket(ours, called.set)
+    wire = async_socket(ours, called.set)
     await trio.testing.wait_all_tasks_blocked()
     wire.ended = True  # as if its end event had been read already
     theirs.close()
@@ -261,7 +218,7 @@ async def test_stream_into_delivers_end():
 
 async def test_stream_into_delivers_large_input_to_its_end():
     ours, theirs = await _tcp()
-    wire = HubSocket(ours)
+    wire = async_socket(ours)
     try:
         theirs.setblocking(True)
         size = 0
@@ -337,7 +294,7 @@ async def test_socket_detached_is_not_touched_again():
 async def test_socket_detached_is_freed_without_garbage_collection():
     class Owner:
         def __init__(self, sock: socket.socket) -> None:
-            self.wire = HubSocket(sock, self.hung_up)
+            self.wire = async_socket(sock, self.hung_up)
 
         def hung_up(self) -> None:
             raise AssertionError
@@ -355,24 +312,6 @@ async def test_socket_detached_is_freed_without_garbage_collection():
             assert seen() is None
         finally:
             gc.enable()
-
-
-async def test_hub_defect_in_one_socket_is_logged_and_costs_no_other(
-    caplog: pytest.LogCaptureFixture,
-):
-    with pair(lambda: print(1 / 0)) as (_, theirs), pair() as (wire, peer):
-        theirs.close()
-        await trio.testing.wait_all_tasks_blocked()
-        peer.send(b"x")
-        with trio.fail_after(5):
-            assert await wire.read() == b"x"
-    assert "ZeroDivisionError" in caplog.text
-
-
-async def test_hub_finds_epoll_of_trio():
-    """Trio's I/O manager is private; without it, each pass costs one more task switch."""
-    with pair():
-        assert EventLoopHub.of_this_run().in_trio_epoll
 
 
 async def _tcp() -> tuple[socket.socket, socket.socket]:
@@ -400,7 +339,7 @@ async def test_wait_ends_at_its_time(autojump_clock):
 async def test_wait_has_its_own_end_each_time(autojump_clock):
     took = {}
 
-    async def wait(wire: HubSocket, seconds: float) -> None:
+    async def wait(wire: AsyncSocket, seconds: float) -> None:
         began = trio.current_time()
         with pytest.raises(Interrupted):
             await wire.read(until=began + seconds)

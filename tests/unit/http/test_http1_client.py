@@ -40,6 +40,8 @@ from vllm_router.http.client.connection import Connection
 from vllm_router.http.client.pool import IDLE_LIMIT, Pool
 from vllm_router.http.client.tls_transport import start_tls
 
+pytestmark = pytest.mark.usefixtures("socket_kind")
+
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
 

@@ -27,6 +27,8 @@ from vllm_router.proxy.attempt import AT_ONCE
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 
+pytestmark = pytest.mark.usefixtures("socket_kind")
+
 GOOD = ok(b'{"answer":1}')
 ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
 

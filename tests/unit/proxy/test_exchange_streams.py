@@ -26,6 +26,8 @@ from support.scripted_server import (
 from vllm_router.proxy.attempt import RETRIED
 from vllm_router.proxy.retry import RULES, Outcome
 
+pytestmark = pytest.mark.usefixtures("socket_kind")
+
 HELLO = event("hello")
 GOOD = streaming(HELLO, event("", "stop"), DONE)
 ERROR = b'data: {"error": {"message": "EngineCore encountered an issue.", "code": %d}}\n\n'
