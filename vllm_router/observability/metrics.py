@@ -53,7 +53,7 @@ from vllm_router.observability.metric_families import (
 from vllm_router.observability.prometheus_text import Counter, Counters, Family, Histogram
 from vllm_router.observability.router_state import RouterState
 from vllm_router.proxy.record import DONE, Phase, Record
-from vllm_router.proxy.retry import ANSWERED, RULES, Again, Outcome
+from vllm_router.proxy.retry import ANSWERED, RULES, Outcome, RetryDecision
 from vllm_router.routing.paths import path_label
 
 MAX_MODELS = 100
@@ -123,7 +123,7 @@ class Metrics:
         self._keys: dict[str, Counters] = {}
         # A counter that exists from the start shows its first event as an increase.
         for outcome, rule in RULES.items():
-            if rule.again is not Again.NO:
+            if rule.again is not RetryDecision.NO:
                 self._retries[outcome.value].value = 0
         for phase in (Phase.BODY, Phase.QUEUE, Phase.CONNECT, Phase.WAIT, Phase.STREAM):
             self._disconnects[phase.value].value = 0

@@ -172,7 +172,7 @@ class Tallies:
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         """In a server's tally, an error is a failed attempt that counts against it."""
-        if RULES[outcome].blames:
+        if RULES[outcome].counts_against_server:
             self.of(server).errors += 1
 
     def read(

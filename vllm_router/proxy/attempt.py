@@ -52,8 +52,8 @@ from vllm_router.proxy.retry import (
     DOUBTFUL,
     FULL,
     RULES,
-    Again,
     Outcome,
+    RetryDecision,
     classify_status,
 )
 from vllm_router.proxy.server_response import ServerResponse
@@ -97,7 +97,7 @@ class AttemptResult(msgspec.Struct, gc=False):
     """
 
     outcome: Outcome
-    again: Again = Again.NO
+    again: RetryDecision = RetryDecision.NO
     committed: bool = False
     ending: FinalMessages | None = None
     doubtful: FinalMessages | None = None
@@ -112,7 +112,7 @@ class AttemptResult(msgspec.Struct, gc=False):
 class Attempt:
     """One try on one server, with a second connection if a kept one had been closed."""
 
-    _again: Again | None
+    _again: RetryDecision | None
     _interrupted: Outcome | None
     _fresh = _opened = _closed_before = _committed = _rejected = False
     _ending: FinalMessages | None = None
@@ -144,7 +144,7 @@ class Attempt:
         it sent before may be the whole response.
         """
         outcome = Outcome(reason)
-        if self._downstream.blocked and outcome is Outcome.GONE:
+        if self._downstream.blocked and outcome is Outcome.SERVER_DOWN:
             return False
         if outcome is Outcome.SILENT and (self._committed or not self._attempts.may_move()):
             return False
@@ -189,12 +189,14 @@ class Attempt:
                 outcome = self._cancelled_by()
             if self._fresh and outcome in _UNREACHABLE and not self._closed_before:
                 # The reconnect failed too: the server is gone, possibly killed by this request.
-                outcome = Outcome.LOST
+                outcome = Outcome.CONNECTION_LOST
             if self._committed:
                 if self._ending is None and outcome is not ANSWERED:
                     await self._break_off(outcome)
-                return AttemptResult(outcome, Again.NO, True, self._ending, None, self._rejected)
-            if self._decide(outcome) is not Again.SAME_SERVER:
+                return AttemptResult(
+                    outcome, RetryDecision.NO, True, self._ending, None, self._rejected
+                )
+            if self._decide(outcome) is not RetryDecision.SAME_SERVER:
                 return AttemptResult(
                     outcome, self._decide(outcome), False, None, self._doubtful, self._rejected
                 )
@@ -215,7 +217,7 @@ class Attempt:
             return Outcome.UNRESOLVED
         return outcome
 
-    def _decide(self, outcome: Outcome) -> Again:
+    def _decide(self, outcome: Outcome) -> RetryDecision:
         """Where to go after an uncommitted end. Decided once, at times before the end."""
         if self._again is None:
             self._again = self._attempts.decide(outcome, fresh=self._fresh)
@@ -268,7 +270,7 @@ class Attempt:
         except ConnectFailed:
             return Outcome.CONNECT_FAILED
         except ProtocolViolation:
-            return Outcome.BROKEN if self._committed else Outcome.INVALID
+            return Outcome.TRUNCATED if self._committed else Outcome.PROTOCOL_ERROR
         except ConnectionLost as lost:
             return self._lost(connection, lost)
         finally:
@@ -280,11 +282,11 @@ class Attempt:
         """The outcome of a lost connection."""
         self._closed_before = isinstance(lost, NotSent)
         if self._committed:
-            return Outcome.BROKEN
+            return Outcome.TRUNCATED
         assert connection is not None
         if connection.reused and not connection.saw_bytes:
             return Outcome.STALE
-        return Outcome.OPENED_LOST if self._opened else Outcome.LOST
+        return Outcome.OPENED_LOST if self._opened else Outcome.CONNECTION_LOST
 
     # -- the response -------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ from vllm_router.proxy.retry import (
     KILLS_SERVERS,
     QUARANTINE_AFTER,
     RULES,
-    Again,
     Outcome,
     RetryContext,
+    RetryDecision,
     decide,
 )
 
@@ -84,7 +84,7 @@ class Attempts:
 
     # -- where to go next ---------------------------------------------------------------------
 
-    def decide(self, outcome: Outcome, *, fresh: bool) -> Again:
+    def decide(self, outcome: Outcome, *, fresh: bool) -> RetryDecision:
         """Where to go after an uncommitted attempt with this outcome; counts against the budget.
 
         `fresh`: it was made on a new connection, after a kept one had turned out to be closed.
@@ -96,7 +96,7 @@ class Attempts:
             self._costless += 1
         return self._decide(outcome, now, fresh=fresh)
 
-    def _decide(self, outcome: Outcome, now: float, *, fresh: bool = False) -> Again:
+    def _decide(self, outcome: Outcome, now: float, *, fresh: bool = False) -> RetryDecision:
         candidates = self.candidates
         others = candidates.untried(now)
         standing = RetryContext(
@@ -126,36 +126,36 @@ class Attempts:
             for server in candidates.untried(now)
         )
 
-    async def reconsider(self, outcome: Outcome) -> Again:
+    async def reconsider(self, outcome: Outcome) -> RetryDecision:
         """Decide again, after a moment, if only the number of broken servers forbids a retry.
 
         More servers may be found to have failed by then: servers that stop together do not do so
         in the same millisecond.
         """
         if len(self._ends) < QUARANTINE_AFTER or not self.candidates.untried(trio.current_time()):
-            return Again.NO
+            return RetryDecision.NO
         if len(self._broken()) >= QUARANTINE_AFTER:
             await trio.sleep(EVIDENCE_AFTER)
         if len(self._broken()) >= QUARANTINE_AFTER:
-            return Again.NO
+            return RetryDecision.NO
         assert self.fingerprint is not None
         self._context.quarantine.forget(self.fingerprint)
         return self._decide(outcome, trio.current_time())
 
     # -- what the client gets -----------------------------------------------------------------
 
-    def passes(self, outcome: Outcome, again: Again) -> bool:
+    def passes(self, outcome: Outcome, again: RetryDecision) -> bool:
         """Whether the client gets the server's own response to an attempt with this outcome.
 
         A redirect would lead the client past the router, and without its key.
         """
         if outcome is Outcome.MISDIRECTED:
             return False
-        return again is Again.NO and not self._better_called_busy(outcome)
+        return again is RetryDecision.NO and not self._better_called_busy(outcome)
 
     def _better_called_busy(self, outcome: Outcome) -> bool:
         """Whether the last server failed, perhaps an ejected one, but a healthy one was full."""
-        return RULES[outcome].blames and FULL in self.record.retries
+        return RULES[outcome].counts_against_server and FULL in self.record.retries
 
     def refusal(self, outcome: Outcome, now: float) -> Refused:
         """What the client gets if no server is left to try after this outcome."""
@@ -210,7 +210,7 @@ class Attempts:
         self.fingerprint = key = fingerprint(request.target, request.body)
         self._ends = (*self._ends, End(server, self._taken_at, now, outcome in DEADLY))
         if outcome in KILLS_SERVERS:
-            asleep = outcome is Outcome.GONE and server.active_health.up
+            asleep = outcome is Outcome.SERVER_DOWN and server.active_health.up
             certain = outcome is not Outcome.SERVER_ERROR and not asleep
             self._deaths = deaths = (*self._deaths, Death(server, now, certain))
             if len(deaths) >= QUARANTINE_AFTER and len(self._broken()) >= QUARANTINE_AFTER:

@@ -46,8 +46,8 @@ from vllm_router.proxy.retry import (
     BREAKS_SERVERS,
     DOUBTFUL,
     RULES,
-    Again,
     Outcome,
+    RetryDecision,
 )
 from vllm_router.proxy.ticket import ExchangeTicket
 from vllm_router.routing.policies import Policy
@@ -300,10 +300,10 @@ class Exchange:
                 attempts.doubted += (lease.server,)
                 if attempts.doubtful is None and result.doubtful is not None:
                     attempts.doubtful = result.doubtful, outcome
-            if again is Again.NO and outcome in BREAKS_SERVERS:
+            if again is RetryDecision.NO and outcome in BREAKS_SERVERS:
                 again = await attempts.reconsider(outcome)
             now = trio.current_time()
-            if again is Again.NO:
+            if again is RetryDecision.NO:
                 if attempts.doubtful is not None:
                     return self._deliver(*attempts.doubtful)
                 raise attempts.refusal(outcome, now)

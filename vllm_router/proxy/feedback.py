@@ -17,8 +17,8 @@ from vllm_router.proxy.retry import (
     RULES,
     UNREACHABLE,
     WAITED_IN_VAIN,
-    Again,
     Outcome,
+    RetryDecision,
 )
 from vllm_router.routing.policies import Policy
 
@@ -36,7 +36,9 @@ def report_attempt(
     trace = attempts.record.trace
     if trace is not None:
         trace.attempt_ended(outcome, now)
-    failed = outcome is not ANSWERED and outcome is not None and RULES[outcome].blames
+    failed = (
+        outcome is not ANSWERED and outcome is not None and RULES[outcome].counts_against_server
+    )
     if failed and outcome in WAITED_IN_VAIN:
         failed = not lease.server.output_since(lease.taken_at)
     uncomputed = outcome is not None and not lease.committed
@@ -81,16 +83,16 @@ def _report_failure(
     elif outcome is Outcome.TOTAL_TIMEOUT:
         if not lease.committed:
             _report_wait(context, attempts, lease, context.now())
-    elif RULES[outcome].blames:
+    elif RULES[outcome].counts_against_server:
         now = context.now()
-        odd = outcome is Outcome.INVALID
+        odd = outcome is Outcome.PROTOCOL_ERROR
         body = attempts.fingerprint if odd or outcome is Outcome.SERVER_ERROR else None
         fleet.record_error(server, now, now - lease.taken_at)
         fleet.failed(server, now, trial=lease.trial, jitter=context.jitter(), body=body, odd=odd)
     elif outcome in DOUBTFUL:
         now = context.now()
         fleet.record_error(server, now, now - lease.taken_at)
-        if result.again is Again.NO and outcome is Outcome.NO_TOKENS:
+        if result.again is RetryDecision.NO and outcome is Outcome.NO_TOKENS:
             # No other server gives more: the answer stands, and the server is well.
             server.answered(now, trial=lease.trial)
     elif outcome is Outcome.ENGINE_ABORT:

@@ -176,7 +176,7 @@ class Proxy:
             if lease.committed and spared:
                 continue
             if lease.interrupt is not None and now - lease.last_byte_at >= patience:
-                ended += lease.interrupt(Outcome.GONE.value)
+                ended += lease.interrupt(Outcome.SERVER_DOWN.value)
         return ended
 
     def _move_on(self, server: Server, now: float) -> None:

@@ -16,9 +16,9 @@ from vllm_router.proxy.tail import PlainTail, StreamTail
 _ENDINGS = {
     Verdict.CUT: Outcome.ENGINE_ABORT,
     Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
-    Verdict.FAILED: Outcome.BROKEN,
-    Verdict.BUSY: Outcome.BROKEN,
-    Verdict.UNFINISHED: Outcome.BROKEN,
+    Verdict.FAILED: Outcome.TRUNCATED,
+    Verdict.BUSY: Outcome.TRUNCATED,
+    Verdict.UNFINISHED: Outcome.TRUNCATED,
 }
 """The outcomes of ends that are no proper end of a response that the client has in part."""
 

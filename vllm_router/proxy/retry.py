@@ -24,8 +24,8 @@ class Outcome(enum.Enum):
     CONNECT_TIMEOUT = "connect_timeout"
     UNRESOLVED = "name_not_resolved"  # no address of the server is known: the resolver's fault
     STALE = "stale"  # a reused connection closed before any byte
-    LOST = "lost"  # closed or reset before the client had a byte
-    INVALID = "invalid_answer"  # not HTTP, or ambiguous framing
+    CONNECTION_LOST = "lost"  # closed or reset before the client had a byte
+    PROTOCOL_ERROR = "invalid_answer"  # not HTTP, or ambiguous framing
     ABORTED = "aborted"  # the engine gave the request up before its first token
     ENGINE_ABORT = "engine_abort"  # the same after tokens: the engine's answer, cut on purpose
     EMPTY = "empty_answer"  # a 200 without a token, a result or a reason
@@ -37,8 +37,8 @@ class Outcome(enum.Enum):
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
-    BROKEN = "broken"  # died, or ended with an error, after the client had bytes
-    GONE = "gone"  # probes found the server gone while we waited
+    TRUNCATED = "broken"  # died, or ended with an error, after the client had bytes
+    SERVER_DOWN = "gone"  # probes found the server gone while we waited
     SILENT = "silent"  # it was tried, and gave nothing to anybody: taken elsewhere
     OWN_FAULT = "own_fault"  # we ran out of descriptors or memory
     STOPPED = "stopped"  # the router is shutting down
@@ -53,7 +53,7 @@ ANSWERED, FULL = Outcome.ANSWERED, Outcome.FULL
 ten times as long as to find a name (CPython 3.11)."""
 
 
-class Again(enum.Enum):
+class RetryDecision(enum.Enum):
     """Where the next attempt may go."""
 
     NO = enum.auto()
@@ -63,178 +63,202 @@ class Again(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class OutcomeRule:
     """One row: does it count against the server, may it go elsewhere, what the client gets."""
 
-    blames: bool
-    again: Again
+    counts_against_server: bool
+    again: RetryDecision
     status: int = 502
     code: str = ""
     message: str = ""
 
 
-RULES: dict[Outcome, Rule] = {
-    Outcome.ANSWERED: Rule(False, Again.NO),
-    Outcome.REFUSED: Rule(
-        False, Again.ELSEWHERE, 502, "server_error", "The server refuses such requests."
+RULES: dict[Outcome, OutcomeRule] = {
+    Outcome.ANSWERED: OutcomeRule(False, RetryDecision.NO),
+    Outcome.REFUSED: OutcomeRule(
+        False, RetryDecision.ELSEWHERE, 502, "server_error", "The server refuses such requests."
     ),
-    Outcome.MISDIRECTED: Rule(
+    Outcome.MISDIRECTED: OutcomeRule(
         False,
-        Again.ELSEWHERE,
+        RetryDecision.ELSEWHERE,
         502,
         "server_misdirects",
         "The server answered with a redirect or a web page instead of an API's answer.",
     ),
-    Outcome.NO_MODEL: Rule(
-        False, Again.ELSEWHERE, 404, "model_not_found", "The server has no such model any more."
-    ),
-    Outcome.TOO_LONG: Rule(
+    Outcome.NO_MODEL: OutcomeRule(
         False,
-        Again.ELSEWHERE,
+        RetryDecision.ELSEWHERE,
+        404,
+        "model_not_found",
+        "The server has no such model any more.",
+    ),
+    Outcome.TOO_LONG: OutcomeRule(
+        False,
+        RetryDecision.ELSEWHERE,
         400,
         "server_error",
         "The request is too long for the context of the server's model.",
     ),
-    Outcome.FULL: Rule(False, Again.ELSEWHERE, 503, "server_busy", "The server is busy."),
-    Outcome.LIMITED: Rule(
-        False, Again.ELSEWHERE, 429, "rate_limited", "The server limits this key's requests."
+    Outcome.FULL: OutcomeRule(
+        False, RetryDecision.ELSEWHERE, 503, "server_busy", "The server is busy."
     ),
-    Outcome.SERVER_ERROR: Rule(
-        True, Again.IF_REPLAYABLE, 502, "server_error", "The server answered with an error."
+    Outcome.LIMITED: OutcomeRule(
+        False,
+        RetryDecision.ELSEWHERE,
+        429,
+        "rate_limited",
+        "The server limits this key's requests.",
     ),
-    Outcome.CONNECT_FAILED: Rule(
-        True, Again.ELSEWHERE, 503, "connect_failed", "No server for this model can be reached."
+    Outcome.SERVER_ERROR: OutcomeRule(
+        True, RetryDecision.IF_REPLAYABLE, 502, "server_error", "The server answered with an error."
     ),
-    Outcome.CONNECT_TIMEOUT: Rule(
+    Outcome.CONNECT_FAILED: OutcomeRule(
         True,
-        Again.ELSEWHERE,
+        RetryDecision.ELSEWHERE,
+        503,
+        "connect_failed",
+        "No server for this model can be reached.",
+    ),
+    Outcome.CONNECT_TIMEOUT: OutcomeRule(
+        True,
+        RetryDecision.ELSEWHERE,
         503,
         "connect_timeout",
         "No server for this model could be reached in time.",
     ),
-    Outcome.UNRESOLVED: Rule(
+    Outcome.UNRESOLVED: OutcomeRule(
         False,
-        Again.ELSEWHERE,
+        RetryDecision.ELSEWHERE,
         503,
         "name_not_resolved",
         "The name of no server for this model can be resolved.",
     ),
-    Outcome.STALE: Rule(
+    Outcome.STALE: OutcomeRule(
         False,
-        Again.SAME_SERVER,
+        RetryDecision.SAME_SERVER,
         502,
         "server_disconnected",
         "The server closed the connection before it answered.",
     ),
-    Outcome.LOST: Rule(
+    Outcome.CONNECTION_LOST: OutcomeRule(
         True,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_disconnected",
         "The server closed the connection before it answered.",
     ),
-    Outcome.INVALID: Rule(
+    Outcome.PROTOCOL_ERROR: OutcomeRule(
         True,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "invalid_answer",
         "The server's answer was not valid HTTP.",
     ),
-    Outcome.ABORTED: Rule(
+    Outcome.ABORTED: OutcomeRule(
         True,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_aborted",
         "The server aborted the request, as it does while stopping.",
     ),
-    Outcome.ENGINE_ABORT: Rule(False, Again.NO),
-    Outcome.EMPTY: Rule(
+    Outcome.ENGINE_ABORT: OutcomeRule(False, RetryDecision.NO),
+    Outcome.EMPTY: OutcomeRule(
         True,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "empty_answer",
         "The server answered 200 without any content.",
     ),
-    Outcome.UNFINISHED: Rule(
-        True, Again.IF_REPLAYABLE, 502, "unfinished_answer", "The server's answer is incomplete."
-    ),
-    Outcome.ERROR_EVENT: Rule(
+    Outcome.UNFINISHED: OutcomeRule(
         True,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
+        502,
+        "unfinished_answer",
+        "The server's answer is incomplete.",
+    ),
+    Outcome.ERROR_EVENT: OutcomeRule(
+        True,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_error",
         "The server reported an error instead of an answer.",
     ),
-    Outcome.NO_TOKENS: Rule(
-        False, Again.IF_REPLAYABLE, 502, "no_tokens", "The server generated no tokens."
+    Outcome.NO_TOKENS: OutcomeRule(
+        False, RetryDecision.IF_REPLAYABLE, 502, "no_tokens", "The server generated no tokens."
     ),
-    Outcome.UNCLEAR_ERROR: Rule(
+    Outcome.UNCLEAR_ERROR: OutcomeRule(
         False,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_error",
         "The server reported an error instead of an answer.",
     ),
-    Outcome.OPENED_LOST: Rule(
+    Outcome.OPENED_LOST: OutcomeRule(
         False,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_disconnected",
         "The server closed the connection before the first token.",
     ),
-    Outcome.FIRST_BYTE_TIMEOUT: Rule(
-        True, Again.NO, 504, "first_byte_timeout", "The server did not answer in time."
+    Outcome.FIRST_BYTE_TIMEOUT: OutcomeRule(
+        True, RetryDecision.NO, 504, "first_byte_timeout", "The server did not answer in time."
     ),
-    Outcome.IDLE_TIMEOUT: Rule(
-        True, Again.NO, 504, "idle_timeout", "The server stopped sending in mid-answer."
+    Outcome.IDLE_TIMEOUT: OutcomeRule(
+        True, RetryDecision.NO, 504, "idle_timeout", "The server stopped sending in mid-answer."
     ),
-    Outcome.TOTAL_TIMEOUT: Rule(
-        False, Again.NO, 504, "total_timeout", "The request took longer than allowed."
+    Outcome.TOTAL_TIMEOUT: OutcomeRule(
+        False, RetryDecision.NO, 504, "total_timeout", "The request took longer than allowed."
     ),
-    Outcome.BROKEN: Rule(
+    Outcome.TRUNCATED: OutcomeRule(
         True,
-        Again.NO,
+        RetryDecision.NO,
         502,
         "server_disconnected",
         "The server disconnected in mid-answer.",
     ),
-    Outcome.GONE: Rule(
+    Outcome.SERVER_DOWN: OutcomeRule(
         False,
-        Again.IF_REPLAYABLE,
+        RetryDecision.IF_REPLAYABLE,
         502,
         "server_gone",
         "The server went away while the request waited on it.",
     ),
-    Outcome.SILENT: Rule(
-        False, Again.IF_REPLAYABLE, 504, "first_byte_timeout", "The server did not answer in time."
+    Outcome.SILENT: OutcomeRule(
+        False,
+        RetryDecision.IF_REPLAYABLE,
+        504,
+        "first_byte_timeout",
+        "The server did not answer in time.",
     ),
-    Outcome.OWN_FAULT: Rule(
-        False, Again.NO, 503, "router_overloaded", "The router is out of resources."
+    Outcome.OWN_FAULT: OutcomeRule(
+        False, RetryDecision.NO, 503, "router_overloaded", "The router is out of resources."
     ),
-    Outcome.STOPPED: Rule(False, Again.NO, 503, "router_stopping", "The router is shutting down."),
-    Outcome.CLIENT_GONE: Rule(False, Again.NO),
+    Outcome.STOPPED: OutcomeRule(
+        False, RetryDecision.NO, 503, "router_stopping", "The router is shutting down."
+    ),
+    Outcome.CLIENT_GONE: OutcomeRule(False, RetryDecision.NO),
 }
 
 BREAKS_SERVERS = frozenset(
     {
         Outcome.SERVER_ERROR,
         Outcome.ERROR_EVENT,
-        Outcome.LOST,
-        Outcome.INVALID,
+        Outcome.CONNECTION_LOST,
+        Outcome.PROTOCOL_ERROR,
         Outcome.ABORTED,
-        Outcome.GONE,
+        Outcome.SERVER_DOWN,
     }
 )
 """Ends that a request itself may have caused; two of them make it quarantine."""
 
-KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.LOST, Outcome.GONE})
+KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.CONNECTION_LOST, Outcome.SERVER_DOWN})
 """Those of them after which the server may be dead: of what `quarantine.py` remembers."""
 
 DEADLY = frozenset(
     {
-        Outcome.LOST,
-        Outcome.BROKEN,
-        Outcome.GONE,
+        Outcome.CONNECTION_LOST,
+        Outcome.TRUNCATED,
+        Outcome.SERVER_DOWN,
         Outcome.CONNECT_FAILED,
         Outcome.CONNECT_TIMEOUT,
     }
@@ -260,8 +284,8 @@ UNREACHABLE = frozenset({Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcom
 COSTLESS = UNREACHABLE | {Outcome.FULL}
 """Ends that say nothing of the request, and after which no server has worked for it."""
 
-FAILURES = frozenset({outcome for outcome in Outcome if RULES[outcome].blames}) | {
-    Outcome.GONE,
+FAILURES = frozenset({outcome for outcome in Outcome if RULES[outcome].counts_against_server}) | {
+    Outcome.SERVER_DOWN,
     Outcome.UNRESOLVED,
 }
 """Ends after which a server is not surely well; see `failures.py`."""
@@ -328,7 +352,7 @@ class RetryContext:
 
 def decide(
     outcome: Outcome, standing: RetryContext, max_retries: int, budget: RetryBudget
-) -> Again:
+) -> RetryDecision:
     """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
 
     What is NOT_COMPUTED costs nothing. Neither an empty budget nor servers that could not be
@@ -336,23 +360,25 @@ def decide(
     that fails one request is not surely well any more.
     """
     again = RULES[outcome].again
-    if again is Again.SAME_SERVER:
+    if again is RetryDecision.SAME_SERVER:
         if standing.replayable and not standing.fresh_connection_tried:
-            return Again.SAME_SERVER
-        again = Again.IF_REPLAYABLE
-    if again is Again.NO or not standing.candidates_left:
-        return Again.NO
+            return RetryDecision.SAME_SERVER
+        again = RetryDecision.IF_REPLAYABLE
+    if again is RetryDecision.NO or not standing.candidates_left:
+        return RetryDecision.NO
     if standing.attempts > max_retries and not _may_go_on(standing, max_retries):
-        return Again.NO
-    if again is Again.IF_REPLAYABLE and not standing.replayable:
-        return Again.NO
+        return RetryDecision.NO
+    if again is RetryDecision.IF_REPLAYABLE and not standing.replayable:
+        return RetryDecision.NO
     if outcome in DOUBTFUL and standing.doubtful > 1:
-        return Again.NO
+        return RetryDecision.NO
     if standing.broken >= QUARANTINE_AFTER:
-        return Again.NO
+        return RetryDecision.NO
     if outcome in NOT_COMPUTED or budget.withdraw():
-        return Again.ELSEWHERE
-    return Again.ELSEWHERE if standing.well_left and outcome in FAILURES else Again.NO
+        return RetryDecision.ELSEWHERE
+    return (
+        RetryDecision.ELSEWHERE if standing.well_left and outcome in FAILURES else RetryDecision.NO
+    )
 
 
 def _may_go_on(standing: RetryContext, max_retries: int) -> bool:

@@ -93,7 +93,7 @@ def test_access_log_json_line_has_facts_of_exchange():
 
 
 def test_access_log_text_line_is_readable():
-    record = make_record(50.0, retries=[Outcome.LOST, Outcome.FULL], prompt_tokens=12)
+    record = make_record(50.0, retries=[Outcome.CONNECTION_LOST, Outcome.FULL], prompt_tokens=12)
     assert text_line(ended(record)) == (
         "1970-01-12T13:46:40.000Z INFO    access: POST /v1/chat/completions 200 answered model=m "
         "stream=yes attempts=0 retries=lost,full ttft=0.100 "
@@ -105,7 +105,7 @@ def test_access_log_text_line_is_readable():
 def test_access_log_text_line_has_fields_except_chunks_and_prefix():
     record = make_record(
         50.0,
-        retries=[Outcome.LOST],
+        retries=[Outcome.CONNECTION_LOST],
         attempts=2,
         code="c",
         served_model="served",
@@ -397,7 +397,9 @@ def logged(settings: LogSettings, **overrides: Any) -> list[str]:
     under_test.apply(settings)
     logging.getLogger("vllm_router.test").info("hello")
     under_test.access.exchange_ended(make_record(50.0))
-    under_test.access.exchange_ended(make_record(50.0, outcome=Outcome.BROKEN, phase=Phase.STREAM))
+    under_test.access.exchange_ended(
+        make_record(50.0, outcome=Outcome.TRUNCATED, phase=Phase.STREAM)
+    )
     under_test.close()
     return stream.getvalue().splitlines()
 

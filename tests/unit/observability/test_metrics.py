@@ -91,7 +91,7 @@ async def test_metrics_histograms_have_one_observation_per_request():
 
 async def test_metrics_empty_histograms_are_omitted():
     lab = Lab()
-    lab.ended(lab["a"], outcome=Outcome.LOST, status=502, first_byte_at=0.0)
+    lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502, first_byte_at=0.0)
     found = await samples(lab)
     assert pick(found, "requests_total") == 1
     assert not any(name.startswith("vllm_router_request_duration") for name, *_ in found)
@@ -126,7 +126,7 @@ async def test_metrics_request_refused_before_attempt_has_no_server():
 
 async def test_metrics_retries_have_reason_and_disconnects_phase():
     lab = Lab()
-    lab.ended(lab["a"], attempts=3, retries=[Outcome.LOST, Outcome.FULL])
+    lab.ended(lab["a"], attempts=3, retries=[Outcome.CONNECTION_LOST, Outcome.FULL])
     lab.ended(lab["a"], outcome=Outcome.CLIENT_GONE, phase=Phase.WAIT, status=0, first_byte_at=0.0)
     found = await samples(lab)
     assert pick(found, "retries_total", reason="lost") == 1
@@ -144,7 +144,7 @@ async def test_metrics_reasons_and_phases_exist_from_the_start():
 
 async def test_metrics_attempts_are_counted_by_outcome():
     lab = Lab()
-    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.LOST)
+    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.CONNECTION_LOST)
     await trio.lowlevel.checkpoint()  # recorders are called at the turn's end
     found = await samples(lab)
     assert pick(found, "attempts_total", server="a", outcome="lost") == 1
@@ -321,7 +321,7 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     file.write_text(TOML + tables)
     lab = Lab(file=file)
     await refused_as_full(lab)
-    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.LOST)
+    lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.CONNECTION_LOST)
     scraped = gauges(1, kv_usage=0.5, prefix_queries=9, prefix_hits=3)
     lab["a"].scraped(scraped, trio.current_time(), 0)
     lab.router.proxy.context.policies.default.leased(

@@ -161,7 +161,7 @@ async def test_exchange_client_disconnect_in_second_attempt_is_counted(autojump_
         await trio.sleep(0.1)
         (record,) = rig.recorder.records
         assert record.outcome is Outcome.CLIENT_GONE
-        assert record.retries == [Outcome.LOST]
+        assert record.retries == [Outcome.CONNECTION_LOST]
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -107,7 +107,7 @@ async def test_kept_connection_server_found_down_is_retried_elsewhere(autojump_c
         assert rig.down("a") == 1
         await trio.sleep(0.1)
         assert (client.got.status, client.got[b"x-vllm-router-server"]) == (200, b"b")
-        assert rig.recorder.outcomes[-2:] == [Outcome.GONE, Outcome.ANSWERED]
+        assert rig.recorder.outcomes[-2:] == [Outcome.SERVER_DOWN, Outcome.ANSWERED]
 
 
 async def test_kept_connection_stop_ends_wait_with_503(autojump_clock):
@@ -138,9 +138,9 @@ async def test_kept_connection_client_disconnect_frees_server_at_once(autojump_c
     [
         (say(answer(500, b"{}")), Outcome.SERVER_ERROR),
         (say(ABORT), Outcome.ABORTED),
-        (say(b"nonsense\r\n\r\n"), Outcome.INVALID),
-        (say(b"HTTP/1.1 200 OK\r\n", end=True), Outcome.INVALID),
-        (say(ok(b"x" * 100)[:-50], end=True), Outcome.LOST),
+        (say(b"nonsense\r\n\r\n"), Outcome.PROTOCOL_ERROR),
+        (say(b"HTTP/1.1 200 OK\r\n", end=True), Outcome.PROTOCOL_ERROR),
+        (say(ok(b"x" * 100)[:-50], end=True), Outcome.CONNECTION_LOST),
         (say(answer(503, b'{"error":{"message":"busy"}}')), Outcome.FULL),
     ],
 )

@@ -280,14 +280,17 @@ SENT_AND_FAILED: dict[str, tuple[Script, Outcome]] = {
     "500": (answering(answer(500, b"{}")), Outcome.SERVER_ERROR),
     "502": (answering(answer(502, b"")), Outcome.SERVER_ERROR),
     "504": (answering(answer(504, b"{}")), Outcome.SERVER_ERROR),
-    "closed": (once(), Outcome.LOST),
-    "reset": (reset, Outcome.LOST),
-    "half a head": (HALF_HEAD, Outcome.INVALID),
-    "half a body": (HALF_BODY, Outcome.LOST),
-    "no HTTP": (NOT_HTTP, Outcome.INVALID),
+    "closed": (once(), Outcome.CONNECTION_LOST),
+    "reset": (reset, Outcome.CONNECTION_LOST),
+    "half a head": (HALF_HEAD, Outcome.PROTOCOL_ERROR),
+    "half a body": (HALF_BODY, Outcome.CONNECTION_LOST),
+    "no HTTP": (NOT_HTTP, Outcome.PROTOCOL_ERROR),
     "aborted": (answering(ABORT), Outcome.ABORTED),
-    "stream without a byte": (once(sse_head()), Outcome.LOST),
-    "stream cut in its first event": (once(sse_head() + chunk(b"data: {")), Outcome.LOST),
+    "stream without a byte": (once(sse_head()), Outcome.CONNECTION_LOST),
+    "stream cut in its first event": (
+        once(sse_head() + chunk(b"data: {")),
+        Outcome.CONNECTION_LOST,
+    ),
 }
 
 
@@ -322,7 +325,7 @@ async def test_exchange_failure_of_unrepeatable_request_is_not_retried(autojump_
         else:
             got = await rig.post()
         assert rig.recorder.attempts == [("a", outcome)]
-        assert failures(rig, "a") == (0 if outcome is Outcome.INVALID else 1)
+        assert failures(rig, "a") == (0 if outcome is Outcome.PROTOCOL_ERROR else 1)
         if outcome is Outcome.SERVER_ERROR:
             assert str(got.status) == case
             assert b"x-vllm-router-error" not in dict(got.headers)
@@ -431,7 +434,7 @@ async def test_exchange_total_timeout_bounds_all_attempts_uncounted(autojump_clo
         rig.prefer("a")
         got = await rig.post()
         assert (got.status, got.code, got.took) == (504, "total_timeout", pytest.approx(10.0))
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.TOTAL_TIMEOUT]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.TOTAL_TIMEOUT]
         assert failures(rig, "b") == 0
 
 
@@ -493,7 +496,7 @@ async def test_exchange_that_crashed_two_kept_servers_goes_to_no_third(autojump_
         got = await rig.post()
         assert (got.status, got.code) == (502, "server_disconnected")
         assert sum(scripted.refuses for scripted in rig.scripted.values()) == 2
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.LOST]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
 
 
 def body(number: int) -> dict:
@@ -625,7 +628,7 @@ async def test_exchange_waiting_on_server_put_to_sleep_is_retried(autojump_clock
         rig.proxy.tick(a, trio.current_time())
         await trio.sleep(0.1)
         assert (client.got.status, client.got[b"x-vllm-router-server"]) == (200, b"b")
-        assert rig.recorder.outcomes == [Outcome.GONE, Outcome.ANSWERED]
+        assert rig.recorder.outcomes == [Outcome.SERVER_DOWN, Outcome.ANSWERED]
         assert failures(rig, "a") == 0
 
 

@@ -227,7 +227,7 @@ async def test_reports_two_servers_put_to_sleep_cause_no_quarantine(autojump_clo
             rig.proxy.tick(server, trio.current_time())
             await trio.sleep(0.5)
         assert client.done
-        assert rig.recorder.outcomes[:2] == [Outcome.GONE, Outcome.GONE]
+        assert rig.recorder.outcomes[:2] == [Outcome.SERVER_DOWN, Outcome.SERVER_DOWN]
         got = await rig.post({"model": "m", "user": "sleepy"})
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"c")
 

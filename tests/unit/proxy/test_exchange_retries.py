@@ -164,7 +164,7 @@ async def test_retry_crashing_request_over_closed_connections_reaches_two_server
         await trio.sleep(2)
         got = await rig.post({"model": "m", "user": "killer"})
         assert (got.status, len(machines.dead)) == (502, 2)
-        assert rig.recorder.outcomes[-2:] == [Outcome.LOST, Outcome.LOST]
+        assert rig.recorder.outcomes[-2:] == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
 
 
 # -- the evidence -------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ async def test_misdirected_response_to_one_request_ejects_no_server(autojump_clo
     async with lab(script, script, script) as rig:
         for _ in range(12):
             assert (await rig.post(b'{"model":"m","p":"odd"}')).status == 502
-        assert rig.recorder.outcomes[0] is Outcome.INVALID
+        assert rig.recorder.outcomes[0] is Outcome.PROTOCOL_ERROR
         assert [failures(rig, name) for name in "abc"] == [0, 0, 0]
 
 

@@ -83,7 +83,7 @@ async def test_stream_server_crash_after_head_is_retried(autojump_clock):
         got = await rig.stream()
         assert (got.status, got.whole) == (200, True)
         assert got[b"x-vllm-router-server"] == b"b"
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.ANSWERED]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.ANSWERED]
 
 
 async def test_stream_head_goes_to_client_after_two_seconds_uncommitted(autojump_clock):
@@ -104,7 +104,7 @@ async def test_stream_head_goes_to_client_after_two_seconds_uncommitted(autojump
         await trio.sleep(4)
         assert client.got.body == RETRIED + HELLO + event("", "stop") + DONE
         assert client.got.whole
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.ANSWERED]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.ANSWERED]
 
 
 async def test_stream_comments_pass_at_once_and_stream_is_retried(autojump_clock):
@@ -125,7 +125,7 @@ async def test_stream_comments_pass_at_once_and_stream_is_retried(autojump_clock
         await trio.sleep(31)
         assert client.got.body == COMMENT * 2 + RETRIED + HELLO + event("", "stop") + DONE
         assert client.got.whole
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.ANSWERED]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.ANSWERED]
 
 
 async def test_stream_first_byte_time_is_first_output(autojump_clock):
@@ -156,7 +156,7 @@ async def test_stream_head_sent_and_no_server_left_ends_with_error_event(autojum
         assert last_event(got.body)["error"]["code"] == "server_disconnected"
         assert not got.whole
         assert rig.recorder.last.code == "server_disconnected"
-        assert rig.recorder.outcomes == [Outcome.LOST, Outcome.LOST]
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
 
 
 async def test_stream_head_sent_and_other_server_rejects_passes_reason(autojump_clock):
@@ -299,7 +299,7 @@ async def test_stream_crash_adds_one_error_event_and_no_end(autojump_clock, path
         assert code_in(last_event(got.body)) == "server_disconnected"
         assert DONE not in got.body
         assert not got.whole
-        assert rig.recorder.attempts == [("a", Outcome.BROKEN)]
+        assert rig.recorder.attempts == [("a", Outcome.TRUNCATED)]
         assert rig.recorder.last.code == "server_disconnected"
         assert failures(rig) == 1
 
@@ -320,7 +320,7 @@ async def test_stream_broken_framing_ends_as_truncated(autojump_clock, garbage):
         got = await rig.stream()
         assert last_event(got.body)["error"]["code"] == "server_disconnected"
         assert not got.whole
-        assert rig.recorder.outcomes == [Outcome.BROKEN]
+        assert rig.recorder.outcomes == [Outcome.TRUNCATED]
 
 
 async def test_json_that_breaks_after_beginning_is_cut_short(autojump_clock):
@@ -329,7 +329,7 @@ async def test_json_that_breaks_after_beginning_is_cut_short(autojump_clock):
         assert (got.status, got.whole) == (200, False)
         assert set(got.body) == set(b"x")
         assert len(got.body) == 999_999
-        assert rig.recorder.outcomes == [Outcome.BROKEN]
+        assert rig.recorder.outcomes == [Outcome.TRUNCATED]
 
 
 async def test_stream_with_length_is_reframed_to_show_truncation(autojump_clock):
@@ -367,7 +367,7 @@ async def test_stream_with_error_event_after_tokens_passes_and_counts(autojump_c
         got = await rig.stream()
         assert got.body == HELLO + ERROR % 500 + DONE
         assert got.whole
-        assert rig.recorder.attempts == [("a", Outcome.BROKEN)]
+        assert rig.recorder.attempts == [("a", Outcome.TRUNCATED)]
         assert failures(rig) == 1
 
 
@@ -489,7 +489,7 @@ async def test_silent_exchange_on_down_server_is_retried(autojump_clock, watched
         await trio.sleep(0.1)
         assert client.got[b"x-vllm-router-server"] == b"b"
         assert client.got.whole
-        assert rig.recorder.outcomes == [Outcome.GONE, Outcome.ANSWERED]
+        assert rig.recorder.outcomes == [Outcome.SERVER_DOWN, Outcome.ANSWERED]
         assert failures(rig) == 0
 
 

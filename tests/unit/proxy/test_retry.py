@@ -11,15 +11,15 @@ from vllm_router.proxy.retry import (
     DOUBTFUL,
     NOT_COMPUTED,
     RULES,
-    Again,
     Outcome,
     RetryBudget,
     RetryContext,
+    RetryDecision,
     classify_status,
     decide,
 )
 
-NO, SAME, ELSEWHERE = Again.NO, Again.SAME_SERVER, Again.ELSEWHERE
+NO, SAME, ELSEWHERE = RetryDecision.NO, RetryDecision.SAME_SERVER, RetryDecision.ELSEWHERE
 
 
 def standing(**changes) -> RetryContext:
@@ -27,7 +27,9 @@ def standing(**changes) -> RetryContext:
     return RetryContext(**{**values, **changes})
 
 
-def after(outcome: Outcome, *, max_retries: int = 3, tokens: float = 10.0, **changes) -> Again:
+def after(
+    outcome: Outcome, *, max_retries: int = 3, tokens: float = 10.0, **changes
+) -> RetryDecision:
     budget = RetryBudget()
     budget.depth = tokens
     return decide(outcome, standing(**changes), max_retries, budget)
@@ -37,15 +39,15 @@ BLAMED = {
     Outcome.SERVER_ERROR,
     Outcome.CONNECT_FAILED,
     Outcome.CONNECT_TIMEOUT,
-    Outcome.LOST,
-    Outcome.INVALID,
+    Outcome.CONNECTION_LOST,
+    Outcome.PROTOCOL_ERROR,
     Outcome.ABORTED,
     Outcome.EMPTY,
     Outcome.UNFINISHED,
     Outcome.ERROR_EVENT,
     Outcome.FIRST_BYTE_TIMEOUT,
     Outcome.IDLE_TIMEOUT,
-    Outcome.BROKEN,
+    Outcome.TRUNCATED,
 }
 
 ELSEWHERE_AFTER = {
@@ -60,13 +62,13 @@ ELSEWHERE_AFTER = {
     Outcome.CONNECT_FAILED,
     Outcome.CONNECT_TIMEOUT,
     Outcome.UNRESOLVED,
-    Outcome.LOST,
-    Outcome.INVALID,
+    Outcome.CONNECTION_LOST,
+    Outcome.PROTOCOL_ERROR,
     Outcome.ABORTED,
     Outcome.EMPTY,
     Outcome.UNFINISHED,
     Outcome.ERROR_EVENT,
-    Outcome.GONE,
+    Outcome.SERVER_DOWN,
     *DOUBTFUL,
 }
 
@@ -76,7 +78,7 @@ UNSENT = {Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.UNRESOLVED}
 
 @pytest.mark.parametrize("outcome", list(Outcome))
 def test_retry_rules_every_outcome_says_what_it_counts_against(outcome):
-    assert RULES[outcome].blames is (outcome in BLAMED)
+    assert RULES[outcome].counts_against_server is (outcome in BLAMED)
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
@@ -117,7 +119,7 @@ def test_decide_after_a_second_doubtful_answer_asks_no_third_server():
     for outcome in DOUBTFUL:
         assert after(outcome, doubtful=1) is ELSEWHERE
         assert after(outcome, doubtful=2) is NO
-    assert after(Outcome.LOST, doubtful=2) is ELSEWHERE
+    assert after(Outcome.CONNECTION_LOST, doubtful=2) is ELSEWHERE
 
 
 def test_classify_status_gateways_codes_are_server_errors():
@@ -131,7 +133,7 @@ def test_classify_status_gateways_codes_are_server_errors():
 
 
 def test_decide_request_on_two_servers_going_down_counts_as_crashing():
-    assert Outcome.GONE in BREAKS_SERVERS
+    assert Outcome.SERVER_DOWN in BREAKS_SERVERS
     assert Outcome.FULL not in BREAKS_SERVERS
     assert Outcome.CONNECT_FAILED not in BREAKS_SERVERS
 
@@ -147,9 +149,9 @@ def test_budget_pays_for_retries_but_not_for_busy():
 def test_budget_pays_only_for_retries_that_happen():
     budget = RetryBudget()
     for changes in ({"candidates_left": False}, {"attempts": 9}, {"replayable": False}):
-        decide(Outcome.LOST, standing(**changes), 3, budget)
+        decide(Outcome.CONNECTION_LOST, standing(**changes), 3, budget)
     assert budget.tokens == 10.0
-    decide(Outcome.LOST, standing(), 3, budget)
+    decide(Outcome.CONNECTION_LOST, standing(), 3, budget)
     assert budget.tokens == 9.0
 
 
@@ -244,6 +246,6 @@ def test_classify_status_returns_outcome(status, has_body, outcome):
 def test_classify_status_429_for_client_key_is_not_servers():
     assert classify_status(429, True, own_key=True) is Outcome.LIMITED
     assert classify_status(503, True, own_key=True) is Outcome.FULL
-    assert not RULES[Outcome.LIMITED].blames
+    assert not RULES[Outcome.LIMITED].counts_against_server
     assert after(Outcome.LIMITED, tokens=1.0) is ELSEWHERE
     assert after(Outcome.LIMITED, tokens=0.0) is NO

@@ -112,8 +112,8 @@ async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, 
 async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock, lab):
     for _ in range(20):
         lab.ended(lab["a"])
-        lab.router.proxy.context.recorder.attempt_ended(lab["b"], Outcome.LOST)
-        lab.ended(lab["b"], outcome=Outcome.BROKEN, phase=Phase.STREAM)
+        lab.router.proxy.context.recorder.attempt_ended(lab["b"], Outcome.CONNECTION_LOST)
+        lab.ended(lab["b"], outcome=Outcome.TRUNCATED, phase=Phase.STREAM)
         await trio.sleep(0.5)
     snapshot = await Client(lab).next_of(schema.Snapshot)
     a, b = snapshot.servers
@@ -267,10 +267,15 @@ async def test_feed_refused_reload_has_event_with_problems(autojump_clock, nurse
 
 async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock, lab):
     client = Client(lab)
-    failed = {"outcome": Outcome.LOST, "status": 502, "code": "server_disconnected", "attempts": 2}
+    failed = {
+        "outcome": Outcome.CONNECTION_LOST,
+        "status": 502,
+        "code": "server_disconnected",
+        "attempts": 2,
+    }
     await trio.sleep(1.2)
     for _ in range(50):
-        lab.ended(lab["a"], retries=[Outcome.LOST], first_byte_at=0.0, **failed)
+        lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], first_byte_at=0.0, **failed)
     for _ in range(EXHAUSTED_PER_SECOND):
         event = await client.next_of(schema.Event)
         assert event.kind == "retries_exhausted"
@@ -280,8 +285,8 @@ async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock
 
 
 async def test_feed_request_saved_by_retry_has_no_event(autojump_clock, lab):
-    lab.ended(lab["a"], retries=[Outcome.LOST], attempts=2)
-    lab.ended(lab["a"], outcome=Outcome.LOST, status=502)
+    lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
+    lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502)
     hello = await Client(lab).next()
     assert {event.kind for event in hello.events} == {"state"}
 

@@ -309,7 +309,7 @@ async def test_explain_changes_nothing():
 async def test_decisions_are_last_exchanges_newest_first():
     lab = Lab()
     lab.ended(lab["a"], request_id=b"first")
-    lab.ended(lab["b"], request_id=b"second", attempts=2, retries=[Outcome.LOST])
+    lab.ended(lab["b"], request_id=b"second", attempts=2, retries=[Outcome.CONNECTION_LOST])
     newest, oldest = (await lab.get("/decisions")).json["decisions"]
     assert oldest["request_id"] == "first"
     assert newest["request_id"] == "second"
