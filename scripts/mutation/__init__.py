@@ -1,1 +1,1 @@
-"""A small mutation tester for the modules that decide; see scripts/mutants."""
+"""A small mutation tester for the decision modules; see scripts/mutants."""

@@ -146,7 +146,7 @@ class Run:
     def _lines(
         self, mutant: Mutant, module: str, mapped: dict[str, Mapped]
     ) -> set[tuple[str, int]]:
-        """The lines whose tests may see the mutant: its own, or those that name its constant."""
+        """The lines whose tests may see the mutant: its own lines, or uses of its constant."""
         if mutant.function:
             return {(module, mutant.line)}
         places = set()
@@ -162,7 +162,7 @@ def choose(
     items: dict[str, pytest.Item],
     lines: set[tuple[str, int]],
 ) -> list[pytest.Item]:
-    """The tests that run one of the lines: of each file in turn, those that run the least first."""
+    """The tests that run one of the lines: alternating between files, the narrowest tests first."""
     by_file: dict[str, list[tuple[int, str]]] = {}
     for nodeid, test in mapped.items():
         if nodeid in items and any(
@@ -185,7 +185,7 @@ def name_of(mutant: Mutant, module: str) -> str:
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
-    """The mutants that change nothing a test could see, with the reason."""
+    """The equivalent mutants, which no test could see, with the reason."""
     listed: Iterable[dict[str, str]] = tomllib.loads(EQUIVALENTS.read_text()).get("mutant", [])
     return {(one["function"], one["before"], one["after"]): one["reason"] for one in listed}
 

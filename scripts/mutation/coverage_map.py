@@ -1,7 +1,7 @@
-"""Which tests run which lines of the modules that decide, and how long they take.
+"""Maps tests to the lines of the decision modules that they run, and to their durations.
 
-Kept in a file; the tests of a file are mapped again when it has changed, and all of them when one
-of the modules or a file that tests share has.
+The map is kept in a file; a test file is mapped again when it has changed, and all of them when one
+of the modules or of the shared test files has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Mapped:
 
 
 class CoverageMap:
-    """`tests` are those of `items`, by node id."""
+    """`tests` maps the node ids of `items`."""
 
     def __init__(self, kept: Path, root: Path, modules: Iterable[Path]) -> None:
         self._kept = kept
@@ -48,7 +48,9 @@ class CoverageMap:
         for item in items:
             by_file[item.path].append(item)
         hashes = {str(path.relative_to(self._root)): _hash([path]) for path in by_file}
-        fresh = {name for name, told in hashes.items() if stored.get(name, {}).get("hash") == told}
+        fresh = {
+            name for name, digest in hashes.items() if stored.get(name, {}).get("hash") == digest
+        }
         for name in fresh:
             for nodeid, test in stored[name]["tests"].items():
                 self.tests[nodeid] = Mapped(**test)

@@ -1,4 +1,4 @@
-"""The modules that decide: where a request goes, what an end means, what is let in."""
+"""The decision modules: routing, retries, outcomes, admission."""
 
 DECIDING = (
     "vllm_router/proxy/retry.py",

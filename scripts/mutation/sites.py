@@ -132,7 +132,7 @@ def _follow(node: ast.AST, route: Route) -> ast.AST:
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What the node may become."""
+    """The possible replacements of the node."""
     if isinstance(node, ast.expr):
         yield from _changed_expressions(node)
     elif isinstance(node, ast.If | ast.While):
@@ -231,7 +231,7 @@ def _rebuilt(node: ast.AST, route: Route, changed: ast.AST) -> ast.AST:
 
 
 def _difference(statement: ast.stmt, route: Route, changed: ast.AST) -> tuple[str, str, int]:
-    """The line of text that changes, before and after, and its number."""
+    """The changed line of text, before and after, and its number."""
     node: ast.AST = statement
     inner: ast.stmt = statement
     depth = 0
@@ -250,7 +250,7 @@ def _difference(statement: ast.stmt, route: Route, changed: ast.AST) -> tuple[st
 
 
 def _shortened(before: str, after: str) -> tuple[str, str]:
-    """Both lines around the place where they begin to differ, if they are long."""
+    """Both lines, shortened to the place where they begin to differ."""
     if max(len(before), len(after)) <= LONGEST:
         return before, after
     same = next(

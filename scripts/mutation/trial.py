@@ -38,7 +38,7 @@ class Originals:
 
 
 def apply(mutant: Mutant, originals: Originals, module_name: str) -> bool:
-    """Change this process. False if it cannot be changed so."""
+    """Change this process. False if that is impossible."""
     if not mutant.function:
         return _replace_constant(mutant, module_name)
     whole = compile(mutant.tree, str(mutant.path), "exec", dont_inherit=True)
@@ -96,7 +96,7 @@ def try_mutant(
     tests: Sequence[pytest.Item],
     limit: float,
 ) -> tuple[str, str]:
-    """Run the tests against the mutant: "killed", "survived", "unclear", and what killed it."""
+    """Run the tests against the mutant: "killed", "survived" or "unclear", and the killing test."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -117,8 +117,8 @@ def try_mutant(
     if not ended:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    with os.fdopen(reader, "rb") as told:
-        killer = told.read().decode()
+    with os.fdopen(reader, "rb") as pipe:
+        killer = pipe.read().decode()
     if not ended:
         return "killed", "took too long"
     code = os.waitstatus_to_exitcode(status)

@@ -53,7 +53,7 @@ BUSY_WORDS = """
         for word in words.split()
     ],
 )
-def test_fault_of_error_type_in_any_spelling(word, fault):
+def test_fault_of_error_type_in_any_spelling_is_known(word, fault):
     for name in ("type", "code"):
         assert fault_of({"error": {"message": "m", name: word}}) is fault
         assert fault_of({"error": {"message": "m", name: word.upper().replace("_", "-")}}) is fault
@@ -80,7 +80,7 @@ def test_fault_of_error_type_in_any_spelling(word, fault):
         ([500], Fault.UNCLEAR),
     ],
 )
-def test_fault_of_number(code, fault):
+def test_fault_of_numeric_code_is_known(code, fault):
     for name in ("code", "status", "status_code", "http_status", "http_status_code"):
         assert fault_of({"error": {"message": "m", name: code}}) is fault
 
@@ -117,21 +117,21 @@ def test_read_ending_decodes_the_last_eight_events(behind, verdict):
 # -- openings -----------------------------------------------------------------------------------
 
 
-def test_opening_end_marker_decides_without_waiting_for_the_connection():
+def test_opening_end_marker_decides_before_connection_ends():
     opening = Opening(Api.CHAT)
     assert opening.feed(ROLE) is Verdict.WAIT
     assert opening.feed(event("", "stop")) is Verdict.WAIT
     assert opening.feed(END) is Verdict.NO_TOKENS
 
 
-def test_opening_abort_decides_without_waiting_for_the_end_marker():
+def test_opening_abort_decides_before_end_marker():
     opening = Opening(Api.CHAT)
     assert opening.feed(ROLE) is Verdict.WAIT
     assert opening.feed(event("", "abort")) is Verdict.ABORTED
 
 
 @pytest.mark.parametrize("cut", range(1, len(ROLE)))
-def test_opening_holds_bytes_in_the_order_in_which_they_came(cut):
+def test_opening_holds_bytes_in_order_of_arrival(cut):
     opening = Opening(Api.CHAT)
     data = ROLE + HELLO
     assert opening.feed(data[:cut]) is Verdict.WAIT
@@ -140,7 +140,7 @@ def test_opening_holds_bytes_in_the_order_in_which_they_came(cut):
     assert opening.held == data
 
 
-def test_opening_size_is_that_of_what_is_held():
+def test_opening_size_counts_held_bytes():
     opening = Opening(Api.CHAT)
     opening.feed(b": comment\n\n" + ROLE)
     assert opening.size == len(b": comment\n\n" + ROLE)
@@ -148,7 +148,7 @@ def test_opening_size_is_that_of_what_is_held():
     assert opening.size == len(ROLE) == len(opening.held)
 
 
-def test_block_reader_is_empty_between_blocks_alone():
+def test_block_reader_is_empty_only_between_blocks():
     reader = BlockReader()
     assert reader.empty is True
     list(reader.feed(b"data: x"))

@@ -21,14 +21,14 @@ def suspects(
     return [server.name for server in failures.suspect(ends, key, fleet)]
 
 
-def test_server_that_failed_this_request_alone_is_suspect():
+def test_failures_suspect_server_that_failed_this_request_only():
     failures, fleet = Failures(), servers()
     failures.note(fleet[0], MINE, 6.0, deadly=False)
     assert suspects(failures, fleet, End(fleet[0], 5.0, 6.0, deadly=False)) == ["a"]
 
 
 @pytest.mark.parametrize(("sent_at", "expected"), [(1.5, ["a"]), (2.0, ["a"]), (2.5, [])])
-def test_server_that_failed_another_request_before_is_not_suspect(sent_at, expected):
+def test_failures_suspect_excludes_server_that_failed_another_before(sent_at, expected):
     """The first failure of another request counts, not the latest one."""
     failures, fleet = Failures(), servers()
     for key, now in ((MINE, 1.0), (OTHER, 2.0), (THIRD, 5.0), (MINE, 6.0)):
@@ -53,14 +53,14 @@ def test_failures_before_a_sign_of_life_are_forgotten():
     ("apart", "expected"),
     [(-1.5, ["a"]), (-SAME_MOMENT, []), (0.0, []), (SAME_MOMENT, []), (1.5, ["a"])],
 )
-def test_server_that_failed_together_with_another_is_not_suspect(apart, expected):
+def test_failures_suspect_excludes_servers_failing_together(apart, expected):
     failures, fleet = Failures(), servers()
     failures.note(fleet[0], MINE, 10.0, deadly=False)
     failures.note(fleet[1], OTHER, 10.0 + apart, deadly=False)
     assert suspects(failures, fleet, End(fleet[0], 9.0, 10.0, deadly=False)) == expected
 
 
-def test_other_server_with_an_equal_request_proves_nothing_unless_it_is_known_good():
+def test_failures_suspect_equal_request_elsewhere_needs_known_good_server():
     failures, fleet = Failures(), servers()
     failures.note(fleet[0], MINE, 10.0, deadly=False)
     failures.note(fleet[1], MINE, 10.0, deadly=False)
@@ -69,7 +69,7 @@ def test_other_server_with_an_equal_request_proves_nothing_unless_it_is_known_go
     assert suspects(failures, fleet, end, key=None) == []
 
 
-def test_servers_of_the_request_itself_do_not_explain_each_other():
+def test_failures_suspect_own_servers_do_not_explain_each_other():
     failures, fleet = Failures(), servers()
     ends = [End(server, 9.0, 10.0, deadly=False) for server in fleet[:2]]
     for end in ends:
@@ -77,7 +77,7 @@ def test_servers_of_the_request_itself_do_not_explain_each_other():
     assert suspects(failures, fleet, *ends) == ["a", "b"]
 
 
-def test_deaths_are_explained_by_deaths_alone():
+def test_failures_suspect_crashes_are_explained_by_crashes_only():
     failures, fleet = Failures(), servers()
     failures.note(fleet[0], MINE, 10.0, deadly=True)
     failures.note(fleet[1], OTHER, 10.0, deadly=False)
@@ -88,13 +88,13 @@ def test_deaths_are_explained_by_deaths_alone():
 
 
 @pytest.mark.parametrize(("deadly", "expected"), [(True, []), (False, ["a"])])
-def test_death_is_explained_by_another_server_that_went_down_then(deadly, expected):
+def test_failures_suspect_crash_is_explained_by_other_server_going_down(deadly, expected):
     failures, fleet = Failures(), servers()
     go_down(fleet[1], 10.5)
     assert suspects(failures, fleet, End(fleet[0], 9.0, 10.0, deadly=deadly)) == expected
 
 
-def test_server_is_free_of_failures_after_a_time():
+def test_failures_expire_after_a_time():
     failures, fleet = Failures(), servers()
     assert failures.is_free(fleet[0], 0.0)
     failures.note(fleet[0], MINE, 10.0, deadly=True)

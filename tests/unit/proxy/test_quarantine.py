@@ -148,7 +148,7 @@ def test_quarantine_long_answered_bodies_are_not_kept_in_memory():
     assert KEPT_BYTES == 16_384
 
 
-def test_crash_at_the_moment_of_the_failure_counts():
+def test_quarantine_crash_at_the_moment_of_failure_counts():
     (server,) = make_fleet(1).servers.values()
     go_down(server, 10.0)
     while not server.active_health.up:
