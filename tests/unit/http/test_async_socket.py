@@ -117,7 +117,7 @@ async def test_socket_write_waits_for_peer_that_does_not_read():
     with pair() as (wire, peer):
         whole = b"x" * 10_000_000
         wire.write(whole)
-        assert wire.send_pending
+        assert wire.unsent
         wire.write(b"end")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wire.drain)
@@ -128,7 +128,7 @@ async def test_socket_write_waits_for_peer_that_does_not_read():
                     await trio.lowlevel.wait_readable(peer)
                     got += received(peer)
         assert got == whole + b"end"
-        assert not wire.send_pending
+        assert not wire.unsent
 
 
 async def test_socket_rest_is_sent_without_a_waiting_task():
@@ -140,7 +140,7 @@ async def test_socket_rest_is_sent_without_a_waiting_task():
                 await trio.lowlevel.wait_readable(peer)
                 got += len(received(peer))
         await trio.testing.wait_all_tasks_blocked()
-        assert not wire.send_pending
+        assert not wire.unsent
 
 
 async def test_socket_failed_write_is_reported_and_wakes_waiter():

@@ -23,12 +23,14 @@ class AsyncSocket(Protocol):
 
     `ended` is true once the peer has closed its side, even while unread bytes precede the end.
     `broken` is true once a write has failed: nothing can be sent any more. After either change
-    `on_hangup` is called, between tasks.
+    `on_hangup` is called, between tasks. `unsent` holds written bytes that the kernel has not
+    accepted: await `drain`.
     """
 
     sock: socket.socket
     ended: bool
     broken: bool
+    unsent: bytes
     on_hangup: Callable[[], None] | None
 
     def detach(self) -> None:
@@ -64,11 +66,6 @@ class AsyncSocket(Protocol):
 
     def interrupt(self) -> bool:
         """End the current read with Interrupted; False if no task waits for input."""
-        ...
-
-    @property
-    def send_pending(self) -> bool:
-        """Whether the kernel has not accepted all written bytes yet: see `drain`."""
         ...
 
     def write(self, data: bytes) -> None:

@@ -52,7 +52,6 @@ class HubSocket:
         "_ready",
         "_take",
         "_trap",
-        "_unsent",
         "_verify_silence",
         "_writer",
         "broken",
@@ -60,6 +59,7 @@ class HubSocket:
         "fileno",
         "on_hangup",
         "sock",
+        "unsent",
     )
 
     def __init__(self, sock: socket.socket, on_hangup: Callable[[], None] | None = None) -> None:
@@ -76,7 +76,7 @@ class HubSocket:
         self._error: Exception | None = None
         # Buffered writes, bytes the kernel has not accepted, and the task in `drain`.
         self._out: list[bytes] = []
-        self._unsent = b""
+        self.unsent = b""
         self._verify_silence = False
         self._writer: trio.lowlevel.Task | None = None
         self._hub = hub = EventLoopHub.of_this_run()
@@ -178,10 +178,6 @@ class HubSocket:
 
     # -- writing ------------------------------------------------------------------------------
 
-    @property
-    def send_pending(self) -> bool:
-        return bool(self._unsent)
-
     def write(self, data: bytes) -> None:
         out = self._out
         if not out:
@@ -200,8 +196,8 @@ class HubSocket:
             return
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
-        if self._unsent:
-            self._unsent += data
+        if self.unsent:
+            self.unsent += data
         elif not self.broken:
             self._send(data)
 
@@ -217,10 +213,10 @@ class HubSocket:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._unsent = b""
+            self.unsent = b""
             self._break()
             return
-        self._unsent = b"" if sent == len(data) else data[sent:]
+        self.unsent = b"" if sent == len(data) else data[sent:]
 
     def _break(self) -> None:
         self.broken = self._ready = True
@@ -228,7 +224,7 @@ class HubSocket:
 
     async def drain(self) -> None:
         self.flush()
-        while self._unsent and not self.broken:
+        while self.unsent and not self.broken:
             self._writer = current_task()
             await wait_task_rescheduled(self._abort_drain)
 
@@ -239,8 +235,8 @@ class HubSocket:
     # -- called by the hub, between tasks -----------------------------------------------------
 
     def on_events(self, events: int) -> None:
-        if events & _OUT and self._unsent:
-            self._send(self._unsent)
+        if events & _OUT and self.unsent:
+            self._send(self.unsent)
             self._wake_writer()
         if events & _ENDED and not self.ended:
             self.ended = self._ready = True
@@ -269,6 +265,6 @@ class HubSocket:
         reschedule(reader, _MORE if more else _NO_MORE)
 
     def _wake_writer(self) -> None:
-        if self._writer is not None and (self.broken or not self._unsent):
+        if self._writer is not None and (self.broken or not self.unsent):
             task, self._writer = self._writer, None
             reschedule(task)

@@ -29,7 +29,7 @@ class TrioSocket:
         self._reading: trio.CancelScope | None = None
         self._interrupted = False
         self._error: Exception | None = None
-        self._unsent = b""
+        self.unsent = b""
         self._sent = trio.Event()
         self._background: set[trio.CancelScope] = set()
         self._detached = False
@@ -119,13 +119,9 @@ class TrioSocket:
 
     # -- writing ------------------------------------------------------------------------------
 
-    @property
-    def send_pending(self) -> bool:
-        return bool(self._unsent)
-
     def write(self, data: bytes) -> None:
-        if self._unsent:
-            self._unsent += data
+        if self.unsent:
+            self.unsent += data
         elif not self.broken and self._send(data):
             self._sent = trio.Event()
             trio.lowlevel.spawn_system_task(self._run, self._send_rest)
@@ -147,11 +143,11 @@ class TrioSocket:
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._unsent = b""
+            self.unsent = b""
             self._break()
             return False
-        self._unsent = data[sent:]
-        return bool(self._unsent)
+        self.unsent = data[sent:]
+        return bool(self.unsent)
 
     def _break(self) -> None:
         self.broken = True
@@ -159,11 +155,11 @@ class TrioSocket:
         self._token.run_sync_soon(self._hang_up)
 
     async def _send_rest(self) -> None:
-        while self._unsent and not self.broken:
+        while self.unsent and not self.broken:
             await trio.lowlevel.wait_writable(self.sock)
-            self._send(self._unsent)
+            self._send(self.unsent)
         self._sent.set()
 
     async def drain(self) -> None:
-        while self._unsent and not self.broken:
+        while self.unsent and not self.broken:
             await self._sent.wait()

@@ -56,7 +56,7 @@ class SocketConnection(Connection):
         if sock.broken:
             raise BrokenPipeError
         sock.write(data)
-        return not sock.send_pending
+        return not sock.unsent
 
     async def _write_rest(self, data: bytes) -> None:
         await self._async.drain()
@@ -67,7 +67,7 @@ class SocketConnection(Connection):
         return self._async.has_input()
 
     def has_output(self) -> bool:
-        return self._async.send_pending
+        return bool(self._async.unsent)
 
     async def _end_output(self) -> None:
         with trio.move_on_after(self._limits.linger):
@@ -105,14 +105,14 @@ class SocketConnection(Connection):
         sock.write(response.encode(last, close=self._body_open or self._host.closing))
         if self._finished is not None:
             self._finished.set()
-        return not sock.send_pending
+        return not sock.unsent
 
     def send_part(self, piece: bytes) -> bool:
         response, sock = self._response, self._async
         if response is None or self._gone or sock.broken:
             return False
         sock.write(response.part(piece))
-        return not sock.send_pending
+        return not sock.unsent
 
     async def caught_up(self) -> None:
         if not self._gone:
