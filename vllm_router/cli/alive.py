@@ -1,7 +1,7 @@
-"""Whether the router on this machine answers, told in the exit status; for health checks.
+"""Health check of a router on this machine, reported as the exit code.
 
-Plain HTTP first, then TLS: whose certificate it is does not matter to a check from the same
-machine. A router that greets us and then turns us away, for we have no certificate, is alive.
+Tries plain HTTP first, then TLS without verification, because the check stays on the machine. A
+router that completes the TLS handshake and then rejects the missing client certificate is alive.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import ssl
 import sys
 
 TIMEOUT = 1.4
-"""Seconds for each of the two."""
+"""Seconds for each of the two attempts."""
 
 
 def alive(host: str, port: int) -> bool:
-    """Whether something there answers as a router does that is alive."""
+    """True if a router answers there."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -18,12 +18,12 @@ def describe(error: httpx.HTTPError) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BaseExceptionGroup):
-            # One for each address of the host; the last was tried last.
+            # One error per address of the host; the last address was tried last.
             cause = cause.exceptions[-1]
         elif isinstance(cause, ssl.SSLError):
-            return describe_tls_error(cause)  # its number is not the operating system's
+            return describe_tls_error(cause)  # has its own numbers
         elif isinstance(cause, OSError) and cause.errno is not None:
-            # Name resolution has numbers of its own; Trio words the others at length.
+            # Name resolution has its own numbers; Trio's messages for other errors are long.
             gai = isinstance(cause, socket.gaierror)
             return str(cause.strerror) if gai else os.strerror(cause.errno)
         else:

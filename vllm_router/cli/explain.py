@@ -1,4 +1,4 @@
-"""`vllm-router explain`: why a request goes where it goes, as a table."""
+"""`vllm-router explain`: the reasons of a routing decision, as a table."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def _print_explanation(found: dict[str, Any]) -> None:
     note = f" {found['note']}" if found.get("note") else ""
     click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
     candidates, out = found.get("candidates") or [], found.get("out") or []
-    # Only figures that tell the candidates apart from nothing: a column of zeros explains little.
-    # They are called as in the formula; `LOAD` is by the share, and what all other pages show.
+    # Skip parts that are zero for all candidates. Parts have their names from the formula; `LOAD`
+    # is relative to capacity, as on all other pages.
     parts = [
         name
         for name in (candidates[0].get("parts") or {} if candidates else {})
@@ -118,7 +118,7 @@ def _load(row: dict[str, Any]) -> list[str]:
 
 
 def _figure(value: Any) -> str:
-    """Four digits, which is more than a decision hangs on."""
+    """Four digits are enough to compare scores."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"

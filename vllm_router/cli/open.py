@@ -1,4 +1,4 @@
-"""`vllm-router open`: the page, signed in."""
+"""`vllm-router open`: open the page in a browser, signed in."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def open_page(
 
 
 def _reachable(url: str) -> str:
-    """A browser cannot open the address that stands for all of a machine's."""
+    """Replace a wildcard address, which a browser cannot open."""
     near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     return near.rstrip("/")

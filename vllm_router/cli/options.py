@@ -1,4 +1,4 @@
-"""The options of all commands that talk to a router, which may be locked."""
+"""Options of all commands that connect to a router."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def for_router(command: F) -> F:
-    """Adds `key` and `ca`, as `RouterClient` takes them."""
+    """Add the options `key` and `ca` of `RouterClient`."""
     command = click.option(
         "--ca",
         envvar="VLLM_ROUTER_CA",

@@ -20,18 +20,18 @@ from vllm_router.errors import RouterError
 from vllm_router.runtime.own_machine import find_socket, short_path
 
 TIMEOUT = 5.0
-"""Seconds a router may take for an answer."""
+"""Seconds for a response of the router."""
 
 POLL_INTERVAL = 0.5
-"""Seconds between two looks at a draining server."""
+"""Seconds between two requests while waiting for a drain."""
 
 
 class NoRouter(RouterError):
-    """Nothing answers at the URL, or something that is not a vLLM Router."""
+    """Nothing answers at the URL, or a server that is not a vLLM Router."""
 
 
 class ErrorResponse(RouterError):
-    """The router answered with an error; `code` is its name for it."""
+    """The router answered with an error; `code` is its error code."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class ErrorResponse(RouterError):
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """One server, as `/load-stats` tells; None is what an older or newer router does not tell."""
+    """One server from `/load-stats`; None for fields that this router's version does not send."""
 
     name: str
     state: str
@@ -55,7 +55,7 @@ class ServerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a router says of itself, decoded from JSON; `load` has a list of `servers`."""
+    """The router's state, decoded from JSON; `load` has a list of `servers`."""
 
     health: dict[str, Any]
     load: dict[str, Any]
@@ -87,12 +87,14 @@ def _server_status(entry: dict[str, Any]) -> ServerStatus:
 
 
 def client_context(url: str, ca: str | None) -> ssl.SSLContext:
-    """To verify a router's certificate: by the system's authorities, or those in a PEM file.
+    """A context that verifies the router's certificate, by the system's or the given authorities.
 
-    Raises NoRouter if the file cannot be used.
+    `ca` is a PEM file. Raises NoRouter if it cannot be read.
     """
     if not url.startswith(("https:", "wss:")):
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and takes no time to make
+        return ssl.SSLContext(
+            ssl.PROTOCOL_TLS_CLIENT
+        )  # not used; trusts no authority, and is cheap
     try:
         return ssl.create_default_context(cafile=ca)
     except OSError as error:
@@ -102,8 +104,8 @@ def client_context(url: str, ca: str | None) -> ssl.SSLContext:
 class RouterClient:
     """A client of one running router; an async context manager.
 
-    A router of the same user on this machine is asked by its Unix socket, which proves who asks.
-    Every method raises NoRouter or ErrorResponse.
+    A router of the same user on this machine is reached through its Unix socket, which proves the
+    user. Every method raises NoRouter or ErrorResponse.
     """
 
     def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
@@ -116,7 +118,7 @@ class RouterClient:
         transport: httpx.AsyncHTTPTransport | None = None
         path = find_socket(self.url)
         if path is not None:
-            with contextlib.suppress(OSError):  # the router ends just now
+            with contextlib.suppress(OSError):  # the router ends at this moment
                 short = self._ending.enter_context(short_path(path))
                 transport = httpx.AsyncHTTPTransport(uds=short)
                 self._asked = "http://" + self.url.partition("://")[2]
@@ -136,33 +138,33 @@ class RouterClient:
         self._ending.close()
 
     async def status(self) -> Status:
-        """The router and its servers, as of now."""
+        """The current state of the router and its servers."""
         load = await self._ask("GET", "/load-stats")
         if not isinstance(load.get("servers"), list):
             raise NoRouter(f"{self.url} answers, but is not a vLLM Router")
         return Status(health=await self._ask("GET", "/health"), load=load)
 
     async def explain(self, model: str | None, body: bytes | None) -> dict[str, Any]:
-        """Where a request would go: one with this body, or else one for this model."""
+        """The decision for a request with this body, or for this model."""
         if body is not None:
             return await self._ask("POST", "/explain", body)
         return await self._ask("GET", f"/explain?model={quote(model or '', safe='')}")
 
     async def decisions(self, limit: int) -> list[dict[str, Any]]:
-        """The last picks, newest first."""
+        """The last routing decisions, newest first."""
         found = (await self._ask("GET", f"/decisions?limit={limit}")).get("decisions")
         return [row for row in found or () if isinstance(row, dict)]
 
     async def drain(self, server: str, *, on: bool) -> None:
-        """Take a server out of the rotation, or back in."""
+        """Drain a server, or take it back."""
         await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
 
     async def sign_in(self) -> str:
-        """A code that signs a page in, once."""
+        """Create a single-use code that signs a page in."""
         return str((await self._ask("POST", "/admin/sign-in")).get("code", ""))
 
     async def watch_drain(self, server: str) -> AsyncIterator[int]:
-        """The requests in flight on a server, whenever their number has changed, down to 0."""
+        """Yield the number of requests in flight on a server whenever it changes, down to 0."""
         last = -1
         while True:
             number = await self._in_flight(server)
@@ -178,11 +180,11 @@ class RouterClient:
             return int((await self._ask("GET", _admin(server))).get("in_flight", 0))
         except ErrorResponse as error:
             if error.code == "server_not_found":
-                return 0  # taken out of the configuration meanwhile, and its last request ended
+                return 0  # removed from the configuration meanwhile
             raise
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """A JSON object from the router."""
+        """Send a request; returns the JSON object of the response."""
         headers = {"content-type": "application/json"} if body is not None else {}
         try:
             response = await self._client.request(

@@ -35,23 +35,23 @@ SHOWN_VERSION = 40
 
 @dataclass(slots=True)
 class ServerReport:
-    """What one server answered. Whatever is in `problems` keeps it from serving."""
+    """The results for one server. Each entry of `problems` keeps it from serving."""
 
     name: str
     url: str
     health: str = "no answer"
     health_seconds: float | None = None
     models: dict[str, int | None] | None = None
-    """Each with its max_model_len, if it says one; None if there was no list."""
+    """The models with their max_model_len, if known; None without a usable list."""
     metrics: tuple[str, ...] = ()
-    """Which of running, waiting and kv (cache usage) `/metrics` tells."""
+    """The load figures in `/metrics`: running, waiting, kv (cache usage)."""
     version: str = ""
     key: str = "none"
     problems: list[str] = field(default_factory=list)
 
 
 async def probe_fleet(config: Config) -> list[ServerReport]:
-    """Ask every server, all at once, for what the router will need of it."""
+    """Probe all servers in parallel, with the same requests as the router."""
     timeout = config.settings.health_check_timeout
     reports = [ServerReport(server.name, server.url) for server in config.servers]
     contexts = ServerContexts()
@@ -62,7 +62,7 @@ async def probe_fleet(config: Config) -> list[ServerReport]:
 
 
 def missing_models(config: Config, reports: list[ServerReport]) -> list[str]:
-    """What `[models]` names and no server has; nothing as long as a server's list is not known."""
+    """Models that `[models]` names and no server has; empty while a server's list is unknown."""
     served: set[str] = set()
     for server, report in zip(config.servers, reports, strict=True):
         models = server.models if server.models is not None else report.models
@@ -73,7 +73,7 @@ def missing_models(config: Config, reports: list[ServerReport]) -> list[str]:
 
 
 def uneven_lengths(reports: list[ServerReport]) -> list[str]:
-    """A line for each model whose longest context (`max_model_len`) differs between servers."""
+    """A warning for each model whose context length (`max_model_len`) differs between servers."""
     lengths: dict[str, dict[int, list[str]]] = {}
     for report in reports:
         for model, length in (report.models or {}).items():
@@ -92,7 +92,7 @@ def uneven_lengths(reports: list[ServerReport]) -> list[str]:
 async def _probe(
     server: ServerConfig, report: ServerReport, timeout: float, context: ssl.SSLContext
 ) -> None:
-    """Fill in a report; every question has `timeout` seconds."""
+    """Fill in a report; each request has `timeout` seconds."""
     agent = {"user-agent": "vllm-router-check", "accept-encoding": "identity"}
     keyed = {"authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     async with HttpxTransport(Pool(server.url, context, spread=False)) as carrier:
@@ -112,7 +112,7 @@ async def _probe(
         elapsed = trio.current_time() - began
         models = await ask("/v1/models")
         if isinstance(health, _Answer) and health.status in (404, 405, 501):
-            # Other engines have no /health; the router asks them for their models instead.
+            # Other engines have no /health; the router uses their model list instead.
             health = models
         if isinstance(health, str):
             report.health = health
@@ -140,7 +140,7 @@ async def _probe(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """`problem` says why the content cannot be used; the content is empty then."""
+    """`problem` is the reason why the content is unusable; the content is empty then."""
 
     status: int
     content: bytes
@@ -162,7 +162,7 @@ async def _answer_to(carrier: HttpxTransport, request: httpx.Request) -> _Answer
 
 
 def _judge_models(server: ServerConfig, report: ServerReport, answer: _Answer | str) -> None:
-    """What the model list, or the lack of one, says. Only `/v1` paths look at the key."""
+    """Evaluate the model list. Only `/v1` paths check the API key."""
     problem = ""
     if isinstance(answer, str):
         problem = f"/v1/models: {answer}"
@@ -181,7 +181,7 @@ def _judge_models(server: ServerConfig, report: ServerReport, answer: _Answer | 
             problem = f"/v1/models: {found.problem}" if found.left_out else ""
         except UnusablePage as unusable:
             problem = f"/v1/models cannot be used: {unusable}"
-    # The router does not ask a server whose models the configuration names.
+    # The router does not read the list of a server whose models are configured.
     if problem and (server.models is None or report.key == "refused"):
         report.problems.append(problem)
 
@@ -192,7 +192,7 @@ def _length_of(card: dict[str, Any]) -> int | None:
 
 
 def _version_in(page: bytes) -> str:
-    """The version that a page tells; empty if it tells none that can be shown."""
+    """The version on the page; empty if it is missing or not printable."""
     try:
         version = msgspec.json.decode(page, type=_Version).version
     except (msgspec.MsgspecError, RecursionError, UnicodeError):

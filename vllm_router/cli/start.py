@@ -38,7 +38,7 @@ def start(
     lane: bool,
     reuse_port: bool,
 ) -> None:
-    """Serve until a signal ends it; with the monitor on this terminal if the log is a file."""
+    """Serve until a signal, with the monitor on this terminal if the log goes to a file."""
     import trio
 
     from vllm_router.http.server.socket_handover import passed_sockets
@@ -82,7 +82,7 @@ def start(
 
 
 def _raise_descriptor_limit() -> None:
-    """Take what the system allows: a stream holds two descriptors, and the usual limit is 1024."""
+    """Raise the soft limit: a stream needs two descriptors, and the usual limit is 1024."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -92,7 +92,7 @@ def _raise_descriptor_limit() -> None:
 
 
 def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
-    """Say that the router is up; with `quiet` in the log alone, which is then read by machines."""
+    """Print that the router is up; with `quiet`, which is for JSON logs, only to the log."""
     lines = [f"vLLM Router {__version__} on {url}, {servers} server{'s' if servers != 1 else ''}"]
     if hint:
         lines.append(f"try: {_example(url)}")
@@ -102,14 +102,13 @@ def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
     try:
         click.echo("\n".join(lines))
     except OSError:
-        # Whoever started us does not read this. That is no reason not to serve, nor to fail at
-        # the exit, when Python tries to write it once more.
+        # stdout is closed: keep serving, and prevent another error when Python flushes it at exit.
         logger.warning("stdout is closed: %s", lines[0])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _example(url: str) -> str:
-    """A request that the demo answers, to be pasted into a shell."""
+    """A shell command with a request that the demo answers."""
     from vllm_router.lab.demo import DEMO_MODEL
 
     messages = [{"role": "user", "content": "Hello!"}]

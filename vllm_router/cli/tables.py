@@ -1,4 +1,4 @@
-"""Tables for people: drawn on a terminal, plain aligned text everywhere else."""
+"""Tables: drawn on a terminal, plain aligned text elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_router.observability.formatting import visible
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`right` for figures."""
+    """`right` aligns figures."""
 
     title: str
     right: bool = False
@@ -19,7 +19,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """`style` is Rich's word for how it looks on a terminal."""
+    """`style` is a Rich style, used on a terminal."""
 
     text: str
     style: str = ""
@@ -29,7 +29,7 @@ Row = Sequence[Cell | str]
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Row]) -> None:
-    """Write a table to stdout. What the cells say may come from anywhere: it is escaped."""
+    """Print a table to stdout. Cell texts are escaped, because servers choose some of them."""
     cells = [[_cell(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _draw(columns, cells)
@@ -39,7 +39,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Row]) -> None:
 
 
 def plain_lines(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Columns two spaces apart, for a file or the next command in a pipe."""
+    """Columns two spaces apart, for files and pipes."""
     texts = [[column.title for column in columns], *([cell.text for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return [
@@ -57,14 +57,14 @@ def _cell(cell: Cell | str) -> Cell:
 
 
 def _draw(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
-    # Rich costs 50 ms of start-up, which only a terminal needs.
+    # Importing Rich takes 50 ms; only a terminal needs it.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column in columns:
-        # A value that does not fit goes on below itself: cut, it could not be copied.
+        # Fold long values: a cut value could not be copied.
         table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell.text, style=cell.style) for cell in row))

@@ -1,4 +1,4 @@
-"""Simulated servers inside the router's process, so that it can be tried with nothing else."""
+"""Simulated servers inside the router's process, for trying it out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm_router.lab.mock import MockOptions, serve_mock
 
 DEMO_MODEL = "demo"
 DEMO_SPEEDS = (2.0, 1.0, 0.5)
-"""The simulated servers are unequal, so that there is something to balance."""
+"""The simulated servers differ in speed, so that balancing has an effect."""
 
 
 async def start_demo(nursery: trio.Nursery, count: int, settings: Settings) -> Config:
-    """Start `count` simulated servers in `nursery`; the configuration that routes to them."""
+    """Start `count` simulated servers in `nursery`; returns a configuration with them."""
     servers = []
     for number in range(count):
         speed = DEMO_SPEEDS[number % len(DEMO_SPEEDS)]

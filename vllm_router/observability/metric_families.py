@@ -30,51 +30,55 @@ def _histogram(name: str, text: str, buckets: Iterable[float], *labels: str) -> 
 
 REQUESTS = _counter(
     "requests",
-    "Finished requests. outcome: how the last attempt ended, refused if there was none; "
-    "status: what the client got, 0 if nothing.",
+    "Finished requests. outcome: the result of the last attempt, refused without one; status: "
+    "the response status, 0 if nothing was sent.",
     "server",
     "model",
     "path",
     "outcome",
     "status",
 )
-ATTEMPTS = _counter("attempts", "Attempts on servers, by how they ended.", "server", "outcome")
-RETRIES = _counter("retries", "Further attempts, by why the one before had failed.", "reason")
-DISCONNECTS = _counter(
-    "client_disconnects", "Clients that left before the end, by how far it had come.", "phase"
+ATTEMPTS = _counter("attempts", "Attempts on servers, by outcome.", "server", "outcome")
+RETRIES = _counter(
+    "retries", "Retries, by the reason for which the previous attempt failed.", "reason"
 )
-REFUSALS = _counter("refusals", "Answers with an error of the router's own, by code.", "code")
+DISCONNECTS = _counter(
+    "client_disconnects",
+    "Clients that disconnected before the end, by phase of the request.",
+    "phase",
+)
+REFUSALS = _counter("refusals", "Responses with an error of the router, by code.", "code")
 KEY_REQUESTS = _counter(
     "key_requests",
-    "Finished requests by the name of the client's key; status: the first digit of what it got.",
+    "Finished requests by the name of the client's key; status: the first digit of the status.",
     "key",
     "status",
 )
 RECEIVED = _counter("request_bytes", "Bytes of request bodies.", "server")
-SENT = _counter("response_bytes", "Bytes of answers' bodies passed on.", "server")
+SENT = _counter("response_bytes", "Bytes of response bodies forwarded.", "server")
 CHUNKS = _counter(
     "response_chunks",
-    "Pieces of answers passed on; in a stream about one per token. Counted when it ends.",
+    "Chunks of responses forwarded; in a stream about one per token. Counted at its end.",
     "server",
 )
 FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
-    "From a streamed request's arrival to its first data, with all attempts.",
+    "From the arrival of a streamed request to its first data, all attempts included.",
     (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
     "server",
     "model",
 )
 DURATION = _histogram(
     "request_duration_seconds",
-    "From a request's arrival to the end of its complete answer.",
+    "From the arrival of a request to the end of its complete response.",
     (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
     "server",
     "model",
 )
 OVERHEAD = _histogram(
     "overhead_seconds",
-    "From a request read to its being sent to a server, failed attempts before included; of those "
-    "that did not have to wait.",
+    "From the time a request is read to its sending, failed attempts included; only requests that "
+    "did not wait for a server.",
     (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.025, 0.1, 1),
 )
 TRANSITIONS = _counter(
@@ -98,7 +102,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
     (
         _gauge(
             "server_available",
-            "1 if the server may be given requests now (up, or refusing some of them).",
+            "1 if the server can get requests now (up, or refusing only some of them).",
             "server",
         ),
         lambda server, now: int(server.current_state(now)[0] in (State.UP, State.REFUSING)),
@@ -106,7 +110,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
     (
         _gauge(
             "server_refusals",
-            "Paths, sizes and models that it refuses by its own fault, while others take them.",
+            "Paths, sizes and models that it rejects by its own fault while others accept them.",
             "server",
         ),
         lambda server, now: server.refusals.count(),
@@ -116,19 +120,23 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: server.load,
     ),
     (
-        _gauge("server_capacity", "Requests it takes at once, as configured.", "server"),
+        _gauge("server_capacity", "Configured number of concurrent requests.", "server"),
         lambda server, now: server.capacity,
     ),
     (
         _gauge(
             "server_max_in_flight",
-            "Requests that it may have of this router; missing without a cap.",
+            "Limit of requests from this router; missing without a limit.",
             "server",
         ),
         lambda server, now: server.config.max_in_flight,
     ),
     (
-        _gauge("server_running", "Requests running on it, corrected by our own.", "server"),
+        _gauge(
+            "server_running",
+            "Requests running on it, updated with the router's own.",
+            "server",
+        ),
         lambda server, now: server.running,
     ),
     (
@@ -136,13 +144,13 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: server.waiting,
     ),
     (
-        _gauge("server_leases", "Requests that this router has on it.", "server"),
+        _gauge("server_leases", "Requests of this router in flight on it.", "server"),
         lambda server, now: server.in_flight,
     ),
     (
         _gauge(
             "server_metrics_age_seconds",
-            "Since its /metrics was last read; missing if it never was.",
+            "Time since its /metrics was last read; missing if it was never read.",
             "server",
         ),
         _metric_age,
@@ -157,7 +165,7 @@ QUEUE_LENGTH = _gauge(
 )
 QUEUE_WAIT = _histogram(
     "queue_wait_seconds",
-    "How long requests have waited in the router, whatever came of it; only those that did.",
+    "Time that requests waited in the router, with any outcome; only requests that waited.",
     (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     "model",
 )
@@ -175,7 +183,7 @@ PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
     (
         _counter(
             "server_expected_cached_tokens",
-            "Of those, tokens that were expected in its prefix cache.",
+            "Prompt tokens that were expected in its prefix cache.",
             "server",
         ),
         lambda expected, engine: expected.expected_tokens if expected is not None else None,
@@ -183,7 +191,7 @@ PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
     (
         _counter(
             "server_told_cached_tokens",
-            "Tokens that its answers told to have been cached "
+            "Prompt tokens reported as cached in its responses "
             "(vllm serve --enable-prompt-tokens-details).",
             "server",
         ),
@@ -200,14 +208,16 @@ PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
     (
         _counter(
             "server_prefix_cache_hits",
-            "Of those, tokens that it found, by its own count.",
+            "Tokens that the engine found in its prefix cache, by its own count.",
             "server",
         ),
         lambda expected, engine: engine.prefix_hits if engine is not None else None,
     ),
 )
 SERVER_STATE = _gauge("server_state", "1 for the state the server is in.", "server", "state")
-SERVER_INFO = _gauge("server_info", "Always 1; tells the server's address.", "server", "url")
+SERVER_INFO = _gauge(
+    "server_info", "Always 1; has the server's address as a label.", "server", "url"
+)
 
 RouterReading = Callable[[RouterState], float | None]
 
@@ -224,15 +234,17 @@ def _last_reload_good(router: RouterState) -> float | None:
 
 ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     (
-        _gauge("requests_in_flight", "Requests being served now."),
+        _gauge("requests_in_flight", "Requests in flight now."),
         lambda router: router.in_flight,
     ),
     (
-        _gauge("request_body_bytes_held", "Bytes of request bodies that wait to be sent."),
+        _gauge("request_body_bytes_held", "Bytes of request bodies that are still to be sent."),
         lambda router: router.proxy.context.bodies.held,
     ),
     (
-        _gauge("tasks", "Tasks of the process that answers: they go when what they serve is over."),
+        _gauge(
+            "tasks", "Tasks of the process that answers; they end with the connections they serve."
+        ),
         lambda _: trio.lowlevel.current_statistics().tasks_living,
     ),
     (
@@ -247,11 +259,11 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     ),
     (_gauge("ready", "1 if /readyz says yes."), lambda router: int(router.ready)),
     (
-        _gauge("retry_budget_tokens", "Replays that the retry budget allows at the moment."),
+        _gauge("retry_budget_tokens", "Retries that the retry budget allows now."),
         lambda router: router.proxy.context.budget.tokens,
     ),
     (
-        _gauge("uptime_seconds", "Since the router was started."),
+        _gauge("uptime_seconds", "Time since the start of the router."),
         lambda router: trio.current_time() - router.started_at,
     ),
     (
@@ -263,7 +275,7 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
         lambda router: router.stalls.seconds,
     ),
     (
-        _counter("task_restarts", "Background tasks that failed and were started again."),
+        _counter("task_restarts", "Background tasks that failed and were restarted."),
         lambda router: router.task_restarts,
     ),
     (
@@ -303,7 +315,7 @@ ROUTER_METRICS: tuple[tuple[Family, RouterReading], ...] = (
     (
         _counter(
             "worker_reports_dropped",
-            "What workers could not report, as there was nobody to hear it: it is counted nowhere.",
+            "Reports of workers dropped without a leader; they are missing in all metrics.",
         ),
         lambda router: _of_workers(router, "reports_dropped", 0),
     ),
@@ -326,7 +338,7 @@ WORKER_METRICS: tuple[tuple[Family, str], ...] = (
         CONNECTIONS,
     ),
     (
-        _gauge("worker_requests_in_flight", "Requests being served now, by worker.", "worker"),
+        _gauge("worker_requests_in_flight", "Requests in flight now, by worker.", "worker"),
         IN_FLIGHT,
     ),
     (_counter("worker_cpu_seconds", "CPU time, user and system, by worker.", "worker"), CPU),
@@ -334,11 +346,11 @@ WORKER_METRICS: tuple[tuple[Family, str], ...] = (
 )
 """Only with several processes; each with the name of the worker's figure."""
 
-BUILD_INFO = _gauge("build_info", "Always 1; tells the versions.", "version", "python")
+BUILD_INFO = _gauge("build_info", "Always 1; has the versions as labels.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
 FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
 FEED_DROPPED = _counter(
-    "feed_events_dropped", "Events that clients of the feed were too slow to take."
+    "feed_events_dropped", "Events dropped because a client of the feed was too slow."
 )
 
 FAMILIES: tuple[Family, ...] = (

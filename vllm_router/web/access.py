@@ -58,7 +58,7 @@ def check_admin(identity: Identity, *, has_admin_key: bool) -> None:
 def unauthorized(identity: Identity) -> Refused:
     """401, with the same text for every unsuitable key."""
     if identity.given:
-        return Refused(401, "invalid_api_key", "The API key is not valid for this.")
+        return Refused(401, "invalid_api_key", "The API key is not valid for this path.")
     return Refused(
         401, "missing_api_key", "An API key is needed: send it as Authorization: Bearer KEY."
     )

@@ -111,7 +111,12 @@ def _openai(app: QuartTrio, router: Wired) -> None:
     async def models() -> Response:
         cards = _cards(router)
         if not cards and not router.fleet.probed:
-            raise Refused(503, "starting", "No server has told its models yet.", retry_after=1.0)
+            raise Refused(
+                503,
+                "starting",
+                "No server has reported its models yet. Try again in a moment.",
+                retry_after=1.0,
+            )
         return answers.json({"object": "list", "data": cards})
 
     @app.get("/v1/models/<name:model>")
@@ -335,7 +340,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
             raise Refused(
                 403,
                 "sign_in_expired",
-                "This link has been used, or is too old: vllm-router open makes another.",
+                "This sign-in link is used or expired. Run vllm-router open for a new one.",
             )
         return answers.json({"key": key, "seconds": SESSION_SECONDS})
 
@@ -353,7 +358,11 @@ def _engine_control(app: QuartTrio, router: Wired) -> None:
         if classify(method, scope.get("raw_path") or b"") is not PathClass.ENGINE_CONTROL:
             return None
         if not router.config.settings.allow_engine_control:
-            raise Refused(403, "engine_control_closed", "allow_engine_control is off.")
+            raise Refused(
+                403,
+                "engine_control_closed",
+                "Engine control is disabled: set allow_engine_control = true to enable it.",
+            )
         _check_admin(router)
         code, results = await control(
             router, method, path, scope["query_string"], answers.fields(), await answers.body()

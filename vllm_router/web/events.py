@@ -77,7 +77,9 @@ class EventLog:
         """Detect changes that are not announced by callbacks."""
         idle = {server for server in servers if server.draining and not server.in_flight}
         for server in idle - self._drained:
-            self.add("drained", f"{server.name}: nothing in flight", server=server.name)
+            self.add(
+                "drained", f"{server.name}: drained, no requests in flight", server=server.name
+            )
         self._drained = idle
         if reloader is not None and reloader.refused_total != self._refused:
             self._refused = reloader.refused_total
@@ -86,5 +88,5 @@ class EventLog:
 
 def missed(count: int, wall: float) -> Event:
     """The event for a client that was too slow for `count` events."""
-    text = f"{count} events were lost: this client reads too slowly"
+    text = f"{count} events were dropped because this client reads too slowly"
     return Event(id=0, time=round(wall, 3), kind="missed", text=text)

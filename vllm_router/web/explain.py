@@ -126,7 +126,7 @@ def _note(
     if all(now < server.backoff_until for server in candidates):
         return "Every server of the model has just refused a request as too busy."
     if any(server.models is None for server in candidates):
-        return "No server that can be asked lists the model; some lists could not be read."
+        return "No available server lists the model; some model lists could not be read."
     refusing = [server for server in candidates if server.refusals.count()]
     if refusing:
         return f"{refusing[0].name} {refusing[0].refusals.reason()}. Such requests go elsewhere."
@@ -144,10 +144,10 @@ def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) ->
     model, gate = facts.model, router.proxy.context.gate
     if not allowed and model is not None and not router.fleet.knows(model):
         return f"No server lists the model {model!r}."
-    why = "Every server of the model is at its cap" if allowed else "No server can be asked"
+    why = "All servers of the model are at max_in_flight" if allowed else "No server is available"
     if gate is None or not _may_wait(router, facts):
-        return f"{why}: the request would be refused with {429 if allowed else 503}."
-    return f"{why}: the request would wait, {gate.ahead(model, facts.priority)[0]} before it."
+        return f"{why}: the request would get a {429 if allowed else 503}."
+    return f"{why}: the request would wait, {gate.ahead(model, facts.priority)[0]} ahead of it."
 
 
 def _may_wait(router: Router, facts: RoutingInfo) -> bool:
@@ -162,7 +162,7 @@ def _may_wait(router: Router, facts: RoutingInfo) -> bool:
 def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     state, reason = server.current_state(now)
     if model is not None and server.models is not None and model not in server.models:
-        reason = "it does not list the model"
+        reason = "does not list the model"
     elif state is State.EJECTED:
         left = server.passive_health.until - now
         reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
@@ -175,7 +175,7 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
     elif state is State.FULL:
         reason += f"; asked again in {server.backoff_until - now:.1f} s"
     elif state is State.UP and server.at_cap:
-        reason = f"at its cap: {server.in_flight} of {server.config.max_in_flight} in flight"
+        reason = f"at max_in_flight: {server.in_flight} of {server.config.max_in_flight} in flight"
     elif state is State.UP and model is not None:
-        reason = "its list of models could not be read, and another server lists the model"
+        reason = "model list could not be read, and another server lists the model"
     return {"state": state, "reason": reason}

@@ -217,7 +217,12 @@ class Guard:
         host = fields.get(b"host", b"localhost").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if name.lower().rstrip(".") not in self._hosts and not is_local_name(host, "localhost"):
-            raise Refused(421, "misdirected_request", "This router does not answer to that name.")
+            raise Refused(
+                421,
+                "misdirected_request",
+                "The Host header names an unknown host. Use the router's address, or "
+                "list the host in allowed_hosts.",
+            )
 
     def _check_origin(self, scope: Scope, fields: Mapping[bytes, bytes]) -> None:
         """Raises Refused for a page that is neither listed nor the router's own."""

@@ -172,17 +172,17 @@ def _named(name: str, text: str) -> Doc:
 _READING: Doc = {"security": [{}, {"key": []}], "tags": ["observation"]}
 _ADMIN: Doc = {"security": [{}, {"key": []}], "tags": ["administration"]}
 _OPEN: Doc = {"security": [], "tags": ["health checks"]}
-_SERVER = _named("server", "Its name in the configuration.")
+_SERVER = _named("server", "The server's name in the configuration.")
 _MODEL_ASKED = {
     "name": "model",
     "in": "query",
-    "description": "As a request would name it.",
+    "description": "The model name, as in a request.",
     "schema": _TEXT,
 }
 _LIMIT = {
     "name": "limit",
     "in": "query",
-    "description": "How many at most.",
+    "description": "The maximum number of entries.",
     "schema": {"type": "integer", "minimum": 0, "default": 100},
 }
 _BODY = {
@@ -190,7 +190,7 @@ _BODY = {
     "content": {"application/json": {"schema": {}}},
 }
 _CODE = {
-    "description": "The code that /admin/sign-in made.",
+    "description": "The code from /admin/sign-in.",
     "required": True,
     "content": {"application/json": {"schema": _object({"code": _TEXT})}},
 }
@@ -231,13 +231,17 @@ def document() -> Doc:
         },
         "/load-stats": {"get": _operation("The load now.", "LoadStats", 401, 404, **_READING)},
         "/server-models": {
-            "get": _operation("Who has which models.", "ServerModels", 401, 404, **_READING)
+            "get": _operation("The models of each server.", "ServerModels", 401, 404, **_READING)
         },
         "/load": {
-            "get": _operation("The load as vLLM says it.", "ServerLoad", 401, 404, **_READING)
+            "get": _operation("The load in vLLM's format.", "ServerLoad", 401, 404, **_READING)
         },
         "/version": {"get": _operation("The version.", "Version", 401, 404, **_READING)},
-        "/metrics": {"get": _plain("For Prometheus.", "text/plain", 401, 404, **_READING)},
+        "/metrics": {
+            "get": _plain(
+                "Metrics in the Prometheus text format.", "text/plain", 401, 404, **_READING
+            )
+        },
         "/explain": {
             "get": _operation(
                 "Where a request for a model would go.",
@@ -272,7 +276,11 @@ def document() -> Doc:
         "/openapi.json": {
             "get": _operation("This document.", "Document", 401, 404, **_READING),
         },
-        "/": {"get": _operation("What this is; the page, for a browser.", "Service", 404)},
+        "/": {
+            "get": _operation(
+                "The name of the service; in a browser, the dashboard.", "Service", 404
+            )
+        },
         "/admin/servers": {
             "get": _operation("All servers.", "Servers", 401, 403, 404, **_ADMIN),
         },
@@ -281,19 +289,25 @@ def document() -> Doc:
             "parameters": [_SERVER],
         },
         "/admin/servers/{server}/drain": {
-            "post": _operation("No new requests to it.", "Server", 401, 403, 404, **_ADMIN),
+            "post": _operation(
+                "Drain a server: it gets no new requests.", "Server", 401, 403, 404, **_ADMIN
+            ),
             "parameters": [_SERVER],
         },
         "/admin/servers/{server}/undrain": {
-            "post": _operation("Requests to it again.", "Server", 401, 403, 404, 409, **_ADMIN),
+            "post": _operation(
+                "Take a drained server back.", "Server", 401, 403, 404, 409, **_ADMIN
+            ),
             "parameters": [_SERVER],
         },
         "/admin/sign-in": {
-            "post": _operation("A code that signs a page in once.", "Code", 401, 403, 404, **_ADMIN)
+            "post": _operation(
+                "Create a single-use code that signs a page in.", "Code", 401, 403, 404, **_ADMIN
+            )
         },
         "/sign-in": {
             "post": _operation(
-                "The key for a code.", "SignedIn", 400, 403, 404, 408, 413, requestBody=_CODE
+                "Exchange a code for a key.", "SignedIn", 400, 403, 404, 408, 413, requestBody=_CODE
             )
         },
         "/admin/reload": {

@@ -161,7 +161,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     new: Annotated[str | None, _("The state now (kind state).")] = None
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class ConfigView(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration, as far as a display needs it."""
 
     policy: str
@@ -205,7 +205,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
         bool,
         _("Whether there is an admin key."),
     ] = False
-    config: Facts
+    config: ConfigView
     history: Annotated[History, _("The last five minutes, second by second.")]
     hour: Annotated[History, _("The last hour in steps of ten seconds, without servers.")]
     events: Annotated[list[Event], _("The last ones before this message, at most 100.")]

@@ -193,7 +193,7 @@ def hello(
         started=round(router.started_at + wall_offset(), 3),
         admin=admin,
         admin_key=router.guard.keyring.has_admin,
-        config=schema.Facts(
+        config=schema.ConfigView(
             policy=settings.policy,
             feed_interval=settings.feed_interval,
             metrics_interval=settings.metrics_interval,

@@ -58,7 +58,7 @@ def test_explain_unknown_model_is_refused(router: RouterProcess):
     printed = run("--url", router.url, "--model", "gpt-9\n")
     assert "would be refused" in printed
     assert "No server lists the model" in printed
-    assert "it does not list the model" in printed
+    assert "does not list the model" in printed
 
 
 def test_explain_accepts_request_body(router: RouterProcess, tmp_path: Path):

@@ -103,7 +103,7 @@ def hello(*events: schema.Event, admin: bool = True, started: float = NOW - 100)
         time=NOW,
         started=started,
         admin=admin,
-        config=schema.RoutingInfo(
+        config=schema.ConfigView(
             policy="least_load",
             feed_interval=0.5,
             metrics_interval=0.5,

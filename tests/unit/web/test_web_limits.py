@@ -100,18 +100,22 @@ async def test_explain_server_at_cap_is_excluded(autojump_clock):
         assert page["picked"] == "b"
         assert [row["server"] for row in page["candidates"]] == ["b"]
         (out,) = page["out"]
-        assert (out["state"], out["reason"]) == ("up", "at its cap: 2 of 2 in flight")
+        assert (out["state"], out["reason"]) == ("up", "at max_in_flight: 2 of 2 in flight")
         assert not page["would_wait"]
 
 
 @pytest.mark.parametrize(
     ("waiting", "would_wait", "note"),
     [
-        (1, True, "Every server of the model is at its cap: the request would wait, 1 before it."),
+        (
+            1,
+            True,
+            "All servers of the model are at max_in_flight: the request would wait, 1 ahead of it.",
+        ),
         (
             3,
             False,
-            "Every server of the model is at its cap: the request would be refused with 429.",
+            "All servers of the model are at max_in_flight: the request would get a 429.",
         ),
     ],
 )
@@ -129,7 +133,7 @@ async def test_explain_with_fleet_down_says_that_request_would_wait(autojump_clo
     async with crowd(0) as lab:
         lab["a"].drain(on=True)
         page = (await lab.get("/explain?model=m")).json
-        assert page["note"] == "No server can be asked: the request would wait, 0 before it."
+        assert page["note"] == "No server is available: the request would wait, 0 ahead of it."
         page = (await lab.get("/explain?model=nope")).json
         assert page["note"] == "No server lists the model 'nope'."
         assert not page["would_wait"]

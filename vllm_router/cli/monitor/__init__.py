@@ -1,1 +1,1 @@
-"""The terminal's view of a running router, in a process of its own."""
+"""The full-screen monitor of a running router, in its own process."""

@@ -1,8 +1,8 @@
-"""A router with its own full-screen view: two processes on one terminal.
+"""A router with its own full-screen monitor: two processes on one terminal.
 
-The router is the process that was started: signals and the exit code are its own. The view is its
-child; it has the keyboard. What the router says goes to its log meanwhile, and to the terminal
-again once the view has gone. A view that fails takes nothing with it.
+The started process is the router: it handles signals and sets the exit code. The monitor is its
+child and has the keyboard. Meanwhile the router logs to a file, and to the terminal again once the
+monitor has ended. A failing monitor does not affect the router.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_router.runtime.serve import LocalMonitorAccess, ServeOptions
 logger = logging.getLogger(__name__)
 
 REPLAY_SECONDS = 2.0
-"""What was logged so shortly before the view went is shown: why it went is among it."""
+"""Seconds of log records that are shown after the monitor has ended, to explain its end."""
 
 
 async def serve_with_view(
@@ -38,7 +38,7 @@ async def serve_with_view(
     listening: Callable[[str], None],
     log: Path,
 ) -> None:
-    """Like `serve`, of one process or several, with a view of the router on this terminal.
+    """Like `serve`, for one process or several, with a monitor on this terminal.
 
     The log already goes to `log`.
     """
@@ -61,7 +61,7 @@ async def serve_with_view(
             try:
                 await serve(options, announce)
             except Exception as error:  # noqa: BLE001  not swallowed
-                # Raised again below, outside the nursery, which would wrap it.
+                # Raised again below, outside of the nursery, which would wrap it.
                 failure = error
             nursery.cancel_scope.cancel(reason="router ended")
 
@@ -69,7 +69,7 @@ async def serve_with_view(
         await up.wait()
         with _aside(log) as aside:
             end = await _view(own.url or url, own.key, log, aside)
-            # Who asked for the end needs not be told why it came.
+            # A user who ended the monitor needs no explanation.
             aside.replay = end != End.USER
         if end == End.USER:
             click.echo("stopping; Ctrl-C stops at once")
@@ -84,7 +84,7 @@ async def serve_with_view(
         if up.is_set():
             if options.output is not None:
                 options.output.flush()
-            click.echo(f"the router has failed; the end of its log, {log}:", err=True)
+            click.echo(f"the router has failed; the last lines of its log {log}:", err=True)
             for line in last_lines(log, LAST_LINES):
                 click.echo(line, err=True)
         raise failure
@@ -92,7 +92,7 @@ async def serve_with_view(
 
 @dataclass(slots=True)
 class _Aside:
-    """`terminal` and `errors` are stdout and stderr as they were."""
+    """`terminal` and `errors` are duplicates of the original stdout and stderr."""
 
     terminal: int
     errors: int
@@ -100,7 +100,7 @@ class _Aside:
 
 
 async def _view(url: str, key: str, log: Path, aside: _Aside) -> int:
-    """Run the view to its end; its exit code, see End."""
+    """Run the monitor; returns its exit code, see End."""
     near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     command = [sys.executable, "-m", "vllm_router", "monitor", near, "--of-router", str(log)]
     process = await trio.run_process(
@@ -116,9 +116,9 @@ async def _view(url: str, key: str, log: Path, aside: _Aside) -> int:
 
 @contextlib.contextmanager
 def _aside(log: Path) -> Iterator[_Aside]:
-    """Keep the terminal clear of what this process writes, and log to it again at the end.
+    """Redirect stdout and stderr to the log file while the monitor runs.
 
-    Log records already go to the file. This is for everything else, of Python itself for one.
+    Log records go to the file anyway; this is for other output, such as Python's own.
     """
     sys.stdout.flush()
     kept = _Aside(os.dup(1), os.dup(2))
@@ -156,5 +156,5 @@ class Recent(logging.Handler):
         self._records.append(record)
 
     def since(self, moment: float) -> list[logging.LogRecord]:
-        """Those not older than a Unix time."""
+        """The records not older than a Unix time."""
         return [record for record in self._records if record.created >= moment]

@@ -19,7 +19,7 @@ from vllm_router.cli.options import for_router
 from vllm_router.observability.formatting import visible
 
 LAST_LINES = 10
-"""Of a dead router's log."""
+"""Lines of a dead router's log that are shown."""
 
 
 class NoRouterThere(click.ClickException):
@@ -63,11 +63,11 @@ def monitor(
     except NoFeed as error:
         raise NoRouterThere(f"no router answers at {feed.url}: {error}") from None
     except BrokenPipeError:
-        # The reader, `head` perhaps, has enough. Python would complain again at exit.
+        # The reader, such as `head`, has closed the pipe. Prevent another error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if end is End.ROUTER_DIED and log is not None:
-        click.echo(f"\nthe router has died; the end of its log, {log}:", err=True)
+        click.echo(f"\nthe router has died; the last lines of its log {log}:", err=True)
         for line in last_lines(log, LAST_LINES):
             click.echo(line, err=True)
     if log is not None:
@@ -89,7 +89,7 @@ async def _plain(feed: Feed, interval: float) -> End:
         try:
             await print_lines(feed, interval)
         except (NoFeed, BrokenPipeError) as error:
-            # Not out of the nursery, which would wrap it.
+            # Raised outside of the nursery, which would wrap it.
             problem = error
             nursery.cancel_scope.cancel(reason="no feed")
     if problem is not None:
@@ -98,7 +98,7 @@ async def _plain(feed: Feed, interval: float) -> End:
 
 
 def last_lines(file: Path, number: int) -> list[str]:
-    """The end of a file, without what could command a terminal; empty if it cannot be read."""
+    """The last lines of a file, with control characters escaped; empty if it cannot be read."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 64 * 1024))

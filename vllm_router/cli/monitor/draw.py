@@ -1,7 +1,7 @@
-"""The view as lines of a terminal. Pure: the same state and size give the same picture.
+"""Render the monitor as terminal lines. Pure: the same state and size give the same frame.
 
-Names, reasons and events come from configuration files and servers: everything of theirs is
-escaped, so that it cannot command the terminal.
+Names, reasons and events come from configuration files and servers: they are escaped, so that they
+cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def draw(view: View, width: int, height: int, now: float) -> RenderableType:
 
 
 def _title(view: View, now: float) -> Text:
-    # The panel would give its border's colour to what has none.
+    # The panel would apply its border's colour to unstyled text.
     title = Text(style="not dim").append(" vLLM Router ", "bold default")
     stale = view.stale(now)
     if view.hello is not None and not stale:
@@ -130,7 +130,7 @@ def _body(view: View, width: int, height: int, now: float) -> list[Text]:
     servers = view.servers()
     foot = [Text(), *_detail(view), _keys(view)]
     events_least = min(_EVENTS_LEAST, len(view.events))
-    # One line each for the column titles, above the events, and their title.
+    # One line each for the column titles, the line above the events, and their title.
     room = height - len(head) - len(foot) - 1 - (events_least + 2 if events_least else 0)
     first, last = _window(view, servers, max(1, room))
     heading = f"{first + 1}-{last} of {len(servers)}" if last - first < len(servers) else "SERVER"
@@ -194,7 +194,7 @@ def _columns(width: int) -> list[_Column]:
 
 
 def _widths(width: int, columns: list[_Column], *, models: bool) -> tuple[int, int, int, int]:
-    """Of the name, the bar, the sparkline and the models."""
+    """The widths of name, bar, sparkline and models."""
     left = width - 2 - 10 - 7 - sum(column.width + 1 for column in columns)
     names = min(32, max(14, left * 2 // 5))
     left -= names + 1
@@ -254,7 +254,7 @@ def _sorted(view: View) -> str:
 
 
 def _window(view: View, servers: list[ServerView], room: int) -> tuple[int, int]:
-    """Where the rows that fit begin and end, the selected one among them."""
+    """The range of visible rows, which includes the selected one."""
     if len(servers) <= room:
         return 0, len(servers)
     at = next((n for n, server in enumerate(servers) if server.name == view.selected), 0)
@@ -269,7 +269,7 @@ def _models(server: ServerView) -> str:
 
 
 def _detail(view: View) -> list[Text]:
-    """Two lines on the selected server."""
+    """Two lines about the selected server."""
     server = view.chosen()
     if server is None or view.snapshot is None:
         return [Text("no server is configured" if view.snapshot is not None else "")]
@@ -339,7 +339,7 @@ def _help_lines() -> list[Text]:
 
 
 def _cut(text: str, width: int) -> str:
-    """Exactly `width` cells; wide characters count as two."""
+    """Cut or pad to exactly `width` cells; wide characters count as two."""
     cell = Text(text)
     cell.truncate(width, overflow="ellipsis", pad=True)
     return cell.plain

@@ -1,4 +1,4 @@
-"""The terminal's input: its modes, and the bytes of its keys."""
+"""Terminal input: raw mode, and decoding of keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SEQUENCES = {
     b"\x1b[F": "end",
     b"\x1b[1~": "home",
     b"\x1b[4~": "end",
-    # What some terminals send in their application mode.
+    # Sent by some terminals in application mode.
     b"\x1bOA": "up",
     b"\x1bOB": "down",
     b"\x1bOH": "home",
@@ -25,7 +25,7 @@ _CONTROLS = {0x03: "ctrl-c", 0x04: "q", 0x0D: "enter", 0x0A: "enter", 0x0C: "red
 
 
 def decode(data: bytes) -> tuple[list[str], bytes]:
-    """The keys in `data`, and what may be the begin of one more.
+    """The keys in `data`, and a possible beginning of a further one.
 
     A key is its character or a name: `up`, `page-down`, `ctrl-c`. Unknown sequences are dropped.
     """
@@ -48,7 +48,7 @@ def decode(data: bytes) -> tuple[list[str], bytes]:
 
 
 def _sequence_length(data: bytes) -> int | None:
-    """Of the escape sequence at the start (ECMA-48, 5.4); None if its end has not come."""
+    """The length of the escape sequence at the start (ECMA-48, 5.4); None if it is incomplete."""
     if len(data) == 1:
         return None
     if data[1:2] == b"O":
@@ -62,15 +62,15 @@ def _sequence_length(data: bytes) -> int | None:
 
 
 def _character_length(first: int) -> int:
-    """Of a character in UTF-8, by its first byte."""
+    """The length of a UTF-8 character, by its first byte."""
     return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
 
 
 @contextlib.contextmanager
 def raw_input(descriptor: int) -> Iterator[None]:
-    """Keys come one by one, unseen, Ctrl-C as a byte; the modes before come back at the end.
+    """Read keys unbuffered and without echo, Ctrl-C as a byte; restores the modes at the end.
 
-    Output is left as it is: a line feed still begins a line.
+    Output processing stays on: a line feed still begins a line.
     """
     before = termios.tcgetattr(descriptor)
     modes = termios.tcgetattr(descriptor)
@@ -81,6 +81,6 @@ def raw_input(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # The terminal itself may be gone.
+        # The terminal may have been closed.
         with contextlib.suppress(termios.error):
             termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)

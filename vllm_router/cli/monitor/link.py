@@ -1,4 +1,4 @@
-"""The connection to a router's feed, made again whenever it is lost."""
+"""The connection to a router's feed, with reconnection."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 4.0
 GOING_AWAY = 1001
 MAX_MESSAGE = 64 * 1024 * 1024
-"""The history of a thousand servers is some megabytes."""
+"""Bytes; the history of a thousand servers takes some megabytes."""
 
 Message = Hello | Snapshot | Event
 _decode = msgspec.json.Decoder(Message).decode
 
 
 class NoFeed(RouterError):
-    """Why there are no data; in words for the user."""
+    """The feed cannot be read; the message is for the user."""
 
 
 class GoingAway(NoFeed):
@@ -53,7 +53,7 @@ class Feed:
         self._silence = SILENCE
 
     async def once(self, take: Callable[[Message], None]) -> None:
-        """One connection to its end, which is always an error: NoFeed."""
+        """Read one connection until it ends, which always raises NoFeed."""
         path = find_socket(self.url)
         if path is not None:
             await self._once_by_socket(path, take)
@@ -78,17 +78,17 @@ class Feed:
                     await self._read(connection, take)
         except (trio_websocket.HandshakeError, OSError, trio.TooSlowError, ssl.SSLError) as error:
             raise NoFeed(_words(error)) from None
-        except ValueError as error:  # no URL
+        except ValueError as error:  # not a URL
             raise NoFeed(f"{self.url}: {error}") from None
 
     async def _once_by_socket(self, path: str, take: Callable[[Message], None]) -> None:
-        """The same by the Unix socket of a router on this machine."""
+        """The same through the Unix socket of a router on this machine."""
         parts = urlsplit(self._address)
         failure: NoFeed | None = None
         try:
             with short_path(path) as short:
                 stream = await trio.open_unix_socket(short)
-            # The stream serves a TCP socket and this one alike.
+            # SocketStream works for Unix sockets, too.
             like_tcp: trio.SocketStream = stream
             async with trio.open_nursery() as nursery, like_tcp:
                 with trio.fail_after(CONNECT_TIMEOUT):
@@ -103,7 +103,7 @@ class Feed:
                 try:
                     await self._read(connection, take)
                 except NoFeed as error:
-                    failure = error  # raised outside, where no group wraps it
+                    failure = error  # raised outside of the nursery, which would wrap it
                 nursery.cancel_scope.cancel(reason="no feed any more")
         except* (
             trio_websocket.HandshakeError,
@@ -141,7 +141,10 @@ class Feed:
     async def follow(
         self, take: Callable[[Message], None], lost: Callable[[NoFeed], None], *, patient: bool
     ) -> None:
-        """Until cancelled. Without `patient`, NoFeed if the very first connection fails."""
+        """Reconnect until cancelled.
+
+        Without `patient`, raises NoFeed if the first connection fails.
+        """
         pause = FIRST_PAUSE
         came = False
 
@@ -162,7 +165,7 @@ class Feed:
 
 
 def _words(error: BaseException) -> str:
-    """What went wrong, as the operating system or the router says it."""
+    """A short description of an error, from the operating system or the router."""
     if isinstance(error, trio.TooSlowError | trio_websocket.ConnectionTimeout):
         return "no answer in time"
     if isinstance(error, trio_websocket.ConnectionRejected):
@@ -172,7 +175,7 @@ def _words(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BaseExceptionGroup):
-            # One for each address of the host; the last was tried last.
+            # One error per address of the host; the last address was tried last.
             cause = cause.exceptions[-1]
         elif isinstance(cause, socket.gaierror):
             return str(cause.strerror)

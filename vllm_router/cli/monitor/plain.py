@@ -1,4 +1,4 @@
-"""The monitor where there is no terminal: a line now and then, and one for each event."""
+"""The monitor without a terminal: a line per interval, and one per event."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_router.web.schema import Event, Hello, Snapshot
 
 
 def summary(snapshot: Snapshot) -> str:
-    """`3/3 servers up, 12 running, …`: the fleet in a line."""
+    """`3/3 servers up, 12 running, …`: the fleet in one line."""
     fleet = snapshot.fleet
     sick = [f"{n} {state}" for state, n in sorted(fleet.states.items()) if state != "up"]
     parts = [
@@ -33,12 +33,12 @@ def summary(snapshot: Snapshot) -> str:
 
 
 def stamped(moment: float, text: str) -> str:
-    """A line with its time in UTC; nothing in it can begin another."""
+    """A line with its time in UTC; control characters are escaped."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(moment)) + visible(text)
 
 
 async def print_lines(feed: Feed, interval: float) -> None:
-    """Print until cancelled. NoFeed if there is no router at the start."""
+    """Print until cancelled. Raises NoFeed if no router answers at the start."""
     view = View(feed.url)
     due = -math.inf
 

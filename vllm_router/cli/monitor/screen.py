@@ -1,4 +1,4 @@
-"""The monitor on a terminal: paints the view, reads keys, puts the terminal back as it was."""
+"""The monitor on a terminal: paint frames, read keys, restore the terminal."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vllm_router.cli.monitor.state import SetDrain, View
 from vllm_router.errors import RouterError
 
 FRAME = 0.05
-"""Seconds between two paintings at least."""
+"""Minimum seconds between two frames."""
 
 TICK = 1.0
-"""Seconds between two at most: what is old must look old."""
+"""Maximum seconds between two frames, so that stale figures are marked."""
 
 ESCAPE_TIME = 0.05
-"""Seconds for the rest of a key that begins with an escape."""
+"""Seconds to wait for the rest of an escape sequence."""
 
 PARENT_INTERVAL = 0.25
 
 
 class End(enum.IntEnum):
-    """Why the view has ended, as its exit code when it belongs to a router."""
+    """Why the monitor has ended; its exit code if it was started by a router."""
 
     USER = 0
     ROUTER_STOPS = 3
@@ -48,7 +48,7 @@ _ENDS = {
 
 
 class Screen:
-    """One view on this process's terminal."""
+    """The monitor on this process's terminal."""
 
     def __init__(self, feed: Feed, view: View) -> None:
         self._feed = feed
@@ -61,9 +61,9 @@ class Screen:
         self._error: NoFeed | None = None
 
     async def run(self) -> End:
-        """Until the user or a signal ends it. NoFeed if there is no router at the start.
+        """Run until the user or a signal ends it. Raises NoFeed if no router answers at the start.
 
-        Whatever happens, the terminal is then as it was before.
+        The terminal is restored in any case.
         """
         view = self._view
         first = trio.Event()
@@ -73,7 +73,7 @@ class Screen:
                     self._nursery = nursery
                     nursery.start_soon(self._follow, first)
                     await nursery.start(self._signals)
-                    # Nothing is painted before there is something: errors stay readable lines.
+                    # Paint only when there is data: earlier errors stay readable lines.
                     await first.wait()
                     descriptor = sys.stdin.fileno()
                     console = Console()
@@ -142,12 +142,12 @@ class Screen:
             with trio.move_on_after(ESCAPE_TIME if rest else float("inf")) as patience:
                 await trio.lowlevel.wait_readable(descriptor)
             if patience.cancelled_caught:
-                rest = b""  # an Escape by itself, which asks for nothing
+                rest = b""  # an Escape key by itself, without a function
                 self._press("escape")
                 continue
             try:
                 data = os.read(descriptor, 1024)
-            except OSError:  # the terminal is gone
+            except OSError:  # the terminal has been closed
                 data = b""
             if not data:
                 self._stop(End.HANGUP)
@@ -166,7 +166,7 @@ class Screen:
             self._stop(End.USER)
 
     async def _drain(self, action: SetDrain) -> None:
-        # Half of this program's start-up, which most of its runs do not need.
+        # Half of the start-up time; rarely needed.
         from vllm_router.cli.router_client import RouterClient
 
         try:
@@ -186,13 +186,13 @@ class Screen:
                 if number in (signal.SIGWINCH, signal.SIGCONT):
                     self._changed.set()
                 elif number == signal.SIGINT and self._view.attached:
-                    # It went to the router as well, which will say good-bye to us.
+                    # The terminal also sends it to the router, which closes the feed when it stops.
                     continue
                 else:
                     self._stop(_ENDS[signal.Signals(number)])
 
     async def _watch_parent(self) -> None:
-        """A router that is killed cannot end its view."""
+        """Detect a router that was killed and cannot end its monitor."""
         while True:
             await trio.sleep(PARENT_INTERVAL)
             if os.getppid() != self._parent:

@@ -1,4 +1,4 @@
-"""What the terminal view shows and what keys do to it. Pure: no terminal, no socket, no clock."""
+"""The state of the monitor, and the effect of keys. Pure: no terminal, no socket, no clock."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from vllm_router.web.schema import VERSION, Event, FleetView, Hello, ServerView, Snapshot
 
 HISTORY = 300
-"""Seconds of load that are kept, one value for each."""
+"""Seconds of load history, one value per second."""
 
 EVENTS = 200
 PAGE = 10
 STALE_SECONDS = 2.5
-"""Silence after which the figures are called old."""
+"""Seconds without a snapshot after which the figures are marked as old."""
 
 _BADNESS = (
     "down",
@@ -39,7 +39,7 @@ SORTS: Sequence[tuple[str, SortKey | None]] = (
     ("requests", lambda server: (-server.requests_per_s, server.name)),
     ("ttft", lambda server: (-server.ttft.p95 if server.ttft else 1.0, server.name)),
 )
-"""What `s` goes through; the first is the order of the configuration."""
+"""The sort orders of key `s`; the first is the order of the configuration."""
 
 
 def _badness(state: str) -> float:
@@ -48,12 +48,12 @@ def _badness(state: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Quit:
-    """Leave the view."""
+    """Leave the monitor."""
 
 
 @dataclass(frozen=True, slots=True)
 class SetDrain:
-    """Take a server out of the rotation, or back in."""
+    """Drain a server, or take it back."""
 
     server: str
     on: bool
@@ -64,7 +64,7 @@ Action = Quit | SetDrain
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Asked at the bottom; `y` does `action`, every other key nothing."""
+    """A question at the bottom of the screen: `y` performs `action`, other keys cancel."""
 
     text: str
     action: Action
@@ -72,9 +72,9 @@ class Question:
 
 @dataclass(slots=True)
 class View:
-    """Everything that is drawn. `url` is the router's; times are Unix times.
+    """All displayed state. `url` is the router's; times are Unix times.
 
-    attached: the view belongs to a router that was started with it; to leave is to stop that.
+    attached: the monitor belongs to the router that started it; leaving it stops the router.
     """
 
     url: str
@@ -87,9 +87,9 @@ class View:
     loads: dict[str, deque[float | None]] = field(default_factory=dict)
     connected: bool = False
     trouble: str = ""
-    """Why there is no connection."""
+    """Why the connection is lost."""
     heard: float = 0.0
-    """When the last snapshot came, by this machine's clock."""
+    """The arrival of the last snapshot, by this machine's clock."""
     sort: int = 0
     selected: str | None = None
     question: Question | None = None
@@ -101,7 +101,7 @@ class View:
     # -- what the router says -------------------------------------------------------------------
 
     def take(self, message: Hello | Snapshot | Event, now: float) -> None:
-        """A message of the feed, at `now`. Raises ValueError if it is of a newer schema."""
+        """Apply a message of the feed. Raises ValueError if its schema is newer."""
         if isinstance(message, Hello):
             self._greet(message)
         elif isinstance(message, Snapshot):
@@ -110,7 +110,7 @@ class View:
             self._tell(message)
 
     def lost(self, why: str) -> None:
-        """There is no connection; the figures stay, and are marked as old."""
+        """The connection is lost; the figures stay, and are marked as old."""
         self.connected = False
         self.trouble = why
 
@@ -118,7 +118,7 @@ class View:
         if hello.schema > VERSION:
             raise ValueError(f"the router {hello.version} is newer than this program")
         if self.hello is None or hello.started != self.hello.started:
-            # The router has been started anew, and counts its events from one.
+            # The router has restarted, and numbers its events from one.
             self._newest = 0
         self.hello = hello
         history = hello.history
@@ -154,7 +154,7 @@ class View:
     # -- what is seen ---------------------------------------------------------------------------
 
     def servers(self) -> list[ServerView]:
-        """In the chosen order."""
+        """All servers in the chosen order."""
         servers = list(self.snapshot.servers) if self.snapshot is not None else []
         key = SORTS[self.sort][1]
         return sorted(servers, key=key) if key is not None else servers
@@ -171,14 +171,14 @@ class View:
         return None
 
     def stale(self, now: float) -> bool:
-        """Whether the figures are old."""
+        """True if the figures are old."""
         interval = self.hello.config.feed_interval if self.hello is not None else 0.5
         return not self.connected or now - self.heard > max(STALE_SECONDS, 4 * interval)
 
     # -- keys -----------------------------------------------------------------------------------
 
     def key(self, key: str) -> Action | None:
-        """What a key asks for, if more than another look."""
+        """The action of a key, if it does more than change the display."""
         self.message = ""
         if key == "ctrl-c":
             return Quit()

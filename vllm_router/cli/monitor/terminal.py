@@ -1,4 +1,4 @@
-"""Whether there is a terminal to draw on. Light: `run` asks before it loads anything."""
+"""Detection of a terminal. Imports little: `run` calls it first."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import sys
 
 
 def on_terminal() -> bool:
-    """Whether a full-screen view can be shown and used."""
+    """True if a full-screen program can run on stdin and stdout."""
     return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"

@@ -1,4 +1,4 @@
-"""Figures as the terminal shows them. Pure."""
+"""Formatting of figures for the terminal. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NONE = "-"
 
 
 def rate(value: float | None) -> str:
-    """Per second, with as many digits as mean something."""
+    """A rate per second with significant digits only."""
     if value is None:
         return NONE
     if value == 0:
@@ -33,7 +33,7 @@ def percent(share: float) -> str:
 
 
 def span(value: float) -> str:
-    """A time in its greatest units."""
+    """A duration in its largest units."""
     whole = max(0, int(value))
     if whole < 60:
         return f"{whole} s"
@@ -45,7 +45,7 @@ def span(value: float) -> str:
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of `width` characters, exact to an eighth of one; never empty for some load."""
+    """A bar of `width` characters, exact to an eighth of one; not empty for a load above zero."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
     if share > 0:
         eighths = max(eighths, 1)
@@ -54,10 +54,10 @@ def bar(share: float, width: int) -> str:
 
 
 def sparkline(values: Iterable[float | None], width: int, ceiling: float = 1.0) -> str:
-    """The newest of the values at the right edge; the greatest of each stretch is drawn."""
+    """The newest values at the right edge; each character shows the maximum of its interval."""
     known = list(values)
     step = max(1, -(-len(known) // width)) if width else 1
-    # From the right, so that a stretch keeps its values as new ones come.
+    # Group from the right, so that groups stay the same as values arrive.
     ends = range(len(known), 0, -step)
     stretches = [known[max(0, end - step) : end] for end in ends][:width]
     chars = [_block(stretch, ceiling) for stretch in reversed(stretches)]

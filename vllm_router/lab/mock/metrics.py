@@ -1,4 +1,4 @@
-"""The text of `/metrics`: names, labels, help and order of a real vLLM 0.32 (prometheus_client)."""
+"""The `/metrics` page: names, labels, help and order of vLLM 0.32 (prometheus_client)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[EngineStatistics], Histogram]], ...
     ),
 )
 
-# What releases before 0.10 or so called them; the newer gauges did not exist then.
+# Names before release 0.10; newer gauges did not exist then.
 _OLD_NAMES = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
@@ -169,7 +169,7 @@ class Exposition:
 
 
 def process_metrics(page: Exposition, started: float) -> None:
-    """Of prometheus_client's own families those that routers are known to read."""
+    """The families of prometheus_client that routers are known to read."""
     version = platform.python_version()
     major, minor, patch = platform.python_version_tuple()
     python = (
@@ -189,7 +189,7 @@ def process_metrics(page: Exposition, started: float) -> None:
         "Total user and system CPU time spent in seconds.",
         [("", time.process_time())],
     )
-    # The numbers of a machine that is never short of descriptors, on every platform.
+    # Values of a machine with plenty of descriptors, on every platform.
     page.family("process_open_fds", "gauge", "Number of open file descriptors.", [("", 34.0)])
     page.family(
         "process_max_fds", "gauge", "Maximum number of open file descriptors.", [("", 65535.0)]
@@ -207,7 +207,7 @@ def engine_metrics(
     loras: Sequence[str],
     started: float,
 ) -> None:
-    """All `vllm:` families; the label of the model is the first one's, as vLLM does it."""
+    """All `vllm:` families; the model label is that model's first name, as in vLLM."""
     model = f'model_name="{options.models[0]}"'
     labels = [f'engine="{number}",{model}' for number in range(len(engines))]
 

@@ -1,4 +1,4 @@
-"""What a simulated vLLM server may be told: how fast it is, what it serves, how it misbehaves."""
+"""Options and failure switches of a simulated vLLM server."""
 
 from __future__ import annotations
 

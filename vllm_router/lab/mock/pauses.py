@@ -34,8 +34,8 @@ _MODES = "'abort', 'wait' or 'keep'"
 
 
 def _pause(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """mode=abort (default) aborts all, waiting requests too. keep freezes all. wait lets running
-    requests finish, which is when it answers, and keeps the waiting ones. New requests are held."""
+    """abort (default) aborts all requests, waiting ones included. keep freezes all. wait lets
+    running requests finish before it answers, and keeps the waiting ones. New requests are held."""
     mode = query(incoming).get("mode", "abort")
     if mode not in ("abort", "keep", "wait"):
         problem = {
@@ -72,7 +72,7 @@ def _resume(server: ServerState, connection: Connection, incoming: Incoming) -> 
 
 
 def _abort_requests(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """Those with the given ids, or all; also while paused."""
+    """Abort the requests with the given ids, or all; works while paused."""
     try:
         body = msgspec.json.decode(incoming.body)
     except msgspec.DecodeError:

@@ -8,8 +8,7 @@ from vllm_router.lab.mock.text import WORD_BYTES, next_state, seed_of, token_cou
 
 
 class Sink(Protocol):
-    """Who gets a request's words; called once per engine step, the last time when
-    `request.finish_reason` is set."""
+    """Receives a request's words once per engine step; the last step sets its `finish_reason`."""
 
     def deliver(self, words: list[bytes]) -> None: ...
 

@@ -30,17 +30,17 @@ def chunk(event: bytes) -> bytes:
 
 
 def named(value: dict[str, Any]) -> bytes:
-    """One event named by its `type`, as Anthropic's and the responses API have it."""
+    """An event with the name of its `type`, as in the Messages and Responses APIs."""
     return chunk(b"event: %b\ndata: %b\n\n" % (value["type"].encode(), encode(value)))
 
 
 def engine_dead() -> ApiError:
-    """What every request gets when the engine has died."""
+    """The error of all requests when the engine has died."""
     return ApiError(500, ENGINE_DEAD, "InternalServerError")
 
 
 def error_event(error: ApiError) -> bytes:
-    # vLLM writes this one with Python's json, hence the spaces.
+    # vLLM writes this event with Python's json, hence the spaces.
     fields = {
         "message": error.message,
         "type": error.kind,
@@ -51,7 +51,7 @@ def error_event(error: ApiError) -> bytes:
 
 
 def fingerprint(model: str) -> str:
-    """Differs per server start in a real vLLM; here the same answer is the same everywhere."""
+    """Constant here; a real vLLM changes it with each start."""
     return f"vllm-{VERSION}-{zlib.crc32(model.encode()):08x}"
 
 
@@ -64,24 +64,24 @@ class Shape(Protocol):
     comments: bool
 
     def accepted(self) -> list[bytes]:
-        """What is sent before the engine has done anything."""
+        """Events sent before the engine's first output."""
 
     def opening(self) -> list[bytes]:
-        """What precedes the engine's first output, even if that has no token."""
+        """Events before the engine's first output, even if that has no token."""
 
     def delta(self, words: list[bytes], *, last: bool) -> list[bytes]:
-        """`last`: the answer ends with these words, maybe none."""
+        """Events of words; `last`: these are the last words, perhaps none."""
 
     def closing(self) -> list[bytes]: ...
 
     def failed(self, error: ApiError) -> list[bytes] | None:
-        """The end of a stream that fails. None: vLLM says nothing and cuts the connection."""
+        """The end of a failed stream. None: vLLM closes the connection without an event."""
 
     def whole(self) -> bytes: ...
 
 
 class BaseShape:
-    """What all answers know; `details`: cached tokens in usage."""
+    """Common part of all shapes; `details` adds cached tokens to usage."""
 
     comments = False
 

@@ -1,4 +1,4 @@
-"""The JSON of Anthropic's messages API, as vLLM 0.32 has it."""
+"""Anthropic's Messages API as vLLM 0.32 implements it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from vllm_router.lab.mock.api_error import ApiError
 from vllm_router.lab.mock.shapes import BaseShape, encode, named
 
-# vLLM makes these events from a chat's. An error among them does not have the fields of a chat's
-# chunk, so what the client is told is pydantic's complaint, which shows both ends of the error.
+# vLLM makes these events from a chat stream. An error in it lacks the fields of a chunk, so that
+# the client gets pydantic's message, which shows both ends of the error.
 _NOT_A_CHUNK = "2 validation errors for ChatCompletionStreamResponse"
 _MISSING = (
     "\n{field}\n  Field required [type=missing, input_value={shown}, input_type=dict]\n"
     "    For further information visit https://errors.pydantic.dev/2.14/v/missing"
 )
-_SHOWN_CHARACTERS = 25, 24  # of the error's beginning and of its end
+_SHOWN_CHARACTERS = 25, 24  # characters of the error's beginning and end
 
 
 class MessagesShape(BaseShape):
-    """Anthropic's messages API. Ends without `[DONE]`."""
+    """Anthropic's Messages API. Ends without `[DONE]`."""
 
     done = False
     _has_block = False
 
     def _stop_reason(self) -> str | None:
-        """None for an answer that was aborted."""
+        """None for an aborted response."""
         request = self.request
         if request.finish_reason == "length":
             return "max_tokens"
@@ -67,7 +67,7 @@ class MessagesShape(BaseShape):
     def closing(self) -> list[bytes]:
         reason = self._stop_reason()
         if not self.request.generated:
-            # No chunk has told how the chat ended, so vLLM supposes that it ended well.
+            # Without the chat's finish reason, vLLM reports a normal end.
             reason = "end_turn"
         delta = {"stop_reason": reason, "stop_sequence": self.request.stop_reason}
         events = [named({"type": "content_block_stop", "index": 0})] if self._has_block else []

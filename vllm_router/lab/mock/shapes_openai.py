@@ -8,7 +8,7 @@ from vllm_router.lab.mock.shapes import DONE, BaseShape, chunk, encode, error_ev
 
 
 class OpenAIShape(BaseShape):
-    """What chat and text completions have in common: fast frames for words of known length."""
+    """Common part of chat and text completions: fast frames for words of known length."""
 
     done = True
     comments = True

@@ -1,4 +1,4 @@
-"""The JSON of OpenAI's responses API, as vLLM 0.32 has it."""
+"""OpenAI's Responses API as vLLM 0.32 implements it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_router.lab.mock.shapes import BaseShape, encode, named
 
 
 class ResponsesShape(BaseShape):
-    """OpenAI's responses API. Ends without `[DONE]`."""
+    """OpenAI's Responses API. Ends without `[DONE]`."""
 
     done = False
 
@@ -153,7 +153,7 @@ class ResponsesShape(BaseShape):
         return [*events, self._named({"response": response}, "response.completed")]
 
     def failed(self, error: ApiError) -> None:
-        """vLLM 0.32 has no event for it: the exception ends the connection."""
+        """vLLM 0.32 sends no event: the exception closes the connection."""
 
     def whole(self) -> bytes:
         return encode(self._response(finished=True, with_output=True))

@@ -1,4 +1,4 @@
-"""What a simulated engine has counted; vLLM's names and buckets are in `metrics.py`."""
+"""Counters of a simulated engine; `metrics.py` has vLLM's names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_router.lab.mock.request import Request
 
-# Bucket bounds as a real vLLM 0.32 shows them.
+# Bucket bounds of vLLM 0.32.
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -27,7 +27,7 @@ _FEW = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class Histogram:
-    """Counts per bucket; cumulated only when rendered."""
+    """Counts per bucket, cumulated when rendered."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -71,7 +71,7 @@ class EngineStatistics:
         self.iteration_tokens = Histogram(_ITERATION)
 
     def request_ended(self, request: Request, now: float) -> None:
-        """A request got its last token."""
+        """A request has got its last token."""
         first = request.first_token if request.first_token is not None else now
         self.finished[request.finish_reason or "error"] += 1
         self.e2e_latency.observe(now - request.arrived)

@@ -1,4 +1,4 @@
-"""How the bytes of an answer are framed and packed when that is not as uvicorn does it."""
+"""Framing and compression of response bodies that differ from uvicorn's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _GZIP = 31  # zlib's window bits for a gzip header and trailer
 
 
 def payload(framed: bytes) -> bytes:
-    """What one HTTP chunk carries; `framed` is one chunk as `shapes.chunk` makes it."""
+    """The payload of one HTTP chunk; `framed` is a chunk made by `shapes.chunk`."""
     return framed[framed.index(b"\r\n") + 2 : -2]
 
 
@@ -32,7 +32,7 @@ class Wire:
 
     @staticmethod
     def of(fault: Fault) -> Wire | None:
-        """None where the answer is framed as always."""
+        """None if the fault does not change the framing."""
         if fault.framing == "close" or fault.packing or fault.null_error:
             return Wire(fault)
         return None
@@ -42,11 +42,11 @@ class Wire:
         return b"content-encoding: gzip\r\n" if self._packing else b""
 
     def whole(self, body: bytes) -> bytes:
-        """The body of an answer that is no stream."""
+        """The body of a response that is not a stream."""
         return gzip.compress(body, mtime=0) if self._packing else body
 
     def write(self, chunks: list[bytes]) -> bytes:
-        """Events, each a chunk of its own, and maybe `LAST_CHUNK`, as they go out."""
+        """Frame events, each as its own chunk; the last item may be `LAST_CHUNK`."""
         last = bool(chunks) and chunks[-1] == LAST_CHUNK
         events = [payload(each) for each in (chunks[:-1] if last else chunks)]
         if self._null_error:
