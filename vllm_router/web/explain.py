@@ -173,7 +173,7 @@ def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
         moments = [moment - now for moment in server.refusals.moments() if moment > now]
         reason += f"; tried again in {min(moments):.1f} s" if moments else "; tried again now"
     elif state is State.FULL:
-        reason += f"; asked again in {server.backoff_until - now:.1f} s"
+        reason += f"; tried again in {server.backoff_until - now:.1f} s"
     elif state is State.UP and server.at_cap:
         reason = f"at max_in_flight: {server.in_flight} of {server.config.max_in_flight} in flight"
     elif state is State.UP and model is not None:
