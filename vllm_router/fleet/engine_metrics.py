@@ -1,7 +1,7 @@
 """A vLLM server's `/metrics` page, reduced to what routing and the feed need.
 
-Names are matched exactly: `vllm:num_requests_waiting_by_reason` stands beside
-`vllm:num_requests_waiting` and is not it. Every engine of a data-parallel server has its own
+Names are matched exactly: `vllm:num_requests_waiting_by_reason` is another metric than
+`vllm:num_requests_waiting`. Every engine of a data-parallel server has its own
 sample (label `engine`); gauges and counters are summed over them, utilisation is averaged.
 Names that vLLM has renamed are read under both (vLLM pull requests 18354, 24110, 29330).
 """

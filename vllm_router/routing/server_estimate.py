@@ -125,8 +125,8 @@ class ServerEstimate:
 
     def follow_scrape(self) -> None:
         """Update from the last scrape, if it is new."""
-        server = self.server
-        metrics, at = server.metrics, server.load_estimate.scraped_at
+        server, load = self.server, self.server.load_estimate
+        metrics, at = load.metrics, load.scraped_at
         if at is None or metrics is None or at == self.scraped_at:
             return
         elapsed = at - self.scraped_at if self.scraped_at is not None else 0.0
@@ -159,11 +159,9 @@ class ServerEstimate:
             self.lasting = 1.0
             self.due_hits = self.started_hits = 0.0
         keep = 0.5 ** (elapsed / LATENCY_HALF_LIFE) if self.scraped_at is not None else 0.0
-        gauge = max(
-            0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - server.load_estimate.stuck
-        )
+        gauge = max(0.0, (metrics.running or 0.0) + (metrics.waiting or 0.0) - load.stuck)
         self.gauge = self.gauge * keep + gauge * (1.0 - keep)
-        self.own = self.own * keep + server.load_estimate.leases_at_scrape * (1.0 - keep)
+        self.own = self.own * keep + load.leases_at_scrape * (1.0 - keep)
         self.seen, self.scraped_at, self.sent = new, at, 0
 
     def error_penalty_now(self, now: float) -> float:

@@ -75,7 +75,7 @@ class PrefixIndex:
     def insert(self, server: Server, prompt: Prompt, now: float) -> None:
         """The prompt was sent to the server, which caches it while its KV cache has room."""
         if prompt.block_hashes:
-            metrics = server.metrics
+            metrics = server.load_estimate.metrics
             tokens = (metrics.kv_tokens if metrics is not None else None) or UNKNOWN_KV_TOKENS
             capacity = int(tokens * BYTES_PER_TOKEN * self._kv_share.get(server, 1.0))
             self.table.insert(prompt.block_hashes, self.bit(server), capacity, now)
