@@ -48,7 +48,7 @@ def server_ends() -> int:
     return sum(isinstance(one, ssl.SSLObject) and one.server_side for one in gc.get_objects())
 
 
-# -- how a connection with TLS may end ----------------------------------------------------------
+# -- ends of TLS connections --------------------------------------------------------------------
 
 
 async def hello_and_leave(port: int) -> None:

@@ -277,7 +277,7 @@ def test_monitor_newer_schema_is_refused():
         View("http://router:8888").take(newer, NOW)
 
 
-# -- the picture ------------------------------------------------------------------------------
+# -- the screen -------------------------------------------------------------------------------
 
 
 def test_monitor_small_screen_shows_servers_totals_and_events():
@@ -374,7 +374,7 @@ def test_monitor_before_first_snapshot_draws_a_screen():
     picture(View("http://router:8888"))
 
 
-# -- words ------------------------------------------------------------------------------------
+# -- formatting -------------------------------------------------------------------------------
 
 
 def test_bar_is_exact_to_an_eighth_and_never_empty_for_load():

@@ -181,7 +181,7 @@ def test_auth_changed_keys_are_reported_by_name():
     assert changes(new, read("")) == "auth off"
 
 
-# -- whose key it is --------------------------------------------------------------------------
+# -- owners of keys ---------------------------------------------------------------------------
 
 
 def ring() -> Keyring:

@@ -611,7 +611,7 @@ def test_config_other_urls_are_refused(url: str, expected: str):
         normalise_url(url)
 
 
-# -- files that are no TOML -------------------------------------------------------------------
+# -- files that are not TOML ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_config_unreadable_file_is_one_line(data: bytes, expected: str):
     assert problem(data).startswith(expected)
 
 
-# -- the values -------------------------------------------------------------------------------
+# -- values -----------------------------------------------------------------------------------
 
 
 def test_config_is_immutable_and_comparable():

@@ -18,7 +18,7 @@ def origins(*listed: str) -> Origins:
     return Origins(map(read_origin, listed))
 
 
-# -- what may be listed ----------------------------------------------------------------------
+# -- valid entries ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_origin_invalid_error_names_key_and_expectation(text, hint):
     assert hidden or problem.endswith(f"got {quoted}")
 
 
-# -- what matches ------------------------------------------------------------------------------
+# -- matching ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_ejection_ejected_server_at_fault_is_not_ejected_again():
     assert (health.until, health.ejections) == (until, ejections)
 
 
-# -- how many -----------------------------------------------------------------------------------
+# -- limits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("servers", "most"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3)])
@@ -193,7 +193,7 @@ def test_ejection_failed_probation_ejects_beyond_limit():
     assert server.passive_health.until == 17.0
 
 
-# -- whose fault --------------------------------------------------------------------------------
+# -- which failures count -----------------------------------------------------------------------
 
 
 def health() -> PassiveHealth:

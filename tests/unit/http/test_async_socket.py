@@ -173,7 +173,7 @@ async def test_socket_write_failing_before_loop_waits_is_reported_at_once():
     ours.close()
 
 
-# -- pouring ------------------------------------------------------------------------------------
+# -- stream_into --------------------------------------------------------------------------------
 
 
 async def test_stream_into_runs_between_tasks_until_enough():

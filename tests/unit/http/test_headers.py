@@ -331,7 +331,7 @@ def test_request_id_invalid_is_replaced(given):
     assert made != request_id(given)
 
 
-# -- answers -----------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------
 
 
 def length_in(headers: Fields) -> int | None:

@@ -86,7 +86,7 @@ async def received(*pieces: bytes) -> Got:
     return result
 
 
-# -- answers -----------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", ["whole", "bytes"])
@@ -150,7 +150,7 @@ async def test_client_bytes_after_response_close_connection_only():
     assert (got.status, got.body, got.reusable) == (204, b"", False)
 
 
-# -- what is none ------------------------------------------------------------------------------
+# -- invalid responses -------------------------------------------------------------------------
 
 LENGTH = b"content-length: 5\r\n"
 
@@ -327,7 +327,7 @@ async def test_client_large_request_to_server_not_reading_can_be_cancelled(autoj
         connection.close()
 
 
-# -- servers that mean harm --------------------------------------------------------------------
+# -- hostile servers ---------------------------------------------------------------------------
 
 
 def repeating(start: bytes, piece: bytes) -> Script:
@@ -739,7 +739,7 @@ async def test_client_stale_connection_fails_without_a_byte():
         connection.close()
 
 
-# -- against another parser --------------------------------------------------------------------
+# -- compared with another parser --------------------------------------------------------------
 
 
 def read_by_h11(raw: bytes) -> tuple[int, bytes] | None:

@@ -183,7 +183,7 @@ def test_simulated_engine_finishes_every_job_and_balances(jobs: list[tuple[int, 
     assert metrics.generation_tokens >= sum(one.output_tokens for one in made)
 
 
-# -- the world ---------------------------------------------------------------------------------
+# -- the simulated fleet -----------------------------------------------------------------------
 
 
 def scene(**changes: object) -> Scene:

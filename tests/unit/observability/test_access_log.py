@@ -54,7 +54,7 @@ def ended(record: Record, facts: RoutingInfo | None = None) -> Ended:
     return Ended(1_000_000.0, record, facts)
 
 
-# -- what a line says ---------------------------------------------------------------------------
+# -- contents of a line -------------------------------------------------------------------------
 
 
 def test_access_log_json_line_has_facts_of_exchange():
@@ -159,7 +159,7 @@ def test_access_log_users_are_distinguished_but_anonymous():
     assert "ann" not in session("ann@example.org")
 
 
-# -- what an exchange reports -------------------------------------------------------------------
+# -- fields of an exchange ----------------------------------------------------------------------
 
 
 class Kept(LineWriter):

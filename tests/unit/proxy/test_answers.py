@@ -287,7 +287,7 @@ def test_api_of_path_returns_one_of_four_apis():
     assert api_of(b"/v1/embeddings") is Api.OTHER
 
 
-# -- whose fault -------------------------------------------------------------------------------
+# -- which failures count ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -639,7 +639,7 @@ def test_json_balance_distinguishes_whole_from_half(value, size, draw):
     assert not half.whole
 
 
-# -- the quick readers say what the tables say ----------------------------------------------------
+# -- the quick readers agree with the tables ------------------------------------------------------
 
 _TEXT = st.sampled_from(["", "x", None])
 _REASON = st.sampled_from([None, "stop", "length", "abort", ""])

@@ -285,7 +285,7 @@ async def test_websocket_at_other_path_is_404_naming_feed(path):
     assert message.startswith(f"There is no websocket at {path}: the router has one at /ws/load")
 
 
-# -- slashes at the end -----------------------------------------------------------------------
+# -- trailing slashes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slashes", ["/", "//"])
@@ -339,7 +339,7 @@ async def test_client_address_ipv4_mapped_is_shown_as_ipv4(kind):
     assert seen == ["127.0.0.1"]
 
 
-# -- what the access log says ------------------------------------------------------------------
+# -- the access log ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])

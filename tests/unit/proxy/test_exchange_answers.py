@@ -70,7 +70,7 @@ STREAMS = {
 OPENINGS = {CHAT: [ROLE], RESPONSES: [CREATED], MESSAGES: [START, b"event: ping\ndata: {}\n\n"]}
 
 
-# -- an answer without proof is a failed attempt ---------------------------------------------------
+# -- a response without proof is a failed attempt --------------------------------------------------
 
 EMPTY: dict[str, bytes] = {
     "no body": ok(b""),
@@ -150,7 +150,7 @@ async def test_exchange_server_error_before_first_token_is_retried(autojump_cloc
         assert failures(rig) == 1
 
 
-# -- doubt -----------------------------------------------------------------------------------------
+# -- doubtful responses ----------------------------------------------------------------------------
 
 NO_TOKENS = {
     CHAT: [ROLE, STOP, DONE],
@@ -247,7 +247,7 @@ async def test_exchange_responses_stream_cut_by_all_servers_counts_for_none(auto
         assert set(rig.recorder.outcomes) == {Outcome.OPENED_LOST}
 
 
-# -- whose fault -------------------------------------------------------------------------------
+# -- which failures count ----------------------------------------------------------------------
 
 CLIENT_ERRORS = {
     "integer code": b'data: {"error":{"message":"too long","code":400}}\n\n',
@@ -415,7 +415,7 @@ async def test_exchange_json_abort_of_stopping_server_is_retried(autojump_clock,
         assert rig.recorder.outcomes == [Outcome.ABORTED, Outcome.ANSWERED]
 
 
-# -- what cannot be read -----------------------------------------------------------------------
+# -- unreadable responses ----------------------------------------------------------------------
 
 
 async def test_exchange_compressed_stream_passes_unbuffered(autojump_clock):

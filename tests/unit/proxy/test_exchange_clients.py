@@ -82,7 +82,7 @@ async def deaf(talk: Talk) -> None:
     await talk.gone()
 
 
-# -- leaving -----------------------------------------------------------------------------------
+# -- disconnects -------------------------------------------------------------------------------
 
 PHASES = {
     "waiting for a head": (silent, BODY, Phase.WAIT),
@@ -227,7 +227,7 @@ async def test_exchange_two_hundred_random_disconnects_leak_nothing(autojump_clo
         assert (await rig.post()).status == 200
 
 
-# -- stalling ----------------------------------------------------------------------------------
+# -- stalled clients ---------------------------------------------------------------------------
 
 
 async def test_exchange_client_that_stops_reading_counts_against_no_server(autojump_clock):

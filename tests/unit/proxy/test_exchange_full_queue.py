@@ -67,7 +67,7 @@ def client_of(rig: Rig, key: str, number: int, **more: Any) -> Client:
     return client
 
 
-# -- a full room (turns at the door) ----------------------------------------------------------
+# -- a full queue -----------------------------------------------------------------------------
 
 
 async def test_full_queue_new_key_displaces_last_of_greediest_key(autojump_clock):
@@ -154,7 +154,7 @@ async def test_full_queue_retries_take_no_place(autojump_clock):
         assert order(*clients, late) == [1, 0, 2]
 
 
-# -- requests that cannot go ------------------------------------------------------------------
+# -- blocked requests -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stuck_at", [0, 1, 2])
@@ -226,7 +226,7 @@ async def test_queue_request_too_long_for_free_server_delays_no_shorter_one(auto
         assert order(waits) == [1]
 
 
-# -- after slow hours -------------------------------------------------------------------------
+# -- after slow times -------------------------------------------------------------------------
 
 
 async def slow_hour(rig: Rig) -> None:

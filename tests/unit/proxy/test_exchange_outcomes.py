@@ -42,7 +42,7 @@ def failures(rig: Rig, name: str) -> int:
     return rig.server(name).passive_health.failures_in_row
 
 
-# -- answers -----------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("watched", [False, True])

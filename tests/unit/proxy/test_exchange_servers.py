@@ -34,7 +34,7 @@ def body(number: int) -> bytes:
     return b'{"model":"m","n":%d}' % number
 
 
-# -- F2: a retry never ends while a well server has not been asked -------------------------------
+# -- F2: retries reach every healthy server ------------------------------------------------------
 
 
 async def _resets(talk: Talk) -> None:
@@ -76,7 +76,7 @@ async def test_ejected_server_failing_after_busy_says_busy_with_retry_after(auto
         assert got[b"retry-after"] == b"5"  # the ejection ends before the other is free
 
 
-# -- F7: a trial need not last as long as its answer ----------------------------------------------
+# -- F7: probation ends with the first event ------------------------------------------------------
 
 
 async def test_probation_long_json_response_admits_other_requests(autojump_clock):
@@ -105,7 +105,7 @@ async def test_probation_long_json_response_admits_other_requests(autojump_clock
         assert slow.got.status == 200
 
 
-# -- A8: an odd answer is held against the request first ------------------------------------------
+# -- A8: odd responses count against the request first --------------------------------------------
 
 ODD = {
     "long head": b"HTTP/1.1 200 OK\r\nmetadata: " + b"x" * (MAX_HEAD + 1),
@@ -164,7 +164,7 @@ async def test_response_head_of_half_a_megabyte_passes(autojump_clock):
         assert got[b"metadata"] == metadata
 
 
-# -- E3, E14: what is about the server and not the request ----------------------------------------
+# -- E3, E14: refusals that concern the server ----------------------------------------------------
 
 LOGIN = b"<html>Please log in</html>"
 REFUSES = {
@@ -376,7 +376,7 @@ async def test_too_long_for_equal_servers_is_not_retried(autojump_clock):
         assert rig.requests().total() == 1
 
 
-# -- B6: lists of models that are out of date ------------------------------------------------------
+# -- B6: stale model lists -------------------------------------------------------------------------
 
 NO_MODEL = answer(
     404,

@@ -214,7 +214,7 @@ USAGE = (
     b'"choices":[],"usage":{"prompt_tokens":16,"total_tokens":16,"completion_tokens":0}}\n\n'
 )
 
-# -- dead on arrival ---------------------------------------------------------------------------
+# -- failures before the first event -----------------------------------------------------------
 
 DEAD_FIRST = {
     "error event": ([ERROR % 500, DONE], Outcome.ERROR_EVENT),
@@ -276,7 +276,7 @@ async def test_stream_refusal_passes(autojump_clock):
         assert (got.status, got.body) == (400, ERROR % 400)
 
 
-# -- death in mid-stream -----------------------------------------------------------------------
+# -- failures in mid-stream --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -464,7 +464,7 @@ async def test_stream_silence_after_moved_deadline_ends_in_time(autojump_clock, 
         assert failures(rig) == 1
 
 
-# -- the probes find the server gone -----------------------------------------------------------
+# -- the probes find the server down -----------------------------------------------------------
 
 
 async def hangs(talk: Talk) -> None:

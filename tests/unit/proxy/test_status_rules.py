@@ -156,7 +156,7 @@ def test_judge_answer_any_bytes_give_judgement(status, body, kind):
     assert judge(status, body, kind).outcome in Outcome
 
 
-# -- what a request surely needs -----------------------------------------------------------------
+# -- certain needs of a request ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

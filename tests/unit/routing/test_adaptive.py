@@ -481,7 +481,7 @@ def test_adaptive_server_with_confirming_counters_keeps_credit():
     assert it.parts(asking(CONTEXT[:20_000]), a)["cached_tokens"] > 4000
 
 
-# -- coming back -------------------------------------------------------------------------------
+# -- returning servers -------------------------------------------------------------------------
 
 
 def test_adaptive_returning_server_gets_share_slowly():
@@ -676,7 +676,7 @@ def test_adaptive_score_consists_of_shown_terms(others: bool):
     assert it.parts(LONG, b)["cached_tokens"] > it.parts(LONG, c)["cached_tokens"] > 0
 
 
-# -- books -------------------------------------------------------------------------------------
+# -- accounts ----------------------------------------------------------------------------------
 
 
 def test_adaptive_accounts_balance_when_all_requests_end():
@@ -731,7 +731,7 @@ def test_adaptive_statistics_report_expected_values():
     assert it.policy.statistics(a).reported_tokens == 2032
 
 
-# -- refusing is no attraction ---------------------------------------------------------------------
+# -- refusing servers attract no load --------------------------------------------------------------
 
 
 def share_of_refusing(policy, *, size: int, clients: int = 8, rounds: int = 400) -> float:

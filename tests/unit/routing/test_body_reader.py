@@ -314,7 +314,7 @@ def test_body_reader_positions_are_independent_of_slices(body: bytes):
     assert places(2) == places(7) == places(1 << 13)
 
 
-# -- nothing holds up the loop -------------------------------------------------------------------
+# -- the loop is never blocked -------------------------------------------------------------------
 
 SIZE = 3 * MB
 HOSTILE_JSON = {

@@ -185,7 +185,7 @@ def test_prefix_policy_never_overrides_busier_server():
     assert policy.pick(four, facts, 1.0)[0] is not four[2]
 
 
-# -- other routers' ----------------------------------------------------------------------------
+# -- other policies ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["chwbl", "chwbl-prefix"])

@@ -109,7 +109,7 @@ def test_prefix_index_forgetting_one_server_keeps_others():
     assert len(known) == known.held(A) == known.held(B) == 0
 
 
-# -- the book: servers, restarts, tokens -------------------------------------------------------
+# -- servers, restarts, tokens -----------------------------------------------------------------
 
 
 def prompt(seed: int = 1, size: int = 2560) -> Prompt:

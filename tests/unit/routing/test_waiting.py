@@ -141,7 +141,7 @@ def served_on(rooms: WaitingQueue[QueueEntry], server: str, free: int) -> list[Q
     return rooms.admit(2.0, give)
 
 
-# -- places of other processes ----------------------------------------------------------------
+# -- waiters of other processes ---------------------------------------------------------------
 
 
 def test_waiting_held_place_stays_and_next_are_asked_in_order():
@@ -201,7 +201,7 @@ def test_waiting_stamps_rise_without_clock_and_name_process():
     assert other.stamp(0.0) > second
 
 
-# -- a full room ------------------------------------------------------------------------------
+# -- a full queue -----------------------------------------------------------------------------
 
 
 def displaced(

@@ -135,7 +135,7 @@ async def watched(
         nursery.cancel_scope.cancel()
 
 
-# -- the good days -----------------------------------------------------------------------------
+# -- healthy servers ---------------------------------------------------------------------------
 
 
 async def test_probe_one_good_check_brings_server_up_with_models_and_load(
@@ -230,7 +230,7 @@ async def test_probe_leases_at_scrape_time_correct_gauges(autojump_clock, monkey
             lease.release()
 
 
-# -- the bad days ------------------------------------------------------------------------------
+# -- failing servers ---------------------------------------------------------------------------
 
 
 async def test_probe_refused_port_is_down_fast(autojump_clock, monkeypatch):

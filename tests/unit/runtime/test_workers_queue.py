@@ -211,7 +211,7 @@ async def test_workers_queue_servers_freed_at_once_go_to_first_waiters(autojump_
         assert sorted(order(*clients)[:8]) == list(range(8))
 
 
-# -- one room ---------------------------------------------------------------------------------
+# -- one queue --------------------------------------------------------------------------------
 
 
 async def test_workers_queue_limit_covers_all_processes(autojump_clock):
@@ -248,7 +248,7 @@ async def test_workers_queue_prediction_uses_rate_and_queue_of_all(autojump_cloc
         assert len(order(*clients)) == 36
 
 
-# -- no request is held up --------------------------------------------------------------------
+# -- no request is delayed --------------------------------------------------------------------
 
 
 async def test_workers_queue_request_without_fallback_delays_no_process(autojump_clock):

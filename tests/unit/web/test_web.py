@@ -58,7 +58,7 @@ async def test_models_before_first_probe_are_503_not_empty():
     assert reply.headers["retry-after"] == "1"
 
 
-# -- the ancestor's pages ---------------------------------------------------------------------
+# -- the predecessor's pages ------------------------------------------------------------------
 
 
 async def test_health_has_every_field_of_predecessor():
@@ -156,7 +156,7 @@ async def test_root_is_json_for_programs_and_dashboard_for_browsers():
     assert page.headers["vary"] == "accept"
 
 
-# -- life -------------------------------------------------------------------------------------
+# -- health -----------------------------------------------------------------------------------
 
 
 async def test_ready_once_every_server_is_probed():
