@@ -36,7 +36,7 @@ WORDS = {
     "tells": "says, reports, shows, names",
 }
 
-# Files that still have some, and how many: these numbers only fall. Do not add a file.
+# The number of leftovers by file, which only falls. Do not add a file.
 LEFT = {
     "docs/feed.md": 9,
     "docs/observability.md": 1,
