@@ -38,7 +38,7 @@ WORDS = {
 
 # The number of leftovers by file, which only falls. Do not add a file.
 LEFT = {
-    "docs/feed.md": 9,
+    "docs/feed.md": 4,
     "docs/observability.md": 1,
     "docs/routing.md": 1,
     "tests/unit/routing/test_adaptive.py": 7,
