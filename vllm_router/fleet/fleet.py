@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from vllm_router.config.model_aliases import Models
@@ -12,15 +11,10 @@ from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.candidates import choose, next_rank_change
 from vllm_router.fleet.context_lengths import ContextLengths
 from vllm_router.fleet.load import EWMA_WEIGHT
+from vllm_router.fleet.outliers import may_eject, outlier_reason
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import ChangeLog, Server
 from vllm_router.fleet.state import State, Transition
-
-OUTLIER_VOLUME = 10
-"""Requests that a success rate needs to be compared."""
-
-OUTLIER_RATE = 0.8
-"""A server with a success rate below this part of the others' median is ejected."""
 
 ADVANCE_EVERY = 0.01
 """Seconds between two updates of loads that change with time, for up to ADVANCED_OFTEN servers;
@@ -392,7 +386,7 @@ class Fleet:
         allowed = self._may_eject()
         server.failed(now, trial=trial, jitter=jitter, body=body, odd=odd, allowed=allowed)
         if allowed and not server.passive_health.ejected:
-            reason = self._outlier(server, now)
+            reason = outlier_reason(server, self.servers.values(), now)
             if reason:
                 server.eject(now, jitter, reason)
 
@@ -457,34 +451,7 @@ class Fleet:
         server.answered_elsewhere(body, now, jitter=jitter, allowed=self._may_eject())
 
     def _may_eject(self) -> bool:
-        """Whether one more server may be ejected.
-
-        Unusable servers (down, draining, asleep) do not count: without trials they may stay
-        ejected for long.
-        """
-        share = self.settings.max_ejected_share
-        most = max(1, int(share * len(self.servers))) if share else 0
-        ejected = sum(
-            server.passive_health.ejected and server.usable for server in self.servers.values()
-        )
-        return ejected < most
-
-    def _outlier(self, server: Server, now: float) -> str:
-        """The reason to eject the server for its success rate; empty without one."""
-        rate, count = server.passive_health.success_rate(now)
-        if count < OUTLIER_VOLUME:
-            return ""
-        others = [
-            other.passive_health.success_rate(now)
-            for other in self.servers.values()
-            if other is not server and _share_models(server, other)
-        ]
-        rates = [other for other, requests in others if requests >= OUTLIER_VOLUME]
-        if not rates or rate >= OUTLIER_RATE * median(rates):
-            return ""
-        return (
-            f"only {rate:.0%} of its last {count} requests succeeded, {median(rates):.0%} elsewhere"
-        )
+        return may_eject(self.servers.values(), self.settings.max_ejected_share)
 
     # -- totals -------------------------------------------------------------------------------
 
@@ -510,10 +477,3 @@ class Fleet:
 
     def count(self, *states: State) -> int:
         return sum(server.state in states for server in self.servers.values())
-
-
-def _share_models(one: Server, other: Server) -> bool:
-    """Whether two servers may have a model in common."""
-    return (
-        one.models is None or other.models is None or not set(one.models).isdisjoint(other.models)
-    )
