@@ -1,4 +1,4 @@
-"""`/mock/...`: failure switches, and what the simulated server has seen."""
+"""`/mock/...`: failure switches, counters and recorded requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ encode = msgspec.json.encode
 
 
 def _set(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """Change some switches; answers with all of them."""
+    """Change some switches; the response has all of them."""
     try:
         changes = msgspec.json.decode(incoming.body, type=dict[str, Any])
         switches = server.faults.switches.updated(changes)
@@ -70,14 +70,14 @@ def _last(server: ServerState) -> dict[str, Any] | None:
 
 
 def _log(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """All recorded requests, oldest first; `?path=` selects."""
+    """All recorded requests, oldest first; `?path=` filters."""
     path = query(incoming).get("path")
     entries = [shown(entry) for entry in server.log if path in (None, entry.path)]
     server.reply(connection, incoming, 200, encode(entries), JSON)
 
 
 def _reset(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """Back to the start values: switches, counts and records; not the engines."""
+    """Reset switches, counters and records; the engines keep their state."""
     server.faults.change(server.options.switches)
     server.counts = type(server.counts)()
     server.last = None
@@ -94,7 +94,7 @@ def _close_idle(server: ServerState, connection: Connection, incoming: Incoming)
 
 
 def _terminate(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """The same as SIGTERM, for a server inside another process."""
+    """Like SIGTERM, for a server inside another process."""
     server.reply(connection, incoming, 200, b"{}", JSON)
     server.terminate()
 

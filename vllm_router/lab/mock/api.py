@@ -10,7 +10,7 @@ from vllm_router.lab.mock.generate import KINDS, generate, invocations
 from vllm_router.lab.mock.heads import JSON
 from vllm_router.lab.mock.state import ServerState
 
-# Inference outside /v1 that is answered by an echo.
+# Inference paths outside /v1 that are answered with an echo.
 _ECHO = frozenset(("/score", "/rerank", "/v2/rerank", "/v2/embed", "/classify", "/pooling"))
 _NOT_FOUND = b'{"detail":"Not Found"}'
 _NOT_ALLOWED = b'{"detail":"Method Not Allowed"}'
@@ -41,7 +41,7 @@ def handle(server: ServerState, connection: Connection, incoming: Incoming) -> N
 
 
 def _without_slash(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """Starlette sends the client to the path that exists, under the name it has used."""
+    """Redirect to the path without slash, as Starlette does."""
     host = incoming.header(b"host") or ""
     query = f"?{incoming.query}" if incoming.query else ""
     where = f"http://{host}{incoming.path[:-1]}{query}".encode("latin-1")

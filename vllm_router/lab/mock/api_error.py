@@ -1,4 +1,4 @@
-"""Answers of the API server that are not 200, in a real vLLM's own words."""
+"""Error responses of the API server, in vLLM's words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class ApiError(Exception):
-    """An answer of the API server that is not 200."""
+    """An error response of the API server."""
 
     def __init__(self, status: int, message: str, kind: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -19,9 +19,9 @@ class ApiError(Exception):
         self.param = param
 
     def body(self, *, anthropic: bool = False) -> bytes:
-        """As JSON; `anthropic`: in the form of the messages API, which pydantic's complaints do
-        not have even there."""
-        # A lone surrogate is valid in JSON, but no UTF-8.
+        """The body as JSON; `anthropic`: in the format of the Messages API, except for validation
+        errors."""
+        # A lone surrogate is valid in JSON, but not in UTF-8.
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": self.kind, "param": self.param, "code": self.status}
         if anthropic and self.kind != "Bad Request":
@@ -35,7 +35,7 @@ def bad_request(message: str, param: str) -> ApiError:
 
 
 def invalid(problems: Sequence[dict[str, Any]]) -> ApiError:
-    """Pydantic's complaints as vLLM's handler for request validation errors prints them."""
+    """Validation errors of pydantic, formatted by vLLM's handler."""
     plural = "s" if len(problems) != 1 else ""
     lines = "".join(f"\n  {problem}" for problem in problems)
     message = f"{len(problems)} validation error{plural}:{lines}"
@@ -43,7 +43,7 @@ def invalid(problems: Sequence[dict[str, Any]]) -> ApiError:
 
 
 class UnreadableBody(ApiError):
-    """Nothing that Python's JSON parser takes for text: FastAPI's own answer."""
+    """A body that Python's JSON parser does not accept as text: FastAPI's own response."""
 
     def __init__(self) -> None:
         super().__init__(400, "There was an error parsing the body", "")

@@ -1,4 +1,4 @@
-"""Reads a request's body as a real vLLM 0.32 does. Pure: bytes in, an object or an ApiError out."""
+"""Decode a request body as vLLM 0.32 does. Pure: bytes in, an object or an ApiError out."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _missing() -> ApiError:
 
 
 def _decode_slowly(body: bytes) -> object:
-    """Python's own parser, which is a real server's: reads NaN, lone surrogates, a byte order mark,
-    UTF-16 and UTF-32, and has its own words for an error."""
+    """Python's own parser, as a real server uses it: accepts NaN, lone surrogates, a byte order
+    mark, UTF-16 and UTF-32, and has its own error messages."""
     try:
         value = json.loads(body)
     except json.JSONDecodeError as error:
@@ -61,7 +61,10 @@ def _decode_slowly(body: bytes) -> object:
                 }
             ]
         ) from None
-    except (ValueError, RecursionError):  # no text, a number with too many digits, too deep
+    except (
+        ValueError,
+        RecursionError,
+    ):  # not text, a number with too many digits, or nested too deeply
         raise UnreadableBody from None
     if isinstance(value, dict) and not _is_unicode(
         [value.get(field) for field in ("messages", "prompt", "input", "system")]
@@ -75,7 +78,7 @@ def _decode_slowly(body: bytes) -> object:
 
 
 def _is_unicode(value: object) -> bool:
-    """False for a lone surrogate in a string anywhere in it."""
+    """False if a string in the value contains a lone surrogate."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

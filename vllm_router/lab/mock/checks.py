@@ -1,4 +1,4 @@
-"""What a real vLLM 0.32 refuses, in its own words. Pure: a body in, values or an ApiError out."""
+"""Request validation of vLLM 0.32, in its own words. Pure: a body in, values or an ApiError out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 
 def truth(value: object) -> bool:
-    """A boolean as pydantic reads it, once `check_types` has found it right."""
+    """A boolean as pydantic parses it, after `check_types` has accepted it."""
     return value.lower() in _TRUE if isinstance(value, str) else bool(value)
 
 
@@ -60,7 +60,7 @@ _REQUIRED = {
 
 
 def check_types(kind: str, body: Mapping[str, Any]) -> None:
-    """Raise for what pydantic would not accept; numbers in strings pass, as they do there."""
+    """Raise for values that pydantic rejects; numbers in strings are accepted, as in vLLM."""
     required = _REQUIRED.get(kind, {})
     problems = []
     for field, expected in {**required, **_COMMON}.items():
@@ -69,7 +69,7 @@ def check_types(kind: str, body: Mapping[str, Any]) -> None:
             if field in required and field not in body:
                 problems.append(_problem("missing", field, "Field required", body))
             elif required.get(field):
-                if kind == "chat":  # seen too late for pydantic
+                if kind == "chat":  # checked after pydantic
                     raise ApiError(400, "'NoneType' object is not iterable", "BadRequestError")
                 problems.append(_problem("list_type", field, "Input should be a valid list", None))
             continue
@@ -96,7 +96,7 @@ def _problem(kind: str, field: str, text: str, value: object) -> dict[str, Any]:
 
 
 def _is_written(text: str, kind: str) -> bool:
-    """Whether a string stands for a value of this kind."""
+    """True if a string can be parsed as a value of this kind."""
     if kind == "bool":
         return text.lower() in _TRUE | _FALSE
     try:
@@ -116,7 +116,7 @@ def unknown_model(name: object, known: Sequence[str]) -> ApiError:
 
 
 def prompt_of(kind: str, body: Mapping[str, Any]) -> bytes:
-    """The prompt as the engine sees it."""
+    """The prompt as the engine gets it."""
     if kind in ("chat", "messages", "count"):
         messages = list(body["messages"])
         if body.get("system"):
@@ -137,13 +137,13 @@ def prompt_of(kind: str, body: Mapping[str, Any]) -> bytes:
     if isinstance(prompt, list):
         if all(isinstance(item, int) for item in prompt):
             return bytes_of(prompt)
-        # Several prompts in one request; one answer for all of them is enough here.
+        # Several prompts in one request get one response here.
         return "".join(content_text(item) for item in prompt).encode()
     return str(prompt).encode("utf-8", "surrogatepass")
 
 
 def output_limit(kind: str, body: Mapping[str, Any], prompt: bytes, options: MockOptions) -> int:
-    """How many tokens the request may get; 0 if it did not say. Raises what vLLM raises."""
+    """The limit of output tokens; 0 if the request has none. Raises vLLM's errors."""
     temperature = body.get("temperature")
     if temperature is not None and float(temperature) < 0:
         raise bad_request(
@@ -178,7 +178,7 @@ def output_limit(kind: str, body: Mapping[str, Any], prompt: bytes, options: Moc
         )
     if wanted > longest:
         if kind == "messages":
-            field = "max_completion_tokens"  # the chat's, of which it is made
+            field = "max_completion_tokens"  # the Messages API is built on chats
         raise bad_request(
             f"{field}={wanted} cannot be greater than max_model_len={longest}. Please request "
             f"fewer output tokens. (parameter={field}, value={wanted})",

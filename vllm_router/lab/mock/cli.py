@@ -1,4 +1,4 @@
-"""The command line of the simulated server; the router's own CLI offers it as `mock`."""
+"""`vllm-router mock`: the command line of the simulated server."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> Non
 
 
 async def _run(server: MockServer) -> None:
-    """Serve until a signal: SIGTERM as the options say, SIGINT or a second signal at once."""
+    """Serve until a signal. SIGTERM: as the options say; SIGINT or a second signal: at once."""
     state = server.state
     options = state.options
     listeners = await trio.open_tcp_listeners(options.port, host=options.host)

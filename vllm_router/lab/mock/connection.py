@@ -1,8 +1,8 @@
-"""HTTP/1.1 connections of the simulated server: llhttp in front, exact bytes out.
+"""HTTP/1.1 connections of the simulated server, parsed by llhttp.
 
-One task per connection reads; everything else is synchronous: a complete request is handed to the
-handler, which answers by `write` and `finish`, at once or from the engine's task. Writing is one
-non-blocking system call; only what the kernel does not take goes to a flushing task.
+One task per connection reads. Everything else is synchronous: a complete request is passed to the
+handler, which answers with `write` and `finish`, at once or from the engine's task. Writing is one
+non-blocking system call; a flushing task sends what the kernel does not accept.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"connection: close\r\n\r\nInvalid HTTP request received."
 )
-# os.write to a socket works wherever descriptors are integers of one kind.
+# os.write works for sockets where both are integer descriptors.
 _DIRECT = os.name == "posix"
 _NO_HEADERS: dict[bytes, bytes] = {}
 
 
 class Incoming:
-    """One request as it came; header names in lower case."""
+    """One received request; header names are in lower case."""
 
     __slots__ = (
         "arrived",
@@ -69,7 +69,7 @@ class Incoming:
         return self.target.partition(b"?")[2].decode("latin-1")
 
     def header(self, name: bytes) -> str | None:
-        """The first such header; `name` in lower case."""
+        """The first header with this lower-case name."""
         for key, value in self.headers:
             if key == name:
                 return value.decode("latin-1")
@@ -77,13 +77,13 @@ class Incoming:
 
 
 class Answerer(Protocol):
-    """What is being answered on a connection; told once if the client leaves first."""
+    """The exchange in progress on a connection; notified once if the client disconnects early."""
 
     def lost(self) -> None: ...
 
 
 class Connection:
-    """Runs in its own task (`run`); all other methods are synchronous and harmless once closed."""
+    """`run` is its task; all other methods are synchronous, and have no effect once closed."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Connection:
         return not self.busy and not self.closed
 
     async def run(self) -> None:
-        """Read until the client leaves, a limit is reached or somebody closes; then close."""
+        """Read until the client disconnects, a limit is reached or the server closes."""
         try:
             with self._idle:
                 while not self.closed:
@@ -131,14 +131,14 @@ class Connection:
                     if not self._end:
                         self._feed(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # reset by the client, or closed by one of our own methods
+            pass  # reset by the client, or closed by this server
         finally:
             self._lost()
             with trio.CancelScope(shield=True, deadline=trio.current_time()):
                 await trio.aclose_forcefully(self._stream)
 
     def write(self, data: bytes) -> None:
-        """Send now what the kernel takes, the rest from a task of its own."""
+        """Send what the kernel accepts now, and the rest from a separate task."""
         if self.closed or self._end:
             return
         if self._socket is not None and _DIRECT and not self._pending and not self._flushing:
@@ -158,7 +158,7 @@ class Connection:
             self._start_soon(self._flush)
 
     def finish(self, *, keep_alive: bool) -> None:
-        """The answer is complete: take the next request, or close when all is sent."""
+        """The response is complete: take the next request, or close when everything is sent."""
         self.answerer = None
         self.busy = False
         if self.closed:
@@ -170,7 +170,7 @@ class Connection:
         self._drain()
 
     def close(self, how: str) -> None:
-        """`fin` or `rst`, after what is still to be sent. In memory, both are an end of stream."""
+        """`fin` or `rst`, after the pending data. In memory, both are an end of stream."""
         if self.closed or self._end:
             return
         if self._flushing:
@@ -187,19 +187,19 @@ class Connection:
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
             else:
-                # close() alone resets the connection if there is something unread.
+                # close() alone resets a connection with unread input.
                 self._socket.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # the client was faster
+            pass  # the client has closed it already
         self._socket.close()
 
     def _rest(self) -> None:
-        """From now on the connection is idle, unless an answer is still under way."""
+        """Start the idle timeout, unless a response is still in progress."""
         if self._served and not self.busy and not self._flushing:
             self._idle.deadline = trio.current_time() + self._keep_alive
 
     def _stay(self) -> None:
-        """Something has arrived; as uvicorn, wait for the rest of it without limit."""
+        """Stop the idle timeout: like uvicorn, wait without limit for the rest of a request."""
         if self._idle.deadline != math.inf:
             self._idle.deadline = math.inf
 
@@ -232,7 +232,7 @@ class Connection:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # vLLM offers no upgrade and answers as if nobody had asked
+            pass  # vLLM supports no upgrade and ignores the header
         except httptools.HttpParserError:
             self.write(_BAD_REQUEST)
             self.close("fin")
@@ -240,8 +240,7 @@ class Connection:
         self._drain()
 
     def _drain(self) -> None:
-        """Handle what has arrived, one after the other; an answer given within the handler comes
-        back here through `finish` and must not nest."""
+        """Handle the received requests in order; they must not nest."""
         if self._draining:
             return
         self._draining = True

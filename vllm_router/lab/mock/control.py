@@ -22,7 +22,7 @@ encode = msgspec.json.encode
 
 
 def answer_json(make: Callable[[ServerState], object]) -> Handler:
-    """A handler for a GET that has one JSON value as its answer."""
+    """A handler for a GET whose response is one JSON value."""
 
     def handler(server: ServerState, connection: Connection, incoming: Incoming) -> None:
         server.reply(connection, incoming, 200, encode(make(server)), JSON)
@@ -38,7 +38,7 @@ def _switched(
     delay_ms: float,
     answer: Callable[[], None],
 ) -> None:
-    """Answer a probe as its switch has it."""
+    """Answer a probe as its switch says."""
 
     def now() -> None:
         if switch == 200:

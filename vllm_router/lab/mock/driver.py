@@ -1,4 +1,4 @@
-"""Lets one simulated engine live in time: wakes it when it is due and delivers what it made."""
+"""Runs one simulated engine in time: wakes it when it is due and delivers its output."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vllm_router.lab.mock.request import Request
 
 
 class EngineDriver:
-    """`run` is the engine's one task; `submit` and `abort` may be called from any other."""
+    """`run` is the engine's task; other tasks may call `submit` and `abort`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._alarm = trio.CancelScope()
         self._pumping = False
         self._again = False
-        self.quiet = trio.Event()  # set, and replaced, when the engine has come to run nothing
+        self.quiet = trio.Event()  # set, and replaced, when no request runs any more
 
     async def run(self) -> None:
         while True:
@@ -26,7 +26,7 @@ class EngineDriver:
             self.pump()
 
     def submit(self, request: Request) -> None:
-        """Raises QueueFull. The answer may have been delivered on return."""
+        """Raises QueueFull. The response may have been delivered on return."""
         self.engine.submit(request, trio.current_time())
         self.pump()
 
@@ -35,7 +35,7 @@ class EngineDriver:
         self.pump()
 
     def pump(self) -> None:
-        """Advance and deliver; a call from within a delivery is done after it."""
+        """Advance and deliver. A call during a delivery takes effect after it."""
         self._again = True
         if self._pumping:
             return
@@ -60,11 +60,11 @@ class EngineDriver:
         return len(self.engine.running) + 4 * len(self.engine.waiting)
 
     def admit(self, *, admitting: bool) -> None:
-        """Whether waiting requests get the places that become free."""
+        """Allow or forbid that waiting requests join the batch."""
         self.engine.admitting = admitting
         self.pump()
 
     def freeze(self, *, frozen: bool) -> None:
-        """Stand still, or go on where it stopped."""
+        """Stop the engine, or continue."""
         self.engine.frozen = frozen
         self.pump()

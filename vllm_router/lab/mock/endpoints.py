@@ -1,4 +1,4 @@
-"""Inference that generates nothing: embeddings, transcriptions, tokens; and what all paths need."""
+"""Inference without generation: embeddings, transcriptions, tokenization; and common helpers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Handler = Callable[[ServerState, Connection, Incoming], None]
 
 
 def inference(answer: Callable[[ServerState, Exchange], None]) -> Handler:
-    """A handler that counts the request and lets the failure switches act on it first."""
+    """A handler that counts the request and applies the failure switches first."""
 
     def handler(server: ServerState, connection: Connection, incoming: Incoming) -> None:
         fault = fault_of(server, incoming)
@@ -168,6 +168,6 @@ def count_tokens(server: ServerState, exchange: Exchange) -> None:
 
 
 def echo(server: ServerState, exchange: Exchange) -> None:
-    """The body as it came, so that a test can compare bytes."""
+    """Return the body unchanged, so that tests can compare bytes."""
     kind = exchange.incoming.header(b"content-type") or "application/octet-stream"
     exchange.plain(exchange.incoming.body, kind.encode("latin-1"))

@@ -1,13 +1,11 @@
 """Pure simulation of one vLLM engine: continuous batching, no clock, no sockets.
 
-Law of this file: time is an argument, and nothing happens between two calls of `advance`. The
-caller calls it when `wake` has come and after every `submit` or `abort`, and delivers what it
-returns.
+Time is an argument, and nothing happens between two calls of `advance`. The caller calls it when
+`wake` has come and after every `submit` or `abort`, and delivers the returned words.
 
-The model: a running request either takes part in the common step of the batch, or it is *timed*
-(waiting for its `ttft`, or told its own delays by a header) and has a moment of its own. A step
-lasts `token_delay`, a little longer the larger the batch is, plus the time for the prompt tokens
-in it; all in it then get a token.
+A running request either takes part in the common steps of the batch, or it is *timed*: it waits for
+its `ttft`, or has its own delays from a header. A step lasts `token_delay`, a little longer the
+larger the batch, plus the time for its prompt tokens; then each of its requests gets a token.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from vllm_router.lab.mock.options import MockOptions
 from vllm_router.lab.mock.request import Request
 from vllm_router.lab.mock.statistics import EngineStatistics
 
-# A step that ended this little ago is continued from its end, so that delays do not add up.
+# A step that ended at most this long ago continues at its end, so that delays do not add up.
 _CATCH_UP_SECONDS = 0.02
 
 
 class QueueFull(Exception):
-    """`max_num_queued_reqs` requests are waiting already."""
+    """`max_num_queued_reqs` requests are waiting."""
 
 
 class Engine:
@@ -38,8 +36,8 @@ class Engine:
         self.statistics = EngineStatistics()
         self.running: dict[Request, None] = {}  # in order of admission
         self.waiting: deque[Request] = deque()
-        self.frozen = False  # paused or asleep: what runs stands still
-        self.admitting = True  # False: paused, what waits goes on waiting
+        self.frozen = False  # paused or asleep: running requests make no progress
+        self.admitting = True  # False: paused, waiting requests stay in the queue
         self._batch: list[Request] = []
         self._step_end: float | None = None
         self._timed: list[tuple[float, int, Request]] = []
@@ -49,7 +47,8 @@ class Engine:
 
     @property
     def wake(self) -> float:
-        """When `advance` must be called next; infinity if only a submit can change anything."""
+        """The next time at which `advance` must be called; infinity if only a submit changes
+        anything."""
         if self.frozen:
             return math.inf
         due = self._timed[0][0] if self._timed else math.inf
@@ -57,7 +56,7 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Waiting requests beyond those the free places of the batch will take."""
+        """Waiting requests beyond the free places of the batch."""
         free = self.options.max_num_seqs - len(self.running) if self.admitting else 0
         return max(0, len(self.waiting) - max(0, free))
 
@@ -73,14 +72,16 @@ class Engine:
         self.waiting.append(request)
 
     def abort(self, request: Request) -> None:
-        """The client has left: the request goes at the end of the current step."""
+        """The client has disconnected: remove the request at the end of the current step."""
         if request.finish_reason is None and not request.aborted:
             request.aborted = True
             self._aborted.append(request)
 
     def advance(self, now: float) -> list[tuple[Request, list[bytes]]]:
-        """Do all that is due at `now`: returns requests with their new words, in order. A request
-        that is through has its `finish_reason` set and is no longer the engine's."""
+        """Process everything due at `now`; returns requests with their new words, in order.
+
+        A finished request has its `finish_reason` set, and has left the engine.
+        """
         emitted: list[tuple[Request, list[bytes]]] = []
         if self.frozen:
             self._purge()
@@ -93,7 +94,9 @@ class Engine:
                 self._finish_step(now, emitted)
             while self._timed and self._timed[0][0] <= now:
                 due, ticket, request = heapq.heappop(self._timed)
-                if ticket == request.ticket and not request.aborted:  # else preempted or gone
+                if (
+                    ticket == request.ticket and not request.aborted
+                ):  # otherwise preempted or aborted
                     self._due(request, due, now, emitted)
             if self._step_end is None:
                 self._purge()
@@ -122,13 +125,16 @@ class Engine:
                 self._common[request] = None
 
     def _place(self, request: Request) -> bool:
-        """Find room in the KV cache, and what is there already. Nobody running: always room."""
+        """Reserve KV cache blocks and find cached ones.
+
+        Always succeeds if no other request runs.
+        """
         size = self.options.block_size
         tokens = request.prompt_tokens + request.generated
         private = -(-tokens // size) - len(request.chain)
         if self.running and not self.cache.fits(request.chain, private):
             return False
-        # vLLM always computes at least the last prompt token, so a full match is cut by a block.
+        # vLLM computes at least the last prompt token: a full match is one block shorter.
         found = min(self.cache.match(request.chain), (request.prompt_tokens - 1) // size)
         request.private = private
         request.prefill_left = tokens - found * size
@@ -238,7 +244,7 @@ class Engine:
             self.cache.grow(more)
 
     def _preempt(self, victim: Request) -> None:
-        """Out of blocks: the youngest goes back to the head of the queue and is computed anew."""
+        """Out of blocks: the youngest request returns to the queue's head and is recomputed."""
         self._leave(victim)
         victim.preempted += 1
         self.statistics.preemptions += 1

@@ -1,4 +1,4 @@
-"""One answer in progress, and everything that may deliberately go wrong with it."""
+"""One response in progress, with the injected faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_router.lab.mock.wire import Wire
 
 
 class Exchange:
-    """Holds its place in `server.active` until it is ended or the client leaves."""
+    """In `server.active` until it ends or the client disconnects."""
 
     def __init__(
         self, server: ServerState, connection: Connection, incoming: Incoming, fault: Fault
@@ -24,12 +24,12 @@ class Exchange:
         self.fault = fault
         self.wire = Wire.of(fault)
         self.over = False
-        self.spoiled = False  # complete, but wrong on purpose
+        self.spoiled = False  # complete, but deliberately wrong
         server.active.add(self)
         connection.answerer = self
 
     def end(self) -> None:
-        """All has been written."""
+        """The response is complete."""
         self._leave()
         if self.spoiled:
             self.server.counts.failed += 1
@@ -38,19 +38,19 @@ class Exchange:
         self.connection.finish(keep_alive=self.incoming.keep_alive)
 
     def cut(self, how: str) -> None:
-        """Close the connection in the middle of something: `fin` or `rst`."""
+        """Close the connection in the middle of the response: `fin` or `rst`."""
         self._leave()
         self.server.counts.failed += 1
         self.connection.close(how)
 
     def lost(self) -> None:
-        """The client has left."""
+        """The client has disconnected."""
         if not self.over:
             self._leave()
             self.server.counts.aborted += 1
 
     def terminate(self, *, error: bool) -> None:
-        """The server ends while this waits: not a byte, as was seen of a real one."""
+        """The server ends: close without a byte, as a real server does."""
         self.cut("fin")
 
     def abort(self, identities: set[str] | None) -> bool:
@@ -66,7 +66,7 @@ class Exchange:
         self.server.active.discard(self)
 
     def mistreat_unanswered(self) -> bool:
-        """Modes that need no answer to spoil; True if the request has been dealt with."""
+        """Apply the modes that need no response; returns True if the request is handled."""
         fault = self.fault
         if fault.status:
             kind = "BadRequestError" if fault.status < 500 else "InternalServerError"
@@ -105,7 +105,7 @@ class Exchange:
         return True
 
     def head(self, content_type: bytes, length: int | None) -> bytes:
-        """Of an answer with status 200; `length` None: chunked, or until the connection ends."""
+        """The head of a 200 response; `length` None: chunked, or until the connection ends."""
         wire = self.wire
         if wire is None:
             return self.server.heads.head(
@@ -123,7 +123,7 @@ class Exchange:
         )
 
     def plain(self, body: bytes, content_type: bytes = JSON) -> None:
-        """A complete answer, or as much of it as the fault lets through."""
+        """Send a complete response, or the part of it that the fault allows."""
         if self.over:
             return
         mode = self.fault.mode
@@ -151,11 +151,11 @@ class Exchange:
         elif mode == "midclose":
             self.cut("fin")
         else:
-            self.server.counts.failed += 1  # and stays open, silent
+            self.server.counts.failed += 1  # stays open and silent
 
 
 class Trickle:
-    """Sends byte by byte; what is added later follows. Ends the exchange when told so."""
+    """Sends byte by byte, including data added later; ends the exchange after the last byte."""
 
     def __init__(self, exchange: Exchange, data: bytes = b"", *, complete: bool = True) -> None:
         self._exchange = exchange

@@ -1,4 +1,4 @@
-"""Which request is to be mistreated, and how: the switches and the X-Mock-* headers. Pure."""
+"""The faults of requests, chosen by switches and X-Mock-* headers. Pure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vllm_router.lab.mock.options import Switches
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """The treatment of one request; times in seconds."""
+    """The fault of one request; times in seconds."""
 
     mode: str = "ok"
-    status: int = 0  # not 0: answer this at once
+    status: int = 0  # not 0: answer with this status at once
     retry_after: float | None = None
     after: int | None = None
     ttft: float | None = None
@@ -33,14 +33,16 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Faults:
-    """Keeps count of `next` and `fraction`. Headers overrule the switches, except on a server whose
-    name is not the one in `X-Mock-Only`."""
+    """Counts `next` and `fraction`.
+
+    Headers override the switches, except on a server whose name differs from `X-Mock-Only`.
+    """
 
     def __init__(self, switches: Switches) -> None:
         self.change(switches)
 
     def change(self, switches: Switches) -> None:
-        """From now on; `next` starts anew."""
+        """Replace the switches and restart the count of `next`."""
         self.switches = switches
         self._left = switches.next
         self._share = 0.0
@@ -61,7 +63,7 @@ class Faults:
         reused: bool,
         body: bytes = b"",
     ) -> Fault:
-        """The treatment of the request that has just come. ValueError: a header is wrong."""
+        """The fault of a new request. Raises ValueError for an invalid header."""
         if self._harmless and not headers:
             return _OK
         switches = self.switches
@@ -98,7 +100,7 @@ class Faults:
         )
 
     def _chosen(self, path: str, body: bytes) -> bool:
-        """Whether the switches are meant for this request; counts it if they are."""
+        """True if the switches apply to this request, which is counted."""
         switches = self.switches
         if switches.mode == "ok" and not self._decorated:
             return False
@@ -121,7 +123,7 @@ _OK = Fault()
 
 
 def _decorated(switches: Switches) -> bool:
-    """Whether answers differ even in mode ok."""
+    """True if responses differ even in mode ok."""
     return bool(
         switches.framing
         or switches.packing

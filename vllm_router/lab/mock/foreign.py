@@ -1,8 +1,7 @@
-"""Error events as other engines and proxies write them into a stream, for the switch `error`.
+"""Error events of other engines and proxies in streams, for the switch `error`.
 
-Each entry has the bytes after which the stream ends, and whose fault such an event is: "client"
-(the request is wrong, every server would refuse it), "server", or "unclear" (the event does not
-tell).
+Each entry has the bytes after which the stream ends, and the party at fault: "client" (the request
+is wrong for every server), "server", or "unclear".
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def _anthropic(kind: str, message: str = _LONG) -> bytes:
 
 
 ERRORS: dict[str, ForeignError] = {
-    # The request is wrong.
+    # The client is at fault.
     "code_400": ForeignError(_data(_error("BadRequestError", "400")), "client"),
     "code_400_text": ForeignError(_data(_error("invalid_request_error", '"400"')), "client"),
     "code_422": ForeignError(_data(_error("UnprocessableEntityError", "422")), "client"),
@@ -88,7 +87,7 @@ ERRORS: dict[str, ForeignError] = {
     "anthropic_api": ForeignError(_anthropic("api_error", _BROKEN), "server"),
     "responses_error_server": ForeignError(_responses_error("server_error", _BROKEN), "server"),
     "responses_failed_server": ForeignError(_failed("server_error", _BROKEN), "server"),
-    # One and the same error, spelled as the SSE standard allows.
+    # The same error in several spellings of the SSE standard.
     "byte_order_mark": ForeignError(
         b"\xef\xbb\xbf" + _data(_error("InternalServerError", "500", _BROKEN)), "server"
     ),
@@ -103,7 +102,7 @@ ERRORS: dict[str, ForeignError] = {
         b'data: {"error":{"message":"dead","code":500}}\r\n\r\n', "server"
     ),
     "error_field": ForeignError(b'error: {"code":500,"message":"dead"}\n\n', "unclear"),
-    # It does not say whose fault it is, or says two things.
+    # The party at fault is missing or ambiguous.
     "contradictory": ForeignError(_anthropic("api_error"), "unclear"),
     "no_type": ForeignError(_data(f'{{"error":{{"message":"{_LONG}"}}}}'), "unclear"),
     "text": ForeignError(_data('{"error":"something went wrong"}'), "unclear"),
@@ -111,7 +110,7 @@ ERRORS: dict[str, ForeignError] = {
 
 
 def json_of(event: bytes) -> bytes:
-    """The JSON that an event carries, for an answer that is no stream."""
+    """The JSON of an event, for a response that is not a stream."""
     lines = [line.lstrip(b"\xef\xbb\xbf") for line in event.splitlines()]
     return b"\n".join(
         line.partition(b":")[2].strip() for line in lines if line.startswith((b"data", b"error"))

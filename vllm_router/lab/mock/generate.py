@@ -1,4 +1,4 @@
-"""The paths that generate text: chats, completions, responses, messages."""
+"""Paths that generate text: chats, completions, responses, messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = {
     "/v1/messages": "messages",
     "/v1/responses": "responses",
 }
-_NATURAL_TOKENS = 16, 96  # an answer without a limit ends by itself between these
+_NATURAL_TOKENS = 16, 96  # a response without a limit has a length in this range
 
 
 def _after_shutdown() -> ApiError:
@@ -51,11 +51,11 @@ def generate(server: ServerState, connection: Connection, incoming: Incoming) ->
 
 
 def invocations(server: ServerState, connection: Connection, incoming: Incoming) -> None:
-    """SageMaker's path: the body's fields tell the API, as chat, else as completion."""
+    """SageMaker's path: a body with messages is a chat, any other a completion."""
     try:
         body = decoded(incoming)
     except ApiError:
-        body = {}  # the handler of completions finds the same, and says so
+        body = {}  # the completion handler raises the same error
     kind = "chat" if isinstance(body.get("messages"), list) else "completions"
     _generate(server, connection, incoming, kind)
 
@@ -81,14 +81,14 @@ def _generate(server: ServerState, connection: Connection, incoming: Incoming, k
 def _submit(
     server: ServerState, connection: Connection, incoming: Incoming, kind: str, fault: Fault
 ) -> None:
-    """Raises the ApiError that is the answer."""
+    """Raises ApiError for an error response."""
     body = decoded(incoming)
     checks.check_types(kind, body)
     request = _request(server, kind, body, fault)
     if server.ending:
         if kind == "messages":
             raise _after_shutdown()
-        # Raised outside of the middlewares in a real server: no CORS header.
+        # A real server raises this outside of its middlewares: no CORS header.
         server.counts.done += 1
         server.reply(connection, incoming, 500, _after_shutdown().body(), JSON, vary=False)
         return

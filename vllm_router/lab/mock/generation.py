@@ -1,4 +1,4 @@
-"""One generated answer in progress: the engine's words on their way to the client."""
+"""One generated response in progress: words from the engine to the client."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vllm_router.lab.mock.state import ServerState
 if TYPE_CHECKING:
     from vllm_router.lab.mock.driver import EngineDriver
 
-# These let `after` tokens pass, by default half of them.
+# Modes that let `after` tokens pass, by default half of them.
 _LATE_MODES = frozenset(
     ("midreset", "midclose", "midhang", "abort_finish", "error_event", "unfinished")
 )
 
 
 class Generation(Exchange):
-    """An exchange that gets words from an engine. Is the request's sink."""
+    """An exchange that receives words from an engine, as the request's sink."""
 
     def __init__(
         self,
@@ -44,20 +44,20 @@ class Generation(Exchange):
         self.request = request
         self.driver: EngineDriver | None = None
         self.stream = stream
-        self.identity = shape.identity  # of the answer, as /abort_requests takes it
+        self.identity = shape.identity  # the response id, for /abort_requests
         self.anthropic = incoming.path == "/v1/messages"
         self.last_write = incoming.arrived
         self._shape = shape
         self._opened = False
         self._sent = 0
         self._trickle: Trickle | None = None
-        self._limit: int | None = None  # tokens to let pass before the fault
+        self._limit: int | None = None  # tokens to send before the fault
         if fault.mode in _LATE_MODES:
             self._limit = fault.after if fault.after is not None else request.limit // 2
 
     def begin(self) -> None:
-        """Called when the request has been accepted, before the engine knows of it: a stream's
-        head goes out at once, and what its API says first."""
+        """Called when the request is accepted, before the engine gets it: a stream's head and first
+        events are sent at once."""
         fault = self.fault
         if not self.stream:
             if fault.mode in ("hang_after_head", "empty"):
@@ -117,7 +117,7 @@ class Generation(Exchange):
             self._spoil(words[: limit - self._sent])
             return
         self._sent += len(words)
-        # The engine may be steps ahead of what is delivered: the last word is still to come then.
+        # The engine may be steps ahead of the delivery: more words may follow.
         finished = self.request.finish_reason is not None and self._sent >= len(self.request.words)
         if not self.stream:
             if finished:
@@ -151,7 +151,7 @@ class Generation(Exchange):
             self.last_write = trio.current_time()
 
     def _stop_engine(self, words: list[bytes], reason: str | None) -> None:
-        """Take the request away from the engine, with no more than `words` delivered on top."""
+        """Abort the request in the engine, with at most `words` delivered in addition."""
         request = self.request
         if self.driver is not None:
             self.driver.abort(request)
@@ -161,7 +161,7 @@ class Generation(Exchange):
         request.finish_reason = reason
 
     def _spoil(self, words: list[bytes]) -> None:
-        """The point of the fault is reached; these are the last words to pass."""
+        """The point of the fault is reached; these are the last words."""
         mode = self.fault.mode
         if mode == "abort_finish":
             self.abort_finish(words)
@@ -178,7 +178,7 @@ class Generation(Exchange):
             self._break(mode)
 
     def abort_finish(self, words: list[bytes]) -> None:
-        """A clean-looking end, as of a request that the engine has aborted."""
+        """A normal-looking end, as for a request that the engine has aborted."""
         self._stop_engine(words, "abort")
         self.spoiled = True
         if self.stream:
@@ -188,8 +188,11 @@ class Generation(Exchange):
             self.plain(self._shape.whole())
 
     def fail(self, words: list[bytes], error: ApiError | None = None) -> None:
-        """The request has failed, by default because the engine has died: what its API says then,
-        or an error of another engine if the fault names one; after it nothing comes."""
+        """The request has failed, by default because the engine has died.
+
+        Sends the API's error, or another engine's error if the fault names one, and nothing
+        afterwards.
+        """
         self._stop_engine(words, None)
         self.spoiled = True
         foreign = ERRORS[self.fault.error].event if error is None and self.fault.error else None
@@ -211,7 +214,7 @@ class Generation(Exchange):
         self._write([*events, *end, LAST_CHUNK], complete=True)
 
     def _fail_plain(self, error: ApiError, foreign: bytes | None) -> None:
-        """A foreign error comes with status 200, as some engines send it."""
+        """A foreign error has status 200, as some engines send it."""
         self._leave()
         if error.status >= 500:
             self.server.counts.failed += 1

@@ -37,8 +37,10 @@ class Heads:
         chunked: bool = True,
         location: bytes = b"",
     ) -> bytes:
-        """`length` None: chunked, or until the connection ends. `extra`, `location` and `vary`
-        are lines where the captures have them."""
+        """`length` None: chunked, or delimited by the connection's end.
+
+        `extra`, `location` and `vary` are header lines at their place in the captured heads.
+        """
         now = int(time.time())
         if now != self._second:
             self._second = now

@@ -1,8 +1,8 @@
-"""The KV cache of one simulated engine: reference-counted blocks, LRU memory of prefixes.
+"""The KV cache of one simulated engine: reference-counted blocks with LRU eviction.
 
-As in vLLM V1: a full block is known by the hash of its tokens and of everything before it; a block
-no request refers to stays findable until its room is needed; of one request's blocks the last
-are forgotten first (vLLM docs, "Automatic Prefix Caching").
+As in vLLM V1: the hash of a full block covers its tokens and everything before it; a block without
+references stays usable until its memory is needed; of one request's blocks the last are evicted
+first (vLLM docs, "Automatic Prefix Caching").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def block_chain(prompt: bytes, block_size: int, root: int) -> list[int]:
 
 
 class KVCache:
-    """Counts blocks; owns no memory. `used` may exceed `total` only for a lone request."""
+    """Counts blocks only. `used` exceeds `total` only for a single request."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -43,11 +43,11 @@ class KVCache:
 
     @property
     def remembered(self) -> int:
-        """Blocks no request refers to, but which would be found."""
+        """Blocks without references that can still be matched."""
         return len(self._idle)
 
     def match(self, chain: Sequence[int]) -> int:
-        """How many leading blocks of the chain are there; at most len(chain) look-ups."""
+        """The number of leading blocks of the chain in the cache; at most len(chain) look-ups."""
         for count, link in enumerate(chain):
             if link not in self._references and link not in self._idle:
                 return count
@@ -58,7 +58,7 @@ class KVCache:
         return self.used + len(chain) - referenced + private <= self.total
 
     def hold(self, chain: Sequence[int], private: int) -> None:
-        """Refer to the chain's blocks and to `private` further ones nobody else can find."""
+        """Reference the chain's blocks, and `private` further ones that cannot be matched."""
         for link in chain:
             self._references[link] = self._references.get(link, 0) + 1
             self._idle.pop(link, None)
@@ -70,7 +70,7 @@ class KVCache:
         self._evict()
 
     def release(self, chain: Sequence[int], private: int) -> None:
-        """Undo `hold`; the chain stays remembered, its end being the first to go."""
+        """Undo `hold`; the chain stays cached, its end is evicted first."""
         self._private -= private
         for link in reversed(chain):
             left = self._references[link] - 1
@@ -81,7 +81,7 @@ class KVCache:
                 self._idle[link] = None
 
     def remember(self, chain: Sequence[int]) -> None:
-        """Blocks that were filled by generation: findable, held by nobody."""
+        """Cache blocks filled by generation, without a reference."""
         for link in reversed(chain):
             if link not in self._references:
                 self._idle[link] = None
@@ -89,7 +89,7 @@ class KVCache:
         self._evict()
 
     def clear(self) -> None:
-        """Forget what no request refers to (`/reset_prefix_cache`)."""
+        """Evict all blocks without references (`/reset_prefix_cache`)."""
         self._idle.clear()
 
     def _evict(self) -> None:

@@ -1,7 +1,7 @@
-"""What a real vLLM 0.32 finds out only when the engine's input is made.
+"""Errors that vLLM 0.32 finds only when it prepares the engine's input.
 
-A plain request gets its 400 as for any other mistake. A streamed one has its 200 by then, and the
-error comes inside the stream. Pure.
+A plain request gets a 400 as for any other error. A streamed request has got its 200 by then, and
+the error is sent inside the stream. Pure.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 from vllm_router.lab.mock.api_error import ApiError, bad_request
 
 VOCABULARY = 2048  # of the captured model
-_END_OF_TEXT = 2  # its token that ends an answer
+_END_OF_TEXT = 2  # its token that ends a response
 _CERTAIN = 100  # the largest logit_bias
 _MAX_LOGPROBS = 20
 _SCHEMA_TYPES = frozenset(("null", "boolean", "integer", "number", "string", "array", "object"))
 
 
 def ends_at_once(body: Mapping[str, Any]) -> bool:
-    """Whether the model can only say that it has nothing to say."""
+    """True if the model can only generate the end of text."""
     bias = body.get("logit_bias")
     certain = isinstance(bias, dict) and bias.get(str(_END_OF_TEXT), 0) >= _CERTAIN
     return certain or body.get("allowed_token_ids") == [_END_OF_TEXT]
 
 
 def find(kind: str, body: Mapping[str, Any]) -> ApiError | None:
-    """The first mistake, or None. The messages API has no parameters of vLLM's own."""
+    """The first error, or None. The Messages API has none of vLLM's own parameters."""
     if kind != "messages":
         found = _token_ids(body)
         if found is None and kind != "responses":
@@ -76,7 +76,7 @@ def _logprobs(kind: str, body: Mapping[str, Any]) -> ApiError | None:
 
 
 def _schema(body: Mapping[str, Any]) -> ApiError | None:
-    """A JSON schema with a type that does not exist, wherever an API takes one."""
+    """A JSON schema with an unknown type, wherever an API accepts a schema."""
     for path in (
         ("structured_outputs", "json"),
         ("response_format", "json_schema", "schema"),

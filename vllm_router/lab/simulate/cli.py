@@ -1,4 +1,4 @@
-"""`vllm-router simulate`: what would be if."""
+"""`vllm-router simulate`: try policies on a simulated fleet."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vllm_router.routing.policies import POLICY_NAMES, PolicySettings
 _POLICY_SETTINGS = PolicySettings()
 
 FEW = 30
-"""Requests of a replayed log after the warm-up: of fewer the percentiles say little."""
+"""A replayed log with fewer requests after the warm-up has no meaningful percentiles."""
 
 
 class _SlowServer(click.ParamType[tuple[int, float]]):

@@ -57,7 +57,7 @@ def _traffic(run: Run) -> list[Conversation]:
 
 
 def execute_all(runs: Sequence[Run], jobs: int, shown: Callable[[Cell], None]) -> list[Cell]:
-    """All of them, `jobs` at a time in processes of their own; `shown` is told of each."""
+    """Run all, `jobs` at a time in separate processes; `shown` is called for each result."""
     if jobs <= 1:
         return [_tell(execute(run), shown) for run in runs]
     cells: dict[int, Cell] = {}
@@ -84,13 +84,14 @@ def speeds_of(workload: Workload, servers: int) -> tuple[float, ...]:
 
 
 def rate_at(workload: Workload, load: float, servers: int, per_eight: float) -> float:
-    """Requests per second that are this share of what so many servers can take."""
+    """The rate, in requests per second, that is this share of the servers' capacity."""
     whole = sum(speeds_of(workload, CALIBRATED_SERVERS))
     return load * per_eight * sum(speeds_of(workload, servers)) / whole
 
 
 def capacity_of(workload: Workload, hardware: str) -> float:
-    """What eight servers can take, in requests per second: known for the 8B model, else found."""
+    """The capacity of eight servers in requests per second: known for the 8B model, else
+    calibrated."""
     if hardware == CALIBRATED_HARDWARE:
         return workload.capacity
     return calibrate(workload, hardware)

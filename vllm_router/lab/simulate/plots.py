@@ -31,7 +31,7 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     mpl: Any = importlib.import_module("matplotlib")
 
     mpl.use("Agg")
-    # Text as text, and nothing of the moment: small files that change only with what they show.
+    # Text stays text, without timestamps: files are small and change only with the results.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "vllm-router"})
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
 

@@ -20,7 +20,7 @@ from vllm_router.lab.simulate.workloads import Conversation, Turn
 from vllm_router.routing.prompt.blocks import unpack_hashes
 
 TYPICAL_OUTPUT = 200
-"""Tokens of an answer whose length the log does not tell."""
+"""Output tokens of a response whose length the log lacks."""
 
 
 class Line(msgspec.Struct, gc=False):

@@ -1,4 +1,4 @@
-"""What came out of a run, in the figures that users feel."""
+"""The results of a run: the latencies and shares that users notice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from vllm_router.lab.simulate.world import Call, World
 
 GOOD_FIRST_TOKEN = 1.0
 GOOD_TOKEN_TIME = 0.05
-"""Seconds: an answer that is slower is no good put."""
+"""Seconds per token; slower responses do not count as goodput."""
 
 _OFFSET = 0.1
-"""Added to a time to first token before two are compared: nobody feels less than 100 ms."""
+"""Seconds added to a time to first token before comparing: shorter differences are not noticeable.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Remembering(Policy):
-    """Keeps a record of what was sent where, as large as `room` bytes per server."""
+    """Records the prompts sent to each server, up to `room` bytes per server."""
 
     needs_prompt = True
     room = 1 << 25
@@ -140,7 +140,7 @@ class LoadAwarePrefix(_Remembering):
 
 
 class _Queueing(_Remembering):
-    """Knows how much of the prompts sent to each server has not been computed yet, in bytes."""
+    """Estimates the prompt bytes sent to each server that are not computed yet."""
 
     def __init__(self, rng: Random, settings: PolicySettings = PolicySettings()) -> None:  # noqa: B008 (frozen)
         super().__init__(rng, settings)
@@ -229,7 +229,7 @@ class Chwbl(_Remembering):
 
 
 class ChwblPrefix(Chwbl):
-    """The same by the beginning of the prompt, so that whoever shares a system prompt meets."""
+    """The same by the beginning of the prompt, so that requests with one system prompt meet."""
 
     name = "chwbl-prefix"
 

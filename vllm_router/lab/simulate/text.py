@@ -1,8 +1,8 @@
-"""Texts without words: what is equal of two prompts, and nothing else.
+"""Texts without words: only the equality of prompts is modelled.
 
-A text is a sequence of passages, each known by a number; equal numbers mean equal words. It is
-cut into blocks for the engines and into pieces for the policies, whose ends coincide: four bytes
-are one token, here and only here.
+A text is a sequence of numbered passages; equal numbers mean equal words. It is cut into blocks for
+the engines and for the policies, with the same bounds: four bytes are one token, in this simulation
+only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the simulated clients do."""
+"""The workloads of simulated clients."""
 
 from __future__ import annotations
 

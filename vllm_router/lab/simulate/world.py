@@ -28,18 +28,18 @@ from vllm_router.routing.prompt.routing_info import RoutingInfo
 MODEL = "model"
 MAX_ATTEMPTS = 4
 FAIL_SECONDS = 0.005
-"""How long a server that fails fast takes for it."""
+"""Seconds until the error of a server that fails fast."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Who is there. Times in seconds.
+    """The setting of a simulation. Times in seconds.
 
-    speeds: one per server, relative to `hardware`; it is also their share of `capacity`.
-    slow: factors by which servers are slower than their capacity says, by place.
-    failing: servers that fail every request within 5 ms, from `failing_from` on, `/health` green.
+    speeds: one per server, relative to `hardware`; also their share of `capacity`.
+    slow: factors by which servers are slower than their capacity, by index.
+    failing: servers that fail every request within 5 ms from `failing_from` on, `/health` green.
     restarting: servers that restart at `failing_from`, and are down for five seconds.
-    plain: the share of answers that are not streamed.
+    plain: the share of responses that are not streamed.
     """
 
     hardware: Hardware
@@ -102,7 +102,7 @@ class Router:
             self.mark(server, 0.0, up=True)
 
     def mark(self, server: Server, now: float, *, up: bool) -> None:
-        """Probes have found the server up, or gone."""
+        """Probes have found the server up, or down."""
         for _ in range(3):
             server.checked(Check.GOOD if up else Check.UNREACHABLE, 0.001, now)
         self.fleet.settle(now)
@@ -143,7 +143,7 @@ class World:
             self._at(scene.failing_from, self._go_down, place)
 
     def run(self, progress: Callable[[float], None] | None = None) -> World:
-        """To the end of the traffic, and until it is answered or patience is at its end."""
+        """Run until all traffic is answered or has timed out."""
         end = self.scene.seconds + self.scene.patience
         events, shown = self._events, 0.0
         while events and events[0][0] <= end:
@@ -274,7 +274,7 @@ class World:
             self._at(engine.step_end, self._step, place)
 
     def _go_down(self, place: int) -> None:
-        """The server takes no more requests; those it has are finished, then it starts anew."""
+        """The server takes no more requests; it finishes the running ones, then restarts."""
         self._down.add(place)
         for router in self.routers:
             router.mark(router.servers[place], self.now, up=False)
