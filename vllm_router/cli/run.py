@@ -51,8 +51,8 @@ LOG_FILE = Path("logs/vllm-router.log")
 @click.option(
     "-c", "--console", is_flag=True, help="Log lines even on a terminal, no full-screen monitor."
 )
-@click.option("--log-level", type=click.Choice(LEVELS), help="[default: that of the file, or info]")
-@click.option("--log-format", type=click.Choice(FORMATS), help="[default: the file's, or text]")
+@click.option("--log-level", type=click.Choice(LEVELS), help="[default: from the file, or info]")
+@click.option("--log-format", type=click.Choice(FORMATS), help="[default: from the file, or text]")
 @click.option(
     "--access-log",
     metavar="PATH|-|off",
@@ -64,7 +64,7 @@ LOG_FILE = Path("logs/vllm-router.log")
     type=click.Choice(["lane", "hypercorn"]),
     default="lane",
     show_default=True,
-    help="Who serves inference requests: our own HTTP/1.1 server or Hypercorn.",
+    help="The HTTP server for inference requests: the router's own (lane) or Hypercorn.",
 )
 @click.option(
     "--reuse-port",

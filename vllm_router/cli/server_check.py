@@ -82,7 +82,7 @@ def uneven_lengths(reports: list[ServerReport]) -> list[str]:
     return [
         f"warning: the model {model!r} has contexts of different lengths: "
         + ", ".join(f"{length} on {', '.join(names)}" for length, names in sorted(found.items()))
-        + "; /v1/models tells the longest, and prompts too long for one server are sent to a "
+        + "; /v1/models shows the longest, and prompts too long for one server are sent to a "
         "longer one"
         for model, found in lengths.items()
         if len(found) > 1

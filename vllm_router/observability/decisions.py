@@ -61,6 +61,6 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
 
 
 def outcome_label(record: Record) -> str:
-    """The outcome in a word: that of the last attempt, or that no attempt was made."""
+    """The outcome in a word: the outcome of the last attempt, or refused."""
     # Avoid the property `value`, which would double the cost.
     return record.outcome._value_ if record.outcome is not None else "refused"

@@ -326,10 +326,10 @@ class Metrics:
         """Expected prefix cache hits, and the hits that the engines report."""
         if self.router is None:
             return
-        told_of = self.router.prefix_statistics
-        read = [(server, told_of(server), server.metrics) for server in servers]
+        expected_of = self.router.prefix_statistics
+        read = [(server, expected_of(server), server.metrics) for server in servers]
         for family, value_of in PREFIX_COUNTERS:
-            values = [(server, value_of(told, engine)) for server, told, engine in read]
+            values = [(server, value_of(expected, engine)) for server, expected, engine in read]
             lines = [
                 f"{family.key(one.name)}{value}\n" for one, value in values if value is not None
             ]

@@ -132,7 +132,7 @@ class LocalListener:
         sockets: Iterable[socket.socket],
         *,
         limits: Limits | None = None,
-        told: OnRejected | None = None,
+        on_rejected: OnRejected | None = None,
     ) -> None:
         """The caller closes the sockets."""
 
@@ -141,7 +141,7 @@ class LocalListener:
             await app(scope, receive, send)
 
         self._sockets = list(sockets)
-        self._side = HypercornHandler(from_here, limits=limits, on_rejected=told)
+        self._side = HypercornHandler(from_here, limits=limits, on_rejected=on_rejected)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""

@@ -104,7 +104,7 @@ class NoOtherProcesses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The defaults are those of a router of one process.
+    """The defaults make a router of one process.
 
     `fleet`, `usage` and `make_peers` share leases, key limits and queues with other processes.
     With `reports`, events are reported to the leader: this process keeps no metrics and no feed.

@@ -106,14 +106,14 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
     settings = options.config.settings
     log_memory_plan(settings, options.workers)
     limits = client_limits(settings)
-    told = options.output.access.refused if options.output is not None else None
+    on_rejected = options.output.access.refused if options.output is not None else None
     front = Listener(
         app,
         accepts=is_inference,
         lane=options.lane,
         limits=limits,
         tls_only=True,
-        on_rejected=told,
+        on_rejected=on_rejected,
         max_connections=most_connections(),
     )
     take_tls(front, options.config)
@@ -147,7 +147,7 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             if options.passed or options.reuse_port:
                 await probed(supervisor)
             await nursery.start(front.serve)
-            door = LocalListener(app, local.sockets, limits=limits, told=told)
+            door = LocalListener(app, local.sockets, limits=limits, on_rejected=on_rejected)
             await nursery.start(door.serve)
             if admin is not None:
                 logger.info("administration on %s", url_of(*admin))

@@ -371,9 +371,9 @@ def _log_transition(change: Transition) -> None:
 
 def log_memory_plan(settings: Settings, workers: int) -> None:
     """Log the memory limits that follow from the machine's memory."""
-    told = memory_line(settings, Memory(memory_limit_mb(), workers))
-    if told is not None:
-        warn, line = told
+    plan = memory_line(settings, Memory(memory_limit_mb(), workers))
+    if plan is not None:
+        warn, line = plan
         logger.log(logging.WARNING if warn else logging.INFO, "%s", line)
 
 

@@ -99,7 +99,7 @@ def make_app(router: Wired) -> App:
 
 
 def _with_request_id(response: Response) -> Response:
-    """Add the request id to every response, not only to those of inference."""
+    """Add the request id to every response, not only for inference."""
     if "x-request-id" not in response.headers:
         given = request.headers.get("x-request-id", "")
         response.headers["x-request-id"] = request_id(given.encode("latin-1")).decode()

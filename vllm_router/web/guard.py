@@ -257,7 +257,7 @@ class Guard:
         _strip(scope, _credentials(scope))
         scope[IDENTITY] = _ADMINISTRATOR
 
-    # -- who it is ----------------------------------------------------------------------------
+    # -- identity -----------------------------------------------------------------------------
 
     def _administrator(
         self, scope: Scope, fields: Mapping[bytes, bytes], identity: Identity

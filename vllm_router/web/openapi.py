@@ -322,7 +322,7 @@ def document() -> Doc:
         "info": {
             "title": "vLLM Router",
             "version": __version__,
-            "description": "The router's own paths. Inference paths are those of vLLM.",
+            "description": "The router's own paths. vLLM documents the inference paths.",
         },
         "paths": paths,
         "components": {

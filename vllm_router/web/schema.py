@@ -62,7 +62,7 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     errors_per_s: Annotated[float, _("Attempts that failed by the server's fault.")]
     chunks_per_s: Annotated[float, _("Pieces of answers passed on, about one per token.")]
     tokens_per_s: Annotated[
-        float | None, _("Tokens generated, as the engine counts them, for whomever.")
+        float | None, _("Tokens generated, as the engine counts them, for all its clients.")
     ]
     ttft: Annotated[Percentiles | None, _("Time to first token of streamed requests.")]
     duration: Annotated[Percentiles | None, _("From a request's arrival to its answer's end.")]
@@ -134,12 +134,14 @@ class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     """The whole state, every `feed_interval`. Each snapshot is complete: slow clients skip some."""
 
-    seq: Annotated[int, _("Counts up by one with each; a gap tells that some were skipped.")]
+    seq: Annotated[
+        int, _("Increases by one with each snapshot; a gap means that some were skipped.")
+    ]
     time: Time
     router: RouterView
     fleet: FleetView
     servers: Annotated[list[ServerView], _("In the order of the configuration.")]
-    queues: Annotated[list[QueueView], _("Of the models for which somebody waits.")] = []
+    queues: Annotated[list[QueueView], _("The models for which requests wait.")] = []
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
@@ -156,7 +158,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
         ),
     ]
     text: Annotated[str, _("What happened, for people.")]
-    server: Annotated[str | None, _("Whom it is about, if one.")] = None
+    server: Annotated[str | None, _("The server it is about, if any.")] = None
     old: Annotated[str | None, _("The state before (kind state).")] = None
     new: Annotated[str | None, _("The state now (kind state).")] = None
 

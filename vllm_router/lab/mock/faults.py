@@ -67,36 +67,36 @@ class Faults:
         if self._harmless and not headers:
             return _OK
         switches = self.switches
-        told = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers.items()}
-        if told.get("only", name) != name:
-            told = {}
-        chosen = "mode" not in told and self._chosen(path, body)
-        mode = told.get("mode") or (str(switches.mode) if chosen else "ok")
+        given = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers.items()}
+        if given.get("only", name) != name:
+            given = {}
+        chosen = "mode" not in given and self._chosen(path, body)
+        mode = given.get("mode") or (str(switches.mode) if chosen else "ok")
         if mode.endswith("_reused"):
             mode = mode.removesuffix("_reused") if reused else "ok"
-        after = told.get("after")
-        output = told.get("output-tokens")
-        error = told.get("error", switches.error if chosen else "")
+        after = given.get("after")
+        output = given.get("output-tokens")
+        error = given.get("error", switches.error if chosen else "")
         if error and error not in ERRORS:
             raise ValueError(f"error: expected one of {', '.join(ERRORS)}")
         return Fault(
             mode=mode,
             status=int(mode) if mode.isdecimal() else 0,
-            retry_after=_number(told, "retry-after", switches.retry_after),
+            retry_after=_number(given, "retry-after", switches.retry_after),
             after=switches.after if after is None else int(after),
-            ttft=_seconds(_number(told, "ttft-ms", switches.ttft_ms)),
-            delay=_seconds(_number(told, "delay-ms", switches.delay_ms)),
+            ttft=_seconds(_number(given, "ttft-ms", switches.ttft_ms)),
+            delay=_seconds(_number(given, "delay-ms", switches.delay_ms)),
             output_tokens=(
                 (switches.output_tokens if chosen else None) if output is None else int(output)
             ),
             error=error,
-            framing=told.get("framing", switches.framing if chosen else ""),
-            packing=told.get("packing", switches.packing if chosen else ""),
-            early_opening=_flag(told, "early-opening", chosen and switches.early_opening),
-            null_error=_flag(told, "null-error", chosen and switches.null_error),
-            trickle=(_number(told, "trickle-ms", switches.trickle_ms) or 0.0) / 1000,
-            raw=_raw(told.get("raw", switches.raw)) if mode == "raw" else b"",
-            keep_open=_flag(told, "keep-open", switches.keep_open),
+            framing=given.get("framing", switches.framing if chosen else ""),
+            packing=given.get("packing", switches.packing if chosen else ""),
+            early_opening=_flag(given, "early-opening", chosen and switches.early_opening),
+            null_error=_flag(given, "null-error", chosen and switches.null_error),
+            trickle=(_number(given, "trickle-ms", switches.trickle_ms) or 0.0) / 1000,
+            raw=_raw(given.get("raw", switches.raw)) if mode == "raw" else b"",
+            keep_open=_flag(given, "keep-open", switches.keep_open),
         )
 
     def _chosen(self, path: str, body: bytes) -> bool:
@@ -133,12 +133,12 @@ def _decorated(switches: Switches) -> bool:
     )
 
 
-def _flag(told: Mapping[str, str], name: str, otherwise: bool) -> bool:
-    return told[name] == "1" if name in told else otherwise
+def _flag(given: Mapping[str, str], name: str, otherwise: bool) -> bool:
+    return given[name] == "1" if name in given else otherwise
 
 
-def _number(told: Mapping[str, str], name: str, otherwise: float | None) -> float | None:
-    return float(told[name]) if name in told else otherwise
+def _number(given: Mapping[str, str], name: str, otherwise: float | None) -> float | None:
+    return float(given[name]) if name in given else otherwise
 
 
 def _seconds(milliseconds: float | None) -> float | None:

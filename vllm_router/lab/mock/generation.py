@@ -204,13 +204,13 @@ class Generation(Exchange):
         if foreign is not None:
             end = [chunk(foreign), DONE] if self._shape.done else [chunk(foreign)]
         else:
-            told = self._shape.failed(error)
-            if told is None:
+            failed = self._shape.failed(error)
+            if failed is None:
                 if events:
                     self._write(events, complete=False)
                 self.cut("fin")
                 return
-            end = told
+            end = failed
         self._write([*events, *end, LAST_CHUNK], complete=True)
 
     def _fail_plain(self, error: ApiError, foreign: bytes | None) -> None:

@@ -16,7 +16,7 @@ class Switches(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
     `mode` is one of `MODES` or an HTTP status. `next` limits it to that many requests,
     `fraction` to a share of them (spread evenly, not at random), `only_path` to one path,
-    `only_body` to those whose body has this text. `after` is the number of tokens the `mid*`,
+    `only_body` to requests whose body has this text. `after` is the number of tokens the `mid*`,
     `abort_finish`, `error_event` and `unfinished` modes let pass, by default half of them; a plain
     answer is cut in the middle whatever it says. `framing`, `packing`, `early_opening`,
     `null_error` and `output_tokens` go with every mode.

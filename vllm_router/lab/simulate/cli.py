@@ -199,7 +199,7 @@ def simulate_command(
 
 
 def _capacities(workloads: Sequence[str], hardware: str) -> dict[str, float]:
-    """Of eight servers, by workload. Those of other hardware than 8b take a while to be found."""
+    """Capacities of eight servers by workload; other hardware than 8b needs a calibration."""
     if hardware == CALIBRATED_HARDWARE:
         return {name: capacity_of(WORKLOADS[name], hardware) for name in workloads}
     found: dict[str, float] = {}

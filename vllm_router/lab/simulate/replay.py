@@ -3,7 +3,7 @@
 One JSON object per line, in the order in which requests ended. Used are `started` (of arrival; RFC
 3339 or Unix seconds; older logs have it in `time`), `prompt_bytes`, `prefix` (as `pack_hashes`
 writes it), `prompt_tokens` and `completion_tokens`, `stream` and `session`; other keys are ignored,
-and so are lines without a prompt, such as those of the log among which access lines may stand.
+and so are lines without a prompt, such as log lines between access lines.
 """
 
 from __future__ import annotations

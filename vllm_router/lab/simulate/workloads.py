@@ -62,7 +62,7 @@ def _lognormal(rng: Random, mean: float, sigma: float, most: int) -> int:
 
 
 def _starts(rng: Random, rate: float, seconds: float, variation: float = 1.0) -> Iterator[float]:
-    """Times of a Poisson process, or of a burstier one: `variation` is that of the gaps."""
+    """Times of a Poisson process, or of a burstier one; `variation` applies to the gaps."""
     shape = 1.0 / (variation * variation)
     now = 0.0
     while True:

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 async def run(environment: Environment) -> None:
-    """Lead until told to drain."""
+    """Lead until ordered to drain."""
     spec, control, output = environment.spec, environment.control, environment.output
     config = environment.config
     app = Dispatcher()
@@ -54,7 +54,7 @@ async def run(environment: Environment) -> None:
         sockets = [socket.socket(fileno=fileno) for fileno in spec.local]
         for sock in sockets:
             ending.callback(sock.close)
-        local = LocalListener(app, sockets, limits=limits, told=output.access.refused)
+        local = LocalListener(app, sockets, limits=limits, on_rejected=output.access.refused)
         spans = ending.enter_context(tracing.running(config.log))
         async with trio.open_nursery() as nursery:
             if spec.demo:

@@ -34,7 +34,7 @@ LAST_REPORT = 1.0
 
 
 async def run(environment: Environment) -> None:
-    """Serve until told to drain."""
+    """Serve until ordered to drain."""
     spec, control, output = environment.spec, environment.control, environment.output
     app = Dispatcher()
     (channel,) = environment.channels
@@ -93,7 +93,7 @@ async def run(environment: Environment) -> None:
 
 
 async def _wind_down(supervisor: Supervisor, side: LeaderHandover) -> None:
-    """Finish the requests of this process and the relays of those that the leader answers."""
+    """Finish the requests of this process and the relays that the leader uses."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervisor.wind_down)
         # The leader drains at the same time, and closes a relay after its response.

@@ -26,7 +26,7 @@ CONNECTIONS = 0
 """The column with the number of connections of a worker; it has no key."""
 
 _WORD = 8
-_NOBODY = 0
+_UNASSIGNED = 0
 
 
 def columns_for(counted: int) -> int:
@@ -104,7 +104,7 @@ class SharedCounters:
         return [
             column
             for column, mark in enumerate(self._owners.tolist())
-            if mark == _NOBODY and column != CONNECTIONS and column not in counted
+            if mark == _UNASSIGNED and column != CONNECTIONS and column not in counted
         ]
 
     def _counted(self) -> set[int]:
@@ -120,8 +120,8 @@ class SharedCounters:
         """
         kept = {_mark(key) for key in keys}
         for column, owner in enumerate(self._owners):
-            if owner != _NOBODY and owner not in kept:
-                self._owners[column] = _NOBODY
+            if owner != _UNASSIGNED and owner not in kept:
+                self._owners[column] = _UNASSIGNED
 
 
 @lru_cache(maxsize=1 << 16)
