@@ -146,7 +146,9 @@ class Run:
     def _lines(
         self, mutant: Mutant, module: str, mapped: dict[str, Mapped]
     ) -> set[tuple[str, int]]:
-        """The lines whose tests may see the mutant: its own lines, or uses of its constant."""
+        """The lines whose tests may see the mutant: its own lines, or uses of its constant; all
+        lines of its module if none of the modules uses it.
+        """
         if mutant.function:
             return {(module, mutant.line)}
         places = set()
@@ -154,7 +156,9 @@ class Run:
             for number, text in enumerate((ROOT / other).read_text().splitlines(), 1):
                 if mutant.name in text:
                     places.add((other, number))
-        return places
+        return places or {
+            (module, line) for test in mapped.values() for line in test.lines.get(module, ())
+        }
 
 
 def choose(

@@ -28,6 +28,7 @@ DECIDING = (
     "vllm_router/fleet/server.py",
     "vllm_router/fleet/silence.py",
     "vllm_router/fleet/refusals.py",
+    "vllm_router/http/chunked.py",
     "vllm_router/http/request_head.py",
     "vllm_router/http/request_line.py",
     "vllm_router/config/auth.py",

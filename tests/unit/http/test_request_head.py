@@ -250,3 +250,20 @@ def test_chunked_body_trailers_have_a_total_limit(size, good):
     else:
         with pytest.raises(HttpError, match="trailer"):
             coding.feed(b"0\r\n" + trailers + b"\r\n")
+
+
+@pytest.mark.parametrize(("last", "good"), [(90, True), (91, False)])
+def test_chunked_body_framing_beyond_the_data_has_a_limit(last, good):
+    """16 KiB, of which each chunk makes up for 16 bytes and twice its data."""
+    coding = ChunkedBody()
+
+    def feed(length: int) -> None:
+        coding.feed(b"1;" + b"a" * (length - 4) + b"\r\nx\r\n")
+
+    for _ in range(4):
+        feed(4096)
+    if good:
+        feed(last)
+    else:
+        with pytest.raises(HttpError, match="too much framing"):
+            feed(last)
