@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from support.fleet_makers import make_fleet
-from vllm_router.fleet.health import HealthRules, TrafficHealth
+from vllm_router.fleet.health_rules import HealthRules
+from vllm_router.fleet.passive_health import PassiveHealth
 from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, LONGEST, Refusals
 from vllm_router.fleet.silence import Silence, StandStill
 
@@ -72,13 +73,13 @@ def test_refusals_reason_names_three(count, shown, more):
 
 @pytest.mark.parametrize(("now", "count"), [(4.9, 1), (5.0, 1), (9.9, 1), (10.0, 0), (100.0, 0)])
 def test_success_rate_forgets_a_half_of_its_window_at_a_time(now, count):
-    health = TrafficHealth(HealthRules(failure_threshold=100))
+    health = PassiveHealth(HealthRules(failure_threshold=100))
     health.failed(0.0, trial=False)
     assert health.success_rate(now)[1] == count
 
 
 def test_success_rate_counts_two_halves():
-    health = TrafficHealth(HealthRules(failure_threshold=100))
+    health = PassiveHealth(HealthRules(failure_threshold=100))
     health.failed(0.0, trial=False)
     health.succeeded(5.5, trial=False)
     assert health.success_rate(6.0) == (0.5, 2)
@@ -94,7 +95,7 @@ def test_server_whose_error_came_fast_has_more_load_at_once():
     fleet = make_fleet(2)
     a, b = fleet.servers.values()
     for server in (a, b):
-        fleet.took(server, 10.0)
-    before = a.burden
-    fleet.erred(a, 100.0, 0.1)
-    assert a.burden > before == b.burden
+        fleet.record_success(server, 10.0)
+    before = a.load_estimate.effective
+    fleet.record_error(a, 100.0, 0.1)
+    assert a.load_estimate.effective > before == b.load_estimate.effective

@@ -13,7 +13,7 @@ def entry() -> QueueEntry:
 
 
 def test_queue_last_entry_leaves_ends_the_measurement():
-    """Time in which nobody waits must not make the fleet look slow."""
+    """Time without a waiting request must not make the fleet look slow."""
     queue: WaitingQueue[QueueEntry] = WaitingQueue()
     first, second = entry(), entry()
     queue.join(first)
