@@ -26,14 +26,14 @@ def test_silence_suspected_again_when_its_trial_is_due_lasts_longer():
 
 def test_stand_still_begins_anew_at_signs_of_work_alone():
     still = StandStill()
-    assert still.lasts(10.0, 5.0, (1.0, 0.0), mine=False) == 0.0
-    assert still.lasts(13.0, 5.0, (1.0, 0.0), mine=False) == 3.0
-    assert still.lasts(14.0, 5.0, (2.0, 0.0), mine=True) == 4.0
-    assert still.lasts(15.0, 5.0, (3.0, 0.0), mine=False) == 0.0
-    assert still.lasts(17.0, 15.0, (3.0, 0.0), mine=False) == 2.0
-    assert still.lasts(18.0, 16.0, (3.0, 0.0), mine=False) == 0.0
-    still.over()
-    assert still.lasts(20.0, 5.0, (3.0, 0.0), mine=False) == 0.0
+    assert still.lasts(10.0, 5.0, (1.0, 0.0), own=False) == 0.0
+    assert still.lasts(13.0, 5.0, (1.0, 0.0), own=False) == 3.0
+    assert still.lasts(14.0, 5.0, (2.0, 0.0), own=True) == 4.0
+    assert still.lasts(15.0, 5.0, (3.0, 0.0), own=False) == 0.0
+    assert still.lasts(17.0, 15.0, (3.0, 0.0), own=False) == 2.0
+    assert still.lasts(18.0, 16.0, (3.0, 0.0), own=False) == 0.0
+    still.reset()
+    assert still.lasts(20.0, 5.0, (3.0, 0.0), own=False) == 0.0
 
 
 # -- refusals -----------------------------------------------------------------------------------
