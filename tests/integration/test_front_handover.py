@@ -157,7 +157,7 @@ async def test_front_tls_silent_connections_do_not_delay_drain(kind):
     limits = Limits(header_timeout=1000.0)
     async with running(kind, ssl_context=server_tls(), limits=limits) as on:
         async with connected(on.port) as silent:
-            await soon(lambda: on.front._silent)
+            await soon(lambda: on.front._dispatcher._silent)
             on.front.stop_accepting()
             on.front.begin_drain()
             assert await silent.closed()
@@ -173,9 +173,9 @@ async def test_front_tls_just_accepted_connection_gets_time_in_drain(kind):
         theirs.setblocking(False)
         on.front.begin_drain()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(on.front._first_byte, theirs)
-            await soon(lambda: on.front._silent)
-            (patience,) = on.front._silent
+            nursery.start_soon(on.front._dispatcher._first_byte, theirs)
+            await soon(lambda: on.front._dispatcher._silent)
+            (patience,) = on.front._dispatcher._silent
             assert 0 < patience.deadline - trio.current_time() <= 500
             ours.close()
         theirs.close()
@@ -281,7 +281,7 @@ async def test_front_connections_beyond_limit_wait(caplog):
             assert waited.cancelled_caught
             await second.stream.aclose()
             assert (await third.reply()).status == 200
-    assert "2 connections are open, as many as there are descriptors for" in caplog.text
+    assert "2 connections are open, the limit for file descriptors" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
@@ -298,7 +298,7 @@ async def test_front_idle_connections_are_closed_for_waiting_ones(kind, caplog):
             await soon(lambda: on.app.active)
             on.app.release.set()
             assert (await busy.reply()).status == 200
-    assert caplog.text.count("as many as there are descriptors for") == 1
+    assert caplog.text.count("the limit for file descriptors") == 1
 
 
 async def test_front_out_of_descriptors_is_survived(caplog):

@@ -156,7 +156,7 @@ async def test_tls_ended_connection_leaves_no_garbage(kind, ending):
 
 
 async def test_handshakes_beyond_limit_end_the_oldest(monkeypatch):
-    monkeypatch.setattr("vllm_router.http.server.listener.Handshakes", lambda: Handshakes(3))
+    monkeypatch.setattr("vllm_router.http.server.dispatcher.Handshakes", lambda: Handshakes(3))
     async with running(ssl_context=server_tls(), tls_only=True) as on:
         async with contextlib.AsyncExitStack() as stack:
             clients = []

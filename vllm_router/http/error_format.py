@@ -39,23 +39,23 @@ _ANTHROPIC_TYPES = {
 
 
 def is_anthropic(raw_path: bytes) -> bool:
-    """Whether clients of the path speak Anthropic's dialect: `/v1/messages` and below."""
+    """Whether the path belongs to Anthropic's API: `/v1/messages` and below."""
     return raw_path.startswith(MESSAGES) and raw_path[len(MESSAGES) :][:1] in (b"", b"/")
 
 
 def openai_type(status: int) -> str:
-    """The `type` of an error with this status."""
+    """The `type` of an error with this status, in OpenAI's API."""
     other = "invalid_request_error" if status < 500 else "server_error"
     return _OPENAI_TYPES.get(status, other)
 
 
 def anthropic_type(status: int) -> str:
-    """The same for Anthropic's clients."""
+    """The `type` of an error with this status, in Anthropic's API."""
     other = "invalid_request_error" if status < 500 else "api_error"
     return _ANTHROPIC_TYPES.get(status, other)
 
 
-def error_answer(
+def error_response(
     path: bytes,
     status: int,
     code: str,
@@ -64,9 +64,9 @@ def error_answer(
     *,
     param: str | None = None,
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The header fields and the body of an error answer.
+    """Headers and body of an error response.
 
-    `path` is the raw path of the request as far as it is known; it decides about the dialect.
+    `path` is the request's raw path as far as it is known; it decides the format.
     """
     body: dict[str, object]
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
@@ -87,7 +87,7 @@ def error_answer(
 
 
 def path_of(line: bytes) -> bytes:
-    """The raw path in a request line, as far as it came; empty if it has none.
+    """The raw path in a request line, which may be incomplete; empty if it has none.
 
     An absolute target loses its scheme and authority (RFC 9112 3.2.2).
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_router.http.error_format import error_answer
+from vllm_router.http.error_format import error_response
 from vllm_router.http.request_ids import request_id
 from vllm_router.http.syntax import STATUS_LINES, http_date
 
@@ -28,7 +28,7 @@ class HttpError(Exception):
         """The response in the format of the client's API (OpenAI or Anthropic)."""
         if self.status == 204:
             return [(b"allow", b"GET, HEAD, POST, OPTIONS")], b""
-        headers, body = error_answer(
+        headers, body = error_response(
             self.path, self.status, self.code, self.message, request_id(self.request_id)
         )
         return headers, body

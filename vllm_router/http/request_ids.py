@@ -1,4 +1,4 @@
-"""Names of requests: the client's `X-Request-Id`, or a new one."""
+"""Request ids: the client's `X-Request-Id`, or a new one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from itertools import count
 from random import Random
 
-# Ids are unique, not secret: half of one is random and of this process, half counts.
+# Ids are unique, not secret: a random half per process, and a counter.
 _ID_BEGINS = b"%016x" % Random().getrandbits(64)
 _ID_ENDS = count(Random().getrandbits(32))
 
@@ -14,7 +14,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
 
 
 def request_id(given: bytes | None) -> bytes:
-    """The client's `X-Request-Id` if it is fit to be logged and echoed, else a new one."""
+    """The client's `X-Request-Id` if it is safe to log and echo, else a new one."""
     if given and _REQUEST_ID.fullmatch(given):
         return given
     return b"%b%016x" % (_ID_BEGINS, next(_ID_ENDS))

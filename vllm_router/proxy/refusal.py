@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_router.errors import Refused
-from vllm_router.http.error_format import error_answer
+from vllm_router.http.error_format import error_response
 
 SHOWN_NAMES, SHOWN_LENGTH = 20, 100
 """Names in a message, and characters of each: servers may list thousands of models."""
@@ -30,7 +30,7 @@ def refusal_messages(
 
     `path` is the request's raw path, which decides about the dialect.
     """
-    headers, body = error_answer(
+    headers, body = error_response(
         path, refused.status, refused.code, refused.message, request_id, param=refused.param
     )
     if attempts:

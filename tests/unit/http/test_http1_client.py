@@ -353,9 +353,9 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, "a head of more than"),
         (b"", b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 100, "a head of more than"),
         (b"", b"\r\n" * 1000, "a head of more than"),
-        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000, "no body"),
-        (CHUNKED + b"1;", b"a" * 10_000, "no body"),
-        (CHUNKED + chunk(b"x") + b"1;a=", b"b" * 10_000, "no body"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000, "without body data"),
+        (CHUNKED + b"1;", b"a" * 10_000, "without body data"),
+        (CHUNKED + chunk(b"x") + b"1;a=", b"b" * 10_000, "without body data"),
         (CHUNKED + chunk(b"x"), b"0" * 10_000, "."),
     ],
     ids=["fields", "100", "103", "line ends", "trailers", "extension", "late extension", "size"],
@@ -579,8 +579,8 @@ async def test_tls_connection_leaves_nothing_for_the_collector(host):
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("plain", "it does not speak TLS there"),
-        ("closes", "it closed the connection during the handshake"),
+        ("plain", "the port does not speak TLS"),
+        ("closes", "the server closed the connection during the handshake"),
         ("unknown", "its certificate is not trusted: self-signed certificate"),
     ],
 )

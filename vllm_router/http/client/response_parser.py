@@ -134,7 +134,7 @@ class ResponseParser:
             self._reusable = False
             if self._head_bytes:
                 raise ProtocolViolation("the connection ended inside the head")
-            raise ConnectionLost("closed before an answer")
+            raise ConnectionLost("connection closed before the response")
         first = not self._head_bytes
         self._head_bytes += len(data)
         if first and (found := self._cache.match(data)) is not None:
@@ -171,7 +171,7 @@ class ResponseParser:
         self._reusable = False
         head = self._head
         if head is None or head.chunked or head.content_length is not None:
-            raise ConnectionLost("closed in mid-answer")
+            raise ConnectionLost("connection closed in the middle of the response")
         self._complete = True  # a body without a length ends with the connection
 
     def _count_overhead(self, data: bytes) -> None:
@@ -179,7 +179,9 @@ class ResponseParser:
         self._overhead += len(data)
         if self._overhead > MAX_OVERHEAD and not self._complete:
             self._reusable = False
-            raise ProtocolViolation(f"more than {MAX_OVERHEAD} bytes that are no body")
+            raise ProtocolViolation(
+                f"more than {MAX_OVERHEAD} bytes of chunk framing or trailers without body data"
+            )
 
     # -- results ------------------------------------------------------------------------------
 
@@ -214,5 +216,5 @@ def _describe(data: bytes, error: Exception) -> str:
     if data.startswith(_TLS_RECORDS):
         return "it speaks TLS: its url must begin with https://"
     if str(error).startswith("Expected HTTP/"):
-        return "it answers with something that is no HTTP/1.1"
+        return "the response is not HTTP/1.1: check the port in the server's url"
     return str(error)

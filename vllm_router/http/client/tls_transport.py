@@ -102,7 +102,7 @@ def _reason(error: Exception) -> str:
     """Why an established TLS stream failed."""
     cause = error if isinstance(error, ssl.SSLError) else error.__cause__
     if isinstance(cause, ssl.SSLEOFError):
-        return "cut: TLS was not closed (close_notify)"
+        return "connection cut: the server did not end TLS (close_notify)"
     if isinstance(cause, ssl.SSLError):
         return describe_tls_error(cause)
     return str(cause or error) or "closed"
@@ -113,7 +113,7 @@ def describe_tls_error(error: BaseException | None) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
-        return "TLS failed: it does not speak TLS there, should its url begin with http://?"
+        return "TLS failed: the port does not speak TLS; should the url begin with http://?"
     if isinstance(error, ssl.SSLEOFError) or not isinstance(error, ssl.SSLError):
-        return "TLS failed: it closed the connection during the handshake"
+        return "TLS failed: the server closed the connection during the handshake"
     return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"

@@ -83,7 +83,7 @@ class GuardedH11Protocol(H11Protocol):
             self.stream = stream
 
     async def _refuse_early_data(self) -> None:
-        await self.refuse(bad_request("data before the answer to the websocket handshake"))
+        await self.refuse(bad_request("data before the response to the websocket handshake"))
         raise _Answered
 
     async def refuse(self, error: HttpError) -> None:

@@ -74,9 +74,9 @@ class Connection(AsgiConnection):
     async def _answer_all(self) -> None:
         """Serve requests until the connection ends or is handed over."""
         host, limits = self._host, self._limits
-        patience = limits.header_timeout if host.draining else limits.keep_alive_timeout
+        timeout = limits.header_timeout if host.draining else limits.keep_alive_timeout
         now = host.now
-        self.deadline = now() + patience
+        self.deadline = now() + timeout
         while True:
             head = self._head
             while head is None:

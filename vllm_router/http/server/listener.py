@@ -21,8 +21,7 @@ from vllm_router.http.addresses import plain_peer
 from vllm_router.http.asgi_types import App
 from vllm_router.http.http_error import OnRejected
 from vllm_router.http.hypercorn.handler import HypercornHandler
-from vllm_router.http.hypercorn.settings import ALPN_PROTOCOLS
-from vllm_router.http.io.trio_internals import release_ssl_stream
+from vllm_router.http.server.dispatcher import Dispatcher
 from vllm_router.http.server.interfaces import (
     AcceptPolicy,
     Address,
@@ -32,10 +31,7 @@ from vllm_router.http.server.interfaces import (
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.listening_sockets import ListeningSockets
 from vllm_router.http.server.server import Server
-from vllm_router.http.server.socket_connection import SocketConnection
 from vllm_router.http.server.socket_handover import redirect_handshakes
-from vllm_router.http.server.stream_connection import StreamConnection
-from vllm_router.http.server.tls_stream import Handshakes, TlsStream
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +54,6 @@ HANDSHAKE_GRACE = 0.5
 """Seconds for handshakes to end that began before a successor received all new ones."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-_TLS_HANDSHAKE = b"\x16"
 
 
 class Listener:
@@ -89,47 +83,36 @@ class Listener:
         handler: ConnectionHandler | None = None,
         accept_policy: AcceptPolicy | None = None,
     ) -> None:
-        self._limits = limits or Limits()
-        self._lane = (
-            Server(app, accepts=accepts, limits=self._limits, on_rejected=on_rejected)
-            if lane
-            else None
+        limits = limits or Limits()
+        self._sockets = ListeningSockets(limits)
+        self._dispatcher = Dispatcher(
+            Server(app, accepts=accepts, limits=limits, on_rejected=on_rejected) if lane else None,
+            handler or HypercornHandler(app, limits=limits, on_rejected=on_rejected),
+            limits,
+            tls_only=tls_only,
+            is_plain=self._sockets.is_plain,
         )
-        self._hypercorn: ConnectionHandler = handler or HypercornHandler(
-            app, limits=self._limits, on_rejected=on_rejected
-        )
-        self._accept_policy = accept_policy
-        self._ssl_context: ssl.SSLContext | None = None
-        self._tls_only = tls_only
-        self._handshakes = Handshakes()
         self.use_tls(ssl_context)
+        self._accept_policy = accept_policy
         self._max_connections = math.inf if max_connections is None else max_connections
-        self._sockets = ListeningSockets(self._limits)
         self._accepting = trio.CancelScope()
         self._everything = trio.CancelScope()
         self._open = 0
         self._accepted = 0
-        self._handed_over = 0
         self._changed = trio.Event()
         self._draining = False
         self._full = False
         self._full_logged_at = -math.inf
-        self._silent: set[trio.CancelScope] = set()
 
     # -- settings ------------------------------------------------------------------------------
 
     def use_tls(self, ssl_context: ssl.SSLContext | None) -> None:
         """Serve new connections with this context; None for plain HTTP."""
-        if ssl_context is not None:
-            ssl_context.set_alpn_protocols(ALPN_PROTOCOLS)
-        self._ssl_context = ssl_context
+        self._dispatcher.use_tls(ssl_context)
 
     def use_limits(self, limits: Limits) -> None:
         """Serve new connections within these limits."""
-        self._limits = limits
-        if self._lane is not None:
-            self._lane.limits = limits
-        self._hypercorn.use_limits(limits)
+        self._dispatcher.use_limits(limits)
         self._sockets.use_limits(limits)
 
     def open(
@@ -179,9 +162,7 @@ class Listener:
             self._sockets.start()
             with self._everything:
                 async with trio.open_nursery() as helpers:
-                    if self._lane is not None:
-                        helpers.start_soon(self._lane.watch)
-                    helpers.start_soon(self._handshakes.run)
+                    self._dispatcher.start_helpers(helpers)
                     async with trio.open_nursery() as connections:
                         task_status.started(self._sockets.addresses())
                         with self._accepting:
@@ -215,18 +196,13 @@ class Listener:
         Idle connections stay open until `begin_drain`: their clients may be about to use them.
         """
         self._draining = True
-        if self._lane is not None:
-            self._lane.draining = True
+        self._dispatcher.shorten_waits()
         self._set_closing()
 
     def begin_drain(self) -> None:
         """Close idle connections at once, and the others after their response."""
         self.last_call()
-        for patience in self._silent:
-            patience.cancel(reason="draining")
-        if self._lane is not None:
-            self._lane.drain()
-        self._hypercorn.drain()
+        self._dispatcher.drain()
 
     async def drained(self) -> None:
         """Wait until no listening socket and no connection is open."""
@@ -235,9 +211,7 @@ class Listener:
 
     def abort(self) -> None:
         """End everything now."""
-        if self._lane is not None:
-            self._lane.abort()
-        self._hypercorn.abort()
+        self._dispatcher.abort()
         self._everything.cancel(reason="aborted")
 
     @property
@@ -246,13 +220,13 @@ class Listener:
         return self._open
 
     def statistics(self) -> Statistics:
-        lane = self._lane
+        lane = self._dispatcher.lane
         return Statistics(
             connections=self._open,
             lane=lane.connections if lane is not None else 0,
-            hypercorn=self._hypercorn.connections,
+            hypercorn=self._dispatcher.handler.connections,
             accepted=self._accepted,
-            handed_over=self._handed_over,
+            handed_over=self._dispatcher.handed_over,
             lane_requests=lane.requests if lane is not None else 0,
             refused=lane.refused if lane is not None else 0,
         )
@@ -313,23 +287,16 @@ class Listener:
             if now - self._full_logged_at >= FULL_LOG_INTERVAL:
                 self._full_logged_at = now
                 log.error(
-                    "%d connections are open, as many as there are descriptors for: others wait",
+                    "%d connections are open, the limit for file descriptors; new ones wait. "
+                    "Raise the limit (ulimit -n) to allow more",
                     self._open,
                 )
-        if self._lane is not None:
-            self._lane.close_idle(IDLE_WHEN_FULL)
-        self._hypercorn.close_idle(IDLE_WHEN_FULL)
-        soon = trio.current_time() + IDLE_WHEN_FULL
-        for patience in self._silent:
-            patience.deadline = min(patience.deadline, soon)
+        self._dispatcher.close_idle(IDLE_WHEN_FULL)
         with trio.move_on_after(IDLE_WHEN_FULL / 2):
             await self._changed.wait()
 
     def _set_closing(self) -> None:
-        closing = self._draining or self._full
-        if self._lane is not None:
-            self._lane.closing = closing
-        self._hypercorn.closing = closing
+        self._dispatcher.set_closing(self._draining or self._full)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -343,7 +310,7 @@ class Listener:
     async def _serve(self, sock: socket.socket, address: Address) -> None:
         """Serve one connection, from its first byte to its last."""
         try:
-            await self._dispatch(sock, address[:2])
+            await self._dispatcher.serve(sock, address[:2])
         except* Exception:
             # A bug that one client meets must not end the others' connections.
             log.exception("a connection failed")
@@ -354,73 +321,3 @@ class Listener:
                 self._full = False
                 self._set_closing()
             self._notify()
-
-    async def _dispatch(self, sock: socket.socket, client: Address) -> None:
-        context = self._ssl_context
-        if context is not None:
-            first = await self._first_byte(sock)
-            if not first:
-                return
-            if first == _TLS_HANDSHAKE or (self._tls_only and not self._sockets.is_plain(sock)):
-                await self._serve_tls(sock, client, context)
-                return
-        if self._lane is None:
-            await self._hypercorn.serve(_stream_over(sock))
-            return
-        try:
-            local = sock.getsockname()[:2]
-        except OSError:
-            return
-        data = await SocketConnection(self._lane, sock, client, local).run()
-        if data is not None:
-            self._handed_over += 1
-            await self._hypercorn.serve(_stream_over(sock), data)
-
-    async def _first_byte(self, sock: socket.socket) -> bytes:
-        """The client's first byte, left unread; b"" if it sends none in time."""
-        with trio.move_on_after(self._limits.keep_alive_timeout) as patience:
-            if self._draining:
-                patience.deadline = trio.current_time() + self._limits.header_timeout
-            self._silent.add(patience)
-            try:
-                await trio.lowlevel.wait_readable(sock)
-            finally:
-                self._silent.discard(patience)
-        # Input may have arrived together with the timeout.
-        try:
-            return sock.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return b""
-
-    async def _serve_tls(
-        self, sock: socket.socket, client: Address, context: ssl.SSLContext
-    ) -> None:
-        stream = await self._handshakes.accept(
-            _stream_over(sock), context, self._limits.header_timeout
-        )
-        if stream is None:
-            return
-        try:
-            await self._serve_encrypted(stream, sock, client)
-        finally:
-            release_ssl_stream(stream)
-
-    async def _serve_encrypted(
-        self, stream: TlsStream, sock: socket.socket, client: Address
-    ) -> None:
-        if self._lane is None or stream.selected_alpn_protocol() == "h2":
-            await self._hypercorn.serve(stream)
-            return
-        local = stream.transport_stream.socket.getsockname()[:2]
-        lane = StreamConnection(
-            self._lane, stream, client, local, scheme="https", fileno=sock.fileno()
-        )
-        data = await lane.run()
-        if data is not None:
-            self._handed_over += 1
-            await self._hypercorn.serve(stream, data)
-
-
-def _stream_over(sock: socket.socket) -> trio.SocketStream:
-    """The socket as a Trio stream, which owns it."""
-    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
