@@ -27,6 +27,7 @@ DECIDING = (
     "vllm_router/fleet/load.py",
     "vllm_router/fleet/server.py",
     "vllm_router/fleet/silence.py",
+    "vllm_router/fleet/engine_activity.py",
     "vllm_router/fleet/refusals.py",
     "vllm_router/http/chunked.py",
     "vllm_router/http/request_head.py",

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.fleet.active_health import ActiveHealth, Check
+from vllm_router.fleet.engine_activity import EngineActivity
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.health_rules import health_rules
 from vllm_router.fleet.load import LoadEstimate
@@ -26,7 +27,6 @@ from vllm_router.fleet.silence import (
     STILL_FOR,
     TRIAL_PATIENCE,
     Silence,
-    StandStill,
 )
 from vllm_router.fleet.state import State, Transition
 
@@ -86,7 +86,7 @@ class Server:
     weighted_capacity: capacity × weight, the unit of its load.
     cap: limit of our requests at the same time; infinite without `[limits]`.
     leases, in_flight: our running attempts; with worker processes `in_flight` includes theirs.
-    load_estimate, active_health, passive_health, catalog, refusals, silence: the parts.
+    load_estimate, active_health, passive_health, catalog, refusals, activity: the parts.
     state: as operators see it; updated by the fleet.
     """
 
@@ -121,15 +121,7 @@ class Server:
         self.joined = False
         """Whether it was added to an existing fleet."""
 
-        self.silence = Silence()
-        self._stand_still = StandStill()
-        self.paused_at: float | None = None
-        """When its engine was paused through this router; None if it runs."""
-        self.output_at = -math.inf
-        """Last output of its engine for a finished request; comments of a stream do not count."""
-        self.progress_at = -math.inf
-        """Start of the interval between the last two scrapes that show work of the engine. The end
-        would be too late: work for an earlier request may show after a new one was sent."""
+        self.activity = EngineActivity()
         self.last_byte_at = -math.inf
 
         self.restarts = 0
@@ -191,7 +183,7 @@ class Server:
         if self.passive_health.ejected:
             lease.trial = self.passive_health.start_trial(now)
             self._on_change(self)
-        elif self.silence.since is not None and self.silence.start_trial(now):
+        elif self.activity.silence.since is not None and self.silence.start_trial(now):
             lease.trial = True
             self._on_change(self)
         self.leases.add(lease)
@@ -204,8 +196,8 @@ class Server:
         self.leases.remove(lease)
         self.in_flight -= 1
         self.served += 1
-        if lease.committed and lease.last_byte_at > self.output_at:
-            self.output_at = lease.last_byte_at
+        if lease.committed and lease.last_byte_at > self.activity.output_at:
+            self.activity.output_at = lease.last_byte_at
         if lease.trial:
             self._trial_ended()
         self._update_load()
@@ -272,7 +264,8 @@ class Server:
             self.restarts += 1
             self.recovered_at = self.went_down_at = now
             self._new_process()
-        self._note_progress(metrics, now)
+        if self.activity.note_progress(metrics, load):
+            self.pause(on=False, now=now)
         load.take_scrape(metrics, now, leases)
         self._update_load()
         if load.asleep is not was_asleep:
@@ -372,7 +365,7 @@ class Server:
 
     def _responses_flow(self, now: float) -> bool:
         """Whether it has recently sent bytes of a response, or worked, and not failed since."""
-        life = max(self.last_byte_at, self.progress_at)
+        life = max(self.last_byte_at, self.activity.progress_at)
         patience = max(FLOW_SECONDS, 2.0 * self.load_estimate.response_seconds)
         recent = now - life <= min(patience, MAX_FLOW_SECONDS)
         return recent and self.passive_health.failures_in_row == 0
@@ -406,7 +399,7 @@ class Server:
         if self.passive_health.succeeded(now, trial=trial):
             self.recovered_at = now
             self._on_change(self)
-        if self.silence.since is not None:
+        if self.activity.silence.since is not None:
             self._end_silence(now)
 
     def failed(
@@ -450,15 +443,23 @@ class Server:
 
     # -- silence ------------------------------------------------------------------------------
 
+    @property
+    def silence(self) -> Silence:
+        return self.activity.silence
+
+    @property
+    def paused_at(self) -> float | None:
+        """When its engine was paused through this router; None if it runs."""
+        return self.activity.paused_at
+
     def last_output(self) -> float:
         """Time of the last output of its engine for any request. O(leases)."""
         running = [lease.last_byte_at for lease in self.leases if lease.committed]
-        return max(running, default=self.output_at)
+        return max(running, default=self.activity.output_at)
 
     def output_since(self, moment: float) -> bool:
         """Whether any request had output, or the engine has worked, since then."""
-        known = max(self.output_at, self.progress_at)
-        return known > moment or self.last_output() > moment
+        return self.activity.life_at > moment or self.last_output() > moment
 
     def request_starved(self, since: float, now: float, reason: str) -> None:
         """A request sent at `since` has had no output; suspect silence if no other had any."""
@@ -483,26 +484,21 @@ class Server:
         if self.silence.since is not None:
             self._end_silence(now)
         load, metrics = self.load_estimate, self.metrics
-        if metrics is None or not (load.fresh and metrics.counts):
-            self._stand_still.reset()
-            return
-        gauges = (metrics.running or 0.0, metrics.waiting or 0.0)
-        if sum(gauges) < load.stuck:
-            load.stuck = sum(gauges)
-            self._update_load()
+        gauges = 0.0
+        if metrics is not None and load.fresh and metrics.counts:
+            gauges = (metrics.running or 0.0) + (metrics.waiting or 0.0)
+            if gauges < load.stuck:
+                load.stuck = gauges
+                self._update_load()
         own = self.in_flight > 0
-        if not (own or sum(gauges) > load.stuck) or self.paused_at is not None or self.asleep:
-            self._stand_still.reset()
-            return
-        life = max(self.progress_at, self.output_at)
-        if self._stand_still.lasts(now, life, gauges, own=own) < STILL_FOR:
+        if not self.activity.stands_still(load, now, own=own):
             return
         since = now - STILL_FOR
         if own:
             reason = f"no token for {STILL_FOR:g} s while {self.in_flight} requests wait on it"
             self.request_starved(since, now, reason)
-        elif self.silence.suspect(since, now, f"its load stands still at {sum(gauges):g}", 0.0):
-            load.stuck = sum(gauges)
+        elif self.silence.suspect(since, now, f"its load stands still at {gauges:g}", 0.0):
+            load.stuck = gauges
             self._update_load()
             self._on_change(self)
 
@@ -517,30 +513,18 @@ class Server:
         """Seconds that a trial on a silent server may stay silent."""
         return max(TRIAL_PATIENCE, 2.0 * self.load_estimate.response_seconds)
 
-    def _note_progress(self, metrics: EngineMetrics, now: float) -> None:
-        earlier, scraped = self.metrics, self.load_estimate.scraped_at
-        if earlier is None or scraped is None:
-            return
-        if not metrics.has_load or not metrics.progressed(earlier):
-            return
-        self.progress_at = scraped
-        if self.paused_at is not None and scraped > self.paused_at:
-            self.pause(on=False, now=now)
-
     def pause(self, *, on: bool, now: float) -> None:
         """Its engine was paused or resumed through this router."""
-        if on is not (self.paused_at is not None):
-            self.paused_at = now if on else None
+        if self.activity.pause(on=on, now=now):
             if not on:
-                self.silence.clear()
                 self.recovered_at = now
             self._on_change(self)
 
     def _new_process(self) -> None:
         """Discard what was learnt about the old process."""
         self.refusals.clear()
-        self.silence.clear()
-        self.paused_at, self.load_estimate.stuck = None, 0.0
+        self.activity.reset()
+        self.load_estimate.stuck = 0.0
         self._on_change(self)
 
     # -- availability and state ---------------------------------------------------------------

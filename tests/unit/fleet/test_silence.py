@@ -275,7 +275,7 @@ async def test_silent_server_recovered_or_only_one_keeps_requests(
         rig.server("b").drain(on=True)
         await ticking(rig, 20)
         rig.server("b").drain(on=False)
-        rig.server("a").output_at = trio.current_time()  # another request has had a token
+        rig.server("a").activity.output_at = trio.current_time()  # another request has had a token
         await ticking(rig, 20)
         assert not waits.done
         assert state(rig.server("a")) is State.UP

@@ -159,7 +159,7 @@ class FollowingServer(SharedServer[Verdict]):
             self.refusals.replace(state.refusals)
             silence = self.silence
             silence.since, silence.until = state.silent_since, state.silent_until
-            silence.reason, self.paused_at = state.silent_for, state.paused_at
+            silence.reason, self.activity.paused_at = state.silent_for, state.paused_at
             silence.trial = silence.trial and silence.since is not None
             lengths = state.lengths
             if isinstance(lengths, int):

@@ -180,7 +180,7 @@ class _Inbox:
         for url, moment in stats.outputs.items():
             server = self._fleet.by_url(url)
             if server is not None:
-                server.output_at = max(server.output_at, moment)
+                server.activity.output_at = max(server.activity.output_at, moment)
 
     def _hello(self, link: WorkerLink, hello: Hello) -> None:
         if link.pid != hello.pid:
