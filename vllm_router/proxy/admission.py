@@ -1,13 +1,12 @@
-"""The way to the servers where `[limits]` are set: no server beyond its cap, the rest waits.
+"""Admission control where `[limits]` are set: no server above its cap, further requests queue.
 
-Servers are handed out here and nowhere else, in one synchronous step: whatever may make one free
-(an attempt has ended, the probes have news, the configuration has changed) finds the request whose
-turn it is, takes the lease in its name and wakes its task alone. No task polls, none is woken for
-nothing, and no request overtakes another.
+Only this module gives servers to requests then, in one synchronous step: every event that may free
+a server (an attempt ends, the probes report, the configuration changes) finds the request whose
+turn it is, takes the lease for it and wakes its task alone. No task polls or is woken in vain, and
+no request overtakes another.
 
-In a router of several processes the requests of all of them stand in one order; `Peers` shows ours
-to the other processes, and theirs to us. The process of the request whose turn it is takes the
-server; the others leave it alone.
+In a router of several processes the requests of all processes are in one order; `Peers` shares it.
+The process of the next request takes the server, the others leave it free.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ _NONE: Mapping[Server, int] = {}
 
 
 class Queue(NamedTuple):
-    """One room as others see it: how many requests wait, for how many seconds the first of them
-    has, and how many servers become free per second, if that is known."""
+    """The state of one model's queue: the number of requests, the wait of the first in seconds,
+    and how many servers become free per second, if known."""
 
     model: str | None
     waiting: int
@@ -47,9 +46,9 @@ class Queue(NamedTuple):
 
 
 class Gate:
-    """Lets requests through to the servers. `limits` are those in force.
+    """Admits requests to servers. `limits` are the current ones.
 
-    `make_peers` connects the gate with those of the router's other processes.
+    `make_peers` connects the queue with the queues of the router's other processes.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Gate:
         self.limits = limits
         self.fleet = fleet
         self.generation = 0
-        """Counted up when servers have come, gone or changed what they take."""
+        """Incremented when servers join, leave or change what they accept."""
         self._waiters = 0
         self._admitting = self._missed = False
         self._lists: list[tuple[object, ...]] = []
@@ -72,11 +71,11 @@ class Gate:
 
     @property
     def rooms(self) -> list[ModelQueue[QueueEntry]]:
-        """In which a request waits or has waited; ANY_UNKNOWN is one of them."""
+        """The queues in which a request waits or has waited, with the one for ANY_UNKNOWN."""
         return list(self.places.model_queues.values())
 
     def queues(self, now: float) -> list[Queue]:
-        """The rooms in figures, with the requests of all processes. O(rooms)."""
+        """The state of all queues, with the requests of all processes. O(queues)."""
         self._look_elsewhere(now)
         return [
             Queue(
@@ -95,11 +94,11 @@ class Gate:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait, for whatever model and in whatever process."""
+        """The number of waiting requests, of all models and processes."""
         return len(self.places)
 
     def ahead(self, model: str | None, priority: int = 0) -> tuple[int, bool]:
-        """How many would go before one more request without a key, and whether it may wait."""
+        """The number of requests before a new one without a key, and whether that may wait."""
         room = self.places.model_queues.get(self.room_of(model))
         size = self.limits.queue_size
         if room is None:
@@ -111,16 +110,16 @@ class Gate:
     # -- one request --------------------------------------------------------------------------
 
     async def pass_through(self, ticket: Ticket, candidates: Sequence[Server], now: float) -> Grant:
-        """A server for an exchange, perhaps after a wait. The lease is the caller's to release.
+        """Lease a server for a request, perhaps after a wait. The caller releases the lease.
 
-        Raises Refused if there is no place to wait, or if it has waited too long.
+        Raises Refused if the queue is full, or the request has waited too long.
         """
         if self._peers is not None:
             self._look_elsewhere(now)
             self._look_again(now)
         waiter = None
         if self._peers is None or not self.places:
-            # No waiting request can use a server that is free: else it would have it.
+            # A free server cannot be of use to waiting requests: they would have it.
             grant = self._grant(ticket, candidates, now)
         else:
             waiter = self._waiter(ticket, now)
@@ -136,7 +135,7 @@ class Gate:
         return await self._wait(waiter, now)
 
     def _at_once(self, waiter: Waiter, now: float) -> Grant | None:
-        """A server in the order of all that wait, without a wait. Raises Refused."""
+        """Lease a server at once, if this request is next in order. Raises Refused."""
         self.places.join(waiter)
         self._admit(now)
         if waiter.refused is not None:
@@ -174,9 +173,9 @@ class Gate:
         now: float,
         promised: Mapping[Server, int] = _NONE,
     ) -> Grant | None:
-        """Pick and lease a server in one step, if there is one below its cap.
+        """Choose and lease a server in one step, if one is below its cap.
 
-        `promised`: units of servers that are for other requests.
+        `promised`: slots of servers that are reserved for other requests.
         """
         free = [server for server in candidates if not server.at_cap]
         if promised:
@@ -184,7 +183,7 @@ class Gate:
         if not free:
             return None
         policy, facts = ticket.policy, ticket.facts
-        # A policy that remembers candidates knows them by the tuple, and one needs no choice.
+        # Policies recognise unchanged candidates by the identity of the tuple.
         among = candidates if len(free) == len(candidates) else free
         server, note = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
         lease = server.lease(now)
@@ -209,12 +208,12 @@ class Gate:
         return name if self._peers is None else self._peers.key(name)
 
     def _check_in(self, waiter: Waiter, any_server: bool, now: float) -> QueueEntry | None:
-        """See to it that there is a place for a newcomer; the request that has lost its own.
+        """Check that a new request may wait. Returns the request that it displaces, if any.
 
-        Raises Refused if there is none, or if it would wait longer than it may.
+        Raises Refused if the queue is full, or the wait would be too long.
         """
         if waiter.returning:
-            return None  # it had been let in: newcomers have to stand back
+            return None  # it was admitted before: it precedes new requests
         limits, room = self.limits, self.places.model_queue(waiter.model)
         if any_server:
             room.rate.begin(now)
@@ -241,13 +240,13 @@ class Gate:
     def _full(
         self, waiter: Waiter, room: ModelQueue[QueueEntry], any_server: bool, now: float
     ) -> Refused:
-        """429 if the servers have too much to do, 503 if there is none."""
+        """429 if the servers are at their caps, 503 if there is no server."""
         if not any_server:
             return waiter.ticket.no_server()
         return refusals.full(self.limits.queue_size, self._drained_in(room, now))
 
     def displace(self, place: QueueEntry, now: float) -> None:
-        """A request with an earlier turn has taken this place."""
+        """Remove a request in favour of one that precedes it."""
         if not isinstance(place, Waiter):
             self.places.leave(place, now)
             if self._peers is not None:
@@ -259,7 +258,7 @@ class Gate:
         self._send_away(place, refused if some else place.ticket.no_server(), now)
 
     def _too_late(self, waiter: Waiter) -> Refused:
-        """Why it is sent away after a wait."""
+        """The refusal of a request that has waited as long as it may."""
         ticket, now = waiter.ticket, trio.current_time()
         if now >= ticket.deadline:
             return refusals.past_deadline()
@@ -269,7 +268,7 @@ class Gate:
         return refusals.timed_out(now - waiter.since, drained_in)
 
     def _drained_in(self, room: ModelQueue[QueueEntry], now: float) -> float:
-        """Seconds until all have been served who wait now; they wait no longer than they may."""
+        """Seconds until the queue is empty, at most the time that requests may wait."""
         rate = room.rate.per_second(now)
         return self._bounded((len(room) + 1) / rate if rate is not None else math.inf)
 
@@ -279,11 +278,11 @@ class Gate:
     # -- models -------------------------------------------------------------------------------
 
     def room_of(self, model: str | None) -> str | None:
-        """The room of a model: its own, if any server lists it."""
+        """The queue of a model: its own if a server lists it, else the one for unknown models."""
         return model if model is None or self.fleet.knows(model) else ANY_UNKNOWN
 
     def serving(self, model: str | None) -> frozenset[Server]:
-        """All servers that have the model, or may have it, whatever their state."""
+        """All servers that have the model, or may have it, in any state."""
         found = self._serving.get(model)
         if found is None:
             servers = self.fleet.servers.values()
@@ -293,8 +292,8 @@ class Gate:
         return found
 
     def _follow_lists(self, now: float) -> None:
-        """Find all waiting requests their routes anew if servers have come, gone or changed what
-        they take. O(servers), and O(waiting) if they have."""
+        """Renew the routes of waiting requests if servers have joined, left or changed what they
+        accept. O(servers), and O(waiting) after a change."""
         lists: list[tuple[object, ...]] = [
             (server, server.models, server.lengths, server.refusals.active(now))
             for server in self.fleet.servers.values()
@@ -332,18 +331,18 @@ class Gate:
             self.places.server_left_free(now, lambda room: not room or server.serves(room))
 
     def served(self, model: str | None, seconds: float) -> None:
-        """A server has answered a request for the model completely, in so many seconds."""
+        """A server has completed a response for the model, after `seconds`."""
         room = self.places.model_queue(self.room_of(model))
         room.shortest.add(seconds, trio.current_time())
 
     def woken(self, now: float) -> None:
-        """Another process has rung, or it is time to look what it has done."""
+        """Take over changes of the other processes, and admit requests."""
         self._look_elsewhere(now)
         self._admit(now)
         self._look_again(now)
 
     def _look_elsewhere(self, now: float) -> None:
-        """Bring the places of other processes up to date."""
+        """Take over the waiting requests of the other processes."""
         if self._peers is not None:
             admitting, self._admitting = self._admitting, True
             try:
@@ -352,9 +351,9 @@ class Gate:
                 self._admitting = admitting
 
     def look(self, now: float) -> None:
-        """Which servers may be asked may have changed."""
+        """The candidates may have changed: admit and dismiss waiting requests."""
         if self._admitting:
-            self._missed = True  # asking the fleet for candidates has brought us here again
+            self._missed = True  # called by the fleet, which was asked for candidates
             return
         if self._peers is not None:
             self._peers.changed(now)
@@ -370,13 +369,13 @@ class Gate:
         self._look_again(now)
 
     def _dismiss(self, now: float) -> None:
-        """Send away requests whose model no server has any more, nor one that stands in for it."""
+        """Refuse requests whose model, and fallback models, no server has any more."""
         knows = self.fleet.knows
         rooms = [
             room for room in self.rooms if room and not (room.model is None or knows(room.model))
         ]
         if not rooms or self.fleet.without_models:
-            return  # a server that has not told its models yet may have these
+            return  # a server whose models are unknown yet may have them
         for waiter in [place for room in rooms for place in room if isinstance(place, Waiter)]:
             ticket = waiter.ticket
             model = ticket.facts.model
@@ -407,7 +406,7 @@ class Gate:
         self._look_again(now)
 
     def _give(self, place: QueueEntry, now: float) -> Verdict:
-        """Let it go on, if it can: with a server, or because it is to have none."""
+        """Give a waiting request a server, or a refusal, if possible."""
         peers = self._peers
         if not isinstance(place, Waiter):
             assert peers is not None
@@ -416,7 +415,7 @@ class Gate:
         if now + self.places.model_queue(place.model).shortest.seconds(now) > ticket.deadline:
             place.refused = refusals.past_deadline()
         else:
-            # of a request like this servers may have died since it came
+            # An equal request may have crashed servers since this one arrived.
             place.refused = ticket.rejection(now)
         if place.refused is not None:
             place.woken.set()
@@ -444,7 +443,7 @@ class Gate:
     # -- configuration and end ----------------------------------------------------------------
 
     def _server_changed(self, change: Transition) -> None:
-        """What has been measured with other servers says nothing of these."""
+        """Reset the measured rates when a server enters or leaves service."""
         if change.old in _IN_SERVICE and change.new in _IN_SERVICE:
             return
         server = self.fleet.servers.get(change.server)
@@ -453,21 +452,21 @@ class Gate:
         )
 
     def apply(self, limits: LimitsConfig) -> None:
-        """New limits: requests that may go on do at once; the others keep their places."""
+        """Apply new limits. Requests that are admitted go on at once, the others stay in order."""
         self.limits = limits
         now = trio.current_time()
         self.places.reset_rates(now, lambda model: True)
         self.look(now)
 
     def close(self) -> None:
-        """There are no limits any more: all requests go on, or are told that there is no server."""
+        """Limits were removed: admit all requests, or refuse them if there is no server."""
         self.look(trio.current_time())
         self.fleet.on_settled.remove(self.look)
         self.fleet.on_transition.remove(self._server_changed)
         self._empty(lambda waiter: waiter.ticket.no_server())
 
     def stop(self, refused: Callable[[], Refused]) -> None:
-        """The router is about to end: tell all requests that wait."""
+        """The router shuts down: refuse all waiting requests."""
         self._empty(lambda waiter: refused())
 
     def _empty(self, refused: Callable[[Waiter], Refused]) -> None:

@@ -1,4 +1,4 @@
-"""What the waiting room tells the requests that it sends away."""
+"""Refusals of the admission queue."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vllm_router.proxy.retry import RULES, Outcome
 
 
 def full(queue_size: int, retry_after: float) -> Refused:
-    """The room is full, and the request would be the last in it."""
+    """The queue is full, and the request would be its last."""
     what = f"{queue_size} requests wait already" if queue_size else "No request may wait"
     return Refused(
         429,
@@ -18,7 +18,7 @@ def full(queue_size: int, retry_after: float) -> Refused:
 
 
 def process_full(held: int, retry_after: float) -> Refused:
-    """So many requests for all models together wait in this process that it can hold no other."""
+    """The queue of this process is full, with the requests for all models."""
     return Refused(
         429,
         "queue_full",
@@ -29,7 +29,7 @@ def process_full(held: int, retry_after: float) -> Refused:
 
 
 def displaced(retry_after: float) -> Refused:
-    """The room is full, and a request with an earlier turn has come."""
+    """The queue is full, and a request that precedes this one has arrived."""
     return Refused(
         429,
         "queue_displaced",
@@ -40,18 +40,18 @@ def displaced(retry_after: float) -> Refused:
 
 
 def too_long(wait: float, most: float, retry_after: float) -> Refused:
-    """The request would wait longer than it may; in seconds."""
+    """The request would wait longer than it may. Times in seconds."""
     return Refused(
         503,
         "queue_too_long",
-        f"It would wait about {_shown(wait)} s for a server, and may for "
+        f"The request would wait about {_shown(wait)} s for a server, and may wait "
         f"{_shown(max(0.0, most))} s.",
         retry_after=retry_after,
     )
 
 
 def timed_out(waited: float, retry_after: float) -> Refused:
-    """The request has waited as long as it may; in seconds."""
+    """The request has waited as long as it may. Times in seconds."""
     return Refused(
         503,
         "queue_timeout",
@@ -61,7 +61,7 @@ def timed_out(waited: float, retry_after: float) -> Refused:
 
 
 def past_deadline() -> Refused:
-    """The time for the whole request is over, or too short for any answer."""
+    """The time for the whole request is over, or too short for any response."""
     rule = RULES[Outcome.TOTAL_TIMEOUT]
     return Refused(rule.status, rule.code, rule.message)
 

@@ -1,4 +1,4 @@
-"""What follows from the head of a server's answer, worked out once while the head repeats."""
+"""Everything that follows from the head of a server's response, made once while it repeats."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _AFTER_TYPE = (b"", b";", b" ")
 
 
 class AnswerHead:
-    """The head of an answer, read. It holds for all answers that differ in Content-Length alone.
+    """The facts of a response head, for all responses that differ in Content-Length alone.
 
-    `fields` are the headers as a dictionary, the length in them that of the first answer.
+    `fields` are the headers as a dictionary, with the Content-Length of the first response.
     `readable` says that the body is not compressed, `is_page` that it is a page for people,
     `judgeable` that it is readable and no page.
     """
@@ -44,7 +44,7 @@ class AnswerHead:
         self.judgeable = self.readable and not self.is_page
         kept = passed_on(headers, fields)
         if self.is_stream:
-            # So that an end that is none can be cut, and an error event can be added.
+            # Without it a stream can be cut to show truncation, and an error event can be added.
             kept = [field for field in kept if field[0] != b"content-length"]
         if (
             (self.is_stream or b"content-length" not in fields)
@@ -60,7 +60,7 @@ class AnswerHead:
 
     @classmethod
     def of(cls, answer: ResponseHead) -> AnswerHead:
-        """The head of this answer, perhaps as it was read for the last one."""
+        """The head of this response, made for it or for an earlier one."""
         memo = answer.memo
         if memo is None:
             return cls(answer.headers)
@@ -78,7 +78,7 @@ class AnswerHead:
         *,
         anthropic: bool,
     ) -> Headers:
-        """The fields that go to the client, and ours; `length` is that of this answer's body.
+        """The fields for the client, with the router's own; `length` is this body's length.
 
         The client has dropped fields with the router's own names (`http/client/client.py`). Clients
         of Anthropic's API get the request's id in `request-id` as well.

@@ -6,10 +6,10 @@ import json
 
 
 def error_event(path: bytes, code: str, message: str) -> bytes:
-    """The event that tells the client of a broken stream.
+    """The event that reports a broken stream to the client.
 
-    It may only follow a whole event. `[DONE]` never follows it: to the OpenAI SDK a stream that
-    ends cleanly is a success.
+    It may only follow a complete event. `[DONE]` never follows it: for the OpenAI SDK a stream
+    with a clean end is a success.
     """
     if path.startswith(b"/v1/messages"):
         body = {"type": "error", "error": {"type": "api_error", "message": message}}

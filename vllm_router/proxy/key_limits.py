@@ -1,4 +1,4 @@
-"""How much each client may ask for: requests per minute and at the same time. Pure."""
+"""Rate and concurrency limits per API key. Pure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from vllm_router.config.auth import KeyConfig
 from vllm_router.errors import Refused
 
 NEWEST = 0.1
-"""Share of the last request in the mean time that a key's requests take."""
+"""Weight of the last request in the mean duration of a key's requests."""
 
 
 @dataclass(slots=True)
 class Use:
-    """Of one key. `tokens` is what was left of its minute's worth at `at`, `mean` the seconds
-    that its requests took lately.
+    """The use of one key: a token bucket with `tokens` left at the time `at`, the number of
+    running requests, and the mean duration of recent requests in seconds.
     """
 
     tokens: float
@@ -23,26 +23,27 @@ class Use:
     mean: float = 1.0
 
     def refill(self, rate: float, now: float) -> None:
-        """Bring `tokens` up to date, for so many a minute. The bucket holds a minute's worth,
-        though never less than one request."""
+        """Add the tokens since `at`, `rate` per minute. The bucket holds one minute's
+        tokens, and at least one."""
         self.tokens = min(max(rate, 1.0), self.tokens + (now - self.at) * rate / 60)
         self.at = now
 
 
 def new_use(key: KeyConfig, now: float) -> Use:
-    """Of a key that has not been used lately."""
+    """The use of a key without recent requests: a full bucket."""
     return Use(max(key.requests_per_minute or 0.0, 1.0), now)
 
 
 class Usage:
-    """What every key is using, by its name; kept across reloads."""
+    """The use of every key, by name; kept across reloads."""
 
     def __init__(self) -> None:
         self._uses: dict[str, Use] = {}
 
     def enter(self, key: KeyConfig, now: float) -> None:
-        """Count a request, which `leave` must end. Raises Refused, and counts nothing, if it is
-        one too many.
+        """Count a request; the caller must call `leave` when it ends.
+
+        Raises Refused, and counts nothing, if the key is at a limit.
         """
         rate, most = key.requests_per_minute, key.max_concurrent_requests
         use = self._uses.get(key.name)
@@ -53,7 +54,7 @@ class Usage:
                 429,
                 "key_concurrency_exceeded",
                 f"This key has {use.running} requests running already, its limit.",
-                # when the next one of them will have ended, if they are evenly spread
+                # the expected end of the next one, if their starts are evenly spread
                 retry_after=max(1.0, use.mean / use.running),
             )
         if rate is not None:
@@ -69,12 +70,12 @@ class Usage:
         use.running += 1
 
     def leave(self, key: KeyConfig, took: float) -> None:
-        """A counted request has ended, after so many seconds."""
+        """A counted request has ended, after `took` seconds."""
         use = self._uses[key.name]
         use.running -= 1
         use.mean += (took - use.mean) * NEWEST
 
     def running(self, name: str) -> int:
-        """How many requests of a key are running."""
+        """The number of running requests of a key."""
         use = self._uses.get(name)
         return use.running if use is not None else 0

@@ -1,10 +1,10 @@
-"""Requests that servers die of: remembered for a minute, so that the fleet is not lost to one.
+"""Quarantine for requests that crash servers ("queries of death"), for one minute.
 
-A request that took two servers down goes to no third; sent again by its client, it is refused
-without being sent. Only deaths count: the connection was lost, the server was found gone, or it
-answered 500 and fell afterwards, as vLLM's API process does when its engine has died. Whoever
-happened to be on the same two servers looks the same: a body that is answered after all is
-forgotten, and one that was answered lately is not remembered at all.
+A request that took two servers down goes to no third; if its client repeats it, it is refused
+without being sent. Only crashes count: the connection was lost, the probes found the server down,
+or it answered 500 and went down afterwards, as vLLM's API process does when its engine has died.
+Innocent requests on the same two servers look the same: a body that is answered after all leaves
+the quarantine, and a body that was answered lately does not enter it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 REMEMBERED_FOR = 60.0
 MOST = 1024
-"""Bodies remembered at a time; the oldest is forgotten for a new one."""
+"""Requests in quarantine at a time; the oldest makes room for a new one."""
 
 KNOWN_BODIES = 64
-"""So many answered bodies are known."""
+"""The number of recently answered bodies that are known."""
 
 KEPT_BYTES = 16 * 1024
-"""An answered body up to this length is kept as it is, which costs no time and at most 1 MB for all
-of them. Of a longer one the fingerprint is kept: 10 µs, where reading the body takes 100."""
+"""Answered bodies up to this length are kept as they are, at most 1 MB together. For a longer one
+the fingerprint is kept, which takes 10 µs; reading such a body takes 100."""
 
 _SAMPLE = 16 * 1024
 
 
 def fingerprint(target: bytes, body: bytes) -> int:
-    """What a request is told by: its path and body, of long ones their two ends and the length.
+    """Identifies a request by its path and body; a long body by its two ends and its length.
 
-    Differs from process to process, so that nobody can make one to match another's.
+    The value differs from process to process, so that no client can construct a collision.
     """
     if len(body) <= 2 * _SAMPLE:
         return hash((target, body))
@@ -41,7 +41,7 @@ def fingerprint(target: bytes, body: bytes) -> int:
 
 
 class Death(NamedTuple):
-    """An attempt after which a server may be dead; `certain` if nothing else explains its end."""
+    """An attempt after which a server may be dead; `certain` if there is no other explanation."""
 
     server: Server
     at: float
@@ -49,15 +49,15 @@ class Death(NamedTuple):
 
     @property
     def happened(self) -> bool:
-        """Whether the server has died, by what is known now: its first bad check is enough."""
+        """Whether the server has died, by the present state: one failed check is enough."""
         health = self.server.active_health
         return self.certain or self.server.went_down_at >= self.at or health.failures_in_row > 0
 
 
 class Quarantine:
-    """The requests that took two servers down. Time is an argument, in seconds.
+    """The requests that took two servers down. Times are arguments, in seconds.
 
-    `entries` is empty but for a minute after such an event: look first whether it is.
+    `entries` is empty except for a minute after such an event: check it first.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Quarantine:
         self._last_until = 0.0
 
     def remember(self, key: int, body: bytes, deaths: Sequence[Death], now: float) -> None:
-        """Two attempts of one request ended in `deaths`."""
+        """Put a request into quarantine; two of its attempts ended in `deaths`."""
         if self.knows(key, body):
             return
         self.entries.pop(key, None)
@@ -76,22 +76,22 @@ class Quarantine:
         self.entries[key] = (self._last_until, tuple(deaths))
 
     def knows(self, key: int, body: bytes) -> bool:
-        """Whether a server has answered this request lately."""
+        """Whether a server has answered this request recently."""
         return body in self.known or key in self.known
 
     def forget(self, key: int) -> None:
-        """The deaths have turned out to have another reason."""
+        """Remove a request: its deaths had another reason."""
         self.entries.pop(key, None)
 
     def holds(self, key: int, now: float) -> bool:
-        """Whether the request is known to take servers down."""
+        """Whether the request is in quarantine."""
         if now >= self._last_until:
             self.entries.clear()
         until, deaths = self.entries.get(key, (0.0, ()))
         return now < until and all(death.happened for death in deaths)
 
     def answered(self, target: bytes, body: bytes) -> None:
-        """A server has lived to answer the request."""
+        """A server has answered the request: remove it, and remember its body."""
         if len(body) <= KEPT_BYTES:
             self.known.append(body)
         else:

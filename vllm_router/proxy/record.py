@@ -1,4 +1,4 @@
-"""What is remembered of one exchange: written once, read by metrics, feed and access log."""
+"""The record of one exchange: written once, read by metrics, feed and access log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 
 class Phase(enum.Enum):
-    """How far an exchange has come; a client that leaves is counted by it."""
+    """How far an exchange has come; clients that leave are counted by phase."""
 
     BODY = "body"  # its request is being read
     QUEUE = "queue"  # no server has been picked yet
@@ -27,14 +27,12 @@ QUEUE, WAIT, STREAM, DONE = Phase.QUEUE, Phase.WAIT, Phase.STREAM, Phase.DONE
 
 
 class Record(msgspec.Struct, eq=False, gc=False):
-    """Times are trio's clock, in seconds; `status` is 0 until an answer is chosen.
+    """Times are on trio's clock, in seconds; `status` is 0 until a response is chosen.
 
-    `waited` is how long it stood in the waiting room.
-
-    Tokens are known where the answer's end tells them and somebody wants them. `facts` and `trace`
-    are there only until the recorders have been told: records are kept, prompts are not.
-    `model` is what the client asked for, `served_model` what the server was, if that differs;
-    `policy` is the one that picked.
+    `waited` is the time in the admission queue. Token counts are known if the response has them and
+    a recorder uses them. `facts` and `trace` are removed after the recorders have run: records are
+    kept, prompts are not. `model` is the model that the client asked for, `served_model` the name
+    sent to the server if that differs; `policy` is the name of the policy that chose the server.
     """
 
     started_at: float
@@ -70,12 +68,12 @@ class Record(msgspec.Struct, eq=False, gc=False):
 
     @property
     def first_byte(self) -> float | None:
-        """Seconds from the first to the answer's first data; None if there was none."""
+        """Seconds from the start to the first data of the response; None without data."""
         return self.first_byte_at - self.started_at if self.first_byte_at else None
 
 
 class Recorder(Protocol):
-    """Whoever wants to know how exchanges end. Called on the loop: must be quick."""
+    """Receives the ends of attempts and exchanges. Called on the event loop: must be quick."""
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None: ...
 
@@ -83,7 +81,7 @@ class Recorder(Protocol):
 
 
 class Trace(Protocol):
-    """One exchange as distributed tracing sees it. Called on the loop.
+    """The trace of one exchange. Called on the event loop.
 
     `replaced`: the fields of the request that are not forwarded.
     """
@@ -94,23 +92,23 @@ class Trace(Protocol):
     def trace_id(self) -> str: ...
 
     def attempt_started(self, server: Server, now: float) -> bytes:
-        """The `traceparent` to be sent to the server."""
+        """Returns the `traceparent` for the server."""
         ...
 
     def attempt_ended(self, outcome: Outcome | None, now: float) -> None:
-        """None if the exchange was broken off from outside."""
+        """`outcome` is None if the exchange was cancelled."""
         ...
 
     def answered(self, status: int) -> None:
-        """The head of the server's answer has come."""
+        """The head of the server's response has arrived."""
         ...
 
     def tail(self, tail: bytes) -> None:
-        """The last bytes of a complete answer."""
+        """The last bytes of a complete response."""
         ...
 
 
 class Tracer(Protocol):
-    """Begins a trace, or goes on with the client's."""
+    """Starts traces, or continues the client's."""
 
     def begin(self, fields: dict[bytes, bytes]) -> Trace: ...

@@ -1,4 +1,4 @@
-"""Answers that the router makes itself, in the client's dialect and marked as its own."""
+"""Error responses of the router itself, in the format of the client's API."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def names_shown(names: Sequence[str]) -> str:
 def refusal_messages(
     refused: Refused, request_id: bytes, attempts: int = 0, *, path: bytes
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two ASGI messages of a refusal; the second is the last of the answer.
+    """The two ASGI messages of a refusal: head, and whole body.
 
-    `path` is the request's raw path, which decides about the dialect.
+    `path` is the raw path of the request, which determines the format.
     """
     headers, body = error_response(
         path, refused.status, refused.code, refused.message, request_id, param=refused.param

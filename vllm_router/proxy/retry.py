@@ -1,4 +1,4 @@
-"""What the end of an attempt means: whose fault it was, and whether another server is asked.
+"""Retry rules: how each outcome of an attempt counts, and whether another server is tried.
 
 One table and one function; the evidence for each row is in the operator's guide.
 """
@@ -13,12 +13,12 @@ class Outcome(enum.Enum):
     """How one attempt ended."""
 
     ANSWERED = "answered"  # 2xx to 4xx: passed through
-    REFUSED = "server_refused"  # 4xx about the server: its key, a missing route, its proxy's limit
-    MISDIRECTED = "misdirected"  # a redirect, or a page for people
-    NO_MODEL = "no_model"  # 404 for a model that its list named
-    TOO_LONG = "too_long"  # 400 as too long for its context; another server's is longer
+    REFUSED = "server_refused"  # 4xx about the server: its key, a missing route, a proxy's limit
+    MISDIRECTED = "misdirected"  # a redirect, or a web page
+    NO_MODEL = "no_model"  # 404 for a model of the server's own list
+    TOO_LONG = "too_long"  # 400: too long for its context; another server has a longer one
     FULL = "full"  # 429 or 503 with a body: alive, busy
-    LIMITED = "limited"  # 429 to a key that is the client's own: not for others
+    LIMITED = "limited"  # 429 about the client's own key
     SERVER_ERROR = "server_error"  # 500, 502, 504, or 503 without a body
     CONNECT_FAILED = "connect_failed"
     CONNECT_TIMEOUT = "connect_timeout"
@@ -29,28 +29,27 @@ class Outcome(enum.Enum):
     ABORTED = "aborted"  # the engine gave the request up before its first token
     ENGINE_ABORT = "engine_abort"  # the same after tokens: the engine's answer, cut on purpose
     EMPTY = "empty_answer"  # a 200 without a token, a result or a reason
-    UNFINISHED = "unfinished_answer"  # a 200 with output and without an end; the client has none
+    UNFINISHED = "unfinished_answer"  # a 200 with output and no end; the client has no byte
     ERROR_EVENT = "error_event"  # a 200 that reports a failure of the server
-    NO_TOKENS = "no_tokens"  # a proper end without a token: right, or a sick server
+    NO_TOKENS = "no_tokens"  # a proper end without a token: correct, or a sick server
     UNCLEAR_ERROR = "unclear_error"  # a 200 with an error that may be the client's or the server's
-    OPENED_LOST = "opened_lost"  # closed after opening events: how vLLM ends bad /v1/responses
+    OPENED_LOST = "opened_lost"  # closed after opening events: vLLM's end of bad /v1/responses
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     TOTAL_TIMEOUT = "total_timeout"
-    TRUNCATED = "broken"  # died, or ended with an error, after the client had bytes
-    SERVER_DOWN = "gone"  # probes found the server gone while we waited
-    SILENT = "silent"  # it was tried, and gave nothing to anybody: taken elsewhere
-    OWN_FAULT = "own_fault"  # we ran out of descriptors or memory
+    TRUNCATED = "broken"  # lost, or ended with an error, after the client had bytes
+    SERVER_DOWN = "gone"  # the probes found the server down during the wait
+    SILENT = "silent"  # a trial of a silent server without output: moved elsewhere
+    OWN_FAULT = "own_fault"  # the router is out of descriptors or memory
     STOPPED = "stopped"  # the router is shutting down
     CLIENT_GONE = "client_gone"
 
-    # There is one of each: looked up several times per request, an Enum's own costs as much again.
+    # Members are singletons. Enum's own hash, used several times per request, is slow.
     __hash__ = object.__hash__
 
 
 ANSWERED, FULL = Outcome.ANSWERED, Outcome.FULL
-"""By names of their own, as others that every request asks for: to find a member of an Enum takes
-ten times as long as to find a name (CPython 3.11)."""
+"""Module-level names: access to an Enum member takes ten times as long (CPython 3.11)."""
 
 
 class RetryDecision(enum.Enum):
@@ -249,10 +248,10 @@ BREAKS_SERVERS = frozenset(
         Outcome.SERVER_DOWN,
     }
 )
-"""Ends that a request itself may have caused; two of them make it quarantine."""
+"""Outcomes that the request itself may have caused; two of them put it into quarantine."""
 
 KILLS_SERVERS = frozenset({Outcome.SERVER_ERROR, Outcome.CONNECTION_LOST, Outcome.SERVER_DOWN})
-"""Those of them after which the server may be dead: of what `quarantine.py` remembers."""
+"""The outcomes among these after which the server may be dead; see `quarantine.py`."""
 
 DEADLY = frozenset(
     {
@@ -263,44 +262,44 @@ DEADLY = frozenset(
         Outcome.CONNECT_TIMEOUT,
     }
 )
-"""Ends as they come when a server's process or machine has died."""
+"""Outcomes that follow when the server's process or machine has died."""
 
 REFUSALS = frozenset({Outcome.REFUSED, Outcome.MISDIRECTED, Outcome.NO_MODEL, Outcome.TOO_LONG})
 """The server has computed nothing and is alive; another server may take the request."""
 
 NOT_COMPUTED = REFUSALS | {Outcome.FULL}
-"""Ends after which another attempt costs no replay: nothing failed, and nothing was computed."""
+"""Outcomes after which another attempt is no replay: nothing failed or was computed."""
 
 WAITED_IN_VAIN = frozenset({Outcome.FIRST_BYTE_TIMEOUT, Outcome.IDLE_TIMEOUT})
-"""Ends after a wait that counts against a server only if it has answered no other request."""
+"""Outcomes that count against a server only if it gave no output to other requests."""
 
 DOUBTFUL = frozenset({Outcome.NO_TOKENS, Outcome.UNCLEAR_ERROR, Outcome.OPENED_LOST})
-"""Ends that are the request's fault or the server's. One other server is asked: if it gives
-tokens, the first is to blame; if it says the same, that is the answer."""
+"""Outcomes that are the fault of the request or of the server. One other server is tried: if it
+gives tokens, the first server has failed; if not, the client gets the response."""
 
 UNREACHABLE = frozenset({Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.UNRESOLVED})
-"""The server has not been sent the request at all."""
+"""Outcomes of attempts that did not send the request."""
 
 COSTLESS = UNREACHABLE | {Outcome.FULL}
-"""Ends that say nothing of the request, and after which no server has worked for it."""
+"""Outcomes without information about the request, and without work done by a server."""
 
 FAILURES = frozenset({outcome for outcome in Outcome if RULES[outcome].counts_against_server}) | {
     Outcome.SERVER_DOWN,
     Outcome.UNRESOLVED,
 }
-"""Ends after which a server is not surely well; see `failures.py`."""
+"""Outcomes after which a server does not count as healthy for a while; see `failures.py`."""
 
 QUARANTINE_AFTER = 2
 
 
 class RetryBudget:
-    """Bounds replays: those that have not been paid for yet are at most as many as `depth`.
+    """Bounds replays: at most `depth` of them may be owed at a time.
 
-    Each replay is a debt of one, and each request that gets an answer pays `share` of one back.
-    `depth` is the number of requests in flight, and at least `floor`: the death of one server is
-    absorbed at once, whatever came before. While nothing is answered nothing is paid back, so
-    that a storm in which all servers fail has its few replays once, and then none (gRPC's
-    throttle, A6, pays so, too; Envoy's retry budget has the same share).
+    A replay adds one to the debt, an answered request pays back `share`. `depth` is the number of
+    requests in flight, and at least `floor`, so that the replays after the loss of one server are
+    always possible. Without answers nothing is paid back: when all servers fail, there are `depth`
+    replays and then none (like gRPC's retry throttling, A6; Envoy's retry budget has the same
+    share).
     """
 
     def __init__(self, share: float = 0.2, floor: float = 10.0) -> None:
@@ -310,26 +309,26 @@ class RetryBudget:
 
     @property
     def tokens(self) -> float:
-        """So many replays it would allow now."""
+        """The number of replays that are possible now."""
         return max(0.0, self.depth - self.owed)
 
     def requested(self, in_flight: int) -> None:
-        """One new request has come, with so many in flight."""
+        """Count a new request; `in_flight` includes it."""
         self.depth = depth = max(self.floor, in_flight)
         if self.owed > depth:
             self.owed = depth
 
     def answered(self) -> None:
-        """A server has answered a request."""
+        """Pay back for an answered request."""
         self.owed = max(0.0, self.owed - self.share)
 
     @property
     def has_one(self) -> bool:
-        """Whether it would allow a replay now."""
+        """Whether a replay is possible now."""
         return self.owed + 1.0 <= self.depth
 
     def withdraw(self) -> bool:
-        """Take one replay; False if there is none."""
+        """Use one replay; False if none is possible."""
         if self.owed + 1.0 > self.depth:
             return False
         self.owed += 1.0
@@ -338,7 +337,7 @@ class RetryBudget:
 
 @dataclass(frozen=True, slots=True)
 class RetryContext:
-    """What an exchange has behind it when an attempt ends uncommitted."""
+    """The state of an exchange when an attempt ends uncommitted."""
 
     attempts: int
     broken: int  # servers that only the request can have broken, this one included
@@ -353,11 +352,11 @@ class RetryContext:
 def decide(
     outcome: Outcome, standing: RetryContext, max_retries: int, budget: RetryBudget
 ) -> RetryDecision:
-    """Where to go next, NO for nowhere. Counts against the budget if that is a replay.
+    """Decide where the next attempt goes. A replay uses the budget.
 
-    What is NOT_COMPUTED costs nothing. Neither an empty budget nor servers that could not be
-    reached keep a request from a server that is surely well. That cannot amplify a storm: a server
-    that fails one request is not surely well any more.
+    An outcome in NOT_COMPUTED costs nothing. Neither an empty budget nor unreachable servers keep
+    a request from a healthy server. That cannot amplify an outage: a server that fails one request
+    is not healthy for a while.
     """
     again = RULES[outcome].again
     if again is RetryDecision.SAME_SERVER:
@@ -382,23 +381,22 @@ def decide(
 
 
 def _may_go_on(standing: RetryContext, max_retries: int) -> bool:
-    """Whether attempts that cost nothing are not held against a request with a well server left."""
+    """Whether a request with a healthy server left has used its retries on costless attempts."""
     paid = standing.attempts - standing.costless
     return standing.well_left and 0 < max_retries >= paid
 
 
 _ANSWERS = frozenset({501, 505, 508})
-"""Statuses from 500 that are about the request: not implemented (vLLM says so of parameters and
-routes), the HTTP version, a loop of routers. Others are the server's or its proxy's: 520 to 530 are
-Cloudflare's, 529 is also Anthropic's `overloaded_error`."""
+"""Statuses from 500 that are about the request: not implemented (vLLM's answer to some parameters
+and routes), the HTTP version, a loop of routers. Others come from the server or its proxy: 520 to
+530 are Cloudflare's, 529 is also Anthropic's `overloaded_error`."""
 
 
 def classify_status(status: int, has_body: bool, *, own_key: bool = False) -> Outcome:
-    """What an answer's status says of its server. 408 says nothing and passes as an answer.
+    """The outcome by the status of a response. 408 has no meaning for the server: ANSWERED.
 
-    `own_key` if the server was shown a key that is the client's own. A 429 may then be about that
-    key, as gateways limit it, and says nothing of how full the server is; vLLM says 503 when its
-    queue is.
+    `own_key`: the server got the client's own key. A 429 may then be the limit of a gateway for
+    that key, and says nothing about the server's load; vLLM answers 503 when its queue is full.
     """
     if status == 429 and own_key:
         return Outcome.LIMITED

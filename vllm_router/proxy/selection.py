@@ -1,7 +1,7 @@
-"""Which servers suit one exchange, where servers differ in what they take.
+"""Selection of servers for one exchange where servers differ in the requests they accept.
 
 Made only for an exchange that needs it: a server has refused it, or the fleet has servers that do
-not take every request.
+not accept every request.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from vllm_router.proxy.request import Request
 
 LONGEST_PATH = 200
-"""Characters of a path by which refusals are told apart."""
+"""Characters of a path that distinguish refusals."""
 
 
 class _Refused(NamedTuple):
-    """A server has refused the request; see `Fleet.accepted_elsewhere`."""
+    """A refusal of the request by a server; see `Fleet.accepted_elsewhere`."""
 
     server: Server
     name: str
@@ -37,7 +37,7 @@ class _Refused(NamedTuple):
 
 
 class Selection:
-    """What one exchange has learnt of the servers that refused it."""
+    """The servers for one exchange, by the refusals of it and of earlier requests."""
 
     __slots__ = (
         "_fleet",
@@ -60,12 +60,12 @@ class Selection:
         """The longest context in tokens that has proved too short; 0 if none has."""
 
     def asked(self) -> Asked:
-        """What of the request matters for who takes it."""
+        """The properties of the request that servers accept or refuse."""
         path = self._record.path[:LONGEST_PATH].decode("latin-1")
         return Asked(path, self._request.facts.model, self._record.bytes_in)
 
     def servers(self, now: float, tried: Sequence[Server]) -> tuple[Server, ...]:
-        """The servers that may be asked; see `Fleet.fitting`."""
+        """The servers that may accept the request; see `Fleet.fitting`."""
         model, tokens = self._request.facts.model, self._needed()
         return self._fleet.fitting(model, now, tried, self.asked(), tokens, self.longer_than)
 
@@ -76,7 +76,7 @@ class Selection:
         return frozenset([s for s in servers if not s.fits(asked, now, tokens, self.longer_than)])
 
     def _needed(self) -> int:
-        """The tokens of context that the request needs at least; 0 if it does not matter."""
+        """The least tokens of context that the request needs; 0 if all servers have equal ones."""
         if self._tokens is None and self._fleet.lengths_differ:
             self._tokens = sure_tokens(self._request.body)
         return self._tokens or 0
@@ -92,11 +92,11 @@ class Selection:
         *,
         client_key: bool,
     ) -> Outcome:
-        """What an answer that is no result says of the last server tried.
+        """Judge a response that is no result, of the last server tried.
 
-        `body` is None if it has not come whole. A server that turns out not to have the model is
-        no candidate for it from now on. A context that is too short matters only if there is a
-        longer one.
+        `body` is None if it has not arrived whole. A server that turns out not to have the model
+        is no candidate for it any more. A context that is too short counts only if another server
+        has a longer one.
         """
         server, model = tried[-1], self._request.facts.model
         if headers.get(b"content-encoding", b"identity") != b"identity":
@@ -119,7 +119,7 @@ class Selection:
         return judgement.outcome
 
     def note_refusal(self, server: Server, now: float) -> None:
-        """The server refuses by its own fault, if another one takes the request."""
+        """Note a refusal: it is the server's fault if another server accepts the request."""
         judgement, asked, request = self._judgement, self.asked(), self._request
         if judgement.outcome is Outcome.TOO_LONG:
             return
@@ -133,6 +133,6 @@ class Selection:
             self._fleet.refused_again(server, name, now)
 
     def taken(self, now: float) -> None:
-        """A server has taken the request that others have refused."""
+        """A server has accepted the request that others have refused."""
         for server, name, size, words, body, sure in self._refused:
             self._fleet.accepted_elsewhere(server, name, size, words, now, body=body, sure=sure)

@@ -1,4 +1,4 @@
-"""Long work of pure code, done in slices between which the other tasks run."""
+"""Long computations in slices, so that other tasks run in between."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 async def in_slices(steps: Steps[T], turns: trio.Lock) -> T:
-    """The result of the work. May be cancelled between two slices.
+    """The result of a computation. Can be cancelled between two slices.
 
-    Works that share `turns` take them one after the other, so that the loop does one slice in a
-    turn of its own, however many there are.
+    Computations that share `turns` alternate: however many there are, one slice runs per turn of
+    the event loop.
     """
     with closing(steps):
         while True:

@@ -1,11 +1,11 @@
-"""What an answer that is no result says: is it about the request, or about the server?
+"""Judgement of responses that are no result: are they about the request, or about the server?
 
-A server that refuses a request has computed nothing, so another server may be asked. What is about
-the request (a client's mistake) is the answer and counts against no server. What is about the
-server (the key that the router sent, a missing route, a login page, a proxy's limit) goes
-elsewhere. Statuses from 429 on are `retry.classify_status`'s.
+A server that refuses a request has computed nothing, so another server may be tried. An error about
+the request (a client's mistake) goes to the client and counts against no server. After an error
+about the server (the key that the router sent, a missing route, a login page, a proxy's limit)
+another server is tried. `retry.classify_status` judges statuses from 429.
 
-Shapes of errors: vLLM 0.32 says `{"detail":"Not Found"}` for a missing route and
+Forms of errors: vLLM 0.32 sends `{"detail":"Not Found"}` for a missing route and
 `{"error":{"message":"The model `x` does not exist.","type":"NotFoundError","param":"model",…}}`
 for a missing model (tests/data/vllm); the proxies before it send HTML, plain text or nothing.
 """
@@ -21,14 +21,14 @@ import msgspec
 from vllm_router.proxy.retry import Outcome
 
 PAGES = (b"text/html", b"application/xhtml")
-"""How the content type of a page for people begins: no inference API answers with one."""
+"""Prefixes of the content types of web pages: no inference API answers with one."""
 
 READABLE = 65_536
-"""Bytes of an error that is looked into; a longer one says nothing."""
+"""Bytes of an error body that is parsed; a longer one is ignored."""
 
 
 class Scope(enum.Enum):
-    """For what requests a server's refusal holds."""
+    """The requests to which a server's refusal applies."""
 
     REQUEST = "request"  # perhaps for this request only
     ROUTE = "route"  # for every request on this path
@@ -37,8 +37,8 @@ class Scope(enum.Enum):
 
 
 class Judgement(NamedTuple):
-    """`words` say for an operator what the server has answered; `length` is the context length in
-    tokens that the server named, 0 if it named none."""
+    """The meaning of a response. `words` describe it for an operator; `length` is the context
+    length in tokens that the server named, or 0."""
 
     outcome: Outcome
     scope: Scope = Scope.REQUEST
@@ -87,7 +87,7 @@ _WHOLE_ROUTE = frozenset({401, 402, 405, 407, 421, 426})
 
 
 def is_page(content_type: bytes) -> bool:
-    """Whether a lower-case content type is that of a page for people."""
+    """Whether a lower-case content type is a web page's."""
     return content_type.startswith(PAGES)
 
 
@@ -99,10 +99,10 @@ def judge_answer(
     client_key: bool,
     asked_model: bool,
 ) -> Judgement:
-    """What an answer of 2xx to 4xx, or 501, says. O(len(body)), up to READABLE.
+    """Judge a response with a status from 200 to 428, or 501. O(len(body)), up to READABLE.
 
-    `content_type` in lower case; `body` is all of it, None if that cannot be read. `client_key`:
-    the server was shown a key of the client's. `asked_model`: the request named a model.
+    `content_type` in lower case; `body` is the whole body, None if that cannot be read.
+    `client_key`: the server got the client's own key. `asked_model`: the request named a model.
     """
     if 300 <= status < 400:
         words = f"{status}: a redirect, perhaps to a page to log in at"
@@ -136,7 +136,7 @@ def _judge_missing(status: int, page: bool, body: bytes | None, *, asked_model: 
         return ITS_ANSWER  # it may be about anything
     error = _error_in(body)
     if error is None:
-        return no_route  # no API says so: vLLM's own `detail`, a proxy's text, or nothing
+        return no_route  # not an API's error: vLLM's `detail`, a proxy's text, or no body
     message, code, param = error
     if code == "model_not_found" or param == "model" or _NO_MODEL.search(message):
         if asked_model:
@@ -158,7 +158,7 @@ def _judge_length(body: bytes) -> Judgement:
 
 
 def _error_in(body: bytes) -> tuple[str, str, str] | None:
-    """Message, code and param of an error in any of the dialects; None if it is none.
+    """Message, code and param of an error in any known format; None if it is none.
 
     OpenAI's `{"error": {…}}`, Anthropic's `{"type": "error", "error": {…}}`, TGI's
     `{"error": "…"}` and `{"object": "error", "message": …}` of vLLM before 0.10 and of SGLang.

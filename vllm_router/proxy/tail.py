@@ -1,4 +1,4 @@
-"""The end of an answer that is passed on: kept, and read when all of it has come."""
+"""The end of a relayed response: kept, and judged when the response is over."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class StreamTail:
 
 
 class PlainTail:
-    """What has to be known of a plain answer that is too long to be held.
+    """The state of a plain body that is too long to be held.
 
-    `balance` is kept where only the end of the connection tells the end of a JSON answer.
+    The brackets of JSON are counted if only the end of the connection ends the body.
     """
 
     __slots__ = ("_balance", "_last", "_usage")

@@ -80,58 +80,58 @@ class Waiter(QueueEntry):
 
 
 class Peers(Protocol):
-    """The requests that wait in the other processes of this router.
+    """The queues of the router's other processes.
 
-    Their places stand in the gate's own `WaitingQueue` beside ours; `look` brings them up to date.
+    Their entries are in the same `WaitingQueue` as those of this process; `look` updates them.
     """
 
     @property
     def number(self) -> int:
-        """Of this process: the owner of our places."""
+        """The number of this process, the owner of its entries."""
 
     @property
     def promised(self) -> Mapping[Server, int]:
-        """Units of servers that are free, but for requests of other processes; known during a
-        pass."""
+        """Free slots of servers that are reserved for requests of other processes; valid during
+        a pass."""
 
     def key(self, name: str) -> Hashable:
-        """What stands for the name of an API key in all processes."""
+        """The value that identifies an API key in all processes."""
 
     def look(self, now: float) -> None:
-        """Take over what the others have published."""
+        """Take over the published entries of the other processes."""
 
     def where(self, place: QueueEntry) -> tuple[str | None, Route]:
-        """The room and the route of another process's place, by what this process knows."""
+        """The model and route of another process's entry, as this process sees them."""
 
     def is_full(self) -> bool:
-        """Whether no further place of ours can be published."""
+        """Whether this process can publish no further entry."""
 
     def publish(self, waiter: Waiter, displaced: QueueEntry | None) -> None:
-        """Show the others a place of ours, and which place it has taken."""
+        """Publish an entry of this process, and the entry that it displaces."""
 
     def moved(self, waiter: Waiter) -> None:
-        """A place of ours that may have been published has got another room or route."""
+        """An entry of this process has another model or route now."""
 
     def displaced(self, place: QueueEntry) -> None:
-        """A place of another process has been taken; that process tells the client."""
+        """An entry of another process is displaced; that process refuses the request."""
 
     def withdraw(self, waiter: Waiter) -> None:
-        """A place of ours is gone; published or not."""
+        """An entry of this process is gone, published or not."""
 
     def begin(self, now: float) -> None:
-        """A pass over all places begins."""
+        """A pass over all entries begins."""
 
     def give(self, place: QueueEntry, now: float) -> Verdict:
-        """Leave a server to a place of another process: HELD, or BLOCKED if none is for it."""
+        """Reserve a server for an entry of another process: HELD, or BLOCKED without one."""
 
     def passed_over(self, waiter: Waiter, now: float) -> None:
-        """It was the turn of a place of ours, and no server was for it."""
+        """It was the turn of an entry of this process, but no server was free."""
 
     def end(self, now: float) -> None:
-        """The pass is over: wake the processes that have a server to take."""
+        """The pass is over: wake the processes for which servers are reserved."""
 
     def freed(self, server: Server, now: float) -> None:
-        """A lease of ours on a server has been released."""
+        """This process has released a lease on a server."""
 
     def changed(self, now: float) -> None:
-        """Which servers may be asked may have changed: no place has been considered since."""
+        """The candidates may have changed, and no entry has been considered since."""
