@@ -29,7 +29,7 @@ from vllm_router.routing.queue.entry import QueueEntry, Verdict
 from vllm_router.routing.queue.model_queue import ModelQueue
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
 
-PeersMaker = Callable[["Gate"], Peers]
+PeersMaker = Callable[["AdmissionQueue"], Peers]
 
 _IN_SERVICE = (State.UP, State.FULL)
 _NONE: Mapping[Server, int] = {}
@@ -45,7 +45,7 @@ class Queue(NamedTuple):
     freed_per_s: float | None
 
 
-class Gate:
+class AdmissionQueue:
     """Admits requests to servers. `limits` are the current ones.
 
     `make_peers` connects the queue with the queues of the router's other processes.

@@ -15,7 +15,7 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http.addresses import Network
 from vllm_router.http.client.pool import Pool
-from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.admission import AdmissionQueue
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.body import Bodies
 from vllm_router.proxy.failures import Failures
@@ -73,7 +73,7 @@ class ProxyContext:
     trusted: tuple[Network, ...] = ()
     plain: bool = True
     upstreams: dict[Server, Upstream] = field(default_factory=dict)
-    gate: Gate | None = None
+    gate: AdmissionQueue | None = None
     budget: RetryBudget = field(default_factory=RetryBudget)
     quarantine: Quarantine = field(default_factory=Quarantine)
     failures: Failures = field(default_factory=Failures)

@@ -18,7 +18,7 @@ from vllm_router.http.addresses import parse_networks
 from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Resolver
-from vllm_router.proxy.admission import Gate, PeersMaker
+from vllm_router.proxy.admission import AdmissionQueue, PeersMaker
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.context import ProxyContext, Upstream, router_stopping
 from vllm_router.proxy.exchange import Exchange
@@ -120,7 +120,7 @@ class Proxy:
             if gate is not None:
                 gate.close()
         elif gate is None:
-            context.gate = Gate(context.fleet, limits, self._make_peers)
+            context.gate = AdmissionQueue(context.fleet, limits, self._make_peers)
         else:
             gate.apply(limits)
 

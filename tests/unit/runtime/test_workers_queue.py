@@ -21,7 +21,7 @@ from support.proxy_harness import Client, Recorder, Rig
 from support.scripted_server import MemoryPool, ScriptedServer
 from unit.proxy.test_exchange_full_queue import FALLBACK, client_of
 from unit.proxy.test_exchange_queue import PRIORITY, body, order, working
-from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.admission import AdmissionQueue
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.runtime.workers.fleet import LeadingFleet
@@ -60,7 +60,7 @@ class Process(Rig):
         for server in self.servers:
             self.proxy.context.upstreams[server].pool = MemoryPool(group.scripted[server.name])
 
-    def _peers(self, gate: Gate) -> QueuePeers:
+    def _peers(self, gate: AdmissionQueue) -> QueuePeers:
         return QueuePeers(
             gate, QueueBoard(self.group.queue, self.group.count), self.number, self.notify
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
-from vllm_router.proxy.admission import Gate
+from vllm_router.proxy.admission import AdmissionQueue
 from vllm_router.proxy.waiter import Peers, Waiter
 from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN
@@ -64,7 +64,7 @@ class QueuePeers:
     """`Peers` on a `QueueBoard`. `notify` wakes the process with a number."""
 
     def __init__(
-        self, gate: Gate, board: QueueBoard, number: int, notify: Callable[[int], None]
+        self, gate: AdmissionQueue, board: QueueBoard, number: int, notify: Callable[[int], None]
     ) -> None:
         self.number = number
         self.promised: Counter[Server] = Counter()
@@ -339,7 +339,7 @@ class SharedQueue:
         self._number = number
         self.wakeups = wakeups
 
-    def make_peers(self, gate: Gate) -> Peers:
+    def make_peers(self, gate: AdmissionQueue) -> Peers:
         """The peers of a new gate; the previous gate has dismissed its requests."""
         return QueuePeers(gate, self._board, self._number, self.wakeups.notify)
 
