@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_router.routing.queue.entry import QueueEntry, Route
+from vllm_router.routing.queue.route_queue import RouteQueue
 from vllm_router.routing.queue.waiting_queue import WaitingQueue
 
 ROUTE = Route(frozenset({"server"}), "m")
@@ -25,3 +26,16 @@ def test_queue_last_entry_leaves_ends_the_measurement():
     queue.leave(second, 2.0)
     assert not rate.running
     assert (len(queue), queue.route_queues) == (0, {})
+
+
+def test_route_queue_turn_of_an_earlier_stamp_changes_nothing():
+    """Processes report turns in any order: the latest one of a key counts."""
+    queue: RouteQueue[QueueEntry] = RouteQueue(ROUTE)
+    first, second = entry(), entry()
+    first.number, second.number = 1, 2
+    queue.add(first)
+    queue.add(second)
+    for stamp in (100, 50, 100):
+        queue.record_turn(0, "key", stamp)
+        assert queue.last_turn(0, "key") == 100
+    assert queue.last_turn(1, "key") == 0
