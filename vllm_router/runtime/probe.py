@@ -6,9 +6,7 @@ Each server has its own task, so that a slow server delays no other. This module
 
 from __future__ import annotations
 
-import errno
 import logging
-import re
 import ssl
 from collections.abc import Callable
 from random import Random
@@ -21,12 +19,13 @@ from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import MetricsReader
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
+from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
 from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_pieces, read_whole
 from vllm_router.http.client.resolver import Resolver
+from vllm_router.runtime.probe_results import PageStatus, error_text, is_own_fault, read_models
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,6 @@ MODELS_EVERY = 5.0
 
 MAX_METRICS_BYTES = 4 * 1024 * 1024
 """Largest metrics page in bytes; vLLM 0.32 writes about 50 000 bytes per engine."""
-
-MAX_PAUSE = 16
-"""An unusable page is requested less and less often, down to every sixteenth interval."""
 
 MAX_ANSWER = 4096
 """Largest response in bytes to a yes/no question."""
@@ -92,7 +88,7 @@ class Probe:
         self._resolver = resolver
         self._hurry = trio.Event()
         self._list_is_stale = trio.Event()
-        self._pages = {METRICS_PATH: _Page(), MODELS_PATH: _Page()}
+        self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
         self._transport: httpx.AsyncBaseTransport
         self._requests: dict[str, httpx.Request]
 
@@ -187,7 +183,7 @@ class Probe:
     def _is_no_fault_of_the_server(self, error: httpx.HTTPError) -> bool:
         """True if the router lacks resources, or the resolver lost the name of a healthy server."""
         unresolved = isinstance(error.__cause__, NameNotResolved)
-        return _is_own_fault(error) or (unresolved and bool(self._server.active_health.up))
+        return is_own_fault(error) or (unresolved and bool(self._server.active_health.up))
 
     @property
     def _waiting_for(self) -> str:
@@ -224,8 +220,8 @@ class Probe:
                 status = await self._status(path)
             except httpx.HTTPError as error:
                 if self._is_no_fault_of_the_server(error):
-                    raise OwnFault(_words(error)) from error
-                return Check.UNREACHABLE, _words(error)
+                    raise OwnFault(error_text(error)) from error
+                return Check.UNREACHABLE, error_text(error)
             if 200 <= status < 300:
                 return Check.GOOD, ""
             detail = f"{path} answered {status}"
@@ -285,7 +281,7 @@ class Probe:
                     await response.aclose()
             except httpx.HTTPError as error:
                 if not self._is_no_fault_of_the_server(error):
-                    self._reached(reachable=False, detail=_words(error))
+                    self._reached(reachable=False, detail=error_text(error))
                 return
             answered = True
         if answered:
@@ -361,7 +357,7 @@ class Probe:
                 response = await self._ask(MODELS_PATH)
                 try:
                     if response.is_success:
-                        self._listed(await _model_list(response))
+                        self._listed(await read_models(response))
                     else:
                         logger.debug(
                             "server %s: /v1/models answered %d", name, response.status_code
@@ -369,7 +365,7 @@ class Probe:
                 finally:
                     await response.aclose()
             except httpx.HTTPError as error:
-                logger.debug("server %s: /v1/models: %s", name, _words(error))
+                logger.debug("server %s: /v1/models: %s", name, error_text(error))
             except UnusablePage as problem:
                 if self._pages[MODELS_PATH].refused(str(problem)):
                     logger.warning(
@@ -393,57 +389,3 @@ class Probe:
                 found.problem,
             )
         self._server.listed(found.cards, trio.current_time())
-
-
-class _Page:
-    """Recent results of one page: when to log a problem, and how often to request the page."""
-
-    def __init__(self) -> None:
-        self.pause = 1
-        """How many intervals pass before the page is requested again."""
-        self._problem = ""
-
-    def refused(self, problem: str) -> bool:
-        """Record an unusable page; returns True if the problem is new."""
-        self.pause = min(2 * self.pause, MAX_PAUSE)
-        known, self._problem = self._problem, problem
-        return known != problem
-
-    def accepted(self, but: str = "") -> bool:
-        """Record a usable page, perhaps with a problem; returns True if the problem is new."""
-        self.pause = 1
-        known, self._problem = self._problem, but
-        return known != but
-
-
-async def _model_list(response: httpx.Response) -> ModelList:
-    """Parse a model list, yielding to other tasks between steps. Raises UnusablePage."""
-    found = ModelList()
-    for step in read_model_list(await read_whole(response, MAX_LIST_BYTES)):
-        found = step
-        await trio.lowlevel.checkpoint()
-    return found
-
-
-_OUR_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-def _is_own_fault(error: BaseException | None) -> bool:
-    """True if the router ran out of a resource, so that the error says nothing about the server."""
-    while error is not None:
-        if isinstance(error, OwnFault):
-            return True
-        if isinstance(error, OSError) and error.errno in _OUR_ERRORS:
-            return True
-        if isinstance(error, BaseExceptionGroup) and any(map(_is_own_fault, error.exceptions)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
-
-
-def _words(error: httpx.HTTPError) -> str:
-    """A short error text for operators."""
-    return _ERRNO.sub("", str(error)) or type(error).__name__

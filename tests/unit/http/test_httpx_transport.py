@@ -28,7 +28,7 @@ from support.scripted_server import (
 from vllm_router.errors import ConnectFailed
 from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.pool import Pool
-from vllm_router.runtime.probe import _words
+from vllm_router.runtime.probe_results import error_text
 
 
 @asynccontextmanager
@@ -138,7 +138,7 @@ async def test_httpx_transport_closed_port_has_clear_message():
         async with httpx.AsyncClient(base_url=url, transport=HttpxTransport(Pool(url))) as client:
             with pytest.raises(httpx.ConnectError) as caught:
                 await client.get("/health")
-    assert _words(caught.value) == "Connection refused"
+    assert error_text(caught.value) == "Connection refused"
 
 
 async def test_httpx_transport_cancellation_leaks_no_connection(autojump_clock):

@@ -22,7 +22,7 @@ from vllm_router.fleet.server import Lease, Server
 from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in, state_of
+from vllm_router.runtime.workers.fleet import FollowingFleet, LeadingFleet, counted_in
 from vllm_router.runtime.workers.messages import ServerStates, Verdict, decode_from_leader, encode
 from vllm_router.runtime.workers.shared_counters import (
     COLUMNS,
@@ -30,6 +30,7 @@ from vllm_router.runtime.workers.shared_counters import (
     SharedCounters,
     columns_for,
 )
+from vllm_router.runtime.workers.shared_server import state_of
 
 
 class Router:

@@ -8,7 +8,6 @@ import trio
 
 from vllm_router.fleet.server import Server
 from vllm_router.runtime.workers.channel import Channel
-from vllm_router.runtime.workers.fleet import state_of
 from vllm_router.runtime.workers.messages import (
     Addresses,
     Configured,
@@ -21,6 +20,7 @@ from vllm_router.runtime.workers.messages import (
     encode,
     parts_of,
 )
+from vllm_router.runtime.workers.shared_server import state_of
 
 SERVERS_PER_MESSAGE = 25
 """A server with a thousand models takes some 30 KB."""
