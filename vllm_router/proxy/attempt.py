@@ -60,7 +60,7 @@ from vllm_router.proxy.server_response import ServerResponse
 
 CHECK_AFTER = 0.2
 """Seconds after an abort at which the server is checked: vLLM 0.32 stops listening 0.1 s after a
-SIGTERM, and goes on listening when it has been told to abort or pause."""
+SIGTERM, and goes on listening after a request to abort or pause."""
 
 RETRIED = b": vllm-router: another server answers\n\n"
 """A comment in a stream whose head is from a server that has failed since."""

@@ -45,7 +45,7 @@ class Proxy:
         resolver: Resolver | None = None,
         make_peers: PeersMaker | None = None,
     ) -> None:
-        """`make_peers` connects the admission queue with those of the router's other processes."""
+        """`make_peers` connects the admission queue with the router's other processes."""
         self._make_peers = make_peers
         self._empty = trio.Event()
         self._tls = tls

@@ -60,7 +60,7 @@ _ANSWER_DROPPED = _HOP_BY_HOP | {
 }
 
 NOT_BUFFERED = (b"x-accel-buffering", b"no")
-"""Tells nginx in front of us to pass a stream on as it comes. By default it collects answers of
+"""Makes nginx in front of us pass a stream on as it comes. By default it collects answers of
 unknown length to their end, and drops what it has if they break."""
 
 STREAMED = (

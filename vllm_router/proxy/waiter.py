@@ -82,7 +82,7 @@ class Waiter(QueueEntry):
 class Peers(Protocol):
     """The queues of the router's other processes.
 
-    Their entries are in the same `WaitingQueue` as those of this process; `look` updates them.
+    Their entries are in the same `WaitingQueue` as this process's own; `look` updates them.
     """
 
     @property

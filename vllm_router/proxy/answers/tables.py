@@ -179,7 +179,7 @@ def _item(payload: dict[str, Any]) -> Signs:
 
 
 def response(payload: dict[str, Any]) -> Signs:
-    """A whole response object: that of a plain answer, or the last event's."""
+    """A whole response object, of a plain answer or of the last event."""
     if not isinstance(payload.get("status"), str) and "output" not in payload:
         return UNKNOWN
     output = payload.get("output")

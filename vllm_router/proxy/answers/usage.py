@@ -15,8 +15,7 @@ _OBJECT = re.compile(rb'"usage"\s*:\s*(?=\{)')
 
 
 class Usage(NamedTuple):
-    """Tokens of the prompt, how many of them were cached, and those of the answer; None where the
-    server does not say."""
+    """Tokens of the prompt, of its cached part, and of the answer; None if the server does not say."""
 
     prompt: int
     cached: int | None
