@@ -42,13 +42,6 @@ LEFT = {
     "docs/observability.md": 1,
     "docs/routing.md": 1,
     "tests/unit/routing/test_adaptive.py": 7,
-    "vllm_router/proxy/answers/tables.py": 1,
-    "vllm_router/proxy/answers/usage.py": 1,
-    "vllm_router/proxy/answers/whole.py": 1,
-    "vllm_router/proxy/attempt.py": 1,
-    "vllm_router/proxy/handler.py": 1,
-    "vllm_router/proxy/headers.py": 1,
-    "vllm_router/proxy/waiter.py": 1,
     "vllm_router/routing/policies/adaptive.py": 2,
 }  # fmt: skip
 
