@@ -15,7 +15,7 @@ _OBJECT = re.compile(rb'"usage"\s*:\s*(?=\{)')
 
 
 class Usage(NamedTuple):
-    """Tokens of the prompt, of its cached part, and of the answer; None if the server does not say."""
+    """Tokens of the prompt, of its cached part, and of the answer; None if not reported."""
 
     prompt: int
     cached: int | None
