@@ -1,0 +1,47 @@
+"""The relay of a stream on both paths: what is counted, and streams that are not read."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from support.proxy_harness import lab
+from support.scripted_server import DONE, END, Talk, chunk, event, sse_head
+
+EVENTS = [event(text) for text in "abcde"] + [event("", "stop"), DONE]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_relay_counts_every_piece_once(autojump_clock, watched):
+    async def slow(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head())
+        for piece in EVENTS:
+            await talk.send(chunk(piece))
+            await trio.sleep(1)
+        await talk.send(END)
+
+    async with lab(slow, watched=watched) as rig:
+        got = await rig.stream()
+        record = rig.recorder.last
+        assert got.pieces == EVENTS
+        assert (record.chunks, record.bytes_out) == (len(EVENTS), len(b"".join(EVENTS)))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_relay_compressed_stream_passes_unread(autojump_clock, watched):
+    pieces = [b"\x1f\x8b%d" % number for number in range(5)]
+
+    async def packed(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(b"content-encoding: gzip"))
+        for piece in pieces:
+            await talk.send(chunk(piece))
+            await trio.sleep(1)
+        await talk.send(END)
+
+    async with lab(packed, watched=watched) as rig:
+        got = await rig.stream()
+        assert got.whole
+        assert got.body == b"".join(pieces)
+        assert rig.recorder.last.chunks == len(pieces)
