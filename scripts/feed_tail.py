@@ -1,4 +1,4 @@
-"""Follow the load of a router's fleet: scripts/feed_tail.py [ws://127.0.0.1:8888/ws/load]"""
+"""Follow the load of a router's fleet: scripts/feed_tail.py [ws://127.0.0.1:8888/ws/load]."""
 
 import json
 import sys

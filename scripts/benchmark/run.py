@@ -29,7 +29,8 @@ HELD_GAP = 50.0
 @dataclass(frozen=True)
 class Options:
     """Times in seconds. `cores` cores are for the proxies alone, the others for the load; 0: any
-    core for all."""
+    core for all.
+    """
 
     repeat: int = 5
     warmup: float = 1.0
@@ -165,7 +166,8 @@ class Running:
 
 class Bench:
     """Measures contestants under workloads: each workload on one contestant after the other, and
-    all of that again (A B C A B C …), so that other load on the machine affects all alike."""
+    all of that again (A B C A B C …), so that other load on the machine affects all alike.
+    """
 
     def __init__(self, environment: Environment, options: Options) -> None:
         self.environment = environment

@@ -53,7 +53,8 @@ figure.savefig(sys.argv[2], dpi=110)
 
 class Soak:
     """The router with five servers, of which one is added and removed by reloads in every
-    interval."""
+    interval.
+    """
 
     def __init__(self, environment: Environment, interval: float) -> None:
         self.interval = interval

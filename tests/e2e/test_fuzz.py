@@ -82,7 +82,8 @@ def statuses(answer: bytes) -> list[int]:
 
 def send_all(port: int, inputs: list[bytes], rng: random.Random) -> list[bytes]:
     """Each on its own connection, all at the same time; returns the bytes received until
-    silence."""
+    silence.
+    """
     answers = [b""] * len(inputs)
     numbers = {}
     for number, data in enumerate(inputs):

@@ -39,7 +39,8 @@ def config(mocks: list[MockProcess], **limits: Any) -> str:
 
 class Clients:
     """Requests of clients that stay connected until the end. HTTP/2 is served by the leader,
-    every other connection by a worker."""
+    every other connection by a worker.
+    """
 
     def __init__(self, router: RouterProcess, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
         self.router = router
@@ -57,7 +58,8 @@ class Clients:
         self, number: int, *, http2: bool = False, key: str = "modest", **more: Any
     ) -> trio.CancelScope:
         """A request on its own connection, once it waits or has a server. Its client disconnects
-        when the scope is cancelled."""
+        when the scope is cancelled.
+        """
         before = await self.under_way()
         scope = trio.CancelScope()
         headers = {"authorization": f"Bearer sk-{key}"}

@@ -90,7 +90,8 @@ def test_real_queue_of_stopping_server_is_answered_elsewhere(
     servers: list[RealServer], tmp_path: Path
 ):
     """In all three ways in which vLLM may end: aborts, errors or silence. The engine is paused,
-    so that the queue exists for as long as the test needs it."""
+    so that the queue exists for as long as the test needs it.
+    """
     victim = servers[0]
     httpx.post(f"{victim.url}/pause?mode=keep")
     try:
@@ -220,7 +221,8 @@ def test_real_json_that_vllm_refuses_is_400(
 
 def test_real_conversation_leaves_server_paused_directly(servers: list[RealServer], tmp_path: Path):
     """The first client that disconnects without a byte is the evidence. Later requests are
-    answered, including the probation request: after 5 s without a token it is retried elsewhere."""
+    answered, including the probation request: after 5 s without a token it is retried elsewhere.
+    """
     paused = servers[0]
     httpx.post(f"{paused.url}/pause")
     try:

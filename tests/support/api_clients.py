@@ -67,7 +67,8 @@ class Got:
     @property
     def aborted(self) -> bool:
         """Whether it says that the engine aborted the request; the responses API does not say
-        so."""
+        so.
+        """
         if self.api in ("chat", "completions"):
             return b'"finish_reason":"abort"' in self.body
         if self.api == "messages" and self.stream:

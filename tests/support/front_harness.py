@@ -24,7 +24,8 @@ CHAT = "/v1/chat/completions"
 
 class Application:
     """The test application; the last part of the path selects its behaviour. It counts its
-    calls."""
+    calls.
+    """
 
     def __init__(self) -> None:
         self.started = 0

@@ -290,7 +290,8 @@ def read_all(sock: socket.socket, quiet: float = QUIET) -> tuple[bytes, bool]:
 @dataclass
 class Seen:
     """Measurements of another client during a row: its longest wait in seconds, peak memory in
-    MB."""
+    MB.
+    """
 
     answered: int = 0
     longest: float = 0.0

@@ -54,7 +54,8 @@ def listing(*names: str) -> Pieces:
 
 class Server:
     """Answers by path, and counts its requests; `/v1/models` and `/health` are good unless
-    configured otherwise."""
+    configured otherwise.
+    """
 
     def __init__(self, **answers: Pieces) -> None:
         """`health`, `metrics`, `models` and `post` are the responses to those requests."""

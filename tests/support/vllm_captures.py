@@ -21,7 +21,8 @@ COMPLETE, CUT, SILENT = 0, 18, 28
 @dataclass(frozen=True)
 class Capture:
     """One request and its real response; `end` is one of the three above. `shortened`: events in
-    the middle of the stream are left out."""
+    the middle of the stream are left out.
+    """
 
     method: str
     path: str

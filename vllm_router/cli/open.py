@@ -25,7 +25,6 @@ def open_page(
     is the admin key. Prints a link that works once, within five minutes, and opens it where there
     is a desktop.
     """
-
     from vllm_router.cli.router_client import RouterClient
 
     async def ask() -> tuple[str, str]:

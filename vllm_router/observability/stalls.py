@@ -50,7 +50,8 @@ _SKIPPED = ("-packages/trio/", "-packages/outcome/")
 
 class LagWatch:
     """The longest delay within the last WINDOW seconds; `source` returns the longest since its last
-    call."""
+    call.
+    """
 
     def __init__(self) -> None:
         self.source: Callable[[], float] | None = None
@@ -170,7 +171,7 @@ class StallMonitor:
 def _stack_of(thread: int) -> str:
     """The innermost frames of a thread, as `file:line function`, separated by ` < `."""
     # The only way to see what another thread runs; documented for this use.
-    frame: FrameType | None = sys._current_frames().get(thread)
+    frame: FrameType | None = sys._current_frames().get(thread)  # noqa: SLF001 (documented)
     shown: list[str] = []
     while frame is not None and len(shown) < FRAMES:
         code = frame.f_code

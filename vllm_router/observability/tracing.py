@@ -226,7 +226,7 @@ class Telemetry:
             return int((moment + offset) * 1e9)
 
         preset = self._preset
-        preset.trace_id, preset.span_id = trace._own
+        preset.trace_id, preset.span_id = trace._own  # noqa: SLF001 (same module)
         path = path_label(record.path)
         route = path if path != "other" else ""
         span = self._tracer.start_span(

@@ -37,7 +37,8 @@ _NONE: Mapping[Server, int] = {}
 
 class Queue(NamedTuple):
     """The state of one model's queue: the number of requests, the wait of the first in seconds,
-    and how many servers become free per second, if known."""
+    and how many servers become free per second, if known.
+    """
 
     model: str | None
     waiting: int
@@ -293,7 +294,8 @@ class AdmissionQueue:
 
     def _follow_lists(self, now: float) -> None:
         """Renew the routes of waiting requests if servers have joined, left or changed what they
-        accept. O(servers), and O(waiting) after a change."""
+        accept. O(servers), and O(waiting) after a change.
+        """
         lists: list[tuple[object, ...]] = [
             (server, server.models, server.lengths, server.refusals.active(now))
             for server in self.fleet.servers.values()

@@ -106,7 +106,8 @@ def _refused_by_head(
     path: bytes, headers: Headers, fields: Mapping[bytes, bytes], settings: Settings
 ) -> Refused | None:
     """The refusal of a request in a loop of routers, or with fields that choose a rank or a model
-    without the router's knowledge."""
+    without the router's knowledge.
+    """
     if b"via" in fields and loops(headers):
         return Refused(508, "loop_detected", "The request has passed this router too often.")
     if b"x-data-parallel-rank" in fields and not settings.allow_data_parallel_rank:

@@ -24,7 +24,8 @@ class Use:
 
     def refill(self, rate: float, now: float) -> None:
         """Add the tokens since `at`, `rate` per minute. The bucket holds one minute's
-        tokens, and at least one."""
+        tokens, and at least one.
+        """
         self.tokens = min(max(rate, 1.0), self.tokens + (now - self.at) * rate / 60)
         self.at = now
 

@@ -66,7 +66,8 @@ class Request:
         with_prompt: bool,
     ) -> None:
         """`share` has counted the body. `wanted` is the policy that the client chose, if any.
-        `with_prompt`: the facts must have the prompt even if the policies do not use it."""
+        `with_prompt`: the facts must have the prompt even if the policies do not use it.
+        """
         read = policies if wanted is None else wanted
         self.head = head
         self._share = share

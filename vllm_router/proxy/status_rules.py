@@ -1,4 +1,4 @@
-"""Judgement of responses that are no result: are they about the request, or about the server?
+"""Judgement of responses that are no result: about the request, or about the server.
 
 A server that refuses a request has computed nothing, so another server may be tried. An error about
 the request (a client's mistake) goes to the client and counts against no server. After an error
@@ -38,7 +38,8 @@ class Scope(enum.Enum):
 
 class Judgement(NamedTuple):
     """The meaning of a response. `words` describe it for an operator; `length` is the context
-    length in tokens that the server named, or 0."""
+    length in tokens that the server named, or 0.
+    """
 
     outcome: Outcome
     scope: Scope = Scope.REQUEST

@@ -92,7 +92,8 @@ class Peers(Protocol):
     @property
     def promised(self) -> Mapping[Server, int]:
         """Free slots of servers that are reserved for requests of other processes; valid during
-        a pass."""
+        a pass.
+        """
 
     def key(self, name: str) -> Hashable:
         """The value that identifies an API key in all processes."""
@@ -131,7 +132,7 @@ class Peers(Protocol):
         """The pass is over: wake the processes for which servers are reserved."""
 
     def freed(self, server: Server, now: float) -> None:
-        """This process has released a lease on a server."""
+        """A lease on a server has been released in this process."""
 
     def changed(self, now: float) -> None:
         """The candidates may have changed, and no entry has been considered since."""

@@ -209,7 +209,8 @@ def test_passive_straggler_failures_do_not_prolong_ejection():
 
 def test_passive_panic_failures_do_not_prolong_ejection():
     """All servers are ejected and still tried, 50 requests at once; that counts as one more
-    failure."""
+    failure.
+    """
     health = ejected(at=100.0)
     for _ in range(50):
         health.failed(101.0, trial=True)

@@ -1,5 +1,6 @@
 """Requests that a server refuses and others accept: when a refusal is believed, and when it
-ends."""
+ends.
+"""
 
 from __future__ import annotations
 

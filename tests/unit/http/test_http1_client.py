@@ -556,7 +556,8 @@ def client_streams() -> int:
 @pytest.mark.parametrize("host", ["localhost", "wrong.test"])
 async def test_tls_connection_leaves_nothing_for_the_collector(host):
     """For a failing handshake, as with an expired certificate every second, and for a closed
-    connection."""
+    connection.
+    """
 
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
         await stream.receive_some(1)

@@ -20,7 +20,8 @@ class ApiError(Exception):
 
     def body(self, *, anthropic: bool = False) -> bytes:
         """The body as JSON; `anthropic`: in the format of the Messages API, except for validation
-        errors."""
+        errors.
+        """
         # A lone surrogate is valid in JSON, but not in UTF-8.
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": self.kind, "param": self.param, "code": self.status}

@@ -46,7 +46,8 @@ def _missing() -> ApiError:
 
 def _decode_slowly(body: bytes) -> object:
     """Python's own parser, as a real server uses it: accepts NaN, lone surrogates, a byte order
-    mark, UTF-16 and UTF-32, and has its own error messages."""
+    mark, UTF-16 and UTF-32, and has its own error messages.
+    """
     try:
         value = json.loads(body)
     except json.JSONDecodeError as error:

@@ -48,7 +48,8 @@ class Engine:
     @property
     def wake(self) -> float:
         """The next time at which `advance` must be called; infinity if only a submit changes
-        anything."""
+        anything.
+        """
         if self.frozen:
             return math.inf
         due = self._timed[0][0] if self._timed else math.inf

@@ -57,7 +57,8 @@ class Generation(Exchange):
 
     def begin(self) -> None:
         """Called when the request is accepted, before the engine gets it: a stream's head and first
-        events are sent at once."""
+        events are sent at once.
+        """
         fault = self.fault
         if not self.stream:
             if fault.mode in ("hang_after_head", "empty"):

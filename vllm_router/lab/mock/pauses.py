@@ -35,7 +35,8 @@ _MODES = "'abort', 'wait' or 'keep'"
 
 def _pause(server: ServerState, connection: Connection, incoming: Incoming) -> None:
     """abort (default) aborts all requests, waiting ones included. keep freezes all. wait lets
-    running requests finish before it answers, and keeps the waiting ones. New requests are held."""
+    running requests finish before it answers, and keeps the waiting ones. New requests are held.
+    """
     mode = query(incoming).get("mode", "abort")
     if mode not in ("abort", "keep", "wait"):
         problem = {

@@ -119,7 +119,8 @@ class Request:
 
     def _until_stop(self, words: list[bytes]) -> list[bytes]:
         """Like vLLM, the stop string itself is not part of the answer; unlike vLLM, a stop string
-        that spans words may have been sent in part before it was recognised."""
+        that spans words may have been sent in part before it was recognised.
+        """
         longest = max(len(stop) for stop in self.stops)
         for index, word in enumerate(words):
             before = b"".join(self.words)[-longest:]

@@ -57,7 +57,8 @@ def fingerprint(model: str) -> str:
 
 class Shape(Protocol):
     """`done`: the stream ends with `data: [DONE]`. `comments`: silence is broken by
-    `--sse-keep-alive-interval`, which vLLM 0.32 does for chats and completions only."""
+    `--sse-keep-alive-interval`, which vLLM 0.32 does for chats and completions only.
+    """
 
     identity: str
     done: bool

@@ -59,7 +59,8 @@ class OpenAIShape(BaseShape):
     def delta(self, words: list[bytes], *, last: bool) -> list[bytes]:
         """The words' events; at the end of the answer, the last carries the finish reason. An
         output without a token, as of a request that is aborted while it waits, has no event:
-        vLLM takes it for a part of the prefill."""
+        vLLM takes it for a part of the prefill.
+        """
         if not self.request.generated:
             return []
         ending = None

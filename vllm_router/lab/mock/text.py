@@ -73,7 +73,8 @@ def content_text(content: object) -> str:
 
 def chat_prompt(messages: Sequence[Any], tools: object = None) -> bytes:
     """ChatML, as the captured server's template has it. A conversation's next turn starts with
-    the bytes of this one, so the prefix cache finds it."""
+    the bytes of this one, so the prefix cache finds it.
+    """
     parts = [] if not tools else ["<|im_start|>tools\n", msgspec.json.encode(tools).decode(), "\n"]
     for message in messages:
         if isinstance(message, dict):

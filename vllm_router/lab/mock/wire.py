@@ -17,7 +17,7 @@ def payload(framed: bytes) -> bytes:
 
 
 class Wire:
-    """The treatment of one answer's body, as the fault has it:
+    """The treatment of one answer's body, as the fault has it.
 
     `framing: close`: no length and no chunks, the end of the connection ends the body.
     `packing: gzip`: packed, flushed after each write, as a compressing proxy does.

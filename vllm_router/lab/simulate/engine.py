@@ -133,7 +133,8 @@ class Engine:
 
     def finish_step(self) -> tuple[list[Job], list[Job]]:
         """The step is over; the next one begins, if there is work. Returns the jobs that got
-        their first token in it, and the jobs that got their last."""
+        their first token in it, and the jobs that got their last.
+        """
         now = self.step_end
         self._steps += 1
         steps, decoding = self._steps, self._decoding

@@ -91,7 +91,8 @@ def rate_at(workload: Workload, load: float, servers: int, per_eight: float) -> 
 
 def capacity_of(workload: Workload, hardware: str) -> float:
     """The capacity of eight servers in requests per second: known for the 8B model, else
-    calibrated."""
+    calibrated.
+    """
     if hardware == CALIBRATED_HARDWARE:
         return workload.capacity
     return calibrate(workload, hardware)
@@ -99,7 +100,8 @@ def capacity_of(workload: Workload, hardware: str) -> float:
 
 def calibrate(workload: Workload, hardware: str) -> float:
     """The highest rate at which half of the first tokens still come within a second, after two
-    minutes under the `adaptive` policy. A few dozen seconds of work."""
+    minutes under the `adaptive` policy. A few dozen seconds of work.
+    """
 
     def bears(rate: float) -> bool:
         scene = Scene(

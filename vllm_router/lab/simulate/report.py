@@ -22,7 +22,8 @@ _OFFSET = 0.1
 class Figures:
     """Seconds and shares. `token_time` is the mean between the tokens of one answer; `balance`
     the busiest server's busy time over the mean; `shares` which part of the requests was sent to
-    each server, in vain or not: from a second after servers begin to fail, where some do."""
+    each server, in vain or not: from a second after servers begin to fail, where some do.
+    """
 
     requests: int
     failed: int
@@ -48,7 +49,8 @@ def _rounded(value: Any) -> Any:
 
 def figures(world: World) -> Figures:
     """Over the requests that arrived after the warm-up. What is still unanswered counts with the
-    time it has waited."""
+    time it has waited.
+    """
     calls = [call for call in world.calls if call.arrived >= world.scene.warm_up]
     firsts = sorted(min(call.first_at, world.now) - call.arrived for call in calls)
     times = sorted(map(_token_time, (call for call in calls if call.ended_at < math.inf)))

@@ -85,7 +85,8 @@ class Ancestor(LeastInFlight):
 
 class CacheAware(_Remembering):
     """vllm-router's default: the longest match above 0.3, else the smallest tree; the shortest
-    queue while loads differ by more than 64 requests and 1.5 times."""
+    queue while loads differ by more than 64 requests and 1.5 times.
+    """
 
     name = "cache_aware"
     threshold, absolute, relative = 0.3, 64, 1.5
@@ -188,7 +189,8 @@ class LMetric(_Queueing):
 class LlmdSticky(_Queueing):
     """llm-d's optimized baseline: servers that have 80 % of the prompt, unless they need 18 s
     longer than the others for what they have to compute (its default, at 15928 tokens/s); of the
-    rest, the fewest tokens to be computed."""
+    rest, the fewest tokens to be computed.
+    """
 
     name = "llm-d-sticky"
     sticky_from, penalty = 0.8, 18.0 * 15_928 * BYTES_PER_TOKEN
@@ -211,7 +213,8 @@ class LlmdSticky(_Queueing):
 class Chwbl(_Remembering):
     """Consistent hashing with bounded loads as in KubeAI: by the beginning of the first question,
     which is the conversation here; the next server where this one has more than 1.25 times the
-    mean of the requests in flight."""
+    mean of the requests in flight.
+    """
 
     name = "chwbl"
     bound = 1.25

@@ -26,7 +26,7 @@ class Text:
     def __init__(self, start: Text | None = None) -> None:
         self.blocks: list[int] = list(start.blocks) if start is not None else []
         self.length: int = start.length if start is not None else 0
-        self._open: int = start._open if start is not None else 0
+        self._open: int = start._open if start is not None else 0  # noqa: SLF001 (same class)
         self._links: list[int] = []
 
     def add(self, passage: int, tokens: int) -> None:

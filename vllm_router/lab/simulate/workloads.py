@@ -13,7 +13,8 @@ from vllm_router.lab.simulate.text import Text
 @dataclass(slots=True)
 class Turn:
     """One request: it appends `added` tokens to its conversation and asks for `output` tokens,
-    `pause` seconds after the answer before."""
+    `pause` seconds after the answer before.
+    """
 
     pause: float
     added: int

@@ -85,7 +85,8 @@ class Policy:
 
     def accepts(self, server: Server) -> bool:
         """Whether to take a server found without comparing: in slow start with the probability
-        of its slow start factor."""
+        of its slow start factor.
+        """
         return (
             server.load_estimate.slow_start_factor >= 1.0
             or self.rng.random() < server.load_estimate.slow_start_factor

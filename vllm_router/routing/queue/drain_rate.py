@@ -46,7 +46,8 @@ class DrainRate:
     @property
     def is_current(self) -> bool:
         """Whether there are enough samples since requests last began to wait. Only then is the
-        rate reliable enough to refuse a request."""
+        rate reliable enough to refuse a request.
+        """
         return self._in_a_row >= MIN_SAMPLES
 
     def begin(self, now: float) -> None:
@@ -86,7 +87,8 @@ class DrainRate:
 
     def per_second(self, now: float) -> float | None:
         """The rate, or None with too few samples. Samples from before requests last began to wait
-        are used only until there are enough newer ones."""
+        are used only until there are enough newer ones.
+        """
         marks = self._marks
         while len(marks) > 1 and now - marks[1][1] > SAMPLE_EXPIRY:
             marks.popleft()  # the first mark is the start of the measurement

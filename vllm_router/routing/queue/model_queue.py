@@ -64,7 +64,8 @@ class _Newcomers(Generic[E]):
 
     def before(self, key: Hashable) -> int:
         """Requests served before one more of this key: all of its own, and of each other key at
-        most one more than that."""
+        most one more than that.
+        """
         return sum(self._at_least[: self.count(key) + 1])
 
     @property
@@ -133,7 +134,8 @@ class ModelQueue(Generic[E]):
 
     def before(self, priority: int, key: Hashable) -> int:
         """Requests that would be served before a new one of this priority and key, if no other
-        arrived later. O(log n + requests of the key)."""
+        arrived later. O(log n + requests of the key).
+        """
         newcomers = self._newcomers.get(priority)
         return (
             bisect_right(self._returning_priorities, priority)

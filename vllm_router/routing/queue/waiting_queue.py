@@ -118,7 +118,8 @@ class WaitingQueue(Generic[E]):
 
     def record_turn(self, entry: E) -> None:
         """The entry's key has had a turn on `entry.server`: on every route to that server the
-        other keys go first."""
+        other keys go first.
+        """
         if not entry.returning:
             for queue in self.route_queues.values():
                 if entry.server in queue.route.servers:

@@ -74,7 +74,8 @@ class Channel:
 
     def send_now(self, message: bytes) -> bool:
         """Send without waiting; returns False if the buffer is full or no process holds the other
-        end."""
+        end.
+        """
         try:
             self._socket.sendmsg([message])
         except OSError:
