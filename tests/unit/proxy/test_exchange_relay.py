@@ -45,3 +45,16 @@ async def test_relay_compressed_stream_passes_unread(autojump_clock, watched):
         assert got.whole
         assert got.body == b"".join(pieces)
         assert rig.recorder.last.chunks == len(pieces)
+
+
+async def test_relay_plain_answer_that_breaks_gets_no_error_event(autojump_clock):
+    async def breaks(talk: Talk) -> None:
+        await talk.request()
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: audio/mpeg\r\ntransfer-encoding: chunked\r\n\r\n"
+        await talk.send(head, chunk(b"sound\n\n"))
+        await trio.sleep(1)
+
+    async with lab(breaks) as rig:
+        got = await rig.post()
+        assert not got.whole
+        assert got.body == b"sound\n\n"
