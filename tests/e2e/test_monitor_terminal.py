@@ -254,7 +254,7 @@ def test_run_monitor_signal_to_router_ends_both_with_message(tmp_path: Path):
 def test_run_monitor_killed_router_restores_terminal_and_shows_log(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         os.kill(pid, signal.SIGKILL)
-        screen.wait("the router has died; the end of its log, logs/vllm-router.log:")
+        screen.wait("the router has died; the last lines of its log logs/vllm-router.log:")
         screen.wait("unknown -> up")
         assert not screen.full_screen()
 
@@ -263,7 +263,7 @@ def test_run_monitor_killed_monitor_leaves_router_running(tmp_path: Path):
     with run_with_pid(tmp_path) as (screen, pid):
         url = screen.screen().partition("http://")[2].split()[0]
         os.kill(child_of(pid), signal.SIGTERM)
-        screen.wait("the router goes on, Ctrl-C stops it")
+        screen.wait("the router is still running, Ctrl-C stops it")
         assert state(f"http://{url}", "demo-1") == "up"
         screen.type("C-c")
         assert screen.ended() == 0

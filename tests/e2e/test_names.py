@@ -43,7 +43,7 @@ def test_resolver_failure_or_hang_is_survived(tmp_path: Path):
                 assert burst(router) == [200] * MANY
                 assert states(router) == {"up"}
                 assert router.metric("vllm_router_attempts_total", outcome="connect_failed") == 0
-            router.wait_for_text("cannot resolve gpu-0.test")
+            router.wait_for_text("cannot resolve gpu-")
 
 
 def test_resolver_name_with_swallowing_old_address_is_followed(tmp_path: Path):

@@ -241,7 +241,7 @@ def test_workers_second_signal_ends_all_at_once(tmp_path: Path, mocks: list[Mock
             assert client.stdout is not None
             assert client.stdout.readline().startswith(b"data:")
             router.signal(signal.SIGTERM)
-            until(lambda: "draining: 1 in flight" in router.text, "the drain")
+            until(lambda: "draining: waiting for 1 requests in flight" in router.text, "the drain")
             with pytest.raises(ConnectionRefusedError):  # a waiting client would wait for ever
                 socket.create_connection(("127.0.0.1", router.port), 5).close()
             router.signal(signal.SIGTERM)

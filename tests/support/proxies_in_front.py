@@ -100,7 +100,8 @@ def proxy(
         assert long in text, long
         text = text.replace(long, short)
     port = free_port()
-    text = re.sub(r"\b8080\b", str(port), text).replace("8888", str(router_port))
+    ports = {"8080": str(port), "8888": str(router_port)}
+    text = re.sub(r"(?<!\d)(?:8080|8888)(?!\d)", lambda found: ports[found[0]], text)
     place = directory / name
     place.mkdir(exist_ok=True)
     file = place / "configuration"

@@ -40,7 +40,8 @@ class Terminal:
         script = f"trap : INT; {shlex.join(command)}; {after}"
         root = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": root, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
-        environment.pop("NO_COLOR", None)
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):
+            environment.pop(name, None)
         subprocess.run(
             [
                 *(*self._tmux, "-u", "new-session", "-d", "-x", str(width), "-y", str(height)),
