@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/glossary.md")
+PAGES = (
+    *("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("docs/glossary.md", "docs/performance.md"),
+)
 ROOMS = sorted(path.name for path in (ROOT / "vllm_router").iterdir() if path.is_dir())
 PATH = re.compile(rf"`((?:tests|scripts|docs|deploy|{'|'.join(ROOMS)})/[\w./-]*)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
