@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, MutableMapping, Sequence
 from random import Random
 from typing import Annotated, Any
 
@@ -84,8 +84,8 @@ def _receiver(chunks: Sequence[bytes]) -> Any:
 def seen_by_fastapi(content_type: bytes, chunks: Sequence[bytes]) -> Seen:
     sent: list[dict[str, Any]] = []
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(dict(message))
 
     run(APP(_scope(content_type), _receiver(chunks), send))
     if sent[0]["status"] != 200:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import h11
 import trio
 
+from vllm_router.http.asgi_types import Message, Receive, Scope, Send
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
@@ -38,7 +40,7 @@ class Application:
         self.parts = 0
         """Pieces of a flood that it has begun to send."""
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await self._echo(receive, send)
             return
@@ -54,12 +56,12 @@ class Application:
         finally:
             self.active -= 1
 
-    async def _watched(self, scope, receive, send) -> None:
+    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
         to_app, messages = trio.open_memory_channel(2)
         last = None
         left = trio.Event()
 
-        async def hold_last(message) -> None:
+        async def hold_last(message: Message) -> None:
             nonlocal last
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 last = message
@@ -81,7 +83,7 @@ class Application:
         if last is not None:
             await send(last)
 
-    async def _http(self, scope, receive, send) -> None:
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["path"].rsplit("/", 1)[-1]
         if kind == "early":
             await answer(send, 413, b'{"too": "large"}')
@@ -133,22 +135,22 @@ class Application:
             seen |= {"method": scope["method"], "body": body.decode("latin-1")}
             await answer(send, 200, json.dumps(seen).encode())
 
-    async def _echo(self, receive, send) -> None:
+    async def _echo(self, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "websocket.accept"})
         while (message := await receive())["type"] == "websocket.receive":
             await send({"type": "websocket.send", "text": message["text"]})
 
 
-async def start(send, status: int, *headers: tuple[bytes, bytes]) -> None:
+async def start(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
 
-async def part(send, body: bytes) -> None:
+async def part(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def answer(send, status: int, body: bytes) -> None:
+async def answer(send: Send, status: int, body: bytes) -> None:
     length = [(b"content-length", b"%d" % len(body))] if status != 204 else []
     await start(send, status, (b"content-type", b"application/json"), *length)
     await send({"type": "http.response.body", "body": body})
@@ -162,7 +164,7 @@ class Running:
 
 
 @asynccontextmanager
-async def running(kind: str = "lane", **options) -> AsyncIterator[Running]:
+async def running(kind: str = "lane", **options: Any) -> AsyncIterator[Running]:
     """A front of one kind, `lane` or `hypercorn`; stopped at the end, when nothing may be left."""
     app = options.pop("app", None) or Application()
     options.setdefault("limits", QUICK)
@@ -189,7 +191,7 @@ class Reply:
     complete: bool = True
     fields: list[tuple[str, str]] = field(default_factory=list)
 
-    def json(self):
+    def json(self) -> Any:
         return json.loads(self.body)
 
     @property
@@ -284,7 +286,7 @@ def chunked(path: str, *chunks: bytes) -> bytes:
     return head + b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
 
 
-async def soon(condition) -> None:
+async def soon(condition: Callable[[], object]) -> None:
     """Wait until `condition()` holds; the test's time limit bounds it."""
     while not condition():
         await trio.sleep(0.005)
@@ -293,6 +295,7 @@ async def soon(condition) -> None:
 def reset_on_close(client: Client) -> None:
     """Make closing this client send a reset."""
     linger = (1).to_bytes(4, "little") + bytes(4)
+    assert isinstance(client.stream, trio.SocketStream)
     client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 

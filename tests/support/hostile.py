@@ -401,8 +401,12 @@ def lab(
 def _wait_until_ready(router: Router, *, tls: bool) -> int:
     """The public port."""
     wanted = (" on https://", "administration on") if tls else (" on http://",)
-    listening = lambda: all(text in router.text for text in wanted)  # noqa: E731
-    until(lambda: listening() or router.process.poll() is not None, "the router", START)
+
+    def settled() -> bool:
+        listening = all(text in router.text for text in wanted)
+        return listening or router.process.poll() is not None
+
+    until(settled, "the router", START)
     public = re.search(r" on https?://[^,\s]+:(\d+),", router.text)
     assert public is not None, router.text
     if tls:

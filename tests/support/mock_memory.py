@@ -15,11 +15,11 @@ from vllm_router.lab.mock import MockOptions, MockServer
 from vllm_router.lab.mock.state import ServerState
 
 
-class MemoryListener(trio.abc.Listener):
+class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
     """Accepts the connections of `connect`."""
 
     def __init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel(1000)
+        self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](1000)
 
     async def connect(self, pair: Any = trio.testing.memory_stream_pair) -> trio.abc.Stream:
         ours, theirs = pair()
@@ -45,7 +45,8 @@ class Answer:
         line, *fields = head.decode("latin-1").split("\r\n")
         self.head = head
         self.status = int(line.split()[1])
-        self.headers = [tuple(field.split(": ", 1)) for field in fields]
+        parts = (field.partition(": ") for field in fields)
+        self.headers = [(name, value) for name, _, value in parts]
         self.body = b""
         self.chunks: list[bytes] = []
 
@@ -202,7 +203,7 @@ class Mock:
 @asynccontextmanager
 async def running_mock(**options: Any) -> AsyncIterator[Mock]:
     """Defaults without any delay, so that a test names the times that it uses."""
-    plain = {
+    plain: dict[str, Any] = {
         "name": "m1",
         "models": ("tiny",),
         "ttft": 0.0,

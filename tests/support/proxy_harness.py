@@ -24,7 +24,7 @@ from support.fleet_makers import come_up, gauges, go_down, make_config
 from support.scripted_server import MemoryPool, Script, ScriptedServer
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, OUTLET
+from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, OUTLET, Message
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record
@@ -65,7 +65,7 @@ class Got:
 class Client:
     """One request. `leave` and `stall` act as the client."""
 
-    def __init__(self, rig: Rig, scope: dict[str, Any], pieces: list[bytes]) -> None:
+    def __init__(self, rig: Rig, scope: dict[str, Any], pieces: list[bytes | None]) -> None:
         self.got = Got()
         self.heard = trio.Event()
         self.stalled = False
@@ -100,7 +100,7 @@ class Client:
         self.stalled = False
         self._unstall.set()
 
-    async def _receive(self) -> dict[str, Any]:
+    async def _receive(self) -> Message:
         await trio.lowlevel.checkpoint()
         if self._pieces:
             piece = self._pieces.pop(0)
@@ -111,7 +111,7 @@ class Client:
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: Message) -> None:
         assert not self.got.whole, "a message after the last one"
         if self.stalled:
             await self._unstall.wait()
@@ -230,7 +230,7 @@ class Rig:
 
     def client(
         self,
-        body: dict[str, Any] | bytes | list[bytes] | None = None,
+        body: dict[str, Any] | bytes | list[bytes | None] | list[bytes] | None = None,
         *,
         path: str = CHAT,
         query: bytes = b"",
@@ -241,8 +241,8 @@ class Rig:
             body = {"model": "m"}
         if isinstance(body, dict):
             body = json.dumps(body).encode()
-        pieces = list(body) if isinstance(body, list) else [body]
-        scope = {
+        pieces: list[bytes | None] = list(body) if isinstance(body, list) else [body]
+        scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",

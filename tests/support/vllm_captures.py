@@ -39,11 +39,13 @@ def names(pattern: str) -> list[str]:
 def capture(name: str) -> Capture:
     text = (DATA / f"{name}.txt").read_text()
     text, _, rest = text.partition("\n# curl rc=")
-    request, head, body = re.fullmatch(r"# ([^\n]*)\n(.*?)\n\n(.*)", text, re.DOTALL).groups()
+    parts = re.fullmatch(r"# ([^\n]*)\n(.*?)\n\n(.*)", text, re.DOTALL)
+    assert parts is not None, name
+    request, head, body = parts.groups()
     given = re.search(r" -d (.*)$", request)
     option = re.search(r" -X (\S+)", request)
     method = option[1] if option is not None else "POST" if given else "GET"
-    path = re.search(r"/\S*", request)[0]
+    path = "/" + request.partition("/")[2].partition(" ")[0]
     answer = Answer(head.replace("\n", "\r\n").encode())
     # A long stream is shortened, with a comment where events are left out.
     body, gaps = re.subn(r"(?m)^: \d+ events left out here\n\n", "", body)
@@ -63,7 +65,7 @@ def shape(value: Any) -> Any:
 
 def shapes(answer: Answer) -> list[Any]:
     """The shapes of the events, equal neighbours merged; or of the whole body."""
-    if answer["content-type"].startswith("text/event-stream"):
+    if (answer["content-type"] or "").startswith("text/event-stream"):
         found = [shape(event) for event in answer.events]
     else:
         found = [shape(answer.json)]
