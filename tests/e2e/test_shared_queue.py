@@ -187,7 +187,12 @@ async def test_queue_full_gives_every_key_its_share(tmp_path: Path, workers: int
             **dict.fromkeys((7, 14), "queue_full"),
         }
         assert all(int(clients.answers[number].headers["retry-after"]) >= 1 for number in codes)
-        assert [number for number in seeds(mocks[0]) if number] == [1, 11, 2, 12, 3, 13]
+        order = [number for number in seeds(mocks[0]) if number]
+        assert sorted(order) == [1, 2, 3, 11, 12, 13]
+        # A process that is slow to take a server loses it to the next request, of either key.
+        slack = workers - 1
+        for place, number in enumerate((1, 11, 2, 12, 3, 13)):
+            assert abs(order.index(number) - place) <= slack, order
 
 
 @pytest.mark.parametrize("workers", [1, 2])
