@@ -31,7 +31,8 @@ def named_fleet(
         for number, mock in enumerate(mocks):
             names.set(f"gpu-{number}.test", "127.0.0.1")
             urls.append(f"http://gpu-{number}.test:{mock.port}")
-        config = servers_toml(urls, 16)
+        # Shorter than the time for which an address is believed: checks look the name up, too.
+        config = servers_toml(urls, 16, health_check_timeout=1.0)
         with router_process(config, card.directory, kind=names.router) as router:
             yield mocks, router, names
 
