@@ -31,8 +31,8 @@ def named_fleet(
         for number, mock in enumerate(mocks):
             names.set(f"gpu-{number}.test", "127.0.0.1")
             urls.append(f"http://gpu-{number}.test:{mock.port}")
-        # Shorter than the time for which an address is believed: checks look the name up, too.
-        config = servers_toml(urls, 16, health_check_timeout=1.0)
+        # An address is abandoned when a connect to it or a check of it times out.
+        config = servers_toml(urls, 16, health_check_timeout=1.0, connect_timeout=1.0)
         with router_process(config, card.directory, kind=names.router) as router:
             yield mocks, router, names
 
