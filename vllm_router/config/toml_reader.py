@@ -5,7 +5,7 @@ error messages, and in `extra` optionally
 
 * `read`: a function that checks further and returns the value to keep, or raises ValueError with
   the full text of the problem;
-* `one_of`: the key of the reader's `names` that lists the accepted texts;
+* `one_of`: the accepted texts, or the key of the reader's `names` that lists them;
 * `secret`: the value is never shown.
 
 All problems of a file are collected, one line each: `source: key.path: expected ..., got ...`.
@@ -160,7 +160,9 @@ class Reader:
             shown = shown_value(value, secret="secret" in extra)
             self.problem(path, f"expected {meta.description}, got {shown}")
             return None
-        names = self._names.get(extra.get("one_of", ""))
+        names = extra.get("one_of")
+        if isinstance(names, str):
+            names = self._names.get(names)
         if names is not None and read not in names:
             known = ", ".join(f'"{name}"' for name in names)
             self.problem(path, f"expected one of {known}, got {quoted(read)}")
