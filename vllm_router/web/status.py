@@ -9,11 +9,8 @@ import trio
 
 from vllm_router import __version__
 from vllm_router.fleet.server import Server
-from vllm_router.fleet.state import State
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.web.router import Router
-
-HEALTHY = (State.UP, State.FULL)
 
 ANCESTORS_MAX_FDS = 65535
 """`process_max_fds` in the ancestor if a server did not report it; not used any more."""

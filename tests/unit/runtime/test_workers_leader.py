@@ -146,7 +146,7 @@ async def test_leader_worker_without_hello_is_not_serving():
         leader.workers.lost(1, 11)
         await worker.send(figures(3.0))
         await worker.send(encode(Hello(12, [])))
-        await settled(lambda: leader.workers.pid_of(1) == 12)
+        await settled(lambda: leader.workers.links[0].pid == 12)
         assert leader.workers.serving == 0
 
 

@@ -66,10 +66,6 @@ class WorkerLinks:
                 self._past[name] += value  # type: ignore[assignment]  # seconds, too
         link.stats = WorkerStats(False, {}, {})
 
-    def pid_of(self, number: int) -> int | None:
-        """The process id of a worker, once it has said hello."""
-        return self.links[number - 1].pid
-
     # -- figures ------------------------------------------------------------------------------
 
     @property
