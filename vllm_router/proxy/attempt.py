@@ -332,7 +332,7 @@ class Attempt:
     def _classify(self, response: ServerResponse) -> Outcome:
         """The outcome of a status that may be about the server."""
         answer, server = response.answer, self._lease.server
-        own_key = self._attempts.candidates.has_key and server.config.api_key is None
+        own_key = self._attempts.candidates.shows_client_key
         outcome = classify_status(answer.status, answer.content_length != 0, own_key=own_key)
         if outcome is FULL:
             wait = parse_retry_after(response.head.fields.get(b"retry-after", b""))
@@ -343,7 +343,7 @@ class Attempt:
         """The outcome of a response that is no result, by its body."""
         head = response.head
         body = response.held if response.connection.complete else None
-        return self._attempts.judge_response(
+        return self._attempts.candidates.judge_response(
             response.answer.status, head.content_type, head.fields, body
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import trio
 
@@ -164,16 +163,6 @@ class Attempts:
         if rule.status == 503:
             wait = self._context.fleet.retry_after(self.request.facts.model, now)
         return Refused(rule.status, rule.code, rule.message, retry_after=wait)
-
-    def judge_response(
-        self,
-        status: int,
-        content_type: bytes,
-        headers: Mapping[bytes, bytes],
-        body: bytes | None,
-    ) -> Outcome:
-        """The outcome of a response that is no result."""
-        return self.candidates.judge_response(status, content_type, headers, body)
 
     # -- requests that break servers ----------------------------------------------------------
 

@@ -130,9 +130,11 @@ class Candidates:
         return Route(servers - tried, (public, tried, selection))
 
     @property
-    def has_key(self) -> bool:
-        """Whether the client sent a key of its own that servers are shown."""
-        return any(name in CREDENTIALS for name, _ in self._request.headers)
+    def shows_client_key(self) -> bool:
+        """Whether the server of the last attempt got a key of the client's own."""
+        return self.tried[-1].config.api_key is None and any(
+            name in CREDENTIALS for name, _ in self._request.headers
+        )
 
     def judge_response(
         self,
@@ -149,7 +151,7 @@ class Candidates:
             content_type,
             headers,
             body,
-            client_key=self.has_key and self.tried[-1].config.api_key is None,
+            client_key=self.shows_client_key,
         )
 
     async def wait(self) -> tuple[Server, ...]:
