@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from vllm_router.http.error_format import is_anthropic
+
 
 def error_event(path: bytes, code: str, message: str) -> bytes:
     """The event that reports a broken stream to the client.
@@ -11,7 +13,7 @@ def error_event(path: bytes, code: str, message: str) -> bytes:
     It may only follow a complete event. `[DONE]` never follows it: for the OpenAI SDK a stream
     with a clean end is a success.
     """
-    if path.startswith(b"/v1/messages"):
+    if is_anthropic(path):
         body = {"type": "error", "error": {"type": "api_error", "message": message}}
         return b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"
     if path.startswith(b"/v1/responses"):
