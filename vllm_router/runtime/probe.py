@@ -56,13 +56,6 @@ TOO_LATE = 0.5
 the server's response may be waiting unread."""
 
 
-def probe_transport(
-    server: Server, tls: ssl.SSLContext, resolver: Resolver | None
-) -> httpx.AsyncBaseTransport:
-    """The transport of one server's probes; the caller closes it."""
-    return control_transport(server.url, tls, resolver)
-
-
 class Probe:
     """Probes one server until cancelled.
 
@@ -100,7 +93,9 @@ class Probe:
         """Run health checks, scrapes and model list reads until cancelled."""
         # The transport has no timeout; each use sets one from the current configuration.
         self._requests = {}
-        async with probe_transport(self._server, self._tls, self._resolver) as self._transport:
+        async with control_transport(
+            self._server.url, self._tls, self._resolver
+        ) as self._transport:
             # Read the list first: the router must know a server's models before it is up.
             await self._list_models()
             async with trio.open_nursery() as nursery:

@@ -108,8 +108,8 @@ class Watched:
     def tick(self, server: Server, now: float) -> None:
         self.ticks[server.name] += 1
 
-    def transport(self, server: Server, *_: object) -> httpx.MockTransport:
-        return httpx.MockTransport(self.engines[server.url].handle)
+    def transport(self, url: str, *_: object) -> httpx.MockTransport:
+        return httpx.MockTransport(self.engines[url].handle)
 
 
 @asynccontextmanager
@@ -123,7 +123,7 @@ async def watched(
     rig = Watched(Fleet(make_config(servers, **settings)))
     if prepare is not None:
         prepare(rig)
-    monkeypatch.setattr(probe_module, "probe_transport", rig.transport)
+    monkeypatch.setattr(probe_module, "control_transport", rig.transport)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     async with trio.open_nursery() as nursery:
         for server in rig.fleet.servers.values():
