@@ -26,7 +26,7 @@ SENDS_PER_CHECKPOINT = 16
 """Sends that did not wait, after which other tasks get their turn."""
 
 
-class ClientGone(OSError):
+class ClientDisconnected(OSError):
     """The connection has ended: nothing can be sent (the ASGI specification asks for OSError)."""
 
 
@@ -139,7 +139,7 @@ class AsgiConnection(RequestReader):
         }
         try:
             await host.app(scope, self._receive, self._send)
-        except ClientGone:
+        except ClientDisconnected:
             return
         except Exception:
             # A bug of the application: this connection ends, all others continue.
@@ -226,7 +226,7 @@ class AsgiConnection(RequestReader):
             raise RuntimeError(f"unexpected message {kind!r}")
 
     async def _write_all(self, data: bytes) -> None:
-        """Send, with a checkpoint only every SENDS_PER_CHECKPOINT sends. Raises ClientGone."""
+        """Send, with a checkpoint only every SENDS_PER_CHECKPOINT sends. Raises ClientDisconnected."""
         wait = self._write(data)
         if wait is not None:
             await wait
@@ -234,7 +234,7 @@ class AsgiConnection(RequestReader):
     def _write(self, data: bytes) -> Awaitable[None] | None:
         """Like `_write_all`, but returns the rest of the wait for the caller to await, if any."""
         if self._gone:
-            raise ClientGone("the client has left")
+            raise ClientDisconnected("the client has left")
         try:
             written = self._write_now(data)
         except OSError as error:
@@ -255,4 +255,4 @@ class AsgiConnection(RequestReader):
     async def _fail(self, error: OSError) -> None:
         self.client_left()
         await trio.lowlevel.checkpoint()  # where the application is cancelled
-        raise ClientGone("the client has left") from error
+        raise ClientDisconnected("the client has left") from error

@@ -20,7 +20,7 @@ from vllm_router.http.server.tls_stream import Handshakes, TlsStream
 _TLS_HANDSHAKE = b"\x16"
 
 
-class Dispatcher:
+class ConnectionDispatcher:
     """Serves connections with the lane, and moves them to `handler` if the lane does not accept.
 
     Without a lane, `handler` serves all. `is_plain(sock)`: whether a connection may be plain HTTP

@@ -21,7 +21,7 @@ from vllm_router.http.addresses import plain_peer
 from vllm_router.http.asgi_types import App
 from vllm_router.http.http_error import OnRejected
 from vllm_router.http.hypercorn.handler import HypercornHandler
-from vllm_router.http.server.dispatcher import Dispatcher
+from vllm_router.http.server.dispatcher import ConnectionDispatcher
 from vllm_router.http.server.interfaces import (
     AcceptPolicy,
     Address,
@@ -85,7 +85,7 @@ class Listener:
     ) -> None:
         limits = limits or Limits()
         self._sockets = ListeningSockets(limits)
-        self._dispatcher = Dispatcher(
+        self._dispatcher = ConnectionDispatcher(
             Server(app, accepts=accepts, limits=limits, on_rejected=on_rejected) if lane else None,
             handler or HypercornHandler(app, limits=limits, on_rejected=on_rejected),
             limits,

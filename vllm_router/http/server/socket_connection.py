@@ -13,7 +13,7 @@ from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.io.closing import reset_on_close, wait_until_delivered
 from vllm_router.http.io.sockets import async_socket
 from vllm_router.http.request_head import Head
-from vllm_router.http.server.asgi_connection import ClientGone
+from vllm_router.http.server.asgi_connection import ClientDisconnected
 from vllm_router.http.server.connection import Connection
 from vllm_router.http.server.host import Host
 
@@ -120,4 +120,4 @@ class SocketConnection(Connection):
         if self._gone or self._async.broken:
             self.client_left()
             await trio.lowlevel.checkpoint()  # where the application is cancelled
-            raise ClientGone("the client has left")
+            raise ClientDisconnected("the client has left")
