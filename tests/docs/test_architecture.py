@@ -26,8 +26,8 @@ def test_page_links_and_paths_exist(page: str) -> None:
         if "://" not in target and not (ROOT / page).parent.joinpath(target).exists()
     ]
     for path in PATH.findall(text):
-        base = ROOT if path.split("/")[0] in ("tests", "scripts", "docs", "deploy") else None
-        if not ((base or ROOT / "vllm_router") / path).exists():
+        base = ROOT / "vllm_router" if path.split("/")[0] in ROOMS else ROOT
+        if not (base / path).exists():
             missing.append(path)
     assert missing == []
 
