@@ -81,7 +81,7 @@ def locked(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Lo
             yield Locked(router, mock)
 
 
-# -- B6: keys ---------------------------------------------------------------------------------
+# -- keys ---------------------------------------------------------------------------------
 
 
 WRONG = {
@@ -378,7 +378,7 @@ def test_auth_without_keys_passes_client_key_on(open_router: Locked):
     assert dict(open_router.mock.last()["headers"])["authorization"] == "Bearer sk-of-the-server"
 
 
-# -- B7: browsers -----------------------------------------------------------------------------
+# -- browsers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["evil.test", "evil.test:80", "llm.test.evil", "127.0.0.1.evil"])
@@ -482,7 +482,7 @@ def test_bodies_total_size_is_limited(open_router: Locked):
     assert open_router.chat(None, text="x" * 100_000).status_code == 200
 
 
-# -- B4: two tenants --------------------------------------------------------------------------
+# -- two tenants --------------------------------------------------------------------------
 
 
 def test_clients_share_no_headers_or_bodies(open_router: Locked):

@@ -304,7 +304,7 @@ def test_smuggling_http2_request_reaches_server_as_http1(lab: Lab):
     assert not [name for name in names if name.startswith(":") or name in ("te", "connection")]
 
 
-# -- B5: paths --------------------------------------------------------------------------------
+# -- paths --------------------------------------------------------------------------------
 
 DISGUISED = [
     "/sleep",
@@ -351,7 +351,7 @@ def test_smuggling_closed_path_in_disguise_is_not_reached(lab: Lab, target: str,
     assert not any(entry["method"] not in ("GET", "POST") for entry in lab.mock.log())
 
 
-# -- B8: what others say ----------------------------------------------------------------------
+# -- what others say ----------------------------------------------------------------------
 
 NASTY = b"\x1b[31m\xc2\x9b2J \xe2\x80\xae\x7f\xff"
 

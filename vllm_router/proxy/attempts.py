@@ -167,7 +167,7 @@ class Attempts:
     # -- requests that break servers ----------------------------------------------------------
 
     def quarantined(self, now: float) -> Refused | None:
-        """The refusal of a request that servers have died of lately; None for others."""
+        """The refusal of a request that servers have died of recently; None for others."""
         request, quarantine = self.request, self._context.quarantine
         if not quarantine.entries or not quarantine.holds(
             fingerprint(request.target, request.body), now

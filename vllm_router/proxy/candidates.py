@@ -82,7 +82,7 @@ class Candidates:
         return (self.surely_well(found, now) or found) if self.tried else found
 
     def surely_well(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
-        """The servers among these that are up, not full, and have failed nothing lately."""
+        """The servers among these that are up, not full, and have failed nothing recently."""
         failures = self._context.failures
         return tuple([s for s in servers if failures.is_free(s, now) and is_fully_healthy(s, now)])
 

@@ -1,4 +1,4 @@
-"""Which servers have failed lately, and under which requests: evidence for and against a request.
+"""Which servers have failed recently, and under which requests: evidence for and against a request.
 
 A request that was on two servers when they failed may be the reason, or may have been there by
 chance. Two things speak for it. The server had failed another request before this one was sent to
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SAME_MOMENT = 1.0
 """Seconds within which servers have failed together."""
 
-LATELY = 10.0
+RECENT = 10.0
 """Seconds for which a server that has failed a request is not one that is surely well."""
 
 _NEVER = float("inf")
@@ -78,9 +78,9 @@ class Failures:
         self._deaths.pop(server, None)
 
     def is_free(self, server: Server, now: float) -> bool:
-        """Whether the server has failed no request lately."""
+        """Whether the server has failed no request recently."""
         row = self._errors.get(server)
-        return row is None or now - row.last_at >= LATELY
+        return row is None or now - row.last_at >= RECENT
 
     def suspect(
         self, ends: Sequence[End], key: int | None, fleet: Iterable[Server]

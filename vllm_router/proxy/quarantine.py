@@ -4,7 +4,7 @@ A request that took two servers down goes to no third; if its client repeats it,
 without being sent. Only crashes count: the connection was lost, the probes found the server down,
 or it answered 500 and went down afterwards, as vLLM's API process does when its engine has died.
 Innocent requests on the same two servers look the same: a body that is answered after all leaves
-the quarantine, and a body that was answered lately does not enter it.
+the quarantine, and a body that was answered recently does not enter it.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ class RetryContext:
     fresh_connection_tried: bool = False
     doubtful: int = 0  # attempts that ended in one of DOUBTFUL, this one included
     costless: int = 0  # attempts that ended in one of COSTLESS, this one included
-    well_left: bool = False  # a candidate is up, not full, and has failed nothing lately
+    well_left: bool = False  # a candidate is up, not full, and has failed nothing recently
 
 
 def decide(

@@ -101,7 +101,7 @@ class QueueView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     limit: Annotated[int, _("How many may wait.")]
     longest: Annotated[Seconds, _("For how long the first of them has waited.")]
     freed_per_s: Annotated[
-        float | None, _("Servers that become free for them, lately; null if not known.")
+        float | None, _("Servers that become free for them, recently; null if not known.")
     ]
 
 

@@ -67,7 +67,7 @@ def test_silence_probation_interval_grows():
     assert silence.admits(0.0)
 
 
-# -- B7: a client that leaves before the first byte ------------------------------------------------
+# -- a client that leaves before the first byte ------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["adaptive", "least_load", "session", "prefix", "round_robin"])
@@ -331,7 +331,7 @@ def test_paused_server_with_moving_counters_is_resumed():
     assert server.paused_at is None
 
 
-# -- E6: figures that stand still ------------------------------------------------------------------
+# -- figures that stand still ------------------------------------------------------------------
 
 
 def tick(server: Server, now: float, running: float, **counters: Any) -> None:
@@ -440,7 +440,7 @@ def test_long_prefill_filling_cache_is_not_silent():
     assert a.silence.since is None
 
 
-# -- E10: a deadline counts only against a server that answers no request --------------------------
+# -- a deadline counts only against a server that answers no request --------------------------
 
 
 def failures(rig: Rig, name: str) -> int:

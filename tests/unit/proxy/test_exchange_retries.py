@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 from support.fleet_makers import make_fleet
 from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import Script, Talk, answer, answering, ok
-from vllm_router.proxy.failures import LATELY, SAME_MOMENT, End, Failures
+from vllm_router.proxy.failures import RECENT, SAME_MOMENT, End, Failures
 from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"answer":1}')
@@ -222,8 +222,8 @@ def test_failures_expire_and_forget_removed_servers():
     failures = Failures()
     assert failures.is_free(a, 1.0)
     failures.note(a, X, 1.0, deadly=True)
-    assert not failures.is_free(a, 1.0 + LATELY - 0.1)
-    assert failures.is_free(a, 1.0 + LATELY)
+    assert not failures.is_free(a, 1.0 + RECENT - 0.1)
+    assert failures.is_free(a, 1.0 + RECENT)
     failures.note(a, X, 1.0, deadly=True)
     failures.forget(a)
     assert failures.is_free(a, 1.0)

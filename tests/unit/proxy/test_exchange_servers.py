@@ -34,7 +34,7 @@ def body(number: int) -> bytes:
     return b'{"model":"m","n":%d}' % number
 
 
-# -- F2: retries reach every healthy server ------------------------------------------------------
+# -- retries reach every healthy server ------------------------------------------------------
 
 
 async def _resets(talk: Talk) -> None:
@@ -76,7 +76,7 @@ async def test_ejected_server_failing_after_busy_says_busy_with_retry_after(auto
         assert got[b"retry-after"] == b"5"  # the ejection ends before the other is free
 
 
-# -- F7: probation ends with the first event ------------------------------------------------------
+# -- probation ends with the first event ------------------------------------------------------
 
 
 async def test_probation_long_json_response_admits_other_requests(autojump_clock):
@@ -105,7 +105,7 @@ async def test_probation_long_json_response_admits_other_requests(autojump_clock
         assert slow.got.status == 200
 
 
-# -- A8: odd responses count against the request first --------------------------------------------
+# -- odd responses count against the request first --------------------------------------------
 
 ODD = {
     "long head": b"HTTP/1.1 200 OK\r\nmetadata: " + b"x" * (MAX_HEAD + 1),
@@ -320,7 +320,7 @@ async def test_refused_client_errors_are_not_counted(autojump_clock):
         assert rig.server("a").current_state(trio.current_time())[0] is State.UP
 
 
-# -- E4: contexts of different lengths -------------------------------------------------------------
+# -- contexts of different lengths -------------------------------------------------------------
 
 
 def long_only(limit: int) -> Script:
@@ -376,7 +376,7 @@ async def test_too_long_for_equal_servers_is_not_retried(autojump_clock):
         assert rig.requests().total() == 1
 
 
-# -- B6: stale model lists -------------------------------------------------------------------------
+# -- stale model lists -------------------------------------------------------------------------
 
 NO_MODEL = answer(
     404,

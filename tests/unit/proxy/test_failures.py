@@ -6,7 +6,7 @@ import pytest
 
 from support.fleet_makers import go_down, make_fleet
 from vllm_router.fleet.server import Server
-from vllm_router.proxy.failures import LATELY, SAME_MOMENT, End, Failures
+from vllm_router.proxy.failures import RECENT, SAME_MOMENT, End, Failures
 
 MINE, OTHER, THIRD = 1, 2, 3
 
@@ -98,8 +98,8 @@ def test_failures_expire_after_a_time():
     failures, fleet = Failures(), servers()
     assert failures.is_free(fleet[0], 0.0)
     failures.note(fleet[0], MINE, 10.0, deadly=True)
-    assert not failures.is_free(fleet[0], 10.0 + LATELY - 0.1)
-    assert failures.is_free(fleet[0], 10.0 + LATELY)
+    assert not failures.is_free(fleet[0], 10.0 + RECENT - 0.1)
+    assert failures.is_free(fleet[0], 10.0 + RECENT)
     failures.note(fleet[0], MINE, 30.0, deadly=True)
     failures.forget(fleet[0])
     assert failures.is_free(fleet[0], 30.0)

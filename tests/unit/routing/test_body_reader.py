@@ -44,7 +44,7 @@ def reading(body: bytes, *, with_prompt: bool = False) -> Reading:
     return finish(read_in_slices(CHAT, JSON, body, with_prompt=with_prompt))
 
 
-# -- B1: bodies that Python reads and msgspec does not ------------------------------------------
+# -- bodies that Python reads and msgspec does not ------------------------------------------
 
 
 @pytest.mark.parametrize("encode", ENCODINGS.values(), ids=list(ENCODINGS))

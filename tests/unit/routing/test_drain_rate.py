@@ -104,8 +104,8 @@ def test_drain_rate_is_never_negative_or_stale(steps: list[tuple[str, float]]):
             rate.forget(now)
             freed.clear()
         found = rate.per_second(now)
-        lately = [moment for moment in freed if now - moment <= SAMPLE_EXPIRY]
-        assert found is None or (found > 0.0 and len(lately) >= MIN_SAMPLES)
+        recent = [moment for moment in freed if now - moment <= SAMPLE_EXPIRY]
+        assert found is None or (found > 0.0 and len(recent) >= MIN_SAMPLES)
 
 
 def test_drain_rate_quickest_is_of_latest_responses():

@@ -226,7 +226,7 @@ class AsgiConnection(RequestReader):
             raise RuntimeError(f"unexpected message {kind!r}")
 
     async def _write_all(self, data: bytes) -> None:
-        """Send, with a checkpoint only every SENDS_PER_CHECKPOINT sends. Raises ClientDisconnected."""
+        """Send, with a checkpoint every SENDS_PER_CHECKPOINT sends. Raises ClientDisconnected."""
         wait = self._write(data)
         if wait is not None:
             await wait
