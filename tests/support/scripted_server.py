@@ -207,6 +207,10 @@ def ok(body: bytes, *fields: bytes) -> bytes:
     return answer(200, body, *fields)
 
 
+GOOD = ok(b'{"answer":1}')
+"""A short JSON response that counts as an answer."""
+
+
 def sse_head(*fields: bytes) -> bytes:
     lines = [b"HTTP/1.1 200 OK", b"content-type: " + SSE, b"transfer-encoding: chunked", *fields]
     return b"\r\n".join(lines) + b"\r\n\r\n"

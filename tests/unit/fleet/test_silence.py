@@ -9,15 +9,15 @@ import trio
 import trio.testing
 
 from support.fleet_makers import gauges, make_fleet
-from support.proxy_harness import Rig, lab
+from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import (
     DONE,
     END,
+    GOOD,
     Talk,
     answering,
     chunk,
     event,
-    ok,
     silent,
     sse_head,
     streaming,
@@ -26,8 +26,6 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.silence import STILL_FOR, TRIAL_PATIENCE, Silence
 from vllm_router.fleet.state import State
 from vllm_router.proxy.retry import Outcome
-
-GOOD = ok(b'{"answer":1}')
 
 
 def state(server: Server) -> State:
@@ -67,6 +65,12 @@ def test_silence_probation_interval_grows():
     assert silence.admits(0.0)
 
 
+async def leave(client: Client) -> None:
+    """Disconnect, and wait until the router has noticed."""
+    client.leave()
+    await trio.testing.wait_all_tasks_blocked()
+
+
 # -- a client that leaves before the first byte ------------------------------------------------
 
 
@@ -80,8 +84,7 @@ async def test_disconnect_before_any_token_marks_server_silent(autojump_clock, p
             client = rig.start_stream(headers=headers)
             await trio.sleep(2)
             served += client.done
-            client.leave()
-            await trio.testing.wait_all_tasks_blocked()
+            await leave(client)
             await trio.sleep(0.01)
         assert served >= 9  # except the first, and probation requests after 5 and 10 more seconds
         assert rig.requests()["a"] <= 3
@@ -102,8 +105,7 @@ async def test_disconnect_soon_where_first_tokens_are_slow_is_ignored(autojump_c
             rig.prefer("a")
             client = rig.start_stream()
             await trio.sleep(waits)
-            client.leave()
-            await trio.testing.wait_all_tasks_blocked()
+            await leave(client)
             assert state(rig.server("a")) is expected
         assert not rig.server("a").is_evidence(2.9, stream=True)
         assert rig.server("a").is_evidence(3.1, stream=True)
@@ -115,8 +117,7 @@ async def test_disconnect_at_once_is_ignored(autojump_clock):
             rig.prefer("a")
             client = rig.start_stream()
             await trio.sleep(0.2)
-            client.leave()
-            await trio.testing.wait_all_tasks_blocked()
+            await leave(client)
         assert state(rig.server("a")) is State.UP
 
 
@@ -138,8 +139,7 @@ async def test_disconnect_while_another_request_has_tokens_is_ignored(autojump_c
         rig.prefer("a")
         client = rig.start({"model": "m", "stream": True, "p": "wait"})
         await trio.sleep(3)
-        client.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await leave(client)
         assert state(rig.server("a")) is State.UP
         await trio.sleep(15)
 
@@ -150,8 +150,7 @@ async def test_disconnect_before_usual_json_duration_is_ignored(autojump_clock):
         rig.prefer("a")
         client = rig.start()
         await trio.sleep(10)
-        client.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await leave(client)
         assert state(rig.server("a")) is State.UP
 
 
@@ -164,8 +163,7 @@ async def test_disconnect_while_counters_move_is_ignored(autojump_clock):
             now = trio.current_time()
             rig.server("a").scraped(gauges(1, generation_tokens=tokens), now, leases=1)
             await trio.sleep(0.5)
-        client.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await leave(client)
         assert state(rig.server("a")) is State.UP
 
 
@@ -180,8 +178,7 @@ async def test_disconnect_is_not_excused_by_late_counters_of_earlier_requests(au
         await trio.sleep(0.2)
         a.scraped(gauges(1, generation_tokens=9), trio.current_time(), leases=1)
         await trio.sleep(2)
-        client.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await leave(client)
         assert state(a) is State.SILENT
 
 
@@ -223,8 +220,7 @@ async def test_silent_server_probation_success_ends_silence(autojump_clock):
         rig.prefer("a")
         client = rig.start_stream()
         await trio.sleep(2)
-        client.leave()
-        await trio.testing.wait_all_tasks_blocked()
+        await leave(client)
         assert state(rig.server("a")) is State.SILENT
         going_on.set()
         await trio.sleep(6)
@@ -238,8 +234,7 @@ async def silence(rig: Rig) -> None:
     rig.prefer("a")
     client = rig.start_stream()
     await trio.sleep(2)
-    client.leave()
-    await trio.testing.wait_all_tasks_blocked()
+    await leave(client)
     assert state(rig.server("a")) is State.SILENT
 
 
@@ -288,8 +283,7 @@ async def test_silent_server_without_alternative_is_used(autojump_clock):
             client = rig.start_stream()
             await trio.sleep(2)
             rig.proxy.tick(rig.server("a"), trio.current_time())
-            client.leave()
-            await trio.testing.wait_all_tasks_blocked()
+            await leave(client)
         assert rig.requests()["a"] == 3
 
 

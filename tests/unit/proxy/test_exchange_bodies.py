@@ -14,7 +14,7 @@ import trio
 from support.fleet_makers import come_up
 from support.form_oracle import make_form, model_seen_by_starlette, seen_by_fastapi
 from support.proxy_harness import Got, Rig, lab
-from support.scripted_server import answering, ok
+from support.scripted_server import GOOD, answering
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
@@ -22,7 +22,6 @@ from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.prompt.steps import Steps
 
-GOOD = ok(b'{"answer":1}')
 JSON_TYPE = (b"content-type", b"application/json")
 AUDIO = "/v1/audio/transcriptions"
 TABLES = """

@@ -13,6 +13,7 @@ from support.proxy_harness import Rig, lab
 from support.scripted_server import (
     DONE,
     END,
+    GOOD,
     ScriptedServer,
     Talk,
     answer,
@@ -38,7 +39,6 @@ from vllm_router.proxy.request import Request
 from vllm_router.proxy.retry import Outcome
 from vllm_router.proxy.server_response import ServerResponse
 
-GOOD = ok(b'{"answer":1}')
 HELLO = event("hello")
 BODY = b'{"model": "m"}'
 

@@ -7,10 +7,9 @@ import json
 import pytest
 
 from support.proxy_harness import CHAT, lab
-from support.scripted_server import Talk, answering, ok
+from support.scripted_server import GOOD, Talk, answering
 from vllm_router.proxy.headers import RequestHeads
 
-GOOD = ok(b'{"answer":1}')
 JSON = (b"content-type", b"application/json")
 
 

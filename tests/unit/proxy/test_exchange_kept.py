@@ -13,6 +13,7 @@ from support.proxy_harness import Rig, lab
 from support.scripted_server import (
     DONE,
     END,
+    GOOD,
     Script,
     Talk,
     answer,
@@ -29,7 +30,6 @@ from vllm_router.proxy.retry import Outcome
 
 pytestmark = pytest.mark.usefixtures("socket_kind")
 
-GOOD = ok(b'{"answer":1}')
 ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
 
 

@@ -14,6 +14,7 @@ from support.proxy_harness import CHAT, Rig, lab
 from support.scripted_server import (
     DONE,
     END,
+    GOOD,
     Script,
     Talk,
     answer,
@@ -33,7 +34,6 @@ from vllm_router.http.client.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 
-GOOD = ok(b'{"answer":1}')
 BUSY = answer(503, b'{"error":{"message":"busy"}}')
 ABORT = ok(b'{"choices":[{"text":"","finish_reason":"abort"}]}')
 

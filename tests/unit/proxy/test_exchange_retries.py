@@ -10,11 +10,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from support.fleet_makers import make_fleet
 from support.proxy_harness import Client, Rig, lab
-from support.scripted_server import Script, Talk, answer, answering, ok
+from support.scripted_server import GOOD, Script, Talk, answer, answering
 from vllm_router.proxy.failures import RECENT, SAME_MOMENT, End, Failures
 from vllm_router.proxy.retry import Outcome
 
-GOOD = ok(b'{"answer":1}')
 ERROR = answer(500, b"{}")
 
 

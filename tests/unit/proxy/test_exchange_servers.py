@@ -10,18 +10,17 @@ import trio
 from support.fleet_makers import eject, make_config
 from support.proxy_harness import Rig, lab
 from support.scripted_server import (
+    GOOD,
     Script,
     Talk,
     answer,
     answering,
-    ok,
     once,
 )
 from vllm_router.fleet.state import State
 from vllm_router.http.client.response_parser import MAX_FIELDS, MAX_HEAD
 from vllm_router.proxy.retry import Outcome
 
-GOOD = ok(b'{"answer":1}')
 NO_ROUTE = answer(404, b'{"detail":"Not Found"}')
 RESPONSES = "/v1/responses"
 

@@ -10,10 +10,9 @@ import json
 import pytest
 
 from support.proxy_harness import lab
-from support.scripted_server import answering, ok
+from support.scripted_server import GOOD, answering
 from vllm_router.routing.prompt.body_reader import read_routing_info
 
-GOOD = ok(b'{"answer":1}')
 SOMEWHERE = {"do_remote_prefill": True, "remote_host": "192.0.2.66", "remote_port": 5600}
 
 REFUSED = {

@@ -7,10 +7,8 @@ import trio
 import trio.testing
 
 from support.proxy_harness import lab
-from support.scripted_server import answering, ok
+from support.scripted_server import GOOD, answering
 from vllm_router.runtime.model_lists import AT_ONCE, LOOK_GAP, ModelLists
-
-GOOD = ok(b'{"answer":1}')
 
 
 class Server:
