@@ -26,7 +26,7 @@ from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.runtime.workers.fleet import LeadingFleet
 from vllm_router.runtime.workers.queue_board import QueueBoard
-from vllm_router.runtime.workers.queue_peers import PATIENCE, QueuePeers
+from vllm_router.runtime.workers.queue_peers import PATIENCE, SILENCE, QueuePeers
 from vllm_router.runtime.workers.queue_wakeup import POLL_WHILE_WAITING
 from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
 
@@ -282,18 +282,78 @@ async def test_workers_queue_request_of_other_model_is_not_delayed(autojump_cloc
             client.leave()
 
 
-async def test_workers_queue_hanging_process_delays_others_briefly(autojump_clock):
+async def test_workers_queue_hanging_process_delays_others_briefly(autojump_clock, caplog):
     async with group(2, working(0.1)) as router:
-        first = await router.start(1, 0)
-        hung = await router.start(0, 1)
-        router[0].stopped = True
-        waits = [await router.start(1, n) for n in range(2, 12)]
-        await trio.sleep(0.1 + PATIENCE + 10 * (0.1 + 2 * POLL_WHILE_WAITING))
+        first = await router.start(0, 0)
+        hung = await router.start(1, 1)
+        router[1].stopped = True
+        waits = [await router.start(0, n) for n in range(2, 12)]
+        await trio.sleep(0.1 + SILENCE + 10 * (0.1 + 2 * POLL_WHILE_WAITING))
         assert order(first, *waits) == [0, *range(2, 12)]
         assert not hung.done
-        router[0].stopped = False
+        assert caplog.text.count("worker 1 has not looked after its waiting requests for 2 s") == 1
+        router[1].stopped = False
         await trio.sleep(1)
         assert hung.got.status == 200
+
+
+@pytest.mark.parametrize("slow", [0.5, 0.9 * SILENCE])
+async def test_workers_queue_slow_process_keeps_its_turns(autojump_clock, slow):
+    """Each pass of process 1 comes late, and one server after the other is its turn."""
+    async with group(3, working(0.1)) as router:
+        clients = [await router.start(0, 0)]
+        clients += [await router.start(n % 3, n, "ab"[n % 2]) for n in range(1, 10)]
+        for _ in range(12):
+            router[1].stopped = True
+            await trio.sleep(slow)
+            router[1].stopped = False
+            await trio.sleep(2 * POLL_WHILE_WAITING)
+        assert order(*clients) == list(range(10))
+
+
+async def test_workers_queue_process_that_cannot_use_server_passes_its_turn_on(autojump_clock):
+    """Process 1 has not heard yet that the server has come up."""
+    async with group(2, working(0.1)) as router:
+        router.each(lambda process: go_down(process.servers[0], trio.current_time()))
+        waits = [await router.start(1, 0), await router.start(0, 1)]
+        come_up(router[0].servers[0], trio.current_time())
+        router[0].fleet.settle(trio.current_time())
+        await trio.sleep(0.1 + PATIENCE / 2)
+        assert order(*waits) == [1]
+        come_up(router[1].servers[0], trio.current_time())
+        router[1].fleet.settle(trio.current_time())
+        await trio.sleep(1)
+        assert order(*waits) == [1, 0]
+
+
+async def test_workers_queue_process_that_leaves_a_free_server_loses_its_turn(autojump_clock):
+    """Process 1 makes passes, which do not give the server to its request."""
+    async with group(2, working(0.1)) as router:
+        clients = [await router.start(n, n) for n in (0, 1)]
+        clients.append(await router.start(0, 2))
+        router[1].stopped = True
+        board = QueueBoard(router.queue, 2)
+        for _ in range(int((0.2 + 2 * PATIENCE) / POLL_WHILE_WAITING)):
+            await trio.sleep(POLL_WHILE_WAITING)
+            board.pages[1].beat(int(trio.current_time() * 1e6))
+        assert order(*clients) == [0, 2]
+        router[1].stopped = False
+        await trio.sleep(1)
+        assert order(*clients) == [0, 2, 1]
+
+
+async def test_workers_queue_standstill_of_machine_costs_no_turn(autojump_clock):
+    async with group(2, working(0.1)) as router:
+        clients = [await router.start(n % 2, n) for n in (0, 1, 2)]
+        for process in router.processes:
+            process.stopped = True
+        await trio.sleep(10 * SILENCE)
+        router[0].stopped = False
+        await trio.sleep(3 * POLL_WHILE_WAITING)
+        assert order(*clients) == [0]
+        router[1].stopped = False
+        await trio.sleep(1)
+        assert order(*clients) == [0, 1, 2]
 
 
 async def test_workers_queue_requests_of_dead_process_are_forgotten(autojump_clock):

@@ -6,17 +6,22 @@ that is another process, this one leaves the server alone, wakes the other proce
 with the remaining capacity: a free unit is *promised* to an entry of another process, unless that
 entry was considered since the unit became free and has not used it.
 
-No process depends on the health of another: after a wake-up, a process has PATIENCE seconds to take
-the server, and no further ones until it shows a life sign.
+No process depends on the health of another. A process whose turn it is loses the turn
+
+* if it makes no pass over the queue for SILENCE seconds, as if it was stopped: its entries are
+  passed over until its next pass;
+* if it still makes passes PATIENCE seconds after the server became free, but does not take it: it
+  knows something else of the server, or does not know it yet.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
@@ -30,8 +35,20 @@ from vllm_router.runtime.workers.queue_wakeup import Wakeups
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 0.25
-"""Seconds for which a free server is reserved for the process whose turn it is."""
+"""Seconds for which a free server is reserved for a process that makes passes, but leaves it."""
+
+SILENCE = 2.0
+"""Seconds for which a free server is reserved for a process that makes no pass. Long enough for a
+process that merely waits for the processor.
+"""
+
+LONGEST_STEP = 0.1
+"""Seconds that count at most between two passes of this process: if the whole machine stood still,
+no process was silent.
+"""
 
 _FOREVER = float("inf")
 _NO_MODEL = mark("\0no model")
@@ -48,16 +65,27 @@ class Theirs(QueueEntry):
     models: tuple[str | None, ...] = ()
 
 
+class _Hold(NamedTuple):
+    """A free server is reserved for an entry of another process since this time, in successive
+    passes. `awake` is the same time on the clock that only runs while this process does.
+    """
+
+    since: float
+    awake: float
+
+
 class _Reader:
-    """The read position in another process's page."""
+    """The read position in another process's page, and its signs of life."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.epoch = -1
         self.seen = 0
         self.places: dict[int, Theirs] = {}
-        self.unresponsive_since: int | None = None
-        """Its heartbeat when it was found unresponsive."""
+        self.heartbeat = 0
+        self.heard = 0.0
+        """When its heartbeat last changed, on this process's awake clock."""
+        self.silent = False
 
 
 class QueuePeers:
@@ -79,7 +107,9 @@ class QueuePeers:
         self._numbers: dict[int, QueueEntry] = {}
         self._routes: dict[Route, int] = {}
         self._route_marks = count(1)
-        self._held: dict[Theirs, float] = {}
+        self._held: dict[Theirs, _Hold] = {}
+        self._holding: dict[Theirs, _Hold] = {}
+        self._awake = self._began = 0.0
         self._to_notify: set[int] = set()
         self._changed_at = 0
         self._names: dict[int, tuple[str | None, ...]] = {}
@@ -176,8 +206,6 @@ class QueuePeers:
 
     def displaced(self, place: QueueEntry) -> None:
         self._numbers.pop(place.number, None)
-        if isinstance(place, Theirs):
-            self._held.pop(place, None)
 
     # -- places of the others -----------------------------------------------------------------
 
@@ -200,12 +228,11 @@ class QueuePeers:
         """The process has died, and may have been replaced."""
         for place in list(reader.places.values()):
             self._drop(reader, place, now)
-        reader.unresponsive_since = None
+        reader.silent = False
 
     def _drop(self, reader: _Reader, place: Theirs, now: float) -> None:
         """The entry has stopped waiting."""
         del reader.places[place.slot]
-        self._held.pop(place, None)
         if self._numbers.pop(place.number, None) is not None:
             self._gate.places.leave(place, now)
 
@@ -278,27 +305,39 @@ class QueuePeers:
     def begin(self, now: float) -> None:
         self.promised.clear()
         self._to_notify.clear()
+        self._holding.clear()
+        self._awake += min(now - self._began, LONGEST_STEP)
+        self._began = now
+        for reader in self._readers:
+            heartbeat = self._pages[reader.number].heartbeat
+            if heartbeat != reader.heartbeat:
+                reader.heartbeat, reader.heard, reader.silent = heartbeat, self._awake, False
 
     def give(self, place: QueueEntry, now: float) -> Verdict:
         assert isinstance(place, Theirs)
         server = self._server_for(place, now)
         if server is None:
-            self._held.pop(place, None)
             return Verdict.BLOCKED
-        reader = self._by_number[place.owner]
-        heartbeat = self._pages[place.owner].heartbeat
-        if reader.unresponsive_since == heartbeat:
-            return Verdict.BLOCKED
-        reader.unresponsive_since = None
-        since = self._held.setdefault(place, now)
-        if now - since > PATIENCE:
-            if heartbeat < int(since * 1e6):
-                reader.unresponsive_since = heartbeat
+        hold = self._held.get(place) or _Hold(now, self._awake)
+        self._holding[place] = hold
+        if self._loses_turn(self._by_number[place.owner], hold):
             return Verdict.BLOCKED
         place.server = server
         self.promised[server] += 1
         self._to_notify.add(place.owner)
         return Verdict.HELD
+
+    def _loses_turn(self, reader: _Reader, hold: _Hold) -> bool:
+        """Whether a process has had enough time for a server that is reserved for it."""
+        if not reader.silent and self._awake - max(hold.awake, reader.heard) > SILENCE:
+            reader.silent = True
+            logger.warning(
+                "%s has not looked after its waiting requests for %g s: "
+                "others are served first until it does",
+                f"worker {reader.number}" if reader.number else "the leader",
+                SILENCE,
+            )
+        return reader.silent or reader.heartbeat > (hold.since + PATIENCE) * 1e6
 
     def _server_for(self, place: Theirs, now: float) -> Server | None:
         """A server with a free unit that the entry's process has not passed over."""
@@ -324,6 +363,7 @@ class QueuePeers:
 
     def end(self, now: float) -> None:
         self._page.beat(int(now * 1e6))
+        self._held, self._holding = self._holding, self._held
         for number in self._to_notify:
             self._notify(number)
 
