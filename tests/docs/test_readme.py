@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -56,7 +57,7 @@ def written(value: object, nothing: str) -> str:
         case int() | float():
             return f"`{value:g}`"
         case tuple():
-            return f"`[{', '.join(value)}]`"
+            return f"`[{', '.join(json.dumps(item) for item in value)}]`"
     return f'`"{value}"`'
 
 

@@ -14,6 +14,7 @@ from vllm_router.config.auth import AuthConfig
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule
+from vllm_router.config.session_sources import SESSION_SOURCES
 from vllm_router.config.tls import File, TlsConfig
 from vllm_router.config.types import (
     AddressOrNone,
@@ -31,6 +32,7 @@ from vllm_router.config.types import (
     SecondsOrNone,
     SecondsOrZero,
     Secret,
+    SessionSources,
     Share,
     Tokens,
 )
@@ -98,6 +100,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         connect is always retried.
     policy: name of the policy that chooses servers, see `routing/policies/`.
     policy_header: whether a request may choose another policy by `X-Router-Policy`.
+    session_sources: headers and body fields that name a request's session, the first one counts.
 
     Settings of the policies, see docs/routing.md:
     tokens_per_request: uncached prompt tokens that weigh as much as one request.
@@ -158,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout: Seconds = 60.0
     policy: PolicyName = "adaptive"
     policy_header: Bool = False
+    session_sources: SessionSources = SESSION_SOURCES
     tokens_per_request: Tokens = 1000.0
     waste_growth: Growth = 0.5
     prefix_memory_mb: Megabytes = 64.0

@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from vllm_router.config.origins import read_origin
 from vllm_router.config.server_url import normalise_url, quoted
+from vllm_router.config.session_sources import read_session_source
 
 _MAX_INT = 2**63 - 1  # TOML integers have 64 bits
 _FINITE = sys.float_info.max
@@ -188,6 +189,11 @@ Origins = Annotated[
 Hosts = Annotated[
     tuple[Annotated[str, _reads("a host name (string)", _read_host)], ...],
     Meta(description="array of host names (strings)"),
+]
+
+SessionSources = Annotated[
+    tuple[Annotated[str, _reads("a source of session ids (string)", read_session_source)], ...],
+    Meta(description="array of sources of session ids (strings)"),
 ]
 
 LogLevel = Annotated[str, _one_of("debug", "info", "warning", "error")]

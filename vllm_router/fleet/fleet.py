@@ -11,6 +11,7 @@ from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.candidates import choose, next_rank_change
 from vllm_router.fleet.context_lengths import ContextLengths
 from vllm_router.fleet.load import EWMA_WEIGHT
+from vllm_router.fleet.model_seeds import ModelSeeds
 from vllm_router.fleet.outliers import may_eject, outlier_reason
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import ChangeLog, Server
@@ -44,6 +45,7 @@ class Fleet:
     Models are named as the servers name them, except in `model_cards` and in methods with `public`
     in their name; `names` converts.
 
+    seeds: of prompts' block hashes by public model name.
     leaving: removed servers with requests in flight.
     selective: servers that do not accept every request for their models, see `fitting`.
     on_transition: called with changes of state.
@@ -58,6 +60,7 @@ class Fleet:
         self.leaving: list[Server] = []
         self.settings: Settings = config.settings
         self.names = Models(config.models)
+        self.seeds = ModelSeeds()
         self.change_log = ChangeLog()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
@@ -113,6 +116,7 @@ class Fleet:
         self._prepared.clear()
         self._prepared_for = None
         self.servers = {server.name: server for server in by_url.values()}
+        self.seeds.follow(self.names, self.servers)
         self._forget_ready()
         return FleetChange(tuple(added), tuple(removed), tuple(kept))
 
@@ -293,6 +297,7 @@ class Fleet:
         changed = self._changed.union([s for s, moment in self._due.items() if moment <= now])
         self._ready.clear()
         self._fitting.clear()
+        self.seeds.follow(self.names, self.servers)
         servers = self._in_order(changed)
         self._update_selective(servers)
         self._changed = set(servers[SETTLED_AT_ONCE:])

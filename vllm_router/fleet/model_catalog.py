@@ -17,9 +17,11 @@ class ModelCatalog:
     listed_at: when the list was last read, None before.
     lengths: longest context of each model in tokens (`max_model_len`), where the server says it.
         Replaced by a new dictionary on every change.
+    twins: for each name of a model that the engine serves under several names, the first of them
+        in alphabetical order. Adapters have no twins.
     """
 
-    __slots__ = ("_listed", "cards", "configured", "lengths", "listed_at", "names")
+    __slots__ = ("_listed", "cards", "configured", "lengths", "listed_at", "names", "twins")
 
     def __init__(self, configured: tuple[str, ...] | None) -> None:
         self.configured = configured
@@ -27,6 +29,7 @@ class ModelCatalog:
         self.cards: dict[str, dict[str, Any]] = {}
         self.listed_at: float | None = None
         self.lengths: dict[str, int] = {}
+        self.twins: dict[str, str] = {}
         self._listed: frozenset[str] = frozenset()
 
     def configure(self, configured: tuple[str, ...] | None) -> None:
@@ -44,7 +47,8 @@ class ModelCatalog:
     ) -> tuple[bool, frozenset[str], frozenset[str]]:
         """The server's list was read.
 
-        Returns whether names or lengths have changed, and the names in the list before and now.
+        Returns whether names, lengths or twins have changed, and the names in the list before
+        and now.
         """
         before, self._listed = self._listed, frozenset(cards)
         self.cards, self.listed_at = cards, now
@@ -52,6 +56,10 @@ class ModelCatalog:
         lengths = {name: length for name, card in cards.items() if (length := _length(card))}
         if lengths != self.lengths:
             self.lengths = lengths
+            changed = True
+        twins = _twins(cards)
+        if twins != self.twins:
+            self.twins = twins
             changed = True
         if self.configured is None and tuple(cards) != self.names:
             self.names = tuple(cards)
@@ -65,6 +73,16 @@ class ModelCatalog:
         self.names = tuple(name for name in self.names if name != model)
         self.cards = {name: card for name, card in self.cards.items() if name != model}
         return True
+
+
+def _twins(cards: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """See `ModelCatalog.twins`. vLLM gives all names of a model the same `root`, its path."""
+    names_of: dict[str, list[str]] = {}
+    for name, card in cards.items():
+        root = card.get("root")
+        if isinstance(root, str) and card.get("parent") is None:
+            names_of.setdefault(root, []).append(name)
+    return {name: min(names) for names in names_of.values() if len(names) > 1 for name in names}
 
 
 def _length(card: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ from vllm_router.proxy.headers import (
     loops,
 )
 from vllm_router.routing.paths import INVOCATIONS, is_pure
+from vllm_router.routing.prompt.session import session_hint
 
 
 class ClientHead:
@@ -29,6 +30,7 @@ class ClientHead:
     `anthropic` says that the client uses Anthropic's API; `forwarded` and `added` are field lines
     for the server, the client's and ours. `refused` is the refusal of a request whose head alone
     rules it out. `api` is the API of the path, `pure` says that vLLM only computes there.
+    `session` is what the head says of the session.
     `alike` is False if there are several Content-Types: programs differ in which one they use.
     """
 
@@ -66,7 +68,7 @@ class ClientHead:
         if not self.alike:
             given = (value for name, value in headers if name == b"content-type")
             self.content_type = b", ".join(given)
-        self.session = fields.get(b"x-session-id", b"")
+        self.session = session_hint(fields, settings.session_sources)
         self.refused = _refused_by_head(path, headers, fields, settings)
         self.forwarded = ForwardedFields(headers, connection_field(headers, fields))
         self.added = forwarding_fields(

@@ -236,6 +236,7 @@ class Exchange:
             self._share,
             context.policies,
             wanted,
+            context.fleet.seeds,
             with_prompt=context.wants_prompt,
         )
         record.facts = facts = request.facts

@@ -10,6 +10,7 @@ import trio
 from vllm_router.config.model_aliases import Models
 from vllm_router.config.schema import Settings
 from vllm_router.errors import InvalidBody, Refused
+from vllm_router.fleet.model_seeds import ModelSeeds
 from vllm_router.http.asgi_types import Scope
 from vllm_router.proxy.body import BodyShare
 from vllm_router.proxy.client_head import ClientHead
@@ -17,6 +18,7 @@ from vllm_router.proxy.headers import ForwardedFields, connection_field
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import POLICY_NAMES, Policy
 from vllm_router.routing.policy_set import PolicySet
+from vllm_router.routing.prompt.blocks import reseeded
 from vllm_router.routing.prompt.body_reader import read_in_slices, replaced
 from vllm_router.routing.prompt.model_name import json_name, model_places, with_model
 from vllm_router.routing.prompt.routing_info import SHORT, UNREAD, RoutingInfo, read_at_once
@@ -37,6 +39,7 @@ class Request:
     __slots__ = (
         "_model_places",
         "_policies",
+        "_seeds",
         "_share",
         "_wanted",
         "_with_prompt",
@@ -62,11 +65,13 @@ class Request:
         share: BodyShare,
         policies: PolicySet,
         wanted: Policy | None,
+        seeds: ModelSeeds,
         *,
         with_prompt: bool,
     ) -> None:
         """`share` has counted the body. `wanted` is the policy that the client chose, if any.
-        `with_prompt`: the facts must have the prompt even if the policies do not use it.
+        `seeds` are the fleet's. `with_prompt`: the facts must have the prompt even if the policies
+        do not use it.
         """
         read = policies if wanted is None else wanted
         self.head = head
@@ -74,6 +79,7 @@ class Request:
         self._policies = policies
         self._wanted = wanted
         self._with_prompt = with_prompt
+        self._seeds = seeds
         self.method: str = scope["method"]
         self.target = head.target
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -85,9 +91,10 @@ class Request:
             scope["raw_path"],
             head.content_type,
             body,
-            head.session if read.needs_session or with_prompt else b"",
+            head.session if read.needs_session or with_prompt else None,
             with_prompt=read.needs_prompt or with_prompt,
             shortest=SHORT,
+            seeds=seeds.of,
         )
         self.facts: RoutingInfo = UNREAD if facts is None else facts
         self.policy: Policy = policies.default if wanted is None else wanted
@@ -107,9 +114,10 @@ class Request:
             path,
             head.content_type,
             self.body,
-            head.session if read.needs_session or with_prompt else b"",
+            head.session if read.needs_session or with_prompt else None,
             with_prompt=read.needs_prompt or with_prompt,
             shortest=SHORT,
+            seeds=self._seeds.of,
         )
         try:
             reading = await in_slices(steps, turns)
@@ -161,7 +169,9 @@ class Request:
             raise _invalid(error) from None
 
     def _set_model(self, served: str) -> None:
-        self.facts = msgspec.structs.replace(self.facts, model=served)
+        facts, seeds = self.facts, self._seeds
+        prompt = reseeded(facts.prompt, seeds.of(facts.model), seeds.of(served))
+        self.facts = msgspec.structs.replace(facts, model=served, prompt=prompt)
         self.drop(_BODY_DIGESTS)
 
     def drop(self, names: frozenset[bytes]) -> None:

@@ -15,8 +15,10 @@ from vllm_router.fleet.state import State
 from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import Policy
+from vllm_router.routing.prompt.blocks import reseeded
 from vllm_router.routing.prompt.body_reader import EXPLAIN, read_in_slices
 from vllm_router.routing.prompt.routing_info import SHORT, RoutingInfo, read_at_once
+from vllm_router.routing.prompt.session import session_hint
 from vllm_router.web.router import Router
 
 
@@ -31,7 +33,8 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
     if asked is not None:
         names = fleet.names
         answering = names.resolve(asked, lambda served: fleet.available(served, now))
-        facts = msgspec.structs.replace(facts, model=names.served(answering))
+        prompt = reseeded(facts.prompt, fleet.seeds.of(asked), fleet.seeds.of(answering))
+        facts = msgspec.structs.replace(facts, model=names.served(answering), prompt=prompt)
         policy = policy or router.proxy.context.policies.for_model(answering)
     policy = policy or router.proxy.context.policies.default
     allowed = fleet.candidates(facts.model, now)
@@ -41,6 +44,8 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         "model": asked,
         "served_model": facts.model,
         "stream": facts.stream,
+        "session": facts.session,
+        "session_source": facts.session_source or None,
         "model_known": facts.model is None or fleet.knows(facts.model),
         "policy": policy.name,
         "formula": policy.formula(),
@@ -74,14 +79,19 @@ async def facts_of(
     """
     read = policy or router.proxy.context.policies
     content_type = fields.get("content-type", "").encode("latin-1")
-    session = (fields.get("x-session-id", "") if read.needs_session else "").encode("latin-1")
-    wanted = read.needs_prompt
-    facts = read_at_once(EXPLAIN, content_type, body, session, with_prompt=wanted, shortest=SHORT)
+    context = router.proxy.context
+    session = None
+    if read.needs_session:
+        headers = {name.encode("latin-1"): text.encode("latin-1") for name, text in fields.items()}
+        session = session_hint(headers, context.settings.session_sources)
+    about = (EXPLAIN, content_type, body, session)
+    wanted, seeds = read.needs_prompt, router.fleet.seeds.of
+    facts = read_at_once(*about, with_prompt=wanted, shortest=SHORT, seeds=seeds)
     if facts is not None:
         return facts
-    steps = read_in_slices(EXPLAIN, content_type, body, session, with_prompt=wanted, shortest=SHORT)
+    steps = read_in_slices(*about, with_prompt=wanted, shortest=SHORT, seeds=seeds)
     try:
-        return (await in_slices(steps, router.proxy.context.body_turns)).facts
+        return (await in_slices(steps, context.body_turns)).facts
     except InvalidBody as error:
         raise Refused(400, "invalid_body", str(error)) from None
 

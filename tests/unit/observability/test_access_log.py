@@ -30,6 +30,7 @@ from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.prompt.body_reader import read_routing_info
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.prompt.session import session_hint
 
 FORGED = "m\n2026-01-01T00:00:00.000Z INFO    access: GET /\x1b[2K\u2028 x=1"
 
@@ -117,7 +118,11 @@ def test_access_log_text_line_has_fields_except_chunks_and_prefix():
     )
     body = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
     facts = read_routing_info(
-        b"/v1/chat/completions", b"application/json", body, b"s", with_prompt=True, shortest=0
+        b"/v1/chat/completions",
+        b"application/json",
+        body,
+        session_hint({b"x-session-id": b"session-1"}),
+        with_prompt=True,
     )
     whole = Ended(1_000_000.0, record, facts, "trace")
     written = [pair.partition("=")[0] for pair in text_line(whole).split() if "=" in pair]

@@ -1,4 +1,4 @@
-"""Routing data of a prompt: blocks, session, and the boundaries within a conversation."""
+"""Routing data of a prompt: blocks, and the boundaries within a conversation."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CHAT = b"/v1/chat/completions"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))
 
 
-def facts(path: bytes = CHAT, session: bytes = b"", **body: Any) -> RoutingInfo:
+def facts(path: bytes = CHAT, **body: Any) -> RoutingInfo:
     raw = msgspec.json.encode(body)
-    return read_routing_info(path, b"application/json", raw, session, with_prompt=True)
+    return read_routing_info(path, b"application/json", raw, with_prompt=True)
 
 
 def chat(*turns: tuple[str, Any], **body: Any) -> RoutingInfo:
@@ -277,22 +277,6 @@ def test_blocks_are_not_computed_unless_needed():
     body = msgspec.json.encode({"model": "m", "prompt": TEXT})
     assert read_routing_info(CHAT, b"", body) == RoutingInfo("m")
     assert read_routing_info(CHAT, b"", body).prompt is NO_PROMPT
-
-
-@pytest.mark.parametrize(
-    ("header", "body", "expected"),
-    [
-        (b"from-header", {"session_id": "s", "user": "u"}, "from-header"),
-        (b"", {"session_id": "s", "user": "u"}, "s"),
-        (b"", {"user": "u"}, "u"),
-        (b"", {"session_id": 7, "user": ""}, None),
-        (b"", {}, None),
-    ],
-)
-def test_session_comes_from_header_then_session_id_then_user(
-    header: bytes, body: dict[str, Any], expected: str | None
-):
-    assert facts(session=header, **body).session == expected
 
 
 # -- salts -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
 from vllm_router.routing.prompt.forms import is_true
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.prompt.session import session_hint
 from vllm_router.routing.prompt.steps import finish
 
 JSON = b"application/json"
@@ -249,11 +250,11 @@ def test_facts_only_known_paths_are_repeatable(body):
 
 
 def test_facts_prompt_of_short_body_is_its_size():
-    body = json.dumps({"model": "m", "user": "u", "prompt": "x" * 600}).encode()
+    body = json.dumps({"model": "m", "session_id": "session-1", "prompt": "x" * 600}).encode()
     facts = read_routing_info(
-        b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body) + 1
+        b"/v1/completions", JSON, body, session_hint({}), with_prompt=True, shortest=len(body) + 1
     )
     assert facts.prompt == Prompt(size=len(body))
-    assert (facts.model, facts.session) == ("m", "u")
+    assert (facts.model, facts.session) == ("m", "session-1")
     facts = read_routing_info(b"/v1/completions", JSON, body, with_prompt=True, shortest=len(body))
     assert (facts.prompt.size, len(facts.prompt.block_hashes)) == (600, 2)

@@ -114,6 +114,19 @@ def hash_blocks(*texts: Text, seed: int = 0) -> tuple[int, ...]:
     return tuple(hashes)
 
 
+def reseeded(prompt: Prompt, old: int, new: int) -> Prompt:
+    """The prompt for another model; `old` and `new` are the models' seeds.
+
+    Its blocks have nothing in common with the first model's blocks, nor with a prompt that was
+    hashed with `new` from the start. A second call with the seeds exchanged undoes it.
+    """
+    if old == new or not prompt.block_hashes:
+        return prompt
+    mask = (old ^ new) * _GOLDEN & _DIGEST_MASK
+    hashes = tuple([block ^ mask for block in prompt.block_hashes])
+    return msgspec.structs.replace(prompt, block_hashes=hashes)
+
+
 def pack_hashes(hashes: Sequence[int]) -> str:
     """Hashes as text for the access log: 8 characters per block, which reveal no text."""
     low = (1 << 48) - 1

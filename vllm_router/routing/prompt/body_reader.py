@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vllm_router.errors import InvalidBody
+from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.routing.paths import is_pure
 from vllm_router.routing.prompt.blocks import NO_PROMPT, Prompt
 from vllm_router.routing.prompt.fields import AllFields, RawFields, odd_fields
@@ -23,10 +24,12 @@ from vllm_router.routing.prompt.long_prompt import Values, long_prompt
 from vllm_router.routing.prompt.model_name import json_name, name_place
 from vllm_router.routing.prompt.routing_info import (
     RoutingInfo,
+    Seeds,
     may_be_form,
     read_at_once,
     routing_info_from,
 )
+from vllm_router.routing.prompt.session import SessionHint
 from vllm_router.routing.prompt.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
@@ -63,19 +66,20 @@ def read_routing_info(
     path: bytes,
     content_type: bytes,
     body: bytes,
-    session: bytes = b"",
+    session: SessionHint | None = None,
     *,
     with_prompt: bool = False,
     shortest: int = 0,
+    seeds: Seeds = seed_of_name,
 ) -> RoutingInfo:
     """Read any body without interruption, see `read_at_once`. Raises InvalidBody."""
     facts = read_at_once(
-        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
+        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest, seeds=seeds
     )
     if facts is not None:
         return facts
     steps = read_in_slices(
-        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest
+        path, content_type, body, session, with_prompt=with_prompt, shortest=shortest, seeds=seeds
     )
     return finish(steps).facts
 
@@ -84,10 +88,11 @@ def read_in_slices(
     path: bytes,
     content_type: bytes,
     body: bytes,
-    session: bytes = b"",
+    session: SessionHint | None = None,
     *,
     with_prompt: bool = False,
     shortest: int = 0,
+    seeds: Seeds = seed_of_name,
 ) -> Steps[Reading]:
     """Read a body that `read_at_once` does not.
 
@@ -103,7 +108,7 @@ def read_in_slices(
             if not body:
                 return unknown
             wants = None if not with_prompt else shortest
-            return (yield from _read_json(path, body, session, wants)) or unknown
+            return (yield from _read_json(path, body, session, wants, seeds)) or unknown
         form = yield from read_form(kind, content_type, body)
     except InvalidBody:
         if is_form or _says_json(path, content_type):
@@ -127,7 +132,7 @@ def _says_json(path: bytes, content_type: bytes) -> bool:
 
 
 def _read_json(
-    path: bytes, body: bytes, session: bytes, shortest: int | None
+    path: bytes, body: bytes, session: SessionHint | None, shortest: int | None, seeds: Seeds
 ) -> Steps[Reading | None]:
     """None if it is not an object. `shortest` is None if no prompt is needed."""
     if len(body) <= CHECKED:
@@ -143,7 +148,7 @@ def _read_json(
     elif len(body) < shortest:
         prompt = Prompt(size=len(body))
     else:
-        prompt = yield from long_prompt(values)
+        prompt = yield from long_prompt(values, seeds(fields.model))
     transfer = yield from _transfer(text, members)
     facts = routing_info_from(path, fields, session, prompt, transfer)
     places = tuple(filter(None, (name_place(text, *span) for span in members.models)))

@@ -6,6 +6,7 @@ clients that escape characters differently share no blocks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from zlib import crc32
 
@@ -40,11 +41,33 @@ _MAX_DEPTH = 8
 _MEDIA_FROM = 1024
 """Characters from which on a string in a content part is the data of a medium."""
 
-_NO_MEDIA = (b'"text"', b'"refusal"', b'"tool_use"', b'"tool_result"', b'"thinking"')
+_NO_MEDIA = (b'"text"', b'"refusal"')
+
+ATTRIBUTION = b"x-anthropic-billing-header"
+"""Claude Code begins its system prompt with a text that begins so, and contains a hash that differs
+from request to request. vLLM removes it before it applies the chat template (since 0.19)."""
+
+_LINE_BREAK = re.compile(rb"(?:[^\\]|\\[^n])*+\\n", re.DOTALL)
+"""Everything up to the first line break in the inside of a JSON string."""
 
 
 class _Part(msgspec.Struct, gc=False):
     text: msgspec.Raw = ABSENT
+
+
+class _Block(msgspec.Struct, gc=False):
+    """A part without a text, in Anthropic's API: a call, its result, or reasoning.
+
+    Fields that vLLM does not read are left out; `cache_control` moves from turn to turn.
+    """
+
+    type: msgspec.Raw = ABSENT
+    id: msgspec.Raw = ABSENT
+    name: msgspec.Raw = ABSENT
+    input: msgspec.Raw = ABSENT
+    tool_use_id: msgspec.Raw = ABSENT
+    content: msgspec.Raw = ABSENT
+    thinking: msgspec.Raw = ABSENT
 
 
 class _MediaPart(msgspec.Struct, gc=False):
@@ -68,6 +91,7 @@ class _MediaPart(msgspec.Struct, gc=False):
 
 _decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_part = msgspec.json.Decoder(_Part).decode
+_decode_block = msgspec.json.Decoder(_Block).decode
 _decode_media_parts = msgspec.json.Decoder(list[_MediaPart]).decode
 _decode_values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -84,7 +108,7 @@ def unquoted(text: bytes) -> bytes:
     return text if text != b"null" else b""
 
 
-def text_of(raw: msgspec.Raw | bytes) -> Text:
+def text_of(raw: msgspec.Raw | bytes) -> bytes | memoryview:
     """As `unquoted`, without copying long values."""
     if len(raw) < SHORT_TEXT:
         return unquoted(bytes(raw))
@@ -94,12 +118,36 @@ def text_of(raw: msgspec.Raw | bytes) -> Text:
     return view
 
 
-def add_content(raw: msgspec.Raw, texts: list[Text]) -> None:
-    """Append the texts of a message's `content`: a string, or an array of parts."""
+def without_attribution(text: bytes | memoryview) -> bytes | memoryview:
+    """A system message's text without Claude Code's attribution line, as vLLM reads it.
+
+    `text` is the inside of a JSON string.
+    """
+    if bytes(text[: len(ATTRIBUTION)]) != ATTRIBUTION:
+        return text
+    line = _LINE_BREAK.match(text)
+    return b"" if line is None else memoryview(text)[line.end() :]
+
+
+def without_attributed(text: bytes | memoryview) -> bytes | memoryview:
+    """The same for a block of Anthropic's `system`, of which vLLM removes the whole block."""
+    return b"" if bytes(text[: len(ATTRIBUTION)]) == ATTRIBUTION else text
+
+
+def add_content(
+    raw: msgspec.Raw,
+    texts: list[Text],
+    edited: Callable[[bytes | memoryview], bytes | memoryview] | None = None,
+    depth: int = 0,
+) -> None:
+    """Append the texts of a message's `content`: a string, or an array of parts.
+
+    `edited` returns the part of each text that counts. `depth` is the number of values around it.
+    """
     if first_byte(raw) != b"[":
-        texts.append(text_of(raw))
+        texts.append(text_of(raw) if edited is None else edited(text_of(raw)))
         return
-    if len(raw) >= LARGE and _add_media_parts(raw, texts):
+    if len(raw) >= LARGE and edited is None and _add_media_parts(raw, texts):
         return
     if _has_many_values(raw):
         texts.append(raw)
@@ -107,14 +155,43 @@ def add_content(raw: msgspec.Raw, texts: list[Text]) -> None:
     for number, part in enumerate(_decode_parts(raw)):
         if number >= MAX_PARSED and len(part) < SHORT_TEXT:
             texts.append(part)
-        elif first_byte(part) == b"{":
-            text = _decode_part(part).text
-            is_text = first_byte(text) == b'"'
-            texts.append(text_of(text) if is_text else _medium(_decode_values(part)))
-        elif first_byte(part) == b'"':
-            texts.append(text_of(part))
+            continue
+        begins = first_byte(part)
+        if begins == b"{":
+            inner = _decode_part(part).text
+            if first_byte(inner) != b'"':
+                _add_block(part, texts, depth)
+                continue
+            text = text_of(inner)
+        elif begins == b'"':
+            text = text_of(part)
         else:
-            texts.append(msgspec.json.encode(msgspec.json.decode(part)))
+            text = msgspec.json.encode(msgspec.json.decode(part))
+        texts.append(text if edited is None else edited(text))
+
+
+def _add_block(part: msgspec.Raw, texts: list[Text], depth: int) -> None:
+    """Append the texts of a part without a text of its own, or what represents a medium.
+
+    Only the values that vLLM passes to the chat template count (its Anthropic conversion): results
+    of tools are texts, redacted reasoning and signatures are nothing.
+    """
+    block = _decode_block(part)
+    kind = bytes(block.type)
+    if kind == b'"tool_result"':
+        texts.append(text_of(block.tool_use_id))
+        if depth < _MAX_DEPTH:
+            add_content(block.content, texts, depth=depth + 1)
+        else:
+            texts.append(block.content)
+    elif kind == b'"tool_use"':
+        texts += (text_of(block.id), text_of(block.name), text_of(block.input))
+    elif kind == b'"thinking"':
+        texts.append(text_of(block.thinking))
+    elif kind != b'"redacted_thinking"':
+        values = _decode_values(part)
+        values.pop("cache_control", None)
+        texts.append(_medium(values))
 
 
 def _add_media_parts(raw: msgspec.Raw, texts: list[Text]) -> bool:

@@ -17,6 +17,8 @@ from vllm_router.routing.prompt.content import (
     first_byte,
     text_of,
     unquoted,
+    without_attributed,
+    without_attribution,
 )
 
 _CONVERSATION_BYTES = 1 << 16
@@ -31,13 +33,15 @@ class Message(msgspec.Struct, gc=False):
     tool_calls: msgspec.Raw = ABSENT
     arguments: msgspec.Raw = ABSENT
     output: msgspec.Raw = ABSENT
+    input: msgspec.Raw = ABSENT
     tool_call_id: msgspec.Raw = ABSENT
     call_id: msgspec.Raw = ABSENT
 
 
 _decode_messages = msgspec.json.Decoder(list[Message]).decode
-_SYSTEM_ROLES = (b'"system"', b'"developer"')
-_NO_CALLS = (ABSENT,) * 5
+_SYSTEM = b'"system"'
+_SYSTEM_ROLES = (_SYSTEM, b'"developer"')
+_NO_CALLS = (ABSENT,) * 6
 
 
 def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
@@ -47,7 +51,16 @@ def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
     return _decode_messages(raw)
 
 
-def chat_prompt(messages: Sequence[Message], head: Iterable[bytes], seed: int = 0) -> Prompt:
+def system_texts(system: msgspec.Raw) -> list[Text]:
+    """The texts of Anthropic's `system`: a string, or an array of blocks."""
+    texts: list[Text] = []
+    if len(system):
+        is_array = first_byte(system) == b"["
+        add_content(system, texts, without_attributed if is_array else without_attribution)
+    return texts
+
+
+def chat_prompt(messages: Sequence[Message], head: Iterable[Text], seed: int = 0) -> Prompt:
     """The prompt of a conversation. `head` precedes the messages: tools, system, instructions.
 
     It has roles, contents and calls in order; other keys, and the order of keys, do not matter.
@@ -64,20 +77,23 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[bytes], seed: int = 
         content = message.content
         if number >= MAX_PARSED and len(content) < SHORT_TEXT:
             texts.append(content)
-            if not (message.tool_calls is message.arguments is message.output is ABSENT):
-                texts += _calls(message)
+            calls = _calls(message)
+            if calls != _NO_CALLS:
+                texts += calls
             continue
         role = bytes(message.role)
         if shared is None and role not in _SYSTEM_ROLES:
             shared = len(texts)
         texts.append(b"\0" + role[1:-1] + b"\0")
-        if len(content) < SHORT_TEXT and (text := bytes(content))[:1] != b"[":
+        if role == _SYSTEM:
+            add_content(content, texts, without_attribution)
+        elif len(content) < SHORT_TEXT and (text := bytes(content))[:1] != b"[":
             texts.append(unquoted(text))
         else:
             add_content(content, texts)
         calls = _calls(message)
         if calls != _NO_CALLS:
-            texts += [text_of(value) for value in calls if value is not ABSENT]
+            _add_calls(message, calls, texts)
         if shared is not None and not first_turn:
             first_turn = len(texts)
     if shared is None:
@@ -90,9 +106,21 @@ def _calls(message: Message) -> tuple[msgspec.Raw, ...]:
         message.tool_calls,
         message.arguments,
         message.output,
+        message.input,
         message.tool_call_id,
         message.call_id,
     )
+
+
+def _add_calls(message: Message, calls: tuple[msgspec.Raw, ...], texts: list[Text]) -> None:
+    """Append calls of tools and their results, which may be an array of parts."""
+    for value in calls:
+        if value is ABSENT:
+            continue
+        if value is message.output:
+            add_content(value, texts)
+        else:
+            texts.append(text_of(value))
 
 
 def _last_answer(messages: Sequence[Message]) -> Message | None:

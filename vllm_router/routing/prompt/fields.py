@@ -30,8 +30,10 @@ class Fields(msgspec.Struct, gc=False):
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
+    prompt_cache_key: str | None = None
     session_id: str | None = None
     user: str | None = None
+    metadata: msgspec.Raw = NO_JSON
     priority: int | None = None
     kv_transfer_params: msgspec.Raw = NO_JSON
     ec_transfer_params: msgspec.Raw = NO_JSON
@@ -58,8 +60,10 @@ class RawFields(msgspec.Struct, gc=False):
     stream: msgspec.Raw = NO_JSON
     store: msgspec.Raw = NO_JSON
     background: msgspec.Raw = NO_JSON
+    prompt_cache_key: msgspec.Raw = NO_JSON
     session_id: msgspec.Raw = NO_JSON
     user: msgspec.Raw = NO_JSON
+    metadata: msgspec.Raw = NO_JSON
     priority: msgspec.Raw = NO_JSON
     kv_transfer_params: msgspec.Raw = NO_JSON
     ec_transfer_params: msgspec.Raw = NO_JSON
@@ -85,8 +89,10 @@ def odd_fields(raw: RawFields) -> Fields:
         is_true(_value(raw.stream)),
         _is_said(raw.store),
         _is_said(raw.background),
+        _text(raw.prompt_cache_key),
         _text(raw.session_id),
         _text(raw.user),
+        raw.metadata,
         _integer(raw.priority),
         raw.kv_transfer_params,
         raw.ec_transfer_params,

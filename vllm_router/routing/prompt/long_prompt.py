@@ -14,7 +14,7 @@ from vllm_router.routing.prompt.conversation import messages_in, plain_prompt, r
 from vllm_router.routing.prompt.fields import NO_JSON, AllFields
 from vllm_router.routing.prompt.forms import LONGEST_NAME
 from vllm_router.routing.prompt.json_scan import Members
-from vllm_router.routing.prompt.routing_info import AT_ONCE, read_prompt, seed_of
+from vllm_router.routing.prompt.routing_info import AT_ONCE, prompt_head, read_prompt, salted
 from vllm_router.routing.prompt.steps import Steps
 
 _MAX_PARSED_BYTES = 1 << 22
@@ -78,22 +78,36 @@ class Values:
 _ABOUT_PROMPT = ("tools", "system", "instructions")
 
 
-def long_prompt(values: Values) -> Steps[Prompt]:
-    """The prompt of a body that is not read at once; parsed if it is not too long."""
+def long_prompt(values: Values, seed: int) -> Steps[Prompt]:
+    """The prompt of a body that is not read at once; parsed if it is not too long.
+
+    `seed` is the model's.
+    """
     yield
     if values.can_be_parsed:
-        prompt = _short_prompt(values)
+        prompt = _short_prompt(values, seed)
         if prompt is not None:
             return prompt
-    seed = seed_of(values.whole("cache_salt"))
+    seed = salted(values.whole("cache_salt"), seed)
     for name in ("messages", "input"):
         if values.span(name) != (0, 0):
-            head = [piece for about in _ABOUT_PROMPT for piece in values.pieces(about)]
-            return _hashed([*head, *values.pieces(name)], seed)
+            return _hashed([*_head(values), *values.pieces(name)], seed)
     return (yield from _long_plain_prompt(values, seed))
 
 
-def _short_prompt(values: Values) -> Prompt | None:
+def _head(values: Values) -> list[memoryview | bytes]:
+    """What precedes the messages; parsed unless it is long."""
+    spans = [values.span(about) for about in _ABOUT_PROMPT]
+    if sum(end - start for start, end in spans) <= AT_ONCE:
+        try:
+            head = prompt_head(*(values.whole(about) for about in _ABOUT_PROMPT))
+            return [text if isinstance(text, memoryview) else bytes(text) for text in head]
+        except (msgspec.MsgspecError, RecursionError):
+            pass  # a value of an unexpected type counts as it stands
+    return [piece for about in _ABOUT_PROMPT for piece in values.pieces(about)]
+
+
+def _short_prompt(values: Values, seed: int) -> Prompt | None:
     """The parsed prompt; None if a value has an unexpected type."""
     given = values.whole("messages")
     if bytes(given).count(b"{") > MAX_VALUES:
@@ -108,7 +122,7 @@ def _short_prompt(values: Values) -> Prompt | None:
             input=values.whole("input"),
             cache_salt=values.whole("cache_salt"),
         )
-        return read_prompt(fields)
+        return read_prompt(fields, seed)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
 
