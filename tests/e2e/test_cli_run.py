@@ -79,7 +79,9 @@ def test_run_port_in_use_is_one_line(tmp_path: Path):
         port = str(taken.getsockname()[1])
         done = call("run", "--demo", "--host", "127.0.0.1", "--port", port, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"vllm-router: port {port} on 127.0.0.1 is already in use\n"
+    assert done.stderr.startswith(f"vllm-router: port {port} on 127.0.0.1 is already in use; ")
+    assert "--port" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 

@@ -261,7 +261,9 @@ def test_workers_failed_start_is_one_line(tmp_path: Path, quiet: RouterProcess):
     fixed = ("run", "--console", "--server", "http://127.0.0.1:1", "--host", "127.0.0.1")
     taken = call(*fixed, "--port", str(quiet.port), *WORKERS, cwd=tmp_path)
     assert taken.returncode == 2
-    assert taken.stderr == f"vllm-router: port {quiet.port} on 127.0.0.1 is already in use\n"
+    line = f"vllm-router: port {quiet.port} on 127.0.0.1 is already in use; "
+    assert taken.stderr.startswith(line)
+    assert taken.stderr.count("\n") == 1
     both = call(*fixed, *WORKERS, "--front", "hypercorn", cwd=tmp_path)
     assert both.returncode == 2
     assert "--workers needs --front lane" in both.stderr

@@ -40,6 +40,7 @@ class Terminal:
         script = f"trap : INT; {shlex.join(command)}; {after}"
         root = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": root, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+        environment["XDG_STATE_HOME"] = str(cwd / ".state")
         for name in ("NO_COLOR", "COLUMNS", "LINES"):
             environment.pop(name, None)
         subprocess.run(

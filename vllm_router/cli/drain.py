@@ -6,13 +6,12 @@ import sys
 
 import click
 
-from vllm_router.cli.common import DEFAULT_URL, run_client
+from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
 
 
 @click.command()
 @click.argument("server")
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
 @for_router
 def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Send a server no new requests, and wait until its last one has ended.
@@ -37,7 +36,6 @@ def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
 
 @click.command()
 @click.argument("server")
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
 @for_router
 def undrain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Take a drained server back."""

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import click
 
-from vllm_router.cli.common import DEFAULT_URL, run_client
+from vllm_router.cli.common import Failure, run_client
 from vllm_router.cli.options import for_router
 from vllm_router.cli.tables import Cell, Column, print_table
 from vllm_router.observability.formatting import visible
@@ -19,7 +19,6 @@ _FIGURES = (("LOAD", "load"), ("RUNNING", "running"), ("WAITING", "waiting"), ("
 
 
 @click.command()
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="The router's.")
 @for_router
 @click.option("--model", metavar="M", help="For a request for this model.")
 @click.option(
@@ -50,11 +49,16 @@ def explain(
     """Show where a request would go now, and why.
 
     Every server with its score (the lowest is picked) and what the score is made of, or why it is
-    out. Nothing is sent to a server.
+    out. Nothing is sent to a server. Exit code 1: the request would be refused.
+
+    \b
+    vllm-router explain --model llama-3.1-8b
+    vllm-router explain --body request.json
+    vllm-router explain --decisions 50
     """
     if (model is not None) + (body is not None) + (decisions is not None) > 1:
         raise click.UsageError("--model, --body and --decisions exclude each other")
-    content = body.read() if body is not None else None
+    content = _json_body(body) if body is not None else None
 
     from vllm_router.cli.router_client import RouterClient
 
@@ -71,6 +75,17 @@ def explain(
         _print_decisions(found)
     else:
         _print_explanation(found)
+    if decisions is None and not found.get("picked") and not found.get("would_wait"):
+        raise click.exceptions.Exit(1)
+
+
+def _json_body(file: IO[bytes]) -> bytes:
+    content = file.read()
+    try:
+        json.loads(content)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise Failure(f"--body: expected JSON, got something else: {error}") from None
+    return content
 
 
 def _print_explanation(found: dict[str, Any]) -> None:

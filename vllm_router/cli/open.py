@@ -7,12 +7,11 @@ import webbrowser
 
 import click
 
-from vllm_router.cli.common import DEFAULT_URL, run_client
+from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
 
 
 @click.command("open")
-@click.argument("url", default=DEFAULT_URL)
 @for_router
 @click.option("--page", metavar="URL", help="Where the browser finds the page, if not at URL.")
 @click.option("--print", "only_print", is_flag=True, help="Do not start a browser.")
@@ -21,7 +20,7 @@ def open_page(
 ) -> None:
     """Sign a browser in to a router's page, so that it may drain servers.
 
-    URL is the router's. On the router's machine its user (and root) needs no key; elsewhere --key
+    On the router's machine its user (and root) needs no key; elsewhere --key
     is the admin key. Prints a link that works once, within five minutes, and opens it where there
     is a desktop.
     """

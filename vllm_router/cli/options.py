@@ -1,27 +1,53 @@
-"""Options of all commands that connect to a router."""
+"""Arguments and options of all commands that connect to a router."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
+
+from vllm_router.cli.common import DEFAULT_URL
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def for_router(command: F) -> F:
-    """Add the options `key` and `ca` of `RouterClient`."""
-    command = click.option(
-        "--ca",
-        envvar="VLLM_ROUTER_CA",
-        show_envvar=True,
-        metavar="FILE",
-        help="PEM file of the authorities that may have signed its certificate.",
-    )(command)
-    return click.option(
-        "--key",
-        envvar="VLLM_ROUTER_KEY",
-        show_envvar=True,
-        help="Its admin or status key. Other users of this machine can see the option.",
-    )(command)
+    """Add `url`, `key` and `ca` of `RouterClient`; the URL is an argument or an option."""
+
+    @wraps(command)
+    def with_one_url(*args: Any, url: str | None, url_option: str | None, **options: Any) -> Any:
+        if url is not None and url_option is not None and url != url_option:
+            raise click.UsageError(f"two routers are given: {url} and --url {url_option}")
+        found = url or url_option or os.environ.get("VLLM_ROUTER_URL") or DEFAULT_URL
+        return command(*args, url=found, **options)
+
+    wrapped: Any = with_one_url
+    for decorate in (
+        click.option(
+            "--ca",
+            envvar="VLLM_ROUTER_CA",
+            show_envvar=True,
+            metavar="FILE",
+            help="PEM file of the authorities that may have signed its certificate.",
+        ),
+        click.option(
+            "--key",
+            envvar="VLLM_ROUTER_KEY",
+            show_envvar=True,
+            help="Its admin or status key. Other users of this machine can see the option.",
+        ),
+        click.option(
+            "--url",
+            "url_option",
+            metavar="URL",
+            help=f"The router's URL; the same as the argument.  [env var: VLLM_ROUTER_URL; "
+            f"default: {DEFAULT_URL}]",
+        ),
+        click.argument("url", required=False),
+    ):
+        wrapped = decorate(wrapped)
+    found: F = wrapped
+    return found

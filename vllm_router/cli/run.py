@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vllm_router.cli.common import DEFAULT_CONFIG, Failure, load_config
 from vllm_router.observability.formatting import FORMATS, LEVELS
@@ -16,20 +18,57 @@ if TYPE_CHECKING:
     from vllm_router.config.schema import Config, ServerConfig
     from vllm_router.config.source import ConfigSource
 
-LOG_FILE = Path("logs/vllm-router.log")
-"""Log file while the full-screen monitor uses the terminal."""
+DEFAULT_PORT = 8888
+
+
+def log_file(environ: Mapping[str, str]) -> Path:
+    """The log file while the full-screen monitor uses the terminal.
+
+    In the state directory of the XDG Base Directory Specification, or, without a home directory,
+    in one for temporary files.
+    """
+    state, home = environ.get("XDG_STATE_HOME", ""), environ.get("HOME", "")
+    if state.startswith("/"):
+        return Path(state, "vllm-router", "vllm-router.log")
+    if home.startswith("/") and os.access(home, os.W_OK):
+        return Path(home, ".local", "state", "vllm-router", "vllm-router.log")
+    return Path(tempfile.gettempdir(), f"vllm-router-{os.getuid()}", "vllm-router.log")
+
+
+class PortNumber(click.IntRange):
+    """A port, 0 for a free one.
+
+    Kubernetes sets VLLM_ROUTER_PORT to `tcp://…` in every pod beside a Service called
+    `vllm-router`; such a value is not meant for this program.
+    """
+
+    name = "port"
+
+    def __init__(self) -> None:
+        super().__init__(0, 65535)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith(("tcp://", "udp://")):
+            return DEFAULT_PORT
+        return super().convert(value, param, ctx)
 
 
 @click.command()
 @click.option(
-    "--config", "file", metavar="FILE", help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]"
+    "--config",
+    "file",
+    envvar="VLLM_ROUTER_CONFIG",
+    metavar="FILE",
+    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
 )
 @click.option(
     "--server",
     "urls",
+    envvar="VLLM_ROUTER_SERVER",
     multiple=True,
-    metavar="URL",
-    help="A vLLM server, instead of a file; repeatable.",
+    metavar="URL[=N]",
+    help="A vLLM server, instead of a file; repeatable. N: requests that it runs at once without "
+    "queueing.",
 )
 @click.option(
     "--demo",
@@ -39,28 +78,51 @@ LOG_FILE = Path("logs/vllm-router.log")
     metavar="[N]",
     help="Start N simulated vLLM servers (3 if not said) and route to them.",
 )
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    envvar="VLLM_ROUTER_HOST",
+    default="0.0.0.0",
+    show_default=True,
+    help="Address to listen on.",
+)
 @click.option(
     "-p",
     "--port",
-    default=8888,
+    envvar="VLLM_ROUTER_PORT",
+    default=DEFAULT_PORT,
     show_default=True,
-    type=click.IntRange(0, 65535),
+    type=PortNumber(),
     help="0 takes a free one.",
 )
 @click.option(
-    "-c", "--console", is_flag=True, help="Log lines even on a terminal, no full-screen monitor."
+    "-c",
+    "--console",
+    envvar="VLLM_ROUTER_CONSOLE",
+    is_flag=True,
+    help="Log lines even on a terminal, no full-screen monitor.",
 )
-@click.option("--log-level", type=click.Choice(LEVELS), help="[default: from the file, or info]")
-@click.option("--log-format", type=click.Choice(FORMATS), help="[default: from the file, or text]")
+@click.option(
+    "--log-level",
+    envvar="VLLM_ROUTER_LOG_LEVEL",
+    type=click.Choice(LEVELS),
+    help="[default: from the file, or info]",
+)
+@click.option(
+    "--log-format",
+    envvar="VLLM_ROUTER_LOG_FORMAT",
+    type=click.Choice(FORMATS),
+    help="[default: from the file, or text]",
+)
 @click.option(
     "--access-log",
+    envvar="VLLM_ROUTER_ACCESS_LOG",
     metavar="PATH|-|off",
     help="Where a line per request goes: a file, stdout (-), nowhere.  [default: the file's, or "
     "among the log lines]",
 )
 @click.option(
     "--front",
+    envvar="VLLM_ROUTER_FRONT",
     type=click.Choice(["lane", "hypercorn"]),
     default="lane",
     show_default=True,
@@ -68,18 +130,22 @@ LOG_FILE = Path("logs/vllm-router.log")
 )
 @click.option(
     "--reuse-port",
+    envvar="VLLM_ROUTER_REUSE_PORT",
     is_flag=True,
     help="Share the port with other routers that say so: a new one takes over from an old one.",
 )
 @click.option(
     "--workers",
+    envvar="VLLM_ROUTER_WORKERS",
     default=1,
     show_default=True,
     type=click.IntRange(1, 64),
     metavar="N",
     help="Processes that serve inference requests, on one port and with one view of the fleet.",
 )
+@click.pass_context
 def run(
+    context: click.Context,
     *,
     file: str | None,
     urls: tuple[str, ...],
@@ -98,22 +164,41 @@ def run(
 
     Reads servers.toml and follows it while running, unless servers are given here. SIGTERM and
     SIGINT drain and stop, a second one stops at once; SIGHUP reads the configuration again, SIGUSR1
-    opens the log files anew. Listening sockets that systemd passes are used instead of --host and
+    reopens the log files. Listening sockets that systemd passes are used instead of --host and
     --port.
 
     On a terminal it shows the full-screen monitor, whose Ctrl-C stops the router (q asks first),
-    and logs to logs/vllm-router.log; with --console, or elsewhere, it logs to stderr.
+    and logs to ~/.local/state/vllm-router/vllm-router.log; with --console, or elsewhere, it logs to
+    stderr.
+
+    Every option can be given by an environment variable, too: VLLM_ROUTER_PORT for --port.
+
+    \b
+    vllm-router run --demo
+    vllm-router run --server http://gpu-1:8000=64 --server http://gpu-2:8000=64
+    vllm-router run --config servers.toml --port 80
     """
     from vllm_router.cli.monitor.terminal import on_terminal
     from vllm_router.cli.start import start
     from vllm_router.observability.log_output import LogOutput, Overrides
 
+    given = {
+        name
+        for name, value in (("file", file), ("urls", urls), ("demo", demo))
+        if value and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if given:  # an option wins over the environment
+        file, urls, demo = (
+            file if "file" in given else None,
+            urls if "urls" in given else (),
+            demo if "demo" in given else None,
+        )
     if (file is not None) + bool(urls) + bool(demo) > 1:
         raise click.UsageError("--config, --server and --demo exclude each other")
     if workers > 1 and front != "lane":
         raise click.UsageError("--workers needs --front lane: Hypercorn serves in one process only")
     config, source = _configuration(file, urls, demo, workers)
-    log = LOG_FILE if not console and on_terminal() else None
+    log = log_file(os.environ) if not console and on_terminal() else None
     access = {"on": True, "off": False}.get(access_log, access_log) if access_log else None
     try:
         output = LogOutput(Overrides(level=log_level, form=log_format, access=access), file=log)
@@ -166,16 +251,35 @@ def _configuration(
 
 
 def _servers(urls: Sequence[str]) -> tuple[ServerConfig, ...]:
+    import msgspec
+
     from vllm_router.config.schema import ServerConfig
     from vllm_router.config.server_url import normalise_url, server_name
 
     servers: dict[str, ServerConfig] = {}
     for given in urls:
+        address, capacity = _capacity(given)
         try:
-            url = normalise_url(given)
+            url = normalise_url(address)
         except ValueError as error:
             raise Failure(f"--server: {error}") from None
         if url in servers:
             raise Failure(f"--server: {url} is given twice")
-        servers[url] = ServerConfig(url=url, name=server_name(url))
+        server = ServerConfig(url=url, name=server_name(url))
+        if capacity is not None:
+            server = msgspec.structs.replace(server, max_concurrent_requests=capacity)
+        servers[url] = server
     return tuple(servers.values())
+
+
+def _capacity(given: str) -> tuple[str, int | None]:
+    """Split `URL=N`."""
+    url, equals, number = given.rpartition("=")
+    if not equals:
+        return given, None
+    if not (number.isascii() and number.isdigit() and 0 < len(number) < 7 and int(number)):
+        raise Failure(
+            f"--server: expected a whole number of requests from 1 to 999999 after =, "
+            f"got {number!r}"
+        )
+    return url, int(number)

@@ -117,9 +117,23 @@ def _example(url: str) -> str:
     return f"curl -N {near}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
+def _free_port_hint(host: str, port: int) -> str:
+    """Advice with the next port on which this program could listen, if there is one near."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for other in range(port + 1, min(port + 20, 65536)):
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((host, other))
+            except OSError:
+                continue
+            return f"; --port {other} is free"
+    return "; choose another one with --port"
+
+
 def _why_not_listening(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is already in use"
+        return f"port {port} on {host} is already in use{_free_port_hint(host, port)}"
     if isinstance(error, socket.gaierror):
         return f"cannot listen on {host}: {error.strerror}"
     return f"cannot listen on port {port} of {host}: {error.strerror or error}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vllm_router.cli.common import DEFAULT_URL, run_client
+from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
 
 if TYPE_CHECKING:
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("url", default=DEFAULT_URL)
 @for_router
 @click.option("--json", "as_json", is_flag=True, help="Everything the router says, as JSON.")
 def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
     """Show the load and state of every server of a running router.
 
-    URL is the router's, http://127.0.0.1:8888 if not given.
+    \b
+    vllm-router status
+    vllm-router status https://llm.example --key "$KEY"
     """
     from vllm_router.cli.router_client import RouterClient
 

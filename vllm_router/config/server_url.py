@@ -33,6 +33,10 @@ _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"  # Docker Compose names cont
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 _IPV4_LIKE = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 _PORT = re.compile(r"[0-9]{1,5}")
+_API_PATHS = (
+    *("/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/models"),
+    *("/v1/responses", "/health", "/metrics"),
+)
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})+")
 
 
@@ -67,6 +71,8 @@ def normalise_url(url: str) -> str:
     while path == "v1" or path.endswith("/v1"):
         path = path.removesuffix("v1").rstrip("/")
     segments = path.split("/") if path else []
+    if f"/{path}".endswith(_API_PATHS):
+        raise refuse("the base URL of a server, without the path of its API")
     if not all(_SEGMENT.fullmatch(part) and part not in {".", ".."} for part in segments):
         raise refuse("a URL whose path prefix is plain (no spaces, dot segments or `//`)")
     if port and int(port) != _DEFAULT_PORTS[scheme]:

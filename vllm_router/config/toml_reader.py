@@ -31,6 +31,16 @@ MAX_PROBLEMS = 100
 """Problems of a file that are listed; the rest are only counted."""
 
 
+_OPTIONS = {
+    "host": "--host",
+    "port": "--port",
+    "listen": "--host",
+    "workers": "--workers",
+    "front": "--front",
+}
+"""Settings of a process, which are not in the file because a reload cannot change them."""
+
+
 def shown_value(value: object, *, secret: bool = False) -> str:
     """A value for an error message. Arrays and tables are not shown: they may hold secrets."""
     if secret:
@@ -62,8 +72,9 @@ def load_document(data: bytes, source: str) -> dict[str, Any]:
         raise refuse(f"expected a file of at most {MAX_FILE_BYTES} bytes, got more")
     if not data.strip():
         raise refuse("expected a configuration, got an empty file")
-    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise refuse("expected UTF-8 without a byte order mark, got a file that starts with one")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # Notepad begins UTF-8 files with a byte order mark
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise refuse("expected UTF-8, got a file that starts with the byte order mark of UTF-16")
     if (nul := data.find(b"\0")) >= 0:
         raise refuse(f"expected text, got a NUL byte in line {data.count(10, 0, nul) + 1}")
     try:
@@ -123,7 +134,9 @@ class Reader:
             lowered = key[:SHOWN_CHARS].lower()
             nearest = difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
             tables = [table for table, keys in self._tables.items() if key in keys]
-            if tables:
+            if key in _OPTIONS:
+                text += f": the option {_OPTIONS[key]} of vllm-router run sets it"
+            elif tables:
                 text += f", which belongs in {tables[0]}"
             elif nearest:
                 text += f', did you mean "{nearest[0]}"?'
@@ -165,7 +178,11 @@ class Reader:
             names = self._names.get(names)
         if names is not None and read not in names:
             known = ", ".join(f'"{name}"' for name in names)
-            self.problem(path, f"expected one of {known}, got {quoted(read)}")
+            nearest = difflib.get_close_matches(
+                str(read)[:SHOWN_CHARS].lower().replace("-", "_"), names, n=1
+            )
+            hint = f', did you mean "{nearest[0]}"?' if nearest else ""
+            self.problem(path, f"expected one of {known}, got {quoted(read)}{hint}")
             return None
         if "read" not in extra:
             return read

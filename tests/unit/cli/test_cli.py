@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from click.testing import CliRunner, Result
 import vllm_router
 from vllm_router.cli.main import cli
 from vllm_router.cli.router_client import RouterClient, Status
+from vllm_router.cli.run import _servers, log_file
 from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
 
 EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
@@ -71,12 +74,58 @@ def test_cli_without_servers_says_what_to_do():
         (["gpu-1:8000"], ["http://host:8000", "gpu-1:8000"]),
         (["http://a", "http://b", "http://A:80/v1/"], ["http://a", "twice"]),
         (["http://user:hunter2@a"], ["without user name"]),
+        (["http://a=0"], ["from 1 to 999999", "'0'"]),
+        (["http://a=many"], ["from 1 to 999999", "'many'"]),
     ],
 )
 def test_cli_bad_server_option_is_one_line(given: list[str], words: list[str]):
     result = call("run", *(word for url in given for word in ("--server", url)))
     assert_one_line(result, "--server", *words)
     assert "hunter2" not in result.stderr
+
+
+def test_run_server_option_has_capacity_after_equals_sign():
+    found = _servers(["http://a:1=64", "http://b:1"])
+    assert [(each.url, each.max_concurrent_requests) for each in found] == [
+        ("http://a:1", 64),
+        ("http://b:1", 3),
+    ]
+
+
+@pytest.mark.usefixtures("scratch")
+def test_run_environment_gives_options_and_command_line_wins(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_ROUTER_CONFIG", "of-environment.toml")
+    monkeypatch.setenv("VLLM_ROUTER_PORT", "tcp://10.0.0.1:80")  # set by Kubernetes
+    assert_one_line(call("run"), "of-environment.toml", "No such file")
+    assert_one_line(call("run", "--config", "given.toml"), "given.toml", "No such file")
+    assert_one_line(call("run", "--server", "gpu"), "--server: expected a URL")
+    monkeypatch.setenv("VLLM_ROUTER_WORKERS", "many")
+    assert_one_line(call("run"), "--workers", "many")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"XDG_STATE_HOME": "/state", "HOME": "/"}, "/state/vllm-router/vllm-router.log"),
+        ({"XDG_STATE_HOME": "relative", "HOME": "{home}"}, "{home}/.local/state/vllm-router/"),
+        ({}, f"{tempfile.gettempdir()}/vllm-router-{os.getuid()}/vllm-router.log"),
+    ],
+)
+def test_run_log_of_monitor_is_in_state_directory(
+    tmp_path: Path, environ: dict[str, str], expected: str
+):
+    given = {name: value.format(home=tmp_path) for name, value in environ.items()}
+    assert str(log_file(given)).startswith(expected.format(home=tmp_path))
+
+
+def test_commands_accept_url_as_argument_option_and_variable(monkeypatch: pytest.MonkeyPatch):
+    first, second, third = (f"http://127.0.0.1:{port}" for port in (1, 2, 3))
+    monkeypatch.setenv("VLLM_ROUTER_URL", third)
+    for words in (["status"], ["monitor"], ["open"], ["explain"], ["drain", "a"], ["undrain", "a"]):
+        assert_one_line(call(*words, first), first)
+        assert_one_line(call(*words, "--url", second), second)
+        assert_one_line(call(*words), third)
+        assert_one_line(call(*words, first, "--url", second), "two routers are given", second)
 
 
 def test_run_bad_file_lists_every_problem(scratch: Path):

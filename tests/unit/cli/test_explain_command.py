@@ -55,7 +55,7 @@ def test_explain_excluded_server_has_reason(router: RouterProcess):
 
 
 def test_explain_unknown_model_is_refused(router: RouterProcess):
-    printed = run("--url", router.url, "--model", "gpt-9\n")
+    printed = run("--url", router.url, "--model", "gpt-9\n", code=1)
     assert "would be refused" in printed
     assert "No server lists the model" in printed
     assert "does not list the model" in printed
@@ -67,7 +67,12 @@ def test_explain_accepts_request_body(router: RouterProcess, tmp_path: Path):
     from_file = run("--url", router.url, "--body", str(file))
     assert "A request for the model 'm' would go to" in from_file
     assert "SCORE" in from_file
-    assert "would go to" in run("--url", router.url, "--body", "-", stdin=file.read_text())
+    assert "would go to" in run(router.url, "--body", "-", stdin=file.read_text())
+
+
+def test_explain_body_that_is_no_json_is_one_line(router: RouterProcess):
+    printed = run(router.url, "--body", "-", stdin="{not json", code=2)
+    assert "--body: expected JSON, got " in printed
 
 
 def test_explain_last_picks_are_newest_first(router: RouterProcess):

@@ -148,6 +148,25 @@ def test_config_durations_are_floats_in_any_notation():
     assert type(settings("request_timeout = 120").request_timeout) is float
 
 
+def test_config_byte_order_mark_of_utf_8_is_skipped():
+    assert read("\ufeff" + ONE_SERVER) == read(ONE_SERVER)
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [("adaptative", "adaptive"), ("round-robin", "round_robin"), ("Least_Load", "least_load")],
+)
+def test_config_policy_with_typing_error_gets_suggestion(value: str, nearest: str):
+    text = problem(f'{ONE_SERVER}\n[config]\npolicy = "{value}"')
+    assert text.endswith(f'got "{value}", did you mean "{nearest}"?')
+
+
+@pytest.mark.parametrize("key", ["host", "port", "workers"])
+def test_config_setting_of_process_names_its_option(key: str):
+    text = problem(f"{ONE_SERVER}\n[config]\n{key} = 1")
+    assert text.endswith(f'unknown key "{key}": the option --{key} of vllm-router run sets it')
+
+
 def test_config_empty_file_gets_defaults():
     assert read(ONE_SERVER) == Config(
         servers=(ServerConfig(url="http://h:8000", name="h:8000"),), settings=Settings()
@@ -604,6 +623,10 @@ def test_config_url_is_normalised(url: str, normal: str, name: str):
         ("http://h/%zz", "a URL whose path prefix is plain"),
         ("http://h/a\r\nb", "a URL whose path prefix is plain"),
         ("http://h/größe", "a URL whose path prefix is plain"),
+        ("http://h/v1/chat/completions", "the base URL of a server"),
+        ("http://h/v1/models/", "the base URL of a server"),
+        ("http://h/health", "the base URL of a server"),
+        ("http://h/llm/v1/messages", "the base URL of a server"),
     ],
 )
 def test_config_other_urls_are_refused(url: str, expected: str):
@@ -619,8 +642,7 @@ def test_config_other_urls_are_refused(url: str, expected: str):
     [
         (b"", "expected a configuration, got an empty file"),
         (b" \n\t\n", "expected a configuration, got an empty file"),
-        (b"\xef\xbb\xbf[servers]", "expected UTF-8 without a byte order mark"),
-        ("[servers]".encode("utf-16"), "expected UTF-8 without a byte order mark"),
+        ("[servers]".encode("utf-16"), "expected UTF-8, got a file that starts with"),
         (b"[servers]\n\nx = 'a\0b'", "expected text, got a NUL byte in line 3"),
         (b"[servers]\nx = '\xff'", "expected UTF-8, got byte 0xff in line 2"),
         (b"a = 1\nb = = 2\n", "line 2, column 5: expected TOML, got a syntax error: "),

@@ -29,7 +29,6 @@ class NoRouterThere(click.ClickException):
 
 
 @click.command()
-@click.argument("url", default="http://127.0.0.1:8888")
 @for_router
 @click.option("--models", is_flag=True, help="Show the models of each server; key m.")
 @click.option(
@@ -51,7 +50,7 @@ def monitor(
 ) -> None:
     """Watch a running router: servers, load, events; drain and undrain.
 
-    URL is the router's, http://127.0.0.1:8888 if not given. Full screen on a terminal (? shows
+    Full screen on a terminal (? shows
     the keys), else a line every few seconds.
     """
     feed = Feed(url, key, ca)

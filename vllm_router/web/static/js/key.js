@@ -79,23 +79,28 @@ export async function originProblem() {
   }
 }
 
-/** Asks for the key; `changed()` is called with another one in force. */
+/** Asks for the key; calls `changed()` for another key in force, `declined()` for none. */
 export class KeyDialog {
-  constructor(changed) {
+  constructor(changed, declined) {
     this.dialog = byId("key-dialog");
     this.input = byId("key-input");
     this.button = byId("key");
     this.declined = false;
     this.button.addEventListener("click", () => this.open(""));
-    byId("key-yes").addEventListener("click", (event) => {
+    // Enter in the field and the button both submit the form.
+    this.dialog.querySelector("form").addEventListener("submit", (event) => {
       event.preventDefault();
       keep(this.input.value.trim().replace(/[^!-~]/g, ""));
       this.dialog.close();
       changed();
     });
     this.dialog.addEventListener("close", () => { this.input.value = ""; });
-    this.dialog.addEventListener("cancel", () => { this.declined = true; });
-    byId("key-no").addEventListener("click", () => { this.declined = true; });
+    const decline = () => { this.declined = true; declined(); };
+    this.dialog.addEventListener("cancel", decline);
+    byId("key-no").addEventListener("click", () => {
+      decline();
+      this.dialog.close();
+    });
   }
 
   /** The router has refused us; asked once, then only by the button. */

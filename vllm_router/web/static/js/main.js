@@ -30,7 +30,7 @@ const charts = new Charts(history);
 const events = new Events();
 const confirm = new Confirm((text) => say(text));
 const details = new Details();
-const keys = new KeyDialog(() => feed.again());
+const keys = new KeyDialog(() => feed.again(), () => showLink());
 const table = new Table(
   (server, action) => confirm.ask(server, action),
   (server) => details.open(server),
@@ -69,7 +69,8 @@ function showLink() {
   linkState(draining ? "draining" : state);
   pageStale(state === "live" || state === "connecting" ? null : "");
   const values = { age: span(age ?? 0) };
-  linkText(draining ? t("linkDraining") : t({
+  const refused = state === "connecting" && keys.declined;
+  linkText(draining ? t("linkDraining") : refused ? t("linkKey") : t({
     connecting: "linkConnecting", live: "linkLive", stale: "linkStale", lost: "linkLost",
   }[state], values));
 }

@@ -21,7 +21,7 @@ export const en = {
   keyTitle: "Sign in to this router",
   keyOpen: "On the router's own machine, as the user who runs the router, this command opens the page signed in:",
   keyText: "Or enter a key: its status key shows the fleet, its admin key also drains servers. It is kept in this tab only.",
-  keyUse: "Use it",
+  keyUse: "Sign in",
   keyWrong: "The router does not take this key.",
   close: "Close",
   unitSeconds: "s",
@@ -32,6 +32,7 @@ export const en = {
   spanDays: "{n} d",
 
   linkConnecting: "Connecting…",
+  linkKey: "This router needs a key",
   linkLive: "Live",
   linkStale: "Stale: last data {age} ago",
   linkLost: "Connection lost: last data {age} ago, trying again",

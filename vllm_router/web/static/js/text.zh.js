@@ -21,7 +21,7 @@ export const zh = {
   keyTitle: "登录此路由器",
   keyOpen: "在路由器所在的机器上，以运行路由器的用户身份执行此命令，会打开已登录的页面：",
   keyText: "或输入密钥：状态密钥可以查看整个集群，管理密钥还可以排空服务器。密钥只保存在本标签页中。",
-  keyUse: "使用",
+  keyUse: "登录",
   keyWrong: "路由器不接受这个密钥。",
   close: "关闭",
   unitSeconds: "秒",
@@ -32,6 +32,7 @@ export const zh = {
   spanDays: "{n} 天",
 
   linkConnecting: "正在连接…",
+  linkKey: "此路由器需要密钥",
   linkLive: "实时",
   linkStale: "数据已过期：{age}前",
   linkLost: "连接中断：最后数据在{age}前，正在重试",
