@@ -19,6 +19,8 @@ from support.router_process import RouterProcess, chat, router_process, servers_
 
 MOCK = ("--model", "m", "--ttft", "0.02", "--token-delay", "0.01")
 MOST_SECONDS = 240.0
+SHORT = {"health_check_timeout": 1.0, "connect_timeout": 1.0}
+"""Settings with which a server that hangs is out of rotation within seconds."""
 
 
 class NotRun(Exception):
@@ -182,10 +184,11 @@ def fleet(
 ) -> Iterator[tuple[list[MockProcess], RouterProcess]]:
     """Servers behind a router; afterwards its descriptors and tasks must be back (±3).
 
-    `tables` are further tables of the configuration.
+    `tables` are further tables of the configuration, `settings` are added to SHORT.
     """
     with mock_processes(count, *mock) as mocks:
-        config = servers_toml([*(m.url for m in mocks), *more], capacity, **settings) + tables
+        urls = [*(m.url for m in mocks), *more]
+        config = servers_toml(urls, capacity, **{**SHORT, **settings}) + tables
         with router_process(config, card.directory, *arguments, kind=router_class) as router:
             router.post("/v1/chat/completions", chat(max_tokens=1))
             time.sleep(0.5)  # until every probe and scrape has its connection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import resource
 import time
 from collections import Counter
@@ -20,7 +21,18 @@ from support.router_process import RouterProcess, chat
 
 PATH = "/v1/chat/completions"
 _OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-_BODY = b"Content-Length: 2\r\n\r\n{}"
+_COMPLETION = (
+    b'{"object":"chat.completion","choices":[{"index":0,"finish_reason":"stop",'
+    b'"message":{"role":"assistant","content":"x"}}]}'
+)
+
+
+def _length(body: bytes) -> bytes:
+    return b"Content-Length: %d\r\n" % len(body)
+
+
+_BODY = _length(_COMPLETION) + b"\r\n" + _COMPLETION
+_PACKED = gzip.compress(_COMPLETION, mtime=0)
 
 REPLIES: dict[str, tuple[bytes, int]] = {
     "EOF before the head": (b"", 502),
@@ -41,8 +53,16 @@ REPLIES: dict[str, tuple[bytes, int]] = {
     "bad chunk size": (_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 502),
     "2 MB header": (_OK + b"X-A: " + b"a" * 2_000_000 + b"\r\n" + _BODY, 502),
     "body on 204": (b"HTTP/1.1 204 No Content\r\n\r\n{}", 204),
+    "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", 204),
+    "empty 200": (_OK + b"Content-Length: 0\r\n\r\n", 502),
     "103 first": (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _OK + _BODY, 200),
-    "gzip": (_OK + b"Content-Encoding: gzip\r\n" + _BODY, 200),
+    "100, 102, 103 first": (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + _OK + _BODY,
+        200,
+    ),
+    "101": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" + _OK + _BODY, 502),
+    "gzip": (_OK + b"Content-Encoding: gzip\r\n" + _length(_PACKED) + b"\r\n" + _PACKED, 200),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import trio
 
-from chaos.harness import MOCK, Card, off_loop, scenario, waited
+from chaos.harness import MOCK, SHORT, Card, off_loop, scenario, waited
 from support.fake_names import FakeNames, swallowing
 from support.hostile import lab
 from support.hostile_servers import SERVERS
@@ -32,7 +32,7 @@ def named_fleet(
             names.set(f"gpu-{number}.test", "127.0.0.1")
             urls.append(f"http://gpu-{number}.test:{mock.port}")
         # An address is abandoned when a connect to it or a check of it times out.
-        config = servers_toml(urls, 16, health_check_timeout=1.0, connect_timeout=1.0)
+        config = servers_toml(urls, 16, **SHORT)
         with router_process(config, card.directory, kind=names.router) as router:
             yield mocks, router, names
 

@@ -84,6 +84,9 @@ _OUTCOMES = {
 }
 """The outcomes of responses whose beginning is no answer; the client has nothing of them."""
 
+_WITHOUT_CONTENT = (204, 205)
+"""Statuses that announce the absence of a body: whole responses, unlike an empty 200."""
+
 _UNREACHABLE = (Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT)
 
 
@@ -388,6 +391,8 @@ class Attempt:
             return outcome
         if verdict is Verdict.CUT:
             return Outcome.ENGINE_ABORT if await self._accepts_connections() else Outcome.ABORTED
+        if verdict is Verdict.EMPTY and response.answer.status in _WITHOUT_CONTENT:
+            verdict = Verdict.NO_TOKENS
         outcome = _OUTCOMES[verdict]
         if outcome is FULL:
             self._lease.server.refused(self._lease.last_byte_at, None)

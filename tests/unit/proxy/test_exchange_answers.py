@@ -75,7 +75,6 @@ OPENINGS = {CHAT: [ROLE], RESPONSES: [CREATED], MESSAGES: [START, b"event: ping\
 EMPTY: dict[str, bytes] = {
     "no body": ok(b""),
     "no body, no type": b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
-    "204": b"HTTP/1.1 204 No Content\r\n\r\n",
     "empty stream": sse_head() + END,
     "stream of length 0": answer(200, b"", content_type=SSE),
     "white space": ok(b" \n"),
@@ -103,6 +102,34 @@ async def test_exchange_empty_200_from_all_servers_is_502(autojump_clock):
     async with lab(*[answering(EMPTY["no body"])] * 2) as rig:
         got = await rig.post()
         assert (got.status, got.code) == (502, "empty_answer")
+
+
+NO_CONTENT = {
+    "204": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "204 of a stream": b"HTTP/1.1 204 No Content\r\ncontent-type: text/event-stream\r\n\r\n",
+    "204 of JSON": b"HTTP/1.1 204 No Content\r\ncontent-type: application/json\r\n\r\n",
+    "204 with a body": b"HTTP/1.1 204 No Content\r\n\r\n{}",
+    "205": b"HTTP/1.1 205 Reset Content\r\ncontent-length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("case", NO_CONTENT)
+async def test_exchange_no_content_is_asked_of_one_more_server(autojump_clock, case):
+    async with lab(once(NO_CONTENT[case]), GOOD) as rig:
+        rig.prefer("a")
+        got = await rig.stream()
+        assert (got.status, got.body) == (200, HELLO + STOP + DONE)
+        assert rig.recorder.outcomes == [Outcome.NO_TOKENS, Outcome.ANSWERED]
+        assert failures(rig) == 1
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("case", NO_CONTENT)
+async def test_exchange_no_content_from_all_servers_is_the_answer(autojump_clock, case, servers):
+    async with lab(*[once(NO_CONTENT[case])] * servers) as rig:
+        got = await rig.post()
+        assert (got.status, got.body, got.whole) == (int(case[:3]), b"", True)
+        assert failures(rig) == 0
 
 
 async def test_exchange_server_of_empty_200s_attracts_no_load(autojump_clock):
