@@ -53,6 +53,15 @@ def promtool(*arguments: str, stdin: str | None = None) -> str:
     return done.stdout + done.stderr
 
 
+def test_runbook_has_an_entry_for_every_alert():
+    text = RULES.read_text()
+    alerts = re.findall(r"alert: (\w+)", text)
+    linked = re.findall(r'runbook_url: "\S+/docs/runbook\.md#(\w+)"', text)
+    entries = re.findall(r"^## (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
+    assert linked == [alert.lower() for alert in alerts]
+    assert entries == alerts
+
+
 def panels() -> list[dict[str, Any]]:
     return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 

@@ -64,14 +64,14 @@ CHUNKS = _counter(
 FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
     "From the arrival of a streamed request to its first data, all attempts included.",
-    (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+    (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
     "server",
     "model",
 )
 DURATION = _histogram(
     "request_duration_seconds",
     "From the arrival of a request to the end of its complete response.",
-    (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+    (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 640, 1280, 2560),
     "server",
     "model",
 )
