@@ -53,12 +53,6 @@ class HeadTemplate:
             return None
         return digits
 
-    def with_length(self, headers: Headers, digits: bytes) -> Headers:
-        """A copy of the fields with this length."""
-        fields = headers.copy()
-        fields[self.place] = (b"content-length", digits)
-        return fields
-
 
 class CachedRequestParser:
     """Parses request heads of one connection with `parse`, unless the head is the last one again.
@@ -88,7 +82,8 @@ class CachedRequestParser:
                 self._head = head if cached else None
             return head
         head.content_length = int(digits)
-        head.headers = self._template.with_length(head.headers, digits)
+        head.headers = fields = head.headers.copy()
+        fields[self._template.place] = (b"content-length", digits)
         return head
 
 
@@ -127,6 +122,7 @@ class ResponseCache:
         if length != len(data) - end:
             return None
         if length != head.content_length:
-            headers = self._template.with_length(head.headers, digits)
+            headers = head.headers.copy()
+            headers[self._template.place] = (b"content-length", digits)
             head = ResponseHead(head.status, headers, length, False, head.memo)
         return head, data[end:]

@@ -137,7 +137,8 @@ class Metrics:
     def exchange_ended(self, record: Record) -> None:
         """One look-up, then additions; a new combination of labels costs more, once."""
         server = record.server
-        series = self._series(server.name if server is not None else NONE)
+        name = server.name if server is not None else NONE
+        series = self._servers.get(name) or self._series(name)
         outcome = record.outcome
         requests = series.by_request.get((record.model, record.path, record.status, outcome))
         if requests is None:
@@ -179,7 +180,8 @@ class Metrics:
         self._refusals[code].value += 1
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
-        self._series(server.name).attempts[outcome.value].value += 1
+        series = self._servers.get(server.name) or self._series(server.name)
+        series.attempts[outcome.value].value += 1
 
     def transition(self, change: Transition) -> None:
         """Count a server's change of state."""

@@ -86,7 +86,7 @@ class StallMonitor:
         self.lag = LagWatch()
         self.count = 0
         self.seconds = 0.0
-        self._turns = Turns(self._stalled)
+        self._turns = Turns(self._stalled, time.monotonic())
         self._sample = (-1, "")
         self._computed = 0.0
         self._logged_at = -math.inf

@@ -28,7 +28,7 @@ from vllm_router.http.io.async_socket import Interrupted
 from vllm_router.http.response_head import ResponseHead
 from vllm_router.proxy.answers.events import decode_json
 from vllm_router.proxy.answers.faults import message_of
-from vllm_router.proxy.answers.opening import Opening, Verdict
+from vllm_router.proxy.answers.opening import PROVEN, UNJUDGED, Opening, Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.answers.usage import Usage
 from vllm_router.proxy.attempts import Attempts
@@ -72,7 +72,7 @@ AT_ONCE = 8192
 """Bytes of a request body that go to a server in one write, without a wait."""
 
 _FIRST_BYTE_TIMEOUT = Outcome.FIRST_BYTE_TIMEOUT
-_FOR_CLIENT = (Verdict.PROVEN, Verdict.UNJUDGED)
+_FOR_CLIENT = (PROVEN, UNJUDGED)
 _OUTCOMES = {
     Verdict.NO_TOKENS: Outcome.NO_TOKENS,
     Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
@@ -165,9 +165,10 @@ class Attempt:
         context, attempts = self._context, self._attempts
         lease, deadline, record = self._lease, self._deadline, attempts.record
         settings, pool = context.settings, self._upstream.pool
+        replayable = settings.replay and attempts.request.facts.replayable
         while True:
             connection = None
-            if not self._fresh and attempts.replayable:
+            if not self._fresh and replayable:
                 connection = pool.take_idle(now)
             self._again = self._interrupted = None
             if connection is None:
@@ -178,8 +179,15 @@ class Attempt:
                 deadline.begin(_FIRST_BYTE_TIMEOUT, now + settings.first_byte_timeout)
             outcome = None
             lease.interrupt = self.interrupt
-            if connection is not None and connection.can_stream and self._can_skip_scope:
-                deadline.bound_read(connection)
+            if (
+                connection is not None
+                and connection.can_stream
+                and self._downstream.write_now is not None
+                and len(attempts.request.body) <= AT_ONCE
+            ):
+                # Only the wait for the response head can block, if the response is short: the
+                # request fits one write, and the client takes the response without a wait.
+                deadline.connection = connection
                 try:
                     outcome = await self._communicate(connection)
                 except Interrupted:
@@ -226,15 +234,6 @@ class Attempt:
             self._again = self._attempts.decide(outcome, fresh=self._fresh)
         return self._again
 
-    @property
-    def _can_skip_scope(self) -> bool:
-        """Whether only the wait for the response head can block, if the response is short: the
-        request fits one write, and the client's connection takes the response without a wait.
-        """
-        return (
-            self._downstream.write_now is not None and len(self._attempts.request.body) <= AT_ONCE
-        )
-
     async def _communicate(self, connection: Connection | None) -> Outcome | None:
         """Connect, send and receive. Every fault of the connection becomes an Outcome.
 
@@ -261,7 +260,7 @@ class Attempt:
             if not record.sent_at:
                 record.sent_at = self._context.now()
             answer = await connection.read_head(deadline.read_until)
-            if connection.complete or deadline.has_scope:
+            if connection.complete or deadline.read_until == math.inf:
                 return await self._receive(connection, answer)
             with deadline.scope():
                 return await self._receive(connection, answer)

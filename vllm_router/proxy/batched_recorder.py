@@ -34,6 +34,7 @@ class BatchedRecorder:
         self._now: Callable[[], float] = trio.lowlevel.current_clock().current_time
         self._flushed_at = -math.inf
         self._scheduled = False
+        self._hub: EventLoopHub | None = None
         self._attempts: list[tuple[Server, Outcome]] = []
         self._records: list[Record] = []
 
@@ -49,7 +50,10 @@ class BatchedRecorder:
 
     def _schedule(self) -> None:
         self._scheduled = True
-        EventLoopHub.of_this_run().call_before_wait(self._turn_has_ended)
+        hub = self._hub
+        if hub is None:
+            hub = self._hub = EventLoopHub.of_this_run()
+        hub.call_before_wait(self._turn_has_ended)
 
     def _turn_has_ended(self) -> None:
         if len(self._records) < FLUSH_SIZE and self._now() - self._flushed_at < self.interval:

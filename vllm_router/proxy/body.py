@@ -27,14 +27,14 @@ class BodyShare:
     """The part of `Bodies` that one exchange holds.
 
     Bytes count when they arrive: a client that only announces a large body takes no memory from
-    others.
+    others. `size` is how many have arrived and are held.
     """
 
-    __slots__ = ("_bodies", "_mine")
+    __slots__ = ("_bodies", "size")
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
-        self._mine = 0
+        self.size = 0
 
     def check(self, announced: int) -> None:
         """Raises Refused if a body of `announced` bytes would exceed the limit now."""
@@ -51,24 +51,26 @@ class BodyShare:
     def take(self, size: int) -> None:
         """Count `size` bytes that have arrived. Raises Refused beyond the limit."""
         bodies = self._bodies
-        self._mine += size
+        self.size += size
         bodies.held += size
         if bodies.held > bodies.limit:
             self.check(0)
 
     def give_back(self) -> None:
         """Release the memory. May be called more than once."""
-        if self._mine:
-            self._bodies.held -= self._mine
-            self._mine = 0
+        self._bodies.held -= self.size
+        self.size = 0
 
-
-def take_whole(body: bytes, limit: int, share: BodyShare) -> bytes:
-    """Count a body that has arrived in one piece. Raises Refused if it is too large."""
-    share.take(len(body))
-    if len(body) > limit:
-        raise body_too_large(limit)
-    return body
+    def take_whole(self, body: bytes, limit: int) -> None:
+        """Count a body that has arrived in one piece. Raises Refused if it is too large."""
+        size = len(body)
+        if size > limit:
+            raise body_too_large(limit)
+        bodies = self._bodies
+        self.size = size
+        bodies.held += size
+        if bodies.held > bodies.limit:
+            self.check(0)
 
 
 async def read_body(
@@ -82,7 +84,8 @@ async def read_body(
     message = await (receive() if timeout is None else _receive_within(timeout, receive, began))
     body: bytes = message.get("body", b"")
     if not message.get("more_body", False):
-        return take_whole(body, limit, share)
+        share.take_whole(body, limit)
+        return body
     # BytesIO hands out its buffer without a copy, unlike a list of parts that is joined.
     whole, total = BytesIO(), len(body)
     share.take(total)

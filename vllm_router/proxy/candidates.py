@@ -64,6 +64,8 @@ class Candidates:
         the operator's choice, not the client's.
         """
         fleet = self._context.fleet
+        if not (self.tried or self.falls_back or fleet.selective or self.selection is not None):
+            return fleet.candidates(self._request.facts.model, now)
         if self.falls_back and fleet.probed:
             name = self._first_available(now)
             if name is not None and fleet.names.served(name) != self._request.facts.model:

@@ -88,13 +88,8 @@ class ClientHead:
             head = memo[cls] = cls(scope, client, settings, trusted)
         return head
 
-    def check(self, headers: Headers, max_body: int, share: BodyShare) -> None:
-        """Raises Refused if the head rules the request out, or announces too large a body.
-
-        `headers` belong to this request.
-        """
-        if self.refused is not None:
-            raise self.refused.with_traceback(None)  # the same object for several requests
+    def check_length(self, headers: Headers, max_body: int, share: BodyShare) -> None:
+        """Raises Refused if the head announces too large a body. `headers` are this request's."""
         if self._length_at >= 0:
             length = int(headers[self._length_at][1])
             if length > max_body:

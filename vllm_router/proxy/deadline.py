@@ -22,53 +22,56 @@ class Deadline:
     never need the scope. Times are on trio's clock.
 
     `outcome` is how the attempt ends if the deadline passes; `next_move` is the time from which
-    a piece of a stream moves it.
+    a piece of a stream moves it. `read_until` is when a read must end by itself: infinity within a
+    scope. `connection` is one whose next read is bounded by it, while there is no scope.
     """
 
-    _scope: trio.CancelScope | None = None
-    _connection: Connection | None = None
+    __slots__ = (
+        "_idle",
+        "_scope",
+        "at",
+        "connection",
+        "next_move",
+        "outcome",
+        "read_until",
+        "total",
+    )
 
     def __init__(self, total: float, idle: float) -> None:
         """`total` is when the whole exchange must have ended, `idle` the idle timeout in s."""
         self.total = total
         self._idle = idle
+        self._scope: trio.CancelScope | None = None
+        self.connection: Connection | None = None
+        self.next_move = math.inf
 
     def begin(self, outcome: Outcome, at: float) -> None:
         """A phase begins that may last until `at`."""
         self.outcome = outcome
-        self.at = at = min(at, self.total)
+        if at > self.total:
+            at = self.total
+        self.at = at
         if self._scope is not None:
             self._scope.deadline = at
-
-    def bound_read(self, connection: Connection) -> None:
-        """Make no scope yet: the next read of this connection is bounded by `read_until`."""
-        self._connection = connection
+        else:
+            self.read_until = at
 
     def scope(self) -> trio.CancelScope:
         """A cancel scope that enforces the deadline from now on."""
         self._scope = scope = trio.CancelScope(deadline=self.at)
+        self.read_until = math.inf
         return scope
 
     def end(self) -> None:
         """The attempt is over, or begins anew."""
-        self._scope = self._connection = None
-
-    @property
-    def read_until(self) -> float:
-        """When a read must end by itself: infinity within a scope."""
-        return self.at if self._scope is None else math.inf
-
-    @property
-    def has_scope(self) -> bool:
-        """Whether `scope` was called."""
-        return self._scope is not None
+        self._scope = self.connection = None
 
     def cancel(self, reason: str) -> bool:
         """End the attempt now. False if it can no longer be ended."""
         if self._scope is not None:
             self._scope.cancel(reason=reason)
             return True
-        return self._connection is not None and self._connection.interrupt()
+        return self.connection is not None and self.connection.interrupt()
 
     def extend(self, now: float) -> None:
         """Bytes have arrived at `now`, more are due within the idle timeout."""
@@ -81,8 +84,8 @@ class Deadline:
         """
         scope, idle = self._scope, self._idle
         if scope is None:
-            self.next_move = math.inf
-        elif not whole or scope.deadline < now + idle / 2:
+            return
+        if not whole or scope.deadline < now + idle / 2:
             self.outcome = Outcome.IDLE_TIMEOUT
             self.move(now)
         else:

@@ -22,6 +22,7 @@ class Downstream(Protocol):
 
     A response is `respond`, any number of `write`, and `finish`; or `finish` alone, with the head.
 
+    `whole_body` returns the request body if all of it has arrived and none was received, else None.
     `early` is the kind of a response whose head was sent before any server had proven one.
     `blocked` is true while a write waits for the client; it stays true if that was cancelled.
     `write_now` sends a piece after the first one without a wait. It returns False if the client
@@ -33,11 +34,10 @@ class Downstream(Protocol):
     receive: Receive
 
     @property
-    def write_now(self) -> Callable[[bytes], bool] | None: ...
+    def whole_body(self) -> Callable[[], bytes | None]: ...
 
-    def whole_body(self) -> bytes | None:
-        """The request body if all of it has arrived and none was received, else None."""
-        ...
+    @property
+    def write_now(self) -> Callable[[bytes], bool] | None: ...
 
     async def respond(self, start: Message) -> None:
         """Send the head."""
@@ -56,11 +56,16 @@ class Downstream(Protocol):
         ...
 
 
+def _not_here() -> None:
+    """An ASGI server does not say whether a body has arrived."""
+
+
 class AsgiDownstream:
     """A client behind any ASGI server."""
 
     __slots__ = ("_send", "blocked", "early", "receive")
 
+    whole_body: Callable[[], bytes | None] = staticmethod(_not_here)
     write_now: Callable[[bytes], bool] | None = None
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -68,9 +73,6 @@ class AsgiDownstream:
         self._send = send
         self.early: bytes | None = None
         self.blocked = False
-
-    def whole_body(self) -> bytes | None:
-        return None
 
     async def respond(self, start: Message) -> None:
         self.blocked = True
@@ -95,7 +97,7 @@ class AsgiDownstream:
 class DirectDownstream(AsgiDownstream):
     """A client of the router's own HTTP server, which offers an Outlet beside the ASGI calls."""
 
-    __slots__ = ("_outlet", "write_now")
+    __slots__ = ("_outlet", "whole_body", "write_now")
 
     def __init__(self, receive: Receive, send: Send, outlet: Outlet) -> None:
         self.receive = receive
@@ -103,10 +105,8 @@ class DirectDownstream(AsgiDownstream):
         self._outlet = outlet
         self.early = None
         self.blocked = False
+        self.whole_body = outlet.whole_body
         self.write_now = outlet.send_part
-
-    def whole_body(self) -> bytes | None:
-        return self._outlet.whole_body()
 
     async def drain(self) -> None:
         self.blocked = True

@@ -26,7 +26,7 @@ from vllm_router.http.asgi_types import (
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.attempt import Attempt, AttemptResult, report_late
 from vllm_router.proxy.attempts import Attempts
-from vllm_router.proxy.body import BodyShare, read_body, take_whole
+from vllm_router.proxy.body import BodyShare, read_body
 from vllm_router.proxy.candidates import SHOWN_MODEL, Candidates
 from vllm_router.proxy.client_head import ClientHead
 from vllm_router.proxy.context import ProxyContext, router_stopping
@@ -139,7 +139,8 @@ class Exchange:
             return None
         finally:
             context.exchanges.discard(self)
-            self._share.give_back()
+            if self._share.size:
+                self._share.give_back()
             if entered and key is not None:
                 context.usage.leave(key, trio.current_time() - record.started_at)
             if record.phase is not DONE and record.outcome is None:
@@ -196,12 +197,14 @@ class Exchange:
             record.trace = context.tracer.begin(self._head.fields)
         if context.stopping:
             raise router_stopping()
-        share, downstream = self._share, self.downstream
-        self._head.check(self._scope["headers"], context.max_body, share)
+        head, share, downstream = self._head, self._share, self.downstream
+        if head.refused is not None:
+            raise head.refused.with_traceback(None)  # the same object for several requests
         body = downstream.whole_body()
         if body is not None:
-            take_whole(body, context.max_body, share)
+            share.take_whole(body, context.max_body)
         else:
+            head.check_length(self._scope["headers"], context.max_body, share)
             # A server that cancels the exchange bounds the time of the body, too.
             timeout = None if self._server_cancels else context.settings.body_timeout
             body = await read_body(downstream.receive, context.max_body, share, timeout)
@@ -315,9 +318,10 @@ class Exchange:
     def _choose(self, now: float) -> tuple[Policy, Lease] | None:
         """Choose a server at once; None if the exchange must wait. Raises Refused."""
         context, attempts = self._context, self._attempts
-        refused = attempts.quarantined(now)
-        if refused is not None:
-            raise refused
+        if context.quarantine.entries:
+            refused = attempts.quarantined(now)
+            if refused is not None:
+                raise refused
         if context.gate is not None:
             return None
         candidates = attempts.candidates.find(now)
@@ -362,7 +366,7 @@ class Exchange:
         finally:
             # Without these two the exchange would be part of a reference cycle.
             self.attempt = lease.interrupt = None
-            lease.release()
+            lease.server.end_lease(lease)
             report_attempt(context, attempts, policy, lease, result, context.now())
 
     def _deliver(self, response: FinalMessages, outcome: Outcome) -> FinalMessages:

@@ -14,7 +14,7 @@ import trio
 
 from vllm_router.http.client.connection import Connection
 from vllm_router.http.io.async_socket import Interrupted
-from vllm_router.proxy.answers.opening import Opening, Verdict
+from vllm_router.proxy.answers.opening import UNJUDGED, WAIT, Opening
 from vllm_router.proxy.server_response import ServerResponse
 
 HOLD_LIMIT = 256 * 1024
@@ -68,8 +68,8 @@ async def hold_stream(
     is called without any.
     """
     connection = response.connection
-    verdict = Verdict.WAIT
-    while verdict is Verdict.WAIT:
+    verdict = WAIT
+    while verdict is WAIT:
         piece = await _read_before(connection, head_at)
         if piece is None:
             assert send_early is not None
@@ -81,14 +81,14 @@ async def hold_stream(
             break
         now = response.received()
         verdict = opening.feed(piece)
-        if verdict is not Verdict.WAIT:
+        if verdict is not WAIT:
             break
         comments = opening.take_comments()
         if comments and send_early is not None:
             head_at = math.inf
             await send_early(comments)
         if opening.size >= HOLD_STREAM:
-            verdict = Verdict.UNJUDGED
+            verdict = UNJUDGED
         response.deadline.extend(now)
     response.held = opening.take_comments() + opening.held
     response.verdict = verdict

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vllm_router.proxy.answers.ending import Ending
 from vllm_router.proxy.answers.events import at_boundary
-from vllm_router.proxy.answers.opening import Verdict
+from vllm_router.proxy.answers.opening import UNJUDGED, Verdict
 from vllm_router.proxy.downstream import Downstream
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import Outcome
@@ -50,13 +50,15 @@ async def _relay_between_tasks(
     write_now: Callable[[bytes], bool],
 ) -> None:
     """Relay in callbacks of the event loop while the client keeps up."""
-    connection, tail = response.connection, response.tail
-    relayed = response.relayed
+    connection, tail, now_is = response.connection, response.tail, response.now
+    lease, server, deadline = response.lease, response.lease.server, response.deadline
     note = tail.add if tail is not None else None
 
     def take(piece: bytes) -> bool:
-        # `note_piece`, in place: this runs once per chunk.
-        relayed()
+        # `relayed` and `note_piece`, in place: this runs once per chunk.
+        lease.last_byte_at = server.last_byte_at = now = now_is()
+        if now > deadline.next_move:
+            deadline.move(now)
         record.bytes_out += len(piece)
         record.chunks += 1
         if note is not None:
@@ -65,7 +67,7 @@ async def _relay_between_tasks(
 
     while True:
         await connection.stream_into(take)
-        relayed()
+        response.relayed()
         if connection.exhausted:
             return
         await downstream.drain()
@@ -90,7 +92,7 @@ def read_ending(response: ServerResponse, outcome: Outcome) -> tuple[Ending, Out
     ending = tail.read(response.api)
     if ending.verdict is Verdict.UNFINISHED:
         plain = isinstance(tail, PlainTail)
-        complete = not plain and response.verdict is Verdict.UNJUDGED
+        complete = not plain and response.verdict is UNJUDGED
     if ending.verdict is not Verdict.REJECTED and (
         not complete or ending.verdict is not Verdict.UNFINISHED
     ):

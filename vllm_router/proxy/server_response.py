@@ -8,7 +8,7 @@ from vllm_router.fleet.server import Lease
 from vllm_router.http.client.connection import Connection
 from vllm_router.http.response_head import ResponseHead
 from vllm_router.proxy.answer_head import AnswerHead
-from vllm_router.proxy.answers.opening import Verdict
+from vllm_router.proxy.answers.opening import UNJUDGED, Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.answers.usage import Usage
 from vllm_router.proxy.answers.whole import read_whole
@@ -25,10 +25,20 @@ class ServerResponse:
     `usage` are the token counts of a whole plain body, `tail` the end of a body that is relayed.
     """
 
-    held = b""
-    verdict = Verdict.UNJUDGED
-    usage: Usage | None = None
-    tail: StreamTail | PlainTail | None = None
+    __slots__ = (
+        "answer",
+        "api",
+        "connection",
+        "deadline",
+        "head",
+        "held",
+        "judged",
+        "lease",
+        "now",
+        "tail",
+        "usage",
+        "verdict",
+    )
 
     def __init__(
         self,
@@ -44,23 +54,24 @@ class ServerResponse:
         self.head = head = AnswerHead.of(answer)
         self.lease = lease
         self.deadline = deadline
-        self._now = now
+        self.now = now
+        self.held = b""
+        self.verdict = UNJUDGED
+        self.usage: Usage | None = None
+        self.tail: StreamTail | PlainTail | None = None
         self.api = client_head.api
         self.judged = head.judgeable and client_head.pure and answer.status < 300
 
     def received(self) -> float:
         """Note that bytes have just come from the server. Returns the time."""
         lease = self.lease
-        lease.last_byte_at = lease.server.last_byte_at = now = self._now()
+        lease.last_byte_at = lease.server.last_byte_at = now = self.now()
         return now
 
     def relayed(self) -> None:
-        """Note that a piece to be relayed has just come, and extend the deadline.
-
-        Runs once per chunk.
-        """
+        """Note that a piece to be relayed has just come, and extend the deadline."""
         lease, deadline = self.lease, self.deadline
-        lease.last_byte_at = lease.server.last_byte_at = now = self._now()
+        lease.last_byte_at = lease.server.last_byte_at = now = self.now()
         if now > deadline.next_move:
             deadline.move(now)
 

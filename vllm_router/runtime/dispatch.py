@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vllm_router.errors import Refused
-from vllm_router.http.asgi_types import OUTLET, App, Receive, Scope, Send
+from vllm_router.http.asgi_types import HEAD_MEMO, OUTLET, App, Receive, Scope, Send
 from vllm_router.http.hypercorn.final_message import hold_last
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
@@ -34,11 +34,11 @@ class Dispatcher:
             raise RuntimeError(
                 "no supervisor is attached; an ASGI server must speak the lifespan protocol"
             )
-        path = _origin_form(scope)
         guard = supervisor.guard
         if guard.remembers(scope):
             await supervisor.proxy(scope, receive, send)
             return
+        path = _origin_form(scope)
         path_class = classify(scope.get("method", ""), path)
         bare, send = send, guard.for_pages(scope, path_class, send)
         if send is not bare:
@@ -92,10 +92,13 @@ def _origin_form(scope: Scope) -> bytes:
     """Normalize the scope's path to origin form and return it.
 
     An absolute-form target (RFC 9112 3.2.2) loses its authority, and a path its trailing slashes.
+    Nothing is remembered of such a request's head: the next one's must be normalized, too.
     """
     raw: bytes = scope.get("raw_path") or scope["path"].encode()
     if raw[:1] == b"/" and raw[-1:] != b"/":
         return raw
+    extensions = scope["extensions"] = {**(scope.get("extensions") or {})}
+    extensions.pop(HEAD_MEMO, None)
     found = _ABSOLUTE.match(raw)
     if found is not None:
         raw = raw[found.end() :] or b"/"

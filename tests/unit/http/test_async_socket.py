@@ -77,12 +77,12 @@ async def test_socket_cancelled_read_loses_nothing():
     with pair() as (wire, peer):
         with trio.move_on_after(0.01):
             await wire.read()
-        assert wire.silent
+        assert wire.is_silent()
         peer.send(b"late")
         await trio.testing.wait_all_tasks_blocked()
-        assert not wire.silent
+        assert not wire.is_silent()
         assert await wire.read() == b"late"
-        assert wire.silent
+        assert wire.is_silent()
 
 
 async def test_socket_unread_data_before_end_is_read_first():
@@ -288,7 +288,7 @@ async def test_socket_detached_is_not_touched_again():
         peer.send(b"x")
         await trio.lowlevel.wait_readable(wire.sock)
         assert wire.sock.recv(10) == b"x"
-        assert wire.silent
+        assert wire.is_silent()
 
 
 async def test_socket_detached_is_freed_without_garbage_collection():

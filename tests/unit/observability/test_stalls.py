@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from vllm_router.http.io.hub import EventLoopHub
 from vllm_router.http.io.turns import LONG, Turns
 from vllm_router.observability.stalls import LOOK_SELDOM, WINDOW, LagWatch, StallMonitor
 
@@ -37,7 +38,7 @@ def test_lag_watch_returns_the_worst_of_the_last_ten_seconds():
 
 
 class Clock:
-    """The monotonic clock of `Turns`, under the test's control."""
+    """The monotonic clock of the hub, under the test's control."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -49,29 +50,32 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("vllm_router.http.io.turns.monotonic", clock)
+    monkeypatch.setattr("vllm_router.http.io.hub.monotonic", clock)
     return clock
 
 
 def turn(turns: Turns, clock: Clock, length: float, wait: float = 1.0, late: float = 0.0) -> None:
     """A turn, and the wait after it, which ends too late."""
+    hub = EventLoopHub.of_this_run()
+    hub.turns = turns
     clock.now += length
-    turns.turn_ended(wait)
+    hub.before_io_wait(wait)
     clock.now += wait + late
-    turns.wait_ended()
+    hub.after_io_wait(wait)
+    hub.turns = None
 
 
-def test_turns_long_ones_and_late_wakes_are_reported_one_by_one(clock):
+async def test_turns_long_ones_and_late_wakes_are_reported_one_by_one(clock):
     found: list[float] = []
-    turns = Turns(found.append)
+    turns = Turns(found.append, clock.now)
     for length, late in [(0.01, 0.0), (0.2, 0.0), (0.06, 0.0), (0.01, 0.3), (LONG * 0.9, 0.0)]:
         turn(turns, clock, length, late=late)
     assert found == pytest.approx([0.2, 0.06, 0.3])
     assert turns.number == 5
 
 
-def test_turns_longest_is_since_it_was_asked_for_last(clock):
-    turns = Turns(lambda length: None)
+async def test_turns_longest_is_since_it_was_asked_for_last(clock):
+    turns = Turns(lambda length: None, clock.now)
     for length in (0.01, 0.03, 0.02):
         turn(turns, clock, length)
     assert turns.take_longest() == pytest.approx(0.03)
@@ -81,13 +85,16 @@ def test_turns_longest_is_since_it_was_asked_for_last(clock):
     assert turns.take_longest() == pytest.approx(0.4)
 
 
-def test_turns_a_wait_that_ends_early_or_has_no_end_is_not_late(clock):
+async def test_turns_a_wait_that_ends_early_or_has_no_end_is_not_late(clock):
     found: list[float] = []
-    turns = Turns(found.append)
+    turns = Turns(found.append, clock.now)
+    hub = EventLoopHub.of_this_run()
     turn(turns, clock, 0.001, wait=1.0, late=-0.9)
-    turns.turn_ended(math.inf)
+    hub.turns = turns
+    hub.before_io_wait(math.inf)
     clock.now += 1000.0
-    turns.wait_ended()
+    hub.after_io_wait(math.inf)
+    hub.turns = None
     assert found == []
 
 

@@ -98,9 +98,9 @@ def test_head_memo_check_uses_length_of_each_request():
     head = ClientHead(scope_of(None), "192.0.2.1", make_config(1).settings, ())
     bodies = Bodies()
     bodies.limit = 1000
-    head.check([(b"host", b"r"), (b"content-length", b"99")], 99, BodyShare(bodies))
+    head.check_length([(b"host", b"r"), (b"content-length", b"99")], 99, BodyShare(bodies))
     with pytest.raises(Refused, match="larger than 98 bytes"):
-        head.check([(b"host", b"r"), (b"content-length", b"99")], 98, BodyShare(bodies))
+        head.check_length([(b"host", b"r"), (b"content-length", b"99")], 98, BodyShare(bodies))
 
 
 class Talk:

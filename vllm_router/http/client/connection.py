@@ -16,14 +16,18 @@ class Connection(ResponseParser):
     """Sends requests and reads their responses, one at a time, used by one task at a time.
 
     Every failure is a ConnectionLost (ProtocolViolation is one), and the connection is not reused
-    after it. Owns the transport.
+    after it. Owns the transport. `can_stream` and `is_alive` are the transport's: whether
+    `stream_into` is the cheaper way to read a body that comes in many pieces, and whether an idle
+    connection can be reused, as far as the event loop knows.
     """
 
-    __slots__ = ("_transport", "idle_since", "reused")
+    __slots__ = ("_transport", "can_stream", "idle_since", "is_alive", "reused")
 
     def __init__(self, transport: Transport, cache: ResponseCache | None = None) -> None:
         super().__init__(cache)
         self._transport = transport
+        self.can_stream = transport.can_stream
+        self.is_alive = transport.is_alive
         self.idle_since = 0.0
         self.reused = False
 
@@ -71,7 +75,7 @@ class Connection(ResponseParser):
         Raises ConnectionLost if the connection ends before the body does. `until` as `read_head`.
         """
         while not self._parts:
-            if self._complete:
+            if self.complete:
                 return b""
             try:
                 data = await self._transport.read(until)
@@ -86,11 +90,6 @@ class Connection(ResponseParser):
         self._overhead = 0
         return self.take()
 
-    @property
-    def can_stream(self) -> bool:
-        """Whether `stream_into` is the cheaper way to read a body that comes in many pieces."""
-        return self._transport.can_stream
-
     async def stream_into(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with each piece of the body as it arrives, between tasks.
 
@@ -103,7 +102,7 @@ class Connection(ResponseParser):
                 self._feed(data)
             else:
                 self._end_of_stream()
-            parts, more = self._parts, not self._complete
+            parts, more = self._parts, not self.complete
             if parts:
                 self._parts, self._overhead = [], 0
                 return take(parts[0] if len(parts) == 1 else b"".join(parts)) and more
@@ -114,10 +113,6 @@ class Connection(ResponseParser):
             await self._transport.stream_into(on_data)
         except OSError as error:
             raise ConnectionLost(str(error)) from error
-
-    def is_alive(self) -> bool:
-        """Whether an idle connection can be reused, as far as the event loop knows."""
-        return self._transport.is_alive()
 
     def close(self) -> None:
         """Close the socket. Never blocks; may be called repeatedly."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import trio
 
@@ -20,7 +17,7 @@ _INTERIM = re.compile(rb"(?:HTTP/1\.[01] 1[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+\Z"
 class PlainTransport:
     """See `Transport`. Closes the socket."""
 
-    __slots__ = ("_async", "_socket", "_used")
+    __slots__ = ("_async", "_socket", "_used", "interrupt", "is_alive", "read", "stream_into")
 
     EARLY_RESPONSE_POLL = 0.1
     """Seconds between checks for an early response while the server does not read."""
@@ -29,19 +26,14 @@ class PlainTransport:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        self._async = async_socket(connected)
+        self._async = sock = async_socket(connected)
         self._used = False
-
-    # These return the socket's own coroutines: a wrapper would be resumed with every wait.
-
-    def read(self, until: float = math.inf) -> Coroutine[Any, Any, bytes]:
-        return self._async.read(READ_SIZE, until)
-
-    def interrupt(self) -> bool:
-        return self._async.interrupt()
-
-    def stream_into(self, take: Callable[[bytes], bool]) -> Coroutine[Any, Any, None]:
-        return self._async.stream_into(take)
+        # The socket's own methods: a wrapper would be resumed with every wait.
+        self.read = sock.read
+        self.stream_into = sock.stream_into
+        self.interrupt = sock.interrupt
+        # As far as the loop knows; a write checks again.
+        self.is_alive = sock.is_silent
 
     def write_nowait(self, head: bytes, body: bytes) -> bool:
         if len(head) + len(body) > BUFFERED_WRITE_SIZE:
@@ -109,11 +101,6 @@ class PlainTransport:
             return bool(self._socket.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
-
-    def is_alive(self) -> bool:
-        # As far as the loop knows; a write checks again.
-        sock = self._async
-        return sock.silent and not sock.ended and not sock.broken
 
     def close(self) -> None:
         self._async.detach()

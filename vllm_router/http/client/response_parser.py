@@ -33,11 +33,12 @@ class ResponseParser:
 
     Framing that RFC 9112 section 6.3 calls faulty raises ProtocolViolation, so that no truncated
     or smuggled response passes as a complete one.
+
+    `complete`: the whole response has been received, though perhaps not taken.
     """
 
     __slots__ = (
         "_cache",
-        "_complete",
         "_fault",
         "_head",
         "_head_bytes",
@@ -46,6 +47,7 @@ class ResponseParser:
         "_parser",
         "_parts",
         "_reusable",
+        "complete",
     )
 
     def __init__(self, cache: ResponseCache | None = None) -> None:
@@ -54,7 +56,7 @@ class ResponseParser:
         self._headers: Headers = []
         self._parts: list[bytes] = []
         self._head: ResponseHead | None = None
-        self._complete = False
+        self.complete = False
         self._reusable = True
         self._fault: str | None = None
         self._head_bytes = self._overhead = 0
@@ -64,13 +66,13 @@ class ResponseParser:
         self._headers = []
         self._parts = []
         self._head = None
-        self._complete = False
+        self.complete = False
         self._head_bytes = 0
 
     # -- llhttp's callbacks -------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self._complete:
+        if self.complete:
             self._reusable = False  # a second response to one request
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -81,7 +83,7 @@ class ResponseParser:
                 self._headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        if self._complete:
+        if self.complete:
             return
         status = self._parser.get_status_code()
         headers = self._headers
@@ -116,13 +118,13 @@ class ResponseParser:
         self._head = ResponseHead(status, headers, length, chunked)
 
     def on_body(self, piece: bytes) -> None:
-        if not self._complete:
+        if not self.complete:
             self._parts.append(piece)
 
     def on_message_complete(self) -> None:
         if self._head is None:
             return  # an interim response
-        self._complete = True
+        self.complete = True
         if not self._parser.should_keep_alive():
             self._reusable = False
 
@@ -140,13 +142,13 @@ class ResponseParser:
         if first and (found := self._cache.match(data)) is not None:
             # llhttp has not seen this response: it stays between two responses.
             self._head, body = found
-            self._complete = True
+            self.complete = True
             if body:
                 self._parts.append(body)
             return self._head
         self._feed(data)
         if self._head is not None:
-            if first and self._complete and self._reusable:
+            if first and self.complete and self._reusable:
                 self._cache.remember(data, self._head)
             return self._head
         if self._head_bytes > MAX_HEAD or len(self._headers) > MAX_FIELDS:
@@ -160,7 +162,7 @@ class ResponseParser:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._reusable = False
             # Junk after a complete response costs the connection, not the response.
-            if not self._complete:
+            if not self.complete:
                 raise ProtocolViolation(self._fault or _describe(data, error)) from error
         if self._fault is not None:
             # Even if a whole response came along: the result must not depend on packet sizes.
@@ -172,12 +174,12 @@ class ResponseParser:
         head = self._head
         if head is None or head.chunked or head.content_length is not None:
             raise ConnectionLost("connection closed in the middle of the response")
-        self._complete = True  # a body without a length ends with the connection
+        self.complete = True  # a body without a length ends with the connection
 
     def _count_overhead(self, data: bytes) -> None:
         """`data` brought no body: bound such bytes. Raises ProtocolViolation."""
         self._overhead += len(data)
-        if self._overhead > MAX_OVERHEAD and not self._complete:
+        if self._overhead > MAX_OVERHEAD and not self.complete:
             self._reusable = False
             raise ProtocolViolation(
                 f"more than {MAX_OVERHEAD} bytes of chunk framing or trailers without body data"
@@ -196,19 +198,14 @@ class ResponseParser:
         return self._head_bytes > 0
 
     @property
-    def complete(self) -> bool:
-        """Whether the whole response has been received, though perhaps not taken."""
-        return self._complete
-
-    @property
     def exhausted(self) -> bool:
         """Whether the whole response has been received and taken."""
-        return self._complete and not self._parts
+        return self.complete and not self._parts
 
     @property
     def reusable(self) -> bool:
         """Whether another request may be sent: the response is complete and without fault."""
-        return self._reusable and self._complete
+        return self._reusable and self.complete
 
 
 def _describe(data: bytes, error: Exception) -> str:

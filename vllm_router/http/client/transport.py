@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 
@@ -18,7 +18,7 @@ class Transport(Protocol):
         """Whether `stream_into` costs less than reads, and reads support `until`, `interrupt`."""
         ...
 
-    async def read(self, until: float = math.inf) -> bytes:
+    def read(self, until: float = math.inf) -> Awaitable[bytes]:
         """At least one byte, or b"" at the end of the stream.
 
         If the transport `can_stream`, raises Interrupted at the time `until` and after
@@ -30,7 +30,7 @@ class Transport(Protocol):
         """End the current read with Interrupted; False if no task waits."""
         ...
 
-    async def stream_into(self, take: Callable[[bytes], bool]) -> None:
+    def stream_into(self, take: Callable[[bytes], bool]) -> Awaitable[None]:
         """Call `take` with each read's result, between tasks, until it returns False."""
         ...
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 READ_SIZE = 65536
 """Bytes of one read."""
@@ -40,16 +40,15 @@ class AsyncSocket(Protocol):
         """
         ...
 
-    @property
-    def silent(self) -> bool:
-        """Whether no input is known to be pending: false at the end of the stream."""
+    def is_silent(self) -> bool:
+        """Whether no input, end or failure is known to be pending."""
         ...
 
     def has_input(self) -> bool:
         """Whether unread bytes, an error or the end are pending. Asks the kernel."""
         ...
 
-    def read(self, size: int = READ_SIZE, until: float = math.inf) -> Coroutine[Any, Any, bytes]:
+    def read(self, until: float = math.inf, size: int = READ_SIZE) -> Awaitable[bytes]:
         """Read 1 to `size` bytes; b"" at the end of the stream. Raises OSError.
 
         Raises Interrupted at the time `until` on Trio's clock, and after `interrupt`. Loses no
@@ -57,7 +56,7 @@ class AsyncSocket(Protocol):
         """
         ...
 
-    def stream_into(self, take: Callable[[bytes], bool]) -> Coroutine[Any, Any, None]:
+    def stream_into(self, take: Callable[[bytes], bool]) -> Awaitable[None]:
         """Call `take` with each read's result until it returns False.
 
         Exceptions of `take` are raised here. Raises OSError. Loses no data when cancelled.

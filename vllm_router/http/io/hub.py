@@ -15,6 +15,7 @@ import logging
 import math
 import select
 from collections.abc import Callable
+from time import monotonic
 from typing import Protocol
 
 import trio
@@ -64,7 +65,8 @@ class EventLoopHub(trio.abc.Instrument):
         self._before_wait: list[Callable[[], None]] = []
         self._token = trio.lowlevel.current_trio_token()
         self._timer = trio.CancelScope()
-        self._wake_up = math.inf
+        self.wake_up = math.inf
+        """When the waits are checked next, see `wake_up_by`."""
         self.turns: Turns | None = None
         """Measures the loop's turns if set. Must not raise."""
         self.in_trio_epoll = trio_internals.register_in_trio_epoll(self.epoll.fileno())
@@ -97,8 +99,8 @@ class EventLoopHub(trio.abc.Instrument):
 
     def wake_up_by(self, until: float) -> None:
         """Check the waits at this time. Sets the timer only if no earlier check is scheduled."""
-        if until < self._wake_up:
-            self._wake_up = self._timer.deadline = until
+        if until < self.wake_up:
+            self.wake_up = self._timer.deadline = until
 
     async def _expire_waits(self) -> None:
         """End the waits whose `until` has passed: one pass over all members per timer."""
@@ -106,7 +108,7 @@ class EventLoopHub(trio.abc.Instrument):
             with self._timer:
                 await trio.sleep_forever()
             self._timer = trio.CancelScope()
-            self._wake_up = math.inf
+            self.wake_up = math.inf
             now = trio.current_time()
             self.wake_up_by(
                 min([member.expire(now) for member in self.members.values()], default=math.inf)
@@ -143,13 +145,24 @@ class EventLoopHub(trio.abc.Instrument):
             self.written = []
             for member in written:
                 member.flush()
-        if self.turns is not None:
-            self.turns.turn_ended(timeout)
+        turns = self.turns
+        if turns is not None:
+            # `turn_ended` and `turn_began`, in place: two calls per chunk of a stream.
+            now = monotonic()
+            length = now - turns.began
+            turns.began = math.inf
+            turns.wake_at = now + timeout
+            if length > turns.limit:
+                turns.note(length)
 
     def after_io_wait(self, timeout: float) -> None:
         """Wake the tasks whose sockets have news."""
-        if self.turns is not None:
-            self.turns.wait_ended()
+        turns = self.turns
+        if turns is not None:
+            turns.began = now = monotonic()
+            turns.number += 1
+            if now - turns.wake_at > turns.limit:
+                turns.note(now - turns.wake_at)
         members = self.members
         for fileno, events in self.epoll.poll(0, _MAX_EVENTS):
             member = members.get(fileno)

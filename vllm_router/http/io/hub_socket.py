@@ -28,20 +28,16 @@ _ENDED = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 _MORE, _NO_MORE = outcome.Value(True), outcome.Value(False)
 """Preallocated wake-up values: continue reading, or end `stream_into`. `outcome.Value` can be
-unwrapped only once; `_wait` compares identity instead, so two instances serve all waits."""
-
-
-@types.coroutine
-def _wait(trap: object) -> Generator[object, Any, bool]:
-    """Wait until the task is rescheduled; the wake-up value. Raises when cancelled."""
-    woken = yield trap
-    if woken is _MORE:
-        return True
-    return woken is not _NO_MORE and bool(woken.unwrap())
+unwrapped only once; the reads compare identity instead, so two instances serve all waits."""
 
 
 class HubSocket:
-    """Registered with the hub from creation to `detach`. See `AsyncSocket`."""
+    """Registered with the hub from creation to `detach`. See `AsyncSocket`.
+
+    `read` and `stream_into` are coroutines written as generators: `yield self._trap` suspends the
+    task until it is rescheduled. Any other value than the two above is trio's: a cancellation,
+    which `unwrap` raises.
+    """
 
     __slots__ = (
         "_deadline",
@@ -94,24 +90,28 @@ class HubSocket:
 
     # -- reading ------------------------------------------------------------------------------
 
-    @property
-    def silent(self) -> bool:
-        return not self._ready
+    def is_silent(self) -> bool:
+        return not (self._ready or self.ended or self.broken)
 
     def has_input(self) -> bool:
         return has_input(self.sock)
 
-    async def read(self, size: int = READ_SIZE, until: float = math.inf) -> bytes:
+    @types.coroutine
+    def read(self, until: float = math.inf, size: int = READ_SIZE) -> Generator[object, Any, bytes]:
         # `until` does the work of a cancel scope for a tenth of the cost.
         while True:
             if self._ready:
-                await trio.lowlevel.checkpoint()  # let other tasks run
+                # Let other tasks run.
+                yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105 (a coroutine's await)
             else:
                 self._reader = current_task()
                 if until != math.inf:
                     self._deadline = until
-                    self._hub.wake_up_by(until)
-                await _wait(self._trap)
+                    if until < self._hub.wake_up:
+                        self._hub.wake_up_by(until)
+                woken = yield self._trap
+                if woken is not _MORE and woken is not _NO_MORE:
+                    woken.unwrap()
             if self._error is not None:
                 self._raise_error()
             try:
@@ -123,16 +123,20 @@ class HubSocket:
             self._ready = self.ended or len(data) == size
             return data
 
-    async def stream_into(self, take: Callable[[bytes], bool]) -> None:
+    @types.coroutine
+    def stream_into(self, take: Callable[[bytes], bool]) -> Generator[object, Any, None]:
         # `take` runs between tasks: relayed bytes wake no task.
         more = True
         while more:
             if self._ready:
-                await trio.lowlevel.checkpoint()
+                yield from trio.lowlevel.checkpoint()  # noqa: ASYNC105 (a coroutine's await)
                 more = self._read_into(take)
             else:
                 self._take, self._reader = take, current_task()
-                more = await _wait(self._trap)
+                woken = yield self._trap
+                more = woken is _MORE
+                if not more and woken is not _NO_MORE:
+                    woken.unwrap()
             if self._error is not None:
                 self._raise_error()
 
@@ -140,7 +144,7 @@ class HubSocket:
         if self._reader is None:
             return False
         self._error = Interrupted()
-        self._wake_reader(more=False)
+        self._wake_reader(_NO_MORE)
         return True
 
     def _raise_error(self) -> NoReturn:
@@ -188,7 +192,9 @@ class HubSocket:
 
     def write_request(self, data: bytes) -> None:
         self._verify_silence = True
-        self.write(data)
+        if not self._out:
+            self._hub.written.append(self)
+        self._out.append(data)
 
     def flush(self) -> None:
         out = self._out
@@ -246,23 +252,24 @@ class HubSocket:
             self._ready = True
         if self._ready and self._reader is not None:
             take = self._take
-            more = take is not None and self._read_into(take)
-            if not more or self._ready:
-                self._wake_reader(more)
+            if take is None or not self._read_into(take):
+                self._wake_reader(_NO_MORE)
+            elif self._ready:
+                self._wake_reader(_MORE)
 
     def on_write_failed(self) -> None:
         if self.on_hangup is not None:
             self.on_hangup()
         self._wake_writer()
         if self._reader is not None:
-            self._wake_reader(more=True)
+            self._wake_reader(_MORE)
 
-    def _wake_reader(self, more: bool) -> None:
+    def _wake_reader(self, woken: outcome.Value[bool]) -> None:
         reader, self._reader = self._reader, None
         self._take = None
         self._deadline = math.inf
         assert reader is not None
-        reschedule(reader, _MORE if more else _NO_MORE)
+        reschedule(reader, woken)
 
     def _wake_writer(self) -> None:
         if self._writer is not None and (self.broken or not self.unsent):

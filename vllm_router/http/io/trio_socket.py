@@ -73,14 +73,13 @@ class TrioSocket:
 
     # -- reading ------------------------------------------------------------------------------
 
-    @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         return not (self.ended or self.broken or self.has_input())
 
     def has_input(self) -> bool:
         return has_input(self.sock)
 
-    async def read(self, size: int = READ_SIZE, until: float = math.inf) -> bytes:
+    async def read(self, until: float = math.inf, size: int = READ_SIZE) -> bytes:
         while True:
             await self._wait_for_input(until)
             try:

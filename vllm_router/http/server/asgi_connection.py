@@ -10,7 +10,7 @@ from urllib.parse import unquote_to_bytes
 
 import trio
 
-from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, HEAD_MEMO, Message, Scope
+from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, HEAD_MEMO, OUTLET, Message, Scope
 from vllm_router.http.http_error import HttpError
 from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.request_head import Head
@@ -53,6 +53,8 @@ class AsgiConnection(RequestReader):
     )
 
     scheme = "http"
+    is_outlet = False
+    """Whether the connection is an `Outlet`, too."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class AsgiConnection(RequestReader):
 
     # -- I/O of subclasses ---------------------------------------------------------------------
 
-    async def _read(self, size: int = READ_SIZE) -> bytes:
+    def _read(self, size: int = READ_SIZE) -> Awaitable[bytes]:
         """1 to `size` bytes, or more if they were read ahead; b"" when the client has left.
 
         Raises OSError. Loses no data when cancelled.
@@ -89,10 +91,6 @@ class AsgiConnection(RequestReader):
     async def _write_rest(self, data: bytes) -> None:
         """Wait until the bytes given to `_write_now` have been sent. Raises OSError."""
         raise NotImplementedError
-
-    def extensions(self, head: Head) -> dict[str, Any]:
-        """ASGI extensions of a request's scope."""
-        return {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo}
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -122,6 +120,9 @@ class AsgiConnection(RequestReader):
         if self._hung_up and not self._body_open:
             self.client_left()
         path = head.path
+        extensions: dict[str, Any] = {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo}
+        if self.is_outlet:
+            extensions[OUTLET] = self
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -135,7 +136,7 @@ class AsgiConnection(RequestReader):
             "headers": head.headers,
             "client": self._client,
             "server": self._local,
-            "extensions": self.extensions(head),
+            "extensions": extensions,
         }
         try:
             await host.app(scope, self._receive, self._send)

@@ -73,8 +73,20 @@ class ResponseWriter:
             self.finished = True
         return data
 
+    def whole(self, start: Message, body: bytes, *, close: bool) -> bytes:
+        """Encode a response whose body is one message: `hold` and `encode` in one step."""
+        if self._start is not None or self.started:
+            raise RuntimeError("http.response.start sent twice")
+        head = self._begin(start, len(body), self.close or close)
+        if self._framing != _LENGTH or self._remaining != len(body):
+            body = self._frame(body, more=False)
+        self.started = self.finished = True
+        return b"%b\r\n%b" % (head, body)
+
     def part(self, piece: bytes) -> bytes:
         """Encode a piece of a body that has begun; more follows."""
+        if self._framing == _CHUNKED and piece:
+            return b"%x\r\n%b\r\n" % (len(piece), piece)
         return self._frame(piece, more=True)
 
     def _begin(self, start: Message, known: int | None, close: bool) -> bytes:

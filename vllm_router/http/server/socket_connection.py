@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable
 
 import trio
 
-from vllm_router.http.asgi_types import CANCEL_ON_DISCONNECT, HEAD_MEMO, OUTLET, Message
+from vllm_router.http.asgi_types import Message
 from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.io.closing import reset_on_close, wait_until_delivered
 from vllm_router.http.io.sockets import async_socket
-from vllm_router.http.request_head import Head
 from vllm_router.http.server.asgi_connection import ClientDisconnected
 from vllm_router.http.server.connection import Connection
 from vllm_router.http.server.host import Host
@@ -22,6 +21,8 @@ class SocketConnection(Connection):
     """Owns a non-blocking socket, which `run` closes. Offers itself as `Outlet`."""
 
     __slots__ = ("_async", "_socket")
+
+    is_outlet = True
 
     def __init__(
         self,
@@ -48,8 +49,8 @@ class SocketConnection(Connection):
         else:
             self.hang_up()
 
-    def _read(self, size: int = READ_SIZE) -> Coroutine[Any, Any, bytes]:
-        return self._async.read(size)
+    def _read(self, size: int = READ_SIZE) -> Awaitable[bytes]:
+        return self._async.read(math.inf, size)
 
     def _write_now(self, data: bytes) -> bool:
         sock = self._async
@@ -86,9 +87,6 @@ class SocketConnection(Connection):
 
     # -- Outlet: see asgi_types ----------------------------------------------------------------
 
-    def extensions(self, head: Head) -> dict[str, Any]:
-        return {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo, OUTLET: self}
-
     def whole_body(self) -> bytes | None:
         if self._body_open or self._delivered or self._gone or self._error is not None:
             return None
@@ -101,8 +99,8 @@ class SocketConnection(Connection):
         response, sock = self._response, self._async
         if response is None or self._gone or sock.broken:
             return False
-        response.hold(start)
-        sock.write(response.encode(last, close=self._body_open or self._host.closing))
+        close = self._body_open or self._host.closing
+        sock.write(response.whole(start, last["body"], close=close))
         if self._finished is not None:
             self._finished.set()
         return not sock.unsent

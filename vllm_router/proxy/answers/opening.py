@@ -42,6 +42,9 @@ class Verdict(enum.Enum):
     BUSY = "busy"  # an error that says the server is full
 
 
+WAIT, PROVEN, UNJUDGED = Verdict.WAIT, Verdict.PROVEN, Verdict.UNJUDGED
+"""Module-level names, see `ANSWERED` in `retry.py`."""
+
 FAULTS = {
     Fault.CLIENT: Verdict.REJECTED,
     Fault.SERVER: Verdict.FAILED,
@@ -96,20 +99,20 @@ class Opening:
         self._size += len(piece)
         if self._api in CHUNKED and self._blocks.empty and has_content(piece):
             self._held.append(piece)
-            return Verdict.PROVEN
+            return PROVEN
         for block in self._blocks.feed(piece):
             self._held.append(block)
             verdict = self._judge(block.rstrip(b"\r\n"))
-            if verdict is not Verdict.WAIT:
+            if verdict is not WAIT:
                 return verdict
-        return Verdict.WAIT
+        return WAIT
 
     def end(self) -> Verdict:
         """The stream has ended, as its framing says. A last event may lack its blank line."""
         pending = self._blocks.pending
         if pending and not pending.startswith(b":"):
             verdict = self._judge(pending.rstrip(b"\r\n"))
-            if verdict is not Verdict.WAIT:
+            if verdict is not WAIT:
                 # Half an event is not readable, and is not passed on as if it were whole.
                 return Verdict.EMPTY if verdict is Verdict.UNJUDGED else verdict
         return self._ended()
@@ -121,13 +124,13 @@ class Opening:
             self.error = event.payload
             return FAULTS[fault_of(event.payload)]
         if signs & PROVES:
-            return Verdict.PROVEN
+            return PROVEN
         if signs & UNKNOWN:
             return Verdict.UNJUDGED
         self._seen |= signs
         if signs & ENDS or self._seen & ABORTS:
             return self._ended()
-        return Verdict.WAIT
+        return WAIT
 
     def _ended(self) -> Verdict:
         if self._seen & ABORTS:

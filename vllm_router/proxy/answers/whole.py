@@ -9,7 +9,7 @@ import msgspec
 
 from vllm_router.proxy.answers.events import NOT_JSON, decode_json
 from vllm_router.proxy.answers.faults import fault_of
-from vllm_router.proxy.answers.opening import FAULTS, Verdict
+from vllm_router.proxy.answers.opening import FAULTS, PROVEN, Verdict
 from vllm_router.proxy.answers.quick import chat_usage, usage_of_finished
 from vllm_router.proxy.answers.signs import ABORTS, FAILS, FINISHES, PROVES, UNKNOWN, Signs
 from vllm_router.proxy.answers.tables import CHUNKED, Api, chunk, message, reports_error, response
@@ -38,7 +38,7 @@ def read_whole(api: Api, body: bytes) -> Whole:
         return _read_other(body)
     usage = chat_usage(body) if api in CHUNKED else usage_of_finished(body)
     if usage is not None:
-        return Whole(Verdict.PROVEN, usage)
+        return Whole(PROVEN, usage)
     payload = decode_json(body)
     if not isinstance(payload, dict):
         if payload is NOT_JSON:

@@ -175,7 +175,8 @@ class Adaptive(Policy):
         self.index.follow(cache.candidates, now)
         for estimate in estimates:
             estimate.follow_scrape()
-            estimate.settle(now)
+            if estimate.due:
+                estimate.settle(now)
         self._detect_peers(cache)
         latency, load = median_latency(estimates), median_load(estimates)
         cache.credited = 0
@@ -209,7 +210,7 @@ class Adaptive(Policy):
 
     def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         server, prompt = lease.server, info.prompt
-        estimate = self._estimate(server)
+        estimate = self._estimates.get(server) or self._estimate(server)
         per_byte = self.index.tokens_per_byte(info.model, prompt)
         cached, blocks = 0.0, 0
         hashes = prompt.block_hashes
@@ -234,9 +235,11 @@ class Adaptive(Policy):
         if cache is not None and cache.peer_ratio:
             estimate.extra += cache.peer_ratio
         if not info.stream:
-            estimate.settle(now)  # with a single candidate `pick` is not called
+            if estimate.due and estimate.due[0][0] <= now:
+                estimate.settle(now)  # with a single candidate `pick` is not called
             estimate.due.append((now + estimate.first_token, reservation))
-        self.index.insert(server, prompt, now)
+        if hashes:
+            self.index.insert(server, prompt, now)
 
     def first_byte(self, lease: Lease) -> None:
         reservation = lease.reservation
@@ -251,7 +254,8 @@ class Adaptive(Policy):
         if not isinstance(reservation, Reservation):
             return
         prompt = reservation.prompt
-        self.index.learn(reservation.model, prompt, prompt_tokens)
+        if prompt.block_hashes:
+            self.index.learn(reservation.model, prompt, prompt_tokens)
         if cached_tokens is None:
             return
         reservation.estimate.reported_total += cached_tokens
@@ -266,7 +270,8 @@ class Adaptive(Policy):
             reservation.cached = 0.0  # the engine has not looked it up
             self.index.unlearn(lease.server, reservation.prompt, reservation.known)
             keep_queued(reservation, self._first_token, now, lease.taken_at)
-        reservation.start()
+        if reservation.waiting:
+            reservation.start()
         lease.reservation = None
         if failed:
             estimate = reservation.estimate

@@ -111,8 +111,11 @@ def read_at_once(
         if with_prompt and len(body) >= shortest:
             fields, prompt = _with_prompt(body, seeds)
         else:
-            fields = _few_fields(body)
             prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
+            try:
+                fields = _DECODER.decode(body)
+            except msgspec.ValidationError:
+                fields = odd_fields(_RAW_DECODER.decode(body))
         transfer = _transfer(fields)
     except (msgspec.MsgspecError, InvalidBody, RecursionError, UnicodeError):
         return None
@@ -152,13 +155,6 @@ def _transfer(fields: Fields) -> str | None:
     if kv is NO_JSON and ec is NO_JSON and xargs is NO_JSON and sampling is NO_JSON:
         return None
     return transfer_parameter(kv, ec, xargs, sampling)
-
-
-def _few_fields(body: bytes) -> Fields:
-    try:
-        return _DECODER.decode(body)
-    except msgspec.ValidationError:
-        return odd_fields(_RAW_DECODER.decode(body))
 
 
 def _with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt]:
