@@ -16,7 +16,7 @@ import pytest
 from support.cli_process import ROOT, Running, router
 from support.mock_process import MockProcess, mock_processes
 from vllm_router.cli.main import cli
-from vllm_router.config import auth
+from vllm_router.config import auth, discovery_tables
 from vllm_router.config import models as models_config
 from vllm_router.config import schema as config
 from vllm_router.config import tls as tls_config
@@ -67,6 +67,7 @@ def test_readme_has_every_setting_with_default(readme: str):
     described = {key: default for key, (default, _) in keys(readme).items()}
     server_keys = {field.name for field in msgspec.structs.fields(config.ServerConfig)}
     server_keys.add("api_key_env")
+    server_keys.discard("source")  # not a key: the router sets it
     assert described.keys() == expected.keys() | server_keys
     assert {key: described[key] for key in expected} == expected
 
@@ -74,7 +75,7 @@ def test_readme_has_every_setting_with_default(readme: str):
 def test_readme_has_every_server_key_with_default(readme: str):
     described = keys(readme)
     for field in msgspec.structs.fields(config.ServerConfig):
-        if field.default is not msgspec.NODEFAULT:
+        if field.default is not msgspec.NODEFAULT and field.name != "source":
             assert described[field.name][0] == written(field.default, NOTHING[readme]), field.name
     assert described["api_key_env"][0] == NOTHING[readme]
 
@@ -107,6 +108,20 @@ def test_readme_has_every_limit_with_default(readme: str):
     ]
     example = (ROOT / "servers.example.toml").read_text()
     for key, _ in listed:
+        assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
+
+
+def test_readme_and_discovery_page_have_every_key_of_discovery(readme: str):
+    listed = re.findall(r"^\| `discovery\.(\w+)` \|", text(readme), re.MULTILINE)
+    kinds = discovery_tables.KINDS
+    assert set(listed) == {*discovery_tables.DISCOVERY_KEYS, *kinds, "defaults"}
+    page = text("docs/discovery.md")
+    for kind, (keys_of_kind, _) in kinds.items():
+        section = page.partition(f"\n## `{kind}`")[2].partition("\n## ")[0]
+        own = set(keys_of_kind) - set(discovery_tables.COMMON_KEYS)
+        assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == own, kind
+    example = (ROOT / "servers.example.toml").read_text()
+    for key in listed:
         assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
 
 

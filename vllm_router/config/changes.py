@@ -7,6 +7,7 @@ from collections.abc import Collection
 import msgspec
 
 from vllm_router.config.auth import AuthConfig
+from vllm_router.config.discovery import DiscoveryConfig
 from vllm_router.config.models import changed_models
 from vllm_router.config.schema import DERIVED_TIMEOUTS, Config
 from vllm_router.config.server_url import SHOWN_CHARS, escaped
@@ -44,6 +45,7 @@ def changes(old: Config, new: Config) -> str:
     details += _changed_auth(old.auth, new.auth)
     details += _changed_table("limits", old.limits, new.limits)
     details += _changed_table("tls", old.tls, new.tls)
+    details += _changed_discovery(old.discovery, new.discovery)
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:
@@ -61,6 +63,21 @@ def _changed_auth(old: AuthConfig | None, new: AuthConfig | None) -> list[str]:
     for name in (name for name in after if name in before):
         parts += [f"key {name} {change}" for change in _changed_fields(before[name], after[name])]
     return parts + [f"auth {change}" for change in _changed_fields(old, new, ignore=("keys",))]
+
+
+def _changed_discovery(old: DiscoveryConfig | None, new: DiscoveryConfig | None) -> list[str]:
+    if old is None or new is None:
+        return [] if old is new else [f"discovery {'off' if new is None else 'on'}"]
+    before, after = ({one.name: one for one in both.sources} for both in (old, new))
+    parts = [f"source +{name}" for name in after if name not in before]
+    parts += [f"source -{name}" for name in before if name not in after]
+    parts += [
+        f"source {name} changed" for name in after if before.get(name, after[name]) != after[name]
+    ]
+    fields = _changed_fields(old, new, ignore=("sources", "label_keys"))
+    if old.label_keys != new.label_keys:
+        parts.append("discovery label keys changed")
+    return parts + [f"discovery {change}" for change in fields]
 
 
 def _changed_table(name: str, old: msgspec.Struct | None, new: msgspec.Struct | None) -> list[str]:

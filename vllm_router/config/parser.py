@@ -12,6 +12,14 @@ from typing import Any
 import msgspec
 
 from vllm_router.config.auth import AUTH_KEYS, AuthConfig, KeyConfig, read_auth
+from vllm_router.config.discovery import DiscoveryConfig
+from vllm_router.config.discovery_tables import (
+    DEFAULT_KEYS,
+    DISCOVERY_KEYS,
+    KINDS,
+    Surroundings,
+    read_discovery,
+)
 from vllm_router.config.limits import LIMITS_KEYS, LimitsConfig
 from vllm_router.config.log import LOG_KEYS, LogSettings
 from vllm_router.config.memory import MEMORY_SETTINGS, Memory, fit_sizes
@@ -33,8 +41,11 @@ _TABLES = {
     "limits": LIMITS_KEYS,
     "tls": TLS_KEYS,
     "log": LOG_KEYS,
+    "discovery": DISCOVERY_KEYS,
+    **{f"discovery.{kind}": keys for kind, (keys, _) in KINDS.items()},
+    "discovery.defaults": DEFAULT_KEYS,
 }
-_KNOWN_TABLES = ("servers", "config", "models", "auth", "limits", "tls", "log")
+_KNOWN_TABLES = ("servers", "discovery", "config", "models", "auth", "limits", "tls", "log")
 
 
 def parse(
@@ -67,7 +78,19 @@ def parse(
     limits: LimitsConfig | None = None
     if "limits" in document:
         limits = LimitsConfig(**reader.table("limits", document["limits"], LIMITS_KEYS))
-    servers = read_servers(reader, document.get("servers", {}), environ, common, read_file, limits)
+    discovery: DiscoveryConfig | None = None
+    if "discovery" in document:
+        around = Surroundings(source, environ, read_file, common)
+        discovery = read_discovery(reader, document["discovery"], around)
+    servers = read_servers(
+        reader,
+        document.get("servers", {}),
+        environ,
+        common,
+        read_file,
+        limits,
+        may_be_empty="discovery" in document,
+    )
     auth = None
     if "auth" in document:
         auth = read_auth(reader, document["auth"], environ, read_file)
@@ -88,6 +111,7 @@ def parse(
         limits=limits,
         tls=tls,
         log=LogSettings(**log),
+        discovery=discovery,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from vllm_router.config.auth import AuthConfig
+from vllm_router.config.discovery import DiscoveryConfig, Targets
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule
@@ -55,6 +56,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         system's.
     client_certificate, client_key: the router's own certificate for this server.
     verify: whether the server's certificate is verified.
+    source: the discovery source that found the server; None for the file and the command line.
     """
 
     url: str
@@ -68,6 +70,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     client_certificate: File | None = None
     client_key: File | None = None
     verify: bool = True
+    source: str | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,7 +190,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """A valid servers.toml. `models` maps public names to their rules.
 
-    `auth`, `limits` and `tls` are None where the file has no such table.
+    `auth`, `limits`, `tls` and `discovery` are None where the file has no such table. `found` has
+    the targets of each discovery source that has answered; `servers` has the servers made of them,
+    see `discovered.py`.
     """
 
     servers: tuple[ServerConfig, ...]
@@ -197,6 +202,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     limits: LimitsConfig | None = None
     tls: TlsConfig | None = None
     log: LogSettings = LogSettings()
+    discovery: DiscoveryConfig | None = None
+    found: tuple[tuple[str, Targets], ...] = ()
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The discovery sources that have not answered yet."""
+        if self.discovery is None:
+            return ()
+        answered = dict(self.found)
+        return tuple([one.name for one in self.discovery.sources if one.name not in answered])
 
 
 RESTART_SETTINGS = ("admin_listen",)

@@ -48,7 +48,10 @@ def read_servers(
     common: Mapping[str, Any],
     read_file: ReadFile,
     limits: LimitsConfig | None,
+    *,
+    may_be_empty: bool = False,
 ) -> tuple[ServerConfig, ...]:
+    """Read the servers; problems go to `reader`. `may_be_empty`: there are other sources."""
     if isinstance(table, list):
         reader.problem("servers", "expected table, got an array: write [[servers.servers]]")
         return ()
@@ -62,7 +65,7 @@ def read_servers(
     if not isinstance(listed, list):
         reader.problem("servers.servers", f"expected array of tables, got {shown_value(listed)}")
         return ()
-    if not listed:
+    if not listed and not may_be_empty:
         reader.problem("servers.servers", "expected at least one server, got no servers")
     servers: list[ServerConfig] = []
     by_url: dict[str, tuple[str, str]] = {}
@@ -106,24 +109,42 @@ def _server(
             path, f'expected table like {{ url = "http://host:8000" }}, got {shown_value(entry)}'
         )
         return None
-    values = reader.table(path, entry, SERVER_KEYS)
+    values = read_values(reader, path, entry, SERVER_KEYS, environ, read_file)
     if "url" not in entry:
         reader.problem(f"{path}.url", 'expected a URL like "http://host:8000", got none')
-    if "api_key" in entry and "api_key_env" in entry:
+    values = {**common, **values}
+    check_client_certificate(reader, path, values)
+    if "url" not in values:
+        return None
+    if values.get("max_in_flight") is not None and limits is None:
+        reader.problem(f"{path}.max_in_flight", "expected a [limits] table beside it, got none")
+    return make_server(values, limits)
+
+
+def read_values(
+    reader: Reader,
+    path: str,
+    table: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    environ: Mapping[str, str],
+    read_file: ReadFile,
+) -> dict[str, Any]:
+    """The valid values of some keys of a server; `api_key_env` becomes `api_key`."""
+    values = reader.table(path, table, keys)
+    if "api_key" in table and "api_key_env" in table:
         reader.problem(f"{path}.api_key_env", "expected api_key or api_key_env, got both")
     variable = values.pop("api_key_env", None)
     if variable is not None:
         values["api_key"] = reader.variable(f"{path}.api_key_env", variable, environ, ApiKey)
     take_files(reader, path, values, read_file)
-    values = {**common, **values}
-    check_client_certificate(reader, path, values)
-    if "url" not in values:
-        return None
     if values.get("api_key") is not None:
         values["api_key"] = Secret(values["api_key"])
+    return values
+
+
+def make_server(values: Mapping[str, Any], limits: LimitsConfig | None) -> ServerConfig:
+    """A server of valid values, with the cap that `[limits]` sets."""
     server = ServerConfig(**{"name": server_name(values["url"]), **values})
-    if server.max_in_flight is not None and limits is None:
-        reader.problem(f"{path}.max_in_flight", "expected a [limits] table beside it, got none")
     if server.max_in_flight is None and limits is not None:
         cap = limits.cap_of(server.max_concurrent_requests)
         server = msgspec.structs.replace(server, max_in_flight=cap)

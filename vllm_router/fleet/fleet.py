@@ -78,6 +78,8 @@ class Fleet:
         self._response_seconds = 0.0
         self._prepared: dict[str, Server] = {}
         self._prepared_for: Settings | None = None
+        self.awaited: tuple[str, ...] = ()
+        """Discovery sources that have not named their servers yet."""
         self.apply(config)
 
     # -- configuration ------------------------------------------------------------------------
@@ -91,6 +93,7 @@ class Fleet:
         same = settings == self.settings
         self.settings = settings
         self.names = Models(config.models)
+        self.awaited = config.awaited
         old = self._by_url
         by_url: dict[str, Server] = {}
         added, kept = [], []
@@ -238,8 +241,15 @@ class Fleet:
 
     @property
     def probed(self) -> bool:
-        """Whether every server has been probed at least once."""
+        """Whether all sources have named their servers, and each has been probed once."""
+        if self.awaited:
+            return False
         return all(server.active_health.up is not None for server in self.servers.values())
+
+    def answers(self, url: str) -> bool:
+        """Whether the last checks of the server at this URL were good."""
+        server = self._by_url.get(url)
+        return server is not None and bool(server.active_health.up)
 
     @property
     def without_models(self) -> list[str]:

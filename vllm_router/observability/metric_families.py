@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
@@ -346,6 +347,43 @@ WORKER_METRICS: tuple[tuple[Family, str], ...] = (
 )
 """Only with several processes; each with the name of the worker's figure."""
 
+SourceReading = Callable[[SourceStatus, float], float | None]
+
+SOURCE_METRICS: tuple[tuple[Family, SourceReading], ...] = (
+    (
+        _gauge("discovery_up", "0 while a source of servers cannot be read.", "source"),
+        lambda source, now: int(source.answered_at is not None and source.problem is None),
+    ),
+    (
+        _gauge(
+            "discovery_age_seconds",
+            "Time since a source last confirmed its set; missing before its first one.",
+            "source",
+        ),
+        lambda source, now: source.age(now),
+    ),
+    (
+        _gauge(
+            "discovery_doubtful",
+            "1 while servers stay in the fleet that the last set of a source lacks.",
+            "source",
+        ),
+        lambda source, now: int(bool(source.doubt)),
+    ),
+    (
+        _gauge("discovery_skipped_targets", "Targets of a source that were left out.", "source"),
+        lambda source, now: source.skipped_total,
+    ),
+    (
+        _counter("discovery_failures", "Times that a source could not be read.", "source"),
+        lambda source, now: source.failures,
+    ),
+)
+"""Only with `[discovery]`."""
+SOURCE_TARGETS = _gauge(
+    "discovery_targets", "Targets in the last set of a source, by state.", "source", "state"
+)
+
 BUILD_INFO = _gauge("build_info", "Always 1; has the versions as labels.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
 FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
@@ -375,6 +413,8 @@ FAMILIES: tuple[Family, ...] = (
     *(family for family, _ in PREFIX_COUNTERS),
     *(family for family, _ in ROUTER_METRICS),
     *(family for family, _ in WORKER_METRICS),
+    *(family for family, _ in SOURCE_METRICS),
+    SOURCE_TARGETS,
     BUILD_INFO,
     LOOP_LAG,
     FEED_CLIENTS,

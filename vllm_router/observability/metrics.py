@@ -10,7 +10,7 @@ MAX_MODELS are; unknown paths are `other`; series of removed servers are removed
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from time import perf_counter
 
@@ -18,6 +18,8 @@ import trio
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from vllm_router import __version__
+from vllm_router.config.discovery import TargetState
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
@@ -46,6 +48,8 @@ from vllm_router.observability.metric_families import (
     SERVER_GAUGES,
     SERVER_INFO,
     SERVER_STATE,
+    SOURCE_METRICS,
+    SOURCE_TARGETS,
     SUMMED,
     TRANSITIONS,
     WORKER_METRICS,
@@ -349,10 +353,25 @@ class Metrics:
             for family, figure in WORKER_METRICS if workers else ():
                 samples = [f"{family.key(name)}{it[figure]}\n" for name, it in workers.items()]
                 yield family.header + "".join(samples)
+            yield from _source_metrics(self.router.source_statuses)
         yield f"{BUILD_INFO.header}{BUILD_INFO.key(__version__, platform.python_version())}1\n"
         yield f"{LOOP_LAG.header}{LOOP_LAG.key()}{self.lag}\n"
         yield f"{FEED_CLIENTS.header}{FEED_CLIENTS.key()}{self.feed_clients}\n"
         yield f"{FEED_DROPPED.header}{FEED_DROPPED.key()}{self.feed_dropped}\n"
+
+
+def _source_metrics(sources: Sequence[SourceStatus]) -> Iterator[str]:
+    now = trio.current_time()
+    for family, read in SOURCE_METRICS if sources else ():
+        values = [(source.name, read(source, now)) for source in sources]
+        lines = [f"{family.key(name)}{value}\n" for name, value in values if value is not None]
+        yield family.header + "".join(lines)
+    if sources:
+        yield SOURCE_TARGETS.header + "".join(
+            f"{SOURCE_TARGETS.key(source.name, state)}{source.states.get(state, 0)}\n"
+            for source in sources
+            for state in TargetState
+        )
 
 
 def _used(histograms: Mapping[str, Histogram]) -> list[str]:

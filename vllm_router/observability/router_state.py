@@ -11,6 +11,7 @@ import trio
 from vllm_router.config.reload import Reload, Reloader
 from vllm_router.config.schema import Config
 from vllm_router.config.ssl_contexts import ServerContexts
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.resolver import Resolver
@@ -45,6 +46,9 @@ class RouterState(Protocol):
 
     @property
     def task_restarts(self) -> int: ...
+
+    @property
+    def source_statuses(self) -> list[SourceStatus]: ...
 
     @property
     def log_lines_dropped(self) -> int: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from random import Random
 
 import trio
@@ -15,6 +16,7 @@ from vllm_router.config.schema import RESTART_SETTINGS, Config, ServerConfig, Se
 from vllm_router.config.source import ConfigSource
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.config.types import Secret
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
@@ -29,6 +31,7 @@ from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.background import BackgroundTasks, Task
+from vllm_router.runtime.fleet_sources import FleetSources
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.model_lists import ModelLists
 from vllm_router.runtime.parts import Parts
@@ -109,11 +112,27 @@ class Supervisor:
         self._parts = parts
         self._choose_recorded_fields(config)
         self.nudge = Nudge()
+        self.sources = FleetSources(
+            config,
+            self.fleet.answers,
+            partial(self.feed.event, "source"),
+            lambda: self.config,
+            self.prepare,
+            self.apply,
+        )
         self.reloader = (
-            Reloader(source, config, self.apply, self.prepare) if source is not None else None
+            Reloader(
+                source,
+                self.sources.file_config,
+                self.sources.apply_file,
+                self.sources.prepare_file,
+            )
+            if source is not None
+            else None
         )
         self.config = config
         self.draining = False
+        self._was_probed = False
         self.started_at = trio.current_time()
         self._background = BackgroundTasks()
         self.probes = parts.make_probes(
@@ -170,7 +189,8 @@ class Supervisor:
             ("leavers", self._dismiss_leavers),
         ]
         if self._parts.reports is None:
-            tasks.append(("feed", self.feed.run))
+            # A worker follows the leader, which runs the sources for all processes.
+            tasks += [("feed", self.feed.run), ("discovery", self.sources.run)]
         if self.reloader is not None:
             tasks.append(("watch", self._watch))
         if self._parts.signals is not None:
@@ -179,6 +199,11 @@ class Supervisor:
                 self.output.reopen if self.output is not None else None,
             )
         return tasks + self.tasks
+
+    @property
+    def source_statuses(self) -> list[SourceStatus]:
+        """The sources of `[discovery]`."""
+        return self.sources.discovery.statuses
 
     @property
     def task_restarts(self) -> int:
@@ -221,7 +246,11 @@ class Supervisor:
             if number % PREPARED_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
 
-    def apply(self, old: Config, new: Config) -> None:
+    def apply(self, old: Config, new: Config, kind: str = "reload") -> None:
+        """Put a configuration in force. `kind` is the kind of the event that announces it.
+
+        Raises ConfigError before anything has changed.
+        """
         self.tls.prepare(new.servers)  # raises ConfigError before anything has changed
         for prepare in self.before_apply:
             prepare(new)
@@ -250,11 +279,12 @@ class Supervisor:
             if server.in_flight == 0:
                 continue
             logger.info(
-                "server %s: removed from the configuration, %d requests in flight may finish",
+                "server %s: removed, %d requests in flight may finish",
                 server.name,
                 server.in_flight,
             )
-        self.feed.event("reload", changes(old, new))
+        if kind == "reload" or old.servers != new.servers:
+            self.feed.event(kind, changes(old, new))
         for publish in self.after_apply:
             publish(new)
 
@@ -355,7 +385,9 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """True if a load balancer should send requests to this router."""
-        return self.fleet.probed and not self.draining and self._parts.others.ready
+        # Servers that join later do not make a running router unready.
+        self._was_probed = self._was_probed or self.fleet.probed
+        return self._was_probed and not self.draining and self._parts.others.ready
 
 
 def _log_transition(change: Transition) -> None:

@@ -76,7 +76,7 @@ _SCHEMAS: Doc = {
     "Model": _object({"id": _TEXT}, object=_TEXT),
     "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
     "Alive": _object({"alive": {"const": True}}),
-    "Ready": _object({"ready": _FLAG}, reason=_TEXT, servers=_list(_TEXT)),
+    "Ready": _object({"ready": _FLAG}, reason=_TEXT, servers=_list(_TEXT), sources=_list(_TEXT)),
     "Health": _object(
         {
             "status": {"enum": ["healthy", "degraded", "unhealthy", "no_servers"]},
@@ -88,6 +88,7 @@ _SCHEMAS: Doc = {
         unhealthy_servers=_COUNT,
         servers=_list(_object(_STATE)),
         uptime_seconds=_NUMBER,
+        sources=_list({"type": "object"}),
     ),
     "LoadStats": _object({"servers": _list(_object(_STATE)), "summary": {"type": "object"}}),
     "ServerModels": _object(

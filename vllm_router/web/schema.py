@@ -117,6 +117,19 @@ class ReloadView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     ]
 
 
+class SourceView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One source of `[discovery]`."""
+
+    name: str
+    kind: Annotated[str, _("file, http, dns or kubernetes.")]
+    place: Annotated[str, _("Where it looks.")]
+    targets: Annotated[dict[str, int], _("Its last set, by state: up, drain, wait.")]
+    age: Annotated[Seconds | None, _("Since it last confirmed its set; null before its first one.")]
+    problem: Annotated[str | None, _("Why it cannot be read; its last set stays in force.")]
+    doubt: Annotated[str, _("Why servers stay that its last set lacks; empty if none do.")]
+    skipped: Annotated[list[str], _("Targets that were left out, at most ten, with the reason.")]
+
+
 class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The router's own process."""
 
@@ -129,6 +142,7 @@ class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     draining: Annotated[bool, _("The router is about to stop.")]
     reload: ReloadView
     feed_clients: int
+    sources: Annotated[list[SourceView], _("In the order of `[discovery]`.")] = []
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
@@ -153,8 +167,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
         str,
         _(
             "state: a server changed it; drained: a draining server has nothing in flight any "
-            "more; reload; reload_refused; retries_exhausted; missed: this client read too slowly "
-            "and lost events."
+            "more; reload; reload_refused; discovery: sources have found or lost servers; source: "
+            "what is wrong with a source, or right again; retries_exhausted; missed: this client "
+            "read too slowly and lost events."
         ),
     ]
     text: Annotated[str, _("What happened, for people.")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import trio
 
 from vllm_router import __version__
 from vllm_router.fleet.server import Server
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.web.router import Router
+from vllm_router.web.view import source_view
 
 ANCESTORS_MAX_FDS = 65535
 """`process_max_fds` in the ancestor if a server did not report it; not used any more."""
@@ -75,6 +77,7 @@ def health(router: Router) -> dict[str, Any]:
         "draining": router.draining,
         "in_flight": router.in_flight,
         "reload": reload_state(router),
+        "sources": [msgspec.to_builtins(source_view(s, now)) for s in router.source_statuses],
         "task_restarts": router.task_restarts,
     }
 
@@ -101,6 +104,7 @@ def _server_health(server: Server, router: Router, now: float, wall: float) -> d
         **state_of(server, router, now),
         "healthy": is_healthy(server),
         "leaving": router.fleet.servers.get(server.name) is not server,
+        "source": server.config.source,
         "last_check": timestamp(server.checked_at, wall),
         "consecutive_failures": probe.failures_in_row,
         "success_rate": probe.success_rate,
@@ -208,6 +212,9 @@ def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
     waiting = [s.name for s in router.fleet.servers.values() if s.active_health.up is None]
     if router.draining:
         return False, {"ready": False, "reason": "draining"}
+    if router.fleet.awaited and not router.ready:
+        sources = list(router.fleet.awaited)
+        return False, {"ready": False, "reason": "sources not read yet", "sources": sources}
     if not router.ready:
         return False, {"ready": False, "reason": "servers not probed yet", "servers": waiting}
     return True, {"ready": True}

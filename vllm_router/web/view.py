@@ -9,6 +9,7 @@ from typing import cast
 import msgspec
 
 from vllm_router import __version__
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
@@ -144,6 +145,21 @@ def router_view(
             error=reloader.last_error if reloader is not None else None,
         ),
         feed_clients=feed_clients,
+        sources=[source_view(status, now) for status in router.source_statuses],
+    )
+
+
+def source_view(status: SourceStatus, now: float) -> schema.SourceView:
+    age = status.age(now)
+    return schema.SourceView(
+        name=status.name,
+        kind=status.kind,
+        place=status.place,
+        targets={state.value: count for state, count in status.states.items()},
+        age=round(age, 1) if age is not None else None,
+        problem=status.problem,
+        doubt=status.doubt,
+        skipped=list(status.skipped),
     )
 
 

@@ -382,7 +382,10 @@ def test_config_flood_of_problems_is_counted_not_listed():
         ),
         (
             f"{ONE_SERVER}[zzz]",
-            'zzz: unknown key "zzz", known here: servers, config, models, auth, limits, tls, log',
+            (
+                'zzz: unknown key "zzz", known here: servers, discovery, config, models, auth, '
+                "limits, tls, log"
+            ),
         ),
         (
             f"{ONE_SERVER}[limits]\nmax_in_fligth = 3",

@@ -295,11 +295,24 @@ def _events(view: View, room: int) -> list[Text]:
     return lines
 
 
+_EVENT_STYLES = {
+    "reload": "green",
+    "discovery": "green",
+    "source": "yellow",
+    "drained": "blue",
+    "missed": "yellow",
+}
+
+
 def _event(event: Event) -> tuple[str, str]:
     if event.kind == "state":
         return visible(event.text), STATE_STYLES.get(event.new or "", "")
-    style = {"reload": "green", "drained": "blue", "missed": "yellow"}.get(event.kind, "red")
-    label = {"reload": "configuration: ", "reload_refused": "configuration refused: "}
+    style = _EVENT_STYLES.get(event.kind, "red")
+    label = {
+        "reload": "configuration: ",
+        "reload_refused": "configuration refused: ",
+        "discovery": "servers found: ",
+    }
     return label.get(event.kind, "") + visible(event.text), style
 
 

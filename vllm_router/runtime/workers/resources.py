@@ -23,6 +23,9 @@ from vllm_router.runtime.workers.queue_peers import check_limits
 from vllm_router.runtime.workers.queue_wakeup import Wakeups
 from vllm_router.runtime.workers.shared_counters import SharedCounters, columns_for
 
+DISCOVERED = 2500
+"""Servers that sources may find in addition to the servers of the file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
@@ -120,7 +123,8 @@ def _open_listeners(options: ServeOptions, ending: contextlib.ExitStack) -> List
 
 def _open_memory(options: ServeOptions, ending: contextlib.ExitStack) -> SharedMemory:
     rows = options.workers + 1
-    columns = columns_for(len(counted_in(options.config)) + options.demo)
+    later = DISCOVERED if options.config.discovery is not None else options.demo
+    columns = columns_for(len(counted_in(options.config)) + later)
     counters_fd = SharedCounters.create(rows, columns)
     ending.callback(os.close, counters_fd)
     snapshot = ConfigSnapshot.create(options.config)

@@ -18,6 +18,7 @@ function words(event) {
   }
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
   if (event.kind === "reload") return t("eventReload", { text: event.text });
+  if (event.kind === "discovery") return t("eventDiscovery", { text: event.text });
   if (event.kind === "reload_refused") return t("eventRefused", { text: event.text });
   return event.text;
 }
@@ -27,7 +28,7 @@ function mood(event) {
     if (SICK.has(event.new)) return "bad";
     return event.new === "up" ? "good" : "some";
   }
-  return { reload: "good", drained: "some", missed: "some" }[event.kind] ?? "bad";
+  return { reload: "good", discovery: "good", source: "some", drained: "some", missed: "some" }[event.kind] ?? "bad";
 }
 
 export class Events {

@@ -87,6 +87,12 @@ function showBanners() {
   }
   if (originRefused) wanted.push({ text: t("bannerOrigin"), more: originRefused, bad: true });
   if (reload?.error) wanted.push({ text: t("bannerReload"), more: reload.error, bad: true });
+  for (const source of snapshot?.router.sources ?? []) {
+    if (source.problem) {
+      wanted.push({ text: t("bannerSource"), more: `${source.name} (${source.place}): ${source.problem}`, bad: true });
+    }
+    if (source.doubt) wanted.push({ text: t("bannerDoubt"), more: `${source.name}: ${source.doubt}` });
+  }
   if (snapshot?.router.draining) wanted.push({ text: t("bannerDraining") });
   const key = JSON.stringify(wanted);
   if (key === banners) return;
@@ -108,6 +114,9 @@ const FACTS = [
   ["factConfig", ({ reload }) => (reload.source === null
     ? t("factCommandLine")
     : t("factGeneration", { source: reload.source, n: reload.generation }))],
+  ["factSources", ({ sources }) => (sources?.length
+    ? t("factSourcesGood", { n: sources.filter(({ problem, age }) => !problem && age !== null).length, all: sources.length })
+    : t("factNoSources"))],
   ["factUptime", (router) => span(router.uptime)],
   ["factCpu", (router) => percent(router.cpu)],
   ["factMemory", (router) => megabytes(router.rss_bytes)],

@@ -42,6 +42,8 @@ export const en = {
 
   bannerOrigin: "The router does not take this page for its own and refuses it the feed.",
   bannerReload: "The configuration file has a fault; the router goes on with the one before.",
+  bannerSource: "A source of servers cannot be read; its last servers stay.",
+  bannerDoubt: "A source has lost most of its servers; the ones that answer stay for now.",
   bannerDraining: "The router is stopping: it finishes what runs and takes nothing new.",
   bannerSchema: "The router speaks a newer language than this page. Load the page again.",
   bannerVersion: "The router is now version {version}. Load the page again for its dashboard.",
@@ -133,6 +135,7 @@ export const en = {
   eventStateWhy: "{server}: {old} → {new} ({reason})",
   eventDrained: "{server}: drained, nothing in flight",
   eventReload: "Configuration loaded: {text}",
+  eventDiscovery: "Servers found: {text}",
   eventRefused: "Configuration refused: {text}",
   saidState: "{server} is {state}",
   saidStates: "{n} servers are in trouble",
@@ -164,6 +167,9 @@ export const en = {
   factLag: "Loop lag",
   factConfig: "Configuration",
   factGeneration: "{source}, generation {n}",
+  factSources: "Sources",
+  factSourcesGood: "{n} of {all} answer",
+  factNoSources: "–",
   factCommandLine: "command line",
   factClients: "Viewers",
 };

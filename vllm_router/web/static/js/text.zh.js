@@ -42,6 +42,8 @@ export const zh = {
 
   bannerOrigin: "路由器不认为此页面是自己的页面，拒绝向它发送实时数据。",
   bannerReload: "配置文件有错误；路由器继续使用之前的配置。",
+  bannerSource: "一个服务器来源无法读取；保留它最后给出的服务器。",
+  bannerDoubt: "一个来源丢失了大部分服务器；仍有响应的服务器暂时保留。",
   bannerDraining: "路由器正在停止：处理完现有请求，不再接收新请求。",
   bannerSchema: "路由器的数据格式比本页面新，请重新加载页面。",
   bannerVersion: "路由器已更新到 {version}，请重新加载页面。",
@@ -133,6 +135,7 @@ export const zh = {
   eventStateWhy: "{server}：{old} → {new}（{reason}）",
   eventDrained: "{server}：已排空，没有在途请求",
   eventReload: "配置已加载：{text}",
+  eventDiscovery: "发现服务器：{text}",
   eventRefused: "配置被拒绝：{text}",
   saidState: "{server}：{state}",
   saidStates: "{n} 台服务器出现问题",
@@ -164,6 +167,9 @@ export const zh = {
   factLag: "循环延迟",
   factConfig: "配置",
   factGeneration: "{source}，第 {n} 版",
+  factSources: "来源",
+  factSourcesGood: "{all} 个中有 {n} 个正常",
+  factNoSources: "–",
   factCommandLine: "命令行",
   factClients: "观看者",
 };

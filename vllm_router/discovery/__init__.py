@@ -1,0 +1,1 @@
+"""Sources of servers: files, HTTP, DNS, Kubernetes. Each hands over complete sets of targets."""

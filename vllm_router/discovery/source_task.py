@@ -1,0 +1,169 @@
+"""One running source: its task, its targets, and what is known of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+import trio
+
+from vllm_router.config.discovered import read_targets
+from vllm_router.config.discovery import DiscoveryConfig, Found, SourceConfig, Targets
+from vllm_router.discovery.intake import Answers, Intake
+from vllm_router.discovery.kinds import kind_and_place
+from vllm_router.discovery.source import SHOWN_PROBLEMS, Again, Source, SourceStatus
+
+logger = logging.getLogger(__name__)
+
+RESTART_PAUSE = 1.0
+"""Seconds before a source that failed by a bug is started again."""
+
+MakeSource = Callable[[SourceConfig], Source]
+
+
+class SourceTask:
+    """Runs a source and takes its sets; implements `Sink`.
+
+    `discovery` has what is common to all sources. `targets` are in force already, None if there are
+    none yet. `changed` is called when the targets in force have changed, `announce` with news for
+    operators.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        discovery: DiscoveryConfig,
+        targets: Targets | None,
+        answers: Answers,
+        changed: Callable[[], None],
+        announce: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.intake = Intake(targets, discovery.keep_for, discovery.second_look)
+        self.status = SourceStatus(config.name, *kind_and_place(config))
+        self.again = Again()
+        self.started = False
+        self._discovery = discovery
+        self._answers = answers
+        self._changed = changed
+        self._announce = announce
+        self._scope = trio.CancelScope()
+        self._asked_for: float | None = None
+        self._bad: tuple[str, ...] = ()
+        self._conflicts: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<SourceTask {self.config.name}>"
+
+    async def run(self, make: MakeSource) -> None:
+        """Run the source until `stop`."""
+        with self._scope:
+            while True:
+                try:
+                    await make(self.config).run(self, self.again)
+                except Exception as error:
+                    # A bug in one source must not end the others; the traceback is in the log.
+                    logger.exception("source %s failed", self.config.name)
+                    self.failed(f"internal error {type(error).__name__} (see the log)")
+                await trio.sleep(RESTART_PAUSE)
+
+    def stop(self) -> None:
+        self._scope.cancel(reason="source removed or changed")
+
+    def follow(self, discovery: DiscoveryConfig) -> None:
+        """Apply new patience to a source that has not changed itself."""
+        self._discovery = discovery
+        self.intake.keep_for = discovery.keep_for
+        self.intake.second_look = discovery.second_look
+
+    def stop_waiting(self) -> bool:
+        """Do without the first set; returns whether it was missing."""
+        if self.intake.targets is not None:
+            return False
+        self.intake.targets = ()
+        return True
+
+    # -- Sink ---------------------------------------------------------------------------------
+
+    def found(self, targets: Collection[Found], problems: Sequence[str] = ()) -> None:
+        valid, bad = read_targets(targets, self.config, self._discovery)
+        self._note_bad((*problems, *bad))
+        self.status.states = dict(Counter(target.state for target in valid))
+        self._answered()
+        self._offer(valid)
+
+    def confirmed(self) -> None:
+        self._answered()
+        if self.intake.doubt and self.intake.offered is not None:
+            self._offer(self.intake.offered)
+
+    def failed(self, problem: str) -> None:
+        status = self.status
+        status.failures += 1
+        if status.failing_since is None:
+            status.failing_since = trio.current_time()
+            text = f"source {status.name}: cannot be read, its last set stays in force: {problem}"
+            logger.warning("%s", text)
+            self._announce(text)
+        status.problem = problem
+
+    def _answered(self) -> None:
+        status = self.status
+        status.answered_at = trio.current_time()
+        status.answers += 1
+        if status.failing_since is not None:
+            text = f"source {status.name}: answers again"
+            logger.info("%s", text)
+            self._announce(text)
+        status.problem = status.failing_since = None
+
+    # -- targets that are left out -------------------------------------------------------------
+
+    def note_conflicts(self, problems: tuple[str, ...]) -> None:
+        """Targets of the set in force that cannot be used beside the other servers."""
+        self._conflicts = problems
+        self._show_skipped()
+
+    def _note_bad(self, problems: tuple[str, ...]) -> None:
+        self._bad = problems
+        self._show_skipped()
+
+    def _show_skipped(self) -> None:
+        status = self.status
+        problems = (*self._bad, *self._conflicts)
+        shown = problems[:SHOWN_PROBLEMS]
+        if problems and shown != status.skipped:
+            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+            text = f"source {status.name}: left out {problems[0]}{more}"
+            logger.warning("%s", text)
+            self._announce(text)
+        status.skipped, status.skipped_total = shown, len(problems)
+
+    # -- doubt --------------------------------------------------------------------------------
+
+    def look_at_doubt(self, now: float) -> None:
+        """Compare a doubtful set with the checks; ask the source again when it is time."""
+        due = self.intake.look_due
+        if due is None:
+            self._asked_for = None
+            return
+        self._note_intake(changed=self.intake.reconsider(now, self._answers))
+        due = self.intake.look_due
+        if due is not None and now >= due and self._asked_for != due:
+            self._asked_for = due
+            self.again()
+
+    def _offer(self, targets: Targets) -> None:
+        changed = self.intake.offer(targets, trio.current_time(), self._answers)
+        self._note_intake(changed=changed)
+
+    def _note_intake(self, *, changed: bool) -> None:
+        doubt = self.intake.doubt
+        if doubt and not self.status.doubt:
+            text = f"source {self.status.name}: {doubt}; they stay for now"
+            logger.warning("%s", text)
+            self._announce(text)
+        self.status.doubt = doubt
+        if changed:
+            self._changed()
