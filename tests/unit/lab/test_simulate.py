@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import msgspec
@@ -18,16 +19,20 @@ from vllm_router.lab.simulate.grid import (
     Run,
     execute,
     execute_all,
+    grid,
     rate_at,
+    scene_for,
     speeds_of,
 )
 from vllm_router.lab.simulate.hardware import HARDWARE
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell, Figures, percentile, standings
+from vllm_router.lab.simulate.scene import Scene
 from vllm_router.lab.simulate.tables import markdown
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
-from vllm_router.lab.simulate.world import Scene, World
+from vllm_router.lab.simulate.world import World
+from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.prompt.blocks import blocks_in, hash_blocks, pack_hashes, unpack_hashes
 
 H100 = HARDWARE["8b"]
@@ -183,6 +188,37 @@ def test_simulated_engine_finishes_every_job_and_balances(jobs: list[tuple[int, 
     assert metrics.generation_tokens >= sum(one.output_tokens for one in made)
 
 
+def test_simulated_adapter_shares_no_blocks_with_base_model():
+    engine = Engine(H100)
+    text = Text()
+    text.add(1, 6400)
+    for adapter, cached in ((0, 0), (1, 0), (1, 6399), (0, 6399)):
+        one = Job(None, text, 6400, 1, 0.0, adapter)
+        engine.submit(one, 0.0)
+        run_engine(engine)
+        assert one.cached == cached
+
+
+def test_simulated_adapter_is_swapped_in_once_and_delays_the_step():
+    engine = Engine(H100)
+    first, second = (Job(None, Text(), 64, 1, 0.0, 7) for _ in range(2))
+    engine.submit(first, 0.0)
+    firsts, _ = run_engine(engine)
+    assert firsts[first] > H100.adapter_swap
+    engine.submit(second, 1.0)
+    firsts, _ = run_engine(engine)
+    assert firsts[second] - 1.0 < 0.1 * H100.adapter_swap
+
+
+def test_simulated_request_without_adapter_slot_is_skipped_until_one_is_free():
+    engine = Engine(H100._replace(adapter_slots=1))
+    running, skipped, base = (Job(None, Text(), 64, 50, 0.0, adapter) for adapter in (1, 2, 0))
+    for one in (running, skipped, base):
+        engine.submit(one, 0.0)
+    firsts, lasts = run_engine(engine)
+    assert firsts[base] < lasts[running] < firsts[skipped]
+
+
 # -- the simulated fleet -----------------------------------------------------------------------
 
 
@@ -204,14 +240,22 @@ def test_simulate_every_policy_serves_everything(policy: str):
     assert (found.failed, found.goodput) == (0, 1.0)
 
 
+WITHOUT_END = ("swarm", "agents-thinking", "agents-oversubscribed")
+"""Their agents ask again and again, as fast as they get answers."""
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_simulate_workload_has_its_rate_and_is_equal_for_policies(workload: str):
     def asked(seed: int) -> list[tuple[float, int]]:
-        made = conversations(WORKLOADS[workload], seed, 50.0, 100.0)
-        return [(one.start, turn.added) for one in made for turn in one.turns]
+        made = conversations(WORKLOADS[workload], seed, 30.0, 50.0)
+        return [
+            (one.start, turn.added) for one in made for turn in itertools.islice(one.turns, 100)
+        ]
 
-    assert asked(1) == asked(1) != asked(2)
-    assert 0.6 < len(asked(1)) / (50 * 100) < 1.5
+    found = asked(1)
+    assert found == asked(1) != asked(2)
+    if workload not in WITHOUT_END:
+        assert 0.6 < len(found) / (30 * 50) < 1.5
 
 
 def test_simulate_same_seed_gives_same_result():
@@ -254,6 +298,56 @@ def test_simulate_restarting_server_is_used_again():
     found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
     assert found.failed == 0
     assert found.shares[0] > 0.05
+
+
+def test_simulate_joining_and_draining_servers_get_requests_only_while_they_are_there():
+    base = scene(seconds=20.0, warm_up=1.0)
+    changing = dataclasses.replace(
+        base, joining=(3,), joining_at=8.0, draining=(0,), draining_at=14.0
+    )
+    made = conversations(WORKLOADS["chat"], 1, 60.0, 20.0)
+    world = World(changing, made, lambda rng: ALL_POLICIES["adaptive"](rng), 1).run()
+    by_server = [[call.arrived for call in world.calls if call.server == n] for n in range(4)]
+    assert min(by_server[3]) >= 8.0
+    assert max(by_server[0]) < 14.0
+    assert not any(call.failed for call in world.calls)
+
+
+def test_simulate_adapter_requests_go_only_to_servers_that_have_adapters():
+    workload = WORKLOADS["adapters"]
+    placed = scene_for(scene(), workload, 4)
+    made = conversations(workload, 1, 60.0, 15.0)
+    world = World(placed, made, lambda rng: ALL_POLICIES["round_robin"](rng), 1).run()
+    adapters = {call.server for call in world.calls if call.conversation.adapter}
+    assert adapters == {2, 3}
+    assert {call.server for call in world.calls} == {0, 1, 2, 3}
+
+
+def test_simulate_untuned_fleet_has_equal_configured_capacities():
+    untuned = scene_for(scene(), WORKLOADS["untuned"])
+    assert len(set(untuned.speeds)) > 1
+    assert {untuned.configured_capacity(n) for n in range(8)} == {32}
+
+
+def test_simulate_large_fleet_has_its_own_servers_and_routers():
+    found = scene_for(scene(), WORKLOADS["large-fleet"])
+    assert (len(found.speeds), found.routers) == (32, 4)
+    assert len(scene_for(scene(), WORKLOADS["large-fleet"], 3).speeds) == 3
+
+
+def test_simulate_low_load_is_simulated_longer():
+    runs = grid(
+        ["chat"], [0.05, 0.25, 0.85], [1], ["random"], {"chat": 100.0},
+        lambda workload: scene_for(scene(), workload), PolicySettings(),
+    )  # fmt: skip
+    assert [run.scene.seconds for run in runs] == [60.0, 30.0, 15.0]
+
+
+def test_oracle_sends_to_server_with_cached_prompt_and_short_queue():
+    blind, knowing = (figures_of(name, "many-systems") for name in ("least_load", "oracle"))
+    assert knowing.hit_rate > blind.hit_rate + 0.2
+    slow = figures_of("oracle", slow=((0, 5.0),))
+    assert slow.shares[0] < 0.12
 
 
 # -- results -----------------------------------------------------------------------------------
@@ -385,6 +479,17 @@ def test_simulate_command_replays_log(tmp_path):
     log.write_bytes(b"\n".join(log_line(n / 10, b"x" * 5000) for n in range(100)))
     printed = command(*SHORT, "--replay", str(log), "--policy", "adaptive")
     assert "access.log" in printed
+
+
+def test_simulate_command_quick_runs_two_loads_on_four_servers():
+    printed = command(
+        "--quick", "--seconds", "5", "--jobs", "1", "--workload", "adapters", "--policy", "random",
+        "--shares",
+    )  # fmt: skip
+    assert "| adapters | 25% " in printed
+    assert "| adapters | 85% " in printed
+    assert "server-3" in printed
+    assert "server-4" not in printed
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,16 +19,21 @@ from vllm_router.lab.simulate.grid import (
     capacity_of,
     execute_all,
     grid,
-    speeds_of,
+    lasting,
+    scene_for,
 )
 from vllm_router.lab.simulate.hardware import HARDWARE
+from vllm_router.lab.simulate.oracle import Oracle
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell
 from vllm_router.lab.simulate.rivals import RIVALS
+from vllm_router.lab.simulate.scene import Scene
 from vllm_router.lab.simulate.tables import cell_rows, markdown, share_rows, standing_rows
-from vllm_router.lab.simulate.workloads import WORKLOADS, Workload
-from vllm_router.lab.simulate.world import Scene
+from vllm_router.lab.simulate.workloads import WORKLOADS
 from vllm_router.routing.policies import POLICY_NAMES, PolicySettings
+
+LOADS = (5, 25, 50, 70, 85, 95)
+QUICK_LOADS, QUICK_SECONDS, QUICK_SERVERS = (25, 85), 20.0, 4
 
 _POLICY_SETTINGS = PolicySettings()
 
@@ -62,19 +67,27 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     type=click.Choice(list(ALL_POLICIES)),
     help="[all that the router has]",
 )
-@click.option("--rivals", is_flag=True, help="Other routers' policies, too.")
+@click.option("--rivals", is_flag=True, help="Other routers' policies and the oracle, too.")
 @click.option(
     "--load",
     "loads",
     multiple=True,
     type=click.IntRange(1, 300),
-    default=(50, 70, 85, 95),
+    default=LOADS,
     help="Percent of what the fleet can take.",
 )
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, help="Runs of each, to average.")
 @click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
-@click.option("--seconds", type=click.FloatRange(5), default=60.0, help="Simulated, per run.")
-@click.option("--servers", type=click.IntRange(1, 200), default=8)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(5),
+    default=60.0,
+    help="Simulated, per run; longer at loads below 50 and for some workloads.",
+)
+@click.option(
+    "--quick", is_flag=True, help="A small grid: loads of 25 and 85, 20 seconds, four servers."
+)
+@click.option("--servers", type=click.IntRange(1, 200), default=None, help="[8; 32 in large-fleet]")
 @click.option("--hardware", type=click.Choice(list(HARDWARE)), default="8b", help="Of a server.")
 @click.option(
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
@@ -114,7 +127,8 @@ def simulate_command(
     seeds: int,
     seed: int,
     seconds: float,
-    servers: int,
+    quick: bool,
+    servers: int | None,
     hardware: str,
     capacity: int,
     routers: int,
@@ -140,34 +154,35 @@ def simulate_command(
     workloads = workloads or tuple(WORKLOADS)
     policies = policies or POLICY_NAMES
     if rivals:
-        policies = tuple(dict.fromkeys((*policies, *RIVALS)))
+        policies = tuple(dict.fromkeys((*policies, *RIVALS, Oracle.name)))
     if find:
         for name in workloads:
             click.echo(f"{name}: {calibrate(WORKLOADS[name], hardware):.4g} requests/s")
         return
+    if quick:
+        loads = QUICK_LOADS if loads == LOADS else loads
+        seconds, servers = min(seconds, QUICK_SECONDS), servers or QUICK_SERVERS
+    count = servers or min(WORKLOADS[name].servers for name in workloads)
     for place in (*failing, *restarting, *(place for place, _ in slow)):
-        if not 0 <= place < servers:
-            raise click.UsageError(f"there is no server {place}: they are 0 to {servers - 1}")
-
-    def scene_of(workload: Workload, seconds: float = seconds) -> Scene:
-        return Scene(
-            HARDWARE[hardware],
-            speeds_of(workload, servers),
-            capacity=capacity,
-            routers=routers,
-            scrape_interval=metrics_interval,
-            seconds=seconds,
-            warm_up=seconds / 3,
-            slow=slow,
-            failing=failing,
-            restarting=restarting,
-            failing_from=0.4 * seconds,
-            plain=plain,
-        )
+        if not 0 <= place < count:
+            raise click.UsageError(f"there is no server {place}: they are 0 to {count - 1}")
+    base = Scene(
+        HARDWARE[hardware],
+        (),
+        capacity=capacity,
+        routers=routers,
+        scrape_interval=metrics_interval,
+        seconds=seconds,
+        slow=slow,
+        failing=failing,
+        restarting=restarting,
+        plain=plain,
+    )
 
     settings = PolicySettings(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
     if replay is not None:
-        runs = _replayed(replay, range(seed, seed + seeds), policies, settings, scene_of)
+        fleet = scene_for(base, WORKLOADS["chat"], servers)
+        runs = _replayed(replay, range(seed, seed + seeds), policies, settings, fleet)
     else:
         shares_of_capacity = [load / 100 for load in loads]
         runs = list(
@@ -177,7 +192,7 @@ def simulate_command(
                 range(seed, seed + seeds),
                 policies,
                 _capacities(workloads, hardware),
-                scene_of,
+                lambda workload: scene_for(base, workload, servers),
                 settings,
             )
         )
@@ -215,7 +230,7 @@ def _replayed(
     seeds: Sequence[int],
     policies: tuple[str, ...],
     settings: PolicySettings,
-    scene_of: Callable[[Workload, float], Scene],
+    fleet: Scene,
 ) -> list[Run]:
     lines = tuple(log.read_bytes().splitlines())
     try:
@@ -225,7 +240,7 @@ def _replayed(
     if not found:
         raise click.UsageError(f"{log}: no request with a prompt in it")
     last = max(conversation.start for conversation in found)
-    scene = scene_of(WORKLOADS["chat"], last + 1.0)
+    scene = lasting(fleet, last + 1.0)
     measured = sum(conversation.start >= scene.warm_up for conversation in found)
     if not measured:
         raise click.UsageError(

@@ -1,37 +1,47 @@
 """One simulated vLLM engine, a step at a time.
 
 Continuous batching with chunked prefill; room for context with preemption of the youngest; a
-cache of prefix blocks, least recently used first. What is the same for all requests in a step
-costs nothing per request, so a step takes microseconds whatever its batch.
+cache of prefix blocks, least recently used first; a few slots for LoRA adapters. What is the same
+for all requests in a step costs nothing per request, so a step takes microseconds whatever its
+batch.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import OrderedDict, deque
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.lab.simulate.adapters import AdapterSlots
 from vllm_router.lab.simulate.hardware import Hardware
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 
 
 class Job:
-    """One request on an engine."""
+    """One request on an engine. `adapter` is 0 for the base model; its blocks are its own."""
 
     __slots__ = (
-        "arrived", "blocks", "cached", "first_at", "full_blocks", "generated", "joined", "left",
-        "output_tokens", "owner", "prompt_blocks", "prompt_tokens", "ticket",
+        "adapter", "arrived", "blocks", "cached", "first_at", "full_blocks", "generated", "joined",
+        "left", "output_tokens", "owner", "prompt_blocks", "prompt_tokens", "ticket",
     )  # fmt: skip
 
     def __init__(
-        self, owner: object, text: Text, prompt_tokens: int, output_tokens: int, now: float
+        self,
+        owner: object,
+        text: Text,
+        prompt_tokens: int,
+        output_tokens: int,
+        now: float,
+        adapter: int = 0,
     ) -> None:
         self.owner = owner
-        self.blocks = text.blocks
+        self.adapter = adapter
+        self.blocks = text.blocks_of(adapter)
         self.prompt_tokens = prompt_tokens
-        self.prompt_blocks = min(prompt_tokens // BLOCK_TOKENS, len(text.blocks))
-        self.full_blocks = min((prompt_tokens + output_tokens) // BLOCK_TOKENS, len(text.blocks))
+        self.prompt_blocks = min(prompt_tokens // BLOCK_TOKENS, len(self.blocks))
+        self.full_blocks = min((prompt_tokens + output_tokens) // BLOCK_TOKENS, len(self.blocks))
         self.output_tokens = max(1, output_tokens)
         self.arrived = now
         self.first_at = 0.0
@@ -62,6 +72,10 @@ class Engine:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._tail = 0  # tokens of context that are in no shared block
         self._room = hardware.kv_tokens // BLOCK_TOKENS
+        self.adapters = AdapterSlots(hardware.adapter_slots)
+        self.announced: dict[int, int] | None = None
+        """Waiting jobs by block, if a policy wants to know."""
+        self._computing = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.latency_sum = self.first_sum = 0.0
         self.latency_count = self.first_count = 0
@@ -87,26 +101,41 @@ class Engine:
     def submit(self, job: Job, now: float) -> bool:
         """Queue a job. True if that has started a step: its end is to be waited for."""
         self.waiting.append(job)
+        if self.announced is not None:
+            self._announce(self.announced, job, 1)
         if self.step_end == math.inf:
             self._start_step(now)
             return True
         return False
+
+    @staticmethod
+    def _announce(announced: dict[int, int], job: Job, change: int) -> None:
+        for block in job.blocks[: job.prompt_blocks]:
+            count = announced.get(block, 0) + change
+            if count:
+                announced[block] = count
+            else:
+                del announced[block]
 
     # -- steps --------------------------------------------------------------------------------
 
     def _start_step(self, now: float) -> None:
         hardware = self.hardware
         budget = hardware.max_batched_tokens - self._decoding
-        prompt, attended = 0, 0.0
+        prompt, attended, swaps = 0, 0.0, self.adapters.swaps
         starting = self._starting
         prefilling, waiting = self._prefilling, self.waiting
         while budget > 0:
             if not prefilling:
                 if not waiting or len(self.running) >= hardware.max_running:
                     break
-                if not self._admit(waiting[0]):
+                next_job = self._next_waiting()
+                if next_job is None or not self._admit(next_job):
                     break
-                prefilling.append(waiting.popleft())
+                waiting.remove(next_job)
+                if self.announced is not None:
+                    self._announce(self.announced, next_job, -1)
+                prefilling.append(next_job)
             job = prefilling[0]
             part = min(job.left, budget)
             before = job.prompt_tokens + job.generated - job.left
@@ -117,6 +146,7 @@ class Engine:
             if job.left:
                 break
             starting.append(prefilling.popleft())
+        self._computing = prompt
         if not (prompt or self._decoding or starting):
             self.step_end = math.inf
             return
@@ -127,9 +157,15 @@ class Engine:
             + attended * hardware.per_attended
             + self._decoding * hardware.per_request
             + context * hardware.per_context_token
+            + (self.adapters.swaps - swaps) * hardware.adapter_swap
         )
         self.busy += self._duration
         self.step_end = now + self._duration
+
+    def _next_waiting(self) -> Job | None:
+        """The first waiting job whose adapter is loaded or finds a slot; vLLM skips the others."""
+        adapters = self.adapters
+        return next((job for job in self.waiting if adapters.fits(job.adapter)), None)
 
     def finish_step(self) -> tuple[list[Job], list[Job]]:
         """The step is over; the next one begins, if there is work. Returns the jobs that got
@@ -183,6 +219,8 @@ class Engine:
         job.ticket = 0
         self._decoding -= 1
         del self.running[job]
+        if job.adapter:
+            self.adapters.release(job.adapter)
         self._release(job)
 
     def _preempt(self, steps: int) -> None:
@@ -194,6 +232,38 @@ class Engine:
         self._leave(job, steps)
         self.preemptions += 1
         self.waiting.appendleft(job)
+        if self.announced is not None:
+            self._announce(self.announced, job, 1)
+
+    # -- for a policy that knows everything -----------------------------------------------------
+
+    def tokens_to_compute(self) -> int:
+        """Prompt tokens of the jobs here that are not computed yet, with the ones of this step;
+        of waiting jobs `left`, which their router must have set.
+        """
+        coming = itertools.chain(self.waiting, self._prefilling)
+        return self._computing + sum([job.left for job in coming])
+
+    def cached_for(self, job: Job) -> int:
+        """Prompt tokens of the job that are in the cache now, or will be when it is its turn."""
+        references, idle, announced = self._references, self._idle, self.announced or {}
+        blocks = job.blocks
+        for n in range(job.prompt_blocks):
+            block = blocks[n]
+            if block not in references and block not in idle and block not in announced:
+                return n * BLOCK_TOKENS
+        return min(job.prompt_blocks * BLOCK_TOKENS, job.prompt_tokens - 1)
+
+    def overlap(self, output: int) -> float:
+        """The jobs here, each counted by the part of the next `output` steps in which it runs."""
+        last = self._steps + output
+        steps = sum([min(end, last) for end, _, _ in self._ends]) - self._steps * len(self._ends)
+        coming = itertools.chain(self.waiting, self._prefilling, self._starting)
+        return (steps + sum([min(output, job.output_tokens) for job in coming])) / output
+
+    def context_tokens(self) -> int:
+        """Tokens of context of the running jobs; the rest of the room is free or idle cache."""
+        return len(self._references) * BLOCK_TOKENS + self._tail
 
     # -- context ------------------------------------------------------------------------------
 
@@ -229,6 +299,8 @@ class Engine:
             references[link] = count + 1
         self._tail += tail
         self.running[job] = None
+        if job.adapter:
+            self.adapters.take(job.adapter)
         self._evict()
         return True
 
@@ -260,6 +332,7 @@ class Engine:
     def restart(self) -> None:
         """A new process: nothing cached, counters at zero. Only an idle engine may be restarted."""
         self._idle.clear()
+        self.adapters = AdapterSlots(self.hardware.adapter_slots)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.latency_sum = self.first_sum = 0.0
         self.latency_count = self.first_count = 0

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
 from vllm_router.lab.simulate.hardware import HARDWARE
+from vllm_router.lab.simulate.oracle import Oracle
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell, Figures, figures
 from vllm_router.lab.simulate.rivals import RIVALS
-from vllm_router.lab.simulate.workloads import WORKLOADS, Conversation, Workload, conversations
-from vllm_router.lab.simulate.world import Scene, World
+from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.traffic import Conversation, Workload
+from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
+from vllm_router.lab.simulate.world import World
 from vllm_router.routing.policies import POLICIES, Policy, PolicySettings
 
-ALL_POLICIES: dict[str, type[Policy]] = {**POLICIES, **RIVALS}
+ALL_POLICIES: dict[str, type[Policy]] = {**POLICIES, **RIVALS, Oracle.name: Oracle}
 
 CALIBRATED_SERVERS = 8
 CALIBRATED_HARDWARE = "8b"
@@ -53,7 +57,9 @@ def simulate(run: Run) -> World:
 def _traffic(run: Run) -> list[Conversation]:
     if run.log:
         return read_log(run.log)
-    return conversations(WORKLOADS[run.workload], run.seed, run.rate, run.scene.seconds)
+    scene = run.scene
+    workload = WORKLOADS[run.workload]
+    return conversations(workload, run.seed, run.rate, scene.seconds, len(scene.speeds))
 
 
 def execute_all(runs: Sequence[Run], jobs: int, shown: Callable[[Cell], None]) -> list[Cell]:
@@ -98,20 +104,52 @@ def capacity_of(workload: Workload, hardware: str) -> float:
     return calibrate(workload, hardware)
 
 
+LONGER_BELOW = 0.5
+"""A load below this is simulated for longer, up to LONGEST times, to have as many requests."""
+
+LONGEST = 4.0
+
+
+def scene_for(base: Scene, workload: Workload, servers: int | None = None) -> Scene:
+    """The scene with the workload's fleet; `servers` if not as many as the workload wants."""
+    count = servers or workload.servers
+    hardware = base.hardware
+    return replace(
+        base,
+        hardware=hardware._replace(kv_tokens=round(hardware.kv_tokens * workload.kv_share)),
+        speeds=speeds_of(workload, count),
+        routers=max(base.routers, workload.routers),
+        tuned=workload.tuned,
+        adapters=workload.adapters,
+        without_adapters=tuple(range(min(workload.base_only, count - 1))),
+        joining=(count - 1,) if workload.joining and count > 2 else (),
+        draining=(0,) if workload.draining and count > 2 else (),
+    )
+
+
+def lasting(scene: Scene, seconds: float) -> Scene:
+    """The scene with this duration; a third of it is the warm-up."""
+    return replace(
+        scene,
+        seconds=seconds,
+        warm_up=seconds / 3,
+        failing_from=0.4 * seconds,
+        joining_at=0.4 * seconds,
+        draining_at=0.7 * seconds,
+    )
+
+
 def calibrate(workload: Workload, hardware: str) -> float:
     """The highest rate at which half of the first tokens still come within a second, after two
-    minutes under the `adaptive` policy. A few dozen seconds of work.
+    minutes under the `oracle` policy. A few dozen seconds of work.
     """
+    base = Scene(HARDWARE[hardware], (), seconds=120.0, warm_up=60.0, patience=1.0)
+    scene = replace(
+        scene_for(base, workload, CALIBRATED_SERVERS), routers=1, joining=(), draining=()
+    )
 
     def bears(rate: float) -> bool:
-        scene = Scene(
-            HARDWARE[hardware],
-            speeds_of(workload, CALIBRATED_SERVERS),
-            seconds=120.0,
-            warm_up=60.0,
-            patience=1.0,
-        )
-        found: Figures = execute(Run(workload.name, 1.0, 7, "adaptive", scene, rate)).figures
+        found: Figures = execute(Run(workload.name, 1.0, 7, "oracle", scene, rate)).figures
         return found.first_p50 <= 1.0
 
     low, high = 0.0, 8.0
@@ -138,10 +176,12 @@ def grid(
         scene = scene_of(workload)
         for load, seed, policy in itertools.product(loads, seeds, policies):
             rate = rate_at(workload, load, len(scene.speeds), capacities[name])
-            yield Run(name, load, seed, policy, scene, rate, settings)
+            longer = min(LONGEST, max(1.0, LONGER_BELOW / load))
+            seconds = scene.seconds * workload.duration * longer
+            yield Run(name, load, seed, policy, lasting(scene, seconds), rate, settings)
 
 
 __all__ = [
     "ALL_POLICIES", "Run", "calibrate", "capacity_of", "execute", "execute_all", "grid",
-    "rate_at", "simulate", "speeds_of",
+    "lasting", "rate_at", "scene_for", "simulate", "speeds_of",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ from typing import NamedTuple
 class Hardware(NamedTuple):
     """Seconds, per token or request; `kv_tokens` is the room for context.
 
-    One server; where a model needs several cards, they are one server.
+    One server; where a model needs several cards, they are one server. `adapter_slots` is vLLM's
+    `max_loras`, `adapter_swap` the seconds that loading an adapter adds to a step.
     """
 
     base: float
@@ -24,6 +25,8 @@ class Hardware(NamedTuple):
     kv_tokens: int
     max_running: int = 256
     max_batched_tokens: int = 8192
+    adapter_slots: int = 4
+    adapter_swap: float = 0.35
 
     def faster(self, factor: float) -> Hardware:
         return self._replace(

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from vllm_router.lab.simulate.text import TOKEN_BYTES, Pieces
-from vllm_router.lab.simulate.workloads import Conversation, Turn
+from vllm_router.lab.simulate.traffic import Conversation, Turn
 from vllm_router.routing.prompt.blocks import unpack_hashes
 
 TYPICAL_OUTPUT = 200

@@ -2,9 +2,10 @@
 
 They see the same servers, the same health and the same metrics as ours; `scrape_interval` is how
 old the metrics are where theirs are fresher. Sources: the defaults of vllm-router 0.1.17
-(`router_args.py`), the llm-d scheduler's documented scorers and its guide's optimized baseline,
-KubeAI's `PrefixHash`, LMetric (arXiv 2025), the ancestor's `load_balancer.py`, production-stack's
-`routing_logic.py`.
+(`router_args.py`) and its pull request 238 of 2026-09-04 (open), the llm-d scheduler's documented
+scorers and its guide's optimized baseline, KubeAI's `PrefixHash`, LMetric (arXiv 2025), the
+ancestor's `load_balancer.py`, production-stack's `routing_logic.py` and its pull request 1035 of
+2026-08-09 (`loadaware`).
 """
 
 from __future__ import annotations
@@ -102,6 +103,49 @@ class CacheAware(_Remembering):
                 return best
         held = self.index.table.held
         return self.lowest([(held(self.index.bit(server)), server) for server in candidates])
+
+
+class CacheAwarePerRequest(CacheAware):
+    """vllm-router's pull request 238: only the load of the server with the match is compared with
+    the least; other servers' load does not take the affinity away.
+    """
+
+    name = "cache_aware-238"
+
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        loads = [(server.in_flight, server) for server in candidates]
+        matches = self.matches(candidates, info)
+        if matches and info.prompt.size:
+            best = max(matches, key=lambda server: matches[server])
+            least = min(load for load, _ in loads)
+            hot = best.in_flight - least > self.absolute and best.in_flight > self.relative * least
+            if matches[best] > self.threshold * info.prompt.size and not hot:
+                return best
+        return self.lowest(loads)
+
+
+class LoadAware(_Remembering):
+    """production-stack's `loadaware`: the cached part of the prompt, less `beta` times the load
+    relative to the mean. Its caches come from LMCache's controller, here from the record.
+    """
+
+    name = "loadaware"
+    beta = 1.0
+
+    def choose(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Server:
+        mean = sum(server.in_flight for server in candidates) / len(candidates)
+        matches = self.matches(candidates, info)
+        size = max(1, info.prompt.size)
+        return self.lowest(
+            [
+                (
+                    self.beta * (server.in_flight - mean) / max(1.0, mean)
+                    - matches.get(server, 0) / size,
+                    server,
+                )
+                for server in candidates
+            ]
+        )
 
 
 class LlmdBlend(_Remembering):
@@ -255,7 +299,7 @@ class PrefixOnly(_Remembering):
 RIVALS: dict[str, type[Policy]] = {
     rival.name: rival
     for rival in (
-        LeastInFlight, Ancestor, CacheAware, Chwbl, ChwblPrefix, LlmdBlend, LlmdSticky,
-        LoadAwarePrefix, LMetric, PrefixOnly,
+        LeastInFlight, Ancestor, CacheAware, CacheAwarePerRequest, Chwbl, ChwblPrefix, LlmdBlend,
+        LlmdSticky, LoadAware, LoadAwarePrefix, LMetric, PrefixOnly,
     )
 }  # fmt: skip

@@ -45,6 +45,12 @@ class Text:
         self._open = content
         self.length += tokens
 
+    def blocks_of(self, adapter: int) -> list[int]:
+        """The engine's blocks: an adapter has its own, as in vLLM's block hashes."""
+        if not adapter:
+            return self.blocks
+        return [hash((adapter, block)) & _MASK for block in self.blocks]
+
     def chain(self, tokens: int) -> tuple[int, ...]:
         """The pieces of its first `tokens` tokens, as a policy sees them."""
         count = blocks_in(tokens * TOKEN_BYTES)

@@ -12,49 +12,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.lab.simulate.engine import Engine, Job
-from vllm_router.lab.simulate.hardware import Hardware
-from vllm_router.lab.simulate.text import TOKEN_BYTES
-from vllm_router.lab.simulate.workloads import Conversation, Turn
+from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.text import TOKEN_BYTES, Text
+from vllm_router.lab.simulate.traffic import BASE_MODEL, Conversation, Turn, adapter_name
 from vllm_router.routing.policies.base import Policy
 from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
-MODEL = "model"
 MAX_ATTEMPTS = 4
 FAIL_SECONDS = 0.005
 """Seconds until the error of a server that fails fast."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """The setting of a simulation. Times in seconds.
-
-    speeds: one per server, relative to `hardware`; also their share of `capacity`.
-    slow: factors by which servers are slower than their capacity, by index.
-    failing: servers that fail every request within 5 ms from `failing_from` on, `/health` green.
-    restarting: servers that restart at `failing_from`, and are down for five seconds.
-    plain: the share of responses that are not streamed.
-    """
-
-    hardware: Hardware
-    speeds: tuple[float, ...]
-    capacity: int = 32
-    routers: int = 1
-    scrape_interval: float = 0.5
-    seconds: float = 60.0
-    warm_up: float = 20.0
-    patience: float = 60.0
-    slow: tuple[tuple[int, float], ...] = ()
-    failing: tuple[int, ...] = ()
-    restarting: tuple[int, ...] = ()
-    failing_from: float = 25.0
-    plain: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +36,7 @@ class Call:
     """One request, from the client's point of view. `server` is the last it was sent to."""
 
     conversation: Conversation
+    text: Text
     arrived: float
     prompt_tokens: int
     output_tokens: int
@@ -88,9 +63,9 @@ class Router:
                     ServerConfig(
                         url=f"http://server-{n}:8000",
                         name=f"server-{n}",
-                        max_concurrent_requests=max(1, round(scene.capacity * speed)),
+                        max_concurrent_requests=scene.configured_capacity(n),
                     )
-                    for n, speed in enumerate(scene.speeds)
+                    for n in range(len(scene.speeds))
                 ),
                 settings=settings,
             )
@@ -98,14 +73,25 @@ class Router:
         self.policy = policy
         self.servers = tuple(self.fleet.servers.values())
         self.place = {server: n for n, server in enumerate(self.servers)}
-        for server in self.servers:
-            self.mark(server, 0.0, up=True)
+        for place, server in enumerate(self.servers):
+            server.listed(_model_cards(scene, place), 0.0)
+            self.mark(server, 0.0, up=place not in scene.joining)
 
     def mark(self, server: Server, now: float, *, up: bool) -> None:
         """Probes have found the server up, or down."""
         for _ in range(3):
             server.checked(Check.GOOD if up else Check.UNREACHABLE, 0.001, now)
         self.fleet.settle(now)
+
+
+def _model_cards(scene: Scene, place: int) -> dict[str, dict[str, Any]]:
+    """The server's `/v1/models`: the base model, and adapters with it as their parent."""
+    cards: dict[str, dict[str, Any]] = {BASE_MODEL: {"id": BASE_MODEL, "object": "model"}}
+    if place not in scene.without_adapters:
+        for number in range(1, scene.adapters + 1):
+            name = adapter_name(number)
+            cards[name] = {"id": name, "object": "model", "parent": BASE_MODEL}
+    return cards
 
 
 class World:
@@ -128,11 +114,14 @@ class World:
         self.routers = [
             Router(scene, make_policy(Random(rng.random()))) for _ in range(scene.routers)
         ]
+        self.places = {f"server-{place}": place for place in range(len(scene.speeds))}
         self.calls: list[Call] = []
+        self.choosing: Job | None = None
+        """The job for which a policy chooses a server now, for policies that know everything."""
         self.now = 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._ticket = itertools.count()
-        self._down: set[int] = set()
+        self._down: set[int] = set(scene.joining)
         for conversation in conversations:
             self._next_turn(conversation, conversation.start, first=True)
         for router in self.routers:
@@ -141,6 +130,14 @@ class World:
                 self._at(rng.random() * interval, self._scrape, router, place, interval)
         for place in scene.restarting:
             self._at(scene.failing_from, self._go_down, place)
+        for place in scene.joining:
+            self._at(scene.joining_at, self._come_up, place)
+        for place in scene.draining:
+            self._at(scene.draining_at, self._drain, place)
+        for router in self.routers:
+            watch = getattr(router.policy, "watch", None)
+            if watch is not None:
+                watch(self)
 
     def run(self, progress: Callable[[float], None] | None = None) -> World:
         """Run until all traffic is answered or has timed out."""
@@ -172,14 +169,17 @@ class World:
             self._at(at, self._ask, conversation, turn)
 
     def _ask(self, conversation: Conversation, turn: Turn) -> None:
+        if turn.begins is not None:
+            conversation.begin(turn.begins)
         text = conversation.text
         conversation.count += 1
         text.add(hash((conversation.number, conversation.count, 1)), turn.added)
         prompt = text.length
         text.add(hash((conversation.number, conversation.count, 2)), turn.output)
         facts = RoutingInfo(
-            MODEL,
+            adapter_name(conversation.adapter) if conversation.adapter else BASE_MODEL,
             self.rng.random() >= self.scene.plain and conversation.stream,
+            session=conversation.session,
             prompt=Prompt(
                 text.chain(prompt),
                 prompt * TOKEN_BYTES,
@@ -191,7 +191,7 @@ class World:
         )
         conversation.earlier = prompt
         router = self.rng.choice(self.routers)
-        call = Call(conversation, self.now, prompt, turn.output, facts, router)
+        call = Call(conversation, text, self.now, prompt, turn.output, facts, router)
         self.calls.append(call)
         self._open += 1
         self._send(call)
@@ -207,14 +207,25 @@ class World:
     def _send(self, call: Call) -> None:
         router, now = call.router, self.now
         fleet = router.fleet
+        model = call.facts.model
         if call.tried:
-            candidates = fleet.others(MODEL, now, call.tried)
+            candidates = fleet.others(model, now, call.tried)
         else:
-            candidates = fleet.candidates(MODEL, now)
+            candidates = fleet.candidates(model, now)
         if not candidates or call.attempts == MAX_ATTEMPTS:
             call.failed = True
             self._done(call)
             return
+        # What the text has grown by since does not matter: a conversation waits for its answers.
+        job = Job(
+            call,
+            call.text,
+            call.prompt_tokens,
+            call.output_tokens,
+            now,
+            call.conversation.adapter,
+        )
+        self.choosing = job
         server, note = router.policy.pick(candidates, call.facts, now)
         call.lease = lease = server.lease(now)
         call.attempts += 1
@@ -224,8 +235,6 @@ class World:
         if failing or place in self._down:
             self._at(now + FAIL_SECONDS, self._failed, call)
             return
-        # What the text has grown by since does not matter: a conversation waits for its answers.
-        job = Job(call, call.conversation.text, call.prompt_tokens, call.output_tokens, now)
         if self.engines[place].submit(job, now):
             self._at(self.engines[place].step_end, self._step, place)
 
@@ -260,6 +269,7 @@ class World:
             assert isinstance(call, Call)
             call.first_at, call.cached = self.now, job.cached
             if call.facts.stream and call.lease is not None:
+                call.lease.last_byte_at = self.now
                 call.router.policy.first_byte(call.lease)
         for job in last:
             call = job.owner
@@ -279,6 +289,10 @@ class World:
         for router in self.routers:
             router.mark(router.servers[place], self.now, up=False)
         self._at(self.now + 5.0, self._come_up, place)
+
+    def _drain(self, place: int) -> None:
+        for router in self.routers:
+            router.servers[place].drain(on=True)
 
     def _come_up(self, place: int) -> None:
         if self.engines[place].running:
