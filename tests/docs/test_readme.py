@@ -1,4 +1,4 @@
-"""The READMEs match the program: keys, defaults, options, error codes, curl lines."""
+"""READMEs and docs match the program: keys, defaults, options, error codes, curl lines."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.runtime.own_machine import find_socket
 
 READMES = ("README.md", "README.zh.md")
+PAGES = ("api", "choosing", "commands", "comparison", "configuration", "errors", "operations")
+FOLDERS = {"README.md": "docs", "README.zh.md": "docs/zh"}
 NOTHING = {"README.md": "none", "README.zh.md": "无"}
 
 KEY_ROW = re.compile(r"^\| `(\w+)` \| (.+?) \| (.*?) ?\| .+ \|$", re.MULTILINE)
@@ -36,7 +38,10 @@ def readme(request: pytest.FixtureRequest) -> str:
 
 
 def text(readme: str) -> str:
-    return (ROOT / readme).read_text()
+    """The README and the pages that exist in both languages, in one text."""
+    folder = ROOT / FOLDERS[readme]
+    paths = [ROOT / readme, *(folder / f"{page}.md" for page in PAGES)]
+    return "\n".join(path.read_text() for path in paths)
 
 
 def keys(readme: str) -> dict[str, tuple[str, str]]:
@@ -115,7 +120,7 @@ def test_readme_and_discovery_page_have_every_key_of_discovery(readme: str):
     listed = re.findall(r"^\| `discovery\.(\w+)` \|", text(readme), re.MULTILINE)
     kinds = discovery_tables.KINDS
     assert set(listed) == {*discovery_tables.DISCOVERY_KEYS, *kinds, "defaults"}
-    page = text("docs/discovery.md")
+    page = (ROOT / "docs" / "discovery.md").read_text()
     for kind, (keys_of_kind, _) in kinds.items():
         section = page.partition(f"\n## `{kind}`")[2].partition("\n## ")[0]
         own = set(keys_of_kind) - set(discovery_tables.COMMON_KEYS)
@@ -218,6 +223,27 @@ def test_readme_curl_example_answers_as_shown(demo: Running, command: str, shown
             assert re.split(r"[{ ]", line)[0] in done.stdout
         if line.startswith("HTTP/"):
             assert line in done.stdout
+
+
+def test_readme_is_short(readme: str):
+    assert len((ROOT / readme).read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", ["README", *PAGES])
+def test_readme_languages_have_same_structure(page: str):
+    def outline(path: Path) -> list[str]:
+        """Levels of headings, columns of table rows, and the marks of code blocks."""
+        marks = r"^(#+) |^(\|)(?=.*\|$)|^(```\w*)"
+        lines = [re.match(marks, line) for line in path.read_text().splitlines()]
+        return [
+            next(group for group in found.groups() if group) + str(found.string.count(" | "))
+            for found in lines
+            if found
+        ]
+
+    english = ROOT / ("README.md" if page == "README" else f"docs/{page}.md")
+    chinese = ROOT / ("README.zh.md" if page == "README" else f"docs/zh/{page}.md")
+    assert [each[:1] for each in outline(english)] == [each[:1] for each in outline(chinese)]
 
 
 def test_readme_languages_show_same_commands_and_answers():
