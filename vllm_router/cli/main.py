@@ -32,6 +32,7 @@ COMMANDS = {
     "monitor": "vllm_router.cli.monitor.command:monitor",
     "open": "vllm_router.cli.open:open_page",
     "explain": "vllm_router.cli.explain:explain",
+    "schema": "vllm_router.cli.schema:schema",
     "mock": "vllm_router.lab.mock.cli:mock_command",
     "simulate": "vllm_router.lab.simulate.cli:simulate_command",
 }

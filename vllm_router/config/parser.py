@@ -33,7 +33,7 @@ from vllm_router.errors import ConfigError
 SETTING_KEYS: dict[str, Any] = {
     field.name: field.type for field in msgspec.structs.fields(Settings)
 }
-_TABLES = {
+TABLES = {
     "config": SETTING_KEYS,
     "servers.servers": SERVER_KEYS,
     "models.<name>": MODEL_KEYS,
@@ -66,7 +66,7 @@ def parse(
     if the bytes are not TOML.
     """
     document = load_document(data, source)
-    reader = Reader(source, _TABLES, {} if policies is None else {"policies": policies})
+    reader = Reader(source, TABLES, {} if policies is None else {"policies": policies})
     for key in document:
         if key not in _KNOWN_TABLES:
             reader.unknown_key("", key, _KNOWN_TABLES)

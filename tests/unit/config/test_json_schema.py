@@ -1,0 +1,82 @@
+"""The JSON Schema of servers.toml agrees with the parser."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from vllm_router.cli.main import cli
+from vllm_router.config.json_schema import json_schema
+from vllm_router.config.parser import parse
+from vllm_router.errors import ConfigError
+from vllm_router.routing.policies import POLICY_NAMES
+
+EXAMPLE = Path(__file__).parents[3] / "servers.example.toml"
+SERVER = '[[servers.servers]]\nurl = "http://h:1"\n'
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json_schema(POLICY_NAMES)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_schema_accepts_example_with_every_key_uncommented(validator: Any):
+    text = re.sub(r"^#(?=[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    assert not list(validator.iter_errors(tomllib.loads(text)))
+
+
+def test_schema_knows_every_default_of_config():
+    keys = json_schema(POLICY_NAMES)["properties"]["config"]["properties"]
+    assert keys["max_retries"] | {"description": ""} == {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 2**63 - 1,
+        "default": 3,
+        "description": "",
+    }
+    assert keys["policy"]["enum"] == list(POLICY_NAMES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SERVER,
+        SERVER + '[models]\na = "b"\n[models.c]\nserves = "b"\nhidden = true',
+        SERVER + "[limits]\nqueue_size = 0\n[config]\ntotal_timeout = 5.5",
+        SERVER + "[log]\naccess = false",
+        SERVER + '[[auth.keys]]\nname = "a"\nkey = "sk-a"',
+        SERVER + "verify = false",
+        SERVER + "[config]\nmax_retrys = 3",
+        SERVER + "[config]\nmax_retries = -1",
+        SERVER + '[config]\npolicy = "best"',
+        SERVER + "[config]\nmax_ejected_share = 1.5",
+        SERVER + '[log]\nlevel = "loud"',
+        SERVER + "[models]\na = 3",
+        SERVER + '[[auth.keys]]\nname = "a b"\nkey = "sk-a"',
+        SERVER + 'name = "a b"',
+        "[[servers.servers]]\nweight = 1",
+        "[[server]]",
+    ],
+)
+def test_schema_and_parser_agree(validator: Any, text: str):
+    try:
+        parse(text.encode(), "f", environ={}, policies=POLICY_NAMES)
+        accepted = True
+    except ConfigError:
+        accepted = False
+    assert validator.is_valid(tomllib.loads(text)) is accepted
+
+
+def test_schema_command_prints_json():
+    result = CliRunner().invoke(cli, ["schema"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == json.loads(json.dumps(json_schema(POLICY_NAMES)))
