@@ -26,8 +26,9 @@ from vllm_router.lab.simulate.grid import (
 )
 from vllm_router.lab.simulate.hardware import HARDWARE
 from vllm_router.lab.simulate.replay import read_log
-from vllm_router.lab.simulate.report import Cell, Figures, percentile, standings
+from vllm_router.lab.simulate.report import Cell, Figures, percentile
 from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.standings import interval, losses, standings
 from vllm_router.lab.simulate.tables import markdown
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
@@ -358,22 +359,65 @@ def test_percentile_of_empty_list_is_zero():
     assert percentile([1.0, 2.0, 3.0], 0.99) == 3.0
 
 
-def test_simulate_ranking_is_relative_to_best_of_each_cell():
-    def cell(workload: str, policy: str, p99: float) -> Cell:
-        figures = Figures(100, 0, 0.0, p99, 0.0, 0.0, 1.0, 0.5, 1.0, 0, (1.0,))
-        return Cell(workload, 0.5, 1, policy, figures)
+def cell(policy: str, p99: float, *, workload: str = "one", seed: int = 1) -> Cell:
+    figures = Figures(100, 0, 0.0, p99, 0.02, 0.03, 1.0, 0.5, 1.0, 0, (1.0,))
+    return Cell(workload, 0.5, seed, policy, figures)
 
+
+def test_standings_are_relative_to_best_of_each_cell():
     found = standings(
         [
-            cell("one", "good", 0.1), cell("one", "bad", 0.7),
-            cell("two", "good", 0.1), cell("two", "bad", 0.1),
+            cell("good", 0.1), cell("bad", 0.7),
+            cell("good", 0.1, workload="two"), cell("bad", 0.1, workload="two"),
         ]
     )  # fmt: skip
-    assert [(row.policy, row.first_p99, row.worst) for row in found] == [
-        ("good", pytest.approx(1.0), pytest.approx(1.0)),
-        ("bad", pytest.approx(2.0), pytest.approx(4.0)),
+    assert [(row.policy, row.by_measure["p99 TTFT"]) for row in found] == [
+        ("good", pytest.approx(1.0)),
+        ("bad", pytest.approx(2.0)),
     ]
-    assert found[1].worst_cell == "one 50%"
+    assert found[1].worst["p99 TTFT"] == (pytest.approx(4.0), "one 50%")
+    assert found[1].by_measure["TPOT p99"] == pytest.approx(1.0)
+    assert found[1].overall.mean == pytest.approx(2.0 ** (1 / 3))
+
+
+def test_standings_oracle_is_no_rival_and_has_its_own_column():
+    good, _ = standings([cell("good", 0.7), cell("oracle", 0.1)])[::-1]
+    assert good.policy == "good"
+    assert good.by_measure["p99 TTFT"] == pytest.approx(1.0)
+    assert good.to_oracle == pytest.approx(4.0 ** (1 / 3))
+
+
+def test_losses_are_of_one_policy_and_worst_first():
+    cells = [
+        cell("adaptive", 0.3), cell("other", 0.1),
+        cell("adaptive", 0.7, workload="two"), cell("other", 0.1, workload="two"),
+        cell("adaptive", 0.1, workload="three"), cell("other", 0.3, workload="three"),
+    ]  # fmt: skip
+    found = losses(cells, "adaptive")
+    assert [(loss.workload, loss.measure, loss.winner) for loss in found] == [
+        ("two", "p99 TTFT", "other"),
+        ("one", "p99 TTFT", "other"),
+    ]
+    assert found[0].ratio.mean == pytest.approx(4.0)
+
+
+def test_losses_confidence_is_of_pairs_with_the_same_seed():
+    p99s = {1: (0.1, 0.3), 2: (0.3, 0.7), 3: (1.9, 3.9)}
+    cells = [
+        cell(policy, p99, seed=seed)
+        for seed, pair in p99s.items()
+        for policy, p99 in zip(("other", "adaptive"), pair, strict=True)
+    ]
+    (loss,) = losses(cells, "adaptive")
+    assert loss.ratio == (pytest.approx(2.0), pytest.approx(2.0), pytest.approx(2.0))
+
+
+def test_interval_of_ratios_is_students():
+    found = interval([math.log(1.0), math.log(4.0)])
+    assert found.mean == pytest.approx(2.0)
+    assert found.high == pytest.approx(2.0 * math.exp(12.71 * math.log(2.0)))
+    assert interval([0.0]) == (1.0, None, None)
+    assert str(interval([0.0])) == "1"
 
 
 def test_simulate_rates_follow_fleet_size():
@@ -467,6 +511,7 @@ def test_simulate_command_prints_tables_and_writes_json(tmp_path):
         "--policy", "cache_aware", "--shares", "--json", str(file),
     )  # fmt: skip
     assert "| chat     | 50%  | adaptive    |" in printed
+    assert printed.startswith("Where adaptive is more than 5 % behind")
     assert "Relative to the best policy" in printed
     assert "server-1" in printed
     rows = msgspec.json.decode(file.read_bytes())

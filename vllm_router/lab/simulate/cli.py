@@ -28,12 +28,21 @@ from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell
 from vllm_router.lab.simulate.rivals import RIVALS
 from vllm_router.lab.simulate.scene import Scene
-from vllm_router.lab.simulate.tables import cell_rows, markdown, share_rows, standing_rows
+from vllm_router.lab.simulate.tables import (
+    cell_rows,
+    loss_rows,
+    markdown,
+    share_rows,
+    standing_rows,
+)
+from vllm_router.lab.simulate.traffic import Workload
 from vllm_router.lab.simulate.workloads import WORKLOADS
 from vllm_router.routing.policies import POLICY_NAMES, PolicySettings
 
+RECOMMENDED = "adaptive"
+
 LOADS = (5, 25, 50, 70, 85, 95)
-QUICK_LOADS, QUICK_SECONDS, QUICK_SERVERS = (25, 85), 20.0, 4
+QUICK_LOADS, QUICK_SECONDS = (25, 85), 20.0
 
 _POLICY_SETTINGS = PolicySettings()
 
@@ -85,7 +94,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     help="Simulated, per run; longer at loads below 50 and for some workloads.",
 )
 @click.option(
-    "--quick", is_flag=True, help="A small grid: loads of 25 and 85, 20 seconds, four servers."
+    "--quick", is_flag=True, help="A small grid: half of the servers, 20 seconds, loads 25 and 85."
 )
 @click.option("--servers", type=click.IntRange(1, 200), default=None, help="[8; 32 in large-fleet]")
 @click.option("--hardware", type=click.Choice(list(HARDWARE)), default="8b", help="Of a server.")
@@ -161,8 +170,12 @@ def simulate_command(
         return
     if quick:
         loads = QUICK_LOADS if loads == LOADS else loads
-        seconds, servers = min(seconds, QUICK_SECONDS), servers or QUICK_SERVERS
-    count = servers or min(WORKLOADS[name].servers for name in workloads)
+        seconds = min(seconds, QUICK_SECONDS)
+
+    def servers_of(workload: Workload) -> int:
+        return servers or (workload.servers // 2 if quick else workload.servers)
+
+    count = min(servers_of(WORKLOADS[name]) for name in workloads)
     for place in (*failing, *restarting, *(place for place, _ in slow)):
         if not 0 <= place < count:
             raise click.UsageError(f"there is no server {place}: they are 0 to {count - 1}")
@@ -181,7 +194,7 @@ def simulate_command(
 
     settings = PolicySettings(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
     if replay is not None:
-        fleet = scene_for(base, WORKLOADS["chat"], servers)
+        fleet = scene_for(base, WORKLOADS["chat"], servers_of(WORKLOADS["chat"]))
         runs = _replayed(replay, range(seed, seed + seeds), policies, settings, fleet)
     else:
         shares_of_capacity = [load / 100 for load in loads]
@@ -192,7 +205,7 @@ def simulate_command(
                 range(seed, seed + seeds),
                 policies,
                 _capacities(workloads, hardware),
-                lambda workload: scene_for(base, workload, servers),
+                lambda workload: scene_for(base, workload, servers_of(workload)),
                 settings,
             )
         )
@@ -200,9 +213,16 @@ def simulate_command(
         click.echo(plots.MISSING, err=True)
         plot = None
     cells = _run(runs, jobs)
+    if len(policies) > 1 and RECOMMENDED in policies:
+        behind = loss_rows(cells, RECOMMENDED)
+        click.echo(f"Where {RECOMMENDED} is more than 5 % behind the best policy:\n")
+        click.echo(markdown(*behind) if behind[1] else "nowhere")
+        click.echo("")
     click.echo(markdown(*cell_rows(cells)))
     if len(policies) > 1:
-        click.echo("\nRelative to the best policy of each row (geometric means):\n")
+        click.echo(
+            "\nRelative to the best policy of each cell (geometric means, 95 % confidence):\n"
+        )
         click.echo(markdown(*standing_rows(cells)))
     if shares:
         click.echo("\n" + markdown(*share_rows(cells)))

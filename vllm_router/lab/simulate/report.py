@@ -13,10 +13,6 @@ GOOD_FIRST_TOKEN = 1.0
 GOOD_TOKEN_TIME = 0.05
 """Seconds per token; slower responses do not count as goodput."""
 
-_OFFSET = 0.1
-"""Seconds added to a time to first token before comparing: shorter differences are not noticeable.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -109,64 +105,3 @@ class Cell:
     seed: int
     policy: str
     figures: Figures
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A policy over all cells, relative to the best policy of each: 1 is the best possible."""
-
-    policy: str
-    first_p99: float
-    worst: float
-    worst_cell: str
-    first_p50: float
-    bad: float
-    hit_rate: float
-
-
-def standings(cells: Sequence[Cell]) -> list[Standing]:
-    """Geometric means over the cells, seeds pooled; the best p99 first."""
-    by_place: dict[tuple[str, float], dict[str, list[Figures]]] = {}
-    for cell in cells:
-        place = by_place.setdefault((cell.workload, cell.load), {})
-        place.setdefault(cell.policy, []).append(cell.figures)
-    ratios: dict[str, list[tuple[float, float, float, str]]] = {}
-    rates: dict[str, list[float]] = {}
-    for (workload, load), policies in by_place.items():
-        p99 = {
-            name: _mean([_OFFSET + f.first_p99 for f in them]) for name, them in policies.items()
-        }
-        p50 = {
-            name: _mean([_OFFSET + f.first_p50 for f in them]) for name, them in policies.items()
-        }
-        bad = {name: _mean([0.01 + 1 - f.goodput for f in them]) for name, them in policies.items()}
-        for name, them in policies.items():
-            ratios.setdefault(name, []).append(
-                (
-                    p99[name] / min(p99.values()),
-                    p50[name] / min(p50.values()),
-                    bad[name] / min(bad.values()),
-                    f"{workload} {load:.0%}" if load else workload,
-                )
-            )
-            rates.setdefault(name, []).append(sum(f.hit_rate for f in them) / len(them))
-    found = []
-    for name, rows in ratios.items():
-        worst = max(rows)
-        found.append(
-            Standing(
-                name,
-                _mean([row[0] for row in rows]),
-                worst[0],
-                worst[3],
-                _mean([row[1] for row in rows]),
-                _mean([row[2] for row in rows]),
-                sum(rates[name]) / len(rates[name]),
-            )
-        )
-    return sorted(found, key=lambda standing: standing.first_p99)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Geometric."""
-    return math.exp(sum(map(math.log, values)) / len(values))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vllm_router.lab.simulate.report import Cell, Figures, Standing, standings
+from vllm_router.lab.simulate.report import Cell, Figures
+from vllm_router.lab.simulate.standings import (
+    BAD_OFFSET,
+    FIRST_TOKEN_OFFSET,
+    MEASURES,
+    Loss,
+    losses,
+    standings,
+)
 
 Row = Sequence[str]
 
@@ -40,20 +48,44 @@ def cell_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
 
 def standing_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
     """One row per policy: how far it is from the best of each cell."""
-    head = ("policy", "p99 TTFT", "worst", "in", "p50 TTFT", "not good", "hit rate")
-    found: list[Standing] = standings(cells)
+    head = ["policy", "all three"]
+    for name in MEASURES:
+        head += [name, "worst", "in"]
+    rows: list[Row] = []
+    for found in standings(cells):
+        row = [found.policy, str(found.overall)]
+        for name in MEASURES:
+            worst, place = found.worst[name]
+            row += [f"{found.by_measure[name]:.2f}", f"{worst:.3g}", place]
+        oracle = "" if found.to_oracle is None else f"{found.to_oracle:.2f}"
+        rows.append([*row, f"{found.first_p50:.2f}", oracle, f"{found.hit_rate:.1%}"])
+    return [*head, "p50 TTFT", "to oracle", "hit rate"], rows
+
+
+def loss_rows(cells: Sequence[Cell], policy: str) -> tuple[Row, list[Row]]:
+    """Where a policy is more than 5 % behind the best, the worst first; see `losses`."""
+    head = ("workload", "load", "measure", policy, "best", "of", "behind by")
     return head, [
         (
-            row.policy,
-            f"{row.first_p99:.2f}",
-            f"{row.worst:.3g}",
-            row.worst_cell,
-            f"{row.first_p50:.2f}",
-            f"{row.bad:.2f}",
-            f"{row.hit_rate:.1%}",
+            loss.workload,
+            f"{loss.load:.0%}" if loss.load else "",
+            loss.measure,
+            _measured(loss, loss.value),
+            _measured(loss, loss.best),
+            loss.winner,
+            str(loss.ratio),
         )
-        for row in found
+        for loss in losses(cells, policy)
     ]
+
+
+def _measured(loss: Loss, value: float) -> str:
+    """The value of a measure without its offset."""
+    if loss.measure == "p99 TTFT":
+        return f"{value - FIRST_TOKEN_OFFSET:.3f} s"
+    if loss.measure == "TPOT p99":
+        return f"{1000 * value:.1f} ms"
+    return f"{value - BAD_OFFSET:.1%}"
 
 
 def share_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
