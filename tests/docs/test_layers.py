@@ -46,6 +46,8 @@ PURE_MODULES = (
     "errors",
     "discovery.intake",
     "discovery.file_sd",
+    "discovery.kubernetes.messages",
+    "discovery.kubernetes.slices",
     "proxy.retry",
     "proxy.quarantine",
     "proxy.failures",

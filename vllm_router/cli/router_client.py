@@ -15,8 +15,8 @@ from urllib.parse import quote
 import httpx
 import trio
 
-from vllm_router.cli.error_text import describe
 from vllm_router.errors import RouterError
+from vllm_router.http.client.error_text import describe
 from vllm_router.runtime.own_machine import find_socket, short_path
 
 TIMEOUT = 5.0

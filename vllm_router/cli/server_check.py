@@ -11,12 +11,12 @@ import httpx
 import msgspec
 import trio
 
-from vllm_router.cli.error_text import describe
 from vllm_router.config.models import unserved_models
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import UnusablePage
 from vllm_router.fleet.model_list import read_model_list
+from vllm_router.http.client.error_text import describe
 from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_whole
 from vllm_router.http.client.pool import Pool

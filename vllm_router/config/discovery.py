@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from vllm_router.config.tls import File
 from vllm_router.config.types import Secret
 
 Options = tuple[tuple[str, Any], ...]
@@ -76,6 +77,50 @@ class FileSource(SourceConfig, frozen=True, kw_only=True):
 
     paths: tuple[str, ...]
     interval: float = 1.0
+
+
+class WebSource(SourceConfig, frozen=True, kw_only=True):
+    """A source that is asked over HTTP.
+
+    url: of the document or the API.
+    timeout: seconds for a whole answer.
+    api_key: bearer token.
+    ca, client_certificate, client_key, verify: as for a server.
+    """
+
+    url: str
+    timeout: float = 10.0
+    api_key: Secret | None = None
+    ca: File | None = None
+    client_certificate: File | None = None
+    client_key: File | None = None
+    verify: bool = True
+
+
+class HttpSource(WebSource, frozen=True, kw_only=True):
+    """A document in the format of Prometheus' http_sd.
+
+    interval: seconds between two requests.
+    headers: further request headers.
+    """
+
+    interval: float = 30.0
+    headers: tuple[tuple[str, Secret], ...] = ()
+
+
+class KubernetesSource(WebSource, frozen=True, kw_only=True):
+    """The EndpointSlices of a namespace that a label selector matches.
+
+    url: of the API server.
+    selector: a label selector; for a Service, the label that its slices have.
+    port: name or number; None if the slices have only one.
+    token_file: read before every request, because it is rotated; None for `api_key`.
+    """
+
+    namespace: str
+    selector: str
+    port: str | int | None = None
+    token_file: str | None = None
 
 
 class DiscoveryConfig(msgspec.Struct, frozen=True, kw_only=True):

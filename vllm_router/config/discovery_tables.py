@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
-from vllm_router.config.discovery import DiscoveryConfig, FileSource, Options, SourceConfig
+from vllm_router.config.discovery import (
+    DiscoveryConfig,
+    FileSource,
+    HttpSource,
+    KubernetesSource,
+    Options,
+    SourceConfig,
+)
+from vllm_router.config.server_url import quoted
 from vllm_router.config.servers import SERVER_KEYS, read_values
-from vllm_router.config.tls import ReadFile, check_client_certificate
+from vllm_router.config.tls import (
+    SERVER_TLS_KEYS,
+    ReadFile,
+    check_client_certificate,
+    take_files,
+)
 from vllm_router.config.toml_reader import Reader, shown_value
-from vllm_router.config.types import ApiKey, Interval, Name, Seconds, Secret, Variable
+from vllm_router.config.types import ApiKey, FilePath, Interval, Name, Seconds, Secret, Variable
+from vllm_router.errors import ConfigError
 
 DEFAULT_KEYS: dict[str, Any] = {
     key: kind for key, kind in SERVER_KEYS.items() if key not in ("url", "name")
@@ -25,6 +41,42 @@ _Paths = Annotated[
     _Text | Annotated[tuple[_Text, ...], Meta(min_length=1)],
     Meta(description="the path of a file or an array of paths (strings)"),
 ]
+_HeaderValue = Annotated[str, Meta(pattern=r"^[ -~]{0,4096}\Z")]
+
+
+def _read_web_url(text: str) -> str:
+    """A URL of http or https with a host; path and query stay as they are."""
+    good = re.fullmatch(r"[!-~]{1,2000}", text) is not None and "#" not in text
+    try:
+        parts = urlsplit(text)
+        good = good and parts.scheme in ("http", "https") and bool(parts.hostname)
+        good = good and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(
+            f'expected a URL like "https://host/path" without a password, got {quoted(text)}'
+        )
+    return text
+
+
+_WebUrl = Annotated[
+    str, Meta(description='a URL like "https://host/path"', extra={"read": _read_web_url})
+]
+_Label = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z",
+        description="a name of Kubernetes: up to 63 lower-case letters, digits and hyphens",
+    ),
+]
+_Selector = Annotated[
+    str, Meta(pattern=r"^[ -~]{1,1000}\Z", description='a label selector like "app=vllm,tier=gpu"')
+]
+_PortOrName = Annotated[
+    Annotated[int, Meta(ge=1, le=65535)] | Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,63}\Z")],
+    Meta(description="the number or the name of a port"),
+]
 _Variables = Annotated[
     tuple[Variable, ...],
     Meta(min_length=1, description="array of names of environment variables"),
@@ -34,6 +86,36 @@ COMMON_KEYS: dict[str, Any] = {"name": Name, "scheme": _Scheme, "defaults": None
 """The keys of every source; `defaults` is a table."""
 
 FILE_KEYS: dict[str, Any] = {"path": _Paths, "interval": Interval, **COMMON_KEYS}
+
+_Headers = Annotated[
+    dict[Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}\Z")], _HeaderValue],
+    Meta(description="table of header names and values (strings)", extra={"secret": True}),
+]
+
+WEB_KEYS: dict[str, Any] = {
+    "url": _WebUrl,
+    "timeout": Seconds,
+    "api_key": ApiKey,
+    "api_key_env": Variable,
+    **SERVER_TLS_KEYS,
+}
+HTTP_KEYS: dict[str, Any] = {
+    **WEB_KEYS,
+    "interval": Interval,
+    "headers": _Headers,
+    **COMMON_KEYS,
+}
+
+KUBERNETES_KEYS: dict[str, Any] = {
+    "namespace": _Label,
+    "service": _Label,
+    "selector": _Selector,
+    "port": _PortOrName,
+    "api": _WebUrl,
+    "token_file": FilePath,
+    **{key: kind for key, kind in WEB_KEYS.items() if key != "url"},
+    **COMMON_KEYS,
+}
 
 DISCOVERY_KEYS: dict[str, Any] = {
     "keep_for": Seconds,
@@ -100,7 +182,8 @@ def _read_kind(
             continue
         own = _read_defaults(reader, f"{where}.defaults", entry.get("defaults", {}), around)
         rest = {key: value for key, value in entry.items() if key != "defaults"}
-        values = reader.table(where, rest, keys)
+        values = read_values(reader, where, rest, keys, around.environ, around.read_file)
+        check_client_certificate(reader, where, values)
         values.setdefault("name", kind if number == 1 else f"{kind}-{number}")
         defaults: Options = tuple({**shared, **own}.items())
         source = make(reader, where, {**values, "defaults": defaults}, around)
@@ -143,9 +226,76 @@ def _make_file(
     return FileSource(paths=tuple([os.path.join(base, path) for path in paths]), **values)
 
 
+def _make_http(
+    reader: Reader, where: str, values: dict[str, Any], around: Surroundings
+) -> SourceConfig | None:
+    if "url" not in values:
+        reader.problem(f"{where}.url", 'expected a URL like "https://host/path", got none')
+        return None
+    headers = values.pop("headers", {})
+    if "api_key" in values and any(name.lower() == "authorization" for name in headers):
+        reader.problem(f"{where}.headers", "expected api_key or authorization, got both")
+    secrets = tuple([(name, Secret(value)) for name, value in headers.items()])
+    return HttpSource(headers=secrets, **values)
+
+
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+"""Where a pod finds the token, the authorities of the API server, and its namespace."""
+
+
+def _make_kubernetes(
+    reader: Reader, where: str, values: dict[str, Any], around: Surroundings
+) -> SourceConfig | None:
+    service, selector = values.pop("service", None), values.pop("selector", None)
+    if (service is None) == (selector is None):
+        reader.problem(f"{where}.service", "expected either service or selector")
+    if service is not None:
+        selector = f"kubernetes.io/service-name={service}"
+    if "api_key" in values and "token_file" in values:
+        reader.problem(f"{where}.token_file", "expected token_file or api_key, got both")
+    api = values.pop("api", None)
+    if api is None:
+        api = _in_cluster(reader, where, values, around)
+    if "namespace" not in values:
+        reader.problem(f"{where}.namespace", "expected the name of a namespace, got none")
+    if api is None or selector is None or "namespace" not in values:
+        return None
+    if values.get("token_file") is not None:
+        base = os.path.dirname(around.source)
+        values["token_file"] = os.path.join(base, values["token_file"])
+    return KubernetesSource(url=api, selector=selector, **values)
+
+
+def _in_cluster(
+    reader: Reader, where: str, values: dict[str, Any], around: Surroundings
+) -> str | None:
+    """The URL of the API server by a pod's environment; adds what else a pod is given."""
+    host, port = (around.environ.get(f"KUBERNETES_SERVICE_{key}", "") for key in ("HOST", "PORT"))
+    if not host:
+        reader.problem(
+            f"{where}.api",
+            "expected the URL of the API server, as the router runs in no pod (the environment has "
+            "no KUBERNETES_SERVICE_HOST)",
+        )
+        return None
+    if "api_key" not in values:
+        values.setdefault("token_file", f"{ACCOUNT}/token")
+    if values.get("verify", True) and "ca" not in values:
+        values["ca"] = f"{ACCOUNT}/ca.crt"
+        take_files(reader, where, values, around.read_file)
+    if "namespace" not in values:
+        try:
+            values["namespace"] = around.read_file(f"{ACCOUNT}/namespace")[1].decode().strip()
+        except (ConfigError, UnicodeDecodeError) as error:
+            reader.problem(f"{where}.namespace", f"expected a namespace: {error}")
+    return f"https://[{host}]:{port or 443}" if ":" in host else f"https://{host}:{port or 443}"
+
+
 _Make = Callable[[Reader, str, dict[str, Any], Surroundings], SourceConfig | None]
 
 KINDS: dict[str, tuple[dict[str, Any], _Make]] = {
     "file": (FILE_KEYS, _make_file),
+    "http": (HTTP_KEYS, _make_http),
+    "kubernetes": (KUBERNETES_KEYS, _make_kubernetes),
 }
 """The kinds of sources: their keys, and the function that makes one of the values."""

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from vllm_router.config.discovery import WebSource
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.tls import File, TlsConfig
 from vllm_router.errors import ConfigError
@@ -13,6 +14,9 @@ from vllm_router.errors import ConfigError
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 T = TypeVar("T")
+
+Peer = ServerConfig | WebSource
+"""What the router connects to."""
 
 
 def _no_password() -> str:
@@ -65,21 +69,21 @@ class ServerContexts:
         self._made: dict[tuple[File | None, File | None, File | None, bool], ssl.SSLContext] = {}
         self._unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
-    def of(self, server: ServerConfig) -> ssl.SSLContext:
+    def of(self, server: Peer) -> ssl.SSLContext:
         """The context for a server; an unused default context for an http URL.
 
         Raises ConfigError for unusable files.
         """
         return self._shared(server) if server.url.startswith("https:") else self._unused
 
-    def _shared(self, server: ServerConfig) -> ssl.SSLContext:
+    def _shared(self, server: Peer) -> ssl.SSLContext:
         wanted = (server.ca, server.client_certificate, server.client_key, server.verify)
         context = self._made.get(wanted)
         if context is None:
             context = self._made[wanted] = self._make(server)
         return context
 
-    def check(self, server: ServerConfig) -> None:
+    def check(self, server: Peer) -> None:
         """Raises ConfigError if the server's files are unusable, even for an http URL."""
         self._shared(server)
 
@@ -88,8 +92,8 @@ class ServerContexts:
         for server in servers:
             self.of(server)
 
-    def _make(self, server: ServerConfig) -> ssl.SSLContext:
-        name = f"server {server.name}"
+    def _make(self, server: Peer) -> ssl.SSLContext:
+        name = f"source {server.name}" if isinstance(server, WebSource) else f"server {server.name}"
         if not server.verify:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False
@@ -116,7 +120,9 @@ def problems(config: Config) -> list[str]:
         except ConfigError as error:
             found += error.problems
     contexts = ServerContexts()
-    for server in config.servers:
+    sources = config.discovery.sources if config.discovery is not None else ()
+    peers: list[Peer] = [*config.servers, *(one for one in sources if isinstance(one, WebSource))]
+    for server in peers:
         if server.ca is not None or server.client_certificate is not None:
             try:
                 contexts.check(server)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_router.config.discovery import FileSource, SourceConfig
+from vllm_router.config.discovery import FileSource, HttpSource, KubernetesSource, SourceConfig
 from vllm_router.discovery.source import Source
 
 
@@ -13,6 +13,14 @@ def make_source(config: SourceConfig) -> Source:
             from vllm_router.discovery.files import Files
 
             return Files(config)
+        case HttpSource():
+            from vllm_router.discovery.web_document import WebDocument
+
+            return WebDocument(config)
+        case KubernetesSource():
+            from vllm_router.discovery.kubernetes.source import Kubernetes
+
+            return Kubernetes(config)
     raise TypeError(f"no source for {type(config).__name__}")
 
 
@@ -21,4 +29,8 @@ def kind_and_place(config: SourceConfig) -> tuple[str, str]:
     match config:
         case FileSource():
             return "file", ", ".join(config.paths)
+        case HttpSource():
+            return "http", config.url.partition("?")[0]
+        case KubernetesSource():
+            return "kubernetes", f"{config.namespace}: {config.selector} ({config.url})"
     raise TypeError(f"no source for {type(config).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,43 +12,11 @@ from typing import Any
 import pytest
 import trio
 
-from vllm_router.config.discovery import FileSource, Found
+from support.source_notes import Notes
+from vllm_router.config.discovery import FileSource
 from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, read_json, read_yaml
 from vllm_router.discovery.files import Files
 from vllm_router.discovery.source import Again
-
-
-class Notes:
-    """A sink that remembers what it gets."""
-
-    def __init__(self) -> None:
-        self.sets: list[list[str]] = []
-        self.left_out: list[str] = []
-        self.problem: str | None = None
-        self.confirmations = 0
-        self.noted = trio.Event()
-
-    def found(self, targets: Collection[Found], problems: Sequence[str] = ()) -> None:
-        self.sets.append(sorted(target.address for target in targets))
-        self.left_out = list(problems)
-        self._note(None)
-
-    def confirmed(self) -> None:
-        self.confirmations += 1
-        self._note(None)
-
-    def failed(self, problem: str) -> None:
-        self._note(problem)
-
-    def _note(self, problem: str | None) -> None:
-        self.problem = problem
-        self.noted.set()
-
-    async def until(self, condition: Any) -> None:
-        with trio.fail_after(60):
-            while not condition(self):
-                self.noted = trio.Event()
-                await self.noted.wait()
 
 
 def group(*targets: str, **labels: str) -> str:

@@ -1,4 +1,4 @@
-"""Short descriptions of connection errors for the command line."""
+"""Short descriptions of connection errors, for operators."""
 
 from __future__ import annotations
 
