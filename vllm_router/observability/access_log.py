@@ -122,6 +122,8 @@ def text_line(ended: Ended) -> str:
         line += f" code={_shown(record.code)}"
     if record.server is not None:
         line += f" server={_shown(record.server.name)}"
+    if record.owner is not None:
+        line += f" owner={_shown(record.owner.name)}"
     if record.model is not None:
         line += f" model={_shown(record.model[:LONGEST])}"
     if record.served_model is not None:
@@ -195,6 +197,8 @@ def fields(ended: Ended) -> dict[str, Any]:
         values["code"] = record.code
     if record.server is not None:
         values["server"] = record.server.name
+    if record.owner is not None:
+        values["owner"] = record.owner.name
     if record.model is not None:
         values["model"] = record.model[:LONGEST]
     if record.served_model is not None:

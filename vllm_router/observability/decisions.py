@@ -49,6 +49,7 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
         "policy": record.policy or None,
         "stream": record.stream,
         "server": record.server.name if record.server is not None else None,
+        "owner": record.owner.name if record.owner is not None else None,
         "attempts": record.attempts,
         "retries": [outcome.value for outcome in record.retries],
         "outcome": outcome_label(record),

@@ -57,6 +57,7 @@ from vllm_router.proxy.retry import (
     classify_status,
 )
 from vllm_router.proxy.server_response import ServerResponse
+from vllm_router.proxy.stored import note_answer
 
 CHECK_AFTER = 0.2
 """Seconds after an abort at which the server is checked: vLLM 0.32 stops listening 0.1 s after a
@@ -399,6 +400,8 @@ class Attempt:
             # If no other server has a better one, all of this is the client's.
             while not connection.exhausted and len(response.held) < HOLD_STREAM:
                 response.held += await connection.read_body()
+            if self._attempts.request.facts.stores:
+                self._note_id(response)
             last = {"type": BODY, "body": response.held, "more_body": False}
             self._doubtful = (self._head_for_client(response), last)
         return outcome
@@ -423,6 +426,8 @@ class Attempt:
         if response.head.is_stream or not exhausted:
             response.make_tail()
         start = self._commit(response, outcome, whole=exhausted)
+        if self._attempts.request.facts.stores and response.answer.status == 200:
+            self._note_id(response)
         early = downstream.early is not None
         if early or not (exhausted and response.held):
             if not early:
@@ -445,6 +450,13 @@ class Attempt:
             await downstream.respond(start)
             await downstream.write(body)
         return outcome
+
+    def _note_id(self, response: ServerResponse) -> None:
+        """The server may have stored this response: remember where it is."""
+        head, server = response.head, self._lease.server
+        if head.readable:
+            record = self._attempts.record
+            note_answer(self._context, record, server, response.held, is_stream=head.is_stream)
 
     def _commit(self, response: ServerResponse, outcome: Outcome, *, whole: bool) -> Message:
         """From now on the client gets this response and no other. Returns its head."""
@@ -530,8 +542,8 @@ class Attempt:
         if record.trace is not None:
             tail = response.tail
             record.trace.tail(response.held[-TRACED:] if tail is None else tail.bytes)
-        if usage is None:
-            return
+        if usage is None or attempts.request.head.response_id is not None:
+            return  # a stored response was counted when it was made
         if policy.needs_prompt:
             policy.learned(self._lease, usage.prompt, usage.cached)
         if context.wants_usage:

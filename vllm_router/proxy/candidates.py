@@ -12,6 +12,7 @@ from vllm_router.fleet.candidates import is_fully_healthy
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.context import ProxyContext, router_stopping
 from vllm_router.proxy.identity import CREDENTIALS
+from vllm_router.proxy.owner_selection import OwnerSelection
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.proxy.request import Request
@@ -125,6 +126,7 @@ class Candidates:
         selection = None
         if self._context.fleet.selective or self.selection is not None:
             made = self.select()
+            servers = made.among(servers)
             selection = made.unfit(now), made.longer_than > 0
         if not self.tried and selection is None:
             return Route(servers, public)
@@ -166,7 +168,7 @@ class Candidates:
         with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
             while not (fleet.probed or context.stopping):
                 await trio.sleep(0.02)
-                candidates = fleet.candidates(model, trio.current_time())
+                candidates = self.untried(trio.current_time())
                 if candidates:
                     return candidates
         if context.stopping:
@@ -175,8 +177,10 @@ class Candidates:
             candidates = self.find(trio.current_time())
             if candidates:
                 return candidates
-        if model is not None and not fleet.knows(model) and context.refresh_models is not None:
-            await context.refresh_models(lambda: fleet.knows(model))
+        bound = isinstance(self.selection, OwnerSelection)
+        unknown = model is not None and not fleet.knows(model)
+        if unknown and not bound and context.refresh_models is not None:
+            await context.refresh_models(lambda: model is None or fleet.knows(model))
             candidates = self.find(trio.current_time())
             if candidates:
                 return candidates
@@ -184,9 +188,16 @@ class Candidates:
             return ()
         raise self.no_server()
 
+    def bind(self, owner: OwnerSelection) -> None:
+        """Use the server that has a stored response, and no other."""
+        self.selection = owner
+        self.falls_back = False
+
     def no_server(self) -> Refused:
         """The refusal of a request whose model no server can serve now."""
         fleet, key = self._context.fleet, self._key
+        if isinstance(self.selection, OwnerSelection):
+            return self.selection.unavailable(trio.current_time())
         model, asked = self._request.facts.model, self._record.model
         shown = repr(asked if asked is None else asked[:SHOWN_MODEL])
         if model is not None and not fleet.knows(model):

@@ -18,7 +18,7 @@ from vllm_router.proxy.headers import (
     forwarding_fields,
     loops,
 )
-from vllm_router.routing.paths import INVOCATIONS, is_pure
+from vllm_router.routing.paths import INVOCATIONS, is_pure, stored_response_id
 from vllm_router.routing.prompt.session import session_hint
 
 
@@ -31,6 +31,7 @@ class ClientHead:
     for the server, the client's and ours. `refused` is the refusal of a request whose head alone
     rules it out. `api` is the API of the path, `pure` says that vLLM only computes there.
     `session` is what the head says of the session.
+    `response_id` is the id of the stored response that the request reads, cancels or deletes.
     `alike` is False if there are several Content-Types: programs differ in which one they use.
     """
 
@@ -45,6 +46,7 @@ class ClientHead:
         "forwarded",
         "pure",
         "refused",
+        "response_id",
         "session",
         "settings",
         "target",
@@ -62,6 +64,7 @@ class ClientHead:
         self.anthropic = is_anthropic(path)
         self.api: Api = api_of(path)
         self.pure = is_pure(path)
+        self.response_id = stored_response_id(scope["method"], path)
         self.target: bytes = path + b"?" + query if query else path
         self.content_type = fields.get(b"content-type", b"")
         self.alike = names.count(b"content-type") < 2

@@ -24,7 +24,11 @@ from vllm_router.proxy.key_limits import Usage
 from vllm_router.proxy.quarantine import Quarantine
 from vllm_router.proxy.record import Record, Tracer
 from vllm_router.proxy.retry import RetryBudget
+from vllm_router.routing.owners import Owners
 from vllm_router.routing.policy_set import PolicySet
+
+OWNERS_SOUGHT = 16
+"""Requests that may ask all servers for a stored response at the same time."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class ProxyContext:
     that all requests use the default policy and the model names of the servers; `gate` is None
     without `[limits]`.
     `body_turns` makes long bodies that are read in slices take turns.
+    `owners` says which server has which stored response; `looking_for_owners` bounds the requests
+    that ask all servers for one.
     `refresh_models` reads the servers' model lists again. It returns when that is done or the
     condition it was given holds. None where no task reads lists.
     `wants_usage`, `wants_prompt`: a recorder uses the token counts, and the prompts, of records.
@@ -80,6 +86,10 @@ class ProxyContext:
     usage: Usage = field(default_factory=Usage)
     bodies: Bodies = field(default_factory=Bodies)
     body_turns: trio.Lock = field(default_factory=trio.Lock)
+    owners: Owners = field(default_factory=Owners)
+    looking_for_owners: trio.CapacityLimiter = field(
+        default_factory=lambda: trio.CapacityLimiter(OWNERS_SOUGHT)
+    )
     exchanges: set[RunningExchange] = field(default_factory=set)
     tracer: Tracer | None = None
     refresh_models: Callable[[Callable[[], bool]], Awaitable[None]] | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import msgspec
 import trio
 
 from vllm_router.config.auth import KeyConfig
@@ -38,6 +39,7 @@ from vllm_router.proxy.downstream import (
 )
 from vllm_router.proxy.feedback import report_attempt
 from vllm_router.proxy.identity import Identity
+from vllm_router.proxy.owner_selection import OwnerSelection
 from vllm_router.proxy.record import DONE, QUEUE, STREAM, Record
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.proxy.request import Request, check_transfer, wanted_policy
@@ -49,6 +51,7 @@ from vllm_router.proxy.retry import (
     Outcome,
     RetryDecision,
 )
+from vllm_router.proxy.stored import find_owner
 from vllm_router.proxy.ticket import ExchangeTicket
 from vllm_router.routing.policies import Policy
 from vllm_router.routing.prompt.model_name import EDITED_AT_ONCE
@@ -218,12 +221,29 @@ class Exchange:
             attempts.deadline = record.body_read_at + total
         if context.gate is not None:
             self._heed_deadline(attempts)
-        if key is not None and not key.allows(record.model):
+        about_response = self._head.response_id
+        if key is not None and about_response is None and not key.allows(record.model):
             raise _not_allowed(key, record.model)
         if record.model is not None and not context.plain:
             if len(body) > EDITED_AT_ONCE:
                 await request.make_editable(record.model, context.fleet.names, context.body_turns)
             candidates.use_names(record.model)
+        if about_response is not None or request.facts.previous is not None:
+            await self._bind_to_owner(candidates, about_response)
+
+    async def _bind_to_owner(self, candidates: Candidates, about_response: bytes | None) -> None:
+        """Use only the server with the stored response that the request needs. Raises Refused."""
+        context, request, record = self._context, self.request, self.record
+        identifier = request.facts.previous
+        if about_response is not None:
+            identifier = about_response.decode("latin-1")
+            if request.method == "GET":
+                request.facts = msgspec.structs.replace(request.facts, replayable=True)
+        assert identifier is not None
+        continues = about_response is None
+        owner = await find_owner(context, request, self._key, identifier, continues=continues)
+        record.owner = owner
+        candidates.bind(OwnerSelection(context.fleet, request, record, owner, new_work=continues))
 
     def _make_request(self, body: bytes) -> Request:
         context, record, head = self._context, self.record, self._head
@@ -322,7 +342,7 @@ class Exchange:
             refused = attempts.quarantined(now)
             if refused is not None:
                 raise refused
-        if context.gate is not None:
+        if context.gate is not None and self._head.response_id is None:
             return None
         candidates = attempts.candidates.find(now)
         return self._lease(candidates, now) if candidates else None
@@ -336,6 +356,11 @@ class Exchange:
             now = trio.current_time()
         gate = self._context.gate
         if gate is None:
+            return self._lease(candidates, now)
+        if self._head.response_id is not None:
+            # What reads or cancels takes no place of a request, and waits for none.
+            if not candidates:
+                raise attempts.candidates.no_server()
             return self._lease(candidates, now)
         return await gate.pass_through(ExchangeTicket(attempts, self._head), candidates, now)
 

@@ -33,6 +33,7 @@ class Record(msgspec.Struct, eq=False, gc=False):
     a recorder uses them. `facts` and `trace` are removed after the recorders have run: records are
     kept, prompts are not. `model` is the model that the client asked for, `served_model` the name
     sent to the server if that differs; `policy` is the name of the policy that chose the server.
+    `owner` is the server with the stored response that the request needs, if it needs one.
     """
 
     started_at: float
@@ -65,6 +66,7 @@ class Record(msgspec.Struct, eq=False, gc=False):
     trace: Trace | None = None
     served_model: str | None = None
     policy: str = ""
+    owner: Server | None = None
 
     @property
     def first_byte(self) -> float | None:

@@ -75,6 +75,10 @@ class Selection:
         servers = self._fleet.servers.values()
         return frozenset([s for s in servers if not s.fits(asked, now, tokens, self.longer_than)])
 
+    def among(self, servers: frozenset[Server]) -> frozenset[Server]:
+        """The servers among these that may ever take the request."""
+        return servers
+
     def _needed(self) -> int:
         """The least tokens of context that the request needs; 0 if all servers have equal ones."""
         if self._tokens is None and self._fleet.lengths_differ:

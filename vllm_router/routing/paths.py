@@ -106,8 +106,16 @@ _ENGINE_CONTROL = frozenset(
 # `.` and `..` as whole segments are excluded by the lookahead, escapes by the character class.
 _PLAIN_V1 = re.compile(rb"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~:@-]+)+")
 
-_CANCEL = re.compile(rb"/v1/responses/[^/]+/cancel")
-_STORED = re.compile(rb"/v1/responses/[^/]+")
+# Paths of a stored response; the id has no escapes, so that it is the same for router and server.
+_STORED = re.compile(
+    rb"/v1/responses/(?!\.{1,2}(?:/|$))([A-Za-z0-9._~:@-]{1,512})(/cancel|/input_items)?"
+)
+_STORED_METHODS: dict[bytes | None, tuple[str, ...]] = {
+    None: ("DELETE", "GET"),
+    b"/cancel": ("POST",),
+    b"/input_items": ("GET",),
+}
+_STORED_LABEL = "/v1/responses/{id}"
 
 
 def classify(method: str, raw_path: bytes) -> PathClass:
@@ -120,7 +128,22 @@ def classify(method: str, raw_path: bytes) -> PathClass:
         return PathClass.INFERENCE
     if method == "GET" and raw_path in _READING:
         return PathClass.INFERENCE
+    if stored_response_id(method, raw_path) is not None:
+        return PathClass.INFERENCE
     return PathClass.LOCAL
+
+
+def stored_response_id(method: str, raw_path: bytes) -> bytes | None:
+    """The id of the stored response that the request reads, deletes or cancels.
+
+    vLLM 0.32 has GET and `POST .../cancel`; DELETE and `/input_items` are OpenAI's.
+    """
+    found = _stored(raw_path)
+    return found[1] if found is not None and method in _STORED_METHODS[found[2]] else None
+
+
+def _stored(raw_path: bytes) -> re.Match[bytes] | None:
+    return None if raw_path in _INFERENCE else _STORED.fullmatch(raw_path)
 
 
 def _is_models(raw_path: bytes) -> bool:
@@ -139,14 +162,12 @@ def without_slash(raw_path: bytes) -> bytes:
 
 def inference_methods(raw_path: bytes) -> tuple[str, ...]:
     """The methods of a known inference path; empty for any other path."""
-    if raw_path in _INFERENCE or _CANCEL.fullmatch(raw_path):
+    if raw_path in _INFERENCE:
         return ("POST",)
-    return ("GET",) if raw_path in _READING else ()
-
-
-def is_stored_response(raw_path: bytes) -> bool:
-    """Whether the path names a stored response, which the router does not serve."""
-    return raw_path not in _INFERENCE and _STORED.fullmatch(raw_path) is not None
+    if raw_path in _READING:
+        return ("GET",)
+    found = _stored(raw_path)
+    return _STORED_METHODS[found[2]] if found is not None else ()
 
 
 def is_inference(method: str, raw_path: bytes) -> bool:
@@ -160,5 +181,10 @@ def is_pure(raw_path: bytes) -> bool:
 
 
 def path_label(raw_path: bytes) -> str:
-    """The path as a metric label: one of the known inference paths, or `other`."""
-    return raw_path.decode() if is_pure(raw_path) else "other"
+    """The path as a metric label: one of the known inference paths, or `other`.
+
+    All stored responses have one label.
+    """
+    if is_pure(raw_path):
+        return raw_path.decode()
+    return _STORED_LABEL if _STORED.fullmatch(raw_path) else "other"

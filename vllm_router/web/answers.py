@@ -15,7 +15,7 @@ from werkzeug.routing.exceptions import WebsocketMismatch
 from vllm_router.errors import Refused
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
-from vllm_router.routing.paths import inference_methods, is_stored_response
+from vllm_router.routing.paths import inference_methods
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +121,6 @@ def not_served(current: Mapping[str, Any]) -> Refused:
     methods = inference_methods(raw)
     if methods:
         return _not_allowed(methods)
-    if is_stored_response(raw):
-        return Refused(
-            404,
-            "not_found",
-            f"Stored responses cannot be read through the router: {path} is not passed on. "
-            "Ask the server that has made the response.",
-        )
     return Refused(404, "not_found", f"There is nothing at {path}.")
 
 

@@ -10,14 +10,15 @@ import msgspec
 import trio
 
 from vllm_router.errors import InvalidBody, Refused
+from vllm_router.fleet.candidates import choose
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
 from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import Policy
 from vllm_router.routing.prompt.blocks import reseeded
-from vllm_router.routing.prompt.body_reader import EXPLAIN, read_in_slices
-from vllm_router.routing.prompt.routing_info import SHORT, RoutingInfo, read_at_once
+from vllm_router.routing.prompt.body_reader import read_in_slices
+from vllm_router.routing.prompt.routing_info import EXPLAIN, SHORT, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.session import session_hint
 from vllm_router.web.router import Router
 
@@ -37,7 +38,10 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         facts = msgspec.structs.replace(facts, model=names.served(answering), prompt=prompt)
         policy = policy or router.proxy.context.policies.for_model(answering)
     policy = policy or router.proxy.context.policies.default
+    owner = _owner(router, facts)
     allowed = fleet.candidates(facts.model, now)
+    if owner is not None:
+        allowed = choose((owner,), None, now, ())
     candidates = [server for server in allowed if not server.at_cap]
     picked, ranked = _rank(policy, candidates, facts, now)
     return {
@@ -49,18 +53,43 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         "model_known": facts.model is None or fleet.knows(facts.model),
         "policy": policy.name,
         "formula": policy.formula(),
+        "owner": owner.name if owner is not None else None,
         "picked": picked.name if picked is not None else None,
         "would_wait": picked is None and _may_wait(router, facts),
-        "note": _note(candidates, facts, router, policy, now)
-        if candidates
-        else _none_free(allowed, facts, router),
+        "note": _owner_note(owner, facts)
+        or (
+            _note(candidates, facts, router, policy, now)
+            if candidates
+            else _none_free(allowed, facts, router)
+        ),
         "candidates": ranked,
         "out": [
-            {**_figures(server), **_why_out(server, facts.model, now)}
+            {**_figures(server), **_why_out(server, facts.model, now, owner)}
             for server in fleet.all_servers()
             if server not in candidates
         ],
     }
+
+
+def _owner(router: Router, facts: RoutingInfo) -> Server | None:
+    """The server of the stored response that the request continues, if the router knows it."""
+    if facts.previous is None:
+        return None
+    known = router.proxy.context.owners.find(facts.previous)
+    if known is None:
+        return None
+    return next((s for s in router.fleet.all_servers() if s.url == known.url), None)
+
+
+def _owner_note(owner: Server | None, facts: RoutingInfo) -> str:
+    if facts.previous is None:
+        return ""
+    if owner is not None:
+        return f"{owner.name} has the response that it continues: no other server is used."
+    return (
+        "It continues a response whose server is not known: all servers would be asked for it, and "
+        "the one that has it used."
+    )
 
 
 def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
@@ -169,9 +198,11 @@ def _may_wait(router: Router, facts: RoutingInfo) -> bool:
     return (busy or model is None or router.fleet.knows(model)) and gate.ahead(model)[1]
 
 
-def _why_out(server: Server, model: str | None, now: float) -> dict[str, Any]:
+def _why_out(server: Server, model: str | None, now: float, owner: Server | None) -> dict[str, Any]:
     state, reason = server.current_state(now)
-    if model is not None and server.models is not None and model not in server.models:
+    if owner is not None and server is not owner:
+        reason = "does not have the response that the request continues"
+    elif model is not None and server.models is not None and model not in server.models:
         reason = "does not list the model"
     elif state is State.EJECTED:
         left = server.passive_health.until - now

@@ -311,7 +311,7 @@ class Guard:
             allow.append((b"access-control-allow-private-network", b"true"))
         return [
             *allow,
-            (b"access-control-allow-methods", b"GET, HEAD, POST"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE"),
             (b"access-control-allow-headers", wanted if _is_list(wanted) else b"authorization"),
             (b"access-control-max-age", b"600"),
         ]

@@ -223,10 +223,9 @@ async def test_path_without_methods_is_404(path, method):
     assert reply.error["message"] == f"There is nothing at {path}."
 
 
-async def test_stored_response_path_is_404_with_reason():
-    reply = await Whole().ask("GET", "/v1/responses/resp_1")
-    assert reply.status == 404
-    assert "Stored responses cannot be read through the router" in reply.error["message"]
+async def test_stored_response_wrong_method_lists_allowed_methods():
+    reply = await Whole().ask("PUT", "/v1/responses/resp_1")
+    assert (reply.status, reply.headers["allow"]) == (405, "DELETE, GET")
 
 
 @pytest.mark.parametrize(

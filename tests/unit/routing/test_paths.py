@@ -13,8 +13,8 @@ from vllm_router.routing.paths import (
     inference_methods,
     is_inference,
     is_pure,
-    is_stored_response,
     path_label,
+    stored_response_id,
     without_slash,
 )
 
@@ -174,23 +174,54 @@ def test_paths_methods_are_the_served_ones(method, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "methods", "stored"),
+    ("path", "methods"),
     [
-        (b"/v1/chat/completions", ("POST",), False),
-        (b"/v1/responses", ("POST",), False),
-        (b"/v1/responses/resp_1", (), True),
-        (b"/v1/responses/render", ("POST",), False),
-        (b"/v1/responses/resp_1/cancel", ("POST",), False),
-        (b"/v1/responses/a/b/c", (), False),
-        (b"/tokenizer_info", ("GET",), False),
-        (b"/v1/nowhere", (), False),
-        (b"/sleep", (), False),
-        (b"/health", (), False),
+        (b"/v1/chat/completions", ("POST",)),
+        (b"/v1/responses", ("POST",)),
+        (b"/v1/responses/resp_1", ("DELETE", "GET")),
+        (b"/v1/responses/render", ("POST",)),
+        (b"/v1/responses/resp_1/cancel", ("POST",)),
+        (b"/v1/responses/resp_1/input_items", ("GET",)),
+        (b"/v1/responses/resp_1/other", ()),
+        (b"/v1/responses/a/b/c", ()),
+        (b"/v1/responses/..", ()),
+        (b"/v1/responses/../cancel", ()),
+        (b"/v1/responses/a%2Fb", ()),
+        (b"/v1/responses/" + b"a" * 513, ()),
+        (b"/tokenizer_info", ("GET",)),
+        (b"/v1/nowhere", ()),
+        (b"/sleep", ()),
+        (b"/health", ()),
     ],
 )
-def test_paths_inference_methods_are_known(path, methods, stored):
+def test_paths_inference_methods_are_known(path, methods):
     assert inference_methods(path) == methods
-    assert is_stored_response(path) is stored
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "identifier"),
+    [
+        ("GET", b"/v1/responses/resp_1", b"resp_1"),
+        ("DELETE", b"/v1/responses/resp_1", b"resp_1"),
+        ("POST", b"/v1/responses/resp_1", None),
+        ("HEAD", b"/v1/responses/resp_1", None),
+        ("POST", b"/v1/responses/resp_1/cancel", b"resp_1"),
+        ("GET", b"/v1/responses/resp_1/cancel", None),
+        ("GET", b"/v1/responses/resp_1/input_items", b"resp_1"),
+        ("POST", b"/v1/responses/render", None),
+        ("GET", b"/v1/responses/render", None),
+        ("POST", b"/v1/responses", None),
+    ],
+)
+def test_stored_response_id_is_read_from_path(method, path, identifier):
+    assert stored_response_id(method, path) == identifier
+    assert (classify(method, path) is INFERENCE) == (identifier is not None or method == "POST")
+
+
+def test_path_label_of_stored_responses_is_one():
+    assert path_label(b"/v1/responses/a") == path_label(b"/v1/responses/b/cancel")
+    assert path_label(b"/v1/responses/render") == "/v1/responses/render"
+    assert path_label(b"/v1/responses") == "/v1/responses"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from vllm_router.runtime.workers.messages import (
     Hello,
     ResolvedNames,
     ServerStates,
+    StoredResponses,
     Welcome,
     WorkerStats,
     decode_from_leader,
@@ -170,3 +171,19 @@ async def test_leader_closes_connections_beyond_descriptor_limit():
             finally:
                 for client in clients:
                     client.close()
+
+
+async def test_leader_shares_stored_responses_with_workers_that_connect():
+    entry = (b"0123456789abcdef", "http://127.0.0.1:1", "ann")
+    async with leading() as (leader, channel):
+        await channel.receive()
+        await channel.send(encode(Hello(1, [])))
+        await channel.send(encode(StoredResponses([entry])))
+        owners = leader.supervisor.proxy.context.owners
+        await settled(lambda: list(owners.entries()) == [entry])
+        await channel.send(encode(Hello(2, [])))
+        while True:
+            message = decode_from_leader((await channel.receive())[0])
+            if isinstance(message, StoredResponses):
+                assert message.entries == [entry]
+                return

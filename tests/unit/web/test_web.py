@@ -299,6 +299,22 @@ async def test_explain_notes_panic_rule_and_equal_servers():
     assert "ejected" in (await lab.get("/explain?model=m")).json["note"]
 
 
+async def test_explain_shows_server_of_continued_response():
+    lab = Lab()
+    second = list(lab.router.fleet.servers.values())[1]
+    lab.router.proxy.context.owners.remember("resp_1", second.url, "")
+    header = {"content-type": "application/json"}
+    body = b'{"model":"m","input":"x","previous_response_id":"resp_1"}'
+    page = (await lab.post("/explain", body, headers=header)).json
+    assert (page["owner"], page["picked"]) == (second.name, second.name)
+    assert [row["server"] for row in page["candidates"]] == [second.name]
+    assert "no other server is used" in page["note"]
+    assert all("does not have the response" in row["reason"] for row in page["out"])
+    unknown = (await lab.post("/explain", body.replace(b"_1", b"_2"), headers=header)).json
+    assert unknown["owner"] is None
+    assert "all servers would be asked" in unknown["note"]
+
+
 async def test_explain_changes_nothing():
     lab = Lab(3, policy="round_robin")
     first = (await lab.get("/explain")).json["picked"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_router.lab.mock import admin, control, endpoints, pauses
+from vllm_router.lab.mock import admin, control, endpoints, pauses, stored
 from vllm_router.lab.mock.api_error import ApiError
 from vllm_router.lab.mock.connection import Connection, Incoming
 from vllm_router.lab.mock.endpoints import Handler, inference
@@ -24,7 +24,7 @@ def handle(server: ServerState, connection: Connection, incoming: Incoming) -> N
     if guarded and incoming.header(b"authorization") != f"Bearer {key}":
         server.reply(connection, incoming, 401, b'{"error":"Unauthorized"}', JSON, vary=False)
         return
-    methods = _ALL_ROUTES.get(path)
+    methods = _ALL_ROUTES.get(path) or stored.routes_of(path)
     if methods is not None:
         handler = methods.get(incoming.method)
         if handler is None:

@@ -49,6 +49,11 @@ _DEFAULT = MockOptions()
 @click.option("--disable-log-stats", is_flag=True, help="No vllm: metrics.")
 @click.option("--enable-prompt-tokens-details", is_flag=True, help="Cached tokens in usage.")
 @click.option("--enable-request-id-headers", is_flag=True, help="x-request-id in answers.")
+@click.option(
+    "--enable-responses-api-store",
+    is_flag=True,
+    help="Stored responses, as with VLLM_ENABLE_RESPONSES_API_STORE=1.",
+)
 @click.option("--keep-alive", default=_DEFAULT.keep_alive, help="Idle connections, seconds.")
 @click.option("--sse-keep-alive", default=_DEFAULT.sse_keep_alive, help="Comment interval; 0: off.")
 @click.option("--log-size", default=_DEFAULT.log_size, help="Requests that /mock/log keeps.")

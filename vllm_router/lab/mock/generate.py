@@ -17,11 +17,13 @@ from vllm_router.lab.mock.faults import Fault
 from vllm_router.lab.mock.generation import Generation
 from vllm_router.lab.mock.heads import JSON
 from vllm_router.lab.mock.request import Request
+from vllm_router.lab.mock.response_store import wants_store
 from vllm_router.lab.mock.shapes import Shape
 from vllm_router.lab.mock.shapes_messages import MessagesShape
 from vllm_router.lab.mock.shapes_openai import ChatShape, CompletionShape
 from vllm_router.lab.mock.shapes_responses import ResponsesShape
 from vllm_router.lab.mock.state import ServerState
+from vllm_router.lab.mock.stored import in_background, keep
 from vllm_router.lab.mock.text import seed_of
 
 KINDS = {
@@ -84,6 +86,12 @@ def _submit(
     """Raises ApiError for an error response."""
     body = decoded(incoming)
     checks.check_types(kind, body)
+    messages: list[Any] = []
+    stores = False
+    if kind == "responses":
+        stores = wants_store(body, enabled=server.options.enable_responses_api_store)
+        messages = server.responses.messages(body)
+        body = {**body, "input": messages}
     request = _request(server, kind, body, fault)
     if server.ending:
         if kind == "messages":
@@ -99,7 +107,14 @@ def _submit(
     wrong = late_checks.find(kind, body)
     if wrong is not None and not stream:
         raise wrong
-    generation = Generation(server, connection, incoming, fault, request, shape, stream=stream)
+    if checks.truth(body.get("background")) and isinstance(shape, ResponsesShape):
+        generation = in_background(
+            server, connection, incoming, fault, request, shape, messages, stream=stream
+        )
+    else:
+        generation = Generation(server, connection, incoming, fault, request, shape, stream=stream)
+        if stores and isinstance(shape, ResponsesShape):
+            keep(generation, shape, messages)
     if wrong is not None:
         generation.begin()
         generation.fail([], wrong)
@@ -110,7 +125,8 @@ def _submit(
         server.counts.rejected += 1
         generation.over = True
         server.active.discard(generation)
-        raise _busy() from None
+        if generation.connection is connection:
+            raise _busy() from None
 
 
 def _request(server: ServerState, kind: str, body: Mapping[str, Any], fault: Fault) -> Request:
@@ -149,9 +165,10 @@ def _shape(
     if kind == "messages":
         return MessagesShape(request, f"chatcmpl-{identity}", created, details)
     if kind == "responses":
+        # Unlike in the other APIs, the id is not made of X-Request-Id.
         return ResponsesShape(
             request,
-            f"resp_{identity}",
+            str(body.get("request_id") or f"resp_{os.urandom(8).hex()}"),
             created,
             message_id=f"msg_{os.urandom(8).hex()}",
             settings=body,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -51,6 +52,7 @@ class Generation(Exchange):
         self._opened = False
         self._sent = 0
         self._trickle: Trickle | None = None
+        self.on_done: Callable[[], None] | None = None  # called with the last words
         self._limit: int | None = None  # tokens to send before the fault
         if fault.mode in _LATE_MODES:
             self._limit = fault.after if fault.after is not None else request.limit // 2
@@ -120,6 +122,8 @@ class Generation(Exchange):
         self._sent += len(words)
         # The engine may be steps ahead of the delivery: more words may follow.
         finished = self.request.finish_reason is not None and self._sent >= len(self.request.words)
+        if finished and self.on_done is not None:
+            self.on_done()
         if not self.stream:
             if finished:
                 self.plain(self._shape.whole())

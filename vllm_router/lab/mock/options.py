@@ -122,6 +122,7 @@ class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
     disable_log_stats: bool = False
     enable_prompt_tokens_details: bool = False
     enable_request_id_headers: bool = False
+    enable_responses_api_store: bool = False  # as VLLM_ENABLE_RESPONSES_API_STORE=1
     keep_alive: float = 5.0  # vLLM 0.32: idle connections are closed after 5.0 s
     sse_keep_alive: float = 0.0  # a `: keep-alive` comment on silent streams; 0: never
     sigterm: SigtermBehaviour = "abort"

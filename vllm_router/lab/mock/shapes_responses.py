@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_router.lab.mock.api_error import ApiError
+from vllm_router.lab.mock.checks import truth
 from vllm_router.lab.mock.request import Request
 from vllm_router.lab.mock.shapes import BaseShape, encode, named
 
@@ -34,6 +35,10 @@ class ResponsesShape(BaseShape):
         self._sequence += 1
         fields = {**value, "sequence_number": self._sequence, "type": kind}
         return named(dict(sorted(fields.items())))
+
+    def unfinished(self, status: str) -> bytes:
+        """The response object of a background request that has no result."""
+        return encode({**self._response(finished=False), "status": status})
 
     def _response(self, *, finished: bool, with_output: bool = False) -> dict[str, Any]:
         request = self.request
@@ -73,7 +78,7 @@ class ResponsesShape(BaseShape):
             "tool_choice": "none",
             "tools": [],
             "top_p": self._settings.get("top_p") or 1.0,
-            "background": False,
+            "background": truth(self._settings.get("background")),
             "max_output_tokens": request.limit,
             "max_tool_calls": None,
             "previous_response_id": self._settings.get("previous_response_id"),

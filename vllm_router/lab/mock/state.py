@@ -15,6 +15,7 @@ from vllm_router.lab.mock.engines import Engines
 from vllm_router.lab.mock.faults import Faults
 from vllm_router.lab.mock.heads import Heads
 from vllm_router.lab.mock.options import MockOptions
+from vllm_router.lab.mock.response_store import ResponseStore
 
 _ENGINE_DEATH_SECONDS = 0.3
 """Time between the death of the engine and the end of the process."""
@@ -62,6 +63,7 @@ class ServerState:
         self.loras = {
             name: path or name for name, _, path in (lora.partition("=") for lora in options.loras)
         }
+        self.responses = ResponseStore()
         self.active: set[Active] = set()
         self.connections: set[Connection] = set()
         self.connections_total = 0

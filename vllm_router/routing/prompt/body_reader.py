@@ -23,6 +23,7 @@ from vllm_router.routing.prompt.json_scan import Members, scan
 from vllm_router.routing.prompt.long_prompt import Values, long_prompt
 from vllm_router.routing.prompt.model_name import json_name, name_place
 from vllm_router.routing.prompt.routing_info import (
+    EXPLAIN,
     RoutingInfo,
     Seeds,
     may_be_form,
@@ -34,9 +35,6 @@ from vllm_router.routing.prompt.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
 """Paths on which vLLM accepts forms; other paths accept JSON."""
-
-EXPLAIN = b"/explain"
-"""The router's own path; accepts the bodies of all other paths."""
 
 CHECKED = 1 << 17
 """Bytes of JSON that are parsed with Python's `json` for a good error message: 5 ms at worst.

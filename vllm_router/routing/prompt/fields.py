@@ -39,6 +39,7 @@ class Fields(msgspec.Struct, gc=False):
     ec_transfer_params: msgspec.Raw = NO_JSON
     vllm_xargs: msgspec.Raw = NO_JSON
     sampling_params: msgspec.Raw = NO_JSON
+    previous_response_id: str | None = None
 
 
 class AllFields(Fields, gc=False):
@@ -69,6 +70,7 @@ class RawFields(msgspec.Struct, gc=False):
     ec_transfer_params: msgspec.Raw = NO_JSON
     vllm_xargs: msgspec.Raw = NO_JSON
     sampling_params: msgspec.Raw = NO_JSON
+    previous_response_id: msgspec.Raw = NO_JSON
     messages: msgspec.Raw = NO_JSON
     instructions: msgspec.Raw = NO_JSON
     system: msgspec.Raw = NO_JSON
@@ -87,7 +89,7 @@ def odd_fields(raw: RawFields) -> Fields:
     return Fields(
         _model(raw.model),
         is_true(_value(raw.stream)),
-        _is_said(raw.store),
+        _is_said(raw.store) if len(raw.store) else None,
         _is_said(raw.background),
         _text(raw.prompt_cache_key),
         _text(raw.session_id),
@@ -98,6 +100,7 @@ def odd_fields(raw: RawFields) -> Fields:
         raw.ec_transfer_params,
         raw.vllm_xargs,
         raw.sampling_params,
+        _text(raw.previous_response_id),
     )
 
 

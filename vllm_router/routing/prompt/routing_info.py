@@ -50,6 +50,8 @@ class RoutingInfo(msgspec.Struct, frozen=True, gc=False):
     prompt: only read if a policy needs it.
     priority: of the body; lower is served earlier, as in vLLM.
     transfer: path of a parameter that names addresses of cached blocks, see `transfer.py`.
+    stores: whether the server may keep the response; `store` left out means true (OpenAI).
+    previous: id of the stored response that the request continues; None for none.
     """
 
     model: str | None = None
@@ -60,6 +62,8 @@ class RoutingInfo(msgspec.Struct, frozen=True, gc=False):
     priority: int = 0
     transfer: str | None = None
     session_source: str = ""
+    stores: bool = False
+    previous: str | None = None
 
 
 UNREAD = RoutingInfo()
@@ -76,6 +80,9 @@ _COUNTED_FROM = 4 * MAX_VALUES
 
 RESPONSES = b"/v1/responses"
 """The path whose requests may store their response on the server."""
+
+EXPLAIN = b"/explain"
+"""The router's own path; accepts the bodies of all other paths."""
 
 _JSON = b"application/json"
 
@@ -132,6 +139,9 @@ def routing_info_from(
     """The RoutingInfo of a request with these fields."""
     session, source = (None, "") if hint is None else session_of(hint, fields, prompt.conversation)
     stored = path == RESPONSES and bool(fields.store or fields.background)
+    previous = fields.previous_response_id or None
+    if previous is not None and path != EXPLAIN and not path.startswith(RESPONSES):
+        previous = None
     return RoutingInfo(
         fields.model or None,
         fields.stream is True,
@@ -141,6 +151,8 @@ def routing_info_from(
         fields.priority or 0,
         transfer,
         source,
+        path == RESPONSES and fields.store is not False,
+        previous,
     )
 
 

@@ -18,6 +18,7 @@ from vllm_router.config.schema import Config
 from vllm_router.config.source import ConfigSource
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.observability.tracing import Telemetry
+from vllm_router.routing.owners import Entry
 from vllm_router.runtime.parts import Parts, SignalSource
 from vllm_router.runtime.supervisor import Supervisor
 from vllm_router.runtime.workers.adopted import AdoptedConnections
@@ -29,6 +30,7 @@ from vllm_router.runtime.workers.messages import (
     Hello,
     RefreshModelLists,
     Report,
+    StoredResponses,
     WorkerStats,
     decode_from_worker,
 )
@@ -156,6 +158,11 @@ class _Inbox:
             match message:
                 case Report():
                     await self._reports.apply(message)
+                    if message.stored:
+                        self._take_stored(message.stored)
+                        self._workers.stored(link, message.stored)
+                case StoredResponses(entries):
+                    self._take_stored(entries)
                 case WorkerStats():
                     self._take_stats(link, message)
                 case Connection():
@@ -164,6 +171,10 @@ class _Inbox:
                     self._hello(link, message)
                 case RefreshModelLists():
                     self._nursery.start_soon(self._refresh_lists, link)
+
+    def _take_stored(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            self._supervisor.proxy.context.owners.take(entry)
 
     async def _refresh_lists(self, link: WorkerLink) -> None:
         await self._supervisor.refresh_model_lists(lambda: False)
@@ -190,4 +201,5 @@ class _Inbox:
             server = self._fleet.by_url(url)
             if server is not None and not server.draining:
                 server.drain(on=True)
-        link.hello(hello, self._fleet.all_servers())
+        owners = self._supervisor.proxy.context.owners
+        link.hello(hello, self._fleet.all_servers(), owners.entries())

@@ -23,10 +23,12 @@ from vllm_router.runtime.workers.messages import (
     ResolvedNames,
     ServerState,
     ServerStates,
+    StoredResponses,
     Welcome,
     decode_from_leader,
     encode,
     parts_of,
+    stored_in_parts,
 )
 
 logger = logging.getLogger(__name__)
@@ -94,14 +96,23 @@ class LeaderClient:
                     await self._reload()
                 case ResolvedNames(addresses):
                     self._supervisor.resolver.take_over(addresses)
+                case StoredResponses(entries):
+                    for entry in entries:
+                        self._supervisor.proxy.context.owners.take(entry)
                 case ModelListsRefreshed():
                     self._lists.refreshed()
                 case Welcome(first):
                     if first:
                         await self._channel.send(self._hello())
                         await self._send_stats()
+                        await self._send_stored()
                     else:
                         self.welcomed.set()
+
+    async def _send_stored(self) -> None:
+        """Tell a new leader the servers of stored responses."""
+        for entries in stored_in_parts(self._supervisor.proxy.context.owners.entries()):
+            await self._channel.send(encode(StoredResponses(entries)))
 
     def _hello(self) -> bytes:
         draining = [server.url for server in self._fleet.servers.values() if server.draining]

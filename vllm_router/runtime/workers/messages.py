@@ -5,13 +5,15 @@ Times are on the clock that all processes share (`clock.py`). URLs identify serv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.refusals import Asked, Refusal
+from vllm_router.routing.owners import Entry
 from vllm_router.routing.server_estimate import PrefixStatistics
 
 # -- worker to leader -------------------------------------------------------------------------
@@ -61,12 +63,15 @@ Ended = tuple[Any, ...]
 
 
 class Report(msgspec.Struct, tag=True, array_like=True):
-    """The events since the last report. `attempts` are pairs of URL and outcome."""
+    """The events since the last report. `attempts` are pairs of URL and outcome; `stored` are the
+    servers of stored responses.
+    """
 
     verdicts: list[Verdict]
     attempts: list[tuple[str, str]]
     ended: list[Ended]
     refusals: list[str]
+    stored: list[Entry] = []
 
 
 class WorkerStats(msgspec.Struct, tag=True, array_like=True):
@@ -102,7 +107,15 @@ class RefreshModelLists(msgspec.Struct, tag=True, array_like=True):
     """Read the servers' model lists again, and answer with `ModelListsRefreshed`."""
 
 
-FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists
+class StoredResponses(msgspec.Struct, tag=True, array_like=True):
+    """Servers of stored responses: the leader sends what it has received, a worker sends all
+    that it knows to a new leader.
+    """
+
+    entries: list[Entry]
+
+
+FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists | StoredResponses
 
 # -- leader to worker -------------------------------------------------------------------------
 
@@ -169,7 +182,9 @@ class ModelListsRefreshed(msgspec.Struct, tag=True, array_like=True):
     """The model lists have been read; the changes were sent before."""
 
 
-FromLeader = Welcome | Configured | ServerStates | ResolvedNames | ModelListsRefreshed
+FromLeader = (
+    Welcome | Configured | ServerStates | ResolvedNames | ModelListsRefreshed | StoredResponses
+)
 
 NAMES = 100
 """Names per message; with eight addresses each, a message takes 30 KB."""
@@ -180,6 +195,17 @@ def parts_of(addresses: Addresses) -> Iterator[Addresses]:
     names = list(addresses)
     for start in range(0, len(names), NAMES):
         yield {name: addresses[name] for name in names[start : start + NAMES]}
+
+
+STORED_AT_ONCE = 500
+"""Stored responses per message: about 100 bytes each."""
+
+
+def stored_in_parts(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Split the entries into parts that fit into a message."""
+    rest = iter(entries)
+    while part := list(islice(rest, STORED_AT_ONCE)):
+        yield part
 
 
 encode = msgspec.msgpack.Encoder().encode

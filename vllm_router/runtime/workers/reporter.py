@@ -16,6 +16,7 @@ import trio
 from vllm_router.fleet.server import Server
 from vllm_router.proxy.record import Phase, Record
 from vllm_router.proxy.retry import Outcome
+from vllm_router.routing.owners import Entry
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.fleet import SharedFleet
 from vllm_router.runtime.workers.messages import Ended, Report, Verdict, encode
@@ -29,7 +30,17 @@ LONGEST = 300
 """Characters kept of a path, a model name or a client id."""
 
 
-_NOT_AS_IT_IS = {"path", "model", "phase", "server", "outcome", "retries", "facts", "trace"}
+_NOT_AS_IT_IS = {
+    "path",
+    "model",
+    "phase",
+    "server",
+    "owner",
+    "outcome",
+    "retries",
+    "facts",
+    "trace",
+}
 _AS_IT_IS = tuple(name for name in Record.__struct_fields__ if name not in _NOT_AS_IT_IS)
 _as_it_is = attrgetter(*_AS_IT_IS)
 _PHASES = {phase.value: phase for phase in Phase}
@@ -47,12 +58,13 @@ def pack(record: Record) -> Ended:
         server.url if server is not None else None,
         outcome.value if outcome is not None else None,
         [reason.value for reason in record.retries] if record.retries else (),
+        record.owner.url if record.owner is not None else None,
     )
 
 
 def unpack(ended: Ended, fleet: SharedFleet[Server]) -> Record:
     """Decode a record."""
-    as_it_is, path, model, phase, url, outcome, retries = ended
+    as_it_is, path, model, phase, url, outcome, retries, owner = ended
     return Record(
         path=path,
         model=model,
@@ -60,6 +72,7 @@ def unpack(ended: Ended, fleet: SharedFleet[Server]) -> Record:
         server=fleet.by_url(url) if url is not None else None,
         outcome=_OUTCOMES[outcome] if outcome is not None else None,
         retries=[_OUTCOMES[reason] for reason in retries],
+        owner=fleet.by_url(owner) if owner is not None else None,
         **dict(zip(_AS_IT_IS, as_it_is, strict=True)),
     )
 
@@ -78,6 +91,7 @@ class Reporter:
         self._attempts: deque[tuple[str, str]] = deque()
         self._verdicts: deque[Verdict] = deque()
         self._refusals: deque[str] = deque()
+        self._stored: deque[Entry] = deque()
         self._something = trio.Event()
         self._urgent = trio.Event()
 
@@ -98,6 +112,10 @@ class Reporter:
     def refused(self, code: str) -> None:
         """Report a request that was rejected before an exchange began."""
         self._put(self._refusals, code)
+
+    def stored(self, entry: Entry) -> None:
+        """Report the server of a stored response."""
+        self._put(self._stored, entry)
 
     def _put(self, queue: deque[T], thing: T) -> None:
         if len(queue) >= LIMIT:
@@ -124,12 +142,14 @@ class Reporter:
     async def flush(self) -> None:
         """Send all queued reports."""
         self.gather()
-        while self._ended or self._attempts or self._verdicts or self._refusals:
+        queues = (self._ended, self._attempts, self._verdicts, self._refusals, self._stored)
+        while any(queues):
             report = Report(
                 _take(self._verdicts),
                 _take(self._attempts),
                 _take(self._ended),
                 _take(self._refusals),
+                _take(self._stored),
             )
             await self._channel.send(encode(report))
 

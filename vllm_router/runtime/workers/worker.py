@@ -115,6 +115,7 @@ def build(
         ),
     )
     reporter.gather = supervisor.proxy.context.recorder.flush
+    supervisor.proxy.context.owners.on_new = reporter.stored
     supervisor.proxy.context.budget.floor /= workers
     supervisor.proxy.context.budget.depth = supervisor.proxy.context.budget.floor
     stats = StatsSender(supervisor, channel, reporter)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import trio
 
 from vllm_router.fleet.server import Server
+from vllm_router.routing.owners import KEPT, Entry
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.messages import (
     Addresses,
@@ -15,10 +16,12 @@ from vllm_router.runtime.workers.messages import (
     ModelListsRefreshed,
     ResolvedNames,
     ServerStates,
+    StoredResponses,
     Welcome,
     WorkerStats,
     encode,
     parts_of,
+    stored_in_parts,
 )
 from vllm_router.runtime.workers.shared_server import state_of
 
@@ -40,11 +43,13 @@ class WorkerLink:
         self._welcome: Welcome | None = Welcome(first=True)
         self._generation_sent = 0
         self._lists_refreshed = False
+        self._stored: list[Entry] = []
         self._work = trio.Event()
         self._work.set()
 
-    def hello(self, hello: Hello, servers: Iterable[Server]) -> None:
+    def hello(self, hello: Hello, servers: Iterable[Server], stored: Iterable[Entry]) -> None:
         """A worker has connected: send it the whole state."""
+        self._stored = list(stored)
         self.pid, self.alive = hello.pid, True
         self._changed_servers = set(servers)
         self._welcome = Welcome(first=False)
@@ -54,6 +59,13 @@ class WorkerLink:
     def servers_changed(self, servers: Iterable[Server]) -> None:
         self._changed_servers.update(servers)
         self._work.set()
+
+    def stored(self, entries: Iterable[Entry]) -> None:
+        """Servers of stored responses have become known."""
+        if self.alive:
+            self._stored += entries
+            del self._stored[: -2 * KEPT]  # a worker that does not read
+            self._work.set()
 
     def lists_refreshed(self) -> None:
         """Answer the worker's `RefreshModelLists`, after the states that it has changed."""
@@ -80,6 +92,9 @@ class WorkerLink:
             self._generation_sent = generation
             await self.channel.send(encode(Configured(generation)))
         await self._send_states()
+        stored, self._stored = self._stored, []
+        for entries in stored_in_parts(stored):
+            await self.channel.send(encode(StoredResponses(entries)))
         if self._lists_refreshed:
             self._lists_refreshed = False
             await self.channel.send(encode(ModelListsRefreshed()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from vllm_router.fleet.server import Server
 from vllm_router.observability.router_state import CPU, IN_FLIGHT, LAG
 from vllm_router.proxy.record import Phase, Record
+from vllm_router.routing.owners import Entry
 from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.messages import WorkerStats
@@ -46,6 +47,12 @@ class WorkerLinks:
         """Send the state of these servers to all workers."""
         for link in self.links:
             link.servers_changed(servers)
+
+    def stored(self, source: WorkerLink, entries: Sequence[Entry]) -> None:
+        """Tell all workers but the source the servers of stored responses."""
+        for link in self.links:
+            if link is not source:
+                link.stored(entries)
 
     # -- life of workers ----------------------------------------------------------------------
 

@@ -1,0 +1,159 @@
+"""Stored responses of the Responses API: the server that has one, and the keys that may use it.
+
+An id that is not known, for instance after a restart of the router, is asked of all servers at
+once; the first one that has it is used.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import trio
+
+from vllm_router.config.auth import KeyConfig
+from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, Refused
+from vllm_router.fleet.server import Server
+from vllm_router.proxy.answers.stored import response_id
+from vllm_router.proxy.context import ProxyContext
+from vllm_router.proxy.record import Record
+from vllm_router.proxy.request import Request
+from vllm_router.routing.owners import LONGEST_ID
+
+SHOWN_ID = 100
+"""Characters of an id that are repeated to the client."""
+
+_ABSENT = (404, 405, 410)
+"""Statuses that say that a server does not have a response, or no stored responses at all."""
+
+
+def note_answer(
+    context: ProxyContext, record: Record, server: Server, held: bytes, *, is_stream: bool
+) -> None:
+    """Remember the server of an answer that it may have stored; `held` is the beginning of it."""
+    identifier = response_id(held, is_stream=is_stream)
+    if identifier is not None:
+        context.owners.remember(identifier, server.url, record.key_name)
+
+
+async def find_owner(
+    context: ProxyContext,
+    request: Request,
+    key: KeyConfig | None,
+    identifier: str,
+    *,
+    continues: bool,
+) -> Server:
+    """The server that has the stored response. Raises Refused.
+
+    With `continues` the request continues the response, else it is about the response itself.
+    A response belongs to the key that it was made with. Where that is not known, the id must do:
+    ids cannot be guessed. A key that is limited to some models gets only its own, as far as known.
+    """
+    if len(identifier) > LONGEST_ID:
+        raise _not_found(identifier, "Its id is longer than any server's.", continues=continues)
+    fleet = context.fleet
+    known = context.owners.find(identifier)
+    if known is not None:
+        if key is not None and known.key not in ("", key.name):
+            raise _not_found(identifier, "", continues=continues)
+        for server in fleet.all_servers():
+            if server.url == known.url:
+                return server
+        why = "The server that had it is no longer in the fleet."
+        raise _not_found(identifier, why, continues=continues)
+    if key is not None and key.models is not None:
+        raise _not_found(identifier, "", continues=continues)
+    servers = fleet.all_servers()
+    if len(servers) == 1:
+        return servers[0]
+    found, silent = await _ask_all(context, request, identifier)
+    if found is not None:
+        context.owners.remember(identifier, found.url, "")
+        return found
+    if silent:
+        shown = ", ".join(server.name for server in silent[:10])
+        raise Refused(
+            503,
+            "response_unavailable",
+            f"No server that could be asked has the stored response {_shown(identifier)}. Not "
+            f"asked, or without an answer: {shown}.",
+            param=_param(continues=continues),
+            retry_after=fleet.retry_after(None, trio.current_time()),
+        )
+    raise _not_found(identifier, "", continues=continues)
+
+
+def _not_found(identifier: str, why: str, *, continues: bool) -> Refused:
+    text = f"The stored response {_shown(identifier)} is not found."
+    return Refused(
+        404,
+        "previous_response_not_found" if continues else "response_not_found",
+        f"{text} {why}" if why else text,
+        param=_param(continues=continues),
+    )
+
+
+def _param(*, continues: bool) -> str:
+    return "previous_response_id" if continues else "response_id"
+
+
+def _shown(identifier: str) -> str:
+    return repr(identifier if len(identifier) <= SHOWN_ID else f"{identifier[:SHOWN_ID]}…")
+
+
+async def _ask_all(
+    context: ProxyContext, request: Request, identifier: str
+) -> tuple[Server | None, list[Server]]:
+    """The first server that has the response, and the servers that have not answered.
+
+    Some requests at a time may do this: each one costs a request per server.
+    """
+    settings = context.settings
+    target = (
+        b"/v1/responses/" + quote(identifier.encode("utf-8", "surrogatepass"), safe="").encode()
+    )
+    silent: list[Server] = []
+    found: Server | None = None
+
+    async def ask(server: Server) -> None:
+        nonlocal found
+        has = await _has(context, request, server, target)
+        if has is not None:
+            silent.remove(server)
+        if has and found is None:
+            found = server
+            nursery.cancel_scope.cancel(reason="found")
+
+    async with context.looking_for_owners:
+        with trio.move_on_after(settings.connect_timeout + settings.health_check_timeout):
+            async with trio.open_nursery() as nursery:
+                for server in context.fleet.all_servers():
+                    silent.append(server)
+                    if server.active_health.up is not False:
+                        nursery.start_soon(ask, server)
+    return found, silent
+
+
+async def _has(
+    context: ProxyContext, request: Request, server: Server, target: bytes
+) -> bool | None:
+    """Whether the server has the response; None if it does not say."""
+    upstream = context.upstreams.get(server)
+    if upstream is None:
+        return None
+    try:
+        connection = await upstream.pool.open(trio.current_time())
+    except (ConnectFailed, OwnFault):
+        return None
+    try:
+        head = upstream.heads.write("GET", target, request.forwarded, request.added, 0)
+        await connection.send(head, b"")
+        status = (await connection.read_head()).status
+    except ConnectionLost:
+        return None
+    finally:
+        # Only complete responses keep the connection.
+        upstream.pool.give_back(connection, trio.current_time())
+    if status == 200:
+        return True
+    return False if status in _ABSENT else None
