@@ -104,11 +104,12 @@ async def in_thread(condition: Any, what: str, seconds: float = 60.0) -> None:
 
 
 def assert_order(router: RouterProcess, order: list[int], expected: list[int]) -> None:
-    """One order holds for all processes, but for one that does not run for 2 s: then the log says
-    that it was passed over.
+    """One order for all processes. `tests/unit/runtime/test_workers_queue.py` holds it exactly;
+    here a request may be three places off, or more if a process did not run for 2 s, as the log
+    then says.
     """
     assert sorted(order) == sorted(expected)
-    if order != expected:
+    if any(abs(order.index(number) - place) > 3 for place, number in enumerate(expected)):
         router.wait_for_text(SILENT)
 
 

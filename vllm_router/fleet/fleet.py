@@ -47,6 +47,7 @@ class Fleet:
 
     seeds: of prompts' block hashes by public model name.
     leaving: removed servers with requests in flight.
+    frozen: whether leases of other processes are left as they were read last.
     selective: servers that do not accept every request for their models, see `fitting`.
     on_transition: called with changes of state.
     on_settled: called with the time when candidates may have changed.
@@ -58,6 +59,7 @@ class Fleet:
     def __init__(self, config: Config) -> None:
         self.servers: dict[str, Server] = {}
         self.leaving: list[Server] = []
+        self.frozen = False
         self.settings: Settings = config.settings
         self.names = Models(config.models)
         self.seeds = ModelSeeds()

@@ -118,6 +118,7 @@ class AdmissionQueue:
         if self._peers is not None:
             self._look_elsewhere(now)
             self._look_again(now)
+            self.fleet.look()  # after the queue: a request that has left it may have a server
         waiter = None
         if self._peers is None or not self.places:
             # A free server cannot be of use to waiting requests: they would have it.
@@ -398,13 +399,17 @@ class AdmissionQueue:
             if peers is None:
                 self.places.admit(now, lambda place: self._give(place, now))
             else:
+                # One state for the whole pass, read after the queue: a server that is released
+                # meanwhile is not for the requests in the rest of the pass alone.
+                self.fleet.look()
+                self.fleet.frozen = True
                 peers.begin(now)
                 for place in self.places.admit(now, lambda place: self._give(place, now)):
                     if isinstance(place, Waiter):
                         peers.withdraw(place)
                 peers.end(now)
         finally:
-            self._admitting = False
+            self._admitting = self.fleet.frozen = False
         self._look_again(now)
 
     def _give(self, place: QueueEntry, now: float) -> Verdict:

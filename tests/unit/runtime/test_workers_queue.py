@@ -168,6 +168,52 @@ async def test_workers_queue_newcomer_does_not_overtake_other_process(autojump_c
         assert order(first, *waits, *late) == [0, 1, 2, 3, 4, 5]
 
 
+async def test_workers_queue_server_freed_within_a_pass_goes_to_first_waiter(autojump_clock):
+    """Process 0 releases it while process 2 has passed over an earlier request, but not its own."""
+    async with group(3, working()) as router:
+        [server, *_] = router[0].servers
+        lease = server.lease(trio.current_time())
+        clients = [await router.start(n, n) for n in (1, 2)]
+        gate = router[2].proxy.context.gate
+        assert gate is not None
+        peers = gate._peers
+        assert isinstance(peers, QueuePeers)
+        give = peers.give
+
+        def give_and_release(place: Any, now: float) -> Any:
+            verdict = give(place, now)
+            if lease in server.leases:
+                lease.release()
+            return verdict
+
+        peers.give = give_and_release  # type: ignore[method-assign]
+        await trio.sleep(10)
+        assert order(*clients) == [1, 2]
+
+
+async def test_workers_queue_release_seen_before_its_note_goes_to_first_waiter(autojump_clock):
+    """Process 2 looks between the two writes of process 0."""
+    async with group(3, working()) as router:
+        [server, *_] = router[0].servers
+        lease = server.lease(trio.current_time())
+        clients = [await router.start(n, n) for n in (1, 2)]
+        await trio.sleep(1)  # process 1 has found the server taken many times
+        gate = router[2].proxy.context.gate
+        assert gate is not None
+        counters = router[0].fleet.counters
+        put = counters.put
+
+        def put_and_look(column: int, count: int) -> None:
+            put(column, count)
+            gate.woken(trio.current_time())
+
+        counters.put = put_and_look  # type: ignore[method-assign]
+        lease.release()
+        counters.put = put  # type: ignore[method-assign]
+        await trio.sleep(10)
+        assert order(*clients) == [1, 2]
+
+
 async def test_workers_queue_priorities_hold_across_processes(autojump_clock):
     async with group(3, working()) as router:
         clients = [await router.start(n, n) for n in range(3)]

@@ -48,7 +48,7 @@ class SharedFleet(Fleet, Generic[News]):
     """Common part of the leader's and the workers' fleets; `usage` counts requests per API key."""
 
     def __init__(self, config: Config, counters: CounterView, tell: Callable[[News], None]) -> None:
-        self._counters = counters
+        self.counters = counters
         self._tell: Callable[[News], None] = tell
         self._by_column: dict[int, SharedServer[News]] = {}
         self._known: dict[str, SharedServer[News]] = {}
@@ -81,7 +81,7 @@ class SharedFleet(Fleet, Generic[News]):
         self.usage.take_places(self._keys, self._column_of)
 
     def _find_places(self, counted: list[str]) -> dict[str, int | None]:
-        return self._counters.board.places(counted)
+        return self.counters.board.places(counted)
 
     def _column_of(self, key: str) -> int | None:
         return self._places.get(key)
@@ -93,7 +93,7 @@ class SharedFleet(Fleet, Generic[News]):
     # -- leases of other processes ------------------------------------------------------------
 
     def look(self) -> None:
-        for column, difference in self._counters.look():
+        for column, difference in self.counters.look():
             server = self._by_column.get(column)
             if server is not None:
                 server.changed_elsewhere(difference)
@@ -101,13 +101,15 @@ class SharedFleet(Fleet, Generic[News]):
                 self.usage.changed(column, difference)
 
     def candidates(self, model: str | None, now: float) -> tuple[Server, ...]:
-        self.look()
+        if not self.frozen:
+            self.look()
         return super().candidates(model, now)
 
     def others(
         self, model: str | None, now: float, tried: Collection[Server]
     ) -> tuple[Server, ...]:
-        self.look()
+        if not self.frozen:
+            self.look()
         return super().others(model, now, tried)
 
     def gone(self) -> list[Server]:
@@ -122,7 +124,7 @@ class LeadingFleet(SharedFleet[Server]):
     """The leader's fleet. `tell` is called with each server whose state the workers need."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return LeadingServer(wanted, settings, self._note, self._counters, self._tell)
+        return LeadingServer(wanted, settings, self._note, self.counters, self._tell)
 
     def _note(self, server: Server) -> None:
         super()._note(server)
@@ -131,7 +133,7 @@ class LeadingFleet(SharedFleet[Server]):
     def check_room(self, config: Config) -> None:
         """Raises ConfigError if there are more servers and keys than counter columns."""
         counted = counted_in(config)
-        room = self._counters.board.room_for(counted)
+        room = self.counters.board.room_for(counted)
         if len(counted) > room:
             keys = len(counted) - len(config.servers)
             problem = (
@@ -143,7 +145,7 @@ class LeadingFleet(SharedFleet[Server]):
 
     def _find_places(self, counted: list[str]) -> dict[str, int | None]:
         """Assign columns to keys that have none."""
-        board = self._counters.board
+        board = self.counters.board
         board.keep(set(counted))
         places = board.assign_all(counted)
         without = [key for key, column in places.items() if column is None]
@@ -162,7 +164,7 @@ class FollowingFleet(SharedFleet[Verdict]):
     """A worker's fleet. `tell` is called with the verdict of each attempt."""
 
     def _new_server(self, wanted: ServerConfig, settings: Settings) -> Server:
-        return FollowingServer(wanted, settings, self._note, self._counters, self._tell)
+        return FollowingServer(wanted, settings, self._note, self.counters, self._tell)
 
     def failed(
         self,

@@ -45,6 +45,8 @@ _SLOTS_AT = _RING_AT + _RING
 _PAGE = _SLOTS_AT + SLOTS * _WIDTH
 _BYTES = -(-_PAGE * _WORD // mmap.PAGESIZE) * mmap.PAGESIZE
 
+_NO_RELEASES = memoryview(bytes(_RELEASES * _WORD)).cast("q")
+_UNDER_WAY = 2**63 - 1
 _RETURNING = 1
 _EPOCH_SHIFT = 1
 _CONSIDERED = 8
@@ -121,6 +123,7 @@ class Page:
     def reset(self) -> None:
         """Drop all requests: the process starts, or has died (called by the parent)."""
         self._words[_CHANGES] = self._words[_HEARTBEAT] = self._words[_USED] = 0
+        self._words[_RELEASES_AT:_RING_AT] = _NO_RELEASES
         self._words[_EPOCH] += 1
 
     def write(self, slot: int, entry: Entry) -> None:
@@ -154,6 +157,10 @@ class Page:
     def beat(self, now: int) -> None:
         """The process has assigned servers."""
         self._words[_HEARTBEAT] = now
+
+    def begin_release(self, server: int) -> None:
+        """The process is about to release a lease: until `release`, the time counts as now."""
+        self._words[_RELEASES_AT + server % _RELEASES] = _UNDER_WAY
 
     def release(self, server: int, now: int) -> None:
         """The process has released a lease on the server with this mark."""

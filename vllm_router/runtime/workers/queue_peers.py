@@ -29,6 +29,7 @@ from vllm_router.proxy.admission import AdmissionQueue
 from vllm_router.proxy.waiter import Peers, Waiter
 from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN
+from vllm_router.runtime.workers.fleet import SharedFleet
 from vllm_router.runtime.workers.queue_board import SLOTS, Entry, FreeSlots, QueueBoard, mark
 from vllm_router.runtime.workers.queue_wakeup import Wakeups
 
@@ -115,6 +116,8 @@ class QueuePeers:
         self._names: dict[int, tuple[str | None, ...]] = {}
         self._names_of = -1
         self._page.reset()
+        if isinstance(gate.fleet, SharedFleet):
+            gate.fleet.counters.queue_page = self._page
 
     @property
     def waiting(self) -> int:

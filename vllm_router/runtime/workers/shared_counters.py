@@ -15,6 +15,10 @@ import os
 from collections.abc import Collection, Iterable
 from functools import lru_cache
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_router.runtime.workers.queue_board import Page
 
 COLUMNS = 1024
 """Minimum number of columns. Unused memory is not allocated."""
@@ -134,8 +138,11 @@ def _mark(key: str) -> int:
 class CounterView:
     """One process's view: its own row, and the sums of the others.
 
-    `elsewhere[column]` is the sum over the other rows at the last `look`.
+    `elsewhere[column]` is the sum over the other rows at the last `look`. `queue_page` is where the
+    releases of servers are noted for requests that wait in other processes, if they may.
     """
+
+    queue_page: Page | None = None
 
     def __init__(self, board: SharedCounters, mine: int) -> None:
         """Clears this process's row."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Generic, TypeVar
 
 from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.runtime.workers.messages import ServerState, Verdict
+from vllm_router.runtime.workers.queue_board import mark
 from vllm_router.runtime.workers.shared_counters import CounterView
 
 News = TypeVar("News", Server, Verdict)
@@ -67,8 +69,17 @@ class SharedServer(Server, Generic[News]):
 
     def end_lease(self, lease: Lease) -> None:
         super().end_lease(lease)
-        if self._column is not None:
+        if self._column is None:
+            return
+        page = self._counters.queue_page
+        if page is None:
             self._counters.put(self._column, len(self.leases))
+            return
+        # No other process may see the server free, and the note of its previous release.
+        server = mark(self.url)
+        page.begin_release(server)
+        self._counters.put(self._column, len(self.leases))
+        page.release(server, int(perf_counter() * 1e6))
 
 
 class LeadingServer(SharedServer[Server]):
