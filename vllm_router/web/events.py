@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from collections import Counter, deque
 from collections.abc import Callable, Collection
+from operator import attrgetter
 
 from vllm_router.config.reload import Reloader
 from vllm_router.fleet.server import Server
-from vllm_router.fleet.state import Transition
+from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy.record import Record
 from vllm_router.web.schema import Event
 
 KEPT = 100
-"""Past events that a new client receives."""
+"""Past events that a new client receives, in addition to events of single requests."""
+
+KEPT_OF_REQUESTS = 20
+"""Past events of single requests. They come in masses, and must not displace all others."""
+
+FULL_PERIOD = 60
+"""Seconds that are summed up in one event per full server.
+
+A server at its limit is full and up again every second or two. These changes are no events.
+"""
 
 EXHAUSTED_PER_SECOND = 5
 """Failed-request events per second; further ones are combined into one event."""
@@ -21,15 +32,25 @@ EXHAUSTED_PER_SECOND = 5
 class EventLog:
     """The last events, numbered; `announce` is called with each new one."""
 
+    _OF_REQUESTS = "retries_exhausted"
+
     def __init__(self, announce: Callable[[Event], None], wall: Callable[[], float]) -> None:
         """`wall` returns Unix time."""
-        self.last: deque[Event] = deque(maxlen=KEPT)
+        self._last: deque[Event] = deque(maxlen=KEPT)
+        self._last_of_requests: deque[Event] = deque(maxlen=KEPT_OF_REQUESTS)
+        self._full: Counter[str] = Counter()
+        self._seconds = 0
         self._announce = announce
         self._wall = wall
         self._count = 0
         self._exhausted = 0
         self._drained: set[Server] = set()
         self._refused = 0
+
+    @property
+    def last(self) -> list[Event]:
+        """The events that are kept, oldest first."""
+        return list(heapq.merge(self._last, self._last_of_requests, key=attrgetter("id")))
 
     def add(
         self,
@@ -45,10 +66,15 @@ class EventLog:
         event = Event(
             id=self._count, time=time, kind=kind, text=text, server=server, old=old, new=new
         )
-        self.last.append(event)
+        kept = self._last_of_requests if kind == self._OF_REQUESTS else self._last
+        kept.append(event)
         self._announce(event)
 
     def transition(self, change: Transition) -> None:
+        if {change.old, change.new} == {State.UP, State.FULL}:
+            if change.new == State.FULL:
+                self._full[change.server] += 1
+            return
         reason = f" ({change.reason})" if change.reason else ""
         text = f"{change.server}: {change.old} → {change.new}{reason}"
         self.add("state", text, server=change.server, old=change.old, new=change.new)
@@ -60,7 +86,7 @@ class EventLog:
             return
         last = record.server.name if record.server is not None else None
         self.add(
-            "retries_exhausted",
+            self._OF_REQUESTS,
             f"request {record.request_id.decode('latin-1')}: {record.attempts} attempts failed, "
             f"the last on {last}: {record.code or record.status}",
             server=last,
@@ -70,8 +96,13 @@ class EventLog:
         """Called every second."""
         more = self._exhausted - EXHAUSTED_PER_SECOND
         if more > 0:
-            self.add("retries_exhausted", f"and {more} more requests within a second")
+            self.add(self._OF_REQUESTS, f"and {more} more requests within a second")
         self._exhausted = 0
+        self._seconds += 1
+        if self._seconds % FULL_PERIOD == 0:
+            for server, times in self._full.items():
+                self.add("full", f"{server}: full {_times(times)} in a minute", server=server)
+            self._full.clear()
 
     def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
         """Detect changes that are not announced by callbacks."""
@@ -84,6 +115,10 @@ class EventLog:
         if reloader is not None and reloader.refused_total != self._refused:
             self._refused = reloader.refused_total
             self.add("reload_refused", reloader.last_error or "")
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def missed(count: int, wall: float) -> Event:

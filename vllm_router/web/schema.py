@@ -166,7 +166,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     kind: Annotated[
         str,
         _(
-            "state: a server changed it; drained: a draining server has nothing in flight any "
+            "state: a server changed it, except between up and full; full: how often a server was "
+            "full within a minute; drained: a draining server has nothing in flight any "
             "more; reload; reload_refused; discovery: sources have found or lost servers; source: "
             "what is wrong with a source, or right again; retries_exhausted; missed: this client "
             "read too slowly and lost events."

@@ -12,13 +12,20 @@ import trio
 
 from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab, make_record
+from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.prompt.conversation import plain_prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.web import schema
-from vllm_router.web.events import EXHAUSTED_PER_SECOND
+from vllm_router.web.events import (
+    EXHAUSTED_PER_SECOND,
+    FULL_PERIOD,
+    KEPT,
+    KEPT_OF_REQUESTS,
+    EventLog,
+)
 from vllm_router.web.mailbox import MAX_EVENTS, Mailbox
 
 
@@ -229,6 +236,36 @@ async def test_feed_event_is_sent_at_once(autojump_clock, lab):
     lab.router.feed.event("reload", "+1 server")
     after = await client.next_of(schema.Event)
     assert (after.kind, after.text, after.id) == ("reload", "+1 server", event.id + 1)
+
+
+def test_feed_full_and_up_again_are_one_event_a_minute():
+    announced: list[schema.Event] = []
+    log = EventLog(announced.append, lambda: 0.0)
+    for server, times in (("a", 37), ("b", 1)):
+        for _ in range(times):
+            log.transition(Transition(server, State.UP, State.FULL, "it refused a request"))
+            log.transition(Transition(server, State.FULL, State.UP, ""))
+    for _ in range(FULL_PERIOD):
+        log.second()
+    assert [event.text for event in announced] == [
+        "a: full 37 times in a minute",
+        "b: full once in a minute",
+    ]
+    for _ in range(FULL_PERIOD):
+        log.second()
+    assert len(announced) == 2
+    log.transition(Transition("a", State.FULL, State.DOWN, "unreachable"))
+    assert announced[-1].kind == "state"
+
+
+async def test_feed_events_of_requests_displace_no_others(autojump_clock, lab):
+    lab.router.feed.event("reload", "+1 server")
+    for _ in range(KEPT * 2):
+        lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502, attempts=2)
+        lab.router.feed.event("retries_exhausted", "request a: 2 attempts failed")
+    kinds = [event.kind for event in (await Client(lab).next()).events]
+    assert "reload" in kinds
+    assert kinds.count("retries_exhausted") == KEPT_OF_REQUESTS
 
 
 async def test_feed_drain_has_events_for_begin_and_end(autojump_clock, lab):

@@ -16,6 +16,10 @@ function words(event) {
       server: event.server, old: t(`state_${event.old}`), new: t(`state_${event.new}`), reason: why,
     });
   }
+  if (event.kind === "full") {
+    const times = Number(/full (\d+) times/.exec(event.text)?.[1] ?? 1);
+    return t("eventFull", { server: event.server, n: times });
+  }
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
   if (event.kind === "reload") return t("eventReload", { text: event.text });
   if (event.kind === "discovery") return t("eventDiscovery", { text: event.text });
@@ -28,7 +32,7 @@ function mood(event) {
     if (SICK.has(event.new)) return "bad";
     return event.new === "up" ? "good" : "some";
   }
-  return { reload: "good", discovery: "good", source: "some", drained: "some", missed: "some" }[event.kind] ?? "bad";
+  return { reload: "good", discovery: "good", source: "some", full: "some", drained: "some", missed: "some" }[event.kind] ?? "bad";
 }
 
 export class Events {

@@ -8,7 +8,7 @@ import { heat } from "./tiles.js";
 
 const COLUMNS = [
   { id: "name", title: "colServer", key: (server) => server.name },
-  { id: "state", title: "colState", key: (server) => BADNESS.indexOf(server.state) },
+  { id: "state", title: "colState", key: (server) => Math.min(BADNESS.indexOf(server.state), FULL) },
   { id: "load", title: "colLoad", key: (server) => -server.load },
   { id: "trend", title: "colTrend" },
   { id: "leases", title: "colLeases", key: (server) => -server.leases, figure: true },
@@ -21,7 +21,11 @@ const COLUMNS = [
   { id: "actions", title: "colActions" },
 ];
 const BADNESS = ["down", "ejected", "silent", "asleep", "paused", "unknown", "draining", "refusing", "full", "up"];
+/** A server at its limit is full and up again all the time; its row stays where it is. */
+const FULL = BADNESS.indexOf("full");
 const SORT_EVERY = 2000;
+/** Up to so many servers the order is that of the configuration, beyond it trouble comes first. */
+const FEW = 8;
 /** From so many rows on, bars jump instead of gliding: a hundred transitions are not cheap. */
 const MANY = 30;
 
@@ -230,8 +234,8 @@ export class Table {
       if (column.key) {
         title.addEventListener("click", () => {
           // Again on the same column: back to the order of the configuration.
-          this.sort = this.sort === column.id ? null : column.id;
-          store("sort", this.sort ?? "");
+          this.sort = this.orderedBy() === column.id ? "" : column.id;
+          store("sort", this.sort);
           this.order(true);
         });
       }
@@ -289,13 +293,19 @@ export class Table {
     this.select();
   }
 
+  /** The column whose order is shown; "" for the order of the configuration. */
+  orderedBy() {
+    return this.sort ?? (this.servers.length > FEW ? "state" : "");
+  }
+
   /** Put the rows in order; now and then only, and not under a hand that aims at one. */
   order(now) {
     const time = performance.now();
     const aiming = this.body.matches(":hover, :focus-within");
-    if (!now && (!this.sort || aiming || time - this.sorted < SORT_EVERY)) return;
+    const by = this.orderedBy();
+    if (!now && (!by || aiming || time - this.sorted < SORT_EVERY)) return;
     this.sorted = time;
-    const key = COLUMNS.find(({ id }) => id === this.sort)?.key;
+    const key = COLUMNS.find(({ id }) => id === by)?.key;
     const order = [...this.servers];
     if (key) {
       order.sort((one, other) => {
@@ -311,7 +321,7 @@ export class Table {
       else this.body.insertBefore(root, place);
     }
     for (const { column, cell } of this.titles) {
-      if (column.id !== this.sort || !column.key) cell.removeAttribute("aria-sort");
+      if (column.id !== by || !column.key) cell.removeAttribute("aria-sort");
       else cell.setAttribute("aria-sort", column.id === "name" || column.id === "state" ? "ascending" : "descending");
     }
   }

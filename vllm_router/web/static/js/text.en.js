@@ -133,6 +133,7 @@ export const en = {
 
   eventState: "{server}: {old} → {new}",
   eventStateWhy: "{server}: {old} → {new} ({reason})",
+  eventFull: "{server}: full {n}× in a minute",
   eventDrained: "{server}: drained, nothing in flight",
   eventReload: "Configuration loaded: {text}",
   eventDiscovery: "Servers found: {text}",

@@ -133,6 +133,7 @@ export const zh = {
 
   eventState: "{server}：{old} → {new}",
   eventStateWhy: "{server}：{old} → {new}（{reason}）",
+  eventFull: "{server}：一分钟内满载 {n} 次",
   eventDrained: "{server}：已排空，没有在途请求",
   eventReload: "配置已加载：{text}",
   eventDiscovery: "发现服务器：{text}",
