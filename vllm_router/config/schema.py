@@ -109,6 +109,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_request: uncached prompt tokens that weigh as much as one request.
     waste_growth: how much more a token that another server has cached weighs per request on the
         server that would recompute it.
+    prompt_growth: how much more a token that no server has cached weighs per request on the server.
+    adapter_swap_tokens: prompt tokens that loading a LoRA adapter costs, until it is known.
+    working_set_window: seconds for which a conversation is expected to come back; 0 for none.
     prefix_memory_mb: memory of the prefix index, in MB of 10^6 bytes.
     prefix_expiry: an unused entry of the prefix index is dropped after this time.
     slow_start: time in which a server that comes back ramps up to its full share.
@@ -167,6 +170,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     session_sources: SessionSources = SESSION_SOURCES
     tokens_per_request: Tokens = 1000.0
     waste_growth: Growth = 0.5
+    prompt_growth: Growth = 0.0
+    adapter_swap_tokens: Tokens = 5000.0
+    working_set_window: SecondsOrZero = 300.0
     prefix_memory_mb: Megabytes = 64.0
     prefix_expiry: Seconds = 1800.0
     slow_start: SecondsOrZero = 10.0

@@ -39,7 +39,7 @@ _RANK = {name: rank for names in _NAMES.values() for rank, name in enumerate(nam
 # Begins with letters to look for, not with `^`: five times as fast on a page of 50 KB.
 _SAMPLE = re.compile(
     r"\nvllm:("
-    + "|".join([*_FIELD_OF, "engine_sleep_state", "cache_config_info"])
+    + "|".join([*_FIELD_OF, "engine_sleep_state", "cache_config_info", "lora_requests_info"])
     + r")(?:\{(.*)\})? ([^ \n]+)"
 )
 TOO_LARGE = 1e15
@@ -56,6 +56,9 @@ MAX_NUMBER = 40
 
 # No backtracking: a hostile line costs no more than its length.
 _BLOCKS = re.compile(r'(?:^|[,{ ])num_gpu_blocks="([0-9]{1,15})"')
+_MAX_LORA = re.compile(r'(?:^|[,{ ])max_lora="([0-9]{1,6})"')
+_LORA_NAMES = re.compile(r'(?:^|[,{ ])(?:running|waiting)_lora_adapters="([^"\\]*)"')
+MAX_ADAPTERS = 256
 _BLOCK_SIZE = re.compile(r'(?:^|[,{ ])block_size="([0-9]{1,15})"')
 
 
@@ -64,7 +67,8 @@ class EngineMetrics:
     """The figures of one scrape; None for figures that the server does not export.
 
     Counters are totals since the server's start, `kv_usage` is from 0 to 1, `kv_tokens` is the
-    capacity of the KV cache in tokens.
+    capacity of the KV cache in tokens. `max_adapters` is the number of LoRA adapters that fit into
+    GPU memory, `adapters` have requests that run or wait.
     """
 
     running: float | None = None
@@ -80,6 +84,8 @@ class EngineMetrics:
     first_token_count: float | None = None
     asleep: bool = False
     kv_tokens: int | None = None
+    max_adapters: int | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def has_load(self) -> bool:
@@ -128,6 +134,7 @@ class MetricsReader:
         self._rank_of: dict[str, int] = {}
         self._awake = 1.0
         self._kv_tokens = 0
+        self._adapters = (0.0, "")
 
     def feed(self, piece: bytes) -> None:
         """Parse the next bytes of the page. Raises UnusablePage if it has too many samples."""
@@ -154,7 +161,14 @@ class MetricsReader:
         totals = {field: total for field, total in self._totals.items() if total < TOO_LARGE}
         if "kv_usage" in totals:
             totals["kv_usage"] = min(1.0, totals["kv_usage"] / self._counts["kv_usage"])
-        return EngineMetrics(**totals, asleep=self._awake == 0.0, kv_tokens=self._kv_tokens or None)
+        slots, adapters = _adapters(self._adapters[1])
+        return EngineMetrics(
+            **totals,
+            asleep=self._awake == 0.0,
+            kv_tokens=self._kv_tokens or None,
+            max_adapters=slots,
+            adapters=adapters,
+        )
 
     def _read(self, lines: str) -> None:
         """Parse whole lines, with a line break before the first."""
@@ -171,6 +185,9 @@ class MetricsReader:
                     self._awake = min(self._awake, value)
             elif name == "cache_config_info":
                 self._kv_tokens += _kv_tokens(labels)
+            elif name == "lora_requests_info":
+                # A sample for every set of adapters so far; its value is the time of the last one.
+                self._adapters = max(self._adapters, (value, labels))
             else:
                 self._add(name, value)
 
@@ -184,6 +201,14 @@ class MetricsReader:
         self._rank_of[field] = rank
         self._totals[field] = self._totals.get(field, 0.0) + value
         self._counts[field] = self._counts.get(field, 0) + 1
+
+
+def _adapters(labels: str) -> tuple[int | None, tuple[str, ...]]:
+    """The slots and the adapters in the labels of `vllm:lora_requests_info`."""
+    slots = _MAX_LORA.search(labels)
+    names = [name for found in _LORA_NAMES.findall(labels) for name in found.split(",") if name]
+    count = int(slots[1]) if slots is not None else 0
+    return count or None, tuple(dict.fromkeys(names))[:MAX_ADAPTERS]
 
 
 def _figure(number: str) -> float | None:

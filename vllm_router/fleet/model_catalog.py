@@ -17,11 +17,14 @@ class ModelCatalog:
     listed_at: when the list was last read, None before.
     lengths: longest context of each model in tokens (`max_model_len`), where the server says it.
         Replaced by a new dictionary on every change.
+    adapters: the names of LoRA adapters, whose entries have a `parent`.
     twins: for each name of a model that the engine serves under several names, the first of them
         in alphabetical order. Adapters have no twins.
     """
 
-    __slots__ = ("_listed", "cards", "configured", "lengths", "listed_at", "names", "twins")
+    __slots__ = (
+        "_listed", "adapters", "cards", "configured", "lengths", "listed_at", "names", "twins",
+    )  # fmt: skip
 
     def __init__(self, configured: tuple[str, ...] | None) -> None:
         self.configured = configured
@@ -30,6 +33,7 @@ class ModelCatalog:
         self.listed_at: float | None = None
         self.lengths: dict[str, int] = {}
         self.twins: dict[str, str] = {}
+        self.adapters: frozenset[str] = frozenset()
         self._listed: frozenset[str] = frozenset()
 
     def configure(self, configured: tuple[str, ...] | None) -> None:
@@ -47,7 +51,7 @@ class ModelCatalog:
     ) -> tuple[bool, frozenset[str], frozenset[str]]:
         """The server's list was read.
 
-        Returns whether names, lengths or twins have changed, and the names in the list before
+        Returns whether anything of the above has changed, and the names in the list before
         and now.
         """
         before, self._listed = self._listed, frozenset(cards)
@@ -58,8 +62,9 @@ class ModelCatalog:
             self.lengths = lengths
             changed = True
         twins = _twins(cards)
-        if twins != self.twins:
-            self.twins = twins
+        adapters = frozenset(name for name, card in cards.items() if card.get("parent"))
+        if (twins, adapters) != (self.twins, self.adapters):
+            self.twins, self.adapters = twins, adapters
             changed = True
         if self.configured is None and tuple(cards) != self.names:
             self.names = tuple(cards)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_router.routing.hashing import draw
 from vllm_router.routing.server_estimate import ServerEstimate
+from vllm_router.routing.working_sets import overflow
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Server
@@ -28,6 +29,19 @@ HOT_SHARE, HOT_MARGIN, HOT_REQUESTS = 1.5, 0.25, 2.0
 """Cached blocks of a server do not count while its load exceeds HOT_SHARE times the candidates'
 mean plus HOT_MARGIN of its capacity, unless it has at most HOT_REQUESTS requests."""
 
+MAX_WASTE_LOAD = 32.0
+"""Requests up to which a token to recompute weighs more. Without the limit, some thousand cached
+tokens would hold traffic on a full server: a batch of 200 is not seven times as slow as one of 30.
+"""
+
+KV_ROOM = 0.85
+KV_PENALTY = 20.0
+"""Requests added to a server's load when its KV cache is full; the penalty begins at KV_ROOM. The
+uncached tokens of the prompt count, too: beyond its room the engine preempts running requests."""
+
+DELAYED = 0.5
+"""A request that comes while a long prompt is computed waits for half of it on average."""
+
 AFFINITY_BONUS = 2.0
 """Requests subtracted from the affinity server's load for a new conversation."""
 
@@ -42,19 +56,26 @@ class ScoreCache:
     credited: bits of the servers whose cached blocks count.
     has_peers: whether other routers use the same servers.
     peer_ratio: estimated requests of other routers since the scrape, per request of ours.
+    is_adapter: whether the model is a LoRA adapter on any of the servers.
+    least_room: a prompt with at most so many tokens presses no server's KV cache.
     """
 
     __slots__ = (
         "_affinities",
+        "_arrivals",
         "_growth",
         "_growths",
         "_loads",
         "_log",
+        "_overflows",
         "_per_queued",
         "_per_request",
         "_position_of_bit",
         "_positions",
+        "_prompt_growth",
+        "_prompt_growths",
         "_read",
+        "_rooms",
         "bases",
         "candidates",
         "credited",
@@ -63,6 +84,10 @@ class ScoreCache:
         "factors",
         "fresh_until",
         "has_peers",
+        "is_adapter",
+        "kv_tokens",
+        "least_room",
+        "mean_footprint",
         "peer_ratio",
         "slow",
     )  # fmt: skip
@@ -90,6 +115,16 @@ class ScoreCache:
         self._growths = [0.0] * len(estimates)
         """Increase of the scores per token to recompute."""
         self._loads = [0.0] * len(estimates)
+        self._prompt_growth = settings.prompt_growth
+        self._prompt_growths = [0.0] * len(estimates)
+        self._overflows = [0.0] * len(estimates)
+        self._arrivals = [0.0] * len(estimates)
+        self._rooms = [math.inf] * len(estimates)
+        self.least_room = math.inf
+        self.kv_tokens = [math.inf] * len(estimates)
+        """KV cache sizes of the servers as conversations find them; set before `measure_all`."""
+        self.mean_footprint = 0.0
+        self.is_adapter = False
         self._positions = {server: position for position, server in enumerate(candidates)}
         self._position_of_bit = {
             estimate.bit: position for position, estimate in enumerate(estimates)
@@ -116,6 +151,7 @@ class ScoreCache:
         """Update all scores: the change log was restarted, or `factors` are new."""
         self._log = self.candidates[0].change_log.servers
         self._read = len(self._log)
+        self.least_room = math.inf
         for position in range(len(self.estimates)):
             self._measure(position)
 
@@ -123,9 +159,35 @@ class ScoreCache:
         estimate, factor = self.estimates[position], self.factors[position]
         server_load = estimate.server.load_estimate
         load = server_load.active + estimate.extra
-        self.bases[position] = factor * (1.0 + load + estimate.queued * self._per_queued)
-        self._growths[position] = factor * (1.0 + self._growth * load) * self._per_request
+        waste_load = min(load, MAX_WASTE_LOAD)
+        base = 1.0 + load + estimate.queued * self._per_queued
+        per_token = factor * self._per_request
+        self._growths[position] = per_token * (1.0 + self._growth * waste_load)
+        self._prompt_growths[position] = per_token * self._prompt_growth * load
         self._loads[position] = server_load.value
+        kv_tokens = self.kv_tokens[position]
+        self._overflows[position] = per_token * overflow(
+            (estimate.footprint + self.mean_footprint) * (1.0 + 2.0 * self.peer_ratio), kv_tokens
+        )
+        self._arrivals[position] = per_token * estimate.arrivals
+        metrics = server_load.metrics
+        if metrics is not None and metrics.kv_usage is not None and server_load.fresh:
+            room = (KV_ROOM - metrics.kv_usage) * kv_tokens
+            if room < 0.0:
+                base += self._crowding(position)
+                room = 0.0
+            self._rooms[position] = room
+            if room < self.least_room:
+                self.least_room = room
+        else:
+            self._rooms[position] = math.inf
+        self.bases[position] = factor * base
+
+    def _crowding(self, position: int) -> float:
+        """The penalty for the KV cache in use, in requests."""
+        metrics = self.estimates[position].server.load_estimate.metrics
+        usage = metrics.kv_usage if metrics is not None else None
+        return KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
 
     def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
         """The candidates' scores for a prompt.
@@ -164,6 +226,59 @@ class ScoreCache:
             position = position_of[bonus]
             scores[position] -= self.factors[position] * AFFINITY_BONUS
         return scores
+
+    def with_prompt(
+        self, scores: list[float], uncached: float, turns: float, delay: float
+    ) -> list[float]:
+        """The scores with the terms for a prompt that no server has cached to a part.
+
+        `uncached`: its tokens that no server has. `turns`: how often a new conversation will
+        probably come back; 0 for a known one. `delay`: seconds in which they are computed.
+        """
+        if self._prompt_growth:
+            growths = self._prompt_growths
+            scores = [s + uncached * g for s, g in zip(scores, growths, strict=True)]
+        if turns:
+            lost, late = turns * uncached, DELAYED * uncached * delay
+            scores = [
+                s + lost * o + late * r
+                for s, o, r in zip(scores, self._overflows, self._arrivals, strict=True)
+            ]
+        return scores
+
+    def with_pressure(
+        self, scores: list[float], tokens: float, levels: list[tuple[float, int]]
+    ) -> list[float]:
+        """The scores with a penalty where the uncached tokens of the prompt exceed the room."""
+        found = scores.copy()
+        for position, room in enumerate(self._rooms):
+            if tokens > room:
+                found[position] += self.factors[position] * self._excess(position, tokens, levels)
+        return found
+
+    def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
+        """The penalty for the uncached tokens beyond the room of a server, in requests."""
+        bit = self.estimates[position].bit
+        cached = next((cached for cached, bits in levels if bits & bit), 0.0)
+        over = max(0.0, tokens - cached - self._rooms[position])
+        return over * KV_PENALTY / ((1.0 - KV_ROOM) * self.kv_tokens[position])
+
+    # -- for explanations -------------------------------------------------------------------------
+
+    def pressure(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
+        """The whole penalty for a full KV cache, in requests."""
+        if self._rooms[position] == math.inf:
+            return 0.0
+        return self._crowding(position) + self._excess(position, tokens, levels)
+
+    def prompt_terms(
+        self, position: int, uncached: float, turns: float, delay: float
+    ) -> dict[str, float]:
+        """The terms of `with_prompt` in tokens."""
+        per_token = self.factors[position] * self._per_request
+        lost = turns * uncached * self._overflows[position] / per_token
+        late = DELAYED * uncached * delay * self._arrivals[position] / per_token
+        return {"lost_tokens": lost, "delayed_tokens": late if turns else 0.0}
 
     def not_overloaded(self, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""

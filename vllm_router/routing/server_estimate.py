@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_router.routing.adapters import LoadedAdapters
 from vllm_router.routing.hashing import seed_of
 
 if TYPE_CHECKING:
@@ -41,11 +42,19 @@ _PRIOR_TOKENS = 50.0
 """Weight, in tokens, of the fleet's latency in the estimate of a server's own. Older tokens fade,
 so a server that gets no requests returns to the fleet's latency and is tried again."""
 
+_BAND_PRIOR_TOKENS = 2000.0
+BAND_MARGIN = 0.1
+"""Within the dead band the ratio counts beyond this margin, with a prior of so many tokens: faster
+and slower servers of a fleet without weights show after some seconds, a single prefill does not."""
+
 HITS_HALF_LIFE = 60.0
 MIN_EXPECTED_TOKENS = 20_000.0
 MIN_HIT_SHARE = 0.1
 """With at least MIN_EXPECTED_TOKENS expected in its cache, a server that has found less than this
 share is taken to have prefix caching off."""
+
+ARRIVALS_HALF_LIFE = 10.0
+LN2 = 0.6931471805599453
 
 FIRST_TOKEN = 0.5
 """Seconds to the first token of a server that does not export it."""
@@ -70,6 +79,9 @@ class ServerEstimate:
     """The estimate of one server. `bit` stands for the server in the prefix index."""
 
     __slots__ = (
+        "adapters",
+        "arrivals",
+        "arrived_at",
         "bit",
         "due",
         "due_hits",
@@ -79,6 +91,7 @@ class ServerEstimate:
         "expected_total",
         "extra",
         "first_token",
+        "footprint",
         "gauge",
         "hits",
         "lasting",
@@ -88,6 +101,7 @@ class ServerEstimate:
         "prompt_total",
         "queued",
         "reported_total",
+        "restarts",
         "scraped_at",
         "seed",
         "seen",
@@ -122,6 +136,13 @@ class ServerEstimate:
         next scrape, and of prompts started since the last scrape."""
         self.expected_total = self.prompt_total = 0.0
         self.reported_total = 0
+        self.footprint = 0.0
+        """Tokens of conversations that will probably come back, see `working_sets.py`."""
+        self.arrivals = 0.0
+        """Requests per second that are sent to the server, with ARRIVALS_HALF_LIFE."""
+        self.arrived_at = 0.0
+        self.adapters = LoadedAdapters()
+        self.restarts = server.restarts
 
     def follow_scrape(self) -> None:
         """Update from the last scrape, if it is new."""
@@ -163,6 +184,10 @@ class ServerEstimate:
         self.gauge = self.gauge * keep + gauge * (1.0 - keep)
         self.own = self.own * keep + load.leases_at_scrape * (1.0 - keep)
         self.seen, self.scraped_at, self.sent = new, at, 0
+        if metrics.max_adapters:
+            self.adapters.slots = metrics.max_adapters
+        for name in metrics.adapters:
+            self.adapters.use(name)
 
     def error_penalty_now(self, now: float) -> float:
         """Requests added to its load for errors since it last came back.
@@ -184,6 +209,12 @@ class ServerEstimate:
         """Whether the engine's cache hits match the expected ones."""
         return self.expected < MIN_EXPECTED_TOKENS or self.hits >= MIN_HIT_SHARE * self.expected
 
+    def count_arrival(self, now: float, requests: float = 1.0) -> None:
+        """Requests were sent to the server; none to let the rate fade."""
+        fade = 0.5 ** ((now - self.arrived_at) / ARRIVALS_HALF_LIFE)
+        self.arrivals = self.arrivals * fade + requests * LN2 / ARRIVALS_HALF_LIFE
+        self.arrived_at = now
+
     def settle(self, now: float) -> None:
         """Start reservations whose estimated first token is due: plain responses do not show it."""
         while self.due and self.due[0][0] <= now:
@@ -204,7 +235,10 @@ class _Counters:
 class Reservation:
     """The prompt tokens that one lease adds to its server's queue, until its first token."""
 
-    __slots__ = ("cached", "estimate", "known", "model", "prompt", "uncached", "waiting")
+    __slots__ = (
+        "ahead", "cached", "estimate", "is_adapter", "known", "model", "prompt", "swapped",
+        "uncached", "waiting",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -222,6 +256,10 @@ class Reservation:
         """Leading blocks of the prompt that were in the index for the server before."""
         self.cached = cached
         self.uncached = uncached
+        self.ahead = estimate.queued + uncached
+        """Uncached tokens that are computed before its first token, its own included."""
+        self.is_adapter = self.swapped = False
+        """Whether it is for an adapter, and whether that had to be loaded."""
         self.waiting = True
         estimate.queued += uncached  # the lease in this step has marked the server as changed
 
@@ -289,4 +327,13 @@ def slowness(estimate: ServerEstimate, latency: float, load: float, now: float) 
     estimate.slowness_at = now
     if lasting > DEAD_BAND:
         return max(ratio, lasting * lasting)
-    return 1.0 if 1.0 / DEAD_BAND <= ratio <= DEAD_BAND else ratio
+    if not 1.0 / DEAD_BAND <= ratio <= DEAD_BAND:
+        return ratio
+    return _steady_ratio(estimate, latency) if latency else 1.0
+
+
+def _steady_ratio(estimate: ServerEstimate, latency: float) -> float:
+    """The ratio within the dead band; 1 within BAND_MARGIN."""
+    count = estimate.latency_count + _BAND_PRIOR_TOKENS
+    ratio = (estimate.latency_sum / latency + _BAND_PRIOR_TOKENS) / count
+    return ratio if abs(ratio - 1.0) > BAND_MARGIN else 1.0

@@ -231,9 +231,11 @@ def test_adaptive_documentation_example_holds():
 def score_of(parts: dict[str, float], per_request: float = 1000.0, growth: float = 0.5) -> float:
     """The documented formula."""
     load = parts["load"]
-    tokens = 2 * parts["queued_tokens"] + parts["waste_tokens"] * (1 + growth * load)
+    tokens = 2 * parts["queued_tokens"] + parts["waste_tokens"] * (1 + growth * min(load, 32))
+    tokens += parts["lost_tokens"] + parts["delayed_tokens"]
     share = parts["share"] * parts["slow_start"]
-    return parts["slow"] * (1 + load - parts["home"] + tokens / per_request) / share
+    requests = 1 + load - parts["home"] + parts["kv_pressure"] + tokens / per_request
+    return parts["slow"] * requests / share
 
 
 def test_adaptive_pick_reads_changed_servers_only():
@@ -403,9 +405,18 @@ def test_adaptive_slow_server_is_tried_again_after_idle_time():
 
 def test_adaptive_prefix_never_overrides_slow_server():
     a, b, c = (it := Situation()).servers
-    measure(it, {a: 0.05, b: 0.01, c: 0.01})
+    measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=40)
     it.serve(LONG, a)
     assert it.pick(LONG) is not a
+
+
+def test_adaptive_prefix_survives_a_long_prefill():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=20)
+    it.serve(LONG, a)
+    measure(it, {a: 0.03, b: 0.01, c: 0.01}, steps=6)
+    assert it.parts(LONG, a)["slow"] > 1.1
+    assert it.pick(LONG) is a
 
 
 def test_adaptive_prefix_never_overrides_failing_server():

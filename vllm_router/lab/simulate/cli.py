@@ -118,6 +118,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 )
 @click.option("--tokens-per-request", default=_POLICY_SETTINGS.tokens_per_request, help="Knob T.")
 @click.option("--waste-growth", default=_POLICY_SETTINGS.waste_growth, help="Knob K.")
+@click.option("--prompt-growth", default=_POLICY_SETTINGS.prompt_growth, help="Knob K'.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Every run, as JSON.")
 @click.option(
     "--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG."
@@ -149,6 +150,7 @@ def simulate_command(
     replay: Path | None,
     tokens_per_request: float,
     waste_growth: float,
+    prompt_growth: float,
     json_file: Path | None,
     plot: Path | None,
     shares: bool,
@@ -192,7 +194,11 @@ def simulate_command(
         plain=plain,
     )
 
-    settings = PolicySettings(tokens_per_request=tokens_per_request, waste_growth=waste_growth)
+    settings = PolicySettings(
+        tokens_per_request=tokens_per_request,
+        waste_growth=waste_growth,
+        prompt_growth=prompt_growth,
+    )
     if replay is not None:
         fleet = scene_for(base, WORKLOADS["chat"], servers_of(WORKLOADS["chat"]))
         runs = _replayed(replay, range(seed, seed + seeds), policies, settings, fleet)

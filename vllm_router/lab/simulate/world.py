@@ -17,13 +17,14 @@ from typing import Any
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.scene import Scene
 from vllm_router.lab.simulate.text import TOKEN_BYTES, Text
 from vllm_router.lab.simulate.traffic import BASE_MODEL, Conversation, Turn, adapter_name
 from vllm_router.routing.policies.base import Policy
-from vllm_router.routing.prompt.blocks import Prompt
+from vllm_router.routing.prompt.blocks import Prompt, reseeded
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 MAX_ATTEMPTS = 4
@@ -176,17 +177,22 @@ class World:
         text.add(hash((conversation.number, conversation.count, 1)), turn.added)
         prompt = text.length
         text.add(hash((conversation.number, conversation.count, 2)), turn.output)
+        model = adapter_name(conversation.adapter) if conversation.adapter else BASE_MODEL
         facts = RoutingInfo(
-            adapter_name(conversation.adapter) if conversation.adapter else BASE_MODEL,
+            model,
             self.rng.random() >= self.scene.plain and conversation.stream,
             session=conversation.session,
-            prompt=Prompt(
-                text.chain(prompt),
-                prompt * TOKEN_BYTES,
-                None,
-                conversation.shared * TOKEN_BYTES,
-                conversation.earlier * TOKEN_BYTES,
-                conversation.number * 2654435761 % (1 << 32),
+            prompt=reseeded(
+                Prompt(
+                    text.chain(prompt),
+                    prompt * TOKEN_BYTES,
+                    None,
+                    conversation.shared * TOKEN_BYTES,
+                    conversation.earlier * TOKEN_BYTES,
+                    conversation.number * 2654435761 % (1 << 32),
+                ),
+                0,
+                seed_of_name(model) if conversation.adapter else 0,
             ),
         )
         conversation.earlier = prompt

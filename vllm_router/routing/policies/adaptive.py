@@ -2,6 +2,7 @@
 
     score = slow × (1 + load + (2 × queued + recompute × (1 + K × load)) / T) / share
 
+with `recompute` including an adapter to be loaded and what a new conversation would find evicted.
 The lowest score wins, ties at random. docs/routing.md explains every term with an example. With
 nothing cached, nothing queued and equal speed the order equals `least_load`. Scores change
 with every request, for the servers it concerns; terms that change with time (slowness, error
@@ -15,11 +16,17 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from vllm_router.routing.adapters import SwapCost, with_adapters
 from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
 from vllm_router.routing.prefix.index import PrefixIndex
 from vllm_router.routing.prompt.blocks import BLOCK_ENDS, blocks_in
-from vllm_router.routing.score_cache import AFFINITY_BONUS, QUEUED_WEIGHT, ScoreCache
+from vllm_router.routing.score_cache import (
+    AFFINITY_BONUS,
+    MAX_WASTE_LOAD,
+    QUEUED_WEIGHT,
+    ScoreCache,
+)
 from vllm_router.routing.server_estimate import (
     ERROR_PENALTY,
     PrefixStatistics,
@@ -30,6 +37,7 @@ from vllm_router.routing.server_estimate import (
     median_load,
     slowness,
 )
+from vllm_router.routing.working_sets import WorkingSets
 
 if TYPE_CHECKING:
     from vllm_router.fleet.server import Lease, Server
@@ -51,6 +59,10 @@ CREDIT_MAX_SLOWNESS = 2.0
 PEERS_RATIO = 1.3
 """Gauges that exceed our own leases by this factor mean that other routers use the servers."""
 
+NEW_BYTES = 1024
+"""A conversation is new to the fleet if no server has more of it than the leading tools and system
+messages, which conversations have in common, and so many bytes."""
+
 MIN_AFFINITY_TOKENS = 256.0
 """A shared prefix needs at least so many tokens to have an affinity server."""
 
@@ -70,6 +82,8 @@ class Adaptive(Policy):
         self.index = PrefixIndex(settings)
         self._estimates: dict[Server, ServerEstimate] = {}
         self._caches: dict[str | None, ScoreCache] = {}
+        self._working_sets = WorkingSets(settings.working_set_window)
+        self._swap_cost = SwapCost(settings.adapter_swap_tokens)
         self._first_token = 0.0
         """Mean seconds to the first token of a stream, over all servers."""
 
@@ -80,11 +94,12 @@ class Adaptive(Policy):
         scores = cache.bases
         hashes = info.prompt.block_hashes
         matches: Matches | None = None
-        if hashes or cache.has_peers:
+        if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
             levels, bonus = self._credit(cache, info, matches)
-            if levels or bonus:
-                scores = cache.scores(levels, bonus)
+            scores = self._weigh(cache, info, matches, levels, bonus)
+        elif cache.least_room < math.inf and info.prompt.size:
+            scores = self._weigh(cache, info, [], [], 0)
         lowest = min(scores)
         if scores.count(lowest) == 1:
             return candidates[scores.index(lowest)], matches
@@ -110,7 +125,47 @@ class Adaptive(Policy):
         bonus = 0
         if cache.has_peers and info.prompt.conversation:
             bonus = self._credit_affinity(cache, info, levels)
+        if cache.is_adapter:
+            loaded = self._loaded(cache, info.model) & cache.credited
+            levels = with_adapters(levels, loaded, self._swap_cost.tokens)
         return cache.not_overloaded(levels) if levels else levels, bonus
+
+    def _weigh(
+        self,
+        cache: ScoreCache,
+        info: RoutingInfo,
+        matches: Matches,
+        levels: list[tuple[float, int]],
+        bonus: int,
+    ) -> list[float]:
+        """The candidates' scores for this prompt."""
+        scores = cache.scores(levels, bonus) if levels or bonus else cache.bases
+        tokens, uncached, turns = self._prompt(info, matches)
+        if info.prompt.block_hashes:
+            delay = uncached * self._swap_cost.per_token
+            scores = cache.with_prompt(scores, uncached, turns, delay)
+        if tokens > cache.least_room:
+            scores = cache.with_pressure(scores, tokens, levels)
+        return scores
+
+    def _prompt(self, info: RoutingInfo, matches: Matches) -> tuple[float, float, float]:
+        """Tokens of the prompt, of these cached nowhere, and further turns of a new conversation.
+
+        The last is 0 for a conversation that a server has.
+        """
+        prompt = info.prompt
+        tokens = prompt.size * self.index.tokens_per_byte(info.model, prompt)
+        found = BLOCK_ENDS[matches[0][0] - 1] if matches else 0
+        uncached = tokens * max(0.0, 1.0 - found / prompt.size) if prompt.size else 0.0
+        is_new = found <= prompt.shared + NEW_BYTES and self._working_sets.window > 0.0
+        return tokens, uncached, self._working_sets.turns if is_new else 0.0
+
+    @staticmethod
+    def _loaded(cache: ScoreCache, adapter: str | None) -> int:
+        """The bits of the servers that have the adapter loaded."""
+        return sum(
+            one.bit for one in cache.estimates if adapter is not None and adapter in one.adapters
+        )
 
     # -- several routers before the same servers --------------------------------------------------
 
@@ -154,6 +209,7 @@ class Adaptive(Policy):
         if cache is None or cache.candidates is not candidates:
             estimates = [self._estimate(server) for server in candidates]
             cache = ScoreCache(candidates, estimates, self.settings)
+            cache.is_adapter = any(model in server.catalog.adapters for server in candidates)
             if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
             self._caches[model] = cache
@@ -173,11 +229,19 @@ class Adaptive(Policy):
         """Update the terms that change with time. O(candidates), at most every REFRESH."""
         estimates = cache.estimates
         self.index.follow(cache.candidates, now)
+        self._working_sets.expire(now)
         for estimate in estimates:
+            if estimate.restarts != estimate.server.restarts:
+                estimate.restarts = estimate.server.restarts
+                estimate.adapters.clear()
+                self._working_sets.forget(estimate)
+            estimate.count_arrival(now, 0.0)
             estimate.follow_scrape()
             if estimate.due:
                 estimate.settle(now)
         self._detect_peers(cache)
+        cache.mean_footprint = self._working_sets.mean
+        cache.kv_tokens = [self.index.kv_tokens(server) for server in cache.candidates]
         latency, load = median_latency(estimates), median_load(estimates)
         cache.credited = 0
         cache.factors, cache.slow = [], []
@@ -186,7 +250,10 @@ class Adaptive(Policy):
             penalty = estimate.error_penalty_now(now)
             estimate.extra = penalty + cache.peer_ratio * estimate.sent
             slow = slowness(estimate, latency, load, now)
-            if penalty < CREDIT_MAX_PENALTY and slow < CREDIT_MAX_SLOWNESS and estimate.trusted:
+            # One long prefill makes a server slow for seconds, which is no reason to compute the
+            # conversations of its agents elsewhere.
+            lasting = estimate.lasting < CREDIT_MAX_SLOWNESS
+            if penalty < CREDIT_MAX_PENALTY and lasting and estimate.trusted:
                 cache.credited |= estimate.bit
             share = server.weighted_capacity * server.load_estimate.slow_start_factor
             cache.slow.append(slow)
@@ -228,12 +295,21 @@ class Adaptive(Policy):
         lease.reservation = reservation = Reservation(
             estimate, info.model, prompt, tokens, cached, blocks
         )
+        if prompt.conversation and self._working_sets.window > 0.0:
+            estimate.count_arrival(now)
+            own = max(0.0, prompt.size - prompt.shared) * per_byte
+            self._working_sets.note(prompt.conversation, estimate, own, now)
         estimate.expected_total += cached
         estimate.prompt_total += tokens + cached
         estimate.sent += 1
         cache = self._caches.get(info.model)
-        if cache is not None and cache.peer_ratio:
-            estimate.extra += cache.peer_ratio
+        if cache is not None:
+            if cache.peer_ratio:
+                estimate.extra += cache.peer_ratio
+            if cache.is_adapter and info.model is not None:
+                reservation.is_adapter = True
+                reservation.swapped = info.model not in estimate.adapters
+                estimate.adapters.use(info.model)
         if not info.stream:
             if estimate.due and estimate.due[0][0] <= now:
                 estimate.settle(now)  # with a single candidate `pick` is not called
@@ -248,6 +324,12 @@ class Adaptive(Policy):
             weight = EWMA_WEIGHT if self._first_token else 1.0
             took = lease.last_byte_at - lease.taken_at
             self._first_token += weight * (took - self._first_token)
+            self._swap_cost.learn(
+                took,
+                reservation.ahead,
+                adapter=reservation.is_adapter,
+                swapped=reservation.swapped,
+            )
 
     def learned(self, lease: Lease, prompt_tokens: int, cached_tokens: int | None) -> None:
         reservation = lease.reservation
@@ -282,7 +364,9 @@ class Adaptive(Policy):
                 cache.fresh_until = -math.inf
 
     def forget(self, server: Server) -> None:
-        self._estimates.pop(server, None)
+        estimate = self._estimates.pop(server, None)
+        if estimate is not None:
+            self._working_sets.forget(estimate)
         self._caches.clear()
         self.index.forget(server)
 
@@ -300,11 +384,14 @@ class Adaptive(Policy):
         )
 
     def formula(self) -> str:
-        queued, settings = QUEUED_WEIGHT, self.settings
+        settings = self.settings
+        waste = f"waste tokens × (1 + {settings.waste_growth:g} × min(load, {MAX_WASTE_LOAD:g}))"
+        growth = f"{settings.prompt_growth:g} × load × uncached tokens"
         return (
-            f"score = slow × (1 + load - home + ({queued:g} × queued tokens + waste tokens × "
-            f"(1 + {settings.waste_growth:g} × load)) / {settings.tokens_per_request:g}) / "
-            "(share × slow start); load = running + 0.5 × waiting + phantoms + others + fast errors"
+            f"score = slow × (1 + load - home + kv pressure + ({QUEUED_WEIGHT:g} × queued tokens + "
+            f"{waste} + lost tokens + delayed tokens + {growth}) / "
+            f"{settings.tokens_per_request:g}) / (share × slow start); "
+            "load = running + 0.5 × waiting + phantoms + others + fast errors"
         )
 
     def explain(
@@ -313,20 +400,33 @@ class Adaptive(Policy):
         cache = self._cache(candidates, info.model, now)
         matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
         levels, bonus = self._credit(cache, info, matches)
-        scores = cache.scores(levels, bonus)
+        scores = self._weigh(cache, info, matches, levels, bonus)
+        tokens, uncached, turns = self._prompt(info, matches)
+        if not info.prompt.block_hashes:
+            uncached = turns = 0.0
+        delay = uncached * self._swap_cost.per_token
+        swap = self._swap_cost.tokens if cache.is_adapter else 0.0
+        loaded = self._loaded(cache, info.model)
         best = levels[0][0] if levels else 0.0
         rows = []
         for position, (estimate, score) in enumerate(zip(cache.estimates, scores, strict=True)):
             server = estimate.server
-            cached = next((tokens for tokens, bits in levels if bits & estimate.bit), 0.0)
+            credit = next((tokens for tokens, bits in levels if bits & estimate.bit), 0.0)
+            adapter = swap if credit and estimate.bit & loaded else 0.0
             penalty = estimate.error_penalty_now(now)
             parts = {
                 "load": server.load_estimate.active + estimate.extra,
                 "phantoms": penalty,
                 "others": estimate.extra - penalty,
                 "queued_tokens": estimate.queued,
-                "cached_tokens": cached,
-                "waste_tokens": best - cached,
+                "cached_tokens": credit - adapter,
+                "adapter_tokens": adapter,
+                "waste_tokens": best - credit,
+                "uncached_tokens": uncached,
+                **cache.prompt_terms(position, uncached, turns, delay),
+                "kv_pressure": cache.pressure(position, tokens, levels),
+                "footprint_tokens": estimate.footprint,
+                "kv_tokens": cache.kv_tokens[position],
                 "home": AFFINITY_BONUS if estimate.bit == bonus else 0.0,
                 "slow": cache.slow[position],
                 "fast_errors": server.load_estimate.error_penalty,

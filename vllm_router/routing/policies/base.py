@@ -32,12 +32,19 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_request: uncached prompt tokens that weigh as much as one request.
     waste_growth: how much more a token that another server has cached weighs per request on the
         server that would recompute it.
+    prompt_growth: how much more a token that no server has cached weighs per request on the server.
+    adapter_swap_tokens: prompt tokens that loading a LoRA adapter is assumed to cost at first.
+    working_set_window: seconds for which a conversation counts as one that will come back; 0 to
+        ignore working sets.
     prefix_memory_mb: memory of the prefix index in MB of 10^6 bytes, shared equally by the servers.
     prefix_expiry: seconds after which an unused entry of the index is dropped.
     """
 
     tokens_per_request: float = 1000.0
     waste_growth: float = 0.5
+    prompt_growth: float = 0.0
+    adapter_swap_tokens: float = 5000.0
+    working_set_window: float = 300.0
     prefix_memory_mb: float = 64.0
     prefix_expiry: float = 1800.0
 

@@ -75,10 +75,14 @@ class PrefixIndex:
     def insert(self, server: Server, prompt: Prompt, now: float) -> None:
         """The prompt was sent to the server, which caches it while its KV cache has room."""
         if prompt.block_hashes:
-            metrics = server.load_estimate.metrics
-            tokens = (metrics.kv_tokens if metrics is not None else None) or UNKNOWN_KV_TOKENS
-            capacity = int(tokens * BYTES_PER_TOKEN * self._kv_share.get(server, 1.0))
+            capacity = int(self.kv_tokens(server) * BYTES_PER_TOKEN)
             self.table.insert(prompt.block_hashes, self.bit(server), capacity, now)
+
+    def kv_tokens(self, server: Server) -> float:
+        """The size of the server's KV cache in tokens, corrected by reported hits (`judge`)."""
+        metrics = server.load_estimate.metrics
+        tokens = (metrics.kv_tokens if metrics is not None else None) or UNKNOWN_KV_TOKENS
+        return tokens * self._kv_share.get(server, 1.0)
 
     def known_blocks(self, server: Server, prompt: Prompt) -> int:
         """The number of leading blocks of the prompt that the server has."""

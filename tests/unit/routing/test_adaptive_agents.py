@@ -1,0 +1,345 @@
+"""The adaptive policy for agents: adapters, working sets, full KV caches and unequal servers."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from random import Random
+from typing import Any
+
+import pytest
+
+from support.fleet_makers import gauges, make_fleet
+from vllm_router.fleet.model_seeds import seed_of_name
+from vllm_router.fleet.server import Lease, Server
+from vllm_router.routing.adapters import LoadedAdapters, SwapCost, with_adapters
+from vllm_router.routing.policies import PolicySettings
+from vllm_router.routing.policies.adaptive import Adaptive
+from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
+from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.server_estimate import ServerEstimate
+from vllm_router.routing.working_sets import MAX_CONVERSATIONS, WorkingSets, overflow
+
+CONTEXT = bytes(n * n % 251 for n in range(40_000))
+ADAPTERS = ("lora-a", "lora-b", "lora-c", "lora-d", "lora-e")
+
+
+class Fleet:
+    """Three servers with a base model and adapters, and the policy."""
+
+    def __init__(self, count: int = 3, kv_tokens: int = 400_000, **settings: float) -> None:
+        self.now = 100.0
+        self.fleet = make_fleet(
+            [
+                {"url": f"http://{n}.test:1", "name": f"s{n}", "max_concurrent_requests": 8}
+                for n in range(count)
+            ]
+        )
+        self.policy = Adaptive(Random(1), PolicySettings(**settings))
+        cards: dict[str, dict[str, Any]] = {"base": {"id": "base", "parent": None}}
+        cards |= {name: {"id": name, "parent": "base"} for name in ADAPTERS}
+        self.servers = tuple(self.fleet.servers.values())
+        for server in self.servers:
+            server.listed(cards, self.now)
+            self.scrape(server, kv_tokens=kv_tokens)
+        self.fleet.settle(self.now)
+
+    def scrape(self, server: Server, running: float = 0.0, **figures: Any) -> None:
+        server.scraped(gauges(running, **figures), self.now, server.in_flight)
+
+    def candidates(self, model: str) -> tuple[Server, ...]:
+        return self.fleet.candidates(model, self.now)
+
+    def pick(self, info: RoutingInfo) -> Server:
+        return self.policy.pick(self.candidates(info.model or ""), info, self.now)[0]
+
+    def send(self, info: RoutingInfo, server: Server | None = None) -> Lease:
+        note: object = None
+        if server is None:
+            server, note = self.policy.pick(self.candidates(info.model or ""), info, self.now)
+        lease = server.lease(self.now)
+        self.policy.leased(lease, note, info, self.now)
+        return lease
+
+    def serve(self, info: RoutingInfo, server: Server | None = None) -> Server:
+        lease = self.send(info, server)
+        lease.release()
+        self.policy.ended(lease, self.now, failed=False)
+        return lease.server
+
+    def parts(self, info: RoutingInfo, server: Server) -> dict[str, float]:
+        rows = self.policy.explain(self.candidates(info.model or ""), info, self.now)
+        return next(row.parts for row in rows if row.server is server)
+
+
+def asking(model: str, text: bytes = b"", **marks: int) -> RoutingInfo:
+    hashes = hash_blocks(text, seed=seed_of_name(model))
+    return RoutingInfo(model, stream=True, prompt=Prompt(hashes, len(text), **marks))
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def test_adapter_prefix_does_not_count_for_another_adapter_or_base():
+    it = Fleet()
+    it.serve(asking("lora-a", CONTEXT), it.servers[0])
+    assert it.parts(asking("lora-a", CONTEXT), it.servers[0])["cached_tokens"] > 9000
+    for other in ("lora-b", "base"):
+        assert it.parts(asking(other, CONTEXT), it.servers[0])["cached_tokens"] == 0
+
+
+@pytest.mark.parametrize("text", [b"", CONTEXT[:3000]])
+def test_adapter_stays_where_it_is_loaded(text: bytes):
+    it = Fleet()
+    homes = {name: it.serve(asking(name, text)) for name in ADAPTERS[:3]}
+    for _ in range(20):
+        for name, home in homes.items():
+            assert it.serve(asking(name, text)) is home
+
+
+def test_adapter_spreads_when_its_server_is_overloaded():
+    it = Fleet()
+    home = it.serve(asking("lora-a"))
+    sent = Counter(it.send(asking("lora-a")).server for _ in range(40))
+    assert len(sent) == 3
+    assert sent[home] >= 10
+
+
+def test_adapter_running_by_metrics_is_loaded():
+    it = Fleet()
+    it.now += 1.0
+    it.scrape(it.servers[2], max_adapters=2, adapters=("lora-e",))
+    assert it.pick(asking("lora-e")) is it.servers[2]
+    parts = it.parts(asking("lora-e"), it.servers[2])
+    assert parts["adapter_tokens"] == 5000
+    assert parts["waste_tokens"] == 0
+    assert it.parts(asking("lora-e"), it.servers[0])["waste_tokens"] == 5000
+
+
+def test_adapters_loaded_are_bounded_by_slots():
+    loaded = LoadedAdapters()
+    for name in ADAPTERS:
+        loaded.use(name)
+    assert [name in loaded for name in ADAPTERS] == [False, True, True, True, True]
+    loaded.slots = 1
+    loaded.use("lora-b")
+    assert [name for name in ADAPTERS if name in loaded] == ["lora-b"]
+
+
+def test_adapters_of_new_process_are_forgotten():
+    it = Fleet()
+    it.scrape(it.servers[0], prompt_tokens=100.0)
+    it.serve(asking("lora-a"), it.servers[0])
+    it.now += 1.0
+    it.scrape(it.servers[0], prompt_tokens=1.0)
+    it.now += 1.0
+    assert it.parts(asking("lora-a"), it.servers[0])["adapter_tokens"] == 0
+
+
+def test_swap_cost_is_learnt_from_first_tokens():
+    cost = SwapCost(5000.0)
+    for _ in range(200):
+        cost.learn(0.1, 2000.0, adapter=True, swapped=False)
+        cost.learn(0.9, 2000.0, adapter=True, swapped=True)
+    assert cost.per_token == pytest.approx(5e-5)
+    assert 12_000 < cost.tokens < 16_000  # 0.8 s at 50 µs per token
+    for _ in range(200):
+        cost.learn(1e9, 2000.0, adapter=True, swapped=True)
+    assert cost.tokens <= 32_000
+
+
+def test_swap_cost_without_evidence_is_the_prior():
+    cost = SwapCost(4000.0)
+    cost.learn(0.5, 0.0, adapter=True, swapped=True)
+    assert cost.tokens == 4000.0
+
+
+def test_levels_with_adapters_are_sorted_and_disjoint():
+    levels = [(900.0, 0b0011), (300.0, 0b0111)]
+    assert with_adapters(levels, 0b1010, 500.0) == [
+        (1400.0, 0b0010),
+        (900.0, 0b0001),
+        (500.0, 0b1000),
+        (300.0, 0b0100),
+    ]
+
+
+# -- working sets ------------------------------------------------------------------------------
+
+
+class Cache:
+    """The prefix cache of an engine: block hashes, least recently used first."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.held: OrderedDict[int, None] = OrderedDict()
+
+    def compute(self, hashes: tuple[int, ...]) -> int:
+        """The number of leading blocks that were cached."""
+        found = next((n for n, one in enumerate(hashes) if one not in self.held), len(hashes))
+        for one in reversed(hashes):
+            self.held[one] = None
+            self.held.move_to_end(one)
+        while len(self.held) > self.blocks:
+            self.held.popitem(last=False)
+        return found
+
+
+def test_working_sets_spread_sequential_agents_over_idle_servers():
+    """Twelve agents one after the other: all fit into the fleet, not into one server."""
+    it = Fleet(kv_tokens=32_768)
+    system = bytes(n * n % 241 for n in range(8_192))
+    texts = [system + Random(n).randbytes(12_000) for n in range(12)]
+    caches = {server: Cache(32_768 // 64) for server in it.servers}
+    sent: Counter[Server] = Counter()
+    hits = asked = 0
+    for _ in range(5):
+        for number, text in enumerate(texts):
+            info = asking("base", text, shared=len(system), conversation=number + 1)
+            server = it.serve(info)
+            sent[server] += 1
+            hashes = hash_blocks(text)
+            # Blocks of 512 bytes count twice.
+            hits += caches[server].compute(
+                hashes[:32] + tuple(h for h in hashes[32:] for _ in "ab")
+            )
+            asked += len(hashes[:32]) + 2 * len(hashes[32:])
+            texts[number] = text + Random(number).randbytes(1_000)
+            it.now += 0.5
+            for one in it.servers:
+                it.scrape(one, kv_tokens=32_768)
+    assert max(sent.values()) <= 40
+    assert hits / asked > 0.8
+
+
+def test_working_set_of_single_questions_has_no_weight():
+    it = Fleet(kv_tokens=32_768)
+    shared = CONTEXT[:8_192]
+    for number in range(400):
+        it.serve(asking("base", shared + b"%500d" % number, shared=8_192, conversation=number + 1))
+        it.now += 0.1
+    parts = it.parts(
+        asking("base", shared + b"x" * 500, shared=8_192, conversation=999), it.servers[0]
+    )
+    assert parts["lost_tokens"] < 50
+
+
+def test_working_set_window_of_zero_ignores_working_sets():
+    it = Fleet(kv_tokens=1000, working_set_window=0.0)
+    info = asking("base", CONTEXT, conversation=1)
+    it.serve(info, it.servers[0])
+    assert it.parts(info, it.servers[0])["footprint_tokens"] == 0
+    assert it.parts(asking("base", CONTEXT[1:]), it.servers[0])["lost_tokens"] == 0
+
+
+def estimates(it: Fleet) -> list[ServerEstimate]:
+    return [it.policy._estimate(server) for server in it.servers]
+
+
+def test_working_set_moves_with_its_conversation_and_expires():
+    a, b, _ = estimates(Fleet())
+    sets = WorkingSets(60.0)
+    sets.note(1, a, 1000.0, 0.0)
+    sets.note(2, a, 500.0, 10.0)
+    sets.note(1, b, 1200.0, 20.0)
+    assert (a.footprint, b.footprint, sets.mean) == (500.0, 1200.0, 850.0)
+    sets.expire(71.0)
+    assert (a.footprint, b.footprint, len(sets)) == (0.0, 1200.0, 1)
+    sets.forget(b)
+    assert (b.footprint, len(sets), sets.total) == (0.0, 0, 0.0)
+
+
+def test_working_sets_are_bounded():
+    a, *_ = estimates(Fleet())
+    sets = WorkingSets(1e9)
+    for key in range(MAX_CONVERSATIONS + 100):
+        sets.note(key, a, 1.0, 0.0)
+    assert len(sets) == MAX_CONVERSATIONS == a.footprint
+
+
+def test_working_set_is_forgotten_with_its_server_and_its_process():
+    it = Fleet()
+    it.scrape(it.servers[0], prompt_tokens=100.0)
+    info = asking("base", CONTEXT, conversation=1)
+    it.serve(info, it.servers[0])
+    it.now += 1.0
+    assert it.parts(info, it.servers[0])["footprint_tokens"] == 10_000
+    it.scrape(it.servers[0], prompt_tokens=1.0)
+    it.now += 1.0
+    assert it.parts(info, it.servers[0])["footprint_tokens"] == 0
+    it.serve(info, it.servers[1])
+    it.policy.forget(it.servers[1])
+    assert len(it.policy._working_sets) == 0
+
+
+@pytest.mark.parametrize(("footprint", "share"), [(0, 0), (25, 0), (62.5, 0.5), (100, 1), (900, 1)])
+def test_overflow_grows_from_a_quarter_to_the_whole_cache(footprint: float, share: float):
+    assert overflow(footprint, 100.0) == pytest.approx(share)
+
+
+# -- the score ---------------------------------------------------------------------------------
+
+
+def test_cached_prefix_does_not_hold_traffic_on_a_full_server():
+    it = Fleet()
+    info = asking("base", CONTEXT[:12_000])
+    it.serve(info, it.servers[0])
+    for server, running in zip(it.servers, (240.0, 160.0, 160.0), strict=True):
+        it.scrape(server, running, kv_tokens=4_000_000)
+    assert it.pick(info) is not it.servers[0]
+
+
+def test_kv_pressure_counts_usage_and_uncached_tokens():
+    it = Fleet()
+    for usage, server in zip((0.95, 0.80, 0.30), it.servers, strict=True):
+        it.scrape(server, kv_usage=usage, kv_tokens=40_000)
+    it.now += 1.0
+    short, long = asking("base", b"x" * 400), asking("base", CONTEXT)
+    assert it.parts(short, it.servers[0])["kv_pressure"] == pytest.approx(20 * 0.1 / 0.15, rel=0.1)
+    assert it.parts(short, it.servers[1])["kv_pressure"] == 0
+    expected = 20 * (0.80 + 10_000 / 40_000 - 0.85) / 0.15
+    assert it.parts(long, it.servers[1])["kv_pressure"] == pytest.approx(expected)
+    assert it.parts(long, it.servers[2])["kv_pressure"] == 0
+    it.serve(long, it.servers[1])
+    assert it.parts(long, it.servers[1])["kv_pressure"] == pytest.approx(0, abs=0.5)
+    assert it.pick(short) is not it.servers[0]
+
+
+def test_server_twice_as_fast_gets_more_without_weights():
+    it = Fleet()
+    totals = dict.fromkeys(it.servers, (0.0, 0.0))
+    for _ in range(40):
+        for server, latency in zip(it.servers, (0.010, 0.010, 0.006), strict=True):
+            seconds, tokens = totals[server]
+            totals[server] = seconds + 400 * latency, tokens + 400
+            it.scrape(
+                server,
+                4.0,
+                token_latency_sum=totals[server][0],
+                token_latency_count=totals[server][1],
+            )
+        it.pick(asking("base"))
+        it.now += 0.5
+    assert it.parts(asking("base"), it.servers[2])["slow"] < 0.85
+    assert it.parts(asking("base"), it.servers[0])["slow"] == 1.0
+
+
+def test_prompt_growth_sends_long_prompts_to_few_servers():
+    def picked(growth: float) -> Server:
+        it = Fleet(prompt_growth=growth)
+        for server, running in zip(it.servers, (6.0, 4.0, 4.0), strict=True):
+            it.scrape(server, running, kv_tokens=400_000)
+            if server is it.servers[0]:
+                continue
+            it.policy._estimate(server).queued = 1500.0
+        return it.pick(asking("base", CONTEXT))
+
+    assert picked(0.0).name == "s0"
+    assert picked(0.5).name != "s0"
+
+
+def test_explanation_has_footprint_and_cache_of_each_server():
+    it = Fleet()
+    info = asking("base", CONTEXT, shared=4000, conversation=7)
+    it.serve(info, it.servers[0])
+    parts = it.parts(info, it.servers[0])
+    assert (parts["footprint_tokens"], parts["kv_tokens"]) == (9000.0, 400_000.0)
