@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -18,19 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trio
 
-from vllm_router.errors import RouterError
-from vllm_router.http.client.pool import Pool
-
 from .environment import ROOT, Environment, Skipped, say
+from .routing_clients import GOOD_FIRST_TOKEN, GOOD_TOKEN_TIME, Clients, Results
+from .routing_traffic import WORKLOADS, Workload
 
-GOOD_FIRST_TOKEN = 0.4
-GOOD_TOKEN_TIME = 0.05
 RUST = "vllm-router==0.1.17"
 
 MOCK = (
@@ -39,66 +35,7 @@ MOCK = (
     "--kv-blocks", "4096",
 )  # fmt: skip
 
-WORDS = [f"word{n}" for n in range(1000)]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Starts at `start` seconds; each turn is its pause, its text and the answer's tokens."""
-
-    start: float
-    system: str
-    turns: tuple[tuple[float, str, int], ...]
-
-
-@dataclass(frozen=True)
-class Workload:
-    says: str
-    make: Callable[[random.Random, float], list[Conversation]]
-    speeds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-
-
-def text(rng: random.Random, tokens: int) -> str:
-    """The mock counts four bytes as a token; a word and its space are about eight."""
-    return " ".join(rng.choices(WORDS, k=max(1, tokens * 4 // 8)))
-
-
-def multi_turn(rng: random.Random, seconds: float) -> list[Conversation]:
-    systems = [text(rng, 1500) for _ in range(12)]
-    made = []
-    for at in starts(rng, 12.0, seconds):
-        turns = [
-            (rng.uniform(0.1, 0.5), text(rng, 80), rng.randint(8, 24))
-            for _ in range(rng.randint(2, 5))
-        ]
-        made.append(Conversation(at, rng.choice(systems), tuple(turns)))
-    return made
-
-
-def chat(rate: float) -> Callable[[random.Random, float], list[Conversation]]:
-    def make(rng: random.Random, seconds: float) -> list[Conversation]:
-        return [
-            Conversation(at, "", ((0.0, text(rng, rng.randint(50, 500)), rng.randint(8, 40)),))
-            for at in starts(rng, rate, seconds)
-        ]
-
-    return make
-
-
-def starts(rng: random.Random, rate: float, seconds: float) -> Iterator[float]:
-    now = 0.0
-    while (now := now + rng.expovariate(rate)) < seconds:
-        yield now
-
-
-WORKLOADS = {
-    "multi-turn": Workload("conversations over 12 system prompts of 1500 tokens", multi_turn),
-    "unequal": Workload("plain chat, one of four servers five times slower", chat(32.0),
-                        (1.0, 1.0, 1.0, 0.2)),
-    "chat": Workload("plain chat on four equal servers", chat(45.0)),
-}  # fmt: skip
-
-OURS = ("adaptive", "least_load")
+OURS = ("adaptive", "session", "least_load")
 RIVALS = ("cache_aware", "power_of_two", "round_robin")
 CONTESTANTS = (*OURS, *(f"rust-{policy}" for policy in RIVALS))
 
@@ -142,11 +79,12 @@ def await_port(port: int, seconds: float = 20.0) -> None:
 
 
 @contextlib.contextmanager
-def servers(speeds: Sequence[float], folder: Path) -> Iterator[list[str]]:
+def servers(workload: Workload, folder: Path) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
-        ports = [free_port() for _ in speeds]
-        for port, speed in zip(ports, speeds, strict=True):
+        ports = [free_port() for _ in workload.speeds]
+        for port, speed in zip(ports, workload.speeds, strict=True):
             run = [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(port), *MOCK]
+            run += workload.mock
             stack.enter_context(process([*run, "--speed", str(speed)], folder / f"mock-{port}.log"))
         for port in ports:
             await_port(port)
@@ -181,129 +119,6 @@ def contestant(name: str, urls: Sequence[str], folder: Path, rust: Path | None) 
         yield f"http://127.0.0.1:{port}"
 
 
-# -- clients -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Results:
-    """Seconds. An answer that failed has no times."""
-
-    firsts: list[float] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
-    good: int = 0
-    asked: int = 0
-    failed: int = 0
-
-
-class Clients:
-    """Run the conversations, each turn after the response to the previous one."""
-
-    def __init__(self, url: str, warm_up: float) -> None:
-        self._pool = Pool(url)
-        self._host = url.removeprefix("http://").encode()
-        self._warm_up = warm_up
-        self._began = 0.0
-        self.results = Results()
-
-    async def run(self, conversations: Sequence[Conversation]) -> Results:
-        await self._wait_until_served()
-        self._began = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            for conversation in conversations:
-                nursery.start_soon(self._converse, conversation)
-        self._pool.close()
-        return self.results
-
-    async def _wait_until_served(self) -> None:
-        body = self._body([{"role": "user", "content": "ready?"}], 1)
-        with trio.move_on_after(30) as patience:
-            while True:
-                with contextlib.suppress(RouterError):
-                    if await self._ask(body) is not None:
-                        break
-                await trio.sleep(0.2)
-        if patience.cancelled_caught:
-            raise Skipped("it serves nothing")
-
-    async def _converse(self, conversation: Conversation) -> None:
-        await trio.sleep_until(self._began + conversation.start)
-        messages: list[dict[str, str]] = []
-        if conversation.system:
-            messages.append({"role": "system", "content": conversation.system})
-        for turn, (pause, said, tokens) in enumerate(conversation.turns):
-            if turn:
-                await trio.sleep(pause)
-            messages.append({"role": "user", "content": said})
-            asked_at = trio.current_time()
-            counted = asked_at - self._began >= self._warm_up
-            self.results.asked += counted
-            answer = None
-            with trio.move_on_after(30):
-                with contextlib.suppress(RouterError):
-                    answer = await self._ask(self._body(messages, tokens))
-            if answer is None:
-                self.results.failed += counted
-                return
-            first, last, content = answer
-            messages.append({"role": "assistant", "content": content})
-            if counted:
-                each = (last - first) / max(1, tokens - 1)
-                self.results.firsts.append(first - asked_at)
-                self.results.tokens.append(each)
-                self.results.good += (
-                    first - asked_at <= GOOD_FIRST_TOKEN and each <= GOOD_TOKEN_TIME
-                )
-
-    @staticmethod
-    def _body(messages: Sequence[dict[str, str]], tokens: int) -> bytes:
-        return json.dumps(
-            {"model": "m", "messages": messages, "stream": True, "max_tokens": tokens,
-             "ignore_eos": True}
-        ).encode()  # fmt: skip
-
-    async def _ask(self, body: bytes) -> tuple[float, float, str] | None:
-        """The times of the first and the last token, and the response; None if it was refused."""
-        pool = self._pool
-        connection = pool.take_idle(trio.current_time()) or await pool.open(trio.current_time())
-        try:
-            head = (
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: " + self._host
-                + b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
-            )  # fmt: skip
-            await connection.send(head, body)
-            answer = await connection.read_head()
-            first = last = 0.0
-            parts = []
-            while piece := await connection.read_body():
-                parts.append(piece)
-                if b'"content":"' in piece or b'"content": "' in piece:
-                    last = trio.current_time()
-                    # The first event of a stream names the role and comes with no token.
-                    if not first and _has_words(piece):
-                        first = last
-            if answer.status != 200 or not first:
-                return None
-            return first, last, _content(b"".join(parts))
-        finally:
-            pool.give_back(connection, trio.current_time())
-
-
-def _has_words(piece: bytes) -> bool:
-    return bool(_content(piece))
-
-
-def _content(stream: bytes) -> str:
-    words = []
-    for line in stream.split(b"\n"):
-        if line.startswith(b"data: {"):
-            try:
-                choices = json.loads(line[6:])["choices"]
-            except (ValueError, KeyError):
-                continue  # cut by a read: the whole is read again at the end
-            words += [choice["delta"].get("content") or "" for choice in choices]
-    return "".join(words)
-
-
 # -- the comparison ----------------------------------------------------------------------------
 
 
@@ -311,8 +126,23 @@ def measure(
     name: str, workload: Workload, seconds: float, seed: int, folder: Path, rust: Path | None
 ) -> Results:
     conversations = workload.make(random.Random(seed), seconds)
-    with servers(workload.speeds, folder) as urls, contestant(name, urls, folder, rust) as url:
-        return trio.run(Clients(url, seconds / 4).run, conversations)
+    with servers(workload, folder) as urls, contestant(name, urls, folder, rust) as url:
+        found = trio.run(Clients(url, seconds / 4).run, conversations)
+        found.hit_rate = hit_rate(urls)
+        return found
+
+
+def hit_rate(urls: Sequence[str]) -> float:
+    """The share of prompt tokens that the servers have found in their caches, by their counters."""
+    hits = queries = 0.0
+    for url in urls:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+            for line in page.read().decode().splitlines():
+                if line.startswith("vllm:prefix_cache_hits_total"):
+                    hits += float(line.rsplit(" ", 1)[1])
+                elif line.startswith("vllm:prefix_cache_queries_total"):
+                    queries += float(line.rsplit(" ", 1)[1])
+    return hits / queries if queries else 0.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -328,6 +158,7 @@ def row(workload: str, name: str, found: Results) -> str:
         f"{1000 * percentile(found.firsts, 0.99):.0f} ms",
         f"{1000 * percentile(found.tokens, 0.5):.1f} ms",
         f"{found.good / max(1, found.asked):.1%}",
+        f"{found.hit_rate:.1%}",
         f"{found.asked}",
         f"{found.failed}",
     ]
@@ -357,8 +188,8 @@ def main() -> int:
             rust = Environment(ROOT / ".bench").venv("rust", RUST).with_name("vllm-router")
         except Skipped as skipped:
             say(f"without the Rust router: {skipped}")
-    print("| workload | router | TTFT p50 | p99 | TPOT p50 | goodput | requests | failed |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| workload | router | TTFT p50 | p99 | TPOT p50 | goodput | hits | requests | failed |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for workload in workloads:
             for name in names:

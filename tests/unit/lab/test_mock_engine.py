@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_router.lab.mock.checks import prompt_of
 from vllm_router.lab.mock.engine import Engine, QueueFull
 from vllm_router.lab.mock.kvcache import KVCache, block_chain
 from vllm_router.lab.mock.options import MockOptions
@@ -258,3 +259,47 @@ def test_detokenize_undoes_tokenize(text):
 def test_generated_word_is_one_token():
     assert len(set(WORDS)) == 256
     assert {len(word.encode()) for word in WORDS} == {TOKEN_BYTES}
+
+
+def adapter_request(model: str, limit: int = 1) -> Request:
+    return Request(model=model, prompt=b"hello", limit=limit)
+
+
+def test_mock_engine_adapter_is_loaded_once_and_delays_its_step():
+    core = engine(models=("m",), loras=("a",), max_loras=1, lora_swap=0.5)
+    for begin, expected in ((0.0, 0.5), (10.0, 10.0)):
+        one = adapter_request("a")
+        core.submit(one, begin)
+        assert times(run(core, begin), one) == [expected]
+
+
+def test_mock_engine_request_without_adapter_slot_waits_while_others_pass():
+    core = engine(models=("m",), loras=("a", "b"), max_loras=1)
+    running, waiting, base = adapter_request("a", 5), adapter_request("b"), request(limit=1)
+    for one in (running, waiting, base):
+        core.submit(one, 0.0)
+    seen = run(core)
+    assert times(seen, base)[0] < times(seen, running)[-1] <= times(seen, waiting)[0]
+
+
+def test_mock_engine_without_limit_of_adapters_never_swaps():
+    core = engine(models=("m",), loras=("a", "b"), lora_swap=0.5)
+    one, two = adapter_request("a"), adapter_request("b")
+    core.submit(one, 0.0)
+    core.submit(two, 0.0)
+    seen = run(core)
+    assert times(seen, one) == times(seen, two) == [0.0]
+
+
+def test_mock_prompt_leaves_out_the_billing_header_of_a_system_list_as_vllm_does():
+    def prompt(*system: str) -> bytes:
+        body = {
+            "messages": [{"role": "user", "content": "hello"}],
+            "system": [{"type": "text", "text": text} for text in system],
+        }
+        return prompt_of("messages", body)
+
+    billing = "x-anthropic-billing-header: cc_version=2.1; cch=abcde;"
+    assert prompt(billing, "Be brief.") == prompt("Be brief.")
+    whole = {"messages": [{"role": "user", "content": "hello"}], "system": billing}
+    assert billing.encode() in prompt_of("messages", whole)

@@ -7,7 +7,13 @@ from typing import Any
 
 from vllm_router.lab.mock.api_error import ApiError, bad_request, invalid, shown
 from vllm_router.lab.mock.options import MockOptions
-from vllm_router.lab.mock.text import bytes_of, chat_prompt, content_text, token_count
+from vllm_router.lab.mock.text import (
+    bytes_of,
+    chat_prompt,
+    content_text,
+    token_count,
+    without_billing_header,
+)
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
@@ -120,7 +126,8 @@ def prompt_of(kind: str, body: Mapping[str, Any]) -> bytes:
     if kind in ("chat", "messages", "count"):
         messages = list(body["messages"])
         if body.get("system"):
-            messages.insert(0, {"role": "system", "content": body["system"]})
+            system = without_billing_header(body["system"])
+            messages.insert(0, {"role": "system", "content": system})
         return chat_prompt(messages, body.get("tools"))
     if kind == "responses":
         given = body["input"]

@@ -14,6 +14,7 @@ import heapq
 import math
 from collections import deque
 
+from vllm_router.lab.mock.adapters import AdapterSlots
 from vllm_router.lab.mock.kvcache import KVCache, block_chain
 from vllm_router.lab.mock.options import MockOptions
 from vllm_router.lab.mock.request import Request
@@ -44,6 +45,9 @@ class Engine:
         self._common: dict[Request, None] = {}
         self._aborted: list[Request] = []
         self._sequence = 0
+        self.adapters = AdapterSlots(options)
+        self._swaps = 0.0
+        """Seconds of loading adapters that the next step takes longer."""
 
     @property
     def wake(self) -> float:
@@ -109,12 +113,13 @@ class Engine:
 
     def _admit(self, now: float) -> None:
         while self.admitting and self.waiting and len(self.running) < self.options.max_num_seqs:
-            request = self.waiting[0]
-            if not request.aborted and not self._place(request):
+            request = self._next_waiting()
+            if request is None or (not request.aborted and not self._place(request)):
                 return
-            self.waiting.popleft()
+            self.waiting.remove(request)
             if request.aborted:
                 continue
+            self._swaps += self.adapters.take(request.model)
             self.running[request] = None
             request.admitted = now
             self.statistics.queue_time.observe(now - request.arrived)
@@ -124,6 +129,13 @@ class Engine:
                 self._time(request, now + self.options.first_token_seconds, joins=True)
             else:
                 self._common[request] = None
+
+    def _next_waiting(self) -> Request | None:
+        """The first waiting request whose adapter is loaded or finds a slot; vLLM skips others."""
+        for request in self.waiting:
+            if request.aborted or self.adapters.fits(request.model):
+                return request
+        return None
 
     def _place(self, request: Request) -> bool:
         """Reserve KV cache blocks and find cached ones.
@@ -186,7 +198,8 @@ class Engine:
             else:
                 decoding += 1
             batch.append(request)
-        duration = prefill / options.prefill_rate
+        duration = prefill / options.prefill_rate + self._swaps / options.speed
+        self._swaps = 0.0
         if decoding:
             duration += options.step_seconds * (
                 1.0 + options.batch_slowdown * (len(self.running) - 1)
@@ -253,6 +266,7 @@ class Engine:
 
     def _leave(self, request: Request) -> None:
         del self.running[request]
+        self.adapters.release(request.model)
         self._common.pop(request, None)
         request.ticket = 0
         self.cache.release(request.chain, request.private)

@@ -294,7 +294,8 @@ def engine_metrics(
         )
         held = ",".join(sorted({r.model for e in engines for r in e.waiting if r.model in loras}))
         adapters = (
-            f'max_lora="{max(4, len(loras))}",running_lora_adapters="{running}",'
+            f'max_lora="{options.max_loras or max(4, len(loras))}",'
+            f'running_lora_adapters="{running}",'
             f'waiting_lora_adapters="{held}"'
         )
         now = time.time()

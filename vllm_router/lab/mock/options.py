@@ -103,6 +103,8 @@ class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
     name: str = ""  # the x-mock-server header; empty: `mock-<port>`
     models: tuple[str, ...] = ("mock-model",)
     loras: tuple[str, ...] = ()  # `name` or `name=path`
+    max_loras: int = 0  # adapters in memory at a time; 0: all
+    lora_swap: float = 0.0  # what loading one adds to a step, in seconds
     max_model_len: int = 32768
     api_key: str | None = None
 

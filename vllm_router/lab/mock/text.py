@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 TOKEN_BYTES = 4
+_BILLING_HEADER = "x-anthropic-billing-header"
 
 WORDS = tuple(
     f" {first}{vowel}{last}" for first in "bdfghklmnprstvwz" for vowel in "aiou" for last in "nrls"
@@ -69,6 +70,19 @@ def content_text(content: object) -> str:
             for part in content
         )
     return str(content)
+
+
+def without_billing_header(system: object) -> object:
+    """`system` of the Messages API without the block that Claude Code changes with every request,
+    as vLLM drops it from the prompt; a `system` that is one string keeps it.
+    """
+    if not isinstance(system, list):
+        return system
+    return [
+        part
+        for part in system
+        if not (isinstance(part, dict) and str(part.get("text", "")).startswith(_BILLING_HEADER))
+    ]
 
 
 def chat_prompt(messages: Sequence[Any], tools: object = None) -> bytes:
