@@ -17,7 +17,7 @@ import pytest
 from mutation.coverage_map import CoverageMap, Mapped
 from mutation.modules import DECIDING
 from mutation.sites import Mutant, mutants_of
-from mutation.trial import Originals, try_mutant
+from mutation.trial import Originals, passes, try_mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".bench" / "mutants.json"
@@ -34,6 +34,8 @@ TESTS = (
 FACTOR = 5
 """A mutant that survives its tests is tried with more, up to so many times as many."""
 
+NEAR_TURNS = 10
+
 SECONDS = 60.0
 """Time limit of one mutant, beside four times what its tests take without it."""
 
@@ -45,6 +47,7 @@ class Options:
     seed: int
     only: str
     tests: int
+    within: tuple[str, ...]
 
 
 def options(arguments: list[str]) -> Options:
@@ -56,6 +59,9 @@ def options(arguments: list[str]) -> Options:
     parser.add_argument("--seed", type=int, default=20261129)
     parser.add_argument("--only", default="", metavar="FILE:LINE", help="mutants of one line")
     parser.add_argument("--tests", type=int, default=120, help="tests for one mutant, at first")
+    parser.add_argument(
+        "--within", action="append", metavar="PATH", help="use the tests of this folder or file"
+    )
     parser.add_argument("--list", action="store_true", help="print the modules")
     found = parser.parse_args(arguments)
     if found.list:
@@ -66,7 +72,8 @@ def options(arguments: list[str]) -> Options:
         chosen = [found.only.partition(":")[0]]
     if not chosen:
         parser.error(f"no module matches {found.modules}; --list prints them")
-    return Options(tuple(chosen), found.count, found.seed, found.only, found.tests)
+    within = tuple(found.within or TESTS)
+    return Options(tuple(chosen), found.count, found.seed, found.only, found.tests, within)
 
 
 class Run:
@@ -74,6 +81,8 @@ class Run:
 
     def __init__(self, chosen: Options) -> None:
         self._options = chosen
+        self._passes: dict[str, bool] = {}
+        """Whether a test that has killed a mutant passes without one."""
         self.survivors = 0
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -85,6 +94,7 @@ class Run:
         mapping = CoverageMap(KEPT, ROOT, paths)
         mapping.make(session.items)
         items = {item.nodeid: item for item in session.items}
+        print(f"{len(items)} tests are mapped", flush=True)
         failing = [nodeid for nodeid, test in mapping.tests.items() if not test.passed]
         for nodeid in failing:
             print(f"left out, because it fails without a mutant: {nodeid}")
@@ -115,11 +125,9 @@ class Run:
                 continue
             lines = self._lines(mutant, module, mapped)
             most = self._options.tests
-            ordered = choose(mapped, items, lines)
+            ordered = choose(mapped, items, lines, module)
             for tests in (ordered[:most], ordered[most : FACTOR * most]):
-                tests = sorted(tests, key=lambda test: mapped[test.nodeid].seconds)
-                limit = SECONDS + 4 * sum(mapped[test.nodeid].seconds for test in tests)
-                result, killer = try_mutant(mutant, originals, name, tests, limit)
+                result, killer = self._try(mutant, originals, name, tests, mapped)
                 if result != "survived" or len(ordered) <= most:
                     break
             counts[result] += 1
@@ -130,6 +138,29 @@ class Run:
                 print(f"{result} {where} {mutant.before} -> {mutant.after} [{killer}]", flush=True)
         print(summary(module, counts), flush=True)
         return counts
+
+    def _try(
+        self,
+        mutant: Mutant,
+        originals: Originals,
+        name: str,
+        tests: list[pytest.Item],
+        mapped: dict[str, Mapped],
+    ) -> tuple[str, str]:
+        """`try_mutant` with the tests that pass without a mutant, the quickest first."""
+        tests = sorted(tests, key=lambda test: mapped[test.nodeid].seconds)
+        while True:
+            tests = [test for test in tests if self._passes.get(test.nodeid, True)]
+            limit = SECONDS + 4 * sum(mapped[test.nodeid].seconds for test in tests)
+            result, killer = try_mutant(mutant, originals, name, tests, limit)
+            item = next((test for test in tests if test.nodeid == killer), None)
+            if item is None or self._passes.get(killer):
+                return result, killer
+            # The map may be older than the code.
+            self._passes[killer] = passes(item)
+            if self._passes[killer]:
+                return result, killer
+            print(f"left out, because it fails without a mutant: {killer}", flush=True)
 
     def _chosen(self, module: str) -> list[Mutant]:
         """The mutants to try, the same for the same seed and text."""
@@ -165,8 +196,12 @@ def choose(
     mapped: dict[str, Mapped],
     items: dict[str, pytest.Item],
     lines: set[tuple[str, int]],
+    module: str,
 ) -> list[pytest.Item]:
-    """The tests that run one of the lines: alternating between files, the narrowest tests first."""
+    """The tests that run one of the lines: alternating between files, the narrowest tests first.
+
+    Files of the module's room, or with a word of its name in theirs, take NEAR_TURNS at a time.
+    """
     by_file: dict[str, list[tuple[int, str]]] = {}
     for nodeid, test in mapped.items():
         if nodeid in items and any(
@@ -174,14 +209,25 @@ def choose(
         ):
             size = sum(map(len, test.lines.values()))
             by_file.setdefault(nodeid.partition("::")[0], []).append((size, nodeid))
-    queues = [sorted(tests) for _, tests in sorted(by_file.items())]
-    turns = [
-        queue[turn]
-        for turn in range(max(map(len, queues), default=0))
-        for queue in queues
-        if turn < len(queue)
+    queues = [
+        (sorted(tests), NEAR_TURNS if _is_near(file, module) else 1)
+        for file, tests in sorted(by_file.items())
     ]
+    turns: list[tuple[int, str]] = []
+    place = 0
+    while len(turns) < sum(len(queue) for queue, _ in queues):
+        for queue, pace in queues:
+            turns += queue[place * pace : (place + 1) * pace]
+        place += 1
     return [items[nodeid] for _, nodeid in turns]
+
+
+def _is_near(file: str, module: str) -> bool:
+    words = set(Path(module).stem.split("_"))
+    rooms = ("fleet", "routing", "config", "http")  # the tests of the proxy are many and slow
+    return Path(file).parts[2] == Path(module).parts[1] in rooms or bool(
+        words & set(Path(file).stem.split("_"))
+    )
 
 
 def name_of(mutant: Mutant, module: str) -> str:
@@ -202,9 +248,10 @@ def summary(name: str, counts: Counter[str]) -> str:
 
 
 def main() -> int:
-    run = Run(options(sys.argv[1:]))
-    arguments = ["-q", "-s", "-p", "no:randomly", "-p", "no:cacheprovider", "--no-header", *TESTS]
-    code = pytest.main(arguments, plugins=[run])
+    chosen = options(sys.argv[1:])
+    run = Run(chosen)
+    arguments = ["-q", "-s", "-p", "no:randomly", "-p", "no:cacheprovider", "--no-header"]
+    code = pytest.main([*arguments, *chosen.within], plugins=[run])
     return int(code) or int(run.survivors > 0)
 
 

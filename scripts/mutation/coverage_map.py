@@ -1,11 +1,13 @@
 """Maps tests to the lines of the decision modules that they run, and to their durations.
 
-The map is kept in a file; a test file is mapped again when it has changed, and all of them when one
-of the modules or of the shared test files has changed.
+The map is kept in a file; a test file is mapped again when it has changed. When a module has
+changed, its lines are carried over: a changed or new line counts as run by the tests that ran the
+lines in its place or beside it.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import coverage
 import pytest
@@ -39,15 +42,11 @@ class CoverageMap:
 
     def make(self, items: list[pytest.Item]) -> None:
         """Run the tests that are not mapped yet, in a process of their own."""
-        common = _hash(
-            [*self._modules, *(self._root / "tests/support").glob("*.py")],
-            (self._root / "tests/conftest.py").read_bytes(),
-        )
-        stored = self._load(common)
+        stored = self._load()
         by_file: dict[Path, list[pytest.Item]] = defaultdict(list)
         for item in items:
             by_file[item.path].append(item)
-        hashes = {str(path.relative_to(self._root)): _hash([path]) for path in by_file}
+        hashes = {self._name(path): _hash(path) for path in by_file}
         fresh = {
             name for name, digest in hashes.items() if stored.get(name, {}).get("hash") == digest
         }
@@ -56,7 +55,7 @@ class CoverageMap:
                 self.tests[nodeid] = Mapped(**test)
         self._kept.parent.mkdir(exist_ok=True)
         for path, tests in by_file.items():
-            name = str(path.relative_to(self._root))
+            name = self._name(path)
             if name in fresh:
                 continue
             print(f"mapping {len(tests)} tests of {name}", flush=True)
@@ -64,13 +63,34 @@ class CoverageMap:
             self.tests |= mapped
             as_stored = {nodeid: vars(test) for nodeid, test in mapped.items()}
             stored[name] = {"hash": hashes[name], "tests": as_stored}
-            self._kept.write_text(json.dumps({"common": common, "files": stored}))
+            self._save(stored)
+        self._save(stored)
 
-    def _load(self, common: str) -> dict[str, dict[str, object]]:
+    def _save(self, stored: dict[str, Any]) -> None:
+        texts = {self._name(path): path.read_text() for path in self._modules if path.exists()}
+        self._kept.write_text(json.dumps({"texts": texts, "files": stored}))
+
+    def _load(self) -> dict[str, Any]:
         if not self._kept.exists():
             return {}
-        stored = json.loads(self._kept.read_text())
-        return stored["files"] if stored["common"] == common else {}
+        kept = json.loads(self._kept.read_text())
+        if not {self._name(path) for path in self._modules} <= kept.get("texts", {}).keys():
+            return {}  # of another version, or a module is new
+        files: dict[str, Any] = kept["files"]
+        for path in self._modules:
+            name = self._name(path)
+            if kept["texts"][name] == path.read_text():
+                continue
+            moved = carried_over(kept["texts"][name], path.read_text())
+            for file in files.values():
+                for test in file["tests"].values():
+                    if name in test["lines"]:
+                        lines = {new for old in test["lines"][name] for new in moved.get(old, ())}
+                        test["lines"][name] = sorted(lines)
+        return files
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self._root))
 
     def _run(self, items: list[pytest.Item]) -> dict[str, Mapped]:
         result = self._kept.with_suffix(".part")
@@ -113,7 +133,7 @@ class CoverageMap:
                     by_test[nodeid].append(line)
             for nodeid, lines in by_test.items():
                 if nodeid in mapped:
-                    mapped[nodeid].lines[str(path.relative_to(self._root))] = sorted(lines)
+                    mapped[nodeid].lines[self._name(path)] = sorted(lines)
         return mapped
 
 
@@ -146,8 +166,21 @@ class Failures:
             self.found.append(report.when or "")
 
 
-def _hash(paths: Iterable[Path], more: bytes = b"") -> str:
-    total = hashlib.sha256(more)
-    for path in sorted(paths):
-        total.update(path.read_bytes())
-    return total.hexdigest()
+def carried_over(old: str, new: str) -> dict[int, list[int]]:
+    """The lines of the new text that stand for each line of the old one."""
+    before, after = old.splitlines(), new.splitlines()
+    lines: dict[int, list[int]] = defaultdict(list)
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    for kind, start, end, new_start, new_end in matcher.get_opcodes():
+        if kind == "equal":
+            for place in range(end - start):
+                lines[start + place + 1].append(new_start + place + 1)
+        elif kind != "delete":
+            beside = range(max(start - 1, 0), end + 1)
+            for place in beside if kind == "insert" else range(start, end):
+                lines[place + 1] += range(new_start + 1, new_end + 1)
+    return lines
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

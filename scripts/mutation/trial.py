@@ -127,6 +127,19 @@ def try_mutant(
     return ("unclear", "cannot be applied") if code == UNCLEAR else ("killed", killer or str(code))
 
 
+def passes(test: pytest.Item) -> bool:
+    """Whether the test passes without a mutant, in a forked process."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            silence()
+            status = int(not run_test(test, None))
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def _child(
     mutant: Mutant,
     originals: Originals,

@@ -104,7 +104,7 @@ class ActiveHealth:
         return False
 
     def _count(self, good: bool, now: float) -> None:
-        if good and not self.goods_in_row:
+        if not self.goods_in_row:
             self._good_since = now
         self.failures_in_row = 0 if good else self.failures_in_row + 1
         self.goods_in_row = self.goods_in_row + 1 if good else 0
@@ -115,7 +115,6 @@ class ActiveHealth:
             # The first check decides alone, so that a fleet is usable right after the start.
             self.up = self.failures_in_row == 0
             self.reason = "" if self.up else detail
-            self._detail = detail
             self._up_since = now
             return True
         if not self.up:

@@ -16,9 +16,9 @@ def choose(
     """
     serving = [s for s in servers if model is None or s.serves(model)]
     usable = [server for server in serving if server.usable]
-    if model is not None and any(server.models is not None for server in usable):
+    if model is not None:
         # Servers with an unknown list are tried only if no known list has the model.
-        usable = [s for s in usable if s.models is not None and model in s.models] or usable
+        usable = [server for server in usable if server.models is not None] or usable
     untried = [s for s in usable if s not in tried and not (tried and s.paused_at is not None)]
     untried += [server for server in serving if server.damped and server not in tried]
     ranks = [rank(server, now) for server in untried]

@@ -41,7 +41,7 @@ class PassiveHealth:
         self.trial = False
         self.next_trial_at = 0.0
         """When another trial may follow a silent one."""
-        self._trials = 0
+        self._gap = TRIAL_GAP
         self._restored_at = 0.0
         self._last_body: int | None = None
         self._repeats = 0
@@ -154,7 +154,7 @@ class PassiveHealth:
         self.ejections += 1
         time = self.rules.time_out(self.ejections)
         self.ejected, self.trial, self.until = True, False, now + time * jitter
-        self._trials = 0
+        self._gap = TRIAL_GAP
         self.reason = reason
 
     def succeeded(self, now: float, *, trial: bool) -> bool:
@@ -172,22 +172,19 @@ class PassiveHealth:
         """A request was leased; True if it is a trial."""
         self.trial = self.ejected
         if self.trial:
-            gap = min(TRIAL_GAP * 2 ** min(self._trials, 8), LONGEST_TRIAL_GAP)
-            self.next_trial_at = now + gap
+            self.next_trial_at = now + self._gap
             if now >= self.until:  # else it was sent by the panic rule
-                self._trials += 1
+                self._gap = min(2 * self._gap, LONGEST_TRIAL_GAP)
         return self.trial
 
     def trial_ended(self) -> None:
         """The trial ended without a result (the client left): another may follow."""
         self.trial = False
 
-    def restarted(self, now: float) -> bool:
+    def restarted(self, now: float) -> None:
         """The server went down and came up: a new process with a clean record."""
-        was_ejected = self.ejected
         self.failures_in_row = self._repeats = 0
         self._restore(now)
-        return was_ejected
 
     def _restore(self, now: float) -> None:
         self.ejected = self.trial = False

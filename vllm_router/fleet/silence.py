@@ -53,7 +53,7 @@ class Silence:
         """
         if self.since is not None and now < self.until:
             return False
-        self.rounds = self.rounds + 1 if self.since is not None else 1
+        self.rounds += 1
         self.since = since if self.since is None else self.since
         self.reason, self.trial = reason, False
         self.until = now + min(hold * self.rounds, max(hold, LONGEST))

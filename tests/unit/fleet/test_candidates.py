@@ -56,6 +56,48 @@ def test_rank_orders_reasons_against_a_server():
     assert (rank(healthy, 10.0), rank(healthy, 15.0)) == (2, 0)
 
 
+def test_rank_paused_server_is_the_last_resort_of_all():
+    fleet = make_fleet(2, health_check_rise=1)
+    paused, flapping = servers = list(fleet.servers.values())
+    paused.pause(on=True, now=0.0)
+    damped(flapping)
+    assert (rank(paused, 10.0), rank(flapping, 10.0)) == (5, 4)
+    assert names(servers) == "b"
+
+
+def test_choose_paused_server_only_for_first_attempt():
+    """A request that waits on a paused server is not better off on another paused one."""
+    fleet = make_fleet(2)
+    a, b = servers = list(fleet.servers.values())
+    b.pause(on=True, now=0.0)
+    assert names(servers) == "a"
+    assert names(servers, "m", a) == ""
+    assert names([b]) == "b"
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_is_fully_healthy_is_rank_zero(healthy):
+    (server,) = make_fleet(1).servers.values()
+    if not healthy:
+        server.refused(9.5, None)
+    assert is_fully_healthy(server, 10.0) is healthy
+
+
+def test_next_rank_change_includes_trials_of_refusals():
+    (server,) = make_fleet(1).servers.values()
+    server.accepted_elsewhere("/v1/embeddings", 0, "404", 10.0, body=1, sure=True)
+    assert next_rank_change(server, 10.0) == 10.0 + server.passive_health.rules.ejection_time
+
+
+def test_next_rank_change_includes_ejection_and_its_trials():
+    (server,) = make_fleet(1).servers.values()
+    eject(server, 10.0)
+    assert next_rank_change(server, 10.0) == server.passive_health.until
+    now = server.passive_health.until
+    server.lease(now)
+    assert next_rank_change(server, now) == server.passive_health.next_trial_at
+
+
 def test_next_rank_change_is_the_first_moment_to_come():
     (server,) = make_fleet(1).servers.values()
     assert next_rank_change(server, 10.0) is None

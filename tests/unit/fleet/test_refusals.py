@@ -4,6 +4,8 @@ ends.
 
 from __future__ import annotations
 
+import pytest
+
 from support.fleet_makers import come_up, go_down, make_config, make_fleet
 from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, MAX_REFUSALS, Asked, Refusals
 from vllm_router.fleet.state import State
@@ -93,6 +95,140 @@ def test_refusals_are_bounded_and_expire():
     assert not refusals.expire(200.0)
     assert refusals.expire(200.0 + FORGET_AFTER)
     assert not refusals.known
+
+
+def test_refusals_new_refusal_has_its_properties_and_is_shown_once_confirmed():
+    refusals = Refusals()
+    assert doubt(refusals, 1.0, body=1) is False
+    (refusal,) = refusals.all()
+    assert (refusal.what, refusal.words, refusal.size) == (ROUTE, "403", 0)
+    assert (refusal.at, refusal.until, refusal.times, refusal.seen) == (1.0, 0.0, 0, 1)
+    assert (refusals.reason(), refusals.count(), refusals.moments()) == ("", 0, [0.0])
+    assert refusals.active(0.5) == ()
+    refuse(refusals, 2.0, size=10)
+    assert (refusal.at, refusal.until, refusal.times) == (2.0, 7.0, 1)
+    assert refusals.count() == 1
+    assert refusals.active(6.9) == ((ROUTE, 0),)
+    assert refusals.active(7.0) == ()
+
+
+def test_refusals_request_sent_before_confirmation_does_not_prolong():
+    refusals = Refusals()
+    refuse(refusals, 0.0)
+    assert refuse(refusals, 4.9) is False
+    assert refusals.moments() == [5.0]
+    assert refuse(refusals, 5.0) is True
+    assert refusals.moments() == [15.0]
+
+
+def test_refusals_hold_longer_than_the_longest_is_kept():
+    refusals = Refusals()
+    for now in (0.0, 90.0):
+        assert refusals.refused(ROUTE, 0, "", now, hold=90.0, body=1, sure=True)
+        assert refusals.moments() == [now + 90.0]
+
+
+def test_refusals_doubts_must_follow_each_other_within_a_minute():
+    refusals = Refusals()
+    for number in range(6):
+        assert doubt(refusals, 60.0 * number, body=number) is False
+    assert doubt(refusals, 359.9, body=7) is False
+    assert doubt(refusals, 400.0, body=7) is False  # the same again
+    assert doubt(refusals, 459.9, body=8) is True
+
+
+def test_refusals_confirmed_doubt_is_renewed_by_one_request():
+    refusals = Refusals()
+    for body in range(DOUBTS):
+        doubt(refusals, 1.0, body=body)
+    assert doubt(refusals, 6.0, body=DOUBTS - 1) is True
+
+
+def test_refusals_refused_again_only_counts_for_confirmed_trials():
+    refusals = Refusals()
+    assert refusals.refused_again(ROUTE, 9.0, hold=5.0) is False
+    doubt(refusals, 0.0, body=1)
+    assert refusals.refused_again(ROUTE, 9.0, hold=5.0) is False
+    refuse(refusals, 10.0)
+    assert refusals.refused_again(ROUTE, 14.9, hold=5.0) is False
+    assert refusals.refused_again(ROUTE, 15.0, hold=5.0) is True
+    assert refusals.moments() == [25.0]
+
+
+def test_refusals_answer_ends_doubt_silently_and_confirmed_refusal_with_a_change():
+    refusals = Refusals()
+    doubt(refusals, 0.0, body=1)
+    assert refusals.answered(asked(path="/v1/other")) is False
+    assert len(refusals.all()) == 1
+    assert refusals.answered(asked()) is False
+    assert refusals.all() == ()
+    refuse(refusals, 0.0)
+    assert refusals.answered(asked()) is True
+
+
+def test_refusals_of_a_model_concern_requests_that_name_it():
+    refusals = Refusals()
+    refuse(refusals, 0.0, name="model m")
+    assert refusals.refuses(asked(), 1.0) is True
+    assert refusals.refuses(asked(model="other"), 1.0) is False
+    assert refusals.refuses(asked(model=None), 1.0) is False
+    refuse(refusals, 0.0)
+    assert refusals.refuses(asked(model=None), 1.0) is True
+
+
+def test_refusals_of_models_end_when_the_model_list_changes_them():
+    refusals = Refusals()
+    for name in ("model kept", "model gone", "model new", ROUTE):
+        refuse(refusals, 0.0, name=name)
+    assert refusals.relisted({"kept", "gone"}, {"kept", "new"}) is True
+    assert set(refusals.known) == {"model kept", ROUTE}
+    assert refusals.relisted({"kept"}, {"kept"}) is False
+    assert set(refusals.known) == {"model kept", ROUTE}
+
+
+def test_refusals_expire_after_their_last_trial():
+    refusals = Refusals()
+    refuse(refusals, 0.0)
+    assert refusals.expire(5.0 + FORGET_AFTER) is False
+    assert refusals.expire(5.1 + FORGET_AFTER) is True
+    doubt(refusals, 10.0, body=1)
+    assert refusals.expire(10.0 + FORGET_AFTER) is False
+    assert refusals.expire(10.1 + FORGET_AFTER) is True
+    assert refusals.expire(10_000.0) is False
+
+
+def test_refusals_replaced_and_cleared():
+    theirs, refusals = Refusals(), Refusals()
+    assert refusals.clear() is False
+    refuse(theirs, 0.0)
+    refuse(refusals, 0.0, name="/v1/other")
+    refusals.replace(theirs.all())
+    assert refusals.known == theirs.known
+    assert refusals.clear() is True
+    assert refusals.known == {}
+
+
+def test_refusals_at_the_limit_drop_the_one_with_the_earliest_trial():
+    refusals = Refusals()
+    for number in range(MAX_REFUSALS):
+        refuse(refusals, float(MAX_REFUSALS - number), name=f"/v1/{number}")
+    assert len(refusals.known) == MAX_REFUSALS
+    refuse(refusals, 0.0, name="/v1/more")
+    assert f"/v1/{MAX_REFUSALS - 1}" not in refusals.known
+    assert len(refusals.known) == MAX_REFUSALS
+    assert {"/v1/0", "/v1/more"} <= refusals.known.keys()
+
+
+@pytest.mark.parametrize(("count", "end"), [(3, ""), (4, "; and 1 more"), (5, "; and 2 more")])
+def test_refusals_reason_names_the_first_three(count, end):
+    refusals = Refusals()
+    for number in range(count):
+        refuse(refusals, 0.0, name=f"/v1/{number}", size=7 if number == 1 else 0)
+    others = "which other servers accept: 404"
+    assert refusals.reason() == (
+        f"refuses /v1/0, {others}; refuses /v1/1 with 7 bytes or more, {others}; "
+        f"refuses /v1/2, {others}{end}"
+    )
 
 
 # -- of a server in a fleet ------------------------------------------------------------------------
