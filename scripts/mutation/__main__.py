@@ -31,6 +31,9 @@ TESTS = (
     "tests/property/test_waiting_model.py",
 )
 """Where the tests of the deciding modules are; the others run in process, too, but take long."""
+ANY = "any"
+"""Stands in equivalents.toml for all changes of a line."""
+
 FACTOR = 5
 """A mutant that survives its tests is tried with more, up to so many times as many."""
 
@@ -119,8 +122,8 @@ class Run:
         name = module.removesuffix(".py").replace("/", ".")
         for mutant in self._chosen(module):
             where = f"{module}:{mutant.line}"
-            reason = known.get((name_of(mutant, name), mutant.before, mutant.after))
-            if reason is not None:
+            key = (name_of(mutant, name), mutant.before)
+            if (*key, mutant.after) in known or (*key, ANY) in known:
                 counts["equivalent"] += 1
                 continue
             lines = self._lines(mutant, module, mapped)
@@ -128,7 +131,7 @@ class Run:
             ordered = choose(mapped, items, lines, module)
             for tests in (ordered[:most], ordered[most : FACTOR * most]):
                 result, killer = self._try(mutant, originals, name, tests, mapped)
-                if result != "survived" or len(ordered) <= most:
+                if result != "survived" or len(ordered) <= most or self._options.within != TESTS:
                     break
             counts[result] += 1
             if result == "survived":

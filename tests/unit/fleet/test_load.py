@@ -38,6 +38,13 @@ def test_new_estimate_is_idle_and_without_metrics():
     assert load.age(5.0) == math.inf
 
 
+def test_new_estimate_has_capacity_one_and_no_slow_start():
+    load = LoadEstimate()
+    assert load.advance(5.0, 5.0) is False
+    load.update(3)
+    assert (load.value, load.effective) == (3.0, 3.0)
+
+
 def test_load_metrics_are_stale_after_three_intervals():
     assert make(interval=0.5).stale_after == 1.5
 

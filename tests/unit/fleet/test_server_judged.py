@@ -65,6 +65,19 @@ def test_check_timeout_counts_unless_bytes_came_since_the_one_before():
     assert server.current_state(14.0) == (State.DOWN, "slow (1 checks in a row)")
 
 
+def test_check_first_one_that_times_out_takes_server_down():
+    server = Watched()
+    assert server.checked(Check.TIMEOUT, 2.0, 2.0, "slow") is True
+    assert server.current_state(2.0) == (State.DOWN, "slow")
+
+
+def test_scrape_before_the_first_check_changes_nothing():
+    server = Watched()
+    assert server.scrape_reached(True, 1.0) is False
+    assert not server.reported()
+    assert server.state is State.UNKNOWN
+
+
 def test_check_that_takes_server_down_reports_and_its_return_clears():
     server = watched(health_check_rise=1)
     server.refused(1.0, 100.0)
