@@ -59,6 +59,16 @@ async def test_transfer_parameter_is_refused_on_every_path(path, autojump_clock)
         assert rig.requests()["a"] == 0
 
 
+async def test_transfer_parameter_in_long_body_is_refused(autojump_clock):
+    async with lab(answering(GOOD)) as rig:
+        got = await rig.post(
+            {"model": "m", "prompt": "x" * 300_000, "kv_transfer_params": SOMEWHERE}
+        )
+        assert got.status == 400
+        assert "allow_kv_transfer_params = true" in got.json["error"]["message"]
+        assert rig.requests().total() == 0
+
+
 @pytest.mark.parametrize("parameter", REFUSED)
 async def test_transfer_parameter_if_allowed_passes(parameter, autojump_clock):
     async with lab(answering(GOOD), allow_kv_transfer_params=True) as rig:
