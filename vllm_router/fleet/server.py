@@ -481,8 +481,7 @@ class Server:
         Without any, the gauges are stuck or the engine hangs: they are subtracted from the load,
         and a trial request shows which of the two it is.
         """
-        if self.silence.since is not None:
-            self._end_silence(now)
+        self._end_silence(now)
         load, metrics = self.load_estimate, self.metrics
         gauges = 0.0
         if metrics is not None and load.fresh and metrics.counts:

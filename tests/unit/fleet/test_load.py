@@ -131,6 +131,12 @@ def test_slow_start_time_does_not_go_back():
     assert load.slow_start_factor == 0.9
 
 
+def test_slow_start_disabled_at_the_moment_of_return_is_whole():
+    load = make(slow_start=0.0)
+    assert load.advance(100.0, 100.0) is False
+    assert load.slow_start_factor == 1.0
+
+
 def test_slow_start_of_clock_that_begins_at_zero():
     load = make(slow_start=1.0)
     load.advance(0.5, 0.25)
