@@ -56,7 +56,7 @@ async def hold_plain(
         if connection.complete or not whole:
             break
         response.deadline.extend(now)
-    response.held = parts[0] if len(parts) == 1 else b"".join(parts)
+    response.held = b"".join(parts)
 
 
 async def hold_stream(

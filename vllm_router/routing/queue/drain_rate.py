@@ -57,7 +57,6 @@ class DrainRate:
         if now - self._ended_at > IDLE_RESET:
             self._marks.clear()
         self._running_since = now
-        self._in_a_row = 0
         if not self._marks:
             self._marks.append((self._clock, now))
 
