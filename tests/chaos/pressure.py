@@ -336,7 +336,7 @@ async def feed(card: Card) -> None:
                     stalled.append(sock)
                 await trio.sleep(2)
                 mark = len(load.results)
-                await trio.sleep(card.size(10, 28))
+                await trio.sleep(28)
                 clients = await off_loop(router.metric, "vllm_router_feed_clients")
                 after = percentile(result.seconds for result in load.results[mark:])
                 added = rss_mb(router) - base

@@ -248,7 +248,7 @@ async def descriptors(card: Card) -> None:
         ejected = router.metric("vllm_router_server_transitions_total", state="ejected")
         card.most("ejections", ejected, 0)
         card.equal("states", {router.state(mock.url) for mock in mocks}, {"up"})
-        logged = sum("as there are descriptors for" in line for line in router.log)
+        logged = sum("the limit for file descriptors" in line for line in router.log)
         card.equal("lines in the log", logged, 1)
 
 

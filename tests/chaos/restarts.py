@@ -96,7 +96,7 @@ async def broken_files(card: Card) -> None:
                 events += 1
                 before, lines = seen
                 try:
-                    await waited(lambda: refused() > before, name, 3)
+                    await waited(lambda: refused() > before, name, 10)
                 except TimeoutError:
                     unnoticed.append(name)
                 await trio.sleep(0.3)
@@ -117,12 +117,16 @@ async def broken_files(card: Card) -> None:
             file.unlink()
             file.mkdir()
             await event("directory")
+            seen = await off_loop(refused), len(router.log)
             file.rmdir()
-            for name, target in (("link to itself", file), ("link to nothing", swap)):
+            await event("gone")
+            for name, target in (("link to itself", file), ("link to nothing", "nothing")):
                 seen = await off_loop(refused), len(router.log)
-                file.symlink_to(target)
+                link = file.with_suffix(".link")
+                link.symlink_to(target)
+                link.replace(file)
                 await event(name)
-                file.unlink()
+            file.unlink()
             seen = await off_loop(refused), len(router.log)
             with file.open("wb", buffering=0) as half:  # as an editor that stalls in the middle
                 half.write(good[: len(good) // 3])

@@ -6,6 +6,7 @@ processes; the leader answers a worker's `Hello` with its whole state and then s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +124,9 @@ class _Publisher:
         self._workers.servers_changed(self._supervisor.fleet.all_servers())
 
     async def send(self, link: WorkerLink) -> None:
-        await link.run(lambda: self._generation, self._supervisor.resolver.known)
+        # A worker that has ended gets everything anew if it is replaced.
+        with contextlib.suppress(trio.BrokenResourceError):
+            await link.run(lambda: self._generation, self._supervisor.resolver.known)
 
 
 class _Inbox:

@@ -33,7 +33,9 @@ class StatsSender:
         self._reporter = reporter
 
     async def run(self) -> None:
-        """Send changed figures until cancelled."""
+        """Send changed figures until cancelled, or until the leader has ended, as it may before a
+        worker that still drains.
+        """
         sent: WorkerStats | None = None
         sent_at = -math.inf
         while True:
@@ -41,7 +43,10 @@ class StatsSender:
             now = trio.current_time()
             if stats != sent and (now - sent_at > IDLE_INTERVAL or _differs(stats, sent)):
                 sent, sent_at = stats, now
-                await self._channel.send(encode(stats))
+                try:
+                    await self._channel.send(encode(stats))
+                except trio.BrokenResourceError:
+                    return
             await trio.sleep(CHECK_INTERVAL)
 
     async def send(self) -> None:
