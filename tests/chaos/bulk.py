@@ -221,8 +221,9 @@ async def soak(card: Card) -> None:
                 text = servers_toml(urls[: 3 - reloads % 2], 50, max_retries=3 + reloads % 2)
                 await trio.to_thread.run_sync(router.config.write_text, text)
 
-        def series() -> int:
-            return sum(line[:1] != "#" for line in router.get("/metrics").text.splitlines())
+        def series() -> set[str]:
+            lines = router.get("/metrics").text.splitlines()
+            return {line.rpartition(" ")[0] for line in lines if line[:1] != "#"}
 
         codes: Counter[str] = Counter()
         marks = []
@@ -243,10 +244,13 @@ async def soak(card: Card) -> None:
             marks.append((rss_mb(router), router.descriptors(), await off_loop(series)))
         card.note(f"{total} requests, {reloads} reloads", dict(codes))
         card.equal("other than answered or left", codes.keys() - {"200", "left"}, set())
-        added = [after - before for before, after in zip(*marks, strict=True)]
-        card.most("RSS added after the first of them", added[0], 5, " MB")
-        card.most("descriptors added", added[1], 3)
-        card.most("series added", added[2], 10)
+        before, after = marks
+        card.most("RSS added after the first of them", after[0] - before[0], 5, " MB")
+        card.most("descriptors added", after[1] - before[1], 3)
+        new = after[2] - before[2]
+        card.most("series added", len(new), 10)
+        if len(new) > 10:
+            card.note("such as", sorted(new)[:40:4])
         card.equal("in flight", router.metric("vllm_router_requests_in_flight"), 0)
         leases = {server["in_flight"] for server in router.servers().values()}
         card.equal("leases", leases, {0})
