@@ -8,12 +8,27 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+import hypercorn.trio
+import hypercorn.trio.run
 import pytest
 import trio
 import trio.testing
+from hypercorn.config import Config
 
 from integration.test_front_handover import PEM, over_tls, server_tls
-from support.front_harness import CHAT, QUICK, Client, Limits, connected, get, post, running, soon
+from support.front_harness import (
+    CHAT,
+    QUICK,
+    Application,
+    Client,
+    Limits,
+    connected,
+    get,
+    post,
+    running,
+    soon,
+)
+from vllm_router.http.hypercorn.patch import install
 from vllm_router.http.server import tls_stream
 from vllm_router.http.server.tls_stream import Handshakes
 
@@ -329,3 +344,50 @@ async def test_tls_drain_ends_idle_connections_with_close_notify():
         on.front.begin_drain()
         assert await client.rest() == b""
         await trio.aclose_forcefully(stream)
+
+
+# -- Hypercorn alone ----------------------------------------------------------------------------
+
+
+async def test_handshakes_of_hypercorn_alone_take_turns(monkeypatch):
+    """`hypercorn --certfile` with the router's application."""
+    for module, name in [
+        (hypercorn.trio.run, "TCPServer"),
+        (hypercorn.trio.run, "worker_serve"),
+        (hypercorn.trio, "worker_serve"),
+    ]:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    install()
+    steps: list[bool] = []
+    real = Handshakes.step
+
+    async def counted(self: Handshakes, fileno: int, *, begun: bool) -> bool:
+        steps.append(begun)
+        return await real(self, fileno, begun=begun)
+
+    monkeypatch.setattr(Handshakes, "step", counted)
+    stop = trio.Event()
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    config.certfile = config.keyfile = str(PEM)
+
+    async def serve(task_status=trio.TASK_STATUS_IGNORED) -> None:
+        await hypercorn.trio.serve(
+            Application(), config, shutdown_trigger=stop.wait, mode="asgi", task_status=task_status
+        )
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            binds = await nursery.start(serve)
+            port = int(binds[0].rsplit(":", 1)[1])
+            for _ in range(2):
+                stream = await strictly(port)
+                await stream.send_all(post("/v1/score", b"{}", b"Connection: close"))
+                assert b" 200 " in await stream.receive_some()
+                await trio.aclose_forcefully(stream)
+            async with connected(port) as client:  # no TLS: its handshake fails alone
+                await client.send(b"GET / HTTP/1.1\r\n\r\n")
+                assert await client.closed()
+            stop.set()
+    assert steps.count(False) == 3
+    assert True in steps

@@ -13,8 +13,9 @@ from hypercorn.config import Config
 
 from vllm_router.http.hypercorn.settings import tune
 from vllm_router.http.hypercorn.streams import Address
-from vllm_router.http.hypercorn.tcp_server import GuardedTCPServer
+from vllm_router.http.hypercorn.tcp_server import HANDSHAKES, GuardedTCPServer
 from vllm_router.http.io.keepalive import enable_keepalive
+from vllm_router.http.server.tls_stream import Handshakes
 
 
 def install(
@@ -64,11 +65,20 @@ def install(
             if before_shutdown is not None:
                 await before_shutdown()
 
+        handshakes = vars(config)[HANDSHAKES] = Handshakes()
+        pacing = trio.CancelScope()
+
+        async def pace() -> None:
+            with pacing:
+                await handshakes.run()
+
+        trio.lowlevel.spawn_system_task(pace)
         try:
             await stock(
                 app, config, sockets=sockets, shutdown_trigger=trigger, task_status=task_status
             )
         finally:
+            pacing.cancel(reason="the server has ended")
             if made:
                 for sock in listeners:
                     sock.close()

@@ -28,9 +28,13 @@ from vllm_router.http.hypercorn.tasks import GuardedTaskGroup
 from vllm_router.http.io.closing import has_event, reset_on_close, wait_until_delivered
 from vllm_router.http.io.trio_internals import release_ssl_stream
 from vllm_router.http.server.limits import Limits
-from vllm_router.http.server.tls_stream import end_tls
+from vllm_router.http.server.tls_stream import Handshakes, end_tls
 
 log = logging.getLogger(__name__)
+
+
+HANDSHAKES = "vllm_router_handshakes"
+"""The attribute of Hypercorn's configuration with the `Handshakes` of a server that runs alone."""
 
 
 class GuardedTCPServer(TCPServer):
@@ -101,16 +105,25 @@ class GuardedTCPServer(TCPServer):
         """End the connection now, in any state."""
         self._scope.cancel(reason="aborted")
 
+    async def _handshake(self, stream: Any) -> bool:
+        """The handshake of a stream that needs one, in its turn. False if it failed."""
+        handshakes: Handshakes | None = vars(self.config).get(HANDSHAKES)
+        if handshakes is not None:
+            return await handshakes.handshake(stream, self._limits.header_timeout)
+        try:
+            with trio.fail_after(self._limits.header_timeout):
+                await stream.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            return False
+        return True
+
     async def _serve(self) -> None:
         stream = self.stream
         transport = self._plain
         alpn = "http/1.1"
         is_tls = isinstance(transport, trio.SSLStream)
         if is_tls:
-            try:
-                with trio.fail_after(self._limits.header_timeout):
-                    await transport.do_handshake()
-            except (trio.BrokenResourceError, trio.TooSlowError):
+            if not await self._handshake(transport):
                 return
             alpn = transport.selected_alpn_protocol() or alpn
             transport = transport.transport_stream

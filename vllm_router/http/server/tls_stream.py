@@ -87,13 +87,28 @@ class Handshakes:
     async def accept(
         self, transport: trio.SocketStream, context: ssl.SSLContext, timeout: float
     ) -> TlsStream | None:
-        """Handshake as the server; the caller calls `release_ssl_stream` on the stream in the end.
+        """A new stream after its handshake; the caller calls `release_ssl_stream` on it in the end.
 
-        None if the client failed, left, took longer than `timeout` seconds, or was the oldest of
+        None if `handshake` fails.
+        """
+        stream: TlsStream = trio.SSLStream(transport, context, server_side=True)
+        done = False
+        try:
+            done = await self.handshake(stream, timeout)
+        finally:
+            if not done:
+                release_ssl_stream(stream)
+        return stream if done else None
+
+    async def handshake(self, stream: TlsStream, timeout: float) -> bool:
+        """Handshake as the server.
+
+        False if the client failed, left, took longer than `timeout` seconds, or was the oldest of
         too many.
         """
+        transport = stream.transport_stream
         paced: Any = _Paced(transport, self)
-        stream: TlsStream = trio.SSLStream(paced, context, server_side=True)
+        stream.transport_stream = paced
         if len(self._scopes) >= self._most:
             next(iter(self._scopes)).cancel(reason="too many handshakes")
         done = False
@@ -106,12 +121,8 @@ class Handshakes:
                 pass
             finally:
                 del self._scopes[scope]
-                if not done:
-                    release_ssl_stream(stream)
-        if not done:
-            return None
-        stream.transport_stream = transport
-        return stream
+                stream.transport_stream = transport
+        return done
 
 
 async def end_tls(stream: TlsStream) -> trio.SocketStream:
