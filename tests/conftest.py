@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import certifi
+import httpx
 import pytest
 
 from support import fuzzing  # noqa: F401
@@ -28,6 +29,9 @@ sys.dont_write_bytecode = False
 # Every HTTP client reads the system's CA certificates, which takes 30 ms of CPU, and the tests make
 # thousands of clients. Tests of TLS name the authority that they trust.
 certifi.where = lambda: str(Path(__file__).parent / "data" / "localhost.pem")
+
+# A request that takes longer than httpx's 5 s has only met a busy machine.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.__init__(60.0)  # type: ignore[misc]
 
 # The routers of the tests have their Unix sockets here, and the commands look for them here.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vllm-router-tests-")

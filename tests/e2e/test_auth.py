@@ -121,7 +121,7 @@ def test_auth_refused_request_is_answered_before_its_body(locked: Locked):
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: r\r\nContent-Length: 50000000\r\n"
         b"Expect: 100-continue\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", locked.router.port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", locked.router.port), timeout=60) as sock:
         sock.sendall(head)
         received = b""
         while b"\r\n\r\n" not in received:
@@ -470,7 +470,7 @@ def test_bodies_total_size_is_limited(open_router: Locked):
     )
     with contextlib.ExitStack() as held:
         for _ in range(2):
-            sock = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             sock.sendall(head + b" " * 1_400_000)
         metric = "vllm_router_request_body_bytes_held"
         until(lambda: open_router.router.metric(metric) >= 2_700_000, "the bodies")

@@ -186,7 +186,7 @@ class Scraped:
         self.url, self.router = url, router
 
     def ask(self, path: str, **query: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False, timeout=10)
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=query, trust_env=False)
         assert answer.status_code == 200, f"{query}: {answer.text}"
         assert answer.json()["status"] == "success"
         assert not answer.json().get("warnings"), query
@@ -224,8 +224,8 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
         try:
             under_test = Scraped(f"http://127.0.0.1:{port}", router)
             url = f"{under_test.url}/-/ready"
-            until(lambda: httpx.get(url, trust_env=False).status_code == 200, "Prometheus", 30)
-            until(lambda: bool(under_test.query("vllm_router_ready == 1")), "a scrape", 30)
+            until(lambda: httpx.get(url, trust_env=False).status_code == 200, "Prometheus")
+            until(lambda: bool(under_test.query("vllm_router_ready == 1")), "a scrape")
             _traffic(under_test)
             yield under_test
         finally:
@@ -236,7 +236,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
 def _traffic(under_test: Scraped) -> None:
     """Answers, streams and refusals, until two scrapes have seen them."""
     router = under_test.router
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for stream in (False, True):
             body = chat(stream=stream, max_tokens=3)
@@ -259,16 +259,19 @@ def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
         r"|queue_|max_in_flight|worker_"
     )
-    missing = [
-        query
-        for query in dashboard_queries()
-        if not without.search(query) and not scraped.query(query)
-    ]
-    assert missing == []
+    missing = [query for query in dashboard_queries() if not without.search(query)]
+
+    def complete() -> bool:
+        # A scrape that a busy machine delays leaves no data for a moment.
+        missing[:] = [query for query in missing if not scraped.query(query)]
+        return not missing
+
+    until(complete, f"data for {missing}")
 
 
 def test_deploy_healthy_fleet_raises_no_alert(scraped: Scraped):
-    firing = [alert["labels"]["alertname"] for alert in scraped.ask("alerts")["alerts"]]
+    alerts = scraped.ask("alerts")["alerts"]
+    firing = [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
     assert firing == []
     groups = scraped.ask("rules")["groups"]
     assert [rule["health"] for group in groups for rule in group["rules"]] == ["ok"] * len(

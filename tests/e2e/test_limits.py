@@ -29,7 +29,7 @@ MOCK = (
     *("--model", "m", "--ttft", "0.02", "--token-delay", "0.01"),
     *("--max-num-seqs", str(CAP), "--max-num-queued-reqs", "0"),
 )
-SHORT, LONG = chat(max_tokens=5), chat(max_tokens=2000)
+SHORT, LONG = chat(max_tokens=5), chat(max_tokens=20_000)
 
 
 def with_limits(urls: Any, settings: dict[str, Any] | None = None, **limits: Any) -> str:
@@ -61,7 +61,7 @@ class Connection:
     """A request whose client can disconnect at any time."""
 
     def __init__(self, router: RouterProcess, body: dict[str, Any], **headers: str) -> None:
-        self._http = http.client.HTTPConnection("127.0.0.1", router.port, timeout=30)
+        self._http = http.client.HTTPConnection("127.0.0.1", router.port, timeout=60)
         fields = {"content-type": "application/json", **headers}
         self._http.request("POST", "/v1/chat/completions", json.dumps(body), fields)
 
@@ -235,7 +235,7 @@ async def test_limits_waiters_are_served_while_router_drains(tmp_path, front):
             await trio.to_thread.run_sync(until, lambda: queued(router) == 12 - CAP, "the crowd")
             router.process.terminate()
         assert Counter((result.status, result.ended) for result in results) == {(200, "done"): 12}
-        assert await trio.to_thread.run_sync(router.process.wait, 15) == 0
+        assert await trio.to_thread.run_sync(router.process.wait, 60) == 0
         assert mocks[0].stats()["rejected"] == 0
 
 
@@ -249,7 +249,7 @@ async def test_limits_endless_waiters_get_503_when_router_stops(tmp_path, front)
                 answers = [one.answer() for one in connections[CAP:]]
                 codes = [json.load(one)["error"]["code"] for one in answers]
                 assert codes == ["router_stopping"] * 2
-            assert await trio.to_thread.run_sync(router.process.wait, 15) == 0
+            assert await trio.to_thread.run_sync(router.process.wait, 60) == 0
 
 
 async def test_limits_crowd_before_full_queue_leaks_nothing(tmp_path):

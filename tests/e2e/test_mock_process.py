@@ -36,7 +36,7 @@ def _unspoilt(request):
 
 def exchange(mock: MockProcess, payload: bytes) -> bytes:
     """Sends raw bytes and reads until the server closes; raises the socket's errors."""
-    with socket.create_connection(("127.0.0.1", mock.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", mock.port), timeout=60) as connection:
         connection.sendall(payload)
         received = b""
         while data := connection.recv(65536):
@@ -67,7 +67,7 @@ def test_mock_process_reset_differs_from_close(mock):
 
 def test_mock_process_reset_in_stream_follows_earlier_bytes(mock):
     mock.set(mode="midreset", after=2)
-    with socket.create_connection(("127.0.0.1", mock.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", mock.port), timeout=60) as connection:
         connection.sendall(
             REQUEST.replace(b'"stream":1', b'"stream":true').replace(b": 40", b": 43")
         )
@@ -106,9 +106,9 @@ def test_mock_process_sigterm_finishes_running_answer():
         asking.start()
         mock.wait_for(running=1)
         mock.terminate()
-        asking.join(10)
+        asking.join(60)
         assert answers[0]["choices"][0]["finish_reason"] == "abort"
-        assert mock.process.wait(10) == 0
+        assert mock.process.wait(60) == 0
 
 
 def test_mock_process_killed_refuses_and_can_reuse_port():
@@ -128,7 +128,7 @@ def test_mock_process_sigint_ends_at_once():
         with socket.create_connection(("127.0.0.1", mock.port)) as connection:
             connection.sendall(REQUEST)
             mock.process.send_signal(signal.SIGINT)
-            assert mock.process.wait(10) == 0
+            assert mock.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("mode", ["die", "engine_death"])
@@ -143,7 +143,7 @@ def test_mock_process_can_die_of_a_request(mode):
         else:
             assert httpx.post(mock.url + PATH, json=crash, trust_env=False).status_code == 500
             assert httpx.get(mock.url + "/health", trust_env=False).status_code == 503
-        assert mock.process.wait(5) == 0
+        assert mock.process.wait(60) == 0
 
 
 def test_mock_process_port_in_use_is_one_line_and_exit_code_2(mock):

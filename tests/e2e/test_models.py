@@ -90,7 +90,7 @@ def test_models_alias_applies_to_chunked_request(rig: Rig):
         f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-all\r\n"
         "content-type: application/json\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", rig.router.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", rig.router.port), timeout=60) as sock:
         sock.sendall(head.encode() + chunks)
         received = b""
         while piece := sock.recv(65536):

@@ -182,7 +182,7 @@ def test_monitor_closed_pipe_is_no_error(demo: Running):
         assert lines.stderr is not None
         lines.stdout.readline()
         lines.stdout.close()
-        assert lines.wait(30) == 0
+        assert lines.wait(60) == 0
         assert lines.stderr.read() == b""
     finally:
         lines.kill()
@@ -196,7 +196,7 @@ def test_monitor_closed_pipe_is_no_error(demo: Running):
 def test_run_monitor_logs_to_file_and_ctrl_c_stops_both(tmp_path: Path):
     with terminal(command(*DEMO), tmp_path) as screen:
         screen.wait("live", "demo-1", "3/3 up")
-        assert "unknown -> up" in (tmp_path / LOG).read_text()
+        until(lambda: "unknown -> up" in (tmp_path / LOG).read_text())
         screen.type("C-c")
         assert screen.ended() == 0
         text = screen.all()

@@ -59,7 +59,7 @@ def hypercorn(config: Path, *arguments: str) -> Iterator[tuple[str, subprocess.P
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -166,7 +166,7 @@ def test_admin_command_of_other_user_says_what_to_do(url: str, tmp_path: Path):
         [sys.executable, "-m", "vllm_router", "drain", "gpu", "--url", url],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
         env=environment() | {"XDG_RUNTIME_DIR": str(tmp_path)},
     )
@@ -235,7 +235,7 @@ def test_monitor_uses_own_socket(url: str):
         assert "1/1 servers" in done.stdout.readline()
     finally:
         done.terminate()
-        _, errors = done.communicate(timeout=30)
+        _, errors = done.communicate(timeout=60)
     assert errors == ""
 
 

@@ -108,7 +108,7 @@ async def test_reload_removed_server_finishes_streams(tmp_path):
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(streams)
-            while mocks[0].stats()["running"] < 10:
+            while sum(mock.stats()["total"] for mock in mocks) < 20:
                 await trio.sleep(0.01)
             router.config.write_text(servers_toml([mocks[1].url]))
             await trio.to_thread.run_sync(

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import trio
 
+from support.front_harness import soon
 from support.load import Load, ask
 from support.mock_process import mock_processes, restarted
 from support.router_process import (
@@ -50,7 +51,7 @@ class Routers:
         else:
             router = RouterProcess(self._config, *arguments, "--reuse-port")
         self._all.append(router)
-        until(lambda: bool(router.url) or router.process.poll() is not None, "the port", 30)
+        until(lambda: bool(router.url) or router.process.poll() is not None, "the port")
         assert router.url, router.text
         self.current = router
         return router
@@ -61,7 +62,7 @@ class Routers:
         assert old is not None
         self.start()
         old.signal(signal.SIGTERM)
-        return old.process.wait(30)
+        return old.process.wait(60)
 
     def close(self) -> None:
         self._listener.close()
@@ -105,25 +106,30 @@ async def connect_anew(port: int, counts: Counter[str], stopped: trio.Event) -> 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
 async def test_restart_under_load_fails_no_request(tmp_path, way, front):
     with mock_processes(2, *MOCK) as mocks:
-        config = servers_toml((m.url for m in mocks), capacity=50, drain_timeout=20)
+        config = servers_toml((m.url for m in mocks), capacity=50, drain_timeout=60)
         with routers(way, tmp_path, config, "--front", front) as line:
             url = f"http://127.0.0.1:{line.port}"
             counts: Counter[str] = Counter()
             stopped = trio.Event()
-            streams = []
+            streams, running = [], list[trio.Event]()
 
             async def stream() -> None:
                 async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
-                    streams.append(await ask(client, chat(stream=True, max_tokens=120)))
+                    body, begun = chat(stream=True, max_tokens=120), trio.Event()
+                    running.append(begun)
+                    streams.append(await ask(client, body, on_chunk=begun.set))
 
             async with Load(url, chat(max_tokens=3), 8) as load, trio.open_nursery() as nursery:
                 for _ in range(8):
                     nursery.start_soon(connect_anew, line.port, counts, stopped)
                 await load.wait_for(20)
                 for _ in range(2):
+                    running.clear()
                     for _ in range(4):
                         nursery.start_soon(stream)
-                    await trio.sleep(0.3)
+                    await soon(lambda: len(running) == 4)
+                    for begun in running:
+                        await begun.wait()
                     assert await trio.to_thread.run_sync(line.replace) == 0
                     await load.wait_for(20)
                 stopped.set()
@@ -135,9 +141,12 @@ async def test_restart_under_load_fails_no_request(tmp_path, way, front):
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_restart_successor_serves_once_servers_are_known(tmp_path, way):
-    """Until then the old one serves: a load balancer never sees the port unready."""
+    """Until then the old one serves: a load balancer never sees the port unready.
+
+    The old one does not notice the frozen server: its next check is in an hour.
+    """
     with mock_processes(1, *MOCK) as (mock,):
-        config = servers_toml([mock.url], health_check_timeout=1)
+        config = servers_toml([mock.url], health_check_timeout=1, health_check_interval=3600)
         with routers(way, tmp_path, config) as line:
             mock.freeze()
             answers = []
@@ -162,7 +171,7 @@ def test_restart_connections_in_passed_socket_are_served(tmp_path):
         with routers("passed", tmp_path, servers_toml([mock.url])) as line:
             assert line.current is not None
             assert line.current.stop() == 0
-            with socket.create_connection(("127.0.0.1", line.port), timeout=20) as waiting:
+            with socket.create_connection(("127.0.0.1", line.port), timeout=60) as waiting:
                 waiting.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
                 line.start()
                 assert waiting.recv(65536).startswith(b"HTTP/1.1 200 ")
@@ -193,18 +202,30 @@ def test_systemd_is_notified_of_start_and_stop(tmp_path, monkeypatch):
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
     ):
         systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(20)
+        systemd.settimeout(60)
         monkeypatch.setitem(os.environ, "NOTIFY_SOCKET", str(tmp_path / "notify"))
         with router_process(servers_toml([mock.url]), tmp_path) as router:
             assert systemd.recv(100) == b"READY=1"
             router.signal(signal.SIGTERM)
             assert systemd.recv(100) == b"STOPPING=1"
-            assert router.process.wait(15) == 0
+            assert router.process.wait(60) == 0
+
+
+def patient(directory: Path) -> type[RouterProcess]:
+    """A router that waits much longer than a second for requests on idle connections."""
+    (directory / "sitecustomize.py").write_text(
+        "import vllm_router.runtime.serve\nvllm_router.runtime.serve.LAST_CALL = 100.0\n"
+    )
+
+    class Router(RouterProcess):
+        environment = {"PYTHONPATH": f"{directory}:{Path(__file__).parents[2]}"}  # noqa: RUF012
+
+    return Router
 
 
 async def test_sigterm_keeps_idle_connections_usable_for_a_moment(tmp_path):
     with mock_processes(1, *MOCK) as (mock,):
-        with router_process(servers_toml([mock.url]), tmp_path) as router:
+        with router_process(servers_toml([mock.url]), tmp_path, kind=patient(tmp_path)) as router:
             with contextlib.ExitStack() as open_:
                 idle = [
                     open_.enter_context(socket.create_connection(("127.0.0.1", router.port)))
@@ -218,13 +239,13 @@ async def test_sigterm_keeps_idle_connections_usable_for_a_moment(tmp_path):
                 head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
                 idle[1].sendall(head.encode() + body)
                 for sock, status in zip(idle, (b"503", b"200"), strict=True):
-                    sock.settimeout(10)
+                    sock.settimeout(60)
                     received = b""
                     while piece := await trio.to_thread.run_sync(sock.recv, 65536):
                         received += piece
                     assert received[9:12] == status
                     assert b"connection: close" in received.lower()
-            assert router.process.wait(10) == 0
+            assert router.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("front", ["lane", "hypercorn"])
@@ -245,7 +266,7 @@ async def test_rolling_server_restart_under_load_fails_no_request(tmp_path, fron
                 def back(url: str = mock.url) -> bool:
                     return router.state(url) == "up"
 
-                await trio.to_thread.run_sync(until, back, "its return", 20)
+                await trio.to_thread.run_sync(until, back, "its return")
                 await load.wait_for(40)
         assert load.bad() == []
         served = {result.server for result in load.results}

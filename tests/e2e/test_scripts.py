@@ -80,7 +80,7 @@ class Clone:
             env=self.environ,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
 
@@ -157,7 +157,7 @@ def test_script_run_signals_reach_the_router(clone: Clone):
         assert process.stdout.readline() == "hang\n"
         assert f"{process.pid} hang" in clone.log.read_text().splitlines()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == -signal.SIGTERM
+        assert process.wait(timeout=60) == -signal.SIGTERM
     finally:
         process.kill()
         process.communicate()
@@ -192,19 +192,13 @@ SYSTEM_TOOLS = (
 )
 
 
-def test_script_test_failing_step_fails_and_pytest_still_runs(clone: Clone):
+def test_script_test_without_arguments_runs_all_in_parallel(clone: Clone):
     clone.call("setup", "--dev")
-    for tool in (*SYSTEM_TOOLS, "mypy"):
+    for tool in SYSTEM_TOOLS:
         clone.tool(tool)
-    clone.tool("ruff", 'echo "ruff $1"; [ "$1" != check ]')
     clone.tool("nproc", "echo 2")
     result = clone.call("test")
-    assert result.stdout.splitlines() == ["ruff check", "ruff format", "python -m pytest -n 3"]
-    assert "failed before pytest: ruff check\n" in result.stderr
-    assert result.returncode == 1
-
-    clone.tool("ruff")
-    assert clone.call("test").returncode == 0
+    assert (result.returncode, result.stdout) == (0, "python -m pytest -n 3\n")
 
 
 def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone):
@@ -223,6 +217,7 @@ def test_script_test_missing_system_tool_is_named_and_fails(clone: Clone):
             clone.tool(tool)
     result = clone.call("test", "tests/docs/test_layers.py")
     assert "run: sudo apt-get install tmux\n" in result.stderr
+    assert "failed before pytest: system packages\n" in result.stderr
     assert result.stdout == "python -m pytest tests/docs/test_layers.py\n"
     assert result.returncode == 1
 

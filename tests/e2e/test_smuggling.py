@@ -12,7 +12,6 @@ import re
 import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ import h2.events
 import hpack
 import pytest
 
+from support.hostile import PATIENCE
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, chat, router_process, servers_toml
 
@@ -126,23 +126,24 @@ class Lab:
         self.router, self.mock = router, mock
         self.hypercorn = front == "hypercorn"
 
-    def send(self, data: bytes, quiet: float = 0.4) -> tuple[bytes, bool]:
-        """The bytes received until silence, and whether the connection is closed."""
+    def send(self, data: bytes, *, closes: bool = True) -> tuple[bytes, bool]:
+        """The bytes received until the end, and whether the router has closed the connection.
+
+        Without `closes`, some silence after the first bytes is the end, too.
+        """
         received = b""
-        with socket.create_connection(("127.0.0.1", self.router.port), timeout=10) as sock:
+        with socket.create_connection(("127.0.0.1", self.router.port), timeout=60) as sock:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(data)
-            patience = time.monotonic() + 10
-            while time.monotonic() < patience:
-                # The first byte may take longer on a busy machine.
-                if not select.select([sock], [], [], quiet if received else 5)[0]:
+            while True:
+                quiet = PATIENCE if closes or not received else 0.4
+                if not select.select([sock], [], [], quiet)[0]:
                     return received, False
                 with contextlib.suppress(ConnectionError):
                     if piece := sock.recv(65536):
                         received += piece
                         continue
                 return received, True
-        return received, False
 
     def seen(self) -> list[dict[str, Any]]:
         """The requests at the server, without the router's own."""
@@ -166,15 +167,16 @@ def answers(received: bytes) -> list[int]:
 @pytest.mark.parametrize("before", [b"", GOOD], ids=["first", "second"])
 def test_smuggling_ambiguous_request_is_refused_with_close(lab: Lab, kind: str, before: bytes):
     lab.mock.reset()
-    received, closed = lab.send(before + REFUSED[kind] + GOOD)
+    # In HTTP/2 a reset is a frame, and takes its time.
+    closes = not kind.startswith("HTTP/2")
+    received, closed = lab.send(before + REFUSED[kind] + GOOD, closes=closes)
     good = int(bool(before))
     codes = answers(received)
     assert codes[:good] == [200] * good
     assert len(lab.seen()) == received.count(b"x-vllm-router-server")
     assert len(codes) <= good + 1
     assert all(code in (400, 413, 501, 505) for code in codes[good:]), codes
-    # In HTTP/2 a reset is a frame, and takes its time.
-    assert closed or kind.startswith("HTTP/2")
+    assert closed or not closes
     assert [entry["path"] for entry in lab.seen()] == [PATH.decode()] * good
 
 
@@ -258,7 +260,7 @@ def http2(port: int, fields: Fields, body: bytes = BODY, trailers: Fields | None
     sent += frame(1, 4, 1, coder.encode(fields, huffman=False)) + frame(0, not trailers, 1, body)
     if trailers:
         sent += frame(1, 5, 1, coder.encode(trailers, huffman=False))
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         sock.sendall(sent)
         status = "nothing"
         while piece := sock.recv(65536):
@@ -357,7 +359,6 @@ NASTY = b"\x1b[31m\xc2\x9b2J \xe2\x80\xae\x7f\xff"
 
 
 def test_smuggling_client_text_forges_no_log_line_or_terminal_command(lab: Lab):
-    lines = len(lab.router.log)
     for number in range(20):
         name = f"m{number}\\r\\n2026-01-01T00:00:00.000Z ERROR forged\\u001b[2J"
         body = b'{"model":"' + name.encode() + b'"}'
@@ -375,7 +376,7 @@ def test_smuggling_client_text_forges_no_log_line_or_terminal_command(lab: Lab):
     text = lab.router.text
     assert "\x1b" not in text
     assert not any(line.startswith("2026-01-01T00:00:00.000Z") for line in lab.router.log)
-    assert len(lab.router.log) <= lines + 20
+    assert sum("forged" in line for line in lab.router.log) <= 20
 
 
 def test_smuggling_invented_names_make_no_metrics(lab: Lab):
@@ -431,7 +432,7 @@ class Liar:
             while True:
                 sock, _ = self._listener.accept()
                 with sock, contextlib.suppress(OSError):
-                    sock.settimeout(5)
+                    sock.settimeout(60)
                     head = b""
                     while b"\r\n\r\n" not in head:
                         head += sock.recv(65536) or b"\r\n\r\n"

@@ -76,7 +76,7 @@ def address(router: RouterProcess) -> str:
 
 
 def ask(router: RouterProcess, context: ssl.SSLContext) -> httpx.Response:
-    with httpx.Client(verify=context, trust_env=False, timeout=20) as client:
+    with httpx.Client(verify=context, trust_env=False, timeout=60) as client:
         return client.post(f"{address(router)}/v1/chat/completions", json=chat())
 
 
@@ -84,7 +84,7 @@ def serial(router: RouterProcess, context: ssl.SSLContext) -> str:
     """The serial number of the certificate in use."""
     port = int(address(router).rsplit(":", 1)[1])
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
         context.wrap_socket(sock, server_hostname="localhost") as secure,
     ):
         shown: Any = secure.getpeercert()
@@ -93,15 +93,17 @@ def serial(router: RouterProcess, context: ssl.SSLContext) -> str:
 
 @pytest.mark.parametrize("client_ca", [False, True])
 def test_tls_container_check_finds_router_alive(
-    tmp_path: Path, authority: Authority, client_ca: bool
+    tmp_path: Path, authority: Authority, client_ca: bool, monkeypatch: pytest.MonkeyPatch
 ):
     certificate, key = authority.sign("checked")
     tls = f'certificate = "{certificate}"\nkey = "{key}"\n'
     tls += f'client_ca = "{authority.file}"\n' if client_ca else ""
     with secure_router(["http://127.0.0.1:9"], tmp_path, tls) as router:
         port = int(address(router).rsplit(":", 1)[1])
-        assert alive("127.0.0.1", port)
-        assert alive("127.0.0.1", router.port)  # administration, in plain HTTP
+        with monkeypatch.context() as patient:
+            patient.setattr("vllm_router.cli.alive.TIMEOUT", 60.0)
+            assert alive("127.0.0.1", port)
+            assert alive("127.0.0.1", router.port)  # administration, in plain HTTP
         router.signal(signal.SIGSTOP)
         assert not alive("127.0.0.1", port)
         router.signal(signal.SIGCONT)
@@ -150,7 +152,7 @@ def test_tls_renewed_certificate_is_used_without_restart(tmp_path: Path, authori
     with (
         mock_processes(1, "--model", "m") as (mock,),
         secure_router([mock.url], tmp_path, tls) as router,
-        httpx.Client(verify=context, trust_env=False, timeout=20) as kept,
+        httpx.Client(verify=context, trust_env=False, timeout=60) as kept,
     ):
         before = serial(router, context)
         assert kept.get(f"{address(router)}/livez").status_code == 200
@@ -226,18 +228,18 @@ class TlsInFront:
     def _one(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError), contextlib.ExitStack() as open_ones:
             open_ones.enter_context(sock)
-            sock.settimeout(20)
+            sock.settimeout(60)
             secure = open_ones.enter_context(self._context.wrap_socket(sock, server_side=True))
             shown: Any = secure.getpeercert()
             if shown:
                 self.names.add(shown["subject"][0][0][1])
             server = open_ones.enter_context(
-                socket.create_connection(("127.0.0.1", self._target), timeout=20)
+                socket.create_connection(("127.0.0.1", self._target), timeout=60)
             )
             back = threading.Thread(target=_copy, args=(server, secure), daemon=True)
             back.start()
             _copy(secure, server)
-            back.join(20)
+            back.join(60)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -11,7 +11,18 @@ import trio
 import trio.testing
 
 from integration.test_hypercorn_bridge import H2Client
-from support.front_harness import CHAT, QUICK, Limits, chunked, connected, get, post, running, soon
+from support.front_harness import (
+    CHAT,
+    PATIENCE,
+    QUICK,
+    Limits,
+    chunked,
+    connected,
+    get,
+    post,
+    running,
+    soon,
+)
 from vllm_router.http.chunked import MAX_PIECES, ChunkedBody
 from vllm_router.http.server.listener import Listener
 from vllm_router.routing.paths import is_inference
@@ -47,7 +58,7 @@ async def test_front_last_request_with_bytes_after_it_is_answered(kind, behind, 
         sent = trio.Event()
 
         async def send_more() -> None:
-            with trio.move_on_after(20):
+            with trio.move_on_after(PATIENCE):
                 try:
                     await client.send(BEHIND[behind])
                 except trio.BrokenResourceError:
@@ -139,7 +150,7 @@ async def test_front_accepted_sockets_have_keepalive():
     (_, port), *_ = front.open("127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", port)):
         (listener,) = front.listeners
-        with trio.fail_after(30):
+        with trio.fail_after(PATIENCE):
             await trio.lowlevel.wait_readable(listener)
         accepted, _ = listener.accept()
         with accepted:

@@ -64,7 +64,7 @@ async def test_handover_during_body_loses_nothing(cut):
     data = post("/elsewhere", body)
     async with running() as on, connected(on.port) as client:
         await client.send(post(CHAT, b"x") + data[:cut])
-        await trio.sleep(0.02)
+        await trio.testing.wait_all_tasks_blocked()  # the front has read the first part
         await client.send(data[cut:] + post(CHAT, b"y"))
         replies = [(await client.reply()).json()["body"].encode("latin-1") for _ in range(3)]
         assert replies == [b"x", body, b"y"]
@@ -74,7 +74,7 @@ async def test_handover_waits_for_earlier_response():
     async with running() as on, connected(on.port) as client:
         await client.send(post("/v1/hang") + get("/page"))
         await soon(lambda: on.app.active)
-        await trio.sleep(0.05)
+        await trio.testing.wait_all_tasks_blocked()
         assert on.app.started == 1
         on.app.release.set()
         assert (await client.reply()).json()["path"] == "/v1/hang"
@@ -130,7 +130,7 @@ async def test_front_tls_client_disconnect_cancels_request():
         await stream.send_all(post("/v1/hang"))
         await soon(lambda: on.app.active)
         await trio.aclose_forcefully(stream)
-        with trio.fail_after(2):
+        with trio.fail_after(PATIENCE):
             await soon(lambda: not on.app.active and not on.front.connections)
 
 

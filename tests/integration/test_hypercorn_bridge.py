@@ -569,7 +569,7 @@ async def test_hypercorn_early_response_does_not_hang_next_request(kind):
     async with running(kind, app=quart_app()) as on, connected(on.port) as client:
         await client.send(post("/early", b"").replace(b"Length: 0", b"Length: 900000"))
         assert (await client.reply()).status == 413
-        with trio.move_on_after(5) as patience:
+        with trio.move_on_after(PATIENCE) as patience:
             try:
                 await client.send(bytes(900_000) + get("/"))
             except trio.BrokenResourceError:
@@ -584,7 +584,7 @@ async def test_hypercorn_idle_connections_do_not_delay_drain(kind):
         await client.reply("GET")
         on.front.stop_accepting()
         on.front.begin_drain()
-        with trio.fail_after(2):
+        with trio.fail_after(PATIENCE):
             await on.front.drained()
 
 
@@ -602,7 +602,7 @@ async def test_hypercorn_stalled_websocket_ends_before_stalled_response():
     async with running(app=flood, limits=limits) as on, connected(on.port, buffer=4096) as client:
         await client.send(upgrade)
         await soon(lambda: on.front.connections == 1)
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             await soon(lambda: on.front.connections == 0)
 
 
@@ -676,7 +676,6 @@ async def test_hypercorn_stalled_reader_does_not_delay_shutdown(installed):
             async with connected(int(binds[0].rsplit(":", 1)[1]), buffer=4096) as client:
                 await client.send(post("/v1/flood"))
                 await soon(lambda: app.active)
-                await trio.sleep(0.2)
+                await trio.testing.wait_all_tasks_blocked()  # nothing more fits into the socket
                 stop.set()
-                with trio.fail_after(3):
-                    await soon(lambda: not app.active)
+                await soon(lambda: not app.active)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from support.front_harness import PATIENCE
 from vllm_router.runtime.workers.channel import LARGEST, Channel, pair
 
 
@@ -25,7 +26,7 @@ async def test_channel_message_of_any_size_arrives_whole(ends: tuple[Channel, Ch
     one, other = ends
     before = _descriptors()
     message = b"\x01" * size
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE):
         await one.send(message)
         assert await other.receive() == (message, None)
     assert _descriptors() == before
@@ -38,7 +39,7 @@ async def test_channel_descriptor_comes_with_message_of_any_size(
     one, other = ends
     ours, theirs = socket.socketpair()
     with ours:
-        with theirs, trio.fail_after(5):
+        with theirs, trio.fail_after(PATIENCE):
             await one.send(b"x" * size, [theirs.fileno()])
             message, fileno = await other.receive()
         assert len(message) == size
@@ -54,7 +55,7 @@ async def test_channel_sender_waits_for_slow_reader_without_loss(
 ):
     one, other = ends
     messages = [bytes([number]) * (LARGEST - 1 + number % 3) for number in range(30)]
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
 
             async def send() -> None:

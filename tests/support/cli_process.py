@@ -19,7 +19,7 @@ from typing import TypeVar
 import httpx
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 30.0
+SECONDS = 120.0
 """For anything to happen; much longer than it takes, as the machine may be busy."""
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 FIRST = (
+    "docs/test_linters",
     "e2e/test_hostile_inputs",
     "e2e/test_shared_queue",
     "e2e/test_misbehaving",

@@ -46,7 +46,7 @@ QUIET = 0.2
 
 CHAT = "/v1/chat/completions"
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds until an expected answer is given up."""
 
 START = 120.0
@@ -123,9 +123,9 @@ class Lab:
     # -- clients ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def connection(self, *, bare: bool = False, timeout: float = 10.0) -> Iterator[socket.socket]:
+    def connection(self, *, bare: bool = False) -> Iterator[socket.socket]:
         """A client's socket, within TLS if the router speaks it, unless `bare`."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as sock:
             if self.context is None or bare:
                 yield sock
                 return
@@ -271,6 +271,16 @@ def _resident(pid: int) -> float:
     return 0.0
 
 
+def read_until(sock: socket.socket, text: bytes) -> bytes:
+    """All bytes up to and with `text`, or up to the end of the connection."""
+    came = b""
+    sock.settimeout(PATIENCE)
+    with contextlib.suppress(ConnectionError):
+        while text not in came and (piece := sock.recv(65536)):
+            came += piece
+    return came
+
+
 def read_all(sock: socket.socket, quiet: float = QUIET) -> tuple[bytes, bool]:
     """All bytes until the other side closes, resets, or is quiet for some seconds."""
     came = b""
@@ -312,9 +322,9 @@ class Bystander:
 
     def _connection(self) -> http.client.HTTPConnection:
         if self._context is None:
-            return http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+            return http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         return http.client.HTTPSConnection(
-            "127.0.0.1", self._port, timeout=30, context=self._context
+            "127.0.0.1", self._port, timeout=PATIENCE, context=self._context
         )
 
     def ask(self, kept: http.client.HTTPConnection | None = None, *, fresh: bool = False) -> int:
@@ -341,7 +351,7 @@ class Bystander:
     def end(self) -> Seen:
         self._stop.set()
         assert self._thread is not None
-        self._thread.join(60)
+        self._thread.join(2 * PATIENCE)
         assert not self._thread.is_alive(), "another client is never answered"
         return self._seen
 

@@ -6,7 +6,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-from support.hostile import CHAT, Hostile, Lab, read_all
+from support.hostile import CHAT, PATIENCE, Hostile, Lab, read_until
 
 GOOD = b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"a"}]}'
 
@@ -54,7 +54,7 @@ def half_requests(there: Lab) -> None:
 
 def resets(there: Lab) -> None:
     for number in range(100):
-        sock = socket.create_connection(("127.0.0.1", there.port), timeout=10)
+        sock = socket.create_connection(("127.0.0.1", there.port), timeout=PATIENCE)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, (1).to_bytes(4, "little") + bytes(4))
         sock.sendall(post(CHAT, GOOD)[: number % 150 + 1])
         sock.close()
@@ -75,11 +75,10 @@ def sends_behind_a_refusal(there: Lab) -> bytes:
     """Goes on sending a body that was refused for its length."""
     with there.connection() as sock:
         sock.sendall(head("POST", CHAT, "Content-Length: 99999999999"))
-        sock.settimeout(5)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             for _ in range(200):
                 sock.sendall(bytes(65536))
-        return read_all(sock)[0]
+        return read_until(sock, b"\r\n\r\n")
 
 
 HTTP1 = [

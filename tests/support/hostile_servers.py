@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from support.hostile import CHAT, Hostile, Lab
+from support.hostile import CHAT, Hostile, Lab, read_until
 from support.router_process import chat, until
 
 Pieces = Callable[[], Iterable[bytes]]
@@ -94,8 +94,10 @@ def probed(*wanted: str, **answers: Pieces) -> Callable[[Lab], bytes]:
     return play
 
 
-def asked(answer: Pieces, *, seconds: float = 1.0) -> Callable[[Lab], bytes]:
-    """Play: a client requests the model of such a server, and disconnects after a while."""
+def asked(answer: Pieces, *, expected: bytes = b"") -> Callable[[Lab], bytes]:
+    """Play: a client requests the model of such a server, and disconnects after the expected bytes,
+    or after a second of silence if none are expected.
+    """
 
     def play(lab: Lab) -> bytes:
         with lab.server(Server(post=answer)):
@@ -104,8 +106,11 @@ def asked(answer: Pieces, *, seconds: float = 1.0) -> Callable[[Lab], bytes]:
             head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
             came = b""
-            with lab.connection(timeout=seconds) as sock:
+            with lab.connection() as sock:
                 sock.sendall(request)
+                if expected:
+                    return read_until(sock, expected)
+                sock.settimeout(1)
                 try:
                     while len(came) < 50_000_000 and (piece := sock.recv(1 << 20)):
                         came += piece
@@ -195,7 +200,15 @@ SERVERS = [
     hostile("comments without an end", asked(endless(STREAM, b": ping\n\n" * 5000)), "lane"),
     hostile("a comment without an end", asked(endless(STREAM, b":" + b"x" * 65536)), "lane"),
     hostile("an answer of 50 MB that are 50 GB", asked(bomb()), "lane", memory=80.0),
-    hostile("fields without an end", asked(endless(HEAD, b"a: b\r\n" * 9000)), answer=b" 502 "),
+    hostile(
+        "fields without an end",
+        asked(endless(HEAD, b"a: b\r\n" * 9000), expected=b" 502 "),
+        answer=b" 502 ",
+    ),
     hostile("interim answers without an end", asked(endless(b"", b"HTTP/1.1 100 C\r\n\r\n" * 999))),
-    hostile("an answer that is none", asked(endless(b"", bytes(65536))), answer=b" 502 "),
+    hostile(
+        "an answer that is none",
+        asked(endless(b"", bytes(65536)), expected=b" 502 "),
+        answer=b" 502 ",
+    ),
 ]

@@ -28,7 +28,7 @@ def closes_with(code: int, *pieces: bytes, deflate: bool = False) -> Callable[[L
     """A play that sends these pieces after the handshake and expects a close frame with a code."""
 
     def play(there: Lab) -> None:
-        with there.connection(timeout=30) as sock:
+        with there.connection() as sock:
             sock.sendall(DEFLATE if deflate else UP)
             came = b""
             while b"\r\n\r\n" not in came:
@@ -62,7 +62,6 @@ def open_and_leave(there: Lab) -> None:
         with there.connection() as sock:
             sock.sendall(UP)
             if number % 2:
-                sock.settimeout(10)
                 sock.recv(1000)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -34,10 +35,11 @@ async def ask(
     headers: dict[str, str] | None = None,
     *,
     keep: int = 4000,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Result:
     """One chat completion, streamed if the body says so, read to its end.
 
-    `text` has the last `keep` bytes of it.
+    `text` has the last `keep` bytes of it. `on_chunk` is called for each part of the response.
     """
     began = time.monotonic()
     status, server, events, ended, tail = 0, "", 0, "failed", b""
@@ -50,6 +52,7 @@ async def ask(
             async for chunk in answer.aiter_raw():
                 events += chunk.count(b"\n\n")
                 tail = (tail + chunk)[-keep:]
+                on_chunk()
         whole = not body.get("stream") or tail.rstrip().endswith(b"[DONE]")
         ended = "done" if whole or status != 200 else "truncated"
     except httpx.TransportError as error:
@@ -99,7 +102,7 @@ class Load:
     async def wait_for(self, count: int) -> None:
         """Wait until `count` further requests have ended."""
         wanted = len(self.results) + count
-        with trio.fail_after(90):
+        with trio.fail_after(150):
             while len(self.results) < wanted:
                 await trio.sleep(0.01)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-_START_SECONDS = 60.0
+_PATIENCE_SECONDS = 120.0
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -48,7 +48,7 @@ class MockProcess:
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            line = self.process.stdout.readline() if selector.select(_START_SECONDS) else b""
+            line = self.process.stdout.readline() if selector.select(_PATIENCE_SECONDS) else b""
         if b": http://" not in line:
             raise RuntimeError(f"the simulated server did not start: {line!r}")
         self.name, self.url = line.decode().split()[:2]
@@ -69,8 +69,8 @@ class MockProcess:
         return self.get("/mock/stats")
 
     def wait_for(self, **expected: Any) -> None:
-        """Wait until `stats()` has these values; TimeoutError after 30 seconds."""
-        deadline = time.monotonic() + 30.0
+        """Wait until `stats()` has these values; TimeoutError after two minutes."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while not expected.items() <= (stats := self.stats()).items():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name}: waited for {expected}, have {stats}")
@@ -113,7 +113,7 @@ class MockProcess:
         request = urllib.request.Request(
             self.url + path, body, {"content-type": "application/json"}, method=method
         )
-        with _NO_PROXY.open(request, timeout=30) as answer:
+        with _NO_PROXY.open(request, timeout=_PATIENCE_SECONDS) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
@@ -135,7 +135,7 @@ def mock_processes(count: int, *arguments: str) -> Iterator[list[MockProcess]]:
 
 def restarted(mock: MockProcess, *arguments: str) -> MockProcess:
     """A new process on the port of an ended one; the caller closes it."""
-    deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         again = MockProcess(*arguments, port=mock.port)
         try:

@@ -26,7 +26,7 @@ import httpx
 from vllm_router.runtime.own_machine import find_socket, short_path
 
 _ROOT = Path(__file__).parents[2]
-_START_SECONDS = 60.0
+_START_SECONDS = 120.0
 
 FAST = {
     "health_check_interval": 0.5,
@@ -116,7 +116,7 @@ class RouterProcess:
             raise RuntimeError(f"the router did not start:\n{self.text}")
         until(lambda: self.get("/readyz").status_code == 200, "readiness", _START_SECONDS)
 
-    def client(self, timeout: float = 30.0) -> httpx.Client:
+    def client(self, timeout: float = 60.0) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
@@ -151,7 +151,7 @@ class RouterProcess:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def stop(self, seconds: float = 30.0) -> int:
+    def stop(self, seconds: float = 60.0) -> int:
         """SIGTERM, and the exit code."""
         if self.process.poll() is None:
             self.process.terminate()
@@ -201,7 +201,7 @@ def router_process(
 
 
 @contextlib.contextmanager
-def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
+def own_machine(url: str, timeout: float = 60.0) -> Iterator[httpx.Client]:
     """A client of the Unix socket of the router at a URL."""
     path = find_socket(url)
     assert path is not None, f"no Unix socket beside {url}"
@@ -211,7 +211,7 @@ def own_machine(url: str, timeout: float = 30.0) -> Iterator[httpx.Client]:
             yield client
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> float:
+def until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> float:
     """Wait for a condition; returns the seconds it took. Connection errors count as false.
 
     A server that fails is ejected by its third failure, and a careful policy takes its time to try

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SECONDS = 30.0
+SECONDS = 120.0
 """For anything to appear; much longer than it takes, as the machine may be busy."""
 
 _END = "-- that was all --"
