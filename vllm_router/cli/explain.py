@@ -96,6 +96,8 @@ def _print_explanation(found: dict[str, Any]) -> None:
         verdict = f"would go to {picked}"
     note = f" {found['note']}" if found.get("note") else ""
     click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
+    if found.get("session"):
+        click.echo(visible(f"Session {found['session']} (from {found['session_source']})."))
     candidates, out = found.get("candidates") or [], found.get("out") or []
     # Skip parts that are zero for all candidates. Parts have their names from the formula; `LOAD`
     # is relative to capacity, as on all other pages.

@@ -24,6 +24,9 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_size: requests that may wait per model; 429 beyond.
     queue_timeout: seconds a request may wait; 503 afterwards.
     client_priority: whether `X-Vllm-Priority` and the body's `priority` order the queue.
+    session_admission: whether a new session waits until it fits into a server's KV cache beside the
+        admitted ones.
+    session_idle: seconds without a request after which a session is no longer admitted.
     key_requests_per_minute, key_max_concurrent_requests: limits of client keys without their own.
     """
 
@@ -32,6 +35,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_size: NonNegativeInt = 64
     queue_timeout: Seconds = 30.0
     client_priority: Bool = True
+    session_admission: Bool = False
+    session_idle: Seconds = 30.0
     key_requests_per_minute: PerMinuteOrNone = None
     key_max_concurrent_requests: PositiveIntOrNone = None
 

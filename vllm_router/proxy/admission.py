@@ -12,6 +12,7 @@ The process of the next request takes the server, the others leave it free.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,15 +25,21 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy import admission_refusals as refusals
 from vllm_router.proxy.waiter import Grant, Peers, Ticket, Waiter
+from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.queue.drain_rate import MARGIN
-from vllm_router.routing.queue.entry import QueueEntry, Verdict
+from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 from vllm_router.routing.queue.model_queue import ModelQueue
+from vllm_router.routing.queue.session_leases import SessionLeases
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
 
 PeersMaker = Callable[["AdmissionQueue"], Peers]
 
 _IN_SERVICE = (State.UP, State.FULL)
 _NONE: Mapping[Server, int] = {}
+_NEW_SESSION = "new session"
+
+SESSION_CHECK = 0.5
+"""Seconds between two looks at whether a waiting new session fits."""
 
 
 class Queue(NamedTuple):
@@ -60,6 +67,10 @@ class AdmissionQueue:
         self.generation = 0
         """Incremented when servers join, leave or change what they accept."""
         self._waiters = 0
+        self._sessions: SessionLeases | None = None
+        self._new_sessions: Counter[str | None] = Counter()
+        """Waiting requests of this process that begin a session, by queue."""
+        self._follow_sessions()
         self._admitting = self._missed = False
         self._lists: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
@@ -120,7 +131,9 @@ class AdmissionQueue:
             self._look_again(now)
             self.fleet.look()  # after the queue: a request that has left it may have a server
         waiter = None
-        if self._peers is None or not self.places:
+        if self._begins_session(ticket) and self._new_sessions[self.room_of(ticket.facts.model)]:
+            grant = None  # new sessions are admitted in the order in which they came
+        elif self._peers is None or not self.places:
             # A free server cannot be of use to waiting requests: they would have it.
             grant = self._grant(ticket, candidates, now)
         else:
@@ -148,18 +161,28 @@ class AdmissionQueue:
 
     async def _wait(self, waiter: Waiter, now: float) -> Grant:
         self._waiters += 1
+        is_new = self._begins_session(waiter.ticket)
+        room = waiter.model
+        self._new_sessions[room] += is_new
         try:
             with trio.move_on_at(waiter.until):
+                while is_new and not waiter.woken.is_set():
+                    # A lease ends by idleness, which is no event.
+                    with trio.move_on_after(SESSION_CHECK):
+                        await waiter.woken.wait()
+                    self._admit(trio.current_time())
                 await waiter.woken.wait()
         except trio.Cancelled:
             if waiter.grant is not None:
                 policy, lease = waiter.grant
                 lease.release()
                 policy.ended(lease, trio.current_time(), failed=False)
+                self.attempt_ended(waiter.ticket.facts, trio.current_time())
                 self.freed(lease.server)
             raise
         finally:
             self._waiters -= 1
+            self._new_sessions[room] -= is_new
             then = trio.current_time()
             waiter.ticket.waited(then - now)
             if waiter.grant is None and waiter.refused is None:
@@ -182,15 +205,49 @@ class AdmissionQueue:
         free = [server for server in candidates if not server.at_cap]
         if promised:
             free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
+        policy, facts = ticket.policy, ticket.facts
+        sessions = self._sessions
+        if sessions is not None and self._begins_session(ticket):
+            free = sessions.fitting(facts, free, now)
         if not free:
             return None
-        policy, facts = ticket.policy, ticket.facts
         # Policies recognise unchanged candidates by the identity of the tuple.
         among = candidates if len(free) == len(candidates) else free
         server, note = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
         lease = server.lease(now)
         policy.leased(lease, note, facts, now)
+        if sessions is not None:
+            sessions.begin(facts, server, now)
         return policy, lease
+
+    # -- sessions -----------------------------------------------------------------------------
+
+    def _follow_sessions(self) -> None:
+        """Apply `session_admission` and `session_idle`; the leases stay."""
+        limits = self.limits
+        if not limits.session_admission:
+            self._sessions = None
+        elif self._sessions is None:
+            self._sessions = SessionLeases(limits.session_idle)
+        else:
+            self._sessions.idle = limits.session_idle
+
+    def _begins_session(self, ticket: Ticket) -> bool:
+        """Whether the request must wait until its session fits. One that was admitted need not."""
+        sessions = self._sessions
+        return sessions is not None and not ticket.returning and sessions.is_new(ticket.facts)
+
+    def attempt_ended(self, facts: RoutingInfo, now: float) -> None:
+        """An attempt of an admitted request has ended."""
+        if self._sessions is not None:
+            self._sessions.end(facts, now)
+
+    def _route(self, ticket: Ticket, now: float) -> Route:
+        """The route of a request. New sessions are blocked apart from the admitted ones."""
+        route = ticket.route(self.serving, now)
+        if self._begins_session(ticket):
+            return Route(route.servers, (route.more, _NEW_SESSION))
+        return route
 
     def _waiter(self, ticket: Ticket, now: float) -> Waiter:
         limits = self.limits
@@ -201,7 +258,7 @@ class AdmissionQueue:
             now,
             min(now + limits.queue_timeout, ticket.deadline),
             ticket.returning,
-            ticket.route(self.serving, now),
+            self._route(ticket, now),
             self._peers.number if self._peers is not None else 0,
             ticket=ticket,
         )
@@ -312,7 +369,7 @@ class AdmissionQueue:
                 if isinstance(place, Waiter):
                     ticket = place.ticket
                     new_room = self.room_of(ticket.facts.model)
-                    new_route = ticket.route(self.serving, now)
+                    new_route = self._route(ticket, now)
                 else:
                     assert self._peers is not None
                     new_room, new_route = self._peers.where(place)
@@ -461,6 +518,7 @@ class AdmissionQueue:
     def apply(self, limits: LimitsConfig) -> None:
         """Apply new limits. Requests that are admitted go on at once, the others stay in order."""
         self.limits = limits
+        self._follow_sessions()
         now = trio.current_time()
         self.places.reset_rates(now, lambda model: True)
         self.look(now)

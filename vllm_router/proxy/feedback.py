@@ -53,6 +53,7 @@ def report_attempt(
         context.recorder.attempt_ended(lease.server, result.outcome)
     gate = context.gate
     if gate is not None:
+        gate.attempt_ended(attempts.request.facts, now)
         if result is not None and result.complete and attempts.record.status == 200:
             gate.served(attempts.request.facts.model, now - lease.taken_at)
         gate.freed(lease.server)

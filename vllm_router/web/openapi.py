@@ -102,6 +102,8 @@ _SCHEMAS: Doc = {
             "model": _or_null(_TEXT),
             "stream": _FLAG,
             "model_known": _FLAG,
+            "session": _or_null(_TEXT),
+            "session_source": _or_null(_TEXT),
             "policy": _TEXT,
             "owner": _or_null(_TEXT),
             "picked": _or_null(_TEXT),

@@ -112,6 +112,14 @@ def test_explain_policy_without_scores_and_hostile_name_are_shown(
     assert "any model would go to" in printed
 
 
+def test_explain_session_is_shown_with_its_source(capsys: pytest.CaptureFixture[str]):
+    found = {"policy": "session", "session": "s-\x1b[2J1", "session_source": "body:session_id"}
+    _print_explanation({"model": "m", "picked": "a", **found})
+    printed = capsys.readouterr().out
+    assert "(from body:session_id)" in printed
+    assert "\x1b" not in printed
+
+
 def test_explain_without_picks_is_empty_table(capsys: pytest.CaptureFixture[str]):
     _print_decisions([])
     assert capsys.readouterr().out.startswith("TIME")
