@@ -155,3 +155,16 @@ async def test_retry_without_surely_well_server_takes_another(autojump_clock):
         failed_lately(rig, "b", 1.0)
         got = await rig.post()
         assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
+
+
+async def test_first_attempt_may_go_to_server_with_recent_failure(autojump_clock):
+    """Also where the servers differ in what they accept."""
+    async with lab(answering(GOOD), answering(GOOD), answering(GOOD)) as rig:
+        await trio.sleep(100.0)
+        now = trio.current_time()
+        rig.prefer("b")
+        failed_lately(rig, "b", 1.0)
+        rig.fleet.accepted_elsewhere(rig.server("c"), "/v1/other", 0, "404", now, body=1, sure=True)
+        rig.fleet.settle(now)
+        assert rig.fleet.selective
+        assert (await rig.post())[b"x-vllm-router-server"] == b"b"

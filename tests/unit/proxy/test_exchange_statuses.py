@@ -8,10 +8,11 @@ import pytest
 import trio
 
 from support.proxy_harness import lab
-from support.scripted_server import GOOD, answer, answering
+from support.scripted_server import DONE, GOOD, Talk, answer, answering, chunk, event, streaming
 from vllm_router.proxy.retry import Outcome
 
 ERROR = b'{"error":{"message":"no"}}'
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(("status", "output"), [(200, True), (400, False), (404, False)])
@@ -39,3 +40,21 @@ async def test_status_299_is_the_answer(autojump_clock):
         rig.prefer("a")
         assert (await rig.post()).status == 299
         assert rig.requests()["b"] == 0
+
+
+async def heartbeat_then_gone(talk: Talk) -> None:
+    """White space before JSON, which the client gets at once, and no response after it."""
+    await talk.request()
+    await talk.send(HEAD, chunk(b" "))
+    await trio.sleep(1.0)
+    talk.reset()
+
+
+async def test_head_of_json_sent_early_swallows_comments_of_a_stream(autojump_clock):
+    """The client expects JSON: neither the stream's comments nor its events may follow."""
+    stream = streaming(b": keep-alive\n\n", event("hi", "stop"), DONE)
+    async with lab(heartbeat_then_gone, stream) as rig:
+        rig.prefer("a")
+        got = await rig.post()
+        assert (got.status, got.body, got.whole) == (200, b" ", False)
+        assert rig.requests() == {"a": 1, "b": 1}
