@@ -58,3 +58,16 @@ async def test_relay_plain_answer_that_breaks_gets_no_error_event(autojump_clock
         got = await rig.post()
         assert not got.whole
         assert got.body == b"sound\n\n"
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_relay_end_without_a_piece_is_a_sign_of_the_server(autojump_clock, watched):
+    async def ends_late(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head(), *(chunk(piece) for piece in EVENTS))
+        await trio.sleep(5)
+        await talk.send(END)
+
+    async with lab(ends_late, watched=watched) as rig:
+        assert (await rig.stream()).whole
+        assert rig.server("a").last_byte_at == 5.0

@@ -86,6 +86,21 @@ def test_drain_rate_forgotten_measures_from_that_moment():
     assert rate.per_second(14.0) is None
 
 
+@pytest.mark.parametrize("how", ["end", "forget"])
+def test_drain_rate_is_current_anew_only_after_all_samples(how):
+    rate = freed(1.0, 1.0, 1.0, 1.0)
+    if how == "end":
+        rate.end(2.0)
+        rate.begin(2.0)
+    else:
+        rate.forget(2.0)
+    for _ in range(MIN_SAMPLES - 1):
+        rate.freed(3.0)
+    assert rate.is_current is False
+    rate.freed(3.0)
+    assert rate.is_current is True
+
+
 def test_drain_rate_keeps_its_most_samples():
     rate = freed(*(float(n) for n in range(2 * MAX_SAMPLES)))
     now = 2.0 * MAX_SAMPLES
