@@ -153,8 +153,11 @@ def test_selection_too_long_needs_a_longer_server(known, response, longer_than, 
 def test_selection_too_long_keeps_the_longest():
     fleet, (a, b, _) = fleet_of(a=80, b=60, c=100)
     selection = select(fleet)
-    judge(selection, [a], TOO_LONG)
-    judge(selection, [a, b], TOO_LONG)
+    judge(selection, [b], TOO_LONG)
+    assert selection.longer_than == 60
+    judge(selection, [b, a], TOO_LONG)
+    assert selection.longer_than == 80
+    judge(selection, [b, a, b], TOO_LONG)
     assert selection.longer_than == 80
 
 
@@ -163,3 +166,20 @@ def test_selection_too_long_without_model_goes_by_the_named_length():
     selection = select(fleet, model=None)
     assert judge(selection, [a], TOO_LONG) is Outcome.ANSWERED  # no length is known without a model
     assert selection.longer_than == 50
+
+
+@pytest.mark.parametrize(("short", "fitting"), [(80, "b"), (100, "ab")])
+def test_selection_reads_the_needed_tokens_once_where_lengths_differ(short, fitting):
+    fleet, _ = fleet_of(a=short, b=100)
+    selection = select(fleet)
+    request: Any = selection._request
+    request.body = b'{"max_tokens": 90}'
+    assert names(selection.servers(1.0, ())) == fitting
+    request.body = b'{"max_tokens": 1}'
+    assert names(selection.servers(1.0, ())) == fitting
+    # Lengths that are equal for all servers are no reason to read the body.
+    fleet, _ = fleet_of(a=80, b=80)
+    selection = select(fleet)
+    request = selection._request
+    request.body = b'{"max_tokens": 90}'
+    assert names(selection.unfit(1.0)) == ""
