@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support.scripted_server import DONE, event
+from vllm_router.proxy.answers.ending import read_ending
 from vllm_router.proxy.answers.opening import Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.tail import KEPT, LONGEST_EVENT, TRIM_AT, StreamTail
@@ -40,3 +43,21 @@ def test_stream_tail_longest_event_is_whole_up_to_its_limit():
             # The end of the cut event, then whole ones: the last is read again.
             tail.add(b"\n\n" + HELLO * 2000 + event("", "stop") + DONE)
             assert tail.read(Api.CHAT).verdict is not Verdict.UNFINISHED
+
+
+@pytest.mark.parametrize("end", [b"", DONE])
+def test_stream_tail_cut_event_is_forgotten_with_the_next_whole_one(end):
+    long = event("y" * 2 * TRIM_AT, "stop") + end
+    tail = StreamTail()
+    tail.add(b"x" * (LONGEST_EVENT + 1))
+    tail.add(b"\n\n" + long)
+    assert tail.bytes == long
+    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, long, whole_event=True)
+
+
+def test_stream_tail_cut_event_is_not_read():
+    """What is kept of it may look like an event."""
+    inner = event("", "stop")
+    tail = StreamTail()
+    tail.add((b"x" * LONGEST_EVENT).ljust(LONGEST_EVENT + KEPT - len(inner), b"x") + inner)
+    assert tail.read(Api.CHAT) == read_ending(Api.CHAT, tail.bytes, whole_event=False)
