@@ -21,7 +21,13 @@ from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.prompt.blocks import reseeded
 from vllm_router.routing.prompt.body_reader import read_in_slices, replaced
 from vllm_router.routing.prompt.model_name import json_name, model_places, with_model
-from vllm_router.routing.prompt.routing_info import SHORT, UNREAD, RoutingInfo, read_at_once
+from vllm_router.routing.prompt.routing_info import (
+    SHORT,
+    UNREAD,
+    ReadKnown,
+    RoutingInfo,
+    read_at_once,
+)
 from vllm_router.routing.prompt.steps import finish
 
 _BODY_DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
@@ -66,12 +72,13 @@ class Request:
         policies: PolicySet,
         wanted: Policy | None,
         seeds: ModelSeeds,
+        known: ReadKnown | None = None,
         *,
         with_prompt: bool,
     ) -> None:
         """`share` has counted the body. `wanted` is the policy that the client chose, if any.
-        `seeds` are the fleet's. `with_prompt`: the facts must have the prompt even if the policies
-        do not use it.
+        `seeds` are the fleet's; `known` reads long bodies that repeat earlier ones. `with_prompt`:
+        the facts must have the prompt even if the policies do not use it.
         """
         read = policies if wanted is None else wanted
         self.head = head
@@ -95,6 +102,7 @@ class Request:
             with_prompt=read.needs_prompt or with_prompt,
             shortest=SHORT,
             seeds=seeds.of,
+            known=known,
         )
         self.facts: RoutingInfo = UNREAD if facts is None else facts
         self.policy: Policy = policies.default if wanted is None else wanted

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -85,6 +86,15 @@ def make_block_hash(digest: int, index: int) -> int:
     return digest & _DIGEST_MASK | index // BLOCKS_PER_SIZE << _SIZE_SHIFT
 
 
+class HashState(NamedTuple):
+    """The hashing of a prompt whose first `size` bytes are known: more may follow."""
+
+    hashes: tuple[int, ...] = ()
+    size: int = 0
+    checksum: int = 0
+    digest: int = 0
+
+
 def hash_blocks(*texts: Text, seed: int = 0) -> tuple[int, ...]:
     """The block hashes of the concatenated texts. 0.4 µs per block and 0.2 ms per MB.
 
@@ -94,9 +104,15 @@ def hash_blocks(*texts: Text, seed: int = 0) -> tuple[int, ...]:
     and three times as fast as the fastest digest. A forged hash misroutes only the forger's own
     request.
     """
+    return extend_hashes(HashState(checksum=seed), texts).hashes
+
+
+def extend_hashes(state: HashState, texts: Iterable[Text]) -> HashState:
+    """Hash more texts of the same prompt. The cuts between texts make no difference."""
+    known, position, checksum, digest = state
     hashes: list[int] = []
-    index, position, end = 0, 0, BLOCK_BYTES
-    checksum, digest = seed, 0
+    index = len(known)
+    end = BLOCK_ENDS[index] if index < len(BLOCK_ENDS) else 0
     for whole in texts:
         text = memoryview(whole)
         start, length = 0, len(text)
@@ -111,7 +127,7 @@ def hash_blocks(*texts: Text, seed: int = 0) -> tuple[int, ...]:
         if start < length:
             checksum = crc32(text[start:], checksum)
             position += length - start
-    return tuple(hashes)
+    return HashState(known + tuple(hashes), position, checksum, digest)
 
 
 def reseeded(prompt: Prompt, old: int, new: int) -> Prompt:

@@ -7,7 +7,13 @@ from zlib import crc32
 
 import msgspec
 
-from vllm_router.routing.prompt.blocks import Prompt, Text, hash_blocks
+from vllm_router.routing.prompt.blocks import (
+    HashState,
+    Prompt,
+    Text,
+    extend_hashes,
+    hash_blocks,
+)
 from vllm_router.routing.prompt.content import (
     ABSENT,
     LARGE,
@@ -60,20 +66,70 @@ def system_texts(system: msgspec.Raw) -> list[Text]:
     return texts
 
 
+class Conversation(msgspec.Struct, frozen=True, gc=False):
+    """A conversation as far as it is known: more messages may follow.
+
+    hashing: of its texts.
+    count: number of its messages.
+    shared: bytes of the leading tools and system messages; None if it has no others yet.
+    checksum, left: of everything up to the end of the first turn, at most `_CONVERSATION_BYTES`.
+    in_first_turn: whether that end has not come yet.
+    answer, answer_at: number of the last answer of the assistant, -1 for none, and the bytes
+        before it.
+    """
+
+    hashing: HashState
+    checksum: int
+    count: int = 0
+    shared: int | None = None
+    left: int = _CONVERSATION_BYTES
+    in_first_turn: bool = True
+    answer: int = -1
+    answer_at: int = 0
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt of a conversation that ends here."""
+        hashing = self.hashing
+        recent = self.answer >= max(0, self.count - MAX_PARSED)
+        return Prompt(
+            hashing.hashes,
+            hashing.size,
+            None,
+            hashing.size if self.shared is None else self.shared,
+            self.answer_at if recent else 0,
+            self.checksum,
+        )
+
+
 def chat_prompt(messages: Sequence[Message], head: Iterable[Text], seed: int = 0) -> Prompt:
-    """The prompt of a conversation. `head` precedes the messages: tools, system, instructions.
+    """The prompt of a conversation, see `conversation_of`."""
+    return conversation_of(messages, head, seed).prompt
+
+
+def conversation_of(
+    messages: Sequence[Message], head: Iterable[Text], seed: int = 0
+) -> Conversation:
+    """A whole conversation. `head` precedes the messages: tools, system, instructions.
 
     It has roles, contents and calls in order; other keys, and the order of keys, do not matter.
     Short messages after the first MAX_PARSED have their raw contents in it.
     """
+    return continued(Conversation(HashState(checksum=seed), seed), messages, head)
+
+
+def continued(
+    before: Conversation, messages: Sequence[Message], head: Iterable[Text] = ()
+) -> Conversation:
+    """The conversation with more messages; `head` precedes the first message of all."""
     texts: list[Text] = list(head)
+    is_shared = before.shared is None
     shared: int | None = None
-    first_turn = 0
-    last_answer = 0
-    answer = _last_answer(messages)
-    for number, message in enumerate(messages):
+    first_turn = last_answer = 0
+    answer, answer_number = _last_answer(messages), before.answer
+    for number, message in enumerate(messages, before.count):
         if message is answer:
-            last_answer = len(texts)
+            last_answer, answer_number = len(texts), number
         content = message.content
         if number >= MAX_PARSED and len(content) < SHORT_TEXT:
             texts.append(content)
@@ -82,8 +138,8 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[Text], seed: int = 0
                 texts += calls
             continue
         role = bytes(message.role)
-        if shared is None and role not in _SYSTEM_ROLES:
-            shared = len(texts)
+        if is_shared and role not in _SYSTEM_ROLES:
+            is_shared, shared = False, len(texts)
         texts.append(b"\0" + role[1:-1] + b"\0")
         if role == _SYSTEM:
             add_content(content, texts, without_attribution)
@@ -94,11 +150,40 @@ def chat_prompt(messages: Sequence[Message], head: Iterable[Text], seed: int = 0
         calls = _calls(message)
         if calls != _NO_CALLS:
             _add_calls(message, calls, texts)
-        if shared is not None and not first_turn:
+        if not is_shared and not first_turn:
             first_turn = len(texts)
-    if shared is None:
-        shared = len(texts)
-    return _prompt(texts, shared, last_answer, first_turn or len(texts), seed)
+    sizes = list(map(len, texts))
+    known = before.hashing.size
+    checksum, left = before.checksum, before.left
+    if before.in_first_turn:
+        checksum, left = _extend_checksum(texts[: first_turn or len(texts)], checksum, left)
+    return Conversation(
+        _extend_hashes(before.hashing, texts, sizes),
+        checksum,
+        before.count + len(messages),
+        before.shared if shared is None else known + sum(sizes[:shared]),
+        left,
+        before.in_first_turn and not first_turn,
+        answer_number,
+        before.answer_at if answer is None else known + sum(sizes[:last_answer]),
+    )
+
+
+def _extend_checksum(texts: Iterable[Text], checksum: int, left: int) -> tuple[int, int]:
+    """The checksum of these texts, too, up to `left` bytes; and the rest of these bytes."""
+    for text in texts:
+        if left <= 0:
+            break
+        checksum = crc32(memoryview(text)[:left], checksum)
+        left -= len(text)
+    return checksum, left
+
+
+def _extend_hashes(hashing: HashState, texts: list[Text], sizes: list[int]) -> HashState:
+    """Hash more texts; short ones are joined, which is faster than many calls."""
+    size = sum(sizes)
+    join = size < LARGE or size < SHORT_TEXT * len(texts)
+    return extend_hashes(hashing, (b"".join(texts),) if join else texts)
 
 
 def _calls(message: Message) -> tuple[msgspec.Raw, ...]:
@@ -133,22 +218,10 @@ def _last_answer(messages: Sequence[Message]) -> Message | None:
 
 def raw_prompt(*texts: Text, seed: int = 0) -> Prompt:
     """The prompt of a conversation that is not parsed."""
-    return _prompt([*texts], 0, 0, len(texts), seed)
-
-
-def _prompt(texts: list[Text], shared: int, last_answer: int, first_turn: int, seed: int) -> Prompt:
-    """A prompt of `texts`; the other arguments are indexes into them, converted to bytes."""
-    sizes = list(map(len, texts))
-    size = sum(sizes)
-    join = size < LARGE or size < SHORT_TEXT * len(texts)
-    hashes = hash_blocks(b"".join(texts), seed=seed) if join else hash_blocks(*texts, seed=seed)
-    conversation, left = seed, _CONVERSATION_BYTES
-    for text in texts[:first_turn]:
-        conversation = crc32(memoryview(text)[:left], conversation)
-        left -= len(text)
-        if left <= 0:
-            break
-    return Prompt(hashes, size, None, sum(sizes[:shared]), sum(sizes[:last_answer]), conversation)
+    given = [*texts]
+    hashing = _extend_hashes(HashState(checksum=seed), given, list(map(len, given)))
+    conversation, _ = _extend_checksum(given, seed, _CONVERSATION_BYTES)
+    return Prompt(hashing.hashes, hashing.size, conversation=conversation)
 
 
 def plain_prompt(raw: msgspec.Raw | bytes, seed: int = 0) -> Prompt:

@@ -1,0 +1,225 @@
+"""Bodies that repeat earlier ones: the result is the same as without the memory of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_router.routing.prompt import routing_info
+from vllm_router.routing.prompt.blocks import HashState, extend_hashes, hash_blocks
+from vllm_router.routing.prompt.conversation import continued, conversation_of, messages_in
+from vllm_router.routing.prompt.known_bodies import KnownBodies
+from vllm_router.routing.prompt.routing_info import RoutingInfo, read_at_once
+from vllm_router.routing.prompt.session import SessionHint
+
+CHAT = b"/v1/chat/completions"
+HINT = SessionHint(None, "", (("user", "body:user"),))
+
+
+def read(body: bytes, known: KnownBodies | None = None) -> RoutingInfo | None:
+    """What routing reads of a body of any length."""
+    with patch.object(routing_info, "LONG", 0):
+        return read_at_once(
+            CHAT,
+            b"application/json",
+            body,
+            HINT,
+            with_prompt=True,
+            known=known.read if known is not None else None,
+        )
+
+
+def body_of(messages: list[Any], before: str = '"model":"m"', after: str = "") -> bytes:
+    members = (before, f'"messages":{json.dumps(messages)}', after)
+    return f"{{{','.join(filter(None, members))}}}".encode()
+
+
+def turns(count: int, size: int = 300) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": f"{n} " * (size // 3)} for n in range(count)]
+
+
+def hits(known: KnownBodies, body: bytes) -> bool:
+    """Whether the body is read without its beginning."""
+    with patch.object(KnownBodies, "_read_whole", side_effect=AssertionError("read as a whole")):
+        try:
+            return read(body, known) is not None
+        except AssertionError:
+            return False
+
+
+# -- equality ----------------------------------------------------------------------------------
+
+texts = st.text(max_size=40).map(lambda text: text * 7) | st.just("x" * 3000)
+parts = st.lists(
+    st.one_of(
+        st.builds(lambda t: {"type": "text", "text": t}, texts),
+        st.builds(lambda t: {"type": "tool_result", "tool_use_id": "c1", "content": t}, texts),
+        st.builds(
+            lambda t: {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": t}}, texts
+        ),
+        st.just({"type": "image_url", "image_url": {"url": "data:" + "A" * 2000}}),
+    ),
+    max_size=3,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"])},
+        optional={
+            "content": texts | parts | st.none(),
+            "tool_calls": st.lists(st.fixed_dictionaries({"id": texts}), max_size=1),
+            "tool_call_id": st.just("c1"),
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+befores = st.sampled_from(
+    [
+        "",
+        '"model":"m"',
+        '"model":"m","tools":[{"name":"f"}],"system":"be brief"',
+        '"tools":[{"messages":[1,2]}]',
+        '"x":"messages"',
+        '"instructions":"i" ,"cache_salt":"s"',
+        '"messages":[{"role":"user","content":"first"}]',
+        '"mess\\u0061ges":[{"role":"user","content":"first"}]',
+    ]
+)
+afters = st.sampled_from(
+    [
+        "",
+        '"stream":true,"user":"someone"',
+        '"tools":[{"name":"g"}]',
+        '"system":[{"type":"text","text":"s"}]',
+        '"cache_salt":"t"',
+        '"model":null',
+        '"model":"other"',
+        '"kv_transfer_params":{"a":1}',
+        '"messages":null',
+        '"messages":[]',
+        '"\\u006dessages":[{"role":"user","content":"last"}]',
+        '"metadata":{"messages":1}',
+        '"input":"i"',
+        '"stream":"yes"',
+        '"broken":',
+        '"stream":true}{',
+    ]
+)
+spaces = st.sampled_from(["", " ", "\n\t "])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(messages, befores, afters, spaces, st.integers(0, 3), st.booleans()),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_known_bodies_give_what_the_whole_body_gives(steps: list[Any]) -> None:
+    known = KnownBodies()
+    conversation: list[Any] = []
+    before = after = ""
+    for more, new_before, new_after, space, keep, changes in steps:
+        if changes:
+            before, after = new_before, new_after
+        conversation = [*conversation[: len(conversation) - keep if keep > 2 else None], *more]
+        body = body_of(conversation, before, after)
+        body = body.replace(b'"messages":[', b'"messages"%b:[%b' % ((space.encode(),) * 2), 1)
+        for given_body in (body, body, body[: len(body) // 2], body.replace(b"}]", b"},]", 1)):
+            assert read(given_body, known) == read(given_body)
+
+
+@given(st.lists(messages, min_size=1, max_size=5), st.integers(0, 1 << 32))
+def test_conversation_continued_equals_whole_conversation(steps: list[Any], seed: int) -> None:
+    def decoded(part: list[Any]) -> Any:
+        return messages_in(msgspec.Raw(json.dumps(part).encode()))
+
+    head = [b"tools", b"system"]
+    conversation = conversation_of(decoded(steps[0]), head, seed)
+    for number in range(1, len(steps)):
+        conversation = continued(conversation, decoded(steps[number]))
+    whole = [message for step in steps for message in step]
+    assert conversation.prompt == conversation_of(decoded(whole), head, seed).prompt
+
+
+@given(st.lists(st.binary(max_size=2000).map(lambda text: text * 9), max_size=5), st.integers(0, 9))
+def test_hashes_extended_equal_hashes_at_once(pieces: list[bytes], seed: int) -> None:
+    state = HashState(checksum=seed)
+    for piece in pieces:
+        state = extend_hashes(state, (piece,))
+    assert state.hashes == hash_blocks(b"".join(pieces), seed=seed)
+    assert state.size == sum(map(len, pieces))
+
+
+@pytest.mark.parametrize("first", [511, 512, 513, 700])
+def test_known_bodies_with_many_messages_give_the_same(first: int) -> None:
+    """Messages beyond the parsed ones are read in another way, and old answers do not count."""
+    known = KnownBodies()
+    conversation = turns(first)
+    for more in (1, 2, 600):
+        assert read(body_of(conversation), known) == read(body_of(conversation))
+        conversation = [*conversation, *({"role": "user", "content": "x"} for _ in range(more))]
+        body = body_of(conversation)
+        assert hits(known, body)
+        assert read(body, known) == read(body)
+
+
+# -- when --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"model":"m"', ""),
+        ("", '"model":"m"'),
+        ('"model":"m","tools":[{"name":"f"}]', '"stream":true'),
+        ('"model":"m"', '"system":"s","tools":[{"name":"f"}]'),
+    ],
+)
+def test_known_body_is_read_from_where_the_last_turn_ended(before: str, after: str) -> None:
+    known = KnownBodies()
+    conversation = turns(6)
+    read(body_of(conversation, before, after), known)
+    for _ in range(5):
+        conversation = [*conversation, *turns(2)]
+        body = body_of(conversation, before, after)
+        assert hits(known, body)
+        assert read(body, known) == read(body)
+    assert len(known) == 1
+
+
+@pytest.mark.parametrize(
+    "after", ['"system":"other"', '"tools":[]', '"cache_salt":"s"', '"messages":[]']
+)
+def test_known_body_with_another_head_is_read_as_a_whole(after: str) -> None:
+    known = KnownBodies()
+    read(body_of(turns(4), after='"system":"s"'), known)
+    body = body_of(turns(6), after=after)
+    assert not hits(known, body) or after == '"tools":[]'
+    assert read(body, known) == read(body)
+
+
+def test_known_bodies_are_bounded_and_the_used_ones_stay() -> None:
+    known = KnownBodies(most_bytes=40_000, most_bodies=8)
+    used = body_of(turns(4), before='"model":"used"')
+    read(used, known)
+    for number in range(50):
+        read(body_of(turns(number % 9 + 2), before=f'"model":"m{number}"'), known)
+        assert known.bytes <= 40_000
+        assert len(known) <= 8
+        assert hits(known, used)
+
+
+def test_body_larger_than_the_memory_is_not_kept() -> None:
+    known = KnownBodies(most_bytes=100)
+    body = body_of(turns(4))
+    assert read(body, known) == read(body)
+    assert (len(known), known.bytes) == (0, 0)
