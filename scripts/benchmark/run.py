@@ -316,7 +316,8 @@ class Bench:
         options = self.options
         url = contestant.url if contestant else server.urls[0]
         command = [str(self._loadgen), "-url", url, "-c", str(load.connections), "-key", KEY]
-        command += ["-prompt", str(load.prompt), "-tokens", str(max(1, load.tokens))]
+        command += ["-prompt", str(load.prompt), "-messages", str(load.messages)]
+        command += ["-tokens", str(max(1, load.tokens))]
         command += ["-rate", str(load.rate), "-spread", f"{load.spread}ms"]
         command += ["-warmup", f"{options.warmup + load.spread / 1000}s"]
         command += ["-duration", f"{options.duration}s", "-server-pids", str(server.process.pid)]

@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One kind of load. Times in milliseconds, sizes in bytes; `rate` 0 is a closed loop."""
+    """One kind of load. Times in milliseconds, sizes in bytes; `rate` 0 is a closed loop.
+
+    With several `messages`, a connection sends conversations: each request repeats the last one,
+    and has two messages more.
+    """
 
     name: str
     title: str
     connections: int = 32
     rate: float = 0
     prompt: int = 400
+    messages: int = 1
     answer: int = 400
     stream: bool = False
     tokens: int = 0
@@ -63,6 +68,14 @@ _ALL = [
         title="JSON, 200 KB prompt, 50 requests/s at random times",
         prompt=200_000,
         rate=50,
+    ),
+    Workload(
+        name="agents",
+        title="JSON, conversations of 300 messages and 1 MB, 8 connections, 20 requests/s",
+        prompt=1_000_000,
+        messages=300,
+        connections=8,
+        rate=20,
     ),
     Workload(name="answer", title="JSON, 64 KB answer, 32 connections", answer=65536),
     Workload(name="new", title="JSON, a new connection for every request", new_connection=True),

@@ -53,6 +53,7 @@ var (
 	stream      = flag.Bool("stream", false, "ask for a streamed answer")
 	tokens      = flag.Int("tokens", 100, "max_tokens")
 	prompt      = flag.Int("prompt", 400, "bytes of prompt")
+	messages    = flag.Int("messages", 1, "messages of the prompt; from 2 on, each connection has conversations")
 	model       = flag.String("model", "m", "model")
 	key         = flag.String("key", "none", "API key")
 	fresh       = flag.Bool("new-connection", false, "a new connection for every request")
@@ -80,6 +81,9 @@ func fail(err error) {
 // client is one connection and the request under way on it.
 type client struct {
 	net.Conn
+	number   int
+	turn     int
+	turns    []byte
 	in       *bufio.Reader
 	shared   atomic.Pointer[net.Conn] // the same connection, for main to end
 	progress atomic.Int64             // Unix nanoseconds of the last byte while waiting, else 0
@@ -165,7 +169,7 @@ func (c *client) exchange(due time.Time) {
 }
 
 func (c *client) answer() (keep bool, err error) {
-	if _, err = c.Write(reqs); err != nil {
+	if _, err = c.Write(c.request()); err != nil {
 		return false, fmt.Errorf("sending: %w", err)
 	}
 	line, err := c.in.ReadSlice('\n')
@@ -342,13 +346,48 @@ func openLoop(c *client, due <-chan time.Time) {
 	c.drop()
 }
 
+// rounds is how many turns of a conversation are sent before it begins again.
+const rounds = 20
+
+// request returns the next request. In a conversation each turn has two messages more than the last
+// one, up to -messages; the conversation of each connection is its own.
+func (c *client) request() []byte {
+	if *messages < 2 {
+		return reqs
+	}
+	each := *prompt / *messages
+	text := strings.Repeat("lorem ", each/6+1)[:each]
+	head := fmt.Sprintf(`{"model":"%s","max_tokens":%d,"messages":[{"role":"system","content":"conversation %d"}`,
+		*model, *tokens, c.number)
+	count := max(*messages-2*(rounds-1-c.turn%rounds), 2)
+	c.turn++
+	body := append(c.turns[:0], head...)
+	for i := 1; i < count; i++ {
+		role := "user"
+		if i%2 == 0 {
+			role = "assistant"
+		}
+		body = append(body, `,{"role":"`...)
+		body = append(body, role...)
+		body = append(body, `","content":"`...)
+		body = append(body, text...)
+		body = append(body, `"}`...)
+	}
+	body = append(body, "]}"...)
+	c.turns = body
+	return framed(string(body))
+}
+
 func request() []byte {
 	streamed := ""
 	if *stream {
 		streamed = `"stream":true,`
 	}
-	body := fmt.Sprintf(`{"model":"%s",%s"max_tokens":%d,"messages":[{"role":"user","content":"%s"}]}`,
-		*model, streamed, *tokens, strings.Repeat("lorem ", *prompt/6+1)[:*prompt])
+	return framed(fmt.Sprintf(`{"model":"%s",%s"max_tokens":%d,"messages":[{"role":"user","content":"%s"}]}`,
+		*model, streamed, *tokens, strings.Repeat("lorem ", *prompt/6+1)[:*prompt]))
+}
+
+func framed(body string) []byte {
 	connection := ""
 	if *fresh {
 		connection = "Connection: close\r\n"
@@ -378,7 +417,7 @@ func main() {
 	due := make(chan time.Time, 100000)
 	var all sync.WaitGroup
 	for i := range clients {
-		c := &client{}
+		c := &client{number: i}
 		clients[i] = c
 		all.Add(1)
 		wait := *spread * time.Duration(i) / time.Duration(*concurrency)
