@@ -14,7 +14,7 @@ import pytest
 from real.lab import DEVELOPMENT, MODEL, RealServer, real_servers
 from support.router_process import router_process, servers_toml, until
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

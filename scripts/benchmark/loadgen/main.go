@@ -359,7 +359,10 @@ func (c *client) request() []byte {
 	text := strings.Repeat("lorem ", each/6+1)[:each]
 	head := fmt.Sprintf(`{"model":"%s","max_tokens":%d,"messages":[{"role":"system","content":"conversation %d"}`,
 		*model, *tokens, c.number)
-	count := max(*messages-2*(rounds-1-c.turn%rounds), 2)
+	count := *messages - 2*(rounds-1-c.turn%rounds)
+	if count < 2 {
+		count = 2
+	}
 	c.turn++
 	body := append(c.turns[:0], head...)
 	for i := 1; i < count; i++ {
