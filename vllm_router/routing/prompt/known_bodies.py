@@ -2,8 +2,8 @@
 
 Agents send the whole conversation with each turn, hundreds of kilobytes of which only the end is
 new. A body that begins with the bytes of an earlier one, up to the end of a message, is not decoded
-and hashed again before that point. The result equals that of reading the whole body; whatever is
-not certain is left to that.
+and hashed again before that point. The result is the same as for the whole body, and the whole body
+is read where that is not certain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import msgspec
 
 from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.content import MAX_VALUES
-from vllm_router.routing.prompt.conversation import Conversation, continued, conversation_of
+from vllm_router.routing.prompt.conversation import (
+    Conversation,
+    continued,
+    conversation_of,
+    messages_in,
+)
 from vllm_router.routing.prompt.fields import BLANK, AllFields, Fields
 from vllm_router.routing.prompt.routing_info import Seeds, prompt_head, read_prompt, salted
 
@@ -26,8 +31,14 @@ MOST_BODIES = 64
 _TAIL = 32
 """Bytes at the end of a kept body that are compared first."""
 
-_KEY = b'"messages"'
-_ARRAY = re.compile(rb'"messages"[ \t\r\n]*:[ \t\r\n]*\[')
+_ARRAYS = {
+    key: re.compile(rb'"%b"[ \t\r\n]*:[ \t\r\n]*\[' % key) for key in (b"messages", b"input")
+}
+"""The keys of the array of messages: of chats and the Messages API, and of the Responses API."""
+
+_ESCAPED = (b"\\u006", b"\\u007")
+"""Beginnings of small letters that are written as escapes."""
+
 _NO_JSON = msgspec.Raw(b"")
 
 
@@ -36,7 +47,7 @@ class _Messages(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(AllFields).decode
-_decode_messages = msgspec.json.Decoder(_Messages).decode
+_decode_span = msgspec.json.Decoder(_Messages).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -44,12 +55,13 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     """A kept body.
 
     beginning: its bytes up to the end of the last message.
-    array: where the array of messages begins.
+    key, array: the key of the array of messages, and where the array begins.
     objects: number of opening braces.
     head, seed: what precedes the messages in the prompt, and the seed of the hashes.
     """
 
     beginning: bytes
+    key: bytes
     array: int
     objects: int
     head: bytes
@@ -99,7 +111,7 @@ class KnownBodies:
         return best
 
     def _read_rest(self, known: _Known, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
-        beginning, array = known.beginning, known.array
+        beginning, key, array = known.beginning, known.key, known.array
         rest = body[len(beginning) :].lstrip(BLANK)
         more = rest.startswith(b",")
         if more:
@@ -107,24 +119,24 @@ class KnownBodies:
         elif not rest.startswith(b"]"):
             return None
         objects = known.objects + rest.count(b"{")
-        if _may_have_key(rest) or objects > MAX_VALUES:
+        if objects > MAX_VALUES:
             return None
         short = beginning[: array + 1] + rest
         fields = _decode(short)
-        messages = fields.messages
-        if messages is None or bool(messages) is not more:
+        raw = _array(fields, key, short)
+        if not _is_at(short, array, raw, key):
             return None
+        messages = messages_in(raw)
         seed = salted(fields.cache_salt, seeds(fields.model))
         head = b"".join(prompt_head(fields.tools, fields.system, fields.instructions))
-        if seed != known.seed or head != known.head:
+        if bool(messages) is not more or seed != known.seed or head != known.head:
             return None
         if not more:
             self._keep(known, known)
             return fields, known.conversation.prompt
         conversation = continued(known.conversation, messages)
-        end = array + len(_decode_messages(short).messages) - 1
-        beginning = body[: len(body) - len(short) + end]
-        longer = _Known(beginning, array, objects, head, seed, conversation)
+        end = len(body) - len(short) + array + len(raw) - 1
+        longer = _Known(body[:end], key, array, objects, head, seed, conversation)
         self._keep(longer, known)
         return fields, conversation.prompt
 
@@ -134,17 +146,23 @@ class KnownBodies:
             return None
         fields = _decode(body)
         seed, messages = seeds(fields.model), fields.messages
+        key, raw = b"messages", _NO_JSON
+        if messages is None and len(fields.input) and _is_conversation(fields.input):
+            key, raw = b"input", fields.input
+            messages = messages_in(raw)
         if messages is None or len(messages) < 2:
             return fields, read_prompt(fields, seed)
         seed = salted(fields.cache_salt, seed)
         head = prompt_head(fields.tools, fields.system, fields.instructions)
         conversation = conversation_of(messages, head, seed)
-        array = _array_of(body)
+        array = _array_place(body, key)
         if array >= 0:
-            end = array + len(_decode_messages(body).messages) - 1
-            joined = b"".join(head)
-            known = _Known(body[:end], array, objects, joined, seed, conversation)
-            self._keep(known, None)
+            raw = raw if len(raw) else _array(fields, key, body)
+            if _is_at(body, array, raw, key):
+                end = array + len(raw) - 1
+                joined = b"".join(head)
+                known = _Known(body[:end], key, array, objects, joined, seed, conversation)
+                self._keep(known, None)
         return fields, conversation.prompt
 
     def _keep(self, known: _Known, instead: _Known | None) -> None:
@@ -159,22 +177,42 @@ class KnownBodies:
             self.bytes -= len(bodies.pop(0).beginning)
 
 
-def _array_of(body: bytes) -> int:
-    """Where the array of messages begins; -1 if it is not certain."""
-    place = body.find(_KEY)
-    if place < 0 or _may_have_key(body[:place]) or _may_have_key(body[place + len(_KEY) :]):
-        return -1
-    found = _ARRAY.match(body, place)
-    if found is None:
+def _array(fields: AllFields, key: bytes, body: bytes) -> msgspec.Raw:
+    """The array of messages, if that is the value of this key; else nothing."""
+    if key == b"input":
+        return fields.input if fields.messages is None else _NO_JSON
+    return _decode_span(body).messages if fields.messages is not None else _NO_JSON
+
+
+def _is_conversation(given: msgspec.Raw) -> bool:
+    """Whether the `input` of the Responses API is an array of messages."""
+    start = bytes(memoryview(given)[:64])
+    return start[:1] == b"[" and start.lstrip(b"[ \t\r\n")[:1] == b"{"
+
+
+def _array_place(body: bytes, key: bytes) -> int:
+    """Where the array behind the key begins; -1 if it is not certain."""
+    found = _ARRAYS[key].search(body)
+    if found is None or _may_have_key(body[: found.start()], key):
         return -1
     try:
         # The key is on the first level if an object is complete with one more member there.
-        _decode_object(body[:place] + b'"":0}')
+        _decode_object(body[: found.start()] + b'"":0}')
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return -1
     return found.end() - 1
 
 
-def _may_have_key(text: bytes) -> bool:
-    """Whether the key `messages` may be in this text, perhaps with escaped letters."""
-    return _KEY in text or b"\\u006" in text or b"\\u0073" in text
+def _is_at(body: bytes, array: int, raw: msgspec.Raw, key: bytes) -> bool:
+    """Whether this value of the key begins at `array`, and the key does not follow once more:
+    decoders use the last of repeated keys.
+    """
+    end = array + len(raw)
+    return (
+        bool(len(raw)) and body.startswith(bytes(raw), array) and not _may_have_key(body[end:], key)
+    )
+
+
+def _may_have_key(text: bytes, key: bytes) -> bool:
+    """Whether the key may be in this text, perhaps with escaped letters."""
+    return b'"%b"' % key in text or any(escape in text for escape in _ESCAPED)
