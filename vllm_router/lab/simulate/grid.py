@@ -121,7 +121,7 @@ def scene_for(base: Scene, workload: Workload, servers: int | None = None) -> Sc
         routers=max(base.routers, workload.routers),
         tuned=workload.tuned,
         adapters=workload.adapters,
-        without_adapters=tuple(range(min(workload.base_only, count - 1))),
+        without_adapters=tuple(range(int(count * workload.base_only))),
         joining=(count - 1,) if workload.joining and count > 2 else (),
         draining=(0,) if workload.draining and count > 2 else (),
     )

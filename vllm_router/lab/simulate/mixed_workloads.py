@@ -101,7 +101,7 @@ MIXED_WORKLOADS = (
         _adapters,
         350.0,
         adapters=ADAPTERS,
-        base_only=2,
+        base_only=0.25,
     ),
     Workload("embeddings", "bursts of embeddings beside chat", _embeddings, 288.0),
 )

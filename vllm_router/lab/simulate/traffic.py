@@ -73,7 +73,7 @@ class Workload:
     servers, routers: the fleet it is meant for, where the command does not say otherwise.
     duration: simulated time relative to the other workloads'.
     kv_share: room for context relative to the hardware's.
-    adapters: number of LoRA adapters, on all servers but the first `base_only`.
+    adapters: number of LoRA adapters, on all servers but the share `base_only` of them.
     joining, draining: the last server comes after two fifths of the time, the first one is
         drained after seven tenths.
     """
@@ -89,7 +89,7 @@ class Workload:
     duration: float = 1.0
     kv_share: float = 1.0
     adapters: int = 0
-    base_only: int = 0
+    base_only: float = 0.0
     agents_per_server: float = 0.0
     joining: bool = False
     draining: bool = False
