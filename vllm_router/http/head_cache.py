@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from vllm_router.http.request_head import Head
 from vllm_router.http.response_head import ResponseHead
@@ -90,15 +91,18 @@ class CachedRequestParser:
 class ResponseCache:
     """The last response head of one server, shared by all of its connections.
 
-    Only responses that arrived in one read, with a Content-Length and the whole body, on a
-    connection that stays open: a parser has nothing else to find in such a response.
+    `match` finds only responses that arrived in one read, with a Content-Length and the whole body,
+    on a connection that stays open: a parser has nothing else to find in such a response. Streams
+    are parsed, but heads that are the same share their `memo`, see `share_memo`.
     """
 
-    __slots__ = ("_head", "_template")
+    __slots__ = ("_head", "_memo", "_stream", "_template")
 
     def __init__(self) -> None:
         self._template = HeadTemplate()
         self._head: ResponseHead | None = None
+        self._stream: Headers | None = None
+        self._memo: dict[object, Any] = {}
 
     def remember(self, data: bytes, head: ResponseHead) -> None:
         """`data` was parsed and is exactly one response with this head."""
@@ -108,6 +112,12 @@ class ResponseCache:
         self._head = head if cached else None
         if cached:
             head.memo = {}
+
+    def share_memo(self, head: ResponseHead) -> None:
+        """Give a parsed head of a stream the memo of the last one if the fields are the same."""
+        if head.headers != self._stream:
+            self._stream, self._memo = head.headers, {}
+        head.memo = self._memo
 
     def match(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
         """Head and body if `data` is one whole response with the remembered head."""

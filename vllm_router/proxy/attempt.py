@@ -9,6 +9,7 @@ still be repeated elsewhere (`hold`). After that the client gets this response a
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import msgspec
 import trio
@@ -358,9 +359,10 @@ class Attempt:
         connection, head = response.connection, response.head
         early = self._downstream.early
         if head.is_stream and response.judged:
-            send_early, head_at = None, math.inf
+            send_early: SendEarly | None = None
+            head_at = math.inf
             if early is None or early == EARLY_STREAM:
-                send_early = self._early_sender(response, EARLY_STREAM)
+                send_early = partial(self._send_early, response, EARLY_STREAM)
                 if early is None:
                     head_at = self._lease.last_byte_at + HEAD_AFTER
             opening = Opening(response.api)
@@ -378,7 +380,7 @@ class Attempt:
             whole = head.readable and not head.is_stream and (length is not None or head.is_json)
             send_early = None
             if head.is_json and response.judged and length is None:
-                send_early = self._early_sender(response, EARLY_JSON)
+                send_early = partial(self._send_early, response, EARLY_JSON)
             await hold_plain(response, send_early, whole=whole)
             if connection.exhausted:
                 response.judge_whole()
@@ -495,17 +497,13 @@ class Attempt:
         )
         return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
-    def _early_sender(self, response: ServerResponse, kind: bytes) -> SendEarly:
-        """A function that sends bytes before the response is proven, after its head."""
-
-        async def send_early(data: bytes) -> None:
-            downstream = self._downstream
-            if downstream.early is None:
-                downstream.early = kind
-                await downstream.respond(self._head_for_client(response))
-            await downstream.write(data)
-
-        return send_early
+    async def _send_early(self, response: ServerResponse, kind: bytes, data: bytes) -> None:
+        """Send bytes before the response is proven, after its head."""
+        downstream = self._downstream
+        if downstream.early is None:
+            downstream.early = kind
+            await downstream.respond(self._head_for_client(response))
+        await downstream.write(data)
 
     def _fits_early_head(self, response: ServerResponse) -> bool:
         """Whether the response can follow the head that the client has got already."""

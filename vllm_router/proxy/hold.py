@@ -70,8 +70,12 @@ async def hold_stream(
     connection = response.connection
     verdict = WAIT
     while verdict is WAIT:
-        piece = await _read_before(connection, head_at)
-        if piece is None:
+        try:
+            if head_at == math.inf or connection.can_stream:
+                piece = await connection.read_body(head_at)
+            else:
+                piece = await _read_before(connection, head_at)
+        except Interrupted:
             assert send_early is not None
             head_at = math.inf
             await send_early(b"")
@@ -94,15 +98,11 @@ async def hold_stream(
     response.verdict = verdict
 
 
-async def _read_before(connection: Connection, until: float) -> bytes | None:
-    """The next bytes of the body, b"" at its end; None if nothing has come by then."""
-    if until == math.inf:
-        return await connection.read_body()
-    if connection.can_stream:
-        try:
-            return await connection.read_body(until)
-        except Interrupted:
-            return None
+async def _read_before(connection: Connection, until: float) -> bytes:
+    """The next bytes of the body, b"" at its end. Raises Interrupted if nothing comes by then.
+
+    For connections whose own reads have no `until`.
+    """
     with trio.move_on_at(until):
         return await connection.read_body()
-    return None
+    raise Interrupted

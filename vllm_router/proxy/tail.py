@@ -57,7 +57,9 @@ class StreamTail:
         return data
 
     def read(self, api: Api) -> Ending:
-        return read_ending(api, self.bytes, whole_event=self._whole_event)
+        data = b"".join(self._pieces)
+        self._pieces = [data]
+        return read_ending(api, data, whole_event=self._whole_event)
 
 
 class PlainTail:

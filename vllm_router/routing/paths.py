@@ -62,6 +62,9 @@ _INFERENCE = frozenset(
 # GET paths of vLLM that describe the model and change nothing: any server may answer.
 _READING = frozenset({b"/tokenizer_info"})
 
+PURE_PATHS = _INFERENCE | _READING
+"""The paths on which vLLM only computes, see `is_pure`."""
+
 # Paths that change or reveal an engine's state. Refused on any method unless the operator allows
 # them; vLLM's own API key does not guard most of these.
 _ENGINE_CONTROL = frozenset(
@@ -177,7 +180,7 @@ def is_inference(method: str, raw_path: bytes) -> bool:
 
 def is_pure(raw_path: bytes) -> bool:
     """Whether vLLM only computes on this path; requests to any other path are never replayed."""
-    return raw_path in _INFERENCE or raw_path in _READING
+    return raw_path in PURE_PATHS
 
 
 def path_label(raw_path: bytes) -> str:

@@ -664,12 +664,59 @@ _CHUNK = st.fixed_dictionaries(
 )
 
 
-@given(_CHUNK)
-def test_quick_has_content_agrees_with_table(payload):
-    piece = data(payload)
-    if quick.has_content(piece):
-        opening = Opening(Api.MESSAGES)  # an API without the quick reader
-        assert opening.feed(piece) is Verdict.PROVEN
+_SAID = st.sampled_from([None, "", "x", [], [{}], [{"id": ""}], {"name": "f"}, 0, 7, {}, False])
+_FIRST_CHUNK = st.fixed_dictionaries(
+    {
+        "choices": st.lists(
+            st.fixed_dictionaries(
+                {"index": st.integers(0, 1)},
+                optional={
+                    "delta": st.none()
+                    | st.fixed_dictionaries(
+                        {"role": st.sampled_from(["assistant", "", None])},
+                        optional={"content": _TEXT, "reasoning": _SAID, "tool_calls": _SAID},
+                    ),
+                    "logprobs": st.none(),
+                    "token_ids": st.sampled_from([None, [], [7]]),
+                    "message": _SAID,
+                    "finish_reason": _REASON,
+                },
+            ),
+            max_size=2,
+        )
+    },
+    optional={
+        "usage": _USAGE,
+        "object": st.sampled_from(["chat.completion.chunk", "error", None]),
+        "type": st.sampled_from(["error", "x"]),
+        "error": st.sampled_from([None, "boom", {"code": 400}]),
+    },
+)
+
+
+@given(st.lists(_CHUNK | _FIRST_CHUNK, min_size=1, max_size=3), st.sampled_from([b"", b"data: {"]))
+def test_quick_opening_signs_agree_with_table(payloads, rest):
+    piece = b"".join(map(data, payloads)) + rest
+    quickly, slowly = Opening(Api.CHAT), Opening(Api.MESSAGES)  # an API without the quick reader
+    signs = quick.opening_signs(piece)
+    verdict = slowly.feed(piece)
+    assert signs is None or verdict is (Verdict.PROVEN if signs else Verdict.WAIT)
+    assert quickly.feed(piece) is verdict
+    assert quickly.held == slowly.held == piece
+
+
+def test_quick_opening_signs_read_first_chunks_of_a_chat():
+    # As vLLM 0.32 writes them.
+    head = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m",'
+    tail = b'"logprobs":null,"finish_reason":null}],"prompt_token_ids":null}\n\n'
+    first = head + b'"choices":[{"index":0,"delta":{"role":"assistant","content":""},' + tail
+    text = head + b'"choices":[{"index":0,"delta":{"content":"Hi"},' + tail
+    thought = head + b'"choices":[{"index":0,"delta":{"reasoning":"Hm"},' + tail
+    assert quick.opening_signs(first) == OPENS
+    assert quick.opening_signs(first + text + text[:9]) == PROVES
+    assert quick.opening_signs(first + thought) is None
+    assert quick.opening_signs(first.replace(b"\n\n", b"\r\n\r\n")) is None
+    assert quick.opening_signs(b"data: [DONE]\n\n") is None
 
 
 @given(st.lists(_CHUNK, min_size=1, max_size=4))

@@ -88,7 +88,8 @@ class Connection(ResponseParser):
             else:
                 self._end_of_stream()
         self._overhead = 0
-        return self.take()
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def stream_into(self, take: Callable[[bytes], bool]) -> None:
         """Call `take` with each piece of the body as it arrives, between tasks.

@@ -115,7 +115,9 @@ class ResponseParser:
             self._reusable = False  # the body ends with the connection
         if status > 599:
             self._fault = f"status {status}: expected 100 to 599"
-        self._head = ResponseHead(status, headers, length, chunked)
+        self._head = head = ResponseHead(status, headers, length, chunked)
+        if chunked:
+            self._cache.share_memo(head)
 
     def on_body(self, piece: bytes) -> None:
         if not self.complete:

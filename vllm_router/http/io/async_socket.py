@@ -91,16 +91,5 @@ class AsyncSocket(Protocol):
         ...
 
 
-def has_input(sock: socket.socket) -> bool:
-    """Whether unread bytes, an error or the end are pending on a non-blocking socket."""
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def unexpected_input() -> ConnectionAbortedError:
     return ConnectionAbortedError("the peer closed the connection or sent unexpected bytes")

@@ -18,7 +18,6 @@ from vllm_router.http.io.async_socket import (
     BUFFERED_WRITE_SIZE,
     READ_SIZE,
     Interrupted,
-    has_input,
     unexpected_input,
 )
 from vllm_router.http.io.hub import EventLoopHub
@@ -94,7 +93,13 @@ class HubSocket:
         return not (self._ready or self.ended or self.broken)
 
     def has_input(self) -> bool:
-        return has_input(self.sock)
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     @types.coroutine
     def read(self, until: float = math.inf, size: int = READ_SIZE) -> Generator[object, Any, bytes]:
@@ -198,19 +203,18 @@ class HubSocket:
 
     def flush(self) -> None:
         out = self._out
-        if not out:
-            return
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
-        if self.unsent:
-            self.unsent += data
-        elif not self.broken:
-            self._send(data)
+        if out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            if self.unsent:
+                self.unsent += data
+            elif not self.broken:
+                self._send(data)
 
     def _send(self, data: bytes) -> None:
         if self._verify_silence:
             self._verify_silence = False
-            if has_input(self.sock):
+            if self.has_input():
                 self._error = unexpected_input()
                 self._break()
                 return

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from vllm_router.http.io.async_socket import READ_SIZE, Interrupted, has_input, unexpected_input
+from vllm_router.http.io.async_socket import READ_SIZE, Interrupted, unexpected_input
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,13 @@ class TrioSocket:
         return not (self.ended or self.broken or self.has_input())
 
     def has_input(self) -> bool:
-        return has_input(self.sock)
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     async def read(self, until: float = math.inf, size: int = READ_SIZE) -> bytes:
         while True:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_router.proxy.answers.events import BlockReader, decode_event
 from vllm_router.proxy.answers.faults import Fault, fault_of
-from vllm_router.proxy.answers.quick import has_content
+from vllm_router.proxy.answers.quick import opening_signs
 from vllm_router.proxy.answers.signs import (
     ABORTS,
     ENDS,
@@ -97,9 +97,11 @@ class Opening:
     def feed(self, piece: bytes) -> Verdict:
         """Read one piece. After another verdict than WAIT it must not be called again."""
         self._size += len(piece)
-        if self._api in CHUNKED and self._blocks.empty and has_content(piece):
-            self._held.append(piece)
-            return PROVEN
+        if self._api in CHUNKED and self._blocks.empty:
+            signs = opening_signs(piece)
+            if signs is not None:
+                self._held.append(piece)
+                return PROVEN if signs else WAIT
         for block in self._blocks.feed(piece):
             self._held.append(block)
             verdict = self._judge(block.rstrip(b"\r\n"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from vllm_router.proxy.answers.signs import OPENS, PROVES, Signs
 from vllm_router.proxy.answers.usage import Usage
 
 _NO_JSON = msgspec.Raw(b"")
@@ -73,6 +74,29 @@ class _ChunkChoice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+class _FirstDelta(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class _FirstChoice(msgspec.Struct, gc=False):
+    delta: _FirstDelta | None = None
+    text: None = None
+    token_ids: None = None
+    message: None = None
+    finish_reason: None = None
+
+
+class _FirstChunk(msgspec.Struct, gc=False):
+    """The chunk without a token that begins a chat stream; any other cannot be decoded as one."""
+
+    choices: list[_FirstChoice]
+    usage: None = None
+    error: None = None
+    object: str | None = None
+    type: str | None = None
+
+
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_ChunkChoice]
     usage: _Usage | None = None
@@ -84,6 +108,7 @@ class _Chunk(msgspec.Struct, gc=False):
 _CHAT_BODY = msgspec.json.Decoder(_ChatBody)
 _BODY = msgspec.json.Decoder(_Body)
 _CHUNK = msgspec.json.Decoder(_Chunk)
+_FIRST_CHUNK = msgspec.json.Decoder(_FirstChunk)
 
 
 def chat_usage(body: bytes) -> Usage | None:
@@ -130,20 +155,31 @@ def _is_finished(said: _Body) -> bool:
     return said.status in ("completed", "incomplete") or bool(said.stop_reason)
 
 
-def has_content(piece: bytes) -> bool:
-    """Whether a piece of a chat or completion stream is one chunk with text; False if unsure."""
-    if not piece.startswith(b"data: {") or piece.find(b"\n\n") != len(piece) - 2:
-        return False
-    try:
-        said = _CHUNK.decode(piece[6:])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return False
-    if said.error is not _NO_JSON or "error" in (said.type, said.object):
-        return False
-    for choice in said.choices:
-        if choice.text or (choice.delta is not None and choice.delta.content):
-            return True
-    return False
+def opening_signs(piece: bytes) -> Signs | None:
+    """What the first chunks of a chat or completion stream say: OPENS or PROVES; None if unsure.
+
+    The piece must begin with a chunk. It is read up to the first chunk with text.
+    """
+    start = 0
+    while start < len(piece):
+        end = piece.find(b"\n\n", start)
+        if end < 0 or not piece.startswith(b"data: {", start):
+            return None
+        data = piece[start + 6 : end]
+        if b"\n" in data or b"\r" in data:
+            return None
+        try:
+            said = _CHUNK.decode(data)
+            if said.error is not _NO_JSON or "error" in (said.type, said.object):
+                return None
+            for choice in said.choices:
+                if choice.text or (choice.delta is not None and choice.delta.content):
+                    return PROVES
+            _FIRST_CHUNK.decode(data)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None
+        start = end + 2
+    return OPENS
 
 
 def finished_usage(tail: bytes) -> tuple[Usage | None] | None:

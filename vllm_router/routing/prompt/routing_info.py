@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_router.errors import InvalidBody
 from vllm_router.fleet.model_seeds import seed_of_name
-from vllm_router.routing.paths import is_pure
+from vllm_router.routing.paths import PURE_PATHS
 from vllm_router.routing.prompt.blocks import NO_PROMPT, Prompt
 from vllm_router.routing.prompt.content import MAX_VALUES, text_of
 from vllm_router.routing.prompt.conversation import (
@@ -153,7 +153,7 @@ def routing_info_from(
     return RoutingInfo(
         fields.model or None,
         fields.stream is True,
-        is_pure(path) and not stored,
+        path in PURE_PATHS and not stored,
         session,
         prompt,
         fields.priority or 0,
