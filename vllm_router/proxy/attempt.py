@@ -382,7 +382,7 @@ class Attempt:
             if head.is_json and response.judged and length is None:
                 send_early = partial(self._send_early, response, EARLY_JSON)
             await hold_plain(response, send_early, whole=whole)
-            if connection.exhausted:
+            if connection.complete:
                 response.judge_whole()
 
     async def _unproven(self, response: ServerResponse, outcome: Outcome) -> Outcome:
@@ -424,7 +424,7 @@ class Attempt:
         """Commit to the response, and send it; the messages that end it are left to the caller."""
         downstream, record = self._downstream, self._attempts.record
         connection = response.connection
-        exhausted = connection.exhausted
+        exhausted = connection.complete  # all that has come is in `held`
         if response.head.is_stream or not exhausted:
             response.make_tail()
         start = self._commit(response, outcome, whole=exhausted)

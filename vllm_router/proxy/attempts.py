@@ -79,7 +79,9 @@ class Attempts:
         request = self.request
         if status < 500:
             self._context.quarantine.answered(request.target, request.body)
-        request.release_body()
+        # Streams may be many, with up to `max_body_mb` each.
+        request.body = b""
+        request.share.give_back()
 
     # -- where to go next ---------------------------------------------------------------------
 

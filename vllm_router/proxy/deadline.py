@@ -85,11 +85,11 @@ class Deadline:
         scope, idle = self._scope, self._idle
         if scope is None:
             return
+        slack = idle / MOVES_PER_IDLE_TIMEOUT
+        self.next_move = now + slack
         if not whole or scope.deadline < now + idle / 2:
             self.outcome = Outcome.IDLE_TIMEOUT
-            self.move(now)
-        else:
-            self.next_move = now + idle / MOVES_PER_IDLE_TIMEOUT
+            scope.deadline = min(now + idle + slack, self.total)
 
     def move(self, now: float) -> None:
         """Bytes of the stream have arrived at `now`, which is past `next_move`."""

@@ -34,7 +34,7 @@ async def relay(response: ServerResponse, downstream: Downstream, record: Record
     while piece:
         note_piece(response, record, piece)
         await downstream.write(piece)
-        if connection.exhausted:
+        if connection.complete:
             return
         if write_now is not None:
             await _relay_between_tasks(response, downstream, record, write_now)
@@ -68,7 +68,7 @@ async def _relay_between_tasks(
     while True:
         await connection.stream_into(take)
         response.relayed()
-        if connection.exhausted:
+        if connection.complete:
             return
         await downstream.drain()
 

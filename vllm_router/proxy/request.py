@@ -46,7 +46,6 @@ class Request:
         "_model_places",
         "_policies",
         "_seeds",
-        "_share",
         "_wanted",
         "_with_prompt",
         "_write_name",
@@ -59,6 +58,7 @@ class Request:
         "headers",
         "method",
         "policy",
+        "share",
         "target",
     )
 
@@ -82,7 +82,7 @@ class Request:
         """
         read = policies if wanted is None else wanted
         self.head = head
-        self._share = share
+        self.share = share
         self._policies = policies
         self._wanted = wanted
         self._with_prompt = with_prompt
@@ -188,11 +188,6 @@ class Request:
             self.headers = headers = [field for field in self.headers if field[0] not in names]
             connection = connection_field(self.headers, self.head.fields)
             self.forwarded = ForwardedFields(headers, connection)
-
-    def release_body(self) -> None:
-        """The body is never sent again: streams may be many, with up to `max_body_mb` each."""
-        self.body = b""
-        self._share.give_back()
 
 
 def wanted_policy(policies: PolicySet, fields: Mapping[bytes, bytes]) -> Policy | None:

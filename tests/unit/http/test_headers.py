@@ -6,7 +6,6 @@ import pytest
 
 from vllm_router.http.addresses import is_in, parse_networks, plain_host, plain_peer
 from vllm_router.http.request_ids import request_id
-from vllm_router.proxy.answer_head import AnswerHead
 from vllm_router.proxy.headers import (
     MAX_VIA,
     VIA,
@@ -18,6 +17,7 @@ from vllm_router.proxy.headers import (
     parse_retry_after,
 )
 from vllm_router.proxy.identity import is_credential, without_credentials
+from vllm_router.proxy.server_response import AnswerHead
 
 Fields = list[tuple[bytes, bytes]]
 

@@ -63,7 +63,8 @@ class Opening:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._blocks = BlockReader()
+        self._blocks: BlockReader | None = None
+        """Made for the first piece that the quick reader does not know."""
         self._held: list[bytes] = []
         self._seen: Signs = OPENS
         self._size = 0
@@ -81,11 +82,13 @@ class Opening:
 
     @property
     def held(self) -> bytes:
-        return b"".join([*self._held, self._blocks.pending])
+        if self._blocks is not None:
+            return b"".join([*self._held, self._blocks.pending])
+        return b"".join(self._held)
 
     def take_comments(self) -> bytes:
         """Comment lines that have come since the last call."""
-        comments = self._blocks.comments
+        comments = self._blocks.comments if self._blocks is not None else None
         if not comments:
             return b""
         taken = bytes(comments)
@@ -97,12 +100,15 @@ class Opening:
     def feed(self, piece: bytes) -> Verdict:
         """Read one piece. After another verdict than WAIT it must not be called again."""
         self._size += len(piece)
-        if self._api in CHUNKED and self._blocks.empty:
+        blocks = self._blocks
+        if self._api in CHUNKED and (blocks is None or blocks.empty):
             signs = opening_signs(piece)
             if signs is not None:
                 self._held.append(piece)
                 return PROVEN if signs else WAIT
-        for block in self._blocks.feed(piece):
+        if blocks is None:
+            blocks = self._blocks = BlockReader()
+        for block in blocks.feed(piece):
             self._held.append(block)
             verdict = self._judge(block.rstrip(b"\r\n"))
             if verdict is not WAIT:
@@ -111,7 +117,7 @@ class Opening:
 
     def end(self) -> Verdict:
         """The stream has ended, as its framing says. A last event may lack its blank line."""
-        pending = self._blocks.pending
+        pending = self._blocks.pending if self._blocks is not None else b""
         if pending and not pending.startswith(b":"):
             verdict = self._judge(pending.rstrip(b"\r\n"))
             if verdict is not WAIT:
