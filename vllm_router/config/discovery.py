@@ -108,6 +108,24 @@ class HttpSource(WebSource, frozen=True, kw_only=True):
     headers: tuple[tuple[str, Secret], ...] = ()
 
 
+class DnsSource(SourceConfig, frozen=True, kw_only=True):
+    """The records of a name in DNS.
+
+    domain: the name. type: A, AAAA or SRV.
+    port: of the servers; None for SRV, whose records have one.
+    nameservers: addresses and ports; empty for the ones in /etc/resolv.conf.
+    interval: longest time in seconds between two lookups.
+    timeout: seconds for a lookup with all nameservers.
+    """
+
+    domain: str
+    type: str = "A"
+    port: int | None = None
+    nameservers: tuple[tuple[str, int], ...] = ()
+    interval: float = 30.0
+    timeout: float = 5.0
+
+
 class KubernetesSource(WebSource, frozen=True, kw_only=True):
     """The EndpointSlices of a namespace that a label selector matches.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os.path
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
+import msgspec
 from msgspec import Meta
 
 from vllm_router.config.discovery import (
     DiscoveryConfig,
+    DnsSource,
     FileSource,
     HttpSource,
     KubernetesSource,
@@ -77,12 +80,54 @@ _PortOrName = Annotated[
     Annotated[int, Meta(ge=1, le=65535)] | Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,63}\Z")],
     Meta(description="the number or the name of a port"),
 ]
+_Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
+_Domain = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63}){0,100}\.?\Z",
+        max_length=254,
+        description='a name in DNS like "vllm.example"',
+    ),
+]
+_RecordType = Annotated[
+    str, Meta(description='"A", "AAAA" or "SRV"', extra={"one_of": ("A", "AAAA", "SRV")})
+]
+
+
+def _read_nameserver(text: str) -> tuple[str, int]:
+    """An IP address, perhaps with a port; IPv6 is in brackets then."""
+    host, port = text, "53"
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") or "53"
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    try:
+        address = ipaddress.ip_address(host)
+        if not (port.isdecimal() and 1 <= int(port[:6]) <= 65535):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f'expected an IP address like "10.0.0.53" or "127.0.0.1:8600", got {quoted(text)}'
+        ) from None
+    return str(address), int(port)
+
+
+_Nameservers = Annotated[
+    tuple[
+        Annotated[
+            str, Meta(description="an IP address (string)", extra={"read": _read_nameserver})
+        ],
+        ...,
+    ],
+    Meta(min_length=1, description="array of IP addresses (strings)"),
+]
 _Variables = Annotated[
     tuple[Variable, ...],
     Meta(min_length=1, description="array of names of environment variables"),
 ]
 
-COMMON_KEYS: dict[str, Any] = {"name": Name, "scheme": _Scheme, "defaults": None}
+COMMON_KEYS: dict[str, Any] = {"id": Name, "scheme": _Scheme, "defaults": None}
 """The keys of every source; `defaults` is a table."""
 
 FILE_KEYS: dict[str, Any] = {"path": _Paths, "interval": Interval, **COMMON_KEYS}
@@ -114,6 +159,16 @@ KUBERNETES_KEYS: dict[str, Any] = {
     "api": _WebUrl,
     "token_file": FilePath,
     **{key: kind for key, kind in WEB_KEYS.items() if key != "url"},
+    **COMMON_KEYS,
+}
+
+DNS_KEYS: dict[str, Any] = {
+    "name": _Domain,
+    "type": _RecordType,
+    "port": _Port,
+    "nameservers": _Nameservers,
+    "interval": Interval,
+    "timeout": Seconds,
     **COMMON_KEYS,
 }
 
@@ -184,11 +239,12 @@ def _read_kind(
         rest = {key: value for key, value in entry.items() if key != "defaults"}
         values = read_values(reader, where, rest, keys, around.environ, around.read_file)
         check_client_certificate(reader, where, values)
-        values.setdefault("name", kind if number == 1 else f"{kind}-{number}")
+        source_name = values.pop("id", kind if number == 1 else f"{kind}-{number}")
         defaults: Options = tuple({**shared, **own}.items())
-        source = make(reader, where, {**values, "defaults": defaults}, around)
+        source = make(reader, where, values, around)
         if source is not None:
-            sources.append(source)
+            common = {"name": source_name, "defaults": defaults}
+            sources.append(msgspec.structs.replace(source, **common))
     return sources
 
 
@@ -209,7 +265,7 @@ def _check_names(reader: Reader, sources: list[SourceConfig]) -> None:
         if source.name in names:
             reader.problem(
                 "discovery",
-                f'expected every source to have its own name, got "{source.name}" twice',
+                f'expected every source to have its own id, got "{source.name}" twice',
             )
         names.add(source.name)
 
@@ -223,7 +279,7 @@ def _make_file(
     given = values.pop("path")
     paths = (given,) if isinstance(given, str) else given
     base = os.path.dirname(around.source)
-    return FileSource(paths=tuple([os.path.join(base, path) for path in paths]), **values)
+    return FileSource(name="", paths=tuple([os.path.join(base, path) for path in paths]), **values)
 
 
 def _make_http(
@@ -236,7 +292,22 @@ def _make_http(
     if "api_key" in values and any(name.lower() == "authorization" for name in headers):
         reader.problem(f"{where}.headers", "expected api_key or authorization, got both")
     secrets = tuple([(name, Secret(value)) for name, value in headers.items()])
-    return HttpSource(headers=secrets, **values)
+    return HttpSource(name="", headers=secrets, **values)
+
+
+def _make_dns(
+    reader: Reader, where: str, values: dict[str, Any], around: Surroundings
+) -> SourceConfig | None:
+    domain = values.pop("name", None)
+    if domain is None:
+        reader.problem(f"{where}.name", "expected a name in DNS, got none")
+        return None
+    kind = values.setdefault("type", "SRV" if domain.startswith("_") else "A")
+    if kind == "SRV" and "port" in values:
+        reader.problem(f"{where}.port", "expected none: SRV records have a port of their own")
+    if kind != "SRV" and "port" not in values:
+        reader.problem(f"{where}.port", f"expected the port of the servers for {kind} records")
+    return DnsSource(name="", domain=domain, **values)
 
 
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -263,7 +334,7 @@ def _make_kubernetes(
     if values.get("token_file") is not None:
         base = os.path.dirname(around.source)
         values["token_file"] = os.path.join(base, values["token_file"])
-    return KubernetesSource(url=api, selector=selector, **values)
+    return KubernetesSource(name="", url=api, selector=selector, **values)
 
 
 def _in_cluster(
@@ -296,6 +367,7 @@ _Make = Callable[[Reader, str, dict[str, Any], Surroundings], SourceConfig | Non
 KINDS: dict[str, tuple[dict[str, Any], _Make]] = {
     "file": (FILE_KEYS, _make_file),
     "http": (HTTP_KEYS, _make_http),
+    "dns": (DNS_KEYS, _make_dns),
     "kubernetes": (KUBERNETES_KEYS, _make_kubernetes),
 }
 """The kinds of sources: their keys, and the function that makes one of the values."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from vllm_router.config.discovery import FileSource, HttpSource, KubernetesSource, SourceConfig
+from vllm_router.config.discovery import (
+    DnsSource,
+    FileSource,
+    HttpSource,
+    KubernetesSource,
+    SourceConfig,
+)
 from vllm_router.discovery.source import Source
 
 
@@ -17,6 +23,10 @@ def make_source(config: SourceConfig) -> Source:
             from vllm_router.discovery.web_document import WebDocument
 
             return WebDocument(config)
+        case DnsSource():
+            from vllm_router.discovery.names import Names
+
+            return Names(config)
         case KubernetesSource():
             from vllm_router.discovery.kubernetes.source import Kubernetes
 
@@ -31,6 +41,8 @@ def kind_and_place(config: SourceConfig) -> tuple[str, str]:
             return "file", ", ".join(config.paths)
         case HttpSource():
             return "http", config.url.partition("?")[0]
+        case DnsSource():
+            return "dns", f"{config.domain} {config.type}"
         case KubernetesSource():
             return "kubernetes", f"{config.namespace}: {config.selector} ({config.url})"
     raise TypeError(f"no source for {type(config).__name__}")

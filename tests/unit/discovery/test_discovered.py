@@ -115,7 +115,7 @@ servers = [{ url = "http://a:1", name = "first", weight = 5 }]
 defaults = { max_concurrent_requests = 32 }
 file = [
     { path = "a.json", defaults = { weight = 2 } },
-    { path = "b.json", name = "other" },
+    { path = "b.json", id = "other" },
 ]
 """
 
@@ -237,8 +237,8 @@ def test_table_defaults_take_keys_from_the_environment_and_tls_of_servers() -> N
             "discovery.defaults.api_key_env: expected an environment variable that is set",
         ),
         (
-            '[discovery]\nfile = [{ path = "a", name = "x" }, { path = "b", name = "x" }]',
-            'discovery: expected every source to have its own name, got "x" twice',
+            '[discovery]\nfile = [{ path = "a", id = "x" }, { path = "b", id = "x" }]',
+            'discovery: expected every source to have its own id, got "x" twice',
         ),
         ("[discovery]\nkeep_for = 0\nfile = { path = 'a' }", "discovery.keep_for: expected number"),
     ],
