@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @click.command("check-config")
 @click.option("--config", "file", metavar="FILE", default=DEFAULT_CONFIG, show_default=True)
-@click.option("--probe", is_flag=True, help="Also ask every server what the router will ask it.")
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Also ask every source, and every server what the router will ask it.",
+)
 def check_config(*, file: str, probe: bool) -> None:
     """Say what is wrong with a configuration file.
 
     Every problem is one line with the path of its key. Exit code 1 if there is one, or if a server
-    fails its probe; 2 if there is no file to read.
+    or a source fails its probe; 2 if there is no file to read.
     """
     from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES
@@ -33,18 +37,29 @@ def check_config(*, file: str, probe: bool) -> None:
         1 if os.path.isfile(file) and os.access(file, os.R_OK) else 2,
     )
     count = len(config.servers)
+    sources = len(config.discovery.sources) if config.discovery is not None else 0
+    named = f", {sources} source{'s' if sources != 1 else ''}" if sources else ""
     click.echo(
-        f"{file}: OK, {count} server{'s' if count != 1 else ''}, policy {config.settings.policy}"
+        f"{file}: OK, {count} server{'s' if count != 1 else ''}{named}, "
+        f"policy {config.settings.policy}"
     )
     if not probe:
         return
     from vllm_router.cli.server_check import missing_models, probe_fleet, uneven_lengths
 
+    problems: list[str] = []
+    if sources:
+        from vllm_router.cli import source_check
+
+        answers = run_client(source_check.ask_sources, config)
+        config, problems = source_check.merged(config, answers)
+        source_check.print_sources(answers)
+        click.echo()
     reports = run_client(probe_fleet, config)
     _print_reports(reports)
     for line in uneven_lengths(reports):
         click.echo(visible(line), err=True)
-    problems = [f"{report.name}: {problem}" for report in reports for problem in report.problems]
+    problems += [f"{report.name}: {problem}" for report in reports for problem in report.problems]
     problems += missing_models(config, reports)
     for line in problems:
         click.echo(visible(line), err=True)

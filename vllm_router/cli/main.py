@@ -24,6 +24,7 @@ from vllm_router.observability.formatting import visible
 
 COMMANDS = {
     "check-config": "vllm_router.cli.check:check_config",
+    "discover": "vllm_router.cli.discover:discover",
     "drain": "vllm_router.cli.drain:drain",
     "run": "vllm_router.cli.run:run",
     "status": "vllm_router.cli.status:status",

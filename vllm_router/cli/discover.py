@@ -1,0 +1,40 @@
+"""`vllm-router discover`: what each source of `[discovery]` says now."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from vllm_router.cli.common import DEFAULT_CONFIG, Failure, load_config, run_client
+from vllm_router.observability.formatting import visible
+
+
+@click.command()
+@click.option("--config", "file", metavar="FILE", default=DEFAULT_CONFIG, show_default=True)
+@click.option("--json", "as_text", is_flag=True, help="For programs.")
+def discover(*, file: str, as_text: bool) -> None:
+    """Ask every source of servers once, and print what it says.
+
+    Needs no running router. Exit code 1 if a source cannot be read, or names a bad target; 2 if the
+    configuration is bad or has no source.
+    """
+    from vllm_router.cli import source_check
+    from vllm_router.config.source import ConfigSource
+    from vllm_router.routing.policies import POLICY_NAMES
+
+    config = load_config(ConfigSource(file, policies=POLICY_NAMES), 2)
+    if config.discovery is None:
+        raise Failure(f"{file} has no [discovery] table")
+    reports = run_client(source_check.ask_sources, config)
+    found, problems = source_check.merged(config, reports)
+    if as_text:
+        click.echo(json.dumps(source_check.as_json(reports, found), indent=2))
+    else:
+        source_check.print_sources(reports)
+        click.echo()
+        source_check.print_targets(reports, found)
+    for line in problems:
+        click.echo(visible(line), err=True)
+    if problems:
+        raise click.exceptions.Exit(1)
