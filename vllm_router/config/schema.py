@@ -14,7 +14,7 @@ from vllm_router.config.auth import AuthConfig
 from vllm_router.config.discovery import DiscoveryConfig, Targets
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.log import LogSettings
-from vllm_router.config.model_aliases import ModelRule
+from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.config.session_sources import SESSION_SOURCES
 from vllm_router.config.tls import File, TlsConfig
 from vllm_router.config.types import (
@@ -218,6 +218,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
             return ()
         answered = dict(self.found)
         return tuple([one.name for one in self.discovery.sources if one.name not in answered])
+
+    @property
+    def expected_models(self) -> frozenset[str]:
+        """Models that requests may wait for though no server has them, by the servers' names.
+
+        With `[discovery]` a model may be scaled to zero: these are the models of `[models]` and of
+        the defaults of found servers.
+        """
+        if self.discovery is None:
+            return frozenset()
+        models = Models(self.models)
+        public = [*models.rules, *(one for name in models.rules for one in models.fallbacks(name))]
+        names = set(map(models.served, public))
+        for source in self.discovery.sources:
+            names.update(dict(source.defaults).get("models") or ())
+        return frozenset(names)
 
 
 RESTART_SETTINGS = ("admin_listen",)

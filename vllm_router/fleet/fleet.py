@@ -82,6 +82,8 @@ class Fleet:
         self._prepared_for: Settings | None = None
         self.awaited: tuple[str, ...] = ()
         """Discovery sources that have not named their servers yet."""
+        self.expected: frozenset[str] = frozenset()
+        """Models that are known even if no server lists them, see `Config.expected_models`."""
         self.apply(config)
 
     # -- configuration ------------------------------------------------------------------------
@@ -96,6 +98,7 @@ class Fleet:
         self.settings = settings
         self.names = Models(config.models)
         self.awaited = config.awaited
+        self.expected = config.expected_models
         old = self._by_url
         by_url: dict[str, Server] = {}
         added, kept = [], []
@@ -238,7 +241,9 @@ class Fleet:
         return len(self._ready)
 
     def knows(self, model: str) -> bool:
-        """Whether any server, up or down, lists the model."""
+        """Whether any server, up or down, lists the model, or the configuration expects it."""
+        if model in self.expected:
+            return True
         return any(s.models is not None and model in s.models for s in self.servers.values())
 
     @property

@@ -170,6 +170,12 @@ QUEUE_WAIT = _histogram(
     (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     "model",
 )
+MODEL_DEMAND = _gauge(
+    "model_demand",
+    "Requests for a model: running and waiting in its engines, waiting in the router, and refused "
+    "for want of a server within the last minute. Exists for configured models without a server.",
+    "model",
+)
 PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]
 
 PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
@@ -406,6 +412,7 @@ FAMILIES: tuple[Family, ...] = (
     OVERHEAD,
     QUEUE_LENGTH,
     QUEUE_WAIT,
+    MODEL_DEMAND,
     TRANSITIONS,
     SERVER_STATE,
     SERVER_INFO,

@@ -24,6 +24,12 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.observability.decisions import outcome_label
+from vllm_router.observability.demand import (
+    WANT_OF_SERVER,
+    RecentRefusals,
+    engine_demand,
+    models_in_demand,
+)
 from vllm_router.observability.metric_families import (
     ATTEMPTS,
     BUILD_INFO,
@@ -35,6 +41,7 @@ from vllm_router.observability.metric_families import (
     FIRST_TOKEN,
     KEY_REQUESTS,
     LOOP_LAG,
+    MODEL_DEMAND,
     OVERHEAD,
     PREFIX_COUNTERS,
     QUEUE_LENGTH,
@@ -131,6 +138,7 @@ class Metrics:
                 self._retries[outcome.value].value = 0
         for phase in (Phase.BODY, Phase.QUEUE, Phase.CONNECT, Phase.WAIT, Phase.STREAM):
             self._disconnects[phase.value].value = 0
+        self._refused_lately: dict[str, RecentRefusals] = {}
         self._overhead = OVERHEAD.histogram()
         self._waits: dict[str, Histogram] = {}
         self._process = CollectorRegistry()
@@ -169,8 +177,19 @@ class Metrics:
             by_status[f"{record.status // 100}xx" if record.status else "0"].value += 1
         if record.code:
             self._refusals[record.code].value += 1
+            if record.code in WANT_OF_SERVER:
+                self._wanted(record)
         if outcome is Outcome.CLIENT_GONE:
             self._disconnects[record.phase.value].value += 1
+
+    def _wanted(self, record: Record) -> None:
+        """A request was refused for want of a server."""
+        model = record.served_model or record.model
+        if model is not None and self._fleet.knows(model):
+            refused = self._refused_lately.get(model)
+            if refused is None:
+                refused = self._refused_lately[model] = RecentRefusals()
+            refused.add(record.ended_at)
 
     def _waited(self, record: Record) -> None:
         model = self._model_label(record.served_model or record.model)
@@ -242,6 +261,8 @@ class Metrics:
         names.add(NONE)
         for name in self._servers.keys() - names:
             del self._servers[name]
+        for model in [name for name in self._refused_lately if not self._fleet.knows(name)]:
+            del self._refused_lately[model]
         if len(self._models) >= MAX_MODELS:
             gone = {name for name in self._models if not self._fleet.knows_public(name)}
             self._models -= gone
@@ -292,6 +313,7 @@ class Metrics:
         yield OVERHEAD.header + self._overhead.lines()
         yield QUEUE_LENGTH.header + self._queue_lengths()
         yield QUEUE_WAIT.header + "".join(_used(self._waits))
+        yield MODEL_DEMAND.header + self._model_demand()
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
     def _queue_lengths(self) -> str:
@@ -303,6 +325,18 @@ class Metrics:
         return "".join(
             [f"{QUEUE_LENGTH.key(label)}{length}\n" for label, length in lengths.items()]
         )
+
+    def _model_demand(self) -> str:
+        now = trio.current_time()
+        demand: dict[str, float] = dict.fromkeys(models_in_demand(self._fleet, MAX_MODELS), 0.0)
+        parts = list(engine_demand(self._fleet.all_servers()).items())
+        queues = self.router.queues(now) if self.router is not None else []
+        parts += [(queue.model, queue.waiting) for queue in queues if queue.model is not None]
+        parts += [(model, refused.count(now)) for model, refused in self._refused_lately.items()]
+        for model, requests in parts:
+            if model in demand:
+                demand[model] += requests
+        return "".join([f"{MODEL_DEMAND.key(name)}{value}\n" for name, value in demand.items()])
 
     def _server_gauges(self) -> Iterator[str]:
         now = trio.current_time()
