@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Iterable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -253,3 +255,58 @@ def status(code: int, message: str = "", **headers: str) -> httpx.Response:
 
 def _status(code: int, message: str) -> dict[str, Any]:
     return {"kind": "Status", "status": "Failure", "code": code, "message": message, "metadata": {}}
+
+
+class ServedApi:
+    """The API on a loopback port, in a thread of its own; `do` calls functions there."""
+
+    def __init__(self) -> None:
+        self.api = KubernetesApi()
+        self.url = ""
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
+        self._thread.start()
+        self._started.wait(30)
+
+    async def _main(self) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        self._token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as self._scope:
+            self._started.set()
+            await trio.serve_listeners(self.api.serve, listeners)
+
+    def do(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        """Call a function in the API's thread, and wait for it. Callable from any task."""
+        done = threading.Event()
+
+        def call() -> None:
+            function(*arguments, **named)
+            done.set()
+
+        self._token.run_sync_soon(call)
+        assert done.wait(30)
+
+    def gone(self, *, gone: bool) -> None:
+        """Cut every connection, and every new one, until it is back."""
+
+        def cut() -> None:
+            error = httpx.ConnectError("gone") if gone else None
+            self.api.fault = lambda target, is_watch: error
+            for watcher in self.api.watchers:
+                watcher.cut()
+
+        self.do(cut)
+
+    def close(self) -> None:
+        self.do(self._scope.cancel)
+        self._thread.join(30)
+
+
+@contextmanager
+def served_api() -> Iterator[ServedApi]:
+    served = ServedApi()
+    try:
+        yield served
+    finally:
+        served.close()

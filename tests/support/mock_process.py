@@ -146,3 +146,24 @@ def restarted(mock: MockProcess, *arguments: str) -> MockProcess:
                 raise
         else:
             return again
+
+
+@contextlib.contextmanager
+def pods(count: int, *arguments: str) -> Iterator[list[MockProcess]]:
+    """Servers on 127.0.0.2, 127.0.0.3, ..., all on the same port, like pods of a Deployment."""
+    while True:
+        with contextlib.ExitStack() as ending:
+            mocks: list[MockProcess] = []
+            for number in range(count):
+                port = mocks[0].port if mocks else 0
+                host = ("--host", f"127.0.0.{number + 2}")
+                mock = MockProcess(*host, *arguments, port=port)
+                ending.callback(mock.close)
+                try:
+                    mock.wait()
+                except RuntimeError:  # another program has the port on this address
+                    break
+                mocks.append(mock)
+            if len(mocks) == count:
+                yield mocks
+                return

@@ -9,7 +9,7 @@ import dns.rdatatype
 import dns.resolver
 
 from vllm_router.config.discovery import DnsSource
-from vllm_router.discovery.names import Answer, Lookup, Record
+from vllm_router.discovery.dns_records import Answer, Lookup, Record
 from vllm_router.discovery.web_client import NoAnswer
 
 SERVER_TIMEOUT = 2.0

@@ -7,12 +7,12 @@ that leaves DNS is drained, for a headless Service of Kubernetes lists only pods
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import trio
 
 from vllm_router.config.discovery import DnsSource, Found
+from vllm_router.discovery.dns_records import Lookup, Record
 from vllm_router.discovery.source import Again, Sink
 from vllm_router.discovery.web_client import NoAnswer
 
@@ -21,25 +21,6 @@ MIN_PAUSE = 1.0
 
 RETRY_PAUSE = 5.0
 """Longest time in seconds until the next lookup after a failure or an empty answer."""
-
-
-class Record(NamedTuple):
-    """A record: address or name of a host; port and weight of SRV only."""
-
-    host: str
-    port: int = 0
-    weight: int = 0
-
-
-class Answer(NamedTuple):
-    """The records of a name, none if it has none; the time to live is in seconds."""
-
-    records: Sequence[Record]
-    ttl: float
-
-
-Lookup = Callable[[], Awaitable[Answer]]
-"""Looks the name up. Raises NoAnswer if no nameserver gives an answer."""
 
 
 class Names:

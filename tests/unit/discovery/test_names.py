@@ -16,7 +16,8 @@ from support.source_notes import Notes
 from vllm_router.config.discovery import DnsSource
 from vllm_router.config.parser import parse
 from vllm_router.discovery.dns_lookup import lookup_of
-from vllm_router.discovery.names import Answer, Names, Record, targets_of
+from vllm_router.discovery.dns_records import Answer, Record
+from vllm_router.discovery.names import Names, targets_of
 from vllm_router.discovery.source import Again
 from vllm_router.discovery.web_client import NoAnswer
 from vllm_router.errors import ConfigError

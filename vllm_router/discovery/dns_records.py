@@ -1,0 +1,25 @@
+"""The records of a name in DNS, apart from any library."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+
+class Record(NamedTuple):
+    """A record: address or name of a host; port and weight of SRV only."""
+
+    host: str
+    port: int = 0
+    weight: int = 0
+
+
+class Answer(NamedTuple):
+    """The records of a name, none if it has none; the time to live is in seconds."""
+
+    records: Sequence[Record]
+    ttl: float
+
+
+Lookup = Callable[[], Awaitable[Answer]]
+"""Looks the name up. Raises NoAnswer if no nameserver gives an answer."""
