@@ -22,6 +22,7 @@ def toml(api: str) -> str:
         "defaults = { max_concurrent_requests = 8 }",
         "[config]",
         *(f"{key} = {value}" for key, value in FAST.items()),
+        'policy = "least_load"',
     ]
     return "\n".join(lines)
 
