@@ -15,7 +15,7 @@ REFUSED_FOR = 60.0
 WANT_OF_SERVER = frozenset(
     {"no_server_available", "queue_full", "queue_displaced", "queue_too_long", "queue_timeout"}
 )
-"""Codes of refusals for want of a server."""
+"""Codes of refusals because no server was free."""
 
 
 class RecentRefusals:

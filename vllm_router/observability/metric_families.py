@@ -173,7 +173,8 @@ QUEUE_WAIT = _histogram(
 MODEL_DEMAND = _gauge(
     "model_demand",
     "Requests for a model: running and waiting in its engines, waiting in the router, and refused "
-    "for want of a server within the last minute. Exists for configured models without a server.",
+    "within the last minute because no server was free. Exists for configured models without a "
+    "server.",
     "model",
 )
 PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]

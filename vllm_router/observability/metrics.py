@@ -183,7 +183,7 @@ class Metrics:
             self._disconnects[record.phase.value].value += 1
 
     def _wanted(self, record: Record) -> None:
-        """A request was refused for want of a server."""
+        """A request was refused because no server was free."""
         model = record.served_model or record.model
         if model is not None and self._fleet.knows(model):
             refused = self._refused_lately.get(model)

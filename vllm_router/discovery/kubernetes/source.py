@@ -45,6 +45,9 @@ MIN_PAUSE, MAX_PAUSE = 0.2, 15.0
 """Seconds between two lists: doubled after each that brought nothing new, reset by a watch that
 works."""
 
+WORKING_PAUSE = 2.0
+"""Longest pause in seconds while lists succeed and only watches fail."""
+
 MAX_RETRY_AFTER = 60.0
 """Longest `Retry-After` that is heeded, in seconds."""
 
@@ -100,6 +103,7 @@ class Kubernetes:
             listed = await self._list_once(transport)
         if listed is None:
             raise NoAnswer("it answered 404: the API has no EndpointSlices, or the path is wrong")
+        self._pause = min(self._pause, WORKING_PAUSE)
         self._slices, self._problems = listed.slices, listed.problems
         self._publish(sink)
         return listed.version
