@@ -63,6 +63,8 @@ class ScoreCache:
     __slots__ = (
         "_affinities",
         "_arrivals",
+        "_crowdings",
+        "_footprints",
         "_growth",
         "_growths",
         "_loads",
@@ -119,6 +121,8 @@ class ScoreCache:
         self._prompt_growths = [0.0] * len(estimates)
         self._overflows = [0.0] * len(estimates)
         self._arrivals = [0.0] * len(estimates)
+        self._footprints = [0.0] * len(estimates)
+        self._crowdings = [0.0] * len(estimates)
         self._rooms = [math.inf] * len(estimates)
         self.least_room = math.inf
         self.kv_tokens = [math.inf] * len(estimates)
@@ -151,43 +155,49 @@ class ScoreCache:
         """Update all scores: the change log was restarted, or `factors` are new."""
         self._log = self.candidates[0].change_log.servers
         self._read = len(self._log)
-        self.least_room = math.inf
+        self._measure_rooms()
         for position in range(len(self.estimates)):
             self._measure(position)
+            self._measure_working_set(position)
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
         server_load = estimate.server.load_estimate
         load = server_load.active + estimate.extra
         waste_load = min(load, MAX_WASTE_LOAD)
-        base = 1.0 + load + estimate.queued * self._per_queued
+        base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
+        self.bases[position] = factor * base
         per_token = factor * self._per_request
         self._growths[position] = per_token * (1.0 + self._growth * waste_load)
-        self._prompt_growths[position] = per_token * self._prompt_growth * load
         self._loads[position] = server_load.value
-        kv_tokens = self.kv_tokens[position]
-        self._overflows[position] = per_token * overflow(
-            (estimate.footprint + self.mean_footprint) * (1.0 + 2.0 * self.peer_ratio), kv_tokens
-        )
-        self._arrivals[position] = per_token * estimate.arrivals
-        metrics = server_load.metrics
-        if metrics is not None and metrics.kv_usage is not None and server_load.fresh:
-            room = (KV_ROOM - metrics.kv_usage) * kv_tokens
-            if room < 0.0:
-                base += self._crowding(position)
-                room = 0.0
-            self._rooms[position] = room
-            if room < self.least_room:
-                self.least_room = room
-        else:
-            self._rooms[position] = math.inf
-        self.bases[position] = factor * base
+        if self._prompt_growth:
+            self._prompt_growths[position] = per_token * self._prompt_growth * load
+        if estimate.footprint != self._footprints[position]:
+            self._measure_working_set(position)
 
-    def _crowding(self, position: int) -> float:
-        """The penalty for the KV cache in use, in requests."""
-        metrics = self.estimates[position].server.load_estimate.metrics
-        usage = metrics.kv_usage if metrics is not None else None
-        return KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
+    def _measure_working_set(self, position: int) -> None:
+        """Update what a new conversation costs there; only prompts change it."""
+        estimate = self.estimates[position]
+        self._footprints[position] = estimate.footprint
+        per_token = self.factors[position] * self._per_request
+        tokens = (estimate.footprint + self.mean_footprint) * (1.0 + 2.0 * self.peer_ratio)
+        self._overflows[position] = per_token * overflow(tokens, self.kv_tokens[position])
+        self._arrivals[position] = per_token * estimate.arrivals
+
+    def _measure_rooms(self) -> None:
+        """Update what the scrapes say of the KV caches; our requests do not change it."""
+        self.least_room = math.inf
+        for position, estimate in enumerate(self.estimates):
+            load = estimate.server.load_estimate
+            usage = load.metrics.kv_usage if load.metrics is not None and load.fresh else None
+            room = math.inf
+            if usage is not None:
+                room = max(0.0, KV_ROOM - usage) * self.kv_tokens[position]
+            self._rooms[position] = room
+            self._crowdings[position] = (
+                KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
+            )
+            self.least_room = min(self.least_room, room)
 
     def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
         """The candidates' scores for a prompt.
@@ -269,7 +279,7 @@ class ScoreCache:
         """The whole penalty for a full KV cache, in requests."""
         if self._rooms[position] == math.inf:
             return 0.0
-        return self._crowding(position) + self._excess(position, tokens, levels)
+        return self._crowdings[position] + self._excess(position, tokens, levels)
 
     def prompt_terms(
         self, position: int, uncached: float, turns: float, delay: float

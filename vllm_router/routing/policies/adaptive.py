@@ -98,8 +98,6 @@ class Adaptive(Policy):
             matches = self.index.table.match(hashes, cache.everyone)
             levels, bonus = self._credit(cache, info, matches)
             scores = self._weigh(cache, info, matches, levels, bonus)
-        elif cache.least_room < math.inf and info.prompt.size:
-            scores = self._weigh(cache, info, [], [], 0)
         lowest = min(scores)
         if scores.count(lowest) == 1:
             return candidates[scores.index(lowest)], matches

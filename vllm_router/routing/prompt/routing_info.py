@@ -145,7 +145,15 @@ def routing_info_from(
     transfer: str | None = None,
 ) -> RoutingInfo:
     """The RoutingInfo of a request with these fields."""
-    session, source = (None, "") if hint is None else session_of(hint, fields, prompt.conversation)
+    if hint is None:
+        session, source = None, ""
+    elif (
+        fields.user is fields.session_id is fields.prompt_cache_key is None
+        and fields.metadata is NO_JSON
+    ):
+        session, source, _ = hint
+    else:
+        session, source = session_of(hint, fields, prompt.conversation)
     stored = path == RESPONSES and bool(fields.store or fields.background)
     previous = fields.previous_response_id or None
     if previous is not None and path != EXPLAIN and not path.startswith(RESPONSES):

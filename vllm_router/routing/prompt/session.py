@@ -107,13 +107,6 @@ def session_of(hint: SessionHint, fields: Fields, conversation: int) -> tuple[st
     `conversation` is the hash of the conversation's first turn, 0 if it is not known. A user is a
     session only together with it: one user may run twenty agents.
     """
-    if (
-        fields.prompt_cache_key is None
-        and fields.session_id is None
-        and fields.user is None
-        and fields.metadata is NO_JSON
-    ):
-        return hint.session, hint.source
     for name, source in hint.fields:
         is_nested = name == "metadata.user_id"
         value: str | None = _user_id(fields.metadata) if is_nested else getattr(fields, name)
