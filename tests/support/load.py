@@ -15,7 +15,10 @@ import trio
 
 @dataclass(frozen=True)
 class Result:
-    """One request as seen by its client. `ended` is "done", "error event", "cut" or "failed"."""
+    """One request as seen by its client. `ended` is "done", "error event", "cut" or "failed".
+
+    `began` is a time of `time.monotonic`.
+    """
 
     status: int
     ended: str
@@ -23,6 +26,7 @@ class Result:
     server: str
     events: int = 0
     text: str = ""
+    began: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -57,9 +61,8 @@ async def ask(
         ended = "done" if whole or status != 200 else "truncated"
     except httpx.TransportError as error:
         ended = "error event" if b'"upstream_error"' in tail else f"cut ({type(error).__name__})"
-    return Result(
-        status, ended, time.monotonic() - began, server, events, tail.decode(errors="replace")
-    )
+    text = tail.decode(errors="replace")
+    return Result(status, ended, time.monotonic() - began, server, events, text, began)
 
 
 class Load:
