@@ -429,6 +429,6 @@ def test_workers_monitor_shows_all_and_log_is_in_file(tmp_path: Path):
         screen.wait("live", "2/2 up")
         screen.type("C-c")
         assert screen.ended() == 0
-    log = (tmp_path / "logs" / "vllm-router.log").read_text()
+    log = (tmp_path / ".state/vllm-router/vllm-router.log").read_text()
     assert "[leader] supervisor: server demo-1: unknown -> up" in log
     assert "[worker 2] run_worker: stopped" in log
