@@ -133,6 +133,7 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
         "vllm_router_uptime_seconds",
         "vllm_router_ready",
         "vllm_router_config_generation",  # an annotation
+        "vllm_router_model_demand",  # for autoscalers
         # Details of a source whose alert is about vllm_router_discovery_up.
         "vllm_router_discovery_age_seconds",
         "vllm_router_discovery_doubtful",

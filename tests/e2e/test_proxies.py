@@ -25,10 +25,10 @@ from support.router_process import RouterProcess, chat, router_process, servers_
 PATIENCE_S = 60.0
 """For anything that must happen."""
 
-SCALE = 100
+SCALE = 25
 """The proxies' times of half a minute and more are so many times shorter here."""
 
-SILENCE_S = 1.0
+SILENCE_S = 4.0
 """As long as 100 s in a proxy whose times are scaled."""
 
 MODELS = b'{"object":"list","data":[{"id":"m","object":"model","max_model_len":4096}]}'

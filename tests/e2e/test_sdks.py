@@ -96,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if self.path in pages:
             self._answer(pages[self.path])
+        elif self.path.startswith("/v1/responses/"):
+            self._answer(b'{"error":{"message":"Response not found."}}', 404)
         else:
             self._note()
             self._answer(b'{"tokenizer_class":"T"}')
@@ -122,8 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         fields = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen.append((self.command, self.path, fields))
 
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
+    def _answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("x-vllm-router-error", "fake")
         self.send_header("content-length", str(len(body)))
@@ -215,8 +217,11 @@ def test_openai_sdk_raises_status_error_for_wrong_method(router: RouterProcess):
         assert caught.value.response.headers["allow"] == "POST"
         with pytest.raises(openai.NotFoundError):
             client.files.list()
-        with pytest.raises(openai.NotFoundError):
+        # One server of the fleet is gone, and may have had it.
+        with pytest.raises(openai.InternalServerError) as caught:
             client.responses.retrieve("resp_1")
+        assert caught.value.status_code == 503
+        assert caught.value.code == "response_unavailable"
 
 
 def test_openai_sdk_raises_for_broken_stream(router: RouterProcess):

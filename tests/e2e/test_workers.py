@@ -122,7 +122,11 @@ async def test_workers_burst_spreads_over_servers_and_is_counted_once(quiet: Rou
     await in_thread(lambda: quiet.metric("vllm_router_requests_total") == before + 60, "the count")
     await in_thread(lambda: quiet.metric("vllm_router_server_leases") == 0, "no leases")
     chunks = lambda: quiet.metric("vllm_router_response_chunks_total")  # noqa: E731
-    await in_thread(lambda: chunks() > 0, "the chunks")
+    counted = chunks()
+    whole = chat(stream=True, max_tokens=3)
+    answer = await trio.to_thread.run_sync(quiet.post, "/v1/chat/completions", whole)
+    assert answer.status_code == 200
+    await in_thread(lambda: chunks() >= counted + 3, "the chunks of a whole stream")
 
 
 @asynccontextmanager

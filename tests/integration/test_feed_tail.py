@@ -35,7 +35,7 @@ def test_feed_tail_example_follows_load_and_events(tmp_path: Path):
             tail.communicate()
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("name", ["docs/api.md", "docs/zh/api.md"])
 def test_feed_tail_example_equals_documentation(name: str):
     code = SCRIPT.read_text().split("\n\n", 1)[1]
     assert code in (ROOT / name).read_text()

@@ -190,7 +190,7 @@ def test_help_lists_every_command(arguments: list[str]):
     commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
     assert commands == {
         "run", "check-config", "status", "drain", "undrain", "monitor", "explain", "mock", "open",
-        "simulate", "version",
+        "discover", "schema", "simulate", "version",
     }  # fmt: skip
 
 

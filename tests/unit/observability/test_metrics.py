@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab
+from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.state import State
 from vllm_router.observability import metrics as metrics_module
 from vllm_router.observability.metric_families import FAMILIES, FIRST_TOKEN
@@ -330,6 +332,8 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     lab.ended(lab["a"], code="x", key_name="k")
     lab.ended(lab["a"], waited=0.5)
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
+    source = SourceStatus("targets", "file", "targets/*.json", answered_at=0.0)
+    lab.router.sources.discovery = Mock(statuses=[source])
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     for family in FAMILIES:
