@@ -58,6 +58,7 @@ class GuardedTCPServer(TCPServer):
         super().__init__(app, config, context, state, stream)
         self._relay = relay
         self._plain: Any = stream.inner if isinstance(stream, ReplayStream) else stream
+        self._socket: Any = None
         self._limits = limits or Limits()
         self._on_rejected = on_rejected
         self._scope = trio.CancelScope()
@@ -82,6 +83,9 @@ class GuardedTCPServer(TCPServer):
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await trio.aclose_forcefully(self.stream)
+            if self._socket is not None:
+                # A TLS stream that was cancelled while it ended is closed, and its socket open.
+                self._socket.close()
             self._forget()
 
     def _forget(self) -> None:
