@@ -278,13 +278,15 @@ async def test_http2_slow_rapid_reset_is_ended(kind):
     async with running(kind) as on, connected(on.port) as client:
         peer = H2Client(client)
         await peer.flush()
+        begun = trio.current_time()
         for _ in range(500):
             stream = peer.request(b"/v1/hang")
             await peer.flush()
             peer.h2.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
             await peer.flush()
         await peer.ending()
-        assert on.app.started <= MAX_RESETS + 10
+        # One more reset per second is allowed.
+        assert on.app.started <= MAX_RESETS + 10 + (trio.current_time() - begun)
 
 
 async def test_http2_connection_without_request_is_closed_as_idle(kind):
