@@ -7,7 +7,8 @@ for the garbage collector.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import httpx
 import trio
@@ -19,6 +20,11 @@ from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.pool import Pool
 
 USER_AGENT = "vllm-router-discovery"
+
+READ_AT_ONCE = 100_000
+"""Bytes of a document that are decoded in the event loop: 1 ms."""
+
+T = TypeVar("T")
 
 
 class NoAnswer(Exception):
@@ -49,3 +55,10 @@ async def get(
     """
     request = httpx.Request("GET", url, headers={"user-agent": USER_AGENT, **headers})
     return await transport.handle_async_request(request)
+
+
+async def decoded(read: Callable[[bytes], T], data: bytes) -> T:
+    """`read(data)`, in a thread if it would hold up the event loop. Raises what `read` raises."""
+    if len(data) > READ_AT_ONCE:
+        return await trio.to_thread.run_sync(read, data, abandon_on_cancel=True)
+    return read(data)

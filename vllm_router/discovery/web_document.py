@@ -13,7 +13,7 @@ import trio
 from vllm_router.config.discovery import HttpSource
 from vllm_router.discovery.file_sd import MAX_BYTES, BadDocument, Groups, read_json
 from vllm_router.discovery.source import Again, Sink
-from vllm_router.discovery.web_client import NoAnswer, get, web_transport
+from vllm_router.discovery.web_client import NoAnswer, decoded, get, web_transport
 from vllm_router.errors import UnusablePage
 from vllm_router.http.client.error_text import describe
 from vllm_router.http.client.page import read_whole
@@ -22,10 +22,6 @@ Connect = Callable[[HttpSource], Awaitable[httpx.AsyncBaseTransport]]
 
 RETRY_PAUSE = 5.0
 """Seconds between two requests after a failure."""
-
-
-READ_AT_ONCE = 100_000
-"""Bytes of a document that are decoded in the event loop: 1 ms."""
 
 
 class WebDocument:
@@ -83,10 +79,7 @@ class WebDocument:
             etag = response.headers.get("etag", "")
         finally:
             await response.aclose()
-        if len(data) > READ_AT_ONCE:
-            groups = await trio.to_thread.run_sync(read_json, data, abandon_on_cancel=True)
-        else:
-            groups = read_json(data)
+        groups = await decoded(read_json, data)
         self._etag = etag
         return groups
 

@@ -68,6 +68,7 @@ class AdmissionQueue:
         """Incremented when servers join, leave or change what they accept."""
         self._waiters = 0
         self._sessions: SessionLeases | None = None
+        self._sessions_looked_at = -math.inf
         self._new_sessions: Counter[str | None] = Counter()
         """Waiting requests of this process that begin a session, by queue."""
         self._follow_sessions()
@@ -167,10 +168,9 @@ class AdmissionQueue:
         try:
             with trio.move_on_at(waiter.until):
                 while is_new and not waiter.woken.is_set():
-                    # A lease ends by idleness, which is no event.
                     with trio.move_on_after(SESSION_CHECK):
                         await waiter.woken.wait()
-                    self._admit(trio.current_time())
+                    self._look_for_idle_sessions(trio.current_time())
                 await waiter.woken.wait()
         except trio.Cancelled:
             if waiter.grant is not None:
@@ -241,6 +241,15 @@ class AdmissionQueue:
         """An attempt of an admitted request has ended."""
         if self._sessions is not None:
             self._sessions.end(facts, now)
+
+    def _look_for_idle_sessions(self, now: float) -> None:
+        """Admit what fits by now: a lease ends by idleness, which is no event.
+
+        Every waiting new session calls this; one pass looks at all of them.
+        """
+        if now - self._sessions_looked_at >= SESSION_CHECK / 2:
+            self._sessions_looked_at = now
+            self._admit(now)
 
     def _route(self, ticket: Ticket, now: float) -> Route:
         """The route of a request. New sessions are blocked apart from the admitted ones."""

@@ -28,7 +28,7 @@ from vllm_router.discovery.kubernetes.messages import (
 )
 from vllm_router.discovery.kubernetes.slices import EndpointSlice, targets_of
 from vllm_router.discovery.source import Again, Sink
-from vllm_router.discovery.web_client import NoAnswer, get, web_transport
+from vllm_router.discovery.web_client import NoAnswer, decoded, get, web_transport
 from vllm_router.errors import UnusablePage
 from vllm_router.http.client.error_text import describe
 from vllm_router.http.client.page import read_whole
@@ -58,8 +58,6 @@ PUBLISH_GAP = 0.1
 """Seconds between two sets in a burst of events."""
 
 MAX_LIST_BYTES = 32_000_000
-READ_AT_ONCE = 100_000
-"""Bytes of a list that are decoded in the event loop: 1 ms."""
 
 VERSIONS = ("v1", "v1beta1")
 """Versions of discovery.k8s.io; v1 came with Kubernetes 1.21."""
@@ -124,9 +122,7 @@ class Kubernetes:
             if response.status_code == 404:
                 return None
             self._check_status(response, data)
-            if len(data) > READ_AT_ONCE:
-                return await trio.to_thread.run_sync(read_list, data, abandon_on_cancel=True)
-            return read_list(data)
+            return await decoded(read_list, data)
         except trio.TooSlowError:
             raise NoAnswer(f"no whole list within {self._config.timeout:g} s") from None
         except httpx.HTTPError as error:
@@ -245,8 +241,10 @@ class Kubernetes:
             if piece is not None:
                 heard_at = now
                 buffer += piece
-                *lines, rest = bytes(buffer).split(b"\n")
-                buffer = bytearray(rest)
+                lines: list[bytes] = []
+                if b"\n" in piece:  # a long event is not searched from its start for each piece
+                    *lines, rest = bytes(buffer).split(b"\n")
+                    buffer = bytearray(rest)
                 if len(buffer) > MAX_EVENT_BYTES:
                     raise UnusableMessage(f"an event is longer than {MAX_EVENT_BYTES} bytes")
                 if self._take(lines):

@@ -67,38 +67,40 @@ class SessionHint(NamedTuple):
     fields: tuple[tuple[str, str], ...]
 
 
-class _Sources(NamedTuple):
-    """Sources in order: (source, headers) or (source, field of the body)."""
+class _Header(NamedTuple):
+    """A source in the head: the names of its fields, and the body fields that precede it."""
 
-    order: tuple[tuple[str, tuple[bytes, ...], str], ...]
+    source: str
+    names: tuple[bytes, ...]
+    before: tuple[tuple[str, str], ...]
 
 
 @lru_cache(maxsize=16)
-def _compiled(sources: Sequence[str]) -> _Sources:
-    order: list[tuple[str, tuple[bytes, ...], str]] = []
+def _compiled(sources: Sequence[str]) -> tuple[tuple[_Header, ...], SessionHint]:
+    """The sources in the head, in order, and the hint of a head without any of them."""
+    headers: list[_Header] = []
+    before: list[tuple[str, str]] = []
     for source in sources:
         kind, _, name = source.partition(":")
         if kind == "header":
-            order.append((source, tuple(one.encode() for one in name.split("+")), ""))
+            names = tuple(one.encode() for one in name.split("+"))
+            headers.append(_Header(source, names, tuple(before)))
         else:
-            order.append((source, (), name))
-    return _Sources(tuple(order))
+            before.append((name, source))
+    return tuple(headers), SessionHint(None, "", tuple(before))
 
 
 def session_hint(
     headers: Mapping[bytes, bytes], sources: Sequence[str] = SESSION_SOURCES
 ) -> SessionHint:
     """The session by these headers (names in lower case), and the body fields that precede it."""
-    before: list[tuple[str, str]] = []
-    for source, names, field in _compiled(sources).order:
-        if field:
-            before.append((field, source))
-        elif names[0] in headers:
+    in_head, without = _compiled(sources)
+    for source, names, before in in_head:
+        if names[0] in headers:
             found = [headers.get(name, b"").decode("latin-1").strip() for name in names]
             if is_usable(found[0]):
-                session = bounded("/".join(filter(None, found)))
-                return SessionHint(session, source, tuple(before))
-    return SessionHint(None, "", tuple(before))
+                return SessionHint(bounded("/".join(filter(None, found))), source, before)
+    return without
 
 
 def session_of(hint: SessionHint, fields: Fields, conversation: int) -> tuple[str | None, str]:
