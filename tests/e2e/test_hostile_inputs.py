@@ -13,22 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from support.hostile import FRONTS, Hostile, Lab, lab
-from support.hostile_bodies import BODIES
-from support.hostile_http1 import HTTP1
-from support.hostile_http2 import HTTP2
-from support.hostile_servers import SERVERS
-from support.hostile_tls import TLS
-from support.hostile_websocket import WEBSOCKET
+from support.hostile_tables import TABLES
 from support.mock_process import mock_processes
 
-TABLES = {
-    "http1": HTTP1,
-    "http2": HTTP2,
-    "websocket": WEBSOCKET,
-    "tls": TLS,
-    "bodies": BODIES,
-    "servers": SERVERS,
-}
 EVERYTHING = os.environ.get("HOSTILE_INPUTS") == "all"
 
 

@@ -18,6 +18,8 @@ import h11
 import httpx
 import trio
 
+from support.one_piece import OnePiece
+
 NAMESPACE = "ml"
 SELECTOR = "kubernetes.io/service-name=vllm"
 
@@ -87,23 +89,6 @@ class Watcher(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         if self in self._api.watchers:
             self._api.watchers.remove(self)
-
-
-class Whole(httpx.AsyncByteStream):
-    """A body in one piece."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        data, self._data = self._data, b""
-        if not data:
-            raise StopAsyncIteration
-        return data
 
 
 Fault = Callable[[str, bool], "httpx.Response | Exception | None"]
@@ -246,7 +231,7 @@ class KubernetesApi(httpx.AsyncBaseTransport):
 
 
 def answer(body: Any, code: int = 200, **headers: str) -> httpx.Response:
-    return httpx.Response(code, stream=Whole(json.dumps(body).encode()), headers=headers)
+    return httpx.Response(code, stream=OnePiece(json.dumps(body).encode()), headers=headers)
 
 
 def status(code: int, message: str = "", **headers: str) -> httpx.Response:

@@ -16,12 +16,12 @@ from trio.testing import MockClock
 from support.kubernetes_api import (
     SELECTOR,
     KubernetesApi,
-    Whole,
     answer,
     endpoint,
     slice_of,
     status,
 )
+from support.one_piece import OnePiece
 from support.source_notes import Notes
 from vllm_router.config.discovery import KubernetesSource, TargetState
 from vllm_router.config.parser import parse
@@ -228,13 +228,13 @@ async def test_kubernetes_api_that_hangs_is_a_failure(autojump_clock: MockClock)
 
 BROKEN: dict[str, Any] = {
     "500": lambda: status(500, "boom"),
-    "empty": lambda: httpx.Response(200, stream=Whole(b"")),
-    "html": lambda: httpx.Response(200, stream=Whole(b"<html>")),
+    "empty": lambda: httpx.Response(200, stream=OnePiece(b"")),
+    "html": lambda: httpx.Response(200, stream=OnePiece(b"<html>")),
     "no items": lambda: answer({"kind": "Status"}),
     "refused": lambda: httpx.ConnectError("refused"),
     "401": lambda: status(401, "Unauthorized"),
     "404": lambda: status(404),
-    "redirect": lambda: httpx.Response(302, headers={"location": "/"}, stream=Whole(b"")),
+    "redirect": lambda: httpx.Response(302, headers={"location": "/"}, stream=OnePiece(b"")),
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from support.one_piece import OnePiece
 from support.source_notes import Notes
 from vllm_router.config.discovery import HttpSource
 from vllm_router.config.parser import parse
@@ -25,23 +26,6 @@ from vllm_router.errors import ConfigError
 URL = "http://sd.test/targets?team=ml"
 
 
-class Piece(httpx.AsyncByteStream):
-    """A body in one piece, as the router's own client reads it: no async generator."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        data, self._data = self._data, b""
-        if not data:
-            raise StopAsyncIteration
-        return data
-
-
 class Inventory:
     """The server of the document: answers as `answer` says, and keeps the requests."""
 
@@ -52,7 +36,7 @@ class Inventory:
     @staticmethod
     def targets(*addresses: str, **more: Any) -> Callable[[httpx.Request], httpx.Response]:
         body = json.dumps([{"targets": addresses}]).encode()
-        return lambda request: httpx.Response(200, stream=Piece(body), **more)
+        return lambda request: httpx.Response(200, stream=OnePiece(body), **more)
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -118,7 +102,7 @@ def _raise(error: Exception) -> Callable[[httpx.Request], httpx.Response]:
 
 
 def _body(data: bytes, **headers: str) -> Callable[[httpx.Request], httpx.Response]:
-    return lambda request: httpx.Response(200, stream=Piece(data), headers=headers)
+    return lambda request: httpx.Response(200, stream=OnePiece(data), headers=headers)
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fleet_makers import make_config
-from vllm_router.config.auth import KeyConfig
+from support.key_makers import key, refusal
 from vllm_router.config.origins import is_own
-from vllm_router.config.types import digest_of
 from vllm_router.errors import Refused
 from vllm_router.proxy.key_limits import Usage
 from vllm_router.routing.paths import classify
 from vllm_router.web.access import is_local_name
 from vllm_router.web.guard import Area, Guard, area_of
-
-
-def key(**limits: Any) -> KeyConfig:
-    return KeyConfig(name="a", digest=digest_of("k"), **limits)
-
-
-def refusal(usage: Usage, of: KeyConfig, now: float) -> Refused:
-    with pytest.raises(Refused) as caught:
-        usage.enter(of, now)
-    return caught.value
 
 
 def test_rate_limit_allows_burst_of_a_minute_and_refills():

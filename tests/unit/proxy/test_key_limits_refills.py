@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from vllm_router.config.auth import KeyConfig
-from vllm_router.config.types import digest_of
-from vllm_router.errors import Refused
+from support.key_makers import key, refusal
 from vllm_router.proxy.key_limits import Usage, Use, new_use
-
-
-def key(**limits: Any) -> KeyConfig:
-    return KeyConfig(name="a", digest=digest_of("k"), **limits)
-
-
-def refusal(usage: Usage, of: KeyConfig, now: float) -> Refused:
-    with pytest.raises(Refused) as caught:
-        usage.enter(of, now)
-    return caught.value
 
 
 def test_concurrency_limit_of_short_requests_waits_a_second_at_least():
