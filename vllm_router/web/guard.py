@@ -34,6 +34,9 @@ from vllm_router.web.sessions import Sessions
 
 FEED_PATH = "/ws/load"
 
+MAX_QUERY_FIELDS = 1000
+"""The most fields of a query that the router reads itself."""
+
 MAY_READ = "vllm_router.may_read"
 """Scope key: the client may see the restricted parts of a public response."""
 
@@ -114,7 +117,15 @@ def _strip(scope: Scope, secret: frozenset[bytes]) -> None:
     if secret:
         scope["headers"] = [field for field in scope["headers"] if field[0] not in secret]
     if scope["query_string"]:
+        _check_query(scope)
         scope["query_string"] = without_credentials(scope["query_string"])
+
+
+def _check_query(scope: Scope) -> None:
+    """Raises Refused for a query with so many fields that its parsing would delay other clients."""
+    if scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:
+        text = f"The query has more than {MAX_QUERY_FIELDS} fields. Send fewer."
+        raise Refused(400, "bad_request", text)
 
 
 class Guard:
@@ -158,6 +169,8 @@ class Guard:
         path: str = scope["path"]
         if path[:1] != "/":
             raise Refused(400, "bad_request", "The request target is malformed.")
+        if path_class is not PathClass.INFERENCE:
+            _check_query(scope)
         if self.own is not None and _port(scope) == self.own.port:
             self._admit_own(scope, fields, self.own)
             return

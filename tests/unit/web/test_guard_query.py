@@ -1,0 +1,55 @@
+"""Queries with very many fields, which would delay all other requests while they are parsed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from unit.config.test_auth import read
+from vllm_router.errors import Refused
+from vllm_router.routing.paths import classify
+from vllm_router.web.guard import MAX_QUERY_FIELDS, Guard
+
+KEY = "sk-client-1"
+KEYS = f"""
+[auth]
+[[auth.keys]]
+name = "c"
+key = "{KEY}"
+"""
+
+
+def scope_of(method: str, path: str, query: bytes, kind: str = "http") -> dict[str, Any]:
+    return {
+        "type": kind,
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query,
+        "headers": [(b"host", b"r"), (b"authorization", b"Bearer " + KEY.encode())],
+    }
+
+
+CASES = [
+    *("GET /explain", "GET /metrics", "GET /v1/models", "GET /", "POST /admin/drain"),
+    *("POST /v1/chat/completions", "GET /ws/load"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("separators", [b"a&", b"&", b"key=1&"])
+def test_guard_query_of_many_fields_is_refused(case, separators):
+    method, path = case.split()
+    kind = "websocket" if path == "/ws/load" else "http"
+    scope = scope_of(method, path, separators * MAX_QUERY_FIELDS, kind)
+    with pytest.raises(Refused, match="1000 fields") as refused:
+        Guard(read(KEYS)).admit(scope, classify(method, path.encode()))
+    assert refused.value.status == 400
+
+
+def test_guard_query_with_some_fields_is_admitted():
+    query = b"&".join([b"a=1"] * MAX_QUERY_FIELDS)
+    scope = scope_of("GET", "/v1/models", query)
+    Guard(read(KEYS)).admit(scope, classify("GET", b"/v1/models"))
+    assert scope["query_string"] == query
