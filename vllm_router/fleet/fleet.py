@@ -26,6 +26,9 @@ ADVANCED_OFTEN = 20
 SETTLED_AT_ONCE = 100
 """Servers whose state is updated in one call of `settle`: 1000 take 30 ms."""
 
+MAX_DRAINED = 1000
+"""Drains remembered of servers that their discovery source does not name at the moment."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
@@ -78,6 +81,8 @@ class Fleet:
         self._advancing: set[Server] = set()
         self._advance_at = 0.0
         self._response_seconds = 0.0
+        self._drained: dict[str, bool] = {}
+        """URLs of removed servers that an operator had drained, the oldest first."""
         self._prepared: dict[str, Server] = {}
         self._prepared_for: Settings | None = None
         self.awaited: tuple[str, ...] = ()
@@ -106,6 +111,8 @@ class Fleet:
             server = old.get(wanted.url)
             if server is None:
                 server = self._returning(wanted) or self._created(wanted, settings)
+                if self._drained.pop(wanted.url, False):
+                    server.drain(on=True)
                 server.joined = bool(old)
                 server.change_log = self.change_log
                 added.append(server)
@@ -117,6 +124,7 @@ class Fleet:
             by_url[wanted.url] = server
         removed = [server for url, server in old.items() if url not in by_url]
         for server in removed:
+            self._remember_drain(server)
             server.drain(on=True)
         self.leaving.extend(removed)
         self._by_url = by_url
@@ -158,6 +166,13 @@ class Fleet:
                 server.drain(on=False)
                 return server
         return None
+
+    def _remember_drain(self, server: Server) -> None:
+        """An operator's drain outlasts the absence of the server from its discovery source."""
+        if server.draining and server.config.source is not None:
+            self._drained[server.url] = True
+            if len(self._drained) > MAX_DRAINED:
+                del self._drained[next(iter(self._drained))]
 
     def look(self) -> None:
         """Update `in_flight` by the leases of other processes, if there are any."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
+import msgspec
 import pytest
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_config, make_fleet
-from vllm_router.fleet.fleet import SETTLED_AT_ONCE, Fleet
+from vllm_router.config.schema import Config
+from vllm_router.fleet.fleet import MAX_DRAINED, SETTLED_AT_ONCE, Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
 from vllm_router.routing.policies import POLICIES
@@ -79,6 +81,39 @@ def test_fleet_drain_by_operator_survives_reload():
     of(fleet, "b").drain(on=True)
     fleet.apply(make_config(2, request_timeout=5))
     assert names(fleet.candidates("m", 0.0)) == "a"
+
+
+def found(*names: str) -> Config:
+    """A configuration whose servers are found by a discovery source."""
+    config = make_config([{"url": f"http://{name}.test:1", "name": name} for name in names])
+    servers = [msgspec.structs.replace(server, source="dns") for server in config.servers]
+    return msgspec.structs.replace(config, servers=tuple(servers))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_fleet_drain_by_operator_outlasts_absence_from_source(busy):
+    fleet = Fleet(found("a", "b"))
+    b = of(fleet, "b")
+    lease = b.lease(0.0) if busy else None
+    for draining in (True, False):
+        of(fleet, "b").drain(on=draining)
+        fleet.apply(found("a"))
+        fleet.gone()
+        fleet.apply(found("a", "b"))
+        assert of(fleet, "b").draining is draining
+    if lease is not None:
+        lease.release()
+
+
+def test_fleet_drains_of_absent_servers_are_bounded():
+    fleet = Fleet(found("a"))
+    for number in range(MAX_DRAINED + 1):
+        fleet.apply(found(f"c{number}"))
+        of(fleet, f"c{number}").drain(on=True)
+    fleet.apply(found("a"))
+    for number, draining in ((0, False), (2, True), (MAX_DRAINED, True)):
+        fleet.apply(found(f"c{number}"))
+        assert of(fleet, f"c{number}").draining is draining
 
 
 # -- candidates --------------------------------------------------------------------------------
