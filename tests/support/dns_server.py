@@ -18,7 +18,8 @@ class DnsServer:
     """Answers with `records`, by name and type; others do not exist.
 
     rcode: answers all questions with this code instead. silent: answers nothing. truncate: answers
-    over UDP have no room, so clients must come by TCP.
+    over UDP have no room, so clients must come by TCP. additional: sent beside every answer.
+    failing: names whose questions are answered with SERVFAIL.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,8 @@ class DnsServer:
         self.rcode: dns.rcode.Rcode | None = None
         self.silent = False
         self.truncate = False
+        self.failing: set[str] = set()
+        self.additional: dict[tuple[str, str], list[str]] = {}
         self.questions: list[str] = []
         self.port = 0
 
@@ -40,12 +43,18 @@ class DnsServer:
         response = dns.message.make_response(message)
         if self.rcode is not None:
             response.set_rcode(self.rcode)
+        elif name in self.failing:
+            response.set_rcode(dns.rcode.SERVFAIL)
         elif (name, kind) in self.records:
             texts = self.records[name, kind]
             if self.truncate and not tcp:
                 response.flags |= dns.flags.TC
             elif texts:
                 response.answer.append(dns.rrset.from_text(name, self.ttl, "IN", kind, *texts))
+                response.additional += [
+                    dns.rrset.from_text(about, self.ttl, "IN", also, *values)
+                    for (about, also), values in self.additional.items()
+                ]
         elif not any(known == name for known, _ in self.records):
             response.set_rcode(dns.rcode.NXDOMAIN)
         return response.to_wire(max_size=65535)

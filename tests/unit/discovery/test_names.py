@@ -124,9 +124,42 @@ async def test_lookup_aaaa_and_srv_records() -> None:
         server.records["_http._tcp.vllm.test.", "SRV"] = ["0 5 8000 a.test.", "0 0 0 ."]
         six = await lookup_of(config(server, type="AAAA"))()
         assert six.records == [Record("fd00::1")]
-        service = config(server, domain="_http._tcp.vllm.test.", type="SRV", port=None)
+        service = config(server, **SERVICE, scheme="https")
         srv = await lookup_of(service)()
         assert srv.records == [Record("a.test.", 8000, 5)]
+
+
+SERVICE: dict[str, Any] = {"domain": "_http._tcp.vllm.test.", "type": "SRV", "port": None}
+
+
+async def test_lookup_srv_hosts_are_asked_of_the_configured_nameserver() -> None:
+    async with dns_server() as server:
+        services = ["0 5 8000 a.test.", "0 5 8001 b.test.", "0 5 8002 a.test.", "0 5 1 none.test."]
+        server.records[SERVICE["domain"], "SRV"] = services
+        server.records["a.test.", "A"] = ["10.0.0.2", "10.0.0.1"]
+        server.records["b.test.", "AAAA"] = ["fd00::1"]
+        found = await lookup_of(config(server, **SERVICE))()
+        assert sorted(found.records) == [
+            *(Record("10.0.0.1", 8000, 5), Record("10.0.0.1", 8002, 5)),
+            Record("fd00::1", 8001, 5),
+        ]
+
+
+async def test_lookup_srv_addresses_sent_with_the_records_are_used() -> None:
+    async with dns_server() as server:
+        server.records[SERVICE["domain"], "SRV"] = ["1 1 8000 7f000001.addr.dc1.consul."]
+        server.additional["7F000001.addr.dc1.consul.", "A"] = ["127.0.0.1"]
+        found = await lookup_of(config(server, **SERVICE))()
+        assert found.records == [Record("127.0.0.1", 8000, 1)]
+        assert server.questions == [f"{SERVICE['domain']} SRV"]
+
+
+async def test_lookup_srv_host_without_answer_is_a_failure() -> None:
+    async with dns_server() as server:
+        server.records[SERVICE["domain"], "SRV"] = ["0 5 8000 a.test."]
+        server.failing = {"a.test."}
+        with pytest.raises(NoAnswer, match=r"a\.test: no usable answer"):
+            await lookup_of(config(server, **SERVICE))()
 
 
 async def test_lookup_name_that_does_not_exist_or_has_no_records_is_empty() -> None:
