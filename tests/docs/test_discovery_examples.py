@@ -86,7 +86,8 @@ async def test_example_of_consul_finds_registered_servers():
 
 def test_example_of_nomad_has_router_configuration():
     job = (EXAMPLES / "nomad" / "vllm-router.nomad.hcl").read_text()
-    toml, targets = (textwrap.dedent(text) for text in re.findall(r"<<-EOF\n(.*?)EOF", job, re.DOTALL))
+    documents = re.findall(r"<<-EOF\n(.*?)EOF", job, re.DOTALL)
+    toml, targets = (textwrap.dedent(text) for text in documents)
     config = config_of(toml)
     assert config.discovery is not None
     (source,) = config.discovery.sources
