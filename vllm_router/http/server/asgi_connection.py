@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
 from collections.abc import Awaitable
@@ -15,7 +16,7 @@ from vllm_router.http.http_error import HttpError
 from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.request_head import Head
 from vllm_router.http.server.host import Host
-from vllm_router.http.server.request_reader import RequestReader
+from vllm_router.http.server.request_reader import ARRIVING, COMPLETE, DELIVERED, RequestReader
 
 log = logging.getLogger(__name__)
 
@@ -30,22 +31,32 @@ class ClientDisconnected(OSError):
     """The connection has ended: nothing can be sent (the ASGI specification asks for OSError)."""
 
 
+class Presence(enum.Enum):
+    """Whether the client is still there."""
+
+    HERE = enum.auto()
+    HUNG_UP = enum.auto()  # it has closed its side, but unread bytes may precede the end
+    GONE = enum.auto()  # it has left: nothing can be read or sent
+
+
+HERE, HUNG_UP, GONE = Presence.HERE, Presence.HUNG_UP, Presence.GONE
+"""Module-level names, see `ARRIVING` in `request_reader.py`."""
+
+
 class AsgiConnection(RequestReader):
     """Runs the application for one request after the other. Subclasses do the I/O.
 
-    `_gone`: the client has left; nothing can be read or sent. `_hung_up`: the client has closed
-    its side, but unread bytes may precede the end. `_error`: the connection ends with this error.
-    `_scope` surrounds the application: cancelling it ends the connection.
+    `_presence` is the client's. `_error`: the connection ends with this error. `_scope` surrounds
+    the application: cancelling it ends the connection.
     """
 
     __slots__ = (
         "_client",
         "_error",
         "_finished",
-        "_gone",
         "_host",
-        "_hung_up",
         "_local",
+        "_presence",
         "_reading",
         "_scope",
         "_sends",
@@ -69,8 +80,7 @@ class AsgiConnection(RequestReader):
         self._scope = trio.CancelScope()
         self.deadline = math.inf
         self._sends = 0
-        self._gone = False
-        self._hung_up = False
+        self._presence = HERE
         self._error: HttpError | None = None
         self._finished: trio.Event | None = None
         self._reading = False
@@ -96,7 +106,7 @@ class AsgiConnection(RequestReader):
 
     def client_left(self) -> None:
         """End the connection at once and cancel the application: the client has left."""
-        self._gone = True
+        self._presence = GONE
         self.deadline = math.inf
         self._scope.cancel(reason="client disconnected")
 
@@ -117,7 +127,7 @@ class AsgiConnection(RequestReader):
         """Run the application for one request."""
         host = self._host
         host.requests += 1
-        if self._hung_up and not self._body_open:
+        if self._presence is HUNG_UP and self._body is not ARRIVING:
             self.client_left()
         path = head.path
         extensions: dict[str, Any] = {CANCEL_ON_DISCONNECT: {}, HEAD_MEMO: head.memo}
@@ -144,30 +154,30 @@ class AsgiConnection(RequestReader):
             return
         except Exception:
             # A bug of the application: this connection ends, all others continue.
-            level = logging.DEBUG if self._gone else logging.ERROR
+            level = logging.DEBUG if self._presence is GONE else logging.ERROR
             target = path.decode("ascii")
             log.log(level, "the application failed: %s %s", head.method, target, exc_info=True)
         response = self._response
-        if response is not None and not response.started and not self._gone:
+        if response is not None and not response.started and self._presence is not GONE:
             self.refuse(HttpError(500, "internal_error", "internal error"))
 
     async def _receive(self) -> Message:
         pieces = self._pieces
         while not pieces:
             head, response = self._head, self._response
-            if self._gone or head is None or response is None or response.finished:
+            if self._presence is GONE or head is None or response is None or response.finished:
                 await trio.lowlevel.checkpoint()  # where the application is cancelled
                 return {"type": "http.disconnect"}
             if self._error is not None:
                 await trio.sleep_forever()  # until the application is cancelled
             if self._reading:
                 raise RuntimeError("two tasks receive from one connection")
-            if self._body_open:
+            if self._body is ARRIVING:
                 if head.expects_continue and not response.started:
                     head.expects_continue = False
                     await self._write_all(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self._read_body()
-            elif not self._delivered:
+            elif self._body is COMPLETE:
                 break
             else:
                 # The application waits for http.disconnect.
@@ -176,8 +186,10 @@ class AsgiConnection(RequestReader):
                 await self._finished.wait()
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
-        self._delivered = not self._body_open
-        return {"type": "http.request", "body": body, "more_body": self._body_open}
+        more = self._body is ARRIVING
+        if not more:
+            self._body = DELIVERED
+        return {"type": "http.request", "body": body, "more_body": more}
 
     async def _read_body(self) -> None:
         """Wait for more of the current request's body, within the limits on slow clients."""
@@ -203,7 +215,7 @@ class AsgiConnection(RequestReader):
                 self._feed_body(data)
             except HttpError as error:
                 self.refuse(error)
-            if self._hung_up and not self._body_open:
+            if self._presence is HUNG_UP and self._body is not ARRIVING:
                 self.client_left()
         else:
             self.client_left()
@@ -215,7 +227,7 @@ class AsgiConnection(RequestReader):
         kind = message["type"]
         if kind == "http.response.body":
             # No other response can follow if the request has not been read to its end.
-            data = response.encode(message, close=self._body_open or self._host.closing)
+            data = response.encode(message, close=self._body is ARRIVING or self._host.closing)
             wait = self._write(data) if data else None
             if wait is not None:
                 await wait
@@ -234,7 +246,7 @@ class AsgiConnection(RequestReader):
 
     def _write(self, data: bytes) -> Awaitable[None] | None:
         """Like `_write_all`, but returns the rest of the wait for the caller to await, if any."""
-        if self._gone:
+        if self._presence is GONE:
             raise ClientDisconnected("the client has left")
         try:
             written = self._write_now(data)

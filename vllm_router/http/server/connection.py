@@ -9,7 +9,8 @@ import trio
 from vllm_router.http.error_format import path_of
 from vllm_router.http.http_error import HttpError
 from vllm_router.http.request_ids import request_id
-from vllm_router.http.server.asgi_connection import AsgiConnection
+from vllm_router.http.server.asgi_connection import GONE, HERE, HUNG_UP, AsgiConnection
+from vllm_router.http.server.request_reader import ARRIVING
 
 
 class Connection(AsgiConnection):
@@ -85,7 +86,7 @@ class Connection(AsgiConnection):
                 except OSError:
                     data = b""
                 if not data:
-                    self._gone = True
+                    self._presence = GONE
                     return
                 self._on_data(data)
                 if self._handed_over is not None or self._error is not None:
@@ -124,11 +125,12 @@ class Connection(AsgiConnection):
         Closing while the client still sends would reset the connection, and the reset could
         overtake the response (RFC 9112 9.6).
         """
-        if self._gone:
+        if self._presence is GONE:
             return
         limits = self._limits
         error = self._error
-        if error is None and not self._body_open and not self._buffer and not self.has_input():
+        unread = self._body is ARRIVING or self._buffer or self.has_input()
+        if error is None and not unread:
             return
         with trio.move_on_after(limits.max_linger):
             try:
@@ -151,7 +153,8 @@ class Connection(AsgiConnection):
 
         A task that reads finds the end itself, and an error response is still sent.
         """
-        self._hung_up = True
+        if self._presence is HERE:
+            self._presence = HUNG_UP
         if self._head is not None and not self._reading and self._error is None:
             self.client_left()
 
@@ -167,7 +170,7 @@ class Connection(AsgiConnection):
 
     def abort(self) -> None:
         """End the connection now, in any state."""
-        self._gone = True
+        self._presence = GONE
         self._scope.cancel(reason="aborted")
 
     def close_if_idle(self) -> None:

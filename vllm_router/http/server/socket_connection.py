@@ -12,9 +12,10 @@ from vllm_router.http.asgi_types import Message
 from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.io.closing import reset_on_close, wait_until_delivered
 from vllm_router.http.io.sockets import async_socket
-from vllm_router.http.server.asgi_connection import ClientDisconnected
+from vllm_router.http.server.asgi_connection import GONE, ClientDisconnected
 from vllm_router.http.server.connection import Connection
 from vllm_router.http.server.host import Host
+from vllm_router.http.server.request_reader import ARRIVING, COMPLETE, DELIVERED
 
 
 class SocketConnection(Connection):
@@ -37,7 +38,7 @@ class SocketConnection(Connection):
 
     async def _serve(self) -> None:
         await self._answer_all()
-        if not self._gone:
+        if self._presence is not GONE:
             await self._async.drain()
             if self._handed_over is not None:
                 self._async.detach()
@@ -88,18 +89,18 @@ class SocketConnection(Connection):
     # -- Outlet: see asgi_types ----------------------------------------------------------------
 
     def whole_body(self) -> bytes | None:
-        if self._body_open or self._delivered or self._gone or self._error is not None:
+        if self._body is not COMPLETE or self._presence is GONE or self._error is not None:
             return None
-        pieces, self._delivered = self._pieces, True
+        pieces, self._body = self._pieces, DELIVERED
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         return body
 
     def send_whole(self, start: Message, last: Message) -> bool:
         response, sock = self._response, self._async
-        if response is None or self._gone or sock.broken:
+        if response is None or self._presence is GONE or sock.broken:
             return False
-        close = self._body_open or self._host.closing
+        close = self._body is ARRIVING or self._host.closing
         sock.write(response.whole(start, last["body"], close=close))
         if self._finished is not None:
             self._finished.set()
@@ -107,15 +108,15 @@ class SocketConnection(Connection):
 
     def send_part(self, piece: bytes) -> bool:
         response, sock = self._response, self._async
-        if response is None or self._gone or sock.broken:
+        if response is None or self._presence is GONE or sock.broken:
             return False
         sock.write(response.part(piece))
         return not sock.unsent
 
     async def caught_up(self) -> None:
-        if not self._gone:
+        if self._presence is not GONE:
             await self._async.drain()
-        if self._gone or self._async.broken:
+        if self._presence is GONE or self._async.broken:
             self.client_left()
             await trio.lowlevel.checkpoint()  # where the application is cancelled
             raise ClientDisconnected("the client has left")
