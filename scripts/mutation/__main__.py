@@ -16,7 +16,7 @@ import pytest
 
 from mutation.coverage_map import CoverageMap, Mapped
 from mutation.modules import DECIDING
-from mutation.sites import Mutant, mutants_of
+from mutation.sites import Mutant, dependents, mutants_of, name_of_constant
 from mutation.trial import Originals, passes, try_mutant
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,7 @@ TESTS = (
     "tests/unit/http",
     "tests/unit/config",
     "tests/unit/routing",
+    "tests/unit/observability/test_telemetry.py",
     "tests/property/test_waiting_model.py",
 )
 """Where the tests of the deciding modules are; the others run in process, too, but take long."""
@@ -180,19 +181,23 @@ class Run:
     def _lines(
         self, mutant: Mutant, module: str, mapped: dict[str, Mapped]
     ) -> set[tuple[str, int]]:
-        """The lines whose tests may see the mutant: its own lines, or uses of its constant; all
-        lines of its module if none of the modules uses it.
+        """The lines whose tests may see the mutant: its own line, or uses of its constant and of
+        those made from it; all lines of its module if none of the modules uses them.
         """
         if mutant.function:
             return {(module, mutant.line)}
-        places = set()
-        for other in {name for test in mapped.values() for name in test.lines}:
-            for number, text in enumerate((ROOT / other).read_text().splitlines(), 1):
-                if mutant.name in text:
-                    places.add((other, number))
-        return places or {
-            (module, line) for test in mapped.values() for line in test.lines.get(module, ())
+        names = set(map(name_of_constant, dependents(mutant.module, mutant.name)))
+        ran: dict[str, set[int]] = {}
+        for test in mapped.values():
+            for other, lines in test.lines.items():
+                ran.setdefault(other, set()).update(lines)
+        places = {
+            (other, number)
+            for other, lines in ran.items()
+            for number, text in enumerate((ROOT / other).read_text().splitlines(), 1)
+            if number in lines and any(name in text for name in names)
         }
+        return places or {(module, line) for line in ran.get(module, ())}
 
 
 def choose(

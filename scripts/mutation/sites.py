@@ -105,10 +105,39 @@ def _units(module: ast.Module) -> Iterator[tuple[ast.stmt, str, str]]:
             for inner in node.body:
                 if isinstance(inner, FunctionNode):
                     yield inner, f"{node.name}.{inner.name}", ""
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield node, "", node.targets[0].id
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            yield node, "", node.target.id
+        elif name := name_of_constant(node):
+            yield node, "", name
+
+
+def name_of_constant(node: ast.stmt) -> str:
+    """The name that a statement of a module assigns; "" for other statements."""
+    if isinstance(node, ast.Assign):
+        target = node.targets[0]
+    elif isinstance(node, ast.AnnAssign) and node.value:
+        target = node.target
+    else:
+        return ""
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def dependents(module: ast.Module, name: str) -> list[ast.stmt]:
+    """The statement that assigns a constant, and those that make other constants from it."""
+    names = {name}
+    found = []
+    for node in module.body:
+        assigned = name_of_constant(node)
+        if assigned == name or (assigned and names & _read_by(node)):
+            names.add(assigned)
+            found.append(node)
+    return found
+
+
+def _read_by(node: ast.stmt) -> set[str]:
+    return {
+        one.id
+        for one in ast.walk(node)
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)
+    }
 
 
 def _places(node: ast.AST, route: Route) -> Iterator[Route]:

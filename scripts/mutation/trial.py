@@ -16,7 +16,7 @@ from types import CodeType, FunctionType
 import pytest
 
 from mutation.coverage_map import run_test, silence
-from mutation.sites import Mutant
+from mutation.sites import Mutant, dependents, name_of_constant
 
 KILLED, SURVIVED, UNCLEAR = 1, 0, 3
 
@@ -61,31 +61,24 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _replace_constant(mutant: Mutant, module_name: str) -> bool:
-    """Assign a changed constant, in each module that has imported it."""
+    """Assign a changed constant and those made from it, in each module that has imported them."""
     module = importlib.import_module(module_name)
-    namespace = dict(vars(module))
-    old = namespace[mutant.name]
-    statement = next(
-        node
-        for node in mutant.tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        and ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-        == mutant.name
-    )
-    piece = ast.Module(body=[statement], type_ignores=[])
+    before = dict(vars(module))
     # Annotations of a copied namespace stay out of the module's own.
-    namespace["__annotations__"] = {}
+    namespace = {**before, "__annotations__": {}}
+    changed = dependents(mutant.tree, mutant.name)
+    piece = ast.Module(body=changed, type_ignores=[])
     try:
         exec(compile(piece, str(mutant.path), "exec", dont_inherit=True), namespace)
     except Exception:  # noqa: BLE001  an import that fails is as good as a failed test
         os._exit(KILLED)
-    new = namespace[mutant.name]
-    for other in list(sys.modules.values()):
-        # Tests keep the value that they expect.
-        if getattr(other, "__name__", "").startswith("vllm_router") and (
-            vars(other).get(mutant.name) is old
-        ):
-            setattr(other, mutant.name, new)
+    for name in map(name_of_constant, changed):
+        for other in list(sys.modules.values()):
+            # Tests keep the value that they expect.
+            if getattr(other, "__name__", "").startswith("vllm_router") and (
+                vars(other).get(name) is before[name]
+            ):
+                setattr(other, name, namespace[name])
     return True
 
 
