@@ -290,7 +290,7 @@ async def test_server_slow_client_delays_no_other():
             await slow.send(post("/v1/flood"))
             await soon(lambda: on.app.active)
             await quick.send(post())
-            with trio.fail_after(2):
+            with trio.fail_after(60):
                 assert (await quick.reply()).status == 200
 
 

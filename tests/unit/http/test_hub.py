@@ -45,7 +45,7 @@ async def test_hub_defect_in_one_socket_is_logged_and_costs_no_other(
         theirs.close()
         await trio.testing.wait_all_tasks_blocked()
         peer.send(b"x")
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             assert await wire.read() == b"x"
     assert "ZeroDivisionError" in caplog.text
 

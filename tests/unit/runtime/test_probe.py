@@ -429,7 +429,7 @@ async def test_probe_tcp_server_that_hung_is_up_again():
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
         nursery.start_soon(probe.run)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while server.active_health.up is not False:
                 await trio.sleep(0.01)
             await trio.sleep(0.5)
@@ -463,7 +463,7 @@ async def test_probe_truncated_responses_leak_no_connection():
         server = fleet.servers["a"]
         probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
         nursery.start_soon(probe.run)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(scripted.talks) < 12:
                 await trio.sleep(0.01)
         # The checks, the scrapes and the list: one each, and one that may just have ended.
@@ -492,7 +492,7 @@ async def test_probe_tcp_new_timeout_applies_at_once():
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         probe = Probe(server, fleet, Random(1), context, lambda server: None, lambda *_: None)
         nursery.start_soon(probe.run)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while server.active_health.up is not False:
                 await trio.sleep(0.01)
             fleet.apply(config(5))

@@ -50,7 +50,7 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
     board, snapshot = SharedCounters.create(2), ConfigSnapshot.create(config)
     queue, wakeups = QueueBoard.create(2), [Wakeups.create(), Wakeups.create()]
     try:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 leader = build(
                     config,
