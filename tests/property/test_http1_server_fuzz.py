@@ -57,7 +57,6 @@ STRICTER = {
     "malformed request target",
     "malformed head: Invalid characters in url",
     "malformed head: Invalid char in url path",
-    "asterisk target with a method other than OPTIONS",
     "",  # OPTIONS *, answered by the lane itself
     # RFC 9110 10.1.1.
     "only 100-continue can be expected",

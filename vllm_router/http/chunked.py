@@ -78,7 +78,7 @@ class ChunkedBody:
         return pieces, position
 
     def _check_unfinished(self, line: bytes) -> None:
-        limit = {_DATA_END: 1, _SIZE: MAX_CHUNK_LINE}.get(self._state, MAX_TRAILERS)
+        limit = MAX_CHUNK_LINE if self._state == _SIZE else MAX_TRAILERS
         if len(line) > limit or b"\r" in line[:-1] or (self._state == _DATA_END and line != b"\r"):
             raise bad_request("malformed chunk")
 

@@ -52,10 +52,8 @@ def split_target(method: str, target: bytes) -> tuple[bytes, bytes]:
     every name. `OPTIONS *` raises an HttpError of status 204, which is its response.
     """
     if not target.startswith(b"/"):
-        if target == b"*":
-            if method == "OPTIONS":
-                raise HttpError(204, "options", "")
-            raise bad_request("asterisk target with a method other than OPTIONS")
+        if target == b"*" and method == "OPTIONS":
+            raise HttpError(204, "options", "")
         absolute = _ABSOLUTE.fullmatch(target)
         if absolute is None or not valid_host(absolute[1]):
             raise bad_request("malformed request target")

@@ -310,7 +310,7 @@ class Attempt:
         if record.trace is not None:
             record.trace.answered(status)
         outcome = ANSWERED
-        if status >= 429 and status != 431:
+        if status >= 429:
             outcome = self._classify(response)
             if outcome is not ANSWERED and not attempts.passes(outcome, self._decide(outcome)):
                 return outcome
@@ -516,7 +516,7 @@ class Attempt:
         status, record = response.answer.status, self._attempts.record
         self._committed = self._rejected = True
         record.status, record.phase = 200, STREAM
-        self._attempts.release_body(200)
+        self._attempts.release_body(record.status)
         text = message_of(decode_json(response.held)) or f"The server answered {status}."
         await report_late(self._downstream, record, "late_error", text)
 

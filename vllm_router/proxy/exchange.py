@@ -343,7 +343,7 @@ class Exchange:
             refused = attempts.quarantined(now)
             if refused is not None:
                 raise refused
-        if context.gate is not None and self._head.response_id is None:
+        if context.gate is not None:
             return None
         candidates = attempts.candidates.find(now)
         return self._lease(candidates, now) if candidates else None
@@ -411,7 +411,8 @@ class Exchange:
 
 def _not_allowed(key: KeyConfig, model: str | None) -> Refused:
     shown = repr(model[:SHOWN_MODEL]) if model is not None else "a request that names no model"
-    models = ", ".join(key.models or ())
+    assert key.models is not None  # without a list it allows every model
+    models = ", ".join(key.models)
     return Refused(
         403,
         "model_not_allowed",

@@ -77,10 +77,12 @@ MAX_VIA = 8
 
 
 def connection_field(headers: Headers, fields: dict[bytes, bytes]) -> bytes | None:
-    """All values of `Connection` as one; `fields` are the headers as a dictionary."""
+    """All values of `Connection` as one; None or empty without any. `fields` are the headers as a
+    dictionary.
+    """
     if len(fields) == len(headers):
         return fields.get(b"connection")
-    return get_all(headers, b"connection") or None
+    return get_all(headers, b"connection")
 
 
 def nominated(value: bytes) -> frozenset[bytes]:
@@ -205,11 +207,11 @@ def passed_on(headers: Headers, fields: dict[bytes, bytes]) -> Headers:
 
 
 def sooner(headers: Headers, seconds: float) -> Headers:
-    """With that as `Retry-After`, if they say a longer time."""
+    """The headers with `seconds` as `Retry-After` where that says a longer time."""
     whole = math.ceil(seconds)
     return [
         (name, b"%d" % whole)
-        if name == b"retry-after" and (parse_retry_after(value) or 0.0) > whole
+        if name == b"retry-after" and (parse_retry_after(value) or whole) > whole
         else (name, value)
         for name, value in headers
     ]

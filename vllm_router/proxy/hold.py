@@ -45,8 +45,6 @@ async def hold_plain(
     size = 0
     while size < HOLD_LIMIT:
         piece = await connection.read_body()
-        if not piece:
-            break
         now = response.received()
         if send_early is not None and not parts and piece.isspace():
             await send_early(piece)

@@ -63,8 +63,8 @@ _KEY_KINDS = frozenset(
 
 _SECRET_NAMES = frozenset({b"key", b"x-key", b"x-amzn-oidc-data", b"client-cert-chain"})
 
-_SECRET_PARAMETERS = frozenset({b"code", b"key", b"sig"})
-"""Query parameters: Google's key, Azure's function keys and shared access signatures."""
+_SECRET_PARAMETERS = frozenset({b"code", b"sig"})
+"""Query parameters beside those names: Azure's function keys and shared access signatures."""
 
 
 def is_credential(name: bytes) -> bool:

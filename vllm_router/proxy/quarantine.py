@@ -31,12 +31,10 @@ _SAMPLE = 16 * 1024
 
 
 def fingerprint(target: bytes, body: bytes) -> int:
-    """Identifies a request by its path and body; a long body by its two ends and its length.
+    """Identifies a request by its path, and the length and the two ends of its body.
 
     The value differs from process to process, so that no client can construct a collision.
     """
-    if len(body) <= 2 * _SAMPLE:
-        return hash((target, body))
     return hash((target, len(body), body[:_SAMPLE], body[-_SAMPLE:]))
 
 
@@ -87,7 +85,10 @@ class Quarantine:
         """Whether the request is in quarantine."""
         if now >= self._last_until:
             self.entries.clear()
-        until, deaths = self.entries.get(key, (0.0, ()))
+        entry = self.entries.get(key)
+        if entry is None:
+            return False
+        until, deaths = entry
         return now < until and all(death.happened for death in deaths)
 
     def answered(self, target: bytes, body: bytes) -> None:

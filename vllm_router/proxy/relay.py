@@ -50,9 +50,10 @@ async def _relay_between_tasks(
     write_now: Callable[[bytes], bool],
 ) -> None:
     """Relay in callbacks of the event loop while the client keeps up."""
-    connection, tail, now_is = response.connection, response.tail, response.now
+    connection, now_is = response.connection, response.now
     lease, server, deadline = response.lease, response.lease.server, response.deadline
-    note = tail.add if tail is not None else None
+    assert response.tail is not None  # only a complete response has none
+    note = response.tail.add
 
     def take(piece: bytes) -> bool:
         # `relayed` and `note_piece`, in place: this runs once per chunk.
@@ -61,8 +62,7 @@ async def _relay_between_tasks(
             deadline.move(now)
         record.bytes_out += len(piece)
         record.chunks += 1
-        if note is not None:
-            note(piece)
+        note(piece)
         return write_now(piece)
 
     while True:

@@ -15,6 +15,7 @@ from vllm_router.proxy.headers import (
     forwarding_fields,
     loops,
     parse_retry_after,
+    sooner,
 )
 from vllm_router.proxy.identity import is_credential, without_credentials
 from vllm_router.proxy.server_response import AnswerHead
@@ -91,6 +92,7 @@ def test_request_headers_end_to_end_keep_order_and_repetitions():
         b"forwarded",
         b"x-real-ip",
         b"x-forwarded-port",
+        b"x-router-policy",
     ],
 )
 def test_request_headers_hop_by_hop_and_forwarding_are_dropped(name):
@@ -298,6 +300,24 @@ def test_networks_other_ipv6_address_matches_no_ipv4(client, network):
     assert not is_in(client, parse_networks((network,)))
 
 
+def test_request_headers_trusted_proxy_without_claims_is_the_first_hop():
+    fields = sent([(b"host", b"router")], client="10.1.1.1", trusted=("10.0.0.0/8",))
+    assert fields[1:4] == [
+        (b"via", VIA),
+        (b"x-forwarded-for", b"10.1.1.1"),
+        (b"x-forwarded-proto", b"http"),
+    ]
+    assert fields[4] == (b"x-forwarded-host", b"router")
+
+
+def test_request_headers_set_by_router_appear_once():
+    given = [b"via", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"]
+    names = [name for name, _ in sent([(name, b"x") for name in [*given, b"x-request-id"]])]
+    for name in [*given[:3], b"x-request-id", b"host", b"content-length"]:
+        assert names.count(name) == 1
+    assert b"x-forwarded-host" not in names, "the request has no Host"
+
+
 def test_request_headers_ipv4_mapped_peer_is_named_by_ipv4():
     assert plain_peer(("::ffff:192.0.2.1", 5)) == ("192.0.2.1", 5)
     assert plain_peer(("::1", 5, 0, 0)) == ("::1", 5)
@@ -371,10 +391,41 @@ def test_response_headers_hop_by_hop_are_dropped(headers):
     assert len(answered(headers)) == 3
 
 
-def test_response_headers_engine_cannot_name_another_server():
-    fields = answered([(b"alt-svc", b'h3=":443"'), (b"access-control-allow-origin", b"*")])
-    assert dict(fields)[b"x-vllm-router-server"] == b"gpu-1"
-    assert len(fields) == 3
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate"),
+        *(b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+        *(b"http2-settings", b"alt-svc"),
+        *(b"access-control-allow-credentials", b"access-control-allow-headers"),
+        *(b"access-control-allow-methods", b"access-control-allow-origin"),
+        *(b"access-control-allow-private-network", b"access-control-expose-headers"),
+        b"access-control-max-age",
+    ],
+)
+def test_response_headers_for_the_router_alone_are_dropped(name):
+    fields = answered([(name, b"x"), (b"x-other", b"1")])
+    assert [other for other, _ in fields if other == name] == []
+    assert fields[0] == (b"x-other", b"1")
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        (b"9", b"5"),
+        (b"6", b"5"),
+        (b"5.5", b"5"),
+        (b"5", b"5"),
+        (b"4.5", b"4.5"),
+        (b"0", b"0"),
+        (b"soon", b"soon"),
+        (b"Wed, 21 Oct 2026 07:28:00 GMT", b"Wed, 21 Oct 2026 07:28:00 GMT"),
+    ],
+)
+def test_sooner_shortens_a_retry_after_that_is_longer(given, left):
+    headers = [(b"x-a", b"9"), (b"retry-after", given)]
+    assert sooner(headers, 4.2) == [(b"x-a", b"9"), (b"retry-after", left)]
+    assert headers[1] == (b"retry-after", given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vllm_router.http.chunked import MAX_PIECES, ChunkedBody
@@ -80,6 +82,30 @@ def test_request_head_with_ambiguous_headers_is_refused(fields, status):
     assert caught.value.status == status
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ([(b"Content-Length", b"1")] * 2, "more than one Content-Length field"),
+        ([(b"Transfer-Encoding", b"chunked")] * 2, "more than one Transfer-Encoding field"),
+        ([(b"Host", b"b")], "more than one Host field"),
+        (
+            [(b"Content-Length", b"1"), (b"Transfer-Encoding", b"chunked")],
+            "both Content-Length and Transfer-Encoding",
+        ),
+        ([(b"Content-Length", b"+1")], "malformed Content-Length"),
+        ([(b"Content-Length", b"9" * 19)], "malformed Content-Length"),
+    ],
+)
+def test_request_head_framing_is_checked_whatever_the_parser_accepts(fields, said):
+    """llhttp refuses most of these first; a new version of it must not let them through."""
+    unparsed = Head("POST", b"/", b"", "1.1")
+    for name, value in [(b"Host", b"a"), *fields]:
+        unparsed.on_header(name, value)
+    with pytest.raises(HttpError, match=re.escape(said)) as caught:
+        unparsed.check()
+    assert caught.value.status == 400
+
+
 def test_request_head_transfer_encoding_of_http_1_0_is_refused():
     with pytest.raises(HttpError, match=r"HTTP/1\.0"):
         head(b"Transfer-Encoding: chunked", line=OLD)
@@ -151,6 +177,23 @@ def test_check_method_unsupported_method_is_refused(method):
 )
 def test_split_target_forms_give_path_and_query(target, path, query):
     assert split_target("GET", target) == (path, query)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("OPTIONS", b"*", 204),
+        ("GET", b"*", 400),
+        ("OPTIONS", b"*a", 400),
+        ("OPTIONS", b"a:80", 400),
+        ("GET", b"http:///a", 400),
+        ("GET", b"ftp://h/a", 400),
+    ],
+)
+def test_split_target_without_a_path_has_its_status(method, target, status):
+    with pytest.raises(HttpError) as caught:
+        split_target(method, target)
+    assert caught.value.status == status
 
 
 def test_refusal_of_options_for_server_lists_methods():

@@ -112,6 +112,35 @@ async def test_models_refusal_by_all_servers_falls_back_silently(autojump_clock,
         assert (await rig.post({"model": "chat"})).status == status, "chat has no fallback"
 
 
+async def test_models_last_server_of_the_fallback_failing_passes_its_error(autojump_clock):
+    broken = answering(answer(500, b'{"error":{}}'))
+    async with lab(broken, broken, **models()) as rig:
+        two(rig)
+        got = await rig.post({"model": "safe"})
+        assert (got.status, got[b"x-vllm-router-attempts"]) == (500, b"2")
+        assert rig.requests() == {"a": 1, "b": 1}
+
+
+async def test_models_fallback_without_servers_is_503(autojump_clock):
+    async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
+        two(rig)
+        for name in "ab":
+            rig.down(name)
+        got = await rig.post({"model": "safe"})
+        assert (got.status, got.code) == (503, "no_server_available")
+
+
+async def test_models_fallback_answers_once_the_first_probes_show_no_server(autojump_clock):
+    async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
+        come_up(rig.server("b"), trio.current_time(), "small")
+        client = rig.start({"model": "safe"})
+        await trio.sleep(0.1)
+        come_up(rig.server("a"), trio.current_time(), "other")
+        rig.fleet.settle(trio.current_time())
+        await trio.sleep(0.1)
+        assert client.got[b"x-vllm-router-server"] == b"b"
+
+
 async def test_models_fallback_waits_until_all_servers_are_tried(autojump_clock):
     async with lab(answering(GOOD), answering(ok(b'{"small":1}')), **models()) as rig:
         come_up(rig.server("b"), trio.current_time(), "small")

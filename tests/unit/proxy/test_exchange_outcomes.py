@@ -708,6 +708,20 @@ async def test_exchange_429_from_all_servers_for_key_passes_unmarked(autojump_cl
         assert {server.state for server in rig.servers} == {State.UP}
 
 
+@pytest.mark.parametrize("header", [(b"authorization", b"Bearer sk-one"), (b"x-api-key", b"sk")])
+@pytest.mark.parametrize("own", ["a", "b"])
+async def test_exchange_429_for_routers_own_key_makes_that_server_full(autojump_clock, own, header):
+    async with lab(answering(LIMITED), answering(LIMITED)) as rig:
+        servers = [{"url": f"http://{name}.test:1", "name": name} for name in "ab"]
+        servers["ab".index(own)]["api_key"] = "own"
+        rig.fleet.apply(make_config(servers, policy="least_load"))
+        rig.prefer("a")
+        await rig.post(headers=(KEYED[0], header))
+        expected = [Outcome.LIMITED, Outcome.LIMITED]
+        expected["ab".index(own)] = Outcome.FULL
+        assert rig.recorder.outcomes == expected
+
+
 async def test_exchange_storm_of_limited_key_is_not_amplified(autojump_clock):
     async with lab(*[answering(LIMITED)] * 4) as rig:
         for _ in range(200):

@@ -270,11 +270,12 @@ async def test_queue_invalid_timeout_header_is_client_error(autojump_clock, give
         assert rig.requests()["a"] == 0
 
 
-async def test_queue_deadline_ends_wait(autojump_clock):
+@pytest.mark.parametrize("given", [b"2.5", b"1", b"0.5", b".5"])
+async def test_queue_deadline_ends_wait(autojump_clock, given):
     async with limited(working(100)) as rig:
         await started(rig, body(0))
-        got = await rig.post(body(1), headers=((b"x-request-timeout", b"2.5"),))
-        assert (got.status, got.code, got.took) == (504, "total_timeout", 2.5)
+        got = await rig.post(body(1), headers=((b"x-request-timeout", given),))
+        assert (got.status, got.code, got.took) == (504, "total_timeout", float(given))
         await trio.sleep(100)
         assert rig.requests()["a"] == 1
 

@@ -30,7 +30,9 @@ from support.scripted_server import (
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
+from vllm_router.proxy.candidates import SHOWN_MODEL
 from vllm_router.proxy.identity import Identity
+from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 
 GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
@@ -116,6 +118,36 @@ async def test_reports_timeout_on_server_answering_others_is_no_failure(
         assert log.ends == [("a", False, False), ("a", False, True)]
         await rig.post({"model": "m", "user": "slow"})
         assert log.ends[2:] == [("a", True, True)]
+
+
+@pytest.mark.parametrize(
+    ("begun", "counts"),
+    [([sse_head()], False), ([sse_head(), chunk(event("a"))], True)],
+    ids=["only the head", "a token"],
+)
+async def test_reports_timeout_looks_for_other_output_since_its_phase_began(
+    autojump_clock, begun, counts
+):
+    """After a token only output since the last byte speaks for the server, before it any output
+    since the request was sent.
+    """
+
+    async def late(talk: Talk) -> None:
+        request = await talk.request()
+        if b"slow" not in request.body:
+            await talk.send(GOOD)
+            return
+        await trio.sleep(5)
+        await talk.send(*begun)
+        await talk.gone()
+
+    async with lab(late, first_byte_timeout=10, idle_timeout=10) as rig:
+        slow = rig.start({"model": "m", "stream": True, "user": "slow"})
+        await trio.sleep(3)
+        await rig.post()
+        await trio.sleep(15)
+        assert slow.done
+        assert (rig.server("a").passive_health.failures_in_row > 0) is counts
 
 
 # -- the retry budget ---------------------------------------------------------------------------
@@ -274,12 +306,15 @@ async def test_reports_without_model_and_server_is_503(autojump_clock):
         assert "model" not in got.json["error"]["message"]
 
 
-async def test_reports_deadline_expired_while_reading_body_costs_no_attempt(autojump_clock):
+@pytest.mark.parametrize("timeout", [b"2", b"3"])
+async def test_reports_deadline_expired_while_reading_body_costs_no_attempt(
+    autojump_clock, timeout
+):
     class Slow:
         """A client whose body takes three seconds."""
 
         def __init__(self, rig: Rig) -> None:
-            headers = ((b"x-request-timeout", b"2"),)
+            headers = ((b"x-request-timeout", timeout),)
             self.client = rig.client([b'{"model":', b'"m"}'], headers=headers)
             self.receive = self.client._receive
             self.client._receive = self._receive
@@ -290,18 +325,43 @@ async def test_reports_deadline_expired_while_reading_body_costs_no_attempt(auto
 
     async with lab(answering(GOOD), limits={"max_in_flight": 4}) as rig:
         got = await Slow(rig).client.run()
-        assert (got.status, got.code) == (504, "total_timeout")
-        assert rig.requests()["a"] == 0
+        assert (got.status, got.code, got.took) == (504, "total_timeout", 3.0)
+        assert (rig.recorder.last.attempts, rig.scripted["a"].talks) == (0, [])
 
 
-async def test_reports_long_forbidden_model_name_is_shortened(autojump_clock):
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        ({"model": "x" * 100_000}, repr("x" * SHOWN_MODEL)),
+        ({"model": "other"}, "'other'"),
+        ({"prompt": "x"}, "a request that names no model"),
+    ],
+)
+async def test_reports_forbidden_model_is_named_up_to_a_limit(autojump_clock, body, shown):
     async with lab(answering(GOOD)) as rig:
-        key = KeyConfig(name="k", digest=digest_of("k"), models=("m",))
-        client = rig.client({"model": "x" * 100_000})
+        key = KeyConfig(name="k", digest=digest_of("k"), models=("m", "n"))
+        client = rig.client(body)
         client._scope[IDENTITY] = Identity(key)
         got = await client.run()
         assert (got.status, got.code) == (403, "model_not_allowed")
-        assert len(got.body) < 1000
+        error = got.json["error"]
+        assert error["message"] == f"This key does not allow {shown}. Allowed models: m, n."
+        assert error["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("script", "phase"),
+    [
+        (answering(GOOD), Phase.DONE),
+        (answering(ERROR), Phase.DONE),
+        (once(sse_head(), chunk(event("a"))), Phase.STREAM),
+    ],
+    ids=["answer", "error", "broken off"],
+)
+async def test_reports_phase_is_where_the_exchange_ended(autojump_clock, script, phase):
+    async with lab(script) as rig:
+        got = await rig.stream()
+        assert (rig.recorder.last.phase, got.whole) == (phase, phase is Phase.DONE)
 
 
 @pytest.mark.parametrize("watched", [False, True])

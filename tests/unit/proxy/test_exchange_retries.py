@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from support.fleet_makers import make_fleet
+from support.fleet_makers import eject, gauges, make_fleet
 from support.proxy_harness import Client, Rig, lab
-from support.scripted_server import GOOD, Script, Talk, answer, answering
+from support.scripted_server import (
+    END,
+    GOOD,
+    Script,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    once,
+    silent,
+    sse_head,
+)
+from vllm_router.proxy.attempts import Attempts
 from vllm_router.proxy.failures import RECENT, SAME_MOMENT, End, Failures
 from vllm_router.proxy.retry import Outcome
 
@@ -165,6 +178,116 @@ async def test_retry_crashing_request_over_closed_connections_reaches_two_server
         got = await rig.post({"model": "m", "user": "killer"})
         assert (got.status, len(machines.dead)) == (502, 2)
         assert rig.recorder.outcomes[-2:] == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
+
+
+@pytest.mark.parametrize(("max_retries", "status"), [(1, 200), (0, 503)])
+async def test_retry_unreachable_servers_use_up_no_retries(autojump_clock, max_retries, status):
+    async with lab(*[answering(GOOD)] * 4, max_retries=max_retries) as rig:
+        for name in "abc":
+            rig.scripted[name].refuses = True
+        rig.prefer("a")
+        got = await rig.post()
+        assert got.status == status
+        assert (got[b"x-vllm-router-server"] == b"d") is (status == 200)
+
+
+async def test_retry_without_retries_left_does_not_wait_for_evidence(autojump_clock):
+    """Only a request that may have broken two servers waits, for what clears it."""
+    async with lab(once(), once(), answering(GOOD), max_retries=1) as rig:
+        await trio.sleep(5)
+        rig.prefer("a")
+        rig.server("c").scraped(gauges(9), trio.current_time(), leases=0)
+        for server in rig.servers:
+            rig.context.failures.note(server, 1, 1.0, deadly=True)
+        got = await rig.post()
+        assert (got.status, rig.requests()["c"]) == (502, 0)
+        assert got.took == 0.0
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        sse_head() + chunk(b'data: {"error":{"message":"x","code":500}}\n\n') + END,
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    ],
+    ids=["error event", "other protocol"],
+)
+async def test_retry_failures_that_kill_no_server_cause_no_quarantine(autojump_clock, reply):
+    async with lab(once(reply), once(reply), failure_threshold=1000) as rig:
+        for number in (1, 2):
+            assert (await rig.stream()).status == 502
+            assert rig.requests() == {"a": number, "b": number}
+
+
+class Moving:
+    """A request that waits on server `a`, while `b` is healthy."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    async def begin(self, **body: Any) -> None:
+        self.rig.prefer("a")
+        self.client = self.rig.start({"model": "m", **body})
+        await wait_all_tasks_blocked()
+
+    @property
+    def moves(self) -> bool:
+        """Whether a report of silence ends its attempt."""
+        (lease,) = self.rig.server("a").leases
+        assert lease.interrupt is not None
+        return lease.interrupt(Outcome.SILENT.value)
+
+    async def end(self) -> Outcome | None:
+        self.client.leave()
+        await wait_all_tasks_blocked()
+        return self.rig.recorder.last.outcome
+
+
+@pytest.mark.parametrize("max_retries", [0, 1])
+async def test_silent_attempt_moves_while_retries_are_left(autojump_clock, max_retries):
+    async with lab(silent, answering(GOOD), max_retries=max_retries) as rig:
+        moving = Moving(rig)
+        await moving.begin()
+        assert moving.moves is (max_retries == 1)
+        await wait_all_tasks_blocked()
+        assert await moving.end() is (Outcome.ANSWERED if max_retries else Outcome.CLIENT_GONE)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_silent_attempt_that_moves_is_evidence_unless_the_server_is_paused(
+    autojump_clock, paused
+):
+    async with lab(silent, answering(GOOD)) as rig:
+        moving = Moving(rig)
+        await moving.begin()
+        server = rig.server("a")
+        if paused:
+            server.pause(on=True, now=trio.current_time())
+        assert moving.moves
+        await wait_all_tasks_blocked()
+        assert (server.silence.since is None) is paused
+
+
+@pytest.mark.parametrize(
+    "why", ["not replayable", "no budget", "broke two", "ejected", "silent", "none left"]
+)
+async def test_silent_attempt_that_cannot_go_elsewhere_stays(autojump_clock, monkeypatch, why):
+    replay = why != "not replayable"
+    scripts = [silent] if why == "none left" else [silent, answering(GOOD)]
+    async with lab(*scripts, replay=replay) as rig:
+        moving = Moving(rig)
+        await moving.begin()
+        other, now = rig.servers[-1], trio.current_time()
+        if why == "no budget":
+            rig.context.budget.owed = rig.context.budget.depth
+        elif why == "broke two":
+            monkeypatch.setattr(Attempts, "_broken", lambda _: tuple(rig.servers))
+        elif why == "ejected":
+            eject(other, now)
+        elif why == "silent":
+            other.silence.suspect(now, now, "silent", 5.0)
+        assert not moving.moves
+        assert await moving.end() is Outcome.CLIENT_GONE
 
 
 # -- the evidence -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from support.scripted_server import (
     streaming,
 )
 from vllm_router.proxy.attempt import RETRIED
+from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import RULES, Outcome
 
 pytestmark = pytest.mark.usefixtures("socket_kind")
@@ -155,23 +156,34 @@ async def test_stream_head_sent_and_no_server_left_ends_with_error_event(autojum
         assert got.body.startswith(COMMENT)
         assert last_event(got.body)["error"]["code"] == "server_disconnected"
         assert not got.whole
-        assert rig.recorder.last.code == "server_disconnected"
+        record = rig.recorder.last
+        assert (record.status, record.code) == (200, "server_disconnected")
         assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
 
 
-async def test_stream_head_sent_and_other_server_rejects_passes_reason(autojump_clock):
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"error":{"message":"too long","code":400}}', "too long"),
+        (b'{"error":{"code":400}}', "The server answered 400."),
+    ],
+)
+async def test_stream_head_sent_and_other_server_rejects_passes_reason(
+    autojump_clock, body, reason
+):
     async def queued(talk: Talk) -> None:
         await talk.request()
         await talk.send(sse_head(), chunk(COMMENT))
         await trio.sleep(1)
 
-    no = answer(400, b'{"error":{"message":"too long","code":400}}')
-    async with lab(queued, answering(no)) as rig:
+    async with lab(queued, answering(answer(400, body))) as rig:
         rig.prefer("a")
         got = await rig.stream()
-        assert last_event(got.body)["error"]["message"] == "too long"
+        assert last_event(got.body)["error"]["message"] == reason
         assert not got.whole
         assert failures(rig, "b") == 0
+        record = rig.recorder.last
+        assert (record.status, record.code, record.phase) == (200, "late_error", Phase.STREAM)
 
 
 async def test_stream_comments_reset_idle_timeout(autojump_clock):

@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from support.proxy_harness import Rig, lab
-from support.scripted_server import Script, Talk, answer, ok, silent
+from support.scripted_server import Script, Talk, answer, answering, ok, silent
 
 GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
 DOUBTFUL = ok(b'{"choices":[{"text":"","finish_reason":"stop"}],"usage":{"completion_tokens":0}}')
@@ -86,3 +86,46 @@ async def test_exchange_cancelled_by_a_stop_is_no_evidence(autojump_clock, monke
         client.leave()
         await wait_all_tasks_blocked()
         assert calls == []
+
+
+# -- the record ----------------------------------------------------------------------------------
+
+
+async def test_exchange_record_has_its_times_and_sizes(autojump_clock):
+    reply = ok(b'{"choices":[{"text":"abc","finish_reason":"stop"}]}')
+    async with lab(after(2.0, reply)) as rig:
+        await trio.sleep(10)
+        client = rig.client([b'{"model":', b'"m"}'])
+        receive = client._receive
+
+        async def slowly() -> dict[str, Any]:
+            await trio.sleep(1.5)
+            return await receive()
+
+        client._receive = slowly
+        got = await client.run()
+        record = rig.recorder.last
+        assert (record.started_at, record.body_read_at) == (10.0, 13.0)
+        assert (record.first_byte_at, record.ended_at) == (15.0, 15.0)
+        assert (record.bytes_in, record.bytes_out, record.chunks) == (13, len(got.body), 1)
+        assert (record.path, record.method, record.client) == (
+            b"/v1/chat/completions",
+            "POST",
+            "192.0.2.1",
+        )
+
+
+async def test_exchange_record_has_the_time_when_it_was_first_sent(autojump_clock):
+    async with lab(after(2.0, answer(500, b"{}")), after(3.0, GOOD)) as rig:
+        await trio.sleep(10)
+        rig.prefer("a")
+        await rig.post()
+        assert (rig.recorder.last.sent_at, rig.recorder.last.first_byte_at) == (10.0, 15.0)
+
+
+async def test_exchange_client_without_address_and_extensions_is_served(autojump_clock):
+    async with lab(answering(GOOD), watched=True) as rig:
+        client = rig.client()
+        client._scope |= {"client": None, "extensions": None}
+        assert (await client.run()).status == 200
+        assert rig.recorder.last.client == "unknown"

@@ -52,6 +52,11 @@ def test_keyring_last_known_of_several_keys_counts():
     assert RING.identify({**headers, b"x-api-key": b"sk-unknown"}).key is KEYS[0]
 
 
+def test_keyring_without_a_known_key_tells_unknown_from_none():
+    assert RING.identify({b"x-api-key": b"sk-unknown"}) == Identity(given=True)
+    assert RING.identify({}) == Identity(given=False)
+
+
 @pytest.mark.parametrize(
     ("headers", "keys"),
     [

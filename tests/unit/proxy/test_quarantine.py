@@ -34,6 +34,8 @@ def test_quarantine_key_is_path_and_body():
     assert fingerprint(b"/v1/embeddings", long) != fingerprint(PATH, long)
     for other in (long + b"a", b"b" + long[1:], long[:-1] + b"b"):
         assert fingerprint(PATH, other) != fingerprint(PATH, long)
+    middle = long[:50_000] + b"b" + long[50_001:]
+    assert fingerprint(PATH, middle) == fingerprint(PATH, long)
 
 
 def test_quarantine_entry_expires_after_a_minute():
@@ -69,6 +71,23 @@ def test_quarantine_crashed_and_restarted_server_counts():
             death.server.checked(Check.GOOD, 0.01, 13.0)
         assert death.server.active_health.failures_in_row == 0
     assert quarantine.holds(KEY, 14.0)
+
+
+def test_quarantine_server_found_down_as_the_attempt_ends_counts():
+    deaths = two_deaths(certain=False)
+    for death in deaths:
+        death.server.went_down_at = death.at
+        assert death.happened
+        death.server.went_down_at = death.at - 0.001
+        assert not death.happened
+
+
+def test_quarantine_each_entry_has_a_minute_of_its_own():
+    quarantine = Quarantine()
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0)
+    quarantine.remember(KEY + 1, b"other", two_deaths(), 20.0)
+    assert not quarantine.holds(KEY, 10.0 + REMEMBERED_FOR)
+    assert quarantine.holds(KEY + 1, 10.0 + REMEMBERED_FOR)
 
 
 def test_quarantine_repeated_entry_becomes_the_newest():

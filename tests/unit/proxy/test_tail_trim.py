@@ -34,3 +34,12 @@ def test_stream_tail_half_event_stays_unread_until_its_end():
     tail.add(b"x" * TRIM_AT)
     tail.add(b"\n\n" + HELLO)
     assert tail.read(Api.CHAT).verdict is Verdict.UNFINISHED
+
+
+def test_stream_tail_trimmed_half_event_is_still_half():
+    """Its end may look like an event of its own."""
+    tail = StreamTail()
+    tail.add(b"data: " + b"x" * (LONGEST_EVENT + 1))
+    tail.add(b"x" * TRIM_AT + b"\n" + event("", "stop").rstrip())
+    tail.add(b"\n\n")
+    assert tail.read(Api.CHAT).verdict is Verdict.UNFINISHED

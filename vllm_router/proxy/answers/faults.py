@@ -123,6 +123,9 @@ _BUSY_MESSAGE = re.compile(r"overloaded|rate limit|too many requests|queue is fu
 _LONGEST_MESSAGE = 4096
 """Characters of a message that are searched; the rest does not matter."""
 
+_LONGEST_WORD = 100
+"""Characters of a type or code that are compared."""
+
 
 def fault_of(payload: Any) -> Fault:
     """Whose fault the error in a decoded event or body is.
@@ -201,7 +204,7 @@ def _fault_of_number(value: Any) -> Fault | None:
 
 
 def _plain(word: str) -> str:
-    plain = _PLAIN.sub("", word[:100].lower())
+    plain = _PLAIN.sub("", word[:_LONGEST_WORD].lower())
     for end in ("error", "exception"):
         if plain.endswith(end) and plain != end:
             return plain[: -len(end)]

@@ -98,7 +98,7 @@ def _read_other(body: bytes) -> Whole:
     error, marks = bytes(outline.error), (bytes(outline.object), bytes(outline.type))
     if not _NOTHING.fullmatch(error) or b'"error"' in marks:
         return Whole(FAULTS[fault_of(decode_json(body))], None)
-    usage = usage_of(decode_json(bytes(outline.usage))) if outline.usage != _NO_JSON else None
+    usage = usage_of(decode_json(bytes(outline.usage)))
     found = (outline.choices, outline.data, outline.results, outline.embeddings, outline.text)
     given = [bytes(value) for value in found if value != _NO_JSON]
     if given and all(map(_NOTHING.fullmatch, given)):
