@@ -27,8 +27,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Workload:
-    """`speeds` of the servers, which all have the same `max_concurrent_requests`; `mock` are more
-    arguments of the simulated servers.
+    """`speeds` of the servers, which all have the same `max_concurrent_requests`.
+
+    `mock` are more arguments of the simulated servers.
     """
 
     says: str

@@ -28,8 +28,9 @@ HELD_GAP = 50.0
 
 @dataclass(frozen=True)
 class Options:
-    """Times in seconds. `cores` cores are for the proxies alone, the others for the load; 0: any
-    core for all.
+    """Times in seconds.
+
+    `cores` cores are for the proxies alone, the others for the load; 0: any core for all.
     """
 
     repeat: int = 5
@@ -165,8 +166,9 @@ class Running:
 
 
 class Bench:
-    """Measures contestants under workloads: each workload on one contestant after the other, and
-    all of that again (A B C A B C …), so that other load on the machine affects all alike.
+    """Measures contestants under workloads: each workload on one contestant after the other.
+
+    All of that is repeated (A B C A B C …), so that other load on the machine affects all alike.
     """
 
     def __init__(self, environment: Environment, options: Options) -> None:

@@ -52,8 +52,9 @@ figure.savefig(sys.argv[2], dpi=110)
 
 
 class Soak:
-    """The router with five servers, of which one is added and removed by reloads in every
-    interval.
+    """The router with five servers.
+
+    In every interval one of them is added and removed by reloads.
     """
 
     def __init__(self, environment: Environment, interval: float) -> None:

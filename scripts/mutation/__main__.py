@@ -181,8 +181,10 @@ class Run:
     def _lines(
         self, mutant: Mutant, module: str, mapped: dict[str, Mapped]
     ) -> set[tuple[str, int]]:
-        """The lines whose tests may see the mutant: its own line, or uses of its constant and of
-        those made from it; all lines of its module if none of the modules uses them.
+        """The lines whose tests may see the mutant.
+
+        Its own line, or uses of its constant and of those made from it; all lines of its module if
+        none of the modules uses them.
         """
         if mutant.function:
             return {(module, mutant.line)}

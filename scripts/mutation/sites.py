@@ -48,8 +48,9 @@ _SKIPPED = frozenset({"annotation", "returns", "decorator_list", "targets", "ctx
 
 @dataclass(frozen=True)
 class Mutant:
-    """`function` is the qualified name of the outermost function that holds the change, "" for a
-    statement of the module itself, whose `name` is then assigned anew.
+    """`function` is the qualified name of the outermost function that holds the change.
+
+    It is "" for a statement of the module itself, whose `name` is then assigned anew.
     """
 
     path: Path

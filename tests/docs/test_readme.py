@@ -186,8 +186,9 @@ CURLS = [(command, answer) for command, answer in console("README.md") if "curl"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A router with three servers like the demo's, with a configuration that opens engine
-    control.
+    """A router with three servers like the demo's.
+
+    Its configuration opens engine control.
     """
     scratch: Path = tmp_path_factory.mktemp("readme")
     with mock_processes(3, "--model", "demo") as mocks:

@@ -1,5 +1,7 @@
-"""All four APIs, streamed and plain, on real processes: a server that stops with a queue, aborts
-with tokens, and client errors that are found inside a stream.
+"""All four APIs, streamed and plain, on real processes.
+
+A server that stops with a queue, aborts with tokens, and client errors that are found inside a
+stream.
 """
 
 from __future__ import annotations

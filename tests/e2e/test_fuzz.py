@@ -81,8 +81,9 @@ def statuses(answer: bytes) -> list[int]:
 
 
 def send_all(port: int, inputs: list[bytes], rng: random.Random) -> list[bytes]:
-    """Each on its own connection, all at the same time; returns the bytes received until
-    silence.
+    """Send each on its own connection, all at the same time.
+
+    Returns the bytes received until silence.
     """
     answers = [b""] * len(inputs)
     numbers = {}

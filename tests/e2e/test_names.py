@@ -1,5 +1,6 @@
-"""Real processes whose resolver fails, hangs and returns new addresses, and addresses that
-swallow SYNs.
+"""Real processes with faulty names and addresses.
+
+The resolver fails, hangs and returns new addresses, and some addresses swallow SYNs.
 """
 
 from __future__ import annotations

@@ -346,8 +346,9 @@ async def check_feed_passes(here: Setup) -> None:
 
 @pytest.mark.parametrize("which", PROXIES)
 async def test_proxy_in_front_passes_streams_breaks_and_disconnects(which: str, tmp_path: Path):
-    """A long silence is 100 s; HAProxy's usual limit of 50 s shows that the scaled times are in
-    use.
+    """A long silence is 100 s.
+
+    HAProxy's usual limit of 50 s shows that the scaled times are in use.
     """
     async with setup(which, tmp_path, shorter=True) as here:
         await check_pieces_arrive_one_by_one(here)

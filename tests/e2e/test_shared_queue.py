@@ -39,8 +39,9 @@ def config(mocks: list[MockProcess], **limits: Any) -> str:
 
 
 class Clients:
-    """Requests of clients that stay connected until the end. HTTP/2 is served by the leader,
-    every other connection by a worker.
+    """Requests of clients that stay connected until the end.
+
+    HTTP/2 is served by the leader, every other connection by a worker.
     """
 
     def __init__(self, router: RouterProcess, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
@@ -58,8 +59,9 @@ class Clients:
     async def send(
         self, number: int, *, http2: bool = False, key: str = "modest", **more: Any
     ) -> trio.CancelScope:
-        """A request on its own connection, once it waits or has a server. Its client disconnects
-        when the scope is cancelled.
+        """A request on its own connection, once it waits or has a server.
+
+        Its client disconnects when the scope is cancelled.
         """
         before = await self.under_way()
         scope = trio.CancelScope()
@@ -104,9 +106,10 @@ async def in_thread(condition: Any, what: str, seconds: float = 60.0) -> None:
 
 
 def assert_order(router: RouterProcess, order: list[int], expected: list[int]) -> None:
-    """One order for all processes. `tests/unit/runtime/test_workers_queue.py` holds it exactly;
-    here a request may be three places off, or more if a process did not run for 2 s, as the log
-    then says.
+    """One order for all processes.
+
+    `tests/unit/runtime/test_workers_queue.py` holds it exactly; here a request may be three places
+    off, or more if a process did not run for 2 s, as the log then says.
     """
     assert sorted(order) == sorted(expected)
     if any(abs(order.index(number) - place) > 3 for place, number in enumerate(expected)):

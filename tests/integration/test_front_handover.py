@@ -1,5 +1,6 @@
-"""Handover from the lane to Hypercorn without losing a byte; TLS and plain on one port;
-listeners.
+"""Handover from the lane to Hypercorn without losing a byte.
+
+Also TLS and plain on one port, and listeners.
 """
 
 from __future__ import annotations

@@ -124,8 +124,10 @@ def kind(request) -> str:
 
 
 def test_hypercorn_version_is_the_reviewed_one():
-    """The cures override classes of this version. After an upgrade, review every override in
-    vllm_router/http/hypercorn, `TCPServer.run` and `worker_serve`.
+    """The cures override classes of this version.
+
+    After an upgrade, review every override in vllm_router/http/hypercorn, `TCPServer.run` and
+    `worker_serve`.
     """
     assert importlib.metadata.version("hypercorn").startswith("0.18.")
 

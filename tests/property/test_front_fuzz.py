@@ -1,5 +1,6 @@
-"""Any bytes at the public port: the next client is served, nothing leaks, and no connection
-fails in an unforeseen way.
+"""Any bytes at the public port.
+
+The next client is served, nothing leaks, and no connection fails in an unforeseen way.
 """
 
 from __future__ import annotations

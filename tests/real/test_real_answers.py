@@ -1,5 +1,6 @@
-"""Responses of real vLLM servers in each API when they are full, stopped, paused or asked to abort,
-and what clients of the router get then.
+"""Responses of real vLLM servers in each API, and what clients of the router get then.
+
+The servers are full, stopped, paused or asked to abort.
 
     VLLM_LAB=/path/to/start.sh scripts/test -m real tests/real/test_real_answers.py
 """
@@ -89,8 +90,9 @@ def test_real_opened_requests_survive_server_death(servers: list[RealServer], tm
 def test_real_queue_of_stopping_server_is_answered_elsewhere(
     servers: list[RealServer], tmp_path: Path
 ):
-    """In all three ways in which vLLM may end: aborts, errors or silence. The engine is paused,
-    so that the queue exists for as long as the test needs it.
+    """In all three ways in which vLLM may end: aborts, errors or silence.
+
+    The engine is paused, so that the queue exists for as long as the test needs it.
     """
     victim = servers[0]
     httpx.post(f"{victim.url}/pause?mode=keep")
@@ -220,8 +222,10 @@ def test_real_json_that_vllm_refuses_is_400(
 
 
 def test_real_conversation_leaves_server_paused_directly(servers: list[RealServer], tmp_path: Path):
-    """The first client that disconnects without a byte is the evidence. Later requests are
-    answered, including the probation request: after 5 s without a token it is retried elsewhere.
+    """The first client that disconnects without a byte is the evidence.
+
+    Later requests are answered, including the probation request: after 5 s without a token it is
+    retried elsewhere.
     """
     paused = servers[0]
     httpx.post(f"{paused.url}/pause")

@@ -66,8 +66,9 @@ class Got:
 
     @property
     def aborted(self) -> bool:
-        """Whether it says that the engine aborted the request; the responses API does not say
-        so.
+        """Whether it says that the engine aborted the request.
+
+        The responses API does not say so.
         """
         if self.api in ("chat", "completions"):
             return b'"finish_reason":"abort"' in self.body

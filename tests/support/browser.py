@@ -155,8 +155,9 @@ class Page:
         return answer["result"].get("value")
 
     async def wait(self, expression: str, seconds: float = SECONDS) -> float:
-        """Wait until JavaScript is truthy; returns how long it took. Checks after every change of
-        the page.
+        """Wait until JavaScript is truthy; returns how long it took.
+
+        Checks after every change of the page.
 
         A missing element counts as false.
         """

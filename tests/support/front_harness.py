@@ -25,8 +25,9 @@ CHAT = "/v1/chat/completions"
 
 
 class Application:
-    """The test application; the last part of the path selects its behaviour. It counts its
-    calls.
+    """The test application; the last part of the path selects its behaviour.
+
+    It counts its calls.
     """
 
     def __init__(self) -> None:

@@ -140,8 +140,9 @@ class Lab:
         closed: bool | None = None,
         bare: bool = False,
     ) -> tuple[bytes, bool]:
-        """Send, then read until the router closes or is quiet; returns the bytes, and whether it
-        closed.
+        """Send, then read until the router closes or is quiet.
+
+        Returns the bytes, and whether it closed.
 
         Silence ends the reading only after the expected bytes, or after PATIENCE.
         """
@@ -299,8 +300,9 @@ def read_all(sock: socket.socket, quiet: float = QUIET) -> tuple[bytes, bool]:
 
 @dataclass
 class Seen:
-    """Measurements of another client during a row: its longest wait in seconds, peak memory in
-    MB.
+    """Measurements of another client during a row.
+
+    Its longest wait in seconds, peak memory in MB.
     """
 
     answered: int = 0

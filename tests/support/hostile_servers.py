@@ -53,8 +53,9 @@ def listing(*names: str) -> Pieces:
 
 
 class Server:
-    """Answers by path, and counts its requests; `/v1/models` and `/health` are good unless
-    configured otherwise.
+    """Answers by path, and counts its requests.
+
+    `/v1/models` and `/health` are good unless configured otherwise.
     """
 
     def __init__(self, **answers: Pieces) -> None:
@@ -95,8 +96,9 @@ def probed(*wanted: str, **answers: Pieces) -> Callable[[Lab], bytes]:
 
 
 def asked(answer: Pieces, *, expected: bytes = b"") -> Callable[[Lab], bytes]:
-    """Play: a client requests the model of such a server, and disconnects after the expected bytes,
-    or after a second of silence if none are expected.
+    """Play: a client requests the model of such a server, and disconnects.
+
+    It does so after the expected bytes, or after a second of silence if none are expected.
     """
 
     def play(lab: Lab) -> bytes:

@@ -20,8 +20,9 @@ COMPLETE, CUT, SILENT = 0, 18, 28
 
 @dataclass(frozen=True)
 class Capture:
-    """One request and its real response; `end` is one of the three above. `shortened`: events in
-    the middle of the stream are left out.
+    """One request and its real response; `end` is one of the three above.
+
+    `shortened`: events in the middle of the stream are left out.
     """
 
     method: str

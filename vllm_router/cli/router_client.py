@@ -109,8 +109,10 @@ class RouterClient:
     """
 
     def __init__(self, url: str, key: str | None = None, ca: str | None = None) -> None:
-        """`url` may lack the scheme and end in a slash. `key` is the router's admin or status
-        key. `ca` is a PEM file with the authorities that may have signed its certificate.
+        """`url` may lack the scheme and end in a slash.
+
+        `key` is the router's admin or status key. `ca` is a PEM file with the authorities that may
+        have signed its certificate.
         """
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._asked = self.url

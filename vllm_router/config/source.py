@@ -50,8 +50,9 @@ class ConfigSource:
         memory: Memory = Memory(),  # noqa: B008 (never changes)
         policies: Collection[str] | None = None,
     ) -> None:
-        """`path` is shown in messages as given. See `parse` for the other arguments; `environ`
-        is os.environ unless given.
+        """`path` is shown in messages as given.
+
+        See `parse` for the other arguments; `environ` is os.environ unless given.
         """
         self._policies = policies
         self.memory = memory

@@ -101,9 +101,10 @@ class Reader:
         tables: Mapping[str, Mapping[str, Any]],
         names: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """`tables` has the keys of all known tables by path, to suggest where a misplaced key
-        belongs. `names` has the accepted texts of types with `one_of`; without an entry any text
-        is accepted.
+        """`tables` has the keys of all known tables by path.
+
+        They suggest where a misplaced key belongs. `names` has the accepted texts of types with
+        `one_of`; without an entry any text is accepted.
         """
         self._source = source
         self._tables = tables

@@ -69,8 +69,9 @@ class Discovery:
         }
 
     def found_for(self, config: Config) -> dict[str, Targets]:
-        """The same for a new configuration, whose new sources have no targets yet: a running router
-        does not wait for them.
+        """The same for a new configuration, whose new sources have no targets yet.
+
+        A running router does not wait for them.
         """
         new = (config.discovery or _NO_SOURCES).sources
         return {source.name: () for source in new if source.name not in self._tasks} | self.found()

@@ -49,8 +49,9 @@ _SKIPPED = ("-packages/trio/", "-packages/outcome/")
 
 
 class LagWatch:
-    """The longest delay within the last WINDOW seconds; `source` returns the longest since its last
-    call.
+    """The longest delay within the last WINDOW seconds.
+
+    `source` returns the longest since its last call.
     """
 
     def __init__(self) -> None:

@@ -43,8 +43,10 @@ SESSION_CHECK = 0.5
 
 
 class Queue(NamedTuple):
-    """The state of one model's queue: the number of requests, the wait of the first in seconds,
-    and how many servers become free per second, if known.
+    """The state of one model's queue.
+
+    The number of requests, the wait of the first in seconds, and how many servers become free per
+    second, if known.
     """
 
     model: str | None
@@ -360,8 +362,10 @@ class AdmissionQueue:
         return found
 
     def _follow_lists(self, now: float) -> None:
-        """Renew the routes of waiting requests if servers have joined, left or changed what they
-        accept. O(servers), and O(waiting) after a change.
+        """Renew the routes of waiting requests after a change of the servers.
+
+        They have joined, left or changed what they accept. O(servers), and O(waiting) after a
+        change.
         """
         lists: list[tuple[object, ...]] = [
             (server, server.models, server.lengths, server.refusals.active(now))

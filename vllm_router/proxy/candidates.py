@@ -110,8 +110,9 @@ class Candidates:
         return selection
 
     def route(self, serving: Callable[[str | None], frozenset[Server]], now: float) -> Route:
-        """Everything about the request that `find` depends on: of two requests with equal routes
-        both have a server to go to, or none has.
+        """Everything about the request that `find` depends on.
+
+        Of two requests with equal routes both have a server to go to, or none has.
 
         `serving` returns the servers that have a model, whatever their state.
         """

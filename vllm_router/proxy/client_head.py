@@ -23,8 +23,9 @@ from vllm_router.routing.prompt.session import session_hint
 
 
 class ClientHead:
-    """The facts of a request head under one configuration: made once for all requests of a
-    connection whose heads differ in Content-Length alone.
+    """The facts of a request head under one configuration.
+
+    Made once for all requests of a connection whose heads differ in Content-Length alone.
 
     `fields` are the headers as a dictionary, with the Content-Length of the first request;
     `anthropic` says that the client uses Anthropic's API; `forwarded` and `added` are field lines
@@ -105,8 +106,10 @@ class ClientHead:
 def _refused_by_head(
     path: bytes, headers: Headers, fields: Mapping[bytes, bytes], settings: Settings
 ) -> Refused | None:
-    """The refusal of a request in a loop of routers, or with fields that choose a rank or a model
-    without the router's knowledge.
+    """The refusal of a request by its head; None if it may pass.
+
+    It is in a loop of routers, or has fields that choose a rank or a model without the router's
+    knowledge.
     """
     if b"via" in fields and loops(headers):
         return Refused(508, "loop_detected", "The request has passed this router too often.")

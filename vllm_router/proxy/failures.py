@@ -25,8 +25,10 @@ _NEVER = float("inf")
 
 
 class End(NamedTuple):
-    """An attempt of one request that ended by a failure of its server. `sent_at` is when the server
-    was chosen; `deadly` if the server may have died, rather than answered with an error.
+    """An attempt of one request that ended by a failure of its server.
+
+    `sent_at` is when the server was chosen; `deadly` if the server may have died, rather than
+    answered with an error.
     """
 
     server: Server

@@ -77,8 +77,9 @@ MAX_VIA = 8
 
 
 def connection_field(headers: Headers, fields: dict[bytes, bytes]) -> bytes | None:
-    """All values of `Connection` as one; None or empty without any. `fields` are the headers as a
-    dictionary.
+    """All values of `Connection` as one; None or empty without any.
+
+    `fields` are the headers as a dictionary.
     """
     if len(fields) == len(headers):
         return fields.get(b"connection")
@@ -196,8 +197,9 @@ def loops(headers: Headers) -> bool:
 
 
 def passed_on(headers: Headers, fields: dict[bytes, bytes]) -> Headers:
-    """The fields of a server's answer that are not for one hop only (RFC 9110 7.6.1); a list of
-    its own. `fields` are the headers as a dictionary.
+    """The fields of a server's answer that are not for one hop only (RFC 9110 7.6.1).
+
+    A list of its own. `fields` are the headers as a dictionary.
     """
     dropped = _ANSWER_DROPPED
     connection = connection_field(headers, fields)

@@ -13,8 +13,10 @@ NEWEST = 0.1
 
 @dataclass(slots=True)
 class Use:
-    """The use of one key: a token bucket with `tokens` left at the time `at`, the number of
-    running requests, and the mean duration of recent requests in seconds.
+    """The use of one key.
+
+    A token bucket with `tokens` left at the time `at`, the number of running requests, and the mean
+    duration of recent requests in seconds.
     """
 
     tokens: float
@@ -23,8 +25,9 @@ class Use:
     mean: float = 1.0
 
     def refill(self, rate: float, now: float) -> None:
-        """Add the tokens since `at`, `rate` per minute. The bucket holds one minute's
-        tokens, and at least one.
+        """Add the tokens since `at`, `rate` per minute.
+
+        The bucket holds one minute's tokens, and at least one.
         """
         self.tokens = min(max(rate, 1.0), self.tokens + (now - self.at) * rate / 60)
         self.at = now

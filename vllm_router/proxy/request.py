@@ -76,9 +76,11 @@ class Request:
         *,
         with_prompt: bool,
     ) -> None:
-        """`share` has counted the body. `wanted` is the policy that the client chose, if any.
-        `seeds` are the fleet's; `known` reads long bodies that repeat earlier ones. `with_prompt`:
-        the facts must have the prompt even if the policies do not use it.
+        """`share` has counted the body.
+
+        `wanted` is the policy that the client chose, if any. `seeds` are the fleet's; `known` reads
+        long bodies that repeat earlier ones. `with_prompt`: the facts must have the prompt even if
+        the policies do not use it.
         """
         read = policies if wanted is None else wanted
         self.head = head

@@ -37,8 +37,10 @@ class Scope(enum.Enum):
 
 
 class Judgement(NamedTuple):
-    """The meaning of a response. `words` describe it for an operator; `length` is the context
-    length in tokens that the server named, or 0.
+    """The meaning of a response.
+
+    `words` describe it for an operator; `length` is the context length in tokens that the server
+    named, or 0.
     """
 
     outcome: Outcome

@@ -91,8 +91,9 @@ class Peers(Protocol):
 
     @property
     def promised(self) -> Mapping[Server, int]:
-        """Free slots of servers that are reserved for requests of other processes; valid during
-        a pass.
+        """Free slots of servers that are reserved for requests of other processes.
+
+        Valid during a pass.
         """
 
     def key(self, name: str) -> Hashable:

@@ -94,8 +94,9 @@ class SwapCost:
 def with_adapters(
     levels: list[tuple[float, int]], loaded: int, cost: float
 ) -> list[tuple[float, int]]:
-    """Levels (cached tokens, bits of servers), the most first, with `cost` tokens added for the
-    `loaded` servers.
+    """Levels (cached tokens, bits of servers), the most first.
+
+    `cost` tokens are added for the `loaded` servers.
     """
     found, seen = [], 0
     for tokens, bits in levels:

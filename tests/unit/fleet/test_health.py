@@ -208,8 +208,9 @@ def test_passive_straggler_failures_do_not_prolong_ejection():
 
 
 def test_passive_panic_failures_do_not_prolong_ejection():
-    """All servers are ejected and still tried, 50 requests at once; that counts as one more
-    failure.
+    """All servers are ejected and still tried, 50 requests at once.
+
+    That counts as one more failure.
     """
     health = ejected(at=100.0)
     for _ in range(50):

@@ -1,5 +1,6 @@
-"""Requests that a server refuses and others accept: when a refusal is believed, and when it
-ends.
+"""Requests that a server refuses and others accept.
+
+When a refusal is believed, and when it ends.
 """
 
 from __future__ import annotations

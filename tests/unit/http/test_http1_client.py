@@ -555,8 +555,9 @@ def client_streams() -> int:
 
 @pytest.mark.parametrize("host", ["localhost", "wrong.test"])
 async def test_tls_connection_leaves_nothing_for_the_collector(host):
-    """For a failing handshake, as with an expired certificate every second, and for a closed
-    connection.
+    """For a failing handshake, and for a closed connection.
+
+    Handshakes may fail every second, as with an expired certificate.
     """
 
     async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:

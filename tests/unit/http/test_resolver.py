@@ -1,5 +1,6 @@
-"""Names of servers: a resolver that fails, hangs, changes and lies, and addresses that swallow
-SYNs.
+"""Names of servers: a resolver that fails, hangs, changes and lies.
+
+Also addresses that swallow SYNs.
 """
 
 from __future__ import annotations

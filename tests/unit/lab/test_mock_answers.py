@@ -1,5 +1,6 @@
-"""The answer tables, checked against every captured response, and against every response that
-the simulated server can be made to give.
+"""The answer tables, checked against every captured response.
+
+They are also checked against every response that the simulated server can be made to give.
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ def test_answer_table_knows_every_event_of_real_servers(name: str):
 
 @pytest.mark.parametrize("name", names("late-*-stream") + names("dead-*-stream"))
 def test_answer_table_classifies_error_events_of_real_servers(name: str):
-    """A Messages stream calls a client's mistake `internal_error` and quotes its 400, so another
-    server must be asked. A Responses stream has no such event.
+    """A Messages stream calls a client's mistake `internal_error` and quotes its 400.
+
+    So another server must be asked. A Responses stream has no such event.
     """
     wanted = Fault.SERVER
     if "late" in name:

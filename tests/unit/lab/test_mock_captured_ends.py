@@ -1,5 +1,6 @@
-"""The simulated server opens, ends and fails like the captured real one: aborts, crashes, late
-client errors, and the paths around generation.
+"""The simulated server opens, ends and fails like the captured real one.
+
+Aborts, crashes, late client errors, and the paths around generation.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Responses of the simulated server that are empty, unfinished, framed or compressed
-differently, or that fail with another engine's errors.
+"""Responses of the simulated server that are no plain answers.
+
+They are empty, unfinished, framed or compressed differently, or fail with another engine's errors.
 """
 
 from __future__ import annotations

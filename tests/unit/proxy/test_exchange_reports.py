@@ -128,8 +128,9 @@ async def test_reports_timeout_on_server_answering_others_is_no_failure(
 async def test_reports_timeout_looks_for_other_output_since_its_phase_began(
     autojump_clock, begun, counts
 ):
-    """After a token only output since the last byte speaks for the server, before it any output
-    since the request was sent.
+    """After a token only output since the last byte speaks for the server.
+
+    Before it, any output since the request was sent does.
     """
 
     async def late(talk: Talk) -> None:

@@ -35,8 +35,9 @@ def body(number: int) -> dict:
 
 
 class Machines:
-    """Servers `a`, `b`, ... that can be stopped, as by SIGKILL: all connections are closed, and
-    new ones refused. `tokens` comes after a second.
+    """Servers `a`, `b`, ... that can be stopped, as by SIGKILL.
+
+    Then all connections are closed, and new ones refused. `tokens` comes after a second.
     """
 
     def __init__(self, kills: bytes = b"killer") -> None:

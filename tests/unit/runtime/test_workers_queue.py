@@ -459,8 +459,9 @@ async def test_workers_queue_limits_removed_and_readded_start_anew(autojump_cloc
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_workers_queue_any_events_keep_order_caps_and_requests(autojump_clock, seed):
-    """Requests arrive in all processes and disconnect, servers go down and come back, caps
-    change.
+    """Any order of events keeps the order of service, the caps and every request.
+
+    Requests arrive in all processes and disconnect, servers go down and come back, caps change.
     """
     rng = Random(seed)
     most = [0]

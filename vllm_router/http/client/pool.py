@@ -36,8 +36,9 @@ class Pool:
         *,
         spread: bool = True,
     ) -> None:
-        """`resolver` is shared by all servers of a router. With `spread`, the addresses of a name
-        are used in turn; without, the first that works.
+        """`resolver` is shared by all servers of a router.
+
+        With `spread`, the addresses of a name are used in turn; without, the first that works.
         """
         parts = urlsplit(url)
         self.host = parts.hostname or ""

@@ -91,8 +91,9 @@ class Policy:
         raise NotImplementedError
 
     def accepts(self, server: Server) -> bool:
-        """Whether to take a server found without comparing: in slow start with the probability
-        of its slow start factor.
+        """Whether to take a server found without comparing.
+
+        A server in slow start is taken with the probability of its slow start factor.
         """
         return (
             server.load_estimate.slow_start_factor >= 1.0

@@ -71,8 +71,9 @@ class _Block(msgspec.Struct, gc=False):
 
 
 class _MediaPart(msgspec.Struct, gc=False):
-    """A part as nearly all clients write it, decoded in one go: megabytes of data should not be
-    scanned once per level of nesting.
+    """A part as nearly all clients write it, decoded in one go.
+
+    Megabytes of data should not be scanned once per level of nesting.
     """
 
     text: msgspec.Raw = ABSENT

@@ -204,8 +204,9 @@ def _array_place(body: bytes, key: bytes) -> int:
 
 
 def _is_at(body: bytes, array: int, raw: msgspec.Raw, key: bytes) -> bool:
-    """Whether this value of the key begins at `array`, and the key does not follow once more:
-    decoders use the last of repeated keys.
+    """Whether this value of the key begins at `array`, and the key does not follow once more.
+
+    Decoders use the last of repeated keys.
     """
     end = array + len(raw)
     return (

@@ -45,8 +45,9 @@ class DrainRate:
 
     @property
     def is_current(self) -> bool:
-        """Whether there are enough samples since requests last began to wait. Only then is the
-        rate reliable enough to refuse a request.
+        """Whether there are enough samples since requests last began to wait.
+
+        Only then is the rate reliable enough to refuse a request.
         """
         return self._in_a_row >= MIN_SAMPLES
 
@@ -85,8 +86,10 @@ class DrainRate:
         return self._clock + (now - since if since is not None else 0.0)
 
     def per_second(self, now: float) -> float | None:
-        """The rate, or None with too few samples. Samples from before requests last began to wait
-        are used only until there are enough newer ones.
+        """The rate, or None with too few samples.
+
+        Samples from before requests last began to wait are used only until there are enough newer
+        ones.
         """
         marks = self._marks
         while len(marks) > 1 and now - marks[1][1] > SAMPLE_EXPIRY:

@@ -63,8 +63,9 @@ class _Newcomers(Generic[E]):
         return len(self._by_key.get(key, ()))
 
     def before(self, key: Hashable) -> int:
-        """Requests served before one more of this key: all of its own, and of each other key at
-        most one more than that.
+        """Requests served before one more of this key.
+
+        All of its own, and of each other key at most one more than that.
         """
         return sum(self._at_least[: self.count(key) + 1])
 
@@ -133,8 +134,9 @@ class ModelQueue(Generic[E]):
                 del self._newcomers[entry.priority]
 
     def before(self, priority: int, key: Hashable) -> int:
-        """Requests that would be served before a new one of this priority and key, if no other
-        arrived later. O(log n + requests of the key).
+        """Requests that would be served before a new one of this priority and key.
+
+        It is assumed that no other arrives later. O(log n + requests of the key).
         """
         newcomers = self._newcomers.get(priority)
         return (

@@ -117,8 +117,9 @@ class WaitingQueue(Generic[E]):
         self.record_turn(entry)
 
     def record_turn(self, entry: E) -> None:
-        """The entry's key has had a turn on `entry.server`: on every route to that server the
-        other keys go first.
+        """The entry's key has had a turn on `entry.server`.
+
+        On every route to that server the other keys go first.
         """
         if not entry.returning:
             for queue in self.route_queues.values():

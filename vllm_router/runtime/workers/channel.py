@@ -73,8 +73,9 @@ class Channel:
                     raise trio.BrokenResourceError(str(error)) from error
 
     def send_now(self, message: bytes) -> bool:
-        """Send without waiting; returns False if the buffer is full or no process holds the other
-        end.
+        """Send without waiting.
+
+        Returns False if the buffer is full or no process holds the other end.
         """
         try:
             self._socket.sendmsg([message])

@@ -63,8 +63,9 @@ Ended = tuple[Any, ...]
 
 
 class Report(msgspec.Struct, tag=True, array_like=True):
-    """The events since the last report. `attempts` are pairs of URL and outcome; `stored` are the
-    servers of stored responses.
+    """The events since the last report.
+
+    `attempts` are pairs of URL and outcome; `stored` are the servers of stored responses.
     """
 
     verdicts: list[Verdict]
@@ -108,8 +109,9 @@ class RefreshModelLists(msgspec.Struct, tag=True, array_like=True):
 
 
 class StoredResponses(msgspec.Struct, tag=True, array_like=True):
-    """Servers of stored responses: the leader sends what it has received, a worker sends all
-    that it knows to a new leader.
+    """Servers of stored responses.
+
+    The leader sends what it has received, a worker sends all that it knows to a new leader.
     """
 
     entries: list[Entry]

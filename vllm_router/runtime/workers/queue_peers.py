@@ -67,8 +67,10 @@ class Theirs(QueueEntry):
 
 
 class _Hold(NamedTuple):
-    """A free server is reserved for an entry of another process since this time, in successive
-    passes. `awake` is the same time on the clock that only runs while this process does.
+    """A free server is reserved for an entry of another process.
+
+    Since this time, in successive passes. `awake` is the same time on the clock that only runs
+    while this process does.
     """
 
     since: float

@@ -33,8 +33,9 @@ class StatsSender:
         self._reporter = reporter
 
     async def run(self) -> None:
-        """Send changed figures until cancelled, or until the leader has ended, as it may before a
-        worker that still drains.
+        """Send changed figures until cancelled, or until the leader has ended.
+
+        It may end before a worker that still drains.
         """
         sent: WorkerStats | None = None
         sent_at = -math.inf
