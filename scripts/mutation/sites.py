@@ -122,7 +122,7 @@ def name_of_constant(node: ast.stmt) -> str:
 
 
 def dependents(module: ast.Module, name: str) -> list[ast.stmt]:
-    """The statement that assigns a constant, and those that make other constants from it."""
+    """The statement that assigns a constant, and all that make other constants from it."""
     names = {name}
     found = []
     for node in module.body:

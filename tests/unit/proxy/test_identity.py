@@ -52,7 +52,7 @@ def test_keyring_last_known_of_several_keys_counts():
     assert RING.identify({**headers, b"x-api-key": b"sk-unknown"}).key is KEYS[0]
 
 
-def test_keyring_without_a_known_key_tells_unknown_from_none():
+def test_keyring_without_a_known_key_is_unknown_or_anonymous():
     assert RING.identify({b"x-api-key": b"sk-unknown"}) == Identity(given=True)
     assert RING.identify({}) == Identity(given=False)
 
