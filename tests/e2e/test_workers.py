@@ -201,6 +201,20 @@ def test_workers_newly_loaded_model_is_served_and_unknown_is_404(
         assert answer.json()["error"]["code"] == "model_not_found"
 
 
+def test_workers_prompt_is_known_to_the_other_processes(quiet: RouterProcess):
+    """The leader serves no such request: it has heard of the prompt from the worker."""
+    body = chat(text="A long question. " * 500, max_tokens=1)
+    answer = quiet.post("/v1/chat/completions", body)
+    server = answer.headers["x-vllm-router-server"]
+
+    def cached() -> dict[str, float]:
+        rows = quiet.post("/explain", body).json()["candidates"]
+        return {row["server"]: row["parts"]["cached_tokens"] for row in rows}
+
+    until(lambda: cached()[server] > 1000, "the leader knows the prompt")
+    assert [name for name, tokens in cached().items() if tokens] == [server]
+
+
 def test_workers_log_names_the_process(quiet: RouterProcess):
     quiet.wait_for_text(" [leader] supervisor: server ")
 

@@ -33,6 +33,11 @@ class Memory(NamedTuple):
         """Memory of all idle processes. Several workers need two more: leader and parent."""
         return PROCESS_MB * (self.workers + 2 if self.workers > 1 else 1)
 
+    @property
+    def indexes(self) -> int:
+        """Prefix indexes: one per worker, and one in the leader of several."""
+        return self.workers + 1 if self.workers > 1 else 1
+
 
 def fit_sizes(defaults: dict[str, float], memory: Memory) -> dict[str, float]:
     """The `defaults` of the MEMORY_SETTINGS, reduced where they exceed the memory.
@@ -43,7 +48,7 @@ def fit_sizes(defaults: dict[str, float], memory: Memory) -> dict[str, float]:
     if memory.limit_mb is None:
         return defaults
     bodies = max(MIN_BODIES_MB, (memory.limit_mb - memory.idle_mb) / 2)
-    prefixes = max(MIN_PREFIX_INDEX_MB, memory.limit_mb / 16 / memory.workers)
+    prefixes = max(MIN_PREFIX_INDEX_MB, memory.limit_mb / 16 / memory.indexes)
     limits = {"max_body_mb": bodies, "max_bodies_mb": bodies, "prefix_memory_mb": prefixes}
     return {key: min(value, float(round(limits[key]))) for key, value in defaults.items()}
 
@@ -55,7 +60,7 @@ def memory_line(settings: Any, memory: Memory) -> tuple[bool, str] | None:
     """
     if memory.limit_mb is None:
         return None
-    needed = memory.idle_mb + settings.max_bodies_mb + settings.prefix_memory_mb * memory.workers
+    needed = memory.idle_mb + settings.max_bodies_mb + settings.prefix_memory_mb * memory.indexes
     text = (
         f"memory limit {memory.limit_mb:.0f} MB: max_bodies_mb is {settings.max_bodies_mb:g}, "
         f"max_body_mb {settings.max_body_mb:g}, prefix_memory_mb {settings.prefix_memory_mb:g}"

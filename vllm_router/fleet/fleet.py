@@ -174,6 +174,10 @@ class Fleet:
             if len(self._drained) > MAX_DRAINED:
                 del self._drained[next(iter(self._drained))]
 
+    def by_url(self, url: str) -> Server | None:
+        """The server with a URL."""
+        return self._by_url.get(url)
+
     def look(self) -> None:
         """Update `in_flight` by the leases of other processes, if there are any."""
 

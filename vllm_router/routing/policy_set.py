@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.policies import POLICIES, Policy, PolicySettings
+from vllm_router.routing.policies.base import Placements
 from vllm_router.routing.server_estimate import PrefixStatistics
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PolicySet:
         self._rng = rng
         self._policies: dict[str, Policy] = {}
         self._settings = settings
+        self._placements: Placements | None = None
         self.apply(default, by_model, settings, on_request=on_request)
 
     def apply(
@@ -62,6 +64,7 @@ class PolicySet:
         policy = self._policies.get(name)
         if policy is None:
             policy = self._policies[name] = POLICIES[name](self._rng, self._settings)
+            policy.placements = self._placements
         return policy
 
     def for_model(self, public: str | None) -> Policy:
@@ -74,6 +77,40 @@ class PolicySet:
         """The server has left the fleet."""
         for policy in self._policies.values():
             policy.forget(server)
+
+    # -- other processes before the same servers ----------------------------------------------
+
+    def tell(self, placements: Placements) -> None:
+        """Tell of all prompts that are placed from now on."""
+        self._placements = placements
+        for policy in self._policies.values():
+            policy.placements = placements
+
+    def placed_elsewhere(self, server: Server, hashes: Sequence[int], now: float) -> None:
+        """See `Policy.placed_elsewhere`; so for the other methods of this section."""
+        for policy in self._policies.values():
+            policy.placed_elsewhere(server, hashes, now)
+
+    def withdrawn_elsewhere(self, server: Server, hashes: Sequence[int]) -> None:
+        for policy in self._policies.values():
+            policy.withdrawn_elsewhere(server, hashes)
+
+    def blocks(self, most: int) -> Iterator[tuple[Server, Sequence[int]]]:
+        for policy in self._policies.values():
+            yield from policy.blocks(most)
+
+    def queued_elsewhere(self, server: Server, tokens: float) -> None:
+        for policy in self._policies.values():
+            policy.queued_elsewhere(server, tokens)
+
+    def queued_tokens(self) -> dict[Server, float]:
+        total: dict[Server, float] = {}
+        for policy in self._policies.values():
+            for server, tokens in policy.queued_tokens().items():
+                total[server] = total.get(server, 0.0) + tokens
+        return total
+
+    # -- for operators ------------------------------------------------------------------------
 
     def statistics(self, server: Server) -> PrefixStatistics | None:
         """The sum over all policies that look at prompts; None without any."""

@@ -100,6 +100,7 @@ class ServerEstimate:
         "own",
         "prompt_total",
         "queued",
+        "queued_elsewhere",
         "reported_total",
         "restarts",
         "scraped_at",
@@ -116,7 +117,10 @@ class ServerEstimate:
         self.bit = bit
         self.seed = seed_of(server.url)
         self.queued = 0.0
-        """Uncached prompt tokens sent to the server and not yet followed by a first token."""
+        """Uncached prompt tokens sent to the server and not yet followed by a first token, in all
+        processes."""
+        self.queued_elsewhere = 0.0
+        """The part of `queued` that other processes have sent, as far as they have announced."""
         self.due: deque[tuple[float, Reservation]] = deque()
         self.extra = 0.0
         """Requests added to the load: error penalty, and estimated requests of other routers."""
@@ -214,6 +218,13 @@ class ServerEstimate:
         fade = 0.5 ** ((now - self.arrived_at) / ARRIVALS_HALF_LIFE)
         self.arrivals = self.arrivals * fade + requests * LN2 / ARRIVALS_HALF_LIFE
         self.arrived_at = now
+
+    def set_queued_elsewhere(self, tokens: float) -> None:
+        """Replace the queued tokens of other processes."""
+        if tokens != self.queued_elsewhere:
+            self.queued = max(0.0, self.queued - self.queued_elsewhere) + tokens
+            self.queued_elsewhere = tokens
+            self.server.mark_changed()
 
     def settle(self, now: float) -> None:
         """Start reservations whose estimated first token is due: plain responses do not show it."""

@@ -6,15 +6,23 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
-from support.fleet_makers import make_config
+from support.fleet_makers import make_config, make_fleet
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.http.hypercorn.handler import HypercornHandler
 from vllm_router.observability.router_state import CPU
+from vllm_router.routing.policies import PolicySettings
+from vllm_router.routing.policy_set import PolicySet
+from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
+from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.sharing.messages import Batch, pack_blocks
+from vllm_router.routing.sharing.peers import Peers
 from vllm_router.runtime.workers.adopted import AdoptedConnections
 from vllm_router.runtime.workers.channel import Channel, pair
 from vllm_router.runtime.workers.config_snapshot import ConfigSnapshot
@@ -22,6 +30,7 @@ from vllm_router.runtime.workers.leader import Leader, build
 from vllm_router.runtime.workers.messages import (
     Connection,
     Hello,
+    PeerBatch,
     ResolvedNames,
     ServerStates,
     StoredResponses,
@@ -34,6 +43,11 @@ from vllm_router.runtime.workers.queue_board import QueueBoard
 from vllm_router.runtime.workers.queue_peers import SharedQueue
 from vllm_router.runtime.workers.queue_wakeup import Wakeups
 from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
+from vllm_router.runtime.workers.shared_prompts import NOT_SHOWN
+from vllm_router.runtime.workers.worker_link import MAX_BATCHES
+
+TEXT = bytes(n * n % 251 for n in range(40_000))
+PROMPT = Prompt(hash_blocks(TEXT), len(TEXT), conversation=1)
 
 
 async def _no_app(*_: Any) -> None:
@@ -43,12 +57,19 @@ async def _no_app(*_: Any) -> None:
 @asynccontextmanager
 async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channel]]:
     """A leader, and the other end of the channel to its only worker."""
+    async with leading_two(most) as (leader, worker, _):
+        yield leader, worker
+
+
+@asynccontextmanager
+async def leading_two(most: int | None = None) -> AsyncIterator[tuple[Leader, Channel, Channel]]:
+    """A leader, and the other ends of the channels to two workers."""
     config = make_config(
         [{"url": f"http://127.0.0.1:{n}"} for n in range(1, 31)], enable_active_health_check=False
     )
-    ours, theirs = map(Channel, pair())
-    board, snapshot = SharedCounters.create(2), ConfigSnapshot.create(config)
-    queue, wakeups = QueueBoard.create(2), [Wakeups.create(), Wakeups.create()]
+    (ours, theirs), (ours_2, theirs_2) = (map(Channel, pair()) for _ in range(2))
+    board, snapshot = SharedCounters.create(3), ConfigSnapshot.create(config)
+    queue, wakeups = QueueBoard.create(3), [Wakeups.create() for _ in range(3)]
     try:
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
@@ -57,17 +78,17 @@ async def leading(most: int | None = None) -> AsyncIterator[tuple[Leader, Channe
                     None,
                     nursery=nursery,
                     adopted=AdoptedConnections(HypercornHandler(_no_app), nursery, most),
-                    counters=CounterView(SharedCounters(board, 2), 0),
-                    queue=SharedQueue(QueueBoard(queue, 2), 0, Wakeups(wakeups, 0)),
-                    channels=[ours],
+                    counters=CounterView(SharedCounters(board, 3), 0),
+                    queue=SharedQueue(QueueBoard(queue, 3), 0, Wakeups(wakeups, 0)),
+                    channels=[ours, ours_2],
                     snapshot=ConfigSnapshot(snapshot),
                 )
                 await nursery.start(leader.supervisor.run)
-                yield leader, theirs
+                yield leader, theirs, theirs_2
                 nursery.cancel_scope.cancel()
     finally:
-        ours.close()
-        theirs.close()
+        for channel in (ours, theirs, ours_2, theirs_2):
+            channel.close()
         for fileno in (board, snapshot, queue, *wakeups):
             os.close(fileno)
 
@@ -187,3 +208,79 @@ async def test_leader_shares_stored_responses_with_workers_that_connect():
             if isinstance(message, StoredResponses):
                 assert message.entries == [entry]
                 return
+
+
+async def receive_batch(worker: Channel) -> PeerBatch:
+    while True:
+        message = decode_from_leader((await worker.receive())[0])
+        if isinstance(message, PeerBatch):
+            return message
+
+
+def placed(number: int, url: str) -> Batch:
+    blocks = [(url, pack_blocks(PROMPT.block_hashes))]
+    return Batch("worker-1", number, NOT_SHOWN, placed=blocks)
+
+
+async def test_leader_passes_prompts_of_one_worker_on_to_the_other():
+    async with leading_two() as (leader, first, second):
+        for number, worker in enumerate((first, second), 1):
+            await worker.send(encode(Hello(number, [])))
+        await settled(lambda: all(link.alive for link in leader.workers.links))
+        batch = placed(1, "http://127.0.0.1:7")
+        await first.send(encode(PeerBatch(batch)))
+        assert await receive_batch(second) == PeerBatch(batch)
+        await second.send(encode(PeerBatch(msgspec.structs.replace(batch, router="worker-2"))))
+        assert (await receive_batch(first)).batch.router == "worker-2"  # and not its own
+
+
+async def test_leader_announces_worker_that_starts_all_prompts_and_explains_with_them():
+    async with leading_two() as (leader, first, second):
+        await first.send(encode(Hello(1, [])))
+        await first.send(encode(PeerBatch(placed(1, "http://127.0.0.1:7"))))
+        context = leader.supervisor.proxy.context
+        await settled(lambda: list(context.policies.blocks(1)))
+        await second.send(encode(Hello(2, [])))
+        fleet = make_fleet([{"url": f"http://127.0.0.1:{n}"} for n in range(1, 31)])
+        policies = PolicySet(Random(1), "adaptive", {}, PolicySettings())
+        peers = Peers("worker-2", policies, fleet.by_url)
+        peers.hear((await receive_batch(second)).batch, 0.0, sibling=True)
+        info = RoutingInfo("m", stream=True, prompt=PROMPT)
+        server, _ = policies.default.pick(fleet.candidates("m", 0.0), info, 0.0)
+        assert server.url == "http://127.0.0.1:7"
+        server, _ = context.policies.default.pick(
+            leader.supervisor.fleet.candidates(None, 0.0), info, 0.0
+        )
+        assert server.url == "http://127.0.0.1:7"
+
+
+async def test_leader_announces_its_own_prompts_to_workers():
+    """The leader serves HTTP/2."""
+    async with leading() as (leader, worker):
+        await worker.send(encode(Hello(1, [])))
+        while decode_from_leader((await worker.receive())[0]) != Welcome(first=False):
+            pass
+        server = leader.supervisor.fleet.by_url("http://127.0.0.1:3")
+        info = RoutingInfo("m", stream=True, prompt=PROMPT)
+        lease = server.lease(0.0)
+        policy = leader.supervisor.proxy.context.policies.default
+        policy.leased(lease, None, info, trio.current_time())
+        batch = (await receive_batch(worker)).batch
+        assert [url for url, _ in batch.placed] == ["http://127.0.0.1:3"]
+        assert batch.servers["http://127.0.0.1:3"].queued > 1000
+        policy.ended(lease, trio.current_time(), failed=False)
+        lease.release()
+        while batch.servers:
+            batch = (await receive_batch(worker)).batch
+
+
+async def test_leader_worker_that_does_not_read_gets_a_bounded_number_of_batches():
+    async with leading_two() as (leader, first, second):
+        for number, worker in enumerate((first, second), 1):
+            await worker.send(encode(Hello(number, [])))
+        await settled(lambda: all(link.alive for link in leader.workers.links))
+        link = leader.workers.links[1]
+        for _ in range(5 * MAX_BATCHES):
+            link.tell(bytes(50_000))
+            await trio.lowlevel.checkpoint()
+        assert len(link._batches) == MAX_BATCHES

@@ -12,7 +12,7 @@ penalty, slow start) are refreshed at most every REFRESH seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -314,6 +314,8 @@ class Adaptive(Policy):
             estimate.due.append((now + estimate.first_token, reservation))
         if hashes:
             self.index.insert(server, prompt, now)
+            if self.placements is not None:
+                self.placements.placed(server, prompt, blocks, now)
 
     def first_byte(self, lease: Lease) -> None:
         reservation = lease.reservation
@@ -349,6 +351,8 @@ class Adaptive(Policy):
         if refused:
             reservation.cached = 0.0  # the engine has not looked it up
             self.index.unlearn(lease.server, reservation.prompt, reservation.known)
+            if self.placements is not None:
+                self.placements.withdrawn(lease.server, reservation.prompt, reservation.known)
             keep_queued(reservation, self._first_token, now, lease.taken_at)
         if reservation.waiting:
             reservation.start()
@@ -367,6 +371,27 @@ class Adaptive(Policy):
             self._working_sets.forget(estimate)
         self._caches.clear()
         self.index.forget(server)
+
+    # -- other processes before the same servers --------------------------------------------------
+
+    def placed_elsewhere(self, server: Server, hashes: Sequence[int], now: float) -> None:
+        self.index.insert_blocks(server, hashes, now)
+
+    def withdrawn_elsewhere(self, server: Server, hashes: Sequence[int]) -> None:
+        self.index.remove_blocks(server, hashes)
+
+    def blocks(self, most: int) -> Iterator[tuple[Server, Sequence[int]]]:
+        return self.index.blocks(most)
+
+    def queued_tokens(self) -> Mapping[Server, float]:
+        return {
+            server: own
+            for server, estimate in self._estimates.items()
+            if (own := estimate.queued - estimate.queued_elsewhere) > 0.5
+        }
+
+    def queued_elsewhere(self, server: Server, tokens: float) -> None:
+        self._estimate(server).set_queued_elsewhere(tokens)
 
     # -- for operators ----------------------------------------------------------------------------
 

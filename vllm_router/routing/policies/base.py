@@ -7,9 +7,9 @@ step: that spreads a burst. `now` is the event loop's clock, in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -18,6 +18,7 @@ from vllm_router.fleet.server import Server
 if TYPE_CHECKING:
     from vllm_router.config.schema import Settings
     from vllm_router.fleet.server import Lease
+    from vllm_router.routing.prompt.blocks import Prompt
     from vllm_router.routing.prompt.routing_info import RoutingInfo
     from vllm_router.routing.server_estimate import PrefixStatistics
 
@@ -62,12 +63,24 @@ class Explained(NamedTuple):
     parts: dict[str, float]
 
 
+class Placements(Protocol):
+    """Notified of the prompts that a policy places, to tell other processes."""
+
+    def placed(self, server: Server, prompt: Prompt, known: int, now: float) -> None:
+        """A prompt with blocks was sent to a server, which had its first `known` blocks."""
+
+    def withdrawn(self, server: Server, prompt: Prompt, known: int) -> None:
+        """The server has refused it, and computed nothing beyond the first `known` blocks."""
+
+
 class Policy:
     """Chooses among candidates. Only `pick` must be written; the hooks are for stateful policies.
 
     name: in the configuration.
     needs_prompt, needs_session: whether the policy reads these of a request; they are computed
         only for policies that need them.
+    placements: where a policy with a prefix index announces its prompts; None if no other process
+        needs to know.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +94,7 @@ class Policy:
     ) -> None:
         self.rng = rng
         self.settings = settings
+        self.placements: Placements | None = None
 
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         """Choose one of at least one candidates. O(len(candidates)).
@@ -122,6 +136,33 @@ class Policy:
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""
+
+    # -- other processes before the same servers ----------------------------------------------
+
+    def placed_elsewhere(self, server: Server, hashes: Sequence[int], now: float) -> None:
+        """Another process has sent a prompt with these blocks to the server."""
+
+    def withdrawn_elsewhere(self, server: Server, hashes: Sequence[int]) -> None:
+        """The server has refused a prompt of another process, and has not computed these blocks."""
+
+    def blocks(self, most: int) -> Iterator[tuple[Server, Sequence[int]]]:
+        """All blocks in the prefix index for `placed_elsewhere` of another process.
+
+        At most `most` at a time.
+        """
+        return iter(())
+
+    def queued_tokens(self) -> Mapping[Server, float]:
+        """Uncached prompt tokens of this process that wait for a first token, where there are any.
+
+        Without the tokens of other processes.
+        """
+        return {}
+
+    def queued_elsewhere(self, server: Server, tokens: float) -> None:
+        """Uncached prompt tokens of other processes that wait on this server now."""
+
+    # -- for operators ------------------------------------------------------------------------
 
     def statistics(self, server: Server) -> PrefixStatistics | None:
         """Estimates of the server's prefix cache, for comparison with its own counters.

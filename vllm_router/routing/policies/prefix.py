@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -54,14 +54,28 @@ class Prefix(Policy):
 
     def leased(self, lease: Lease, note: object, info: RoutingInfo, now: float) -> None:
         prompt = info.prompt
-        lease.reservation = prompt, self._index.known_blocks(lease.server, prompt)
+        known = self._index.known_blocks(lease.server, prompt)
+        lease.reservation = prompt, known
         self._index.insert(lease.server, prompt, now)
+        if self.placements is not None and prompt.block_hashes:
+            self.placements.placed(lease.server, prompt, known, now)
 
     def ended(self, lease: Lease, now: float, *, failed: bool, refused: bool = False) -> None:
         reservation, lease.reservation = lease.reservation, None
         if refused and isinstance(reservation, tuple):
             prompt, known = reservation
             self._index.unlearn(lease.server, prompt, known)
+            if self.placements is not None:
+                self.placements.withdrawn(lease.server, prompt, known)
+
+    def placed_elsewhere(self, server: Server, hashes: Sequence[int], now: float) -> None:
+        self._index.insert_blocks(server, hashes, now)
+
+    def withdrawn_elsewhere(self, server: Server, hashes: Sequence[int]) -> None:
+        self._index.remove_blocks(server, hashes)
+
+    def blocks(self, most: int) -> Iterator[tuple[Server, Sequence[int]]]:
+        return self._index.blocks(most)
 
     def forget(self, server: Server) -> None:
         self._index.forget(server)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.policies.base import PolicySettings
@@ -75,8 +75,20 @@ class PrefixIndex:
     def insert(self, server: Server, prompt: Prompt, now: float) -> None:
         """The prompt was sent to the server, which caches it while its KV cache has room."""
         if prompt.block_hashes:
-            capacity = int(self.kv_tokens(server) * BYTES_PER_TOKEN)
-            self.table.insert(prompt.block_hashes, self.bit(server), capacity, now)
+            self.insert_blocks(server, prompt.block_hashes, now)
+
+    def insert_blocks(self, server: Server, hashes: Sequence[int], now: float) -> None:
+        """The server computes these blocks of a prompt, in their order."""
+        capacity = int(self.kv_tokens(server) * BYTES_PER_TOKEN)
+        self.table.insert(hashes, self.bit(server), capacity, now)
+
+    def blocks(self, most: int) -> Iterator[tuple[Server, list[int]]]:
+        """All blocks of all servers, for `insert_blocks` of another index, `most` at a time."""
+        for server, bit in list(self._bits.items()):
+            known = self.table.blocks(bit)
+            for start in range(0, len(known), most):
+                # The index that takes them inserts the last one first.
+                yield server, known[start : start + most][::-1]
 
     def kv_tokens(self, server: Server) -> float:
         """The size of the server's KV cache in tokens, corrected by reported hits (`judge`)."""
@@ -91,7 +103,11 @@ class PrefixIndex:
 
     def unlearn(self, server: Server, prompt: Prompt, known: int) -> None:
         """Undo `insert`: the server has not computed the prompt beyond the first `known` blocks."""
-        self.table.remove(prompt.block_hashes[known:], self.bit(server))
+        self.remove_blocks(server, prompt.block_hashes[known:])
+
+    def remove_blocks(self, server: Server, hashes: Sequence[int]) -> None:
+        """The server does not have these blocks after all."""
+        self.table.remove(hashes, self.bit(server))
 
     def forget(self, server: Server) -> None:
         """The server has left the fleet."""

@@ -38,6 +38,10 @@ class PrefixTable:
         """Bytes of prompts recorded for the server with this bit."""
         return self._bytes.get(bit, 0)
 
+    def blocks(self, bit: int) -> list[int]:
+        """The blocks of the server with this bit, the least recently used first."""
+        return list(self._recent.get(bit, ()))
+
     def match(self, hashes: Sequence[int], servers: int) -> list[tuple[int, int]]:
         """Pairs (leading blocks, bits of the servers that have them), the most blocks first.
 

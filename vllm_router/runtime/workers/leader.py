@@ -29,6 +29,7 @@ from vllm_router.runtime.workers.fleet import LeadingFleet
 from vllm_router.runtime.workers.messages import (
     Connection,
     Hello,
+    PeerBatch,
     RefreshModelLists,
     Report,
     StoredResponses,
@@ -39,6 +40,7 @@ from vllm_router.runtime.workers.queue_peers import SharedQueue
 from vllm_router.runtime.workers.queue_wakeup import serve_waiters
 from vllm_router.runtime.workers.report_reader import ReportReader
 from vllm_router.runtime.workers.shared_counters import CounterView
+from vllm_router.runtime.workers.shared_prompts import LeaderPrompts
 from vllm_router.runtime.workers.worker_link import WorkerLink
 from vllm_router.runtime.workers.worker_links import WorkerLinks
 from vllm_router.web.guard import MonitorListener
@@ -93,11 +95,15 @@ def build(
         ),
     )
     snapshot.write(config)
-    inbox = _Inbox(supervisor, fleet, workers, adopted, nursery)
+    prompts = LeaderPrompts(supervisor.proxy.context, workers)
+    inbox = _Inbox(supervisor, fleet, workers, adopted, nursery, prompts)
     publisher = _Publisher(supervisor, workers, snapshot)
     supervisor.before_apply.append(fleet.check_room)
     supervisor.after_apply.append(publisher.publish)
-    supervisor.tasks.append(("waiting", partial(serve_waiters, supervisor.proxy, queue.wakeups)))
+    supervisor.tasks += [
+        ("waiting", partial(serve_waiters, supervisor.proxy, queue.wakeups)),
+        ("prompts", prompts.run),
+    ]
     for link in workers.links:
         supervisor.tasks += [
             (f"messages of worker {link.number}", partial(inbox.receive, link)),
@@ -139,7 +145,9 @@ class _Inbox:
         workers: WorkerLinks,
         adopted: AdoptedConnections,
         nursery: trio.Nursery,
+        prompts: LeaderPrompts,
     ) -> None:
+        self._prompts = prompts
         self._supervisor = supervisor
         self._fleet = fleet
         self._workers = workers
@@ -168,6 +176,8 @@ class _Inbox:
                     self._take_stored(entries)
                 case WorkerStats():
                     self._take_stats(link, message)
+                case PeerBatch():
+                    self._prompts.hear(link, message)
                 case Connection():
                     self._adopted.adopt(message, fileno)
                 case Hello():
@@ -205,4 +215,4 @@ class _Inbox:
             if server is not None and not server.draining:
                 server.drain(on=True)
         owners = self._supervisor.proxy.context.owners
-        link.hello(hello, self._fleet.all_servers(), owners.entries())
+        link.hello(hello, self._fleet.all_servers(), owners.entries(), self._prompts.known())

@@ -19,6 +19,7 @@ from vllm_router.runtime.workers.messages import (
     Configured,
     Hello,
     ModelListsRefreshed,
+    PeerBatch,
     RefreshModelLists,
     ResolvedNames,
     ServerState,
@@ -58,7 +59,8 @@ class ModelListRequests:
 class LeaderClient:
     """Follows the leader. `welcomed` is set when the whole state has arrived.
 
-    `own_share` gives a worker's share of a configuration; `send_stats` sends the current figures.
+    `own_share` gives a worker's share of a configuration; `send_stats` sends the current figures;
+    `hear` applies the batches of other processes.
     While there is no leader, the worker goes on with the last known state.
     """
 
@@ -72,6 +74,7 @@ class LeaderClient:
         *,
         own_share: Callable[[Config], Config],
         send_stats: Callable[[], Awaitable[None]],
+        hear: Callable[[PeerBatch], None],
     ) -> None:
         self.welcomed = trio.Event()
         self._supervisor = supervisor
@@ -81,6 +84,7 @@ class LeaderClient:
         self._lists = lists
         self._own_share = own_share
         self._send_stats = send_stats
+        self._hear = hear
 
     async def run(self) -> None:
         """Say hello, then follow the leader until cancelled."""
@@ -89,7 +93,8 @@ class LeaderClient:
             data, _ = await self._channel.receive()
             if not data:
                 await trio.sleep_forever()  # the parent has ended, and this process drains
-            match decode_from_leader(data):
+            message = decode_from_leader(data)
+            match message:
                 case ServerStates(servers):
                     self._follow(servers)
                 case Configured():
@@ -99,6 +104,8 @@ class LeaderClient:
                 case StoredResponses(entries):
                     for entry in entries:
                         self._supervisor.proxy.context.owners.take(entry)
+                case PeerBatch():
+                    self._hear(message)
                 case ModelListsRefreshed():
                     self._lists.refreshed()
                 case Welcome(first):

@@ -15,6 +15,7 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.refusals import Asked, Refusal
 from vllm_router.routing.owners import Entry
 from vllm_router.routing.server_estimate import PrefixStatistics
+from vllm_router.routing.sharing.messages import Batch
 
 # -- worker to leader -------------------------------------------------------------------------
 
@@ -117,7 +118,19 @@ class StoredResponses(msgspec.Struct, tag=True, array_like=True):
     entries: list[Entry]
 
 
-FromWorker = Hello | Report | WorkerStats | Connection | RefreshModelLists | StoredResponses
+class PeerBatch(msgspec.Struct, tag=True, array_like=True):
+    """A batch of another process: a worker sends its own, the leader passes it on.
+
+    sibling: it is of a worker of this router, not of another router.
+    """
+
+    batch: Batch
+    sibling: bool = True
+
+
+FromWorker = (
+    Hello | Report | WorkerStats | Connection | RefreshModelLists | StoredResponses | PeerBatch
+)
 
 # -- leader to worker -------------------------------------------------------------------------
 
@@ -185,7 +198,13 @@ class ModelListsRefreshed(msgspec.Struct, tag=True, array_like=True):
 
 
 FromLeader = (
-    Welcome | Configured | ServerStates | ResolvedNames | ModelListsRefreshed | StoredResponses
+    Welcome
+    | Configured
+    | ServerStates
+    | ResolvedNames
+    | ModelListsRefreshed
+    | StoredResponses
+    | PeerBatch
 )
 
 NAMES = 100

@@ -29,6 +29,7 @@ from vllm_router.runtime.workers.queue_peers import SharedQueue
 from vllm_router.runtime.workers.queue_wakeup import serve_waiters
 from vllm_router.runtime.workers.reporter import Reporter
 from vllm_router.runtime.workers.shared_counters import CounterView
+from vllm_router.runtime.workers.shared_prompts import WorkerPrompts
 from vllm_router.runtime.workers.worker_stats import StatsSender
 
 LISTS_GAP = 0.1
@@ -72,6 +73,9 @@ class FollowedProbes:
 
     def read_list_soon(self, server: Server) -> None:
         """The fleet reports a wrong model list to the leader by itself."""
+
+    def check_soon(self, server: Server) -> None:
+        """The leader checks it."""
 
     def list_readers(self) -> list[Reader]:
         return [self._refresh_lists]
@@ -119,13 +123,22 @@ def build(
     supervisor.proxy.context.budget.floor /= workers
     supervisor.proxy.context.budget.depth = supervisor.proxy.context.budget.floor
     stats = StatsSender(supervisor, channel, reporter)
+    prompts = WorkerPrompts(supervisor.proxy.context, channel)
     leader = LeaderClient(
-        supervisor, fleet, channel, snapshot, lists, own_share=own_share, send_stats=stats.send
+        supervisor,
+        fleet,
+        channel,
+        snapshot,
+        lists,
+        own_share=own_share,
+        send_stats=stats.send,
+        hear=prompts.hear,
     )
     supervisor.tasks += [
         ("leader", leader.run),
         ("reports", reporter.run),
         ("figures", stats.run),
+        ("prompts", prompts.run),
         ("waiting", partial(serve_waiters, supervisor.proxy, queue.wakeups)),
     ]
     return Worker(supervisor, leader, stats)

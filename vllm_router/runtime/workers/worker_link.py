@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
@@ -25,6 +26,9 @@ from vllm_router.runtime.workers.messages import (
 )
 from vllm_router.runtime.workers.shared_server import state_of
 
+MAX_BATCHES = 100
+"""Batches of other processes that wait for a worker that does not read; the oldest is dropped."""
+
 SERVERS_PER_MESSAGE = 25
 """A server with a thousand models takes some 30 KB."""
 
@@ -44,13 +48,23 @@ class WorkerLink:
         self._generation_sent = 0
         self._lists_refreshed = False
         self._stored: list[Entry] = []
+        self._known_batches: Iterator[bytes] = iter(())
+        self._batches: deque[bytes] = deque(maxlen=MAX_BATCHES)
         self._work = trio.Event()
         self._work.set()
 
-    def hello(self, hello: Hello, servers: Iterable[Server], stored: Iterable[Entry]) -> None:
-        """A worker has connected: send it the whole state."""
+    def hello(
+        self,
+        hello: Hello,
+        servers: Iterable[Server],
+        stored: Iterable[Entry],
+        batches: Iterator[bytes] = iter(()),  # noqa: B008 (empty, so it has no state)
+    ) -> None:
+        """A worker has connected: send it the whole state. `batches` are encoded messages."""
+        self._known_batches = batches
         self._stored = list(stored)
         self.pid, self.alive = hello.pid, True
+        self._batches.clear()
         self._changed_servers = set(servers)
         self._welcome = Welcome(first=False)
         self._generation_sent = 0
@@ -65,6 +79,12 @@ class WorkerLink:
         if self.alive:
             self._stored += entries
             del self._stored[: -2 * KEPT]  # a worker that does not read
+            self._work.set()
+
+    def tell(self, message: bytes) -> None:
+        """Send an encoded `PeerBatch`."""
+        if self.alive:
+            self._batches.append(message)
             self._work.set()
 
     def lists_refreshed(self) -> None:
@@ -95,6 +115,10 @@ class WorkerLink:
         stored, self._stored = self._stored, []
         for entries in stored_in_parts(stored):
             await self.channel.send(encode(StoredResponses(entries)))
+        for message in self._known_batches:
+            await self.channel.send(message)
+        while self._batches:
+            await self.channel.send(self._batches.popleft())
         if self._lists_refreshed:
             self._lists_refreshed = False
             await self.channel.send(encode(ModelListsRefreshed()))

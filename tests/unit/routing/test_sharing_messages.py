@@ -1,0 +1,112 @@
+"""Batches of routers: encoding, and what happens to bytes that are none."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_router.routing.sharing import messages
+from vllm_router.routing.sharing.messages import (
+    MAX_BYTES,
+    MAX_HASHES,
+    About,
+    BadBatch,
+    Batch,
+    KeyUse,
+    ServerLevel,
+    decode,
+    encode,
+    pack_blocks,
+    unpack_blocks,
+)
+
+ABOUT = About("gateway-1", "1.0", "c0ffee", 12.5, 7)
+FULL = Batch(
+    "r1",
+    3,
+    ABOUT,
+    servers={"http://a:1": ServerLevel(1200.0, 4)},
+    placed=[("http://a:1", pack_blocks([1, 2**64 - 1]))],
+    withdrawn=[("http://b:1", pack_blocks([7]))],
+    keys={"team": KeyUse(10, 2, 1)},
+    ejected=["http://b:1"],
+    quarantined=[bytes(16)],
+    owners=[(bytes(16), "http://a:1", "team")],
+)
+
+
+def changed(**fields: object) -> bytes:
+    """The batch with other fields, as a sender without checks would encode it."""
+    plain = msgspec.to_builtins(FULL, builtin_types=(bytes,))
+    names = Batch.__struct_fields__
+    for name, value in fields.items():
+        plain[names.index(name)] = value
+    return msgspec.msgpack.encode([messages.VERSION, plain])
+
+
+def test_batch_survives_encoding():
+    assert decode(encode(FULL)) == FULL
+    assert unpack_blocks(FULL.placed[0][1]) == (1, 2**64 - 1)
+    assert decode(encode(Batch("r", 1, ABOUT))) == Batch("r", 1, ABOUT)
+
+
+def test_batch_of_newer_version_with_appended_field_is_read():
+    plain = [*msgspec.to_builtins(FULL, builtin_types=(bytes,)), {"new": 1}]
+    assert decode(msgspec.msgpack.encode([messages.VERSION, plain])) == FULL
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x90",
+        b"\x91" * 100_000,
+        encode(FULL)[:-1],
+        encode(FULL) + b"\0",
+        bytes(MAX_BYTES + 1),
+        msgspec.msgpack.encode([messages.VERSION + 1, msgspec.to_builtins(FULL)]),
+        msgspec.msgpack.encode({"version": 1}),
+        changed(router=""),
+        changed(router="r" * 65),
+        changed(number=-1),
+        changed(number=2**63),
+        changed(number=1.5),
+        changed(about=None),
+        changed(about=["n" * 300, "", "", 0.0, 0]),
+        changed(about=["n", "", "", math.nan, 0]),
+        changed(servers={"http://a:1": [math.nan, 1]}),
+        changed(servers={"http://a:1": [math.inf, 1]}),
+        changed(servers={"http://a:1": [-1.0, 1]}),
+        changed(servers={"": [1.0, 1]}),
+        changed(servers={f"http://{n}:1": [1.0, 1] for n in range(5000)}),
+        changed(placed=[["http://a:1", b"1234567"]]),
+        changed(placed=[["http://a:1", "12345678"]]),
+        changed(placed=[["http://a:1", bytes(8 * MAX_HASHES)] for _ in range(3)]),
+        changed(placed=[["u" * 3000, bytes(8)]]),
+        changed(withdrawn=[["http://a:1", b"1"]]),
+        changed(keys={"team": [-1, 0, 0]}),
+        changed(ejected=[7]),
+        changed(quarantined=[b"short"]),
+        changed(owners=[[bytes(16), "http://a:1"]]),
+    ],
+)
+def test_decode_bytes_that_are_no_batch_raises_bad_batch(data: bytes):
+    with pytest.raises(BadBatch):
+        decode(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 60), st.integers(0, 255))
+def test_decode_of_damaged_bytes_raises_nothing_else(noise: bytes, place: int, byte: int):
+    good = bytearray(encode(FULL))
+    good[place] = byte
+    for data in (noise, bytes(good)):
+        try:
+            assert encode(decode(data))
+        except BadBatch:
+            pass
