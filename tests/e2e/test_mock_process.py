@@ -111,6 +111,18 @@ def test_mock_process_sigterm_finishes_running_answer():
         assert mock.process.wait(60) == 0
 
 
+def test_mock_process_count_serves_on_several_ports():
+    with mock_processes(1, *FAST, "--count", "3", "--name", "many") as (mock,):
+        urls = mock.urls(3)
+        names = [httpx.get(url + "/mock/stats", trust_env=False).json()["name"] for url in urls]
+        assert names == ["many-1", "many-2", "many-3"]
+        httpx.post(urls[0] + PATH, json=CHAT, trust_env=False).raise_for_status()
+        totals = [httpx.get(url + "/mock/stats", trust_env=False).json()["total"] for url in urls]
+        assert totals == [1, 0, 0]
+        mock.terminate()
+        assert mock.process.wait(60) == 0
+
+
 def test_mock_process_killed_refuses_and_can_reuse_port():
     with mock_processes(1, *FAST) as [mock]:
         mock.kill()
@@ -161,7 +173,15 @@ def test_mock_process_port_in_use_is_one_line_and_exit_code_2(mock):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--set", '{"mode":"nonsense"}'], ["--set", "{"], ["--speed", "0"], ["--sigterm", "maybe"]],
+    [
+        *(
+            ["--set", '{"mode":"nonsense"}'],
+            ["--set", "{"],
+            ["--speed", "0"],
+            ["--sigterm", "maybe"],
+        ),
+        ["--port", "65535", "--count", "2"],
+    ],
 )
 def test_mock_process_wrong_arguments_are_refused(arguments):
     assert CliRunner().invoke(mock_command, arguments).exit_code == 2

@@ -55,6 +55,12 @@ class MockProcess:
         self.name = self.name.rstrip(":")
         self.port = int(self.url.rsplit(":", 1)[1])
 
+    def urls(self, count: int) -> list[str]:
+        """The URLs of all servers of a process that was started with `--count`; call once."""
+        assert self.process.stdout is not None
+        lines = [self.process.stdout.readline().decode() for _ in range(count - 1)]
+        return [self.url, *(line.split()[1] for line in lines)]
+
     def get(self, path: str) -> Any:
         return self._call("GET", path, None)
 

@@ -88,6 +88,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     health_check_max_response_time: with a longer mean time of the good checks in a full window
         the server is down.
     metrics_interval: between two scrapes of `/metrics`.
+    idle_probes_per_second: how often all servers without requests are asked together, for each of
+        `/health`, `/metrics` and `/v1/models`; in a larger fleet the intervals above grow for them.
 
     Real traffic:
     failure_threshold: consecutive failures by the server's fault until it is ejected.
@@ -160,6 +162,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_retries: NonNegativeInt = 3
     request_timeout: Seconds = 600.0
     metrics_interval: Interval = 0.5
+    idle_probes_per_second: PositiveInt = 100
     connect_timeout: Seconds = 2.0
     first_byte_timeout: Seconds = 600.0
     idle_timeout: Seconds = 300.0

@@ -38,9 +38,9 @@ _RANK = {name: rank for names in _NAMES.values() for rank, name in enumerate(nam
 
 # Begins with letters to look for, not with `^`: five times as fast on a page of 50 KB.
 _SAMPLE = re.compile(
-    r"\nvllm:("
+    r"(\nvllm:("
     + "|".join([*_FIELD_OF, "engine_sleep_state", "cache_config_info", "lora_requests_info"])
-    + r")(?:\{(.*)\})? ([^ \n]+)"
+    + r")(?:\{(.*)\})? )([^ \n]+)"
 )
 TOO_LARGE = 1e15
 """Larger figures are ignored: infinite loads and sums would break routing."""
@@ -122,10 +122,12 @@ class EngineMetrics:
 class MetricsReader:
     """An incremental parser of a Prometheus text page; unknown lines are ignored.
 
-    Only the last unfinished line is buffered.
+    Only the last unfinished line is buffered. `keys` has the text of each sample before its value,
+    from the line break on.
     """
 
     def __init__(self) -> None:
+        self.keys: list[str] = []
         self._line = "\n"
         self._skipping = False
         self._samples = 0
@@ -176,7 +178,8 @@ class MetricsReader:
         self._samples += len(samples)
         if self._samples > MAX_SAMPLES:
             raise UnusablePage(f"more than {MAX_SAMPLES} samples")
-        for name, labels, number in samples:
+        for key, name, labels, number in samples:
+            self.keys.append(key)
             value = _figure(number)
             if value is None or len(labels) > MAX_LINE:
                 continue

@@ -70,7 +70,11 @@ class LoadEstimate:
         """Apply settings; call `update` afterwards."""
         self.weighted_capacity = weighted_capacity
         self.slow_start = slow_start
-        self.stale_after = STALE_AFTER_INTERVALS * metrics_interval
+        self.expect_scrapes(metrics_interval)
+
+    def expect_scrapes(self, interval: float) -> None:
+        """The next scrapes follow in so many seconds, each."""
+        self.stale_after = STALE_AFTER_INTERVALS * interval
 
     def update(self, in_flight: int) -> None:
         """Recompute the figures for `in_flight` leases.

@@ -104,6 +104,8 @@ class Server:
         self.weighted_capacity = self.capacity * config.weight
         self.cap = _cap_of(config)
         self._on_change = on_change
+        self.on_chosen: Callable[[Server, float], None] | None = None
+        """Called with the time when a request is sent to it, while it is probed seldom."""
         self.change_log = ChangeLog()
         """The fleet's; one of its own outside a fleet."""
         rules = health_rules(settings)
@@ -189,6 +191,8 @@ class Server:
         self.leases.add(lease)
         self.in_flight += 1
         self._update_load()
+        if self.on_chosen is not None:
+            self.on_chosen(self, now)
         return lease
 
     def end_lease(self, lease: Lease) -> None:

@@ -1,5 +1,6 @@
 """The probes of one server: `/health`, `/metrics` and `/v1/models`, each with its own interval.
 
+The intervals grow in a large fleet while nothing happens on the server, see `fleet/probe_pace.py`.
 Each server has its own task, so that a slow server delays no other. This module sends the requests;
 `fleet/` decides what the responses mean.
 """
@@ -17,9 +18,11 @@ import trio
 from vllm_router.config.schema import Settings
 from vllm_router.errors import NameNotResolved, OwnFault, UnusablePage
 from vllm_router.fleet.active_health import Check
-from vllm_router.fleet.engine_metrics import MetricsReader
+from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.metrics_page import MetricsPage
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList
+from vllm_router.fleet.probe_pace import ProbePace
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
 from vllm_router.http.client.httpx_transport import HttpxTransport
@@ -59,7 +62,8 @@ the server's response may be waiting unread."""
 class Probe:
     """Probes one server until cancelled.
 
-    `went_down` is called when a check has found the server down, `tick` after each scrape.
+    `went_down` is called when a check has found the server down, `tick` after each scrape. `pace`
+    is shared by the probes of a fleet.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Probe:
         went_down: Callable[[Server], None],
         tick: Callable[[Server, float], None],
         resolver: Resolver | None = None,
+        pace: ProbePace | None = None,
     ) -> None:
         self._server = server
         self._fleet = fleet
@@ -79,7 +84,10 @@ class Probe:
         self._went_down = went_down
         self._tick = tick
         self._resolver = resolver
+        self._pace = pace if pace is not None else ProbePace()
+        self._metrics_page = MetricsPage()
         self._hurry = trio.Event()
+        self._scrape_now = trio.Event()
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
         self._transport: httpx.AsyncBaseTransport
@@ -98,10 +106,13 @@ class Probe:
         ) as self._transport:
             # Read the list first: the router must know a server's models before it is up.
             await self._list_models()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_checking)
-                nursery.start_soon(self._keep_scraping)
-                nursery.start_soon(self._keep_listing)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_checking)
+                    nursery.start_soon(self._keep_scraping)
+                    nursery.start_soon(self._keep_listing)
+            finally:
+                self._pace.forget(self._server)
 
     async def _ask(self, path: str) -> httpx.Response:
         """Send a GET request and return the response head; the caller closes the response.
@@ -128,10 +139,11 @@ class Probe:
             if server.paused_at is not None:
                 await self._ask_whether_paused()
             settled = server.active_health.settled
-            interval = self._settings.health_check_interval
+            usual = self._settings.health_check_interval
             if not settled:
-                interval = min(interval, UNSETTLED_INTERVAL)
-            with trio.move_on_after(interval * (0.95 + 0.1 * self._rng.random())):
+                usual = min(usual, UNSETTLED_INTERVAL)
+            interval = self._pace.interval(server, usual) if settled else usual
+            with trio.move_on_after(interval * self._jitter(stretched=interval > usual)):
                 await self._hurry.wait()
             self._hurry = trio.Event()
 
@@ -170,6 +182,11 @@ class Probe:
             await self._list_models()  # before it is up: its models may have changed
         now = trio.current_time()
         self._announce(server.checked(verdict, elapsed, now, detail), now)
+
+    def _jitter(self, *, stretched: bool) -> float:
+        """A factor around 1, so that the probes of a fleet, which started together, spread out."""
+        spread = 0.5 if stretched else 0.1
+        return 1.0 + spread * (self._rng.random() - 0.5)
 
     @property
     def _has_address(self) -> bool:
@@ -247,7 +264,9 @@ class Probe:
 
     async def _keep_scraping(self) -> None:
         page, skip = self._pages[METRICS_PATH], 0
+        server, pace = self._server, self._pace
         while True:
+            self._scrape_now = trio.Event()
             began = trio.current_time()
             if skip:
                 skip -= 1
@@ -255,11 +274,24 @@ class Probe:
                 await self._scrape()
                 skip = page.pause - 1
             now = trio.current_time()
-            self._server.expire(now)
+            server.expire(now)
             self._fleet.settle(now)
-            self._tick(self._server, now)
-            interval = self._settings.metrics_interval * (0.95 + 0.1 * self._rng.random())
-            await trio.sleep(max(interval / 4, began + interval - now))
+            self._tick(server, now)
+            was_idle = pace.is_idle(server)
+            interval = pace.scraped(server, self._settings, now, self._wake)
+            if was_idle and not pace.is_idle(server):
+                self._hurry.set()
+            usual = self._settings.metrics_interval
+            if interval > usual * page.pause:
+                skip = 0  # an unusable page of an idle server is read seldom anyway
+            interval *= self._jitter(stretched=interval > usual)
+            with trio.move_on_after(max(interval / 4, began + interval - now)):
+                await self._scrape_now.wait()
+
+    def _wake(self) -> None:
+        """Scrape and check the server now: it was idle, and has got a request."""
+        self._scrape_now.set()
+        self._hurry.set()
 
     async def _scrape(self) -> None:
         """Read the load metrics. The result also counts as a connection check."""
@@ -285,13 +317,17 @@ class Probe:
             self._hurry.set()  # slow metrics alone do not make a server unhealthy
 
     async def _read_metrics(self, response: httpx.Response, leases: int) -> None:
-        """Parse the page as it arrives. An unusable page leaves the previous metrics in place."""
+        """Read and parse the page. An unusable page leaves the previous metrics in place."""
         if not response.is_success:
             return
-        reader, page = MetricsReader(), self._pages[METRICS_PATH]
+        page, metrics = self._pages[METRICS_PATH], EngineMetrics()
         try:
-            await read_pieces(response, MAX_METRICS_BYTES, reader.feed)
-            metrics = reader.result()
+            text = await read_whole(response, MAX_METRICS_BYTES)
+            for read in self._metrics_page.read(text):
+                if read is not None:
+                    metrics = read
+                    break
+                await trio.lowlevel.checkpoint()
         except UnusablePage as problem:
             if page.refused(str(problem)):
                 logger.warning(
@@ -322,8 +358,12 @@ class Probe:
     async def _keep_listing(self) -> None:
         while True:
             missing = self._server.models is None
-            interval = UNSETTLED_INTERVAL if missing else MODELS_EVERY
-            with trio.move_on_after(interval * self._pages[MODELS_PATH].pause):
+            usual = UNSETTLED_INTERVAL if missing else MODELS_EVERY
+            usual *= self._pages[MODELS_PATH].pause
+            interval = self._pace.interval(self._server, usual)
+            if interval > usual:
+                interval *= self._jitter(stretched=True)
+            with trio.move_on_after(interval):
                 await self._list_is_stale.wait()
             stale = self._list_is_stale.is_set()
             self._list_is_stale = trio.Event()

@@ -12,6 +12,7 @@ import trio
 
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.probe_pace import ProbePace
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.runtime.background import BackgroundTasks
@@ -67,6 +68,7 @@ class ActiveProbes:
 
     def __init__(self, context: ProbeContext) -> None:
         self._context = context
+        self._pace = ProbePace()
         self._scopes: dict[Server, trio.CancelScope] = {}
         self._running: dict[Server, Probe] = {}
         self._to_start: deque[tuple[Server, trio.CancelScope]] = deque()
@@ -118,6 +120,7 @@ class ActiveProbes:
             context.server_down,
             context.upkeep,
             context.resolver,
+            self._pace,
         )
         self._running[server] = probe
         try:

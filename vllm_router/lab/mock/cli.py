@@ -1,8 +1,9 @@
-"""`vllm-router mock`: the command line of the simulated server."""
+"""`vllm-router mock`: the command line of the simulated servers."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import sys
 from functools import partial
@@ -17,10 +18,21 @@ from vllm_router.lab.mock.server import MockServer
 
 _DEFAULT = MockOptions()
 
+MAX_COUNT = 10_000
+"""Servers of one process."""
+
+MAX_DESCRIPTORS = 65_536
+
 
 @click.command(name="mock", context_settings={"show_default": True})
 @click.option("--host", default=_DEFAULT.host, help="Address to listen on.")
 @click.option("--port", default=8101, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option(
+    "--count",
+    default=1,
+    type=click.IntRange(1, MAX_COUNT),
+    help="Servers in this process, on consecutive ports.",
+)
 @click.option("--name", default="", help="Sent as x-mock-server. Empty: mock-<port>.")
 @click.option("--model", "models", multiple=True, default=_DEFAULT.models, help="Repeatable.")
 @click.option("--lora", "loras", multiple=True, help="NAME or NAME=PATH; repeatable.")
@@ -71,8 +83,8 @@ _DEFAULT = MockOptions()
     help="Seconds in which running requests may finish after SIGTERM and new ones get a 500.",
 )
 @click.option("--set", "switches", default="{}", help="Failure switches, JSON as for /mock/set.")
-def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> None:
-    """One simulated vLLM server, with failures on demand.
+def mock_command(*, switches: str, models: tuple[str, ...], count: int, **given: Any) -> None:
+    """Simulated vLLM servers, with failures on demand.
 
     Behaviour at run time: POST /mock/set, GET /mock/stats, /mock/last, /mock/log; per request
     X-Mock-Mode, X-Mock-Ttft-Ms, X-Mock-Delay-Ms, X-Mock-After, X-Mock-Output-Tokens, X-Mock-Error,
@@ -88,30 +100,71 @@ def mock_command(*, switches: str, models: tuple[str, ...], **given: Any) -> Non
         )
     except (ValueError, msgspec.MsgspecError) as error:
         raise click.UsageError(str(error)) from None
+    all_options = several(options, count)
+    if all_options[-1].port > 65535:
+        raise click.UsageError(f"--count: {count} ports from {options.port} on do not exist")
+    _raise_descriptor_limit()
     try:
-        trio.run(_run, MockServer(options))
-    except OSError as error:
-        click.echo(f"cannot listen on {options.host}:{options.port}: {error.strerror}", err=True)
+        trio.run(_run, [MockServer(one) for one in all_options])
+    except _CannotListen as error:
+        click.echo(str(error), err=True)
         raise SystemExit(2) from None
 
 
-async def _run(server: MockServer) -> None:
+class _CannotListen(Exception):
+    """The message names the address and the reason."""
+
+
+def several(options: MockOptions, count: int) -> list[MockOptions]:
+    """The options of `count` servers on consecutive ports, or on free ones."""
+    if count == 1:
+        return [options]
+    return [
+        msgspec.structs.replace(
+            options,
+            port=options.port + number if options.port else 0,
+            name=f"{options.name}-{number + 1}" if options.name else "",
+        )
+        for number in range(count)
+    ]
+
+
+def _raise_descriptor_limit() -> None:
+    """A thousand servers need some thousand descriptors; the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+async def _run(servers: list[MockServer]) -> None:
     """Serve until a signal. SIGTERM: as the options say; SIGINT or a second signal: at once."""
-    state = server.state
-    options = state.options
-    listeners = await trio.open_tcp_listeners(options.port, host=options.host)
+    states = [server.state for server in servers]
+    listeners = [await _listen(state.options) for state in states]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for number in signals:
-                    if number == signal.SIGINT or state.ending:
-                        state.stop()
-                    else:
-                        state.terminate()
+                    for state in states:
+                        if number == signal.SIGINT or state.ending:
+                            state.stop()
+                        else:
+                            state.terminate()
 
             nursery.start_soon(listen)
-            host, port = await nursery.start(partial(server.serve, listeners=listeners))
-            click.echo(f"{state.heads.name}: http://{host}:{port} {', '.join(options.models)}")
-            await state.stopped.wait()
+            for server, own in zip(servers, listeners, strict=True):
+                host, port = await nursery.start(partial(server.serve, listeners=own))
+                models = ", ".join(server.state.options.models)
+                click.echo(f"{server.state.heads.name}: http://{host}:{port} {models}")
+            for state in states:
+                await state.stopped.wait()
             nursery.cancel_scope.cancel()
+
+
+async def _listen(options: MockOptions) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(options.port, host=options.host)
+    except OSError as error:
+        problem = f"cannot listen on {options.host}:{options.port}: {error.strerror}"
+        raise _CannotListen(problem) from None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Generic, TypeVar
 
+import trio
+
 from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Lease, Server
@@ -60,6 +62,8 @@ class SharedServer(Server, Generic[News]):
         """Other processes have acquired or released leases; `difference` is the net change."""
         self.in_flight += difference
         self._update_load()
+        if difference > 0 and self.on_chosen is not None:
+            self.on_chosen(self, trio.current_time())
 
     def lease(self, now: float) -> Lease:
         lease = super().lease(now)

@@ -1,0 +1,175 @@
+"""Which servers are asked often, and how seldom the others are. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from support.fleet_makers import eject, gauges, go_down, make_fleet
+from vllm_router.fleet.active_health import Check
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.probe_pace import LONGEST, SETTLES_IN, ProbePace, matters
+from vllm_router.fleet.server import Server
+
+LATER = 1000.0
+
+
+def large_fleet(count: int, **settings: object) -> Fleet:
+    servers = [{"url": f"http://s{n}.test:1", "name": f"s{n}"} for n in range(count)]
+    return make_fleet(servers, **settings)
+
+
+class Probed:
+    """A fleet whose servers have all been scraped at LATER, and the names of woken servers."""
+
+    def __init__(self, count: int, **settings: object) -> None:
+        self.fleet = large_fleet(count, **settings)
+        self.servers = list(self.fleet.servers.values())
+        self.pace = ProbePace()
+        self.woken: list[str] = []
+        for server in self.servers * 2:  # the first ones cannot know how many there are
+            self.scraped(server)
+
+    def scraped(self, server: Server, now: float = LATER) -> float:
+        wake = lambda: self.woken.append(server.name)  # noqa: E731 (shorter than a function)
+        return self.pace.scraped(server, self.fleet.settings, now, wake)
+
+
+def test_matters_idle_server_does_not():
+    fleet = make_fleet(1)
+    server = fleet.servers["a"]
+    assert matters(server, SETTLES_IN - 1) is False  # up since the start
+    server.scraped(gauges(0.0), LATER, 0)
+    assert not matters(server, LATER)
+
+
+REASONS: dict[str, Callable[[Server], object]] = {
+    "our request": lambda server: server.lease(LATER),
+    "others' running request": lambda server: server.scraped(gauges(1.0), LATER, 0),
+    "others' waiting request": lambda server: server.scraped(gauges(0.0, 1.0), LATER, 0),
+    "failed check": lambda server: server.checked(Check.TIMEOUT, 1.0, LATER),
+    "just down": lambda server: go_down(server, LATER),
+    "ejected": lambda server: eject(server, LATER),
+    "paused": lambda server: server.pause(on=True, now=LATER),
+    "silent": lambda server: server.silence.suspect(LATER, LATER, "", 1.0),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_matters_reason_to_follow_the_server(reason):
+    server = make_fleet(1).servers["a"]
+    assert not matters(server, LATER)
+    REASONS[reason](server)
+    assert matters(server, LATER)
+
+
+def test_matters_unprobed_server_does():
+    assert matters(make_fleet(1, up=False).servers["a"], LATER)
+
+
+@pytest.mark.parametrize("change", ["down", "back"])
+def test_matters_ends_some_time_after_a_change(change):
+    server = make_fleet(1).servers["a"]
+    go_down(server, LATER)
+    if change == "back":
+        while not server.active_health.up:
+            server.checked(Check.GOOD, 0.001, LATER)
+    assert matters(server, LATER + SETTLES_IN - 1)
+    assert not matters(server, LATER + SETTLES_IN)
+
+
+def test_pace_small_fleet_is_asked_as_usual():
+    rig = Probed(6)
+    for server in rig.servers:
+        assert rig.scraped(server) == 0.5
+        assert rig.pace.interval(server, 2.0) == 2.0
+        assert server.load_estimate.stale_after == 1.5
+        server.lease(LATER)
+    assert rig.woken == []
+
+
+@pytest.mark.parametrize(
+    ("servers", "rate", "scrape", "check"),
+    [(50, 100, 0.5, 2.0), (100, 100, 1.0, 2.0), (1000, 100, 10.0, 10.0), (1000, 10, 30.0, 30.0)],
+)
+def test_pace_all_idle_servers_share_the_rate(servers, rate, scrape, check):
+    rig = Probed(servers, idle_probes_per_second=rate)
+    server = rig.servers[0]
+    assert rig.scraped(server) == scrape
+    assert rig.pace.interval(server, 2.0) == check
+    assert server.load_estimate.stale_after == 3 * scrape
+    assert scrape <= LONGEST
+
+
+def test_pace_long_intervals_are_not_shortened():
+    rig = Probed(300, idle_probes_per_second=1, metrics_interval=3600)
+    assert rig.scraped(rig.servers[0]) == 3600
+
+
+def test_pace_server_that_matters_is_asked_as_usual_among_many():
+    rig = Probed(1000)
+    server = rig.servers[7]
+    server.scraped(gauges(3.0), LATER, 0)
+    assert rig.scraped(server) == 0.5
+    assert rig.pace.interval(server, 2.0) == 2.0
+    assert server.load_estimate.stale_after == 1.5
+    server.lease(LATER)
+    assert rig.woken == [], "it is asked in half a second anyway"
+
+
+def test_pace_chosen_idle_server_is_woken_once():
+    rig = Probed(1000)
+    server = rig.servers[7]
+    server.lease(LATER)
+    server.lease(LATER)
+    assert rig.woken == ["s7"]
+    assert rig.pace.interval(server, 2.0) == 2.0, "its health is checked as usual from now on"
+
+
+def test_pace_many_chosen_servers_are_woken_at_the_rate():
+    rig = Probed(1000, idle_probes_per_second=10)
+    for server in rig.servers[:200]:
+        server.lease(LATER)
+    assert len(rig.woken) == 10
+    for server in rig.servers[200:220]:
+        server.lease(LATER + 0.5)
+    assert len(rig.woken) == 15
+
+
+def test_pace_postponed_server_is_woken_if_its_request_lasts():
+    rig = Probed(1000, idle_probes_per_second=10)
+    leases = [server.lease(LATER) for server in rig.servers[:12]]
+    leases[10].release()
+    woken = rig.woken[:]
+    rig.scraped(rig.servers[500], LATER + 0.4)
+    assert rig.woken == woken
+    rig.scraped(rig.servers[500], LATER + 0.5)
+    assert rig.woken == [*woken, "s11"]
+    rig.servers[10].lease(LATER + 10)
+    assert rig.woken[-1] == "s10", "its short request over, it was idle again"
+
+
+def test_pace_scrape_meanwhile_replaces_a_postponed_one():
+    rig = Probed(1000, idle_probes_per_second=1)
+    for server in rig.servers[:3]:
+        server.lease(LATER)
+    assert rig.woken == ["s0"]
+    assert rig.scraped(rig.servers[1], LATER + 0.1) == 0.5
+    rig.scraped(rig.servers[500], LATER + 1)
+    assert rig.woken == ["s0", "s2"]
+
+
+def test_pace_forgotten_server_is_not_counted_and_not_woken():
+    rig = Probed(200)
+    for server in rig.servers[100:]:
+        rig.pace.forget(server)
+    assert rig.scraped(rig.servers[0]) == 1.0
+    rig.servers[150].lease(LATER)
+    assert rig.woken == []
+
+
+def test_pace_new_setting_applies_with_the_next_scrape():
+    rig = Probed(1000)
+    rig.fleet.settings = make_fleet(1, idle_probes_per_second=100_000).settings
+    assert rig.scraped(rig.servers[0]) == 0.5
