@@ -7,10 +7,12 @@ and a ScoreCache reads what is new in it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_router.routing.hashing import draw
+from vllm_router.routing.score_order import ScoreOrder
 from vllm_router.routing.server_estimate import ServerEstimate
 from vllm_router.routing.working_sets import overflow
 
@@ -46,6 +48,22 @@ AFFINITY_BONUS = 2.0
 """Requests subtracted from the affinity server's load for a new conversation."""
 
 
+LARGE = 128
+"""From so many candidates on, a pick does not score all of them, see `lowest_of_few`."""
+
+SHORTLIST = 16
+"""Candidates with the lowest base scores that are scored in a large fleet."""
+
+HOLDERS = 8
+"""Servers that are scored because they have blocks of a prompt, for each number of blocks."""
+
+SEARCHED = 32
+"""Candidates with the lowest base scores among which servers with a prompt's blocks are sought."""
+
+RING = 32
+"""Servers of a large fleet among which a key's affinity server is sought."""
+
+
 class ScoreCache:
     """The parts of the candidates' scores; every list has one item per candidate, in order.
 
@@ -54,6 +72,7 @@ class ScoreCache:
     slow, factors: slowness, and slowness divided by the effective capacity.
     bases: scores without tokens to recompute.
     credited: bits of the servers whose cached blocks count.
+    latency, load: the candidates' medians.
     has_peers: whether other routers use the same servers.
     peer_ratio: estimated requests of other routers since the scrape, per request of ours.
     is_adapter: whether the model is a LoRA adapter on any of the servers.
@@ -67,8 +86,11 @@ class ScoreCache:
         "_footprints",
         "_growth",
         "_growths",
+        "_known",
+        "_load_total",
         "_loads",
         "_log",
+        "_order",
         "_overflows",
         "_per_queued",
         "_per_request",
@@ -77,7 +99,11 @@ class ScoreCache:
         "_prompt_growth",
         "_prompt_growths",
         "_read",
+        "_ring",
         "_rooms",
+        "_suspects",
+        "_turn_at",
+        "_turn_of",
         "bases",
         "candidates",
         "credited",
@@ -88,7 +114,9 @@ class ScoreCache:
         "has_peers",
         "is_adapter",
         "kv_tokens",
+        "latency",
         "least_room",
+        "load",
         "mean_footprint",
         "peer_ratio",
         "slow",
@@ -103,11 +131,19 @@ class ScoreCache:
         self.candidates = candidates
         self.estimates = estimates
         self.bases = [0.0] * len(estimates)
-        self.factors: list[float] = []
-        self.slow: list[float] = []
+        self.factors = [1.0] * len(estimates)
+        self.slow = [1.0] * len(estimates)
+        self.latency = self.load = 0.0
         self.credited = 0
         self.everyone = sum(estimate.bit for estimate in estimates)
         self.fresh_until = -math.inf
+        self._known = False
+        """Whether all candidates have been updated once."""
+        self._turn_of = 0
+        self._turn_at = -math.inf
+        """The next candidate to be updated, and when."""
+        self._suspects: set[int] = set()
+        """Positions of the candidates to be updated out of turn."""
         self.peer_ratio = 0.0
         self.has_peers = False
         self._affinities: dict[int, ServerEstimate] = {}
@@ -126,7 +162,7 @@ class ScoreCache:
         self._rooms = [math.inf] * len(estimates)
         self.least_room = math.inf
         self.kv_tokens = [math.inf] * len(estimates)
-        """KV cache sizes of the servers as conversations find them; set before `measure_all`."""
+        """KV cache sizes of the servers as conversations find them; set before `measure`."""
         self.mean_footprint = 0.0
         self.is_adapter = False
         self._positions = {server: position for position, server in enumerate(candidates)}
@@ -135,6 +171,15 @@ class ScoreCache:
         }
         self._log = candidates[0].change_log.servers
         self._read = 0
+        self._load_total = 0.0
+        large = len(estimates) >= LARGE
+        self._order = ScoreOrder(self.bases) if large else None
+        self._ring = sorted((estimate.seed, estimate.bit) for estimate in estimates if large)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether `lowest_of_few` can be used."""
+        return self._order is not None
 
     def follow(self) -> None:
         """Update the scores of servers that have changed; the first step of a pick."""
@@ -151,14 +196,61 @@ class ScoreCache:
                 if position is not None:
                     self._measure(position)
 
+    def refresh_soon(self, estimate: ServerEstimate) -> None:
+        """Update the server's terms with the next pick: it has failed a request."""
+        self.fresh_until = -math.inf
+        position = self._position_of_bit.get(estimate.bit)
+        if position is not None:
+            self._suspects.add(position)
+
+    def next_positions(self, most: int, now: float, every: float) -> tuple[Sequence[int], bool]:
+        """The candidates to update now, and whether a new round over all of them begins.
+
+        At most `most` are updated `every` so many seconds, the first time all. The
+        servers of `refresh_soon` are updated at once; if all fit into one turn, all are.
+        """
+        size, begin = len(self.estimates), self._turn_of
+        suspects, self._suspects = self._suspects, set()
+        self.fresh_until = now + every
+        if not self._known or size <= most:
+            self._known = True
+            self._turn_at = now + every
+            return range(size), True
+        if now < self._turn_at:
+            self.fresh_until = self._turn_at
+            return sorted(suspects), False
+        end = min(begin + most, size)
+        self._turn_of, self._turn_at = end % size, now + every
+        suspects.update(range(begin, end))
+        return sorted(suspects), begin == 0
+
     def measure_all(self) -> None:
-        """Update all scores: the change log was restarted, or `factors` are new."""
+        """Update all scores: the change log was restarted."""
         self._log = self.candidates[0].change_log.servers
         self._read = len(self._log)
-        self._measure_rooms()
-        for position in range(len(self.estimates)):
+        self._measure_at(range(len(self.estimates)))
+
+    def measure(self, positions: Sequence[int]) -> None:
+        """Update the scores: `factors` are new there, and all servers may have changed."""
+        if len(positions) == len(self.estimates):
+            self.measure_all()
+        else:
+            self.follow()
+            self._measure_at(positions)
+
+    def _measure_at(self, positions: Sequence[int]) -> None:
+        order = self._order
+        if order is not None and len(positions) == len(self.estimates):
+            self._order = None  # sorting all at once is cheaper
+        for position in positions:
+            self._measure_room(position)
             self._measure(position)
             self._measure_working_set(position)
+        if order is not None and self._order is None:
+            self._order = order
+            order.rebuild(self.bases)
+        self.least_room = min(self._rooms)
+        self._load_total = sum(self._loads)
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
@@ -167,6 +259,8 @@ class ScoreCache:
         waste_load = min(load, MAX_WASTE_LOAD)
         base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
         self.bases[position] = factor * base
+        if self._order is not None:
+            self._order.change(position, factor * base)
         per_token = factor * self._per_request
         self._growths[position] = per_token * (1.0 + self._growth * waste_load)
         self._loads[position] = server_load.value
@@ -184,20 +278,17 @@ class ScoreCache:
         self._overflows[position] = per_token * overflow(tokens, self.kv_tokens[position])
         self._arrivals[position] = per_token * estimate.arrivals
 
-    def _measure_rooms(self) -> None:
-        """Update what the scrapes say of the KV caches; our requests do not change it."""
-        self.least_room = math.inf
-        for position, estimate in enumerate(self.estimates):
-            load = estimate.server.load_estimate
-            usage = load.metrics.kv_usage if load.metrics is not None and load.fresh else None
-            room = math.inf
-            if usage is not None:
-                room = max(0.0, KV_ROOM - usage) * self.kv_tokens[position]
-            self._rooms[position] = room
-            self._crowdings[position] = (
-                KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
-            )
-            self.least_room = min(self.least_room, room)
+    def _measure_room(self, position: int) -> None:
+        """Update what the last scrape says of the KV cache; our requests do not change it."""
+        load = self.estimates[position].server.load_estimate
+        usage = load.metrics.kv_usage if load.metrics is not None and load.fresh else None
+        room = math.inf
+        if usage is not None:
+            room = max(0.0, KV_ROOM - usage) * self.kv_tokens[position]
+        self._rooms[position] = room
+        self._crowdings[position] = (
+            KV_PENALTY * max(0.0, (usage or 0.0) - KV_ROOM) / (1.0 - KV_ROOM)
+        )
 
     def scores(self, levels: list[tuple[float, int]], bonus: int) -> list[float]:
         """The candidates' scores for a prompt.
@@ -270,8 +361,100 @@ class ScoreCache:
         """The penalty for the uncached tokens beyond the room of a server, in requests."""
         bit = self.estimates[position].bit
         cached = next((cached for cached, bits in levels if bits & bit), 0.0)
-        over = max(0.0, tokens - cached - self._rooms[position])
+        return self._excess_beyond(position, tokens - cached)
+
+    def _excess_beyond(self, position: int, uncached: float) -> float:
+        over = max(0.0, uncached - self._rooms[position])
         return over * KV_PENALTY / ((1.0 - KV_ROOM) * self.kv_tokens[position])
+
+    # -- large fleets -----------------------------------------------------------------------------
+
+    def lowest_of_few(
+        self,
+        levels: list[tuple[float, int]],
+        bonus: int,
+        prompt: tuple[float, float, float, float],
+        draw: float,
+    ) -> list[int]:
+        """The positions with the lowest score among the servers that have a chance.
+
+        These are the ones with the lowest base scores, those with blocks of the prompt, and the
+        affinity server: the others would need more requests, and compute as much. `prompt` has the
+        tokens of the prompt and the arguments of `with_prompt`; `draw` is a random number in
+        [0, 1).
+        """
+        order = self._order
+        assert order is not None
+        tokens, uncached, turns, delay = prompt
+        cached, best = self._cached_at(levels, order, draw)
+        chosen = dict.fromkeys(order.lowest(SHORTLIST))
+        chosen.update(cached)
+        at_home = self._position_of_bit[bonus] if bonus else -1
+        if bonus:
+            chosen[at_home] = None
+        lost, late = turns * uncached, DELAYED * uncached * delay if turns else 0.0
+        presses = tokens > self.least_room
+        found: list[int] = []
+        lowest = math.inf
+        for position in chosen:
+            have = cached.get(position, 0.0)
+            score = (
+                self.bases[position]
+                + (best - have) * self._growths[position]
+                + uncached * self._prompt_growths[position]
+                + lost * self._overflows[position]
+                + late * self._arrivals[position]
+            )
+            if position == at_home:
+                score -= self.factors[position] * AFFINITY_BONUS
+            if presses and tokens > self._rooms[position]:
+                score += self.factors[position] * self._excess_beyond(position, tokens - have)
+            if score < lowest:
+                lowest, found = score, [position]
+            elif score == lowest:
+                found.append(position)
+        return found
+
+    def _cached_at(
+        self, levels: list[tuple[float, int]], order: ScoreOrder, draw: float
+    ) -> tuple[dict[int, float], float]:
+        """Cached tokens by position, for some servers of each level, and the most of them.
+
+        As in `not_overloaded`, servers with much more load than the mean do not count.
+        """
+        limit = HOT_SHARE * self._load_total / len(self._loads) + HOT_MARGIN
+        cached: dict[int, float] = {}
+        for tokens, bits in levels:
+            for position in self._some_of(bits, order, draw):
+                if position in cached:
+                    continue
+                load = self._loads[position]
+                capacity = self.candidates[position].weighted_capacity
+                if load <= limit or load * capacity <= HOT_REQUESTS:
+                    cached[position] = tokens
+        return cached, max(cached.values(), default=0.0)
+
+    def _some_of(self, bits: int, order: ScoreOrder, draw: float) -> list[int]:
+        """Positions of some of these servers, of all if they are few.
+
+        HOLDERS with the lowest base scores; if few are in front, some of the others, by chance.
+        """
+        if bits.bit_count() <= HOLDERS:
+            return self._first_of(bits)
+        estimates = self.estimates
+        front = [position for position in order.lowest(SEARCHED) if estimates[position].bit & bits]
+        if len(front) >= HOLDERS:
+            return front[:HOLDERS]
+        shift = int(draw * bits.bit_length())
+        return front + self._first_of(bits >> shift << shift or bits)
+
+    def _first_of(self, bits: int) -> list[int]:
+        found: list[int] = []
+        while bits and len(found) < HOLDERS:
+            bit = bits & -bits
+            bits ^= bit
+            found.append(self._position_of_bit[bit])
+        return found
 
     # -- for explanations -------------------------------------------------------------------------
 
@@ -303,15 +486,28 @@ class ScoreCache:
         return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
 
     def affinity_of(self, key: int) -> ServerEstimate:
-        """The key's server by weighted rendezvous hashing. Cached: it costs 0.6 µs per server."""
+        """The key's server by weighted rendezvous hashing. Cached: it costs 0.6 µs per server.
+
+        In a large fleet, only the RING servers that follow the key in the order of their seeds
+        take part: another server's coming or going moves few keys there, too.
+        """
         affinity = self._affinities.get(key)
         if affinity is None:
             if len(self._affinities) >= MAX_AFFINITIES:
                 self._affinities.clear()
             affinity = self._affinities[key] = min(
-                self.estimates,
+                self._contenders(key),
                 key=lambda estimate: (
                     -math.log(draw(key, estimate.seed)) / estimate.server.weighted_capacity
                 ),
             )
         return affinity
+
+    def _contenders(self, key: int) -> list[ServerEstimate]:
+        ring = self._ring
+        if not ring:
+            return self.estimates
+        begin = bisect_left(ring, (key, 0))
+        around = ring[begin : begin + RING]
+        around += ring[: RING - len(around)]
+        return [self.estimates[self._position_of_bit[bit]] for _, bit in around]

@@ -56,6 +56,9 @@ share is taken to have prefix caching off."""
 ARRIVALS_HALF_LIFE = 10.0
 LN2 = 0.6931471805599453
 
+NEGLIGIBLE = 0.001
+"""Arrivals per second, tokens and differences of ratios that change no decision."""
+
 FIRST_TOKEN = 0.5
 """Seconds to the first token of a server that does not export it."""
 
@@ -212,6 +215,19 @@ class ServerEstimate:
     def trusted(self) -> bool:
         """Whether the engine's cache hits match the expected ones."""
         return self.expected < MIN_EXPECTED_TOKENS or self.hits >= MIN_HIT_SHARE * self.expected
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has happened on the server that an update of its terms would show."""
+        load = self.server.load_estimate
+        return (
+            load.scraped_at == self.scraped_at
+            and self.arrivals < NEGLIGIBLE
+            and self.latency_count < NEGLIGIBLE
+            and abs(self.lasting - 1.0) < NEGLIGIBLE
+            and not (self.sent or self.due or self.error_penalty or load.advancing)
+            and self.restarts == self.server.restarts
+        )
 
     def count_arrival(self, now: float, requests: float = 1.0) -> None:
         """Requests were sent to the server; none to let the rate fade."""

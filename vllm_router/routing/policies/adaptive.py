@@ -6,12 +6,12 @@ with `recompute` including an adapter to be loaded and what a new conversation w
 The lowest score wins, ties at random. docs/routing.md explains every term with an example. With
 nothing cached, nothing queued and equal speed the order equals `least_load`. Scores change
 with every request, for the servers it concerns; terms that change with time (slowness, error
-penalty, slow start) are refreshed at most every REFRESH seconds.
+penalty, slow start) are refreshed at most every REFRESH seconds, in a large fleet for a part of the
+servers each time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 REFRESH = 0.1
 """Seconds between two updates of the terms that change with time."""
+
+REFRESHED_AT_ONCE = 100
+"""Candidates that are updated at once, in 1 ms; in a larger fleet the others follow in turn."""
 
 MAX_CACHES = 256
 """Models with a ScoreCache."""
@@ -91,6 +94,8 @@ class Adaptive(Policy):
 
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         cache = self._cache(candidates, info.model, now)
+        if cache.is_large:
+            return self._pick_of_many(cache, info)
         scores = cache.bases
         hashes = info.prompt.block_hashes
         matches: Matches | None = None
@@ -104,6 +109,24 @@ class Adaptive(Policy):
         best = [server for server, score in zip(candidates, scores, strict=True) if score == lowest]
         return self.rng.choice(best), matches
 
+    def _pick_of_many(self, cache: ScoreCache, info: RoutingInfo) -> Choice:
+        """As `pick`, but only the candidates with a chance are scored."""
+        hashes = info.prompt.block_hashes
+        matches: Matches | None = None
+        levels: list[tuple[float, int]] = []
+        bonus = 0
+        if hashes or cache.has_peers or cache.is_adapter:
+            matches = self.index.table.match(hashes, cache.everyone)
+            levels, bonus = self._levels(cache, info, matches)
+        tokens, uncached, turns = self._prompt(info, matches or [])
+        if not hashes:
+            uncached = turns = 0.0
+        delay = uncached * self._swap_cost.per_token
+        prompt = (tokens, uncached, turns, delay)
+        best = cache.lowest_of_few(levels, bonus, prompt, self.rng.random())
+        position = best[0] if len(best) == 1 else self.rng.choice(best)
+        return cache.candidates[position], matches
+
     def _credit(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
     ) -> tuple[list[tuple[float, int]], int]:
@@ -111,6 +134,13 @@ class Adaptive(Policy):
 
         Also the bit of the affinity server if a conversation begins here, or 0.
         """
+        levels, bonus = self._levels(cache, info, matches)
+        return cache.not_overloaded(levels) if levels else levels, bonus
+
+    def _levels(
+        self, cache: ScoreCache, info: RoutingInfo, matches: Matches
+    ) -> tuple[list[tuple[float, int]], int]:
+        """As `_credit`, with servers that have much more load than the mean."""
         levels: list[tuple[float, int]] = []
         if matches:
             per_byte = self.index.tokens_per_byte(info.model, info.prompt)
@@ -126,7 +156,7 @@ class Adaptive(Policy):
         if cache.is_adapter:
             loaded = self._loaded(cache, info.model) & cache.credited
             levels = with_adapters(levels, loaded, self._swap_cost.tokens)
-        return cache.not_overloaded(levels) if levels else levels, bonus
+        return levels, bonus
 
     def _weigh(
         self,
@@ -224,11 +254,18 @@ class Adaptive(Policy):
         return estimate
 
     def _refresh(self, cache: ScoreCache, now: float) -> None:
-        """Update the terms that change with time. O(candidates), at most every REFRESH."""
+        """Update the terms that change with time, of REFRESHED_AT_ONCE candidates at most.
+
+        A new cache is updated as a whole, and servers that have just failed a request at once.
+        """
         estimates = cache.estimates
-        self.index.follow(cache.candidates, now)
+        positions, begins = cache.next_positions(REFRESHED_AT_ONCE, now, REFRESH)
+        if len(positions) < len(estimates):
+            positions = [position for position in positions if not estimates[position].is_quiet]
+        self.index.follow([cache.candidates[position] for position in positions], now)
         self._working_sets.expire(now)
-        for estimate in estimates:
+        for position in positions:
+            estimate = estimates[position]
             if estimate.restarts != estimate.server.restarts:
                 estimate.restarts = estimate.server.restarts
                 estimate.adapters.clear()
@@ -237,27 +274,28 @@ class Adaptive(Policy):
             estimate.follow_scrape()
             if estimate.due:
                 estimate.settle(now)
-        self._detect_peers(cache)
-        cache.mean_footprint = self._working_sets.mean
-        cache.kv_tokens = [self.index.kv_tokens(server) for server in cache.candidates]
-        latency, load = median_latency(estimates), median_load(estimates)
-        cache.credited = 0
-        cache.factors, cache.slow = [], []
-        for estimate in estimates:
+        if begins:
+            self._detect_peers(cache)
+            cache.mean_footprint = self._working_sets.mean
+            cache.latency, cache.load = median_latency(estimates), median_load(estimates)
+        for position in positions:
+            estimate = estimates[position]
             server = estimate.server
             penalty = estimate.error_penalty_now(now)
             estimate.extra = penalty + cache.peer_ratio * estimate.sent
-            slow = slowness(estimate, latency, load, now)
+            slow = slowness(estimate, cache.latency, cache.load, now)
             # One long prefill makes a server slow for seconds, which is no reason to compute the
             # conversations of its agents elsewhere.
             lasting = estimate.lasting < CREDIT_MAX_SLOWNESS
             if penalty < CREDIT_MAX_PENALTY and lasting and estimate.trusted:
                 cache.credited |= estimate.bit
+            else:
+                cache.credited &= ~estimate.bit
             share = server.weighted_capacity * server.load_estimate.slow_start_factor
-            cache.slow.append(slow)
-            cache.factors.append(slow / share)
-        cache.fresh_until = now + REFRESH
-        cache.measure_all()
+            cache.slow[position] = slow
+            cache.factors[position] = slow / share
+            cache.kv_tokens[position] = self.index.kv_tokens(server)
+        cache.measure(positions)
 
     @staticmethod
     def _detect_peers(cache: ScoreCache) -> None:
@@ -363,7 +401,7 @@ class Adaptive(Policy):
             estimate.error_at = now
             estimate.extra += ERROR_PENALTY
             for cache in self._caches.values():
-                cache.fresh_until = -math.inf
+                cache.refresh_soon(estimate)
 
     def forget(self, server: Server) -> None:
         estimate = self._estimates.pop(server, None)

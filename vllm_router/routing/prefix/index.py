@@ -30,6 +30,8 @@ class PrefixIndex:
         self.table = PrefixTable(1, settings.prefix_expiry)
         self._max_entries = max(1, int(settings.prefix_memory_mb * 1e6 / ENTRY_BYTES))
         self._bits: dict[Server, int] = {}
+        self._taken = 0
+        """The bits of all servers."""
         self._restarts: dict[Server, int] = {}
         self._bytes_per_token: dict[str | None, float] = {}
         self._kv_share: dict[Server, float] = {}
@@ -39,8 +41,8 @@ class PrefixIndex:
         """The bit that represents the server in the table."""
         bit = self._bits.get(server)
         if bit is None:
-            taken = sum(self._bits.values())
-            bit = ~taken & (taken + 1)  # the lowest free bit
+            bit = ~self._taken & (self._taken + 1)  # the lowest free bit
+            self._taken |= bit
             self._bits[server] = bit
             self._restarts[server] = server.restarts
             self.table.entries_per_server = max(1, self._max_entries // len(self._bits))
@@ -115,6 +117,7 @@ class PrefixIndex:
         self._restarts.pop(server, None)
         self._kv_share.pop(server, None)
         if bit is not None:
+            self._taken ^= bit
             self.table.forget(bit)
 
     def judge(self, server: Server, expected: float, found: int) -> None:
