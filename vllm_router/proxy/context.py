@@ -27,7 +27,7 @@ from vllm_router.proxy.retry import RetryBudget
 from vllm_router.routing.owners import Owners
 from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.prompt.known_bodies import KnownBodies
-from vllm_router.routing.prompt.routing_info import ReadKnown
+from vllm_router.routing.prompt.routing_info import EarlierBodies
 
 OWNERS_SOUGHT = 16
 """Requests that may ask all servers for a stored response at the same time."""
@@ -64,7 +64,7 @@ class ProxyContext:
     that all requests use the default policy and the model names of the servers; `gate` is None
     without `[limits]`.
     `body_turns` makes long bodies that are read in slices take turns.
-    `read_known` reads long bodies that repeat earlier ones.
+    `known_bodies` reads long bodies that repeat earlier ones.
     `owners` says which server has which stored response; `looking_for_owners` bounds the requests
     that ask all servers for one.
     `refresh_models` reads the servers' model lists again. It returns when that is done or the
@@ -89,7 +89,7 @@ class ProxyContext:
     usage: Usage = field(default_factory=Usage)
     bodies: Bodies = field(default_factory=Bodies)
     body_turns: trio.Lock = field(default_factory=trio.Lock)
-    read_known: ReadKnown = field(default_factory=lambda: KnownBodies().read)
+    known_bodies: EarlierBodies = field(default_factory=KnownBodies)
     owners: Owners = field(default_factory=Owners)
     looking_for_owners: trio.CapacityLimiter = field(
         default_factory=lambda: trio.CapacityLimiter(OWNERS_SOUGHT)

@@ -260,7 +260,7 @@ class Exchange:
             context.policies,
             wanted,
             context.fleet.seeds,
-            context.read_known,
+            context.known_bodies,
             with_prompt=context.wants_prompt,
         )
         record.facts = facts = request.facts

@@ -24,7 +24,7 @@ from vllm_router.routing.prompt.model_name import json_name, model_places, with_
 from vllm_router.routing.prompt.routing_info import (
     SHORT,
     UNREAD,
-    ReadKnown,
+    EarlierBodies,
     RoutingInfo,
     read_at_once,
 )
@@ -43,6 +43,7 @@ class Request:
     """
 
     __slots__ = (
+        "_known",
         "_model_places",
         "_policies",
         "_seeds",
@@ -72,7 +73,7 @@ class Request:
         policies: PolicySet,
         wanted: Policy | None,
         seeds: ModelSeeds,
-        known: ReadKnown | None = None,
+        known: EarlierBodies | None = None,
         *,
         with_prompt: bool,
     ) -> None:
@@ -88,6 +89,7 @@ class Request:
         self._policies = policies
         self._wanted = wanted
         self._with_prompt = with_prompt
+        self._known = known
         self._seeds = seeds
         self.method: str = scope["method"]
         self.target = head.target
@@ -128,6 +130,7 @@ class Request:
             with_prompt=read.needs_prompt or with_prompt,
             shortest=SHORT,
             seeds=self._seeds.of,
+            known=self._known,
         )
         try:
             reading = await in_slices(steps, turns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 from unittest.mock import patch
 
@@ -13,10 +14,18 @@ from hypothesis import strategies as st
 
 from vllm_router.routing.prompt import routing_info
 from vllm_router.routing.prompt.blocks import HashState, extend_hashes, hash_blocks
+from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.conversation import continued, conversation_of, messages_in
-from vllm_router.routing.prompt.known_bodies import KnownBodies
-from vllm_router.routing.prompt.routing_info import RoutingInfo, read_at_once
+from vllm_router.routing.prompt.known_bodies import LONGEST, KnownBodies
+from vllm_router.routing.prompt.routing_info import (
+    AT_ONCE,
+    WITH_PROMPT_AT_ONCE,
+    RoutingInfo,
+    count_objects,
+    read_at_once,
+)
 from vllm_router.routing.prompt.session import SessionHint
+from vllm_router.routing.prompt.steps import finish
 
 CHAT = b"/v1/chat/completions"
 SLOW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,15 +34,12 @@ HINT = SessionHint(None, "", (("user", "body:user"),))
 
 def read(body: bytes, known: KnownBodies | None = None) -> RoutingInfo | None:
     """What routing reads of a body of any length."""
+    about = (CHAT, b"application/json", body, HINT)
     with patch.object(routing_info, "LONG", 0):
-        return read_at_once(
-            CHAT,
-            b"application/json",
-            body,
-            HINT,
-            with_prompt=True,
-            known=known.read if known is not None else None,
-        )
+        found = read_at_once(*about, with_prompt=True, known=known)
+        if found is None and len(body) > WITH_PROMPT_AT_ONCE:
+            return finish(read_in_slices(*about, with_prompt=True, known=known)).facts
+        return found
 
 
 def body_of(
@@ -181,6 +187,49 @@ def test_known_bodies_with_many_messages_give_the_same(first: int) -> None:
         assert read(body, known) == read(body)
 
 
+@pytest.mark.parametrize("length", [WITH_PROMPT_AT_ONCE, AT_ONCE, LONGEST - 60_000])
+def test_known_body_of_any_length_is_continued(length: int) -> None:
+    known = KnownBodies()
+    conversation = [{"role": "user", "content": "x" * (length // 40)} for _ in range(40)]
+    first = body_of(conversation)
+    assert length < len(first) < LONGEST
+    assert read(first, known) == read(first)
+    for _ in range(2):
+        conversation += turns(2, 25_000)
+        longer = body_of(conversation)
+        assert hits(known, longer)
+        assert read(longer, known) == read(longer)
+
+
+def test_long_body_is_read_in_several_slices() -> None:
+    body = body_of(turns(300, 3000))
+    about = (CHAT, b"application/json", body, HINT)
+    known = KnownBodies()
+    assert read_at_once(*about, with_prompt=True, known=known) is None
+    assert len(list(read_in_slices(*about, with_prompt=True, known=known))) >= 3
+    assert len(known) == 1
+
+
+def test_known_body_is_kept_without_a_copy() -> None:
+    known = KnownBodies()
+    bodies = [body_of(turns(count, 3000)) for count in (298, 300)]
+    read(bodies[0], known)
+    tracemalloc.start()
+    try:
+        read(bodies[1], known)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(known) == 1
+    assert peak < 50_000
+
+
+@given(st.integers(0, 3000), st.binary(max_size=20))
+def test_objects_are_counted(count: int, text: bytes) -> None:
+    body = (text + b"{") * count + text
+    assert count_objects(body) == body.count(b"{")
+
+
 # -- when --------------------------------------------------------------------------------------
 
 
@@ -237,3 +286,12 @@ def test_body_larger_than_the_memory_is_not_kept() -> None:
     body = body_of(turns(4))
     assert read(body, known) == read(body)
     assert (len(known), known.bytes) == (0, 0)
+
+
+def test_body_that_takes_much_of_the_memory_drops_no_others() -> None:
+    known = KnownBodies(most_bytes=10_000)
+    small, large = body_of(turns(4)), body_of(turns(40), before='"model":"large"')
+    assert len(small) < 2500 < len(large)
+    read(small, known)
+    read(large, known)
+    assert hits(known, small)

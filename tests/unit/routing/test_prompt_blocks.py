@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from typing import Any
+from zlib import crc32
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from vllm_router.routing.prompt.blocks import (
 )
 from vllm_router.routing.prompt.body_reader import read_routing_info
 from vllm_router.routing.prompt.content import MAX_PARSED
+from vllm_router.routing.prompt.conversation import plain_prompt, raw_prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 
 CHAT = b"/v1/chat/completions"
@@ -314,3 +316,16 @@ def test_blocks_with_different_cache_salts_share_nothing(path: bytes, fields: di
     for left, right in ((bare, a), (a, b), (bare, b)):
         assert not set(left.block_hashes) & set(right.block_hashes)
         assert left.conversation != right.conversation
+
+
+@pytest.mark.parametrize("size", [3000, 65_535, 65_536, 65_537, 200_000])
+@pytest.mark.parametrize("first", [10, 40_000])
+def test_blocks_conversation_is_identified_by_64_kb_at_most(size: int, first: int):
+    """The checksum is taken from the one that the blocks are made of."""
+    texts = [b"a" * first, memoryview(bytes(range(256)) * 800)[: size - first]]
+    if first < size:
+        whole = b"".join(texts)
+        prompt = raw_prompt(*texts, seed=7)
+        assert prompt.conversation == crc32(whole[: 1 << 16], 7)
+        assert prompt.block_hashes == hash_blocks(whole, seed=7)
+        assert plain_prompt(b"[" + whole[1:], 7).conversation == crc32(b"[" + whole[1 : 1 << 16], 7)

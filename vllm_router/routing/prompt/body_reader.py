@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from vllm_router.errors import InvalidBody
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.routing.paths import is_pure
@@ -24,11 +26,14 @@ from vllm_router.routing.prompt.long_prompt import Values, long_prompt
 from vllm_router.routing.prompt.model_name import json_name, name_place
 from vllm_router.routing.prompt.routing_info import (
     EXPLAIN,
+    WITH_PROMPT_AT_ONCE,
+    EarlierBodies,
     RoutingInfo,
     Seeds,
     may_be_form,
     read_at_once,
     routing_info_from,
+    transfer_in,
 )
 from vllm_router.routing.prompt.session import SessionHint
 from vllm_router.routing.prompt.steps import Steps, finish, joined
@@ -49,13 +54,14 @@ class Reading:
     """The result of reading a body.
 
     text: the body converted to UTF-8, None if it was UTF-8.
-    places: positions of the model's name in the text (or the body); `name` encodes another one.
+    places: positions of the model's name in the text (or the body), None if they were not looked
+        for; `name` encodes another one.
     oddity: the reason why a form is not plain; empty for plain forms and JSON.
     """
 
     facts: RoutingInfo
     text: bytes | None = None
-    places: tuple[tuple[int, int], ...] = ()
+    places: tuple[tuple[int, int], ...] | None = ()
     name: Callable[[str], bytes] = json_name
     oddity: str = ""
 
@@ -91,8 +97,9 @@ def read_in_slices(
     with_prompt: bool = False,
     shortest: int = 0,
     seeds: Seeds = seed_of_name,
+    known: EarlierBodies | None = None,
 ) -> Steps[Reading]:
-    """Read a body that `read_at_once` does not.
+    """Read a body that `read_at_once` does not; `known` is the same.
 
     Raises InvalidBody for a body that contradicts its Content-Type, so that vLLM certainly refuses
     it, or that exceeds a limit. A body that vLLM refuses for its Content-Type, or because it is
@@ -106,6 +113,11 @@ def read_in_slices(
             if not body:
                 return unknown
             wants = None if not with_prompt else shortest
+            if known is not None and with_prompt and len(body) > WITH_PROMPT_AT_ONCE:
+                # JSON as nearly all clients write it; a later turn may continue it.
+                found = yield from _read_plain(path, body, session, seeds, known)
+                if found is not None:
+                    return found
             return (yield from _read_json(path, body, session, wants, seeds)) or unknown
         form = yield from read_form(kind, content_type, body)
     except InvalidBody:
@@ -127,6 +139,21 @@ def _says_json(path: bytes, content_type: bytes) -> bool:
     """Whether vLLM would read the body as JSON because of its Content-Type."""
     media_type = content_type.split(b";", 1)[0].strip().lower()
     return path == EXPLAIN or (path not in FORM_PATHS and media_type == b"application/json")
+
+
+def _read_plain(
+    path: bytes, body: bytes, session: SessionHint | None, seeds: Seeds, known: EarlierBodies
+) -> Steps[Reading | None]:
+    """None for JSON that msgspec does not read, and for very long bodies."""
+    found = yield from known.read_in_slices(body, seeds)
+    if found is None:
+        return None
+    fields, prompt = found
+    try:
+        transfer = transfer_in(fields)
+    except msgspec.DecodeError:
+        return None
+    return Reading(routing_info_from(path, fields, session, prompt, transfer), None, None)
 
 
 def _read_json(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from zlib import crc32
 
 import msgspec
 
@@ -12,7 +11,6 @@ from vllm_router.routing.prompt.blocks import (
     Prompt,
     Text,
     extend_hashes,
-    hash_blocks,
 )
 from vllm_router.routing.prompt.content import (
     ABSENT,
@@ -154,11 +152,14 @@ def continued(
             first_turn = len(texts)
     sizes = list(map(len, texts))
     known = before.hashing.size
-    checksum, left = before.checksum, before.left
-    if before.in_first_turn:
-        checksum, left = _extend_checksum(texts[: first_turn or len(texts)], checksum, left)
+    hashing, checksum, left = before.hashing, before.checksum, before.left
+    if before.in_first_turn and left:
+        size = min(left, sum(sizes[: first_turn or len(texts)]))
+        hashing, texts = _hash_beginning(hashing, texts, size)
+        checksum = hashing.checksum
+        left -= size
     return Conversation(
-        _extend_hashes(before.hashing, texts, sizes),
+        _extend_hashes(hashing, texts),
         checksum,
         before.count + len(messages),
         before.shared if shared is None else known + sum(sizes[:shared]),
@@ -169,19 +170,25 @@ def continued(
     )
 
 
-def _extend_checksum(texts: Iterable[Text], checksum: int, left: int) -> tuple[int, int]:
-    """The checksum of these texts, too, up to `left` bytes; and the rest of these bytes."""
-    for text in texts:
-        if left <= 0:
-            break
-        checksum = crc32(memoryview(text)[:left], checksum)
-        left -= len(text)
-    return checksum, left
+def _hash_beginning(
+    hashing: HashState, texts: list[Text], size: int
+) -> tuple[HashState, list[Text]]:
+    """Hash the first `size` bytes of the texts; the rest of them. The running checksum is then the
+    one that identifies the conversation.
+    """
+    for number, text in enumerate(texts):
+        length = len(text)
+        if size < length:
+            view = memoryview(text)
+            hashing = _extend_hashes(hashing, [*texts[:number], view[:size]])
+            return hashing, [view[size:], *texts[number + 1 :]]
+        size -= length
+    return _extend_hashes(hashing, texts), []
 
 
-def _extend_hashes(hashing: HashState, texts: list[Text], sizes: list[int]) -> HashState:
+def _extend_hashes(hashing: HashState, texts: list[Text]) -> HashState:
     """Hash more texts; short ones are joined, which is faster than many calls."""
-    size = sum(sizes)
+    size = sum(map(len, texts))
     join = size < LARGE or size < SHORT_TEXT * len(texts)
     return extend_hashes(hashing, (b"".join(texts),) if join else texts)
 
@@ -218,9 +225,7 @@ def _last_answer(messages: Sequence[Message]) -> Message | None:
 
 def raw_prompt(*texts: Text, seed: int = 0) -> Prompt:
     """The prompt of a conversation that is not parsed."""
-    given = [*texts]
-    hashing = _extend_hashes(HashState(checksum=seed), given, list(map(len, given)))
-    conversation, _ = _extend_checksum(given, seed, _CONVERSATION_BYTES)
+    hashing, conversation = _hash_all([*texts], seed)
     return Prompt(hashing.hashes, hashing.size, conversation=conversation)
 
 
@@ -234,5 +239,12 @@ def plain_prompt(raw: msgspec.Raw | bytes, seed: int = 0) -> Prompt:
     tokens = None
     if text[:1] == b"[" and bytes(text[1:16]).strip(b" []")[:1].isdigit():
         tokens = bytes(text).count(b",") + 1
-    conversation = crc32(text[:_CONVERSATION_BYTES], seed)
-    return Prompt(hash_blocks(text, seed=seed), len(text), tokens, conversation=conversation)
+    hashing, conversation = _hash_all([text], seed)
+    return Prompt(hashing.hashes, len(text), tokens, conversation=conversation)
+
+
+def _hash_all(texts: list[Text], seed: int) -> tuple[HashState, int]:
+    """The hashes of a whole prompt, and what identifies its conversation."""
+    size = min(_CONVERSATION_BYTES, sum(map(len, texts)))
+    hashing, texts = _hash_beginning(HashState(checksum=seed), texts, size)
+    return _extend_hashes(hashing, texts), hashing.checksum

@@ -21,12 +21,24 @@ from vllm_router.routing.prompt.conversation import (
     messages_in,
 )
 from vllm_router.routing.prompt.fields import BLANK, AllFields, Fields
-from vllm_router.routing.prompt.routing_info import Seeds, prompt_head, read_prompt, salted
+from vllm_router.routing.prompt.routing_info import (
+    WITH_PROMPT_AT_ONCE,
+    Seeds,
+    count_objects,
+    prompt_head,
+    read_prompt,
+    salted,
+)
+from vllm_router.routing.prompt.steps import Steps, finish
 
 MOST_BYTES = 16 << 20
 """Bytes of all bodies that are kept, in each process."""
 
 MOST_BODIES = 64
+
+LONGEST = 2 << 20
+"""Bytes of a body that is decoded as a whole, in 1 ms; longer ones are looked through. A body of
+any length is read from where a known one ends."""
 
 _TAIL = 32
 """Bytes at the end of a kept body that are compared first."""
@@ -40,6 +52,7 @@ _ESCAPED = (b"\\u006", b"\\u007")
 """Beginnings of small letters that are written as escapes."""
 
 _NO_JSON = msgspec.Raw(b"")
+_UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeError)
 
 
 class _Messages(msgspec.Struct, gc=False):
@@ -54,13 +67,18 @@ _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class _Known(msgspec.Struct, frozen=True, gc=False):
     """A kept body.
 
-    beginning: its bytes up to the end of the last message.
+    beginning: its bytes up to the end of the last message; a view, as a copy would cost more than
+        all else.
+    tail: its last bytes, which are compared first.
+    size: bytes of the whole body, which the view keeps in memory.
     key, array: the key of the array of messages, and where the array begins.
     objects: number of opening braces.
     head, seed: what precedes the messages in the prompt, and the seed of the hashes.
     """
 
-    beginning: bytes
+    beginning: memoryview
+    tail: bytes
+    size: int
     key: bytes
     array: int
     objects: int
@@ -86,14 +104,26 @@ class KnownBodies:
 
         Meant for bodies from LONG bytes on: shorter ones are read in 0.1 ms.
         """
+        found = self.read_rest(body, seeds)
+        return found if found is not None else finish(self.read_in_slices(body, seeds))
+
+    def read_rest(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
+        """The same from what follows an earlier body; None if it is none that goes on."""
+        known = self._find(body)
+        if known is None or len(body) - len(known.beginning) > WITH_PROMPT_AT_ONCE:
+            return None
         try:
-            known = self._find(body)
-            if known is not None:
-                found = self._read_rest(known, body, seeds)
-                if found is not None:
-                    return found
-            return self._read_whole(body, seeds)
-        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            return self._continue(known, body, seeds)
+        except _UNREADABLE:
+            return None
+
+    def read_in_slices(self, body: bytes, seeds: Seeds) -> Steps[tuple[Fields, Prompt] | None]:
+        """The same for a body that continues none, of up to LONGEST bytes."""
+        if len(body) > LONGEST:
+            return None
+        try:
+            return (yield from self._read_whole(body, seeds))
+        except _UNREADABLE:
             return None
 
     def _find(self, body: bytes) -> _Known | None:
@@ -104,13 +134,13 @@ class KnownBodies:
             end = len(beginning)
             if (
                 length < end <= len(body)
-                and body.startswith(beginning[-_TAIL:], end - _TAIL)
+                and body.startswith(known.tail, end - _TAIL)
                 and body.startswith(beginning)
             ):
                 best, length = known, end
         return best
 
-    def _read_rest(self, known: _Known, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
+    def _continue(self, known: _Known, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
         beginning, key, array = known.beginning, known.key, known.array
         rest = body[len(beginning) :].lstrip(BLANK)
         more = rest.startswith(b",")
@@ -121,7 +151,7 @@ class KnownBodies:
         objects = known.objects + rest.count(b"{")
         if objects > MAX_VALUES:
             return None
-        short = beginning[: array + 1] + rest
+        short = bytes(beginning[: array + 1]) + rest
         fields = _decode(short)
         raw = _array(fields, key, short)
         if not _is_at(short, array, raw, key):
@@ -136,15 +166,17 @@ class KnownBodies:
             return fields, known.conversation.prompt
         conversation = continued(known.conversation, messages)
         end = len(body) - len(short) + array + len(raw) - 1
-        longer = _Known(body[:end], key, array, objects, head, seed, conversation)
+        longer = _known(body, end, key, array, objects, head, seed, conversation)
         self._keep(longer, known)
         return fields, conversation.prompt
 
-    def _read_whole(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
-        objects = body.count(b"{")
+    def _read_whole(self, body: bytes, seeds: Seeds) -> Steps[tuple[Fields, Prompt] | None]:
+        objects = count_objects(body)
         if objects > MAX_VALUES:
             return None
+        yield
         fields = _decode(body)
+        yield
         seed, messages = seeds(fields.model), fields.messages
         key, raw = b"messages", _NO_JSON
         if messages is None and len(fields.input) and _is_conversation(fields.input):
@@ -155,13 +187,14 @@ class KnownBodies:
         seed = salted(fields.cache_salt, seed)
         head = prompt_head(fields.tools, fields.system, fields.instructions)
         conversation = conversation_of(messages, head, seed)
+        yield
         array = _array_place(body, key)
         if array >= 0:
             raw = raw if len(raw) else _array(fields, key, body)
             if _is_at(body, array, raw, key):
                 end = array + len(raw) - 1
                 joined = b"".join(head)
-                known = _Known(body[:end], key, array, objects, joined, seed, conversation)
+                known = _known(body, end, key, array, objects, joined, seed, conversation)
                 self._keep(known, None)
         return fields, conversation.prompt
 
@@ -170,11 +203,29 @@ class KnownBodies:
         bodies = self._bodies
         if instead is not None:
             bodies.remove(instead)
-            self.bytes -= len(instead.beginning)
+            self.bytes -= instead.size
+        if known.size > self._most_bytes // 4:
+            return  # it would drop too many others
         bodies.append(known)
-        self.bytes += len(known.beginning)
+        self.bytes += known.size
         while self.bytes > self._most_bytes or len(bodies) > self._most_bodies:
-            self.bytes -= len(bodies.pop(0).beginning)
+            self.bytes -= bodies.pop(0).size
+
+
+def _known(
+    body: bytes,
+    end: int,
+    key: bytes,
+    array: int,
+    objects: int,
+    head: bytes,
+    seed: int,
+    conversation: Conversation,
+) -> _Known:
+    """The body to keep, whose last message ends at `end`."""
+    beginning = memoryview(body)[:end]
+    tail = body[max(0, end - _TAIL) : end]
+    return _Known(beginning, tail, len(body), key, array, objects, head, seed, conversation)
 
 
 def _array(fields: AllFields, key: bytes, body: bytes) -> msgspec.Raw:
@@ -198,7 +249,7 @@ def _array_place(body: bytes, key: bytes) -> int:
     try:
         # The key is on the first level if an object is complete with one more member there.
         _decode_object(body[: found.start()] + b'"":0}')
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNREADABLE:
         return -1
     return found.end() - 1
 
@@ -210,7 +261,9 @@ def _is_at(body: bytes, array: int, raw: msgspec.Raw, key: bytes) -> bool:
     """
     end = array + len(raw)
     return (
-        bool(len(raw)) and body.startswith(bytes(raw), array) and not _may_have_key(body[end:], key)
+        bool(len(raw))
+        and body.startswith(memoryview(raw), array)
+        and not _may_have_key(body[end:], key)
     )
 
 

@@ -7,7 +7,7 @@ bodies, forms, and JSON that Python reads but msgspec does not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 from zlib import crc32
 
 import msgspec
@@ -33,13 +33,26 @@ from vllm_router.routing.prompt.fields import (
     odd_fields,
 )
 from vllm_router.routing.prompt.session import SessionHint, session_of
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.routing.prompt.transfer import transfer_parameter
 
 Seeds: TypeAlias = Callable[[str | None], int]
 """Returns the seed of the block hashes of a model, by its public name."""
 
-ReadKnown: TypeAlias = Callable[[bytes, Seeds], "tuple[Fields, Prompt] | None"]
-"""Reads a body with what is known of earlier ones, see `known_bodies.py`; None if it does not."""
+
+class EarlierBodies(Protocol):
+    """Reads long bodies with what is known of earlier ones, see `known_bodies.py`.
+
+    Each method returns None for a body that it does not read.
+    """
+
+    def read(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None: ...
+
+    def read_rest(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
+        """Only what follows an earlier body: a short computation for a body of any length."""
+        ...
+
+    def read_in_slices(self, body: bytes, seeds: Seeds) -> Steps[tuple[Fields, Prompt] | None]: ...
 
 
 class RoutingInfo(msgspec.Struct, frozen=True, gc=False):
@@ -81,6 +94,9 @@ _LONGEST_EMPTY = 64
 _COUNTED_FROM = 4 * MAX_VALUES
 """Bytes. A shorter body cannot have too many objects to be parsed at once."""
 
+_SEARCHED = 1024
+"""Opening braces that are searched one by one before the others are counted."""
+
 RESPONSES = b"/v1/responses"
 """The path whose requests may store their response on the server."""
 
@@ -99,6 +115,9 @@ LONG = 1 << 15
 AT_ONCE = 1 << 20
 """Bytes of a body that is read without interruption: 7 ms at worst, 1 ms for ordinary JSON."""
 
+WITH_PROMPT_AT_ONCE = 1 << 18
+"""The same with the prompt, if another turn may continue it: 1 ms for ordinary JSON."""
+
 
 def read_at_once(
     path: bytes,
@@ -109,7 +128,7 @@ def read_at_once(
     with_prompt: bool = False,
     shortest: int = 0,
     seeds: Seeds = seed_of_name,
-    known: ReadKnown | None = None,
+    known: EarlierBodies | None = None,
 ) -> RoutingInfo | None:
     """Decode the fields that routing needs; None for a body that `body_reader` must read.
 
@@ -119,19 +138,29 @@ def read_at_once(
     seed of a model's block hashes. `known` reads long bodies that repeat earlier ones.
     Costs for 1 MB: 0.3 ms without the prompt, 1 ms with it, 3 ms for many short messages or parts.
     """
-    if len(body) > AT_ONCE or (content_type != _JSON and may_be_form(content_type)):
+    size = len(body)
+    if not with_prompt:
+        known = None
+    if (size > AT_ONCE and known is None) or (content_type != _JSON and may_be_form(content_type)):
         return None
     try:
-        if with_prompt and len(body) >= shortest:
-            found = known(body, seeds) if known is not None and len(body) >= LONG else None
+        if with_prompt and size >= shortest:
+            found = None
+            if known is not None and size >= LONG:
+                if size <= WITH_PROMPT_AT_ONCE:
+                    found = known.read(body, seeds)
+                else:
+                    found = known.read_rest(body, seeds)
+                    if found is None:
+                        return None
             fields, prompt = found if found is not None else _with_prompt(body, seeds)
         else:
-            prompt = Prompt(size=len(body)) if with_prompt else NO_PROMPT
+            prompt = Prompt(size=size) if with_prompt else NO_PROMPT
             try:
                 fields = _DECODER.decode(body)
             except msgspec.ValidationError:
                 fields = odd_fields(_RAW_DECODER.decode(body))
-        transfer = _transfer(fields)
+        transfer = transfer_in(fields)
     except (msgspec.MsgspecError, InvalidBody, RecursionError, UnicodeError):
         return None
     return routing_info_from(path, fields, session, prompt, transfer)
@@ -177,7 +206,8 @@ def may_be_form(content_type: bytes) -> bool:
     return b"form" in content_type.lower()
 
 
-def _transfer(fields: Fields) -> str | None:
+def transfer_in(fields: Fields) -> str | None:
+    """The transfer parameter of a body, see `transfer_parameter`. Raises DecodeError."""
     kv, ec = fields.kv_transfer_params, fields.ec_transfer_params
     xargs, sampling = fields.vllm_xargs, fields.sampling_params
     if kv is NO_JSON and ec is NO_JSON and xargs is NO_JSON and sampling is NO_JSON:
@@ -186,7 +216,7 @@ def _transfer(fields: Fields) -> str | None:
 
 
 def _with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt]:
-    if len(body) <= _COUNTED_FROM or not _has_many_objects(body):
+    if len(body) <= _COUNTED_FROM or count_objects(body) <= MAX_VALUES:
         try:
             fields = _FULL_DECODER.decode(body)
             return fields, read_prompt(fields, seeds(fields.model))
@@ -203,14 +233,16 @@ def _with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt]:
     return odd, prompt
 
 
-def _has_many_objects(body: bytes) -> bool:
-    """Whether the body has more than MAX_VALUES objects. At most 0.3 ms per MB."""
+def count_objects(body: bytes) -> int:
+    """The number of opening braces. 0.1 ms where they are few: CPython 3.11 searches ten times as
+    fast as it counts, 0.7 ms per MB.
+    """
     place = -1
-    for _ in range(1024):
+    for found in range(_SEARCHED):
         place = body.find(b"{", place + 1)
         if place < 0:
-            return False
-    return body.count(b"{", place) > MAX_VALUES
+            return found
+    return _SEARCHED + body.count(b"{", place + 1)
 
 
 def read_prompt(fields: AllFields, seed: int) -> Prompt:
