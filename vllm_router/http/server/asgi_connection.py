@@ -20,8 +20,9 @@ from vllm_router.http.server.request_reader import ARRIVING, COMPLETE, DELIVERED
 
 log = logging.getLogger(__name__)
 
-BODY_READ_SIZE = 262144
-"""Bytes of one read while more than READ_SIZE of a body is known to follow."""
+BODY_READ_SIZE = 1 << 20
+"""Bytes of one read while more than READ_SIZE of a body is known to follow, and for the requests
+that follow on its connection: each read costs a turn of the loop."""
 
 SENDS_PER_CHECKPOINT = 16
 """Sends that did not wait, after which other tasks get their turn."""
@@ -57,6 +58,7 @@ class AsgiConnection(RequestReader):
         "_host",
         "_local",
         "_presence",
+        "_read_size",
         "_reading",
         "_scope",
         "_sends",
@@ -84,6 +86,7 @@ class AsgiConnection(RequestReader):
         self._error: HttpError | None = None
         self._finished: trio.Event | None = None
         self._reading = False
+        self._read_size = READ_SIZE
 
     # -- I/O of subclasses ---------------------------------------------------------------------
 
@@ -202,8 +205,9 @@ class AsgiConnection(RequestReader):
                 data, self._unfed = self._unfed, b""
                 await trio.lowlevel.checkpoint()
             else:
-                # Larger reads where the length is known: each read costs a turn of the loop.
-                data = await self._read(BODY_READ_SIZE if self._left > READ_SIZE else READ_SIZE)
+                if self._left > READ_SIZE:
+                    self._read_size = BODY_READ_SIZE
+                data = await self._read(self._read_size)
         except OSError:
             data = b""
         finally:

@@ -82,7 +82,7 @@ class Connection(AsgiConnection):
             head = self._head
             while head is None:
                 try:
-                    data = await self._read()
+                    data = await self._read(self._read_size)
                 except OSError:
                     data = b""
                 if not data:
