@@ -64,6 +64,20 @@ async def test_models_body_in_pieces_is_edited_as_a_whole(autojump_clock):
         assert (seen.body, seen[b"content-length"]) == (b'{"model":"big"}', b"15")
 
 
+async def test_models_long_conversation_is_edited_in_every_turn(autojump_clock):
+    """The first turn is read in slices, the second from where the first ended."""
+    messages = [{"role": "user", "content": "x" * 200_000} for _ in range(3)]
+    async with lab(answering(GOOD), answering(GOOD), **models(policy="adaptive")) as rig:
+        two(rig)
+        for _ in range(2):
+            body = json.dumps({"model": "chat", "messages": messages}).encode()
+            await rig.post(body)
+            seen = rig.scripted["a"].requests[-1]
+            assert seen.body == body.replace(b'"chat"', b'"big"')
+            assert rig.recorder.last.model == "chat"
+            messages.append({"role": "user", "content": "y" * 1000})
+
+
 async def test_models_name_used_by_servers_is_sent_unchanged(autojump_clock):
     body = b'{"model" :"big"}'
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
