@@ -173,8 +173,9 @@ def continued(
 def _hash_beginning(
     hashing: HashState, texts: list[Text], size: int
 ) -> tuple[HashState, list[Text]]:
-    """Hash the first `size` bytes of the texts; the rest of them. The running checksum is then the
-    one that identifies the conversation.
+    """Hash the first `size` bytes of the texts, and return the rest of them.
+
+    The running checksum is then the one that identifies the conversation.
     """
     for number, text in enumerate(texts):
         length = len(text)

@@ -234,8 +234,9 @@ def _with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt]:
 
 
 def count_objects(body: bytes) -> int:
-    """The number of opening braces. 0.1 ms where they are few: CPython 3.11 searches ten times as
-    fast as it counts, 0.7 ms per MB.
+    """The number of opening braces.
+
+    0.1 ms where they are few: CPython 3.11 searches ten times as fast as it counts, 0.7 ms per MB.
     """
     place = -1
     for found in range(_SEARCHED):
