@@ -28,7 +28,7 @@ def _tune_garbage_collector() -> None:
 
 
 def _tune_allocator() -> None:
-    """Keep memory for the bodies of agents, up to some megabytes each; return that of larger ones.
+    """Keep memory for the bodies of agents, up to some megabytes each; return larger blocks.
 
     Memory that comes fresh from the system costs a page fault per 4 KB, 10 to 100 times the copy of
     as many bytes. glibc returns more than 128 KB of free memory at the heap's end at once, and
