@@ -86,10 +86,7 @@ class Quarantine:
         if now >= self._last_until:
             self.entries.clear()
         entry = self.entries.get(key)
-        if entry is None:
-            return False
-        until, deaths = entry
-        return now < until and all(death.happened for death in deaths)
+        return entry is not None and now < entry[0] and all(one.happened for one in entry[1])
 
     def answered(self, target: bytes, body: bytes) -> None:
         """A server has answered the request: remove it, and remember its body."""

@@ -116,13 +116,15 @@ def test_request_headers_named_by_connection_are_dropped(connection):
 
 def test_request_headers_connection_cannot_remove_needed_ones():
     headers = [
-        (b"connection", b"authorization, content-type, content-length, host"),
+        (b"connection", b"authorization, content-type, content-encoding, content-length, host"),
         (b"authorization", b"Bearer k"),
         (b"content-type", b"application/json"),
+        (b"content-encoding", b"gzip"),
     ]
     fields = dict(sent(headers))
     assert fields[b"authorization"] == b"Bearer k"
     assert fields[b"content-type"] == b"application/json"
+    assert fields[b"content-encoding"] == b"gzip"
     assert fields[b"content-length"] == b"5"
     assert fields[b"host"] == b"server:8000"
 
@@ -439,6 +441,8 @@ def test_sooner_shortens_a_retry_after_that_is_longer(given, left):
         (b"-1", None),
         (b"nan", None),
         (b"inf", None),
+        (b"999999.5", 999999.5),
+        (b"1000000", None),
         (b"1e9", None),
         (b"soon", None),
         (b"Wed, 21 Oct 2026 07:28:00 GMT", None),

@@ -278,12 +278,14 @@ async def test_form_with_two_content_types_is_refused(autojump_clock, types):
         assert "more than one Content-Type" in got.json["error"]["message"]
 
 
-async def test_form_that_is_not_plain_is_routed_without_key_models(autojump_clock):
+@pytest.mark.parametrize("key", [None, KeyConfig(name="k", digest=digest_of("k"))])
+async def test_form_that_is_not_plain_is_routed_without_key_models(autojump_clock, key):
     async with lab(answering(GOOD), answering(GOOD), **options()) as rig:
         two(rig)
-        body = NOT_PLAIN["another case"]
         for _ in range(4):
-            assert (await rig.post(body, path=AUDIO, headers=(FORM_TYPE,))).status == 200
+            client = rig.client(NOT_PLAIN["another case"], path=AUDIO, headers=(FORM_TYPE,))
+            client._scope[IDENTITY] = Identity(key, given=key is not None)
+            assert (await client.run()).status == 200
         assert rig.requests() == {"a": 0, "b": 4}
 
 

@@ -14,9 +14,14 @@ KEYS = (
     KeyConfig(name="a", digest=digest_of("sk-a")),
     KeyConfig(name="b", digest=digest_of("sk-b")),
 )
-RING = Keyring(
-    AuthConfig(keys=KEYS, admin_key=digest_of("sk-admin"), status_key=digest_of("sk-status"))
-)
+
+
+@pytest.fixture
+def ring() -> Keyring:
+    config = AuthConfig(
+        keys=KEYS, admin_key=digest_of("sk-admin"), status_key=digest_of("sk-status")
+    )
+    return Keyring(config)
 
 
 def subprotocol(key: bytes) -> bytes:
@@ -37,24 +42,24 @@ def test_identity_is_known_by_a_key_or_a_right(identity: Identity, known: bool):
     assert identity.known is known
 
 
-def test_keyring_identifies_rights_of_each_key():
+def test_keyring_identifies_rights_of_each_key(ring: Keyring):
     found = {
-        key: RING.identify({b"x-api-key": key}) for key in (b"sk-a", b"sk-admin", b"sk-status")
+        key: ring.identify({b"x-api-key": key}) for key in (b"sk-a", b"sk-admin", b"sk-status")
     }
     assert found[b"sk-a"] == Identity(KEYS[0], given=True)
     assert found[b"sk-admin"] == Identity(status=True, admin=True, given=True)
     assert found[b"sk-status"] == Identity(status=True, given=True)
 
 
-def test_keyring_last_known_of_several_keys_counts():
+def test_keyring_last_known_of_several_keys_counts(ring: Keyring):
     headers = {b"authorization": b"Bearer sk-a", b"x-api-key": b"sk-b"}
-    assert RING.identify(headers).key is KEYS[1]
-    assert RING.identify({**headers, b"x-api-key": b"sk-unknown"}).key is KEYS[0]
+    assert ring.identify(headers).key is KEYS[1]
+    assert ring.identify({**headers, b"x-api-key": b"sk-unknown"}).key is KEYS[0]
 
 
-def test_keyring_without_a_known_key_is_unknown_or_anonymous():
-    assert RING.identify({b"x-api-key": b"sk-unknown"}) == Identity(given=True)
-    assert RING.identify({}) == Identity(given=False)
+def test_keyring_without_a_known_key_is_unknown_or_anonymous(ring: Keyring):
+    assert ring.identify({b"x-api-key": b"sk-unknown"}) == Identity(given=True)
+    assert ring.identify({}) == Identity(given=False)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,7 @@ def test_keyring_without_a_known_key_is_unknown_or_anonymous():
         ({b"x-api-key": b" sk-a\t"}, [b"sk-a"]),
         ({b"x-api-key": b"\xffsk"}, [b"\xffsk"]),
         ({b"sec-websocket-protocol": b"x , " + subprotocol(b"sk-\xe9") + b" ,y"}, [b"sk-\xe9"]),
+        *(({b"sec-websocket-protocol": subprotocol(b"s" * n)}, [b"s" * n]) for n in range(1, 9)),
         ({b"sec-websocket-protocol": b"vllm-router.key.a"}, []),
         ({b"sec-websocket-protocol": b"vllm-router.key."}, []),
         (
@@ -88,8 +94,8 @@ def test_keyring_key_beyond_ascii_is_compared_as_latin_1():
     assert ring.identify({b"x-api-key": "sk-\xe9".encode()}).key is None
 
 
-def test_keyring_reports_its_kinds_of_keys():
-    assert (RING.has_clients, RING.has_admin, RING.protects_status) == (True, True, False)
+def test_keyring_reports_its_kinds_of_keys(ring: Keyring):
+    assert (ring.has_clients, ring.has_admin, ring.protects_status) == (True, True, False)
     only_status = Keyring(AuthConfig(status_key=digest_of("x"), protect_status=True))
     assert (only_status.has_clients, only_status.has_admin) == (False, False)
     assert only_status.protects_status

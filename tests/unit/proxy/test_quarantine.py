@@ -95,10 +95,11 @@ def test_quarantine_repeated_entry_becomes_the_newest():
     deaths = two_deaths()
     for key in range(MOST):
         quarantine.remember(key, BODY, deaths, 10.0)
-    quarantine.remember(0, BODY, deaths, 11.0)
+    quarantine.remember(1, BODY, deaths, 11.0)
+    assert quarantine.holds(0, 11.0)
     quarantine.remember(MOST, BODY, deaths, 12.0)
-    assert quarantine.holds(0, 12.0)
-    assert not quarantine.holds(1, 12.0)
+    quarantine.remember(MOST + 1, BODY, deaths, 12.0)
+    assert [quarantine.holds(key, 12.0) for key in (0, 1, 2, 3)] == [False, True, False, True]
     assert len(quarantine.entries) == MOST == 1024
 
 
@@ -111,6 +112,14 @@ def test_quarantine_ignores_crash_before_request():
     quarantine = Quarantine()
     quarantine.remember(KEY, BODY, deaths, 10.0)
     assert not quarantine.holds(KEY, 11.0)
+
+
+def test_quarantine_entry_is_forgotten():
+    quarantine = Quarantine()
+    quarantine.remember(KEY, BODY, two_deaths(), 10.0)
+    quarantine.forget(KEY)
+    quarantine.forget(KEY)
+    assert not quarantine.entries
 
 
 def test_quarantine_entry_is_cleared_by_success():
