@@ -81,7 +81,7 @@ async def test_page_is_live_without_errors_or_foreign_requests(
         await page.open(router.url + "/")
         await page.wait(LIVE)
         await page.wait(f"{row(name(mocks[1]))}?.dataset.state === 'up'")
-        await page.wait("document.querySelectorAll('.plot canvas').length === 3")
+        await page.wait("document.querySelectorAll('#charts .plot canvas').length === 4")
         assert await page.evaluate("document.querySelectorAll('#fleet tbody tr').length") == 2
         assert (await page.text('[data-tile="available"] .value')).split() == ["2", "/", "2"]
         assert page.problems() == []
@@ -116,7 +116,7 @@ async def test_page_load_change_appears_within_a_second(
                 await page.wait(f"{row(server)}.innerText.includes('1 running')")
                 await page.wait(
                     f"getComputedStyle({row(server)}.querySelector('.running')).transform"
-                    " === 'matrix(0.25, 0, 0, 1, 0, 0)'"
+                    " === 'matrix(0.155, 0, 0, 1, 0, 0)'"
                 )
             await page.wait(f"{row(server)}.querySelector('.c-leases').innerText === '0'")
             if took[-1] < 1:
@@ -320,9 +320,10 @@ async def test_page_shows_killed_server_refused_file_and_restart(browser: str, t
                 assert (await page.text('[data-tile="available"] .value')).startswith("1 ")
 
                 router.config.write_text(config.replace("= 3", "= 0"))
-                await page.wait("document.querySelector('.banner')?.innerText.includes('≥ 1')")
+                await page.wait("document.querySelector('#banners pre').innerText.includes('≥ 1')")
                 router.config.write_text(config)
-                await page.wait("!document.querySelector('.banner')")
+                await page.wait("!document.querySelector('#banners pre')")
+                assert "1 of 2 servers are down" in await page.text("#banners")
                 assert page.problems() == []
 
                 await trio.to_thread.run_sync(router.stop)
@@ -336,7 +337,10 @@ async def test_page_shows_killed_server_refused_file_and_restart(browser: str, t
                     await page.wait(LIVE)
                     await page.wait("!('stale' in document.documentElement.dataset)")
                     await page.wait(f"{row(name(good))}.dataset.state === 'up'")
-                    assert await page.evaluate("document.querySelectorAll('tbody tr').length") == 2
+                    assert (
+                        await page.evaluate("document.querySelectorAll('#fleet tbody tr').length")
+                        == 2
+                    )
                     until(lambda: again.get("/load-stats").status_code == 200, "the new router")
                 finally:
                     again.close()

@@ -57,7 +57,8 @@ def check_config(*, file: str, probe: bool) -> None:
         click.echo()
     reports = run_client(probe_fleet, config)
     _print_reports(reports)
-    for line in uneven_lengths(reports):
+    hints = [f"hint: {report.name} {report.hint}" for report in reports if report.hint]
+    for line in [*uneven_lengths(reports), *hints]:
         click.echo(visible(line), err=True)
     problems += [f"{report.name}: {problem}" for report in reports for problem in report.problems]
     problems += missing_models(config, reports)

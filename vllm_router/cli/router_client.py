@@ -50,6 +50,7 @@ class ServerStatus:
     waiting: float | None
     in_flight: float | None
     capacity: float | None
+    capacity_source: str
     models: tuple[str, ...]
 
 
@@ -82,6 +83,7 @@ def _server_status(entry: dict[str, Any]) -> ServerStatus:
         waiting=figure(metrics.get("num_requests_waiting")),
         in_flight=figure(entry.get("in_flight")),
         capacity=figure(entry.get("max_capacity")),
+        capacity_source=str(entry.get("capacity_source", "")),
         models=tuple(map(str, entry.get("models") or ())),
     )
 

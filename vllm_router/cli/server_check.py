@@ -15,6 +15,7 @@ from vllm_router.config.models import unserved_models
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.ssl_contexts import ServerContexts
 from vllm_router.errors import UnusablePage
+from vllm_router.fleet.engine_metrics import parse_engine_metrics
 from vllm_router.fleet.model_list import read_model_list
 from vllm_router.http.client.error_text import describe
 from vllm_router.http.client.httpx_transport import HttpxTransport
@@ -48,6 +49,8 @@ class ServerReport:
     version: str = ""
     key: str = "none"
     problems: list[str] = field(default_factory=list)
+    hint: str = ""
+    """What its gauges say about `max_concurrent_requests`; empty if it fits."""
 
 
 async def probe_fleet(config: Config) -> list[ServerReport]:
@@ -133,9 +136,35 @@ async def _probe(
             report.metrics = tuple(
                 short for short, names in _LOAD_METRICS.items() if found.intersection(names)
             )
+            report.hint = capacity_hint(server, metrics.content)
         version = await ask("/version")
         if isinstance(version, _Answer) and version.is_success:
             report.version = _version_in(version.content)
+
+
+def capacity_hint(server: ServerConfig, page: bytes) -> str:
+    """What the page's gauges say about the server's `max_concurrent_requests`.
+
+    One look proves a larger capacity, or shows a queue; only a running router learns the capacity.
+    """
+    try:
+        found = parse_engine_metrics(page.decode("latin-1"))
+    except UnusablePage:
+        return ""
+    running, waiting = found.running or 0.0, found.waiting or 0.0
+    said = server.max_concurrent_requests
+    if waiting > 0 and running > 0 and (said is None or said > running):
+        now = "is not set" if said is None else f"says {said}"
+        return (
+            f"is full with {running:.0f} running and {waiting:.0f} waiting; "
+            f"max_concurrent_requests {now}, {running:.0f} would fit"
+        )
+    if waiting <= 0 and said is not None and running > said:
+        return (
+            f"runs {running:.0f} requests without a queue; max_concurrent_requests says {said}: "
+            "raise it, or leave it out to have it learnt"
+        )
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
 
 if TYPE_CHECKING:
-    from vllm_router.cli.router_client import Status
+    from vllm_router.cli.router_client import ServerStatus, Status
     from vllm_router.cli.tables import Cell
 
 
@@ -57,13 +57,19 @@ def _print_status(found: Status) -> None:
             _figure(server.running),
             _figure(server.waiting),
             _figure(server.in_flight),
-            _figure(server.capacity),
+            _capacity(server),
             ", ".join(server.models),
             server.reason,
         ]
         for server in found.servers
     ]
     print_table([Column(title, right=title in _FIGURES) for title in titles], rows)
+
+
+def _capacity(server: ServerStatus) -> str:
+    """The capacity; with a mark if it is not configured."""
+    mark = {"learnt": " learnt", "assumed": " assumed"}.get(server.capacity_source, "")
+    return _figure(server.capacity) + mark
 
 
 def _figure(value: float | None, digits: int = 0) -> str:

@@ -20,7 +20,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     max_in_flight: limit of concurrent requests per server; None for no limit. A server's own
         `max_in_flight` takes precedence.
-    strict_capacity: use max_concurrent_requests as the limit of servers without any other.
+    strict_capacity: use max_concurrent_requests as the limit of servers without any other; a
+        server without it has no limit.
     queue_size: requests that may wait per model; 429 beyond.
     queue_timeout: seconds a request may wait; 503 afterwards.
     client_priority: whether `X-Vllm-Priority` and the body's `priority` order the queue.
@@ -40,7 +41,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
     key_requests_per_minute: PerMinuteOrNone = None
     key_max_concurrent_requests: PositiveIntOrNone = None
 
-    def cap_of(self, capacity: int) -> int | None:
+    def cap_of(self, capacity: int | None) -> int | None:
         """The limit of a server with this max_concurrent_requests and no max_in_flight."""
         if self.max_in_flight is not None:
             return self.max_in_flight

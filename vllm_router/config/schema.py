@@ -45,7 +45,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     url: as `normalise_url` writes it; requests go to url + path.
     name: unique; in logs, metrics, response headers and `vllm-router drain`. Visible ASCII.
     max_concurrent_requests: requests that the server runs at once without queueing. Routing
-        measures load against it; it is not a hard limit.
+        measures load against it; it is not a hard limit. None to learn it.
     weight: factor on the share of requests that follows from max_concurrent_requests.
     max_in_flight: hard limit of concurrent requests, from here or from `[limits]`; None for
         no limit.
@@ -61,7 +61,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     name: str
-    max_concurrent_requests: int = 3
+    max_concurrent_requests: int | None = None
     weight: float = 1.0
     max_in_flight: int | None = None
     api_key: Secret | None = None

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_router.config.model_aliases import Models
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.fleet.candidates import choose, next_rank_change
+from vllm_router.fleet.capacity import CapacityPool
 from vllm_router.fleet.context_lengths import ContextLengths
 from vllm_router.fleet.load import EWMA_WEIGHT
 from vllm_router.fleet.model_seeds import ModelSeeds
@@ -67,6 +68,7 @@ class Fleet:
         self.names = Models(config.models)
         self.seeds = ModelSeeds()
         self.change_log = ChangeLog()
+        self.capacities = CapacityPool()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
         self.on_stale_model_list: list[Callable[[Server], None]] = []
@@ -115,6 +117,7 @@ class Fleet:
                     server.drain(on=True)
                 server.joined = bool(old)
                 server.change_log = self.change_log
+                server.capacity_estimate.pool = self.capacities
                 added.append(server)
             else:
                 kept.append(server)
@@ -126,6 +129,7 @@ class Fleet:
         for server in removed:
             self._remember_drain(server)
             server.drain(on=True)
+            self.capacities.note(server.capacity_estimate, None)
         self.leaving.extend(removed)
         self._by_url = by_url
         self._context_lengths.reset()

@@ -27,9 +27,10 @@ class LoadEstimate:
 
     running, waiting: requests that the engine runs and queues, as far as known.
     active: running + 0.5 × waiting + error_penalty.
-    value: running + 0.5 × waiting, per unit of weighted capacity; what operators see.
-    effective: what policies compare. Equals `value` outside slow start and without a penalty, else
-        (active + 1) / (weighted capacity × slow_start_factor) - 1 / weighted capacity: the
+    relative: running + 0.5 × waiting, per unit of weighted capacity.
+    value: the same per unit of the capacity that operators see.
+    effective: what policies compare. Equals `relative` outside slow start and without a penalty,
+        else (active + 1) / (weighted capacity × slow_start_factor) - 1 / weighted capacity: the
         prospective request is included, so that an empty server in slow start is not flooded.
     slow_start_factor: part of its capacity that the server gets; 1 outside slow start.
     error_penalty: requests added for fast errors, decaying over the duration of a good response;
@@ -43,9 +44,10 @@ class LoadEstimate:
 
     def __init__(self) -> None:
         self.weighted_capacity = 1.0
+        self.shown_capacity = 1.0
         self.slow_start = 0.0
         self.stale_after = math.inf
-        self.value = 0.0
+        self.relative = 0.0
         self.running = 0.0
         self.waiting = 0.0
         self.active = 0.0
@@ -68,13 +70,22 @@ class LoadEstimate:
         self, weighted_capacity: float, slow_start: float, metrics_interval: float
     ) -> None:
         """Apply settings; call `update` afterwards."""
-        self.weighted_capacity = weighted_capacity
+        self.set_capacity(weighted_capacity, weighted_capacity)
         self.slow_start = slow_start
         self.expect_scrapes(metrics_interval)
 
     def expect_scrapes(self, interval: float) -> None:
         """The next scrapes follow in so many seconds, each."""
         self.stale_after = STALE_AFTER_INTERVALS * interval
+
+    def set_capacity(self, weighted: float, shown: float) -> None:
+        """The capacity that policies use, and the one that operators see, both with the weight."""
+        self.weighted_capacity, self.shown_capacity = weighted, shown
+
+    @property
+    def value(self) -> float:
+        """The load that operators see."""
+        return (self.running + 0.5 * self.waiting) / self.shown_capacity
 
     def update(self, in_flight: int) -> None:
         """Recompute the figures for `in_flight` leases.
@@ -97,7 +108,7 @@ class LoadEstimate:
         self.running, self.waiting = running, waiting
         self.active = active = running + 0.5 * waiting
         capacity = self.weighted_capacity
-        self.value = self.effective = active / capacity
+        self.relative = self.effective = active / capacity
         if self.advancing:
             self.active = active = active + self.error_penalty
             self.effective = (active + 1.0) / (capacity * self.slow_start_factor) - 1.0 / capacity

@@ -14,6 +14,7 @@ import msgspec
 
 from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.fleet.active_health import ActiveHealth, Check
+from vllm_router.fleet.capacity import EQUAL_SHARE, CapacityEstimate
 from vllm_router.fleet.engine_activity import EngineActivity
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.health_rules import health_rules
@@ -82,8 +83,11 @@ class ChangeLog:
 class Server:
     """A server of the fleet.
 
-    config, name, url, capacity: the configuration; the URL is the identity across reloads.
-    weighted_capacity: capacity × weight, the unit of its load.
+    config, name, url: the configuration; the URL is the identity across reloads.
+    capacity: concurrent requests without queueing, as operators see it; see `CapacityEstimate`.
+    weighted_capacity: capacity × weight, the unit of its load for policies.
+    key_share: its share of sessions and prompts by hashing. It follows from the configuration
+        alone, so that all routers agree.
     cap: limit of our requests at the same time; infinite without `[limits]`.
     leases, in_flight: our running attempts; with worker processes `in_flight` includes theirs.
     load_estimate, active_health, passive_health, catalog, refusals, activity: the parts.
@@ -100,8 +104,7 @@ class Server:
         self.config = config
         self.name = config.name
         self.url = config.url
-        self.capacity = config.max_concurrent_requests
-        self.weighted_capacity = self.capacity * config.weight
+        self.capacity_estimate = CapacityEstimate(config.max_concurrent_requests)
         self.cap = _cap_of(config)
         self._on_change = on_change
         self.on_chosen: Callable[[Server, float], None] | None = None
@@ -112,6 +115,7 @@ class Server:
         self.active_health = ActiveHealth(rules)
         self.passive_health = PassiveHealth(rules)
         self.load_estimate = LoadEstimate()
+        self.key_share = _key_share(config)
         self._configure_load(settings)
         self.catalog = ModelCatalog(config.models)
         self.refusals = Refusals()
@@ -156,8 +160,9 @@ class Server:
             self.refusals.clear()
         if config != self.config:  # an unchanged object keeps caches by identity valid
             self.config = config
-        self.name, self.capacity = config.name, config.max_concurrent_requests
-        self.weighted_capacity = self.capacity * config.weight
+        self.name = config.name
+        self.capacity_estimate.configured = config.max_concurrent_requests
+        self.key_share = _key_share(config)
         self.cap = _cap_of(config)
         rules = health_rules(settings)
         self.active_health.apply(rules)
@@ -168,9 +173,15 @@ class Server:
         self._on_change(self)
 
     def _configure_load(self, settings: Settings) -> None:
-        self.load_estimate.configure(
-            self.weighted_capacity, settings.slow_start, settings.metrics_interval
-        )
+        self.load_estimate.configure(1.0, settings.slow_start, settings.metrics_interval)
+        self._follow_capacity()
+
+    def _follow_capacity(self) -> None:
+        """Use the current estimate of the capacity; call `_update_load` afterwards."""
+        estimate, weight = self.capacity_estimate, self.config.weight
+        self.capacity = estimate.shown
+        self.weighted_capacity = estimate.share * weight
+        self.load_estimate.set_capacity(self.weighted_capacity, self.capacity * weight)
 
     def _trust_unprobed(self, settings: Settings) -> None:
         """Without active checks a server is up until its traffic shows otherwise."""
@@ -271,6 +282,11 @@ class Server:
         if self.activity.note_progress(metrics, load):
             self.pause(on=False, now=now)
         load.take_scrape(metrics, now, leases)
+        if metrics.running is not None and not metrics.asleep:
+            self.capacity_estimate.observe(
+                metrics.running, metrics.waiting or 0.0, metrics.kv_usage, now
+            )
+        self._follow_capacity()
         self._update_load()
         if load.asleep is not was_asleep:
             self._on_change(self)
@@ -438,6 +454,8 @@ class Server:
         else:
             wait = min(max(retry_after, DEFAULT_BACKOFF), MAX_BACKOFF)
         self.backoff_until = max(self.backoff_until, now + wait)
+        if not self.load_estimate.fresh:  # else its gauges say more
+            self.capacity_estimate.refused(self.in_flight, now)
         self._on_change(self)
 
     def drain(self, on: bool) -> None:
@@ -527,6 +545,7 @@ class Server:
         """Discard what was learnt about the old process."""
         self.refusals.clear()
         self.activity.reset()
+        self.capacity_estimate.forget()
         self.load_estimate.stuck = 0.0
         self._on_change(self)
 
@@ -585,6 +604,10 @@ class Server:
             self.recovered_at = now
         self.state, self.state_since = state, now
         return Transition(self.name, old, state, reason)
+
+
+def _key_share(config: ServerConfig) -> float:
+    return (config.max_concurrent_requests or EQUAL_SHARE) * config.weight
 
 
 def _cap_of(config: ServerConfig) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from vllm_router.proxy.record import Record
+from vllm_router.proxy.retry import ANSWERED, Outcome
 
 KEPT = 1000
 LONGEST = 256
@@ -28,14 +30,28 @@ class Decisions:
             record = msgspec.structs.replace(record, model=model, path=path[:LONGEST])
         self._ring.append(record)
 
-    def newest(self, limit: int, wall: float) -> list[dict[str, Any]]:
-        """Newest first.
+    def newest(
+        self, limit: int, wall: float, server: str | None = None, *, only_failed: bool = False
+    ) -> list[dict[str, Any]]:
+        """Newest first; only exchanges of one server, or failed ones, if asked for.
 
         `wall` is the offset from the event loop's clock to Unix time, in seconds.
         """
-        count = min(limit, len(self._ring))
-        ring = reversed(self._ring)
-        return [_row(next(ring), wall) for _ in range(count)]
+        found = (
+            record
+            for record in reversed(self._ring)
+            if (server is None or (record.server is not None and record.server.name == server))
+            and (not only_failed or has_failed(record))
+        )
+        return [_row(record, wall) for record in islice(found, limit)]
+
+
+def has_failed(record: Record) -> bool:
+    """Whether the client got an error, or not all of a response that it waited for."""
+    outcome = record.outcome
+    if record.status >= 400 or (outcome is None and record.status == 0):
+        return True
+    return outcome is not ANSWERED and outcome is not Outcome.CLIENT_GONE
 
 
 def _row(record: Record, wall: float) -> dict[str, Any]:
@@ -55,6 +71,7 @@ def _row(record: Record, wall: float) -> dict[str, Any]:
         "outcome": outcome_label(record),
         "status": record.status,
         "code": record.code or None,
+        "failed": has_failed(record),
         "waited_seconds": round(record.waited, 6),
         "first_byte_seconds": round(first_byte, 6) if first_byte is not None else None,
         "duration_seconds": round(record.ended_at - record.started_at, 6),

@@ -46,7 +46,7 @@ def models_in_demand(fleet: Fleet, most: int) -> list[str]:
     """
     names = dict.fromkeys(sorted(fleet.expected))
     for server in fleet.servers.values():
-        names.update(dict.fromkeys(_own_models(server)))
+        names.update(dict.fromkeys(own_models(server)))
     return list(names)[:most]
 
 
@@ -55,12 +55,12 @@ def engine_demand(servers: Iterable[Server]) -> dict[str, float]:
     demand: dict[str, float] = {}
     for server in servers:
         there = server.running + server.waiting
-        for name in _own_models(server):
+        for name in own_models(server):
             demand[name] = demand.get(name, 0.0) + there
     return demand
 
 
-def _own_models(server: Server) -> list[str]:
+def own_models(server: Server) -> list[str]:
     """The server's models without adapters; several names of one model all count."""
     cards = server.catalog.cards
     return [name for name in server.models or () if cards.get(name, {}).get("parent") is None]

@@ -10,6 +10,7 @@ from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
+from vllm_router.observability.model_rows import ModelRow
 from vllm_router.observability.prometheus_text import Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, RouterState
 from vllm_router.routing.server_estimate import PrefixStatistics
@@ -42,6 +43,9 @@ REQUESTS = _counter(
 ATTEMPTS = _counter("attempts", "Attempts on servers, by outcome.", "server", "outcome")
 RETRIES = _counter(
     "retries", "Retries, by the reason for which the previous attempt failed.", "reason"
+)
+SAVED = _counter(
+    "requests_saved", "Requests that one server failed and another one answered: retries that paid."
 )
 DISCONNECTS = _counter(
     "client_disconnects",
@@ -121,7 +125,11 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
         lambda server, now: server.load,
     ),
     (
-        _gauge("server_capacity", "Configured number of concurrent requests.", "server"),
+        _gauge(
+            "server_capacity",
+            "Requests that it runs at once without queueing: configured, learnt or assumed.",
+            "server",
+        ),
         lambda server, now: server.capacity,
     ),
     (
@@ -177,6 +185,53 @@ MODEL_DEMAND = _gauge(
     "server.",
     "model",
 )
+ModelReading = Callable[[ModelRow], float]
+
+MODEL_GAUGES: tuple[tuple[Family, ModelReading], ...] = (
+    (
+        _gauge("model_servers", "Servers of the configuration that list the model.", "model"),
+        lambda row: row.servers,
+    ),
+    (
+        _gauge(
+            "model_available_servers",
+            "Of those, the ones that get requests now (up, full, or refusing only some of them).",
+            "model",
+        ),
+        lambda row: row.available,
+    ),
+    (
+        _gauge("model_draining_servers", "Of those, the ones that drain.", "model"),
+        lambda row: row.draining,
+    ),
+    (
+        _gauge("model_running", "Requests running on its servers.", "model"),
+        lambda row: row.running,
+    ),
+    (
+        _gauge("model_waiting", "Requests waiting in the queues of its servers.", "model"),
+        lambda row: row.waiting,
+    ),
+    (
+        _gauge("model_capacity", "Concurrent requests that its available servers take.", "model"),
+        lambda row: row.capacity,
+    ),
+    (
+        _gauge(
+            "model_load", "(running + 0.5 waiting) / capacity of its available servers.", "model"
+        ),
+        lambda row: round(row.load, 6),
+    ),
+    (
+        _gauge(
+            "model_fallback_active",
+            "1 while its requests go to a fallback because it has no available server.",
+            "model",
+        ),
+        lambda row: int(row.fallback is not None),
+    ),
+)
+"""One series per model that a server lists or the configuration names, at most 100."""
 PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]
 
 PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
@@ -402,6 +457,7 @@ FAMILIES: tuple[Family, ...] = (
     REQUESTS,
     ATTEMPTS,
     RETRIES,
+    SAVED,
     DISCONNECTS,
     REFUSALS,
     KEY_REQUESTS,
@@ -414,6 +470,7 @@ FAMILIES: tuple[Family, ...] = (
     QUEUE_LENGTH,
     QUEUE_WAIT,
     MODEL_DEMAND,
+    *(family for family, _ in MODEL_GAUGES),
     TRANSITIONS,
     SERVER_STATE,
     SERVER_INFO,

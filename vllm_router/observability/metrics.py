@@ -42,6 +42,7 @@ from vllm_router.observability.metric_families import (
     KEY_REQUESTS,
     LOOP_LAG,
     MODEL_DEMAND,
+    MODEL_GAUGES,
     OVERHEAD,
     PREFIX_COUNTERS,
     QUEUE_LENGTH,
@@ -51,6 +52,7 @@ from vllm_router.observability.metric_families import (
     REQUESTS,
     RETRIES,
     ROUTER_METRICS,
+    SAVED,
     SENT,
     SERVER_GAUGES,
     SERVER_INFO,
@@ -61,6 +63,7 @@ from vllm_router.observability.metric_families import (
     TRANSITIONS,
     WORKER_METRICS,
 )
+from vllm_router.observability.model_rows import model_rows
 from vllm_router.observability.prometheus_text import Counter, Counters, Family, Histogram
 from vllm_router.observability.router_state import RouterState
 from vllm_router.proxy.record import DONE, Phase, Record
@@ -129,6 +132,7 @@ class Metrics:
         self._servers: dict[str, _ServerSeries] = {}
         self._models: set[str] = set()
         self._retries = Counters(RETRIES)
+        self._saved = SAVED.counter()
         self._disconnects = Counters(DISCONNECTS)
         self._refusals = Counters(REFUSALS)
         self._keys: dict[str, Counters] = {}
@@ -168,8 +172,8 @@ class Metrics:
             self._waited(record)
         elif record.sent_at:
             self._overhead.observe(record.sent_at - record.body_read_at)
-        for reason in record.retries:
-            self._retries[reason.value].value += 1
+        if record.retries:
+            self._retried(record)
         if record.key_name:
             by_status = self._keys.get(record.key_name)
             if by_status is None:
@@ -181,6 +185,12 @@ class Metrics:
                 self._wanted(record)
         if outcome is Outcome.CLIENT_GONE:
             self._disconnects[record.phase.value].value += 1
+
+    def _retried(self, record: Record) -> None:
+        for reason in record.retries:
+            self._retries[reason.value].value += 1
+        if record.outcome is ANSWERED:
+            self._saved.value += 1
 
     def _wanted(self, record: Record) -> None:
         """A request was refused because no server was free."""
@@ -201,6 +211,10 @@ class Metrics:
     def refused(self, code: str) -> None:
         """Count a request that was rejected before an exchange began, by its error code."""
         self._refusals[code].value += 1
+
+    def refused_by_code(self) -> dict[str, int]:
+        """How many requests got an error of the router so far, by its code."""
+        return {code: int(counter.value) for code, counter in self._refusals.items()}
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         series = self._servers.get(server.name) or self._series(server.name)
@@ -302,6 +316,7 @@ class Metrics:
         yield from family(REQUESTS, lambda one: [count.line() for count in one.requests.values()])
         yield from family(ATTEMPTS, lambda one: one.attempts.lines())
         yield RETRIES.header + self._retries.lines()
+        yield SAVED.header + self._saved.line()
         yield DISCONNECTS.header + self._disconnects.lines()
         yield REFUSALS.header + self._refusals.lines()
         yield KEY_REQUESTS.header + "".join([key.lines() for key in self._keys.values()])
@@ -314,6 +329,7 @@ class Metrics:
         yield QUEUE_LENGTH.header + self._queue_lengths()
         yield QUEUE_WAIT.header + "".join(_used(self._waits))
         yield MODEL_DEMAND.header + self._model_demand()
+        yield from self._model_gauges()
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
     def _queue_lengths(self) -> str:
@@ -337,6 +353,12 @@ class Metrics:
             if model in demand:
                 demand[model] += requests
         return "".join([f"{MODEL_DEMAND.key(name)}{value}\n" for name, value in demand.items()])
+
+    def _model_gauges(self) -> Iterator[str]:
+        rows = model_rows(self._fleet, trio.current_time())
+        for family, read in MODEL_GAUGES:
+            lines = [f"{family.key(row.name)}{read(row)}\n" for row in rows]
+            yield family.header + "".join(lines)
 
     def _server_gauges(self) -> Iterator[str]:
         now = trio.current_time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -70,8 +70,13 @@ class SlidingPercentiles:
         """The percentiles of the window; None if it is empty. O(buckets in use), at most 500."""
         self._expire(step_of(now))
         if self._stale:
-            self._answer, self._stale = self._compute(), False
+            self._answer, self._stale = _percentiles_in(self._total), False
         return self._answer
+
+    def counts(self, now: float) -> dict[int, int]:
+        """How many durations of the window are in each bucket."""
+        self._expire(step_of(now))
+        return self._total
 
     def _expire(self, step: int) -> None:
         steps, total = self._steps, self._total
@@ -82,24 +87,35 @@ class SlidingPercentiles:
                     del total[bucket]
             self._stale = True
 
-    def _compute(self) -> Percentiles | None:
-        count = sum(self._total.values())
-        if not count:
-            return None
-        found = list(self._ranks([0.50 * count, 0.95 * count, 0.99 * count]))
-        return Percentiles(found[0], found[1], found[2], count)
 
-    def _ranks(self, ranks: list[float]) -> Iterator[float]:
-        """The value at each rank; `ranks` ascend."""
-        buckets = iter(sorted(self._total))
-        seen = 0
-        value = 0.0
-        for rank in ranks:
-            while seen < rank:
-                bucket = next(buckets)
-                seen += self._total[bucket]
-                value = _SMALLEST * _GROWTH ** (bucket + 0.5)
-            yield value
+def percentiles_of(windows: Iterable[SlidingPercentiles], now: float) -> Percentiles | None:
+    """The percentiles of several windows as if they were one. O(buckets in use)."""
+    total: dict[int, int] = {}
+    for window in windows:
+        for bucket, count in window.counts(now).items():
+            total[bucket] = total.get(bucket, 0) + count
+    return _percentiles_in(total)
+
+
+def _percentiles_in(total: dict[int, int]) -> Percentiles | None:
+    count = sum(total.values())
+    if not count:
+        return None
+    found = list(_values_at(total, [0.50 * count, 0.95 * count, 0.99 * count]))
+    return Percentiles(found[0], found[1], found[2], count)
+
+
+def _values_at(total: dict[int, int], ranks: list[float]) -> Iterator[float]:
+    """The value at each rank; `ranks` ascend."""
+    buckets = iter(sorted(total))
+    seen = 0
+    value = 0.0
+    for rank in ranks:
+        while seen < rank:
+            bucket = next(buckets)
+            seen += total[bucket]
+            value = _SMALLEST * _GROWTH ** (bucket + 0.5)
+        yield value
 
 
 class Rate:

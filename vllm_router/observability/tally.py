@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
@@ -13,6 +13,7 @@ from vllm_router.observability.sliding import (
     Ratio,
     SlidingPercentiles,
     bucket_of,
+    percentiles_of,
     step_of,
 )
 from vllm_router.proxy.record import DONE, Record
@@ -50,11 +51,13 @@ class Tally:
     def __init__(self) -> None:
         self.requests = 0
         self.errors = 0
+        self.refused = 0
         self.chunks = 0
-        self._ttft = SlidingPercentiles()
-        self._duration = SlidingPercentiles()
+        self.ttft_window = SlidingPercentiles()
+        self.duration_window = SlidingPercentiles()
         self._requests_rate = Rate()
         self._errors_rate = Rate()
+        self._refused_rate = Rate()
         self._chunks_rate = Rate()
         self._tokens_rate = Rate()
         self._tokens_known = False
@@ -67,14 +70,15 @@ class Tally:
         self.requests += 1
         self.chunks += chunks
         if ttft >= 0:
-            self._ttft.add(ttft, step)
+            self.ttft_window.add(ttft, step)
         if duration >= 0:
-            self._duration.add(duration, step)
+            self.duration_window.add(duration, step)
 
     def read(self, now: float, live_chunks: int) -> None:
         """Update the rates; `live_chunks` counts the chunks of running exchanges."""
         self._requests_rate.observe(self.requests, now)
         self._errors_rate.observe(self.errors, now)
+        self._refused_rate.observe(self.refused, now)
         self._chunks_rate.observe(self.chunks + live_chunks, now)
 
     def read_expected(self, found: PrefixStatistics | None, now: float) -> None:
@@ -102,6 +106,10 @@ class Tally:
         return round(self._errors_rate.per_second, 3)
 
     @property
+    def refused_per_s(self) -> float:
+        return round(self._refused_rate.per_second, 3)
+
+    @property
     def chunks_per_s(self) -> float:
         return round(self._chunks_rate.per_second, 1)
 
@@ -122,14 +130,50 @@ class Tally:
         return round(value, 4) if value is not None else None
 
     def ttft(self, now: float) -> Percentiles | None:
-        return _rounded(self._ttft, now)
+        return _rounded(self.ttft_window.read(now))
 
     def duration(self, now: float) -> Percentiles | None:
-        return _rounded(self._duration, now)
+        return _rounded(self.duration_window.read(now))
+
+    @staticmethod
+    def ttft_of(tallies: Iterable[Tally], now: float) -> Percentiles | None:
+        """Of several tallies together."""
+        return _rounded(percentiles_of([one.ttft_window for one in tallies], now))
+
+    @staticmethod
+    def duration_of(tallies: Iterable[Tally], now: float) -> Percentiles | None:
+        """Of several tallies together."""
+        return _rounded(percentiles_of([one.duration_window for one in tallies], now))
 
 
-def _rounded(window: SlidingPercentiles, now: float) -> Percentiles | None:
-    found = window.read(now)
+class Total(Tally):
+    """The sum of the models' tallies. It costs nothing per exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._models: Mapping[str | None, Tally] = {}
+        self._gone = Tally()
+        """What the models counted whose tallies were dropped."""
+
+    def sum_up(self, models: Mapping[str | None, Tally]) -> None:
+        self._models = models
+        for figure in ("requests", "errors", "refused", "chunks"):
+            parts = [getattr(one, figure) for one in (self._gone, *models.values())]
+            setattr(self, figure, sum(parts))
+
+    def dropped(self, tally: Tally) -> None:
+        """A model's tally was dropped; its counts stay in the sum."""
+        for figure in ("requests", "errors", "refused", "chunks"):
+            setattr(self._gone, figure, getattr(self._gone, figure) + getattr(tally, figure))
+
+    def ttft(self, now: float) -> Percentiles | None:
+        return Tally.ttft_of(self._models.values(), now)
+
+    def duration(self, now: float) -> Percentiles | None:
+        return Tally.duration_of(self._models.values(), now)
+
+
+def _rounded(found: Percentiles | None) -> Percentiles | None:
     if found is None:
         return None
     return Percentiles(
@@ -148,12 +192,22 @@ def failed(record: Record) -> bool:
     return outcome is not ANSWERED and outcome is not Outcome.CLIENT_GONE
 
 
+MAX_MODELS = 100
+"""Models with a tally of their own; further ones are counted together."""
+
+
 class Tallies:
-    """One tally per server, and one for the fleet."""
+    """One tally per server and one per model; the fleet's total is the sum of the models.
+
+    Models are named as the servers name them. Requests without a model, for names that no server
+    lists, and beyond MAX_MODELS share one tally.
+    """
 
     def __init__(self) -> None:
-        self.total = Tally()
+        self.total = Total()
         self._of: dict[Server, Tally] = {}
+        self._rest = Tally()
+        self._of_model: dict[str | None, Tally] = {None: self._rest}
 
     def of(self, server: Server) -> Tally:
         tally = self._of.get(server)
@@ -161,14 +215,29 @@ class Tallies:
             tally = self._of[server] = Tally()
         return tally
 
+    def of_models(self, names: Iterable[str]) -> list[Tally]:
+        """The tallies of these models, as far as they have one."""
+        return [tally for name in names if (tally := self._of_model.get(name)) is not None]
+
     def exchange_ended(self, record: Record) -> None:
-        """In the fleet's tally, an error is a failed exchange, whatever the cause."""
+        """For a model, an error is a failed exchange, whatever the cause."""
         sample = sample_of(record)
-        self.total.ended(sample)
+        tally = self._of_model.get(record.served_model or record.model) or self._new_model(record)
+        tally.ended(sample)
         if failed(record):
-            self.total.errors += 1
+            tally.errors += 1
+        if record.outcome is None and record.code:
+            tally.refused += 1
         if record.server is not None:
             self.of(record.server).ended(sample)
+
+    def _new_model(self, record: Record) -> Tally:
+        """A tally for a model whose request a server was asked for; else the common one."""
+        name = record.served_model or record.model
+        if record.server is None or len(self._of_model) > MAX_MODELS:
+            return self._rest
+        tally = self._of_model[name] = Tally()
+        return tally
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         """In a server's tally, an error is a failed attempt that counts against it."""
@@ -190,7 +259,10 @@ class Tallies:
         for record in running:
             if record.chunks:
                 live[record.server] = live.get(record.server, 0) + record.chunks
+        self.total.sum_up(self._of_model)
         self.total.read(now, sum(live.values()))
+        for tally in self._of_model.values():
+            tally.read(now, 0)
         for server in servers:
             tally = self.of(server)
             tally.read(now, live.get(server, 0))
@@ -199,7 +271,12 @@ class Tallies:
                 tally.read_expected(expected(server), now)
             yield
 
-    def keep(self, servers: Collection[Server]) -> None:
-        """Drop the tallies of all other servers."""
+    def keep(self, servers: Collection[Server], models: Collection[str]) -> None:
+        """Drop the tallies of all other servers and models; these models have one from now on."""
         for server in self._of.keys() - set(servers):
             del self._of[server]
+        for name in self._of_model.keys() - {None, *models}:
+            self.total.dropped(self._of_model.pop(name))
+        for name in models:
+            if name not in self._of_model and len(self._of_model) <= MAX_MODELS:
+                self._of_model[name] = Tally()

@@ -44,4 +44,4 @@ def preference(key: int, servers: Sequence[Server]) -> list[Server]:
 
 
 def _distance(key: int, server: Server) -> float:
-    return -math.log(draw(key, seed_of(server.url))) / server.weighted_capacity
+    return -math.log(draw(key, seed_of(server.url))) / server.key_share

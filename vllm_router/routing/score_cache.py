@@ -263,7 +263,7 @@ class ScoreCache:
             self._order.change(position, factor * base)
         per_token = factor * self._per_request
         self._growths[position] = per_token * (1.0 + self._growth * waste_load)
-        self._loads[position] = server_load.value
+        self._loads[position] = server_load.relative
         if self._prompt_growth:
             self._prompt_growths[position] = per_token * self._prompt_growth * load
         if estimate.footprint != self._footprints[position]:
@@ -498,7 +498,7 @@ class ScoreCache:
             affinity = self._affinities[key] = min(
                 self._contenders(key),
                 key=lambda estimate: (
-                    -math.log(draw(key, estimate.seed)) / estimate.server.weighted_capacity
+                    -math.log(draw(key, estimate.seed)) / estimate.server.key_share
                 ),
             )
         return affinity

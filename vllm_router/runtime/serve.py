@@ -263,7 +263,8 @@ async def drain(
     `wind_down` replaces the supervisor's method.
     """
     await supervisor.lame_duck()
-    supervisor.feed.close()
+    if not supervisor.in_flight:
+        supervisor.feed.close()
     front.stop_accepting()
     front.last_call()
     with trio.move_on_after(LAST_CALL):

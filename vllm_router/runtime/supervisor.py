@@ -360,15 +360,15 @@ class Supervisor:
             )
             await trio.sleep(grace)
 
-    async def wind_down(self, *, still_listening: bool = False) -> None:
+    async def wind_down(self, *, still_listening: bool = False, others_drain: bool = False) -> None:
         """Let the requests in flight finish for `drain_timeout`, then cancel them with an error.
 
-        Websocket clients are disconnected at once (1001). If the port is still open, new requests
-        are rejected; otherwise the drain would not end.
+        Websocket clients follow the drain to its end, and are disconnected then (1001), unless
+        `others_drain`: other processes still finish requests. If the port is still open, new
+        requests are rejected; otherwise the drain would not end.
         """
         self.draining = True
         self.proxy.context.stopping = still_listening
-        self.feed.close()
         running = len(self.proxy.context.exchanges)
         if running:
             logger.info("draining: waiting for %d requests in flight", running)
@@ -381,6 +381,8 @@ class Supervisor:
             )
             with trio.move_on_after(END_TIME):
                 await self.proxy.drained()
+        if not others_drain:
+            self.feed.close()
 
     @property
     def ready(self) -> bool:

@@ -21,6 +21,7 @@ def server_view(server: Server, router: Router) -> dict[str, Any]:
         "running": server.running,
         "waiting": server.waiting,
         "capacity": server.capacity,
+        "capacity_source": server.capacity_estimate.source,
         "load": server.load,
         "models": list(server.models) if server.models is not None else None,
     }

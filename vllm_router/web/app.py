@@ -28,7 +28,7 @@ from vllm_router.web.explain import explain, facts_of, policy_of
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import FEED_PATH, MAY_READ, identity_of, visible
 from vllm_router.web.openapi import document
-from vllm_router.web.pages import SECURITY_HEADERS, Page, Pages
+from vllm_router.web.pages import FOREVER, SECURITY_HEADERS, VERSION_FOLDER, Page, Pages
 from vllm_router.web.router import Router
 from vllm_router.web.sessions import CODE_SECONDS, SESSION_SECONDS
 
@@ -212,7 +212,13 @@ def _observation(app: QuartTrio, router: Wired) -> None:
         if not (given.isascii() and given.isdigit()):
             raise Refused(400, "bad_request", "limit: expected a number, 0 or more.", param="limit")
         limit = int(given[:MAX_DIGITS])
-        return answers.json({"decisions": router.feed.decisions.newest(limit, wall_offset())})
+        rows = router.feed.decisions.newest(
+            limit,
+            wall_offset(),
+            request.args.get("server"),
+            only_failed=request.args.get("failed", "") in ("1", "true"),
+        )
+        return answers.json({"decisions": rows})
 
 
 # -- the dashboard ----------------------------------------------------------------------------
@@ -223,35 +229,50 @@ def _dashboard(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/")
     async def root() -> Response:
-        page = (
-            pages.get("index.html") if "text/html" in answers.fields().get("accept", "") else None
-        )
+        page = pages.index() if "text/html" in answers.fields().get("accept", "") else None
         if page is not None:
             response = _page(page)
         else:
             running = "draining" if router.draining else "running"
             named = {"version": __version__} if _may_read() else {}
             response = answers.json({"service": "vLLM Router", **named, "status": running})
-        response.headers["vary"] = "accept"
+        response.headers["vary"] = "accept, accept-encoding"
         return response
 
     @app.get("/static/<name:path>")
     async def static(path: str) -> Response:
-        page = pages.get(path)
+        lasting = path.startswith(f"{pages.version}/")
+        # A page that was loaded before an update asks by the old version.
+        page = pages.get(VERSION_FOLDER.sub("", path))
         if page is None:
             raise Refused(404, "not_found", f"There is nothing at /static/{path}.")
-        return _page(page)
+        return _page(page, lasting=lasting)
 
 
-def _page(page: Page) -> Response:
+def _page(page: Page, *, lasting: bool = False) -> Response:
+    """`lasting`: its address changes with its content, so that it may be kept for ever."""
     fresh = page.etag in answers.fields().get("if-none-match", "")
+    packed = page.packed if _takes_gzip(answers.fields().get("accept-encoding", "")) else None
+    body = page.body if packed is None else packed
     response = Response(
-        b"" if fresh else page.body, 304 if fresh else 200, content_type=page.content_type
+        b"" if fresh else body, 304 if fresh else 200, content_type=page.content_type
     )
     response.headers.update(SECURITY_HEADERS)
     response.headers["etag"] = page.etag
-    response.headers["cache-control"] = "no-cache"
+    response.headers["cache-control"] = FOREVER if lasting else "no-cache"
+    response.headers["vary"] = "accept-encoding"
+    if packed is not None and not fresh:
+        response.headers["content-encoding"] = "gzip"
     return response
+
+
+def _takes_gzip(accepted: str) -> bool:
+    """Whether `accept-encoding` names gzip, and not only to exclude it (RFC 9110, 12.5.3)."""
+    for coding in accepted.lower().split(","):
+        name, _, quality = coding.partition(";")
+        if name.strip() == "gzip":
+            return quality.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return False
 
 
 # -- the feed ---------------------------------------------------------------------------------

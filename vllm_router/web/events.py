@@ -11,6 +11,7 @@ from vllm_router.config.reload import Reloader
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy.record import Record
+from vllm_router.web.reasons import code_of
 from vllm_router.web.schema import Event
 
 KEPT = 100
@@ -60,11 +61,24 @@ class EventLog:
         server: str | None = None,
         old: str | None = None,
         new: str | None = None,
+        reason: str = "",
+        count: int | None = None,
     ) -> None:
         self._count += 1
         time = round(self._wall(), 3)
+        code, values = code_of(reason)
         event = Event(
-            id=self._count, time=time, kind=kind, text=text, server=server, old=old, new=new
+            id=self._count,
+            time=time,
+            kind=kind,
+            text=text,
+            server=server,
+            old=old,
+            new=new,
+            reason=reason,
+            reason_code=code,
+            reason_values=values,
+            count=count,
         )
         kept = self._last_of_requests if kind == self._OF_REQUESTS else self._last
         kept.append(event)
@@ -77,7 +91,14 @@ class EventLog:
             return
         reason = f" ({change.reason})" if change.reason else ""
         text = f"{change.server}: {change.old} → {change.new}{reason}"
-        self.add("state", text, server=change.server, old=change.old, new=change.new)
+        self.add(
+            "state",
+            text,
+            server=change.server,
+            old=change.old,
+            new=change.new,
+            reason=change.reason,
+        )
 
     def exhausted(self, record: Record) -> None:
         """A request has failed on several servers. A series of them adds one event per second."""
@@ -101,7 +122,8 @@ class EventLog:
         self._seconds += 1
         if self._seconds % FULL_PERIOD == 0:
             for server, times in self._full.items():
-                self.add("full", f"{server}: full {_times(times)} in a minute", server=server)
+                text = f"{server}: full {_times(times)} in a minute"
+                self.add("full", text, server=server, count=times)
             self._full.clear()
 
     def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
@@ -124,4 +146,4 @@ def _times(number: int) -> str:
 def missed(count: int, wall: float) -> Event:
     """The event for a client that was too slow for `count` events."""
     text = f"{count} events were dropped because this client reads too slowly"
-    return Event(id=0, time=round(wall, 3), kind="missed", text=text)
+    return Event(id=0, time=round(wall, 3), kind="missed", text=text, count=count)

@@ -151,6 +151,7 @@ def _figures(server: Server) -> dict[str, Any]:
         "waiting": server.waiting,
         "leases": server.in_flight,
         "capacity": server.capacity,
+        "capacity_source": server.capacity_estimate.source,
         "max_in_flight": server.config.max_in_flight,
         "metrics_fresh": server.load_estimate.fresh,
     }

@@ -16,16 +16,19 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import Transition
 from vllm_router.observability.decisions import Decisions
 from vllm_router.observability.metrics import Metrics
+from vllm_router.observability.model_rows import AVAILABLE
 from vllm_router.observability.process import cpu_seconds
 from vllm_router.observability.router_state import CPU, LAG
-from vllm_router.observability.sliding import Rate
+from vllm_router.observability.sliding import Percentiles, Rate
 from vllm_router.observability.stalls import LagWatch
 from vllm_router.observability.tally import Tallies, failed
 from vllm_router.proxy.record import Record
-from vllm_router.proxy.retry import Outcome
+from vllm_router.proxy.retry import ANSWERED, Outcome
 from vllm_router.web import events, history, schema, view
 from vllm_router.web.mailbox import Mailbox
+from vllm_router.web.outages import Outages
 from vllm_router.web.router import Router
+from vllm_router.web.turned_away import TurnedAway
 
 _encode = msgspec.json.Encoder().encode
 
@@ -50,6 +53,8 @@ class Feed:
         self._fleet = fleet
         self._metrics = metrics
         self._tallies = Tallies()
+        self._turned_away = TurnedAway()
+        self._outages = Outages()
         self._memory = history.Memory()
         self._events = events.EventLog(self._announce, time.time)
         self._mailboxes: set[Mailbox] = set()
@@ -65,8 +70,11 @@ class Feed:
         """Count the exchange, keep the decision, announce a request that failed everywhere."""
         self._tallies.exchange_ended(record)
         self.decisions.add(record)
-        if record.retries and failed(record):
-            self._events.exhausted(record)
+        if record.retries:
+            if failed(record):
+                self._events.exhausted(record)
+            elif record.outcome is ANSWERED:
+                self._turned_away.saved_total += 1
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         self._tallies.attempt_ended(server, outcome)
@@ -151,6 +159,8 @@ class Feed:
         for number, _ in enumerate(self._tallies.read(servers, running, expected, now), 1):
             if number % SERVERS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
+        self._turned_away.read(self._metrics.refused_by_code(), now)
+        self._outages.look(self._fleet, now, time.time())
         self._events.look(servers, router.reloader if router is not None else None)
         cpu = router.elsewhere(CPU) if router is not None else None
         self._cpu.observe(cpu_seconds() + (cpu or 0.0), now)
@@ -162,25 +172,33 @@ class Feed:
         loads = {name: round(server.load, 3) for name, server in self._fleet.servers.items()}
         self._memory.add(self._row(now), loads, round(time.time(), 3))
         self._events.second()
-        self._tallies.keep(self._fleet.all_servers())
+        names = [name for row in self._outages.rows for name in (row.name, *row.names)]
+        self._tallies.keep(self._fleet.all_servers(), names)
         self._metrics.prune()
 
     def _row(self, now: float) -> history.Row:
         """The values of `history.FIGURES`."""
         total, sums = self._tallies.total, view.sums_of(self._fleet)
-        ttft, duration = total.ttft(now), total.duration(now)
-        streams = self.router.in_flight if self.router is not None else sums.leases
+        servers = self._fleet.servers.values()
+        rates = [self._tallies.of(server).tokens_per_s for server in servers]
+        tokens = [rate for rate in rates if rate is not None]
+        router = self.router
         return (
             total.requests_per_s,
             total.errors_per_s,
+            self._turned_away.per_second,
+            self._turned_away.saved_per_second,
             total.chunks_per_s,
+            round(sum(tokens), 1) if tokens else None,
             sums.running,
             sums.waiting,
+            sum(queue.waiting for queue in router.queues(now)) if router is not None else 0,
             sums.capacity,
             sums.load,
-            streams,
-            ttft.p95 if ttft is not None else None,
-            duration.p95 if duration is not None else None,
+            router.in_flight if router is not None else sums.leases,
+            self._fleet.count(*AVAILABLE),
+            *_percentiles(total.ttft(now)),
+            *_percentiles(total.duration(now)),
         )
 
     def _recent_snapshot(self, now: float) -> str:
@@ -199,9 +217,22 @@ class Feed:
             feed_clients=len(self._mailboxes),
             now=now,
         )
-        encoded = _text(view.snapshot(router, self._tallies, facts, seq=self._seq, now=now))
+        snapshot = view.snapshot(
+            router,
+            self._tallies,
+            facts,
+            self._turned_away,
+            self._outages,
+            seq=self._seq,
+            now=now,
+        )
+        encoded = _text(snapshot)
         self._latest = (now, encoded)
         return encoded
+
+
+def _percentiles(found: Percentiles | None) -> tuple[float | None, float | None, float | None]:
+    return (found.p50, found.p95, found.p99) if found is not None else (None, None, None)
 
 
 def _next(due: float, interval: float, now: float) -> float:

@@ -12,14 +12,23 @@ from vllm_router.web.schema import History
 FIGURES = (
     "requests_per_s",
     "errors_per_s",
+    "refused_per_s",
+    "saved_per_s",
     "chunks_per_s",
+    "tokens_per_s",
     "running",
     "waiting",
+    "queued",
     "capacity",
     "load",
     "open_streams",
+    "available",
+    "ttft_p50",
     "ttft_p95",
+    "ttft_p99",
+    "duration_p50",
     "duration_p95",
+    "duration_p99",
 )
 """The figures of the fleet in a row, in this order."""
 
@@ -93,7 +102,7 @@ class Memory:
 
 
 def digest(rows: list[Row]) -> Row:
-    """Combine rows: the mean, but the maximum for percentiles."""
+    """Combine rows: the mean, but the maximum for high percentiles."""
     return tuple(
         _digest(name, [value for value in column if value is not None])
         for name, column in zip(FIGURES, zip(*rows, strict=True), strict=True)
@@ -103,4 +112,4 @@ def digest(rows: list[Row]) -> Row:
 def _digest(name: str, values: list[float]) -> float | None:
     if not values:
         return None
-    return max(values) if name.endswith("_p95") else round(sum(values) / len(values), 4)
+    return max(values) if name.endswith(("_p95", "_p99")) else round(sum(values) / len(values), 4)

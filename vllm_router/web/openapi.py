@@ -124,6 +124,7 @@ _SCHEMAS: Doc = {
                         "owner": _or_null(_TEXT),
                         "attempts": _COUNT,
                         "outcome": _TEXT,
+                        "failed": _FLAG,
                         "status": _COUNT,
                     }
                 )
@@ -189,6 +190,18 @@ _LIMIT = {
     "in": "query",
     "description": "The maximum number of entries.",
     "schema": {"type": "integer", "minimum": 0, "default": 100},
+}
+_OF_SERVER = {
+    "name": "server",
+    "in": "query",
+    "description": "Only requests whose last attempt was on this server.",
+    "schema": _TEXT,
+}
+_ONLY_FAILED = {
+    "name": "failed",
+    "in": "query",
+    "description": "1: only requests that failed.",
+    "schema": {"type": "string", "enum": ["1", "true"]},
 }
 _BODY = {
     "description": "The body of a request to an inference path.",
@@ -274,7 +287,7 @@ def document() -> Doc:
                 "Decisions",
                 401,
                 404,
-                parameters=[_LIMIT],
+                parameters=[_LIMIT, _OF_SERVER, _ONLY_FAILED],
                 **_READING,
             )
         },

@@ -40,6 +40,10 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         ),
     ]
     reason: Annotated[str, _("Why it is not up, in words; empty if it is.")]
+    reason_code: Annotated[
+        str | None, _("A name for the reason, for translations; null if it has none.")
+    ] = None
+    reason_values: Annotated[dict[str, str], _("The values in the reason, by name.")] = {}
     since: Annotated[Time, _("When the state began.")]
     leaving: Annotated[
         bool, _("Taken out of the configuration; it vanishes with its last request.")
@@ -47,7 +51,18 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     running: Annotated[float, _("Requests the engine works on, as routing sees it.")]
     waiting: Annotated[float, _("Requests in the engine's queue.")]
     leases: Annotated[int, _("Requests that this router has on it.")]
-    capacity: Annotated[int, _("max_concurrent_requests of the configuration.")]
+    capacity: Annotated[int, _("Requests that it runs at once without queueing.")]
+    capacity_source: Annotated[
+        str,
+        _(
+            "configured (max_concurrent_requests); learnt, from its gauges when it was full; or "
+            "assumed: it was never full, and this is vLLM's default."
+        ),
+    ] = "configured"
+    proposed_capacity: Annotated[
+        int | None,
+        _("What max_concurrent_requests should say by what was seen; null if it fits."),
+    ] = None
     max_in_flight: Annotated[
         int | None, _("How many requests this router has on it at most; null without a cap.")
     ] = None
@@ -86,6 +101,52 @@ class FleetView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     errors_per_s: Annotated[float, _("Requests that ended in an error which was not the client's.")]
     chunks_per_s: float
     tokens_per_s: float | None
+    refused_per_s: Annotated[
+        float, _("Requests that the router refused: key, limits, queue, no server.")
+    ] = 0.0
+    refused: Annotated[
+        dict[str, int],
+        _(
+            "Refused within the last five minutes, by reason: unauthorized (401), forbidden (403), "
+            "limited (429, limits of the key), queue (429 and 503), no_server (503), overload."
+        ),
+    ] = {}
+    saved_per_s: Annotated[
+        float, _("Requests that one server failed and another one answered, over five seconds.")
+    ] = 0.0
+    saved: Annotated[
+        int,
+        _("The same within the last five minutes."),
+    ] = 0
+    ttft: Percentiles | None
+    duration: Percentiles | None
+
+
+class ModelView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One model. Rates are over the last five seconds."""
+
+    name: Annotated[str, _("As its servers name it; with several names the first by alphabet.")]
+    names: Annotated[list[str], _("Its further names, LoRA adapters included.")]
+    adapters: Annotated[int, _("How many of those are LoRA adapters.")]
+    aliases: Annotated[list[str], _("Public names of `[models]` that lead to it.")]
+    fallback: Annotated[
+        str | None, _("The model that answers its requests now, as it has no server; else null.")
+    ]
+    servers: Annotated[int, _("Servers of the configuration that list it.")]
+    available: Annotated[int, _("Of those, the ones that get requests.")]
+    draining: Annotated[int, _("Of those, the ones that drain.")]
+    without_server_since: Annotated[
+        Time | None, _("Since when no server of it is available; null if one is.")
+    ]
+    running: Annotated[float, _("Requests on its servers, of all their models.")]
+    waiting: Annotated[float, _("Requests in its servers' queues.")]
+    queued: Annotated[int, _("Requests that wait in this router for a server of it.")]
+    capacity: Annotated[int, _("Of its available servers.")]
+    load: Annotated[float, _("(running + 0.5 × waiting) / capacity of its available servers.")]
+    requests_per_s: Annotated[float, _("Requests finished, refused ones included.")]
+    errors_per_s: Annotated[float, _("Requests that ended in an error not the client's.")]
+    refused_per_s: Annotated[float, _("Requests that the router refused.")]
+    tokens_per_s: Annotated[float | None, _("Tokens that its servers generate.")]
     ttft: Percentiles | None
     duration: Percentiles | None
 
@@ -156,6 +217,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     fleet: FleetView
     servers: Annotated[list[ServerView], _("In the order of the configuration.")]
     queues: Annotated[list[QueueView], _("The models for which requests wait.")] = []
+    models: Annotated[
+        list[ModelView], _("The models that servers list or the configuration names, by name.")
+    ] = []
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
@@ -177,6 +241,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     server: Annotated[str | None, _("The server it is about, if any.")] = None
     old: Annotated[str | None, _("The state before (kind state).")] = None
     new: Annotated[str | None, _("The state now (kind state).")] = None
+    reason: Annotated[str, _("Why, in words (kind state).")] = ""
+    reason_code: Annotated[str | None, _("As of a server.")] = None
+    reason_values: Annotated[dict[str, str], _("As of a server.")] = {}
+    count: Annotated[int | None, _("How often (kinds full, missed).")] = None
 
 
 class ConfigView(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,8 +268,9 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     fleet: Annotated[
         dict[str, list[float | None]],
         _(
-            "By figure: requests_per_s, errors_per_s, chunks_per_s, running, waiting, capacity, "
-            "load, open_streams, ttft_p95, duration_p95."
+            "By figure: requests_per_s, errors_per_s, refused_per_s, saved_per_s, chunks_per_s, "
+            "tokens_per_s, running, waiting, queued, capacity, load, open_streams, available, and "
+            "ttft and duration with _p50, _p95, _p99."
         ),
     ]
     servers: Annotated[

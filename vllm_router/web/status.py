@@ -166,6 +166,7 @@ def _server_load(server: Server, router: Router, now: float, wall: float) -> dic
         **state_of(server, router, now),
         "current_load": _number(there),
         "max_capacity": capacity,
+        "capacity_source": server.capacity_estimate.source,
         "available_capacity": _number(max(0.0, capacity - there)),
         "utilization_percent": min(100.0, there / capacity * 100),
         "status": is_healthy(server),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from typing import cast
 
 import msgspec
@@ -12,12 +13,15 @@ from vllm_router import __version__
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.fleet.state import State
+from vllm_router.observability.model_rows import AVAILABLE, ModelRow
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
 from vllm_router.observability.tally import Tallies, Tally
 from vllm_router.web import schema
+from vllm_router.web.outages import Outages
+from vllm_router.web.reasons import code_of
 from vllm_router.web.router import Router
+from vllm_router.web.turned_away import TurnedAway
 
 
 class Sums(msgspec.Struct, frozen=True, gc=False):
@@ -49,6 +53,7 @@ def server_view(
 ) -> schema.ServerView:
     """`started` is the start of the router, the beginning of a server's first state."""
     state, reason = server.current_state(now)
+    code, values = code_of(reason)
     kv_usage = server.metrics.kv_usage if server.metrics is not None else None
     age = server.load_estimate.age(now) if server.load_estimate.scraped_at is not None else None
     return schema.ServerView(
@@ -57,12 +62,16 @@ def server_view(
         models=server.models,
         state=state,
         reason=reason,
+        reason_code=code,
+        reason_values=values,
         since=round((server.state_since or started) + wall, 3),
         leaving=leaving,
         running=round(server.running, 1),
         waiting=round(server.waiting, 1),
         leases=server.in_flight,
         capacity=server.capacity,
+        capacity_source=server.capacity_estimate.source,
+        proposed_capacity=server.capacity_estimate.proposed,
         max_in_flight=server.config.max_in_flight,
         load=round(server.load, 4),
         kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
@@ -80,7 +89,12 @@ def server_view(
 
 
 def fleet_view(
-    fleet: Fleet, servers: list[schema.ServerView], total: Tally, queued: int, now: float
+    fleet: Fleet,
+    servers: list[schema.ServerView],
+    total: Tally,
+    turned_away: TurnedAway,
+    queued: int,
+    now: float,
 ) -> schema.FleetView:
     sums = sums_of(fleet)
     states: dict[str, int] = {}
@@ -90,7 +104,7 @@ def fleet_view(
     tokens = [one.tokens_per_s for one in servers if one.tokens_per_s is not None]
     return schema.FleetView(
         servers=len(fleet.servers),
-        available=sum(states.get(one, 0) for one in (State.UP, State.FULL, State.REFUSING)),
+        available=sum(states.get(one, 0) for one in AVAILABLE),
         states=states,
         running=sums.running,
         waiting=sums.waiting,
@@ -102,8 +116,58 @@ def fleet_view(
         errors_per_s=total.errors_per_s,
         chunks_per_s=total.chunks_per_s,
         tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        refused_per_s=turned_away.per_second,
+        refused=turned_away.lately,
+        saved_per_s=turned_away.saved_per_second,
+        saved=turned_away.saved,
         ttft=total.ttft(now),
         duration=total.duration(now),
+    )
+
+
+def model_views(
+    rows: list[ModelRow],
+    tallies: Tallies,
+    without_since: Mapping[str, float],
+    queues: list[schema.QueueView],
+    now: float,
+) -> list[schema.ModelView]:
+    """`without_since`: the Unix time since when each model has no available server."""
+    queued = {one.model: one.waiting for one in queues}
+    return [_model_view(row, tallies, without_since, queued, now) for row in rows]
+
+
+def _model_view(
+    row: ModelRow,
+    tallies: Tallies,
+    without_since: Mapping[str, float],
+    queued: Mapping[str | None, int],
+    now: float,
+) -> schema.ModelView:
+    names = (row.name, *row.names)
+    own = tallies.of_models(names)
+    tokens = [rate for one in row.listing if (rate := tallies.of(one).tokens_per_s) is not None]
+    return schema.ModelView(
+        name=row.name,
+        names=row.names,
+        adapters=row.adapters,
+        aliases=row.aliases,
+        fallback=row.fallback,
+        servers=row.servers,
+        available=row.available,
+        draining=row.draining,
+        without_server_since=without_since.get(row.name) if not row.available else None,
+        running=round(row.running, 1),
+        waiting=round(row.waiting, 1),
+        queued=sum(queued.get(name, 0) for name in names),
+        capacity=row.capacity,
+        load=round(row.load, 4),
+        requests_per_s=round(sum(one.requests_per_s for one in own), 3),
+        errors_per_s=round(sum(one.errors_per_s for one in own), 3),
+        refused_per_s=round(sum(one.refused_per_s for one in own), 3),
+        tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        ttft=Tally.ttft_of(own, now),
+        duration=Tally.duration_of(own, now),
     )
 
 
@@ -164,7 +228,14 @@ def source_view(status: SourceStatus, now: float) -> schema.SourceView:
 
 
 def snapshot(
-    router: Router, tallies: Tallies, facts: schema.RouterView, *, seq: int, now: float
+    router: Router,
+    tallies: Tallies,
+    facts: schema.RouterView,
+    turned_away: TurnedAway,
+    outages: Outages,
+    *,
+    seq: int,
+    now: float,
 ) -> schema.Snapshot:
     """The current state; O(servers)."""
     fleet, wall = router.fleet, wall_offset()
@@ -184,9 +255,12 @@ def snapshot(
         seq=seq,
         time=round(now + wall, 3),
         router=facts,
-        fleet=fleet_view(fleet, servers, tallies.total, sum(one.waiting for one in queues), now),
+        fleet=fleet_view(
+            fleet, servers, tallies.total, turned_away, sum(one.waiting for one in queues), now
+        ),
         servers=servers,
         queues=queues,
+        models=model_views(outages.rows, tallies, outages.since, queues, now),
     )
 
 

@@ -88,7 +88,7 @@ def test_run_server_option_has_capacity_after_equals_sign():
     found = _servers(["http://a:1=64", "http://b:1"])
     assert [(each.url, each.max_concurrent_requests) for each in found] == [
         ("http://a:1", 64),
-        ("http://b:1", 3),
+        ("http://b:1", None),
     ]
 
 

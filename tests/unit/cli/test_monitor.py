@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -143,6 +144,36 @@ def styles(shown: View, text: str) -> set[str]:
     console = Console(width=120, height=24, file=io.StringIO(), force_terminal=True)
     lines = console.render_lines(draw(shown, 120, 24, NOW), pad=False)
     return {str(part.style) for line in lines for part in line if text in part.text}
+
+
+def model(name: str, available: int = 1, servers: int = 2, **facts: Any) -> schema.ModelView:
+    known: dict[str, Any] = {
+        "names": [],
+        "adapters": 0,
+        "aliases": [],
+        "fallback": None,
+        "draining": 0,
+        "without_server_since": None if available else NOW,
+        "running": 3.0,
+        "waiting": 1.0,
+        "queued": 0,
+        "capacity": 8,
+        "load": 0.44,
+        "requests_per_s": 2.0,
+        "errors_per_s": 0.5,
+        "refused_per_s": 0.0,
+        "tokens_per_s": 77.0,
+        "ttft": PERCENTILES,
+        "duration": PERCENTILES,
+    }
+    return schema.ModelView(name=name, available=available, servers=servers, **(known | facts))
+
+
+def with_models(*models: schema.ModelView) -> View:
+    shown = view(server("a"), server("b"))
+    assert shown.snapshot is not None
+    shown.take(msgspec.structs.replace(shown.snapshot, models=list(models)), NOW)
+    return shown
 
 
 # -- keys -------------------------------------------------------------------------------------
@@ -301,6 +332,47 @@ def test_monitor_wide_screen_shows_more_figures():
     for title in ("TTFT95", "REQ/S", "TOK/S", "ERR/S", "KV", "LAST 5 MIN", "MODELS"):
         assert title in text
         assert title not in "\n".join(picture(view(server("gpu-1"))))[: 80 * 5] or title[0] == "L"
+
+
+def test_monitor_models_have_servers_rates_and_load():
+    lines = picture(with_models(model("qwen")), 140, 40)
+    title = next(line for line in lines if "MODEL " in line)
+    row = next(line for line in lines if "qwen" in line)
+    for name, figure in (("UP", "1/2"), ("TOK/S", "77"), ("TTFT95", "250 ms"), ("ERR", "25 %")):
+        assert title.index(name) + len(name) == row.index(figure) + len(figure)
+    assert "44 %" in row
+    assert "MODEL " not in "".join(picture(with_models(model("qwen")), 80, 20))
+
+
+def test_monitor_model_without_server_is_first_and_named_in_one_line():
+    text = "\n".join(picture(with_models(model("fine"), model("lost", 0)), 120, 40))
+    assert "! lost has had no server since" in text
+    assert text.index("no server since", text.index("MODEL ")) < text.index(" fine")
+    text = "\n".join(picture(with_models(model("one", 0), model("two", 0)), 120, 40))
+    assert "! 2 models have had no server since" in text
+
+
+def test_monitor_model_with_fallback_or_drained_servers_is_no_outage():
+    shown = with_models(
+        model("x", 0, fallback="small"), model("y", 0, draining=2, without_server_since=None)
+    )
+    text = "\n".join(picture(shown, 120, 40))
+    assert "! " not in text
+    assert "small answers for it" in text
+    assert "all its servers are draining" in text
+
+
+def test_monitor_models_beyond_a_third_of_the_screen_are_counted():
+    text = "\n".join(picture(with_models(*(model(f"m{n:02}") for n in range(50))), 120, 40))
+    assert "and 41 more models" in text
+    assert "▸ a" in text
+
+
+def test_monitor_outage_names_servers_once_half_are_down():
+    down = [server(f"s{n}", state="down", reason="unreachable") for n in range(3)]
+    shown = view(*down, server("up"))
+    assert "! 3 of 4 servers are down" in "\n".join(picture(shown, 120, 40))
+    assert "! " not in "\n".join(picture(view(down[0], server("b"), server("c")), 120, 40))
 
 
 @pytest.mark.parametrize(("load", "colour"), [(0.69, "green"), (0.7, "yellow"), (0.9, "red")])

@@ -755,7 +755,7 @@ def config_of(*urls: str, server: str = "", settings: str = "") -> Config:
         (
             config_of("http://a"),
             config_of("http://a", server='max_concurrent_requests = 9\nmodels = ["m", "n"]'),
-            "a max_concurrent_requests 3 → 9, a models none → [m, n]",
+            "a max_concurrent_requests none → 9, a models none → [m, n]",
         ),
         (
             config_of("http://a"),
@@ -787,7 +787,7 @@ def test_config_changed_default_of_timeout_is_reported():
 def test_config_long_list_of_changes_is_shortened():
     urls = [f"http://s{n}" for n in range(100)]
     old, new = config_of(*urls), config_of(*urls, server="max_concurrent_requests = 4")
-    assert changes(old, new).endswith("s9 max_concurrent_requests 3 → 4, and 90 more")
+    assert changes(old, new).endswith("s9 max_concurrent_requests none → 4, and 90 more")
     assert "\n" not in changes(old, new)
 
 

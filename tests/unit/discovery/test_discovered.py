@@ -129,7 +129,7 @@ def test_merge_file_wins_then_earlier_source() -> None:
     merged = merge(config(BOTH), found).config
     got = [(one.url, one.source, one.weight, one.max_concurrent_requests) for one in merged.servers]
     assert got == [
-        ("http://a:1", None, 5.0, 3),
+        ("http://a:1", None, 5.0, None),
         ("http://b:1", "file", 2.0, 32),
         ("http://c:1", "other", 1.0, 32),
     ]
@@ -178,7 +178,7 @@ def test_merge_sources_that_have_not_answered_are_awaited() -> None:
 def test_merge_applies_the_limits_of_the_configuration() -> None:
     text = BOTH + "[limits]\nstrict_capacity = true\n"
     merged = merge(config(text), {"file": up("http://b:1", max_in_flight=3) + up("http://c:1")})
-    assert [one.max_in_flight for one in merged.config.servers] == [3, 3, 32]
+    assert [one.max_in_flight for one in merged.config.servers] == [None, 3, 32]
     without = merge(config(BOTH), {"file": up("http://b:1", max_in_flight=3)})
     assert without.config.servers[1].max_in_flight is None
     assert without.problems == {

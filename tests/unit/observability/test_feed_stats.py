@@ -133,6 +133,6 @@ def test_history_of_an_hour_is_bounded():
     for second in range(5000):
         memory.add(row(float(second)), {"a": 1.0}, float(second))
     minutes, hour = memory.encoded()
-    assert len(minutes) < 30_000
+    assert len(minutes) < 60_000
     assert b'"interval":10.0' in hour
     assert memory.encoded()[0] is minutes

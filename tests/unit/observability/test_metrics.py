@@ -55,6 +55,38 @@ def series(found, name, label):
     return {dict(pairs)[label] for (sample, *pairs) in found if sample == f"vllm_router_{name}"}
 
 
+async def test_metrics_models_have_servers_load_and_fallback():
+    tables = '[models]\ngpt = { serves = "m", fallback = "other" }\n'
+    lab = Lab(3, tables=tables)
+    come_up(lab["c"], trio.current_time(), "other")
+    lab["a"].scraped(gauges(3, 2), trio.current_time(), 0)
+    go_down(lab["b"], trio.current_time())
+    lab.settle()
+    found = await samples(lab)
+    assert pick(found, "model_servers", model="m") == 2
+    assert pick(found, "model_available_servers", model="m") == 1
+    assert pick(found, "model_running", model="m") == 3
+    assert pick(found, "model_waiting", model="m") == 2
+    assert pick(found, "model_capacity", model="m") == lab["a"].capacity
+    assert pick(found, "model_load", model="m") == pytest.approx(lab["a"].load, abs=1e-6)
+    assert pick(found, "model_fallback_active", model="m") == 0
+    go_down(lab["a"], trio.current_time())
+    lab.settle()
+    found = await samples(lab)
+    assert pick(found, "model_available_servers", model="m") == 0
+    assert pick(found, "model_available_servers", model="other") == 1
+    assert pick(found, "model_fallback_active", model="m") == 1
+    assert series(found, "model_servers", "model") == {"m", "other"}
+
+
+async def test_metrics_saved_requests_are_answered_ones_with_retries():
+    lab = Lab()
+    lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
+    lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], outcome=Outcome.SERVER_ERROR, status=502)
+    lab.ended(lab["a"])
+    assert pick(await samples(lab), "requests_saved_total") == 1
+
+
 async def test_metrics_request_is_counted_by_its_labels():
     lab = Lab()
     lab.ended(lab["a"])

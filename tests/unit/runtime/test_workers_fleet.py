@@ -17,6 +17,7 @@ from vllm_router.config.auth import AuthConfig, KeyConfig
 from vllm_router.config.schema import Config
 from vllm_router.config.types import digest_of
 from vllm_router.errors import ConfigError, Refused
+from vllm_router.fleet.capacity import EQUAL_SHARE
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.fleet.state import State
@@ -102,6 +103,14 @@ def test_workers_burst_over_two_spreads_as_evenly_as_over_one(router: Router, po
     assert leases == {"a": 20, "b": 20, "c": 20}
 
 
+def test_workers_use_capacity_that_leader_has_learnt(router: Router):
+    (worker, _) = router.workers
+    for second in range(6):
+        router.leader.servers["a"].scraped(gauges(40, 2), 2.0 + second, 0)
+    worker.follow(state_of(router.leader.servers["a"]), 8.0)
+    assert worker.servers["a"].weighted_capacity == 40
+
+
 def test_workers_see_leases_of_all(router: Router):
     one, two = router.workers
     kept = one.servers["a"].lease(1.0)
@@ -109,7 +118,7 @@ def test_workers_see_leases_of_all(router: Router):
     for fleet in (router.leader, one, two):
         fleet.look()
         assert fleet.servers["a"].in_flight == 2
-        assert fleet.servers["a"].load == pytest.approx(2 / 3)
+        assert fleet.servers["a"].load_estimate.relative == pytest.approx(2 / EQUAL_SHARE)
         assert fleet.in_flight == 2
     kept.release()
     two.look()

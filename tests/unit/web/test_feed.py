@@ -12,6 +12,7 @@ import trio
 
 from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab, make_record
+from vllm_router.fleet.capacity import ASSUMED
 from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
@@ -89,7 +90,8 @@ async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
     await trio.sleep(1.1)
     snapshot = await Client(lab).next_of(schema.Snapshot)
     a, b = snapshot.servers
-    assert (a.running, a.waiting, a.capacity, a.load) == (2, 1, 3, pytest.approx(2.5 / 3, abs=1e-4))
+    assert (a.running, a.waiting, a.capacity, a.capacity_source) == (2, 1, ASSUMED, "assumed")
+    assert a.load == pytest.approx(2.5 / ASSUMED, abs=1e-4)
     assert (a.kv_usage, a.prefix_hit_rate, a.stale) == (0.5, 0.25, False)
     assert (a.state, a.reason, a.models) == ("up", "", ("m",))
     assert (b.state, b.reason) == ("down", "unreachable (3 checks in a row)")
@@ -97,7 +99,7 @@ async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
     assert (b.metrics_age, b.stale) == (None, True)
     fleet = snapshot.fleet
     assert (fleet.servers, fleet.available, fleet.states) == (2, 1, {"up": 1, "down": 1})
-    assert (fleet.running, fleet.capacity, fleet.load) == (2, 3, a.load)
+    assert (fleet.running, fleet.capacity, fleet.load) == (2, ASSUMED, a.load)
 
 
 async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, lab):
@@ -185,7 +187,7 @@ async def test_feed_history_is_recorded_without_clients(autojump_clock, lab):
     await trio.sleep(400.5)
     hello = await Client(lab).next()
     assert {len(values) for values in hello.history.fleet.values()} == {300}
-    assert hello.history.servers["a"] == [1.0] * 300
+    assert hello.history.servers["a"] == [round(3 / ASSUMED, 3)] * 300
     assert hello.history.interval == 1.0
     assert {len(values) for values in hello.hour.fleet.values()} == {40}
     assert hello.hour.fleet["running"][-1] == 3.0
@@ -326,6 +328,83 @@ async def test_feed_request_saved_by_retry_has_no_event(autojump_clock, lab):
     lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502)
     hello = await Client(lab).next()
     assert {event.kind for event in hello.events} == {"state"}
+
+
+# -- models, refusals, saved requests ---------------------------------------------------------
+
+
+async def test_feed_models_have_rates_and_percentiles_of_their_requests(autojump_clock, lab):
+    come_up(lab["b"], trio.current_time(), "other")
+    lab["b"].listed({"other": {"id": "other"}}, trio.current_time())
+    for second in range(10):
+        lab["a"].scraped(gauges(2, generation_tokens=50.0 * second), trio.current_time(), 0)
+        lab.ended(lab["a"], served_model="m", model="alias")
+        lab.ended(lab["b"], model="other", outcome=Outcome.TRUNCATED, phase=Phase.STREAM)
+        lab.ended(None, model="m", outcome=None, status=429, code="queue_full", first_byte_at=0.0)
+        lab.ended(None, model="invented", outcome=None, status=404, code="model_not_found")
+        await trio.sleep(1)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    m, other = snapshot.models
+    assert (m.name, m.servers, m.available, m.running) == ("m", 1, 1, 2.0)
+    assert m.requests_per_s == pytest.approx(2.0, rel=0.3)
+    assert m.refused_per_s == pytest.approx(1.0, rel=0.3)
+    assert m.tokens_per_s == pytest.approx(50, rel=0.3)
+    assert m.ttft.count == 10
+    assert m.ttft.p50 == pytest.approx(0.1, rel=0.03)
+    assert other.errors_per_s == pytest.approx(1.0, rel=0.3)
+    assert other.requests_per_s == pytest.approx(1.0, rel=0.3)
+    assert snapshot.fleet.requests_per_s == pytest.approx(4.0, rel=0.3)
+    assert snapshot.fleet.ttft.count == 20
+
+
+async def test_feed_total_keeps_counts_of_models_that_left(autojump_clock, lab):
+    for _ in range(6):
+        lab.ended(lab["a"], model="loaded")
+        await trio.sleep(1)
+    lab.apply([{"url": "http://b.test:1", "name": "b"}])
+    await trio.sleep(2)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert snapshot.fleet.requests_per_s > 0
+    assert [model.name for model in snapshot.models] == ["m"]
+
+
+async def test_feed_model_without_server_has_time_of_its_outage(autojump_clock, lab):
+    await trio.sleep(3)
+    snapshot = await Client(lab).next_of(schema.Snapshot)
+    assert [model.without_server_since for model in snapshot.models] == [None]
+    for name in ("a", "b"):
+        go_down(lab[name], trio.current_time())
+    lab.settle()
+    await trio.sleep(10)
+    late = (await Client(lab).next_of(schema.Snapshot)).models[0]
+    assert late.available == 0
+    await trio.sleep(30)
+    later = (await Client(lab).next_of(schema.Snapshot)).models[0]
+    assert later.without_server_since == late.without_server_since
+    come_up(lab["a"], trio.current_time())
+    lab.settle()
+    await trio.sleep(1)
+    assert (await Client(lab).next_of(schema.Snapshot)).models[0].without_server_since is None
+
+
+async def test_feed_counts_refusals_by_reason_and_saved_requests(autojump_clock, lab):
+    await trio.sleep(1)
+    for code in ("missing_api_key", "invalid_api_key", "queue_full", "key_rate_exceeded"):
+        lab.router.refused(code)
+    lab.router.refused("invalid_body")  # a mistake in the request, no refusal
+    lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
+    lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], outcome=Outcome.SERVER_ERROR, status=502)
+    lab.ended(lab["a"])
+    await trio.sleep(1)
+    fleet = (await Client(lab).next_of(schema.Snapshot)).fleet
+    assert fleet.refused == {"unauthorized": 2, "limited": 1, "queue": 1}
+    assert fleet.refused_per_s > 0
+    assert fleet.saved == 1
+    await trio.sleep(400)
+    hello = await Client(lab).next()
+    assert max(hello.hour.fleet["refused_per_s"]) > 0
+    fleet = (await Client(lab).next_of(schema.Snapshot)).fleet
+    assert (fleet.refused, fleet.saved) == ({}, 0)
 
 
 # -- slow clients -----------------------------------------------------------------------------

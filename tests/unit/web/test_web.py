@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 
 import pytest
 import trio
@@ -11,6 +13,7 @@ from support.fleet_makers import come_up, eject, gauges, go_down
 from support.web_harness import LOCAL, TOML, Lab
 from vllm_router import __version__
 from vllm_router.fleet.active_health import Check
+from vllm_router.fleet.capacity import ASSUMED, EQUAL_SHARE
 from vllm_router.observability.decisions import KEPT, LONGEST
 from vllm_router.proxy.identity import ANONYMOUS
 from vllm_router.proxy.retry import Outcome
@@ -153,7 +156,7 @@ async def test_root_is_json_for_programs_and_dashboard_for_browsers():
     assert reply.json == {"service": "vLLM Router", "version": __version__, "status": "running"}
     page = await lab.get("/", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert page.headers["content-type"] == "text/html; charset=utf-8"
-    assert page.headers["vary"] == "accept"
+    assert page.headers["vary"] == "accept, accept-encoding"
 
 
 # -- health -----------------------------------------------------------------------------------
@@ -255,8 +258,8 @@ async def test_explain_ranks_candidates_and_picks_least_loaded():
     assert page["picked"] == "b"
     assert [one["server"] for one in page["candidates"]] == ["b", "a", "c"]
     busiest = page["candidates"][-1]
-    assert (busiest["running"], busiest["waiting"], busiest["capacity"]) == (1, 4, 3)
-    assert busiest["score"] == pytest.approx(1.0)
+    assert (busiest["running"], busiest["waiting"], busiest["capacity"]) == (1, 4, ASSUMED)
+    assert busiest["score"] == pytest.approx(3 / EQUAL_SHARE)
     assert page["out"] == []
 
 
@@ -336,6 +339,24 @@ async def test_decisions_are_last_exchanges_newest_first():
     assert len((await lab.get("/decisions?limit=1")).json["decisions"]) == 1
 
 
+async def test_decisions_are_chosen_by_server_and_failure():
+    lab = Lab()
+    lab.ended(lab["a"], request_id=b"good")
+    lab.ended(lab["b"], request_id=b"bad", outcome=Outcome.TRUNCATED)
+    lab.ended(lab["a"], request_id=b"left", outcome=Outcome.CLIENT_GONE, status=200)
+    lab.ended(None, request_id=b"full", outcome=None, status=429, code="queue_full")
+
+    async def ids(query: str) -> list[str]:
+        rows = (await lab.get(f"/decisions?{query}")).json["decisions"]
+        return [row["request_id"] for row in rows]
+
+    assert await ids("server=a") == ["left", "good"]
+    assert await ids("server=a&limit=1") == ["left"]
+    assert await ids("failed=1") == ["full", "bad"]
+    assert await ids("failed=1&server=a") == []
+    assert await ids("failed=0") == ["full", "left", "bad", "good"]
+
+
 async def test_decisions_are_bounded_for_any_client():
     lab = Lab()
     for _ in range(KEPT + 10):
@@ -347,6 +368,35 @@ async def test_decisions_are_bounded_for_any_client():
 
 
 # -- static files -----------------------------------------------------------------------------
+
+
+async def test_static_files_are_compressed_for_clients_that_accept_it():
+    lab = Lab()
+    plain = await lab.get("/static/app.css")
+    packed = await lab.get("/static/app.css", headers={"accept-encoding": "br, gzip;q=0.8"})
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.body) == plain.body
+    assert len(packed.body) < len(plain.body) / 3
+    assert packed.headers["vary"] == "accept-encoding"
+    refused = await lab.get("/static/app.css", headers={"accept-encoding": "gzip;q=0"})
+    assert refused.body == plain.body
+
+
+async def test_dashboard_names_its_files_by_content_so_that_they_are_kept():
+    lab = Lab()
+    index = (await lab.get("/", headers={"accept": "text/html"})).body.decode()
+    paths = re.findall(r'(?:src|href)="(static/[^"]+)"', index)
+    assert len(paths) >= 5
+    for path in paths:
+        reply = await lab.get(f"/{path}")
+        assert reply.status == 200
+        assert "immutable" in reply.headers["cache-control"]
+    # A page that was loaded before an update still gets its modules.
+    older = re.sub("v-[0-9a-f]{16}", f"v-{0:016}", paths[-1])
+    reply = await lab.get(f"/{older}")
+    assert (reply.status, reply.headers["cache-control"]) == (200, "no-cache")
+    assert (await lab.get("/static/js/main.js")).headers["cache-control"] == "no-cache"
 
 
 async def test_static_files_have_strict_policy_and_are_cached():

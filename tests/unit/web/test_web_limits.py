@@ -17,6 +17,8 @@ from vllm_router.cli.monitor.plain import summary
 from vllm_router.observability.access_log import Ended, fields
 from vllm_router.observability.tally import Tallies
 from vllm_router.web import schema, view
+from vllm_router.web.outages import Outages
+from vllm_router.web.turned_away import TurnedAway
 
 
 @asynccontextmanager
@@ -37,7 +39,9 @@ async def crowd(waiting: int, servers: Any = 1, **limits: Any) -> AsyncIterator[
 def snapshot(lab: Lab) -> schema.Snapshot:
     now = trio.current_time()
     facts = view.router_view(lab.router, lag=0.0, cpu=0.0, feed_clients=0, now=now)
-    taken = view.snapshot(lab.router, Tallies(), facts, seq=1, now=now)
+    outages = Outages()
+    outages.look(lab.router.fleet, now, 1_800_000_000.0)
+    taken = view.snapshot(lab.router, Tallies(), facts, TurnedAway(), outages, seq=1, now=now)
     return msgspec.json.decode(msgspec.json.encode(taken), type=schema.Snapshot)
 
 

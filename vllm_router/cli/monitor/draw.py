@@ -16,26 +16,18 @@ from rich.panel import Panel
 from rich.text import Text
 
 from vllm_router.cli.monitor import words
+from vllm_router.cli.monitor.models import models_table, outage
 from vllm_router.cli.monitor.state import SORTS, View
+from vllm_router.cli.monitor.styles import STATE_STYLES, cut, heat
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import Event, ServerView
 
-STATE_STYLES = {
-    "up": "green",
-    "full": "yellow",
-    "draining": "blue",
-    "asleep": "magenta",
-    "paused": "magenta",
-    "refusing": "yellow",
-    "silent": "bold yellow",
-    "unknown": "dim",
-    "down": "bold red",
-    "ejected": "bold red",
-}
 _PUT_OUT = ("asleep", "paused")
 _SICK = ("down", "ejected", "silent", "refusing", "unknown", *_PUT_OUT)
 _EVENTS_LEAST = 3
 _EVENTS_MOST = 12
+_EVENTS_HEIGHT = 20
+"""On smaller screens, events get only what the servers leave."""
 
 KEYS = (
     ("↑ ↓", "select a server (also j, k, page up and down, home, end)"),
@@ -47,11 +39,6 @@ KEYS = (
     ("Ctrl-C", "quit at once"),
     ("?", "this help"),
 )
-
-
-def heat(load: float) -> str:
-    """The colour of a load: calm below 70 %, alarming from 90 %."""
-    return "red" if load >= 0.9 else "yellow" if load >= 0.7 else "green"
 
 
 def draw(view: View, width: int, height: int, now: float) -> RenderableType:
@@ -126,10 +113,11 @@ def _totals(view: View) -> Text:
 
 
 def _body(view: View, width: int, height: int, now: float) -> list[Text]:
-    head = [_figures(view, width), Text()]
+    head = [_figures(view, width), *outage(view), Text()]
     servers = view.servers()
     foot = [Text(), *_detail(view), _keys(view)]
-    events_least = min(_EVENTS_LEAST, len(view.events))
+    head += models_table(view, width, height)
+    events_least = min(_EVENTS_LEAST, len(view.events)) if height >= _EVENTS_HEIGHT else 0
     # One line each for the column titles, the line above the events, and their title.
     room = height - len(head) - len(foot) - 1 - (events_least + 2 if events_least else 0)
     first, last = _window(view, servers, max(1, room))
@@ -175,7 +163,7 @@ def _columns(width: int) -> list[_Column]:
     columns = [
         _Column("RUN", 4, lambda server: f"{server.running:.0f}"),
         _Column("WAIT", 4, lambda server: f"{server.waiting:.0f}"),
-        _Column("FLY", 4, lambda server: str(server.leases)),
+        _Column("IN FLT", 6, lambda server: str(server.leases)),
         _Column("CAP", 4, lambda server: str(server.capacity)),
     ]
     more = [
@@ -212,20 +200,20 @@ def _table(view: View, shown: list[ServerView], heading: str, width: int) -> lis
     columns = _columns(width)
     names, bar, spark, listed = _widths(width, columns, models=view.models)
     title = Text(style="bright_black")
-    title.append("  " + _cut(heading, names) + " " + "STATE".ljust(9) + " ")
+    title.append("  " + cut(heading, names) + " " + "STATE".ljust(9) + " ")
     title.append(" ".join(column.title.rjust(column.width) for column in columns) + " ")
-    title.append(_cut(f"LOAD{_sorted(view)}", bar + 6))
+    title.append(cut(f"LOAD{_sorted(view)}", bar + 6))
     if spark:
-        title.append(" " + _cut("LAST 5 MIN", spark))
+        title.append(" " + cut("LAST 5 MIN", spark))
     if listed:
-        title.append(" " + _cut("MODELS", listed))
+        title.append(" " + cut("MODELS", listed))
     lines = [title]
     for server in shown:
         line = Text()
         selected = server.name == view.selected
         line.append("▸ " if selected else "  ", "bold cyan")
         style = "strike red" if server.state in ("down", "ejected") else ""
-        name = _cut(visible(server.name), names)
+        name = cut(visible(server.name), names)
         line.append(name.rstrip(), f"{style} bold" if selected else style)
         line.append(" " * (len(name) - len(name.rstrip())))
         state = "leaving" if server.leaving else server.state
@@ -243,7 +231,7 @@ def _table(view: View, shown: list[ServerView], heading: str, width: int) -> lis
             line.append(" " + words.sparkline(view.loads.get(server.name, ()), spark), "cyan")
         if listed:
             line.append(" ")
-            line.append(_cut(_models(server), listed), "cyan")
+            line.append(cut(_models(server), listed), "cyan")
         lines.append(line)
     return lines
 
@@ -343,16 +331,10 @@ def _help_lines() -> list[Text]:
     lines += [Text().append(key.rjust(9) + "   ", "bold cyan").append(does) for key, does in KEYS]
     lines += [
         Text(),
-        Text("RUN and WAIT are requests on the engine, FLY this router's, CAP the capacity."),
+        Text("RUN and WAIT are requests on the engine, IN FLT is what this router has in flight,"),
+        Text("CAP is the capacity."),
         Text("LOAD is (RUN + WAIT / 2) / CAP: yellow from 70 %, red from 90 %."),
         Text(),
         Text("Any key goes back.", style="bright_black"),
     ]
     return lines
-
-
-def _cut(text: str, width: int) -> str:
-    """Cut or pad to exactly `width` cells; wide characters count as two."""
-    cell = Text(text)
-    cell.truncate(width, overflow="ellipsis", pad=True)
-    return cell.plain

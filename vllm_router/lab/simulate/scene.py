@@ -12,8 +12,7 @@ class Scene:
     """The setting of a simulation. Times in seconds, servers by their index.
 
     speeds: one per server, relative to `hardware`; also their share of `capacity`.
-    tuned: without it all servers have `capacity`, whatever their speed, as if
-        `max_concurrent_requests` was not configured.
+    tuned: without it no server has `max_concurrent_requests`: routers learn it.
     adapters: LoRA adapters, numbered from 1, on all servers but `without_adapters`.
     slow: factors by which servers are slower than their capacity.
     failing: servers that fail every request within 5 ms from `failing_from` on, `/health` green.
@@ -43,7 +42,6 @@ class Scene:
     draining_at: float = 0.0
     plain: float = 0.0
 
-    def configured_capacity(self, place: int) -> int:
+    def configured_capacity(self, place: int) -> int | None:
         """`max_concurrent_requests` of a server."""
-        speed = self.speeds[place] if self.tuned else 1.0
-        return max(1, round(self.capacity * speed))
+        return max(1, round(self.capacity * self.speeds[place])) if self.tuned else None

@@ -153,7 +153,8 @@ class Configured(msgspec.Struct, tag=True, array_like=True):
 class ServerState(msgspec.Struct, array_like=True):
     """The leader's state of a server, as far as routing needs it.
 
-    `lengths` is a number if all models have the same context length.
+    `lengths` is a number if all models have the same context length. `capacity` is what policies
+    use, without the weight.
     """
 
     url: str
@@ -179,6 +180,7 @@ class ServerState(msgspec.Struct, array_like=True):
     silent_for: str
     stuck: float
     paused_at: float | None
+    capacity: float
 
 
 class ServerStates(msgspec.Struct, tag=True, array_like=True):

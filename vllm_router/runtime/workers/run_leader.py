@@ -126,4 +126,4 @@ async def _drain_with_workers(
     await supervisor.lame_duck()
     await trio.sleep(LAST_CALL)
     side.drain()
-    await supervisor.wind_down()
+    await supervisor.wind_down(others_drain=True)

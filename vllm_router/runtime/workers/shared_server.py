@@ -130,6 +130,8 @@ class FollowingServer(SharedServer[Verdict]):
         load.metrics, load.scraped_at = state.metrics, state.scraped_at
         load.fresh = state.metrics is not None and load.age(now) <= load.stale_after
         load.leases_at_scrape, load.stuck = state.leases_at_scrape, state.stuck
+        self.capacity_estimate.follow(state.capacity)
+        self._follow_capacity()
         self._update_load()
         asleep = state.metrics is not None and state.metrics.asleep
         decides = (
@@ -183,6 +185,7 @@ def state_of(server: Server) -> ServerState:
         silent_for=server.silence.reason,
         stuck=server.load_estimate.stuck,
         paused_at=server.paused_at,
+        capacity=server.capacity_estimate.share,
     )
 
 

@@ -1,13 +1,22 @@
 // Time series over the last minutes.
 
+import { fromAddress, toAddress } from "./address.js";
 import { byId, make, store, stored } from "./dom.js";
-import { clock, count, rate, seconds } from "./format.js";
+import { axisCount, axisSeconds, clock, count, latency, rate } from "./format.js";
 import { t } from "./i18n.js";
-import { colours } from "./spark.js";
+import { makePlot } from "./plot.js";
 
 const RANGES = [5, 15, 30, 60];
-const HEIGHT = 168;
+const HEIGHT = 148;
 const LABEL_EVERY = 10;
+/** The shortest stretch that is shown, in seconds. */
+const LEAST_ZOOM = 10;
+
+const percentiles = (figure) => [
+  { figure: `${figure}_p50`, label: "seriesP50", colour: "running", area: "runningArea", format: latency },
+  { figure: `${figure}_p95`, label: "seriesP95", colour: "second", format: latency },
+  { figure: `${figure}_p99`, label: "seriesP99", colour: "waiting", dash: [3, 3], format: latency },
+];
 
 const CHARTS = [
   {
@@ -15,31 +24,30 @@ const CHARTS = [
     series: [
       { figure: "running", label: "seriesRunning", colour: "running", area: "runningArea", format: count },
       { figure: "waiting", label: "seriesWaiting", colour: "waiting", format: count },
-      { figure: "capacity", label: "seriesCapacity", colour: "capacity", dash: [4, 4], format: count },
+      { figure: "queued", label: "seriesQueued", colour: "second", format: count },
+      { figure: "capacity", label: "seriesCapacity", colour: "capacity", dash: [4, 4], loose: true, format: count },
     ],
-    axis: count, least: 4,
+    axis: axisCount, least: 4,
   },
   {
     id: "rates", title: "chartRates",
     series: [
       { figure: "requests_per_s", label: "seriesRequests", colour: "good", area: "runningArea", format: rate },
       { figure: "errors_per_s", label: "seriesErrors", colour: "bad", format: rate },
+      { figure: "refused_per_s", label: "seriesRefused", colour: "waiting", format: rate },
+      { figure: "saved_per_s", label: "seriesSaved", colour: "info", format: rate },
+      { figure: "tokens_per_s", label: "seriesTokens", colour: "second", dash: [4, 3], format: rate, scale: "right" },
     ],
-    axis: rate, least: 1,
+    axis: axisCount, right: axisCount, least: 1,
   },
-  {
-    id: "latency", title: "chartLatency",
-    series: [
-      { figure: "ttft_p95", label: "seriesTtft", colour: "running", format: seconds },
-      { figure: "duration_p95", label: "seriesDuration", colour: "second", format: seconds, scale: "right" },
-    ],
-    axis: seconds, right: seconds, least: 0.1,
-  },
+  { id: "ttft", title: "chartTtft", series: percentiles("ttft"), axis: axisSeconds, least: 0.1 },
+  { id: "duration", title: "chartDuration", series: percentiles("duration"), axis: axisSeconds, least: 0.1 },
 ];
 
 class Chart {
-  constructor(spec, parent) {
+  constructor(spec, parent, charts) {
     this.spec = spec;
+    this.charts = charts;
     this.title = make("h3");
     this.legend = make("p", { class: "legend" });
     this.values = spec.series.map((series) => {
@@ -58,49 +66,17 @@ class Chart {
 
   build() {
     this.plot?.destroy();
-    const { spec } = this;
-    const ink = colours();
-    const fromZero = (least) => (_, __, greatest) => [0, Math.max(least, (greatest ?? 0) * 1.12)];
-    const axis = (scale, format, side) => ({
-      scale, side, stroke: ink.ink, font: `11px ${ink.font}`, gap: 4, space: 34,
-      size: 46, grid: { show: side === 3, stroke: ink.grid, width: 1 }, ticks: { show: false },
-      values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))),
-    });
-    const axes = [
-      {
-        stroke: ink.ink, font: `11px ${ink.font}`, size: 24, gap: 4, space: 46,
-        grid: { show: false }, ticks: { show: false },
-        values: (_, splits, __, ___, step) => splits.map((time) => clock(time, step < 60)),
-      },
-      axis("y", spec.axis, 3),
-    ];
-    if (spec.right) axes.push(axis("right", spec.right, 1));
-    this.plot = new uPlot({
-      width: this.plotBox.clientWidth || 300,
+    this.plot = makePlot(this.spec, this.plotBox, {
+      columns: this.columns ?? [[], ...this.spec.series.map(() => [])],
+      range: () => [this.start ?? 0, this.end ?? 1],
       height: HEIGHT,
-      legend: { show: false },
-      padding: [8, spec.right ? 0 : 12, 0, 0],
-      cursor: {
-        y: false, drag: { setScale: false, x: false, y: false },
-        sync: { key: "vllm-router", setSeries: false }, points: { size: 6 },
+      onTime: (index, time) => {
+        this.index = index;
+        this.charts.showTime(time);
+        this.label();
       },
-      scales: {
-        x: { time: true, range: () => [this.start ?? 0, this.end ?? 1] },
-        y: { range: fromZero(spec.least) },
-        right: { range: fromZero(spec.least) },
-      },
-      axes,
-      series: [{}, ...spec.series.map((series) => ({
-        scale: series.scale ?? "y", stroke: ink[series.colour], width: 1.5, dash: series.dash,
-        fill: series.area && ink[series.area], points: { show: false }, spanGaps: false,
-      }))],
-      hooks: {
-        setCursor: [(plot) => {
-          this.index = plot.cursor.idx ?? null;
-          this.label();
-        }],
-      },
-    }, this.columns ?? [[], ...spec.series.map(() => [])], this.plotBox);
+      onZoom: (from, to) => this.charts.zoom(from, to),
+    });
   }
 
   words() {
@@ -111,11 +87,11 @@ class Chart {
     this.label();
   }
 
-  show(history, minutes) {
+  show(history, minutes, zoomed) {
     const { columns, start, end } = history.columns(
       minutes * 60, this.spec.series.map((series) => series.figure),
     );
-    Object.assign(this, { columns, start, end, minutes });
+    Object.assign(this, { columns, minutes, start: zoomed?.from ?? start, end: zoomed?.to ?? end });
     if (this.plot) this.plot.setData(columns);
     else this.build();
     this.label();
@@ -154,15 +130,18 @@ class Chart {
 export class Charts {
   constructor(history) {
     this.history = history;
-    const kept = Number(stored("minutes"));
-    this.minutes = RANGES.includes(kept) ? kept : RANGES[0];
-    this.charts = CHARTS.map((spec) => new Chart(spec, byId("charts")));
+    const wanted = Number(fromAddress("range") ?? stored("minutes"));
+    this.minutes = RANGES.includes(wanted) ? wanted : RANGES[0];
+    this.zoomed = null;
+    this.time = byId("cursor-time");
+    this.charts = CHARTS.map((spec) => new Chart(spec, byId("charts"), this));
     this.buttons = RANGES.map((minutes) => {
       const button = make("button", { type: "button" });
       button.addEventListener("click", () => this.choose(minutes));
       byId("ranges").append(button);
       return button;
     });
+    byId("unzoom").addEventListener("click", () => this.zoom(null, null));
     // Drawn after the layout, so that its own change of size starts no further round.
     new ResizeObserver(() => requestAnimationFrame(() => {
       for (const chart of this.charts) chart.resize();
@@ -190,12 +169,25 @@ export class Charts {
   choose(minutes) {
     this.minutes = minutes;
     store("minutes", minutes);
+    toAddress("range", minutes);
+    this.zoom(null, null);
     this.words();
-    this.draw();
     for (const chart of this.charts) chart.describe();
   }
 
+  /** The time under the cursor of any chart. */
+  showTime(time) {
+    this.time.textContent = time ? clock(time) : "";
+  }
+
+  /** Show only what lies between two times; null for the whole range. */
+  zoom(from, to) {
+    this.zoomed = from !== null && to - from >= LEAST_ZOOM ? { from, to } : null;
+    byId("unzoom").hidden = this.zoomed === null;
+    this.draw();
+  }
+
   draw() {
-    for (const chart of this.charts) chart.show(this.history, this.minutes);
+    for (const chart of this.charts) chart.show(this.history, this.minutes, this.zoomed);
   }
 }

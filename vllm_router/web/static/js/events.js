@@ -1,26 +1,24 @@
 // What has happened, newest first.
 
+import { fromAddress, toAddress } from "./address.js";
 import { byId, make } from "./dom.js";
 import { clock, moment } from "./format.js";
 import { t } from "./i18n.js";
+import { reasonText } from "./reasons.js";
 
 const KEPT = 200;
 const SICK = new Set(["down", "ejected"]);
 
-/** The router's text ends with the reason in parentheses, if there is one. */
 function words(event) {
   if (event.kind === "state") {
-    const head = `${event.server}: ${event.old} → ${event.new} (`;
-    const why = event.text.startsWith(head) ? event.text.slice(head.length, -1) : "";
-    return t(why ? "eventStateWhy" : "eventState", {
-      server: event.server, old: t(`state_${event.old}`), new: t(`state_${event.new}`), reason: why,
+    const reason = reasonText(event);
+    return t(reason ? "eventStateWhy" : "eventState", {
+      server: event.server, old: t(`state_${event.old}`), new: t(`state_${event.new}`), reason,
     });
   }
-  if (event.kind === "full") {
-    const times = Number(/full (\d+) times/.exec(event.text)?.[1] ?? 1);
-    return t("eventFull", { server: event.server, n: times });
-  }
+  if (event.kind === "full") return t("eventFull", { server: event.server, n: event.count ?? 1 });
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
+  if (event.kind === "missed") return t("eventMissed", { n: event.count ?? "" });
   if (event.kind === "reload") return t("eventReload", { text: event.text });
   if (event.kind === "discovery") return t("eventDiscovery", { text: event.text });
   if (event.kind === "reload_refused") return t("eventRefused", { text: event.text });
@@ -30,15 +28,25 @@ function words(event) {
 function mood(event) {
   if (event.kind === "state") {
     if (SICK.has(event.new)) return "bad";
+    // What an operator does is no fault.
+    if (event.new === "draining" || event.old === "draining") return "none";
     return event.new === "up" ? "good" : "some";
   }
-  return { reload: "good", discovery: "good", source: "some", full: "some", drained: "some", missed: "some" }[event.kind] ?? "bad";
+  return { reload: "good", discovery: "good", source: "some", full: "some", drained: "none", missed: "some" }[event.kind] ?? "bad";
 }
 
 export class Events {
   constructor() {
     this.list = byId("events");
     this.events = [];
+    const troubles = byId("only-trouble");
+    troubles.checked = fromAddress("events") === "trouble";
+    const follow = () => this.list.toggleAttribute("data-trouble", troubles.checked);
+    troubles.addEventListener("change", () => {
+      toAddress("events", troubles.checked ? "trouble" : "");
+      follow();
+    });
+    follow();
   }
 
   /** The hello's: those known already are not shown twice. */
@@ -61,6 +69,12 @@ export class Events {
       this.list.lastElementChild.remove();
     }
     byId("no-events").hidden = true;
+  }
+
+  /** The list items of one server's last events, and a key that changes with them. */
+  of(server, most) {
+    const found = this.events.filter((event) => event.server === server).slice(0, most);
+    return { key: `${server} ${found[0]?.id ?? 0}`, items: found.map((event) => this.item(event)) };
   }
 
   item(event) {

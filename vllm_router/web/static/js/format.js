@@ -39,6 +39,28 @@ export function seconds(value) {
   return `${number(value, 0)} s`;
 }
 
+/** A percentile: its buckets are 5 % wide, so two digits mean something. */
+export function latency(value) {
+  if (value === null || value === undefined) return NONE;
+  if (value < 0.0095) return `${number(value * 1000, 1)} ms`;
+  if (value < 0.995) return `${number(Number((value * 1000).toPrecision(2)), 0)} ms`;
+  const rounded = Number(value.toPrecision(2));
+  return `${number(rounded, rounded < 10 ? 1 : 0)} s`;
+}
+
+/** At an axis: no digits that are zero. */
+export function axisSeconds(value) {
+  if (value === 0) return "0";
+  if (value < 1) return `${Number((value * 1000).toFixed(1))} ms`;
+  return `${Number(value.toFixed(2))} s`;
+}
+
+/** At an axis: thousands as k, as the labels have little room. */
+export function axisCount(value) {
+  if (value >= 1000) return `${Number((value / 1000).toFixed(1))}k`;
+  return String(Number(value.toFixed(2)));
+}
+
 export const megabytes = (bytes) => `${number(bytes / 1e6, 0)} MB`;
 
 /** A span in its greatest unit. */

@@ -1,33 +1,52 @@
 // What the charts show: the router's own memory from the hello, continued with the snapshots.
 
-export const FIGURES = [
-  "requests_per_s", "errors_per_s", "chunks_per_s", "running", "waiting", "capacity", "load",
-  "open_streams", "ttft_p95", "duration_p95",
-];
+/** By name: how to read the figure from a snapshot. */
+const READ = {
+  requests_per_s: ({ fleet }) => fleet.requests_per_s,
+  errors_per_s: ({ fleet }) => fleet.errors_per_s,
+  refused_per_s: ({ fleet }) => fleet.refused_per_s,
+  saved_per_s: ({ fleet }) => fleet.saved_per_s,
+  chunks_per_s: ({ fleet }) => fleet.chunks_per_s,
+  tokens_per_s: ({ fleet }) => fleet.tokens_per_s,
+  running: ({ fleet }) => fleet.running,
+  waiting: ({ fleet }) => fleet.waiting,
+  queued: ({ fleet }) => fleet.queued,
+  capacity: ({ fleet }) => fleet.capacity,
+  load: ({ fleet }) => fleet.load,
+  open_streams: ({ router }) => router.open_streams,
+  available: ({ fleet }) => fleet.available,
+  ttft_p50: ({ fleet }) => fleet.ttft?.p50,
+  ttft_p95: ({ fleet }) => fleet.ttft?.p95,
+  ttft_p99: ({ fleet }) => fleet.ttft?.p99,
+  duration_p50: ({ fleet }) => fleet.duration?.p50,
+  duration_p95: ({ fleet }) => fleet.duration?.p95,
+  duration_p99: ({ fleet }) => fleet.duration?.p99,
+};
+export const FIGURES = Object.keys(READ);
 const FINE = 300;
 const COARSE_STEP = 10;
 const COARSE = 360;
 /** Two rows further apart than so many intervals have a gap between them. */
 const GAP = 3.5;
 
-function rowOf(snapshot) {
-  const { fleet, router } = snapshot;
-  return [
-    fleet.requests_per_s, fleet.errors_per_s, fleet.chunks_per_s, fleet.running, fleet.waiting,
-    fleet.capacity, fleet.load, router.open_streams, fleet.ttft?.p95 ?? null,
-    fleet.duration?.p95 ?? null,
-  ];
-}
+const rowOf = (snapshot) => FIGURES.map((name) => READ[name](snapshot) ?? null);
 
-/** Means, as the router thins its own; the greatest of a percentile. */
+/** Means, as the router thins its own; the greatest of a high percentile. */
 function thin(rows) {
   return FIGURES.map((name, column) => {
     const values = rows.map((row) => row[column]).filter((value) => value !== null);
     if (values.length === 0) return null;
-    if (name.endsWith("_p95")) return Math.max(...values);
+    if (/_p9[59]$/.test(name)) return Math.max(...values);
     return values.reduce((sum, value) => sum + value, 0) / values.length;
   });
 }
+
+/** What a snapshot says of one server, for its charts. */
+export const SERVER_FIGURES = ["load", "running", "waiting", "requests_per_s", "errors_per_s", "tokens_per_s", "kv_usage", "ttft_p95"];
+const serverRow = (server) => [
+  server.load, server.running, server.waiting, server.requests_per_s, server.errors_per_s,
+  server.tokens_per_s, server.kv_usage, server.ttft?.p95 ?? null,
+];
 
 class Series {
   constructor(length) {
@@ -67,6 +86,7 @@ export class History {
     this.coarse = new Series(COARSE);
     this.pending = [];
     this.loads = new Map();
+    this.servers = new Map();
   }
 
   hello(message) {
@@ -88,14 +108,27 @@ export class History {
       this.pending = [];
     }
     const present = new Map();
+    const details = new Map();
     for (const server of message.servers) {
+      const series = this.servers.get(server.name) ?? new Series(FINE);
+      series.add(message.time, serverRow(server));
+      details.set(server.name, series);
       const values = this.loads.get(server.name) ?? [];
       values.push(server.load);
       if (values.length > FINE) values.shift();
       present.set(server.name, values);
     }
     this.loads = present;
+    this.servers = details;
     return true;
+  }
+
+  /** Columns of one server since the page was opened, at most five minutes: times, then figures. */
+  ofServer(name, names) {
+    const series = this.servers.get(name);
+    if (series === undefined) return [[], ...names.map(() => [])];
+    const picked = names.map((figure) => SERVER_FIGURES.indexOf(figure));
+    return [[...series.times], ...picked.map((column) => series.rows.map((row) => row[column]))];
   }
 
   /** One figure of the last five minutes. */

@@ -2,6 +2,7 @@
 
 import { en } from "./text.en.js";
 import { zh } from "./text.zh.js";
+import { fromAddress } from "./address.js";
 import { store, stored } from "./dom.js";
 
 const TEXTS = { en, zh };
@@ -19,7 +20,7 @@ export function t(key, values) {
 }
 
 export function preferred() {
-  const kept = stored("language");
+  const kept = fromAddress("language") ?? stored("language");
   if (kept !== null && Object.hasOwn(TEXTS, kept)) return kept;
   const wanted = navigator.languages?.length ? navigator.languages : [navigator.language];
   for (const tag of wanted) {

@@ -2,13 +2,19 @@
 
 import { attributeOf, byId, make, textOf } from "./dom.js";
 import { Charts } from "./charts.js";
-import { Confirm, Details } from "./dialogs.js";
+import { fromAddress, toAddress } from "./address.js";
+import { Decisions } from "./decisions.js";
+import { Confirm } from "./dialogs.js";
 import { Events } from "./events.js";
+import { Explain } from "./explain.js";
 import { Feed } from "./feed.js";
 import { megabytes, percent, seconds, span } from "./format.js";
 import { History } from "./history.js";
 import { languageKey, preferred, t, use } from "./i18n.js";
 import { KeyDialog, signIn } from "./key.js";
+import { Models } from "./models.js";
+import { outageText } from "./outage.js";
+import { Panel } from "./panel.js";
 import { Table } from "./table.js";
 import { Tiles } from "./tiles.js";
 
@@ -29,12 +35,48 @@ const tiles = new Tiles();
 const charts = new Charts(history);
 const events = new Events();
 const confirm = new Confirm((text) => say(text));
-const details = new Details();
+const panel = new Panel(
+  (server, action) => confirm.ask(server, action),
+  (name, most) => events.of(name, most),
+);
+const decisions = new Decisions();
+const explain = new Explain();
 const keys = new KeyDialog(() => feed.again(), () => showLink());
 const table = new Table(
   (server, action) => confirm.ask(server, action),
-  (server) => details.open(server),
+  (server) => panel.open(server),
 );
+
+const chosenModel = byId("model-filter");
+const models = new Models((name) => {
+  const model = snapshot?.models?.find((one) => one.name === name);
+  chosenModel.hidden = model === undefined;
+  chosenModel.textContent = model ? t("modelChip", { model: name }) : "";
+  table.selectModel(model ? [model.name, ...model.names] : null);
+});
+chosenModel.addEventListener("click", () => models.choose(models.chosen));
+
+// -- views --------------------------------------------------------------------------------------
+
+const VIEWS = ["fleet", "decisions", "explain"];
+let view = VIEWS.includes(fromAddress("view")) ? fromAddress("view") : "fleet";
+
+function showView(next) {
+  view = next;
+  toAddress("view", view === "fleet" ? "" : view);
+  for (const button of document.querySelectorAll("[data-view]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.view === view));
+  }
+  document.body.dataset.shown = view;
+  byId("view-decisions").hidden = view !== "decisions";
+  byId("view-explain").hidden = view !== "explain";
+  decisions.show(view === "decisions");
+  explain.show(view === "explain");
+  if (view === "fleet") remeasure();
+}
+for (const button of document.querySelectorAll("[data-view]")) {
+  button.addEventListener("click", () => showView(button.dataset.view));
+}
 
 // -- what is said aloud ------------------------------------------------------------------------
 
@@ -93,6 +135,8 @@ function showBanners() {
     }
     if (source.doubt) wanted.push({ text: t("bannerDoubt"), more: `${source.name}: ${source.doubt}` });
   }
+  const outage = snapshot ? outageText(snapshot) : "";
+  if (outage) wanted.unshift({ text: outage, bad: true });
   if (snapshot?.router.draining) wanted.push({ text: t("bannerDraining") });
   const key = JSON.stringify(wanted);
   if (key === banners) return;
@@ -147,15 +191,20 @@ function draw() {
   asked = false;
   if (snapshot === null) return;
   tiles.show(snapshot);
+  models.show(snapshot.models ?? []);
   table.show(snapshot);
-  if (details.dialog.open) details.show(snapshot.servers);
+  panel.show(snapshot.servers, history, snapshot.time);
+  explain.models((snapshot.models ?? []).flatMap(({ name, aliases }) => [name, ...aliases]));
   showFacts();
   showBanners();
   if (newRow) {
     newRow = false;
     tiles.draw(history);
-    table.draw(history);
-    charts.draw();
+    if (view === "fleet") {
+      table.draw(history);
+      charts.draw();
+    }
+    panel.draw();
   }
 }
 
@@ -188,6 +237,7 @@ function take(message) {
     history.hello(message);
     events.hello(message.events, message.started);
     table.allow(message.admin);
+    panel.allow(message.admin);
     keys.offer(!message.admin);
     routerName(message.name);
     document.title = `${message.name} · vLLM Router`;
@@ -206,7 +256,8 @@ function taken(now) {
 
 byId("language").addEventListener("change", (event) => {
   use(event.target.value, true);
-  for (const part of [tiles, charts, events, table]) part.words();
+  for (const part of [tiles, charts, events, models, table, panel, decisions, explain]) part.words();
+  toAddress("language", languageKey());
   banners = "";
   showLink();
   drawSoon();
@@ -222,6 +273,7 @@ function remeasure() {
 addEventListener("resize", remeasure);
 addEventListener("themechange", remeasure);
 
+showView(view);
 showLink();
 showFacts();
 // For those who look into the page while it runs.

@@ -12,7 +12,7 @@ export function colours() {
     const of = (name) => style.getPropertyValue(`--${name}`).trim();
     palette = {
       line: of("spark"), area: of("spark-area"), running: of("running"), waiting: of("waiting"),
-      capacity: of("muted"), good: of("running"), bad: of("bad"), second: of("second"),
+      capacity: of("muted"), good: of("running"), bad: of("bad"), second: of("second"), info: of("info"),
       grid: of("grid"), ink: of("muted"), runningArea: of("running-area"),
       font: style.fontFamily,
     };

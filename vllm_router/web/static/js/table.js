@@ -1,10 +1,12 @@
 // The servers. A row is made once per server and from then on only written to where it changes.
 
+import { fromAddress, toAddress } from "./address.js";
 import { attributeOf, byId, make, shownIf, store, stored, styleOf, textOf } from "./dom.js";
-import { NONE, count, moment, percent, rate, seconds, span } from "./format.js";
+import { NONE, count, latency, moment, percent, rate, span } from "./format.js";
 import { t } from "./i18n.js";
+import { LoadBar } from "./load.js";
+import { reasonText } from "./reasons.js";
 import { Spark } from "./spark.js";
-import { heat } from "./tiles.js";
 
 const COLUMNS = [
   { id: "name", title: "colServer", key: (server) => server.name },
@@ -37,20 +39,13 @@ class Row {
     this.chip = make("span", { class: "chip" });
     this.since = make("span", { class: "since" });
     this.reason = make("span", { class: "reason" });
-    this.running = make("span", { class: "running" });
-    this.waiting = make("span", { class: "waiting" });
-    this.limit = make("span", { class: "limit" });
-    this.leasesBar = make("span", { class: "leases" });
-    this.bar = make("span", { class: "bar", "aria-hidden": "true" },
-      this.running, this.waiting, this.leasesBar, this.limit);
-    this.loadText = make("span", { class: "load-text" });
-    this.loadShare = make("b", { class: "load-share" });
+    this.bar = new LoadBar();
     this.canvas = make("canvas", { class: "spark", "aria-hidden": "true" });
     this.button = make("button", { type: "button", class: "action" });
     this.cells = {
       name: [this.name, this.url],
       state: [make("span", { class: "state-line" }, this.chip, this.since), this.reason],
-      load: [make("span", { class: "load-line" }, this.loadText, this.loadShare), this.bar],
+      load: this.bar.parts,
       trend: [this.canvas], leases: [], requests: [], tokens: [], ttft: [], errors: [], kv: [],
       models: [], actions: [this.button],
     };
@@ -73,7 +68,6 @@ class Row {
       this.root.append(cell);
     }
     this.set.state = attributeOf(this.root, "data-state");
-    this.set.heat = attributeOf(this.root, "data-heat");
     this.set.old = attributeOf(this.root, "data-old");
     this.set.url = textOf(this.url);
     this.set.chip = textOf(this.chip);
@@ -82,15 +76,7 @@ class Row {
     this.set.reason = textOf(this.reason);
     this.set.reasonTitle = attributeOf(this.reason, "title");
     this.set.reasonShown = shownIf(this.reason);
-    this.set.loadText = textOf(this.loadText);
-    this.set.loadShare = textOf(this.loadShare);
     this.set.loadTitle = attributeOf(this.cells.load, "title");
-    // Transforms, as a change of width would lay the whole table out anew.
-    this.set.running = styleOf(this.running, "transform");
-    this.set.waiting = styleOf(this.waiting, "transform");
-    this.set.leasesBar = styleOf(this.leasesBar, "transform");
-    this.set.limitLeft = styleOf(this.limit, "left");
-    this.set.limitShown = shownIf(this.limit);
     this.set.errorsMood = attributeOf(this.cells.errors, "data-mood");
     this.set.action = textOf(this.button);
     this.set.actionLabel = attributeOf(this.button, "aria-label");
@@ -100,6 +86,10 @@ class Row {
     this.models = undefined;
     this.visible = false;
     this.name.addEventListener("click", () => table.onDetails(this.server));
+    // The whole row, but for its buttons and a selection of text.
+    this.root.addEventListener("click", (event) => {
+      if (!event.target.closest("button") && !getSelection()?.toString()) table.onDetails(this.server);
+    });
     this.button.addEventListener("click", () => {
       table.onAction(this.server, this.server.state === "draining" ? "undrain" : "drain");
     });
@@ -109,7 +99,6 @@ class Row {
     this.server = server;
     const { set } = this;
     set.state(server.state);
-    set.heat(heat(server.load));
     set.old(server.stale && (server.state === "up" || server.state === "full") ? "" : null);
     set.url(server.url.replace(/^https?:\/\//, "") === server.name ? "" : server.url);
     set.nameLabel(t("details", { server: server.name }));
@@ -119,30 +108,20 @@ class Row {
       this.sinceTime = server.since;
       set.sinceTitle(t("sinceTitle", { moment: moment(server.since) }));
     }
-    set.reason(server.reason);
-    set.reasonTitle(server.reason);
+    const reason = reasonText(server);
+    set.reason(reason);
+    set.reasonTitle(reason);
     set.reasonShown(server.reason !== "");
-    const scale = Math.max(server.capacity, server.running + server.waiting, server.leases, 1);
-    const part = (value) => (value / scale).toFixed(3);
-    set.running(`scaleX(${part(server.running)})`);
-    set.waiting(`translateX(${100 * part(server.running)}%) scaleX(${part(server.waiting)})`);
-    set.leasesBar(`scaleX(${part(server.leases)})`);
-    set.limitLeft(`${100 * part(server.capacity)}%`);
-    set.limitShown(scale > server.capacity);
+    this.bar.show({ ...server, exact: !server.stale, source: server.capacity_source });
     const figures = {
       running: count(server.running), waiting: count(server.waiting),
       leases: count(server.leases), capacity: count(server.capacity),
     };
-    const parts = [t("loadText", figures)];
-    if (server.waiting > 0) parts.push(t("loadWaiting", figures));
-    parts.push(t("loadOf", figures));
-    set.loadText(parts.join(" · "));
-    set.loadShare((server.stale ? "≈ " : "") + percent(server.load));
     set.loadTitle(server.stale ? t("loadStale") : t("loadTitle", figures));
     set.leases(figures.leases);
     set.requests(rate(server.requests_per_s));
     set.tokens(rate(server.tokens_per_s));
-    set.ttft(server.ttft ? seconds(server.ttft.p95) : NONE);
+    set.ttft(server.ttft ? latency(server.ttft.p95) : NONE);
     set.errors(rate(server.errors_per_s));
     set.errorsMood(server.errors_per_s > 0 ? "bad" : null);
     set.kv(percent(server.kv_usage));
@@ -179,8 +158,9 @@ class Row {
     this.models = this.sinceTime = undefined;
   }
 
-  matches(search, state) {
+  matches(search, state, model) {
     const { name, url, models } = this.server;
+    if (model !== null && !model.some((one) => models?.includes(one))) return false;
     if (state !== null && this.server.state !== state) return false;
     return search === "" || [name, url, ...(models ?? [])]
       .some((text) => text.toLowerCase().includes(search));
@@ -195,9 +175,11 @@ export class Table {
     this.rows = new Map();
     this.servers = [];
     this.body = document.querySelector("#fleet tbody");
-    this.sort = stored("sort");
-    this.filter = null;
-    this.search = "";
+    this.sort = fromAddress("sort") ?? stored("sort");
+    this.filter = fromAddress("state");
+    this.model = null;
+    this.search = (fromAddress("q") ?? "").toLowerCase();
+    byId("search").value = this.search;
     this.sorted = 0;
     this.chips = new Map();
     this.headers();
@@ -210,8 +192,14 @@ export class Table {
       this.draw();
     }, { rootMargin: "100px" });
     this.byRoot = new WeakMap();
+    // Where the table is drawn as cards, there are no headers to click on.
+    this.choice = byId("sort");
+    this.choice.append(...COLUMNS.filter(({ key }) => key).map(({ id }) => make("option", { value: id })));
+    this.choice.prepend(make("option", { value: "" }));
+    this.choice.addEventListener("change", () => this.sortBy(this.choice.value));
     byId("search").addEventListener("input", () => {
       this.search = byId("search").value.trim().toLowerCase();
+      toAddress("q", this.search);
       this.select();
     });
     addEventListener("keydown", (event) => {
@@ -234,9 +222,7 @@ export class Table {
       if (column.key) {
         title.addEventListener("click", () => {
           // Again on the same column: back to the order of the configuration.
-          this.sort = this.orderedBy() === column.id ? "" : column.id;
-          store("sort", this.sort);
-          this.order(true);
+          this.sortBy(this.orderedBy() === column.id ? "" : column.id);
         });
       }
       cell.append(title);
@@ -246,7 +232,18 @@ export class Table {
     document.querySelector("#fleet thead").append(row);
   }
 
+  sortBy(column) {
+    this.sort = column;
+    store("sort", column);
+    toAddress("sort", column);
+    this.order(true);
+  }
+
   words() {
+    for (const option of this.choice.options) {
+      const column = COLUMNS.find(({ id }) => id === option.value);
+      option.textContent = t(column?.title ?? "sortOrder");
+    }
     for (const { column, title } of this.titles) {
       title.textContent = t(column.title);
       if (column.key) title.title = t("sortBy", { column: t(column.title) });
@@ -320,6 +317,7 @@ export class Table {
       if (root === place) place = place.nextElementSibling;
       else this.body.insertBefore(root, place);
     }
+    this.choice.value = by;
     for (const { column, cell } of this.titles) {
       if (column.id !== by || !column.key) cell.removeAttribute("aria-sort");
       else cell.setAttribute("aria-sort", column.id === "name" || column.id === "state" ? "ascending" : "descending");
@@ -336,6 +334,7 @@ export class Table {
         const button = make("button", { type: "button", class: "chip", "data-state": state });
         button.addEventListener("click", () => {
           this.filter = this.filter === state ? null : state;
+          toAddress("state", this.filter);
           this.select();
         });
         chip = {
@@ -351,10 +350,16 @@ export class Table {
     }
   }
 
+  /** Show only the servers that list one of these names of a model; null for all. */
+  selectModel(names) {
+    this.model = names;
+    this.select();
+  }
+
   select() {
     let shown = 0;
     for (const row of this.rows.values()) {
-      const matches = row.matches(this.search, this.filter);
+      const matches = row.matches(this.search, this.filter, this.model);
       row.set.shown(matches);
       shown += matches;
     }

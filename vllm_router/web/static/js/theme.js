@@ -4,6 +4,8 @@
   const root = document.documentElement;
 
   function chosen() {
+    const asked = new URLSearchParams(location.search).get("theme");
+    if (asked === "dark" || asked === "light" || asked === "auto") return asked;
     try {
       return localStorage.getItem("vllm-router.theme") || "auto";
     } catch {
@@ -30,6 +32,9 @@
       } catch {
         // It holds until the page is left.
       }
+      const address = new URL(location.href);
+      address.searchParams.set("theme", select.value);
+      history.replaceState(null, "", address);
       apply(select.value);
     });
   });

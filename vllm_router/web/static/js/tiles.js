@@ -1,12 +1,16 @@
 // The figures that matter most, each with its last five minutes.
 
-import { attributeOf, byId, make, textOf } from "./dom.js";
-import { NONE, count, percent, rate, seconds } from "./format.js";
+import { attributeOf, byId, make, styleOf, textOf } from "./dom.js";
+import { NONE, count, latency, megabytes, percent, rate, seconds } from "./format.js";
 import { t } from "./i18n.js";
+import { heat } from "./load.js";
 import { Spark } from "./spark.js";
 
-/** How full a load is, for colours: the same steps as in the terminal. */
-export const heat = (load) => (load >= 0.9 ? "high" : load >= 0.7 ? "some" : "low");
+/** Seconds of event loop lag from which clients notice, and from which an operator must act. */
+const LAG_SOME = 0.1;
+const LAG_BAD = 0.25;
+
+const saved = (fleet) => (fleet.saved ? t("subSaved", { n: count(fleet.saved) }) : "");
 
 const TILES = [
   {
@@ -28,9 +32,9 @@ const TILES = [
   {
     id: "ttft", title: "tileTtft", figure: "ttft_p95",
     read: ({ fleet }) => ({
-      value: fleet.ttft ? seconds(fleet.ttft.p95) : NONE,
+      value: fleet.ttft ? latency(fleet.ttft.p95) : NONE,
       sub: fleet.ttft
-        ? t("subTtft", { p50: seconds(fleet.ttft.p50), p99: seconds(fleet.ttft.p99) })
+        ? t("subTtft", { p50: latency(fleet.ttft.p50), p99: latency(fleet.ttft.p99) })
         : t("subNoTtft"),
     }),
   },
@@ -38,12 +42,26 @@ const TILES = [
     id: "errors", title: "tileErrors", figure: "errors_per_s", unit: "perSecond",
     read: ({ fleet }) => {
       const all = Math.max(fleet.requests_per_s, fleet.errors_per_s);
+      const share = fleet.errors_per_s > 0
+        ? t("subErrors", { share: percent(fleet.errors_per_s / all) })
+        : "";
       return {
         value: rate(fleet.errors_per_s),
-        sub: fleet.errors_per_s > 0
-          ? t("subErrors", { share: percent(fleet.errors_per_s / all) })
-          : t("subNoErrors"),
+        sub: [share, saved(fleet)].filter(Boolean).join(" · ") || t("subNoErrors"),
         mood: fleet.errors_per_s > 0 ? "bad" : "good",
+      };
+    },
+  },
+  {
+    id: "refused", title: "tileRefused", figure: "refused_per_s", unit: "perSecond",
+    read: ({ fleet }) => {
+      const reasons = Object.entries(fleet.refused ?? {}).sort(([, one], [, other]) => other - one);
+      return {
+        value: rate(fleet.refused_per_s),
+        sub: reasons.length === 0
+          ? t("subNotRefused")
+          : reasons.map(([reason, n]) => t(`refused_${reason}`, { n: count(n) })).join(", "),
+        mood: fleet.refused_per_s > 0 ? "some" : "good",
       };
     },
   },
@@ -58,39 +76,73 @@ const TILES = [
     }),
   },
   {
-    id: "available", title: "tileServers",
+    id: "available", title: "tileServers", states: true,
     read: ({ fleet }) => {
-      const sick = Object.entries(fleet.states).filter(([state]) => state !== "up");
+      const others = Object.entries(fleet.states).filter(([state]) => state !== "up");
+      const planned = fleet.states.draining ?? 0;
       return {
         value: `${count(fleet.available)} / ${count(fleet.servers)}`,
-        sub: sick.length === 0
+        sub: others.length === 0
           ? t("subAllUp")
-          : sick.map(([state, n]) => `${n} ${t(`state_${state}`)}`).join(", "),
-        mood: fleet.available < fleet.servers ? "bad" : "good",
+          : others.map(([state, n]) => `${n} ${t(`state_${state}`)}`).join(", "),
+        // A server that an operator drains is no fault.
+        mood: fleet.available + planned < fleet.servers ? "bad" : "good",
       };
     },
   },
+  {
+    id: "router", title: "tileRouter",
+    read: ({ router }) => ({
+      value: percent(router.cpu),
+      sub: t("subRouter", {
+        lag: seconds(router.event_loop_lag), memory: megabytes(router.rss_bytes),
+      }),
+      mood: router.event_loop_lag > LAG_BAD ? "bad" : router.event_loop_lag > LAG_SOME ? "some" : "good",
+    }),
+  },
 ];
+
+const STATES = ["up", "full", "refusing", "draining", "asleep", "paused", "unknown", "silent", "ejected", "down"];
+
+/** How many servers are in each state, as one bar. */
+class StateBar {
+  constructor() {
+    this.parts = STATES.map((state) => {
+      const root = make("span", { "data-state": state });
+      return { state, grow: styleOf(root, "flex-grow"), root };
+    });
+    this.root = make("span", { class: "statebar", "aria-hidden": "true" }, ...this.parts.map(({ root }) => root));
+  }
+
+  show(states) {
+    for (const { state, grow } of this.parts) grow(String(states[state] ?? 0));
+  }
+}
 
 export class Tiles {
   constructor() {
     this.tiles = TILES.map((spec) => {
-      const title = make("h3");
-      const value = make("span", { class: "value" }, NONE);
-      const unit = make("span", { class: "unit" });
-      const sub = make("p", { class: "sub" }, "\u00a0");
-      const root = make("div", { class: "tile", "data-tile": spec.id }, title,
-        make("p", { class: "figure" }, value, unit), sub);
+      const [title, value, unit, sub] = ["h3", "span", "span", "p"].map((tag) => make(tag));
+      value.className = "value";
+      unit.className = "unit";
+      sub.className = "sub";
+      const root = make("div", { class: "tile", "data-tile": spec.id },
+        title, make("p", { class: "figure" }, value, unit), sub);
       let spark = null;
+      let states = null;
       if (spec.figure) {
         const canvas = make("canvas", { class: "spark", "aria-hidden": "true" });
         root.append(canvas);
         spark = new Spark(canvas, { ceiling: spec.ceiling });
       }
+      if (spec.states) {
+        states = new StateBar();
+        root.append(states.root);
+      }
       byId("tiles").append(root);
       return {
-        spec, spark, title: textOf(title), unit: textOf(unit), value: textOf(value),
-        sub: textOf(sub), mood: attributeOf(root, "data-mood"),
+        spec, spark, states, title: textOf(title), unit: textOf(unit), value: textOf(value),
+        sub: textOf(sub), subTitle: attributeOf(sub, "title"), mood: attributeOf(root, "data-mood"),
       };
     });
     this.words();
@@ -108,7 +160,9 @@ export class Tiles {
       const { value, sub, mood } = tile.spec.read(snapshot);
       tile.value(value);
       tile.sub(sub);
+      tile.subTitle(sub);
       tile.mood(mood ?? null);
+      tile.states?.show(snapshot.fleet.states);
     }
   }
 

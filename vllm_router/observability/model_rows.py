@@ -1,0 +1,146 @@
+"""The servers of each model: how many, how many are available, and their load. Read-only.
+
+Models are named as the servers name them. Several names that one engine has for the same model are
+one row; LoRA adapters belong to the row of their model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
+from vllm_router.observability.demand import own_models
+
+AVAILABLE = frozenset({State.UP, State.FULL, State.REFUSING})
+"""States in which a server gets requests."""
+
+MAX_ROWS = 100
+
+
+class ModelRow(msgspec.Struct):
+    """One model.
+
+    names: further names of the model, its LoRA adapters included: requests for them count here.
+    adapters: how many of these are adapters.
+    aliases: public names of `[models]` that lead here.
+    fallback: the public name that serves the model's requests now because no server has it.
+    servers, available: how many servers of the configuration list it, and get requests.
+    listing: the servers that list it.
+    """
+
+    name: str
+    names: list[str] = []
+    adapters: int = 0
+    aliases: list[str] = []
+    fallback: str | None = None
+    servers: int = 0
+    available: int = 0
+    draining: int = 0
+    running: float = 0.0
+    waiting: float = 0.0
+    capacity: int = 0
+    active: float = 0.0
+    listing: list[Server] = []
+
+    @property
+    def load(self) -> float:
+        """(running + 0.5 × waiting) / capacity of the available servers."""
+        return self.active / self.capacity if self.capacity else 0.0
+
+
+def model_rows(fleet: Fleet, now: float) -> list[ModelRow]:
+    """The rows of all models that are expected or listed, by name; at most MAX_ROWS."""
+    first_names = _first_names(fleet.servers.values())
+    rows: dict[str, ModelRow] = {}
+    row_of: dict[str, ModelRow] = {}
+    for name in sorted(fleet.expected):
+        _row(name, rows, row_of, first_names)
+    for server in fleet.servers.values():
+        _count(server, rows, row_of, first_names, now)
+    _name_publicly(fleet, rows, row_of, now)
+    return [rows[name] for name in sorted(rows)[:MAX_ROWS]]
+
+
+def _first_names(servers: Iterable[Server]) -> dict[str, str]:
+    """For each name of a model with several names on any server, one that is smaller, or itself."""
+    found: dict[str, str] = {}
+    for server in servers:
+        for name, first in server.catalog.twins.items():
+            found[name] = min(found.get(name, first), first)
+    return found
+
+
+def _row(
+    name: str, rows: dict[str, ModelRow], row_of: dict[str, ModelRow], first_names: dict[str, str]
+) -> ModelRow:
+    """The row of a name, which is new if neither the name nor the model has one."""
+    known = row_of.get(name)
+    if known is not None:
+        return known
+    first = name
+    while (smaller := first_names.get(first, first)) != first:
+        first = smaller
+    row = rows.get(first)
+    if row is None:
+        row = rows[first] = row_of[first] = ModelRow(first)
+    if name != first:
+        row.names.append(name)
+        row_of[name] = row
+    return row
+
+
+def _count(
+    server: Server,
+    rows: dict[str, ModelRow],
+    row_of: dict[str, ModelRow],
+    first_names: dict[str, str],
+    now: float,
+) -> None:
+    state, cards = server.current_state(now)[0], server.catalog.cards
+    # A dictionary keeps the order and counts a server once per model.
+    counted = {
+        id(row): row
+        for row in [_row(name, rows, row_of, first_names) for name in own_models(server)]
+    }
+    for row in counted.values():
+        row.listing.append(server)
+        row.servers += 1
+        row.draining += state is State.DRAINING
+        row.running += server.running
+        row.waiting += server.waiting
+        if state in AVAILABLE:
+            row.available += 1
+            row.capacity += server.capacity
+            row.active += server.running + 0.5 * server.waiting
+    for name in server.catalog.adapters:
+        parent = row_of.get(cards.get(name, {}).get("parent") or "")
+        if parent is not None and name not in parent.names:
+            parent.names.append(name)
+            parent.adapters += 1
+
+
+def _name_publicly(
+    fleet: Fleet, rows: dict[str, ModelRow], row_of: dict[str, ModelRow], now: float
+) -> None:
+    """Add aliases and fallbacks, and the models of `[models]` that no server lists."""
+    names = fleet.names
+    for public in names.rules:
+        served = names.served(public)
+        row = row_of.get(served)
+        if row is None:
+            row = rows[served] = row_of[served] = ModelRow(served)
+        if public not in (row.name, *row.names):
+            row.aliases.append(public)
+        if not row.available and row.fallback is None:
+            found = names.first_available(public, lambda one: fleet.available(one, now))
+            if found is not None and found != public:
+                row.fallback = found
+
+
+def without_server(rows: Sequence[ModelRow]) -> list[str]:
+    """The models without an available server."""
+    return [row.name for row in rows if not row.available]

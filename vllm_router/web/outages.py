@@ -1,0 +1,34 @@
+"""Since when a model has no available server. Pure, except for times, which are arguments."""
+
+from __future__ import annotations
+
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.observability.model_rows import ModelRow, model_rows, without_server
+
+
+class Outages:
+    """The models' rows, and the beginning of each outage in Unix time."""
+
+    def __init__(self) -> None:
+        self.rows: list[ModelRow] = []
+        self.since: dict[str, float] = {}
+
+    def look(self, fleet: Fleet, now: float, wall: float) -> None:
+        """Read the fleet. `now` is the event loop's time, `wall` the Unix time.
+
+        Before all servers were probed once, a model without a server is no outage. An outage that
+        was there at the first look began when the last of its servers changed its state.
+        """
+        self.rows = model_rows(fleet, now)
+        if not fleet.probed:
+            return
+        missing = {row.name: row for row in self.rows if row.name in without_server(self.rows)}
+        self.since = {
+            name: self.since[name] if name in self.since else round(_began(row, now, wall), 3)
+            for name, row in missing.items()
+        }
+
+
+def _began(row: ModelRow, now: float, wall: float) -> float:
+    ages = [now - server.state_since for server in row.listing if server.state_since]
+    return wall - max(0.0, min(ages, default=0.0))
