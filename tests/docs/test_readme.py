@@ -20,6 +20,7 @@ from vllm_router.config import auth, discovery_tables
 from vllm_router.config import models as models_config
 from vllm_router.config import schema as config
 from vllm_router.config import tls as tls_config
+from vllm_router.config.slo import Objective
 from vllm_router.proxy.retry import RULES
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.runtime.own_machine import find_socket
@@ -136,6 +137,17 @@ def test_readme_has_every_log_key_with_default(readme: str):
         (key, written(value, NOTHING[readme]))
         for key, value in msgspec.structs.asdict(config.LogSettings()).items()
     ]
+
+
+def test_readme_has_every_key_of_slo_with_default(readme: str):
+    listed = re.findall(r"^\| `slo\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
+    assert listed == [
+        (key, written(value, NOTHING[readme]))
+        for key, value in msgspec.structs.asdict(Objective()).items()
+    ]
+    example = (ROOT / "servers.example.toml").read_text()
+    for key, _ in listed:
+        assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
 
 
 def test_readme_durations_have_seconds_as_unit():

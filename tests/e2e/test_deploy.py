@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from support.mock_process import mock_processes
 from support.ports import free_port
@@ -24,7 +25,8 @@ from vllm_router.observability.prometheus_text import Kind
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = PROMETHEUS / "vllm-router.rules.yml"
-DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "vllm-router.json").read_text())
+GRAFANA = ROOT / "deploy" / "grafana"
+DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(GRAFANA.glob("*.json"))}
 
 # Dashboard variables as Grafana fills them in when "All" is chosen.
 VARIABLES = {"$instance": ".*", "$server": ".*", "$model": ".*", "$__rate_interval": "5s"}
@@ -62,13 +64,19 @@ def test_runbook_has_an_entry_for_every_alert():
     assert entries == alerts
 
 
-def panels() -> list[dict[str, Any]]:
-    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def dashboard_queries() -> list[str]:
     """Every query of the panels, with the variables filled in."""
-    return [filled(target["expr"]) for panel in panels() for target in panel["targets"]]
+    found = [
+        filled(target["expr"])
+        for dashboard in DASHBOARDS.values()
+        for panel in panels(dashboard)
+        for target in panel["targets"]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def filled(query: str) -> str:
@@ -83,7 +91,7 @@ def alert_queries() -> list[str]:
     text = RULES.read_text()
     blocks = re.findall(r"^ +expr: (?:\|\n((?: {10,}.*\n)+)|(.+)\n)", text, re.MULTILINE)
     queries = [" ".join((block or line).split()) for block, line in blocks]
-    assert len(queries) == text.count("- alert:")
+    assert len(queries) == text.count("- alert:") + text.count("- record:")
     return queries
 
 
@@ -91,7 +99,8 @@ QUERIES = [*dashboard_queries(), *alert_queries()]
 
 
 def known_names() -> set[str]:
-    names = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}
+    names = set(re.findall(r"record: model:(vllm_router_\w+):", RULES.read_text()))
+    names |= {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}
     names |= {"process_open_fds", "process_max_fds"}
     for family in FAMILIES:
         names.add(family.name)
@@ -143,15 +152,25 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
     }
 
 
-def test_deploy_dashboard_is_valid_for_grafana():
-    assert DASHBOARD["schemaVersion"] >= 36
-    assert DASHBOARD["uid"]
-    assert "id" not in DASHBOARD, "an id belongs to one Grafana"
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+def test_deploy_dashboards_have_links_to_each_other():
+    uids = {dashboard["uid"] for dashboard in DASHBOARDS.values()}
+    assert len(uids) == len(DASHBOARDS) == 4
+    for dashboard in DASHBOARDS.values():
+        linked = {link["url"].split("?")[0].removeprefix("/d/") for link in dashboard["links"]}
+        assert linked == uids - {dashboard["uid"]}
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_deploy_dashboard_is_valid_for_grafana(name: str):
+    dashboard = DASHBOARDS[name]
+    assert dashboard["schemaVersion"] >= 36
+    assert dashboard["uid"]
+    assert "id" not in dashboard, "an id belongs to one Grafana"
+    ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
-    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
     assert variables == {"datasource", "instance", "server", "model"}
-    for panel in panels():
+    for panel in panels(dashboard):
         assert panel["title"]
         assert panel["datasource"]["uid"] == "${datasource}"
         references = [target["refId"] for target in panel["targets"]]
@@ -160,9 +179,10 @@ def test_deploy_dashboard_is_valid_for_grafana():
             assert set(re.findall(r"\$(\w+)", target["expr"])) <= variables | {"__rate_interval"}
 
 
-def test_deploy_panels_do_not_overlap():
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_deploy_panels_do_not_overlap(name: str):
     taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
+    for panel in DASHBOARDS[name]["panels"]:
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= GRID
         cells = {
@@ -176,7 +196,19 @@ def test_deploy_panels_do_not_overlap():
 
 def test_deploy_rules_and_configuration_are_valid():
     assert "SUCCESS" in promtool("check", "rules", str(RULES))
-    promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
+    for name in ("prometheus.yml", "compose.yml"):
+        promtool("check", "config", str(PROMETHEUS / name))
+
+
+def test_deploy_compose_mounts_what_exists():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    monitoring = [one for one in compose["services"].values() if one.get("profiles")]
+    assert [one["profiles"] for one in monitoring] == [["monitoring"]] * 2
+    for volume in [volume for one in monitoring for volume in one["volumes"]]:
+        source = volume.split(":")[0]
+        assert source in compose["volumes"] or (ROOT / source).is_dir()
+    for file in (GRAFANA / "provisioning").rglob("*.yml"):
+        assert yaml.safe_load(file.read_text())["apiVersion"] == 1
 
 
 def test_deploy_alerts_fire_when_they_should():
@@ -209,7 +241,9 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
     with (
         mock_processes(2, "--model", "m", "--speed", "0.2") as mocks,
         router_process(
-            servers_toml([mock.url for mock in mocks], policy="adaptive"), scratch
+            servers_toml([mock.url for mock in mocks], policy="adaptive")
+            + "[slo]\nfirst_token = 5\n",
+            scratch,
         ) as router,
     ):
         port = free_port()
@@ -264,7 +298,7 @@ def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
     # shorter than the scrape interval.
     without = re.compile(
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
-        r"|queue_|max_in_flight|worker_"
+        r"|queue_|max_in_flight|worker_|5m|1h"
     )
     missing = [query for query in dashboard_queries() if not without.search(query)]
 
@@ -274,6 +308,14 @@ def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
         return not missing
 
     until(complete, f"data for {missing}")
+
+
+def test_deploy_objectives_are_computed_by_a_real_prometheus(scraped: Scraped):
+    """The join of targets and buckets by `le`; without requests in time the burn rate is 0."""
+    for metric in ("first_token", "error"):
+        name = f"model:vllm_router_{metric}_burn:rate5m"
+        until(lambda name=name: bool(scraped.query(f'{name}{{model="m"}}')), name)
+        assert float(scraped.query(f'{name}{{model="m"}}')[0]["value"][1]) >= 0
 
 
 def test_deploy_healthy_fleet_raises_no_alert(scraped: Scraped):

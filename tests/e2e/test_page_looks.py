@@ -224,7 +224,7 @@ async def test_page_screen_reader_finds_names_roles_and_table(
         assert len(of("row")) >= 3
         assert {name(node) for node in of("button")} >= {"Drain demo-1", "Drain demo-2"}
         if width > 700:
-            assert len(of("columnheader")) == 12 + 10
+            assert len(of("columnheader")) == 12 + 11
         assert await page.evaluate(
             "[...document.querySelectorAll('[id]')].length"
             " === new Set([...document.querySelectorAll('[id]')].map(node => node.id)).size"

@@ -46,6 +46,8 @@ def changes(old: Config, new: Config) -> str:
     details += _changed_table("limits", old.limits, new.limits)
     details += _changed_table("tls", old.tls, new.tls)
     details += _changed_discovery(old.discovery, new.discovery)
+    if old.slo != new.slo:
+        details.append("slo changed")
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:

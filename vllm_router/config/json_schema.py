@@ -45,6 +45,11 @@ def json_schema(policies: Collection[str]) -> Schema:
     discovery = table(TABLES["discovery"])
     found_server = table(TABLES["discovery.defaults"])
     discovery["properties"]["defaults"] = found_server
+    slo = table(TABLES["slo"])
+    slo["properties"]["models"] = {
+        "type": "object",
+        "additionalProperties": table(TABLES["slo.models.<name>"]),
+    }
     for path, keys in TABLES.items():
         kind = path.removeprefix("discovery.")
         if kind not in (path, "defaults"):
@@ -69,6 +74,7 @@ def json_schema(policies: Collection[str]) -> Schema:
         "limits": table(TABLES["limits"]),
         "tls": tls,
         "log": table(TABLES["log"]),
+        "slo": slo,
     }
     return {
         "$schema": DRAFT,

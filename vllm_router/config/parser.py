@@ -26,6 +26,7 @@ from vllm_router.config.memory import MEMORY_SETTINGS, Memory, fit_sizes
 from vllm_router.config.models import MODEL_KEYS, read_models
 from vllm_router.config.schema import DERIVED_TIMEOUTS, Config, Settings
 from vllm_router.config.servers import SERVER_KEYS, read_servers
+from vllm_router.config.slo import OBJECTIVE_KEYS, SLO_KEYS, SloConfig, read_slo
 from vllm_router.config.tls import TLS_KEYS, ReadFile, TlsConfig, read_tls
 from vllm_router.config.toml_reader import Reader, load_document
 from vllm_router.errors import ConfigError
@@ -41,11 +42,13 @@ TABLES = {
     "limits": LIMITS_KEYS,
     "tls": TLS_KEYS,
     "log": LOG_KEYS,
+    "slo": SLO_KEYS,
+    "slo.models.<name>": OBJECTIVE_KEYS,
     "discovery": DISCOVERY_KEYS,
     **{f"discovery.{kind}": keys for kind, (keys, _) in KINDS.items()},
     "discovery.defaults": DEFAULT_KEYS,
 }
-_KNOWN_TABLES = ("servers", "discovery", "config", "models", "auth", "limits", "tls", "log")
+_KNOWN_TABLES = ("servers", "discovery", "config", "models", "auth", "limits", "tls", "log", "slo")
 
 
 def parse(
@@ -99,6 +102,9 @@ def parse(
     models = read_models(reader, document.get("models", {}))
     settings = reader.table("config", document.get("config", {}), SETTING_KEYS)
     log = reader.table("log", document.get("log", {}), LOG_KEYS)
+    slo: SloConfig | None = None
+    if "slo" in document:
+        slo = read_slo(reader, document["slo"])
     _set_sizes(reader, settings, memory)
     reader.raise_problems()
     request_timeout = settings.get("request_timeout", Settings().request_timeout)
@@ -112,6 +118,7 @@ def parse(
         tls=tls,
         log=LogSettings(**log),
         discovery=discovery,
+        slo=slo,
     )
 
 

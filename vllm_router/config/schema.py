@@ -16,6 +16,7 @@ from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.config.session_sources import SESSION_SOURCES
+from vllm_router.config.slo import SloConfig
 from vllm_router.config.tls import File, TlsConfig
 from vllm_router.config.types import (
     AddressOrNone,
@@ -199,9 +200,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """A valid servers.toml. `models` maps public names to their rules.
 
-    `auth`, `limits`, `tls` and `discovery` are None where the file has no such table. `found` has
-    the targets of each discovery source that has answered; `servers` has the servers made of them,
-    see `discovered.py`.
+    `auth`, `limits`, `tls`, `discovery` and `slo` are None where the file has no such table.
+    `found` has the targets of each discovery source that has answered; `servers` has the servers
+    made of them, see `discovered.py`.
     """
 
     servers: tuple[ServerConfig, ...]
@@ -213,6 +214,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log: LogSettings = LogSettings()
     discovery: DiscoveryConfig | None = None
     found: tuple[tuple[str, Targets], ...] = ()
+    slo: SloConfig | None = None
 
     @property
     def awaited(self) -> tuple[str, ...]:

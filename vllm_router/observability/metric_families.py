@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from vllm_router.config.slo import FIRST_TOKEN_BOUNDS
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
@@ -69,7 +70,7 @@ CHUNKS = _counter(
 FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds",
     "From the arrival of a streamed request to its first data, all attempts included.",
-    (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+    FIRST_TOKEN_BOUNDS,
     "server",
     "model",
 )
@@ -232,6 +233,18 @@ MODEL_GAUGES: tuple[tuple[Family, ModelReading], ...] = (
     ),
 )
 """One series per model that a server lists or the configuration names, at most 100."""
+SLO_FIRST_TOKEN = _gauge(
+    "slo_first_token_target",
+    "Objective of [slo]: the share of the model's streams whose first token comes within so many "
+    "seconds. Whole numbers are written in both ways, 5 and 5.0.",
+    "model",
+    "seconds",
+)
+SLO_SUCCESS = _gauge(
+    "slo_success_target",
+    "Objective of [slo]: the share of the model's requests that end without a 5xx.",
+    "model",
+)
 PrefixReading = Callable[[PrefixStatistics | None, EngineMetrics | None], float | None]
 
 PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
@@ -471,6 +484,8 @@ FAMILIES: tuple[Family, ...] = (
     QUEUE_WAIT,
     MODEL_DEMAND,
     *(family for family, _ in MODEL_GAUGES),
+    SLO_FIRST_TOKEN,
+    SLO_SUCCESS,
     TRANSITIONS,
     SERVER_STATE,
     SERVER_INFO,

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 
 from vllm_router import __version__
 from vllm_router.config.discovery import TargetState
+from vllm_router.config.slo import Objective
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
@@ -57,6 +58,8 @@ from vllm_router.observability.metric_families import (
     SERVER_GAUGES,
     SERVER_INFO,
     SERVER_STATE,
+    SLO_FIRST_TOKEN,
+    SLO_SUCCESS,
     SOURCE_METRICS,
     SOURCE_TARGETS,
     SUMMED,
@@ -330,6 +333,7 @@ class Metrics:
         yield QUEUE_WAIT.header + "".join(_used(self._waits))
         yield MODEL_DEMAND.header + self._model_demand()
         yield from self._model_gauges()
+        yield from self._objectives()
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
     def _queue_lengths(self) -> str:
@@ -359,6 +363,60 @@ class Metrics:
         for family, read in MODEL_GAUGES:
             lines = [f"{family.key(row.name)}{read(row)}\n" for row in rows]
             yield family.header + "".join(lines)
+
+    def _objectives(self) -> Iterator[str]:
+        slo = self.router.config.slo if self.router is not None else None
+        first_token, success = [], []
+        if slo is not None:
+            for name in dict.fromkeys([*dict(slo.models), *sorted(self._models)]):
+                one = slo.of(name)
+                success.append(f"{SLO_SUCCESS.key(name)}{one.success_share}\n")
+                # Prometheus 3 writes le="5.0" for le="5".
+                bounds = {f"{one.first_token:g}", str(one.first_token)} if one.first_token else ()
+                first_token += [
+                    f"{SLO_FIRST_TOKEN.key(name, bound)}{one.first_token_share}\n"
+                    for bound in sorted(bounds)
+                ]
+        yield SLO_FIRST_TOKEN.header + "".join(first_token)
+        yield SLO_SUCCESS.header + "".join(success)
+
+    def budget_left(self, names: Iterable[str]) -> float | None:
+        """The share of the error budget of `[slo]` that these names of a model have left.
+
+        Counted since the start of the router; the least of the objectives, below 0 if one is
+        missed, None without an objective or without requests.
+        """
+        slo = self.router.config.slo if self.router is not None else None
+        if slo is None:
+            return None
+        left = [
+            budget
+            for name in names
+            for budget in self._budgets(name, slo.of(name))
+            if budget is not None
+        ]
+        return min(left, default=None)
+
+    def _budgets(self, name: str, objective: Objective) -> Iterator[float | None]:
+        all_series = self._servers.values()
+        seconds = objective.first_token
+        if seconds is not None:
+            found = [
+                one.first_token[name].count_within(seconds)
+                for one in all_series
+                if name in one.first_token
+            ]
+            good, total = (sum(counts) for counts in zip(*found, strict=True)) if found else (0, 0)
+            yield _budget(good, total, objective.first_token_share)
+        counts = [
+            (key[3], counter.value)
+            for one in all_series
+            for key, counter in one.requests.items()
+            if key[0] == name
+        ]
+        total = int(sum(value for _, value in counts))
+        bad = int(sum(value for status, value in counts if status.startswith("5")))
+        yield _budget(total - bad, total, objective.success_share)
 
     def _server_gauges(self) -> Iterator[str]:
         now = trio.current_time()
@@ -428,6 +486,10 @@ def _source_metrics(sources: Sequence[SourceStatus]) -> Iterator[str]:
             for source in sources
             for state in TargetState
         )
+
+
+def _budget(good: int, total: int, target: float) -> float | None:
+    return 1.0 - (1.0 - good / total) / (1.0 - target) if total else None
 
 
 def _used(histograms: Mapping[str, Histogram]) -> list[str]:

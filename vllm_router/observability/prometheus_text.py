@@ -90,6 +90,10 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def count_within(self, bound: float) -> tuple[int, int]:
+        """The observations up to one of the bounds, and all of them."""
+        return sum(self._counts[: self._bounds.index(bound) + 1]), sum(self._counts)
+
     @property
     def used(self) -> bool:
         """True if anything has been observed."""

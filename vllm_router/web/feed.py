@@ -174,6 +174,10 @@ class Feed:
         self._events.second()
         names = [name for row in self._outages.rows for name in (row.name, *row.names)]
         self._tallies.keep(self._fleet.all_servers(), names)
+        self._outages.budgets = {
+            row.name: self._metrics.budget_left((row.name, *row.names, *row.aliases))
+            for row in self._outages.rows
+        }
         self._metrics.prune()
 
     def _row(self, now: float) -> history.Row:

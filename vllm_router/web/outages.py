@@ -12,6 +12,8 @@ class Outages:
     def __init__(self) -> None:
         self.rows: list[ModelRow] = []
         self.since: dict[str, float] = {}
+        self.budgets: dict[str, float | None] = {}
+        """The share of the error budget left by model, as `Metrics.budget_left` has it."""
 
     def look(self, fleet: Fleet, now: float, wall: float) -> None:
         """Read the fleet. `now` is the event loop's time, `wall` the Unix time.

@@ -147,6 +147,13 @@ class ModelView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     errors_per_s: Annotated[float, _("Requests that ended in an error not the client's.")]
     refused_per_s: Annotated[float, _("Requests that the router refused.")]
     tokens_per_s: Annotated[float | None, _("Tokens that its servers generate.")]
+    budget_left: Annotated[
+        float | None,
+        _(
+            "Of the error budget of `[slo]`, since the router's start; below 0 if an objective is "
+            "missed, null without one."
+        ),
+    ] = None
     ttft: Percentiles | None
     duration: Percentiles | None
 

@@ -130,11 +130,12 @@ def model_views(
     tallies: Tallies,
     without_since: Mapping[str, float],
     queues: list[schema.QueueView],
+    budgets: Mapping[str, float | None],
     now: float,
 ) -> list[schema.ModelView]:
     """`without_since`: the Unix time since when each model has no available server."""
     queued = {one.model: one.waiting for one in queues}
-    return [_model_view(row, tallies, without_since, queued, now) for row in rows]
+    return [_model_view(row, tallies, without_since, queued, budgets, now) for row in rows]
 
 
 def _model_view(
@@ -142,10 +143,12 @@ def _model_view(
     tallies: Tallies,
     without_since: Mapping[str, float],
     queued: Mapping[str | None, int],
+    budgets: Mapping[str, float | None],
     now: float,
 ) -> schema.ModelView:
     names = (row.name, *row.names)
     own = tallies.of_models(names)
+    budget = budgets.get(row.name)
     tokens = [rate for one in row.listing if (rate := tallies.of(one).tokens_per_s) is not None]
     return schema.ModelView(
         name=row.name,
@@ -166,6 +169,7 @@ def _model_view(
         errors_per_s=round(sum(one.errors_per_s for one in own), 3),
         refused_per_s=round(sum(one.refused_per_s for one in own), 3),
         tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        budget_left=round(budget, 4) if budget is not None else None,
         ttft=Tally.ttft_of(own, now),
         duration=Tally.duration_of(own, now),
     )
@@ -260,7 +264,7 @@ def snapshot(
         ),
         servers=servers,
         queues=queues,
-        models=model_views(outages.rows, tallies, outages.since, queues, now),
+        models=model_views(outages.rows, tallies, outages.since, queues, outages.budgets, now),
     )
 
 

@@ -15,6 +15,7 @@ from vllm_router.config.model_aliases import ModelRule
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.config.server_url import normalise_url, server_name
+from vllm_router.config.slo import Objective
 from vllm_router.config.toml_reader import MAX_FILE_BYTES, MAX_PROBLEMS
 from vllm_router.config.types import Secret
 from vllm_router.errors import ConfigError
@@ -384,7 +385,7 @@ def test_config_flood_of_problems_is_counted_not_listed():
             f"{ONE_SERVER}[zzz]",
             (
                 'zzz: unknown key "zzz", known here: servers, discovery, config, models, auth, '
-                "limits, tls, log"
+                "limits, tls, log, slo"
             ),
         ),
         (
@@ -864,6 +865,44 @@ servers = [
 def caps(limits: str) -> list[int | None]:
     text = TWO_SERVERS + limits
     return [server.max_in_flight for server in parse(text.encode(), "f", {}).servers]
+
+
+def test_config_slo_of_model_overrides_common_objective():
+    slo = config_of(
+        "http://a",
+        settings="""
+[slo]
+first_token = 5
+success_share = 0.99
+[slo.models."org/m"]
+first_token = 0.5
+first_token_share = 0.9
+""",
+    ).slo
+    assert slo is not None
+    assert slo.of("other") == Objective(first_token=5.0, success_share=0.99)
+    assert slo.of("org/m") == Objective(first_token=0.5, first_token_share=0.9, success_share=0.99)
+    assert config_of("http://a").slo is None
+
+
+def test_config_slo_problems_name_key_and_buckets():
+    with pytest.raises(ConfigError) as caught:
+        config_of(
+            "http://a",
+            settings="""
+[slo]
+first_token = 3
+success_share = 1.0
+[slo.models.m]
+fast = true
+first_token = 7
+""",
+        )
+    problems = "\n".join(caught.value.problems)
+    assert "slo.first_token: expected one of 0.025, 0.05" in problems
+    assert "slo.success_share: expected number from 0.5 to below 1" in problems
+    assert 'slo.models.m.fast: unknown key "fast"' in problems
+    assert "slo.models.m.first_token: expected one of" in problems
 
 
 def test_config_server_cap_falls_back_to_common_cap_then_capacity():

@@ -79,6 +79,44 @@ async def test_metrics_models_have_servers_load_and_fallback():
     assert series(found, "model_servers", "model") == {"m", "other"}
 
 
+async def test_metrics_objectives_are_targets_of_models(tmp_path):
+    file = tmp_path / "servers.toml"
+    file.write_text(TOML + "[slo]\nfirst_token = 0.1\n[slo.models.own]\nfirst_token = 5\n")
+    lab = Lab(file=file)
+    lab.ended(lab["a"])
+    found = await samples(lab)
+    assert series(found, "slo_first_token_target", "model") == {"own", "m"}
+    assert pick(found, "slo_first_token_target", model="m", seconds="0.1") == 0.95
+    # Prometheus 2 keeps le="5" of the histogram, and Prometheus 3 writes 5.0.
+    assert pick(found, "slo_first_token_target", model="own", seconds="5") == 0.95
+    assert pick(found, "slo_first_token_target", model="own", seconds="5.0") == 0.95
+    assert pick(found, "slo_success_target", model="m") == 0.999
+    assert not series(await samples(Lab()), "slo_success_target", "model")
+
+
+async def test_metrics_budget_left_is_of_worst_objective(tmp_path):
+    file = tmp_path / "servers.toml"
+    file.write_text(
+        TOML + "[slo]\nfirst_token = 0.5\nfirst_token_share = 0.5\nsuccess_share = 0.9\n"
+    )
+    lab = Lab(file=file)
+
+    def budget(names: list[str]) -> float | None:
+        lab.router.proxy.context.recorder.flush()
+        return lab.router.metrics.budget_left(names)
+
+    assert budget(["m"]) is None
+    now = trio.current_time()
+    for _ in range(19):
+        lab.ended(lab["a"])
+    assert budget(["m"]) == pytest.approx(1.0)
+    lab.ended(lab["a"], first_byte_at=now - 0.1)
+    assert budget(["m"]) == pytest.approx(0.9)
+    lab.ended(lab["a"], status=502, outcome=Outcome.SERVER_ERROR, first_byte_at=0.0)
+    assert budget(["m"]) == pytest.approx(1 - (1 / 21) / 0.1)
+    assert Lab().router.metrics.budget_left(["m"]) is None
+
+
 async def test_metrics_saved_requests_are_answered_ones_with_retries():
     lab = Lab()
     lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
@@ -351,7 +389,7 @@ async def refused_as_full(lab):
 
 async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     file = tmp_path / "servers.toml"
-    tables = '[config]\npolicy = "adaptive"\n[limits]\nmax_in_flight = 1\n'
+    tables = '[config]\npolicy = "adaptive"\n[limits]\nmax_in_flight = 1\n[slo]\nfirst_token = 1\n'
     file.write_text(TOML + tables)
     lab = Lab(file=file)
     await refused_as_full(lab)

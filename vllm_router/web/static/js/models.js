@@ -17,6 +17,7 @@ const COLUMNS = [
   { id: "errors", title: "colErrorShare", figure: true },
   { id: "refused", title: "colRefused", figure: true },
   { id: "queued", title: "colQueued", figure: true },
+  { id: "budget", title: "colBudget", figure: true },
 ];
 
 /** What is wrong with a model: `out` (no server), `fallback`, `part` (some servers), or nothing. */
@@ -38,7 +39,7 @@ class Row {
     this.root = make("tr", { role: "row" });
     this.cells = {
       model: [this.name, this.aliases], servers: [this.servers, this.note], load: this.bar.parts,
-      requests: [], tokens: [], ttft50: [], ttft95: [], errors: [], refused: [], queued: [],
+      requests: [], tokens: [], ttft50: [], ttft95: [], errors: [], refused: [], queued: [], budget: [],
     };
     this.set = {};
     for (const column of COLUMNS) {
@@ -53,6 +54,7 @@ class Row {
         cell.append(value);
         this.set[column.id] = textOf(value);
       }
+      if (column.id === "budget") this.set.budgetMood = attributeOf(cell, "data-mood");
       if (column.id === "errors") this.set.errorsMood = attributeOf(cell, "data-mood");
       this.root.append(cell);
     }
@@ -99,6 +101,8 @@ class Row {
     set.errorsMood(model.errors_per_s > 0 ? "bad" : null);
     set.refused(rate(model.refused_per_s));
     set.queued(count(model.queued));
+    set.budget(percent(model.budget_left));
+    set.budgetMood(model.budget_left !== null && model.budget_left < 0 ? "bad" : null);
   }
 
   noteOf(model) {

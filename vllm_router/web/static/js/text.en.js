@@ -141,6 +141,7 @@ export const en = {
   colTtft50: "TTFT p50",
   colErrorShare: "Errors",
   colRefused: "Refused/s",
+  colBudget: "Budget left",
   colQueued: "Waiting here",
   filterModel: "Show only servers of {model}",
   modelChip: "Model {model} ×",

@@ -141,6 +141,7 @@ export const zh = {
   colTtft50: "首 token p50",
   colErrorShare: "错误率",
   colRefused: "拒绝/秒",
+  colBudget: "剩余预算",
   colQueued: "路由器内排队",
   filterModel: "只显示 {model} 的服务器",
   modelChip: "模型 {model} ×",
