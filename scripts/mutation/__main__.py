@@ -52,6 +52,7 @@ class Options:
     only: str
     tests: int
     within: tuple[str, ...]
+    seconds: float
 
 
 def options(arguments: list[str]) -> Options:
@@ -66,6 +67,9 @@ def options(arguments: list[str]) -> Options:
     parser.add_argument(
         "--within", action="append", metavar="PATH", help="use the tests of this folder or file"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="limit of a mutant that ends nothing"
+    )
     parser.add_argument("--list", action="store_true", help="print the modules")
     found = parser.parse_args(arguments)
     if found.list:
@@ -77,7 +81,9 @@ def options(arguments: list[str]) -> Options:
     if not chosen:
         parser.error(f"no module matches {found.modules}; --list prints them")
     within = tuple(found.within or TESTS)
-    return Options(tuple(chosen), found.count, found.seed, found.only, found.tests, within)
+    return Options(
+        tuple(chosen), found.count, found.seed, found.only, found.tests, within, found.seconds
+    )
 
 
 class Run:
@@ -155,7 +161,7 @@ class Run:
         tests = sorted(tests, key=lambda test: mapped[test.nodeid].seconds)
         while True:
             tests = [test for test in tests if self._passes.get(test.nodeid, True)]
-            limit = SECONDS + 4 * sum(mapped[test.nodeid].seconds for test in tests)
+            limit = self._options.seconds + 4 * sum(mapped[test.nodeid].seconds for test in tests)
             result, killer = try_mutant(mutant, originals, name, tests, limit)
             item = next((test for test in tests if test.nodeid == killer), None)
             if item is None or self._passes.get(killer):

@@ -125,7 +125,7 @@ class Head:
             self.content_length = int(self._length)
         if self.http_version == "1.0":
             self.keep_alive = self._connection_has(b"keep-alive")
-        elif self._connection is not None:
+        else:
             self.keep_alive = not self._connection_has(b"close")
         if self._expect is not None:
             if self._expect.lower() != b"100-continue":
@@ -165,7 +165,8 @@ def read_head(data: bytes, line: tuple[str, bytes, str]) -> Head:
 def without_empty_lines(data: bytes) -> bytes:
     """`data` without the empty lines at its start; one pass for any number of them."""
     found = _EMPTY_LINES.match(data)
-    return data[found.end() :] if found is not None else data
+    assert found is not None  # it may be empty
+    return data[found.end() :]
 
 
 def check_partial(data: bytes | bytearray, checked: int) -> None:

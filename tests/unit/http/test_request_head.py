@@ -122,6 +122,37 @@ def test_request_head_continue_is_expected_by_http_1_1_only():
     assert not head(b"Expect: 100-continue", line=OLD).expects_continue
 
 
+def test_request_head_has_the_parts_of_its_line():
+    found = head(line=b"PUT /a%20b?c=d HTTP/1.0")
+    assert (found.method, found.path, found.query) == ("PUT", b"/a%20b", b"c=d")
+    assert (found.http_version, found.expects_continue, found.chunked) == ("1.0", False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line", "status", "said"),
+    [
+        ((), b"FOO / HTTP/1.1", 501, "unknown method"),
+        ((b"X: a\nY: b",), b"GET / HTTP/1.1", 400, "bare CR, bare LF or NUL in the head"),
+        ((b"X: a\0",), b"GET / HTTP/1.1", 400, "bare CR, bare LF or NUL in the head"),
+        ((b"X y: 1",), b"GET / HTTP/1.1", 400, "malformed head: "),
+    ],
+)
+def test_request_head_refused_by_the_parser_says_why(fields, line, status, said):
+    with pytest.raises(HttpError, match=re.escape(said)) as caught:
+        head(*fields, line=line)
+    assert caught.value.status == status
+
+
+def test_request_head_longest_length_has_18_digits():
+    assert head(b"Content-Length: " + b"9" * 18).content_length == 10**18 - 1
+
+
+@pytest.mark.parametrize("value", [b"a/b", b"a b", b"a:b", b"[::1"])
+def test_request_head_malformed_host_is_refused(value):
+    with pytest.raises(HttpError, match="malformed Host field"):
+        head(b"Host: " + value, host=False)
+
+
 def test_request_head_headers_are_lower_case_and_stripped():
     assert head(b"X-A: b \t").headers == [(b"host", b"a"), (b"x-a", b"b")]
 
@@ -214,6 +245,8 @@ def test_refusal_of_options_for_server_lists_methods():
         b"",
         b"P",
         b"\r",
+        b"!a",
+        b"~a",
         b"POST /v1/x HTTP/1.1",
         b"POST /v1/x HTTP/1.1\r\nHost",
         b"PRI * HTTP/2.0\r\n",
@@ -244,6 +277,14 @@ def test_check_partial_impossible_beginning_is_refused(data):
         check_partial(data, 0)
     with pytest.raises(HttpError):
         check_partial(data, max(0, len(data) - 4))  # callers keep three bytes of what they checked
+
+
+def test_check_partial_reads_the_line_once_it_is_complete():
+    data = b"nonsense\r\nA"
+    end = data.index(b"\r\n")
+    with pytest.raises(HttpError):
+        check_partial(data, end + 1)  # the line feed is new
+    check_partial(data, end + 2)
 
 
 def test_request_head_empty_lines_before_it_are_dropped():

@@ -1,0 +1,49 @@
+"""Each table of `[discovery]` has its source, and a text that says where it looks."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_router.config.discovery import (
+    DnsSource,
+    FileSource,
+    HttpSource,
+    KubernetesSource,
+    SourceConfig,
+)
+from vllm_router.discovery.files import Files
+from vllm_router.discovery.kinds import kind_and_place, make_source
+from vllm_router.discovery.kubernetes.source import Kubernetes
+from vllm_router.discovery.names import Names
+from vllm_router.discovery.web_document import WebDocument
+
+
+@pytest.mark.parametrize(
+    ("config", "source", "shown"),
+    [
+        (FileSource(name="f", paths=("a.json", "b/*.yml")), Files, ("file", "a.json, b/*.yml")),
+        (
+            HttpSource(name="h", url="http://cmdb.test/servers?token=secret"),
+            WebDocument,
+            ("http", "http://cmdb.test/servers"),
+        ),
+        (DnsSource(name="d", domain="gpu.test", port=80), Names, ("dns", "gpu.test A")),
+        (
+            KubernetesSource(name="k", url="https://api", namespace="llm", selector="app=vllm"),
+            Kubernetes,
+            ("kubernetes", "llm: app=vllm (https://api)"),
+        ),
+    ],
+    ids=["file", "http", "dns", "kubernetes"],
+)
+def test_source_of_each_kind_is_made_and_shown(
+    config: SourceConfig, source: type, shown: tuple[str, str]
+):
+    assert type(make_source(config)) is source
+    assert kind_and_place(config) == shown
+
+
+def test_source_of_unknown_kind_is_a_defect():
+    for ask in (make_source, kind_and_place):
+        with pytest.raises(TypeError, match="no source for SourceConfig"):
+            ask(SourceConfig(name="x"))
