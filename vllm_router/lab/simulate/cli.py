@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from vllm_router.lab.simulate import plots
+from vllm_router.lab.simulate import plots, sharing
 from vllm_router.lab.simulate.grid import (
     ALL_POLICIES,
     CALIBRATED_HARDWARE,
@@ -102,6 +102,18 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
 )
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
+@click.option(
+    "--share", type=click.Choice(sharing.MODES), default=sharing.NONE, help="Between the routers."
+)
+@click.option(
+    "--period", type=click.FloatRange(0.01), default=0.2, help="Seconds between two such messages."
+)
+@click.option(
+    "--balancer",
+    type=click.Choice(("random", "sticky")),
+    default="random",
+    help="Before the routers: sticky keeps a conversation on one of them.",
+)
 @click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
@@ -142,6 +154,9 @@ def simulate_command(
     hardware: str,
     capacity: int,
     routers: int,
+    share: str,
+    period: float,
+    balancer: str,
     metrics_interval: float,
     slow: tuple[tuple[int, float], ...],
     failing: tuple[int, ...],
@@ -192,6 +207,9 @@ def simulate_command(
         failing=failing,
         restarting=restarting,
         plain=plain,
+        share=share,
+        share_period=period,
+        sticky=balancer == "sticky",
     )
 
     settings = PolicySettings(
