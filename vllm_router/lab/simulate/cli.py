@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from vllm_router.lab.simulate import plots, sharing
+from vllm_router.lab.simulate import plots
 from vllm_router.lab.simulate.grid import (
     ALL_POLICIES,
     CALIBRATED_HARDWARE,
@@ -27,7 +27,7 @@ from vllm_router.lab.simulate.oracle import Oracle
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell
 from vllm_router.lab.simulate.rivals import RIVALS
-from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.scene import NONE, SHARE_MODES, Scene
 from vllm_router.lab.simulate.tables import (
     cell_rows,
     loss_rows,
@@ -102,9 +102,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
 )
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
-@click.option(
-    "--share", type=click.Choice(sharing.MODES), default=sharing.NONE, help="Between the routers."
-)
+@click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
 @click.option(
     "--period", type=click.FloatRange(0.01), default=0.2, help="Seconds between two such messages."
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_router.lab.simulate.hardware import Hardware
-from vllm_router.lab.simulate.sharing import NONE
+
+NONE, PROMPTS, PROMPTS_QUEUED = "none", "prompts", "prompts,queued"
+SHARE_MODES = (NONE, PROMPTS, PROMPTS_QUEUED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
+from vllm_router.fleet.fleet import Fleet
+from vllm_router.routing.policies.base import Policy
 from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.sharing.messages import About, ServerLevel
 from vllm_router.routing.sharing.outbox import Outbox
 from vllm_router.routing.sharing.peers import Peers
 
-if TYPE_CHECKING:
-    from vllm_router.lab.simulate.world import Router
-
-NONE, PROMPTS, PROMPTS_QUEUED = "none", "prompts", "prompts,queued"
-MODES = (NONE, PROMPTS, PROMPTS_QUEUED)
-
 _ABOUT = About("", "", "", 0.0, 0)
+
+
+class Router(Protocol):
+    """A simulated router."""
+
+    fleet: Fleet
+    policy: Policy
 
 
 class Sharing:

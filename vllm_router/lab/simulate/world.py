@@ -20,8 +20,8 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.lab.simulate.engine import Engine, Job
-from vllm_router.lab.simulate.scene import Scene
-from vllm_router.lab.simulate.sharing import NONE, PROMPTS_QUEUED, Sharing
+from vllm_router.lab.simulate.scene import NONE, PROMPTS_QUEUED, Scene
+from vllm_router.lab.simulate.sharing import Sharing
 from vllm_router.lab.simulate.text import TOKEN_BYTES, Text
 from vllm_router.lab.simulate.traffic import BASE_MODEL, Conversation, Turn, adapter_name
 from vllm_router.routing.policies.base import Policy
