@@ -6,7 +6,7 @@ code raises and catches only these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class RouterError(Exception):
@@ -16,12 +16,14 @@ class RouterError(Exception):
 class ConfigError(RouterError):
     """The configuration is invalid; nothing of it has been applied.
 
-    `problems` has one line each, with file, key path, the expected and the actual value.
+    `problems` has one line each, with file, position, key path, the expected and the actual value.
+    `excerpts` has by problem the line of the file with a mark below the position, where known.
     """
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], excerpts: Mapping[str, str] | None = None) -> None:
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
+        self.excerpts = dict(excerpts or {})
 
 
 class ServerError(RouterError):

@@ -107,8 +107,8 @@ def read_auth(
     if path is not None:
         try:
             shown, data = read_file(path)
-            found.reader = Reader(shown, {"keys": KEY_KEYS})
-            document = load_document(data, shown)
+            found.reader = Reader(shown, {"keys": KEY_KEYS}, data=data)
+            document = found.reader.expand("", load_document(data, shown), environ)
             for table_name in document.keys() - {"keys"}:
                 found.reader.unknown_key("", table_name, ("keys",))
             found.read("keys", document.get("keys", []))

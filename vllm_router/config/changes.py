@@ -49,6 +49,7 @@ def changes(old: Config, new: Config) -> str:
     if old.slo != new.slo:
         details.append("slo changed")
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
+    details += [f"run {change}" for change in _changed_fields(old.run, new.run)]
     parts += details[:_SHOWN_CHANGES]
     if len(details) > _SHOWN_CHANGES:
         parts.append(f"and {len(details) - _SHOWN_CHANGES} more")

@@ -12,8 +12,11 @@ from typing import Any, get_args
 import msgspec
 
 from vllm_router.config.auth import KEY_KEYS
+from vllm_router.config.limits import LimitsConfig
+from vllm_router.config.log import LogSettings
 from vllm_router.config.parser import TABLES
-from vllm_router.config.schema import Settings
+from vllm_router.config.run_options import RunOptions
+from vllm_router.config.schema import ServerConfig, Settings
 from vllm_router.config.tls import SERVER_TLS_KEYS
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -23,7 +26,6 @@ Schema = dict[str, Any]
 
 def json_schema(policies: Collection[str]) -> Schema:
     """The schema as JSON-compatible values. `policies` are the accepted policy names."""
-    defaults = msgspec.structs.asdict(Settings())
 
     def table(keys: Mapping[str, Any], values: Mapping[str, Any] | None = None) -> Schema:
         properties = {}
@@ -34,7 +36,7 @@ def json_schema(policies: Collection[str]) -> Schema:
                 properties[key]["default"] = default
         return {"type": "object", "additionalProperties": False, "properties": properties}
 
-    server = table(TABLES["servers.servers"])
+    server = table(TABLES["servers.servers"], _defaults_of(ServerConfig))
     server["required"] = ["url"]
     servers = {"type": "array", "items": server}
     model = table(TABLES["models.<name>"])
@@ -65,15 +67,16 @@ def json_schema(policies: Collection[str]) -> Schema:
             "properties": {"servers": servers},
         },
         "discovery": discovery,
-        "config": table(TABLES["config"], defaults),
+        "config": table(TABLES["config"], _defaults_of(Settings)),
         "models": {
             "type": "object",
             "additionalProperties": {"anyOf": [{"type": "string"}, model]},
         },
         "auth": auth,
-        "limits": table(TABLES["limits"]),
+        "limits": table(TABLES["limits"], _defaults_of(LimitsConfig)),
         "tls": tls,
-        "log": table(TABLES["log"]),
+        "log": table(TABLES["log"], _defaults_of(LogSettings)),
+        "run": table(TABLES["run"], _defaults_of(RunOptions)),
         "slo": slo,
     }
     return {
@@ -83,6 +86,11 @@ def json_schema(policies: Collection[str]) -> Schema:
         "additionalProperties": False,
         "properties": properties,
     }
+
+
+def _defaults_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    fields = msgspec.structs.fields(struct)
+    return {one.name: one.default for one in fields if one.default is not msgspec.NODEFAULT}
 
 
 def _of_type(wanted: Any, policies: Collection[str]) -> Schema:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from vllm_router.config.model_aliases import ModelRule, Models
-from vllm_router.config.server_url import escaped
-from vllm_router.config.toml_reader import Reader, joined, shown_value
+from vllm_router.config.server_url import escaped, joined
+from vllm_router.config.toml_reader import Reader, shown_value
 from vllm_router.config.types import Bool, Model, PolicyName
 
 MODEL_KEYS: dict[str, Any] = {

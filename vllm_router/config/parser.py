@@ -1,6 +1,7 @@
 """From the bytes of servers.toml to a `Config`, checked once and completely.
 
-A problem is one line, `source: key.path: expected ..., got ...`, and never holds a secret.
+A problem is one line, `source:line:column: key.path: expected ..., got ...`, and never holds a
+secret.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_router.config.auth import AUTH_KEYS, AuthConfig, KeyConfig, read_auth
+from vllm_router.config.auth import AUTH_KEYS, KEY_KEYS, AuthConfig, KeyConfig, read_auth
 from vllm_router.config.discovery import DiscoveryConfig
 from vllm_router.config.discovery_tables import (
     DEFAULT_KEYS,
@@ -24,6 +25,7 @@ from vllm_router.config.limits import LIMITS_KEYS, LimitsConfig
 from vllm_router.config.log import LOG_KEYS, LogSettings
 from vllm_router.config.memory import MEMORY_SETTINGS, Memory, fit_sizes
 from vllm_router.config.models import MODEL_KEYS, read_models
+from vllm_router.config.run_options import RUN_KEYS, RunOptions
 from vllm_router.config.schema import DERIVED_TIMEOUTS, Config, Settings
 from vllm_router.config.servers import SERVER_KEYS, read_servers
 from vllm_router.config.slo import OBJECTIVE_KEYS, SLO_KEYS, SloConfig, read_slo
@@ -36,6 +38,7 @@ SETTING_KEYS: dict[str, Any] = {
 }
 TABLES = {
     "config": SETTING_KEYS,
+    "run": RUN_KEYS,
     "servers.servers": SERVER_KEYS,
     "models.<name>": MODEL_KEYS,
     "auth": AUTH_KEYS,
@@ -47,8 +50,11 @@ TABLES = {
     "discovery": DISCOVERY_KEYS,
     **{f"discovery.{kind}": keys for kind, (keys, _) in KINDS.items()},
     "discovery.defaults": DEFAULT_KEYS,
+    "auth.keys": KEY_KEYS,
 }
-_KNOWN_TABLES = ("servers", "discovery", "config", "models", "auth", "limits", "tls", "log", "slo")
+_KNOWN_TABLES = (
+    *("servers", "discovery", "config", "models", "auth", "limits", "tls", "log", "run", "slo"),
+)
 
 
 def parse(
@@ -61,15 +67,17 @@ def parse(
 ) -> Config:
     """Parse and validate the bytes of a file called `source`.
 
-    `environ` is looked up for `api_key_env` and the like. `read` returns the bytes of another
-    file that the configuration names, or raises ConfigError; None refuses all such files.
+    `environ` is looked up for `${NAME}`, `api_key_env` and the like. `read` returns the bytes of
+    another file that the configuration names, or raises ConfigError; None refuses all such files.
     Defaults are chosen to fit into `memory`. `policies` are the accepted policy names; None
     accepts any name.
     Raises ConfigError with every problem found (at most MAX_PROBLEMS lines), or with one problem
     if the bytes are not TOML.
     """
     document = load_document(data, source)
-    reader = Reader(source, TABLES, {} if policies is None else {"policies": policies})
+    names = {} if policies is None else {"policies": policies}
+    reader = Reader(source, TABLES, names, data)
+    document = reader.expand("", document, environ)
     for key in document:
         if key not in _KNOWN_TABLES:
             reader.unknown_key("", key, _KNOWN_TABLES)
@@ -105,6 +113,8 @@ def parse(
     slo: SloConfig | None = None
     if "slo" in document:
         slo = read_slo(reader, document["slo"])
+    run = reader.table("run", document.get("run", {}), RUN_KEYS)
+    _check_run(reader, run)
     _set_sizes(reader, settings, memory)
     reader.raise_problems()
     request_timeout = settings.get("request_timeout", Settings().request_timeout)
@@ -119,7 +129,15 @@ def parse(
         log=LogSettings(**log),
         discovery=discovery,
         slo=slo,
+        run=RunOptions(**run),
     )
+
+
+def _check_run(reader: Reader, run: Mapping[str, Any]) -> None:
+    if run.get("workers", 1) > 1 and run.get("front", "lane") != "lane":
+        reader.problem(
+            "run.workers", 'expected 1 with front = "hypercorn", which serves in one process only'
+        )
 
 
 def _relative_reader(source: str, read: Callable[[str], bytes] | None) -> ReadFile:

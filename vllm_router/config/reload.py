@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import trio
@@ -168,12 +169,20 @@ class Nudge:
         return True
 
 
-async def watch(reloader: Reloader, nudge: Nudge) -> None:
-    """Poll the file until cancelled. A nudge re-reads it at once, changed or not."""
+async def watch(
+    reloader: Reloader,
+    nudge: Nudge,
+    reloading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Poll the file until cancelled. A nudge re-reads it at once, changed or not.
+
+    `reloading()` is entered for a reload that a nudge has asked for.
+    """
     while True:
         interval = reloader.current.settings.config_reload_interval
         pause = interval if reloader.settled else SETTLE_TIME
         if await nudge.wait(pause):
-            await reloader.reload(force=True)
+            with reloading():
+                await reloader.reload(force=True)
         else:
             await reloader.poll()

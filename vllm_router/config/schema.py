@@ -1,7 +1,7 @@
 """The structs that a valid servers.toml becomes: immutable, and complete with all defaults.
 
 `types.py` defines the accepted values, `parser.py` fills the structs, `changes.py` compares them.
-The tables `[auth]`, `[limits]`, `[log]`, `[models]` and `[tls]` have modules of their own.
+The tables `[auth]`, `[limits]`, `[log]`, `[models]`, `[run]` and `[tls]` have modules of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vllm_router.config.discovery import DiscoveryConfig, Targets
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule, Models
+from vllm_router.config.run_options import RunOptions
 from vllm_router.config.session_sources import SESSION_SOURCES
 from vllm_router.config.slo import SloConfig
 from vllm_router.config.tls import File, TlsConfig
@@ -215,6 +216,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     discovery: DiscoveryConfig | None = None
     found: tuple[tuple[str, Targets], ...] = ()
     slo: SloConfig | None = None
+    run: RunOptions = RunOptions()
 
     @property
     def awaited(self) -> tuple[str, ...]:

@@ -28,6 +28,12 @@ def quoted(text: str) -> str:
     return f'"{shown}…"' if len(text) > SHOWN_CHARS else f'"{shown}"'
 
 
+def joined(path: str, key: str) -> str:
+    """The path of a key; a key that TOML cannot write bare is quoted."""
+    part = key if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) else quoted(key)
+    return f"{path}.{part}" if path else part
+
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"  # Docker Compose names contain underscores
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")

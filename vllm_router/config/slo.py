@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from vllm_router.config.toml_reader import Reader, joined
+from vllm_router.config.server_url import joined
+from vllm_router.config.toml_reader import Reader
 from vllm_router.config.types import SecondsOrNone
 
 FIRST_TOKEN_BOUNDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -8,7 +8,8 @@ error messages, and in `extra` optionally
 * `one_of`: the accepted texts, or the key of the reader's `names` that lists them;
 * `secret`: the value is never shown.
 
-All problems of a file are collected, one line each: `source: key.path: expected ..., got ...`.
+All problems of a file are collected, one line each:
+`source:line:column: key.path: expected ..., got ...`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any, get_args, get_origin
 import msgspec
 import tomli
 
-from vllm_router.config.server_url import SHOWN_CHARS, escaped, quoted
+from vllm_router.config.positions import Positions
+from vllm_router.config.server_url import SHOWN_CHARS, escaped, joined, quoted
 from vllm_router.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -29,16 +31,6 @@ MAX_FILE_BYTES = 1024 * 1024
 
 MAX_PROBLEMS = 100
 """Problems of a file that are listed; the rest are only counted."""
-
-
-_OPTIONS = {
-    "host": "--host",
-    "port": "--port",
-    "listen": "--host",
-    "workers": "--workers",
-    "front": "--front",
-}
-"""Settings of a process, which are not in the file because a reload cannot change them."""
 
 
 def shown_value(value: object, *, secret: bool = False) -> str:
@@ -60,6 +52,10 @@ def shown_value(value: object, *, secret: bool = False) -> str:
         case list():
             return "an array" if value else "an empty array"
     return f"a {type(value).__name__}"
+
+
+_REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def load_document(data: bytes, source: str) -> dict[str, Any]:
@@ -100,33 +96,90 @@ class Reader:
         source: str,
         tables: Mapping[str, Mapping[str, Any]],
         names: Mapping[str, Collection[str]] | None = None,
+        data: bytes = b"",
     ) -> None:
         """`tables` has the keys of all known tables by path.
 
         They suggest where a misplaced key belongs. `names` has the accepted texts of types with
-        `one_of`; without an entry any text is accepted.
+        `one_of`; without an entry any text is accepted. `data` are the bytes of the document, for
+        the positions of problems.
         """
         self._source = source
         self._tables = tables
         self._names = names or {}
+        self._data = data
+        self._positions: Positions | None = None
         self._problems: list[str] = []
+        self._excerpts: dict[str, str] = {}
+        self._unexpanded: set[str] = set()
         self._unlisted = 0
 
-    def problem(self, path: str, text: str) -> None:
-        self.line(f"{self._source}: {path}: {text}")
-
-    def line(self, problem: str) -> None:
-        """Add a problem as a complete line."""
-        if len(self._problems) < MAX_PROBLEMS:
-            self._problems.append(problem)
-        else:
+    def problem(self, path: str, text: str, *, at_key: bool = False) -> None:
+        """Add a problem of the value at `path`, or with `at_key` of the key itself."""
+        if path in self._unexpanded:  # one problem is enough
+            return
+        if len(self._problems) >= MAX_PROBLEMS:
             self._unlisted += 1
+            return
+        if self._positions is None:
+            kinds = [item for keys in self._tables.values() for item in keys.items()]
+            secret = {key for key, kind in kinds if _is_secret(kind)}
+            self._positions = Positions(self._data, {key for key, _ in kinds} - secret)
+        found = self._positions.find(path, at_key=at_key)
+        where = self._source if found is None else f"{self._source}:{found.line}:{found.column}"
+        line = f"{where}: {path}: {text}"
+        self.line(line, found.excerpt if found is not None else "")
+
+    def line(self, problem: str, excerpt: str = "") -> None:
+        """Add a problem as a complete line, and the lines of the document that it is about."""
+        if len(self._problems) >= MAX_PROBLEMS:
+            self._unlisted += 1
+            return
+        self._problems.append(problem)
+        if excerpt:
+            self._excerpts[problem] = excerpt
 
     def include(self, other: Reader) -> None:
         """Add the problems that another reader has found in another file."""
         for problem in other._problems:
-            self.line(problem)
+            self.line(problem, other._excerpts.get(problem, ""))
         self._unlisted += other._unlisted
+
+    def expand(self, path: str, value: Any, environ: Mapping[str, str]) -> Any:
+        """`value` with the variables that its texts name as `${NAME}`; `$${` stands for `${`.
+
+        Problems are collected; a text with one stays as it is.
+        """
+        if isinstance(value, dict):
+            return {key: self.expand(joined(path, key), v, environ) for key, v in value.items()}
+        if isinstance(value, list):
+            return [self.expand(f"{path}[{n}]", v, environ) for n, v in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        problems = []
+
+        def replace(found: re.Match[str]) -> str:
+            name = found[1]
+            if name is None:
+                return "${"
+            if not (found[2] and _NAME.fullmatch(name)):
+                problems.append(
+                    "expected the name of an environment variable in ${…}, got something else: "
+                    "write $${ for the characters ${"
+                )
+            elif name not in environ:
+                problems.append(
+                    f"expected the environment variable {name} to be set, and it is not"
+                )
+            return environ.get(name, "")
+
+        expanded = _REFERENCE.sub(replace, value)
+        for problem in problems:
+            self.problem(path, problem)
+        if problems:
+            self._unexpanded.add(path)
+            return value
+        return expanded
 
     def unknown_key(self, path: str, key: str, known: Collection[str]) -> None:
         """Add a problem that suggests the table where the key belongs, or the nearest key."""
@@ -135,15 +188,13 @@ class Reader:
             lowered = key[:SHOWN_CHARS].lower()
             nearest = difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
             tables = [table for table, keys in self._tables.items() if key in keys]
-            if key in _OPTIONS:
-                text += f": the option {_OPTIONS[key]} of vllm-router run sets it"
-            elif tables:
+            if tables:
                 text += f", which belongs in {tables[0]}"
             elif nearest:
                 text += f', did you mean "{nearest[0]}"?'
             else:
                 text += f", known here: {', '.join(known)}"
-        self.problem(joined(path, key), text)
+        self.problem(joined(path, key), text, at_key=True)
 
     def table(self, path: str, table: object, keys: Mapping[str, Any]) -> dict[str, Any]:
         """The valid values of a table by key; problems are collected."""
@@ -208,15 +259,13 @@ class Reader:
         if self._unlisted:
             self._problems.append(f"{self._source}: and {self._unlisted} more problems")
         if self._problems:
-            raise ConfigError(self._problems)
+            raise ConfigError(self._problems, self._excerpts)
+
+
+def _is_secret(kind: Any) -> bool:
+    return any("secret" in (meta.extra or {}) for meta in get_args(kind)[1:])
 
 
 def _whole(value: object) -> object:
     """Accept 3.0 where 3 is expected, as the ancestor did."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def joined(path: str, key: str) -> str:
-    """The path of a key; a key that TOML cannot write bare is quoted."""
-    part = key if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key) else quoted(key)
-    return f"{path}.{part}" if path else part

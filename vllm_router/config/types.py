@@ -196,6 +196,14 @@ SessionSources = Annotated[
     Meta(description="array of sources of session ids (strings)"),
 ]
 
+ListenHost = Annotated[
+    str,
+    Meta(pattern=r"^[0-9A-Za-z:._%-]{1,253}\Z", description='an address like "0.0.0.0" (string)'),
+]
+ListenPort = Annotated[int, Meta(ge=0, le=65535, description="int from 0 to 65535")]
+Workers = Annotated[int, Meta(ge=1, le=64, description="int from 1 to 64")]
+Front = Annotated[str, _one_of("lane", "hypercorn")]
+
 LogLevel = Annotated[str, _one_of("debug", "info", "warning", "error")]
 LogFormat = Annotated[str, _one_of("text", "json")]
 AccessLog = Annotated[

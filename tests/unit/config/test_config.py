@@ -13,6 +13,7 @@ from vllm_router.config.changes import changes
 from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule
 from vllm_router.config.parser import parse
+from vllm_router.config.run_options import RunOptions
 from vllm_router.config.schema import Config, ServerConfig, Settings
 from vllm_router.config.server_url import normalise_url, server_name
 from vllm_router.config.slo import Objective
@@ -57,6 +58,9 @@ def read(text: str | bytes, **environ: str) -> Config:
     return parse(data, "servers.toml", environ, policies=POLICY_NAMES)
 
 
+POSITION = re.compile(r"^servers\.toml(:\d+:\d+)?: ")
+
+
 def settings(text: str) -> Settings:
     return read(f"{ONE_SERVER}[config]\n{text}").settings
 
@@ -70,9 +74,9 @@ def problems(text: str | bytes, **environ: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         read(text, **environ)
     for problem in caught.value.problems:
-        assert problem.startswith("servers.toml: ")
+        assert POSITION.match(problem)
         assert problem.isprintable(), "one line, nothing that moves a terminal's cursor"
-    return tuple(p.removeprefix("servers.toml: ") for p in caught.value.problems)
+    return tuple(POSITION.sub("", p) for p in caught.value.problems)
 
 
 def problem(text: str | bytes, **environ: str) -> str:
@@ -162,10 +166,49 @@ def test_config_policy_with_typing_error_gets_suggestion(value: str, nearest: st
     assert text.endswith(f'got "{value}", did you mean "{nearest}"?')
 
 
-@pytest.mark.parametrize("key", ["host", "port", "workers"])
-def test_config_setting_of_process_names_its_option(key: str):
+@pytest.mark.parametrize("key", ["host", "port", "workers", "front"])
+def test_config_setting_of_process_names_its_table(key: str):
     text = problem(f"{ONE_SERVER}\n[config]\n{key} = 1")
-    assert text.endswith(f'unknown key "{key}": the option --{key} of vllm-router run sets it')
+    assert text.endswith(f'unknown key "{key}", which belongs in run')
+
+
+def test_config_run_table_is_read():
+    text = '[run]\nhost = "::"\nport = 80\nworkers = 4'
+    assert read(ONE_SERVER + text).run == RunOptions(host="::", port=80, workers=4)
+    assert read(ONE_SERVER).run == RunOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("port = 65536", "run.port: expected int from 0 to 65535, got 65536"),
+        ('port = "80"', 'run.port: expected int from 0 to 65535, got "80"'),
+        ('host = "a b"', 'run.host: expected an address like "0.0.0.0" (string), got "a b"'),
+        ('front = "lanes"', ', got "lanes", did you mean "lane"?'),
+        ('front = "hypercorn"\nworkers = 2', "which serves in one process only"),
+    ],
+)
+def test_config_run_table_with_bad_value_is_refused(text: str, expected: str):
+    assert expected in problem(f"{ONE_SERVER}[run]\n{text}")
+
+
+def test_config_variables_are_expanded_in_every_text():
+    text = 'url = "http://${HOST}:${PORT_1}"\nmodels = ["${MODEL}", "$MODEL"]\napi_key = "${KEY}"'
+    only = server(text, HOST="gpu", PORT_1="8000", MODEL="a", KEY="sk-1")
+    assert (only.url, only.models, only.api_key) == ("http://gpu:8000", ("a", "$MODEL"), "sk-1")
+    assert server('url = "http://h"\nmodels = ["$${A}"]').models == ("${A}",)
+
+
+def test_config_variable_that_is_not_set_is_named_with_its_key():
+    assert problem('[[servers.servers]]\nurl = "http://${HOST}:${PORT}"', PORT="1") == (
+        "servers.servers[0].url: expected the environment variable HOST to be set, and it is not"
+    )
+
+
+@pytest.mark.parametrize("written", ["${}", "${", "${A", "${A-B}", "${A:-b}", "${ A }", "${1}"])
+def test_config_malformed_reference_to_variable_is_refused(written: str):
+    text = problem(f'[[servers.servers]]\nurl = "http://h"\nname = "{written}"', A="x")
+    assert text.startswith("servers.servers[0].name: expected the name of an environment variable")
 
 
 def test_config_empty_file_gets_defaults():
@@ -385,7 +428,7 @@ def test_config_flood_of_problems_is_counted_not_listed():
             f"{ONE_SERVER}[zzz]",
             (
                 'zzz: unknown key "zzz", known here: servers, discovery, config, models, auth, '
-                "limits, tls, log, slo"
+                "limits, tls, log, run, slo"
             ),
         ),
         (

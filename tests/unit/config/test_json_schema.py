@@ -34,6 +34,12 @@ def test_schema_accepts_example_with_every_key_uncommented(validator: Any):
     assert not list(validator.iter_errors(tomllib.loads(text)))
 
 
+def test_schema_of_example_is_the_generated_file():
+    first, _, _ = EXAMPLE.read_text().partition("\n")
+    file = EXAMPLE.parent / first.removeprefix("#:schema ")
+    assert json.loads(file.read_text()) == json.loads(json.dumps(json_schema(POLICY_NAMES)))
+
+
 def test_schema_knows_every_default_of_config():
     keys = json_schema(POLICY_NAMES)["properties"]["config"]["properties"]
     assert keys["max_retries"] | {"description": ""} == {
@@ -53,6 +59,9 @@ def test_schema_knows_every_default_of_config():
         SERVER + '[models]\na = "b"\n[models.c]\nserves = "b"\nhidden = true',
         SERVER + "[limits]\nqueue_size = 0\n[config]\ntotal_timeout = 5.5",
         SERVER + "[log]\naccess = false",
+        SERVER + '[run]\nport = 0\nfront = "hypercorn"',
+        SERVER + "[run]\nport = 65536",
+        SERVER + '[run]\nhost = "a b"',
         SERVER + '[[auth.keys]]\nname = "a"\nkey = "sk-a"',
         SERVER + "verify = false",
         SERVER + "[config]\nmax_retrys = 3",

@@ -83,7 +83,7 @@ def test_origin_invalid_error_names_key_and_expectation(text, hint):
     with pytest.raises(ConfigError) as caught:
         parse(toml % quoted.encode(), "servers.toml", {})
     (problem,) = caught.value.problems
-    assert problem.startswith("servers.toml: config.cors_origins[0]: expected an origin like")
+    assert problem.startswith("servers.toml:4:17: config.cors_origins[0]: expected an origin like")
     assert hint in problem
     hidden = "@" in text or "?" in text  # possible secrets are not shown
     assert hidden or problem.endswith(f"got {quoted}")
