@@ -34,6 +34,7 @@ MAX_DESCRIPTORS = 65_536
     help="Servers in this process, on consecutive ports.",
 )
 @click.option("--name", default="", help="Sent as x-mock-server. Empty: mock-<port>.")
+@click.option("--answer", default="", help="What every response says. Empty: random words.")
 @click.option("--model", "models", multiple=True, default=_DEFAULT.models, help="Repeatable.")
 @click.option("--lora", "loras", multiple=True, help="NAME or NAME=PATH; repeatable.")
 @click.option("--max-loras", default=_DEFAULT.max_loras, help="Adapters in memory; 0: all.")
@@ -89,6 +90,10 @@ def mock_command(*, switches: str, models: tuple[str, ...], count: int, **given:
     Behaviour at run time: POST /mock/set, GET /mock/stats, /mock/last, /mock/log; per request
     X-Mock-Mode, X-Mock-Ttft-Ms, X-Mock-Delay-Ms, X-Mock-After, X-Mock-Output-Tokens, X-Mock-Error,
     X-Mock-Framing, X-Mock-Packing, X-Mock-Only.
+
+    \b
+    vllm-router mock --port 8001 --model llama-8b --max-num-seqs 64
+    vllm-router mock --port 8002 --set '{"mode": 500, "fraction": 0.1}'
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:

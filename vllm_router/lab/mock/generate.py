@@ -136,6 +136,9 @@ def _request(server: ServerState, kind: str, body: Mapping[str, Any], fault: Fau
     ending = "length"
     seed = body.get("seed")
     natural = fault.output_tokens
+    answer = server.answer
+    if natural is None and answer and not body.get("ignore_eos"):
+        natural = len(answer)
     if natural is None and not limit:
         low, high = _NATURAL_TOKENS
         natural = low + seed_of(model, prompt, seed) % (high - low)
@@ -155,6 +158,7 @@ def _request(server: ServerState, kind: str, body: Mapping[str, Any], fault: Fau
         ttft=fault.ttft,
         delay=fault.delay,
         silent=silent,
+        answer=answer,
     )
 
 

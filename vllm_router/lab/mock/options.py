@@ -101,6 +101,7 @@ class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
     host: str = "127.0.0.1"
     port: int = 0
     name: str = ""  # the x-mock-server header; empty: `mock-<port>`
+    answer: str = ""  # what every response says; empty: words by the prompt
     models: tuple[str, ...] = ("mock-model",)
     loras: tuple[str, ...] = ()  # `name` or `name=path`
     max_loras: int = 0  # adapters in memory at a time; 0: all
@@ -135,6 +136,8 @@ class MockOptions(msgspec.Struct, kw_only=True, frozen=True):
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models: expected at least one")
+        if not self.answer.isascii():
+            raise ValueError("answer: expected ASCII")
         if min(self.speed, self.engines, self.max_num_seqs, self.kv_blocks, self.block_size) <= 0:
             raise ValueError("speed, engines, max_num_seqs, kv_blocks, block_size: expected > 0")
         if min(self.ttft, self.token_delay, self.prefill_tokens_per_second) < 0:

@@ -22,6 +22,7 @@ class Request:
     """
 
     __slots__ = (
+        "_answer",
         "_state",
         "aborted",
         "admitted",
@@ -64,6 +65,7 @@ class Request:
         ttft: float | None = None,
         delay: float | None = None,
         silent: bool = False,
+        answer: tuple[bytes, ...] = (),
     ) -> None:
         self.model = model
         self.prompt = prompt
@@ -74,6 +76,7 @@ class Request:
         self.ttft = ttft
         self.delay = delay
         self.silent = silent
+        self._answer = answer
         self.sink: Sink | None = None
 
         self.words: list[bytes] = []
@@ -103,18 +106,27 @@ class Request:
         if self.silent:
             self.generated, self.finish_reason = 1, "stop"
             return []
-        state = self._state
-        words = []
-        for _ in range(min(count, self.limit - self.generated)):
-            state = next_state(state)
-            words.append(WORD_BYTES[state >> 56])
-        self._state = state
+        count = min(count, self.limit - self.generated)
+        if self._answer:
+            first = self.generated
+            words = [self._answer[n % len(self._answer)] for n in range(first, first + count)]
+        else:
+            words = self._next_words(count)
         self.generated += len(words)
         if self.stops:
             return self._until_stop(words)
         self.words += words
         if self.generated >= self.limit:
             self.finish_reason = self.ending
+        return words
+
+    def _next_words(self, count: int) -> list[bytes]:
+        state = self._state
+        words = []
+        for _ in range(count):
+            state = next_state(state)
+            words.append(WORD_BYTES[state >> 56])
+        self._state = state
         return words
 
     def _until_stop(self, words: list[bytes]) -> list[bytes]:

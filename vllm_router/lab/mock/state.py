@@ -16,6 +16,7 @@ from vllm_router.lab.mock.faults import Faults
 from vllm_router.lab.mock.heads import Heads
 from vllm_router.lab.mock.options import MockOptions
 from vllm_router.lab.mock.response_store import ResponseStore
+from vllm_router.lab.mock.text import tokens_of
 
 _ENGINE_DEATH_SECONDS = 0.3
 """Time between the death of the engine and the end of the process."""
@@ -57,6 +58,7 @@ class ServerState:
     def __init__(self, options: MockOptions) -> None:
         self.options = options
         self.counts = Counts()
+        self.answer = tokens_of(options.answer)
         self.faults = Faults(options.switches)
         self.engines = Engines(options)
         self.heads = Heads(options.name or "mock", request_ids=options.enable_request_id_headers)

@@ -35,6 +35,13 @@ def next_state(state: int) -> int:
     return (state * _MULTIPLIER + _INCREMENT) & _MASK
 
 
+def tokens_of(answer: str) -> tuple[bytes, ...]:
+    """A fixed answer as tokens; blanks fill the last one."""
+    text = answer.encode()
+    text += b" " * (-len(text) % TOKEN_BYTES)
+    return tuple(text[at : at + TOKEN_BYTES] for at in range(0, len(text), TOKEN_BYTES))
+
+
 def token_count(text: bytes) -> int:
     return (len(text) + TOKEN_BYTES - 1) // TOKEN_BYTES
 
