@@ -37,6 +37,9 @@ httpx._config.DEFAULT_TIMEOUT_CONFIG.__init__(60.0)  # type: ignore[misc]
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vllm-router-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
 
+# The demo's own traffic would disturb the tests of the demo; its own tests turn it on.
+os.environ["VLLM_ROUTER_DEMO_LOAD"] = "0"
+
 # A shell makes background processes ignore SIGINT, and children inherit that: processes that tests
 # start and interrupt would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)

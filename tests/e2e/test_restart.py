@@ -196,18 +196,30 @@ def test_restart_passed_sockets_are_matched_by_admin_port(tmp_path):
             router.close()
 
 
-def test_systemd_is_notified_of_start_and_stop(tmp_path, monkeypatch):
+def test_systemd_is_notified_of_start_reload_and_stop(tmp_path, monkeypatch):
     with (
         mock_processes(1, *MOCK) as (mock,),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
     ):
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(60)
+
+        def message(state: str) -> list[str]:
+            """The lines of the next message with this state."""
+            while state not in (lines := systemd.recv(1000).decode().splitlines()):
+                pass
+            return lines
+
         monkeypatch.setitem(os.environ, "NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setitem(os.environ, "WATCHDOG_USEC", "400000")
         with router_process(servers_toml([mock.url]), tmp_path) as router:
-            assert systemd.recv(100) == b"READY=1"
+            assert any(line.startswith("STATUS=") for line in message("READY=1"))
+            message("WATCHDOG=1")
+            router.signal(signal.SIGHUP)
+            assert any(line.startswith("MONOTONIC_USEC=") for line in message("RELOADING=1"))
+            message("READY=1")
             router.signal(signal.SIGTERM)
-            assert systemd.recv(100) == b"STOPPING=1"
+            message("STOPPING=1")
             assert router.process.wait(60) == 0
 
 

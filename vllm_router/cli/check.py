@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 def check_config(*, file: str, probe: bool) -> None:
     """Say what is wrong with a configuration file.
 
-    Every problem is one line with the path of its key. Exit code 1 if there is one, or if a server
-    or a source fails its probe; 2 if there is no file to read.
+    Every problem has a line with its position and the path of its key, and shows the place. Exit
+    code 1 if there is one, or if a server or a source fails its probe; 2 if there is no file to
+    read.
+
+    \b
+    vllm-router check-config
+    vllm-router check-config --config /etc/vllm-router/servers.toml --probe
     """
     from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES

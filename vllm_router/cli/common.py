@@ -26,12 +26,14 @@ class Failure(click.ClickException):
 
 
 def load_config(source: ConfigSource, exit_code: int) -> Config:
-    """Load a configuration file; if it is invalid, print each problem and exit."""
+    """Load a configuration file; if it is invalid, print each problem with its line and exit."""
     try:
         return source.load()
     except ConfigError as error:
         for problem in error.problems:
             click.echo(problem, err=True)
+            if problem in error.excerpts:
+                click.echo(error.excerpts[problem], err=True)
         raise click.exceptions.Exit(exit_code) from None
 
 

@@ -18,6 +18,10 @@ def discover(*, file: str, as_text: bool) -> None:
 
     Needs no running router. Exit code 1 if a source cannot be read, or names a bad target; 2 if the
     configuration is bad or has no source.
+
+    \b
+    vllm-router discover
+    vllm-router discover --config servers.toml --json
     """
     from vllm_router.cli import source_check
     from vllm_router.config.source import ConfigSource

@@ -17,6 +17,10 @@ def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     """Send a server no new requests, and wait until its last one has ended.
 
     Ctrl-C ends the waiting, not the drain; `undrain` takes the server back.
+
+    \b
+    vllm-router drain gpu-1
+    vllm-router drain gpu-1 --url https://llm.example
     """
     from vllm_router.cli.router_client import RouterClient
 
@@ -38,7 +42,11 @@ def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
 @click.argument("server")
 @for_router
 def undrain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
-    """Take a drained server back."""
+    """Take a drained server back.
+
+    \b
+    vllm-router undrain gpu-1
+    """
     from vllm_router.cli.router_client import RouterClient
 
     async def work() -> None:

@@ -93,7 +93,7 @@ def _print_explanation(found: dict[str, Any]) -> None:
     subject = f"the model {found['model']!r}" if found.get("model") else "any model"
     verdict = "would wait" if found.get("would_wait") else "would be refused"
     if picked:
-        verdict = f"would go to {picked}"
+        verdict = f"would go to {picked}{reason_for_pick(found)}"
     note = f" {found['note']}" if found.get("note") else ""
     click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
     if found.get("session"):
@@ -128,6 +128,34 @@ def _print_explanation(found: dict[str, Any]) -> None:
         print_table(columns, rows)
     if candidates and found.get("formula"):
         click.echo(visible(found["formula"]).replace("; ", "\n"))
+
+
+def reason_for_pick(found: dict[str, Any]) -> str:
+    """The main reasons for the choice, as the end of a sentence; empty where there is no score."""
+    candidates = found.get("candidates") or []
+    row = next((row for row in candidates if row["server"] == found["picked"]), None)
+    if row is None:
+        return ""
+    if found.get("owner") == found["picked"]:
+        return " because it has the response that the request continues"
+    if len(candidates) == 1:
+        return " because no other server can take it"
+    parts = row.get("parts") or {}
+    others = [other for other in candidates if other is not row]
+    reasons = []
+    if row.get("score") is not None:
+        load, lowest = row["load"], min(other["load"] for other in others)
+        if load < lowest:
+            reasons.append("it has the lowest load")
+        elif load == lowest:
+            reasons.append("no server has a lower load")
+        cached = parts.get("cached_tokens", 0)
+        if cached >= 1:
+            prompt = cached + parts.get("waste_tokens", 0) + parts.get("uncached_tokens", 0)
+            reasons.append(f"{cached:.0f} of {prompt:.0f} tokens of the prompt are cached there")
+        if not reasons:
+            reasons.append("it has the lowest score")
+    return f" because {' and '.join(reasons)}" if reasons else ""
 
 
 def _load(row: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from vllm_router import __version__
+from vllm_router.errors import RouterError
 from vllm_router.observability.formatting import visible
 
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "monitor": "vllm_router.cli.monitor.command:monitor",
     "open": "vllm_router.cli.open:open_page",
     "explain": "vllm_router.cli.explain:explain",
+    "completion": "vllm_router.cli.completion:completion",
     "schema": "vllm_router.cli.schema:schema",
     "mock": "vllm_router.lab.mock.cli:mock_command",
     "simulate": "vllm_router.lab.simulate.cli:simulate_command",
@@ -81,6 +83,11 @@ class Commands(click.Group):
                 raise
             click.echo(_one_line(error), err=True)
             code = error.exit_code
+        except RouterError as error:
+            if not standalone_mode:
+                raise
+            click.echo(f"vllm-router: {visible(str(error))}", err=True)
+            code = 2
         except click.Abort:
             if not standalone_mode:
                 raise

@@ -23,6 +23,10 @@ def open_page(
     On the router's machine its user (and root) needs no key; elsewhere --key
     is the admin key. Prints a link that works once, within five minutes, and opens it where there
     is a desktop.
+
+    \b
+    vllm-router open
+    vllm-router open --print --page https://llm.example
     """
     from vllm_router.cli.router_client import RouterClient
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from vllm_router.config.schema import Config, ServerConfig
     from vllm_router.config.source import ConfigSource
 
-DEFAULT_PORT = 8888
-
 
 def log_file(environ: Mapping[str, str]) -> Path:
     """The log file while the full-screen monitor uses the terminal.
@@ -49,7 +47,7 @@ class PortNumber(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and value.startswith(("tcp://", "udp://")):
-            return DEFAULT_PORT
+            return None
         return super().convert(value, param, ctx)
 
 
@@ -79,20 +77,25 @@ class PortNumber(click.IntRange):
     help="Start N simulated vLLM servers (3 if not said) and route to them.",
 )
 @click.option(
+    "--demo-load",
+    envvar="VLLM_ROUTER_DEMO_LOAD",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 20),
+    metavar="X",
+    help="The demo's own traffic: this many times four requests per second; 0 for none.",
+)
+@click.option(
     "--host",
     envvar="VLLM_ROUTER_HOST",
-    default="0.0.0.0",
-    show_default=True,
-    help="Address to listen on.",
+    help="Address to listen on.  [default: from the file, or 0.0.0.0]",
 )
 @click.option(
     "-p",
     "--port",
     envvar="VLLM_ROUTER_PORT",
-    default=DEFAULT_PORT,
-    show_default=True,
     type=PortNumber(),
-    help="0 takes a free one.",
+    help="0 takes a free one.  [default: from the file, or 8888]",
 )
 @click.option(
     "-c",
@@ -124,9 +127,8 @@ class PortNumber(click.IntRange):
     "--front",
     envvar="VLLM_ROUTER_FRONT",
     type=click.Choice(["lane", "hypercorn"]),
-    default="lane",
-    show_default=True,
-    help="The HTTP server for inference requests: the router's own (lane) or Hypercorn.",
+    help="The HTTP server for inference requests: the router's own (lane) or Hypercorn.  [default: "
+    "from the file, or lane]",
 )
 @click.option(
     "--reuse-port",
@@ -137,11 +139,10 @@ class PortNumber(click.IntRange):
 @click.option(
     "--workers",
     envvar="VLLM_ROUTER_WORKERS",
-    default=1,
-    show_default=True,
     type=click.IntRange(1, 64),
     metavar="N",
-    help="Processes that serve inference requests, on one port and with one view of the fleet.",
+    help="Processes that serve inference requests, on one port and with one view of the fleet.  "
+    "[default: from the file, or 1]",
 )
 @click.pass_context
 def run(
@@ -150,15 +151,16 @@ def run(
     file: str | None,
     urls: tuple[str, ...],
     demo: int | None,
-    host: str,
-    port: int,
+    demo_load: float,
+    host: str | None,
+    port: int | None,
     reuse_port: bool,
     console: bool,
     log_level: str | None,
     log_format: str | None,
     access_log: str | None,
-    front: str,
-    workers: int,
+    front: str | None,
+    workers: int | None,
 ) -> None:
     """Start the router.
 
@@ -171,10 +173,12 @@ def run(
     and logs to ~/.local/state/vllm-router/vllm-router.log; with --console, or elsewhere, it logs to
     stderr.
 
-    Every option can be given by an environment variable, too: VLLM_ROUTER_PORT for --port.
+    Every option can be given by an environment variable, too: VLLM_ROUTER_PORT for --port. An
+    option goes before its variable, and both before [run] in the file.
 
     \b
     vllm-router run --demo
+    vllm-router run --demo 5 --demo-load 0
     vllm-router run --server http://gpu-1:8000=64 --server http://gpu-2:8000=64
     vllm-router run --config servers.toml --port 80
     """
@@ -195,9 +199,14 @@ def run(
         )
     if (file is not None) + bool(urls) + bool(demo) > 1:
         raise click.UsageError("--config, --server and --demo exclude each other")
+    config, source = _configuration(file, urls, demo, workers)
+    run = config.run
+    host = run.host if host is None else host
+    port = run.port if port is None else port
+    front = run.front if front is None else front
+    workers = run.workers if workers is None else workers
     if workers > 1 and front != "lane":
         raise click.UsageError("--workers needs --front lane: Hypercorn serves in one process only")
-    config, source = _configuration(file, urls, demo, workers)
     log = log_file(os.environ) if not console and on_terminal() else None
     access = {"on": True, "off": False}.get(access_log, access_log) if access_log else None
     try:
@@ -214,6 +223,7 @@ def run(
             source,
             output,
             demo or 0,
+            demo_load,
             host,
             port,
             log,
@@ -226,9 +236,12 @@ def run(
 
 
 def _configuration(
-    file: str | None, urls: Sequence[str], demo: int | None, workers: int
+    file: str | None, urls: Sequence[str], demo: int | None, workers: int | None
 ) -> tuple[Config, ConfigSource | None]:
-    """The configuration given by the options, and its file source, if it has one."""
+    """The configuration given by the options, and its file source, if it has one.
+
+    `workers` is None if the file gives their number.
+    """
     from vllm_router.config.memory import Memory
     from vllm_router.config.parser import default_settings
     from vllm_router.config.schema import Config
@@ -236,7 +249,7 @@ def _configuration(
     from vllm_router.routing.policies import POLICY_NAMES
     from vllm_router.runtime.memory_limit import memory_limit_mb
 
-    memory = Memory(memory_limit_mb(), workers)
+    memory = Memory(memory_limit_mb(), workers or 1)
     if demo:
         return Config(servers=(), settings=default_settings(memory)), None
     if urls:
@@ -247,7 +260,12 @@ def _configuration(
             "or try --demo"
         )
     source = ConfigSource(file or DEFAULT_CONFIG, memory=memory, policies=POLICY_NAMES)
-    return load_config(source, 2), source
+    config = load_config(source, 2)
+    if workers is None and config.run.workers > 1:
+        # Each process needs memory, so other defaults may fit.
+        source.memory = memory._replace(workers=config.run.workers)
+        config = load_config(source, 2)
+    return config, source
 
 
 def _servers(urls: Sequence[str]) -> tuple[ServerConfig, ...]:

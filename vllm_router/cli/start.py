@@ -30,6 +30,7 @@ def start(
     source: ConfigSource | None,
     output: LogOutput,
     demo: int,
+    demo_load: float,
     host: str,
     port: int,
     log: Path | None,
@@ -53,6 +54,7 @@ def start(
         config=config,
         source=source,
         demo=demo,
+        demo_load=demo_load,
         host=host,
         port=port,
         lane=lane,
@@ -96,6 +98,7 @@ def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
     lines = [f"vLLM Router {__version__} on {url}, {servers} server{'s' if servers != 1 else ''}"]
     if hint:
         lines.append(f"try: {_example(url)}")
+        lines.append(f"or open {_near(url)} in a browser")
     if quiet:
         logger.info("%s", lines[0])
         return
@@ -107,14 +110,20 @@ def _announce(url: str, servers: int, *, hint: bool, quiet: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _near(url: str) -> str:
+    """The URL for a client on this machine."""
+    return url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+
+
 def _example(url: str) -> str:
     """A shell command with a request that the demo answers."""
     from vllm_router.lab.demo import DEMO_MODEL
 
     messages = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": DEMO_MODEL, "stream": True, "messages": messages})
-    near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
-    return f"curl -N {near}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return (
+        f"curl -N {_near(url)}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    )
 
 
 def _free_port_hint(host: str, port: int) -> str:

@@ -10,6 +10,9 @@ from random import Random
 _ID_BEGINS = b"%016x" % Random().getrandbits(64)
 _ID_ENDS = count(Random().getrandbits(32))
 
+DEMO_PREFIX = "demo-traffic-"
+"""The beginning of the ids of the demo's own requests."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
 
 

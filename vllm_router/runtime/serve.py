@@ -22,12 +22,12 @@ from vllm_router.errors import RouterError
 from vllm_router.http.server.interfaces import Address
 from vllm_router.http.server.limits import Limits
 from vllm_router.http.server.listener import Listener
-from vllm_router.http.server.socket_handover import notify
 from vllm_router.observability import tracing
 from vllm_router.observability.log_output import LogOutput
 from vllm_router.routing.paths import is_inference
 from vllm_router.runtime.dispatch import Dispatcher
 from vllm_router.runtime.local_listener import LocalListener, LocalSockets
+from vllm_router.runtime.service_manager import ServiceManager
 from vllm_router.runtime.supervisor import Supervisor, log_memory_plan
 from vllm_router.web.access import is_loopback
 from vllm_router.web.guard import MonitorListener
@@ -68,7 +68,7 @@ class ServeOptions:
     means no access log. `workers` is used by `serve_workers` only.
 
     With `demo`, that many simulated servers run inside this process and replace the servers of
-    `config`.
+    `config`. `demo_load` is how much traffic of its own the demo has; 0: none.
 
     `passed` are descriptors of listening sockets that replace `host` and `port`; the socket at the
     port of `admin_listen` is used for administration. With `reuse_port`, other processes may listen
@@ -77,6 +77,7 @@ class ServeOptions:
 
     config: Config
     demo: int = 0
+    demo_load: float = 0.0
     source: ConfigSource | None = None
     host: str = "0.0.0.0"
     port: int = 8888
@@ -131,7 +132,8 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             if options.demo:
                 from vllm_router.lab.demo import start_demo  # imported only if it is used
 
-                config = await start_demo(nursery, options.demo, settings)
+                several = options.demo_load > 0
+                config = await start_demo(nursery, options.demo, settings, several_models=several)
             supervisor = Supervisor(
                 config,
                 options.source,
@@ -142,6 +144,8 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             )
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             supervisor.before_apply.append(partial(follow_limits, front, supervisor))
+            manager = ServiceManager(os.environ)
+            supervisor.reloading = manager.reloading
             app.attach(supervisor)
             await nursery.start(supervisor.run)
             if options.passed or options.reuse_port:
@@ -151,15 +155,26 @@ async def serve(options: ServeOptions, listening: Callable[[str], None]) -> None
             await nursery.start(door.serve)
             if admin is not None:
                 logger.info("administration on %s", url_of(*admin))
-            listening(url_of(*public, secure=config.tls is not None))
-            notify("READY=1", os.environ)
+            url = url_of(*public, secure=config.tls is not None)
+            listening(url)
+            start_demo_traffic(nursery, options, url)
+            manager.ready(supervisor.status_line())
+            nursery.start_soon(manager.run, supervisor.status_line)
             await signals.first.wait()
-            notify("STOPPING=1", os.environ)
+            manager.stopping()
             with signals.until_second():
                 await drain(supervisor, front)
             front.abort()
             nursery.cancel_scope.cancel(reason="stopped")
     logger.info("stopped")
+
+
+def start_demo_traffic(nursery: trio.Nursery, options: ServeOptions, url: str) -> None:
+    """Start the demo's clients of the router at `url`, if there are any."""
+    if options.demo and options.demo_load:
+        from vllm_router.lab.demo_traffic import run_demo_traffic  # imported only if it is used
+
+        nursery.start_soon(run_demo_traffic, url, options.demo_load)
 
 
 def client_limits(settings: Settings) -> Limits:

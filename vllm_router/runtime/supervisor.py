@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from random import Random
 
@@ -69,7 +70,8 @@ class Supervisor:
 
     Hooks: `before_apply` functions check a new configuration before anything changes and may raise
     ConfigError; `after_apply` functions are called when it is in force. `tasks` are named
-    background tasks that `run` starts besides the supervisor's own.
+    background tasks that `run` starts besides the supervisor's own. `reloading()` is entered for a
+    reload on SIGHUP.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Supervisor:
         self.before_apply: list[Callable[[Config], None]] = []
         self.after_apply: list[Callable[[Config], None]] = []
         self.tasks: list[tuple[str, Task]] = []
+        self.reloading: Callable[[], AbstractContextManager[None]] = nullcontext
         self.output = output
         self.proxy = Proxy(
             self.fleet,
@@ -212,7 +215,7 @@ class Supervisor:
 
     async def _watch(self) -> None:
         assert self.reloader is not None
-        await watch(self.reloader, self.nudge)
+        await watch(self.reloader, self.nudge, lambda: self.reloading())
 
     async def _dismiss_leavers(self) -> None:
         """Forget removed servers once their last request has ended."""
@@ -259,6 +262,8 @@ class Supervisor:
                 logger.warning(
                     "%s has changed in the configuration; restart the router to apply it", setting
                 )
+        if old.run != new.run:
+            logger.warning("[run] has changed in the configuration; restart the router to apply it")
         if _admin_key(new) != _admin_key(old):
             self.sessions.end()
         self.guard = Guard(new, self.guard.admin_port, self.guard.own, self.sessions)
@@ -316,6 +321,16 @@ class Supervisor:
         """The records of the requests in progress."""
         own = [exchange.record for exchange in self.proxy.context.exchanges]
         return own + self._parts.others.running()
+
+    def status_line(self) -> str:
+        """The state of the router in one line, for the service manager."""
+        servers = self.fleet.servers.values()
+        up = sum(server.current_state(trio.current_time())[0] == State.UP for server in servers)
+        running = self.in_flight
+        line = f"{up} of {len(servers)} servers up, {running} request{'s' * (running != 1)} running"
+        if self.reloader is not None and self.reloader.last_error is not None:
+            line += "; the changed configuration is refused"
+        return line
 
     def queues(self, now: float) -> list[Queue]:
         """The requests that wait for a server; empty without `[limits]`."""

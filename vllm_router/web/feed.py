@@ -14,6 +14,7 @@ import trio
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import Transition
+from vllm_router.http.request_ids import DEMO_PREFIX
 from vllm_router.observability.decisions import Decisions
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.model_rows import AVAILABLE
@@ -41,6 +42,9 @@ def _text(message: schema.Message) -> str:
     return _encode(message).decode()
 
 
+_DEMO = DEMO_PREFIX.encode()
+
+
 class Feed:
     """Publishes snapshots and events; also a recorder of the proxy.
 
@@ -50,6 +54,7 @@ class Feed:
     def __init__(self, fleet: Fleet, metrics: Metrics, lag: LagWatch) -> None:
         self.router: Router | None = None
         self.decisions = Decisions()
+        self.unused = True
         self._fleet = fleet
         self._metrics = metrics
         self._tallies = Tallies()
@@ -70,6 +75,8 @@ class Feed:
         """Count the exchange, keep the decision, announce a request that failed everywhere."""
         self._tallies.exchange_ended(record)
         self.decisions.add(record)
+        if self.unused:
+            self.unused = record.request_id.startswith(_DEMO)
         if record.retries:
             if failed(record):
                 self._events.exhausted(record)
@@ -219,6 +226,7 @@ class Feed:
             lag=max(self._lag.worst(now), router.elsewhere(LAG) or 0.0),
             cpu=self._cpu.per_second,
             feed_clients=len(self._mailboxes),
+            unused=self.unused,
             now=now,
         )
         snapshot = view.snapshot(

@@ -210,6 +210,10 @@ class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     draining: Annotated[bool, _("The router is about to stop.")]
     reload: ReloadView
     feed_clients: int
+    unused: Annotated[
+        bool,
+        _("No client has sent a request for inference yet; the demo's own traffic does not count."),
+    ] = False
     sources: Annotated[list[SourceView], _("In the order of `[discovery]`.")] = []
 
 

@@ -194,7 +194,7 @@ def queue_views(router: Router, now: float) -> list[schema.QueueView]:
 
 
 def router_view(
-    router: Router, *, lag: float, cpu: float, feed_clients: int, now: float
+    router: Router, *, lag: float, cpu: float, feed_clients: int, unused: bool, now: float
 ) -> schema.RouterView:
     reloader = router.reloader
     return schema.RouterView(
@@ -213,6 +213,7 @@ def router_view(
             error=reloader.last_error if reloader is not None else None,
         ),
         feed_clients=feed_clients,
+        unused=unused,
         sources=[source_view(status, now) for status in router.source_statuses],
     )
 

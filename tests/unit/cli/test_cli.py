@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import vllm_router
-from vllm_router.cli.main import cli
+from vllm_router.cli.main import COMMANDS, cli
 from vllm_router.cli.router_client import RouterClient, Status
 from vllm_router.cli.run import _servers, log_file
 from vllm_router.cli.tables import Cell, Column, plain_lines, print_table
@@ -135,10 +137,16 @@ def test_run_bad_file_lists_every_problem(scratch: Path):
     result = call("run")
     assert result.exit_code == 2
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert [line.split(": ")[:2] for line in lines] == [
-        ["servers.toml", "servers.servers[0].url"],
-        ["servers.toml", "config.max_retries"],
+    assert result.stderr.splitlines() == [
+        (
+            "servers.toml:2:20: servers.servers[0].url: "
+            'expected a URL like "http://host:8000", got "gpu"'
+        ),
+        '    2 | servers = [{ url = "gpu" }]',
+        "      |                    ^^^^^",
+        "servers.toml:4:15: config.max_retries: expected int ≥ 0, got -1",
+        "    4 | max_retries = -1",
+        "      |               ^^",
     ]
 
 
@@ -171,9 +179,10 @@ def test_check_config_bad_file_lists_every_problem_with_key_path(scratch: Path):
     result = call("check-config")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 6
     assert (
-        'servers.toml: servers.servers[1].max_concurrent_requests: expected int ≥ 1, got "three"'
+        "servers.toml:3:88: servers.servers[1].max_concurrent_requests: "
+        'expected int ≥ 1, got "three"'
     ) in lines
     assert "health_check_interval" in result.stderr
 
@@ -190,13 +199,68 @@ def test_help_lists_every_command(arguments: list[str]):
     commands = {line.split()[0] for line in result.stdout.partition("Commands:\n")[2].splitlines()}
     assert commands == {
         "run", "check-config", "status", "drain", "undrain", "monitor", "explain", "mock", "open",
-        "discover", "schema", "simulate", "version",
+        "completion", "discover", "schema", "simulate", "version",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
 def test_version_is_printed(arguments: list[str]):
     assert call(*arguments).stdout == f"vLLM Router {vllm_router.__version__}\n"
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "version"])
+def test_help_of_command_has_examples(name: str):
+    lines = call(name, "--help").stdout.splitlines()
+    assert any(re.search(rf"\bvllm-router {name}\b", line) for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("vllm-router dr", "drain"),
+        ("vllm-router run --fro", "--front"),
+        ("vllm-router run --front la", "lane"),
+        ("vllm-router completion z", "zsh"),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_finds_commands_options_and_values(shell: str, words: str, expected: str):
+    last = words.split()[-1]
+    position = last if shell == "fish" else str(len(words.split()) - 1)
+    environ = {
+        "_VLLM_ROUTER_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": position,
+    }
+    result = CliRunner().invoke(cli, [], prog_name="vllm-router", env=environ)
+    assert expected in re.split(r"[\s,]", result.stdout)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_is_accepted_by_shell(shell: str):
+    script = call("completion", shell).stdout
+    assert f"_VLLM_ROUTER_COMPLETE={shell}_complete" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, timeout=60, check=True)
+
+
+def test_completion_in_bash_completes_word(tmp_path: Path):
+    (tmp_path / "vllm-router").symlink_to(Path(sys.executable).with_name("vllm-router"))
+    script = call("completion", "bash").stdout + (
+        "COMP_WORDS=(vllm-router und); COMP_CWORD=1\n"
+        "_vllm_router_completion vllm-router und vllm-router\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["undrain"]
 
 
 HEAVY = {"trio", "httpx", "quart", "hypercorn", "rich", "msgspec"}

@@ -410,6 +410,17 @@ def test_monitor_wide_characters_keep_columns():
     assert Console().render_str(row[: row.index("up")]).cell_len == other.index("up")
 
 
+@pytest.mark.parametrize(("width", "height"), [(160, 50), (80, 24), (60, 12), (30, 8)])
+def test_monitor_unused_router_shows_how_to_send_a_request(width: int, height: int):
+    shown = View("http://0.0.0.0:8888")
+    shown.take(hello(), NOW)
+    shown.take(snapshot(server("gpu-1", models=["m"]), unused=True), NOW)
+    text = "\n".join(picture(shown, width, height))
+    assert ("curl http://127.0.0.1:8888/v1/chat/completions" in text) is (width >= 80)
+    shown.take(snapshot(server("gpu-1"), unused=False), NOW)
+    assert "curl" not in "\n".join(picture(shown, width, height))
+
+
 def test_monitor_lost_connection_is_shown_and_figures_stay():
     shown = view(server("gpu-1"))
     shown.lost("Connection refused")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from unittest.mock import patch
+import sys
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_router.lab.simulate import grid as grid_module
 from vllm_router.lab.simulate.cli import simulate_command
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.grid import (
@@ -30,8 +30,8 @@ from vllm_router.lab.simulate.hardware import HARDWARE
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell, Figures, percentile
 from vllm_router.lab.simulate.scene import Scene
-from vllm_router.lab.simulate.standings import interval, losses, margin, standings
-from vllm_router.lab.simulate.tables import cell_rows, markdown
+from vllm_router.lab.simulate.standings import interval, losses, standings
+from vllm_router.lab.simulate.tables import markdown
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
 from vllm_router.lab.simulate.world import World
@@ -297,43 +297,6 @@ def test_simulate_several_routers_serve_everything():
     assert (found.failed, found.goodput) == (0, 1.0)
 
 
-@pytest.mark.parametrize("share", ["prompts", "prompts,queued"])
-def test_simulate_routers_that_share_prompts_find_more_cached(share: str):
-    alone, sharing = (
-        figures_of("adaptive", "agents", 12.0, routers=4, share=mode) for mode in ("none", share)
-    )
-    assert sharing.failed == 0
-    assert sharing.hit_rate > alone.hit_rate + 0.02
-
-
-def test_simulate_queued_tokens_of_other_routers_are_shared():
-    def run_with(share: str) -> list[float]:
-        seen: list[float] = []
-        run = scene(routers=2, share=share)
-        made = conversations(WORKLOADS["agents"], 1, 20.0, 15.0)
-        world = World(run, made, lambda rng: ALL_POLICIES["adaptive"](rng), 1)
-        policy = world.routers[0].policy
-        with patch.object(
-            policy, "queued_elsewhere", side_effect=lambda _, tokens: seen.append(tokens)
-        ):
-            world.run()
-        return seen
-
-    assert max(run_with("prompts,queued")) > 3000
-    assert run_with("prompts") == []
-
-
-def test_simulate_sticky_balancer_keeps_conversations_on_one_router():
-    made = conversations(WORKLOADS["agents"], 1, 12.0, 15.0)
-    run = scene(routers=3, sticky=True)
-    world = World(run, made, lambda rng: ALL_POLICIES["random"](rng), 1).run()
-    routers: dict[int, set[int]] = {}
-    for call in world.calls:
-        routers.setdefault(call.conversation.number, set()).add(id(call.router))
-    assert all(len(used) == 1 for used in routers.values())
-    assert len(set.union(*routers.values())) == 3
-
-
 def test_simulate_restarting_server_is_used_again():
     found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
     assert found.failed == 0
@@ -459,20 +422,6 @@ def test_interval_of_ratios_is_students():
     assert str(interval([0.0])) == "1"
 
 
-def test_margin_of_mean_is_students():
-    assert margin([1.0, 2.0, 3.0]) == pytest.approx(4.30 / math.sqrt(3))
-    assert margin([1.0]) is None
-
-
-def test_cell_table_has_confidence_of_several_seeds():
-    one, other = (figures_of("random", rate=20.0, seconds=6.0) for _ in range(2))
-    head, (row,) = cell_rows([Cell("chat", 0.5, seed, "random", one) for seed in (1, 2)])
-    assert dict(zip(head, row, strict=True))["p99"] != ""
-    assert row[head.index("p99")].endswith("± 0.000 s")
-    _, (row,) = cell_rows([Cell("chat", 0.5, 1, "random", other)])
-    assert "±" not in "".join(row)
-
-
 def test_simulate_rates_follow_fleet_size():
     chat, unequal = WORKLOADS["chat"], WORKLOADS["unequal"]
     assert rate_at(chat, 0.5, 16, 200.0) == 200.0
@@ -572,16 +521,6 @@ def test_simulate_command_prints_tables_and_writes_json(tmp_path):
     assert all(row["requests"] > 0 for row in rows)
 
 
-def test_simulate_command_passes_on_how_routers_share():
-    with patch.object(grid_module, "World", wraps=World) as world:
-        command(
-            *SHORT, "--workload", "chat", "--load", "50", "--policy", "adaptive", "--routers", "2",
-            "--share", "prompts,queued", "--period", "0.5", "--balancer", "sticky",
-        )  # fmt: skip
-    used = world.call_args.args[0]
-    assert (used.share, used.share_period, used.sticky) == ("prompts,queued", 0.5, True)
-
-
 def test_simulate_command_replays_log(tmp_path):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n / 10, b"x" * 5000) for n in range(100)))
@@ -640,6 +579,22 @@ def test_replay_log_without_prompts_is_an_error(tmp_path):
     assert "no request with a prompt in it" in result.output
 
 
+def test_simulate_without_arguments_runs_small_grid(monkeypatch):
+    ran: list[Run] = []
+
+    def execute_none(runs: list[Run], jobs: int, shown: object) -> list[Cell]:
+        ran.extend(runs)
+        raise click.Abort
+
+    monkeypatch.setattr("vllm_router.lab.simulate.cli.execute_all", execute_none)
+    CliRunner().invoke(simulate_command, [])
+    assert {run.workload for run in ran} == {"chat", "multi-turn"}
+    assert len(ran) < 50
+    del ran[:]
+    CliRunner().invoke(simulate_command, ["--full"])
+    assert {run.workload for run in ran} == set(WORKLOADS)
+
+
 @pytest.mark.parametrize("loads", [("50",), ("50", "80")])
 def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
     several = [argument for load in loads for argument in ("--load", load)]
@@ -651,22 +606,10 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
     assert ("load (% of capacity)" in drawn) is (len(loads) > 1)
 
 
-def test_plots_missing_matplotlib_is_reported(tmp_path, monkeypatch):
+def test_plots_missing_matplotlib_is_error_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm_router.lab.simulate.plots.available", lambda: False)
-    result = CliRunner().invoke(
-        simulate_command,
-        [
-            *SHORT,
-            "--workload",
-            "chat",
-            "--load",
-            "50",
-            "--policy",
-            "random",
-            "--plot",
-            str(tmp_path),
-        ],
-    )
-    assert result.exit_code == 0
-    assert "vllm-router-trio[sim]" in result.stderr
+    result = CliRunner().invoke(simulate_command, [*SHORT, "--plot", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"{sys.executable} -m pip install matplotlib" in result.stderr
+    assert result.stdout == ""
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from support.fleet_makers import come_up, gauges, go_down
 from support.web_harness import TOML, Lab, make_record
 from vllm_router.fleet.capacity import ASSUMED
 from vllm_router.fleet.state import State, Transition
+from vllm_router.http.request_ids import DEMO_PREFIX
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 from vllm_router.routing.policies import PolicySettings
@@ -54,6 +55,21 @@ async def lab(nursery):
     nursery.start_soon(lab.router.feed.run)
     await trio.testing.wait_all_tasks_blocked()
     return lab
+
+
+async def test_feed_says_whether_a_client_has_sent_a_request(autojump_clock, lab):
+    client = Client(lab)
+    assert (await client.next_of(schema.Snapshot)).router.unused
+    feed, server = lab.router.feed, next(iter(lab.router.fleet.servers.values()))
+    feed.exchange_ended(
+        make_record(trio.current_time(), server, request_id=DEMO_PREFIX.encode() + b"1")
+    )
+    await trio.sleep(1)
+    assert (await client.next_of(schema.Snapshot)).router.unused
+    feed.exchange_ended(make_record(trio.current_time(), server, request_id=b"r1"))
+    await trio.sleep(1)
+    await client.next_of(schema.Snapshot)
+    assert not (await client.next_of(schema.Snapshot)).router.unused
 
 
 async def test_feed_first_messages_are_hello_and_snapshot(autojump_clock, lab):

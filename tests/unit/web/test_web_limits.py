@@ -38,7 +38,7 @@ async def crowd(waiting: int, servers: Any = 1, **limits: Any) -> AsyncIterator[
 
 def snapshot(lab: Lab) -> schema.Snapshot:
     now = trio.current_time()
-    facts = view.router_view(lab.router, lag=0.0, cpu=0.0, feed_clients=0, now=now)
+    facts = view.router_view(lab.router, lag=0.0, cpu=0.0, feed_clients=0, unused=False, now=now)
     outages = Outages()
     outages.look(lab.router.fleet, now, 1_800_000_000.0)
     taken = view.snapshot(lab.router, Tallies(), facts, TurnedAway(), outages, seq=1, now=now)

@@ -50,8 +50,12 @@ def monitor(
 ) -> None:
     """Watch a running router: servers, load, events; drain and undrain.
 
-    Full screen on a terminal (? shows
-    the keys), else a line every few seconds.
+    Full screen on a terminal (? shows the keys), else a line every few seconds.
+
+    \b
+    vllm-router monitor
+    vllm-router monitor https://llm.example --models
+    vllm-router monitor --interval 60 >> load.log
     """
     feed = Feed(url, key, ca)
     try:

@@ -6,6 +6,7 @@ cannot control the terminal.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,8 +126,26 @@ def _body(view: View, width: int, height: int, now: float) -> list[Text]:
     table = _table(view, servers[first:last], heading, width)
     left = height - len(head) - len(table) - len(foot) - 2
     events = _events(view, min(left, _EVENTS_MOST) if left > 0 else 0)
+    events += _first_request(view, height - len(head) - len(table) - len(events) - len(foot))
     filler = height - len(head) - len(table) - len(events) - len(foot)
     return [*head, *table, *events, *[Text()] * max(0, filler), *foot]
+
+
+def _first_request(view: View, room: int) -> list[Text]:
+    """What to do on a router that no client has used; empty if there is no room for it."""
+    if view.snapshot is None or not view.snapshot.router.unused or room < 5:
+        return []
+    url = view.url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
+    models = [model for server in view.snapshot.servers for model in server.models or ()]
+    model = json.dumps(models[0] if models else "MODEL")
+    body = f'{{"model": {model}, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    return [
+        Text(),
+        Text("No client has sent a request yet. In another terminal:", style="bold"),
+        Text(visible(f"  curl {url}/v1/chat/completions \\"), style="cyan"),
+        Text(visible(f"    -H 'Content-Type: application/json' -d '{body}'"), style="cyan"),
+        Text(visible(f"The page: {url}"), style="bold"),
+    ]
 
 
 def _figures(view: View, width: int) -> Text:

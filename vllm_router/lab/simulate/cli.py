@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from vllm_router.lab.simulate import plots
 from vllm_router.lab.simulate.grid import (
@@ -27,7 +28,7 @@ from vllm_router.lab.simulate.oracle import Oracle
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell
 from vllm_router.lab.simulate.rivals import RIVALS
-from vllm_router.lab.simulate.scene import NONE, SHARE_MODES, Scene
+from vllm_router.lab.simulate.scene import Scene
 from vllm_router.lab.simulate.tables import (
     cell_rows,
     loss_rows,
@@ -43,6 +44,12 @@ RECOMMENDED = "adaptive"
 
 LOADS = (5, 25, 50, 70, 85, 95)
 QUICK_LOADS, QUICK_SECONDS = (25, 85), 20.0
+
+FIRST_WORKLOADS = ("chat", "multi-turn")
+"""Simulated without arguments, with the grid of `--quick`: less than a minute."""
+
+_OUTPUT_OPTIONS = {"json_file", "plot", "shares", "jobs", "seed"}
+"""Options that do not choose what is simulated."""
 
 _POLICY_SETTINGS = PolicySettings()
 
@@ -67,7 +74,11 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 
 @click.command(name="simulate", context_settings={"show_default": True})
 @click.option(
-    "--workload", "workloads", multiple=True, type=click.Choice(list(WORKLOADS)), help="[all]"
+    "--workload",
+    "workloads",
+    multiple=True,
+    type=click.Choice(list(WORKLOADS)),
+    help="[all; without any option two, with --quick]",
 )
 @click.option(
     "--policy",
@@ -96,22 +107,13 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--quick", is_flag=True, help="A small grid: half of the servers, 20 seconds, loads 25 and 85."
 )
+@click.option("--full", is_flag=True, help="The whole grid; alone it takes about half an hour.")
 @click.option("--servers", type=click.IntRange(1, 200), default=None, help="[8; 32 in large-fleet]")
 @click.option("--hardware", type=click.Choice(list(HARDWARE)), default="8b", help="Of a server.")
 @click.option(
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
 )
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
-@click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
-@click.option(
-    "--period", type=click.FloatRange(0.01), default=0.2, help="Seconds between two such messages."
-)
-@click.option(
-    "--balancer",
-    type=click.Choice(("random", "sticky")),
-    default="random",
-    help="Before the routers: sticky keeps a conversation on one of them.",
-)
 @click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
@@ -138,7 +140,9 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 )
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="At a time.")
 @click.option("--calibrate", "find", is_flag=True, help="Find the fleet's capacity instead.")
+@click.pass_context
 def simulate_command(
+    context: click.Context,
     *,
     workloads: tuple[str, ...],
     policies: tuple[str, ...],
@@ -152,9 +156,6 @@ def simulate_command(
     hardware: str,
     capacity: int,
     routers: int,
-    share: str,
-    period: float,
-    balancer: str,
     metrics_interval: float,
     slow: tuple[tuple[int, float], ...],
     failing: tuple[int, ...],
@@ -169,12 +170,32 @@ def simulate_command(
     shares: bool,
     jobs: int,
     find: bool,
+    full: bool,
 ) -> None:
     """Try policies on a simulated fleet of vLLM servers.
 
     The policies are the very ones of the router, the servers a model of vLLM: continuous batching,
     chunked prefill, a KV cache with preemption and a prefix cache. Same seed, same result.
+
+    \b
+    vllm-router simulate
+    vllm-router simulate --workload agents --load 85 --rivals
+    vllm-router simulate --replay access.log --servers 6 --plot plots/
     """
+    if plot is not None and not plots.available():
+        raise click.UsageError(plots.MISSING)
+    chosen = {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    if not chosen - _OUTPUT_OPTIONS:
+        workloads, quick = FIRST_WORKLOADS, True
+        click.echo(
+            f"A quick look at {' and '.join(FIRST_WORKLOADS)}; --workload names others, --full "
+            "runs all.",
+            err=True,
+        )
     workloads = workloads or tuple(WORKLOADS)
     policies = policies or POLICY_NAMES
     if rivals:
@@ -205,9 +226,6 @@ def simulate_command(
         failing=failing,
         restarting=restarting,
         plain=plain,
-        share=share,
-        share_period=period,
-        sticky=balancer == "sticky",
     )
 
     settings = PolicySettings(
@@ -231,9 +249,6 @@ def simulate_command(
                 settings,
             )
         )
-    if plot is not None and not plots.available():
-        click.echo(plots.MISSING, err=True)
-        plot = None
     cells = _run(runs, jobs)
     if len(policies) > 1 and RECOMMENDED in policies:
         behind = loss_rows(cells, RECOMMENDED)

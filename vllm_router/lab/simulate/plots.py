@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_router.lab.simulate.report import Cell
 
-MISSING = 'plots need matplotlib: pip install "vllm-router-trio[sim]"'
+MISSING = (
+    f"--plot needs matplotlib, which is not installed: {sys.executable} -m pip install matplotlib"
+)
 
 _SHOWN = (
     ("first_p99", "p99 time to first token (s)", True),

@@ -16,9 +16,10 @@ import trio
 
 from vllm_router.errors import RouterError
 from vllm_router.http.server.listener import HANDSHAKE_GRACE
-from vllm_router.http.server.socket_handover import notify, redirect_handshakes, spread_handshakes
+from vllm_router.http.server.socket_handover import redirect_handshakes, spread_handshakes
 from vllm_router.runtime.early_signals import came
-from vllm_router.runtime.serve import ServeOptions, StopSignals, url_of
+from vllm_router.runtime.serve import ServeOptions, StopSignals, start_demo_traffic, url_of
+from vllm_router.runtime.service_manager import ServiceManager
 from vllm_router.runtime.workers import control_channel
 from vllm_router.runtime.workers.process_slot import ProcessSlot
 from vllm_router.runtime.workers.resources import Resources, open_resources
@@ -46,19 +47,25 @@ async def serve_workers(options: ServeOptions, listening: Callable[[str], None])
         async with trio.open_nursery() as nursery:
             await nursery.start(signals.listen)
             group = ProcessGroup(resources, nursery)
-            nursery.start_soon(group.forward, signal.SIGHUP, control_channel.RELOAD)
+            manager = ServiceManager(os.environ)
+            nursery.start_soon(
+                group.forward, signal.SIGHUP, control_channel.RELOAD, manager.reloading
+            )
             nursery.start_soon(group.forward, signal.SIGUSR1, control_channel.REOPEN)
             try:
                 await group.start()
                 if listeners.admin_address is not None:
                     logger.info("administration on %s", url_of(*listeners.admin_address))
-                listening(url_of(*listeners.address, secure=options.config.tls is not None))
+                url = url_of(*listeners.address, secure=options.config.tls is not None)
+                listening(url)
+                start_demo_traffic(nursery, options, url)
                 if options.reuse_port:
                     for listener in listeners.public:
                         spread_handshakes(listener)
-                notify("READY=1", os.environ)
+                manager.ready(group.status_line())
+                nursery.start_soon(manager.run, group.status_line)
                 await signals.first.wait()
-                notify("STOPPING=1", os.environ)
+                manager.stopping()
                 with signals.until_second() as patience:
                     await group.drain()
                 if patience.cancelled_caught:
@@ -100,13 +107,24 @@ class ProcessGroup:
         if number:
             self._leader.send(control_channel.LOST + f"{number} {pid}".encode())
 
-    async def forward(self, number: signal.Signals, order: bytes) -> None:
-        """Send an order to all processes whenever a signal arrives."""
+    def status_line(self) -> str:
+        """The state of the processes in one line, for the service manager."""
+        return f"{len(self._workers)} workers"
+
+    async def forward(
+        self,
+        number: signal.Signals,
+        order: bytes,
+        announced: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Send an order to all processes whenever a signal arrives, within `announced()`."""
         with trio.open_signal_receiver(number) as signals:
             if came(number):
-                self._forward(order)
+                with announced():
+                    self._forward(order)
             async for _ in signals:
-                self._forward(order)
+                with announced():
+                    self._forward(order)
 
     def _forward(self, order: bytes) -> None:
         output = self._resources.options.output

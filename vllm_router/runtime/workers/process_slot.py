@@ -167,6 +167,7 @@ class ProcessSlot:
             monitor=listeners.monitor,
             source=str(options.source.path) if options.source is not None else None,
             demo=options.demo,
+            demo_traffic=options.demo_load > 0,
             patient=options.reuse_port or bool(options.passed),
             log=str(output.file) if output is not None and output.file is not None else None,
             level=overrides.level,

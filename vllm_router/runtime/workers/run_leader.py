@@ -60,7 +60,9 @@ async def run(environment: Environment) -> None:
             if spec.demo:
                 from vllm_router.lab.demo import start_demo
 
-                config = await start_demo(nursery, spec.demo, config.settings)
+                config = await start_demo(
+                    nursery, spec.demo, config.settings, several_models=spec.demo_traffic
+                )
             leader = build(
                 config,
                 _source(spec),

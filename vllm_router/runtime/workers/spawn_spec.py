@@ -44,6 +44,7 @@ class SpawnSpec(msgspec.Struct, frozen=True, kw_only=True):
     monitor: tuple[int, str] | None = None
     source: str | None = None
     demo: int = 0
+    demo_traffic: bool = False
     patient: bool = False
     log: str | None = None
     level: str | None = None

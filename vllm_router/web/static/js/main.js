@@ -137,20 +137,47 @@ function showBanners() {
   }
   const outage = snapshot ? outageText(snapshot) : "";
   if (outage) wanted.unshift({ text: outage, bad: true });
+  if (snapshot?.router.unused && !snapshot.router.draining) wanted.push(firstRequest(snapshot));
   if (snapshot?.router.draining) wanted.push({ text: t("bannerDraining") });
   const key = JSON.stringify(wanted);
   if (key === banners) return;
   banners = key;
-  byId("banners").replaceChildren(...wanted.map(({ text, more, again, bad }) => {
-    const banner = make("div", { class: "banner", "data-mood": bad ? "bad" : "some" }, make("p", {}, text));
+  byId("banners").replaceChildren(...wanted.map(({ text, more, again, bad, copy }) => {
+    const mood = copy ? "hint" : bad ? "bad" : "some";
+    const banner = make("div", { class: "banner", "data-mood": mood }, make("p", {}, text));
     if (more) banner.append(make("pre", {}, more));
     if (again) {
       const button = make("button", { type: "button" }, t("reloadPage"));
       button.addEventListener("click", () => location.reload());
       banner.append(button);
     }
+    if (copy) banner.append(copyButton(more));
     return banner;
   }));
+}
+
+/** Until the first request of a client: a command that sends one to this page's router. */
+function firstRequest({ servers }) {
+  const model = servers.flatMap(({ models }) => models ?? [])[0] ?? "MODEL";
+  const body = JSON.stringify({ model, stream: true, messages: [{ role: "user", content: "Hello!" }] });
+  const base = new URL(".", location.href).href.replace(/\/$/, "");
+  const quoted = body.replaceAll("'", "'\\''");
+  const more = `curl -N ${base}/v1/chat/completions -H 'Content-Type: application/json' -d '${quoted}'`;
+  return { text: t("bannerFirst"), more, copy: true };
+}
+
+function copyButton(text) {
+  const button = make("button", { type: "button" }, t("copy"));
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = t("copied");
+    } catch {
+      // Pages of plain HTTP on another machine have no clipboard: select the text instead.
+      getSelection().selectAllChildren(button.parentElement.querySelector("pre"));
+    }
+  });
+  return button;
 }
 
 const FACTS = [
