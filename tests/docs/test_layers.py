@@ -23,7 +23,7 @@ LEVELS = (
     {"observability"},
     {"web"},
     {"runtime"},
-    {"asgi", "cli"},
+    {"asgi", "cli", "embed"},
     {"__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

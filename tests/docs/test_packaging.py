@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vllm_router
+from support.docs import code_block
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_router"
@@ -60,6 +62,34 @@ def test_sdist_contains_what_builds_and_tests_package(dist: Path):
     wanted |= {"pyproject.toml", "LICENSE", "README.md", "README.zh.md", "servers.example.toml"}
     wanted |= {"Dockerfile", "compose.yaml"}
     assert wanted <= shipped
+
+
+def test_example_policy_is_accepted_once_installed(tmp_path: Path):
+    example = ROOT / "tests" / "data" / "example-policy"
+    code = code_block(ROOT / "docs" / "embedding.md", "A policy of your own")
+    source = (example / "first_free.py").read_text()
+    assert all(line in source for line in code.splitlines())
+    subprocess.run(
+        [sys.executable, "-m", "build", "-w", "--no-isolation", "-o", tmp_path, example],
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "servers.toml").write_text(
+        '[[servers.servers]]\nurl = "http://h:1"\n[config]\npolicy = "first_free"\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_router", "check-config"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "servers.toml: OK, 1 server, policy first_free\n", done.stderr
 
 
 def test_version_installed_equals_source():

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,17 @@ from vllm_router.config import auth, discovery_tables
 from vllm_router.config import models as models_config
 from vllm_router.config import schema as config
 from vllm_router.config import tls as tls_config
+from vllm_router.config.run_options import RunOptions
 from vllm_router.config.slo import Objective
 from vllm_router.proxy.retry import RULES
 from vllm_router.routing.policies import POLICY_NAMES
 from vllm_router.runtime.own_machine import find_socket
 
 READMES = ("README.md", "README.zh.md")
-PAGES = ("api", "choosing", "commands", "comparison", "configuration", "errors", "operations")
+PAGES = (
+    *("api", "choosing", "commands", "comparison", "configuration", "errors", "operations"),
+    *("troubleshooting", "tutorial"),
+)
 FOLDERS = {"README.md": "docs", "README.zh.md": "docs/zh"}
 NOTHING = {"README.md": "none", "README.zh.md": "无"}
 
@@ -150,6 +155,19 @@ def test_readme_has_every_key_of_slo_with_default(readme: str):
         assert re.search(rf"^# .*\b{key}\b", example, re.MULTILINE), key
 
 
+def test_readme_has_every_key_of_run_with_default(readme: str):
+    listed = re.findall(r"^\| `run\.(\w+)` \| (\S+) \|", text(readme), re.MULTILINE)
+    assert listed == [
+        (key, written(value, NOTHING[readme]))
+        for key, value in msgspec.structs.asdict(RunOptions()).items()
+    ]
+
+
+def test_readme_shows_unit_for_systemd(readme: str):
+    unit = (ROOT / "deploy" / "systemd" / "vllm-router.service").read_text()
+    assert f"# /etc/systemd/system/vllm-router.service\n{unit}```" in text(readme)
+
+
 def test_readme_durations_have_seconds_as_unit():
     units = {key: unit for key, (_, unit) in keys("README.md").items()}
     numbers = (config.Seconds, config.SecondsOrZero, config.SecondsOrNone, config.Interval)
@@ -238,11 +256,21 @@ def test_readme_curl_example_answers_as_shown(demo: Running, command: str, shown
             assert line in done.stdout
 
 
+def test_readme_blocks_are_run_by_script_or_named_as_not_run():
+    script = ROOT / "scripts" / "follow-readme"
+    listed = subprocess.run(
+        [sys.executable, script, "--list"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.splitlines()
+    blocks = re.findall(r"^```\w+\n(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [line[25:] for line in listed] == blocks
+    assert sum(line.startswith("run ") for line in listed) >= 6
+
+
 def test_readme_is_short(readme: str):
     assert len((ROOT / readme).read_text().splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", ["README", *PAGES])
+@pytest.mark.parametrize("page", ["README", "index", *PAGES])
 def test_readme_languages_have_same_structure(page: str):
     def outline(path: Path) -> list[str]:
         """Levels of headings, columns of table rows, and the marks of code blocks."""

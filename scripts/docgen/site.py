@@ -1,0 +1,35 @@
+"""Hooks of MkDocs: links that leave docs/ lead to the repository."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = "https://github.com/vllm-router-trio/vllm-router"
+ROOT = Path(__file__).resolve().parents[2]
+
+_LINK = re.compile(r"\]\(((?:\.\./)+[^)\s]*)\)")
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+
+
+def on_page_markdown(markdown: str, /, *, page: Any, **_: Any) -> str:
+    """Rewrite the links of a page. Code stays as it is."""
+    pieces, at = [], 0
+    for code in _CODE.finditer(markdown):
+        pieces += [_rewritten(markdown[at : code.start()], page.file.src_uri), code[0]]
+        at = code.end()
+    return "".join([*pieces, _rewritten(markdown[at:], page.file.src_uri)])
+
+
+def _rewritten(text: str, page: str) -> str:
+    def replace(found: re.Match[str]) -> str:
+        path, mark, anchor = found[1].partition("#")
+        target = os.path.normpath(os.path.join("docs", os.path.dirname(page), path))
+        if target == "docs" or target.startswith("docs/"):
+            return found[0]
+        kind = "tree" if (ROOT / target).is_dir() else "blob"
+        return f"]({REPOSITORY}/{kind}/main/{target}{mark}{anchor})"
+
+    return _LINK.sub(replace, text)

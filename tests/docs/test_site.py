@@ -1,0 +1,31 @@
+"""The documentation builds as a site, with every link and anchor in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SHOWN_LINES = 40
+
+
+@pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs mkdocs-material")
+def test_site_builds_without_warning(tmp_path: Path):
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, "\n".join(done.stderr.splitlines()[-SHOWN_LINES:])
+    for page in ("index", "reference/keys", "zh/index", "zh/tutorial"):
+        folder = page.removesuffix("index").rstrip("/")
+        assert (site / folder / "index.html").is_file(), page
