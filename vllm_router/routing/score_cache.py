@@ -31,10 +31,13 @@ HOT_SHARE, HOT_MARGIN, HOT_REQUESTS = 1.5, 0.25, 2.0
 """Cached blocks of a server do not count while its load exceeds HOT_SHARE times the candidates'
 mean plus HOT_MARGIN of its capacity, unless it has at most HOT_REQUESTS requests."""
 
+FULL_SHARE = 1.25
+"""The same for a server whose engine has requests waiting: others have room, and it has not."""
+
 MAX_WASTE_LOAD = 32.0
-"""Requests up to which a token to recompute weighs more. Without the limit, some thousand cached
-tokens would hold traffic on a full server: a batch of 200 is not seven times as slow as one of 30.
-"""
+"""Requests up to which a token to recompute weighs more; beyond, up to the load that the server has
+if all are equally loaded. Without the limit, some thousand cached tokens would hold traffic on a
+full server; with 32 alone, all servers of a busy fleet would compute the prompts of all others."""
 
 KV_ROOM = 0.85
 KV_PENALTY = 20.0
@@ -98,6 +101,7 @@ class ScoreCache:
         "_positions",
         "_prompt_growth",
         "_prompt_growths",
+        "_queueing",
         "_read",
         "_ring",
         "_rooms",
@@ -172,6 +176,7 @@ class ScoreCache:
         self._log = candidates[0].change_log.servers
         self._read = 0
         self._load_total = 0.0
+        self._queueing = False
         large = len(estimates) >= LARGE
         self._order = ScoreOrder(self.bases) if large else None
         self._ring = sorted((estimate.seed, estimate.bit) for estimate in estimates if large)
@@ -251,12 +256,18 @@ class ScoreCache:
             order.rebuild(self.bases)
         self.least_room = min(self._rooms)
         self._load_total = sum(self._loads)
+        self._queueing = order is None and any(
+            estimate.server.load_estimate.waiting >= 1.0 for estimate in self.estimates
+        )
 
     def _measure(self, position: int) -> None:
         estimate, factor = self.estimates[position], self.factors[position]
         server_load = estimate.server.load_estimate
         load = server_load.active + estimate.extra
-        waste_load = min(load, MAX_WASTE_LOAD)
+        waste_load = load
+        if load > MAX_WASTE_LOAD:
+            even = self._load_total / len(self._loads) * estimate.server.weighted_capacity
+            waste_load = min(load, max(even, MAX_WASTE_LOAD))
         base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
         self.bases[position] = factor * base
         if self._order is not None:
@@ -422,15 +433,13 @@ class ScoreCache:
 
         As in `not_overloaded`, servers with much more load than the mean do not count.
         """
-        limit = HOT_SHARE * self._load_total / len(self._loads) + HOT_MARGIN
+        mean = self._load_total / len(self._loads)
         cached: dict[int, float] = {}
         for tokens, bits in levels:
             for position in self._some_of(bits, order, draw):
                 if position in cached:
                     continue
-                load = self._loads[position]
-                capacity = self.candidates[position].weighted_capacity
-                if load <= limit or load * capacity <= HOT_REQUESTS:
+                if not self._is_overloaded(position, mean):
                     cached[position] = tokens
         return cached, max(cached.values(), default=0.0)
 
@@ -476,14 +485,22 @@ class ScoreCache:
     def not_overloaded(self, levels: list[tuple[float, int]]) -> list[tuple[float, int]]:
         """Drop servers with much more load than the mean, so that a hot prefix spreads."""
         loads = self._loads
-        limit = HOT_SHARE * sum(loads) / len(loads) + HOT_MARGIN
-        if max(loads) <= limit:
+        mean = sum(loads) / len(loads)
+        if not self._queueing and max(loads) <= HOT_SHARE * mean + HOT_MARGIN:
             return levels
         out = 0
-        for estimate, load in zip(self.estimates, loads, strict=True):
-            if load > limit and load * estimate.server.weighted_capacity > HOT_REQUESTS:
+        for position, estimate in enumerate(self.estimates):
+            if self._is_overloaded(position, mean):
                 out |= estimate.bit
         return [(tokens, holders & ~out) for tokens, holders in levels if holders & ~out]
+
+    def _is_overloaded(self, position: int, mean: float) -> bool:
+        load, server = self._loads[position], self.candidates[position]
+        if load <= HOT_SHARE * mean + HOT_MARGIN and (
+            load <= FULL_SHARE * mean or server.load_estimate.waiting < 1.0
+        ):
+            return False
+        return load * server.weighted_capacity > HOT_REQUESTS
 
     def affinity_of(self, key: int) -> ServerEstimate:
         """The key's server by weighted rendezvous hashing. Cached: it costs 0.6 µs per server.

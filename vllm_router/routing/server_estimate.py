@@ -47,6 +47,14 @@ BAND_MARGIN = 0.1
 """Within the dead band the ratio counts beyond this margin, with a prior of so many tokens: faster
 and slower servers of a fleet without weights show after some seconds, a single prefill does not."""
 
+LONG_PROMPTS = 16_000.0
+"""Prompt tokens under way, two engine steps, with which the time per token says nothing of a
+server's speed: the steps that compute them are many times as long. Else the conversations of a
+server that computes a new agent's context would be computed anew elsewhere."""
+
+LONGEST_COMPUTING = 30.0
+"""Seconds after which it counts all the same: then the server is slow, or has too much to do."""
+
 HITS_HALF_LIFE = 60.0
 MIN_EXPECTED_TOKENS = 20_000.0
 MIN_HIT_SHARE = 0.1
@@ -86,6 +94,7 @@ class ServerEstimate:
         "arrivals",
         "arrived_at",
         "bit",
+        "computing_since",
         "due",
         "due_hits",
         "error_at",
@@ -133,6 +142,8 @@ class ServerEstimate:
         self.scraped_at: float | None = None
         self.seen = _Counters()
         self.latency_sum = self.latency_count = 0.0
+        self.computing_since: float | None = None
+        """When a scrape first found more than LONG_PROMPTS under way; None without them."""
         self.lasting = 1.0
         """Lasting ratio of its token latency to the fleet's median."""
         self.slowness_at: float | None = None
@@ -169,8 +180,10 @@ class ServerEstimate:
             restarted = True  # the figures from before its absence do not apply
         if self.scraped_at is not None and not restarted:
             fade = 0.5 ** (elapsed / LATENCY_HALF_LIFE)
-            self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
-            self.latency_count = self.latency_count * fade + new.latency_count - old.latency_count
+            if self._shows_speed(at):
+                self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
+                count = new.latency_count - old.latency_count
+                self.latency_count = self.latency_count * fade + count
             firsts = new.first_count - old.first_count
             if firsts > 0:
                 weight = 1.0 - 0.5**firsts
@@ -195,6 +208,16 @@ class ServerEstimate:
             self.adapters.slots = metrics.max_adapters
         for name in metrics.adapters:
             self.adapters.use(name)
+
+    def _shows_speed(self, at: float) -> bool:
+        """Whether the last time per token is the server's own, see LONG_PROMPTS."""
+        computing = self.queued > LONG_PROMPTS
+        if computing and self.computing_since is None:
+            self.computing_since = at
+        since = self.computing_since
+        if not computing:
+            self.computing_since = None
+        return since is None or at - since > LONGEST_COMPUTING
 
     def error_penalty_now(self, now: float) -> float:
         """Requests added to its load for errors since it last came back.

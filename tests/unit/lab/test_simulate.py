@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from unittest.mock import patch
 
 import click
 import msgspec
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_router.lab.simulate import grid as grid_module
 from vllm_router.lab.simulate.cli import simulate_command
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.grid import (
@@ -30,8 +32,8 @@ from vllm_router.lab.simulate.hardware import HARDWARE
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell, Figures, percentile
 from vllm_router.lab.simulate.scene import Scene
-from vllm_router.lab.simulate.standings import interval, losses, standings
-from vllm_router.lab.simulate.tables import markdown
+from vllm_router.lab.simulate.standings import interval, losses, margin, standings
+from vllm_router.lab.simulate.tables import cell_rows, markdown
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
 from vllm_router.lab.simulate.world import World
@@ -297,6 +299,43 @@ def test_simulate_several_routers_serve_everything():
     assert (found.failed, found.goodput) == (0, 1.0)
 
 
+@pytest.mark.parametrize("share", ["prompts", "prompts,queued"])
+def test_simulate_routers_that_share_prompts_find_more_cached(share: str):
+    alone, sharing = (
+        figures_of("adaptive", "agents", 12.0, routers=4, share=mode) for mode in ("none", share)
+    )
+    assert sharing.failed == 0
+    assert sharing.hit_rate > alone.hit_rate + 0.02
+
+
+def test_simulate_queued_tokens_of_other_routers_are_shared():
+    def run_with(share: str) -> list[float]:
+        seen: list[float] = []
+        run = scene(routers=2, share=share)
+        made = conversations(WORKLOADS["agents"], 1, 20.0, 15.0)
+        world = World(run, made, lambda rng: ALL_POLICIES["adaptive"](rng), 1)
+        policy = world.routers[0].policy
+        with patch.object(
+            policy, "queued_elsewhere", side_effect=lambda _, tokens: seen.append(tokens)
+        ):
+            world.run()
+        return seen
+
+    assert max(run_with("prompts,queued")) > 3000
+    assert run_with("prompts") == []
+
+
+def test_simulate_sticky_balancer_keeps_conversations_on_one_router():
+    made = conversations(WORKLOADS["agents"], 1, 12.0, 15.0)
+    run = scene(routers=3, sticky=True)
+    world = World(run, made, lambda rng: ALL_POLICIES["random"](rng), 1).run()
+    routers: dict[int, set[int]] = {}
+    for call in world.calls:
+        routers.setdefault(call.conversation.number, set()).add(id(call.router))
+    assert all(len(used) == 1 for used in routers.values())
+    assert len(set.union(*routers.values())) == 3
+
+
 def test_simulate_restarting_server_is_used_again():
     found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
     assert found.failed == 0
@@ -422,6 +461,20 @@ def test_interval_of_ratios_is_students():
     assert str(interval([0.0])) == "1"
 
 
+def test_margin_of_mean_is_students():
+    assert margin([1.0, 2.0, 3.0]) == pytest.approx(4.30 / math.sqrt(3))
+    assert margin([1.0]) is None
+
+
+def test_cell_table_has_confidence_of_several_seeds():
+    one, other = (figures_of("random", rate=20.0, seconds=6.0) for _ in range(2))
+    head, (row,) = cell_rows([Cell("chat", 0.5, seed, "random", one) for seed in (1, 2)])
+    assert dict(zip(head, row, strict=True))["p99"] != ""
+    assert row[head.index("p99")].endswith("± 0.000 s")
+    _, (row,) = cell_rows([Cell("chat", 0.5, 1, "random", other)])
+    assert "±" not in "".join(row)
+
+
 def test_simulate_rates_follow_fleet_size():
     chat, unequal = WORKLOADS["chat"], WORKLOADS["unequal"]
     assert rate_at(chat, 0.5, 16, 200.0) == 200.0
@@ -519,6 +572,16 @@ def test_simulate_command_prints_tables_and_writes_json(tmp_path):
     rows = msgspec.json.decode(file.read_bytes())
     assert [row["policy"] for row in rows] == ["adaptive", "cache_aware"]
     assert all(row["requests"] > 0 for row in rows)
+
+
+def test_simulate_command_passes_on_how_routers_share():
+    with patch.object(grid_module, "World", wraps=World) as world:
+        command(
+            *SHORT, "--workload", "chat", "--load", "50", "--policy", "adaptive", "--routers", "2",
+            "--share", "prompts,queued", "--period", "0.5", "--balancer", "sticky",
+        )  # fmt: skip
+    used = world.call_args.args[0]
+    assert (used.share, used.share_period, used.sticky) == ("prompts,queued", 0.5, True)
 
 
 def test_simulate_command_replays_log(tmp_path):

@@ -338,6 +338,31 @@ def test_adaptive_long_prompt_does_not_count_squared():
     assert 1.0 < it.parts(NOTHING, a)["slow"] < 4.0
 
 
+def test_adaptive_computing_a_long_prompt_is_no_slowness():
+    """Its other conversations stay: elsewhere they would be computed anew."""
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01})
+    it.serve(LONG, a)
+    lease = it.send(asking(bytes(n * n % 251 for n in range(200_000))), a)
+    measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=40)
+    assert it.parts(NOTHING, a)["slow"] == 1.0
+    assert it.parts(LONG, a)["cached_tokens"] > 3000
+    it.policy.first_byte(lease)
+    it.end(lease)
+    measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=40)
+    assert it.parts(NOTHING, a)["slow"] > 3.0
+
+
+def test_adaptive_server_that_always_computes_long_prompts_is_slow_in_the_end():
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01})
+    it.send(asking(bytes(n * n % 251 for n in range(200_000))), a)
+    measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=59)
+    assert it.parts(NOTHING, a)["slow"] == 1.0
+    measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=40)
+    assert it.parts(NOTHING, a)["slow"] > 3.0
+
+
 def test_adaptive_short_pause_is_no_speed_sample():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=1)

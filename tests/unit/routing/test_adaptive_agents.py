@@ -279,13 +279,41 @@ def test_overflow_grows_from_a_quarter_to_the_whole_cache(footprint: float, shar
 # -- the score ---------------------------------------------------------------------------------
 
 
-def test_cached_prefix_does_not_hold_traffic_on_a_full_server():
+@pytest.mark.parametrize(
+    ("running", "waiting", "stays"),
+    [(190.0, 0.0, True), (240.0, 0.0, True), (256.0, 9.0, False), (180.0, 9.0, True)],
+)
+def test_cached_prefix_does_not_hold_traffic_on_a_full_server(
+    running: float, waiting: float, stays: bool
+):
     it = Fleet()
     info = asking("base", CONTEXT[:12_000])
     it.serve(info, it.servers[0])
-    for server, running in zip(it.servers, (240.0, 160.0, 160.0), strict=True):
+    for server in it.servers[1:]:
+        it.scrape(server, 160.0, kv_tokens=4_000_000)
+    it.scrape(it.servers[0], running, waiting=waiting, kv_tokens=4_000_000)
+    for _ in range(3):
+        it.now += 0.2
+        found = it.pick(info)
+    assert (found is it.servers[0]) is stays
+
+
+def test_recomputing_weighs_more_up_to_the_even_load_of_a_server():
+    it = Fleet()
+    info = asking("base", CONTEXT[:12_000])
+    it.serve(info, it.servers[0])
+    for server, running in zip(it.servers, (100.0, 80.0, 60.0), strict=True):
         it.scrape(server, running, kv_tokens=4_000_000)
-    assert it.pick(info) is not it.servers[0]
+    it.now += 1.0
+    it.pick(info)
+    it.now += 1.0
+    rows = it.policy.explain(it.candidates("base"), info, it.now)
+    found = {row.server: row for row in rows}
+    for server, load, counted in zip(it.servers[1:], (80.0, 60.0), (80.0, 60.0), strict=True):
+        parts = found[server].parts
+        assert parts["load"] == load
+        requests = 1 + load + parts["waste_tokens"] / 1000 * (1 + 0.5 * counted)
+        assert found[server].score == pytest.approx(requests / parts["share"])
 
 
 def test_kv_pressure_counts_usage_and_uncached_tokens():

@@ -28,7 +28,7 @@ from vllm_router.lab.simulate.oracle import Oracle
 from vllm_router.lab.simulate.replay import read_log
 from vllm_router.lab.simulate.report import Cell
 from vllm_router.lab.simulate.rivals import RIVALS
-from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.scene import NONE, SHARE_MODES, Scene
 from vllm_router.lab.simulate.tables import (
     cell_rows,
     loss_rows,
@@ -114,6 +114,16 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
 )
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
+@click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
+@click.option(
+    "--period", type=click.FloatRange(0.01), default=0.2, help="Seconds between two such messages."
+)
+@click.option(
+    "--balancer",
+    type=click.Choice(("random", "sticky")),
+    default="random",
+    help="Before the routers: sticky keeps a conversation on one of them.",
+)
 @click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
@@ -156,6 +166,9 @@ def simulate_command(
     hardware: str,
     capacity: int,
     routers: int,
+    share: str,
+    period: float,
+    balancer: str,
     metrics_interval: float,
     slow: tuple[tuple[int, float], ...],
     failing: tuple[int, ...],
@@ -226,6 +239,9 @@ def simulate_command(
         failing=failing,
         restarting=restarting,
         plain=plain,
+        share=share,
+        share_period=period,
+        sticky=balancer == "sticky",
     )
 
     settings = PolicySettings(

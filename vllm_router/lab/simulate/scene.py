@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from vllm_router.lab.simulate.hardware import Hardware
 
+NONE, PROMPTS, PROMPTS_QUEUED = "none", "prompts", "prompts,queued"
+SHARE_MODES = (NONE, PROMPTS, PROMPTS_QUEUED)
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -19,6 +22,8 @@ class Scene:
     restarting: servers that restart at `failing_from`, and are down for five seconds.
     joining: servers that are down until `joining_at`; `draining`: drained from `draining_at` on.
     plain: the share of responses that are not streamed.
+    share: what several routers tell each other every `share_period`, see `sharing.py`.
+    sticky: whether all requests of a conversation come to the same router.
     """
 
     hardware: Hardware
@@ -41,6 +46,9 @@ class Scene:
     draining: tuple[int, ...] = ()
     draining_at: float = 0.0
     plain: float = 0.0
+    share: str = NONE
+    share_period: float = 0.2
+    sticky: bool = False
 
     def configured_capacity(self, place: int) -> int | None:
         """`max_concurrent_requests` of a server."""

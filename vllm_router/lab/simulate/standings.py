@@ -117,10 +117,20 @@ def interval(logs: Sequence[float]) -> Ratio:
     mean = sum(logs) / count
     if count < 2:
         return Ratio(math.exp(mean))
-    deviation = math.sqrt(sum((one - mean) ** 2 for one in logs) / (count - 1))
-    t = _T_95[count - 2] if count - 2 < len(_T_95) else 2.0
-    half = t * deviation / math.sqrt(count)
+    half = margin(logs)
+    assert half is not None
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+
+
+def margin(values: Sequence[float]) -> float | None:
+    """Half of the 95 % confidence interval of the mean; None for one value."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in values) / (count - 1))
+    t = _T_95[count - 2] if count - 2 < len(_T_95) else 2.0
+    return t * deviation / math.sqrt(count)
 
 
 def _standing(policy: str, runs: Runs) -> Standing:

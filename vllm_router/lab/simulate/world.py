@@ -20,7 +20,8 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.lab.simulate.engine import Engine, Job
-from vllm_router.lab.simulate.scene import Scene
+from vllm_router.lab.simulate.scene import NONE, PROMPTS_QUEUED, Scene
+from vllm_router.lab.simulate.sharing import Sharing
 from vllm_router.lab.simulate.text import TOKEN_BYTES, Text
 from vllm_router.lab.simulate.traffic import BASE_MODEL, Conversation, Turn, adapter_name
 from vllm_router.routing.policies.base import Policy
@@ -85,6 +86,11 @@ class Router:
         self.fleet.settle(now)
 
 
+def _scattered(number: int) -> int:
+    """32 bits that look random (Knuth's multiplicative hash)."""
+    return number * 2654435761 % (1 << 32)
+
+
 def _model_cards(scene: Scene, place: int) -> dict[str, dict[str, Any]]:
     """The server's `/v1/models`: the base model, and adapters with it as their parent."""
     cards: dict[str, dict[str, Any]] = {BASE_MODEL: {"id": BASE_MODEL, "object": "model"}}
@@ -129,6 +135,11 @@ class World:
             interval = getattr(router.policy, "scrape_interval", scene.scrape_interval)
             for place in range(len(scene.speeds)):
                 self._at(rng.random() * interval, self._scrape, router, place, interval)
+        if scene.share != NONE and scene.routers > 1:
+            sharing = Sharing(self.routers, queued=scene.share == PROMPTS_QUEUED)
+            for number in range(scene.routers):
+                phase = number / scene.routers * scene.share_period
+                self._at(phase, self._publish, sharing, number)
         for place in scene.restarting:
             self._at(scene.failing_from, self._go_down, place)
         for place in scene.joining:
@@ -189,14 +200,17 @@ class World:
                     None,
                     conversation.shared * TOKEN_BYTES,
                     conversation.earlier * TOKEN_BYTES,
-                    conversation.number * 2654435761 % (1 << 32),
+                    _scattered(conversation.number),
                 ),
                 0,
                 seed_of_name(model) if conversation.adapter else 0,
             ),
         )
         conversation.earlier = prompt
-        router = self.rng.choice(self.routers)
+        if self.scene.sticky:
+            router = self.routers[_scattered(conversation.number) % len(self.routers)]
+        else:
+            router = self.rng.choice(self.routers)
         call = Call(conversation, text, self.now, prompt, turn.output, facts, router)
         self.calls.append(call)
         self._open += 1
@@ -256,6 +270,10 @@ class World:
         lease.release()
         call.router.policy.ended(lease, self.now, failed=failed)
         return lease.server
+
+    def _publish(self, sharing: Sharing, number: int) -> None:
+        sharing.publish(number, self.now)
+        self._at(self.now + self.scene.share_period, self._publish, sharing, number)
 
     def _scrape(self, router: Router, place: int, interval: float) -> None:
         server = router.servers[place]

@@ -446,7 +446,8 @@ class Adaptive(Policy):
 
     def formula(self) -> str:
         settings = self.settings
-        waste = f"waste tokens × (1 + {settings.waste_growth:g} × min(load, {MAX_WASTE_LOAD:g}))"
+        limit = f"max({MAX_WASTE_LOAD:g}, even load)"
+        waste = f"waste tokens × (1 + {settings.waste_growth:g} × min(load, {limit}))"
         growth = f"{settings.prompt_growth:g} × load × uncached tokens"
         return (
             f"score = slow × (1 + load - home + kv pressure + ({QUEUED_WEIGHT:g} × queued tokens + "
