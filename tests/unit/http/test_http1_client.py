@@ -486,7 +486,9 @@ async def test_tls_connection_is_reused_unless_server_closed_it():
         assert (await exchange(connection)).body == b"x"
         pool.give_back(connection, 0.0)
         await closed.wait()
-        await trio.sleep(0.02)
+        with trio.fail_after(60):
+            while connection.is_alive():
+                await trio.sleep(0.005)
         assert pool.take_idle(0.0) is None
         nursery.cancel_scope.cancel()
 
@@ -508,6 +510,26 @@ async def tls_server(
         nursery.start_soon(trio.serve_listeners, serve, listeners)
         yield listeners[0].transport_listener.socket.getsockname()[1]
         nursery.cancel_scope.cancel()
+
+
+async def test_tls_long_body_arrives_whole():
+    body = b"".join(b"%08d" % number for number in range(50_000))
+
+    async def talk(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        seen = b""
+        while not seen.endswith(body[-8:]):
+            seen += await stream.receive_some(65536)
+        await stream.send_all(ok(b"%d" % seen.count(body)))
+
+    async with tls_server(talk) as port:
+        pool = Pool(f"https://localhost:{port}", ssl.create_default_context(cafile=PEM))
+        connection = await open_within(pool, 60)
+        with trio.fail_after(60):
+            assert not connection.send_nowait(b"POST / HTTP/1.1\r\n\r\n", body)
+            await connection.send(b"POST / HTTP/1.1\r\n\r\n", body)
+            await connection.read_head()
+            assert await connection.read_body() == b"1"
+        connection.close()
 
 
 UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nall of it"

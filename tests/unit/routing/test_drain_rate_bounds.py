@@ -32,6 +32,14 @@ def test_drain_rate_new_is_idle_and_unknown():
     assert (rate.running, rate.is_current, rate.per_second(5.0)) == (False, False, None)
 
 
+def test_drain_rate_servers_freed_while_none_waits_do_not_count():
+    rate = DrainRate()
+    for _ in range(MIN_SAMPLES):
+        rate.freed(1.0)
+    rate.begin(2.0)
+    assert (rate.is_current, rate.per_second(3.0)) == (False, None)
+
+
 def test_drain_rate_needs_its_least_samples():
     assert freed(*[1.0] * (MIN_SAMPLES - 1)).is_current is False
     rate = freed(*[1.0] * MIN_SAMPLES)
