@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_router.lab.simulate import cli
 from vllm_router.lab.simulate import grid as grid_module
-from vllm_router.lab.simulate.cli import simulate_command
+from vllm_router.lab.simulate.cli import LOADS, simulate_command
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.grid import (
     ALL_POLICIES,
@@ -600,6 +601,13 @@ def test_simulate_command_quick_runs_two_loads_on_four_servers():
     assert "| adapters | 85% " in printed
     assert "server-3" in printed
     assert "server-4" not in printed
+
+
+def test_simulate_command_quick_runs_all_loads_if_they_are_named():
+    chosen = [part for load in LOADS for part in ("--load", str(load))]
+    with patch.object(cli, "execute_all", return_value=[]) as run:
+        command("--quick", "--workload", "chat", "--policy", "random", *chosen)
+    assert {run.load for run in run.call_args.args[0]} == {load / 100 for load in LOADS}
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     "loads",
     multiple=True,
     type=click.IntRange(1, 300),
-    default=LOADS,
-    help="Percent of what the fleet can take.",
+    help=f"Percent of what the fleet can take.  [{', '.join(map(str, LOADS))}]",
 )
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, help="Runs of each, to average.")
 @click.option("--seed", type=click.IntRange(1), default=1, help="The first of them.")
@@ -218,7 +217,7 @@ def simulate_command(
             click.echo(f"{name}: {calibrate(WORKLOADS[name], hardware):.4g} requests/s")
         return
     if quick:
-        loads = QUICK_LOADS if loads == LOADS else loads
+        loads = loads or QUICK_LOADS
         seconds = min(seconds, QUICK_SECONDS)
 
     def servers_of(workload: Workload) -> int:
@@ -253,7 +252,7 @@ def simulate_command(
         fleet = scene_for(base, WORKLOADS["chat"], servers_of(WORKLOADS["chat"]))
         runs = _replayed(replay, range(seed, seed + seeds), policies, settings, fleet)
     else:
-        shares_of_capacity = [load / 100 for load in loads]
+        shares_of_capacity = [load / 100 for load in loads or LOADS]
         runs = list(
             grid(
                 workloads,
