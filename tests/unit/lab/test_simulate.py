@@ -337,6 +337,38 @@ def test_simulate_sticky_balancer_keeps_conversations_on_one_router():
     assert len(set.union(*routers.values())) == 3
 
 
+def test_simulate_admission_of_sessions_keeps_contexts_cached():
+    """Three times what the servers can take, by agents with twice the context of all caches."""
+    run = scene_for(scene(seconds=40.0, warm_up=20.0), WORKLOADS["agents-oversubscribed"], 2)
+    without, admitting = (
+        execute(
+            Run(
+                "agents-oversubscribed", 0.0, 1, "adaptive",
+                dataclasses.replace(run, session_idle=idle), 7.5,
+            )
+        ).figures
+        for idle in (0.0, 10.0)
+    )  # fmt: skip
+    assert admitting.hit_rate > without.hit_rate + 0.2
+    assert admitting.good_per_second > 1.5 * without.good_per_second
+
+
+def test_simulate_new_sessions_are_admitted_in_their_order():
+    run = scene_for(
+        scene(seconds=20.0, session_idle=3.0), WORKLOADS["agents-oversubscribed"], 1
+    )  # fmt: skip
+    made = conversations(WORKLOADS["agents-oversubscribed"], 1, 3.0, 20.0, 1)
+    world = World(run, made, lambda rng: ALL_POLICIES["random"](rng), 1).run()
+    firsts = {}
+    for call in world.calls:
+        if call.lease is not None:
+            firsts.setdefault(call.facts.session, (call.arrived, call.first_at))
+    admitted = sorted(firsts.values())
+    assert len(admitted) > 5
+    assert max(first - arrived for arrived, first in admitted) > 1.0
+    assert [first for _, first in admitted] == sorted(first for _, first in admitted)
+
+
 def test_simulate_restarting_server_is_used_again():
     found = figures_of("adaptive", restarting=(0,), failing_from=5.0, seconds=25.0)
     assert found.failed == 0
@@ -580,9 +612,11 @@ def test_simulate_command_passes_on_how_routers_share():
         command(
             *SHORT, "--workload", "chat", "--load", "50", "--policy", "adaptive", "--routers", "2",
             "--share", "prompts,queued", "--period", "0.5", "--balancer", "sticky",
+            "--session-admission", "7",
         )  # fmt: skip
     used = world.call_args.args[0]
     assert (used.share, used.share_period, used.sticky) == ("prompts,queued", 0.5, True)
+    assert used.session_idle == 7.0
 
 
 def test_simulate_command_replays_log(tmp_path):

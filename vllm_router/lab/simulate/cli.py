@@ -123,6 +123,12 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     default="random",
     help="Before the routers: sticky keeps a conversation on one of them.",
 )
+@click.option(
+    "--session-admission",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Let new sessions wait until they fit into a cache; the session_idle in seconds, 0: off.",
+)
 @click.option("--metrics-interval", type=click.FloatRange(0.01), default=0.5, help="Seconds.")
 @click.option("--slow", multiple=True, type=_SlowServer(), help="A server slower than the rest.")
 @click.option(
@@ -168,6 +174,7 @@ def simulate_command(
     share: str,
     period: float,
     balancer: str,
+    session_admission: float,
     metrics_interval: float,
     slow: tuple[tuple[int, float], ...],
     failing: tuple[int, ...],
@@ -241,6 +248,7 @@ def simulate_command(
         share=share,
         share_period=period,
         sticky=balancer == "sticky",
+        session_idle=session_admission,
     )
 
     settings = PolicySettings(

@@ -19,6 +19,8 @@ class Figures:
     """Seconds and shares. `token_time` is the mean between the tokens of one answer; `balance`
     the busiest server's busy time over the mean; `shares` which part of the requests was sent to
     each server, in vain or not: from a second after servers begin to fail, where some do.
+    `good_per_second` counts good responses that ended between the warm-up and the last request,
+    also to requests from before it.
     """
 
     requests: int
@@ -32,6 +34,7 @@ class Figures:
     balance: float
     preemptions: int
     shares: tuple[float, ...]
+    good_per_second: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return {key: _rounded(value) for key, value in asdict(self).items()}
@@ -50,12 +53,9 @@ def figures(world: World) -> Figures:
     calls = [call for call in world.calls if call.arrived >= world.scene.warm_up]
     firsts = sorted(min(call.first_at, world.now) - call.arrived for call in calls)
     times = sorted(map(_token_time, (call for call in calls if call.ended_at < math.inf)))
-    good = sum(
-        call.first_at - call.arrived <= GOOD_FIRST_TOKEN
-        and call.ended_at < math.inf
-        and _token_time(call) <= GOOD_TOKEN_TIME
-        for call in calls
-    )
+    good = sum(map(_is_good, calls))
+    scene = world.scene
+    ended_in_time = [call for call in world.calls if scene.warm_up <= call.ended_at < scene.seconds]
     busy = [engine.busy for engine in world.engines]
     asked = sum(call.prompt_tokens for call in calls)
     return Figures(
@@ -70,6 +70,15 @@ def figures(world: World) -> Figures:
         max(busy) * len(busy) / sum(busy) if any(busy) else 1.0,
         sum(engine.preemptions for engine in world.engines),
         _shares(world, calls),
+        sum(map(_is_good, ended_in_time)) / (scene.seconds - scene.warm_up),
+    )
+
+
+def _is_good(call: Call) -> bool:
+    return (
+        call.first_at - call.arrived <= GOOD_FIRST_TOKEN
+        and call.ended_at < math.inf
+        and _token_time(call) <= GOOD_TOKEN_TIME
     )
 
 

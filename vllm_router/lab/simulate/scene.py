@@ -24,6 +24,7 @@ class Scene:
     plain: the share of responses that are not streamed.
     share: what several routers tell each other every `share_period`, see `sharing.py`.
     sticky: whether all requests of a conversation come to the same router.
+    session_idle: of `session_admission`, 0 without it. Waiting sessions wait as long as they must.
     """
 
     hardware: Hardware
@@ -49,6 +50,7 @@ class Scene:
     share: str = NONE
     share_period: float = 0.2
     sticky: bool = False
+    session_idle: float = 0.0
 
     def configured_capacity(self, place: int) -> int | None:
         """`max_concurrent_requests` of a server."""

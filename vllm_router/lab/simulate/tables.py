@@ -25,7 +25,7 @@ def cell_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
     """
     head = (
         "workload", "load", "policy", "TTFT p50", "p99", "TPOT p50", "p99",
-        "goodput", "hit rate", "balance", "failed",
+        "goodput", "good/s", "hit rate", "balance", "failed",
     )  # fmt: skip
     pooled: dict[tuple[str, float, str], list[Figures]] = {}
     for cell in cells:
@@ -42,6 +42,7 @@ def cell_rows(cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
                 _milliseconds(f.token_p50 for f in them),
                 _milliseconds(f.token_p99 for f in them),
                 _with_margin([100 * f.goodput for f in them], "{:.1f}", "%"),
+                f"{_mean(f.good_per_second for f in them):.4g}",
                 f"{_mean(f.hit_rate for f in them):.1%}",
                 f"{_mean(f.balance for f in them):.2f}",
                 str(sum(f.failed for f in them)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -27,8 +28,12 @@ from vllm_router.lab.simulate.traffic import BASE_MODEL, Conversation, Turn, ada
 from vllm_router.routing.policies.base import Policy
 from vllm_router.routing.prompt.blocks import Prompt, reseeded
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.queue.session_leases import SessionLeases
 
 MAX_ATTEMPTS = 4
+SESSION_CHECK = 0.5
+"""Seconds between two looks at whether a waiting new session fits."""
+
 FAIL_SECONDS = 0.005
 """Seconds until the error of a server that fails fast."""
 
@@ -73,6 +78,9 @@ class Router:
             )
         )
         self.policy = policy
+        self.sessions = SessionLeases(scene.session_idle) if scene.session_idle else None
+        self.new_sessions: deque[Call] = deque()
+        """Requests that begin a session and do not fit yet, with `session_idle`."""
         self.servers = tuple(self.fleet.servers.values())
         self.place = {server: n for n, server in enumerate(self.servers)}
         for place, server in enumerate(self.servers):
@@ -140,6 +148,9 @@ class World:
             for number in range(scene.routers):
                 phase = number / scene.routers * scene.share_period
                 self._at(phase, self._publish, sharing, number)
+        if scene.session_idle:
+            for router in self.routers:
+                self._at(SESSION_CHECK, self._look_for_idle_sessions, router)
         for place in scene.restarting:
             self._at(scene.failing_from, self._go_down, place)
         for place in scene.joining:
@@ -229,9 +240,30 @@ class World:
         fleet = router.fleet
         model = call.facts.model
         if call.tried:
-            candidates = fleet.others(model, now, call.tried)
+            self._send_to(call, fleet.others(model, now, call.tried))
+        elif router.sessions is not None and router.sessions.is_new(call.facts):
+            router.new_sessions.append(call)
+            self._admit(router)
         else:
-            candidates = fleet.candidates(model, now)
+            self._send_to(call, fleet.candidates(model, now))
+
+    def _admit(self, router: Router) -> None:
+        """Send the waiting new sessions that fit into a cache, in their order."""
+        sessions, waiting = router.sessions, router.new_sessions
+        while sessions is not None and waiting:
+            facts = waiting[0].facts
+            candidates = router.fleet.candidates(facts.model, self.now)
+            fitting = sessions.fitting(facts, candidates, self.now)
+            if not fitting:
+                return
+            self._send_to(waiting.popleft(), tuple(fitting))
+
+    def _look_for_idle_sessions(self, router: Router) -> None:
+        self._admit(router)
+        self._at(self.now + SESSION_CHECK, self._look_for_idle_sessions, router)
+
+    def _send_to(self, call: Call, candidates: Sequence[Server]) -> None:
+        router, now = call.router, self.now
         if not candidates or call.attempts == MAX_ATTEMPTS:
             call.failed = True
             self._done(call)
@@ -251,6 +283,8 @@ class World:
         call.attempts += 1
         call.server = place = router.place[server]
         router.policy.leased(lease, note, call.facts, now)
+        if router.sessions is not None:
+            router.sessions.begin(call.facts, server, now)
         failing = place in self.scene.failing and now >= self.scene.failing_from
         if failing or place in self._down:
             self._at(now + FAIL_SECONDS, self._failed, call)
@@ -269,6 +303,8 @@ class World:
         assert lease is not None
         lease.release()
         call.router.policy.ended(lease, self.now, failed=failed)
+        if call.router.sessions is not None:
+            call.router.sessions.end(call.facts, self.now)
         return lease.server
 
     def _publish(self, sharing: Sharing, number: int) -> None:
