@@ -74,6 +74,18 @@ def test_run_raises_descriptor_limit_to_system_maximum(tmp_path: Path):
     assert f"process_max_fds {float(allowed)}\n" in page
 
 
+def test_run_demo_has_traffic_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_ROUTER_DEMO_LOAD", "10")
+    with (
+        router(tmp_path / "stderr", "--demo", "2") as started,
+        httpx.Client(base_url=started.url, trust_env=False, timeout=60) as client,
+    ):
+        rows = until(lambda: client.get("/decisions").json()["decisions"])
+        assert rows[0]["model"].startswith("demo")
+        names = {model["id"] for model in client.get("/v1/models").json()["data"]}
+        assert names == {"demo", "demo-coder", "demo-large"}
+
+
 def test_run_port_in_use_is_one_line(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

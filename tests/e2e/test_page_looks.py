@@ -170,6 +170,16 @@ _COLOURS = """(() => {
 })()"""
 
 
+async def test_page_of_unused_router_shows_how_to_send_a_request(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        command = await page.evaluate(
+            "document.querySelector('.banner[data-mood=hint] pre').textContent"
+        )
+    assert command.startswith(f"curl -N {demo.url}/v1/chat/completions ")
+    assert '"model":"demo"' in command
+
+
 # -- small screens ----------------------------------------------------------------------------
 
 
