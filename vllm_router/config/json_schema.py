@@ -102,10 +102,19 @@ def _of_type(wanted: Any, policies: Collection[str]) -> Schema:
     names = (meta.extra or {}).get("one_of")
     if names is not None:
         schema["enum"] = list(policies if names == "policies" else names)
-    # Python writes the end of a text as \Z, and JSON Schema as $.
-    if "pattern" in schema:
-        schema["pattern"] = schema["pattern"].replace("\\Z", "$")
+    _use_dollar(schema)
     return schema
+
+
+def _use_dollar(schema: Any) -> None:
+    """Write the end of a text as `$` in all patterns; only Python knows `\\Z`."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            schema["pattern"] = schema["pattern"].replace("\\Z", "$")
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for inner in schema:
+            _use_dollar(inner)
 
 
 def _without_null(schema: Schema) -> Schema:

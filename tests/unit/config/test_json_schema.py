@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,32 @@ def test_schema_of_example_is_the_generated_file():
     first, _, _ = EXAMPLE.read_text().partition("\n")
     file = EXAMPLE.parent / first.removeprefix("#:schema ")
     assert json.loads(file.read_text()) == json.loads(json.dumps(json_schema(POLICY_NAMES)))
+
+
+TAPLO = Path(sys.executable).with_name("taplo")
+
+
+@pytest.mark.skipif(not TAPLO.exists(), reason="needs taplo")
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("", "", 0), ("#max_retries = 3", "max_retries = -3", 1), ("#port =", "prot =", 1)],
+)
+def test_schema_is_used_by_editor_for_example(tmp_path: Path, old: str, new: str, code: int):
+    """taplo is what VS Code and others check TOML with."""
+    text = EXAMPLE.read_text()
+    assert old in text
+    (tmp_path / "docs").symlink_to(EXAMPLE.parent / "docs")
+    (tmp_path / "servers.toml").write_text(text.replace(old, new))
+    done = subprocess.run(
+        [TAPLO, "lint", "servers.toml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "invalid schema" not in done.stderr
 
 
 def test_schema_knows_every_default_of_config():
