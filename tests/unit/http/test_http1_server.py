@@ -187,7 +187,7 @@ async def test_server_refusal_waits_for_earlier_responses():
     async with running() as on, connected(on.port) as client:
         await client.send(post("/v1/hang") + b"nonsense\r\n\r\n")
         await soon(lambda: on.app.active)
-        await trio.sleep(0.05)
+        await trio.testing.wait_all_tasks_blocked()
         on.app.release.set()
         assert (await client.reply()).status == 200
         assert (await client.reply()).status == 400
