@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_router.routing.prompt import routing_info
+from vllm_router.fleet.model_seeds import seed_of_name
+from vllm_router.routing.prompt import known_bodies, routing_info
 from vllm_router.routing.prompt.blocks import HashState, extend_hashes, hash_blocks
 from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.conversation import continued, conversation_of, messages_in
-from vllm_router.routing.prompt.known_bodies import LONGEST, KnownBodies
+from vllm_router.routing.prompt.known_bodies import LONGEST, MOST_OBJECTS, KnownBodies
 from vllm_router.routing.prompt.routing_info import (
     AT_ONCE,
     WITH_PROMPT_AT_ONCE,
@@ -208,6 +209,28 @@ def test_long_body_is_read_in_several_slices() -> None:
     assert read_at_once(*about, with_prompt=True, known=known) is None
     assert len(list(read_in_slices(*about, with_prompt=True, known=known))) >= 3
     assert len(known) == 1
+
+
+@pytest.mark.parametrize(
+    "brace", ['{"role":"user"}', '{ "role":"user"}', '{\n"role":"user"}', "{}"]
+)
+def test_long_body_of_many_objects_is_not_decoded_at_once(brace: str) -> None:
+    known = KnownBodies()
+    body = f'{{"model":"m","messages":[{",".join([brace] * 60_000)}]}}'.encode()
+    with patch.object(known_bodies, "WITH_PROMPT_AT_ONCE", 1000):
+        assert finish(known.read_in_slices(body, seed_of_name)) is None
+
+
+def test_long_body_of_code_is_continued() -> None:
+    known = KnownBodies()
+    code = "if (x) {\n  y = {a: '{'};\n}\n" * 4000
+    conversation = [{"role": "user", "content": code} for _ in range(5)]
+    body = body_of(conversation)
+    assert body.count(b"{") > 3 * MOST_OBJECTS
+    assert read(body, known) == read(body)
+    longer = body_of([*conversation, *turns(1)])
+    assert hits(known, longer)
+    assert read(longer, known) == read(longer)
 
 
 def test_known_body_is_kept_without_a_copy() -> None:
