@@ -1,10 +1,11 @@
 """How often the probes ask each server: often where it matters, seldom where nothing happens.
 
-A server matters while it has requests, of this router or of others, while its health is in doubt,
-and for a while after it went down or came back. The other servers are idle. Together they are asked
-for each page (`/health`, `/metrics`, `/v1/models`) at most `idle_probes_per_second` times a second,
-so their intervals grow with their number, and not at all in a small fleet. An idle server that gets
-a request is asked at once. Pure: time is an argument, in seconds.
+A server matters while it has requests, of this router or of others, or its health is in doubt. The
+other servers are idle. Together they are asked for each page (`/health`, `/metrics`, `/v1/models`)
+at most `idle_probes_per_second` times a second, so their intervals grow with their number, and not
+at all in a small fleet. Servers that went down or came back a short time ago are a group of their
+own with the same rate: a few are followed closely, a thousand are not. An idle server that gets a
+request is asked at once. Pure: time is an argument, in seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vllm_router.config.schema import Settings
 from vllm_router.fleet.server import Server
 
 SETTLES_IN = 60.0
-"""A server that went down or came back matters for so many seconds."""
+"""Seconds for which a server that went down or came back belongs to the group of such servers."""
 
 LONGEST = 30.0
 """Maximum seconds between two questions to an idle server, unless its interval is longer anyway."""
@@ -32,12 +33,20 @@ def matters(server: Server, now: float) -> bool:
         or load.running + load.waiting > 0.0
         or health.up is None
         or not health.settled
-        or now - max(server.went_down_at, server.recovered_at) < SETTLES_IN
         or server.passive_health.ejected
         or server.silence.since is not None
         or server.paused_at is not None
         or bool(server.refusals.known)
     )
+
+
+def changed_lately(server: Server, now: float) -> bool:
+    """Whether the server has gone down or come back within SETTLES_IN."""
+    return now - max(server.went_down_at, server.recovered_at) < SETTLES_IN
+
+
+Group = dict[Server, Callable[[], None]]
+"""Servers with the functions that wake their probes."""
 
 
 class ProbePace:
@@ -49,7 +58,9 @@ class ProbePace:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[Server, Callable[[], None]] = {}
+        self._idle: Group = {}
+        self._changed: Group = {}
+        """Idle servers as well, but ones that have gone down or come back lately."""
         self._postponed: dict[Server, tuple[float, Callable[[], None]]] = {}
         self._rate = 1.0
         self._patience = 0.0
@@ -58,14 +69,15 @@ class ProbePace:
 
     def is_idle(self, server: Server) -> bool:
         """Whether the server did not matter when it was asked last, and has no request since."""
-        return server in self._idle
+        return server in self._idle or server in self._changed
 
     def interval(self, server: Server, usual: float) -> float:
         """Seconds between two questions for a page that is usually read every `usual` seconds."""
-        return self._stretched(usual) if server in self._idle else usual
-
-    def _stretched(self, usual: float) -> float:
-        return max(usual, min(len(self._idle) / self._rate, LONGEST))
+        if server in self._idle:
+            return max(usual, min(len(self._idle) / self._rate, LONGEST))
+        if server in self._changed:
+            return max(usual, min(len(self._changed) / self._rate, LONGEST))
+        return usual
 
     def scraped(
         self, server: Server, settings: Settings, now: float, wake: Callable[[], None]
@@ -78,11 +90,13 @@ class ProbePace:
         self._rate = settings.idle_probes_per_second
         self._patience = usual = settings.metrics_interval
         self._postponed.pop(server, None)
-        if matters(server, now):
-            self._idle.pop(server, None)
-            server.on_chosen = None
-        else:
-            self._idle[server] = wake
+        matter = matters(server, now)
+        changed = not matter and changed_lately(server, now)
+        for group, belongs in ((self._idle, not matter and not changed), (self._changed, changed)):
+            if belongs:
+                group[server] = wake
+            else:
+                group.pop(server, None)
         interval = self.interval(server, usual)
         server.on_chosen = self.chosen if interval > usual else None
         server.load_estimate.expect_scrapes(interval)
@@ -92,7 +106,7 @@ class ProbePace:
     def chosen(self, server: Server, now: float) -> None:
         """An idle server has got a request."""
         server.on_chosen = None
-        wake = self._idle.pop(server, None)
+        wake = self._idle.pop(server, None) or self._changed.pop(server, None)
         if wake is None:
             return
         earned = (now - self._counted_at) * self._rate
@@ -125,4 +139,5 @@ class ProbePace:
         """The server is not probed any more."""
         server.on_chosen = None
         self._idle.pop(server, None)
+        self._changed.pop(server, None)
         self._postponed.pop(server, None)

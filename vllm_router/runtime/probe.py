@@ -142,6 +142,8 @@ class Probe:
             usual = self._settings.health_check_interval
             if not settled:
                 usual = min(usual, UNSETTLED_INTERVAL)
+                if self._pace.is_idle(server):
+                    self._scrape_now.set()  # it matters from now on
             interval = self._pace.interval(server, usual) if settled else usual
             with trio.move_on_after(interval * self._jitter(stretched=interval > usual)):
                 await self._hurry.wait()

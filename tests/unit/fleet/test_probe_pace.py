@@ -9,7 +9,13 @@ import pytest
 from support.fleet_makers import eject, gauges, go_down, make_fleet
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.probe_pace import LONGEST, SETTLES_IN, ProbePace, matters
+from vllm_router.fleet.probe_pace import (
+    LONGEST,
+    SETTLES_IN,
+    ProbePace,
+    changed_lately,
+    matters,
+)
 from vllm_router.fleet.server import Server
 
 LATER = 1000.0
@@ -39,7 +45,7 @@ class Probed:
 def test_matters_idle_server_does_not():
     fleet = make_fleet(1)
     server = fleet.servers["a"]
-    assert matters(server, SETTLES_IN - 1) is False  # up since the start
+    assert matters(server, 1.0) is False  # up since the start
     server.scraped(gauges(0.0), LATER, 0)
     assert not matters(server, LATER)
 
@@ -49,7 +55,6 @@ REASONS: dict[str, Callable[[Server], object]] = {
     "others' running request": lambda server: server.scraped(gauges(1.0), LATER, 0),
     "others' waiting request": lambda server: server.scraped(gauges(0.0, 1.0), LATER, 0),
     "failed check": lambda server: server.checked(Check.TIMEOUT, 1.0, LATER),
-    "just down": lambda server: go_down(server, LATER),
     "ejected": lambda server: eject(server, LATER),
     "paused": lambda server: server.pause(on=True, now=LATER),
     "silent": lambda server: server.silence.suspect(LATER, LATER, "", 1.0),
@@ -69,14 +74,15 @@ def test_matters_unprobed_server_does():
 
 
 @pytest.mark.parametrize("change", ["down", "back"])
-def test_matters_ends_some_time_after_a_change(change):
+def test_changed_lately_ends_some_time_after_a_change(change):
     server = make_fleet(1).servers["a"]
     go_down(server, LATER)
     if change == "back":
         while not server.active_health.up:
             server.checked(Check.GOOD, 0.001, LATER)
-    assert matters(server, LATER + SETTLES_IN - 1)
-    assert not matters(server, LATER + SETTLES_IN)
+    assert changed_lately(server, LATER + SETTLES_IN - 1)
+    assert not changed_lately(server, LATER + SETTLES_IN)
+    assert not matters(server, LATER)
 
 
 def test_pace_small_fleet_is_asked_as_usual():
@@ -100,6 +106,19 @@ def test_pace_all_idle_servers_share_the_rate(servers, rate, scrape, check):
     assert rig.pace.interval(server, 2.0) == check
     assert server.load_estimate.stale_after == 3 * scrape
     assert scrape <= LONGEST
+
+
+@pytest.mark.parametrize(("down", "scrape"), [(1, 0.5), (40, 0.5), (400, 4.0), (1000, 10.0)])
+def test_pace_servers_that_went_down_are_asked_the_more_seldom_the_more_they_are(down, scrape):
+    rig = Probed(1000)
+    for server in rig.servers[:down] * 2:
+        if server.active_health.up:
+            go_down(server, LATER)
+        rig.scraped(server)
+    assert rig.scraped(rig.servers[0]) == scrape
+    for server in rig.servers[:down] * 2:
+        rig.scraped(server, LATER + SETTLES_IN)
+    assert rig.scraped(rig.servers[0], LATER + SETTLES_IN) == 10.0
 
 
 def test_pace_long_intervals_are_not_shortened():
