@@ -8,6 +8,7 @@ Each server has its own task, so that a slow server delays no other. This module
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from collections.abc import Callable
 from random import Random
@@ -88,6 +89,9 @@ class Probe:
         self._metrics_page = MetricsPage()
         self._hurry = trio.Event()
         self._scrape_now = trio.Event()
+        self._visited = False
+        """Whether the scrapes bring the other pages along, see `_visit`."""
+        self._visits = 0
         self._list_is_stale = trio.Event()
         self._pages = {METRICS_PATH: PageStatus(), MODELS_PATH: PageStatus()}
         self._transport: httpx.AsyncBaseTransport
@@ -145,7 +149,8 @@ class Probe:
                 if self._pace.is_idle(server):
                     self._scrape_now.set()  # it matters from now on
             interval = self._pace.interval(server, usual) if settled else usual
-            with trio.move_on_after(interval * self._jitter(stretched=interval > usual)):
+            interval *= self._jitter(stretched=interval > usual)
+            with trio.move_on_after(math.inf if settled and self._visited else interval):
                 await self._hurry.wait()
             self._hurry = trio.Event()
 
@@ -275,6 +280,8 @@ class Probe:
             else:
                 await self._scrape()
                 skip = page.pause - 1
+            if self._visited:
+                await self._ask_the_rest()
             now = trio.current_time()
             server.expire(now)
             self._fleet.settle(now)
@@ -284,16 +291,36 @@ class Probe:
             if was_idle and not pace.is_idle(server):
                 self._hurry.set()
             usual = self._settings.metrics_interval
+            self._visit(on=interval >= max(self._settings.health_check_interval, MODELS_EVERY))
             if interval > usual * page.pause:
                 skip = 0  # an unusable page of an idle server is read seldom anyway
             interval *= self._jitter(stretched=interval > usual)
             with trio.move_on_after(max(interval / 4, began + interval - now)):
                 await self._scrape_now.wait()
 
+    def _visit(self, *, on: bool) -> None:
+        """Let the scrapes of an idle server do its checks and read its model list as well.
+
+        One connection serves all three then. vLLM closes idle connections after 5 seconds.
+        """
+        on = on and self._pace.is_idle(self._server)
+        if self._visited and not on:
+            self._hurry.set()
+            self._list_is_stale.set()
+        self._visited = on
+
+    async def _ask_the_rest(self) -> None:
+        if self._settings.enable_active_health_check:
+            await self._check()
+        self._visits += 1
+        if self._visits % self._pages[MODELS_PATH].pause == 0:
+            await self.read_list()
+
     def _wake(self) -> None:
         """Scrape and check the server now: it was idle, and has got a request."""
         self._scrape_now.set()
         self._hurry.set()
+        self._visit(on=False)
 
     async def _scrape(self) -> None:
         """Read the load metrics. The result also counts as a connection check."""
@@ -365,7 +392,7 @@ class Probe:
             interval = self._pace.interval(self._server, usual)
             if interval > usual:
                 interval *= self._jitter(stretched=True)
-            with trio.move_on_after(interval):
+            with trio.move_on_after(math.inf if self._visited else interval):
                 await self._list_is_stale.wait()
             stale = self._list_is_stale.is_set()
             self._list_is_stale = trio.Event()

@@ -21,6 +21,7 @@ from vllm_router.runtime.probe import Probe
 
 PAGE = 'vllm:num_requests_running{engine="0"} %d\nvllm:num_requests_waiting{engine="0"} 0\n'
 COUNT, RATE = 16, 2
+PAGES = ("/metrics", "/health", "/v1/models")
 STRETCHED = COUNT / RATE
 """Seconds between two questions to an idle server: eight."""
 
@@ -28,9 +29,9 @@ STRETCHED = COUNT / RATE
 class Rig:
     """A fleet whose servers answer from memory; `running` and `dead` may be changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: int) -> None:
         described = [{"url": f"http://s{n}.test:1", "name": f"s{n}"} for n in range(COUNT)]
-        self.fleet = Fleet(make_config(described, idle_probes_per_second=RATE))
+        self.fleet = Fleet(make_config(described, idle_probes_per_second=rate))
         self.servers = list(self.fleet.servers.values())
         self.asked: Counter[tuple[str, str]] = Counter()
         self.running: dict[str, int] = {}
@@ -64,9 +65,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def settled_fleet(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+async def settled_fleet(monkeypatch: pytest.MonkeyPatch, rate: int = RATE) -> AsyncIterator[Rig]:
     """All servers have been up for some intervals."""
-    rig, pace = Rig(), ProbePace()
+    rig, pace = Rig(rate), ProbePace()
     monkeypatch.setattr(probe_module, "control_transport", rig.transport)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -86,11 +87,16 @@ def total(asked: Counter[tuple[str, str]], path: str) -> int:
     return sum(count for (_, asked_path), count in asked.items() if asked_path == path)
 
 
-async def test_probe_idle_servers_share_the_rate(autojump_clock, monkeypatch):
-    async with settled_fleet(monkeypatch) as rig:
+@pytest.mark.parametrize(
+    ("rate", "times"),
+    [(2, (200, 200, 200)), (5, (500, 500, 320)), (1000, (3200, 800, 320))],
+    ids=["all pages at once", "each page", "as usual"],
+)
+async def test_probe_idle_servers_share_the_rate(autojump_clock, monkeypatch, rate, times):
+    async with settled_fleet(monkeypatch, rate) as rig:
         asked = await rig.counted(100)
-        for path in ("/metrics", "/health", "/v1/models"):
-            assert total(asked, path) == pytest.approx(100 * RATE, rel=0.1)
+        for path, count in zip(PAGES, times, strict=True):
+            assert total(asked, path) == pytest.approx(count, rel=0.1)
         assert all(server.load_estimate.fresh for server in rig.servers)
         assert all(server.state is State.UP for server in rig.servers)
 
