@@ -78,6 +78,9 @@ OTHER = "other"
 NONE = "none"
 """The label value if no model was named or no server tried."""
 
+SERVERS_AT_ONCE = 100
+"""Servers of which a gauge is read in one piece of a page."""
+
 TURN = 0.001
 """Seconds of a scrape after which other tasks get a turn."""
 
@@ -423,7 +426,10 @@ class Metrics:
         # A removed server may still be draining when its name is used again.
         named = {server.name: server for server in reversed(self._fleet.all_servers())}
         servers = list(named.values())
-        all_series = [self._series(server.name) for server in servers]
+        all_series = []
+        for server in servers:
+            all_series.append(self._series(server.name))
+            yield ""  # the first time, the series are made here
         rows = list(zip(servers, all_series, strict=True))
         yield SERVER_STATE.header
         for server, series in rows:
@@ -432,14 +438,17 @@ class Metrics:
                 [f"{key}{int(state is current)}\n" for state, key in series.state_keys.items()]
             )
         yield SERVER_INFO.header
-        yield "".join([f"{SERVER_INFO.key(server.name, server.url)}1\n" for server in servers])
+        for server in servers:
+            yield f"{SERVER_INFO.key(server.name, server.url)}1\n"
         for number, (family, read) in enumerate(SERVER_GAUGES):
-            parts = [family.header]
-            for server, series in rows:
-                value = read(server, now)
-                if value is not None:
-                    parts.append(f"{series.gauge_keys[number]}{value}\n")
-            yield "".join(parts)
+            yield family.header
+            for start in range(0, len(rows), SERVERS_AT_ONCE):
+                parts = []
+                for server, series in rows[start : start + SERVERS_AT_ONCE]:
+                    value = read(server, now)
+                    if value is not None:
+                        parts.append(f"{series.gauge_keys[number]}{value}\n")
+                yield "".join(parts)
         yield from self._prefix_counters(servers)
 
     def _prefix_counters(self, servers: list[Server]) -> Iterator[str]:
