@@ -164,7 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_retries: NonNegativeInt = 3
     request_timeout: Seconds = 600.0
     metrics_interval: Interval = 0.5
-    idle_probes_per_second: PositiveInt = 100
+    idle_probes_per_second: PositiveInt = 50
     connect_timeout: Seconds = 2.0
     first_byte_timeout: Seconds = 600.0
     idle_timeout: Seconds = 300.0

@@ -273,6 +273,7 @@ class Probe:
         page, skip = self._pages[METRICS_PATH], 0
         server, pace = self._server, self._pace
         while True:
+            woken = self._scrape_now.is_set()
             self._scrape_now = trio.Event()
             began = trio.current_time()
             if skip:
@@ -280,13 +281,13 @@ class Probe:
             else:
                 await self._scrape()
                 skip = page.pause - 1
-            if self._visited:
+            if self._visited and not woken:
                 await self._ask_the_rest()
             now = trio.current_time()
             server.expire(now)
             self._fleet.settle(now)
             self._tick(server, now)
-            was_idle = pace.is_idle(server)
+            was_idle = pace.is_idle(server) or woken
             interval = pace.scraped(server, self._settings, now, self._wake)
             if was_idle and not pace.is_idle(server):
                 self._hurry.set()
@@ -317,10 +318,11 @@ class Probe:
             await self.read_list()
 
     def _wake(self) -> None:
-        """Scrape and check the server now: it was idle, and has got a request."""
+        """Scrape the server now: it was idle, and has got a request.
+
+        If the request still runs then, the server is checked, too.
+        """
         self._scrape_now.set()
-        self._hurry.set()
-        self._visit(on=False)
 
     async def _scrape(self) -> None:
         """Read the load metrics. The result also counts as a connection check."""

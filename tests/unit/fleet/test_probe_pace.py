@@ -30,7 +30,7 @@ class Probed:
     """A fleet whose servers have all been scraped at LATER, and the names of woken servers."""
 
     def __init__(self, count: int, **settings: object) -> None:
-        self.fleet = large_fleet(count, **settings)
+        self.fleet = large_fleet(count, **{"idle_probes_per_second": 100, **settings})
         self.servers = list(self.fleet.servers.values())
         self.pace = ProbePace()
         self.woken: list[str] = []
