@@ -411,7 +411,7 @@ async def test_feed_counts_refusals_by_reason_and_saved_requests(autojump_clock,
     lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
     lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], outcome=Outcome.SERVER_ERROR, status=502)
     lab.ended(lab["a"])
-    await trio.sleep(1)
+    await trio.sleep(1.5)  # past the second at which the feed reads
     fleet = (await Client(lab).next_of(schema.Snapshot)).fleet
     assert fleet.refused == {"unauthorized": 2, "limited": 1, "queue": 1}
     assert fleet.refused_per_s > 0
