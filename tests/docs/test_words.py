@@ -52,6 +52,31 @@ PATTERNS = {
 }
 
 
+CHINESE_WORDS = {
+    "弹出": "摘除",
+    "退出轮转": "停止接收新请求",
+    "结论为否": "检查未通过",
+    "等候": "等待, 排队",
+    "没有动静": "长时间无响应",
+    "弄坏": "导致出错",
+    "词元": "token",
+    "对谁都": "对任何请求都",
+    "拖累任何人": "拖慢其他客户端",
+}
+CHINESE = ("README.zh.md", "docs/zh/*.md", "vllm_router/web/static/js/text.zh.js")
+
+
+def test_words_chinese_prose_is_idiomatic() -> None:
+    found = [
+        f"{path.name}: “{word}”; write: {instead}"
+        for pattern in CHINESE
+        for path in ROOT.glob(pattern)
+        for word, instead in CHINESE_WORDS.items()
+        if word in path.read_text()
+    ]
+    assert not found, "\n".join(found)
+
+
 def scanned_files() -> Iterator[Path]:
     for pattern in SCANNED:
         for path in sorted(ROOT.glob(pattern)):
