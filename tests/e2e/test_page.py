@@ -320,9 +320,10 @@ async def test_page_shows_killed_server_refused_file_and_restart(browser: str, t
                 assert (await page.text('[data-tile="available"] .value')).startswith("1 ")
 
                 router.config.write_text(config.replace("= 3", "= 0"))
-                await page.wait("document.querySelector('#banners pre').innerText.includes('≥ 1')")
+                fault = "document.querySelector('.banner[data-mood=bad] pre')"
+                await page.wait(f"{fault}.innerText.includes('≥ 1')")
                 router.config.write_text(config)
-                await page.wait("!document.querySelector('#banners pre')")
+                await page.wait(f"!{fault}")
                 assert "1 of 2 servers are down" in await page.text("#banners")
                 assert page.problems() == []
 
