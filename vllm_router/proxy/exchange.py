@@ -164,18 +164,17 @@ class Exchange:
     async def _forward_watched(self) -> FinalMessages | None:
         """`_forward`, cancelled when the client leaves, behind a server that does not do that.
 
+        None if the client has left, too.
+
         The last message must not be sent inside this nursery: Hypercorn reports the end of the
         exchange as a disconnect, while it recycles the connection.
         """
         refused: Refused | None = None
         ending: FinalMessages | None = None
-        gone = False
 
         async def watch() -> None:
-            nonlocal gone
             while (await self.downstream.receive())["type"] != "http.disconnect":
                 pass
-            gone = True
             nursery.cancel_scope.cancel(reason="client gone")
 
         async with trio.open_nursery() as nursery:
@@ -187,8 +186,6 @@ class Exchange:
             nursery.cancel_scope.cancel(reason="served")
         if refused is not None:
             raise refused
-        if gone and ending is None:
-            raise ClientGone
         return ending
 
     # -- reading ------------------------------------------------------------------------------

@@ -366,6 +366,19 @@ async def test_exchange_dripping_body_is_408_but_slow_body_passes(autojump_clock
             assert (await client.run()).status == status
 
 
+async def test_exchange_body_is_timed_by_a_server_that_cancels_exchanges(autojump_clock):
+    async with lab(answering(GOOD), body_timeout=5) as rig:
+        client = rig.client([b"[", b"]"])
+        receive = client._receive
+
+        async def slowly():
+            await trio.sleep(20)
+            return await receive()
+
+        client._receive = slowly
+        assert ((await client.run()).status, client.got.took) == (200, 40.0)
+
+
 # -- on real sockets ---------------------------------------------------------------------------
 
 

@@ -165,6 +165,18 @@ async def test_models_fallback_waits_until_all_servers_are_tried(autojump_clock)
         assert client.got[b"x-vllm-router-server"] == b"a"
 
 
+async def test_models_request_without_one_stays_as_it_is(autojump_clock):
+    async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
+        two(rig)
+        for body in (b'{"prompt":"x"}', b'{"prompt":"' + b"x" * 1_000_000 + b'"}'):
+            assert (await rig.post(body)).status == 200
+            (seen,) = [request for s in rig.scripted.values() for request in s.requests[-1:]][:1]
+            assert seen.body == body
+            assert (rig.recorder.last.model, rig.recorder.last.served_model) == (None, None)
+            for scripted in rig.scripted.values():
+                scripted.requests.clear()
+
+
 async def test_models_unknown_model_error_lists_public_names(autojump_clock):
     async with lab(answering(GOOD), answering(GOOD), **models()) as rig:
         two(rig)
