@@ -153,10 +153,10 @@ def test_workers_are_children_of_a_lasting_thread(tmp_path: Path, mock: MockProc
 def test_sighup_before_start_completes_is_a_reload(tmp_path: Path):
     """Recorded by `hold`, handled by the task that follows."""
     script = (
-        "import os, signal\n"
+        "import signal\n"
         "from vllm_router.runtime.early_signals import came, hold\n"
         "hold(); hold()\n"
-        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "signal.raise_signal(signal.SIGHUP)\n"
         "print(came(signal.SIGHUP), came(signal.SIGHUP), came(signal.SIGUSR1))\n"
         "signal.signal(signal.SIGUSR2, signal.SIG_IGN); hold()\n"
         "print(signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN)\n"
