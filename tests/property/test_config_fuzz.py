@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 
 import pytest
@@ -18,6 +19,8 @@ from vllm_router.config.servers import SERVER_KEYS
 from vllm_router.errors import ConfigError
 
 SECRET = "SeCrEt0123456789"
+
+PROBLEM = re.compile(r"f\.toml(:\d+:\d+)?: \S")
 
 # -- TOML out of Python values, as strange as they come ---------------------------------------
 
@@ -99,9 +102,10 @@ def read(data: bytes) -> Config | tuple[str, ...]:
 def check_lines(problems: tuple[str, ...]) -> None:
     assert problems
     for problem in problems:
-        assert problem.startswith("f.toml:")
-        # The line with the problem and a caret may follow.
-        assert problem.replace("\n", "").isprintable()
+        first, *excerpt = problem.split("\n")
+        assert PROBLEM.match(first)
+        assert len(excerpt) in (0, 2)  # the line in the file, and a caret
+        assert all(line.isprintable() for line in (first, *excerpt))
         assert len(problem) < 2000
 
 
@@ -112,7 +116,8 @@ def check_config(config: Config) -> None:
     for server in config.servers:
         assert normalise_url(server.url) == server.url
         assert server.name.isascii()
-        assert server.max_concurrent_requests >= 1
+        capacity = server.max_concurrent_requests
+        assert capacity is None or capacity >= 1
         assert server.models is None or all(server.models)
     for field in config.settings.__struct_fields__:
         value = getattr(config.settings, field)
