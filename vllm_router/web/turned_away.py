@@ -67,7 +67,7 @@ class TurnedAway:
         return round(self._saved_now.per_second, 3)
 
     @property
-    def lately(self) -> dict[str, int]:
+    def recent(self) -> dict[str, int]:
         """Refused within MINUTES, by reason; only reasons that occur."""
         return {reason: round(rate.rise) for reason, rate in self._reasons.items() if rate.rise}
 

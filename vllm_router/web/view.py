@@ -117,7 +117,7 @@ def fleet_view(
         chunks_per_s=total.chunks_per_s,
         tokens_per_s=round(sum(tokens), 1) if tokens else None,
         refused_per_s=turned_away.per_second,
-        refused=turned_away.lately,
+        refused=turned_away.recent,
         saved_per_s=turned_away.saved_per_second,
         saved=turned_away.saved,
         ttft=total.ttft(now),

@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 
 from unit.config.test_auth import read
+from unit.proxy.test_head_memo import KEY, KEYS
 from vllm_router.errors import Refused
 from vllm_router.routing.paths import classify
 from vllm_router.web.guard import MAX_QUERY_FIELDS, Guard
-
-KEY = "sk-client-1"
-KEYS = f"""
-[auth]
-[[auth.keys]]
-name = "c"
-key = "{KEY}"
-"""
 
 
 def scope_of(method: str, path: str, query: bytes, kind: str = "http") -> dict[str, Any]:

@@ -58,3 +58,29 @@ export function store(key, value) {
     // It holds until the page is left.
   }
 }
+
+/**
+ * Append a cell per column to a row, and return the cells by column.
+ *
+ * The cell of the column `header` names the row. `contents` are the nodes of each cell; the cell of a
+ * figure gets a node for its value. `set` gets the writers: of values by column, of labels as `…Label`.
+ */
+export function appendCells(root, columns, { header, prefix, contents, set }) {
+  const cells = {};
+  for (const { id, figure } of columns) {
+    const names = id === header;
+    const cell = make(names ? "th" : "td", {
+      class: `${prefix}-${id}${figure ? " figure" : ""}`,
+      role: names ? "rowheader" : "cell", scope: names ? "row" : null,
+    }, ...contents[id]);
+    set[`${id}Label`] = attributeOf(cell, "data-label");
+    if (figure) {
+      const value = make("span", { class: "value" });
+      cell.append(value);
+      set[id] = textOf(value);
+    }
+    cells[id] = cell;
+    root.append(cell);
+  }
+  return cells;
+}

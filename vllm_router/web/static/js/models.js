@@ -1,7 +1,7 @@
 // The models: how many of their servers are available, their load and speed. One row per model.
 
 import { fromAddress, toAddress } from "./address.js";
-import { attributeOf, byId, make, shownIf, textOf } from "./dom.js";
+import { appendCells, attributeOf, byId, make, shownIf, textOf } from "./dom.js";
 import { NONE, clock, count, latency, percent, rate } from "./format.js";
 import { t } from "./i18n.js";
 import { LoadBar } from "./load.js";
@@ -37,28 +37,15 @@ class Row {
     this.note = make("span", { class: "reason" });
     this.bar = new LoadBar();
     this.root = make("tr", { role: "row" });
-    this.cells = {
+    const contents = {
       model: [this.name, this.aliases], servers: [this.servers, this.note], load: this.bar.parts,
       requests: [], tokens: [], ttft50: [], ttft95: [], errors: [], refused: [], queued: [], budget: [],
     };
     this.set = {};
-    for (const column of COLUMNS) {
-      const header = column.id === "model";
-      const cell = make(header ? "th" : "td", {
-        class: `m-${column.id}${column.figure ? " figure" : ""}`,
-        role: header ? "rowheader" : "cell", scope: header ? "row" : null,
-      }, ...this.cells[column.id]);
-      this.set[`${column.id}Label`] = attributeOf(cell, "data-label");
-      if (column.figure) {
-        const value = make("span", { class: "value" });
-        cell.append(value);
-        this.set[column.id] = textOf(value);
-      }
-      if (column.id === "budget") this.set.budgetMood = attributeOf(cell, "data-mood");
-      if (column.id === "errors") this.set.errorsMood = attributeOf(cell, "data-mood");
-      this.root.append(cell);
-    }
+    const cells = appendCells(this.root, COLUMNS, { header: "model", prefix: "m", contents, set: this.set });
     Object.assign(this.set, {
+      budgetMood: attributeOf(cells.budget, "data-mood"),
+      errorsMood: attributeOf(cells.errors, "data-mood"),
       health: attributeOf(this.root, "data-health"),
       pressed: attributeOf(this.name, "aria-pressed"),
       title: attributeOf(this.name, "title"),

@@ -1,7 +1,7 @@
 // The servers. A row is made once per server and from then on only written to where it changes.
 
 import { fromAddress, toAddress } from "./address.js";
-import { attributeOf, byId, make, shownIf, store, stored, styleOf, textOf } from "./dom.js";
+import { appendCells, attributeOf, byId, make, shownIf, store, stored, styleOf, textOf } from "./dom.js";
 import { NONE, count, latency, moment, percent, rate, span } from "./format.js";
 import { t } from "./i18n.js";
 import { LoadBar } from "./load.js";
@@ -42,31 +42,16 @@ class Row {
     this.bar = new LoadBar();
     this.canvas = make("canvas", { class: "spark", "aria-hidden": "true" });
     this.button = make("button", { type: "button", class: "action" });
-    this.cells = {
+    const contents = {
       name: [this.name, this.url],
       state: [make("span", { class: "state-line" }, this.chip, this.since), this.reason],
       load: this.bar.parts,
       trend: [this.canvas], leases: [], requests: [], tokens: [], ttft: [], errors: [], kv: [],
       models: [], actions: [this.button],
     };
-    this.labels = [];
     this.root = make("tr", { role: "row" });
     this.set = {};
-    for (const column of COLUMNS) {
-      const header = column.id === "name";
-      const cell = make(header ? "th" : "td", {
-        class: `c-${column.id}${column.figure ? " figure" : ""}`,
-        role: header ? "rowheader" : "cell", scope: header ? "row" : null,
-      }, ...this.cells[column.id]);
-      this.set[`${column.id}Label`] = attributeOf(cell, "data-label");
-      if (column.figure) {
-        const value = make("span", { class: "value" });
-        cell.append(value);
-        this.set[column.id] = textOf(value);
-      }
-      this.cells[column.id] = cell;
-      this.root.append(cell);
-    }
+    this.cells = appendCells(this.root, COLUMNS, { header: "name", prefix: "c", contents, set: this.set });
     this.set.state = attributeOf(this.root, "data-state");
     this.set.old = attributeOf(this.root, "data-old");
     this.set.url = textOf(this.url);
