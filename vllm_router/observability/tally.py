@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
@@ -19,6 +19,19 @@ from vllm_router.observability.sliding import (
 from vllm_router.proxy.record import DONE, Record
 from vllm_router.proxy.retry import ANSWERED, RULES, Outcome
 from vllm_router.routing.server_estimate import PrefixStatistics
+
+
+class HasTokenRate(Protocol):
+    """A server's tally, or its view in the feed."""
+
+    @property
+    def tokens_per_s(self) -> float | None: ...
+
+
+def total_tokens_per_s(servers: Iterable[HasTokenRate]) -> float | None:
+    """Of several servers together; None if no engine exports the counter."""
+    rates = [rate for one in servers if (rate := one.tokens_per_s) is not None]
+    return round(sum(rates), 1) if rates else None
 
 
 class Sample(NamedTuple):

@@ -22,7 +22,7 @@ from vllm_router.observability.process import cpu_seconds
 from vllm_router.observability.router_state import CPU, LAG
 from vllm_router.observability.sliding import Percentiles, Rate
 from vllm_router.observability.stalls import LagWatch
-from vllm_router.observability.tally import Tallies, failed
+from vllm_router.observability.tally import Tallies, failed, total_tokens_per_s
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import ANSWERED, Outcome
 from vllm_router.web import events, history, schema, view
@@ -191,8 +191,6 @@ class Feed:
         """The values of `history.FIGURES`."""
         total, sums = self._tallies.total, view.sums_of(self._fleet)
         servers = self._fleet.servers.values()
-        rates = [self._tallies.of(server).tokens_per_s for server in servers]
-        tokens = [rate for rate in rates if rate is not None]
         router = self.router
         return (
             total.requests_per_s,
@@ -200,7 +198,7 @@ class Feed:
             self._turned_away.per_second,
             self._turned_away.saved_per_second,
             total.chunks_per_s,
-            round(sum(tokens), 1) if tokens else None,
+            total_tokens_per_s(map(self._tallies.of, servers)),
             sums.running,
             sums.waiting,
             sum(queue.waiting for queue in router.queues(now)) if router is not None else 0,

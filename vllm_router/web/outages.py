@@ -24,10 +24,13 @@ class Outages:
         self.rows = model_rows(fleet, now)
         if not fleet.probed:
             return
-        missing = {row.name: row for row in self.rows if row.name in without_server(self.rows)}
+        missing = frozenset(without_server(self.rows))
         self.since = {
-            name: self.since[name] if name in self.since else round(_began(row, now, wall), 3)
-            for name, row in missing.items()
+            row.name: self.since[row.name]
+            if row.name in self.since
+            else round(_began(row, now, wall), 3)
+            for row in self.rows
+            if row.name in missing
         }
 
 

@@ -16,7 +16,7 @@ from vllm_router.fleet.server import Server
 from vllm_router.observability.model_rows import AVAILABLE, ModelRow
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
-from vllm_router.observability.tally import Tallies, Tally
+from vllm_router.observability.tally import Tallies, Tally, total_tokens_per_s
 from vllm_router.web import schema
 from vllm_router.web.outages import Outages
 from vllm_router.web.reasons import code_of
@@ -101,7 +101,6 @@ def fleet_view(
     for one in servers:
         if not one.leaving:
             states[one.state] = states.get(one.state, 0) + 1
-    tokens = [one.tokens_per_s for one in servers if one.tokens_per_s is not None]
     return schema.FleetView(
         servers=len(fleet.servers),
         available=sum(states.get(one, 0) for one in AVAILABLE),
@@ -115,7 +114,7 @@ def fleet_view(
         requests_per_s=total.requests_per_s,
         errors_per_s=total.errors_per_s,
         chunks_per_s=total.chunks_per_s,
-        tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        tokens_per_s=total_tokens_per_s(servers),
         refused_per_s=turned_away.per_second,
         refused=turned_away.recent,
         saved_per_s=turned_away.saved_per_second,
@@ -149,7 +148,6 @@ def _model_view(
     names = (row.name, *row.names)
     own = tallies.of_models(names)
     budget = budgets.get(row.name)
-    tokens = [rate for one in row.listing if (rate := tallies.of(one).tokens_per_s) is not None]
     return schema.ModelView(
         name=row.name,
         names=row.names,
@@ -168,7 +166,7 @@ def _model_view(
         requests_per_s=round(sum(one.requests_per_s for one in own), 3),
         errors_per_s=round(sum(one.errors_per_s for one in own), 3),
         refused_per_s=round(sum(one.refused_per_s for one in own), 3),
-        tokens_per_s=round(sum(tokens), 1) if tokens else None,
+        tokens_per_s=total_tokens_per_s(map(tallies.of, row.listing)),
         budget_left=round(budget, 4) if budget is not None else None,
         ttft=Tally.ttft_of(own, now),
         duration=Tally.duration_of(own, now),
