@@ -22,7 +22,7 @@ LONGEST = 30.0
 """Maximum seconds between two questions to an idle server, unless its interval is longer anyway."""
 
 
-def matters(server: Server, now: float) -> bool:
+def matters(server: Server) -> bool:
     """Whether the figures and the health of the server must be fresh.
 
     Requests of others show in its gauges: requests that this router has not sent.
@@ -40,7 +40,7 @@ def matters(server: Server, now: float) -> bool:
     )
 
 
-def changed_lately(server: Server, now: float) -> bool:
+def changed_recently(server: Server, now: float) -> bool:
     """Whether the server has gone down or come back within SETTLES_IN."""
     return now - max(server.went_down_at, server.recovered_at) < SETTLES_IN
 
@@ -60,7 +60,7 @@ class ProbePace:
     def __init__(self) -> None:
         self._idle: Group = {}
         self._changed: Group = {}
-        """Idle servers as well, but ones that have gone down or come back lately."""
+        """Idle servers as well, but ones that have gone down or come back recently."""
         self._postponed: dict[Server, tuple[float, Callable[[], None]]] = {}
         self._rate = 1.0
         self._patience = 0.0
@@ -90,8 +90,8 @@ class ProbePace:
         self._rate = settings.idle_probes_per_second
         self._patience = usual = settings.metrics_interval
         self._postponed.pop(server, None)
-        matter = matters(server, now)
-        changed = not matter and changed_lately(server, now)
+        matter = matters(server)
+        changed = not matter and changed_recently(server, now)
         for group, belongs in ((self._idle, not matter and not changed), (self._changed, changed)):
             if belongs:
                 group[server] = wake

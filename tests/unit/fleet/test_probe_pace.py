@@ -13,7 +13,7 @@ from vllm_router.fleet.probe_pace import (
     LONGEST,
     SETTLES_IN,
     ProbePace,
-    changed_lately,
+    changed_recently,
     matters,
 )
 from vllm_router.fleet.server import Server
@@ -45,9 +45,9 @@ class Probed:
 def test_matters_idle_server_does_not():
     fleet = make_fleet(1)
     server = fleet.servers["a"]
-    assert matters(server, 1.0) is False  # up since the start
+    assert matters(server) is False  # up since the start
     server.scraped(gauges(0.0), LATER, 0)
-    assert not matters(server, LATER)
+    assert not matters(server)
 
 
 REASONS: dict[str, Callable[[Server], object]] = {
@@ -64,25 +64,25 @@ REASONS: dict[str, Callable[[Server], object]] = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_matters_reason_to_follow_the_server(reason):
     server = make_fleet(1).servers["a"]
-    assert not matters(server, LATER)
+    assert not matters(server)
     REASONS[reason](server)
-    assert matters(server, LATER)
+    assert matters(server)
 
 
 def test_matters_unprobed_server_does():
-    assert matters(make_fleet(1, up=False).servers["a"], LATER)
+    assert matters(make_fleet(1, up=False).servers["a"])
 
 
 @pytest.mark.parametrize("change", ["down", "back"])
-def test_changed_lately_ends_some_time_after_a_change(change):
+def test_changed_recently_ends_some_time_after_a_change(change):
     server = make_fleet(1).servers["a"]
     go_down(server, LATER)
     if change == "back":
         while not server.active_health.up:
             server.checked(Check.GOOD, 0.001, LATER)
-    assert changed_lately(server, LATER + SETTLES_IN - 1)
-    assert not changed_lately(server, LATER + SETTLES_IN)
-    assert not matters(server, LATER)
+    assert changed_recently(server, LATER + SETTLES_IN - 1)
+    assert not changed_recently(server, LATER + SETTLES_IN)
+    assert not matters(server)
 
 
 def test_pace_small_fleet_is_asked_as_usual():
