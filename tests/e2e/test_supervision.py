@@ -155,6 +155,7 @@ def test_sighup_before_start_completes_is_a_reload(tmp_path: Path):
     script = (
         "import signal\n"
         "from vllm_router.runtime.early_signals import came, hold\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored if the tests run under nohup
         "hold(); hold()\n"
         "signal.raise_signal(signal.SIGHUP)\n"
         "print(came(signal.SIGHUP), came(signal.SIGHUP), came(signal.SIGUSR1))\n"
