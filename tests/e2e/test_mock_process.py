@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from support.mock_process import MockProcess, mock_processes, restarted
-from vllm_router.lab.mock.cli import mock_command
+from vllm_router.cli.main import cli
 
 FAST = ("--model", "m", "--ttft", "0", "--token-delay", "0")
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
@@ -184,4 +184,4 @@ def test_mock_process_port_in_use_is_one_line_and_exit_code_2(mock):
     ],
 )
 def test_mock_process_wrong_arguments_are_refused(arguments):
-    assert CliRunner().invoke(mock_command, arguments).exit_code == 2
+    assert CliRunner().invoke(cli, ["mock", *arguments]).exit_code == 2

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from support.mock_process import mock_processes
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
-from vllm_router.cli.explain import _print_decisions, _print_explanation, explain
+from vllm_router.cli.explain import _print_decisions, _print_explanation
+from vllm_router.cli.main import cli
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
 
 
 def run(*arguments: str, stdin: str | None = None, code: int = 0) -> str:
-    result = CliRunner().invoke(explain, arguments, input=stdin)
+    result = CliRunner().invoke(cli, ["explain", *arguments], input=stdin)
     assert result.exit_code == code, result.output
     return result.output
 

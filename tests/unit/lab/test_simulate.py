@@ -6,18 +6,20 @@ import dataclasses
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import click
 import msgspec
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_router.cli.main import cli as router_cli
 from vllm_router.lab.simulate import cli
 from vllm_router.lab.simulate import grid as grid_module
-from vllm_router.lab.simulate.cli import LOADS, simulate_command
+from vllm_router.lab.simulate.cli import LOADS
 from vllm_router.lab.simulate.engine import Engine, Job
 from vllm_router.lab.simulate.grid import (
     ALL_POLICIES,
@@ -583,8 +585,12 @@ def test_replay_unreadable_line_is_named():
 # -- the command -------------------------------------------------------------------------------
 
 
+def run_command(arguments: Sequence[str]) -> Result:
+    return CliRunner().invoke(router_cli, ["simulate", *arguments], prog_name="vllm-router")
+
+
 def command(*arguments: str) -> str:
-    result = CliRunner().invoke(simulate_command, arguments)
+    result = run_command(arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -652,7 +658,7 @@ def test_simulate_command_quick_runs_all_loads_if_they_are_named():
     ],
 )
 def test_simulate_command_reports_errors(arguments: tuple[str, ...], problem: str):
-    result = CliRunner().invoke(simulate_command, [*SHORT, *arguments])
+    result = run_command([*SHORT, *arguments])
     assert result.exit_code == 2
     assert problem in result.output
 
@@ -661,7 +667,7 @@ def test_simulate_command_reports_errors(arguments: tuple[str, ...], problem: st
 def test_replay_log_shorter_than_warm_up_is_an_error(tmp_path, requests):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n / 1000, b"x" * 5000) for n in range(requests)))
-    result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
+    result = run_command([*SHORT, "--replay", str(log)])
     assert result.exit_code == 2
     assert "too short to be measured" in result.output
     assert "|" not in result.stdout
@@ -671,7 +677,7 @@ def test_replay_log_with_few_requests_after_warm_up_warns(tmp_path):
     log = tmp_path / "access.log"
     log.write_bytes(b"\n".join(log_line(n, b"x" * 5000) for n in range(6)))
     arguments = [*SHORT, "--replay", str(log), "--policy", "least_load"]
-    result = CliRunner().invoke(simulate_command, arguments)
+    result = run_command(arguments)
     assert result.exit_code == 0
     assert "only 4 of 6 requests come after the warm-up" in result.stderr
 
@@ -679,7 +685,7 @@ def test_replay_log_with_few_requests_after_warm_up_warns(tmp_path):
 def test_replay_log_without_prompts_is_an_error(tmp_path):
     log = tmp_path / "access.log"
     log.write_text('{"time": 1}\n')
-    result = CliRunner().invoke(simulate_command, [*SHORT, "--replay", str(log)])
+    result = run_command([*SHORT, "--replay", str(log)])
     assert result.exit_code == 2
     assert "no request with a prompt in it" in result.output
 
@@ -692,11 +698,11 @@ def test_simulate_without_arguments_runs_small_grid(monkeypatch):
         raise click.Abort
 
     monkeypatch.setattr("vllm_router.lab.simulate.cli.execute_all", execute_none)
-    CliRunner().invoke(simulate_command, [])
+    run_command([])
     assert {run.workload for run in ran} == {"chat", "multi-turn"}
     assert len(ran) < 50
     del ran[:]
-    CliRunner().invoke(simulate_command, ["--full"])
+    run_command(["--full"])
     assert {run.workload for run in ran} == set(WORKLOADS)
 
 
@@ -713,7 +719,7 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path, loads: tuple[str, ...]):
 
 def test_plots_missing_matplotlib_is_error_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr("vllm_router.lab.simulate.plots.available", lambda: False)
-    result = CliRunner().invoke(simulate_command, [*SHORT, "--plot", str(tmp_path)])
+    result = run_command([*SHORT, "--plot", str(tmp_path)])
     assert result.exit_code == 2
     assert f"{sys.executable} -m pip install matplotlib" in result.stderr
     assert result.stdout == ""
