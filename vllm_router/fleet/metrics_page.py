@@ -24,6 +24,12 @@ MAX_MARKS = 256
 """Samples that are looked up by position: twelve names for each of 20 engines. Pages with more are
 always read as a whole."""
 
+MAX_MARK_BYTES = 131_072
+"""Bytes of all names and labels that are looked up by position; vLLM 0.32 has 150 per sample."""
+
+MAX_KNOWN_PAGE = 2 << 20
+"""Bytes of a page whose samples are looked up by position: twenty engines have 1 MB."""
+
 STEP = 32_768
 """Bytes of a page that are parsed in one step: 0.1 ms."""
 
@@ -91,11 +97,19 @@ class MetricsPage:
     def _remember(self, page: bytes, keys: list[str], metrics: EngineMetrics) -> None:
         """Note where the samples are, unless reading them from there gives other figures."""
         self._metrics = metrics
-        if not 0 < len(keys) <= MAX_MARKS:
+        if not 0 < len(keys) <= MAX_MARKS or len(page) > MAX_KNOWN_PAGE:
             return
-        self._keys = [key.encode("latin-1") for key in keys]
-        self._places = [page.find(key) for key in self._keys]
-        cut = self._cut_out(page) if min(self._places) >= 0 else None
+        if sum(map(len, keys)) > MAX_MARK_BYTES:
+            return
+        self._keys, self._places = [key.encode("latin-1") for key in keys], []
+        place = 0
+        for key in self._keys:  # in the order of the page: one pass
+            place = page.find(key, place)
+            if place < 0:
+                return
+            self._places.append(place)
+            place += len(key)
+        cut = self._cut_out(page)
         if cut is None or _parsed(cut) != metrics:
             return
         self._cut, self._length, self._left = cut, len(page), WHOLE_EVERY - 1

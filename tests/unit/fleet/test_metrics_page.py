@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from vllm_router.errors import UnusablePage
 from vllm_router.fleet.engine_metrics import EngineMetrics, parse_engine_metrics
-from vllm_router.fleet.metrics_page import MAX_MARKS, SLACK, STEP, WHOLE_EVERY, MetricsPage
+from vllm_router.fleet.metrics_page import (
+    MAX_KNOWN_PAGE,
+    MAX_MARKS,
+    SLACK,
+    STEP,
+    WHOLE_EVERY,
+    MetricsPage,
+)
 
 CAPTURES = Path(__file__).parents[2] / "data" / "vllm"
 LOADED = (CAPTURES / "metrics-loaded.txt").read_bytes()
@@ -100,6 +107,20 @@ def test_metrics_page_too_many_samples_are_read_as_a_whole():
     pages = MetricsPage()
     assert read(pages, page).running == MAX_MARKS + 1
     assert read(pages, page.replace(b"} 1\n", b"} 2\n")).running == 2 * (MAX_MARKS + 1)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        b"# a page\n" + (b"vllm:cache_config_info{" + b"a" * 16_000 + b"} 1\n") * 20,
+        b"# a page\n" + b"vllm:num_requests_running 1\n" + b"# aaaa\n" * (MAX_KNOWN_PAGE // 7),
+    ],
+    ids=["long labels", "long page"],
+)
+def test_metrics_page_looking_up_costs_too_much_is_read_as_a_whole(page):
+    pages = MetricsPage()
+    steps = -(-len(page) // STEP) + 1
+    assert [len([*pages.read(page)]) for _ in range(2)] == [steps, steps]
 
 
 def test_metrics_page_unusable_page_leaves_no_trace():
