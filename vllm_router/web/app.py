@@ -45,6 +45,9 @@ SHOWN_DECISIONS = 100
 MAX_DIGITS = 9
 """Digits of `limit`: enough for all decisions."""
 
+ONLY_FAILED = {"0": False, "1": True, "false": False, "true": True}
+"""Values of `failed` for decisions."""
+
 
 class Wired(Router, Protocol):
     """A router with its recorders: the supervisor."""
@@ -208,17 +211,22 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/decisions")
     async def decisions() -> Response:
-        given = request.args.get("limit", str(SHOWN_DECISIONS))
-        if not (given.isascii() and given.isdigit()):
-            raise Refused(400, "bad_request", "limit: expected a number, 0 or more.", param="limit")
-        limit = int(given[:MAX_DIGITS])
+        limit, only_failed = _choice_of_decisions()
         rows = router.feed.decisions.newest(
-            limit,
-            wall_offset(),
-            request.args.get("server"),
-            only_failed=request.args.get("failed", "") in ("1", "true"),
+            limit, wall_offset(), request.args.get("server"), only_failed=only_failed
         )
         return answers.json({"decisions": rows})
+
+
+def _choice_of_decisions() -> tuple[int, bool]:
+    """The number of decisions, and whether only failed ones. Raises Refused."""
+    limit = request.args.get("limit", str(SHOWN_DECISIONS))
+    if not (limit.isascii() and limit.isdigit()):
+        raise Refused(400, "bad_request", "limit: expected a number, 0 or more.", param="limit")
+    only_failed = ONLY_FAILED.get(request.args.get("failed", "0"))
+    if only_failed is None:
+        raise Refused(400, "bad_request", "failed: expected 1 or 0.", param="failed")
+    return int(limit[:MAX_DIGITS]), only_failed
 
 
 # -- the dashboard ----------------------------------------------------------------------------

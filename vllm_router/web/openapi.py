@@ -201,7 +201,7 @@ _ONLY_FAILED = {
     "name": "failed",
     "in": "query",
     "description": "1: only requests that failed.",
-    "schema": {"type": "string", "enum": ["1", "true"]},
+    "schema": {"type": "string", "enum": ["0", "1", "false", "true"]},
 }
 _BODY = {
     "description": "The body of a request to an inference path.",

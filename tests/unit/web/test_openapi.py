@@ -90,6 +90,13 @@ async def test_openapi_decisions_parameter_is_a_number(limit: str):
     assert reply.error["param"] == "limit"
 
 
+@pytest.mark.parametrize("failed", ["", "2", "yes"])
+async def test_openapi_decisions_other_choice_is_refused(failed: str):
+    reply = await Lab().get(f"/decisions?failed={failed}")
+    assert reply.status == 400
+    assert reply.error["param"] == "failed"
+
+
 @pytest.mark.parametrize("action", ["drain", "undrain"])
 async def test_drain_by_get_is_405_naming_post(action: str):
     lab = Lab()
