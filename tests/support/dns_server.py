@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import dns.flags
 import dns.message
@@ -18,8 +19,10 @@ class DnsServer:
     """Answers with `records`, by name and type; others do not exist.
 
     rcode: answers all questions with this code instead. silent: answers nothing. truncate: answers
-    over UDP have no room, so clients must come by TCP. additional: sent beside every answer.
-    failing: names whose questions are answered with SERVFAIL.
+    over UDP have no room, so clients must come by TCP. trim: records that an answer over UDP has at
+    most, without a word about the others, as Consul's. no_tcp: connections are closed at once.
+    additional: sent beside every answer. failing: names whose questions are answered with SERVFAIL.
+    held: names whose questions are answered only when `together` of them wait.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,12 @@ class DnsServer:
         self.rcode: dns.rcode.Rcode | None = None
         self.silent = False
         self.truncate = False
+        self.trim: int | None = None
+        self.no_tcp = False
+        self.held: set[str] = set()
+        self.together = 0
+        self.most_held = 0
+        self._waiting: list[tuple[bytes, Any]] = []
         self.failing: set[str] = set()
         self.additional: dict[tuple[str, str], list[str]] = {}
         self.questions: list[str] = []
@@ -47,6 +56,8 @@ class DnsServer:
             response.set_rcode(dns.rcode.SERVFAIL)
         elif (name, kind) in self.records:
             texts = self.records[name, kind]
+            if not tcp:
+                texts = texts[: self.trim]
             if self.truncate and not tcp:
                 response.flags |= dns.flags.TC
             elif texts:
@@ -62,12 +73,26 @@ class DnsServer:
     async def _udp(self, sock: trio.socket.SocketType) -> None:
         while True:
             query, client = await sock.recvfrom(65535)
-            answer = self.reply(query, tcp=False)
-            if answer is not None:
-                await sock.sendto(answer, client)
+            for waiting, sender in self._due(query, client):
+                answer = self.reply(waiting, tcp=False)
+                if answer is not None:
+                    await sock.sendto(answer, sender)
+
+    def _due(self, query: bytes, client: Any) -> list[tuple[bytes, Any]]:
+        """The questions to answer now, with their senders."""
+        if dns.message.from_wire(query).question[0].name.to_text() not in self.held:
+            return [(query, client)]
+        self._waiting.append((query, client))
+        self.most_held = max(self.most_held, len(self._waiting))
+        if len(self._waiting) < self.together:
+            return []
+        due, self._waiting = self._waiting, []
+        return due
 
     async def _tcp(self, stream: trio.SocketStream) -> None:
         async with stream:
+            if self.no_tcp:
+                return
             data = b""
             while len(data) < 2 or len(data) < 2 + struct.unpack("!H", data[:2])[0]:
                 more = await stream.receive_some()

@@ -1,71 +1,84 @@
-"""Lookups through dnspython, which runs on Trio itself. Imported only with a source `dns`."""
+"""Lookups through dnspython, which runs on Trio itself. Imported only with a source `dns`.
+
+A lookup runs in a Trio of its own in a thread: dnspython reads a record in 0.1 ms, so an answer
+with a thousand records would hold up all requests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import dns.asyncresolver
 import dns.exception
-import dns.message
 import dns.nameserver
-import dns.rdatatype
 import dns.resolver
+import trio
 
 from vllm_router.config.discovery import DnsSource
+from vllm_router.discovery.dns_hosts import Addresses, with_addresses
 from vllm_router.discovery.dns_records import Answer, Lookup, Record
 from vllm_router.discovery.web_client import NoAnswer
 
 SERVER_TIMEOUT = 2.0
-"""Seconds for one nameserver; then the next one is asked."""
+"""Longest time in seconds for one nameserver; then the next one is asked."""
+
+_NOT_THERE = (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer)
+_FAILED = (dns.exception.DNSException, OSError)
 
 
 def lookup_of(config: DnsSource) -> Lookup:
     """A function that looks up the name of a source."""
+    known: Addresses = {}
 
     async def lookup() -> Answer:
-        try:
-            # Made anew each time: /etc/resolv.conf may have changed.
-            resolver = _resolver(config)
-            found = await resolver.resolve(config.domain, config.type, search=True)
-        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
-            return Answer((), 0.0)
-        except (dns.exception.DNSException, OSError) as error:
-            raise NoAnswer(_reason(error, config)) from None
-        records = [_record(one, config.type) for one in found.rrset or ()]
-        records = [one for one in records if one.host not in ("", ".")]
-        if config.type == "SRV" and config.nameservers and config.scheme != "https":
-            records = await _with_addresses(records, resolver, found.response, config)
-        ttl = float(found.chaining_result.minimum_ttl)
-        return Answer(records, ttl)
+        nonlocal known
+        answer, known = await trio.to_thread.run_sync(
+            trio.run, _look_up, config, known, abandon_on_cancel=True
+        )
+        return answer
 
     return lookup
 
 
-async def _with_addresses(
-    records: Sequence[Record],
-    resolver: dns.asyncresolver.Resolver,
-    response: dns.message.Message,
-    config: DnsSource,
-) -> list[Record]:
-    """Replace the hosts of SRV records by their addresses. Raises NoAnswer.
+async def _look_up(config: DnsSource, known: Addresses) -> tuple[Answer, Addresses]:
+    """The records, and the addresses of their hosts for the next lookup. Raises NoAnswer.
 
-    The resolver of the system does not know the zone of a nameserver that is configured for this
-    source, as Consul's. Consul sends the addresses with the records; others are asked for them.
-    A host has one address, the same each time, because it is one server. A host without any
-    address is left out. HTTPS needs the names, so they stay there.
+    `known` has the addresses of the last lookup.
     """
-    sent: dict[str, list[str]] = {}
-    for rrset in response.additional:
-        if rrset.rdtype in (dns.rdatatype.A, dns.rdatatype.AAAA):
-            sent.setdefault(_host_key(rrset.name), []).extend(one.address for one in rrset)
-    done = []
-    for record in records:
-        key = _host_key(record.host)
-        if key not in sent:
-            sent[key] = await _addresses(record.host, resolver, config)
-        if sent[key]:
-            done.append(record._replace(host=min(sent[key], key=_address_key)))
-    return done
+    try:
+        # Made anew each time: /etc/resolv.conf may have changed.
+        resolver = _resolver(config)
+        found = await _resolve(resolver, config)
+    except _NOT_THERE:
+        return Answer((), 0.0), known
+    except _FAILED as error:
+        raise NoAnswer(_reason(error, config)) from None
+    # Sorted, since dnspython shuffles them.
+    records = sorted(_record(one, config.type) for one in found.rrset or ())
+    records = [one for one in records if one.host not in ("", ".")]
+    problems: list[str] = []
+    if config.type == "SRV" and config.nameservers and config.scheme != "https":
+
+        async def ask(host: str) -> list[str]:
+            return await _addresses(host, resolver, config)
+
+        sent = found.response.additional
+        done = await with_addresses(records, ask, sent, known, config.timeout)
+        records, problems, known = done.records, done.problems, done.addresses
+    return Answer(records, float(found.chaining_result.minimum_ttl), problems), known
+
+
+async def _resolve(resolver: dns.asyncresolver.Resolver, config: DnsSource) -> dns.resolver.Answer:
+    """The records of the name. Raises what dnspython raises.
+
+    Asked over TCP: some nameservers leave out what does not fit into a datagram and do not set the
+    bit that says so, as Consul does by default. A nameserver must answer over TCP (RFC 7766,
+    section 5); where none does, they are asked over UDP.
+    """
+    try:
+        return await resolver.resolve(config.domain, config.type, search=True, tcp=True)
+    except _NOT_THERE:
+        raise
+    except _FAILED:
+        return await resolver.resolve(config.domain, config.type, search=True)
 
 
 async def _addresses(
@@ -75,21 +88,12 @@ async def _addresses(
     for kind in ("A", "AAAA"):
         try:
             found = await resolver.resolve(host, kind)
-        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+        except _NOT_THERE:
             continue
-        except (dns.exception.DNSException, OSError) as error:
+        except _FAILED as error:
             raise NoAnswer(f"{host.rstrip('.')}: {_reason(error, config)}") from None
         return [one.address for one in found.rrset or ()]
     return []
-
-
-def _host_key(name: object) -> str:
-    return str(name).lower().rstrip(".")
-
-
-def _address_key(address: str) -> tuple[bool, str]:
-    """IPv4 first."""
-    return ":" in address, address
 
 
 def _resolver(config: DnsSource) -> dns.asyncresolver.Resolver:
@@ -98,8 +102,9 @@ def _resolver(config: DnsSource) -> dns.asyncresolver.Resolver:
         resolver.nameservers = [
             dns.nameserver.Do53Nameserver(host, port) for host, port in config.nameservers
         ]
-    resolver.timeout = min(SERVER_TIMEOUT, config.timeout)
-    resolver.lifetime = config.timeout
+    # Each nameserver is asked over TCP and over UDP within the timeout.
+    resolver.lifetime = config.timeout / 2
+    resolver.timeout = min(SERVER_TIMEOUT, resolver.lifetime / max(len(resolver.nameservers), 1))
     return resolver
 
 

@@ -15,10 +15,15 @@ class Record(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The records of a name, none if it has none; the time to live is in seconds."""
+    """The records of a name, none if it has none.
+
+    ttl: the time to live in seconds.
+    problems: a line for each host that was left out, because its address is not known.
+    """
 
     records: Sequence[Record]
     ttl: float
+    problems: Sequence[str] = ()
 
 
 Lookup = Callable[[], Awaitable[Answer]]

@@ -41,7 +41,7 @@ class Names:
             except NoAnswer as error:
                 sink.failed(str(error))
             else:
-                sink.found(targets_of(answer.records, self._config.port))
+                sink.found(targets_of(answer.records, self._config.port), answer.problems)
                 if answer.records:
                     pause = max(MIN_PAUSE, answer.ttl)
             await again.wait(min(pause, self._config.interval))

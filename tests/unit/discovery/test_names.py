@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from support.dns_server import DnsServer, dns_server
 from support.source_notes import Notes
 from vllm_router.config.discovery import DnsSource
 from vllm_router.config.parser import parse
+from vllm_router.discovery import dns_lookup
+from vllm_router.discovery.dns_hosts import MOST_AT_ONCE
 from vllm_router.discovery.dns_lookup import lookup_of
 from vllm_router.discovery.dns_records import Answer, Record
 from vllm_router.discovery.names import Names, targets_of
@@ -151,7 +154,71 @@ async def test_lookup_srv_addresses_sent_with_the_records_are_used() -> None:
         server.additional["7F000001.addr.dc1.consul.", "A"] = ["127.0.0.1"]
         found = await lookup_of(config(server, **SERVICE))()
         assert found.records == [Record("127.0.0.1", 8000, 1)]
-        assert server.questions == [f"{SERVICE['domain']} SRV"]
+        assert server.questions == [f"{SERVICE['domain']} SRV tcp"]
+
+
+def many(server: DnsServer, count: int) -> list[str]:
+    """Give the service this many hosts with an address each; returns their names."""
+    names = [f"pod-{number}.test." for number in range(count)]
+    server.records[SERVICE["domain"], "SRV"] = [f"0 5 8000 {name}" for name in names]
+    for number, name in enumerate(names):
+        server.records[name, "A"] = [f"10.0.1.{number}"]
+    return names
+
+
+async def test_lookup_srv_hosts_are_asked_at_the_same_time_within_a_bound() -> None:
+    async with dns_server() as server:
+        server.held = set(many(server, 4 * MOST_AT_ONCE))
+        server.together = MOST_AT_ONCE
+        found = await lookup_of(config(server, **SERVICE))()
+        assert len(found.records) == 4 * MOST_AT_ONCE
+        assert server.most_held == MOST_AT_ONCE
+
+
+async def test_lookup_srv_hosts_have_one_timeout_together() -> None:
+    async with dns_server() as server:
+        names = many(server, 8 * MOST_AT_ONCE)
+        server.held = {*names}
+        server.together = len(names)
+        with pytest.raises(NoAnswer, match=r"pod-0\.test: no nameserver answered"):
+            await lookup_of(config(server, **SERVICE, timeout=0.5))()
+        assert server.most_held <= 4 * MOST_AT_ONCE
+
+
+async def test_lookup_srv_host_that_fails_keeps_its_last_address() -> None:
+    async with dns_server() as server:
+        names = many(server, 3)
+        lookup = lookup_of(config(server, **SERVICE))
+        before = await lookup()
+        server.failing = {names[1]}
+        assert await lookup() == before
+        server.failing = {*names}
+        assert await lookup() == before
+
+
+async def test_lookup_srv_host_without_known_address_is_named_and_left_out() -> None:
+    async with dns_server() as server:
+        names = many(server, 3)
+        server.failing = {names[1]}
+        del server.records[names[2], "A"]
+        found = await lookup_of(config(server, **SERVICE))()
+        assert found.records == [Record("10.0.1.0", 8000, 5)]
+        assert [line.partition(":")[0] for line in found.problems] == ["pod-1.test", "pod-2.test"]
+
+
+async def test_lookup_reads_records_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def record(one: object, kind: str) -> Record:
+        threads.append(threading.get_ident())
+        return Record(str(one))
+
+    monkeypatch.setattr(dns_lookup, "_record", record)
+    async with dns_server() as server:
+        server.records["vllm.test.", "A"] = ["10.0.0.1"]
+        assert (await lookup_of(config(server))()).records == [Record("10.0.0.1")]
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_lookup_srv_host_without_answer_is_a_failure() -> None:
@@ -201,6 +268,23 @@ async def test_lookup_truncated_answer_is_fetched_by_tcp() -> None:
         answer = await lookup_of(config(server))()
         assert len(answer.records) == 300
         assert server.questions[-1].endswith("tcp")
+
+
+async def test_lookup_gets_records_that_a_nameserver_leaves_out_over_udp() -> None:
+    async with dns_server() as server:
+        server.trim = 3
+        server.records["vllm.test.", "A"] = [f"10.0.0.{n + 1}" for n in range(9)]
+        answer = await lookup_of(config(server))()
+        assert len(answer.records) == 9
+
+
+async def test_lookup_without_tcp_is_made_over_udp() -> None:
+    async with dns_server() as server:
+        server.no_tcp = True
+        server.records["vllm.test.", "A"] = ["10.0.0.1"]
+        answer = await lookup_of(config(server))()
+        assert answer.records == [Record("10.0.0.1")]
+        assert server.questions == ["vllm.test. A"]
 
 
 async def test_source_follows_a_name_by_its_nameserver() -> None:
