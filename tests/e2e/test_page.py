@@ -35,9 +35,13 @@ def mocks() -> Iterator[list[MockProcess]]:
 def router(
     tmp_path_factory: pytest.TempPathFactory, mocks: list[MockProcess]
 ) -> Iterator[RouterProcess]:
-    """A shared router; tests do not change it."""
+    """A shared router; tests do not change it. Its source names the servers of the file again."""
+    directory = tmp_path_factory.mktemp("router")
+    groups = [{"targets": [name(mock) for mock in mocks]}]
+    (directory / "targets.json").write_text(json.dumps(groups))
     config = servers_toml([mock.url for mock in mocks], 4)
-    with router_process(config, tmp_path_factory.mktemp("router")) as started:
+    config += '[discovery]\nfile = { path = "targets.json", id = "inventory" }\n'
+    with router_process(config, directory) as started:
         yield started
 
 
@@ -140,6 +144,21 @@ _NOTE_LEASES = """(() => {
         observer.observe(cell, {characterData: true, subtree: true});
     }
 })()"""
+
+
+async def test_page_shows_sources(browser: str, router: RouterProcess):
+    async with new_page(browser) as page:
+        await page.open(router.url + "/")
+        source = "document.querySelector('#sources-table tbody tr')"
+        await page.wait(f"{source}?.dataset.health === 'good'")
+        shown = await page.text("#sources-table tbody")
+        for text in ("inventory", "targets.json", "file", "answers", "2 up"):
+            assert text in shown
+        assert await page.evaluate(f"{source}.checkVisibility()")
+        await page.choose("#language", "zh")
+        await page.wait(f"{source}.innerText.includes('2 个可用')")
+        assert "服务器来源" in await page.text("main")
+        assert page.problems() == []
 
 
 async def test_page_model_name_is_text_and_never_markup(

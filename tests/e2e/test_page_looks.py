@@ -88,6 +88,42 @@ async def test_page_languages_are_complete(browser: str, demo: Running):
         assert set(used) <= english.keys()
 
 
+async def test_page_sources_tell_what_is_wrong_and_are_hidden_if_there_are_none(
+    browser: str, demo: Running
+):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        assert not await page.evaluate("document.querySelector('#sources').checkVisibility()")
+        shown = await page.evaluate(_SOURCES)
+        assert [row[0] for row in shown] == ["good", "waiting", "bad", "doubt", "part", "bad"]
+        assert [row[1] for row in shown] == [
+            *("answers\n3 up · 1 draining\n7 s\n", "not read yet\n–\n–\n"),
+            *("fails\n3 up\n2 min\nno answer", "doubtful\n1 not ready\n7 s\nit names 1 server"),
+            *("some left out\n3 up\n7 s\na: bad\nb: bad", "fails\n0\n7 s\n<b>x</b>"),
+        ]
+        assert page.problems() == []
+
+
+_SOURCES = """import("/static/js/sources.js").then(({Sources}) => {
+    const good = {kind: "dns", place: "vllm. A", targets: {up: 3}, age: 7, problem: null, doubt: "",
+                  skipped: []};
+    const shown = new Sources();
+    shown.show([
+        {...good, targets: {up: 3, drain: 1, wait: 0}},
+        {...good, age: null, targets: {}},
+        {...good, age: 130, problem: "no answer"},
+        {...good, targets: {wait: 1}, doubt: "it names 1 server"},
+        {...good, skipped: ["a: bad", "b: bad"]},
+        {...good, targets: {}, problem: "<b>x</b>"},
+    ].map((source, number) => ({...source, name: `source-${number}`})));
+    return [...document.querySelectorAll("#sources-table tbody tr")].map(row => [
+        row.dataset.health,
+        [".s-state", ".s-targets", ".s-age", ".s-note"]
+            .map(cell => row.querySelector(cell).innerText).join("\\n"),
+    ]);
+})"""
+
+
 def _placeholders(text: str) -> set[str]:
     return {part.split("}")[0] for part in text.split("{")[1:]}
 

@@ -15,6 +15,7 @@ import { KeyDialog, signIn } from "./key.js";
 import { Models } from "./models.js";
 import { outageText } from "./outage.js";
 import { Panel } from "./panel.js";
+import { Sources } from "./sources.js";
 import { Table } from "./table.js";
 import { Tiles } from "./tiles.js";
 
@@ -55,6 +56,7 @@ const models = new Models((name) => {
   table.selectModel(model ? [model.name, ...model.names] : null);
 });
 chosenModel.addEventListener("click", () => models.choose(models.chosen));
+const sources = new Sources();
 
 // -- views --------------------------------------------------------------------------------------
 
@@ -219,6 +221,7 @@ function draw() {
   if (snapshot === null) return;
   tiles.show(snapshot);
   models.show(snapshot.models ?? []);
+  sources.show(snapshot.router.sources ?? []);
   table.show(snapshot);
   panel.show(snapshot.servers, history, snapshot.time);
   explain.models((snapshot.models ?? []).flatMap(({ name, aliases }) => [name, ...aliases]));
@@ -283,7 +286,7 @@ function taken(now) {
 
 byId("language").addEventListener("change", (event) => {
   use(event.target.value, true);
-  for (const part of [tiles, charts, events, models, table, panel, decisions, explain]) part.words();
+  for (const part of [tiles, charts, events, models, sources, table, panel, decisions, explain]) part.words();
   toAddress("language", languageKey());
   banners = "";
   showLink();
