@@ -35,9 +35,6 @@ TESTS = (
 ANY = "any"
 """Stands in equivalents.toml for all changes of a line."""
 
-FACTOR = 5
-"""A mutant that survives its tests is tried with more, up to so many times as many."""
-
 NEAR_TURNS = 10
 
 SECONDS = 60.0
@@ -63,7 +60,9 @@ def options(arguments: list[str]) -> Options:
     parser.add_argument("--count", type=int, default=15, help="mutants of a module, 0 for all")
     parser.add_argument("--seed", type=int, default=20261129)
     parser.add_argument("--only", default="", metavar="FILE:LINE", help="mutants of one line")
-    parser.add_argument("--tests", type=int, default=120, help="tests for one mutant, at first")
+    parser.add_argument(
+        "--tests", type=int, default=120, help="tests tried first; all others follow"
+    )
     parser.add_argument(
         "--within", action="append", metavar="PATH", help="use the tests of this folder or file"
     )
@@ -136,9 +135,9 @@ class Run:
             lines = self._lines(mutant, module, mapped)
             most = self._options.tests
             ordered = choose(mapped, items, lines, module)
-            for tests in (ordered[:most], ordered[most : FACTOR * most]):
+            for tests in (ordered[:most], ordered[most:]):
                 result, killer = self._try(mutant, originals, name, tests, mapped)
-                if result != "survived" or len(ordered) <= most or self._options.within != TESTS:
+                if result != "survived" or len(ordered) <= most:
                     break
             counts[result] += 1
             if result == "survived":

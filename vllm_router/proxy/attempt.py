@@ -551,6 +551,7 @@ class Attempt:
         """Put the error into a stream that breaks off; the connection is cut afterwards."""
         rule, record, downstream = RULES[outcome], self._attempts.record, self._downstream
         record.code = rule.code
+        assert self.response is not None  # the client has a part of it
         if not downstream.blocked and may_add_event(self.response):
             await downstream.write(error_event(record.path, rule.code, rule.message))
 

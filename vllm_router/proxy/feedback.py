@@ -36,11 +36,7 @@ def report_attempt(
     trace = attempts.record.trace
     if trace is not None:
         trace.attempt_ended(outcome, now)
-    failed = (
-        outcome is not ANSWERED and outcome is not None and RULES[outcome].counts_against_server
-    )
-    if failed and outcome in WAITED_IN_VAIN:
-        failed = not lease.server.output_since(lease.taken_at)
+    failed = outcome is not ANSWERED and outcome is not None and _counts(outcome, lease)
     uncomputed = outcome is not None and not lease.committed
     policy.ended(lease, now, failed=failed, refused=uncomputed)
     if result is None:
@@ -57,6 +53,13 @@ def report_attempt(
         if result is not None and result.complete and attempts.record.status == 200:
             gate.served(attempts.request.facts.model, now - lease.taken_at)
         gate.freed(lease.server)
+
+
+def _counts(outcome: Outcome, lease: Lease) -> bool:
+    """Whether the outcome is a failure of the server, rather than of this one request."""
+    if outcome in WAITED_IN_VAIN:
+        return not lease.server.output_since(lease.taken_at)
+    return RULES[outcome].counts_against_server
 
 
 def _report_failure(
@@ -82,8 +85,7 @@ def _report_failure(
         if server.paused_at is None:
             fleet.request_starved(server, context.now(), lease.taken_at)
     elif outcome is Outcome.TOTAL_TIMEOUT:
-        if not lease.committed:
-            _report_wait(context, attempts, lease, context.now())
+        _report_wait(context, attempts, lease, context.now())
     elif RULES[outcome].counts_against_server:
         now = context.now()
         odd = outcome is Outcome.PROTOCOL_ERROR
@@ -111,7 +113,7 @@ def _report_answer(
     succeeded = record.status < 400
     if succeeded and not rejected:
         fleet.record_success(server, now - lease.taken_at)
-        if record.stream and record.first_byte_at > lease.taken_at:
+        if record.stream:
             server.load_estimate.record_first_token(record.first_byte_at - lease.taken_at)
         for doubted in attempts.doubted:
             # This server has given tokens where those gave none.

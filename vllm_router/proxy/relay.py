@@ -11,16 +11,15 @@ from vllm_router.proxy.downstream import Downstream
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import Outcome
 from vllm_router.proxy.server_response import ServerResponse
-from vllm_router.proxy.tail import PlainTail, StreamTail
+from vllm_router.proxy.tail import StreamTail
 
 _ENDINGS = {
     Verdict.CUT: Outcome.ENGINE_ABORT,
     Verdict.UNCLEAR: Outcome.UNCLEAR_ERROR,
     Verdict.FAILED: Outcome.TRUNCATED,
     Verdict.BUSY: Outcome.TRUNCATED,
-    Verdict.UNFINISHED: Outcome.TRUNCATED,
 }
-"""The outcomes of ends that are no proper end of a response that the client has in part."""
+"""The outcomes of responses that the client has in part and that end with a failure."""
 
 
 async def relay(response: ServerResponse, downstream: Downstream, record: Record) -> None:
@@ -87,25 +86,21 @@ def read_ending(response: ServerResponse, outcome: Outcome) -> tuple[Ending, Out
     A complete one goes to the client as it is, with the error that it may end with. One without
     its end is incomplete: the client's connection must be cut.
     """
-    tail, complete = response.tail, True
+    tail = response.tail
     assert tail is not None
     ending = tail.read(response.api)
-    if ending.verdict is Verdict.UNFINISHED:
-        plain = isinstance(tail, PlainTail)
-        complete = not plain and response.verdict is UNJUDGED
-    if ending.verdict is not Verdict.REJECTED and (
-        not complete or ending.verdict is not Verdict.UNFINISHED
-    ):
-        outcome = _ENDINGS.get(ending.verdict, outcome)
-    return ending, outcome, complete
+    if ending.verdict is not Verdict.UNFINISHED:
+        return ending, _ENDINGS.get(ending.verdict, outcome), True
+    if isinstance(tail, StreamTail) and response.verdict is UNJUDGED:
+        # Its beginning could not be judged: its end need not be one that the router knows.
+        return ending, outcome, True
+    return ending, Outcome.TRUNCATED, False
 
 
-def may_add_event(response: ServerResponse | None) -> bool:
+def may_add_event(response: ServerResponse) -> bool:
     """Whether an error event can follow what was relayed: after whole events only.
 
     After half an event a blank line would complete it.
     """
-    if response is None:
-        return False
     tail = response.tail
     return isinstance(tail, StreamTail) and at_boundary(tail.bytes)

@@ -7,8 +7,12 @@ import trio
 
 from support.proxy_harness import lab
 from support.scripted_server import DONE, END, Talk, chunk, event, sse_head
+from vllm_router.proxy.retry import Outcome
 
 EVENTS = [event(text) for text in "abcde"] + [event("", "stop"), DONE]
+UNKNOWN = b'data: {"odd":1}\n\n'
+REJECTED = b'data: {"error":{"message":"too long","code":400}}\n\n'
+FAILED = b'data: {"error":{"message":"dead","code":500}}\n\n'
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -71,3 +75,37 @@ async def test_relay_end_without_a_piece_is_a_sign_of_the_server(autojump_clock,
     async with lab(ends_late, watched=watched) as rig:
         assert (await rig.stream()).whole
         assert rig.server("a").last_byte_at == 5.0
+
+
+@pytest.mark.parametrize(
+    ("events", "outcome", "whole"),
+    [
+        ([UNKNOWN, b"data: half an ev"], Outcome.ANSWERED, True),
+        ([EVENTS[0], b"data: half an ev"], Outcome.TRUNCATED, False),
+        ([UNKNOWN, REJECTED], Outcome.ANSWERED, True),
+        ([EVENTS[0], REJECTED], Outcome.ANSWERED, True),
+        ([EVENTS[0], FAILED], Outcome.TRUNCATED, True),
+        ([UNKNOWN, FAILED], Outcome.TRUNCATED, True),
+    ],
+    ids=[
+        "unknown, cut",
+        "known, cut",
+        "unknown, rejected",
+        "known, rejected",
+        "known, failed",
+        "unknown, failed",
+    ],
+)
+async def test_relay_end_decides_what_a_stream_was(autojump_clock, events, outcome, whole):
+    async def ends(talk: Talk) -> None:
+        await talk.request()
+        await talk.send(sse_head())
+        for piece in events:
+            await talk.send(chunk(piece))
+            await trio.sleep(1)
+        await talk.send(END)
+
+    async with lab(ends) as rig:
+        got = await rig.stream()
+        assert (rig.recorder.outcomes, got.whole) == ([outcome], whole)
+        assert got.body.startswith(b"".join(events))

@@ -19,6 +19,7 @@ from support.scripted_server import (
     answer,
     answering,
     chunk,
+    ok,
     once,
     silent,
     sse_head,
@@ -190,6 +191,20 @@ async def test_retry_unreachable_servers_use_up_no_retries(autojump_clock, max_r
         got = await rig.post()
         assert got.status == status
         assert (got[b"x-vllm-router-server"] == b"d") is (status == 200)
+
+
+async def test_retry_unreachable_server_leaves_the_number_of_retries_as_it_is(autojump_clock):
+    empty = answering(ok(b""))
+    async with lab(answering(GOOD), empty, empty, answering(GOOD), max_retries=1) as rig:
+        rig.scripted["a"].refuses = True
+        for place, server in enumerate(rig.servers):
+            server.scraped(gauges(place), trio.current_time(), leases=0)
+        assert (await rig.post()).status == 502
+        assert rig.recorder.attempts == [
+            ("a", Outcome.CONNECT_FAILED),
+            ("b", Outcome.EMPTY),
+            ("c", Outcome.EMPTY),
+        ]
 
 
 async def test_retry_without_retries_left_does_not_wait_for_evidence(autojump_clock):

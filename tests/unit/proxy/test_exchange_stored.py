@@ -126,6 +126,20 @@ async def test_stored_response_requests_go_to_its_server(autojump_clock, stream,
         assert (keepers[0].asked, keepers[2].asked) == ([], [])
 
 
+async def test_stored_response_is_read_on_a_kept_connection_and_cancelled_on_a_new_one(
+    autojump_clock,
+):
+    """A cancellation may not be sent twice, so no kept connection is used that may be closed."""
+    async with lab(Keeper()) as rig:
+        path = f"{RESPONSES}/{await create(rig, 'a')}"
+        talks = rig.scripted["a"].talks
+        before = len(talks)
+        assert (await call(rig, "GET", path)).status == 200
+        assert len(talks) == before
+        assert (await call(rig, "POST", f"{path}/cancel")).status == 200
+        assert len(talks) == before + 1
+
+
 async def test_stored_response_query_reaches_server(autojump_clock):
     keeper = Keeper()
     async with lab(keeper) as rig:

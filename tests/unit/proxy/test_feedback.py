@@ -1,0 +1,231 @@
+"""What the end of an attempt shows of its server: its health, the evidence, the policy's view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from support.fleet_makers import gauges
+from support.proxy_harness import Rig, lab
+from support.scripted_server import (
+    DONE,
+    END,
+    Script,
+    Talk,
+    answer,
+    answering,
+    chunk,
+    event,
+    ok,
+    once,
+    silent,
+    sse_head,
+    streaming,
+)
+from vllm_router.fleet.silence import LEFT_AFTER
+from vllm_router.proxy.retry import Outcome
+
+GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
+NO_TOKENS = streaming(event("", "stop"), DONE)
+UNCLEAR = streaming(b'data: {"error":{"message":"odd"}}\n\n', DONE)
+TOKENS = streaming(event("a"), event("", "stop"), DONE)
+
+
+def failures(rig: Rig, name: str = "a") -> int:
+    return rig.server(name).passive_health.failures_in_row
+
+
+def fail_once(rig: Rig, name: str = "a") -> None:
+    """One failure before: an answer would end the row."""
+    rig.server(name).failed(trio.current_time(), trial=False, jitter=1.0)
+
+
+def is_free(rig: Rig, name: str = "a") -> bool:
+    return rig.context.failures.is_free(rig.server(name), trio.current_time())
+
+
+# -- the row of failures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scripts", "outcomes", "row"),
+    [
+        ([answering(GOOD)], [Outcome.ANSWERED], 0),
+        ([TOKENS], [Outcome.ANSWERED], 0),
+        ([answering(answer(422, b"{}"))], [Outcome.ANSWERED], 0),
+        ([NO_TOKENS], [Outcome.NO_TOKENS], 0),
+        ([NO_TOKENS, TOKENS], [Outcome.NO_TOKENS, Outcome.ANSWERED], 2),
+        ([UNCLEAR], [Outcome.UNCLEAR_ERROR], 1),
+        ([UNCLEAR, TOKENS], [Outcome.UNCLEAR_ERROR, Outcome.ANSWERED], 2),
+        ([answering(answer(429, b"{}"))], [Outcome.FULL], 1),
+    ],
+    ids=[
+        "answer",
+        "stream",
+        "client error",
+        "no tokens anywhere",
+        "no tokens here",
+        "unclear error anywhere",
+        "unclear error here",
+        "full",
+    ],
+)
+async def test_feedback_answer_ends_row_of_failures(
+    autojump_clock, scripts: Sequence[Script], outcomes, row
+):
+    async with lab(*scripts) as rig:
+        rig.prefer("a")
+        fail_once(rig)
+        await rig.stream()
+        assert rig.recorder.outcomes == outcomes
+        assert failures(rig) == row
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "free"),
+    [
+        (answering(answer(429, b"{}")), Outcome.FULL, True),
+        (answering(answer(404, b'{"detail":"Not Found"}')), Outcome.REFUSED, True),
+        (NO_TOKENS, Outcome.NO_TOKENS, True),
+        (answering(answer(500, b"{}")), Outcome.SERVER_ERROR, False),
+        (once(), Outcome.CONNECTION_LOST, False),
+    ],
+)
+async def test_feedback_only_failures_are_evidence_against_server(
+    autojump_clock, script, outcome, free
+):
+    async with lab(script, answering(GOOD)) as rig:
+        rig.prefer("a")
+        await rig.stream()
+        assert rig.recorder.attempts[0] == ("a", outcome)
+        assert is_free(rig) is free
+
+
+async def test_feedback_same_request_failing_twice_is_no_evidence_for_it(autojump_clock):
+    """An empty answer may be the request's fault, so it does not explain later failures of it."""
+
+    def first(talk: Talk) -> bytes:
+        rounds = len(talk.server.requests)
+        return ok(b"") if rounds == 1 else answer(500, b"{}")
+
+    async def empty_then_error(talk: Talk) -> None:
+        while True:
+            await talk.request()
+            await talk.send(first(talk))
+
+    async with lab(*[empty_then_error] * 3, failure_threshold=1000) as rig:
+        rig.prefer("a")
+        await rig.post()
+        assert rig.recorder.outcomes == [Outcome.EMPTY] * 3
+        await trio.sleep(1.5)  # no server fails in the same second
+        await rig.post()
+        assert rig.recorder.outcomes[3:] == [Outcome.SERVER_ERROR] * 2
+        await rig.post({"model": "m", "user": "other"})
+        assert rig.recorder.outcomes[5:] == [Outcome.SERVER_ERROR] * 3
+
+
+# -- the policy ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "failed"),
+    [(once(), True), (answering(answer(500, b"{}")), True), (silent, False)],
+    ids=["lost", "error", "silent"],
+)
+async def test_feedback_output_for_others_excuses_only_a_timeout(
+    autojump_clock, monkeypatch, script: Script, failed
+):
+    async def serve(talk: Talk) -> None:
+        request = await talk.request()
+        if b"fails" not in request.body:
+            await talk.send(GOOD)
+            return
+        await trio.sleep(3)
+        talk.server.requests.pop()
+        talk._buffer = request.head + request.body
+        await script(talk)
+
+    async with lab(serve, first_byte_timeout=9, max_retries=0) as rig:
+        ends: dict[bool, bool] = {}
+
+        def ended(_policy, lease, _now, *, failed, refused):
+            ends[lease.committed] = failed
+
+        monkeypatch.setattr(type(rig.context.policies.default), "ended", ended)
+        client = rig.start({"model": "m", "user": "fails"})
+        await trio.sleep(1)
+        assert (await rig.post()).status == 200
+        await trio.sleep(10)
+        assert client.done
+        assert ends == {True: False, False: failed}
+
+
+# -- times --------------------------------------------------------------------------------------
+
+
+async def slow(talk: Talk) -> None:
+    """The first token after two seconds, the rest two seconds later."""
+    while True:
+        request = await talk.request()
+        await trio.sleep(2)
+        if b'"stream"' not in request.body:
+            await talk.send(GOOD)
+            continue
+        await talk.send(sse_head(), chunk(event("a")))
+        await trio.sleep(2)
+        await talk.send(chunk(event("", "stop")), chunk(DONE), END)
+
+
+async def test_feedback_first_token_time_is_learnt_from_streams(autojump_clock):
+    async with lab(slow) as rig:
+        load = rig.server("a").load_estimate
+        await rig.post()
+        assert (load.response_seconds, load.first_token_seconds) == (2.0, 0.0)
+        await rig.stream()
+        assert load.first_token_seconds == 2.0
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["no byte", "a token"])
+@pytest.mark.parametrize("how", ["total timeout", "client leaves"])
+async def test_feedback_long_wait_without_a_byte_is_evidence_of_silence(autojump_clock, begun, how):
+    async def hang(talk: Talk) -> None:
+        await talk.request()
+        if begun:
+            await talk.send(sse_head(), chunk(event("a")))
+        await talk.gone()
+
+    wait = LEFT_AFTER + 1
+    timeout = wait if how == "total timeout" else 10 * wait
+    async with lab(hang, total_timeout=timeout, first_byte_timeout=1000, idle_timeout=1000) as rig:
+        client = rig.start_stream()
+        await trio.sleep(wait)
+        if how == "client leaves":
+            client.leave()
+        await trio.sleep(0.1)
+        await wait_all_tasks_blocked()
+        assert client.done
+        assert (rig.server("a").silence.since is not None) is not begun
+
+
+# -- quarantine and retries ---------------------------------------------------------------------
+
+
+async def test_feedback_error_after_one_death_causes_no_quarantine(autojump_clock):
+    """An error event kills no server: the request has taken one server down, not two."""
+    failing = streaming(b'data: {"error":{"message":"x","code":500}}\n\n')
+    async with lab(once(), failing, failure_threshold=1000) as rig:
+        for number in (1, 2):
+            rig.server("a").scraped(gauges(0), trio.current_time(), leases=0)
+            assert (await rig.stream()).status == 502
+            assert rig.requests() == {"a": number, "b": number}
+        assert set(rig.recorder.outcomes) == {Outcome.CONNECTION_LOST, Outcome.ERROR_EVENT}
+
+
+async def test_feedback_two_broken_servers_without_a_third_are_reported_at_once(autojump_clock):
+    async with lab(once(), once()) as rig:
+        got = await rig.stream()
+        assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST] * 2
+        assert (got.status, got.took) == (502, 0.0)
