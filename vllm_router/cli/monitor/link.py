@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 import trio
@@ -28,6 +28,14 @@ GOING_AWAY = 1001
 MAX_MESSAGE = 64 * 1024 * 1024
 """Bytes; the history of a thousand servers takes some megabytes."""
 
+_Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+_NO_CONNECTION = (
+    trio_websocket.HandshakeError,
+    trio_websocket.ConnectionClosed,
+    trio.BrokenResourceError,
+    trio.TooSlowError,
+    OSError,
+)
 Message = Hello | Snapshot | Event
 _decode = msgspec.json.Decoder(Message).decode
 
@@ -53,68 +61,61 @@ class Feed:
         self._silence = SILENCE
 
     async def once(self, take: Callable[[Message], None]) -> None:
-        """Read one connection until it ends, which always raises NoFeed."""
-        path = find_socket(self.url)
-        if path is not None:
-            await self._once_by_socket(path, take)
-            return
-        context = None
-        if self._address.startswith("wss:"):
-            try:
-                context = client_context(self._address, self.ca)
-            except NoRouter as error:
-                raise NoFeed(str(error)) from None
-        try:
-            with trio.fail_after(CONNECT_TIMEOUT) as patience:
-                async with trio_websocket.open_websocket_url(
-                    self._address,
-                    ssl_context=context,
-                    extra_headers=self._headers,
-                    max_message_size=MAX_MESSAGE,
-                    connect_timeout=CONNECT_TIMEOUT,
-                    disconnect_timeout=1.0,
-                ) as connection:
-                    patience.deadline = float("inf")
-                    await self._read(connection, take)
-        except (trio_websocket.HandshakeError, OSError, trio.TooSlowError, ssl.SSLError) as error:
-            raise NoFeed(_words(error)) from None
-        except ValueError as error:  # not a URL
-            raise NoFeed(f"{self.url}: {error}") from None
+        """Read one connection until it ends, which always raises NoFeed.
 
-    async def _once_by_socket(self, path: str, take: Callable[[Message], None]) -> None:
-        """The same through the Unix socket of a router on this machine."""
-        parts = urlsplit(self._address)
+        A router on this machine is reached through its Unix socket.
+        """
         failure: NoFeed | None = None
         try:
-            with short_path(path) as short:
-                stream = await trio.open_unix_socket(short)
-            # SocketStream works for Unix sockets, too.
-            like_tcp: trio.SocketStream = stream
-            async with trio.open_nursery() as nursery, like_tcp:
-                with trio.fail_after(CONNECT_TIMEOUT):
+            parts = urlsplit(self._address)
+            with trio.fail_after(CONNECT_TIMEOUT) as patience:
+                stream = await self._connect(parts)
+                async with trio.open_nursery() as nursery, stream:
                     connection = await trio_websocket.wrap_client_stream(
                         nursery,
-                        like_tcp,
+                        stream,
                         parts.netloc,
                         parts.path,
                         extra_headers=self._headers,
                         max_message_size=MAX_MESSAGE,
                     )
-                try:
-                    await self._read(connection, take)
-                except NoFeed as error:
-                    failure = error  # raised outside of the nursery, which would wrap it
-                nursery.cancel_scope.cancel(reason="no feed any more")
-        except* (
-            trio_websocket.HandshakeError,
-            trio_websocket.ConnectionClosed,
-            trio.BrokenResourceError,
-            OSError,
-            trio.TooSlowError,
-        ) as group:
-            failure = NoFeed(_words(group))
+                    patience.deadline = float("inf")
+                    try:
+                        await self._read(connection, take)
+                    except NoFeed as error:
+                        failure = error  # raised outside of the nursery, which would wrap it
+                    nursery.cancel_scope.cancel(reason="no feed any more")
+        except* _NO_CONNECTION as group:
+            failure = failure or NoFeed(_words(group))
+        except* ValueError as group:  # not a URL
+            failure = NoFeed(f"{self.url}: {_innermost(group)}")
         if failure is not None:
             raise failure
+
+    async def _connect(self, parts: SplitResult) -> _Stream:
+        """Raises NoFeed for a CA file that cannot be read, OSError, ValueError."""
+        path = find_socket(self.url)
+        if path is not None:
+            with short_path(path) as short:
+                # SocketStream works for Unix sockets, too.
+                like_tcp: trio.SocketStream = await trio.open_unix_socket(short)
+            return like_tcp
+        host, port = parts.hostname or "", parts.port
+        if parts.scheme != "wss":
+            return await trio.open_tcp_stream(host, port or 80)
+        try:
+            context = client_context(self._address, self.ca)
+        except NoRouter as error:
+            raise NoFeed(str(error)) from None
+        stream = await trio.open_ssl_over_tcp_stream(
+            host, port or 443, ssl_context=context, https_compatible=True
+        )
+        try:
+            await stream.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return stream
 
     async def _read(
         self, connection: trio_websocket.WebSocketConnection, take: Callable[[Message], None]
@@ -166,6 +167,7 @@ class Feed:
 
 def _words(error: BaseException) -> str:
     """A short description of an error, from the operating system or the router."""
+    error = _innermost(error)
     if isinstance(error, trio.TooSlowError | trio_websocket.ConnectionTimeout):
         return "no answer in time"
     if isinstance(error, trio_websocket.ConnectionRejected):
@@ -176,7 +178,7 @@ def _words(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, BaseExceptionGroup):
             # One error per address of the host; the last address was tried last.
-            cause = cause.exceptions[-1]
+            cause = _innermost(cause)
         elif isinstance(cause, socket.gaierror):
             return str(cause.strerror)
         elif isinstance(cause, ssl.SSLError):
@@ -186,3 +188,10 @@ def _words(error: BaseException) -> str:
         else:
             cause = cause.__cause__ or cause.__context__
     return str(error) or "the router does not speak the feed's protocol"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The last error of a group, and of the groups in it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[-1]
+    return error
