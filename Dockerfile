@@ -1,11 +1,17 @@
-# Every wheel is made in the first stage, so that the image has no compiler and no build tool.
-FROM python:3.12-slim AS build
+# Every wheel is made in the first stage, so that the image has no compiler and no build tool. The base
+# image is given by its digest, the packages by hashes: `scripts/lock` writes them.
+FROM python:3.12.14-slim@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea AS build
 WORKDIR /source
+COPY deploy/docker/requirements.txt deploy/docker/build-requirements.txt ./
+RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r build-requirements.txt && \
+    pip wheel --no-cache-dir --require-hashes --only-binary :all: --wheel-dir /wheels -r requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY vllm_router vllm_router
-RUN pip wheel --no-cache-dir --wheel-dir /wheels .
+RUN pip wheel --no-cache-dir --no-index --no-deps --no-build-isolation --wheel-dir /wheels .
 
-FROM python:3.12-slim
+FROM python:3.12.14-slim@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
+# The one version of the package that the first stage made.
+# hadolint ignore=DL3013
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-index --find-links /wheels vllm-router-trio
 # By number: Kubernetes' runAsNonRoot does not look names up.

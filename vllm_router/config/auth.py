@@ -94,6 +94,7 @@ def read_auth(
     if not isinstance(table, dict):
         reader.table("auth", table, AUTH_KEYS)
         return AuthConfig()
+    before = reader.found_problems
     listed = table.get("keys", [])
     rest = {key: value for key, value in table.items() if key != "keys"}
     values = reader.table("auth", rest, AUTH_KEYS)
@@ -107,22 +108,24 @@ def read_auth(
     if path is not None:
         try:
             shown, data = read_file(path)
-            found.reader = Reader(shown, {"keys": KEY_KEYS}, data=data)
-            document = found.reader.expand("", load_document(data, shown), environ)
+            tables = {"keys": KEY_KEYS}
+            found.reader = Reader(shown, tables, data=data)
+            document = found.reader.expand("", load_document(data, shown, tables), environ)
             for table_name in document.keys() - {"keys"}:
                 found.reader.unknown_key("", table_name, ("keys",))
             found.read("keys", document.get("keys", []))
             reader.include(found.reader)
         except ConfigError as error:
             for problem in error.problems:
-                reader.line(problem)
+                reader.line(problem, error.excerpts.get(problem, ""))
     keys = tuple(found.keys)
     admin, status = values.get("admin_key"), values.get("status_key")
     if admin is not None and (admin == status or any(key.digest == admin for key in keys)):
         reader.problem(
             "auth.admin_key", "expected a key of its own, got the same key as another entry"
         )
-    if not keys and admin is None and status is None:
+    nothing = not keys and admin is None and status is None
+    if nothing and reader.found_problems == before:  # a faulty key is its own problem
         reader.problem(
             "auth", "expected keys, keys_file, admin_key or status_key, got none of them"
         )

@@ -72,15 +72,17 @@ class Models:
         return found
 
     def problems(self) -> list[tuple[str, str, str]]:
-        """Rules that cannot work: public name, key, and the problem."""
+        """Rules that cannot work: public name, key, and the problem. A cycle is one problem."""
         found = []
+        in_cycle: set[str] = set()
         for name, rule in self.rules.items():
             seen: list[str] = []
             step: str | None = name
             while step is not None and step not in seen:
                 seen.append(step)
                 step = self.rules.get(step, _NO_RULE).fallback
-            if step == name:
+            if step == name and name not in in_cycle:
+                in_cycle.update(seen)
                 cycle = " → ".join([*seen, name])
                 found.append((name, "fallback", f"expected fallbacks without a cycle, got {cycle}"))
             target = rule.serves

@@ -27,6 +27,7 @@ from vllm_router.config.memory import MEMORY_SETTINGS, Memory, fit_sizes
 from vllm_router.config.models import MODEL_KEYS, read_models
 from vllm_router.config.run_options import RUN_KEYS, RunOptions
 from vllm_router.config.schema import DERIVED_TIMEOUTS, Config, Settings
+from vllm_router.config.server_url import joined, quoted
 from vllm_router.config.servers import SERVER_KEYS, read_servers
 from vllm_router.config.slo import OBJECTIVE_KEYS, SLO_KEYS, SloConfig, read_slo
 from vllm_router.config.tls import TLS_KEYS, ReadFile, TlsConfig, read_tls
@@ -74,12 +75,17 @@ def parse(
     Raises ConfigError with every problem found (at most MAX_PROBLEMS lines), or with one problem
     if the bytes are not TOML.
     """
-    document = load_document(data, source)
+    document = load_document(data, source, TABLES)
     names = {} if policies is None else {"policies": policies}
     reader = Reader(source, TABLES, names, data)
     document = reader.expand("", document, environ)
-    for key in document:
-        if key not in _KNOWN_TABLES:
+    for key, table in document.items():
+        if key in _KNOWN_TABLES:
+            continue
+        if isinstance(table, dict) and table and RUN_KEYS.keys() >= table.keys():
+            text = f"unknown table {quoted(key)}, write [run] for {' and '.join(table)}"
+            reader.problem(joined("", key), text, at_key=True)
+        else:
             reader.unknown_key("", key, _KNOWN_TABLES)
     read_file = _relative_reader(source, read)
     tls: TlsConfig | None = None

@@ -7,20 +7,13 @@ expects a document that tomli accepts (TOML 1.0, and the line breaks in inline t
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection
-from typing import NamedTuple
 
 import tomli
 
+from vllm_router.config.excerpts import COMMENT, Location, Place, located
 from vllm_router.config.server_url import joined
 
-SHOWN_COLUMNS = 100
-"""Columns of a line in an excerpt; longer lines are cut around the position."""
-
-# A password or a token in a URL, as `quoted` masks them.
-_MAY_HOLD_SECRET = re.compile(r"@|://[^\"']*[?#]")
-_COMMENT = "#"
 _COMMENTS = re.compile(r"#[^\n]*")
 _SPACE = re.compile(r"[ \t]*")
 _BETWEEN = re.compile(r"(?:[ \t\r\n,]|#[^\n]*)*")
@@ -38,26 +31,6 @@ _VALUE = re.compile(
 _LAST_PART = re.compile(r"(?:\.[^.\[\"]+|\.\"(?:\\.|[^\"\\])*\"|\[\d+\])\Z")
 
 
-class Place(NamedTuple):
-    """Offsets of a key and its value.
-
-    A table has the offsets of its header, an element of an array the offset of its value as its
-    key.
-    """
-
-    key: int
-    start: int
-    end: int
-
-
-class Location(NamedTuple):
-    """A position, both numbers from 1, and the line with a mark below; empty if it is not shown."""
-
-    line: int
-    column: int
-    excerpt: str = ""
-
-
 class Positions:
     """The places of all keys of a document, by path as in error messages."""
 
@@ -70,10 +43,11 @@ class Positions:
         self._shown_keys = shown_keys
         self._places: dict[str, Place] = {}
         self._values: list[tuple[str, Place]] = []
-        try:
-            _Scanner(self._text, self._places, self._values).document()
-        except (_Lost, RecursionError):
+        if not scan(self._text, self._places, self._values):
             self._places.clear()
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._places
 
     def find(self, path: str, *, at_key: bool = False) -> Location | None:
         """The position of a key's value, or with `at_key` of the key.
@@ -91,59 +65,19 @@ class Positions:
         if at_key and not missing:
             start = place.key
             end = start + len(path.rpartition(".")[2])
-        first = self._text.rfind("\n", 0, start) + 1
-        line = self._text.count("\n", 0, first) + 1
-        return Location(line, start - first + 1, self._excerpt(line, first, start, end))
-
-    def _excerpt(self, number: int, first: int, start: int, end: int) -> str:
-        last = self._text.find("\n", first)
-        last = len(self._text) if last < 0 else last
-        end = max(min(end, last), start + 1)
-        # Secrets are replaced piece by piece; the mark moves with the text before it.
-        pieces: list[tuple[str, bool]] = []
-        at = first
-        for key, place in self._values:
-            if place.end <= at or place.start >= last:
-                continue
-            if key in self._shown_keys and not _MAY_HOLD_SECRET.search(
-                self._text, place.start, place.end
-            ):
-                continue
-            pieces += _split(self._text, at, max(place.start, at), start, end)
-            if key != _COMMENT:
-                pieces.append(("***", place.start < end and place.end > start))
-            at = min(place.end, last)
-        pieces += _split(self._text, at, last, start, end)
-        shown = "".join(text for text, _ in pieces)
-        marks = "".join(("^" if marked else " ") * _width(text) for text, marked in pieces)
-        cut = max(0, marks.find("^") - SHOWN_COLUMNS // 2)
-        if cut and len(shown) > SHOWN_COLUMNS:
-            shown, marks = "…" + shown[cut + 1 :], marks[cut:]
-        if len(shown) > SHOWN_COLUMNS:
-            shown, marks = shown[: SHOWN_COLUMNS - 1] + "…", marks[:SHOWN_COLUMNS]
-        margin = f"{number:>5} | "
-        return f"{margin}{shown.rstrip()}\n{' ' * (len(margin) - 2)}| {marks.rstrip()}"
+        return located(self._text, self._values, self._shown_keys, start, end)
 
 
-def _split(text: str, at: int, until: int, start: int, end: int) -> list[tuple[str, bool]]:
-    """A stretch of a line in up to three pieces; the one from `start` to `end` is marked."""
-    a, b = min(max(start, at), until), min(max(end, at), until)
-    cuts = ((at, a, False), (a, b, True), (b, until, False))
-    return [(_printable(text[i:j]), marked) for i, j, marked in cuts if i < j]
+def scan(text: str, places: dict[str, Place], values: list[tuple[str, Place]]) -> bool:
+    """Fill `places` by path and `values` by key with what a document holds.
 
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " if char in "\t\r" else "?" for char in text)
-
-
-def _width(text: str) -> int:
-    """The columns that a terminal needs for it."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
-    )
+    False if the scanner does not understand the document; they are filled up to there.
+    """
+    try:
+        _Scanner(text, places, values).document()
+    except (_Lost, RecursionError):
+        return False
+    return True
 
 
 class _Lost(Exception):
@@ -181,7 +115,7 @@ class _Scanner:
         start = self._at
         self._skip(_BETWEEN)
         for found in _COMMENTS.finditer(self._text, start, self._at):
-            self._values.append((_COMMENT, Place(found.start(), *found.span())))
+            self._values.append((COMMENT, Place(found.start(), *found.span())))
 
     def _skip(self, pattern: re.Pattern[str]) -> None:
         found = pattern.match(self._text, self._at)

@@ -53,7 +53,10 @@ def read_servers(
 ) -> tuple[ServerConfig, ...]:
     """Read the servers; problems go to `reader`. `may_be_empty`: there are other sources."""
     if isinstance(table, list):
-        reader.problem("servers", "expected table, got an array: write [[servers.servers]]")
+        reader.problem(
+            "servers",
+            "expected table, got an array: write [[servers.servers]], or put it below [servers]",
+        )
         return ()
     if not isinstance(table, dict):
         reader.table("servers", table, {})

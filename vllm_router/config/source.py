@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from vllm_router.config import ssl_contexts
 from vllm_router.config.memory import Memory
-from vllm_router.config.parser import parse
+from vllm_router.config.parser import TABLES, parse
 from vllm_router.config.schema import Config
-from vllm_router.config.toml_reader import MAX_FILE_BYTES
+from vllm_router.config.toml_reader import MAX_FILE_BYTES, Reader
 from vllm_router.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -86,17 +86,19 @@ class ConfigSource:
             return data
 
         try:
+            data = _read(self.path)
             config = parse(
-                _read(self.path),
+                data,
                 str(self.path),
                 self._environ,
                 read_named,
                 self.memory,
                 self._policies,
             )
-            problems = ssl_contexts.problems(config)
-            if problems:
-                raise ConfigError([f"{self.path}: {problem}" for problem in problems])
+            reader = Reader(str(self.path), TABLES, data=data)
+            for problem in ssl_contexts.problems(config):
+                reader.problem(reader.first_present(problem.paths), problem.text)
+            reader.raise_problems()
             return config
         finally:
             self._named = tuple(named)

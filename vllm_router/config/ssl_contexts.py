@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import ssl
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
-from vllm_router.config.discovery import WebSource
+from vllm_router.config.discovery import HttpSource, WebSource
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.config.tls import File, TlsConfig
+from vllm_router.config.toml_reader import MAX_FILE_BYTES
 from vllm_router.errors import ConfigError
 
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -24,14 +28,23 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def _using(name: str, files: str, use: Callable[[], T]) -> T:
-    """Call `use`; raises ConfigError if OpenSSL cannot use the files."""
+class UnusableFile(ConfigError):
+    """OpenSSL cannot use a file. `key` is the key of the configuration that names it."""
+
+    def __init__(self, owner: str, key: str, reason: str) -> None:
+        super().__init__([f"{owner}{key}: cannot be used, {reason}"])
+        self.key = key
+        self.reason = reason
+
+
+def _using(owner: str, key: str, files: str, use: Callable[[], T]) -> T:
+    """Call `use`; raises UnusableFile if OpenSSL cannot use the files."""
     try:
         return use()
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         words = str(reason).replace("_", " ").lower()
-        raise ConfigError([f"{name}: cannot be used, {words}: {files}"]) from None
+        raise UnusableFile(owner, key, f"{words}: {files}") from None
 
 
 def serving_context(tls: TlsConfig) -> ssl.SSLContext:
@@ -40,23 +53,45 @@ def serving_context(tls: TlsConfig) -> ssl.SSLContext:
     context.minimum_version = _VERSIONS[tls.min_version]
     # No renegotiation, no compression (RFC 9325 3.3, 3.5).
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    _load_pair(context, "tls.certificate", tls.certificate, tls.key)
+    _load_pair(context, "tls.", "certificate", tls.certificate, "key", tls.key)
     if tls.client_ca is not None:
-        _load_authorities(context, "tls.client_ca", tls.client_ca)
+        _load_authorities(context, "tls.", "client_ca", tls.client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def _load_pair(context: ssl.SSLContext, name: str, certificate: File, key: File) -> None:
+def _load_pair(
+    context: ssl.SSLContext,
+    owner: str,
+    certificate_key: str,
+    certificate: File,
+    key_key: str,
+    key: File,
+) -> None:
+    # OpenSSL says "PEM lib" for all of these.
+    _expect_pem(owner, certificate_key, certificate, b"CERTIFICATE", "certificate")
+    _expect_pem(owner, key_key, key, b"PRIVATE KEY", "private key")
     _using(
-        name,
+        owner,
+        certificate_key,
         f"{certificate} with {key}",
         lambda: context.load_cert_chain(certificate.path, key.path, _no_password),
     )
 
 
-def _load_authorities(context: ssl.SSLContext, name: str, file: File) -> None:
-    _using(name, str(file), lambda: context.load_verify_locations(file.path))
+def _load_authorities(context: ssl.SSLContext, owner: str, key: str, file: File) -> None:
+    _expect_pem(owner, key, file, b"CERTIFICATE", "certificate")
+    _using(owner, key, str(file), lambda: context.load_verify_locations(file.path))
+
+
+def _expect_pem(owner: str, key: str, file: File, label: bytes, what: str) -> None:
+    def read() -> bytes:
+        with open(file.path, "rb") as opened:
+            return opened.read(MAX_FILE_BYTES)
+
+    data = _using(owner, key, str(file), read)
+    if not re.search(rb"-----BEGIN [A-Z0-9 ]*" + label + rb"-----", data):
+        raise UnusableFile(owner, key, f"no {what} in PEM: {file}")
 
 
 class ServerContexts:
@@ -100,32 +135,56 @@ class ServerContexts:
             context.verify_mode = ssl.CERT_NONE
         elif server.ca is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            _load_authorities(context, f"{name}: ca", server.ca)
+            _load_authorities(context, f"{name}: ", "ca", server.ca)
         else:
             context = ssl.create_default_context()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if server.client_certificate is not None and server.client_key is not None:
             _load_pair(
-                context, f"{name}: client_certificate", server.client_certificate, server.client_key
+                context,
+                f"{name}: ",
+                "client_certificate",
+                server.client_certificate,
+                "client_key",
+                server.client_key,
             )
         return context
 
 
-def problems(config: Config) -> list[str]:
+class Problem(NamedTuple):
+    """A certificate file that cannot be used.
+
+    `paths` are the keys of the configuration that may name it, the most likely one first.
+    """
+
+    paths: tuple[str, ...]
+    text: str
+
+
+def problems(config: Config) -> list[Problem]:
     """The problems of all certificate files that a configuration names."""
-    found: list[str] = []
-    if config.tls is not None:
+    found: list[Problem] = []
+
+    def look(check: Callable[[], object], tables: Sequence[str]) -> None:
         try:
-            serving_context(config.tls)
-        except ConfigError as error:
-            found += error.problems
+            check()
+        except UnusableFile as error:
+            paths = tuple([f"{table}.{error.key}" for table in tables])
+            found.append(Problem(paths, f"cannot be used, {error.reason}"))
+
+    tls = config.tls
+    if tls is not None:
+        look(lambda: serving_context(tls), ["tls"])
     contexts = ServerContexts()
-    sources = config.discovery.sources if config.discovery is not None else ()
-    peers: list[Peer] = [*config.servers, *(one for one in sources if isinstance(one, WebSource))]
-    for server in peers:
+    for number, server in enumerate(config.servers):
         if server.ca is not None or server.client_certificate is not None:
-            try:
-                contexts.check(server)
-            except ConfigError as error:
-                found += error.problems
+            tables = [f"servers.servers[{number}]", "tls.servers"]
+            look(partial(contexts.check, server), tables)
+    sources = config.discovery.sources if config.discovery is not None else ()
+    counted: Counter[str] = Counter()
+    for source in sources:
+        if isinstance(source, WebSource):
+            table = f"discovery.{'http' if isinstance(source, HttpSource) else 'kubernetes'}"
+            look(partial(contexts.check, source), [f"{table}[{counted[table]}]", table])
+            counted[table] += 1
     return found

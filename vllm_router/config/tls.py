@@ -83,7 +83,7 @@ def read_tls(
 
 def take_files(reader: Reader, path: str, values: dict[str, Any], read_file: ReadFile) -> None:
     """Replace the paths among `values` by `File`; unreadable files are problems."""
-    for name in _FILE_KEYS & values.keys():
+    for name in [name for name in values if name in _FILE_KEYS]:
         if isinstance(values[name], File):
             continue
         try:

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import msgspec
 import tomli
 
+from vllm_router.config.excerpts import Location
 from vllm_router.config.positions import Positions
-from vllm_router.config.server_url import SHOWN_CHARS, escaped, joined, quoted
+from vllm_router.config.server_url import SHOWN_CHARS, joined, quoted
+from vllm_router.config.syntax import excerpt_of, explain
 from vllm_router.errors import ConfigError
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -54,15 +56,49 @@ def shown_value(value: object, *, secret: bool = False) -> str:
     return f"a {type(value).__name__}"
 
 
+_OTHER_NAMES = {
+    "probe_interval": ("health_check_interval", "metrics_interval"),
+    "probe_timeout": ("health_check_timeout",),
+    "retries": ("max_retries",),
+    "timeout": ("request_timeout",),
+    "capacity": ("max_concurrent_requests",),
+    "concurrency": ("max_concurrent_requests",),
+    "max_num_seqs": ("max_concurrent_requests",),
+    "address": ("url",),
+    "endpoint": ("url",),
+    "token": ("api_key",),
+    "certificate": ("client_certificate",),
+    "cert": ("certificate", "client_certificate"),
+}
+"""Keys of other programs, and what they are called here."""
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def load_document(data: bytes, source: str) -> dict[str, Any]:
-    """Decode TOML. Raises ConfigError with one problem."""
+Tables = Mapping[str, Mapping[str, Any]]
+"""The keys of all known tables, with their types, by the table's path."""
+
+
+def shown_keys(tables: Tables) -> set[str]:
+    """The keys whose values are no secrets in any table."""
+    kinds = [item for keys in tables.values() for item in keys.items()]
+    return {key for key, _ in kinds} - {key for key, kind in kinds if _is_secret(kind)}
+
+
+def load_document(data: bytes, source: str, tables: Tables) -> dict[str, Any]:
+    """Decode TOML. Raises ConfigError with one problem; `tables` as in `Reader`."""
 
     def refuse(problem: str) -> ConfigError:
         return ConfigError([f"{source}: {problem}"])
+
+    def refuse_at(problem: str, location: Location) -> ConfigError:
+        line = f"{source}:{location.line}:{location.column}: {problem}"
+        return ConfigError([line], {line: location.excerpt})
+
+    def refuse_byte(problem: str, at: int) -> ConfigError:
+        start = len(data[:at].decode("utf-8", "replace"))
+        text = data.decode("utf-8", "replace")
+        return refuse_at(problem, excerpt_of(text, known, shown, start, start + 1))
 
     if len(data) > MAX_FILE_BYTES:
         raise refuse(f"expected a file of at most {MAX_FILE_BYTES} bytes, got more")
@@ -71,18 +107,17 @@ def load_document(data: bytes, source: str) -> dict[str, Any]:
     data = data.removeprefix(b"\xef\xbb\xbf")  # Notepad begins UTF-8 files with a byte order mark
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise refuse("expected UTF-8, got a file that starts with the byte order mark of UTF-16")
+    shown = shown_keys(tables)
+    known = {part for table in tables for part in table.split(".")}.union(*tables.values())
     if (nul := data.find(b"\0")) >= 0:
-        raise refuse(f"expected text, got a NUL byte in line {data.count(10, 0, nul) + 1}")
+        raise refuse_byte("expected text, got a NUL byte", nul)
     try:
         return tomli.loads(data.decode())
     except UnicodeDecodeError as error:
-        line = data.count(10, 0, error.start) + 1
-        raise refuse(f"expected UTF-8, got byte 0x{data[error.start]:02x} in line {line}") from None
+        got = f"got byte 0x{data[error.start]:02x}"
+        raise refuse_byte(f"expected UTF-8, {got}", error.start) from None
     except tomli.TOMLDecodeError as error:
-        raise refuse(
-            f"line {error.lineno}, column {error.colno}: expected TOML, got a syntax error: "
-            + "".join(map(escaped, error.msg))
-        ) from None
+        raise refuse_at(*explain(error, known, shown)) from None
     except (RecursionError, ValueError):
         # ValueError: Python converts no decimal integer of more than 4300 digits.
         raise refuse("expected TOML, got tables nested too deeply or a number too long") from None
@@ -94,7 +129,7 @@ class Reader:
     def __init__(
         self,
         source: str,
-        tables: Mapping[str, Mapping[str, Any]],
+        tables: Tables,
         names: Mapping[str, Collection[str]] | None = None,
         data: bytes = b"",
     ) -> None:
@@ -121,14 +156,24 @@ class Reader:
         if len(self._problems) >= MAX_PROBLEMS:
             self._unlisted += 1
             return
-        if self._positions is None:
-            kinds = [item for keys in self._tables.values() for item in keys.items()]
-            secret = {key for key, kind in kinds if _is_secret(kind)}
-            self._positions = Positions(self._data, {key for key, _ in kinds} - secret)
-        found = self._positions.find(path, at_key=at_key)
+        found = self._where().find(path, at_key=at_key)
         where = self._source if found is None else f"{self._source}:{found.line}:{found.column}"
         line = f"{where}: {path}: {text}"
         self.line(line, found.excerpt if found is not None else "")
+
+    def _where(self) -> Positions:
+        if self._positions is None:
+            self._positions = Positions(self._data, shown_keys(self._tables))
+        return self._positions
+
+    def first_present(self, paths: Sequence[str]) -> str:
+        """The first of the paths that the document has; the first of all if it has none."""
+        return next((path for path in paths if path in self._where()), paths[0])
+
+    @property
+    def found_problems(self) -> int:
+        """The number of problems so far."""
+        return len(self._problems) + self._unlisted
 
     def line(self, problem: str, excerpt: str = "") -> None:
         """Add a problem as a complete line, and the lines of the document that it is about."""
@@ -188,7 +233,10 @@ class Reader:
             lowered = key[:SHOWN_CHARS].lower()
             nearest = difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
             tables = [table for table, keys in self._tables.items() if key in keys]
-            if tables:
+            others = [name for name in _OTHER_NAMES.get(lowered, ()) if name in known]
+            if others:
+                text += ", did you mean " + " or ".join(f'"{name}"' for name in others) + "?"
+            elif tables:
                 text += f", which belongs in {tables[0]}"
             elif nearest:
                 text += f', did you mean "{nearest[0]}"?'

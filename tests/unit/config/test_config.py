@@ -690,11 +690,11 @@ def test_config_other_urls_are_refused(url: str, expected: str):
         (b"", "expected a configuration, got an empty file"),
         (b" \n\t\n", "expected a configuration, got an empty file"),
         ("[servers]".encode("utf-16"), "expected UTF-8, got a file that starts with"),
-        (b"[servers]\n\nx = 'a\0b'", "expected text, got a NUL byte in line 3"),
-        (b"[servers]\nx = '\xff'", "expected UTF-8, got byte 0xff in line 2"),
-        (b"a = 1\nb = = 2\n", "line 2, column 5: expected TOML, got a syntax error: "),
-        (b"a = 1\na = 2\n", "line 2, column 6: expected TOML, got a syntax error: "),
-        (b"[servers]\nservers = [\n  { url =", "line 3, column 10: expected TOML, got"),
+        (b"[servers]\n\nx = 'a\0b'", "expected text, got a NUL byte"),
+        (b"[servers]\nx = '\xff'", "expected UTF-8, got byte 0xff"),
+        (b"a = 1\nb = = 2\n", "expected a value: a text in quotes, a number"),
+        (b"a = 1\na = 2\n", "expected each key once, got a again: the first is in line 1"),
+        (b"[servers]\nservers = [\n  { url =", "expected a value after the =, got none"),
         (b"a = " + b"[" * 100_000, "expected TOML, got tables nested too deeply"),
         (b"a = " + b"9" * 5000, "expected TOML, got tables nested too deeply or a number too"),
         (b"#" * (MAX_FILE_BYTES + 1), f"expected a file of at most {MAX_FILE_BYTES} bytes"),
@@ -873,11 +873,10 @@ def test_config_unknown_policy_of_model_error_lists_policies():
     assert text.startswith('models.a.policy: expected one of "adaptive", ')
 
 
-def test_config_circular_fallback_error_names_each_one():
+def test_config_circular_fallback_error_names_cycle_once():
     table = 'a = { fallback = "b" }\n"b\\n" = {}\nb = { fallback = "a" }\nc = { fallback = "a" }'
     assert problems(f"{ONE_SERVER}[models]\n{table}") == (
         "models.a.fallback: expected fallbacks without a cycle, got a → b → a",
-        "models.b.fallback: expected fallbacks without a cycle, got b → a → b",
     )
 
 

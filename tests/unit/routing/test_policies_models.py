@@ -77,7 +77,6 @@ def test_models_circular_fallbacks_are_a_problem():
     assert list(circle.fallbacks("a")) == ["b"]
     assert circle.problems() == [
         ("a", "fallback", "expected fallbacks without a cycle, got a → b → a"),
-        ("b", "fallback", "expected fallbacks without a cycle, got b → a → b"),
     ]
     assert MODELS.problems() == []
 
