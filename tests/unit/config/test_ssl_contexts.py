@@ -109,8 +109,10 @@ def test_ssl_contexts_client_certificate_of_the_router_is_loaded(tmp_path):
     contexts.check(server(client_certificate=GOOD, client_key=GOOD))
     odd = tmp_path / "odd.pem"
     odd.write_text("no certificate")
-    with pytest.raises(ConfigError, match=rf"server a: client_certificate: .*: {odd} with"):
-        contexts.check(server(client_certificate=file(odd), client_key=GOOD))
+    for key, label in (("client_certificate", "certificate"), ("client_key", "private key")):
+        files = {"client_certificate": GOOD, "client_key": GOOD, key: file(odd)}
+        with pytest.raises(ConfigError, match=rf"server a: {key}: .* no {label} in PEM: {odd}"):
+            contexts.check(server(**files))
 
 
 def test_ssl_contexts_problems_are_of_clients_servers_and_sources():
@@ -123,8 +125,9 @@ def test_ssl_contexts_problems_are_of_clients_servers_and_sources():
         servers=(server("a"), server("b", "http", ca=MISSING), server("c", ca=GOOD)),
         discovery=DiscoveryConfig(sources=(source,)),
     )
-    assert [problem.partition(":")[0] for problem in problems(config)] == [
-        "tls.certificate",
-        "server b",
-        "source list",
+    missing = "cannot be used, no such file or directory: /nowhere.pem"
+    assert problems(config) == [
+        (("tls.certificate",), missing),
+        (("servers.servers[1].ca", "tls.servers.ca"), missing),
+        (("discovery.http[0].ca", "discovery.http.ca"), missing),
     ]
