@@ -188,7 +188,8 @@ class Rig:
         self.watched = options.pop("watched", False)
         up = options.pop("up", True)
         self.nursery = nursery
-        self.config = make_config(len(scripts), **{"policy": "least_load", **options})
+        servers = options.pop("servers", len(scripts))
+        self.config = make_config(servers, **{"policy": "least_load", **options})
         self.fleet = Fleet(self.config)
         self.recorder = Recorder()
         self.rng = Random(1)

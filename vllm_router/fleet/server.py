@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -84,6 +85,7 @@ class Server:
     """A server of the fleet.
 
     config, name, url: the configuration; the URL is the identity across reloads.
+    machine: the host of the URL.
     capacity: concurrent requests without queueing, as operators see it; see `CapacityEstimate`.
     weighted_capacity: capacity × weight, the unit of its load for policies.
     key_share: its share of sessions and prompts by hashing. It follows from the configuration
@@ -104,6 +106,7 @@ class Server:
         self.config = config
         self.name = config.name
         self.url = config.url
+        self.machine = urlsplit(config.url).hostname
         self.capacity_estimate = CapacityEstimate(config.max_concurrent_requests)
         self.cap = _cap_of(config)
         self._on_change = on_change

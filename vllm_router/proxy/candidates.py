@@ -82,7 +82,20 @@ class Candidates:
             found = fleet.others(model, now, self.tried)
         else:
             return fleet.candidates(model, now)
-        return (self.surely_well(found, now) or found) if self.tried else found
+        if not self.tried:
+            return found
+        found = self.surely_well(found, now) or found
+        return self._on_other_machines(found, now) or found
+
+    def _on_other_machines(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
+        """The servers on machines where no server may have died under this request.
+
+        Servers of one machine die together. A request that was on two of them when they died would
+        look like the cause; see `quarantine.py`.
+        """
+        died = self._context.failures.may_have_died
+        machines = {server.machine for server in self.tried if died(server, now)}
+        return tuple([server for server in servers if server.machine not in machines])
 
     def surely_well(self, servers: Sequence[Server], now: float) -> tuple[Server, ...]:
         """The servers among these that are up, not full, and have failed nothing recently."""

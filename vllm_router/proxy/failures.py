@@ -84,6 +84,11 @@ class Failures:
         row = self._errors.get(server)
         return row is None or now - row.last_at >= RECENT
 
+    def may_have_died(self, server: Server, now: float) -> bool:
+        """Whether the server has ended a request recently in a way that a dead server does."""
+        row = self._deaths.get(server)
+        return row is not None and now - row.last_at < RECENT
+
     def suspect(
         self, ends: Sequence[End], key: int | None, fleet: Iterable[Server]
     ) -> tuple[Server, ...]:

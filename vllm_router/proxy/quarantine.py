@@ -3,8 +3,9 @@
 A request that took two servers down goes to no third; if its client repeats it, it is refused
 without being sent. Only crashes count: the connection was lost, the probes found the server down,
 or it answered 500 and went down afterwards, as vLLM's API process does when its engine has died.
-Innocent requests on the same two servers look the same: a body that is answered after all leaves
-the quarantine, and a body that was answered recently does not enter it.
+Innocent requests on the same two servers look the same: a retry prefers another machine, a body
+that is answered after all leaves the quarantine, and one that was answered recently does not enter
+it.
 """
 
 from __future__ import annotations

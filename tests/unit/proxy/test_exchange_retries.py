@@ -182,6 +182,39 @@ async def test_retry_crashing_request_over_closed_connections_reaches_two_server
         assert rig.recorder.outcomes[-2:] == [Outcome.CONNECTION_LOST, Outcome.CONNECTION_LOST]
 
 
+def on_hosts(*hosts: str) -> list[dict[str, Any]]:
+    """Servers `a`, `b`, ... on these hosts, each with a port of its own."""
+    return [
+        {"name": name, "url": f"http://{host}:{8000 + number}"}
+        for number, (name, host) in enumerate(zip("abcdef", hosts, strict=False))
+    ]
+
+
+async def test_retry_after_a_crash_prefers_another_machine(autojump_clock):
+    """Two servers of one machine die with it; the request must not be on both."""
+    servers = on_hosts("one.test", "one.test", "two.test")
+    async with lab(once(), once(), answering(GOOD), servers=servers) as rig:
+        rig.prefer("a")
+        rig.server("c").scraped(gauges(9), trio.current_time(), leases=0)
+        assert (await rig.post()).status == 200
+        assert [name for name, _ in rig.recorder.attempts] == ["a", "c"]
+
+
+async def test_retry_after_an_error_may_stay_on_the_machine(autojump_clock):
+    servers = on_hosts("one.test", "one.test", "two.test")
+    async with lab(*[answering(ERROR)] * 2, answering(GOOD), servers=servers) as rig:
+        rig.prefer("a")
+        rig.server("c").scraped(gauges(9), trio.current_time(), leases=0)
+        await rig.post()
+        assert [name for name, _ in rig.recorder.attempts] == ["a", "b"]
+
+
+async def test_retry_after_a_crash_goes_to_the_same_machine_if_there_is_no_other(autojump_clock):
+    async with lab(once(), answering(GOOD), servers=on_hosts("one.test", "one.test")) as rig:
+        rig.prefer("a")
+        assert (await rig.post()).status == 200
+
+
 @pytest.mark.parametrize(("max_retries", "status"), [(1, 200), (0, 503)])
 async def test_retry_unreachable_servers_use_up_no_retries(autojump_clock, max_retries, status):
     async with lab(*[answering(GOOD)] * 4, max_retries=max_retries) as rig:
