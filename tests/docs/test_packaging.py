@@ -114,7 +114,8 @@ def third_party_imports() -> set[str]:
 
 def test_imports_are_declared_dependencies():
     # Imports of an extra happen only where its feature is enabled.
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["otel"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["otel"], *extras["shared"]]
     declared = {re.split(r"[<>=~!\[; ]", line)[0].lower() for line in wanted}
     distributions = importlib.metadata.packages_distributions()
     for name in third_party_imports():

@@ -68,16 +68,25 @@ async def ask(
 class Load:
     """Closed-loop clients against a router, running while the context is open."""
 
-    def __init__(self, url: str, body: dict[str, Any], clients: int, *, pause: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        body: dict[str, Any],
+        clients: int,
+        *,
+        pause: float = 0.0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self.results: list[Result] = []
         self._url, self._body, self._clients, self._pause = url, body, clients, pause
+        self._headers = headers
         self._stop = False
         self._manager: Any = None
         self._nursery: trio.Nursery
 
     async def _work(self, client: httpx.AsyncClient) -> None:
         while not self._stop:
-            self.results.append(await ask(client, self._body))
+            self.results.append(await ask(client, self._body, self._headers))
             await trio.sleep(self._pause)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:

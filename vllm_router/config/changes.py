@@ -45,6 +45,7 @@ def changes(old: Config, new: Config) -> str:
     details += _changed_auth(old.auth, new.auth)
     details += _changed_table("limits", old.limits, new.limits)
     details += _changed_table("tls", old.tls, new.tls)
+    details += _changed_table("shared", old.shared, new.shared)
     details += _changed_discovery(old.discovery, new.discovery)
     if old.slo != new.slo:
         details.append("slo changed")

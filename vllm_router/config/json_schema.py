@@ -78,6 +78,7 @@ def json_schema(policies: Collection[str]) -> Schema:
         "log": table(TABLES["log"], _defaults_of(LogSettings)),
         "run": table(TABLES["run"], _defaults_of(RunOptions)),
         "slo": slo,
+        "shared": table(TABLES["shared"]),
     }
     return {
         "$schema": DRAFT,

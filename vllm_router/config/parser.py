@@ -29,6 +29,7 @@ from vllm_router.config.run_options import RUN_KEYS, RunOptions
 from vllm_router.config.schema import DERIVED_TIMEOUTS, Config, Settings
 from vllm_router.config.server_url import joined, quoted
 from vllm_router.config.servers import SERVER_KEYS, read_servers
+from vllm_router.config.shared import SHARED_KEYS, SharedConfig, read_shared
 from vllm_router.config.slo import OBJECTIVE_KEYS, SLO_KEYS, SloConfig, read_slo
 from vllm_router.config.tls import TLS_KEYS, ReadFile, TlsConfig, read_tls
 from vllm_router.config.toml_reader import Reader, load_document
@@ -48,6 +49,7 @@ TABLES = {
     "log": LOG_KEYS,
     "slo": SLO_KEYS,
     "slo.models.<name>": OBJECTIVE_KEYS,
+    "shared": SHARED_KEYS,
     "discovery": DISCOVERY_KEYS,
     **{f"discovery.{kind}": keys for kind, (keys, _) in KINDS.items()},
     "discovery.defaults": DEFAULT_KEYS,
@@ -55,6 +57,7 @@ TABLES = {
 }
 _KNOWN_TABLES = (
     *("servers", "discovery", "config", "models", "auth", "limits", "tls", "log", "run", "slo"),
+    "shared",
 )
 
 
@@ -113,6 +116,9 @@ def parse(
         auth = read_auth(reader, document["auth"], environ, read_file)
         if limits is not None:
             auth = _with_limits(auth, limits)
+    shared: SharedConfig | None = None
+    if "shared" in document:
+        shared = read_shared(reader, document["shared"], environ, read_file)
     models = read_models(reader, document.get("models", {}))
     settings = reader.table("config", document.get("config", {}), SETTING_KEYS)
     log = reader.table("log", document.get("log", {}), LOG_KEYS)
@@ -136,6 +142,7 @@ def parse(
         discovery=discovery,
         slo=slo,
         run=RunOptions(**run),
+        shared=shared,
     )
 
 

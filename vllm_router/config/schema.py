@@ -17,6 +17,7 @@ from vllm_router.config.log import LogSettings
 from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.config.run_options import RunOptions
 from vllm_router.config.session_sources import SESSION_SOURCES
+from vllm_router.config.shared import SharedConfig
 from vllm_router.config.slo import SloConfig
 from vllm_router.config.tls import File, TlsConfig
 from vllm_router.config.types import (
@@ -201,7 +202,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """A valid servers.toml. `models` maps public names to their rules.
 
-    `auth`, `limits`, `tls`, `discovery` and `slo` are None where the file has no such table.
+    `auth`, `limits`, `tls`, `discovery`, `slo` and `shared` are None where the file has no such
+    table.
     `found` has the targets of each discovery source that has answered; `servers` has the servers
     made of them, see `discovered.py`.
     """
@@ -214,6 +216,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsConfig | None = None
     log: LogSettings = LogSettings()
     discovery: DiscoveryConfig | None = None
+    shared: SharedConfig | None = None
     found: tuple[tuple[str, Targets], ...] = ()
     slo: SloConfig | None = None
     run: RunOptions = RunOptions()

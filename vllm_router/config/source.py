@@ -13,6 +13,7 @@ from vllm_router.config import ssl_contexts
 from vllm_router.config.memory import Memory
 from vllm_router.config.parser import TABLES, parse
 from vllm_router.config.schema import Config
+from vllm_router.config.shared import missing_package
 from vllm_router.config.toml_reader import MAX_FILE_BYTES, Reader
 from vllm_router.errors import ConfigError
 
@@ -98,6 +99,8 @@ class ConfigSource:
             reader = Reader(str(self.path), TABLES, data=data)
             for problem in ssl_contexts.problems(config):
                 reader.problem(reader.first_present(problem.paths), problem.text)
+            for text in missing_package(config.shared):
+                reader.problem("shared", text)
             reader.raise_problems()
             return config
         finally:

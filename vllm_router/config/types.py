@@ -204,6 +204,20 @@ ListenPort = Annotated[int, Meta(ge=0, le=65535, description="int from 0 to 6553
 Workers = Annotated[int, Meta(ge=1, le=64, description="int from 1 to 64")]
 Front = Annotated[str, _one_of("lane", "hypercorn")]
 
+SharedUrl = Annotated[
+    str, Meta(min_length=1, max_length=4096, description='a URL like "redis://host:6379"')
+]
+Password = Annotated[
+    str, Meta(min_length=1, max_length=4096, description="a password", extra={"secret": True})
+]
+FleetName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9._-]{1,64}\Z",
+        description="1 to 64 letters, digits, dots, dashes and underscores",
+    ),
+]
+
 LogLevel = Annotated[str, _one_of("debug", "info", "warning", "error")]
 LogFormat = Annotated[str, _one_of("text", "json")]
 AccessLog = Annotated[

@@ -157,6 +157,14 @@ class PassiveHealth:
         self._gap = TRIAL_GAP
         self.reason = reason
 
+    def hint(self) -> None:
+        """Another router has ejected the server: one strike.
+
+        It is never the last one, so that a router with a bad cable does not empty the fleet.
+        """
+        if self.failures_in_row + 1 < self.rules.failure_threshold:
+            self.failures_in_row += 1
+
     def succeeded(self, now: float, *, trial: bool) -> bool:
         """A request was answered; True if that ends the ejection."""
         self.failures_in_row = self._repeats = 0

@@ -15,6 +15,7 @@ from vllm_router.observability.model_rows import ModelRow
 from vllm_router.observability.prometheus_text import Family, Kind
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, MEMORY, RouterState
 from vllm_router.routing.server_estimate import PrefixStatistics
+from vllm_router.routing.sharing.status import SharedStatus
 
 
 def _counter(name: str, text: str, *labels: str) -> Family:
@@ -459,6 +460,57 @@ SOURCE_TARGETS = _gauge(
     "discovery_targets", "Targets in the last set of a source, by state.", "source", "state"
 )
 
+SharedReading = Callable[[SharedStatus], float | None]
+
+SHARED_METRICS: tuple[tuple[Family, SharedReading], ...] = (
+    (
+        _gauge("shared_up", "1 while the router shares state with the others of its fleet."),
+        lambda shared: int(shared.up),
+    ),
+    (
+        _gauge(
+            "shared_routers",
+            "Routers of the fleet, this one included; the last known number while it shares "
+            "nothing.",
+        ),
+        lambda shared: shared.count,
+    ),
+    (
+        _gauge(
+            "shared_age_seconds",
+            "Time since the store of the shared state has answered; missing if it never has.",
+        ),
+        lambda shared: shared.age,
+    ),
+    (
+        _counter("shared_failures", "Times that the store could not be used."),
+        lambda shared: shared.failures,
+    ),
+    (
+        _counter("shared_batches_dropped", "Entries of the store that could not be read."),
+        lambda shared: shared.dropped,
+    ),
+    (
+        _counter(
+            "shared_placements_dropped",
+            "Prompts that were not announced to the other routers because too many waited.",
+        ),
+        lambda shared: shared.unsent,
+    ),
+    (
+        _gauge("shared_requests_in_flight", "Requests of the other routers in flight now."),
+        lambda shared: sum(shared.in_flight.values()),
+    ),
+    (
+        _gauge(
+            "shared_configurations",
+            "Different configurations among the routers of the fleet, this one included.",
+        ),
+        lambda shared: len(shared.configurations),
+    ),
+)
+"""Only with `[shared]`."""
+
 BUILD_INFO = _gauge("build_info", "Always 1; has the versions as labels.", "version", "python")
 LOOP_LAG = _gauge("event_loop_lag_seconds", "Longest delay of a timer within the last ten seconds.")
 FEED_CLIENTS = _gauge("feed_clients", "Websocket clients of /ws/load.")
@@ -495,6 +547,7 @@ FAMILIES: tuple[Family, ...] = (
     *(family for family, _ in WORKER_METRICS),
     *(family for family, _ in SOURCE_METRICS),
     SOURCE_TARGETS,
+    *(family for family, _ in SHARED_METRICS),
     BUILD_INFO,
     LOOP_LAG,
     FEED_CLIENTS,

@@ -58,6 +58,7 @@ from vllm_router.observability.metric_families import (
     SERVER_GAUGES,
     SERVER_INFO,
     SERVER_STATE,
+    SHARED_METRICS,
     SLO_FIRST_TOKEN,
     SLO_SUCCESS,
     SOURCE_METRICS,
@@ -72,6 +73,7 @@ from vllm_router.observability.router_state import RouterState
 from vllm_router.proxy.record import DONE, Phase, Record
 from vllm_router.proxy.retry import ANSWERED, RULES, Outcome, RetryDecision
 from vllm_router.routing.paths import path_label
+from vllm_router.routing.sharing.status import SharedStatus
 
 MAX_MODELS = 100
 OTHER = "other"
@@ -477,6 +479,7 @@ class Metrics:
                 samples = [f"{family.key(name)}{it[figure]}\n" for name, it in workers.items()]
                 yield family.header + "".join(samples)
             yield from _source_metrics(self.router.source_statuses)
+            yield from _shared_metrics(self.router.shared_status)
         yield f"{BUILD_INFO.header}{BUILD_INFO.key(__version__, platform.python_version())}1\n"
         yield f"{LOOP_LAG.header}{LOOP_LAG.key()}{self.lag}\n"
         yield f"{FEED_CLIENTS.header}{FEED_CLIENTS.key()}{self.feed_clients}\n"
@@ -495,6 +498,15 @@ def _source_metrics(sources: Sequence[SourceStatus]) -> Iterator[str]:
             for source in sources
             for state in TargetState
         )
+
+
+def _shared_metrics(shared: SharedStatus | None) -> Iterator[str]:
+    if shared is None:
+        return
+    for family, read in SHARED_METRICS:
+        value = read(shared)
+        if value is not None:
+            yield f"{family.header}{family.key()}{value}\n"
 
 
 def _budget(good: int, total: int, target: float) -> float | None:

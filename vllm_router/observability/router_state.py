@@ -20,6 +20,7 @@ from vllm_router.proxy.admission import Queue
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record
 from vllm_router.routing.server_estimate import PrefixStatistics
+from vllm_router.routing.sharing.status import SharedStatus
 
 CONNECTIONS, IN_FLIGHT, CPU, MEMORY, LAG = (
     "connections",
@@ -49,6 +50,9 @@ class RouterState(Protocol):
 
     @property
     def source_statuses(self) -> list[SourceStatus]: ...
+
+    @property
+    def shared_status(self) -> SharedStatus | None: ...
 
     @property
     def log_lines_dropped(self) -> int: ...

@@ -171,9 +171,7 @@ class Attempts:
     def quarantined(self, now: float) -> Refused | None:
         """The refusal of a request that servers have died of recently; None for others."""
         request, quarantine = self.request, self._context.quarantine
-        if not quarantine.entries or not quarantine.holds(
-            fingerprint(request.target, request.body), now
-        ):
+        if not quarantine.entries or not quarantine.refuses(request.target, request.body, now):
             return None
         return Refused(
             502,
@@ -206,3 +204,4 @@ class Attempts:
             self._deaths = deaths = (*self._deaths, Death(server, now, certain))
             if len(deaths) >= QUARANTINE_AFTER and len(self._broken()) >= QUARANTINE_AFTER:
                 quarantine.remember(key, request.body, deaths, now)
+                quarantine.tell(request.target, request.body)

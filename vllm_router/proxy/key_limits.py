@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_router.config.auth import KeyConfig
@@ -15,14 +16,16 @@ NEWEST = 0.1
 class Use:
     """The use of one key.
 
-    A token bucket with `tokens` left at the time `at`, the number of running requests, and the mean
-    duration of recent requests in seconds.
+    A token bucket with `tokens` left at the time `at`, the number of running requests, the mean
+    duration of recent requests in seconds, and the number of requests that this router has
+    admitted.
     """
 
     tokens: float
     at: float
     running: int = 0
     mean: float = 1.0
+    admitted: int = 0
 
     def refill(self, rate: float, now: float) -> None:
         """Add the tokens since `at`, `rate` per minute.
@@ -39,10 +42,16 @@ def new_use(key: KeyConfig, now: float) -> Use:
 
 
 class Usage:
-    """The use of every key, by name; kept across reloads."""
+    """The use of every key, by name; kept across reloads.
+
+    routers: the routers that share the limits without hearing of each other: each enforces its
+        part. 1 while they do hear of each other, see `spend`.
+    """
 
     def __init__(self) -> None:
+        self.routers = 1
         self._uses: dict[str, Use] = {}
+        self._elsewhere: dict[str, int] = {}
 
     def enter(self, key: KeyConfig, now: float) -> None:
         """Count a request; the caller must call `leave` when it ends.
@@ -52,7 +61,10 @@ class Usage:
         rate, most = key.requests_per_minute, key.max_concurrent_requests
         use = self._uses.get(key.name)
         if use is None:
-            use = self._uses[key.name] = new_use(key, now)
+            use = self._use(key, now)
+        if self.routers > 1:
+            rate = rate / self.routers if rate is not None else None
+            most = max(1, most // self.routers) if most is not None else None
         if most is not None and use.running >= most:
             raise Refused(
                 429,
@@ -67,11 +79,12 @@ class Usage:
                 raise Refused(
                     429,
                     "key_rate_exceeded",
-                    f"This key may send {rate:g} requests a minute.",
+                    f"This key may send {key.requests_per_minute:g} requests a minute.",
                     retry_after=(1 - use.tokens) * 60 / rate,
                 )
             use.tokens -= 1
         use.running += 1
+        use.admitted += 1
 
     def leave(self, key: KeyConfig, took: float) -> None:
         """A counted request has ended, after `took` seconds."""
@@ -83,3 +96,37 @@ class Usage:
         """The number of running requests of a key."""
         use = self._uses.get(name)
         return use.running if use is not None else 0
+
+    def _use(self, key: KeyConfig, now: float) -> Use:
+        """The use of a key, which is made if it is the first one."""
+        use = self._uses.get(key.name)
+        if use is None:
+            use = self._uses[key.name] = new_use(key, now)
+            use.running = self._elsewhere.get(key.name, 0)
+        return use
+
+    # -- other routers ------------------------------------------------------------------------
+
+    def own(self) -> Iterator[tuple[str, int, int]]:
+        """Name, admitted and running requests of each key in this router."""
+        for name, use in self._uses.items():
+            yield name, use.admitted, max(0, use.running - self._elsewhere.get(name, 0))
+
+    def spend(self, key: KeyConfig, requests: float, now: float) -> None:
+        """Other routers have admitted requests of this key.
+
+        The debt is at most one minute's requests.
+        """
+        rate = key.requests_per_minute
+        if rate is not None:
+            use = self._use(key, now)
+            use.refill(rate, now)
+            use.tokens = max(-max(rate, 1.0), use.tokens - requests)
+
+    def run_elsewhere(self, running: Mapping[str, int]) -> None:
+        """The running requests of all keys in other routers now."""
+        for name in {**self._elsewhere, **running}:
+            use = self._uses.get(name)
+            if use is not None:
+                use.running += running.get(name, 0) - self._elsewhere.get(name, 0)
+        self._elsewhere = dict(running)

@@ -402,6 +402,10 @@ class Probe:
             if stale:
                 await trio.sleep(UNSETTLED_INTERVAL)  # prevents a busy loop if the list stays wrong
 
+    def check_soon(self) -> None:
+        """Check the server's health now: another router has ejected it."""
+        self._hurry.set()
+
     def read_list_soon(self) -> None:
         """Request an immediate read because a response has contradicted the list.
 

@@ -42,6 +42,9 @@ class ProbeSource(Protocol):
     def read_list_soon(self, server: Server) -> None:
         """Read the server's model list again without waiting for its interval."""
 
+    def check_soon(self, server: Server) -> None:
+        """Check the server's health without waiting for its interval."""
+
     def list_readers(self) -> list[Reader]: ...
 
 
@@ -106,6 +109,11 @@ class ActiveProbes:
         probe = self._running.get(server)
         if probe is not None:
             probe.read_list_soon()
+
+    def check_soon(self, server: Server) -> None:
+        probe = self._running.get(server)
+        if probe is not None:
+            probe.check_soon()
 
     def list_readers(self) -> list[Reader]:
         return [probe.read_list for probe in self._running.values()]

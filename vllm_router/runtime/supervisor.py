@@ -31,12 +31,15 @@ from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
+from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.runtime.background import BackgroundTasks, Task
 from vllm_router.runtime.fleet_sources import FleetSources
 from vllm_router.runtime.memory_limit import memory_limit_mb
 from vllm_router.runtime.model_lists import ModelLists
 from vllm_router.runtime.parts import Parts
 from vllm_router.runtime.probes import BATCH_PAUSE, SERVERS_AT_ONCE, ProbeContext
+from vllm_router.runtime.sharing.router_share import share_alone
+from vllm_router.runtime.sharing.task import SharedState
 from vllm_router.runtime.tuning import tune_process
 from vllm_router.web.feed import Feed
 from vllm_router.web.guard import Guard, MonitorListener
@@ -152,6 +155,11 @@ class Supervisor:
         self.lists = ModelLists(self.probes.list_readers, self.probes.list_gap)
         self.proxy.context.refresh_models = self.refresh_model_lists
         self.fleet.on_stale_model_list.append(self.probes.read_list_soon)
+        self.shared: SharedState | None = None
+        self._make_shared: Callable[[], SharedState] = partial(
+            share_alone, self, self.probes.check_soon
+        )
+        self._sharing = trio.Event()
         if parts.reports is None:
             self.fleet.on_transition += [
                 _log_transition,
@@ -193,7 +201,11 @@ class Supervisor:
         ]
         if self._parts.reports is None:
             # A worker follows the leader, which runs the sources for all processes.
-            tasks += [("feed", self.feed.run), ("discovery", self.sources.run)]
+            tasks += [
+                ("feed", self.feed.run),
+                ("discovery", self.sources.run),
+                ("sharing", self._share),
+            ]
         if self.reloader is not None:
             tasks.append(("watch", self._watch))
         if self._parts.signals is not None:
@@ -209,9 +221,35 @@ class Supervisor:
         return self.sources.discovery.statuses
 
     @property
+    def shared_status(self) -> SharedStatus | None:
+        """The state of `[shared]`; None without that table."""
+        return self.shared.status() if self.shared is not None else None
+
+    @property
     def task_restarts(self) -> int:
         """How many background tasks failed and were started again."""
         return self._background.restarts
+
+    def share_with(self, make: Callable[[], SharedState]) -> None:
+        """Use another function to make the shared state once `[shared]` is configured."""
+        self._make_shared = make
+
+    def _follow_shared(self, config: Config) -> None:
+        """Begin to share, use another store, or end; a worker leaves it to the leader."""
+        if self._parts.reports is not None:
+            return
+        if self.shared is None:
+            if config.shared is None:
+                return
+            self.shared = self._make_shared()
+            self._sharing.set()
+        self.shared.use(config.shared)
+
+    async def _share(self) -> None:
+        self._follow_shared(self.config)
+        await self._sharing.wait()
+        assert self.shared is not None
+        await self.shared.run()
 
     async def _watch(self) -> None:
         assert self.reloader is not None
@@ -270,6 +308,7 @@ class Supervisor:
         change = self.fleet.apply(new)
         self.config = new
         self.proxy.apply(new)
+        self._follow_shared(new)
         if self.output is not None:
             self.output.follow(new.log)
         self._choose_recorded_fields(new)
@@ -363,6 +402,8 @@ class Supervisor:
         if server is not None:
             server.drain(on)
             self.fleet.settle(trio.current_time())
+            if self.shared is not None:
+                self.shared.drain(server, on=on)
         return server
 
     async def lame_duck(self) -> None:

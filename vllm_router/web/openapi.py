@@ -89,6 +89,7 @@ _SCHEMAS: Doc = {
         servers=_list(_object(_STATE)),
         uptime_seconds=_NUMBER,
         sources=_list({"type": "object"}),
+        shared=_or_null({"type": "object"}),
     ),
     "LoadStats": _object({"servers": _list(_object(_STATE)), "summary": {"type": "object"}}),
     "ServerModels": _object(

@@ -198,6 +198,36 @@ class SourceView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     skipped: Annotated[list[str], _("Targets that were left out, at most ten, with the reason.")]
 
 
+class OtherRouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Another router of the same fleet (`[shared]`)."""
+
+    name: str
+    version: str
+    uptime: Seconds
+    silent: Annotated[Seconds, _("Since it was heard last.")]
+    live: Annotated[bool, _("false: silent for a second; its requests count for nothing.")]
+    in_flight: Annotated[int, _("Its requests on servers.")]
+    requests_per_s: Annotated[float, _("Its attempts that have ended.")]
+    same_configuration: Annotated[
+        bool, _("Whether its configuration is this router's; names and secrets do not count.")
+    ]
+
+
+class SharedView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """The state of `[shared]`."""
+
+    store: Annotated[str, _("The address of the Redis.")]
+    fleet: str
+    name: Annotated[str, _("Of this router, for the others.")]
+    up: Annotated[bool, _("Whether this router and the others hear of each other.")]
+    problem: Annotated[str | None, _("Why not; null while all is well.")]
+    age: Annotated[Seconds | None, _("Since the store has answered; null if it never has.")]
+    in_flight: Annotated[int, _("Requests of the other routers on servers.")]
+    routers: Annotated[
+        list[OtherRouterView], _("The other routers; a silent one is listed for a minute.")
+    ]
+
+
 class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The router's own process."""
 
@@ -215,6 +245,7 @@ class RouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         _("No client has sent a request for inference yet; the demo's own traffic does not count."),
     ] = False
     sources: Annotated[list[SourceView], _("In the order of `[discovery]`.")] = []
+    shared: Annotated[SharedView | None, _("null without `[shared]`.")] = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):

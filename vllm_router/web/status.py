@@ -12,7 +12,7 @@ from vllm_router import __version__
 from vllm_router.fleet.server import Server
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.web.router import Router
-from vllm_router.web.view import source_view
+from vllm_router.web.view import shared_view, source_view
 
 ANCESTORS_MAX_FDS = 65535
 """`process_max_fds` in the ancestor if a server did not report it; not used any more."""
@@ -78,6 +78,7 @@ def health(router: Router) -> dict[str, Any]:
         "in_flight": router.in_flight,
         "reload": reload_state(router),
         "sources": [msgspec.to_builtins(source_view(s, now)) for s in router.source_statuses],
+        "shared": msgspec.to_builtins(shared_view(router.shared_status)),
         "task_restarts": router.task_restarts,
     }
 

@@ -17,6 +17,7 @@ from vllm_router.observability.model_rows import AVAILABLE, ModelRow
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
 from vllm_router.observability.tally import Tallies, Tally, total_tokens_per_s
+from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.web import schema
 from vllm_router.web.outages import Outages
 from vllm_router.web.reasons import code_of
@@ -213,6 +214,34 @@ def router_view(
         feed_clients=feed_clients,
         unused=unused,
         sources=[source_view(status, now) for status in router.source_statuses],
+        shared=shared_view(router.shared_status),
+    )
+
+
+def shared_view(status: SharedStatus | None) -> schema.SharedView | None:
+    if status is None:
+        return None
+    return schema.SharedView(
+        store=status.store,
+        fleet=status.fleet,
+        name=status.own.name,
+        up=status.up,
+        problem=status.problem or None,
+        age=round(status.age, 1) if status.age is not None else None,
+        in_flight=sum(status.in_flight.values()),
+        routers=[
+            schema.OtherRouterView(
+                name=one.about.name,
+                version=one.about.software,
+                uptime=round(one.about.age + one.silent, 1),
+                silent=round(one.silent, 1),
+                live=one.live,
+                in_flight=one.in_flight,
+                requests_per_s=round(one.rate, 2),
+                same_configuration=one.about.configuration == status.own.configuration,
+            )
+            for one in status.routers
+        ],
     )
 
 

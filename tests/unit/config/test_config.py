@@ -428,7 +428,7 @@ def test_config_flood_of_problems_is_counted_not_listed():
             f"{ONE_SERVER}[zzz]",
             (
                 'zzz: unknown key "zzz", known here: servers, discovery, config, models, auth, '
-                "limits, tls, log, run, slo"
+                "limits, tls, log, run, slo, shared"
             ),
         ),
         (

@@ -12,6 +12,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.fleet_makers import come_up, gauges, go_down
+from support.shared_bus import shared_status
 from support.web_harness import TOML, Lab
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.state import State
@@ -404,6 +405,7 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
     source = SourceStatus("targets", "file", "targets/*.json", answered_at=0.0)
     lab.router.sources.discovery = Mock(statuses=[source])
+    lab.router.shared = Mock(status=shared_status)
     page = (await lab.get("/metrics")).body.decode()
     parsed = {family.name: family for family in text_string_to_metric_families(page)}
     for family in FAMILIES:

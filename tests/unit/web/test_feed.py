@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from support.fleet_makers import come_up, gauges, go_down
+from support.shared_bus import shared_status
 from support.web_harness import TOML, Lab, make_record
 from vllm_router.fleet.capacity import ASSUMED
 from vllm_router.fleet.state import State, Transition
@@ -70,6 +71,37 @@ async def test_feed_says_whether_a_client_has_sent_a_request(autojump_clock, lab
     await trio.sleep(1)
     await client.next_of(schema.Snapshot)
     assert not (await client.next_of(schema.Snapshot)).router.unused
+
+
+async def test_feed_and_health_show_the_other_routers(autojump_clock, lab):
+    assert (await lab.get("/health")).json["shared"] is None
+    lab.router.shared = Mock(status=lambda: shared_status("no answer", digest="bbbbbb"))
+    shown = (await Client(lab).next_of(schema.Snapshot)).router.shared
+    assert shown == schema.SharedView(
+        store="redis://store:6379",
+        fleet="default",
+        name="gw-1",
+        up=False,
+        problem="no answer",
+        age=0.1,
+        in_flight=3,
+        routers=[
+            schema.OtherRouterView(
+                name="gw-2",
+                version="1.2.3",
+                uptime=3600.1,
+                silent=0.1,
+                live=True,
+                in_flight=3,
+                requests_per_s=2.0,
+                same_configuration=False,
+            )
+        ],
+    )
+    lab.router.shared = Mock(status=shared_status)
+    health = (await lab.get("/health")).json["shared"]
+    assert (health["up"], health["problem"]) == (True, None)
+    assert health["routers"][0]["same_configuration"]
 
 
 async def test_feed_first_messages_are_hello_and_snapshot(autojump_clock, lab):

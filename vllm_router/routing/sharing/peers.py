@@ -140,7 +140,7 @@ class Peers:
         """Apply a batch that was written `age` seconds ago.
 
         past: it was written before this router was listening, so only lasting facts count.
-        sibling: it is of a process of the same router, which shares all but prompts in other ways.
+        sibling: it is of a process of the same router, which shares the rest in other ways.
         Call `settle` after the last batch of a series.
         """
         if batch.router == self._own:
@@ -156,12 +156,14 @@ class Peers:
         peer.follow(batch, at)
         self._place(batch, now)
         effects = self._effects
-        if effects is None or sibling:
+        if effects is None:
+            return
+        for digest in batch.quarantined:
+            effects.quarantined(digest, age, now)
+        if sibling:
             return
         for entry in batch.owners:
             effects.owner(entry)
-        for digest in batch.quarantined:
-            effects.quarantined(digest, age, now)
         fresh = age <= GONE_AFTER
         if fresh:
             for url in batch.ejected:
@@ -243,6 +245,14 @@ class Peers:
     def live(self, now: float) -> list[Peer]:
         """The processes that have been heard in the last GONE_AFTER seconds."""
         return [peer for peer in self._peers.values() if now - peer.heard_at <= GONE_AFTER]
+
+    def count(self, now: float) -> int:
+        """The other routers that have been heard in the last GONE_AFTER seconds."""
+        return sum(not peer.sibling for peer in self.live(now))
+
+    def siblings(self, now: float) -> dict[str, ServerLevel]:
+        """The levels of the other processes of this router, by URL."""
+        return summed_levels(peer.servers for peer in self.live(now) if peer.sibling)
 
     def views(self, now: float) -> list[RouterView]:
         """All known routers, by name."""

@@ -95,7 +95,8 @@ def build(
         ),
     )
     snapshot.write(config)
-    prompts = LeaderPrompts(supervisor.proxy.context, workers)
+    prompts = LeaderPrompts(supervisor, workers)
+    supervisor.share_with(partial(prompts.share_fleet, supervisor))
     inbox = _Inbox(supervisor, fleet, workers, adopted, nursery, prompts)
     publisher = _Publisher(supervisor, workers, snapshot)
     supervisor.before_apply.append(fleet.check_room)
@@ -171,6 +172,9 @@ class _Inbox:
                     await self._reports.apply(message)
                     if message.stored:
                         self._take_stored(message.stored)
+                        if self._prompts.log is not None:
+                            for entry in message.stored:
+                                self._prompts.log.owner(entry)
                         self._workers.stored(link, message.stored)
                 case StoredResponses(entries):
                     self._take_stored(entries)

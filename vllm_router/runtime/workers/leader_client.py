@@ -18,6 +18,7 @@ from vllm_router.runtime.workers.fleet import FollowingFleet
 from vllm_router.runtime.workers.messages import (
     Configured,
     Hello,
+    KeyShare,
     ModelListsRefreshed,
     PeerBatch,
     RefreshModelLists,
@@ -74,7 +75,7 @@ class LeaderClient:
         *,
         own_share: Callable[[Config], Config],
         send_stats: Callable[[], Awaitable[None]],
-        hear: Callable[[PeerBatch], None],
+        hear: Callable[[PeerBatch | KeyShare], None],
     ) -> None:
         self.welcomed = trio.Event()
         self._supervisor = supervisor
@@ -104,7 +105,7 @@ class LeaderClient:
                 case StoredResponses(entries):
                     for entry in entries:
                         self._supervisor.proxy.context.owners.take(entry)
-                case PeerBatch():
+                case PeerBatch() | KeyShare():
                     self._hear(message)
                 case ModelListsRefreshed():
                     self._lists.refreshed()

@@ -122,10 +122,19 @@ class PeerBatch(msgspec.Struct, tag=True, array_like=True):
     """A batch of another process: a worker sends its own, the leader passes it on.
 
     sibling: it is of a worker of this router, not of another router.
+    age, past: see `Peers.hear`.
     """
 
     batch: Batch
     sibling: bool = True
+    age: float = 0.0
+    past: bool = False
+
+
+class KeyShare(msgspec.Struct, tag=True, array_like=True):
+    """The number of routers among which the limits of keys are divided, see `Usage.routers`."""
+
+    routers: int
 
 
 FromWorker = (
@@ -207,6 +216,7 @@ FromLeader = (
     | ModelListsRefreshed
     | StoredResponses
     | PeerBatch
+    | KeyShare
 )
 
 NAMES = 100

@@ -2,7 +2,8 @@
 
 A worker sends a batch every PERIOD if it has something to tell. The leader passes it on to the
 other workers and applies it, so that it can explain decisions, and tell a worker that starts all of
-it. Batches are soft state: a full channel drops one.
+it. With `[shared]` it passes the batches on between the workers and the other routers, too.
+Batches are soft state: a full channel drops one.
 """
 
 from __future__ import annotations
@@ -12,73 +13,48 @@ from secrets import token_hex
 
 import trio
 
-from vllm_router.proxy.context import ProxyContext
-from vllm_router.routing.sharing.messages import (
-    MAX_HASHES,
-    About,
-    Batch,
-    Placed,
-    ServerLevel,
-    pack_blocks,
-)
+from vllm_router.routing.sharing.messages import MAX_HASHES, Batch, Placed, pack_blocks
 from vllm_router.routing.sharing.outbox import Outbox
-from vllm_router.routing.sharing.peers import Peers
+from vllm_router.runtime.sharing.effects import ProcessEffects
+from vllm_router.runtime.sharing.process import NOT_SHOWN, ProcessShare
+from vllm_router.runtime.sharing.redis_store import open_redis
+from vllm_router.runtime.sharing.router_share import key_finder, router_effects, share_through
+from vllm_router.runtime.sharing.store import OpenStore
+from vllm_router.runtime.sharing.task import SharedState
+from vllm_router.runtime.supervisor import Supervisor
 from vllm_router.runtime.workers.channel import LARGEST, Channel
-from vllm_router.runtime.workers.messages import PeerBatch, encode
+from vllm_router.runtime.workers.messages import KeyShare, PeerBatch, encode
 from vllm_router.runtime.workers.worker_link import WorkerLink
 from vllm_router.runtime.workers.worker_links import WorkerLinks
 
 PERIOD = 0.1
-"""Seconds between two batches of a worker."""
-
-NOT_SHOWN = About("", "", "", 0.0, 0)
-"""Workers are not shown as routers."""
+"""Seconds between two batches of a process."""
 
 
-def queued_levels(context: ProxyContext) -> dict[str, ServerLevel]:
-    """The prompt tokens of this process that wait on servers, by URL."""
-    queued = context.policies.queued_tokens()
-    return {server.url: ServerLevel(round(tokens), 0) for server, tokens in queued.items()}
-
-
-class _Teller:
-    """Common part: collects what this process has to tell, and follows the others."""
-
-    def __init__(self, context: ProxyContext, kind: str) -> None:
-        self._context = context
-        self.outbox = Outbox(f"{kind}-{token_hex(8)}")
-        self.peers = Peers(self.outbox.router, context.policies, context.fleet.by_url)
-        self._had_levels = False
-        context.policies.tell(self.outbox)
-
-    def due(self) -> Batch | None:
-        """The batch of this period; None if there is nothing to tell."""
-        now = trio.current_time()
-        self.peers.settle(now)
-        levels = queued_levels(self._context)
-        if not (levels or self._had_levels or self.outbox.waiting):
-            return None
-        self._had_levels = bool(levels)
-        return self.outbox.batch(NOT_SHOWN, levels, {}, now)
-
-
-class WorkerPrompts(_Teller):
+class WorkerPrompts:
     """A worker's part. `run` sends; `hear` applies what the leader sends."""
 
-    def __init__(self, context: ProxyContext, channel: Channel) -> None:
-        super().__init__(context, "worker")
+    def __init__(self, supervisor: Supervisor, channel: Channel) -> None:
+        context = supervisor.proxy.context
+        effects = ProcessEffects(context, key_finder(supervisor))
+        self.share = ProcessShare(context, "worker", effects)
+        self._usage = context.usage
         self._channel = channel
 
-    def hear(self, message: PeerBatch) -> None:
-        now = trio.current_time()
-        self.peers.hear(message.batch, now, sibling=message.sibling)
-        self.peers.settle(now)
+    def hear(self, message: PeerBatch | KeyShare) -> None:
+        if isinstance(message, KeyShare):
+            self._usage.routers = message.routers
+            return
+        now, sibling = trio.current_time(), message.sibling
+        self.share.peers.hear(message.batch, now, message.age, past=message.past, sibling=sibling)
+        if not message.past:
+            self.share.settle(now)
 
     async def run(self) -> None:
         """Send until cancelled, or until no process holds the other end."""
         while True:
             await trio.sleep(PERIOD)
-            batch = self.due()
+            batch = self.share.due()
             if batch is None:
                 continue
             message = encode(PeerBatch(batch))
@@ -91,39 +67,62 @@ class WorkerPrompts(_Teller):
                 return
 
 
-class LeaderPrompts(_Teller):
-    """The leader's part. It serves requests, too: those over HTTP/2."""
+class LeaderPrompts:
+    """The leader's part. It serves requests, too: the ones over HTTP/2.
 
-    def __init__(self, context: ProxyContext, workers: WorkerLinks) -> None:
-        super().__init__(context, "leader")
+    `log` collects what the router has to tell other routers; None without `[shared]`.
+    """
+
+    def __init__(self, supervisor: Supervisor, workers: WorkerLinks) -> None:
+        self._context = supervisor.proxy.context
+        self.share = ProcessShare(
+            self._context, "leader", router_effects(supervisor, supervisor.probes.check_soon)
+        )
+        self.log: Outbox | None = None
         self._workers = workers
         self._store = f"known-{token_hex(8)}"
         self._stored_batches = 0
 
+    def share_fleet(
+        self, supervisor: Supervisor, open_store: OpenStore = open_redis
+    ) -> SharedState:
+        """The shared state of all routers, which all processes of this one follow."""
+        self.log = log = Outbox(f"router-{token_hex(8)}")
+        self._context.owners.on_new = log.owner
+        shared = share_through(supervisor, self.share, log, open_store)
+        shared.heard = self._pass_on
+        shared.on_routers = lambda routers: self._tell(encode(KeyShare(routers)))
+        return shared
+
+    def _pass_on(self, batch: Batch, age: float, past: bool) -> None:
+        self._tell(encode(PeerBatch(batch, sibling=False, age=age, past=past)))
+
     def hear(self, source: WorkerLink, message: PeerBatch) -> None:
         """Apply the batch of a worker, and pass it on to the others."""
         now = trio.current_time()
-        self.peers.hear(message.batch, now, sibling=True)
-        self.peers.settle(now)
-        self._tell(message, source)
+        self.share.peers.hear(message.batch, now, sibling=True)
+        self.share.settle(now)
+        if self.log is not None:
+            self.log.pass_on(message.batch)
+        self._tell(encode(message), source)
 
-    def _tell(self, message: PeerBatch, source: WorkerLink | None = None) -> None:
-        others = [link for link in self._workers.links if link is not source]
-        if others:
-            encoded = encode(message)
-            for link in others:
-                link.tell(encoded)
+    def _tell(self, message: bytes, source: WorkerLink | None = None) -> None:
+        for link in self._workers.links:
+            if link is not source:
+                link.tell(message)
 
     async def run(self) -> None:
         """Send the leader's own batches to all workers, until cancelled."""
         while True:
             await trio.sleep(PERIOD)
-            batch = self.due()
+            batch = self.share.due()
             if batch is not None:
-                self._tell(PeerBatch(batch))
+                if self.log is not None:
+                    self.log.pass_on(batch)
+                self._tell(encode(PeerBatch(batch)))
 
     def known(self) -> Iterator[bytes]:
-        """Messages with all known blocks, for a worker that has just started."""
+        """What a worker that has just started must know: all blocks, and its part of the limits."""
         placed: list[Placed] = []
         hashes = 0
         for server, blocks in self._context.policies.blocks(MAX_HASHES // 4):
@@ -134,6 +133,7 @@ class LeaderPrompts(_Teller):
                 placed, hashes = [], 0
         if placed:
             yield self._message(placed)
+        yield encode(KeyShare(self._context.usage.routers))
 
     def _message(self, placed: list[Placed]) -> bytes:
         self._stored_batches += 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from vllm_router.config.auth import KeyConfig
-from vllm_router.proxy.key_limits import Usage, Use, new_use
+from vllm_router.proxy.key_limits import Usage
 from vllm_router.runtime.workers.shared_counters import CounterView
 
 
@@ -57,14 +57,14 @@ class SharedUsage(Usage):
         self._look()
         self._of_column.clear()
         for key, places in found:
-            own = self._running.get(key.name, 0)
+            own = self._running.get(key.name, 0) + self._elsewhere.get(key.name, 0)
             if places is None:
-                self._use(key).running = own
+                self._use(key, perf_counter()).running = own
                 continue
             running, let_in = places
             self._of_column[running] = key, True
             self._of_column[let_in] = key, False
-            self._use(key).running = own + self._counters.elsewhere[running]
+            self._use(key, perf_counter()).running = own + self._counters.elsewhere[running]
             if self._columns.get(key.name) != places:
                 self._columns[key.name] = places
                 self._let_in[key.name] = 0
@@ -76,18 +76,13 @@ class SharedUsage(Usage):
         if found is None:
             return
         key, is_running = found
-        use = self._use(key)
+        use = self._use(key, perf_counter())
         if is_running:
             use.running += difference
         elif difference > 0:  # otherwise a process has restarted
             use.refill(key.requests_per_minute or 0.0, perf_counter())
             use.tokens -= difference
-
-    def _use(self, key: KeyConfig) -> Use:
-        use = self._uses.get(key.name)
-        if use is None:
-            use = self._uses[key.name] = new_use(key, perf_counter())
-        return use
+            use.admitted += difference
 
     def _show(self, name: str) -> None:
         places = self._columns.get(name)

@@ -123,7 +123,7 @@ def build(
     supervisor.proxy.context.budget.floor /= workers
     supervisor.proxy.context.budget.depth = supervisor.proxy.context.budget.floor
     stats = StatsSender(supervisor, channel, reporter)
-    prompts = WorkerPrompts(supervisor.proxy.context, channel)
+    prompts = WorkerPrompts(supervisor, channel)
     leader = LeaderClient(
         supervisor,
         fleet,
