@@ -204,8 +204,7 @@ def test_tls_mismatched_files_are_named_before_start(
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert expected in lines[0]
-    # A file that is missing is a fault of the key that names it: its line and a caret follow.
-    assert len(lines) == (3 if "none.key" in expected else 1)
+    assert len(lines) == 3, "the problem, the line of the key that names the file, and a mark"
 
 
 # -- to servers -------------------------------------------------------------------------------
