@@ -268,15 +268,37 @@ async def test_reports_two_servers_put_to_sleep_cause_no_quarantine(autojump_clo
 # -- the queue and the memory -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [200, 400])
-async def test_reports_queue_learns_times_of_successes_only(autojump_clock, monkeypatch, status):
+async def after_three_seconds(talk: Talk, *reply: bytes) -> None:
+    await talk.request()
+    await trio.sleep(3)
+    await talk.send(*reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "times"),
+    [
+        ([GOOD], [3.0]),
+        ([REJECTED], []),
+        ([sse_head(), chunk(event("a"))], []),
+        ([sse_head(), chunk(event("a")), chunk(event("", "stop")), chunk(DONE), END], [3.0]),
+    ],
+    ids=["answer", "rejected", "truncated", "stream"],
+)
+async def test_reports_queue_learns_times_of_successes_only(
+    autojump_clock, monkeypatch, reply, times
+):
     """The time of a quick refusal would make a request with little time look promising."""
-    async with lab(answering(answer(status, b"{}")), limits={"max_in_flight": 4}) as rig:
-        times: list[float] = []
+
+    async def script(talk: Talk) -> None:
+        await after_three_seconds(talk, *reply)
+
+    async with lab(script, limits={"max_in_flight": 4}) as rig:
+        await trio.sleep(5)
+        found: list[float] = []
         assert rig.context.gate is not None
-        monkeypatch.setattr(rig.context.gate, "served", lambda _model, took: times.append(took))
-        await rig.post(path="/v1/x")
-        assert len(times) == (status == 200)
+        monkeypatch.setattr(rig.context.gate, "served", lambda _model, took: found.append(took))
+        await rig.stream()
+        assert found == times
 
 
 async def test_reports_started_stream_frees_body_memory(autojump_clock):

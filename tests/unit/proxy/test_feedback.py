@@ -210,6 +210,30 @@ async def test_feedback_long_wait_without_a_byte_is_evidence_of_silence(autojump
         assert (rig.server("a").silence.since is not None) is not begun
 
 
+@pytest.mark.parametrize(
+    ("begun", "stream", "row"),
+    [(False, False, 0), (True, False, 1), (False, True, 1), (True, True, 1)],
+    ids=["no byte", "half a body", "no event", "half a stream"],
+)
+async def test_feedback_timeout_counts_unless_a_plain_response_has_no_byte(
+    autojump_clock, begun, stream, row
+):
+    """A plain response shows no byte until it is complete, and may take longer than the limit."""
+
+    async def hang(talk: Talk) -> None:
+        await talk.request()
+        if begun:
+            await talk.send(*[sse_head(), chunk(event("a"))] if stream else [GOOD[:-5]])
+        await talk.gone()
+
+    async with lab(hang, first_byte_timeout=9, idle_timeout=9) as rig:
+        await rig.post({"model": "m", "stream": stream})
+        expected = Outcome.IDLE_TIMEOUT if begun else Outcome.FIRST_BYTE_TIMEOUT
+        assert rig.recorder.outcomes == [expected]
+        assert failures(rig) == row
+        assert rig.server("a").silence.since is not None
+
+
 # -- quarantine and retries ---------------------------------------------------------------------
 
 
