@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING
 import trio
 
 from vllm_router.config.discovered import merge, read_targets, server_options
-from vllm_router.config.discovery import DiscoveryConfig, Found, SourceConfig, Targets
+from vllm_router.config.discovery import (
+    DiscoveryConfig,
+    Found,
+    SourceConfig,
+    Targets,
+    TargetState,
+)
 from vllm_router.config.schema import Config, ServerConfig
 from vllm_router.discovery.kinds import kind_and_place, make_source
+from vllm_router.discovery.priorities import up_to, used_priority
 from vllm_router.discovery.source import Again
 
 if TYPE_CHECKING:
@@ -33,7 +40,8 @@ class SourceReport:
     done: trio.Event = field(default_factory=trio.Event)
 
     def found(self, targets: Collection[Found], problems: Sequence[str] = ()) -> None:
-        self.targets, bad = read_targets(targets, self.config, self.discovery)
+        said, bad = read_targets(targets, self.config, self.discovery)
+        self.targets = up_to(said, used_priority(said, lambda url: None), TargetState.WAIT)
         self.left_out = [*problems, *bad]
         self.done.set()
 

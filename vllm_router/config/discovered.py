@@ -51,7 +51,7 @@ def read_targets(found: Iterable[Found], source: SourceConfig, discovery: Discov
     """Check the targets of a source. A bad target is a problem, and left out.
 
     Of several targets with one URL, the first one in the best state is used: UP, else WAIT, else
-    DRAIN.
+    DRAIN; of these one with the lowest priority number.
     """
     keys = dict(discovery.label_keys)
     targets: dict[str, Target] = {}
@@ -66,12 +66,16 @@ def read_targets(found: Iterable[Found], source: SourceConfig, discovery: Discov
             problems += error.problems
             continue
         known = targets.get(target.url)
-        if known is None or _RANKS[target.state] < _RANKS[known.state]:
+        if known is None or _rank(target) < _rank(known):
             targets[target.url] = target
     return Read(tuple([targets[url] for url in sorted(targets)]), tuple(problems))
 
 
 _RANKS = {TargetState.UP: 0, TargetState.WAIT: 1, TargetState.DRAIN: 2}
+
+
+def _rank(target: Target) -> tuple[int, int]:
+    return _RANKS[target.state], target.priority
 
 
 def _read_target(found: Found, source: SourceConfig, keys: Mapping[str, Any]) -> Target:
@@ -99,7 +103,7 @@ def _read_target(found: Found, source: SourceConfig, keys: Mapping[str, Any]) ->
     if name is not None:
         reader.value("name", name, Name)
     reader.raise_problems()
-    return Target(url, name, TargetState(state), tuple(options.items()))
+    return Target(url, name, TargetState(state), tuple(options.items()), found.priority)
 
 
 def _read_labels(reader: Reader, labels: Mapping[str, str]) -> dict[str, Any]:

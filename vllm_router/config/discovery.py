@@ -34,12 +34,14 @@ class Found(NamedTuple):
     """A target as a source found it, not checked yet.
 
     `address` is host:port or a URL. `labels` are keys of a server with their values as text.
+    Targets with a higher `priority` number are used when all others fail.
     """
 
     address: str
     name: str | None = None
     state: TargetState = TargetState.UP
     labels: Mapping[str, str] = {}
+    priority: int = 0
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -49,6 +51,7 @@ class Target(msgspec.Struct, frozen=True):
     name: str | None = None
     state: TargetState = TargetState.UP
     options: Options = ()
+    priority: int = 0
 
 
 Targets = tuple[Target, ...]

@@ -121,7 +121,7 @@ class Discovery:
                 self._wanted = trio.Event()
 
     async def review(self, others: Callable[[], bool]) -> None:
-        """Compare doubtful sets with the checks, until cancelled.
+        """Compare doubtful sets and priorities with the checks, until cancelled.
 
         Also ends the wait for sources that do not answer after the start, if there are servers
         without them; `others` returns whether the configuration file has any.
@@ -131,6 +131,7 @@ class Discovery:
             await trio.sleep(LOOK_PAUSE)
             now = trio.current_time()
             for task in list(self._tasks.values()):
+                task.look_at_priorities()
                 task.look_at_doubt(now)
             if now - began < START_PATIENCE or not (others() or any(self.found().values())):
                 continue

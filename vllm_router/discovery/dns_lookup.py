@@ -110,8 +110,10 @@ def _resolver(config: DnsSource) -> dns.asyncresolver.Resolver:
 
 def _record(one: object, kind: str) -> Record:
     if kind == "SRV":
-        target = str(getattr(one, "target", "."))
-        return Record(target, int(getattr(one, "port", 0)), int(getattr(one, "weight", 0)))
+        port, weight, priority = (
+            int(getattr(one, name, 0)) for name in ("port", "weight", "priority")
+        )
+        return Record(str(getattr(one, "target", ".")), port, weight, priority)
     return Record(str(getattr(one, "address", "")))
 
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 
 class Record(NamedTuple):
-    """A record: address or name of a host; port and weight of SRV only."""
+    """A record: address or name of a host; port, weight and priority of SRV only."""
 
     host: str
     port: int = 0
     weight: int = 0
+    priority: int = 0
 
 
 class Answer(NamedTuple):

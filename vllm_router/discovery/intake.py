@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from vllm_router.config.discovery import Target, Targets, TargetState
 
-Answers = Callable[[str], bool]
-"""Whether the checks of the server at a URL are good."""
+Answers = Callable[[str], bool | None]
+"""Whether the checks of the server at a URL are good; None before the first one."""
 
 
 class Intake:

@@ -60,16 +60,20 @@ async def _make_lookup(config: DnsSource) -> Lookup:
 def targets_of(records: Sequence[Record], port: int | None) -> list[Found]:
     """The targets of the records. `port` is for addresses; SRV records have their own.
 
-    Weights of SRV records count relative to their mean, and only if they differ.
+    Weights of SRV records count relative to the mean of their priority, and only if they differ.
     """
     records = list(dict.fromkeys(records))
-    weights = {record.weight for record in records}
-    mean = sum(record.weight for record in records) / len(records) if records else 0.0
+    weights: dict[int, list[int]] = {}
+    for record in records:
+        weights.setdefault(record.priority, []).append(record.weight)
     found = []
     for record in records:
         host = f"[{record.host}]" if ":" in record.host else record.host.rstrip(".")
         labels = {}
-        if len(weights) > 1:
-            labels["weight"] = f"{min(max(record.weight / mean, 0.01), 1000.0):.2f}"
-        found.append(Found(f"{host}:{record.port or port}", labels=labels))
+        others = weights[record.priority]
+        if len(set(others)) > 1:
+            share = record.weight * len(others) / sum(others)
+            labels["weight"] = f"{min(max(share, 0.01), 1000.0):.2f}"
+        address = f"{host}:{record.port or port}"
+        found.append(Found(address, labels=labels, priority=record.priority))
     return found

@@ -9,9 +9,16 @@ from collections.abc import Callable, Collection, Sequence
 import trio
 
 from vllm_router.config.discovered import read_targets
-from vllm_router.config.discovery import DiscoveryConfig, Found, SourceConfig, Targets
+from vllm_router.config.discovery import (
+    DiscoveryConfig,
+    Found,
+    SourceConfig,
+    Targets,
+    TargetState,
+)
 from vllm_router.discovery.intake import Answers, Intake
 from vllm_router.discovery.kinds import kind_and_place
+from vllm_router.discovery.priorities import up_to, used_priority
 from vllm_router.discovery.source import SHOWN_PROBLEMS, Again, Source, SourceStatus
 
 logger = logging.getLogger(__name__)
@@ -50,6 +57,8 @@ class SourceTask:
         self._announce = announce
         self._scope = trio.CancelScope()
         self._asked_for: float | None = None
+        self._said: Targets = ()
+        self._priority: int | None = None
         self._bad: tuple[str, ...] = ()
         self._conflicts: tuple[str, ...] = ()
 
@@ -89,9 +98,9 @@ class SourceTask:
     def found(self, targets: Collection[Found], problems: Sequence[str] = ()) -> None:
         valid, bad = read_targets(targets, self.config, self._discovery)
         self._note_bad((*problems, *bad))
-        self.status.states = dict(Counter(target.state for target in valid))
+        self._said = valid
         self._answered()
-        self._offer(valid)
+        self._offer(self._in_use())
 
     def confirmed(self) -> None:
         self._answered()
@@ -139,6 +148,31 @@ class SourceTask:
             logger.warning("%s", text)
             self._announce(text)
         status.skipped, status.skipped_total = shown, len(problems)
+
+    # -- priorities ---------------------------------------------------------------------------
+
+    def look_at_priorities(self) -> None:
+        """Use servers of a lower or higher priority if the checks have changed."""
+        if any(target.priority != self._said[0].priority for target in self._said):
+            targets = self._in_use()
+            if targets != self.intake.offered:
+                self._offer(targets)
+
+    def _in_use(self) -> Targets:
+        """The last set, with the state DRAIN for servers whose priority is not used."""
+        priority = used_priority(self._said, self._answers)
+        if self._said:
+            before, self._priority = self._priority, priority
+            if before is not None and priority != before:
+                text = (
+                    f"source {self.status.name}: its servers up to priority {priority} are used, "
+                    f"before up to {before}"
+                )
+                logger.warning("%s", text)
+                self._announce(text)
+        shown = up_to(self._said, priority, TargetState.WAIT)
+        self.status.states = dict(Counter(target.state for target in shown))
+        return up_to(self._said, priority, TargetState.DRAIN)
 
     # -- doubt --------------------------------------------------------------------------------
 

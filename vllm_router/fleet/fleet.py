@@ -276,10 +276,10 @@ class Fleet:
             return False
         return all(server.active_health.up is not None for server in self.servers.values())
 
-    def answers(self, url: str) -> bool:
-        """Whether the last checks of the server at this URL were good."""
+    def answers(self, url: str) -> bool | None:
+        """Whether the last checks of the server at this URL were good; None if there were none."""
         server = self._by_url.get(url)
-        return server is not None and bool(server.active_health.up)
+        return server.active_health.up if server is not None else None
 
     @property
     def without_models(self) -> list[str]:

@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vllm_router.cli.main import cli
+from vllm_router.cli.source_check import SourceReport
+from vllm_router.config.discovery import DiscoveryConfig, FileSource, Found
 
 TOML = """
 [servers]
@@ -55,6 +57,15 @@ def test_discover_json_is_for_programs(directory: Path):
     assert [target["state"] for target in first["targets"]] == ["up", "up", "drain"]
     assert first["problem"] is None
     assert "No such file" in second["problem"]
+
+
+def test_discover_target_of_higher_priority_waits():
+    source = FileSource(name="file", paths=("x",))
+    report = SourceReport(source, DiscoveryConfig(sources=(source,)))
+    report.found([Found("a:1", priority=10), Found("b:1", priority=20)])
+    assert report.targets is not None
+    states = {one.url: one.state for one in report.targets}
+    assert states == {"http://a:1": "up", "http://b:1": "wait"}
 
 
 def test_discover_good_sources_exit_zero(directory: Path):

@@ -54,6 +54,10 @@ class FakeSource:
         assert self.sink is not None
         self.sink.found([Found(address) for address in addresses])
 
+    def say_by_priority(self, **addresses: int) -> None:
+        assert self.sink is not None
+        self.sink.found([Found(f"{host}:1", priority=number) for host, number in addresses.items()])
+
     def fail(self, problem: str = "no route") -> None:
         assert self.sink is not None
         self.sink.failed(problem)
@@ -231,6 +235,53 @@ async def test_discovery_confirmed_set_is_a_second_look(autojump_clock: MockCloc
         source.sink.confirmed()
         await rig.settle()
         assert rig.names == ["a:1"]
+
+
+async def test_discovery_higher_priority_number_is_used_while_all_lower_ones_fail(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(FILE) as rig:
+        source = rig.made["file"]
+        source.say_by_priority(a=10, b=10, c=20, d=30)
+        await trio.sleep(60)
+        assert rig.names == ["a:1", "b:1"], "not checked yet is not failed"
+        rig.up()
+        first, second = rig.fleet.servers.values()
+        go_down(first, trio.current_time())
+        await trio.sleep(60)
+        assert rig.names == ["a:1", "b:1"]
+        go_down(second, trio.current_time())
+        await trio.sleep(2)
+        assert rig.names == ["a:1", "b:1", "c:1"]
+        assert rig.news == ["source file: its servers up to priority 20 are used, before up to 10"]
+        come_up(rig.fleet.servers["c:1"], trio.current_time())
+        lease = rig.fleet.servers["c:1"].lease(0.0)
+        come_up(second, trio.current_time())
+        await trio.sleep(2)
+        assert rig.names == ["a:1", "b:1"]
+        assert [server.name for server in rig.fleet.leaving] == ["c:1"], "its request ends there"
+        lease.release()
+
+
+async def test_discovery_set_without_unused_priorities_is_not_doubtful(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(FILE) as rig:
+        source = rig.made["file"]
+        source.say_by_priority(a=10, b=10, c=10)
+        await rig.settle()
+        rig.up()
+        source.say_by_priority(a=10, b=20, c=20)
+        await rig.settle()
+        assert rig.names == ["a:1"]
+        (status,) = rig.sources.discovery.statuses
+        assert (status.doubt, status.states) == ("", {"up": 1, "wait": 2})
+        source.say()
+        await rig.settle()
+        source.say_by_priority(a=10, b=20)
+        await rig.settle()
+        assert (rig.names, status.doubt) == (["a:1"], "")
+        assert not [text for text in rig.news if "priority" in text]
 
 
 async def test_discovery_bad_target_is_named_once(

@@ -17,7 +17,7 @@ from support.source_notes import Notes
 from vllm_router.config.discovery import DnsSource
 from vllm_router.config.parser import parse
 from vllm_router.discovery import dns_lookup
-from vllm_router.discovery.dns_hosts import MOST_AT_ONCE
+from vllm_router.discovery.dns_hosts import MOST_AT_ONCE, with_addresses
 from vllm_router.discovery.dns_lookup import lookup_of
 from vllm_router.discovery.dns_records import Answer, Record
 from vllm_router.discovery.names import Names, targets_of
@@ -110,6 +110,13 @@ def test_dns_srv_weights_count_only_if_they_differ() -> None:
     assert [one.labels["weight"] for one in other] == ["2.25", "0.75", "0.01"]
 
 
+def test_dns_srv_weights_count_within_their_priority() -> None:
+    records = [Record("a", 1, 30), Record("b", 1, 10), Record("c", 1, 7, priority=20)]
+    found = targets_of(records, None)
+    assert [one.labels.get("weight") for one in found] == ["1.50", "0.50", None]
+    assert [one.priority for one in found] == [0, 0, 20]
+
+
 # -- lookups ----------------------------------------------------------------------------------
 
 
@@ -153,7 +160,7 @@ async def test_lookup_srv_addresses_sent_with_the_records_are_used() -> None:
         server.records[SERVICE["domain"], "SRV"] = ["1 1 8000 7f000001.addr.dc1.consul."]
         server.additional["7F000001.addr.dc1.consul.", "A"] = ["127.0.0.1"]
         found = await lookup_of(config(server, **SERVICE))()
-        assert found.records == [Record("127.0.0.1", 8000, 1)]
+        assert found.records == [Record("127.0.0.1", 8000, weight=1, priority=1)]
         assert server.questions == [f"{SERVICE['domain']} SRV tcp"]
 
 
@@ -175,14 +182,19 @@ async def test_lookup_srv_hosts_are_asked_at_the_same_time_within_a_bound() -> N
         assert server.most_held == MOST_AT_ONCE
 
 
-async def test_lookup_srv_hosts_have_one_timeout_together() -> None:
-    async with dns_server() as server:
-        names = many(server, 8 * MOST_AT_ONCE)
-        server.held = {*names}
-        server.together = len(names)
-        with pytest.raises(NoAnswer, match=r"pod-0\.test: no nameserver answered"):
-            await lookup_of(config(server, **SERVICE, timeout=0.5))()
-        assert server.most_held <= 4 * MOST_AT_ONCE
+async def test_lookup_srv_hosts_have_one_timeout_together(autojump_clock: MockClock) -> None:
+    records = [Record(f"pod-{number}.test.", 8000) for number in range(8 * MOST_AT_ONCE)]
+    asked = []
+
+    async def ask(host: str) -> list[str]:
+        asked.append(host)
+        await trio.sleep(4)
+        raise NoAnswer(f"{host}: no answer")
+
+    with pytest.raises(NoAnswer, match=r"pod-0\.test\.: no answer"):
+        await with_addresses(records, ask, [], {}, timeout=5.0)
+    assert trio.current_time() == 5
+    assert len(asked) == 2 * MOST_AT_ONCE
 
 
 async def test_lookup_srv_host_that_fails_keeps_its_last_address() -> None:
@@ -241,7 +253,7 @@ async def test_lookup_refused_by_all_nameservers_is_a_failure(code: dns.rcode.Rc
     async with dns_server() as server:
         server.rcode = code
         with pytest.raises(NoAnswer, match="no usable answer"):
-            await lookup_of(config(server, timeout=1.0))()
+            await lookup_of(config(server))()
 
 
 async def test_lookup_silent_nameserver_is_a_failure() -> None:
