@@ -31,19 +31,16 @@ class Decisions:
         self._ring.append(record)
 
     def newest(
-        self, limit: int, wall: float, server: str | None = None, *, only_failed: bool = False
-    ) -> list[dict[str, Any]]:
-        """Newest first; only exchanges of one server, or failed ones, if asked for.
-
-        `wall` is the offset from the event loop's clock to Unix time, in seconds.
-        """
+        self, limit: int, server: str | None = None, *, only_failed: bool = False
+    ) -> list[Record]:
+        """Newest first; only exchanges of one server, or failed ones, if asked for."""
         found = (
             record
             for record in reversed(self._ring)
             if (server is None or (record.server is not None and record.server.name == server))
             and (not only_failed or has_failed(record))
         )
-        return [_row(record, wall) for record in islice(found, limit)]
+        return list(islice(found, limit))
 
 
 def has_failed(record: Record) -> bool:
@@ -54,7 +51,8 @@ def has_failed(record: Record) -> bool:
     return outcome is not ANSWERED and outcome is not Outcome.CLIENT_GONE
 
 
-def _row(record: Record, wall: float) -> dict[str, Any]:
+def decision_row(record: Record, wall: float) -> dict[str, Any]:
+    """`wall` is the offset from the event loop's clock to Unix time, in seconds."""
     first_byte = record.first_byte
     return {
         "time": round(record.started_at + wall, 3),

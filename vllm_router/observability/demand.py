@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
@@ -39,25 +38,28 @@ class RecentRefusals:
         return sum(count for _, count in self._seconds)
 
 
-def models_in_demand(fleet: Fleet, most: int) -> list[str]:
-    """The models that have a demand: expected by the configuration, or listed by servers.
+class ModelDemand:
+    """Requests in the engines, running and waiting, by model. Servers are added one by one.
 
-    LoRA adapters are none: they run on the servers of their model.
+    Models that have a demand are expected by the configuration, or listed by servers. LoRA adapters
+    have none: they run on the servers of their model.
     """
-    names = dict.fromkeys(sorted(fleet.expected))
-    for server in fleet.servers.values():
-        names.update(dict.fromkeys(own_models(server)))
-    return list(names)[:most]
 
+    def __init__(self, fleet: Fleet) -> None:
+        self._models = dict.fromkeys(sorted(fleet.expected))
+        self._requests: dict[str, float] = {}
 
-def engine_demand(servers: Iterable[Server]) -> dict[str, float]:
-    """Requests in the engines, running and waiting, by model."""
-    demand: dict[str, float] = {}
-    for server in servers:
+    def add(self, server: Server, *, leaving: bool) -> None:
+        """Count a server; one that is leaving has requests, but lists nothing any more."""
         there = server.running + server.waiting
         for name in own_models(server):
-            demand[name] = demand.get(name, 0.0) + there
-    return demand
+            if not leaving:
+                self._models[name] = None
+            self._requests[name] = self._requests.get(name, 0.0) + there
+
+    def first(self, most: int) -> dict[str, float]:
+        """The demand of the models, of the first ones if there are more."""
+        return {name: self._requests.get(name, 0.0) for name in list(self._models)[:most]}
 
 
 def own_models(server: Server) -> list[str]:

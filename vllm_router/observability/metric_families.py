@@ -94,17 +94,22 @@ TRANSITIONS = _counter(
 
 # -- what is read when the page is asked for --------------------------------------------------
 
-ServerReading = Callable[[Server, float], float | None]
+ServerReading = Callable[[Server, float, State], float | None]
+"""Reads a server now, of which the present state is known."""
 
 
-def _metric_age(server: Server, now: float) -> float | None:
-    return server.load_estimate.age(now) if server.load_estimate.scraped_at is not None else None
+def _metric_age(server: Server, now: float, _: State) -> float | None:
+    return (
+        max(0.0, server.load_estimate.age(now))
+        if server.load_estimate.scraped_at is not None
+        else None
+    )
 
 
 SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
     (
         _gauge("server_up", "1 if the last checks of the server were good.", "server"),
-        lambda server, now: int(bool(server.active_health.up)),
+        lambda server, now, state: int(bool(server.active_health.up)),
     ),
     (
         _gauge(
@@ -112,7 +117,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
             "1 if the server can get requests now (up, or refusing only some of them).",
             "server",
         ),
-        lambda server, now: int(server.current_state(now)[0] in (State.UP, State.REFUSING)),
+        lambda server, now, state: int(state in (State.UP, State.REFUSING)),
     ),
     (
         _gauge(
@@ -120,11 +125,11 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
             "Paths, sizes and models that it rejects by its own fault while others accept them.",
             "server",
         ),
-        lambda server, now: server.refusals.count(),
+        lambda server, now, state: server.refusals.count(),
     ),
     (
         _gauge("server_load", "(running + 0.5 waiting) / capacity, as routing sees it.", "server"),
-        lambda server, now: server.load,
+        lambda server, now, state: server.load,
     ),
     (
         _gauge(
@@ -132,7 +137,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
             "Requests that it runs at once without queueing: configured, learnt or assumed.",
             "server",
         ),
-        lambda server, now: server.capacity,
+        lambda server, now, state: server.capacity,
     ),
     (
         _gauge(
@@ -140,7 +145,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
             "Limit of requests from this router; missing without a limit.",
             "server",
         ),
-        lambda server, now: server.config.max_in_flight,
+        lambda server, now, state: server.config.max_in_flight,
     ),
     (
         _gauge(
@@ -148,15 +153,15 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
             "Requests running on it, updated with the router's own.",
             "server",
         ),
-        lambda server, now: server.running,
+        lambda server, now, state: server.running,
     ),
     (
         _gauge("server_waiting", "Requests waiting in its queue.", "server"),
-        lambda server, now: server.waiting,
+        lambda server, now, state: server.waiting,
     ),
     (
         _gauge("server_leases", "Requests of this router in flight on it.", "server"),
-        lambda server, now: server.in_flight,
+        lambda server, now, state: server.in_flight,
     ),
     (
         _gauge(
@@ -168,7 +173,7 @@ SERVER_GAUGES: tuple[tuple[Family, ServerReading], ...] = (
     ),
     (
         _gauge("server_kv_cache_usage_ratio", "Use of its KV cache, 0 to 1.", "server"),
-        lambda server, now: server.metrics.kv_usage if server.metrics is not None else None,
+        lambda server, now, state: server.metrics.kv_usage if server.metrics is not None else None,
     ),
 )
 QUEUE_LENGTH = _gauge(

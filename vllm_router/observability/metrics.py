@@ -10,7 +10,7 @@ MAX_MODELS are; unknown paths are `other`; series of removed servers are removed
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from time import perf_counter
 
@@ -23,13 +23,11 @@ from vllm_router.config.slo import Objective
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.fleet.state import State, Transition
+from vllm_router.fleet.state import Transition
 from vllm_router.observability.decisions import outcome_label
 from vllm_router.observability.demand import (
     WANT_OF_SERVER,
     RecentRefusals,
-    engine_demand,
-    models_in_demand,
 )
 from vllm_router.observability.metric_families import (
     ATTEMPTS,
@@ -45,7 +43,6 @@ from vllm_router.observability.metric_families import (
     MODEL_DEMAND,
     MODEL_GAUGES,
     OVERHEAD,
-    PREFIX_COUNTERS,
     QUEUE_LENGTH,
     QUEUE_WAIT,
     RECEIVED,
@@ -55,9 +52,6 @@ from vllm_router.observability.metric_families import (
     ROUTER_METRICS,
     SAVED,
     SENT,
-    SERVER_GAUGES,
-    SERVER_INFO,
-    SERVER_STATE,
     SHARED_METRICS,
     SLO_FIRST_TOKEN,
     SLO_SUCCESS,
@@ -67,9 +61,10 @@ from vllm_router.observability.metric_families import (
     TRANSITIONS,
     WORKER_METRICS,
 )
-from vllm_router.observability.model_rows import model_rows
 from vllm_router.observability.prometheus_text import Counter, Counters, Family, Histogram
 from vllm_router.observability.router_state import RouterState
+from vllm_router.observability.server_lines import ServerKeys, ServerLines
+from vllm_router.observability.slices import SERVERS_AT_ONCE
 from vllm_router.proxy.record import DONE, Phase, Record
 from vllm_router.proxy.retry import ANSWERED, RULES, Outcome, RetryDecision
 from vllm_router.routing.paths import path_label
@@ -79,9 +74,6 @@ MAX_MODELS = 100
 OTHER = "other"
 NONE = "none"
 """The label value if no model was named or no server tried."""
-
-SERVERS_AT_ONCE = 100
-"""Servers of which a gauge is read in one piece of a page."""
 
 TURN = 0.001
 """Seconds of a scrape after which other tasks get a turn."""
@@ -112,8 +104,7 @@ class _ServerSeries:
         self.received = RECEIVED.counter(name)
         self.sent = SENT.counter(name)
         self.chunks = CHUNKS.counter(name)
-        self.state_keys = {state: SERVER_STATE.key(name, state) for state in State}
-        self.gauge_keys = [family.key(name) for family, _ in SERVER_GAUGES]
+        self.keys = ServerKeys(name)
 
     def forget_models(self, models: set[str]) -> None:
         self.by_request.clear()
@@ -297,25 +288,47 @@ class Metrics:
 
     async def page(self) -> bytes:
         """The page for Prometheus. Yields to other tasks after every TURN seconds."""
-        parts: list[str] = []
+        parts: list[bytes] = []
         began = perf_counter()
         for part in self.blocks():
-            parts.append(part)
+            parts.append(part.encode())
             if perf_counter() - began > TURN:
                 await trio.lowlevel.checkpoint()
                 began = perf_counter()
-        parts.append(generate_latest(self._process).decode())
-        return "".join(parts).encode()
+        parts.append(generate_latest(self._process))
+        return b"".join(parts)
 
     def blocks(self) -> Iterator[str]:
-        """The page in small pieces. Counters may change between two pieces."""
+        """The page in small pieces. Counters may change between two pieces.
+
+        The figures of a server and of its models are all read at once, before the first piece.
+        """
         self.prune()
+        lines = yield from self._read_servers()
         all_series = list(self._servers.values())
-        yield from self._counted(all_series)
-        yield from self._server_gauges()
+        yield from self._counted(all_series, lines)
+        yield from lines.blocks(with_prefix=self.router is not None)
         yield from self._router_metrics()
 
-    def _counted(self, all_series: list[_ServerSeries]) -> Iterator[str]:
+    def _read_servers(self) -> Generator[str, None, ServerLines]:
+        """Read all servers in slices, which end with an empty piece."""
+        fleet, expected_of = self._fleet, None
+        if self.router is not None:
+            expected_of = self.router.prefix_statistics
+        lines = ServerLines(fleet, trio.current_time())
+        members, names = len(fleet.servers), set()
+        for number, server in enumerate(fleet.all_servers()):
+            if number and number % SERVERS_AT_ONCE == 0:
+                yield ""
+            state = lines.count(server, leaving=number >= members)
+            # A removed server may still be draining when its name is used again.
+            if server.name not in names:
+                names.add(server.name)
+                expected = expected_of(server) if expected_of is not None else None
+                lines.add(server, state, self._series(server.name).keys, expected)
+        return lines
+
+    def _counted(self, all_series: list[_ServerSeries], read: ServerLines) -> Iterator[str]:
         def family(of: Family, lines: Callable[[_ServerSeries], Iterable[str]]) -> Iterator[str]:
             yield of.header
             for series in all_series:
@@ -336,8 +349,8 @@ class Metrics:
         yield OVERHEAD.header + self._overhead.lines()
         yield QUEUE_LENGTH.header + self._queue_lengths()
         yield QUEUE_WAIT.header + "".join(_used(self._waits))
-        yield MODEL_DEMAND.header + self._model_demand()
-        yield from self._model_gauges()
+        yield MODEL_DEMAND.header + self._model_demand(read)
+        yield from self._model_gauges(read)
         yield from self._objectives()
         yield from family(TRANSITIONS, lambda one: one.transitions.lines())
 
@@ -351,22 +364,23 @@ class Metrics:
             [f"{QUEUE_LENGTH.key(label)}{length}\n" for label, length in lengths.items()]
         )
 
-    def _model_demand(self) -> str:
+    def _model_demand(self, read: ServerLines) -> str:
         now = trio.current_time()
-        demand: dict[str, float] = dict.fromkeys(models_in_demand(self._fleet, MAX_MODELS), 0.0)
-        parts = list(engine_demand(self._fleet.all_servers()).items())
+        demand = read.demand.first(MAX_MODELS)
         queues = self.router.queues(now) if self.router is not None else []
-        parts += [(queue.model, queue.waiting) for queue in queues if queue.model is not None]
+        parts: list[tuple[str, float]] = [
+            (queue.model, queue.waiting) for queue in queues if queue.model is not None
+        ]
         parts += [(model, refused.count(now)) for model, refused in self._refused_lately.items()]
         for model, requests in parts:
             if model in demand:
                 demand[model] += requests
         return "".join([f"{MODEL_DEMAND.key(name)}{value}\n" for name, value in demand.items()])
 
-    def _model_gauges(self) -> Iterator[str]:
-        rows = model_rows(self._fleet, trio.current_time())
-        for family, read in MODEL_GAUGES:
-            lines = [f"{family.key(row.name)}{read(row)}\n" for row in rows]
+    def _model_gauges(self, read: ServerLines) -> Iterator[str]:
+        rows = read.models.rows(trio.current_time())
+        for family, value_of in MODEL_GAUGES:
+            lines = [f"{family.key(row.name)}{value_of(row)}\n" for row in rows]
             yield family.header + "".join(lines)
 
     def _objectives(self) -> Iterator[str]:
@@ -384,6 +398,11 @@ class Metrics:
                 ]
         yield SLO_FIRST_TOKEN.header + "".join(first_token)
         yield SLO_SUCCESS.header + "".join(success)
+
+    @property
+    def has_objectives(self) -> bool:
+        """Whether the configuration has `[slo]`."""
+        return self.router is not None and self.router.config.slo is not None
 
     def budget_left(self, names: Iterable[str]) -> float | None:
         """The share of the error budget of `[slo]` that these names of a model have left.
@@ -422,49 +441,6 @@ class Metrics:
         total = int(sum(value for _, value in counts))
         bad = int(sum(value for status, value in counts if status.startswith("5")))
         yield _budget(total - bad, total, objective.success_share)
-
-    def _server_gauges(self) -> Iterator[str]:
-        now = trio.current_time()
-        # A removed server may still be draining when its name is used again.
-        named = {server.name: server for server in reversed(self._fleet.all_servers())}
-        servers = list(named.values())
-        all_series = []
-        for server in servers:
-            all_series.append(self._series(server.name))
-            yield ""  # the first time, the series are made here
-        rows = list(zip(servers, all_series, strict=True))
-        yield SERVER_STATE.header
-        for server, series in rows:
-            current = server.current_state(now)[0]
-            yield "".join(
-                [f"{key}{int(state is current)}\n" for state, key in series.state_keys.items()]
-            )
-        yield SERVER_INFO.header
-        for server in servers:
-            yield f"{SERVER_INFO.key(server.name, server.url)}1\n"
-        for number, (family, read) in enumerate(SERVER_GAUGES):
-            yield family.header
-            for start in range(0, len(rows), SERVERS_AT_ONCE):
-                parts = []
-                for server, series in rows[start : start + SERVERS_AT_ONCE]:
-                    value = read(server, now)
-                    if value is not None:
-                        parts.append(f"{series.gauge_keys[number]}{value}\n")
-                yield "".join(parts)
-        yield from self._prefix_counters(servers)
-
-    def _prefix_counters(self, servers: list[Server]) -> Iterator[str]:
-        """Expected prefix cache hits, and the hits that the engines report."""
-        if self.router is None:
-            return
-        expected_of = self.router.prefix_statistics
-        read = [(server, expected_of(server), server.metrics) for server in servers]
-        for family, value_of in PREFIX_COUNTERS:
-            values = [(server, value_of(expected, engine)) for server, expected, engine in read]
-            lines = [
-                f"{family.key(one.name)}{value}\n" for one, value in values if value is not None
-            ]
-            yield family.header + "".join(lines)
 
     def _router_metrics(self) -> Iterator[str]:
         if self.router is not None:

@@ -29,6 +29,7 @@ class ModelRow(msgspec.Struct):
     aliases: public names of `[models]` that lead here.
     fallback: the public name that serves the model's requests now because no server has it.
     servers, available: how many servers of the configuration list it, and get requests.
+    tokens_per_s: tokens that its servers generate; None if no engine exports the counter.
     listing: the servers that list it.
     """
 
@@ -44,6 +45,7 @@ class ModelRow(msgspec.Struct):
     waiting: float = 0.0
     capacity: int = 0
     active: float = 0.0
+    tokens_per_s: float | None = None
     listing: list[Server] = []
 
     @property
@@ -52,17 +54,25 @@ class ModelRow(msgspec.Struct):
         return self.active / self.capacity if self.capacity else 0.0
 
 
-def model_rows(fleet: Fleet, now: float) -> list[ModelRow]:
-    """The rows of all models that are expected or listed, by name; at most MAX_ROWS."""
-    first_names = _first_names(fleet.servers.values())
-    rows: dict[str, ModelRow] = {}
-    row_of: dict[str, ModelRow] = {}
-    for name in sorted(fleet.expected):
-        _row(name, rows, row_of, first_names)
-    for server in fleet.servers.values():
-        _count(server, rows, row_of, first_names, now)
-    _name_publicly(fleet, rows, row_of, now)
-    return [rows[name] for name in sorted(rows)[:MAX_ROWS]]
+class ModelCount:
+    """Counts servers by model, one after the other."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._first_names = _first_names(fleet.servers.values())
+        self._rows: dict[str, ModelRow] = {}
+        self._row_of: dict[str, ModelRow] = {}
+        for name in sorted(fleet.expected):
+            _row(name, self._rows, self._row_of, self._first_names)
+
+    def add(self, server: Server, state: State, tokens_per_s: float | None = None) -> None:
+        """Count a server of the configuration, which is in this state now."""
+        _count(server, self._rows, self._row_of, self._first_names, state, tokens_per_s)
+
+    def rows(self, now: float) -> list[ModelRow]:
+        """The rows of all models that are expected or listed, by name; at most MAX_ROWS."""
+        _name_publicly(self._fleet, self._rows, self._row_of, now)
+        return [self._rows[name] for name in sorted(self._rows)[:MAX_ROWS]]
 
 
 def _first_names(servers: Iterable[Server]) -> dict[str, str]:
@@ -98,9 +108,10 @@ def _count(
     rows: dict[str, ModelRow],
     row_of: dict[str, ModelRow],
     first_names: dict[str, str],
-    now: float,
+    state: State,
+    tokens_per_s: float | None,
 ) -> None:
-    state, cards = server.current_state(now)[0], server.catalog.cards
+    cards = server.catalog.cards
     # A dictionary keeps the order and counts a server once per model.
     counted = {
         id(row): row
@@ -112,6 +123,8 @@ def _count(
         row.draining += state is State.DRAINING
         row.running += server.running
         row.waiting += server.waiting
+        if tokens_per_s is not None:
+            row.tokens_per_s = (row.tokens_per_s or 0.0) + tokens_per_s
         if state in AVAILABLE:
             row.available += 1
             row.capacity += server.capacity

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
@@ -19,19 +19,6 @@ from vllm_router.observability.sliding import (
 from vllm_router.proxy.record import DONE, Record
 from vllm_router.proxy.retry import ANSWERED, RULES, Outcome
 from vllm_router.routing.server_estimate import PrefixStatistics
-
-
-class HasTokenRate(Protocol):
-    """A server's tally, or its view in the feed."""
-
-    @property
-    def tokens_per_s(self) -> float | None: ...
-
-
-def total_tokens_per_s(servers: Iterable[HasTokenRate]) -> float | None:
-    """Of several servers together; None if no engine exports the counter."""
-    rates = [rate for one in servers if (rate := one.tokens_per_s) is not None]
-    return round(sum(rates), 1) if rates else None
 
 
 class Sample(NamedTuple):
@@ -257,16 +244,10 @@ class Tallies:
         if RULES[outcome].counts_against_server:
             self.of(server).errors += 1
 
-    def read(
-        self,
-        servers: Iterable[Server],
-        running: Iterable[Record],
-        expected: Callable[[Server], PrefixStatistics | None] | None,
-        now: float,
-    ) -> Iterator[None]:
-        """Update all rates. `running` are the records of live exchanges.
+    def begin(self, running: Iterable[Record], now: float) -> dict[Server | None, int]:
+        """Update the rates of the models and of their total.
 
-        A generator that yields after each server, so that the caller can let other tasks run.
+        `running` are the records of live exchanges; returns their chunks by server, for `read`.
         """
         live: dict[Server | None, int] = {}
         for record in running:
@@ -276,13 +257,17 @@ class Tallies:
         self.total.read(now, sum(live.values()))
         for tally in self._of_model.values():
             tally.read(now, 0)
-        for server in servers:
-            tally = self.of(server)
-            tally.read(now, live.get(server, 0))
-            tally.read_engine(server.metrics, now)
-            if expected is not None:
-                tally.read_expected(expected(server), now)
-            yield
+        return live
+
+    def read(
+        self, server: Server, live_chunks: int, expected: PrefixStatistics | None, now: float
+    ) -> Tally:
+        """Update the rates of a server. `live_chunks` counts the chunks of its live exchanges."""
+        tally = self.of(server)
+        tally.read(now, live_chunks)
+        tally.read_engine(server.metrics, now)
+        tally.read_expected(expected, now)
+        return tally
 
     def keep(self, servers: Collection[Server], models: Collection[str]) -> None:
         """Drop the tallies of all other servers and models; these models have one from now on."""

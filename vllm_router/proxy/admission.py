@@ -204,18 +204,26 @@ class AdmissionQueue:
 
         `promised`: slots of servers that are reserved for other requests.
         """
-        free = [server for server in candidates if not server.at_cap]
-        if promised:
-            free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
-        policy, facts = ticket.policy, ticket.facts
-        sessions = self._sessions
-        if sessions is not None and self._begins_session(ticket):
-            free = sessions.fitting(facts, free, now)
-        if not free:
-            return None
-        # Policies recognise unchanged candidates by the identity of the tuple.
-        among = candidates if len(free) == len(candidates) else free
-        server, note = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
+        policy, facts, sessions = ticket.policy, ticket.facts, self._sessions
+        begins = sessions is not None and self._begins_session(ticket)
+        choice = None
+        if not (promised or begins) and policy.skips_full(candidates):
+            # In a large fleet a list of the free servers would cost more than the choice.
+            if all(server.at_cap for server in candidates):
+                return None
+            choice = policy.pick(candidates, facts, now)
+        if choice is None or choice[0].at_cap:
+            free = [server for server in candidates if not server.at_cap]
+            if promised:
+                free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
+            if sessions is not None and begins:
+                free = sessions.fitting(facts, free, now)
+            if not free:
+                return None
+            # Policies recognise unchanged candidates by the identity of the tuple.
+            among = candidates if len(free) == len(candidates) else free
+            choice = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
+        server, note = choice
         lease = server.lease(now)
         policy.leased(lease, note, facts, now)
         if sessions is not None:

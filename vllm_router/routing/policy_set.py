@@ -116,7 +116,9 @@ class PolicySet:
         """The sum over all policies that look at prompts; None without any."""
         found = [policy.statistics(server) for policy in self._policies.values()]
         known = [one for one in found if one is not None]
-        return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
+        if len(known) < 2:
+            return known[0] if known else None
+        return PrefixStatistics(*map(sum, zip(*known, strict=True)))
 
     def __iter__(self) -> Iterator[Policy]:
         """The policies created so far."""

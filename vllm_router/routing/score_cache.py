@@ -6,6 +6,7 @@ and a ScoreCache reads what is new in it.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -66,6 +67,21 @@ SEARCHED = 32
 RING = 32
 """Servers of a large fleet among which a key's affinity server is sought."""
 
+_PER_CANDIDATE = (
+    "_arrivals", "_crowdings", "_footprints", "_growths", "_loads", "_overflows",
+    "_prompt_growths", "_rooms", "bases", "factors", "kv_tokens", "slow",
+)  # fmt: skip
+_OF_ALL = (
+    "_log", "_read", "_turn_at", "_turn_of", "has_peers", "latency", "load", "mean_footprint",
+    "peer_ratio",
+)  # fmt: skip
+"""Figures that a ScoreCache takes over from the one before it."""
+
+_EXPLAINED = (
+    "_arrivals", "_crowdings", "_overflows", "_rooms", "factors", "kv_tokens", "slow",
+)  # fmt: skip
+"""Figures of the candidates that explanations show."""
+
 
 class ScoreCache:
     """The parts of the candidates' scores; every list has one item per candidate, in order.
@@ -79,6 +95,7 @@ class ScoreCache:
     has_peers: whether other routers use the same servers.
     peer_ratio: estimated requests of other routers since the scrape, per request of ours.
     is_adapter: whether the model is a LoRA adapter on any of the servers.
+    unmeasured: positions of candidates without figures yet, see `adopt`.
     least_room: a prompt with at most so many tokens presses no server's KV cache.
     """
 
@@ -124,6 +141,7 @@ class ScoreCache:
         "mean_footprint",
         "peer_ratio",
         "slow",
+        "unmeasured",
     )  # fmt: skip
 
     def __init__(
@@ -148,6 +166,7 @@ class ScoreCache:
         """The next candidate to be updated, and when."""
         self._suspects: set[int] = set()
         """Positions of the candidates to be updated out of turn."""
+        self.unmeasured: set[int] = set()
         self.peer_ratio = 0.0
         self.has_peers = False
         self._affinities: dict[int, ServerEstimate] = {}
@@ -200,6 +219,34 @@ class ScoreCache:
                 position = positions.get(server)
                 if position is not None:
                     self._measure(position)
+
+    def adopt(self, before: ScoreCache) -> None:
+        """Take over the figures of an earlier set of candidates, if most are the same.
+
+        In a fleet of a thousand a server comes or goes often. Measuring all candidates anew takes
+        30 ms, and adopting them 3. The new candidates are updated with the next pick.
+        """
+        places = [before._positions.get(server) for server in self.candidates]
+        new = {position for position, place in enumerate(places) if place is None}
+        if not before._known or 2 * len(new) > len(places):
+            return
+        before.follow()
+        for name in _PER_CANDIDATE:
+            old = getattr(before, name)
+            figures = zip(places, getattr(self, name), strict=True)
+            setattr(self, name, [own if at is None else old[at] for at, own in figures])
+        for name in _OF_ALL:
+            setattr(self, name, getattr(before, name))
+        self.credited = before.credited & before.everyone & self.everyone
+        suspects = {before.candidates[position] for position in before._suspects}
+        self.unmeasured = new
+        self._suspects = new | {self._positions[s] for s in suspects if s in self._positions}
+        self.fresh_until = -math.inf if self._suspects else before.fresh_until
+        self._known = True
+        self._turn_of %= len(places)
+        self.least_room, self._load_total = min(self._rooms), sum(self._loads)
+        if self._order is not None:
+            self._order.rebuild(self.bases)
 
     def refresh_soon(self, estimate: ServerEstimate) -> None:
         """Update the server's terms with the next pick: it has failed a request."""
@@ -269,6 +316,8 @@ class ScoreCache:
             even = self._load_total / len(self._loads) * estimate.server.weighted_capacity
             waste_load = min(load, max(even, MAX_WASTE_LOAD))
         base = 1.0 + load + estimate.queued * self._per_queued + self._crowdings[position]
+        if self._ring and estimate.server.at_cap:
+            base = math.inf  # see `Policy.skips_full`
         self.bases[position] = factor * base
         if self._order is not None:
             self._order.change(position, factor * base)
@@ -397,53 +446,71 @@ class ScoreCache:
         order = self._order
         assert order is not None
         tokens, uncached, turns, delay = prompt
-        cached, best = self._cached_at(levels, order, draw)
-        chosen = dict.fromkeys(order.lowest(SHORTLIST))
-        chosen.update(cached)
+        front = order.lowest(SEARCHED)
+        chosen = front[:SHORTLIST]
+        cached: dict[int, float] = {}
+        best = 0.0
+        if levels:
+            cached = self._cached_at(levels, front, draw)
+            best = max(cached.values(), default=0.0)
+            chosen = list(dict.fromkeys((*chosen, *cached)))
         at_home = self._position_of_bit[bonus] if bonus else -1
+        if bonus and at_home not in chosen:
+            chosen.append(at_home)
+        scores = self._scores_of(chosen, cached, best)
+        if uncached and self._prompt_growth:
+            growths = self._prompt_growths
+            scores = [s + uncached * growths[at] for s, at in zip(scores, chosen, strict=True)]
+        if turns:
+            lost, late = turns * uncached, DELAYED * uncached * delay
+            overflows, arrivals = self._overflows, self._arrivals
+            scores = [
+                s + lost * overflows[at] + late * arrivals[at]
+                for s, at in zip(scores, chosen, strict=True)
+            ]
         if bonus:
-            chosen[at_home] = None
-        lost, late = turns * uncached, DELAYED * uncached * delay if turns else 0.0
-        presses = tokens > self.least_room
-        found: list[int] = []
-        lowest = math.inf
-        for position in chosen:
-            have = cached.get(position, 0.0)
-            score = (
-                self.bases[position]
-                + (best - have) * self._growths[position]
-                + uncached * self._prompt_growths[position]
-                + lost * self._overflows[position]
-                + late * self._arrivals[position]
-            )
-            if position == at_home:
-                score -= self.factors[position] * AFFINITY_BONUS
-            if presses and tokens > self._rooms[position]:
-                score += self.factors[position] * self._excess_beyond(position, tokens - have)
-            if score < lowest:
-                lowest, found = score, [position]
-            elif score == lowest:
-                found.append(position)
-        return found
+            scores[chosen.index(at_home)] -= self.factors[at_home] * AFFINITY_BONUS
+        if tokens > self.least_room:
+            for number, position in enumerate(chosen):
+                if tokens > self._rooms[position]:
+                    excess = self._excess_beyond(position, tokens - cached.get(position, 0.0))
+                    scores[number] += self.factors[position] * excess
+        lowest = min(scores)
+        if scores.count(lowest) == 1:
+            return [chosen[scores.index(lowest)]]
+        return [at for at, score in zip(chosen, scores, strict=True) if score == lowest]
+
+    def _scores_of(
+        self, positions: list[int], cached: dict[int, float], best: float
+    ) -> list[float]:
+        """The base scores with what the servers would have to compute again."""
+        bases = self.bases
+        if not best:
+            return [bases[position] for position in positions]
+        growths, have = self._growths, cached.get
+        return [bases[at] + (best - have(at, 0.0)) * growths[at] for at in positions]
 
     def _cached_at(
-        self, levels: list[tuple[float, int]], order: ScoreOrder, draw: float
-    ) -> tuple[dict[int, float], float]:
-        """Cached tokens by position, for some servers of each level, and the most of them.
+        self, levels: list[tuple[float, int]], front: list[int], draw: float
+    ) -> dict[int, float]:
+        """Cached tokens by position, for some servers of each level.
 
-        As in `not_overloaded`, servers with much more load than the mean do not count.
+        `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,
+        servers with much more load than the mean do not count.
         """
-        mean = self._load_total / len(self._loads)
+        loads = self._loads
+        mean = self._load_total / len(loads)
+        usual = FULL_SHARE * mean  # no server with less is overloaded
         cached: dict[int, float] = {}
         for tokens, bits in levels:
-            for position in self._some_of(bits, order, draw):
-                if position in cached:
-                    continue
-                if not self._is_overloaded(position, mean):
+            for position in self._some_of(bits, front, draw):
+                if position not in cached and (
+                    loads[position] <= usual or not self._is_overloaded(position, mean)
+                ):
                     cached[position] = tokens
-        return cached, max(cached.values(), default=0.0)
+        return cached
 
-    def _some_of(self, bits: int, order: ScoreOrder, draw: float) -> list[int]:
+    def _some_of(self, bits: int, front: list[int], draw: float) -> list[int]:
         """Positions of some of these servers, of all if they are few.
 
         HOLDERS with the lowest base scores; if few are in front, some of the others, by chance.
@@ -451,11 +518,14 @@ class ScoreCache:
         if bits.bit_count() <= HOLDERS:
             return self._first_of(bits)
         estimates = self.estimates
-        front = [position for position in order.lowest(SEARCHED) if estimates[position].bit & bits]
-        if len(front) >= HOLDERS:
-            return front[:HOLDERS]
+        found = []
+        for position in front:
+            if estimates[position].bit & bits:
+                found.append(position)
+                if len(found) == HOLDERS:
+                    return found
         shift = int(draw * bits.bit_length())
-        return front + self._first_of(bits >> shift << shift or bits)
+        return found + self._first_of(bits >> shift << shift or bits)
 
     def _first_of(self, bits: int) -> list[int]:
         found: list[int] = []
@@ -466,6 +536,13 @@ class ScoreCache:
         return found
 
     # -- for explanations -------------------------------------------------------------------------
+
+    def frozen(self) -> ScoreCache:
+        """A copy for `pressure` and `prompt_terms` whose figures do not change."""
+        one = copy.copy(self)
+        for figures in _EXPLAINED:
+            setattr(one, figures, getattr(self, figures)[:])
+        return one
 
     def pressure(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
         """The whole penalty for a full KV cache, in requests."""

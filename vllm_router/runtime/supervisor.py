@@ -380,7 +380,9 @@ class Supervisor:
         own = self.proxy.context.policies.statistics(server)
         all_of_them = [own, *self._parts.others.prefix_statistics(server)]
         known = [one for one in all_of_them if one is not None]
-        return PrefixStatistics(*map(sum, zip(*known, strict=True))) if known else None
+        if len(known) < 2:
+            return known[0] if known else None
+        return PrefixStatistics(*map(sum, zip(*known, strict=True)))
 
     def elsewhere(self, figure: str) -> float | None:
         """What the other processes add to a figure; None in a router of one process."""

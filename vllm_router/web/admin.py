@@ -9,8 +9,10 @@ import trio
 from vllm_router.config.reload import Reload
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Server
+from vllm_router.observability.slices import each
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web.router import Router
-from vllm_router.web.status import reload_state, state_of
+from vllm_router.web.status import encoded, reload_state, state_of
 
 
 def server_view(server: Server, router: Router) -> dict[str, Any]:
@@ -27,8 +29,10 @@ def server_view(server: Server, router: Router) -> dict[str, Any]:
     }
 
 
-def servers_view(router: Router) -> dict[str, Any]:
-    return {"servers": [server_view(server, router) for server in router.fleet.all_servers()]}
+def servers_view(router: Router) -> Steps[dict[str, Any]]:
+    """`/admin/servers`."""
+    servers = router.fleet.all_servers()
+    return {"servers": (yield from each(servers, lambda one: encoded(server_view(one, router))))}
 
 
 def find(router: Router, name: str) -> Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -15,12 +16,15 @@ from vllm_router.errors import Refused
 from vllm_router.http.asgi_types import App
 from vllm_router.http.request_ids import request_id
 from vllm_router.observability import prometheus_text as exposition
+from vllm_router.observability.decisions import decision_row
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.router_state import wall_offset
+from vllm_router.observability.slices import each, in_turns, of_one_fleet
 from vllm_router.proxy.identity import FEED_PROTOCOL
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.routing.paths import PathClass, classify
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web import admin, answers, status
 from vllm_router.web.access import check_admin
 from vllm_router.web.engine_control import control
@@ -150,16 +154,21 @@ def _may_read() -> bool:
     return bool(answers.scope().get(MAY_READ, True))
 
 
+async def _of_fleet(router: Wired, page: Callable[[Router], Steps[Any]]) -> Response:
+    """A JSON page that is made in slices."""
+    return answers.json(await of_one_fleet(router.fleet, lambda: page(router)))
+
+
 def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/health")
     async def health() -> Response:
         if not _may_read():
             return answers.json(status.health_in_short(router))
-        return answers.json(status.health(router))
+        return await _of_fleet(router, status.health)
 
     @app.get("/load-stats")
     async def load_stats() -> Response:
-        return answers.json(status.load_stats(router))
+        return await _of_fleet(router, status.load_stats)
 
     @app.get("/load")
     async def server_load() -> Response:
@@ -167,7 +176,7 @@ def _observation(app: QuartTrio, router: Wired) -> None:
 
     @app.get("/server-models")
     async def server_models() -> Response:
-        return answers.json(status.server_models(router))
+        return await _of_fleet(router, status.server_models)
 
     @app.get("/livez")
     async def livez() -> Response:
@@ -196,14 +205,15 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/explain")
     async def explain_model() -> Response:
         facts = RoutingInfo(request.args.get("model") or None)
-        return answers.json(explain(router, facts, policy_of(router, answers.fields())))
+        policy = policy_of(router, answers.fields())
+        return answers.json(await in_turns(explain(router, facts, policy)))
 
     @app.post("/explain")
     async def explain_body() -> Response:
         fields = answers.fields()
         policy = policy_of(router, fields)
         facts = await facts_of(router, fields, await answers.body(), policy)
-        return answers.json(explain(router, facts, policy))
+        return answers.json(await in_turns(explain(router, facts, policy)))
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
@@ -212,10 +222,12 @@ def _observation(app: QuartTrio, router: Wired) -> None:
     @app.get("/decisions")
     async def decisions() -> Response:
         limit, only_failed = _choice_of_decisions()
-        rows = router.feed.decisions.newest(
-            limit, wall_offset(), request.args.get("server"), only_failed=only_failed
+        records = router.feed.decisions.newest(
+            limit, request.args.get("server"), only_failed=only_failed
         )
-        return answers.json({"decisions": rows})
+        wall = wall_offset()
+        rows = each(records, lambda one: status.encoded(decision_row(one, wall)))
+        return answers.json({"decisions": await in_turns(rows)})
 
 
 def _choice_of_decisions() -> tuple[int, bool]:
@@ -291,7 +303,7 @@ def _feed(app: QuartTrio, router: Wired) -> None:
     async def load() -> None:
         if FEED_PROTOCOL in websocket.requested_subprotocols:
             await websocket.accept(subprotocol=FEED_PROTOCOL)
-        mailbox = router.feed.subscribe(admin=_may_admin())
+        mailbox = await router.feed.subscribe(admin=_may_admin())
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_ignore_input)
@@ -336,7 +348,7 @@ def _administration(app: QuartTrio, router: Wired) -> None:
     @app.get("/admin/servers")
     async def servers() -> Response:
         _check_admin(router)
-        return answers.json(admin.servers_view(router))
+        return await _of_fleet(router, admin.servers_view)
 
     @app.post("/admin/servers/<name:server>/drain")
     async def drain(server: str) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import trio
@@ -13,6 +13,7 @@ from vllm_router.errors import InvalidBody, Refused
 from vllm_router.fleet.candidates import choose
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
+from vllm_router.observability.slices import each
 from vllm_router.proxy.request import wanted_policy
 from vllm_router.proxy.slices import in_slices
 from vllm_router.routing.policies import Policy
@@ -20,14 +21,19 @@ from vllm_router.routing.prompt.blocks import reseeded
 from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.routing_info import EXPLAIN, SHORT, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.session import session_hint
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web.router import Router
+from vllm_router.web.status import encoded
 
 
-def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) -> dict[str, Any]:
+def explain(
+    router: Router, facts: RoutingInfo, policy: Policy | None = None
+) -> Steps[dict[str, Any]]:
     """The decision for a request with these facts now. Takes no lease and changes no policy state.
 
     Candidates are in the order of preference, if the policy has one: `policy`, or the model's
-    policy.
+    policy. The decision, its scores and the figures of all servers are read before the first step,
+    so that they belong together; the steps make the rows of the page from them.
     """
     now = trio.current_time()
     fleet, asked = router.fleet, facts.model
@@ -44,7 +50,14 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         allowed = choose((owner,), None, now, ())
     candidates = [server for server in allowed if not server.at_cap]
     picked, ranked = _rank(policy, candidates, facts, now)
-    return {
+    explained = [(_figures(one.server), one) for one in ranked]
+    chosen = set(candidates)
+    out = [
+        (_figures(server), _why_out(server, facts.model, now, owner))
+        for server in fleet.all_servers()
+        if server not in chosen
+    ]
+    page: dict[str, Any] = {
         "model": asked,
         "served_model": facts.model,
         "stream": facts.stream,
@@ -58,17 +71,14 @@ def explain(router: Router, facts: RoutingInfo, policy: Policy | None = None) ->
         "would_wait": picked is None and _may_wait(router, facts),
         "note": _owner_note(owner, facts)
         or (
-            _note(candidates, facts, router, policy, now)
+            _note(candidates, ranked, policy, now)
             if candidates
             else _none_free(allowed, facts, router)
         ),
-        "candidates": ranked,
-        "out": [
-            {**_figures(server), **_why_out(server, facts.model, now, owner)}
-            for server in fleet.all_servers()
-            if server not in candidates
-        ],
     }
+    page["candidates"] = yield from each(explained, lambda row: encoded(_explained_row(*row)))
+    page["out"] = yield from each(out, lambda row: encoded({**row[0]._asdict(), **row[1]}))
+    return page
 
 
 def _owner(router: Router, facts: RoutingInfo) -> Server | None:
@@ -125,9 +135,17 @@ async def facts_of(
         raise Refused(400, "invalid_body", str(error)) from None
 
 
+class _Ranked(NamedTuple):
+    """A candidate; `score` is None if the policy has none."""
+
+    server: Server
+    score: float | None
+    parts: Mapping[str, float]
+
+
 def _rank(
     policy: Policy, candidates: Sequence[Server], facts: RoutingInfo, now: float
-) -> tuple[Server | None, list[dict[str, Any]]]:
+) -> tuple[Server | None, list[_Ranked]]:
     """The choice, and all candidates with their scores."""
     if not candidates:
         return None, []
@@ -136,29 +154,45 @@ def _rank(
         # Choosing may change the state of such a policy (round robin): use a copy.
         picked, _ = copy.copy(policy).pick(candidates, facts, now)
         by_load = sorted(candidates, key=lambda server: server.load_estimate.effective)
-        return picked, [{**_figures(server), "score": None, "parts": {}} for server in by_load]
-    return explained[0].server, [
-        {**_figures(one.server), "score": one.score, "parts": one.parts} for one in explained
-    ]
+        return picked, [_Ranked(server, None, {}) for server in by_load]
+    return explained[0].server, [_Ranked(*one) for one in explained]
 
 
-def _figures(server: Server) -> dict[str, Any]:
-    """The load and its components."""
-    return {
-        "server": server.name,
-        "load": round(server.load, 4),
-        "running": server.running,
-        "waiting": server.waiting,
-        "leases": server.in_flight,
-        "capacity": server.capacity,
-        "capacity_source": server.capacity_estimate.source,
-        "max_in_flight": server.config.max_in_flight,
-        "metrics_fresh": server.load_estimate.fresh,
-    }
+class _Figures(NamedTuple):
+    """The load of a server and its components."""
+
+    server: str
+    load: float
+    running: float
+    waiting: float
+    leases: int
+    capacity: int
+    capacity_source: str
+    max_in_flight: int | None
+    metrics_fresh: bool
+
+
+def _figures(server: Server) -> _Figures:
+    load = server.load_estimate
+    return _Figures(
+        server.name,
+        round(load.value, 4),
+        load.running,
+        load.waiting,
+        server.in_flight,
+        server.capacity,
+        server.capacity_estimate.source,
+        server.config.max_in_flight,
+        load.fresh,
+    )
+
+
+def _explained_row(figures: _Figures, ranked: _Ranked) -> dict[str, Any]:
+    return {**figures._asdict(), "score": ranked.score, "parts": dict(ranked.parts)}
 
 
 def _note(
-    candidates: Sequence[Server], facts: RoutingInfo, router: Router, policy: Policy, now: float
+    candidates: Sequence[Server], ranked: Sequence[_Ranked], policy: Policy, now: float
 ) -> str:
     """A sentence about a special choice; empty for a normal one."""
     if not any(server.passive_health.admits(now) for server in candidates):
@@ -171,11 +205,10 @@ def _note(
     if refusing:
         return f"{refusing[0].name} {refusing[0].refusals.reason()}. Such requests go elsewhere."
     # Other policies consider more than the score.
-    scored = policy.name in ("adaptive", "least_load")
-    explained = policy.explain(candidates, facts, now) if scored else None
-    equals = sum(row.score == explained[0].score for row in explained) if explained else 0
-    if equals > 1:
-        return f"{equals} servers are equal: any of them may be picked."
+    if policy.name in ("adaptive", "least_load"):
+        equals = sum(row.score == ranked[0].score for row in ranked)
+        if equals > 1:
+            return f"{equals} servers are equal: any of them may be picked."
     return ""
 
 

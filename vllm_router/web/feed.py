@@ -17,14 +17,15 @@ from vllm_router.fleet.state import Transition
 from vllm_router.http.request_ids import DEMO_PREFIX
 from vllm_router.observability.decisions import Decisions
 from vllm_router.observability.metrics import Metrics
-from vllm_router.observability.model_rows import AVAILABLE
 from vllm_router.observability.process import cpu_seconds
-from vllm_router.observability.router_state import CPU, LAG
+from vllm_router.observability.router_state import CPU, LAG, wall_offset
+from vllm_router.observability.slices import each, in_turns, of_one_fleet
 from vllm_router.observability.sliding import Percentiles, Rate
 from vllm_router.observability.stalls import LagWatch
-from vllm_router.observability.tally import Tallies, failed, total_tokens_per_s
+from vllm_router.observability.tally import Tallies, failed
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import ANSWERED, Outcome
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web import events, history, schema, view
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.outages import Outages
@@ -32,10 +33,6 @@ from vllm_router.web.router import Router
 from vllm_router.web.turned_away import TurnedAway
 
 _encode = msgspec.json.Encoder().encode
-
-
-SERVERS_AT_ONCE = 50
-"""Servers whose counters are read in one turn of the event loop."""
 
 
 def _text(message: schema.Message) -> str:
@@ -64,6 +61,8 @@ class Feed:
         self._events = events.EventLog(self._announce, time.time)
         self._mailboxes: set[Mailbox] = set()
         self._closed = False
+        self._reading = trio.Lock()
+        self._encoding = trio.Lock()
         self._seq = 0
         self._latest = (-float("inf"), "")
         self._cpu = Rate()
@@ -104,15 +103,19 @@ class Feed:
 
     # -- clients ------------------------------------------------------------------------------
 
-    def subscribe(self, *, admin: bool) -> Mailbox:
+    async def subscribe(self, *, admin: bool) -> Mailbox:
         """A mailbox with the hello and a snapshot; the caller passes it to `unsubscribe`."""
         router = self._attached()
+        async with self._encoding:
+            histories = await in_turns(self._memory.encode())
+        snapshot = await self._recent_snapshot()
+        # No other task runs from here on: each event is in the hello or follows it, never both.
         mailbox = Mailbox()
         last = list(self._events.last)
-        mailbox.put_event(_text(view.hello(router, self._memory.encoded(), last, admin=admin)))
+        mailbox.put_event(_text(view.hello(router, histories, last, admin=admin)))
         self._mailboxes.add(mailbox)
         self._metrics.feed_clients = len(self._mailboxes)
-        mailbox.put_snapshot(self._recent_snapshot(trio.current_time()))
+        mailbox.put_snapshot(snapshot)
         if self._closed:
             mailbox.close()
         return mailbox
@@ -145,96 +148,124 @@ class Feed:
         while True:
             await trio.sleep_until(min(next_row, next_snapshot) if self._mailboxes else next_row)
             now = trio.current_time()
-            await self._read(now)
-            if now >= next_row:
-                next_row = _next(next_row, history.INTERVAL, now)
-                self._remember(now)
+            is_watched = now >= next_snapshot and bool(self._mailboxes)
+            reading = await self._read(with_views=is_watched)
             if now >= next_snapshot:
                 next_snapshot = _next(next_snapshot, self._fleet.settings.feed_interval, now)
-                if self._mailboxes:
+                if is_watched:
                     self._seq += 1
-                    encoded = self._new_snapshot(now)
+                    encoded = self._snapshot_of(reading)
                     for mailbox in self._mailboxes:
                         mailbox.put_snapshot(encoded)
+            if now >= next_row:
+                next_row = _next(next_row, history.INTERVAL, now)
+                await self._remember(reading)
 
-    async def _read(self, now: float) -> None:
-        router = self.router
-        running = router.running() if router is not None else ()
-        self._fleet.look()
-        servers = self._fleet.all_servers()
-        expected = router.prefix_statistics if router is not None else None
-        for number, _ in enumerate(self._tallies.read(servers, running, expected, now), 1):
-            if number % SERVERS_AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
+    async def _read(self, *, with_views: bool) -> view.Reading:
+        """Read the fleet in slices. Two readings do not mix: the rates need ascending times."""
+        async with self._reading:
+            return await self._read_alone(with_views=with_views)
+
+    async def _read_alone(self, *, with_views: bool) -> view.Reading:
+        fleet, router = self._fleet, self.router
+        reading = await of_one_fleet(fleet, lambda: self._pass(with_views=with_views))
+        now, wall = reading.now, time.time()
         self._turned_away.read(self._metrics.refused_by_code(), now)
-        self._outages.look(self._fleet, now, time.time())
-        self._events.look(servers, router.reloader if router is not None else None)
+        self._outages.follow(reading.models.rows(now), now, wall, probed=fleet.probed)
+        reloader = router.reloader if router is not None else None
+        self._events.look(fleet.all_servers(), reloader)
         cpu = router.elsewhere(CPU) if router is not None else None
         self._cpu.observe(cpu_seconds() + (cpu or 0.0), now)
         lag = router.elsewhere(LAG) if router is not None else None
         self._metrics.lag = max(self._lag.worst(now), lag or 0.0)
+        return reading
 
-    def _remember(self, now: float) -> None:
+    def _pass(self, *, with_views: bool) -> Steps[view.Reading]:
+        """One pass over all servers, which updates their rates, too."""
+        router, now = self.router, trio.current_time()
+        self._fleet.look()
+        tallies, running = self._tallies, router.running() if router is not None else ()
+        live = tallies.begin(running, now)
+        expected = router.prefix_statistics if router is not None else None
+        started = router.started_at if router is not None else now
+        reading = view.Reading(self._fleet, started, now, wall_offset())
+
+        def read(server: Server) -> None:
+            found = expected(server) if expected is not None else None
+            tally = tallies.read(server, live.get(server, 0), found, now)
+            reading.add(server, tally, with_view=with_views)
+
+        yield from each(self._fleet.all_servers(), read)
+        return reading
+
+    async def _remember(self, reading: view.Reading) -> None:
         """Add one row of history per second, and drop removed servers."""
-        loads = {name: round(server.load, 3) for name, server in self._fleet.servers.items()}
-        self._memory.add(self._row(now), loads, round(time.time(), 3))
+        row = self._row(reading)
+        self._memory.add(row, reading.loads, round(reading.now + reading.wall, 3))
         self._events.second()
         names = [name for row in self._outages.rows for name in (row.name, *row.names)]
         self._tallies.keep(self._fleet.all_servers(), names)
-        self._outages.budgets = {
-            row.name: self._metrics.budget_left((row.name, *row.names, *row.aliases))
-            for row in self._outages.rows
-        }
         self._metrics.prune()
+        self._outages.budgets = await in_turns(self._budgets())
 
-    def _row(self, now: float) -> history.Row:
+    def _budgets(self) -> Steps[dict[str, float | None]]:
+        """The error budgets left, by model; a step per model looks at all servers."""
+        budgets: dict[str, float | None] = {}
+        for row in self._outages.rows if self._metrics.has_objectives else ():
+            names = (row.name, *row.names, *row.aliases)
+            budgets[row.name] = self._metrics.budget_left(names)
+            yield
+        return budgets
+
+    def _row(self, reading: view.Reading) -> history.Row:
         """The values of `history.FIGURES`."""
-        total, sums = self._tallies.total, view.sums_of(self._fleet)
-        servers = self._fleet.servers.values()
-        router = self.router
+        total, now, router = self._tallies.total, reading.now, self.router
         return (
             total.requests_per_s,
             total.errors_per_s,
             self._turned_away.per_second,
             self._turned_away.saved_per_second,
             total.chunks_per_s,
-            total_tokens_per_s(map(self._tallies.of, servers)),
-            sums.running,
-            sums.waiting,
+            reading.tokens_per_s,
+            round(reading.running, 1),
+            round(reading.waiting, 1),
             sum(queue.waiting for queue in router.queues(now)) if router is not None else 0,
-            sums.capacity,
-            sums.load,
-            router.in_flight if router is not None else sums.leases,
-            self._fleet.count(*AVAILABLE),
+            reading.capacity,
+            reading.load,
+            router.in_flight if router is not None else reading.leases,
+            reading.available,
             *_percentiles(total.ttft(now)),
             *_percentiles(total.duration(now)),
         )
 
-    def _recent_snapshot(self, now: float) -> str:
+    async def _recent_snapshot(self) -> str:
         """For a new client: the last published snapshot, unless it is too old."""
-        taken, encoded = self._latest
-        return (
-            encoded if now - taken < self._fleet.settings.feed_interval else self._new_snapshot(now)
-        )
+        async with self._reading:
+            taken, encoded = self._latest
+            if trio.current_time() - taken < self._fleet.settings.feed_interval:
+                return encoded
+            reading = await self._read_alone(with_views=True)
+            return self._snapshot_of(reading, joining=1)
 
-    def _new_snapshot(self, now: float) -> str:
-        router = self._attached()
+    def _snapshot_of(self, reading: view.Reading, joining: int = 0) -> str:
+        """The message of a reading with views. `joining` clients get it as their first one."""
+        router, now = self._attached(), reading.now
         facts = view.router_view(
             router,
             lag=max(self._lag.worst(now), router.elsewhere(LAG) or 0.0),
             cpu=self._cpu.per_second,
-            feed_clients=len(self._mailboxes),
+            feed_clients=len(self._mailboxes) + joining,
             unused=self.unused,
             now=now,
         )
         snapshot = view.snapshot(
             router,
+            reading,
             self._tallies,
             facts,
             self._turned_away,
             self._outages,
             seq=self._seq,
-            now=now,
         )
         encoded = _text(snapshot)
         self._latest = (now, encoded)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import cast
 
 import msgspec
 
+from vllm_router.observability.slices import each
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web.schema import History
 
 FIGURES = (
@@ -37,6 +40,9 @@ _MINUTES = 300
 _FACTOR = 10
 _HOUR = 360
 
+COLUMNS_AT_ONCE = 50
+"""Servers whose loads, up to 300 each, are encoded in one slice."""
+
 Row = tuple[float | None, ...]
 
 
@@ -65,14 +71,22 @@ class Series:
                 values = self._loads[name] = deque([None] * before, maxlen=self._rows.maxlen)
             values.append(load)
 
-    def message(self) -> History:
+    def encode(self) -> Steps[bytes]:
+        """The series as JSON. Rows must not be added meanwhile."""
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(FIGURES)
-        return History(
+        loads = yield from each(list(self._loads.values()), _encoded, COLUMNS_AT_ONCE)
+        message = History(
             interval=self._interval,
             end=self._end,
             fleet={name: list(column) for name, column in zip(FIGURES, columns, strict=True)},
-            servers={name: list(values) for name, values in self._loads.items()},
+            servers=dict(zip(self._loads, loads, strict=True)),
         )
+        return msgspec.json.encode(message)
+
+
+def _encoded(values: deque[float | None]) -> list[float | None]:
+    # Raw is encoded unchanged; its type is the type of its content.
+    return cast("list[float | None]", msgspec.Raw(msgspec.json.encode(list(values))))
 
 
 class Memory:
@@ -83,9 +97,14 @@ class Memory:
         self._hour = Series(INTERVAL * _FACTOR, _HOUR)
         self._waiting: list[Row] = []
         self._encoded: tuple[bytes, bytes] | None = None
+        self._is_encoding = False
+        self._postponed: list[tuple[Row, Mapping[str, float], float]] = []
 
     def add(self, row: Row, loads: Mapping[str, float], wall: float) -> None:
         """Called every INTERVAL seconds."""
+        if self._is_encoding:
+            self._postponed.append((row, loads, wall))
+            return
         self._encoded = None
         self._minutes.add(row, loads, wall)
         self._waiting.append(row)
@@ -93,12 +112,25 @@ class Memory:
             self._hour.add(digest(self._waiting), {}, wall)
             self._waiting.clear()
 
-    def encoded(self) -> tuple[bytes, bytes]:
-        """Minutes and hour as JSON; encoded once for all clients of the same second."""
-        if self._encoded is None:
-            encode = msgspec.json.encode
-            self._encoded = (encode(self._minutes.message()), encode(self._hour.message()))
-        return self._encoded
+    def encode(self) -> Steps[tuple[bytes, bytes]]:
+        """Minutes and hour as JSON; encoded once for all clients of the same second.
+
+        A row that comes meanwhile is added afterwards, so that all columns end with the same one.
+        Only one caller at a time.
+        """
+        if self._encoded is not None:
+            return self._encoded
+        self._is_encoding = True
+        try:
+            minutes = yield from self._minutes.encode()
+            hour = yield from self._hour.encode()
+            self._encoded = minutes, hour
+        finally:
+            self._is_encoding = False
+            postponed, self._postponed = self._postponed, []
+            for row, loads, wall in postponed:
+                self.add(row, loads, wall)
+        return minutes, hour
 
 
 def digest(rows: list[Row]) -> Row:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_router.fleet.fleet import Fleet
-from vllm_router.observability.model_rows import ModelRow, model_rows, without_server
+from vllm_router.observability.model_rows import ModelRow, without_server
 
 
 class Outages:
@@ -15,14 +14,14 @@ class Outages:
         self.budgets: dict[str, float | None] = {}
         """The share of the error budget left by model, as `Metrics.budget_left` has it."""
 
-    def look(self, fleet: Fleet, now: float, wall: float) -> None:
-        """Read the fleet. `now` is the event loop's time, `wall` the Unix time.
+    def follow(self, rows: list[ModelRow], now: float, wall: float, *, probed: bool) -> None:
+        """Take the rows of now. `now` is the event loop's time, `wall` the Unix time.
 
-        Before all servers were probed once, a model without a server is no outage. An outage that
+        Before all servers were `probed` once, a model without a server is no outage. An outage that
         was there at the first look began when the last of its servers changed its state.
         """
-        self.rows = model_rows(fleet, now)
-        if not fleet.probed:
+        self.rows = rows
+        if not probed:
             return
         missing = frozenset(without_server(self.rows))
         self.since = {

@@ -1,4 +1,7 @@
-"""The JSON pages of the ancestor project with all their fields, and additional ones."""
+"""The JSON pages of the ancestor project with all their fields, and additional ones.
+
+Pages that list all servers are made in slices, see `observability/slices.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,18 @@ import trio
 from vllm_router import __version__
 from vllm_router.fleet.server import Server
 from vllm_router.observability.router_state import wall_offset
+from vllm_router.observability.slices import each
+from vllm_router.routing.prompt.steps import Steps
 from vllm_router.web.router import Router
 from vllm_router.web.view import shared_view, source_view
 
 ANCESTORS_MAX_FDS = 65535
 """`process_max_fds` in the ancestor if a server did not report it; not used any more."""
+
+
+def encoded(row: Any) -> Any:
+    """A part of a page as JSON, so that encoding it costs nothing when the page is complete."""
+    return msgspec.Raw(msgspec.json.encode(row))
 
 
 def is_healthy(server: Server) -> bool:
@@ -49,22 +59,28 @@ def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
     }
 
 
-def health(router: Router) -> dict[str, Any]:
+def health(router: Router) -> Steps[dict[str, Any]]:
     """`/health`: the status is always 200; the field `status` has the verdict."""
-    now, wall = trio.current_time(), wall_offset()
-    servers = list(router.fleet.servers.values())
-    healthy = sum(map(is_healthy, servers))
-    ratio = healthy / len(servers) if servers else 0.0
+    now, wall, members = trio.current_time(), wall_offset(), router.fleet.servers
+    healthy = 0
+
+    def read(server: Server) -> Any:
+        nonlocal healthy
+        leaving = members.get(server.name) is not server
+        healthy += not leaving and is_healthy(server)
+        return encoded(_server_health(server, router, now, wall, leaving=leaving))
+
+    rows = yield from each(router.fleet.all_servers(), read)
+    total = len(members)
+    ratio = healthy / total if total else 0.0
     settings = router.fleet.settings
     return {
-        "status": _overall(ratio, bool(servers)),
+        "status": _overall(ratio, bool(total)),
         "health_score": ratio,
-        "total_servers": len(servers),
+        "total_servers": total,
         "healthy_servers": healthy,
-        "unhealthy_servers": len(servers) - healthy,
-        "servers": [
-            _server_health(server, router, now, wall) for server in router.fleet.all_servers()
-        ],
+        "unhealthy_servers": total - healthy,
+        "servers": rows,
         "config": {
             "health_check_enabled": settings.enable_active_health_check,
             "health_check_interval": settings.health_check_interval,
@@ -99,12 +115,14 @@ def _overall(ratio: float, any_server: bool) -> str:
     return "degraded" if ratio >= 0.5 else "unhealthy"
 
 
-def _server_health(server: Server, router: Router, now: float, wall: float) -> dict[str, Any]:
+def _server_health(
+    server: Server, router: Router, now: float, wall: float, *, leaving: bool
+) -> dict[str, Any]:
     probe, traffic = server.active_health, server.passive_health
     return {
         **state_of(server, router, now),
         "healthy": is_healthy(server),
-        "leaving": router.fleet.servers.get(server.name) is not server,
+        "leaving": leaving,
         "source": server.config.source,
         "last_check": timestamp(server.checked_at, wall),
         "consecutive_failures": probe.failures_in_row,
@@ -133,21 +151,30 @@ def reload_state(router: Router) -> dict[str, Any]:
     }
 
 
-def load_stats(router: Router) -> dict[str, Any]:
+def load_stats(router: Router) -> Steps[dict[str, Any]]:
     """`/load-stats`."""
     now, wall = trio.current_time(), wall_offset()
     servers = list(router.fleet.servers.values())
-    active = sum(server.running + server.waiting for server in servers)
-    capacity = sum(server.capacity for server in servers)
+    active, capacity, in_flight, healthy = 0.0, 0, 0, 0
+
+    def read(server: Server) -> Any:
+        nonlocal active, capacity, in_flight, healthy
+        active += server.running + server.waiting
+        capacity += server.capacity
+        in_flight += server.in_flight
+        healthy += is_healthy(server)
+        return encoded(_server_load(server, router, now, wall))
+
+    rows = yield from each(servers, read)
     return {
-        "servers": [_server_load(server, router, now, wall) for server in servers],
+        "servers": rows,
         "summary": {
             "total_servers": len(servers),
-            "healthy_servers": sum(map(is_healthy, servers)),
+            "healthy_servers": healthy,
             "total_active_load": _number(active),
             "total_capacity": capacity,
             "overall_utilization_percent": active / capacity * 100 if capacity else 0,
-            "in_flight": router.fleet.in_flight,
+            "in_flight": in_flight + sum(server.in_flight for server in router.fleet.leaving),
             "queued": sum(queue.waiting for queue in router.queues(now)),
         },
     }
@@ -189,35 +216,43 @@ def _server_load(server: Server, router: Router, now: float, wall: float) -> dic
     }
 
 
-def server_models(router: Router) -> dict[str, Any]:
+def server_models(router: Router) -> Steps[dict[str, Any]]:
     """`/server-models`, by URL."""
     wall = wall_offset()
     servers = list(router.fleet.servers.values())
-    return {
-        "servers": {
-            server.url: {
+    healthy = 0
+
+    def read(server: Server) -> Any:
+        nonlocal healthy
+        is_well = is_healthy(server)
+        healthy += is_well
+        return encoded(
+            {
                 "name": server.name,
                 "supported_models": list(server.models or ()),
                 "models_known": server.models is not None,
                 "models_last_updated": timestamp(server.catalog.listed_at, wall),
-                "healthy": is_healthy(server),
+                "healthy": is_well,
             }
-            for server in servers
-        },
+        )
+
+    rows = yield from each(servers, read)
+    return {
+        "servers": {server.url: row for server, row in zip(servers, rows, strict=True)},
         "total_servers": len(servers),
-        "healthy_servers": sum(map(is_healthy, servers)),
+        "healthy_servers": healthy,
     }
 
 
 def readiness(router: Router) -> tuple[bool, dict[str, Any]]:
     """`/readyz`: whether the router is ready, and the reason if it is not."""
-    waiting = [s.name for s in router.fleet.servers.values() if s.active_health.up is None]
     if router.draining:
         return False, {"ready": False, "reason": "draining"}
     if router.fleet.awaited and not router.ready:
         sources = list(router.fleet.awaited)
         return False, {"ready": False, "reason": "sources not read yet", "sources": sources}
     if not router.ready:
+        waiting = [s.name for s in router.fleet.servers.values() if s.active_health.up is None]
         return False, {"ready": False, "reason": "servers not probed yet", "servers": waiting}
     return True, {"ready": True}
 

@@ -13,10 +13,10 @@ from vllm_router import __version__
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
-from vllm_router.observability.model_rows import AVAILABLE, ModelRow
+from vllm_router.observability.model_rows import AVAILABLE, ModelCount, ModelRow
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
-from vllm_router.observability.tally import Tallies, Tally, total_tokens_per_s
+from vllm_router.observability.tally import Tallies, Tally
 from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.web import schema
 from vllm_router.web.outages import Outages
@@ -24,98 +24,123 @@ from vllm_router.web.reasons import code_of
 from vllm_router.web.router import Router
 from vllm_router.web.turned_away import TurnedAway
 
-
-class Sums(msgspec.Struct, frozen=True, gc=False):
-    """Sums over all servers; capacity and load over available servers only."""
-
-    running: float
-    waiting: float
-    leases: int
-    capacity: int
-    load: float
+_encode = msgspec.json.Encoder().encode
 
 
-def sums_of(fleet: Fleet) -> Sums:
-    running = waiting = there = 0.0
-    leases = capacity = 0
-    for server in fleet.all_servers():
-        running += server.running
-        waiting += server.waiting
-        leases += server.in_flight
+class Reading:
+    """The fleet as one pass over its servers found it.
+
+    Each server is read once, so that totals, models and views of servers agree, though other tasks
+    run between two of them. `servers` are encoded views, if the pass makes them; `loads` are by
+    name and without leaving servers.
+    """
+
+    def __init__(self, fleet: Fleet, started: float, now: float, wall: float) -> None:
+        """`started` is the start of the router; `wall` the offset to Unix time."""
+        self.now = now
+        self.wall = wall
+        self.states: dict[str, int] = {}
+        self.running = self.waiting = 0.0
+        self.leases = self.capacity = 0
+        """Capacity and load are of available servers only."""
+        self.tokens_per_s: float | None = None
+        """None if no engine exports the counter."""
+        self.loads: dict[str, float] = {}
+        self.servers: list[schema.ServerView] = []
+        self.models = ModelCount(fleet)
+        self._started = started
+        self._there = 0.0
+        self._members = fleet.servers
+
+    def add(self, server: Server, tally: Tally, *, with_view: bool) -> None:
+        """Read one server, of which `tally` has the rates."""
+        state, reason = server.current_state(self.now)
+        leaving = self._members.get(server.name) is not server
+        tokens = tally.tokens_per_s
+        self.running += server.running
+        self.waiting += server.waiting
+        self.leases += server.in_flight
         if server.usable:
-            capacity += server.capacity
-            there += server.load * server.capacity
-    load = round(there / capacity, 4) if capacity else 0.0
-    return Sums(round(running, 1), round(waiting, 1), leases, capacity, load)
+            self.capacity += server.capacity
+            self._there += server.load * server.capacity
+        if tokens is not None:
+            self.tokens_per_s = round((self.tokens_per_s or 0.0) + tokens, 1)
+        if not leaving:
+            self.states[state] = self.states.get(state, 0) + 1
+            self.loads[server.name] = round(server.load, 3)
+            self.models.add(server, state, tokens)
+        if with_view:
+            view = self._view(server, tally, state, reason, leaving=leaving)
+            # Raw is encoded unchanged; its type is the type of its content.
+            self.servers.append(cast("schema.ServerView", msgspec.Raw(_encode(view))))
 
+    @property
+    def available(self) -> int:
+        """How many servers of the configuration get requests."""
+        return sum(self.states.get(one, 0) for one in AVAILABLE)
 
-def server_view(
-    server: Server, tally: Tally, *, leaving: bool, started: float, now: float, wall: float
-) -> schema.ServerView:
-    """`started` is the start of the router, the beginning of a server's first state."""
-    state, reason = server.current_state(now)
-    code, values = code_of(reason)
-    kv_usage = server.metrics.kv_usage if server.metrics is not None else None
-    age = server.load_estimate.age(now) if server.load_estimate.scraped_at is not None else None
-    return schema.ServerView(
-        name=server.name,
-        url=server.url,
-        models=server.models,
-        state=state,
-        reason=reason,
-        reason_code=code,
-        reason_values=values,
-        since=round((server.state_since or started) + wall, 3),
-        leaving=leaving,
-        running=round(server.running, 1),
-        waiting=round(server.waiting, 1),
-        leases=server.in_flight,
-        capacity=server.capacity,
-        capacity_source=server.capacity_estimate.source,
-        proposed_capacity=server.capacity_estimate.proposed,
-        max_in_flight=server.config.max_in_flight,
-        load=round(server.load, 4),
-        kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
-        prefix_hit_rate=tally.prefix_hit_rate,
-        expected_hit_rate=tally.expected_hit_rate,
-        requests_per_s=tally.requests_per_s,
-        errors_per_s=tally.errors_per_s,
-        chunks_per_s=tally.chunks_per_s,
-        tokens_per_s=tally.tokens_per_s,
-        ttft=tally.ttft(now),
-        duration=tally.duration(now),
-        metrics_age=round(age, 2) if age is not None else None,
-        stale=not server.load_estimate.fresh,
-    )
+    @property
+    def load(self) -> float:
+        return round(self._there / self.capacity, 4) if self.capacity else 0.0
+
+    def _view(
+        self, server: Server, tally: Tally, state: str, reason: str, *, leaving: bool
+    ) -> schema.ServerView:
+        now = self.now
+        code, values = code_of(reason)
+        metrics, load = server.metrics, server.load_estimate
+        kv_usage = metrics.kv_usage if metrics is not None else None
+        age = load.age(now) if load.scraped_at is not None else None
+        return schema.ServerView(
+            name=server.name,
+            url=server.url,
+            models=server.models,
+            state=state,
+            reason=reason,
+            reason_code=code,
+            reason_values=values,
+            since=round((server.state_since or self._started) + self.wall, 3),
+            leaving=leaving,
+            running=round(load.running, 1),
+            waiting=round(load.waiting, 1),
+            leases=server.in_flight,
+            capacity=server.capacity,
+            capacity_source=server.capacity_estimate.source,
+            proposed_capacity=server.capacity_estimate.proposed,
+            max_in_flight=server.config.max_in_flight,
+            load=round(load.value, 4),
+            kv_usage=round(kv_usage, 4) if kv_usage is not None else None,
+            prefix_hit_rate=tally.prefix_hit_rate,
+            expected_hit_rate=tally.expected_hit_rate,
+            requests_per_s=tally.requests_per_s,
+            errors_per_s=tally.errors_per_s,
+            chunks_per_s=tally.chunks_per_s,
+            tokens_per_s=tally.tokens_per_s,
+            ttft=tally.ttft(now),
+            duration=tally.duration(now),
+            metrics_age=round(max(age, 0.0), 2) if age is not None else None,
+            stale=not load.fresh,
+        )
 
 
 def fleet_view(
-    fleet: Fleet,
-    servers: list[schema.ServerView],
-    total: Tally,
-    turned_away: TurnedAway,
-    queued: int,
-    now: float,
+    reading: Reading, total: Tally, turned_away: TurnedAway, queued: int
 ) -> schema.FleetView:
-    sums = sums_of(fleet)
-    states: dict[str, int] = {}
-    for one in servers:
-        if not one.leaving:
-            states[one.state] = states.get(one.state, 0) + 1
+    now = reading.now
     return schema.FleetView(
-        servers=len(fleet.servers),
-        available=sum(states.get(one, 0) for one in AVAILABLE),
-        states=states,
-        running=sums.running,
-        waiting=sums.waiting,
-        leases=sums.leases,
+        servers=len(reading.loads),
+        available=reading.available,
+        states=reading.states,
+        running=round(reading.running, 1),
+        waiting=round(reading.waiting, 1),
+        leases=reading.leases,
         queued=queued,
-        capacity=sums.capacity,
-        load=sums.load,
+        capacity=reading.capacity,
+        load=reading.load,
         requests_per_s=total.requests_per_s,
         errors_per_s=total.errors_per_s,
         chunks_per_s=total.chunks_per_s,
-        tokens_per_s=total_tokens_per_s(servers),
+        tokens_per_s=reading.tokens_per_s,
         refused_per_s=turned_away.per_second,
         refused=turned_away.recent,
         saved_per_s=turned_away.saved_per_second,
@@ -167,7 +192,7 @@ def _model_view(
         requests_per_s=round(sum(one.requests_per_s for one in own), 3),
         errors_per_s=round(sum(one.errors_per_s for one in own), 3),
         refused_per_s=round(sum(one.refused_per_s for one in own), 3),
-        tokens_per_s=total_tokens_per_s(map(tallies.of, row.listing)),
+        tokens_per_s=round(row.tokens_per_s, 1) if row.tokens_per_s is not None else None,
         budget_left=round(budget, 4) if budget is not None else None,
         ttft=Tally.ttft_of(own, now),
         duration=Tally.duration_of(own, now),
@@ -261,36 +286,24 @@ def source_view(status: SourceStatus, now: float) -> schema.SourceView:
 
 def snapshot(
     router: Router,
+    reading: Reading,
     tallies: Tallies,
     facts: schema.RouterView,
     turned_away: TurnedAway,
     outages: Outages,
     *,
     seq: int,
-    now: float,
 ) -> schema.Snapshot:
-    """The current state; O(servers)."""
-    fleet, wall = router.fleet, wall_offset()
-    servers = [
-        server_view(
-            server,
-            tallies.of(server),
-            leaving=fleet.servers.get(server.name) is not server,
-            started=router.started_at,
-            now=now,
-            wall=wall,
-        )
-        for server in fleet.all_servers()
-    ]
+    """The state that was read, with the views of its servers. O(models)."""
+    now = reading.now
     queues = queue_views(router, now)
+    queued = sum(one.waiting for one in queues)
     return schema.Snapshot(
         seq=seq,
-        time=round(now + wall, 3),
+        time=round(now + reading.wall, 3),
         router=facts,
-        fleet=fleet_view(
-            fleet, servers, tallies.total, turned_away, sum(one.waiting for one in queues), now
-        ),
-        servers=servers,
+        fleet=fleet_view(reading, tallies.total, turned_away, queued),
+        servers=reading.servers,
         queues=queues,
         models=model_views(outages.rows, tallies, outages.since, queues, outages.budgets, now),
     )

@@ -89,7 +89,7 @@ async def test_router_shows_sources_in_health_feed_and_metrics(tmp_path: Path) -
         page = (await lab.get("/metrics")).body.decode()
         assert 'vllm_router_discovery_up{source="file"} 0' in page
         assert sorted(lab.router.fleet.servers) == ["127.0.0.1:9"]
-        mailbox = lab.router.feed.subscribe(admin=False)
+        mailbox = await lab.router.feed.subscribe(admin=False)
         hello = await mailbox.get()
         assert hello is not None
         events = json.loads(hello)["events"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.observability.sliding import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
-from vllm_router.web.history import FIGURES, Memory, Series, digest
+from vllm_router.routing.prompt.steps import finish
+from vllm_router.web.history import COLUMNS_AT_ONCE, FIGURES, Memory, Series, digest
+from vllm_router.web.schema import History
 
 
 def percentiles(durations, now=0.0):
@@ -105,19 +108,22 @@ def row(value):
     return (value,) * len(FIGURES)
 
 
+def message(series: Series) -> History:
+    return msgspec.json.decode(finish(series.encode()), type=History)
+
+
 def test_history_keeps_last_rows_of_present_servers():
     series = Series(1.0, 3)
     for second, loads in enumerate([{"a": 0.1}, {"a": 0.2}, {"a": 0.3, "b": 1.0}, {"b": 2.0}]):
         series.add(row(second), loads, 100.0 + second)
-    message = series.message()
-    assert message.end == 103.0
-    assert message.fleet["load"] == [1, 2, 3]
-    assert message.servers == {"b": [None, 1.0, 2.0]}
+    found = message(series)
+    assert found.end == 103.0
+    assert found.fleet["load"] == [1, 2, 3]
+    assert found.servers == {"b": [None, 1.0, 2.0]}
 
 
 def test_history_of_new_router_is_empty_but_complete():
-    message = Series(1.0, 3).message()
-    assert message.fleet == {name: [] for name in FIGURES}
+    assert message(Series(1.0, 3)).fleet == {name: [] for name in FIGURES}
 
 
 def test_history_ten_seconds_become_means_and_worst_percentiles():
@@ -132,7 +138,34 @@ def test_history_of_an_hour_is_bounded():
     memory = Memory()
     for second in range(5000):
         memory.add(row(float(second)), {"a": 1.0}, float(second))
-    minutes, hour = memory.encoded()
+    minutes, hour = finish(memory.encode())
     assert len(minutes) < 60_000
     assert b'"interval":10.0' in hour
-    assert memory.encoded()[0] is minutes
+    assert finish(memory.encode())[0] is minutes
+
+
+def test_history_row_that_comes_during_encoding_is_added_afterwards():
+    memory = Memory()
+    loads = {f"s{number}": 0.5 for number in range(3 * COLUMNS_AT_ONCE)}
+    memory.add(row(1.0), loads, 1.0)
+    steps = memory.encode()
+    next(steps)
+    memory.add(row(2.0), loads, 2.0)
+    minutes = msgspec.json.decode(finish(steps)[0], type=History)
+    assert minutes.end == 1.0
+    assert {len(values) for values in minutes.servers.values()} == {1}
+    after = msgspec.json.decode(finish(memory.encode())[0], type=History)
+    assert after.fleet["load"] == [1.0, 2.0]
+    assert {len(values) for values in after.servers.values()} == {2}
+
+
+def test_history_encoding_that_is_given_up_loses_no_row():
+    memory = Memory()
+    loads = {f"s{number}": 0.5 for number in range(3 * COLUMNS_AT_ONCE)}
+    memory.add(row(1.0), loads, 1.0)
+    steps = memory.encode()
+    next(steps)
+    memory.add(row(2.0), loads, 2.0)
+    steps.close()
+    found = msgspec.json.decode(finish(memory.encode())[0], type=History)
+    assert found.fleet["load"] == [1.0, 2.0]

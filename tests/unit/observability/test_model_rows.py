@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.observability.model_rows import MAX_ROWS, ModelRow, model_rows, without_server
+from vllm_router.observability.model_rows import MAX_ROWS, ModelCount, ModelRow, without_server
+
+
+def model_rows(fleet: Fleet, now: float) -> list[ModelRow]:
+    count = ModelCount(fleet)
+    for server in fleet.servers.values():
+        count.add(server, server.current_state(now)[0])
+    return count.rows(now)
 
 
 def rows(fleet: Fleet, now: float = 10.0) -> dict[str, ModelRow]:

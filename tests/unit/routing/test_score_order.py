@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.fleet_makers import gauges, make_fleet
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.server import Lease, Server
+from vllm_router.fleet.server import ChangeLog, Lease, Server
+from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import REFRESH, REFRESHED_AT_ONCE, Adaptive
 from vllm_router.routing.prompt.routing_info import EXPLAIN, RoutingInfo, read_at_once
-from vllm_router.routing.score_cache import LARGE, ScoreCache
+from vllm_router.routing.score_cache import (
+    AFFINITY_BONUS,
+    DELAYED,
+    LARGE,
+    SEARCHED,
+    SHORTLIST,
+    ScoreCache,
+)
 from vllm_router.routing.score_order import ScoreOrder
 
 NOW = 1000.0
@@ -197,3 +206,160 @@ def test_adaptive_among_many_affinity_server_is_stable():
     moved = sum(one != other for one, other in zip(whole, smaller, strict=True))
     assert moved <= 30
     assert len(set(whole)) > 60
+
+
+class Figures:
+    """The attributes of a server or an estimate that a ScoreCache reads."""
+
+    def __init__(self, **figures: Any) -> None:
+        self.__dict__.update(figures)
+
+
+def plain_lowest(
+    cache: ScoreCache,
+    levels: list[tuple[float, int]],
+    bonus: int,
+    prompt: tuple[float, float, float, float],
+    draw: float,
+) -> list[int]:
+    """`lowest_of_few` in the plainest way: term by term for each candidate."""
+    order = cache._order
+    assert order is not None
+    tokens, uncached, turns, delay = prompt
+    mean = sum(cache._loads) / len(cache._loads)
+    cached: dict[int, float] = {}
+    for credit, bits in levels:
+        for position in cache._some_of(bits, order.lowest(SEARCHED), draw):
+            if position not in cached and not cache._is_overloaded(position, mean):
+                cached[position] = credit
+    best = max(cached.values(), default=0.0)
+    chosen = dict.fromkeys([*order.lowest(SHORTLIST), *cached])
+    home = cache._position_of_bit[bonus] if bonus else -1
+    if bonus:
+        chosen[home] = None
+    scores = {}
+    for position in chosen:
+        have, factor = cached.get(position, 0.0), cache.factors[position]
+        score = cache.bases[position] + (best - have) * cache._growths[position]
+        score += uncached * cache._prompt_growths[position]
+        score += turns * uncached * cache._overflows[position]
+        score += (DELAYED * uncached * delay if turns else 0.0) * cache._arrivals[position]
+        score -= factor * AFFINITY_BONUS if position == home else 0.0
+        if tokens > cache._rooms[position]:
+            score += factor * cache._excess_beyond(position, tokens - have)
+        scores[position] = score
+    lowest = min(scores.values())
+    return [position for position, score in scores.items() if score == lowest]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), waste=st.booleans(), data=st.data())
+def test_adaptive_among_many_few_are_scored_as_all_are(seed, waste, data):
+    rng = Random(seed)
+    candidates = [
+        Figures(
+            weighted_capacity=8.0,
+            load_estimate=Figures(waiting=rng.choice([0.0, 0.0, 2.0])),
+            change_log=ChangeLog(),
+        )
+        for _ in range(LARGE)
+    ]
+    estimates = [
+        Figures(bit=1 << n, seed=rng.getrandbits(64), server=server)
+        for n, server in enumerate(candidates)
+    ]
+    cache = ScoreCache(cast("Any", candidates), cast("Any", estimates), PolicySettings())
+    cache._prompt_growth = 0.5 * waste
+    few = [0.0, 0.25, 1.0, 3.0]
+    for figures in (cache.bases, cache._growths, cache._overflows, cache._arrivals, cache._loads):
+        figures[:] = [rng.choice(few) for _ in figures]
+    cache._prompt_growths[:] = [rng.random() * waste for _ in candidates]
+    cache._rooms[:] = [rng.choice([100.0, 1e6]) for _ in candidates]
+    cache.kv_tokens[:] = [1000.0] * LARGE
+    cache.least_room, cache._load_total = min(cache._rooms), sum(cache._loads)
+    assert cache._order is not None
+    cache._order.rebuild(cache.bases)
+    holders = [rng.getrandbits(LARGE) >> rng.randrange(LARGE) | 1 for _ in range(3)]
+    levels = [(100.0 * (3 - n), bits) for n, bits in enumerate(holders)][: rng.randrange(4)]
+    bonus = rng.choice([0, 1 << rng.randrange(LARGE)])
+    turns = data.draw(st.sampled_from([0.0, 2.0]))
+    prompt = (rng.choice([50.0, 500.0]), rng.choice([0.0, 400.0]), turns, 0.1)
+    draw = rng.random()
+    found = cache.lowest_of_few(levels, bonus, prompt, draw)
+    assert found == plain_lowest(cache, levels, bonus, prompt, draw)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions whose scores were computed, one after the other."""
+    found: list[int] = []
+    measure = ScoreCache._measure
+
+    def counted(cache: ScoreCache, position: int) -> None:
+        found.append(position)
+        measure(cache, position)
+
+    monkeypatch.setattr(ScoreCache, "_measure", counted)
+    return found
+
+
+def test_adaptive_among_many_change_of_candidates_measures_the_new_ones(measured):
+    rig = Rig(3 * LARGE)
+    running = [rig.send(rig.info(f"{n} " + "z" * 999), NOW + n / 1000) for n in range(200)]
+    rig.servers[5].drain(on=True)
+    rig.servers[50].drain(on=True)
+    now = NOW + 0.201
+    rig.send(rig.info("again"), now)
+    rig.servers[5].drain(on=False)
+    rig.policy._estimate(rig.servers[7]).extra += 1.0
+    rig.policy._cache(rig.fleet.candidates("m", now), "m", now)
+    measured.clear()
+    rig.end(running.pop(), now)
+    rig.send(rig.info("again"), now)
+    assert len(set(measured)) < 10
+    cache = rig.cache()
+    assert rig.servers[5] in cache.candidates
+    assert rig.servers[50] not in cache.candidates
+    assert cache.everyone == sum(rig.policy._estimate(one).bit for one in cache.candidates)
+    cache._measure_at([cache._positions[rig.servers[7]]])  # it has changed without a mark
+    cache.follow()
+    adopted = cache.bases[:], cache._growths[:], cache._loads[:]
+    cache.measure_all()
+    assert (cache.bases, cache._growths, cache._loads) == adopted
+    assert cache._order is not None
+    lowest = cache._order.lowest(20)
+    assert [cache.bases[at] for at in lowest] == sorted(cache.bases)[:20]
+
+
+def test_adaptive_among_many_forgotten_server_leaves_the_figures_of_the_others(measured):
+    rig = Rig(2 * LARGE)
+    for number in range(50):
+        rig.send(rig.info(f"{number}"), NOW + number / 1000)
+    gone = rig.servers[3]
+    bit = rig.policy._estimate(gone).bit
+    gone.drain(on=True)
+    rig.policy.forget(gone)
+    joined = large_fleet(2 * LARGE + 1).servers[f"s{2 * LARGE}"]
+    candidates = (*rig.fleet.candidates("m", NOW + 0.06), joined)
+    measured.clear()
+    cache = rig.policy._cache(candidates, "m", NOW + 0.06)
+    assert rig.policy._estimate(joined).bit == bit  # the bit of the other is used again
+    assert len(set(measured)) < 10
+    assert cache.candidates is candidates
+    assert len(cache.bases) == 2 * LARGE
+    assert cache.bases[-1] > 0.0
+
+
+def test_adaptive_among_many_passes_over_servers_at_their_cap(measured):
+    rig = Rig(2 * LARGE)
+    for server in rig.servers:
+        server.cap = 1
+    info = rig.info("x" * 4000)
+    rig.send(info)
+    cache = rig.cache()
+    measured.clear()
+    found = {rig.send(info, NOW + 0.001).server for _ in range(2 * LARGE - 1)}
+    assert len(found) == 2 * LARGE - 1
+    assert rig.cache() is cache
+    assert len(measured) < 4 * LARGE
+    assert all(server.in_flight == 1 for server in rig.servers)

@@ -35,8 +35,8 @@ from vllm_router.web.mailbox import MAX_EVENTS, Mailbox
 class Client:
     """Reads one mailbox as the websocket's task does."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.mailbox = lab.router.feed.subscribe(admin=False)
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.mailbox = mailbox
 
     async def next(self):
         """The next message, decoded by its documented type; None after the end."""
@@ -50,6 +50,10 @@ class Client:
         return message
 
 
+async def join(lab: Lab) -> Client:
+    return Client(await lab.router.feed.subscribe(admin=False))
+
+
 @pytest.fixture
 async def lab(nursery):
     lab = Lab(2)
@@ -59,7 +63,7 @@ async def lab(nursery):
 
 
 async def test_feed_says_whether_a_client_has_sent_a_request(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     assert (await client.next_of(schema.Snapshot)).router.unused
     feed, server = lab.router.feed, next(iter(lab.router.fleet.servers.values()))
     feed.exchange_ended(
@@ -105,7 +109,7 @@ async def test_feed_and_health_show_the_other_routers(autojump_clock, lab):
 
 
 async def test_feed_first_messages_are_hello_and_snapshot(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     hello = await client.next()
     assert isinstance(hello, schema.Hello)
     assert hello.schema == schema.VERSION
@@ -119,7 +123,7 @@ async def test_feed_first_messages_are_hello_and_snapshot(autojump_clock, lab):
 
 
 async def test_feed_snapshots_follow_at_interval(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     first = await client.next_of(schema.Snapshot)
     moments = []
     for _ in range(6):
@@ -136,7 +140,7 @@ async def test_feed_snapshot_has_values_used_by_routing(autojump_clock, lab):
     go_down(lab["b"], now)
     lab.settle()
     await trio.sleep(1.1)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     a, b = snapshot.servers
     assert (a.running, a.waiting, a.capacity, a.capacity_source) == (2, 1, ASSUMED, "assumed")
     assert a.load == pytest.approx(2.5 / ASSUMED, abs=1e-4)
@@ -161,7 +165,7 @@ async def test_feed_snapshot_has_expected_prefix_hits_of_policy(autojump_clock, 
         adaptive.leased(lease, None, facts, trio.current_time())
         lease.release()
         await trio.sleep(1.1)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     assert snapshot.servers[0].expected_hit_rate == pytest.approx(1.0, abs=0.01)
     assert snapshot.servers[1].expected_hit_rate is None
 
@@ -172,7 +176,7 @@ async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock
         lab.router.proxy.context.recorder.attempt_ended(lab["b"], Outcome.CONNECTION_LOST)
         lab.ended(lab["b"], outcome=Outcome.TRUNCATED, phase=Phase.STREAM)
         await trio.sleep(0.5)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     a, b = snapshot.servers
     assert a.requests_per_s == pytest.approx(2.0, rel=0.2)
     assert a.chunks_per_s == pytest.approx(20.0, rel=0.2)
@@ -184,7 +188,7 @@ async def test_feed_rates_and_percentiles_are_by_server_and_total(autojump_clock
     assert snapshot.fleet.requests_per_s == pytest.approx(4.0, rel=0.2)
     assert snapshot.fleet.errors_per_s == pytest.approx(2.0, rel=0.2)
     await trio.sleep(70)
-    later = await Client(lab).next_of(schema.Snapshot)
+    later = await (await join(lab)).next_of(schema.Snapshot)
     assert (later.fleet.requests_per_s, later.fleet.duration) == (0.0, None)
 
 
@@ -195,7 +199,7 @@ async def test_feed_chunks_of_running_streams_count_as_relayed(autojump_clock, l
     for _ in range(10):
         await trio.sleep(1)
         record.chunks += 50
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     assert snapshot.servers[0].chunks_per_s == pytest.approx(50, rel=0.3)
     assert snapshot.fleet.chunks_per_s == snapshot.servers[0].chunks_per_s
     assert snapshot.router.open_streams == 1
@@ -203,7 +207,7 @@ async def test_feed_chunks_of_running_streams_count_as_relayed(autojump_clock, l
     lab.router.proxy.context.exchanges.discard(exchange)
     lab.router.proxy.context.recorder.exchange_ended(record)
     await trio.sleep(7)
-    assert (await Client(lab).next_of(schema.Snapshot)).fleet.chunks_per_s == 0.0
+    assert (await (await join(lab)).next_of(schema.Snapshot)).fleet.chunks_per_s == 0.0
 
 
 async def test_feed_tokens_are_those_counted_by_engine(autojump_clock, lab):
@@ -211,7 +215,7 @@ async def test_feed_tokens_are_those_counted_by_engine(autojump_clock, lab):
         metrics = gauges(1, generation_tokens=1000.0 + 30 * second)
         lab["a"].scraped(metrics, trio.current_time(), 0)
         await trio.sleep(1)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     assert snapshot.servers[0].tokens_per_s == pytest.approx(30, rel=0.3)
     assert snapshot.servers[1].tokens_per_s is None
     assert snapshot.fleet.tokens_per_s == snapshot.servers[0].tokens_per_s
@@ -220,7 +224,7 @@ async def test_feed_tokens_are_those_counted_by_engine(autojump_clock, lab):
 async def test_feed_has_figures_of_the_router(autojump_clock, lab):
     lab.router.draining = True
     await trio.sleep(3)
-    router = (await Client(lab).next_of(schema.Snapshot)).router
+    router = (await (await join(lab)).next_of(schema.Snapshot)).router
     assert (router.draining, router.ready, router.feed_clients) == (True, False, 1)
     assert router.uptime == pytest.approx(3.0, abs=0.2)
     assert router.rss_bytes > 10_000_000
@@ -233,7 +237,7 @@ async def test_feed_has_figures_of_the_router(autojump_clock, lab):
 async def test_feed_history_is_recorded_without_clients(autojump_clock, lab):
     lab["a"].scraped(gauges(3), trio.current_time(), 0)
     await trio.sleep(400.5)
-    hello = await Client(lab).next()
+    hello = await (await join(lab)).next()
     assert {len(values) for values in hello.history.fleet.values()} == {300}
     assert hello.history.servers["a"] == [round(3 / ASSUMED, 3)] * 300
     assert hello.history.interval == 1.0
@@ -250,7 +254,7 @@ async def test_feed_without_clients_encodes_nothing(autojump_clock, lab, monkeyp
 
 
 async def test_feed_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab):
-    mailboxes = [lab.router.feed.subscribe(admin=False) for _ in range(10)]
+    mailboxes = [await lab.router.feed.subscribe(admin=False) for _ in range(10)]
     for mailbox in mailboxes:
         await mailbox.get()
         await mailbox.get()
@@ -260,7 +264,7 @@ async def test_feed_snapshot_is_encoded_once_for_all_clients(autojump_clock, lab
 
 
 async def test_feed_disconnected_client_gets_and_costs_nothing(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     lab.router.feed.unsubscribe(client.mailbox)
     assert lab.router.metrics.feed_clients == 0
     assert isinstance(await client.next(), schema.Hello)
@@ -274,7 +278,7 @@ async def test_feed_disconnected_client_gets_and_costs_nothing(autojump_clock, l
 
 
 async def test_feed_event_is_sent_at_once(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     await client.next_of(schema.Snapshot)
     before = trio.current_time()
     go_down(lab["a"], before)
@@ -313,14 +317,14 @@ async def test_feed_events_of_requests_displace_no_others(autojump_clock, lab):
     for _ in range(KEPT * 2):
         lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502, attempts=2)
         lab.router.feed.event("retries_exhausted", "request a: 2 attempts failed")
-    kinds = [event.kind for event in (await Client(lab).next()).events]
+    kinds = [event.kind for event in (await (await join(lab)).next()).events]
     assert "reload" in kinds
     assert kinds.count("retries_exhausted") == KEPT_OF_REQUESTS
 
 
 async def test_feed_drain_has_events_for_begin_and_end(autojump_clock, lab):
     lease = lab["a"].lease(trio.current_time())
-    client = Client(lab)
+    client = await join(lab)
     lab.router.drain_server("a", on=True)
     event = await client.next_of(schema.Event)
     assert (event.kind, event.new) == ("state", "draining")
@@ -328,7 +332,7 @@ async def test_feed_drain_has_events_for_begin_and_end(autojump_clock, lab):
     event = await client.next_of(schema.Event)
     assert (event.kind, event.server) == ("drained", "a")
     await trio.sleep(3)
-    assert [event.kind for event in (await Client(lab).next()).events].count("drained") == 1
+    assert [event.kind for event in (await (await join(lab)).next()).events].count("drained") == 1
 
 
 @pytest.fixture
@@ -341,7 +345,7 @@ def file(tmp_path):
 async def test_feed_refused_reload_has_event_with_problems(autojump_clock, nursery, file):
     lab = Lab(file=file)
     nursery.start_soon(lab.router.feed.run)
-    client = Client(lab)
+    client = await join(lab)
     file.write_text("nonsense")
     await lab.router.reload()
     event = await client.next_of(schema.Event)
@@ -353,7 +357,7 @@ async def test_feed_refused_reload_has_event_with_problems(autojump_clock, nurse
 
 
 async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock, lab):
-    client = Client(lab)
+    client = await join(lab)
     failed = {
         "outcome": Outcome.CONNECTION_LOST,
         "status": 502,
@@ -374,7 +378,7 @@ async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock
 async def test_feed_request_saved_by_retry_has_no_event(autojump_clock, lab):
     lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], attempts=2)
     lab.ended(lab["a"], outcome=Outcome.CONNECTION_LOST, status=502)
-    hello = await Client(lab).next()
+    hello = await (await join(lab)).next()
     assert {event.kind for event in hello.events} == {"state"}
 
 
@@ -391,7 +395,7 @@ async def test_feed_models_have_rates_and_percentiles_of_their_requests(autojump
         lab.ended(None, model="m", outcome=None, status=429, code="queue_full", first_byte_at=0.0)
         lab.ended(None, model="invented", outcome=None, status=404, code="model_not_found")
         await trio.sleep(1)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     m, other = snapshot.models
     assert (m.name, m.servers, m.available, m.running) == ("m", 1, 1, 2.0)
     assert m.requests_per_s == pytest.approx(2.0, rel=0.3)
@@ -411,28 +415,28 @@ async def test_feed_total_keeps_counts_of_models_that_left(autojump_clock, lab):
         await trio.sleep(1)
     lab.apply([{"url": "http://b.test:1", "name": "b"}])
     await trio.sleep(2)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     assert snapshot.fleet.requests_per_s > 0
     assert [model.name for model in snapshot.models] == ["m"]
 
 
 async def test_feed_model_without_server_has_time_of_its_outage(autojump_clock, lab):
     await trio.sleep(3)
-    snapshot = await Client(lab).next_of(schema.Snapshot)
+    snapshot = await (await join(lab)).next_of(schema.Snapshot)
     assert [model.without_server_since for model in snapshot.models] == [None]
     for name in ("a", "b"):
         go_down(lab[name], trio.current_time())
     lab.settle()
     await trio.sleep(10)
-    late = (await Client(lab).next_of(schema.Snapshot)).models[0]
+    late = (await (await join(lab)).next_of(schema.Snapshot)).models[0]
     assert late.available == 0
     await trio.sleep(30)
-    later = (await Client(lab).next_of(schema.Snapshot)).models[0]
+    later = (await (await join(lab)).next_of(schema.Snapshot)).models[0]
     assert later.without_server_since == late.without_server_since
     come_up(lab["a"], trio.current_time())
     lab.settle()
     await trio.sleep(1)
-    assert (await Client(lab).next_of(schema.Snapshot)).models[0].without_server_since is None
+    assert (await (await join(lab)).next_of(schema.Snapshot)).models[0].without_server_since is None
 
 
 async def test_feed_counts_refusals_by_reason_and_saved_requests(autojump_clock, lab):
@@ -444,14 +448,14 @@ async def test_feed_counts_refusals_by_reason_and_saved_requests(autojump_clock,
     lab.ended(lab["a"], retries=[Outcome.CONNECTION_LOST], outcome=Outcome.SERVER_ERROR, status=502)
     lab.ended(lab["a"])
     await trio.sleep(1.5)  # past the second at which the feed reads
-    fleet = (await Client(lab).next_of(schema.Snapshot)).fleet
+    fleet = (await (await join(lab)).next_of(schema.Snapshot)).fleet
     assert fleet.refused == {"unauthorized": 2, "limited": 1, "queue": 1}
     assert fleet.refused_per_s > 0
     assert fleet.saved == 1
     await trio.sleep(400)
-    hello = await Client(lab).next()
+    hello = await (await join(lab)).next()
     assert max(hello.hour.fleet["refused_per_s"]) > 0
-    fleet = (await Client(lab).next_of(schema.Snapshot)).fleet
+    fleet = (await (await join(lab)).next_of(schema.Snapshot)).fleet
     assert (fleet.refused, fleet.saved) == ({}, 0)
 
 
@@ -459,7 +463,7 @@ async def test_feed_counts_refusals_by_reason_and_saved_requests(autojump_clock,
 
 
 async def test_feed_slow_client_delays_no_other_and_learns_its_losses(autojump_clock, lab):
-    slow, quick = Client(lab), Client(lab)
+    slow, quick = await join(lab), await join(lab)
     for number in range(MAX_EVENTS + 10):
         lab.router.feed.event("reload", str(number))
         assert (await quick.next_of(schema.Event)).text == str(number)
@@ -501,9 +505,9 @@ async def test_mailbox_cancelled_read_loses_nothing(autojump_clock):
 
 
 async def test_feed_close_ends_present_and_later_clients(autojump_clock, lab):
-    clients = [Client(lab), Client(lab)]
+    clients = [await join(lab), await join(lab)]
     lab.router.feed.close()
-    clients.append(Client(lab))
+    clients.append(await join(lab))
     for client in clients:
         assert isinstance(await client.next(), schema.Hello)
         assert await client.next() is None
@@ -515,7 +519,7 @@ async def test_feed_close_ends_present_and_later_clients(autojump_clock, lab):
 async def test_feed_servers_appear_and_disappear_in_snapshots(autojump_clock, lab):
     lease = lab["b"].lease(trio.current_time())
     lab.apply(1)
-    client = Client(lab)
+    client = await join(lab)
     a, b = (await client.next_of(schema.Snapshot)).servers
     assert (a.leaving, b.leaving, b.state, b.leases) == (False, True, "draining", 1)
     lease.release()

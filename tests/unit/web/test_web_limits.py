@@ -15,10 +15,7 @@ from support.web_harness import Lab, make_record
 from vllm_router.cli.explain import _print_explanation
 from vllm_router.cli.monitor.plain import summary
 from vllm_router.observability.access_log import Ended, fields
-from vllm_router.observability.tally import Tallies
-from vllm_router.web import schema, view
-from vllm_router.web.outages import Outages
-from vllm_router.web.turned_away import TurnedAway
+from vllm_router.web import schema
 
 
 @asynccontextmanager
@@ -36,13 +33,10 @@ async def crowd(waiting: int, servers: Any = 1, **limits: Any) -> AsyncIterator[
         nursery.cancel_scope.cancel()
 
 
-def snapshot(lab: Lab) -> schema.Snapshot:
-    now = trio.current_time()
-    facts = view.router_view(lab.router, lag=0.0, cpu=0.0, feed_clients=0, unused=False, now=now)
-    outages = Outages()
-    outages.look(lab.router.fleet, now, 1_800_000_000.0)
-    taken = view.snapshot(lab.router, Tallies(), facts, TurnedAway(), outages, seq=1, now=now)
-    return msgspec.json.decode(msgspec.json.encode(taken), type=schema.Snapshot)
+async def snapshot(lab: Lab) -> schema.Snapshot:
+    mailbox = await lab.router.feed.subscribe(admin=False)
+    await mailbox.get()  # the hello
+    return msgspec.json.decode(await mailbox.get() or "", type=schema.Snapshot)
 
 
 async def test_metrics_have_queue_lengths_and_limits(autojump_clock):
@@ -80,7 +74,7 @@ async def test_metrics_without_limits_have_no_queue():
 async def test_feed_has_every_queue(autojump_clock):
     async with crowd(3, queue_size=7) as lab:
         await trio.sleep(2)
-        taken = snapshot(lab)
+        taken = await snapshot(lab)
         assert taken.queues == [
             schema.QueueView(model="m", waiting=3, limit=7, longest=2.0, freed_per_s=None)
         ]
@@ -91,7 +85,7 @@ async def test_feed_has_every_queue(autojump_clock):
 
 
 async def test_feed_without_limits_has_no_queue():
-    taken = snapshot(Lab())
+    taken = await snapshot(Lab())
     assert (taken.queues, taken.fleet.queued, taken.servers[0].max_in_flight) == ([], 0, None)
     assert "queued" not in summary(taken)
 

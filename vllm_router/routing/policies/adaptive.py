@@ -21,12 +21,8 @@ from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
 from vllm_router.routing.prefix.index import PrefixIndex
 from vllm_router.routing.prompt.blocks import BLOCK_ENDS, blocks_in
-from vllm_router.routing.score_cache import (
-    AFFINITY_BONUS,
-    MAX_WASTE_LOAD,
-    QUEUED_WEIGHT,
-    ScoreCache,
-)
+from vllm_router.routing.score_cache import LARGE, MAX_WASTE_LOAD, QUEUED_WEIGHT, ScoreCache
+from vllm_router.routing.score_parts import Asked, Parts, ScoreTable
 from vllm_router.routing.server_estimate import (
     ERROR_PENALTY,
     PrefixStatistics,
@@ -91,6 +87,9 @@ class Adaptive(Policy):
         """Mean seconds to the first token of a stream, over all servers."""
 
     # -- the decision -----------------------------------------------------------------------------
+
+    def skips_full(self, candidates: Sequence[Server]) -> bool:
+        return len(candidates) >= LARGE
 
     def pick(self, candidates: Sequence[Server], info: RoutingInfo, now: float) -> Choice:
         cache = self._cache(candidates, info.model, now)
@@ -238,6 +237,9 @@ class Adaptive(Policy):
             estimates = [self._estimate(server) for server in candidates]
             cache = ScoreCache(candidates, estimates, self.settings)
             cache.is_adapter = any(model in server.catalog.adapters for server in candidates)
+            before = self._caches.get(model)
+            if before is not None and before.is_large and cache.is_large:
+                cache.adopt(before)
             if len(self._caches) >= MAX_CACHES:
                 self._caches.clear()
             self._caches[model] = cache
@@ -261,7 +263,12 @@ class Adaptive(Policy):
         estimates = cache.estimates
         positions, begins = cache.next_positions(REFRESHED_AT_ONCE, now, REFRESH)
         if len(positions) < len(estimates):
-            positions = [position for position in positions if not estimates[position].is_quiet]
+            positions = [
+                position
+                for position in positions
+                if not estimates[position].is_quiet or position in cache.unmeasured
+            ]
+            cache.unmeasured.clear()
         self.index.follow([cache.candidates[position] for position in positions], now)
         self._working_sets.expire(now)
         for position in positions:
@@ -407,7 +414,8 @@ class Adaptive(Policy):
         estimate = self._estimates.pop(server, None)
         if estimate is not None:
             self._working_sets.forget(estimate)
-        self._caches.clear()
+        # Large ones are adopted by the next ones.
+        self._caches = {model: cache for model, cache in self._caches.items() if cache.is_large}
         self.index.forget(server)
 
     # -- other processes before the same servers --------------------------------------------------
@@ -468,34 +476,18 @@ class Adaptive(Policy):
         tokens, uncached, turns = self._prompt(info, matches)
         if not info.prompt.block_hashes:
             uncached = turns = 0.0
-        delay = uncached * self._swap_cost.per_token
-        swap = self._swap_cost.tokens if cache.is_adapter else 0.0
-        loaded = self._loaded(cache, info.model)
-        best = levels[0][0] if levels else 0.0
-        rows = []
-        for position, (estimate, score) in enumerate(zip(cache.estimates, scores, strict=True)):
-            server = estimate.server
-            credit = next((tokens for tokens, bits in levels if bits & estimate.bit), 0.0)
-            adapter = swap if credit and estimate.bit & loaded else 0.0
-            penalty = estimate.error_penalty_now(now)
-            parts = {
-                "load": server.load_estimate.active + estimate.extra,
-                "phantoms": penalty,
-                "others": estimate.extra - penalty,
-                "queued_tokens": estimate.queued,
-                "cached_tokens": credit - adapter,
-                "adapter_tokens": adapter,
-                "waste_tokens": best - credit,
-                "uncached_tokens": uncached,
-                **cache.prompt_terms(position, uncached, turns, delay),
-                "kv_pressure": cache.pressure(position, tokens, levels),
-                "footprint_tokens": estimate.footprint,
-                "kv_tokens": cache.kv_tokens[position],
-                "home": AFFINITY_BONUS if estimate.bit == bonus else 0.0,
-                "slow": cache.slow[position],
-                "fast_errors": server.load_estimate.error_penalty,
-                "slow_start": server.load_estimate.slow_start_factor,
-                "share": server.weighted_capacity,
-            }
-            rows.append(Explained(server, score, parts))
-        return sorted(rows, key=lambda row: row.score)
+        asked = Asked(
+            levels,
+            bonus,
+            tokens,
+            uncached,
+            turns,
+            delay=uncached * self._swap_cost.per_token,
+            swap=self._swap_cost.tokens if cache.is_adapter else 0.0,
+            loaded=self._loaded(cache, info.model),
+        )
+        table = ScoreTable(cache, asked, now)
+        return [
+            Explained(candidates[position], scores[position], Parts(table, position))
+            for position in sorted(range(len(scores)), key=scores.__getitem__)
+        ]

@@ -56,11 +56,14 @@ class PolicySettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explained(NamedTuple):
-    """One candidate in an explanation: the lowest score wins; `parts` are its terms by name."""
+    """One candidate in an explanation: the lowest score wins; `parts` are its terms by name.
+
+    The terms belong to the moment of the explanation, but may be computed when they are read.
+    """
 
     server: Server
     score: float
-    parts: dict[str, float]
+    parts: Mapping[str, float]
 
 
 class Placements(Protocol):
@@ -103,6 +106,14 @@ class Policy:
         errors; a policy that does not compare calls `accepts`.
         """
         raise NotImplementedError
+
+    def skips_full(self, candidates: Sequence[Server]) -> bool:
+        """Whether `pick` passes over servers at their cap itself.
+
+        It is called with all candidates then, as long as one is below its cap: policies recognise
+        unchanged candidates by the identity of the tuple.
+        """
+        return False
 
     def accepts(self, server: Server) -> bool:
         """Whether to take a server found without comparing.
