@@ -14,15 +14,13 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[2]
+from support import fork_server
+
 _PATIENCE_SECONDS = 120.0
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -35,17 +33,13 @@ class MockProcess:
         self.name = ""
         self.url = ""
         self.port = port
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_router.lab.mock", "--port", str(port), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            cwd=_ROOT,
-            env=os.environ | {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"},
+        self.process = fork_server.start(
+            *("vllm_router.lab.mock", "--port", str(port), *arguments),
+            env=os.environ | {"PYTHONPATH": str(fork_server.ROOT)},
         )
 
     def wait(self) -> None:
         """Wait until the server has printed its address; RuntimeError if it exits or hangs."""
-        assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             line = self.process.stdout.readline() if selector.select(_PATIENCE_SECONDS) else b""
@@ -111,8 +105,7 @@ class MockProcess:
         """Kill it in whatever state it is."""
         self.process.kill()
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.process.stdout.close()
 
     def _call(self, method: str, path: str, value: Any) -> Any:
         body = json.dumps({} if value is None else value).encode() if method == "POST" else None

@@ -7,6 +7,7 @@ with router_process(servers_toml(mocks), front="lane") as router:
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 
 import httpx
 
+from support.fork_server import Forked, start
 from vllm_router.runtime.own_machine import find_socket, short_path
 
 _ROOT = Path(__file__).parents[2]
@@ -54,7 +56,7 @@ class RouterProcess:
     """One running router. Its log lines are in `log`.
 
     `passed` are listening sockets passed as by systemd. The `environment` of a subclass is added to
-    ours.
+    ours. Without these two, the process is forked from one with the libraries.
     """
 
     environment: Mapping[str, str] = MappingProxyType({})
@@ -63,31 +65,29 @@ class RouterProcess:
         self.config = config
         self.log: list[str] = []
         self.url = ""
-        self.process = subprocess.Popen(
-            [
-                *_passing(passed),
-                *(sys.executable, "-W", "error", "-m", "vllm_router", "run", "--console"),
-                *("--config", str(config), "--host", "127.0.0.1", "--port", "0", *arguments),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=_ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(_ROOT),
-                "PYTHONUNBUFFERED": "1",
-                **self.environment,
-            },
-            pass_fds=[sock.fileno() for sock in passed],
-        )
+        words = ["vllm_router", "run", "--console", "--config", str(config)]
+        words += ["--host", "127.0.0.1", "--port", "0", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", **self.environment}
+        self.process: subprocess.Popen[bytes] | Forked
+        if passed or self.environment:
+            self.process = subprocess.Popen(
+                [*_passing(passed), sys.executable, "-W", "error", "-m", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=_ROOT,
+                env=env,
+                pass_fds=[sock.fileno() for sock in passed],
+            )
+        else:
+            self.process = start(*words, env=env, strict=True)
+        assert self.process.stdout is not None
+        self._output = io.TextIOWrapper(self.process.stdout)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._output:
             self.log.append(line.rstrip("\n"))
             found = re.search(r" on (http://\S+?),", line)
             if found and not self.url:
@@ -162,8 +162,8 @@ class RouterProcess:
         self.process.wait()
         # The workers share its output until they notice its end.
         self._reader.join(30)
-        if self.process.stdout is not None and not self._reader.is_alive():
-            self.process.stdout.close()
+        if not self._reader.is_alive():
+            self._output.close()
 
 
 _PASS = """
