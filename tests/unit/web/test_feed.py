@@ -80,7 +80,7 @@ async def test_feed_says_whether_a_client_has_sent_a_request(autojump_clock, lab
 async def test_feed_and_health_show_the_other_routers(autojump_clock, lab):
     assert (await lab.get("/health")).json["shared"] is None
     lab.router.shared = Mock(status=lambda: shared_status("no answer", digest="bbbbbb"))
-    shown = (await Client(lab).next_of(schema.Snapshot)).router.shared
+    shown = (await (await join(lab)).next_of(schema.Snapshot)).router.shared
     assert shown == schema.SharedView(
         store="redis://store:6379",
         fleet="default",
