@@ -167,11 +167,11 @@ async def test_queue_serves_clients_of_workers_and_http2_alike(tmp_path: Path):
             for number in range(count):
                 client = await clients.connect(http2=number % 6 == 0)
                 nursery.start_soon(keep_asking, number, client)
-        assert set(codes) == {"200"}
+        # A server may be given away before it has ended the previous request; it says 503 then.
+        assert set(codes) <= {"200", "503"}
         if min(answers[number] for number in range(count)) < rounds - 3:
             router.wait_for_text(SILENT)
-        # A server may be given away before it has ended the previous request.
-        assert mocks[0].stats()["rejected"] < count
+        assert codes["503"] <= mocks[0].stats()["rejected"] < count
 
 
 @pytest.mark.parametrize("workers", [1, 2])
