@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from support.fleet_makers import gauges
+from support.fleet_makers import eject, gauges
 from support.proxy_harness import Rig, lab
 from support.scripted_server import (
     DONE,
@@ -31,6 +31,7 @@ from vllm_router.proxy.retry import Outcome
 GOOD = ok(b'{"choices":[{"text":"a","finish_reason":"stop"}]}')
 NO_TOKENS = streaming(event("", "stop"), DONE)
 UNCLEAR = streaming(b'data: {"error":{"message":"odd"}}\n\n', DONE)
+ABORTED = streaming(event("a"), event("", "abort"), DONE)
 TOKENS = streaming(event("a"), event("", "stop"), DONE)
 
 
@@ -60,6 +61,7 @@ def is_free(rig: Rig, name: str = "a") -> bool:
         ([NO_TOKENS, TOKENS], [Outcome.NO_TOKENS, Outcome.ANSWERED], 2),
         ([UNCLEAR], [Outcome.UNCLEAR_ERROR], 1),
         ([UNCLEAR, TOKENS], [Outcome.UNCLEAR_ERROR, Outcome.ANSWERED], 2),
+        ([ABORTED], [Outcome.ENGINE_ABORT], 0),
         ([answering(answer(429, b"{}"))], [Outcome.FULL], 1),
     ],
     ids=[
@@ -70,6 +72,7 @@ def is_free(rig: Rig, name: str = "a") -> bool:
         "no tokens here",
         "unclear error anywhere",
         "unclear error here",
+        "aborted after tokens",
         "full",
     ],
 )
@@ -186,6 +189,33 @@ async def test_feedback_first_token_time_is_learnt_from_streams(autojump_clock):
         assert (load.response_seconds, load.first_token_seconds) == (2.0, 0.0)
         await rig.stream()
         assert load.first_token_seconds == 2.0
+
+
+async def test_feedback_error_of_the_clients_in_a_stream_gives_no_times(autojump_clock):
+    async def rejects(talk: Talk) -> None:
+        await talk.request()
+        await trio.sleep(3)
+        error = b'data: {"error":{"message":"too long","code":400}}\n\n'
+        await talk.send(sse_head(), chunk(error), chunk(DONE), END)
+
+    async with lab(rejects) as rig:
+        got = await rig.stream()
+        assert (got.status, rig.recorder.outcomes) == (200, [Outcome.ANSWERED])
+        load = rig.server("a").load_estimate
+        assert (load.response_seconds, load.first_token_seconds) == (0.0, 0.0)
+
+
+async def test_feedback_doubted_trial_leaves_the_ejection_as_it_is(autojump_clock):
+    """The other server's answer speaks against it, but its own trial has had no result."""
+    async with lab(NO_TOKENS, TOKENS, auto_recovery_threshold=5) as rig:
+        a = rig.server("a")
+        for server in rig.servers:
+            eject(server, trio.current_time())
+        await trio.sleep(10)
+        rig.prefer("a")
+        await rig.stream()
+        assert rig.recorder.attempts == [("a", Outcome.NO_TOKENS), ("b", Outcome.ANSWERED)]
+        assert (a.passive_health.ejected, a.passive_health.ejections) == (True, 1)
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["no byte", "a token"])
