@@ -226,6 +226,7 @@ def test_body_reader_long_body_has_facts_of_short_one(name: str, monkeypatch: py
     assert read_at_once(CHAT, JSON, body, with_prompt=True) is None
     found = reading(body, with_prompt=True).facts
     monkeypatch.setattr("vllm_router.routing.prompt.routing_info.AT_ONCE", 1 << 30)
+    monkeypatch.setattr("vllm_router.routing.prompt.routing_info.in_one_slice", finish)
     assert found == read_at_once(CHAT, JSON, body, with_prompt=True)
     assert found.prompt.block_hashes
 

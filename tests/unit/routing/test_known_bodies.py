@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -12,17 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_router.errors import InvalidBody
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.routing.prompt import known_bodies, routing_info
 from vllm_router.routing.prompt.blocks import HashState, extend_hashes, hash_blocks
 from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.conversation import continued, conversation_of, messages_in
-from vllm_router.routing.prompt.known_bodies import LONGEST, MOST_OBJECTS, KnownBodies
+from vllm_router.routing.prompt.crowding import MOST_OBJECTS, count_objects
+from vllm_router.routing.prompt.known_bodies import LONGEST, KnownBodies
 from vllm_router.routing.prompt.routing_info import (
     AT_ONCE,
     WITH_PROMPT_AT_ONCE,
     RoutingInfo,
-    count_objects,
     read_at_once,
 )
 from vllm_router.routing.prompt.session import SessionHint
@@ -38,8 +40,9 @@ def read(body: bytes, known: KnownBodies | None = None) -> RoutingInfo | None:
     about = (CHAT, b"application/json", body, HINT)
     with patch.object(routing_info, "LONG", 0):
         found = read_at_once(*about, with_prompt=True, known=known)
-        if found is None and len(body) > WITH_PROMPT_AT_ONCE:
-            return finish(read_in_slices(*about, with_prompt=True, known=known)).facts
+        if found is None:
+            with suppress(InvalidBody):
+                return finish(read_in_slices(*about, with_prompt=True, known=known)).facts
         return found
 
 
@@ -158,11 +161,11 @@ def test_conversation_continued_equals_whole_conversation(steps: list[Any], seed
         return messages_in(msgspec.Raw(json.dumps(part).encode()))
 
     head = [b"tools", b"system"]
-    conversation = conversation_of(decoded(steps[0]), head, seed)
+    conversation = finish(conversation_of(decoded(steps[0]), head, seed))
     for number in range(1, len(steps)):
-        conversation = continued(conversation, decoded(steps[number]))
+        conversation = finish(continued(conversation, decoded(steps[number])))
     whole = [message for step in steps for message in step]
-    assert conversation.prompt == conversation_of(decoded(whole), head, seed).prompt
+    assert conversation.prompt == finish(conversation_of(decoded(whole), head, seed)).prompt
 
 
 @SLOW

@@ -26,6 +26,7 @@ from vllm_router.routing.prompt.body_reader import read_routing_info
 from vllm_router.routing.prompt.content import MAX_PARSED
 from vllm_router.routing.prompt.conversation import plain_prompt, raw_prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.prompt.steps import finish
 
 CHAT = b"/v1/chat/completions"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))
@@ -325,7 +326,7 @@ def test_blocks_conversation_is_identified_by_64_kb_at_most(size: int, first: in
     texts = [b"a" * first, memoryview(bytes(range(256)) * 800)[: size - first]]
     if first < size:
         whole = b"".join(texts)
-        prompt = raw_prompt(*texts, seed=7)
+        prompt = finish(raw_prompt(*texts, seed=7))
         assert prompt.conversation == crc32(whole[: 1 << 16], 7)
         assert prompt.block_hashes == hash_blocks(whole, seed=7)
         assert plain_prompt(b"[" + whole[1:], 7).conversation == crc32(b"[" + whole[1 : 1 << 16], 7)

@@ -26,7 +26,7 @@ from vllm_router.routing.prompt.long_prompt import Values, long_prompt
 from vllm_router.routing.prompt.model_name import json_name, name_place
 from vllm_router.routing.prompt.routing_info import (
     EXPLAIN,
-    WITH_PROMPT_AT_ONCE,
+    LONG,
     EarlierBodies,
     RoutingInfo,
     Seeds,
@@ -113,7 +113,7 @@ def read_in_slices(
             if not body:
                 return unknown
             wants = None if not with_prompt else shortest
-            if known is not None and with_prompt and len(body) > WITH_PROMPT_AT_ONCE:
+            if known is not None and with_prompt and len(body) >= LONG:
                 # JSON as nearly all clients write it; a later turn may continue it.
                 found = yield from _read_plain(path, body, session, seeds, known)
                 if found is not None:

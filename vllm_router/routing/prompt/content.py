@@ -11,8 +11,10 @@ from collections.abc import Callable
 from zlib import crc32
 
 import msgspec
+from msgspec.structs import asdict
 
 from vllm_router.routing.prompt.blocks import Text
+from vllm_router.routing.prompt.steps import WORK_PER_SLICE, Steps, Work
 
 MEDIA_BYTES = 2048
 """Weight of an image or a sound in bytes of text: 512 tokens, whatever the length of its URL."""
@@ -24,8 +26,14 @@ MAX_PARSED = 512
 """Messages, and parts of one message, that are parsed: one costs 0.5 µs, and a body may have ten
 thousand. Of the others only long ones are, as they may be images."""
 
-MAX_VALUES = 1 << 16
-"""A value with more JSON values in it is taken as raw bytes: parsing it would block the loop."""
+MAX_VALUES = 1 << 15
+"""An array with more JSON values in it is taken as raw bytes: parsing it would block the loop."""
+
+_PER_PART = 1 << 11
+"""The work of parsing a part of a message, besides its bytes, see `Work`."""
+
+_PER_SHORT_PART = 1 << 7
+"""The same for a part that is not parsed."""
 
 LARGE = 1 << 16
 """Bytes. Above this size, copying costs as much as reading."""
@@ -70,6 +78,16 @@ class _Block(msgspec.Struct, gc=False):
     thinking: msgspec.Raw = ABSENT
 
 
+class _Url(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    url: msgspec.Raw = ABSENT
+    detail: msgspec.Raw = ABSENT
+
+
+class _Sound(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    data: msgspec.Raw = ABSENT
+    format: msgspec.Raw = ABSENT
+
+
 class _MediaPart(msgspec.Struct, gc=False):
     """A part as nearly all clients write it, decoded in one go.
 
@@ -78,15 +96,17 @@ class _MediaPart(msgspec.Struct, gc=False):
 
     text: msgspec.Raw = ABSENT
     type: msgspec.Raw = ABSENT
-    image_url: dict[str, msgspec.Raw] | None = None
-    input_audio: dict[str, msgspec.Raw] | None = None
-    audio_url: dict[str, msgspec.Raw] | None = None
-    video_url: dict[str, msgspec.Raw] | None = None
+    image_url: _Url | None = None
+    input_audio: _Sound | None = None
+    audio_url: _Url | None = None
+    video_url: _Url | None = None
 
     def values(self) -> dict[str, msgspec.Raw]:
         """All values but the text; empty for parts without a known medium."""
-        media = (self.image_url, self.input_audio, self.audio_url, self.video_url)
-        found = {key: value for medium in media if medium for key, value in medium.items()}
+        found: dict[str, msgspec.Raw] = {}
+        for medium in (self.image_url, self.input_audio, self.audio_url, self.video_url):
+            if medium is not None:
+                found |= {key: value for key, value in asdict(medium).items() if len(value)}
         return {"type": self.type, **found} if found else {}
 
 
@@ -138,9 +158,10 @@ def without_attributed(text: bytes | memoryview) -> bytes | memoryview:
 def add_content(
     raw: msgspec.Raw,
     texts: list[Text],
+    work: Work,
     edited: Callable[[bytes | memoryview], bytes | memoryview] | None = None,
     depth: int = 0,
-) -> None:
+) -> Steps[None]:
     """Append the texts of a message's `content`: a string, or an array of parts.
 
     `edited` returns the part of each text that counts. `depth` is the number of values around it.
@@ -148,41 +169,53 @@ def add_content(
     if first_byte(raw) != b"[":
         texts.append(text_of(raw) if edited is None else edited(text_of(raw)))
         return
-    if len(raw) >= LARGE and edited is None and _add_media_parts(raw, texts):
-        return
+    if len(raw) >= LARGE:
+        work.left -= 2 * len(raw)
+        if work.left < 0:
+            work.left = WORK_PER_SLICE
+            yield
+        if edited is None and (yield from _add_media_parts(raw, texts, work)):
+            return
     if _has_many_values(raw):
         texts.append(raw)
         return
     for number, part in enumerate(_decode_parts(raw)):
-        if number >= MAX_PARSED and len(part) < SHORT_TEXT:
+        is_short = number >= MAX_PARSED and len(part) < SHORT_TEXT
+        work.left -= _PER_SHORT_PART if is_short else len(part) + _PER_PART
+        if work.left < 0:
+            work.left = WORK_PER_SLICE
+            yield
+        if is_short:
             texts.append(part)
             continue
         begins = first_byte(part)
         if begins == b"{":
             inner = _decode_part(part).text
             if first_byte(inner) != b'"':
-                _add_block(part, texts, depth)
+                yield from _add_block(part, texts, work, depth)
                 continue
             text = text_of(inner)
-        elif begins == b'"':
-            text = text_of(part)
         else:
-            text = msgspec.json.encode(msgspec.json.decode(part))
+            text = text_of(part)
         texts.append(text if edited is None else edited(text))
 
 
-def _add_block(part: msgspec.Raw, texts: list[Text], depth: int) -> None:
+def _add_block(part: msgspec.Raw, texts: list[Text], work: Work, depth: int) -> Steps[None]:
     """Append the texts of a part without a text of its own, or what represents a medium.
 
     Only the values that vLLM passes to the chat template count (its Anthropic conversion): results
     of tools are texts, redacted reasoning and signatures are nothing.
     """
+    work.left -= len(part)
+    if work.left < 0:
+        work.left = WORK_PER_SLICE
+        yield
     block = _decode_block(part)
     kind = bytes(block.type)
     if kind == b'"tool_result"':
         texts.append(text_of(block.tool_use_id))
         if depth < _MAX_DEPTH:
-            add_content(block.content, texts, depth=depth + 1)
+            yield from add_content(block.content, texts, work, depth=depth + 1)
         else:
             texts.append(block.content)
     elif kind == b'"tool_use"':
@@ -190,50 +223,65 @@ def _add_block(part: msgspec.Raw, texts: list[Text], depth: int) -> None:
     elif kind == b'"thinking"':
         texts.append(text_of(block.thinking))
     elif kind != b'"redacted_thinking"':
+        if _has_many_values(part):
+            texts.append(part)
+            return
         values = _decode_values(part)
         values.pop("cache_control", None)
-        texts.append(_medium(values))
+        texts.append((yield from _medium(values, work)))
 
 
-def _add_media_parts(raw: msgspec.Raw, texts: list[Text]) -> bool:
+def _add_media_parts(raw: msgspec.Raw, texts: list[Text], work: Work) -> Steps[bool]:
     """As `add_content`, for parts that are all known to `_MediaPart`; else False."""
     found: list[Text] = []
     try:
-        for number, part in enumerate(_decode_media_parts(raw)):
-            text = part.text
-            if number >= MAX_PARSED and len(text) < SHORT_TEXT:
-                found.append(text or part.type)
-                continue
-            if first_byte(text) == b'"':
-                found.append(text_of(text))
-            elif values := part.values():
-                found.append(_medium(values))
-            else:
-                return False
+        parts = _decode_media_parts(raw)
     except msgspec.ValidationError:
         return False
+    for number, part in enumerate(parts):
+        text = part.text
+        is_short = number >= MAX_PARSED and len(text) < SHORT_TEXT
+        work.left -= _PER_SHORT_PART if is_short else _PER_PART
+        if work.left < 0:
+            work.left = WORK_PER_SLICE
+            yield
+        if is_short:
+            found.append(text or part.type)
+            continue
+        if first_byte(text) == b'"':
+            found.append(text_of(text))
+        elif values := part.values():
+            found.append((yield from _medium(values, work)))
+        else:
+            return False
     texts += found
     return True
 
 
-def _medium(values: dict[str, msgspec.Raw]) -> bytes:
+def _medium(values: dict[str, msgspec.Raw], work: Work) -> Steps[bytes]:
     """Represents an image or a sound: its short values, a checksum of its data, its weight."""
     found: list[bytes] = []
     for value in values.values():
-        _walk(value, found.append)
+        yield from _walk(value, found.append, work)
     whole = b"\0".join(found)
     if not whole:
         return whole
     return whole if bytes(values.get("type", b"")) in _NO_MEDIA else whole.ljust(MEDIA_BYTES)
 
 
-def _walk(raw: msgspec.Raw, found: Callable[[bytes], None], depth: int = 0) -> None:
+def _walk(
+    raw: msgspec.Raw, found: Callable[[bytes], None], work: Work, depth: int = 0
+) -> Steps[None]:
     """Collect strings and numbers; long strings (data) as checksums, without copying them."""
+    work.left -= _PER_PART
+    if work.left < 0:
+        work.left = WORK_PER_SLICE
+        yield
     begins = first_byte(raw)
     if begins in (b"{", b"[") and depth < _MAX_DEPTH and not _has_many_values(raw):
         inside = _decode_values(raw).values() if begins == b"{" else _decode_parts(raw)
         for inner in inside:
-            _walk(inner, found, depth + 1)
+            yield from _walk(inner, found, work, depth + 1)
         return
     data = memoryview(raw)[1:-1] if begins == b'"' else memoryview(raw)
     found(media_checksum(data) if len(data) > _MEDIA_FROM else bytes(data))

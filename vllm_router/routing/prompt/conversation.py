@@ -24,6 +24,7 @@ from vllm_router.routing.prompt.content import (
     without_attributed,
     without_attribution,
 )
+from vllm_router.routing.prompt.steps import WORK_PER_SLICE, Steps, Work
 
 _CONVERSATION_BYTES = 1 << 16
 """Bytes at the start that identify a conversation."""
@@ -47,6 +48,9 @@ _SYSTEM = b'"system"'
 _SYSTEM_ROLES = (_SYSTEM, b'"developer"')
 _NO_CALLS = (ABSENT,) * 6
 
+_PER_MESSAGE = 1 << 10
+"""The work of a message besides that of its parts, see `Work`."""
+
 
 def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
     """The messages of a conversation; a string is one user message. Raises ValidationError."""
@@ -55,12 +59,12 @@ def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
     return _decode_messages(raw)
 
 
-def system_texts(system: msgspec.Raw) -> list[Text]:
+def system_texts(system: msgspec.Raw) -> Steps[list[Text]]:
     """The texts of Anthropic's `system`: a string, or an array of blocks."""
     texts: list[Text] = []
-    if len(system):
-        is_array = first_byte(system) == b"["
-        add_content(system, texts, without_attributed if is_array else without_attribution)
+    is_array = first_byte(system) == b"["
+    edited = without_attributed if is_array else without_attribution
+    yield from add_content(system, texts, Work(), edited)
     return texts
 
 
@@ -100,14 +104,9 @@ class Conversation(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-def chat_prompt(messages: Sequence[Message], head: Iterable[Text], seed: int = 0) -> Prompt:
-    """The prompt of a conversation, see `conversation_of`."""
-    return conversation_of(messages, head, seed).prompt
-
-
 def conversation_of(
     messages: Sequence[Message], head: Iterable[Text], seed: int = 0
-) -> Conversation:
+) -> Steps[Conversation]:
     """A whole conversation. `head` precedes the messages: tools, system, instructions.
 
     It has roles, contents and calls in order; other keys, and the order of keys, do not matter.
@@ -118,8 +117,9 @@ def conversation_of(
 
 def continued(
     before: Conversation, messages: Sequence[Message], head: Iterable[Text] = ()
-) -> Conversation:
+) -> Steps[Conversation]:
     """The conversation with more messages; `head` precedes the first message of all."""
+    work = Work()
     texts: list[Text] = list(head)
     is_shared = before.shared is None
     shared: int | None = None
@@ -129,28 +129,34 @@ def continued(
         if message is answer:
             last_answer, answer_number = len(texts), number
         content = message.content
+        work.left -= _PER_MESSAGE
+        if work.left < 0:
+            work.left = WORK_PER_SLICE
+            yield
         if number >= MAX_PARSED and len(content) < SHORT_TEXT:
             texts.append(content)
             calls = _calls(message)
             if calls != _NO_CALLS:
-                texts += calls
+                texts += [call for call in calls if call is not ABSENT]
             continue
         role = bytes(message.role)
         if is_shared and role not in _SYSTEM_ROLES:
             is_shared, shared = False, len(texts)
         texts.append(b"\0" + role[1:-1] + b"\0")
         if role == _SYSTEM:
-            add_content(content, texts, without_attribution)
+            yield from add_content(content, texts, work, without_attribution)
         elif len(content) < SHORT_TEXT and (text := bytes(content))[:1] != b"[":
             texts.append(unquoted(text))
         else:
-            add_content(content, texts)
+            yield from add_content(content, texts, work)
         calls = _calls(message)
         if calls != _NO_CALLS:
-            _add_calls(message, calls, texts)
+            yield from _add_calls(message, calls, texts, work)
         if not is_shared and not first_turn:
             first_turn = len(texts)
     sizes = list(map(len, texts))
+    if sum(sizes) > WORK_PER_SLICE:
+        yield
     known = before.hashing.size
     hashing, checksum, left = before.hashing, before.checksum, before.left
     if before.in_first_turn and left:
@@ -189,6 +195,8 @@ def _hash_beginning(
 
 def _extend_hashes(hashing: HashState, texts: list[Text]) -> HashState:
     """Hash more texts; short ones are joined, which is faster than many calls."""
+    if not texts:
+        return hashing
     size = sum(map(len, texts))
     join = size < LARGE or size < SHORT_TEXT * len(texts)
     return extend_hashes(hashing, (b"".join(texts),) if join else texts)
@@ -205,13 +213,15 @@ def _calls(message: Message) -> tuple[msgspec.Raw, ...]:
     )
 
 
-def _add_calls(message: Message, calls: tuple[msgspec.Raw, ...], texts: list[Text]) -> None:
+def _add_calls(
+    message: Message, calls: tuple[msgspec.Raw, ...], texts: list[Text], work: Work
+) -> Steps[None]:
     """Append calls of tools and their results, which may be an array of parts."""
     for value in calls:
         if value is ABSENT:
             continue
         if value is message.output:
-            add_content(value, texts)
+            yield from add_content(value, texts, work)
         else:
             texts.append(text_of(value))
 
@@ -224,9 +234,20 @@ def _last_answer(messages: Sequence[Message]) -> Message | None:
     return None
 
 
-def raw_prompt(*texts: Text, seed: int = 0) -> Prompt:
+def raw_prompt(*texts: Text, seed: int = 0) -> Steps[Prompt]:
     """The prompt of a conversation that is not parsed."""
-    hashing, conversation = _hash_all([*texts], seed)
+    size = min(_CONVERSATION_BYTES, sum(map(len, texts)))
+    hashing, rest = _hash_beginning(HashState(checksum=seed), [*texts], size)
+    conversation, work = hashing.checksum, Work()
+    for text in rest:
+        view = memoryview(text)
+        for place in range(0, len(view), WORK_PER_SLICE):
+            piece = view[place : place + WORK_PER_SLICE]
+            hashing = extend_hashes(hashing, (piece,))
+            work.left -= len(piece)
+            if work.left < 0:
+                work.left = WORK_PER_SLICE
+                yield
     return Prompt(hashing.hashes, hashing.size, conversation=conversation)
 
 

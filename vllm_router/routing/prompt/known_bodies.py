@@ -13,23 +13,22 @@ import re
 import msgspec
 
 from vllm_router.routing.prompt.blocks import Prompt
-from vllm_router.routing.prompt.content import MAX_VALUES
 from vllm_router.routing.prompt.conversation import (
     Conversation,
     continued,
     conversation_of,
     messages_in,
 )
+from vllm_router.routing.prompt.crowding import MOST_OBJECTS, count_objects, objects_in
 from vllm_router.routing.prompt.fields import BLANK, AllFields, Fields
 from vllm_router.routing.prompt.routing_info import (
     WITH_PROMPT_AT_ONCE,
     Seeds,
-    count_objects,
     prompt_head,
     read_prompt,
     salted,
 )
-from vllm_router.routing.prompt.steps import Steps, finish
+from vllm_router.routing.prompt.steps import Steps, finish, in_one_slice
 
 MOST_BYTES = 16 << 20
 """Bytes of all bodies that are kept, in each process."""
@@ -39,9 +38,6 @@ MOST_BODIES = 64
 LONGEST = 2 << 20
 """Bytes of a body that is decoded as a whole, in 1 ms; longer ones are looked through. A body of
 any length is read from where a known one ends."""
-
-MOST_OBJECTS = 8192
-"""Objects in a long body that are decoded at once, in 4 ms."""
 
 _TAIL = 32
 """Bytes at the end of a kept body that are compared first."""
@@ -54,11 +50,6 @@ _ARRAYS = {
 _ESCAPED = (b"\\u006", b"\\u007")
 """Beginnings of small letters that are written as escapes."""
 
-_OBJECT = re.compile(rb'\{["} \t\r\n]')
-"""What every object begins with. Few braces in texts do: quotes and line ends are escaped."""
-
-_COUNTED_AT_ONCE = 1 << 19
-
 _NO_JSON = msgspec.Raw(b"")
 _UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeError)
 
@@ -67,9 +58,13 @@ class _Messages(msgspec.Struct, gc=False):
     messages: msgspec.Raw = _NO_JSON
 
 
+class _Nothing(msgspec.Struct, gc=False):
+    """Any object: its members are skipped."""
+
+
 _decode = msgspec.json.Decoder(AllFields).decode
 _decode_span = msgspec.json.Decoder(_Messages).decode
-_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_check_object = msgspec.json.Decoder(_Nothing).decode
 
 
 class _Known(msgspec.Struct, frozen=True, gc=False):
@@ -80,7 +75,7 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     tail: its last bytes, which are compared first.
     size: bytes of the whole body, which the view keeps in memory.
     key, array: the key of the array of messages, and where the array begins.
-    objects: number of opening braces.
+    objects: number of objects, perhaps with some braces in texts, see `objects_in`.
     head, seed: what precedes the messages in the prompt, and the seed of the hashes.
     """
 
@@ -110,10 +105,11 @@ class KnownBodies:
     def read(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
         """The fields and the prompt of a body; None if it must be read in another way.
 
-        Meant for bodies from LONG bytes on: shorter ones are read in 0.1 ms.
+        For bodies from LONG bytes on: shorter ones are read in 0.1 ms. None, too, for a body that
+        takes more than one slice. Raises MsgspecError, RecursionError or UnicodeError.
         """
         found = self.read_rest(body, seeds)
-        return found if found is not None else finish(self.read_in_slices(body, seeds))
+        return found if found is not None else in_one_slice(self._read_whole(body, seeds))
 
     def read_rest(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
         """The same from what follows an earlier body; None if it is none that goes on."""
@@ -156,8 +152,8 @@ class KnownBodies:
             rest = rest[1:]
         elif not rest.startswith(b"]"):
             return None
-        objects = known.objects + rest.count(b"{")
-        if objects > MAX_VALUES:
+        objects = known.objects + finish(objects_in(rest))
+        if objects > MOST_OBJECTS:
             return None
         short = bytes(beginning[: array + 1]) + rest
         fields = _decode(short)
@@ -166,40 +162,48 @@ class KnownBodies:
             return None
         messages = messages_in(raw)
         seed = salted(fields.cache_salt, seeds(fields.model))
-        head = b"".join(prompt_head(fields.tools, fields.system, fields.instructions))
+        texts = in_one_slice(prompt_head(fields.tools, fields.system, fields.instructions))
+        if texts is None:
+            return None
+        head = b"".join(texts)
         if bool(messages) is not more or seed != known.seed or head != known.head:
             return None
         if not more:
             self._keep(known, known)
             return fields, known.conversation.prompt
-        conversation = continued(known.conversation, messages)
+        conversation = in_one_slice(continued(known.conversation, messages))
+        if conversation is None:
+            return None
         end = len(body) - len(short) + array + len(raw) - 1
         longer = _known(body, end, key, array, objects, head, seed, conversation)
         self._keep(longer, known)
         return fields, conversation.prompt
 
     def _read_whole(self, body: bytes, seeds: Seeds) -> Steps[tuple[Fields, Prompt] | None]:
+        is_long = len(body) > WITH_PROMPT_AT_ONCE
         objects = count_objects(body)
-        if objects > MAX_VALUES:
-            return None
-        if objects > MOST_OBJECTS and len(body) > WITH_PROMPT_AT_ONCE:
+        if objects > MOST_OBJECTS:
             yield
-            if (yield from _has_many_objects(body)):
+            objects = yield from objects_in(body)
+            if objects > MOST_OBJECTS:
                 return None
-        yield
+        if is_long:
+            yield
         fields = _decode(body)
-        yield
+        if is_long:
+            yield
         seed, messages = seeds(fields.model), fields.messages
         key, raw = b"messages", _NO_JSON
         if messages is None and len(fields.input) and _is_conversation(fields.input):
             key, raw = b"input", fields.input
             messages = messages_in(raw)
         if messages is None or len(messages) < 2:
-            return fields, read_prompt(fields, seed)
+            return fields, (yield from read_prompt(fields, seed))
         seed = salted(fields.cache_salt, seed)
-        head = prompt_head(fields.tools, fields.system, fields.instructions)
-        conversation = conversation_of(messages, head, seed)
-        yield
+        head = yield from prompt_head(fields.tools, fields.system, fields.instructions)
+        conversation = yield from conversation_of(messages, head, seed)
+        if is_long:
+            yield
         array = _array_place(body, key)
         if array >= 0:
             raw = raw if len(raw) else _array(fields, key, body)
@@ -222,17 +226,6 @@ class KnownBodies:
         self.bytes += known.size
         while self.bytes > self._most_bytes or len(bodies) > self._most_bodies:
             self.bytes -= bodies.pop(0).size
-
-
-def _has_many_objects(body: bytes) -> Steps[bool]:
-    """Whether there may be more than MOST_OBJECTS objects. 1 ms per MB."""
-    count = 0
-    for place in range(0, len(body), _COUNTED_AT_ONCE):
-        count += len(_OBJECT.findall(body, place, place + _COUNTED_AT_ONCE + 1))
-        if count > MOST_OBJECTS:
-            return True
-        yield
-    return False
 
 
 def _known(
@@ -271,7 +264,7 @@ def _array_place(body: bytes, key: bytes) -> int:
         return -1
     try:
         # The key is on the first level if an object is complete with one more member there.
-        _decode_object(body[: found.start()] + b'"":0}')
+        _check_object(body[: found.start()] + b'"":0}')
     except _UNREADABLE:
         return -1
     return found.end() - 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from vllm_router.routing.prompt.blocks import Prompt
-from vllm_router.routing.prompt.content import MAX_VALUES, media_checksum
+from vllm_router.routing.prompt.content import media_checksum
 from vllm_router.routing.prompt.conversation import messages_in, plain_prompt, raw_prompt
+from vllm_router.routing.prompt.crowding import MOST_OBJECTS, objects_in
 from vllm_router.routing.prompt.fields import NO_JSON, AllFields
 from vllm_router.routing.prompt.forms import LONGEST_NAME
 from vllm_router.routing.prompt.json_scan import Members
@@ -67,6 +68,10 @@ class Values:
             return NO_JSON
         return msgspec.Raw(b"".join(self.pieces(name)).strip())
 
+    def count_objects(self, name: str) -> Steps[int]:
+        """See `objects_in`."""
+        return (yield from objects_in(self._text, *self.span(name)))
+
     @property
     def can_be_parsed(self) -> bool:
         size = len(self._text) - sum(end - start for start, end in self._members.media)
@@ -85,36 +90,41 @@ def long_prompt(values: Values, seed: int) -> Steps[Prompt]:
     """
     yield
     if values.can_be_parsed:
-        prompt = _short_prompt(values, seed)
+        prompt = yield from _short_prompt(values, seed)
         if prompt is not None:
             return prompt
     seed = salted(values.whole("cache_salt"), seed)
     for name in ("messages", "input"):
         if values.span(name) != (0, 0):
-            return _hashed([*_head(values), *values.pieces(name)], seed)
+            return (yield from _hashed([*(yield from _head(values)), *values.pieces(name)], seed))
     return (yield from _long_plain_prompt(values, seed))
 
 
-def _head(values: Values) -> list[memoryview | bytes]:
+def _head(values: Values) -> Steps[list[memoryview | bytes]]:
     """What precedes the messages; parsed unless it is long."""
     spans = [values.span(about) for about in _ABOUT_PROMPT]
     if sum(end - start for start, end in spans) <= AT_ONCE:
         try:
-            head = prompt_head(*(values.whole(about) for about in _ABOUT_PROMPT))
+            head = yield from prompt_head(*(values.whole(about) for about in _ABOUT_PROMPT))
             return [text if isinstance(text, memoryview) else bytes(text) for text in head]
         except (msgspec.MsgspecError, RecursionError):
             pass  # a value of an unexpected type counts as it stands
     return [piece for about in _ABOUT_PROMPT for piece in values.pieces(about)]
 
 
-def _short_prompt(values: Values, seed: int) -> Prompt | None:
-    """The parsed prompt; None if a value has an unexpected type."""
+def _short_prompt(values: Values, seed: int) -> Steps[Prompt | None]:
+    """The parsed prompt; None if a value has an unexpected type, or too many objects."""
+    for name in ("messages", "input"):
+        if (yield from values.count_objects(name)) > MOST_OBJECTS:
+            return None
     given = values.whole("messages")
-    if bytes(given).count(b"{") > MAX_VALUES:
-        return None
+    is_absent = len(given) <= len(b"null") and bytes(given) in (b"", b"null")
+    yield
     try:
+        messages = None if is_absent else messages_in(given)
+        yield
         fields = AllFields(
-            messages=messages_in(given) if bytes(given) not in (b"", b"null") else None,
+            messages=messages,
             tools=values.whole("tools"),
             system=values.whole("system"),
             instructions=values.whole("instructions"),
@@ -122,19 +132,20 @@ def _short_prompt(values: Values, seed: int) -> Prompt | None:
             input=values.whole("input"),
             cache_salt=values.whole("cache_salt"),
         )
-        return read_prompt(fields, seed)
+        return (yield from read_prompt(fields, seed))
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
 
 
-def _hashed(pieces: list[memoryview | bytes], seed: int) -> Prompt:
+def _hashed(pieces: list[memoryview | bytes], seed: int) -> Steps[Prompt]:
     """The prompt of these bytes; only the first _HASHED are hashed."""
     size, first = 0, []
     for piece in pieces:
         if size < _HASHED:
             first.append(piece[: _HASHED - size])
         size += len(piece)
-    return msgspec.structs.replace(raw_prompt(*first, seed=seed), size=size)
+    prompt = yield from raw_prompt(*first, seed=seed)
+    return msgspec.structs.replace(prompt, size=size)
 
 
 def _long_plain_prompt(values: Values, seed: int) -> Steps[Prompt]:
@@ -146,5 +157,5 @@ def _long_plain_prompt(values: Values, seed: int) -> Steps[Prompt]:
             commas += bytes(piece[place : place + _COUNTED_AT_ONCE]).count(b",")
             yield
     start = plain_prompt(bytes(pieces[0][:LONGEST_NAME]).lstrip())
-    prompt = _hashed(pieces, seed)
+    prompt = yield from _hashed(pieces, seed)
     return msgspec.structs.replace(prompt, tokens=start.tokens and commas + 1)

@@ -26,6 +26,30 @@ def finish(steps: Steps[T]) -> T:
             return result
 
 
+def in_one_slice(steps: Steps[T]) -> T | None:
+    """The result, None if it takes more than one slice: the rest is given up."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    steps.close()
+    return None
+
+
+WORK_PER_SLICE = 1 << 20
+"""Units of work between two interruptions. A unit is one byte that is read a few times: 1 ns."""
+
+
+class Work:
+    """What is left of the work of a slice, shared by the generators of one computation.
+
+    They subtract from `left`, and yield and set it to WORK_PER_SLICE once it is negative.
+    """
+
+    left = WORK_PER_SLICE
+
+
 COPIED_AT_ONCE = 1 << 20
 """Bytes copied per slice: at most 1 ms into new memory."""
 
