@@ -49,7 +49,7 @@ _SYSTEM_ROLES = (_SYSTEM, b'"developer"')
 _NO_CALLS = (ABSENT,) * 6
 
 _PER_MESSAGE = 1 << 10
-"""The work of a message besides that of its parts, see `Work`."""
+"""The work of a message, without the work of its parts, see `Work`."""
 
 
 def messages_in(raw: msgspec.Raw | bytes) -> list[Message]:
