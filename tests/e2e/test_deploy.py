@@ -297,8 +297,8 @@ def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
     # Queries about events that did not happen have no data: failures, and rates over a window
     # shorter than the scrape interval.
     without = re.compile(
-        r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|kv_cache|refused|dropped"
-        r"|queue_|max_in_flight|worker_|5m|1h"
+        r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|key_tokens|kv_cache"
+        r"|refused|dropped|queue_|max_in_flight|worker_|5m|1h"
     )
     missing = [query for query in dashboard_queries() if not without.search(query)]
 

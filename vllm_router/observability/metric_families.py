@@ -61,6 +61,15 @@ KEY_REQUESTS = _counter(
     "key",
     "status",
 )
+TOKENS = _counter(
+    "tokens",
+    "Tokens as servers report them in `usage`, by the model that was asked for. kind: prompt; "
+    "cached, of those in the prefix cache; completion. Streams report them only if the request "
+    "has stream_options.include_usage.",
+    "model",
+    "kind",
+)
+KEY_TOKENS = _counter("key_tokens", "The same by the name of the client's key.", "key", "kind")
 RECEIVED = _counter("request_bytes", "Bytes of request bodies.", "server")
 SENT = _counter("response_bytes", "Bytes of response bodies forwarded.", "server")
 CHUNKS = _counter(
@@ -531,6 +540,8 @@ FAMILIES: tuple[Family, ...] = (
     DISCONNECTS,
     REFUSALS,
     KEY_REQUESTS,
+    TOKENS,
+    KEY_TOKENS,
     RECEIVED,
     SENT,
     CHUNKS,

@@ -39,6 +39,7 @@ from vllm_router.observability.metric_families import (
     FEED_DROPPED,
     FIRST_TOKEN,
     KEY_REQUESTS,
+    KEY_TOKENS,
     LOOP_LAG,
     MODEL_DEMAND,
     MODEL_GAUGES,
@@ -58,6 +59,7 @@ from vllm_router.observability.metric_families import (
     SOURCE_METRICS,
     SOURCE_TARGETS,
     SUMMED,
+    TOKENS,
     TRANSITIONS,
     WORKER_METRICS,
 )
@@ -84,10 +86,22 @@ _STATUSES = frozenset(HTTPStatus)
 class _Requests:
     """One series of REQUESTS, and the histograms that its exchanges update."""
 
-    __slots__ = ("count", "duration", "first_token")
+    __slots__ = ("count", "duration", "first_token", "tokens")
 
-    def __init__(self, count: Counter, first_token: Histogram, duration: Histogram) -> None:
+    def __init__(
+        self, count: Counter, first_token: Histogram, duration: Histogram, tokens: Counters
+    ) -> None:
         self.count, self.first_token, self.duration = count, first_token, duration
+        self.tokens = tokens
+
+
+def _count_tokens(tokens: Counters, record: Record) -> None:
+    """Count the tokens of a record that has them; which are cached is not always known."""
+    tokens["prompt"].value += record.prompt_tokens or 0
+    if record.cached_tokens is not None:
+        tokens["cached"].value += record.cached_tokens
+    if record.completion_tokens is not None:
+        tokens["completion"].value += record.completion_tokens
 
 
 class _ServerSeries:
@@ -135,6 +149,8 @@ class Metrics:
         self._disconnects = Counters(DISCONNECTS)
         self._refusals = Counters(REFUSALS)
         self._keys: dict[str, Counters] = {}
+        self._tokens: dict[str, Counters] = {}
+        self._key_tokens: dict[str, Counters] = {}
         # A counter that exists from the start shows its first event as an increase.
         for outcome, rule in RULES.items():
             if rule.again is not RetryDecision.NO:
@@ -178,12 +194,22 @@ class Metrics:
             if by_status is None:
                 by_status = self._keys[record.key_name] = Counters(KEY_REQUESTS, record.key_name)
             by_status[f"{record.status // 100}xx" if record.status else "0"].value += 1
+        if record.prompt_tokens is not None:
+            _count_tokens(requests.tokens, record)
+            if record.key_name:
+                self._count_tokens_of_key(record)
         if record.code:
             self._refusals[record.code].value += 1
             if record.code in WANT_OF_SERVER:
                 self._wanted(record)
         if outcome is Outcome.CLIENT_GONE:
             self._disconnects[record.phase.value].value += 1
+
+    def _count_tokens_of_key(self, record: Record) -> None:
+        tokens = self._key_tokens.get(record.key_name)
+        if tokens is None:
+            tokens = self._key_tokens[record.key_name] = Counters(KEY_TOKENS, record.key_name)
+        _count_tokens(tokens, record)
 
     def _retried(self, record: Record) -> None:
         for reason in record.retries:
@@ -247,7 +273,10 @@ class Metrics:
         if first_token is None:
             first_token = series.first_token[model] = FIRST_TOKEN.histogram(series.name, model)
             series.duration[model] = DURATION.histogram(series.name, model)
-        found = _Requests(count, first_token, series.duration[model])
+        tokens = self._tokens.get(model)
+        if tokens is None:
+            tokens = self._tokens[model] = Counters(TOKENS, model)
+        found = _Requests(count, first_token, series.duration[model], tokens)
         if model != OTHER and path != OTHER and status == str(record.status):
             key = (record.model, record.path, record.status, record.outcome)
             series.by_request[key] = found
@@ -283,6 +312,7 @@ class Metrics:
                 series.forget_models(gone)
             for model in gone:
                 self._waits.pop(model, None)
+                self._tokens.pop(model, None)
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -341,6 +371,8 @@ class Metrics:
         yield DISCONNECTS.header + self._disconnects.lines()
         yield REFUSALS.header + self._refusals.lines()
         yield KEY_REQUESTS.header + "".join([key.lines() for key in self._keys.values()])
+        for tokens, counters in ((TOKENS, self._tokens), (KEY_TOKENS, self._key_tokens)):
+            yield tokens.header + "".join([one.lines() for one in counters.values()])
         yield from family(RECEIVED, lambda one: [one.received.line()])
         yield from family(SENT, lambda one: [one.sent.line()])
         yield from family(CHUNKS, lambda one: [one.chunks.line()])

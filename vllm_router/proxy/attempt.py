@@ -535,7 +535,7 @@ class Attempt:
 
     def _learn(self, response: ServerResponse, usage: Usage | None) -> None:
         """Give the token counts to the policy, the record and the trace."""
-        attempts, context = self._attempts, self._context
+        attempts = self._attempts
         record, policy = attempts.record, attempts.request.policy
         if record.trace is not None:
             tail = response.tail
@@ -544,8 +544,7 @@ class Attempt:
             return  # a stored response was counted when it was made
         if policy.needs_prompt:
             policy.learned(self._lease, usage.prompt, usage.cached)
-        if context.wants_usage:
-            record.prompt_tokens, record.cached_tokens, record.completion_tokens = usage
+        record.prompt_tokens, record.cached_tokens, record.completion_tokens = usage
 
     async def _break_off(self, outcome: Outcome) -> None:
         """Put the error into a stream that breaks off; the connection is cut afterwards."""

@@ -69,7 +69,7 @@ class ProxyContext:
     that ask all servers for one.
     `refresh_models` reads the servers' model lists again. It returns when that is done or the
     condition it was given holds. None where no task reads lists.
-    `wants_usage`, `wants_prompt`: a recorder uses the token counts, and the prompts, of records.
+    `wants_prompt`: a recorder uses the prompts of records.
     """
 
     fleet: Fleet
@@ -97,7 +97,6 @@ class ProxyContext:
     exchanges: set[RunningExchange] = field(default_factory=set)
     tracer: Tracer | None = None
     refresh_models: Callable[[Callable[[], bool]], Awaitable[None]] | None = None
-    wants_usage: bool = False
     wants_prompt: bool = False
     stopping: bool = False
 

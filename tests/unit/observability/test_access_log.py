@@ -184,7 +184,7 @@ def listen(rig: Any, *, prompts: bool = False) -> list[dict[str, Any]]:
     log = AccessLog()
     log.writer, log.form = kept, "json"
     rig.context.recorder.recorders += (log,)
-    rig.context.wants_usage, rig.context.wants_prompt = True, prompts
+    rig.context.wants_prompt = prompts
     return kept.lines
 
 

@@ -215,6 +215,28 @@ async def test_metrics_reasons_and_phases_exist_from_the_start():
     assert "stream" in series(found, "client_disconnects_total", "phase")
 
 
+async def test_metrics_tokens_are_counted_by_model_and_key_as_servers_report_them():
+    lab = Lab()
+    for cached in (None, 8):
+        lab.ended(
+            lab["a"],
+            prompt_tokens=10,
+            cached_tokens=cached,
+            completion_tokens=3,
+            key_name="alice",
+        )
+    lab.ended(lab["b"], model="unheard-of", prompt_tokens=5)
+    lab.ended(lab["a"])  # a stream without usage
+    found = await samples(lab)
+    expected = {"prompt": 20, "cached": 8, "completion": 6}
+    for kind, tokens in expected.items():
+        assert pick(found, "tokens_total", model="m", kind=kind) == tokens
+        assert pick(found, "key_tokens_total", key="alice", kind=kind) == tokens
+    assert pick(found, "tokens_total", model="other") == 5
+    assert series(found, "tokens_total", "model") == {"m", "other"}
+    assert series(found, "key_tokens_total", "key") == {"alice"}
+
+
 async def test_metrics_attempts_are_counted_by_outcome():
     lab = Lab()
     lab.router.proxy.context.recorder.attempt_ended(lab["a"], Outcome.CONNECTION_LOST)
@@ -400,7 +422,7 @@ async def test_metrics_page_has_every_metric_with_type_and_labels(tmp_path):
     lab.router.proxy.context.policies.default.leased(
         lab["a"].lease(0.0), None, RoutingInfo("m"), 0.0
     )
-    lab.ended(lab["a"], code="x", key_name="k")
+    lab.ended(lab["a"], code="x", key_name="k", prompt_tokens=2)
     lab.ended(lab["a"], waited=0.5)
     lab.router.workers = lambda: {"1": dict.fromkeys((CONNECTIONS, IN_FLIGHT, CPU, MEMORY), 1.0)}
     source = SourceStatus("targets", "file", "targets/*.json", answered_at=0.0)

@@ -39,7 +39,6 @@ class Traced:
         self.telemetry = Telemetry(provider)
         rig.context.tracer = self.telemetry
         rig.context.recorder.recorders += (self.telemetry,)
-        rig.context.wants_usage = True
 
     def spans(self) -> list[ReadableSpan]:
         """All spans, in the order of their start."""

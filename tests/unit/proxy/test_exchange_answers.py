@@ -562,7 +562,6 @@ LONG = b"x" * 9000
 )  # fmt: skip
 async def test_exchange_usage_is_found_in_any_position(autojump_clock, path, script):
     async with lab(script) as rig:
-        rig.context.wants_usage = True
         got = await rig.stream(path=path)
         assert got.whole
         record = rig.recorder.last
@@ -573,7 +572,6 @@ async def test_exchange_long_last_event_in_small_pieces_is_read(autojump_clock):
     last = COMPLETED.replace(b'"usage"', b'"a":"%b","usage"' % (LONG * 20))
     pieces = [last[start : start + 700] for start in range(0, len(last), 700)]
     async with lab(streaming(CREATED, DELTA, *pieces)) as rig:
-        rig.context.wants_usage = True
         got = await rig.stream(path=RESPONSES)
         assert got.whole
         assert rig.recorder.last.completion_tokens == 3
