@@ -88,14 +88,20 @@ def _json_body(file: IO[bytes]) -> bytes:
     return content
 
 
-def _print_explanation(found: dict[str, Any]) -> None:
+def verdict(found: dict[str, Any]) -> str:
+    """The decision in a sentence, and the note on it."""
     picked = found.get("picked")
     subject = f"the model {found['model']!r}" if found.get("model") else "any model"
-    verdict = "would wait" if found.get("would_wait") else "would be refused"
+    what = "would wait" if found.get("would_wait") else "would be refused"
     if picked:
-        verdict = f"would go to {picked}{reason_for_pick(found)}"
+        what = f"would go to {picked}{reason_for_pick(found)}"
     note = f" {found['note']}" if found.get("note") else ""
-    click.echo(visible(f"A request for {subject} {verdict} (policy {found['policy']}).{note}"))
+    return f"A request for {subject} {what} (policy {found['policy']}).{note}"
+
+
+def _print_explanation(found: dict[str, Any]) -> None:
+    picked = found.get("picked")
+    click.echo(visible(verdict(found)))
     if found.get("session"):
         click.echo(visible(f"Session {found['session']} (from {found['session_source']})."))
     candidates, out = found.get("candidates") or [], found.get("out") or []

@@ -14,7 +14,7 @@ from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.draw import draw, heat
 from vllm_router.cli.monitor.keys import decode
 from vllm_router.cli.monitor.plain import stamped, summary
-from vllm_router.cli.monitor.state import Quit, SetDrain, View
+from vllm_router.cli.monitor.state import Explain, Quit, SetDrain, View
 from vllm_router.web import schema
 
 
@@ -82,6 +82,7 @@ def with_models(*models: schema.ModelView) -> View:
     [
         (b"q", ["q"], b""),
         (b"sd", ["s", "d"], b""),
+        (b"\x7f\x08", ["backspace", "backspace"], b""),
         (b"\x03", ["ctrl-c"], b""),
         (b"\x1b[A\x1b[B", ["up", "down"], b""),
         (b"\x1bOA", ["up"], b""),
@@ -194,7 +195,7 @@ def test_monitor_history_has_one_value_per_second():
     shown.take(snapshot(server("a", 0.6), server("new", 0.2), moment=NOW + 1), NOW + 1)
     assert list(shown.loads["a"])[3:] == [0.3, 0.6]
     assert list(shown.loads["new"]) == [0.2]
-    assert list(shown.fleet_load) == [None, 0.1, 0.9, 0.45, 0.45]
+    assert list(shown.trend.values("load", hour=False)) == [None, 0.1, 0.9, 0.45, 0.45]
 
 
 def test_monitor_newer_schema_is_refused():
@@ -394,3 +395,147 @@ def test_monitor_summary_is_one_line_with_unhealthy_servers():
         "1/2 servers (1 down), 12 running, 3 waiting, 9 in flight, load 45 %, 7.2 req/s, 0 err/s, "
         "TTFT p95 250 ms"
     )
+
+
+# -- charts, filter, one server, explanations ---------------------------------------------------
+
+
+def with_history(shown: View, values: list[float | None]) -> View:
+    history = schema.History(
+        interval=1.0,
+        end=NOW - 1,
+        fleet={"requests_per_s": values, "tokens_per_s": [2000.0] * 300, "running": values},
+        servers={},
+    )
+    hour = schema.History(interval=10.0, end=NOW - 1, fleet={"requests_per_s": [7.0]}, servers={})
+    shown.take(msgspec.structs.replace(hello(), history=history, hour=hour), NOW)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("servers", "width", "height", "titles"),
+    [
+        (9, 80, 24, ""),
+        (3, 80, 24, "REQUESTS/S TOKENS/S"),
+        (3, 80, 40, "REQUESTS/S TOKENS/S"),
+        (3, 120, 40, "REQUESTS/S TOKENS/S FIRST TOKEN P95"),
+        (20, 200, 60, "REQUESTS/S TOKENS/S FIRST TOKEN P95 RUNNING"),
+        (60, 200, 60, ""),
+    ],
+)
+def test_monitor_charts_use_the_room_that_servers_leave(
+    servers: int, width: int, height: int, titles: str
+):
+    shown = with_history(view(*(server(f"s{n}") for n in range(servers))), [9.0] * 300)
+    lines = picture(shown, width, height)
+    assert [len(lines), {len(line) for line in lines}] == [height, {width}]
+    found = [line for line in lines if "REQUESTS/S" in line]
+    names = ("REQUESTS/S", "TOKENS/S", "FIRST TOKEN P95", "RUNNING")
+    assert " ".join(name for name in names if found and name in found[0]) == titles
+
+
+def test_monitor_chart_is_as_high_as_its_value_and_names_the_greatest():
+    shown = with_history(view(server("a")), [None] * 200 + [10.0] * 50 + [5.0] * 50)
+    lines = picture(shown, 80, 40)
+    title = next(n for n, line in enumerate(lines) if "REQUESTS/S" in line)
+    assert "REQUESTS/S 5.0" in lines[title]
+    assert "max 10, 5 min" in lines[title]
+    rows = [line[2:38] for line in lines[title + 1 : title + 13]]
+    assert rows[0].rstrip().endswith("█")
+    assert rows[0][-1] == " "  # five of ten: half the height
+    assert rows[-1][-1] == "█"
+    assert rows[-1].startswith(" ")  # nothing is known of the time before
+
+
+def test_monitor_range_key_shows_the_last_hour():
+    shown = with_history(view(server("a")), [9.0] * 300)
+    assert shown.key("r") is None
+    assert any("max 7.0, 60 min" in line for line in picture(shown, 80, 40))
+    shown.key("r")
+    assert any("max 9.0, 5 min" in line for line in picture(shown, 80, 40))
+
+
+def test_monitor_trend_keeps_the_greatest_of_ten_seconds_for_the_hour():
+    shown = with_history(view(server("a")), [])
+    for second in range(1, 21):
+        fleet = msgspec.structs.replace(
+            snapshot(server("a"), moment=NOW + second).fleet, requests_per_s=float(second)
+        )
+        shown.take(
+            msgspec.structs.replace(snapshot(server("a"), moment=NOW + second), fleet=fleet),
+            NOW + second,
+        )
+    assert list(shown.trend.values("requests_per_s", hour=True)) == [7.0, 10.0, 20.0]
+
+
+def test_monitor_filter_shows_matching_servers_until_escape():
+    shown = view(server("gpu-1"), server("gpu-2", models=("Llama",)), server("cpu-3"))
+    for key in ("/", "l", "L"):
+        shown.key(key)
+    assert [one.name for one in shown.servers()] == ["gpu-2"]
+    assert shown.selected == "gpu-2"
+    assert "filter: lL" in "".join(picture(shown))
+    shown.key("backspace")
+    shown.key("backspace")
+    for key in "gpu":
+        shown.key(key)
+    shown.key("enter")
+    assert [one.name for one in shown.servers()] == ["gpu-1", "gpu-2"]
+    assert shown.key("q") == Quit()  # a key again, no letter of the filter
+    assert "2 with gpu" in "".join(picture(shown))
+    shown.key("escape")
+    assert len(shown.servers()) == 3
+
+
+def test_monitor_filter_without_match_says_so():
+    shown = view(server("gpu-1"))
+    for key in "/x":
+        shown.key(key)
+    assert "0 with x" in "".join(picture(shown))
+    assert shown.key("down") is None
+
+
+def test_monitor_enter_shows_one_server_with_its_events():
+    shown = view(server("a"), server("b", state="down", reason="Connection refused"))
+    shown.take(event(7, "b: up → down", server="b", new="down"), NOW)
+    shown.take(event(8, "a: down → up", server="a", new="up"), NOW)
+    shown.key("down")
+    shown.key("enter")
+    lines = "\n".join(picture(shown))
+    assert "down for 1 min: Connection refused" in lines
+    assert "p50 100 ms, p95 250 ms, p99 1.50 s" in lines
+    assert "b: up → down" in lines
+    assert "a: down → up" not in lines
+    assert shown.key("x") is None
+    assert "RUN" in "\n".join(picture(shown))
+
+
+def test_monitor_explain_key_asks_for_the_model_of_the_server_and_shows_the_answer():
+    shown = view(server("a", models=("m", "n")), server("b", models=None))
+    assert shown.key("e") == Explain("m")
+    shown.key("down")
+    assert shown.key("e") == Explain(None)
+    row = {"server": "a", "load": 0.5, "score": 1.25, "parts": {}}
+    out = {"server": "b", "load": 0.0, "state": "down", "reason": "Connection refused"}
+    shown.explained = {
+        "model": "m",
+        "picked": "a",
+        "policy": "adaptive",
+        "note": "",
+        "candidates": [row],
+        "out": [out],
+    }
+    lines = picture(shown)
+    why = "A request for the model 'm' would go to a because no other"
+    assert any(why in line for line in lines)
+    assert any("▸ a" in line and "50 %" in line and "1.25" in line for line in lines)
+    assert any("Connection refused" in line for line in lines)
+    shown.key("escape")
+    assert shown.explained is None
+
+
+def test_monitor_small_screen_keeps_the_share_of_the_load():
+    shown = view(*(server(f"gpu-{n}", load=1.25) for n in range(9)))
+    lines = picture(shown, 60, 15)
+    assert sum("125 %" in line for line in lines) >= 6
+    assert not any("IN FLT" in line for line in lines)

@@ -21,7 +21,15 @@ _SEQUENCES = {
     b"\x1bOH": "home",
     b"\x1bOF": "end",
 }
-_CONTROLS = {0x03: "ctrl-c", 0x04: "q", 0x0D: "enter", 0x0A: "enter", 0x0C: "redraw"}
+_CONTROLS = {
+    0x03: "ctrl-c",
+    0x04: "q",
+    0x08: "backspace",
+    0x7F: "backspace",
+    0x0A: "enter",
+    0x0C: "redraw",
+    0x0D: "enter",
+}
 
 
 def decode(data: bytes) -> tuple[list[str], bytes]:

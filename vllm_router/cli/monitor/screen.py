@@ -15,7 +15,7 @@ from rich.live import Live
 from vllm_router.cli.monitor.draw import draw
 from vllm_router.cli.monitor.keys import decode, raw_input
 from vllm_router.cli.monitor.link import Feed, GoingAway, Message, NoFeed
-from vllm_router.cli.monitor.state import SetDrain, View
+from vllm_router.cli.monitor.state import Explain, SetDrain, View
 from vllm_router.errors import RouterError
 
 FRAME = 0.05
@@ -162,6 +162,9 @@ class Screen:
         if isinstance(action, SetDrain):
             if self._nursery is not None:
                 self._nursery.start_soon(self._drain, action)
+        elif isinstance(action, Explain):
+            if self._nursery is not None:
+                self._nursery.start_soon(self._explain, action)
         elif action is not None:
             self._stop(End.USER)
 
@@ -174,6 +177,16 @@ class Screen:
                 await router.drain(action.server, on=action.on)
             done = "is draining" if action.on else "takes requests again"
             self._view.message = f"{action.server} {done}."
+        except RouterError as error:
+            self._view.message = str(error)
+        self._changed.set()
+
+    async def _explain(self, action: Explain) -> None:
+        from vllm_router.cli.router_client import RouterClient
+
+        try:
+            async with RouterClient(self._feed.url, self._feed.key, self._feed.ca) as router:
+                self._view.explained = await router.explain(action.model, None)
         except RouterError as error:
             self._view.message = str(error)
         self._changed.set()

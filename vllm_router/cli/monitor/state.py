@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from vllm_router.cli.monitor.trend import Trend
 from vllm_router.web.schema import VERSION, Event, FleetView, Hello, ServerView, Snapshot
 
 HISTORY = 300
-"""Seconds of load history, one value per second."""
+"""Seconds of each server's load history, one value per second."""
 
 EVENTS = 200
 PAGE = 10
@@ -59,7 +61,14 @@ class SetDrain:
     on: bool
 
 
-Action = Quit | SetDrain
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Ask the router where a request for the model would go; None asks for any model."""
+
+    model: str | None
+
+
+Action = Quit | SetDrain | Explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,7 @@ class View:
     hello: Hello | None = None
     snapshot: Snapshot | None = None
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS))
-    fleet_load: deque[float | None] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    trend: Trend = field(default_factory=Trend)
     loads: dict[str, deque[float | None]] = field(default_factory=dict)
     connected: bool = False
     trouble: str = ""
@@ -95,6 +104,15 @@ class View:
     question: Question | None = None
     message: str = ""
     help: bool = False
+    details: bool = False
+    """Whether the selected server is shown alone."""
+    explained: dict[str, Any] | None = None
+    """The router's answer to `Explain`, while it is shown."""
+    hour: bool = False
+    """Whether charts show the last hour instead of five minutes."""
+    filter: str = ""
+    typing: bool = False
+    """Whether keys are typed into the filter."""
     _newest: int = 0
     _row_time: float = 0.0
 
@@ -122,7 +140,7 @@ class View:
             self._newest = 0
         self.hello = hello
         history = hello.history
-        self.fleet_load = deque(history.fleet.get("load", ()), HISTORY)
+        self.trend.greet(hello)
         self.loads = {name: deque(values, HISTORY) for name, values in history.servers.items()}
         self._row_time = history.end
         for event in hello.events:
@@ -134,7 +152,7 @@ class View:
         self.heard = now
         if snapshot.time - self._row_time >= 0.95:
             self._row_time = snapshot.time
-            self.fleet_load.append(snapshot.fleet.load)
+            self.trend.add(snapshot.fleet)
             self.loads = {
                 server.name: self.loads.get(server.name, deque(maxlen=HISTORY))
                 for server in snapshot.servers
@@ -154,10 +172,16 @@ class View:
     # -- what is seen ---------------------------------------------------------------------------
 
     def servers(self) -> list[ServerView]:
-        """All servers in the chosen order."""
+        """The servers that match the filter, in the chosen order."""
         servers = list(self.snapshot.servers) if self.snapshot is not None else []
+        if self.filter:
+            servers = [server for server in servers if self._matches(server)]
         key = SORTS[self.sort][1]
         return sorted(servers, key=key) if key is not None else servers
+
+    def _matches(self, server: ServerView) -> bool:
+        texts = (server.name, server.url, server.state, *(server.models or ()))
+        return any(self.filter.lower() in text.lower() for text in texts)
 
     @property
     def fleet(self) -> FleetView | None:
@@ -185,13 +209,27 @@ class View:
         if self.question is not None:
             question, self.question = self.question, None
             return question.action if key in ("y", "Y") else None
-        if self.help:
-            self.help = False
+        if self.help or self.details or self.explained is not None:
+            self.help, self.details, self.explained = False, False, None
+            return None
+        if self.typing:
+            self._type(key)
             return None
         if key in ("q", "Q"):
             return self._leave()
+        if key == "e":
+            server = self.chosen()
+            return Explain(server.models[0] if server is not None and server.models else None)
         if key in ("d", "u"):
             self._ask_drain(on=key == "d")
+        elif key == "/":
+            self.typing = True
+        elif key == "escape":
+            self._filter("")
+        elif key == "enter":
+            self.details = self.chosen() is not None
+        elif key == "r":
+            self.hour = not self.hour
         elif key == "s":
             self.sort = (self.sort + 1) % len(SORTS)
         elif key == "S":
@@ -203,6 +241,25 @@ class View:
         else:
             self._move(key)
         return None
+
+    def _type(self, key: str) -> None:
+        """A key of the filter: enter keeps it, escape drops it."""
+        if key in ("enter", "escape"):
+            self.typing = False
+        if key == "escape":
+            self._filter("")
+        elif key == "backspace":
+            self._filter(self.filter[:-1])
+        elif len(key) == 1:
+            self._filter(self.filter + key)
+        else:
+            self._move(key)
+
+    def _filter(self, text: str) -> None:
+        self.filter = text
+        names = [server.name for server in self.servers()]
+        if self.selected not in names and names:
+            self.selected = names[0]
 
     def _leave(self) -> Action | None:
         if not self.attached:

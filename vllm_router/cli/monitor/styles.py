@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from rich.text import Text
 
+PUT_OUT = ("asleep", "paused")
+"""States in which an operator has put a server."""
+
 STATE_STYLES = {
     "up": "green",
     "full": "yellow",

@@ -53,20 +53,42 @@ def bar(share: float, width: int) -> str:
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
-def sparkline(values: Iterable[float | None], width: int, ceiling: float = 1.0) -> str:
-    """The newest values at the right edge; each character shows the maximum of its interval."""
+def columns(values: Iterable[float | None], width: int) -> list[float | None]:
+    """At most `width` values: the maximum of each interval, oldest first; None without a value."""
     known = list(values)
     step = max(1, -(-len(known) // width)) if width else 1
     # Group from the right, so that groups stay the same as values arrive.
     ends = range(len(known), 0, -step)
     stretches = [known[max(0, end - step) : end] for end in ends][:width]
-    chars = [_block(stretch, ceiling) for stretch in reversed(stretches)]
-    return "".join(chars).rjust(width)
+    return [_greatest(stretch) for stretch in reversed(stretches)]
 
 
-def _block(stretch: Sequence[float | None], ceiling: float) -> str:
-    known = [value for value in stretch if value is not None]
-    if not known:
-        return " "
-    share = min(max(*known, 0.0) / ceiling, 1.0)
-    return _BLOCKS[max(1, round(share * 8))]
+def _greatest(stretch: Sequence[float | None]) -> float | None:
+    return max((max(value, 0.0) for value in stretch if value is not None), default=None)
+
+
+def sparkline(values: Iterable[float | None], width: int, ceiling: float = 1.0) -> str:
+    """The newest values at the right edge; each character shows the maximum of its interval."""
+    return blocks(columns(values, width), width, 1, ceiling, least=1)[0]
+
+
+def blocks(
+    values: Sequence[float | None], width: int, rows: int, ceiling: float, *, least: int = 0
+) -> list[str]:
+    """Columns of `rows` lines, the top first, exact to an eighth of a line.
+
+    The newest value is at the right edge. A value above zero is at least one eighth high, and any
+    value `least` eighths.
+    """
+    heights = [_eighths(value, rows, ceiling, least) for value in values]
+    return [
+        "".join(_BLOCKS[min(max(height - 8 * below, 0), 8)] for height in heights).rjust(width)
+        for below in range(rows - 1, -1, -1)
+    ]
+
+
+def _eighths(value: float | None, rows: int, ceiling: float, least: int) -> int:
+    if value is None:
+        return 0
+    share = min(value / ceiling, 1.0) if ceiling > 0 else 0.0
+    return max(round(share * rows * 8), 1 if value > 0 else least)

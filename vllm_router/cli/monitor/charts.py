@@ -1,0 +1,63 @@
+"""The monitor's charts: requests, tokens, first token and running requests over time. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from vllm_router.cli.monitor import words
+from vllm_router.cli.monitor.state import View
+
+LEAST_ROWS, MOST_ROWS = 3, 12
+"""Lines of a chart without its title."""
+
+LEAST_WIDTH = 36
+"""Cells of a chart; fewer charts are drawn where more do not fit."""
+
+GAP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    title: str
+    figure: str
+    shown: Callable[[float | None], str]
+    style: str
+
+
+_CHARTS = (
+    _Chart("REQUESTS/S", "requests_per_s", words.rate, "green"),
+    _Chart("TOKENS/S", "tokens_per_s", words.rate, "magenta"),
+    _Chart("FIRST TOKEN P95", "ttft_p95", words.seconds, "yellow"),
+    _Chart("RUNNING", "running", words.rate, "cyan"),
+)
+
+
+def charts(view: View, width: int, room: int) -> list[Text]:
+    """As many charts as fit side by side into `room` lines, an empty line below; or none."""
+    rows = min(MOST_ROWS, room - 2)
+    if rows < LEAST_ROWS or view.snapshot is None:
+        return []
+    number = max(1, min(len(_CHARTS), (width + GAP) // (LEAST_WIDTH + GAP)))
+    cells = (width - GAP * (number - 1)) // number
+    lines = [Text() for _ in range(rows + 1)]
+    for position, chart in enumerate(_CHARTS[:number]):
+        for line, part in zip(lines, _draw(view, chart, cells, rows), strict=True):
+            line.append(" " * GAP if position else "").append_text(part)
+    return [*lines, Text()]
+
+
+def _draw(view: View, chart: _Chart, width: int, rows: int) -> list[Text]:
+    values = view.trend.values(chart.figure, hour=view.hour)
+    columns = words.columns(values, width)
+    top = max((value for value in columns if value is not None), default=0.0)
+    now = chart.shown(values[-1] if values else None)
+    title = Text(f"{chart.title} ", "bright_black").append(now, "bold")
+    room = max(0, width - title.cell_len)
+    most = f"  max {chart.shown(top)}"
+    span = ", 60 min" if view.hour else ", 5 min"
+    note = next((text for text in (most + span, most) if len(text) <= room), "")
+    title.append(note.rjust(room), "bright_black")
+    return [title, *(Text(line, chart.style) for line in words.blocks(columns, width, rows, top))]
