@@ -10,7 +10,9 @@ from vllm_router.config.schema import Config
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.reason import Reason, because
 from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 
 
 def make_config(
@@ -65,3 +67,14 @@ def eject(server: Server, now: float) -> None:
 
 def gauges(running: float, waiting: float = 0.0, **more: Any) -> EngineMetrics:
     return EngineMetrics(running=running, waiting=waiting, **more)
+
+
+def detail(text: str) -> Reason:
+    """A reason with this text, for tests that want any."""
+    return because("check_failed", detail=text)
+
+
+def shown_state(server: Server, now: float) -> tuple[State, str]:
+    """The state of a server, and its reason in English."""
+    state, reason = server.current_state(now)
+    return state, reason.text

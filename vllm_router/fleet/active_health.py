@@ -11,6 +11,7 @@ import enum
 from collections import deque
 
 from vllm_router.fleet.health_rules import FORGET_AFTER, HealthRules
+from vllm_router.fleet.reason import NONE, Reason, because
 
 
 class Check(enum.Enum):
@@ -37,7 +38,7 @@ class ActiveHealth:
     def __init__(self, rules: HealthRules) -> None:
         self.rules = rules
         self.up: bool | None = None
-        self.reason = "not probed yet"
+        self.reason = because("not_probed")
         self.failures_in_row = 0
         self.goods_in_row = 0
         self.total_checks = 0
@@ -46,7 +47,7 @@ class ActiveHealth:
         self.window: deque[tuple[bool, float]] = deque(maxlen=rules.window)
         self.times_down = 0
         """How often it has gone down recently."""
-        self._detail = ""
+        self._detail = NONE
         """The reason of the last failed check."""
         self._up_since = 0.0
         self._good_since = 0.0
@@ -80,7 +81,7 @@ class ActiveHealth:
         times = [elapsed for good, elapsed in self.window if good]
         return sum(times) / len(times) if times else 0.0
 
-    def observe(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
+    def observe(self, check: Check, elapsed: float, now: float, detail: Reason = NONE) -> bool:
         """Record a `/health` check that took `elapsed` seconds; True if `up` has changed."""
         good = check is Check.GOOD
         self.total_checks += 1
@@ -88,9 +89,9 @@ class ActiveHealth:
         self.last_response_time = elapsed
         self.window.append((good, elapsed))
         self._count(good, now)
-        return self._judge(now, detail or check.value)
+        return self._judge(now, detail or because("check_failed", detail=check.value))
 
-    def observe_scrape(self, reachable: bool, now: float, detail: str = "") -> bool:
+    def observe_scrape(self, reachable: bool, now: float, detail: Reason = NONE) -> bool:
         """Record whether a metrics scrape reached the server; True if `up` has changed.
 
         An unreachable port is a failed check. A successful scrape clears failures unless the last
@@ -98,7 +99,8 @@ class ActiveHealth:
         """
         if not reachable:
             self._count(False, now)
-            return self._judge(now, detail or Check.UNREACHABLE.value)
+            unreachable = because("check_failed", detail=Check.UNREACHABLE.value)
+            return self._judge(now, detail or unreachable)
         if self.up and self.last_verdict is not Check.UNHEALTHY:
             self.failures_in_row = 0
         return False
@@ -109,12 +111,12 @@ class ActiveHealth:
         self.failures_in_row = 0 if good else self.failures_in_row + 1
         self.goods_in_row = self.goods_in_row + 1 if good else 0
 
-    def _judge(self, now: float, detail: str) -> bool:
+    def _judge(self, now: float, detail: Reason) -> bool:
         rules = self.rules
         if self.up is None:
             # The first check decides alone, so that a fleet is usable right after the start.
             self.up = self.failures_in_row == 0
-            self.reason = "" if self.up else detail
+            self.reason = NONE if self.up else detail
             self._up_since = now
             return True
         if not self.up:
@@ -124,15 +126,13 @@ class ActiveHealth:
                 return False
             hold = rules.time_out(self.times_down - 1) if self.times_down > 1 else 0.0
             if now - self._good_since < hold:
-                self.reason = (
-                    f"went down {self.times_down} times: back after {hold:g} s of good checks"
-                )
+                self.reason = because("damped", n=self.times_down, seconds=f"{hold:g}")
                 return False
-            self.up, self.reason, self._up_since = True, "", now
+            self.up, self.reason, self._up_since = True, NONE, now
             self.window.clear()
             return True
         fault = self._fault(detail)
-        if fault is None:
+        if not fault:
             return False
         self.up, self.reason, self._detail = False, fault, detail
         forgotten = int((now - self._up_since) / FORGET_AFTER)
@@ -140,13 +140,13 @@ class ActiveHealth:
         self.goods_in_row = 0
         return True
 
-    def _fault(self, detail: str) -> str | None:
+    def _fault(self, detail: Reason) -> Reason:
         rules = self.rules
         if self.failures_in_row >= rules.fall:
-            return f"{detail} ({self.failures_in_row} checks in a row)"
+            return detail.in_row(self.failures_in_row)
         if len(self.window) == rules.window:
             if self.success_rate < rules.min_success_rate:
-                return f"only {self.success_rate:.0%} of the last {rules.window} checks were good"
+                return because("few_good_checks", share=f"{self.success_rate:.0%}", n=rules.window)
             if self.mean_response_time > rules.max_response_time:
-                return f"checks take {self.mean_response_time:.1f} s on average"
-        return None
+                return because("slow_checks", seconds=f"{self.mean_response_time:.1f}")
+        return NONE

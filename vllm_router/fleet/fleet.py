@@ -14,6 +14,7 @@ from vllm_router.fleet.context_lengths import ContextLengths
 from vllm_router.fleet.load import EWMA_WEIGHT
 from vllm_router.fleet.model_seeds import ModelSeeds
 from vllm_router.fleet.outliers import may_eject, outlier_reason
+from vllm_router.fleet.reason import because
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import ChangeLog, Server
 from vllm_router.fleet.state import State, Transition
@@ -454,12 +455,12 @@ class Fleet:
             return
         if stream:
             self.failed(server, now, trial=trial, jitter=jitter)
-        reason = f"no response in {now - since:.0f} s, nor to any other request"
+        reason = because("no_response", seconds=f"{now - since:.0f}")
         server.request_starved(since, now, reason)
 
     def request_starved(self, server: Server, now: float, since: float) -> None:
         """A request without a byte since then was given up; see `Server.request_starved`."""
-        reason = f"a request waited {now - since:.1f} s without a byte, and no other had a token"
+        reason = because("starved", seconds=f"{now - since:.1f}")
         server.request_starved(since, now, reason)
 
     def accepted_elsewhere(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from statistics import median
 
+from vllm_router.fleet.reason import NONE, Reason, because
 from vllm_router.fleet.server import Server
 
 OUTLIER_VOLUME = 10
@@ -24,15 +25,15 @@ def may_eject(servers: Collection[Server], max_ejected_share: float) -> bool:
     return sum(server.passive_health.ejected and server.usable for server in servers) < limit
 
 
-def outlier_reason(server: Server, servers: Collection[Server], now: float) -> str:
-    """The reason to eject the server for its success rate; empty without one.
+def outlier_reason(server: Server, servers: Collection[Server], now: float) -> Reason:
+    """The reason to eject the server for its success rate; NONE without one.
 
     It is compared with the median of the servers with a common model, so that a problem of the
     whole fleet ejects none.
     """
     rate, count = server.passive_health.success_rate(now)
     if count < OUTLIER_VOLUME:
-        return ""
+        return NONE
     others = [
         other.passive_health.success_rate(now)
         for other in servers
@@ -40,8 +41,9 @@ def outlier_reason(server: Server, servers: Collection[Server], now: float) -> s
     ]
     rates = [other for other, requests in others if requests >= OUTLIER_VOLUME]
     if not rates or rate >= OUTLIER_RATE * median(rates):
-        return ""
-    return f"only {rate:.0%} of its last {count} requests succeeded, {median(rates):.0%} elsewhere"
+        return NONE
+    other = f"{median(rates):.0%}"
+    return because("outlier", share=f"{rate:.0%}", n=count, other=other)
 
 
 def _share_models(one: Server, other: Server) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_router.fleet.health_rules import FORGET_AFTER, HealthRules
+from vllm_router.fleet.reason import NONE, Reason, because
 
 TRIAL_GAP = 2.0
 """Seconds that a trial request may be silent before a second one follows."""
@@ -36,7 +37,7 @@ class PassiveHealth:
         self.failures_in_row = 0
         self.ejections = 0
         self.ejected = False
-        self.reason = ""
+        self.reason = NONE
         self.until = 0.0
         self.trial = False
         self.next_trial_at = 0.0
@@ -115,7 +116,7 @@ class PassiveHealth:
                 # Sent before the ejection or by the panic rule. If it counted, many requests that
                 # fail at the same moment would be many ejections.
                 return False
-            self.eject(now, jitter, "its trial request failed")
+            self.eject(now, jitter, because("trial_failed"))
             return True
         return allowed and self._eject_failing(now, jitter)
 
@@ -143,10 +144,10 @@ class PassiveHealth:
     def _eject_failing(self, now: float, jitter: float) -> bool:
         if self.failures_in_row < self.rules.failure_threshold:
             return False
-        self.eject(now, jitter, f"{self.failures_in_row} requests in a row failed")
+        self.eject(now, jitter, because("failed_in_row", n=self.failures_in_row))
         return True
 
-    def eject(self, now: float, jitter: float, reason: str) -> None:
+    def eject(self, now: float, jitter: float, reason: Reason) -> None:
         """Eject the server, for longer than the last time."""
         if not self.ejected:
             served_well = now - self._restored_at

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
+from vllm_router.fleet.reason import NONE, Reason, because
+
 MODEL = "model "
 """Prefix of the name of a refused model; refused paths begin with a slash."""
 
@@ -28,6 +30,9 @@ LONGEST = 60.0
 
 FORGET_AFTER = 900.0
 """Seconds without a trial after which a refusal is dropped."""
+
+SHOWN = 3
+"""Refusals that the reason of a server's state names."""
 
 
 class Asked(msgspec.Struct, frozen=True, gc=False):
@@ -159,12 +164,15 @@ class Refusals:
             del self.known[what]
         return bool(old)
 
-    def reason(self) -> str:
-        """The confirmed refusals in words; empty if there is none."""
+    def reason(self) -> Reason:
+        """The confirmed refusals; NONE if there is none."""
         known = [refusal for refusal in self.known.values() if refusal.confirmed]
-        return "; ".join(_shown(refusal) for refusal in known[:3]) + (
-            f"; and {len(known) - 3} more" if len(known) > 3 else ""
-        )
+        if not known:
+            return NONE
+        first, *others = [_reason(refusal) for refusal in known[:SHOWN]]
+        if len(known) > SHOWN:
+            others.append(because("more_refusals", n=len(known) - SHOWN))
+        return Reason(first.code, first.values, tuple(others))
 
     def count(self) -> int:
         """The number of confirmed refusals."""
@@ -183,6 +191,11 @@ def _model(what: str) -> str:
     return what.removeprefix(MODEL)
 
 
-def _shown(refusal: Refusal) -> str:
-    size = f" with {refusal.size} bytes or more" if refusal.size else ""
-    return f"refuses {refusal.what}{size}, which other servers accept: {refusal.words}"
+def _reason(refusal: Refusal) -> Reason:
+    values = {"words": refusal.words, "path": refusal.what}
+    if refusal.what.startswith(MODEL):
+        values = {"words": refusal.words, "model": _model(refusal.what)}
+    if refusal.size:
+        values["bytes"] = str(refusal.size)
+    kind = "model" if "model" in values else "path"
+    return Reason(f"refuses_long_{kind}" if refusal.size else f"refuses_{kind}", values)

@@ -22,6 +22,7 @@ from vllm_router.fleet.health_rules import health_rules
 from vllm_router.fleet.load import LoadEstimate
 from vllm_router.fleet.model_catalog import ModelCatalog
 from vllm_router.fleet.passive_health import PassiveHealth
+from vllm_router.fleet.reason import NONE, Reason, because
 from vllm_router.fleet.refusals import Asked, Refusals
 from vllm_router.fleet.silence import (
     LEFT_AFTER,
@@ -43,6 +44,8 @@ CHECK_BACKOFF = 2.0
 FLOW_SECONDS, MAX_FLOW_SECONDS = 6.0, 60.0
 """A server that answers checks with 503 is full, not unhealthy, if its last bytes are at most
 FLOW_SECONDS old, or twice its response time up to MAX_FLOW_SECONDS."""
+
+_ASLEEP, _PAUSED, _FULL = because("asleep"), because("paused"), because("full")
 
 
 class Lease(msgspec.Struct, eq=False):
@@ -189,7 +192,7 @@ class Server:
     def _trust_unprobed(self, settings: Settings) -> None:
         """Without active checks a server is up until its traffic shows otherwise."""
         if not settings.enable_active_health_check:
-            self.active_health.up, self.active_health.reason = True, ""
+            self.active_health.up, self.active_health.reason = True, NONE
 
     # -- leases -------------------------------------------------------------------------------
 
@@ -369,7 +372,7 @@ class Server:
 
     # -- health -------------------------------------------------------------------------------
 
-    def checked(self, check: Check, elapsed: float, now: float, detail: str = "") -> bool:
+    def checked(self, check: Check, elapsed: float, now: float, detail: Reason = NONE) -> bool:
         """A `/health` check has finished. True if the server has just gone down.
 
         A timeout does not count if the server has sent bytes since the previous check began: an
@@ -393,7 +396,7 @@ class Server:
         recent = now - life <= min(patience, MAX_FLOW_SECONDS)
         return recent and self.passive_health.failures_in_row == 0
 
-    def scrape_reached(self, reachable: bool, now: float, detail: str = "") -> bool:
+    def scrape_reached(self, reachable: bool, now: float, detail: Reason = NONE) -> bool:
         """A scrape found the port open or closed. True if the server has just gone down."""
         return self._health_judged(self.active_health.observe_scrape(reachable, now, detail), now)
 
@@ -446,7 +449,7 @@ class Server:
         if self.passive_health.answered_elsewhere(body, now, jitter=jitter, allowed=allowed):
             self._on_change(self)
 
-    def eject(self, now: float, jitter: float, reason: str) -> None:
+    def eject(self, now: float, jitter: float, reason: Reason) -> None:
         self.passive_health.eject(now, jitter, reason)
         self._on_change(self)
 
@@ -486,7 +489,7 @@ class Server:
         """Whether any request had output, or the engine has worked, since then."""
         return self.activity.life_at > moment or self.last_output() > moment
 
-    def request_starved(self, since: float, now: float, reason: str) -> None:
+    def request_starved(self, since: float, now: float, reason: Reason) -> None:
         """A request sent at `since` has had no output; suspect silence if no other had any."""
         if not self.output_since(since):
             hold = self.passive_health.rules.ejection_time
@@ -519,9 +522,9 @@ class Server:
             return
         since = now - STILL_FOR
         if own:
-            reason = f"no token for {STILL_FOR:g} s while {self.in_flight} requests wait on it"
+            reason = because("no_token", seconds=f"{STILL_FOR:g}", n=self.in_flight)
             self.request_starved(since, now, reason)
-        elif self.silence.suspect(since, now, f"its load stands still at {gauges:g}", 0.0):
+        elif self.silence.suspect(since, now, because("stands_still", n=f"{gauges:g}"), 0.0):
             load.stuck = gauges
             self._update_load()
             self._on_change(self)
@@ -574,18 +577,18 @@ class Server:
         """A last resort: its checks are good, but it has gone down too often."""
         return self.active_health.damped and not self.draining and not self.asleep
 
-    def current_state(self, now: float) -> tuple[State, str]:
-        """The state, and its reason in words; the first one of `State` that applies."""
+    def current_state(self, now: float) -> tuple[State, Reason]:
+        """The state, and its reason; the first one of `State` that applies."""
         if self.draining:
-            return State.DRAINING, f"draining, {self.in_flight} in flight"
+            return State.DRAINING, because("draining", n=self.in_flight)
         if self.active_health.up is None:
             return State.UNKNOWN, self.active_health.reason
         if not self.active_health.up:
             return State.DOWN, self.active_health.reason
         if self.asleep:
-            return State.ASLEEP, "the engine sleeps"
+            return State.ASLEEP, _ASLEEP
         if self.paused_at is not None:
-            return State.PAUSED, "its engine was paused through the router: POST /resume"
+            return State.PAUSED, _PAUSED
         if self.passive_health.ejected:
             return State.EJECTED, self.passive_health.reason
         if self.silence.since is not None:
@@ -593,8 +596,8 @@ class Server:
         if self.refusals.known and (reason := self.refusals.reason()):
             return State.REFUSING, reason
         if now < self.backoff_until:
-            return State.FULL, "it refused a request as too busy"
-        return State.UP, ""
+            return State.FULL, _FULL
+        return State.UP, NONE
 
     def update_state(self, now: float) -> Transition | None:
         """Recompute `state`; the transition if it has changed."""

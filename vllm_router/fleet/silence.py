@@ -13,6 +13,8 @@ time is an argument, in seconds.
 
 from __future__ import annotations
 
+from vllm_router.fleet.reason import NONE, Reason
+
 LEFT_AFTER, LEFT_TIMES = 1.0, 3.0
 """A client that leaves is evidence after so many seconds, and so many times the usual time to the
 first token: clients that complete code often cancel earlier."""
@@ -32,7 +34,7 @@ class Silence:
     """The suspicion against one server.
 
     since: start of the silence; None without a suspicion.
-    reason: for people.
+    reason: the evidence, for displays.
     until: when a trial is due.
     trial: whether a trial is running.
     """
@@ -41,12 +43,12 @@ class Silence:
 
     def __init__(self) -> None:
         self.since: float | None = None
-        self.reason = ""
+        self.reason = NONE
         self.until = 0.0
         self.rounds = 0
         self.trial = False
 
-    def suspect(self, since: float, now: float, reason: str, hold: float) -> bool:
+    def suspect(self, since: float, now: float, reason: Reason, hold: float) -> bool:
         """No request has had output since `since`; True if the suspicion is new or renewed.
 
         A trial is due in `hold` seconds, and later after each silent trial.
@@ -73,7 +75,7 @@ class Silence:
     def clear(self) -> bool:
         """The server has given output; True if it was suspected."""
         was = self.since is not None
-        self.since, self.rounds, self.trial, self.reason = None, 0, False, ""
+        self.since, self.rounds, self.trial, self.reason = None, 0, False, NONE
         return was
 
 

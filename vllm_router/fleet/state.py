@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from vllm_router.fleet.reason import Reason
+
 
 class State(enum.StrEnum):
     """The state of a server. If several apply, the first one is shown."""
@@ -23,9 +25,9 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A change of a server's state; `reason` is for people."""
+    """A change of a server's state."""
 
     server: str
     old: State
     new: State
-    reason: str
+    reason: Reason

@@ -12,6 +12,7 @@ import math
 import ssl
 from collections.abc import Callable
 from random import Random
+from urllib.parse import urlsplit
 
 import httpx
 import trio
@@ -24,12 +25,21 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.metrics_page import MetricsPage
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList
 from vllm_router.fleet.probe_pace import ProbePace
+from vllm_router.fleet.reason import NONE, Reason, because
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.control_client import control_headers, control_transport
 from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_pieces, read_whole
+from vllm_router.http.client.pool import Doing
 from vllm_router.http.client.resolver import Resolver
-from vllm_router.runtime.probe_results import PageStatus, error_text, is_own_fault, read_models
+from vllm_router.runtime.probe_results import (
+    PageStatus,
+    error_reason,
+    error_text,
+    is_own_fault,
+    read_models,
+    timeout_reason,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +167,7 @@ class Probe:
     async def _check(self) -> None:
         server, timeout = self._server, self._settings.health_check_timeout
         began = trio.current_time()
-        verdict, detail = Check.TIMEOUT, ""
+        verdict, detail = Check.TIMEOUT, NONE
         with trio.move_on_after(timeout):
             try:
                 verdict, detail = await self._ask_health()
@@ -169,12 +179,12 @@ class Probe:
                 )
                 return
         if verdict is Check.TIMEOUT:
-            detail = f"no {self._waiting_for} in {timeout:g} s"
+            detail = self._timeout_reason(timeout)
             if server.active_health.up and not self._has_address:
                 logger.warning(
                     "server %s: health check skipped, the fault is not the server's: %s",
                     server.name,
-                    detail,
+                    detail.text,
                 )
                 return
         elapsed = trio.current_time() - began
@@ -205,10 +215,12 @@ class Probe:
         return is_own_fault(error) or (unresolved and bool(self._server.active_health.up))
 
     @property
-    def _waiting_for(self) -> str:
-        """The current phase of the request, for the error message of a timeout."""
-        doing = self._transport.doing if isinstance(self._transport, HttpxTransport) else ""
-        return doing or f"answer to {CHECK_PATHS[0]}"
+    def _doing(self) -> Doing | None:
+        return self._transport.doing if isinstance(self._transport, HttpxTransport) else None
+
+    def _timeout_reason(self, timeout: float) -> Reason:
+        host = urlsplit(self._server.url).hostname or ""
+        return timeout_reason(self._doing, CHECK_PATHS[0], host, timeout)
 
     async def _ask_whether_paused(self) -> None:
         """Detect that a server that was paused through this router has been resumed directly.
@@ -232,18 +244,18 @@ class Probe:
             server.pause(on=False, now=now)
             self._fleet.settle(now)
 
-    async def _ask_health(self) -> tuple[Check, str]:
-        detail, status = "", 0
+    async def _ask_health(self) -> tuple[Check, Reason]:
+        detail, status = NONE, 0
         for path in CHECK_PATHS:
             try:
                 status = await self._status(path)
             except httpx.HTTPError as error:
                 if self._is_no_fault_of_the_server(error):
                     raise OwnFault(error_text(error)) from error
-                return Check.UNREACHABLE, error_text(error)
+                return Check.UNREACHABLE, error_reason(error)
             if 200 <= status < 300:
-                return Check.GOOD, ""
-            detail = f"{path} answered {status}"
+                return Check.GOOD, NONE
+            detail = because("check_status", path=path, status=status)
             if status not in _NO_SUCH_PATH:
                 break
         return Check.BUSY if status in _BUSY else Check.UNHEALTHY, detail
@@ -339,7 +351,7 @@ class Probe:
                     await response.aclose()
             except httpx.HTTPError as error:
                 if not self._is_no_fault_of_the_server(error):
-                    self._reached(reachable=False, detail=error_text(error))
+                    self._reached(reachable=False, detail=error_reason(error))
                 return
             answered = True
         if answered:
@@ -372,7 +384,7 @@ class Probe:
         page.accepted()
         self._server.scraped(metrics, trio.current_time(), leases)
 
-    def _reached(self, *, reachable: bool, detail: str = "") -> None:
+    def _reached(self, *, reachable: bool, detail: Reason = NONE) -> None:
         if not self._settings.enable_active_health_check:
             return
         now = trio.current_time()

@@ -10,7 +10,9 @@ import trio
 
 from vllm_router.errors import OwnFault
 from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
+from vllm_router.fleet.reason import Reason, because
 from vllm_router.http.client.page import read_whole
+from vllm_router.http.client.pool import Doing
 
 MAX_PAUSE = 16
 """An unusable page is requested less and less often, down to every sixteenth interval."""
@@ -68,3 +70,27 @@ _ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 def error_text(error: httpx.HTTPError) -> str:
     """A short error text for operators."""
     return _ERRNO.sub("", str(error)) or type(error).__name__
+
+
+def error_reason(error: httpx.HTTPError) -> Reason:
+    """The reason of a check that failed with this error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionRefusedError):
+            return because("connection_refused")
+        cause = cause.__cause__
+    return because("check_failed", detail=error_text(error))
+
+
+def timeout_reason(doing: Doing | None, path: str, host: str, timeout: float) -> Reason:
+    """The reason of a check of `path` that was not over after `timeout` seconds."""
+    seconds = f"{timeout:g}"
+    match doing:
+        case None:
+            return because("no_answer", path=path, seconds=seconds)
+        case Doing.CONNECTION:
+            return because("no_connection", seconds=seconds)
+        case Doing.HANDSHAKE:
+            return because("no_handshake", seconds=seconds)
+        case Doing.RESOLVER:
+            return because("no_name", host=host, seconds=seconds)

@@ -333,9 +333,8 @@ class Supervisor:
             publish(new)
 
     def _choose_recorded_fields(self, config: Config) -> None:
-        """Skip the extraction of fields that only the access log or tracing needs."""
+        """Skip the extraction of fields that only the access log needs."""
         logged = self.output is not None and self.output.access.writer is not None
-        self.proxy.context.wants_usage = logged or self.proxy.context.tracer is not None
         self.proxy.context.wants_prompt = logged and config.log.prompts
 
     @property
@@ -457,7 +456,7 @@ def _log_transition(change: Transition) -> None:
         change.server,
         change.old,
         change.new,
-        f" ({change.reason})" if change.reason else "",
+        f" ({change.reason.text})" if change.reason else "",
     )
 
 

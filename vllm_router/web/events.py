@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection
 from operator import attrgetter
 
 from vllm_router.config.reload import Reloader
+from vllm_router.fleet.reason import NONE, Reason
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy.record import Record
-from vllm_router.web.reasons import code_of
+from vllm_router.web.reasons import reason_fields
 from vllm_router.web.schema import Event
 
 KEPT = 100
@@ -61,12 +62,11 @@ class EventLog:
         server: str | None = None,
         old: str | None = None,
         new: str | None = None,
-        reason: str = "",
+        reason: Reason = NONE,
         count: int | None = None,
     ) -> None:
         self._count += 1
         time = round(self._wall(), 3)
-        code, values = code_of(reason)
         event = Event(
             id=self._count,
             time=time,
@@ -75,9 +75,7 @@ class EventLog:
             server=server,
             old=old,
             new=new,
-            reason=reason,
-            reason_code=code,
-            reason_values=values,
+            **reason_fields(reason),
             count=count,
         )
         kept = self._last_of_requests if kind == self._OF_REQUESTS else self._last
@@ -89,7 +87,7 @@ class EventLog:
             if change.new == State.FULL:
                 self._full[change.server] += 1
             return
-        reason = f" ({change.reason})" if change.reason else ""
+        reason = f" ({change.reason.text})" if change.reason else ""
         text = f"{change.server}: {change.old} → {change.new}{reason}"
         self.add(
             "state",

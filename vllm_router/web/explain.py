@@ -11,6 +11,7 @@ import trio
 
 from vllm_router.errors import InvalidBody, Refused
 from vllm_router.fleet.candidates import choose
+from vllm_router.fleet.reason import NONE, Reason, because
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
 from vllm_router.observability.slices import each
@@ -22,6 +23,7 @@ from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.routing_info import EXPLAIN, SHORT, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.session import session_hint
 from vllm_router.routing.prompt.steps import Steps
+from vllm_router.web.reasons import reason_fields
 from vllm_router.web.router import Router
 from vllm_router.web.status import encoded
 
@@ -53,10 +55,16 @@ def explain(
     explained = [(_figures(one.server), one) for one in ranked]
     chosen = set(candidates)
     out = [
-        (_figures(server), _why_out(server, facts.model, now, owner))
+        (_figures(server), *_why_out(server, facts.model, now, owner))
         for server in fleet.all_servers()
         if server not in chosen
     ]
+    if facts.previous is not None:
+        note = because("owner_known", server=owner.name) if owner else because("owner_unknown")
+    elif candidates:
+        note = _note(candidates, ranked, policy, now)
+    else:
+        note = _none_free(allowed, facts, router)
     page: dict[str, Any] = {
         "model": asked,
         "served_model": facts.model,
@@ -69,15 +77,10 @@ def explain(
         "owner": owner.name if owner is not None else None,
         "picked": picked.name if picked is not None else None,
         "would_wait": picked is None and _may_wait(router, facts),
-        "note": _owner_note(owner, facts)
-        or (
-            _note(candidates, ranked, policy, now)
-            if candidates
-            else _none_free(allowed, facts, router)
-        ),
+        **reason_fields(note, "note"),
     }
     page["candidates"] = yield from each(explained, lambda row: encoded(_explained_row(*row)))
-    page["out"] = yield from each(out, lambda row: encoded({**row[0]._asdict(), **row[1]}))
+    page["out"] = yield from each(out, lambda row: encoded(_row_out(*row)))
     return page
 
 
@@ -89,17 +92,6 @@ def _owner(router: Router, facts: RoutingInfo) -> Server | None:
     if known is None:
         return None
     return next((s for s in router.fleet.all_servers() if s.url == known.url), None)
-
-
-def _owner_note(owner: Server | None, facts: RoutingInfo) -> str:
-    if facts.previous is None:
-        return ""
-    if owner is not None:
-        return f"{owner.name} has the response that it continues: no other server is used."
-    return (
-        "It continues a response whose server is not known: all servers would be asked for it, and "
-        "the one that has it used."
-    )
 
 
 def policy_of(router: Router, fields: Mapping[str, str]) -> Policy | None:
@@ -193,34 +185,35 @@ def _explained_row(figures: _Figures, ranked: _Ranked) -> dict[str, Any]:
 
 def _note(
     candidates: Sequence[Server], ranked: Sequence[_Ranked], policy: Policy, now: float
-) -> str:
-    """A sentence about a special choice; empty for a normal one."""
+) -> Reason:
+    """The note on a special choice; NONE for a normal one."""
     if not any(server.passive_health.admits(now) for server in candidates):
-        return "Every server of the model is ejected; they are tried all the same."
+        return because("all_ejected")
     if all(now < server.backoff_until for server in candidates):
-        return "Every server of the model has just refused a request as too busy."
+        return because("all_full")
     if any(server.models is None for server in candidates):
-        return "No available server lists the model; some model lists could not be read."
+        return because("lists_unread")
     refusing = [server for server in candidates if server.refusals.count()]
     if refusing:
-        return f"{refusing[0].name} {refusing[0].refusals.reason()}. Such requests go elsewhere."
+        avoided = because("refuser_avoided", server=refusing[0].name)
+        return avoided.and_also(refusing[0].refusals.reason())
     # Other policies consider more than the score.
     if policy.name in ("adaptive", "least_load"):
         equals = sum(row.score == ranked[0].score for row in ranked)
         if equals > 1:
-            return f"{equals} servers are equal: any of them may be picked."
-    return ""
+            return because("equal_servers", n=equals)
+    return NONE
 
 
-def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> str:
+def _none_free(allowed: Sequence[Server], facts: RoutingInfo, router: Router) -> Reason:
     """Why no server is chosen, and what happens to the request."""
     model, gate = facts.model, router.proxy.context.gate
     if not allowed and model is not None and not router.fleet.knows(model):
-        return f"No server lists the model {model!r}."
-    why = "All servers of the model are at max_in_flight" if allowed else "No server is available"
+        return because("model_unknown", model=repr(model))
+    why = "capped" if allowed else "none"
     if gate is None or not _may_wait(router, facts):
-        return f"{why}: the request would get a {429 if allowed else 503}."
-    return f"{why}: the request would wait, {gate.ahead(model, facts.priority)[0]} ahead of it."
+        return because(f"{why}_refused")
+    return because(f"{why}_waits", n=gate.ahead(model, facts.priority)[0])
 
 
 def _may_wait(router: Router, facts: RoutingInfo) -> bool:
@@ -232,25 +225,41 @@ def _may_wait(router: Router, facts: RoutingInfo) -> bool:
     return (busy or model is None or router.fleet.knows(model)) and gate.ahead(model)[1]
 
 
-def _why_out(server: Server, model: str | None, now: float, owner: Server | None) -> dict[str, Any]:
+_OTHER_OWNER, _NOT_LISTED = because("other_owner"), because("not_listed")
+_LIST_UNREAD = because("list_unread")
+
+
+def _why_out(
+    server: Server, model: str | None, now: float, owner: Server | None
+) -> tuple[State, Reason]:
+    """The state of a server that is no candidate, and why it is none."""
     state, reason = server.current_state(now)
     if owner is not None and server is not owner:
-        reason = "does not have the response that the request continues"
+        reason = _OTHER_OWNER
     elif model is not None and server.models is not None and model not in server.models:
-        reason = "does not list the model"
+        reason = _NOT_LISTED
     elif state is State.EJECTED:
         left = server.passive_health.until - now
-        reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is under way"
+        reason = reason.and_also(_in("trial_in", left) if left > 0 else because("trial_runs"))
     elif state is State.SILENT:
         left = server.silence.until - now
-        reason += f"; a trial in {left:.1f} s" if left > 0 else "; a trial is due"
+        reason = reason.and_also(_in("trial_in", left) if left > 0 else because("trial_due"))
     elif state is State.REFUSING:
         moments = [moment - now for moment in server.refusals.moments() if moment > now]
-        reason += f"; tried again in {min(moments):.1f} s" if moments else "; tried again now"
+        reason = reason.and_also(_in("tried_in", min(moments)) if moments else because("tried_now"))
     elif state is State.FULL:
-        reason += f"; tried again in {server.backoff_until - now:.1f} s"
+        reason = reason.and_also(_in("tried_in", server.backoff_until - now))
     elif state is State.UP and server.at_cap:
-        reason = f"at max_in_flight: {server.in_flight} of {server.config.max_in_flight} in flight"
+        most = server.config.max_in_flight
+        reason = because("at_max_in_flight", n=server.in_flight, most=most)
     elif state is State.UP and model is not None:
-        reason = "model list could not be read, and another server lists the model"
-    return {"state": state, "reason": reason}
+        reason = _LIST_UNREAD
+    return state, reason
+
+
+def _row_out(figures: _Figures, state: State, reason: Reason) -> dict[str, Any]:
+    return {**figures._asdict(), "state": state, **reason_fields(reason)}
+
+
+def _in(code: str, seconds: float) -> Reason:
+    return because(code, seconds=f"{seconds:.1f}")

@@ -24,6 +24,13 @@ def _(text: str) -> Meta:
     return Meta(description=text)
 
 
+class Phrase(msgspec.Struct, frozen=True, gc=False):
+    """A text as a code with values, for translations."""
+
+    code: str
+    values: Annotated[dict[str, str], _("The values in the text, by name.")]
+
+
 class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One server. Rates are over the last five seconds."""
 
@@ -43,7 +50,14 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     reason_code: Annotated[
         str | None, _("A name for the reason, for translations; null if it has none.")
     ] = None
-    reason_values: Annotated[dict[str, str], _("The values in the reason, by name.")] = {}
+    reason_values: Annotated[
+        dict[str, str],
+        _(
+            "The values in the reason, by name. `in_row`, the number of failed checks in a row, "
+            "follows the text."
+        ),
+    ] = {}
+    reason_also: Annotated[list[Phrase], _("Further reasons, in order.")] = []
     since: Annotated[Time, _("When the state began.")]
     leaving: Annotated[
         bool, _("Taken out of the configuration; it vanishes with its last request.")
@@ -286,6 +300,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     reason: Annotated[str, _("Why, in words (kind state).")] = ""
     reason_code: Annotated[str | None, _("As of a server.")] = None
     reason_values: Annotated[dict[str, str], _("As of a server.")] = {}
+    reason_also: Annotated[list[Phrase], _("As of a server.")] = []
     count: Annotated[int | None, _("How often (kinds full, missed).")] = None
 
 

@@ -52,7 +52,7 @@ def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
         "name": server.name,
         "url": server.url,
         "state": state,
-        "reason": reason,
+        "reason": reason.text,
         "since": timestamp(since, wall_offset()),
         "draining": server.draining,
         "in_flight": server.in_flight,

@@ -12,6 +12,7 @@ import msgspec
 from vllm_router import __version__
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
+from vllm_router.fleet.reason import Reason
 from vllm_router.fleet.server import Server
 from vllm_router.observability.model_rows import AVAILABLE, ModelCount, ModelRow
 from vllm_router.observability.process import rss_bytes
@@ -20,7 +21,7 @@ from vllm_router.observability.tally import Tallies, Tally
 from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.web import schema
 from vllm_router.web.outages import Outages
-from vllm_router.web.reasons import code_of
+from vllm_router.web.reasons import reason_fields
 from vllm_router.web.router import Router
 from vllm_router.web.turned_away import TurnedAway
 
@@ -84,10 +85,9 @@ class Reading:
         return round(self._there / self.capacity, 4) if self.capacity else 0.0
 
     def _view(
-        self, server: Server, tally: Tally, state: str, reason: str, *, leaving: bool
+        self, server: Server, tally: Tally, state: str, reason: Reason, *, leaving: bool
     ) -> schema.ServerView:
         now = self.now
-        code, values = code_of(reason)
         metrics, load = server.metrics, server.load_estimate
         kv_usage = metrics.kv_usage if metrics is not None else None
         age = load.age(now) if load.scraped_at is not None else None
@@ -96,9 +96,7 @@ class Reading:
             url=server.url,
             models=server.models,
             state=state,
-            reason=reason,
-            reason_code=code,
-            reason_values=values,
+            **reason_fields(reason),
             since=round((server.state_since or self._started) + self.wall, 3),
             leaving=leaving,
             running=round(load.running, 1),

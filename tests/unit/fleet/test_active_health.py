@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.fleet_makers import detail
 from vllm_router.fleet.active_health import ActiveHealth, Check
 from vllm_router.fleet.health_rules import FORGET_AFTER, HealthRules
 
@@ -24,7 +25,7 @@ def observe(health: ActiveHealth, marks: str, now: float, every: float = 1.0) ->
 
 def test_new_health_is_unknown_and_settled():
     health = make()
-    assert (health.up, health.reason, health.settled, health.damped) == (
+    assert (health.up, health.reason.text, health.settled, health.damped) == (
         None,
         "not probed yet",
         True,
@@ -58,28 +59,28 @@ def test_rules_of_same_window_keep_it_and_of_another_shorten_it():
 
 def test_first_check_that_fails_gives_its_detail_as_reason():
     health = make()
-    assert health.observe(BAD, 0.01, 1.0, "HTTP 500") is True
-    assert (health.up, health.reason) == (False, "HTTP 500")
+    assert health.observe(BAD, 0.01, 1.0, detail("HTTP 500")) is True
+    assert (health.up, health.reason.text) == (False, "HTTP 500")
     health = make()
     assert health.observe_scrape(False, 1.0) is True
-    assert (health.up, health.reason) == (False, "unreachable")
+    assert (health.up, health.reason.text) == (False, "unreachable")
     health = make()
-    assert health.observe_scrape(False, 1.0, "refused") is True
-    assert health.reason == "refused"
+    assert health.observe_scrape(False, 1.0, detail("refused")) is True
+    assert health.reason.text == "refused"
 
 
 def test_reason_of_down_server_follows_other_failures_only():
     health = make(fall=2)
     observe(health, ".", 0.0)
-    health.observe(BAD, 0.01, 2.0, "HTTP 500")
-    health.observe(BAD, 0.01, 3.0, "HTTP 500")
-    assert health.reason == "HTTP 500 (2 checks in a row)"
-    assert health.observe(BAD, 0.01, 4.0, "HTTP 500") is False
-    assert health.reason == "HTTP 500 (2 checks in a row)"
+    health.observe(BAD, 0.01, 2.0, detail("HTTP 500"))
+    health.observe(BAD, 0.01, 3.0, detail("HTTP 500"))
+    assert health.reason.text == "HTTP 500 (2 checks in a row)"
+    assert health.observe(BAD, 0.01, 4.0, detail("HTTP 500")) is False
+    assert health.reason.text == "HTTP 500 (2 checks in a row)"
     assert health.observe(GOOD, 0.01, 5.0) is False
-    assert health.reason == "HTTP 500 (2 checks in a row)"
-    assert health.observe(BAD, 0.01, 6.0, "HTTP 502") is False
-    assert health.reason == "HTTP 502"
+    assert health.reason.text == "HTTP 500 (2 checks in a row)"
+    assert health.observe(BAD, 0.01, 6.0, detail("HTTP 502")) is False
+    assert health.reason.text == "HTTP 502"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_window_at_smallest_allowed_rate_keeps_server_up():
     assert health.up
     observe(health, "x", 4.0)
     assert not health.up
-    assert health.reason == "only 50% of the last 4 checks were good"
+    assert health.reason.text == "only 50% of the last 4 checks were good"
 
 
 def test_window_is_judged_only_once_it_is_full():
@@ -134,7 +135,7 @@ def test_window_is_judged_only_once_it_is_full():
 def test_window_is_empty_after_return():
     health = make(fall=2, rise=2)
     observe(health, ".xx..", 0.0)
-    assert (health.up, health.reason, len(health.window)) == (True, "", 0)
+    assert (health.up, health.reason.text, len(health.window)) == (True, "", 0)
 
 
 # -- damping -----------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_damping_begins_with_the_first_good_check_after_the_last_failure():
     now = observe(health, "..", now)
     assert health.damped is True
     assert health.observe(GOOD, 0.01, first + 4.9) is False
-    assert health.reason == "went down 2 times: back after 5 s of good checks"
+    assert health.reason.text == "went down 2 times: back after 5 s of good checks"
     assert health.observe(GOOD, 0.01, first + 5.0) is True
     assert (health.up, health.damped) == (True, False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.fleet_makers import make_fleet
+from support.fleet_makers import detail, make_fleet
 from vllm_router.fleet.health_rules import HealthRules
 from vllm_router.fleet.passive_health import PassiveHealth
 from vllm_router.fleet.refusals import DOUBTS, FORGET_AFTER, LONGEST, Refusals
@@ -18,10 +18,10 @@ ROUTE = "/v1/responses"
 
 def test_silence_suspected_again_when_its_trial_is_due_lasts_longer():
     silence = Silence()
-    assert silence.suspect(0.0, 10.0, "first", 5.0)
-    assert not silence.suspect(1.0, 14.9, "too early", 5.0)
-    assert silence.suspect(1.0, 15.0, "again", 5.0)
-    assert (silence.since, silence.reason, silence.until) == (0.0, "again", 25.0)
+    assert silence.suspect(0.0, 10.0, detail("first"), 5.0)
+    assert not silence.suspect(1.0, 14.9, detail("too early"), 5.0)
+    assert silence.suspect(1.0, 15.0, detail("again"), 5.0)
+    assert (silence.since, silence.reason.text, silence.until) == (0.0, "again", 25.0)
 
 
 def test_stand_still_begins_anew_at_signs_of_work_alone():
@@ -63,7 +63,7 @@ def test_refusals_reason_names_three(count, shown, more):
     refusals = Refusals()
     for number in range(count):
         refusals.refused(f"/{number}", 0, "404", 1.0, hold=5.0, body=1, sure=True)
-    reason = refusals.reason()
+    reason = refusals.reason().text
     assert reason.count("404") == shown
     assert reason.endswith(more or "404")
 

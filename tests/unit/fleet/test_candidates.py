@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
+from support.fleet_makers import come_up, detail, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.candidates import choose, is_fully_healthy, next_rank_change, rank
 from vllm_router.fleet.server import ChangeLog, Server
@@ -52,7 +52,7 @@ def test_rank_orders_reasons_against_a_server():
     healthy.backoff_until = 11.0
     assert (rank(healthy, 10.0), rank(healthy, 11.0)) == (1, 0)
     assert not is_fully_healthy(healthy, 10.0)
-    healthy.silence.suspect(0.0, 10.0, "silent", 5.0)
+    healthy.silence.suspect(0.0, 10.0, detail("silent"), 5.0)
     assert (rank(healthy, 10.0), rank(healthy, 15.0)) == (2, 0)
 
 
@@ -102,7 +102,7 @@ def test_next_rank_change_is_the_first_moment_to_come():
     (server,) = make_fleet(1).servers.values()
     assert next_rank_change(server, 10.0) is None
     server.backoff_until = 20.0
-    server.silence.suspect(0.0, 10.0, "silent", 5.0)
+    server.silence.suspect(0.0, 10.0, detail("silent"), 5.0)
     assert next_rank_change(server, 10.0) == 15.0
     assert next_rank_change(server, 15.0) == 20.0
     assert next_rank_change(server, 20.0) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.fleet_makers import come_up, eject, gauges, go_down, make_fleet
+from support.fleet_makers import come_up, detail, eject, gauges, go_down, make_fleet
 from vllm_router.fleet.active_health import ActiveHealth, Check
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.health_rules import HealthRules
@@ -40,7 +40,8 @@ def test_ejection_rate_far_above_others_ejects():
     fleet.settle(2.0)
     assert fleet.servers["a"].state is State.EJECTED
     assert (
-        "67% of its last 12 requests succeeded, 100% elsewhere" in fleet.servers["a"].state_reason
+        "67% of its last 12 requests succeeded, 100% elsewhere"
+        in fleet.servers["a"].state_reason.text
     )
 
 
@@ -120,7 +121,7 @@ def test_ejection_restored_server_starts_without_old_failures():
     passive_health = PassiveHealth(HealthRules())
     for _ in range(9):
         passive_health.failed(1.0, trial=False)
-    passive_health.eject(2.0, 1.0, "test")
+    passive_health.eject(2.0, 1.0, detail("test"))
     assert passive_health.succeeded(3.0, trial=True)
     assert passive_health.success_rate(3.0) == (1.0, 0)
     passive_health.failed(3.5, trial=False)
@@ -132,7 +133,7 @@ def test_ejection_ejected_server_at_fault_is_not_ejected_again():
     health = PassiveHealth(rules)
     for _ in range(9):
         health.failed(1.0, trial=False, body=7)
-    health.eject(1.0, 1.0, "test")
+    health.eject(1.0, 1.0, detail("test"))
     until, ejections = health.until, health.ejections
     assert not health.answered_elsewhere(7, 2.0, jitter=1.0, allowed=True)
     assert (health.until, health.ejections) == (until, ejections)
@@ -228,7 +229,7 @@ def test_ejection_repeats_count_once_another_server_answers_the_body():
     assert not traffic.answered_elsewhere(9, 1.0, jitter=1.0, allowed=True)
     assert traffic.answered_elsewhere(7, 1.0, jitter=1.0, allowed=True)
     assert traffic.ejected
-    assert traffic.reason == "3 requests in a row failed"
+    assert traffic.reason.text == "3 requests in a row failed"
 
 
 def test_ejection_success_ends_row_of_repeats():
@@ -268,7 +269,7 @@ def test_damping_flapping_server_stays_out():
     assert not probes.up
     assert probes.damped
     assert probes.times_down == 2
-    assert "went down 2 times: back after 5 s of good checks" in probes.reason
+    assert "went down 2 times: back after 5 s of good checks" in probes.reason.text
 
 
 def test_damping_ends_after_enough_good_checks():
@@ -320,7 +321,7 @@ def test_damping_server_is_used_only_while_checks_are_good():
     a.checked(GOOD, 0.01, 2.5)
     assert fleet.candidates("m", 2.5) == (a,)
     assert a.state is State.DOWN
-    assert a.state_reason == "went down 2 times: back after 5 s of good checks"
+    assert a.state_reason.text == "went down 2 times: back after 5 s of good checks"
     a.checked(NO, 0.01, 3.0)
     assert fleet.candidates("m", 3.0) == ()
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 
-from support.fleet_makers import gauges
+from support.fleet_makers import detail, gauges
 from vllm_router.fleet.engine_activity import EngineActivity
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.load import LoadEstimate
+from vllm_router.fleet.reason import NONE
 from vllm_router.fleet.silence import LONGEST, STILL_FOR, Silence, StandStill
 
 # -- the suspicion ---------------------------------------------------------------------------------
@@ -17,7 +18,7 @@ from vllm_router.fleet.silence import LONGEST, STILL_FOR, Silence, StandStill
 
 def test_silence_new_has_no_suspicion_and_no_trial():
     silence = Silence()
-    assert (silence.since, silence.reason, silence.trial) == (None, "", False)
+    assert (silence.since, silence.reason.text, silence.trial) == (None, "", False)
     assert silence.admits(0.0) is True
     assert silence.start_trial(100.0) is False
     assert silence.trial is False
@@ -26,44 +27,44 @@ def test_silence_new_has_no_suspicion_and_no_trial():
 
 def test_silence_second_suspicion_counts_only_once_a_trial_is_due():
     silence = Silence()
-    assert silence.suspect(1.0, 2.0, "first", 5.0) is True
-    assert silence.suspect(2.0, 6.9, "second", 5.0) is False
-    assert (silence.since, silence.until, silence.reason) == (1.0, 7.0, "first")
-    assert silence.suspect(3.0, 7.0, "second", 5.0) is True
-    assert (silence.since, silence.until, silence.reason) == (1.0, 17.0, "second")
+    assert silence.suspect(1.0, 2.0, detail("first"), 5.0) is True
+    assert silence.suspect(2.0, 6.9, detail("second"), 5.0) is False
+    assert (silence.since, silence.until, silence.reason.text) == (1.0, 7.0, "first")
+    assert silence.suspect(3.0, 7.0, detail("second"), 5.0) is True
+    assert (silence.since, silence.until, silence.reason.text) == (1.0, 17.0, "second")
 
 
 def test_silence_hold_grows_up_to_longest_or_to_longer_first_hold():
     for hold, last in ((5.0, LONGEST), (90.0, 90.0)):
         silence, now = Silence(), 0.0
         for _ in range(20):
-            silence.suspect(0.0, now, "", hold)
+            silence.suspect(0.0, now, NONE, hold)
             lasted, now = silence.until - now, silence.until
         assert lasted == last
 
 
 def test_silence_trial_starts_only_when_due_and_blocks_others():
     silence = Silence()
-    silence.suspect(0.0, 0.0, "", 5.0)
+    silence.suspect(0.0, 0.0, NONE, 5.0)
     assert silence.start_trial(4.9) is False
     assert silence.trial is False
     assert silence.admits(4.9) is False
     assert silence.admits(5.0) is True
     assert silence.start_trial(5.0) is True
     assert silence.admits(5.0) is False
-    silence.suspect(0.0, 6.0, "the trial stayed silent", 5.0)
+    silence.suspect(0.0, 6.0, detail("the trial stayed silent"), 5.0)
     assert silence.trial is False
 
 
 def test_silence_cleared_forgets_rounds_trial_and_reason():
     silence = Silence()
-    silence.suspect(0.0, 0.0, "", 5.0)
-    silence.suspect(0.0, 5.0, "why", 5.0)
+    silence.suspect(0.0, 0.0, NONE, 5.0)
+    silence.suspect(0.0, 5.0, detail("why"), 5.0)
     silence.start_trial(15.0)
     assert silence.clear() is True
-    assert (silence.since, silence.trial, silence.reason) == (None, False, "")
+    assert (silence.since, silence.trial, silence.reason.text) == (None, False, "")
     # Before the trial of the old suspicion was due: a new one begins all the same.
-    assert silence.suspect(11.0, 12.0, "", 5.0) is True
+    assert silence.suspect(11.0, 12.0, NONE, 5.0) is True
     assert (silence.since, silence.until) == (11.0, 17.0)
 
 
@@ -139,11 +140,11 @@ def test_activity_pause_is_a_change_once_and_resume_ends_silence():
     assert activity.pause(on=True, now=2.0) is True
     assert activity.pause(on=True, now=3.0) is False
     assert activity.paused_at == 2.0
-    activity.silence.suspect(0.0, 3.0, "", 5.0)
+    activity.silence.suspect(0.0, 3.0, NONE, 5.0)
     assert activity.pause(on=False, now=4.0) is True
     assert activity.paused_at is None
     assert activity.silence.since is None
-    activity.silence.suspect(0.0, 5.0, "", 5.0)
+    activity.silence.suspect(0.0, 5.0, NONE, 5.0)
     activity.pause(on=True, now=6.0)
     assert activity.silence.since == 0.0
     activity.reset()

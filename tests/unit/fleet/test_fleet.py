@@ -355,7 +355,7 @@ def test_fleet_transition_is_announced_once_without_requests():
     fleet.settle(20.0)
     fleet.settle(30.0)
     assert [change.new for change in changes[2:]] == [State.EJECTED]
-    assert changes[2].reason == "3 requests in a row failed"
+    assert changes[2].reason.text == "3 requests in a row failed"
 
 
 def test_fleet_retry_after_is_next_possible_change():

@@ -41,7 +41,7 @@ def test_health_configured_failures_in_a_row_take_server_down(bad):
     assert health.up
     assert health.observe(bad, 0.01, 0.0)
     assert not health.up
-    assert "3 checks in a row" in health.reason
+    assert "3 checks in a row" in health.reason.text
 
 
 def test_health_good_check_restarts_failure_count():
@@ -55,7 +55,7 @@ def test_health_configured_good_checks_in_a_row_bring_server_up():
     assert not health.observe(GOOD, 0.01, 0.0)
     assert health.observe(GOOD, 0.01, 0.0)
     assert health.up
-    assert health.reason == ""
+    assert health.reason.text == ""
 
 
 def test_health_recovery_outweighs_old_failures():
@@ -72,7 +72,7 @@ def test_health_window_with_too_few_good_checks_takes_server_down():
     assert health.up
     assert health.observe(GOOD, 0.01, 0.0)
     assert not health.up
-    assert "60% of the last 5" in health.reason
+    assert "60% of the last 5" in health.reason.text
 
 
 def test_health_window_of_slow_checks_takes_server_down():
@@ -83,7 +83,7 @@ def test_health_window_of_slow_checks_takes_server_down():
     assert health.mean_response_time == 1.5
     assert health.observe(GOOD, 1.5, 0.0)
     assert not health.up
-    assert "1.5 s" in health.reason
+    assert "1.5 s" in health.reason.text
 
 
 def test_health_settled_is_false_while_checks_contradict_state():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.fleet_makers import detail
 from vllm_router.fleet.health_rules import FORGET_AFTER, HealthRules
 from vllm_router.fleet.passive_health import (
     INVALID_REMEMBERED,
@@ -25,7 +26,12 @@ def fail(health: PassiveHealth, now: float, **more) -> bool:
 def test_passive_new_server_is_admitted_with_clean_record():
     health = make()
     assert (health.failures_in_row, health.ejections, health.ejected) == (0, 0, False)
-    assert (health.reason, health.until, health.trial, health.next_trial_at) == ("", 0.0, False, 0)
+    assert (health.reason.text, health.until, health.trial, health.next_trial_at) == (
+        "",
+        0.0,
+        False,
+        0,
+    )
     assert health.admits(0.0) is True
     assert health.start_trial(0.0) is False
     assert health.success_rate(0.0) == (1.0, 0)
@@ -117,7 +123,7 @@ def test_trials_begin_with_short_gap_after_each_ejection():
         health.start_trial(now)
     assert fail(health, 12.0, trial=True) is True
     assert health.trial is False
-    assert (health.until, health.reason) == (22.0, "its trial request failed")
+    assert (health.until, health.reason.text) == (22.0, "its trial request failed")
     health.start_trial(22.0)
     assert health.next_trial_at == 24.0
 
@@ -158,7 +164,7 @@ def test_ejection_lasts_by_jitter_and_number():
     health = make(threshold=1)
     assert fail(health, 10.0, jitter=1.2) is True
     assert health.until == pytest.approx(16.0)
-    assert (health.ejections, health.reason) == (1, "1 requests in a row failed")
+    assert (health.ejections, health.reason.text) == (1, "1 requests in a row failed")
 
 
 def test_ejection_not_allowed_leaves_server_in_service():
@@ -270,7 +276,7 @@ def test_odd_response_answered_elsewhere_ejects_none_unless_allowed():
     assert health.answered_elsewhere(1, 1.0, jitter=1.0, allowed=False) is False
     assert not health.ejected
     fail(health, 1.0, body=2, odd=True)
-    health.eject(1.0, 1.0, "test")
+    health.eject(1.0, 1.0, detail("test"))
     assert health.answered_elsewhere(2, 1.0, jitter=1.0, allowed=True) is False
     assert health.ejections == 1
 

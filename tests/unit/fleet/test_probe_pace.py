@@ -16,6 +16,7 @@ from vllm_router.fleet.probe_pace import (
     changed_recently,
     matters,
 )
+from vllm_router.fleet.reason import NONE
 from vllm_router.fleet.server import Server
 
 LATER = 1000.0
@@ -57,7 +58,7 @@ REASONS: dict[str, Callable[[Server], object]] = {
     "failed check": lambda server: server.checked(Check.TIMEOUT, 1.0, LATER),
     "ejected": lambda server: eject(server, LATER),
     "paused": lambda server: server.pause(on=True, now=LATER),
-    "silent": lambda server: server.silence.suspect(LATER, LATER, "", 1.0),
+    "silent": lambda server: server.silence.suspect(LATER, LATER, NONE, 1.0),
 }
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from support.fleet_makers import eject, gauges, make_config
+from support.fleet_makers import detail, eject, gauges, make_config, shown_state
 from support.watched_server import NEVER, Watched, watched
 from vllm_router.fleet.refusals import FORGET_AFTER, Asked
 from vllm_router.fleet.server import (
@@ -30,8 +30,8 @@ def test_server_new_has_nothing_known():
     assert (server.joined, server.draining, server.at_cap) == (False, False, False)
     assert (server.last_byte_at, server.recovered_at, server.went_down_at) == (NEVER, NEVER, NEVER)
     assert (server.backoff_until, server.checked_at, server.state_since) == (0.0, None, 0.0)
-    assert (server.state, server.state_reason) == (State.UNKNOWN, "not probed yet")
-    assert server.current_state(0.0) == (State.UNKNOWN, "not probed yet")
+    assert (server.state, server.state_reason.text) == (State.UNKNOWN, "not probed yet")
+    assert shown_state(server, 0.0) == (State.UNKNOWN, "not probed yet")
     assert server.usable is False
     assert repr(server) == "<Server a unknown 0/4>"
     assert Watched().cap == math.inf
@@ -75,11 +75,11 @@ def test_server_new_configuration_clears_refusals_that_it_may_end(then, kept):
 
 def test_server_without_active_checks_is_trusted_at_once_and_after_a_reload():
     server = Watched(enable_active_health_check=False)
-    assert (server.usable, server.active_health.reason) == (True, "")
+    assert (server.usable, server.active_health.reason.text) == (True, "")
     server = Watched()
     assert server.usable is False
     server.apply(server.config, make_config(1, enable_active_health_check=False).settings)
-    assert (server.usable, server.active_health.reason) == (True, "")
+    assert (server.usable, server.active_health.reason.text) == (True, "")
 
 
 # -- leases ------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_lease_of_ejected_server_is_a_trial_until_it_ends():
 
 def test_lease_of_silent_server_is_a_trial_once_one_is_due():
     server = watched(auto_recovery_threshold=5)
-    server.silence.suspect(0.0, 1.0, "why", 5.0)
+    server.silence.suspect(0.0, 1.0, detail("why"), 5.0)
     early = server.lease(5.9)
     assert (early.trial, server.reported()) == (False, False)
     trial = server.lease(6.0)
@@ -189,7 +189,7 @@ def test_server_fast_error_is_logged_only_with_a_penalty():
 def test_scrape_with_lower_counters_is_a_new_process():
     server = watched()
     server.accepted_elsewhere("/v1/x", 0, "404", 1.0, body=1, sure=True)
-    server.silence.suspect(0.0, 1.0, "why", 5.0)
+    server.silence.suspect(0.0, 1.0, detail("why"), 5.0)
     server.load_estimate.stuck = 1.0
     server.scraped(gauges(1, prompt_tokens=9), 2.0, 0)
     assert (server.restarts, server.recovered_at) == (0, NEVER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.fleet_makers import come_up, eject, gauges, go_down
+from support.fleet_makers import come_up, detail, eject, gauges, go_down, shown_state
 from support.watched_server import NEVER, Watched, watched
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.engine_metrics import EngineMetrics
@@ -57,18 +57,18 @@ def test_check_timeout_counts_unless_bytes_came_since_the_one_before():
     server = watched(now=9.0, health_check_consecutive_failures=1)
     server.checked(Check.GOOD, 1.0, 10.0)
     server.last_byte_at = 9.0
-    assert server.checked(Check.TIMEOUT, 2.0, 12.0, "slow") is False
+    assert server.checked(Check.TIMEOUT, 2.0, 12.0, detail("slow")) is False
     assert (server.usable, server.checked_at) == (True, 12.0)
     server.last_byte_at = 9.9
-    assert server.checked(Check.TIMEOUT, 2.0, 14.0, "slow") is True
+    assert server.checked(Check.TIMEOUT, 2.0, 14.0, detail("slow")) is True
     assert (server.usable, server.went_down_at) == (False, 14.0)
-    assert server.current_state(14.0) == (State.DOWN, "slow (1 checks in a row)")
+    assert shown_state(server, 14.0) == (State.DOWN, "slow (1 checks in a row)")
 
 
 def test_check_first_one_that_times_out_takes_server_down():
     server = Watched()
-    assert server.checked(Check.TIMEOUT, 2.0, 2.0, "slow") is True
-    assert server.current_state(2.0) == (State.DOWN, "slow")
+    assert server.checked(Check.TIMEOUT, 2.0, 2.0, detail("slow")) is True
+    assert shown_state(server, 2.0) == (State.DOWN, "slow")
 
 
 def test_scrape_before_the_first_check_changes_nothing():
@@ -88,10 +88,14 @@ def test_check_that_takes_server_down_reports_and_its_return_clears():
     assert not server.reported()
     assert server.scrape_reached(True, 1.6) is False
     assert not server.reported()
-    assert [server.scrape_reached(False, 2.0, "refused") for _ in range(3)] == [False, False, True]
+    assert [server.scrape_reached(False, 2.0, detail("refused")) for _ in range(3)] == [
+        False,
+        False,
+        True,
+    ]
     assert server.reported()
     assert server.went_down_at == 2.0
-    assert server.current_state(2.0) == (State.DOWN, "refused (3 checks in a row)")
+    assert shown_state(server, 2.0) == (State.DOWN, "refused (3 checks in a row)")
     assert server.backoff_until == 101.0
     assert server.checked(Check.GOOD, 0.1, 3.0) is False
     assert server.reported()
@@ -164,7 +168,7 @@ def test_answer_to_a_trial_ends_ejection():
 
 def test_answer_ends_silence_only_with_output_since_its_start():
     server = watched()
-    server.silence.suspect(4.0, 5.0, "why", 5.0)
+    server.silence.suspect(4.0, 5.0, detail("why"), 5.0)
     server.activity.output_at = 4.0
     server.answered(6.0, trial=False)
     assert server.silence.since == 4.0
@@ -204,13 +208,13 @@ def test_failures_answered_elsewhere_eject():
 
 def test_eject_and_drain_are_reported():
     server = watched()
-    server.eject(1.0, 1.0, "test")
+    server.eject(1.0, 1.0, detail("test"))
     assert server.reported()
-    assert server.current_state(1.0) == (State.EJECTED, "test")
+    assert shown_state(server, 1.0) == (State.EJECTED, "test")
     server.lease(1.0)
     server.drain(on=True)
     assert server.reported()
-    assert server.current_state(1.0) == (State.DRAINING, "draining, 1 in flight")
+    assert shown_state(server, 1.0) == (State.DRAINING, "draining, 1 in flight")
     server.drain(on=False)
     assert server.reported()
 
@@ -241,12 +245,12 @@ def test_output_is_from_committed_leases_or_finished_ones():
 def test_starved_request_makes_server_silent_unless_another_had_output():
     server = watched(auto_recovery_threshold=5)
     server.activity.output_at = 2.0
-    server.request_starved(1.9, 4.0, "why")
+    server.request_starved(1.9, 4.0, detail("why"))
     assert (server.silence.since, server.reported()) == (None, False)
-    server.request_starved(2.0, 4.0, "why")
+    server.request_starved(2.0, 4.0, detail("why"))
     assert (server.silence.since, server.silence.until, server.reported()) == (2.0, 9.0, True)
-    assert server.current_state(4.0) == (State.SILENT, "why")
-    server.request_starved(2.0, 5.0, "why")
+    assert shown_state(server, 4.0) == (State.SILENT, "why")
+    server.request_starved(2.0, 5.0, detail("why"))
     assert not server.reported()
 
 
@@ -286,7 +290,7 @@ def test_stand_still_with_own_requests_is_silence():
     server.lease(99.0)
     watch(server, STILL_FOR, gauges(1, prompt_tokens=5))
     assert (server.silence.since, server.silence.until) == (100.0, 115.0)
-    assert server.silence.reason == "no token for 10 s while 1 requests wait on it"
+    assert server.silence.reason.text == "no token for 10 s while 1 requests wait on it"
     assert server.load_estimate.stuck == 0.0
     assert server.reported()
 
@@ -295,7 +299,7 @@ def test_stand_still_without_own_requests_makes_gauges_stuck_until_they_fall():
     server = watched(auto_recovery_threshold=5)
     watch(server, STILL_FOR, gauges(2, 1, prompt_tokens=5))
     assert (server.silence.since, server.silence.until) == (100.0, 110.0)
-    assert server.silence.reason == "its load stands still at 3"
+    assert server.silence.reason.text == "its load stands still at 3"
     assert (server.load_estimate.stuck, server.load) == (3.0, 0.0)
     assert server.reported()
     server.scraped(gauges(1, 1, prompt_tokens=5), 111.0, 0)
@@ -327,7 +331,7 @@ def test_stand_still_with_metrics_out_of_date_keeps_stuck_requests():
 
 def test_silence_ends_on_a_scrape_interval_with_output():
     server = watched()
-    server.silence.suspect(4.0, 5.0, "why", 5.0)
+    server.silence.suspect(4.0, 5.0, detail("why"), 5.0)
     server.look_for_silence(6.0)
     assert server.silence.since == 4.0
     assert not server.reported()
@@ -344,15 +348,15 @@ def test_state_of_paused_silent_and_full_server_has_reasons():
     server = watched()
     server.refused(1.0, 5.0)
     assert server.reported()
-    assert server.current_state(5.9) == (State.FULL, "it refused a request as too busy")
-    assert server.current_state(6.0) == (State.UP, "")
+    assert shown_state(server, 5.9) == (State.FULL, "it refused a request as too busy")
+    assert shown_state(server, 6.0) == (State.UP, "")
     server.pause(on=True, now=1.0)
-    assert server.current_state(1.0) == (
+    assert shown_state(server, 1.0) == (
         State.PAUSED,
         "its engine was paused through the router: POST /resume",
     )
     server.scraped(gauges(0, asleep=True), 2.0, 0)
-    assert server.current_state(2.0) == (State.ASLEEP, "the engine sleeps")
+    assert shown_state(server, 2.0) == (State.ASLEEP, "the engine sleeps")
 
 
 @pytest.mark.parametrize(("joined", "recovered"), [(False, NEVER), (True, 3.0)])
@@ -362,7 +366,7 @@ def test_state_of_joined_server_starts_slowly_when_first_known(joined, recovered
     come_up(server, 3.0)
     change = server.update_state(3.0)
     assert change is not None
-    assert (change.server, change.old, change.new, change.reason) == (
+    assert (change.server, change.old, change.new, change.reason.text) == (
         *("a", State.UNKNOWN, State.UP),
         "",
     )
@@ -370,7 +374,7 @@ def test_state_of_joined_server_starts_slowly_when_first_known(joined, recovered
     server.refused(4.0, 9.0)
     server.update_state(5.0)
     assert (server.recovered_at, server.state_since) == (recovered, 5.0)
-    assert server.state_reason == "it refused a request as too busy"
+    assert server.state_reason.text == "it refused a request as too busy"
 
 
 def test_state_after_sleep_starts_slowly():

@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from support.fleet_makers import gauges, make_fleet
+from support.fleet_makers import detail, gauges, make_fleet
 from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import (
     DONE,
@@ -53,13 +53,13 @@ async def comments_only(talk: Talk) -> None:
 
 def test_silence_probation_interval_grows():
     silence = Silence()
-    assert silence.suspect(0.0, 2.0, "why", 5.0)
-    assert not silence.suspect(1.0, 3.0, "why", 5.0)
+    assert silence.suspect(0.0, 2.0, detail("why"), 5.0)
+    assert not silence.suspect(1.0, 3.0, detail("why"), 5.0)
     assert not silence.admits(6.9)
     assert silence.admits(7.0)
     assert silence.start_trial(7.0)
     assert not silence.admits(8.0)
-    assert silence.suspect(7.0, 12.0, "why", 5.0)
+    assert silence.suspect(7.0, 12.0, detail("why"), 5.0)
     assert (silence.since, silence.until) == (0.0, 22.0)
     assert silence.clear()
     assert silence.admits(0.0)
@@ -377,7 +377,7 @@ def test_frozen_gauges_of_hung_engine_keep_it_unused():
         assert trial.trial
         now = max(now, a.silence.until) + TRIAL_PATIENCE
         trial.release()
-        a.request_starved(trial.taken_at, now, "still silent")
+        a.request_starved(trial.taken_at, now, detail("still silent"))
         assert names(fleet.candidates("m", now)) == "b"
         assert a.state is State.SILENT
 

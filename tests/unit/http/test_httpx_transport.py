@@ -27,7 +27,7 @@ from support.scripted_server import (
 )
 from vllm_router.errors import ConnectFailed
 from vllm_router.http.client.httpx_transport import HttpxTransport
-from vllm_router.http.client.pool import Pool
+from vllm_router.http.client.pool import Doing, Pool
 from vllm_router.runtime.probe_results import error_text
 
 
@@ -158,9 +158,9 @@ async def test_httpx_transport_wait_state_is_cleared_when_sent(autojump_clock):
         response = await carrier.handle_async_request(request)
         await response.aread()
         await response.aclose()
-        pool.doing = "connection"  # of another request, which was cancelled
+        pool.doing = Doing.CONNECTION  # of another request, which was cancelled
         response = await carrier.handle_async_request(request)
-        assert carrier.doing == ""
+        assert carrier.doing is None
         await response.aclose()
         await carrier.aclose()
         nursery.cancel_scope.cancel()

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from support.fleet_makers import eject, gauges, make_fleet
+from support.fleet_makers import detail, eject, gauges, make_fleet
 from support.proxy_harness import Client, Rig, lab
 from support.scripted_server import (
     END,
@@ -334,7 +334,7 @@ async def test_silent_attempt_that_cannot_go_elsewhere_stays(autojump_clock, mon
         elif why == "ejected":
             eject(other, now)
         elif why == "silent":
-            other.silence.suspect(now, now, "silent", 5.0)
+            other.silence.suspect(now, now, detail("silent"), 5.0)
         assert not moving.moves
         assert await moving.end() is Outcome.CLIENT_GONE
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import trio
 
-from support.fleet_makers import eject, make_config
+from support.fleet_makers import eject, make_config, shown_state
 from support.proxy_harness import Rig, lab
 from support.scripted_server import (
     GOOD,
@@ -197,7 +197,7 @@ async def test_refusing_server_is_passed_over_and_marked(autojump_clock, what, r
             assert (got.status, got.body) == (200, b'{"answer":1}')
         assert rig.requests() == {"a": 1, "b": 20}
         assert failures(rig, "a") == 0
-        state, reason = rig.server("a").current_state(trio.current_time())
+        state, reason = shown_state(rig.server("a"), trio.current_time())
         assert state is State.REFUSING
         assert RESPONSES in reason
 
@@ -417,5 +417,5 @@ async def test_listed_model_still_not_found_marks_server_for_it(autojump_clock):
             rig.prefer("a")
             assert (await rig.post({"model": "lora", "n": number})).status == 200
         assert rig.requests()["a"] == 3
-        state, reason = rig.server("a").current_state(trio.current_time())
+        state, reason = shown_state(rig.server("a"), trio.current_time())
         assert (state, "model lora" in reason) == (State.REFUSING, True)

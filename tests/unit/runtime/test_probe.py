@@ -243,7 +243,7 @@ async def test_probe_refused_port_is_down_fast(autojump_clock, monkeypatch):
         assert name == "a"
         assert at - began < 1.6
         assert rig.state is State.DOWN
-        assert "checks in a row" in rig.server.state_reason
+        assert "checks in a row" in rig.server.state_reason.text
 
 
 async def test_probe_out_of_descriptors_takes_no_server_down(autojump_clock, monkeypatch):
@@ -267,7 +267,7 @@ async def test_probe_hung_server_is_down_after_three_timeouts(autojump_clock, mo
         await trio.sleep(8)
         ((_, at),) = rig.went_down
         assert at - began < 6
-        assert "no answer to /health in 1 s" in rig.server.state_reason
+        assert "no answer to /health in 1 s" in rig.server.state_reason.text
 
 
 async def test_probe_failing_health_is_down_despite_metrics(autojump_clock, monkeypatch):
@@ -275,7 +275,7 @@ async def test_probe_failing_health_is_down_despite_metrics(autojump_clock, monk
         rig.engine.answers["/health"] = 503
         await trio.sleep(5)
         assert rig.state is State.DOWN
-        assert "/health answered 503" in rig.server.state_reason
+        assert "/health answered 503" in rig.server.state_reason.text
 
 
 async def test_probe_hanging_metrics_do_not_take_server_down(autojump_clock, monkeypatch):

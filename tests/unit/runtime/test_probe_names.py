@@ -15,7 +15,7 @@ from random import Random
 import pytest
 import trio
 
-from support.fleet_makers import make_config
+from support.fleet_makers import make_config, shown_state
 from support.scripted_server import (
     Script,
     ScriptedServer,
@@ -78,7 +78,7 @@ class World:
 
     @property
     def state(self) -> tuple[State, str]:
-        return self.server.current_state(trio.current_time())
+        return shown_state(self.server, trio.current_time())
 
     async def until(self, condition: Callable[[], bool]) -> float:
         """Seconds until the condition holds."""

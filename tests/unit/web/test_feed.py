@@ -10,10 +10,11 @@ import msgspec
 import pytest
 import trio
 
-from support.fleet_makers import come_up, gauges, go_down
+from support.fleet_makers import come_up, detail, gauges, go_down
 from support.shared_bus import shared_status
 from support.web_harness import TOML, Lab, make_record
 from vllm_router.fleet.capacity import ASSUMED
+from vllm_router.fleet.reason import NONE
 from vllm_router.fleet.state import State, Transition
 from vllm_router.http.request_ids import DEMO_PREFIX
 from vllm_router.proxy.record import Phase
@@ -297,8 +298,8 @@ def test_feed_full_and_up_again_are_one_event_a_minute():
     log = EventLog(announced.append, lambda: 0.0)
     for server, times in (("a", 37), ("b", 1)):
         for _ in range(times):
-            log.transition(Transition(server, State.UP, State.FULL, "it refused a request"))
-            log.transition(Transition(server, State.FULL, State.UP, ""))
+            log.transition(Transition(server, State.UP, State.FULL, detail("it refused a request")))
+            log.transition(Transition(server, State.FULL, State.UP, NONE))
     for _ in range(FULL_PERIOD):
         log.second()
     assert [event.text for event in announced] == [
@@ -308,7 +309,7 @@ def test_feed_full_and_up_again_are_one_event_a_minute():
     for _ in range(FULL_PERIOD):
         log.second()
     assert len(announced) == 2
-    log.transition(Transition("a", State.FULL, State.DOWN, "unreachable"))
+    log.transition(Transition("a", State.FULL, State.DOWN, detail("unreachable")))
     assert announced[-1].kind == "state"
 
 

@@ -13,7 +13,7 @@ import trio
 
 from vllm_router.errors import ConnectFailed, ConnectionLost, OwnFault, ProtocolViolation
 from vllm_router.http.client.connection import Connection
-from vllm_router.http.client.pool import Pool
+from vllm_router.http.client.pool import Doing, Pool
 from vllm_router.http.response_head import ResponseHead
 
 
@@ -27,8 +27,8 @@ class HttpxTransport(httpx.AsyncBaseTransport):
         self._pool = pool
 
     @property
-    def doing(self) -> str:
-        """The wait of a request before it is sent, see `Pool.doing`; empty afterwards."""
+    def doing(self) -> Doing | None:
+        """The wait of a request before it is sent; None afterwards."""
         return self._pool.doing
 
     @property
@@ -55,7 +55,7 @@ class HttpxTransport(httpx.AsyncBaseTransport):
             if connection is None:
                 connection = await pool.open(now)
             else:
-                pool.doing = ""  # a cancelled attempt may have left it set
+                pool.doing = None  # a cancelled attempt may have left it set
             try:
                 await connection.send(head, body)
                 return connection, await connection.read_head()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import ssl
 from urllib.parse import urlsplit
 
@@ -18,14 +19,19 @@ from vllm_router.http.head_cache import ResponseCache
 IDLE_LIMIT = 3.0
 """Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
 
-_CONNECTION, _HANDSHAKE = "connection", "TLS handshake"
-"""Values of `Pool.doing`."""
+
+class Doing(enum.StrEnum):
+    """What a new connection waits for."""
+
+    CONNECTION = "connection"
+    HANDSHAKE = "TLS handshake"
+    RESOLVER = "answer of the resolver"
 
 
 class Pool:
     """Opens connections and keeps idle ones on a stack, the last used on top. O(1).
 
-    `doing` describes the wait of a new connection; empty while none is being opened.
+    `doing` is None while no connection is being opened.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class Pool:
         self._literal = literal_address(self.host, self.port)
         self._name = None if self._literal else (resolver or Resolver()).name(self.host)
         self._spread = spread
-        self.doing = ""
+        self.doing: Doing | None = None
         self.opened = 0
         self.closed = False
 
@@ -69,16 +75,16 @@ class Pool:
     async def open(self, now: float) -> Connection:
         """A new connection; the caller bounds the time. Raises ConnectFailed or OwnFault."""
         if self._literal is not None:
-            self.doing = _CONNECTION
+            self.doing = Doing.CONNECTION
             sock = await connect(self._literal)
             if self._tls is None:
                 transport: Transport = PlainTransport(sock)
             else:
-                self.doing = _HANDSHAKE
+                self.doing = Doing.HANDSHAKE
                 transport = await start_tls(sock, self.host, self._tls)
         else:
             transport = await self._open_by_name()
-        self.doing = ""
+        self.doing = None
         self.opened += 1
         return Connection(transport, self._cache)
 
@@ -89,13 +95,13 @@ class Pool:
 
     async def _open_by_name(self) -> Transport:
         assert self._name is not None
-        self.doing = _CONNECTION if self._name.hosts else f"answer of the resolver for {self.host}"
+        self.doing = Doing.CONNECTION if self._name.hosts else Doing.RESOLVER
         race = Race(self._name, self.port, self.opened if self._spread else 0)
         while True:
             sock, address = await race.next()
             if self._tls is None:
                 return PlainTransport(sock)
-            self.doing = _HANDSHAKE
+            self.doing = Doing.HANDSHAKE
             try:
                 return await start_tls(sock, self.host, self._tls)
             except ConnectFailed as failure:

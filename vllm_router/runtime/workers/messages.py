@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
+from vllm_router.fleet.reason import Reason
 from vllm_router.fleet.refusals import Asked, Refusal
 from vllm_router.routing.owners import Entry
 from vllm_router.routing.server_estimate import PrefixStatistics
@@ -168,11 +169,11 @@ class ServerState(msgspec.Struct, array_like=True):
 
     url: str
     up: bool | None
-    reason: str
+    reason: Reason
     damped: bool
     ejected: bool
     ejected_until: float
-    ejected_for: str
+    ejected_for: Reason
     backoff_until: float
     recovered_at: float
     went_down_at: float
@@ -186,7 +187,7 @@ class ServerState(msgspec.Struct, array_like=True):
     refusals: tuple[Refusal, ...]
     silent_since: float | None
     silent_until: float
-    silent_for: str
+    silent_for: Reason
     stuck: float
     paused_at: float | None
     capacity: float

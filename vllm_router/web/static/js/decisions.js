@@ -5,6 +5,7 @@ import { byId, make } from "./dom.js";
 import { NONE, clock, moment, seconds } from "./format.js";
 import { ask } from "./fetch.js";
 import { t } from "./i18n.js";
+import { outcomeText } from "./reasons.js";
 
 const EVERY = 2000;
 const SHOWN = 200;
@@ -13,8 +14,8 @@ const COLUMNS = [
   ["colTime", (row) => clock(row.time)],
   ["colModel", (row) => (row.served_model ? `${row.model} → ${row.served_model}` : row.model ?? NONE)],
   ["colServer", (row) => row.server ?? NONE],
-  ["colStatus", (row) => `${row.status || NONE} ${row.code ?? row.outcome}`],
-  ["colAttempts", (row) => [row.attempts, ...row.retries].join(", ")],
+  ["colStatus", (row) => `${row.status || NONE} ${outcomeText(row.code ?? row.outcome)}`],
+  ["colAttempts", (row) => [row.attempts, ...row.retries.map(outcomeText)].join(", ")],
   ["colWaited", (row) => (row.waited_seconds ? seconds(row.waited_seconds) : NONE)],
   ["colFirst", (row) => seconds(row.first_byte_seconds)],
   ["colDuration", (row) => seconds(row.duration_seconds)],

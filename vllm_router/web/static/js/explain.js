@@ -5,6 +5,7 @@ import { byId, make } from "./dom.js";
 import { count, percent } from "./format.js";
 import { ask } from "./fetch.js";
 import { t } from "./i18n.js";
+import { reasonText, termText } from "./reasons.js";
 
 const figure = (value) => (Math.abs(value) < 10000 ? String(Number(value.toPrecision(4))) : count(value));
 
@@ -82,7 +83,7 @@ export class Explain {
     const terms = Object.keys(found.candidates[0]?.parts ?? {})
       .filter((name) => found.candidates.some((row) => row.parts[name]));
     const head = ["colServer", "colLoad", "colScore"].map((title) => t(title))
-      .concat(terms.map((name) => name.replaceAll("_", " ")), t("colWhyOut"));
+      .concat(terms.map(termText), t("colWhyOut"));
     const line = (row, cells) => make("tr", { role: "row", "data-picked": row.server === found.picked || null },
       make("th", { scope: "row", role: "rowheader" }, row.server),
       make("td", { role: "cell", class: "figure" }, percent(row.load)),
@@ -90,7 +91,7 @@ export class Explain {
     const blank = terms.map(() => "");
     result.replaceChildren(
       make("p", { class: "verdict" }, sentence(found)),
-      ...(found.note ? [make("p", { class: "quiet" }, found.note)] : []),
+      ...(found.note ? [make("p", { class: "quiet" }, reasonText(found, "note"))] : []),
       make("p", { class: "quiet" }, t("explainPolicy", { policy: found.policy })),
       make("div", { class: "panel table-panel", tabindex: "0", role: "region", "aria-label": t("explainTable") },
         make("table", { role: "table" },
@@ -101,7 +102,7 @@ export class Explain {
               row.score === null ? "" : figure(row.score),
               ...terms.map((name) => figure(row.parts[name] ?? 0)), "",
             ])),
-            ...found.out.map((row) => line(row, ["", ...blank, `${t(`state_${row.state}`)}: ${row.reason}`]))))),
+            ...found.out.map((row) => line(row, ["", ...blank, `${t("stateAndReason", { state: t(`state_${row.state}`), reason: reasonText(row) })}`]))))),
       ...(found.formula ? [make("pre", { class: "formula" }, found.formula.replaceAll("; ", "\n"))] : []),
     );
   }

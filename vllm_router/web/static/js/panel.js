@@ -6,7 +6,7 @@ import {
   NONE, axisCount, axisSeconds, clock, count, latency, moment, percent, rate, seconds,
 } from "./format.js";
 import { ask } from "./fetch.js";
-import { reasonText } from "./reasons.js";
+import { outcomeText, reasonText } from "./reasons.js";
 import { t } from "./i18n.js";
 import { makePlot } from "./plot.js";
 
@@ -65,7 +65,7 @@ const CHARTS = [
 class SmallChart {
   constructor(spec, parent) {
     this.spec = spec;
-    this.title = make("h4");
+    this.title = make("h3");
     this.legend = make("p", { class: "legend" });
     this.values = spec.series.map((one) => {
       const [name, value] = [make("span"), make("b")];
@@ -217,7 +217,7 @@ export class Panel {
     if (name !== this.name || found.problem || failed.problem) return;
     const item = (row) => make("li", { "data-mood": row.failed ? "bad" : "none" },
       make("time", {}, clock(row.time)),
-      make("span", {}, `${row.model ?? NONE} · ${row.status || NONE} ${row.code ?? row.outcome} · ${seconds(row.duration_seconds)}`));
+      make("span", {}, `${row.model ?? NONE} · ${row.status || NONE} ${outcomeText(row.code ?? row.outcome)} · ${seconds(row.duration_seconds)}`));
     const put = (id, rows) => {
       byId(id).replaceChildren(...rows.map(item));
       byId(`${id}-none`).hidden = rows.length > 0;

@@ -1,10 +1,29 @@
-// Why a server is in its state: the router sends a code with arguments, the page has the words.
+// What the router says as codes with values: the page has the words.
 
 import { t } from "./i18n.js";
-import { en } from "./text.en.js";
+import { said } from "./said.en.js";
 
-/** The words for a reason; those of the router where the code is not known. */
-export function reasonText({ reason, reason_code: code, reason_values: values }) {
-  const key = `reason_${code}`;
-  return code && Object.hasOwn(en, key) ? t(key, values) : reason ?? "";
+function phrase({ code, values }) {
+  const text = t(`reason_${code}`, values);
+  return values.in_row ? t("reasonInRow", { text, n: values.in_row }) : text;
 }
+
+/**
+ * The words for a reason; those of the router if it has a code that this page does not know.
+ * `name` begins the names of its fields.
+ */
+export function reasonText(from, name = "reason") {
+  const also = from[`${name}_also`] ?? [];
+  const phrases = [{ code: from[`${name}_code`], values: from[`${name}_values`] ?? {} }, ...also];
+  if (!phrases.every(({ code }) => code && Object.hasOwn(said, `reason_${code}`))) return from[name] ?? "";
+  return phrases.map(phrase).join(t("reasonJoin"));
+}
+
+/** The word for a code of the router, which is shown as it is if the page does not know it. */
+const word = (kind, code) => (Object.hasOwn(said, `${kind}_${code}`) ? t(`${kind}_${code}`) : code);
+
+/** How a request ended, or why an attempt failed. */
+export const outcomeText = (code) => word("outcome", code);
+
+/** The name of a term of a score. */
+export const termText = (code) => word("term", code);
