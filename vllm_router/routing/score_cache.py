@@ -72,8 +72,8 @@ _PER_CANDIDATE = (
     "_prompt_growths", "_rooms", "bases", "factors", "kv_tokens", "slow",
 )  # fmt: skip
 _OF_ALL = (
-    "_log", "_read", "_turn_at", "_turn_of", "has_peers", "latency", "load", "mean_footprint",
-    "peer_ratio",
+    "_log", "_overflow_seen", "_read", "_turn_at", "_turn_of", "has_peers", "latency", "load",
+    "mean_footprint", "peer_ratio",
 )  # fmt: skip
 """Figures that a ScoreCache takes over from the one before it."""
 
@@ -111,6 +111,7 @@ class ScoreCache:
         "_loads",
         "_log",
         "_order",
+        "_overflow_seen",
         "_overflows",
         "_per_queued",
         "_per_request",
@@ -179,6 +180,8 @@ class ScoreCache:
         self._prompt_growth = settings.prompt_growth
         self._prompt_growths = [0.0] * len(estimates)
         self._overflows = [0.0] * len(estimates)
+        self._overflow_seen = False
+        """Whether a new conversation would find something evicted anywhere."""
         self._arrivals = [0.0] * len(estimates)
         self._footprints = [0.0] * len(estimates)
         self._crowdings = [0.0] * len(estimates)
@@ -335,7 +338,10 @@ class ScoreCache:
         self._footprints[position] = estimate.footprint
         per_token = self.factors[position] * self._per_request
         tokens = (estimate.footprint + self.mean_footprint) * (1.0 + 2.0 * self.peer_ratio)
-        self._overflows[position] = per_token * overflow(tokens, self.kv_tokens[position])
+        lost = overflow(tokens, self.kv_tokens[position])
+        self._overflows[position] = per_token * lost
+        if lost:
+            self._overflow_seen = True
         self._arrivals[position] = per_token * estimate.arrivals
 
     def _measure_room(self, position: int) -> None:
@@ -464,10 +470,13 @@ class ScoreCache:
         if turns:
             lost, late = turns * uncached, DELAYED * uncached * delay
             overflows, arrivals = self._overflows, self._arrivals
-            scores = [
-                s + lost * overflows[at] + late * arrivals[at]
-                for s, at in zip(scores, chosen, strict=True)
-            ]
+            if self._overflow_seen:
+                scores = [
+                    s + lost * overflows[at] + late * arrivals[at]
+                    for s, at in zip(scores, chosen, strict=True)
+                ]
+            else:
+                scores = [s + late * arrivals[at] for s, at in zip(scores, chosen, strict=True)]
         if bonus:
             scores[chosen.index(at_home)] -= self.factors[at_home] * AFFINITY_BONUS
         if tokens > self.least_room:

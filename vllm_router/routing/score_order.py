@@ -6,7 +6,7 @@ two servers, which takes some microseconds.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Sequence
 from random import Random
 
@@ -17,13 +17,15 @@ Key = tuple[float, float, int]
 class ScoreOrder:
     """Positions of candidates by score, the lowest first, equals in random order."""
 
-    __slots__ = ("_keys", "_rng", "_sorted")
+    __slots__ = ("_keys", "_positions", "_rng", "_sorted")
 
     def __init__(self, scores: Sequence[float]) -> None:
         # Its own generator, seeded once: an order is random, but not what policies draw.
         self._rng = Random(len(scores))
         self._keys: list[Key] = []
         self._sorted: list[Key] = []
+        self._positions: list[int] = []
+        """The positions of `_sorted`, so that a pick copies the first ones at once."""
         self.rebuild(scores)
 
     def rebuild(self, scores: Sequence[float]) -> None:
@@ -31,6 +33,7 @@ class ScoreOrder:
         draw = self._rng.random
         self._keys = [(score, draw(), position) for position, score in enumerate(scores)]
         self._sorted = sorted(self._keys)
+        self._positions = [position for _, _, position in self._sorted]
 
     def change(self, position: int, score: float) -> None:
         """Take a new score. O(log n), and a move of memory."""
@@ -38,9 +41,12 @@ class ScoreOrder:
         if old[0] == score:
             return
         self._keys[position] = new = (score, self._rng.random(), position)
-        del self._sorted[bisect_left(self._sorted, old)]
-        insort(self._sorted, new)
+        place = bisect_left(self._sorted, old)
+        del self._sorted[place], self._positions[place]
+        place = bisect_left(self._sorted, new)
+        self._sorted.insert(place, new)
+        self._positions.insert(place, position)
 
     def lowest(self, count: int) -> list[int]:
         """The positions with the lowest scores."""
-        return [position for _, _, position in self._sorted[:count]]
+        return self._positions[:count]

@@ -273,6 +273,7 @@ def test_adaptive_among_many_few_are_scored_as_all_are(seed, waste, data):
     few = [0.0, 0.25, 1.0, 3.0]
     for figures in (cache.bases, cache._growths, cache._overflows, cache._arrivals, cache._loads):
         figures[:] = [rng.choice(few) for _ in figures]
+    cache._overflow_seen = True
     cache._prompt_growths[:] = [rng.random() * waste for _ in candidates]
     cache._rooms[:] = [rng.choice([100.0, 1e6]) for _ in candidates]
     cache.kv_tokens[:] = [1000.0] * LARGE
