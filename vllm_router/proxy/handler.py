@@ -109,7 +109,13 @@ class Proxy:
             pool = Pool(server.url, tls, self._resolver)
             if upstream is not None:
                 upstream.pool.close()  # its connections use other certificates
-        upstreams[server] = _upstream(server, pool, tls)
+        if upstream is not None and upstream.config.api_key == server.config.api_key:
+            heads = upstream.heads
+        else:
+            parts = urlsplit(server.url)
+            heads = RequestHeads(parts.netloc, parts.path, server.config.api_key)
+        name = server.name.encode("latin-1", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
+        upstreams[server] = Upstream(pool, heads, name, tls, server.config)
 
     def _apply_limits(self, limits: LimitsConfig | None) -> None:
         """Waiting requests that are admitted under the new limits go on at once."""
@@ -219,10 +225,3 @@ class Proxy:
         if context.gate is not None:
             context.gate.stop(router_stopping)
         return len(context.exchanges)
-
-
-def _upstream(server: Server, pool: Pool, tls: ssl.SSLContext | None) -> Upstream:
-    parts = urlsplit(server.url)
-    heads = RequestHeads(parts.netloc, parts.path, server.config.api_key)
-    name = server.name.encode("latin-1", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
-    return Upstream(pool, heads, name, tls, server.config)

@@ -314,9 +314,10 @@ class Supervisor:
         self._choose_recorded_fields(new)
         for server in change.added:
             self.probes.start(server)
-        before = {server.url: _credentials(server) for server in old.servers}
+        before = {server.url: server for server in old.servers}
         for server in change.kept:
-            if before[server.url] != _credentials(server.config):
+            was, now = before[server.url], server.config
+            if was is not now and _credentials(was) != _credentials(now):
                 self.probes.stop(server)
                 self.probes.start(server)
         for server in change.removed:

@@ -535,6 +535,19 @@ def test_config_key_is_in_no_repr_and_no_diff():
     assert changes(config, none) == changes(none, config) == "h api_key changed"
 
 
+def test_config_changes_of_many_servers_are_counted():
+    def fleet(weight: int, most: int) -> Config:
+        rows = [
+            f'{{ url = "http://h{n}", weight = {weight}, max_concurrent_requests = {most} }},'
+            for n in range(20)
+        ]
+        return read("\n".join(["[servers]", "servers = [", *rows, "]"]))
+
+    text = changes(fleet(1, 8), fleet(2, 9))
+    assert text.startswith("h0 max_concurrent_requests 8 → 9, h0 weight 1 → 2, h1 ")
+    assert text.endswith(", and 30 more")
+
+
 @pytest.mark.parametrize(
     "lines",
     [
