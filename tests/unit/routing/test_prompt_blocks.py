@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from vllm_router.routing.prompt.blocks import (
     BLOCK_ENDS,
     NO_PROMPT,
+    HashState,
     Prompt,
     block_bytes,
     blocks_in,
+    extend_hashes,
     hash_blocks,
     make_block_hash,
 )
@@ -62,6 +64,29 @@ def test_block_hash_encodes_block_length(digest: int, index: int):
     assert block_bytes(make_block_hash(digest, index)) == BLOCK_ENDS[index] - (
         BLOCK_ENDS[index - 1] if index else 0
     )
+
+
+@given(st.integers(0, 70_000), st.lists(st.integers(0, 9000), max_size=8), st.integers(0, 1 << 32))
+def test_block_hashes_are_checksums_of_all_before_mixed(size: int, cuts: list[int], seed: int):
+    """The definition, which other routers and old access logs rely on."""
+    text = TEXT.encode()[:size]
+    hashes, digest = [], 0
+    for index, end in enumerate(BLOCK_ENDS):
+        if end > len(text):
+            break
+        digest = (digest ^ crc32(text[:end], seed)) * 0x9E3779B97F4A7C15 % (1 << 60)
+        hashes.append(make_block_hash(digest, index))
+    pieces, place = [], 0
+    for cut in cuts:
+        pieces.append(text[place : place + cut])
+        place += cut
+    assert hash_blocks(*pieces, text[place:], seed=seed) == tuple(hashes)
+
+
+def test_block_hashes_end_with_the_last_block():
+    state = HashState((1,) * len(BLOCK_ENDS), BLOCK_ENDS[-1])
+    assert extend_hashes(state, (b"x" * 1000, b"y")).hashes == state.hashes
+    assert extend_hashes(state, (b"x" * 1000, b"y")).size == BLOCK_ENDS[-1] + 1001
 
 
 @given(st.binary(min_size=600, max_size=1200), st.data())

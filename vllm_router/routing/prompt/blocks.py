@@ -47,6 +47,12 @@ def _block_ends() -> tuple[int, ...]:
 BLOCK_ENDS = _block_ends()
 """BLOCK_ENDS[i]: the end of block i in bytes. Bytes beyond the last (268 MB) have no block."""
 
+_SIZES_OF = tuple(size << _SIZE_SHIFT for size in range(_SIZES) for _ in range(BLOCKS_PER_SIZE))
+"""The bits for the size of each block, as they stand in its hash."""
+
+_NO_END = 1 << 62
+"""The end of a block that does not exist."""
+
 Text = bytes | memoryview | msgspec.Raw
 
 
@@ -112,21 +118,24 @@ def extend_hashes(state: HashState, texts: Iterable[Text]) -> HashState:
     known, position, checksum, digest = state
     hashes: list[int] = []
     index = len(known)
-    end = BLOCK_ENDS[index] if index < len(BLOCK_ENDS) else 0
+    end = BLOCK_ENDS[index] if index < len(BLOCK_ENDS) else _NO_END
     for whole in texts:
         text = memoryview(whole)
         start, length = 0, len(text)
-        while position + length - start >= end and index < len(BLOCK_ENDS):
-            stop = start + end - position
-            checksum = crc32(text[start:stop], checksum)
-            digest = (digest ^ checksum) * _GOLDEN & _DIGEST_MASK
-            hashes.append(digest | index // BLOCKS_PER_SIZE << _SIZE_SHIFT)
-            start, position = stop, end
-            index += 1
-            end = position + (BLOCK_BYTES << index // BLOCKS_PER_SIZE)
+        if position + length >= end:
+            # The blocks that end in this text.
+            last = bisect_right(BLOCK_ENDS, position + length, index)
+            for end, size in zip(BLOCK_ENDS[index:last], _SIZES_OF[index:last], strict=True):
+                stop = end - position
+                checksum = crc32(text[start:stop], checksum)
+                digest = (digest ^ checksum) * _GOLDEN & _DIGEST_MASK
+                hashes.append(digest | size)
+                start = stop
+            index = last
+            end = BLOCK_ENDS[index] if index < len(BLOCK_ENDS) else _NO_END
         if start < length:
             checksum = crc32(text[start:], checksum)
-            position += length - start
+        position += length
     return HashState(known + tuple(hashes), position, checksum, digest)
 
 

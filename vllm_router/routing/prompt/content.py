@@ -60,15 +60,12 @@ _LINE_BREAK = re.compile(rb"(?:[^\\]|\\[^n])*+\\n", re.DOTALL)
 
 
 class _Part(msgspec.Struct, gc=False):
-    text: msgspec.Raw = ABSENT
-
-
-class _Block(msgspec.Struct, gc=False):
-    """A part without a text, in Anthropic's API: a call, its result, or reasoning.
+    """A text, or in Anthropic's API a call, its result, or reasoning.
 
     Fields that vLLM does not read are left out; `cache_control` moves from turn to turn.
     """
 
+    text: msgspec.Raw = ABSENT
     type: msgspec.Raw = ABSENT
     id: msgspec.Raw = ABSENT
     name: msgspec.Raw = ABSENT
@@ -112,7 +109,6 @@ class _MediaPart(msgspec.Struct, gc=False):
 
 _decode_parts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_part = msgspec.json.Decoder(_Part).decode
-_decode_block = msgspec.json.Decoder(_Block).decode
 _decode_media_parts = msgspec.json.Decoder(list[_MediaPart]).decode
 _decode_values = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -190,27 +186,24 @@ def add_content(
             continue
         begins = first_byte(part)
         if begins == b"{":
-            inner = _decode_part(part).text
-            if first_byte(inner) != b'"':
-                yield from _add_block(part, texts, work, depth)
+            block = _decode_part(part)
+            if first_byte(block.text) != b'"':
+                yield from _add_block(block, part, texts, work, depth)
                 continue
-            text = text_of(inner)
+            text = text_of(block.text)
         else:
             text = text_of(part)
         texts.append(text if edited is None else edited(text))
 
 
-def _add_block(part: msgspec.Raw, texts: list[Text], work: Work, depth: int) -> Steps[None]:
+def _add_block(
+    block: _Part, part: msgspec.Raw, texts: list[Text], work: Work, depth: int
+) -> Steps[None]:
     """Append the texts of a part without a text of its own, or what represents a medium.
 
     Only the values that vLLM passes to the chat template count (its Anthropic conversion): results
     of tools are texts, redacted reasoning and signatures are nothing.
     """
-    work.left -= len(part)
-    if work.left < 0:
-        work.left = WORK_PER_SLICE
-        yield
-    block = _decode_block(part)
     kind = bytes(block.type)
     if kind == b'"tool_result"':
         texts.append(text_of(block.tool_use_id))
