@@ -149,6 +149,13 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
         "vllm_router_discovery_failures_total",
         "vllm_router_discovery_skipped_targets",
         "vllm_router_discovery_targets",
+        # Details of the shared state whose alerts are about ..._shared_up and ..._configurations.
+        "vllm_router_shared_age_seconds",
+        "vllm_router_shared_batches_dropped_total",
+        "vllm_router_shared_failures_total",
+        "vllm_router_shared_placements_dropped_total",
+        "vllm_router_shared_requests_in_flight",
+        "vllm_router_shared_routers",
     }
 
 

@@ -124,6 +124,40 @@ _SOURCES = """import("/static/js/sources.js").then(({Sources}) => {
 })"""
 
 
+async def test_page_routers_show_what_differs_and_are_hidden_without_shared_state(
+    browser: str, demo: Running
+):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        assert not await page.evaluate("document.querySelector('#routers').checkVisibility()")
+        shown = await page.evaluate(_ROUTERS)
+        assert shown == [
+            ["own", "gw-1\nthis one\n50 s\n4\n"],
+            ["good", "gw-2\nshares\n1 min\n3\n"],
+            ["part", "<b>x</b>\ndiffers\n1 min\n3\nanother configuration\nanother version than 2"],
+            ["gone", "gw-4\nsilent\n1 min\n0\nnot heard for 7 s"],
+        ]
+        assert page.problems() == []
+
+
+_ROUTERS = """import("/static/js/routers.js").then(({Routers}) => {
+    const other = {version: "2", uptime: 60, silent: 0, live: true, in_flight: 3, requests_per_s: 1,
+                   same_configuration: true};
+    const shared = {name: "gw-1", up: true, routers: [
+        {...other, name: "gw-2"},
+        {...other, name: "<b>x</b>", same_configuration: false, version: "1"},
+        {...other, name: "gw-4", live: false, silent: 7, in_flight: 0},
+    ]};
+    const fleet = {leases: 4, requests_per_s: 9};
+    new Routers().show({router: {uptime: 50, shared}, fleet}, "2");
+    return [...document.querySelectorAll("#routers-table tbody tr")].map(row => [
+        row.dataset.health,
+        [".source-name", ".s-state", ".s-age", ".s-flight", ".s-note"]
+            .map(cell => row.querySelector(cell).innerText).join("\\n"),
+    ]);
+})"""
+
+
 def _placeholders(text: str) -> set[str]:
     return {part.split("}")[0] for part in text.split("{")[1:]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import trio
 
+from support.cli_process import call
 from support.load import Load
 from support.mock_process import mock_processes
 from support.redis_process import RedisProcess, redis_process
@@ -75,6 +77,16 @@ def knows(router: RouterProcess, server: str) -> bool:
     found = router.post("/explain", chat(text=LONG), headers=bearer("sk-team")).json()
     parts = {one["server"]: one["parts"] for one in found["candidates"]}
     return parts[server]["cached_tokens"] > 1000
+
+
+def test_shared_routers_are_shown_by_each_other(shared: Fleet) -> None:
+    for router, name in zip(shared.routers, ("two", "one"), strict=True):
+        state = router.get("/health").json()["shared"]
+        (other,) = state["routers"]
+        assert (state["up"], state["store"]) == (True, shared.redis.url)
+        assert (other["name"], other["live"], other["same_configuration"]) == (name, True, True)
+    shown = call("status", shared.routers[0].url).stdout
+    assert re.search(r"^two +shares ", shown, re.MULTILINE), shown
 
 
 def test_shared_prompts_are_known_to_all_routers(shared: Fleet) -> None:

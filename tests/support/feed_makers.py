@@ -36,6 +36,34 @@ def server(name: str, load: float = 0.5, **facts: Any) -> schema.ServerView:
     return schema.ServerView(name=name, load=load, **(known | facts))
 
 
+def shared(*routers: schema.OtherRouterView, **changed: Any) -> schema.SharedView:
+    """The shared state of a router, with these others."""
+    facts: dict[str, Any] = {
+        "store": "redis://store:6379",
+        "fleet": "default",
+        "name": "gw-1",
+        "up": True,
+        "problem": None,
+        "age": 0.1,
+        "in_flight": sum(one.in_flight for one in routers),
+        "routers": list(routers),
+    }
+    return schema.SharedView(**(facts | changed))
+
+
+def other_router(name: str, **changed: Any) -> schema.OtherRouterView:
+    facts: dict[str, Any] = {
+        "version": "1.2.3",
+        "uptime": 3600.0,
+        "silent": 0.1,
+        "live": True,
+        "in_flight": 3,
+        "requests_per_s": 2.0,
+        "same_configuration": True,
+    }
+    return schema.OtherRouterView(name=name, **(facts | changed))
+
+
 def snapshot(*servers: schema.ServerView, moment: float = NOW, **router: Any) -> schema.Snapshot:
     facts: dict[str, Any] = {
         "open_streams": 4,

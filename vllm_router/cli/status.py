@@ -9,6 +9,7 @@ import click
 
 from vllm_router.cli.common import run_client
 from vllm_router.cli.options import for_router
+from vllm_router.observability.formatting import visible
 
 if TYPE_CHECKING:
     from vllm_router.cli.router_client import ServerStatus, Status
@@ -36,6 +37,7 @@ def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"health": found.health, "load": found.load}, indent=2))
     else:
         _print_status(found)
+        _print_routers(found)
 
 
 _FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY")
@@ -64,6 +66,47 @@ def _print_status(found: Status) -> None:
         for server in found.servers
     ]
     print_table([Column(title, right=title in _FIGURES) for title in titles], rows)
+
+
+def _print_routers(found: Status) -> None:
+    """The routers that share state with this one; nothing without `[shared]`."""
+    from vllm_router.cli.tables import Cell, Column, print_table
+
+    shared = found.health.get("shared")
+    if not isinstance(shared, dict):
+        return
+    click.echo()
+    if not shared.get("up"):
+        problem = f"shared state is down: {shared.get('store')}: {shared.get('problem')}"
+        click.secho(visible(problem), fg="red")
+    version = found.health.get("version")
+    rows: list[list[Cell | str]] = []
+    routers = shared.get("routers")
+    for router in routers if isinstance(routers, list) else ():
+        if not isinstance(router, dict):
+            continue
+        state, style = ("shares", "green") if router.get("live") else ("silent", "bold red")
+        notes = [] if router.get("same_configuration") else ["another configuration"]
+        notes += [] if router.get("version") == version else ["another version"]
+        rows.append(
+            [
+                str(router.get("name")),
+                Cell(state, style),
+                str(router.get("version")),
+                _figure(_number(router.get("uptime"))) + " s",
+                _figure(_number(router.get("in_flight"))),
+                ", ".join(notes),
+            ]
+        )
+    if not rows:
+        click.echo("no other router shares state with this one")
+        return
+    titles = ("ROUTER", "STATE", "VERSION", "UP FOR", "IN FLIGHT", "NOTE")
+    print_table([Column(title, right=title in ("UP FOR", "IN FLIGHT")) for title in titles], rows)
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _capacity(server: ServerStatus) -> str:

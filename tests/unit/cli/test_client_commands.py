@@ -43,6 +43,7 @@ class FakeClient:
     asked: ClassVar[list[tuple[str, bool]]]
     in_flight: ClassVar[list[int]]
     error: BaseException | None = None
+    health: ClassVar[dict[str, object]] = {"status": "ok"}
 
     def __init__(self, *_given: object) -> None: ...
 
@@ -52,7 +53,7 @@ class FakeClient:
     async def __aexit__(self, *_error: object) -> None: ...
 
     async def status(self) -> Status:
-        return Status(health={"status": "ok"}, load=LOAD)
+        return Status(health=self.health, load=LOAD)
 
     async def drain(self, server: str, *, on: bool) -> None:
         if self.error is not None:
@@ -92,6 +93,55 @@ def test_status_is_a_table_of_the_servers(client: type[FakeClient]):
 
 def test_status_json_has_all_of_it(client: type[FakeClient]):
     assert json.loads(call("status", "--json").stdout) == {"health": {"status": "ok"}, "load": LOAD}
+
+
+OTHER = {
+    "name": "gw-2",
+    "version": "1.2.3",
+    "uptime": 3600.0,
+    "live": True,
+    "in_flight": 3,
+    "same_configuration": True,
+}
+
+
+def test_status_lists_the_other_routers_and_what_differs(client: type[FakeClient]):
+    others = [
+        OTHER,
+        {**OTHER, "name": "gw\x1b", "live": False, "version": "1.2.2"},
+        {**OTHER, "name": "gw-4", "same_configuration": False, "in_flight": None},
+    ]
+    client.health = {"version": "1.2.3", "shared": {"up": True, "routers": others}}
+    found = call("status")
+    assert (found.exit_code, found.stderr) == (0, "")
+    _, _, head, *rows = found.stdout.split("SERVER")[1].splitlines()[2:]
+    assert head.split("  ")[0] == "ROUTER"
+    assert [row.split() for row in rows] == [
+        ["gw-2", "shares", "1.2.3", "3600", "s", "3", "-"],
+        ["gw\\x1b", "silent", "1.2.2", "3600", "s", "3", "another", "version"],
+        ["gw-4", "shares", "1.2.3", "3600", "s", "-", "another", "configuration"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [
+        (
+            {"up": False, "store": "redis://s:1", "problem": "gone\x1b", "routers": []},
+            [
+                "shared state is down: redis://s:1: gone\\x1b",
+                "no other router shares state with this one",
+            ],
+        ),
+        ({"up": True, "routers": "?"}, ["no other router shares state with this one"]),
+        ({"up": True, "routers": [1]}, ["no other router shares state with this one"]),
+    ],
+)
+def test_status_shows_that_nothing_is_shared(
+    client: type[FakeClient], shared: dict[str, object], expected: list[str]
+):
+    client.health = {"shared": shared}
+    assert call("status").stdout.splitlines()[4:] == expected
 
 
 def test_drain_shows_progress_until_the_last_request_ends(client: type[FakeClient]):

@@ -9,7 +9,16 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from support.feed_makers import NOW, PERCENTILES, event, hello, server, snapshot
+from support.feed_makers import (
+    NOW,
+    PERCENTILES,
+    event,
+    hello,
+    other_router,
+    server,
+    shared,
+    snapshot,
+)
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.draw import draw, heat
 from vllm_router.cli.monitor.keys import decode
@@ -395,6 +404,36 @@ def test_monitor_summary_is_one_line_with_unhealthy_servers():
         "1/2 servers (1 down), 12 running, 3 waiting, 9 in flight, load 45 %, 7.2 req/s, 0 err/s, "
         "TTFT p95 250 ms"
     )
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (shared(), "1 router shares state, 0 in flight in the others"),
+        (shared(other_router("b")), "2 routers share state, 3 in flight in the others"),
+        (
+            shared(other_router("b"), other_router("c", live=False, in_flight=0)),
+            "2 routers share state, 3 in flight in the others; silent: c",
+        ),
+        (
+            shared(*(other_router(name, same_configuration=False) for name in "bcdefg")),
+            (
+                "7 routers share state, 18 in flight in the others; another configuration: "
+                "b, c, d, e, f, …"
+            ),
+        ),
+        (
+            shared(up=False, problem="no answer\x1b"),
+            "shared state is down: redis://store:6379: no answer\\x1b",
+        ),
+    ],
+)
+def test_monitor_shows_the_other_routers(state: schema.SharedView, text: str):
+    shown = view(server("a"))
+    assert "in the others" not in "".join(picture(shown))
+    shown.take(snapshot(server("a"), shared=state), NOW)
+    assert text in "\n".join(picture(shown, 140, 30))
+    assert stamped(NOW, summary(snapshot(server("a"), shared=state))).endswith("; " + text)
 
 
 # -- charts, filter, one server, explanations ---------------------------------------------------

@@ -19,6 +19,7 @@ from vllm_router.cli.monitor.events import events_list
 from vllm_router.cli.monitor.models import models_table, outage
 from vllm_router.cli.monitor.overlays import overlay
 from vllm_router.cli.monitor.servers import models_of, servers_table, window
+from vllm_router.cli.monitor.shared import shared_lines
 from vllm_router.cli.monitor.state import SORTS, View
 from vllm_router.cli.monitor.styles import STATE_STYLES, heat
 from vllm_router.observability.formatting import visible
@@ -101,7 +102,7 @@ def _totals(view: View) -> Text:
 
 
 def _body(view: View, width: int, height: int) -> list[Text]:
-    head = [_figures(view, width), *outage(view), Text()]
+    head = [_figures(view, width), *outage(view), *shared_lines(view), Text()]
     servers = view.servers()
     foot = [Text(), *_detail(view), _keys(view, width)]
     models = models_table(view, width, height)

@@ -9,6 +9,7 @@ import trio
 
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.link import Feed, Message, NoFeed
+from vllm_router.cli.monitor.shared import shared_text
 from vllm_router.cli.monitor.state import View
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import Event, Hello, Snapshot
@@ -29,7 +30,8 @@ def summary(snapshot: Snapshot) -> str:
         f"{words.rate(fleet.errors_per_s)} err/s",
         f"TTFT p95 {words.seconds(fleet.ttft.p95 if fleet.ttft else None)}",
     ]
-    return ", ".join(parts)
+    shared = snapshot.router.shared
+    return ", ".join(parts) + (f"; {shared_text(shared)}" if shared is not None else "")
 
 
 def stamped(moment: float, text: str) -> str:

@@ -15,6 +15,7 @@ import { KeyDialog, signIn } from "./key.js";
 import { Models } from "./models.js";
 import { outageText } from "./outage.js";
 import { Panel } from "./panel.js";
+import { Routers } from "./routers.js";
 import { Sources } from "./sources.js";
 import { Table } from "./table.js";
 import { Tiles } from "./tiles.js";
@@ -57,6 +58,7 @@ const models = new Models((name) => {
 });
 chosenModel.addEventListener("click", () => models.choose(models.chosen));
 const sources = new Sources();
+const routers = new Routers();
 
 // -- views --------------------------------------------------------------------------------------
 
@@ -137,6 +139,14 @@ function showBanners() {
     }
     if (source.doubt) wanted.push({ text: t("bannerDoubt"), more: `${source.name}: ${source.doubt}` });
   }
+  const shared = snapshot?.router.shared;
+  if (shared?.problem) {
+    wanted.push({ text: t("bannerShared"), more: `${shared.store}: ${shared.problem}`, bad: true });
+  }
+  const differing = shared?.routers.filter(({ live, same_configuration: same }) => live && !same) ?? [];
+  if (differing.length > 0) {
+    wanted.push({ text: t("bannerDiffers"), more: differing.map(({ name }) => name).join(", ") });
+  }
   const outage = snapshot ? outageText(snapshot) : "";
   if (outage) wanted.unshift({ text: outage, bad: true });
   if (snapshot?.router.unused && !snapshot.router.draining) wanted.push(firstRequest(snapshot));
@@ -190,6 +200,11 @@ const FACTS = [
   ["factSources", ({ sources }) => (sources?.length
     ? t("factSourcesGood", { n: sources.filter(({ problem, age }) => !problem && age !== null).length, all: sources.length })
     : t("factNoSources"))],
+  ["factRouters", ({ shared }) => (shared
+    ? t(shared.up ? "factRoutersShare" : "factRoutersAlone", {
+      n: 1 + shared.routers.filter(({ live }) => live).length, elsewhere: shared.in_flight,
+    })
+    : t("factNoSources"))],
   ["factUptime", (router) => span(router.uptime)],
   ["factCpu", (router) => percent(router.cpu)],
   ["factMemory", (router) => megabytes(router.rss_bytes)],
@@ -222,6 +237,7 @@ function draw() {
   tiles.show(snapshot);
   models.show(snapshot.models ?? []);
   sources.show(snapshot.router.sources ?? []);
+  routers.show(snapshot, hello?.version ?? "");
   table.show(snapshot);
   panel.show(snapshot.servers, history, snapshot.time);
   explain.models((snapshot.models ?? []).flatMap(({ name, aliases }) => [name, ...aliases]));
@@ -286,7 +302,7 @@ function taken(now) {
 
 byId("language").addEventListener("change", (event) => {
   use(event.target.value, true);
-  for (const part of [tiles, charts, events, models, sources, table, panel, decisions, explain]) part.words();
+  for (const part of [tiles, charts, events, models, sources, routers, table, panel, decisions, explain]) part.words();
   toAddress("language", languageKey());
   banners = "";
   showLink();
