@@ -39,7 +39,8 @@ def dns_source(example: str) -> DnsSource:
 async def found_by(source: DnsSource, records: dict[tuple[str, str], list[str]]) -> list[str]:
     async with dns_server() as server:
         server.records.update(records)
-        asked = msgspec.structs.replace(source, nameservers=(("127.0.0.1", server.port),))
+        here = (("127.0.0.1", server.port),)
+        asked = msgspec.structs.replace(source, nameservers=here, timeout=60.0)
         answer = await lookup_of(asked)()
         return sorted(one.address for one in targets_of(answer.records, source.port))
 

@@ -161,7 +161,7 @@ async def test_lookup_srv_addresses_sent_with_the_records_are_used() -> None:
         server.additional["7F000001.addr.dc1.consul.", "A"] = ["127.0.0.1"]
         found = await lookup_of(config(server, **SERVICE))()
         assert found.records == [Record("127.0.0.1", 8000, weight=1, priority=1)]
-        assert server.questions == [f"{SERVICE['domain']} SRV tcp"]
+        assert {*server.questions} == {f"{SERVICE['domain']} SRV tcp"}
 
 
 def many(server: DnsServer, count: int) -> list[str]:
@@ -296,7 +296,7 @@ async def test_lookup_without_tcp_is_made_over_udp() -> None:
         server.records["vllm.test.", "A"] = ["10.0.0.1"]
         answer = await lookup_of(config(server))()
         assert answer.records == [Record("10.0.0.1")]
-        assert server.questions == ["vllm.test. A"]
+        assert {*server.questions} == {"vllm.test. A"}
 
 
 async def test_source_follows_a_name_by_its_nameserver() -> None:
