@@ -283,3 +283,17 @@ async def test_feedback_two_broken_servers_without_a_third_are_reported_at_once(
         got = await rig.stream()
         assert rig.recorder.outcomes == [Outcome.CONNECTION_LOST] * 2
         assert (got.status, got.took) == (502, 0.0)
+
+
+async def test_feedback_server_that_cannot_be_reached_clears_the_request(autojump_clock):
+    """The request was not sent to it: three servers have failed at once by another reason."""
+    async with lab(once(), once(), answering(GOOD)) as rig:
+        rig.scripted["c"].refuses = True
+        rig.prefer("c")
+        assert (await rig.post()).status == 502
+        assert rig.recorder.outcomes == [
+            Outcome.CONNECT_FAILED,
+            Outcome.CONNECTION_LOST,
+            Outcome.CONNECTION_LOST,
+        ]
+        assert not rig.context.quarantine.entries
