@@ -107,27 +107,25 @@ async def test_feedback_only_failures_are_evidence_against_server(
         assert is_free(rig) is free
 
 
-async def test_feedback_same_request_failing_twice_is_no_evidence_for_it(autojump_clock):
-    """An empty answer may be the request's fault, so it does not explain later failures of it."""
+@pytest.mark.parametrize(("same", "status"), [(True, 500), (False, 200)])
+async def test_feedback_equal_request_timing_out_elsewhere_clears_no_request(
+    autojump_clock, same, status
+):
+    """Two servers fail under a request, and a third one in the same second, under an equal one.
 
-    def first(talk: Talk) -> bytes:
-        rounds = len(talk.server.requests)
-        return ok(b"") if rounds == 1 else answer(500, b"{}")
-
-    async def empty_then_error(talk: Talk) -> None:
-        while True:
-            await talk.request()
-            await talk.send(first(talk))
-
-    async with lab(*[empty_then_error] * 3, failure_threshold=1000) as rig:
-        rig.prefer("a")
-        await rig.post()
-        assert rig.recorder.outcomes == [Outcome.EMPTY] * 3
-        await trio.sleep(1.5)  # no server fails in the same second
-        await rig.post()
-        assert rig.recorder.outcomes[3:] == [Outcome.SERVER_ERROR] * 2
-        await rig.post({"model": "m", "user": "other"})
-        assert rig.recorder.outcomes[5:] == [Outcome.SERVER_ERROR] * 3
+    Only if the third failed another request, the servers may have failed by another reason.
+    """
+    error = answering(answer(500, b"{}"))
+    async with lab(error, error, silent, answering(GOOD), first_byte_timeout=10) as rig:
+        rig.prefer("c")
+        waiting = rig.start({"model": "m", "user": "x" if same else "y"})
+        await trio.sleep(10.2)
+        assert waiting.got.code == "first_byte_timeout"
+        for load, name in enumerate("abdc"):
+            rig.server(name).scraped(gauges(load), trio.current_time(), leases=0)
+        assert (await rig.post({"model": "m", "user": "x"})).status == status
+        assert rig.recorder.outcomes[1:3] == [Outcome.SERVER_ERROR] * 2
+        assert rig.requests()["d"] == (status == 200)
 
 
 # -- the policy ---------------------------------------------------------------------------------
