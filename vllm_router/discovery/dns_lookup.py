@@ -44,7 +44,7 @@ async def _look_up(config: DnsSource, known: Addresses) -> tuple[Answer, Address
     `known` has the addresses of the last lookup.
     """
     try:
-        # Made anew each time: /etc/resolv.conf may have changed.
+        # Made each time: /etc/resolv.conf may have changed.
         resolver = _resolver(config)
         found = await _resolve(resolver, config)
     except _NOT_THERE:

@@ -72,11 +72,16 @@ class FileTarget:
     If the file is moved or removed, a new one is created, so that any program may rotate it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Create the directory and open the file. Raises OSError."""
+    def __init__(self, path: str | Path, *, own: bool = False) -> None:
+        """Open the file. Raises OSError.
+
+        own: the program chose the path, so that a missing directory is created. In a path that an
+        operator gave it is rather a mistake.
+        """
         self.name = str(path)
         self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if own:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = self._open()
 
     def _open(self) -> int:

@@ -67,7 +67,7 @@ class LogOutput:
         self._lost = 0
         target: Target = StreamTarget(stream or sys.stderr, shared=bool(tag))
         if file is not None:
-            target = FileTarget(file)
+            target = FileTarget(file, own=True)
         self._log = LineWriter(target, self._notice)
         self._handler = LineHandler(self._log)
         if with_log:

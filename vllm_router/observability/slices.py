@@ -3,7 +3,7 @@
 Reading a thousand servers for a page takes some 20 ms of CPU time, in which the router would
 forward nothing. Three rules keep a page true all the same. A server is read once, in one slice, and
 totals are sums over what was read. The page lists the servers that existed at its beginning. A
-configuration that comes into force meanwhile starts the page anew.
+configuration that comes into force meanwhile starts the page again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ async def in_turns(steps: Steps[T]) -> T:
 
 
 async def of_one_fleet(fleet: Fleet, steps: Callable[[], Steps[T]]) -> T:
-    """The result of steps that read the fleet, begun anew if the set of servers has changed."""
+    """The result of steps that read the fleet, started again if the set of servers has changed."""
     tries = 0
     while True:
         tries += 1

@@ -63,7 +63,7 @@ class Deadline:
         return scope
 
     def end(self) -> None:
-        """The attempt is over, or begins anew."""
+        """The attempt is over, or starts again."""
         self._scope = self.connection = None
 
     def cancel(self, reason: str) -> bool:

@@ -24,7 +24,7 @@ _HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
-# Written anew by us on every request: what the client says of itself is not forwarded.
+# The router writes these itself; the values of the client are not forwarded.
 _OURS = frozenset(
     {
         b"host",

@@ -356,7 +356,7 @@ def test_line_writer_stuck_thread_does_not_delay_exit(
 
 
 def test_log_file_moved_away_is_reopened(tmp_path: Path):
-    path, moved = tmp_path / "logs" / "access.log", tmp_path / "access.log.1"
+    path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
     writer = LineWriter(FileTarget(path), str)
     writer.put("before")
     until(lambda: path.read_text() == "before\n")
@@ -365,6 +365,15 @@ def test_log_file_moved_away_is_reopened(tmp_path: Path):
     until(path.exists)
     assert writer.close()
     assert (moved.read_text(), path.read_text()) == ("before\n", "after\n")
+
+
+def test_log_file_directory_is_created_for_own_path_only(tmp_path: Path):
+    path = tmp_path / "typo" / "access.log"
+    with pytest.raises(FileNotFoundError):
+        FileTarget(path)
+    assert not path.parent.exists()
+    FileTarget(path, own=True).close()
+    assert path.exists()
 
 
 def test_log_file_reopened_on_request_before_next_line(tmp_path: Path):

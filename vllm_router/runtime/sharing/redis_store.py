@@ -174,7 +174,7 @@ def _read(results: tuple[Any, ...], *, wrote: bool) -> Turn:
     if wrote and not isinstance(writes[0], Exception):
         written = _entry_id(writes[0])
     if problems and not problems[0].startswith("OOM"):
-        # Such as READONLY from a Redis that is a replica now: connect anew.
+        # Such as READONLY from a Redis that is a replica now: connect again.
         raise StoreError(problems[0])
     return Turn(
         now=int(seconds) * 1000 + int(micros) // 1000,

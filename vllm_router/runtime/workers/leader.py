@@ -131,7 +131,7 @@ class _Publisher:
         self._workers.servers_changed(self._supervisor.fleet.all_servers())
 
     async def send(self, link: WorkerLink) -> None:
-        # A worker that has ended gets everything anew if it is replaced.
+        # The successor of a worker gets everything again.
         with contextlib.suppress(trio.BrokenResourceError):
             await link.run(lambda: self._generation, self._supervisor.resolver.known)
 

@@ -53,7 +53,7 @@ export const en = {
   bannerFirst: "Send a first request from a terminal:",
   copy: "Copy",
   copied: "Copied",
-  bannerSchema: "The router speaks a newer language than this page. Load the page again.",
+  bannerSchema: "This page is older than the router. Load it again.",
   bannerVersion: "The router is now version {version}. Load the page again for its dashboard.",
   reloadPage: "Load again",
 
