@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: links that leave docs/ lead to the repository."""
+"""Hooks of MkDocs: links that leave docs/ lead to the repository, and tables look as on GitHub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ REPOSITORY = "https://github.com/vllm-router-trio/vllm-router"
 ROOT = Path(__file__).resolve().parents[2]
 
 _LINK = re.compile(r"\]\(((?:\.\./)+[^)\s]*)\)")
+_CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -33,3 +34,8 @@ def _rewritten(text: str, page: str) -> str:
         return f"]({REPOSITORY}/{kind}/main/{target}{mark}{anchor})"
 
     return _LINK.sub(replace, text)
+
+
+def on_page_content(html: str, /, **_: Any) -> str:
+    r"""Show `\|` in the code of a table's cell as GitHub does, without the backslash."""
+    return _CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), html)

@@ -29,3 +29,5 @@ def test_site_builds_without_warning(tmp_path: Path):
     for page in ("index", "reference/keys", "zh/index", "zh/tutorial"):
         folder = page.removesuffix("index").rstrip("/")
         assert (site / folder / "index.html").is_file(), page
+    commands = (site / "commands" / "index.html").read_text()
+    assert "<code>--log-format text|json</code>" in commands, "a bar in a table has no backslash"
