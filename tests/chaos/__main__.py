@@ -22,6 +22,7 @@ from chaos import (  # noqa: F401 (they register)
     resilience,
     restarts,
     rivals,
+    shared,
     sources,
     upstreams,
 )
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="the full counts, an hour and more")
     parser.add_argument("--list", action="store_true", help="list the scenarios")
     options = parser.parse_args()
-    rows = sorted(SCENARIOS.values(), key=lambda row: ("FLBD".index(row.id[0]), int(row.id[1:])))
+    rows = sorted(SCENARIOS.values(), key=lambda row: ("FLBDS".index(row.id[0]), int(row.id[1:])))
     wanted = {id_.upper() for id_ in options.ids}
     if unknown := wanted - SCENARIOS.keys():
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")

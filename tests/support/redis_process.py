@@ -23,17 +23,22 @@ from support.router_process import until
 class RedisProcess:
     """One server. `restart` starts an empty one on the same port."""
 
-    def __init__(self, directory: Path, *options: str, name: str = "redis-server") -> None:
+    def __init__(self, directory: Path, *options: str, sentinel: str = "") -> None:
+        """`sentinel` is the configuration of a sentinel; the program is one then."""
+        name = "redis-sentinel" if sentinel else "redis-server"
         found = program(name)
         if found is None:
             pytest.skip(f"{name} is not installed; scripts/setup --system gets it")
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._log = directory / f"redis-{self.port}.log"
-        self._command = [
-            *(found, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)),
-            *("--save", "", "--appendonly", "no", *options),
-        ]
+        common = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory))
+        if sentinel:
+            file = directory / f"sentinel-{self.port}.conf"
+            file.write_text(sentinel)  # it rewrites this file
+            self._command = [found, str(file), *common, *options]
+        else:
+            self._command = [found, *common, "--save", "", "--appendonly", "no", *options]
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
