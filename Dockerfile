@@ -13,7 +13,7 @@ FROM python:3.12.14-slim@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565
 # The one version of the package that the first stage made.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --no-index --find-links /wheels vllm-router-trio
+    pip install --no-cache-dir --no-index --find-links /wheels 'vllm-router-trio[shared]'
 # By number: Kubernetes' runAsNonRoot does not look names up.
 RUN useradd --system --no-create-home --uid 10001 router
 USER 10001:10001
