@@ -188,7 +188,7 @@ def test_script_setup_missing_ensurepip_says_what_to_install(clone: Clone):
 
 SYSTEM_TOOLS = (
     *("chromium", "tmux", "ps", "curl", "promtool", "openssl", "go", "prometheus"),
-    *("nginx", "haproxy", "caddy"),
+    *("nginx", "haproxy", "caddy", "redis-server", "redis-sentinel"),
 )
 
 

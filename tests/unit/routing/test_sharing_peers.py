@@ -237,8 +237,8 @@ def test_peers_past_batch_counts_for_lasting_facts_only():
     assert {router.pick(LONG, 100.0) for _ in range(10)} == {"b"}
     assert router.queued("a", 100.0) == 0
     assert router.noted.calls == [
-        ("owner", bytes(16), "http://a.test:1", ""),
         ("quarantined", bytes(16), 20.0),
+        ("owner", bytes(16), "http://a.test:1", ""),
         ("spent", "team", 9, 80.0),
     ]
 

@@ -52,6 +52,8 @@ class Probes:
 
     def read_list_soon(self, server: Server) -> None: ...
 
+    def check_soon(self, server: Server) -> None: ...
+
     def list_readers(self) -> list[Reader]:
         return []
 
