@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import trio
 
+from vllm_router.fleet.server import Server
 from vllm_router.observability.metric_families import ROUTER_METRICS, SUMMED
 from vllm_router.observability.process import cpu_seconds, rss_bytes
 from vllm_router.observability.router_state import CONNECTIONS, CPU, IN_FLIGHT, LAG, MEMORY
+from vllm_router.observability.slices import each, in_turns
+from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.runtime.supervisor import Supervisor
 from vllm_router.runtime.workers.channel import Channel
 from vllm_router.runtime.workers.messages import WorkerStats, encode
@@ -40,7 +43,7 @@ class StatsSender:
         sent: WorkerStats | None = None
         sent_at = -math.inf
         while True:
-            stats = self.current()
+            stats = await self.current()
             now = trio.current_time()
             if stats != sent and (now - sent_at > IDLE_INTERVAL or _differs(stats, sent)):
                 sent, sent_at = stats, now
@@ -52,10 +55,27 @@ class StatsSender:
 
     async def send(self) -> None:
         """Send the current figures now."""
-        await self._channel.send(encode(self.current()))
+        await self._channel.send(encode(await self.current()))
 
-    def current(self) -> WorkerStats:
+    async def current(self) -> WorkerStats:
+        """The figures of now. The servers of a large fleet are read in slices."""
         supervisor = self._supervisor
+        prefixes: dict[str, PrefixStatistics] = {}
+        heard: dict[str, float] = {}
+        outputs: dict[str, float] = {}
+
+        def read_server(server: Server) -> None:
+            statistics = supervisor.prefix_statistics(server)
+            if statistics is not None:
+                prefixes[server.url] = statistics
+            if server.last_byte_at > -math.inf:
+                heard[server.url] = server.last_byte_at
+            output = server.last_output()
+            if output > -math.inf:
+                outputs[server.url] = output
+
+        await in_turns(each(supervisor.fleet.all_servers(), read_server))
+        # Read last, in one step: a message that is sent later must not have older values.
         values: dict[str, float] = {
             CONNECTIONS: self.connections(),
             IN_FLIGHT: supervisor.in_flight,
@@ -72,14 +92,6 @@ class StatsSender:
             if record.chunks and record.server is not None:
                 url = record.server.url
                 chunks[url] = chunks.get(url, 0) + record.chunks
-        servers = supervisor.fleet.all_servers()
-        prefixes = {}
-        for server in servers:
-            statistics = supervisor.prefix_statistics(server)
-            if statistics is not None:
-                prefixes[server.url] = statistics
-        heard = {one.url: one.last_byte_at for one in servers if one.last_byte_at > -math.inf}
-        outputs = {one.url: moment for one in servers if (moment := one.last_output()) > -math.inf}
         return WorkerStats(self.serving, values, chunks, prefixes, heard, outputs)
 
 
