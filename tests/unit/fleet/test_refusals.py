@@ -33,7 +33,7 @@ def test_refusals_certain_refusal_covers_its_route_for_a_time():
     assert not refusals.refuses(asked(path="/v1/completions"), 10.0)
     assert refusals.refuses(asked(), 14.9)
     assert not refusals.refuses(asked(), 15.0)
-    assert refusals.reason() == "refuses /v1/responses, which other servers accept: 404"
+    assert refusals.reason().text == "refuses /v1/responses, which other servers accept: 404"
 
 
 def test_refusals_failed_probation_lasts_longer_up_to_a_minute():
@@ -104,7 +104,7 @@ def test_refusals_new_refusal_has_its_properties_and_is_shown_once_confirmed():
     (refusal,) = refusals.all()
     assert (refusal.what, refusal.words, refusal.size) == (ROUTE, "403", 0)
     assert (refusal.at, refusal.until, refusal.times, refusal.seen) == (1.0, 0.0, 0, 1)
-    assert (refusals.reason(), refusals.count(), refusals.moments()) == ("", 0, [0.0])
+    assert (refusals.reason().text, refusals.count(), refusals.moments()) == ("", 0, [0.0])
     assert refusals.active(0.5) == ()
     refuse(refusals, 2.0, size=10)
     assert (refusal.at, refusal.until, refusal.times) == (2.0, 7.0, 1)
@@ -226,7 +226,7 @@ def test_refusals_reason_names_the_first_three(count, end):
     for number in range(count):
         refuse(refusals, 0.0, name=f"/v1/{number}", size=7 if number == 1 else 0)
     others = "which other servers accept: 404"
-    assert refusals.reason() == (
+    assert refusals.reason().text == (
         f"refuses /v1/0, {others}; refuses /v1/1 with 7 bytes or more, {others}; "
         f"refuses /v1/2, {others}{end}"
     )
@@ -267,7 +267,7 @@ def test_fitting_without_other_server_keeps_refusing_one():
 def test_state_refusing_names_cause_and_ends_with_restart_or_new_key():
     fleet, a = refusing_fleet()
     assert a.state is State.REFUSING
-    assert "/v1/responses" in a.state_reason
+    assert "/v1/responses" in a.state_reason.text
     go_down(a, 2.0)
     come_up(a, 3.0)
     come_up(a, 3.0)
