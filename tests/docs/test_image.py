@@ -20,6 +20,8 @@ DOCKERFILE = ROOT / "Dockerfile"
 LOCKED = ROOT / "deploy" / "docker" / "requirements.txt"
 LOCKED_BUILD = ROOT / "deploy" / "docker" / "build-requirements.txt"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+_PROJECT = PYPROJECT["project"]
+IN_IMAGE = [*_PROJECT["dependencies"], *_PROJECT["optional-dependencies"]["shared"]]
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -104,7 +106,7 @@ def locked(file: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(
     ("file", "wanted"),
     [
-        (LOCKED, PYPROJECT["project"]["dependencies"]),
+        (LOCKED, IN_IMAGE),
         (LOCKED_BUILD, PYPROJECT["build-system"]["requires"]),
     ],
     ids=["runtime", "build"],
