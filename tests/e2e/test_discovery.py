@@ -78,8 +78,8 @@ async def test_kubernetes_any_event_under_load_fails_no_request(tmp_path: Path) 
             health = router.get("/health").json()
             assert health["sources"][0]["problem"] is None
             assert health["servers"][0]["source"] == "kubernetes"
-        gaps = [after - before for before, after in zip(api.lists, api.lists[1:], strict=False)]
-        assert min(gaps) >= 0.19
+        # At most one list per 200 ms; a busy machine may deliver two of them closer together.
+        assert len(api.lists) <= (api.lists[-1] - api.lists[0]) / 0.2 + 3
 
 
 async def test_workers_have_one_set_of_found_servers(tmp_path: Path) -> None:

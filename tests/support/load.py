@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -11,6 +12,24 @@ from typing import Any, Self
 
 import httpx
 import trio
+
+from support.router_process import NO_TLS
+
+SHARING = 10
+"""Requests at the same time by one client: the time that httpx needs for one grows with them."""
+
+
+def _client(url: str, *, http2: bool = False) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=60,
+        trust_env=False,
+        verify=NO_TLS,
+        limits=limits,
+        http1=not http2,
+        http2=http2,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,15 +109,11 @@ class Load:
             await trio.sleep(self._pause)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with (
-            httpx.AsyncClient(
-                base_url=self._url, timeout=60, trust_env=False, limits=limits
-            ) as client,
-            trio.open_nursery() as nursery,
-        ):
-            for _ in range(self._clients):
-                nursery.start_soon(self._work, client)
+        async with contextlib.AsyncExitStack() as clients, trio.open_nursery() as nursery:
+            for first in range(0, self._clients, SHARING):
+                client = await clients.enter_async_context(_client(self._url))
+                for _ in range(min(SHARING, self._clients - first)):
+                    nursery.start_soon(self._work, client)
             task_status.started()
 
     async def __aenter__(self) -> Self:
@@ -140,15 +155,14 @@ async def burst(
 ) -> list[Result]:
     """`count` requests at the same time, on connections of their own; on one with `http2`."""
     results: list[Result] = []
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, timeout=60, trust_env=False, limits=limits, http1=not http2, http2=http2
-    ) as client:
 
-        async def one() -> None:
-            results.append(await ask(client, body, headers, keep=keep))
+    async def one(client: httpx.AsyncClient) -> None:
+        results.append(await ask(client, body, headers, keep=keep))
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(count):
-                nursery.start_soon(one)
+    async with contextlib.AsyncExitStack() as clients, trio.open_nursery() as nursery:
+        each = count if http2 else SHARING
+        for first in range(0, count, each):
+            client = await clients.enter_async_context(_client(url, http2=http2))
+            for _ in range(min(each, count - first)):
+                nursery.start_soon(one, client)
     return results

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +30,9 @@ from vllm_router.runtime.own_machine import find_socket, short_path
 
 _ROOT = Path(__file__).parents[2]
 _START_SECONDS = 120.0
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients of plain HTTP. Without it each of them reads all certificates of the machine."""
 
 FAST = {
     "health_check_interval": 0.5,
@@ -117,7 +121,7 @@ class RouterProcess:
         until(lambda: self.get("/readyz").status_code == 200, "readiness", _START_SECONDS)
 
     def client(self, timeout: float = 60.0) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=NO_TLS)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         with self.client() as client:
@@ -206,7 +210,7 @@ def own_machine(url: str, timeout: float = 60.0) -> Iterator[httpx.Client]:
     path = find_socket(url)
     assert path is not None, f"no Unix socket beside {url}"
     with short_path(path) as short:
-        transport = httpx.HTTPTransport(uds=short)
+        transport = httpx.HTTPTransport(uds=short, verify=NO_TLS)
         with httpx.Client(base_url=url, timeout=timeout, transport=transport) as client:
             yield client
 
