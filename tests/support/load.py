@@ -32,6 +32,20 @@ def _client(url: str, *, http2: bool = False) -> httpx.AsyncClient:
     )
 
 
+async def _clients(
+    ending: contextlib.AsyncExitStack, url: str, count: int, *, http2: bool = False
+) -> list[httpx.AsyncClient]:
+    """The client of each of `count` requests at the same time; `ending` closes them.
+
+    With `http2` all have the same one, and so one connection.
+    """
+    each = count if http2 else SHARING
+    made = [
+        await ending.enter_async_context(_client(url, http2=http2)) for _ in range(0, count, each)
+    ]
+    return [made[number // each] for number in range(count)]
+
+
 @dataclass(frozen=True)
 class Result:
     """One request as seen by its client. `ended` is "done", "error event", "cut" or "failed".
@@ -109,11 +123,9 @@ class Load:
             await trio.sleep(self._pause)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        async with contextlib.AsyncExitStack() as clients, trio.open_nursery() as nursery:
-            for first in range(0, self._clients, SHARING):
-                client = await clients.enter_async_context(_client(self._url))
-                for _ in range(min(SHARING, self._clients - first)):
-                    nursery.start_soon(self._work, client)
+        async with contextlib.AsyncExitStack() as ending, trio.open_nursery() as nursery:
+            for client in await _clients(ending, self._url, self._clients):
+                nursery.start_soon(self._work, client)
             task_status.started()
 
     async def __aenter__(self) -> Self:
@@ -159,10 +171,7 @@ async def burst(
     async def one(client: httpx.AsyncClient) -> None:
         results.append(await ask(client, body, headers, keep=keep))
 
-    async with contextlib.AsyncExitStack() as clients, trio.open_nursery() as nursery:
-        each = count if http2 else SHARING
-        for first in range(0, count, each):
-            client = await clients.enter_async_context(_client(url, http2=http2))
-            for _ in range(min(each, count - first)):
-                nursery.start_soon(one, client)
+    async with contextlib.AsyncExitStack() as ending, trio.open_nursery() as nursery:
+        for client in await _clients(ending, url, count, http2=http2):
+            nursery.start_soon(one, client)
     return results
