@@ -133,4 +133,5 @@ class Quarantine:
             self.known.append(fingerprint(target, body))
         if self.entries:
             self.entries.pop(fingerprint(target, body), None)
-            self.entries.pop(shared_digest(target, body), None)
+            if self._foreign_until:
+                self.entries.pop(shared_digest(target, body), None)
