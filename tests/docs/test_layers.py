@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,10 @@ def imports_of(module: str) -> set[str]:
     return set(imports(tree, module, is_package=path.name == "__init__.py")) - {module}
 
 
-IMPORTS = {module: imports_of(module) for module in MODULES}
+@functools.cache
+def all_imports() -> dict[str, set[str]]:
+    """The imports of every module. Read by the first test that needs them, not at collection."""
+    return {module: imports_of(module) for module in MODULES}
 
 
 def room_of(module: str) -> str | None:
@@ -137,7 +141,7 @@ def test_layers_every_module_is_in_the_level_list() -> None:
 def test_layers_rooms_import_only_lower_levels() -> None:
     upward = [
         f"{module} -> {imported}"
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         for imported in found
         if (room := room_of(module)) is not None
         and (other := room_of(imported)) is not None
@@ -150,7 +154,7 @@ def test_layers_rooms_import_only_lower_levels() -> None:
 def test_layers_lab_is_imported_by_commands_only() -> None:
     users = {
         room_of(module)
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         if any(room_of(imported) == "lab" for imported in found)
     }
     assert users - {"lab"} <= MAY_USE_LAB
@@ -159,7 +163,7 @@ def test_layers_lab_is_imported_by_commands_only() -> None:
 def test_layers_mock_shares_only_http_with_router() -> None:
     foreign = [
         f"{module} -> {imported}"
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         if within(module, (MOCK,))
         for imported in found
         if room_of(imported) is not None and not within(imported, MOCK_MAY_USE)
@@ -168,7 +172,7 @@ def test_layers_mock_shares_only_http_with_router() -> None:
 
 
 def test_layers_modules_import_in_no_circle() -> None:
-    graph = {module: found & MODULES.keys() for module, found in IMPORTS.items()}
+    graph = {module: found & MODULES.keys() for module, found in all_imports().items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -183,7 +187,7 @@ def test_layers_pure_modules_import_no_io_and_no_clock() -> None:
     impure = [
         f"{module} -> {imported}"
         for module in sorted(pure - IMPURE)
-        for imported in IMPORTS[module]
+        for imported in all_imports()[module]
         if imported.split(".")[0] in IO_AND_CLOCKS
     ]
     assert impure == []
@@ -192,7 +196,7 @@ def test_layers_pure_modules_import_no_io_and_no_clock() -> None:
 def test_layers_web_frameworks_are_imported_in_their_rooms_only() -> None:
     users = [
         f"{module} -> {imported}"
-        for module, found in IMPORTS.items()
+        for module, found in all_imports().items()
         for imported in found
         if imported.split(".")[0] in WEB_FRAMEWORKS and not within(module, MAY_USE_FRAMEWORKS)
     ]
@@ -200,4 +204,4 @@ def test_layers_web_frameworks_are_imported_in_their_rooms_only() -> None:
 
 
 def test_layers_asyncio_is_imported_nowhere() -> None:
-    assert [module for module, found in IMPORTS.items() if "asyncio" in found] == []
+    assert [module for module, found in all_imports().items() if "asyncio" in found] == []

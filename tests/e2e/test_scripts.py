@@ -222,6 +222,17 @@ def test_script_test_missing_system_tool_is_named_and_fails(clone: Clone):
     assert result.returncode == 1
 
 
+def test_script_test_failed_installation_runs_no_test(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in SYSTEM_TOOLS:
+        clone.tool(tool)
+    (clone.root / ".venv" / ".installed").unlink()
+    python = clone.root / ".venv" / "bin" / "python"
+    executable(python, 'case "$*" in *"pip install"*) exit 1 ;; *pytest*) echo "$@" ;; esac')
+    result = clone.call("test", "unit")
+    assert (result.returncode, result.stdout) == (1, "")
+
+
 def test_script_test_arguments_go_to_pytest_alone(clone: Clone):
     clone.call("setup", "--dev")
     for tool in SYSTEM_TOOLS:
