@@ -111,24 +111,24 @@ def _count(
     state: State,
     tokens_per_s: float | None,
 ) -> None:
-    cards = server.catalog.cards
-    # A dictionary keeps the order and counts a server once per model.
-    counted = {
-        id(row): row
-        for row in [_row(name, rows, row_of, first_names) for name in own_models(server)]
-    }
-    for row in counted.values():
+    load = server.load_estimate
+    counted = [_row(name, rows, row_of, first_names) for name in own_models(server)]
+    if len(counted) > 1:  # a server counts once per model
+        counted = list({id(row): row for row in counted}.values())
+    for row in counted:
         row.listing.append(server)
         row.servers += 1
-        row.draining += state is State.DRAINING
-        row.running += server.running
-        row.waiting += server.waiting
+        row.running += load.running
+        row.waiting += load.waiting
         if tokens_per_s is not None:
             row.tokens_per_s = (row.tokens_per_s or 0.0) + tokens_per_s
         if state in AVAILABLE:
             row.available += 1
             row.capacity += server.capacity
-            row.active += server.running + 0.5 * server.waiting
+            row.active += load.running + 0.5 * load.waiting
+        elif state is State.DRAINING:
+            row.draining += 1
+    cards = server.catalog.cards
     for name in server.catalog.adapters:
         parent = row_of.get(cards.get(name, {}).get("parent") or "")
         if parent is not None and name not in parent.names:

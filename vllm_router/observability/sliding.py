@@ -18,6 +18,9 @@ _SMALLEST = 1e-5
 """Seconds; shorter durations are counted as this."""
 
 
+LONGEST_WINDOW = 60.0
+"""Seconds of the longest window."""
+
 STEP = 2.0
 """Seconds by which the window advances."""
 
@@ -48,7 +51,7 @@ class SlidingPercentiles:
     and steps are arguments because several distributions share them.
     """
 
-    def __init__(self, window: float = 60.0) -> None:
+    def __init__(self, window: float = LONGEST_WINDOW) -> None:
         self._kept = math.ceil(window / STEP)
         self._total: dict[int, int] = {}
         self._steps: deque[tuple[int, dict[int, int]]] = deque()
@@ -130,14 +133,20 @@ class Rate:
         self._readings: deque[tuple[float, float]] = deque()
 
     def observe(self, total: float, now: float) -> None:
-        """Add a value of the counter; times ascend."""
+        """Add a value of the counter; times ascend.
+
+        Equal values need not be observed: between two equal ones the counter stood still.
+        """
         readings = self._readings
         if readings and total < readings[-1][1]:
             readings.clear()
         readings.append((now, total))
         # Keep one value just outside the window, so that the whole window is covered.
-        while len(readings) > 2 and readings[1][0] <= now - self._window:
+        begin = now - self._window
+        while len(readings) > 2 and readings[1][0] <= begin:
             readings.popleft()
+        if len(readings) > 2 and readings[0][0] < begin and readings[0][1] == readings[1][1]:
+            readings[0] = (begin, readings[0][1])
 
     @property
     def rise(self) -> float:
@@ -159,7 +168,7 @@ class Ratio:
     While neither increases, the ratio over the counters' lifetime; None before both are known.
     """
 
-    def __init__(self, window: float = 60.0) -> None:
+    def __init__(self, window: float = LONGEST_WINDOW) -> None:
         self._part, self._whole = Rate(window), Rate(window)
         self._lifetime: float | None = None
 

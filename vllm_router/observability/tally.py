@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.fleet.server import Server
 from vllm_router.observability.sliding import (
+    LONGEST_WINDOW,
     Percentiles,
     Rate,
     Ratio,
@@ -42,6 +44,13 @@ def sample_of(record: Record) -> Sample:
     return Sample(record.chunks, step_of(now), ttft, duration)
 
 
+Counts: TypeAlias = tuple[
+    int, int, int, int, float | None, float | None, float | None, int | None, int | None
+]
+"""Requests, errors, refusals, chunks; the engine's tokens, prefix hits and queries; the expected
+hits, and the prompt tokens that they are a part of."""
+
+
 class Tally:
     """Totals since the start, and sliding windows over them.
 
@@ -63,6 +72,9 @@ class Tally:
         self._tokens_known = False
         self._prefix = Ratio()
         self._expected = Ratio()
+        self._counts: Counts | None = None
+        """The counters as they were read last, see `read`."""
+        self._read_at = self._observed_at = self._changed_at = -math.inf
 
     def ended(self, sample: Sample) -> None:
         """Add a finished exchange; a few additions."""
@@ -74,26 +86,51 @@ class Tally:
         if duration >= 0:
             self.duration_window.add(duration, step)
 
-    def read(self, now: float, live_chunks: int) -> None:
-        """Update the rates; `live_chunks` counts the chunks of running exchanges."""
-        self._requests_rate.observe(self.requests, now)
-        self._errors_rate.observe(self.errors, now)
-        self._refused_rate.observe(self.refused, now)
-        self._chunks_rate.observe(self.chunks + live_chunks, now)
+    def read(
+        self,
+        now: float,
+        live_chunks: int,
+        metrics: EngineMetrics | None = None,
+        expected: PrefixStatistics | None = None,
+    ) -> None:
+        """Update the rates.
 
-    def read_expected(self, found: PrefixStatistics | None, now: float) -> None:
-        """Read the expected hits of the server's prefix cache."""
-        if found is not None:
-            self._expected.observe(found.expected_tokens, found.prompt_tokens, now)
+        `live_chunks` counts the chunks of running exchanges, `metrics` has the counters that the
+        engine exports, and `expected` the expected hits of the server's prefix cache.
+        """
+        counts = (
+            self.requests,
+            self.errors,
+            self.refused,
+            self.chunks + live_chunks,
+            metrics.generation_tokens if metrics is not None else None,
+            metrics.prefix_hits if metrics is not None else None,
+            metrics.prefix_queries if metrics is not None else None,
+            expected.expected_tokens if expected is not None else None,
+            expected.prompt_tokens if expected is not None else None,
+        )
+        before, since = self._counts, self._read_at
+        self._read_at = now
+        if counts != before:
+            if before is not None and since > self._observed_at:
+                self._observe(before, since)
+            self._counts, self._changed_at = counts, now
+        elif self._observed_at - self._changed_at > LONGEST_WINDOW:
+            return  # all rates are 0, and will be until a counter changes
+        self._observe(counts, now)
 
-    def read_engine(self, metrics: EngineMetrics | None, now: float) -> None:
-        """Read the engine's own counters, where it exports them."""
-        if metrics is None:
-            return
-        if metrics.generation_tokens is not None:
-            self._tokens_rate.observe(metrics.generation_tokens, now)
+    def _observe(self, counts: Counts, now: float) -> None:
+        requests, errors, refused, chunks, tokens, hits, queries, expected, prompts = counts
+        self._observed_at = now
+        self._requests_rate.observe(requests, now)
+        self._errors_rate.observe(errors, now)
+        self._refused_rate.observe(refused, now)
+        self._chunks_rate.observe(chunks, now)
+        if tokens is not None:
+            self._tokens_rate.observe(tokens, now)
             self._tokens_known = True
-        self._prefix.observe(metrics.prefix_hits, metrics.prefix_queries, now)
+        self._prefix.observe(hits, queries, now)
+        self._expected.observe(expected, prompts, now)
 
     # -- per second, over the last five ---------------------------------------------------------
 
@@ -264,9 +301,7 @@ class Tallies:
     ) -> Tally:
         """Update the rates of a server. `live_chunks` counts the chunks of its live exchanges."""
         tally = self.of(server)
-        tally.read(now, live_chunks)
-        tally.read_engine(server.metrics, now)
-        tally.read_expected(expected, now)
+        tally.read(now, live_chunks, server.load_estimate.metrics, expected)
         return tally
 
     def keep(self, servers: Collection[Server], models: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import httpx
 import trio
 
 from vllm_router.errors import OwnFault
-from vllm_router.fleet.model_list import MAX_LIST_BYTES, ModelList, read_model_list
+from vllm_router.fleet.model_list import MAX_LIST_BYTES, STEP, ModelList, read_model_list
 from vllm_router.fleet.reason import Reason, because
 from vllm_router.http.client.page import read_whole
 from vllm_router.http.client.pool import Doing
@@ -41,10 +41,12 @@ class PageStatus:
 
 async def read_models(response: httpx.Response) -> ModelList:
     """Parse a model list, yielding to other tasks between steps. Raises UnusablePage."""
+    page = await read_whole(response, MAX_LIST_BYTES)
     found = ModelList()
-    for step in read_model_list(await read_whole(response, MAX_LIST_BYTES)):
+    for step in read_model_list(page):
         found = step
-        await trio.lowlevel.checkpoint()
+        if len(page) > STEP:  # a short list is read in one step
+            await trio.lowlevel.checkpoint()
     return found
 
 

@@ -57,18 +57,18 @@ class Reading:
         """Read one server, of which `tally` has the rates."""
         state, reason = server.current_state(self.now)
         leaving = self._members.get(server.name) is not server
-        tokens = tally.tokens_per_s
-        self.running += server.running
-        self.waiting += server.waiting
+        tokens, load = tally.tokens_per_s, server.load_estimate
+        self.running += load.running
+        self.waiting += load.waiting
         self.leases += server.in_flight
         if server.usable:
             self.capacity += server.capacity
-            self._there += server.load * server.capacity
+            self._there += load.value * server.capacity
         if tokens is not None:
             self.tokens_per_s = round((self.tokens_per_s or 0.0) + tokens, 1)
         if not leaving:
             self.states[state] = self.states.get(state, 0) + 1
-            self.loads[server.name] = round(server.load, 3)
+            self.loads[server.name] = round(load.value, 3)
             self.models.add(server, state, tokens)
         if with_view:
             view = self._view(server, tally, state, reason, leaving=leaving)
