@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vllm_router.cli.common import DEFAULT_CONFIG, load_config, run_client
+from vllm_router.cli.common import DEFAULT_CONFIG, existing_config, load_config, run_client
 from vllm_router.observability.formatting import visible
 
 if TYPE_CHECKING:
@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 
 @click.command("check-config")
-@click.option("--config", "file", metavar="FILE", default=DEFAULT_CONFIG, show_default=True)
+@click.option(
+    "--config",
+    "file",
+    envvar="VLLM_ROUTER_CONFIG",
+    metavar="FILE",
+    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
+)
 @click.option(
     "--probe",
     is_flag=True,
     help="Also ask every source, and every server what the router will ask it.",
 )
-def check_config(*, file: str, probe: bool) -> None:
+def check_config(*, file: str | None, probe: bool) -> None:
     """Say what is wrong with a configuration file.
 
     Every problem has a line with its position and the path of its key, and shows the place. Exit
@@ -37,6 +43,7 @@ def check_config(*, file: str, probe: bool) -> None:
     from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES
 
+    file = existing_config(file)
     config = load_config(
         ConfigSource(file, policies=POLICY_NAMES),
         1 if os.path.isfile(file) and os.access(file, os.R_OK) else 2,

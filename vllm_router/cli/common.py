@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from vllm_router.config.source import ConfigSource
 
 DEFAULT_CONFIG = "servers.toml"
+
+NO_CONFIG = f"no {DEFAULT_CONFIG} here: name a file with --config FILE"
 DEFAULT_URL = "http://127.0.0.1:8888"
 
 T = TypeVar("T")
@@ -25,13 +29,39 @@ class Failure(click.ClickException):
     exit_code = 2
 
 
+def say_error(text: str) -> None:
+    """One line on stderr. On a terminal its beginning, up to the first colon, is red.
+
+    Not where NO_COLOR is set (https://no-color.org).
+    """
+    if _has_colour():
+        head, colon, rest = text.partition(": ")
+        text = click.style(head + colon, fg="red", bold=True) + rest
+    click.echo(text, err=True, color=True if _has_colour() else None)
+
+
+def _has_colour() -> bool:
+    environ = os.environ
+    return sys.stderr.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def existing_config(file: str | None, advice: str = "") -> str:
+    """The configuration file that was given, or the default one.
+
+    Raises Failure if none was given, and the default one does not exist.
+    """
+    if file is None and not os.path.lexists(DEFAULT_CONFIG):
+        raise Failure(NO_CONFIG + advice)
+    return file or DEFAULT_CONFIG
+
+
 def load_config(source: ConfigSource, exit_code: int) -> Config:
     """Load a configuration file; if it is invalid, print each problem with its line and exit."""
     try:
         return source.load()
     except ConfigError as error:
         for problem in error.problems:
-            click.echo(problem, err=True)
+            say_error(problem)
             if problem in error.excerpts:
                 click.echo(error.excerpts[problem], err=True)
         raise click.exceptions.Exit(exit_code) from None

@@ -6,14 +6,26 @@ import json
 
 import click
 
-from vllm_router.cli.common import DEFAULT_CONFIG, Failure, load_config, run_client
+from vllm_router.cli.common import DEFAULT_CONFIG, Failure, existing_config, load_config, run_client
 from vllm_router.observability.formatting import visible
 
 
 @click.command()
-@click.option("--config", "file", metavar="FILE", default=DEFAULT_CONFIG, show_default=True)
-@click.option("--json", "as_text", is_flag=True, help="For programs.")
-def discover(*, file: str, as_text: bool) -> None:
+@click.option(
+    "--config",
+    "file",
+    envvar="VLLM_ROUTER_CONFIG",
+    metavar="FILE",
+    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
+)
+@click.option(
+    "--json",
+    "as_json",
+    envvar="VLLM_ROUTER_DISCOVER_JSON",
+    is_flag=True,
+    help="What the sources say, as JSON.",
+)
+def discover(*, file: str | None, as_json: bool) -> None:
     """Ask every source of servers once, and print what it says.
 
     Needs no running router. Exit code 1 if a source cannot be read, or names a bad target; 2 if the
@@ -27,12 +39,13 @@ def discover(*, file: str, as_text: bool) -> None:
     from vllm_router.config.source import ConfigSource
     from vllm_router.routing.policies import POLICY_NAMES
 
+    file = existing_config(file)
     config = load_config(ConfigSource(file, policies=POLICY_NAMES), 2)
     if config.discovery is None:
         raise Failure(f"{file} has no [discovery] table")
     reports = run_client(source_check.ask_sources, config)
     found, problems = source_check.merged(config, reports)
-    if as_text:
+    if as_json:
         click.echo(json.dumps(source_check.as_json(reports, found), indent=2))
     else:
         source_check.print_sources(reports)

@@ -35,7 +35,13 @@ _FIGURES = (("LOAD", "load"), ("RUNNING", "running"), ("WAITING", "waiting"), ("
     metavar="[N]",
     help=f"The last N picks instead ({SHOWN_DECISIONS} if not said).",
 )
-@click.option("--json", "as_json", is_flag=True, help="What the router says, as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    envvar="VLLM_ROUTER_EXPLAIN_JSON",
+    is_flag=True,
+    help="What the router says, as JSON.",
+)
 def explain(
     *,
     url: str,

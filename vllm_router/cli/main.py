@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from vllm_router import __version__
+from vllm_router.cli.common import say_error
 from vllm_router.errors import RouterError
 from vllm_router.observability.formatting import visible
 
@@ -81,12 +82,12 @@ class Commands(click.Group):
         except click.ClickException as error:
             if not standalone_mode:
                 raise
-            click.echo(_one_line(error), err=True)
+            say_error(_one_line(error))
             code = error.exit_code
         except RouterError as error:
             if not standalone_mode:
                 raise
-            click.echo(f"vllm-router: {visible(str(error))}", err=True)
+            say_error(f"vllm-router: {visible(str(error))}")
             code = 2
         except click.Abort:
             if not standalone_mode:
@@ -108,12 +109,21 @@ def _one_line(error: click.ClickException) -> str:
 @click.group(
     cls=Commands,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # VLLM_ROUTER_STATUS_JSON for `status --json`, where an option names no other variable.
+        "auto_envvar_prefix": "VLLM_ROUTER",
+    },
 )
 @click.version_option(__version__, prog_name="vLLM Router", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """One OpenAI-compatible entry point for a fleet of vLLM servers."""
+    """One OpenAI-compatible entry point for a fleet of vLLM servers.
+
+    Every option can be given by an environment variable: VLLM_ROUTER_PORT for `run --port`, and
+    VLLM_ROUTER_COMMAND_OPTION for the other commands, as in VLLM_ROUTER_STATUS_JSON=1.
+    """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -14,7 +14,13 @@ from vllm_router.cli.options import for_router
 @click.command("open")
 @for_router
 @click.option("--page", metavar="URL", help="Where the browser finds the page, if not at URL.")
-@click.option("--print", "only_print", is_flag=True, help="Do not start a browser.")
+@click.option(
+    "--print",
+    "only_print",
+    envvar="VLLM_ROUTER_OPEN_PRINT",
+    is_flag=True,
+    help="Do not start a browser.",
+)
 def open_page(
     *, url: str, key: str | None, ca: str | None, page: str | None, only_print: bool
 ) -> None:

@@ -42,6 +42,7 @@ def for_router(command: F) -> F:
         click.option(
             "--url",
             "url_option",
+            allow_from_autoenv=False,
             metavar="URL",
             help=f"The router's URL; the same as the argument.  [env var: VLLM_ROUTER_URL; "
             f"default: {DEFAULT_URL}]",

@@ -26,6 +26,15 @@ POLL_INTERVAL = 0.5
 """Seconds between two requests while waiting for a drain."""
 
 
+_KEY_ADVICE = {
+    "missing_api_key": "this router needs a key: give its status or admin key with --key, or in "
+    "the variable VLLM_ROUTER_KEY",
+    "invalid_api_key": "this router does not accept the key: --key or VLLM_ROUTER_KEY must be its "
+    "status key, or the admin key for changes",
+}
+"""By error code, what a user of the command line can do."""
+
+
 class NoRouter(RouterError):
     """Nothing answers at the URL, or a server that is not a vLLM Router."""
 
@@ -203,7 +212,9 @@ class RouterClient:
         if code is not None:
             said = page.get("error")
             message = said.get("message") if isinstance(said, dict) else None
-            raise ErrorResponse(code, str(message or f"{self.url} answered {code}"))
+            raise ErrorResponse(
+                code, _KEY_ADVICE.get(code) or str(message or f"{self.url} answered {code}")
+            )
         if not response.is_success or not page:
             status = response.status_code
             raise NoRouter(f"{self.url} is not a vLLM Router: {path} answered {status}")

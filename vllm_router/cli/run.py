@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from vllm_router.cli.common import DEFAULT_CONFIG, Failure, load_config
+from vllm_router.cli.common import DEFAULT_CONFIG, Failure, existing_config, load_config
 from vllm_router.observability.formatting import FORMATS, LEVELS
 
 if TYPE_CHECKING:
@@ -51,6 +51,21 @@ class PortNumber(click.IntRange):
         return super().convert(value, param, ctx)
 
 
+class DemoServers(click.IntRange):
+    """The number of simulated servers."""
+
+    name = "number"
+
+    def __init__(self) -> None:
+        super().__init__(1, 100)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f'expected a number of servers from 1 to 100, got "{value}"', param, ctx)
+
+
 @click.command()
 @click.option(
     "--config",
@@ -70,9 +85,10 @@ class PortNumber(click.IntRange):
 )
 @click.option(
     "--demo",
+    envvar="VLLM_ROUTER_DEMO",
     is_flag=False,
     flag_value=3,
-    type=click.IntRange(1, 100),
+    type=DemoServers(),
     metavar="[N]",
     help="Start N simulated vLLM servers (3 if not said) and route to them.",
 )
@@ -254,12 +270,8 @@ def _configuration(
         return Config(servers=(), settings=default_settings(memory)), None
     if urls:
         return Config(servers=_servers(urls), settings=default_settings(memory)), None
-    if file is None and not os.path.lexists(DEFAULT_CONFIG):
-        raise Failure(
-            f"no {DEFAULT_CONFIG} here: name a file with --config FILE, servers with --server URL, "
-            "or try --demo"
-        )
-    source = ConfigSource(file or DEFAULT_CONFIG, memory=memory, policies=POLICY_NAMES)
+    path = existing_config(file, ", servers with --server URL, or try --demo")
+    source = ConfigSource(path, memory=memory, policies=POLICY_NAMES)
     config = load_config(source, 2)
     if workers is None and config.run.workers > 1:
         # Each process needs memory, so other defaults may fit.

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @for_router
-@click.option("--json", "as_json", is_flag=True, help="Everything the router says, as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    envvar="VLLM_ROUTER_STATUS_JSON",
+    is_flag=True,
+    help="Everything the router says, as JSON.",
+)
 def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
     """Show the load and state of every server of a running router.
 

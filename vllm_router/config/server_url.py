@@ -60,7 +60,7 @@ def normalise_url(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _DEFAULT_PORTS:
-        raise refuse('a URL like "http://host:8000"')
+        raise _with_guess(refuse('a URL like "http://host:8000"'), url, separator)
     if "?" in rest or "#" in rest:
         raise refuse("a URL without query and fragment")
     authority, _, path = rest.partition("/")
@@ -84,6 +84,17 @@ def normalise_url(url: str) -> str:
     if port and int(port) != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{int(port)}"
     return "/".join([f"{scheme}://{host}", *segments])
+
+
+def _with_guess(error: ValueError, url: str, separator: str) -> ValueError:
+    """The error, with the URL that was probably meant if only the scheme is missing."""
+    if separator or ":" not in url:
+        return error
+    try:
+        guess = normalise_url(f"http://{url}")
+    except ValueError:
+        return error
+    return ValueError(f'{error}, did you mean "{guess}"?')
 
 
 def _split_port(authority: str) -> tuple[str, str]:

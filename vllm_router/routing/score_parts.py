@@ -58,7 +58,7 @@ class ScoreTable:
         extra, penalty = self._extra[position], self._penalties[position]
         return {
             "load": self._active[position] + extra,
-            "phantoms": penalty,
+            "recent_errors": penalty,
             "others": extra - penalty,
             "queued_tokens": self._queued[position],
             "cached_tokens": credit - adapter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from vllm_router.errors import Refused
 from vllm_router.http.request_ids import request_id
 from vllm_router.proxy.refusal import refusal_messages
 from vllm_router.routing.paths import inference_methods
+from vllm_router.web.openapi import document
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,25 @@ _CODES = {
     408: "body_timeout",
     413: "body_too_large",
 }
+
+_OTHER_NAMES = {
+    "/healthz": "/livez, /readyz or /health",
+    "/docs": "/openapi.json",
+    "/redoc": "/openapi.json",
+    "/swagger": "/openapi.json",
+    "/status": "/health or /load-stats",
+    "/stats": "/load-stats",
+    "/models": "/v1/models",
+}
+"""Paths under which other programs have what the router has elsewhere."""
+
+_PATHS = tuple(document()["paths"])
+
+MAX_GUESSED_PATH = 64
+"""The longest path, in characters, that is compared with the known ones."""
+
+GUESS_CUTOFF = 0.75
+"""How similar two paths must be, as a `difflib` ratio from 0 to 1."""
 
 
 def json(value: Any, status: int = 200) -> Response:
@@ -121,7 +142,15 @@ def not_served(current: Mapping[str, Any]) -> Refused:
     methods = inference_methods(raw)
     if methods:
         return _not_allowed(methods)
-    return Refused(404, "not_found", f"There is nothing at {path}.")
+    return Refused(404, "not_found", f"There is nothing at {path}.{_instead(path)}")
+
+
+def _instead(path: str) -> str:
+    """A sentence with the path that was probably meant, if one is known."""
+    known = _OTHER_NAMES.get(path.rstrip("/"))
+    if known is None and len(path) < MAX_GUESSED_PATH:
+        known = next(iter(get_close_matches(path, _PATHS, 1, GUESS_CUTOFF)), None)
+    return f" Did you mean {known}?" if known else ""
 
 
 def _not_allowed(methods: Sequence[str]) -> Refused:

@@ -10,10 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 import vllm_router
+from vllm_router.cli.common import say_error
 from vllm_router.cli.main import COMMANDS, cli
 from vllm_router.cli.router_client import RouterClient, Status
 from vllm_router.cli.run import _servers, log_file
@@ -52,7 +54,7 @@ def assert_one_line(result: Result, *words: str) -> None:
         (["run", "--front", "nginx"], ["--front", "nginx", "lane"]),
         (["run", "--log-level", "loud"], ["--log-level", "loud"]),
         (["run", "--demo", "0"], ["--demo"]),
-        (["run", "--demo", "many"], ["--demo", "many"]),
+        (["run", "--demo", "many"], ["--demo", 'a number of servers from 1 to 100, got "many"']),
         (["run", "servers.toml"], ["servers.toml"]),
         (["run", "--demo", "--server", "http://a"], ["--server", "--demo", "exclude"]),
         (["run", "--config", "f", "--server", "http://a"], ["--config", "--server", "exclude"]),
@@ -73,7 +75,8 @@ def test_cli_without_servers_says_what_to_do():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["gpu-1:8000"], ["http://host:8000", "gpu-1:8000"]),
+        (["gpu-1:8000"], ['got "gpu-1:8000", did you mean "http://gpu-1:8000"?']),
+        (["user:hunter2@gpu-1:8000"], ["http://host:8000"]),
         (["http://a", "http://b", "http://A:80/v1/"], ["http://a", "twice"]),
         (["http://user:hunter2@a"], ["without user name"]),
         (["http://a=0"], ["from 1 to 999999", "'0'"]),
@@ -188,8 +191,42 @@ def test_check_config_bad_file_lists_every_problem_with_key_path(scratch: Path):
 
 
 @pytest.mark.usefixtures("scratch")
-def test_check_config_missing_file_gives_no_verdict():
-    assert_one_line(call("check-config"), "servers.toml", "No such file")
+@pytest.mark.parametrize("command", ["check-config", "discover"])
+def test_check_without_file_gives_no_verdict(command: str, monkeypatch: pytest.MonkeyPatch):
+    assert_one_line(call(command), "no servers.toml here", "--config FILE")
+    assert_one_line(call(command, "--config", "missing.toml"), "missing.toml", "No such file")
+    monkeypatch.setenv("VLLM_ROUTER_CONFIG", "of-environment.toml")
+    assert_one_line(call(command), "of-environment.toml", "No such file")
+
+
+def test_every_option_has_environment_variable_of_its_name():
+    root = click.Context(cli, info_name="vllm-router", **cli.context_settings)
+    for name in COMMANDS:
+        command = cli.get_command(root, name)
+        assert command is not None
+        prefix = click.Context(command, parent=root, info_name=name).auto_envvar_prefix
+        for option in command.params:
+            # `--url` is found by the command itself, which compares it with the argument.
+            if isinstance(option, click.Option) and not option.hidden and option.opts != ["--url"]:
+                long = max(option.opts, key=len).lstrip("-").replace("-", "_").upper()
+                found = option.envvar or f"{prefix}_{str(option.name).upper()}"
+                names = {f"VLLM_ROUTER_{long}", f"{prefix}_{long}", "VLLM_ROUTER_MOCK_FIRST_PORT"}
+                assert found in names, (name, option.opts)
+
+
+@pytest.mark.parametrize(("variable", "red"), [("", True), ("NO_COLOR", False)])
+def test_error_on_terminal_has_red_beginning_unless_colour_is_off(
+    variable: str, red: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    say_error("servers.toml:2:7: expected a number")
+    written = capsys.readouterr().err
+    assert ("\x1b[31m" in written) is red
+    assert click.unstyle(written) == "servers.toml:2:7: expected a number\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])

@@ -176,16 +176,29 @@ def test_drain_refused_is_one_line(client: type[FakeClient], command: str):
     assert found.stderr.splitlines() == ["vllm-router: no server gpu-9"]
 
 
+@pytest.mark.parametrize("code", ["missing_api_key", "invalid_api_key"])
+def test_status_of_locked_router_names_key_option(code: str):
+    with answering(401, error=code) as port:
+        found = call("status", f"http://127.0.0.1:{port}")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "--key" in found.stderr
+    assert "VLLM_ROUTER_KEY" in found.stderr
+
+
 # -- the health check ---------------------------------------------------------------------------
 
 
 @contextmanager
-def answering(status: int, context: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A server that gives this status for /livez; the port."""
+def answering(
+    status: int, context: ssl.SSLContext | None = None, error: str | None = None
+) -> Iterator[int]:
+    """A server that gives this status for /livez, or this error for every path; the port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(status if self.path == "/livez" else 404)
+            self.send_response(status if error or self.path == "/livez" else 404)
+            if error:
+                self.send_header("x-vllm-router-error", error)
             self.end_headers()
 
         def log_message(self, *_given: object) -> None: ...

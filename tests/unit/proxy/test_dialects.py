@@ -220,7 +220,24 @@ async def test_path_without_methods_is_404(path, method):
     reply = await Whole().ask(method, path)
     assert reply.status == 404
     assert "allow" not in reply.headers
-    assert reply.error["message"] == f"There is nothing at {path}."
+    assert reply.error["message"].startswith(f"There is nothing at {path}.")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/healthz", " Did you mean /livez, /readyz or /health?"),
+        ("/docs", " Did you mean /openapi.json?"),
+        ("/metric", " Did you mean /metrics?"),
+        ("/loadstats", " Did you mean /load-stats?"),
+        ("/nowhere", ""),
+        ("/v1/files", ""),
+        ("/metrics" + "s" * 100_000, ""),
+    ],
+)
+async def test_unknown_path_names_similar_one(path, hint):
+    reply = await Whole().ask("GET", path)
+    assert (reply.status, reply.error["message"]) == (404, f"There is nothing at {path}.{hint}")
 
 
 async def test_stored_response_wrong_method_lists_allowed_methods():

@@ -462,13 +462,13 @@ def test_adaptive_prefix_never_overrides_refusing_server():
 def test_adaptive_error_penalty_halves_every_five_seconds():
     a, _, _ = (it := Situation()).servers
     it.end(it.send(NOTHING, a), failed=True)
-    assert it.parts(NOTHING, a)["phantoms"] == 8
+    assert it.parts(NOTHING, a)["recent_errors"] == 8
     it.wait(5.0)
-    assert it.parts(NOTHING, a)["phantoms"] == pytest.approx(4)
+    assert it.parts(NOTHING, a)["recent_errors"] == pytest.approx(4)
     it.end(it.send(NOTHING, a), failed=True)
-    assert it.parts(NOTHING, a)["phantoms"] == pytest.approx(12)
+    assert it.parts(NOTHING, a)["recent_errors"] == pytest.approx(12)
     it.wait(60.0)
-    assert it.parts(NOTHING, a)["phantoms"] == 0
+    assert it.parts(NOTHING, a)["recent_errors"] == 0
 
 
 def test_adaptive_fast_failing_server_gets_few_requests_before_ejection():
@@ -547,11 +547,11 @@ def test_adaptive_old_errors_do_not_keep_returning_server_away(how):
     for _ in range(12):
         it.end(it.send(NOTHING, a), failed=True)
     it.wait(1.0)
-    assert it.parts(NOTHING, a)["phantoms"] > 50
+    assert it.parts(NOTHING, a)["recent_errors"] > 50
     if how == "ejected":
         eject(a, it.now)
         it.wait(6.0)
-        assert it.parts(NOTHING, a)["phantoms"] == 0.0
+        assert it.parts(NOTHING, a)["recent_errors"] == 0.0
         for server in (b, *it.servers[2:]):
             it.send(NOTHING, server)
         assert it.pick(NOTHING) is a
@@ -560,7 +560,7 @@ def test_adaptive_old_errors_do_not_keep_returning_server_away(how):
         it.wait(1.0)
         it.fleet.settle(it.now)
         come_up(a, it.now)
-        assert it.parts(NOTHING, a)["phantoms"] == 0.0
+        assert it.parts(NOTHING, a)["recent_errors"] == 0.0
 
 
 def test_adaptive_ejected_server_returns_slowly_after_probation():

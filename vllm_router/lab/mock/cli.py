@@ -26,7 +26,14 @@ MAX_DESCRIPTORS = 65_536
 
 @click.command(name="mock", context_settings={"show_default": True})
 @click.option("--host", default=_DEFAULT.host, help="Address to listen on.")
-@click.option("--port", default=8101, type=click.IntRange(0, 65535), help="0 takes a free one.")
+# Beside a Service called vllm-router-mock Kubernetes sets VLLM_ROUTER_MOCK_PORT to `tcp://…`.
+@click.option(
+    "--port",
+    envvar="VLLM_ROUTER_MOCK_FIRST_PORT",
+    default=8101,
+    type=click.IntRange(0, 65535),
+    help="0 takes a free one.",
+)
 @click.option(
     "--count",
     default=1,
@@ -35,8 +42,21 @@ MAX_DESCRIPTORS = 65_536
 )
 @click.option("--name", default="", help="Sent as x-mock-server. Empty: mock-<port>.")
 @click.option("--answer", default="", help="What every response says. Empty: random words.")
-@click.option("--model", "models", multiple=True, default=_DEFAULT.models, help="Repeatable.")
-@click.option("--lora", "loras", multiple=True, help="NAME or NAME=PATH; repeatable.")
+@click.option(
+    "--model",
+    "models",
+    envvar="VLLM_ROUTER_MOCK_MODEL",
+    multiple=True,
+    default=_DEFAULT.models,
+    help="Repeatable.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    envvar="VLLM_ROUTER_MOCK_LORA",
+    multiple=True,
+    help="NAME or NAME=PATH; repeatable.",
+)
 @click.option("--max-loras", default=_DEFAULT.max_loras, help="Adapters in memory; 0: all.")
 @click.option("--lora-swap", default=_DEFAULT.lora_swap, help="Seconds of loading an adapter.")
 @click.option("--max-model-len", default=_DEFAULT.max_model_len, help="Tokens.")
@@ -83,7 +103,13 @@ MAX_DESCRIPTORS = 65_536
     default=_DEFAULT.shutdown_timeout,
     help="Seconds in which running requests may finish after SIGTERM and new ones get a 500.",
 )
-@click.option("--set", "switches", default="{}", help="Failure switches, JSON as for /mock/set.")
+@click.option(
+    "--set",
+    "switches",
+    envvar="VLLM_ROUTER_MOCK_SET",
+    default="{}",
+    help="Failure switches, JSON as for /mock/set.",
+)
 def mock_command(*, switches: str, models: tuple[str, ...], count: int, **given: Any) -> None:
     """Simulated vLLM servers, with failures on demand.
 

@@ -76,6 +76,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--workload",
     "workloads",
+    envvar="VLLM_ROUTER_SIMULATE_WORKLOAD",
     multiple=True,
     type=click.Choice(list(WORKLOADS)),
     help="[all; without any option two, with --quick]",
@@ -83,6 +84,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--policy",
     "policies",
+    envvar="VLLM_ROUTER_SIMULATE_POLICY",
     multiple=True,
     type=click.Choice(list(ALL_POLICIES)),
     help="[all that the router has]",
@@ -91,6 +93,7 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--load",
     "loads",
+    envvar="VLLM_ROUTER_SIMULATE_LOAD",
     multiple=True,
     type=click.IntRange(1, 300),
     help=f"Percent of what the fleet can take.  [{', '.join(map(str, LOADS))}]",
@@ -146,7 +149,13 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option("--tokens-per-request", default=_POLICY_SETTINGS.tokens_per_request, help="Knob T.")
 @click.option("--waste-growth", default=_POLICY_SETTINGS.waste_growth, help="Knob K.")
 @click.option("--prompt-growth", default=_POLICY_SETTINGS.prompt_growth, help="Knob K'.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Every run, as JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    envvar="VLLM_ROUTER_SIMULATE_JSON",
+    type=click.Path(path_type=Path),
+    help="Every run, as JSON.",
+)
 @click.option(
     "--plot", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG."
 )
@@ -154,7 +163,13 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
     "--shares", is_flag=True, help="Also: which part of the requests was sent to each server."
 )
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="At a time.")
-@click.option("--calibrate", "find", is_flag=True, help="Find the fleet's capacity instead.")
+@click.option(
+    "--calibrate",
+    "find",
+    envvar="VLLM_ROUTER_SIMULATE_CALIBRATE",
+    is_flag=True,
+    help="Find the fleet's capacity instead.",
+)
 @click.pass_context
 def simulate_command(
     context: click.Context,

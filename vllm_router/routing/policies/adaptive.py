@@ -461,7 +461,7 @@ class Adaptive(Policy):
             f"score = slow × (1 + load - home + kv pressure + ({QUEUED_WEIGHT:g} × queued tokens + "
             f"{waste} + lost tokens + delayed tokens + {growth}) / "
             f"{settings.tokens_per_request:g}) / (share × slow start); "
-            "load = running + 0.5 × waiting + phantoms + others + fast errors; "
+            "load = running + 0.5 × waiting + recent errors + others + fast errors; "
             "waste tokens = best server's (cached tokens + adapter tokens) - its own; "
             "lost tokens grow with footprint tokens / kv tokens"
         )

@@ -86,7 +86,7 @@ export const said = {
   outcome_refused: "refused",
 
   term_load: "load",
-  term_phantoms: "phantoms",
+  term_recent_errors: "recent errors",
   term_others: "others",
   term_queued_tokens: "queued tokens",
   term_cached_tokens: "cached tokens",

@@ -86,7 +86,7 @@ export const said = {
   outcome_refused: "已拒绝",
 
   term_load: "负载",
-  term_phantoms: "虚拟负载",
+  term_recent_errors: "近期失败",
   term_others: "其他路由器",
   term_queued_tokens: "排队 token",
   term_cached_tokens: "已缓存 token",
