@@ -11,7 +11,7 @@ import trio
 from trio_websocket import ConnectionClosed, wrap_client_stream
 
 from support.fleet_makers import go_down
-from support.front_harness import PATIENCE, running
+from support.front_harness import HOST, PATIENCE, running
 from support.web_harness import Lab
 from vllm_router.runtime.dispatch import Dispatcher
 from vllm_router.web import schema
@@ -30,7 +30,7 @@ class Served:
     def __init__(self, lab: Lab, port: int) -> None:
         self.lab = lab
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{HOST}:{port}"
 
     @asynccontextmanager
     async def feed(self, **headers: str):
@@ -38,7 +38,7 @@ class Served:
 
         It owns the stream: trio-websocket 0.12 leaves it open when the server closes first.
         """
-        stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+        stream = await trio.open_tcp_stream(HOST, self.port)
         async with stream, trio.open_nursery() as nursery:
             with trio.fail_after(PATIENCE):
                 websocket = await wrap_client_stream(
@@ -134,7 +134,7 @@ async def test_feed_closes_clients_with_1001_on_stop():
 
 async def test_feed_slow_client_delays_no_other():
     async with served(feed_interval=0.01) as router:
-        stalled = await trio.open_tcp_stream("127.0.0.1", router.port)
+        stalled = await trio.open_tcp_stream(HOST, router.port)
         fields = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
         await stalled.send_all(f"GET /ws/load HTTP/1.1\r\nhost: a\r\n{fields}\r\n".encode())
         await router.clients(1)

@@ -11,6 +11,7 @@ import trio.testing
 
 from support.front_harness import (
     CHAT,
+    HOST,
     PATIENCE,
     Application,
     Client,
@@ -390,7 +391,7 @@ async def test_front_requests_received_before_drain_are_answered(kind):
         await known.reply()
         await trio.testing.wait_all_tasks_blocked()
         os.write(known.stream.socket.fileno(), post())  # without a checkpoint: not accepted yet
-        sock = socket.create_connection(("127.0.0.1", on.port))  # not accepted yet
+        sock = socket.create_connection((HOST, on.port))  # not accepted yet
         sock.sendall(post())
         on.front.stop_accepting()
         on.front.begin_drain()
@@ -409,7 +410,7 @@ async def test_front_stop_accepting_closes_listener(kind):
 
 def _can_connect(port: int) -> bool:
     with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+        return sock.connect_ex((HOST, port)) == 0
 
 
 async def test_front_failing_application_leaves_server_serving(kind):

@@ -19,6 +19,7 @@ import trio.testing
 
 from support.front_harness import (
     CHAT,
+    HOST,
     PATIENCE,
     Application,
     Client,
@@ -101,7 +102,7 @@ async def test_front_websocket_shares_port():
     async with running() as on, connected(on.port) as plain:
         await plain.send(post())
         assert (await plain.reply()).status == 200
-        async with open_websocket_url(f"ws://127.0.0.1:{on.port}/ws") as ws:
+        async with open_websocket_url(f"ws://{HOST}:{on.port}/ws") as ws:
             await ws.send_message("hello")
             assert await ws.get_message() == "hello"
 
@@ -217,8 +218,11 @@ def server_tls() -> ssl.SSLContext:
 async def over_tls(port: int, *protocols: str) -> trio.SSLStream[trio.SocketStream]:
     context = ssl.create_default_context(cafile=PEM)
     context.set_alpn_protocols(list(protocols) or ["http/1.1"])
-    stream = await trio.open_ssl_over_tcp_stream(
-        "127.0.0.1", port, ssl_context=context, https_compatible=True
+    stream = trio.SSLStream(
+        await trio.open_tcp_stream(HOST, port),
+        context,
+        server_hostname="127.0.0.1",
+        https_compatible=True,
     )
     await stream.do_handshake()
     return stream
@@ -243,7 +247,7 @@ def test_front_unknown_host_is_oserror():
 
 async def test_front_adopted_socket_is_served():
     sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
+    sock.bind((HOST, 0))
     front = Listener(Application(), accepts=is_inference)
     _, port = front.adopt(sock.detach())
     with trio.fail_after(PATIENCE):
@@ -329,7 +333,7 @@ async def test_front_out_of_descriptors_is_survived(caplog, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
         try:
             for sock in clients:
-                sock.connect(("127.0.0.1", on.port))
+                sock.connect((HOST, on.port))
             await soon(lambda: len(failures) > 3)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

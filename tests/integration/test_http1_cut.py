@@ -10,7 +10,7 @@ import socket
 import pytest
 import trio
 
-from support.front_harness import QUICK, part, running, start
+from support.front_harness import HOST, QUICK, part, running, start
 from vllm_router.http.server.limits import Limits
 
 pytestmark = pytest.mark.usefixtures("socket_kind")
@@ -37,7 +37,7 @@ async def test_truncated_response_reaches_slow_http_1_0_client_before_reset(kind
         with client:
             # A small window, so that most of the response waits at the router.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            await client.connect(("127.0.0.1", front.port))
+            await client.connect((HOST, front.port))
             await client.send(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 0\r\n\r\n")
             received = b""
             with pytest.raises(ConnectionResetError):
@@ -54,7 +54,7 @@ async def test_truncated_response_reset_does_not_wait_for_stalled_client(kind: s
         client = trio.socket.socket()
         with client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            await client.connect(("127.0.0.1", front.port))
+            await client.connect((HOST, front.port))
             await client.send(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 0\r\n\r\n")
             while front.front.statistics().accepted == 0:
                 await trio.sleep(0.01)

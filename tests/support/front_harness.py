@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,10 @@ from vllm_router.routing.paths import is_inference
 PATIENCE = 60
 
 CHAT = "/v1/chat/completions"
+
+HOST = f"127.{1 + (os.getpid() >> 16)}.{os.getpid() >> 8 & 255}.{1 + os.getpid() % 254}"
+"""A loopback address of this process. The kernel reuses the ports of 127.0.0.1, and a router of
+another test may still probe a server that had the same port there: one connection too many."""
 
 
 class Application:
@@ -170,7 +175,7 @@ async def running(kind: str = "lane", **options: Any) -> AsyncIterator[Running]:
     app = options.pop("app", None) or Application()
     options.setdefault("limits", QUICK)
     front = Listener(app, lane=kind == "lane", **{"accepts": is_inference, **options})
-    (_, port), *_ = front.open("127.0.0.1", 0)
+    (_, port), *_ = front.open(HOST, 0)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             await nursery.start(front.serve)
@@ -267,7 +272,7 @@ async def connected(port: int, *, buffer: int | None = None) -> AsyncIterator[Cl
     sock = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    await sock.connect(("127.0.0.1", port))
+    await sock.connect((HOST, port))
     async with trio.SocketStream(sock) as stream:
         yield Client(stream)
 
