@@ -28,9 +28,13 @@ from vllm_router.runtime.workers.channel import Channel, pair
 from vllm_router.runtime.workers.config_snapshot import ConfigSnapshot
 from vllm_router.runtime.workers.leader import Leader, build
 from vllm_router.runtime.workers.messages import (
+    Configured,
     Connection,
+    FromLeader,
     Hello,
+    ModelListsRefreshed,
     PeerBatch,
+    RefreshModelLists,
     ResolvedNames,
     ServerStates,
     StoredResponses,
@@ -102,6 +106,14 @@ async def settled(condition: Any) -> None:
         await trio.sleep(0.001)
 
 
+async def received_until(worker: Channel, last: FromLeader) -> list[FromLeader]:
+    """The leader's messages up to this one."""
+    messages: list[FromLeader] = []
+    while not messages or messages[-1] != last:
+        messages.append(decode_from_leader((await worker.receive())[0]))
+    return messages
+
+
 async def test_leader_lets_worker_serve_after_sending_all_servers():
     async with leading() as (leader, worker):
         await worker.send(encode(Hello(1, [])))
@@ -170,6 +182,76 @@ async def test_leader_worker_without_hello_is_not_serving():
         await worker.send(encode(Hello(12, [])))
         await settled(lambda: leader.workers.links[0].pid == 12)
         assert leader.workers.serving == 0
+
+
+async def test_leader_times_that_a_worker_reports_only_move_forward():
+    async with leading() as (leader, worker):
+        server = leader.supervisor.fleet.servers["127.0.0.1:1"]
+        await worker.send(encode(Hello(1, [])))
+        for cpu, byte_at, output_at in ((1.0, 70.0, 80.0), (2.0, 65.0, 75.0), (3.0, 71.0, 81.0)):
+            heard, outputs = {server.url: byte_at}, {server.url: output_at}
+            for times in (heard, outputs):
+                times["http://removed.test"] = 99.0
+            stats = WorkerStats(True, {CPU: cpu}, {}, heard=heard, outputs=outputs)
+            await worker.send(encode(stats))
+            await settled(lambda cpu=cpu: leader.supervisor.elsewhere(CPU) == cpu)
+            expected = (71.0, 81.0) if cpu == 3.0 else (70.0, 80.0)
+            assert (server.last_byte_at, server.activity.output_at) == expected
+
+
+async def test_leader_started_anew_learns_drained_servers_from_worker():
+    async with leading() as (leader, worker):
+        servers = leader.supervisor.fleet.servers
+        await worker.send(encode(Hello(1, [servers["127.0.0.1:7"].url, "http://removed.test"])))
+        await received_until(worker, Welcome(first=False))
+        assert [name for name, server in servers.items() if server.draining] == ["127.0.0.1:7"]
+
+
+async def test_leader_refreshed_lists_reach_worker_before_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async with leading() as (leader, worker):
+        server = leader.supervisor.fleet.servers["127.0.0.1:1"]
+        server.active_health.up = True
+
+        async def refresh(found: Any) -> None:
+            assert not found()  # every list is read, whatever the worker looks for
+            server.listed({"new": {"id": "new"}}, trio.current_time())
+
+        monkeypatch.setattr(leader.supervisor, "refresh_model_lists", refresh)
+        await worker.send(encode(Hello(1, [])))
+        await received_until(worker, Welcome(first=False))
+        await worker.send(encode(RefreshModelLists()))
+        *before, _ = await received_until(worker, ModelListsRefreshed())
+        states = [state for m in before if isinstance(m, ServerStates) for state in m.servers]
+        assert [(state.url, state.models) for state in states] == [(server.url, ("new",))]
+
+
+async def test_leader_undecodable_message_is_dropped(caplog: pytest.LogCaptureFixture):
+    async with leading() as (_, worker):
+        await worker.send(b"not MessagePack")
+        await worker.send(encode(Hello(1, [])))
+        await received_until(worker, Welcome(first=False))
+    assert "worker 1: dropping an undecodable message" in caplog.text
+
+
+async def test_leader_new_configuration_is_announced_with_states_of_all_servers():
+    async with leading() as (leader, worker):
+        await worker.send(encode(Hello(1, [])))
+        first = await received_until(worker, Welcome(first=False))
+        assert Configured(1) in first
+        servers = leader.supervisor.fleet.servers
+        for server in servers.values():
+            server.active_health.up = True
+        old = leader.supervisor.config
+        leader.supervisor.apply(old, msgspec.structs.replace(old))
+        announced = decode_from_leader((await worker.receive())[0])
+        assert announced == Configured(2)
+        urls: set[str] = set()
+        while len(urls) < len(servers):
+            message = decode_from_leader((await worker.receive())[0])
+            assert isinstance(message, ServerStates)
+            urls |= {state.url for state in message.servers}
 
 
 async def test_leader_closes_connections_beyond_descriptor_limit():
