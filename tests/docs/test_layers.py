@@ -16,7 +16,7 @@ PACKAGE = Path(vllm_router.__file__).parent
 
 # A room imports only rooms of lower levels. Rooms of the same level do not know each other.
 LEVELS = (
-    {"errors"},
+    {"errors", "steps"},
     {"config", "http"},
     {"fleet", "discovery"},
     {"routing"},
@@ -45,6 +45,7 @@ PURE = (
 )
 PURE_MODULES = (
     "errors",
+    "steps",
     "discovery.intake",
     "discovery.file_sd",
     "discovery.kubernetes.messages",

@@ -15,7 +15,7 @@ from typing import TypeVar
 import trio
 
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 SERVERS_AT_ONCE = 25
 """Servers that are read in one slice. Their views for the feed, the most that is read of a server,

@@ -28,7 +28,7 @@ from vllm_router.routing.prompt.routing_info import (
     RoutingInfo,
     read_at_once,
 )
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 _BODY_DIGESTS = frozenset({b"content-digest", b"repr-digest", b"digest", b"content-md5"})
 """Fields that are wrong once the body has been edited (RFC 9530, RFC 3230)."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import trio
 
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from vllm_router.config.reload import Reload
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Server
 from vllm_router.observability.slices import each
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web.router import Router
 from vllm_router.web.status import encoded, reload_state, state_of
 

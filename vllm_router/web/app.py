@@ -24,7 +24,7 @@ from vllm_router.proxy.identity import FEED_PROTOCOL
 from vllm_router.proxy.refusal import names_shown
 from vllm_router.routing.paths import PathClass, classify
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web import admin, answers, status
 from vllm_router.web.access import check_admin
 from vllm_router.web.engine_control import control

@@ -22,7 +22,7 @@ from vllm_router.routing.prompt.blocks import reseeded
 from vllm_router.routing.prompt.body_reader import read_in_slices
 from vllm_router.routing.prompt.routing_info import EXPLAIN, SHORT, RoutingInfo, read_at_once
 from vllm_router.routing.prompt.session import session_hint
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web.reasons import reason_fields
 from vllm_router.web.router import Router
 from vllm_router.web.status import encoded

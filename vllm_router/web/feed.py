@@ -25,7 +25,7 @@ from vllm_router.observability.stalls import LagWatch
 from vllm_router.observability.tally import Tallies, failed
 from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import ANSWERED, Outcome
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web import events, history, schema, view
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.outages import Outages

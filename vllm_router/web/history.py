@@ -9,7 +9,7 @@ from typing import cast
 import msgspec
 
 from vllm_router.observability.slices import each
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web.schema import History
 
 FIGURES = (

@@ -15,7 +15,7 @@ from vllm_router import __version__
 from vllm_router.fleet.server import Server
 from vllm_router.observability.router_state import wall_offset
 from vllm_router.observability.slices import each
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 from vllm_router.web.router import Router
 from vllm_router.web.view import shared_view, source_view
 

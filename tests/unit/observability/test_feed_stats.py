@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_router.observability.sliding import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 from vllm_router.web.history import COLUMNS_AT_ONCE, FIGURES, Memory, Series, digest
 from vllm_router.web.schema import History
 

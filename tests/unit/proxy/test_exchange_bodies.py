@@ -20,7 +20,7 @@ from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.identity import Identity
 from vllm_router.proxy.slices import in_slices
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 JSON_TYPE = (b"content-type", b"application/json")
 AUDIO = "/v1/audio/transcriptions"

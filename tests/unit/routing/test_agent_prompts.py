@@ -11,7 +11,7 @@ from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.routing.prompt.blocks import block_bytes, reseeded
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info
 from vllm_router.routing.prompt.routing_info import AT_ONCE, RoutingInfo
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 CHAT, MESSAGES, RESPONSES = b"/v1/chat/completions", b"/v1/messages", b"/v1/responses"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))

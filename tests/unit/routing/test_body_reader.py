@@ -22,7 +22,7 @@ from vllm_router.routing.prompt.body_reader import (
 from vllm_router.routing.prompt.json_scan import DEEPEST, MOST_MEMBERS, Members, scan
 from vllm_router.routing.prompt.model_name import with_model
 from vllm_router.routing.prompt.routing_info import AT_ONCE, RoutingInfo, read_at_once
-from vllm_router.routing.prompt.steps import Steps, finish
+from vllm_router.steps import Steps, finish
 
 CHAT = b"/v1/chat/completions"
 AUDIO = b"/v1/audio/transcriptions"

@@ -22,7 +22,7 @@ from vllm_router.routing.prompt.routing_info import (
     RoutingInfo,
     read_at_once,
 )
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 CHAT = b"/v1/chat/completions"
 JSON = b"application/json"

@@ -28,7 +28,7 @@ from vllm_router.routing.prompt.routing_info import (
     read_at_once,
 )
 from vllm_router.routing.prompt.session import SessionHint
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 CHAT = b"/v1/chat/completions"
 SLOW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -283,6 +283,17 @@ def test_known_body_is_read_from_where_the_last_turn_ended(
         assert hits(known, body)
         assert read(body, known) == read(body)
     assert len(known) == 1
+
+
+@pytest.mark.parametrize("key", ["messages", "input"])
+def test_known_body_with_one_message_is_continued_and_repeated(key: str) -> None:
+    known = KnownBodies()
+    first = body_of(turns(1), after='"stream":true', key=key)
+    read(first, known)
+    for count in (1, 3):
+        body = body_of(turns(count), after='"stream":true', key=key)
+        assert hits(known, body)
+        assert read(body, known) == read(body)
 
 
 @pytest.mark.parametrize(

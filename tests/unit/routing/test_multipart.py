@@ -13,7 +13,7 @@ import pytest
 from support.form_oracle import Seen, in_chunks, make_form, model_seen_by_starlette, seen_by_fastapi
 from vllm_router.errors import InvalidBody
 from vllm_router.routing.prompt.forms import FormFields, form_kind, read_form
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "5000"))
 """100 000 of them were compared when the parser was written."""

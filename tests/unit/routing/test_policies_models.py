@@ -15,7 +15,7 @@ from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
 from vllm_router.routing.prompt.model_name import with_model
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 MODELS = Models(
     {

@@ -28,7 +28,7 @@ from vllm_router.routing.prompt.body_reader import read_routing_info
 from vllm_router.routing.prompt.content import MAX_PARSED
 from vllm_router.routing.prompt.conversation import plain_prompt, raw_prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 CHAT = b"/v1/chat/completions"
 TEXT = "".join(f"line {n} of a long text, all different\n" for n in range(2000))

@@ -16,7 +16,7 @@ from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_
 from vllm_router.routing.prompt.forms import is_true
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.prompt.session import session_hint
-from vllm_router.routing.prompt.steps import finish
+from vllm_router.steps import finish
 
 JSON = b"application/json"
 CHAT = b"/v1/chat/completions"

@@ -36,7 +36,7 @@ from vllm_router.routing.prompt.routing_info import (
     transfer_in,
 )
 from vllm_router.routing.prompt.session import SessionHint
-from vllm_router.routing.prompt.steps import Steps, finish, joined
+from vllm_router.steps import Steps, finish, joined
 
 FORM_PATHS = frozenset({b"/v1/audio/transcriptions", b"/v1/audio/translations"})
 """Paths on which vLLM accepts forms; other paths accept JSON."""

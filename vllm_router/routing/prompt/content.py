@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import asdict
 
 from vllm_router.routing.prompt.blocks import Text
-from vllm_router.routing.prompt.steps import WORK_PER_SLICE, Steps, Work
+from vllm_router.steps import WORK_PER_SLICE, Steps, Work
 
 MEDIA_BYTES = 2048
 """Weight of an image or a sound in bytes of text: 512 tokens, whatever the length of its URL."""

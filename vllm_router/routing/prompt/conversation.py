@@ -24,7 +24,7 @@ from vllm_router.routing.prompt.content import (
     without_attributed,
     without_attribution,
 )
-from vllm_router.routing.prompt.steps import WORK_PER_SLICE, Steps, Work
+from vllm_router.steps import WORK_PER_SLICE, Steps, Work
 
 _CONVERSATION_BYTES = 1 << 16
 """Bytes at the start that identify a conversation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 MOST_OBJECTS = 1 << 14
 """Objects that are decoded at once: 3 ms at worst. A conversation of more counts as plain text."""

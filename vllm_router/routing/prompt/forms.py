@@ -19,8 +19,8 @@ from vllm_router.routing.prompt.multipart import (
     decoded,
     read_multipart,
 )
-from vllm_router.routing.prompt.steps import Steps
 from vllm_router.routing.prompt.transfer import transfer_in_form
+from vllm_router.steps import Steps
 
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"

@@ -13,7 +13,7 @@ from array import array
 from itertools import accumulate
 
 from vllm_router.errors import InvalidBody
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 DEEPEST = 500
 """Levels of nesting. Python up to 3.11 gives up before 1000, later ones at some thousands."""

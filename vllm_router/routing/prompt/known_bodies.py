@@ -3,7 +3,8 @@
 Agents send the whole conversation with each turn, hundreds of kilobytes of which only the end is
 new. A body that begins with the bytes of an earlier one, up to the end of a message, is not decoded
 and hashed again before that point. The result is the same as for the whole body, and the whole body
-is read where that is not certain.
+is read where that is not certain. A single message is kept, too: it is the first turn, or a prompt
+that is sent again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vllm_router.routing.prompt.routing_info import (
     read_prompt,
     salted,
 )
-from vllm_router.routing.prompt.steps import Steps, finish, in_one_slice
+from vllm_router.steps import Steps, finish, in_one_slice
 
 MOST_BYTES = 16 << 20
 """Bytes of all bodies that are kept, in each process."""
@@ -197,7 +198,7 @@ class KnownBodies:
         if messages is None and len(fields.input) and _is_conversation(fields.input):
             key, raw = b"input", fields.input
             messages = messages_in(raw)
-        if messages is None or len(messages) < 2:
+        if not messages:
             return fields, (yield from read_prompt(fields, seed))
         seed = salted(fields.cache_salt, seed)
         head = yield from prompt_head(fields.tools, fields.system, fields.instructions)

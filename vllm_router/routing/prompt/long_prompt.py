@@ -16,7 +16,7 @@ from vllm_router.routing.prompt.fields import NO_JSON, AllFields
 from vllm_router.routing.prompt.forms import LONGEST_NAME
 from vllm_router.routing.prompt.json_scan import Members
 from vllm_router.routing.prompt.routing_info import AT_ONCE, prompt_head, read_prompt, salted
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 _MAX_PARSED_BYTES = 1 << 22
 """Bytes of a prompt without media that is parsed: 1 million tokens."""

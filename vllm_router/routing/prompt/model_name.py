@@ -7,7 +7,7 @@ import re
 import msgspec
 
 from vllm_router.routing.prompt.json_scan import scan
-from vllm_router.routing.prompt.steps import Steps, finish
+from vllm_router.steps import Steps, finish
 
 _TEXT = re.compile(rb'[ \t\r\n]*:[ \t\r\n]*("[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
 _KEY = b'"model"'

@@ -19,7 +19,7 @@ from vllm_router.routing.prompt.form_header import (
     is_plain_type,
     parse_options,
 )
-from vllm_router.routing.prompt.steps import Steps
+from vllm_router.steps import Steps
 
 MOST_FIELDS = 1000
 """Starlette's `max_fields`, and its `max_files`."""

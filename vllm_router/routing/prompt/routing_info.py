@@ -34,8 +34,8 @@ from vllm_router.routing.prompt.fields import (
     odd_fields,
 )
 from vllm_router.routing.prompt.session import SessionHint, session_of
-from vllm_router.routing.prompt.steps import Steps, finish, in_one_slice
 from vllm_router.routing.prompt.transfer import transfer_parameter
+from vllm_router.steps import Steps, finish, in_one_slice
 
 Seeds: TypeAlias = Callable[[str | None], int]
 """Returns the seed of the block hashes of a model, by its public name."""
