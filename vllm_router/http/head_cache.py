@@ -1,18 +1,31 @@
-"""Cache of the last head on a connection.
+"""Caches of heads: the last one on a connection, and the first ones of recent connections.
 
-Clients that keep a connection send the same head with every request, except for the digits of
-Content-Length; so do servers within one second. An unchanged head is not parsed again.
+Clients send the same head with every request, except for the digits of Content-Length; so do
+servers within one second. An unchanged head is not parsed again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
+from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.request_head import Head
 from vllm_router.http.response_head import ResponseHead
 from vllm_router.http.syntax import MAX_LENGTH_DIGITS, Headers
+
+LARGE_READ_SIZE = 1 << 18
+"""Bytes of one read from a server that has sent more than READ_SIZE bytes of a plain response: each
+read of a response costs a turn of the loop, and a response that arrives in one is not parsed."""
+
+HEAD_SIZE = 1024
+"""Bytes that are taken for the head of a response."""
+
+MAX_FIRST_HEADS = 256
+LONGEST_FIRST_HEAD = 4096
+"""Heads that are remembered for new connections, and the bytes of the longest one: 3 MB with what
+other layers derive from them."""
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 
@@ -28,6 +41,11 @@ class HeadTemplate:
     def __init__(self) -> None:
         self._before = self._after = b""
         self.place = -1
+
+    @property
+    def parts(self) -> tuple[bytes, bytes]:
+        """The bytes before and after the digits of Content-Length."""
+        return self._before, self._after
 
     def remember(self, head: bytes, headers: Headers) -> bool:
         """Remember a parsed head; False if it does not have exactly one Content-Length."""
@@ -55,32 +73,79 @@ class HeadTemplate:
         return digits
 
 
+class FirstHeads:
+    """The first heads of recent connections: a client that connects anew mostly sends the same.
+
+    A head is known by its bytes, its Content-Length left out, and by its connection's `peer`: the
+    client's address and everything else that its `memo` may depend on.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, bytes, bytes], tuple[Head, HeadTemplate]] = {}
+
+    def find(self, peer: Hashable, data: bytes) -> tuple[Head, HeadTemplate] | None:
+        """A copy of the head that equals `data` but for its length, and its template."""
+        line = _LENGTH_LINE.search(data)
+        if line is None:
+            return None
+        found = self._known.get((peer, data[: line.start(1)], data[line.end(1) :]))
+        if found is None:
+            return None
+        head, template = found
+        return head.copy(), template
+
+    def add(self, peer: Hashable, head: Head, template: HeadTemplate) -> None:
+        """Remember a parsed head."""
+        before, after = template.parts
+        if len(before) + len(after) > LONGEST_FIRST_HEAD:
+            return
+        known = self._known
+        if len(known) >= MAX_FIRST_HEADS:
+            del known[next(iter(known))]
+        known[peer, before, after] = head.copy(), template
+
+
 class CachedRequestParser:
     """Parses request heads of one connection with `parse`, unless the head is the last one again.
 
     `parse` gets the bytes that begin with the head, and the head's length. It may return None for
-    a request that another server takes, and may raise HttpError.
+    a request that another server takes, and may raise HttpError. With `firsts`, the first head is
+    not parsed either if an earlier connection with the same `peer` began with it.
     """
 
-    __slots__ = ("_head", "_parse", "_template")
+    __slots__ = ("_firsts", "_head", "_parse", "_peer", "_template")
 
-    def __init__(self, parse: Callable[[bytes, int], Head | None]) -> None:
+    def __init__(
+        self,
+        parse: Callable[[bytes, int], Head | None],
+        firsts: FirstHeads | None = None,
+        peer: Hashable = None,
+    ) -> None:
         self._parse = parse
         self._template = HeadTemplate()
         self._head: Head | None = None
+        self._firsts = firsts
+        self._peer = peer
 
     def parse(self, data: bytes, end: int) -> Head | None:
         """The head that is `data[:end]`. Repeated heads are one object, changed in place."""
+        firsts, self._firsts = self._firsts, None
+        known = firsts.find(self._peer, data[:end]) if firsts is not None else None
+        if known is not None:
+            self._head, self._template = known
         head = self._head
         digits = self._template.match(data, end) if head is not None else None
         if head is None or digits is None:
             head = self._parse(data, end)
             if head is not None:
                 # A client that expects 100 Continue is served by the parsed head only.
-                cached = not head.expects_continue and self._template.remember(
-                    data[:end], head.headers
-                )
-                self._head = head if cached else None
+                template = HeadTemplate()
+                cached = not head.expects_continue and template.remember(data[:end], head.headers)
+                self._head, self._template = (head if cached else None), template
+                if cached and firsts is not None:
+                    firsts.add(self._peer, head, template)
             return head
         head.content_length = int(digits)
         head.headers = fields = head.headers.copy()
@@ -92,17 +157,20 @@ class ResponseCache:
     """The last response head of one server, shared by all of its connections.
 
     `match` finds only responses that arrived in one read, with a Content-Length and the whole body,
-    on a connection that stays open: a parser has nothing else to find in such a response. Streams
+    on a connection that stays open: a parser has nothing else to find in such a response. Others
     are parsed, but heads that are the same share their `memo`, see `share_memo`.
+
+    `read_size` are the bytes of one read, more where a response did not fit a usual one.
     """
 
-    __slots__ = ("_head", "_memo", "_stream", "_template")
+    __slots__ = ("_fields", "_head", "_memo", "_template", "read_size")
 
     def __init__(self) -> None:
         self._template = HeadTemplate()
         self._head: ResponseHead | None = None
-        self._stream: Headers | None = None
+        self._fields: Headers | None = None
         self._memo: dict[object, Any] = {}
+        self.read_size = READ_SIZE
 
     def remember(self, data: bytes, head: ResponseHead) -> None:
         """`data` was parsed and is exactly one response with this head."""
@@ -110,13 +178,21 @@ class ResponseCache:
         fits = not head.chunked and head.content_length == len(data) - end
         cached = fits and self._template.remember(data[:end], head.headers)
         self._head = head if cached else None
-        if cached:
-            head.memo = {}
 
     def share_memo(self, head: ResponseHead) -> None:
-        """Give a parsed head of a stream the memo of the last one if the fields are the same."""
-        if head.headers != self._stream:
-            self._stream, self._memo = head.headers, {}
+        """Give a parsed head the memo of the last one if all fields but Content-Length are equal.
+
+        Also notes the length of its body for `read_size`.
+        """
+        fields, length = head.headers, head.content_length
+        if length is not None:
+            if [name for name, _ in fields].count(b"content-length") > 1:
+                return
+            fields = [(name, b"" if name == b"content-length" else v) for name, v in fields]
+            if length > READ_SIZE - HEAD_SIZE:
+                self.read_size = LARGE_READ_SIZE
+        if fields != self._fields:
+            self._fields, self._memo = fields, {}
         head.memo = self._memo
 
     def match(self, data: bytes) -> tuple[ResponseHead, bytes] | None:

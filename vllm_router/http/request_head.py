@@ -73,6 +73,15 @@ class Head:
         self._expect: bytes | None = None
         self._repeated: str | None = None
 
+    def copy(self) -> Head:
+        """The same head with the same `memo`, for another connection."""
+        head = Head(self.method, self.path, self.query, self.http_version)
+        head.headers, head.content_length = self.headers, self.content_length
+        head.chunked, head.keep_alive = self.chunked, self.keep_alive
+        head.expects_continue = self.expects_continue
+        head.memo = self.memo
+        return head
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by llhttp for each field."""
         name = name.lower()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from vllm_router.errors import ConnectionLost
 from vllm_router.http.client.connection import Connection
-from vllm_router.http.head_cache import ResponseCache
+from vllm_router.http.head_cache import LARGE_READ_SIZE, ResponseCache
+from vllm_router.http.io.async_socket import READ_SIZE
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\ndate: Fri, 27 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"
@@ -28,7 +29,7 @@ class Scripted:
     def __init__(self, reads: list[bytes]) -> None:
         self.reads = list(reads)
 
-    async def read(self, until: float = math.inf) -> bytes:
+    async def read(self, until: float = math.inf, size: int = 0) -> bytes:
         return self.reads.pop(0) if self.reads else b""
 
     def write_nowait(self, head: bytes, body: bytes) -> bool:
@@ -161,3 +162,66 @@ def test_response_head_cache_any_sequence_equals_parsing(answers: list[tuple[byt
     for data, cut in answers:
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]
         assert parsed(reads, known) == parsed(reads, None)
+
+
+def large(length: int, *, first: bytes = b"date: now") -> bytes:
+    head = b"HTTP/1.1 200 OK\r\n%b\r\ncontent-length: %d\r\n\r\n" % (first, length)
+    return head + b"x" * length
+
+
+class Sized(Scripted):
+    """Notes the sizes of the reads."""
+
+    def __init__(self, reads: list[bytes]) -> None:
+        super().__init__(reads)
+        self.sizes: list[int] = []
+
+    async def read(self, until: float = math.inf, size: int = 0) -> bytes:
+        self.sizes.append(size)
+        return await super().read(until)
+
+
+def heads_of(known: ResponseCache, *answers: list[bytes]) -> tuple[list[Any], list[list[int]]]:
+    heads, sizes = [], []
+    for reads in answers:
+        transport = Sized(reads)
+        connection = Connection(transport, known)
+
+        async def read(connection: Connection = connection) -> Any:
+            connection.send_nowait(b"GET / HTTP/1.1\r\n\r\n", b"")
+            head = await connection.read_head()
+            while await connection.read_body():
+                pass
+            return head
+
+        heads.append(trio.run(read))
+        sizes.append(transport.sizes)
+    return heads, sizes
+
+
+def test_response_cache_large_response_makes_next_reads_larger():
+    whole = large(READ_SIZE)
+    pieces = [whole[:READ_SIZE], whole[READ_SIZE:]]
+    _, sizes = heads_of(ResponseCache(), [large(400)], pieces, [whole])
+    assert sizes == [[READ_SIZE], [READ_SIZE, LARGE_READ_SIZE], [LARGE_READ_SIZE]]
+
+
+def test_response_cache_parsed_heads_with_other_length_share_memo():
+    known = ResponseCache()
+    heads, _ = heads_of(
+        known, *([answer[:80_000], answer[80_000:]] for answer in (large(90_000), large(100_000)))
+    )
+    assert heads[0].memo is heads[1].memo
+    assert heads[0].content_length == 90_000
+    assert (b"content-length", b"90000") in heads[0].headers
+
+
+def test_response_cache_other_fields_or_places_share_no_memo():
+    known = ResponseCache()
+    heads, _ = heads_of(
+        known,
+        [large(10)],
+        [large(10, first=b"date: later")],
+        [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ndate: now\r\n\r\nhi"],
+    )
+    assert len({id(head.memo) for head in heads}) == 3

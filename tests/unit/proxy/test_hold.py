@@ -122,7 +122,7 @@ class Unhurried:
     def __init__(self, inner: PlainTransport) -> None:
         self._inner = inner
 
-    async def read(self, until: float = math.inf) -> bytes:
+    async def read(self, until: float = math.inf, size: int = 0) -> bytes:
         return await self._inner.read()
 
     def interrupt(self) -> bool:

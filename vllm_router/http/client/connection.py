@@ -60,7 +60,7 @@ class Connection(ResponseParser):
         """
         while True:
             try:
-                data = await self._transport.read(until)
+                data = await self._transport.read(until, self._cache.read_size)
             except ConnectionAbortedError as error:
                 raise NotSent(str(error)) from error  # see AsyncSocket.write_request
             except OSError as error:
@@ -78,7 +78,7 @@ class Connection(ResponseParser):
             if self.complete:
                 return b""
             try:
-                data = await self._transport.read(until)
+                data = await self._transport.read(until, self._cache.read_size)
             except OSError as error:
                 raise ConnectionLost(str(error)) from error
             if data:

@@ -116,7 +116,7 @@ class ResponseParser:
         if status > 599:
             self._fault = f"status {status}: expected 100 to 599"
         self._head = head = ResponseHead(status, headers, length, chunked)
-        if chunked:
+        if chunked or length is not None:
             self._cache.share_memo(head)
 
     def on_body(self, piece: bytes) -> None:

@@ -35,9 +35,9 @@ class TlsTransport:
         self._socket = stream.transport_stream.socket
         self._closed = False
 
-    async def read(self, until: float = math.inf) -> bytes:
+    async def read(self, until: float = math.inf, size: int = READ_SIZE) -> bytes:
         try:
-            return bytes(await self._stream.receive_some(READ_SIZE))
+            return bytes(await self._stream.receive_some(size))
         except _TLS_ERRORS as error:
             raise ConnectionLost(_reason(error)) from error
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from vllm_router.http.io.async_socket import READ_SIZE
+
 
 class Transport(Protocol):
     """One connection to a server.
@@ -18,8 +20,8 @@ class Transport(Protocol):
         """Whether `stream_into` costs less than reads, and reads support `until`, `interrupt`."""
         ...
 
-    def read(self, until: float = math.inf) -> Awaitable[bytes]:
-        """At least one byte, or b"" at the end of the stream.
+    def read(self, until: float = math.inf, size: int = READ_SIZE) -> Awaitable[bytes]:
+        """1 to `size` bytes, or b"" at the end of the stream.
 
         If the transport `can_stream`, raises Interrupted at the time `until` and after
         `interrupt`; otherwise ignores `until`.

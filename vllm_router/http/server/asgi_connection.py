@@ -75,7 +75,8 @@ class AsgiConnection(RequestReader):
         client: tuple[str, int] | None = None,
         local: tuple[str, int] | None = None,
     ) -> None:
-        super().__init__(host)
+        # Nothing else of a connection but its head decides how a request is treated.
+        super().__init__(host, (client and client[0], local, self.scheme))
         self._host = host
         self._client = client
         self._local = local

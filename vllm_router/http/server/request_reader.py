@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 
 from vllm_router.http.chunked import ChunkedBody
 from vllm_router.http.head_cache import CachedRequestParser
@@ -48,9 +49,10 @@ class RequestReader:
         "_unfed",
     )
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, peer: Hashable = None) -> None:
+        """`peer`: see `FirstHeads`."""
         self._limits = host.limits
-        self._parser = CachedRequestParser(host.parse_head)
+        self._parser = CachedRequestParser(host.parse_head, host.first_heads, peer)
         self._buffer = bytearray()
         self._handed_over: bytes | None = None
         self._head: Head | None = None

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import trio
 
 from vllm_router.http.asgi_types import App
+from vllm_router.http.head_cache import FirstHeads
 from vllm_router.http.http_error import OnRejected
 from vllm_router.http.request_head import HTTP2_PREFACE, Head, read_head
 from vllm_router.http.request_line import check_method, request_line, split_target
@@ -47,6 +48,7 @@ class Server:
         self.closing = False
         self.requests = 0
         self.refused = 0
+        self.first_heads = FirstHeads()
         self._connections: set[Connection] = set()
         self._occupied = trio.Event()
 

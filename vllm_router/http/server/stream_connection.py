@@ -41,10 +41,10 @@ class StreamConnection(Connection):
         scheme: str = "http",
         fileno: int | None = None,
     ) -> None:
+        self.scheme = scheme
         super().__init__(host, client, local)
         self._stream = stream
         self._fileno = fileno
-        self.scheme = scheme
         self._arrived = bytearray()
         self._ended = False
         self._reads_ahead = False
