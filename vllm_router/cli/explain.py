@@ -9,13 +9,19 @@ from typing import IO, Any
 import click
 
 from vllm_router.cli.common import Failure, run_client
+from vllm_router.cli.monitor.texts import ENGLISH, Texts, reason_of
 from vllm_router.cli.options import for_router
 from vllm_router.cli.tables import Cell, Column, print_table
 from vllm_router.observability.formatting import visible
 
 SHOWN_DECISIONS = 20
 
-_FIGURES = (("LOAD", "load"), ("RUNNING", "running"), ("WAITING", "waiting"), ("LEASES", "leases"))
+_FIGURES = (
+    ("LOAD", "load"),
+    ("RUNNING", "running"),
+    ("WAITING", "waiting"),
+    ("IN FLIGHT", "leases"),
+)
 
 
 @click.command()
@@ -94,15 +100,23 @@ def _json_body(file: IO[bytes]) -> bytes:
     return content
 
 
-def verdict(found: dict[str, Any]) -> str:
+def verdict(found: dict[str, Any], texts: Texts = ENGLISH) -> str:
     """The decision in a sentence, and the note on it."""
-    picked = found.get("picked")
-    subject = f"the model {found['model']!r}" if found.get("model") else "any model"
-    what = "would wait" if found.get("would_wait") else "would be refused"
+    named, picked = found.get("model"), found.get("picked")
+    key, because = "explain_waits" if found.get("would_wait") else "explain_refused", ""
     if picked:
-        what = f"would go to {picked}{reason_for_pick(found)}"
-    note = f" {found['note']}" if found.get("note") else ""
-    return f"A request for {subject} {what} (policy {found['policy']}).{note}"
+        key, reasons = "explain_goes", _reasons_for_pick(found, texts)
+        if reasons:
+            because = texts("because", reasons=texts("because_and").join(reasons))
+    sentence = texts(
+        key,
+        model=texts("explain_model", model=named) if named else texts("explain_any"),
+        server=picked,
+        because=because,
+        policy=found["policy"],
+    )
+    note = reason_of(texts, found, "note")
+    return f"{sentence} {note}" if note else sentence
 
 
 def _print_explanation(found: dict[str, Any]) -> None:
@@ -142,32 +156,33 @@ def _print_explanation(found: dict[str, Any]) -> None:
         click.echo(visible(found["formula"]).replace("; ", "\n"))
 
 
-def reason_for_pick(found: dict[str, Any]) -> str:
-    """The main reasons for the choice, as the end of a sentence; empty where there is no score."""
+def _reasons_for_pick(found: dict[str, Any], texts: Texts) -> list[str]:
+    """The main reasons for the choice; empty where there is no score."""
     candidates = found.get("candidates") or []
     row = next((row for row in candidates if row["server"] == found["picked"]), None)
     if row is None:
-        return ""
+        return []
     if found.get("owner") == found["picked"]:
-        return " because it has the response that the request continues"
+        return [texts("because_owner")]
     if len(candidates) == 1:
-        return " because no other server can take it"
+        return [texts("because_only")]
     parts = row.get("parts") or {}
     others = [other for other in candidates if other is not row]
     reasons = []
     if row.get("score") is not None:
         load, lowest = row["load"], min(other["load"] for other in others)
         if load < lowest:
-            reasons.append("it has the lowest load")
+            reasons.append(texts("because_lowest_load"))
         elif load == lowest:
-            reasons.append("no server has a lower load")
+            reasons.append(texts("because_no_lower_load"))
         cached = parts.get("cached_tokens", 0)
         if cached >= 1:
             prompt = cached + parts.get("waste_tokens", 0) + parts.get("uncached_tokens", 0)
-            reasons.append(f"{cached:.0f} of {prompt:.0f} tokens of the prompt are cached there")
+            figures = {"cached": f"{cached:.0f}", "all": f"{prompt:.0f}"}
+            reasons.append(texts("because_cached", **figures))
         if not reasons:
-            reasons.append("it has the lowest score")
-    return f" because {' and '.join(reasons)}" if reasons else ""
+            reasons.append(texts("because_lowest_score"))
+    return reasons
 
 
 def _load(row: dict[str, Any]) -> list[str]:

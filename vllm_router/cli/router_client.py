@@ -172,6 +172,10 @@ class RouterClient:
         """Drain a server, or take it back."""
         await self._ask("POST", f"{_admin(server)}/{'drain' if on else 'undrain'}")
 
+    async def reload(self) -> str:
+        """Read the configuration file now: `applied` or `unchanged`."""
+        return str((await self._ask("POST", "/admin/reload")).get("result", ""))
+
     async def sign_in(self) -> str:
         """Create a single-use code that signs a page in."""
         return str((await self._ask("POST", "/admin/sign-in")).get("code", ""))

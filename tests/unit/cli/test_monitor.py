@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import msgspec
 import pytest
 from rich.console import Console
 
 from support.feed_makers import (
     NOW,
-    PERCENTILES,
     event,
     hello,
     other_router,
@@ -19,69 +15,14 @@ from support.feed_makers import (
     shared,
     snapshot,
 )
+from support.monitor_view import model, picture, styles, view, with_models
 from vllm_router.cli.monitor import words
-from vllm_router.cli.monitor.draw import draw, heat
+from vllm_router.cli.monitor.actions import Explain, Overlay, Quit, SetDrain
 from vllm_router.cli.monitor.keys import decode
 from vllm_router.cli.monitor.plain import stamped, summary
-from vllm_router.cli.monitor.state import Explain, Quit, SetDrain, View
+from vllm_router.cli.monitor.state import View
+from vllm_router.cli.monitor.styles import heat
 from vllm_router.web import schema
-
-
-def view(*servers: schema.ServerView, **facts: Any) -> View:
-    shown = View("http://router:8888", **facts)
-    shown.take(hello(), NOW)
-    shown.take(snapshot(*servers), NOW)
-    return shown
-
-
-def picture(shown: View, width: int = 80, height: int = 24, now: float = NOW) -> list[str]:
-    """The lines of the screen, each exactly `width` cells wide."""
-    console = Console(
-        width=width, height=height, file=io.StringIO(), force_terminal=True, color_system=None
-    )
-    lines = console.render_lines(draw(shown, width, height, now), pad=False)
-    texts = ["".join(segment.text for segment in line) for line in lines]
-    assert len(texts) == height
-    assert all(sum(segment.cell_length for segment in line) == width for line in lines)
-    return texts
-
-
-def styles(shown: View, text: str) -> set[str]:
-    """The text as the screen shows it."""
-    console = Console(width=120, height=24, file=io.StringIO(), force_terminal=True)
-    lines = console.render_lines(draw(shown, 120, 24, NOW), pad=False)
-    return {str(part.style) for line in lines for part in line if text in part.text}
-
-
-def model(name: str, available: int = 1, servers: int = 2, **facts: Any) -> schema.ModelView:
-    known: dict[str, Any] = {
-        "names": [],
-        "adapters": 0,
-        "aliases": [],
-        "fallback": None,
-        "draining": 0,
-        "without_server_since": None if available else NOW,
-        "running": 3.0,
-        "waiting": 1.0,
-        "queued": 0,
-        "capacity": 8,
-        "load": 0.44,
-        "requests_per_s": 2.0,
-        "errors_per_s": 0.5,
-        "refused_per_s": 0.0,
-        "tokens_per_s": 77.0,
-        "ttft": PERCENTILES,
-        "duration": PERCENTILES,
-    }
-    return schema.ModelView(name=name, available=available, servers=servers, **(known | facts))
-
-
-def with_models(*models: schema.ModelView) -> View:
-    shown = view(server("a"), server("b"))
-    assert shown.snapshot is not None
-    shown.take(msgspec.structs.replace(shown.snapshot, models=list(models)), NOW)
-    return shown
-
 
 # -- keys -------------------------------------------------------------------------------------
 
@@ -357,7 +298,7 @@ def test_monitor_fills_every_screen_size_exactly(width: int, height: int):
     for number in range(1, 50):
         shown.take(event(number, "something " * 10, kind="reload"), NOW)
     picture(shown, width, height)
-    shown.help = True
+    shown.key("?")
     picture(shown, width, height)
 
 
@@ -373,7 +314,12 @@ def test_bar_is_exact_to_an_eighth_and_never_empty_for_load():
     assert words.bar(0.001, 4) == "▏   "
     assert words.bar(0.5, 4) == "██  "
     assert words.bar(0.53, 4) == "██▏ "
-    assert words.bar(3, 4) == "████"
+    assert words.bar(1, 4) == "████"
+
+
+@pytest.mark.parametrize(("share", "bar"), [(1.01, "███┃"), (2, "██┃█"), (10, "┃███"), (3, "")])
+def test_bar_beyond_capacity_has_a_mark_at_the_capacity(share: float, bar: str):
+    assert words.bar(share, len(bar)) == bar
 
 
 def test_sparkline_keeps_peaks_and_gaps_with_newest_at_right():
@@ -556,6 +502,7 @@ def test_monitor_explain_key_asks_for_the_model_of_the_server_and_shows_the_answ
     assert shown.key("e") == Explain(None)
     row = {"server": "a", "load": 0.5, "score": 1.25, "parts": {}}
     out = {"server": "b", "load": 0.0, "state": "down", "reason": "Connection refused"}
+    shown.show(Overlay.EXPLAINED)
     shown.explained = {
         "model": "m",
         "picked": "a",
@@ -570,7 +517,7 @@ def test_monitor_explain_key_asks_for_the_model_of_the_server_and_shows_the_answ
     assert any("▸ a" in line and "50 %" in line and "1.25" in line for line in lines)
     assert any("Connection refused" in line for line in lines)
     shown.key("escape")
-    assert shown.explained is None
+    assert shown.overlay is None
 
 
 def test_monitor_small_screen_keeps_the_share_of_the_load():

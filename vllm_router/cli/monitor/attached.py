@@ -12,16 +12,20 @@ import logging
 import os
 import signal
 import sys
+import termios
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import trio
 
-from vllm_router.cli.monitor.command import LAST_LINES, last_lines
+from vllm_router.cli.monitor.command import LAST_LINES
+from vllm_router.cli.monitor.fullscreen import RESET
+from vllm_router.cli.monitor.log_file import last_lines
 from vllm_router.cli.monitor.screen import End
 from vllm_router.observability.formatting import TextFormatter
 from vllm_router.runtime.serve import LocalMonitorAccess, ServeOptions
@@ -103,6 +107,7 @@ async def _view(url: str, key: str, log: Path, aside: _Aside) -> int:
     """Run the monitor; returns its exit code, see End."""
     near = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     command = [sys.executable, "-m", "vllm_router", "monitor", near, "--of-router", str(log)]
+    before = _modes(aside.terminal)
     process = await trio.run_process(
         command,
         stdin=None,
@@ -111,7 +116,24 @@ async def _view(url: str, key: str, log: Path, aside: _Aside) -> int:
         check=False,
         env=os.environ | {"VLLM_ROUTER_KEY": key},
     )
+    if process.returncode < 0 and before is not None:
+        _restore(aside.terminal, before)
     return process.returncode
+
+
+def _modes(terminal: int) -> list[Any] | None:
+    """The terminal's modes; None if it is none."""
+    try:
+        return termios.tcgetattr(terminal)
+    except termios.error:
+        return None
+
+
+def _restore(terminal: int, modes: list[Any]) -> None:
+    """Undo what a monitor has set that a signal ended before it could do so."""
+    with contextlib.suppress(OSError, termios.error):  # the terminal may have been closed
+        os.write(terminal, RESET.encode())
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, modes)
 
 
 @contextlib.contextmanager

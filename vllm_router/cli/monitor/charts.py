@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.state import View
+from vllm_router.cli.monitor.styles import right
 
 LEAST_ROWS, MOST_ROWS = 3, 12
 """Lines of a chart without its title."""
@@ -22,16 +24,17 @@ GAP = 3
 @dataclass(frozen=True, slots=True)
 class _Chart:
     title: str
+    """A key of the texts."""
     figure: str
     shown: Callable[[float | None], str]
     style: str
 
 
 _CHARTS = (
-    _Chart("REQUESTS/S", "requests_per_s", words.rate, "green"),
-    _Chart("TOKENS/S", "tokens_per_s", words.rate, "magenta"),
-    _Chart("FIRST TOKEN P95", "ttft_p95", words.seconds, "yellow"),
-    _Chart("RUNNING", "running", words.rate, "cyan"),
+    _Chart("chart_requests", "requests_per_s", words.rate, "green"),
+    _Chart("chart_tokens", "tokens_per_s", words.rate, "magenta"),
+    _Chart("chart_ttft", "ttft_p95", words.seconds, "yellow"),
+    _Chart("chart_running", "running", words.rate, "cyan"),
 )
 
 
@@ -54,10 +57,11 @@ def _draw(view: View, chart: _Chart, width: int, rows: int) -> list[Text]:
     columns = words.columns(values, width)
     top = max((value for value in columns if value is not None), default=0.0)
     now = chart.shown(values[-1] if values else None)
-    title = Text(f"{chart.title} ", "bright_black").append(now, "bold")
+    texts = view.texts
+    title = Text(f"{texts(chart.title)} ", "bright_black").append(now, "bold")
     room = max(0, width - title.cell_len)
-    most = f"  max {chart.shown(top)}"
-    span = ", 60 min" if view.hour else ", 5 min"
-    note = next((text for text in (most + span, most) if len(text) <= room), "")
-    title.append(note.rjust(room), "bright_black")
+    most = "  " + texts("chart_max", value=chart.shown(top))
+    span = texts("chart_hour" if view.hour else "chart_minutes")
+    note = next((text for text in (most + span, most) if cell_len(text) <= room), "")
+    title.append(right(note, room), "bright_black")
     return [title, *(Text(line, chart.style) for line in words.blocks(columns, width, rows, top))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -11,12 +12,13 @@ import click
 import trio
 
 from vllm_router.cli.monitor.link import Feed, NoFeed
+from vllm_router.cli.monitor.log_file import last_lines
 from vllm_router.cli.monitor.plain import print_lines
 from vllm_router.cli.monitor.screen import End, Screen
 from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.terminal import on_terminal
+from vllm_router.cli.monitor.texts import LANGUAGES, Texts, language_of
 from vllm_router.cli.options import for_router
-from vllm_router.observability.formatting import visible
 
 LAST_LINES = 10
 """Lines of a dead router's log that are shown."""
@@ -38,6 +40,11 @@ class NoRouterThere(click.ClickException):
     type=click.FloatRange(0.1, 3600),
     help="Seconds between two lines, if the output is no terminal.",
 )
+@click.option(
+    "--lang",
+    type=click.Choice(LANGUAGES),
+    help="Language on a terminal.  [default: by LC_ALL, LC_MESSAGES, LANG]",
+)
 @click.option("--of-router", "log", metavar="LOG", hidden=True, type=click.Path(path_type=Path))
 def monitor(
     *,
@@ -46,21 +53,28 @@ def monitor(
     ca: str | None,
     models: bool,
     interval: float,
+    lang: str | None,
     log: Path | None,
 ) -> None:
-    """Watch a running router: servers, load, events; drain and undrain.
+    """Watch a running router: servers, load, requests, events; drain, undrain, reload.
 
     Full screen on a terminal (? shows the keys), else a line every few seconds.
 
     \b
     vllm-router monitor
     vllm-router monitor https://llm.example --models
+    vllm-router monitor --lang zh
     vllm-router monitor --interval 60 >> load.log
     """
     feed = Feed(url, key, ca)
     try:
         if on_terminal():
-            end = trio.run(Screen(feed, View(feed.url, log is not None, models)).run)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                # A character that the terminal's encoding lacks is no reason to end.
+                sys.stdout.reconfigure(errors="replace")
+            texts = Texts(lang or language_of(os.environ))
+            view = View(feed.url, log is not None, models, texts=texts)
+            end = trio.run(Screen(feed, view, log).run)
         else:
             end = trio.run(_plain, feed, interval)
     except NoFeed as error:
@@ -98,14 +112,3 @@ async def _plain(feed: Feed, interval: float) -> End:
     if problem is not None:
         raise problem
     return End.USER
-
-
-def last_lines(file: Path, number: int) -> list[str]:
-    """The last lines of a file, with control characters escaped; empty if it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 64 * 1024))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [visible(line) for line in lines[-number:]]

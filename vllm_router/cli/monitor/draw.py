@@ -7,23 +7,43 @@ cannot control the terminal.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from itertools import zip_longest
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
 from vllm_router.cli.monitor import words
+from vllm_router.cli.monitor.actions import Overlay
 from vllm_router.cli.monitor.charts import charts
 from vllm_router.cli.monitor.events import events_list
 from vllm_router.cli.monitor.models import models_table, outage
 from vllm_router.cli.monitor.overlays import overlay
+from vllm_router.cli.monitor.requests import requests_list
 from vllm_router.cli.monitor.servers import models_of, servers_table, window
 from vllm_router.cli.monitor.shared import shared_lines
 from vllm_router.cli.monitor.state import SORTS, View
 from vllm_router.cli.monitor.styles import STATE_STYLES, heat
+from vllm_router.cli.monitor.texts import reason_of
 from vllm_router.observability.formatting import visible
+from vllm_router.web.schema import ServerView
 
+_COMPACT_HEIGHT = 18
+"""On smaller screens, servers get the lines about the selected one if there are too many."""
+
+_REQUESTS_HEIGHT = 30
+"""Lines of a screen from which the last requests are shown."""
+
+_BESIDE_WIDTH = 140
+"""Cells from which the last requests are beside the events."""
+
+_CHARTS_ALONE, _CHARTS_LEAST, _REQUESTS_ROOM = 14, 9, 9
+"""Lines: below the first, requests leave the charts all of them; else they want the third."""
+
+_GAP = 3
 _EVENTS_LEAST = 3
 _EVENTS_MOST = 12
 _EVENTS_HEIGHT = 26
@@ -34,7 +54,7 @@ def draw(view: View, width: int, height: int, now: float) -> RenderableType:
     """A frame of exactly this size. `now` is Unix time."""
     inner = max(10, width - 4)
     stale = view.stale(now)
-    body = overlay(view, inner, height - 2) or _body(view, inner, height - 2)
+    body = overlay(view, inner, height - 2) or _body(view, inner, height - 2).lines
     for line in body:
         line.no_wrap = True
         line.overflow = "ellipsis"
@@ -51,78 +71,143 @@ def draw(view: View, width: int, height: int, now: float) -> RenderableType:
         height=height,
         padding=(0, 1),
         border_style=style,
-        style="dim" if stale and not view.help else "",
+        style="dim" if stale and view.overlay is None else "",
     )
 
 
 def _title(view: View, now: float) -> Text:
     # The panel would apply its border's colour to unstyled text.
     title = Text(style="not dim").append(" vLLM Router ", "bold default")
-    stale = view.stale(now)
+    stale, texts = view.stale(now), view.texts
     if view.hello is not None and not stale:
-        title.append(f"{view.hello.version} on {visible(view.hello.name)} ", "default")
+        name = visible(view.hello.name)
+        title.append(texts("version_on", version=view.hello.version, name=name) + " ", "default")
     title.append(f"{visible(view.url)} ", "cyan")
     if view.snapshot is None:
-        title.append("connecting ", "yellow")
+        state, style = texts("connecting"), "yellow"
     elif stale:
-        again = "" if view.connected else ", trying again"
-        title.append(f"no data for {words.span(now - view.heard)}{again} ", "bold red")
+        key = "no_data" if view.connected else "no_data_retry"
+        state, style = texts(key, span=words.span(now - view.heard, texts)), "bold red"
     elif view.snapshot.router.draining:
-        title.append("stopping ", "bold yellow")
+        state, style = texts("stopping"), "bold yellow"
     else:
-        title.append("live ", "green")
-    return title
+        state, style = texts("live"), "green"
+    return title.append(state + " ", style)
 
 
 def _totals(view: View) -> Text:
-    fleet = view.fleet
+    fleet, texts = view.fleet, view.texts
     if fleet is None:
         return Text("")
     text = Text(style="not dim")
     text.append(
-        f" {fleet.available}/{fleet.servers} up ",
+        f" {texts('up_of', up=fleet.available, all=fleet.servers)} ",
         "bold green" if fleet.available == fleet.servers else "bold red",
     )
     for figure, name in (
         (fleet.running, "running"),
         (fleet.waiting, "waiting"),
-        (fleet.leases, "in flight"),
+        (fleet.leases, "in_flight"),
     ):
         text.append("· ", "bright_black").append(f"{figure:.0f} ", "bold default")
-        text.append(f"{name} ", "default")
+        text.append(f"{texts(name)} ", "default")
     if fleet.queued:
         text.append("· ", "bright_black").append(f"{fleet.queued} ", "bold yellow")
-        text.append("queued ", "default")
-    text.append("· ", "bright_black").append("load ", "default")
+        text.append(f"{texts('queued')} ", "default")
+    text.append("· ", "bright_black").append(f"{texts('load')} ", "default")
     text.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
-    return text.append(" of ", "default").append(f"{fleet.capacity} ", "bold default")
+    text.append(f" {texts('load_of')} ", "default")
+    return text.append(f"{fleet.capacity} ", "bold default")
 
 
 # -- the inside -------------------------------------------------------------------------------
 
 
-def _body(view: View, width: int, height: int) -> list[Text]:
-    head = [_figures(view, width), *outage(view), *shared_lines(view), Text()]
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """The lines inside the frame, and the servers whose rows begin at the line `first`."""
+
+    lines: list[Text]
+    first: int
+    servers: list[ServerView]
+
+
+def server_at(view: View, width: int, height: int, row: int) -> str | None:
+    """The server in a line of the screen, counted from 0; None if it shows something else."""
+    if view.overlay is not None:
+        return None
+    body = _body(view, max(10, width - 4), height - 2)
+    at = row - 1 - body.first
+    return body.servers[at].name if 0 <= at < len(body.servers) else None
+
+
+def wants_requests(view: View, height: int) -> bool:
+    """Whether a screen of this height shows the last requests."""
+    return view.overlay is Overlay.REQUESTS or (view.overlay is None and height >= _REQUESTS_HEIGHT)
+
+
+def _body(view: View, width: int, height: int) -> _Body:
     servers = view.servers()
-    foot = [Text(), *_detail(view), _keys(view, width)]
+    compact = height < _COMPACT_HEIGHT and len(servers) > height - 8
+    head = [_figures(view, width), *outage(view), *shared_lines(view)]
+    foot = [_keys(view, width)]
+    if not compact:
+        head.append(Text())
+        foot = [Text(), *_detail(view), *foot]
     models = models_table(view, width, height)
-    wanted = len(models) + len(servers) + 1 + len(foot) + min(len(view.events), _EVENTS_MOST) + 2
+    happened = max(min(len(view.events), _EVENTS_MOST), _beside(view, width, height))
+    wanted = len(models) + len(servers) + 1 + len(foot) + happened + 2
     hint = _first_request(view, height)
-    head += charts(view, width, height - len(head) - wanted - len(hint))
+    spare = height - len(head) - wanted - len(hint)
+    if wants_requests(view, height + 2) and view.requests and width < _BESIDE_WIDTH:
+        spare = spare if spare < _CHARTS_ALONE else max(_CHARTS_LEAST, spare - _REQUESTS_ROOM)
+    head += charts(view, width, spare)
     head += models
     events_least = min(_EVENTS_LEAST, len(view.events)) if height >= _EVENTS_HEIGHT else 0
     # One line each for the column titles, the line above the events, and their title.
     room = height - len(head) - len(foot) - 1 - (events_least + 2 if events_least else 0)
     first, last = window(view, servers, max(1, room))
-    heading = f"{first + 1}-{last} of {len(servers)}" if last - first < len(servers) else "SERVER"
-    if view.filter:
-        heading = f"{len(servers)} with {visible(view.filter)}"
-    table = servers_table(view, servers[first:last], heading, width)
+    table = servers_table(view, servers[first:last], _heading(view, servers, first, last), width)
     left = height - len(head) - len(table) - len(foot) - 2
     hint = _first_request(view, left + 2 - events_least)
-    events = events_list(view, left - len(hint)) + hint
-    filler = height - len(head) - len(table) - len(events) - len(foot)
-    return [*head, *table, *events, *[Text()] * max(0, filler), *foot]
+    below = _below(view, width, left - len(hint), height) + hint
+    filler = height - len(head) - len(table) - len(below) - len(foot)
+    lines = [*head, *table, *below, *[Text()] * max(0, filler), *foot]
+    return _Body(lines, len(head) + 1, servers[first:last])
+
+
+def _heading(view: View, servers: list[ServerView], first: int, last: int) -> str:
+    if view.filter:
+        return view.texts("with_filter", n=len(servers), text=visible(view.filter))
+    if last - first < len(servers):
+        return view.texts("some_of", first=first + 1, last=last, all=len(servers))
+    return view.texts("SERVER")
+
+
+def _beside(view: View, width: int, height: int) -> int:
+    """The lines of requests that a wide screen wants beside its events."""
+    if width < _BESIDE_WIDTH or not wants_requests(view, height + 2):
+        return 0
+    return min(len(view.requests), _EVENTS_MOST)
+
+
+def _below(view: View, width: int, room: int, height: int) -> list[Text]:
+    """Events, and the last requests beside or below them, in `room` lines and two more."""
+    if not wants_requests(view, height + 2):
+        return events_list(view, room)
+    if width < _BESIDE_WIDTH:
+        events = events_list(view, room)
+        return events + requests_list(view, width, room - len(events))
+    half = (width - _GAP) // 2
+    left, right = events_list(view, room), requests_list(view, width - half - _GAP, room)
+    if not left or not right:
+        return left or right
+    lines = []
+    for one, other in zip_longest(left, right):
+        line = (one or Text()).copy()
+        line.truncate(half, overflow="ellipsis", pad=True)
+        lines.append(line.append(" " * _GAP).append_text(other or Text()))
+    return lines
 
 
 def _first_request(view: View, room: int) -> list[Text]:
@@ -135,80 +220,90 @@ def _first_request(view: View, room: int) -> list[Text]:
     body = f'{{"model": {model}, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return [
         Text(),
-        Text("No client has sent a request yet. In another terminal:", style="bold"),
+        Text(view.texts("first_request"), style="bold"),
         Text(visible(f"  curl {url}/v1/chat/completions \\"), style="cyan"),
         Text(visible(f"    -H 'Content-Type: application/json' -d '{body}'"), style="cyan"),
-        Text(visible(f"The page: {url}"), style="bold"),
+        Text(visible(view.texts("first_page", url=url)), style="bold"),
     ]
 
 
 def _figures(view: View, width: int) -> Text:
+    texts, trouble = view.texts, visible(view.texts.trouble(view.trouble))
     if view.snapshot is None:
-        return Text(view.trouble and f"no router yet: {visible(view.trouble)}")
+        return Text(trouble and texts("no_router", why=trouble))
     if not view.connected:
-        return Text(f"{visible(view.trouble)}; what is shown is old", style="bold red not dim")
+        return Text(texts("figures_old", why=trouble), style="bold red not dim")
     fleet, router = view.snapshot.fleet, view.snapshot.router
     text = Text()
     for figure, name, style in (
-        (words.rate(fleet.requests_per_s), "req/s", ""),
-        (words.rate(fleet.tokens_per_s), "tok/s", ""),
-        (words.seconds(fleet.ttft.p95 if fleet.ttft else None), "TTFT p95", ""),
-        (words.rate(fleet.errors_per_s), "err/s", "red" if fleet.errors_per_s else ""),
-        (str(router.open_streams), "in flight", ""),
+        (words.rate(fleet.requests_per_s), "req_s", ""),
+        (words.rate(fleet.tokens_per_s), "tok_s", ""),
+        (words.seconds(fleet.ttft.p95 if fleet.ttft else None), "ttft_p95", ""),
+        (words.rate(fleet.errors_per_s), "err_s", "red" if fleet.errors_per_s else ""),
+        (str(router.open_streams), "in_flight", ""),
     ):
-        text.append(figure, f"bold {style}".strip()).append(f" {name}  ")
+        text.append(figure, f"bold {style}".strip()).append(f" {texts(name)}  ")
     room = min(60, width - text.cell_len - 6)
     if room >= 8:
-        text.append("load ", "bright_black")
+        text.append(f"{texts('load')} ", "bright_black")
         text.append(words.sparkline(view.trend.values("load", hour=view.hour), room), "cyan")
     return text
 
 
 def _detail(view: View) -> list[Text]:
     """Two lines about the selected server."""
-    server = view.chosen()
+    server, texts = view.chosen(), view.texts
     if server is None or view.snapshot is None:
-        return [Text("no server is configured" if view.snapshot is not None else "")]
+        return [Text(texts("no_servers") if view.snapshot is not None else "")]
     first = Text().append(visible(server.name), "bold").append(f"  {visible(server.url)}  ")
-    since = words.span(view.snapshot.time - server.since)
-    first.append(f"{server.state} for {since}", STATE_STYLES.get(server.state, ""))
+    span = words.span(view.snapshot.time - server.since, texts)
+    state = texts("state_for", state=texts.word("state", server.state), span=span)
+    style = STATE_STYLES.get(server.state, "")
     if server.reason:
-        first.append(f": {visible(server.reason)}")
-    second = Text(style="bright_black")
-    age = "never read" if server.metrics_age is None else f"{words.seconds(server.metrics_age)} old"
-    second.append(f"metrics {age}{' (too old to count)' if server.stale else ''}, models ")
-    second.append(models_of(server))
+        reason = visible(reason_of(texts, server))
+        before, after = texts("with_reason", state="\0", reason=reason).split("\0")
+        first.append(before + state, style).append(after)
+    else:
+        first.append(state, style)
+    key = "metrics_stale" if server.stale else "metrics_age"
+    age = words.seconds(server.metrics_age)
+    metrics = texts("metrics_never") if server.metrics_age is None else texts(key, age=age)
+    second = Text(f"{metrics} {models_of(server, texts)}", style="bright_black")
     return [first, second]
 
 
 def _keys(view: View, width: int) -> Text:
     """The question or message, else the filter, else the keys that fit."""
+    texts = view.texts
     if view.question is not None:
         return Text(style="bold").append(visible(view.question.text) + " ").append("y/n", "reverse")
     if view.message:
         return Text(visible(view.message), style="bold yellow")
     if view.typing or view.filter:
-        text = Text("filter: ", style="bold").append(visible(view.filter))
+        text = Text(texts("filter"), style="bold").append(visible(view.filter))
         if view.typing:
-            return text.append("▏").append("  enter keeps it, escape ends it", "bright_black")
-        return text.append("  escape ends it", "bright_black")
+            return text.append("▏").append(texts("filter_typing"), "bright_black")
+        return text.append(texts("filter_kept"), "bright_black")
     reload = view.snapshot.router.reload if view.snapshot is not None else None
+    if reload is not None and reload.error:
+        first = visible(reload.error.splitlines()[0])
+        return Text(texts("file_refused"), style="bold red").append(first, "red")
     text = Text()
     for key, does in (
-        ("q", "stop" if view.attached else "quit"),
-        ("?", "help"),
-        ("s", f"sort: {SORTS[view.sort][0]}"),
-        ("/", "filter"),
-        ("d", "drain"),
-        ("u", "undrain"),
-        ("e", "explain"),
-        ("m", "models"),
-        ("r", "5 min" if view.hour else "60 min"),
-        ("enter", "details"),
+        ("q", texts("key_stop" if view.attached else "key_quit")),
+        ("?", texts("key_help")),
+        ("s", texts("key_sort", name=texts(SORTS[view.sort][0]))),
+        ("/", texts("key_filter")),
+        ("d", texts("key_drain")),
+        ("u", texts("key_undrain")),
+        ("e", texts("key_explain")),
+        ("m", texts("key_models")),
+        ("r", texts("key_minutes" if view.hour else "key_hour")),
+        ("enter", texts("key_details")),
+        ("t", texts("key_requests")),
+        *([("l", texts("key_log"))] if view.attached else ()),
+        *([("R", texts("key_reload"))] if reload is not None and reload.source else ()),
     ):
-        if text.cell_len + len(key) + len(does) + 4 <= width:
+        if text.cell_len + len(key) + cell_len(does) + 4 <= width:
             text.append(f" {key} ", "reverse").append(f" {does} ")
-    if reload is not None and reload.error:
-        first = reload.error.splitlines()[0]
-        text = Text("configuration refused: ", style="bold red").append(visible(first), "red")
     return text

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
 from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.styles import STATE_STYLES
+from vllm_router.cli.monitor.texts import ENGLISH, Texts, reason_of
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import Event
 
@@ -17,13 +19,16 @@ def events_list(view: View, room: int) -> list[Text]:
     if room <= 0 or not view.events:
         return []
     newest = list(view.events)[-room:][::-1]
-    return [Text(), Text("EVENTS", style="bright_black"), *map(event_line, newest)]
+    title = Text(view.texts("EVENTS"), style="bright_black")
+    return [Text(), title, *event_lines(view.texts, newest)]
 
 
-def event_line(event: Event) -> Text:
-    """The time of an event, and what happened."""
-    clock = time.strftime("%H:%M:%S", time.localtime(event.time))
-    return Text().append(clock + "  ", "bright_black").append(*_event(event))
+def event_lines(texts: Texts, events: Iterable[Event]) -> Iterator[Text]:
+    """The time of each event, and what happened."""
+    for event in events:
+        clock = time.strftime("%H:%M:%S", time.localtime(event.time))
+        line = Text().append(clock + "  ", "bright_black")
+        yield line.append(visible(event_text(texts, event)), _style(event))
 
 
 _EVENT_STYLES = {
@@ -31,17 +36,38 @@ _EVENT_STYLES = {
     "discovery": "green",
     "source": "yellow",
     "drained": "blue",
+    "full": "yellow",
     "missed": "yellow",
 }
 
 
-def _event(event: Event) -> tuple[str, str]:
+_LABELLED = ("reload", "reload_refused", "discovery")
+
+
+def _style(event: Event) -> str:
     if event.kind == "state":
-        return visible(event.text), STATE_STYLES.get(event.new or "", "")
-    style = _EVENT_STYLES.get(event.kind, "red")
-    label = {
-        "reload": "configuration: ",
-        "reload_refused": "configuration refused: ",
-        "discovery": "servers found: ",
-    }
-    return label.get(event.kind, "") + visible(event.text), style
+        return STATE_STYLES.get(event.new or "", "")
+    return _EVENT_STYLES.get(event.kind, "red")
+
+
+def event_text(texts: Texts, event: Event) -> str:
+    """What happened. The router's words are English; kinds that the monitor knows are translated.
+
+    The texts of `reload`, `discovery` and of failed requests stay as the router says them.
+    """
+    if event.kind in _LABELLED:
+        return texts(f"event_{event.kind}", text=event.text)
+    if texts.language == ENGLISH.language:
+        return event.text
+    if event.kind == "state" and event.server and event.old and event.new:
+        reason = reason_of(texts, event)
+        return texts(
+            "event_state_why" if reason else "event_state",
+            server=event.server,
+            old=texts.word("state", event.old),
+            new=texts.word("state", event.new),
+            reason=reason,
+        )
+    if event.kind in ("full", "drained", "missed"):
+        return texts(f"event_{event.kind}", server=event.server, n=event.count or 1)
+    return event.text

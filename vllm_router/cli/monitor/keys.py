@@ -1,10 +1,12 @@
-"""Terminal input: raw mode, and decoding of keys."""
+"""Terminal input: raw mode, and decoding of keys and of the mouse."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import termios
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 _SEQUENCES = {
     b"\x1b[A": "up",
@@ -29,21 +31,39 @@ _CONTROLS = {
     0x0A: "enter",
     0x0C: "redraw",
     0x0D: "enter",
+    0x1A: "ctrl-z",
 }
+_LEGACY_MOUSE = b"\x1b[M"
+"""Begins a mouse event of terminals without SGR mode; three bytes follow."""
+
+_MODIFIERS = 4 | 8 | 16
+"""Shift, meta and control in the button of a mouse event."""
 
 
-def decode(data: bytes) -> tuple[list[str], bytes]:
+@dataclass(frozen=True, slots=True)
+class Click:
+    """The left button was pressed in this cell of the screen, counted from 0."""
+
+    column: int
+    row: int
+
+
+Key = str | Click
+
+
+def decode(data: bytes) -> tuple[list[Key], bytes]:
     """The keys in `data`, and a possible beginning of a further one.
 
-    A key is its character or a name: `up`, `page-down`, `ctrl-c`. Unknown sequences are dropped.
+    A key is its character or a name: `up`, `page-down`, `ctrl-c`, `wheel-up`. Unknown sequences are
+    dropped.
     """
-    keys: list[str] = []
+    keys: list[Key] = []
     while data:
         if data[0] == 0x1B:
             length = _sequence_length(data)
             if length is None:
                 return keys, data
-            key = _SEQUENCES.get(data[:length], "")
+            key: Key = _SEQUENCES.get(data[:length]) or _mouse(data[:length])
         else:
             length = _character_length(data[0])
             if len(data) < length:
@@ -63,10 +83,29 @@ def _sequence_length(data: bytes) -> int | None:
         return 3 if len(data) >= 3 else None
     if data[1:2] != b"[":
         return 1
+    if data[:3] == _LEGACY_MOUSE:
+        return 6 if len(data) >= 6 else None
     for at, byte in enumerate(data[2:], 3):
         if 0x40 <= byte <= 0x7E:
             return at
     return None
+
+
+def _mouse(sequence: bytes) -> Key:
+    """The key of a mouse event (xterm's SGR mode, 1006); empty for others."""
+    found = re.fullmatch(rb"\x1b\[<(\d{1,4});(\d{1,5});(\d{1,5})M", sequence)
+    if found is None:
+        return ""
+    button, column, row = map(int, found.groups())
+    match button & ~_MODIFIERS:
+        case 0:
+            return Click(column - 1, row - 1)
+        case 64:
+            return "wheel-up"
+        case 65:
+            return "wheel-down"
+        case _:
+            return ""
 
 
 def _character_length(first: int) -> int:

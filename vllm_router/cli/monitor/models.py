@@ -9,7 +9,8 @@ from rich.text import Text
 
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.state import View
-from vllm_router.cli.monitor.styles import cut, heat
+from vllm_router.cli.monitor.styles import cut, heat, right
+from vllm_router.cli.monitor.texts import ENGLISH, Texts
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import ModelView, Snapshot
 
@@ -22,12 +23,12 @@ _FIGURES: tuple[tuple[str, int, Callable[[ModelView], str]], ...] = (
     ("UP", 7, lambda model: f"{model.available}/{model.servers}"),
     ("RUN", 5, lambda model: f"{model.running:.0f}"),
     ("WAIT", 5, lambda model: f"{model.waiting:.0f}"),
-    ("REQ/S", 6, lambda model: words.rate(model.requests_per_s)),
-    ("TOK/S", 6, lambda model: words.rate(model.tokens_per_s)),
+    ("REQ_S", 6, lambda model: words.rate(model.requests_per_s)),
+    ("TOK_S", 6, lambda model: words.rate(model.tokens_per_s)),
     ("TTFT50", 7, lambda model: words.seconds(model.ttft.p50 if model.ttft else None)),
     ("TTFT95", 7, lambda model: words.seconds(model.ttft.p95 if model.ttft else None)),
     ("ERR", 5, lambda model: _share(model.errors_per_s, model.requests_per_s)),
-    ("REF/S", 6, lambda model: words.rate(model.refused_per_s)),
+    ("REF_S", 6, lambda model: words.rate(model.refused_per_s)),
 )
 
 
@@ -37,24 +38,24 @@ def _share(part: float, whole: float) -> str:
 
 def outage(view: View) -> list[Text]:
     """One line: the models without a server, and the servers that are down if half of them are."""
-    text = outage_text(view.snapshot) if view.snapshot is not None else ""
+    text = outage_text(view.snapshot, view.texts) if view.snapshot is not None else ""
     return [Text("! " + visible(text), style="bold red")] if text else []
 
 
-def outage_text(snapshot: Snapshot) -> str:
+def outage_text(snapshot: Snapshot, texts: Texts = ENGLISH) -> str:
     """The sentence about an outage; empty without one."""
     out = [model for model in snapshot.models if model.without_server_since and not model.fallback]
     parts = []
     if out:
         since = min(model.without_server_since or 0.0 for model in out)
         clock = time.strftime("%H:%M", time.localtime(since))
-        subject = f"{out[0].name} has" if len(out) == 1 else f"{len(out)} models have"
-        parts.append(f"{subject} had no server since {clock}")
+        key = "outage_model" if len(out) == 1 else "outage_models"
+        parts.append(texts(key, model=out[0].name, n=len(out), clock=clock))
     fleet = snapshot.fleet
     sick = sum(fleet.states.get(state, 0) for state in SICK)
     if sick and 2 * sick >= fleet.servers and (out or fleet.servers > 1):
-        parts.append(f"{sick} of {fleet.servers} servers are down")
-    return "; ".join(parts)
+        parts.append(texts("outage_servers", n=sick, all=fleet.servers))
+    return texts("join").join(parts)
 
 
 def models_table(view: View, width: int, height: int) -> list[Text]:
@@ -69,12 +70,14 @@ def models_table(view: View, width: int, height: int) -> list[Text]:
     left = width - sum(cells + 1 for _, cells, _ in figures)
     names = min(40, max(14, left // 2))
     bar = max(0, min(30, left - names - 1 - 6))
-    title = Text(style="bright_black").append(cut("MODEL", names) + " ")
-    title.append(" ".join(name.rjust(cells) for name, cells, _ in figures))
-    title.append(" " + cut("LOAD", bar + 6))
-    lines = [title, *(_line(model, names, bar, figures) for model in shown)]
+    texts = view.texts
+    title = Text(style="bright_black").append(cut(texts("MODEL"), names) + " ")
+    title.append(" ".join(right(texts(name), cells) for name, cells, _ in figures))
+    title.append(" " + cut(texts("LOAD"), bar + 6))
+    lines = [title, *(_line(model, names, bar, figures, texts) for model in shown)]
     if len(shown) < len(order):
-        lines.append(Text(f"and {len(order) - len(shown)} more models", style="bright_black"))
+        more = texts("more_models", n=len(order) - len(shown))
+        lines.append(Text(more, style="bright_black"))
     return [*lines, Text()]
 
 
@@ -94,8 +97,9 @@ def _line(
     names: int,
     bar: int,
     figures: list[tuple[str, int, Callable[[ModelView], str]]],
+    texts: Texts,
 ) -> Text:
-    note = _note(model)
+    note = _note(model, texts)
     out = model.available == 0 and not model.fallback and model.draining < max(model.servers, 1)
     line = Text().append(cut(visible(model.name), names) + " ", "bold red" if out else "")
     if note:
@@ -107,15 +111,15 @@ def _line(
     return line.append(words.percent(model.load).rjust(6), f"bold {colour}")
 
 
-def _note(model: ModelView) -> str:
+def _note(model: ModelView, texts: Texts) -> str:
     """Why no figures are shown; empty while a server of the model is available."""
     if model.available:
         return ""
     if model.fallback:
-        return f"{visible(model.fallback)} answers for it"
+        return texts("fallback_answers", model=visible(model.fallback))
     if model.servers and model.draining == model.servers:
-        return "all its servers are draining"
+        return texts("all_draining")
     if model.without_server_since is None:
-        return "no server yet"
-    since = time.strftime("%H:%M", time.localtime(model.without_server_since))
-    return f"no server since {since}"
+        return texts("no_server_yet")
+    clock = time.strftime("%H:%M", time.localtime(model.without_server_since))
+    return texts("no_server_since", clock=clock)

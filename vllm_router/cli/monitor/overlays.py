@@ -1,19 +1,23 @@
-"""What the monitor shows instead of the fleet: help, one server, or an explanation. Pure."""
+"""What the monitor shows instead of the fleet: help, one server, requests, the log. Pure."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from vllm_router.cli.explain import verdict
 from vllm_router.cli.monitor import words
-from vllm_router.cli.monitor.events import event_line
+from vllm_router.cli.monitor.actions import Overlay
+from vllm_router.cli.monitor.events import event_lines
+from vllm_router.cli.monitor.requests import requests_table
 from vllm_router.cli.monitor.servers import models_of
 from vllm_router.cli.monitor.state import View
-from vllm_router.cli.monitor.styles import STATE_STYLES, cut, heat
+from vllm_router.cli.monitor.styles import STATE_STYLES, cut, heat, right
+from vllm_router.cli.monitor.texts import Texts, reason_of
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import Percentiles
 
@@ -21,42 +25,93 @@ _PLAIN = Console(file=io.StringIO())
 """Wraps texts; nothing is printed with it."""
 
 KEYS = (
-    ("↑ ↓", "select a server (also j, k, page up and down, home, end)"),
-    ("enter", "the selected server alone: its figures and events"),
-    ("s, S", "sort by the next figure, the one before"),
-    ("/", "show only servers with a text in name, address, model or state"),
-    ("e", "explain where a request for the server's model would go"),
-    ("r", "charts of the last hour, of five minutes"),
-    ("d", "drain the selected server: nothing new, what runs may finish"),
-    ("u", "undrain it"),
-    ("m", "models of each server"),
-    ("q", "quit"),
-    ("Ctrl-C", "quit at once"),
-    ("?", "this help"),
+    ("↑ ↓", "help_select"),
+    ("enter", "help_enter"),
+    ("click", "help_click"),
+    ("s, S", "help_sort"),
+    ("/", "help_filter"),
+    ("e", "help_explain"),
+    ("r", "help_range"),
+    ("t", "help_requests"),
+    ("l", "help_log"),
+    ("d", "help_drain"),
+    ("u", "help_undrain"),
+    ("R", "help_reload"),
+    ("m", "help_models"),
+    ("q", "help_quit"),
+    ("Ctrl-C", "help_quit_now"),
+    ("?", "help_help"),
 )
 
 
 def overlay(view: View, width: int, height: int) -> list[Text]:
     """The lines in front of the fleet, exactly `height` of them; empty if nothing is."""
-    if view.help:
-        lines = _help_lines()
-    elif view.explained is not None:
-        lines = _explanation(view.explained, width)
-    elif view.details:
-        lines = _details(view, width, height - 2)
-    else:
+    if view.overlay is None:
         return []
-    lines = lines[: height - 2]
-    back = [Text(), Text("Any key goes back.", style="bright_black")]
-    return [*lines, *[Text()] * (height - 2 - len(lines)), *back]
+    lines, room = _lines(view, width, height), height - 2
+    top = min(view.scroll, max(0, len(lines) - room))
+    if view.overlay is Overlay.LOG:
+        top = max(0, len(lines) - room) - top
+    shown = lines[top : top + room]
+    back = view.texts("any_key")
+    if len(lines) > room:
+        first, last = top + 1, top + len(shown)
+        back = view.texts("any_key_scroll", first=first, last=last, all=len(lines))
+    return [*shown, *[Text()] * (room - len(shown)), Text(), Text(back, style="bright_black")]
 
 
-def _explanation(found: dict[str, Any], width: int) -> list[Text]:
-    text = Text(visible(verdict(found)), style="bold")
+def clamp_scroll(view: View, width: int, height: int) -> None:
+    """Bound the scrolling by what is shown in `height` lines."""
+    if view.scroll:
+        view.scroll = min(view.scroll, max(0, len(_lines(view, width, height)) - (height - 2)))
+
+
+def _lines(view: View, width: int, height: int) -> list[Text]:
+    """All lines of the overlay, which may be more than fit."""
+    match view.overlay:
+        case Overlay.HELP:
+            return _help_lines(view.texts)
+        case Overlay.EXPLAINED:
+            return _explanation(view.texts, view.explained, width)
+        case Overlay.DETAILS:
+            return _details(view, width, height - 2)
+        case Overlay.REQUESTS:
+            return _requests(view, width)
+        case Overlay.LOG:
+            return _log(view, width)
+        case None:
+            return []
+
+
+def _requests(view: View, width: int) -> list[Text]:
+    if view.requests_problem:
+        return [Text(visible(view.requests_problem), style="bold yellow")]
+    if not view.requests:
+        return [Text(view.texts("no_requests"))]
+    return requests_table(view, width, len(view.requests))
+
+
+def _log(view: View, width: int) -> list[Text]:
+    lines = [Text(view.texts("LOG" if view.log else "log_empty"), style="bright_black")]
+    for line in view.log:
+        style = next((style for level, style in _LEVELS.items() if level in line[:60]), "")
+        lines += Text(line, style).wrap(_PLAIN, width)
+    return lines
+
+
+_LEVELS = {" ERROR ": "red", " CRITICAL ": "bold red", " WARNING ": "yellow"}
+"""Levels of log lines, which follow the time."""
+
+
+def _explanation(texts: Texts, found: dict[str, Any] | None, width: int) -> list[Text]:
+    if found is None:
+        return []
+    text = Text(visible(verdict(found, texts)), style="bold")
     lines = [Text(), *text.wrap(_PLAIN, width), Text()]
     rows = [*(found.get("candidates") or []), *(found.get("out") or [])]
-    names = min(32, max([12, *(len(row["server"]) for row in rows)]))
-    title = cut("  SERVER", names + 2) + "    LOAD     SCORE  WHY NOT"
+    names = min(32, max([12, *(cell_len(row["server"]) for row in rows)]))
+    title = cut("  " + texts("SERVER"), names + 2) + right(texts("LOAD"), 8)
+    title += right(texts("SCORE"), 10) + "  " + texts("WHY_NOT")
     lines.append(Text(title, style="bright_black"))
     for row in rows:
         chosen = row["server"] == found.get("picked")
@@ -66,56 +121,67 @@ def _explanation(found: dict[str, Any], width: int) -> list[Text]:
         score = row.get("score")
         line.append(("" if score is None else f"{score:.4g}").rjust(10) + "  ")
         if "state" in row:
-            why = row.get("reason") or row["state"]
+            why = reason_of(texts, row) or texts.word("state", row["state"])
             line.append(visible(why), STATE_STYLES.get(row["state"], ""))
         lines.append(line)
     return lines
 
 
 def _details(view: View, width: int, height: int) -> list[Text]:
-    server = view.chosen()
+    server, texts = view.chosen(), view.texts
     if server is None or view.snapshot is None:
-        return [Text("The server is gone.")]
-    since = words.span(view.snapshot.time - server.since)
-    state = f"{server.state} for {since}" + (f": {server.reason}" if server.reason else "")
+        return [Text(texts("server_gone"))]
+    span = words.span(view.snapshot.time - server.since, texts)
+    state = texts("state_for", state=texts.word("state", server.state), span=span)
+    if server.reason:
+        state = texts("with_reason", state=state, reason=reason_of(texts, server))
     cached = words.NONE if server.prefix_hit_rate is None else words.percent(server.prefix_hit_rate)
-    age = words.seconds(server.metrics_age) + (" (too old to count)" if server.stale else "")
-    requests = (
-        f"{words.rate(server.requests_per_s)}, errors/s {words.rate(server.errors_per_s)}, "
-        f"tokens/s {words.rate(server.tokens_per_s)}"
+    age = words.seconds(server.metrics_age)
+    in_flight = str(server.leases)
+    if server.max_in_flight is not None:
+        in_flight = texts("in_flight_of", n=server.leases, most=server.max_in_flight)
+    requests = texts(
+        "rates_facts",
+        requests=words.rate(server.requests_per_s),
+        errors=words.rate(server.errors_per_s),
+        tokens=words.rate(server.tokens_per_s),
     )
-    load = (
-        f"{words.percent(server.load)}: {server.running:.0f} running, {server.waiting:.0f} "
-        f"waiting, capacity {server.capacity} ({server.capacity_source})"
+    load = texts(
+        "load_facts",
+        load=words.percent(server.load),
+        running=f"{server.running:.0f}",
+        waiting=f"{server.waiting:.0f}",
+        capacity=server.capacity,
+        source=texts(f"source_{server.capacity_source}"),
     )
     facts = (
-        ("Address", server.url),
-        ("Models", models_of(server)),
+        ("address", server.url),
+        ("models", models_of(server, texts)),
         ("Load", load),
-        ("In flight", str(server.leases)),
-        ("Requests/s", requests),
-        ("First token", _percentiles(server.ttft)),
-        ("Duration", _percentiles(server.duration)),
-        ("KV cache", words.NONE if server.kv_usage is None else words.percent(server.kv_usage)),
-        ("Prefix hits", cached),
-        ("Metrics age", age),
+        ("In_flight", in_flight),
+        ("rates", requests),
+        ("first_token", _percentiles(server.ttft)),
+        ("duration", _percentiles(server.duration)),
+        ("kv_cache", words.NONE if server.kv_usage is None else words.percent(server.kv_usage)),
+        ("prefix_hits", cached),
+        ("age_of_metrics", texts("too_old", age=age) if server.stale else age),
     )
     lines = [
         Text(visible(server.name), style="bold"),
         Text(visible(state), style=STATE_STYLES.get(server.state, "")),
         Text(),
-        *(Text(cut(name, 14), "bright_black").append(visible(text), "default")
+        *(Text(cut(texts(name), 14), "bright_black").append(visible(text), "default")
           for name, text in facts),
         Text(),
-        Text(cut("Load", 14), "bright_black").append(
+        Text(cut(texts("Load"), 14), "bright_black").append(
             words.sparkline(view.loads.get(server.name, ()), max(8, width - 14)), "cyan"
         ),
     ]  # fmt: skip
     events = [event for event in view.events if event.server == server.name]
     room = height - len(lines) - 2
     if events and room > 0:
-        lines += [Text(), Text("EVENTS", style="bright_black")]
-        lines += [event_line(event) for event in events[-room:][::-1]]
+        lines += [Text(), Text(texts("EVENTS"), style="bright_black")]
+        lines += event_lines(texts, events[-room:][::-1])
     return lines
 
 
@@ -126,13 +192,10 @@ def _percentiles(found: Percentiles | None) -> str:
     return ", ".join(f"{name} {words.seconds(value)}" for value, name in three)
 
 
-def _help_lines() -> list[Text]:
-    lines = [Text(), Text("Keys", style="bold"), Text()]
-    lines += [Text().append(key.rjust(9) + "   ", "bold cyan").append(does) for key, does in KEYS]
-    lines += [
-        Text(),
-        Text("RUN and WAIT are requests on the engine, IN FLT is what this router has in flight,"),
-        Text("CAP is the capacity."),
-        Text("LOAD is (RUN + WAIT / 2) / CAP: yellow from 70 %, red from 90 %."),
-    ]
-    return lines
+def _help_lines(texts: Texts) -> list[Text]:
+    lines = [Text(texts("help_keys"), style="bold")]
+    for key, does in KEYS:
+        name = texts("key_click") if key == "click" else key
+        lines.append(Text().append(right(name, 9) + "   ", "bold cyan").append(texts(does)))
+    about = ("help_columns", "help_capacity", "help_load", "help_bar")
+    return [*lines, Text(), *(Text(texts(key)) for key in about)]

@@ -7,16 +7,23 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
-from rich.console import Console
-from rich.live import Live
 
-from vllm_router.cli.monitor.draw import draw
-from vllm_router.cli.monitor.keys import decode, raw_input
+from vllm_router.cli.monitor.actions import Explain, Overlay, Quit, ReloadFile, SetDrain, Suspend
+from vllm_router.cli.monitor.draw import draw, server_at, wants_requests
+from vllm_router.cli.monitor.fullscreen import FullScreen
+from vllm_router.cli.monitor.keys import Click, Key, decode
 from vllm_router.cli.monitor.link import Feed, GoingAway, Message, NoFeed
-from vllm_router.cli.monitor.state import Explain, SetDrain, View
+from vllm_router.cli.monitor.log_file import last_lines
+from vllm_router.cli.monitor.overlays import clamp_scroll
+from vllm_router.cli.monitor.state import View
 from vllm_router.errors import RouterError
+
+if TYPE_CHECKING:
+    from vllm_router.cli.router_client import RouterClient
 
 FRAME = 0.05
 """Minimum seconds between two frames."""
@@ -28,6 +35,11 @@ ESCAPE_TIME = 0.05
 """Seconds to wait for the rest of an escape sequence."""
 
 PARENT_INTERVAL = 0.25
+REQUESTS = 200
+REQUESTS_INTERVAL = 2.0
+"""Seconds between two readings of the last requests."""
+
+LOG_LINES = 1000
 
 
 class End(enum.IntEnum):
@@ -50,8 +62,12 @@ _ENDS = {
 class Screen:
     """The monitor on this process's terminal."""
 
-    def __init__(self, feed: Feed, view: View) -> None:
+    def __init__(self, feed: Feed, view: View, log: Path | None = None) -> None:
+        """`log` is the file of the router that has started this monitor."""
         self._feed = feed
+        self._log = log
+        self._terminal: FullScreen | None = None
+        self._wanted = trio.Event()
         self._view = view
         self._changed = trio.Event()
         self._end = End.USER
@@ -76,23 +92,16 @@ class Screen:
                     # Paint only when there is data: earlier errors stay readable lines.
                     await first.wait()
                     descriptor = sys.stdin.fileno()
-                    console = Console()
-                    with (
-                        raw_input(descriptor),
-                        Live(
-                            console=console,
-                            screen=True,
-                            auto_refresh=False,
-                            redirect_stdout=False,
-                            redirect_stderr=False,
-                        ) as live,
-                    ):
+                    with FullScreen(descriptor) as self._terminal:
                         nursery.start_soon(self._keys, descriptor)
+                        nursery.start_soon(self._read_requests)
+                        if self._log is not None:
+                            nursery.start_soon(self._read_log, self._log)
                         if view.attached:
                             nursery.start_soon(self._watch_parent)
-                        await self._paint(console, live)
+                        await self._paint(self._terminal)
         finally:
-            self._nursery = None
+            self._nursery = self._terminal = None
         if self._error is not None:
             raise self._error
         return self._end
@@ -127,10 +136,11 @@ class Screen:
             self._error = error
             self._scope.cancel(reason="no feed")
 
-    async def _paint(self, console: Console, live: Live) -> None:
+    async def _paint(self, terminal: FullScreen) -> None:
         while True:
-            width, height = console.size
-            live.update(draw(self._view, width, height, time.time()), refresh=True)
+            width, height = terminal.console.size
+            clamp_scroll(self._view, width - 4, height - 2)
+            terminal.show(draw(self._view, width, height, time.time()))
             self._changed = trio.Event()
             with trio.move_on_after(TICK):
                 await self._changed.wait()
@@ -156,48 +166,103 @@ class Screen:
             for key in keys:
                 self._press(key)
 
-    def _press(self, key: str) -> None:
+    def _press(self, key: Key) -> None:
+        if isinstance(key, Click):
+            self._click(key)
+            return
         action = self._view.key(key)
         self._changed.set()
-        if isinstance(action, SetDrain):
-            if self._nursery is not None:
-                self._nursery.start_soon(self._drain, action)
-        elif isinstance(action, Explain):
-            if self._nursery is not None:
-                self._nursery.start_soon(self._explain, action)
-        elif action is not None:
+        if self._view.overlay in (Overlay.REQUESTS, Overlay.LOG):
+            self._wanted.set()
+            self._wanted = trio.Event()
+        if isinstance(action, Suspend):
+            self._suspend()
+        elif isinstance(action, Quit):
             self._stop(End.USER)
+        elif action is not None and self._nursery is not None:
+            self._nursery.start_soon(self._ask, action)
 
-    async def _drain(self, action: SetDrain) -> None:
-        # Half of the start-up time; rarely needed.
-        from vllm_router.cli.router_client import RouterClient
+    def _click(self, click: Click) -> None:
+        if self._terminal is not None:
+            width, height = self._terminal.console.size
+            self._view.click(server_at(self._view, width, height, click.row))
+            self._changed.set()
 
+    def _suspend(self) -> None:
+        if self._terminal is not None:
+            self._terminal.suspend()
+            self._changed.set()
+
+    async def _ask(self, action: SetDrain | ReloadFile | Explain) -> None:
+        """Perform an action at the router, and show the result."""
+        view = self._view
         try:
-            async with RouterClient(self._feed.url, self._feed.key, self._feed.ca) as router:
-                await router.drain(action.server, on=action.on)
-            done = "is draining" if action.on else "takes requests again"
-            self._view.message = f"{action.server} {done}."
+            async with self._client() as router:
+                match action:
+                    case SetDrain(server, on):
+                        await router.drain(server, on=on)
+                        key = "done_drain" if on else "done_undrain"
+                        view.message = view.texts(key, server=server)
+                    case ReloadFile():
+                        view.message = view.texts(f"done_reload_{await router.reload()}")
+                    case Explain(model):
+                        view.explained = await router.explain(model, None)
+                        view.show(Overlay.EXPLAINED)
         except RouterError as error:
-            self._view.message = str(error)
+            view.message = str(error)
         self._changed.set()
 
-    async def _explain(self, action: Explain) -> None:
+    def _client(self) -> RouterClient:
+        # Half of the start-up time; not needed for the first frame.
         from vllm_router.cli.router_client import RouterClient
 
-        try:
-            async with RouterClient(self._feed.url, self._feed.key, self._feed.ca) as router:
-                self._view.explained = await router.explain(action.model, None)
-        except RouterError as error:
-            self._view.message = str(error)
-        self._changed.set()
+        return RouterClient(self._feed.url, self._feed.key, self._feed.ca)
+
+    async def _read_requests(self) -> None:
+        """Read the last requests every few seconds while the screen has a place for them."""
+        view = self._view
+        while True:
+            try:
+                async with self._client() as router:
+                    while True:
+                        if self._wants_requests():
+                            view.requests = await router.decisions(REQUESTS)
+                            view.requests_problem = ""
+                            self._changed.set()
+                        await self._until_wanted(REQUESTS_INTERVAL)
+            except RouterError as error:
+                view.requests_problem = str(error)
+                self._changed.set()
+            await self._until_wanted(REQUESTS_INTERVAL)
+
+    def _wants_requests(self) -> bool:
+        if self._terminal is None:
+            return False
+        return self._view.connected and wants_requests(
+            self._view, self._terminal.console.size.height
+        )
+
+    async def _until_wanted(self, seconds: float) -> None:
+        """Wait; not so long if a key opens what is read."""
+        with trio.move_on_after(seconds):
+            await self._wanted.wait()
+
+    async def _read_log(self, log: Path) -> None:
+        while True:
+            if self._view.overlay is Overlay.LOG:
+                self._view.log = last_lines(log, LOG_LINES)
+                self._changed.set()
+            await self._until_wanted(TICK)
 
     async def _signals(self, *, task_status: trio.TaskStatus[None]) -> None:
-        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGWINCH, signal.SIGCONT)
-        with trio.open_signal_receiver(*numbers) as received:
+        redraw = (signal.SIGWINCH, signal.SIGCONT)
+        with trio.open_signal_receiver(*_ENDS, *redraw, signal.SIGTSTP) as received:
             task_status.started()
             async for number in received:
-                if number in (signal.SIGWINCH, signal.SIGCONT):
+                if number in redraw:
                     self._changed.set()
+                elif number == signal.SIGTSTP:
+                    self._press("ctrl-z")
                 elif number == signal.SIGINT and self._view.attached:
                     # The terminal also sends it to the router, which closes the feed when it stops.
                     continue

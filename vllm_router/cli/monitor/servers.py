@@ -9,12 +9,15 @@ from rich.text import Text
 
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.state import SORTS, View
-from vllm_router.cli.monitor.styles import PUT_OUT, STATE_STYLES, cut, heat
+from vllm_router.cli.monitor.styles import PUT_OUT, STATE_STYLES, cut, heat, right
+from vllm_router.cli.monitor.texts import Texts, reason_of
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import ServerView
 
 _MODELS_WIDTH = 160
 """Cells from which models are listed unless key `m` hides them."""
+
+_STATE_WIDTH = 9
 
 _SICK = ("down", "ejected", "silent", "refusing", "unknown", *PUT_OUT)
 
@@ -22,9 +25,9 @@ _SICK = ("down", "ejected", "silent", "refusing", "unknown", *PUT_OUT)
 @dataclass(frozen=True, slots=True)
 class _Column:
     title: str
+    """A key of the texts."""
     width: int
     value: Callable[[ServerView], str]
-    right: bool = True
 
 
 def _columns(width: int) -> list[_Column]:
@@ -32,12 +35,12 @@ def _columns(width: int) -> list[_Column]:
     columns = [
         (0, _Column("RUN", 4, lambda server: f"{server.running:.0f}")),
         (0, _Column("WAIT", 4, lambda server: f"{server.waiting:.0f}")),
-        (70, _Column("IN FLT", 6, lambda server: str(server.leases))),
+        (70, _Column("IN_FLT", 6, lambda server: str(server.leases))),
         (62, _Column("CAP", 4, lambda server: str(server.capacity))),
         (96, _Column("TTFT95", 7, lambda s: words.seconds(s.ttft.p95 if s.ttft else None))),
-        (104, _Column("REQ/S", 6, lambda server: words.rate(server.requests_per_s))),
-        (112, _Column("TOK/S", 6, lambda server: words.rate(server.tokens_per_s))),
-        (120, _Column("ERR/S", 6, lambda server: words.rate(server.errors_per_s))),
+        (104, _Column("REQ_S", 6, lambda server: words.rate(server.requests_per_s))),
+        (112, _Column("TOK_S", 6, lambda server: words.rate(server.tokens_per_s))),
+        (120, _Column("ERR_S", 6, lambda server: words.rate(server.errors_per_s))),
         (
             128,
             _Column(
@@ -50,7 +53,7 @@ def _columns(width: int) -> list[_Column]:
 
 def _widths(width: int, columns: list[_Column], *, models: bool) -> tuple[int, int, int, int]:
     """The widths of name, bar, sparkline and models."""
-    left = width - 2 - 10 - 7 - sum(column.width + 1 for column in columns)
+    left = width - 2 - (_STATE_WIDTH + 1) - 7 - sum(column.width + 1 for column in columns)
     names = min(32, max(14, left * 2 // 5))
     left -= names + 1
     listed = 0
@@ -64,18 +67,18 @@ def _widths(width: int, columns: list[_Column], *, models: bool) -> tuple[int, i
 
 
 def servers_table(view: View, shown: list[ServerView], heading: str, width: int) -> list[Text]:
-    columns = _columns(width)
+    texts, columns = view.texts, _columns(width)
     names, bar, spark, listed = _widths(
         width, columns, models=view.models is not (width >= _MODELS_WIDTH)
     )
     title = Text(style="bright_black")
-    title.append("  " + cut(heading, names) + " " + "STATE".ljust(9) + " ")
-    title.append(" ".join(column.title.rjust(column.width) for column in columns) + " ")
-    title.append(cut(f"LOAD{_sorted(view)}", bar + 6))
+    title.append("  " + cut(heading, names) + " " + cut(texts("STATE"), _STATE_WIDTH) + " ")
+    title.append(" ".join(right(texts(column.title), column.width) for column in columns) + " ")
+    title.append(cut(_sorted(view), bar + 6))
     if spark:
-        title.append(" " + cut("LAST 5 MIN", spark))
+        title.append(" " + cut(texts("LAST_5_MIN"), spark))
     if listed:
-        title.append(" " + cut("MODELS", listed))
+        title.append(" " + cut(texts("MODELS"), listed))
     lines = [title]
     for server in shown:
         line = Text()
@@ -85,10 +88,11 @@ def servers_table(view: View, shown: list[ServerView], heading: str, width: int)
         name = cut(visible(server.name), names)
         line.append(name.rstrip(), f"{style} bold" if selected else style)
         line.append(" " * (len(name) - len(name.rstrip())))
-        state = "leaving" if server.leaving else server.state
-        line.append(" " + state[:9].ljust(9) + " ", STATE_STYLES.get(server.state, ""))
+        state = texts("leaving") if server.leaving else texts.word("state", server.state)
+        line.append(" " + cut(state, _STATE_WIDTH) + " ", STATE_STYLES.get(server.state, ""))
         if server.state in _SICK and server.reason:
-            line.append(visible(server.reason), "red" if server.state not in PUT_OUT else "")
+            reason = visible(reason_of(texts, server))
+            line.append(reason, "red" if server.state not in PUT_OUT else "")
             lines.append(line)
             continue
         for column in columns:
@@ -100,14 +104,15 @@ def servers_table(view: View, shown: list[ServerView], heading: str, width: int)
             line.append(" " + words.sparkline(view.loads.get(server.name, ()), spark), "cyan")
         if listed:
             line.append(" ")
-            line.append(cut(models_of(server), listed), "cyan")
+            line.append(cut(models_of(server, texts), listed), "cyan")
         lines.append(line)
     return lines
 
 
 def _sorted(view: View) -> str:
-    name = SORTS[view.sort][0]
-    return "" if view.sort == 0 else f" (by {name})"
+    if view.sort == 0:
+        return view.texts("LOAD")
+    return view.texts("sorted_by", name=view.texts(SORTS[view.sort][0]))
 
 
 def window(view: View, servers: list[ServerView], room: int) -> tuple[int, int]:
@@ -119,7 +124,7 @@ def window(view: View, servers: list[ServerView], room: int) -> tuple[int, int]:
     return first, first + room
 
 
-def models_of(server: ServerView) -> str:
+def models_of(server: ServerView, texts: Texts) -> str:
     if server.models is None:
-        return "not known"
+        return texts("models_unknown")
     return visible(", ".join(server.models))

@@ -7,6 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_router.cli.monitor.actions import (
+    Action,
+    Explain,
+    Overlay,
+    Question,
+    Quit,
+    ReloadFile,
+    SetDrain,
+    Suspend,
+)
+from vllm_router.cli.monitor.texts import ENGLISH, Texts
 from vllm_router.cli.monitor.trend import Trend
 from vllm_router.web.schema import VERSION, Event, FleetView, Hello, ServerView, Snapshot
 
@@ -15,6 +26,12 @@ HISTORY = 300
 
 EVENTS = 200
 PAGE = 10
+WHEEL = 3
+"""Lines of one step of the mouse's wheel."""
+
+MOST_LINES = 100_000
+"""More lines than anything shown has."""
+
 STALE_SECONDS = 2.5
 """Seconds without a snapshot after which the figures are marked as old."""
 
@@ -34,49 +51,31 @@ _BADNESS = (
 SortKey = Callable[[ServerView], tuple[float, str]]
 
 SORTS: Sequence[tuple[str, SortKey | None]] = (
-    ("order", None),
-    ("load", lambda server: (-server.load, server.name)),
-    ("state", lambda server: (_badness(server.state), server.name)),
-    ("name", lambda server: (0.0, server.name)),
-    ("requests", lambda server: (-server.requests_per_s, server.name)),
-    ("ttft", lambda server: (-server.ttft.p95 if server.ttft else 1.0, server.name)),
+    ("sort_order", None),
+    ("sort_load", lambda server: (-server.load, server.name)),
+    ("sort_state", lambda server: (_badness(server.state), server.name)),
+    ("sort_name", lambda server: (0.0, server.name)),
+    ("sort_requests", lambda server: (-server.requests_per_s, server.name)),
+    ("sort_ttft", lambda server: (-server.ttft.p95 if server.ttft else 1.0, server.name)),
 )
-"""The sort orders of key `s`; the first is the order of the configuration."""
+"""The sort orders of key `s`, by a key of the texts; the first is the configuration's order."""
+
+
+_STEPS = {
+    "up": -1,
+    "k": -1,
+    "wheel-up": -WHEEL,
+    "page-up": -PAGE,
+    "down": 1,
+    "j": 1,
+    "wheel-down": WHEEL,
+    "page-down": PAGE,
+}
+"""Lines by which a key moves."""
 
 
 def _badness(state: str) -> float:
     return _BADNESS.index(state) if state in _BADNESS else len(_BADNESS)
-
-
-@dataclass(frozen=True, slots=True)
-class Quit:
-    """Leave the monitor."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetDrain:
-    """Drain a server, or take it back."""
-
-    server: str
-    on: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Explain:
-    """Ask the router where a request for the model would go; None asks for any model."""
-
-    model: str | None
-
-
-Action = Quit | SetDrain | Explain
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question at the bottom of the screen: `y` performs `action`, other keys cancel."""
-
-    text: str
-    action: Action
 
 
 @dataclass(slots=True)
@@ -103,11 +102,16 @@ class View:
     selected: str | None = None
     question: Question | None = None
     message: str = ""
-    help: bool = False
-    details: bool = False
-    """Whether the selected server is shown alone."""
+    texts: Texts = ENGLISH
+    overlay: Overlay | None = None
+    scroll: int = 0
+    """Lines of the overlay above the screen; below it for the log, which begins with its end."""
     explained: dict[str, Any] | None = None
-    """The router's answer to `Explain`, while it is shown."""
+    """The router's answer to `Explain`."""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """The last requests, newest first, as `/decisions` has them."""
+    requests_problem: str = ""
+    log: list[str] = field(default_factory=list)
     hour: bool = False
     """Whether charts show the last hour instead of five minutes."""
     filter: str = ""
@@ -206,11 +210,13 @@ class View:
         self.message = ""
         if key == "ctrl-c":
             return Quit()
+        if key == "ctrl-z":
+            return self._suspend()
         if self.question is not None:
             question, self.question = self.question, None
             return question.action if key in ("y", "Y") else None
-        if self.help or self.details or self.explained is not None:
-            self.help, self.details, self.explained = False, False, None
+        if self.overlay is not None:
+            self._overlaid(key)
             return None
         if self.typing:
             self._type(key)
@@ -222,25 +228,64 @@ class View:
             return Explain(server.models[0] if server is not None and server.models else None)
         if key in ("d", "u"):
             self._ask_drain(on=key == "d")
+        elif key == "R":
+            self._ask_reload()
         elif key == "/":
             self.typing = True
         elif key == "escape":
             self._filter("")
-        elif key == "enter":
-            self.details = self.chosen() is not None
         elif key == "r":
             self.hour = not self.hour
-        elif key == "s":
-            self.sort = (self.sort + 1) % len(SORTS)
-        elif key == "S":
-            self.sort = (self.sort - 1) % len(SORTS)
+        elif key in ("s", "S"):
+            self.sort = (self.sort + (1 if key == "s" else -1)) % len(SORTS)
         elif key == "m":
             self.models = not self.models
-        elif key in ("?", "h"):
-            self.help = True
-        else:
+        elif not self._open(key):
             self._move(key)
         return None
+
+    def click(self, server: str | None) -> None:
+        """A click: on the line of a server, or elsewhere. It selects; a second one shows more."""
+        self.message = ""
+        if self.question is not None:
+            self.question = None
+        elif self.overlay is not None:
+            self.overlay = None
+        elif server is not None and server == self.selected:
+            self.show(Overlay.DETAILS)
+        elif server is not None:
+            self.selected = server
+
+    def show(self, overlay: Overlay) -> None:
+        """Show something instead of the fleet, from its beginning."""
+        self.overlay, self.scroll = overlay, 0
+
+    def _open(self, key: str) -> bool:
+        """Open what the key shows; False if it shows nothing."""
+        if key == "enter" and self.chosen() is not None:
+            self.show(Overlay.DETAILS)
+        elif key == "t":
+            self.show(Overlay.REQUESTS)
+        elif key == "l" and self.attached:
+            self.show(Overlay.LOG)
+        elif key == "l":
+            self.message = self.texts("log_elsewhere")
+        elif key in ("?", "h"):
+            self.show(Overlay.HELP)
+        else:
+            return False
+        return True
+
+    def _overlaid(self, key: str) -> None:
+        """A key while the fleet is hidden: it scrolls or goes back."""
+        steps = {**_STEPS, "home": -MOST_LINES, "g": -MOST_LINES, "end": MOST_LINES}
+        step = steps.get(key, MOST_LINES if key == "G" else 0)
+        if not step:
+            self.overlay = None
+        elif self.overlay is Overlay.LOG:
+            self.scroll = max(0, self.scroll - step)
+        else:
+            self.scroll = max(0, self.scroll + step)
 
     def _type(self, key: str) -> None:
         """A key of the filter: enter keeps it, escape drops it."""
@@ -265,38 +310,55 @@ class View:
         if not self.attached:
             return Quit()
         streams = self.snapshot.router.open_streams if self.snapshot is not None else 0
-        self.question = Question(f"Stop the router? {_in_flight(streams)}", Quit())
+        self.question = Question(self.texts("ask_stop", more=self._in_flight(streams)), Quit())
         return None
+
+    def _suspend(self) -> Action | None:
+        if not self.attached:
+            return Suspend()
+        self.message = self.texts("no_suspend")
+        return None
+
+    def _may_change(self) -> bool:
+        """Whether this client may administrate the router; says why not."""
+        if self.hello is not None and not self.hello.admin:
+            self.message = self.texts("not_admin")
+        elif not self.connected:
+            self.message = self.texts("not_connected")
+        return not self.message
 
     def _ask_drain(self, *, on: bool) -> None:
         server = self.chosen()
-        if server is None:
+        if server is None or not self._may_change():
             return
-        if self.hello is not None and not self.hello.admin:
-            self.message = "To drain: on the router's own machine as its user, or with --key."
-        elif not self.connected:
-            self.message = "There is no connection to the router."
-        elif on == (server.state == "draining"):
-            already = "is draining already" if on else "is not draining"
-            self.message = f"{server.name} {already}."
+        if on == (server.state == "draining"):
+            key = "already_draining" if on else "not_draining"
+            self.message = self.texts(key, server=server.name)
         elif on:
-            text = f"Drain {server.name}? {_in_flight(server.leases)}"
+            more = self._in_flight(server.leases)
+            text = self.texts("ask_drain", server=server.name, more=more)
             self.question = Question(text, SetDrain(server.name, on=True))
         else:
-            self.question = Question(f"Take {server.name} back?", SetDrain(server.name, on=False))
+            text = self.texts("ask_undrain", server=server.name)
+            self.question = Question(text, SetDrain(server.name, on=False))
+
+    def _ask_reload(self) -> None:
+        if self.snapshot is None or not self._may_change():
+            return
+        file = self.snapshot.router.reload.source
+        if file is None:
+            self.message = self.texts("no_file")
+        else:
+            self.question = Question(self.texts("ask_reload", file=file), ReloadFile())
+
+    def _in_flight(self, number: int) -> str:
+        return self.texts("some_in_flight" if number else "none_in_flight", n=number)
 
     def _move(self, key: str) -> None:
         names = [server.name for server in self.servers()]
         if not names:
             return
         at = names.index(self.selected) if self.selected in names else 0
-        steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -PAGE, "page-down": PAGE}
         ends = {"home": 0, "g": 0, "end": len(names) - 1, "G": len(names) - 1}
-        at = ends.get(key, at + steps.get(key, 0))
+        at = ends.get(key, at + _STEPS.get(key, 0))
         self.selected = names[min(max(at, 0), len(names) - 1)]
-
-
-def _in_flight(number: int) -> str:
-    if number == 0:
-        return "Nothing is in flight."
-    return f"{number} in flight may finish."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from rich.text import Text
 
 PUT_OUT = ("asleep", "paused")
@@ -31,3 +32,9 @@ def cut(text: str, width: int) -> str:
     cell = Text(text)
     cell.truncate(width, overflow="ellipsis", pad=True)
     return cell.plain
+
+
+def right(text: str, width: int) -> str:
+    """Like `cut`, with the text at the right edge."""
+    shown = cut(text, width).rstrip()
+    return " " * (width - cell_len(shown)) + shown

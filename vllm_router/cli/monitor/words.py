@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vllm_router.cli.monitor.texts import ENGLISH, Texts
+
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_MARK = "┃"
 NONE = "-"
 
 
@@ -32,21 +35,29 @@ def percent(share: float) -> str:
     return f"{share * 100:.0f} %"
 
 
-def span(value: float) -> str:
+def span(value: float, texts: Texts = ENGLISH) -> str:
     """A duration in its largest units."""
     whole = max(0, int(value))
     if whole < 60:
-        return f"{whole} s"
+        return texts("span_s", n=whole)
     if whole < 3600:
-        return f"{whole // 60} min"
+        return texts("span_min", n=whole // 60)
     if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+        return texts("span_h", n=whole // 3600, m=whole % 3600 // 60)
+    return texts("span_d", n=whole // 86400, h=whole % 86400 // 3600)
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of `width` characters, exact to an eighth of one; not empty for a load above zero."""
-    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    """A bar of `width` characters, exact to an eighth of one; not empty for a load above zero.
+
+    Beyond 1 the bar is full, and a mark in it is where 1 would be.
+    """
+    if not width:
+        return ""
+    if share > 1:
+        mark = min(int(width / share), width - 1)
+        return "█" * mark + _MARK + "█" * (width - mark - 1)
+    eighths = round(max(share, 0.0) * width * 8)
     if share > 0:
         eighths = max(eighths, 1)
     full, rest = divmod(eighths, 8)
