@@ -270,23 +270,6 @@ def test_readme_is_short(readme: str):
     assert len((ROOT / readme).read_text().splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", ["README", "index", *PAGES])
-def test_readme_languages_have_same_structure(page: str):
-    def outline(path: Path) -> list[str]:
-        """Levels of headings, columns of table rows, and the marks of code blocks."""
-        marks = r"^(#+) |^(\|)(?=.*\|$)|^(```\w*)"
-        lines = [re.match(marks, line) for line in path.read_text().splitlines()]
-        return [
-            next(group for group in found.groups() if group) + str(found.string.count(" | "))
-            for found in lines
-            if found
-        ]
-
-    english = ROOT / ("README.md" if page == "README" else f"docs/{page}.md")
-    chinese = ROOT / ("README.zh.md" if page == "README" else f"docs/zh/{page}.md")
-    assert [each[:1] for each in outline(english)] == [each[:1] for each in outline(chinese)]
-
-
 def test_readme_languages_show_same_commands_and_answers():
     def bare(readme: str) -> list[tuple[str, str]]:
         return [(command.partition("  ")[0], answer) for command, answer in console(readme)]
