@@ -42,10 +42,11 @@ def outline(path: Path, *, tables: bool = True) -> list[str]:
 
 
 def code(path: Path) -> list[tuple[str, list[str]]]:
-    """The code blocks without their comments."""
+    """The code blocks without their comments. Diagrams are prose."""
     return [
         (language, [line.rstrip() for line in COMMENT.sub("", text).splitlines() if line.strip()])
         for language, text in CODE.findall(path.read_text())
+        if "──" not in text
     ]
 
 
@@ -61,6 +62,11 @@ def sections(path: Path) -> list[str]:
 def numbers(text: str) -> Counter[str]:
     found = NUMBER.findall(LINK.sub("]", text))
     return Counter(number.replace(" ", "") for number in found)
+
+
+def test_translations_every_page_has_twin():
+    english = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert {path.name for path in CHINESE.glob("*.md")} == english
 
 
 @pytest.mark.parametrize("page", COMPARED)
