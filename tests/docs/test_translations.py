@@ -86,7 +86,7 @@ def test_translations_have_numbers_of_english_page(page: str):
     english, chinese = map(sections, TWINS[page])
     for original, translation in zip(english, chinese, strict=True):
         missing = numbers(original) - numbers(translation)
-        assert not missing, translation.strip()[:200]
+        assert not missing, f"{original.strip()[:400]}\n->\n{translation.strip()[:200]}"
 
 
 @pytest.mark.parametrize("page", COMPARED)
