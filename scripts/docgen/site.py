@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: links that leave docs/ lead to the repository, and tables look as on GitHub."""
+"""Hooks of MkDocs: links that leave docs/, the language of a page, and tables as on GitHub."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def on_page_markdown(markdown: str, /, *, page: Any, **_: Any) -> str:
         pieces += [_rewritten(markdown[at : code.start()], page.file.src_uri), code[0]]
         at = code.end()
     return "".join([*pieces, _rewritten(markdown[at:], page.file.src_uri)])
+
+
+def on_page_context(context: Any, /, *, page: Any, config: Any, **_: Any) -> Any:
+    """Let the theme speak the language of the page; pages are rendered one after the other."""
+    config.theme["language"] = "zh" if page.file.src_uri.startswith("zh/") else "en"
+    return context
 
 
 def _rewritten(text: str, page: str) -> str:

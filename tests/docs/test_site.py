@@ -26,8 +26,10 @@ def test_site_builds_without_warning(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, "\n".join(done.stderr.splitlines()[-SHOWN_LINES:])
-    for page in ("index", "reference/keys", "zh/index", "zh/tutorial"):
+    pages = {"index": "en", "reference/keys": "en", "zh/index": "zh", "zh/tutorial": "zh"}
+    for page, language in pages.items():
         folder = page.removesuffix("index").rstrip("/")
-        assert (site / folder / "index.html").is_file(), page
+        html = (site / folder / "index.html").read_text()
+        assert f'<html lang="{language}"' in html, page
     commands = (site / "commands" / "index.html").read_text()
     assert "<code>--log-format text|json</code>" in commands, "a bar in a table has no backslash"
