@@ -155,6 +155,7 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
         "vllm_router_shared_failures_total",
         "vllm_router_shared_placements_dropped_total",
         "vllm_router_shared_requests_in_flight",
+        "vllm_router_shared_servers_spared",
         "vllm_router_shared_routers",
     }
 

@@ -47,6 +47,7 @@ def shared_status(problem: str = "", digest: str = "aaaaaa") -> SharedStatus:
         failures=1,
         dropped=0,
         unsent=0,
+        spared=2,
     )
 
 

@@ -67,6 +67,11 @@ class EngineActivity:
             return False
         return self._stand_still.lasts(now, self.life_at, gauges, own=own) >= STILL_FOR
 
+    @property
+    def still_since(self) -> float | None:
+        """Since when the counters stand still while requests wait; None if they do not."""
+        return self._stand_still.since
+
     def reset(self) -> None:
         """Discard suspicion and pause, for a new process."""
         self.silence.clear()

@@ -56,6 +56,7 @@ class Fleet:
     selective: servers that do not accept every request for their models, see `fitting`.
     on_transition: called with changes of state.
     on_settled: called with the time when candidates may have changed.
+    on_failed: called with a server, and the time, when a request has failed by its fault.
     on_stale_model_list: called with a server whose model list has proved wrong.
     """
 
@@ -72,6 +73,7 @@ class Fleet:
         self.capacities = CapacityPool()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
+        self.on_failed: list[Callable[[Server, float], None]] = []
         self.on_stale_model_list: list[Callable[[Server], None]] = []
         self._by_url: dict[str, Server] = {}
         self._ready: dict[str | None, tuple[Server, ...]] = {}
@@ -435,6 +437,8 @@ class Fleet:
             reason = outlier_reason(server, self.servers.values(), now)
             if reason:
                 server.eject(now, jitter, reason)
+        for tell in self.on_failed:
+            tell(server, now)
 
     def timed_out(
         self,

@@ -517,6 +517,13 @@ SHARED_METRICS: tuple[tuple[Family, SharedReading], ...] = (
     ),
     (
         _gauge(
+            "shared_servers_spared",
+            "Servers whose metrics another router scrapes for this one.",
+        ),
+        lambda shared: shared.spared,
+    ),
+    (
+        _gauge(
             "shared_configurations",
             "Different configurations among the routers of the fleet, this one included.",
         ),

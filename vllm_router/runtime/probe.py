@@ -32,6 +32,7 @@ from vllm_router.http.client.httpx_transport import HttpxTransport
 from vllm_router.http.client.page import read_pieces, read_whole
 from vllm_router.http.client.pool import Doing
 from vllm_router.http.client.resolver import Resolver
+from vllm_router.routing.sharing.scrapes import LATER, SharedScrapes
 from vllm_router.runtime.probe_results import (
     PageStatus,
     error_reason,
@@ -73,8 +74,8 @@ the server's response may be waiting unread."""
 class Probe:
     """Probes one server until cancelled.
 
-    `went_down` is called when a check has found the server down, `tick` after each scrape. `pace`
-    is shared by the probes of a fleet.
+    `went_down` is called when a check has found the server down, `tick` after each scrape, or when
+    one was due. `pace` is shared by the probes of a fleet; `scrapes` knows what other routers do.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Probe:
         tick: Callable[[Server, float], None],
         resolver: Resolver | None = None,
         pace: ProbePace | None = None,
+        scrapes: SharedScrapes | None = None,
     ) -> None:
         self._server = server
         self._fleet = fleet
@@ -96,6 +98,7 @@ class Probe:
         self._tick = tick
         self._resolver = resolver
         self._pace = pace if pace is not None else ProbePace()
+        self._scrapes = scrapes
         self._metrics_page = MetricsPage()
         self._hurry = trio.Event()
         self._scrape_now = trio.Event()
@@ -285,11 +288,13 @@ class Probe:
         page, skip = self._pages[METRICS_PATH], 0
         server, pace = self._server, self._pace
         while True:
-            woken = self._scrape_now.is_set()
+            woken, spared = self._scrape_now.is_set(), False
             self._scrape_now = trio.Event()
             began = trio.current_time()
             if skip:
                 skip -= 1
+            elif self._left_to_another_router(began):
+                spared = True
             else:
                 await self._scrape()
                 skip = page.pause - 1
@@ -301,6 +306,8 @@ class Probe:
             self._tick(server, now)
             was_idle = pace.is_idle(server) or woken
             interval = pace.scraped(server, self._settings, now, self._wake)
+            if spared:
+                server.load_estimate.expect_scrapes(interval + LATER)
             if was_idle and not pace.is_idle(server):
                 self._hurry.set()
             usual = self._settings.metrics_interval
@@ -310,6 +317,13 @@ class Probe:
             interval *= self._jitter(stretched=interval > usual)
             with trio.move_on_after(max(interval / 4, began + interval - now)):
                 await self._scrape_now.wait()
+
+    def _left_to_another_router(self, now: float) -> bool:
+        """Whether the figures of another router serve instead of a scrape."""
+        if self._scrapes is None:
+            return False
+        interval = self._pace.interval(self._server, self._settings.metrics_interval)
+        return self._scrapes.spares(self._server, interval, now)
 
     def _visit(self, *, on: bool) -> None:
         """Let the scrapes of an idle server do its checks and read its model list as well.
@@ -382,7 +396,10 @@ class Probe:
                 )
             return
         page.accepted()
-        self._server.scraped(metrics, trio.current_time(), leases)
+        now = trio.current_time()
+        self._server.scraped(metrics, now, leases)
+        if self._scrapes is not None:
+            self._scrapes.scraped(self._server, metrics, now)
 
     def _reached(self, *, reachable: bool, detail: Reason = NONE) -> None:
         if not self._settings.enable_active_health_check:
@@ -415,8 +432,9 @@ class Probe:
                 await trio.sleep(UNSETTLED_INTERVAL)  # prevents a busy loop if the list stays wrong
 
     def check_soon(self) -> None:
-        """Check the server's health now: another router has ejected it."""
+        """Check and scrape the server now: another router has ejected it, or a request failed."""
         self._hurry.set()
+        self._scrape_now.set()
 
     def read_list_soon(self) -> None:
         """Request an immediate read because a response has contradicted the list.

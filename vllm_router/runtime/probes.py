@@ -15,6 +15,7 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.probe_pace import ProbePace
 from vllm_router.fleet.server import Server
 from vllm_router.http.client.resolver import Resolver
+from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.runtime.background import BackgroundTasks
 from vllm_router.runtime.model_lists import LOOK_GAP, Reader
 from vllm_router.runtime.probe import Probe
@@ -52,7 +53,8 @@ class ProbeSource(Protocol):
 class ProbeContext:
     """What a probe source needs from the supervisor.
 
-    `server_down` is called when a server goes down, `upkeep` after each scrape of a server.
+    `server_down` is called when a server goes down, `upkeep` after each scrape of a server, or when
+    one is due and left to another router (`scrapes`).
     """
 
     fleet: Fleet
@@ -62,6 +64,7 @@ class ProbeContext:
     tasks: BackgroundTasks
     server_down: Callable[[Server], None]
     upkeep: Callable[[Server, float], None]
+    scrapes: SharedScrapes
 
 
 class ActiveProbes:
@@ -76,6 +79,8 @@ class ActiveProbes:
         self._running: dict[Server, Probe] = {}
         self._to_start: deque[tuple[Server, trio.CancelScope]] = deque()
         self._work = trio.Event()
+        context.scrapes.probes = self
+        context.fleet.on_failed.append(context.scrapes.failed)
 
     async def run(self) -> None:
         """Run all probes until cancelled."""
@@ -129,6 +134,7 @@ class ActiveProbes:
             context.upkeep,
             context.resolver,
             self._pace,
+            context.scrapes,
         )
         self._running[server] = probe
         try:
@@ -137,3 +143,4 @@ class ActiveProbes:
         finally:
             if self._running.get(server) is probe:
                 del self._running[server]
+                context.scrapes.forget(server)

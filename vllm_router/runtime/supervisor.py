@@ -31,6 +31,7 @@ from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.handler import Proxy
 from vllm_router.proxy.record import Record, Recorder
 from vllm_router.routing.server_estimate import PrefixStatistics
+from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.runtime.background import BackgroundTasks, Task
 from vllm_router.runtime.fleet_sources import FleetSources
@@ -141,6 +142,7 @@ class Supervisor:
         self._was_probed = False
         self.started_at = trio.current_time()
         self._background = BackgroundTasks()
+        self.scrapes = SharedScrapes(self.fleet.by_url)
         self.probes = parts.make_probes(
             ProbeContext(
                 fleet=self.fleet,
@@ -150,6 +152,7 @@ class Supervisor:
                 tasks=self._background,
                 server_down=self.server_down,
                 upkeep=self.proxy.tick,
+                scrapes=self.scrapes,
             )
         )
         self.lists = ModelLists(self.probes.list_readers, self.probes.list_gap)
@@ -157,7 +160,7 @@ class Supervisor:
         self.fleet.on_stale_model_list.append(self.probes.read_list_soon)
         self.shared: SharedState | None = None
         self._make_shared: Callable[[], SharedState] = partial(
-            share_alone, self, self.probes.check_soon
+            share_alone, self, self.probes.check_soon, self.scrapes
         )
         self._sharing = trio.Event()
         if parts.reports is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import msgspec
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.routing.sharing import messages
 from vllm_router.routing.sharing.messages import (
     MAX_BYTES,
@@ -16,6 +18,7 @@ from vllm_router.routing.sharing.messages import (
     About,
     BadBatch,
     Batch,
+    Figures,
     KeyUse,
     ServerLevel,
     decode,
@@ -36,7 +39,11 @@ FULL = Batch(
     ejected=["http://b:1"],
     quarantined=[bytes(16)],
     owners=[(bytes(16), "http://a:1", "team")],
+    figures={"http://a:1": Figures(0.1, 7, 8, 3.0, 1.0, 0.5, adapters=("x", "y"))},
 )
+
+FIGURES = [0.1, 7, 8, 3.0, *[None] * 10, False, None, None]
+"""Encoded figures without the adapters, the last field."""
 
 
 def changed(**fields: object) -> bytes:
@@ -57,6 +64,16 @@ def test_batch_survives_encoding():
 def test_batch_of_newer_version_with_appended_field_is_read():
     plain = [*msgspec.to_builtins(FULL, builtin_types=(bytes,)), {"new": 1}]
     assert decode(msgspec.msgpack.encode([messages.VERSION, plain])) == FULL
+
+
+def test_figures_of_newer_version_with_appended_field_are_read():
+    plain = {"http://a:1": [*FIGURES, ["x"], {"new": 1}, 5]}
+    assert decode(changed(figures=plain)).figures["http://a:1"].adapters == ("x",)
+
+
+def test_figures_have_every_field_of_a_scrape():
+    names = {field.name for field in dataclasses.fields(EngineMetrics)}
+    assert names | {"age", "access", "models"} == set(Figures.__struct_fields__)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +110,22 @@ def test_batch_of_newer_version_with_appended_field_is_read():
         changed(ejected=[7]),
         changed(quarantined=[b"short"]),
         changed(owners=[[bytes(16), "http://a:1"]]),
+        changed(figures={"http://a:1": [0.1, 7, 8, math.nan]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, -1.0]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, 1e16]}),
+        changed(figures={"http://a:1": [-0.1, 7, 8, 1.0]}),
+        changed(figures={"http://a:1": [math.inf, 7, 8, 1.0]}),
+        changed(figures={"http://a:1": [0.1, 2**16, 8, 1.0]}),
+        changed(figures={"http://a:1": [0.1, 7, -8, 1.0]}),
+        changed(figures={"http://a:1": [0.1, 7, 8]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, 1.0, math.nan]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, 1.0, 1.0, 1.5]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, *[1.0] * 10, "asleep"]}),
+        changed(figures={"http://a:1": [0.1, 7, 8, *[1.0] * 3, *[None] * 8, False, -1]}),
+        changed(figures={"http://a:1": [*FIGURES, ["n"] * 300]}),
+        changed(figures={"http://a:1": [*FIGURES, ["n" * 300]]}),
+        changed(figures={"": [0.1, 7, 8, 1.0]}),
+        changed(figures={f"http://{n}:1": [0.1, 7, 8, 1.0] for n in range(300)}),
     ],
 )
 def test_decode_bytes_that_are_no_batch_raises_bad_batch(data: bytes):

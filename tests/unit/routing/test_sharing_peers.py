@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 
 import pytest
@@ -16,6 +17,7 @@ from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.sharing.messages import (
     About,
     Batch,
+    Figures,
     KeyUse,
     ServerLevel,
     decode,
@@ -51,6 +53,9 @@ class Noted:
 
     def owner(self, entry: Entry) -> None:
         self.calls.append(("owner", *entry))
+
+    def scraped(self, router: str, figures: Mapping[str, Figures], at: float, now: float) -> None:
+        self.calls.append(("scraped", router, dict(figures), at, now))
 
     def of(self, kind: str) -> list[tuple[object, ...]]:
         return [call[1:] for call in self.calls if call[0] == kind]

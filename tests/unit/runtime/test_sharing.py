@@ -49,7 +49,10 @@ class Router:
         self.supervisor = Supervisor(config(name, **settings), None, Random(1))
         self.checked: list[str] = []
         self.shared: SharedState = share_alone(
-            self.supervisor, lambda server: self.checked.append(server.name), bus.open
+            self.supervisor,
+            lambda server: self.checked.append(server.name),
+            self.supervisor.scrapes,
+            bus.open,
         )
         self.supervisor.shared = self.shared
         self.context = self.supervisor.proxy.context

@@ -7,12 +7,15 @@ so all routers of a fleet must name a server by the same URL.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+
+from vllm_router.fleet.engine_metrics import EngineMetrics
 
 VERSION = 1
 """Version of the format. New fields are appended and need no new version."""
@@ -26,6 +29,12 @@ MAX_HASHES = 8192
 MAX_ITEMS = 4096
 """Entries of any other list or map in a batch."""
 
+MAX_FIGURES = 256
+"""Servers with figures in a batch: applying them takes 3 ms."""
+
+MAX_ADAPTERS = 256
+"""LoRA adapters in the figures of a server."""
+
 _LARGEST = 1e15
 _MAX_INT = 2**62
 
@@ -33,6 +42,8 @@ Url = Annotated[str, Meta(min_length=1, max_length=2048)]
 Name = Annotated[str, Meta(max_length=256)]
 Level = Annotated[float, Meta(ge=0, le=_LARGEST)]
 Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Access = Annotated[int, Meta(ge=0, lt=2**16)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Hashes = Annotated[bytes, Meta(max_length=8 * MAX_HASHES)]
 
@@ -85,6 +96,41 @@ class KeyUse(msgspec.Struct, frozen=True, array_like=True):
     running: Count
 
 
+class Figures(msgspec.Struct, frozen=True, array_like=True):
+    """One server's metrics as a router has scraped them, see `EngineMetrics`.
+
+    age: seconds from the scrape to the batch.
+    access: differs for routers with different API keys for the server, see `access_of`.
+    models: differs when the server's list of models differs.
+    """
+
+    age: Level
+    access: Access
+    models: Count
+    running: Level
+    waiting: Level | None = None
+    kv_usage: Share | None = None
+    prefix_queries: Level | None = None
+    prefix_hits: Level | None = None
+    prompt_tokens: Level | None = None
+    generation_tokens: Level | None = None
+    token_latency_sum: Level | None = None
+    token_latency_count: Level | None = None
+    first_token_sum: Level | None = None
+    first_token_count: Level | None = None
+    asleep: bool = False
+    kv_tokens: Count | None = None
+    max_adapters: Count | None = None
+    adapters: Annotated[tuple[Name, ...], Meta(max_length=MAX_ADAPTERS)] = ()
+
+    def metrics(self) -> EngineMetrics:
+        """The same figures as of a scrape by this router."""
+        return EngineMetrics(**{name: getattr(self, name) for name in _METRICS})
+
+
+_METRICS = tuple(field.name for field in dataclasses.fields(EngineMetrics))
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """What one router has to tell since its last batch.
 
@@ -96,6 +142,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     ejected: servers that this router has just ejected.
     quarantined: digests of requests that have crashed servers.
     owners: servers of stored responses: digest of the id, URL, name of the key.
+    figures: by URL, of the servers that this router has just scraped.
     """
 
     router: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -108,6 +155,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     ejected: Annotated[list[Url], Meta(max_length=MAX_ITEMS)] = []
     quarantined: Annotated[list[Digest], Meta(max_length=MAX_ITEMS)] = []
     owners: Annotated[list[tuple[Digest, Url, Name]], Meta(max_length=MAX_ITEMS)] = []
+    figures: Annotated[dict[Url, Figures], Meta(max_length=MAX_FIGURES)] = {}
 
 
 class _Envelope(msgspec.Struct, array_like=True):

@@ -13,6 +13,7 @@ from vllm_router.routing.sharing.messages import (
     MAX_ITEMS,
     About,
     Batch,
+    Figures,
     KeyUse,
     Placed,
     ServerLevel,
@@ -140,10 +141,12 @@ class Outbox:
         servers: Mapping[str, ServerLevel],
         keys: Mapping[str, tuple[int, int]],
         now: float,
+        figures: Mapping[str, Figures] | None = None,
     ) -> Batch:
         """Take the events out, up to the size of a batch.
 
-        `servers` are the levels by URL, `keys` the admitted and running requests by key.
+        `servers` are the levels by URL, `keys` the admitted and running requests by key, `figures`
+        those of the servers that were scraped.
         """
         self._number += 1
         continuous = self._batch_at is not None and now - self._batch_at <= CONTINUOUS
@@ -162,6 +165,7 @@ class Outbox:
             ejected=_taken(self._ejected, OWNERS_PER_BATCH),
             quarantined=_taken(self._quarantined, QUARANTINED_PER_BATCH),
             owners=_taken(self._owners, OWNERS_PER_BATCH),
+            figures=dict(figures or {}),
         )
 
     def _blocks(self, queue: deque[Blocks], room: int) -> list[Placed]:

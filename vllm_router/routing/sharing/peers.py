@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -12,6 +12,7 @@ from vllm_router.routing.sharing.messages import (
     MAX_ITEMS,
     About,
     Batch,
+    Figures,
     KeyUse,
     ServerLevel,
     unpack_blocks,
@@ -52,6 +53,9 @@ class Effects(Protocol):
 
     def owner(self, entry: Entry) -> None:
         """A server has stored a response."""
+
+    def scraped(self, router: str, figures: Mapping[str, Figures], at: float, now: float) -> None:
+        """Another router has announced the figures of servers at `at`."""
 
 
 class Peer:
@@ -170,6 +174,8 @@ class Peers:
                 server = self._server_at(url)
                 if server is not None:
                     effects.ejected(server, now)
+            if batch.figures:
+                effects.scraped(batch.router, batch.figures, at, now)
         continuous = bool(before) and at - was_at <= CONTINUOUS
         self._count_keys(peer, batch, at, continuous=continuous, counts=fresh or past)
 
@@ -249,6 +255,10 @@ class Peers:
     def count(self, now: float) -> int:
         """The other routers that have been heard in the last GONE_AFTER seconds."""
         return sum(not peer.sibling for peer in self.live(now))
+
+    def others(self, now: float) -> frozenset[str]:
+        """The ids of the other routers that have been heard in the last GONE_AFTER seconds."""
+        return frozenset(peer.router for peer in self.live(now) if not peer.sibling)
 
     def siblings(self, now: float) -> dict[str, ServerLevel]:
         """The levels of the other processes of this router, by URL."""

@@ -22,6 +22,7 @@ class SharedStatus(msgspec.Struct, frozen=True, kw_only=True):
     failures: turns that failed.
     dropped: batches that could not be read.
     unsent: placements that were dropped because too many waited.
+    spared: servers whose figures other routers scrape for this one.
     """
 
     store: str
@@ -36,6 +37,7 @@ class SharedStatus(msgspec.Struct, frozen=True, kw_only=True):
     failures: int
     dropped: int
     unsent: int
+    spared: int
 
     @property
     def configurations(self) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import trio
 
@@ -11,7 +11,9 @@ from vllm_router.fleet.server import Server
 from vllm_router.proxy.context import ProxyContext
 from vllm_router.proxy.key_limits import Use, new_use
 from vllm_router.routing.owners import Entry
+from vllm_router.routing.sharing.messages import Figures
 from vllm_router.routing.sharing.peers import GONE_AFTER
+from vllm_router.routing.sharing.scrapes import SharedScrapes
 
 KeyFinder = Callable[[str], KeyConfig | None]
 
@@ -65,16 +67,27 @@ class ProcessEffects:
     def ejected(self, server: Server, now: float) -> None:
         """The leader looks after the servers."""
 
+    def scraped(self, router: str, figures: Mapping[str, Figures], at: float, now: float) -> None:
+        """The leader looks after the servers."""
+
 
 class RouterEffects(ProcessEffects):
     """For the process that judges the servers. `check_soon` checks a server's health now."""
 
     def __init__(
-        self, context: ProxyContext, key_named: KeyFinder, check_soon: Callable[[Server], None]
+        self,
+        context: ProxyContext,
+        key_named: KeyFinder,
+        check_soon: Callable[[Server], None],
+        scrapes: SharedScrapes,
     ) -> None:
         super().__init__(context, key_named)
         self._check_soon = check_soon
+        self._scrapes = scrapes
 
     def ejected(self, server: Server, now: float) -> None:
         server.passive_health.hint()
         self._check_soon(server)
+
+    def scraped(self, router: str, figures: Mapping[str, Figures], at: float, now: float) -> None:
+        self._scrapes.hear(router, figures, at, now)

@@ -17,6 +17,7 @@ from vllm_router.fleet.state import State, Transition
 from vllm_router.observability.router_state import RouterState
 from vllm_router.routing.sharing.messages import About, ServerLevel
 from vllm_router.routing.sharing.outbox import Outbox
+from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.runtime.sharing.effects import RouterEffects
 from vllm_router.runtime.sharing.process import ProcessShare
 from vllm_router.runtime.sharing.redis_store import open_redis
@@ -64,23 +65,32 @@ CheckSoon = Callable[[Server], None]
 """Checks the health of a server without waiting for its interval."""
 
 
-def router_effects(router: RouterState, check_soon: CheckSoon) -> RouterEffects:
+def router_effects(
+    router: RouterState, check_soon: CheckSoon, scrapes: SharedScrapes
+) -> RouterEffects:
     """The effects of other routers on a process that judges the servers."""
-    return RouterEffects(router.proxy.context, key_finder(router), check_soon)
+    return RouterEffects(router.proxy.context, key_finder(router), check_soon, scrapes)
 
 
 def share_alone(
-    router: RouterState, check_soon: CheckSoon, open_store: OpenStore = open_redis
+    router: RouterState,
+    check_soon: CheckSoon,
+    scrapes: SharedScrapes,
+    open_store: OpenStore = open_redis,
 ) -> SharedState:
     """The shared state of a router of one process."""
     context = router.proxy.context
-    share = ProcessShare(context, "router", router_effects(router, check_soon))
+    share = ProcessShare(context, "router", router_effects(router, check_soon, scrapes))
     context.owners.on_new = share.outbox.owner
-    return share_through(router, share, share.outbox, open_store)
+    return share_through(router, share, share.outbox, scrapes, open_store)
 
 
 def share_through(
-    router: RouterState, share: ProcessShare, outbox: Outbox, open_store: OpenStore
+    router: RouterState,
+    share: ProcessShare,
+    outbox: Outbox,
+    scrapes: SharedScrapes,
+    open_store: OpenStore,
 ) -> SharedState:
     """The shared state of the router, of which `share` is this process's part."""
     fleet = router.fleet
@@ -117,6 +127,7 @@ def share_through(
         for url, level in queued.items():
             have = found.get(url)
             found[url] = ServerLevel(level.queued, have.in_flight if have else 0)
+        scrapes.look({url: level.in_flight for url, level in found.items()}, trio.current_time())
         return found
 
     fleet.on_transition.append(ejected)
@@ -128,5 +139,6 @@ def share_through(
         outbox,
         about,
         levels,
+        scrapes,
         open_store,
     )

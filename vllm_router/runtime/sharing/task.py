@@ -29,6 +29,7 @@ from vllm_router.routing.sharing.messages import (
 )
 from vllm_router.routing.sharing.outbox import Outbox
 from vllm_router.routing.sharing.peers import Peers
+from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.runtime.sharing.store import (
     BEGINNING,
@@ -59,8 +60,9 @@ MAX_READS = 200
 
 NOT_CONNECTED = "not connected yet"
 
-STEPS = 10
-"""Batches that are applied in one turn of the event loop: a full one takes 4 ms."""
+STEPS, STEP_BYTES = 10, 2048
+"""Batches that are applied in one turn of the event loop; a large one counts as several: a full one
+takes 4 ms."""
 
 Levels = Callable[[], Mapping[str, ServerLevel]]
 Heard = Callable[[Batch, float, bool], None]
@@ -91,6 +93,7 @@ class SharedState:
         outbox: Outbox,
         about: Callable[[], About],
         levels: Levels,
+        scrapes: SharedScrapes,
         open_store: OpenStore,
     ) -> None:
         self.problem = NOT_CONNECTED
@@ -106,6 +109,7 @@ class SharedState:
         self._outbox = outbox
         self._about = about
         self._levels = levels
+        self._scrapes = scrapes
         self._open = open_store
         self._drains = Drains()
         self._applied: dict[Server, bytes] = {}
@@ -118,6 +122,7 @@ class SharedState:
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
         self._reported = False
+        scrapes.connect(outbox.router, lambda: self.up)
 
     # -- configuration and orders -------------------------------------------------------------
 
@@ -172,6 +177,7 @@ class SharedState:
             failures=self.failures,
             dropped=self.dropped_batches,
             unsent=self._outbox.dropped,
+            spared=self._scrapes.spared,
         )
 
     # -- the task -----------------------------------------------------------------------------
@@ -230,9 +236,11 @@ class SharedState:
             more, reads = await self._take_turn(store), 0
             while more and reads < MAX_READS:
                 more, reads = await self._take_turn(store, only_read=True), reads + 1
-            self._settle(trio.current_time())
+            now = trio.current_time()
+            self._settle(now)
             if self.up:
-                self._routers = 1 + self._peers.count(trio.current_time())
+                self._routers = 1 + self._peers.count(now)
+            self._scrapes.follow(self._peers.others(now))
             self._divide()
             await trio.sleep(max(0.01, began + PERIOD - trio.current_time()))
 
@@ -269,9 +277,10 @@ class SharedState:
             batch, made_at = self._unsent
             if now - made_at <= LATE:
                 return batch
-            return msgspec.structs.replace(batch, servers={}, keys={}, ejected=[])
+            return msgspec.structs.replace(batch, servers={}, keys={}, ejected=[], figures={})
         keys = {name: (admitted, running) for name, admitted, running in self._usage.own()}
-        batch = self._outbox.batch(self._about(), self._levels(), keys, now)
+        figures = self._scrapes.take(now)
+        batch = self._outbox.batch(self._about(), self._levels(), keys, now, figures)
         self._unsent = batch, now
         return batch
 
@@ -314,11 +323,14 @@ class SharedState:
 
     async def _apply(self, turn: Turn) -> bool:
         now = trio.current_time()
-        for number, (identifier, content) in enumerate(turn.entries, 1):
+        steps = 0
+        for identifier, content in turn.entries:
             self._read = max(self._read, identifier)
+            steps += 1 + len(content) // STEP_BYTES
             if content:
                 self._hear(identifier, content, turn, now)
-            if number % STEPS == 0:
+            if steps >= STEPS:
+                steps = 0
                 await trio.lowlevel.checkpoint()
         return len(turn.entries) >= ENTRIES_PER_TURN
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from secrets import token_hex
 
+import msgspec
 import trio
 
 from vllm_router.routing.sharing.messages import MAX_HASHES, Batch, Placed, pack_blocks
@@ -76,7 +77,9 @@ class LeaderPrompts:
     def __init__(self, supervisor: Supervisor, workers: WorkerLinks) -> None:
         self._context = supervisor.proxy.context
         self.share = ProcessShare(
-            self._context, "leader", router_effects(supervisor, supervisor.probes.check_soon)
+            self._context,
+            "leader",
+            router_effects(supervisor, supervisor.probes.check_soon, supervisor.scrapes),
         )
         self.log: Outbox | None = None
         self._workers = workers
@@ -89,12 +92,15 @@ class LeaderPrompts:
         """The shared state of all routers, which all processes of this one follow."""
         self.log = log = Outbox(f"router-{token_hex(8)}")
         self._context.owners.on_new = log.owner
-        shared = share_through(supervisor, self.share, log, open_store)
+        shared = share_through(supervisor, self.share, log, supervisor.scrapes, open_store)
         shared.heard = self._pass_on
         shared.on_routers = lambda routers: self._tell(encode(KeyShare(routers)))
         return shared
 
     def _pass_on(self, batch: Batch, age: float, past: bool) -> None:
+        if batch.figures:
+            # The leader follows the loads of the servers for all processes.
+            batch = msgspec.structs.replace(batch, figures={})
         self._tell(encode(PeerBatch(batch, sibling=False, age=age, past=past)))
 
     def hear(self, source: WorkerLink, message: PeerBatch) -> None:
