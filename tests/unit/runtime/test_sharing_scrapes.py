@@ -30,7 +30,7 @@ INTERVAL = 0.5
 USUAL = SERVERS / INTERVAL
 """Scrapes per second of one router."""
 
-WHO: ContextVar[str] = ContextVar("WHO", default="")
+ROUTER_NOW: ContextVar[str] = ContextVar("ROUTER_NOW", default="")
 """The router whose task runs."""
 
 PAGE = (
@@ -77,7 +77,7 @@ class Engines:
         self.adapters: list[str] = []
 
     def transport(self, *_: object) -> httpx.MockTransport:
-        router = WHO.get()
+        router = ROUTER_NOW.get()
 
         async def handle(request: httpx.Request) -> httpx.Response:
             name, path = request.url.host.removesuffix(".test"), request.url.path
@@ -121,7 +121,7 @@ class Router:
         self.sharing = trio.CancelScope()
 
     async def run(self) -> None:
-        WHO.set(self.name)
+        ROUTER_NOW.set(self.name)
         self.shared.use(self.supervisor.config.shared)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._share)
@@ -186,7 +186,7 @@ def scraper_of(engines: Engines, server: str) -> str:
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-async def test_scrapes_of_many_routers_are_those_of_one(
+async def test_scrapes_of_many_routers_cost_as_much_as_one(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, count: int
 ):
     async with fleet(monkeypatch, count) as all_of_them:

@@ -146,7 +146,7 @@ class Outbox:
         """Take the events out, up to the size of a batch.
 
         `servers` are the levels by URL, `keys` the admitted and running requests by key, `figures`
-        those of the servers that were scraped.
+        the metrics of the servers that were scraped, by URL.
         """
         self._number += 1
         continuous = self._batch_at is not None and now - self._batch_at <= CONTINUOUS

@@ -70,7 +70,7 @@ class _Heard(NamedTuple):
 class SharedScrapes:
     """The duties of one router. Times are arguments, in seconds.
 
-    taken, doubted: figures that were taken over, and those that caused a scrape instead.
+    taken: figures that were taken over. doubted: figures that caused a scrape instead.
     """
 
     def __init__(self, server_at: Callable[[str], Server | None]) -> None:
@@ -174,7 +174,7 @@ class SharedScrapes:
             self._waiting[server] = metrics, now
 
     def take(self, now: float) -> dict[str, Figures]:
-        """The figures for the next batch, by URL, those that wait longest first."""
+        """The figures for the next batch, by URL; figures that wait longest come first."""
         found: dict[str, Figures] = {}
         room = BYTES_PER_BATCH
         while self._waiting and len(found) < MAX_FIGURES:
