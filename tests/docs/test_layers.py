@@ -48,6 +48,7 @@ PURE_MODULES = (
     "steps",
     "discovery.intake",
     "discovery.file_sd",
+    "discovery.news",
     "discovery.kubernetes.messages",
     "discovery.kubernetes.slices",
     "proxy.retry",

@@ -40,8 +40,8 @@ async def sign_in(page: Page, demo: Running) -> None:
         code = client.post("/admin/sign-in").json()["code"]
     await page.evaluate(f"location.assign({f'{demo.url}/#sign-in={code}'!r})")
     await page.wait(
-        "[...document.querySelectorAll('button.action')].filter(b => b.checkVisibility()).length"
-        " === 3"
+        "[...document.querySelectorAll('#fleet button.action')]"
+        ".filter(button => button.checkVisibility()).length === 3"
     )
 
 
@@ -316,7 +316,7 @@ async def test_page_buttons_have_names_once_signed_in(browser: str, demo: Runnin
         await opened(page, demo)
         await page.evaluate(
             """new MutationObserver(() => {
-                const shown = [...document.querySelectorAll("button.action")];
+                const shown = [...document.querySelectorAll("#fleet button.action")];
                 window.names = shown.filter(b => b.checkVisibility()).map(b => b.textContent);
             }).observe(document.querySelector("#fleet"), {attributeFilter: ["data-admin"]})"""
         )
@@ -344,7 +344,9 @@ async def test_page_keyboard_reaches_everything_with_visible_focus(browser: str,
                 break
         names = [what for what, _ in reached]
         assert names[0] == "skip"
-        assert {"language", "theme", "60 min", "log-scroll", "search", "server-name"} <= set(names)
+        assert {"settings", "60 min", "log-scroll", "columns", "search", "server-name"} <= set(
+            names
+        )
         assert names.count("action") == 3
         assert all(seen for _, seen in reached), reached
 

@@ -304,3 +304,38 @@ async def test_page_forced_colours_keep_what_colour_shows(browser: str, demo: Ru
                 document.querySelector(`#ranges [aria-pressed=${pressed}]`)).outlineStyle)"""
         )
         assert outlines == ["solid", "none"]
+
+
+# -- menus ------------------------------------------------------------------------------------
+
+
+async def test_page_menus_open_by_key_and_columns_stay_chosen(browser: str, demo: Running):
+    menu = "document.querySelector('#settings-menu').matches(':popover-open')"
+    shown = "document.querySelector('#fleet thead .c-kv').checkVisibility()"
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        await page.evaluate("document.querySelector('#settings').focus()")
+        await page.press("Enter", 13)
+        await page.wait(menu)
+        await page.press("Tab", 9)
+        assert await page.evaluate("document.activeElement.id") == "language"
+        # It is below its button, and within the window.
+        assert await page.evaluate(
+            """(() => {
+                const menu = document.querySelector("#settings-menu").getBoundingClientRect();
+                const button = document.querySelector("#settings").getBoundingClientRect();
+                return menu.top >= button.bottom && menu.right <= innerWidth && menu.left >= 0;
+            })()"""
+        )
+        await page.press("Escape", 27)
+        await page.wait(f"!{menu}")
+
+        await page.click("#columns")
+        await page.wait("document.querySelector('#columns-menu').matches(':popover-open')")
+        await page.click("#column-kv")
+        await page.wait(f"!{shown}")
+        assert "hide=kv" in await page.evaluate("location.search")
+        await opened(page, demo)
+        assert not await page.evaluate(shown)
+        assert not await page.evaluate("document.querySelector('#column-kv').checked")
+        assert page.problems() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from operator import ne
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import astuple
@@ -19,19 +20,54 @@ from vllm_router.config.types import Secret
 _SHOWN_CHANGES = 10
 
 
+class Changes(NamedTuple):
+    """What a reload changes.
+
+    added, removed: servers.
+    details: the first other changes, `request_timeout 120 → 60`.
+    more: how many are not in `details`.
+    """
+
+    added: int
+    removed: int
+    details: list[str]
+    more: int
+
+    @property
+    def text(self) -> str:
+        """All in one line: `+1 server, -1, request_timeout 120 → 60`."""
+        parts = []
+        if self.added:
+            parts.append(f"+{self.added} server{'s' if self.added > 1 else ''}")
+        if self.removed:
+            noun = "" if self.added else " servers" if self.removed > 1 else " server"
+            parts.append(f"-{self.removed}{noun}")
+        parts += self.details
+        if self.more:
+            parts.append(f"and {self.more} more")
+        return ", ".join(parts) or "nothing changed"
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The fields as texts, for translations."""
+        details = ", ".join(self.details)
+        numbers = {"added": self.added, "removed": self.removed, "more": self.more}
+        return {**{name: str(number) for name, number in numbers.items()}, "details": details}
+
+
 def changes(old: Config, new: Config) -> str:
-    """What a reload changes: `+1 server, -1, request_timeout 120 → 60`.
+    """What a reload changes, in one line."""
+    return changes_of(old, new).text
+
+
+def changes_of(old: Config, new: Config) -> Changes:
+    """What a reload changes.
 
     Timeouts derived from `request_timeout` are left out, values of secrets are not shown, and
     long lists are cut.
     """
     before = {server.url: server for server in old.servers}
     after = {server.url: server for server in new.servers}
-    parts = []
-    if added := len(after.keys() - before.keys()):
-        parts.append(f"+{added} server{'s' if added > 1 else ''}")
-    if removed := len(before.keys() - after.keys()):
-        parts.append(f"-{removed}" if added else f"-{removed} server{'s' if removed > 1 else ''}")
     details: list[str] = []
     beyond = 0
     for url, server in after.items():
@@ -58,10 +94,12 @@ def changes(old: Config, new: Config) -> str:
         details.append("slo changed")
     details += [f"log {change}" for change in _changed_fields(old.log, new.log)]
     details += [f"run {change}" for change in _changed_fields(old.run, new.run)]
-    parts += details[:_SHOWN_CHANGES]
-    if len(details) + beyond > _SHOWN_CHANGES:
-        parts.append(f"and {len(details) + beyond - _SHOWN_CHANGES} more")
-    return ", ".join(parts) or "nothing changed"
+    return Changes(
+        added=len(after.keys() - before.keys()),
+        removed=len(before.keys() - after.keys()),
+        details=details[:_SHOWN_CHANGES],
+        more=max(0, len(details) + beyond - _SHOWN_CHANGES),
+    )
 
 
 def _changed_auth(old: AuthConfig | None, new: AuthConfig | None) -> list[str]:

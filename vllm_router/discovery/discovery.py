@@ -10,6 +10,7 @@ from vllm_router.config.discovery import DiscoveryConfig, SourceConfig, Targets
 from vllm_router.config.schema import Config
 from vllm_router.discovery.intake import Answers
 from vllm_router.discovery.kinds import make_source
+from vllm_router.discovery.news import News
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.discovery.source_task import MakeSource, SourceTask
 
@@ -34,7 +35,7 @@ class Discovery:
         config: Config,
         answers: Answers,
         changed: Callable[[], None],
-        announce: Callable[[str], None],
+        announce: Callable[[News], None],
         make: MakeSource = make_source,
     ) -> None:
         """Targets that `config` has already, from an earlier process, are in force at once."""

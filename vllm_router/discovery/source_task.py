@@ -18,6 +18,7 @@ from vllm_router.config.discovery import (
 )
 from vllm_router.discovery.intake import Answers, Intake
 from vllm_router.discovery.kinds import kind_and_place
+from vllm_router.discovery.news import News, news
 from vllm_router.discovery.priorities import up_to, used_priority
 from vllm_router.discovery.source import SHOWN_PROBLEMS, Again, Source, SourceStatus
 
@@ -44,7 +45,7 @@ class SourceTask:
         targets: Targets | None,
         answers: Answers,
         changed: Callable[[], None],
-        announce: Callable[[str], None],
+        announce: Callable[[News], None],
     ) -> None:
         self.config = config
         self.intake = Intake(targets, discovery.keep_for, discovery.second_look)
@@ -112,9 +113,7 @@ class SourceTask:
         status.failures += 1
         if status.failing_since is None:
             status.failing_since = trio.current_time()
-            text = f"source {status.name}: cannot be read, its last set stays in force: {problem}"
-            logger.warning("%s", text)
-            self._announce(text)
+            self._tell("source_failed", problem=problem)
         status.problem = problem
 
     def _answered(self) -> None:
@@ -122,10 +121,14 @@ class SourceTask:
         status.answered_at = trio.current_time()
         status.answers += 1
         if status.failing_since is not None:
-            text = f"source {status.name}: answers again"
-            logger.info("%s", text)
-            self._announce(text)
+            self._tell("source_answers", level=logging.INFO)
         status.problem = status.failing_since = None
+
+    def _tell(self, code: str, *, level: int = logging.WARNING, **values: object) -> None:
+        """Log news of the source, and announce it to operators."""
+        told = news(code, source=self.status.name, **values)
+        logger.log(level, "%s", told.text)
+        self._announce(told)
 
     # -- targets that are left out -------------------------------------------------------------
 
@@ -143,10 +146,10 @@ class SourceTask:
         problems = (*self._bad, *self._conflicts)
         shown = problems[:SHOWN_PROBLEMS]
         if problems and shown != status.skipped:
-            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-            text = f"source {status.name}: left out {problems[0]}{more}"
-            logger.warning("%s", text)
-            self._announce(text)
+            if len(problems) > 1:
+                self._tell("source_left_out_more", problem=problems[0], n=len(problems) - 1)
+            else:
+                self._tell("source_left_out", problem=problems[0])
         status.skipped, status.skipped_total = shown, len(problems)
 
     # -- priorities ---------------------------------------------------------------------------
@@ -164,12 +167,7 @@ class SourceTask:
         if self._said:
             before, self._priority = self._priority, priority
             if before is not None and priority != before:
-                text = (
-                    f"source {self.status.name}: its servers up to priority {priority} are used, "
-                    f"before up to {before}"
-                )
-                logger.warning("%s", text)
-                self._announce(text)
+                self._tell("source_priority", now=priority, before=before)
         shown = up_to(self._said, priority, TargetState.WAIT)
         self.status.states = dict(Counter(target.state for target in shown))
         return up_to(self._said, priority, TargetState.DRAIN)
@@ -195,9 +193,7 @@ class SourceTask:
     def _note_intake(self, *, changed: bool) -> None:
         doubt = self.intake.doubt
         if doubt and not self.status.doubt:
-            text = f"source {self.status.name}: {doubt}; they stay for now"
-            logger.warning("%s", text)
-            self._announce(text)
+            self._tell("source_doubt", doubt=doubt)
         self.status.doubt = doubt
         if changed:
             self._changed()

@@ -281,9 +281,18 @@ PREFIX_COUNTERS: tuple[tuple[Family, PrefixReading], ...] = (
     ),
     (
         _counter(
-            "server_told_cached_tokens",
+            "server_reported_cached_tokens",
             "Prompt tokens reported as cached in its responses "
             "(vllm serve --enable-prompt-tokens-details).",
+            "server",
+        ),
+        lambda expected, engine: expected.reported_tokens if expected is not None else None,
+    ),
+    (
+        _counter(
+            "server_told_cached_tokens",
+            "The former name of vllm_router_server_reported_cached_tokens_total. The next version "
+            "does not have it any more.",
             "server",
         ),
         lambda expected, engine: expected.reported_tokens if expected is not None else None,

@@ -29,6 +29,7 @@ from vllm_router.observability.demand import (
     WANT_OF_SERVER,
     RecentRefusals,
 )
+from vllm_router.observability.key_usage import Usage
 from vllm_router.observability.metric_families import (
     ATTEMPTS,
     BUILD_INFO,
@@ -151,6 +152,7 @@ class Metrics:
         self._keys: dict[str, Counters] = {}
         self._tokens: dict[str, Counters] = {}
         self._key_tokens: dict[str, Counters] = {}
+        self._key_refusals: dict[str, int] = {}
         # A counter that exists from the start shows its first event as an increase.
         for outcome, rule in RULES.items():
             if rule.again is not RetryDecision.NO:
@@ -200,6 +202,9 @@ class Metrics:
                 self._count_tokens_of_key(record)
         if record.code:
             self._refusals[record.code].value += 1
+            if record.key_name and outcome is None:
+                refused = self._key_refusals.get(record.key_name, 0)
+                self._key_refusals[record.key_name] = refused + 1
             if record.code in WANT_OF_SERVER:
                 self._wanted(record)
         if outcome is Outcome.CLIENT_GONE:
@@ -240,6 +245,21 @@ class Metrics:
     def refused_by_code(self) -> dict[str, int]:
         """How many requests got an error of the router so far, by its code."""
         return {code: int(counter.value) for code, counter in self._refusals.items()}
+
+    def key_totals(self) -> dict[str, Usage]:
+        """What each client key was used for since the router's start, by its name."""
+        return {
+            name: Usage(
+                requests=sum(int(one.value) for one in by_status.values()),
+                refused=self._key_refusals.get(name, 0),
+                tokens=sum(
+                    int(counter.value)
+                    for kind, counter in self._key_tokens.get(name, {}).items()
+                    if kind != "cached"
+                ),
+            )
+            for name, by_status in self._keys.items()
+        }
 
     def attempt_ended(self, server: Server, outcome: Outcome) -> None:
         series = self._servers.get(server.name) or self._series(server.name)

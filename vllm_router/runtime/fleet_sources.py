@@ -13,6 +13,7 @@ from vllm_router.config.schema import Config
 from vllm_router.discovery.discovery import Discovery
 from vllm_router.discovery.intake import Answers
 from vllm_router.discovery.kinds import make_source
+from vllm_router.discovery.news import News
 from vllm_router.discovery.source_task import MakeSource
 from vllm_router.errors import ConfigError
 
@@ -33,7 +34,7 @@ class FleetSources:
         self,
         config: Config,
         answers: Answers,
-        announce: Callable[[str], None],
+        announce: Callable[[News], None],
         in_force: Callable[[], Config],
         prepare: Callable[[Config], Awaitable[None]],
         apply: Callable[[Config, Config, str], None],

@@ -10,7 +10,7 @@ from random import Random
 
 import trio
 
-from vllm_router.config.changes import changes
+from vllm_router.config.changes import changes_of
 from vllm_router.config.memory import Memory, memory_line
 from vllm_router.config.reload import Nudge, Reload, Reloader, watch
 from vllm_router.config.schema import RESTART_SETTINGS, Config, ServerConfig, Settings
@@ -122,7 +122,7 @@ class Supervisor:
         self.sources = FleetSources(
             config,
             self.fleet.answers,
-            partial(self.feed.event, "source"),
+            lambda told: self.feed.event("source", told.text, told.code, told.values),
             lambda: self.config,
             self.prepare,
             self.apply,
@@ -332,7 +332,8 @@ class Supervisor:
                 server.in_flight,
             )
         if kind == "reload" or old.servers != new.servers:
-            self.feed.event(kind, changes(old, new))
+            found = changes_of(old, new)
+            self.feed.event(kind, found.text, "changes", found.values)
         for publish in self.after_apply:
             publish(new)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -9,10 +10,14 @@ import trio
 from vllm_router.config.reload import Reload
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Server
+from vllm_router.observability.key_usage import WINDOW, Usage
 from vllm_router.observability.slices import each
 from vllm_router.steps import Steps
 from vllm_router.web.router import Router
 from vllm_router.web.status import encoded, reload_state, state_of
+
+SHOWN_KEYS = 20
+"""Keys in `/admin/keys`."""
 
 
 def server_view(server: Server, router: Router) -> dict[str, Any]:
@@ -33,6 +38,16 @@ def servers_view(router: Router) -> Steps[dict[str, Any]]:
     """`/admin/servers`."""
     servers = router.fleet.all_servers()
     return {"servers": (yield from each(servers, lambda one: encoded(server_view(one, router))))}
+
+
+def keys_view(usage: Mapping[str, Usage]) -> dict[str, Any]:
+    """`/admin/keys`: the keys with the most requests, and how many more were used."""
+    order = sorted(usage.items(), key=lambda one: (-one[1].requests, one[0]))
+    return {
+        "seconds": WINDOW,
+        "keys": [{"name": name, **used._asdict()} for name, used in order[:SHOWN_KEYS]],
+        "more": max(0, len(order) - SHOWN_KEYS),
+    }
 
 
 def find(router: Router, name: str) -> Server:

@@ -360,6 +360,12 @@ def _administration(app: QuartTrio, router: Wired) -> None:
         _check_admin(router)
         return answers.json(admin.drain(router, server, on=False))
 
+    @app.get("/admin/keys")
+    async def keys() -> Response:
+        _check_admin(router)
+        totals = router.metrics.key_totals()
+        return answers.json(admin.keys_view(router.feed.key_usage.recent(totals)))
+
     @app.get("/admin/servers/<server:server>")
     async def one(server: str) -> Response:
         _check_admin(router)

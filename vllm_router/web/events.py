@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
+from types import MappingProxyType
 
 from vllm_router.config.reload import Reloader
 from vllm_router.fleet.reason import NONE, Reason
@@ -29,6 +30,9 @@ A server at its limit is full and up again every second or two. These changes ar
 
 EXHAUSTED_PER_SECOND = 5
 """Failed-request events per second; further ones are combined into one event."""
+
+
+NO_VALUES: Mapping[str, str] = MappingProxyType({})
 
 
 class EventLog:
@@ -64,7 +68,10 @@ class EventLog:
         new: str | None = None,
         reason: Reason = NONE,
         count: int | None = None,
+        code: str | None = None,
+        values: Mapping[str, str] = NO_VALUES,
     ) -> None:
+        """`code` and `values` are the text for translations, if its kind does not say it all."""
         self._count += 1
         time = round(self._wall(), 3)
         event = Event(
@@ -72,6 +79,8 @@ class EventLog:
             time=time,
             kind=kind,
             text=text,
+            text_code=code,
+            text_values=dict(values),
             server=server,
             old=old,
             new=new,
@@ -104,18 +113,28 @@ class EventLog:
         if self._exhausted > EXHAUSTED_PER_SECOND:
             return
         last = record.server.name if record.server is not None else None
+        request = record.request_id.decode("latin-1")
+        why = record.code or record.status
         self.add(
             self._OF_REQUESTS,
-            f"request {record.request_id.decode('latin-1')}: {record.attempts} attempts failed, "
-            f"the last on {last}: {record.code or record.status}",
+            f"request {request}: {record.attempts} attempts failed, the last on {last}: {why}",
             server=last,
+            code="request_failed",
+            values={
+                "request": request,
+                "n": str(record.attempts),
+                "server": last or "",
+                "why": str(why),
+            },
         )
 
     def second(self) -> None:
         """Called every second."""
         more = self._exhausted - EXHAUSTED_PER_SECOND
         if more > 0:
-            self.add(self._OF_REQUESTS, f"and {more} more requests within a second")
+            text = f"and {more} more requests within a second"
+            values = {"n": str(more)}
+            self.add(self._OF_REQUESTS, text, code="requests_failed", values=values)
         self._exhausted = 0
         self._seconds += 1
         if self._seconds % FULL_PERIOD == 0:

@@ -7,6 +7,7 @@ Without clients, the only work is one row of history per second.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import msgspec
 import trio
@@ -16,6 +17,8 @@ from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import Transition
 from vllm_router.http.request_ids import DEMO_PREFIX
 from vllm_router.observability.decisions import Decisions
+from vllm_router.observability.key_usage import STEP as KEY_STEP
+from vllm_router.observability.key_usage import KeyUsage
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.process import cpu_seconds
 from vllm_router.observability.router_state import CPU, LAG, wall_offset
@@ -27,9 +30,11 @@ from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import ANSWERED, Outcome
 from vllm_router.steps import Steps
 from vllm_router.web import events, history, schema, view
+from vllm_router.web.events import NO_VALUES
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.outages import Outages
 from vllm_router.web.router import Router
+from vllm_router.web.shown_states import ShownStates
 from vllm_router.web.turned_away import TurnedAway
 
 _encode = msgspec.json.Encoder().encode
@@ -51,12 +56,14 @@ class Feed:
     def __init__(self, fleet: Fleet, metrics: Metrics, lag: LagWatch) -> None:
         self.router: Router | None = None
         self.decisions = Decisions()
+        self.key_usage = KeyUsage()
         self.unused = True
         self._fleet = fleet
         self._metrics = metrics
         self._tallies = Tallies()
         self._turned_away = TurnedAway()
         self._outages = Outages()
+        self._shown = ShownStates()
         self._memory = history.Memory()
         self._events = events.EventLog(self._announce, time.time)
         self._mailboxes: set[Mailbox] = set()
@@ -64,6 +71,7 @@ class Feed:
         self._reading = trio.Lock()
         self._encoding = trio.Lock()
         self._seq = 0
+        self._rows = 0
         self._latest = (-float("inf"), "")
         self._cpu = Rate()
         self._lag = lag
@@ -89,9 +97,14 @@ class Feed:
         """Announce a server's change of state."""
         self._events.transition(change)
 
-    def event(self, kind: str, text: str) -> None:
-        """Send an event to all clients; new clients receive the last events."""
-        self._events.add(kind, text)
+    def event(
+        self, kind: str, text: str, code: str | None = None, values: Mapping[str, str] = NO_VALUES
+    ) -> None:
+        """Send an event to all clients; new clients receive the last events.
+
+        `code` and `values` are the text for translations.
+        """
+        self._events.add(kind, text, code=code, values=values)
 
     def _announce(self, event: schema.Event) -> None:
         if not self._mailboxes:
@@ -188,7 +201,7 @@ class Feed:
         live = tallies.begin(running, now)
         expected = router.prefix_statistics if router is not None else None
         started = router.started_at if router is not None else now
-        reading = view.Reading(self._fleet, started, now, wall_offset())
+        reading = view.Reading(self._fleet, self._shown, started, now, wall_offset())
 
         def read(server: Server) -> None:
             found = expected(server) if expected is not None else None
@@ -205,7 +218,11 @@ class Feed:
         self._events.second()
         names = [name for row in self._outages.rows for name in (row.name, *row.names)]
         self._tallies.keep(self._fleet.all_servers(), names)
+        self._shown.keep(self._fleet.all_servers())
         self._metrics.prune()
+        self._rows += 1
+        if self._rows % KEY_STEP == 0:
+            self.key_usage.advance(self._metrics.key_totals())
         self._outages.budgets = await in_turns(self._budgets())
 
     def _budgets(self) -> Steps[dict[str, float | None]]:

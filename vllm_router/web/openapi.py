@@ -144,6 +144,15 @@ _SCHEMAS: Doc = {
         }
     ),
     "Servers": _object({"servers": _list(_ref("Server"))}),
+    "Keys": _object(
+        {
+            "seconds": _COUNT,
+            "keys": _list(
+                _object({"name": _TEXT, "requests": _COUNT, "refused": _COUNT, "tokens": _COUNT})
+            ),
+            "more": _COUNT,
+        }
+    ),
     "Code": _object({"code": _TEXT, "seconds": _NUMBER}),
     "SignedIn": _object({"key": _TEXT, "seconds": _NUMBER}),
     "Reload": _object({"result": _TEXT, "generation": _COUNT, "error": _or_null(_TEXT)}),
@@ -302,6 +311,16 @@ def document() -> Doc:
         },
         "/admin/servers": {
             "get": _operation("All servers.", "Servers", 401, 403, 404, **_ADMIN),
+        },
+        "/admin/keys": {
+            "get": _operation(
+                "The client keys with the most requests in the last minutes.",
+                "Keys",
+                401,
+                403,
+                404,
+                **_ADMIN,
+            ),
         },
         "/admin/servers/{server}": {
             "get": _operation("One server.", "Server", 401, 403, 404, **_ADMIN),

@@ -43,7 +43,8 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         str,
         _(
             "up, full, refusing (some requests that others take), silent, ejected, asleep, paused, "
-            "down, unknown or draining; `reason` says why."
+            "down, unknown or draining; `reason` says why. A server that was full stays so for "
+            "five seconds, as it is full and up again every second or two."
         ),
     ]
     reason: Annotated[str, _("Why it is not up, in words; empty if it is.")]
@@ -294,6 +295,21 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
         ),
     ]
     text: Annotated[str, _("What happened, for people.")]
+    text_code: Annotated[
+        str | None,
+        _(
+            "A name for the text, for translations: changes (kinds reload and discovery), "
+            "source_… (kind source), request_failed or requests_failed (kind retries_exhausted); "
+            "null if the kind says it all or the text is of the configuration's parser."
+        ),
+    ] = None
+    text_values: Annotated[
+        dict[str, str],
+        _(
+            "The values in the text, by name. Of changes: added and removed servers, `details`, "
+            "and how many `more` there are."
+        ),
+    ] = {}
     server: Annotated[str | None, _("The server it is about, if any.")] = None
     old: Annotated[str | None, _("The state before (kind state).")] = None
     new: Annotated[str | None, _("The state now (kind state).")] = None

@@ -12,8 +12,8 @@ import msgspec
 from vllm_router import __version__
 from vllm_router.discovery.source import SourceStatus
 from vllm_router.fleet.fleet import Fleet
-from vllm_router.fleet.reason import Reason
 from vllm_router.fleet.server import Server
+from vllm_router.fleet.state import State
 from vllm_router.observability.model_rows import AVAILABLE, ModelCount, ModelRow
 from vllm_router.observability.process import rss_bytes
 from vllm_router.observability.router_state import MEMORY, wall_offset
@@ -23,6 +23,7 @@ from vllm_router.web import schema
 from vllm_router.web.outages import Outages
 from vllm_router.web.reasons import reason_fields
 from vllm_router.web.router import Router
+from vllm_router.web.shown_states import Shown, ShownStates
 from vllm_router.web.turned_away import TurnedAway
 
 _encode = msgspec.json.Encoder().encode
@@ -36,7 +37,9 @@ class Reading:
     name and without leaving servers.
     """
 
-    def __init__(self, fleet: Fleet, started: float, now: float, wall: float) -> None:
+    def __init__(
+        self, fleet: Fleet, shown: ShownStates, started: float, now: float, wall: float
+    ) -> None:
         """`started` is the start of the router; `wall` the offset to Unix time."""
         self.now = now
         self.wall = wall
@@ -49,6 +52,7 @@ class Reading:
         self.loads: dict[str, float] = {}
         self.servers: list[schema.ServerView] = []
         self.models = ModelCount(fleet)
+        self._shown = shown
         self._started = started
         self._there = 0.0
         self._members = fleet.servers
@@ -56,6 +60,9 @@ class Reading:
     def add(self, server: Server, tally: Tally, *, with_view: bool) -> None:
         """Read one server, of which `tally` has the rates."""
         state, reason = server.current_state(self.now)
+        since = server.state_since or self._started
+        if state is State.FULL or self._shown.full:
+            state, reason, since = self._shown.of(server, state, reason, since, self.now)
         leaving = self._members.get(server.name) is not server
         tokens, load = tally.tokens_per_s, server.load_estimate
         self.running += load.running
@@ -71,7 +78,7 @@ class Reading:
             self.loads[server.name] = round(load.value, 3)
             self.models.add(server, state, tokens)
         if with_view:
-            view = self._view(server, tally, state, reason, leaving=leaving)
+            view = self._view(server, tally, Shown(state, reason, since), leaving=leaving)
             # Raw is encoded unchanged; its type is the type of its content.
             self.servers.append(cast("schema.ServerView", msgspec.Raw(_encode(view))))
 
@@ -85,7 +92,7 @@ class Reading:
         return round(self._there / self.capacity, 4) if self.capacity else 0.0
 
     def _view(
-        self, server: Server, tally: Tally, state: str, reason: Reason, *, leaving: bool
+        self, server: Server, tally: Tally, shown: Shown, *, leaving: bool
     ) -> schema.ServerView:
         now = self.now
         metrics, load = server.metrics, server.load_estimate
@@ -95,9 +102,9 @@ class Reading:
             name=server.name,
             url=server.url,
             models=server.models,
-            state=state,
-            **reason_fields(reason),
-            since=round((server.state_since or self._started) + self.wall, 3),
+            state=shown.state,
+            **reason_fields(shown.reason),
+            since=round(shown.since + self.wall, 3),
             leaving=leaving,
             running=round(load.running, 1),
             waiting=round(load.waiting, 1),

@@ -76,7 +76,7 @@ class Rig:
         self.sources = FleetSources(
             first,
             self.fleet.answers,
-            self.news.append,
+            lambda told: self.news.append(told.text),
             lambda: self.config,
             self._prepare,
             self._apply,

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 
 import vllm_router
+from vllm_router.discovery.news import TEXTS as SOURCE_TEXTS
+from vllm_router.discovery.news import news
 from vllm_router.fleet.reason import IN_ROW, NONE, TEXTS, Reason, because
 from vllm_router.fleet.refusals import MODEL, Refusals
 from vllm_router.http.client.pool import Doing
@@ -39,6 +41,14 @@ def test_page_has_english_words_of_every_code():
         key: text for key, text in texts.items() if key.startswith("reason_")
     }
     assert texts["reasonInRow"] == IN_ROW
+
+
+def test_page_has_english_words_of_all_news_of_sources():
+    texts = {key: text for key, text in page_texts("en").items() if key.startswith("event_source_")}
+    assert texts == {f"event_{code}": text for code, text in SOURCE_TEXTS.items()}
+    told = news("source_left_out_more", source="file", problem="a: no port", n=2)
+    assert told.text == "source file: left out a: no port; and 2 more"
+    assert told.values == {"source": "file", "problem": "a: no port", "n": "2"}
 
 
 def test_page_has_a_word_for_every_outcome():

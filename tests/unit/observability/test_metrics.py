@@ -283,6 +283,7 @@ async def test_metrics_expected_cache_hits_stand_beside_actual_ones():
     expected = {
         "server_prompt_tokens_total": 2048,
         "server_expected_cached_tokens_total": 1024,
+        "server_reported_cached_tokens_total": 1024,
         "server_told_cached_tokens_total": 1024,
         "server_prefix_cache_queries_total": 2048,
         "server_prefix_cache_hits_total": 1000,

@@ -31,6 +31,7 @@ from vllm_router.web.events import (
     EventLog,
 )
 from vllm_router.web.mailbox import MAX_EVENTS, Mailbox
+from vllm_router.web.shown_states import FULL_STAYS
 
 
 class Client:
@@ -53,6 +54,14 @@ class Client:
 
 async def join(lab: Lab) -> Client:
     return Client(await lab.router.feed.subscribe(admin=False))
+
+
+async def newest(client: Client) -> schema.Snapshot:
+    """The next snapshot that is made from now on."""
+    seen = (await client.next_of(schema.Snapshot)).seq
+    while (snapshot := await client.next_of(schema.Snapshot)).seq <= seen:
+        pass
+    return snapshot
 
 
 @pytest.fixture
@@ -313,6 +322,36 @@ def test_feed_full_and_up_again_are_one_event_a_minute():
     assert announced[-1].kind == "state"
 
 
+async def test_feed_full_server_is_shown_as_full_for_some_seconds(autojump_clock, lab):
+    client = await join(lab)
+    await newest(client)
+    server = lab["a"]
+    # Full and up again each second, as at the limit of its queue.
+    for _ in range(8):
+        server.refused(trio.current_time(), 1.0)
+        await trio.sleep(0.6)
+        shown = (await newest(client)).servers[0]
+        assert (shown.state, shown.reason_code) == ("full", "full")
+        await trio.sleep(0.5)
+        snapshot = await newest(client)
+        assert server.current_state(trio.current_time())[0] is State.UP
+        assert (snapshot.servers[0].state, snapshot.fleet.available) == ("full", 2)
+        assert snapshot.fleet.states == {"full": 1, "up": 1}
+    await trio.sleep(FULL_STAYS)
+    assert (await newest(client)).servers[0].state == "up"
+
+
+async def test_feed_full_server_that_goes_down_is_shown_as_down_at_once(autojump_clock, lab):
+    client = await join(lab)
+    await newest(client)
+    lab["a"].refused(trio.current_time(), 1.0)
+    await trio.sleep(0.6)
+    assert (await newest(client)).servers[0].state == "full"
+    go_down(lab["a"], trio.current_time())
+    await trio.sleep(0.6)
+    assert (await newest(client)).servers[0].state == "down"
+
+
 async def test_feed_events_of_requests_displace_no_others(autojump_clock, lab):
     lab.router.feed.event("reload", "+1 server")
     for _ in range(KEPT * 2):
@@ -372,8 +411,16 @@ async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock
         event = await client.next_of(schema.Event)
         assert event.kind == "retries_exhausted"
         assert event.text == ("request id-1: 2 attempts failed, the last on a: server_disconnected")
+        assert event.text_code == "request_failed"
+        assert event.text_values == {
+            "request": "id-1",
+            "n": "2",
+            "server": "a",
+            "why": "server_disconnected",
+        }
     event = await client.next_of(schema.Event)
     assert event.text == f"and {50 - EXHAUSTED_PER_SECOND} more requests within a second"
+    assert (event.text_code, event.text_values) == ("requests_failed", {"n": "45"})
 
 
 async def test_feed_request_saved_by_retry_has_no_event(autojump_clock, lab):

@@ -17,6 +17,7 @@ from vllm_router.fleet.capacity import ASSUMED, EQUAL_SHARE
 from vllm_router.observability.decisions import KEPT, LONGEST
 from vllm_router.proxy.identity import ANONYMOUS
 from vllm_router.proxy.retry import Outcome
+from vllm_router.web.admin import SHOWN_KEYS
 
 # -- models -----------------------------------------------------------------------------------
 
@@ -498,11 +499,32 @@ async def test_reload_without_file_is_refused():
 
 ADMIN = [
     ("GET", "/admin/servers"),
+    ("GET", "/admin/keys"),
     ("GET", "/admin/servers/a"),
     ("POST", "/admin/servers/a/drain"),
     ("POST", "/admin/servers/a/undrain"),
     ("POST", "/admin/reload"),
 ]
+
+
+async def test_admin_keys_have_requests_refusals_and_tokens_of_the_busiest():
+    lab = Lab()
+    for number in range(SHOWN_KEYS + 3):
+        for _ in range(number + 1):
+            lab.ended(lab["a"], key_name=f"k{number}", prompt_tokens=100, completion_tokens=20)
+    busiest = f"k{SHOWN_KEYS + 2}"
+    lab.ended(None, key_name=busiest, status=429, outcome=None, code="key_rate_exceeded")
+    lab.ended(lab["a"], key_name=busiest, status=502, outcome=Outcome.CONNECTION_LOST, code="x")
+    lab.ended(lab["a"])
+    shown = (await lab.get("/admin/keys")).json
+    assert len(shown["keys"]) == SHOWN_KEYS
+    assert (shown["more"], shown["seconds"]) == (3, 300)
+    assert shown["keys"][0] == {
+        "name": busiest,
+        "requests": SHOWN_KEYS + 5,
+        "refused": 1,
+        "tokens": (SHOWN_KEYS + 3) * 120,
+    }
 
 
 @pytest.mark.parametrize(("method", "path"), [*ADMIN, ("POST", "/admin/sign-in")])

@@ -4,7 +4,7 @@ import { fromAddress, toAddress } from "./address.js";
 import { byId, make } from "./dom.js";
 import { clock, moment } from "./format.js";
 import { t } from "./i18n.js";
-import { reasonText } from "./reasons.js";
+import { reasonText, saidText } from "./reasons.js";
 
 const KEPT = 200;
 const SICK = new Set(["down", "ejected"]);
@@ -19,10 +19,21 @@ function words(event) {
   if (event.kind === "full") return t("eventFull", { server: event.server, n: event.count ?? 1 });
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
   if (event.kind === "missed") return t("eventMissed", { n: event.count ?? "" });
-  if (event.kind === "reload") return t("eventReload", { text: event.text });
-  if (event.kind === "discovery") return t("eventDiscovery", { text: event.text });
-  if (event.kind === "reload_refused") return t("eventRefused", { text: event.text });
-  return event.text;
+  const text = event.text_code === "changes" ? changes(event.text_values) : saidText(event);
+  if (event.kind === "reload") return t("eventReload", { text });
+  if (event.kind === "discovery") return t("eventDiscovery", { text });
+  if (event.kind === "reload_refused") return t("eventRefused", { text });
+  return text;
+}
+
+/** What a new configuration changes. */
+function changes({ added, removed, details, more }) {
+  const parts = [];
+  if (Number(added) > 0) parts.push(t("changesAdded", { n: added }));
+  if (Number(removed) > 0) parts.push(t("changesRemoved", { n: removed }));
+  if (details) parts.push(details);
+  if (Number(more) > 0) parts.push(t("changesMore", { n: more }));
+  return parts.join(t("listComma")) || t("changesNone");
 }
 
 function mood(event) {
@@ -81,7 +92,7 @@ export class Events {
     return make("li", { "data-mood": mood(event), "data-kind": event.kind },
       make("time", { datetime: new Date(event.time * 1000).toISOString(), title: moment(event.time) },
         clock(event.time)),
-      make("span", {}, words(event)));
+      make("span", { title: event.text_values?.request ?? null }, words(event)));
   }
 
   words() {

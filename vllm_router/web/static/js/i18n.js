@@ -1,4 +1,4 @@
-// Two languages. What the router says in words (reasons, events) stays as it said it.
+// Two languages. The router sends codes with values; what it sends in words alone stays as it is.
 
 import { en } from "./text.en.js";
 import { zh } from "./text.zh.js";

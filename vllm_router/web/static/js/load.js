@@ -45,9 +45,8 @@ export class LoadBar {
     set.waiting(`translateX(${(100 * first).toFixed(1)}%) scaleX(${(last - first).toFixed(3)})`);
     set.heat(heat(load));
     const figures = { running: count(running), waiting: count(waiting), capacity: count(capacity) };
-    const parts = [t("loadText", figures)];
+    const parts = [t(CAPACITY[source] ?? "loadOf", figures)];
     if (waiting > 0) parts.push(t("loadWaiting", figures));
-    parts.push(t(CAPACITY[source] ?? "loadOf", figures));
     set.text(parts.join(" · "));
     set.share((exact ? "" : "≈ ") + percent(load));
   }

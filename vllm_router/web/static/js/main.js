@@ -2,6 +2,7 @@
 
 import { attributeOf, byId, make, textOf } from "./dom.js";
 import { Charts } from "./charts.js";
+import { Columns } from "./columns.js";
 import { fromAddress, toAddress } from "./address.js";
 import { Decisions } from "./decisions.js";
 import { Confirm } from "./dialogs.js";
@@ -12,7 +13,9 @@ import { megabytes, percent, seconds, span } from "./format.js";
 import { History } from "./history.js";
 import { languageKey, preferred, t, use } from "./i18n.js";
 import { KeyDialog, signIn } from "./key.js";
+import { Keys } from "./keys.js";
 import { Models } from "./models.js";
+import { placeMenu } from "./menus.js";
 import { outageText } from "./outage.js";
 import { Panel } from "./panel.js";
 import { Routers } from "./routers.js";
@@ -49,6 +52,9 @@ const table = new Table(
   (server) => panel.open(server),
 );
 
+const columns = new Columns(() => remeasure());
+placeMenu("settings-menu", "settings");
+
 const chosenModel = byId("model-filter");
 const models = new Models((name) => {
   const model = snapshot?.models?.find((one) => one.name === name);
@@ -59,6 +65,7 @@ const models = new Models((name) => {
 chosenModel.addEventListener("click", () => models.choose(models.chosen));
 const sources = new Sources();
 const routers = new Routers();
+const clientKeys = new Keys();
 
 // -- views --------------------------------------------------------------------------------------
 
@@ -76,6 +83,7 @@ function showView(next) {
   byId("view-explain").hidden = view !== "explain";
   decisions.show(view === "decisions");
   explain.show(view === "explain");
+  clientKeys.show(view === "fleet");
   if (view === "fleet") remeasure();
 }
 for (const button of document.querySelectorAll("[data-view]")) {
@@ -268,6 +276,12 @@ function drawSoon() {
 }
 
 const routerName = textOf(byId("router-name"));
+const routerTitle = attributeOf(byId("router-name"), "title");
+
+function showName() {
+  routerName(hello ? t("routerOn", { name: hello.name }) : "");
+  routerTitle(hello ? t("routerOnTitle") : null);
+}
 
 function take(message) {
   if (message.type === "snapshot") {
@@ -284,8 +298,9 @@ function take(message) {
     events.hello(message.events, message.started);
     table.allow(message.admin);
     panel.allow(message.admin);
+    clientKeys.allow(message.admin);
     keys.offer(!message.admin);
-    routerName(message.name);
+    showName();
     document.title = `${message.name} · vLLM Router`;
     newRow = true;
     document.documentElement.classList.remove("loading");
@@ -302,10 +317,11 @@ function taken(now) {
 
 byId("language").addEventListener("change", (event) => {
   use(event.target.value, true);
-  for (const part of [tiles, charts, events, models, sources, routers, table, panel, decisions, explain]) part.words();
+  for (const part of [tiles, charts, events, models, sources, routers, table, columns, clientKeys, panel, decisions, explain]) part.words();
   toAddress("language", languageKey());
   banners = "";
   showLink();
+  showName();
   drawSoon();
 });
 

@@ -101,7 +101,11 @@ class Row {
       if (model.servers > 0 && model.draining === model.servers) return t("allDraining");
       return since ? t("noServerSince", { since }) : t("noServerYet");
     }
-    return model.draining > 0 ? t("someDraining", { n: model.draining }) : "";
+    const away = model.servers - model.available - model.draining;
+    return [
+      ...(away > 0 ? [t("someAway", { n: count(away) })] : []),
+      ...(model.draining > 0 ? [t("someDraining", { n: count(model.draining) })] : []),
+    ].join(t("listComma"));
   }
 
   words() {

@@ -19,6 +19,10 @@ export function reasonText(from, name = "reason") {
   return phrases.map(phrase).join(t("reasonJoin"));
 }
 
+/** The words of an event; those of the router if it has a code that this page does not know. */
+export const saidText = ({ text, text_code: code, text_values: values }) =>
+  (code && Object.hasOwn(said, `event_${code}`) ? t(`event_${code}`, values) : text);
+
 /** The word for a code of the router, which is shown as it is if the page does not know it. */
 const word = (kind, code) => (Object.hasOwn(said, `${kind}_${code}`) ? t(`${kind}_${code}`) : code);
 

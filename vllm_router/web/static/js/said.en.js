@@ -1,4 +1,4 @@
-// What the router says as codes: reasons, outcomes of requests, terms of a score.
+// What the router says as codes: reasons, outcomes of requests, terms of a score, events.
 
 export const said = {
   reasonInRow: "{text} ({n} checks in a row)",
@@ -107,4 +107,13 @@ export const said = {
   term_waiting: "waiting",
   term_cached_bytes: "cached bytes",
   term_limit: "limit",
+
+  event_source_failed: "source {source}: cannot be read, its last set stays in force: {problem}",
+  event_source_answers: "source {source}: answers again",
+  event_source_left_out: "source {source}: left out {problem}",
+  event_source_left_out_more: "source {source}: left out {problem}; and {n} more",
+  event_source_priority: "source {source}: its servers up to priority {now} are used, before up to {before}",
+  event_source_doubt: "source {source}: {doubt}; they stay for now",
+  event_request_failed: "a request failed: {n} attempts, the last on {server}: {why}",
+  event_requests_failed: "and {n} more requests within a second",
 };

@@ -1,4 +1,4 @@
-// What the router says as codes: reasons, outcomes of requests, terms of a score.
+// What the router says as codes: reasons, outcomes of requests, terms of a score, events.
 
 export const said = {
   reasonInRow: "{text}（连续 {n} 次检查）",
@@ -107,4 +107,13 @@ export const said = {
   term_waiting: "排队",
   term_cached_bytes: "已缓存字节",
   term_limit: "上限",
+
+  event_source_failed: "来源 {source}：无法读取，沿用上一次的结果：{problem}",
+  event_source_answers: "来源 {source}：已恢复",
+  event_source_left_out: "来源 {source}：忽略了 {problem}",
+  event_source_left_out_more: "来源 {source}：忽略了 {problem}；另有 {n} 个",
+  event_source_priority: "来源 {source}：现使用优先级 {now} 及以内的服务器，此前为 {before}",
+  event_source_doubt: "来源 {source}：{doubt}；暂时保留",
+  event_request_failed: "一个请求失败：尝试 {n} 次，最后一次在 {server}：{why}",
+  event_requests_failed: "一秒内另有 {n} 个请求失败",
 };

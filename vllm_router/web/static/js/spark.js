@@ -64,7 +64,8 @@ export class Spark {
     const shown = thinned(values, Math.max(1, Math.round((values.length / this.length) * points)));
     const pen = canvas.getContext("2d");
     pen.clearRect(0, 0, width, height);
-    const top = Math.max(this.ceiling, ...shown, 1e-9) * 1.05;
+    // Without a ceiling, a constant figure is drawn below the top, not as a full block.
+    const top = Math.max(this.ceiling * 1.05, Math.max(...shown, 1e-9) * (this.ceiling ? 1.05 : 1.4));
     const step = width / Math.max(1, points - 1);
     const start = width - (shown.length - 1) * step;
     const y = (value) => height - ratio - (value / top) * (height - 2 * ratio);

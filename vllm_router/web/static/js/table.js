@@ -128,7 +128,7 @@ class Row {
       return;
     }
     // Two lines: two models, or one and how many more.
-    const [first, ...rest] = models.map((model) => make("span", { class: "model", title: model }, model));
+    const [first, ...rest] = models.map((model) => make("span", { class: "model", title: model }, ...named(model)));
     if (rest.length > 1) {
       const more = make("span", { class: "more", title: models.slice(1).join("\n") },
         t("moreModels", { n: rest.length }));
@@ -150,6 +150,12 @@ class Row {
     return search === "" || [name, url, ...(models ?? [])]
       .some((text) => text.toLowerCase().includes(search));
   }
+}
+
+/** A model's name; the organization before it is left out where there is little room. */
+function named(model) {
+  const slash = model.lastIndexOf("/") + 1;
+  return slash > 0 ? [make("span", { class: "organization" }, model.slice(0, slash)), model.slice(slash)] : [model];
 }
 
 export class Table {

@@ -30,7 +30,7 @@ const TILES = [
     }),
   },
   {
-    id: "ttft", title: "tileTtft", figure: "ttft_p95",
+    id: "ttft", title: "tileTtft", figure: "ttft_p95", area: false,
     read: ({ fleet }) => ({
       value: fleet.ttft ? latency(fleet.ttft.p95) : NONE,
       sub: fleet.ttft
@@ -133,7 +133,7 @@ export class Tiles {
       if (spec.figure) {
         const canvas = make("canvas", { class: "spark", "aria-hidden": "true" });
         root.append(canvas);
-        spark = new Spark(canvas, { ceiling: spec.ceiling });
+        spark = new Spark(canvas, { ceiling: spec.ceiling, area: spec.area });
       }
       if (spec.states) {
         states = new StateBar();
