@@ -126,9 +126,9 @@ class SourceTask:
 
     def _tell(self, code: str, *, level: int = logging.WARNING, **values: object) -> None:
         """Log news of the source, and announce it to operators."""
-        told = news(code, source=self.status.name, **values)
-        logger.log(level, "%s", told.text)
-        self._announce(told)
+        item = news(code, source=self.status.name, **values)
+        logger.log(level, "%s", item.text)
+        self._announce(item)
 
     # -- targets that are left out -------------------------------------------------------------
 

@@ -122,7 +122,7 @@ class Supervisor:
         self.sources = FleetSources(
             config,
             self.fleet.answers,
-            lambda told: self.feed.event("source", told.text, told.code, told.values),
+            lambda item: self.feed.event("source", item.text, item.code, item.values),
             lambda: self.config,
             self.prepare,
             self.apply,

@@ -76,7 +76,7 @@ class Rig:
         self.sources = FleetSources(
             first,
             self.fleet.answers,
-            lambda told: self.news.append(told.text),
+            lambda item: self.news.append(item.text),
             lambda: self.config,
             self._prepare,
             self._apply,

@@ -46,9 +46,9 @@ def test_page_has_english_words_of_every_code():
 def test_page_has_english_words_of_all_news_of_sources():
     texts = {key: text for key, text in page_texts("en").items() if key.startswith("event_source_")}
     assert texts == {f"event_{code}": text for code, text in SOURCE_TEXTS.items()}
-    told = news("source_left_out_more", source="file", problem="a: no port", n=2)
-    assert told.text == "source file: left out a: no port; and 2 more"
-    assert told.values == {"source": "file", "problem": "a: no port", "n": "2"}
+    item = news("source_left_out_more", source="file", problem="a: no port", n=2)
+    assert item.text == "source file: left out a: no port; and 2 more"
+    assert item.values == {"source": "file", "problem": "a: no port", "n": "2"}
 
 
 def test_page_has_a_word_for_every_outcome():
