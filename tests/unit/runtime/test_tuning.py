@@ -10,7 +10,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, resource
+import gc, json, resource
 from vllm_router.observability.process import rss_bytes
 from vllm_router.runtime.tuning import tune_process
 
@@ -33,6 +33,12 @@ large = b"x" * 64_000_000
 found["held"] = rss_bytes() - before
 del large
 found["left"] = rss_bytes() - before
+objects = []
+gc.callbacks.append(lambda phase, info: None if phase == "stop" else made.append(len(objects)))
+made = []
+for _ in range(50_000):
+    objects.append([])
+found["young"] = max(after - before for before, after in zip([0, *made], [*made, len(objects)]))
 print(json.dumps(found))
 """
 
@@ -48,3 +54,4 @@ def test_tuned_process_reuses_memory_of_bodies_and_returns_large_ones() -> None:
     assert found["1100000"] < 20
     assert found["held"] > 60_000_000
     assert found["left"] < 10_000_000
+    assert found["young"] < 6_000  # a longer collection delays all requests
