@@ -32,6 +32,8 @@ SOURCES = [
 ]
 HAN = re.compile(r"[\u4e00-\u9fff]")
 WITHOUT_HAN = {
+    "TTFT50",
+    "TTFT95",
     "event_state",
     "event_state_why",
     "with_reason",
