@@ -848,6 +848,12 @@ def test_config_long_list_of_changes_is_shortened():
     assert "\n" not in changes(old, new)
 
 
+def test_config_list_of_ten_changes_is_complete():
+    urls = [f"http://s{n}" for n in range(10)]
+    old, new = config_of(*urls), config_of(*urls, server="max_concurrent_requests = 4")
+    assert changes(old, new).endswith("s9 max_concurrent_requests none → 4")
+
+
 def test_config_models_have_their_table():
     config = read(
         f"""{ONE_SERVER}[models]

@@ -142,3 +142,12 @@ def test_read_model_list_any_page_gives_safe_names(page):
         assert card["id"] == name
         msgspec.json.encode(card)
         name.encode()
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"),
+    [(1, True), (2**53 - 1, True), (2**53, False), (0, False)],
+)
+def test_large_entry_keeps_a_context_length_that_any_client_can_read(length: int, kept: bool):
+    card = read([{**entry("m"), "max_model_len": length, "x": "y" * PASSED_ON}]).cards["m"]
+    assert card == {"id": "m", "object": "model"} | ({"max_model_len": length} if kept else {})

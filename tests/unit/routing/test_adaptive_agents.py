@@ -11,7 +11,12 @@ import pytest
 from support.fleet_makers import gauges, make_fleet
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.fleet.server import Lease, Server
-from vllm_router.routing.adapters import LoadedAdapters, SwapCost, with_adapters
+from vllm_router.routing.adapters import (
+    PRIOR_WEIGHT,
+    LoadedAdapters,
+    SwapCost,
+    with_adapters,
+)
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import Adaptive
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
@@ -145,6 +150,15 @@ def test_swap_cost_is_learnt_from_first_tokens():
     for _ in range(200):
         cost.learn(1e9, 2000.0, adapter=True, swapped=True)
     assert cost.tokens <= 32_000
+
+
+def test_swap_cost_of_few_swaps_is_their_mean_and_weighs_less_than_of_many():
+    cost = SwapCost(5000.0)
+    cost.learn(0.1, 2000.0, adapter=False, swapped=False)  # 50 µs per token
+    cost.learn(0.3, 2000.0, adapter=True, swapped=True)
+    cost.learn(0.5, 2000.0, adapter=True, swapped=True)
+    share = 2 / (2 + PRIOR_WEIGHT)  # of the mean of 0.2 and 0.4 s
+    assert cost.tokens == pytest.approx(5000.0 + share * (6000.0 - 5000.0))
 
 
 def test_swap_cost_without_evidence_is_the_prior():

@@ -133,6 +133,13 @@ def test_decode_bytes_that_are_no_batch_raises_bad_batch(data: bytes):
         decode(data)
 
 
+def test_decode_batch_with_as_many_blocks_as_allowed_is_accepted():
+    blocks = [["http://a:1", bytes(8 * MAX_HASHES)] for _ in range(2)]
+    assert len(decode(changed(placed=blocks, withdrawn=[])).placed) == 2
+    with pytest.raises(BadBatch, match="more than"):
+        decode(changed(placed=blocks, withdrawn=[["http://a:1", bytes(8)]]))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 60), st.integers(0, 255))
 def test_decode_of_damaged_bytes_raises_nothing_else(noise: bytes, place: int, byte: int):
