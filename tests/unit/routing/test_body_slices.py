@@ -13,9 +13,10 @@ from unittest.mock import patch
 
 import pytest
 
-from vllm_router.routing.prompt import body_reader, known_bodies
+from vllm_router.routing.prompt import body_reader, known_bodies, long_prompt
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info
-from vllm_router.routing.prompt.crowding import MOST_OBJECTS, objects_in
+from vllm_router.routing.prompt.content import LARGE
+from vllm_router.routing.prompt.crowding import MOST_OBJECTS, count_lists, objects_in
 from vllm_router.routing.prompt.known_bodies import KnownBodies
 from vllm_router.routing.prompt.routing_info import (
     WITH_PROMPT_AT_ONCE,
@@ -148,6 +149,34 @@ def test_crowding_finds_all_objects_and_few_braces_of_texts(separator: str):
     many = text * 20_000 + separator.join(['{"a":1}', "{}", "{ }", "{\n}"] * 1000)
     assert many.count("{") > MOST_OBJECTS
     assert finish(objects_in(many.encode())) == 4000
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_body_slices_megabyte_of_nested_lists_is_not_decoded(place: str):
+    before, after = PLACES[place]
+    nested = b",".join([b"[" * 400 + b"]" * 400] * 1300)
+    body = b"{" + before + nested + after + b"}"
+    decoded: list[int] = []
+
+    def decode(text: bytes) -> known_bodies.AllFields:
+        decoded.append(len(text))
+        return known_bodies.AllFields()
+
+    with (
+        patch.object(known_bodies, "_decode", decode),
+        patch.object(long_prompt, "_short_prompt", side_effect=AssertionError("parsed")),
+        patch.object(long_prompt, "prompt_head", wraps=long_prompt.prompt_head) as head,
+    ):
+        _, found = calls_in_slices(body, KnownBodies())
+    assert found.prompt.size
+    assert decoded == []
+    # Only a short head is decoded.
+    assert all(sum(map(len, call.args)) <= LARGE for call in head.mock_calls)
+
+
+def test_crowding_counts_lists_of_any_number():
+    for count in (0, 1023, 1024, 5000):
+        assert count_lists(b"[1," * count) == count
 
 
 def test_crowding_counts_one_part_of_a_text():

@@ -296,6 +296,26 @@ def test_known_body_with_one_message_is_continued_and_repeated(key: str) -> None
         assert read(body, known) == read(body)
 
 
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": "x"}, {}])
+def test_known_body_of_short_messages_is_continued(message: dict[str, str]) -> None:
+    known = KnownBodies()
+    for count in (1, 2, 3):
+        body = body_of([message] * count, before="", after='"system":"s"')
+        assert hits(known, body) is (count > 1)
+        assert read(body, known) == read(body)
+    assert len(known) == 1
+
+
+def test_known_body_whose_array_is_not_certain_is_forgotten() -> None:
+    known = KnownBodies()
+    body = body_of(turns(3), after='"x":"\\u006d"')
+    for _ in range(2):
+        assert not hits(known, body)
+        assert read(body, known) == read(body)
+    assert len(known) == 1
+    assert known.bytes == len(body)
+
+
 @pytest.mark.parametrize(
     "after", ['"system":"other"', '"tools":[]', '"cache_salt":"s"', '"messages":[]']
 )

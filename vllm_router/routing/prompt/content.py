@@ -165,13 +165,20 @@ def add_content(
     if first_byte(raw) != b"[":
         texts.append(text_of(raw) if edited is None else edited(text_of(raw)))
         return
-    if len(raw) >= LARGE:
-        work.left -= 2 * len(raw)
+    size = len(raw)
+    if size >= LARGE:
+        work.left -= 2 * size
         if work.left < 0:
             work.left = WORK_PER_SLICE
             yield
-        if edited is None and (yield from _add_media_parts(raw, texts, work)):
-            return
+        if edited is None:
+            if (yield from _add_media_parts(raw, texts, work)):
+                return
+            # The next pass over the same bytes.
+            work.left -= size
+            if work.left < 0:
+                work.left = WORK_PER_SLICE
+                yield
     if _has_many_values(raw):
         texts.append(raw)
         return

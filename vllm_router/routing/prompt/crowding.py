@@ -1,4 +1,4 @@
-"""Whether JSON has too many objects to be decoded at once, without decoding it."""
+"""Whether JSON has too many objects or lists to be decoded at once, without decoding it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from vllm_router.steps import Steps
 MOST_OBJECTS = 1 << 14
 """Objects that are decoded at once: 3 ms at worst. A conversation of more counts as plain text."""
 
+MOST_LISTS = 1 << 17
+"""Lists in a body that is decoded at once: skipping them takes 1 ms, 1 MB of nested ones 5 ms."""
+
 _SEARCHED = 1024
-"""Opening braces that are searched one by one before the others are counted."""
+"""Opening brackets that are searched one by one before the others are counted."""
 
 _OBJECT = re.compile(rb'\{["} \t\r\n]')
 """What every object begins with. Few braces in texts do: quotes and line ends are escaped."""
@@ -23,16 +26,23 @@ _COUNTED_AT_ONCE = 1 << 19
 
 
 def count_objects(body: bytes) -> int:
-    """The number of opening braces.
+    """The number of opening braces."""
+    return _count(body, b"{")
 
-    0.1 ms where they are few: CPython 3.11 searches ten times as fast as it counts, 0.7 ms per MB.
-    """
+
+def count_lists(body: bytes) -> int:
+    """The number of opening square brackets."""
+    return _count(body, b"[")
+
+
+def _count(body: bytes, bracket: bytes) -> int:
+    """0.1 ms where they are few: CPython 3.11 searches ten times as fast as it counts 1 MB."""
     place = -1
     for found in range(_SEARCHED):
-        place = body.find(b"{", place + 1)
+        place = body.find(bracket, place + 1)
         if place < 0:
             return found
-    return _SEARCHED + body.count(b"{", place + 1)
+    return _SEARCHED + body.count(bracket, place + 1)
 
 
 def objects_in(text: bytes, start: int = 0, end: int | None = None) -> Steps[int]:

@@ -30,13 +30,13 @@ _MOST_TOKENS = 1 << 20
 _MOST_VALUES = 1 << 22
 """Strings, lists and objects on all levels: 0.3 µs each."""
 
-_WINDOW = 1 << 13
+_WINDOW = 1 << 12
 """Bytes of a window; each may be a token."""
 
 _STRING_WINDOW = 1 << 18
 """Bytes of a string without escapes that are searched at once."""
 
-_PER_YIELD = 2
+_PER_YIELD = 4
 """Windows between two interruptions."""
 
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'

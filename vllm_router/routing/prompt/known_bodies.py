@@ -20,7 +20,13 @@ from vllm_router.routing.prompt.conversation import (
     conversation_of,
     messages_in,
 )
-from vllm_router.routing.prompt.crowding import MOST_OBJECTS, count_objects, objects_in
+from vllm_router.routing.prompt.crowding import (
+    MOST_LISTS,
+    MOST_OBJECTS,
+    count_lists,
+    count_objects,
+    objects_in,
+)
 from vllm_router.routing.prompt.fields import BLANK, AllFields, Fields
 from vllm_router.routing.prompt.routing_info import (
     WITH_PROMPT_AT_ONCE,
@@ -68,7 +74,7 @@ _decode_span = msgspec.json.Decoder(_Messages).decode
 _check_object = msgspec.json.Decoder(_Nothing).decode
 
 
-class _Known(msgspec.Struct, frozen=True, gc=False):
+class _Known(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A kept body.
 
     beginning: its bytes up to the end of the last message; a view, as a copy would cost more than
@@ -91,6 +97,44 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     conversation: Conversation
 
 
+class _Unplaced(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A kept body in which the array of messages has not been looked for.
+
+    That takes a quarter of the time of reading the body, and many bodies are never continued: it
+    is done when a later body begins with `beginning`.
+
+    body: the whole body.
+    beginning, tail: as in `_Known`, of the first bytes up to some point before the array's end.
+    given: the array, if it is `input`.
+    """
+
+    body: bytes
+    beginning: memoryview
+    tail: bytes
+    given: msgspec.Raw
+    objects: int
+    head: bytes
+    seed: int
+    conversation: Conversation
+
+    @property
+    def size(self) -> int:
+        return len(self.body)
+
+    def placed(self) -> _Known | None:
+        """None if it is not certain where the array is."""
+        body = self.body
+        key = b"input" if len(self.given) else b"messages"
+        array = _array_place(body, key)
+        if array < 0:
+            return None
+        raw = self.given if len(self.given) else _decode_span(body).messages
+        if not _is_at(body, array, raw, key):
+            return None
+        end = array + len(raw) - 1
+        return _known(body, end, key, array, self.objects, self.head, self.seed, self.conversation)
+
+
 class KnownBodies:
     """The bodies of one process, the last used at the end."""
 
@@ -98,7 +142,7 @@ class KnownBodies:
         self.bytes = 0
         self._most_bytes = most_bytes
         self._most_bodies = most_bodies
-        self._bodies: list[_Known] = []
+        self._bodies: list[_Known | _Unplaced] = []
 
     def __len__(self) -> int:
         return len(self._bodies)
@@ -115,6 +159,9 @@ class KnownBodies:
     def read_rest(self, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
         """The same from what follows an earlier body; None if it is none that goes on."""
         known = self._find(body)
+        while isinstance(known, _Unplaced):
+            self._place(known)
+            known = self._find(body)
         if known is None or len(body) - len(known.beginning) > WITH_PROMPT_AT_ONCE:
             return None
         try:
@@ -131,19 +178,29 @@ class KnownBodies:
         except _UNREADABLE:
             return None
 
-    def _find(self, body: bytes) -> _Known | None:
+    def _find(self, body: bytes) -> _Known | _Unplaced | None:
         """The longest kept body that this one begins with."""
         best, length = None, 0
         for known in self._bodies:
-            beginning = known.beginning
+            beginning, tail = known.beginning, known.tail
             end = len(beginning)
             if (
                 length < end <= len(body)
-                and body.startswith(known.tail, end - _TAIL)
+                and body.startswith(tail, end - len(tail))
                 and body.startswith(beginning)
             ):
                 best, length = known, end
         return best
+
+    def _place(self, unplaced: _Unplaced) -> None:
+        """Look for the array of messages, and forget the body if that is not certain."""
+        bodies, known = self._bodies, unplaced.placed()
+        place = bodies.index(unplaced)
+        if known is not None:
+            bodies[place] = known
+        else:
+            del bodies[place]
+            self.bytes -= unplaced.size
 
     def _continue(self, known: _Known, body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
         beginning, key, array = known.beginning, known.key, known.array
@@ -190,32 +247,33 @@ class KnownBodies:
                 return None
         if is_long:
             yield
+            is_crowded = count_lists(body) > MOST_LISTS
+            yield
+            if is_crowded:
+                return None
         fields = _decode(body)
         if is_long:
             yield
         seed, messages = seeds(fields.model), fields.messages
-        key, raw = b"messages", _NO_JSON
+        given = _NO_JSON
         if messages is None and len(fields.input) and _is_conversation(fields.input):
-            key, raw = b"input", fields.input
-            messages = messages_in(raw)
+            given = fields.input
+            messages = messages_in(given)
         if not messages:
             return fields, (yield from read_prompt(fields, seed))
         seed = salted(fields.cache_salt, seed)
         head = yield from prompt_head(fields.tools, fields.system, fields.instructions)
         conversation = yield from conversation_of(messages, head, seed)
-        if is_long:
-            yield
-        array = _array_place(body, key)
-        if array >= 0:
-            raw = raw if len(raw) else _array(fields, key, body)
-            if _is_at(body, array, raw, key):
-                end = array + len(raw) - 1
-                joined = b"".join(head)
-                known = _known(body, end, key, array, objects, joined, seed, conversation)
-                self._keep(known, None)
+        # The array does not end before so many bytes.
+        least = max(1, sum([len(message.content) + len(message.output) for message in messages]))
+        beginning, tail = memoryview(body)[:least], body[max(0, least - _TAIL) : least]
+        unplaced = _Unplaced(
+            body, beginning, tail, given, objects, b"".join(head), seed, conversation
+        )
+        self._keep(unplaced, None)
         return fields, conversation.prompt
 
-    def _keep(self, known: _Known, instead: _Known | None) -> None:
+    def _keep(self, known: _Known | _Unplaced, instead: _Known | None) -> None:
         """Keep a body, as the last used one, instead of another."""
         bodies = self._bodies
         if instead is not None:
