@@ -19,7 +19,7 @@ TWINS = {
 GENERATED = ("feed", "metrics")
 COMPARED = [page for page in TWINS if page not in GENERATED]
 
-CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # A comment at the beginning of a line, or after a space; its words may be translated.
 COMMENT = re.compile(r"(?:^|(?<=\s))(?:#|//)\s.*$", re.MULTILINE)
 SPAN = re.compile(r"`[^`\n]+`")
@@ -34,18 +34,18 @@ def prose(path: Path) -> str:
 
 
 def outline(path: Path, *, tables: bool = True) -> list[str]:
-    """Levels of headings, rows of tables with their columns, and the languages of code blocks."""
-    marks = r"(#+) |(\|)(?=.*\|$)|(```\w*)"
+    """Levels of headings, rows of tables, and beginnings and ends of code blocks."""
+    marks = r"(#+) |(\|)(?=.*\|$)|(```)"
     lines = [re.match(marks, line) for line in path.read_text().splitlines()]
     found = [next(group for group in line.groups() if group) for line in lines if line]
     return [mark for mark in found if tables or mark != "|"]
 
 
-def code(path: Path) -> list[tuple[str, list[str]]]:
+def code(path: Path) -> list[list[str]]:
     """The code blocks without their comments. Diagrams are prose."""
     return [
-        (language, [line.rstrip() for line in COMMENT.sub("", text).splitlines() if line.strip()])
-        for language, text in CODE.findall(path.read_text())
+        [line.rstrip() for line in COMMENT.sub("", text).splitlines() if line.strip()]
+        for text in CODE.findall(path.read_text())
         if "──" not in text
     ]
 
