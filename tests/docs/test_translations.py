@@ -19,7 +19,7 @@ TWINS = {
 GENERATED = ("feed", "metrics")
 COMPARED = [page for page in TWINS if page not in GENERATED]
 
-CODE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```[^`\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # A comment at the beginning of a line, or after a space; its words may be translated.
 COMMENT = re.compile(r"(?:^|(?<=\s))(?:#|//)\s.*$", re.MULTILINE)
 SPAN = re.compile(r"`[^`\n]+`")
