@@ -116,7 +116,7 @@ def verdict(found: dict[str, Any], texts: Texts = ENGLISH) -> str:
         policy=found["policy"],
     )
     note = reason_of(texts, found, "note")
-    return f"{sentence} {note}" if note else sentence
+    return texts("sentences", first=sentence, second=note) if note else sentence
 
 
 def _print_explanation(found: dict[str, Any]) -> None:

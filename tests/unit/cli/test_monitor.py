@@ -525,3 +525,15 @@ def test_monitor_small_screen_keeps_the_share_of_the_load():
     lines = picture(shown, 60, 15)
     assert sum("125 %" in line for line in lines) >= 6
     assert not any("IN FLT" in line for line in lines)
+
+
+def test_monitor_failed_requests_leave_room_for_other_events():
+    shown = view(server("a"))
+    shown.take(event(1, "a: down → up"), NOW)
+    for number in range(2, 300):
+        shown.take(event(number, f"request {number} failed", kind="retries_exhausted"), NOW)
+    assert len(shown.events) == 21
+    lines = picture(shown, 80, 40)
+    assert sum("request" in line for line in lines) == 4
+    assert any("a: down → up" in line for line in lines)
+    assert any("request 299" in line for line in lines)

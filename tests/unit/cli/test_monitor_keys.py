@@ -155,7 +155,7 @@ def test_requests_key_shows_the_last_requests():
         request(model=None, served_model=None, duration_seconds=None, evil="\x1b[2J"),
     ]
     lines = picture(shown, 120, 24)
-    clock = time.strftime("%H:%M:%S", time.localtime(NOW))
+    clock = time.strftime("%H:%M:%S", time.localtime(NOW + 1.5))
     first = next(line for line in lines if "200 answered" in line)
     words = f"│ {clock} llama gpu-1 200 answered 2 250 ms 1.50 s │"
     assert first.split() == words.split()

@@ -37,6 +37,7 @@ WITHOUT_HAN = {
     "event_state",
     "event_state_why",
     "with_reason",
+    "sentences",
     "join",
     "tok_s",
     "TOK_S",
@@ -211,7 +212,7 @@ def test_monitor_in_chinese_explains_a_choice():
         ],
     }
     text = "\n".join(picture(shown, 120, 24))
-    assert "对模型 m的请求会发往 a，因为只有它可以接收（策略 adaptive）。" in text
+    assert "对模型 m 的请求会发往 a，因为只有它可以接收（策略 adaptive）。" in text
     assert "2 台服务器得分相同" in text
     assert "无法读取其模型列表" in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -64,4 +65,14 @@ def _draw(view: View, chart: _Chart, width: int, rows: int) -> list[Text]:
     span = texts("chart_hour" if view.hour else "chart_minutes")
     note = next((text for text in (most + span, most) if cell_len(text) <= room), "")
     title.append(right(note, room), "bright_black")
-    return [title, *(Text(line, chart.style) for line in words.blocks(columns, width, rows, top))]
+    lines = words.blocks(columns, width, rows, top)
+    above = [" " * width, *lines]
+    return [title, *(_shaded(*both, chart.style) for both in zip(lines, above, strict=False))]
+
+
+def _shaded(line: str, above: str, style: str) -> Text:
+    """A line of a chart: bright where it is the top, dim below."""
+    text = Text()
+    for dim, run in groupby(zip(line, above, strict=True), lambda both: both[1] != " "):
+        text.append("".join(cell for cell, _ in run), f"dim {style}" if dim else style)
+    return text

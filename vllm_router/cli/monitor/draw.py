@@ -65,7 +65,7 @@ def draw(view: View, width: int, height: int, now: float) -> RenderableType:
         box=box.ROUNDED,
         title=_title(view, now),
         title_align="left",
-        subtitle=_totals(view),
+        subtitle=_totals(view, width - 6),
         subtitle_align="left",
         width=width,
         height=height,
@@ -95,7 +95,8 @@ def _title(view: View, now: float) -> Text:
     return title.append(state + " ", style)
 
 
-def _totals(view: View) -> Text:
+def _totals(view: View, width: int) -> Text:
+    """Servers and load; and as many of the other figures as fit between them."""
     fleet, texts = view.fleet, view.texts
     if fleet is None:
         return Text("")
@@ -104,20 +105,21 @@ def _totals(view: View) -> Text:
         f" {texts('up_of', up=fleet.available, all=fleet.servers)} ",
         "bold green" if fleet.available == fleet.servers else "bold red",
     )
-    for figure, name in (
-        (fleet.running, "running"),
-        (fleet.waiting, "waiting"),
-        (fleet.leases, "in_flight"),
+    load = Text().append("· ", "bright_black").append(f"{texts('load')} ", "default")
+    load.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
+    load.append(f" {texts('load_of')} ", "default").append(f"{fleet.capacity} ", "bold default")
+    for figure, name, style in (
+        (fleet.running, "running", "bold default"),
+        (fleet.waiting, "waiting", "bold default"),
+        (fleet.queued or None, "queued", "bold yellow"),
+        (fleet.leases, "in_flight", "bold default"),
     ):
-        text.append("· ", "bright_black").append(f"{figure:.0f} ", "bold default")
-        text.append(f"{texts(name)} ", "default")
-    if fleet.queued:
-        text.append("· ", "bright_black").append(f"{fleet.queued} ", "bold yellow")
-        text.append(f"{texts('queued')} ", "default")
-    text.append("· ", "bright_black").append(f"{texts('load')} ", "default")
-    text.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
-    text.append(f" {texts('load_of')} ", "default")
-    return text.append(f"{fleet.capacity} ", "bold default")
+        if figure is not None:
+            part = Text().append("· ", "bright_black").append(f"{figure:.0f} ", style)
+            part.append(f"{texts(name)} ", "default")
+            if text.cell_len + part.cell_len + load.cell_len <= width:
+                text.append_text(part)
+    return text.append_text(load)
 
 
 # -- the inside -------------------------------------------------------------------------------
@@ -242,7 +244,9 @@ def _figures(view: View, width: int) -> Text:
         (words.rate(fleet.errors_per_s), "err_s", "red" if fleet.errors_per_s else ""),
         (str(router.open_streams), "in_flight", ""),
     ):
-        text.append(figure, f"bold {style}".strip()).append(f" {texts(name)}  ")
+        part = Text().append(figure, f"bold {style}".strip()).append(f" {texts(name)}  ")
+        if text.cell_len + part.cell_len - 2 <= width:
+            text.append_text(part)
     room = min(60, width - text.cell_len - 6)
     if room >= 8:
         text.append(f"{texts('load')} ", "bright_black")

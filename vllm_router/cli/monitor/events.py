@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.text import Text
 
-from vllm_router.cli.monitor.state import View
+from vllm_router.cli.monitor.state import OF_REQUESTS, View
 from vllm_router.cli.monitor.styles import STATE_STYLES
 from vllm_router.cli.monitor.texts import ENGLISH, Texts, reason_of
 from vllm_router.observability.formatting import visible
@@ -18,9 +18,24 @@ def events_list(view: View, room: int) -> list[Text]:
     """The newest events in `room` lines below a title and an empty line; nothing without room."""
     if room <= 0 or not view.events:
         return []
-    newest = list(view.events)[-room:][::-1]
+    newest = _newest(view.events, room)
     title = Text(view.texts("EVENTS"), style="bright_black")
     return [Text(), title, *event_lines(view.texts, newest)]
+
+
+def _newest(events: Sequence[Event], room: int) -> list[Event]:
+    """The newest events first. Single requests that failed get a third: they come in masses."""
+    found: list[Event] = []
+    of_requests = max(1, room // 3)
+    for event in reversed(events):
+        if len(found) == room:
+            break
+        if event.kind == OF_REQUESTS:
+            of_requests -= 1
+            if of_requests < 0:
+                continue
+        found.append(event)
+    return found
 
 
 def event_lines(texts: Texts, events: Iterable[Event]) -> Iterator[Text]:

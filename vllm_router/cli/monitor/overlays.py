@@ -84,11 +84,12 @@ def _lines(view: View, width: int, height: int) -> list[Text]:
 
 
 def _requests(view: View, width: int) -> list[Text]:
+    lines = []
     if view.requests_problem:
-        return [Text(visible(view.requests_problem), style="bold yellow")]
-    if not view.requests:
-        return [Text(view.texts("no_requests"))]
-    return requests_table(view, width, len(view.requests))
+        lines.append(Text(visible(view.requests_problem), style="bold yellow"))
+    if view.requests:
+        return lines + requests_table(view, width, len(view.requests))
+    return lines or [Text(view.texts("no_requests"))]
 
 
 def _log(view: View, width: int) -> list[Text]:

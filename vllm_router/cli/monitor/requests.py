@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from rich.cells import cell_len
 from rich.text import Text
 
 from vllm_router.cli.monitor import words
@@ -31,9 +32,13 @@ def requests_table(view: View, width: int, most: int) -> list[Text]:
     """A title, and at most so many requests, newest first."""
     texts, wide = view.texts, width >= _WIDE
     left = width - _CLOCK - _TIME - 5 - (_TRIES + _TIME + 2 if wide else 0)
-    result = min(28, max(12, left // 3))
-    server = min(28, (left - result) // 2)
-    model = min(44, left - result - server)
+    rows = view.requests[:most]
+    results = [_result(view, row) for row in rows]
+    servers = [visible(str(row.get("server") or "-")) for row in rows]
+    # The names of servers and results get what they need, within bounds; models get the rest.
+    result = _longest(results, min(34, max(12, left // 3)))
+    server = _longest(servers, min(32, (left - result) // 2))
+    model = max(1, min(60, left - result - server))
     title = Text(style="bright_black")
     title.append(cut(texts("LAST_REQUESTS"), _CLOCK + 1 + model) + " ")
     title.append(cut(texts("SERVER"), server) + " " + cut(texts("RESULT"), result))
@@ -41,18 +46,27 @@ def requests_table(view: View, width: int, most: int) -> list[Text]:
         title.append(" " + right(texts("TRIES"), _TRIES) + " " + right(texts("FIRST"), _TIME))
     title.append(" " + right(texts("DURATION"), _TIME + 1))
     lines = [title]
-    for row in view.requests[:most]:
-        clock = time.strftime("%H:%M:%S", time.localtime(_number(row.get("time")) or 0))
-        line = Text().append(clock + " ", "bright_black")
-        line.append(cut(_model(row), model) + " ")
-        line.append(cut(visible(str(row.get("server") or "-")), server) + " ")
-        line.append(cut(_result(view, row), result), "red" if row.get("failed") else "green")
+    for row, name, ended in zip(rows, servers, results, strict=True):
+        line = Text().append(_clock(row) + " ", "bright_black")
+        line.append(cut(_model(row), model) + " " + cut(name, server) + " ")
+        line.append(cut(ended, result), "red" if row.get("failed") else "green")
         if wide:
             line.append(" " + right(str(row.get("attempts", "")), _TRIES))
             line.append(" " + right(words.seconds(_number(row.get("first_byte_seconds"))), _TIME))
         line.append(" " + right(words.seconds(_number(row.get("duration_seconds"))), _TIME + 1))
         lines.append(line)
     return lines
+
+
+def _longest(texts: list[str], most: int) -> int:
+    """The cells of the longest text, and of a title, up to `most`."""
+    return min(most, max([8, *map(cell_len, texts)]))
+
+
+def _clock(row: dict[str, Any]) -> str:
+    """The time of its end, by which requests are sorted."""
+    moment = (_number(row.get("time")) or 0.0) + (_number(row.get("duration_seconds")) or 0.0)
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def _model(row: dict[str, Any]) -> str:

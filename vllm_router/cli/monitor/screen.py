@@ -196,6 +196,7 @@ class Screen:
     async def _ask(self, action: SetDrain | ReloadFile | Explain) -> None:
         """Perform an action at the router, and show the result."""
         view = self._view
+        view.message = view.texts("asking")
         try:
             async with self._client() as router:
                 match action:
@@ -207,6 +208,7 @@ class Screen:
                         view.message = view.texts(f"done_reload_{await router.reload()}")
                     case Explain(model):
                         view.explained = await router.explain(model, None)
+                        view.message = ""
                         view.show(Overlay.EXPLAINED)
         except RouterError as error:
             view.message = str(error)

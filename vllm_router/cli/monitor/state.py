@@ -25,6 +25,9 @@ HISTORY = 300
 """Seconds of each server's load history, one value per second."""
 
 EVENTS = 200
+OF_REQUESTS, KEPT_OF_REQUESTS = "retries_exhausted", 20
+"""The kind of event about a single request, and how many of those events are kept at most."""
+
 PAGE = 10
 WHEEL = 3
 """Lines of one step of the mouse's wheel."""
@@ -171,6 +174,10 @@ class View:
         if event.id and event.id <= self._newest:
             return
         self._newest = max(self._newest, event.id)
+        if event.kind == OF_REQUESTS:
+            earlier = [one for one in self.events if one.kind == OF_REQUESTS]
+            if len(earlier) >= KEPT_OF_REQUESTS:
+                self.events.remove(earlier[0])
         self.events.append(event)
 
     # -- what is seen ---------------------------------------------------------------------------
