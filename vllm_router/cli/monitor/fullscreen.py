@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -33,11 +33,19 @@ def stop_job() -> None:
 class FullScreen:
     """A context manager; the terminal is as before at its end, whatever ends it."""
 
-    def __init__(self, descriptor: int, stop: Callable[[], None] = stop_job) -> None:
-        """`descriptor` is the terminal's input; `stop` stops the process in `suspend`."""
+    def __init__(
+        self,
+        descriptor: int,
+        stop: Callable[[], None] = stop_job,
+        file: IO[str] | None = None,
+    ) -> None:
+        """`descriptor` is the terminal's input, `file` its output, stdout by default.
+
+        `stop` stops the process in `suspend`.
+        """
         # A size in the environment would hide that the window changes.
         environ = {name: value for name, value in os.environ.items() if name not in _SIZES}
-        self.console = Console(_environ=environ)
+        self.console = Console(file=file, _environ=environ)
         self._descriptor = descriptor
         self._stop = stop
         self._stack = contextlib.ExitStack()
