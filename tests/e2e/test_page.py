@@ -117,7 +117,7 @@ async def test_page_load_change_appears_within_a_second(
                 await page.wait(f"{row(server)}.querySelector('.c-leases').innerText === '1'")
                 drawn.append(time.time() - began)
                 took.append(await page.evaluate(_FIRST) - began)
-                await page.wait(f"{row(server)}.innerText.includes('1 running')")
+                await page.wait(f"{row(server)}.innerText.includes('1 of ')")
                 await page.wait(
                     f"getComputedStyle({row(server)}.querySelector('.running')).transform"
                     " === 'matrix(0.155, 0, 0, 1, 0, 0)'"

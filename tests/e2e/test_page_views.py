@@ -339,3 +339,28 @@ async def test_page_menus_open_by_key_and_columns_stay_chosen(browser: str, demo
         assert not await page.evaluate(shown)
         assert not await page.evaluate("document.querySelector('#column-kv').checked")
         assert page.problems() == []
+
+
+# -- events -----------------------------------------------------------------------------------
+
+
+async def test_page_equal_changes_of_many_servers_are_one_line(browser: str, demo: Running):
+    async with new_page(browser) as page:
+        await opened(page, demo)
+        lines = await page.evaluate(
+            """(async () => {
+                const {Events} = await import("/static/js/events.js");
+                document.querySelector("#events").replaceChildren();
+                const events = new Events();
+                const event = {kind: "state", old: "up", new: "down", reason: ""};
+                events.hello([], 1);
+                for (let id = 1; id <= 98; id += 1) {
+                    events.add({...event, id, time: 1000 + id / 100, server: `gpu-${id}`});
+                }
+                events.add({...event, id: 99, time: 1500, server: "gpu-1"});
+                const shown = [...document.querySelectorAll("#events li span")];
+                return [...shown.map(span => span.innerText), shown[1].title.split(", ").length,
+                        events.of("gpu-7", 5).items.length];
+            })()"""
+        )
+        assert lines == ["gpu-1: up → down", "98 servers: up → down", 98, 1]

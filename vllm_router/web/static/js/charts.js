@@ -7,7 +7,7 @@ import { t } from "./i18n.js";
 import { makePlot } from "./plot.js";
 
 const RANGES = [5, 15, 30, 60];
-const HEIGHT = 148;
+const HEIGHT = 120;
 const LABEL_EVERY = 10;
 /** The shortest stretch that is shown, in seconds. */
 const LEAST_ZOOM = 10;

@@ -7,6 +7,10 @@ import { t } from "./i18n.js";
 import { reasonText, saidText } from "./reasons.js";
 
 const KEPT = 200;
+/** Seconds within which equal changes of several servers are one line. */
+const TOGETHER = 10;
+/** More servers than this are counted. */
+const NAMED = 3;
 const SICK = new Set(["down", "ejected"]);
 
 function words(event) {
@@ -46,10 +50,17 @@ function mood(event) {
   return { reload: "good", discovery: "good", source: "some", full: "some", drained: "none", missed: "some" }[event.kind] ?? "bad";
 }
 
+/** Whether two events are the same change of two servers, at about the same time. */
+const alike = (first, event) => event.kind === "state" && first.kind === "state"
+  && event.old === first.old && event.new === first.new && event.server !== first.server
+  && Math.abs(event.time - first.time) <= TOGETHER;
+
 export class Events {
   constructor() {
     this.list = byId("events");
     this.events = [];
+    /** As they are listed, newest first; the events of a group are oldest first. */
+    this.groups = [];
     const troubles = byId("only-trouble");
     troubles.checked = fromAddress("events") === "trouble";
     const follow = () => this.list.toggleAttribute("data-trouble", troubles.checked);
@@ -74,9 +85,17 @@ export class Events {
       this.newest = event.id;
     }
     this.events.unshift(event);
-    this.list.prepend(this.item(event));
-    if (this.events.length > KEPT) {
-      this.events.pop();
+    if (this.events.length > KEPT) this.events.pop();
+    const [newest] = this.groups;
+    if (newest && alike(newest[0], event)) {
+      newest.push(event);
+      this.list.firstElementChild.replaceWith(this.groupItem(newest));
+    } else {
+      this.groups.unshift([event]);
+      this.list.prepend(this.item(event));
+    }
+    if (this.groups.length > KEPT) {
+      this.groups.pop();
       this.list.lastElementChild.remove();
     }
     byId("no-events").hidden = true;
@@ -95,7 +114,21 @@ export class Events {
       make("span", { title: event.text_values?.request ?? null }, words(event)));
   }
 
+  /** One line for servers that changed alike at about the same time; the tooltip names them. */
+  groupItem(group) {
+    if (group.length === 1) return this.item(group[0]);
+    const item = this.item(group.at(-1));
+    const names = [...new Set(group.map(({ server }) => server))];
+    const states = { old: t(`state_${group[0].old}`), new: t(`state_${group[0].new}`) };
+    const all = names.join(t("listComma"));
+    item.lastElementChild.textContent = names.length <= NAMED
+      ? t("eventState", { server: all, ...states })
+      : t("eventStates", { n: names.length, ...states });
+    item.lastElementChild.title = all;
+    return item;
+  }
+
   words() {
-    this.list.replaceChildren(...this.events.map((event) => this.item(event)));
+    this.list.replaceChildren(...this.groups.map((group) => this.groupItem(group)));
   }
 }

@@ -170,6 +170,8 @@ export class Models {
       this.rows.delete(name);
     }
     byId("models-section").hidden = models.length === 0;
+    // Without objectives the column would be empty.
+    byId("models-table").toggleAttribute("data-no-budget", models.every((model) => model.budget_left === null));
     if (this.wanted && models.some(({ name }) => name === this.wanted)) {
       const { wanted } = this;
       this.wanted = null;

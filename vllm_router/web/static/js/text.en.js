@@ -275,6 +275,7 @@ export const en = {
   waitingForData: "Waiting for the router…",
 
   eventState: "{server}: {old} → {new}",
+  eventStates: "{n} servers: {old} → {new}",
   eventStateWhy: "{server}: {old} → {new} ({reason})",
   eventFull: "{server}: full {n}× in a minute",
   eventDrained: "{server}: drained, nothing in flight",

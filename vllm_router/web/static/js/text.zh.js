@@ -275,6 +275,7 @@ export const zh = {
   waitingForData: "正在等待路由器…",
 
   eventState: "{server}：{old} → {new}",
+  eventStates: "{n} 台服务器：{old} → {new}",
   eventStateWhy: "{server}：{old} → {new}（{reason}）",
   eventFull: "{server}：一分钟内满载 {n} 次",
   eventDrained: "{server}：已排空，没有在途请求",

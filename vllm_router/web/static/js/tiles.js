@@ -60,7 +60,7 @@ const TILES = [
         value: rate(fleet.refused_per_s),
         sub: reasons.length === 0
           ? t("subNotRefused")
-          : reasons.map(([reason, n]) => t(`refused_${reason}`, { n: count(n) })).join(", "),
+          : reasons.map(([reason, n]) => t(`refused_${reason}`, { n: count(n) })).join(t("listComma")),
         mood: fleet.refused_per_s > 0 ? "some" : "good",
       };
     },
@@ -84,7 +84,7 @@ const TILES = [
         value: `${count(fleet.available)} / ${count(fleet.servers)}`,
         sub: others.length === 0
           ? t("subAllUp")
-          : others.map(([state, n]) => `${n} ${t(`state_${state}`)}`).join(", "),
+          : others.map(([state, n]) => `${n} ${t(`state_${state}`)}`).join(t("listComma")),
         // A server that an operator drains is no fault.
         mood: fleet.available + planned < fleet.servers ? "bad" : "good",
       };
