@@ -79,6 +79,19 @@ def dashboard_queries() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def variable_queries() -> list[str]:
+    """How many values each variable of the dashboards gets from its series."""
+    queries = {
+        variable["query"]["query"]
+        for dashboard in DASHBOARDS.values()
+        for variable in dashboard["templating"]["list"]
+        if variable["type"] == "query"
+    }
+    found = [re.fullmatch(r"label_values\((.+), (\w+)\)", query) for query in sorted(queries)]
+    assert all(found)
+    return [filled(f"count by ({one[2]}) ({one[1]})") for one in found if one]
+
+
 def filled(query: str) -> str:
     for name, value in VARIABLES.items():
         query = query.replace(name, value)
@@ -95,7 +108,7 @@ def alert_queries() -> list[str]:
     return queries
 
 
-QUERIES = [*dashboard_queries(), *alert_queries()]
+QUERIES = [*dashboard_queries(), *variable_queries(), *alert_queries()]
 
 
 def known_names() -> set[str]:
@@ -143,6 +156,7 @@ def test_deploy_every_trouble_metric_has_alert_or_panel():
         "vllm_router_ready",
         "vllm_router_config_generation",  # an annotation
         "vllm_router_model_demand",  # for autoscalers
+        "vllm_router_server_told_cached_tokens_total",  # a former name
         # Details of a source whose alert is about vllm_router_discovery_up.
         "vllm_router_discovery_age_seconds",
         "vllm_router_discovery_doubtful",
@@ -308,7 +322,8 @@ def test_deploy_queries_on_live_router_have_data(scraped: Scraped):
         r"!=\"answered\"|5\.\.|> |< |== |transitions_total|key_requests|key_tokens|kv_cache"
         r"|refused|dropped|queue_|max_in_flight|worker_|5m|1h"
     )
-    missing = [query for query in dashboard_queries() if not without.search(query)]
+    queries = [*dashboard_queries(), *variable_queries()]
+    missing = [query for query in queries if not without.search(query)]
 
     def complete() -> bool:
         # A scrape that a busy machine delays leaves no data for a moment.
