@@ -35,6 +35,7 @@ class PolicySet:
         self._policies: dict[str, Policy] = {}
         self._settings = settings
         self._placements: Placements | None = None
+        self._hears_routers = False
         self.apply(default, by_model, settings, on_request=on_request)
 
     def apply(
@@ -65,6 +66,7 @@ class PolicySet:
         if policy is None:
             policy = self._policies[name] = POLICIES[name](self._rng, self._settings)
             policy.placements = self._placements
+            policy.hear_routers(self._hears_routers)
         return policy
 
     def for_model(self, public: str | None) -> Policy:
@@ -90,6 +92,11 @@ class PolicySet:
         """See `Policy.placed_elsewhere`; so for the other methods of this section."""
         for policy in self._policies.values():
             policy.placed_elsewhere(server, hashes, now)
+
+    def hear_routers(self, hears: bool) -> None:
+        self._hears_routers = hears
+        for policy in self._policies.values():
+            policy.hear_routers(hears)
 
     def withdrawn_elsewhere(self, server: Server, hashes: Sequence[int]) -> None:
         for policy in self._policies.values():

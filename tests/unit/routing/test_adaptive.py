@@ -634,6 +634,19 @@ def test_adaptive_routers_agree_on_server_of_new_conversation():
     assert len(homes) == 1
 
 
+def test_adaptive_guesses_no_server_where_other_routers_tell():
+    facts = asking(b"hello " * 50, conversation=12345)
+    picked = set()
+    for seed in range(20):
+        it = Situation(count=4, capacity=32, seed=seed)
+        crowd(it)
+        it.policy.hear_routers(True)
+        picked.add(it.pick(facts).name)
+        it.policy.hear_routers(False)
+        assert {it.pick(facts).name for _ in range(5)} == {it.pick(facts).name}
+    assert len(picked) > 1
+
+
 def test_adaptive_later_turns_keep_server_across_routers():
     first = asking(CONTEXT[:8000], conversation=777)
     later = asking(CONTEXT[:12_000], conversation=777, earlier=8000)

@@ -111,6 +111,20 @@ def test_peers_prompt_of_one_router_is_known_to_the_other(policy: str, server: s
     assert {other.pick(LONG) for _ in range(20)} == {server}
 
 
+def test_peers_tell_policies_whether_other_routers_are_heard():
+    router = Router("r1")
+    default = router.policies.default
+    router.peers.hear(batch(router="sibling"), 0.0, sibling=True)
+    router.peers.settle(0.0)
+    assert not default.hears_routers
+    router.peers.hear(batch(router="r2"), 1.0)
+    router.peers.settle(1.0)
+    assert default.hears_routers
+    assert router.policies.named("session").hears_routers
+    router.peers.settle(1.5 + GONE_AFTER)
+    assert not default.hears_routers
+
+
 @pytest.mark.parametrize("policy", ["adaptive", "prefix"])
 def test_peers_refused_prompt_of_another_router_is_forgotten(policy: str):
     one, other = Router("r1", policy), Router("r2", policy)

@@ -150,7 +150,7 @@ class Adaptive(Policy):
                 if holders & credited
             ]
         bonus = 0
-        if cache.has_peers and info.prompt.conversation:
+        if cache.has_peers and info.prompt.conversation and not self.hears_routers:
             bonus = self._credit_affinity(cache, info, levels)
         if cache.is_adapter:
             loaded = self._loaded(cache, info.model) & cache.credited
@@ -200,6 +200,9 @@ class Adaptive(Policy):
         self, cache: ScoreCache, info: RoutingInfo, levels: list[tuple[float, int]]
     ) -> int:
         """Credit the servers to which other routers probably sent this conversation.
+
+        Only if they do not tell: what they do tell is better than a guess, against which the
+        servers' loads would count less.
 
         All routers agree on the affinity servers of a conversation and of a shared prefix. Extends
         `levels`; returns the bit of the server on which a new conversation should begin, or 0.

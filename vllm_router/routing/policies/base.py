@@ -150,6 +150,12 @@ class Policy:
 
     # -- other processes before the same servers ----------------------------------------------
 
+    hears_routers = False
+
+    def hear_routers(self, hears: bool) -> None:
+        """Other routers tell where they have sent prompts, or no longer do."""
+        self.hears_routers = hears
+
     def placed_elsewhere(self, server: Server, hashes: Sequence[int], now: float) -> None:
         """Another process has sent a prompt with these blocks to the server."""
 

@@ -131,6 +131,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self._queued: dict[str, float] = {}
         self._running: dict[str, int] = {}
+        self._hears_routers = False
 
     def hear(
         self,
@@ -226,6 +227,10 @@ class Peers:
             if now - peer.heard_at > FORGOTTEN_AFTER:
                 del self._peers[router]
         live = self.live(now)
+        hears = any(not peer.sibling for peer in live)
+        if hears is not self._hears_routers:
+            self._hears_routers = hears
+            self._policies.hear_routers(hears)
         levels = summed_levels(peer.servers for peer in live)
         self.in_flight = {url: level.in_flight for url, level in levels.items() if level.in_flight}
         queued = {url: level.queued for url, level in levels.items() if level.queued}
