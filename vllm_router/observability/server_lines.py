@@ -25,7 +25,7 @@ LINES_AT_ONCE = 500
 class ServerKeys:
     """The samples of one server up to their values, which are rendered once."""
 
-    __slots__ = ("_states", "_texts", "gauges", "name", "prefix")
+    __slots__ = ("_info", "_states", "_texts", "_url", "gauges", "name", "prefix")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -33,6 +33,13 @@ class ServerKeys:
         self.prefix = [family.key(name) for family, _ in PREFIX_COUNTERS]
         self._states = {state: SERVER_STATE.key(name, state) for state in State}
         self._texts: dict[State, str] = {}
+        self._url = self._info = ""
+
+    def info(self, url: str) -> str:
+        """The line with the URL, which another server of this name may change."""
+        if url != self._url:
+            self._url, self._info = url, f"{SERVER_INFO.key(self.name, url)}1\n"
+        return self._info
 
     def state(self, current: State) -> str:
         """One line per state."""
@@ -72,7 +79,7 @@ class ServerLines:
         """Read a server. `expected` are the policy's estimates of its prefix cache."""
         now = self._now
         self._states.append(keys.state(state))
-        self._infos.append(f"{SERVER_INFO.key(keys.name, server.url)}1\n")
+        self._infos.append(keys.info(server.url))
         for (_, read), lines, key in zip(SERVER_GAUGES, self._gauges, keys.gauges, strict=True):
             value = read(server, now, state)
             if value is not None:
