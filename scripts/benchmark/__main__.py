@@ -73,7 +73,8 @@ def main(given: Sequence[str]) -> int:
     quick = args.quick
     try:
         contestants = [contestant(name) for name in _names(args.contestants, CONTESTANTS)]
-        names = _names(args.workloads, ["json", "sse"] if quick else WORKLOADS)
+        usual = [name for name, load in WORKLOADS.items() if not load.by_name_only]
+        names = _names(args.workloads, ["json", "sse"] if quick else usual)
         workloads = [WORKLOADS[name] for name in names]
     except KeyError as error:
         say(f"scripts/bench: no {error.args[0]}; see scripts/bench --help")

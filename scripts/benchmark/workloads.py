@@ -28,6 +28,8 @@ class Workload:
     spread: float = 0
     servers: int = 3
     most_repeats: int = 1000
+    by_name_only: bool = False
+    """Whether it is run only if it is named: it takes long, and much of the machine."""
     ladder: tuple[float, ...] = ()
     """Intervals to try one after the other, until one is too short."""
 
@@ -105,6 +107,17 @@ _ALL = [
         interval=20,
         connections=1000,
         spread=1500,
+    ),
+    Workload(
+        name="sse10000",
+        title="9 900 streams, a chunk per second on each",
+        stream=True,
+        tokens=_LONG,
+        interval=1000,
+        connections=9_900,
+        spread=60_000,
+        most_repeats=1,
+        by_name_only=True,
     ),
     Workload(
         name="hold",
