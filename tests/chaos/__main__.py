@@ -23,6 +23,7 @@ from chaos import (  # noqa: F401 (they register)
     restarts,
     rivals,
     shared,
+    shared_fleet,
     sources,
     upstreams,
 )

@@ -47,7 +47,7 @@ class RedisProcess:
 
     def wait(self) -> None:
         """Wait until it answers."""
-        until(lambda: self.command("PING").startswith(b"+PONG"), "the redis-server")
+        until(lambda: self.command("PING").startswith((b"+PONG", b"-NOAUTH")), "the redis-server")
 
     def command(self, *words: str) -> bytes:
         """The raw answer to a command, as far as it comes in one piece."""

@@ -10,6 +10,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import import_module
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -94,12 +95,18 @@ async def _primary(address: StoreAddress) -> tuple[str, int]:
 
     assert address.service is not None
     problems = []
-    for host, port in address.hosts:
+    options = {"stream_timeout": TIMEOUT, "connect_timeout": TIMEOUT, "verify_version": False}
+    # A sentinel without a password refuses one, so it is asked without first.
+    access: list[dict[str, Any]] = [{}]
+    if address.password is not None:
+        access.append({"username": address.user, "password": address.password})
+    for (host, port), credentials in product(address.hosts, access):
         found: tuple[str, int] | None = None
-        options = {"stream_timeout": TIMEOUT, "connect_timeout": TIMEOUT, "verify_version": False}
         with trio.move_on_after(2 * TIMEOUT):
             async with Sentinel(
-                [TCPLocation(host, port)], sentinel_kwargs=options, retry_policy=NoRetryPolicy()
+                [TCPLocation(host, port)],
+                sentinel_kwargs=options | credentials,
+                retry_policy=NoRetryPolicy(),
             ) as sentinels:
                 try:
                     found = await sentinels.discover_primary(address.service)
