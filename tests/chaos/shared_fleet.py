@@ -23,7 +23,7 @@ from support.router_process import RouterProcess, chat, servers_toml
 INTERVAL = 0.5
 """Seconds between two scrapes of one router."""
 
-PER_MINUTE = 600
+PER_MINUTE = 300
 KEY = {"authorization": "Bearer sk-team"}
 KEYS = (
     f'[auth]\nkeys = [{{ name = "team", key = "sk-team", requests_per_minute = {PER_MINUTE} }}]\n'
@@ -135,7 +135,7 @@ async def limit(card: Card) -> None:
             card.note("requests in the burst", admitted())
             await trio.sleep(2)
             began, before = time.monotonic(), admitted()
-            await trio.sleep(card.size(20, 60))
+            await trio.sleep(card.size(40, 60))
             expected = PER_MINUTE / 60 * (time.monotonic() - began)
             share = (admitted() - before) / expected
             card.most("admitted then, of the limit", share, 1.05)

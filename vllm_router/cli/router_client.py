@@ -58,6 +58,7 @@ class ServerStatus:
     running: float | None
     waiting: float | None
     in_flight: float | None
+    elsewhere: float | None
     capacity: float | None
     capacity_source: str
     models: tuple[str, ...]
@@ -91,6 +92,7 @@ def _server_status(entry: dict[str, Any]) -> ServerStatus:
         running=figure(metrics.get("num_requests_running")),
         waiting=figure(metrics.get("num_requests_waiting")),
         in_flight=figure(entry.get("in_flight")),
+        elsewhere=figure(entry.get("in_flight_elsewhere")),
         capacity=figure(entry.get("max_capacity")),
         capacity_source=str(entry.get("capacity_source", "")),
         models=tuple(map(str, entry.get("models") or ())),
@@ -181,7 +183,7 @@ class RouterClient:
         return str((await self._ask("POST", "/admin/sign-in")).get("code", ""))
 
     async def watch_drain(self, server: str) -> AsyncIterator[int]:
-        """Yield the number of requests in flight on a server whenever it changes, down to 0."""
+        """Yield the number of all routers' requests on a server on every change, down to 0."""
         last = -1
         while True:
             number = await self._in_flight(server)
@@ -194,7 +196,8 @@ class RouterClient:
 
     async def _in_flight(self, server: str) -> int:
         try:
-            return int((await self._ask("GET", _admin(server))).get("in_flight", 0))
+            found = await self._ask("GET", _admin(server))
+            return int(found.get("in_flight", 0)) + int(found.get("in_flight_elsewhere", 0))
         except ErrorResponse as error:
             if error.code == "server_not_found":
                 return 0  # removed from the configuration meanwhile

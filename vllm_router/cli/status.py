@@ -42,21 +42,23 @@ def status(*, url: str, key: str | None, ca: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"health": found.health, "load": found.load}, indent=2))
     else:
-        _print_status(found)
+        _print_status(found, shared=isinstance(found.health.get("shared"), dict))
         _print_routers(found)
 
 
-_FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "CAPACITY")
+_FIGURES = ("LOAD", "RUNNING", "WAITING", "IN FLIGHT", "ELSEWHERE", "CAPACITY")
 _STYLES = {
     "up": "green",
     **dict.fromkeys(("full", "draining", "asleep", "paused", "silent", "refusing"), "yellow"),
 }
 
 
-def _print_status(found: Status) -> None:
+def _print_status(found: Status, *, shared: bool) -> None:
+    """`shared`: with the requests of the other routers."""
     from vllm_router.cli.tables import Cell, Column, print_table
 
-    titles = ("SERVER", "STATE", *_FIGURES, "MODELS", "REASON")
+    figures = [title for title in _FIGURES if shared or title != "ELSEWHERE"]
+    titles = ("SERVER", "STATE", *figures, "MODELS", "REASON")
     rows: list[list[Cell | str]] = [
         [
             server.name,
@@ -65,6 +67,7 @@ def _print_status(found: Status) -> None:
             _figure(server.running),
             _figure(server.waiting),
             _figure(server.in_flight),
+            *([_figure(server.elsewhere)] if shared else ()),
             _capacity(server),
             ", ".join(server.models),
             server.reason,

@@ -95,6 +95,7 @@ class Server:
         alone, so that all routers agree.
     cap: limit of our requests at the same time; infinite without `[limits]`.
     leases, in_flight: our running attempts; with worker processes `in_flight` includes theirs.
+    elsewhere: the running attempts of other routers (`[shared]`), for display only.
     load_estimate, active_health, passive_health, catalog, refusals, activity: the parts.
     state: as operators see it; updated by the fleet.
     """
@@ -129,6 +130,7 @@ class Server:
 
         self.leases: set[Lease] = set()
         self.in_flight = 0
+        self.elsewhere = 0
         self.served = 0
         self.joined = False
         """Whether it was added to an existing fleet."""

@@ -145,7 +145,11 @@ class EventLog:
 
     def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
         """Detect changes that are not announced by callbacks."""
-        idle = {server for server in servers if server.draining and not server.in_flight}
+        idle = {
+            server
+            for server in servers
+            if server.draining and not server.in_flight and not server.elsewhere
+        }
         for server in idle - self._drained:
             self.add(
                 "drained", f"{server.name}: drained, no requests in flight", server=server.name

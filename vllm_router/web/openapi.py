@@ -50,6 +50,7 @@ _STATE: Doc = {
     "since": _TIME,
     "draining": _FLAG,
     "in_flight": _COUNT,
+    "in_flight_elsewhere": _COUNT,
 }
 _FIGURES: Doc = {
     "server": _TEXT,

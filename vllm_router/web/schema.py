@@ -66,6 +66,7 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     running: Annotated[float, _("Requests the engine works on, as routing sees it.")]
     waiting: Annotated[float, _("Requests in the engine's queue.")]
     leases: Annotated[int, _("Requests that this router has on it.")]
+    elsewhere: Annotated[int, _("Requests that other routers have on it (`[shared]`).")] = 0
     capacity: Annotated[int, _("Requests that it runs at once without queueing.")]
     capacity_source: Annotated[
         str,

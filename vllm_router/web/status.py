@@ -56,6 +56,7 @@ def state_of(server: Server, router: Router, now: float) -> dict[str, Any]:
         "since": timestamp(since, wall_offset()),
         "draining": server.draining,
         "in_flight": server.in_flight,
+        "in_flight_elsewhere": server.elsewhere,
     }
 
 
@@ -155,13 +156,14 @@ def load_stats(router: Router) -> Steps[dict[str, Any]]:
     """`/load-stats`."""
     now, wall = trio.current_time(), wall_offset()
     servers = list(router.fleet.servers.values())
-    active, capacity, in_flight, healthy = 0.0, 0, 0, 0
+    active, capacity, in_flight, elsewhere, healthy = 0.0, 0, 0, 0, 0
 
     def read(server: Server) -> Any:
-        nonlocal active, capacity, in_flight, healthy
+        nonlocal active, capacity, in_flight, elsewhere, healthy
         active += server.running + server.waiting
         capacity += server.capacity
         in_flight += server.in_flight
+        elsewhere += server.elsewhere
         healthy += is_healthy(server)
         return encoded(_server_load(server, router, now, wall))
 
@@ -175,6 +177,7 @@ def load_stats(router: Router) -> Steps[dict[str, Any]]:
             "total_capacity": capacity,
             "overall_utilization_percent": active / capacity * 100 if capacity else 0,
             "in_flight": in_flight + sum(server.in_flight for server in router.fleet.leaving),
+            "in_flight_elsewhere": elsewhere,
             "queued": sum(queue.waiting for queue in router.queues(now)),
         },
     }

@@ -109,6 +109,7 @@ class Reading:
             running=round(load.running, 1),
             waiting=round(load.waiting, 1),
             leases=server.in_flight,
+            elsewhere=server.elsewhere,
             capacity=server.capacity,
             capacity_source=server.capacity_estimate.source,
             proposed_capacity=server.capacity_estimate.proposed,

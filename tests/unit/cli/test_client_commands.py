@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import socket
 import ssl
 import threading
@@ -28,6 +29,7 @@ LOAD = {
             "state": "up",
             "load": 0.25,
             "in_flight": 2,
+            "in_flight_elsewhere": 7,
             "max_capacity": 8,
             "models": ["m", "n"],
             "detailed_metrics": {"num_requests_running": 2, "num_requests_waiting": 0},
@@ -114,6 +116,9 @@ def test_status_lists_the_other_routers_and_what_differs(client: type[FakeClient
     client.health = {"version": "1.2.3", "shared": {"up": True, "routers": others}}
     found = call("status")
     assert (found.exit_code, found.stderr) == (0, "")
+    titles, first = found.stdout.splitlines()[:2]
+    assert re.split("  +", titles)[5:7] == ["IN FLIGHT", "ELSEWHERE"]
+    assert first.split()[5:7] == ["2", "7"]
     _, _, head, *rows = found.stdout.split("SERVER")[1].splitlines()[2:]
     assert head.split("  ")[0] == "ROUTER"
     assert [row.split() for row in rows] == [

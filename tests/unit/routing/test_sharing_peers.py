@@ -186,6 +186,9 @@ def test_peers_levels_of_several_routers_are_summed():
     router.peers.settle(0.0)
     assert router.queued("a") == 600
     assert router.peers.in_flight == {"http://a.test:1": 4}
+    assert [server.elsewhere for server in router.fleet.servers.values()] == [4, 0, 0]
+    router.peers.settle(GONE_AFTER + 1)
+    assert [server.elsewhere for server in router.fleet.servers.values()] == [0, 0, 0]
 
 
 def test_peers_repeated_and_overtaken_batches_are_ignored():

@@ -87,6 +87,28 @@ async def test_feed_says_whether_a_client_has_sent_a_request(autojump_clock, lab
     assert not (await client.next_of(schema.Snapshot)).router.unused
 
 
+async def test_feed_and_load_show_the_requests_of_other_routers(autojump_clock, lab):
+    server, *_ = lab.router.fleet.servers.values()
+    server.elsewhere = 5
+    (shown, *_) = (await (await join(lab)).next_of(schema.Snapshot)).servers
+    assert (shown.leases, shown.elsewhere) == (0, 5)
+    load = (await lab.get("/load-stats")).json
+    assert load["servers"][0]["in_flight_elsewhere"] == 5
+    assert load["summary"]["in_flight_elsewhere"] == 5
+    assert (await lab.get("/health")).json["servers"][0]["in_flight_elsewhere"] == 5
+
+
+async def test_feed_drained_server_has_no_requests_of_other_routers(autojump_clock, lab):
+    server, *_ = lab.router.fleet.servers.values()
+    server.elsewhere = 1
+    lab.router.drain_server(server.name, on=True)
+    for expected in (False, True):
+        await trio.sleep(3)
+        hello = await (await join(lab)).next_of(schema.Hello)
+        assert any(event.kind == "drained" for event in hello.events) is expected
+        server.elsewhere = 0
+
+
 async def test_feed_and_health_show_the_other_routers(autojump_clock, lab):
     assert (await lab.get("/health")).json["shared"] is None
     lab.router.shared = Mock(status=lambda: shared_status("no answer", digest="bbbbbb"))

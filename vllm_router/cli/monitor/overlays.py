@@ -141,6 +141,8 @@ def _details(view: View, width: int, height: int) -> list[Text]:
     in_flight = str(server.leases)
     if server.max_in_flight is not None:
         in_flight = texts("in_flight_of", n=server.leases, most=server.max_in_flight)
+    if server.elsewhere:
+        in_flight = texts("in_flight_and", n=in_flight, more=server.elsewhere)
     requests = texts(
         "rates_facts",
         requests=words.rate(server.requests_per_s),

@@ -30,12 +30,17 @@ class _Column:
     value: Callable[[ServerView], str]
 
 
+def _in_flight(server: ServerView) -> str:
+    """The requests of this router, and of the other ones if they have any."""
+    return f"{server.leases}+{server.elsewhere}" if server.elsewhere else str(server.leases)
+
+
 def _columns(width: int) -> list[_Column]:
     """The figures that fit beside name, state and load."""
     columns = [
         (0, _Column("RUN", 4, lambda server: f"{server.running:.0f}")),
         (0, _Column("WAIT", 4, lambda server: f"{server.waiting:.0f}")),
-        (70, _Column("IN_FLT", 6, lambda server: str(server.leases))),
+        (70, _Column("IN_FLT", 6, _in_flight)),
         (62, _Column("CAP", 4, lambda server: str(server.capacity))),
         (96, _Column("TTFT95", 7, lambda s: words.seconds(s.ttft.p95 if s.ttft else None))),
         (104, _Column("REQ_S", 6, lambda server: words.rate(server.requests_per_s))),

@@ -218,6 +218,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "source_assumed": ("assumed", "假定"),
     "In_flight": ("In flight", "在途"),
     "in_flight_of": ("{n} of at most {most}", "{n}，上限 {most}"),
+    "in_flight_and": ("{n}, {more} more through other routers", "{n}，另有 {more} 个经其他路由器"),
     "rates": ("Requests/s", "请求/s"),
     "rates_facts": (
         "{requests}, errors/s {errors}, tokens/s {tokens}",

@@ -232,7 +232,12 @@ class Peers:
             self._hears_routers = hears
             self._policies.hear_routers(hears)
         levels = summed_levels(peer.servers for peer in live)
+        before = self.in_flight
         self.in_flight = {url: level.in_flight for url, level in levels.items() if level.in_flight}
+        for url in {**before, **self.in_flight}:
+            server = self._server_at(url)
+            if server is not None:
+                server.elsewhere = self.in_flight.get(url, 0)
         queued = {url: level.queued for url, level in levels.items() if level.queued}
         if queued or self._queued:
             for url in {**queued, **self._queued}:

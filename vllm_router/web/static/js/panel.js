@@ -30,7 +30,7 @@ const DETAILS = [
   ].join("\n")],
   ["detailLeases", (server) => (server.max_in_flight
     ? t("detailLeasesOf", { n: count(server.leases), most: count(server.max_in_flight) })
-    : count(server.leases))],
+    : count(server.leases)) + (server.elsewhere ? `\n${t("detailElsewhere", { n: count(server.elsewhere) })}` : "")],
   ["detailRequests", (server) => rate(server.requests_per_s)],
   ["detailErrors", (server) => rate(server.errors_per_s)],
   ["detailTokens", (server) => rate(server.tokens_per_s)],

@@ -13,7 +13,7 @@ const COLUMNS = [
   { id: "state", title: "colState", key: (server) => Math.min(BADNESS.indexOf(server.state), FULL) },
   { id: "load", title: "colLoad", key: (server) => -server.load },
   { id: "trend", title: "colTrend" },
-  { id: "leases", title: "colLeases", key: (server) => -server.leases, figure: true },
+  { id: "leases", title: "colLeases", key: (server) => -server.leases - server.elsewhere, figure: true },
   { id: "requests", title: "colRequests", key: (server) => -server.requests_per_s, figure: true },
   { id: "tokens", title: "colTokens", key: (server) => -(server.tokens_per_s ?? -1), figure: true },
   { id: "ttft", title: "colTtft", key: (server) => -(server.ttft?.p95 ?? -1), figure: true },
@@ -103,7 +103,7 @@ class Row {
       leases: count(server.leases), capacity: count(server.capacity),
     };
     set.loadTitle(server.stale ? t("loadStale") : t("loadTitle", figures));
-    set.leases(figures.leases);
+    set.leases(server.elsewhere ? t("leasesAnd", { n: figures.leases, more: count(server.elsewhere) }) : figures.leases);
     set.requests(rate(server.requests_per_s));
     set.tokens(rate(server.tokens_per_s));
     set.ttft(server.ttft ? latency(server.ttft.p95) : NONE);

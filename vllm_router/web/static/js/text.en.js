@@ -255,6 +255,8 @@ export const en = {
   noErrors: "None among the last requests.",
   lastDecisions: "Last requests",
   figures: "Figures",
+  leasesAnd: "{n} + {more}",
+  detailElsewhere: "{n} more through other routers",
   detailLeasesOf: "{n} of at most {most}",
 
   drain: "Drain",

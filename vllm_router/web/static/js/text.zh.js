@@ -255,6 +255,8 @@ export const zh = {
   noErrors: "最近的请求中没有。",
   lastDecisions: "最近的请求",
   figures: "数据",
+  leasesAnd: "{n} + {more}",
+  detailElsewhere: "另有 {n} 个经其他路由器",
   detailLeasesOf: "{n}，上限 {most}",
 
   drain: "排空",
