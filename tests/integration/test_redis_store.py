@@ -102,7 +102,7 @@ async def test_open_redis_with_password_works(places: Places, user: str):
     assert has_batch(await take_turn(f"redis://{user}:{QUOTED}@127.0.0.1:{places.plain}"))
 
 
-@pytest.mark.parametrize("credentials", ["", ":wrong@", f"nobody:{QUOTED}@"])
+@pytest.mark.parametrize("credentials", ["", ":wrong@", f"unknown:{QUOTED}@"])
 async def test_open_redis_with_wrong_password_says_so(places: Places, credentials: str):
     with pytest.raises(StoreError, match=r"(?i)auth|password") as error:
         await take_turn(f"redis://{credentials}127.0.0.1:{places.plain}")
