@@ -10,6 +10,7 @@ import msgspec
 
 from vllm_router.observability.slices import each
 from vllm_router.steps import Steps
+from vllm_router.web.downsampling import FACTOR, HOUR, MINUTES, digest
 from vllm_router.web.schema import History
 
 FIGURES = (
@@ -36,9 +37,6 @@ FIGURES = (
 """The figures of the fleet in a row, in this order."""
 
 INTERVAL = 1.0
-_MINUTES = 300
-_FACTOR = 10
-_HOUR = 360
 
 COLUMNS_AT_ONCE = 50
 """Servers whose loads, up to 300 each, are encoded in one slice."""
@@ -93,8 +91,8 @@ class Memory:
     """The last five minutes by second, and the last hour by ten seconds."""
 
     def __init__(self) -> None:
-        self._minutes = Series(INTERVAL, _MINUTES)
-        self._hour = Series(INTERVAL * _FACTOR, _HOUR)
+        self._minutes = Series(INTERVAL, MINUTES)
+        self._hour = Series(INTERVAL * FACTOR, HOUR)
         self._waiting: list[Row] = []
         self._encoded: tuple[bytes, bytes] | None = None
         self._is_encoding = False
@@ -108,8 +106,8 @@ class Memory:
         self._encoded = None
         self._minutes.add(row, loads, wall)
         self._waiting.append(row)
-        if len(self._waiting) == _FACTOR:
-            self._hour.add(digest(self._waiting), {}, wall)
+        if len(self._waiting) == FACTOR:
+            self._hour.add(digest_rows(self._waiting), {}, wall)
             self._waiting.clear()
 
     def encode(self) -> Steps[tuple[bytes, bytes]]:
@@ -133,15 +131,7 @@ class Memory:
         return minutes, hour
 
 
-def digest(rows: list[Row]) -> Row:
-    """Combine rows: the mean, but the maximum for high percentiles."""
-    return tuple(
-        _digest(name, [value for value in column if value is not None])
-        for name, column in zip(FIGURES, zip(*rows, strict=True), strict=True)
-    )
-
-
-def _digest(name: str, values: list[float]) -> float | None:
-    if not values:
-        return None
-    return max(values) if name.endswith(("_p95", "_p99")) else round(sum(values) / len(values), 4)
+def digest_rows(rows: list[Row]) -> Row:
+    """Combine rows into one."""
+    columns = zip(FIGURES, zip(*rows, strict=True), strict=True)
+    return tuple(digest(name, column) for name, column in columns)

@@ -440,7 +440,7 @@ def test_monitor_range_key_shows_the_last_hour():
     assert any("max 9.0, 5 min" in line for line in picture(shown, 80, 40))
 
 
-def test_monitor_trend_keeps_the_greatest_of_ten_seconds_for_the_hour():
+def test_monitor_trend_keeps_the_mean_of_ten_seconds_for_the_hour_as_the_router_does():
     shown = with_history(view(server("a")), [])
     for second in range(1, 21):
         fleet = msgspec.structs.replace(
@@ -450,7 +450,7 @@ def test_monitor_trend_keeps_the_greatest_of_ten_seconds_for_the_hour():
             msgspec.structs.replace(snapshot(server("a"), moment=NOW + second), fleet=fleet),
             NOW + second,
         )
-    assert list(shown.trend.values("requests_per_s", hour=True)) == [7.0, 10.0, 20.0]
+    assert list(shown.trend.values("requests_per_s", hour=True)) == [7.0, 5.5, 15.5]
 
 
 def test_monitor_filter_shows_matching_servers_until_escape():
@@ -537,3 +537,25 @@ def test_monitor_failed_requests_leave_room_for_other_events():
     assert sum("request" in line for line in lines) == 4
     assert any("a: down → up" in line for line in lines)
     assert any("request 299" in line for line in lines)
+
+
+def test_monitor_of_a_stopping_router_says_so():
+    shown = view(server("a"))
+    shown.take(snapshot(server("a"), draining=True), NOW)
+    assert "stopping" in picture(shown)[0]
+
+
+def test_monitor_refused_configuration_is_in_the_last_line():
+    reload = schema.ReloadView(
+        source="s.toml", generation=1, applied=0, refused=1, error="servers[0]: \x1b bad\nmore"
+    )
+    shown = view(server("a"))
+    shown.take(snapshot(server("a"), reload=reload), NOW)
+    assert "configuration refused: servers[0]: \\x1b bad" in picture(shown)[-2]
+
+
+def test_monitor_details_of_a_vanished_server_say_so():
+    shown = view(server("a"))
+    shown.key("enter")
+    shown.take(snapshot(), NOW)
+    assert "The server is gone." in "".join(picture(shown))

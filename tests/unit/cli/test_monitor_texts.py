@@ -139,6 +139,31 @@ def test_reason_is_translated_with_its_values_and_further_reasons():
         ("discovery", {}, "发现服务器：the text"),
         ("reload_refused", {}, "配置被拒绝：the text"),
         ("later", {}, "the text"),
+        (
+            "reload",
+            {
+                "text_code": "changes",
+                "text_values": {"added": "2", "removed": "0", "details": "a → b", "more": "3"},
+            },
+            "配置：新增 2 台服务器，a → b，另有 3 项",
+        ),
+        (
+            "discovery",
+            {"text_code": "changes", "text_values": {"added": "0", "removed": "1"}},
+            "发现服务器：移除 1 台服务器",
+        ),
+        ("reload", {"text_code": "changes"}, "配置：没有变化"),
+        (
+            "source",
+            {"text_code": "source_answers", "text_values": {"source": "dns"}},
+            "来源 dns：已恢复",
+        ),
+        (
+            "retries_exhausted",
+            {"text_code": "requests_failed", "text_values": {"n": "7"}},
+            "一秒内另有 7 个请求失败",
+        ),
+        ("source", {"text_code": "of a newer router"}, "the text"),
     ],
 )
 def test_event_is_translated_by_its_kind(kind: str, facts: dict[str, Any], text: str):

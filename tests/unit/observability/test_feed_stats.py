@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_router.observability.sliding import Rate, Ratio, SlidingPercentiles, bucket_of, step_of
 from vllm_router.steps import finish
-from vllm_router.web.history import COLUMNS_AT_ONCE, FIGURES, Memory, Series, digest
+from vllm_router.web.history import COLUMNS_AT_ONCE, FIGURES, Memory, Series, digest_rows
 from vllm_router.web.schema import History
 
 
@@ -128,10 +128,10 @@ def test_history_of_new_router_is_empty_but_complete():
 
 def test_history_ten_seconds_become_means_and_worst_percentiles():
     rows = [row(None), row(1.0), row(4.0)]
-    digested = dict(zip(FIGURES, digest(rows), strict=True))
+    digested = dict(zip(FIGURES, digest_rows(rows), strict=True))
     assert digested["running"] == 2.5
     assert digested["ttft_p95"] == 4.0
-    assert digest([row(None)]) == row(None)
+    assert digest_rows([row(None)]) == row(None)
 
 
 def test_history_of_an_hour_is_bounded():

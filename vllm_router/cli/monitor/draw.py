@@ -43,6 +43,9 @@ _BESIDE_WIDTH = 140
 _CHARTS_ALONE, _CHARTS_LEAST, _REQUESTS_ROOM = 14, 9, 9
 """Lines: below the first, requests leave the charts all of them; else they want the third."""
 
+_REQUESTS_BESIDE = 8
+"""Requests beside the events for which the charts make room."""
+
 _GAP = 3
 _EVENTS_LEAST = 3
 _EVENTS_MOST = 12
@@ -190,7 +193,7 @@ def _beside(view: View, width: int, height: int) -> int:
     """The lines of requests that a wide screen wants beside its events."""
     if width < _BESIDE_WIDTH or not wants_requests(view, height + 2):
         return 0
-    return min(len(view.requests), _EVENTS_MOST)
+    return min(len(view.requests), _REQUESTS_BESIDE)
 
 
 def _below(view: View, width: int, room: int, height: int) -> list[Text]:

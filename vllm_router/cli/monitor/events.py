@@ -66,12 +66,13 @@ def _style(event: Event) -> str:
 
 
 def event_text(texts: Texts, event: Event) -> str:
-    """What happened. The router's words are English; kinds that the monitor knows are translated.
+    """What happened. The router's words are English; kinds and codes are translated.
 
-    The texts of `reload`, `discovery` and of failed requests stay as the router says them.
+    A text without a code, such as the configuration parser's, stays as it is.
     """
+    text = texts.event(event.text, event.text_code, event.text_values)
     if event.kind in _LABELLED:
-        return texts(f"event_{event.kind}", text=event.text)
+        return texts(f"event_{event.kind}", text=text)
     if texts.language == ENGLISH.language:
         return event.text
     if event.kind == "state" and event.server and event.old and event.new:
@@ -85,4 +86,4 @@ def event_text(texts: Texts, event: Event) -> str:
         )
     if event.kind in ("full", "drained", "missed"):
         return texts(f"event_{event.kind}", server=event.server, n=event.count or 1)
-    return event.text
+    return text

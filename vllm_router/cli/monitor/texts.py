@@ -60,6 +60,25 @@ class Texts:
             parts.append(text)
         return self._page.get("reasonJoin", "; ").join(parts)
 
+    def event(self, plain: str, code: str | None, values: Mapping[str, str]) -> str:
+        """The text of an event with this code and values; `plain` as for a reason."""
+        if code == "changes" and self._page:
+            return self._changes(values)
+        text = self._page.get(f"event_{code}")
+        return plain if text is None else text.format_map(_Lenient(values))
+
+    def _changes(self, values: Mapping[str, str]) -> str:
+        """What a new configuration changes, in the page's words."""
+        parts = [
+            self._page[key].format(n=values[name])
+            for name, key in (("added", "changesAdded"), ("removed", "changesRemoved"))
+            if values.get(name, "0") != "0"
+        ]
+        parts += [values["details"]] if values.get("details") else []
+        if values.get("more", "0") != "0":
+            parts.append(self._page["changesMore"].format(n=values["more"]))
+        return self._page["listComma"].join(parts) or self._page["changesNone"]
+
     def trouble(self, text: str) -> str:
         """A reason for which there is no connection; the text itself if it has no translation."""
         key = _TROUBLES.get(text)

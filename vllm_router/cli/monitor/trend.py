@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from vllm_router.web.downsampling import FACTOR, HOUR, MINUTES, digest
 from vllm_router.web.schema import FleetView, Hello
-
-MINUTES = 300
-"""Values of five minutes, one per second."""
-
-HOUR, FACTOR = 360, 10
-"""Values of an hour, one per FACTOR seconds."""
 
 Read = Callable[[FleetView], float | None]
 
@@ -49,12 +44,8 @@ class Trend:
         self._rows += 1
         if self._rows % FACTOR == 0:
             for name, values in self._minutes.items():
-                self._hour[name].append(_greatest(list(values)[-FACTOR:]))
+                self._hour[name].append(digest(name, list(values)[-FACTOR:]))
 
     def values(self, name: str, *, hour: bool) -> Values:
         """The values of a figure in the last hour, or in the last five minutes."""
         return (self._hour if hour else self._minutes)[name]
-
-
-def _greatest(values: list[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
