@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fleet_makers import make_fleet
 from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policy_set import PolicySet
 from vllm_router.routing.prompt.body_reader import read_in_slices, read_routing_info, replaced
 from vllm_router.routing.prompt.model_name import with_model
+from vllm_router.routing.server_estimate import PrefixStatistics
 from vllm_router.steps import finish
 
 MODELS = Models(
@@ -145,6 +147,19 @@ def test_policies_model_keeps_its_own_policy():
     assert found.for_model("chat").name == "adaptive"
     assert found.for_model("chat") is found.for_model("chat")
     assert found.for_model("other").name == found.for_model(None).name == "least_load"
+
+
+def test_policies_statistics_are_summed_over_those_that_have_some(monkeypatch):
+    found = policies(chat="adaptive", code="prefix")
+    (server,) = make_fleet(1).servers.values()
+    by_policy = {"adaptive": PrefixStatistics(1, 2, 3, 4)}
+    for policy in found:
+        monkeypatch.setattr(policy, "statistics", lambda _, of=policy.name: by_policy.get(of))
+    assert found.statistics(server) == (1, 2, 3, 4)
+    by_policy["prefix"] = PrefixStatistics(10, 20, 30, 40)
+    assert found.statistics(server) == PrefixStatistics(11, 22, 33, 44)
+    by_policy.clear()
+    assert found.statistics(server) is None
 
 
 def test_policies_prompt_is_read_only_if_needed():
