@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,22 @@ def test_mutants_modules_exist(sites: ModuleType):
     modules = importlib.import_module("mutation.modules").DECIDING
     missing = [module for module in modules if not (ROOT / module).is_file()]
     assert missing == [], "moved or renamed: change scripts/mutation/modules.py too"
+
+
+def test_mutants_equivalents_are_mutants_of_the_present_code(sites: ModuleType):
+    listed = tomllib.loads((ROOT / "scripts/mutation/equivalents.toml").read_text())["mutant"]
+    functions = {entry["function"] for entry in listed}
+    found: set[tuple[str, ...]] = set()
+    for name in {function.partition(":")[0] for function in functions}:
+        for mutant in sites.mutants_of(ROOT / f"{name.replace('.', '/')}.py"):
+            key = (f"{name}:{mutant.function or mutant.name}", mutant.before)
+            found |= {(*key, mutant.after), (*key, "any")}
+    outdated = [
+        entry
+        for entry in listed
+        if (entry["function"], entry["before"], entry["after"]) not in found
+    ]
+    assert outdated == [], "changed or removed: change scripts/mutation/equivalents.toml too"
 
 
 def test_mutants_of_module_change_one_line_each(sites: ModuleType, tmp_path: Path):

@@ -149,7 +149,7 @@ def test_policies_model_keeps_its_own_policy():
     assert found.for_model("other").name == found.for_model(None).name == "least_load"
 
 
-def test_policies_statistics_are_summed_over_those_that_have_some(monkeypatch):
+def test_policies_statistics_are_summed_over_policies_that_have_some(monkeypatch):
     found = policies(chat="adaptive", code="prefix")
     (server,) = make_fleet(1).servers.values()
     by_policy = {"adaptive": PrefixStatistics(1, 2, 3, 4)}
