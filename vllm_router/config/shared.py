@@ -27,7 +27,7 @@ DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "sentinel": 26379}
 _SERVICE = re.compile(r"[!-~]{1,100}")
 DEFAULT_FLEET = "default"
 
-MISSING = "needs the package coredis; install it with: pip install 'vllm-router-trio[shared]'"
+MISSING = "needs the package coredis; in a clone, install it with: pip install '.[shared]'"
 """The problem of a `[shared]` table without the library for Redis."""
 
 

@@ -87,7 +87,8 @@ def start(settings: LogSettings, environ: Mapping[str, str] | None = None) -> Te
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         logger.warning(
-            "tracing is disabled, a package is missing: install vllm-router-trio[otel] (%s)", error
+            "tracing is disabled, a package is missing; in a clone: pip install '.[otel]' (%s)",
+            error,
         )
         return None
     named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get(

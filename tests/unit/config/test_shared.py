@@ -130,6 +130,6 @@ def test_shared_without_its_library_is_a_problem_of_the_file(
     with pytest.raises(ConfigError) as caught:
         ConfigSource(file).load()
     assert caught.value.problems == (f"{file}:3:1: shared: {MISSING}",)
-    assert "pip install 'vllm-router-trio[shared]'" in MISSING
+    assert "pip install '.[shared]'" in MISSING
     file.write_text(SERVERS)
     assert ConfigSource(file).load().shared is None

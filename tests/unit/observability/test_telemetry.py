@@ -112,7 +112,7 @@ def test_telemetry_disabled_does_not_load_opentelemetry():
 def test_telemetry_missing_extra_is_reported_and_harmless(monkeypatch: pytest.MonkeyPatch, caplog):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     assert telemetry.start(LogSettings(otel=True), {}) is None
-    assert "install vllm-router-trio[otel]" in caplog.text
+    assert "pip install '.[otel]'" in caplog.text
 
 
 def test_telemetry_environment_or_configuration_enables_spans(monkeypatch: pytest.MonkeyPatch):
