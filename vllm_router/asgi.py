@@ -93,7 +93,7 @@ class Application(Dispatcher):
         if hypercorn.workers > 1:
             _refuse(
                 f"vllm-router: hypercorn -w {hypercorn.workers} would run "
-                f"{hypercorn.workers} routers that know nothing of each other; for several "
+                f"{hypercorn.workers} independent routers; for several "
                 f"processes use: vllm-router run --workers {hypercorn.workers}\n"
             )
         self._addresses = addresses

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--probe",
     is_flag=True,
-    help="Also ask every source, and every server what the router will ask it.",
+    help="Also query every source and every server, as the router does.",
 )
 def check_config(*, file: str | None, probe: bool) -> None:
     """Say what is wrong with a configuration file.

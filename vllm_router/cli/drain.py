@@ -33,7 +33,7 @@ def drain(*, server: str, url: str, key: str | None, ca: str | None) -> None:
     try:
         run_client(work)
     except KeyboardInterrupt:
-        click.echo(f"\n{server} goes on draining; vllm-router undrain {server} takes it back")
+        click.echo(f"\n{server} keeps draining; vllm-router undrain {server} takes it back")
         raise click.exceptions.Exit(130) from None
     click.echo(f"{server} is drained")
 

@@ -39,7 +39,7 @@ _FIGURES = (
     flag_value=SHOWN_DECISIONS,
     type=click.IntRange(1, 1000),
     metavar="[N]",
-    help=f"The last N picks instead ({SHOWN_DECISIONS} if not said).",
+    help=f"Show the last N decisions instead ({SHOWN_DECISIONS} by default).",
 )
 @click.option(
     "--json",

@@ -90,7 +90,7 @@ class DemoServers(click.IntRange):
     flag_value=3,
     type=DemoServers(),
     metavar="[N]",
-    help="Start N simulated vLLM servers (3 if not said) and route to them.",
+    help="Start N simulated vLLM servers (3 by default) and route to them.",
 )
 @click.option(
     "--demo-load",

@@ -121,11 +121,11 @@ def read_address(url: str) -> StoreAddress:
     """Parse a URL of `[shared]`. Raises ValueError with the problem, without the URL's secrets."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in DEFAULT_PORTS:
-        raise ValueError("expected redis://, rediss:// or sentinel:// at the beginning")
+        raise ValueError("expected a URL with redis://, rediss:// or sentinel://")
     authority, _, path = rest.partition("/")
     credentials, at, hosts = authority.rpartition("@")
     if not hosts or not hosts.isprintable() or set("?#") & {*hosts, *path}:
-        raise ValueError('expected a URL like "redis://host:6379/0", got something else behind it')
+        raise ValueError('expected a URL like "redis://host:6379/0", got more after it')
     places = tuple(_host(place, DEFAULT_PORTS[scheme]) for place in hosts.split(","))
     user, password = None, None
     if at:
@@ -134,11 +134,11 @@ def read_address(url: str) -> StoreAddress:
         password = Secret(unquote(word)) if word else None
     sentinel = scheme == "sentinel"
     if not sentinel and len(places) > 1:
-        raise ValueError(f"expected one host behind {scheme}://, got {len(places)}")
+        raise ValueError(f"expected one host after {scheme}://, got {len(places)}")
     if sentinel and not _SERVICE.fullmatch(path):
         raise ValueError('expected the name of the Redis, like "sentinel://a,b,c/mymaster"')
     if not sentinel and path and not (path.isdecimal() and len(path) <= 5):
-        raise ValueError("expected the number of a database behind the host")
+        raise ValueError("expected the number of a database after the host")
     return StoreAddress(
         hosts=places,
         tls=scheme == "rediss",

@@ -58,7 +58,7 @@ TEXTS = {
         "It continues a response whose server is not known: all servers would be asked for it, "
         "and the one that has it used."
     ),
-    "all_ejected": "Every server of the model is ejected; they are tried all the same.",
+    "all_ejected": "Every server of the model is ejected; they are tried anyway.",
     "all_full": "Every server of the model has just refused a request as too busy.",
     "lists_unread": "No available server lists the model; some model lists could not be read.",
     "refuser_avoided": "Such requests go elsewhere than to {server}",

@@ -144,7 +144,7 @@ class LogOutput:
                 {
                     "name": "vllm_router.observability.line_writer",
                     "levelname": "WARNING",
-                    "msg": f"{count} lines were lost: they were not taken as fast as they came",
+                    "msg": f"{count} log lines were dropped: the output was too slow",
                 }
             )
         )

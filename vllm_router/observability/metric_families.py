@@ -47,7 +47,8 @@ RETRIES = _counter(
     "retries", "Retries, by the reason for which the previous attempt failed.", "reason"
 )
 SAVED = _counter(
-    "requests_saved", "Requests that one server failed and another one answered: retries that paid."
+    "requests_saved",
+    "Requests that one server failed and another one answered: successful retries.",
 )
 DISCONNECTS = _counter(
     "client_disconnects",

@@ -41,7 +41,7 @@ class Percentiles(msgspec.Struct, frozen=True, gc=False):
     p50: Seconds
     p95: Seconds
     p99: Seconds
-    count: Annotated[int, Meta(description="How many there were.")]
+    count: Annotated[int, Meta(description="Number of durations.")]
 
 
 class SlidingPercentiles:

@@ -8,11 +8,11 @@ from vllm_router.proxy.retry import RULES, Outcome
 
 def full(queue_size: int, retry_after: float) -> Refused:
     """The queue is full, and the request would be its last."""
-    what = f"{queue_size} requests wait already" if queue_size else "No request may wait"
+    what = f"{queue_size} requests wait already" if queue_size else "The queue is off"
     return Refused(
         429,
         "queue_full",
-        f"Every server of the model has as many requests as it may. {what}.",
+        f"All servers of the model are at their limit. {what}.",
         retry_after=retry_after,
     )
 

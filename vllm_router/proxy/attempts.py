@@ -176,7 +176,7 @@ class Attempts:
         return Refused(
             502,
             "poison_request",
-            "Two servers have died of this request in the last minute: it is not sent again.",
+            "This request crashed two servers within the last minute, so it is not sent again.",
         )
 
     def _broken(self) -> tuple[Server, ...]:

@@ -82,7 +82,7 @@ RULES: dict[Outcome, OutcomeRule] = {
         RetryDecision.ELSEWHERE,
         502,
         "server_misdirects",
-        "The server answered with a redirect or a web page instead of an API's answer.",
+        "The server answered with a redirect or a web page instead of an API response.",
     ),
     Outcome.NO_MODEL: OutcomeRule(
         False,
@@ -130,7 +130,7 @@ RULES: dict[Outcome, OutcomeRule] = {
         RetryDecision.ELSEWHERE,
         503,
         "name_not_resolved",
-        "The name of no server for this model can be resolved.",
+        "The host names of this model's servers cannot be resolved.",
     ),
     Outcome.STALE: OutcomeRule(
         False,
@@ -220,7 +220,7 @@ RULES: dict[Outcome, OutcomeRule] = {
         RetryDecision.IF_REPLAYABLE,
         502,
         "server_gone",
-        "The server went away while the request waited on it.",
+        "The server went down while the request was waiting on it.",
     ),
     Outcome.SILENT: OutcomeRule(
         False,

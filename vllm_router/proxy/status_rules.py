@@ -78,11 +78,11 @@ _WORDS = {
     403: "403: the key that the router sends does not allow it",
     404: "404: no such route",
     405: "405: no such route for POST",
-    407: "407: a proxy before it wants to be logged in at",
-    410: "410: the route has gone",
+    407: "407: a proxy in front of it requires a login",
+    410: "410: no such route any more",
     413: "413: the request is too large for it or its proxy",
     421: "421: it is not the server for this name",
-    426: "426: it wants another protocol",
+    426: "426: it requires another protocol",
     501: "501: not implemented",
 }
 _KEYS = frozenset({401, 402, 403})
@@ -108,12 +108,12 @@ def judge_answer(
     `client_key`: the server got the client's own key. `asked_model`: the request named a model.
     """
     if 300 <= status < 400:
-        words = f"{status}: a redirect, perhaps to a page to log in at"
+        words = f"{status}: a redirect, perhaps to a login page"
         return Judgement(Outcome.MISDIRECTED, Scope.ROUTE, words)
     page = is_page(content_type)
     if status < 300:
         if page:
-            words = f"{status} with a web page, perhaps one to log in at"
+            words = f"{status} with a web page, perhaps a login page"
             return Judgement(Outcome.MISDIRECTED, Scope.ROUTE, words)
         return ITS_ANSWER
     if status in _KEYS and client_key:

@@ -70,7 +70,7 @@ class Dispatcher:
 
 
 _CONTROL_CLOSED = (
-    "This path controls the engine and is closed; allow_engine_control = true opens it."
+    "This path controls the engine and is disabled; allow_engine_control = true enables it."
 )
 
 

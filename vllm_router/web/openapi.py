@@ -162,14 +162,14 @@ _SCHEMAS: Doc = {
 _ERRORS = {
     400: "The request is malformed.",
     401: "A key is missing or wrong.",
-    403: "From here, or from this page, this may not be done.",
-    404: "There is no such thing.",
+    403: "This client or page may not do this.",
+    404: "Not found.",
     408: "The body did not arrive in time.",
-    409: "Not in the state that this needs.",
+    409: "The current state does not allow this.",
     413: "The body is too large.",
     421: "The router does not answer to this name.",
     422: "The configuration file is wrong: the old one stays in force.",
-    503: "Not yet, or not any more.",
+    503: "Not ready yet, or stopping.",
 }
 
 

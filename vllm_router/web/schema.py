@@ -77,7 +77,7 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     ] = "configured"
     proposed_capacity: Annotated[
         int | None,
-        _("What max_concurrent_requests should say by what was seen; null if it fits."),
+        _("The measured value for max_concurrent_requests; null if the configured one fits."),
     ] = None
     max_in_flight: Annotated[
         int | None, _("How many requests this router has on it at most; null without a cap.")
@@ -91,7 +91,7 @@ class ServerView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     ] = None
     requests_per_s: Annotated[float, _("Requests finished.")]
     errors_per_s: Annotated[float, _("Attempts that failed by the server's fault.")]
-    chunks_per_s: Annotated[float, _("Pieces of answers passed on, about one per token.")]
+    chunks_per_s: Annotated[float, _("Chunks of responses forwarded, about one per token.")]
     tokens_per_s: Annotated[
         float | None, _("Tokens generated, as the engine counts them, for all its clients.")
     ]
@@ -192,7 +192,7 @@ class QueueView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 class ReloadView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """The state of the configuration file."""
 
-    source: Annotated[str | None, _("Its path; null if the servers are of the command line.")]
+    source: Annotated[str | None, _("Its path; null if the servers come from the command line.")]
     generation: Annotated[int, _("Configurations that have been in force so far.")]
     applied: Annotated[int, _("Reloads that changed the configuration.")]
     refused: Annotated[int, _("Reloads refused because the file was bad.")]
@@ -220,8 +220,8 @@ class OtherRouterView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     name: str
     version: str
     uptime: Seconds
-    silent: Annotated[Seconds, _("Since it was heard last.")]
-    live: Annotated[bool, _("false: silent for a second; its requests count for nothing.")]
+    silent: Annotated[Seconds, _("Since its last message.")]
+    live: Annotated[bool, _("false: silent for a second; its requests no longer count.")]
     in_flight: Annotated[int, _("Its requests on servers.")]
     requests_per_s: Annotated[float, _("Its attempts that have ended.")]
     same_configuration: Annotated[
@@ -234,9 +234,9 @@ class SharedView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     store: Annotated[str, _("The address of the Redis.")]
     fleet: str
-    name: Annotated[str, _("Of this router, for the others.")]
-    up: Annotated[bool, _("Whether this router and the others hear of each other.")]
-    problem: Annotated[str | None, _("Why not; null while all is well.")]
+    name: Annotated[str, _("Of this router, as the others see it.")]
+    up: Annotated[bool, _("Whether this router exchanges state with the others.")]
+    problem: Annotated[str | None, _("Why not; null while it does.")]
     age: Annotated[Seconds | None, _("Since the store has answered; null if it never has.")]
     in_flight: Annotated[int, _("Requests of the other routers on servers.")]
     routers: Annotated[
@@ -349,7 +349,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     ]
     servers: Annotated[
         dict[str, list[float | None]],
-        _("The load of each server there is now; null for when it was not."),
+        _("The load of each current server; null for times before it was added."),
     ]
 
 
@@ -360,11 +360,11 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     version: Annotated[str, _("Of the router.")]
     name: Annotated[str, _("Of the router's machine.")]
     time: Time
-    started: Annotated[Time, _("When the router was.")]
+    started: Annotated[Time, _("When the router started.")]
     admin: Annotated[bool, _("Whether this client may use /admin.")]
     admin_key: Annotated[
         bool,
-        _("Whether there is an admin key."),
+        _("Whether an admin key is set."),
     ] = False
     config: ConfigView
     history: Annotated[History, _("The last five minutes, second by second.")]

@@ -28,11 +28,11 @@ WORDS = {
     403: "403: the key that the router sends does not allow it",
     404: "404: no such route",
     405: "405: no such route for POST",
-    407: "407: a proxy before it wants to be logged in at",
-    410: "410: the route has gone",
+    407: "407: a proxy in front of it requires a login",
+    410: "410: no such route any more",
     413: "413: the request is too large for it or its proxy",
     421: "421: it is not the server for this name",
-    426: "426: it wants another protocol",
+    426: "426: it requires another protocol",
     501: "501: not implemented",
     414: "414",
     431: "431",
@@ -49,8 +49,8 @@ def test_judge_answer_refusal_has_words_for_operator(status):
 
 
 def test_judge_answer_misdirection_names_status():
-    assert judge(302, b"").words == "302: a redirect, perhaps to a page to log in at"
-    assert judge(200, b"", HTML).words == "200 with a web page, perhaps one to log in at"
+    assert judge(302, b"").words == "302: a redirect, perhaps to a login page"
+    assert judge(200, b"", HTML).words == "200 with a web page, perhaps a login page"
     assert judge(404, NO_MODEL).words == "404: no such model"
     assert judge(410, NO_MODEL).words == "410: no such model"
     assert judge(400, TOO_LONG).words == "400: its context is too short"

@@ -81,7 +81,7 @@ class _CompressedBody:
             try:
                 piece = self._inflater.decompress(data, PIECE)
             except zlib.error:
-                raise UnusablePage("it cannot be unpacked") from None
+                raise UnusablePage("it cannot be decompressed") from None
             data = self._inflater.unconsumed_tail
             yield piece
 
@@ -89,7 +89,7 @@ class _CompressedBody:
         """The output that zlib still holds, at most 258 bytes. Raises UnusablePage."""
         piece = self._inflater.flush()
         if not self._inflater.eof:
-            raise UnusablePage("it ends in the middle of its packed data")
+            raise UnusablePage("its compressed data is cut off")
         return piece
 
 
@@ -98,5 +98,5 @@ def _body_of(encoding: str) -> _IdentityBody | _CompressedBody:
     if encoding in ("", "identity"):
         return _IdentityBody()
     if encoding not in _WINDOW:
-        raise UnusablePage("it is packed, which was not asked for, and not with gzip or deflate")
+        raise UnusablePage("it is compressed, but not with gzip or deflate")
     return _CompressedBody(_WINDOW[encoding])

@@ -156,7 +156,7 @@ class RedisStore:
         try:
             return _read(results, wrote=batch is not None)
         except (TypeError, ValueError, AttributeError, LookupError) as error:
-            raise StoreError(f"an answer that makes no sense: {_words(error)}") from None
+            raise StoreError(f"an unexpected response: {_words(error)}") from None
 
 
 def _as_it_is(response: Any, **_: Any) -> Any:

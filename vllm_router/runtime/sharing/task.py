@@ -146,7 +146,7 @@ class SharedState:
 
     @property
     def up(self) -> bool:
-        """Whether this router and the others hear of each other."""
+        """Whether this router exchanges state with the others."""
         return not self.problem and trio.current_time() - self._turn_at <= LATE
 
     @property

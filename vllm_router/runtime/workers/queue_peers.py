@@ -337,8 +337,8 @@ class QueuePeers:
         if not reader.silent and self._awake - max(hold.awake, reader.heard) > SILENCE:
             reader.silent = True
             logger.warning(
-                "%s has not looked after its waiting requests for %g s: "
-                "others are served first until it does",
+                "%s has not served its waiting requests for %g s: "
+                "other processes go first until it does",
                 f"worker {reader.number}" if reader.number else "the leader",
                 SILENCE,
             )

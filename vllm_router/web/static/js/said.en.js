@@ -41,7 +41,7 @@ export const said = {
   reason_tried_now: "tried again now",
   reason_owner_known: "{server} has the response that it continues: no other server is used.",
   reason_owner_unknown: "It continues a response whose server is not known: all servers would be asked for it, and the one that has it used.",
-  reason_all_ejected: "Every server of the model is ejected; they are tried all the same.",
+  reason_all_ejected: "Every server of the model is ejected; they are tried anyway.",
   reason_all_full: "Every server of the model has just refused a request as too busy.",
   reason_lists_unread: "No available server lists the model; some model lists could not be read.",
   reason_refuser_avoided: "Such requests go elsewhere than to {server}",
