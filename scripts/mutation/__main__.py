@@ -28,6 +28,9 @@ TESTS = (
     "tests/unit/http",
     "tests/unit/config",
     "tests/unit/routing",
+    "tests/unit/runtime/test_sharing.py",
+    "tests/unit/web/test_guard.py",
+    "tests/unit/web/test_guard_query.py",
     "tests/unit/observability/test_telemetry.py",
     "tests/property/test_waiting_model.py",
 )
