@@ -32,6 +32,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import EventWrapper
 
 from support.front_harness import (
+    HOST,
     PATIENCE,
     Application,
     Limits,
@@ -636,7 +637,7 @@ async def test_hypercorn_installed_bridge_cures_and_drains(installed):
     installed(before_shutdown)
     app = Application()
     config = Config()
-    config.bind = ["127.0.0.1:0"]
+    config.bind = [f"{HOST}:0"]
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
 
@@ -666,7 +667,7 @@ async def test_hypercorn_stalled_reader_does_not_delay_shutdown(installed):
     stop = trio.Event()
     app = Application()
     config = Config()
-    config.bind = ["127.0.0.1:0"]
+    config.bind = [f"{HOST}:0"]
     config.graceful_timeout = 0.2
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
