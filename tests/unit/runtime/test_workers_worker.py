@@ -333,6 +333,7 @@ async def test_followed_probes_do_the_upkeep_of_each_server_per_scrape_interval(
         tasks=cast("Any", None),
         server_down=lambda server: None,
         upkeep=lambda server, now: kept.append((now - begun, server.name)),
+        scrapes=cast("Any", None),
     )
     refresh: Callable[[], Awaitable[None]] = cast("Any", None)
     probes = FollowedProbes(refresh, context)
