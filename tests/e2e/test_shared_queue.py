@@ -26,7 +26,7 @@ KEYS = "".join(
 )
 
 
-SILENT = "has not looked after its waiting requests"
+SILENT = "has not served its waiting requests"
 FALLBACK = '\n[models.m]\nfallback = "spare"\n[models.plain]\nserves = "m"\n'
 
 

@@ -499,7 +499,7 @@ def test_log_handlers_of_application_stay():
 def test_log_notice_of_lost_lines_has_log_format():
     under_test = output(io.StringIO(), form="json")
     under_test.apply(LogSettings())
-    assert json.loads(under_test._notice(3))["message"].startswith("3 lines were lost")
+    assert json.loads(under_test._notice(3))["message"].startswith("3 log lines were dropped")
     under_test.close()
 
 

@@ -337,7 +337,7 @@ async def test_workers_queue_hanging_process_delays_others_briefly(autojump_cloc
         await trio.sleep(0.1 + SILENCE + 10 * (0.1 + 2 * POLL_WHILE_WAITING))
         assert order(first, *waits) == [0, *range(2, 12)]
         assert not hung.done
-        assert caplog.text.count("worker 1 has not looked after its waiting requests for 2 s") == 1
+        assert caplog.text.count("worker 1 has not served its waiting requests for 2 s") == 1
         router[1].stopped = False
         await trio.sleep(1)
         assert hung.got.status == 200
