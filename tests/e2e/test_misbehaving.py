@@ -126,9 +126,10 @@ async def test_all_of_fleet_down_recovers(tmp_path):
                 mock.process.send_signal(signal.SIGKILL)
             for mock in mocks:
                 await becomes(router, mock, "down")
-            mark = len(load.results)
-            await load.wait_for(40)
-            assert {r.status for r in load.results[mark + 20 :]} == {503}
+            down = time.monotonic()
+            await load.wait_for(60)
+            # A request from before may have been on two servers that were killed: 502.
+            assert {r.status for r in load.results if r.began > down} == {503}
             for place, mock in enumerate(mocks):
                 mock.close()
                 mocks[place] = await trio.to_thread.run_sync(lambda m=mock: restarted(m, *MOCK))

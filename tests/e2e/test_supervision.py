@@ -137,7 +137,7 @@ def test_hypercorn_with_several_workers_is_refused(tmp_path: Path):
     finally:
         process.kill()
     assert process.returncode != 0
-    assert said.count("hypercorn -w 3 would run 3 routers") == 1
+    assert said.count("hypercorn -w 3 would run 3 independent routers") == 1
     assert "vllm-router run --workers 3" in said
     assert "Traceback" not in said
 

@@ -91,7 +91,7 @@ def test_monitor_drain_is_refused_without_rights_or_connection():
     alone.lost("Connection refused")
     alone.key("d")
     assert alone.question is None
-    assert "no connection" in alone.message
+    assert "Not connected" in alone.message
 
 
 def test_monitor_quit_of_own_view_asks_except_for_ctrl_c():
@@ -275,7 +275,7 @@ def test_monitor_lost_connection_is_shown_and_figures_stay():
     shown.lost("Connection refused")
     lines = picture(shown, now=NOW + 65)
     assert "no data for 1 min, trying again" in lines[0]
-    assert "Connection refused; what is shown is old" in lines[1]
+    assert "Connection refused; the figures are old" in lines[1]
     assert any("gpu-1" in line for line in lines)
 
 
@@ -558,4 +558,4 @@ def test_monitor_details_of_a_vanished_server_say_so():
     shown = view(server("a"))
     shown.key("enter")
     shown.take(snapshot(), NOW)
-    assert "The server is gone." in "".join(picture(shown))
+    assert "The server was removed." in "".join(picture(shown))

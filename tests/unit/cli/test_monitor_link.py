@@ -94,8 +94,8 @@ async def test_feed_key_is_sent_as_a_bearer_token():
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (401, "it wants its status or admin key (--key or VLLM_ROUTER_KEY)"),
-        (404, "it answers 404: no vLLM Router, or not for us"),
+        (401, "it needs its status or admin key (--key or VLLM_ROUTER_KEY)"),
+        (404, "it answers 404: it is no vLLM Router, or does not accept this client"),
     ],
 )
 async def test_feed_rejected_handshake_is_explained(status, words):

@@ -124,7 +124,7 @@ def _body(data: bytes, **headers: str) -> Callable[[httpx.Request], httpx.Respon
             _body(gzip.compress(b" " * (MAX_BYTES + 1)), **{"content-encoding": "gzip"}),
             "it is longer than",
         ),
-        (_body(b"x", **{"content-encoding": "br"}), "it is packed"),
+        (_body(b"x", **{"content-encoding": "br"}), "it is compressed"),
         (_raise(httpx.ConnectError("refused")), "refused"),
         (_raise(httpx.RemoteProtocolError("cut")), "cut"),
     ],

@@ -84,7 +84,7 @@ class Feed:
                         await self._read(connection, take)
                     except NoFeed as error:
                         failure = error  # raised outside of the nursery, which would wrap it
-                    nursery.cancel_scope.cancel(reason="no feed any more")
+                    nursery.cancel_scope.cancel(reason="the connection was lost")
         except* _NO_CONNECTION as group:
             failure = failure or NoFeed(_words(group))
         except* ValueError as group:  # not a URL
@@ -172,8 +172,9 @@ def _words(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, trio_websocket.ConnectionRejected):
         if error.status_code == 401:
-            return "it wants its status or admin key (--key or VLLM_ROUTER_KEY)"
-        return f"it answers {error.status_code}: no vLLM Router, or not for us"
+            return "it needs its status or admin key (--key or VLLM_ROUTER_KEY)"
+        status = error.status_code
+        return f"it answers {status}: it is no vLLM Router, or does not accept this client"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BaseExceptionGroup):
