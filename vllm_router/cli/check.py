@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vllm_router.cli.common import DEFAULT_CONFIG, existing_config, load_config, run_client
+from vllm_router.cli.common import existing_config, load_config, run_client
+from vllm_router.cli.options import config_file
 from vllm_router.observability.formatting import visible
 
 if TYPE_CHECKING:
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("check-config")
-@click.option(
-    "--config",
-    "file",
-    envvar="VLLM_ROUTER_CONFIG",
-    metavar="FILE",
-    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
-)
+@config_file
 @click.option(
     "--probe",
     is_flag=True,

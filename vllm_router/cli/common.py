@@ -34,10 +34,11 @@ def say_error(text: str) -> None:
 
     Not where NO_COLOR is set (https://no-color.org).
     """
-    if _has_colour():
+    has_colour = _has_colour()
+    if has_colour:
         head, colon, rest = text.partition(": ")
         text = click.style(head + colon, fg="red", bold=True) + rest
-    click.echo(text, err=True, color=True if _has_colour() else None)
+    click.echo(text, err=True, color=has_colour or None)
 
 
 def _has_colour() -> bool:

@@ -6,18 +6,13 @@ import json
 
 import click
 
-from vllm_router.cli.common import DEFAULT_CONFIG, Failure, existing_config, load_config, run_client
+from vllm_router.cli.common import Failure, existing_config, load_config, run_client
+from vllm_router.cli.options import config_file
 from vllm_router.observability.formatting import visible
 
 
 @click.command()
-@click.option(
-    "--config",
-    "file",
-    envvar="VLLM_ROUTER_CONFIG",
-    metavar="FILE",
-    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
-)
+@config_file
 @click.option(
     "--json",
     "as_json",

@@ -1,4 +1,4 @@
-"""Arguments and options of all commands that connect to a router."""
+"""Arguments and options that several commands have."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any, TypeVar
 
 import click
 
-from vllm_router.cli.common import DEFAULT_URL
+from vllm_router.cli.common import DEFAULT_CONFIG, DEFAULT_URL
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+config_file = click.option(
+    "--config",
+    "file",
+    envvar="VLLM_ROUTER_CONFIG",
+    metavar="FILE",
+    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
+)
+"""Add `file`, the path that was given or None, see `existing_config`."""
 
 
 def for_router(command: F) -> F:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from vllm_router.cli.common import DEFAULT_CONFIG, Failure, existing_config, load_config
+from vllm_router.cli.common import Failure, existing_config, load_config
+from vllm_router.cli.options import config_file
 from vllm_router.observability.formatting import FORMATS, LEVELS
 
 if TYPE_CHECKING:
@@ -67,13 +68,7 @@ class DemoServers(click.IntRange):
 
 
 @click.command()
-@click.option(
-    "--config",
-    "file",
-    envvar="VLLM_ROUTER_CONFIG",
-    metavar="FILE",
-    help=f"Servers and settings.  [default: {DEFAULT_CONFIG}]",
-)
+@config_file
 @click.option(
     "--server",
     "urls",

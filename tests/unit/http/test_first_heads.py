@@ -6,35 +6,16 @@ from collections.abc import Hashable
 
 import pytest
 
+from support.request_heads import HEAD, parsed, seen
 from vllm_router.http.head_cache import (
     LONGEST_FIRST_HEAD,
     MAX_FIRST_HEADS,
     CachedRequestParser,
     FirstHeads,
 )
-from vllm_router.http.request_head import Head, read_head
-from vllm_router.http.request_line import request_line
+from vllm_router.http.request_head import Head
 
-HEAD = b"POST /v1/score?q=1 HTTP/1.1\r\nHost: h\r\nContent-Length: %b\r\nX-Y:  z \r\n\r\n"
 PEER = ("192.0.2.1", ("192.0.2.9", 80), "http")
-
-
-def parsed(data: bytes) -> Head:
-    return read_head(data, request_line(data[: data.find(b"\r\n")]))
-
-
-def seen(head: Head) -> tuple:
-    return (
-        head.method,
-        head.path,
-        head.query,
-        head.http_version,
-        head.headers,
-        head.content_length,
-        head.chunked,
-        head.keep_alive,
-        head.expects_continue,
-    )
 
 
 class Connections:
