@@ -357,10 +357,15 @@ async def test_page_equal_changes_of_many_servers_are_one_line(browser: str, dem
                 for (let id = 1; id <= 98; id += 1) {
                     events.add({...event, id, time: 1000 + id / 100, server: `gpu-${id}`});
                 }
-                events.add({...event, id: 99, time: 1500, server: "gpu-1"});
+                const servers = ["gpu-98", "gpu-99", "gpu-100"];
+                events.add({...event, kind: "states", id: 99, time: 1002, count: 3, servers});
+                events.add({...event, id: 100, time: 1500, server: "gpu-1"});
                 const shown = [...document.querySelectorAll("#events li span")];
                 return [...shown.map(span => span.innerText), shown[1].title.split(", ").length,
-                        events.of("gpu-7", 5).items.length];
+                        events.of("gpu-7", 5).items.length,
+                        events.of("gpu-100", 5).items[0].innerText];
             })()"""
         )
-        assert lines == ["gpu-1: up → down", "98 servers: up → down", 98, 1]
+        own = lines.pop()
+        assert lines == ["gpu-1: up → down", "100 servers: up → down", 100, 1]
+        assert own.endswith("gpu-100: up → down")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 
@@ -31,6 +31,12 @@ A server at its limit is full and up again every second or two. These changes ar
 EXHAUSTED_PER_SECOND = 5
 """Failed-request events per second; further ones are combined into one event."""
 
+ALIKE_PER_SECOND = 5
+"""Equal changes of state per second that are events of their own; further ones are combined.
+
+A start or a lost switch changes hundreds of servers at once.
+"""
+
 
 NO_VALUES: Mapping[str, str] = MappingProxyType({})
 
@@ -45,6 +51,7 @@ class EventLog:
         self._last: deque[Event] = deque(maxlen=KEPT)
         self._last_of_requests: deque[Event] = deque(maxlen=KEPT_OF_REQUESTS)
         self._full: Counter[str] = Counter()
+        self._alike: dict[tuple[State, State], list[Transition]] = {}
         self._seconds = 0
         self._announce = announce
         self._wall = wall
@@ -68,6 +75,7 @@ class EventLog:
         new: str | None = None,
         reason: Reason = NONE,
         count: int | None = None,
+        servers: Sequence[str] = (),
         code: str | None = None,
         values: Mapping[str, str] = NO_VALUES,
     ) -> None:
@@ -86,6 +94,7 @@ class EventLog:
             new=new,
             **reason_fields(reason),
             count=count,
+            servers=list(servers),
         )
         kept = self._last_of_requests if kind == self._OF_REQUESTS else self._last
         kept.append(event)
@@ -96,6 +105,12 @@ class EventLog:
             if change.new == State.FULL:
                 self._full[change.server] += 1
             return
+        alike = self._alike.setdefault((change.old, change.new), [])
+        alike.append(change)
+        if len(alike) <= ALIKE_PER_SECOND:
+            self._changed(change)
+
+    def _changed(self, change: Transition) -> None:
         reason = f" ({change.reason.text})" if change.reason else ""
         text = f"{change.server}: {change.old} → {change.new}{reason}"
         self.add(
@@ -105,6 +120,22 @@ class EventLog:
             old=change.old,
             new=change.new,
             reason=change.reason,
+        )
+
+    def _changed_alike(self, old: State, new: State, changes: Sequence[Transition]) -> None:
+        """The changes of a second after the first ones, as one event."""
+        if len(changes) <= 1:
+            for change in changes:
+                self._changed(change)
+            return
+        names = list(dict.fromkeys(change.server for change in changes))
+        self.add(
+            "states",
+            f"{len(names)} more servers: {old} → {new}",
+            old=old,
+            new=new,
+            count=len(names),
+            servers=names,
         )
 
     def exhausted(self, record: Record) -> None:
@@ -136,6 +167,9 @@ class EventLog:
             values = {"n": str(more)}
             self.add(self._OF_REQUESTS, text, code="requests_failed", values=values)
         self._exhausted = 0
+        for (old, new), changes in self._alike.items():
+            self._changed_alike(old, new, changes[ALIKE_PER_SECOND:])
+        self._alike.clear()
         self._seconds += 1
         if self._seconds % FULL_PERIOD == 0:
             for server, times in self._full.items():

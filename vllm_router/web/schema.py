@@ -288,7 +288,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     kind: Annotated[
         str,
         _(
-            "state: a server changed it, except between up and full; full: how often a server was "
+            "state: a server changed it, except between up and full; states: further servers with "
+            "the same change within a second; full: how often a server was "
             "full within a minute; drained: a draining server has nothing in flight any "
             "more; reload; reload_refused; discovery: sources have found or lost servers; source: "
             "what is wrong with a source, or right again; retries_exhausted; missed: this client "
@@ -312,13 +313,16 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
         ),
     ] = {}
     server: Annotated[str | None, _("The server it is about, if any.")] = None
-    old: Annotated[str | None, _("The state before (kind state).")] = None
-    new: Annotated[str | None, _("The state now (kind state).")] = None
+    old: Annotated[str | None, _("The state before (kinds state, states).")] = None
+    new: Annotated[str | None, _("The state now (kinds state, states).")] = None
     reason: Annotated[str, _("Why, in words (kind state).")] = ""
     reason_code: Annotated[str | None, _("As of a server.")] = None
     reason_values: Annotated[dict[str, str], _("As of a server.")] = {}
     reason_also: Annotated[list[Phrase], _("As of a server.")] = []
-    count: Annotated[int | None, _("How often (kinds full, missed).")] = None
+    count: Annotated[
+        int | None, _("How often (kinds full, missed); how many servers (kind states).")
+    ] = None
+    servers: Annotated[list[str], _("Their names (kind states).")] = []
 
 
 class ConfigView(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,9 @@ from support.feed_makers import (
 from support.monitor_view import model, picture, styles, view, with_models
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.actions import Explain, Overlay, Quit, SetDrain
+from vllm_router.cli.monitor.controls import press
 from vllm_router.cli.monitor.keys import decode
+from vllm_router.cli.monitor.order import SORTS
 from vllm_router.cli.monitor.plain import stamped, summary
 from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.styles import heat
@@ -61,66 +63,71 @@ def test_keys_any_split_of_bytes_gives_same_keys():
 
 def test_monitor_drain_asks_and_only_y_confirms():
     shown = view(server("a"), server("b"))
-    assert shown.key("down") is None
-    assert shown.key("d") is None
+    assert press(shown, "down") is None
+    assert press(shown, "d") is None
     assert shown.question is not None
     assert "b" in shown.question.text
-    assert shown.key("x") is None
+    assert press(shown, "x") is None
     assert shown.question is None
-    assert shown.key("d") is None
-    assert shown.key("y") == SetDrain("b", on=True)
+    assert press(shown, "d") is None
+    assert press(shown, "y") == SetDrain("b", on=True)
 
 
 def test_monitor_undrain_applies_to_draining_servers():
     shown = view(server("a", state="draining", reason="draining, 2 in flight"))
-    assert shown.key("d") is None
+    assert press(shown, "d") is None
     assert "already" in shown.message
-    shown.key("u")
-    assert shown.key("y") == SetDrain("a", on=False)
+    press(shown, "u")
+    assert press(shown, "y") == SetDrain("a", on=False)
 
 
 def test_monitor_drain_is_refused_without_rights_or_connection():
     guest = View("http://router:8888")
     guest.take(hello(admin=False), NOW)
     guest.take(snapshot(server("a")), NOW)
-    guest.key("d")
+    press(guest, "d")
     assert guest.question is None
     assert "own machine" in guest.message
 
     alone = view(server("a"))
     alone.lost("Connection refused")
-    alone.key("d")
+    press(alone, "d")
     assert alone.question is None
     assert "Not connected" in alone.message
 
 
 def test_monitor_quit_of_own_view_asks_except_for_ctrl_c():
-    assert view(server("a")).key("q") == Quit()
+    assert press(view(server("a")), "q") == Quit()
     own = view(server("a"), attached=True)
-    assert own.key("q") is None
-    assert own.key("n") is None
-    assert own.key("q") is None
-    assert own.key("y") == Quit()
-    own.key("q")
-    assert own.key("ctrl-c") == Quit()
+    assert press(own, "q") is None
+    assert press(own, "n") is None
+    assert press(own, "q") is None
+    assert press(own, "y") == Quit()
+    press(own, "q")
+    assert press(own, "ctrl-c") == Quit()
 
 
 def test_monitor_selection_follows_its_server_through_sorting():
     shown = view(server("b", 0.2), server("a", 0.9), server("c", 0.5, state="down"))
-    shown.key("end")
     assert shown.selected == "c"
     orders = []
-    for _ in range(6):
+    for _ in SORTS:
         orders.append([one.name for one in shown.servers()])
-        shown.key("s")
+        press(shown, "s")
         assert shown.selected == "c"
-    assert orders[:4] == [["b", "a", "c"], ["a", "c", "b"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert orders[:4] == [["c", "b", "a"], ["b", "a", "c"], ["a", "c", "b"], ["a", "b", "c"]]
     assert shown.sort == 0
-    shown.key("home")
-    shown.key("up")
-    assert shown.selected == "b"
+    press(shown, "end")
+    press(shown, "down")
+    assert shown.selected == "a"
     shown.take(snapshot(server("a")), NOW)
     assert shown.selected == "a"
+
+
+def test_monitor_trouble_is_first_and_other_servers_keep_their_order():
+    states = {"d": "up", "c": "full", "b": "up", "a": "draining", "e": "down", "f": "new"}
+    shown = view(*(server(name, state=state) for name, state in states.items()))
+    assert [one.name for one in shown.servers()] == ["e", "a", "d", "c", "b", "f"]
 
 
 # -- the feed ---------------------------------------------------------------------------------
@@ -244,7 +251,7 @@ def test_monitor_foreign_text_never_controls_the_terminal():
     shown = view(server(f"a{evil}", models=(evil,), reason=evil, state="down"), models=True)
     shown.take(event(1, evil, kind="reload_refused"), NOW)
     shown.lost(evil)
-    shown.key("d")
+    press(shown, "d")
     text = "".join(picture(shown, 160, 40))
     assert "\x1b" not in text
     assert "\x07" not in text
@@ -283,12 +290,12 @@ def test_monitor_hundred_servers_scroll_with_selection():
     shown = view(*(server(f"gpu-{n:03}") for n in range(100)))
     assert any("gpu-000" in line for line in picture(shown))
     assert any("1-15 of 100" in line for line in picture(shown))
-    shown.key("end")
+    press(shown, "end")
     lines = picture(shown)
     assert any("▸ gpu-099" in line for line in lines)
     assert not any("gpu-000" in line for line in lines)
     for _ in range(6):
-        shown.key("page-up")
+        press(shown, "page-up")
     assert any("▸ gpu-039" in line for line in picture(shown))
 
 
@@ -298,7 +305,7 @@ def test_monitor_fills_every_screen_size_exactly(width: int, height: int):
     for number in range(1, 50):
         shown.take(event(number, "something " * 10, kind="reload"), NOW)
     picture(shown, width, height)
-    shown.key("?")
+    press(shown, "?")
     picture(shown, width, height)
 
 
@@ -434,9 +441,9 @@ def test_monitor_chart_is_as_high_as_its_value_and_names_the_greatest():
 
 def test_monitor_range_key_shows_the_last_hour():
     shown = with_history(view(server("a")), [9.0] * 300)
-    assert shown.key("r") is None
+    assert press(shown, "r") is None
     assert any("max 7.0, 60 min" in line for line in picture(shown, 80, 40))
-    shown.key("r")
+    press(shown, "r")
     assert any("max 9.0, 5 min" in line for line in picture(shown, 80, 40))
 
 
@@ -456,50 +463,52 @@ def test_monitor_trend_keeps_the_mean_of_ten_seconds_for_the_hour_as_the_router_
 def test_monitor_filter_shows_matching_servers_until_escape():
     shown = view(server("gpu-1"), server("gpu-2", models=("Llama",)), server("cpu-3"))
     for key in ("/", "l", "L"):
-        shown.key(key)
+        press(shown, key)
     assert [one.name for one in shown.servers()] == ["gpu-2"]
     assert shown.selected == "gpu-2"
     assert "filter: lL" in "".join(picture(shown))
-    shown.key("backspace")
-    shown.key("backspace")
+    press(shown, "backspace")
+    press(shown, "backspace")
     for key in "gpu":
-        shown.key(key)
-    shown.key("enter")
+        press(shown, key)
+    press(shown, "enter")
     assert [one.name for one in shown.servers()] == ["gpu-1", "gpu-2"]
-    assert shown.key("q") == Quit()  # a key again, no letter of the filter
+    assert press(shown, "q") == Quit()  # a key again, no letter of the filter
     assert "2 with gpu" in "".join(picture(shown))
-    shown.key("escape")
+    press(shown, "escape")
     assert len(shown.servers()) == 3
 
 
 def test_monitor_filter_without_match_says_so():
     shown = view(server("gpu-1"))
     for key in "/x":
-        shown.key(key)
+        press(shown, key)
     assert "0 with x" in "".join(picture(shown))
-    assert shown.key("down") is None
+    assert press(shown, "down") is None
 
 
 def test_monitor_enter_shows_one_server_with_its_events():
     shown = view(server("a"), server("b", state="down", reason="Connection refused"))
     shown.take(event(7, "b: up → down", server="b", new="down"), NOW)
     shown.take(event(8, "a: down → up", server="a", new="up"), NOW)
-    shown.key("down")
-    shown.key("enter")
+    facts = {"kind": "states", "old": "up", "new": "down", "count": 2, "servers": ["b", "c"]}
+    shown.take(event(9, "2 more servers: up → down", **facts), NOW)
+    press(shown, "enter")
     lines = "\n".join(picture(shown))
     assert "down for 1 min: Connection refused" in lines
     assert "p50 100 ms, p95 250 ms, p99 1.50 s" in lines
     assert "b: up → down" in lines
+    assert "2 more servers: up → down" in lines
     assert "a: down → up" not in lines
-    assert shown.key("x") is None
+    assert press(shown, "x") is None
     assert "RUN" in "\n".join(picture(shown))
 
 
 def test_monitor_explain_key_asks_for_the_model_of_the_server_and_shows_the_answer():
     shown = view(server("a", models=("m", "n")), server("b", models=None))
-    assert shown.key("e") == Explain("m")
-    shown.key("down")
-    assert shown.key("e") == Explain(None)
+    assert press(shown, "e") == Explain("m")
+    press(shown, "down")
+    assert press(shown, "e") == Explain(None)
     row = {"server": "a", "load": 0.5, "score": 1.25, "parts": {}}
     out = {"server": "b", "load": 0.0, "state": "down", "reason": "Connection refused"}
     shown.show(Overlay.EXPLAINED)
@@ -516,7 +525,7 @@ def test_monitor_explain_key_asks_for_the_model_of_the_server_and_shows_the_answ
     assert any(why in line for line in lines)
     assert any("▸ a" in line and "50 %" in line and "1.25" in line for line in lines)
     assert any("Connection refused" in line for line in lines)
-    shown.key("escape")
+    press(shown, "escape")
     assert shown.overlay is None
 
 
@@ -556,6 +565,6 @@ def test_monitor_refused_configuration_is_in_the_last_line():
 
 def test_monitor_details_of_a_vanished_server_say_so():
     shown = view(server("a"))
-    shown.key("enter")
+    press(shown, "enter")
     shown.take(snapshot(), NOW)
     assert "The server was removed." in "".join(picture(shown))

@@ -10,6 +10,7 @@ import pytest
 from support.feed_makers import NOW, event, hello, server, snapshot
 from support.monitor_view import picture, view
 from vllm_router.cli.monitor.actions import Overlay, Quit, ReloadFile, Suspend
+from vllm_router.cli.monitor.controls import click, press
 from vllm_router.cli.monitor.draw import server_at
 from vllm_router.cli.monitor.keys import Click, decode
 from vllm_router.cli.monitor.overlays import KEYS, clamp_scroll
@@ -55,36 +56,36 @@ def test_click_selects_the_server_in_that_line_and_opens_it_the_second_time(
     assert server_at(shown, width, height, row) == "gpu-03"
     assert server_at(shown, width, height, 0) is None
     assert server_at(shown, width, height, height - 1) is None
-    shown.click(server_at(shown, width, height, row))
+    click(shown, server_at(shown, width, height, row))
     assert (shown.selected, shown.overlay) == ("gpu-03", None)
-    shown.click(None)
+    click(shown, None)
     assert (shown.selected, shown.overlay) == ("gpu-03", None)
-    shown.click("gpu-03")
+    click(shown, "gpu-03")
     assert shown.overlay is Overlay.DETAILS
     assert server_at(shown, width, height, row) is None
-    shown.click(None)
+    click(shown, None)
     assert shown.overlay is None
 
 
 def test_click_answers_a_question_with_no():
     shown = view(server("a"))
-    shown.key("d")
-    shown.click("a")
+    press(shown, "d")
+    click(shown, "a")
     assert (shown.question, shown.overlay) == (None, None)
 
 
 def test_wheel_moves_the_selection():
     shown = view(*(server(f"s{n}") for n in range(9)))
-    shown.key("wheel-down")
+    press(shown, "wheel-down")
     assert shown.selected == "s3"
-    shown.key("wheel-up")
+    press(shown, "wheel-up")
     assert shown.selected == "s0"
 
 
 def test_ctrl_z_suspends_only_a_monitor_of_its_own():
-    assert view(server("a")).key("ctrl-z") == Suspend()
+    assert press(view(server("a")), "ctrl-z") == Suspend()
     own = view(server("a"), attached=True)
-    assert own.key("ctrl-z") is None
+    assert press(own, "ctrl-z") is None
     assert "would stop the router" in own.message
 
 
@@ -101,11 +102,11 @@ def with_file(admin: bool = True, source: str | None = "servers.toml") -> View:
 
 def test_reload_asks_and_only_y_confirms():
     shown = with_file()
-    assert shown.key("R") is None
+    assert press(shown, "R") is None
     assert "Read servers.toml again? y/n" in "".join(picture(shown))
-    assert shown.key("n") is None
-    shown.key("R")
-    assert shown.key("y") == ReloadFile()
+    assert press(shown, "n") is None
+    press(shown, "R")
+    assert press(shown, "y") == ReloadFile()
 
 
 def test_reload_without_rights_file_or_router_says_why():
@@ -113,10 +114,10 @@ def test_reload_without_rights_file_or_router_says_why():
         (with_file(admin=False), "own machine"),
         (with_file(source=None), "command line"),
     ):
-        shown.key("R")
+        press(shown, "R")
         assert shown.question is None
         assert why in shown.message
-    assert View("http://router:8888").key("R") is None
+    assert press(View("http://router:8888"), "R") is None
 
 
 def test_reload_key_is_shown_where_there_is_a_file():
@@ -147,7 +148,7 @@ def request(**facts: Any) -> dict[str, Any]:
 
 def test_requests_key_shows_the_last_requests():
     shown = view(server("gpu-1"))
-    shown.key("t")
+    press(shown, "t")
     assert "No request yet." in "".join(picture(shown))
     shown.requests = [
         request(),
@@ -162,7 +163,7 @@ def test_requests_key_shows_the_last_requests():
     assert any("gpt → llama" in line and "503 no_server" in line for line in lines)
     shown.requests_problem = "An API key is needed"
     assert "An API key is needed" in "".join(picture(shown))
-    shown.key("q")
+    press(shown, "q")
     assert shown.overlay is None
 
 
@@ -186,42 +187,42 @@ def test_requests_are_beside_the_events_of_a_wide_screen_and_below_them_on_a_nar
 
 def test_log_key_shows_the_end_of_the_log_and_scrolls_back():
     shown = view(server("a"), attached=True)
-    shown.key("l")
+    press(shown, "l")
     assert "The log is empty." in "".join(picture(shown))
     shown.log = [f"2026-11-30 ERROR serve: line {n}" for n in range(100)]
     text = "".join(picture(shown))
     assert "line 99" in text
     assert "line 79" not in text
-    shown.key("wheel-up")
+    press(shown, "wheel-up")
     assert "line 99" not in "".join(picture(shown))
-    shown.key("home")
+    press(shown, "home")
     clamp_scroll(shown, 76, 22)
     assert "line 0" in "".join(picture(shown))
-    shown.key("down")
-    shown.key("down")
+    press(shown, "down")
+    press(shown, "down")
     assert "line 0 " not in "".join(picture(shown))
-    shown.key("end")
+    press(shown, "end")
     assert "line 99" in "".join(picture(shown))
 
 
 def test_log_of_another_monitor_is_elsewhere():
     shown = view(server("a"))
-    shown.key("l")
+    press(shown, "l")
     assert shown.overlay is None
     assert "where the router runs" in shown.message
 
 
 def test_overlay_longer_than_the_screen_scrolls_and_says_where():
     shown = view(server("a"))
-    shown.key("?")
+    press(shown, "?")
     assert "Lines 1-" in "".join(picture(shown, 80, 15))
-    shown.key("end")
+    press(shown, "end")
     clamp_scroll(shown, 76, 13)
     assert shown.scroll < 100
     assert "red from 90 %" in "".join(picture(shown, 80, 15))
-    shown.key("up")
+    press(shown, "up")
     assert shown.overlay is Overlay.HELP
-    shown.key("?")
+    press(shown, "?")
     assert shown.overlay is None
 
 
@@ -237,4 +238,4 @@ def test_small_screen_gives_the_lines_about_the_selected_server_to_servers():
         shown.take(event(number, "something"), NOW)
     lines = picture(shown, 60, 15)
     assert sum("gpu-" in line for line in lines) == 10
-    assert shown.key("q") == Quit()
+    assert press(shown, "q") == Quit()

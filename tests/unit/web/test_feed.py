@@ -24,6 +24,7 @@ from vllm_router.routing.prompt.conversation import plain_prompt
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.web import schema
 from vllm_router.web.events import (
+    ALIKE_PER_SECOND,
     EXHAUSTED_PER_SECOND,
     FULL_PERIOD,
     KEPT,
@@ -342,6 +343,35 @@ def test_feed_full_and_up_again_are_one_event_a_minute():
     assert len(announced) == 2
     log.transition(Transition("a", State.FULL, State.DOWN, detail("unreachable")))
     assert announced[-1].kind == "state"
+
+
+def test_feed_equal_changes_of_many_servers_are_few_events():
+    announced: list[schema.Event] = []
+    log = EventLog(announced.append, lambda: 0.0)
+    names = [f"gpu-{n}" for n in range(300)]
+    for name in names:
+        log.transition(Transition(name, State.UNKNOWN, State.UP, NONE))
+    log.transition(Transition("odd", State.UP, State.DOWN, detail("unreachable")))
+    log.second()
+    log.transition(Transition("late", State.UNKNOWN, State.UP, NONE))
+    alone = [event for event in announced if event.kind == "state"]
+    assert [event.server for event in alone] == [*names[:ALIKE_PER_SECOND], "odd", "late"]
+    (rest,) = (event for event in announced if event.kind == "states")
+    assert (rest.old, rest.new, rest.count) == ("unknown", "up", 300 - ALIKE_PER_SECOND)
+    assert rest.servers == names[ALIKE_PER_SECOND:]
+    assert rest.text == "295 more servers: unknown → up"
+
+
+def test_feed_one_change_more_than_are_sent_at_once_is_an_event_of_its_own():
+    announced: list[schema.Event] = []
+    log = EventLog(announced.append, lambda: 0.0)
+    for n in range(ALIKE_PER_SECOND + 1):
+        log.transition(Transition(f"gpu-{n}", State.UP, State.DOWN, detail("unreachable")))
+    log.second()
+    assert [event.server for event in announced] == [
+        f"gpu-{n}" for n in range(ALIKE_PER_SECOND + 1)
+    ]
+    assert announced[-1].reason == "unreachable"
 
 
 async def test_feed_full_server_is_shown_as_full_for_some_seconds(autojump_clock, lab):

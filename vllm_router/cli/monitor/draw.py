@@ -21,11 +21,12 @@ from vllm_router.cli.monitor.actions import Overlay
 from vllm_router.cli.monitor.charts import charts
 from vllm_router.cli.monitor.events import events_list
 from vllm_router.cli.monitor.models import models_table, outage
+from vllm_router.cli.monitor.order import SORTS
 from vllm_router.cli.monitor.overlays import overlay
 from vllm_router.cli.monitor.requests import requests_list
 from vllm_router.cli.monitor.servers import models_of, servers_table, window
 from vllm_router.cli.monitor.shared import shared_lines
-from vllm_router.cli.monitor.state import SORTS, View
+from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.styles import STATE_STYLES, heat
 from vllm_router.cli.monitor.texts import reason_of
 from vllm_router.observability.formatting import visible

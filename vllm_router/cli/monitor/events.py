@@ -46,6 +46,11 @@ def event_lines(texts: Texts, events: Iterable[Event]) -> Iterator[Text]:
         yield line.append(visible(event_text(texts, event)), _style(event))
 
 
+def is_about(event: Event, server: str) -> bool:
+    """Whether the event is about this server, perhaps among others."""
+    return event.server == server or server in event.servers
+
+
 _EVENT_STYLES = {
     "reload": "green",
     "discovery": "green",
@@ -60,7 +65,7 @@ _LABELLED = ("reload", "reload_refused", "discovery")
 
 
 def _style(event: Event) -> str:
-    if event.kind == "state":
+    if event.kind in ("state", "states"):
         return STATE_STYLES.get(event.new or "", "")
     return _EVENT_STYLES.get(event.kind, "red")
 
@@ -84,6 +89,9 @@ def event_text(texts: Texts, event: Event) -> str:
             new=texts.word("state", event.new),
             reason=reason,
         )
+    if event.kind == "states" and event.old and event.new:
+        old, new = texts.word("state", event.old), texts.word("state", event.new)
+        return texts("event_states", n=event.count or len(event.servers), old=old, new=new)
     if event.kind in ("full", "drained", "missed"):
         return texts(f"event_{event.kind}", server=event.server, n=event.count or 1)
     return text

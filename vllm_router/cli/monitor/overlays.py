@@ -12,7 +12,7 @@ from rich.text import Text
 from vllm_router.cli.explain import verdict
 from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.actions import Overlay
-from vllm_router.cli.monitor.events import event_lines
+from vllm_router.cli.monitor.events import event_lines, is_about
 from vllm_router.cli.monitor.requests import requests_table
 from vllm_router.cli.monitor.servers import models_of
 from vllm_router.cli.monitor.state import View
@@ -180,7 +180,7 @@ def _details(view: View, width: int, height: int) -> list[Text]:
             words.sparkline(view.loads.get(server.name, ()), max(8, width - 14)), "cyan"
         ),
     ]  # fmt: skip
-    events = [event for event in view.events if event.server == server.name]
+    events = [event for event in view.events if is_about(event, server.name)]
     room = height - len(lines) - 2
     if events and room > 0:
         lines += [Text(), Text(texts("EVENTS"), style="bright_black")]

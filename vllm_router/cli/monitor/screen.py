@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from vllm_router.cli.monitor import controls
 from vllm_router.cli.monitor.actions import Explain, Overlay, Quit, ReloadFile, SetDrain, Suspend
 from vllm_router.cli.monitor.draw import draw, server_at, wants_requests
 from vllm_router.cli.monitor.fullscreen import FullScreen
@@ -170,7 +171,7 @@ class Screen:
         if isinstance(key, Click):
             self._click(key)
             return
-        action = self._view.key(key)
+        action = controls.press(self._view, key)
         self._changed.set()
         if self._view.overlay in (Overlay.REQUESTS, Overlay.LOG):
             self._wanted.set()
@@ -185,7 +186,7 @@ class Screen:
     def _click(self, click: Click) -> None:
         if self._terminal is not None:
             width, height = self._terminal.console.size
-            self._view.click(server_at(self._view, width, height, click.row))
+            controls.click(self._view, server_at(self._view, width, height, click.row))
             self._changed.set()
 
     def _suspend(self) -> None:

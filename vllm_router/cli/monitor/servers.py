@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from vllm_router.cli.monitor import words
-from vllm_router.cli.monitor.state import SORTS, View
+from vllm_router.cli.monitor.order import SORTS
+from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.styles import PUT_OUT, STATE_STYLES, cut, heat, right
 from vllm_router.cli.monitor.texts import Texts, reason_of
 from vllm_router.observability.formatting import visible

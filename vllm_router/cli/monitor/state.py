@@ -1,22 +1,13 @@
-"""The state of the monitor, and the effect of keys. Pure: no terminal, no socket, no clock."""
+"""The state of the monitor. Pure: no terminal, no socket, no clock. `controls` has the keys."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_router.cli.monitor.actions import (
-    Action,
-    Explain,
-    Overlay,
-    Question,
-    Quit,
-    ReloadFile,
-    SetDrain,
-    Suspend,
-)
+from vllm_router.cli.monitor.actions import Overlay, Question
+from vllm_router.cli.monitor.order import in_order
 from vllm_router.cli.monitor.texts import ENGLISH, Texts
 from vllm_router.cli.monitor.trend import Trend
 from vllm_router.web.schema import VERSION, Event, FleetView, Hello, ServerView, Snapshot
@@ -28,57 +19,8 @@ EVENTS = 200
 OF_REQUESTS, KEPT_OF_REQUESTS = "retries_exhausted", 20
 """The kind of event about a single request, and how many of those events are kept at most."""
 
-PAGE = 10
-WHEEL = 3
-"""Lines of one step of the mouse's wheel."""
-
-MOST_LINES = 100_000
-"""More lines than anything shown has."""
-
 STALE_SECONDS = 2.5
 """Seconds without a snapshot after which the figures are marked as old."""
-
-_BADNESS = (
-    "down",
-    "ejected",
-    "silent",
-    "asleep",
-    "paused",
-    "unknown",
-    "draining",
-    "refusing",
-    "full",
-    "up",
-)
-
-SortKey = Callable[[ServerView], tuple[float, str]]
-
-SORTS: Sequence[tuple[str, SortKey | None]] = (
-    ("sort_order", None),
-    ("sort_load", lambda server: (-server.load, server.name)),
-    ("sort_state", lambda server: (_badness(server.state), server.name)),
-    ("sort_name", lambda server: (0.0, server.name)),
-    ("sort_requests", lambda server: (-server.requests_per_s, server.name)),
-    ("sort_ttft", lambda server: (-server.ttft.p95 if server.ttft else 1.0, server.name)),
-)
-"""The sort orders of key `s`, by a key of the texts; the first is the configuration's order."""
-
-
-_STEPS = {
-    "up": -1,
-    "k": -1,
-    "wheel-up": -WHEEL,
-    "page-up": -PAGE,
-    "down": 1,
-    "j": 1,
-    "wheel-down": WHEEL,
-    "page-down": PAGE,
-}
-"""Lines by which a key moves."""
-
-
-def _badness(state: str) -> float:
-    return _BADNESS.index(state) if state in _BADNESS else len(_BADNESS)
 
 
 @dataclass(slots=True)
@@ -166,9 +108,8 @@ class View:
             }
             for server in snapshot.servers:
                 self.loads[server.name].append(server.load)
-        names = [server.name for server in snapshot.servers]
-        if self.selected not in names:
-            self.selected = names[0] if names else None
+        if self.chosen() is None:
+            self.selected = next((server.name for server in self.servers()), None)
 
     def _tell(self, event: Event) -> None:
         if event.id and event.id <= self._newest:
@@ -187,8 +128,7 @@ class View:
         servers = list(self.snapshot.servers) if self.snapshot is not None else []
         if self.filter:
             servers = [server for server in servers if self._matches(server)]
-        key = SORTS[self.sort][1]
-        return sorted(servers, key=key) if key is not None else servers
+        return in_order(servers, self.sort)
 
     def _matches(self, server: ServerView) -> bool:
         texts = (server.name, server.url, server.state, *(server.models or ()))
@@ -210,162 +150,15 @@ class View:
         interval = self.hello.config.feed_interval if self.hello is not None else 0.5
         return not self.connected or now - self.heard > max(STALE_SECONDS, 4 * interval)
 
-    # -- keys -----------------------------------------------------------------------------------
-
-    def key(self, key: str) -> Action | None:
-        """The action of a key, if it does more than change the display."""
-        self.message = ""
-        if key == "ctrl-c":
-            return Quit()
-        if key == "ctrl-z":
-            return self._suspend()
-        if self.question is not None:
-            question, self.question = self.question, None
-            return question.action if key in ("y", "Y") else None
-        if self.overlay is not None:
-            self._overlaid(key)
-            return None
-        if self.typing:
-            self._type(key)
-            return None
-        if key in ("q", "Q"):
-            return self._leave()
-        if key == "e":
-            server = self.chosen()
-            return Explain(server.models[0] if server is not None and server.models else None)
-        if key in ("d", "u"):
-            self._ask_drain(on=key == "d")
-        elif key == "R":
-            self._ask_reload()
-        elif key == "/":
-            self.typing = True
-        elif key == "escape":
-            self._filter("")
-        elif key == "r":
-            self.hour = not self.hour
-        elif key in ("s", "S"):
-            self.sort = (self.sort + (1 if key == "s" else -1)) % len(SORTS)
-        elif key == "m":
-            self.models = not self.models
-        elif not self._open(key):
-            self._move(key)
-        return None
-
-    def click(self, server: str | None) -> None:
-        """A click: on the line of a server, or elsewhere. It selects; a second one shows more."""
-        self.message = ""
-        if self.question is not None:
-            self.question = None
-        elif self.overlay is not None:
-            self.overlay = None
-        elif server is not None and server == self.selected:
-            self.show(Overlay.DETAILS)
-        elif server is not None:
-            self.selected = server
+    # -- what the user chooses ------------------------------------------------------------------
 
     def show(self, overlay: Overlay) -> None:
         """Show something instead of the fleet, from its beginning."""
         self.overlay, self.scroll = overlay, 0
 
-    def _open(self, key: str) -> bool:
-        """Open what the key shows; False if it shows nothing."""
-        if key == "enter" and self.chosen() is not None:
-            self.show(Overlay.DETAILS)
-        elif key == "t":
-            self.show(Overlay.REQUESTS)
-        elif key == "l" and self.attached:
-            self.show(Overlay.LOG)
-        elif key == "l":
-            self.message = self.texts("log_elsewhere")
-        elif key in ("?", "h"):
-            self.show(Overlay.HELP)
-        else:
-            return False
-        return True
-
-    def _overlaid(self, key: str) -> None:
-        """A key while the fleet is hidden: it scrolls or goes back."""
-        steps = {**_STEPS, "home": -MOST_LINES, "g": -MOST_LINES, "end": MOST_LINES}
-        step = steps.get(key, MOST_LINES if key == "G" else 0)
-        if not step:
-            self.overlay = None
-        elif self.overlay is Overlay.LOG:
-            self.scroll = max(0, self.scroll - step)
-        else:
-            self.scroll = max(0, self.scroll + step)
-
-    def _type(self, key: str) -> None:
-        """A key of the filter: enter keeps it, escape drops it."""
-        if key in ("enter", "escape"):
-            self.typing = False
-        if key == "escape":
-            self._filter("")
-        elif key == "backspace":
-            self._filter(self.filter[:-1])
-        elif len(key) == 1:
-            self._filter(self.filter + key)
-        else:
-            self._move(key)
-
-    def _filter(self, text: str) -> None:
+    def set_filter(self, text: str) -> None:
+        """List only the servers with this text; empty for all of them."""
         self.filter = text
         names = [server.name for server in self.servers()]
         if self.selected not in names and names:
             self.selected = names[0]
-
-    def _leave(self) -> Action | None:
-        if not self.attached:
-            return Quit()
-        streams = self.snapshot.router.open_streams if self.snapshot is not None else 0
-        self.question = Question(self.texts("ask_stop", more=self._in_flight(streams)), Quit())
-        return None
-
-    def _suspend(self) -> Action | None:
-        if not self.attached:
-            return Suspend()
-        self.message = self.texts("no_suspend")
-        return None
-
-    def _may_change(self) -> bool:
-        """Whether this client may administrate the router; says why not."""
-        if self.hello is not None and not self.hello.admin:
-            self.message = self.texts("not_admin")
-        elif not self.connected:
-            self.message = self.texts("not_connected")
-        return not self.message
-
-    def _ask_drain(self, *, on: bool) -> None:
-        server = self.chosen()
-        if server is None or not self._may_change():
-            return
-        if on == (server.state == "draining"):
-            key = "already_draining" if on else "not_draining"
-            self.message = self.texts(key, server=server.name)
-        elif on:
-            more = self._in_flight(server.leases)
-            text = self.texts("ask_drain", server=server.name, more=more)
-            self.question = Question(text, SetDrain(server.name, on=True))
-        else:
-            text = self.texts("ask_undrain", server=server.name)
-            self.question = Question(text, SetDrain(server.name, on=False))
-
-    def _ask_reload(self) -> None:
-        if self.snapshot is None or not self._may_change():
-            return
-        file = self.snapshot.router.reload.source
-        if file is None:
-            self.message = self.texts("no_file")
-        else:
-            self.question = Question(self.texts("ask_reload", file=file), ReloadFile())
-
-    def _in_flight(self, number: int) -> str:
-        return self.texts("some_in_flight" if number else "none_in_flight", n=number)
-
-    def _move(self, key: str) -> None:
-        names = [server.name for server in self.servers()]
-        if not names:
-            return
-        at = names.index(self.selected) if self.selected in names else 0
-        ends = {"home": 0, "g": 0, "end": len(names) - 1, "G": len(names) - 1}
-        at = ends.get(key, at + _STEPS.get(key, 0))
-        self.selected = names[min(max(at, 0), len(names) - 1)]

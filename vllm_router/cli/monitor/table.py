@@ -75,9 +75,9 @@ TEXTS: dict[str, tuple[str, str]] = {
         "指标更新于 {age} 前（已过期），模型",
     ),
     "metrics_never": ("metrics never read, models", "从未读到指标，模型"),
+    "sort_trouble": ("trouble first", "异常在前"),
     "sort_order": ("order", "配置顺序"),
     "sort_load": ("load", "负载"),
-    "sort_state": ("state", "状态"),
     "sort_name": ("name", "名称"),
     "sort_requests": ("requests", "请求"),
     "sort_ttft": ("ttft", "首 token"),
@@ -123,6 +123,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{server}: {old} → {new} ({reason})",
         "{server}：{old} → {new}（{reason}）",
     ),
+    "event_states": ("{n} more servers: {old} → {new}", "另有 {n} 台服务器：{old} → {new}"),
     "event_full": ("{server}: full {n} times in a minute", "{server}：一分钟内满载 {n} 次"),
     "event_drained": (
         "{server}: drained, no requests in flight",

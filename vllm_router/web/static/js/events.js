@@ -13,13 +13,18 @@ const TOGETHER = 10;
 const NAMED = 3;
 const SICK = new Set(["down", "ejected"]);
 
+const isChange = ({ kind }) => kind === "state" || kind === "states";
+const serversOf = (event) => (event.kind === "states" ? event.servers ?? [] : [event.server]);
+const change = (event) => ({ old: t(`state_${event.old}`), new: t(`state_${event.new}`) });
+
 function words(event) {
   if (event.kind === "state") {
     const reason = reasonText(event);
     return t(reason ? "eventStateWhy" : "eventState", {
-      server: event.server, old: t(`state_${event.old}`), new: t(`state_${event.new}`), reason,
+      server: event.server, reason, ...change(event),
     });
   }
+  if (event.kind === "states") return t("eventStates", { n: event.count ?? "", ...change(event) });
   if (event.kind === "full") return t("eventFull", { server: event.server, n: event.count ?? 1 });
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
   if (event.kind === "missed") return t("eventMissed", { n: event.count ?? "" });
@@ -41,7 +46,7 @@ function changes({ added, removed, details, more }) {
 }
 
 function mood(event) {
-  if (event.kind === "state") {
+  if (isChange(event)) {
     if (SICK.has(event.new)) return "bad";
     // What an operator does is no fault.
     if (event.new === "draining" || event.old === "draining") return "none";
@@ -50,9 +55,10 @@ function mood(event) {
   return { reload: "good", discovery: "good", source: "some", full: "some", drained: "none", missed: "some" }[event.kind] ?? "bad";
 }
 
-/** Whether two events are the same change of two servers, at about the same time. */
-const alike = (first, event) => event.kind === "state" && first.kind === "state"
-  && event.old === first.old && event.new === first.new && event.server !== first.server
+/** Whether two events are the same change of several servers, at about the same time. */
+const alike = (first, event) => isChange(event) && isChange(first)
+  && event.old === first.old && event.new === first.new
+  && (event.kind === "states" || event.server !== first.server)
   && Math.abs(event.time - first.time) <= TOGETHER;
 
 export class Events {
@@ -103,7 +109,8 @@ export class Events {
 
   /** The list items of one server's last events, and a key that changes with them. */
   of(server, most) {
-    const found = this.events.filter((event) => event.server === server).slice(0, most);
+    const found = this.events.filter((event) => serversOf(event).includes(server)).slice(0, most)
+      .map((event) => (event.kind === "states" ? { ...event, kind: "state", server } : event));
     return { key: `${server} ${found[0]?.id ?? 0}`, items: found.map((event) => this.item(event)) };
   }
 
@@ -118,8 +125,8 @@ export class Events {
   groupItem(group) {
     if (group.length === 1) return this.item(group[0]);
     const item = this.item(group.at(-1));
-    const names = [...new Set(group.map(({ server }) => server))];
-    const states = { old: t(`state_${group[0].old}`), new: t(`state_${group[0].new}`) };
+    const names = [...new Set(group.flatMap(serversOf))];
+    const states = change(group[0]);
     const all = names.join(t("listComma"));
     item.lastElementChild.textContent = names.length <= NAMED
       ? t("eventState", { server: all, ...states })

@@ -98,14 +98,15 @@ let trouble = [];
 
 /** Only what an operator must hear, and several things at one moment in one sentence. */
 function sayTrouble(event) {
-  if (event.kind !== "state" || !SICK.has(event.new)) return;
+  if (!["state", "states"].includes(event.kind) || !SICK.has(event.new)) return;
   trouble.push(event);
   if (trouble.length > 1) return;
   setTimeout(() => {
     const [first] = trouble;
-    say(trouble.length === 1
+    const number = trouble.reduce((sum, { count }) => sum + (count ?? 1), 0);
+    say(number === 1
       ? t("saidState", { server: first.server, state: t(`state_${first.new}`) })
-      : t("saidStates", { n: trouble.length }));
+      : t("saidStates", { n: number }));
     trouble = [];
     saidAt = performance.now();
   }, Math.max(300, saidAt + SAY_EVERY - performance.now()));

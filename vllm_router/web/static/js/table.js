@@ -26,8 +26,6 @@ const BADNESS = ["down", "ejected", "silent", "asleep", "paused", "unknown", "dr
 /** A server at its limit is full and up again all the time; its row stays where it is. */
 const FULL = BADNESS.indexOf("full");
 const SORT_EVERY = 2000;
-/** Up to so many servers the order is that of the configuration, beyond it trouble comes first. */
-const FEW = 8;
 /** From so many rows on, bars jump instead of gliding: a hundred transitions are not cheap. */
 const MANY = 30;
 
@@ -281,9 +279,9 @@ export class Table {
     this.select();
   }
 
-  /** The column whose order is shown; "" for the order of the configuration. */
+  /** The column whose order is shown: trouble comes first; "" is the order of the configuration. */
   orderedBy() {
-    return this.sort ?? (this.servers.length > FEW ? "state" : "");
+    return this.sort ?? "state";
   }
 
   /** Put the rows in order; now and then only, and not under a hand that aims at one. */
