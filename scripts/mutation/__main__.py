@@ -16,11 +16,13 @@ import pytest
 
 from mutation.coverage_map import CoverageMap, Mapped
 from mutation.modules import DECIDING
+from mutation.results import Results
 from mutation.sites import Mutant, dependents, mutants_of, name_of_constant
-from mutation.trial import Originals, passes, try_mutant
+from mutation.trial import Originals, Verdict, passes, try_mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".bench" / "mutants.json"
+VERDICTS = ROOT / ".bench" / "mutants.jsonl"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 TESTS = (
     "tests/unit/proxy",
@@ -40,8 +42,11 @@ ANY = "any"
 
 NEAR_TURNS = 10
 
-SECONDS = 60.0
-"""Time limit of one mutant, beside four times what its tests take without it."""
+SECONDS = 5.0
+"""CPU time that a test may take with a mutant, beside ten times what it takes without."""
+
+SLOW = 5.0
+"""Seconds after which a test that failed runs once more: the machine may only have been busy."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Options:
     tests: int
     within: tuple[str, ...]
     seconds: float
+    fresh: bool
 
 
 def options(arguments: list[str]) -> Options:
@@ -70,8 +76,9 @@ def options(arguments: list[str]) -> Options:
         "--within", action="append", metavar="PATH", help="use the tests of this folder or file"
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="limit of a mutant that ends nothing"
+        "--seconds", type=float, default=SECONDS, help="CPU time after which a test is a loop"
     )
+    parser.add_argument("--fresh", action="store_true", help="use no verdict of an earlier run")
     parser.add_argument("--list", action="store_true", help="print the modules")
     found = parser.parse_args(arguments)
     if found.list:
@@ -84,7 +91,14 @@ def options(arguments: list[str]) -> Options:
         parser.error(f"no module matches {found.modules}; --list prints them")
     within = tuple(found.within or TESTS)
     return Options(
-        tuple(chosen), found.count, found.seed, found.only, found.tests, within, found.seconds
+        tuple(chosen),
+        found.count,
+        found.seed,
+        found.only,
+        found.tests,
+        within,
+        found.seconds,
+        found.fresh,
     )
 
 
@@ -95,6 +109,7 @@ class Run:
         self._options = chosen
         self._passes: dict[str, bool] = {}
         """Whether a test that has killed a mutant passes without one."""
+        self._results = Results(VERDICTS, ROOT)
         self.survivors = 0
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -116,7 +131,8 @@ class Run:
         totals: Counter[str] = Counter()
         for module in self._options.modules:
             totals += self._module(module, mapping.tests, items, originals, known)
-        print(f"\n{summary('all', totals)}")
+            print(f"  so far: {summary('all', totals)}", flush=True)
+        print(f"\n{summary(f'seed {self._options.seed}, all modules', totals)}")
         self.survivors = totals["survived"]
 
     def _module(
@@ -136,20 +152,38 @@ class Run:
                 counts["equivalent"] += 1
                 continue
             lines = self._lines(mutant, module, mapped)
-            most = self._options.tests
             ordered = choose(mapped, items, lines, module)
-            for tests in (ordered[:most], ordered[most:]):
-                result, killer = self._try(mutant, originals, name, tests, mapped)
-                if result != "survived" or len(ordered) <= most:
-                    break
-            counts[result] += 1
-            if result == "survived":
+            verdict = self._verdict(mutant, originals, name, ordered, mapped)
+            counts[verdict.result] += 1
+            counts[verdict.how] += verdict.how not in ("", "failed")
+            if verdict.result == "survived":
                 print(f"SURVIVED {where} {mutant.function or mutant.name} ({len(ordered)} tests)")
                 print("  " + mutant.text.replace("\n", "\n  "), flush=True)
-            elif os.environ.get("MUTANTS_VERBOSE"):
-                print(f"{result} {where} {mutant.before} -> {mutant.after} [{killer}]", flush=True)
+            elif os.environ.get("MUTANTS_VERBOSE") or verdict.how not in ("", "failed"):
+                change = f"{where} {mutant.before} -> {mutant.after}"
+                print(f"{verdict.result} {change} [{verdict.how} {verdict.killer}]", flush=True)
         print(summary(module, counts), flush=True)
         return counts
+
+    def _verdict(
+        self,
+        mutant: Mutant,
+        originals: Originals,
+        name: str,
+        ordered: list[pytest.Item],
+        mapped: dict[str, Mapped],
+    ) -> Verdict:
+        """The verdict of an earlier run, or of the first tests, and then of all others."""
+        files = {test.nodeid.partition("::")[0] for test in ordered}
+        kept = None if self._options.fresh else self._results.find(mutant, files)
+        if kept is not None:
+            return kept
+        most = self._options.tests
+        verdict = self._try(mutant, originals, name, ordered[:most], mapped)
+        if verdict.result == "survived" and ordered[most:]:
+            verdict = self._try(mutant, originals, name, ordered[most:], mapped)
+        self._results.keep(mutant, files, verdict)
+        return verdict
 
     def _try(
         self,
@@ -158,21 +192,30 @@ class Run:
         name: str,
         tests: list[pytest.Item],
         mapped: dict[str, Mapped],
-    ) -> tuple[str, str]:
+    ) -> Verdict:
         """`try_mutant` with the tests that pass without a mutant, the quickest first."""
         tests = sorted(tests, key=lambda test: mapped[test.nodeid].seconds)
+        limits = {
+            test.nodeid: self._options.seconds + 10 * mapped[test.nodeid].seconds for test in tests
+        }
+        doubted: set[str] = set()
         while True:
             tests = [test for test in tests if self._passes.get(test.nodeid, True)]
-            limit = self._options.seconds + 4 * sum(mapped[test.nodeid].seconds for test in tests)
-            result, killer = try_mutant(mutant, originals, name, tests, limit)
-            item = next((test for test in tests if test.nodeid == killer), None)
-            if item is None or self._passes.get(killer):
-                return result, killer
-            # The map may be older than the code.
-            self._passes[killer] = passes(item)
-            if self._passes[killer]:
-                return result, killer
-            print(f"left out, because it fails without a mutant: {killer}", flush=True)
+            pairs = [(test, limits[test.nodeid]) for test in tests]
+            verdict = try_mutant(mutant, originals, name, pairs)
+            item = next((test for test in tests if test.nodeid == verdict.killer), None)
+            if item is None:
+                return verdict
+            if item.nodeid not in self._passes:
+                # The map may be older than the code.
+                self._passes[item.nodeid] = passes(item)
+            if not self._passes[item.nodeid]:
+                print(f"left out, because it fails without a mutant: {item.nodeid}", flush=True)
+                continue
+            if verdict.seconds < SLOW or verdict.how == "endless loop" or item.nodeid in doubted:
+                return verdict
+            doubted.add(item.nodeid)
+            tests = [item, *(test for test in tests if test is not item)]
 
     def _chosen(self, module: str) -> list[Mutant]:
         """The mutants to try, the same for the same seed and text."""
@@ -261,14 +304,16 @@ def equivalents() -> dict[tuple[str, str, str], str]:
 def summary(name: str, counts: Counter[str]) -> str:
     tried = counts["killed"] + counts["survived"]
     rate = 100 * counts["killed"] / tried if tried else 100.0
-    extra = "".join(f", {counts[k]} {k}" for k in ("equivalent", "unclear") if counts[k])
+    kinds = ("endless loop", "waits for ever", "equivalent", "unclear")
+    extra = "".join(f", {counts[kind]} {kind}" for kind in kinds if counts[kind])
     return f"{name}: {counts['killed']} of {tried} killed ({rate:.0f} %){extra}"
 
 
 def main() -> int:
     chosen = options(sys.argv[1:])
     run = Run(chosen)
-    arguments = ["-q", "-s", "-p", "no:randomly", "-p", "no:cacheprovider", "--no-header"]
+    # Without the tests' own time limit, which a busy machine may reach.
+    arguments = ["-q", "-s", "--timeout=0", "-p", "no:cacheprovider", "--no-header"]
     code = pytest.main([*arguments, *chosen.within], plugins=[run])
     return int(code) or int(run.survivors > 0)
 

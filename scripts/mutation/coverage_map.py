@@ -24,7 +24,7 @@ import pytest
 
 @dataclass
 class Mapped:
-    """One test: whether it passed, its seconds, and the lines it runs, by module."""
+    """One test: whether it passed, its seconds of CPU, and the lines it runs, by module."""
 
     passed: bool = False
     seconds: float = 0.0
@@ -46,10 +46,8 @@ class CoverageMap:
         by_file: dict[Path, list[pytest.Item]] = defaultdict(list)
         for item in items:
             by_file[item.path].append(item)
-        hashes = {self._name(path): _hash(path) for path in by_file}
-        fresh = {
-            name for name, digest in hashes.items() if stored.get(name, {}).get("hash") == digest
-        }
+        hashes = {self._name(path): digest(path) for path in by_file}
+        fresh = {name for name, now in hashes.items() if stored.get(name, {}).get("hash") == now}
         for name in fresh:
             for nodeid, test in stored[name]["tests"].items():
                 self.tests[nodeid] = Mapped(**test)
@@ -121,9 +119,9 @@ class CoverageMap:
         tracer.start()
         for place, item in enumerate(items):
             tracer.switch_context(item.nodeid)
-            began = time.perf_counter()
+            began = time.process_time()
             passed = run_test(item, items[place + 1] if place + 1 < len(items) else None)
-            mapped[item.nodeid] = Mapped(passed, round(time.perf_counter() - began, 4))
+            mapped[item.nodeid] = Mapped(passed, round(time.process_time() - began, 4))
         tracer.stop()
         data = tracer.get_data()
         for path in self._modules:
@@ -182,5 +180,5 @@ def carried_over(old: str, new: str) -> dict[int, list[int]]:
     return lines
 
 
-def _hash(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

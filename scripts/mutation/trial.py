@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import importlib
+import mmap
 import os
+import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -19,6 +24,27 @@ from mutation.coverage_map import run_test, silence
 from mutation.sites import Mutant, dependents, name_of_constant
 
 KILLED, SURVIVED, UNCLEAR = 1, 0, 3
+
+IDLE_POLLS = 20
+"""A process that sleeps and uses no CPU at so many polls in a row, one a second, waits for ever."""
+
+_RUNNING = struct.Struct("qd")
+"""The place of the test that a process runs, and when it began."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`result` is "killed", "survived" or "unclear".
+
+    killer: the killing test; "" if the module could not even be imported.
+    how: "failed", "endless loop" (the test's CPU time was over) or "waits for ever".
+    seconds: how long the killing test ran, on the wall.
+    """
+
+    result: str
+    killer: str = ""
+    how: str = ""
+    seconds: float = 0.0
 
 
 class Originals:
@@ -32,6 +58,7 @@ class Originals:
             if isinstance(found, FunctionType) and found.__code__.co_filename in names:
                 key = (found.__code__.co_filename, found.__code__.co_qualname)
                 self._functions.setdefault(key, []).append(found)
+        gc.freeze()  # a collection in a forked process would copy all memory
 
     def of(self, mutant: Mutant) -> list[FunctionType]:
         return self._functions.get((str(mutant.path), mutant.function), [])
@@ -86,38 +113,55 @@ def try_mutant(
     mutant: Mutant,
     originals: Originals,
     module_name: str,
-    tests: Sequence[pytest.Item],
-    limit: float,
-) -> tuple[str, str]:
-    """Run the tests against the mutant: "killed", "survived" or "unclear", and the killing test."""
-    reader, writer = os.pipe()
+    tests: Sequence[tuple[pytest.Item, float]],
+) -> Verdict:
+    """Run the tests, each with its limit in seconds of CPU, until one notices the mutant.
+
+    Limits of CPU time, because a mutant must not count as killed where only the machine is busy.
+    """
+    running = mmap.mmap(-1, _RUNNING.size)
+    running[:] = _RUNNING.pack(-1, time.monotonic())
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        os.close(reader)
         status = UNCLEAR
         try:
-            status = _child(mutant, originals, module_name, tests, writer)
+            status = _child(mutant, originals, module_name, tests, running)
         finally:
             os._exit(status)
-    os.close(writer)
-    deadline = time.monotonic() + limit
-    ended = status = 0
-    while not ended and time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if not ended:
-            time.sleep(0.02)
-    if not ended:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    with os.fdopen(reader, "rb") as pipe:
-        killer = pipe.read().decode()
-    if not ended:
-        return "killed", "took too long"
-    code = os.waitstatus_to_exitcode(status)
-    if code == SURVIVED:
-        return "survived", ""
-    return ("unclear", "cannot be applied") if code == UNCLEAR else ("killed", killer or str(code))
+    code = _wait(pid)
+    place, began = _RUNNING.unpack(running[:])
+    running.close()
+    if code in (SURVIVED, UNCLEAR):
+        return Verdict("survived" if code == SURVIVED else "unclear")
+    how = {None: "waits for ever", -signal.SIGPROF: "endless loop", KILLED: "failed"}
+    killer = tests[place][0].nodeid if place >= 0 else ""
+    seconds = time.monotonic() - began
+    return Verdict("killed", killer, how.get(code, f"ended with {code}"), seconds)
+
+
+def _wait(pid: int) -> int | None:
+    """The exit code of the process; None if it waited for ever and was killed."""
+    descriptor = os.pidfd_open(pid)
+    idle = 0
+    before = -1
+    try:
+        while idle < IDLE_POLLS and not select.select([descriptor], [], [], 1.0)[0]:
+            asleep, used = _cpu(pid)
+            idle = idle + 1 if asleep and used == before else 0
+            before = used
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # an ended process keeps its status; its children end
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return None if idle >= IDLE_POLLS else code
+
+
+def _cpu(pid: int) -> tuple[bool, int]:
+    """Whether a process sleeps, and the clock ticks of CPU that it has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0] == "S", int(fields[11]) + int(fields[12])
 
 
 def passes(test: pytest.Item) -> bool:
@@ -137,15 +181,16 @@ def _child(
     mutant: Mutant,
     originals: Originals,
     module_name: str,
-    tests: Sequence[pytest.Item],
-    writer: int,
+    tests: Sequence[tuple[pytest.Item, float]],
+    running: mmap.mmap,
 ) -> int:
     silence()
     if not apply(mutant, originals, module_name):
         return UNCLEAR
-    for place, test in enumerate(tests):
-        following = tests[place + 1] if place + 1 < len(tests) else None
+    for place, (test, limit) in enumerate(tests):
+        running[:] = _RUNNING.pack(place, time.monotonic())
+        signal.setitimer(signal.ITIMER_PROF, limit)  # ends the process
+        following = tests[place + 1][0] if place + 1 < len(tests) else None
         if not run_test(test, following):
-            os.write(writer, test.nodeid.encode())
             return KILLED
     return SURVIVED

@@ -86,3 +86,28 @@ def test_mutants_of_module_change_one_line_each(sites: ModuleType, tmp_path: Pat
             (mutant.before, mutant.after)
         ]
         compile(mutant.tree, str(path), "exec")
+
+
+def test_mutants_results_hold_while_module_and_killing_test_stay_the_same(
+    sites: ModuleType, tmp_path: Path
+):
+    results = importlib.import_module("mutation.results")
+    verdict = importlib.import_module("mutation.trial").Verdict
+    for name in ("module.py", "test_a.py", "test_b.py"):
+        (tmp_path / name).write_text(SOURCE)
+    files = ["test_a.py", "test_b.py"]
+    first, second, third = sites.mutants_of(tmp_path / "module.py")[:3]
+    kept = results.Results(tmp_path / "kept" / "verdicts.jsonl", tmp_path)
+    kept.keep(first, files, verdict("killed", "test_a.py::test_x", "failed"))
+    kept.keep(second, files, verdict("survived"))
+
+    def found() -> list[str | None]:
+        again = results.Results(tmp_path / "kept" / "verdicts.jsonl", tmp_path)
+        verdicts = [again.find(mutant, files) for mutant in (first, second, third)]
+        return [one and one.result for one in verdicts]
+
+    assert found() == ["killed", "survived", None]
+    (tmp_path / "test_b.py").write_text("changed")
+    assert found() == ["killed", None, None]
+    (tmp_path / "test_a.py").write_text("changed")
+    assert found() == [None, None, None]
