@@ -209,6 +209,20 @@ async def test_kept_connection_silence_in_stream_ends_with_error_event(autojump_
         assert not got.whole
 
 
+async def test_kept_connection_client_behind_other_server_that_takes_no_head_is_gone(
+    autojump_clock,
+):
+    """Hypercorn may let even the head of an empty response wait for the client."""
+    limits = {"first_byte_timeout": 7, "idle_timeout": 7}
+    async with kept(say(answer(400, b"")), watched=True, **limits) as rig:
+        client = rig.client()
+        client.stall()
+        rig.nursery.start_soon(client.run)
+        await trio.sleep(20)
+        assert client.done
+        assert rig.recorder.outcomes[-1] is Outcome.CLIENT_GONE
+
+
 async def test_kept_connection_large_request_has_time_limits(autojump_clock):
     async with kept(hang, first_byte_timeout=7) as rig:
         got = await rig.post({"model": "m", "prompt": "x" * AT_ONCE})
