@@ -7,23 +7,42 @@ code raises and catches only these.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+NO_VALUES: Mapping[str, str] = MappingProxyType({})
 
 
 class RouterError(Exception):
     """Base of all exceptions that the router raises on purpose."""
 
 
+class Problem(NamedTuple):
+    """The parts of a line about a configuration: file and position, key path, what is wrong."""
+
+    where: str
+    key: str
+    reason: str
+
+
 class ConfigError(RouterError):
     """The configuration is invalid; nothing of it has been applied.
 
     `problems` has one line each, with file, position, key path, the expected and the actual value.
-    `excerpts` has by problem the line of the file with a mark below the position, where known.
+    `excerpts` has by problem the line of the file with a mark below the position, where known;
+    `parts` the parts of the line, where it is about a key.
     """
 
-    def __init__(self, problems: Sequence[str], excerpts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        problems: Sequence[str],
+        excerpts: Mapping[str, str] | None = None,
+        parts: Mapping[str, Problem] | None = None,
+    ) -> None:
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
         self.excerpts = dict(excerpts or {})
+        self.parts = dict(parts or {})
 
 
 class ServerError(RouterError):
@@ -67,6 +86,7 @@ class Refused(RouterError):
     param: the parameter at fault, if any.
     retry_after: seconds for `Retry-After`; None for no header.
     allow: the methods of the path, for a 405.
+    values: the values in the message by name, for displays that translate the code.
     """
 
     def __init__(
@@ -78,6 +98,7 @@ class Refused(RouterError):
         param: str | None = None,
         retry_after: float | None = None,
         allow: Sequence[str] = (),
+        values: Mapping[str, str] = NO_VALUES,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -86,6 +107,7 @@ class Refused(RouterError):
         self.param = param
         self.retry_after = retry_after
         self.allow = allow
+        self.values = values
 
 
 class InvalidBody(RouterError):

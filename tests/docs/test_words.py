@@ -60,6 +60,7 @@ CHINESE_WORDS = {
 CHINESE = (
     *("README.zh.md", "docs/zh/*.md"),
     *("vllm_router/web/static/js/text.zh.js", "vllm_router/cli/monitor/table.py"),
+    *("vllm_router/web/static/js/said.zh.js", "vllm_router/cli/monitor/problem_table.py"),
 )
 
 

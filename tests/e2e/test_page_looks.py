@@ -86,6 +86,26 @@ async def test_page_languages_are_complete(browser: str, demo: Running):
                .filter(Boolean)"""
         )
         assert set(used) <= english.keys()
+        said = await page.evaluate(
+            """Promise.all([import("/static/js/i18n.js"), import("/static/js/reasons.js")])
+               .then(([{use}, {refusalText, saidText}]) => {
+                   const leaving = {code: "server_leaving", message: "gone",
+                                    values: {server: "a"}};
+                   const newer = {code: "newer", message: "as it is"};
+                   const failed = {text_code: "request_failed",
+                                   text_values: {n: "2", server: "a", why: "queue_full"}};
+                   use("en");
+                   const english = refusalText(leaving);
+                   use("zh");
+                   return [english, refusalText(leaving), refusalText(newer), saidText(failed)];
+               })"""
+        )
+        assert said[:3] == [
+            "a is gone",
+            chinese["refusal_server_leaving"].format(server="a"),
+            "as it is",
+        ]
+        assert said[3].endswith(chinese["outcome_queue_full"])
 
 
 async def test_page_sources_tell_what_is_wrong_and_are_hidden_if_there_are_none(

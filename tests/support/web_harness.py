@@ -44,7 +44,7 @@ class Reply:
     def error(self) -> dict[str, Any]:
         """The error object of a response that must be one of the router's own errors."""
         error = self.json["error"]
-        assert error.keys() == {"message", "type", "param", "code"}
+        assert error.keys() - {"values"} == {"message", "type", "param", "code"}
         assert self.headers["x-vllm-router-error"] == error["code"]
         assert self.headers["x-request-id"]
         return error

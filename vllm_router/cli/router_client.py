@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx
 import trio
 
-from vllm_router.errors import RouterError
+from vllm_router.errors import NO_VALUES, RouterError
 from vllm_router.http.client.error_text import describe
 from vllm_router.runtime.own_machine import find_socket, short_path
 
@@ -26,7 +26,7 @@ POLL_INTERVAL = 0.5
 """Seconds between two requests while waiting for a drain."""
 
 
-_KEY_ADVICE = {
+KEY_ADVICE = {
     "missing_api_key": "this router needs a key: give its status or admin key with --key, or in "
     "the variable VLLM_ROUTER_KEY",
     "invalid_api_key": "this router does not accept the key: --key or VLLM_ROUTER_KEY must be its "
@@ -40,11 +40,15 @@ class NoRouter(RouterError):
 
 
 class ErrorResponse(RouterError):
-    """The router answered with an error; `code` is its error code."""
+    """The router answered with an error; `code` is its error code.
 
-    def __init__(self, code: str, message: str) -> None:
+    `values` are the values in the message by name, for translations.
+    """
+
+    def __init__(self, code: str, message: str, values: Mapping[str, str] = NO_VALUES) -> None:
         super().__init__(message)
         self.code = code
+        self.values = values
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +221,10 @@ class RouterClient:
         page = _object(response)
         code = response.headers.get("x-vllm-router-error")
         if code is not None:
-            said = page.get("error")
-            message = said.get("message") if isinstance(said, dict) else None
-            raise ErrorResponse(
-                code, _KEY_ADVICE.get(code) or str(message or f"{self.url} answered {code}")
-            )
+            said = _dictionary(page.get("error"))
+            message = str(said.get("message") or f"{self.url} answered {code}")
+            values = {name: str(value) for name, value in _dictionary(said.get("values")).items()}
+            raise ErrorResponse(code, KEY_ADVICE.get(code, message), values)
         if not response.is_success or not page:
             status = response.status_code
             raise NoRouter(f"{self.url} is not a vLLM Router: {path} answered {status}")
@@ -235,7 +238,10 @@ def _admin(server: str) -> str:
 def _object(response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a router's answer, empty if it is none."""
     try:
-        page = response.json()
+        return _dictionary(response.json())
     except ValueError:
         return {}
-    return page if isinstance(page, dict) else {}
+
+
+def _dictionary(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Protocol
 
 import trio
@@ -18,7 +19,7 @@ import trio
 from vllm_router.config.changes import changes
 from vllm_router.config.schema import Config
 from vllm_router.config.source import ConfigSource, Fingerprints
-from vllm_router.errors import ConfigError
+from vllm_router.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Reloader:
     current: the configuration in force.
     generation: starts at 1, incremented with every replacement.
     last_error: problems of the present file, one per line; None while the file is valid.
+    last_problem: the parts of the first of them.
     applied_total, refused_total: counters.
     """
 
@@ -78,6 +80,7 @@ class Reloader:
         self.current = current
         self.generation = 1
         self.last_error: str | None = None
+        self.last_problem: Problem | None = None
         self.applied_total = 0
         self.refused_total = 0
         self._apply = apply
@@ -119,7 +122,7 @@ class Reloader:
                     await self._prepare(new)
                 self._apply(old, new)
         except ConfigError as error:
-            return self._refuse(error.problems)
+            return self._refuse(error.problems, error.parts)
         except Exception as error:
             # A bug in reloading must not end the process that serves traffic.
             logger.exception("reload of %s failed", self.source.path)
@@ -127,6 +130,7 @@ class Reloader:
                 [f"{self.source.path}: internal error {type(error).__name__} (see the log)"]
             )
         recovered, self.last_error = self.last_error is not None, None
+        self.last_problem = None
         if new == old:
             if recovered or force:
                 logger.info("configuration unchanged after a reload of %s", self.source.path)
@@ -137,8 +141,11 @@ class Reloader:
         logger.info("configuration applied, %s: %s", self.source.path, changes(old, new))
         return Reload.APPLIED
 
-    def _refuse(self, problems: tuple[str, ...] | list[str]) -> Reload:
+    def _refuse(
+        self, problems: Sequence[str], parts: Mapping[str, Problem] = MappingProxyType({})
+    ) -> Reload:
         self.last_error = "\n".join(problems)
+        self.last_problem = parts.get(problems[0]) if problems else None
         self.refused_total += 1
         more = len(problems) - LOGGED_PROBLEMS
         logger.error(

@@ -26,7 +26,7 @@ from vllm_router.config.excerpts import Location
 from vllm_router.config.positions import Positions
 from vllm_router.config.server_url import SHOWN_CHARS, joined, quoted
 from vllm_router.config.syntax import excerpt_of, explain
-from vllm_router.errors import ConfigError
+from vllm_router.errors import ConfigError, Problem
 
 MAX_FILE_BYTES = 1024 * 1024
 """Parsing takes up to 2 s per MB; the file of 200 servers has about 20 kB."""
@@ -146,6 +146,7 @@ class Reader:
         self._positions: Positions | None = None
         self._problems: list[str] = []
         self._excerpts: dict[str, str] = {}
+        self._parts: dict[str, Problem] = {}
         self._unexpanded: set[str] = set()
         self._unlisted = 0
 
@@ -159,7 +160,7 @@ class Reader:
         found = self._where().find(path, at_key=at_key)
         where = self._source if found is None else f"{self._source}:{found.line}:{found.column}"
         line = f"{where}: {path}: {text}"
-        self.line(line, found.excerpt if found is not None else "")
+        self.line(line, found.excerpt if found is not None else "", Problem(where, path, text))
 
     def _where(self) -> Positions:
         if self._positions is None:
@@ -175,19 +176,21 @@ class Reader:
         """The number of problems so far."""
         return len(self._problems) + self._unlisted
 
-    def line(self, problem: str, excerpt: str = "") -> None:
-        """Add a problem as a complete line, and the lines of the document that it is about."""
+    def line(self, problem: str, excerpt: str = "", parts: Problem | None = None) -> None:
+        """Add a problem as a complete line, with its excerpt and parts as in ConfigError."""
         if len(self._problems) >= MAX_PROBLEMS:
             self._unlisted += 1
             return
         self._problems.append(problem)
         if excerpt:
             self._excerpts[problem] = excerpt
+        if parts is not None:
+            self._parts[problem] = parts
 
     def include(self, other: Reader) -> None:
         """Add the problems that another reader has found in another file."""
         for problem in other._problems:
-            self.line(problem, other._excerpts.get(problem, ""))
+            self.line(problem, other._excerpts.get(problem, ""), other._parts.get(problem))
         self._unlisted += other._unlisted
 
     def expand(self, path: str, value: Any, environ: Mapping[str, str]) -> Any:
@@ -307,7 +310,7 @@ class Reader:
         if self._unlisted:
             self._problems.append(f"{self._source}: and {self._unlisted} more problems")
         if self._problems:
-            raise ConfigError(self._problems, self._excerpts)
+            raise ConfigError(self._problems, self._excerpts, self._parts)
 
 
 def _is_secret(kind: Any) -> bool:

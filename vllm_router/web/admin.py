@@ -56,7 +56,12 @@ def find(router: Router, name: str) -> Server:
         if server.name == name:
             return server
     known = ", ".join(router.fleet.servers)
-    raise Refused(404, "server_not_found", f"There is no server {name!r}. There are: {known}.")
+    raise Refused(
+        404,
+        "server_not_found",
+        f"There is no server {name!r}. There are: {known}.",
+        values={"server": name, "known": known},
+    )
 
 
 def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
@@ -66,7 +71,10 @@ def drain(router: Router, name: str, *, on: bool) -> dict[str, Any]:
         leaving = find(router, name)
         if not on:
             raise Refused(
-                409, "server_leaving", f"{name} is no longer in the configuration: put it back."
+                409,
+                "server_leaving",
+                f"{name} is no longer in the configuration: put it back.",
+                values={"server": name},
             )
         server = leaving
     return server_view(server, router)
@@ -80,5 +88,6 @@ async def reload(router: Router) -> dict[str, Any]:
         )
     result = await router.reload()
     if result is Reload.REFUSED:
-        raise Refused(422, "config_refused", router.reloader.last_error or "refused, see the log")
+        problems = router.reloader.last_error or "refused, see the log"
+        raise Refused(422, "config_refused", problems, values={"problem": problems})
     return {"result": result.value, **reload_state(router)}

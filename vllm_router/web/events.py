@@ -6,9 +6,9 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 
 from vllm_router.config.reload import Reloader
+from vllm_router.errors import NO_VALUES, Problem
 from vllm_router.fleet.reason import NONE, Reason
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
@@ -36,9 +36,6 @@ ALIKE_PER_SECOND = 5
 
 A start or a lost switch changes hundreds of servers at once.
 """
-
-
-NO_VALUES: Mapping[str, str] = MappingProxyType({})
 
 
 class EventLog:
@@ -191,7 +188,21 @@ class EventLog:
         self._drained = idle
         if reloader is not None and reloader.refused_total != self._refused:
             self._refused = reloader.refused_total
-            self.add("reload_refused", reloader.last_error or "")
+            text = reloader.last_error or ""
+            code, values = _refused(text.splitlines(), reloader.last_problem)
+            self.add("reload_refused", text, code=code, values=values)
+
+
+def _refused(problems: Sequence[str], first: Problem | None) -> tuple[str, dict[str, str]]:
+    """Code and values of a refused file: its first problem, and how many more there are."""
+    if first is None:
+        code, values = "file_refused", {"problem": problems[0] if problems else ""}
+    else:
+        where, key, reason = first
+        code, values = "key_refused", {"where": where, "key": key, "problem": reason}
+    if len(problems) <= 1:
+        return code, values
+    return f"{code}_more", {**values, "n": str(len(problems) - 1)}
 
 
 def _times(number: int) -> str:

@@ -124,7 +124,8 @@ async def facts_of(
     try:
         return (await in_slices(steps, context.body_turns)).facts
     except InvalidBody as error:
-        raise Refused(400, "invalid_body", str(error)) from None
+        values = {"problem": str(error)}
+        raise Refused(400, "invalid_body", str(error), values=values) from None
 
 
 class _Ranked(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import msgspec
 import trio
 
+from vllm_router.errors import NO_VALUES
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import Transition
@@ -30,7 +31,6 @@ from vllm_router.proxy.record import Record
 from vllm_router.proxy.retry import ANSWERED, Outcome
 from vllm_router.steps import Steps
 from vllm_router.web import events, history, schema, view
-from vllm_router.web.events import NO_VALUES
 from vllm_router.web.mailbox import Mailbox
 from vllm_router.web.outages import Outages
 from vllm_router.web.router import Router

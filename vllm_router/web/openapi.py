@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_router import __version__
+from vllm_router.fleet.state import State
 
 Doc = dict[str, Any]
 
@@ -45,7 +46,7 @@ def _answer(description: str, schema: Doc, kind: str = "application/json") -> Do
 _STATE: Doc = {
     "name": _TEXT,
     "url": _TEXT,
-    "state": {"enum": ["up", "full", "ejected", "asleep", "down", "unknown", "draining"]},
+    "state": {"enum": [state.value for state in State]},
     "reason": _TEXT,
     "since": _TIME,
     "draining": _FLAG,
@@ -70,7 +71,8 @@ _SCHEMAS: Doc = {
                     "type": _TEXT,
                     "param": _or_null(_TEXT),
                     "code": _or_null(_TEXT),
-                }
+                },
+                values={"type": "object", "additionalProperties": _TEXT},
             )
         }
     ),

@@ -301,8 +301,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
         str | None,
         _(
             "A name for the text, for translations: changes (kinds reload and discovery), "
-            "source_… (kind source), request_failed or requests_failed (kind retries_exhausted); "
-            "null if the kind says it all or the text is of the configuration's parser."
+            "source_… (kind source), request_failed or requests_failed (kind retries_exhausted), "
+            "key_refused or file_refused, with _more for several problems (kind reload_refused, "
+            "whose `text` has all of them, one a line); null if the kind says it all."
         ),
     ] = None
     text_values: Annotated[

@@ -20,6 +20,8 @@ from vllm_router.cli.monitor import screen as module
 from vllm_router.cli.monitor.link import GoingAway, Message, NoFeed
 from vllm_router.cli.monitor.screen import End, Screen
 from vllm_router.cli.monitor.state import View
+from vllm_router.cli.monitor.texts import Texts
+from vllm_router.cli.router_client import ErrorResponse, NoRouter
 from vllm_router.errors import RouterError
 from vllm_router.web.schema import ReloadView
 
@@ -77,7 +79,7 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
-        self.problem = ""
+        self.problem: str | RouterError = ""
         self.rows: list[dict[str, Any]] = []
 
     async def __aenter__(self) -> Self:
@@ -89,7 +91,9 @@ class FakeClient:
     def _note(self, *asked: Any) -> None:
         self.asked.append(asked)
         if self.problem:
-            raise RouterError(self.problem)
+            raise (
+                self.problem if isinstance(self.problem, RouterError) else RouterError(self.problem)
+            )
 
     async def drain(self, name: str, *, on: bool) -> None:
         self._note("drain", name, on)
@@ -201,6 +205,20 @@ async def test_screen_actions_ask_the_router_and_say_what_came_of_it(
         await rig.shows("An API key is needed")
         asked = [one for one in rig.client.asked if one != ("decisions",)]
         assert asked == [("drain", "a", True), ("drain", "a", False), *[("explain", "m")] * 2]
+
+
+async def test_screen_says_what_the_router_refuses_in_its_language(
+    monkeypatch, pipe, autojump_clock
+):
+    async with running(monkeypatch, pipe) as rig:
+        rig.view.texts = Texts("zh")
+        message = "x is no longer in the configuration: put it back."
+        rig.client.problem = ErrorResponse("server_leaving", message, {"server": "x"})
+        rig.type("dy")
+        await rig.shows("x 已不在配置中")
+        rig.client.problem = NoRouter("no router answers at http://r:1: Connection refused")
+        rig.type("dy")
+        await rig.shows("http://r:1 没有路由器响应", "连接被拒绝")
 
 
 async def test_screen_reload_says_what_the_router_did(monkeypatch, pipe, autojump_clock):

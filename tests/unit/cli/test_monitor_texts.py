@@ -19,6 +19,7 @@ from vllm_router.cli.monitor.events import event_text
 from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.table import TEXTS
 from vllm_router.cli.monitor.texts import ENGLISH, Texts, language_of, reason_of
+from vllm_router.cli.router_client import KEY_ADVICE
 from vllm_router.fleet.reason import TEXTS as REASONS
 from vllm_router.fleet.reason import because
 from vllm_router.fleet.state import State
@@ -63,18 +64,46 @@ def test_texts_every_key_has_both_languages_with_the_same_values():
 
 
 def test_texts_every_key_is_used():
-    found = set().union(*(strings_in(path) for path in SOURCES if path.name != "table.py"))
-    computed = ("trouble_", "source_", "done_reload_", "event_")
+    found = set().union(*(strings_in(path) for path in SOURCES if "table.py" not in path.name))
+    computed = ("trouble_", "source_", "done_reload_", "event_", "refusal_")
     assert [key for key in TEXTS if key not in found and not key.startswith(computed)] == []
 
 
 def test_texts_of_troubles_are_the_ones_of_the_connection():
-    said = (Path(monitor.__file__).parent / "link.py").read_text()
+    folder = Path(monitor.__file__).parent
+    sources = [folder / "link.py", folder / "state.py", folder.parent / "router_client.py"]
+    said = "".join(path.read_text() for path in sources).replace("{self.url}", "{url}")
+    said = said.replace("{describe(error)}", "{why}")
     for key, (english, _) in TEXTS.items():
-        if key.startswith("trouble_") and key != "trouble_refused":  # the operating system's
-            assert f'"{english}"' in said
+        if key.startswith("trouble_") and not key.startswith("trouble_os_"):
+            assert f'"{english}"' in said, key
     assert ZH.trouble("Connection refused") == "连接被拒绝"
     assert ZH.trouble("odd") == "odd"
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("the router was silent for 12 s", "路由器已 12 秒没有发送数据"),
+        ("the router 2.0 is newer than this program", "路由器 2.0 比本程序新"),
+        (
+            "no router answers at http://gpu:8888: No route to host",
+            "http://gpu:8888 没有路由器响应：无法到达主机",
+        ),
+    ],
+)
+def test_trouble_is_translated_with_its_values(english: str, chinese: str):
+    assert (ZH.trouble(english), ENGLISH.trouble(english)) == (chinese, english)
+
+
+def test_refusal_is_translated_with_its_values():
+    found = ZH.refusal("no", "server_not_found", {"server": "x", "known": "a, b"})
+    assert found == "没有服务器 x。现有：a, b。"
+    assert ZH.refusal("odd", "of_a_newer_router", {}) == "odd"
+    assert ENGLISH.refusal("There is no server 'x'.", "server_not_found", {}).endswith("'x'.")
+    for code, advice in KEY_ADVICE.items():
+        assert ENGLISH.refusal("", code, {}) == advice
+        assert HAN.search(ZH.refusal("", code, {}))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +172,27 @@ def test_reason_is_translated_with_its_values_and_further_reasons():
         ("reload", {}, "配置：the text"),
         ("discovery", {}, "发现服务器：the text"),
         ("reload_refused", {}, "配置被拒绝：the text"),
+        (
+            "reload_refused",
+            {
+                "text_code": "key_refused_more",
+                "text_values": {
+                    "where": "s.toml:3:1",
+                    "key": "config.policy",
+                    "problem": "expected text, got 3",
+                    "n": "2",
+                },
+            },
+            "配置被拒绝：s.toml:3:1，键 config.policy：expected text, got 3；另有 2 个问题",
+        ),
+        (
+            "retries_exhausted",
+            {
+                "text_code": "request_failed",
+                "text_values": {"request": "r", "n": "2", "server": "a", "why": "queue_full"},
+            },
+            "一个请求失败：尝试 2 次，最后一次在 a：等待队列已满",
+        ),
         ("later", {}, "the text"),
         (
             "reload",

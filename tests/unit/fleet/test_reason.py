@@ -16,7 +16,7 @@ from vllm_router.discovery.news import news
 from vllm_router.fleet.reason import IN_ROW, NONE, TEXTS, Reason, because
 from vllm_router.fleet.refusals import MODEL, Refusals
 from vllm_router.http.client.pool import Doing
-from vllm_router.proxy.retry import Outcome
+from vllm_router.proxy.retry import RULES, Outcome
 from vllm_router.runtime.probe_results import error_reason, timeout_reason
 from vllm_router.web.reasons import reason_fields
 
@@ -51,9 +51,30 @@ def test_page_has_english_words_of_all_news_of_sources():
     assert item.values == {"source": "file", "problem": "a: no port", "n": "2"}
 
 
-def test_page_has_a_word_for_every_outcome():
+def codes_in(*rooms: str) -> set[str]:
+    """The error codes of refusals in the source of these rooms."""
+    code = re.compile(r'Refused\(\s*\d+,\s*"(\w+)"')
+    paths = [path for room in rooms for path in (PACKAGE / room).rglob("*.py")]
+    return set().union(*(code.findall(path.read_text()) for path in paths))
+
+
+def test_page_has_a_word_for_every_outcome_and_error_code_of_requests():
     words = {key for key in page_texts("en") if key.startswith("outcome_")}
-    assert words == {f"outcome_{outcome.value}" for outcome in Outcome} | {"outcome_refused"}
+    codes = codes_in("proxy") | {rule.code for rule in RULES.values() if rule.code}
+    assert len(codes) > 30
+    assert {f"outcome_{code}" for code in codes} <= words
+    known = {outcome.value for outcome in Outcome} | codes | codes_in("web", "runtime")
+    elsewhere = {"refused", "late_error", "response_not_found"}  # computed, or sent in an event
+    assert words <= {f"outcome_{code}" for code in known | elsewhere}
+
+
+def test_page_has_words_for_the_refusals_of_what_it_asks_for():
+    words = {key for key in page_texts("en") if key.startswith("refusal_")}
+    codes = codes_in("web") | {"router_stopping"}
+    # Neither the page nor the monitor asks for these.
+    scripts = {"bad_request", "not_found", "method_not_allowed", "engine_control_closed"}
+    models = {"model_not_found", "starting"}
+    assert words == {f"refusal_{code}" for code in codes - scripts - models}
 
 
 def test_page_has_chinese_words_with_the_same_values_for_every_code():

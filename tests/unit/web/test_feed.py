@@ -443,9 +443,33 @@ async def test_feed_refused_reload_has_event_with_problems(autojump_clock, nurse
     event = await client.next_of(schema.Event)
     assert event.kind == "reload_refused"
     assert "servers.toml" in event.text
+    assert (event.text_code, event.text_values) == ("file_refused", {"problem": event.text})
     snapshot = await client.next_of(schema.Snapshot)
     assert snapshot.router.reload.refused == 1
     assert snapshot.router.reload.error == event.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "more"),
+    [
+        ("polcy = 1", "key_refused", {}),
+        ("polcy = 1\nother = 2\nthird = 3", "key_refused_more", {"n": "2"}),
+    ],
+)
+async def test_feed_refused_reload_names_the_first_key_that_is_wrong(
+    autojump_clock, nursery, file, lines, code, more
+):
+    lab = Lab(file=file)
+    nursery.start_soon(lab.router.feed.run)
+    client = await join(lab)
+    file.write_text(f"{lines}\n{TOML}")
+    await lab.router.reload()
+    event = await client.next_of(schema.Event)
+    assert event.text_code == code
+    first = {"where": f"{file}:1:1", "key": "polcy"}
+    problem = event.text.splitlines()[0].removeprefix(f"{file}:1:1: polcy: ")
+    assert problem.startswith("unknown key")
+    assert event.text_values == {**first, "problem": problem, **more}
 
 
 async def test_feed_failed_requests_have_events_summed_in_a_storm(autojump_clock, lab):

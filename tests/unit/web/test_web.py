@@ -464,6 +464,7 @@ async def test_drain_unknown_server_is_404_naming_known_ones():
     reply = await Lab().post("/admin/servers/nope/drain")
     assert (reply.status, reply.error["code"]) == (404, "server_not_found")
     assert "a, b" in reply.error["message"]
+    assert reply.error["values"] == {"server": "nope", "known": "a, b"}
 
 
 async def test_status_removed_server_is_shown_until_last_request_ends():
@@ -475,7 +476,8 @@ async def test_status_removed_server_is_shown_until_last_request_ends():
         ("a", False, 0),
         ("b", True, 1),
     ]
-    assert (await lab.post("/admin/servers/b/undrain")).error["code"] == "server_leaving"
+    refused = (await lab.post("/admin/servers/b/undrain")).error
+    assert (refused["code"], refused["values"]) == ("server_leaving", {"server": "b"})
 
 
 async def test_reload_applies_file_or_reports_problems(tmp_path):
@@ -491,6 +493,7 @@ async def test_reload_applies_file_or_reports_problems(tmp_path):
     reply = await lab.post("/admin/reload")
     assert (reply.status, reply.error["code"]) == (422, "config_refused")
     assert "servers.toml" in reply.error["message"]
+    assert reply.error["values"] == {"problem": reply.error["message"]}
     assert (await lab.get("/health")).json["reload"]["error"]
     assert (await lab.get("/health")).json["reload"]["refused"] == 1
 

@@ -130,7 +130,8 @@ class Feed:
                         raise GoingAway("the router is stopping") from None
                     raise NoFeed("the router closed the connection") from None
             if text is None:
-                raise NoFeed(f"the router was silent for {self._silence:g} s")
+                seconds = f"{self._silence:g}"
+                raise NoFeed(f"the router was silent for {seconds} s")
             try:
                 message = _decode(text)
             except msgspec.DecodeError as error:

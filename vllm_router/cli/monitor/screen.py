@@ -212,8 +212,17 @@ class Screen:
                         view.message = ""
                         view.show(Overlay.EXPLAINED)
         except RouterError as error:
-            view.message = str(error)
+            view.message = self._problem(error)
         self._changed.set()
+
+    def _problem(self, error: RouterError) -> str:
+        """What the user reads of it."""
+        from vllm_router.cli.router_client import ErrorResponse
+
+        texts = self._view.texts
+        if isinstance(error, ErrorResponse):
+            return texts.refusal(str(error), error.code, error.values)
+        return texts.trouble(str(error))
 
     def _client(self) -> RouterClient:
         # Half of the start-up time; not needed for the first frame.
@@ -234,7 +243,7 @@ class Screen:
                             self._changed.set()
                         await self._until_wanted(REQUESTS_INTERVAL)
             except RouterError as error:
-                view.requests_problem = str(error)
+                view.requests_problem = self._problem(error)
                 self._changed.set()
             await self._until_wanted(REQUESTS_INTERVAL)
 

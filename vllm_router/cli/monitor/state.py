@@ -83,7 +83,8 @@ class View:
 
     def _greet(self, hello: Hello) -> None:
         if hello.schema > VERSION:
-            raise ValueError(f"the router {hello.version} is newer than this program")
+            version = hello.version
+            raise ValueError(f"the router {version} is newer than this program")
         if self.hello is None or hello.started != self.hello.started:
             # The router has restarted, and numbers its events from one.
             self._newest = 0

@@ -6,6 +6,8 @@ two.
 
 from __future__ import annotations
 
+from vllm_router.cli.monitor.problem_table import PROBLEMS
+
 TEXTS: dict[str, tuple[str, str]] = {
     # The frame.
     "version_on": ("{version} on {name}", "{version}，主机 {name}"),
@@ -28,10 +30,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "err_s": ("err/s", "错误/s"),
     "no_router": ("no router yet: {why}", "还没有路由器：{why}"),
     "figures_old": ("{why}; the figures are old", "{why}；显示的是旧数据"),
-    "trouble_stopping": ("the router is stopping", "路由器正在停止"),
-    "trouble_closed": ("the router closed the connection", "路由器关闭了连接"),
-    "trouble_slow": ("no answer in time", "没有及时响应"),
-    "trouble_refused": ("Connection refused", "连接被拒绝"),
     # Durations.
     "span_s": ("{n} s", "{n} 秒"),
     "span_min": ("{n} min", "{n} 分钟"),
@@ -313,4 +311,5 @@ TEXTS: dict[str, tuple[str, str]] = {
         "A bar beyond 100 % is full; the mark in it is the capacity.",
         "超过 100 % 时条形为满，其中的标记表示容量。",
     ),
+    **PROBLEMS,
 }

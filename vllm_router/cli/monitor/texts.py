@@ -65,6 +65,16 @@ class Texts:
         if code == "changes" and self._page:
             return self._changes(values)
         text = self._page.get(f"event_{code}")
+        if text is None:
+            return plain
+        why = self.word("outcome", values.get("why", ""))
+        return text.format_map(_Lenient({**values, "why": why}))
+
+    def refusal(self, plain: str, code: str, values: Mapping[str, str]) -> str:
+        """The message of an error of the router; `plain` as for a reason."""
+        if f"refusal_{code}" in TEXTS:
+            return self(f"refusal_{code}")
+        text = self._page.get(f"refusal_{code}")
         return plain if text is None else text.format_map(_Lenient(values))
 
     def _changes(self, values: Mapping[str, str]) -> str:
@@ -81,8 +91,13 @@ class Texts:
 
     def trouble(self, text: str) -> str:
         """A reason for which there is no connection; the text itself if it has no translation."""
-        key = _TROUBLES.get(text)
-        return self(key) if key is not None else text
+        if self._column == 0:
+            return text
+        for key, pattern in _TROUBLES.items():
+            if found := pattern.fullmatch(text):
+                values = found.groupdict()
+                return self(key, **{name: self.trouble(value) for name, value in values.items()})
+        return text
 
     @cached_property
     def _page(self) -> Mapping[str, str]:
@@ -120,4 +135,10 @@ def _attribute(said: object, name: str) -> Any:
 
 ENGLISH = Texts()
 
-_TROUBLES = {text: key for key, (text, _) in TEXTS.items() if key.startswith("trouble_")}
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Matches an English text, with a group for each value."""
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(text)), re.DOTALL)
+
+
+_TROUBLES = {key: _pattern(text) for key, (text, _) in TEXTS.items() if key.startswith("trouble_")}

@@ -1,9 +1,9 @@
 // The window over the page that asks before a server is drained or taken back.
 
 import { byId } from "./dom.js";
+import { ask } from "./fetch.js";
 import { count } from "./format.js";
 import { t } from "./i18n.js";
-import { keyHeaders } from "./key.js";
 
 /** Ask before a server is drained or taken back, then do it. `done(text)` says what was done. */
 export class Confirm {
@@ -46,13 +46,6 @@ export class Confirm {
   /** null, or why not. */
   async post() {
     const path = `admin/servers/${encodeURIComponent(this.server)}/${this.action}`;
-    try {
-      const answer = await fetch(path, { method: "POST", headers: keyHeaders(), signal: AbortSignal.timeout(8000) });
-      if (answer.ok) return null;
-      const page = await answer.json().catch(() => null);
-      return page?.error?.message ?? String(answer.status);
-    } catch {
-      return t("unreachable");
-    }
+    return (await ask(path, { method: "POST" })).problem ?? null;
   }
 }

@@ -2,6 +2,7 @@
 
 import { t } from "./i18n.js";
 import { keyHeaders } from "./key.js";
+import { refusalText } from "./reasons.js";
 
 /** The answer's JSON; `{problem}` with the reason in words if there is none. */
 export async function ask(path, options = {}) {
@@ -11,7 +12,7 @@ export async function ask(path, options = {}) {
     });
     const page = await answer.json().catch(() => null);
     if (answer.ok && page !== null) return page;
-    return { problem: page?.error?.message ?? String(answer.status) };
+    return { problem: page?.error ? refusalText(page.error) : String(answer.status) };
   } catch {
     return { problem: t("unreachable") };
   }

@@ -2,6 +2,7 @@
 
 import { byId } from "./dom.js";
 import { t } from "./i18n.js";
+import { refusalText } from "./reasons.js";
 
 const NAME = "vllm-router.key";
 
@@ -38,7 +39,7 @@ export async function signIn() {
       signal: AbortSignal.timeout(8000),
     });
     const page = await answer.json();
-    if (!answer.ok) return page.error?.message ?? String(answer.status);
+    if (!answer.ok) return page.error ? refusalText(page.error) : String(answer.status);
     keep(page.key);
     return "";
   } catch {
@@ -73,7 +74,8 @@ export async function keyWanted() {
 export async function originProblem() {
   try {
     const answer = await fetch("ws/load", { method: "POST", headers: keyHeaders(), signal: AbortSignal.timeout(5000) });
-    return answer.status === 403 ? (await answer.json()).error.message : "";
+    if (answer.status !== 403) return "";
+    return refusalText({ ...(await answer.json()).error, values: { origin: location.origin } });
   } catch {
     return ""; // not there: no question of origins
   }

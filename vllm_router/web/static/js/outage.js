@@ -21,5 +21,5 @@ export function outageText({ models = [], fleet }) {
   if (sick > 0 && sick >= fleet.servers * MANY && (out.length > 0 || fleet.servers > 1)) {
     parts.push(t("bannerServers", { n: sick, all: fleet.servers }));
   }
-  return parts.join("; ");
+  return parts.join(t("reasonJoin"));
 }

@@ -1,6 +1,6 @@
 // What the router says as codes with values: the page has the words.
 
-import { t } from "./i18n.js";
+import { languageKey, t } from "./i18n.js";
 import { said } from "./said.en.js";
 
 function phrase({ code, values }) {
@@ -20,13 +20,24 @@ export function reasonText(from, name = "reason") {
 }
 
 /** The words of an event; those of the router if it has a code that this page does not know. */
-export const saidText = ({ text, text_code: code, text_values: values }) =>
-  (code && Object.hasOwn(said, `event_${code}`) ? t(`event_${code}`, values) : text);
+export function saidText({ text, text_code: code, text_values: values }) {
+  if (!code || !Object.hasOwn(said, `event_${code}`)) return text;
+  return t(`event_${code}`, code === "request_failed" ? { ...values, why: outcomeText(values.why) } : values);
+}
+
+/**
+ * The words of an error of the router, `{code, message, values}`: its own in English, and for a code
+ * that this page does not know.
+ */
+export function refusalText({ code, message, values }) {
+  if (languageKey() === "en" || !Object.hasOwn(said, `refusal_${code}`)) return message;
+  return t(`refusal_${code}`, values);
+}
 
 /** The word for a code of the router, which is shown as it is if the page does not know it. */
 const word = (kind, code) => (Object.hasOwn(said, `${kind}_${code}`) ? t(`${kind}_${code}`) : code);
 
-/** How a request ended, or why an attempt failed. */
+/** How a request ended, or why an attempt failed: an outcome or an error code. */
 export const outcomeText = (code) => word("outcome", code);
 
 /** The name of a term of a score. */
