@@ -27,6 +27,8 @@ case "$*" in
         mkdir -p "$4/bin"
         cp "$0" "$4/bin/python"
         cp "LOG.router" "$4/bin/vllm-router" ;;
+    "-m pip config list") cat "LOG.pip-settings" 2>/dev/null ;;
+    *" --only-binary uv uv") [ -e "LOG.uv" ] && cp "LOG.uv" "${0%/*}/uv" ;;
     "-m pip install "*) echo "pip $*" >>LOG ;;
     "-m pytest"*) echo "python $*" ;;
 esac
@@ -134,6 +136,32 @@ def test_script_setup_failed_installation_is_tried_again(clone: Clone):
     assert not stamp.exists()
     python.write_text(working)
     assert clone.call("run").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("uv_exits", "settings", "used"),
+    [
+        (0, "", ["uv"]),
+        (0, ":env:.cert='/ca.pem'\nglobal.extra-index-url='file:///more'\n", ["uv"]),
+        (0, "global.index-url='https://index.test/simple'\n", ["pip"]),
+        (0, ":env:.no-index='1'\n", ["pip"]),
+        (1, "", ["uv", "pip"]),
+        (None, "", ["pip"]),
+    ],
+)
+def test_script_setup_development_packages_come_with_uv_or_else_with_pip(
+    clone: Clone, uv_exits: int | None, settings: str, used: list[str]
+):
+    clone.log.with_name("log.pip-settings").write_text(settings)
+    if uv_exits is not None:
+        body = f'echo "uv $*" >>{clone.log}\nexit {uv_exits}'
+        executable(clone.log.with_name("log.uv"), body)
+    result = clone.call("setup", "--dev")
+    assert result.returncode == 0, result.stderr
+    lines = clone.log.read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == used
+    assert all(line.endswith(f"-e {clone.root} pytest>=8") for line in lines)
+    assert ("uv could not install" in result.stderr) == (len(used) == 2)
 
 
 def test_script_setup_environment_keeps_development_tools(clone: Clone):
