@@ -10,10 +10,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD_BYTES = 4 << 20
 _TRIM_THRESHOLD_BYTES = 8 << 20
 
-YOUNG_OBJECTS = 5_000
-"""New objects before the young generation is collected. A reload of a thousand servers makes some
-hundred thousand, and a collection of 20 000 that all live blocked the event loop for up to 60 ms on
-a busy machine. Each new object is looked at once, however many are collected together."""
+YOUNG_OBJECTS = 1_000
+"""New objects before the young generation is collected. A page or a reload of a thousand servers
+makes some hundred thousand, and a collection of 5 000 that all live blocked the event loop for up
+to 36 ms on a busy machine. Each new object is looked at once, however many are collected together.
+"""
+
+YOUNG_COLLECTIONS = 1_000
+"""Collections of the young generation before the middle one is collected: after a million new
+objects, as those of a large fleet live long."""
 
 
 def tune_process() -> None:
@@ -29,7 +34,7 @@ def _tune_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, 200, 100)
+    gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, 100)
 
 
 def _tune_allocator() -> None:

@@ -23,7 +23,13 @@ from vllm_router.observability.key_usage import KeyUsage
 from vllm_router.observability.metrics import Metrics
 from vllm_router.observability.process import cpu_seconds
 from vllm_router.observability.router_state import CPU, LAG, wall_offset
-from vllm_router.observability.slices import each, in_turns, of_one_fleet
+from vllm_router.observability.slices import (
+    SERVERS_AT_ONCE,
+    VIEWS_AT_ONCE,
+    each,
+    in_turns,
+    of_one_fleet,
+)
 from vllm_router.observability.sliding import Percentiles, Rate
 from vllm_router.observability.stalls import LagWatch
 from vllm_router.observability.tally import Tallies, failed
@@ -170,6 +176,7 @@ class Feed:
                     encoded = self._snapshot_of(reading)
                     for mailbox in self._mailboxes:
                         mailbox.put_snapshot(encoded)
+                    await trio.lowlevel.checkpoint()
             if now >= next_row:
                 next_row = _next(next_row, history.INTERVAL, now)
                 await self._remember(reading)
@@ -208,7 +215,8 @@ class Feed:
             tally = tallies.read(server, live.get(server, 0), found, now)
             reading.add(server, tally, with_view=with_views)
 
-        yield from each(self._fleet.all_servers(), read)
+        at_once = VIEWS_AT_ONCE if with_views else SERVERS_AT_ONCE
+        yield from each(self._fleet.all_servers(), read, at_once)
         return reading
 
     async def _remember(self, reading: view.Reading) -> None:

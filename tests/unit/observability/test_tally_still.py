@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import NamedTuple
 
 import pytest
@@ -20,12 +21,50 @@ class Engine(NamedTuple):
     prefix_queries: float
 
 
+class PlainRate:
+    """A Rate that keeps every value of its window, and one before it, as pairs."""
+
+    def __init__(self, window: float = 5.0) -> None:
+        self._window = window
+        self._readings: list[tuple[float, float]] = []
+
+    def observe(self, total: float, now: float) -> None:
+        if self._readings and total < self._readings[-1][1]:
+            self._readings = []
+        self._readings.append((now, total))
+        begin = now - self._window
+        while len(self._readings) > 2 and self._readings[1][0] <= begin:
+            del self._readings[0]
+        (first, total), (_, after) = (
+            self._readings[0],
+            self._readings[min(1, len(self._readings) - 1)],
+        )
+        if len(self._readings) > 2 and first < begin and total == after:
+            self._readings[0] = begin, total
+
+    @property
+    def rise(self) -> float:
+        return self._readings[-1][1] - self._readings[0][1] if self._readings else 0.0
+
+    @property
+    def per_second(self) -> float:
+        if len(self._readings) < 2:
+            return 0.0
+        return self.rise / (self._readings[-1][0] - self._readings[0][0])
+
+
+class PlainRatio(Ratio):
+    def __init__(self, window: float = 60.0) -> None:
+        super().__init__(window)
+        self._part, self._whole = PlainRate(window), PlainRate(window)  # type: ignore[assignment]
+
+
 class Plain:
-    """The same rates, with every reading observed."""
+    """The same rates, with every reading observed and kept."""
 
     def __init__(self) -> None:
-        self.requests, self.tokens = Rate(), Rate()
-        self.prefix, self.expected = Ratio(), Ratio()
+        self.requests, self.tokens = PlainRate(), PlainRate()
+        self.prefix, self.expected = PlainRatio(), PlainRatio()
 
     def read(self, requests: int, engine: Engine, expected: PrefixStatistics, now: float) -> None:
         self.requests.observe(requests, now)
@@ -75,6 +114,44 @@ def test_tally_read_of_still_counters_observes_no_rate(monkeypatch):
     tally.requests = 10
     tally.read(200.0, 0)
     assert tally.requests_per_s == pytest.approx(2.0)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(1, 20)), min_size=1, max_size=8))
+def test_rate_equals_rate_that_keeps_every_value(spells):
+    """A rise of -1 stands for a restart of the counter."""
+    rate, plain, now, total = Rate(), PlainRate(), 0.0, 100
+    for rise, readings in spells:
+        for _ in range(readings):
+            now, total = now + 0.5, total + rise
+            rate.observe(total, now)
+            plain.observe(total, now)
+            assert rate.rise == plain.rise
+            assert rate.per_second == pytest.approx(plain.per_second)
+
+
+def test_rate_of_still_counter_keeps_three_values_at_most():
+    rate = Rate(window=60.0)
+    for reading in range(100):
+        rate.observe(7, float(reading))
+    assert len(rate._times) == len(rate._totals) <= 3
+
+
+def test_rate_of_rising_counter_makes_nothing_for_the_garbage_collector():
+    rates = [Rate() for _ in range(100)]
+    for reading in range(20):
+        for rate in rates:
+            rate.observe(float(reading), float(reading))
+    gc.collect()
+    gc.disable()
+    try:
+        for reading in range(20, 40):
+            for rate in rates:
+                rate.observe(float(reading), float(reading))
+        young = gc.get_objects(generation=0)
+    finally:
+        gc.enable()
+    assert len([one for one in young if isinstance(one, tuple) and len(one) == 2]) < 100
 
 
 def test_rate_with_gap_between_equal_values_counts_from_begin_of_window():
