@@ -11,14 +11,14 @@ _MMAP_THRESHOLD_BYTES = 4 << 20
 _TRIM_THRESHOLD_BYTES = 8 << 20
 
 YOUNG_OBJECTS = 1_000
-"""New objects before the young generation is collected. A page or a reload of a thousand servers
-makes some hundred thousand, and a collection of 5 000 that all live blocked the event loop for up
-to 36 ms on a busy machine. Each new object is looked at once, however many are collected together.
-"""
+"""New objects, less the old ones that end, before the young generation is collected. A page or a
+reload of a thousand servers makes some hundred thousand, and a collection of 5 000 that all live
+blocked the event loop for up to 36 ms on a busy machine. Each new object is looked at once, however
+many are collected together."""
 
 YOUNG_COLLECTIONS = 1_000
-"""Collections of the young generation before the middle one is collected: after a million new
-objects, as those of a large fleet live long."""
+"""Collections of the young generation before the middle one is collected, whose objects live
+long."""
 
 
 def tune_process() -> None:
