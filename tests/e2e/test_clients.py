@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import openai
 import pytest
 
+from support.lazy_import import LazyImport
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import RouterProcess, chat, router_process, servers_toml, until
+
+openai = LazyImport("openai")
 
 DATA = Path(__file__).parents[1] / "data" / "vllm"
 

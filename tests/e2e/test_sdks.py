@@ -12,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import httpx
-import openai
 import pytest
 
+from support.lazy_import import LazyImport
 from support.router_process import FAST, RouterProcess, router_process
+
+anthropic = LazyImport("anthropic")
+openai = LazyImport("openai")
 
 CHAT = "/v1/chat/completions"
 GAUGES = 'vllm:num_requests_running{engine="0"} 0\nvllm:num_requests_waiting{engine="0"} 0\n'
@@ -183,23 +185,23 @@ def openai_chat(router: RouterProcess, key: str = "sk-all", **more: Any) -> Any:
 
 
 OPENAI = {
-    "400": ({"extra_body": {"kv_transfer_params": {"remote_host": "x"}}}, openai.BadRequestError),
-    "401": ({"key": "sk-wrong"}, openai.AuthenticationError),
-    "403": ({"key": "sk-other"}, openai.PermissionDeniedError),
-    "404": ({"model": "none"}, openai.NotFoundError),
-    "413": ({"text": "x" * 30_000}, openai.APIStatusError),
-    "429": ({"key": "sk-slow-openai"}, openai.RateLimitError),
-    "503": ({"model": "gone"}, openai.InternalServerError),
-    "504": ({"text": "hang"}, openai.InternalServerError),
+    "400": ({"extra_body": {"kv_transfer_params": {"remote_host": "x"}}}, "BadRequestError"),
+    "401": ({"key": "sk-wrong"}, "AuthenticationError"),
+    "403": ({"key": "sk-other"}, "PermissionDeniedError"),
+    "404": ({"model": "none"}, "NotFoundError"),
+    "413": ({"text": "x" * 30_000}, "APIStatusError"),
+    "429": ({"key": "sk-slow-openai"}, "RateLimitError"),
+    "503": ({"model": "gone"}, "InternalServerError"),
+    "504": ({"text": "hang"}, "InternalServerError"),
 }
 
 
 @pytest.mark.parametrize("status", OPENAI)
 def test_openai_sdk_raises_class_of_status(router: RouterProcess, status: str):
-    request, kind = OPENAI[status]
+    request, name = OPENAI[status]
     if status == "429":
         openai_chat(router, **request)
-    with pytest.raises(kind) as caught:
+    with pytest.raises(getattr(openai, name)) as caught:
         openai_chat(router, **request)
     error = caught.value
     assert error.status_code == int(status)
@@ -234,7 +236,7 @@ def test_openai_sdk_raises_for_broken_stream(router: RouterProcess):
 # -- Anthropic ---------------------------------------------------------------------------------
 
 
-def anthropic_client(router: RouterProcess, key: str) -> anthropic.Anthropic:
+def anthropic_client(router: RouterProcess, key: str) -> Any:
     return anthropic.Anthropic(base_url=router.url, api_key=key, auth_token=None, max_retries=0)
 
 
@@ -250,25 +252,25 @@ def anthropic_chat(router: RouterProcess, key: str = "sk-all", **more: Any) -> A
 ANTHROPIC = {
     "400": (
         {"extra_body": {"kv_transfer_params": {"remote_host": "x"}}},
-        anthropic.BadRequestError,
+        "BadRequestError",
         "invalid_request_error",
     ),
-    "401": ({"key": "sk-wrong"}, anthropic.AuthenticationError, "authentication_error"),
-    "403": ({"key": "sk-other"}, anthropic.PermissionDeniedError, "permission_error"),
-    "404": ({"model": "none"}, anthropic.NotFoundError, "not_found_error"),
-    "413": ({"text": "x" * 30_000}, anthropic.APIStatusError, "request_too_large"),
-    "429": ({"key": "sk-slow-anthropic"}, anthropic.RateLimitError, "rate_limit_error"),
-    "503": ({"model": "gone"}, anthropic.InternalServerError, "overloaded_error"),
-    "504": ({"text": "hang"}, anthropic.InternalServerError, "timeout_error"),
+    "401": ({"key": "sk-wrong"}, "AuthenticationError", "authentication_error"),
+    "403": ({"key": "sk-other"}, "PermissionDeniedError", "permission_error"),
+    "404": ({"model": "none"}, "NotFoundError", "not_found_error"),
+    "413": ({"text": "x" * 30_000}, "APIStatusError", "request_too_large"),
+    "429": ({"key": "sk-slow-anthropic"}, "RateLimitError", "rate_limit_error"),
+    "503": ({"model": "gone"}, "InternalServerError", "overloaded_error"),
+    "504": ({"text": "hang"}, "InternalServerError", "timeout_error"),
 }
 
 
 @pytest.mark.parametrize("status", ANTHROPIC)
 def test_anthropic_sdk_raises_class_of_status(router: RouterProcess, status: str):
-    request, kind, name = ANTHROPIC[status]
+    request, name, error_type = ANTHROPIC[status]
     if status == "429":
         anthropic_chat(router, **request)
-    with pytest.raises(kind) as caught:
+    with pytest.raises(getattr(anthropic, name)) as caught:
         anthropic_chat(router, **request)
     error = caught.value
     assert type(error) is not anthropic.APIStatusError  # each status has a class of its own
@@ -276,7 +278,7 @@ def test_anthropic_sdk_raises_class_of_status(router: RouterProcess, status: str
     assert error.request_id == error.response.headers["request-id"]
     body: Any = error.body
     assert body["type"] == "error"
-    assert body["error"]["type"] == name
+    assert body["error"]["type"] == error_type
     assert body["request_id"] == error.request_id
 
 

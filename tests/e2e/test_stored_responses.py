@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import openai
 import pytest
 
+from support.lazy_import import LazyImport
 from support.mock_process import MockProcess, mock_processes
 from support.router_process import router_process, servers_toml, until
+
+openai = LazyImport("openai")
 
 SERVERS = ("--enable-responses-api-store", "--token-delay", "0.001", "--ttft", "0")
 FRONTS = {
@@ -19,7 +22,7 @@ FRONTS = {
 }
 """The arguments, and the number of conversations."""
 
-Running = tuple[openai.OpenAI, int]
+Running = tuple[Any, int]
 """A client of a running router, and the number of conversations."""
 
 

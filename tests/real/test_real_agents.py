@@ -15,13 +15,15 @@ from random import Random
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-import anthropic
 import httpx
-import openai
 import pytest
 
 from real.lab import DEVELOPMENT, MODEL, RealServer, real_servers
+from support.lazy_import import LazyImport
 from support.router_process import router_process, servers_toml
+
+anthropic = LazyImport("anthropic")
+openai = LazyImport("openai")
 
 pytestmark = pytest.mark.real
 

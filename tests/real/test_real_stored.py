@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 
 from real.lab import DEVELOPMENT, MODEL, RealServer, real_servers
+from support.lazy_import import LazyImport
 from support.router_process import router_process, servers_toml, until
+
+openai = LazyImport("openai")
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from real.lab import MODEL, RealServer, Tap, real_servers
+from support.lazy_import import LazyImport
 from support.router_process import router_process, servers_toml, until
+
+openai = LazyImport("openai")
 
 pytestmark = pytest.mark.real
 

@@ -40,11 +40,15 @@ STREAM = HEAD + b"content-type: text/event-stream\r\n\r\n"
 
 
 def bomb() -> Pieces:
-    """3 MB that decompress to 3 GB: made once, of one repeated block."""
-    packer = zlib.compressobj(9, wbits=31)
-    first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return whole(first + block * 3000, "content-encoding: gzip")
+    """3 MB that decompress to 3 GB: one repeated block."""
+
+    def pieces() -> Iterable[bytes]:
+        packer = zlib.compressobj(9, wbits=31)
+        first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+        block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+        return whole(first + block * 3000, "content-encoding: gzip")()
+
+    return pieces
 
 
 def listing(*names: str) -> Pieces:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Callable, Iterable
 
@@ -45,7 +46,9 @@ def closes_with(code: int, *pieces: bytes, deflate: bool = False) -> Callable[[L
     return play
 
 
+@functools.cache
 def bomb(size: int) -> bytes:
+    """A compressed message of so many zeros."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     return (packer.compress(bytes(size)) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
@@ -102,16 +105,18 @@ WEBSOCKET = [
     Hostile("pongs", play=closes_with(1008, *many(frame(PONG) * 10_000, 30))),
     Hostile(
         "a compressed bomb",
-        play=closes_with(1009, frame(BINARY, bomb(100_000_000), rsv=4), deflate=True),
+        play=lambda there: closes_with(1009, frame(BINARY, bomb(100_000_000), rsv=4), deflate=True)(
+            there
+        ),
     ),
     Hostile(
         "compressed bombs in fragments",
-        play=closes_with(
+        play=lambda there: closes_with(
             1009,
             frame(BINARY, bomb(20_000_000)[:100], rsv=4, fin=False),
             *many(frame(CONTINUATION, bomb(20_000_000), fin=False), 20),
             deflate=True,
-        ),
+        )(there),
     ),
     Hostile(
         "compressed nonsense",
