@@ -30,6 +30,7 @@ case "$*" in
     "-m pip config list") cat "LOG.pip-settings" 2>/dev/null ;;
     *" --only-binary uv uv") [ -e "LOG.uv" ] && cp "LOG.uv" "${0%/*}/uv" ;;
     "-m pip install "*) echo "pip $*" >>LOG ;;
+    "-m pytest -q --collect-only"*) echo "collect ${5-}" >>LOG ;;
     "-m pytest"*) echo "python $*" ;;
 esac
 """
@@ -227,6 +228,23 @@ def test_script_test_without_arguments_runs_all_in_parallel(clone: Clone):
     clone.tool("nproc", "echo 2")
     result = clone.call("test")
     assert (result.returncode, result.stdout) == (0, "python -m pytest -n 3\n")
+
+
+def test_script_test_parallel_run_compiles_tests_without_bytecode(clone: Clone):
+    clone.call("setup", "--dev")
+    for tool in SYSTEM_TOOLS:
+        clone.tool(tool)
+    clone.tool("nproc", "echo 2")
+    clone.call("test", "tests/docs/test_layers.py")
+    assert "collect" not in clone.log.read_text()
+    clone.call("test")
+    collected = sorted(line for line in clone.log.read_text().splitlines() if "collect" in line)
+    assert collected == ["collect --ignore", "collect tests/unit"]
+    bytecode = clone.root / "tests" / "unit" / "http" / "__pycache__"
+    bytecode.mkdir(parents=True)
+    (bytecode / "test_client.cpython-311-pytest-9.2.0.pyc").touch()
+    clone.call("test")
+    assert clone.log.read_text().count("collect") == 2
 
 
 def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone):
