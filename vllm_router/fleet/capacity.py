@@ -4,20 +4,30 @@ A server is full if requests have waited in its queue for some seconds and no mo
 than before, or if its KV cache is full. What it runs then is its capacity. A server that runs more
 without a queue has a larger one. A queue for a moment proves nothing: vLLM admits new requests
 between two steps, and long prompts as its token budget allows. Before a server was ever full, only
-the most that it ran without a queue is known: its load is shown against vLLM's default batch, and
-policies take it for as large as the largest server of the fleet that was full.
+the most that it ran without a queue is known: its load is shown against vLLM's default batch.
+
+Policies want to know how many requests a server should get next to the others. That depends on
+its speed: servers with the same settings are full with equally many, and a slow one computes them
+for longer. So its share is EQUAL_SHARE times its speed, and less if it is full with fewer requests
+than the others are. The scale never changes, because servers are scraped one after the other, and
+the first with a larger scale would get all requests until the others have followed.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
+from statistics import median_low
+
+from vllm_router.fleet.speed import SpeedEstimate
 
 ASSUMED = 256
 """Shown as the capacity of a server that was never full: vLLM's default `--max-num-seqs`."""
 
 EQUAL_SHARE = 32.0
-"""Routing share of a server without a configured capacity while no such server was ever full."""
+"""Routing share of a server of median speed without a configured capacity. Beside servers with one
+it is the median of theirs."""
 
 KV_FULL = 0.95
 """KV cache usage from which a server is full."""
@@ -45,10 +55,20 @@ class CapacitySource(enum.StrEnum):
 
 
 class CapacityPool:
-    """The learnt capacities of a fleet's servers, by the estimate that learnt each."""
+    """The learnt capacities of a fleet's servers, by the estimate that learnt each.
+
+    configured: the median of the configured ones; None without any.
+    """
 
     def __init__(self) -> None:
+        self.configured: float | None = None
         self._learnt: dict[CapacityEstimate, float] = {}
+
+    def take_configured(self, capacities: Iterable[int | None]) -> bool:
+        """Take the configured capacities of the fleet; True if their median has changed."""
+        known = [capacity for capacity in capacities if capacity is not None]
+        before, self.configured = self.configured, median_low(known) if known else None
+        return self.configured != before
 
     def note(self, estimate: CapacityEstimate, learnt: float | None) -> None:
         """Take a learnt capacity; None to forget the server."""
@@ -67,16 +87,24 @@ class CapacityEstimate:
     """The capacity of one server.
 
     configured: `max_concurrent_requests`, None to learn it.
+    speed: its speed next to the fleet's.
     peak: the most requests that ran without a queue.
     full_at: requests that it runs when it is full; None before it was full.
     """
 
-    def __init__(self, configured: int | None, pool: CapacityPool | None = None) -> None:
+    def __init__(
+        self,
+        configured: int | None,
+        pool: CapacityPool | None = None,
+        speed: SpeedEstimate | None = None,
+    ) -> None:
         self.configured = configured
+        self.speed = speed if speed is not None else SpeedEstimate()
         self.pool = pool if pool is not None else CapacityPool()
         self.peak = 0.0
         self.full_at: float | None = None
         self._used: float | None = None
+        self._followed: float | None = None
         self._waiting_since: float | None = None
         self._ran = 0.0
         self._observed_at = -math.inf
@@ -114,10 +142,16 @@ class CapacityEstimate:
         """The capacity that policies use."""
         if self.configured is not None:
             return self.configured
-        if self._used is not None:
-            return self._used
-        largest = self.pool.largest
-        return EQUAL_SHARE if largest is None else max(largest, self.peak, 1.0)
+        if self._followed is not None:
+            return self._followed
+        pool, ratio = self.pool, self.speed.ratio
+        usual, largest = pool.configured, pool.largest
+        if usual is not None:
+            room = math.inf if self._used is None else self._used
+            return min(usual * ratio, room)
+        if self._used is None or largest is None:
+            return EQUAL_SHARE * ratio
+        return EQUAL_SHARE * min(ratio, self._used / largest * self.speed.pool.fastest)
 
     def observe(self, running: float, waiting: float, kv_usage: float | None, now: float) -> None:
         """Read one scrape of the engine's gauges."""
@@ -138,7 +172,7 @@ class CapacityEstimate:
 
     def follow(self, share: float) -> None:
         """Use the share that another process has learnt."""
-        self._used = share
+        self._followed = share
 
     def refused(self, running: float, now: float) -> None:
         """The server refused a request as too busy while so many of ours were on it.
@@ -151,7 +185,7 @@ class CapacityEstimate:
 
     def forget(self) -> None:
         """A new process runs on the server, perhaps with other settings."""
-        self.peak, self.full_at, self._used = 0.0, None, None
+        self.peak, self.full_at, self._used, self._followed = 0.0, None, None, None
         self._waiting_since, self._ran = None, 0.0
         self.pool.note(self, None)
 

@@ -17,6 +17,7 @@ from vllm_router.fleet.outliers import may_eject, outlier_reason
 from vllm_router.fleet.reason import because
 from vllm_router.fleet.refusals import Asked
 from vllm_router.fleet.server import ChangeLog, Server
+from vllm_router.fleet.speed import SpeedPool
 from vllm_router.fleet.state import State, Transition
 
 ADVANCE_EVERY = 0.01
@@ -71,6 +72,7 @@ class Fleet:
         self.seeds = ModelSeeds()
         self.change_log = ChangeLog()
         self.capacities = CapacityPool()
+        self.speeds = SpeedPool()
         self.on_transition: list[Callable[[Transition], None]] = []
         self.on_settled: list[Callable[[float], None]] = []
         self.on_failed: list[Callable[[Server, float], None]] = []
@@ -121,6 +123,7 @@ class Fleet:
                 server.joined = bool(old)
                 server.change_log = self.change_log
                 server.capacity_estimate.pool = self.capacities
+                server.capacity_estimate.speed.join(self.speeds)
                 added.append(server)
             else:
                 kept.append(server)
@@ -133,8 +136,13 @@ class Fleet:
             self._remember_drain(server)
             server.drain(on=True)
             self.capacities.note(server.capacity_estimate, None)
+            server.capacity_estimate.speed.join(SpeedPool())
         self.leaving.extend(removed)
         self._by_url = by_url
+        if self.capacities.take_configured([one.max_concurrent_requests for one in config.servers]):
+            for server in by_url.values():
+                if server.config.max_concurrent_requests is None:
+                    server.follow_capacity()
         self._context_lengths.reset()
         self._prepared.clear()
         self._prepared_for = None

@@ -184,6 +184,11 @@ class Server:
         self.load_estimate.configure(1.0, settings.slow_start, settings.metrics_interval)
         self._follow_capacity()
 
+    def follow_capacity(self) -> None:
+        """The capacities that others have configured have changed."""
+        self._follow_capacity()
+        self._update_load()
+
     def _follow_capacity(self) -> None:
         """Use the current estimate of the capacity; call `_update_load` afterwards."""
         estimate, weight = self.capacity_estimate, self.config.weight
@@ -289,6 +294,9 @@ class Server:
             self._new_process()
         if self.activity.note_progress(metrics, load):
             self.pause(on=False, now=now)
+        if load.metrics is not None:
+            elapsed = load.age(now)
+            self.capacity_estimate.speed.observe(load.metrics, metrics, elapsed)
         load.take_scrape(metrics, now, leases)
         if metrics.running is not None and not metrics.asleep:
             self.capacity_estimate.observe(
@@ -554,6 +562,7 @@ class Server:
         self.refusals.clear()
         self.activity.reset()
         self.capacity_estimate.forget()
+        self.capacity_estimate.speed.forget()
         self.load_estimate.stuck = 0.0
         self._on_change(self)
 

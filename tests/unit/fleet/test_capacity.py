@@ -47,7 +47,8 @@ def test_capacity_is_learnt_from_queue_that_stays():
     scrapes.see(60)
     assert scrapes.see(64, 3, times=FULL - 1).full_at is None  # it may admit them in a moment
     estimate = scrapes.see(64, 3)
-    assert (estimate.source, estimate.shown, estimate.share) == (CapacitySource.LEARNT, 64, 64)
+    assert (estimate.source, estimate.shown) == (CapacitySource.LEARNT, 64)
+    assert estimate.share == EQUAL_SHARE  # it is the only one
 
 
 def test_capacity_is_not_learnt_while_waiting_requests_are_admitted():
@@ -102,19 +103,21 @@ def test_capacity_small_changes_leave_share_and_pool():
     scrapes = Scrapes(pool=pool)
     scrapes.see(100, 2, times=FULL)
     scrapes.see(100 * (1 + NOTICEABLE) - 1)
-    assert (scrapes.estimate.shown, scrapes.estimate.share) == (109, 100)
+    assert (scrapes.estimate.shown, pool.largest) == (109, 100)
     scrapes.see(round(100 * (1 + NOTICEABLE)) + 1)
-    assert scrapes.estimate.share == pool.largest == 111
+    assert pool.largest == 111
 
 
-def test_capacity_of_server_never_full_follows_largest_of_pool():
+def test_capacity_counts_next_to_the_largest_of_pool():
     pool = CapacityPool()
-    small, large = Scrapes(pool=pool), Scrapes(pool=pool)
+    small, large, unknown = (Scrapes(pool=pool) for _ in range(3))
     small.see(8, 3, times=FULL)
-    assert large.see(5).share == 8
-    assert large.see(40).share == 40
-    small.estimate.forget()
-    assert (pool.largest, large.estimate.share) == (None, EQUAL_SHARE)
+    assert [one.estimate.share for one in (small, large, unknown)] == [EQUAL_SHARE] * 3
+    large.see(40, 3, times=FULL)
+    shares = [one.estimate.share for one in (small, large, unknown)]
+    assert shares == [8 / 40 * EQUAL_SHARE, EQUAL_SHARE, EQUAL_SHARE]
+    large.estimate.forget()
+    assert (pool.largest, small.estimate.share) == (8, EQUAL_SHARE)
 
 
 def test_capacity_configured_is_used_and_a_better_one_proposed():
@@ -166,7 +169,7 @@ def test_server_weight_multiplies_learnt_capacity():
     server = fleet.servers["a"]
     for second in range(5):
         server.scraped(gauges(64, 2), float(second), 0)
-    assert (server.capacity, server.weighted_capacity) == (64, 128)
+    assert (server.capacity, server.weighted_capacity) == (64, 2 * EQUAL_SHARE)
     assert server.key_share == 2 * EQUAL_SHARE
 
 

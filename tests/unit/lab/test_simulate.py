@@ -27,6 +27,7 @@ from vllm_router.lab.simulate.grid import (
     execute,
     execute_all,
     grid,
+    lasting,
     rate_at,
     scene_for,
     speeds_of,
@@ -406,6 +407,19 @@ def test_simulate_untuned_fleet_has_equal_configured_capacities():
     assert {untuned.configured_capacity(n) for n in range(8)} == {None}
 
 
+def test_simulate_untuned_fleet_is_nearly_as_good_as_tuned_one_with_least_load():
+    """Without learnt speeds the slow servers get as many requests as the fast, and 1.155 is it."""
+    workload = WORKLOADS["untuned"]
+    untuned = lasting(scene_for(scene(), workload), 12.0)
+    rate = rate_at(workload, 0.7, 8, workload.capacity)
+
+    def token_p99(fleet: Scene) -> float:
+        return execute(Run("untuned", 0.7, 4, "least_load", fleet, rate)).figures.token_p99
+
+    tuned = dataclasses.replace(untuned, tuned=True)
+    assert token_p99(untuned) < 1.05 * token_p99(tuned)
+
+
 def test_simulate_large_fleet_has_its_own_servers_and_routers():
     found = scene_for(scene(), WORKLOADS["large-fleet"])
     assert (len(found.speeds), found.routers) == (32, 4)
@@ -623,6 +637,15 @@ def test_simulate_command_passes_on_how_routers_share():
     used = world.call_args.args[0]
     assert (used.share, used.share_period, used.sticky) == ("prompts,queued", 0.5, True)
     assert used.session_idle == 7.0
+
+
+@pytest.mark.parametrize(("flag", "capacity"), [("--tuned", 64), ("--untuned", None)])
+def test_simulate_command_tunes_fleet_or_has_it_learnt(flag: str, capacity: int | None):
+    with patch.object(cli, "execute_all", return_value=[]) as run:
+        command(*SHORT, "--workload", "untuned", "--workload", "chat", flag)
+    fleets = {run.workload: run.scene for run in run.call_args.args[0]}
+    assert fleets["untuned"].configured_capacity(0) == capacity
+    assert (fleets["chat"].configured_capacity(0) is None) is (capacity is None)
 
 
 def test_simulate_command_replays_log(tmp_path):

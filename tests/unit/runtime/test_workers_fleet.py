@@ -106,9 +106,12 @@ def test_workers_burst_over_two_spreads_as_evenly_as_over_one(router: Router, po
 def test_workers_use_capacity_that_leader_has_learnt(router: Router):
     (worker, _) = router.workers
     for second in range(6):
-        router.leader.servers["a"].scraped(gauges(40, 2), 2.0 + second, 0)
-    worker.follow(state_of(router.leader.servers["a"]), 8.0)
-    assert worker.servers["a"].weighted_capacity == 40
+        router.leader.servers["a"].scraped(gauges(10, 2), 2.0 + second, 0)
+        router.leader.servers["b"].scraped(gauges(40, 2), 2.0 + second, 0)
+    for name in ("a", "b"):
+        worker.follow(state_of(router.leader.servers[name]), 8.0)
+    shares = [worker.servers[name].weighted_capacity for name in ("a", "b")]
+    assert shares == [EQUAL_SHARE / 4, EQUAL_SHARE]
 
 
 def test_workers_see_leases_of_all(router: Router):

@@ -115,6 +115,12 @@ class _SlowServer(click.ParamType[tuple[int, float]]):
 @click.option(
     "--capacity", type=click.IntRange(1), default=32, help="max_concurrent_requests per server."
 )
+@click.option(
+    "--tuned/--untuned",
+    "tuned",
+    default=None,
+    help="Whether max_concurrent_requests follows the speeds, or is learnt.  [untuned: learnt]",
+)
 @click.option("--routers", type=click.IntRange(1, 16), default=1, help="Before the same servers.")
 @click.option("--share", type=click.Choice(SHARE_MODES), default=NONE, help="Between the routers.")
 @click.option(
@@ -185,6 +191,7 @@ def simulate_command(
     servers: int | None,
     hardware: str,
     capacity: int,
+    tuned: bool | None,
     routers: int,
     share: str,
     period: float,
@@ -272,7 +279,7 @@ def simulate_command(
         prompt_growth=prompt_growth,
     )
     if replay is not None:
-        fleet = scene_for(base, WORKLOADS["chat"], servers_of(WORKLOADS["chat"]))
+        fleet = scene_for(base, WORKLOADS["chat"], servers_of(WORKLOADS["chat"]), tuned)
         runs = _replayed(replay, range(seed, seed + seeds), policies, settings, fleet)
     else:
         shares_of_capacity = [load / 100 for load in loads or LOADS]
@@ -283,7 +290,7 @@ def simulate_command(
                 range(seed, seed + seeds),
                 policies,
                 _capacities(workloads, hardware),
-                lambda workload: scene_for(base, workload, servers_of(workload)),
+                lambda workload: scene_for(base, workload, servers_of(workload), tuned),
                 settings,
             )
         )

@@ -110,8 +110,10 @@ LONGER_BELOW = 0.5
 LONGEST = 4.0
 
 
-def scene_for(base: Scene, workload: Workload, servers: int | None = None) -> Scene:
-    """The scene with the workload's fleet; `servers` if not as many as the workload wants."""
+def scene_for(
+    base: Scene, workload: Workload, servers: int | None = None, tuned: bool | None = None
+) -> Scene:
+    """The scene with the workload's fleet; `servers` and `tuned` if not as the workload wants."""
     count = servers or workload.servers
     hardware = base.hardware
     return replace(
@@ -119,7 +121,7 @@ def scene_for(base: Scene, workload: Workload, servers: int | None = None) -> Sc
         hardware=hardware._replace(kv_tokens=round(hardware.kv_tokens * workload.kv_share)),
         speeds=speeds_of(workload, count),
         routers=max(base.routers, workload.routers),
-        tuned=workload.tuned,
+        tuned=workload.tuned if tuned is None else tuned,
         adapters=workload.adapters,
         without_adapters=tuple(range(int(count * workload.base_only))),
         joining=(count - 1,) if workload.joining and count > 2 else (),
