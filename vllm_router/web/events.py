@@ -199,7 +199,8 @@ def _refused(problems: Sequence[str], first: Problem | None) -> tuple[str, dict[
         code, values = "file_refused", {"problem": problems[0] if problems else ""}
     else:
         where, key, reason = first
-        code, values = "key_refused", {"where": where, "key": key, "problem": reason}
+        name = where.rpartition("/")[2]
+        code, values = "key_refused", {"where": name, "key": key, "problem": reason}
     if len(problems) <= 1:
         return code, values
     return f"{code}_more", {**values, "n": str(len(problems) - 1)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import msgspec
 import pytest
 from rich.console import Console
@@ -185,7 +188,7 @@ def test_monitor_small_screen_shows_servers_totals_and_events():
 
 def test_monitor_wide_screen_shows_more_figures():
     text = "\n".join(picture(view(server("gpu-1"), models=True), 160, 50))
-    for title in ("TTFT95", "REQ/S", "TOK/S", "ERR/S", "KV", "LAST 5 MIN", "MODELS"):
+    for title in ("TTFT95", "REQ/S", "TOK/S", "ERR/S", "KV", "5 MIN", "MODELS"):
         assert title in text
         assert title not in "\n".join(picture(view(server("gpu-1"))))[: 80 * 5] or title[0] == "L"
 
@@ -204,6 +207,14 @@ def test_monitor_model_without_server_is_first_and_named_in_one_line():
     text = "\n".join(picture(with_models(model("fine"), model("lost", 0)), 120, 40))
     assert "! lost has had no server since" in text
     assert text.index("no server since", text.index("MODEL ")) < text.index(" fine")
+    text = "\n".join(
+        picture(
+            with_models(model("a-whole", 2), model("b-drains", 1, draining=1), model("c-part")),
+            120,
+            40,
+        )
+    )
+    assert text.index("c-part") < text.index("a-whole") < text.index("b-drains")
     text = "\n".join(picture(with_models(model("one", 0), model("two", 0)), 120, 40))
     assert "! 2 models have had no server since" in text
 
@@ -273,6 +284,11 @@ def test_monitor_unused_router_shows_how_to_send_a_request(width: int, height: i
     shown.take(snapshot(server("gpu-1", models=["m"]), unused=True), NOW)
     text = "\n".join(picture(shown, width, height))
     assert ("curl http://127.0.0.1:8888/v1/chat/completions" in text) is (width >= 80)
+    if width >= 80:
+        lines = [line.strip("│ ") for line in text.splitlines()]
+        first = next(n for n, line in enumerate(lines) if line.startswith("curl "))
+        *_, body = shlex.split("\n".join(lines[first : first + 4]))
+        assert json.loads(body)["messages"] == [{"role": "user", "content": "Hello!"}]
     shown.take(snapshot(server("gpu-1"), unused=False), NOW)
     assert "curl" not in "\n".join(picture(shown, width, height))
 

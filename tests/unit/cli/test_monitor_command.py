@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import trio
 
 from vllm_router.cli.monitor import attached, command
 from vllm_router.cli.monitor.attached import Recent, serve_with_view
+from vllm_router.cli.monitor.fullscreen import RESET
 from vllm_router.cli.monitor.link import NoFeed
 from vllm_router.cli.monitor.log_file import last_lines
 from vllm_router.cli.monitor.screen import End
@@ -143,6 +145,7 @@ class Rig:
 
         async def view(url: str, *_: object) -> int:
             self.monitored = url
+            logging.getLogger("router").warning("said while the monitor ran")
             if end < 0:
                 await trio.sleep_forever()
             return end
@@ -179,10 +182,12 @@ async def test_run_monitor_ended_by_its_user_stops_the_router(rig, autojump_cloc
     await started.run()
     assert started.signals == [signal.SIGTERM]
     assert started.monitored == URL
-    assert ("stopping" in capsys.readouterr().out) is (end is End.USER)
+    said = capsys.readouterr()
+    assert ("stopping" in said.out) is (end is End.USER)
+    assert ("said while the monitor ran" in said.err) is (end is not End.USER)
 
 
-async def test_run_failing_monitor_leaves_the_router_running(rig, autojump_clock, caplog):
+async def test_run_failing_monitor_leaves_the_router_running(rig, autojump_clock, caplog, capsys):
     started = rig(1)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(started.run)
@@ -190,6 +195,7 @@ async def test_run_failing_monitor_leaves_the_router_running(rig, autojump_clock
         assert started.signals == []
         started.stopped.set()
     assert "the router is still running" in caplog.text
+    assert "said while the monitor ran" in capsys.readouterr().err
 
 
 async def test_run_failing_router_ends_the_monitor_and_shows_the_log(rig, autojump_clock, capsys):
@@ -242,6 +248,27 @@ async def test_run_killed_monitor_leaves_the_terminal_as_it_was(monkeypatch, tmp
     aside: Any = SimpleNamespace(terminal=7, errors=2)
     assert await attached._view(URL, "k", tmp_path / "log", aside) == -signal.SIGKILL
     assert restored == [(7, ["modes"])]
+
+
+def test_terminal_modes_are_read_and_restored_with_the_screen():
+    outside, terminal = os.openpty()
+    try:
+        before = attached._modes(terminal)
+        assert before is not None
+        tty.setraw(terminal)
+        assert attached._modes(terminal) != before
+        attached._restore(terminal, before)
+        assert attached._modes(terminal) == before
+        assert os.read(outside, 1000).decode() == RESET
+    finally:
+        os.close(outside)
+        os.close(terminal)
+    reading, writing = os.pipe()
+    try:
+        assert attached._modes(reading) is None
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_recent_records_are_kept_by_time():

@@ -466,7 +466,7 @@ async def test_feed_refused_reload_names_the_first_key_that_is_wrong(
     await lab.router.reload()
     event = await client.next_of(schema.Event)
     assert event.text_code == code
-    first = {"where": f"{file}:1:1", "key": "polcy"}
+    first = {"where": f"{file.name}:1:1", "key": "polcy"}
     problem = event.text.splitlines()[0].removeprefix(f"{file}:1:1: polcy: ")
     assert problem.startswith("unknown key")
     assert event.text_values == {**first, "problem": problem, **more}

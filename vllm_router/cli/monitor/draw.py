@@ -6,12 +6,10 @@ cannot control the terminal.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from rich import box
-from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
@@ -20,15 +18,19 @@ from vllm_router.cli.monitor import words
 from vllm_router.cli.monitor.actions import Overlay
 from vllm_router.cli.monitor.charts import charts
 from vllm_router.cli.monitor.events import events_list
+from vllm_router.cli.monitor.lines import (
+    detail_lines,
+    figures_line,
+    first_request_lines,
+    keys_line,
+)
 from vllm_router.cli.monitor.models import models_table, outage
-from vllm_router.cli.monitor.order import SORTS
 from vllm_router.cli.monitor.overlays import overlay
 from vllm_router.cli.monitor.requests import requests_list
-from vllm_router.cli.monitor.servers import models_of, servers_table, window
+from vllm_router.cli.monitor.servers import servers_table, window
 from vllm_router.cli.monitor.shared import shared_lines
 from vllm_router.cli.monitor.state import View
-from vllm_router.cli.monitor.styles import STATE_STYLES, heat
-from vllm_router.cli.monitor.texts import reason_of
+from vllm_router.cli.monitor.styles import heat
 from vllm_router.observability.formatting import visible
 from vllm_router.web.schema import ServerView
 
@@ -155,15 +157,15 @@ def wants_requests(view: View, height: int) -> bool:
 def _body(view: View, width: int, height: int) -> _Body:
     servers = view.servers()
     compact = height < _COMPACT_HEIGHT and len(servers) > height - 8
-    head = [_figures(view, width), *outage(view), *shared_lines(view)]
-    foot = [_keys(view, width)]
+    head = [figures_line(view, width), *outage(view), *shared_lines(view)]
+    foot = [keys_line(view, width)]
     if not compact:
         head.append(Text())
-        foot = [Text(), *_detail(view), *foot]
+        foot = [Text(), *detail_lines(view), *foot]
     models = models_table(view, width, height)
     happened = max(min(len(view.events), _EVENTS_MOST), _beside(view, width, height))
     wanted = len(models) + len(servers) + 1 + len(foot) + happened + 2
-    hint = _first_request(view, height)
+    hint = first_request_lines(view, height)
     spare = height - len(head) - wanted - len(hint)
     if wants_requests(view, height + 2) and view.requests and width < _BESIDE_WIDTH:
         spare = spare if spare < _CHARTS_ALONE else max(_CHARTS_LEAST, spare - _REQUESTS_ROOM)
@@ -175,7 +177,7 @@ def _body(view: View, width: int, height: int) -> _Body:
     first, last = window(view, servers, max(1, room))
     table = servers_table(view, servers[first:last], _heading(view, servers, first, last), width)
     left = height - len(head) - len(table) - len(foot) - 2
-    hint = _first_request(view, left + 2 - events_least)
+    hint = first_request_lines(view, left + 2 - events_least)
     below = _below(view, width, left - len(hint), height) + hint
     filler = height - len(head) - len(table) - len(below) - len(foot)
     lines = [*head, *table, *below, *[Text()] * max(0, filler), *foot]
@@ -214,104 +216,3 @@ def _below(view: View, width: int, room: int, height: int) -> list[Text]:
         line.truncate(half, overflow="ellipsis", pad=True)
         lines.append(line.append(" " * _GAP).append_text(other or Text()))
     return lines
-
-
-def _first_request(view: View, room: int) -> list[Text]:
-    """What to do on a router that no client has used; empty if there is no room for it."""
-    if view.snapshot is None or not view.snapshot.router.unused or room < 5:
-        return []
-    url = view.url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
-    models = [model for server in view.snapshot.servers for model in server.models or ()]
-    model = json.dumps(models[0] if models else "MODEL")
-    body = f'{{"model": {model}, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    return [
-        Text(),
-        Text(view.texts("first_request"), style="bold"),
-        Text(visible(f"  curl {url}/v1/chat/completions \\"), style="cyan"),
-        Text(visible(f"    -H 'Content-Type: application/json' -d '{body}'"), style="cyan"),
-        Text(visible(view.texts("first_page", url=url)), style="bold"),
-    ]
-
-
-def _figures(view: View, width: int) -> Text:
-    texts, trouble = view.texts, visible(view.texts.trouble(view.trouble))
-    if view.snapshot is None:
-        return Text(trouble and texts("no_router", why=trouble))
-    if not view.connected:
-        return Text(texts("figures_old", why=trouble), style="bold red not dim")
-    fleet, router = view.snapshot.fleet, view.snapshot.router
-    text = Text()
-    for figure, name, style in (
-        (words.rate(fleet.requests_per_s), "req_s", ""),
-        (words.rate(fleet.tokens_per_s), "tok_s", ""),
-        (words.seconds(fleet.ttft.p95 if fleet.ttft else None), "ttft_p95", ""),
-        (words.rate(fleet.errors_per_s), "err_s", "red" if fleet.errors_per_s else ""),
-        (str(router.open_streams), "in_flight", ""),
-    ):
-        part = Text().append(figure, f"bold {style}".strip()).append(f" {texts(name)}  ")
-        if text.cell_len + part.cell_len - 2 <= width:
-            text.append_text(part)
-    room = min(60, width - text.cell_len - 6)
-    if room >= 8:
-        text.append(f"{texts('load')} ", "bright_black")
-        text.append(words.sparkline(view.trend.values("load", hour=view.hour), room), "cyan")
-    return text
-
-
-def _detail(view: View) -> list[Text]:
-    """Two lines about the selected server."""
-    server, texts = view.chosen(), view.texts
-    if server is None or view.snapshot is None:
-        return [Text(texts("no_servers") if view.snapshot is not None else "")]
-    first = Text().append(visible(server.name), "bold").append(f"  {visible(server.url)}  ")
-    span = words.span(view.snapshot.time - server.since, texts)
-    state = texts("state_for", state=texts.word("state", server.state), span=span)
-    style = STATE_STYLES.get(server.state, "")
-    if server.reason:
-        reason = visible(reason_of(texts, server))
-        before, after = texts("with_reason", state="\0", reason=reason).split("\0")
-        first.append(before + state, style).append(after)
-    else:
-        first.append(state, style)
-    key = "metrics_stale" if server.stale else "metrics_age"
-    age = words.seconds(server.metrics_age)
-    metrics = texts("metrics_never") if server.metrics_age is None else texts(key, age=age)
-    second = Text(f"{metrics} {models_of(server, texts)}", style="bright_black")
-    return [first, second]
-
-
-def _keys(view: View, width: int) -> Text:
-    """The question or message, else the filter, else the keys that fit."""
-    texts = view.texts
-    if view.question is not None:
-        return Text(style="bold").append(visible(view.question.text) + " ").append("y/n", "reverse")
-    if view.message:
-        return Text(visible(view.message), style="bold yellow")
-    if view.typing or view.filter:
-        text = Text(texts("filter"), style="bold").append(visible(view.filter))
-        if view.typing:
-            return text.append("▏").append(texts("filter_typing"), "bright_black")
-        return text.append(texts("filter_kept"), "bright_black")
-    reload = view.snapshot.router.reload if view.snapshot is not None else None
-    if reload is not None and reload.error:
-        first = visible(reload.error.splitlines()[0])
-        return Text(texts("file_refused"), style="bold red").append(first, "red")
-    text = Text()
-    for key, does in (
-        ("q", texts("key_stop" if view.attached else "key_quit")),
-        ("?", texts("key_help")),
-        ("s", texts("key_sort", name=texts(SORTS[view.sort][0]))),
-        ("/", texts("key_filter")),
-        ("d", texts("key_drain")),
-        ("u", texts("key_undrain")),
-        ("e", texts("key_explain")),
-        ("m", texts("key_models")),
-        ("r", texts("key_minutes" if view.hour else "key_hour")),
-        ("enter", texts("key_details")),
-        ("t", texts("key_requests")),
-        *([("l", texts("key_log"))] if view.attached else ()),
-        *([("R", texts("key_reload"))] if reload is not None and reload.source else ()),
-    ):
-        if text.cell_len + len(key) + cell_len(does) + 4 <= width:
-            text.append(f" {key} ", "reverse").append(f" {does} ")
-    return text

@@ -59,11 +59,11 @@ def outage_text(snapshot: Snapshot, texts: Texts = ENGLISH) -> str:
 
 
 def models_table(view: View, width: int, height: int) -> list[Text]:
-    """The models, those without a server first, in a third of the screen; an empty line below."""
+    """The models, trouble first, in a third of the screen; an empty line below."""
     models = view.snapshot.models if view.snapshot is not None else []
     if height < LEAST_HEIGHT or not models:
         return []
-    order = sorted(models, key=lambda model: (model.available > 0, model.name))
+    order = sorted(models, key=lambda model: (_health(model), model.name))
     room = max(2, height // 3 - 2)
     shown = order if len(order) <= room else order[: room - 1]
     figures = _fitting(width)
@@ -79,6 +79,15 @@ def models_table(view: View, width: int, height: int) -> list[Text]:
         more = texts("more_models", n=len(order) - len(shown))
         lines.append(Text(more, style="bright_black"))
     return [*lines, Text()]
+
+
+def _health(model: ModelView) -> int:
+    """The smaller, the worse, in the order of the page: no server, a fallback, some missing."""
+    if model.available:
+        return 2 if model.available + model.draining < model.servers else 3
+    if model.fallback:
+        return 1
+    return 3 if model.servers and model.draining == model.servers else 0
 
 
 def _fitting(width: int) -> list[tuple[str, int, Callable[[ModelView], str]]]:

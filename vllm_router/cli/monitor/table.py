@@ -60,7 +60,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "KV": ("KV", "KV"),
     "LOAD": ("LOAD", "负载"),
     "sorted_by": ("LOAD (by {name})", "负载（按{name}）"),
-    "LAST_5_MIN": ("LAST 5 MIN", "近 5 分钟"),
+    "LAST_5_MIN": ("5 MIN", "5 分钟"),
     "MODELS": ("MODELS", "模型"),
     "leaving": ("leaving", "正在移除"),
     "models_unknown": ("not known", "未知"),

@@ -91,6 +91,10 @@ class Chart {
     const { columns, start, end } = history.columns(
       minutes * 60, this.spec.series.map((series) => series.figure),
     );
+    // No server: a gap instead of a fall to zero, which would be a line across the whole chart.
+    this.spec.series.forEach(({ loose }, index) => {
+      if (loose) columns[index + 1] = columns[index + 1].map((value) => value || null);
+    });
     Object.assign(this, { columns, minutes, start: zoomed?.from ?? start, end: zoomed?.to ?? end });
     if (this.plot) this.plot.setData(columns);
     else this.build();

@@ -10,8 +10,11 @@ import { outcomeText } from "./reasons.js";
 const EVERY = 2000;
 const SHOWN = 200;
 
+/** When a request has ended, by which the router sorts them. */
+export const ended = (row) => row.time + (row.duration_seconds ?? 0);
+
 const COLUMNS = [
-  ["colTime", (row) => clock(row.time)],
+  ["colEnded", (row) => clock(ended(row))],
   ["colModel", (row) => (row.served_model ? `${row.model} → ${row.served_model}` : row.model ?? NONE)],
   ["colServer", (row) => row.server ?? NONE],
   ["colStatus", (row) => `${row.status || NONE} ${outcomeText(row.code ?? row.outcome)}`],

@@ -118,7 +118,7 @@ export class Events {
     return make("li", { "data-mood": mood(event), "data-kind": event.kind },
       make("time", { datetime: new Date(event.time * 1000).toISOString(), title: moment(event.time) },
         clock(event.time)),
-      make("span", { title: event.text_values?.request ?? null }, words(event)));
+      make("span", { title: event.text_values?.request ?? event.text }, words(event)));
   }
 
   /** One line for servers that changed alike at about the same time; the tooltip names them. */

@@ -18,8 +18,10 @@ function why(found) {
   if (cached >= 1) parts.push(t("whyCached", { n: count(cached) }));
   if (others.every((other) => other.load >= first.load)) parts.push(t("whyLeastLoad", { load: percent(first.load) }));
   else parts.push(t("whyLoad", { load: percent(first.load) }));
-  if (first.score !== null && others[0].score === first.score) parts.push(t("whyEqual"));
-  else if (first.score !== null) parts.push(t("whyScore", { score: figure(first.score), next: figure(others[0].score) }));
+  if (first.score !== null && others[0].score === first.score) {
+    // The note says it, with their number.
+    if (found.note_code !== "equal_servers") parts.push(t("whyEqual"));
+  } else if (first.score !== null) parts.push(t("whyScore", { score: figure(first.score), next: figure(others[0].score) }));
   return parts.join(t("listComma"));
 }
 
@@ -82,27 +84,33 @@ export class Explain {
     }
     const terms = Object.keys(found.candidates[0]?.parts ?? {})
       .filter((name) => found.candidates.some((row) => row.parts[name]));
-    const head = ["colServer", "colLoad", "colScore"].map((title) => t(title))
-      .concat(terms.map(termText), t("colWhyOut"));
-    const line = (row, cells) => make("tr", { role: "row", "data-picked": row.server === found.picked || null },
+    const title = (text, kind) => make("th", { scope: "col", role: "columnheader", class: kind }, text);
+    const head = [
+      title(t("colServer")),
+      ...[t("colLoad"), t("colScore"), ...terms.map(termText)].map((text) => title(text, "figure")),
+      title(t("colWhyOut"), "why"),
+    ];
+    const line = (row, figures, whyNot = "") => make("tr", { role: "row", "data-picked": row.server === found.picked || null },
       make("th", { scope: "row", role: "rowheader" }, row.server),
-      make("td", { role: "cell", class: "figure" }, percent(row.load)),
-      ...cells.map((text) => make("td", { role: "cell", class: "figure" }, text)));
-    const blank = terms.map(() => "");
+      ...[percent(row.load), ...figures].map((text) => make("td", { role: "cell", class: "figure" }, text)),
+      make("td", { role: "cell", class: "why" }, whyNot));
+    const blank = ["", ...terms.map(() => "")];
+    // A server that is up is left out for its reason alone.
+    const whyOut = (row) => (row.state === "up" ? reasonText(row)
+      : t("stateAndReason", { state: t(`state_${row.state}`), reason: reasonText(row) }));
     result.replaceChildren(
       make("p", { class: "verdict" }, sentence(found)),
       ...(found.note ? [make("p", { class: "quiet" }, reasonText(found, "note"))] : []),
       make("p", { class: "quiet" }, t("explainPolicy", { policy: found.policy })),
       make("div", { class: "panel table-panel", tabindex: "0", role: "region", "aria-label": t("explainTable") },
         make("table", { role: "table" },
-          make("thead", { role: "rowgroup" }, make("tr", { role: "row" },
-            ...head.map((title) => make("th", { scope: "col", role: "columnheader" }, title)))),
+          make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...head)),
           make("tbody", { role: "rowgroup" },
             ...found.candidates.map((row) => line(row, [
               row.score === null ? "" : figure(row.score),
-              ...terms.map((name) => figure(row.parts[name] ?? 0)), "",
+              ...terms.map((name) => figure(row.parts[name] ?? 0)),
             ])),
-            ...found.out.map((row) => line(row, ["", ...blank, `${t("stateAndReason", { state: t(`state_${row.state}`), reason: reasonText(row) })}`]))))),
+            ...found.out.map((row) => line(row, blank, whyOut(row)))))),
       ...(found.formula ? [make("pre", { class: "formula" }, found.formula.replaceAll("; ", "\n"))] : []),
     );
   }

@@ -166,13 +166,13 @@ function showBanners() {
   byId("banners").replaceChildren(...wanted.map(({ text, more, again, bad, copy }) => {
     const mood = copy ? "hint" : bad ? "bad" : "some";
     const banner = make("div", { class: "banner", "data-mood": mood }, make("p", {}, text));
-    if (more) banner.append(make("pre", {}, more));
     if (again) {
       const button = make("button", { type: "button" }, t("reloadPage"));
       button.addEventListener("click", () => location.reload());
       banner.append(button);
     }
     if (copy) banner.append(copyButton(more));
+    if (more) banner.append(make("pre", {}, more));
     return banner;
   }));
 }

@@ -5,6 +5,7 @@ import { attributeOf, byId, make, shownIf, textOf } from "./dom.js";
 import {
   NONE, axisCount, axisSeconds, clock, count, latency, moment, percent, rate, seconds,
 } from "./format.js";
+import { ended } from "./decisions.js";
 import { ask } from "./fetch.js";
 import { outcomeText, reasonText } from "./reasons.js";
 import { t } from "./i18n.js";
@@ -45,7 +46,7 @@ const DETAILS = [
 
 const series = (figure, label, format, colour, more = {}) => ({ figure, label, format, colour, ...more });
 const CHARTS = [
-  { id: "work", title: "chartWork", axis: axisCount, least: 4, series: [
+  { id: "work", title: "chartWorkHere", axis: axisCount, least: 4, series: [
     series("running", "seriesRunning", count, "running", { area: "runningArea" }),
     series("waiting", "seriesWaiting", count, "waiting"),
   ] },
@@ -216,7 +217,7 @@ export class Panel {
     const failed = await ask(`decisions?${query}&failed=1`);
     if (name !== this.name || found.problem || failed.problem) return;
     const item = (row) => make("li", { "data-mood": row.failed ? "bad" : "none" },
-      make("time", {}, clock(row.time)),
+      make("time", {}, clock(ended(row))),
       make("span", {}, `${row.model ?? NONE} · ${row.status || NONE} ${outcomeText(row.code ?? row.outcome)} · ${seconds(row.duration_seconds)}`));
     const put = (id, rows) => {
       byId(id).replaceChildren(...rows.map(item));

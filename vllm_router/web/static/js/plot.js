@@ -6,6 +6,9 @@ import { colours } from "./spark.js";
 const SECONDS = [1, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 /** Less than this is a click, in pixels. */
 const LEAST_DRAG = 6;
+/** Pixels between two labels of the time axis, without and with seconds. */
+const MINUTES_SPACE = 44;
+const SECONDS_SPACE = 66;
 
 /** The top of an axis: a series that is `loose` is left out while it is far above the others. */
 function topOf(plot, spec, scale) {
@@ -35,7 +38,8 @@ export function makePlot(spec, box, { columns, range, height, onTime, onZoom }) 
   });
   const axes = [
     {
-      stroke: ink.ink, font: `11px ${ink.font}`, size: 24, gap: 4, space: 44, incrs: SECONDS,
+      stroke: ink.ink, font: `11px ${ink.font}`, size: 24, gap: 4, incrs: SECONDS,
+      space: (self, _, from, to) => ((to - from) * MINUTES_SPACE < 60 * self.width ? SECONDS_SPACE : MINUTES_SPACE),
       grid: { show: false }, ticks: { show: false },
       values: (_, splits, __, ___, step) => splits.map((time) => clock(time, step < 60)),
     },

@@ -10,6 +10,11 @@ import { Spark } from "./spark.js";
 const LAG_SOME = 0.1;
 const LAG_BAD = 0.25;
 
+/** Figures that a line break must not part from their units. */
+const whole = (figures) => Object.fromEntries(
+  Object.entries(figures).map(([name, text]) => [name, text.replaceAll(" ", "\u00a0")]),
+);
+
 const saved = (fleet) => (fleet.saved ? t("subSaved", { n: count(fleet.saved) }) : "");
 
 const TILES = [
@@ -34,7 +39,7 @@ const TILES = [
     read: ({ fleet }) => ({
       value: fleet.ttft ? latency(fleet.ttft.p95) : NONE,
       sub: fleet.ttft
-        ? t("subTtft", { p50: latency(fleet.ttft.p50), p99: latency(fleet.ttft.p99) })
+        ? t("subTtft", whole({ p50: latency(fleet.ttft.p50), p99: latency(fleet.ttft.p99) }))
         : t("subNoTtft"),
     }),
   },
@@ -94,9 +99,9 @@ const TILES = [
     id: "router", title: "tileRouter",
     read: ({ router }) => ({
       value: percent(router.cpu),
-      sub: t("subRouter", {
+      sub: t("subRouter", whole({
         lag: seconds(router.event_loop_lag), memory: megabytes(router.rss_bytes),
-      }),
+      })),
       mood: router.event_loop_lag > LAG_BAD ? "bad" : router.event_loop_lag > LAG_SOME ? "some" : "good",
     }),
   },
