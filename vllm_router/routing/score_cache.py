@@ -64,6 +64,9 @@ HOLDERS = 8
 SEARCHED = 32
 """Candidates with the lowest base scores among which servers with a prompt's blocks are sought."""
 
+FEW_BITS = (1 << 60) - 1
+"""As many bits as Python computes with quickly."""
+
 RING = 32
 """Servers of a large fleet among which a key's affinity server is sought."""
 
@@ -102,6 +105,7 @@ class ScoreCache:
     __slots__ = (
         "_affinities",
         "_arrivals",
+        "_bits",
         "_crowdings",
         "_footprints",
         "_growth",
@@ -115,6 +119,7 @@ class ScoreCache:
         "_overflows",
         "_per_queued",
         "_per_request",
+        "_position_at",
         "_position_of_bit",
         "_positions",
         "_prompt_growth",
@@ -195,6 +200,8 @@ class ScoreCache:
         self._position_of_bit = {
             estimate.bit: position for position, estimate in enumerate(estimates)
         }
+        self._bits = [estimate.bit for estimate in estimates]
+        self._position_at = {bit.bit_length(): at for at, bit in enumerate(self._bits)}
         self._log = candidates[0].change_log.servers
         self._read = 0
         self._load_total = 0.0
@@ -463,20 +470,37 @@ class ScoreCache:
         at_home = self._position_of_bit[bonus] if bonus else -1
         if bonus and at_home not in chosen:
             chosen.append(at_home)
-        scores = self._scores_of(chosen, cached, best)
+        bases, growths, have = self.bases, self._growths, cached.get
+        lost, late = turns * uncached, DELAYED * uncached * delay if turns else 0.0
+        overflows, arrivals = self._overflows, self._arrivals
+        # One pass over the chosen, with the terms that this prompt and these servers have.
         if uncached and self._prompt_growth:
-            growths = self._prompt_growths
-            scores = [s + uncached * growths[at] for s, at in zip(scores, chosen, strict=True)]
-        if turns:
-            lost, late = turns * uncached, DELAYED * uncached * delay
-            overflows, arrivals = self._overflows, self._arrivals
-            if self._overflow_seen:
-                scores = [
-                    s + lost * overflows[at] + late * arrivals[at]
-                    for s, at in zip(scores, chosen, strict=True)
-                ]
-            else:
-                scores = [s + late * arrivals[at] for s, at in zip(scores, chosen, strict=True)]
+            prompt_growths = self._prompt_growths
+            scores = [
+                bases[at]
+                + (best - have(at, 0.0)) * growths[at]
+                + uncached * prompt_growths[at]
+                + lost * overflows[at]
+                + late * arrivals[at]
+                for at in chosen
+            ]
+        elif lost and self._overflow_seen:
+            scores = [
+                bases[at]
+                + (best - have(at, 0.0)) * growths[at]
+                + lost * overflows[at]
+                + late * arrivals[at]
+                for at in chosen
+            ]
+        elif late:
+            scores = [
+                bases[at] + (best - have(at, 0.0)) * growths[at] + late * arrivals[at]
+                for at in chosen
+            ]
+        elif best:
+            scores = [bases[at] + (best - have(at, 0.0)) * growths[at] for at in chosen]
+        else:
+            scores = [bases[at] for at in chosen]
         if bonus:
             scores[chosen.index(at_home)] -= self.factors[at_home] * AFFINITY_BONUS
         if tokens > self.least_room:
@@ -489,16 +513,6 @@ class ScoreCache:
             return [chosen[scores.index(lowest)]]
         return [at for at, score in zip(chosen, scores, strict=True) if score == lowest]
 
-    def _scores_of(
-        self, positions: list[int], cached: dict[int, float], best: float
-    ) -> list[float]:
-        """The base scores with what the servers would have to compute again."""
-        bases = self.bases
-        if not best:
-            return [bases[position] for position in positions]
-        growths, have = self._growths, cached.get
-        return [bases[at] + (best - have(at, 0.0)) * growths[at] for at in positions]
-
     def _cached_at(
         self, levels: list[tuple[float, int]], front: list[int], draw: float
     ) -> dict[int, float]:
@@ -507,14 +521,20 @@ class ScoreCache:
         `front` are the SEARCHED positions with the lowest base scores. As in `not_overloaded`,
         servers with much more load than the mean do not count.
         """
-        loads = self._loads
+        loads, servers = self._loads, self.candidates
         mean = self._load_total / len(loads)
-        usual = FULL_SHARE * mean  # no server with less is overloaded
+        # No server with a load up to `usual` is overloaded, nor one up to `hot` with no queue.
+        usual, hot = FULL_SHARE * mean, HOT_SHARE * mean + HOT_MARGIN
         cached: dict[int, float] = {}
         for tokens, bits in levels:
             for position in self._some_of(bits, front, draw):
-                if position not in cached and (
-                    loads[position] <= usual or not self._is_overloaded(position, mean)
+                if position in cached:
+                    continue
+                load = loads[position]
+                if (
+                    load <= usual
+                    or (load <= hot and servers[position].load_estimate.waiting < 1.0)
+                    or not self._is_overloaded(position, mean)
                 ):
                     cached[position] = tokens
         return cached
@@ -526,22 +546,30 @@ class ScoreCache:
         """
         if bits.bit_count() <= HOLDERS:
             return self._first_of(bits)
-        estimates = self.estimates
-        found = []
-        for position in front:
-            if estimates[position].bit & bits:
-                found.append(position)
-                if len(found) == HOLDERS:
-                    return found
+        bit_of = self._bits
+        found = [position for position in front[:SHORTLIST] if bit_of[position] & bits]
+        if len(found) < HOLDERS:
+            found += [position for position in front[SHORTLIST:] if bit_of[position] & bits]
+        if len(found) >= HOLDERS:
+            return found[:HOLDERS]
         shift = int(draw * bits.bit_length())
         return found + self._first_of(bits >> shift << shift or bits)
 
     def _first_of(self, bits: int) -> list[int]:
-        found: list[int] = []
+        """Positions of the HOLDERS servers with the lowest bits, of all if they are fewer."""
+        position_at, found, below = self._position_at, [], 0
+        if bits > FEW_BITS:
+            # Of a thousand bits some near ones suffice, and small numbers are computed faster.
+            below = (bits & -bits).bit_length() - 1
+            near = bits >> below & FEW_BITS
+            if near.bit_count() < HOLDERS:
+                below = 0
+            else:
+                bits = near
         while bits and len(found) < HOLDERS:
             bit = bits & -bits
             bits ^= bit
-            found.append(self._position_of_bit[bit])
+            found.append(position_at[below + bit.bit_length()])
         return found
 
     # -- for explanations -------------------------------------------------------------------------
