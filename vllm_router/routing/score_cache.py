@@ -557,7 +557,8 @@ class ScoreCache:
 
     def _first_of(self, bits: int) -> list[int]:
         """Positions of the HOLDERS servers with the lowest bits, of all if they are fewer."""
-        position_at, found, below = self._position_at, [], 0
+        position_at, below = self._position_at, 0
+        found: list[int] = []
         if bits > FEW_BITS:
             # Of a thousand bits some near ones suffice, and small numbers are computed faster.
             below = (bits & -bits).bit_length() - 1
