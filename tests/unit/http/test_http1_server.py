@@ -482,6 +482,14 @@ def test_server_interim_status_as_response_raises(status):
         answer.encode(body(b""), close=False)
 
 
+@pytest.mark.parametrize("status", [204, 304])
+def test_server_response_without_content_has_no_body(status):
+    answer = answer_to()
+    answer.hold(start(status, (b"date", b"now")))
+    assert answer.encode(body(b"abc", more=True), close=False).endswith(b"date: now\r\n\r\n")
+    assert answer.encode(body(b"def"), close=False) == b""
+
+
 def test_server_unknown_status_has_no_reason():
     answer = answer_to()
     answer.hold(start(599))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +26,8 @@ from support.scripted_server import (
     sse_head,
     streaming,
 )
+from vllm_router.http.client.connection import Connection
+from vllm_router.http.client.plain_transport import PlainTransport
 from vllm_router.proxy.attempt import AT_ONCE
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
@@ -80,6 +84,27 @@ async def test_kept_connection_silence_is_first_byte_timeout(autojump_clock):
         assert rig.recorder.attempts[-1] == ("a", Outcome.FIRST_BYTE_TIMEOUT)
         while rig.scripted["a"].open:
             await trio.lowlevel.checkpoint()
+
+
+async def test_kept_connection_with_unbounded_reads_has_first_byte_timeout(autojump_clock):
+    """A connection with TLS has no limit of its own for a read."""
+
+    class Unbounded(PlainTransport):
+        can_stream = False
+
+        def __init__(self, connected: socket.socket) -> None:
+            super().__init__(connected)
+            bounded = self.read
+            self.read = lambda _until, size: bounded(math.inf, size)
+
+    async with lab(first_good_then(hang), first_byte_timeout=7) as rig:
+        scripted = rig.scripted["a"]
+        scripted.connection = lambda: Connection(Unbounded(scripted.connect()))
+        assert (await rig.post()).status == 200
+        with trio.fail_after(60):
+            got = await rig.post()
+        assert (got.status, got.code, got.took) == (504, "first_byte_timeout", pytest.approx(7.0))
+        assert len(scripted.talks) == 1
 
 
 async def test_kept_connection_half_head_is_first_byte_timeout(autojump_clock):

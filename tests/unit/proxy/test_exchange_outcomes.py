@@ -932,6 +932,19 @@ async def test_exchange_stop_ends_wait_with_503(autojump_clock):
         assert failures(rig, "a") == 0
 
 
+async def test_exchange_failure_while_stopping_is_not_repeated(autojump_clock):
+    async def fails_late(talk: Talk) -> None:
+        await talk.request()
+        rig.context.stopping = True
+        await talk.send(answer(500, b"{}"))
+
+    async with lab(fails_late, answering(GOOD)) as rig:
+        rig.prefer("a")
+        got = await rig.post()
+        assert (got.status, got.code) == (503, "router_stopping")
+        assert rig.requests() == {"a": 1, "b": 0}
+
+
 async def test_exchange_last_one_ending_wakes_all_waiters(autojump_clock):
     async with lab(silent) as rig:
         rig.start()

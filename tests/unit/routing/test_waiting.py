@@ -176,6 +176,18 @@ def test_waiting_held_place_keeps_turn_and_place():
     assert served(rooms, 3) == [theirs[0], theirs[2], theirs[1]]
 
 
+def test_waiting_held_place_keeps_its_turn_while_others_of_its_key_wait():
+    theirs = [place(key=key, owner=1) for key in "aab"]
+    rooms = line(*theirs)
+
+    def hold_first(one: QueueEntry) -> Verdict:
+        one.server = "server"
+        return Verdict.HELD if one is theirs[0] else Verdict.BLOCKED
+
+    assert rooms.admit(0.0, hold_first) == []
+    assert served(rooms, 3) == [theirs[0], theirs[2], theirs[1]]
+
+
 def test_waiting_turn_taken_meanwhile_counts_after_hold():
     theirs, ours = place(key="a", owner=1), place(key="a", route=Route(ANY.servers, "ours"))
     later, other = place(key="a", owner=1), place(key="b", owner=1)
