@@ -476,6 +476,21 @@ async def test_exchange_that_crashed_two_servers_goes_to_no_third(autojump_clock
         assert rig.requests().total() == 2
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer(500, b"{}"),
+        ok(b'{"error":{"message":"dead","code":500}}'),
+        b"no HTTP\r\n\r\n",
+        ABORT,
+    ],
+)
+async def test_exchange_that_failed_on_two_servers_goes_to_no_third(autojump_clock, said):
+    async with lab(answering(said), answering(said), answering(said)) as rig:
+        assert (await rig.post()).status >= 500
+        assert rig.requests().total() == 2
+
+
 async def test_exchange_that_crashed_two_kept_servers_goes_to_no_third(autojump_clock):
     """The crash looks like a connection closed while idle; then the port refuses."""
 

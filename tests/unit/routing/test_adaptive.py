@@ -655,7 +655,9 @@ def test_adaptive_later_turns_keep_server_across_routers():
         crowd(it)
     home = one.send(first).server.name
     assert other.pick(later).name == home
-    assert other.parts(later, other.pick(later))["cached_tokens"] >= 0
+    parts = other.parts(later, other.pick(later))
+    assert (parts["cached_tokens"], parts["home"]) == (2000.0, 0.0)  # 4 bytes per token
+    assert parts["uncached_tokens"] == 3000.0  # none is known to be cached
 
 
 def test_adaptive_busy_affinity_server_is_passed_over():

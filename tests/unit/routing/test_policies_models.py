@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.fleet_makers import make_fleet
+from support.fleet_makers import make_config, make_fleet
 from vllm_router.config.model_aliases import ModelRule, Models
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policy_set import PolicySet
@@ -180,3 +180,8 @@ def test_policies_in_use_keep_state_through_reload_with_same_settings():
     found.apply("adaptive", {}, PolicySettings(waste_growth=0.1), on_request=False)
     assert found.default.settings.waste_growth == 0.1
     assert found.default is not before
+
+
+def test_policy_settings_come_from_the_configuration():
+    given = {"waste_growth": 0.75, "prompt_growth": 0.25, "prefix_memory_mb": 8, "prefix_expiry": 9}
+    assert PolicySettings.of(make_config(1, **given).settings) == PolicySettings(**given)

@@ -112,6 +112,22 @@ def test_policies_equal_servers_share_by_chance(name: str):
     assert min(picked.values()) > 50
 
 
+def test_round_robin_takes_each_server_in_turn():
+    policy, four = make("round_robin"), servers()
+    picked = [policy.pick(four, asking(), 1.0)[0] for _ in range(8)]
+    assert picked[:4] == picked[4:]
+    assert set(picked) == set(four)
+
+
+@pytest.mark.parametrize("name", ["round_robin", "random"])
+def test_policies_blind_to_load_spare_a_server_in_slow_start(name: str):
+    policy, four = make(name), servers()
+    four[1].load_estimate.slow_start_factor = 0.0
+    picked = Counter(policy.pick(four, asking(), 1.0)[0] for _ in range(100))
+    assert picked[four[1]] <= 1  # by chance after as many tries as there are servers
+    assert len(picked) >= 3
+
+
 def test_power_of_two_never_takes_busiest():
     policy, four = make("power_of_two"), servers()
     load(four[2], 5)

@@ -86,6 +86,13 @@ def test_outbox_refused_prompt_is_withdrawn():
     ]
 
 
+def test_outbox_withdraws_nothing_of_a_prompt_that_the_server_had():
+    outbox = Outbox("r")
+    known = prompt(2560)
+    outbox.withdrawn(A, known, len(known.block_hashes))
+    assert taken(outbox).withdrawn == []
+
+
 def test_outbox_splits_many_blocks_into_batches_and_drops_the_oldest():
     outbox = Outbox("r")
     for conversation in range(1, 2 * MAX_WAITING_HASHES // BLOCKS):
