@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_router.config.memory import Memory, fit_sizes, memory_line
+from vllm_router.config.memory import PROCESS_MB, Memory, fit_sizes, memory_line
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Settings
 from vllm_router.config.source import ConfigSource
@@ -73,6 +73,18 @@ def test_memory_defaults_fit_any_limit_the_processes_fit(limit: int, workers: in
     most = memory.idle_mb + found["max_bodies_mb"] + indexes * found["prefix_memory_mb"]
     if limit >= 2 * memory.idle_mb:
         assert most <= limit
+
+
+@pytest.mark.parametrize(("workers", "processes", "indexes"), [(1, 1, 1), (2, 4, 3), (8, 10, 9)])
+def test_memory_need_counts_leader_and_parent_of_several_workers(
+    workers: int, processes: int, indexes: int
+):
+    memory = Memory(256.0, workers)
+    assert memory.idle_mb == processes * PROCESS_MB
+    line = memory_line(Settings(), memory)
+    assert line is not None
+    needed = processes * PROCESS_MB + Settings().max_bodies_mb + indexes * 64
+    assert f"together up to {needed:.0f} MB" in line[1]
 
 
 def test_memory_defaults_of_small_and_large_container():

@@ -85,6 +85,12 @@ def test_address_that_is_wrong_is_refused_without_its_secrets(url: str):
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["redis", "redis:h", "http://h"])
+def test_address_without_its_scheme_names_the_schemes(url: str):
+    with pytest.raises(ValueError, match="expected a URL with redis://, rediss:// or sentinel://"):
+        read_address(url)
+
+
 def test_shared_table_has_defaults_and_a_password_of_the_environment():
     table = 'url = "redis://u@h"\npassword_env = "REDIS_PASSWORD"'
     config = read(table, REDIS_PASSWORD=" word\n").shared

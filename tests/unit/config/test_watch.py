@@ -93,6 +93,14 @@ def names(reloader: Reloader) -> list[str]:
     return [server.name for server in reloader.current.servers]
 
 
+async def test_reload_reads_the_file_in_a_thread_by_default(path: Path, applied: Applied):
+    source = ConfigSource(path, environ={})
+    reloader = Reloader(source, source.load(), applied)
+    write(path, toml("b"))
+    assert await reloader.reload(force=True) is Reload.APPLIED
+    assert names(reloader) == ["b"]
+
+
 # -- reading ----------------------------------------------------------------------------------
 
 

@@ -119,8 +119,9 @@ def test_read_model_list_page_of_other_type_is_refused(page, words):
 
 
 def test_read_model_list_overlong_entry_is_dropped():
-    found = read([entry("a" * MAX_ENTRY), entry("m")])
+    found = read([entry("a", more="x" * MAX_ENTRY), entry("m")])
     assert (list(found.cards), found.left_out) == (["m"], 1)
+    assert found.problem == f"an entry is longer than {MAX_ENTRY} bytes"
 
 
 _JSON = st.recursive(

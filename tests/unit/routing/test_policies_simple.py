@@ -191,6 +191,9 @@ def test_prefix_policy_follows_cache():
     facts = asking(b"a" * 2000)
     policy.leased(four[2].lease(0.0), None, facts, 0.0)
     assert policy.pick(four, facts, 1.0)[0] is four[2]
+    for row in policy.explain(four, facts, 1.0):
+        assert row.score == -row.parts["cached_bytes"]
+        assert (row.score < 0) == (row.server is four[2])
 
 
 def test_prefix_policy_never_overrides_busier_server():
