@@ -21,6 +21,7 @@ case "$*" in
     --version) echo "Python VERSION" ;;
     *version_info*-venv*|*-venv*version_info*) echo python3.11-venv ;;
     *version_info*) exit NEW_ENOUGH ;;
+    *enable-optimizations*) exit OPTIMIZED ;;
     *ensurepip*) exit ENSUREPIP ;;
     *dependency-groups*) echo "pytest>=8" ;;
     "-m venv --clear "*)
@@ -66,10 +67,17 @@ class Clone:
         executable(scratch / "log.router", ROUTER.replace("LOG", str(self.log)))
 
     def interpreter(
-        self, name: str, version: str, *, new_enough: bool = True, ensurepip: bool = True
+        self,
+        name: str,
+        version: str,
+        *,
+        new_enough: bool = True,
+        ensurepip: bool = True,
+        optimized: bool = True,
     ) -> None:
         body = PYTHON.replace("VERSION", version).replace("LOG", str(self.log))
         body = body.replace("NEW_ENOUGH", str(int(not new_enough)))
+        body = body.replace("OPTIMIZED", str(int(not optimized)))
         executable(self.path / name, body.replace("ENSUREPIP", str(int(not ensurepip))))
 
     def tool(self, name: str, body: str = "exit 0") -> None:
@@ -206,6 +214,26 @@ def test_script_setup_newer_python_beside_old_one_is_found(clone: Clone):
     result = clone.call("setup")
     assert result.returncode == 0
     assert "Python 3.12.1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("slow", "chosen"),
+    [
+        (["python3"], "Python 3.12.1"),
+        (["python3.12"], "Python 3.11.2"),
+        (["python3", "python3.12"], "Python 3.11.2"),
+    ],
+)
+def test_script_setup_optimized_python_is_preferred(clone: Clone, slow: list[str], chosen: str):
+    clone.interpreter("python3", "3.11.2", optimized="python3" not in slow)
+    clone.interpreter("python3.12", "3.12.1", optimized="python3.12" not in slow)
+    assert chosen in clone.call("setup").stderr
+
+
+def test_script_setup_given_python_is_used_as_it_is(clone: Clone):
+    clone.interpreter("python3.13", "3.13.0", optimized=False)
+    clone.environ["PYTHON"] = "python3.13"
+    assert "Python 3.13.0" in clone.call("setup").stderr
 
 
 def test_script_setup_missing_ensurepip_says_what_to_install(clone: Clone):
