@@ -200,7 +200,9 @@ async def test_page_sort_filter_range_and_theme_are_restored_from_the_address(
         for key in "o-3":
             await page.press(key)
         await page.wait(f"{shown} === 'demo-3'")
+        await page.evaluate("document.querySelector('#models-table .model-name').click()")
         query = await page.evaluate("location.search")
+        assert "model=demo" in query
     # Another browser, without what this one has stored.
     async with new_page(browser) as page:
         await opened(page, demo, query)
@@ -208,6 +210,10 @@ async def test_page_sort_filter_range_and_theme_are_restored_from_the_address(
         assert await page.evaluate("document.documentElement.dataset.theme") == "dark"
         assert await page.evaluate("document.querySelector('#sort').value") == "name"
         assert await page.evaluate("document.querySelector('#search').value") == "o-3"
+        chip = "document.querySelector('#model-filter')"
+        assert (
+            await page.evaluate(f"{chip}.checkVisibility() && {chip}.innerText") == "Model demo ×"
+        )
         pressed = "document.querySelector('#ranges [aria-pressed=true]').innerText"
         assert await page.evaluate(pressed) == "15 min"
         assert page.problems() == []
@@ -360,12 +366,23 @@ async def test_page_equal_changes_of_many_servers_are_one_line(browser: str, dem
                 const servers = ["gpu-98", "gpu-99", "gpu-100"];
                 events.add({...event, kind: "states", id: 99, time: 1002, count: 3, servers});
                 events.add({...event, id: 100, time: 1500, server: "gpu-1"});
+                const failed = {kind: "retries_exhausted", server: "gpu-2", text: "",
+                                text_code: "request_failed",
+                                text_values: {request: "r", n: "3", server: "gpu-2", why: "503"}};
+                const more = {...failed, text_code: "requests_failed", text_values: {n: "40"}};
+                for (let id = 101; id <= 400; id += 1) {
+                    events.add({...id % 6 ? failed : more, id, time: 1501 + id / 10});
+                }
+                const kept = events.events.length;
                 const shown = [...document.querySelectorAll("#events li span")];
+                const requests = shown.shift().innerText;
                 return [...shown.map(span => span.innerText), shown[1].title.split(", ").length,
                         events.of("gpu-7", 5).items.length,
-                        events.of("gpu-100", 5).items[0].innerText];
+                        events.of("gpu-100", 5).items[0].innerText, requests, kept];
             })()"""
         )
-        own = lines.pop()
+        kept, requests, own = lines.pop(), lines.pop(), lines.pop()
+        assert requests == ("2250 requests failed, the last one after 3 attempts, on gpu-2: 503")
+        assert kept == 100 + 40
         assert lines == ["gpu-1: up → down", "100 servers: up → down", 100, 1]
         assert own.endswith("gpu-100: up → down")

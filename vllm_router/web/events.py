@@ -33,6 +33,7 @@ EXHAUSTED_PER_SECOND = 5
 
 ALIKE_PER_SECOND = 5
 """Equal changes of state per second that are events of their own; further ones are combined.
+If more servers than this were full, there is one event for all of them.
 
 A start or a lost switch changes hundreds of servers at once.
 """
@@ -169,10 +170,19 @@ class EventLog:
         self._alike.clear()
         self._seconds += 1
         if self._seconds % FULL_PERIOD == 0:
+            self._sum_up_full()
+
+    def _sum_up_full(self) -> None:
+        """How often servers were full: an event per server, or one for many servers."""
+        if len(self._full) > ALIKE_PER_SECOND:
+            names, times = list(self._full), self._full.total()
+            text = f"{len(names)} servers: full {_times(times)} in a minute"
+            self.add("full", text, count=times, servers=names)
+        else:
             for server, times in self._full.items():
                 text = f"{server}: full {_times(times)} in a minute"
                 self.add("full", text, server=server, count=times)
-            self._full.clear()
+        self._full.clear()
 
     def look(self, servers: Collection[Server], reloader: Reloader | None) -> None:
         """Detect changes that are not announced by callbacks."""

@@ -288,12 +288,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     kind: Annotated[
         str,
         _(
-            "state: a server changed it, except between up and full; states: further servers with "
-            "the same change within a second; full: how often a server was "
-            "full within a minute; drained: a draining server has nothing in flight any "
-            "more; reload; reload_refused; discovery: sources have found or lost servers; source: "
-            "what is wrong with a source, or right again; retries_exhausted; missed: this client "
-            "read too slowly and lost events."
+            "state: a server changed it, except between up and full; states: further servers "
+            "with the same change within a second; full: how often a server was full within a "
+            "minute, or several servers were; drained: a draining server has nothing in flight "
+            "any more; reload; reload_refused; discovery: sources have found or lost servers; "
+            "source: what is wrong with a source, or right again; retries_exhausted; missed: "
+            "this client read too slowly and lost events."
         ),
     ]
     text: Annotated[str, _("What happened, for people.")]
@@ -323,7 +323,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     count: Annotated[
         int | None, _("How often (kinds full, missed); how many servers (kind states).")
     ] = None
-    servers: Annotated[list[str], _("Their names (kind states).")] = []
+    servers: Annotated[
+        list[str], _("Their names (kind states, and kind full without a `server`).")
+    ] = []
 
 
 class ConfigView(msgspec.Struct, frozen=True, kw_only=True):

@@ -166,6 +166,7 @@ def test_reason_is_translated_with_its_values_and_further_reasons():
             {"old": "up", "new": "down", "count": 9, "servers": ["a", "b"]},
             "另有 9 台服务器：正常 → 故障",
         ),
+        ("full", {"servers": ["a", "b"], "count": 70}, "2 台服务器：一分钟内满载 70 次"),
         ("full", {"server": "a", "count": 7}, "a：一分钟内满载 7 次"),
         ("drained", {"server": "a"}, "a：已排空，没有在途请求"),
         ("missed", {"count": 3}, "漏掉 3 个事件"),

@@ -341,6 +341,14 @@ def test_feed_full_and_up_again_are_one_event_a_minute():
     for _ in range(FULL_PERIOD):
         log.second()
     assert len(announced) == 2
+    many = [f"gpu-{n}" for n in range(ALIKE_PER_SECOND + 1)]
+    for server in many * 3:
+        log.transition(Transition(server, State.UP, State.FULL, NONE))
+    for _ in range(FULL_PERIOD):
+        log.second()
+    assert announced[2].text == f"{len(many)} servers: full {3 * len(many)} times in a minute"
+    assert (announced[2].server, announced[2].servers) == (None, many)
+    assert len(announced) == 3
     log.transition(Transition("a", State.FULL, State.DOWN, detail("unreachable")))
     assert announced[-1].kind == "state"
 

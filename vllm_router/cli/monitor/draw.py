@@ -113,7 +113,7 @@ def _totals(view: View, width: int) -> Text:
     )
     load = Text().append("· ", "bright_black").append(f"{texts('load')} ", "default")
     load.append(words.percent(fleet.load), f"bold {heat(fleet.load)}")
-    load.append(f" {texts('load_of')} ", "default").append(f"{fleet.capacity} ", "bold default")
+    load.append(texts("load_of"), "default").append(f"{fleet.capacity} ", "bold default")
     for figure, name, style in (
         (fleet.running, "running", "bold default"),
         (fleet.waiting, "waiting", "bold default"),

@@ -92,6 +92,8 @@ def event_text(texts: Texts, event: Event) -> str:
     if event.kind == "states" and event.old and event.new:
         old, new = texts.word("state", event.old), texts.word("state", event.new)
         return texts("event_states", n=event.count or len(event.servers), old=old, new=new)
+    if event.kind == "full" and not event.server:
+        return texts("event_full_many", n=len(event.servers), times=event.count or 1)
     if event.kind in ("full", "drained", "missed"):
         return texts(f"event_{event.kind}", server=event.server, n=event.count or 1)
     return text

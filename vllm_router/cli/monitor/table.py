@@ -22,7 +22,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "in_flight": ("in flight", "在途"),
     "queued": ("queued", "路由器内排队"),
     "load": ("load", "负载"),
-    "load_of": ("of", "，容量"),
+    "load_of": (" of ", "，容量 "),
     # The line of figures.
     "req_s": ("req/s", "请求/s"),
     "tok_s": ("tok/s", "token/s"),
@@ -122,6 +122,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{server}：{old} → {new}（{reason}）",
     ),
     "event_states": ("{n} more servers: {old} → {new}", "另有 {n} 台服务器：{old} → {new}"),
+    "event_full_many": (
+        "{n} servers: full {times} times in a minute",
+        "{n} 台服务器：一分钟内满载 {times} 次",
+    ),
     "event_full": ("{server}: full {n} times in a minute", "{server}：一分钟内满载 {n} 次"),
     "event_drained": (
         "{server}: drained, no requests in flight",

@@ -4,7 +4,7 @@ import { fromAddress, toAddress } from "./address.js";
 import { byId, make } from "./dom.js";
 import { clock, moment } from "./format.js";
 import { t } from "./i18n.js";
-import { reasonText, saidText } from "./reasons.js";
+import { outcomeText, reasonText, saidText } from "./reasons.js";
 
 const KEPT = 200;
 /** Seconds within which equal changes of several servers are one line. */
@@ -12,9 +12,12 @@ const TOGETHER = 10;
 /** More servers than this are counted. */
 const NAMED = 3;
 const SICK = new Set(["down", "ejected"]);
+/** Events of single requests that are kept: they come in masses, and must not displace all others. */
+const KEPT_OF_REQUESTS = 40;
 
 const isChange = ({ kind }) => kind === "state" || kind === "states";
-const serversOf = (event) => (event.kind === "states" ? event.servers ?? [] : [event.server]);
+const ofRequest = ({ kind }) => kind === "retries_exhausted";
+const serversOf = (event) => (event.servers?.length ? event.servers : [event.server]);
 const change = (event) => ({ old: t(`state_${event.old}`), new: t(`state_${event.new}`) });
 
 function words(event) {
@@ -25,6 +28,9 @@ function words(event) {
     });
   }
   if (event.kind === "states") return t("eventStates", { n: event.count ?? "", ...change(event) });
+  if (event.kind === "full" && !event.server) {
+    return t("eventFullMany", { n: event.servers?.length ?? "", times: event.count ?? "" });
+  }
   if (event.kind === "full") return t("eventFull", { server: event.server, n: event.count ?? 1 });
   if (event.kind === "drained") return t("eventDrained", { server: event.server });
   if (event.kind === "missed") return t("eventMissed", { n: event.count ?? "" });
@@ -55,11 +61,17 @@ function mood(event) {
   return { reload: "good", discovery: "good", source: "some", full: "some", drained: "none", missed: "some" }[event.kind] ?? "bad";
 }
 
-/** Whether two events are the same change of several servers, at about the same time. */
-const alike = (first, event) => isChange(event) && isChange(first)
+/** Whether two events are the same change of several servers, or failed requests, at about the same time. */
+const alike = (first, event) => (ofRequest(event) && ofRequest(first) ? event.time - first.time <= TOGETHER
+  : isChange(event) && isChange(first)
   && event.old === first.old && event.new === first.new
   && (event.kind === "states" || event.server !== first.server)
-  && Math.abs(event.time - first.time) <= TOGETHER;
+  && Math.abs(event.time - first.time) <= TOGETHER);
+
+/** How many requests a group of events is about. */
+const requestsOf = (group) => group.reduce(
+  (sum, { text_code: code, text_values: values }) => sum + (code === "requests_failed" ? Number(values.n) : 1), 0,
+);
 
 export class Events {
   constructor() {
@@ -91,9 +103,14 @@ export class Events {
       this.newest = event.id;
     }
     this.events.unshift(event);
+    if (ofRequest(event)) {
+      const oldest = this.events.filter(ofRequest)[KEPT_OF_REQUESTS];
+      if (oldest) this.events.splice(this.events.lastIndexOf(oldest), 1);
+    }
     if (this.events.length > KEPT) this.events.pop();
     const [newest] = this.groups;
-    if (newest && alike(newest[0], event)) {
+    // Failed requests are one line for as long as they go on; of changes the first one counts.
+    if (newest && alike(ofRequest(event) ? newest.at(-1) : newest[0], event)) {
       newest.push(event);
       this.list.firstElementChild.replaceWith(this.groupItem(newest));
     } else {
@@ -124,6 +141,7 @@ export class Events {
   /** One line for servers that changed alike at about the same time; the tooltip names them. */
   groupItem(group) {
     if (group.length === 1) return this.item(group[0]);
+    if (ofRequest(group[0])) return this.requestsItem(group);
     const item = this.item(group.at(-1));
     const names = [...new Set(group.flatMap(serversOf))];
     const states = change(group[0]);
@@ -132,6 +150,17 @@ export class Events {
       ? t("eventState", { server: all, ...states })
       : t("eventStates", { n: names.length, ...states });
     item.lastElementChild.title = all;
+    return item;
+  }
+
+  /** One line for requests that failed one after the other: how many, and the last one. */
+  requestsItem(group) {
+    const last = group.findLast(({ text_code: code }) => code === "request_failed") ?? group.at(-1);
+    const { server, n: attempts, why, request } = last.text_values ?? {};
+    const item = this.item({ ...group.at(-1), text_values: { request } });
+    item.lastElementChild.textContent = t("eventRequestsFailed", {
+      n: requestsOf(group), attempts, server, why: outcomeText(why ?? ""),
+    });
     return item;
   }
 

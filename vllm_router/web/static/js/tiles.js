@@ -15,7 +15,7 @@ const whole = (figures) => Object.fromEntries(
   Object.entries(figures).map(([name, text]) => [name, text.replaceAll(" ", "\u00a0")]),
 );
 
-const saved = (fleet) => (fleet.saved ? t("subSaved", { n: count(fleet.saved) }) : "");
+const saved = (fleet, text) => (fleet.saved ? t(text, { n: count(fleet.saved) }) : "");
 
 const TILES = [
   {
@@ -52,7 +52,7 @@ const TILES = [
         : "";
       return {
         value: rate(fleet.errors_per_s),
-        sub: [share, saved(fleet)].filter(Boolean).join(" · ") || t("subNoErrors"),
+        sub: [share, saved(fleet, share ? "subSavedToo" : "subSaved")].filter(Boolean).join(" · ") || t("subNoErrors"),
         mood: fleet.errors_per_s > 0 ? "bad" : "good",
       };
     },
