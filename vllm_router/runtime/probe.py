@@ -67,8 +67,8 @@ UNSETTLED_INTERVAL = 0.5
 """Seconds to the next check while the last result contradicts the server's state."""
 
 TOO_LATE = 0.5
-"""Seconds past a check's timeout: if the timeout fires this late, the router was busy itself, and
-the server's response may be waiting unread."""
+"""Seconds past a timeout: if it fires this late, the router was busy itself, and the response of a
+server may be waiting unread."""
 
 
 class Probe:
@@ -314,9 +314,22 @@ class Probe:
             self._visit(on=interval >= max(self._settings.health_check_interval, MODELS_EVERY))
             if interval > usual * page.pause:
                 skip = 0  # an unusable page of an idle server is read seldom anyway
-            interval *= self._jitter(stretched=interval > usual)
-            with trio.move_on_after(max(interval / 4, began + interval - now)):
+            is_stretched = interval > usual
+            interval *= self._jitter(stretched=is_stretched)
+            pause = max(interval / 4, began + interval - now)
+            with trio.move_on_after(pause):
                 await self._scrape_now.wait()
+            if is_stretched and trio.current_time() > now + pause + TOO_LATE:
+                await self._wait_for_turn(interval)
+
+    async def _wait_for_turn(self, interval: float) -> None:
+        """Wait for up to one interval, unless the server gets a request.
+
+        The process was stopped or had no CPU time, so that all probes are due now. A thousand of
+        them at once would delay requests for seconds.
+        """
+        with trio.move_on_after(self._rng.random() * interval):
+            await self._scrape_now.wait()
 
     def _left_to_another_router(self, now: float) -> bool:
         """Whether the figures of another router serve instead of a scrape."""

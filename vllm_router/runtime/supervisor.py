@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 END_TIME = 1.0
 """Seconds for cancelled exchanges to send their error event."""
 
-PREPARED_AT_ONCE = 50
-"""New servers that are constructed in one turn of the event loop: 5 ms."""
+PREPARED_AT_ONCE = 10
+"""New servers that are constructed in one turn of the event loop: 1 ms."""
 
 _LEVELS = {
     State.DOWN: logging.WARNING,

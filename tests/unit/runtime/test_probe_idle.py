@@ -75,8 +75,8 @@ async def settled_fleet(monkeypatch: pytest.MonkeyPatch, rate: int = RATE) -> As
         pass
 
     async with trio.open_nursery() as nursery:
-        for server in rig.servers:
-            probe = Probe(server, rig.fleet, Random(1), tls, ignore, ignore, pace=pace)
+        for number, server in enumerate(rig.servers):
+            probe = Probe(server, rig.fleet, Random(number), tls, ignore, ignore, pace=pace)
             nursery.start_soon(probe.run)
         await trio.sleep(2 * STRETCHED)
         yield rig
@@ -137,6 +137,21 @@ async def test_probe_dead_idle_server_is_found_and_comes_back(autojump_clock, mo
         assert asked[f"s{number}", "/metrics"] == pytest.approx(40, abs=3)
         rig.dead.clear()
         assert await rig.until(lambda: server.state is State.UP) < 2
+
+
+async def test_probe_idle_servers_are_asked_in_turn_after_a_standstill(autojump_clock, monkeypatch):
+    """The process was stopped for a minute: all probes are due, and are spread over an interval."""
+    async with settled_fleet(monkeypatch) as rig:
+        rig.asked.clear()
+        autojump_clock.jump(60)
+        lease = rig.servers[3].lease(trio.current_time())
+        asked = await rig.counted(1)
+        assert asked["s3", "/metrics"] >= 1  # it has a request
+        assert len({name for name, _ in asked}) <= COUNT / 2
+        lease.release()
+        asked = await rig.counted(2 * STRETCHED)
+        assert {name for name, _ in asked} == {server.name for server in rig.servers}
+        assert all(server.state is State.UP for server in rig.servers)
 
 
 async def test_probe_dead_chosen_server_is_found_as_usual(autojump_clock, monkeypatch):

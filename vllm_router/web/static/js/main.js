@@ -238,7 +238,7 @@ function showFacts() {
 
 let newRow = false;
 let asked = false;
-const work = { draws: 0, milliseconds: 0, shown: 0 };
+const work = { draws: 0, milliseconds: 0, rows: 0, shown: 0 };
 
 function draw() {
   asked = false;
@@ -271,6 +271,7 @@ function drawSoon() {
     const began = performance.now();
     draw();
     work.draws += 1;
+    work.rows = table.written;
     work.shown = snapshot?.time ?? 0;
     work.milliseconds += performance.now() - began;
   });

@@ -26,8 +26,15 @@ const BADNESS = ["down", "ejected", "silent", "asleep", "paused", "unknown", "dr
 /** A server at its limit is full and up again all the time; its row stays where it is. */
 const FULL = BADNESS.indexOf("full");
 const SORT_EVERY = 2000;
+/** Compares names: ten times as fast as `localeCompare`. */
+const BY_NAME = new Intl.Collator(undefined, { numeric: true }).compare;
 /** From so many rows on, bars jump instead of gliding: a hundred transitions are not cheap. */
 const MANY = 30;
+/**
+ * Rows out of sight that are written with a snapshot, in turn: those of a thousand servers are all
+ * of the last ten seconds, and the browser has little to lay out anew.
+ */
+const UNSEEN_AT_ONCE = 50;
 
 class Row {
   constructor(name, table) {
@@ -80,6 +87,7 @@ class Row {
 
   show(server, now) {
     this.server = server;
+    this.table.written += 1;
     const { set } = this;
     set.state(server.state);
     set.old(server.stale && (server.state === "up" || server.state === "full") ? "" : null);
@@ -170,13 +178,17 @@ export class Table {
     this.search = (fromAddress("q") ?? "").toLowerCase();
     byId("search").value = this.search;
     this.sorted = 0;
+    this.turn = 0;
+    this.written = 0;
     this.chips = new Map();
     this.headers();
     // Sparklines out of sight are not drawn.
     this.watcher = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
         const row = this.byRoot.get(target);
-        if (row !== undefined) row.visible = isIntersecting;
+        if (row === undefined) continue;
+        row.visible = isIntersecting;
+        if (isIntersecting) row.show(row.server, this.snapshot.time);
       }
       this.draw();
     }, { rootMargin: "100px" });
@@ -238,21 +250,23 @@ export class Table {
       if (column.key) title.title = t("sortBy", { column: t(column.title) });
     }
     for (const row of this.rows.values()) row.words();
-    if (this.snapshot) this.show(this.snapshot);
+    if (this.snapshot) this.show(this.snapshot, true);
   }
 
   allow(admin) {
     this.admin = admin;
     // Names the buttons before the column is shown: the next snapshot comes later.
-    if (this.snapshot) this.show(this.snapshot);
+    if (this.snapshot) this.show(this.snapshot, true);
     byId("fleet").toggleAttribute("data-admin", admin);
   }
 
-  show(snapshot) {
+  /** Write the rows that can be seen, and some of the others; `all` of them after other changes. */
+  show(snapshot, all = false) {
     this.snapshot = snapshot;
     this.servers = snapshot.servers;
     const gone = new Set(this.rows.keys());
     let changed = false;
+    let unseen = 0;
     for (const server of snapshot.servers) {
       gone.delete(server.name);
       let row = this.rows.get(server.name);
@@ -263,9 +277,14 @@ export class Table {
         this.byRoot.set(row.root, row);
         this.watcher.observe(row.root);
         changed = true;
+      } else if (!row.visible && !all) {
+        row.server = server;
+        const place = unseen++;
+        if (place < this.turn || place >= this.turn + UNSEEN_AT_ONCE) continue;
       }
       row.show(server, snapshot.time);
     }
+    this.turn = this.turn + UNSEEN_AT_ONCE < unseen ? this.turn + UNSEEN_AT_ONCE : 0;
     for (const name of gone) {
       const { root } = this.rows.get(name);
       this.watcher.unobserve(root);
@@ -296,7 +315,7 @@ export class Table {
     if (key) {
       order.sort((one, other) => {
         const [a, b] = [key(one), key(other)];
-        if (typeof a === "string") return a.localeCompare(b, undefined, { numeric: true });
+        if (typeof a === "string") return BY_NAME(a, b);
         return a - b;
       });
     }
