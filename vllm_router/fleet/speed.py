@@ -13,11 +13,16 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 
 HALF_LIFE = 60.0
 """Seconds after which a time per token counts half. Long, since hardware does not change, and a
-busy server whose share jumped would get a burst of requests; but a server that was slow for a
-while, and gets few requests for that, is tried again."""
+busy server whose share jumped would get a burst of requests."""
 
-PRIOR = 200.0
+PRIOR = 100.0
 """Weight of the fleet's median, in tokens, while the server has generated few."""
+
+IDLE_HALF_LIFE = 20.0
+MOST_WEIGHT = 4000.0
+"""The weight of its own time, in tokens, is at most MOST_WEIGHT, and halves in so many seconds
+without requests. So a server that was slow for a while, and gets few for that, is as good as
+others after two minutes, and is tried again."""
 
 PER_REQUEST = 0.015
 """How much longer a step takes for each request in it, over a step for none; 0.01 to 0.03 for 8B
@@ -71,6 +76,7 @@ class SpeedEstimate:
         self.time = 0.0
         self.ratio = 1.0
         self._sum = self._count = 0.0
+        self._weight = 0.0
 
     def join(self, pool: SpeedPool) -> None:
         """Compare with the servers of a fleet, and no more with others."""
@@ -89,16 +95,18 @@ class SpeedEstimate:
         keep: float = 0.5 ** (max(elapsed, 0.0) / HALF_LIFE)
         self._sum *= keep
         self._count *= keep
+        self._weight *= 0.5 ** (max(elapsed, 0.0) / IDLE_HALF_LIFE)
         if count > 0.0 and seconds > 0.0:
             requests = 0.5 * ((earlier.running or 0.0) + (metrics.running or 0.0))
             self._sum += seconds / (1.0 + PER_REQUEST * requests)
             self._count += count
+            self._weight = min(self._weight + count, MOST_WEIGHT)
             self._set(self._sum / self._count)
         self._compare()
 
     def forget(self) -> None:
         """Another process runs on the server, perhaps on other hardware."""
-        self._sum = self._count = 0.0
+        self._sum = self._count = self._weight = 0.0
         self.ratio = 1.0
         self._set(0.0)
 
@@ -110,7 +118,7 @@ class SpeedEstimate:
         median = self.pool.median
         self.ratio = 1.0
         if median and self.time:
-            mean = (self._sum + PRIOR * median) / (self._count + PRIOR)
+            mean = (self._weight * self.time + PRIOR * median) / (self._weight + PRIOR)
             self.ratio = _limited(median / mean)
 
 
