@@ -5,13 +5,15 @@ many hundreds. A forked one is a process like any other: signals, exit codes, de
 memory. It runs a module as `python -m` does. Tests of how a program starts use `subprocess`.
 
 `start` is like `subprocess.Popen` with a pipe for stdout. The fork server begins with the first
-process and ends, with all its processes, when the tests' process ends.
+process and ends, with all its processes, when the tests' process ends. A router with `--workers`
+has a fork server of its own, which forks its leader and workers and ends with it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -25,8 +27,11 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from vllm_router.runtime.workers import process_slot
 
 ROOT = Path(__file__).parents[2]
 TESTS = str(ROOT / "tests")
@@ -37,9 +42,14 @@ PRELOADED = (
     *("trio_websocket", "wsproto", "httptools", "tomllib", "ssl", "email.message"),
     "vllm_router.lab.mock.cli",
     "vllm_router.lab.mock.server",
+    *("vllm_router.cli.run", "vllm_router.cli.start", "vllm_router.runtime.serve"),
+    *("vllm_router.runtime.workers.main", "vllm_router.runtime.workers.parent"),
 )
-"""Libraries, and the simulated server. The router's own modules are imported by each router: some
-have state of their process, such as the beginning of request identifiers."""
+"""Libraries, the simulated server and the router; not `vllm_router.cli.main`, which catches signals
+from its import on."""
+
+OF_ONE_PROCESS = "vllm_router.http.request_ids"
+"""The module whose state each process makes anew: the beginning of its request ids."""
 
 _LARGEST = 1 << 18
 
@@ -48,12 +58,11 @@ UNCLOSED = "Unclosed <MemoryObject"
 are memory of the process, and freed; an interpreter without `-W error` shows no such warning."""
 
 
-class Forked:
-    """A running process, with the part of `subprocess.Popen` that the tests use."""
+class ForkedProcess:
+    """A running process, with the part of `subprocess.Popen` that tests and router use."""
 
-    def __init__(self, pid: int, stdout: io.BufferedReader, status: socket.socket) -> None:
+    def __init__(self, pid: int, status: socket.socket) -> None:
         self.pid = pid
-        self.stdout = stdout
         self.returncode: int | None = None
         self._status = status
 
@@ -85,20 +94,65 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+class Forked(ForkedProcess):
+    """A process whose output the tests read."""
+
+    def __init__(self, pid: int, status: socket.socket, stdout: io.BufferedReader) -> None:
+        super().__init__(pid, status)
+        self.stdout = stdout
+
+
 def start(module: str, *arguments: str, env: Mapping[str, str], strict: bool = False) -> Forked:
     """Run a module in a process in the root directory; stdin is empty.
 
     With `strict`, stdout has also what is written to stderr, and warnings are errors (`-W error`).
     """
-    with contextlib.ExitStack() as ours:
-        pipe, output = os.pipe()
-        ours.callback(os.close, output)
-        status, reported = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.enter_context(reported)
-        request = json.dumps([module, arguments, dict(env), strict]).encode()
-        socket.send_fds(_control(), [request], [output, reported.fileno()])
-        pid = int(status.recv(100))
-    return Forked(pid, os.fdopen(pipe, "rb"), status)
+    pipe, output = os.pipe()
+    try:
+        descriptors = {1: output, 2: output} if strict else {1: output}
+        pid, status = _request(_control(), module, arguments, dict(env), strict, descriptors)
+    finally:
+        os.close(output)
+    return Forked(pid, status, os.fdopen(pipe, "rb"))
+
+
+def _request(
+    control: socket.socket,
+    module: str,
+    arguments: Sequence[str],
+    env: dict[str, str] | None,
+    strict: bool,
+    descriptors: Mapping[int, int],
+) -> tuple[int, socket.socket]:
+    """Have a process forked; returns its id, and the socket that its exit status comes from.
+
+    `descriptors` are the ones of this process by the numbers that they get in the new one.
+    """
+    status, reported = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reported:
+        request = json.dumps([module, arguments, env, strict, list(descriptors)]).encode()
+        socket.send_fds(control, [request], [reported.fileno(), *descriptors.values()])
+        return int(status.recv(100)), status
+
+
+class WorkerStarter:
+    """Stands for the module `subprocess` where a router starts its leader and workers."""
+
+    DEVNULL = subprocess.DEVNULL
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+
+    def Popen(  # noqa: N802
+        self, command: Sequence[str], *, pass_fds: Sequence[int], stdout: int | None, **_: Any
+    ) -> ForkedProcess:
+        module, *arguments = command[command.index("-m") + 1 :]
+        with open(os.devnull, "wb") as nothing:
+            descriptors = {number: number for number in pass_fds}
+            if stdout == self.DEVNULL:
+                descriptors |= {1: nothing.fileno(), 2: nothing.fileno()}
+            pid, status = _request(self._control, module, arguments, None, False, descriptors)
+        return ForkedProcess(pid, status)
 
 
 @functools.cache
@@ -125,8 +179,11 @@ def _control() -> socket.socket:
 # -- the server ----------------------------------------------------------------------------------
 
 
-def serve(control: socket.socket) -> Callable[[], object]:
-    """Fork processes until the tests end. Returns in each of the forked ones, with its work."""
+def serve(control: socket.socket, *, end_all: bool) -> Callable[[], object]:
+    """Fork processes until the other end closes. Returns in each of the forked ones, with its work.
+
+    At the end they are killed with `end_all`, else left alone.
+    """
     awake, wake = socket.socketpair()
     for sock in (awake, wake):
         sock.setblocking(False)
@@ -143,24 +200,25 @@ def serve(control: socket.socket) -> Callable[[], object]:
                 _report(statuses)
             if control not in ready:
                 continue
-            request, descriptors, _, _ = socket.recv_fds(control, _LARGEST, 2)
+            request, descriptors, _, _ = socket.recv_fds(control, _LARGEST, 200)
             if not request:
-                for pid in statuses:
+                for pid in statuses if end_all else ():
                     os.kill(pid, signal.SIGKILL)
                 os._exit(0)
-            output, reported = descriptors
+            reported, *descriptors = descriptors
             status = socket.socket(fileno=reported)
             pid = os.fork()
             if pid == 0:
                 break
-            os.close(output)
+            for descriptor in descriptors:
+                os.close(descriptor)
             statuses[pid] = status
             status.send(b"%d" % pid)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for sock in (control, awake, wake, status, *statuses.values()):
         sock.close()
-    return _prepared(request, output)
+    return _prepared(request, descriptors)
 
 
 def _report(statuses: dict[int, socket.socket]) -> None:
@@ -174,25 +232,45 @@ def _report(statuses: dict[int, socket.socket]) -> None:
                 status.send(b"%d" % code)
 
 
-def _prepared(request: bytes, output: int) -> Callable[[], object]:
+def _prepared(request: bytes, descriptors: Sequence[int]) -> Callable[[], object]:
     """Take over descriptors, environment and arguments; returns the work of the process."""
-    module, arguments, env, strict = json.loads(request)
-    os.dup2(output, 1)
+    module, arguments, env, strict, numbers = json.loads(request)
+    _number(descriptors, numbers)
     if strict:
-        os.dup2(output, 2)
         warnings.resetwarnings()
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", UNCLOSED, ResourceWarning)
         # For its own processes.
         sys.warnoptions[:] = ["error", f"ignore:{UNCLOSED}:ResourceWarning"]
-    os.close(output)
-    os.environ.clear()
-    os.environ.update(env)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+        sys.path.remove(TESTS)
     sys.argv = [module, *arguments]
-    sys.path.remove(TESTS)
+    importlib.reload(sys.modules[OF_ONE_PROCESS])
     for name in ("stdout", "stderr"):
         getattr(sys, name).reconfigure(line_buffering=True, write_through=True)
+    if "--workers" in arguments:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            return serve(theirs, end_all=False)
+        theirs.close()
+        vars(process_slot)["subprocess"] = WorkerStarter(ours)
+    if env is None:
+        Path("/proc/self/comm").write_text(arguments[-1])
     return functools.partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
+
+
+def _number(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give the descriptors these numbers, which some of them may have already."""
+    above = max(numbers) + 1
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(high, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
 
 
 def main() -> None:
@@ -200,7 +278,7 @@ def main() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    serve(socket.socket(fileno=int(sys.argv[1])))()
+    serve(socket.socket(fileno=int(sys.argv[1])), end_all=True)()
 
 
 if __name__ == "__main__":

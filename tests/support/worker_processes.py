@@ -9,19 +9,30 @@ from pathlib import Path
 
 from support.router_process import RouterProcess, until
 
+_FORKED = r"leader|worker \d+"
+
 
 def pids(router: RouterProcess) -> dict[str, int]:
     """The running leader and workers, by name."""
-    found = {}
+    parents, names = {}, {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(") ")[2].split()[1])
-            if parent == router.process.pid and b"vllm_router.runtime.workers" in words:
-                found[words[-2].decode()] = int(entry)
-    return found
+            head, _, rest = Path(f"/proc/{entry}/stat").read_text().rpartition(") ")
+            parents[int(entry)] = int(rest.split()[1])
+            if b"vllm_router.runtime.workers" in words:
+                names[int(entry)] = words[-2].decode()
+            elif re.fullmatch(_FORKED, name := head.partition(" (")[2]):
+                names[int(entry)] = name
+    ours = router.process.pid
+    return {
+        name: pid
+        for pid, name in names.items()
+        # The fork server of the router is between it and its workers.
+        if ours in (parents[pid], parents.get(parents[pid]))
+    }
 
 
 def family(router: RouterProcess) -> dict[str, int]:
