@@ -30,6 +30,7 @@ TESTS = (
     "tests/unit/http",
     "tests/unit/config",
     "tests/unit/routing",
+    "tests/unit/runtime/test_router_share.py",
     "tests/unit/runtime/test_sharing.py",
     "tests/unit/web/test_guard.py",
     "tests/unit/web/test_guard_query.py",
