@@ -109,3 +109,6 @@ async def test_relay_end_decides_what_a_stream_was(autojump_clock, events, outco
         got = await rig.stream()
         assert (rig.recorder.outcomes, got.whole) == ([outcome], whole)
         assert got.body.startswith(b"".join(events))
+        # The time of an answer, but of no rejection.
+        succeeded = outcome is Outcome.ANSWERED and REJECTED not in events
+        assert (rig.server("a").load_estimate.response_seconds > 0.0) == succeeded

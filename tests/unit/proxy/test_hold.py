@@ -16,6 +16,7 @@ from support.scripted_server import (
     SSE,
     Script,
     Talk,
+    answer,
     answering,
     chunk,
     event,
@@ -83,6 +84,19 @@ async def test_hold_plain_white_space_inside_json_stays_in_its_place(autojump_cl
         await trio.sleep(5)
         assert client.got.whole
         assert client.got.body == b"\n" + b"".join(parts)
+
+
+async def test_hold_plain_white_space_before_body_with_length_is_held(autojump_clock):
+    async def slowly(talk: Talk) -> None:
+        head, _, body = answer(200, b' \n{"answer":1}').partition(b"\r\n\r\n")
+        await talk.request()
+        await talk.send(head + b"\r\n\r\n")
+        for piece in (body[:1], body[1:3], body[3:]):
+            await trio.sleep(1)
+            await talk.send(piece)
+
+    async with lab(slowly) as rig:
+        assert (await rig.post()).pieces == [b' \n{"answer":1}']
 
 
 # -- streams ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from support.scripted_server import DONE, event
+from vllm_router.proxy.answers.events import block_start
 from vllm_router.proxy.answers.opening import Verdict
 from vllm_router.proxy.answers.tables import Api
 from vllm_router.proxy.tail import KEPT, LONGEST_EVENT, TRIM_AT, PlainTail, StreamTail
@@ -76,6 +77,20 @@ def test_json_tail_keeps_little_of_last_piece():
     for _ in range(100):
         tail.add(b"x" * 65536)
     assert len(tail.bytes) == KEPT
+
+
+@pytest.mark.parametrize("json", [True, False])
+def test_plain_tail_reads_token_counts_of_json_only(json):
+    tail = PlainTail(json=json, until_close=False)
+    tail.add(b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}')
+    assert (tail.read(Api.OTHER).usage is not None) == json
+
+
+@pytest.mark.parametrize("boundary", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+def test_block_start_is_behind_the_last_boundary_wherever_that_is(boundary):
+    assert block_start(boundary + b"data: x", 8) == len(boundary)
+    assert block_start(b"data: x" + boundary + b"data: y", 16) == 7 + len(boundary)
+    assert block_start(b"data: x", 7) == 0
 
 
 @pytest.mark.parametrize(("body", "whole"), [(b'{"a": [1, 2]}', True), (b'{"a": [1, 2]', False)])
