@@ -35,6 +35,12 @@ const MANY = 30;
  * of the last ten seconds, and the browser has little to lay out anew.
  */
 const UNSEEN_AT_ONCE = 50;
+/**
+ * From so many rows on, a row out of sight has no cells: the browser would lay out and paint the
+ * thirty thousand nodes of a thousand rows. Rows keep their place where all are as high, see app.css.
+ */
+const BARE_FROM = 100;
+const EQUAL_ROWS = matchMedia("(min-width: 901px)");
 
 class Row {
   constructor(name, table) {
@@ -124,6 +130,14 @@ class Row {
     }
   }
 
+  fill() {
+    if (!this.root.hasChildNodes()) this.root.append(...Object.values(this.cells));
+  }
+
+  empty() {
+    if (!this.root.contains(document.activeElement)) this.root.replaceChildren();
+  }
+
   showModels(models) {
     const key = models === null ? null : models.join("\n");
     if (key === this.models) return;
@@ -182,16 +196,25 @@ export class Table {
     this.written = 0;
     this.chips = new Map();
     this.headers();
-    // Sparklines out of sight are not drawn.
+    // Sparklines out of sight are not drawn, and rows not written at once.
     this.watcher = new IntersectionObserver((entries) => {
+      const bare = this.rows.size >= BARE_FROM && EQUAL_ROWS.matches;
       for (const { target, isIntersecting } of entries) {
         const row = this.byRoot.get(target);
         if (row === undefined) continue;
         row.visible = isIntersecting;
-        if (isIntersecting) row.show(row.server, this.snapshot.time);
+        if (isIntersecting) {
+          row.fill();
+          row.show(row.server, this.snapshot.time);
+        } else if (bare) {
+          row.empty();
+        }
       }
       this.draw();
-    }, { rootMargin: "100px" });
+    }, { rootMargin: "300px" });
+    EQUAL_ROWS.addEventListener("change", () => {
+      if (!EQUAL_ROWS.matches) for (const row of this.rows.values()) row.fill();
+    });
     this.byRoot = new WeakMap();
     // Where the table is drawn as cards, there are no headers to click on.
     this.choice = byId("sort");
