@@ -24,12 +24,14 @@ class Intake:
     targets: the set in force; None before the first one.
     offered: the last set of the source.
     doubt: why missing targets are kept, in words; empty if none are.
+    doubt_values: how many are `named` and how many `kept`, for translations; empty if none are.
     """
 
     def __init__(self, targets: Targets | None, keep_for: float, second_look: float) -> None:
         self.targets = targets
         self.offered: Targets | None = targets
         self.doubt = ""
+        self.doubt_values: dict[str, str] = {}
         self.keep_for = keep_for
         self.second_look = second_look
         self._doubted_since: float | None = None
@@ -64,9 +66,10 @@ class Intake:
                 self._doubted_since = now
             said = f"it names {_count(targets)}" if targets else "its set is empty"
             self.doubt = f"{said}, but {len(missing)} that it left out still answer their checks"
+            self.doubt_values = {"named": str(_up(targets)), "kept": str(len(missing))}
         else:
             self._doubted_since = None
-            self.doubt = ""
+            self.doubt, self.doubt_values = "", {}
         kept = {target.url: target for target in missing}
         merged = [kept.pop(target.url, target) for target in targets]
         self.targets = tuple(sorted([*merged, *kept.values()], key=lambda target: target.url))
@@ -83,5 +86,9 @@ class Intake:
 
 
 def _count(targets: Targets) -> str:
-    up = sum(target.state is TargetState.UP for target in targets)
+    up = _up(targets)
     return f"{up} server{'s' if up != 1 else ''}"
+
+
+def _up(targets: Targets) -> int:
+    return sum(target.state is TargetState.UP for target in targets)

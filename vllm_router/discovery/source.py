@@ -60,7 +60,8 @@ class SourceStatus:
     place: where it looks, without secrets.
     answered_at: when it last confirmed its set; None before its first answer.
     problem: why its last look failed; None while it answers.
-    doubt: why targets that its last set lacks stay in force; empty if none do.
+    doubt: why targets that its last set lacks stay in force; empty if none do. doubt_values: as
+        `Intake` has them.
     skipped: lines about bad targets, at most SHOWN_PROBLEMS; skipped_total counts all.
     states: the targets of its last set by state.
     """
@@ -72,6 +73,7 @@ class SourceStatus:
     failing_since: float | None = None
     problem: str | None = None
     doubt: str = ""
+    doubt_values: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     skipped_total: int = 0
     states: dict[TargetState, int] = field(default_factory=dict)

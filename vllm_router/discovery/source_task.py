@@ -191,9 +191,9 @@ class SourceTask:
         self._note_intake(changed=changed)
 
     def _note_intake(self, *, changed: bool) -> None:
-        doubt = self.intake.doubt
+        doubt, values = self.intake.doubt, self.intake.doubt_values
         if doubt and not self.status.doubt:
-            self._tell("source_doubt", doubt=doubt)
-        self.status.doubt = doubt
+            self._tell("source_doubt", doubt=doubt, named=values["named"], kept=values["kept"])
+        self.status.doubt, self.status.doubt_values = doubt, values
         if changed:
             self._changed()

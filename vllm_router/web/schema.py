@@ -211,6 +211,9 @@ class SourceView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     age: Annotated[Seconds | None, _("Since it last confirmed its set; null before its first one.")]
     problem: Annotated[str | None, _("Why it cannot be read; its last set stays in force.")]
     doubt: Annotated[str, _("Why servers stay that its last set lacks; empty if none do.")]
+    doubt_values: Annotated[
+        dict[str, str], _("How many servers are `named` and how many `kept`, for translations.")
+    ] = {}
     skipped: Annotated[list[str], _("Targets that were left out, at most ten, with the reason.")]
 
 

@@ -286,6 +286,7 @@ def source_view(status: SourceStatus, now: float) -> schema.SourceView:
         age=round(age, 1) if age is not None else None,
         problem=status.problem,
         doubt=status.doubt,
+        doubt_values=status.doubt_values,
         skipped=list(status.skipped),
     )
 

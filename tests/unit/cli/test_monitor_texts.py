@@ -211,6 +211,14 @@ def test_reason_is_translated_with_its_values_and_further_reasons():
         ("reload", {"text_code": "changes"}, "配置：没有变化"),
         (
             "source",
+            {
+                "text_code": "source_doubt",
+                "text_values": {"source": "dns", "doubt": "…", "named": "1", "kept": "3"},
+            },
+            "来源 dns：它只列出 1 台服务器，但未列出的 3 台仍能通过检查；暂时保留",
+        ),
+        (
+            "source",
             {"text_code": "source_answers", "text_values": {"source": "dns"}},
             "来源 dns：已恢复",
         ),

@@ -197,6 +197,8 @@ async def test_discovery_lost_fleet_is_kept_until_second_look(autojump_clock: Mo
         await rig.settle()
         assert rig.names == ["a:1", "b:1", "c:1", "d:1"]
         assert "it names 1 server, but 3 that it left out still answer" in rig.news[-1]
+        values = {"named": "1", "kept": "3"}
+        assert rig.sources.discovery.statuses[0].doubt_values == values
         await trio.sleep(31)
         assert source.asked == 1, "the second look is asked for"
         assert rig.names == ["a:1", "b:1", "c:1", "d:1"]

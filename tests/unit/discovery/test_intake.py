@@ -52,6 +52,7 @@ def test_intake_shrunk_set_adds_new_targets_and_keeps_missing_ones() -> None:
     made.offer(targets("dz"), 0.0, alive)
     assert names_of(made) == "abcdz"
     assert made.doubt == "it names 2 servers, but 3 that it left out still answer their checks"
+    assert made.doubt_values == {"named": "2", "kept": "3"}
 
 
 def test_intake_shrunk_set_is_applied_after_second_look_only() -> None:

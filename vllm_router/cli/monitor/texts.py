@@ -67,8 +67,10 @@ class Texts:
         text = self._page.get(f"event_{code}")
         if text is None:
             return plain
-        why = self.word("outcome", values.get("why", ""))
-        return text.format_map(_Lenient({**values, "why": why}))
+        known = {**values, "why": self.word("outcome", values.get("why", ""))}
+        if "kept" in values:
+            known["doubt"] = self._page["doubtKept"].format_map(_Lenient(values))
+        return text.format_map(_Lenient(known))
 
     def refusal(self, plain: str, code: str, values: Mapping[str, str]) -> str:
         """The message of an error of the router; `plain` as for a reason."""

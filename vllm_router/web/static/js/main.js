@@ -18,6 +18,7 @@ import { Models } from "./models.js";
 import { placeMenu } from "./menus.js";
 import { outageText } from "./outage.js";
 import { Panel } from "./panel.js";
+import { doubtText } from "./reasons.js";
 import { Routers } from "./routers.js";
 import { Sources } from "./sources.js";
 import { Table } from "./table.js";
@@ -146,7 +147,7 @@ function showBanners() {
     if (source.problem) {
       wanted.push({ text: t("bannerSource"), more: `${source.name} (${source.place}): ${source.problem}`, bad: true });
     }
-    if (source.doubt) wanted.push({ text: t("bannerDoubt"), more: `${source.name}: ${source.doubt}` });
+    if (source.doubt) wanted.push({ text: t("bannerDoubt"), more: `${source.name}: ${doubtText(source)}` });
   }
   const shared = snapshot?.router.shared;
   if (shared?.problem) {

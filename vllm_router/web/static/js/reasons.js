@@ -22,8 +22,16 @@ export function reasonText(from, name = "reason") {
 /** The words of an event; those of the router if it has a code that this page does not know. */
 export function saidText({ text, text_code: code, text_values: values }) {
   if (!code || !Object.hasOwn(said, `event_${code}`)) return text;
-  return t(`event_${code}`, code === "request_failed" ? { ...values, why: outcomeText(values.why) } : values);
+  const more = {
+    request_failed: () => ({ why: outcomeText(values.why) }),
+    source_doubt: () => ({ doubt: doubtText({ doubt: values.doubt, doubt_values: values }) }),
+  }[code];
+  return t(`event_${code}`, { ...values, ...more?.() });
 }
+
+/** Why servers stay that a source does not name any more. */
+export const doubtText = ({ doubt, doubt_values: values }) =>
+  (values?.kept && languageKey() !== "en" ? t("doubtKept", values) : doubt);
 
 /**
  * The words of an error of the router, `{code, message, values}`: its own in English, and for a code

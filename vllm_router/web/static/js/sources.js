@@ -3,6 +3,7 @@
 import { appendCells, attributeOf, byId, make, textOf } from "./dom.js";
 import { NONE, count, span } from "./format.js";
 import { t } from "./i18n.js";
+import { doubtText } from "./reasons.js";
 
 const COLUMNS = [
   { id: "source", title: "colSource" },
@@ -69,7 +70,7 @@ class Row {
     set.kind(source.kind);
     set.targets(targetsOf(source));
     set.age(source.age === null ? NONE : span(source.age));
-    set.note([source.problem, source.doubt, ...source.skipped].filter(Boolean).join("\n"));
+    set.note([source.problem, doubtText(source), ...source.skipped].filter(Boolean).join("\n"));
   }
 
   words() {

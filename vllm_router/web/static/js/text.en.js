@@ -201,6 +201,7 @@ export const en = {
   sourceBad: "fails",
   sourceDoubt: "doubtful",
   sourcePart: "some left out",
+  doubtKept: "it names {named} servers, but {kept} that it left out still answer their checks",
   targetsUp: "{n} up",
   targetsDrain: "{n} draining",
   targetsWait: "{n} not ready",

@@ -201,6 +201,7 @@ export const zh = {
   sourceBad: "失败",
   sourceDoubt: "存疑",
   sourcePart: "部分略过",
+  doubtKept: "它只列出 {named} 台服务器，但未列出的 {kept} 台仍能通过检查",
   targetsUp: "{n} 个可用",
   targetsDrain: "{n} 个排空中",
   targetsWait: "{n} 个未就绪",
