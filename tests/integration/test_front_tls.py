@@ -6,6 +6,7 @@ import contextlib
 import gc
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 
 import hypercorn.trio
@@ -159,6 +160,8 @@ ENDINGS = [
 @pytest.mark.parametrize("kind", ["lane", "hypercorn"])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 async def test_tls_ended_connection_leaves_no_garbage(kind, ending):
+    if kind == "hypercorn" and ending is half_a_body and sys.version_info < (3, 11, 5):
+        pytest.skip("Python 3.11.2 leaves cancelled nurseries to the garbage collector")
     limits = Limits(linger=0.3, max_linger=2.0, header_timeout=0.5)
     async with running(kind, ssl_context=server_tls(), tls_only=True, limits=limits) as on:
         await ending(on.port)  # objects that are made once

@@ -1,4 +1,4 @@
-"""Caches of heads: the last one on a connection, and the first ones of recent connections.
+"""Caches of heads: the last one of a connection or server, and recent ones of all of them.
 
 Clients send the same head with every request, except for the digits of Content-Length; so do
 servers within one second. An unchanged head is not parsed again.
@@ -26,6 +26,9 @@ MAX_FIRST_HEADS = 256
 LONGEST_FIRST_HEAD = 4096
 """Heads that are remembered for new connections, and the bytes of the longest one: 3 MB with what
 other layers derive from them."""
+
+MAX_KNOWN_RESPONSES = 64
+"""Response heads of all servers that are remembered, of at most LONGEST_FIRST_HEAD bytes each."""
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 
@@ -153,6 +156,35 @@ class CachedRequestParser:
         return head
 
 
+class KnownResponses:
+    """Response heads that all servers of a router have sent lately.
+
+    Servers of one kind send the same head within one second, since it contains the date. So where
+    each of a thousand servers answers once or twice a second, most heads are known from another.
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, bytes], tuple[ResponseHead, HeadTemplate]] = {}
+
+    def find(self, data: bytes, end: int) -> tuple[ResponseHead, HeadTemplate] | None:
+        """The head that equals `data[:end]` but for its length, and its template."""
+        line = _LENGTH_LINE.search(data, 0, end)
+        if line is None:
+            return None
+        return self._known.get((data[: line.start(1)], data[line.end(1) : end]))
+
+    def add(self, head: ResponseHead, template: HeadTemplate) -> None:
+        """Remember a parsed head. The oldest one is dropped if there are too many."""
+        known, parts = self._known, template.parts
+        if len(parts[0]) + len(parts[1]) > LONGEST_FIRST_HEAD:
+            return
+        if len(known) >= MAX_KNOWN_RESPONSES:
+            del known[next(iter(known))]
+        known[parts] = head, template
+
+
 class ResponseCache:
     """The last response head of one server, shared by all of its connections.
 
@@ -160,12 +192,14 @@ class ResponseCache:
     on a connection that stays open: a parser has nothing else to find in such a response. Others
     are parsed, but heads that are the same share their `memo`, see `share_memo`.
 
-    `read_size` are the bytes of one read, more where a response did not fit a usual one.
+    `read_size` are the bytes of one read, more where a response did not fit a usual one. `others`
+    has heads of all servers: the first of them that sends a head has it parsed.
     """
 
-    __slots__ = ("_fields", "_head", "_memo", "_template", "read_size")
+    __slots__ = ("_fields", "_head", "_memo", "_others", "_template", "read_size")
 
-    def __init__(self) -> None:
+    def __init__(self, others: KnownResponses | None = None) -> None:
+        self._others = others if others is not None else KnownResponses()
         self._template = HeadTemplate()
         self._head: ResponseHead | None = None
         self._fields: Headers | None = None
@@ -175,9 +209,13 @@ class ResponseCache:
     def remember(self, data: bytes, head: ResponseHead) -> None:
         """`data` was parsed and is exactly one response with this head."""
         end = data.find(b"\r\n\r\n") + 4
+        template = HeadTemplate()  # the last one may be another server's, too
         fits = not head.chunked and head.content_length == len(data) - end
-        cached = fits and self._template.remember(data[:end], head.headers)
-        self._head = head if cached else None
+        if fits and template.remember(data[:end], head.headers):
+            self._head, self._template = head, template
+            self._others.add(head, template)
+        else:
+            self._head = None
 
     def share_memo(self, head: ResponseHead) -> None:
         """Give a parsed head the memo of the last one if all fields but Content-Length are equal.
@@ -197,13 +235,18 @@ class ResponseCache:
 
     def match(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
         """Head and body if `data` is one whole response with the remembered head."""
-        head = self._head
-        if head is None:
-            return None
         end = data.find(b"\r\n\r\n") + 4
-        digits = self._template.match(data, end)
-        if digits is None:
-            return None
+        head = self._head
+        digits = self._template.match(data, end) if head is not None else None
+        if head is None or digits is None:
+            found = self._others.find(data, end)
+            if found is None:
+                return None
+            head, template = found
+            digits = template.match(data, end)
+            if digits is None:
+                return None
+            self._head, self._template = found
         length = int(digits)
         if length != len(data) - end:
             return None

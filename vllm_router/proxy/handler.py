@@ -18,6 +18,7 @@ from vllm_router.http.addresses import parse_networks
 from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.http.client.pool import Pool
 from vllm_router.http.client.resolver import Resolver
+from vllm_router.http.head_cache import KnownResponses
 from vllm_router.proxy.admission import AdmissionQueue, PeersMaker
 from vllm_router.proxy.batched_recorder import BatchedRecorder
 from vllm_router.proxy.context import ProxyContext, Upstream, router_stopping
@@ -50,6 +51,7 @@ class Proxy:
         self._empty = trio.Event()
         self._tls = tls
         self._resolver = resolver or Resolver()
+        self._responses = KnownResponses()
         settings = config.settings
         self.context = ProxyContext(
             fleet=fleet,
@@ -106,7 +108,7 @@ class Proxy:
                 return
             pool = upstream.pool
         else:
-            pool = Pool(server.url, tls, self._resolver)
+            pool = Pool(server.url, tls, self._resolver, responses=self._responses)
             if upstream is not None:
                 upstream.pool.close()  # its connections use other certificates
         if upstream is not None and upstream.config.api_key == server.config.api_key:

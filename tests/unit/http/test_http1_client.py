@@ -675,9 +675,9 @@ async def test_pool_sweep_closes_expired_connections_only():
         for now in (0.0, 1.0, 2.0):
             pool.give_back(await used(server), now)
         # the last exchange reused no connection: all three are new
-        pool.close_expired(2.9)
+        pool.close_expired(IDLE_LIMIT - 0.1)
         assert pool.idle == 3
-        pool.close_expired(4.0)
+        pool.close_expired(IDLE_LIMIT + 1.0)
         assert pool.idle == 1
         await trio.testing.wait_all_tasks_blocked()
         assert server.open == 1

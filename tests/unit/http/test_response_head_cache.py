@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from vllm_router.errors import ConnectionLost
 from vllm_router.http.client.connection import Connection
-from vllm_router.http.head_cache import LARGE_READ_SIZE, ResponseCache
+from vllm_router.http.head_cache import (
+    LARGE_READ_SIZE,
+    MAX_KNOWN_RESPONSES,
+    KnownResponses,
+    ResponseCache,
+)
 from vllm_router.http.io.async_socket import READ_SIZE
 
 HEAD = (
@@ -135,6 +140,43 @@ def test_response_head_cache_unknown_head_continues_connection():
     assert bodies == [b"ok", b"yes", b"half"]
 
 
+def test_response_head_of_another_server_is_not_parsed():
+    others = KnownResponses()
+    first, second = ResponseCache(others), ResponseCache(others)
+    data = HEAD % 5 + b"hello"
+    parsed([data], first)
+    head, body = second.match(HEAD % 2 + b"hi")
+    assert (head.status, head.content_length, body) == (200, 2, b"hi")
+    assert head.memo is first.match(data)[0].memo
+    assert parsed([data], second) == parsed([data], None)
+
+
+def test_response_head_of_one_server_stays_when_another_sends_its_own():
+    others = KnownResponses()
+    first, second = ResponseCache(others), ResponseCache(others)
+    data, later = HEAD % 5 + b"hello", HEAD.replace(b"03:00:00", b"03:00:01") % 5 + b"later"
+    parsed([data], first)
+    assert second.match(data) is not None
+    parsed([later], second)
+    assert first.match(data)[1] == b"hello"
+    assert second.match(later)[1] == first.match(later)[1] == b"later"
+
+
+def test_response_heads_of_other_servers_are_bounded():
+    others = KnownResponses()
+    answers = [
+        HEAD.replace(b"03:00:00", b"%08d" % second) % 1 + b"x"
+        for second in range(MAX_KNOWN_RESPONSES + 1)
+    ]
+    for data in answers:
+        parsed([data], ResponseCache(others))
+    assert ResponseCache(others).match(answers[0]) is None
+    assert ResponseCache(others).match(answers[1]) is not None
+    long = HEAD.replace(b"uvicorn", b"x" * 5000) % 1 + b"x"
+    parsed([long], ResponseCache(others))
+    assert ResponseCache(others).match(long) is None
+
+
 PARTS = st.sampled_from(
     [
         b"HTTP/1.1 200 OK\r\n",
@@ -158,10 +200,11 @@ DATA = st.one_of(WHOLE, st.lists(PARTS, max_size=8).map(b"".join))
 
 @given(st.lists(st.tuples(DATA, st.integers(0, 400)), min_size=1, max_size=6))
 def test_response_head_cache_any_sequence_equals_parsing(answers: list[tuple[bytes, int]]):
-    known = ResponseCache()
-    for data, cut in answers:
+    others = KnownResponses()
+    servers = [ResponseCache(others), ResponseCache(others)]
+    for number, (data, cut) in enumerate(answers):
         reads = [piece for piece in (data[:cut], data[cut:]) if piece]
-        assert parsed(reads, known) == parsed(reads, None)
+        assert parsed(reads, servers[number % 2]) == parsed(reads, None)
 
 
 def large(length: int, *, first: bytes = b"date: now") -> bytes:

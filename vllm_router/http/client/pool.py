@@ -14,10 +14,11 @@ from vllm_router.http.client.race import Race
 from vllm_router.http.client.resolver import Resolver, literal_address
 from vllm_router.http.client.tls_transport import start_tls
 from vllm_router.http.client.transport import Transport
-from vllm_router.http.head_cache import ResponseCache
+from vllm_router.http.head_cache import KnownResponses, ResponseCache
 
-IDLE_LIMIT = 3.0
-"""Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0."""
+IDLE_LIMIT = 4.0
+"""Seconds an idle connection is kept. vLLM's uvicorn closes its side after 5.0. In a large fleet a
+server has a request every few seconds, and should not need a new connection for each."""
 
 
 class Doing(enum.StrEnum):
@@ -41,8 +42,9 @@ class Pool:
         resolver: Resolver | None = None,
         *,
         spread: bool = True,
+        responses: KnownResponses | None = None,
     ) -> None:
-        """`resolver` is shared by all servers of a router.
+        """`resolver` and `responses` are shared by all servers of a router.
 
         With `spread`, the addresses of a name are used in turn; without, the first that works.
         """
@@ -52,7 +54,7 @@ class Pool:
         self._tls = ssl_context if parts.scheme == "https" else None
         if parts.scheme == "https" and ssl_context is None:
             self._tls = ssl.create_default_context()
-        self._cache = ResponseCache()
+        self._cache = ResponseCache(responses)
         self._idle: list[Connection] = []
         self._literal = literal_address(self.host, self.port)
         self._name = None if self._literal else (resolver or Resolver()).name(self.host)

@@ -101,11 +101,21 @@ async def start_tls(sock: socket.socket, host: str, context: ssl.SSLContext) -> 
 def _reason(error: Exception) -> str:
     """Why an established TLS stream failed."""
     cause = error if isinstance(error, ssl.SSLError) else error.__cause__
-    if isinstance(cause, ssl.SSLEOFError):
+    if _is_eof(cause):
         return "connection cut: the server did not end TLS (close_notify)"
     if isinstance(cause, ssl.SSLError):
         return describe_tls_error(cause)
     return str(cause or error) or "closed"
+
+
+def _is_eof(error: BaseException | None) -> bool:
+    """Whether the other side ended the connection without ending TLS.
+
+    With OpenSSL 3, Python 3.11.0 to 3.11.3 raises a plain SSLError.
+    """
+    if isinstance(error, ssl.SSLEOFError):
+        return True
+    return isinstance(error, ssl.SSLError) and error.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def describe_tls_error(error: BaseException | None) -> str:
@@ -114,6 +124,6 @@ def describe_tls_error(error: BaseException | None) -> str:
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
         return "TLS failed: the port does not speak TLS; should the url begin with http://?"
-    if isinstance(error, ssl.SSLEOFError) or not isinstance(error, ssl.SSLError):
+    if _is_eof(error) or not isinstance(error, ssl.SSLError):
         return "TLS failed: the server closed the connection during the handshake"
     return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"
