@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vllm_router.config.schema import Config
 from vllm_router.errors import ConfigError
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
+from vllm_router.observability.slices import SERVERS_AT_ONCE
 from vllm_router.proxy.retry import RetryBudget
 from vllm_router.routing.owners import Entry
 from vllm_router.runtime.model_lists import LOOK_GAP
@@ -321,20 +323,51 @@ async def test_worker_refresh_of_lists_is_answered_by_leader():
 # -- upkeep ---------------------------------------------------------------------------------------
 
 
-async def test_followed_probes_do_the_upkeep_of_each_server_per_scrape_interval(autojump_clock):
-    config = make_config(2, metrics_interval=3)
-    fleet = Fleet(config)
-    kept: list[tuple[float, str]] = []
-    context = ProbeContext(
+def probe_context(fleet: Fleet, upkeep: Callable[[Server, float], None]) -> ProbeContext:
+    return ProbeContext(
         fleet=fleet,
         rng=cast("Any", None),
         tls=cast("Any", None),
         resolver=cast("Any", None),
         tasks=cast("Any", None),
         server_down=lambda server: None,
-        upkeep=lambda server, now: kept.append((now - begun, server.name)),
+        upkeep=upkeep,
         scrapes=cast("Any", None),
     )
+
+
+async def test_followed_probes_do_the_upkeep_of_a_large_fleet_in_slices(autojump_clock):
+    servers = [{"url": f"http://s{n}.test:1"} for n in range(4 * SERVERS_AT_ONCE)]
+    fleet = Fleet(make_config(servers, metrics_interval=3))
+    turn, turns = 0, Counter[int]()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await trio.lowlevel.checkpoint()
+
+    def upkeep(server: Server, now: float) -> None:
+        turns[turn] += 1
+
+    probes = FollowedProbes(cast("Any", None), probe_context(fleet, upkeep))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(probes.run)
+        await trio.sleep(2.9)
+        nursery.start_soon(count_turns)
+        autojump_clock.jump(0.2)
+        for _ in range(1000):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert sum(turns.values()) == len(servers)
+    # Trio runs the tasks of a turn in any order: two slices may follow each other.
+    assert max(turns.values()) <= 2 * SERVERS_AT_ONCE
+
+
+async def test_followed_probes_do_the_upkeep_of_each_server_per_scrape_interval(autojump_clock):
+    fleet = Fleet(make_config(2, metrics_interval=3))
+    kept: list[tuple[float, str]] = []
+    context = probe_context(fleet, lambda server, now: kept.append((now - begun, server.name)))
     refresh: Callable[[], Awaitable[None]] = cast("Any", None)
     probes = FollowedProbes(refresh, context)
     assert probes.list_readers() == [refresh]

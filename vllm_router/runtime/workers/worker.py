@@ -16,6 +16,7 @@ from vllm_router.config.schema import Config
 from vllm_router.fleet.server import Server
 from vllm_router.http.asgi_types import Receive, Scope, Send
 from vllm_router.observability.log_output import LogOutput
+from vllm_router.observability.slices import each, in_turns
 from vllm_router.observability.tracing import Telemetry
 from vllm_router.runtime.model_lists import Reader
 from vllm_router.runtime.parts import Parts, SignalSource
@@ -59,11 +60,13 @@ class FollowedProbes:
         fleet = self._context.fleet
         while True:
             await trio.sleep(fleet.settings.metrics_interval)
-            now = trio.current_time()
-            for server in fleet.all_servers():
-                server.expire(now)
-                self._context.upkeep(server, now)
-            fleet.settle(now)
+            await in_turns(each(fleet.all_servers(), self._keep_up))
+            fleet.settle(trio.current_time())
+
+    def _keep_up(self, server: Server) -> None:
+        now = trio.current_time()
+        server.expire(now)
+        self._context.upkeep(server, now)
 
     def start(self, server: Server) -> None:
         """The leader has the configuration, too, and starts the probe."""
