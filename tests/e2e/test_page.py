@@ -185,7 +185,7 @@ async def test_page_filter_and_sort_work(
     async with new_page(browser) as page:
         await page.open(router.url + "/")
         await page.wait(f"{shown}.length === 2")
-        assert await page.evaluate(names) == [name(mock) for mock in mocks]
+        assert sorted(await page.evaluate(names)) == sorted(map(name, mocks))
         await page.press("/")
         for key in str(mocks[1].port):
             await page.press(key)

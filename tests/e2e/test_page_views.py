@@ -57,7 +57,7 @@ async def test_page_server_panel_opens_by_click_and_key_and_drains(browser: str,
     async with new_page(browser) as page:
         await opened(page, demo)
         await sign_in(page, demo)
-        await page.click("#fleet tbody tr:nth-child(2) .server-name")
+        await page.click("#fleet .server-name[title='Details of demo-2']")
         await page.wait(f"{PANEL}.open && {PLOTS} === 4")
         assert "server=demo-2" in await page.evaluate("location.search")
         await page.press("Escape", 27)

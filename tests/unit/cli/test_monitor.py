@@ -281,7 +281,10 @@ def test_monitor_wide_characters_keep_columns():
 def test_monitor_unused_router_shows_how_to_send_a_request(width: int, height: int):
     shown = View("http://0.0.0.0:8888")
     shown.take(hello(), NOW)
-    shown.take(snapshot(server("gpu-1", models=["m"]), unused=True), NOW)
+    shown.take(event(1, "one happened"), NOW)
+    shown.take(event(2, "two happened"), NOW)
+    unused = snapshot(*(server(f"gpu-{n}", models=["m"]) for n in range(3)), unused=True)
+    shown.take(msgspec.structs.replace(unused, models=[model("m")]), NOW)
     text = "\n".join(picture(shown, width, height))
     assert ("curl http://127.0.0.1:8888/v1/chat/completions" in text) is (width >= 80)
     if width >= 80:
@@ -289,6 +292,7 @@ def test_monitor_unused_router_shows_how_to_send_a_request(width: int, height: i
         first = next(n for n, line in enumerate(lines) if line.startswith("curl "))
         *_, body = shlex.split("\n".join(lines[first : first + 4]))
         assert json.loads(body)["messages"] == [{"role": "user", "content": "Hello!"}]
+        assert "one happened" in text
     shown.take(snapshot(server("gpu-1"), unused=False), NOW)
     assert "curl" not in "\n".join(picture(shown, width, height))
 

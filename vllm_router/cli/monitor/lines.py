@@ -18,8 +18,11 @@ from vllm_router.cli.monitor.styles import STATE_STYLES
 from vllm_router.cli.monitor.texts import reason_of
 from vllm_router.observability.formatting import visible
 
-_FIRST_REQUEST = 7
+_FIRST_REQUEST = 5
 """Lines that say how to send a first request."""
+
+_PAGE_ROOM = 12
+"""Lines from which an empty one is above, and one below names the page; the frame does, too."""
 
 
 def first_request_lines(view: View, room: int) -> list[Text]:
@@ -29,6 +32,7 @@ def first_request_lines(view: View, room: int) -> list[Text]:
     url = view.url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")
     models = [model for server in view.snapshot.servers for model in server.models or ()]
     model = json.dumps(models[0] if models else "MODEL")
+    page = visible(view.texts("first_page", url=url))
     # Short lines: what the frame cuts cannot be copied.
     lines = (
         f"  curl {url}/v1/chat/completions \\",
@@ -36,11 +40,12 @@ def first_request_lines(view: View, room: int) -> list[Text]:
         f"""    -d '{{"model": {model},""",
         """         "messages": [{"role": "user", "content": "Hello!"}]}'""",
     )
+    roomy = room >= _PAGE_ROOM
     return [
-        Text(),
+        *([Text()] if roomy else ()),
         Text(view.texts("first_request"), style="bold"),
         *(Text(visible(line), style="cyan") for line in lines),
-        Text(visible(view.texts("first_page", url=url)), style="bold"),
+        *([Text(page, style="bold")] if roomy else ()),
     ]
 
 

@@ -123,12 +123,22 @@ export class History {
     return true;
   }
 
-  /** Columns of one server since the page was opened, at most five minutes: times, then figures. */
+  /**
+   * Columns of one server since the page was opened, at most five minutes: times, then figures. Its
+   * load is known from before, as the hello has it.
+   */
   ofServer(name, names) {
-    const series = this.servers.get(name);
-    if (series === undefined) return [[], ...names.map(() => [])];
+    const { times, rows } = this.servers.get(name) ?? { times: [], rows: [] };
     const picked = names.map((figure) => SERVER_FIGURES.indexOf(figure));
-    return [[...series.times], ...picked.map((column) => series.rows.map((row) => row[column]))];
+    const columns = picked.map((column) => rows.map((row) => row[column]));
+    if (!names.includes("load")) return [[...times], ...columns];
+    const loads = this.loads.get(name) ?? [];
+    const before = loads.slice(0, Math.max(0, loads.length - times.length));
+    const first = times[0] ?? this.fine.times.at(-1) ?? 0;
+    return [
+      [...before.map((_, index) => first - (before.length - index)), ...times],
+      ...columns.map((values, index) => [...before.map((load) => (names[index] === "load" ? load : null)), ...values]),
+    ];
   }
 
   /** One figure of the last five minutes. */

@@ -45,6 +45,7 @@ class Row {
     const cells = appendCells(this.root, COLUMNS, { header: "model", prefix: "m", contents, set: this.set });
     Object.assign(this.set, {
       budgetMood: attributeOf(cells.budget, "data-mood"),
+      budgetTitle: attributeOf(cells.budget, "title"),
       errorsMood: attributeOf(cells.errors, "data-mood"),
       health: attributeOf(this.root, "data-health"),
       pressed: attributeOf(this.name, "aria-pressed"),
@@ -88,8 +89,10 @@ class Row {
     set.errorsMood(model.errors_per_s > 0 ? "bad" : null);
     set.refused(rate(model.refused_per_s));
     set.queued(count(model.queued));
-    set.budget(percent(model.budget_left));
-    set.budgetMood(model.budget_left !== null && model.budget_left < 0 ? "bad" : null);
+    const spent = model.budget_left !== null && model.budget_left < 0;
+    set.budget(spent ? t("budgetSpent") : percent(model.budget_left));
+    set.budgetTitle(spent ? percent(model.budget_left) : null);
+    set.budgetMood(spent ? "bad" : null);
   }
 
   noteOf(model) {

@@ -58,8 +58,9 @@ const CHARTS = [
     series("errors_per_s", "seriesErrors", rate, "bad"),
     series("tokens_per_s", "seriesTokens", rate, "second", { scale: "right", dash: [4, 3] }),
   ] },
-  { id: "kv", title: "detailKv", axis: percent, least: 1, series: [
-    series("kv_usage", "detailKv", percent, "running", { area: "runningArea" }),
+  { id: "load", title: "chartLoad", axis: percent, least: 1, series: [
+    series("load", "seriesLoad", percent, "running", { area: "runningArea" }),
+    series("kv_usage", "seriesKv", percent, "second"),
   ] },
 ];
 
