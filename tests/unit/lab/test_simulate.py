@@ -42,7 +42,7 @@ from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
 from vllm_router.lab.simulate.workloads import WORKLOADS, conversations
 from vllm_router.lab.simulate.world import World
 from vllm_router.routing.policies import PolicySettings
-from vllm_router.routing.prompt.blocks import blocks_in, hash_blocks, pack_hashes, unpack_hashes
+from vllm_router.routing.prompt.blocks import blocks_in, hash_blocks, pack_hashes
 
 H100 = HARDWARE["8b"]
 
@@ -543,20 +543,6 @@ def test_simulate_runs_in_other_processes_give_same_result():
 
 
 # -- replay ------------------------------------------------------------------------------------
-
-
-@given(st.binary(max_size=30_000))
-def test_block_hashes_survive_the_log(text: bytes):
-    chain = hash_blocks(text)
-    back = unpack_hashes(pack_hashes(chain))
-    assert [link & 0xFFFFFFFFFFFF for link in back] == [link & 0xFFFFFFFFFFFF for link in chain]
-    assert unpack_hashes(pack_hashes(back)) == back
-
-
-@pytest.mark.parametrize("text", ["AAAA", "not base64!", "A" * 8 * 500])
-def test_block_hashes_invalid_text_is_refused(text: str):
-    with pytest.raises(ValueError, match=r".+"):
-        unpack_hashes(text)
 
 
 def log_line(time: float, text: bytes, **more: object) -> bytes:

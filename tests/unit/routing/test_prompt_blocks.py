@@ -23,6 +23,8 @@ from vllm_router.routing.prompt.blocks import (
     extend_hashes,
     hash_blocks,
     make_block_hash,
+    pack_hashes,
+    unpack_hashes,
 )
 from vllm_router.routing.prompt.body_reader import read_routing_info
 from vllm_router.routing.prompt.content import MAX_PARSED
@@ -355,3 +357,20 @@ def test_blocks_conversation_is_identified_by_64_kb_at_most(size: int, first: in
         assert prompt.conversation == crc32(whole[: 1 << 16], 7)
         assert prompt.block_hashes == hash_blocks(whole, seed=7)
         assert plain_prompt(b"[" + whole[1:], 7).conversation == crc32(b"[" + whole[1 : 1 << 16], 7)
+
+
+# -- in the access log ---------------------------------------------------------------------------
+
+
+@given(st.binary(max_size=30_000))
+def test_block_hashes_survive_the_log(text: bytes):
+    chain = hash_blocks(text)
+    back = unpack_hashes(pack_hashes(chain))
+    assert [link & 0xFFFFFFFFFFFF for link in back] == [link & 0xFFFFFFFFFFFF for link in chain]
+    assert unpack_hashes(pack_hashes(back)) == back
+
+
+@pytest.mark.parametrize("text", ["AAAA", "not base64!", "A" * 8 * 500])
+def test_block_hashes_invalid_text_is_refused(text: str):
+    with pytest.raises(ValueError, match=r".+"):
+        unpack_hashes(text)
