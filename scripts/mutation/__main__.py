@@ -239,19 +239,21 @@ class Run:
         none of the modules uses them.
         """
         if mutant.function:
-            return {(module, mutant.line)}
+            ran = {line for test in mapped.values() for line in test.lines.get(module, ())}
+            # A part of a long statement may have no line of its own.
+            return {(module, max((n for n in ran if n <= mutant.line), default=mutant.line))}
         names = set(map(name_of_constant, dependents(mutant.module, mutant.name)))
-        ran: dict[str, set[int]] = {}
+        lines_of: dict[str, set[int]] = {}
         for test in mapped.values():
             for other, lines in test.lines.items():
-                ran.setdefault(other, set()).update(lines)
+                lines_of.setdefault(other, set()).update(lines)
         places = {
             (other, number)
-            for other, lines in ran.items()
+            for other, lines in lines_of.items()
             for number, text in enumerate((ROOT / other).read_text().splitlines(), 1)
             if number in lines and any(name in text for name in names)
         }
-        return places or {(module, line) for line in ran.get(module, ())}
+        return places or {(module, line) for line in lines_of.get(module, ())}
 
 
 def choose(

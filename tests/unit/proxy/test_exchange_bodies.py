@@ -14,7 +14,7 @@ import trio
 from support.fleet_makers import come_up
 from support.form_oracle import make_form, model_seen_by_starlette, seen_by_fastapi
 from support.proxy_harness import Got, Rig, lab
-from support.scripted_server import GOOD, answering
+from support.scripted_server import GOOD, answering, silent
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
@@ -355,3 +355,17 @@ async def test_work_queue_cancelled_work_is_closed_and_others_go_on():
     assert "a" not in log
     assert await in_slices(_counting(log, "b", 1), turns) == "b"
     assert log == ["b", "b closed"]
+
+
+@pytest.mark.parametrize(("policy", "needed"), [("least_load", False), ("session", True)])
+@pytest.mark.parametrize("size", [10, MB])
+async def test_exchange_session_is_read_if_the_policy_needs_it(
+    autojump_clock, policy, needed, size
+):
+    async with lab(silent, policy=policy) as rig:
+        body = {"model": "m", "prompt": "x" * size}
+        client = rig.start(body, headers=(JSON_TYPE, (b"x-session-id", b"talk-1")))
+        await trio.sleep(1)
+        (exchange,) = rig.context.exchanges
+        assert (exchange.request.facts.session is not None) == needed
+        client.leave()

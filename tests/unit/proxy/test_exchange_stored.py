@@ -11,12 +11,13 @@ import trio
 
 from support.fleet_makers import make_config
 from support.proxy_harness import Got, Rig, lab
-from support.scripted_server import END, SSE, Talk, answer, chunk, ok
+from support.scripted_server import END, SSE, Talk, answer, answering, chunk, ok
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.limits import LimitsConfig
 from vllm_router.config.types import digest_of
 from vllm_router.http.asgi_types import IDENTITY
 from vllm_router.proxy.identity import Identity
+from vllm_router.proxy.retry import Outcome
 
 RESPONSES = "/v1/responses"
 USAGE = {"input_tokens": 1, "output_tokens": 1}
@@ -243,6 +244,27 @@ async def test_chain_that_fails_on_its_server_goes_to_no_other(autojump_clock):
         got = await rig.post(body, path=RESPONSES)
         assert (got.status, got.code) == (503, "connect_failed")
         assert keepers[0].asked == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "outcome"),
+    [
+        (answer(404, b'{"error":{"message":"gone"}}'), 404, Outcome.ANSWERED),
+        (answer(401, b'{"error":{"message":"no"}}'), 401, Outcome.ANSWERED),
+        (answer(302, b"", b"location: http://else.test/"), 502, Outcome.MISDIRECTED),
+    ],
+)
+async def test_stored_response_error_of_its_server_is_passed_on_unless_it_redirects(
+    autojump_clock, reply, status, outcome
+):
+    async with lab(Keeper(), Keeper()) as rig:
+        identifier = await create(rig, "b")
+        rig.scripted["b"].script = answering(reply)
+        await trio.sleep(5.0)  # kept connections expire
+        got = await call(rig, "GET", f"{RESPONSES}/{identifier}")
+        assert got.status == status
+        assert rig.recorder.attempts[-1] == ("b", outcome)
+        assert rig.requests()["a"] == 0
 
 
 async def test_cancel_waits_for_no_place_of_a_full_server(autojump_clock):
