@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,16 +29,18 @@ class Results:
             key = entry.pop("key")
             self._found[key] = Verdict(**entry)
 
-    def find(self, mutant: Mutant, files: Iterable[str]) -> Verdict | None:
+    def find(self, mutant: Mutant, files: Collection[str]) -> Verdict | None:
         found = self._found.get(self._key(mutant, files))
-        if found is not None:
+        if found is not None and any(files):
             return found
         killed = self._found.get(self._key(mutant, ()))
-        if killed is None or self._key(mutant, [_file(killed.killer)]) not in self._found:
+        if killed is None or killed.result != "killed":
             return None
-        return killed
+        return killed if self._key(mutant, [_file(killed.killer)]) in self._found else None
 
-    def keep(self, mutant: Mutant, files: Iterable[str], verdict: Verdict) -> None:
+    def keep(self, mutant: Mutant, files: Collection[str], verdict: Verdict) -> None:
+        if verdict.result != "killed" and not files:
+            return  # no test was tried
         keys = [self._key(mutant, files)]
         if verdict.result == "killed":
             keys = [self._key(mutant, ()), self._key(mutant, [_file(verdict.killer)])]

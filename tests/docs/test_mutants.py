@@ -100,6 +100,7 @@ def test_mutants_results_hold_while_module_and_killing_test_stay_the_same(
     kept = results.Results(tmp_path / "kept" / "verdicts.jsonl", tmp_path)
     kept.keep(first, files, verdict("killed", "test_a.py::test_x", "failed"))
     kept.keep(second, files, verdict("survived"))
+    kept.keep(third, [], verdict("survived"))  # no test was tried
 
     def found() -> list[str | None]:
         again = results.Results(tmp_path / "kept" / "verdicts.jsonl", tmp_path)
