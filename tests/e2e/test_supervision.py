@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -142,9 +143,16 @@ def test_hypercorn_with_several_workers_is_refused(tmp_path: Path):
     assert "Traceback" not in said
 
 
+class StartsWorkers(RouterProcess):
+    """Starts its workers itself: with an environment of its own, it has no fork server."""
+
+    environment: ClassVar[Mapping[str, str]] = {"PYTHONUNBUFFERED": "1"}
+
+
 def test_workers_are_children_of_a_lasting_thread(tmp_path: Path, mock: MockProcess):
     """Else the kernel would signal the parent's death after 10 s."""
-    with router_process(servers_toml([mock.url]), tmp_path, "--workers", "2") as router:
+    config = servers_toml([mock.url])
+    with router_process(config, tmp_path, "--workers", "2", kind=StartsWorkers) as router:
         parent = router.process.pid
         children = Path(f"/proc/{parent}/task/{parent}/children")
         assert set(family(router).values()) <= set(map(int, children.read_text().split()))
@@ -194,7 +202,7 @@ def test_leader_that_hangs_is_replaced_while_port_serves(tmp_path: Path, mock: M
 def test_worker_stopped_frees_port_when_parent_dies(tmp_path: Path, mock: MockProcess):
     file = tmp_path / "servers.toml"
     file.write_text(servers_toml([mock.url], drain_timeout=1))
-    router = RouterProcess(file, "--workers", "2")
+    router = StartsWorkers(file, "--workers", "2")
     processes: list[int] = []
     try:
         router.wait_ready()
