@@ -41,7 +41,7 @@ def servers(url: str) -> dict[str, dict[str, object]]:
 
 def test_run_start_line_has_url_server_count_and_working_hint(tmp_path: Path):
     arguments = ("run", "--demo", "2", "--host", "127.0.0.1", "--port", "0")
-    with running(tmp_path / "stderr", *arguments) as started:
+    with running(tmp_path / "stderr", *arguments, from_nothing=True) as started:
         first, hint = started.line(), started.line()
         assert first.startswith(f"vLLM Router {vllm_router.__version__} on http://127.0.0.1:")
         assert first.endswith(", 2 servers")
@@ -66,7 +66,7 @@ def test_run_raises_descriptor_limit_to_system_maximum(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        with router(tmp_path / "stderr", "--demo", "1") as started:
+        with router(tmp_path / "stderr", "--demo", "1", from_nothing=True) as started:
             page = httpx.get(f"{started.url}/metrics", trust_env=False).text
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -17,7 +17,6 @@ import fcntl
 import functools
 import gc
 import importlib
-import io
 import json
 import os
 import runpy
@@ -29,7 +28,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_router.runtime.workers import process_slot
 
@@ -97,32 +96,52 @@ class ForkedProcess:
 class Forked(ForkedProcess):
     """A process whose output the tests read."""
 
-    def __init__(self, pid: int, status: socket.socket, stdout: io.BufferedReader) -> None:
+    def __init__(self, pid: int, status: socket.socket, stdout: IO[bytes]) -> None:
         super().__init__(pid, status)
         self.stdout = stdout
 
 
-def start(module: str, *arguments: str, env: Mapping[str, str], strict: bool = False) -> Forked:
-    """Run a module in a process in the root directory; stdin is empty.
+def start(
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str],
+    strict: bool = False,
+    errors: int | None = None,
+    cwd: Path = ROOT,
+    buffering: int = -1,
+) -> Forked:
+    """Run a module in a process; stdin is empty.
 
     With `strict`, stdout has also what is written to stderr, and warnings are errors (`-W error`).
+    Otherwise `errors` is the descriptor of stderr. `buffering` is for our end of stdout.
     """
     pipe, output = os.pipe()
     try:
-        descriptors = {1: output, 2: output} if strict else {1: output}
-        pid, status = _request(_control(), module, arguments, dict(env), strict, descriptors)
+        descriptors = {1: output}
+        if strict:
+            errors = output
+        if errors is not None:
+            descriptors[2] = errors
+        pid, status = _request(
+            *(_control(), module, arguments, descriptors),
+            env=dict(env),
+            strict=strict,
+            cwd=str(cwd),
+        )
     finally:
         os.close(output)
-    return Forked(pid, status, os.fdopen(pipe, "rb"))
+    return Forked(pid, status, os.fdopen(pipe, "rb", buffering))
 
 
 def _request(
     control: socket.socket,
     module: str,
     arguments: Sequence[str],
-    env: dict[str, str] | None,
-    strict: bool,
     descriptors: Mapping[int, int],
+    *,
+    env: dict[str, str] | None = None,
+    strict: bool = False,
+    cwd: str = ".",
 ) -> tuple[int, socket.socket]:
     """Have a process forked; returns its id, and the socket that its exit status comes from.
 
@@ -130,7 +149,7 @@ def _request(
     """
     status, reported = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with reported:
-        request = json.dumps([module, arguments, env, strict, list(descriptors)]).encode()
+        request = json.dumps([module, arguments, env, strict, cwd, list(descriptors)]).encode()
         socket.send_fds(control, [request], [reported.fileno(), *descriptors.values()])
         return int(status.recv(100)), status
 
@@ -151,7 +170,7 @@ class WorkerStarter:
             descriptors = {number: number for number in pass_fds}
             if stdout == self.DEVNULL:
                 descriptors |= {1: nothing.fileno(), 2: nothing.fileno()}
-            pid, status = _request(self._control, module, arguments, None, False, descriptors)
+            pid, status = _request(self._control, module, arguments, descriptors)
         return ForkedProcess(pid, status)
 
 
@@ -234,7 +253,8 @@ def _report(statuses: dict[int, socket.socket]) -> None:
 
 def _prepared(request: bytes, descriptors: Sequence[int]) -> Callable[[], object]:
     """Take over descriptors, environment and arguments; returns the work of the process."""
-    module, arguments, env, strict, numbers = json.loads(request)
+    module, arguments, env, strict, cwd, numbers = json.loads(request)
+    os.chdir(cwd)
     _number(descriptors, numbers)
     if strict:
         warnings.resetwarnings()
