@@ -29,7 +29,7 @@ from support.scripted_server import (
 )
 from vllm_router.fleet.active_health import Check
 from vllm_router.fleet.state import State
-from vllm_router.http.client.pool import Pool
+from vllm_router.http.client.pool import IDLE_LIMIT, Pool
 from vllm_router.http.client.resolver import Host, Resolver
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
@@ -844,7 +844,7 @@ async def test_exchange_idle_connection_is_closed_before_server_closes_it(autoju
     async with lab(answering(GOOD)) as rig:
         await rig.post()
         pool = rig.context.upstreams[rig.server("a")].pool
-        await trio.sleep(3.0)
+        await trio.sleep(IDLE_LIMIT)
         rig.proxy.tick(rig.server("a"), trio.current_time())
         assert pool.idle == 0
         await rig.post()
