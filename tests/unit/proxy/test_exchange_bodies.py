@@ -358,14 +358,18 @@ async def test_work_queue_cancelled_work_is_closed_and_others_go_on():
 
 
 @pytest.mark.parametrize(("policy", "needed"), [("least_load", False), ("session", True)])
-@pytest.mark.parametrize("size", [10, MB])
+@pytest.mark.parametrize("form", [False, True])
 async def test_exchange_session_is_read_if_the_policy_needs_it(
-    autojump_clock, policy, needed, size
+    autojump_clock, policy, needed, form
 ):
+    kind, path, body = JSON_TYPE, "/v1/chat/completions", b'{"model": "m"}'
+    if form:
+        kind, path = (b"content-type", b"multipart/form-data; boundary=x"), AUDIO
+        body = b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
     async with lab(silent, policy=policy) as rig:
-        body = {"model": "m", "prompt": "x" * size}
-        client = rig.start(body, headers=(JSON_TYPE, (b"x-session-id", b"talk-1")))
+        client = rig.start(body, path=path, headers=(kind, (b"x-session-id", b"talk-1")))
         await trio.sleep(1)
         (exchange,) = rig.context.exchanges
+        assert exchange.request.facts.model == "m"
         assert (exchange.request.facts.session is not None) == needed
         client.leave()

@@ -37,6 +37,13 @@ def test_models_alias_resolves_to_served_name():
     assert answering("gpt-4", "llama-70b", "llama-8b") == ("gpt-4", "llama-70b")
 
 
+def test_models_fallbacks_end_with_the_last_rule_or_before_a_repetition():
+    rules = {name: ModelRule(fallback=next_one) for name, next_one in ("ab", "bc", "de", "ed")}
+    assert list(Models(rules).fallbacks("a")) == ["b", "c"]
+    assert list(Models(rules).fallbacks("d")) == ["e"]
+    assert list(Models(rules).fallbacks("c")) == []
+
+
 def test_models_fallback_is_used_while_model_has_no_server():
     assert answering("gpt-4", "llama-8b") == ("small", "llama-8b")
 

@@ -120,6 +120,8 @@ def test_peers_tell_policies_whether_other_routers_are_heard():
     router.peers.hear(batch(router="r2"), 1.0)
     router.peers.settle(1.0)
     assert default.hears_routers
+    assert router.peers.others(1.0) == {"r2"}
+    assert router.peers.others(1.0 + GONE_AFTER + 0.1) == frozenset()
     assert router.policies.named("session").hears_routers
     router.peers.settle(1.5 + GONE_AFTER)
     assert not default.hears_routers
