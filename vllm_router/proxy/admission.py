@@ -156,8 +156,7 @@ class AdmissionQueue:
         """Lease a server at once, if this request is next in order. Raises Refused."""
         self.places.join(waiter)
         self._admit(now)
-        if waiter.refused is not None:
-            raise waiter.refused
+        waiter.raise_refusal()
         if waiter.grant is None:
             self.places.leave(waiter, now)
         return waiter.grant
@@ -190,7 +189,8 @@ class AdmissionQueue:
             if waiter.grant is None and waiter.refused is None:
                 self._leave(waiter, then)
         if waiter.grant is None:
-            raise waiter.refused or self._too_late(waiter)
+            waiter.raise_refusal()
+            raise self._too_late(waiter)
         return waiter.grant
 
     def _grant(

@@ -185,7 +185,10 @@ class Exchange:
                 refused = error  # raised outside, so that no exception group wraps it
             nursery.cancel_scope.cancel(reason="served")
         if refused is not None:
-            raise refused
+            try:
+                raise refused
+            finally:
+                refused = None  # else a cycle: the error, its traceback, this frame
         return ending
 
     # -- reading ------------------------------------------------------------------------------
@@ -339,7 +342,10 @@ class Exchange:
         if context.quarantine.entries:
             refused = attempts.quarantined(now)
             if refused is not None:
-                raise refused
+                try:
+                    raise refused
+                finally:
+                    del refused  # as in `_forward_watched`
         if context.gate is not None:
             return None
         candidates = attempts.candidates.find(now)

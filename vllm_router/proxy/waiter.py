@@ -78,6 +78,17 @@ class Waiter(QueueEntry):
     grant: Grant | None = None
     refused: Refused | None = None
 
+    def raise_refusal(self) -> None:
+        """Raise the refusal, if there is one."""
+        refused, self.refused = self.refused, None
+        if refused is not None:
+            try:
+                raise refused
+            finally:
+                # Else a cycle: the error, its traceback, this frame. A refused request and its body
+                # would wait for the garbage collector.
+                del refused
+
 
 class Peers(Protocol):
     """The queues of the router's other processes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from pathlib import Path
@@ -734,9 +735,10 @@ def test_config_is_immutable_and_comparable():
 
 def test_config_every_setting_is_explained():
     for struct in (Settings, LogSettings):
-        assert struct.__doc__ is not None
+        text = inspect.getdoc(struct)
+        assert text is not None
         for key in struct.__struct_fields__:
-            assert re.search(rf"^    {key}: ", struct.__doc__, flags=re.MULTILINE), key
+            assert re.search(rf"^{key}: ", text, flags=re.MULTILINE), key
 
 
 # -- the log ------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_read_model_list_yields_after_a_few_entries():
         (b'{"data": [%s]}' % (b" " * MAX_LIST_BYTES), "longer than 1048576 bytes"),
         (b'{"data": [%s0]}' % (b"0," * MAX_MODELS), "more than 2048 entries"),
         (b'{"data": [%s0]}' % (b"0," * 100_000), "more than 60000 values"),
-        (b'{"data": [%s]}' % (b"[" * 5000 + b"]" * 5000), "nested too deeply"),
+        (b'{"data": [%s]}' % (b"[" * 50_000 + b"]" * 50_000), "nested too deeply"),
         (b"[" * 60_000, "nested too deeply"),
         (b'{"data": {}}', "not a JSON object with an array `data`"),
         (b"[]", "not a JSON object with an array `data`"),

@@ -89,8 +89,8 @@ async def start_tls(sock: socket.socket, host: str, context: ssl.SSLContext) -> 
     except (trio.BrokenResourceError, ssl.SSLError) as error:
         sock.close()
         release_ssl_stream(stream)
-        cause = error if isinstance(error, ssl.SSLError) else error.__cause__
-        raise ConnectFailed(describe_tls_error(cause)) from error
+        # A local name for the cause would be a cycle: cause, its traceback, this frame.
+        raise ConnectFailed(describe_tls_error(_tls_error(error))) from error
     except BaseException:
         sock.close()
         release_ssl_stream(stream)
@@ -100,12 +100,17 @@ async def start_tls(sock: socket.socket, host: str, context: ssl.SSLContext) -> 
 
 def _reason(error: Exception) -> str:
     """Why an established TLS stream failed."""
-    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+    cause = _tls_error(error)
     if _is_eof(cause):
         return "connection cut: the server did not end TLS (close_notify)"
     if isinstance(cause, ssl.SSLError):
         return describe_tls_error(cause)
     return str(cause or error) or "closed"
+
+
+def _tls_error(error: Exception) -> BaseException | None:
+    """The error of OpenSSL, which Trio's own may wrap."""
+    return error if isinstance(error, ssl.SSLError) else error.__cause__
 
 
 def _is_eof(error: BaseException | None) -> bool:

@@ -155,7 +155,10 @@ class HubSocket:
     def _raise_error(self) -> NoReturn:
         error, self._error = self._error, None
         assert error is not None
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # else a cycle: the error, its traceback, this frame
 
     def _read_into(self, take: Callable[[bytes], bool]) -> bool:
         """Whether `take` wants more; False, too, after an exception, which `_error` keeps."""

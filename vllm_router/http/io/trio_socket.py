@@ -108,7 +108,10 @@ class TrioSocket:
             await trio.lowlevel.checkpoint()
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # else a cycle: the error, its traceback, this frame
 
     async def stream_into(self, take: Callable[[bytes], bool]) -> None:
         while take(await self.read()):
