@@ -255,7 +255,7 @@ def test_script_test_without_arguments_runs_all_in_parallel(clone: Clone):
         clone.tool(tool)
     clone.tool("nproc", "echo 2")
     result = clone.call("test")
-    assert (result.returncode, result.stdout) == (0, "python -m pytest -n 4\n")
+    assert (result.returncode, result.stdout) == (0, "python -m pytest -n 3\n")
 
 
 def test_script_test_parallel_run_compiles_tests_without_bytecode(clone: Clone):
@@ -281,7 +281,7 @@ def test_script_test_folder_runs_alone_and_in_parallel(clone: Clone):
         clone.tool(tool)
     clone.tool("nproc", "echo 2")
     (clone.root / "tests" / "unit").mkdir(parents=True)
-    assert clone.call("test", "unit").stdout == "python -m pytest -n 4 tests/unit\n"
+    assert clone.call("test", "unit").stdout == "python -m pytest -n 3 tests/unit\n"
 
 
 def test_script_test_missing_system_tool_is_named_and_fails(clone: Clone):
