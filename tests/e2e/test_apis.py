@@ -21,6 +21,7 @@ from support.router_process import router_process, servers_toml, until
 
 FATES = ("abort", "error", "silence")
 LONG = 100_000
+REPLACED = b": vllm-router: another server answers"
 WELL = ("--model", "tiny", "--ttft", "0.02", "--token-delay", "0.01", "--max-model-len", "200000")
 MOCK = (*WELL, "--max-num-seqs", "1")
 
@@ -70,12 +71,15 @@ def test_stopping_server_queue_is_answered_by_others(tmp_path: Path):
             for got in answers:
                 assert (got.status, got.whole, got.error) == (200, True, ""), got
                 # After 2 s the client has the head of the first server.
-                replaced = b": vllm-router: another server answers" in got.body
+                replaced = REPLACED in got.body
                 assert replaced or got.headers["x-mock-server"] != mock.name
                 assert len(got.text.split()) == 5
                 assert not got.aborted
                 assert not got.stream or got.body.count(ENDS[got.api]) == 1
-            assert {"2"} <= {got.headers["x-vllm-router-attempts"] for got in answers}
+            assert any(
+                got.headers["x-vllm-router-attempts"] == "2" or REPLACED in got.body
+                for got in answers
+            )
             # Successful responses pay the retry budget back.
             paid = [pool.submit(ask, router.url, "chat", 1, stream=False) for _ in range(30)]
             assert all(future.result(timeout=60).status == 200 for future in paid)
