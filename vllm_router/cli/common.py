@@ -20,6 +20,14 @@ DEFAULT_CONFIG = "servers.toml"
 NO_CONFIG = f"no {DEFAULT_CONFIG} here: name a file with --config FILE"
 DEFAULT_URL = "http://127.0.0.1:8888"
 
+KEY_ADVICE = {
+    "missing_api_key": "this router needs a key: give its status or admin key with --key, or in "
+    "the variable VLLM_ROUTER_KEY",
+    "invalid_api_key": "this router does not accept the key: --key or VLLM_ROUTER_KEY must be its "
+    "status key, or the admin key for changes",
+}
+"""What to do about a refused key, by the error's code."""
+
 T = TypeVar("T")
 
 

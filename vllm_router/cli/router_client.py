@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 import trio
 
+from vllm_router.cli.common import KEY_ADVICE
 from vllm_router.errors import NO_VALUES, RouterError
 from vllm_router.http.client.error_text import describe
 from vllm_router.runtime.own_machine import find_socket, short_path
@@ -24,15 +25,6 @@ TIMEOUT = 5.0
 
 POLL_INTERVAL = 0.5
 """Seconds between two requests while waiting for a drain."""
-
-
-KEY_ADVICE = {
-    "missing_api_key": "this router needs a key: give its status or admin key with --key, or in "
-    "the variable VLLM_ROUTER_KEY",
-    "invalid_api_key": "this router does not accept the key: --key or VLLM_ROUTER_KEY must be its "
-    "status key, or the admin key for changes",
-}
-"""By error code, what a user of the command line can do."""
 
 
 class NoRouter(RouterError):

@@ -9,6 +9,9 @@ carry `x-vllm-router-error` with the code, which marks an error as the router's.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+
+from vllm_router.errors import NO_VALUES
 
 ERROR_HEADER = b"x-vllm-router-error"
 
@@ -63,10 +66,12 @@ def error_response(
     request_id: bytes,
     *,
     param: str | None = None,
+    values: Mapping[str, str] = NO_VALUES,
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Headers and body of an error response.
 
-    `path` is the request's raw path as far as it is known; it decides the format.
+    `path` is the request's raw path as far as it is known; it decides the format. In
+    OpenAI's, `values` has the values in the message by name, for displays that translate the code.
     """
     body: dict[str, object]
     headers = [(b"content-type", b"application/json"), (b"x-request-id", request_id)]
@@ -78,7 +83,10 @@ def error_response(
             "request_id": request_id.decode("latin-1"),
         }
     else:
-        error = {"message": message, "type": openai_type(status), "param": param, "code": code}
+        kind = openai_type(status)
+        error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
+        if values:
+            error["values"] = dict(values)
         body = {"error": error}
     data = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
     headers.append((ERROR_HEADER, code.encode()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from vllm_router.http.io.async_socket import READ_SIZE
 from vllm_router.http.request_head import Head
@@ -23,12 +23,14 @@ HEAD_SIZE = 1024
 """Bytes that are taken for the head of a response."""
 
 MAX_FIRST_HEADS = 256
-LONGEST_FIRST_HEAD = 4096
+LONGEST_KNOWN_HEAD = 4096
 """Heads that are remembered for new connections, and the bytes of the longest one: 3 MB with what
 other layers derive from them."""
 
 MAX_KNOWN_RESPONSES = 64
-"""Response heads of all servers that are remembered, of at most LONGEST_FIRST_HEAD bytes each."""
+"""Response heads of all servers that are remembered, of at most LONGEST_KNOWN_HEAD bytes each."""
+
+H = TypeVar("H", Head, ResponseHead)
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
 
@@ -76,38 +78,59 @@ class HeadTemplate:
         return digits
 
 
+class KnownHeads(Generic[H]):
+    """At most `most` recent heads with their templates.
+
+    A head is known by its bytes, its Content-Length left out, and by everything else that what is
+    derived from it depends on: `origin`.
+    """
+
+    __slots__ = ("_known", "_most")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: dict[tuple[Hashable, bytes, bytes], tuple[H, HeadTemplate]] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, origin: Hashable, data: bytes, end: int) -> tuple[H, HeadTemplate] | None:
+        """The head that equals `data[:end]` but for its length, and its template."""
+        line = _LENGTH_LINE.search(data, 0, end)
+        if line is None:
+            return None
+        return self._known.get((origin, data[: line.start(1)], data[line.end(1) : end]))
+
+    def add(self, origin: Hashable, head: H, template: HeadTemplate) -> None:
+        """Remember a parsed head. The oldest one is dropped if there are too many."""
+        before, after = template.parts
+        if len(before) + len(after) > LONGEST_KNOWN_HEAD:
+            return
+        known = self._known
+        if len(known) >= self._most:
+            del known[next(iter(known))]
+        known[origin, before, after] = head, template
+
+
 class FirstHeads:
     """The first heads of recent connections: a client that connects anew mostly sends the same.
 
-    A head is known by its bytes, its Content-Length left out, and by its connection's `peer`: the
-    client's address and everything else that its `memo` may depend on.
+    `peer` is the client's address and everything else that the `memo` of a head may depend on.
     """
 
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Hashable, bytes, bytes], tuple[Head, HeadTemplate]] = {}
+        self._known: KnownHeads[Head] = KnownHeads(MAX_FIRST_HEADS)
 
     def find(self, peer: Hashable, data: bytes) -> tuple[Head, HeadTemplate] | None:
         """A copy of the head that equals `data` but for its length, and its template."""
-        line = _LENGTH_LINE.search(data)
-        if line is None:
-            return None
-        found = self._known.get((peer, data[: line.start(1)], data[line.end(1) :]))
-        if found is None:
-            return None
-        head, template = found
-        return head.copy(), template
+        found = self._known.find(peer, data, len(data))
+        return (found[0].copy(), found[1]) if found is not None else None
 
     def add(self, peer: Hashable, head: Head, template: HeadTemplate) -> None:
         """Remember a parsed head."""
-        before, after = template.parts
-        if len(before) + len(after) > LONGEST_FIRST_HEAD:
-            return
-        known = self._known
-        if len(known) >= MAX_FIRST_HEADS:
-            del known[next(iter(known))]
-        known[peer, before, after] = head.copy(), template
+        self._known.add(peer, head.copy(), template)
 
 
 class CachedRequestParser:
@@ -156,33 +179,17 @@ class CachedRequestParser:
         return head
 
 
-class KnownResponses:
-    """Response heads that all servers of a router have sent lately.
+class KnownResponses(KnownHeads[ResponseHead]):
+    """Response heads that all servers of a router have sent in the last seconds.
 
     Servers of one kind send the same head within one second, since it contains the date. So where
     each of a thousand servers answers once or twice a second, most heads are known from another.
     """
 
-    __slots__ = ("_known",)
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, bytes], tuple[ResponseHead, HeadTemplate]] = {}
-
-    def find(self, data: bytes, end: int) -> tuple[ResponseHead, HeadTemplate] | None:
-        """The head that equals `data[:end]` but for its length, and its template."""
-        line = _LENGTH_LINE.search(data, 0, end)
-        if line is None:
-            return None
-        return self._known.get((data[: line.start(1)], data[line.end(1) : end]))
-
-    def add(self, head: ResponseHead, template: HeadTemplate) -> None:
-        """Remember a parsed head. The oldest one is dropped if there are too many."""
-        known, parts = self._known, template.parts
-        if len(parts[0]) + len(parts[1]) > LONGEST_FIRST_HEAD:
-            return
-        if len(known) >= MAX_KNOWN_RESPONSES:
-            del known[next(iter(known))]
-        known[parts] = head, template
+        super().__init__(MAX_KNOWN_RESPONSES)
 
 
 class ResponseCache:
@@ -213,7 +220,7 @@ class ResponseCache:
         fits = not head.chunked and head.content_length == len(data) - end
         if fits and template.remember(data[:end], head.headers):
             self._head, self._template = head, template
-            self._others.add(head, template)
+            self._others.add(None, head, template)
         else:
             self._head = None
 
@@ -239,7 +246,7 @@ class ResponseCache:
         head = self._head
         digits = self._template.match(data, end) if head is not None else None
         if head is None or digits is None:
-            found = self._others.find(data, end)
+            found = self._others.find(None, data, end)
             if found is None:
                 return None
             head, template = found

@@ -156,7 +156,8 @@ class AdmissionQueue:
         """Lease a server at once, if this request is next in order. Raises Refused."""
         self.places.join(waiter)
         self._admit(now)
-        waiter.raise_refusal()
+        if waiter.refused is not None:
+            raise waiter.take_refusal()
         if waiter.grant is None:
             self.places.leave(waiter, now)
         return waiter.grant
@@ -189,8 +190,7 @@ class AdmissionQueue:
             if waiter.grant is None and waiter.refused is None:
                 self._leave(waiter, then)
         if waiter.grant is None:
-            waiter.raise_refusal()
-            raise self._too_late(waiter)
+            raise waiter.take_refusal() if waiter.refused is not None else self._too_late(waiter)
         return waiter.grant
 
     def _grant(

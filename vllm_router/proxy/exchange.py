@@ -169,7 +169,7 @@ class Exchange:
         The last message must not be sent inside this nursery: Hypercorn reports the end of the
         exchange as a disconnect, while it recycles the connection.
         """
-        refused: Refused | None = None
+        refused: list[Refused] = []
         ending: FinalMessages | None = None
 
         async def watch() -> None:
@@ -182,13 +182,10 @@ class Exchange:
             try:
                 ending = await self._forward()
             except Refused as error:
-                refused = error  # raised outside, so that no exception group wraps it
+                refused.append(error)  # raised outside, so that no exception group wraps it
             nursery.cancel_scope.cancel(reason="served")
-        if refused is not None:
-            try:
-                raise refused
-            finally:
-                refused = None  # else a cycle: the error, its traceback, this frame
+        if refused:
+            raise refused.pop()  # a name would be a cycle: the error, its traceback, this frame
         return ending
 
     # -- reading ------------------------------------------------------------------------------

@@ -31,7 +31,13 @@ def refusal_messages(
     `path` is the raw path of the request, which determines the format.
     """
     headers, body = error_response(
-        path, refused.status, refused.code, refused.message, request_id, param=refused.param
+        path,
+        refused.status,
+        refused.code,
+        refused.message,
+        request_id,
+        param=refused.param,
+        values=refused.values,
     )
     if attempts:
         headers.append((b"x-vllm-router-attempts", b"%d" % attempts))

@@ -78,16 +78,15 @@ class Waiter(QueueEntry):
     grant: Grant | None = None
     refused: Refused | None = None
 
-    def raise_refusal(self) -> None:
-        """Raise the refusal, if there is one."""
+    def take_refusal(self) -> Refused:
+        """The refusal to raise; there must be one.
+
+        The frame that raises it must not hold it in any other way: a cycle of error, traceback and
+        frame would keep the request and its body until the garbage collector runs.
+        """
         refused, self.refused = self.refused, None
-        if refused is not None:
-            try:
-                raise refused
-            finally:
-                # Else a cycle: the error, its traceback, this frame. A refused request and its body
-                # would wait for the garbage collector.
-                del refused
+        assert refused is not None
+        return refused
 
 
 class Peers(Protocol):

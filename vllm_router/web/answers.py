@@ -87,20 +87,10 @@ def refusal(refused: Refused) -> Response:
     """The response for a rejected request."""
     identifier = fields().get("x-request-id", "").encode("latin-1")
     start, last = refusal_messages(refused, request_id(identifier), path=_raw_path())
-    response = Response(_with_values(last["body"], refused.values), refused.status)
+    response = Response(last["body"], refused.status)
     for name, value in start["headers"]:
-        if name != b"content-length":
-            response.headers[name.decode()] = value.decode("latin-1")
+        response.headers[name.decode()] = value.decode("latin-1")
     return response
-
-
-def _with_values(page: bytes, values: Mapping[str, str]) -> bytes:
-    """An error with the values in its message, for displays that translate its code."""
-    if not values:
-        return page
-    said = msgspec.json.decode(page)
-    said["error"]["values"] = dict(values)
-    return msgspec.json.encode(said)
 
 
 def _raw_path() -> bytes:

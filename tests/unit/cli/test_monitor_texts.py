@@ -13,13 +13,13 @@ from rich.cells import cell_len
 from support.feed_makers import NOW, event, hello, other_router, server, shared, snapshot
 from support.monitor_view import model, picture, view, with_models
 from vllm_router.cli import monitor
+from vllm_router.cli.common import KEY_ADVICE
 from vllm_router.cli.monitor import servers, words
 from vllm_router.cli.monitor.actions import Overlay
 from vllm_router.cli.monitor.events import event_text
 from vllm_router.cli.monitor.state import View
 from vllm_router.cli.monitor.table import TEXTS
 from vllm_router.cli.monitor.texts import ENGLISH, Texts, language_of, reason_of
-from vllm_router.cli.router_client import KEY_ADVICE
 from vllm_router.fleet.reason import TEXTS as REASONS
 from vllm_router.fleet.reason import because
 from vllm_router.fleet.state import State

@@ -8,7 +8,7 @@ import pytest
 
 from support.request_heads import HEAD, parsed, seen
 from vllm_router.http.head_cache import (
-    LONGEST_FIRST_HEAD,
+    LONGEST_KNOWN_HEAD,
     MAX_FIRST_HEADS,
     CachedRequestParser,
     FirstHeads,
@@ -97,7 +97,7 @@ def test_first_heads_other_head_is_parsed(data):
     [
         HEAD.replace(b"X-Y", b"Expect: 100-continue\r\nX-Y") % b"5",
         HEAD.replace(b"Content-Length: %b", b"Transfer-Encoding: chunked"),
-        HEAD.replace(b"X-Y", b"X-%b" % (b"y" * LONGEST_FIRST_HEAD)) % b"5",
+        HEAD.replace(b"X-Y", b"X-%b" % (b"y" * LONGEST_KNOWN_HEAD)) % b"5",
     ],
 )
 def test_first_heads_head_that_is_not_kept_is_parsed_again(data):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_router.cli.common import KEY_ADVICE
+
 PROBLEMS: dict[str, tuple[str, str]] = {
     "trouble_stopping": ("the router is stopping", "路由器正在停止"),
     "trouble_closed": ("the router closed the connection", "路由器关闭了连接"),
@@ -41,17 +43,11 @@ PROBLEMS: dict[str, tuple[str, str]] = {
     "trouble_os_resolver": ("Temporary failure in name resolution", "暂时无法解析主机名"),
     # Refusals. The page has the other ones.
     "refusal_missing_api_key": (
-        (
-            "this router needs a key: give its status or admin key with --key, or in the variable "
-            "VLLM_ROUTER_KEY"
-        ),
+        KEY_ADVICE["missing_api_key"],
         "此路由器需要密钥：请用 --key 或变量 VLLM_ROUTER_KEY 给出它的状态密钥或管理密钥",
     ),
     "refusal_invalid_api_key": (
-        (
-            "this router does not accept the key: --key or VLLM_ROUTER_KEY must be its status key, "
-            "or the admin key for changes"
-        ),
+        KEY_ADVICE["invalid_api_key"],
         "路由器不接受该密钥：--key 或 VLLM_ROUTER_KEY 必须是状态密钥；修改时须是管理密钥",
     ),
 }

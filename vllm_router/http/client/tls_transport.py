@@ -116,7 +116,7 @@ def _tls_error(error: Exception) -> BaseException | None:
 def _is_eof(error: BaseException | None) -> bool:
     """Whether the other side ended the connection without ending TLS.
 
-    With OpenSSL 3, Python 3.11.0 to 3.11.3 raises a plain SSLError.
+    With OpenSSL 3, Python 3.11.2 raises a plain SSLError.
     """
     if isinstance(error, ssl.SSLEOFError):
         return True

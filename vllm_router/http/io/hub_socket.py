@@ -7,7 +7,7 @@ import select
 import socket
 import types
 from collections.abc import Callable, Generator
-from typing import Any, NoReturn
+from typing import Any
 
 import outcome
 import trio
@@ -118,7 +118,7 @@ class HubSocket:
                 if woken is not _MORE and woken is not _NO_MORE:
                     woken.unwrap()
             if self._error is not None:
-                self._raise_error()
+                raise self._take_error()
             try:
                 data = self.sock.recv(size)
             except BlockingIOError:
@@ -143,7 +143,7 @@ class HubSocket:
                 if not more and woken is not _NO_MORE:
                     woken.unwrap()
             if self._error is not None:
-                self._raise_error()
+                raise self._take_error()
 
     def interrupt(self) -> bool:
         if self._reader is None:
@@ -152,13 +152,11 @@ class HubSocket:
         self._wake_reader(_NO_MORE)
         return True
 
-    def _raise_error(self) -> NoReturn:
+    def _take_error(self) -> Exception:
+        """The error to raise. A local name of it in the frame that raises it would be a cycle."""
         error, self._error = self._error, None
         assert error is not None
-        try:
-            raise error
-        finally:
-            del error  # else a cycle: the error, its traceback, this frame
+        return error
 
     def _read_into(self, take: Callable[[bytes], bool]) -> bool:
         """Whether `take` wants more; False, too, after an exception, which `_error` keeps."""

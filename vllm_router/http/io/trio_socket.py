@@ -107,11 +107,13 @@ class TrioSocket:
         else:
             await trio.lowlevel.checkpoint()
         if self._error is not None:
-            error, self._error = self._error, None
-            try:
-                raise error
-            finally:
-                del error  # else a cycle: the error, its traceback, this frame
+            raise self._take_error()
+
+    def _take_error(self) -> Exception:
+        """The error to raise. A local name of it in the frame that raises it would be a cycle."""
+        error, self._error = self._error, None
+        assert error is not None
+        return error
 
     async def stream_into(self, take: Callable[[bytes], bool]) -> None:
         while take(await self.read()):
