@@ -34,7 +34,7 @@ class Request(QueueEntry):
 class Overload(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.rooms: WaitingQueue[Request] = WaitingQueue()
+        self.queue: WaitingQueue[Request] = WaitingQueue()
         self.models = dict(SERVERS)
         self.caps = dict.fromkeys(SERVERS, 1)
         self.up = set(SERVERS)
@@ -115,7 +115,7 @@ class Overload(RuleBasedStateMachine):
     def admit(self) -> None:
         self.now += 1.0
         before = len(self.running)
-        admitted = self.rooms.admit(self.now, self.give)
+        admitted = self.queue.admit(self.now, self.give)
         assert admitted == [one for _, one in self.running[before:]]
 
     # -- events -------------------------------------------------------------------------------
@@ -140,17 +140,17 @@ class Overload(RuleBasedStateMachine):
         if free:  # else a waiting request could use the server, too, and would have it
             self.running.append((free[0], one))
             return
-        room = self.rooms.model_queue(model)
-        if room.waiting >= QUEUE_SIZE:
-            last = room.displaced_by(priority, key)
+        queue = self.queue.model_queue(model)
+        if queue.waiting >= QUEUE_SIZE:
+            last = queue.displaced_by(priority, key)
             self.check_displaced(one, last)
             self.gone += 1
             if last is None:
                 return
             self.waiting.remove(last)
-            self.rooms.leave(last, self.now)
+            self.queue.leave(last, self.now)
         self.waiting.append(one)
-        self.rooms.join(one)
+        self.queue.join(one)
 
     def check_displaced(self, newcomer: Request, last: Request | None) -> None:
         new = [one for one in self.waiting if one.model == newcomer.model and not one.returning]
@@ -179,7 +179,7 @@ class Overload(RuleBasedStateMachine):
     @rule(data=st.data())
     def client_leaves_or_deadline_comes(self, data: st.DataObject) -> None:
         one = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
-        self.rooms.leave(one, self.now)
+        self.queue.leave(one, self.now)
         self.gone += 1
 
     @rule(name=st.sampled_from("abcd"))
@@ -194,7 +194,7 @@ class Overload(RuleBasedStateMachine):
             one.falls_back, one.tried = old.falls_back, old.tried | {name}
             one.route = self.route(one)
             self.waiting.append(one)
-            self.rooms.join(one)
+            self.queue.join(one)
         self.admit()
 
     @rule(name=st.sampled_from("abcd"))
@@ -213,7 +213,7 @@ class Overload(RuleBasedStateMachine):
         for one in self.waiting:
             route = self.route(one)
             if route != one.route:
-                self.rooms.move(one, one.model, route, self.now)
+                self.queue.move(one, one.model, route, self.now)
         self.passed.clear()
         self.admit()
 
@@ -224,12 +224,12 @@ class Overload(RuleBasedStateMachine):
         assert self.come == len(self.running) + len(self.waiting) + self.gone
         numbers = sorted(one.number for one in self.waiting)
         assert (
-            sorted(o.number for room in self.rooms.model_queues.values() for o in room) == numbers
+            sorted(o.number for queue in self.queue.model_queues.values() for o in queue) == numbers
         )
-        pools = self.rooms.route_queues.values()
+        pools = self.queue.route_queues.values()
         assert sorted(o.number for pool in pools for o in pool) == numbers
-        assert len(self.rooms) == len(numbers)
-        assert all(self.rooms.route_queues.values()), "an empty pool is kept"
+        assert len(self.queue) == len(numbers)
+        assert all(self.queue.route_queues.values()), "an empty pool is kept"
 
     @invariant()
     def no_request_waits_beside_a_free_server(self) -> None:
@@ -237,10 +237,10 @@ class Overload(RuleBasedStateMachine):
 
     @invariant()
     def no_room_is_too_full(self) -> None:
-        for room in self.rooms.model_queues.values():
-            new = [one for one in self.waiting if one.model == room.model and not one.returning]
-            assert room.waiting == len(new) <= QUEUE_SIZE
-            assert len(room) == sum(one.model == room.model for one in self.waiting)
+        for queue in self.queue.model_queues.values():
+            new = [one for one in self.waiting if one.model == queue.model and not one.returning]
+            assert queue.waiting == len(new) <= QUEUE_SIZE
+            assert len(queue) == sum(one.model == queue.model for one in self.waiting)
 
 
 TestOverload = Overload.TestCase

@@ -12,7 +12,6 @@ The process of the next request takes the server, the others leave it free.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,22 +23,18 @@ from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State, Transition
 from vllm_router.proxy import admission_refusals as refusals
+from vllm_router.proxy.session_admission import CHECK_EVERY, SessionAdmission
 from vllm_router.proxy.waiter import Grant, Peers, Ticket, Waiter
 from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.queue.drain_rate import MARGIN
 from vllm_router.routing.queue.entry import QueueEntry, Route, Verdict
 from vllm_router.routing.queue.model_queue import ModelQueue
-from vllm_router.routing.queue.session_leases import SessionLeases
 from vllm_router.routing.queue.waiting_queue import ANY_UNKNOWN, WaitingQueue
 
 PeersMaker = Callable[["AdmissionQueue"], Peers]
 
 _IN_SERVICE = (State.UP, State.FULL)
 _NONE: Mapping[Server, int] = {}
-_NEW_SESSION = "new session"
-
-SESSION_CHECK = 0.5
-"""Seconds between two looks at whether a waiting new session fits."""
 
 
 class Queue(NamedTuple):
@@ -69,37 +64,33 @@ class AdmissionQueue:
         self.generation = 0
         """Incremented when servers join, leave or change what they accept."""
         self._waiters = 0
-        self._sessions: SessionLeases | None = None
-        self._sessions_looked_at = -math.inf
-        self._new_sessions: Counter[str | None] = Counter()
-        """Waiting requests of this process that begin a session, by queue."""
-        self._follow_sessions()
+        self._sessions = SessionAdmission(limits)
         self._admitting = self._missed = False
         self._lists: list[tuple[object, ...]] = []
         self._serving: dict[str | None, frozenset[Server]] = {}
         self._peers = make_peers(self) if make_peers is not None else None
-        self.places: WaitingQueue[QueueEntry] = WaitingQueue(
+        self.queue: WaitingQueue[QueueEntry] = WaitingQueue(
             self._peers.number if self._peers is not None else 0
         )
         self.fleet.on_settled.append(self.look)
         self.fleet.on_transition.append(self._server_changed)
 
     @property
-    def rooms(self) -> list[ModelQueue[QueueEntry]]:
+    def model_queues(self) -> list[ModelQueue[QueueEntry]]:
         """The queues in which a request waits or has waited, with the one for ANY_UNKNOWN."""
-        return list(self.places.model_queues.values())
+        return list(self.queue.model_queues.values())
 
     def queues(self, now: float) -> list[Queue]:
         """The state of all queues, with the requests of all processes. O(queues)."""
         self._look_elsewhere(now)
         return [
             Queue(
-                room.model,
-                len(room),
-                now - room.oldest if room.oldest is not None else 0.0,
-                room.rate.per_second(now),
+                queue.model,
+                len(queue),
+                now - queue.oldest if queue.oldest is not None else 0.0,
+                queue.rate.per_second(now),
             )
-            for room in self.rooms
+            for queue in self.model_queues
         ]
 
     @property
@@ -110,17 +101,17 @@ class AdmissionQueue:
     @property
     def waiting(self) -> int:
         """The number of waiting requests, of all models and processes."""
-        return len(self.places)
+        return len(self.queue)
 
     def ahead(self, model: str | None, priority: int = 0) -> tuple[int, bool]:
         """The number of requests before a new one without a key, and whether that may wait."""
-        room = self.places.model_queues.get(self.room_of(model))
+        queue = self.queue.model_queues.get(self.queue_name(model))
         size = self.limits.queue_size
-        if room is None:
+        if queue is None:
             return 0, size > 0
         key = self._key("")
-        may_wait = room.waiting < size or room.displaced_by(priority, key) is not None
-        return room.before(priority, key), may_wait
+        may_wait = queue.waiting < size or queue.displaced_by(priority, key) is not None
+        return queue.before(priority, key), may_wait
 
     # -- one request --------------------------------------------------------------------------
 
@@ -134,9 +125,9 @@ class AdmissionQueue:
             self._look_again(now)
             self.fleet.look()  # after the queue: a request that has left it may have a server
         waiter = None
-        if self._begins_session(ticket) and self._new_sessions[self.room_of(ticket.facts.model)]:
-            grant = None  # new sessions are admitted in the order in which they came
-        elif self._peers is None or not self.places:
+        if self._sessions.must_queue(ticket, self.queue_name(ticket.facts.model)):
+            grant = None
+        elif self._peers is None or not self.queue:
             # A free server cannot be of use to waiting requests: they would have it.
             grant = self._grant(ticket, candidates, now)
         else:
@@ -147,32 +138,32 @@ class AdmissionQueue:
         if waiter is None:
             waiter = self._waiter(ticket, now)
         displaced = self._check_in(waiter, bool(candidates), now)
-        self.places.join(waiter)
+        self.queue.join(waiter)
         if self._peers is not None:
             self._peers.publish(waiter, displaced)
         return await self._wait(waiter, now)
 
     def _at_once(self, waiter: Waiter, now: float) -> Grant | None:
         """Lease a server at once, if this request is next in order. Raises Refused."""
-        self.places.join(waiter)
+        self.queue.join(waiter)
         self._admit(now)
         if waiter.refused is not None:
             raise waiter.take_refusal()
         if waiter.grant is None:
-            self.places.leave(waiter, now)
+            self.queue.leave(waiter, now)
         return waiter.grant
 
     async def _wait(self, waiter: Waiter, now: float) -> Grant:
         self._waiters += 1
-        is_new = self._begins_session(waiter.ticket)
-        room = waiter.model
-        self._new_sessions[room] += is_new
+        sessions, is_new, queue = self._sessions, self._sessions.is_new(waiter.ticket), waiter.model
+        sessions.waits(queue, is_new)
         try:
             with trio.move_on_at(waiter.until):
                 while is_new and not waiter.woken.is_set():
-                    with trio.move_on_after(SESSION_CHECK):
+                    with trio.move_on_after(CHECK_EVERY):
                         await waiter.woken.wait()
-                    self._look_for_idle_sessions(trio.current_time())
+                    if sessions.check_is_due(trio.current_time()):
+                        self._admit(trio.current_time())
                 await waiter.woken.wait()
         except trio.Cancelled:
             if waiter.grant is not None:
@@ -184,7 +175,7 @@ class AdmissionQueue:
             raise
         finally:
             self._waiters -= 1
-            self._new_sessions[room] -= is_new
+            sessions.waits(queue, -is_new)
             then = trio.current_time()
             waiter.ticket.waited(then - now)
             if waiter.grant is None and waiter.refused is None:
@@ -205,7 +196,7 @@ class AdmissionQueue:
         `promised`: slots of servers that are reserved for other requests.
         """
         policy, facts, sessions = ticket.policy, ticket.facts, self._sessions
-        begins = sessions is not None and self._begins_session(ticket)
+        begins = sessions.is_new(ticket)
         choice = None
         if not (promised or begins) and policy.skips_full(candidates):
             # In a large fleet a list of the free servers would cost more than the choice.
@@ -213,11 +204,10 @@ class AdmissionQueue:
                 return None
             choice = policy.pick(candidates, facts, now)
         if choice is None or choice[0].at_cap:
-            free = [server for server in candidates if not server.at_cap]
+            free: Sequence[Server] = [server for server in candidates if not server.at_cap]
             if promised:
                 free = [one for one in free if one.in_flight + promised.get(one, 0) < one.cap]
-            if sessions is not None and begins:
-                free = sessions.fitting(facts, free, now)
+            free = sessions.fitting(ticket, free, now)
             if not free:
                 return None
             # Policies recognise unchanged candidates by the identity of the tuple.
@@ -226,52 +216,20 @@ class AdmissionQueue:
         server, note = choice
         lease = server.lease(now)
         policy.leased(lease, note, facts, now)
-        if sessions is not None:
-            sessions.begin(facts, server, now)
+        sessions.begin(facts, server, now)
         return policy, lease
-
-    # -- sessions -----------------------------------------------------------------------------
-
-    def _follow_sessions(self) -> None:
-        """Apply `session_admission` and `session_idle`; the leases stay."""
-        limits = self.limits
-        if not limits.session_admission:
-            self._sessions = None
-        elif self._sessions is None:
-            self._sessions = SessionLeases(limits.session_idle)
-        else:
-            self._sessions.idle = limits.session_idle
-
-    def _begins_session(self, ticket: Ticket) -> bool:
-        """Whether the request must wait until its session fits. One that was admitted need not."""
-        sessions = self._sessions
-        return sessions is not None and not ticket.returning and sessions.is_new(ticket.facts)
 
     def attempt_ended(self, facts: RoutingInfo, now: float) -> None:
         """An attempt of an admitted request has ended."""
-        if self._sessions is not None:
-            self._sessions.end(facts, now)
-
-    def _look_for_idle_sessions(self, now: float) -> None:
-        """Admit what fits by now: a lease ends by idleness, which is no event.
-
-        Every waiting new session calls this; one pass looks at all of them.
-        """
-        if now - self._sessions_looked_at >= SESSION_CHECK / 2:
-            self._sessions_looked_at = now
-            self._admit(now)
+        self._sessions.end(facts, now)
 
     def _route(self, ticket: Ticket, now: float) -> Route:
-        """The route of a request. New sessions are blocked apart from the admitted ones."""
-        route = ticket.route(self.serving, now)
-        if self._begins_session(ticket):
-            return Route(route.servers, (route.more, _NEW_SESSION))
-        return route
+        return self._sessions.route(ticket, ticket.route(self.serving, now))
 
     def _waiter(self, ticket: Ticket, now: float) -> Waiter:
         limits = self.limits
         return Waiter(
-            self.room_of(ticket.facts.model),
+            self.queue_name(ticket.facts.model),
             ticket.priority if limits.client_priority else 0,
             self._key(ticket.key),
             now,
@@ -292,22 +250,22 @@ class AdmissionQueue:
         """
         if waiter.returning:
             return None  # it was admitted before: it precedes new requests
-        limits, room = self.limits, self.places.model_queue(waiter.model)
+        limits, queue = self.limits, self.queue.model_queue(waiter.model)
         if any_server:
-            room.rate.begin(now)
+            queue.rate.begin(now)
         else:
-            room.rate.end(now)
+            queue.rate.end(now)
         if self._peers is not None and self._peers.is_full():
-            raise refusals.process_full(self.waiting, self._drained_in(room, now))
+            raise refusals.process_full(self.waiting, self._drained_in(queue, now))
         displaced = None
-        if room.waiting >= limits.queue_size:
-            displaced = room.displaced_by(waiter.priority, waiter.key)
+        if queue.waiting >= limits.queue_size:
+            displaced = queue.displaced_by(waiter.priority, waiter.key)
             if displaced is None:
-                raise self._full(waiter, room, any_server, now)
-        ahead, rate = room.before(waiter.priority, waiter.key), room.rate.per_second(now)
-        if ahead and any_server and rate is not None and room.rate.is_current:
+                raise self._full(waiter, queue, any_server, now)
+        ahead, rate = queue.before(waiter.priority, waiter.key), queue.rate.per_second(now)
+        if ahead and any_server and rate is not None and queue.rate.is_current:
             wait = (ahead + 1) / rate
-            left = waiter.ticket.deadline - now - room.shortest.seconds(now)
+            left = waiter.ticket.deadline - now - queue.shortest.seconds(now)
             most = min(limits.queue_timeout, left / MARGIN)
             if wait > most:
                 raise refusals.too_long(wait, most, self._bounded(wait - most))
@@ -316,24 +274,24 @@ class AdmissionQueue:
         return displaced
 
     def _full(
-        self, waiter: Waiter, room: ModelQueue[QueueEntry], any_server: bool, now: float
+        self, waiter: Waiter, queue: ModelQueue[QueueEntry], any_server: bool, now: float
     ) -> Refused:
         """429 if the servers are at their caps, 503 if there is no server."""
         if not any_server:
             return waiter.ticket.no_server()
-        return refusals.full(self.limits.queue_size, self._drained_in(room, now))
+        return refusals.full(self.limits.queue_size, self._drained_in(queue, now))
 
-    def displace(self, place: QueueEntry, now: float) -> None:
+    def displace(self, entry: QueueEntry, now: float) -> None:
         """Remove a request in favour of one that precedes it."""
-        if not isinstance(place, Waiter):
-            self.places.leave(place, now)
+        if not isinstance(entry, Waiter):
+            self.queue.leave(entry, now)
             if self._peers is not None:
-                self._peers.displaced(place)
+                self._peers.displaced(entry)
             return
-        room = self.places.model_queue(place.model)
-        some = place.ticket.candidates(now)
-        refused = refusals.displaced(self._drained_in(room, now))
-        self._send_away(place, refused if some else place.ticket.no_server(), now)
+        queue = self.queue.model_queue(entry.model)
+        some = entry.ticket.candidates(now)
+        refused = refusals.displaced(self._drained_in(queue, now))
+        self._send_away(entry, refused if some else entry.ticket.no_server(), now)
 
     def _too_late(self, waiter: Waiter) -> Refused:
         """The refusal of a request that has waited as long as it may."""
@@ -342,20 +300,20 @@ class AdmissionQueue:
             return refusals.past_deadline()
         if not ticket.candidates(now):
             return ticket.no_server()
-        drained_in = self._drained_in(self.places.model_queue(waiter.model), now)
+        drained_in = self._drained_in(self.queue.model_queue(waiter.model), now)
         return refusals.timed_out(now - waiter.since, drained_in)
 
-    def _drained_in(self, room: ModelQueue[QueueEntry], now: float) -> float:
+    def _drained_in(self, queue: ModelQueue[QueueEntry], now: float) -> float:
         """Seconds until the queue is empty, at most the time that requests may wait."""
-        rate = room.rate.per_second(now)
-        return self._bounded((len(room) + 1) / rate if rate is not None else math.inf)
+        rate = queue.rate.per_second(now)
+        return self._bounded((len(queue) + 1) / rate if rate is not None else math.inf)
 
     def _bounded(self, seconds: float) -> float:
         return max(1.0, min(seconds, self.limits.queue_timeout))
 
     # -- models -------------------------------------------------------------------------------
 
-    def room_of(self, model: str | None) -> str | None:
+    def queue_name(self, model: str | None) -> str | None:
         """The queue of a model: its own if a server lists it, else the one for unknown models."""
         return model if model is None or self.fleet.knows(model) else ANY_UNKNOWN
 
@@ -385,19 +343,19 @@ class AdmissionQueue:
         self._lists = lists
         self.generation += 1
         self._serving.clear()
-        for room in self.rooms:
-            for place in list(room):
-                if isinstance(place, Waiter):
-                    ticket = place.ticket
-                    new_room = self.room_of(ticket.facts.model)
+        for queue in self.model_queues:
+            for entry in list(queue):
+                if isinstance(entry, Waiter):
+                    ticket = entry.ticket
+                    new_name = self.queue_name(ticket.facts.model)
                     new_route = self._route(ticket, now)
                 else:
                     assert self._peers is not None
-                    new_room, new_route = self._peers.where(place)
-                if (new_room, new_route) != (place.model, place.route):
-                    self.places.move(place, new_room, new_route, now)
-                    if self._peers is not None and isinstance(place, Waiter):
-                        self._peers.moved(place)
+                    new_name, new_route = self._peers.where(entry)
+                if (new_name, new_route) != (entry.model, entry.route):
+                    self.queue.move(entry, new_name, new_route, now)
+                    if self._peers is not None and isinstance(entry, Waiter):
+                        self._peers.moved(entry)
 
     # -- servers that become free -------------------------------------------------------------
 
@@ -409,12 +367,12 @@ class AdmissionQueue:
             self._look_elsewhere(now)
         self._admit(now)
         if not server.at_cap:
-            self.places.server_left_free(now, lambda room: not room or server.serves(room))
+            self.queue.server_left_free(now, lambda model: not model or server.serves(model))
 
     def served(self, model: str | None, seconds: float) -> None:
         """A server has completed a response for the model, after `seconds`."""
-        room = self.places.model_queue(self.room_of(model))
-        room.shortest.add(seconds, trio.current_time())
+        queue = self.queue.model_queue(self.queue_name(model))
+        queue.shortest.add(seconds, trio.current_time())
 
     def woken(self, now: float) -> None:
         """Take over changes of the other processes, and admit requests."""
@@ -441,7 +399,7 @@ class AdmissionQueue:
             self._look_elsewhere(now)
         self._follow_lists(now)
         self._admit(now)
-        self.places.drop_unknown_models(self.fleet.knows)
+        self.queue.drop_unknown_models(self.fleet.knows)
         self._admitting = True
         try:
             self._dismiss(now)
@@ -452,12 +410,14 @@ class AdmissionQueue:
     def _dismiss(self, now: float) -> None:
         """Refuse requests whose model, and fallback models, no server has any more."""
         knows = self.fleet.knows
-        rooms = [
-            room for room in self.rooms if room and not (room.model is None or knows(room.model))
+        queues = [
+            queue
+            for queue in self.model_queues
+            if queue and not (queue.model is None or knows(queue.model))
         ]
-        if not rooms or self.fleet.without_models:
+        if not queues or self.fleet.without_models:
             return  # a server whose models are unknown yet may have them
-        for waiter in [place for room in rooms for place in room if isinstance(place, Waiter)]:
+        for waiter in [entry for queue in queues for entry in queue if isinstance(entry, Waiter)]:
             ticket = waiter.ticket
             model = ticket.facts.model
             if not (model is None or knows(model) or ticket.candidates(now)):
@@ -469,50 +429,50 @@ class AdmissionQueue:
             self.look(now)
 
     def _admit(self, now: float) -> None:
-        if not self.places:
+        if not self.queue:
             return
         peers = self._peers
         self._admitting = True
         try:
             if peers is None:
-                self.places.admit(now, lambda place: self._give(place, now))
+                self.queue.admit(now, lambda entry: self._give(entry, now))
             else:
                 # One state for the whole pass, read after the queue: a server that is released
                 # meanwhile is not for the requests in the rest of the pass alone.
                 self.fleet.look()
                 self.fleet.frozen = True
                 peers.begin(now)
-                for place in self.places.admit(now, lambda place: self._give(place, now)):
-                    if isinstance(place, Waiter):
-                        peers.withdraw(place)
+                for entry in self.queue.admit(now, lambda entry: self._give(entry, now)):
+                    if isinstance(entry, Waiter):
+                        peers.withdraw(entry)
                 peers.end(now)
         finally:
             self._admitting = self.fleet.frozen = False
         self._look_again(now)
 
-    def _give(self, place: QueueEntry, now: float) -> Verdict:
+    def _give(self, entry: QueueEntry, now: float) -> Verdict:
         """Give a waiting request a server, or a refusal, if possible."""
         peers = self._peers
-        if not isinstance(place, Waiter):
+        if not isinstance(entry, Waiter):
             assert peers is not None
-            return peers.give(place, now)
-        ticket = place.ticket
-        if now + self.places.model_queue(place.model).shortest.seconds(now) > ticket.deadline:
-            place.refused = refusals.past_deadline()
+            return peers.give(entry, now)
+        ticket = entry.ticket
+        if now + self.queue.model_queue(entry.model).shortest.seconds(now) > ticket.deadline:
+            entry.refused = refusals.past_deadline()
         else:
             # An equal request may have crashed servers since this one arrived.
-            place.refused = ticket.rejection(now)
-        if place.refused is not None:
-            place.woken.set()
+            entry.refused = ticket.rejection(now)
+        if entry.refused is not None:
+            entry.woken.set()
             return Verdict.DISMISSED
         candidates = ticket.candidates(now)
-        place.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
-        if place.grant is None:
+        entry.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
+        if entry.grant is None:
             if peers is not None and all(server.at_cap for server in candidates):
-                peers.passed_over(place, now)
+                peers.passed_over(entry, now)
             return Verdict.BLOCKED
-        place.server = place.grant[1].server
-        place.woken.set()
+        entry.server = entry.grant[1].server
+        entry.woken.set()
         return Verdict.SERVED
 
     def _send_away(self, waiter: Waiter, refused: Refused, now: float) -> None:
@@ -521,7 +481,7 @@ class AdmissionQueue:
         waiter.woken.set()
 
     def _leave(self, waiter: Waiter, now: float) -> None:
-        self.places.leave(waiter, now)
+        self.queue.leave(waiter, now)
         if self._peers is not None:
             self._peers.withdraw(waiter)
 
@@ -532,16 +492,16 @@ class AdmissionQueue:
         if change.old in _IN_SERVICE and change.new in _IN_SERVICE:
             return
         server = self.fleet.servers.get(change.server)
-        self.places.reset_rates(
+        self.queue.reset_rates(
             trio.current_time(), lambda model: not model or server is None or server.serves(model)
         )
 
     def apply(self, limits: LimitsConfig) -> None:
         """Apply new limits. Requests that are admitted go on at once, the others stay in order."""
         self.limits = limits
-        self._follow_sessions()
+        self._sessions.apply(limits)
         now = trio.current_time()
-        self.places.reset_rates(now, lambda model: True)
+        self.queue.reset_rates(now, lambda model: True)
         self.look(now)
 
     def close(self) -> None:
@@ -557,7 +517,7 @@ class AdmissionQueue:
 
     def _empty(self, refused: Callable[[Waiter], Refused]) -> None:
         now = trio.current_time()
-        for room in self.rooms:
-            for place in list(room):
-                if isinstance(place, Waiter):
-                    self._send_away(place, refused(place), now)
+        for queue in self.model_queues:
+            for entry in list(queue):
+                if isinstance(entry, Waiter):
+                    self._send_away(entry, refused(entry), now)

@@ -112,7 +112,7 @@ class Peers(Protocol):
     def look(self, now: float) -> None:
         """Take over the published entries of the other processes."""
 
-    def where(self, place: QueueEntry) -> tuple[str | None, Route]:
+    def where(self, entry: QueueEntry) -> tuple[str | None, Route]:
         """The model and route of another process's entry, as this process sees them."""
 
     def is_full(self) -> bool:
@@ -124,7 +124,7 @@ class Peers(Protocol):
     def moved(self, waiter: Waiter) -> None:
         """An entry of this process has another model or route now."""
 
-    def displaced(self, place: QueueEntry) -> None:
+    def displaced(self, entry: QueueEntry) -> None:
         """An entry of another process is displaced; that process refuses the request."""
 
     def withdraw(self, waiter: Waiter) -> None:
@@ -133,7 +133,7 @@ class Peers(Protocol):
     def begin(self, now: float) -> None:
         """A pass over all entries begins."""
 
-    def give(self, place: QueueEntry, now: float) -> Verdict:
+    def give(self, entry: QueueEntry, now: float) -> Verdict:
         """Reserve a server for an entry of another process: HELD, or BLOCKED without one."""
 
     def passed_over(self, waiter: Waiter, now: float) -> None:

@@ -390,8 +390,8 @@ async def test_queue_free_slot_wakes_only_the_next_waiter(autojump_clock):
             await started(rig, body(n))
         gate = rig.context.gate
         assert gate is not None
-        (room,) = gate.rooms
-        waiters = list(room)
+        (queue,) = gate.model_queues
+        waiters = list(queue)
         await trio.sleep(1.0)
         await wait_all_tasks_blocked()
         assert [waiter.woken.is_set() for waiter in waiters] == [True] + [False] * 28
@@ -472,7 +472,7 @@ async def test_queue_unknown_models_share_one_limit(autojump_clock):
         clients = [await started(rig, {"model": f"m{n}"}) for n in range(3)]
         assert (await rig.post({"model": "m4"})).code == "queue_full"
         assert rig.context.gate is not None
-        assert len(rig.context.gate.rooms) == 1
+        assert len(rig.context.gate.model_queues) == 1
         for client in clients:
             client.leave()
 

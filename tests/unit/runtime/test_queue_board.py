@@ -16,7 +16,7 @@ from vllm_router.runtime.workers.queue_wakeup import Wakeups
 
 
 def entry(number: int, **more: int) -> Entry:
-    given = {"room": mark("m"), "key": mark("k"), "priority": -3, **more}
+    given = {"queue": mark("m"), "key": mark("k"), "priority": -3, **more}
     fields = dict.fromkeys(Entry._fields, 0) | given
     return Entry(**{**fields, "number": number})
 

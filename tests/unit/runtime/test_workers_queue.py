@@ -136,7 +136,7 @@ async def group(count: int, *scripts: Any, **options: Any) -> AsyncIterator[Proc
             await trio.sleep(2 * POLL_WHILE_WAITING)
             for process in made.processes:
                 assert not process.proxy.context.exchanges
-                assert len(process.proxy.context.gate.places) == 0  # type: ignore[union-attr]
+                assert len(process.proxy.context.gate.queue) == 0  # type: ignore[union-attr]
                 for server in process.servers:
                     process.fleet.look()
                     assert server.in_flight == 0

@@ -56,8 +56,8 @@ class Entry(NamedTuple):
     """A waiting request, as other processes see it. `mark` hashes names to words.
 
     number: its stamp; negative once it has ended.
-    room: the model in whose queue it waits. public: the requested name if another model may replace
-        it, otherwise 0.
+    queue: the model in whose queue it waits.
+    public: the requested name if another model may replace it, otherwise 0.
     route: equal for requests of one process with equal routes.
     displaced: the number of the request that it has displaced; 0 if none.
     considered: when it was last its turn and no server was available.
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     """
 
     number: int
-    room: int
+    queue: int
     public: int
     key: int
     priority: int

@@ -56,11 +56,11 @@ _NO_MODEL = mark("\0no model")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Theirs(QueueEntry):
+class RemoteEntry(QueueEntry):
     """A queue entry of another process. `models` are the usable models in order of preference."""
 
     slot: int
-    room_mark: int
+    queue_mark: int
     public: int
     route_mark: int
     models: tuple[str | None, ...] = ()
@@ -84,7 +84,7 @@ class _Reader:
         self.number = number
         self.epoch = -1
         self.seen = 0
-        self.places: dict[int, Theirs] = {}
+        self.entries: dict[int, RemoteEntry] = {}
         self.heartbeat = 0
         self.heard = 0.0
         """When its heartbeat last changed, on this process's awake clock."""
@@ -110,8 +110,8 @@ class QueuePeers:
         self._numbers: dict[int, QueueEntry] = {}
         self._routes: dict[Route, int] = {}
         self._route_marks = count(1)
-        self._held: dict[Theirs, _Hold] = {}
-        self._holding: dict[Theirs, _Hold] = {}
+        self._held: dict[RemoteEntry, _Hold] = {}
+        self._holding: dict[RemoteEntry, _Hold] = {}
         self._awake = self._began = 0.0
         self._to_notify: set[int] = set()
         self._changed_at = 0
@@ -131,13 +131,13 @@ class QueuePeers:
     def key(self, name: str) -> Hashable:
         return mark(name)
 
-    def where(self, place: QueueEntry) -> tuple[str | None, Route]:
-        assert isinstance(place, Theirs)
-        models = self._models(place.public or place.room_mark)
-        place.models = models
-        (room,) = self._models(place.room_mark)[:1]
+    def where(self, entry: QueueEntry) -> tuple[str | None, Route]:
+        assert isinstance(entry, RemoteEntry)
+        models = self._models(entry.public or entry.queue_mark)
+        entry.models = models
+        (model,) = self._models(entry.queue_mark)[:1]
         servers = frozenset[Hashable]().union(*(self._gate.serving(model) for model in models))
-        return room, Route(servers, (place.owner, place.route_mark))
+        return model, Route(servers, (entry.owner, entry.route_mark))
 
     def _models(self, name: int) -> tuple[str | None, ...]:
         """The models whose servers may serve a request for this model or public name."""
@@ -158,7 +158,7 @@ class QueuePeers:
                 names[_public_mark(public)] = tuple(map(fleet.names.served, chain))
         return names
 
-    # -- our places ---------------------------------------------------------------------------
+    # -- our entries --------------------------------------------------------------------------
 
     def is_full(self) -> bool:
         return not self._free
@@ -209,10 +209,10 @@ class QueuePeers:
             self.withdraw(waiter)
             self.publish(waiter, None)
 
-    def displaced(self, place: QueueEntry) -> None:
-        self._numbers.pop(place.number, None)
+    def displaced(self, entry: QueueEntry) -> None:
+        self._numbers.pop(entry.number, None)
 
-    # -- places of the others -----------------------------------------------------------------
+    # -- entries of the others ----------------------------------------------------------------
 
     def look(self, now: float) -> None:
         for reader in self._readers:
@@ -231,18 +231,18 @@ class QueuePeers:
 
     def _forget(self, reader: _Reader, now: float) -> None:
         """The process has died, and may have been replaced."""
-        for place in list(reader.places.values()):
-            self._drop(reader, place, now)
+        for remote in list(reader.entries.values()):
+            self._drop(reader, remote, now)
         reader.silent = False
 
-    def _drop(self, reader: _Reader, place: Theirs, now: float) -> None:
+    def _drop(self, reader: _Reader, remote: RemoteEntry, now: float) -> None:
         """The entry has stopped waiting."""
-        del reader.places[place.slot]
-        if self._numbers.pop(place.number, None) is not None:
-            self._gate.places.leave(place, now)
+        del reader.entries[remote.slot]
+        if self._numbers.pop(remote.number, None) is not None:
+            self._gate.queue.leave(remote, now)
 
     def _read(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
-        known = reader.places.get(slot)
+        known = reader.entries.get(slot)
         if known is not None and known.number == entry.number:
             return
         if known is not None and known.number != -entry.number:
@@ -250,25 +250,25 @@ class QueuePeers:
             known = None
         if entry.number == 0 or entry.epoch != reader.epoch:
             return
-        places = self._gate.places
-        places.observe_stamp(abs(entry.number))
+        queue = self._gate.queue
+        queue.observe_stamp(abs(entry.number))
         if entry.number > 0:
             self._join(reader, slot, entry, now)
             return
-        place = known if known is not None else self._place(reader, slot, entry)
+        remote = known if known is not None else self._remote_entry(reader, slot, entry)
         served = self._server(entry) if entry.served else None
         if served is not None:
-            places.observe_stamp(entry.served)
-            place.server, place.served_at = served, entry.served
+            queue.observe_stamp(entry.served)
+            remote.server, remote.served_at = served, entry.served
         if known is not None:
-            if served is not None and place.number in self._numbers:
-                places.model_queue(place.model).rate.freed(now)
+            if served is not None and remote.number in self._numbers:
+                queue.model_queue(remote.model).rate.freed(now)
             self._drop(reader, known, now)
         if served is not None:
-            places.record_turn(place)
+            queue.record_turn(remote)
 
-    def _place(self, reader: _Reader, slot: int, entry: Entry) -> Theirs:
-        place = Theirs(
+    def _remote_entry(self, reader: _Reader, slot: int, entry: Entry) -> RemoteEntry:
+        remote = RemoteEntry(
             None,
             entry.priority,
             entry.key,
@@ -278,20 +278,20 @@ class QueuePeers:
             owner=reader.number,
             number=abs(entry.number),
             slot=slot,
-            room_mark=entry.room,
+            queue_mark=entry.queue,
             public=entry.public,
             route_mark=entry.route,
         )
-        place.model, place.route = self.where(place)
-        return place
+        remote.model, remote.route = self.where(remote)
+        return remote
 
     def _join(self, reader: _Reader, slot: int, entry: Entry, now: float) -> None:
-        place = self._place(reader, slot, entry)
-        reader.places[slot] = self._numbers[place.number] = place
-        places = self._gate.places
-        if not place.returning and self._gate.fleet.candidates(place.model, now):
-            places.model_queue(place.model).rate.begin(now)
-        places.join(place)
+        remote = self._remote_entry(reader, slot, entry)
+        reader.entries[slot] = self._numbers[remote.number] = remote
+        queue = self._gate.queue
+        if not remote.returning and self._gate.fleet.candidates(remote.model, now):
+            queue.model_queue(remote.model).rate.begin(now)
+        queue.join(remote)
         displaced = self._numbers.get(entry.displaced) if entry.displaced else None
         if displaced is not None:
             self._gate.displace(displaced, now)
@@ -318,18 +318,18 @@ class QueuePeers:
             if heartbeat != reader.heartbeat:
                 reader.heartbeat, reader.heard, reader.silent = heartbeat, self._awake, False
 
-    def give(self, place: QueueEntry, now: float) -> Verdict:
-        assert isinstance(place, Theirs)
-        server = self._server_for(place, now)
+    def give(self, entry: QueueEntry, now: float) -> Verdict:
+        assert isinstance(entry, RemoteEntry)
+        server = self._server_for(entry, now)
         if server is None:
             return Verdict.BLOCKED
-        hold = self._held.get(place) or _Hold(now, self._awake)
-        self._holding[place] = hold
-        if self._loses_turn(self._by_number[place.owner], hold):
+        hold = self._held.get(entry) or _Hold(now, self._awake)
+        self._holding[entry] = hold
+        if self._loses_turn(self._by_number[entry.owner], hold):
             return Verdict.BLOCKED
-        place.server = server
+        entry.server = server
         self.promised[server] += 1
-        self._to_notify.add(place.owner)
+        self._to_notify.add(entry.owner)
         return Verdict.HELD
 
     def _loses_turn(self, reader: _Reader, hold: _Hold) -> bool:
@@ -344,10 +344,10 @@ class QueuePeers:
             )
         return reader.silent or reader.heartbeat > (hold.since + PATIENCE) * 1e6
 
-    def _server_for(self, place: Theirs, now: float) -> Server | None:
+    def _server_for(self, remote: RemoteEntry, now: float) -> Server | None:
         """A server with a free unit that the entry's process has not passed over."""
-        considered = self._pages[place.owner].considered(place.slot)
-        for model in place.models:
+        considered = self._pages[remote.owner].considered(remote.slot)
+        for model in remote.models:
             candidates = self._gate.fleet.candidates(model, now)
             for server in candidates:
                 free = server.in_flight + self.promised[server] < server.cap
