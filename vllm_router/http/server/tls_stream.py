@@ -22,6 +22,9 @@ begun. A step takes up to a few milliseconds (RSA) and blocks the process."""
 SKIPPED_PER_TURN = 64
 """Waiting clients looked at in one turn: a client that has left costs no computing."""
 
+MAX_RECEIVED = 16384
+"""Bytes received at once during a handshake."""
+
 TlsStream = trio.SSLStream[trio.SocketStream]
 
 
@@ -171,7 +174,12 @@ class _Paced(_Transport):
         self._begun = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        data = await self._inner.receive_some(max_bytes)
+        # `SocketStream.receive_some` raises through a context manager. On Python 3.12 and 3.13,
+        # that leaves the SSLStream in a reference cycle until the next garbage collection.
+        try:
+            data = await self._inner.socket.recv(max_bytes or MAX_RECEIVED)
+        except OSError as error:
+            raise trio.BrokenResourceError(f"connection failed: {error}") from None
         if data:
             fileno = self._inner.socket.fileno()
             if not await self._handshakes.step(fileno, begun=self._begun):
