@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import ssl
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -18,8 +20,9 @@ from support.redis_process import RedisProcess, redis_process
 from vllm_router.config.shared import SharedConfig, read_address
 from vllm_router.config.tls import File
 from vllm_router.config.types import Secret
-from vllm_router.runtime.sharing.redis_store import open_redis
-from vllm_router.runtime.sharing.store import Store, StoreError, Turn
+from vllm_router.routing.sharing.drains import MAX_RECORDS
+from vllm_router.runtime.sharing.redis_connector import RedisConnector
+from vllm_router.runtime.sharing.store import Store, StoreError, TooMuchToRead, Turn
 
 WORD = "pa:ss/w@rd"
 QUOTED = "pa%3Ass%2Fw%40rd"
@@ -72,7 +75,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
         yield Places(redis.port, tls, sentinel.port, authority.file, other.file)
 
 
-async def take_turn(url: str, ca: Path | None = None) -> Turn:
+async def take_turn(url: str, ca: Path | None = None, fleet: str = "default") -> Turn:
     """One turn of a router with this configuration. Raises StoreError."""
     turns: list[Turn] = []
 
@@ -85,9 +88,9 @@ async def take_turn(url: str, ca: Path | None = None) -> Turn:
         raise Done
 
     file = File(str(ca), Secret("")) if ca is not None else None
-    config = SharedConfig(address=read_address(url), ca=file)
+    config = SharedConfig(address=read_address(url), ca=file, fleet=fleet)
     with pytest.raises((Done, StoreError)) as ended:
-        await open_redis(config, use)
+        await RedisConnector().open(config, use)
     if isinstance(ended.value, StoreError):
         raise ended.value
     return turns[1]
@@ -140,3 +143,105 @@ async def test_open_redis_through_sentinel_with_password_works(places: Places):
     assert has_batch(turn)
     with pytest.raises(StoreError, match="no sentinel names a Redis called main"):
         await take_turn(f"sentinel://127.0.0.1:{places.sentinel}/main")
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A Redis without a password, in which other programs write under the keys."""
+    with redis_process(tmp_path_factory.mktemp("open")) as process:
+        yield process
+
+
+async def test_open_redis_fleets_and_databases_are_apart(redis: RedisProcess):
+    for url, fleet in ((redis.url, "one"), (redis.url, "two"), (f"{redis.url}/3", "one")):
+        turn = await take_turn(url, fleet=fleet)
+        assert len(turn.entries) == 1
+        assert has_batch(turn)
+
+
+@pytest.mark.parametrize("key", ["log", "drains"])
+async def test_open_redis_key_of_another_type_is_named(redis: RedisProcess, key: str):
+    name = f"vllm-router:typed-{key}:{key}"
+    redis.command("SET", name, "x")
+    with pytest.raises(StoreError, match=f"{name}: .*wrong kind of value"):
+        await take_turn(redis.url, fleet=f"typed-{key}")
+
+
+async def test_open_redis_entries_of_other_programs_are_passed_over(redis: RedisProcess):
+    many = [part for number in range(1000) for part in (f"f{number}", "x")]
+    redis.command("XADD", "vllm-router:foreign:log", "1-2", "other", "x")
+    redis.command("XADD", "vllm-router:foreign:log", "1-3", *many, "b", "not looked for so far")
+    turn = await take_turn(redis.url, fleet="foreign")
+    assert turn.entries[:2] == [((1, 2), b""), ((1, 3), b"")]
+    assert has_batch(turn)
+
+
+async def test_open_redis_map_of_too_many_records_is_read_in_part(redis: RedisProcess):
+    script = "for n = 1, 50000 do redis.call('HSET', KEYS[1], n, 'x') end"
+    redis.command("EVAL", script, "1", "vllm-router:many:drains")
+    turn = await take_turn(redis.url, fleet="many")
+    assert len(turn.drains) == MAX_RECORDS
+    assert turn.entries[-1][1] == b"batch"
+
+
+async def test_open_redis_answer_that_is_too_long_is_not_read(
+    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("vllm_router.runtime.sharing.redis_connection.MAX_ANSWER", 2**20)
+    script = "redis.call('XADD', KEYS[1], '*', 'b', string.rep('x', 1050000))"
+    redis.command("EVAL", script, "1", "vllm-router:long:log")
+    with pytest.raises(TooMuchToRead, match="more than 1 MB"):
+        await take_turn(redis.url, fleet="long")
+
+
+async def test_open_redis_of_a_cluster_says_so(tmp_path: Path):
+    with redis_process(tmp_path, "--cluster-enabled", "yes") as member:
+        member.command("CLUSTER", "ADDSLOTS", "0")
+        with pytest.raises(StoreError, match="cluster"):
+            await take_turn(member.url)
+
+
+async def test_open_redis_sentinel_that_names_a_dead_primary_is_passed_over(
+    places: Places, redis: RedisProcess, tmp_path: Path
+):
+    replica = RedisProcess(tmp_path, "--replicaof", f"127.0.0.1 {redis.port}")
+    dead = f"sentinel monitor main 127.0.0.1 {free_port()} 1\n"
+    demoted = f"sentinel monitor main 127.0.0.1 {replica.port} 1\n"
+    alive = f"sentinel monitor main 127.0.0.1 {redis.port} 1\n"
+    with ExitStack() as ending:
+        ending.callback(replica.kill)
+        replica.wait()
+        sentinels = []
+        for text in (dead, demoted, alive):
+            sentinels.append(RedisProcess(tmp_path, sentinel=text))
+            ending.callback(sentinels[-1].kill)
+        for sentinel in sentinels:
+            sentinel.wait()
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
+        assert has_batch(await take_turn(f"sentinel://{hosts}/main", fleet="passed"))
+        hosts = f"127.0.0.1:{sentinels[0].port}"
+        with pytest.raises(StoreError, match="no sentinel names a Redis called main"):
+            await take_turn(f"sentinel://{hosts}/main")
+
+
+async def test_redis_connector_makes_its_tls_context_once_and_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    threads, make = [], ssl.create_default_context
+
+    def counted(*arguments: Any, **settings: Any) -> ssl.SSLContext:
+        threads.append(threading.current_thread())
+        return make(*arguments, **settings)
+
+    monkeypatch.setattr(ssl, "create_default_context", counted)
+    config = SharedConfig(address=read_address(f"rediss://127.0.0.1:{free_port()}"))
+    connector = RedisConnector()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="Unable to establish a connection"):
+            await connector.open(config, _turn)
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+async def _turn(store: Store) -> None:
+    await store.turn(None, {}, BEFORE)

@@ -15,6 +15,7 @@ from vllm_router.runtime.sharing.store import (
     EntryId,
     Store,
     StoreError,
+    TooMuchToRead,
     Turn,
 )
 
@@ -57,6 +58,7 @@ class Bus:
     gone: connections are refused, and open ones break.
     frozen: turns wait until `thaw`, and fail after two seconds.
     full: writes are refused.
+    longest: bytes of an entry beyond which a turn that would read it fails.
     clock: milliseconds that its clock differs from Trio's.
     """
 
@@ -65,6 +67,7 @@ class Bus:
         self.drains: dict[bytes, bytes] = {}
         self.gone = False
         self.full = False
+        self.longest = 2**30
         self.clock = clock
         self.turns = 0
         self._thawed = trio.Event()
@@ -112,6 +115,8 @@ class Bus:
         self.turns += 1
         stored = dict(self.drains)
         found = [entry for entry in self.entries if entry[0] > after][:ENTRIES_PER_TURN]
+        if any(len(content) > self.longest for _, content in found):
+            raise TooMuchToRead("the answer is too long")
         written = None
         if batch is not None and not self.full:
             written = self.append(batch)

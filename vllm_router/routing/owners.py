@@ -53,8 +53,15 @@ class Owners:
             self.on_new((digest, url, key))
 
     def take(self, entry: Entry) -> None:
-        """Take over an entry of another process."""
+        """Take over an entry of another process.
+
+        One that has found the server by asking does not know the key, which stays.
+        """
         digest, url, key = entry
+        if not key:
+            known = self._newer.get(digest) or self._older.get(digest)
+            if known is not None and known.url == url:
+                key = known.key
         self._add(digest, Owner(url, key))
 
     def find(self, identifier: str) -> Owner | None:

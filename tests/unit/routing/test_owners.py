@@ -66,3 +66,18 @@ EVENT = {"response": {"id": "resp_1", "status": "queued"}, "type": "response.cre
 )
 def test_response_id_is_read_from_beginning_of_answer(held, is_stream, found):
     assert response_id(held, is_stream=is_stream) == found
+
+
+def test_owners_entry_without_key_from_another_process_keeps_the_key():
+    owners = Owners()
+    owners.remember("resp_1", "http://a", "team")
+    found, moved = [], []
+    other = Owners()
+    other.on_new = found.append
+    other.remember("resp_1", "http://a", "")
+    owners.take(found[0])
+    assert owners.find("resp_1") == Owner("http://a", "team")
+    other.on_new = moved.append
+    other.remember("resp_1", "http://b", "")
+    owners.take(moved[0])
+    assert owners.find("resp_1") == Owner("http://b", "")

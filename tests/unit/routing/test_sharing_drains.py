@@ -106,3 +106,12 @@ def test_drains_unreadable_records_of_the_store_are_ignored(key: bytes, record: 
     drains.read({key: record, B.encode(): RECORD})
     assert len(orders(drains)) == (2 if read else 1)
     assert orders(drains)[B]
+
+
+def test_drains_of_a_store_with_other_records_each_time_are_bounded():
+    drains = Drains()
+    for turn in range(3):
+        drains.read({f"http://{turn}-{n}".encode(): RECORD for n in range(MAX_RECORDS)})
+        assert len(orders(drains)) == MAX_RECORDS
+        assert len(drains.unsent()) <= MAX_RECORDS
+    assert "http://2-0" in orders(drains)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -15,6 +16,7 @@ from support.fleet_makers import come_up, make_config
 from support.shared_bus import Bus
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.schema import Config
+from vllm_router.config.shared import read_address
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.proxy.quarantine import fingerprint
@@ -452,4 +454,56 @@ async def test_sharing_follows_a_new_configuration(autojump_clock: MockClock):
         await trio.sleep(3)
         assert second.turns == turns
         assert not one.shared.up
+        assert one.context.usage.routers == 1
+
+
+async def test_sharing_entry_that_is_too_long_is_skipped(autojump_clock: MockClock):
+    bus = Bus()
+    async with fleet(bus, 2) as (one, other):
+        one.supervisor.drain_server("b", on=True)
+        bus.longest = 1_000_000
+        bus.append(bytes(bus.longest + 1))
+        await trio.sleep(2)
+        assert one.shared.failures
+        assert (one.shared.up, one.shared.routers) == (True, 2)
+        assert other.server("b").draining
+        one.serve("c")
+        await trio.sleep(3 * PERIOD)
+        assert other.picks() == {"c"}
+
+
+async def test_sharing_clock_of_the_store_set_back_spends_nothing_twice(autojump_clock: MockClock):
+    bus = Bus()
+    async with fleet(bus, 2) as (one, other):
+        one.admitted(600)
+        await trio.sleep(61)
+        bus.clock -= 3_600_000
+        await trio.sleep(2)
+        late = Router(bus, "late")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(late.run)
+            await trio.sleep(3 * PERIOD)
+            assert late.admitted(500) == 500
+            assert late.shared.routers == 3
+            await trio.sleep(3 * PERIOD)
+            assert other.admitted(200) < 150  # what the new router spends counts as ever
+            nursery.cancel_scope.cancel()
+
+
+async def test_sharing_another_address_keeps_limits_divided_and_reports_its_faults(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+):
+    bus = Bus()
+    async with fleet(bus, 3) as (one, *_):
+        bus.gone = True
+        await trio.sleep(3)
+        shared = one.supervisor.config.shared
+        assert shared is not None
+        caplog.clear()
+        one.shared.use(msgspec.structs.replace(shared, address=read_address("redis://new")))
+        assert one.context.usage.routers == 3
+        await trio.sleep(3)
+        assert one.context.usage.routers == 3
+        assert [text for text in caplog.messages if "down: redis://new" in text]
+        one.shared.use(None)
         assert one.context.usage.routers == 1

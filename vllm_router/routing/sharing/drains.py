@@ -8,6 +8,7 @@ after the store was emptied, and the routers that know the record write it again
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import msgspec
 
@@ -40,8 +41,7 @@ class Drains:
         """
         record = msgspec.msgpack.encode(_Record(on, order))
         self._known[url] = self._unsent[url], _ = record, on
-        while len(self._unsent) > MAX_RECORDS:
-            del self._unsent[next(iter(self._unsent))]
+        self._forget_oldest()
         return record
 
     def unsent(self) -> dict[str, bytes]:
@@ -66,6 +66,13 @@ class Drains:
                     self._unsent.setdefault(url, record)
                 elif url not in self._unsent:
                     del self._known[url]
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """Keep MAX_RECORDS: the store may have other records each time."""
+        for records in (self._known, self._unsent):
+            for url in list(islice(records, max(0, len(records) - MAX_RECORDS))):
+                del records[url]
 
     def records(self) -> Iterator[tuple[str, bytes, bool]]:
         """URL, record, and whether the server is drained, by the last order for each server."""

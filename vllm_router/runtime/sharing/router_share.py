@@ -20,7 +20,7 @@ from vllm_router.routing.sharing.outbox import Outbox
 from vllm_router.routing.sharing.scrapes import SharedScrapes
 from vllm_router.runtime.sharing.effects import RouterEffects
 from vllm_router.runtime.sharing.process import ProcessShare
-from vllm_router.runtime.sharing.redis_store import open_redis
+from vllm_router.runtime.sharing.redis_connector import RedisConnector
 from vllm_router.runtime.sharing.store import OpenStore
 from vllm_router.runtime.sharing.task import SharedState
 
@@ -76,13 +76,13 @@ def share_alone(
     router: RouterState,
     check_soon: CheckSoon,
     scrapes: SharedScrapes,
-    open_store: OpenStore = open_redis,
+    open_store: OpenStore | None = None,
 ) -> SharedState:
     """The shared state of a router of one process."""
     context = router.proxy.context
     share = ProcessShare(context, "router", router_effects(router, check_soon, scrapes))
     context.owners.on_new = share.outbox.owner
-    return share_through(router, share, share.outbox, scrapes, open_store)
+    return share_through(router, share, share.outbox, scrapes, open_store or RedisConnector().open)
 
 
 def share_through(

@@ -12,12 +12,19 @@ EntryId: TypeAlias = tuple[int, int]
 
 BEGINNING: EntryId = (0, 0)
 
+LATEST: EntryId = (2**64 - 1, 2**64 - 1)
+"""After the last entry that a log can have."""
+
 ENTRIES_PER_TURN = 100
 """Entries that one turn reads at most."""
 
 
 class StoreError(Exception):
     """The store cannot be used now; the text says why, for people."""
+
+
+class TooMuchToRead(StoreError):
+    """The answer is too long: an entry after the one that was asked for is no router's."""
 
 
 class Turn(NamedTuple):

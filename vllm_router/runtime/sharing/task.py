@@ -34,10 +34,12 @@ from vllm_router.routing.sharing.status import SharedStatus
 from vllm_router.runtime.sharing.store import (
     BEGINNING,
     ENTRIES_PER_TURN,
+    LATEST,
     EntryId,
     OpenStore,
     Store,
     StoreError,
+    TooMuchToRead,
     Turn,
 )
 
@@ -118,6 +120,8 @@ class SharedState:
         self._turn_at = trio.current_time()
         self._answered = False
         self._warm_until: int | None = None
+        self._behind = True
+        self._warm_up = WARM_UP
         self._routers = 1
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
@@ -127,14 +131,19 @@ class SharedState:
     # -- configuration and orders -------------------------------------------------------------
 
     def use(self, config: SharedConfig | None) -> None:
-        """Follow a configuration; another store is connected to at once."""
+        """Follow a configuration; another store is connected to at once.
+
+        Until it answers, the limits of keys are divided among as many routers as before.
+        """
         if config == self.config:
             return
         self.config = config
-        self.problem, self._routers = NOT_CONNECTED, 1
+        self.problem = NOT_CONNECTED
+        if config is None:
+            self._routers = 1
         self._divide()
         self._read, self._warm_until, self._unsent = BEGINNING, None, None
-        self._answered = False
+        self._answered, self._reported, self._behind = False, False, True
         self._changed.set()
         self._scope.cancel(reason="another configuration")
 
@@ -195,6 +204,11 @@ class SharedState:
                 with trio.CancelScope() as self._scope:
                     try:
                         await self._open(config, self._talk)
+                    except TooMuchToRead as error:
+                        # It would be as long next time: go on with what comes from now on.
+                        self._read = BEGINNING
+                        self._warm_up = 0.0
+                        self._failed(str(error))
                     except StoreError as error:
                         self._failed(str(error))
                     await trio.sleep(RETRY_AFTER)
@@ -211,7 +225,7 @@ class SharedState:
 
     def _failed(self, problem: str) -> None:
         self.failures += 1
-        self.problem = problem
+        self.problem, self._behind = problem, True
         self._divide()
         # One line until it is up again; a store that is gone fails twice a second.
         if not self._reported:
@@ -236,6 +250,7 @@ class SharedState:
             more, reads = await self._take_turn(store), 0
             while more and reads < MAX_READS:
                 more, reads = await self._take_turn(store, only_read=True), reads + 1
+            self._behind = bool(self.problem)
             now = trio.current_time()
             self._settle(now)
             if self.up:
@@ -250,7 +265,7 @@ class SharedState:
         if not only_read:
             batch, records = encode(self._next_batch()), self._drains.unsent()
         if self._read == BEGINNING:
-            turn = await store.turn(None, {}, BEGINNING)
+            turn = await store.turn(None, {}, LATEST)
             self._begin(turn)
             return True
         turn = await store.turn(batch, records, self._read)
@@ -264,7 +279,8 @@ class SharedState:
     def _begin(self, turn: Turn) -> None:
         """The first answer has the store's clock: read from some minutes ago on."""
         self._warm_until = turn.now
-        self._read = (max(1, turn.now - int(WARM_UP * 1000)), 0)
+        self._read = (max(1, turn.now - int(self._warm_up * 1000)), 0)
+        self._warm_up = WARM_UP
 
     def _next_batch(self) -> Batch:
         """The batch that could not be sent, else a new one.
@@ -346,7 +362,11 @@ class SharedState:
             return
         if batch.router == self._outbox.router:
             return
-        age = max(0.0, (turn.now - identifier[0]) / 1000)
+        age = (turn.now - identifier[0]) / 1000
         past = self._warm_until is not None and identifier[0] < self._warm_until
+        if self._behind and age < -LATE:
+            # The store's clock was set back: among what waited, an entry does not tell its age.
+            age, past = WARM_UP, True
+        age = max(0.0, age)
         self._peers.hear(batch, now, age, past=past)
         self.heard(batch, age, past)

@@ -18,7 +18,7 @@ from vllm_router.routing.sharing.messages import MAX_HASHES, Batch, Placed, pack
 from vllm_router.routing.sharing.outbox import Outbox
 from vllm_router.runtime.sharing.effects import ProcessEffects
 from vllm_router.runtime.sharing.process import NOT_SHOWN, ProcessShare
-from vllm_router.runtime.sharing.redis_store import open_redis
+from vllm_router.runtime.sharing.redis_connector import RedisConnector
 from vllm_router.runtime.sharing.router_share import key_finder, router_effects, share_through
 from vllm_router.runtime.sharing.store import OpenStore
 from vllm_router.runtime.sharing.task import SharedState
@@ -87,12 +87,14 @@ class LeaderPrompts:
         self._stored_batches = 0
 
     def share_fleet(
-        self, supervisor: Supervisor, open_store: OpenStore = open_redis
+        self, supervisor: Supervisor, open_store: OpenStore | None = None
     ) -> SharedState:
         """The shared state of all routers, which all processes of this one follow."""
         self.log = log = Outbox(f"router-{token_hex(8)}")
         self._context.owners.on_new = log.owner
-        shared = share_through(supervisor, self.share, log, supervisor.scrapes, open_store)
+        shared = share_through(
+            supervisor, self.share, log, supervisor.scrapes, open_store or RedisConnector().open
+        )
         shared.heard = self._pass_on
         shared.on_routers = lambda routers: self._tell(encode(KeyShare(routers)))
         return shared
