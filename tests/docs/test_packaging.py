@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import vllm_router
 from support.docs import code_block
@@ -50,6 +51,18 @@ def test_wheel_contains_every_file_of_package(dist: Path):
     assert shipped == {str(path.relative_to(ROOT)) for path in files_below(PACKAGE)}
     assert "vllm_router/py.typed" in shipped
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
+
+
+@pytest.mark.skipif(not WORKFLOW.exists(), reason="the sdist has no workflows")
+def test_workflow_matrix_equals_classifiers():
+    (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
+    language = "Programming Language :: Python :: 3."
+    declared = [one for one in PROJECT["classifiers"] if one.startswith(language)]
+    tested = [f"{language}{one.removeprefix('3.')}" for one in job["strategy"]["matrix"]["python"]]
+    assert declared == tested
 
 
 def test_sdist_contains_what_builds_and_tests_package(dist: Path):
