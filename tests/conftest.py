@@ -14,12 +14,12 @@ import certifi
 import httpx
 import pytest
 
-from support import fuzzing  # noqa: F401
 from support.browser import chromium
 from support.distribution import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_xdist_make_scheduler,
 )
+from support.fuzzing import start_hypothesis
 from support.time_limit import pytest_runtest_call, pytest_timeout_set_timer  # noqa: F401
 
 # Hundreds of processes import the package; without bytecode, each would compile it again.
@@ -56,6 +56,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 def pytest_collection_finish() -> None:
     """Freeze thousands of collected tests, so that garbage collections skip them."""
+    start_hypothesis()
     gc.collect()
     gc.freeze()
 

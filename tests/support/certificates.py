@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-_EXTENSIONS = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+# Since Python 3.13, `ssl.create_default_context` verifies strictly by RFC 5280, which requires
+# keyUsage of an authority and authorityKeyIdentifier of what it signs.
+_EXTENSIONS = "subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier=keyid"
 
 
 class Authority:
@@ -19,7 +21,8 @@ class Authority:
         _openssl(
             *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
             *("-noenc", "-days", "2", "-subj", f"/CN={name}", "-keyout", str(self._key)),
-            *("-addext", "basicConstraints=critical,CA:TRUE", "-out", str(self.file)),
+            *("-addext", "basicConstraints=critical,CA:TRUE"),
+            *("-addext", "keyUsage=critical,keyCertSign", "-out", str(self.file)),
         )
 
     def sign(self, name: str) -> tuple[Path, Path]:
