@@ -195,7 +195,9 @@ async def test_open_redis_answer_that_is_too_long_is_not_read(
 
 
 async def test_open_redis_of_a_cluster_says_so(tmp_path: Path):
-    with redis_process(tmp_path, "--cluster-enabled", "yes") as member:
+    # Without a number, the port of the cluster's bus is 10 000 higher and may be taken.
+    bus = ("--cluster-port", str(free_port()))
+    with redis_process(tmp_path, "--cluster-enabled", "yes", *bus) as member:
         member.command("CLUSTER", "ADDSLOTS", "0")
         with pytest.raises(StoreError, match="cluster"):
             await take_turn(member.url)
