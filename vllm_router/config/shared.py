@@ -124,7 +124,9 @@ def read_address(url: str) -> StoreAddress:
         raise ValueError("expected a URL with redis://, rediss:// or sentinel://")
     authority, _, path = rest.partition("/")
     credentials, at, hosts = authority.rpartition("@")
-    if not hosts or not hosts.isprintable() or set("?#") & {*hosts, *path}:
+    if not hosts:
+        raise ValueError(f"expected a host after {scheme}://, got none")
+    if not hosts.isprintable() or set("?#") & {*hosts, *path}:
         raise ValueError('expected a URL like "redis://host:6379/0", got more after it')
     places = tuple(_host(place, DEFAULT_PORTS[scheme]) for place in hosts.split(","))
     user, password = None, None

@@ -91,6 +91,12 @@ def test_address_without_its_scheme_names_the_schemes(url: str):
         read_address(url)
 
 
+@pytest.mark.parametrize("url", ["redis://", "redis:///0", "rediss://user:word@", "sentinel:///m"])
+def test_address_without_a_host_says_so(url: str):
+    with pytest.raises(ValueError, match="expected a host after"):
+        read_address(url)
+
+
 def test_shared_table_has_defaults_and_a_password_of_the_environment():
     table = 'url = "redis://u@h"\npassword_env = "REDIS_PASSWORD"'
     config = read(table, REDIS_PASSWORD=" word\n").shared

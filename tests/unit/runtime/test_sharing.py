@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -16,7 +16,7 @@ from support.fleet_makers import come_up, make_config
 from support.shared_bus import Bus
 from vllm_router.config.auth import KeyConfig
 from vllm_router.config.schema import Config
-from vllm_router.config.shared import read_address
+from vllm_router.config.shared import SharedConfig, read_address
 from vllm_router.errors import Refused
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.proxy.quarantine import fingerprint
@@ -25,6 +25,7 @@ from vllm_router.routing.prompt.routing_info import RoutingInfo
 from vllm_router.routing.sharing.messages import MAX_BYTES, About, Batch, ServerLevel, encode
 from vllm_router.routing.sharing.peers import RouterView
 from vllm_router.runtime.sharing.router_share import configuration_digest, share_alone
+from vllm_router.runtime.sharing.store import EntryId, Store, StoreError, Turn
 from vllm_router.runtime.sharing.task import LATE, PERIOD, SharedState
 from vllm_router.runtime.supervisor import Supervisor
 
@@ -47,7 +48,7 @@ def config(name: str = "gw", **settings: object) -> Config:
 class Router:
     """One router of the fleet, without its other tasks."""
 
-    def __init__(self, bus: Bus, name: str, **settings: object) -> None:
+    def __init__(self, bus: Bus | Cable, name: str, **settings: object) -> None:
         self.supervisor = Supervisor(config(name, **settings), None, Random(1))
         self.checked: list[str] = []
         self.shared: SharedState = share_alone(
@@ -216,6 +217,50 @@ async def test_sharing_drain_during_an_outage_is_made_up_for(autojump_clock: Moc
         await trio.sleep(2)
         assert other.server("a").draining
         assert not other.server("b").draining
+
+
+class Cable:
+    """One router's way to the bus, which may be cut."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.cut = False
+
+    async def open(self, config: SharedConfig, use: Callable[[Store], Awaitable[None]]) -> None:
+        await use(self)
+
+    async def turn(self, batch: bytes | None, drains: Mapping[str, bytes], after: EntryId) -> Turn:
+        if self.cut:
+            raise StoreError("cut")
+        return await self.bus.turn(batch, drains, after)
+
+
+async def test_sharing_drain_of_a_router_that_was_cut_off_yields_to_a_later_order(
+    autojump_clock: MockClock,
+):
+    bus = Bus()
+    async with fleet(bus, 1) as (other,), trio.open_nursery() as nursery:
+        cable = Cable(bus)
+        one = Router(cable, "gw-cut")
+        nursery.start_soon(one.run)
+        await trio.sleep(1)
+        cable.cut = True
+        await trio.sleep(5)
+        one.supervisor.drain_server("a", on=True)
+        one.supervisor.drain_server("b", on=True)
+        await trio.sleep(30)
+        other.supervisor.drain_server("a", on=True)
+        await trio.sleep(30)
+        other.supervisor.drain_server("a", on=False)
+        await trio.sleep(5)
+        one.supervisor.drain_server("c", on=True)
+        await trio.sleep(5)
+        cable.cut = False
+        await trio.sleep(2)
+        for router in (one, other):
+            states = [router.server(name).draining for name in "abc"]
+            assert states == [False, True, True]
+        nursery.cancel_scope.cancel()
 
 
 async def test_sharing_drain_survives_a_store_that_was_emptied(autojump_clock: MockClock):

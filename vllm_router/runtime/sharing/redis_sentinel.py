@@ -58,7 +58,13 @@ async def _ask(
             retry_policy=NoRetryPolicy(),
         ) as sentinels:
             try:
-                found = await sentinels.discover_primary(service)
+                # The library's `discover_primary` hides why a sentinel does not answer.
+                place: Any = await sentinels.sentinels[0].sentinel_get_master_addr_by_name(service)
+                if place:
+                    name, number = place
+                    found = (name.decode() if isinstance(name, bytes) else name), int(number)
+                else:
+                    problems.append(f"{host}:{port} does not know it")
             except Exception as error:  # noqa: BLE001  the next sentinel may know better
                 problems.append(words_of(error))
     return found

@@ -41,6 +41,9 @@ LATEST_TIME = 2**53
 _OF_CLUSTERS = ("MovedError", "AskError", "ClusterDownError", "ClusterCrossSlotError")
 """Classes of the client library for the errors MOVED, ASK and so on."""
 
+MAX_CAUSES = 10
+"""Causes of an error that are looked through for the system's reason."""
+
 _FIELD = b"b"
 
 
@@ -158,10 +161,26 @@ def words_of(error: BaseException) -> str:
     """What went wrong, on one short line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
     if type(error).__name__ in _OF_CLUSTERS:
         text = f"it is part of a cluster; name a Redis without cluster mode ({text})"
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.strerror:
-        text = f"{text}: {cause.strerror}"
+    reason = _reason(error)
+    if reason:
+        text = f"{text}: {reason}"
     return "".join(char if char.isprintable() else "?" for char in text)[:MAX_TEXT]
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost reason of the system for a failed connection; empty if there is none."""
+    found = ""
+    cause = error.__cause__ or error.__context__
+    for _ in range(MAX_CAUSES):
+        if cause is None:
+            break
+        if isinstance(cause, TimeoutError):
+            found = "no answer in time"
+        elif isinstance(cause, OSError) and cause.strerror:
+            found = cause.strerror
+        inner = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else None
+        cause = inner or cause.__cause__ or cause.__context__
+    return found

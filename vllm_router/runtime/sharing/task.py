@@ -122,6 +122,7 @@ class SharedState:
         self._warm_until: int | None = None
         self._behind = True
         self._warm_up = WARM_UP
+        self._clock = 0.0
         self._routers = 1
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
@@ -149,7 +150,9 @@ class SharedState:
 
     def drain(self, server: Server, *, on: bool) -> None:
         """An operator drains a server of this router, or takes it back."""
-        self._applied[server] = self._drains.order(server.url, token_bytes(8), on=on)
+        self._applied[server] = self._drains.order(
+            server.url, token_bytes(8), trio.current_time(), on=on
+        )
 
     # -- figures ------------------------------------------------------------------------------
 
@@ -263,13 +266,18 @@ class SharedState:
         """One round trip; True if there is more to read."""
         batch, records = None, {}
         if not only_read:
-            batch, records = encode(self._next_batch()), self._drains.unsent()
+            batch = encode(self._next_batch())
+            # After an outage the store is read first: it may have later orders.
+            records = {} if self._behind else self._drains.unsent(self._clock)
         if self._read == BEGINNING:
             turn = await store.turn(None, {}, LATEST)
             self._begin(turn)
             return True
         turn = await store.turn(batch, records, self._read)
-        self._turn_at, self._answered = trio.current_time(), True
+        now = self._turn_at = trio.current_time()
+        self._answered, self._clock = True, turn.now / 1000 - now
+        if self._behind:
+            self._drains.drop_outdated(turn.drains, self._clock, now)
         # The map was read before the records were written: they do not count as written yet.
         self._follow_drains(turn.drains)
         if batch is not None:
