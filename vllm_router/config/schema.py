@@ -93,6 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_interval: between two scrapes of `/metrics`.
     idle_probes_per_second: how often all servers without requests are asked together, for each of
         `/health`, `/metrics` and `/v1/models`; in a larger fleet the intervals above grow for them.
+    busy_servers_at_full_rate: servers with requests that are probed at the intervals above; if more
+        have some, the intervals grow so that all together are asked as often as so many.
 
     Real traffic:
     failure_threshold: consecutive failures by the server's fault until it is ejected.
@@ -166,6 +168,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout: Seconds = 600.0
     metrics_interval: Interval = 0.5
     idle_probes_per_second: PositiveInt = 50
+    busy_servers_at_full_rate: PositiveInt = 200
     connect_timeout: Seconds = 2.0
     first_byte_timeout: Seconds = 600.0
     idle_timeout: Seconds = 300.0

@@ -5,7 +5,13 @@ other servers are idle. Together they are asked for each page (`/health`, `/metr
 at most `idle_probes_per_second` times a second, so their intervals grow with their number, and not
 at all in a small fleet. Servers that went down or came back a short time ago are a group of their
 own with the same rate: a few are followed closely, a thousand are not. An idle server that gets a
-request is asked at once. Pure: time is an argument, in seconds.
+request is asked at once.
+
+Up to `busy_servers_at_full_rate` servers that matter are asked at the usual intervals. If more
+matter, their intervals grow, so that all together are asked as often as so many. Servers whose
+figures the router cannot predict from its own requests, or whose health is in doubt, have half of
+these places, so a few of them are asked as usual among a thousand others. Between two scrapes the
+router corrects the figures by its own requests. Pure: time is an argument, in seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +25,13 @@ SETTLES_IN = 60.0
 """Seconds for which a server that went down or came back belongs to the group of such servers."""
 
 LONGEST = 30.0
-"""Maximum seconds between two questions to an idle server, unless its interval is longer anyway."""
+"""Maximum seconds between two questions to a server, unless its usual interval is longer."""
+
+LAGGING = 1.0
+"""Requests that the gauges of a server may show although they have just ended."""
+
+DOUBTFUL_SHARE = 0.5
+"""Least share of the places at full rate for doubtful servers, as far as they need them."""
 
 
 def matters(server: Server) -> bool:
@@ -27,11 +39,27 @@ def matters(server: Server) -> bool:
 
     Requests of others show in its gauges: requests that this router has not sent.
     """
-    health, load = server.active_health, server.load_estimate
+    load = server.load_estimate
+    return server.in_flight > 0 or load.running + load.waiting > 0.0 or _health_is_in_doubt(server)
+
+
+def is_doubtful(server: Server) -> bool:
+    """Whether the next figures of a server that matters cannot be predicted from our requests.
+
+    Requests wait in the engine, others send requests as well, or the health is in doubt.
+    """
+    load = server.load_estimate
     return (
-        server.in_flight > 0
-        or load.running + load.waiting > 0.0
-        or health.up is None
+        load.waiting > 0.0
+        or load.running > server.in_flight + LAGGING
+        or _health_is_in_doubt(server)
+    )
+
+
+def _health_is_in_doubt(server: Server) -> bool:
+    health = server.active_health
+    return (
+        health.up is None
         or not health.settled
         or server.passive_health.ejected
         or server.silence.since is not None
@@ -61,6 +89,10 @@ class ProbePace:
         self._idle: Group = {}
         self._changed: Group = {}
         """Idle servers as well, but ones that have gone down or come back recently."""
+        self._busy: Group = {}
+        """Servers that matter, except doubtful ones."""
+        self._doubtful: Group = {}
+        self._full_rate = 1
         self._postponed: dict[Server, tuple[float, Callable[[], None]]] = {}
         self._rate = 1.0
         self._patience = 0.0
@@ -71,34 +103,65 @@ class ProbePace:
         """Whether the server did not matter when it was asked last, and has no request since."""
         return server in self._idle or server in self._changed
 
+    def is_predicted(self, server: Server) -> bool:
+        """Whether it is asked more seldom than usual because its figures were predictable."""
+        if server in self._busy:
+            return self._stretch(server) > 1.0
+        return self.is_idle(server)
+
     def interval(self, server: Server, usual: float) -> float:
         """Seconds between two questions for a page that is usually read every `usual` seconds."""
         if server in self._idle:
             return max(usual, min(len(self._idle) / self._rate, LONGEST))
         if server in self._changed:
             return max(usual, min(len(self._changed) / self._rate, LONGEST))
-        return usual
+        if len(self._busy) + len(self._doubtful) <= self._full_rate:
+            return usual
+        return max(usual, min(usual * self._stretch(server), LONGEST))
+
+    def _stretch(self, server: Server) -> float:
+        """How many times as long as usual the intervals of a server that matters are."""
+        busy, doubtful = len(self._busy), len(self._doubtful)
+        places = max(self._full_rate * DOUBTFUL_SHARE, self._full_rate - busy)
+        if server in self._doubtful:
+            return max(1.0, doubtful / places)
+        left = self._full_rate - min(places, doubtful)
+        return max(1.0, busy / left) if busy else 1.0
 
     def scraped(
-        self, server: Server, settings: Settings, now: float, wake: Callable[[], None]
+        self,
+        server: Server,
+        settings: Settings,
+        now: float,
+        wake: Callable[[], None],
+        *,
+        spared: bool = False,
     ) -> float:
         """Decide again whether the server matters; returns the interval to its next scrape.
 
-        Call after each scrape, successful or not. `wake` is called once if the idle server gets a
-        request and must be asked now.
+        Call after each scrape, successful or not, or when one was due that another router does
+        (`spared`): it takes no place of the servers that matter. `wake` is called once if the
+        idle server gets a request, or the server fails one, and must be asked now.
         """
         self._rate = settings.idle_probes_per_second
+        self._full_rate = settings.busy_servers_at_full_rate
         self._patience = usual = settings.metrics_interval
         self._postponed.pop(server, None)
         matter = matters(server)
         changed = not matter and changed_recently(server, now)
-        for group, belongs in ((self._idle, not matter and not changed), (self._changed, changed)):
+        doubtful = matter and is_doubtful(server)
+        for group, belongs in (
+            (self._idle, not matter and not changed),
+            (self._changed, changed),
+            (self._busy, matter and not doubtful and not spared),
+            (self._doubtful, doubtful and not spared),
+        ):
             if belongs:
                 group[server] = wake
             else:
                 group.pop(server, None)
         interval = self.interval(server, usual)
-        server.on_chosen = self.chosen if interval > usual else None
+        server.on_chosen = self.chosen if interval > usual and not matter else None
         server.load_estimate.expect_scrapes(interval)
         self._wake_postponed(now)
         return interval
@@ -109,14 +172,28 @@ class ProbePace:
         wake = self._idle.pop(server, None) or self._changed.pop(server, None)
         if wake is None:
             return
-        earned = (now - self._counted_at) * self._rate
-        self._allowed = min(self._allowed + max(0.0, earned), self._rate)
-        self._counted_at = now
-        if self._allowed >= 1.0:
-            self._allowed -= 1.0
+        if self._may_wake(now):
             wake()
         else:
             self._postponed[server] = (now + self._patience, wake)
+
+    def failed(self, server: Server, now: float) -> None:
+        """A request has failed on the server: ask a server that matters now, if asked seldom."""
+        if self._stretch(server) <= 1.0:
+            return
+        wake = self._busy.get(server) or self._doubtful.get(server)
+        if wake is not None and self._may_wake(now):
+            wake()
+
+    def _may_wake(self, now: float) -> bool:
+        """Whether another server may be asked outside of its interval; counts it if so."""
+        earned = (now - self._counted_at) * self._rate
+        self._allowed = min(self._allowed + max(0.0, earned), self._rate)
+        self._counted_at = now
+        if self._allowed < 1.0:
+            return False
+        self._allowed -= 1.0
+        return True
 
     def _wake_postponed(self, now: float) -> None:
         """Wake the probes of the servers whose requests have lasted; the others are idle again.
@@ -140,4 +217,6 @@ class ProbePace:
         server.on_chosen = None
         self._idle.pop(server, None)
         self._changed.pop(server, None)
+        self._busy.pop(server, None)
+        self._doubtful.pop(server, None)
         self._postponed.pop(server, None)

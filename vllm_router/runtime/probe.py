@@ -1,6 +1,7 @@
 """The probes of one server: `/health`, `/metrics` and `/v1/models`, each with its own interval.
 
-The intervals grow in a large fleet while nothing happens on the server, see `fleet/probe_pace.py`.
+The intervals grow in a large fleet, most of all while nothing happens on the server, see
+`fleet/probe_pace.py`.
 Each server has its own task, so that a slow server delays no other. This module sends the requests;
 `fleet/` decides what the responses mean.
 """
@@ -159,8 +160,8 @@ class Probe:
             usual = self._settings.health_check_interval
             if not settled:
                 usual = min(usual, UNSETTLED_INTERVAL)
-                if self._pace.is_idle(server):
-                    self._scrape_now.set()  # it matters from now on
+                if self._pace.is_predicted(server):
+                    self._scrape_now.set()  # its figures matter from now on
             interval = self._pace.interval(server, usual) if settled else usual
             interval *= self._jitter(stretched=interval > usual)
             with trio.move_on_after(math.inf if settled and self._visited else interval):
@@ -305,7 +306,7 @@ class Probe:
             self._fleet.settle(now)
             self._tick(server, now)
             was_idle = pace.is_idle(server) or woken
-            interval = pace.scraped(server, self._settings, now, self._wake)
+            interval = pace.scraped(server, self._settings, now, self._wake, spared=spared)
             if spared:
                 server.load_estimate.expect_scrapes(interval + LATER)
             if was_idle and not pace.is_idle(server):
@@ -357,9 +358,9 @@ class Probe:
             await self.read_list()
 
     def _wake(self) -> None:
-        """Scrape the server now: it was idle, and has got a request.
+        """Scrape the server now: it was idle and has got a request, or it has failed one.
 
-        If the request still runs then, the server is checked, too.
+        A server that was idle is checked, too, if the request still runs then.
         """
         self._scrape_now.set()
 

@@ -80,7 +80,7 @@ class ActiveProbes:
         self._to_start: deque[tuple[Server, trio.CancelScope]] = deque()
         self._work = trio.Event()
         context.scrapes.probes = self
-        context.fleet.on_failed.append(context.scrapes.failed)
+        context.fleet.on_failed += [context.scrapes.failed, self._pace.failed]
 
     async def run(self) -> None:
         """Run all probes until cancelled."""

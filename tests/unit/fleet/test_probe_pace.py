@@ -14,6 +14,7 @@ from vllm_router.fleet.probe_pace import (
     SETTLES_IN,
     ProbePace,
     changed_recently,
+    is_doubtful,
     matters,
 )
 from vllm_router.fleet.reason import NONE
@@ -193,3 +194,117 @@ def test_pace_new_setting_applies_with_the_next_scrape():
     rig = Probed(1000)
     rig.fleet.settings = make_fleet(1, idle_probes_per_second=100_000).settings
     assert rig.scraped(rig.servers[0]) == 0.5
+
+
+def busy(rig: Probed, count: int, *, waiting: int = 0, others: float = 0.0) -> list[Server]:
+    """Give the first servers a request each, and scrape them twice.
+
+    In the engines of the first `waiting` ones a request waits; `others` are other routers' requests
+    on each of these.
+    """
+    servers = rig.servers[:count]
+    for server in servers:
+        server.lease(LATER)
+    for position, server in enumerate(servers * 2):
+        waits = position % count < waiting
+        gauge = gauges(1.0 + others * waits, float(waits and not others))
+        server.scraped(gauge, LATER, server.in_flight)
+        rig.scraped(server)
+    return servers
+
+
+def test_pace_two_hundred_busy_servers_are_asked_as_usual():
+    rig = Probed(1000)
+    servers = busy(rig, 200, waiting=150)
+    for server in servers:
+        assert rig.scraped(server) == 0.5
+        assert rig.pace.interval(server, 2.0) == 2.0
+        assert server.load_estimate.stale_after == 1.5
+        rig.pace.failed(server, LATER)
+    assert rig.woken[200:] == [], "only because they were idle"
+
+
+@pytest.mark.parametrize(("count", "scrape", "check"), [(250, 0.625, 2.5), (1000, 2.5, 10.0)])
+def test_pace_more_busy_servers_cost_as_much_as_two_hundred(count, scrape, check):
+    rig = Probed(1000)
+    servers = busy(rig, count)
+    intervals = [rig.scraped(server) for server in servers]
+    assert intervals == [scrape] * count
+    assert sum(1 / interval for interval in intervals) == pytest.approx(200 / 0.5)
+    assert rig.pace.interval(servers[0], 2.0) == check
+    assert servers[0].load_estimate.stale_after == 3 * scrape
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "theirs", "others"),
+    [(1, 0.5, 0.5 * 999 / 199), (100, 0.5, 4.5), (500, 2.5, 2.5), (900, 4.5, 0.5), (1000, 2.5, 0)],
+)
+@pytest.mark.parametrize("peers", [0.0, 5.0], ids=["queue", "other routers"])
+def test_pace_doubtful_servers_have_half_of_the_places(doubtful, theirs, others, peers):
+    rig = Probed(1000)
+    servers = busy(rig, 1000, waiting=doubtful, others=peers)
+    intervals = [rig.scraped(server) for server in servers]
+    assert intervals[:doubtful] == pytest.approx([theirs] * doubtful)
+    assert intervals[doubtful:] == pytest.approx([others] * (1000 - doubtful))
+    assert sum(1 / interval for interval in intervals) == pytest.approx(400)
+
+
+def test_is_doubtful_own_requests_that_run_are_predictable():
+    server = make_fleet(1).servers["a"]
+    for _ in range(3):
+        server.lease(LATER)
+    server.scraped(gauges(3.0), LATER, 3)
+    assert not is_doubtful(server)
+    server.scraped(gauges(4.0), LATER, 3)
+    assert not is_doubtful(server), "the gauge may lag behind a response"
+    server.scraped(gauges(6.0), LATER, 3)
+    assert is_doubtful(server)
+    server.scraped(gauges(2.0, 1.0), LATER, 3)
+    assert is_doubtful(server)
+
+
+@pytest.mark.parametrize("reason", [name for name in REASONS if "request" not in name])
+def test_is_doubtful_health_in_doubt(reason):
+    server = make_fleet(1).servers["a"]
+    REASONS[reason](server)
+    assert is_doubtful(server)
+
+
+def test_pace_busy_servers_are_never_asked_less_often_than_at_the_longest_interval():
+    rig = Probed(300, busy_servers_at_full_rate=1)
+    servers = busy(rig, 300)
+    assert rig.scraped(servers[0]) == LONGEST
+    slow = Probed(300, busy_servers_at_full_rate=1, metrics_interval=3600)
+    assert slow.scraped(busy(slow, 300)[0]) == 3600
+
+
+def test_pace_servers_that_another_router_scrapes_take_no_places():
+    rig = Probed(1000)
+    servers = busy(rig, 1000)
+    for server in servers[500:]:
+        rig.pace.scraped(server, rig.fleet.settings, LATER, lambda: None, spared=True)
+    assert rig.scraped(servers[0]) == 1.25
+    spared = rig.pace.scraped(servers[-1], rig.fleet.settings, LATER, lambda: None, spared=True)
+    assert spared == 1.25
+
+
+def test_pace_failed_request_wakes_a_stretched_busy_server_at_the_rate():
+    rig = Probed(1000, idle_probes_per_second=10)
+    servers = busy(rig, 1000)
+    rig.woken.clear()
+    for server in servers[:30]:
+        rig.pace.failed(server, LATER + 60)
+    assert rig.woken == [f"s{n}" for n in range(10)]
+
+
+def test_pace_busy_servers_are_asked_as_usual_again_when_few_are_left():
+    rig = Probed(1000)
+    servers = busy(rig, 1000)
+    for server in servers[100:]:
+        next(iter(server.leases)).release()
+        server.scraped(gauges(0.0), LATER, 0)
+        rig.scraped(server)
+    assert rig.scraped(servers[0]) == 0.5
+    for server in servers[50:100]:
+        rig.pace.forget(server)
+    assert rig.scraped(servers[0]) == 0.5

@@ -29,9 +29,9 @@ STRETCHED = COUNT / RATE
 class Rig:
     """A fleet whose servers answer from memory; `running` and `dead` may be changed."""
 
-    def __init__(self, rate: int) -> None:
+    def __init__(self, rate: int, **settings: object) -> None:
         described = [{"url": f"http://s{n}.test:1", "name": f"s{n}"} for n in range(COUNT)]
-        self.fleet = Fleet(make_config(described, idle_probes_per_second=rate))
+        self.fleet = Fleet(make_config(described, idle_probes_per_second=rate, **settings))
         self.servers = list(self.fleet.servers.values())
         self.asked: Counter[tuple[str, str]] = Counter()
         self.running: dict[str, int] = {}
@@ -65,9 +65,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def settled_fleet(monkeypatch: pytest.MonkeyPatch, rate: int = RATE) -> AsyncIterator[Rig]:
+async def settled_fleet(
+    monkeypatch: pytest.MonkeyPatch, rate: int = RATE, **settings: object
+) -> AsyncIterator[Rig]:
     """All servers have been up for some intervals."""
-    rig, pace = Rig(rate), ProbePace()
+    rig, pace = Rig(rate, **settings), ProbePace()
     monkeypatch.setattr(probe_module, "control_transport", rig.transport)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -174,3 +176,32 @@ async def test_probe_server_down_for_long_is_asked_seldom(autojump_clock, monkey
         assert server.state is State.DOWN
         rig.dead.clear()
         assert await rig.until(lambda: server.state is State.UP) < 1.3 * STRETCHED + 3
+
+
+async def test_probe_busy_servers_share_the_rate_of_a_few(autojump_clock, monkeypatch):
+    async with settled_fleet(monkeypatch, busy_servers_at_full_rate=4) as rig:
+        leases = [server.lease(trio.current_time()) for server in rig.servers]
+        rig.running.update({server.name: 1 for server in rig.servers})
+        await trio.sleep(STRETCHED)
+        asked = await rig.counted(100)
+        assert total(asked, "/metrics") == pytest.approx(100 * 4 * 2, rel=0.1)
+        assert total(asked, "/health") == pytest.approx(100 * 4 / 2, rel=0.1)
+        assert min(asked[server.name, "/metrics"] for server in rig.servers) >= 40
+        assert all(server.load_estimate.fresh for server in rig.servers)
+        rig.running["s5"] = 9  # other routers' requests, too
+        asked = await rig.counted(60)
+        assert asked["s5", "/metrics"] == pytest.approx(120, abs=15)
+        for lease in leases:
+            lease.release()
+
+
+async def test_probe_dead_busy_server_among_many_is_found(autojump_clock, monkeypatch):
+    """One failed scrape is followed by others as usual."""
+    async with settled_fleet(monkeypatch, busy_servers_at_full_rate=4) as rig:
+        leases = [server.lease(trio.current_time()) for server in rig.servers]
+        await trio.sleep(STRETCHED)
+        rig.dead.add("s7")
+        server = rig.servers[7]
+        assert await rig.until(lambda: server.state is State.DOWN) < 1.3 * 2 + 3 * 0.5
+        for lease in leases:
+            lease.release()
