@@ -14,6 +14,10 @@ UNKNOWN_SLOTS = 4
 PRIOR_WEIGHT = 20.0
 """Weight, in first tokens seen, of the assumed cost."""
 
+WAIT_PENALTY = 512.0
+"""Requests added to the load of a server on which a request would wait for a slot: until none of
+the running requests needs one of its adapters. With steady traffic that never happens."""
+
 EWMA_WEIGHT = 0.05
 MIN_COST, MAX_COST = 500.0, 32_000.0
 TOKEN_SECONDS = 5e-5
@@ -24,27 +28,89 @@ MEASURED_FROM = 500.0
 
 
 class LoadedAdapters:
-    """The adapters that a server has probably loaded, the least recently used first."""
+    """The adapters that a server has probably loaded, and which of them it needs.
 
-    __slots__ = ("_used", "slots")
+    A slot whose adapter has running requests cannot be taken: requests for another adapter wait.
+    """
+
+    __slots__ = ("_busy", "_slots", "_waiting", "is_awaited", "is_full", "running")
 
     def __init__(self) -> None:
-        self.slots = UNKNOWN_SLOTS
-        self._used: OrderedDict[str, None] = OrderedDict()
+        self.running: OrderedDict[str, int] = OrderedDict()
+        """Our running requests for each loaded adapter, the least recently used first."""
+        self.is_full = self.is_awaited = False
+        """Whether every slot is needed, and whether requests wait for one."""
+        self._slots = UNKNOWN_SLOTS
+        self._busy = 0
+        """Adapters with running requests."""
+        self._waiting: dict[str, int] = {}
+        """Our requests for adapters that wait for a slot, in their order."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self._used
+        return name in self.running
 
-    def use(self, name: str) -> None:
-        """A request for this adapter was sent to the server, or runs there."""
-        self._used[name] = None
-        self._used.move_to_end(name)
-        while len(self._used) > self.slots:
-            self._used.popitem(last=False)
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @slots.setter
+    def slots(self, count: int) -> None:
+        if count != self._slots:
+            self._slots = count
+            self._count()
+
+    def note(self, name: str) -> None:
+        """A request for this adapter runs on the server, perhaps another router's."""
+        self._load(name, 0)
+
+    def begin(self, name: str) -> bool:
+        """A request for this adapter was sent to the server. Returns False if it waits there."""
+        if name in self.running or not self.is_full:
+            self._load(name, 1)
+            return True
+        self._waiting[name] = self._waiting.get(name, 0) + 1
+        self.is_awaited = True
+        return False
+
+    def end(self, name: str) -> None:
+        """Such a request has ended; unknown ones, of an earlier process, change nothing."""
+        if self.running.get(name):
+            self.running[name] -= 1
+            if not self.running[name]:
+                self._busy -= 1
+                self._count()
+        elif name in self._waiting:
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
+                self._count()
 
     def clear(self) -> None:
         """The server's process is new."""
-        self._used.clear()
+        self.running.clear()
+        self._waiting.clear()
+        self._busy = 0
+        self._count()
+
+    def _count(self) -> None:
+        """Slots or requests have changed: requests that waited may run."""
+        while self._waiting and self._busy < self._slots:
+            name = next(iter(self._waiting))
+            self._load(name, self._waiting.pop(name))
+        self.is_full = self._busy >= self._slots
+        self.is_awaited = bool(self._waiting)
+
+    def _load(self, name: str, requests: int) -> None:
+        running = self.running.get(name, 0)
+        if requests and not running:
+            self._busy += 1
+            self.is_full = self._busy >= self._slots
+        self.running[name] = running + requests
+        self.running.move_to_end(name)
+        if len(self.running) > self._slots:
+            idle = [one for one, count in self.running.items() if not count]
+            for one in idle[: len(self.running) - self._slots]:
+                del self.running[one]
 
 
 class SwapCost:
@@ -89,6 +155,29 @@ class SwapCost:
         measured = max(0.0, self._swapped - self._loaded) / self._per_token
         share = self._seen / (self._seen + PRIOR_WEIGHT)
         return min(max(self.prior + share * (measured - self.prior), MIN_COST), MAX_COST)
+
+
+def slots_for(adapter: str, bits: list[int], servers: list[LoadedAdapters]) -> tuple[int, int]:
+    """The bits of the servers that have the adapter loaded, and of those without a slot for it.
+
+    On the latter all slots are needed by others. While requests wait for a slot anywhere, an
+    adapter needs only one: the others, which it could do without, get free when their requests have
+    ended. It keeps the one with the most requests, of servers on which no request waits if it can.
+    """
+    loaded = missing = 0
+    awaited = False
+    holders: list[tuple[bool, int, int]] = []
+    for bit, one in zip(bits, servers, strict=True):
+        if one.is_awaited:
+            awaited = True
+        if adapter in one.running:
+            loaded |= bit
+            holders.append((not one.is_awaited, one.running[adapter], bit))
+        elif one.is_full:
+            missing |= bit
+    if awaited and len(holders) > 1:
+        missing |= loaded & ~max(holders)[2]
+    return loaded, missing
 
 
 def with_adapters(

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm_router.routing.adapters import WAIT_PENALTY, slots_for
 from vllm_router.routing.hashing import draw
 from vllm_router.routing.score_order import ScoreOrder
 from vllm_router.routing.server_estimate import ServerEstimate
@@ -103,6 +104,7 @@ class ScoreCache:
     """
 
     __slots__ = (
+        "_adapters",
         "_affinities",
         "_arrivals",
         "_bits",
@@ -201,6 +203,7 @@ class ScoreCache:
             estimate.bit: position for position, estimate in enumerate(estimates)
         }
         self._bits = [estimate.bit for estimate in estimates]
+        self._adapters = [estimate.adapters for estimate in estimates]
         self._position_at = {bit.bit_length(): at for at, bit in enumerate(self._bits)}
         self._log = candidates[0].change_log.servers
         self._read = 0
@@ -430,6 +433,22 @@ class ScoreCache:
                 found[position] += self.factors[position] * self._excess(position, tokens, levels)
         return found
 
+    def slots_for(self, adapter: str | None) -> tuple[int, int]:
+        """The bits of the servers that have the adapter loaded, and of those where it would wait.
+
+        If it would wait anywhere, a server that fails or is slow counts like them: its free slots
+        must not draw all requests.
+        """
+        if adapter is None or not self.is_adapter:
+            return 0, 0
+        loaded, waits = slots_for(adapter, self._bits, self._adapters)
+        return loaded, waits | self.everyone & ~self.credited if waits else 0
+
+    def with_waits(self, scores: list[float], waits: int) -> list[float]:
+        """The scores with a penalty for the servers on which the adapter would wait for a slot."""
+        columns = zip(scores, self.factors, self._bits, strict=True)
+        return [s + f * WAIT_PENALTY if bit & waits else s for s, f, bit in columns]
+
     def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
         """The penalty for the uncached tokens beyond the room of a server, in requests."""
         bit = self.estimates[position].bit
@@ -448,19 +467,23 @@ class ScoreCache:
         bonus: int,
         prompt: tuple[float, float, float, float],
         draw: float,
+        waits: int = 0,
     ) -> list[int]:
         """The positions with the lowest score among the servers that have a chance.
 
         These are the ones with the lowest base scores, those with blocks of the prompt, and the
         affinity server: the others would need more requests, and compute as much. `prompt` has the
         tokens of the prompt and the arguments of `with_prompt`; `draw` is a random number in
-        [0, 1).
+        [0, 1); `waits` as for `with_waits`.
         """
         order = self._order
         assert order is not None
         tokens, uncached, turns, delay = prompt
         front = order.lowest(SEARCHED)
         chosen = front[:SHORTLIST]
+        if waits:
+            free = self._some_of(self.everyone & ~waits, front, draw)
+            chosen = list(dict.fromkeys((*chosen, *free)))
         cached: dict[int, float] = {}
         best = 0.0
         if levels:
@@ -508,6 +531,10 @@ class ScoreCache:
                 if tokens > self._rooms[position]:
                     excess = self._excess_beyond(position, tokens - cached.get(position, 0.0))
                     scores[number] += self.factors[position] * excess
+        if waits:
+            for number, position in enumerate(chosen):
+                if self._bits[position] & waits:
+                    scores[number] += self.factors[position] * WAIT_PENALTY
         lowest = min(scores)
         if scores.count(lowest) == 1:
             return [chosen[scores.index(lowest)]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from vllm_router.routing.adapters import WAIT_PENALTY
 from vllm_router.routing.score_cache import AFFINITY_BONUS, ScoreCache
 
 
@@ -16,7 +17,8 @@ class Asked(NamedTuple):
     """The request. `levels` and `bonus`: see `ScoreCache.scores`.
 
     `tokens`, `uncached`, `turns`, `delay`: see `ScoreCache.with_prompt`. `swap`: tokens that
-    loading the adapter costs; `loaded`: bits of the servers that have it.
+    loading the adapter costs; `loaded`: bits of the servers that have it; `waits`: bits of those on
+    which the request would wait for a slot.
     """
 
     levels: list[tuple[float, int]]
@@ -27,6 +29,7 @@ class Asked(NamedTuple):
     delay: float
     swap: float
     loaded: int
+    waits: int
 
 
 class ScoreTable:
@@ -66,6 +69,7 @@ class ScoreTable:
             "waste_tokens": best - credit,
             "uncached_tokens": asked.uncached,
             **cache.prompt_terms(position, asked.uncached, asked.turns, asked.delay),
+            "adapter_wait": WAIT_PENALTY if bit & asked.waits else 0.0,
             "kv_pressure": cache.pressure(position, asked.tokens, levels),
             "footprint_tokens": self._footprints[position],
             "kv_tokens": cache.kv_tokens[position],

@@ -207,7 +207,7 @@ class ServerEstimate:
         if metrics.max_adapters:
             self.adapters.slots = metrics.max_adapters
         for name in metrics.adapters:
-            self.adapters.use(name)
+            self.adapters.note(name)
 
     def _shows_speed(self, at: float) -> bool:
         """Whether the last time per token is the server's own, see LONG_PROMPTS."""
@@ -286,8 +286,8 @@ class Reservation:
     """The prompt tokens that one lease adds to its server's queue, until its first token."""
 
     __slots__ = (
-        "ahead", "cached", "estimate", "is_adapter", "known", "model", "prompt", "swapped",
-        "uncached", "waiting",
+        "ahead", "cached", "estimate", "is_adapter", "known", "model", "prompt",
+        "slot_wait", "swapped", "uncached", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -308,8 +308,8 @@ class Reservation:
         self.uncached = uncached
         self.ahead = estimate.queued + uncached
         """Uncached tokens that are computed before its first token, its own included."""
-        self.is_adapter = self.swapped = False
-        """Whether it is for an adapter, and whether that had to be loaded."""
+        self.is_adapter = self.swapped = self.slot_wait = False
+        """Whether it is for an adapter, whether that had to be loaded, and to wait for a slot."""
         self.waiting = True
         estimate.queued += uncached  # the lease in this step has marked the server as changed
 

@@ -13,14 +13,17 @@ from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.fleet.server import Lease, Server
 from vllm_router.routing.adapters import (
     PRIOR_WEIGHT,
+    WAIT_PENALTY,
     LoadedAdapters,
     SwapCost,
+    slots_for,
     with_adapters,
 )
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import Adaptive
 from vllm_router.routing.prompt.blocks import Prompt, hash_blocks
 from vllm_router.routing.prompt.routing_info import RoutingInfo
+from vllm_router.routing.score_cache import LARGE
 from vllm_router.routing.server_estimate import ServerEstimate
 from vllm_router.routing.working_sets import MAX_CONVERSATIONS, WorkingSets, overflow
 
@@ -123,11 +126,153 @@ def test_adapter_running_by_metrics_is_loaded():
 def test_adapters_loaded_are_bounded_by_slots():
     loaded = LoadedAdapters()
     for name in ADAPTERS:
-        loaded.use(name)
-    assert [name in loaded for name in ADAPTERS] == [False, True, True, True, True]
+        loaded.begin(name)
+        loaded.end(name)
+    assert held(loaded) == [False, True, True, True, True]
     loaded.slots = 1
-    loaded.use("lora-b")
-    assert [name for name in ADAPTERS if name in loaded] == ["lora-b"]
+    loaded.note("lora-b")
+    assert held(loaded) == [False, True, False, False, False]
+
+
+def held(loaded: LoadedAdapters) -> list[bool]:
+    return [name in loaded for name in ADAPTERS]
+
+
+def test_adapters_with_running_requests_keep_their_slots():
+    loaded = LoadedAdapters()
+    loaded.slots = 2
+    for name in ("lora-a", "lora-b", "lora-b"):
+        loaded.begin(name)
+    assert loaded.is_full
+    loaded.begin("lora-c")
+    loaded.begin("lora-d")
+    loaded.end("lora-d")  # given up while it waited
+    loaded.end("lora-b")
+    assert held(loaded) == [True, True, False, False, False]
+    loaded.end("lora-b")
+    assert held(loaded) == [True, False, True, False, False]
+    assert loaded.is_full
+    loaded.end("lora-c")
+    assert not loaded.is_full
+    loaded.begin("lora-e")
+    assert held(loaded) == [True, False, False, False, True]
+
+
+def test_adapters_of_new_process_need_no_slots():
+    loaded = LoadedAdapters()
+    loaded.slots = 1
+    loaded.begin("lora-a")
+    loaded.begin("lora-b")
+    loaded.clear()
+    loaded.end("lora-a")
+    loaded.end("lora-b")
+    loaded.begin("lora-c")
+    assert held(loaded) == [False, False, True, False, False]
+    loaded.end("lora-c")
+    assert not loaded.is_full
+
+
+def test_adapter_waits_for_no_slot_while_another_server_has_one():
+    it = Fleet(count=2)
+    for server in it.servers:
+        it.scrape(server, max_adapters=1)
+    home, other = it.servers
+    it.send(asking("lora-a"), home)
+    for _ in range(12):  # it has much more to do, but no need for its slot is in sight here
+        it.send(asking("lora-b"), other)
+    assert it.pick(asking("lora-b")) is other
+    parts = it.parts(asking("lora-b"), home)
+    assert parts["adapter_wait"] == WAIT_PENALTY
+    assert it.parts(asking("lora-b"), other)["adapter_wait"] == 0
+    assert it.parts(asking("base"), home)["adapter_wait"] == 0
+
+
+def test_adapter_with_one_slot_too_many_gives_it_up_for_waiting_requests():
+    """The hot adapter has two servers, and the one without a slot gets the second in time."""
+    it = Fleet(count=2)
+    for server in it.servers:
+        it.scrape(server, max_adapters=1)
+    home, other = it.servers
+    for server in (home, home, home, other):
+        hot = it.send(asking("lora-a"), server)
+    assert it.parts(asking("lora-a"), other)["adapter_wait"] == 0
+    assert it.send(asking("lora-b")).server is other
+    assert it.parts(asking("lora-a"), other)["adapter_wait"] == WAIT_PENALTY
+    assert [it.send(asking("lora-a")).server for _ in range(5)] == [home] * 5
+    it.policy.ended(hot, it.now, failed=False)
+    assert it.parts(asking("lora-b"), other)["adapter_wait"] == 0
+    assert it.parts(asking("lora-b"), home)["adapter_wait"] == WAIT_PENALTY
+
+
+@pytest.mark.parametrize(
+    ("waits", "expected"),
+    [
+        ((False, False, False), 0b000),  # no request waits: both keep it
+        ((False, False, True), 0b101),  # on the third, which has no slot; the second has more
+        ((False, True, False), 0b110),  # where none waits
+        ((True, True, False), 0b101),
+    ],
+)
+def test_slots_for_adapter_on_two_servers_keeps_one_if_requests_wait(
+    waits: tuple[bool, ...], expected: int
+):
+    servers = [LoadedAdapters() for _ in waits]
+    for one, holds in zip(servers, (1, 2, 0), strict=True):
+        one.slots = 1
+        for _ in range(holds):
+            one.begin("lora-a")
+    servers[2].slots = 1 if any(waits) else 2
+    servers[2].begin("lora-b")
+    for one, waiting in zip(servers, waits, strict=True):
+        if waiting:
+            assert not one.begin("lora-c")
+    assert slots_for("lora-a", [0b001, 0b010, 0b100], servers) == (0b011, expected)
+
+
+def test_adapter_goes_to_no_failing_server_only_for_its_free_slots():
+    it = Fleet(count=2)
+    for server in it.servers:
+        it.scrape(server, max_adapters=1)
+    busy, failing = it.servers
+    it.send(asking("lora-a"), busy)
+    it.policy.ended(it.send(asking("lora-a"), failing), it.now, failed=True)
+    it.now += 0.2
+    assert it.pick(asking("lora-b")) is busy
+    assert it.parts(asking("lora-b"), failing)["adapter_wait"] == WAIT_PENALTY
+
+
+def test_adapter_in_large_fleet_finds_a_free_slot_behind_the_shortlist():
+    it = Fleet(count=LARGE)
+    free = it.servers[LARGE // 2]
+    for server in it.servers:
+        it.scrape(server, max_adapters=1)
+        it.send(asking("base" if server is free else "lora-a"), server)
+    for _ in range(3):
+        it.send(asking("base"), free)
+    assert it.pick(asking("lora-b")) is free
+
+
+def test_swap_cost_learns_nothing_from_requests_that_wait_for_a_slot():
+    it = Fleet(count=1)
+    it.scrape(it.servers[0], max_adapters=1)
+    it.send(asking("lora-a"))
+    before = it.parts(asking("lora-a"), it.servers[0])["adapter_tokens"]
+    for _ in range(50):
+        for model, seconds in (("base", 1.0), ("lora-b", 9.0)):
+            lease = it.send(asking(model, CONTEXT))
+            lease.last_byte_at = it.now + seconds
+            it.policy.first_byte(lease)
+    assert before > 0
+    assert it.parts(asking("lora-a"), it.servers[0])["adapter_tokens"] == before
+
+
+def test_adapter_with_a_single_server_needs_a_slot_there():
+    it = Fleet(count=1)
+    it.scrape(it.servers[0], max_adapters=1)
+    lease = it.send(asking("lora-a"), it.servers[0])  # no policy is asked for the only candidate
+    assert it.parts(asking("lora-b"), it.servers[0])["adapter_wait"] == WAIT_PENALTY
+    it.policy.ended(lease, it.now, failed=False)
+    assert it.parts(asking("lora-b"), it.servers[0])["adapter_wait"] == 0
 
 
 def test_adapters_of_new_process_are_forgotten():

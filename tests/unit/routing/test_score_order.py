@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.fleet_makers import gauges, make_fleet
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import ChangeLog, Lease, Server
+from vllm_router.routing.adapters import WAIT_PENALTY
 from vllm_router.routing.policies import PolicySettings
 from vllm_router.routing.policies.adaptive import REFRESH, REFRESHED_AT_ONCE, Adaptive
 from vllm_router.routing.prompt.routing_info import EXPLAIN, RoutingInfo, read_at_once
@@ -238,6 +239,7 @@ def plain_lowest(
     bonus: int,
     prompt: tuple[float, float, float, float],
     draw: float,
+    waits: int,
 ) -> list[int]:
     """`lowest_of_few` in the plainest way: term by term for each candidate."""
     order = cache._order
@@ -250,7 +252,8 @@ def plain_lowest(
             if position not in cached and not cache._is_overloaded(position, mean):
                 cached[position] = credit
     best = max(cached.values(), default=0.0)
-    chosen = dict.fromkeys([*order.lowest(SHORTLIST), *cached])
+    free = plain_some_of(cache, cache.everyone & ~waits, draw) if waits else []
+    chosen = dict.fromkeys([*order.lowest(SHORTLIST), *free, *cached])
     home = cache._position_of_bit[bonus] if bonus else -1
     if bonus:
         chosen[home] = None
@@ -264,6 +267,7 @@ def plain_lowest(
         score -= factor * AFFINITY_BONUS if position == home else 0.0
         if tokens > cache._rooms[position]:
             score += factor * cache._excess_beyond(position, tokens - have)
+        score += factor * WAIT_PENALTY if waits >> position & 1 else 0.0
         scores[position] = score
     lowest = min(scores.values())
     return [position for position, score in scores.items() if score == lowest]
@@ -282,7 +286,7 @@ def test_adaptive_among_many_few_are_scored_as_all_are(seed, waste, sparse, data
         for _ in range(LARGE)
     ]
     estimates = [
-        Figures(bit=1 << n, seed=rng.getrandbits(64), server=server)
+        Figures(bit=1 << n, seed=rng.getrandbits(64), server=server, adapters=None)
         for n, server in enumerate(candidates)
     ]
     cache = ScoreCache(cast("Any", candidates), cast("Any", estimates), PolicySettings())
@@ -305,8 +309,9 @@ def test_adaptive_among_many_few_are_scored_as_all_are(seed, waste, sparse, data
     turns = data.draw(st.sampled_from([0.0, 2.0]))
     prompt = (rng.choice([50.0, 500.0]), rng.choice([0.0, 400.0]), turns, 0.1)
     draw = rng.random()
-    found = cache.lowest_of_few(levels, bonus, prompt, draw)
-    assert found == plain_lowest(cache, levels, bonus, prompt, draw)
+    waits = rng.choice([0, rng.getrandbits(LARGE), cache.everyone, cache.everyone ^ 1 << 77])
+    found = cache.lowest_of_few(levels, bonus, prompt, draw, waits)
+    assert found == plain_lowest(cache, levels, bonus, prompt, draw, waits)
 
 
 @pytest.fixture

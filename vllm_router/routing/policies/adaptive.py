@@ -100,8 +100,8 @@ class Adaptive(Policy):
         matches: Matches | None = None
         if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
-            levels, bonus = self._credit(cache, info, matches)
-            scores = self._weigh(cache, info, matches, levels, bonus)
+            levels, bonus, waits = self._credit(cache, info, matches)
+            scores = self._weigh(cache, info, matches, levels, bonus, waits)
         lowest = min(scores)
         if scores.count(lowest) == 1:
             return candidates[scores.index(lowest)], matches
@@ -113,32 +113,33 @@ class Adaptive(Policy):
         hashes = info.prompt.block_hashes
         matches: Matches | None = None
         levels: list[tuple[float, int]] = []
-        bonus = 0
+        bonus = waits = 0
         if hashes or cache.has_peers or cache.is_adapter:
             matches = self.index.table.match(hashes, cache.everyone)
-            levels, bonus = self._levels(cache, info, matches)
+            levels, bonus, waits = self._levels(cache, info, matches)
         tokens, uncached, turns = self._prompt(info, matches or [])
         if not hashes:
             uncached = turns = 0.0
         delay = uncached * self._swap_cost.per_token
         prompt = (tokens, uncached, turns, delay)
-        best = cache.lowest_of_few(levels, bonus, prompt, self.rng.random())
+        best = cache.lowest_of_few(levels, bonus, prompt, self.rng.random(), waits)
         position = best[0] if len(best) == 1 else self.rng.choice(best)
         return cache.candidates[position], matches
 
     def _credit(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int]:
+    ) -> tuple[list[tuple[float, int]], int, int]:
         """The cached tokens that count, as levels for `ScoreCache.scores`, the most first.
 
-        Also the bit of the affinity server if a conversation begins here, or 0.
+        Also the bit of the affinity server if a conversation begins here, or 0, and the bits of the
+        servers on which the request would wait for a slot for its adapter.
         """
-        levels, bonus = self._levels(cache, info, matches)
-        return cache.not_overloaded(levels) if levels else levels, bonus
+        levels, bonus, waits = self._levels(cache, info, matches)
+        return cache.not_overloaded(levels) if levels else levels, bonus, waits
 
     def _levels(
         self, cache: ScoreCache, info: RoutingInfo, matches: Matches
-    ) -> tuple[list[tuple[float, int]], int]:
+    ) -> tuple[list[tuple[float, int]], int, int]:
         """As `_credit`, with servers that have much more load than the mean."""
         levels: list[tuple[float, int]] = []
         if matches:
@@ -152,10 +153,11 @@ class Adaptive(Policy):
         bonus = 0
         if cache.has_peers and info.prompt.conversation and not self.hears_routers:
             bonus = self._credit_affinity(cache, info, levels)
+        waits = 0
         if cache.is_adapter:
-            loaded = self._loaded(cache, info.model) & cache.credited
-            levels = with_adapters(levels, loaded, self._swap_cost.tokens)
-        return levels, bonus
+            loaded, waits = cache.slots_for(info.model)
+            levels = with_adapters(levels, loaded & cache.credited, self._swap_cost.tokens)
+        return levels, bonus, waits
 
     def _weigh(
         self,
@@ -164,6 +166,7 @@ class Adaptive(Policy):
         matches: Matches,
         levels: list[tuple[float, int]],
         bonus: int,
+        waits: int,
     ) -> list[float]:
         """The candidates' scores for this prompt."""
         scores = cache.scores(levels, bonus) if levels or bonus else cache.bases
@@ -173,7 +176,7 @@ class Adaptive(Policy):
             scores = cache.with_prompt(scores, uncached, turns, delay)
         if tokens > cache.least_room:
             scores = cache.with_pressure(scores, tokens, levels)
-        return scores
+        return cache.with_waits(scores, waits) if waits else scores
 
     def _prompt(self, info: RoutingInfo, matches: Matches) -> tuple[float, float, float]:
         """Tokens of the prompt, of these cached nowhere, and further turns of a new conversation.
@@ -186,13 +189,6 @@ class Adaptive(Policy):
         uncached = tokens * max(0.0, 1.0 - found / prompt.size) if prompt.size else 0.0
         is_new = found <= prompt.shared + NEW_BYTES and self._working_sets.window > 0.0
         return tokens, uncached, self._working_sets.turns if is_new else 0.0
-
-    @staticmethod
-    def _loaded(cache: ScoreCache, adapter: str | None) -> int:
-        """The bits of the servers that have the adapter loaded."""
-        return sum(
-            one.bit for one in cache.estimates if adapter is not None and adapter in one.adapters
-        )
 
     # -- several routers before the same servers --------------------------------------------------
 
@@ -349,13 +345,12 @@ class Adaptive(Policy):
         estimate.prompt_total += tokens + cached
         estimate.sent += 1
         cache = self._caches.get(info.model)
-        if cache is not None:
-            if cache.peer_ratio:
-                estimate.extra += cache.peer_ratio
-            if cache.is_adapter and info.model is not None:
-                reservation.is_adapter = True
-                reservation.swapped = info.model not in estimate.adapters
-                estimate.adapters.use(info.model)
+        if cache is not None and cache.peer_ratio:
+            estimate.extra += cache.peer_ratio
+        if info.model is not None and info.model in server.catalog.adapters:
+            reservation.is_adapter = True
+            reservation.swapped = info.model not in estimate.adapters
+            reservation.slot_wait = not estimate.adapters.begin(info.model)
         if not info.stream:
             if estimate.due and estimate.due[0][0] <= now:
                 estimate.settle(now)  # with a single candidate `pick` is not called
@@ -375,7 +370,7 @@ class Adaptive(Policy):
             self._swap_cost.learn(
                 took,
                 reservation.ahead,
-                adapter=reservation.is_adapter,
+                adapter=reservation.is_adapter and not reservation.slot_wait,
                 swapped=reservation.swapped,
             )
 
@@ -405,6 +400,8 @@ class Adaptive(Policy):
         if reservation.waiting:
             reservation.start()
         lease.reservation = None
+        if reservation.is_adapter and reservation.model is not None:
+            reservation.estimate.adapters.end(reservation.model)
         if failed:
             estimate = reservation.estimate
             estimate.error_penalty = estimate.error_penalty_now(now) + ERROR_PENALTY
@@ -461,9 +458,9 @@ class Adaptive(Policy):
         waste = f"waste tokens × (1 + {settings.waste_growth:g} × min(load, {limit}))"
         growth = f"{settings.prompt_growth:g} × load × uncached tokens"
         return (
-            f"score = slow × (1 + load - home + kv pressure + ({QUEUED_WEIGHT:g} × queued tokens + "
-            f"{waste} + lost tokens + delayed tokens + {growth}) / "
-            f"{settings.tokens_per_request:g}) / (share × slow start); "
+            "score = slow × (1 + load - home + adapter wait + kv pressure + "
+            f"({QUEUED_WEIGHT:g} × queued tokens + {waste} + lost tokens + delayed tokens + "
+            f"{growth}) / {settings.tokens_per_request:g}) / (share × slow start); "
             "load = running + 0.5 × waiting + recent errors + others + fast errors; "
             "waste tokens = best server's (cached tokens + adapter tokens) - its own; "
             "lost tokens grow with footprint tokens / kv tokens"
@@ -474,8 +471,8 @@ class Adaptive(Policy):
     ) -> list[Explained]:
         cache = self._cache(candidates, info.model, now)
         matches = self.index.table.match(info.prompt.block_hashes, cache.everyone)
-        levels, bonus = self._credit(cache, info, matches)
-        scores = self._weigh(cache, info, matches, levels, bonus)
+        levels, bonus, waits = self._credit(cache, info, matches)
+        scores = self._weigh(cache, info, matches, levels, bonus, waits)
         tokens, uncached, turns = self._prompt(info, matches)
         if not info.prompt.block_hashes:
             uncached = turns = 0.0
@@ -487,7 +484,8 @@ class Adaptive(Policy):
             turns,
             delay=uncached * self._swap_cost.per_token,
             swap=self._swap_cost.tokens if cache.is_adapter else 0.0,
-            loaded=self._loaded(cache, info.model),
+            loaded=cache.slots_for(info.model)[0],
+            waits=waits,
         )
         table = ScoreTable(cache, asked, now)
         return [

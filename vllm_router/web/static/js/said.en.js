@@ -135,6 +135,7 @@ export const said = {
   term_uncached_tokens: "uncached tokens",
   term_lost_tokens: "lost tokens",
   term_delayed_tokens: "delayed tokens",
+  term_adapter_wait: "adapter wait",
   term_kv_pressure: "kv pressure",
   term_footprint_tokens: "footprint tokens",
   term_kv_tokens: "kv tokens",

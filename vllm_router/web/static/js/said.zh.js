@@ -135,6 +135,7 @@ export const said = {
   term_uncached_tokens: "未缓存 token",
   term_lost_tokens: "将丢失的 token",
   term_delayed_tokens: "受延误的 token",
+  term_adapter_wait: "等待适配器槽位",
   term_kv_pressure: "KV 压力",
   term_footprint_tokens: "占用 token",
   term_kv_tokens: "KV 容量 token",
