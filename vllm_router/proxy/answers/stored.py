@@ -11,6 +11,12 @@ MOST_EVENTS = 4
 
 _FIRST_KEY = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]+)"')
 
+_FIRST_EVENT = re.compile(
+    rb'\s*\{(?:\s*"\w+"\s*:\s*(?:"[^"\\]*"|\d+)\s*,){0,4}'
+    rb'\s*"response"\s*:\s*\{\s*"id"\s*:\s*"([^"\\]+)"'
+)
+"""Only short fields come before `response`, and none before its `id`."""
+
 
 class _Response(msgspec.Struct, gc=False):
     id: str = ""
@@ -27,7 +33,8 @@ _EVENT = msgspec.json.Decoder(_Event)
 def response_id(held: bytes, *, is_stream: bool) -> str | None:
     """The id in a plain body, or in the first events of a stream; None if it is not there.
 
-    The body may be cut: then the id is found as the first key only, where vLLM 0.32 writes it.
+    Both may be cut: then the id is found as the first key only, where vLLM 0.32 writes it. The
+    first event repeats the instructions and tools of the request.
     """
     try:
         if is_stream:
@@ -51,7 +58,10 @@ def _id_in_events(held: bytes) -> str | None:
         try:
             response = _EVENT.decode(held[start + 5 : place]).response
         except msgspec.MsgspecError:
-            continue
+            if ends:
+                continue
+            found = _FIRST_EVENT.match(held, start + 5)
+            return found[1].decode("utf-8", "replace") if found is not None else None
         if response is not None and response.id:
             return response.id
     return None
