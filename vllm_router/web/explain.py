@@ -152,36 +152,38 @@ def _rank(
 
 
 class _Figures(NamedTuple):
-    """The load of a server and its components."""
+    """The figures of a server that change with requests and scrapes, copied at one moment."""
 
-    server: str
-    load: float
+    server: Server
     running: float
     waiting: float
     leases: int
-    capacity: int
-    capacity_source: str
-    max_in_flight: int | None
-    metrics_fresh: bool
+    load: float
+    fresh: bool
+
+    def row(self) -> dict[str, Any]:
+        """The load of the server and its components."""
+        server = self.server
+        return {
+            "server": server.name,
+            "load": round(self.load, 4),
+            "running": self.running,
+            "waiting": self.waiting,
+            "leases": self.leases,
+            "capacity": server.capacity,
+            "capacity_source": server.capacity_estimate.source,
+            "max_in_flight": server.config.max_in_flight,
+            "metrics_fresh": self.fresh,
+        }
 
 
 def _figures(server: Server) -> _Figures:
     load = server.load_estimate
-    return _Figures(
-        server.name,
-        round(load.value, 4),
-        load.running,
-        load.waiting,
-        server.in_flight,
-        server.capacity,
-        server.capacity_estimate.source,
-        server.config.max_in_flight,
-        load.fresh,
-    )
+    return _Figures(server, load.running, load.waiting, server.in_flight, load.value, load.fresh)
 
 
 def _explained_row(figures: _Figures, ranked: _Ranked) -> dict[str, Any]:
-    return {**figures._asdict(), "score": ranked.score, "parts": dict(ranked.parts)}
+    return {**figures.row(), "score": ranked.score, "parts": dict(ranked.parts)}
 
 
 def _note(
@@ -259,7 +261,7 @@ def _why_out(
 
 
 def _row_out(figures: _Figures, state: State, reason: Reason) -> dict[str, Any]:
-    return {**figures._asdict(), "state": state, **reason_fields(reason)}
+    return {**figures.row(), "state": state, **reason_fields(reason)}
 
 
 def _in(code: str, seconds: float) -> Reason:
