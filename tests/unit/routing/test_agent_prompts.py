@@ -162,6 +162,36 @@ def test_prompt_of_responses_has_custom_calls_and_image_results():
     assert one.prompt.size == codex(TEXT[:6000], "QUJD" * 90_000).prompt.size
 
 
+@pytest.mark.parametrize("more", [{}, {"instructions": TEXT[:2000]}, {"tools": [{"name": TEXT}]}])
+def test_prompt_of_responses_string_is_the_first_message_of_the_next_turn(more: dict[str, Any]):
+    question = TEXT[:6000]
+    items = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": "And then?"},
+    ]
+    first = facts(RESPONSES, input=question, **more)
+    second = facts(RESPONSES, input=items, **more)
+    assert common(first, second) == blocks(first) > 10
+    assert first.prompt.conversation == second.prompt.conversation
+    assert first.prompt == facts(RESPONSES, input=items[:1], **more).prompt
+
+
+def test_prompt_of_responses_strings_with_the_same_tools_has_these_in_common():
+    tools = [{"type": "function", "name": "f", "description": TEXT[:6000]}]
+    one, other = (facts(RESPONSES, input=text * 500, tools=tools) for text in ("one ", "two "))
+    assert common(one, other) > 10
+
+
+def test_prompt_instructions_of_responses_lose_the_billing_line():
+    """Gateways translate Claude Code's requests; vLLM takes them for a system message."""
+    one, other = (
+        facts(RESPONSES, input="q", instructions=billing(cch)["text"] + "\n" + TEXT[:6000])
+        for cch in ("aaaa", "bbbb")
+    )
+    assert one.prompt == other.prompt
+
+
 @pytest.mark.parametrize("empty", [None, []])
 def test_prompt_empty_tools_and_instructions_equal_absent_ones(empty: Any):
     def asked(**more: Any) -> RoutingInfo:

@@ -120,8 +120,52 @@ def test_session_placeholder_or_short_id_is_none(text: str):
     assert session(prompt_cache_key=text, user="alice")[1] == "body:user"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("(null)", '"default"', "'none'", "[object Object]", "{session_id}", "__SESSION_ID__"),
+        *("test-session", "default_user", "no session", "your.session.id", "Default Chat"),
+    ],
+)
+def test_session_placeholder_in_quotes_or_of_several_words_is_none(text: str):
+    assert session({"x-session-id": text}) == (None, "")
+    assert session({"x-session-id": text, "thread-id": "thread-1"})[1] == "header:thread-id"
+
+
+@pytest.mark.parametrize("text", ["session-7", "user@example.org", "tester", "no.one", "{7c1f}"])
+def test_session_id_that_resembles_a_placeholder_counts(text: str):
+    assert session({"x-session-id": text}) == (text, "header:x-session-id")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, "one-id") for text in ("one-id, one-id", ", one-id", "null, one-id", "one-id,")),
+        *((text, text) for text in ("one-id, another-id", "acme,team,7")),
+        *((text, None) for text in ("abc, abc", "null, none", ",", ", ,")),
+    ],
+)
+def test_session_header_sent_twice_counts_each_usable_value_once(text: str, expected: str | None):
+    """Repeated fields arrive as one, joined by commas (RFC 9110, section 5.3)."""
+    assert session({"x-session-id": text})[0] == expected
+    agent = {"x-claude-code-session-id": text, "x-claude-code-agent-id": "a7, a7"}
+    assert session(agent)[0] == (expected and f"{expected}/a7")
+
+
+def test_session_id_of_body_may_be_a_number():
+    assert session(session_id=123456) == ("123456", "body:session_id")
+    assert session(session_id=0) == session(session_id=True) == (None, "")
+    users = {asked(metadata={"user_id": 77123}, first=first).session for first in ("Hi", "Hello")}
+    assert len(users) == 2
+    assert all(str(user).startswith("77123/") for user in users)
+    block = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    messages = [{"role": "user", "content": [block]}]
+    known = asked(session_id="123456", messages=messages).prompt
+    assert asked(session_id=123456, messages=messages).prompt.conversation == known.conversation
+
+
 def test_session_source_of_unexpected_type_is_skipped():
-    assert session(session_id=7, metadata=[1], user="") == (None, "")
+    assert session(session_id=[7], metadata=[1], user="") == (None, "")
     assert session(metadata={"user_id": {"session_id": CLAUDE_SESSION}}) == (None, "")
     assert session(metadata={"user_id": '{"session_id": 7}'})[0] != "7"
     assert session(metadata="x" * 10_000, session_id="real-session")[0] == "real-session"

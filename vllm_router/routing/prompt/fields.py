@@ -31,7 +31,7 @@ class Fields(msgspec.Struct, gc=False):
     store: bool | None = None
     background: bool | None = None
     prompt_cache_key: str | None = None
-    session_id: str | None = None
+    session_id: str | int | None = None
     user: str | None = None
     metadata: msgspec.Raw = NO_JSON
     priority: int | None = None
@@ -92,7 +92,7 @@ def odd_fields(raw: RawFields) -> Fields:
         _is_said(raw.store) if len(raw.store) else None,
         _is_said(raw.background),
         _text(raw.prompt_cache_key),
-        _text(raw.session_id),
+        _text(raw.session_id) or _integer(raw.session_id),
         _text(raw.user),
         raw.metadata,
         _integer(raw.priority),

@@ -16,7 +16,7 @@ from vllm_router.errors import InvalidBody
 from vllm_router.fleet.model_seeds import seed_of_name
 from vllm_router.routing.paths import PURE_PATHS
 from vllm_router.routing.prompt.blocks import NO_PROMPT, Prompt
-from vllm_router.routing.prompt.content import text_of
+from vllm_router.routing.prompt.content import first_byte, text_of, without_attribution
 from vllm_router.routing.prompt.conversation import (
     conversation_of,
     messages_in,
@@ -249,7 +249,8 @@ def read_prompt(fields: AllFields, seed: int) -> Steps[Prompt]:
     seed = salted(fields.cache_salt, seed)
     if messages is None and given is not NO_JSON:
         begins = bytes(memoryview(given)[:64]).lstrip(b"[ \t\r\n")[:1]
-        if begins != b"{" and fields.instructions is NO_JSON:
+        is_conversation = begins == b"{" or first_byte(given) == b'"'
+        if not is_conversation and fields.instructions is NO_JSON:
             return plain_prompt(given, seed)
         messages = messages_in(given)
     if messages is None:
@@ -269,7 +270,7 @@ def prompt_head(
     if len(tools) > _LONGEST_EMPTY or bytes(tools).strip(BLANK) not in _EMPTY:
         head.insert(0, tools)
     if len(instructions):
-        head.append(text_of(instructions))
+        head.append(without_attribution(text_of(instructions)))
     return head
 
 

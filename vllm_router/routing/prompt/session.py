@@ -22,16 +22,33 @@ SHORTEST = 4
 LONGEST = 256
 """Characters of an id that is kept; of a longer one a digest is."""
 
-_PLACEHOLDERS = frozenset(
-    {
-        *("anon", "anonymous", "client", "default", "dummy", "empty", "example", "false", "guest"),
-        *("main", "none", "null", "placeholder", "string", "system", "test", "true", "undefined"),
-        *("unknown", "unset", "user", "user-id", "user_id", "userid", "username", "session"),
-        *("session-id", "session_id", "sessionid", "your-session-id", "your-user-id"),
-    }
+_WORDS = (
+    *(
+        "anon",
+        "anonymous",
+        "chat",
+        "client",
+        "conversation",
+        "default",
+        "dummy",
+        "empty",
+        "example",
+    ),
+    *("false", "guest", "id", "main", "my", "nil", "no", "none", "not", "null", "object"),
+    *("placeholder", "session", "set", "string", "system", "test", "thread", "true", "undefined"),
+    *("unknown", "unset", "user", "username", "your"),
 )
+_PLACEHOLDER = re.compile(
+    r"(?:{words})(?:[-_. ]?(?:{words}))*".format(words="|".join(_WORDS)), re.IGNORECASE
+)
+"""Words that name no session, alone or together: `default`, `test-session`, `your_user_id`."""
 
-_TEMPLATE = re.compile(r"\$\{.*\}|\$\(.*\)|\$[A-Za-z_]+|\{\{.*\}\}|<.*>|%[^%]+%")
+_AROUND = " \t\"'`()[]"
+"""Characters that placeholders stand in: `"default"`, `(null)`, `[object Object]`."""
+
+_TEMPLATE = re.compile(
+    r"\$\{.*\}|\$\(.*\)|\$[A-Za-z_]+|\{\{.*\}\}|\{[A-Za-z_. -]+\}|<.*>|%[^%]+%|__[A-Z_]+__"
+)
 """A variable that the client has not replaced."""
 
 _LEGACY_SESSION = re.compile(r"_session_([0-9A-Za-z-]{8,})$")
@@ -42,7 +59,7 @@ USER_SOURCES = frozenset({"body:metadata.user_id", "body:user"})
 
 
 class _Metadata(msgspec.Struct, gc=False):
-    user_id: str | None = None
+    user_id: str | int | None = None
 
 
 class _UserId(msgspec.Struct, gc=False):
@@ -98,8 +115,12 @@ def session_hint(
     for source, names, before in in_head:
         if names[0] in headers:
             found = [headers.get(name, b"").decode("latin-1").strip() for name in names]
+            session = "/".join(filter(None, found))
+            if "," in session:
+                found = [_each_once(values, at == 0) for at, values in enumerate(found)]
+                session = "/".join(filter(None, found))
             if is_usable(found[0]):
-                return SessionHint(bounded("/".join(filter(None, found))), source, before)
+                return SessionHint(bounded(session), source, before)
     return without
 
 
@@ -111,9 +132,11 @@ def session_of(hint: SessionHint, fields: Fields, conversation: int) -> tuple[st
     """
     for name, source in hint.fields:
         is_nested = name == "metadata.user_id"
-        value: str | None = _user_id(fields.metadata) if is_nested else getattr(fields, name)
+        value: object = _user_id(fields.metadata) if is_nested else getattr(fields, name)
         if not value:
             continue
+        if not isinstance(value, str):
+            value = str(value)
         if source in USER_SOURCES:
             session = claude_code_session(value)
             if session is not None:
@@ -127,10 +150,23 @@ def session_of(hint: SessionHint, fields: Fields, conversation: int) -> tuple[st
 
 def is_usable(text: str) -> bool:
     """False for ids that many clients may have in common: very short ones and placeholders."""
-    text = text[: LONGEST + 1].strip()
-    if len(text) < SHORTEST or text.lower() in _PLACEHOLDERS or _TEMPLATE.fullmatch(text):
+    return _is_usable(text[: LONGEST + 1])
+
+
+@lru_cache(maxsize=2048)
+def _is_usable(beginning: str) -> bool:
+    text = beginning.strip()
+    if len(text) < SHORTEST or _TEMPLATE.fullmatch(text):
+        return False
+    if _PLACEHOLDER.fullmatch(text.strip(_AROUND)):
         return False
     return len(set(text.replace("-", ""))) > 1  # a UUID of zeros
+
+
+def _each_once(values: str, only_usable: bool) -> str:
+    """A header that was sent several times, which arrives as one: without repeated values."""
+    found = dict.fromkeys(value.strip(", ") for value in values.split(", "))
+    return ", ".join(value for value in found if (is_usable(value) if only_usable else value))
 
 
 def bounded(text: str) -> str:
@@ -152,7 +188,7 @@ def claude_code_session(user_id: str) -> str | None:
     return legacy[1] if legacy is not None and is_usable(legacy[1]) else None
 
 
-def _user_id(metadata: msgspec.Raw) -> str | None:
+def _user_id(metadata: msgspec.Raw) -> str | int | None:
     if metadata is NO_JSON:
         return None
     try:
