@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from typing import Any
+
+import msgspec
 
 from vllm_router.config.parser import parse
 from vllm_router.config.schema import Config
@@ -33,7 +37,19 @@ def make_config(
     lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
     if limits is not None:
         lines += ["[limits]", *(f"{key} = {json.dumps(value)}" for key, value in limits.items())]
-    return parse("\n".join([*lines, tables]).encode(), "servers.toml", {})
+    parsed = _parsed("\n".join([*lines, tables]))
+    # Settings and servers are new objects, as after each parsing.
+    return msgspec.structs.replace(
+        parsed,
+        settings=copy.copy(parsed.settings),
+        servers=tuple(map(copy.copy, parsed.servers)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Config:
+    """Parsing takes longer than most tests, and a configuration never changes."""
+    return parse(text.encode(), "servers.toml", {})
 
 
 def make_fleet(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_router.proxy.answers import quick
@@ -625,8 +625,19 @@ def test_usage_scanner_ignores_null_and_broken_usage():
     assert usage_of({"prompt_tokens": -1}) is None
 
 
-@given(st.recursive(st.text() | st.none(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)),
-       st.integers(1, 9), st.data())  # fmt: skip
+_STRINGS = st.text('"\\[]{}x', max_size=4)
+
+
+@given(
+    st.recursive(
+        _STRINGS | st.none(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_STRINGS, inner, max_size=3),
+        max_leaves=6,
+    ),
+    st.integers(1, 9),
+    st.data(),
+)
+@settings(max_examples=50)
 def test_json_balance_distinguishes_whole_from_half(value, size, draw):
     body = json.dumps([value]).encode()
     balance = JsonBalance()

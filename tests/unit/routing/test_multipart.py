@@ -15,7 +15,7 @@ from vllm_router.errors import InvalidBody
 from vllm_router.routing.prompt.forms import FormFields, form_kind, read_form
 from vllm_router.steps import finish
 
-FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "5000"))
+FORMS = int(os.environ.get("VLLM_ROUTER_FORMS", "2000"))
 """100 000 of them were compared when the parser was written."""
 
 

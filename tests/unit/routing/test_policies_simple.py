@@ -6,7 +6,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.fleet_makers import make_fleet
@@ -52,6 +52,7 @@ def test_policies_names_equal_documentation():
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=40),
     st.integers(0, 1000),
 )
+@settings(max_examples=40)  # of each policy
 def test_policies_pick_is_always_a_candidate(
     name: str, steps: list[tuple[int, int, bool]], seed: int
 ):

@@ -121,15 +121,17 @@ async def world(
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("trouble", [NO_ANSWER, NO_SUCH_NAME, [], None], ids=str)
+@pytest.mark.parametrize(
+    ("trouble", "seconds"), [(NO_ANSWER, 600), (NO_SUCH_NAME, 120), ([], 120), (None, 300)], ids=str
+)
 async def test_probe_resolver_failure_takes_no_server_down(
-    autojump_clock, monkeypatch, caplog, trouble
+    autojump_clock, monkeypatch, caplog, trouble, seconds
 ):
-    """For ten minutes in which every check needs a new connection."""
+    """Every check needs a new connection; one of the failures lasts for ten minutes."""
     async with world(monkeypatch) as there:
         await there.until(lambda: there.state[0] is State.UP)
         there.answer = trouble
-        await trio.sleep(600)
+        await trio.sleep(seconds)
         assert there.state == (State.UP, "")
         assert there.server.active_health.success_rate == 1.0
         assert there.downs == []
