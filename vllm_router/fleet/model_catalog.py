@@ -23,7 +23,8 @@ class ModelCatalog:
     """
 
     __slots__ = (
-        "_listed", "adapters", "cards", "configured", "lengths", "listed_at", "names", "twins",
+        "_listed", "_own", "adapters", "cards", "configured", "lengths", "listed_at", "names",
+        "twins",
     )  # fmt: skip
 
     def __init__(self, configured: tuple[str, ...] | None) -> None:
@@ -35,6 +36,8 @@ class ModelCatalog:
         self.twins: dict[str, str] = {}
         self.adapters: frozenset[str] = frozenset()
         self._listed: frozenset[str] = frozenset()
+        self._own: tuple[tuple[str, ...] | None, dict[str, dict[str, Any]], tuple[str, ...]]
+        self._own = None, self.cards, ()
 
     def configure(self, configured: tuple[str, ...] | None) -> None:
         """Apply the configuration; a change from a configured list forgets the names."""
@@ -78,6 +81,16 @@ class ModelCatalog:
         self.names = tuple(name for name in self.names if name != model)
         self.cards = {name: card for name, card in self.cards.items() if name != model}
         return True
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The models in force that are no LoRA adapters."""
+        names, cards, found = self._own
+        if names is not self.names or cards is not self.cards:
+            names, cards = self.names, self.cards
+            found = tuple(name for name in names or () if cards.get(name, {}).get("parent") is None)
+            self._own = names, cards, found
+        return found
 
 
 def _twins(cards: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -52,7 +52,7 @@ class ModelDemand:
     def add(self, server: Server, *, leaving: bool) -> None:
         """Count a server; one that is leaving has requests, but lists nothing any more."""
         there = server.running + server.waiting
-        for name in own_models(server):
+        for name in server.catalog.own:
             if not leaving:
                 self._models[name] = None
             self._requests[name] = self._requests.get(name, 0.0) + there
@@ -60,9 +60,3 @@ class ModelDemand:
     def first(self, most: int) -> dict[str, float]:
         """The demand of the models, of the first ones if there are more."""
         return {name: self._requests.get(name, 0.0) for name in list(self._models)[:most]}
-
-
-def own_models(server: Server) -> list[str]:
-    """The server's models without adapters; several names of one model all count."""
-    cards = server.catalog.cards
-    return [name for name in server.models or () if cards.get(name, {}).get("parent") is None]

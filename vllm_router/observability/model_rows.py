@@ -13,7 +13,6 @@ import msgspec
 from vllm_router.fleet.fleet import Fleet
 from vllm_router.fleet.server import Server
 from vllm_router.fleet.state import State
-from vllm_router.observability.demand import own_models
 
 AVAILABLE = frozenset({State.UP, State.FULL, State.REFUSING})
 """States in which a server gets requests."""
@@ -62,12 +61,25 @@ class ModelCount:
         self._first_names = _first_names(fleet.servers.values())
         self._rows: dict[str, ModelRow] = {}
         self._row_of: dict[str, ModelRow] = {}
+        self._counting: dict[tuple[str, ...], list[ModelRow]] = {}
+        """The rows in which a server with these models counts: in most fleets all have the same."""
         for name in sorted(fleet.expected):
             _row(name, self._rows, self._row_of, self._first_names)
 
     def add(self, server: Server, state: State, tokens_per_s: float | None = None) -> None:
         """Count a server of the configuration, which is in this state now."""
-        _count(server, self._rows, self._row_of, self._first_names, state, tokens_per_s)
+        catalog = server.catalog
+        rows = self._counting.get(catalog.own)
+        if rows is None:
+            found = [
+                _row(name, self._rows, self._row_of, self._first_names) for name in catalog.own
+            ]
+            # A server counts once per model.
+            rows = self._counting[catalog.own] = list({id(row): row for row in found}.values())
+        for row in rows:
+            _count(server, row, state, tokens_per_s)
+        if catalog.adapters:
+            _count_adapters(server, self._row_of)
 
     def rows(self, now: float) -> list[ModelRow]:
         """The rows of all models that are expected or listed, by name; at most MAX_ROWS."""
@@ -103,31 +115,23 @@ def _row(
     return row
 
 
-def _count(
-    server: Server,
-    rows: dict[str, ModelRow],
-    row_of: dict[str, ModelRow],
-    first_names: dict[str, str],
-    state: State,
-    tokens_per_s: float | None,
-) -> None:
+def _count(server: Server, row: ModelRow, state: State, tokens_per_s: float | None) -> None:
     load = server.load_estimate
-    counted = [_row(name, rows, row_of, first_names) for name in own_models(server)]
-    if len(counted) > 1:  # a server counts once per model
-        counted = list({id(row): row for row in counted}.values())
-    for row in counted:
-        row.listing.append(server)
-        row.servers += 1
-        row.running += load.running
-        row.waiting += load.waiting
-        if tokens_per_s is not None:
-            row.tokens_per_s = (row.tokens_per_s or 0.0) + tokens_per_s
-        if state in AVAILABLE:
-            row.available += 1
-            row.capacity += server.capacity
-            row.active += load.running + 0.5 * load.waiting
-        elif state is State.DRAINING:
-            row.draining += 1
+    row.listing.append(server)
+    row.servers += 1
+    row.running += load.running
+    row.waiting += load.waiting
+    if tokens_per_s is not None:
+        row.tokens_per_s = (row.tokens_per_s or 0.0) + tokens_per_s
+    if state in AVAILABLE:
+        row.available += 1
+        row.capacity += server.capacity
+        row.active += load.running + 0.5 * load.waiting
+    elif state is State.DRAINING:
+        row.draining += 1
+
+
+def _count_adapters(server: Server, row_of: dict[str, ModelRow]) -> None:
     cards = server.catalog.cards
     for name in server.catalog.adapters:
         parent = row_of.get(cards.get(name, {}).get("parent") or "")

@@ -65,17 +65,18 @@ class Reading:
             state, reason, since = self._shown.of(server, state, reason, since, self.now)
         leaving = self._members.get(server.name) is not server
         tokens, load = tally.tokens_per_s, server.load_estimate
+        value = load.value
         self.running += load.running
         self.waiting += load.waiting
         self.leases += server.in_flight
         if server.usable:
             self.capacity += server.capacity
-            self._there += load.value * server.capacity
+            self._there += value * server.capacity
         if tokens is not None:
             self.tokens_per_s = round((self.tokens_per_s or 0.0) + tokens, 1)
         if not leaving:
             self.states[state] = self.states.get(state, 0) + 1
-            self.loads[server.name] = round(load.value, 3)
+            self.loads[server.name] = round(value, 3) if value else 0.0
             self.models.add(server, state, tokens)
         if with_view:
             view = self._view(server, tally, Shown(state, reason, since), leaving=leaving)

@@ -25,3 +25,16 @@ def test_catalog_model_that_the_server_denies_is_removed_from_its_list():
     assert catalog.names == ("m",)
     assert catalog.cards == {"m": CARDS["m"]}
     assert not catalog.remove("n")
+
+
+def test_catalog_own_models_are_the_ones_in_force_without_adapters():
+    catalog = ModelCatalog(None)
+    assert catalog.own == ()
+    catalog.take_list({**CARDS, "adapter": {"id": "adapter", "parent": "m"}}, 1.0)
+    assert catalog.own == ("m", "n")
+    catalog.remove("n")
+    assert catalog.own == ("m",)
+    catalog.configure(("adapter", "unlisted"))
+    assert catalog.own == ("unlisted",)
+    catalog.take_list({}, 2.0)
+    assert catalog.own == ("adapter", "unlisted")

@@ -87,3 +87,16 @@ def test_model_rows_are_bounded():
     fleet = make_fleet(1)
     fleet.servers["a"].listed({f"m{n}": {"id": f"m{n}"} for n in range(300)}, 1.0)
     assert len(model_rows(fleet, 1.0)) == MAX_ROWS
+
+
+def test_model_rows_servers_with_equal_and_other_lists_count_once_in_each_model():
+    fleet = make_fleet(4)
+    a, b, c, d = fleet.servers.values()
+    for server, names in ((a, "mn"), (b, "mn"), (c, "n"), (d, "nm")):
+        server.listed({name: {"id": name} for name in names}, 1.0)
+    found = rows(fleet)
+    assert {name: row.listing for name, row in found.items()} == {
+        "m": [a, b, d],
+        "n": [a, b, c, d],
+    }
+    assert [row.servers for row in found.values()] == [3, 4]

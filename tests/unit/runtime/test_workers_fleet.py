@@ -320,6 +320,19 @@ def test_workers_stale_metrics_are_shared_but_not_used(router: Router):
     assert worker.servers["a"].running == 0.0
 
 
+def test_workers_metrics_of_a_server_scraped_seldom_count_as_long_as_at_the_leader(router: Router):
+    server = router.leader.servers["a"]
+    server.load_estimate.expect_scrapes(2.5)
+    server.scraped(gauges(running=5.0), 1.0, 0)
+    worker = router.workers[0]
+    worker.follow(state_of(server), 1.0)
+    followed = worker.servers["a"]
+    for now, running in ((8.0, 5.0), (9.0, 0.0)):
+        server.expire(now)
+        followed.expire(now)
+        assert followed.running == server.running == running
+
+
 # -- limits of keys ---------------------------------------------------------------------------
 
 AUTH = """

@@ -164,7 +164,8 @@ class ServerState(msgspec.Struct, array_like=True):
     """The leader's state of a server, as far as routing needs it.
 
     `lengths` is a number if all models have the same context length. `capacity` is what policies
-    use, without the weight.
+    use, without the weight. The metrics count for `stale_after` seconds, as the leader scrapes
+    some servers of a large fleet seldom.
     """
 
     url: str
@@ -191,6 +192,7 @@ class ServerState(msgspec.Struct, array_like=True):
     stuck: float
     paused_at: float | None
     capacity: float
+    stale_after: float
 
 
 class ServerStates(msgspec.Struct, tag=True, array_like=True):

@@ -128,6 +128,7 @@ class FollowingServer(SharedServer[Verdict]):
         load = self.load_estimate
         was_asleep = load.asleep
         load.metrics, load.scraped_at = state.metrics, state.scraped_at
+        load.stale_after = state.stale_after
         load.fresh = state.metrics is not None and load.age(now) <= load.stale_after
         load.leases_at_scrape, load.stuck = state.leases_at_scrape, state.stuck
         self.capacity_estimate.follow(state.capacity)
@@ -186,6 +187,7 @@ def state_of(server: Server) -> ServerState:
         stuck=server.load_estimate.stuck,
         paused_at=server.paused_at,
         capacity=server.capacity_estimate.share,
+        stale_after=server.load_estimate.stale_after,
     )
 
 
