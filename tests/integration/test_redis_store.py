@@ -238,6 +238,10 @@ async def test_open_redis_sentinel_that_names_a_dead_primary_is_passed_over(
             sentinel.wait()
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
         assert has_batch(await take_turn(f"sentinel://{hosts}/main", fleet="passed"))
+        redis.command("ACL", "SETUSER", "default", "-role")
+        hosts = f"127.0.0.1:{sentinels[2].port}"
+        assert has_batch(await take_turn(f"sentinel://{hosts}/main", fleet="unasked"))
+        redis.command("ACL", "SETUSER", "default", "+role")
         hosts = f"127.0.0.1:{sentinels[0].port}"
         problem = "no sentinel names a Redis called main: .*: Connection refused"
         with pytest.raises(StoreError, match=problem):
@@ -249,7 +253,7 @@ async def test_open_redis_sentinel_that_names_a_dead_primary_is_passed_over(
             await take_turn(f"sentinel://{hosts}/main")
 
 
-async def test_redis_connector_makes_its_tls_context_once_and_in_a_thread(
+async def test_redis_connector_makes_its_tls_context_seldom_and_in_a_thread(
     monkeypatch: pytest.MonkeyPatch,
 ):
     threads, make = [], ssl.create_default_context
@@ -265,7 +269,11 @@ async def test_redis_connector_makes_its_tls_context_once_and_in_a_thread(
         with pytest.raises(StoreError, match="Connection refused"):
             await connector.open(config, _turn)
     assert len(threads) == 1
-    assert threads[0] is not threading.main_thread()
+    monkeypatch.setattr("vllm_router.runtime.sharing.redis_connector.CONTEXT_FOR", -1.0)
+    with pytest.raises(StoreError, match="Connection refused"):
+        await connector.open(config, _turn)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 async def _turn(store: Store) -> None:

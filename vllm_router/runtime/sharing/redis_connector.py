@@ -23,12 +23,15 @@ from vllm_router.runtime.sharing.store import Store, StoreError
 if TYPE_CHECKING:
     from coredis import Redis
 
+CONTEXT_FOR = 60.0
+"""Seconds for which a TLS context is used for new connections: the authorities may change."""
+
 
 class RedisConnector:
     """Connects to the Redis of a configuration, again and again while it is gone."""
 
     def __init__(self) -> None:
-        self._context: tuple[SharedConfig, ssl.SSLContext] | None = None
+        self._context: tuple[SharedConfig, float, ssl.SSLContext] | None = None
 
     async def open(self, config: SharedConfig, use: Callable[[Store], Awaitable[None]]) -> None:
         """Connect and call `use` with the store. An `OpenStore`. Raises StoreError."""
@@ -50,9 +53,14 @@ class RedisConnector:
         """The TLS context of this configuration; reading the system's authorities takes 80 ms."""
         if not config.address.tls:
             return None
-        if self._context is None or self._context[0] is not config:
-            self._context = config, await trio.to_thread.run_sync(_new_context, config)
-        return self._context[1]
+        now = trio.current_time()
+        if self._context is not None:
+            made_for, made_at, context = self._context
+            if made_for is config and now - made_at <= CONTEXT_FOR:
+                return context
+        context = await trio.to_thread.run_sync(_new_context, config)
+        self._context = config, now, context
+        return context
 
 
 def _new_context(config: SharedConfig) -> ssl.SSLContext:

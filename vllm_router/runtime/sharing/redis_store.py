@@ -6,6 +6,7 @@ A client of the Redis can write anything under these keys. So answers are bounde
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,8 @@ def _reason(error: BaseException) -> str:
             break
         if isinstance(cause, TimeoutError):
             found = "no answer in time"
+        elif isinstance(cause, ssl.SSLWantReadError):
+            found = "no answer with TLS"
         elif isinstance(cause, OSError) and cause.strerror:
             found = cause.strerror
         inner = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else None
