@@ -278,3 +278,21 @@ async def test_redis_connector_makes_its_tls_context_seldom_and_in_a_thread(
 
 async def _turn(store: Store) -> None:
     await store.turn(None, {}, BEFORE)
+
+
+HELLO = b"%3\r\n$5\r\nproto\r\n:3\r\n$7\r\nversion\r\n$3\r\n7.0\r\n$2\r\nid\r\n:1\r\n"
+
+
+async def test_open_redis_that_sends_what_was_not_asked_for_is_left():
+    async def lie(stream: trio.SocketStream) -> None:
+        async for asked in stream:
+            answer = HELLO if b"HELLO" in asked else b"+OK\r\n"
+            await stream.send_all(b">1\r\n+x\r\n" * 1000 if b"XREAD" in asked else answer)
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, lie, [listener])
+        port = listener.socket.getsockname()[1]
+        with pytest.raises(StoreError, match="nothing had asked for"):
+            await take_turn(f"redis://127.0.0.1:{port}")
+        nursery.cancel_scope.cancel()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from vllm_router.config.shared import MISSING, SharedConfig
+from vllm_router.runtime.sharing.redis_errors import words_of
 from vllm_router.runtime.sharing.redis_sentinel import find_primary
-from vllm_router.runtime.sharing.redis_store import TIMEOUT, RedisStore, words_of
+from vllm_router.runtime.sharing.redis_store import TIMEOUT, RedisStore
 from vllm_router.runtime.sharing.store import Store, StoreError
 
 if TYPE_CHECKING:

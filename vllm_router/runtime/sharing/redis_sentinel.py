@@ -9,7 +9,8 @@ from typing import Any
 import trio
 
 from vllm_router.config.shared import StoreAddress
-from vllm_router.runtime.sharing.redis_store import TIMEOUT, words_of
+from vllm_router.runtime.sharing.redis_errors import words_of
+from vllm_router.runtime.sharing.redis_store import TIMEOUT
 from vllm_router.runtime.sharing.store import StoreError
 
 Place = tuple[str, int]

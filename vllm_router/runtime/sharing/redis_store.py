@@ -6,13 +6,13 @@ A client of the Redis can write anything under these keys. So answers are bounde
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from vllm_router.routing.sharing.drains import MAX_RECORDS
+from vllm_router.runtime.sharing.redis_errors import TooLong, words_of
 from vllm_router.runtime.sharing.store import (
     ENTRIES_PER_TURN,
     EntryId,
@@ -33,17 +33,8 @@ MAX_ENTRIES = 10_000
 MAX_FIELDS = 16
 """Fields of an entry that are looked through; the entries of routers have one."""
 
-MAX_TEXT = 200
-"""Characters of an error of the store that are shown."""
-
 LATEST_TIME = 2**53
 """Milliseconds beyond which the store's clock is nonsense."""
-
-_OF_CLUSTERS = ("MovedError", "AskError", "ClusterDownError", "ClusterCrossSlotError")
-"""Classes of the client library for the errors MOVED, ASK and so on."""
-
-MAX_CAUSES = 10
-"""Causes of an error that are looked through for the system's reason."""
 
 _FIELD = b"b"
 
@@ -92,8 +83,6 @@ class RedisStore:
 
     async def _pipeline(self, commands: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         """The answers to these commands, errors among them, as they come. Raises StoreError."""
-        from vllm_router.runtime.sharing.redis_connection import TooLong
-
         results: tuple[Any, ...] | None = None
         with trio.move_on_after(2 * TIMEOUT):
             try:
@@ -156,34 +145,3 @@ def _pairs(flat: list[Any], most: int) -> Iterator[tuple[Any, Any]]:
 def _entry_id(text: bytes) -> EntryId:
     milliseconds, _, number = text.partition(b"-")
     return int(milliseconds), int(number)
-
-
-def words_of(error: BaseException) -> str:
-    """What went wrong, on one short line."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-    if type(error).__name__ in _OF_CLUSTERS:
-        text = f"it is part of a cluster; name a Redis without cluster mode ({text})"
-    reason = _reason(error)
-    if reason:
-        text = f"{text}: {reason}"
-    return "".join(char if char.isprintable() else "?" for char in text)[:MAX_TEXT]
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost reason of the system for a failed connection; empty if there is none."""
-    found = ""
-    cause = error.__cause__ or error.__context__
-    for _ in range(MAX_CAUSES):
-        if cause is None:
-            break
-        if isinstance(cause, TimeoutError):
-            found = "no answer in time"
-        elif isinstance(cause, ssl.SSLWantReadError):
-            found = "no answer with TLS"
-        elif isinstance(cause, OSError) and cause.strerror:
-            found = cause.strerror
-        inner = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else None
-        cause = inner or cause.__cause__ or cause.__context__
-    return found
