@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -104,8 +105,6 @@ def test_read_model_list_yields_after_a_few_entries():
         (b'{"data": [%s]}' % (b" " * MAX_LIST_BYTES), "longer than 1048576 bytes"),
         (b'{"data": [%s0]}' % (b"0," * MAX_MODELS), "more than 2048 entries"),
         (b'{"data": [%s0]}' % (b"0," * 100_000), "more than 60000 values"),
-        (b'{"data": [%s]}' % (b"[" * 50_000 + b"]" * 50_000), "nested too deeply"),
-        (b"[" * 60_000, "nested too deeply"),
         (b'{"data": {}}', "not a JSON object with an array `data`"),
         (b"[]", "not a JSON object with an array `data`"),
         (b"<html>login</html>", "not JSON"),
@@ -116,6 +115,23 @@ def test_read_model_list_yields_after_a_few_entries():
 def test_read_model_list_page_of_other_type_is_refused(page, words):
     with pytest.raises(UnusablePage, match=words):
         read(page)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [b'{"data": [%s]}' % (b"[" * 50_000 + b"]" * 50_000), b"[" * 60_000],
+    ids=["list", "open"],
+)
+def test_read_model_list_deep_page_has_no_models(page: bytes):
+    """Up to Python 3.13, such a page cannot be parsed; 3.14 parses as deep as its stack allows."""
+    try:
+        found = read(page)
+    except UnusablePage as refused:
+        found = ModelList()
+        found.leave_out(str(refused))
+    assert (found.cards, found.left_out) == ({}, 1)
+    problems = "nested too deeply|not JSON|an entry is longer than 65536 bytes"
+    assert re.search(problems, found.problem)
 
 
 def test_read_model_list_overlong_entry_is_dropped():
