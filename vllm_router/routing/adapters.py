@@ -7,6 +7,7 @@ one waits until it is loaded, and until no running request needs the one that it
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 UNKNOWN_SLOTS = 4
 """Adapters that a server keeps if it does not say. vLLM's default is 1, but it says so."""
@@ -33,7 +34,7 @@ class LoadedAdapters:
     A slot whose adapter has running requests cannot be taken: requests for another adapter wait.
     """
 
-    __slots__ = ("_busy", "_slots", "_waiting", "is_awaited", "is_full", "running")
+    __slots__ = ("_reported", "_slots", "_waiting", "is_awaited", "is_full", "running")
 
     def __init__(self) -> None:
         self.running: OrderedDict[str, int] = OrderedDict()
@@ -41,8 +42,8 @@ class LoadedAdapters:
         self.is_full = self.is_awaited = False
         """Whether every slot is needed, and whether requests wait for one."""
         self._slots = UNKNOWN_SLOTS
-        self._busy = 0
-        """Adapters with running requests."""
+        self._reported: set[str] = set()
+        """Adapters with requests, other routers' too, by the last scrape."""
         self._waiting: dict[str, int] = {}
         """Our requests for adapters that wait for a slot, in their order."""
 
@@ -59,14 +60,19 @@ class LoadedAdapters:
             self._slots = count
             self._count()
 
-    def note(self, name: str) -> None:
-        """A request for this adapter runs on the server, perhaps another router's."""
-        self._load(name, 0)
+    def report(self, names: Collection[str]) -> None:
+        """The server says that these adapters have requests that run or wait."""
+        self._reported = set(names)
+        for name in names:
+            if name not in self._waiting:
+                self._load(name, 0)
+        self._count()
 
     def begin(self, name: str) -> bool:
         """A request for this adapter was sent to the server. Returns False if it waits there."""
         if name in self.running or not self.is_full:
             self._load(name, 1)
+            self._count()
             return True
         self._waiting[name] = self._waiting.get(name, 0) + 1
         self.is_awaited = True
@@ -76,40 +82,43 @@ class LoadedAdapters:
         """Such a request has ended; unknown ones, of an earlier process, change nothing."""
         if self.running.get(name):
             self.running[name] -= 1
-            if not self.running[name]:
-                self._busy -= 1
-                self._count()
+            if self.running[name]:
+                return
+            self._reported.discard(name)  # until the next scrape names it again
         elif name in self._waiting:
             self._waiting[name] -= 1
-            if not self._waiting[name]:
-                del self._waiting[name]
-                self._count()
+            if self._waiting[name]:
+                return
+            del self._waiting[name]
+        self._count()
 
     def clear(self) -> None:
         """The server's process is new."""
         self.running.clear()
         self._waiting.clear()
-        self._busy = 0
+        self._reported.clear()
         self._count()
 
     def _count(self) -> None:
         """Slots or requests have changed: requests that waited may run."""
-        while self._waiting and self._busy < self._slots:
+        needed = {name for name, count in self.running.items() if count} | self._reported
+        while self._waiting:
             name = next(iter(self._waiting))
+            if len(needed - {name}) >= self._slots:
+                break
             self._load(name, self._waiting.pop(name))
-        self.is_full = self._busy >= self._slots
-        self.is_awaited = bool(self._waiting)
+            needed.add(name)
+        self.is_full = len(needed) >= self._slots
+        self.is_awaited = bool(self._waiting) or len(needed) > self._slots
 
     def _load(self, name: str, requests: int) -> None:
-        running = self.running.get(name, 0)
-        if requests and not running:
-            self._busy += 1
-            self.is_full = self._busy >= self._slots
-        self.running[name] = running + requests
+        self.running[name] = self.running.get(name, 0) + requests
         self.running.move_to_end(name)
-        if len(self.running) > self._slots:
+        surplus = len(self.running) - self._slots
+        if surplus > 0:
             idle = [one for one, count in self.running.items() if not count]
-            for one in idle[: len(self.running) - self._slots]:
+            idle.sort(key=self._reported.__contains__)  # the ones without any requests first
+            for one in idle[:surplus]:
                 del self.running[one]
 
 

@@ -206,8 +206,7 @@ class ServerEstimate:
         self.seen, self.scraped_at, self.sent = new, at, 0
         if metrics.max_adapters:
             self.adapters.slots = metrics.max_adapters
-        for name in metrics.adapters:
-            self.adapters.note(name)
+        self.adapters.report(metrics.adapters)
 
     def _shows_speed(self, at: float) -> bool:
         """Whether the last time per token is the server's own, see LONG_PROMPTS."""

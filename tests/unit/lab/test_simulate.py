@@ -224,8 +224,11 @@ def test_simulated_request_without_adapter_slot_is_skipped_until_one_is_free():
     running, skipped, base = (Job(None, Text(), 64, 50, 0.0, adapter) for adapter in (1, 2, 0))
     for one in (running, skipped, base):
         engine.submit(one, 0.0)
+    metrics = engine.metrics()
+    assert (metrics.max_adapters, metrics.adapters) == (1, ("adapter-1", "adapter-2"))
     firsts, lasts = run_engine(engine)
     assert firsts[base] < lasts[running] < firsts[skipped]
+    assert engine.metrics().adapters == ()
 
 
 # -- the simulated fleet -----------------------------------------------------------------------

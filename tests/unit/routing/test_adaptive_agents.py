@@ -130,7 +130,7 @@ def test_adapters_loaded_are_bounded_by_slots():
         loaded.end(name)
     assert held(loaded) == [False, True, True, True, True]
     loaded.slots = 1
-    loaded.note("lora-b")
+    loaded.report(["lora-b"])
     assert held(loaded) == [False, True, False, False, False]
 
 
@@ -156,6 +156,49 @@ def test_adapters_with_running_requests_keep_their_slots():
     assert not loaded.is_full
     loaded.begin("lora-e")
     assert held(loaded) == [True, False, False, False, True]
+
+
+def test_adapters_that_the_server_reports_need_their_slots():
+    """Other routers send requests, too."""
+    loaded = LoadedAdapters()
+    loaded.slots = 2
+    loaded.begin("lora-a")
+    loaded.report(["lora-a", "lora-b"])
+    assert held(loaded) == [True, True, False, False, False]
+    assert loaded.is_full
+    assert not loaded.is_awaited
+    assert not loaded.begin("lora-c")
+    assert loaded.is_awaited
+    loaded.end("lora-a")  # reported, but it was ours
+    assert held(loaded) == [False, True, True, False, False]
+    assert not loaded.is_awaited
+    loaded.report(["lora-c", "lora-d", "lora-e"])
+    assert loaded.is_awaited  # one of these waits
+    loaded.report([])
+    loaded.end("lora-c")
+    assert not loaded.is_full
+
+
+def test_adapter_that_the_server_reports_while_it_waits_is_admitted_by_the_next_scrape():
+    loaded = LoadedAdapters()
+    loaded.slots = 1
+    loaded.report(["lora-a"])
+    assert not loaded.begin("lora-b")
+    loaded.report(["lora-a", "lora-b"])
+    assert held(loaded)[:2] == [True, False]
+    loaded.report(["lora-b"])
+    assert held(loaded)[:2] == [False, True]
+    assert loaded.running["lora-b"] == 1
+
+
+def test_adapter_goes_where_no_slot_is_needed_by_other_routers():
+    it = Fleet(count=2)
+    it.now += 1.0
+    it.scrape(it.servers[0], max_adapters=2, adapters=("lora-d", "lora-e"))
+    it.scrape(it.servers[1], running=30.0, max_adapters=2, adapters=("lora-d",))
+    assert it.pick(asking("lora-a")) is it.servers[1]
+    assert it.parts(asking("lora-a"), it.servers[0])["adapter_wait"] == WAIT_PENALTY
+    assert it.parts(asking("lora-d"), it.servers[0])["adapter_wait"] == 0
 
 
 def test_adapters_of_new_process_need_no_slots():

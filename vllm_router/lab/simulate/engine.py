@@ -17,6 +17,7 @@ from vllm_router.fleet.engine_metrics import EngineMetrics
 from vllm_router.lab.simulate.adapters import AdapterSlots
 from vllm_router.lab.simulate.hardware import Hardware
 from vllm_router.lab.simulate.text import BLOCK_TOKENS, Text
+from vllm_router.lab.simulate.traffic import adapter_name
 
 
 class Job:
@@ -96,7 +97,15 @@ class Engine:
             first_token_sum=self.first_sum,
             first_token_count=float(self.first_count),
             kv_tokens=self.hardware.kv_tokens,
+            max_adapters=self.hardware.adapter_slots,
+            adapters=self._named_adapters(),
         )
+
+    def _named_adapters(self) -> tuple[str, ...]:
+        """The adapters with requests that run or wait, as `vllm:lora_requests_info` names them."""
+        numbers = {one for one, running in self.adapters.loaded.items() if running}
+        numbers.update(job.adapter for job in self.waiting if job.adapter)
+        return tuple(map(adapter_name, sorted(numbers)))
 
     def submit(self, job: Job, now: float) -> bool:
         """Queue a job. True if that has started a step: its end is to be waited for."""
