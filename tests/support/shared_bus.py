@@ -57,6 +57,7 @@ class Bus:
 
     gone: connections are refused, and open ones break.
     frozen: turns wait until `thaw`, and fail after two seconds.
+    takes_when_thawed: batches of turns that have failed while it was frozen are written then.
     full: writes are refused.
     longest: bytes of an entry beyond which a turn that would read it fails.
     clock: milliseconds that its clock differs from Trio's.
@@ -66,12 +67,14 @@ class Bus:
         self.entries: list[tuple[EntryId, bytes]] = []
         self.drains: dict[bytes, bytes] = {}
         self.gone = False
+        self.takes_when_thawed = False
         self.full = False
         self.longest = 2**30
         self.clock = clock
         self.turns = 0
         self._thawed = trio.Event()
         self._thawed.set()
+        self._received: list[bytes] = []
         self._last: EntryId = (0, 0)
 
     def freeze(self) -> None:
@@ -79,6 +82,10 @@ class Bus:
 
     def thaw(self) -> None:
         self._thawed.set()
+        if self.takes_when_thawed:
+            for batch in self._received:
+                self.append(batch)
+        self._received.clear()
 
     def flush(self) -> None:
         """All is lost, as after a restart without persistence."""
@@ -111,7 +118,12 @@ class Bus:
         raise StoreError("no answer in 2 s")
 
     async def turn(self, batch: bytes | None, drains: Mapping[str, bytes], after: EntryId) -> Turn:
-        await self._answer()
+        try:
+            await self._answer()
+        except StoreError:
+            if batch is not None and not self._thawed.is_set():
+                self._received.append(batch)
+            raise
         self.turns += 1
         stored = dict(self.drains)
         found = [entry for entry in self.entries if entry[0] > after][:ENTRIES_PER_TURN]

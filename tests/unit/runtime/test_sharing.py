@@ -353,6 +353,30 @@ async def test_sharing_key_limits_are_divided_while_the_store_is_gone(autojump_c
         assert routers[1].admitted(5) == 5
 
 
+@pytest.mark.parametrize("taken", [False, True])
+async def test_sharing_key_use_of_a_short_outage_is_not_subtracted_afterwards(
+    autojump_clock: MockClock, taken: bool
+):
+    bus = Bus()
+    async with fleet(bus, 3) as routers:
+        routers[0].admitted(1000)
+        await trio.sleep(3 * PERIOD)
+        assert [router.admitted(1000) < 10 for router in routers] == [True] * 3
+        # A frozen store takes the batches that it has received when it thaws.
+        bus.takes_when_thawed = taken
+        bus.freeze()
+        await trio.sleep(3)
+        for _ in range(20):
+            for router in routers:
+                router.admitted(100)
+            await trio.sleep(1)
+        bus.thaw()
+        await trio.sleep(3)
+        assert [router.shared.up for router in routers] == [True] * 3
+        # Three seconds refill 30 requests; the outage had 200.
+        assert sum(router.admitted(5) for router in routers) == 15
+
+
 # -- ejections and crashes ---------------------------------------------------------------------
 
 

@@ -212,7 +212,9 @@ class Peers:
         for name, use in batch.keys.items():
             before = peer.keys.get(name)
             spent = use.recent
-            if continuous and before is not None:
+            # After an interruption of its own a router reports no recent requests, although its
+            # total has grown: it had its own share of the limits.
+            if use.recent and continuous and before is not None:
                 spent = max(0, use.admitted - before.admitted)
             if counts and spent:
                 effects.spent(name, spent, at)
