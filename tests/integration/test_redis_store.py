@@ -67,7 +67,8 @@ class Places(NamedTuple):
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
     """A Redis with and without TLS, and its sentinel; all ask for a password."""
     directory = tmp_path_factory.mktemp("redis")
-    authority, other = Authority(directory, "authority"), Authority(directory, "other")
+    authority = Authority(directory, "authority", key_usage=False)
+    other = Authority(directory, "other")
     certificate, key = authority.sign("redis")
     tls = free_port()
     with ExitStack() as ending:

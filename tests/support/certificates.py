@@ -11,9 +11,12 @@ _EXTENSIONS = "subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier
 
 
 class Authority:
-    """One certificate authority with its files in `directory`; `file` is its own certificate."""
+    """One certificate authority with its files in `directory`; `file` is its own certificate.
 
-    def __init__(self, directory: Path, name: str) -> None:
+    Private authorities are often made without `key_usage`.
+    """
+
+    def __init__(self, directory: Path, name: str, *, key_usage: bool = True) -> None:
         directory.mkdir(exist_ok=True)
         self._directory, self._name = directory, name
         self.file = directory / f"{name}.pem"
@@ -22,7 +25,8 @@ class Authority:
             *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
             *("-noenc", "-days", "2", "-subj", f"/CN={name}", "-keyout", str(self._key)),
             *("-addext", "basicConstraints=critical,CA:TRUE"),
-            *("-addext", "keyUsage=critical,keyCertSign", "-out", str(self.file)),
+            *(("-addext", "keyUsage=critical,keyCertSign") if key_usage else ()),
+            *("-out", str(self.file)),
         )
 
     def sign(self, name: str) -> tuple[Path, Path]:

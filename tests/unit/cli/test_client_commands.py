@@ -250,3 +250,9 @@ def test_alive_nothing_listening_is_not_alive():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         assert not alive.alive("127.0.0.1", closed.getsockname()[1])
+
+
+def test_client_context_of_private_authority_is_not_strict():
+    context = router_client.client_context("https://router:8888", str(PEM))
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert not context.verify_flags & ssl.VERIFY_X509_STRICT
