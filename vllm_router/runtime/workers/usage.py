@@ -80,7 +80,7 @@ class SharedUsage(Usage):
         if is_running:
             use.running += difference
         elif difference > 0:  # otherwise a process has restarted
-            use.refill(key.requests_per_minute or 0.0, perf_counter())
+            use.refill((key.requests_per_minute or 0.0) / self.routers, perf_counter())
             use.tokens -= difference
             use.admitted += difference
 
