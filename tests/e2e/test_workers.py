@@ -93,9 +93,18 @@ async def in_thread(condition, what: str) -> None:
 
 
 async def shares(router: RouterProcess, count: int) -> dict[str, int]:
-    """The connections of each worker once both have reported so many together."""
-    await in_thread(lambda: sum(connections(router).values()) == count, "the connections")
-    return await trio.to_thread.run_sync(connections, router)
+    """The connections of each worker once both have reported so many together.
+
+    A connection that asks for `/metrics` may be among them until its worker hands it over.
+    """
+    found: dict[str, int] = {}
+
+    def are_all_reported() -> bool:
+        found.update(connections(router))
+        return sum(found.values()) == count
+
+    await in_thread(are_all_reported, "the connections")
+    return found
 
 
 # -- one router -------------------------------------------------------------------------------
@@ -350,10 +359,14 @@ async def test_workers_dead_process_is_replaced_at_its_own_cost_only(
             by_worker = await shares(router, 20)
             assert min(by_worker.values()) > 0
             os.kill(before["worker 1"], signal.SIGKILL)
+            # The leases of a dead worker end all at once, its streams one after the other.
             await in_thread(
-                lambda: router.metric("vllm_router_server_leases") == by_worker["2"], "leases"
+                lambda: (
+                    0 < len(results) < 20
+                    and router.metric("vllm_router_server_leases") == 20 - len(results)
+                ),
+                "the lost streams",
             )
-            await in_thread(lambda: len(results) == by_worker["1"], "the lost streams")
             assert not any(result.ok for result in results)
         await in_thread(lambda: router.metric("vllm_router_workers") == 2, "the successor")
         assert router.metric("vllm_router_worker_restarts_total") == 1
