@@ -18,6 +18,7 @@ import trio
 from vllm_router.cli.common import KEY_ADVICE
 from vllm_router.errors import NO_VALUES, RouterError
 from vllm_router.http.client.error_text import describe
+from vllm_router.http.client.tls_context import verifying_context
 from vllm_router.runtime.own_machine import find_socket, short_path
 
 TIMEOUT = 5.0
@@ -105,13 +106,9 @@ def client_context(url: str, ca: str | None) -> ssl.SSLContext:
             ssl.PROTOCOL_TLS_CLIENT
         )  # not used; trusts no authority, and is cheap
     try:
-        context = ssl.create_default_context(cafile=ca)
+        return verifying_context(ca)
     except OSError as error:
         raise NoRouter(f"{ca}: cannot read the CA file: {error.strerror or error}") from None
-    if ca is not None:
-        # Python 3.13 began to require extensions that private authorities often leave out.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
 
 
 class RouterClient:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from vllm_router.config.shared import MISSING, SharedConfig
+from vllm_router.http.client.tls_context import verifying_context
 from vllm_router.runtime.sharing.redis_errors import words_of
 from vllm_router.runtime.sharing.redis_sentinel import find_primary
 from vllm_router.runtime.sharing.redis_store import TIMEOUT, RedisStore
@@ -66,15 +67,9 @@ class RedisConnector:
 
 def _new_context(config: SharedConfig) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(
-            cafile=config.ca.path if config.ca is not None else None
-        )
+        return verifying_context(config.ca.path if config.ca is not None else None)
     except (OSError, ValueError) as error:
         raise StoreError(f"shared.ca cannot be used: {error}") from None
-    if config.ca is not None:
-        # Python 3.13 began to require extensions that private authorities often leave out.
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
 
 
 def _client(
