@@ -79,7 +79,7 @@ class Environment:
         directory = self.directory / "venvs" / name
         python = directory / "bin" / "python"
         stamp = directory / ".installed"
-        wanted = "\n".join(requirements)
+        wanted = "\n".join((sys.executable, *requirements))
         if stamp.exists() and stamp.read_text() == wanted:
             return python
         if not self.install:

@@ -230,6 +230,14 @@ def test_script_setup_optimized_python_is_preferred(clone: Clone, slow: list[str
     assert chosen in clone.call("setup").stderr
 
 
+def test_script_setup_asked_for_python_prints_its_path_and_makes_nothing(clone: Clone):
+    clone.interpreter("python3", "3.11.2", optimized=False)
+    clone.interpreter("python3.12", "3.12.1")
+    result = clone.call("setup", "--python")
+    assert result.stdout == f"{clone.path}/python3.12\n"
+    assert not (clone.root / ".venv").exists()
+
+
 def test_script_setup_given_python_is_used_as_it_is(clone: Clone):
     clone.interpreter("python3.13", "3.13.0", optimized=False)
     clone.environ["PYTHON"] = "python3.13"
