@@ -23,7 +23,9 @@ class ModelSeeds:
     """The seed of each model by its public name, computed on first use.
 
     All names of one model have the same seed: aliases of `[models]`, and the names that an engine
-    gives it (`--served-model-name a b`). An adapter has its own, as in vLLM.
+    gives it (`--served-model-name a b`). An adapter has its own, as in vLLM. A request that names
+    no model gets the base model of the server, so it has that model's seed if all servers have
+    the same.
     """
 
     def __init__(self) -> None:
@@ -42,8 +44,18 @@ class ModelSeeds:
         if seed is None:
             if len(self._seeds) >= MAX_MODELS:
                 self._seeds = {}
-            seed = self._seeds[model] = seed_of_name(model and self._canonical(model))
+            name = self._canonical(model) if model else self._only_base()
+            seed = self._seeds[model] = seed_of_name(name)
         return seed
+
+    def _only_base(self) -> str | None:
+        """The model of all servers whose models are known; None if they have several."""
+        twins = [server.catalog.twins for server in self._servers.values()]
+        owns = [server.catalog.own for server in self._servers.values()]
+        bases = {
+            names.get(name, name) for names, own in zip(twins, owns, strict=True) for name in own
+        }
+        return bases.pop() if len(bases) == 1 else None
 
     def _canonical(self, public: str) -> str:
         served = self._names.served(public)

@@ -38,6 +38,20 @@ def test_seed_of_names_of_one_engine_is_equal_but_adapters_differ():
     listing(fleet, "b", {"gpt-4o": None, "llama": None}, root="/other/path")
     assert fleet.seeds.of("llama") == fleet.seeds.of("gpt-4o") == before
     assert len({fleet.seeds.of(name) for name in ("llama", "lora-a", "lora-b", "other")}) == 4
+
+
+def test_seed_without_a_name_is_the_one_of_the_only_base_model():
+    fleet = make_fleet(2)
+    assert fleet.seeds.of(None) == fleet.seeds.of("m")
+    listing(fleet, "a", {"llama": None, "gpt-4o": None, "lora-a": "llama"})
+    listing(fleet, "b", {"gpt-4o": None, "llama": None})
+    assert fleet.seeds.of(None) == fleet.seeds.of("llama") == fleet.seeds.of("")
+    listing(fleet, "b", {"qwen": None})
+    assert fleet.seeds.of(None) == 0
+
+
+def test_seed_without_a_name_or_a_known_model_is_zero():
+    fleet = Fleet(make_config(1))
     assert fleet.seeds.of(None) == 0
 
 

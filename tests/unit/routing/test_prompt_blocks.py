@@ -275,6 +275,64 @@ def test_blocks_text_as_string_or_part_is_equal():
     assert chat(("user", TEXT[:900])).prompt == chat(("user", parts)).prompt
 
 
+@pytest.mark.parametrize("text", [TEXT[:900], list(range(900)), ""])
+@pytest.mark.parametrize("key", ["prompt", "input"])
+def test_blocks_one_prompt_in_an_array_is_that_prompt(key: str, text: Any):
+    alone = facts(b"/v1/completions", **{key: text}).prompt
+    assert facts(b"/v1/completions", **{key: [text]}).prompt == alone
+    both = facts(b"/v1/completions", **{key: [text, text]}).prompt
+    assert both != alone
+
+
+def test_blocks_one_prompt_in_a_spaced_array_is_that_prompt():
+    body = b'{"prompt": [\n  ' + msgspec.json.encode(TEXT[:900]) + b"\n]}"
+    read = read_routing_info(b"/v1/completions", b"application/json", body, with_prompt=True)
+    assert read.prompt == facts(b"/v1/completions", prompt=TEXT[:900]).prompt
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"stream": "true"},
+        {"stream": 1},
+        {"priority": "3"},
+        {"priority": 2.0},
+        {"user": 7},
+        {"previous_response_id": 7},
+        {"prompt_cache_key": 7},
+        {"stop": "x"},
+        {"stop": ["x", "y"]},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "low"},
+    ],
+)
+@pytest.mark.parametrize("size", [900, 40_000])
+@pytest.mark.parametrize("path", [CHAT, b"/v1/messages", b"/v1/responses", b"/v1/completions"])
+def test_blocks_do_not_depend_on_other_fields(path: bytes, size: int, more: dict[str, Any]):
+    turns = [{"role": "user", "content": [{"type": "text", "text": TEXT[:size]}]}]
+    system = {"system": "be kind"} if path == b"/v1/messages" else {}
+    key = {b"/v1/responses": "input", b"/v1/completions": "prompt"}.get(path, "messages")
+    body = {"model": "m", key: TEXT[:size] if key == "prompt" else turns, **system}
+    assert facts(path, **body, **more).prompt == facts(path, **body).prompt
+
+
+def test_blocks_messages_of_unexpected_type_count_as_raw_json():
+    messages = [{"role": "user", "content": TEXT[:900]}, 5]
+    read = facts(messages=messages, stream="true")
+    assert read.stream
+    assert read.prompt.size == len(msgspec.json.encode(messages))
+
+
+def test_blocks_empty_tool_calls_equal_absent_ones():
+    def answer(**more: Any) -> RoutingInfo:
+        turns = [("user", TEXT[:900]), ("assistant", TEXT[:900])]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return facts(messages=[messages[0], {**messages[1], **more}])
+
+    assert answer(tool_calls=[]).prompt == answer().prompt == answer(tool_calls=None).prompt
+    assert answer(tool_calls=[{"id": "c"}]).prompt != answer().prompt
+
+
 @pytest.mark.parametrize(
     "body",
     [

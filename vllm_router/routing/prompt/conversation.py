@@ -44,6 +44,7 @@ class Message(msgspec.Struct, gc=False):
 
 
 _decode_messages = msgspec.json.Decoder(list[Message]).decode
+_decode_only = msgspec.json.Decoder(tuple[msgspec.Raw]).decode
 _SYSTEM = b'"system"'
 _SYSTEM_ROLES = (_SYSTEM, b'"developer"')
 _NO_CALLS = (ABSENT,) * 6
@@ -222,7 +223,7 @@ def _add_calls(
             continue
         if value is message.output:
             yield from add_content(value, texts, work)
-        else:
+        elif len(value) != 2 or bytes(value) != b"[]":  # vLLM drops empty `tool_calls`
             texts.append(text_of(value))
 
 
@@ -251,13 +252,27 @@ def raw_prompt(*texts: Text, seed: int = 0) -> Steps[Prompt]:
     return Prompt(hashing.hashes, hashing.size, conversation=conversation)
 
 
-def plain_prompt(raw: msgspec.Raw | bytes, seed: int = 0) -> Prompt:
+def only_item(raw: msgspec.Raw) -> msgspec.Raw:
+    """What an array with one text, or one list of token ids, has in it; else the value itself.
+
+    vLLM computes the same prompt for both.
+    """
+    if bytes(memoryview(raw)[:64]).translate(None, b" \t\r\n")[:2] not in (b'["', b"[["):
+        return raw
+    try:
+        (item,) = _decode_only(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return raw  # several, of which vLLM makes a prompt each
+    return item
+
+
+def plain_prompt(raw: msgspec.Raw, seed: int = 0) -> Prompt:
     """The prompt of a completion, an embedding or the like, from its raw JSON.
 
-    A string is taken as it stands; an array (token ids, or several texts) as JSON. The number of
-    token ids is counted.
+    A string is taken as it stands, also as the only one of an array; an array of token ids, or of
+    several texts, as JSON. The number of token ids is counted.
     """
-    text = text_of(raw)
+    text = text_of(only_item(raw))
     tokens = None
     if text[:1] == b"[" and bytes(text[1:16]).strip(b" []")[:1].isdigit():
         tokens = bytes(text).count(b",") + 1

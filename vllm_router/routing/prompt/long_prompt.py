@@ -10,12 +10,18 @@ import msgspec
 
 from vllm_router.routing.prompt.blocks import Prompt
 from vllm_router.routing.prompt.content import LARGE, media_checksum
-from vllm_router.routing.prompt.conversation import messages_in, plain_prompt, raw_prompt
+from vllm_router.routing.prompt.conversation import plain_prompt, raw_prompt
 from vllm_router.routing.prompt.crowding import MOST_OBJECTS, objects_in
-from vllm_router.routing.prompt.fields import NO_JSON, AllFields
+from vllm_router.routing.prompt.fields import NO_JSON
 from vllm_router.routing.prompt.forms import LONGEST_NAME
 from vllm_router.routing.prompt.json_scan import Members
-from vllm_router.routing.prompt.routing_info import AT_ONCE, prompt_head, read_prompt, salted
+from vllm_router.routing.prompt.routing_info import (
+    AT_ONCE,
+    prompt_fields,
+    prompt_head,
+    read_prompt,
+    salted,
+)
 from vllm_router.steps import Steps
 
 _MAX_PARSED_BYTES = 1 << 22
@@ -122,20 +128,10 @@ def _short_prompt(values: Values, seed: int) -> Steps[Prompt | None]:
         if (yield from values.count_objects(name)) > MOST_OBJECTS:
             return None
     given = values.whole("messages")
-    is_absent = len(given) <= len(b"null") and bytes(given) in (b"", b"null")
     yield
     try:
-        messages = None if is_absent else messages_in(given)
+        fields = prompt_fields(given, values.whole)
         yield
-        fields = AllFields(
-            messages=messages,
-            tools=values.whole("tools"),
-            system=values.whole("system"),
-            instructions=values.whole("instructions"),
-            prompt=values.whole("prompt"),
-            input=values.whole("input"),
-            cache_salt=values.whole("cache_salt"),
-        )
         return (yield from read_prompt(fields, seed))
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
@@ -160,6 +156,6 @@ def _long_plain_prompt(values: Values, seed: int) -> Steps[Prompt]:
         for place in range(0, len(piece), _COUNTED_AT_ONCE):
             commas += bytes(piece[place : place + _COUNTED_AT_ONCE]).count(b",")
             yield
-    start = plain_prompt(bytes(pieces[0][:LONGEST_NAME]).lstrip())
+    start = plain_prompt(values.short("prompt"))
     prompt = yield from _hashed(pieces, seed)
     return msgspec.structs.replace(prompt, tokens=start.tokens and commas + 1)

@@ -7,6 +7,7 @@ bodies, forms, and JSON that Python reads but msgspec does not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeAlias
 from zlib import crc32
 
@@ -20,6 +21,7 @@ from vllm_router.routing.prompt.content import first_byte, text_of, without_attr
 from vllm_router.routing.prompt.conversation import (
     conversation_of,
     messages_in,
+    only_item,
     plain_prompt,
     raw_prompt,
     system_texts,
@@ -227,17 +229,40 @@ def _with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
     return None if prompt is None else (fields, prompt)
 
 
-def _odd_with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt]:
-    """The same for values of unexpected types: messages are not parsed."""
+def _odd_with_prompt(body: bytes, seeds: Seeds) -> tuple[Fields, Prompt] | None:
+    """The same for values of unexpected types; messages that have any are not parsed."""
     raw = _RAW_DECODER.decode(body)
     odd = odd_fields(raw)
-    seed = salted(raw.cache_salt, seeds(odd.model))
+    seed = seeds(odd.model)
+    try:
+        fields = prompt_fields(raw.messages, partial(getattr, raw))
+        prompt = in_one_slice(read_prompt(fields, seed))
+    except msgspec.ValidationError:
+        prompt = _unparsed_prompt(raw, salted(raw.cache_salt, seed))
+    return None if prompt is None else (odd, prompt)
+
+
+def prompt_fields(messages: msgspec.Raw, value_of: Callable[[str], msgspec.Raw]) -> AllFields:
+    """The fields of the prompt alone, from raw values. Raises ValidationError."""
+    is_absent = len(messages) <= len(b"null") and bytes(messages) in (b"", b"null")
+    return AllFields(
+        messages=None if is_absent else messages_in(messages),
+        tools=value_of("tools"),
+        system=value_of("system"),
+        instructions=value_of("instructions"),
+        prompt=value_of("prompt"),
+        input=value_of("input"),
+        cache_salt=value_of("cache_salt"),
+    )
+
+
+def _unparsed_prompt(raw: RawFields, seed: int) -> Prompt:
     prompt = plain_prompt(raw.prompt, seed) if raw.prompt is not NO_JSON else NO_PROMPT
     for said in (raw.input, raw.messages):
         if said is not NO_JSON:
             head = finish(prompt_head(raw.tools, raw.system, raw.instructions))
             prompt = finish(raw_prompt(*head, said, seed=seed))
-    return odd, prompt
+    return prompt
 
 
 def read_prompt(fields: AllFields, seed: int) -> Steps[Prompt]:
@@ -248,6 +273,7 @@ def read_prompt(fields: AllFields, seed: int) -> Steps[Prompt]:
     messages, given = fields.messages, fields.input
     seed = salted(fields.cache_salt, seed)
     if messages is None and given is not NO_JSON:
+        given = only_item(given)
         begins = bytes(memoryview(given)[:64]).lstrip(b"[ \t\r\n")[:1]
         is_conversation = begins == b"{" or first_byte(given) == b'"'
         if not is_conversation and fields.instructions is NO_JSON:
