@@ -105,8 +105,11 @@ def make_app(router: Wired) -> App:
 # -- OpenAI's own -----------------------------------------------------------------------------
 
 
-def _with_request_id(response: Response) -> Response:
-    """Add the request id to every response, not only for inference."""
+async def _with_request_id(response: Response) -> Response:
+    """Add the request id to every response, not only for inference.
+
+    Without a wait, yet `async`: Quart runs other functions in a thread, for each response.
+    """
     if "x-request-id" not in response.headers:
         given = request.headers.get("x-request-id", "")
         response.headers["x-request-id"] = request_id(given.encode("latin-1")).decode()

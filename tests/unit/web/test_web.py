@@ -62,6 +62,15 @@ async def test_models_before_first_probe_are_503_not_empty():
     assert reply.headers["retry-after"] == "1"
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/livez", "/none", "/"])
+async def test_control_plane_answers_without_thread(path, monkeypatch):
+    """Quart runs functions that are not `async` in a thread, which costs more than most pages."""
+    threads = []
+    monkeypatch.setattr(trio.to_thread, "run_sync", lambda *_: threads.append(path))
+    reply = await Lab().get(path)
+    assert (reply.status, threads) == (404 if path == "/none" else 200, [])
+
+
 # -- the predecessor's pages ------------------------------------------------------------------
 
 
