@@ -281,8 +281,8 @@ class Metrics:
     def _find_requests(self, series: _ServerSeries, record: Record) -> _Requests:
         """The series of an exchange.
 
-        Only bounded label values are used as keys: names and paths that clients invent must not
-        fill the memory.
+        It is remembered only for label values that are the record's own: names, paths and ids of
+        stored responses, of which clients send any number, must not fill the memory.
         """
         model, path = self._model_label(record.model), path_label(record.path)
         status = str(record.status)
@@ -300,7 +300,7 @@ class Metrics:
         if tokens is None:
             tokens = self._tokens[model] = Counters(TOKENS, model)
         found = _Requests(count, first_token, series.duration[model], tokens)
-        if model != OTHER and path != OTHER and status == str(record.status):
+        if model != OTHER and path.encode() == record.path and status == str(record.status):
             key = (record.model, record.path, record.status, record.outcome)
             series.by_request[key] = found
         return found

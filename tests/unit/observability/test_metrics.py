@@ -333,6 +333,16 @@ async def test_metrics_unknown_paths_are_other():
     assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
 
 
+async def test_metrics_stored_responses_share_a_series_and_are_not_remembered():
+    lab = Lab()
+    for number in range(500):
+        lab.ended(lab["a"], path=b"/v1/responses/resp_%d" % number)
+    found = await samples(lab)
+    assert len(series(found, "requests_total", "path")) == 1
+    assert pick(found, "requests_total") == 500
+    assert sum(len(one.by_request) for one in lab.router.metrics._servers.values()) == 0
+
+
 async def test_metrics_undefined_statuses_share_a_series():
     lab = Lab()
     for status in range(600, 700):
