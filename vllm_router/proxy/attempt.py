@@ -411,12 +411,15 @@ class Attempt:
     async def _accepts_connections(self) -> bool:
         """Whether the server takes new connections after an abort: if not, it is stopping."""
         await trio.sleep(CHECK_AFTER)
-        try:
-            probe = await self._upstream.pool.open(trio.current_time())
-        except (ConnectFailed, OwnFault):
-            return False
-        probe.close()
-        return True
+        # A response that came whole on a kept connection is read without a cancel scope.
+        with trio.move_on_after(self._context.settings.connect_timeout):
+            try:
+                probe = await self._upstream.pool.open(trio.current_time())
+            except (ConnectFailed, OwnFault):
+                return False
+            probe.close()
+            return True
+        return False
 
     # -- the client ---------------------------------------------------------------------------
 

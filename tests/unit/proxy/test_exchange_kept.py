@@ -28,7 +28,8 @@ from support.scripted_server import (
 )
 from vllm_router.http.client.connection import Connection
 from vllm_router.http.client.plain_transport import PlainTransport
-from vllm_router.proxy.attempt import AT_ONCE
+from vllm_router.http.io.async_socket import BUFFERED_WRITE_SIZE
+from vllm_router.proxy.attempt import AT_ONCE, CHECK_AFTER
 from vllm_router.proxy.record import Phase
 from vllm_router.proxy.retry import Outcome
 
@@ -176,6 +177,40 @@ async def test_kept_connection_failure_before_first_byte_is_retried(
         got = await rig.post()
         assert (got.status, got.body, got[b"x-vllm-router-server"]) == (200, b'{"answer":1}', b"b")
         assert rig.recorder.outcomes[-2:] == [outcome, Outcome.ANSWERED]
+
+
+async def test_kept_connection_abort_of_lost_machine_is_retried_in_time(autojump_clock):
+    """The check whether the server accepts connections is not answered, not even refused."""
+
+    async def abort_and_vanish(talk: Talk) -> None:
+        await talk.request()
+        talk.server.swallows = True
+        await talk.send(ok(b'{"choices":[{"text":"half","finish_reason":"abort"}]}'))
+
+    async with kept(abort_and_vanish, connect_timeout=3) as rig:
+        got = await rig.post()
+        assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
+        assert got.took == pytest.approx(3.0 + CHECK_AFTER, abs=0.1)
+        assert rig.recorder.outcomes[-2:] == [Outcome.ABORTED, Outcome.ANSWERED]
+
+
+@pytest.mark.parametrize("size", [0, BUFFERED_WRITE_SIZE])
+async def test_kept_connection_closed_before_request_is_no_break_of_server(autojump_clock, size):
+    """The request cannot have broken a server that has not received it, however long it is."""
+    ending = trio.Event()
+
+    async def stop(talk: Talk) -> None:
+        await ending.wait()
+
+    async with kept(stop) as rig:
+        rig.scripted["a"].refuses = True
+        (connection,) = rig.context.upstreams[rig.server("a")].pool._idle
+        connection.is_alive = lambda: True  # the event loop has not noticed the end yet
+        ending.set()
+        await trio.testing.wait_all_tasks_blocked()
+        got = await rig.post({"model": "m", "prompt": "x" * size})
+        assert (got.status, got[b"x-vllm-router-server"]) == (200, b"b")
+        assert rig.recorder.outcomes[-2:] == [Outcome.CONNECT_FAILED, Outcome.ANSWERED]
 
 
 async def test_kept_connection_found_closed_is_replaced(autojump_clock):

@@ -37,7 +37,7 @@ class Connection(ResponseParser):
         return self._transport.write_nowait(head, body)
 
     async def send(self, head: bytes, body: bytes) -> None:
-        """Write a request. Raises ConnectionLost."""
+        """Write a request. Raises ConnectionLost, and NotSent as `read_head` does."""
         self._next_response()
         try:
             sent_all = await self._transport.write(head, body)

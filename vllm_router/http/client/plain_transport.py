@@ -7,7 +7,7 @@ import socket
 
 import trio
 
-from vllm_router.errors import ConnectionLost
+from vllm_router.errors import ConnectionLost, NotSent
 from vllm_router.http.io.async_socket import BUFFERED_WRITE_SIZE, READ_SIZE, unexpected_input
 from vllm_router.http.io.sockets import async_socket
 
@@ -50,7 +50,7 @@ class PlainTransport:
             return True
         reused, self._used = self._used, True
         if reused and self._async.has_input():
-            raise ConnectionLost(str(unexpected_input()))
+            raise NotSent(str(unexpected_input()))
         sock = self._socket
         if len(body) <= READ_SIZE:
             head, body = head + body, b""

@@ -12,7 +12,8 @@ from vllm_router.http.io.async_socket import READ_SIZE
 class Transport(Protocol):
     """One connection to a server.
 
-    On failure `write` raises ConnectionLost; `read` and `stream_into` raise that or an OSError.
+    On failure `write` raises ConnectionLost, NotSent if it has sent nothing because a reused
+    connection had been closed; `read` and `stream_into` raise ConnectionLost or an OSError.
     """
 
     @property
