@@ -323,6 +323,8 @@ class Bench:
         command += ["-rate", str(load.rate), "-spread", f"{load.spread}ms"]
         command += ["-warmup", f"{options.warmup + load.spread / 1000}s"]
         command += ["-duration", f"{options.duration}s", "-server-pids", str(server.process.pid)]
+        if load.connections:
+            command += ["-fewest-chunks" if load.per_chunk else "-fewest", "1"]
         if load.stream:
             command += ["-stream"]
         if load.new_connection:

@@ -119,12 +119,20 @@ def load(environment: Environment, url: str, *options: str) -> dict[str, Any]:
 
 def short_load(environment: Environment, url: str) -> dict[str, Any]:
     """One streaming client, until it has had some responses."""
-    for milliseconds in (200, 2000, 20_000):
-        options = ("-c", "1", "-stream", "-duration", f"{milliseconds}ms")
-        result = load(environment, url, *options)
-        if result["requests"] + result["failures"] > 2:
-            break
-    return result
+    return load(environment, url, "-c", "1", "-stream", "-duration", "200ms", "-fewest", "3")
+
+
+@pytest.mark.parametrize(
+    ("fewest", "counted"), [(("-fewest", "1"), "requests"), (("-fewest-chunks", "1"), "chunks")]
+)
+def test_loadgen_measures_longer_until_enough_is_counted(
+    environment: Environment, server: Server, fewest: tuple[str, str], counted: str
+):
+    server.behave(Workload(name="", title="", ttft=1500))
+    short = ("-c", "1", "-stream", "-tokens", "3", "-duration", "10ms")
+    result = load(environment, server.urls[1], *short, *fewest)
+    assert result[counted] >= 1
+    assert result["seconds"] > 0.5
 
 
 def test_loadgen_stall_counts_for_delayed_requests(environment: Environment, server: Server):

@@ -49,6 +49,8 @@ var (
 	address     = flag.String("url", "http://127.0.0.1:8888", "where; a path in it is ignored")
 	duration    = flag.Duration("duration", 3*time.Second, "how long to measure")
 	warmup      = flag.Duration("warmup", time.Second, "how long to run before")
+	fewest      = flag.Int64("fewest", 0, "measure longer, up to half a minute, until so many requests are counted")
+	fewestParts = flag.Int64("fewest-chunks", 0, "the same with chunks")
 	rate        = flag.Float64("rate", 0, "requests per second, at random times (Poisson); 0: closed loop")
 	stream      = flag.Bool("stream", false, "ask for a streamed answer")
 	tokens      = flag.Int("tokens", 100, "max_tokens")
@@ -69,6 +71,14 @@ var (
 	feedMessages, scrapes, scrapeNanos, sidesFailed   atomic.Int64
 	firstFailure                                      atomic.Value
 )
+
+// patience is how much longer than -duration a measurement may last.
+const patience = 30 * time.Second
+
+// isTooShort tells whether too little was counted, as in a short measurement on a busy machine.
+func isTooShort() bool {
+	return failures.Load() == 0 && (requests.Load() < *fewest || chunks.Load() < *fewestParts)
+}
 
 func fail(err error) {
 	if phase.Load() == over {
@@ -443,6 +453,9 @@ func main() {
 	phase.Store(measuring)
 	began := time.Now()
 	time.Sleep(*duration)
+	for isTooShort() && time.Since(began) < *duration+patience {
+		time.Sleep(10 * time.Millisecond)
+	}
 	elapsed := time.Since(began).Seconds()
 	phase.Store(over)
 	after := sample()

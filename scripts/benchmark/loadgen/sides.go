@@ -21,7 +21,7 @@ func get(address, fields string) (net.Conn, *bufio.Reader, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	connection.SetDeadline(time.Now().Add(*warmup + *duration + 5*time.Second))
+	connection.SetDeadline(time.Now().Add(*warmup + *duration + patience + 5*time.Second))
 	in := bufio.NewReaderSize(connection, 65536)
 	_, err = fmt.Fprintf(connection, "GET %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", where.RequestURI(), where.Host, fields)
 	if err != nil {
