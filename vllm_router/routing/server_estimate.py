@@ -53,7 +53,10 @@ server's speed: the steps that compute them are many times as long. Else the con
 server that computes a new agent's context would be computed anew elsewhere."""
 
 LONGEST_COMPUTING = 30.0
-"""Seconds after which it counts all the same: then the server is slow, or has too much to do."""
+SLOW_COMPUTING = 0.5
+"""After so many seconds it counts all the same if the server has computed fewer prompt tokens than
+this share of what the fleet's servers compute in that time: then it is slow. If it has computed
+more, it only has much to do, such as the contexts of many new agents."""
 
 HITS_HALF_LIFE = 60.0
 MIN_EXPECTED_TOKENS = 20_000.0
@@ -94,6 +97,7 @@ class ServerEstimate:
         "arrivals",
         "arrived_at",
         "bit",
+        "computed_before",
         "computing_since",
         "due",
         "due_hits",
@@ -144,6 +148,8 @@ class ServerEstimate:
         self.latency_sum = self.latency_count = 0.0
         self.computing_since: float | None = None
         """When a scrape first found more than LONG_PROMPTS under way; None without them."""
+        self.computed_before = 0.0
+        """Prompt tokens of ours that it had computed then."""
         self.lasting = 1.0
         """Lasting ratio of its token latency to the fleet's median."""
         self.slowness_at: float | None = None
@@ -162,8 +168,11 @@ class ServerEstimate:
         self.adapters = LoadedAdapters()
         self.restarts = server.restarts
 
-    def follow_scrape(self) -> None:
-        """Update from the last scrape, if it is new."""
+    def follow_scrape(self, per_token: float) -> None:
+        """Update from the last scrape, if it is new.
+
+        `per_token`: seconds in which a server of the fleet computes a prompt token.
+        """
         server, load = self.server, self.server.load_estimate
         metrics, at = load.metrics, load.scraped_at
         if at is None or metrics is None or at == self.scraped_at:
@@ -180,7 +189,7 @@ class ServerEstimate:
             restarted = True  # the figures from before its absence do not apply
         if self.scraped_at is not None and not restarted:
             fade = 0.5 ** (elapsed / LATENCY_HALF_LIFE)
-            if self._shows_speed(at):
+            if self._shows_speed(at, per_token):
                 self.latency_sum = self.latency_sum * fade + new.latency_sum - old.latency_sum
                 count = new.latency_count - old.latency_count
                 self.latency_count = self.latency_count * fade + count
@@ -208,15 +217,17 @@ class ServerEstimate:
             self.adapters.slots = metrics.max_adapters
         self.adapters.report(metrics.adapters)
 
-    def _shows_speed(self, at: float) -> bool:
+    def _shows_speed(self, at: float, per_token: float) -> bool:
         """Whether the last time per token is the server's own, see LONG_PROMPTS."""
-        computing = self.queued > LONG_PROMPTS
-        if computing and self.computing_since is None:
-            self.computing_since = at
-        since = self.computing_since
-        if not computing:
-            self.computing_since = None
-        return since is None or at - since > LONGEST_COMPUTING
+        computing, since = self.queued > LONG_PROMPTS, self.computing_since
+        computed = self.prompt_total - self.expected_total - self.queued + self.queued_elsewhere
+        if computing and since is None:
+            since, self.computed_before = at, computed
+        self.computing_since = since if computing else None
+        if since is None:
+            return True
+        seconds = (computed - self.computed_before) * per_token
+        return at - since > LONGEST_COMPUTING and seconds < SLOW_COMPUTING * (at - since)
 
     def error_penalty_now(self, now: float) -> float:
         """Requests added to its load for errors since it last came back.

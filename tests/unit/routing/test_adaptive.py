@@ -363,6 +363,21 @@ def test_adaptive_server_that_always_computes_long_prompts_is_slow_in_the_end():
     assert it.parts(NOTHING, a)["slow"] > 3.0
 
 
+def test_adaptive_server_that_computes_one_context_after_another_is_not_slow():
+    """It only has much to do, such as the contexts of many new agents."""
+    a, b, c = (it := Situation()).servers
+    measure(it, {a: 0.01, b: 0.01, c: 0.01})
+    leases = []
+    for number in range(20):
+        context = bytes((n * n + number) % 251 for n in range(200_000))
+        leases.append(it.send(asking(context), a))
+        measure(it, {a: 0.05, b: 0.01, c: 0.01}, steps=5)
+        if number:
+            it.policy.first_byte(leases[number - 1])
+            it.end(leases[number - 1])
+    assert it.parts(NOTHING, a)["slow"] == 1.0
+
+
 def test_adaptive_short_pause_is_no_speed_sample():
     a, b, c = (it := Situation()).servers
     measure(it, {a: 0.01, b: 0.01, c: 0.01}, steps=1)

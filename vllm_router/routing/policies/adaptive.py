@@ -277,7 +277,7 @@ class Adaptive(Policy):
                 estimate.adapters.clear()
                 self._working_sets.forget(estimate)
             estimate.count_arrival(now, 0.0)
-            estimate.follow_scrape()
+            estimate.follow_scrape(self._swap_cost.per_token)
             if estimate.due:
                 estimate.settle(now)
         if begins:
