@@ -28,19 +28,78 @@ MEASURED_FROM = 500.0
 """Uncached tokens from which on a first token shows how long one token takes to compute."""
 
 
+class AdapterServers:
+    """Which servers have which adapters loaded and a slot left, as bits.
+
+    A pick finds the servers of an adapter here without a look at the others.
+    """
+
+    __slots__ = ("_awaited", "_full", "_holders", "_loaded")
+
+    def __init__(self) -> None:
+        self._full = self._awaited = 0
+        self._loaded: dict[str, int] = {}
+        self._holders: dict[str, dict[int, LoadedAdapters]] = {}
+
+    def add(self, name: str, server: LoadedAdapters) -> None:
+        """The server has loaded the adapter."""
+        self._loaded[name] = self._loaded.get(name, 0) | server.bit
+        self._holders.setdefault(name, {})[server.bit] = server
+
+    def remove(self, name: str, server: LoadedAdapters) -> None:
+        """The server has it no more."""
+        holders = self._holders[name]
+        del holders[server.bit]
+        self._loaded[name] ^= server.bit
+        if not holders:
+            del self._holders[name], self._loaded[name]
+
+    def count(self, server: LoadedAdapters) -> None:
+        """Slots of the server have become free or needed."""
+        bit = server.bit
+        self._full = self._full | bit if server.is_full else self._full & ~bit
+        self._awaited = self._awaited | bit if server.is_awaited else self._awaited & ~bit
+
+    def slots_for(self, adapter: str, candidates: int) -> tuple[int, int]:
+        """The bits of the candidates that have it loaded, and of those without a slot for it.
+
+        On the latter all slots are needed by others. While requests wait for a slot anywhere, an
+        adapter needs only one: the others, which it could do without, get free when their requests
+        have ended. It keeps the one with the most requests, of servers on which no request waits
+        if it can.
+        """
+        loaded = self._loaded.get(adapter, 0) & candidates
+        missing = self._full & candidates & ~loaded
+        if loaded & loaded - 1 and self._awaited & candidates:
+            missing |= loaded & ~self._kept(adapter, loaded)
+        return loaded, missing
+
+    def _kept(self, adapter: str, loaded: int) -> int:
+        """The bit of the server that keeps the adapter."""
+        pool = loaded & ~self._awaited or loaded
+        holders = self._holders[adapter].items()
+        return max([(one.running[adapter], bit) for bit, one in holders if bit & pool])[1]
+
+
 class LoadedAdapters:
     """The adapters that a server has probably loaded, and which of them it needs.
 
     A slot whose adapter has running requests cannot be taken: requests for another adapter wait.
     """
 
-    __slots__ = ("_reported", "_slots", "_waiting", "is_awaited", "is_full", "running")
+    __slots__ = (
+        "_reported", "_servers", "_slots", "_waiting", "bit", "is_awaited", "is_full",
+        "running",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, bit: int = 1, servers: AdapterServers | None = None) -> None:
+        """`servers` has what is known of all servers; `bit` is this one there."""
+        self.bit = bit
         self.running: OrderedDict[str, int] = OrderedDict()
         """Our running requests for each loaded adapter, the least recently used first."""
         self.is_full = self.is_awaited = False
         """Whether every slot is needed, and whether requests wait for one."""
+        self._servers = AdapterServers() if servers is None else servers
         self._slots = UNKNOWN_SLOTS
         self._reported: set[str] = set()
         """Adapters with requests, other routers' too, by the last scrape."""
@@ -70,12 +129,16 @@ class LoadedAdapters:
 
     def begin(self, name: str) -> bool:
         """A request for this adapter was sent to the server. Returns False if it waits there."""
+        if self.running.get(name):
+            self._load(name, 1)
+            return True
         if name in self.running or not self.is_full:
             self._load(name, 1)
             self._count()
             return True
         self._waiting[name] = self._waiting.get(name, 0) + 1
         self.is_awaited = True
+        self._servers.count(self)
         return False
 
     def end(self, name: str) -> None:
@@ -94,10 +157,17 @@ class LoadedAdapters:
 
     def clear(self) -> None:
         """The server's process is new."""
+        for name in self.running:
+            self._servers.remove(name, self)
         self.running.clear()
         self._waiting.clear()
         self._reported.clear()
         self._count()
+
+    def leave(self) -> None:
+        """The server has left the fleet; requests may still run there."""
+        self.clear()
+        self._servers = AdapterServers()
 
     def _count(self) -> None:
         """Slots or requests have changed: requests that waited may run."""
@@ -108,18 +178,27 @@ class LoadedAdapters:
                 break
             self._load(name, self._waiting.pop(name))
             needed.add(name)
-        self.is_full = len(needed) >= self._slots
-        self.is_awaited = bool(self._waiting) or len(needed) > self._slots
+        is_full = len(needed) >= self._slots
+        is_awaited = bool(self._waiting) or len(needed) > self._slots
+        if is_full is not self.is_full or is_awaited is not self.is_awaited:
+            self.is_full, self.is_awaited = is_full, is_awaited
+            self._servers.count(self)
 
     def _load(self, name: str, requests: int) -> None:
-        self.running[name] = self.running.get(name, 0) + requests
-        self.running.move_to_end(name)
-        surplus = len(self.running) - self._slots
+        running = self.running
+        if name not in running:
+            running[name] = requests
+            self._servers.add(name, self)
+        else:
+            running[name] += requests
+            running.move_to_end(name)
+        surplus = len(running) - self._slots
         if surplus > 0:
-            idle = [one for one, count in self.running.items() if not count]
+            idle = [one for one, count in running.items() if not count]
             idle.sort(key=self._reported.__contains__)  # the ones without any requests first
             for one in idle[:surplus]:
-                del self.running[one]
+                del running[one]
+                self._servers.remove(one, self)
 
 
 class SwapCost:
@@ -164,29 +243,6 @@ class SwapCost:
         measured = max(0.0, self._swapped - self._loaded) / self._per_token
         share = self._seen / (self._seen + PRIOR_WEIGHT)
         return min(max(self.prior + share * (measured - self.prior), MIN_COST), MAX_COST)
-
-
-def slots_for(adapter: str, bits: list[int], servers: list[LoadedAdapters]) -> tuple[int, int]:
-    """The bits of the servers that have the adapter loaded, and of those without a slot for it.
-
-    On the latter all slots are needed by others. While requests wait for a slot anywhere, an
-    adapter needs only one: the others, which it could do without, get free when their requests have
-    ended. It keeps the one with the most requests, of servers on which no request waits if it can.
-    """
-    loaded = missing = 0
-    awaited = False
-    holders: list[tuple[bool, int, int]] = []
-    for bit, one in zip(bits, servers, strict=True):
-        if one.is_awaited:
-            awaited = True
-        if adapter in one.running:
-            loaded |= bit
-            holders.append((not one.is_awaited, one.running[adapter], bit))
-        elif one.is_full:
-            missing |= bit
-    if awaited and len(holders) > 1:
-        missing |= loaded & ~max(holders)[2]
-    return loaded, missing
 
 
 def with_adapters(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.adapters import WAIT_PENALTY, slots_for
+from vllm_router.routing.adapters import WAIT_PENALTY
 from vllm_router.routing.hashing import draw
 from vllm_router.routing.score_order import ScoreOrder
 from vllm_router.routing.server_estimate import ServerEstimate
@@ -104,7 +104,6 @@ class ScoreCache:
     """
 
     __slots__ = (
-        "_adapters",
         "_affinities",
         "_arrivals",
         "_bits",
@@ -203,7 +202,6 @@ class ScoreCache:
             estimate.bit: position for position, estimate in enumerate(estimates)
         }
         self._bits = [estimate.bit for estimate in estimates]
-        self._adapters = [estimate.adapters for estimate in estimates]
         self._position_at = {bit.bit_length(): at for at, bit in enumerate(self._bits)}
         self._log = candidates[0].change_log.servers
         self._read = 0
@@ -433,21 +431,27 @@ class ScoreCache:
                 found[position] += self.factors[position] * self._excess(position, tokens, levels)
         return found
 
-    def slots_for(self, adapter: str | None) -> tuple[int, int]:
-        """The bits of the servers that have the adapter loaded, and of those where it would wait.
-
-        If it would wait anywhere, a server that fails or is slow counts like them: its free slots
-        must not draw all requests.
-        """
-        if adapter is None or not self.is_adapter:
-            return 0, 0
-        loaded, waits = slots_for(adapter, self._bits, self._adapters)
-        return loaded, waits | self.everyone & ~self.credited if waits else 0
-
     def with_waits(self, scores: list[float], waits: int) -> list[float]:
         """The scores with a penalty for the servers on which the adapter would wait for a slot."""
-        columns = zip(scores, self.factors, self._bits, strict=True)
-        return [s + f * WAIT_PENALTY if bit & waits else s for s, f, bit in columns]
+        factors = self.factors
+        waits &= self.everyone
+        free = self.everyone & ~waits
+        if free.bit_count() < waits.bit_count():
+            found = [s + f * WAIT_PENALTY for s, f in zip(scores, factors, strict=True)]
+            for position in self._positions_of(free):
+                found[position] = scores[position]
+        else:
+            found = scores.copy()
+            for position in self._positions_of(waits):
+                found[position] += factors[position] * WAIT_PENALTY
+        return found
+
+    def _positions_of(self, bits: int) -> Iterator[int]:
+        position_of = self._position_of_bit
+        while bits:
+            bit = bits & -bits
+            bits ^= bit
+            yield position_of[bit]
 
     def _excess(self, position: int, tokens: float, levels: list[tuple[float, int]]) -> float:
         """The penalty for the uncached tokens beyond the room of a server, in requests."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_router.routing.adapters import LoadedAdapters
+from vllm_router.routing.adapters import AdapterServers, LoadedAdapters
 from vllm_router.routing.hashing import seed_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class PrefixStatistics(NamedTuple):
 
 
 class ServerEstimate:
-    """The estimate of one server. `bit` stands for the server in the prefix index."""
+    """The estimate of one server. `bit` stands for it in the prefix index and in `slots`."""
 
     __slots__ = (
         "adapters",
@@ -128,7 +128,7 @@ class ServerEstimate:
         "started_hits",
     )
 
-    def __init__(self, server: Server, bit: int) -> None:
+    def __init__(self, server: Server, bit: int, slots: AdapterServers | None = None) -> None:
         self.server = server
         self.bit = bit
         self.seed = seed_of(server.url)
@@ -165,7 +165,7 @@ class ServerEstimate:
         self.arrivals = 0.0
         """Requests per second that are sent to the server, with ARRIVALS_HALF_LIFE."""
         self.arrived_at = 0.0
-        self.adapters = LoadedAdapters()
+        self.adapters = LoadedAdapters(bit, slots)
         self.restarts = server.restarts
 
     def follow_scrape(self, per_token: float) -> None:

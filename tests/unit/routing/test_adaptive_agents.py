@@ -14,9 +14,9 @@ from vllm_router.fleet.server import Lease, Server
 from vllm_router.routing.adapters import (
     PRIOR_WEIGHT,
     WAIT_PENALTY,
+    AdapterServers,
     LoadedAdapters,
     SwapCost,
-    slots_for,
     with_adapters,
 )
 from vllm_router.routing.policies import PolicySettings
@@ -259,7 +259,8 @@ def test_adapter_with_one_slot_too_many_gives_it_up_for_waiting_requests():
 def test_slots_for_adapter_on_two_servers_keeps_one_if_requests_wait(
     waits: tuple[bool, ...], expected: int
 ):
-    servers = [LoadedAdapters() for _ in waits]
+    index = AdapterServers()
+    servers = [LoadedAdapters(1 << place, index) for place in range(len(waits))]
     for one, holds in zip(servers, (1, 2, 0), strict=True):
         one.slots = 1
         for _ in range(holds):
@@ -269,7 +270,26 @@ def test_slots_for_adapter_on_two_servers_keeps_one_if_requests_wait(
     for one, waiting in zip(servers, waits, strict=True):
         if waiting:
             assert not one.begin("lora-c")
-    assert slots_for("lora-a", [0b001, 0b010, 0b100], servers) == (0b011, expected)
+    assert index.slots_for("lora-a", 0b111) == (0b011, expected)
+    assert index.slots_for("lora-a", 0b101) == (0b001, 0b100 if any(waits) else 0)
+
+
+def test_adapters_of_a_server_that_left_are_on_no_server():
+    index = AdapterServers()
+    left, other = LoadedAdapters(0b01, index), LoadedAdapters(0b10, index)
+    for one in (left, other):
+        one.slots = 1
+        one.begin("lora-a")
+    left.begin("lora-b")
+    left.leave()
+    assert index.slots_for("lora-a", 0b11) == (0b10, 0)
+    assert index.slots_for("lora-b", 0b11) == (0, 0b10)
+    left.end("lora-a")  # requests that still ran there
+    left.end("lora-b")
+    left.begin("lora-c")
+    assert index.slots_for("lora-c", 0b11) == (0, 0b10)
+    other.end("lora-a")
+    assert index.slots_for("lora-c", 0b11) == (0, 0)
 
 
 def test_adapter_goes_to_no_failing_server_only_for_its_free_slots():

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from vllm_router.routing.adapters import SwapCost, with_adapters
+from vllm_router.routing.adapters import AdapterServers, SwapCost, with_adapters
 from vllm_router.routing.hashing import seed_of
 from vllm_router.routing.policies.base import Choice, Explained, Policy, PolicySettings
 from vllm_router.routing.prefix.index import PrefixIndex
@@ -83,6 +83,7 @@ class Adaptive(Policy):
         self._caches: dict[str | None, ScoreCache] = {}
         self._working_sets = WorkingSets(settings.working_set_window)
         self._swap_cost = SwapCost(settings.adapter_swap_tokens)
+        self._slots = AdapterServers()
         self._first_token = 0.0
         """Mean seconds to the first token of a stream, over all servers."""
 
@@ -155,9 +156,20 @@ class Adaptive(Policy):
             bonus = self._credit_affinity(cache, info, levels)
         waits = 0
         if cache.is_adapter:
-            loaded, waits = cache.slots_for(info.model)
+            loaded, waits = self._slots_for(cache, info.model)
             levels = with_adapters(levels, loaded & cache.credited, self._swap_cost.tokens)
         return levels, bonus, waits
+
+    def _slots_for(self, cache: ScoreCache, adapter: str | None) -> tuple[int, int]:
+        """The bits of the servers that have the adapter loaded, and of those where it would wait.
+
+        If it would wait anywhere, a server that fails or is slow counts like them: its free slots
+        must not draw all requests.
+        """
+        if adapter is None or not cache.is_adapter:
+            return 0, 0
+        loaded, waits = self._slots.slots_for(adapter, cache.everyone)
+        return loaded, waits | cache.everyone & ~cache.credited if waits else 0
 
     def _weigh(
         self,
@@ -251,7 +263,8 @@ class Adaptive(Policy):
     def _estimate(self, server: Server) -> ServerEstimate:
         estimate = self._estimates.get(server)
         if estimate is None:
-            estimate = self._estimates[server] = ServerEstimate(server, self.index.bit(server))
+            bit = self.index.bit(server)
+            estimate = self._estimates[server] = ServerEstimate(server, bit, self._slots)
         return estimate
 
     def _refresh(self, cache: ScoreCache, now: float) -> None:
@@ -414,6 +427,7 @@ class Adaptive(Policy):
         estimate = self._estimates.pop(server, None)
         if estimate is not None:
             self._working_sets.forget(estimate)
+            estimate.adapters.leave()
         # Large ones are adopted by the next ones.
         self._caches = {model: cache for model, cache in self._caches.items() if cache.is_large}
         self.index.forget(server)
@@ -484,7 +498,7 @@ class Adaptive(Policy):
             turns,
             delay=uncached * self._swap_cost.per_token,
             swap=self._swap_cost.tokens if cache.is_adapter else 0.0,
-            loaded=cache.slots_for(info.model)[0],
+            loaded=self._slots_for(cache, info.model)[0],
             waits=waits,
         )
         table = ScoreTable(cache, asked, now)
