@@ -215,7 +215,11 @@ class AdmissionQueue:
             choice = policy.pick(among, facts, now) if len(free) > 1 else (free[0], None)
         server, note = choice
         lease = server.lease(now)
-        policy.leased(lease, note, facts, now)
+        try:
+            policy.leased(lease, note, facts, now)
+        except BaseException:
+            lease.release()
+            raise
         sessions.begin(facts, server, now)
         return policy, lease
 
@@ -466,7 +470,13 @@ class AdmissionQueue:
             entry.woken.set()
             return Verdict.DISMISSED
         candidates = ticket.candidates(now)
-        entry.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
+        try:
+            entry.grant = self._grant(ticket, candidates, now, peers.promised if peers else _NONE)
+        except Exception as error:  # noqa: BLE001 (raised in the task of the request)
+            # Not in the task of the request whose end has freed the server.
+            entry.refused = error
+            entry.woken.set()
+            return Verdict.DISMISSED
         if entry.grant is None:
             if peers is not None and all(server.at_cap for server in candidates):
                 peers.passed_over(entry, now)

@@ -71,15 +71,18 @@ Grant = tuple[Policy, Lease]
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Waiter(QueueEntry):
-    """A request that waits. It is woken with a grant, or with a refusal."""
+    """A request that waits. It is woken with a grant, or with an error.
+
+    `refused` is the error to raise: a Refused, or the exception of a policy.
+    """
 
     ticket: Ticket
     woken: trio.Event = field(default_factory=trio.Event)
     grant: Grant | None = None
-    refused: Refused | None = None
+    refused: Exception | None = None
 
-    def take_refusal(self) -> Refused:
-        """The refusal to raise; there must be one.
+    def take_refusal(self) -> Exception:
+        """The error to raise; there must be one.
 
         The frame that raises it must not hold it in any other way: a cycle of error, traceback and
         frame would keep the request and its body until the garbage collector runs.

@@ -102,6 +102,36 @@ async def test_queue_with_cap_never_exceeds_it_and_serves_all(autojump_clock, wa
         assert waiting(rig) == 0
 
 
+async def test_queue_policy_failure_ends_waiting_request_alone(autojump_clock, monkeypatch):
+    """Its server is chosen while another request ends: that one is answered, and reported."""
+    async with limited(working(), working()) as rig:
+        first = [await started(rig, body(n)) for n in range(2)]
+        policy = rig.context.policies.default
+
+        def fail(*_given: object) -> None:
+            monkeypatch.undo()
+            raise ZeroDivisionError("a defect of a policy")
+
+        monkeypatch.setattr(policy, "leased", fail)
+        second = rig.client(body(2))
+        failures = []
+
+        async def run() -> None:
+            try:
+                await second.run()
+            except ZeroDivisionError as error:
+                failures.append(error)
+
+        rig.nursery.start_soon(run)
+        await wait_all_tasks_blocked()
+        third = await started(rig, body(3))
+        await trio.sleep(5)
+        assert [client.got.status for client in (*first, third)] == [200] * 3
+        assert rig.recorder.outcomes[:2] == [Outcome.ANSWERED] * 2
+        assert len(failures) == 1
+        assert waiting(rig) == 0
+
+
 async def test_queue_without_limits_forwards_at_once(autojump_clock):
     most = [0]
     async with lab(working(1.0, most)) as rig:
