@@ -14,6 +14,8 @@ import pytest
 import trio
 
 from support.fleet_makers import make_config, make_fleet
+from vllm_router.config.limits import LimitsConfig
+from vllm_router.errors import ConfigError
 from vllm_router.http.client.resolver import Resolver
 from vllm_router.http.hypercorn.handler import HypercornHandler
 from vllm_router.observability.router_state import CPU
@@ -43,7 +45,7 @@ from vllm_router.runtime.workers.messages import (
     decode_from_leader,
     encode,
 )
-from vllm_router.runtime.workers.queue_board import QueueBoard
+from vllm_router.runtime.workers.queue_board import SLOTS, QueueBoard
 from vllm_router.runtime.workers.queue_peers import SharedQueue
 from vllm_router.runtime.workers.queue_wakeup import Wakeups
 from vllm_router.runtime.workers.shared_counters import CounterView, SharedCounters
@@ -368,3 +370,16 @@ async def test_leader_worker_that_does_not_read_gets_a_bounded_number_of_batches
             link.tell(bytes(50_000))
             await trio.lowlevel.checkpoint()
         assert len(link._batches) == MAX_BATCHES
+
+
+async def test_leader_refuses_too_long_queue_before_other_hooks_act():
+    """The hooks of the listeners take over certificates and limits at once."""
+    async with leading() as (leader, _):
+        supervisor, acted = leader.supervisor, []
+        supervisor.before_apply.append(acted.append)
+        limits = LimitsConfig(max_in_flight=1, queue_size=SLOTS + 1)
+        new = msgspec.structs.replace(supervisor.config, limits=limits)
+        with pytest.raises(ConfigError, match=f"limits.queue_size: expected at most {SLOTS}"):
+            supervisor.apply(supervisor.config, new)
+        assert not acted
+        assert supervisor.config.limits is None

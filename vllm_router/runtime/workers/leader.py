@@ -36,7 +36,7 @@ from vllm_router.runtime.workers.messages import (
     WorkerStats,
     decode_from_worker,
 )
-from vllm_router.runtime.workers.queue_peers import SharedQueue
+from vllm_router.runtime.workers.queue_peers import SharedQueue, check_limits
 from vllm_router.runtime.workers.queue_wakeup import serve_waiters
 from vllm_router.runtime.workers.report_reader import ReportReader
 from vllm_router.runtime.workers.shared_counters import CounterView
@@ -99,7 +99,7 @@ def build(
     supervisor.share_with(partial(prompts.share_fleet, supervisor))
     inbox = _Inbox(supervisor, fleet, workers, adopted, nursery, prompts)
     publisher = _Publisher(supervisor, workers, snapshot)
-    supervisor.before_apply.append(fleet.check_room)
+    supervisor.before_apply += [fleet.check_room, check_limits]
     supervisor.after_apply.append(publisher.publish)
     supervisor.tasks += [
         ("waiting", partial(serve_waiters, supervisor.proxy, queue.wakeups)),

@@ -33,7 +33,6 @@ from vllm_router.runtime.workers import control_channel
 from vllm_router.runtime.workers.adopted import AdoptedConnections
 from vllm_router.runtime.workers.environment import Environment
 from vllm_router.runtime.workers.leader import build
-from vllm_router.runtime.workers.queue_peers import check_limits
 from vllm_router.runtime.workers.spawn_spec import SpawnSpec
 from vllm_router.web.guard import MonitorListener
 
@@ -81,7 +80,6 @@ async def run(environment: Environment) -> None:
             supervisor = leader.supervisor
             supervisor.before_apply.append(partial(follow_tls, front, supervisor))
             supervisor.before_apply.append(partial(follow_limits, front, supervisor))
-            supervisor.before_apply.append(check_limits)
             app.attach(supervisor)
             lame = trio.Event()
             control.lost = leader.workers.lost
